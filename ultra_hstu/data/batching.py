@@ -1,0 +1,155 @@
+"""Batches of histories: which examples go together, and their events laid out in one flat buffer.
+
+An *example* is a slice `[start, stop)` of the event arrays: rows `start .. stop-1` are the history, and the event after each row is what the
+row should predict, so the event at `stop` is the target of the last row. Batches are packed by rows, not by users (`README`, "Jagged batches"):
+B and T are fixed when a run starts, and one compiled step serves every batch.
+
+The same `gather_batch` runs on the device (`xp=jax.numpy`, inside the compiled step) and on the host (`xp=numpy`, for streamed data).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+ROW_MULTIPLE = 128  # capacities are rounded up to this many rows, a common tile height of the kernels
+SECONDS_RANGE = 2**31 - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """B histories in T rows. Rows from `offsets[B]` on are padding; a padded layout has offsets `0, N, 2N, ...` and item 0 inside."""
+
+    item_T: Int[Any, " T"]  # item ids 1..I, 0 on padding
+    time_T: Int[Any, " T"]  # seconds since the first event of the data
+    next_time_T: Int[Any, " T"]  # time of the event after the row; for the last row of a history, the target's
+    target_T: Int[Any, " T"]  # the item after the row, 0 where nothing is predicted
+    weight_T: Float[Any, " T"]  # 1 where a row is trained on, 0 elsewhere
+    offsets: Int[Any, " B+1"]
+    last_row_B: Int[Any, " B"]  # row whose output stands for the user; of an empty history, row 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Slices of the event arrays: history `[start, stop)`, target `stop`, of the user in row `user`."""
+
+    user: Int[np.ndarray, " n"]
+    start: Int[np.ndarray, " n"]
+    stop: Int[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " n"]:
+        return self.stop - self.start
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Events:
+    """All events of a data set, users one after another."""
+
+    item_E: Int[Any, " E"]
+    time_E: Int[Any, " E"]  # int32 seconds since the first event
+
+    @staticmethod
+    def from_arrays(items: Int[np.ndarray, " E"], timestamps: Int[np.ndarray, " E"] | None) -> "Events":
+        """int32 arrays from ids and absolute seconds; without timestamps every time is 0.
+
+        Raises:
+          ValueError: where the timestamps span more than 2^31 - 1 seconds (68 years), which usually means milliseconds.
+        """
+        if timestamps is None:
+            return Events(items.astype(np.int32), np.zeros(len(items), np.int32))
+        first, last = (int(timestamps.min()), int(timestamps.max())) if len(timestamps) else (0, 0)
+        if last - first > SECONDS_RANGE:
+            raise ValueError(f"timestamps run from {first} to {last}: more than 2^31 - 1 seconds. Give seconds, not milliseconds.")
+        return Events(items.astype(np.int32), (timestamps - first).astype(np.int32))
+
+
+def choose_rows(lengths: Int[np.ndarray, " n"], batch_users: int) -> int:
+    """T such that `batch_users` random histories nearly always fit: mean + 4 standard deviations of their sum, at least the longest.
+
+    A batch that does not fit is closed early by `plan_epoch`; no event is lost.
+    """
+    users = min(batch_users, len(lengths))
+    expected = users * lengths.mean() + 4 * np.sqrt(users) * lengths.std()
+    rows = max(int(lengths.max()), min(int(np.ceil(expected)), users * int(lengths.max())), 1)
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def plan_epoch(
+    lengths: Int[np.ndarray, " n"], *, batch_users: int, rows: int, seed: int, epoch: int, shuffle: bool = True
+) -> Int[np.ndarray, "S B"]:
+    """Which examples each batch holds: int32 [S, B] of example numbers, -1 in empty places.
+
+    The order is a function of (seed, epoch) alone. A batch closes at `batch_users` examples or when the next one would exceed `rows`.
+
+    Raises:
+      ValueError: if a history is longer than `rows`.
+    """
+    if len(lengths) == 0:
+        return np.zeros((0, batch_users), np.int32)
+    longest = int(lengths.max())
+    if longest > rows:
+        raise ValueError(f"a history has {longest} events but a batch only {rows} rows: raise data.batch_tokens to at least {longest}")
+    n = len(lengths)
+    order = np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
+    ends = np.cumsum(lengths[order])
+    batches, first = [], 0
+    while first < n:
+        before = ends[first - 1] if first else 0
+        last = min(first + batch_users, int(np.searchsorted(ends, before + rows, side="right")))
+        batches.append(np.pad(order[first:last], (0, batch_users - (last - first)), constant_values=-1))
+        first = last
+    return np.stack(batches).astype(np.int32)
+
+
+def gather_batch(
+    events: Events, start_B: Int[Any, " B"], stop_B: Int[Any, " B"], *, rows: int, padded_length: int | None = None, xp: Any = jnp
+) -> Batch:
+    """The flat batch of B examples; `start == stop` makes an empty history.
+
+    Args:
+      rows: T.
+      padded_length: None packs the histories without gaps; a number N puts each at a multiple of N (the padded layout of the published
+        research code), and T must be B * N.
+      xp: `jax.numpy` or `numpy`.
+    """
+    lengths_B = (stop_B - start_B).astype(xp.int32)
+    num_users = lengths_B.shape[0]
+    ends_B = xp.cumsum(lengths_B).astype(xp.int32)
+    if padded_length is None:
+        offsets = xp.concatenate([xp.zeros(1, xp.int32), ends_B])
+    else:
+        offsets = xp.arange(num_users + 1, dtype=xp.int32) * padded_length
+    row_T = xp.arange(rows, dtype=xp.int32)
+    user_T = xp.clip(xp.searchsorted(offsets, row_T, side="right").astype(xp.int32) - 1, 0, num_users - 1)
+    position_T = row_T - offsets[user_T]
+    real_T = position_T < lengths_B[user_T]
+    event_T = xp.where(real_T, start_B[user_T] + position_T, 0)
+    next_T = xp.where(real_T, event_T + 1, 0)
+    zero = xp.int32(0)
+    return Batch(
+        item_T=xp.where(real_T, events.item_E[event_T], zero),
+        time_T=xp.where(real_T, events.time_E[event_T], zero),
+        next_time_T=xp.where(real_T, events.time_E[next_T], zero),
+        target_T=xp.where(real_T, events.item_E[next_T], zero),
+        weight_T=real_T.astype(xp.float32),
+        offsets=offsets,
+        last_row_B=xp.where(lengths_B > 0, offsets[:-1] + lengths_B - 1, zero),
+    )
+
+
+def slices(examples: Examples, plan_SB: Int[np.ndarray, "S B"]) -> tuple[Int[np.ndarray, "S B"], Int[np.ndarray, "S B"]]:
+    """(start, stop) of every planned example, int32 [S, B]; empty places become empty histories."""
+    used_SB = plan_SB >= 0
+    place_SB = np.where(used_SB, plan_SB, 0)
+    start_SB = np.where(used_SB, examples.start[place_SB], 0).astype(np.int32)
+    stop_SB = np.where(used_SB, examples.stop[place_SB], 0).astype(np.int32)
+    return start_SB, stop_SB
