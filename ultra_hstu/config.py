@@ -5,8 +5,10 @@ A config file under `experiments/configs/` returns `Config(...)` as a `ConfigDic
 """
 
 import dataclasses
-import math
-from typing import Any, Literal, get_args, get_type_hints
+import operator
+import types
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import ml_collections
 
@@ -15,6 +17,13 @@ Source = Literal[
     "kuairand-pure", "kuairand-1k", "kuairand-27k",
 ]  # fmt: skip
 Protocol = Literal["published", "validated", "temporal"]
+
+POSITIVE = """data.max_history data.batch_users data.batch_tokens data.synthetic.users data.synthetic.items data.synthetic.categories
+    model.width model.layers model.heads model.qk_width model.v_width model.ffn_width model.time_buckets
+    loss.negatives loss.temperature loss.chunk_rows optim.learning_rate optim.clip_norm train.epochs train.eval_every train.eval_users
+    train.patience train.checkpoint_every train.keep_checkpoints train.steps_per_call""".split()
+NOT_NEGATIVE = "model.output_slots optim.weight_decay optim.warmup_steps train.seed data.ties_seed data.synthetic.seed".split()
+BELOW_ONE = "model.input_dropout model.linear_dropout optim.beta1 optim.beta2 data.synthetic.released_at_start".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,3 +123,95 @@ class Config:
     def padded_length(self) -> int:
         """N: the constant that attention is divided by, and the rows a user takes in the padded layout."""
         return self.data.max_history + self.model.output_slots
+
+    def validate(self) -> None:
+        """Raises ValueError naming the first field whose value cannot work, and what would."""
+        for section in (self.data, self.data.synthetic, self.model, self.loss, self.optim, self.train):
+            _check_types(section)
+        _require(self, POSITIVE, lambda value: value > 0, "greater than 0")
+        _require(self, NOT_NEGATIVE, lambda value: value >= 0, "at least 0")
+        _require(self, BELOW_ONE, lambda value: 0 <= value < 1, "in [0, 1)")
+        if not 0 < self.data.temporal_test_fraction < 1:
+            raise ValueError(f"data.temporal_test_fraction={self.data.temporal_test_fraction!r} must be in (0, 1)")
+        if self.model.kind == "sasrec" and self.model.width % self.model.heads:
+            raise ValueError(f"model.width={self.model.width} must be a multiple of model.heads={self.model.heads} for SASRec")
+        if self.data.batch_tokens is not None and self.data.batch_tokens < self.data.max_history:
+            raise ValueError(
+                f"data.batch_tokens={self.data.batch_tokens} cannot hold one history of data.max_history={self.data.max_history} events"
+            )
+        if self.data.synthetic.length < 3:
+            raise ValueError(
+                f"data.synthetic.length={self.data.synthetic.length} must be at least 3: a history, a validation and a test item"
+            )
+
+
+def _require(config: Config, names: list[str], allowed: Callable[[Any], bool], words: str) -> None:
+    for name in names:
+        value = operator.attrgetter(name)(config)
+        if value is not None and not allowed(value):
+            raise ValueError(f"{name}={value!r} must be {words}")
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """The ConfigDict that a config file returns; its fields can be overridden by flags."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config), convert_dict=True)
+
+
+def from_config_dict(values: Any) -> Config:
+    """The validated `Config` of a ConfigDict or nested dict.
+
+    Raises:
+      ValueError: naming an unknown field, a value of the wrong type or a value that cannot work.
+    """
+    plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values)
+    config = _build(Config, plain, prefix="")
+    config.validate()
+    return config
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line for every field in which two nested config dicts differ: `data.ties: 'stable' -> 'random'`."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(values.keys() - fields.keys())
+    if unknown:
+        raise ValueError(f"unknown config field {prefix}{unknown[0]!s}; {prefix or 'the config '}has {', '.join(fields)}")
+    hints = get_type_hints(cls)
+    built = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            built[name] = _build(hints[name], value, f"{prefix}{name}.")
+        else:
+            # Flags may give 1 where 1.0 is meant; nothing else is converted.
+            built[name] = float(value) if hints[name] is float and type(value) is int else value
+    return cls(**built)
+
+
+def _check_types(section: Any) -> None:
+    for name, hint in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if not dataclasses.is_dataclass(hint) and not _fits(value, hint):
+            allowed = ", ".join(map(repr, get_args(hint))) if get_origin(hint) is Literal else getattr(hint, "__name__", str(hint))
+            raise ValueError(f"{type(section).__name__}.{name}={value!r} is not allowed: use {allowed}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool) and value == value
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

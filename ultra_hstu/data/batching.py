@@ -1,10 +1,10 @@
 """Batches of histories: which examples go together, and their events laid out in one flat buffer.
 
-An *example* is a slice `[start, stop)` of the event arrays: rows `start .. stop-1` are the history, and the event after each row is what the
-row should predict, so the event at `stop` is the target of the last row. Batches are packed by rows, not by users (`README`, "Jagged batches"):
-B and T are fixed when a run starts, and one compiled step serves every batch.
+An *example* is a slice `[start, stop)` of the event arrays: rows `start .. stop-1` are the history, and the event after each row is
+what the row should predict, so the event at `stop` is the target of the last row. Batches are packed by rows, not by users: B and T
+are fixed when a run starts, and one compiled step serves every batch.
 
-The same `gather_batch` runs on the device (`xp=jax.numpy`, inside the compiled step) and on the host (`xp=numpy`, for streamed data).
+The same `gather_batch` runs on the device (`xp=jax.numpy`, in the compiled step) and on the host (`xp=numpy`, for streamed data).
 """
 
 import dataclasses
