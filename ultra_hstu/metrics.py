@@ -1,0 +1,139 @@
+"""Ranking over the whole catalogue: the place of the target, hit rate, NDCG and reciprocal rank.
+
+The scores [U, I] never exist at once: the catalogue is passed in chunks, and a rank is a count of better items, which adds up.
+Products are at full float32 precision (`highest`): TF32 changes ranks.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ultra_hstu.nn.norms import l2_normalize as unit_rows
+
+CUTOFFS = (1, 5, 10, 50, 100, 200)
+PUBLISHED_CUTOFF = 2500  # the published code looks for the target among this many; further down it is not found
+
+
+def ranks(
+    h_UD: Float[Array, "U D"],
+    table_ID: Float[Array, "I1 D"],
+    target_U: Int[Array, " U"],
+    seen_US: Int[Array, "U S"] | None = None,
+    *,
+    l2_normalize: bool = True,
+    corpus_I: Bool[Array, " I1"] | None = None,
+    cutoff: int | None = PUBLISHED_CUTOFF,
+    chunk_items: int = 4096,
+) -> Int[Array, " U"]:
+    """Place of each user's target among the items of the corpus, 1 is best.
+
+    An item that scores the same as the target, or NaN, counts as better, so that a broken model cannot look good; the target never counts
+    against itself, whatever the rounding.
+
+    Args:
+      h_UD: encoder output of the users. Its norm does not matter for the order.
+      table_ID: item embeddings [I + 1, D]; row 0 is padding and never ranked.
+      target_U: ids 1..I; 0 is not found.
+      seen_US: ids that are left out of the ranking, 0 for none, repeats allowed. A target among them is not found. None: nothing is left out.
+      l2_normalize: divide the items by max(norm, 1e-6), for models trained on cosines.
+      corpus_I: the items that are ranked; None: all of 1..I.
+      cutoff: a target behind this place is not found (published: 2500). None: no limit.
+      chunk_items: items scored at one time.
+
+    Returns:
+      int32 ranks; not found is `cutoff + 1`, or I + 1 where there is no cutoff.
+    """
+    if chunk_items < 1:
+        raise ValueError(f"{chunk_items=} must be at least 1")
+    items = table_ID.shape[0]
+    prepare = unit_rows if l2_normalize else (lambda e_XD: e_XD.astype(jnp.float32))
+    h_UD = h_UD.astype(jnp.float32)
+    target_U1 = target_U[:, None]
+    goal_U1 = jnp.sum(h_UD * prepare(table_ID[target_U]), axis=1, keepdims=True)
+
+    def count(ahead_U, chunk_I, score_UI, allowed_UI):
+        better_UI = ~(score_UI < goal_U1) & allowed_UI & (chunk_I[None, :] != target_U1)
+        return ahead_U + jnp.sum(better_UI, axis=1, dtype=jnp.int32)
+
+    ahead_U = _sweep(count, jnp.zeros(target_U.shape, jnp.int32), h_UD, table_ID, seen_US, corpus_I, prepare, chunk_items)
+    found_U = target_U > 0
+    if corpus_I is not None:
+        found_U &= corpus_I[target_U]
+    if seen_US is not None:
+        found_U &= ~jnp.any(seen_US == target_U1, axis=1)
+    last = items if cutoff is None else cutoff
+    return jnp.where(found_U & (ahead_U < last), ahead_U + 1, last + 1)
+
+
+def best_items(
+    h_UD: Float[Array, "U D"],
+    table_ID: Float[Array, "I1 D"],
+    seen_US: Int[Array, "U S"] | None = None,
+    *,
+    k: int,
+    l2_normalize: bool = True,
+    corpus_I: Bool[Array, " I1"] | None = None,
+    chunk_items: int = 4096,
+) -> tuple[Int[Array, "U {k}"], Float[Array, "U {k}"]]:
+    """The k best items of each user and their scores, best first; id 0 and score -inf where fewer remain. Arguments as in `ranks`."""
+    if k < 1 or chunk_items < 1:
+        raise ValueError(f"{k=} and {chunk_items=} must be at least 1")
+    prepare = unit_rows if l2_normalize else (lambda e_XD: e_XD.astype(jnp.float32))
+
+    def merge(best, chunk_I, score_UI, allowed_UI):
+        id_UX = jnp.concatenate([best[0], jnp.broadcast_to(chunk_I[None, :], score_UI.shape)], axis=1)
+        score_UX = jnp.concatenate([best[1], jnp.where(allowed_UI, score_UI, -jnp.inf)], axis=1)
+        score_UK, place_UK = jax.lax.top_k(score_UX, k)
+        return jnp.where(score_UK > -jnp.inf, jnp.take_along_axis(id_UX, place_UK, axis=1), 0), score_UK
+
+    none = (jnp.zeros((h_UD.shape[0], k), jnp.int32), jnp.full((h_UD.shape[0], k), -jnp.inf))
+    return _sweep(merge, none, h_UD.astype(jnp.float32), table_ID, seen_US, corpus_I, prepare, chunk_items)
+
+
+def _sweep(visit: Any, carry: Any, h_UD, table_ID, seen_US, corpus_I, prepare, chunk_items: int) -> Any:
+    """Folds `visit(carry, ids [I], scores [U, I], allowed [U, I])` over chunks of the catalogue; each item is allowed in one chunk only."""
+    items, users = table_ID.shape[0], h_UD.shape[0]
+    size = min(chunk_items, items)
+
+    def step(i, carry):
+        first = jnp.minimum(i * size, items - size)  # the last chunk may overlap the one before it
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
+        chunk_I = first + jnp.arange(size, dtype=jnp.int32)
+        score_UI = jnp.matmul(h_UD, prepare(take(table_ID)).T, precision="highest")
+        allowed_I = (chunk_I >= jnp.maximum(i * size, 1)) if corpus_I is None else take(corpus_I) & (chunk_I >= jnp.maximum(i * size, 1))
+        allowed_UI = jnp.broadcast_to(allowed_I[None, :], score_UI.shape)
+        if seen_US is not None:
+            column_US = jnp.where(seen_US >= first, seen_US - first, size)  # out of the chunk on either side: dropped
+            allowed_UI = allowed_UI.at[jnp.arange(users)[:, None], column_US].set(False, mode="drop")
+        return visit(carry, chunk_I, score_UI, allowed_UI)
+
+    return jax.lax.fori_loop(0, -(-items // size), step, carry)
+
+
+def ranking_metrics(rank_U: Int[Array, " U"], weight_U: Float[Array, " U"]) -> dict[str, Float[Array, ""]]:
+    """Weighted sums over users of `hr@k`, `ndcg@k` (k in CUTOFFS) and `mrr`, and `users`, the sum of the weights.
+
+    Sums of batches add; `mean_metrics` divides. `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] / log2(rank + 1)`, `mrr = 1 / rank`: as in the published
+    code, a target that is not found adds 1 / 2501 to MRR and not 0. Weight 0 leaves out the empty places of a batch.
+    """
+    rank_U = rank_U.astype(jnp.float32)
+    gain_U = 1.0 / jnp.log2(rank_U + 1.0)
+    hits = {k: weight_U * (rank_U <= k) for k in CUTOFFS}
+    sums = {f"hr@{k}": jnp.sum(hit_U) for k, hit_U in hits.items()}
+    sums |= {f"ndcg@{k}": jnp.sum(hit_U * gain_U) for k, hit_U in hits.items()}
+    return sums | {"mrr": jnp.sum(weight_U / rank_U), "users": jnp.sum(weight_U)}
+
+
+def mean_metrics(sums: dict[str, Any]) -> dict[str, float]:
+    """Means over users from sums of `ranking_metrics`.
+
+    Raises:
+      ValueError: if there was no user.
+    """
+    users = float(sums["users"])
+    if users <= 0:
+        raise ValueError(f"no user to average over: the weights sum to {users}")
+    return {name: float(value) / users for name, value in sums.items() if name != "users"}

@@ -1,0 +1,54 @@
+"""Negative items of a batch: uniform over the catalogue, or drawn from the batch itself. All are pure functions of a key."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+def uniform_negatives(key: Key[Array, ""], rows: int, count: int, num_items: int) -> Int[Array, "{rows} {count}"]:
+    """`count` ids for each row, uniform over 1..num_items, independent and with replacement."""
+    return 1 + _below(key, rows, count, jnp.uint32(num_items))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InBatchPool:
+    """The ids that negatives are drawn from, and the log probability of each."""
+
+    id_P: Int[Array, " P"]  # the first `size` are drawn from with equal probability
+    size: Int[Array, ""]
+    log_q_I: Float[Array, " I1"]  # log of the share of the pool that is this item; -inf for one that cannot be drawn
+
+
+def in_batch_pool(item_P: Int[Array, " P"], num_items: int, *, dedup: bool = False) -> InBatchPool:
+    """The pool of a batch's items, padding (0) left out.
+
+    Args:
+      item_P: usually the targets of the batch.
+      dedup: keep each item once. Otherwise a popular item is drawn as often as it occurs, and the loss should be told (`log_q_I`).
+    """
+    count_I = jnp.zeros(num_items + 1, jnp.int32).at[item_P].add(1).at[0].set(0)
+    if dedup:
+        count_I = jnp.minimum(count_I, 1)
+        in_order_P = jnp.sort(item_P)
+        first_P = jnp.concatenate([jnp.ones(1, bool), in_order_P[1:] != in_order_P[:-1]])
+        item_P = jnp.where(first_P, in_order_P, 0)
+    size = jnp.sum(count_I)
+    (place_P,) = jnp.nonzero(item_P > 0, size=item_P.shape[0], fill_value=0)
+    return InBatchPool(item_P[place_P], size, jnp.log(count_I.astype(jnp.float32)) - jnp.log(jnp.maximum(size, 1).astype(jnp.float32)))
+
+
+def in_batch_negatives(key: Key[Array, ""], pool: InBatchPool, rows: int, count: int) -> Int[Array, "{rows} {count}"]:
+    """`count` ids for each row from the pool, independent and with replacement. A row's own positive may be among them: the loss removes it."""
+    return pool.id_P[_below(key, rows, count, jnp.maximum(pool.size, 1).astype(jnp.uint32))]
+
+
+def _below(key: Key[Array, ""], rows: int, count: int, bound: Int[Array, ""]) -> Int[Array, "{rows} {count}"]:
+    """Uniform integers 0..bound-1 as the remainder of one 32-bit word.
+
+    The probability of an id is off by at most bound / 2^32 of itself: 1e-6 for MovieLens, 2e-4 for 700,000 items. `jax.random.randint` spends two words to
+    remove even that and takes six times as long (62 ms against 10 ms for 18,432 x 128 draws on two cores, most of a cheap loss).
+    """
+    return (jax.random.bits(key, (rows, count), jnp.uint32) % bound).astype(jnp.int32)
