@@ -61,23 +61,28 @@ def position_bias(position_table: Float[Array, " P"], distance: Int[Array, "..."
 
 @functools.cache
 def bucket_starts(num_buckets: int) -> np.ndarray:
-    """int32[<= num_buckets - 1]: the smallest gap in seconds of bucket 1, 2, ...; buckets that no int32 gap reaches are left out.
-
-    A gap's bucket is the number of starts that are <= the gap: integers, so exact where a float32 logarithm may round across an edge.
-    """
-    starts: list[int] = []
+    """int32: the smallest gap in seconds of bucket 0, 1, ...; of buckets that no int32 gap reaches, int32's largest value."""
+    largest = int(np.iinfo(np.int32).max)
+    starts = [0]
     for bucket in range(1, num_buckets):
-        start = math.ceil(math.exp(bucket * BUCKET_WIDTH))
-        while start > 1 and math.log(start - 1) / BUCKET_WIDTH >= bucket:
-            start -= 1
-        while math.log(start) / BUCKET_WIDTH < bucket:
-            start += 1
-        if start > np.iinfo(np.int32).max:
-            break
+        start = largest
+        if bucket * BUCKET_WIDTH < math.log(largest):
+            start = math.ceil(math.exp(bucket * BUCKET_WIDTH))
+            while start > 1 and math.log(start - 1) / BUCKET_WIDTH >= bucket:
+                start -= 1
+            while math.log(start) / BUCKET_WIDTH < bucket:
+                start += 1
         starts.append(start)
     return np.asarray(starts, np.int32)
 
 
 def time_buckets(gap: Int[Array, "..."], num_buckets: int) -> Int[Array, "..."]:
-    """`min(floor(ln(max(|gap|, 1)) / 0.301), num_buckets - 1)` for gaps in int32 seconds, exact."""
-    return jnp.searchsorted(bucket_starts(num_buckets), jnp.abs(gap), side="right", method="compare_all").astype(jnp.int32)
+    """`min(floor(ln(max(|gap|, 1)) / 0.301), num_buckets - 1)` for gaps in int32 seconds, exact.
+
+    A float32 logarithm alone may round across an edge; it finds the nearest edge, and integers decide on which side the gap lies.
+    """
+    size = jnp.abs(gap)
+    nearest = jnp.round(jnp.log(jnp.maximum(size, 1).astype(jnp.float32)) * (1 / BUCKET_WIDTH)).astype(jnp.int32)
+    nearest = jnp.minimum(nearest, num_buckets - 1)
+    start = jnp.asarray(bucket_starts(num_buckets)).at[nearest].get(mode="promise_in_bounds")
+    return nearest - (size < start).astype(jnp.int32)
