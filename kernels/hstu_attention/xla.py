@@ -146,8 +146,9 @@ def _scores(q_gHbK: Array, k_gHbK: Array, alpha: float, tables: Any, pairs: _Pai
         score += position_bias(position_table, distance)[:, None]
     if time_table is not None:
         score += time_table.astype(jnp.float32).at[pairs.bucket].get(mode="promise_in_bounds")[:, None]
+    # The barrier keeps the scores from being computed once for each of their uses.
     # silu and its derivative are exactly 0 here, so that nothing after this needs the mask
-    return jnp.where(pairs.mask[:, None], score, -1e30)
+    return jax.lax.optimization_barrier(jnp.where(pairs.mask[:, None], score, -1e30))
 
 
 def _steps(sizes: Tiling, work: _Work) -> Array:
