@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ultra_hstu import losses, negatives, optim
 from ultra_hstu.config import Config
@@ -23,7 +23,7 @@ Params = Any  # nnx.State of nnx.Param
 class TrainState:
     params: Params
     opt_state: Any
-    step: Int[Array, ""]  # steps taken, over all epochs
+    step: Any  # int32: steps taken, over all epochs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ call moves only the slice bounds of its examples. `StreamedFeed` holds ready bat
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import jax
@@ -20,16 +20,12 @@ STREAM_THREADS = 4
 STREAM_AHEAD = 4  # groups of batches packed before they are asked for
 
 
-class Feed(Protocol):
-    def batch(self, step: Any) -> Batch: ...
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeviceFeed:
     events: Events
-    start_SB: Int[Any, "S B"]
-    stop_SB: Int[Any, "S B"]
+    start_SB: Any  # int32 [S, B]
+    stop_SB: Any
     rows: int = dataclasses.field(metadata={"static": True})
     padded_length: int | None = dataclasses.field(metadata={"static": True})
 
@@ -44,6 +40,9 @@ class StreamedFeed:
 
     def batch(self, step: Any) -> Batch:
         return jax.tree.map(lambda leaf: leaf[step], self.batches_S)
+
+
+Feed = DeviceFeed | StreamedFeed
 
 
 @dataclasses.dataclass(frozen=True)
