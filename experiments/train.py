@@ -1,6 +1,7 @@
 """Trains one configuration.
 
-python -m experiments.train --config=experiments/configs/ml1m_hstu.py --workdir=runs/ml1m_hstu [--config.data.raw_dir=PATH] [--seeds=42,43,44]
+python -m experiments.train --config=experiments/configs/ml1m_hstu.py --workdir=runs/ml1m_hstu
+    [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--record=experiments/results/NAME.json]
 
 Started again with the same arguments it goes on where it was. Any field can be overridden: --config.train.epochs=10.
 """
