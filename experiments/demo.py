@@ -14,7 +14,7 @@ from experiments.command import run_command
 from experiments.configs import synthetic
 from experiments.recommend import recommendations_table
 from ultra_hstu import report
-from ultra_hstu.config import Config, from_config_dict
+from ultra_hstu.config import from_config_dict
 from ultra_hstu.evaluate import popularity_metrics
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.task import Task
@@ -42,7 +42,7 @@ def main(_: list[str]) -> None:
         folders[name] = Workdir(root / name.lower())
         shutil.rmtree(folders[name].path, ignore_errors=True)
         console.rule(name)
-        rows[name] = train(config, folders[name].path, console=console, task=_for(task, config))["best"]
+        rows[name] = train(config, folders[name].path, console=console, task=task)["best"]
     rows["popularity"] = popularity_metrics(task, "test")
     console.print(report.metrics_table("Next item among all items, test users", rows))
 
@@ -61,10 +61,6 @@ def main(_: list[str]) -> None:
         "learning curves": curves,
     }.items():
         console.print(f"{label:<16}{path}", soft_wrap=True)
-
-
-def _for(task: Task, config: Config) -> Task:
-    return dataclasses.replace(task, config=config, recipe=dataclasses.replace(task.recipe, config=config))
 
 
 if __name__ == "__main__":

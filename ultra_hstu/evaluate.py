@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from kernels import jagged
 from ultra_hstu import metrics
 from ultra_hstu.data.batching import Batch
 from ultra_hstu.data.feed import Feed, Loader
@@ -35,7 +36,8 @@ class Evaluator:
         self.plan_SB = self.loader.plan(shuffle=False)
         self.examples = self.loader.examples
         l2_normalize = task.config.loss.l2_normalize and scorer is None
-        self._rank = jax.jit(functools.partial(_rank_steps, scorer or functools.partial(_encode, task.recipe), l2_normalize))
+        longest = int(self.examples.lengths.max())
+        self._rank = jax.jit(functools.partial(_rank_steps, scorer or functools.partial(_encode, task.recipe), l2_normalize, longest))
 
     def ranks(self, scored: Params | Any) -> Int[np.ndarray, " n"]:
         """The 1-based rank of every example's target, in the order of the split; `metrics.NOT_FOUND` where it is not among the best."""
@@ -69,12 +71,13 @@ def _encode(recipe: Recipe, params: Params, batch: Batch) -> tuple[jax.Array, ja
 
 
 def _rank_steps(
-    scorer: Scorer, l2_normalize: bool, scored: Any, feed: Feed, targets_SB: Int[jax.Array, "S B"], steps: Int[jax.Array, ""]
+    scorer: Scorer, l2_normalize: bool, longest: int, scored: Any, feed: Feed, targets_SB: Int[jax.Array, "S B"], steps: Int[jax.Array, ""]
 ) -> Int[jax.Array, "S B"]:
     def rank(step: jax.Array, ranks_SB: jax.Array) -> jax.Array:
         batch = feed.batch(step)
         users_BD, table_ID = scorer(scored, batch)
-        ranks_B = metrics.ranks(users_BD, table_ID, targets_SB[step], seen_by_user(batch), l2_normalize=l2_normalize)
+        seen_BN = jagged.pad(batch.item_T, batch.offsets, longest)
+        ranks_B = metrics.ranks(users_BD, table_ID, targets_SB[step], seen_BN, l2_normalize=l2_normalize)
         return ranks_SB.at[step].set(ranks_B)
 
     return jax.lax.fori_loop(0, steps, rank, jnp.zeros_like(targets_SB))

@@ -39,7 +39,7 @@ class MetricLog:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
         return math.inf  # the torn last line of a killed run
 

@@ -24,7 +24,11 @@ class Task:
     @staticmethod
     def load(config: Config) -> "Task":
         """Reads (and prepares, the first time) the data. Raises ValueError for bad data or a configuration that does not suit it."""
-        interactions = load_interactions(config.data)
+        return Task.of(config, load_interactions(config.data))
+
+    @staticmethod
+    def of(config: Config, interactions: Interactions) -> "Task":
+        """The task of a configuration on data that is already in memory."""
         splits = make_splits(
             interactions,
             config.train.protocol,
@@ -33,6 +37,14 @@ class Task:
         )
         events = Events.from_arrays(interactions.items, interactions.timestamps)
         return Task(config, interactions, splits, events, Recipe(config, interactions.num_items))
+
+    def with_config(self, config: Config) -> "Task":
+        """The same data under another model, loss or seed. Raises ValueError if the configurations differ in data or protocol."""
+        if (config.data, config.train.protocol) != (self.config.data, self.config.train.protocol):
+            raise ValueError(
+                f"the data was loaded for {self.config.data}, protocol {self.config.train.protocol}: load it for {config.data}"
+            )
+        return dataclasses.replace(self, config=config, recipe=Recipe(config, self.interactions.num_items))
 
     def loader(self, split: str, *, batch_users: int, steps_per_call: int) -> Loader:
         """Batches of one split: "train", "validation" or "test"."""

@@ -78,10 +78,13 @@ def train(config: Config, workdir: Path | str, *, console: Console | None = None
     console = console or Console()
     folder = Workdir(workdir)
     folder.claim(config)
-    task = task or Task.load(config)
-    task.interactions.catalog.save(folder.catalog)
-    with jax.default_matmul_precision(config.train.matmul_precision):
-        return _Run(task, folder, console).to_the_end()
+    try:
+        task = Task.load(config) if task is None else task.with_config(config)
+        task.interactions.catalog.save(folder.catalog)
+        with jax.default_matmul_precision(config.train.matmul_precision):
+            return _Run(task, folder, console).to_the_end()
+    finally:
+        folder.release()
 
 
 class _Run:

@@ -35,7 +35,7 @@ class Workdir:
         self._lock: Any = None
 
     def claim(self, config: Config) -> None:
-        """Makes the folder this run's own, until the process ends.
+        """Makes the folder this run's own, until `release` or the end of the process.
 
         Raises:
           ValueError: if another process trains in it, if it belongs to a run with another configuration (the difference is shown), or if
@@ -46,8 +46,16 @@ class Workdir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.release()
             raise ValueError(f"another process is training in {self.path}: wait for it, or choose another --workdir") from None
-        new = dataclasses.asdict(config)
+        try:
+            self._check_owner(dataclasses.asdict(config))
+        except ValueError:
+            self.release()
+            raise
+        write_json(self.config, dataclasses.asdict(config))
+
+    def _check_owner(self, new: dict[str, Any]) -> None:
         if self.config.exists():
             changed = [line for line in difference(dataclasses.asdict(self.read_config()), new) if not line.startswith(FREE_FIELDS)]
             if changed:
@@ -58,7 +66,12 @@ class Workdir:
                 )
         elif foreign := sorted(entry.name for entry in self.path.iterdir() if entry.name != ".lock"):
             raise ValueError(f"{self.path} is no run's folder, yet it holds {foreign[0]!r}: choose an empty or new --workdir")
-        write_json(self.config, new)
+
+    def release(self) -> None:
+        """Lets another process (or another run of this one) claim the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def read_config(self) -> Config:
         """The stored configuration.
