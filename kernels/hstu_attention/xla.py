@@ -121,6 +121,8 @@ def _pairs(step: Array, sizes: Tiling, work: _Work, tables: Any) -> _Pairs:
         jnp.where(place_g < second_g, lo_g3[:, 1] + place_g - first_g, lo_g3[:, 2] + place_g - second_g),
     )
     key_g = jnp.clip(key_g, 0, tiles - 1)  # numbers past the last pair
+    # Without the barrier XLA fuses the search into every gather that uses its result, and repeats it for every element.
+    query_g, key_g = jax.lax.optimization_barrier((query_g, key_g))
     inside = jnp.arange(sizes.block, dtype=jnp.int32)
     row_gb1 = (query_g[:, None] * sizes.block + inside[None, :])[:, :, None]
     key_g1b = (key_g[:, None] * sizes.block + inside[None, :])[:, None, :]
@@ -144,7 +146,8 @@ def _scores(q_gHbK: Array, k_gHbK: Array, alpha: float, tables: Any, pairs: _Pai
         score += position_bias(position_table, distance)[:, None]
     if time_table is not None:
         score += time_table.astype(jnp.float32).at[pairs.bucket].get(mode="promise_in_bounds")[:, None]
-    return score
+    # silu and its derivative are exactly 0 here, so that nothing after this needs the mask
+    return jnp.where(pairs.mask[:, None], score, -1e30)
 
 
 def _steps(sizes: Tiling, work: _Work) -> Array:
@@ -163,7 +166,7 @@ def _attend(sizes: Tiling, alpha: float, q: Array, k: Array, v: Array, tables: A
     def step(i: Array, out: Array) -> Array:
         pairs = _pairs(i, sizes, work, tables)
         score = _scores(q[pairs.query], k[pairs.key], alpha, tables, pairs, sizes.block)
-        weight = jnp.where(pairs.mask[:, None], jax.nn.silu(score), 0.0).astype(v.dtype)
+        weight = jax.nn.silu(score).astype(v.dtype)
         part = jnp.einsum("ghqk,ghkd->ghqd", weight, v[pairs.key], preferred_element_type=jnp.float32)
         return out.at[pairs.query].add(part, mode="promise_in_bounds")
 
@@ -187,10 +190,10 @@ def _attend_bwd(sizes: Tiling, alpha: float, saved: Any, g: Array) -> Any:
         q_g, k_g, v_g, g_g = q[pairs.query], k[pairs.key], v[pairs.key], g[pairs.query]
         score = _scores(q_g, k_g, alpha, tables, pairs, block)
         gate = jax.nn.sigmoid(score)
-        mask = pairs.mask[:, None]
-        weight = jnp.where(mask, score * gate, 0.0).astype(v.dtype)
+        silu = score * gate
         d_weight = jnp.einsum("ghqd,ghkd->ghqk", g_g, v_g, preferred_element_type=jnp.float32)
-        d_score = jnp.where(mask, d_weight * (gate + score * gate * (1 - gate)), 0.0)
+        d_score = d_weight * (gate + silu * (1 - gate))
+        weight, d_score, bucket = jax.lax.optimization_barrier((silu.astype(v.dtype), d_score, pairs.bucket))
         low = d_score.astype(q.dtype)
         add = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         dv = dv.at[pairs.key].add(add("ghqk,ghqd->ghkd", weight, g_g), mode="promise_in_bounds")
@@ -201,7 +204,7 @@ def _attend_bwd(sizes: Tiling, alpha: float, saved: Any, g: Array) -> Any:
         if d_position is not None:
             d_position = d_position + _diagonal_sums(per_pair, (pairs.key - pairs.query) * block, d_position.shape[0])
         if d_time is not None:
-            d_time = d_time.at[pairs.bucket].add(per_pair, mode="promise_in_bounds")
+            d_time = d_time.at[bucket].add(per_pair, mode="promise_in_bounds")
         return dq, dk, dv, d_position, d_time
 
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
