@@ -126,8 +126,6 @@ class Config:
 
     def validate(self) -> None:
         """Raises ValueError naming the first field whose value cannot work, and what would."""
-        for section in (self.data, self.data.synthetic, self.model, self.loss, self.optim, self.train):
-            _check_types(section)
         _require(self, POSITIVE, lambda value: value > 0, "greater than 0")
         _require(self, NOT_NEGATIVE, lambda value: value >= 0, "at least 0")
         _require(self, BELOW_ONE, lambda value: 0 <= value < 1, "in [0, 1)")
@@ -191,18 +189,13 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             built[name] = _build(hints[name], value, f"{prefix}{name}.")
-        else:
+        elif _fits(value, hint := hints[name]):
             # Flags may give 1 where 1.0 is meant; nothing else is converted.
-            built[name] = float(value) if hints[name] is float and type(value) is int else value
-    return cls(**built)
-
-
-def _check_types(section: Any) -> None:
-    for name, hint in get_type_hints(type(section)).items():
-        value = getattr(section, name)
-        if not dataclasses.is_dataclass(hint) and not _fits(value, hint):
+            built[name] = float(value) if hint is float and type(value) is int else value
+        else:
             allowed = ", ".join(map(repr, get_args(hint))) if get_origin(hint) is Literal else getattr(hint, "__name__", str(hint))
-            raise ValueError(f"{type(section).__name__}.{name}={value!r} is not allowed: use {allowed}")
+            raise ValueError(f"{prefix}{name}={value!r} is not allowed: use {allowed}")
+    return cls(**built)
 
 
 def _fits(value: Any, hint: Any) -> bool:

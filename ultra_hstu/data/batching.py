@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 ROW_MULTIPLE = 128  # capacities are rounded up to this many rows, a common tile height of the kernels
 SECONDS_RANGE = 2**31 - 1
@@ -22,15 +22,18 @@ SECONDS_RANGE = 2**31 - 1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """B histories in T rows. Rows from `offsets[B]` on are padding; a padded layout has offsets `0, N, 2N, ...` and item 0 inside."""
+    """B histories in T rows. Rows from `offsets[B]` on are padding; a padded layout has offsets `0, N, 2N, ...` and item 0 inside.
 
-    item_T: Int[Any, " T"]  # item ids 1..I, 0 on padding
-    time_T: Int[Any, " T"]  # seconds since the first event of the data
-    next_time_T: Int[Any, " T"]  # time of the event after the row; for the last row of a history, the target's
-    target_T: Int[Any, " T"]  # the item after the row, 0 where nothing is predicted
-    weight_T: Float[Any, " T"]  # 1 where a row is trained on, 0 elsewhere
-    offsets: Int[Any, " B+1"]
-    last_row_B: Int[Any, " B"]  # row whose output stands for the user; of an empty history, row 0
+    Fields are `Any` because a pytree's leaves may also be shapes, shardings or stacks of batches.
+    """
+
+    item_T: Any  # int32 [T]: item ids 1..I, 0 on padding
+    time_T: Any  # int32 [T]: seconds since the first event of the data
+    next_time_T: Any  # int32 [T]: time of the event after the row; for the last row of a history, the target's
+    target_T: Any  # int32 [T]: the item after the row, 0 where nothing is predicted
+    weight_T: Any  # float32 [T]: 1 where a row is trained on, 0 elsewhere
+    offsets: Any  # int32 [B + 1]
+    last_row_B: Any  # int32 [B]: row whose output stands for the user; of an empty history, row 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Examples:
 class Events:
     """All events of a data set, users one after another."""
 
-    item_E: Int[Any, " E"]
-    time_E: Int[Any, " E"]  # int32 seconds since the first event
+    item_E: Any  # int32 [E]
+    time_E: Any  # int32 [E]: seconds since the first event
 
     @staticmethod
     def from_arrays(items: Int[np.ndarray, " E"], timestamps: Int[np.ndarray, " E"] | None) -> "Events":

@@ -1,0 +1,43 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.12 || { command -v pyenv >/dev/null && pyenv which python3.12; } 2>/dev/null || echo python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+export PYTHONDONTWRITEBYTECODE := 1
+
+help:  ## list the targets
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+		{ echo "Python 3.12 is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1): install it (pyenv install 3.12, or uv python install 3.12), or name it: make PYTHON=/path/to/python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): requirements.txt requirements-dev.txt constraints.txt | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+install: $(INSTALLED)  ## make .venv with everything for CPU, tests and lint
+
+install-cuda: $(INSTALLED)  ## the same for NVIDIA GPUs (CUDA 13), with jax-triton
+	$(PY) -m pip install --disable-pip-version-check -r requirements-cuda.txt -c constraints.txt
+
+demo: $(INSTALLED)  ## train a small HSTU beside SASRec, compare, draw, recommend (under 3 minutes on 2 cores)
+	$(PY) -m experiments.demo
+
+test: $(INSTALLED)  ## the whole test suite on CPU
+	$(PY) -m pytest -q -n 2 --dist=worksteal
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+tables: $(INSTALLED)  ## write the README's tables and figures anew from experiments/results
+	$(PY) -m scripts.make_tables
+
+clean:  ## remove .venv, prepared data and runs
+	rm -rf $(VENV) data runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+.PHONY: help install install-cuda demo test lint tables clean

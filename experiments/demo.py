@@ -1,0 +1,67 @@
+"""The two-minute tour: a small HSTU and SASRec on synthetic streaming data, compared, drawn, and asked for recommendations.
+
+python -m experiments.demo [--workdir=runs/demo]
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from absl import app, flags
+from rich.console import Console
+
+from experiments.command import run_command
+from experiments.configs import synthetic
+from experiments.recommend import recommendations_table
+from ultra_hstu import report
+from ultra_hstu.config import from_config_dict
+from ultra_hstu.evaluate import popularity_metrics
+from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.task import Task
+from ultra_hstu.train import train
+from ultra_hstu.workdir import Workdir
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder of the two runs; emptied first")
+_EPOCHS = flags.DEFINE_integer("epochs", None, "fewer epochs than the configuration's, for a quick look")
+
+
+def main(_: list[str]) -> None:
+    console = Console()
+    root = Path(_WORKDIR.value)
+    hstu = from_config_dict(synthetic.get_config())
+    if _EPOCHS.value is not None:
+        hstu = dataclasses.replace(hstu, train=dataclasses.replace(hstu.train, epochs=_EPOCHS.value))
+    sasrec = dataclasses.replace(hstu, name="synthetic_sasrec", model=dataclasses.replace(hstu.model, kind="sasrec"))
+    rows, folders = {}, {}
+    task = Task.load(hstu)
+    console.print(
+        f"{task.interactions.num_users:,} users, {task.interactions.num_items:,} items, {task.interactions.num_events:,} events: "
+        "a Dirichlet process over categories whose vocabulary drifts (HSTU paper, appendix C, scaled down)"
+    )
+    for name, config in {"HSTU": hstu, "SASRec": sasrec}.items():
+        folders[name] = Workdir(root / name.lower())
+        shutil.rmtree(folders[name].path, ignore_errors=True)
+        console.rule(name)
+        rows[name] = train(config, folders[name].path, console=console, task=task)["best"]
+    rows["popularity"] = popularity_metrics(task, "test")
+    console.print(report.metrics_table("Next item among all items, test users", rows))
+
+    curves = root / "curves.png"
+    report.draw_curves({name: folder.metrics for name, folder in folders.items()}, curves)
+    user = task.interactions.users[0]
+    events = task.interactions.history(user)
+    model = RecommendationModel(str(folders["HSTU"].path))
+    times = None if task.interactions.timestamps is None else task.interactions.timestamps[events]
+    answer = model.recommend(task.interactions.items[events], times, k=5)
+    console.print(recommendations_table(f"user {user}, after {events.stop - events.start} events", answer))
+    for label, path in {
+        "checkpoint": folders["HSTU"].checkpoints,
+        "metrics": folders["HSTU"].metrics,
+        "TensorBoard": folders["HSTU"].tensorboard,
+        "learning curves": curves,
+    }.items():
+        console.print(f"{label:<16}{path}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app.run(run_command(main))

@@ -1,0 +1,66 @@
+"""Trains one configuration.
+
+python -m experiments.train --config=experiments/configs/ml1m_hstu.py --workdir=runs/ml1m_hstu
+    [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--record=experiments/results/NAME.json]
+
+Started again with the same arguments it goes on where it was. Any field can be overridden: --config.train.epochs=10.
+"""
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+
+from experiments.command import run_command
+from ultra_hstu import provenance, report, workdir
+from ultra_hstu.config import from_config_dict
+from ultra_hstu.evaluate import popularity_metrics
+from ultra_hstu.task import Task
+from ultra_hstu.train import train
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; made if it does not exist")
+_SEEDS = flags.DEFINE_list("seeds", [], "several seeds, each in WORKDIR/seed_N, with mean and standard deviation at the end")
+_RECORD = flags.DEFINE_string("record", None, "also write the result with device, versions, commit, command and date to this JSON file")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(_: list[str]) -> None:
+    console = Console()
+    config = from_config_dict(_CONFIG.value)
+    try:
+        seeds = [int(seed) for seed in _SEEDS.value]
+    except ValueError:
+        raise ValueError(f"--seeds={','.join(_SEEDS.value)} must be whole numbers, such as --seeds=42,43,44") from None
+    task = Task.load(config)
+    results = []
+    for seed in seeds or [config.train.seed]:
+        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        folder = Path(_WORKDIR.value) / f"seed_{seed}" if seeds else Path(_WORKDIR.value)
+        results.append(train(seeded, folder, console=console, task=task))
+    rows = {f"{config.name}, seed {result['seed']}": result["best"] for result in results}
+    if len(results) > 1:
+        rows |= {"mean": summary(results, statistics.mean), "standard deviation": summary(results, statistics.stdev)}
+    rows |= {"popularity": popularity_metrics(task, "test")}
+    console.print(report.metrics_table(f"{config.name}: test, protocol {config.train.protocol}", rows))
+    paths = workdir.Workdir(folder)
+    console.print(
+        f"checkpoints   {paths.checkpoints}\nmetrics       {paths.metrics}\nTensorBoard   {paths.tensorboard}\ncurves        {paths.curves}"
+    )
+    if _RECORD.value:
+        record: dict[str, Any] = {"config": config.name, **provenance.provenance(), "runs": results}
+        if len(results) > 1:
+            record |= {"mean": summary(results, statistics.mean), "stdev": summary(results, statistics.stdev)}
+        workdir.write_json(Path(_RECORD.value), record)
+
+
+def summary(results: list[dict[str, Any]], statistic: Any) -> dict[str, float]:
+    return {name: statistic([result["best"][name] for result in results]) for name in results[0]["best"]}
+
+
+if __name__ == "__main__":
+    app.run(run_command(main))

@@ -1,0 +1,216 @@
+"""Training: exact resume after any kind of death, protocols, clear stops. Runs are tiny but real."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tests.small import small_config, with_
+from ultra_hstu.checkpoint import Checkpoints, abstract
+from ultra_hstu.recipe import Recipe
+from ultra_hstu.report import read_metrics
+from ultra_hstu.task import Task
+from ultra_hstu.train import _Run, train
+from ultra_hstu.workdir import Workdir
+
+QUIET = Console(quiet=True)
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A run of three epochs that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    config = small_config(data_dir)
+    return config, workdir, train(config, workdir, console=QUIET)
+
+
+def final_state(config, workdir):
+    task = Task.load(config)
+    state = abstract(jax.eval_shape(lambda: task.recipe.init(0)))
+    return Checkpoints(Path(workdir).absolute() / "checkpoints", read_only=True).restore(state)
+
+
+def assert_same_bits(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other)
+
+
+def test_learns_and_writes_everything(finished):
+    config, workdir, result = finished
+    folder = Workdir(workdir)
+    records = read_metrics(folder.metrics)
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert json.loads(folder.result.read_text()) == result
+    assert result["best"]["ndcg@10"] == max(record["ndcg@10"] for record in records)
+    assert result["last"] == {name: records[-1][name] for name in result["last"]}
+    assert folder.curves.read_bytes().startswith(b"\x89PNG")
+    assert list(folder.tensorboard.iterdir()) and folder.catalog.exists()
+
+
+def test_one_compilation_for_all_batches(finished, tmp_path):
+    config, _, _ = finished
+    folder = Workdir(tmp_path)
+    folder.claim(config)
+    run = _Run(Task.load(config), folder, QUIET)
+    run.to_the_end()
+    assert run.run_steps._cache_size() == 1
+    assert run.evaluator._rank._cache_size() == 1
+
+
+def command(config, workdir, **overrides):
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()]
+    return [
+        sys.executable,
+        "-m",
+        "experiments.train",
+        f"--config={ROOT}/tests/small_config.py:{config.data.data_dir}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+
+
+def start(command):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_epochs(process, workdir, count, seconds=120):
+    metrics = Workdir(workdir).metrics
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.002)
+    output = process.communicate(timeout=5)[0] if process.poll() is not None else ""
+    raise AssertionError(f"no {count} epochs in time; exit {process.poll()}\n{output}")
+
+
+def test_killed_and_terminated_runs_end_with_the_same_bits(data_dir, tmp_path):
+    config = small_config(data_dir, epochs=40)
+    undisturbed = start(command(config, tmp_path / "undisturbed", train__epochs=40))
+    assert undisturbed.wait(timeout=180) == 0, undisturbed.stdout.read()
+
+    disturbed = tmp_path / "disturbed"
+    process = start(command(config, disturbed, train__epochs=40))
+    wait_for_epochs(process, disturbed, 5)
+    process.kill()
+    process.wait()
+    process = start(command(config, disturbed, train__epochs=40))
+    wait_for_epochs(process, disturbed, 15)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by SIGTERM" in output, output
+    process = start(command(config, disturbed, train__epochs=40))
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0 and "going on from step" in output, output
+
+    step, state, position = final_state(config, disturbed)
+    expected_step, expected_state, expected_position = final_state(config, tmp_path / "undisturbed")
+    assert step == expected_step
+    assert_same_bits(state, expected_state)
+    assert position | {"seconds": 0} == expected_position | {"seconds": 0}
+    epochs = [record["epoch"] for record in read_metrics(Workdir(disturbed).metrics)]
+    assert epochs == list(range(1, 41)), "every epoch stands in the log once"
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, data_dir, tmp_path, caplog):
+    config, undisturbed, _ = finished
+    train(with_(config, train__epochs=2), tmp_path, console=QUIET)
+    newest = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
+    for file in newest.rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    train(config, tmp_path, console=QUIET)
+    assert "cannot be read, trying the one before it" in caplog.text
+    assert_same_bits(final_state(config, tmp_path)[1], final_state(config, undisturbed)[1])
+
+
+def test_all_checkpoints_damaged_is_an_error(data_dir, tmp_path):
+    config = small_config(data_dir, epochs=1)
+    train(config, tmp_path, console=QUIET)
+    for file in (tmp_path / "checkpoints").rglob("*"):
+        if file.is_file():
+            os.truncate(file, 0)
+    with pytest.raises(ValueError, match="no checkpoint can be read"):
+        train(with_(config, train__epochs=2), tmp_path, console=QUIET)
+
+
+@pytest.mark.parametrize("protocol", ["validated", "temporal"])
+def test_protocols_look_at_the_test_items_once(data_dir, tmp_path, protocol):
+    config = with_(small_config(data_dir, protocol=protocol, patience=1, epochs=6), data__temporal_test_fraction=0.5)
+    if protocol == "temporal":
+        # Records of the synthetic stream follow one another in time: interleave them, so that users live on both sides of the cut.
+        task = Task.load(with_(config, train__protocol="published"))
+        times = np.tile(np.arange(12), 60) * 1000 + np.repeat(np.arange(60), 12)
+        task = Task.of(config, task.interactions.with_timestamps(times))
+    else:
+        task = Task.load(config)
+    result = train(config, tmp_path, console=QUIET, task=task)
+    assert result["split"] == "test" and result["best"].keys() == result["validation"].keys()
+    assert "last" not in result
+    assert all(record["split"] == "validation" for record in read_metrics(Workdir(tmp_path).metrics))
+
+
+def test_streamed_training_equals_training_from_the_device(finished, tmp_path):
+    config, workdir, _ = finished
+    streamed = with_(config, data__placement="stream")
+    train(streamed, tmp_path, console=QUIET)
+    assert_same_bits(final_state(streamed, tmp_path)[1], final_state(config, workdir)[1])
+
+
+def test_padded_layout_trains_to_the_same_losses_without_dropout(data_dir, tmp_path):
+    config = with_(small_config(data_dir, epochs=1), model__input_dropout=0.0, model__linear_dropout=0.0, loss__kind="full")
+    train(config, tmp_path / "jagged", console=QUIET)
+    train(with_(config, data__layout="padded"), tmp_path / "padded", console=QUIET)
+    jagged, padded = (read_metrics(Workdir(tmp_path / name).metrics)[0] for name in ("jagged", "padded"))
+    assert jagged["loss"] == pytest.approx(padded["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["in_batch", "full"])
+def test_other_losses_learn(data_dir, tmp_path, kind):
+    config = with_(small_config(data_dir), loss__kind=kind)
+    train(config, tmp_path, console=QUIET)
+    records = read_metrics(Workdir(tmp_path).metrics)
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
+    config = with_(small_config(data_dir, epochs=1), model__kind="sasrec")
+    train(config, tmp_path, console=QUIET)
+    good = final_state(config, tmp_path)
+    broken = with_(config, train__epochs=2, optim__learning_rate=1e38)
+    Workdir(tmp_path).config.unlink()  # only the test may change a run's learning rate
+    (tmp_path / "rest").mkdir()
+    for path in list(tmp_path.iterdir()):
+        if path.name not in ("checkpoints", ".lock", "rest"):
+            path.rename(tmp_path / "rest" / path.name)
+    (tmp_path / "config.json").write_text(json.dumps(__import__("dataclasses").asdict(broken)))
+    with pytest.raises(FloatingPointError, match=r"step \d+ .*learning rate 1e\+38, gradient norm .*last good checkpoint"):
+        train(broken, tmp_path, console=QUIET)
+    assert final_state(config, tmp_path)[0] == good[0]
+    assert_same_bits(final_state(config, tmp_path)[1], good[1])
+
+
+def test_recipe_step_is_pure(finished):
+    config, _, _ = finished
+    task = Task.load(config)
+    loader = task.loader("train", batch_users=8, steps_per_call=1)
+    group = next(iter(loader.groups(loader.plan())))
+    recipe = Recipe(config, task.interactions.num_items)
+    state = recipe.init(0)
+    step = jax.jit(recipe.step)
+    assert_same_bits(step(state, group.feed.batch(0)), step(state, group.feed.batch(0)))

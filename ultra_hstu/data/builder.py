@@ -1,0 +1,167 @@
+"""What all tfds builders share: raw files -> one array_record example a user, and a catalogue beside it.
+
+TensorFlow is never imported: tfds writes and reads array_record without it.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.download import Download, checksums, obtain
+from ultra_hstu.data.events import Events, check_seconds
+
+_log = logging.getLogger(__name__)
+CATALOG = "catalog.npz"
+
+
+@dataclasses.dataclass(kw_only=True)
+class SourceConfig(tfds.core.BuilderConfig):
+    """A variant of a source.
+
+    Attributes:
+        files: the publisher's files that are read; raw_dir must hold them.
+        downloads: where the publisher offers them.
+    """
+
+    files: tuple[str, ...] = ()
+    downloads: tuple[Download, ...] = ()
+
+
+class InteractionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A source of interactions. Subclasses say which columns they have and read them.
+
+    An example is one user: `user` (raw id), `items` (dense ids, int32), `timestamps` (int64 seconds, where the source
+    has them) and one column an action, all in the order of the files. Users are in the order of their raw ids.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None  # where tfds would look for its own kind of checksums, with a package that it does not install
+    STRING_USERS: ClassVar[bool] = False
+    TICKS: ClassVar[int] = 1  # a second in the unit of the source's timestamps; 0: it has none
+    ACTIONS: ClassVar[dict[str, type[np.generic]]] = {}
+    ITEMS_FILE: ClassVar[str] = "the catalogue"  # for the error about an item that it lacks
+
+    def __init__(self, *, raw_dir: str | os.PathLike | None, **kwargs: Any):
+        self.raw_dir = None if raw_dir is None else Path(raw_dir)
+        super().__init__(file_format="array_record", **kwargs)
+
+    def read(self) -> tuple[Events, Catalog]:
+        """Reads `self.raw_dir` (checked: it holds the files of the configuration)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is read")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        def column(dtype: type[np.generic]) -> tfds.features.Tensor:
+            return tfds.features.Tensor(shape=(None,), dtype=dtype)
+
+        features: dict[str, Any] = {
+            "user": tfds.features.Text() if self.STRING_USERS else np.int64,
+            "items": column(np.int32),
+            "actions": {name: column(dtype) for name, dtype in self.ACTIONS.items()},
+        }
+        if self.TICKS:
+            features["timestamps"] = column(np.int64)
+        if not self.ACTIONS:
+            del features["actions"]
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        events, catalog = self.read()
+        catalog.save(Path(self.data_path) / CATALOG)
+        return {"users": self._generate_examples(events, catalog)}
+
+    def _generate_examples(self, events: Events, catalog: Catalog) -> Iterator[tuple[int, dict[str, Any]]]:
+        events = dataclasses.replace(events, items=events.encode(catalog, self.ITEMS_FILE))
+        if self.TICKS:
+            events = events.without_duplicates()
+        users, codes = np.unique(events.users, return_inverse=True)
+        if self.TICKS > 1:  # the order within a second is known here for the last time
+            events = events.select(np.lexsort((events.timestamps, codes)))
+            events = dataclasses.replace(events, timestamps=events.timestamps // self.TICKS)
+        else:
+            events = events.select(np.argsort(codes, kind="stable"))
+        if self.TICKS:
+            check_seconds(events.timestamps, self.name)
+        stops = np.cumsum(np.bincount(codes, minlength=len(users)))
+        for row, (user, stop) in enumerate(zip(users, stops, strict=True)):
+            span = slice(int(stops[row - 1]) if row else 0, int(stop))
+            example: dict[str, Any] = {"user": user.item(), "items": events.items[span]}
+            if self.TICKS:
+                example["timestamps"] = events.timestamps[span]
+            if self.ACTIONS:
+                example["actions"] = {name: values[span] for name, values in events.actions.items()}
+            yield row, example
+
+
+def prepare(
+    builder: type[InteractionsBuilder], variant: SourceConfig, data_dir: Path, raw_dir: str | None, **settings: Any
+) -> InteractionsBuilder:
+    """The builder of a prepared dataset: found in `data_dir`, or built there from `raw_dir` or a download.
+
+    The folder is named after a fingerprint of the content of the raw files, the settings of a generated source and the
+    builder's version, so that a changed file is prepared afresh. A build that is killed leaves nothing that is read.
+
+    Raises:
+        ValueError: files missing from raw_dir, or bad input in them.
+        ConnectionError: the publisher cannot be reached.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(data_dir / f"{variant.name}.lock"):
+        folder, sums = None, {}
+        if variant.files and raw_dir is not None:
+            folder = Path(raw_dir)
+            missing = [name for name in variant.files if not (folder / name).is_file()]
+            if missing:
+                raise ValueError(
+                    f"raw_dir {raw_dir!r} lacks {', '.join(missing)}; {variant.name} is read from {', '.join(variant.files)}"
+                )
+            sums = checksums(folder, variant.files)
+        elif variant.files:
+            folder = data_dir / "raw" / variant.name
+            sums = obtain(variant.downloads, variant.files, folder)
+        elif raw_dir is not None:
+            raise ValueError(f"{variant.name} is generated: it reads no raw_dir, so {raw_dir!r} must be None")
+        key = hashlib.sha256(
+            repr((variant.name, str(builder.VERSION), sorted(sums.items()), sorted(settings.items()))).encode()
+        )
+        home = data_dir / f"{variant.name}-{key.hexdigest()[:16]}"
+        made = builder(raw_dir=folder, data_dir=home, config=variant.name, **settings)
+        for leftover in Path(made.data_path).parent.glob("incomplete.*"):  # of a build that was killed
+            shutil.rmtree(leftover)
+        if not Path(made.data_path).exists():
+            _log.info("preparing %s in %s", variant.name, made.data_path)
+            with _quiet():
+                made.download_and_prepare()
+        return made
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Two runs never build the same source at once."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """tfds prints several lines and draws several bars for a build of seconds."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()

@@ -1,0 +1,104 @@
+"""The catalogue: the dense ids of a model and the raw ids and titles of its source, saved beside the model."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Integer, Shaped
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Catalog:
+    """Maps raw item ids to dense ids 1..I and back. Dense id 0 is padding and has no raw id.
+
+    Attributes:
+        raw_ids: the raw id of every dense id, int64 or str, ascending from slot 1 on; slot 0 holds -1 or "".
+        titles: one title a slot ("" for slot 0), or None where the source has none.
+    """
+
+    raw_ids: Shaped[np.ndarray, "items+1"]
+    titles: tuple[str, ...] | None = None
+
+    @classmethod
+    def from_ids(cls, ids: Shaped[np.ndarray, " items"], titles: Sequence[str] | None = None) -> "Catalog":
+        """The catalogue of these raw ids (int64 or str, distinct, any order) and their titles.
+
+        Raises:
+            ValueError: an id that occurs twice, no ids at all, or ids that are neither integers nor strings.
+        """
+        if ids.dtype.kind not in "iuU":
+            raise ValueError(f"item ids must be integers or strings, not {ids.dtype}")
+        if not len(ids):
+            raise ValueError("a catalogue needs at least one item")
+        order = np.argsort(ids, kind="stable")
+        ids = ids[order].astype(np.int64) if ids.dtype.kind in "iu" else ids[order]
+        twice = np.flatnonzero(ids[1:] == ids[:-1])
+        if len(twice):
+            raise ValueError(f"item id {ids[twice[0]].item()!r} occurs twice in the catalogue")
+        padding = np.array([-1 if ids.dtype.kind == "i" else ""], ids.dtype)
+        return cls(np.concatenate([padding, ids]), titles and ("", *(titles[i] for i in order)))
+
+    @property
+    def num_items(self) -> int:
+        return len(self.raw_ids) - 1
+
+    def encode(self, ids: Any) -> Int32[np.ndarray, " n"]:
+        """Dense ids of a sequence of raw ids; digits in a string stand for a numeric id (as typed on a command line).
+
+        Raises:
+            ValueError: ids that the catalogue does not have, or of another kind (a float is never rounded to an id).
+        """
+        ids = np.atleast_1d(np.asarray(ids))
+        known = self.raw_ids[1:]
+        if not ids.size:
+            return np.zeros(0, np.int32)
+        if known.dtype.kind == "i" and ids.dtype.kind == "U":
+            try:
+                ids = np.array([int(text) for text in ids], np.int64)
+            except (ValueError, OverflowError) as error:
+                raise ValueError(f"item ids of this catalogue are whole numbers, not {_some(ids)}") from error
+        numeric = ids.dtype.kind in "iu"
+        if numeric != (known.dtype.kind == "i") or not (numeric or ids.dtype.kind == "U"):
+            kind = "whole numbers" if known.dtype.kind == "i" else "strings"
+            raise ValueError(f"item ids of this catalogue are {kind}, not {ids.dtype}: {_some(ids)}")
+        index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        unknown = known[index] != ids
+        if unknown.any():
+            example = f"{known[0].item()!r} to {known[-1].item()!r}"
+            raise ValueError(f"unknown item ids {_some(ids[unknown])}: the catalogue has {len(known)} items, {example}")
+        return (index + 1).astype(np.int32)
+
+    def decode(self, dense: Integer[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
+        """Raw ids of dense ids.
+
+        Raises:
+            ValueError: a dense id outside 1..I.
+        """
+        outside = (dense < 1) | (dense > self.num_items)
+        if outside.any():
+            raise ValueError(f"dense item ids must lie in 1..{self.num_items}, not {_some(dense[outside])}")
+        return self.raw_ids[dense]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the catalogue to `path` (npz, no pickle), whole or not at all."""
+        arrays = {"raw_ids": self.raw_ids}
+        if self.titles is not None:
+            arrays["titles"] = np.array(self.titles)
+        part = f"{os.fspath(path)}.part"
+        with open(part, "wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Catalog":
+        with np.load(path, allow_pickle=False) as file:
+            titles = tuple(file["titles"].tolist()) if "titles" in file else None
+            return cls(file["raw_ids"], titles)
+
+
+def _some(values: np.ndarray) -> str:
+    """The first few of many offending values."""
+    shown = ", ".join(repr(value) for value in values.ravel()[:5].tolist())
+    return f"{shown}, ... ({values.size} in all)" if values.size > 5 else shown

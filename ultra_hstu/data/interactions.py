@@ -1,0 +1,161 @@
+"""All users' histories in memory: read from a prepared dataset, ordered, checked."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64, Shaped
+
+from ultra_hstu.config import DataConfig
+from ultra_hstu.data.builder import CATALOG, InteractionsBuilder, prepare
+from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.movielens import MovieLens
+from ultra_hstu.data.synthetic import Synthetic
+
+__all__ = ["Catalog", "Interactions", "load_interactions"]
+_log = logging.getLogger(__name__)
+MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
+_BUILDERS: tuple[type[InteractionsBuilder], ...] = (MovieLens, Synthetic)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interactions:
+    """The events of every user, users one after the other, each user's events from oldest to newest.
+
+    Attributes:
+        users: raw user ids, int64 or str, ascending.
+        items: dense item ids 1..I.
+        offsets: user u owns events offsets[u]:offsets[u + 1].
+        timestamps: seconds, or None where the source has none.
+        actions: what the user did with each item, by name: float32 or int32, one value an event.
+        catalog: raw ids and titles of the items.
+    """
+
+    users: Shaped[np.ndarray, " users"]
+    items: Int32[np.ndarray, " events"]
+    offsets: Int64[np.ndarray, " users+1"]
+    timestamps: Int64[np.ndarray, " events"] | None
+    actions: dict[str, Shaped[np.ndarray, " events"]]
+    catalog: Catalog
+
+    @property
+    def num_users(self) -> int:
+        return len(self.users)
+
+    @property
+    def num_items(self) -> int:
+        return self.catalog.num_items
+
+    @property
+    def num_events(self) -> int:
+        return len(self.items)
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " users"]:
+        return np.diff(self.offsets)
+
+    def history(self, user: int | str) -> slice:
+        """The events of a raw user id.
+
+        Raises:
+            ValueError: a user that the source lacks (or that was dropped for having too few events).
+        """
+        numeric = self.users.dtype.kind == "i"
+        if numeric and isinstance(user, str) and user.strip().lstrip("-").isdecimal():
+            user = int(user)
+        row = int(np.searchsorted(self.users, user)) if isinstance(user, str) != numeric else self.num_users
+        if row == self.num_users or self.users[row] != user:
+            known = f"{self.users[0].item()!r} to {self.users[-1].item()!r}"
+            raise ValueError(
+                f"unknown user {user!r}: there are {self.num_users} users with at least {MIN_EVENTS} events, {known}"
+            )
+        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+
+def load_interactions(config: DataConfig) -> Interactions:
+    """Loads a source, preparing it under `config.data_dir` first where that has not been done.
+
+    Events are sorted stably by (time, row of the file) within a user; without timestamps they keep the order of the
+    file. `ties="random"` puts events of a user with equal timestamps in an order drawn from `ties_seed` instead.
+    Users with fewer than 3 events are dropped with a warning that counts them: the last two events are for testing and
+    validation, and the same users serve all protocols. Their items stay in the catalogue.
+
+    Raises:
+        ValueError: bad input (file, line and value), no user left, random ties without timestamps.
+        ConnectionError: the source cannot be downloaded; says what to fetch by hand.
+    """
+    for builder in _BUILDERS:
+        if config.source in builder.builder_configs:
+            break
+    else:
+        known = ", ".join(name for builder in _BUILDERS for name in builder.builder_configs)
+        raise ValueError(f"data.source must be one of {known}, not {config.source!r}")
+    variant: Any = builder.builder_configs[config.source]
+    settings = {"settings": config.synthetic} if builder is Synthetic else {}
+    prepared = prepare(builder, variant, Path(config.data_dir), config.raw_dir, **settings)
+    return ordered(_read(prepared), ties=config.ties, seed=config.ties_seed)
+
+
+def ordered(interactions: Interactions, *, ties: str = "stable", seed: int = 0) -> Interactions:
+    """Each user's events by time; ties in the order that they had, or in a seeded random one.
+
+    Raises:
+        ValueError: random ties without timestamps, an unknown kind of ties.
+    """
+    if ties not in ("stable", "random"):
+        raise ValueError(f"data.ties must be 'stable' or 'random', not {ties!r}")
+    if interactions.timestamps is None:
+        if ties == "random":
+            raise ValueError("data.ties='random' needs timestamps, and this source has none: use ties='stable'")
+        return interactions
+    users = np.repeat(np.arange(interactions.num_users), interactions.lengths)
+    keys = [interactions.timestamps, users]
+    if ties == "random":
+        keys.insert(0, np.random.default_rng(seed).random(interactions.num_events))
+    return _select(interactions, np.lexsort(keys))
+
+
+def _select(interactions: Interactions, order: np.ndarray) -> Interactions:
+    """The same users with their events in another order."""
+    times = interactions.timestamps
+    return dataclasses.replace(
+        interactions,
+        items=interactions.items[order],
+        timestamps=None if times is None else times[order],
+        actions={name: values[order] for name, values in interactions.actions.items()},
+    )
+
+
+def _read(prepared: InteractionsBuilder) -> Interactions:
+    """Reads every user with enough events."""
+    source = prepared.as_data_source("users")
+    examples = [source[row] for row in range(len(source))]
+    kept = [example for example in examples if len(example["items"]) >= MIN_EVENTS]
+    if len(kept) < len(examples):
+        dropped = [example["user"] for example in examples if len(example["items"]) < MIN_EVENTS]
+        _log.warning(
+            "dropped %d of %d users with fewer than %d events: %s%s",
+            len(dropped), len(examples), MIN_EVENTS, ", ".join(map(_text, dropped[:5])), ", ..." * (len(dropped) > 5),
+        )  # fmt: skip
+    if not kept:
+        raise ValueError(
+            f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing to learn from"
+        )
+    users = np.array(
+        [_text(example["user"]) for example in kept] if prepared.STRING_USERS else [e["user"] for e in kept]
+    )
+    lengths = [len(example["items"]) for example in kept]
+    return Interactions(
+        users=users,
+        items=np.concatenate([example["items"] for example in kept]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        timestamps=np.concatenate([example["timestamps"] for example in kept]) if prepared.TICKS else None,
+        actions={name: np.concatenate([e["actions"][name] for e in kept]) for name in prepared.ACTIONS},
+        catalog=Catalog.load(Path(prepared.data_path) / CATALOG),
+    )
+
+
+def _text(user: Any) -> str:
+    return user.decode() if isinstance(user, bytes) else str(user)

@@ -1,0 +1,109 @@
+"""MovieLens 100k, 1m and 20m (https://grouplens.org/datasets/movielens)."""
+
+import csv
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
+from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.download import Download
+from ultra_hstu.data.events import Events
+from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integer, lines, read_table
+
+_log = logging.getLogger(__name__)
+_URL = "https://files.grouplens.org/datasets/movielens/"
+# The release's two files (ratings, movies), the delimiter of ratings, and whether a header comes first.
+_FORMATS = {
+    "ml-100k": ("u.data", "u.item", "\t", False),
+    "ml-1m": ("ratings.dat", "movies.dat", "::", False),
+    "ml-20m": ("ratings.csv", "movies.csv", ",", True),
+}
+_MD5 = {  # published beside each archive (*.zip.md5)
+    "ml-100k": "0e33842e24a9c977be4e0107933c0723",
+    "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
+    "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
+}
+
+
+class MovieLens(InteractionsBuilder, skip_registration=True):
+    """Ratings with times in seconds. The catalogue is every movie of the movies file, rated or not: 3,883 for ml-1m.
+
+    Raises (on building):
+        ValueError: names file, line and value of malformed lines, ids below 1, ratings outside the release's scale,
+            times outside 32 bits, and rated movies that the movies file lacks.
+    """
+
+    ACTIONS = {"rating": np.float32}
+    ITEMS_FILE = "the movies file"
+    BUILDER_CONFIGS = [
+        SourceConfig(
+            name=name,
+            version="1.0.0",
+            description=f"MovieLens {name[3:]}: users, movies, ratings, times",
+            files=_FORMATS[name][:2],
+            downloads=(Download(f"{_URL}{name}.zip", f"md5:{_MD5[name]}"),),
+        )
+        for name in _FORMATS
+    ]
+
+    def read(self) -> tuple[Events, Catalog]:
+        ratings, movies, delimiter, header = _FORMATS[self.builder_config.name]
+        half_stars = self.builder_config.name == "ml-20m"
+        columns = (
+            Column("userId", np.int64, 1),
+            Column("movieId", np.int64, 1),
+            Column("rating", np.float64, 0.5, 5) if half_stars else Column("rating", np.int64, 1, 5),
+            Column("timestamp", np.int64, 0, MAX_SECONDS),
+        )
+        path = self.raw_dir / ratings
+        table = read_table(path, columns, delimiter=delimiter, header=header)
+        actions = {"rating": table["rating"].astype(np.float32)}
+        where = ((str(path), 2 if header else 1, len(actions["rating"])),)
+        events = Events(table["userId"], table["movieId"], table["timestamp"], actions, where)
+        return events, read_movies(self.raw_dir / movies)
+
+
+def read_movies(path: Path) -> Catalog:
+    """The catalogue of a movies file: `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv` (header, quotes).
+
+    A title that was encoded twice ("AmÃ©lie") is repaired with a warning; one with lost characters is an error.
+    """
+    numbered = ((number, line) for number, line in lines(path))
+    ids: dict[int, int] = {}
+    titles = []
+    for number, line in numbered:
+        if path.suffix == ".csv":
+            fields = next(csv.reader([line], strict=True)) if line else []
+            if number == 1:
+                if fields != ["movieId", "title", "genres"]:
+                    raise bad_line(path, number, "expected the header movieId,title,genres", line)
+                continue
+            whole = len(fields) == 3
+        elif path.suffix == ".dat":  # a title may hold the delimiter, an id or genres may not
+            fields = [*line.split("::", 1)[:1], *line.split("::", 1)[-1].rsplit("::", 1)]
+            whole = len(fields) == 3 and line.count("::") >= 2
+        else:
+            fields = line.split("|")
+            whole = len(fields) == 24
+        if not whole:
+            raise bad_line(path, number, "malformed movie", line)
+        movie = integer(fields[0], path, number, "movie id", 1)
+        if movie in ids:
+            raise bad_line(path, number, f"movie {movie} was given on line {ids[movie]} already", line)
+        ids[movie] = number
+        titles.append(_clean(fields[1], path, number))
+    return Catalog.from_ids(np.array(list(ids), np.int64), titles)
+
+
+def _clean(title: str, path: Path, line: int) -> str:
+    if "\N{REPLACEMENT CHARACTER}" in title:
+        raise bad_line(path, line, "the title has lost characters; fetch the publisher's file", title)
+    try:
+        repaired = title.encode("latin-1").decode("utf-8")
+    except (UnicodeEncodeError, UnicodeDecodeError):
+        return title
+    if repaired != title:
+        _log.warning("%s, line %d: the title %r was encoded twice; read as %r", path, line, title, repaired)
+    return repaired

@@ -1,0 +1,83 @@
+"""Full-corpus ranking of a split: every user's target against every item, seen items removed."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from kernels import jagged
+from ultra_hstu import metrics
+from ultra_hstu.data.batching import Batch
+from ultra_hstu.data.feed import Feed, Loader
+from ultra_hstu.recipe import Params, Recipe
+from ultra_hstu.task import Task
+
+STEPS_PER_CALL = 8
+
+# (what a scorer needs, batch) -> user vectors [B, D] and item table [I+1, D], whose products are the scores
+Scorer = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+class Evaluator:
+    """Ranks the targets of one split. Compiled once; peak memory does not depend on the number of users.
+
+    Args:
+      scorer: what gives the vectors; None scores with the task's model.
+      l2_normalize: whether item (and user) vectors are normalised, as in training.
+    """
+
+    def __init__(self, task: Task, split: str, scorer: Scorer | None = None):
+        self.task = task
+        self.loader: Loader = task.loader(split, batch_users=task.config.train.eval_users, steps_per_call=STEPS_PER_CALL)
+        self.plan_SB = self.loader.plan(shuffle=False)
+        self.examples = self.loader.examples
+        l2_normalize = task.config.loss.l2_normalize and scorer is None
+        longest = int(self.examples.lengths.max())
+        self._rank = jax.jit(functools.partial(_rank_steps, scorer or functools.partial(_encode, task.recipe), l2_normalize, longest))
+
+    def ranks(self, scored: Params | Any) -> Int[np.ndarray, " n"]:
+        """The 1-based rank of every example's target, in the order of the split; `metrics.NOT_FOUND` where it is not among the best."""
+        target_item = self.task.interactions.items[self.examples.stop].astype(np.int32)
+        targets_SB = np.where(self.plan_SB >= 0, target_item[np.maximum(self.plan_SB, 0)], 0).astype(np.int32)
+        ranks = np.zeros(len(self.examples), np.int32)
+        pending = []
+        for group in self.loader.groups(self.plan_SB):
+            place = np.minimum(np.arange(group.first, group.first + STEPS_PER_CALL), group.first + group.steps - 1)
+            pending.append((group, self._rank(scored, group.feed, jnp.asarray(targets_SB[place]), jnp.int32(group.steps))))
+        for group, ranks_SB in pending:
+            plan_SB = self.plan_SB[group.first : group.first + group.steps]
+            used_SB = plan_SB >= 0
+            ranks[plan_SB[used_SB]] = np.asarray(ranks_SB)[: group.steps][used_SB]
+        return ranks
+
+    def __call__(self, scored: Params | Any) -> dict[str, float]:
+        """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split."""
+        return {name: float(value) for name, value in metrics.ranking_metrics(self.ranks(scored)).items()}
+
+
+def popularity_metrics(task: Task, split: str) -> dict[str, float]:
+    """The metrics of recommending what is popular in the training data."""
+    scores_I1 = jnp.asarray(task.popularity()[:, None])
+    return Evaluator(task, split, scorer=lambda table, batch: (jnp.ones((batch.last_row_B.shape[0], 1)), table))(scores_I1)
+
+
+def _encode(recipe: Recipe, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    model = recipe.model(params)
+    return model.encode(batch, rngs=None)[batch.last_row_B], model.item_table[...]
+
+
+def _rank_steps(
+    scorer: Scorer, l2_normalize: bool, longest: int, scored: Any, feed: Feed, targets_SB: Int[jax.Array, "S B"], steps: Int[jax.Array, ""]
+) -> Int[jax.Array, "S B"]:
+    def rank(step: jax.Array, ranks_SB: jax.Array) -> jax.Array:
+        batch = feed.batch(step)
+        users_BD, table_ID = scorer(scored, batch)
+        seen_BN = jagged.pad(batch.item_T, batch.offsets, longest)
+        ranks_B = metrics.ranks(users_BD, table_ID, targets_SB[step], seen_BN, l2_normalize=l2_normalize)
+        return ranks_SB.at[step].set(ranks_B)
+
+    return jax.lax.fori_loop(0, steps, rank, jnp.zeros_like(targets_SB))

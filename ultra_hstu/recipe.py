@@ -1,0 +1,76 @@
+"""The pure functions of a run: initial state, loss and update step, from the configuration and the size of the catalogue."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ultra_hstu import losses, negatives, optim
+from ultra_hstu.config import Config
+from ultra_hstu.data.batching import Batch
+from ultra_hstu.nn.recommender import Recommender
+
+Params = Any  # nnx.State of nnx.Param
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    params: Params
+    opt_state: Any
+    step: Any  # int32: steps taken, over all epochs
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    config: Config
+    num_items: int
+
+    @functools.cached_property
+    def graphdef(self) -> nnx.GraphDef:
+        """The structure of the model, without its parameters."""
+        return nnx.split(nnx.eval_shape(lambda: self._model(0)))[0]
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return optim.optimizer(self.config.optim)
+
+    def init(self, seed: int) -> TrainState:
+        params = nnx.split(self._model(seed))[1]
+        return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def _model(self, seed: int) -> Recommender:
+        return Recommender(self.config.model, self.num_items, self.config.data.max_history, rngs=nnx.Rngs(seed))
+
+    def model(self, params: Params) -> Recommender:
+        return nnx.merge(self.graphdef, params)
+
+    def loss(self, params: Params, batch: Batch, key: jax.Array) -> Float[Array, ""]:
+        """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
+        dropout_key, negative_key = jax.random.split(key)
+        model = self.model(params)
+        h_TD = model.encode(batch, rngs=dropout_key)
+        table_ID = model.item_table[...]
+        config = self.config.loss
+        options: dict[str, Any] = dict(temperature=config.temperature, l2_normalize=config.l2_normalize, chunk_rows=config.chunk_rows)
+        if config.kind == "full":
+            return losses.full_softmax(h_TD, table_ID, batch.target_T, batch.weight_T, **options)[0]
+        log_q = None
+        if config.kind == "sampled":
+            negative_TR = negatives.uniform_negatives(negative_key, h_TD.shape[0], config.negatives, self.num_items)
+        else:
+            negative_TR, log_q = negatives.in_batch_negatives(negative_key, batch.target_T, batch.weight_T, config.negatives)
+        return losses.sampled_softmax(h_TD, table_ID, batch.target_T, batch.weight_T, negative_TR, log_q=log_q, **options)[0]
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        """One update; the key of dropout and negatives is a function of (seed, step)."""
+        key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
+        loss, grads = jax.value_and_grad(self.loss)(state.params, batch, key)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), {"loss": loss, "grad_norm": optax.global_norm(grads)}

@@ -1,0 +1,92 @@
+"""What a run tells: `metrics.jsonl` and TensorBoard, a progress bar, tables, and a picture of the learning curves."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import tensorboardX
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+TABLE_METRICS = ("hr@10", "hr@50", "ndcg@10", "mrr")
+
+
+class MetricLog:
+    """Appends records to `metrics.jsonl` and TensorBoard; drops those after `resume_step`: their work is done again."""
+
+    def __init__(self, path: Path, tensorboard: Path, *, resume_step: int = 0):
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            path.write_text("".join(line + "\n" for line in kept))
+        self._file = open(path, "a")
+        self._writer = tensorboardX.SummaryWriter(str(tensorboard), purge_step=resume_step + 1)
+
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._writer.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return math.inf  # the torn last line of a killed run
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < math.inf]
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        refresh_per_second=4,
+    )
+
+
+def metrics_table(title: str, rows: Mapping[str, Mapping[str, float]], columns: Sequence[str] = TABLE_METRICS) -> Table:
+    """One line a model: `rows` maps its name to its metrics."""
+    table = Table("", *(name.upper() for name in columns), title=title, box=rich.box.SIMPLE)
+    for name, metrics in rows.items():
+        table.add_row(name, *(f"{metrics[column]:.4f}" for column in columns))
+    return table
+
+
+def draw_curves(runs: Mapping[str, Path], picture: Path) -> None:
+    """Training loss and HR@10, NDCG@10 over epochs, one line a run; `runs` maps names to `metrics.jsonl` files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    for name, path in runs.items():
+        records = read_metrics(path)
+        for axis, key in zip(axes, ("loss", "hr@10", "ndcg@10"), strict=True):
+            points = [(record["epoch"], record[key]) for record in records if key in record]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    for axis, title in zip(axes, ("training loss", "HR@10", "NDCG@10"), strict=True):
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,91 @@
+"""Recommendations from a trained run: a history in, the best unseen items out."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultra_hstu.checkpoint import Checkpoints, abstract
+from ultra_hstu.config import Config
+from ultra_hstu.data.batching import Events, gather_batch
+from ultra_hstu.data.interactions import Catalog
+from ultra_hstu.metrics import normalized
+from ultra_hstu.recipe import Params, Recipe
+from ultra_hstu.workdir import Workdir
+
+
+def load_params(folder: Workdir, recipe: Recipe) -> tuple[int, Params]:
+    """(step, parameters) of the best checkpoint of a run, or of the newest where none was evaluated.
+
+    Raises:
+      ValueError: if the run has no checkpoint, or none that can be read.
+    """
+    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
+    restored = checkpoints.restore(abstract(jax.eval_shape(lambda: recipe.init(0))), best=True)
+    if restored is None:
+        raise ValueError(f"{folder.path} has no checkpoint yet: train it first, with experiments.train --workdir={folder.path}")
+    return restored[0], restored[1].params
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    item: int | str  # raw id, as in the source
+    title: str | None
+    score: float
+
+
+class RecommendationModel:
+    """A trained run, ready to recommend. Compiled once: every history is one slice of `config.data.max_history` rows or fewer."""
+
+    def __init__(self, workdir: str):
+        folder = Workdir(workdir)
+        self.config: Config = folder.read_config()
+        self.catalog = Catalog.load(folder.catalog)
+        self.recipe = Recipe(self.config, self.catalog.num_items)
+        _, self.params = load_params(folder, self.recipe)
+        self._scores = jax.jit(functools.partial(_scores, self.recipe, self.config.data.max_history))
+
+    def recommend(self, items: Sequence[int], times: Sequence[int] | None = None, *, k: int = 10) -> list[Recommendation]:
+        """The k unseen items with the highest scores.
+
+        Args:
+          items: dense ids (`catalog.encode` makes them), oldest first; the newest `max_history` count.
+          times: seconds, one an event; without them all events count as simultaneous. The next event is taken to follow the last at once.
+
+        Raises:
+          ValueError: for an empty history, a wrong number of times, or k outside 1..items.
+        """
+        num_items = self.catalog.num_items
+        if not len(items):
+            raise ValueError("the history is empty: give at least one item, or take the most popular items of the training data")
+        if not 1 <= k <= num_items:
+            raise ValueError(f"k={k} must be in 1..{num_items}, the number of items")
+        if times is not None and len(times) != len(items):
+            raise ValueError(f"{len(items)} items but {len(times)} times: give one time an item")
+        newest = slice(-self.config.data.max_history, None)
+        item_E = np.asarray(items, np.int32)
+        time_E = np.zeros(len(item_E), np.int64) if times is None else np.asarray(times, np.int64)
+        length = len(item_E[newest])
+        # Fixed size, so that one compilation serves every history; the slot behind the history carries the time of the request.
+        events = Events.from_arrays(
+            np.pad(item_E[newest], (0, self.config.data.max_history + 1 - length)),
+            np.pad(time_E[newest], (0, self.config.data.max_history + 1 - length), mode="edge"),
+        )
+        scores_I1 = np.array(self._scores(self.params, events, jnp.int32(length)))
+        scores_I1[item_E] = -np.inf
+        best = np.argsort(-scores_I1, kind="stable")[: min(k, int(np.isfinite(scores_I1).sum()))]
+        raw_ids = self.catalog.decode(best)
+        titles = [None] * len(best) if self.catalog.titles is None else [self.catalog.titles[item] for item in best]
+        return [Recommendation(raw, title, float(scores_I1[item])) for raw, title, item in zip(raw_ids, titles, best, strict=True)]
+
+
+def _scores(recipe: Recipe, rows: int, params: Params, events: Events, length: jax.Array) -> jax.Array:
+    batch = gather_batch(events, jnp.zeros(1, jnp.int32), length[None], rows=rows)
+    model = recipe.model(params)
+    user_BD, table_ID = model.encode(batch, rngs=None)[batch.last_row_B], model.item_table[...]
+    if recipe.config.loss.l2_normalize:
+        user_BD, table_ID = normalized(user_BD), normalized(table_ID)
+    return jnp.matmul(table_ID, user_BD[0], precision="highest").at[0].set(-jnp.inf)

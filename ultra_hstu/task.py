@@ -1,0 +1,71 @@
+"""What a run works on: its data, split and model, all from the configuration."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float
+
+from ultra_hstu.config import Config
+from ultra_hstu.data.batching import Events
+from ultra_hstu.data.feed import Loader
+from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.data.split import Splits, make_splits
+from ultra_hstu.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    config: Config
+    interactions: Interactions
+    splits: Splits
+    events: Events
+    recipe: Recipe
+
+    @staticmethod
+    def load(config: Config) -> "Task":
+        """Reads (and prepares, the first time) the data. Raises ValueError for bad data or a configuration that does not suit it."""
+        return Task.of(config, load_interactions(config.data))
+
+    @staticmethod
+    def of(config: Config, interactions: Interactions) -> "Task":
+        """The task of a configuration on data that is already in memory."""
+        splits = make_splits(
+            interactions,
+            config.train.protocol,
+            max_history=config.data.max_history,
+            test_fraction=config.data.temporal_test_fraction,
+        )
+        events = Events.from_arrays(interactions.items, interactions.timestamps)
+        return Task(config, interactions, splits, events, Recipe(config, interactions.num_items))
+
+    def with_config(self, config: Config) -> "Task":
+        """The same data under another model, loss or seed. Raises ValueError if the configurations differ in data or protocol."""
+        if (config.data, config.train.protocol) != (self.config.data, self.config.train.protocol):
+            raise ValueError(
+                f"the data was loaded for {self.config.data}, protocol {self.config.train.protocol}: load it for {config.data}"
+            )
+        return dataclasses.replace(self, config=config, recipe=Recipe(config, self.interactions.num_items))
+
+    def loader(self, split: str, *, batch_users: int, steps_per_call: int) -> Loader:
+        """Batches of one split: "train", "validation" or "test"."""
+        config = self.config
+        return Loader(
+            self.events,
+            getattr(self.splits, split),
+            batch_users=batch_users,
+            steps_per_call=steps_per_call,
+            rows=config.data.batch_tokens if split == "train" else None,
+            padded_length=config.padded_length if config.data.layout == "padded" else None,
+            placement=config.data.placement,
+        )
+
+    def popularity(self) -> Float[np.ndarray, " I1"]:
+        """How often each item occurs in the training events (rows and targets); ties go to the lower id, row 0 is padding."""
+        train = self.splits.train
+        edges = np.zeros(len(self.interactions.items) + 2, np.int64)
+        np.add.at(edges, train.start, 1)
+        np.add.at(edges, train.stop + 1, -1)
+        used_E = np.cumsum(edges)[: len(self.interactions.items)] > 0
+        num_items = self.interactions.num_items
+        counts_I1 = np.bincount(self.interactions.items[used_E], minlength=num_items + 1).astype(np.float32)
+        return counts_I1 - np.arange(num_items + 1, dtype=np.float32) / (num_items + 2)

@@ -1,0 +1,241 @@
+"""Training: epochs of compiled multi-step calls, evaluation, checkpoints, exact resume.
+
+A step is a pure function of (state, batch, key), the key a function of (seed, step) and the batch of (seed, epoch, number in the epoch).
+So the position is three integers, and a run that was killed and started again computes the same numbers as one that was not.
+"""
+
+import dataclasses
+import functools
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from rich.console import Console
+
+from ultra_hstu import optim, report
+from ultra_hstu.checkpoint import SELECTION_METRIC, Checkpoints, abstract
+from ultra_hstu.config import Config
+from ultra_hstu.data.feed import Feed, Group
+from ultra_hstu.evaluate import Evaluator
+from ultra_hstu.recipe import Recipe, TrainState
+from ultra_hstu.task import Task
+from ultra_hstu.workdir import Workdir, write_json
+
+VALIDATED_PATIENCE = 10  # epochs; used by the protocols with a validation item when train.patience is None
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands; saved with every checkpoint."""
+
+    epoch: int = 0
+    batch: int = 0  # of the epoch: the next one to train on
+    loss_sum: float = 0.0  # over the epoch's batches so far
+    best_epoch: int = 0
+    best_metric: float = -1.0
+    seconds: float = 0.0  # spent training and evaluating, compilation and restarts included
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT); its state is saved."""
+
+
+def run_steps(recipe: Recipe, state: TrainState, feed: Feed, steps: Int[Array, ""]) -> tuple[TrainState, dict[str, Float[Array, " S"]]]:
+    """The first `steps` batches of a feed, one update each. The trip count is traced: a shorter last call does not compile again."""
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        state, history = carry
+        state, metrics = recipe.step(state, feed.batch(i))
+        return state, {name: history[name].at[i].set(value) for name, value in metrics.items()}
+
+    history = {name: jnp.zeros(recipe.config.train.steps_per_call) for name in ("loss", "grad_norm")}
+    return jax.lax.fori_loop(0, steps, body, (state, history))
+
+
+def train(config: Config, workdir: Path | str, *, console: Console | None = None, task: Task | None = None) -> dict[str, Any]:
+    """Trains, or goes on training, the run in `workdir`; returns its result, which `result.json` holds too.
+
+    Args:
+      task: the loaded data of this configuration, where several runs share it.
+
+    Raises:
+      ValueError: bad configuration or data, or a folder that belongs to another run.
+      FloatingPointError: a loss that is not finite, with step, learning rate and gradient norm.
+      OSError: a checkpoint that could not be written.
+      Interrupted: after SIGTERM or SIGINT, once the state is saved.
+    """
+    config.validate()
+    console = console or Console()
+    folder = Workdir(workdir)
+    folder.claim(config)
+    try:
+        task = Task.load(config) if task is None else task.with_config(config)
+        task.interactions.catalog.save(folder.catalog)
+        with jax.default_matmul_precision(config.train.matmul_precision):
+            return _Run(task, folder, console).to_the_end()
+    finally:
+        folder.release()
+
+
+class _Run:
+    def __init__(self, task: Task, folder: Workdir, console: Console):
+        self.task, self.config, self.folder, self.console = task, task.config, folder, console
+        config = self.config.train
+        self.run_steps = jax.jit(functools.partial(run_steps, task.recipe), donate_argnums=0)
+        self.loader = task.loader("train", batch_users=self.config.data.batch_users, steps_per_call=config.steps_per_call)
+        self.split = "test" if config.protocol == "published" else "validation"
+        self.evaluator = Evaluator(task, self.split)
+        self.patience = config.patience or (None if config.protocol == "published" else VALIDATED_PATIENCE)
+        self.checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
+        self.state = jax.jit(task.recipe.init, static_argnums=0)(config.seed)
+        self.position = Position()
+        if (restored := self.checkpoints.restore(abstract(self.state))) is not None:
+            step, self.state, position = restored
+            self.position = Position(**position)
+            self.checkpoints.drop_after(step)
+            console.print(f"going on from step {step} (epoch {self.position.epoch + 1})")
+        self.log = report.MetricLog(folder.metrics, folder.tensorboard, resume_step=int(self.state.step))
+
+    def to_the_end(self) -> dict[str, Any]:
+        last: dict[str, float] = {}
+        with _stop_signals() as stop, report.progress_bar(self.console) as bar:
+            line = bar.add_task("training", total=None, status="")
+            while self.position.epoch < self.config.train.epochs and not self._out_of_patience():
+                started = time.perf_counter()
+                bar.update(line, description=f"epoch {self.position.epoch + 1}/{self.config.train.epochs}")
+                record = self._train_epoch(stop, lambda **fields: bar.update(line, **fields))
+                self.position.epoch += 1
+                self.position.batch, self.position.loss_sum = 0, 0.0
+                last_epoch = self.position.epoch == self.config.train.epochs
+                metrics: dict[str, float] = {}
+                if self.position.epoch % self.config.train.eval_every == 0 or last_epoch:
+                    metrics = last = self.evaluator(self.state.params)
+                    if metrics[SELECTION_METRIC] > self.position.best_metric:
+                        self.position.best_metric, self.position.best_epoch = metrics[SELECTION_METRIC], self.position.epoch
+                    bar.update(line, status=f"loss {record['loss']:.3f}  hr@10 {metrics['hr@10']:.4f}  ndcg@10 {metrics['ndcg@10']:.4f}")
+                seconds = time.perf_counter() - started
+                self.position.seconds += seconds
+                step = int(self.state.step)
+                self.log.write(step, {"epoch": self.position.epoch, "seconds": seconds, "split": self.split, **record, **metrics})
+                improved = metrics and self.position.best_epoch == self.position.epoch
+                if improved or last_epoch or self.position.epoch % self.config.train.checkpoint_every == 0 or self._out_of_patience():
+                    self._save(metrics or None)
+            self.checkpoints.wait()
+        return self._finish(last)
+
+    def _train_epoch(self, stop: "_Stop", show: Any) -> dict[str, float]:
+        position, schedule = self.position, optim.learning_rate(self.config.optim)
+        plan_SB = self.loader.plan(seed=self.config.train.seed, epoch=position.epoch)
+        show(total=len(plan_SB), completed=position.batch)
+        waited, grad_norm = 0.0, 0.0
+        running: tuple[Group, int, dict[str, jax.Array]] | None = None  # the call before: read once the next is under way
+
+        def read(group: Group, first_step: int, history: dict[str, jax.Array]) -> None:
+            nonlocal grad_norm
+            losses, norms = np.asarray(history["loss"])[: group.steps], np.asarray(history["grad_norm"])[: group.steps]
+            finite = np.isfinite(losses) & np.isfinite(norms)
+            if not finite.all():
+                bad = int(np.argmin(finite))
+                raise FloatingPointError(
+                    f"the loss is {losses[bad]} at step {first_step + bad} (epoch {position.epoch + 1}, learning rate "
+                    f"{float(schedule(first_step + bad)):g}, gradient norm {norms[bad]:g}). The last good checkpoint is kept in "
+                    f"{self.folder.checkpoints}; lower optim.learning_rate or set optim.clip_norm."
+                )
+            position.loss_sum += float(np.sum(losses, dtype=np.float64))
+            position.batch = group.first + group.steps
+            grad_norm = float(norms[-1])
+            show(completed=position.batch)
+
+        groups = iter(self.loader.groups(plan_SB, first=position.batch))
+        step = int(self.state.step)
+        while True:
+            before = time.perf_counter()
+            group = next(groups, None)
+            waited += time.perf_counter() - before
+            if group is not None:
+                self.state, history = self.run_steps(self.state, group.feed, jnp.int32(group.steps))
+            if running is not None:
+                read(*running)
+            if group is None:
+                break
+            running = (group, step, history)
+            step += group.steps
+            if stop.requested:
+                read(*running)
+                self._save(None)
+                self.checkpoints.close()
+                raise Interrupted(f"stopped by {stop.requested} at step {step}; the same command goes on from there")
+        return {
+            "loss": position.loss_sum / len(plan_SB),
+            "grad_norm": grad_norm,
+            "learning_rate": float(schedule(max(step - 1, 0))),
+            "input_wait_seconds": waited,
+        }
+
+    def _save(self, metrics: dict[str, float] | None) -> None:
+        self.checkpoints.save(int(self.state.step), self.state, dataclasses.asdict(self.position), metrics)
+
+    def _out_of_patience(self) -> bool:
+        return (
+            self.patience is not None and self.position.best_epoch > 0 and self.position.epoch - self.position.best_epoch >= self.patience
+        )
+
+    def _finish(self, last: dict[str, float]) -> dict[str, Any]:
+        best = self.checkpoints.restore(abstract(self.state), best=True)
+        state = self.state if best is None else best[1]
+        result: dict[str, Any] = {
+            "protocol": self.config.train.protocol,
+            "split": "test",
+            "seed": self.config.train.seed,
+            "epochs": self.position.epoch,
+            "steps": int(self.state.step),
+            "seconds": self.position.seconds,
+            "best_epoch": self.position.best_epoch,
+            "best": self.evaluator(state.params),
+            "last": last or self.evaluator(self.state.params),
+        }
+        if self.split != "test":
+            # One look at the test items, with the parameters that did best on the validation items.
+            result |= {"validation": result.pop("best"), "best": Evaluator(self.task, "test")(state.params)}
+            result.pop("last")
+        write_json(self.folder.result, result)
+        report.draw_curves({self.config.name: self.folder.metrics}, self.folder.curves)
+        self.log.close()
+        self.checkpoints.close()
+        return result
+
+
+class _Stop:
+    requested: str | None = None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """SIGTERM and SIGINT ask for a stop after the call in flight; a second one ends the process at once."""
+    stop = _Stop()
+    previous: dict[int, Any] = {}
+
+    def ask(number: int, frame: Any) -> None:
+        stop.requested = signal.Signals(number).name
+        signal.signal(number, previous[number])
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, ask)
+    except ValueError:
+        pass  # not in the main thread: the caller's signals are its own
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,98 @@
+"""A run's folder: what lies where, and whose it is.
+
+config.json      the configuration; a run that differs from it is refused
+catalog.json     item ids and titles (the reverse map)
+checkpoints/     Orbax, newest and best
+metrics.jsonl    one line a record, the same values as TensorBoard's
+tensorboard/
+curves.png       loss and metrics over epochs
+result.json      the numbers of a finished run
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ultra_hstu.config import Config, difference, from_config_dict
+
+# Fields that may change between two starts of the same run: they say where and how long, not what is computed.
+FREE_FIELDS = ("data.raw_dir", "data.data_dir", "train.epochs", "train.keep_checkpoints")
+
+
+class Workdir:
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path).absolute()
+        self.config = self.path / "config.json"
+        self.catalog = self.path / "catalog.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.curves = self.path / "curves.png"
+        self.result = self.path / "result.json"
+        self._lock: Any = None
+
+    def claim(self, config: Config) -> None:
+        """Makes the folder this run's own, until `release` or the end of the process.
+
+        Raises:
+          ValueError: if another process trains in it, if it belongs to a run with another configuration (the difference is shown), or if
+            it holds files of something else.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ValueError(f"another process is training in {self.path}: wait for it, or choose another --workdir") from None
+        try:
+            self._check_owner(dataclasses.asdict(config))
+        except ValueError:
+            self.release()
+            raise
+        write_json(self.config, dataclasses.asdict(config))
+
+    def _check_owner(self, new: dict[str, Any]) -> None:
+        if self.config.exists():
+            changed = [line for line in difference(dataclasses.asdict(self.read_config()), new) if not line.startswith(FREE_FIELDS)]
+            if changed:
+                listed = "\n  ".join(changed)
+                raise ValueError(
+                    f"{self.path} belongs to a run with another configuration (stored -> asked for):\n  {listed}\n"
+                    "Choose another --workdir, or delete this one to start over."
+                )
+        elif foreign := sorted(entry.name for entry in self.path.iterdir() if entry.name != ".lock"):
+            raise ValueError(f"{self.path} is no run's folder, yet it holds {foreign[0]!r}: choose an empty or new --workdir")
+
+    def release(self) -> None:
+        """Lets another process (or another run of this one) claim the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def read_config(self) -> Config:
+        """The stored configuration.
+
+        Raises:
+          ValueError: if the folder holds no run, or its config.json cannot be read.
+        """
+        try:
+            return from_config_dict(json.loads(self.config.read_text()))
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} holds no run (no config.json): train one with experiments.train --workdir={self.path}") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.config}, line {error.lineno}: not JSON ({error.msg})") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the whole file or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
