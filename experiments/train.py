@@ -41,7 +41,8 @@ def main(_: list[str]) -> None:
     for seed in seeds or [config.train.seed]:
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
         folder = Path(_WORKDIR.value) / f"seed_{seed}" if seeds else Path(_WORKDIR.value)
-        results.append(train(seeded, folder, console=console, task=task))
+        result = train(seeded, folder, console=console, task=task)
+        results.append(result | {"history": report.read_metrics(workdir.Workdir(folder).metrics)})
     rows = {f"{config.name}, seed {result['seed']}": result["best"] for result in results}
     if len(results) > 1:
         rows |= {"mean": summary(results, statistics.mean), "standard deviation": summary(results, statistics.stdev)}

@@ -60,11 +60,13 @@ class Recipe:
         options: dict[str, Any] = dict(temperature=config.temperature, l2_normalize=config.l2_normalize, chunk_rows=config.chunk_rows)
         if config.kind == "full":
             return losses.full_softmax(h_TD, table_ID, batch.target_T, batch.weight_T, **options)[0]
-        log_q = None
+        rows, log_q = h_TD.shape[0], None
         if config.kind == "sampled":
-            negative_TR = negatives.uniform_negatives(negative_key, h_TD.shape[0], config.negatives, self.num_items)
+            negative_TR = negatives.uniform_negatives(negative_key, rows, config.negatives, self.num_items)
         else:
-            negative_TR, log_q = negatives.in_batch_negatives(negative_key, batch.target_T, batch.weight_T, config.negatives)
+            pool = negatives.in_batch_pool(batch.target_T, self.num_items)
+            negative_TR = negatives.in_batch_negatives(negative_key, pool, rows, config.negatives)
+            log_q = pool.log_q_I if config.log_q else None
         return losses.sampled_softmax(h_TD, table_ID, batch.target_T, batch.weight_T, negative_TR, log_q=log_q, **options)[0]
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:

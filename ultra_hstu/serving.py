@@ -12,7 +12,8 @@ from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.data.batching import Events, gather_batch
 from ultra_hstu.data.interactions import Catalog
-from ultra_hstu.metrics import normalized
+from ultra_hstu.metrics import best_items
+from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.recipe import Params, Recipe
 from ultra_hstu.workdir import Workdir
 
@@ -46,7 +47,7 @@ class RecommendationModel:
         self.catalog = Catalog.load(folder.catalog)
         self.recipe = Recipe(self.config, self.catalog.num_items)
         _, self.params = load_params(folder, self.recipe)
-        self._scores = jax.jit(functools.partial(_scores, self.recipe, self.config.data.max_history))
+        self._best = jax.jit(functools.partial(_best, self.recipe, self.config.data.max_history), static_argnames="k")
 
     def recommend(self, items: Sequence[int], times: Sequence[int] | None = None, *, k: int = 10) -> list[Recommendation]:
         """The k unseen items with the highest scores.
@@ -74,18 +75,23 @@ class RecommendationModel:
             np.pad(item_E[newest], (0, self.config.data.max_history + 1 - length)),
             np.pad(time_E[newest], (0, self.config.data.max_history + 1 - length), mode="edge"),
         )
-        scores_I1 = np.array(self._scores(self.params, events, jnp.int32(length)))
-        scores_I1[item_E] = -np.inf
-        best = np.argsort(-scores_I1, kind="stable")[: min(k, int(np.isfinite(scores_I1).sum()))]
-        raw_ids = self.catalog.decode(best)
-        titles = [None] * len(best) if self.catalog.titles is None else [self.catalog.titles[item] for item in best]
-        return [Recommendation(raw, title, float(scores_I1[item])) for raw, title, item in zip(raw_ids, titles, best, strict=True)]
+        seen_I = np.zeros(num_items + 1, bool)
+        seen_I[item_E] = True
+        best_K, score_K = self._best(self.params, events, jnp.int32(length), jnp.asarray(~seen_I), k=k)
+        found = np.asarray(best_K)[np.asarray(best_K) > 0]
+        raw_ids = self.catalog.decode(found)
+        titles = [None if self.catalog.titles is None else self.catalog.titles[item] for item in found]
+        scores = np.asarray(score_K).tolist()
+        return [Recommendation(raw, title, score) for raw, title, score in zip(raw_ids, titles, scores, strict=False)]
 
 
-def _scores(recipe: Recipe, rows: int, params: Params, events: Events, length: jax.Array) -> jax.Array:
+def _best(
+    recipe: Recipe, rows: int, params: Params, events: Events, length: jax.Array, unseen_I: jax.Array, *, k: int
+) -> tuple[jax.Array, jax.Array]:
     batch = gather_batch(events, jnp.zeros(1, jnp.int32), length[None], rows=rows)
     model = recipe.model(params)
-    user_BD, table_ID = model.encode(batch, rngs=None)[batch.last_row_B], model.item_table[...]
-    if recipe.config.loss.l2_normalize:
-        user_BD, table_ID = normalized(user_BD), normalized(table_ID)
-    return jnp.matmul(table_ID, user_BD[0], precision="highest").at[0].set(-jnp.inf)
+    user_1D = model.encode(batch, rngs=None)[batch.last_row_B]
+    normalize = recipe.config.loss.l2_normalize
+    user_1D = l2_normalize(user_1D) if normalize else user_1D
+    best_1K, score_1K = best_items(user_1D, model.item_table[...], k=k, l2_normalize=normalize, corpus_I=unseen_I)
+    return best_1K[0], score_1K[0]

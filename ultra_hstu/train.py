@@ -43,7 +43,8 @@ class Position:
     loss_sum: float = 0.0  # over the epoch's batches so far
     best_epoch: int = 0
     best_metric: float = -1.0
-    seconds: float = 0.0  # spent training and evaluating, compilation and restarts included
+    seconds: float = 0.0  # spent training and evaluating, without compilation
+    compile_seconds: float = 0.0  # over all starts
 
 
 class Interrupted(Exception):
@@ -91,7 +92,6 @@ class _Run:
     def __init__(self, task: Task, folder: Workdir, console: Console):
         self.task, self.config, self.folder, self.console = task, task.config, folder, console
         config = self.config.train
-        self.run_steps = jax.jit(functools.partial(run_steps, task.recipe), donate_argnums=0)
         self.loader = task.loader("train", batch_users=self.config.data.batch_users, steps_per_call=config.steps_per_call)
         self.split = "test" if config.protocol == "published" else "validation"
         self.evaluator = Evaluator(task, self.split)
@@ -104,7 +104,18 @@ class _Run:
             self.position = Position(**position)
             self.checkpoints.drop_after(step)
             console.print(f"going on from step {step} (epoch {self.position.epoch + 1})")
+        self.run_steps = self._compile()
         self.log = report.MetricLog(folder.metrics, folder.tensorboard, resume_step=int(self.state.step))
+
+    def _compile(self) -> jax.stages.Compiled:
+        """The training call, compiled for the shapes that all its calls have."""
+        started = time.perf_counter()
+        group = next(iter(self.loader.groups(self.loader.plan())))
+        step = jax.jit(functools.partial(run_steps, self.task.recipe), donate_argnums=0)
+        compiled = step.lower(self.state, group.feed, jnp.int32(group.steps)).compile()
+        self.evaluator.compile(self.state.params)
+        self.position.compile_seconds += time.perf_counter() - started
+        return compiled
 
     def to_the_end(self) -> dict[str, Any]:
         last: dict[str, float] = {}
@@ -200,6 +211,7 @@ class _Run:
             "epochs": self.position.epoch,
             "steps": int(self.state.step),
             "seconds": self.position.seconds,
+            "compile_seconds": self.position.compile_seconds,
             "best_epoch": self.position.best_epoch,
             "best": self.evaluator(state.params),
             "last": last or self.evaluator(self.state.params),

@@ -1,0 +1,114 @@
+"""Recommendations and the command lines around them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tests.small import small_config
+from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.task import Task
+from ultra_hstu.train import train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("recommend")
+    config = small_config(root / "data", epochs=2)
+    train(config, root / "run", console=Console(quiet=True))
+    return config, root / "run"
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return RecommendationModel(str(run[1]))
+
+
+def test_best_unseen_items_in_order(model):
+    history = [3, 14, 15, 92]
+    answer = model.recommend(history, k=20)
+    assert len(answer) == 20
+    assert [item.score for item in answer] == sorted((item.score for item in answer), reverse=True)
+    assert not {item.item for item in answer} & set(model.catalog.decode(np.array(history)).tolist())
+    assert answer[0].title.startswith("item ")
+
+
+def test_the_same_scores_as_evaluation(run, model):
+    """The rank that evaluation gives a test target is its place among the recommendations."""
+    from ultra_hstu.evaluate import Evaluator
+
+    config, _ = run
+    task = Task.load(config)
+    ranks = Evaluator(task, "test").ranks(model.params)
+    examples, interactions = task.splits.test, task.interactions
+    for user in (0, 7, 31):
+        events = slice(examples.start[user], examples.stop[user])
+        target = interactions.items[examples.stop[user]]
+        answer = model.recommend(interactions.items[events], interactions.timestamps[events], k=interactions.num_items)
+        place = (
+            [item.item for item in answer].index(model.catalog.decode(np.array([target]))[0]) + 1
+            if target not in interactions.items[events]
+            else 0
+        )
+        assert place in (0, ranks[user]) or abs(place - ranks[user]) <= 1  # the evaluation knows the target's time
+
+
+def test_only_the_newest_events_count(model):
+    assert model.recommend(list(range(1, 31)), k=5)[0].score == pytest.approx(model.recommend(list(range(21, 31)), k=5)[0].score)
+
+
+@pytest.mark.parametrize(
+    ("history", "options", "message"),
+    [
+        ([], {}, "history is empty"),
+        ([1], {"k": 0}, "k=0 must be in 1..120"),
+        ([1], {"k": 121}, "k=121"),
+        ([1, 2], {"times": [5]}, "2 items but 1 times"),
+    ],
+)
+def test_bad_requests_are_named(model, history, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.recommend(history, **options)
+
+
+def call(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_recommend_command(run):
+    done = call("recommend", f"--workdir={run[1]}", "--history=5,17, 3", "--k=3")
+    assert done.returncode == 0, done.stderr
+    assert "after 3 items" in done.stdout and "of category" in done.stdout
+    done = call("recommend", f"--workdir={run[1]}", "--user=7", "--k=3")
+    assert done.returncode == 0 and "user 7, after 12 events" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--user=9999"], "unknown user '9999'"),
+        (["--history=1,99999"], "99999"),
+        (["--history=1", "--user=3"], "give either --user=ID or --history"),
+    ],
+)
+def test_recommend_command_names_what_it_does_not_know(run, arguments, message):
+    done = call("recommend", f"--workdir={run[1]}", *arguments)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    done = call("recommend", f"--workdir={tmp_path}", "--history=1")
+    assert done.returncode == 1 and "holds no run" in done.stderr
+
+
+def test_evaluate_command(run):
+    done = call("evaluate", f"--workdir={run[1]}")
+    assert done.returncode == 0, done.stderr
+    assert "HR@200" in done.stdout and "popularity" in done.stdout
