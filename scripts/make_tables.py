@@ -6,7 +6,6 @@ A table stands in README.md between `<!-- table NAME -->` and `<!-- end NAME -->
 """
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -98,12 +97,12 @@ TABLES: dict[str, Callable[[], str]] = {"ml1m": ml1m_table, "speed": speed_table
 
 def with_tables(text: str) -> str:
     for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- table {name} -->\n).*?(\n?<!-- end {name} -->)", re.DOTALL)
-        if not block.search(text):
-            raise ValueError(f"README.md has no '<!-- table {name} -->' ... '<!-- end {name} -->'")
-        text = block.sub(
-            lambda match, body=make(): f"<!-- table {match[1].split()[2]} -->\n{body}\n<!-- end {match[1].split()[2]} -->", text
-        )
+        start, end = f"<!-- table {name} -->\n", f"\n<!-- end {name} -->"
+        before, found, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"README.md has no '{start.strip()}' ... '{end.strip()}'")
+        text = before + start + make() + end + after
     return text
 
 

@@ -1,0 +1,78 @@
+"""Imports go one way; the CPU path needs no GPU package and no TensorFlow."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A module may import from its own layer or from those before it.
+LAYERS = [
+    ["kernels"],
+    ["ultra_hstu.config", "ultra_hstu.provenance"],
+    ["ultra_hstu.data"],
+    ["ultra_hstu.nn"],
+    ["ultra_hstu.losses", "ultra_hstu.negatives", "ultra_hstu.metrics", "ultra_hstu.optim", "ultra_hstu.checkpoint", "ultra_hstu.workdir", "ultra_hstu.report"],
+    ["ultra_hstu.recipe"],
+    ["ultra_hstu.task", "ultra_hstu.serving"],
+    ["ultra_hstu.evaluate"],
+    ["ultra_hstu.train"],
+    ["experiments", "scripts"],
+    ["tests"],
+]  # fmt: skip
+
+
+def layer(module):
+    for number, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return number
+    return None
+
+
+def sources():
+    for folder in ("kernels", "ultra_hstu", "experiments", "scripts"):
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for name in node.names:
+                full = f"{node.module}.{name.name}"
+                yield full if layer(full) is not None and layer(full) != layer(node.module) else node.module
+
+
+@pytest.mark.parametrize("path", list(sources()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    own = layer(module)
+    if module in ("ultra_hstu",):
+        assert not path.read_text().strip(), "the package itself imports nothing"
+        return
+    assert own is not None, f"{module} has no layer: add it to LAYERS"
+    for name in imported(path):
+        other = layer(name)
+        assert other is None or other <= own, f"{module} (layer {own}) imports {name} (layer {other})"
+
+
+def test_the_rule_can_fail():
+    assert layer("ultra_hstu.train") > layer("ultra_hstu.data.batching") > layer("kernels.mask")
+
+
+def test_no_gpu_package_and_no_tensorflow_on_cpu():
+    code = "import sys, experiments.train, experiments.recommend; print([name for name in ('tensorflow', 'triton', 'jax_triton', 'torch') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_files_stay_small():
+    """One idea per file: 400 lines, device kernels aside."""
+    kernels = ("mosaic", "triton")
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources() if not path.name.startswith(kernels)}
+    assert not {path: lines for path, lines in long.items() if lines > 400}
