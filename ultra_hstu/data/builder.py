@@ -126,7 +126,8 @@ def prepare(
             missing = [name for name in variant.files if not (folder / name).is_file()]
             if missing:
                 raise ValueError(
-                    f"raw_dir {raw_dir!r} lacks {', '.join(missing)}; {variant.name} is read from {', '.join(variant.files)}"
+                    f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: "
+                    f"{variant.name} is read from {', '.join(variant.files)}"
                 )
             sums = checksums(folder, variant.files)
         elif variant.files:

@@ -18,7 +18,7 @@ class Catalog:
         titles: one title a slot ("" for slot 0), or None where the source has none.
     """
 
-    raw_ids: Shaped[np.ndarray, "items+1"]
+    raw_ids: Shaped[np.ndarray, " slots"]
     titles: tuple[str, ...] | None = None
 
     @classmethod

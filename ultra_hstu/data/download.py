@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import ssl
 import tarfile
 import time
 import urllib.error
@@ -20,6 +21,7 @@ import rich.progress
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 18
+_NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError)
 _SUMS = "sha256.json"  # the checksum of every extracted file, beside the files
 
 
@@ -109,10 +111,7 @@ def fetch(download: Download, folder: Path, *, attempts: int = 5, pause: float =
             error.close()
             if error.code < 500:
                 raise ConnectionError(f"cannot download: {reason}") from error
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-                if not isinstance(error, (TimeoutError, urllib.error.URLError)):
-                    raise  # the disk, not the network
+        except _NETWORK_ERRORS as error:
             reason = f"{download.url}: {error}"
         if attempt == attempts:
             raise ConnectionError(f"cannot download {reason} (tried {attempts} times; run again to continue)")
@@ -207,7 +206,7 @@ def _unpack(path: Path, names: Sequence[str], folder: Path) -> None:
         raise ValueError(f"{path} is no whole archive ({error}). It was moved to {aside}; run again") from error
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: set_aside it and fetch the publisher's archive")
+        raise ValueError(f"{path} has no {', '.join(missing)}: it is not the publisher's archive")
 
 
 def _digest(path: Path, kind: str) -> str:

@@ -61,8 +61,8 @@ class Events:
         duplicates = order[1:][again]  # lexsort is stable: the first of equal events is the earliest in the files
         row = int(duplicates.min())
         _log.warning(
-            "dropped %d events that repeat an earlier one of the same user, item and time, the first at %s: user %s, item %s",
-            len(duplicates), self.place(row), self.users[row], self.items[row],
+            "dropped %d events that repeat an earlier one of the same user, item and time; first: %s, user %s",
+            len(duplicates), self.place(row), self.users[row],
         )  # fmt: skip
         return self.select(np.delete(np.arange(len(self.users)), duplicates))
 

@@ -9,15 +9,25 @@ import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
 from ultra_hstu.config import DataConfig
+from ultra_hstu.data.amazon import AmazonBeauty, AmazonBooks
+from ultra_hstu.data.assistments import Assistments
 from ultra_hstu.data.builder import CATALOG, InteractionsBuilder, prepare
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.kuairand import KuaiRand
 from ultra_hstu.data.movielens import MovieLens
 from ultra_hstu.data.synthetic import Synthetic
 
 __all__ = ["Catalog", "Interactions", "load_interactions"]
 _log = logging.getLogger(__name__)
 MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
-_BUILDERS: tuple[type[InteractionsBuilder], ...] = (MovieLens, Synthetic)
+_BUILDERS: tuple[type[InteractionsBuilder], ...] = (
+    MovieLens,
+    AmazonBooks,
+    AmazonBeauty,
+    Assistments,
+    KuaiRand,
+    Synthetic,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,4 +1,7 @@
-"""Synthetic streaming data: a Dirichlet process over categories with a drifting vocabulary (HSTU, arXiv 2402.17152, appendix C)."""
+"""Synthetic streaming data: a Dirichlet process over categories with a drifting vocabulary.
+
+HSTU, arXiv 2402.17152, appendix C.
+"""
 
 import numpy as np
 from jaxtyping import Int
@@ -10,7 +13,7 @@ from ultra_hstu.data.events import Events
 
 
 class Synthetic(InteractionsBuilder, skip_registration=True):
-    """The stream of `draw_stream`: user u is record u; its events are one second apart, and records follow each other."""
+    """The stream of `draw_stream`: user u is record u; one event a second, record after record."""
 
     BUILDER_CONFIGS = [
         SourceConfig(name="synthetic", version="1.0.0", description="A Dirichlet process over categories")

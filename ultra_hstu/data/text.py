@@ -28,11 +28,13 @@ class Column:
 
     name: str
     dtype: type[np.generic] | None
-    low: float = 0
-    high: float = MAX_ID
+    low: int | float = 0
+    high: int | float = MAX_ID
 
 
-def integer(text: str, path: str | os.PathLike, line: int, name: str, low: float = 0, high: float = MAX_ID) -> int:
+def integer(
+    text: str, path: str | os.PathLike, line: int, name: str, low: int | float = 0, high: int | float = MAX_ID
+) -> int:
     """`text` as an integer in low..high.
 
     Raises:
@@ -46,7 +48,9 @@ def integer(text: str, path: str | os.PathLike, line: int, name: str, low: float
     return value
 
 
-def integers(text: str, separator: str, path: Path, line: int, name: str, low: float = 0, high: float = MAX_ID):
+def integers(
+    text: str, separator: str, path: Path, line: int, name: str, low: int | float = 0, high: int | float = MAX_ID
+):
     """The integers of one line, int64, checked as by `integer`. Fast when all is well."""
     fields = text.split(separator)
     if re.fullmatch(rf"[0-9]{{1,18}}(?:{separator}[0-9]{{1,18}})*", text):
@@ -117,7 +121,7 @@ def _form(columns: Sequence[Column], delimiter: str) -> str:
 
 
 def _check_end(path: Path, delimiter: str) -> None:
-    """A file cut off inside the last field of its last line still parses; the field is then shorter than those before."""
+    """A file cut off inside the last field of its last line still parses: it is then shorter than all before."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16)))
         tail = file.read().split(b"\n")

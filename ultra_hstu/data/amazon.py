@@ -1,0 +1,95 @@
+"""Amazon reviews: Books as published by the SNAP group, Beauty as one user a line."""
+
+import numpy as np
+
+from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
+from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.download import Download
+from ultra_hstu.data.events import Events
+from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integers, lines, read_table
+
+MIN_COUNT = 5
+
+
+class AmazonBooks(InteractionsBuilder, skip_registration=True):
+    """`ratings_Books.csv`: lines of user,item,rating,time without a header; users and items are strings.
+
+    Filtered as in HSTU's published code: users and items with at least 5 ratings in the raw file (counted once, not
+    iterated), then users that still have 5. The catalogue is the items that the first filter leaves: 695,762.
+    """
+
+    STRING_USERS = True
+    ACTIONS = {"rating": np.float32}
+    BUILDER_CONFIGS = [
+        SourceConfig(
+            name="amazon-books",
+            version="1.0.0",
+            description="Amazon Books: users, books, ratings, times",
+            files=("ratings_Books.csv",),
+            downloads=(Download("http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/ratings_Books.csv"),),
+        )
+    ]
+
+    def read(self) -> tuple[Events, Catalog]:
+        columns = (
+            Column("user", np.str_),
+            Column("item", np.str_),
+            Column("rating", np.float32, 1, 5),
+            Column("timestamp", np.int64, 0, MAX_SECONDS),
+        )
+        path = self.raw_dir / "ratings_Books.csv"
+        table = read_table(path, columns)
+        where = ((str(path), 1, len(table["user"])),)
+        events = Events(table["user"], table["item"], table["timestamp"], {"rating": table["rating"]}, where)
+        events = events.without_duplicates()
+        events = events.select((_counts(events.users) >= MIN_COUNT) & (_counts(events.items) >= MIN_COUNT))
+        if not len(events.users):
+            raise ValueError(f"{path}: no user and item with {MIN_COUNT} ratings each are left")
+        catalog = Catalog.from_ids(np.unique(events.items))
+        return events.select(_counts(events.users) >= MIN_COUNT), catalog
+
+
+def _counts(values: np.ndarray) -> np.ndarray:
+    """How often the value of each row occurs in all."""
+    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return counts[codes]
+
+
+class AmazonBeauty(InteractionsBuilder, skip_registration=True):
+    """`Beauty.txt`: a user a line, "user item item ...", in order of time but without times; 5-core, ids from 1.
+
+    An item that comes again is another event: without times it cannot be told from a repeated one.
+    """
+
+    TICKS = 0
+    BUILDER_CONFIGS = [
+        SourceConfig(
+            name="amazon-beauty",
+            version="1.0.0",
+            description="Amazon Beauty, 5-core: users and the products that they reviewed, in order",
+            files=("Beauty.txt",),
+            downloads=(
+                Download(
+                    "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/"
+                    "2a81540ae18615d88ef88227b0c066e5b74781e5/data/Beauty.txt",
+                    "sha256:226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
+                ),
+            ),
+        )
+    ]
+
+    def read(self) -> tuple[Events, Catalog]:
+        path = self.raw_dir / "Beauty.txt"
+        users: dict[int, int] = {}
+        histories = []
+        for number, line in lines(path):
+            user, *items = integers(line, " ", path, number, "user or item id", 1).tolist()
+            if not items:
+                raise bad_line(path, number, "expected 'user item item ...' separated by single spaces", line)
+            if user in users:
+                raise bad_line(path, number, f"user {user} was given on line {users[user]} already", line)
+            users[user] = number
+            histories.append(np.array(items, np.int64))
+        items = np.concatenate(histories)
+        repeated = np.repeat(np.array(list(users), np.int64), [len(history) for history in histories])
+        return Events(repeated, items, None, {}), Catalog.from_ids(np.unique(items))

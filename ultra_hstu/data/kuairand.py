@@ -1,0 +1,67 @@
+"""KuaiRand (https://kuairand.com): short videos with many kinds of feedback; variants Pure, 1K and 27K."""
+
+import numpy as np
+
+from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
+from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.download import Download
+from ultra_hstu.data.events import Events
+from ultra_hstu.data.text import MAX_SECONDS, Column, read_table
+
+_INT32 = 2**31 - 1
+_COLUMNS = (
+    Column("user_id", np.int64),
+    Column("video_id", np.int64),
+    Column("date", None),
+    Column("hourmin", None),
+    Column("time_ms", np.int64, 0, MAX_SECONDS * 1000),
+    *(
+        Column(name, np.int32, 0, 1)
+        for name in ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
+    ),
+    *(
+        Column(name, np.int32, -_INT32, _INT32)  # the publisher states no range
+        for name in ("play_time_ms", "duration_ms", "profile_stay_time", "comment_stay_time")
+    ),
+    Column("is_profile_enter", np.int32, 0, 1),
+    Column("is_rand", np.int32, 0, 1),
+    Column("tab", np.int32, 0, _INT32),
+)
+_LOGS = {
+    "kuairand-pure": ("4_08_to_4_21_pure", "4_22_to_5_08_pure"),
+    "kuairand-1k": ("4_08_to_4_21_1k", "4_22_to_5_08_1k"),
+    "kuairand-27k": (
+        "4_08_to_4_21_27k_part1", "4_08_to_4_21_27k_part2", "4_22_to_5_08_27k_part1", "4_22_to_5_08_27k_part2"
+    ),
+}  # fmt: skip
+_ARCHIVES = {"kuairand-pure": "KuaiRand-Pure", "kuairand-1k": "KuaiRand-1K", "kuairand-27k": "KuaiRand-27K"}
+
+
+class KuaiRand(InteractionsBuilder, skip_registration=True):
+    """The standard logs (`log_standard_*.csv`); the logs of randomly exposed videos are not part of the histories.
+
+    Ids count from 0. Every event is kept, whatever the user did: its feedback are the actions, all int32 (flags 0 or
+    1, times in milliseconds, `tab` the scenario). Events are ordered by the millisecond; timestamps are whole seconds.
+    The catalogue is the videos of the logs. 27K has 322 million events: building it takes about 100 GB of memory.
+    """
+
+    TICKS = 1000
+    ACTIONS = {column.name: np.int32 for column in _COLUMNS[5:]}
+    BUILDER_CONFIGS = [
+        SourceConfig(
+            name=name,
+            version="1.0.0",
+            description=f"{_ARCHIVES[name]}: users, videos, feedback, times",
+            files=tuple(f"log_standard_{log}.csv" for log in logs),
+            downloads=(Download(f"https://zenodo.org/records/10439422/files/{_ARCHIVES[name]}.tar.gz"),),
+        )
+        for name, logs in _LOGS.items()
+    ]
+
+    def read(self) -> tuple[Events, Catalog]:
+        paths = [self.raw_dir / name for name in self.builder_config.files]
+        tables = [read_table(path, _COLUMNS, header=True) for path in paths]
+        where = tuple((str(path), 2, len(table["time_ms"])) for path, table in zip(paths, tables, strict=True))
+        joined = {name: np.concatenate([table.pop(name) for table in tables]) for name in tuple(tables[0])}
+        users, videos, times = (joined.pop(name) for name in ("user_id", "video_id", "time_ms"))
+        return Events(users, videos, times, joined, where), Catalog.from_ids(np.unique(videos))

@@ -1,0 +1,95 @@
+"""Which events are learned from, validated on and tested on: index arithmetic over the events, no copies."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int64
+
+from ultra_hstu.config import Protocol
+from ultra_hstu.data.interactions import Interactions
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """One example a row.
+
+    Attributes:
+        user: the row of the user in `Interactions.users`.
+        start, stop: the history, events start..stop-1, at most `max_history` of them, the newest.
+        target: the event to predict, for now always the one after the history (`stop`). In training every row of the
+            history predicts the event after it, the last row the target.
+    """
+
+    user: Int64[np.ndarray, " examples"]
+    start: Int64[np.ndarray, " examples"]
+    stop: Int64[np.ndarray, " examples"]
+    target: Int64[np.ndarray, " examples"]
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """The examples of a protocol.
+
+    Attributes:
+        train: at most one a user; users whose training events hold no pair of neighbours have none.
+        validation: None under `published`, which has no validation data.
+        test: at most one a user.
+        cut: the time, in seconds, from which on nothing is trained on; None unless `temporal`.
+    """
+
+    train: Examples
+    validation: Examples | None
+    test: Examples
+    cut: int | None = None
+
+
+def split(
+    interactions: Interactions, protocol: Protocol, max_history: int, temporal_test_fraction: float = 0.1
+) -> Split:
+    """Splits every user's events e_0 .. e_{n-1}.
+
+    - `published`: train on e_0 .. e_{n-2}, test e_{n-1}. No validation: the reference picks the best epoch on test.
+    - `validated`: train on e_0 .. e_{n-3}, validation e_{n-2}, test e_{n-1} with e_{n-2} in its history.
+    - `temporal`: the newest `temporal_test_fraction` of all events, from the cut on, is never trained or validated on.
+      Of a user's k events before the cut, train on e_0 .. e_{k-2} and validate e_{k-1} (users with k >= 2); test e_k,
+      the first event from the cut on (users with k >= 1 that have one). Events at the time of the cut belong to test.
+
+    Raises:
+        ValueError: an unknown protocol, `temporal` without timestamps or with nothing on one side of the cut,
+            max_history below 1.
+    """
+    if max_history < 1:
+        raise ValueError(f"data.max_history must be at least 1, not {max_history}")
+    first, last = interactions.offsets[:-1], interactions.offsets[1:]
+    if protocol == "published":
+        return Split(_examples(first, last - 2, max_history), None, _examples(first, last - 1, max_history))
+    if protocol == "validated":
+        train, validation, test = (_examples(first, last - back, max_history) for back in (3, 2, 1))
+        return Split(train, validation, test)
+    if protocol != "temporal":
+        raise ValueError(f"protocol must be published, validated or temporal, not {protocol!r}")
+    if interactions.timestamps is None:
+        raise ValueError("protocol 'temporal' needs timestamps, and this source has none: use 'validated'")
+    if not 0 < temporal_test_fraction < 1:
+        raise ValueError(f"data.temporal_test_fraction must lie between 0 and 1, not {temporal_test_fraction}")
+    times = interactions.timestamps
+    rank = min(int(len(times) * (1 - temporal_test_fraction)), len(times) - 1)
+    cut = int(np.partition(times, rank)[rank])
+    before = np.concatenate([[0], np.cumsum(times < cut)])
+    middle = first + before[last] - before[first]  # the first event from the cut on; events are in order of time
+    train = _examples(first, middle - 2, max_history)
+    test = _examples(first, middle, max_history, where=middle < last)
+    if not len(train) or not len(test):
+        problem = "no user has two events before" if not len(train) else "no user has events on both sides of"
+        raise ValueError(f"protocol 'temporal': {problem} time {cut} ({temporal_test_fraction=})")
+    return Split(train, _examples(first, middle - 1, max_history), test, cut)
+
+
+def _examples(first: np.ndarray, target: np.ndarray, max_history: int, where: np.ndarray | bool = True) -> Examples:
+    """An example for every user whose target has at least one event before it."""
+    user = np.flatnonzero((target > first) & where)
+    stop = target[user]
+    return Examples(user, np.maximum(first[user], stop - max_history), stop, stop)
