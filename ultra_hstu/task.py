@@ -9,7 +9,7 @@ from ultra_hstu.config import Config
 from ultra_hstu.data.batching import Events
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.data.interactions import Interactions, load_interactions
-from ultra_hstu.data.split import Splits, make_splits
+from ultra_hstu.data.split import Split, split
 from ultra_hstu.recipe import Recipe
 
 
@@ -17,7 +17,7 @@ from ultra_hstu.recipe import Recipe
 class Task:
     config: Config
     interactions: Interactions
-    splits: Splits
+    splits: Split
     events: Events
     recipe: Recipe
 
@@ -29,12 +29,7 @@ class Task:
     @staticmethod
     def of(config: Config, interactions: Interactions) -> "Task":
         """The task of a configuration on data that is already in memory."""
-        splits = make_splits(
-            interactions,
-            config.train.protocol,
-            max_history=config.data.max_history,
-            test_fraction=config.data.temporal_test_fraction,
-        )
+        splits = split(interactions, config.train.protocol, config.data.max_history, config.data.temporal_test_fraction)
         events = Events.from_arrays(interactions.items, interactions.timestamps)
         return Task(config, interactions, splits, events, Recipe(config, interactions.num_items))
 
@@ -46,15 +41,15 @@ class Task:
             )
         return dataclasses.replace(self, config=config, recipe=Recipe(config, self.interactions.num_items))
 
-    def loader(self, split: str, *, batch_users: int, steps_per_call: int) -> Loader:
-        """Batches of one split: "train", "validation" or "test"."""
+    def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
+        """Batches of one part of the split: "train", "validation" or "test"."""
         config = self.config
         return Loader(
             self.events,
-            getattr(self.splits, split),
+            getattr(self.splits, part),
             batch_users=batch_users,
             steps_per_call=steps_per_call,
-            rows=config.data.batch_tokens if split == "train" else None,
+            rows=config.data.batch_tokens if part == "train" else None,
             padded_length=config.padded_length if config.data.layout == "padded" else None,
             placement=config.data.placement,
         )

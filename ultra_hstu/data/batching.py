@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from ultra_hstu.data.split import Examples
+
 ROW_MULTIPLE = 128  # capacities are rounded up to this many rows, a common tile height of the kernels
 SECONDS_RANGE = 2**31 - 1
 
@@ -34,22 +36,6 @@ class Batch:
     weight_T: Any  # float32 [T]: 1 where a row is trained on, 0 elsewhere
     offsets: Any  # int32 [B + 1]
     last_row_B: Any  # int32 [B]: row whose output stands for the user; of an empty history, row 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Slices of the event arrays: history `[start, stop)`, target `stop`, of the user in row `user`."""
-
-    user: Int[np.ndarray, " n"]
-    start: Int[np.ndarray, " n"]
-    stop: Int[np.ndarray, " n"]
-
-    def __len__(self) -> int:
-        return len(self.user)
-
-    @property
-    def lengths(self) -> Int[np.ndarray, " n"]:
-        return self.stop - self.start
 
 
 @jax.tree_util.register_dataclass

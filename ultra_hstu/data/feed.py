@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from ultra_hstu.data.batching import Batch, Events, Examples, choose_rows, gather_batch, plan_epoch, slices
+from ultra_hstu.data.batching import Batch, Events, choose_rows, gather_batch, plan_epoch, slices
+from ultra_hstu.data.split import Examples
 
 DEVICE_BYTES = 2**30  # placement "auto": events up to this size live on the device
 STREAM_THREADS = 4

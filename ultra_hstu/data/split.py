@@ -28,6 +28,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.user)
 
+    @property
+    def lengths(self) -> Int64[np.ndarray, " examples"]:
+        return self.stop - self.start
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
