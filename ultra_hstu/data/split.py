@@ -16,17 +16,21 @@ class Examples:
     Attributes:
         user: the row of the user in `Interactions.users`.
         start, stop: the history, events start..stop-1, at most `max_history` of them, the newest.
-        target: the event to predict, for now always the one after the history (`stop`). In training every row of the
-            history predicts the event after it, the last row the target.
+
+    Every row of a training history predicts the event after it, the last row event `stop`; in a test only the last row does.
     """
 
     user: Int64[np.ndarray, " examples"]
     start: Int64[np.ndarray, " examples"]
     stop: Int64[np.ndarray, " examples"]
-    target: Int64[np.ndarray, " examples"]
 
     def __len__(self) -> int:
         return len(self.user)
+
+    @property
+    def target(self) -> Int64[np.ndarray, " examples"]:
+        """The event to predict: the one after the history."""
+        return self.stop
 
     @property
     def lengths(self) -> Int64[np.ndarray, " examples"]:
@@ -96,4 +100,4 @@ def _examples(first: np.ndarray, target: np.ndarray, max_history: int, where: np
     """An example for every user whose target has at least one event before it."""
     user = np.flatnonzero((target > first) & where)
     stop = target[user]
-    return Examples(user, np.maximum(first[user], stop - max_history), stop, stop)
+    return Examples(user, np.maximum(first[user], stop - max_history), stop)
