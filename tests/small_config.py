@@ -1,6 +1,6 @@
-"""The configuration of tests.small as a config file: `--config=tests/small_config.py:DATA_DIR`."""
+"""The configuration of tests.small_run as a config file: `--config=tests/small_config.py:DATA_DIR`."""
 
-from tests.small import small_config
+from tests.small_run import small_config
 from ultra_hstu.config import to_config_dict
 
 

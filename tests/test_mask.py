@@ -1,17 +1,12 @@
 """Masks against a definition written row by row in plain Python, straight from the rules."""
 
 import itertools
-import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kernels.hstu_attention.plan import make_plan
-from kernels.mask import AttentionMask, KeyIntervals, tile_bounds
+from kernels.mask import AttentionMask
 
 
 def allowed(mask, p, k, c, h, m):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from small_run import small_config
 
-from tests.small import small_config
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.task import Task
 from ultra_hstu.train import train

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from small_run import small_config, with_
 
-from tests.small import small_config, with_
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.recipe import Recipe
 from ultra_hstu.report import read_metrics
