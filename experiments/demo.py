@@ -12,7 +12,6 @@ from rich.console import Console
 
 from experiments.command import run_command
 from experiments.configs import synthetic
-from experiments.recommend import recommendations_table
 from ultra_hstu import report
 from ultra_hstu.config import from_config_dict
 from ultra_hstu.evaluate import popularity_metrics
@@ -53,7 +52,7 @@ def main(_: list[str]) -> None:
     model = RecommendationModel(str(folders["HSTU"].path))
     times = None if task.interactions.timestamps is None else task.interactions.timestamps[events]
     answer = model.recommend(task.interactions.items[events], times, k=5)
-    console.print(recommendations_table(f"user {user}, after {events.stop - events.start} events", answer))
+    console.print(report.recommendations_table(f"user {user}, after {events.stop - events.start} events", answer))
     for label, path in {
         "checkpoint": folders["HSTU"].checkpoints,
         "metrics": folders["HSTU"].metrics,

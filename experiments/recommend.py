@@ -10,11 +10,11 @@ import dataclasses
 
 from absl import app, flags
 from rich.console import Console
-from rich.table import Table
 
 from experiments.command import run_command
+from ultra_hstu import report
 from ultra_hstu.data.interactions import load_interactions
-from ultra_hstu.serving import Recommendation, RecommendationModel
+from ultra_hstu.serving import RecommendationModel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
 _USER = flags.DEFINE_string("user", None, "raw id of a user of the data: the whole history is used")
@@ -38,14 +38,7 @@ def main(_: list[str]) -> None:
         times = None if interactions.timestamps is None else interactions.timestamps[events]
         answer = model.recommend(interactions.items[events], times, k=_K.value)
         title = f"user {_USER.value}, after {events.stop - events.start} events"
-    Console().print(recommendations_table(title, answer))
-
-
-def recommendations_table(title: str, answer: list[Recommendation]) -> Table:
-    table = Table("#", "item", "title", "score", title=f"recommendations: {title}")
-    for place, item in enumerate(answer, start=1):
-        table.add_row(str(place), str(item.item), item.title or "", f"{item.score:.4f}")
-    return table
+    Console().print(report.recommendations_table(title, answer))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ultra_hstu.serving import Recommendation
+
 TABLE_METRICS = ("hr@10", "hr@50", "ndcg@10", "mrr")
 
 
@@ -66,6 +68,14 @@ def metrics_table(title: str, rows: Mapping[str, Mapping[str, float]], columns: 
     table = Table("", *(name.upper() for name in columns), title=title, box=rich.box.SIMPLE)
     for name, metrics in rows.items():
         table.add_row(name, *(f"{metrics[column]:.4f}" for column in columns))
+    return table
+
+
+def recommendations_table(title: str, answer: Sequence[Recommendation]) -> Table:
+    """Place, id, title and score of each recommended item."""
+    table = Table("#", "item", "title", "score", title=f"recommendations: {title}")
+    for place, item in enumerate(answer, start=1):
+        table.add_row(str(place), str(item.item), item.title or "", f"{item.score:.4f}")
     return table
 
 
