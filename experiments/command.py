@@ -1,5 +1,6 @@
 """What every command line shares: clear errors instead of tracebacks, and exit codes that scripts can rely on."""
 
+import logging
 import sys
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ def run_command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None
 
     def wrapped(argv: list[str]) -> None:
         errors = Console(stderr=True)
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it touches
         try:
             main(argv)
         except Interrupted as stop:
