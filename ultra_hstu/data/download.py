@@ -197,9 +197,9 @@ def _unpack(path: Path, names: Sequence[str], folder: Path) -> None:
         elif path.name.endswith(".tar.gz"):
             with tarfile.open(path) as archive:
                 for info in archive:
-                    if info.isfile() and os.path.basename(info.name) in names:
+                    if os.path.basename(info.name) in names and (content := archive.extractfile(info)):
                         with open(folder / os.path.basename(info.name), "wb") as target:
-                            shutil.copyfileobj(archive.extractfile(info), target)
+                            shutil.copyfileobj(content, target)
         else:
             shutil.copyfile(path, folder / path.name)
             return
