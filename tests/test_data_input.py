@@ -125,7 +125,7 @@ def test_duplicate_events_are_dropped_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         data = load(tmp_path, "ml-1m", raw)
     assert "dropped 2 events that repeat" in caplog.text
-    assert "ratings.dat, line 7, user 1" in caplog.text
+    assert "ratings.dat, line 7" in caplog.text
     assert data.num_events == 7  # the same movie at another time is another event
     assert data.timestamps[data.history(1)].tolist() == [90, 91, 100, 100]
 

@@ -27,8 +27,9 @@ def test_movielens_1m(tmp_path):
     assert data.actions["rating"].tolist() == [3, 5, 4, 2, 1, 3]
     assert (data.items.dtype, data.timestamps.dtype, data.actions["rating"].dtype) == (np.int32, np.int64, np.float32)
     assert data.history(2) == slice(3, 6) and data.history("1") == slice(0, 3)
-    with pytest.raises(ValueError, match="unknown user 3: there are 2 users"):
-        data.history(3)
+    for unknown in (3, -1, 10**20, "3", "Ann"):
+        with pytest.raises(ValueError, match=f"unknown user '?{unknown}'?: there are 2 users .* 1 to 2"):
+            data.history(unknown)
 
 
 def test_movielens_100k(tmp_path):
@@ -74,8 +75,12 @@ def test_amazon_books_is_filtered_as_in_hstu(tmp_path):
     assert np.diff(data.offsets).tolist() == [6, 5, 5, 5, 5]
     last = data.history("u1").stop - 1
     assert data.catalog.decode(data.items[last : last + 1]).tolist() == ["b6"] and data.actions["rating"][last] == 1
-    with pytest.raises(ValueError, match="unknown user 'u6'"):
-        data.history("u6")
+    for unknown in ("u6", 6):
+        with pytest.raises(ValueError, match=f"unknown user '?{unknown}'?: .* 'u1' to 'u5'"):
+            data.history(unknown)
+    write(tmp_path / "raw/ratings_Books.csv", ["u1,b1,5.0,1"] * 4)
+    with pytest.raises(ValueError, match="ratings_Books.csv: no user with 5 ratings of items with 5 ratings is left"):
+        load(tmp_path, "amazon-books", tmp_path / "raw")
 
 
 def test_amazon_beauty(tmp_path, caplog):

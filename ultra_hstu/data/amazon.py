@@ -1,5 +1,7 @@
 """Amazon reviews: Books as published by the SNAP group, Beauty as one user a line."""
 
+import dataclasses
+
 import numpy as np
 
 from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
@@ -11,7 +13,7 @@ from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integers, lines,
 MIN_COUNT = 5
 
 
-class AmazonBooks(InteractionsBuilder, skip_registration=True):
+class AmazonBooks(InteractionsBuilder):
     """`ratings_Books.csv`: lines of user,item,rating,time without a header; users and items are strings.
 
     Filtered as in HSTU's published code: users and items with at least 5 ratings in the raw file (counted once, not
@@ -23,7 +25,6 @@ class AmazonBooks(InteractionsBuilder, skip_registration=True):
     BUILDER_CONFIGS = [
         SourceConfig(
             name="amazon-books",
-            version="1.0.0",
             description="Amazon Books: users, books, ratings, times",
             files=("ratings_Books.csv",),
             downloads=(Download("http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/ratings_Books.csv"),),
@@ -40,22 +41,20 @@ class AmazonBooks(InteractionsBuilder, skip_registration=True):
         path = self.raw_dir / "ratings_Books.csv"
         table = read_table(path, columns)
         where = ((str(path), 1, len(table["user"])),)
-        events = Events(table["user"], table["item"], table["timestamp"], {"rating": table["rating"]}, where)
-        events = events.without_duplicates()
-        events = events.select((_counts(events.users) >= MIN_COUNT) & (_counts(events.items) >= MIN_COUNT))
-        if not len(events.users):
-            raise ValueError(f"{path}: no user and item with {MIN_COUNT} ratings each are left")
-        catalog = Catalog.from_ids(np.unique(events.items))
-        return events.select(_counts(events.users) >= MIN_COUNT), catalog
+        users, user = np.unique(table["user"], return_inverse=True)  # strings are sorted once, then all is integers
+        items, item = np.unique(table["item"], return_inverse=True)
+        events = Events(user, item, table["timestamp"], {"rating": table["rating"]}, where).without_duplicates()
+        often = (np.bincount(events.users) >= MIN_COUNT)[events.users]
+        events = events.select(often & (np.bincount(events.items) >= MIN_COUNT)[events.items])
+        kept = (np.bincount(events.users) >= MIN_COUNT)[events.users]
+        if not kept.any():
+            raise ValueError(f"{path}: no user with {MIN_COUNT} ratings of items with {MIN_COUNT} ratings is left")
+        catalog = Catalog.from_ids(items[np.unique(events.items)])
+        events = events.select(kept)
+        return dataclasses.replace(events, users=users[events.users], items=items[events.items]), catalog
 
 
-def _counts(values: np.ndarray) -> np.ndarray:
-    """How often the value of each row occurs in all."""
-    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return counts[codes]
-
-
-class AmazonBeauty(InteractionsBuilder, skip_registration=True):
+class AmazonBeauty(InteractionsBuilder):
     """`Beauty.txt`: a user a line, "user item item ...", in order of time but without times; 5-core, ids from 1.
 
     An item that comes again is another event: without times it cannot be told from a repeated one.
@@ -65,7 +64,6 @@ class AmazonBeauty(InteractionsBuilder, skip_registration=True):
     BUILDER_CONFIGS = [
         SourceConfig(
             name="amazon-beauty",
-            version="1.0.0",
             description="Amazon Beauty, 5-core: users and the products that they reviewed, in order",
             files=("Beauty.txt",),
             downloads=(

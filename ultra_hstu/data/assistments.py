@@ -18,7 +18,7 @@ _SHA256 = (
 )
 
 
-class Assistments(InteractionsBuilder, skip_registration=True):
+class Assistments(InteractionsBuilder):
     """Five disjoint folds, here joined; four lines a learner, each of integers separated by commas.
 
     1. the learner, and a second number that is not used (the published files give another id of the learner)
@@ -34,7 +34,6 @@ class Assistments(InteractionsBuilder, skip_registration=True):
     BUILDER_CONFIGS = [
         SourceConfig(
             name="assistments-2017",
-            version="1.0.0",
             description="ASSISTments 2017: learners, problems, skills, right or wrong",
             files=tuple(f"fold{k}.csv" for k in range(1, 6)),
             downloads=tuple(

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.download import Download, checksums, obtain
-from ultra_hstu.data.events import Events, check_seconds
+from ultra_hstu.data.events import Events
 
 _log = logging.getLogger(__name__)
 CATALOG = "catalog.npz"
@@ -39,7 +39,7 @@ class SourceConfig(tfds.core.BuilderConfig):
     downloads: tuple[Download, ...] = ()
 
 
-class InteractionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     """A source of interactions. Subclasses say which columns they have and read them.
 
     An example is one user: `user` (raw id), `items` (dense ids, int32), `timestamps` (int64 seconds, where the source
@@ -54,7 +54,7 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     ITEMS_FILE: ClassVar[str] = "the catalogue"  # for the error about an item that it lacks
 
     def __init__(self, *, raw_dir: str | os.PathLike | None, **kwargs: Any):
-        self.raw_dir = None if raw_dir is None else Path(raw_dir)
+        self.raw_dir = Path() if raw_dir is None else Path(raw_dir)  # a generated source reads nothing
         super().__init__(file_format="array_record", **kwargs)
 
     def read(self) -> tuple[Events, Catalog]:
@@ -85,24 +85,21 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
     def _generate_examples(self, events: Events, catalog: Catalog) -> Iterator[tuple[int, dict[str, Any]]]:
         events = dataclasses.replace(events, items=events.encode(catalog, self.ITEMS_FILE))
-        if self.TICKS:
-            events = events.without_duplicates()
         users, codes = np.unique(events.users, return_inverse=True)
-        if self.TICKS > 1:  # the order within a second is known here for the last time
-            events = events.select(np.lexsort((events.timestamps, codes)))
-            events = dataclasses.replace(events, timestamps=events.timestamps // self.TICKS)
+        if events.timestamps is not None and self.TICKS > 1:
+            order = np.lexsort((events.timestamps, codes))  # the order within a second is known here for the last time
         else:
-            events = events.select(np.argsort(codes, kind="stable"))
-        if self.TICKS:
-            check_seconds(events.timestamps, self.name)
+            order = np.argsort(codes, kind="stable")
+        columns: dict[str, Any] = {"items": events.items[order]}
+        if events.timestamps is not None:
+            columns["timestamps"] = events.timestamps[order] // self.TICKS
+        actions = {name: values[order] for name, values in events.actions.items()}
         stops = np.cumsum(np.bincount(codes, minlength=len(users)))
         for row, (user, stop) in enumerate(zip(users, stops, strict=True)):
             span = slice(int(stops[row - 1]) if row else 0, int(stop))
-            example: dict[str, Any] = {"user": user.item(), "items": events.items[span]}
-            if self.TICKS:
-                example["timestamps"] = events.timestamps[span]
-            if self.ACTIONS:
-                example["actions"] = {name: values[span] for name, values in events.actions.items()}
+            example = {"user": user.item(), **{name: values[span] for name, values in columns.items()}}
+            if actions:
+                example["actions"] = {name: values[span] for name, values in actions.items()}
             yield row, example
 
 

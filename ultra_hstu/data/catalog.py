@@ -38,7 +38,7 @@ class Catalog:
         if len(twice):
             raise ValueError(f"item id {ids[twice[0]].item()!r} occurs twice in the catalogue")
         padding = np.array([-1 if ids.dtype.kind == "i" else ""], ids.dtype)
-        return cls(np.concatenate([padding, ids]), titles and ("", *(titles[i] for i in order)))
+        return cls(np.concatenate([padding, ids]), None if titles is None else ("", *(titles[i] for i in order)))
 
     @property
     def num_items(self) -> int:
@@ -63,6 +63,7 @@ class Catalog:
         if numeric != (known.dtype.kind == "i") or not (numeric or ids.dtype.kind == "U"):
             kind = "whole numbers" if known.dtype.kind == "i" else "strings"
             raise ValueError(f"item ids of this catalogue are {kind}, not {ids.dtype}: {_some(ids)}")
+        ids = ids.astype(np.int64) if numeric else ids
         index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
         unknown = known[index] != ids
         if unknown.any():

@@ -45,7 +45,9 @@ class Download:
         return self.name or self.url.rsplit("/", 1)[-1]
 
 
-def obtain(downloads: Sequence[Download], names: Sequence[str], folder: Path, *, pause: float = 1.0) -> dict[str, str]:
+def obtain(
+    downloads: Sequence[Download], names: Sequence[str], folder: Path, *, pause: int | float = 1.0
+) -> dict[str, str]:
     """Makes sure that `folder` holds the files `names`, as downloaded and unpacked, and returns their sha256.
 
     The folder appears whole or not at all. A cut download continues with the next call.
@@ -89,7 +91,7 @@ def obtain(downloads: Sequence[Download], names: Sequence[str], folder: Path, *,
     return found
 
 
-def fetch(download: Download, folder: Path, *, attempts: int = 5, pause: float = 1.0) -> Path:
+def fetch(download: Download, folder: Path, *, attempts: int = 5, pause: int | float = 1.0) -> Path:
     """Downloads one file into `folder`, continuing a partial one (*.part), and checks it. Returns its path.
 
     Raises:
@@ -195,9 +197,9 @@ def _unpack(path: Path, names: Sequence[str], folder: Path) -> None:
         elif path.name.endswith(".tar.gz"):
             with tarfile.open(path) as archive:
                 for info in archive:
-                    if info.isfile() and os.path.basename(info.name) in names:
+                    if os.path.basename(info.name) in names and (content := archive.extractfile(info)):
                         with open(folder / os.path.basename(info.name), "wb") as target:
-                            shutil.copyfileobj(archive.extractfile(info), target)
+                            shutil.copyfileobj(content, target)
         else:
             shutil.copyfile(path, folder / path.name)
             return

@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 
 from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.data.text import MAX_SECONDS
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +21,7 @@ class Events:
         timestamps: int64, seconds unless a reader says otherwise; None where the source has none.
         actions: what the user did, by name: float32 or int32.
         where: for each file, its path, the line of its first event, and its number of events, in order.
+        rows: the place of each event among all those of the files; None: event i is the i-th.
     """
 
     users: Shaped[np.ndarray, " events"]
@@ -29,20 +29,23 @@ class Events:
     timestamps: Int64[np.ndarray, " events"] | None
     actions: dict[str, np.ndarray]
     where: tuple[tuple[str, int, int], ...] = ()
+    rows: Int64[np.ndarray, " events"] | None = None
 
-    def select(self, rows: np.ndarray) -> "Events":
-        """These rows (a bool mask or indices); their places in the files are forgotten."""
-        timestamps = None if self.timestamps is None else self.timestamps[rows]
-        actions = {name: values[rows] for name, values in self.actions.items()}
-        return Events(self.users[rows], self.items[rows], timestamps, actions)
+    def select(self, chosen: np.ndarray) -> "Events":
+        """These events (a bool mask or indices)."""
+        timestamps = None if self.timestamps is None else self.timestamps[chosen]
+        actions = {name: values[chosen] for name, values in self.actions.items()}
+        rows = (np.arange(len(self.users)) if self.rows is None else self.rows)[chosen]
+        return Events(self.users[chosen], self.items[chosen], timestamps, actions, self.where, rows)
 
-    def place(self, row: int) -> str:
+    def place(self, event: int) -> str:
         """File and line of an event."""
+        row = event if self.rows is None else int(self.rows[event])
         for path, first, count in self.where:
             if row < count:
                 return f"{path}, line {first + row}"
             row -= count
-        raise IndexError(row)
+        raise IndexError(f"event {event} of {len(self.users)}")
 
     def without_duplicates(self) -> "Events":
         """Drops events that repeat an earlier one of the same user, item and time, with a warning that counts them.
@@ -59,10 +62,9 @@ class Events:
         if not again.any():
             return self
         duplicates = order[1:][again]  # lexsort is stable: the first of equal events is the earliest in the files
-        row = int(duplicates.min())
         _log.warning(
-            "dropped %d events that repeat an earlier one of the same user, item and time; first: %s, user %s",
-            len(duplicates), self.place(row), self.users[row],
+            "dropped %d events that repeat an earlier one of the same user, item and time; the first: %s",
+            len(duplicates), self.place(int(duplicates.min())),
         )  # fmt: skip
         return self.select(np.delete(np.arange(len(self.users)), duplicates))
 
@@ -76,11 +78,6 @@ class Events:
         index = np.minimum(np.searchsorted(known, self.items), len(known) - 1)
         unknown = np.flatnonzero(known[index] != self.items)
         if len(unknown):
-            row = int(unknown[0])
-            raise ValueError(f"{self.place(row)}: item {self.items[row].item()!r} is not in {file_with_items}")
+            item = self.items[unknown[0]].item()
+            raise ValueError(f"{self.place(int(unknown[0]))}: item {item!r} is not in {file_with_items}")
         return (index + 1).astype(np.int32)
-
-
-def check_seconds(seconds: np.ndarray, source: str) -> None:
-    if len(seconds) and not 0 <= seconds.min() <= seconds.max() <= MAX_SECONDS:
-        raise ValueError(f"{source}: timestamps must lie in 0..{MAX_SECONDS} seconds, not up to {seconds.max()}")

@@ -19,6 +19,7 @@ from ultra_hstu.data.synthetic import Synthetic
 
 __all__ = ["Catalog", "Interactions", "load_interactions"]
 _log = logging.getLogger(__name__)
+_BATCH = 4096  # users read at once: one by one, every user decompresses its neighbours too
 MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
 _BUILDERS: tuple[type[InteractionsBuilder], ...] = (
     MovieLens,
@@ -121,19 +122,16 @@ def ordered(interactions: Interactions, *, ties: str = "stable", seed: int = 0) 
             raise ValueError("data.ties='random' needs timestamps, and this source has none: use ties='stable'")
         return interactions
     users = np.repeat(np.arange(interactions.num_users), interactions.lengths)
-    keys = [interactions.timestamps, users]
-    if ties == "random":
-        keys.insert(0, np.random.default_rng(seed).random(interactions.num_events))
-    return _select(interactions, np.lexsort(keys))
-
-
-def _select(interactions: Interactions, order: np.ndarray) -> Interactions:
-    """The same users with their events in another order."""
-    times = interactions.timestamps
+    times = interactions.timestamps - interactions.timestamps.min()
+    key = users * (times.max() + 1) + times  # one key sorts several times faster than two
+    if ties == "stable":
+        order = np.argsort(key, kind="stable")
+    else:
+        order = np.lexsort([np.random.default_rng(seed).random(len(key)), key])
     return dataclasses.replace(
         interactions,
         items=interactions.items[order],
-        timestamps=None if times is None else times[order],
+        timestamps=interactions.timestamps[order],
         actions={name: values[order] for name, values in interactions.actions.items()},
     )
 
@@ -141,7 +139,8 @@ def _select(interactions: Interactions, order: np.ndarray) -> Interactions:
 def _read(prepared: InteractionsBuilder) -> Interactions:
     """Reads every user with enough events."""
     source = prepared.as_data_source("users")
-    examples = [source[row] for row in range(len(source))]
+    rows = range(len(source))
+    examples = [example for i in rows[::_BATCH] for example in source.__getitems__(rows[i : i + _BATCH])]
     kept = [example for example in examples if len(example["items"]) >= MIN_EVENTS]
     if len(kept) < len(examples):
         dropped = [example["user"] for example in examples if len(example["items"]) < MIN_EVENTS]

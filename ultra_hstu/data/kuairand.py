@@ -37,7 +37,7 @@ _LOGS = {
 _ARCHIVES = {"kuairand-pure": "KuaiRand-Pure", "kuairand-1k": "KuaiRand-1K", "kuairand-27k": "KuaiRand-27K"}
 
 
-class KuaiRand(InteractionsBuilder, skip_registration=True):
+class KuaiRand(InteractionsBuilder):
     """The standard logs (`log_standard_*.csv`); the logs of randomly exposed videos are not part of the histories.
 
     Ids count from 0. Every event is kept, whatever the user did: its feedback are the actions, all int32 (flags 0 or
@@ -50,7 +50,6 @@ class KuaiRand(InteractionsBuilder, skip_registration=True):
     BUILDER_CONFIGS = [
         SourceConfig(
             name=name,
-            version="1.0.0",
             description=f"{_ARCHIVES[name]}: users, videos, feedback, times",
             files=tuple(f"log_standard_{log}.csv" for log in logs),
             downloads=(Download(f"https://zenodo.org/records/10439422/files/{_ARCHIVES[name]}.tar.gz"),),
@@ -64,4 +63,5 @@ class KuaiRand(InteractionsBuilder, skip_registration=True):
         where = tuple((str(path), 2, len(table["time_ms"])) for path, table in zip(paths, tables, strict=True))
         joined = {name: np.concatenate([table.pop(name) for table in tables]) for name in tuple(tables[0])}
         users, videos, times = (joined.pop(name) for name in ("user_id", "video_id", "time_ms"))
-        return Events(users, videos, times, joined, where), Catalog.from_ids(np.unique(videos))
+        events = Events(users, videos, times, joined, where).without_duplicates()
+        return events, Catalog.from_ids(np.unique(videos))

@@ -27,7 +27,7 @@ _MD5 = {  # published beside each archive (*.zip.md5)
 }
 
 
-class MovieLens(InteractionsBuilder, skip_registration=True):
+class MovieLens(InteractionsBuilder):
     """Ratings with times in seconds. The catalogue is every movie of the movies file, rated or not: 3,883 for ml-1m.
 
     Raises (on building):
@@ -40,7 +40,6 @@ class MovieLens(InteractionsBuilder, skip_registration=True):
     BUILDER_CONFIGS = [
         SourceConfig(
             name=name,
-            version="1.0.0",
             description=f"MovieLens {name[3:]}: users, movies, ratings, times",
             files=_FORMATS[name][:2],
             downloads=(Download(f"{_URL}{name}.zip", f"md5:{_MD5[name]}"),),
@@ -62,7 +61,7 @@ class MovieLens(InteractionsBuilder, skip_registration=True):
         actions = {"rating": table["rating"].astype(np.float32)}
         where = ((str(path), 2 if header else 1, len(actions["rating"])),)
         events = Events(table["userId"], table["movieId"], table["timestamp"], actions, where)
-        return events, read_movies(self.raw_dir / movies)
+        return events.without_duplicates(), read_movies(self.raw_dir / movies)
 
 
 def read_movies(path: Path) -> Catalog:

@@ -12,12 +12,10 @@ from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.events import Events
 
 
-class Synthetic(InteractionsBuilder, skip_registration=True):
+class Synthetic(InteractionsBuilder):
     """The stream of `draw_stream`: user u is record u; one event a second, record after record."""
 
-    BUILDER_CONFIGS = [
-        SourceConfig(name="synthetic", version="1.0.0", description="A Dirichlet process over categories")
-    ]
+    BUILDER_CONFIGS = [SourceConfig(name="synthetic", description="A Dirichlet process over categories")]
 
     def __init__(self, *, settings: SyntheticConfig, **kwargs):
         self.settings = settings
