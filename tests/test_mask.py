@@ -2,11 +2,19 @@
 
 import itertools
 
+<<<<<<< HEAD
+=======
+import jax
+>>>>>>> kernels
 import numpy as np
 import pytest
 
 from kernels.hstu_attention.plan import make_plan
+<<<<<<< HEAD
 from kernels.mask import AttentionMask
+=======
+from kernels.mask import AttentionMask, KeyIntervals
+>>>>>>> kernels
 
 
 def allowed(mask, p, k, c, h, m):
@@ -98,3 +106,71 @@ def test_tile_bounds_cover_exactly_what_meets(blocks):
                 assert (np.asarray(hi)[:, r] <= np.asarray(lo)[:, r + 1])[later].all()
         np.testing.assert_array_equal(expand(bounds.key_lo, bounds.key_hi, nk), meets, err_msg=f"{mask} keys of query tiles")
         np.testing.assert_array_equal(expand(bounds.row_lo, bounds.row_hi, nq), meets.T, err_msg=f"{mask} rows of key tiles")
+
+
+def test_known_answer():
+    want = np.array([[int(x) for x in row] for row in "100000 110000 111000 011100 111110 111111".split()], bool)
+    np.testing.assert_array_equal(AttentionMask(window=2, full_rows=2).dense(np.array([0, 6]), 6), want)
+
+
+def test_traced_offsets_give_the_same_plan():
+    mask = AttentionMask(window=3, full_rows=2, prefix=1)
+    eager = make_plan(mask, OFFSETS, ROWS, TARGETS, CONTEXTUAL, tiles=[(8, 4)])
+    traced = jax.jit(lambda o, t, c: make_plan(mask, o, ROWS, t, c, tiles=[(8, 4)]))(OFFSETS, TARGETS, CONTEXTUAL)
+    jax.tree.map(np.testing.assert_array_equal, eager, traced)
+    jax.tree.map(np.testing.assert_array_equal, traced.tile_bounds(8, 4), eager.tile_bounds(8, 4))
+
+
+def test_row_intervals_are_the_transpose():
+    for mask in MASKS[::7]:
+        rows = [np.asarray(x) for x in mask.row_intervals(OFFSETS, ROWS, TARGETS, CONTEXTUAL)]
+        seen = expand(np.stack(rows[0::2], 1), np.stack(rows[1::2], 1), ROWS) > 0
+        want = np.asarray(mask.dense(OFFSETS, ROWS, TARGETS, CONTEXTUAL)).T
+        np.testing.assert_array_equal(seen, want & ~np.diag(np.diag(want)), err_msg=str(mask))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_mask_and_batch(data):
+    size = st.integers(0, 9)
+    mask = AttentionMask(data.draw(st.none() | size), data.draw(size), data.draw(size), data.draw(st.booleans()))
+    lengths = data.draw(st.lists(st.integers(0, 14), min_size=3, max_size=3))
+    targets = [data.draw(st.integers(0, n)) for n in lengths]
+    contextual = [data.draw(st.integers(0, n - m)) for n, m in zip(lengths, targets, strict=True)]
+    want = brute_force(mask, lengths, targets, contextual, 44)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    counts = (np.array(targets, np.int32), np.array(contextual, np.int32))
+    np.testing.assert_array_equal(mask.dense(offsets, 44, *counts), want)
+    assert mask.num_pairs(lengths, *counts) == want.sum()
+    bounds = make_plan(mask, offsets, 44, *counts).tile_bounds(4, 4)
+    meets = want.reshape(11, 4, 11, 4).any((1, 3))
+    np.testing.assert_array_equal(expand(bounds.key_lo, bounds.key_hi, 11), meets)
+    np.testing.assert_array_equal(expand(bounds.row_lo, bounds.row_hi, 11), meets.T)
+
+
+def test_num_pairs_of_long_sequences_is_exact():
+    n = 100_000
+    assert AttentionMask().num_pairs([n, n]) == n * (n + 1)
+    w = 256
+    assert AttentionMask(window=w).num_pairs([n]) == n * (w + 1) - w * (w + 1) // 2
+
+
+def test_intervals_of_a_matrix():
+    mask = AttentionMask(window=4, prefix=2)
+    dense = np.asarray(mask.dense(OFFSETS, ROWS, TARGETS))
+    np.testing.assert_array_equal(KeyIntervals.from_dense(dense).dense(OFFSETS[-1]), dense)
+    every_other = np.tril(np.indices((9, 9)).sum(0) % 2 == 0)
+    with pytest.raises(ValueError, match="row 6 attends to 3 intervals"):
+        KeyIntervals.from_dense(every_other)
+    with pytest.raises(ValueError, match=r"square matrix, got shape \(2, 3\)"):
+        KeyIntervals.from_dense(np.ones((2, 3), bool))
+
+
+def test_masks_are_hashable_and_checked():
+    assert len({AttentionMask(window=2), AttentionMask(window=2), AttentionMask()}) == 2
+    with pytest.raises(ValueError, match="window must be None or an integer >= 0, got -1"):
+        AttentionMask(window=-1)
+    with pytest.raises(ValueError, match="prefix must be an integer >= 0, got -2"):
+        AttentionMask(prefix=-2)
+    with pytest.raises(ValueError, match="full_rows must be an integer >= 0, got True"):
+        AttentionMask(full_rows=True)

@@ -1,7 +1,7 @@
 """A run's folder: what lies where, and whose it is.
 
 config.json      the configuration; a run that differs from it is refused
-catalog.json     item ids and titles (the reverse map)
+catalog.npz      item ids and titles (the reverse map)
 checkpoints/     Orbax, newest and best
 metrics.jsonl    one line a record, the same values as TensorBoard's
 tensorboard/
@@ -26,7 +26,7 @@ class Workdir:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).absolute()
         self.config = self.path / "config.json"
-        self.catalog = self.path / "catalog.json"
+        self.catalog = self.path / "catalog.npz"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"

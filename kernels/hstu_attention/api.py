@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from kernels import device, dispatch
 from kernels.hstu_attention.plan import AttentionPlan, make_plan
@@ -27,10 +27,10 @@ def implementations() -> dict[str, str]:
 
 
 def hstu_attention(
-    q_THK: Float[Array, "T H K"],
-    k_THK: Float[Array, "T H K"],
-    v_THV: Float[Array, "T H V"],
-    offsets: Int[Any, " B1"],
+    q_THK: Shaped[Any, "..."],  # shapes and dtypes are checked below, with errors that name the remedy
+    k_THK: Shaped[Any, "..."],
+    v_THV: Shaped[Any, "..."],
+    offsets: Int[Any, "..."],
     *,
     mask: AttentionMask = AttentionMask(),  # noqa: B008 - frozen
     num_targets: Any = None,
@@ -47,7 +47,7 @@ def hstu_attention(
     Rows of padding come out 0, get zero gradients, and may hold NaN.
 
     Args:
-      q_THK, k_THK, v_THV: flat jagged buffers, one dtype: float32, bfloat16 or float16.
+      q_THK, k_THK, v_THV: flat jagged buffers [T, H, K], [T, H, K], [T, H, V] of one dtype: float32, bfloat16 or float16.
       offsets: int32[B+1], ascending from 0; sequence b owns rows offsets[b]:offsets[b+1]; offsets[B] <= T. Checked where concrete; a traced
         value that breaks this gives undefined results.
       mask: who attends to whom.

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import device
 from kernels.hstu_attention.plan import AttentionPlan
-from kernels.hstu_attention.relative_bias import RelativeBias, position_bias, time_buckets
+from kernels.hstu_attention.relative_bias import RelativeBias, bucket_starts, position_bias, time_buckets
 from kernels.mask import TileBounds
 
 
@@ -22,15 +22,14 @@ class Tiling(NamedTuple):
     block: int  # rows and keys of a tile
     group: int  # pairs of tiles a step
     low_precision: bool  # products of 16-bit inputs run in 16 bits (with float32 sums); otherwise in float32
+    scatter: bool  # sums by bucket scatter; otherwise they compare and reduce
 
 
 def tiling(num_rows: int) -> Tiling:
     """Sizes for the current device: on CPU a step's scores stay in cache, on accelerators a step fills the device."""
     if device.current().platform == "cpu":
-        return Tiling(block=64, group=32, low_precision=False)
-    block = 64
-    tiles = -(-num_rows // block)
-    return Tiling(block=block, group=min(512, max(16, 4 * tiles)), low_precision=True)
+        return Tiling(block=64, group=16, low_precision=False, scatter=True)
+    return Tiling(block=128, group=min(256, max(8, -(-num_rows // 32))), low_precision=True, scatter=False)
 
 
 def attention(
@@ -205,7 +204,7 @@ def _attend_bwd(sizes: Tiling, alpha: float, saved: Any, g: Array) -> Any:
         if d_position is not None:
             d_position = d_position + _diagonal_sums(per_pair, (pairs.key - pairs.query) * block, d_position.shape[0])
         if d_time is not None:
-            d_time = d_time.at[bucket].add(per_pair, mode="promise_in_bounds")
+            d_time = d_time + _bucket_sums(per_pair, bucket, d_time.shape[0], sizes.scatter)
         return dq, dk, dv, d_position, d_time
 
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
@@ -230,3 +229,17 @@ def _diagonal_sums(x_gbb: Array, shift_g: Array, size: int) -> Array:
     sum_gd = skewed.sum(1)  # column d holds the diagonal j - i = d - (block - 1)
     place_gd = size // 2 + shift_g[:, None] + jnp.arange(1 - block, block, dtype=jnp.int32)[None, :]
     return jnp.zeros(size, jnp.float32).at[jnp.clip(place_gd, 0, size - 1)].add(sum_gd, mode="promise_in_bounds")
+
+
+def _bucket_sums(x_gbb: Array, bucket_gbb: Array, size: int, scatter: bool) -> Array:
+    """Gradient of a table read at `bucket`: its sums by bucket.
+
+    On CPU a scatter costs 2 ns an element. On accelerators it is millions of atomic additions to a few addresses; there every bucket that int32
+    gaps can reach takes part in one fused comparison and reduction, first over the rows of a tile, then over the rest.
+    """
+    if scatter:
+        return jnp.zeros(size, jnp.float32).at[bucket_gbb].add(x_gbb, mode="promise_in_bounds")
+    reached = min(size, 1 + int((bucket_starts(size)[1:] < 2**31 - 1).sum()))
+    bucket_111r = jnp.arange(reached, dtype=jnp.int32)[None, None, None, :]
+    sum_r = jnp.where(bucket_gbb[..., None] == bucket_111r, x_gbb[..., None], 0.0).sum((1, 2)).sum(0)
+    return jnp.pad(sum_r, (0, size - reached))
