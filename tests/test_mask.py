@@ -2,19 +2,14 @@
 
 import itertools
 
-<<<<<<< HEAD
-=======
 import jax
->>>>>>> kernels
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels.hstu_attention.plan import make_plan
-<<<<<<< HEAD
-from kernels.mask import AttentionMask
-=======
 from kernels.mask import AttentionMask, KeyIntervals
->>>>>>> kernels
 
 
 def allowed(mask, p, k, c, h, m):
