@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_contract import GRADIENTS, Case, AttentionContract, largest_error
+from attention_contract import GRADIENTS, AttentionContract, Case, largest_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.hstu_attention import RelativeBias, hstu_attention, make_plan
-from kernels.hstu_attention import xla
+from kernels.hstu_attention import RelativeBias, hstu_attention, make_plan, xla
 from kernels.hstu_attention.relative_bias import time_buckets
 from kernels.mask import AttentionMask
 

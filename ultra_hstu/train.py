@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 
 from ultra_hstu import optim, report
-from ultra_hstu.checkpoint import SELECTION_METRIC, Checkpoints, abstract
+from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.data.feed import Feed, Group
 from ultra_hstu.evaluate import Evaluator
@@ -29,6 +29,7 @@ from ultra_hstu.recipe import Recipe, TrainState
 from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir, write_json
 
+SELECTION_METRIC = "ndcg@10"  # the best epoch has the highest
 VALIDATED_PATIENCE = 10  # epochs; used by the protocols with a validation item when train.patience is None
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,11 @@ def train(config: Config, workdir: Path | str, *, console: Console | None = None
         task = Task.load(config) if task is None else task.with_config(config)
         task.interactions.catalog.save(folder.catalog)
         with jax.default_matmul_precision(config.train.matmul_precision):
-            return _Run(task, folder, console).to_the_end()
+            run = _Run(task, folder, console)
+            try:
+                return run.to_the_end()
+            finally:
+                run.log.close()
     finally:
         folder.release()
 
@@ -140,7 +145,7 @@ class _Run:
                 self.log.write(step, {"epoch": self.position.epoch, "seconds": seconds, "split": self.split, **record, **metrics})
                 improved = metrics and self.position.best_epoch == self.position.epoch
                 if improved or last_epoch or self.position.epoch % self.config.train.checkpoint_every == 0 or self._out_of_patience():
-                    self._save(metrics or None)
+                    self._save(best=bool(improved))
             self.checkpoints.wait()
         return self._finish(last)
 
@@ -183,7 +188,7 @@ class _Run:
             step += group.steps
             if stop.requested:
                 read(*running)
-                self._save(None)
+                self._save(best=False)
                 self.checkpoints.close()
                 raise Interrupted(f"stopped by {stop.requested} at step {step}; the same command goes on from there")
         return {
@@ -193,8 +198,8 @@ class _Run:
             "input_wait_seconds": waited,
         }
 
-    def _save(self, metrics: dict[str, float] | None) -> None:
-        self.checkpoints.save(int(self.state.step), self.state, dataclasses.asdict(self.position), metrics)
+    def _save(self, *, best: bool) -> None:
+        self.checkpoints.save(int(self.state.step), self.state, dataclasses.asdict(self.position), best=best)
 
     def _out_of_patience(self) -> bool:
         return (
@@ -222,7 +227,6 @@ class _Run:
             result.pop("last")
         write_json(self.folder.result, result)
         report.draw_curves({self.config.name: self.folder.metrics}, self.folder.curves)
-        self.log.close()
         self.checkpoints.close()
         return result
 
