@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt
 
 
 def uniform_negatives(key: Key[Array, ""], rows: int, count: int, num_items: int) -> Int[Array, "{rows} {count}"]:
@@ -45,7 +45,7 @@ def in_batch_negatives(key: Key[Array, ""], pool: InBatchPool, rows: int, count:
     return pool.id_P[_below(key, rows, count, jnp.maximum(pool.size, 1).astype(jnp.uint32))]
 
 
-def _below(key: Key[Array, ""], rows: int, count: int, bound: Int[Array, ""]) -> Int[Array, "{rows} {count}"]:
+def _below(key: Key[Array, ""], rows: int, count: int, bound: UInt[Array, ""]) -> Int[Array, "{rows} {count}"]:
     """Uniform integers 0..bound-1 as the remainder of one 32-bit word.
 
     The probability of an id is off by at most bound / 2^32 of itself: 1e-6 for MovieLens, 2e-4 for 700,000 items. `jax.random.randint` spends two words to
