@@ -32,7 +32,7 @@ class MetricLog:
         self._file.flush()
         for name, value in record.items():
             if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
+                self._writer.add_scalar(name.replace("@", "_"), value, step)
 
     def close(self) -> None:
         self._file.close()
