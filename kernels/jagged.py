@@ -69,7 +69,10 @@ def concat(
     right_offsets: Int[Any, " B1"],
     num_rows: int,
 ) -> tuple[Shaped[Array, "T ..."], Int[Array, " B1"]]:
-    """Joins two jagged arrays sequence by sequence, left first, in a buffer of `num_rows` rows. Returns values (padding: zeros), offsets."""
+    """Joins two jagged arrays sequence by sequence, left first, in a buffer of `num_rows` rows.
+
+    Returns values, zeros on padding, and offsets.
+    """
     left_offsets, right_offsets = jnp.asarray(left_offsets), jnp.asarray(right_offsets)
     offsets = left_offsets + right_offsets
     batch = offsets.shape[0] - 1
