@@ -9,7 +9,6 @@ Ids are the source's own. --history needs no data, only the run's folder.
 import dataclasses
 
 from absl import app, flags
-from rich.console import Console
 
 from experiments.command import run_command
 from ultra_hstu import report
@@ -38,7 +37,7 @@ def main(_: list[str]) -> None:
         times = None if interactions.timestamps is None else interactions.timestamps[events]
         answer = model.recommend(interactions.items[events], times, k=_K.value)
         title = f"user {_USER.value}, after {events.stop - events.start} events"
-    Console().print(report.recommendations_table(title, answer))
+    report.make_console().print(report.recommendations_table(title, answer))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
-from rich.console import Console
 
 from experiments.command import run_command
 from ultra_hstu import provenance, report, workdir
@@ -30,7 +29,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_: list[str]) -> None:
-    console = Console()
+    console = report.make_console()
     config = from_config_dict(_CONFIG.value)
     try:
         seeds = [int(seed) for seed in _SEEDS.value]
