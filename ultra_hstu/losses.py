@@ -55,9 +55,9 @@ def sampled_softmax(
     Raises:
       ValueError: if `chunk_rows` or `temperature` is not positive.
     """
-    negatives, (items, width) = negative_TR.shape[1], table_ID.shape
+    negatives, items = negative_TR.shape[1], table_ID.shape[0]
     shift_I = None if log_q is None else jax.lax.stop_gradient(log_q) + jnp.log(jnp.float32(negatives))
-    scores = _scores_of_all if whole_table_is_cheaper(items, width, negatives) else _scores_of_gathered
+    scores = _scores_of_all if whole_table_is_cheaper(items, negatives) else _scores_of_gathered
     chunk = functools.partial(_sampled_chunk, scores)
     rows = (positive_T.astype(jnp.int32), negative_TR.astype(jnp.int32))
     return _loss(chunk, h_TD, table_ID, weight_T, rows, shift_I, temperature, l2_normalize, chunk_rows)
@@ -78,13 +78,14 @@ def full_softmax(
     return _loss(_full_chunk, h_TD, table_ID, weight_T, rows, None, temperature, l2_normalize, chunk_rows)
 
 
-def whole_table_is_cheaper(items: int, width: int, negatives: int) -> bool:
+def whole_table_is_cheaper(items: int, negatives: int) -> bool:
     """Whether to score a row against every item and pick the sampled columns, instead of gathering the embeddings of its negatives.
 
-    Both ways move about as many bytes when the scores [rows, I] are as large as the gathered embeddings [rows, R, D]. Below that the whole table wins:
-    its products are matrix products, and the gradient of the table is one too, where the other way adds R rows of D to random places.
+    The whole table costs work in proportion to I, in matrix products; gathering costs work in proportion to R, at random places. Measured, loss and
+    gradients on an H200, whole table against gathered: MovieLens-1M (I / R = 30) 1.2 and 1.4 ms, MovieLens-20M (213) 7.5 and 3.9 ms; on two CPU cores
+    MovieLens-1M takes 130 and 207 ms.
     """
-    return items <= negatives * width
+    return items <= 64 * negatives
 
 
 # --- one chunk of C rows ---
