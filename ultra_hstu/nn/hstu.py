@@ -5,7 +5,7 @@ A layer knows nothing of batches or masks: it calls `attend(q, k, v, alpha=, bia
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -133,7 +133,7 @@ class HSTU(nnx.Module):
 
     def __init__(
         self,
-        layers: list[ResearchLayer] | list[ProductionLayer],
+        layers: Sequence[ResearchLayer | ProductionLayer],
         length: int,
         *,
         mask: AttentionMask = AttentionMask(),  # noqa: B008 - frozen
