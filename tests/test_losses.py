@@ -19,7 +19,7 @@ PATHS = {"whole table": True, "gathered": False}
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     """Runs a test with both ways to score negatives; the rule that chooses between them is tested by itself."""
-    monkeypatch.setattr(losses, "whole_table_is_cheaper", lambda items, width, negatives: PATHS[request.param])
+    monkeypatch.setattr(losses, "whole_table_is_cheaper", lambda items, negatives: PATHS[request.param])
 
 
 @pytest.mark.parametrize("case", ["local", "local_weighted", "local_no_l2", "in_batch", "in_batch_no_dedup"])
@@ -221,9 +221,9 @@ def test_logits_never_exist_at_full_size(kind, monkeypatch):
 
 
 def test_the_rule_that_chooses():
-    assert losses.whole_table_is_cheaper(3884, 50, 128)  # MovieLens-1M
-    assert losses.whole_table_is_cheaper(27279, 256, 128)  # MovieLens-20M
-    assert not losses.whole_table_is_cheaper(695763, 64, 512)  # Amazon Books
+    assert losses.whole_table_is_cheaper(3884, 128)  # MovieLens-1M
+    assert not losses.whole_table_is_cheaper(27279, 128)  # MovieLens-20M
+    assert not losses.whole_table_is_cheaper(695763, 512)  # Amazon Books
 
 
 @pytest.mark.parametrize("bad", [dict(chunk_rows=0), dict(temperature=0.0), dict(temperature=float("nan"))])
