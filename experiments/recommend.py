@@ -33,7 +33,7 @@ def main(_: list[str]) -> None:
     else:
         data = model.config.data if _RAW_DIR.value is None else dataclasses.replace(model.config.data, raw_dir=_RAW_DIR.value)
         interactions = load_interactions(data)
-        events = interactions.history(_USER.value)
+        events = interactions.history(str(_USER.value))
         times = None if interactions.timestamps is None else interactions.timestamps[events]
         answer = model.recommend(interactions.items[events], times, k=_K.value)
         title = f"user {_USER.value}, after {events.stop - events.start} events"

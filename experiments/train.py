@@ -35,11 +35,12 @@ def main(_: list[str]) -> None:
         seeds = [int(seed) for seed in _SEEDS.value]
     except ValueError:
         raise ValueError(f"--seeds={','.join(_SEEDS.value)} must be whole numbers, such as --seeds=42,43,44") from None
+    root = Path(str(_WORKDIR.value))
     task = Task.load(config)
     results = []
     for seed in seeds or [config.train.seed]:
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-        folder = Path(_WORKDIR.value) / f"seed_{seed}" if seeds else Path(_WORKDIR.value)
+        folder = root / f"seed_{seed}" if seeds else root
         result = train(seeded, folder, console=console, task=task)
         results.append(result | {"history": report.read_metrics(workdir.Workdir(folder).metrics)})
     rows = {f"{config.name}, seed {result['seed']}": result["best"] for result in results}

@@ -246,12 +246,12 @@ def _stop_signals() -> Iterator[_Stop]:
         signal.signal(number, previous[number])
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
             previous[number] = signal.signal(number, ask)
     except ValueError:
         pass  # not in the main thread: the caller's signals are its own
     try:
         yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for restored, handler in previous.items():
+            signal.signal(restored, handler)
