@@ -152,7 +152,7 @@ class _Run:
     def _train_epoch(self, stop: "_Stop", show: Any) -> dict[str, float]:
         position, schedule = self.position, optim.learning_rate(self.config.optim)
         plan_SB = self.loader.plan(seed=self.config.train.seed, epoch=position.epoch)
-        show(total=len(plan_SB), completed=position.batch)
+        show(total=self.config.train.epochs * len(plan_SB), completed=position.epoch * len(plan_SB) + position.batch)
         waited, grad_norm = 0.0, 0.0
         running: tuple[Group, int, dict[str, jax.Array]] | None = None  # the call before: read once the next is under way
 
@@ -170,7 +170,7 @@ class _Run:
             position.loss_sum += float(np.sum(losses, dtype=np.float64))
             position.batch = group.first + group.steps
             grad_norm = float(norms[-1])
-            show(completed=position.batch)
+            show(completed=position.epoch * len(plan_SB) + position.batch)
 
         groups = iter(self.loader.groups(plan_SB, first=position.batch))
         step = int(self.state.step)
