@@ -27,6 +27,8 @@ _SEEDS = flags.DEFINE_list("seeds", [], "several seeds, each in WORKDIR/seed_N, 
 _RECORD = flags.DEFINE_string("record", None, "also write the result with device, versions, commit, command and date to this JSON file")
 flags.mark_flags_as_required(["config", "workdir"])
 
+HISTORY = ("epoch", "step", "loss", "grad_norm", "seconds", "hr@10", "ndcg@10")  # what a record keeps of every epoch
+
 
 def main(_: list[str]) -> None:
     console = report.make_console()
@@ -42,7 +44,10 @@ def main(_: list[str]) -> None:
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
         folder = root / f"seed_{seed}" if seeds else root
         result = train(seeded, folder, console=console, task=task)
-        results.append(result | {"history": report.read_metrics(workdir.Workdir(folder).metrics)})
+        history = [
+            {name: record[name] for name in HISTORY if name in record} for record in report.read_metrics(workdir.Workdir(folder).metrics)
+        ]
+        results.append(result | {"history": history})
     rows = {f"{config.name}, seed {result['seed']}": result["best"] for result in results}
     if len(results) > 1:
         rows |= {"mean": summary(results, statistics.mean), "standard deviation": summary(results, statistics.stdev)}

@@ -33,6 +33,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of experiments
 _REPEATS = flags.DEFINE_integer("repeats", 8, "compiled calls that are timed")
 _RECORD = flags.DEFINE_string("record", None, "JSON file for the result")
 
+FEEDS = {"device": "device_feed", "stream": "streamed_feed"}
+
 
 def main(_: list[str]) -> None:
     config = from_config_dict(_CONFIG.value)
@@ -41,9 +43,9 @@ def main(_: list[str]) -> None:
         result["evaluation"] = time_evaluation(Task.load(config))
         for placement in ("device", "stream"):
             placed = dataclasses.replace(config, data=dataclasses.replace(config.data, placement=placement))
-            result[placement] = time_steps(placed, _REPEATS.value)
+            result[FEEDS[placement]] = time_steps(placed, _REPEATS.value)
     table = Table("what", "value", title=config.name)
-    for part in ("evaluation", "device", "stream"):
+    for part in ("evaluation", *FEEDS.values()):
         for name, value in result[part].items():
             table.add_row(f"{part}: {name}", f"{value:.4g}")
     report.make_console().print(table)
