@@ -40,7 +40,7 @@ class Checkpoints:
             return
         if best:
             self._best[:] = [step]
-        saved_position = position | {BEST_STEP: self._best}
+        saved_position = position | {BEST_STEP: list(self._best)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(saved_position))
         try:
             self._manager.save(step, args=args, force=True)
