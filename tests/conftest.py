@@ -1,6 +1,15 @@
-"""Strict numerics for every test: see `design` in the README's "How it is tested"."""
+"""Strict numerics for every test, and one store of compiled programs for all test processes."""
+
+import os
+import tempfile
 
 import jax
+
+# Environment variables, so that the commands that tests start share the store too. Its keys are the programs themselves.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "ultra_hstu_compiled_tests")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

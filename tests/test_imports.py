@@ -66,8 +66,9 @@ def test_the_rule_can_fail():
     assert layer("ultra_hstu.train") > layer("ultra_hstu.data.batching") > layer("kernels.mask")
 
 
-def test_no_gpu_package_and_no_tensorflow_on_cpu():
-    code = "import sys, experiments.train, experiments.recommend; print([name for name in ('tensorflow', 'triton', 'jax_triton', 'torch') if name in sys.modules])"
+@pytest.mark.parametrize("module", ["experiments.train", "experiments.recommend", "kernels.hstu_attention.api"])
+def test_no_gpu_package_and_no_tensorflow_on_cpu(module):
+    code = f"import sys, {module}; print([name for name in ('tensorflow', 'triton', 'jax_triton', 'torch') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
