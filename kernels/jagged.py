@@ -62,7 +62,11 @@ def unpad(values: Shaped[Array, "B N ..."], offsets: Int[Any, " B1"], num_rows: 
 
 
 def concat(
-    left: Shaped[Array, "L ..."], left_offsets: Int[Any, " B1"], right: Shaped[Array, "R ..."], right_offsets: Int[Any, " B1"], num_rows: int
+    left: Shaped[Array, "L ..."],
+    left_offsets: Int[Any, " B1"],
+    right: Shaped[Array, "R ..."],
+    right_offsets: Int[Any, " B1"],
+    num_rows: int,
 ) -> tuple[Shaped[Array, "T ..."], Int[Array, " B1"]]:
     """Joins two jagged arrays sequence by sequence (left first) in a buffer of `num_rows` rows; returns values (zeros on padding) and offsets."""
     left_offsets, right_offsets = jnp.asarray(left_offsets), jnp.asarray(right_offsets)

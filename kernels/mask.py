@@ -152,7 +152,9 @@ def _places(xp: ModuleType, offsets: Any, num_rows: int, num_targets: Any, num_c
     length_B = offsets[1:] - offsets[:-1]
     zero_B = xp.zeros_like(length_B)
     targets_B = zero_B if num_targets is None else xp.clip(xp.asarray(num_targets).astype(offsets.dtype), zero_B, length_B)
-    contextual_B = zero_B if num_contextual is None else xp.clip(xp.asarray(num_contextual).astype(offsets.dtype), zero_B, length_B - targets_B)
+    contextual_B = (
+        zero_B if num_contextual is None else xp.clip(xp.asarray(num_contextual).astype(offsets.dtype), zero_B, length_B - targets_B)
+    )
     start_T = offsets[:-1][segment_T]
     history_B = length_B - targets_B - contextual_B
     return real_T, start_T, row_T - start_T, contextual_B[segment_T], history_B[segment_T], length_B[segment_T]
@@ -275,5 +277,3 @@ def _disjoint(ranges: list[tuple[Any, Any]]) -> tuple[Any, Any]:
         jnp.stack([lo for lo, _ in out], axis=-1).astype(jnp.int32),
         jnp.stack([hi for _, hi in out], axis=-1).astype(jnp.int32),
     )
-
-

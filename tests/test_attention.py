@@ -1,19 +1,21 @@
 """`reference` and `xla`: the contract, the golden numbers of the public implementation, memory, skipping, gradients of the bias."""
 
+import dataclasses
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_contract import GRADIENTS, Case, AttentionContract, largest_error
+from attention_contract import GRADIENTS, AttentionContract, Case, largest_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.hstu_attention import RelativeBias, hstu_attention, make_plan
-from kernels.hstu_attention import xla
+from kernels.hstu_attention import RelativeBias, hstu_attention, make_plan, xla
 from kernels.hstu_attention.relative_bias import time_buckets
+from kernels.hstu_attention.workloads import WORKLOADS
 from kernels.mask import AttentionMask
+from kernels.timing import Timing, device_time
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "testdata" / "attention.npz")
 CASES = sorted({name.split("/")[0] for name in GOLDEN if name.endswith("/options")})
@@ -174,3 +176,23 @@ def test_any_batch_and_mask(data):
     for name in want:
         assert largest_error(got[name], want[name]) < 5e-6, name
     assert {name[2:] for name in want} - {"t"} == set(GRADIENTS)
+
+
+def test_workloads_are_what_the_kernels_take():
+    for workload in WORKLOADS.values():
+        assert sum(workload.lengths) <= workload.rows
+        assert workload.backward_flops == 2.5 * workload.forward_flops
+    assert WORKLOADS["causal_d128_4x8192"].forward_flops == 4 * (8192 * 8193 // 2) * 4 * 4 * 128
+    assert sum(WORKLOADS["jagged_d128_65536"].lengths) == 65536
+    small = dataclasses.replace(WORKLOADS["ml1m"], lengths=(5, 9), capacity=16, max_length=20)
+    arrays = small.arrays()
+    out = hstu_attention(arrays["q"], arrays["k"], arrays["v"], small.offsets(), **small.options())
+    assert out.shape == arrays["g"].shape and np.isfinite(out).all() and not np.asarray(out[14:]).any()
+
+
+def test_timing_is_a_median_and_rates_follow():
+    timing = Timing((3.0, 1.0, 2.0))
+    assert timing.seconds == 2.0 and timing.tflops(4e12) == 2.0 and timing.gigabytes(6e9) == 3.0
+    assert timing.utilization(4e12, peak_tflops=8.0) == 0.25
+    measured = device_time(jax.jit(lambda x: x + 1), jnp.zeros(8), repetitions=3, sample_seconds=0.001)
+    assert len(measured.samples) == 3 and 0 < measured.seconds < 0.1

@@ -118,7 +118,10 @@ BAD = {
     "offsets from 1": ({"offsets": (1, 4, 5)}, "start at 0"),
     "offsets beyond T": ({"offsets": (0, 2, 9)}, "end at 9 but the buffers have only 6 rows"),
     "targets": ({"num_targets": np.array([0, 4])}, "sequence 1 has 3 rows but 4 targets"),
-    "targets and contextual": ({"num_targets": np.array([1, 2]), "num_contextual": np.array([2, 0])}, "sequence 0 has 2 rows but 3 targets"),
+    "targets and contextual": (
+        {"num_targets": np.array([1, 2]), "num_contextual": np.array([2, 0])},
+        "sequence 0 has 2 rows but 3 targets",
+    ),
     "negative targets": ({"num_targets": np.array([0, -1])}, "num_targets must be >= 0, got -1 for sequence 1"),
     "too few counts": ({"num_contextual": np.array([1])}, r"num_contextual must be int32\[B\] with B = 2"),
     "scale": ({"scale": jnp.ones(3)}, r"one value a row, \[6\], got shape \(3,\)"),

@@ -127,7 +127,9 @@ def _check_batch(offsets: Any, rows: int, num_targets: Any, num_contextual: Any)
     over = np.flatnonzero(total > lengths)
     if over.size:
         b = over[0]
-        raise ValueError(f"sequence {b} has {lengths[b]} rows but {total[b]} targets and contextual tokens; lower num_targets or num_contextual")
+        raise ValueError(
+            f"sequence {b} has {lengths[b]} rows but {total[b]} targets and contextual tokens; lower num_targets or num_contextual"
+        )
 
 
 def _check_scale(scale: Any, rows: int) -> Any:
