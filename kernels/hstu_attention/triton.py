@@ -1,8 +1,8 @@
 """HSTU attention in Triton (jax-triton), sm80 and later: any head width to 256, the relative bias, float32, bfloat16 and float16.
 
-Forward, and a backward in two passes that recompute the scores: one over query tiles for dq and the bias tables, one over key tiles for dk and
-dv (7 products a pair of tiles for the 5 of a single pass, but no adds to memory that many programs share: dq, dk, dv have the same bits in every
-run). The gradients of the tables are added in memory in any order, so that their last bits vary.
+Forward, and a backward in two passes that recompute the scores, side by side in one launch: over query tiles for dq and the bias tables, over key
+tiles for dk and dv (7 products a pair of tiles for the 5 of a single pass, but no adds to memory that many programs share: dq, dk, dv have the
+same bits in every run). The gradients of the tables are added in memory in any order, so that their last bits vary.
 
 Products of float32 follow JAX's matmul precision as XLA does on a GPU: TF32 by default, three TF32 products for "high", float32 for "highest".
 """
@@ -21,11 +21,11 @@ from kernels.hstu_attention.relative_bias import RelativeBias, bucket_starts
 
 WIDEST = 256
 TABLE_COPIES = 64
-MANY_TILES = 512  # from here on tiles run heaviest first; fewer are all on the device at once
+MANY_PROGRAMS = 512  # more than run at once: then heavy tiles start first
 
 
-class Tiling(NamedTuple):
-    """Of one kernel: query rows and keys of a tile, warps of a program, depth of the load pipeline."""
+class Forward(NamedTuple):
+    """Query rows and keys of a tile, warps of a program, depth of the load pipeline."""
 
     block_q: int
     block_k: int
@@ -33,29 +33,37 @@ class Tiling(NamedTuple):
     stages: int
 
 
+class Backward(NamedTuple):
+    """The same for the two passes of the backward, which are one launch: tiles of query rows that walk over keys, tiles of keys that walk over rows."""
+
+    queries: tuple[int, int]  # (query rows, keys)
+    keys: tuple[int, int]  # (query rows, keys)
+    warps: int
+    stages: int
+
+
 class Tilings(NamedTuple):
-    forward: Tiling
-    queries: Tiling  # backward over query tiles
-    keys: Tiling  # backward over key tiles
+    forward: Forward
+    backward: Backward
 
 
-# (bytes of an element, padded width of the widest head) -> sizes. Found on an H200; all fit the 99 KiB of shared memory of the smallest GPU from sm80 on.
+# (bytes of an element, padded width of the widest head) -> sizes. Found on an H200, kept within the shared memory of an sm80; to width 128 also
+# within the 99 KiB of the smaller GPUs after it.
 TILINGS = {
-    (2, 32): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
-    (2, 64): Tilings(Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    (2, 128): Tilings(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    (2, 256): Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 1)),
-    (4, 32): Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
-    (4, 64): Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
-    (4, 128): Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
-    (4, 256): Tilings(Tiling(32, 32, 8, 1), Tiling(32, 32, 8, 1), Tiling(32, 32, 8, 1)),
+    (2, 32): Tilings(Forward(64, 64, 4, 3), Backward((64, 64), (64, 64), 4, 2)),
+    (2, 64): Tilings(Forward(128, 64, 4, 3), Backward((64, 64), (64, 64), 4, 2)),
+    (2, 128): Tilings(Forward(64, 64, 4, 3), Backward((64, 64), (64, 64), 4, 2)),
+    (2, 256): Tilings(Forward(64, 32, 4, 2), Backward((64, 32), (32, 64), 8, 2)),
+    (4, 32): Tilings(Forward(32, 32, 2, 2), Backward((32, 32), (32, 32), 2, 2)),
+    (4, 64): Tilings(Forward(32, 32, 4, 2), Backward((32, 32), (32, 32), 4, 2)),
+    (4, 128): Tilings(Forward(32, 32, 4, 2), Backward((32, 32), (32, 32), 4, 2)),
+    (4, 256): Tilings(Forward(32, 32, 8, 1), Backward((32, 32), (32, 32), 8, 1)),
 }
 
 
 def tilings(dtype: Any, k_width: int, v_width: int) -> Tilings:
     """Sizes for a dtype and head widths up to `WIDEST`."""
-    wide = max(32, _padded(k_width), _padded(v_width))
-    return TILINGS[jnp.dtype(dtype).itemsize, wide]
+    return TILINGS[jnp.dtype(dtype).itemsize, max(32, _padded(k_width), _padded(v_width))]
 
 
 def _padded(width: int) -> int:
@@ -128,15 +136,19 @@ class _Work(NamedTuple):
 def _attend(call: _Call, q: Array, k: Array, v: Array, tables: Any, work: _Work) -> Array:
     tiling = call.tilings.forward
     bounds = work.plan.tile_bounds(tiling.block_q, tiling.block_k)
-    walk, constants = _walk(bounds.key_lo, bounds.key_hi, v.shape[1])
+    programs = bounds.key_lo.shape[0] * v.shape[1]
+    ordered = programs > MANY_PROGRAMS
     (out,) = _launch(
         "forward",
-        (q, k, v, work.scale, _one(work.plan.num_real), *walk, *work.plan.keys, *_bias_arrays(tables, work)),
+        (q, k, v, work.scale, _one(work.plan.num_real), *_walk(bounds.key_lo, bounds.key_hi, ordered), *work.plan.keys, *_bias_arrays(tables, work)),
         [jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        bounds.key_lo.shape[0] * v.shape[1],
-        tiling,
-        **constants,
-        **_constants(call, q, v, tables, work, tiling),
+        programs,
+        tiling.warps,
+        tiling.stages,
+        BQ=tiling.block_q,
+        BK=tiling.block_k,
+        ORDERED=ordered,
+        **_constants(call, q, v, tables, work),
     )
     return out
 
@@ -147,42 +159,34 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, tables: Any, work: _Work
 
 def _backward(call: _Call, saved: Any, g: Array) -> Any:
     q, k, v, tables, work = saved
-    heads, keys, num_real = q.shape[1], work.plan.keys, _one(work.plan.num_real)
-    biases = _bias_arrays(tables, work)
-
-    tiling = call.tilings.queries
-    bounds = work.plan.tile_bounds(tiling.block_q, tiling.block_k)
-    walk, constants = _walk(bounds.key_lo, bounds.key_hi, heads)
-    programs = bounds.key_lo.shape[0] * heads
-    copies = min(TABLE_COPIES, programs)
+    heads, plan, tiling = q.shape[1], work.plan, call.tilings.backward
+    by_query, by_key = plan.tile_bounds(*tiling.queries), plan.tile_bounds(*tiling.keys)
+    query_programs, key_programs = by_query.key_lo.shape[0] * heads, by_key.row_lo.shape[0] * heads
+    ordered = query_programs + key_programs > MANY_PROGRAMS
+    walks = (*_walk(by_query.key_lo, by_query.key_hi, ordered), *_walk(by_key.row_lo, by_key.row_hi, ordered))
     positions, buckets = _sizes(tables)
-    dq, d_tables = _launch(
-        "backward_queries",
-        (q, k, v, g, work.scale, num_real, *walk, *keys, *biases),
-        [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((copies, max(1, positions + buckets)), jnp.float32)],
-        programs,
-        tiling,
-        zeroed=(1,),
+    copies = min(TABLE_COPIES, query_programs)
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    dq, dk, dv, d_tables = _launch(
+        "backward",
+        (q, k, v, g, work.scale, _one(plan.num_real), *walks, *plan.keys, plan.rows.near_lo, plan.rows.near_hi, *_bias_arrays(tables, work)),
+        [*like, jax.ShapeDtypeStruct((copies, max(1, positions + buckets)), jnp.float32)],
+        key_programs + query_programs,
+        tiling.warps,
+        tiling.stages,
+        zeroed=(3,),
+        QUERY_BQ=tiling.queries[0],
+        QUERY_BK=tiling.queries[1],
+        KEY_BQ=tiling.keys[0],
+        KEY_BK=tiling.keys[1],
+        KEY_PROGRAMS=key_programs,
         COPIES=copies,
-        **constants,
-        **_constants(call, q, v, tables, work, tiling),
+        ORDERED=ordered,
+        **_constants(call, q, v, tables, work),
     )
     d_tables = d_tables.sum(0)
     d_position = None if tables[0] is None else d_tables[:positions]
     d_time = None if tables[1] is None else d_tables[positions:]
-
-    tiling = call.tilings.keys
-    bounds = work.plan.tile_bounds(tiling.block_q, tiling.block_k)
-    walk, constants = _walk(bounds.row_lo, bounds.row_hi, heads)
-    dk, dv = _launch(
-        "backward_keys",
-        (q, k, v, g, work.scale, num_real, *walk, *keys, work.plan.rows.near_lo, work.plan.rows.near_hi, *biases),
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
-        bounds.row_lo.shape[0] * heads,
-        tiling,
-        **constants,
-        **_constants(call, q, v, tables, work, tiling),
-    )
     return dq, dk, dv, (d_position, d_time), None
 
 
@@ -193,12 +197,9 @@ def _one(scalar: Any) -> Array:
     return jnp.asarray(scalar, jnp.int32).reshape(1)
 
 
-def _walk(lo: Array, hi: Array, heads: int) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
-    """Order of the tiles, and bounds."""
-    tiles = lo.shape[0]
-    ordered = tiles * heads > MANY_TILES
-    order = jnp.argsort(-(hi - lo).sum(1)).astype(jnp.int32) if ordered else lo
-    return (order, lo, hi), {"ORDERED": ordered}
+def _walk(lo: Array, hi: Array, ordered: bool) -> tuple[Array, Array, Array]:
+    """Tiles by falling number of blocks (not read unless `ordered`), and their bounds."""
+    return (jnp.argsort((lo - hi).sum(1)).astype(jnp.int32) if ordered else lo), lo, hi
 
 
 def _bias_arrays(tables: Any, work: _Work) -> tuple[Array, ...]:
@@ -215,7 +216,7 @@ def _sizes(tables: Any) -> tuple[int, int]:
     return position, time
 
 
-def _constants(call: _Call, q: Array, v: Array, tables: Any, work: _Work, tiling: Tiling) -> dict[str, Any]:
+def _constants(call: _Call, q: Array, v: Array, tables: Any, work: _Work) -> dict[str, Any]:
     positions, buckets = _sizes(tables)
     rows, heads, k_width = q.shape
     return {
@@ -225,8 +226,6 @@ def _constants(call: _Call, q: Array, v: Array, tables: Any, work: _Work, tiling
         "V": v.shape[2],
         "WK": _padded(k_width),
         "WV": _padded(v.shape[2]),
-        "BQ": tiling.block_q,
-        "BK": tiling.block_k,
         "ALPHA": call.alpha,
         "ROW_SCALE": work.scale.ndim == 1,
         "POSITIONS": positions,
@@ -237,7 +236,7 @@ def _constants(call: _Call, q: Array, v: Array, tables: Any, work: _Work, tiling
 
 
 def _launch(
-    name: str, arrays: tuple[Array, ...], outs: list[Any], programs: int, tiling: Tiling, zeroed: tuple[int, ...] = (), **constants: Any
+    name: str, arrays: tuple[Array, ...], outs: list[Any], programs: int, warps: int, stages: int, zeroed: tuple[int, ...] = (), **constants: Any
 ) -> Any:
     import jax_triton
 
@@ -247,8 +246,8 @@ def _launch(
         out_shape=outs,
         grid=(programs,),
         name=f"hstu_attention_{name}",
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        num_warps=warps,
+        num_stages=stages,
         zeroed_outputs=zeroed,
         **constants,
     )

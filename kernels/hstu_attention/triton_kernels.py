@@ -218,18 +218,17 @@ def _query_step(
 
 @triton.jit
 @no_type_check
-def backward_queries(
-    q, k, v, g, scale, num_real_ptr, order, bounds_lo, bounds_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1,
+def _backward_queries(
+    program, q, k, v, g, scale, num_real, order, bounds_lo, bounds_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1,
     position_table, time_table, starts, times, query_times, dq, d_tables,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, ALPHA: tl.constexpr, ROW_SCALE: tl.constexpr, ORDERED: tl.constexpr,
     POSITIONS: tl.constexpr, BUCKETS: tl.constexpr, PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """dq[T, H, K], and added to one of `COPIES` copies d_tables[COPIES, POSITIONS + BUCKETS], so that adds to one address are rare."""
-    tile, head = tl.program_id(0) // H, tl.program_id(0) % H
+    tile, head = program // H, program % H
     if ORDERED:
         tile = tl.load(order + tile)
-    num_real = tl.load(num_real_ptr)
     far, near = tl.arange(0, BQ), tl.arange(0, BK)
     row = tile * BQ + far
     real = row < num_real
@@ -244,7 +243,7 @@ def backward_queries(
         row_scale = tl.load(scale + row, mask=real, other=0.0)
     else:
         row_scale = tl.where(real, tl.load(scale), 0.0)
-    d_tables += tl.program_id(0) % COPIES * (POSITIONS + BUCKETS)
+    d_tables += program % COPIES * (POSITIONS + BUCKETS)
     q_QK = _load(q + head * K, tile, far, tl.arange(0, WK), num_real, BQ, H, K, WK, False)
     g_QV = _load(g + head * V, tile, far, tl.arange(0, WV), num_real, BQ, H, V, WV, False)
     sum_QK = tl.zeros([BQ, WK], tl.float32)
@@ -305,18 +304,17 @@ def _key_step(
 
 @triton.jit
 @no_type_check
-def backward_keys(
-    q, k, v, g, scale, num_real_ptr, order, bounds_lo, bounds_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1, near_lo, near_hi,
+def _backward_keys(
+    program, q, k, v, g, scale, num_real, order, bounds_lo, bounds_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1, near_lo, near_hi,
     position_table, time_table, starts, times, query_times, dk, dv,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, ALPHA: tl.constexpr, ROW_SCALE: tl.constexpr, ORDERED: tl.constexpr,
     POSITIONS: tl.constexpr, BUCKETS: tl.constexpr, PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """dk[T, H, K] and dv[T, H, V]; scores are kept transposed, keys in rows, so that both products take them as they are."""
-    tile, head = tl.program_id(0) // H, tl.program_id(0) % H
+    tile, head = program // H, program % H
     if ORDERED:
         tile = tl.load(order + tile)
-    num_real = tl.load(num_real_ptr)
     far, near = tl.arange(0, BQ), tl.arange(0, BK)
     key = tile * BK + near
     real = key < num_real
@@ -351,3 +349,31 @@ def backward_keys(
     dv_KV = tl.where(real[:, None], dv_KV * factor, 0.0)
     _store(dk + head * K, dk_KK, tile, near, tl.arange(0, WK), BK, T, H, K)
     _store(dv + head * V, dv_KV, tile, near, tl.arange(0, WV), BK, T, H, V)
+
+
+@triton.jit
+@no_type_check
+def backward(
+    q, k, v, g, scale, num_real_ptr, query_order, query_lo, query_hi, key_order, key_lo, key_hi,
+    keys_lo0, keys_hi0, keys_lo1, keys_hi1, near_lo, near_hi,
+    position_table, time_table, starts, times, query_times, dq, dk, dv, d_tables,
+    T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
+    QUERY_BQ: tl.constexpr, QUERY_BK: tl.constexpr, KEY_BQ: tl.constexpr, KEY_BK: tl.constexpr, KEY_PROGRAMS: tl.constexpr,
+    ALPHA: tl.constexpr, ROW_SCALE: tl.constexpr, ORDERED: tl.constexpr,
+    POSITIONS: tl.constexpr, BUCKETS: tl.constexpr, PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """Both passes in one launch, so that programs of one fill what the other leaves idle; the heavier key tiles come first."""
+    program = tl.program_id(0)
+    num_real = tl.load(num_real_ptr)
+    if program < KEY_PROGRAMS:
+        _backward_keys(
+            program, q, k, v, g, scale, num_real, key_order, key_lo, key_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1, near_lo, near_hi,
+            position_table, time_table, starts, times, query_times, dk, dv,
+            T, H, K, V, WK, WV, KEY_BQ, KEY_BK, ALPHA, ROW_SCALE, ORDERED, POSITIONS, BUCKETS, PRECISION, APPROXIMATE,
+        )  # fmt: skip
+    else:
+        _backward_queries(
+            program - KEY_PROGRAMS, q, k, v, g, scale, num_real, query_order, query_lo, query_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1,
+            position_table, time_table, starts, times, query_times, dq, d_tables,
+            T, H, K, V, WK, WV, QUERY_BQ, QUERY_BK, ALPHA, ROW_SCALE, ORDERED, POSITIONS, BUCKETS, PRECISION, APPROXIMATE, COPIES,
+        )  # fmt: skip
