@@ -1,18 +1,19 @@
 """HSTU attention in Triton (jax-triton), sm80 and later: any head width to 256, the relative bias, float32, bfloat16 and float16.
 
-Forward, and a backward in two passes that recompute the scores, side by side in one launch: over query tiles for dq and the bias tables, over key
-tiles for dk and dv (7 products a pair of tiles for the 5 of a single pass, but no adds to memory that many programs share: dq, dk, dv have the
-same bits in every run). The gradients of the tables are added in memory in any order, so that their last bits vary.
+Forward, and a backward in two passes that recompute the scores: one over query tiles for dq and the bias tables, one over key tiles for dk and
+dv (7 products a pair of tiles for the 5 of a single pass, but no adds to memory that many programs share: dq, dk, dv have the same bits in every
+run). The gradients of the tables are added in memory in any order, so that their last bits vary.
 
 Products of float32 follow JAX's matmul precision as XLA does on a GPU: TF32 by default, three TF32 products for "high", float32 for "highest".
 """
 
 import functools
+import importlib.util
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from kernels import device
@@ -20,12 +21,14 @@ from kernels.hstu_attention.plan import AttentionPlan
 from kernels.hstu_attention.relative_bias import RelativeBias, bucket_starts
 
 WIDEST = 256
+WIDEST_SMALL = 128  # on GPUs with 99 KiB of shared memory for a program; sm80 and sm90 have more
+LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0))
 TABLE_COPIES = 64
 MANY_PROGRAMS = 512  # more than run at once: then heavy tiles start first
 
 
-class Forward(NamedTuple):
-    """Query rows and keys of a tile, warps of a program, depth of the load pipeline."""
+class Tiling(NamedTuple):
+    """Of one kernel: query rows and keys of a tile, warps of a program, depth of the load pipeline."""
 
     block_q: int
     block_k: int
@@ -33,31 +36,23 @@ class Forward(NamedTuple):
     stages: int
 
 
-class Backward(NamedTuple):
-    """The same for the two passes of the backward, which are one launch: tiles of query rows that walk over keys, tiles of keys that walk over rows."""
-
-    queries: tuple[int, int]  # (query rows, keys)
-    keys: tuple[int, int]  # (query rows, keys)
-    warps: int
-    stages: int
-
-
 class Tilings(NamedTuple):
-    forward: Forward
-    backward: Backward
+    forward: Tiling
+    queries: Tiling  # backward over query tiles
+    keys: Tiling  # backward over key tiles
 
 
-# (bytes of an element, padded width of the widest head) -> sizes. Found on an H200, kept within the shared memory of an sm80; to width 128 also
-# within the 99 KiB of the smaller GPUs after it.
+# (bytes of an element, padded width of the widest head) -> sizes, found on an H200. All fit the shared memory of an sm80, and to width 128 the 99 KiB
+# of its smaller relatives: `tests_gpu/test_triton_compiles.py` compiles them for each.
 TILINGS = {
-    (2, 32): Tilings(Forward(64, 64, 4, 3), Backward((64, 64), (64, 64), 4, 2)),
-    (2, 64): Tilings(Forward(128, 64, 4, 3), Backward((64, 64), (64, 64), 4, 2)),
-    (2, 128): Tilings(Forward(64, 64, 4, 3), Backward((64, 64), (64, 64), 4, 2)),
-    (2, 256): Tilings(Forward(64, 32, 4, 2), Backward((64, 32), (32, 64), 8, 2)),
-    (4, 32): Tilings(Forward(32, 32, 2, 2), Backward((32, 32), (32, 32), 2, 2)),
-    (4, 64): Tilings(Forward(32, 32, 4, 2), Backward((32, 32), (32, 32), 4, 2)),
-    (4, 128): Tilings(Forward(32, 32, 4, 2), Backward((32, 32), (32, 32), 4, 2)),
-    (4, 256): Tilings(Forward(32, 32, 8, 1), Backward((32, 32), (32, 32), 8, 1)),
+    (2, 32): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
+    (2, 64): Tilings(Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    (2, 128): Tilings(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    (2, 256): Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 1)),
+    (4, 32): Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
+    (4, 64): Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
+    (4, 128): Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
+    (4, 256): Tilings(Tiling(32, 32, 8, 1), Tiling(32, 32, 8, 1), Tiling(32, 32, 8, 1)),
 }
 
 
@@ -82,10 +77,12 @@ def attention(
 ) -> Float[Array, "T H V"]:
     """See `hstu_attention`. No gradient flows to `scale`. NotImplementedError: no jax-triton, no such GPU, or heads wider than `WIDEST`."""
     widths = (q_THK.shape[2], v_THV.shape[2])
-    if not 0 < min(widths) <= max(widths) <= WIDEST:
-        raise NotImplementedError(f"triton takes heads of width 1 to {WIDEST}, got K = {widths[0]}, V = {widths[1]}; implementation='xla' takes any")
-    _check_device()
-    _kernels()
+    widest = _check_device()
+    if not 0 < min(widths) <= max(widths) <= widest:
+        raise NotImplementedError(
+            f"triton takes heads of width 1 to {widest} here, got K = {widths[0]}, V = {widths[1]}; implementation='xla' takes any"
+        )
+    _check_installed()
     if q_THK.size == 0:
         return jnp.zeros_like(v_THV)
     tables, times = (None, None), None
@@ -96,18 +93,22 @@ def attention(
     return _attend(call, q_THK, k_THK, v_THV, tables, _Work(plan, jnp.asarray(scale, jnp.float32), times))
 
 
-def _check_device() -> None:
+def _check_device() -> int:
+    """The widest head on this device."""
     current = device.current()
     if current.platform != "gpu" or current.compute_capability is None or current.compute_capability < (8, 0):
-        raise NotImplementedError(f"triton needs an NVIDIA GPU from sm80 (A100) on, the device is {current.kind!r}; implementation='xla' runs anywhere")
+        raise NotImplementedError(
+            f"triton needs an NVIDIA GPU from sm80 (A100) on, the device is {current.kind!r}; implementation='xla' runs anywhere"
+        )
+    return WIDEST if current.compute_capability in LARGE else WIDEST_SMALL
 
 
-def _kernels() -> Any:
-    try:
-        from kernels.hstu_attention import triton_kernels
-    except ImportError as error:
-        raise NotImplementedError(f"triton needs jax-triton, see requirements-cuda.txt ({error}); implementation='xla' needs nothing") from error
-    return triton_kernels
+def _check_installed() -> None:
+    for package in ("jax_triton", "triton"):
+        if importlib.util.find_spec(package) is None:
+            raise NotImplementedError(
+                f"triton needs {package}: pip install -r requirements-cuda.txt; implementation='xla' needs nothing more"
+            )
 
 
 def _precision() -> str:
@@ -136,20 +137,9 @@ class _Work(NamedTuple):
 def _attend(call: _Call, q: Array, k: Array, v: Array, tables: Any, work: _Work) -> Array:
     tiling = call.tilings.forward
     bounds = work.plan.tile_bounds(tiling.block_q, tiling.block_k)
-    programs = bounds.key_lo.shape[0] * v.shape[1]
-    ordered = programs > MANY_PROGRAMS
-    (out,) = _launch(
-        "forward",
-        (q, k, v, work.scale, _one(work.plan.num_real), *_walk(bounds.key_lo, bounds.key_hi, ordered), *work.plan.keys, *_bias_arrays(tables, work)),
-        [jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        programs,
-        tiling.warps,
-        tiling.stages,
-        BQ=tiling.block_q,
-        BK=tiling.block_k,
-        ORDERED=ordered,
-        **_constants(call, q, v, tables, work),
-    )
+    inputs = (q, k, v, work.scale, work.plan.num_real.reshape(1))
+    out_like = [jax.ShapeDtypeStruct(v.shape, v.dtype)]
+    (out,) = _launch("forward", call, tables, work, tiling, inputs, work.plan.keys, bounds.key_lo, bounds.key_hi, out_like)
     return out
 
 
@@ -159,42 +149,28 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, tables: Any, work: _Work
 
 def _backward(call: _Call, saved: Any, g: Array) -> Any:
     q, k, v, tables, work = saved
-    heads, plan, tiling = q.shape[1], work.plan, call.tilings.backward
-    by_query, by_key = plan.tile_bounds(*tiling.queries), plan.tile_bounds(*tiling.keys)
-    query_programs, key_programs = by_query.key_lo.shape[0] * heads, by_key.row_lo.shape[0] * heads
-    ordered = query_programs + key_programs > MANY_PROGRAMS
-    walks = (*_walk(by_query.key_lo, by_query.key_hi, ordered), *_walk(by_key.row_lo, by_key.row_hi, ordered))
+    plan, inputs = work.plan, (q, k, v, g, work.scale, work.plan.num_real.reshape(1))
+    dq_like, dk_like, dv_like = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
+
+    tiling = call.tilings.queries
+    bounds = plan.tile_bounds(tiling.block_q, tiling.block_k)
     positions, buckets = _sizes(tables)
-    copies = min(TABLE_COPIES, query_programs)
-    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
-    dq, dk, dv, d_tables = _launch(
-        "backward",
-        (q, k, v, g, work.scale, _one(plan.num_real), *walks, *plan.keys, plan.rows.near_lo, plan.rows.near_hi, *_bias_arrays(tables, work)),
-        [*like, jax.ShapeDtypeStruct((copies, max(1, positions + buckets)), jnp.float32)],
-        key_programs + query_programs,
-        tiling.warps,
-        tiling.stages,
-        zeroed=(3,),
-        QUERY_BQ=tiling.queries[0],
-        QUERY_BK=tiling.queries[1],
-        KEY_BQ=tiling.keys[0],
-        KEY_BK=tiling.keys[1],
-        KEY_PROGRAMS=key_programs,
-        COPIES=copies,
-        ORDERED=ordered,
-        **_constants(call, q, v, tables, work),
-    )
+    copies = min(TABLE_COPIES, bounds.key_lo.shape[0] * q.shape[1])
+    outs = [dq_like, jax.ShapeDtypeStruct((copies, max(1, positions + buckets)), jnp.float32)]
+    options = {"zeroed": (1,), "COPIES": copies}
+    dq, d_tables = _launch("backward_queries", call, tables, work, tiling, inputs, plan.keys, bounds.key_lo, bounds.key_hi, outs, **options)
     d_tables = d_tables.sum(0)
     d_position = None if tables[0] is None else d_tables[:positions]
     d_time = None if tables[1] is None else d_tables[positions:]
+
+    tiling = call.tilings.keys
+    bounds = plan.tile_bounds(tiling.block_q, tiling.block_k)
+    intervals = (*plan.keys, plan.rows.near_lo, plan.rows.near_hi)
+    dk, dv = _launch("backward_keys", call, tables, work, tiling, inputs, intervals, bounds.row_lo, bounds.row_hi, [dk_like, dv_like])
     return dq, dk, dv, (d_position, d_time), None
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _one(scalar: Any) -> Array:
-    return jnp.asarray(scalar, jnp.int32).reshape(1)
 
 
 def _walk(lo: Array, hi: Array, ordered: bool) -> tuple[Array, Array, Array]:
@@ -216,36 +192,67 @@ def _sizes(tables: Any) -> tuple[int, int]:
     return position, time
 
 
-def _constants(call: _Call, q: Array, v: Array, tables: Any, work: _Work) -> dict[str, Any]:
+def _launch(
+    kernel: str,
+    call: _Call,
+    tables: Any,
+    work: _Work,
+    tiling: Tiling,
+    inputs: tuple[Array, ...],
+    intervals: Sequence[Array],
+    bounds_lo: Array,
+    bounds_hi: Array,
+    outs: list[Any],
+    zeroed: tuple[int, ...] = (),
+    **constants: Any,
+) -> Any:
+    """Runs a kernel of `triton_kernels`, a program for every tile of `bounds_*` and head: (inputs, order, bounds, intervals, bias) -> outs."""
+    rows, heads, k_width = inputs[0].shape
+    v_width = inputs[2].shape[2]
+    programs = bounds_lo.shape[0] * heads
+    ordered = programs > MANY_PROGRAMS
     positions, buckets = _sizes(tables)
-    rows, heads, k_width = q.shape
-    return {
+    constants |= {
         "T": rows,
         "H": heads,
         "K": k_width,
-        "V": v.shape[2],
+        "V": v_width,
         "WK": _padded(k_width),
-        "WV": _padded(v.shape[2]),
+        "WV": _padded(v_width),
+        "BQ": tiling.block_q,
+        "BK": tiling.block_k,
         "ALPHA": call.alpha,
         "ROW_SCALE": work.scale.ndim == 1,
+        "ORDERED": ordered,
         "POSITIONS": positions,
         "BUCKETS": buckets,
         "PRECISION": call.precision,
-        "APPROXIMATE": q.dtype == jnp.bfloat16,
+        "APPROXIMATE": inputs[0].dtype == jnp.bfloat16,
     }
+    arrays = (*inputs, *_walk(bounds_lo, bounds_hi, ordered), *intervals, *_bias_arrays(tables, work))
+    return _call_kernel(kernel, arrays, outs, programs, tiling.warps, tiling.stages, zeroed, constants)
 
 
-def _launch(
-    name: str, arrays: tuple[Array, ...], outs: list[Any], programs: int, warps: int, stages: int, zeroed: tuple[int, ...] = (), **constants: Any
+def _call_kernel(
+    kernel: str,
+    arrays: tuple[Array, ...],
+    outs: list[Any],
+    programs: int,
+    warps: int,
+    stages: int,
+    zeroed: tuple[int, ...],
+    constants: dict[str, Any],
 ) -> Any:
     import jax_triton
 
+    from kernels.hstu_attention import triton_kernels
+
     return jax_triton.triton_call(
         *arrays,
-        kernel=getattr(_kernels(), name),
+        kernel=getattr(triton_kernels, kernel),
         out_shape=outs,
         grid=(programs,),
-        name=f"hstu_attention_{name}",
+        name=f"hstu_attention_{kernel}",
         num_warps=warps,
         num_stages=stages,
         zeroed_outputs=zeroed,

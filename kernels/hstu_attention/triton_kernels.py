@@ -50,7 +50,9 @@ def _bucket(row_time, key_time, starts, BUCKETS: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _load(base, block, offset, width, num_real, BLOCK: tl.constexpr, H: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr):
+def _load(
+    base, block, offset, width, num_real, BLOCK: tl.constexpr, H: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr
+):
     """Rows [block * BLOCK, ...) of one head, zero beyond the real rows and the head's width. `offset`, `width`: aranges over both."""
     pointers = base + block.to(tl.int64) * (BLOCK * H * W) + (offset[:, None] * (H * W) + width[None, :])
     if FULL:
@@ -127,7 +129,9 @@ def _forward_step(
         key_time = tl.load(times + key, mask=key < num_real, other=0)
         score += tl.load(time_table + _bucket(row_time[:, None], key_time[None, :], starts, BUCKETS))
     if not FULL:
-        score = tl.where(_seen(row[:, None], key[None, :], lo0[:, None], hi0[:, None], lo1[:, None], hi1[:, None], num_real), score, MASKED_SCORE)
+        score = tl.where(
+            _seen(row[:, None], key[None, :], lo0[:, None], hi0[:, None], lo1[:, None], hi1[:, None], num_real), score, MASKED_SCORE
+        )
     weight = score * _gate(score, APPROXIMATE)
     return tl.dot(weight.to(v_KV.dtype), v_KV, sum_QV, input_precision=PRECISION)
 
@@ -218,17 +222,18 @@ def _query_step(
 
 @triton.jit
 @no_type_check
-def _backward_queries(
-    program, q, k, v, g, scale, num_real, order, bounds_lo, bounds_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1,
+def backward_queries(
+    q, k, v, g, scale, num_real_ptr, order, bounds_lo, bounds_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1,
     position_table, time_table, starts, times, query_times, dq, d_tables,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, ALPHA: tl.constexpr, ROW_SCALE: tl.constexpr, ORDERED: tl.constexpr,
     POSITIONS: tl.constexpr, BUCKETS: tl.constexpr, PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """dq[T, H, K], and added to one of `COPIES` copies d_tables[COPIES, POSITIONS + BUCKETS], so that adds to one address are rare."""
-    tile, head = program // H, program % H
+    tile, head = tl.program_id(0) // H, tl.program_id(0) % H
     if ORDERED:
         tile = tl.load(order + tile)
+    num_real = tl.load(num_real_ptr)
     far, near = tl.arange(0, BQ), tl.arange(0, BK)
     row = tile * BQ + far
     real = row < num_real
@@ -243,7 +248,7 @@ def _backward_queries(
         row_scale = tl.load(scale + row, mask=real, other=0.0)
     else:
         row_scale = tl.where(real, tl.load(scale), 0.0)
-    d_tables += program % COPIES * (POSITIONS + BUCKETS)
+    d_tables += tl.program_id(0) % COPIES * (POSITIONS + BUCKETS)
     q_QK = _load(q + head * K, tile, far, tl.arange(0, WK), num_real, BQ, H, K, WK, False)
     g_QV = _load(g + head * V, tile, far, tl.arange(0, WV), num_real, BQ, H, V, WV, False)
     sum_QK = tl.zeros([BQ, WK], tl.float32)
@@ -289,7 +294,9 @@ def _key_step(
     if not FULL:
         lo0, hi0 = tl.load(keys_lo0 + row, mask=real, other=0), tl.load(keys_hi0 + row, mask=real, other=0)
         lo1, hi1 = tl.load(keys_lo1 + row, mask=real, other=0), tl.load(keys_hi1 + row, mask=real, other=0)
-        score = tl.where(_seen(row[None, :], key[:, None], lo0[None, :], hi0[None, :], lo1[None, :], hi1[None, :], num_real), score, MASKED_SCORE)
+        score = tl.where(
+            _seen(row[None, :], key[:, None], lo0[None, :], hi0[None, :], lo1[None, :], hi1[None, :], num_real), score, MASKED_SCORE
+        )
     gate = _gate(score, APPROXIMATE)
     weight = score * gate
     d_score = d_weight * (gate + weight * (1.0 - gate))
@@ -304,17 +311,18 @@ def _key_step(
 
 @triton.jit
 @no_type_check
-def _backward_keys(
-    program, q, k, v, g, scale, num_real, order, bounds_lo, bounds_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1, near_lo, near_hi,
+def backward_keys(
+    q, k, v, g, scale, num_real_ptr, order, bounds_lo, bounds_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1, near_lo, near_hi,
     position_table, time_table, starts, times, query_times, dk, dv,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, ALPHA: tl.constexpr, ROW_SCALE: tl.constexpr, ORDERED: tl.constexpr,
     POSITIONS: tl.constexpr, BUCKETS: tl.constexpr, PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """dk[T, H, K] and dv[T, H, V]; scores are kept transposed, keys in rows, so that both products take them as they are."""
-    tile, head = program // H, program % H
+    tile, head = tl.program_id(0) // H, tl.program_id(0) % H
     if ORDERED:
         tile = tl.load(order + tile)
+    num_real = tl.load(num_real_ptr)
     far, near = tl.arange(0, BQ), tl.arange(0, BK)
     key = tile * BK + near
     real = key < num_real
@@ -349,31 +357,3 @@ def _backward_keys(
     dv_KV = tl.where(real[:, None], dv_KV * factor, 0.0)
     _store(dk + head * K, dk_KK, tile, near, tl.arange(0, WK), BK, T, H, K)
     _store(dv + head * V, dv_KV, tile, near, tl.arange(0, WV), BK, T, H, V)
-
-
-@triton.jit
-@no_type_check
-def backward(
-    q, k, v, g, scale, num_real_ptr, query_order, query_lo, query_hi, key_order, key_lo, key_hi,
-    keys_lo0, keys_hi0, keys_lo1, keys_hi1, near_lo, near_hi,
-    position_table, time_table, starts, times, query_times, dq, dk, dv, d_tables,
-    T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,
-    QUERY_BQ: tl.constexpr, QUERY_BK: tl.constexpr, KEY_BQ: tl.constexpr, KEY_BK: tl.constexpr, KEY_PROGRAMS: tl.constexpr,
-    ALPHA: tl.constexpr, ROW_SCALE: tl.constexpr, ORDERED: tl.constexpr,
-    POSITIONS: tl.constexpr, BUCKETS: tl.constexpr, PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr, COPIES: tl.constexpr,
-):  # fmt: skip
-    """Both passes in one launch, so that programs of one fill what the other leaves idle; the heavier key tiles come first."""
-    program = tl.program_id(0)
-    num_real = tl.load(num_real_ptr)
-    if program < KEY_PROGRAMS:
-        _backward_keys(
-            program, q, k, v, g, scale, num_real, key_order, key_lo, key_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1, near_lo, near_hi,
-            position_table, time_table, starts, times, query_times, dk, dv,
-            T, H, K, V, WK, WV, KEY_BQ, KEY_BK, ALPHA, ROW_SCALE, ORDERED, POSITIONS, BUCKETS, PRECISION, APPROXIMATE,
-        )  # fmt: skip
-    else:
-        _backward_queries(
-            program - KEY_PROGRAMS, q, k, v, g, scale, num_real, query_order, query_lo, query_hi, keys_lo0, keys_hi0, keys_lo1, keys_hi1,
-            position_table, time_table, starts, times, query_times, dq, d_tables,
-            T, H, K, V, WK, WV, QUERY_BQ, QUERY_BK, ALPHA, ROW_SCALE, ORDERED, POSITIONS, BUCKETS, PRECISION, APPROXIMATE, COPIES,
-        )  # fmt: skip
