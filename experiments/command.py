@@ -14,7 +14,8 @@ def run_command(main: Callable[[list[str]], None]) -> Callable[[list[str]], None
 
     def wrapped(argv: list[str]) -> None:
         errors = Console(stderr=True)
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it touches
+        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file that it touches
         try:
             main(argv)
         except Interrupted as stop:

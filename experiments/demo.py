@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 from absl import app, flags
-from rich.console import Console
 
 from experiments.command import run_command
 from experiments.configs import synthetic
@@ -25,7 +24,7 @@ _EPOCHS = flags.DEFINE_integer("epochs", None, "fewer epochs than the configurat
 
 
 def main(_: list[str]) -> None:
-    console = Console()
+    console = report.make_console()
     root = Path(_WORKDIR.value)
     hstu = from_config_dict(synthetic.get_config())
     if _EPOCHS.value is not None:

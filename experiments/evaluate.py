@@ -7,7 +7,6 @@ import dataclasses
 
 import jax
 from absl import app, flags
-from rich.console import Console
 
 from experiments.command import run_command
 from ultra_hstu import report
@@ -32,7 +31,7 @@ def main(_: list[str]) -> None:
     step, params = load_params(folder, task.recipe)
     with jax.default_matmul_precision(config.train.matmul_precision):
         rows = {f"{config.name}, step {step}": Evaluator(task, _SPLIT.value)(params), "popularity": popularity_metrics(task, _SPLIT.value)}
-    Console().print(report.metrics_table(f"{_SPLIT.value}, protocol {config.train.protocol}", rows, COLUMNS))
+    report.make_console().print(report.metrics_table(f"{_SPLIT.value}, protocol {config.train.protocol}", rows, COLUMNS))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Ids are the source's own. --history needs no data, only the run's folder.
 import dataclasses
 
 from absl import app, flags
-from rich.console import Console
 
 from experiments.command import run_command
 from ultra_hstu import report
@@ -34,11 +33,11 @@ def main(_: list[str]) -> None:
     else:
         data = model.config.data if _RAW_DIR.value is None else dataclasses.replace(model.config.data, raw_dir=_RAW_DIR.value)
         interactions = load_interactions(data)
-        events = interactions.history(_USER.value)
+        events = interactions.history(str(_USER.value))
         times = None if interactions.timestamps is None else interactions.timestamps[events]
         answer = model.recommend(interactions.items[events], times, k=_K.value)
         title = f"user {_USER.value}, after {events.stop - events.start} events"
-    Console().print(report.recommendations_table(title, answer))
+    report.make_console().print(report.recommendations_table(title, answer))
 
 
 if __name__ == "__main__":

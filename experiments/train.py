@@ -13,7 +13,6 @@ from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
-from rich.console import Console
 
 from experiments.command import run_command
 from ultra_hstu import provenance, report, workdir
@@ -28,21 +27,27 @@ _SEEDS = flags.DEFINE_list("seeds", [], "several seeds, each in WORKDIR/seed_N, 
 _RECORD = flags.DEFINE_string("record", None, "also write the result with device, versions, commit, command and date to this JSON file")
 flags.mark_flags_as_required(["config", "workdir"])
 
+HISTORY = ("epoch", "step", "loss", "grad_norm", "seconds", "hr@10", "ndcg@10")  # what a record keeps of every epoch
+
 
 def main(_: list[str]) -> None:
-    console = Console()
+    console = report.make_console()
     config = from_config_dict(_CONFIG.value)
     try:
         seeds = [int(seed) for seed in _SEEDS.value]
     except ValueError:
         raise ValueError(f"--seeds={','.join(_SEEDS.value)} must be whole numbers, such as --seeds=42,43,44") from None
+    root = Path(str(_WORKDIR.value))
     task = Task.load(config)
     results = []
     for seed in seeds or [config.train.seed]:
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-        folder = Path(_WORKDIR.value) / f"seed_{seed}" if seeds else Path(_WORKDIR.value)
+        folder = root / f"seed_{seed}" if seeds else root
         result = train(seeded, folder, console=console, task=task)
-        results.append(result | {"history": report.read_metrics(workdir.Workdir(folder).metrics)})
+        history = [
+            {name: record[name] for name in HISTORY if name in record} for record in report.read_metrics(workdir.Workdir(folder).metrics)
+        ]
+        results.append(result | {"history": history})
     rows = {f"{config.name}, seed {result['seed']}": result["best"] for result in results}
     if len(results) > 1:
         rows |= {"mean": summary(results, statistics.mean), "standard deviation": summary(results, statistics.stdev)}

@@ -6,6 +6,7 @@ A table stands in README.md between `<!-- table NAME -->` and `<!-- end NAME -->
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,41 +56,67 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def number(value: float | None, deviation: float | None = None) -> str:
-    if value is None:
-        return ""
-    text = f"{value:.4f}".removeprefix("0")
-    return text if deviation is None else f"{text} ± {deviation:.4f}".replace("± 0.", "± .")
+def short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}".removeprefix("0")
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    mean = short(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {short(statistics.stdev(values))}"
 
 
 def ml1m_table() -> str:
     """One line a model and condition; ours with mean and standard deviation over seeds."""
-    rows = []
+    rows, notes = [], []
     for config, model in MODELS.items():
         for source, values in REFERENCE.items():
-            rows.append([model, source, "", *(number(values[config].get(name)) for name in METRICS)])
+            rows.append([model, source, "", *(short(values[config].get(name)) for name in METRICS)])
         for suffix, label in VARIANTS.items():
             record = load(f"{config}_{suffix}")
-            if record:
-                runs = record["runs"]
-                mean, stdev = record.get("mean", runs[0]["best"]), record.get("stdev", {})
-                rows.append([model, label, str(len(runs)), *(number(mean[name], stdev.get(name)) for name in METRICS)])
-    return markdown(["model", "condition", "seeds", *(name.upper() for name in METRICS)], rows)
+            if not record:
+                continue
+            mark = ""
+            if note := record.get("note"):
+                notes += [] if note in notes else [note]
+                mark = f" [{notes.index(note) + 1}]"
+            for which, words in (("best", ""), ("last", ", last epoch")) if suffix == "published" else (("best", ""),):
+                values = [run[which] for run in record["runs"]]
+                cells = [mean_and_deviation([value[name] for value in values]) for name in METRICS]
+                rows.append([model, label + words, str(len(values)) + mark, *cells])
+    return "\n\n".join(
+        [
+            markdown(["model", "condition", "seeds", *(name.upper() for name in METRICS)], rows),
+            *(f"[{number}] {note}" for number, note in enumerate(notes, start=1)),
+        ]
+    )
 
 
 def speed_table() -> str:
-    """Seconds of whole runs (evaluation every epoch included, compilation not) and of a training step."""
+    """Seconds of a whole run that had the device to itself (evaluation every epoch included, compilation not), and of a training step."""
     rows = []
     for config, model in MODELS.items():
         record = load(f"{config}_published")
-        if record:
-            run = record["runs"][0]
-            rows.append([model, record["device"], f"{run['epochs']} epochs, evaluation each", f"{run['seconds']:.1f} s"])
-    step = load("ml1m_step_cpu")
-    if step:
-        for name, milliseconds in step["milliseconds"].items():
-            rows.append([MODELS[name], step["device"], "one training step, batch 128", f"{milliseconds:.0f} ms"])
-    return markdown(["model", "device", "what", "time"], rows)
+        if record and not record.get("shared_device"):
+            seconds = sorted(run["seconds"] for run in record["runs"])
+            rows.append(
+                [model, record["device"], f"{record['runs'][0]['epochs']} epochs, evaluation each", f"{seconds[len(seconds) // 2]:.1f} s"]
+            )
+        for device in ("h200", "cpu"):
+            step = load(f"step_{config}_{device}")
+            if step:
+                place = step["device"] if device != "cpu" else f"{step['host_cores']} CPU cores"
+                rows.append([model, place, "one training step, batch 128", f"{step['device_feed']['step_ms_median']:.0f} ms"])
+                rows.append([model, place, "the same, data streamed", f"{step['streamed_feed']['step_ms_median']:.0f} ms"])
+                rows.append([model, place, "share of it waiting for data", f"{100 * step['streamed_feed']['input_wait_share']:.2f} %"])
+                rows.append(
+                    [
+                        model,
+                        place,
+                        "ranking all test users",
+                        f"{step['evaluation']['seconds']:.1f} s, {step['evaluation']['peak_MiB']:.0f} MiB",
+                    ]
+                )
+    return markdown(["model", "device", "what", "value"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {"ml1m": ml1m_table, "speed": speed_table}

@@ -46,7 +46,5 @@ def kuairand_line(user: int, video: int, time_ms: int, **actions: int) -> str:
 
 
 def load(tmp_path: Path, source: str, raw_dir: Path | None = None, **options) -> Interactions:
-    config = DataConfig(
-        source=source, raw_dir=None if raw_dir is None else str(raw_dir), data_dir=str(tmp_path / "prepared"), **options
-    )
+    config = DataConfig(source=source, raw_dir=None if raw_dir is None else str(raw_dir), data_dir=str(tmp_path / "prepared"), **options)
     return load_interactions(config)

@@ -3,6 +3,9 @@
 import dataclasses
 import importlib
 import pkgutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +74,21 @@ def test_difference_names_fields():
     old, new = dataclasses.asdict(Config()), dataclasses.asdict(Config())
     new["model"]["width"] = 64
     assert difference(old, new) == ["model.width: 50 -> 64"]
+
+
+def test_flags_override_every_field_even_none(tmp_path):
+    """Through the flag parser itself: a field that is None by default takes a value of its type."""
+    flags = ["--config.data.raw_dir=here", "--config.train.patience=3", "--config.optim.clip_norm=0.5", "--config.data.batch_tokens=4096"]
+    code = (
+        "import sys; from absl import app, flags; from ml_collections import config_flags\n"
+        "from ultra_hstu.config import from_config_dict\n"
+        "config = config_flags.DEFINE_config_file('config', lock_config=True)\n"
+        "def main(_):\n"
+        "    c = from_config_dict(config.value)\n"
+        "    print(c.data.raw_dir, c.train.patience, c.optim.clip_norm, c.data.batch_tokens, c.model.implementation)\n"
+        "app.run(main)"
+    )
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", code, f"--config={root}/experiments/configs/ml1m_hstu.py", *flags]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "here 3 0.5 4096 None", done.stdout + done.stderr

@@ -115,9 +115,7 @@ def test_a_wrong_checksum(server, tmp_path):
     download = server.put("/file.bin", CONTENT)
     server.files["/file.bin"] = CONTENT[:-1] + b"x"
     found = hashlib.sha256(server.files["/file.bin"]).hexdigest()
-    with pytest.raises(
-        ValueError, match=f"file.bin is corrupt: expected {download.checksum.replace(':', ' ')}, found {found}"
-    ):
+    with pytest.raises(ValueError, match=f"file.bin is corrupt: expected {download.checksum.replace(':', ' ')}, found {found}"):
         fetch(download, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file.bin.corrupt"]
     server.files["/file.bin"] = CONTENT
@@ -167,9 +165,7 @@ def test_a_file_without_published_checksum_is_verified_at_every_later_use(server
     assert sums == {"a.csv": hashlib.sha256(b"1,2,3\n").hexdigest()}
     assert obtain([download], ["a.csv"], tmp_path / "raw") == sums and len(server.requests) == 1
     (tmp_path / "raw/a.csv").write_bytes(b"1,2,4\n")
-    with pytest.raises(
-        ValueError, match=f"raw/a.csv has changed since it was downloaded: expected sha256 {sums['a.csv']}"
-    ):
+    with pytest.raises(ValueError, match=f"raw/a.csv has changed since it was downloaded: expected sha256 {sums['a.csv']}"):
         obtain([download], ["a.csv"], tmp_path / "raw")
     assert obtain([download], ["a.csv"], tmp_path / "raw") == sums and len(server.requests) == 2
 

@@ -93,7 +93,7 @@ def test_recommend_command(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--user=9999"], "unknown user '9999'"),
+        (["--user=9999"], "unknown user 9999"),
         (["--history=1,99999"], "99999"),
         (["--history=1", "--user=3"], "give either --user=ID or --history"),
     ],

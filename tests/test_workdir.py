@@ -71,8 +71,8 @@ def test_metric_log_drops_what_is_done_again(tmp_path):
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    for step, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], start=1):
-        checkpoints.save(step, {"x": jnp.full(3, float(step))}, {"epoch": step}, {"ndcg@10": score})
+    for step, best in enumerate([True, True, False, False, False], start=1):
+        checkpoints.save(step, {"x": jnp.full(3, float(step))}, {"epoch": step}, best=best)
     checkpoints.close()
     assert sorted(int(path.name) for path in (tmp_path / "c").iterdir() if path.name.isdigit()) == [2, 4, 5]
     reader = Checkpoints(tmp_path / "c", read_only=True)
@@ -89,11 +89,11 @@ from ultra_hstu.checkpoint import Checkpoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 checkpoints = Checkpoints(Path(sys.argv[1]))
 noise = np.random.default_rng(0).random(200_000).astype(np.float32)
-checkpoints.save(1, {"x": jnp.asarray(noise)}, {"epoch": 1}, {"ndcg@10": 0.1})
+checkpoints.save(1, {"x": jnp.asarray(noise)}, {"epoch": 1})
 checkpoints.wait()
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # files cannot grow beyond: as on a full disk
 try:
-    checkpoints.save(2, {"x": jnp.asarray(noise + 1)}, {"epoch": 2}, {"ndcg@10": 0.2})
+    checkpoints.save(2, {"x": jnp.asarray(noise + 1)}, {"epoch": 2})
     checkpoints.wait()
 except OSError as error:
     print("refused:", error)

@@ -1,6 +1,7 @@
 """Checkpoints with Orbax: written in the background, whole or not at all; the newest ones and the best are kept."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,48 +9,41 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-SELECTION_METRIC = "ndcg@10"
+BEST_STEP = "best_step"
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run: the newest `keep`, and the best.
 
-    A checkpoint holds `state` (a pytree of arrays), `position` (a JSON dict: where in the data and the run it was taken) and, where an
-    evaluation went before it, that evaluation's metrics, by which the best is chosen.
+    A checkpoint holds `state` (a pytree of arrays) and `position` (a JSON dict: where in the data and the run it was taken). Which step is
+    the best stands in every position, not in Orbax's own metrics, so that no damaged file can hide the others.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False):
         self.directory = directory
-        policy = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(keep),
-                preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics[SELECTION_METRIC], n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
+        self._best: list[int] = []  # at most one step
+        policy = _NewestAndBest(keep, self._best)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            best_fn=lambda metrics: metrics[SELECTION_METRIC],
-            create=not read_only,
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
+            preservation_policy=policy, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only
         )
         self._manager = ocp.CheckpointManager(directory, options=options, item_names=("state", "position"))
 
-    def save(self, step: int, state: Any, position: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Starts writing; errors of this or the save before it surface here or in `wait`.
+    def save(self, step: int, state: Any, position: dict[str, Any], *, best: bool = False) -> None:
+        """Starts writing; `best` says that no step so far did better. Errors of this or the save before it surface here or in `wait`.
 
         Raises:
           OSError: if a checkpoint could not be written, naming the last good one.
         """
         if step in self._manager.all_steps():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
+        if best:
+            self._best[:] = [step]
+        saved_position = position | {BEST_STEP: self._best}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(saved_position))
         try:
-            self._manager.save(step, args=args, metrics=metrics, force=True)
+            self._manager.save(step, args=args, force=True)
         except Exception as error:
             raise self._not_written(error) from error
 
@@ -69,21 +63,30 @@ class Checkpoints:
         Raises:
           ValueError: if there are checkpoints and none can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if best and (best_step := self._manager.best_step()) is not None:
-            steps = [best_step] + [step for step in steps if step != best_step]
-        problems = []
-        for step in steps:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore())
-            try:
-                restored = self._manager.restore(step, args=args)
-                return step, restored.state, restored.position
-            except Exception as error:  # whatever a damaged file makes Orbax raise
-                problems.append(f"{self.directory / str(step)}: {type(error).__name__}: {str(error).splitlines()[0]}")
-                log.warning("checkpoint %s cannot be read, trying the one before it", problems[-1])
+        problems: list[str] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if (found := self._read(step, abstract_state, problems)) is not None:
+                position = found[2]
+                self._best[:] = position.pop(BEST_STEP)
+                if best and self._best and self._best != [step]:
+                    better = self._read(self._best[0], abstract_state, problems)
+                    if better is not None:
+                        better[2].pop(BEST_STEP)
+                        return better
+                return found
         if problems:
             raise ValueError("no checkpoint can be read:\n  " + "\n  ".join(problems))
         return None
+
+    def _read(self, step: int, abstract_state: Any, problems: list[str]) -> tuple[int, Any, dict[str, Any]] | None:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # whatever a damaged file makes Orbax raise
+            problems.append(f"{self.directory / str(step)}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
+            log.warning("checkpoint cannot be read, trying the one before it: %s", problems[-1])
+            return None
+        return step, restored.state, restored.position
 
     def drop_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: those that `restore` could not read and that the run will write again."""
@@ -100,6 +103,14 @@ class Checkpoints:
         return OSError(
             f"a checkpoint could not be written to {self.directory} ({error}); {last}. Make room and start the same command again."
         )
+
+
+class _NewestAndBest(preservation_policy.PreservationPolicy):
+    def __init__(self, keep: int, best: list[int]):
+        self.keep, self.best = keep, best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [number >= len(checkpoints) - self.keep or info.step in self.best for number, info in enumerate(checkpoints)]
 
 
 def abstract(tree: Any) -> Any:

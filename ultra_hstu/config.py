@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import ml_collections
+from ml_collections import config_dict
 
 Source = Literal[
     "synthetic", "ml-100k", "ml-1m", "ml-20m", "amazon-books", "amazon-beauty", "assistments-2017",
@@ -83,7 +84,7 @@ class LossConfig:
     temperature: float = 0.05
     l2_normalize: bool = True
     log_q: bool = True  # in_batch: correct for how often an item is drawn
-    chunk_rows: int = 2048  # rows whose logits exist at one time
+    chunk_rows: int | None = None  # rows whose logits exist at one time; None: 512 on a CPU (its cache), 4096 on an accelerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +152,21 @@ def _require(config: Config, names: list[str], allowed: Callable[[Any], bool], w
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """The ConfigDict that a config file returns; its fields can be overridden by flags."""
-    return ml_collections.ConfigDict(dataclasses.asdict(config), convert_dict=True)
+    """The ConfigDict that a config file returns; its fields can be overridden by flags, those that are None too."""
+
+    def convert(section: Any) -> dict[str, Any]:
+        hints = get_type_hints(type(section))
+        values = {name: getattr(section, name) for name in hints}
+        return {
+            name: convert(value)
+            if dataclasses.is_dataclass(value)
+            else config_dict.placeholder(get_args(hints[name])[0])
+            if value is None
+            else value
+            for name, value in values.items()
+        }
+
+    return ml_collections.ConfigDict(convert(config))
 
 
 def from_config_dict(values: Any) -> Config:

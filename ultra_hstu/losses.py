@@ -55,9 +55,9 @@ def sampled_softmax(
     Raises:
       ValueError: if `chunk_rows` or `temperature` is not positive.
     """
-    negatives, (items, width) = negative_TR.shape[1], table_ID.shape
+    negatives, items = negative_TR.shape[1], table_ID.shape[0]
     shift_I = None if log_q is None else jax.lax.stop_gradient(log_q) + jnp.log(jnp.float32(negatives))
-    scores = _scores_of_all if whole_table_is_cheaper(items, width, negatives) else _scores_of_gathered
+    scores = _scores_of_all if whole_table_is_cheaper(items, negatives) else _scores_of_gathered
     chunk = functools.partial(_sampled_chunk, scores)
     rows = (positive_T.astype(jnp.int32), negative_TR.astype(jnp.int32))
     return _loss(chunk, h_TD, table_ID, weight_T, rows, shift_I, temperature, l2_normalize, chunk_rows)
@@ -78,13 +78,14 @@ def full_softmax(
     return _loss(_full_chunk, h_TD, table_ID, weight_T, rows, None, temperature, l2_normalize, chunk_rows)
 
 
-def whole_table_is_cheaper(items: int, width: int, negatives: int) -> bool:
+def whole_table_is_cheaper(items: int, negatives: int) -> bool:
     """Whether to score a row against every item and pick the sampled columns, instead of gathering the embeddings of its negatives.
 
-    Both ways move about as many bytes when the scores [rows, I] are as large as the gathered embeddings [rows, R, D]. Below that the whole table wins:
-    its products are matrix products, and the gradient of the table is one too, where the other way adds R rows of D to random places.
+    The whole table costs work in proportion to I, in matrix products; gathering costs work in proportion to R, at random places. Measured, loss and
+    gradients on an H200, whole table against gathered: MovieLens-1M (I / R = 30) 1.2 and 1.4 ms, MovieLens-20M (213) 7.5 and 3.9 ms; on two CPU cores
+    MovieLens-1M takes 135 and 158 ms (chunks of 512 rows; 180 and 250 with 2048, which leave the cache).
     """
-    return items <= negatives * width
+    return items <= 64 * negatives
 
 
 # --- one chunk of C rows ---
@@ -105,7 +106,7 @@ def _scores_of_all(q_CD: Float[Array, "C D"], e_ID: Float[Array, "I1 D"], id_CX:
     def backward(d_CX, de_ID):
         # Equal ids of a row carry equal values (the positive, zeros), so the order of these additions does not change a bit of the sum.
         d_CI = jnp.zeros((q_CD.shape[0], e_ID.shape[0])).at[row_C1, id_CX].add(d_CX, mode="promise_in_bounds")
-        return _sum_gathered(d_CX, e_ID, id_CX), de_ID + (q_CD.T @ d_CI).T
+        return _times_table(d_CI, e_ID), de_ID + (q_CD.T @ d_CI).T
 
     return (q_CD @ e_ID.T).at[row_C1, id_CX].get(mode="promise_in_bounds"), backward
 
@@ -115,16 +116,13 @@ def _scores_of_gathered(
 ) -> tuple[Float[Array, "C X"], Backward]:
     """q . e[id] from gathered embeddings. The order in which a GPU adds up the gradient of the table is not fixed."""
 
+    e_CXD = e_ID.at[id_CX].get(mode="promise_in_bounds")
+
     def backward(d_CX, de_ID):
         de_ID = de_ID.at[id_CX].add(d_CX[:, :, None] * q_CD[:, None, :], mode="promise_in_bounds")
-        return _sum_gathered(d_CX, e_ID, id_CX), de_ID
+        return jnp.sum(d_CX[:, :, None] * e_CXD, axis=1), de_ID
 
-    return jnp.einsum("cd,cxd->cx", q_CD, e_ID.at[id_CX].get(mode="promise_in_bounds")), backward
-
-
-def _sum_gathered(d_CX: Float[Array, "C X"], e_ID: Float[Array, "I1 D"], id_CX: Int[Array, "C X"]) -> Float[Array, "C D"]:
-    """sum_x d_x e[id_x], written so that XLA fuses the gather into the sum; cheaper than a product with the whole table, too."""
-    return jnp.sum(d_CX[:, :, None] * e_ID.at[id_CX].get(mode="promise_in_bounds"), axis=1)
+    return jnp.einsum("cd,cxd->cx", q_CD, e_CXD), backward
 
 
 def _sampled_chunk(scores, q_CD, e_ID, rows, shift_I) -> _Chunk:
@@ -148,7 +146,13 @@ def _full_chunk(q_CD, e_ID, rows, _) -> _Chunk:
     row_C = jnp.arange(positive_C.shape[0])
     dlogit_CI = jnp.exp(logit_CI - log_sum_C[:, None]).at[row_C, positive_C].add(-1.0, mode="promise_in_bounds")
     loss_C = log_sum_C - logit_CI.at[row_C, positive_C].get(mode="promise_in_bounds")
-    return _Chunk(loss_C, dlogit_CI, lambda d_CI, de_ID: (d_CI @ e_ID, de_ID + (q_CD.T @ d_CI).T))
+    return _Chunk(loss_C, dlogit_CI, lambda d_CI, de_ID: (_times_table(d_CI, e_ID), de_ID + (q_CD.T @ d_CI).T))
+
+
+def _times_table(d_CI: Float[Array, "C I1"], e_ID: Float[Array, "I1 D"]) -> Float[Array, "C D"]:
+    """d @ e, with the columns of e filled up to whole vectors of 16: a third faster on a CPU where D is small, as 50 is."""
+    width = e_ID.shape[1]
+    return (d_CI @ jnp.pad(e_ID, ((0, 0), (0, -width % 16))))[:, :width]
 
 
 # --- the loop over chunks ---

@@ -15,6 +15,9 @@ from ultra_hstu.config import Config
 from ultra_hstu.data.batching import Batch
 from ultra_hstu.nn.recommender import Recommender
 
+# Rows of logits at one time: what fits the cache of a CPU, what fills a GPU (measured on MovieLens-1M, 128 negatives).
+CHUNK_ROWS = {"cpu": 512, "accelerator": 4096}
+
 Params = Any  # nnx.State of nnx.Param
 
 
@@ -57,7 +60,8 @@ class Recipe:
         h_TD = model.encode(batch, rngs=dropout_key)
         table_ID = model.item_table[...]
         config = self.config.loss
-        options: dict[str, Any] = dict(temperature=config.temperature, l2_normalize=config.l2_normalize, chunk_rows=config.chunk_rows)
+        chunk_rows = config.chunk_rows or CHUNK_ROWS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+        options: dict[str, Any] = dict(temperature=config.temperature, l2_normalize=config.l2_normalize, chunk_rows=chunk_rows)
         if config.kind == "full":
             return losses.full_softmax(h_TD, table_ID, batch.target_T, batch.weight_T, **options)[0]
         rows, log_q = h_TD.shape[0], None

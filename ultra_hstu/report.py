@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class MetricLog:
         self._file.flush()
         for name, value in record.items():
             if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
+                self._writer.add_scalar(name.replace("@", "_"), value, step)
 
     def close(self) -> None:
         self._file.close()
@@ -48,6 +49,11 @@ def _step_of(line: str) -> float:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < math.inf]
+
+
+def make_console() -> Console:
+    """Standard output; wide enough for the tables where it is a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
@@ -49,7 +49,7 @@ class RecommendationModel:
         _, self.params = load_params(folder, self.recipe)
         self._best = jax.jit(functools.partial(_best, self.recipe, self.config.data.max_history), static_argnames="k")
 
-    def recommend(self, items: Sequence[int], times: Sequence[int] | None = None, *, k: int = 10) -> list[Recommendation]:
+    def recommend(self, items: ArrayLike, times: ArrayLike | None = None, *, k: int = 10) -> list[Recommendation]:
         """The k unseen items with the highest scores.
 
         Args:
@@ -60,15 +60,15 @@ class RecommendationModel:
           ValueError: for an empty history, a wrong number of times, or k outside 1..items.
         """
         num_items = self.catalog.num_items
-        if not len(items):
+        item_E = np.asarray(items, np.int32)
+        time_E = np.zeros(len(item_E), np.int64) if times is None else np.asarray(times, np.int64)
+        if not len(item_E):
             raise ValueError("the history is empty: give at least one item, or take the most popular items of the training data")
         if not 1 <= k <= num_items:
             raise ValueError(f"k={k} must be in 1..{num_items}, the number of items")
-        if times is not None and len(times) != len(items):
-            raise ValueError(f"{len(items)} items but {len(times)} times: give one time an item")
+        if len(time_E) != len(item_E):
+            raise ValueError(f"{len(item_E)} items but {len(time_E)} times: give one time an item")
         newest = slice(-self.config.data.max_history, None)
-        item_E = np.asarray(items, np.int32)
-        time_E = np.zeros(len(item_E), np.int64) if times is None else np.asarray(times, np.int64)
         length = len(item_E[newest])
         # Fixed size, so that one compilation serves every history; the slot behind the history carries the time of the request.
         events = Events.from_arrays(
@@ -79,7 +79,7 @@ class RecommendationModel:
         seen_I[item_E] = True
         best_K, score_K = self._best(self.params, events, jnp.int32(length), jnp.asarray(~seen_I), k=k)
         found = np.asarray(best_K)[np.asarray(best_K) > 0]
-        raw_ids = self.catalog.decode(found)
+        raw_ids = self.catalog.decode(found).tolist()
         titles = [None if self.catalog.titles is None else self.catalog.titles[item] for item in found]
         scores = np.asarray(score_K).tolist()
         return [Recommendation(raw, title, score) for raw, title, score in zip(raw_ids, titles, scores, strict=False)]

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 
 from ultra_hstu import optim, report
-from ultra_hstu.checkpoint import SELECTION_METRIC, Checkpoints, abstract
+from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.data.feed import Feed, Group
 from ultra_hstu.evaluate import Evaluator
@@ -29,6 +29,7 @@ from ultra_hstu.recipe import Recipe, TrainState
 from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir, write_json
 
+SELECTION_METRIC = "ndcg@10"  # the best epoch has the highest
 VALIDATED_PATIENCE = 10  # epochs; used by the protocols with a validation item when train.patience is None
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,11 @@ def train(config: Config, workdir: Path | str, *, console: Console | None = None
         task = Task.load(config) if task is None else task.with_config(config)
         task.interactions.catalog.save(folder.catalog)
         with jax.default_matmul_precision(config.train.matmul_precision):
-            return _Run(task, folder, console).to_the_end()
+            run = _Run(task, folder, console)
+            try:
+                return run.to_the_end()
+            finally:
+                run.log.close()
     finally:
         folder.release()
 
@@ -140,14 +145,14 @@ class _Run:
                 self.log.write(step, {"epoch": self.position.epoch, "seconds": seconds, "split": self.split, **record, **metrics})
                 improved = metrics and self.position.best_epoch == self.position.epoch
                 if improved or last_epoch or self.position.epoch % self.config.train.checkpoint_every == 0 or self._out_of_patience():
-                    self._save(metrics or None)
+                    self._save(best=bool(improved))
             self.checkpoints.wait()
         return self._finish(last)
 
     def _train_epoch(self, stop: "_Stop", show: Any) -> dict[str, float]:
         position, schedule = self.position, optim.learning_rate(self.config.optim)
         plan_SB = self.loader.plan(seed=self.config.train.seed, epoch=position.epoch)
-        show(total=len(plan_SB), completed=position.batch)
+        show(total=self.config.train.epochs * len(plan_SB), completed=position.epoch * len(plan_SB) + position.batch)
         waited, grad_norm = 0.0, 0.0
         running: tuple[Group, int, dict[str, jax.Array]] | None = None  # the call before: read once the next is under way
 
@@ -165,7 +170,7 @@ class _Run:
             position.loss_sum += float(np.sum(losses, dtype=np.float64))
             position.batch = group.first + group.steps
             grad_norm = float(norms[-1])
-            show(completed=position.batch)
+            show(completed=position.epoch * len(plan_SB) + position.batch)
 
         groups = iter(self.loader.groups(plan_SB, first=position.batch))
         step = int(self.state.step)
@@ -183,7 +188,7 @@ class _Run:
             step += group.steps
             if stop.requested:
                 read(*running)
-                self._save(None)
+                self._save(best=False)
                 self.checkpoints.close()
                 raise Interrupted(f"stopped by {stop.requested} at step {step}; the same command goes on from there")
         return {
@@ -193,8 +198,8 @@ class _Run:
             "input_wait_seconds": waited,
         }
 
-    def _save(self, metrics: dict[str, float] | None) -> None:
-        self.checkpoints.save(int(self.state.step), self.state, dataclasses.asdict(self.position), metrics)
+    def _save(self, *, best: bool) -> None:
+        self.checkpoints.save(int(self.state.step), self.state, dataclasses.asdict(self.position), best=best)
 
     def _out_of_patience(self) -> bool:
         return (
@@ -222,7 +227,6 @@ class _Run:
             result.pop("last")
         write_json(self.folder.result, result)
         report.draw_curves({self.config.name: self.folder.metrics}, self.folder.curves)
-        self.log.close()
         self.checkpoints.close()
         return result
 
@@ -242,12 +246,12 @@ def _stop_signals() -> Iterator[_Stop]:
         signal.signal(number, previous[number])
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
             previous[number] = signal.signal(number, ask)
     except ValueError:
         pass  # not in the main thread: the caller's signals are its own
     try:
         yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for restored, handler in previous.items():
+            signal.signal(restored, handler)

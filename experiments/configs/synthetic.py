@@ -16,6 +16,6 @@ def get_config() -> ml_collections.ConfigDict:
         data=DataConfig(source="synthetic", max_history=64, synthetic=SyntheticConfig()),
         model=ModelConfig(relative_bias=False),
         loss=LossConfig(),
-        train=TrainConfig(epochs=8),
+        train=TrainConfig(epochs=6),
     )
     return to_config_dict(config)

@@ -68,8 +68,7 @@ class AmazonBeauty(InteractionsBuilder):
             files=("Beauty.txt",),
             downloads=(
                 Download(
-                    "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/"
-                    "2a81540ae18615d88ef88227b0c066e5b74781e5/data/Beauty.txt",
+                    "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/2a81540ae18615d88ef88227b0c066e5b74781e5/data/Beauty.txt",
                     "sha256:226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
                 ),
             ),

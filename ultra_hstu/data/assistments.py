@@ -37,8 +37,7 @@ class Assistments(InteractionsBuilder):
             description="ASSISTments 2017: learners, problems, skills, right or wrong",
             files=tuple(f"fold{k}.csv" for k in range(1, 6)),
             downloads=tuple(
-                Download(f"{_URL}assist2017_pid_test{k}.csv", f"sha256:{_SHA256[k - 1]}", name=f"fold{k}.csv")
-                for k in range(1, 6)
+                Download(f"{_URL}assist2017_pid_test{k}.csv", f"sha256:{_SHA256[k - 1]}", name=f"fold{k}.csv") for k in range(1, 6)
             ),
         )
     ]
@@ -62,9 +61,7 @@ class Assistments(InteractionsBuilder):
                 if learner in learners:
                     raise bad_line(path, number, f"learner {learner} was given in {learners[learner]} already", line)
                 learners[learner] = f"{path}, line {number}"
-                for (number, line), (column, (low, high)) in zip(
-                    numbered[first + 1 : first + 4], bounds.items(), strict=True
-                ):
+                for (number, line), (column, (low, high)) in zip(numbered[first + 1 : first + 4], bounds.items(), strict=True):
                     values = integers(line, ",", path, number, column, low, high)
                     if column != "problem" and len(values) != len(columns["problem"][-1]):
                         steps = len(columns["problem"][-1])

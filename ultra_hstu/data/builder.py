@@ -74,9 +74,7 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
             features["timestamps"] = column(np.int64)
         if not self.ACTIONS:
             del features["actions"]
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         events, catalog = self.read()
@@ -122,19 +120,14 @@ def prepare(
             folder = Path(raw_dir)
             missing = [name for name in variant.files if not (folder / name).is_file()]
             if missing:
-                raise ValueError(
-                    f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: "
-                    f"{variant.name} is read from {', '.join(variant.files)}"
-                )
+                raise ValueError(f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from {', '.join(variant.files)}")
             sums = checksums(folder, variant.files)
         elif variant.files:
             folder = data_dir / "raw" / variant.name
             sums = obtain(variant.downloads, variant.files, folder)
         elif raw_dir is not None:
             raise ValueError(f"{variant.name} is generated: it reads no raw_dir, so {raw_dir!r} must be None")
-        key = hashlib.sha256(
-            repr((variant.name, str(builder.VERSION), sorted(sums.items()), sorted(settings.items()))).encode()
-        )
+        key = hashlib.sha256(repr((variant.name, str(builder.VERSION), sorted(sums.items()), sorted(settings.items()))).encode())
         home = data_dir / f"{variant.name}-{key.hexdigest()[:16]}"
         made = builder(raw_dir=folder, data_dir=home, config=variant.name, **settings)
         for leftover in Path(made.data_path).parent.glob("incomplete.*"):  # of a build that was killed

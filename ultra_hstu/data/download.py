@@ -45,9 +45,7 @@ class Download:
         return self.name or self.url.rsplit("/", 1)[-1]
 
 
-def obtain(
-    downloads: Sequence[Download], names: Sequence[str], folder: Path, *, pause: int | float = 1.0
-) -> dict[str, str]:
+def obtain(downloads: Sequence[Download], names: Sequence[str], folder: Path, *, pause: int | float = 1.0) -> dict[str, str]:
     """Makes sure that `folder` holds the files `names`, as downloaded and unpacked, and returns their sha256.
 
     The folder appears whole or not at all. A cut download continues with the next call.

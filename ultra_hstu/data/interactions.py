@@ -79,9 +79,7 @@ class Interactions:
         row = int(np.searchsorted(self.users, user)) if isinstance(user, str) != numeric else self.num_users
         if row == self.num_users or self.users[row] != user:
             known = f"{self.users[0].item()!r} to {self.users[-1].item()!r}"
-            raise ValueError(
-                f"unknown user {user!r}: there are {self.num_users} users with at least {MIN_EVENTS} events, {known}"
-            )
+            raise ValueError(f"unknown user {user!r}: there are {self.num_users} users with at least {MIN_EVENTS} events, {known}")
         return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
 
 
@@ -149,12 +147,8 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
             len(dropped), len(examples), MIN_EVENTS, ", ".join(map(_text, dropped[:5])), ", ..." * (len(dropped) > 5),
         )  # fmt: skip
     if not kept:
-        raise ValueError(
-            f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing to learn from"
-        )
-    users = np.array(
-        [_text(example["user"]) for example in kept] if prepared.STRING_USERS else [e["user"] for e in kept]
-    )
+        raise ValueError(f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing to learn from")
+    users = np.array([_text(example["user"]) for example in kept] if prepared.STRING_USERS else [e["user"] for e in kept])
     lengths = [len(example["items"]) for example in kept]
     return Interactions(
         users=users,

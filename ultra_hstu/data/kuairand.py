@@ -15,10 +15,7 @@ _COLUMNS = (
     Column("date", None),
     Column("hourmin", None),
     Column("time_ms", np.int64, 0, MAX_SECONDS * 1000),
-    *(
-        Column(name, np.int32, 0, 1)
-        for name in ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
-    ),
+    *(Column(name, np.int32, 0, 1) for name in ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")),
     *(
         Column(name, np.int32, -_INT32, _INT32)  # the publisher states no range
         for name in ("play_time_ms", "duration_ms", "profile_stay_time", "comment_stay_time")

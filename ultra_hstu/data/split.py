@@ -54,9 +54,7 @@ class Split:
     cut: int | None = None
 
 
-def split(
-    interactions: Interactions, protocol: Protocol, max_history: int, temporal_test_fraction: float = 0.1
-) -> Split:
+def split(interactions: Interactions, protocol: Protocol, max_history: int, temporal_test_fraction: float = 0.1) -> Split:
     """Splits every user's events e_0 .. e_{n-1}.
 
     - `published`: train on e_0 .. e_{n-2}, test e_{n-1}. No validation: the reference picks the best epoch on test.

@@ -32,9 +32,7 @@ class Column:
     high: int | float = MAX_ID
 
 
-def integer(
-    text: str, path: str | os.PathLike, line: int, name: str, low: int | float = 0, high: int | float = MAX_ID
-) -> int:
+def integer(text: str, path: str | os.PathLike, line: int, name: str, low: int | float = 0, high: int | float = MAX_ID) -> int:
     """`text` as an integer in low..high.
 
     Raises:
@@ -48,9 +46,7 @@ def integer(
     return value
 
 
-def integers(
-    text: str, separator: str, path: Path, line: int, name: str, low: int | float = 0, high: int | float = MAX_ID
-):
+def integers(text: str, separator: str, path: Path, line: int, name: str, low: int | float = 0, high: int | float = MAX_ID):
     """The integers of one line, int64, checked as by `integer`. Fast when all is well."""
     fields = text.split(separator)
     if re.fullmatch(rf"[0-9]{{1,18}}(?:{separator}[0-9]{{1,18}})*", text):
@@ -80,9 +76,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         yield number, line.removesuffix("\r")
 
 
-def read_table(
-    path: Path, columns: Sequence[Column], *, delimiter: str = ",", header: bool = False
-) -> dict[str, np.ndarray]:
+def read_table(path: Path, columns: Sequence[Column], *, delimiter: str = ",", header: bool = False) -> dict[str, np.ndarray]:
     """The columns of a file with one record a line and no quoting, in the order of the lines, without blank lines.
 
     pyarrow reads clean files at more than a million lines a second. Whatever it stumbles over, and any value out of
@@ -129,9 +123,7 @@ def _check_end(path: Path, delimiter: str) -> None:
     if fields[-1] and len(fields) > 3 and len(fields[-1]) < min(len(field) for field in fields[1:-1]):
         with open(path, "rb") as file:
             number = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) + 1
-        raise bad_line(
-            path, number, "the file ends in the middle of its last line", tail[-1].decode("utf-8", "replace")
-        )
+        raise bad_line(path, number, "the file ends in the middle of its last line", tail[-1].decode("utf-8", "replace"))
 
 
 def _read_fast(path: Path, columns: Sequence[Column], delimiter: str, header: bool) -> dict[str, np.ndarray]:
@@ -155,10 +147,7 @@ def _read_fast(path: Path, columns: Sequence[Column], delimiter: str, header: bo
     wanted = [column.name for column in columns if column.dtype is not None]
     if any(table[name].null_count for name in wanted):
         raise pyarrow.ArrowInvalid("an empty field")
-    return {
-        name: table[name].to_numpy().astype(str) if types[name] == pyarrow.string() else table[name].to_numpy()
-        for name in wanted
-    }
+    return {name: table[name].to_numpy().astype(str) if types[name] == pyarrow.string() else table[name].to_numpy() for name in wanted}
 
 
 def _read_carefully(path: Path, columns: Sequence[Column], delimiter: str, header: bool) -> dict[str, np.ndarray]:

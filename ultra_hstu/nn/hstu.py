@@ -5,13 +5,13 @@ A layer knows nothing of batches or masks: it calls `attend(q, k, v, alpha=, bia
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kernels.hstu_attention.api import hstu_attention, make_plan
 from kernels.jagged import is_real
@@ -133,7 +133,7 @@ class HSTU(nnx.Module):
 
     def __init__(
         self,
-        layers: list[ResearchLayer] | list[ProductionLayer],
+        layers: Sequence[ResearchLayer | ProductionLayer],
         length: int,
         *,
         mask: AttentionMask = AttentionMask(),  # noqa: B008 - frozen
@@ -162,20 +162,18 @@ class HSTU(nnx.Module):
 
     def __call__(self, x_TD: Float[Array, "T D"], batch: Batch, key: KeyOrNone = None) -> Float[Array, "T D"]:
         """The sequences after all layers; rows of padding may hold anything, and what comes out there means nothing."""
-        attend = self.attend(batch.offsets, batch.time_T, batch.next_time_T)
+        attend = self.attend(batch)
         x_TD = jnp.where(is_real(batch.offsets, x_TD.shape[0])[:, None], x_TD, jnp.zeros((), x_TD.dtype))
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
             x_TD = layer(x_TD, attend, layer_key)
         return x_TD
 
-    def attend(self, offsets: Int[Any, " B1"], time_T: Int[Any, " T"], next_time_T: Int[Any, " T"]) -> Attend:
-        """Attention over these sequences; its plan is computed here, once."""
+    def attend(self, batch: Batch) -> Attend:
+        """Attention over the sequences of a batch; its plan is computed here, once."""
         if self.attention == "softmax":
-            return lambda q, k, v, *, alpha, bias: softmax_attention(
-                q, k, v, offsets, bias=bias, time_T=time_T, next_time_T=next_time_T, length=self.length
-            )
-        plan = make_plan(self.mask, offsets, time_T.shape[0])
+            return lambda q, k, v, *, alpha, bias: softmax_attention(q, k, v, batch, bias=bias, length=self.length)
+        plan = make_plan(self.mask, batch.offsets, batch.time_T.shape[0])
         run = functools.partial(hstu_attention, mask=self.mask, scale=1.0 / self.length, implementation=self.implementation, plan=plan)
         return lambda q, k, v, *, alpha, bias: run(
-            q, k, v, offsets, alpha=alpha, bias=None if bias is None else bias.flat(time_T, next_time_T)
+            q, k, v, batch.offsets, alpha=alpha, bias=None if bias is None else bias.flat(batch.time_T, batch.next_time_T)
         )

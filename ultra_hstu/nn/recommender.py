@@ -11,8 +11,6 @@ from ultra_hstu.nn.embeddings import InputEmbedding
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.sasrec import SASRec
 
-_ENCODERS = {"hstu": HSTU, "sasrec": SASRec}
-
 
 class Recommender(nnx.Module):
     """Embeds a batch and encodes it. Scores are dot products (or cosines) of its output with `item_table`; see `losses` and `metrics`.
@@ -30,7 +28,8 @@ class Recommender(nnx.Module):
         self.embedding = InputEmbedding(
             num_items, config.width, length, dropout_rate=config.input_dropout, dtype=jnp.dtype(config.dtype), rngs=rngs
         )
-        self.encoder = _ENCODERS[config.kind].from_config(config, length, rngs=rngs)
+        build = HSTU.from_config if config.kind == "hstu" else SASRec.from_config
+        self.encoder = build(config, length, rngs=rngs)
 
     @property
     def item_table(self) -> nnx.Param:

@@ -1,13 +1,13 @@
 """The paper's softmax ablation of HSTU, as the published research code computes it: dense, on padded sequences, with its quirks."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kernels.jagged import pad, unpad
+from ultra_hstu.data.batching import Batch
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 
 
@@ -15,11 +15,9 @@ def softmax_attention(
     q_THK: Float[Array, "T H K"],
     k_THK: Float[Array, "T H K"],
     v_THV: Float[Array, "T H V"],
-    offsets: Int[Any, " B1"],
+    batch: Batch,
     *,
     bias: RelativeBiasTables | None,
-    time_T: Int[Any, " T"],
-    next_time_T: Int[Any, " T"],
     length: int,
 ) -> Float[Array, "T H V"]:
     """`a_i = sum_{j <= i} A_ij v_j`, A = softmax((q_i . k_j + bias_ij) / sqrt(K)) over ALL `length` columns of the padded sequence.
@@ -27,13 +25,14 @@ def softmax_attention(
     Not a causal softmax: future rows and padding (where q = k = 0, and the time is 0) stay in the denominator; their weights are zeroed afterwards and
     the rest is not scaled up again. One softmax serves all heads: q . k runs over the H * K values of all of them. Memory O(B N^2).
     """
-    rows, _, width = q_THK.shape
-    q_BNX, k_BNX, v_BNHV = (pad(x, offsets, length) for x in (q_THK.reshape(rows, -1), k_THK.reshape(rows, -1), v_THV))
+    (rows, _, width), offsets = q_THK.shape, batch.offsets
+    keep_T1 = (batch.item_T > 0)[:, None]  # a padded layout has padding inside its sequences, too
+    q_BNX, k_BNX = (pad(jnp.where(keep_T1, x_THK.reshape(rows, -1), 0.0), offsets, length) for x_THK in (q_THK, k_THK))
     score_BNN = jnp.einsum("bqx,bkx->bqk", q_BNX, k_BNX, preferred_element_type=jnp.float32)
     if bias is not None:
-        next_time_BN = pad(next_time_T, offsets, length)
+        next_time_BN = pad(batch.next_time_T, offsets, length)
         # The slot behind a history holds the target's time, which only the row before it knows; further slots hold 0.
-        time_BN = jnp.concatenate([pad(time_T, offsets, length)[:, :1], next_time_BN[:, :-1]], axis=1)
+        time_BN = jnp.concatenate([pad(batch.time_T, offsets, length)[:, :1], next_time_BN[:, :-1]], axis=1)
         score_BNN = score_BNN + bias.padded(time_BN, next_time_BN)
     weight_BNN = jax.nn.softmax(score_BNN / math.sqrt(width), axis=-1) * jnp.tri(length)[None]
-    return unpad(jnp.einsum("bqk,bkhv->bqhv", weight_BNN.astype(v_THV.dtype), v_BNHV), offsets, rows)
+    return unpad(jnp.einsum("bqk,bkhv->bqhv", weight_BNN.astype(v_THV.dtype), pad(v_THV, offsets, length)), offsets, rows)
