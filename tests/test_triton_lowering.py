@@ -56,11 +56,12 @@ def test_heads_too_wide_for_a_small_gpu(monkeypatch):
         run(case(k_width=129))
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_width_has_sizes(dtype):
-    for width in range(1, triton.WIDEST + 1):
-        sizes = triton.tilings(dtype, width, 1)
-        assert sizes == triton.tilings(dtype, 1, width)
+def test_every_width_has_sizes(dtype, capability):
+    for width in range(1, triton.widest(capability) + 1):
+        sizes = triton.tilings(capability, dtype, width, 1)
+        assert sizes == triton.tilings(capability, dtype, 1, width)
         blocks = [block for tiling in sizes for block in tiling[:2]]
         assert all(block >= 16 and block & (block - 1) == 0 for block in blocks), "Triton's products take powers of two from 16 on"
 
@@ -91,7 +92,7 @@ def test_what_is_handed_to_the_kernels(a100, monkeypatch, bias, rescale):
 
     assert launches.keys() == {"forward", "backward_queries", "backward_keys"}
     tables = [0 if x is None else x.shape[0] for x in (some.position_table, some.time_table)]
-    sizes = triton.tilings("bfloat16", 25, 50)
+    sizes = triton.tilings((8, 0), "bfloat16", 25, 50)
     key, value = ((some.rows, 2, width) for width in (25, 50))
     blocks = {"forward": sizes.forward.block_q, "backward_queries": sizes.queries.block_q, "backward_keys": sizes.keys.block_k}
     for kernel, (arrays, _, programs, _, constants) in launches.items():

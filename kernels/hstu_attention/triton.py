@@ -21,8 +21,8 @@ from kernels.hstu_attention.plan import AttentionPlan
 from kernels.hstu_attention.relative_bias import RelativeBias, bucket_starts
 
 WIDEST = 256
-WIDEST_SMALL = 128  # on GPUs with 99 KiB of shared memory for a program; sm80 and sm90 have more
-LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0))
+WIDEST_SMALL = 128  # where a program has less than 163 KiB of shared memory
+SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}  # by compute capability, 99 elsewhere
 TABLE_COPIES = 64
 MANY_PROGRAMS = 512  # more than run at once: then heavy tiles start first
 
@@ -42,8 +42,8 @@ class Tilings(NamedTuple):
     keys: Tiling  # backward over key tiles
 
 
-# (bytes of an element, padded width of the widest head) -> sizes, found on an H200. All fit the shared memory of an sm80, and to width 128 the 99 KiB
-# of its smaller relatives: `tests_gpu/test_triton_compiles.py` compiles them for each.
+# (bytes of an element, padded width of the widest head) -> sizes, found on an H200. `tests_gpu/test_triton_compiles.py` compiles all of them for each
+# kind of GPU: a bias takes shared memory of its own.
 TILINGS = {
     (2, 32): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
     (2, 64): Tilings(Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
@@ -56,9 +56,27 @@ TILINGS = {
 }
 
 
-def tilings(dtype: Any, k_width: int, v_width: int) -> Tilings:
-    """Sizes for a dtype and head widths up to `WIDEST`."""
-    return TILINGS[jnp.dtype(dtype).itemsize, max(32, _padded(k_width), _padded(v_width))]
+# The same where shared memory is scarcer, not measured.
+SMALLER_TILINGS = TILINGS | {
+    (2, 64): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
+    (2, 128): Tilings(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2)),
+}
+
+
+def shared_kib(compute_capability: tuple[int, int]) -> int:
+    """Shared memory that a program may have."""
+    return SHARED_KIB.get(compute_capability, 99)
+
+
+def widest(compute_capability: tuple[int, int]) -> int:
+    """Widest head that this kind of GPU takes."""
+    return WIDEST if shared_kib(compute_capability) >= 163 else WIDEST_SMALL
+
+
+def tilings(compute_capability: tuple[int, int], dtype: Any, k_width: int, v_width: int) -> Tilings:
+    """Sizes for a kind of GPU, a dtype and head widths up to `widest`."""
+    table = TILINGS if shared_kib(compute_capability) >= 227 else SMALLER_TILINGS
+    return table[jnp.dtype(dtype).itemsize, max(32, _padded(k_width), _padded(v_width))]
 
 
 def _padded(width: int) -> int:
@@ -75,32 +93,31 @@ def attention(
     scale: Any,
     bias: RelativeBias | None,
 ) -> Float[Array, "T H V"]:
-    """See `hstu_attention`. No gradient flows to `scale`. NotImplementedError: no jax-triton, no such GPU, or heads wider than `WIDEST`."""
-    widths = (q_THK.shape[2], v_THV.shape[2])
-    widest = _check_device()
-    if not 0 < min(widths) <= max(widths) <= widest:
+    """See `hstu_attention`. No gradient flows to `scale`. NotImplementedError: no jax-triton, no such GPU, or heads wider than `widest`."""
+    capability, widths = _compute_capability(), (q_THK.shape[2], v_THV.shape[2])
+    if not 0 < min(widths) <= max(widths) <= widest(capability):
         raise NotImplementedError(
-            f"triton takes heads of width 1 to {widest} here, got K = {widths[0]}, V = {widths[1]}; implementation='xla' takes any"
+            f"triton takes heads of width 1 to {widest(capability)} here, got K = {widths[0]}, V = {widths[1]}; implementation='xla' takes any"
         )
     _check_installed()
     if q_THK.size == 0:
         return jnp.zeros_like(v_THV)
-    tables, times = (None, None), None
+    tables: tuple[Any, ...] = (None, None)
+    times = None
     if bias is not None:
         tables = tuple(None if t is None else jnp.asarray(t, jnp.float32) for t in (bias.position_table, bias.time_table))
         times = None if bias.time_table is None else (bias.timestamps, bias.query_timestamps)
-    call = _Call(alpha, _precision(), tilings(q_THK.dtype, *widths))
+    call = _Call(alpha, _precision(), tilings(capability, q_THK.dtype, *widths))
     return _attend(call, q_THK, k_THK, v_THV, tables, _Work(plan, jnp.asarray(scale, jnp.float32), times))
 
 
-def _check_device() -> int:
-    """The widest head on this device."""
+def _compute_capability() -> tuple[int, int]:
     current = device.current()
     if current.platform != "gpu" or current.compute_capability is None or current.compute_capability < (8, 0):
         raise NotImplementedError(
             f"triton needs an NVIDIA GPU from sm80 (A100) on, the device is {current.kind!r}; implementation='xla' runs anywhere"
         )
-    return WIDEST if current.compute_capability in LARGE else WIDEST_SMALL
+    return current.compute_capability
 
 
 def _check_installed() -> None:
