@@ -29,6 +29,9 @@ demo: $(INSTALLED)  ## train a small HSTU beside SASRec, compare, draw, recommen
 test: $(INSTALLED)  ## the whole test suite on CPU
 	$(PY) -m pytest -q -n 2 --dist=worksteal
 
+test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU (after install-cuda)
+	$(PY) -m pytest -q tests_gpu -o pythonpath=". tests"
+
 lint: $(INSTALLED)  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -40,4 +43,4 @@ tables: $(INSTALLED)  ## write the README's tables and figures anew from experim
 clean:  ## remove .venv, prepared data and runs
 	rm -rf $(VENV) data runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-.PHONY: help install install-cuda demo test lint tables clean
+.PHONY: help install install-cuda demo test test-gpu lint tables clean
