@@ -67,6 +67,7 @@ def time_steps(config: Config, repeats: int) -> dict[str, float]:
             yield from (group for group in loader.groups(loader.plan(seed=0, epoch=epoch)) if group.steps == size)
             epoch += 1
 
+    memory = step.lower(state, next(groups()).feed, jnp.int32(size)).compile().memory_analysis()
     ready = groups()
     waited, times = 0.0, []
     for number in track(range(repeats + 2), f"{config.data.placement:>8}", console=report.make_console(), transient=True):
@@ -84,7 +85,7 @@ def time_steps(config: Config, repeats: int) -> dict[str, float]:
         "step_ms_median": statistics.median(per_step),
         "step_ms_min": min(per_step),
         "input_wait_share": waited / sum(times),
-        "temp_MiB": step.lower(state, group.feed, jnp.int32(size)).compile().memory_analysis().temp_size_in_bytes / 2**20,
+        "temp_MiB": memory.temp_size_in_bytes / 2**20 if memory else float("nan"),
     }
 
 

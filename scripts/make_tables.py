@@ -80,9 +80,9 @@ def ml1m_table() -> str:
                 notes += [] if note in notes else [note]
                 mark = f" [{notes.index(note) + 1}]"
             for which, words in (("best", ""), ("last", ", last epoch")) if suffix == "published" else (("best", ""),):
-                values = [run[which] for run in record["runs"]]
-                cells = [mean_and_deviation([value[name] for value in values]) for name in METRICS]
-                rows.append([model, label + words, str(len(values)) + mark, *cells])
+                runs = [run[which] for run in record["runs"]]
+                cells = [mean_and_deviation([run[name] for run in runs]) for name in METRICS]
+                rows.append([model, label + words, str(len(runs)) + mark, *cells])
     return "\n\n".join(
         [
             markdown(["model", "condition", "seeds", *(name.upper() for name in METRICS)], rows),
