@@ -44,7 +44,7 @@ def main(_: list[str]) -> None:
     rows["popularity"] = popularity_metrics(task, "test")
     console.print(report.metrics_table("Next item among all items, test users", rows))
 
-    curves = root / "curves.png"
+    curves = root.absolute() / "curves.png"
     report.draw_curves({name: folder.metrics for name, folder in folders.items()}, curves)
     user = task.interactions.users[0]
     events = task.interactions.history(user)
