@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.12 || { command -v pyenv >/dev/null && pyen
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+INSTALLED_CUDA := $(VENV)/.installed-cuda
 export PYTHONDONTWRITEBYTECODE := 1
 
 help:  ## list the targets
@@ -20,8 +21,11 @@ $(INSTALLED): requirements.txt requirements-dev.txt constraints.txt | $(VENV)/bi
 
 install: $(INSTALLED)  ## make .venv with everything for CPU, tests and lint
 
-install-cuda: $(INSTALLED)  ## the same for NVIDIA GPUs (CUDA 13), with jax-triton
+$(INSTALLED_CUDA): requirements-cuda.txt $(INSTALLED)
 	$(PY) -m pip install --disable-pip-version-check -r requirements-cuda.txt -c constraints.txt
+	@touch $@
+
+install-cuda: $(INSTALLED_CUDA)  ## the same for NVIDIA GPUs (CUDA 13), with jax-triton
 
 demo: $(INSTALLED)  ## train a small HSTU beside SASRec, compare, draw, recommend (under 3 minutes on 2 cores)
 	$(PY) -m experiments.demo

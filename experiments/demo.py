@@ -7,9 +7,9 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from experiments.command import run_command
+from experiments import command
 from experiments.configs import synthetic
 from ultra_hstu import report
 from ultra_hstu.config import from_config_dict
@@ -62,4 +62,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(run_command(main))
+    command.run(main)

@@ -6,9 +6,9 @@ python -m experiments.evaluate --workdir=runs/ml1m_hstu [--split=validation] [--
 import dataclasses
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from experiments.command import run_command
+from experiments import command
 from ultra_hstu import report
 from ultra_hstu.evaluate import Evaluator, popularity_metrics
 from ultra_hstu.serving import load_params
@@ -28,6 +28,7 @@ def main(_: list[str]) -> None:
     if _RAW_DIR.value:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=_RAW_DIR.value))
     task = Task.load(config)
+    folder.check_data(task.interactions)
     step, params = load_params(folder, task.recipe)
     with jax.default_matmul_precision(config.train.matmul_precision):
         rows = {f"{config.name}, step {step}": Evaluator(task, _SPLIT.value)(params), "popularity": popularity_metrics(task, _SPLIT.value)}
@@ -35,4 +36,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(run_command(main))
+    command.run(main)

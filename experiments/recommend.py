@@ -8,12 +8,13 @@ Ids are the source's own. --history needs no data, only the run's folder.
 
 import dataclasses
 
-from absl import app, flags
+from absl import flags
 
-from experiments.command import run_command
+from experiments import command
 from ultra_hstu import report
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.workdir import Workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
 _USER = flags.DEFINE_string("user", None, "raw id of a user of the data: the whole history is used")
@@ -27,12 +28,15 @@ def main(_: list[str]) -> None:
         raise ValueError("give either --user=ID or --history=ID,ID,...")
     model = RecommendationModel(_WORKDIR.value)
     if _HISTORY.value is not None:
-        wanted = [part.strip() for part in _HISTORY.value.split(",") if part.strip()]
+        wanted = [part.strip() for part in _HISTORY.value.split(",")]
+        if "" in wanted:
+            raise ValueError(f"--history={_HISTORY.value!r} has an empty place: give ids separated by single commas")
         answer = model.recommend(model.catalog.encode(wanted), k=_K.value)
         title = f"after {len(wanted)} items"
     else:
         data = model.config.data if _RAW_DIR.value is None else dataclasses.replace(model.config.data, raw_dir=_RAW_DIR.value)
         interactions = load_interactions(data)
+        Workdir(_WORKDIR.value).check_data(interactions)
         events = interactions.history(str(_USER.value))
         times = None if interactions.timestamps is None else interactions.timestamps[events]
         answer = model.recommend(interactions.items[events], times, k=_K.value)
@@ -41,4 +45,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(run_command(main))
+    command.run(main)

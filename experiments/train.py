@@ -11,10 +11,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from experiments.command import run_command
+from experiments import command
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.config import from_config_dict
 from ultra_hstu.evaluate import popularity_metrics
@@ -37,6 +37,10 @@ def main(_: list[str]) -> None:
         seeds = [int(seed) for seed in _SEEDS.value]
     except ValueError:
         raise ValueError(f"--seeds={','.join(_SEEDS.value)} must be whole numbers, such as --seeds=42,43,44") from None
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds={','.join(_SEEDS.value)} names a seed twice")
+    if _RECORD.value:
+        Path(_RECORD.value).parent.mkdir(parents=True, exist_ok=True)
     root = Path(str(_WORKDIR.value))
     task = Task.load(config)
     results = []
@@ -69,4 +73,4 @@ def summary(results: list[dict[str, Any]], statistic: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    app.run(run_command(main))
+    command.run(main)

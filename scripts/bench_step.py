@@ -17,12 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.progress import track
 from rich.table import Table
 
-from experiments.command import run_command
+from experiments import command
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.evaluate import Evaluator
@@ -103,4 +103,4 @@ def time_evaluation(task: Task) -> dict[str, float]:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(run_command(main))
+    command.run(main)

@@ -49,6 +49,10 @@ def test_round_trip():
         ("train.epochs", 2.5, "train.epochs=2.5 is not allowed: use int"),
         ("train.protocol", "test", "use 'published', 'validated', 'temporal'"),
         ("train.seed", -1, "train.seed=-1 must be at least 0"),
+        ("train.seed", 2**32, "must be below 2\\^32"),
+        ("loss.temperature", float("inf"), "loss.temperature=inf is not allowed"),
+        ("data.synthetic.prior_categories", 0, "prior_categories=0 must be greater than 0"),
+        ("data.synthetic.max_concentration", 0.5, "max_concentration=0.5 must be at least 1"),
         ("train.sed", 1, "unknown config field train.sed"),
     ],
 )

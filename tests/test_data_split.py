@@ -26,31 +26,31 @@ def make(*times: list[int], timed: bool = True) -> Interactions:
 
 
 def rows(examples) -> list[tuple[int, ...]]:
-    columns = (examples.user, examples.start, examples.stop, examples.target)
+    columns = (examples.user, examples.start, examples.stop)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def test_published():
     done = split(make([1, 2, 3], [1, 2, 3, 4, 5]), "published", 3)
-    assert rows(done.train) == [(0, 0, 1, 1), (1, 3, 6, 6)]
+    assert rows(done.train) == [(0, 0, 1), (1, 3, 6)]
     assert done.validation is None and done.cut is None
-    assert rows(done.test) == [(0, 0, 2, 2), (1, 4, 7, 7)]  # the newest three before the target
+    assert rows(done.test) == [(0, 0, 2), (1, 4, 7)]  # the newest three before the target
 
 
 def test_validated():
     done = split(make([1, 2, 3], [1, 2, 3, 4, 5]), "validated", 200)
-    assert rows(done.train) == [(1, 3, 5, 5)]  # the first user has a single event to train on, and no pair
-    assert rows(done.validation) == [(0, 0, 1, 1), (1, 3, 6, 6)]
-    assert rows(done.test) == [(0, 0, 2, 2), (1, 3, 7, 7)]
+    assert rows(done.train) == [(1, 3, 5)]  # the first user has a single event to train on, and no pair
+    assert rows(done.validation) == [(0, 0, 1), (1, 3, 6)]
+    assert rows(done.test) == [(0, 0, 2), (1, 3, 7)]
 
 
 def test_temporal():
     times = ([1, 2, 3, 50, 60], [40, 41, 42], [60, 61, 62], [1, 55, 56], [5, 6, 50])
     done = split(make(*times), "temporal", 200, 0.5)
     assert done.cut == 42  # 8 of 17 events are older
-    assert rows(done.train) == [(0, 0, 1, 1)]
-    assert rows(done.validation) == [(0, 0, 2, 2), (1, 5, 6, 6), (4, 14, 15, 15)]
-    assert rows(done.test) == [(0, 0, 3, 3), (1, 5, 7, 7), (3, 11, 12, 12), (4, 14, 16, 16)]
+    assert rows(done.train) == [(0, 0, 1)]
+    assert rows(done.validation) == [(0, 0, 2), (1, 5, 6), (4, 14, 15)]
+    assert rows(done.test) == [(0, 0, 3), (1, 5, 7), (3, 11, 12), (4, 14, 16)]
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
@@ -74,7 +74,7 @@ def test_temporal_never_trains_on_the_future(times, fraction, max_history):
         assert (seconds[start:stop] < done.cut).all() and seconds[target] >= done.cut
         assert data.offsets[user] <= start < stop == target < data.offsets[user + 1]
     assert (seconds >= done.cut).mean() >= fraction - 1 / len(seconds)
-    held_out = set(done.validation.target.tolist())
+    held_out = set(done.validation.stop.tolist())
     trained = {event for _, start, stop, _ in rows(done.train) for event in range(start, stop + 1)}
     assert not held_out & trained
 
@@ -85,10 +85,10 @@ def test_temporal_never_trains_on_the_future(times, fraction, max_history):
 def test_leave_last_out(protocol, lengths, max_history):
     data = make(*([*range(length)] for length in lengths))
     done = split(data, protocol, max_history)
-    assert done.test.target.tolist() == (data.offsets[1:] - 1).tolist()
+    assert done.test.stop.tolist() == (data.offsets[1:] - 1).tolist()
     parts = [done.train, *([done.validation] if done.validation else []), done.test]
     for part, later in zip(parts, parts[1:], strict=False):
-        targets = dict(zip(later.user.tolist(), later.target.tolist(), strict=True))
+        targets = dict(zip(later.user.tolist(), later.stop.tolist(), strict=True))
         assert all(target + 1 == targets[user] for user, _, _, target in rows(part))
     for part in parts:
         assert ((part.stop - part.start) == np.minimum(max_history, part.stop - data.offsets[part.user])).all()

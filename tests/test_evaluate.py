@@ -66,6 +66,11 @@ def test_popularity_counts_the_training_events_only(task):
     assert 0 <= metrics["hr@10"] <= metrics["hr@50"] <= 1
 
 
+def test_published_has_no_validation_items(task):
+    with pytest.raises(ValueError, match="protocol 'published' has no validation items"):
+        Evaluator(task, "validation")
+
+
 def test_validation_and_test_items_differ(tmp_path):
     task = Task.load(small_config(tmp_path, protocol="validated"))
     assert (task.splits.validation.stop + 1 == task.splits.test.stop).all()

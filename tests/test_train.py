@@ -19,10 +19,11 @@ from small_run import small_config, with_
 
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.interactions import ordered
+from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.recipe import Recipe
 from ultra_hstu.report import read_metrics
 from ultra_hstu.task import Task
-from ultra_hstu.train import run_steps, train
+from ultra_hstu.train import Interrupted, run_steps, train
 from ultra_hstu.workdir import Workdir, write_json
 
 QUIET = Console(quiet=True)
@@ -134,6 +135,69 @@ def test_killed_and_terminated_runs_end_with_the_same_bits(data_dir, tmp_path):
     assert position | clocks == expected_position | clocks
     epochs = [record["epoch"] for record in read_metrics(Workdir(disturbed).metrics)]
     assert epochs == list(range(1, 41)), "every epoch stands in the log once"
+
+
+def test_a_stop_in_the_last_call_of_an_epoch_keeps_its_evaluation(finished, tmp_path, monkeypatch):
+    """All 8 batches of an epoch in one call: the stop is always in the last one."""
+    config = with_(finished[0], train__steps_per_call=16)
+    expected = train(config, tmp_path / "undisturbed", console=QUIET)
+    calls = []
+    evaluate = Evaluator.__call__
+
+    def evaluate_and_signal(self, params):
+        calls.append(1)
+        if len(calls) in (2, 3):  # SIGTERM arrives during the evaluation of the second epoch, and of the last one
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, params)
+
+    monkeypatch.setattr(Evaluator, "__call__", evaluate_and_signal)
+    for _ in range(2):
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+            train(config, tmp_path / "disturbed", console=QUIET)
+    result = train(config, tmp_path / "disturbed", console=QUIET)
+    clocks = {"seconds": 0, "compile_seconds": 0}
+    assert result | clocks == expected | clocks
+    assert_same_bits(final_state(config, tmp_path / "disturbed")[1], final_state(config, tmp_path / "undisturbed")[1])
+
+
+def test_other_data_is_refused_before_anything_is_written(finished, tmp_path):
+    config, _, _ = finished
+    train(with_(config, train__epochs=1), tmp_path, console=QUIET)
+    task = Task.load(config)
+    swapped = task.interactions.items.copy()
+    swapped[:2] = swapped[1::-1]
+    other = Task.of(config, dataclasses.replace(task.interactions, items=swapped))
+    before = (tmp_path / "catalog.npz").read_bytes()
+    with pytest.raises(ValueError, match="the data is not what .* was trained on .*\n  sha256: "):
+        train(config, tmp_path, console=QUIET, task=other)
+    assert (tmp_path / "catalog.npz").read_bytes() == before
+
+
+def test_fewer_epochs_than_trained_are_refused(finished, tmp_path):
+    config, _, _ = finished
+    train(with_(config, train__epochs=2), tmp_path, console=QUIET)
+    with pytest.raises(ValueError, match="train.epochs=1, but this run has trained 2 epochs"):
+        train(with_(config, train__epochs=1), tmp_path, console=QUIET)
+
+
+def test_a_damaged_best_checkpoint_is_no_other_epochs_result(finished, tmp_path, monkeypatch):
+    config, _, _ = finished
+    scores = iter([0.9, 0.1, 0.2, 0.3])
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, params: {"ndcg@10": next(scores), "hr@10": 0.0})
+    train(config, tmp_path, console=QUIET)
+    for file in (tmp_path / "checkpoints" / "8").rglob("*"):
+        if file.is_file():
+            os.truncate(file, 0)
+    with pytest.raises(ValueError, match="the best checkpoint, of epoch 1, cannot be read any more"):
+        train(config, tmp_path, console=QUIET)
+
+
+def test_patience_counts_evaluated_epochs(data_dir, tmp_path, monkeypatch):
+    config = small_config(data_dir, epochs=9, eval_every=4, patience=2)
+    scores = iter([0.5, 0.4, 0.5])
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, params: {"ndcg@10": next(scores), "hr@10": 0.0})
+    result = train(config, tmp_path, console=QUIET)
+    assert (result["epochs"], result["best_epoch"], result["last"]["ndcg@10"]) == (8, 4, 0.4)
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, data_dir, tmp_path, caplog):

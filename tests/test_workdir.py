@@ -1,6 +1,7 @@
 """A run's folder is its own: another configuration, another process or another folder is refused."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from small_run import small_config, with_
 
 from ultra_hstu.checkpoint import Checkpoints
 from ultra_hstu.report import MetricLog, read_metrics
-from ultra_hstu.workdir import Workdir
+from ultra_hstu.workdir import Workdir, write_json
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path):
@@ -107,12 +108,30 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "c")], capture_output=True, text=True, timeout=120)
     assert "refused: a checkpoint could not be written to" in done.stdout, done.stdout + done.stderr
-    assert "the last good one is" in done.stdout and "kept: 1 True" in done.stdout
+    assert "The last good checkpoint is" in done.stdout and "kept: 1 True" in done.stdout
 
 
-def test_result_files_are_written_whole(tmp_path):
-    from ultra_hstu.workdir import write_json
-
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", {"a": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="a.json could not be written .*No space left.*Make room"):
+        write_json(tmp_path / "a.json", {"a": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_whose_first_write_was_killed_is_no_stranger(tmp_path):
+    (tmp_path / "config.json.partial").write_text("{")
+    folder = Workdir(tmp_path)
+    folder.claim(small_config("data"))
+    folder.release()
+
+
+def test_config_of_the_wrong_shape_names_the_file(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match=r"config.json: config section model is 3"):
+        Workdir(tmp_path).read_config()

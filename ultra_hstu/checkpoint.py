@@ -1,5 +1,6 @@
 """Checkpoints with Orbax: written in the background, whole or not at all; the newest ones and the best are kept."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,11 +98,21 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def _not_written(self, error: Exception) -> OSError:
+    def let_go(self) -> None:
+        """Ends the background work, whatever its outcome: for a run that another error ends."""
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+    def last_good(self) -> str:
+        """A sentence that names the newest whole checkpoint."""
         whole = [step for step in self._manager.all_steps() if (self.directory / str(step)).is_dir()]
-        last = f"the last good one is {self.directory / str(max(whole))}" if whole else "there is no earlier one"
+        return f"The last good checkpoint is {self.directory / str(max(whole))}" if whole else "There is no checkpoint yet"
+
+    def _not_written(self, error: Exception) -> OSError:
         return OSError(
-            f"a checkpoint could not be written to {self.directory} ({error}); {last}. Make room and start the same command again."
+            f"a checkpoint could not be written to {self.directory} ({error}). {self.last_good()}. Make room and start the same command again."
         )
 
 

@@ -5,6 +5,7 @@ A config file under `experiments/configs/` returns `Config(...)` as a `ConfigDic
 """
 
 import dataclasses
+import math
 import operator
 import types
 from collections.abc import Callable
@@ -20,7 +21,7 @@ Source = Literal[
 Protocol = Literal["published", "validated", "temporal"]
 
 POSITIVE = """data.max_history data.batch_users data.batch_tokens data.synthetic.users data.synthetic.items data.synthetic.categories
-    model.width model.layers model.heads model.qk_width model.v_width model.ffn_width model.time_buckets
+    data.synthetic.prior_categories     model.width model.layers model.heads model.qk_width model.v_width model.ffn_width model.time_buckets
     loss.negatives loss.temperature loss.chunk_rows optim.learning_rate optim.clip_norm train.epochs train.eval_every train.eval_users
     train.patience train.checkpoint_every train.keep_checkpoints train.steps_per_call""".split()
 NOT_NEGATIVE = "model.output_slots optim.weight_decay optim.warmup_steps train.seed data.ties_seed data.synthetic.seed".split()
@@ -138,6 +139,10 @@ class Config:
             raise ValueError(
                 f"data.batch_tokens={self.data.batch_tokens} cannot hold one history of data.max_history={self.data.max_history} events"
             )
+        if self.train.seed >= 2**32:
+            raise ValueError(f"train.seed={self.train.seed} must be below 2^32: larger seeds would repeat smaller ones")
+        if self.data.synthetic.max_concentration < 1:
+            raise ValueError(f"data.synthetic.max_concentration={self.data.synthetic.max_concentration!r} must be at least 1")
         if self.data.synthetic.length < 3:
             raise ValueError(
                 f"data.synthetic.length={self.data.synthetic.length} must be at least 3: a history, a validation and a test item"
@@ -193,7 +198,9 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
     return lines
 
 
-def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"config section {prefix.rstrip('.') or '(root)'} is {values!r}, not a mapping of fields")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(values.keys() - fields.keys())
     if unknown:
@@ -218,7 +225,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool) and value == value
+        return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

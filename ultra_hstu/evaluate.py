@@ -26,8 +26,7 @@ class Evaluator:
     """Ranks the targets of one split. Compiled once; peak memory does not depend on the number of users.
 
     Args:
-      scorer: what gives the vectors; None scores with the task's model.
-      l2_normalize: whether item (and user) vectors are normalised, as in training.
+      scorer: what gives the vectors; None scores with the task's model, normalised as in training.
     """
 
     def __init__(self, task: Task, split: str, scorer: Scorer | None = None):
@@ -53,11 +52,13 @@ class Evaluator:
         pending = []
         for group in self.loader.groups(self.plan_SB):
             place = np.minimum(np.arange(group.first, group.first + STEPS_PER_CALL), group.first + group.steps - 1)
-            pending.append((group, self._rank(scored, group.feed, jnp.asarray(targets_SB[place]), jnp.int32(group.steps))))
-        for group, ranks_SB in pending:
-            plan_SB = self.plan_SB[group.first : group.first + group.steps]
+            pending.append(
+                (group.first, group.steps, self._rank(scored, group.feed, jnp.asarray(targets_SB[place]), jnp.int32(group.steps)))
+            )
+        for first, steps, ranks_SB in pending:
+            plan_SB = self.plan_SB[first : first + steps]
             used_SB = plan_SB >= 0
-            ranks[plan_SB[used_SB]] = np.asarray(ranks_SB)[: group.steps][used_SB]
+            ranks[plan_SB[used_SB]] = np.asarray(ranks_SB)[:steps][used_SB]
         return ranks
 
     def __call__(self, scored: Params | Any) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What a run tells: `metrics.jsonl` and TensorBoard, a progress bar, tables, and a picture of the learning curves."""
 
+import contextlib
 import json
 import math
 import sys
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ultra_hstu.serving import Recommendation
+from ultra_hstu.workdir import write_text
 
 TABLE_METRICS = ("hr@10", "hr@50", "ndcg@10", "mrr")
 
@@ -24,20 +26,24 @@ class MetricLog:
     def __init__(self, path: Path, tensorboard: Path, *, resume_step: int = 0):
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            path.write_text("".join(line + "\n" for line in kept))
+            write_text(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a")
         self._writer = tensorboardX.SummaryWriter(str(tensorboard), purge_step=resume_step + 1)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **record}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._file.name} could not be written ({error}). Make room and start the same command again.") from error
         for name, value in record.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name.replace("@", "_"), value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._writer.close()
+        for end in (self._file.close, self._writer.close):
+            with contextlib.suppress(OSError):  # a full disk was reported by the write that met it
+                end()
 
 
 def _step_of(line: str) -> float:

@@ -49,18 +49,24 @@ class RecommendationModel:
         _, self.params = load_params(folder, self.recipe)
         self._best = jax.jit(functools.partial(_best, self.recipe, self.config.data.max_history), static_argnames="k")
 
-    def recommend(self, items: ArrayLike, times: ArrayLike | None = None, *, k: int = 10) -> list[Recommendation]:
+    def recommend(self, items: ArrayLike, times: ArrayLike | None = None, *, now: int | None = None, k: int = 10) -> list[Recommendation]:
         """The k unseen items with the highest scores.
 
         Args:
           items: dense ids (`catalog.encode` makes them), oldest first; the newest `max_history` count.
-          times: seconds, one an event; without them all events count as simultaneous. The next event is taken to follow the last at once.
+          times: seconds, one an event; without them all events count as simultaneous.
+          now: time of the request in the same seconds; None takes the next event to follow the last at once.
 
         Raises:
           ValueError: for an empty history, a wrong number of times, or k outside 1..items.
         """
         num_items = self.catalog.num_items
-        item_E = np.asarray(items, np.int32)
+        item_E = np.asarray(items)
+        if item_E.size and not np.issubdtype(item_E.dtype, np.integer):
+            raise ValueError(f"items must be dense ids (integers), got {item_E.dtype}: catalog.encode makes them")
+        item_E = item_E.astype(np.int32)
+        if item_E.size and not (1 <= item_E.min() and item_E.max() <= num_items):
+            raise ValueError(f"items must be dense ids in 1..{num_items}, got {item_E.min()}..{item_E.max()}: catalog.encode makes them")
         time_E = np.zeros(len(item_E), np.int64) if times is None else np.asarray(times, np.int64)
         if not len(item_E):
             raise ValueError("the history is empty: give at least one item, or take the most popular items of the training data")
@@ -73,7 +79,7 @@ class RecommendationModel:
         # Fixed size, so that one compilation serves every history; the slot behind the history carries the time of the request.
         events = Events.from_arrays(
             np.pad(item_E[newest], (0, self.config.data.max_history + 1 - length)),
-            np.pad(time_E[newest], (0, self.config.data.max_history + 1 - length), mode="edge"),
+            np.pad(time_E[newest], (0, self.config.data.max_history + 1 - length), constant_values=time_E[-1] if now is None else now),
         )
         seen_I = np.zeros(num_items + 1, bool)
         seen_I[item_E] = True

@@ -42,11 +42,14 @@ class Task:
         return dataclasses.replace(self, config=config, recipe=Recipe(config, self.interactions.num_items))
 
     def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
-        """Batches of one part of the split: "train", "validation" or "test"."""
+        """Batches of one part of the split: "train", "validation" or "test". Raises ValueError if the protocol has no such part."""
         config = self.config
+        examples = getattr(self.splits, part)
+        if examples is None:
+            raise ValueError(f"protocol {config.train.protocol!r} has no {part} items: train under 'validated' or 'temporal' for them")
         return Loader(
             self.events,
-            getattr(self.splits, part),
+            examples,
             batch_users=batch_users,
             steps_per_call=steps_per_call,
             rows=config.data.batch_tokens if part == "train" else None,

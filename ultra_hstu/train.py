@@ -44,6 +44,8 @@ class Position:
     loss_sum: float = 0.0  # over the epoch's batches so far
     best_epoch: int = 0
     best_metric: float = -1.0
+    evaluated_epoch: int = 0  # the newest epoch that was evaluated, and what came out
+    last: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0  # spent training and evaluating, without compilation
     compile_seconds: float = 0.0  # over all starts
 
@@ -82,13 +84,14 @@ def train(config: Config, workdir: Path | str, *, console: Console | None = None
     folder.claim(config)
     try:
         task = Task.load(config) if task is None else task.with_config(config)
-        task.interactions.catalog.save(folder.catalog)
+        folder.claim_data(task.interactions)
         with jax.default_matmul_precision(config.train.matmul_precision):
             run = _Run(task, folder, console)
             try:
                 return run.to_the_end()
             finally:
                 run.log.close()
+                run.checkpoints.let_go()
     finally:
         folder.release()
 
@@ -107,6 +110,10 @@ class _Run:
         if (restored := self.checkpoints.restore(abstract(self.state))) is not None:
             step, self.state, position = restored
             self.position = Position(**position)
+            if self.position.epoch > config.epochs:
+                raise ValueError(
+                    f"train.epochs={config.epochs}, but this run has trained {self.position.epoch} epochs already: give at least as many"
+                )
             self.checkpoints.drop_after(step)
             console.print(f"going on from step {step} (epoch {self.position.epoch + 1})")
         self.run_steps = self._compile()
@@ -123,7 +130,6 @@ class _Run:
         return compiled
 
     def to_the_end(self) -> dict[str, Any]:
-        last: dict[str, float] = {}
         with _stop_signals() as stop, report.progress_bar(self.console) as bar:
             line = bar.add_task("training", total=None, status="")
             while self.position.epoch < self.config.train.epochs and not self._out_of_patience():
@@ -135,7 +141,8 @@ class _Run:
                 last_epoch = self.position.epoch == self.config.train.epochs
                 metrics: dict[str, float] = {}
                 if self.position.epoch % self.config.train.eval_every == 0 or last_epoch:
-                    metrics = last = self.evaluator(self.state.params)
+                    metrics = self.position.last = self.evaluator(self.state.params)
+                    self.position.evaluated_epoch = self.position.epoch
                     if metrics[SELECTION_METRIC] > self.position.best_metric:
                         self.position.best_metric, self.position.best_epoch = metrics[SELECTION_METRIC], self.position.epoch
                     bar.update(line, status=f"loss {record['loss']:.3f}  hr@10 {metrics['hr@10']:.4f}  ndcg@10 {metrics['ndcg@10']:.4f}")
@@ -143,11 +150,20 @@ class _Run:
                 self.position.seconds += seconds
                 step = int(self.state.step)
                 self.log.write(step, {"epoch": self.position.epoch, "seconds": seconds, "split": self.split, **record, **metrics})
-                improved = metrics and self.position.best_epoch == self.position.epoch
-                if improved or last_epoch or self.position.epoch % self.config.train.checkpoint_every == 0 or self._out_of_patience():
-                    self._save(best=bool(improved))
+                improved = self.position.best_epoch == self.position.epoch
+                due = last_epoch or self.position.epoch % self.config.train.checkpoint_every == 0 or self._out_of_patience()
+                if improved or due or stop.requested:
+                    self._save(best=improved)
+                if stop.requested:
+                    self._interrupt(stop.requested)
             self.checkpoints.wait()
-        return self._finish(last)
+        return self._finish()
+
+    def _interrupt(self, cause: str) -> None:
+        self.checkpoints.wait()
+        raise Interrupted(
+            f"stopped by {cause} at step {int(self.state.step)}, epoch {self.position.epoch + 1}; the same command goes on from there"
+        )
 
     def _train_epoch(self, stop: "_Stop", show: Any) -> dict[str, float]:
         position, schedule = self.position, optim.learning_rate(self.config.optim)
@@ -162,10 +178,11 @@ class _Run:
             finite = np.isfinite(losses) & np.isfinite(norms)
             if not finite.all():
                 bad = int(np.argmin(finite))
+                self.checkpoints.wait()
                 raise FloatingPointError(
                     f"the loss is {losses[bad]} at step {first_step + bad} (epoch {position.epoch + 1}, learning rate "
-                    f"{float(schedule(first_step + bad)):g}, gradient norm {norms[bad]:g}). The last good checkpoint is kept in "
-                    f"{self.folder.checkpoints}; lower optim.learning_rate or set optim.clip_norm."
+                    f"{float(schedule(first_step + bad)):g}, gradient norm {norms[bad]:g}). {self.checkpoints.last_good()}. "
+                    "Lower optim.learning_rate or set optim.clip_norm, in a new --workdir."
                 )
             position.loss_sum += float(np.sum(losses, dtype=np.float64))
             position.batch = group.first + group.steps
@@ -186,11 +203,10 @@ class _Run:
                 break
             running = (group, step, history)
             step += group.steps
-            if stop.requested:
+            if stop.requested and group.first + group.steps < len(plan_SB):  # else the epoch is done: evaluate it first
                 read(*running)
                 self._save(best=False)
-                self.checkpoints.close()
-                raise Interrupted(f"stopped by {stop.requested} at step {step}; the same command goes on from there")
+                self._interrupt(stop.requested)
         return {
             "loss": position.loss_sum / len(plan_SB),
             "grad_norm": grad_norm,
@@ -202,13 +218,16 @@ class _Run:
         self.checkpoints.save(int(self.state.step), self.state, dataclasses.asdict(self.position), best=best)
 
     def _out_of_patience(self) -> bool:
-        return (
-            self.patience is not None and self.position.best_epoch > 0 and self.position.epoch - self.position.best_epoch >= self.patience
-        )
+        return self.patience is not None and self.position.evaluated_epoch - self.position.best_epoch >= self.patience
 
-    def _finish(self, last: dict[str, float]) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         best = self.checkpoints.restore(abstract(self.state), best=True)
-        state = self.state if best is None else best[1]
+        if best is None or best[2]["epoch"] != self.position.best_epoch:
+            raise ValueError(
+                f"the best checkpoint, of epoch {self.position.best_epoch}, cannot be read any more from {self.folder.checkpoints}: "
+                "its result cannot be given. Train in a new --workdir."
+            )
+        params = best[1].params
         result: dict[str, Any] = {
             "protocol": self.config.train.protocol,
             "split": "test",
@@ -218,12 +237,12 @@ class _Run:
             "seconds": self.position.seconds,
             "compile_seconds": self.position.compile_seconds,
             "best_epoch": self.position.best_epoch,
-            "best": self.evaluator(state.params),
-            "last": last or self.evaluator(self.state.params),
+            "best": self.evaluator(params),
+            "last": self.position.last,
         }
         if self.split != "test":
             # One look at the test items, with the parameters that did best on the validation items.
-            result |= {"validation": result.pop("best"), "best": Evaluator(self.task, "test")(state.params)}
+            result |= {"validation": result.pop("best"), "best": Evaluator(self.task, "test")(params)}
             result.pop("last")
         write_json(self.folder.result, result)
         report.draw_curves({self.config.name: self.folder.metrics}, self.folder.curves)

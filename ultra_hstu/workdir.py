@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ultra_hstu.config import Config, difference, from_config_dict
+from ultra_hstu.data.interactions import Interactions
 
 # Fields that may change between two starts of the same run: they say where and how long, not what is computed.
 FREE_FIELDS = ("data.raw_dir", "data.data_dir", "train.epochs", "train.keep_checkpoints")
@@ -26,6 +27,7 @@ class Workdir:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).absolute()
         self.config = self.path / "config.json"
+        self.data = self.path / "data.json"
         self.catalog = self.path / "catalog.npz"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -64,8 +66,26 @@ class Workdir:
                     f"{self.path} belongs to a run with another configuration (stored -> asked for):\n  {listed}\n"
                     "Choose another --workdir, or delete this one to start over."
                 )
-        elif foreign := sorted(entry.name for entry in self.path.iterdir() if entry.name != ".lock"):
+        elif foreign := sorted(entry.name for entry in self.path.iterdir() if entry.name not in (".lock", "config.json.partial")):
             raise ValueError(f"{self.path} is no run's folder, yet it holds {foreign[0]!r}: choose an empty or new --workdir")
+
+    def claim_data(self, interactions: Interactions) -> None:
+        """Writes down what the data is, with its catalogue, or checks that it is what the run has trained on. Raises as `check_data`."""
+        if self.data.exists():
+            self.check_data(interactions)
+        else:
+            interactions.catalog.save(self.catalog)
+            write_json(self.data, interactions.fingerprint())
+
+    def check_data(self, interactions: Interactions) -> None:
+        """Raises ValueError if the data differs from what the run has trained on, with the difference."""
+        changed = difference(json.loads(self.data.read_text()), interactions.fingerprint())
+        if changed:
+            listed = "\n  ".join(changed)
+            raise ValueError(
+                f"the data is not what {self.path} was trained on (then -> now):\n  {listed}\n"
+                "Point data.raw_dir at that data, or choose another --workdir."
+            )
 
     def release(self) -> None:
         """Lets another process (or another run of this one) claim the folder."""
@@ -85,14 +105,24 @@ class Workdir:
             raise ValueError(f"{self.path} holds no run (no config.json): train one with experiments.train --workdir={self.path}") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{self.config}, line {error.lineno}: not JSON ({error.msg})") from None
+        except ValueError as error:
+            raise ValueError(f"{self.config}: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes the whole file or nothing."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the whole file or nothing; a failed write leaves the old file as it was."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error}). Make room and start the same command again.") from error

@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,10 +58,9 @@ class Catalog:
         if not ids.size:
             return np.zeros(0, np.int32)
         if known.dtype.kind == "i" and ids.dtype.kind == "U":
-            try:
-                ids = np.array([int(text) for text in ids], np.int64)
-            except (ValueError, OverflowError) as error:
-                raise ValueError(f"item ids of this catalogue are whole numbers, not {_some(ids)}") from error
+            if not all(re.fullmatch(r"-?[0-9]{1,18}", text.strip()) for text in ids):
+                raise ValueError(f"item ids of this catalogue are whole numbers, not {_some(ids)}")
+            ids = np.array([int(text) for text in ids], np.int64)
         numeric = ids.dtype.kind in "iu"
         if numeric != (known.dtype.kind == "i") or not (numeric or ids.dtype.kind == "U"):
             kind = "whole numbers" if known.dtype.kind == "i" else "strings"
@@ -94,9 +96,13 @@ class Catalog:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Catalog":
-        with np.load(path, allow_pickle=False) as file:
-            titles = tuple(file["titles"].tolist()) if "titles" in file else None
-            return cls(file["raw_ids"], titles)
+        """The catalogue that `save` wrote. Raises ValueError naming the file if it is missing or damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                titles = tuple(file["titles"].tolist()) if "titles" in file else None
+                return cls(file["raw_ids"], titles)
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{os.fspath(path)} is not a readable catalogue ({error}): train in a new folder") from error
 
 
 def _some(values: np.ndarray) -> str:

@@ -1,7 +1,9 @@
 """All users' histories in memory: read from a prepared dataset, ordered, checked."""
 
 import dataclasses
+import hashlib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,14 @@ class Interactions:
     def lengths(self) -> Int64[np.ndarray, " users"]:
         return np.diff(self.offsets)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Counts and a hash of users, events, their order and times, and the catalogue: the same for the same data."""
+        digest = hashlib.sha256()
+        times = np.zeros(0, np.int64) if self.timestamps is None else self.timestamps
+        for array in (self.users, self.offsets, self.items, times, self.catalog.raw_ids):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return {"users": self.num_users, "items": self.num_items, "events": self.num_events, "sha256": digest.hexdigest()}
+
     def history(self, user: int | str) -> slice:
         """The events of a raw user id.
 
@@ -74,7 +84,7 @@ class Interactions:
             ValueError: a user that the source lacks (or that was dropped for having too few events).
         """
         numeric = self.users.dtype.kind == "i"
-        if numeric and isinstance(user, str) and user.strip().lstrip("-").isdecimal():
+        if numeric and isinstance(user, str) and re.fullmatch(r"-?[0-9]+", user.strip()):
             user = int(user)
         row = int(np.searchsorted(self.users, user)) if isinstance(user, str) != numeric else self.num_users
         if row == self.num_users or self.users[row] != user:

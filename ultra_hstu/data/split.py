@@ -28,11 +28,6 @@ class Examples:
         return len(self.user)
 
     @property
-    def target(self) -> Int64[np.ndarray, " examples"]:
-        """The event to predict: the one after the history."""
-        return self.stop
-
-    @property
     def lengths(self) -> Int64[np.ndarray, " examples"]:
         return self.stop - self.start
 
