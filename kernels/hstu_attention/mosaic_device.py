@@ -1,0 +1,68 @@
+"""Small pieces of device code that Pallas has no name for."""
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, memref
+
+from kernels.hstu_attention import mosaic_schedule as schedule
+
+
+def next_item(counter_gm, box_sm):
+    """Draws the next number from a counter in global memory, for a whole warpgroup; `box_sm` int32[1] passes it from the drawing thread on."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def draw(_, counter, box):
+        i32 = ir.IntegerType.get_signless(32)
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            one = mgpu.c(1, i32)
+            ptr = mgpu.utils.memref_ptr(counter)
+            value = llvm.atomicrmw(llvm.AtomicBinOp.add, ptr, one, llvm.AtomicOrdering.monotonic)
+            memref.store(value, box, [mgpu.c(0, ir.IndexType.get())])
+        mgpu.utils.warpgroup_barrier()
+
+    draw(counter_gm, box_sm)
+    return box_sm[0]
+
+
+def swizzled(shape, dtype):
+    """Shared memory that TMA and wgmma both read: tiles of 8 rows of 128 bytes, swizzled against bank conflicts."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+
+
+class Item:
+    """A work item's record, read from shared memory where it is needed: registers are scarce."""
+
+    def __init__(self, records_sm, slot):
+        self._get = lambda name: records_sm[slot, name]
+
+    def __getattr__(self, name):
+        return self._get(getattr(schedule, name.upper()))
+
+    def block(self, i):
+        """Number in the buffer of the item's block i."""
+        return i + jnp.where(i < self.cut1, self.shift0, jnp.where(i < self.cut2, self.shift1, self.shift2))
+
+    def whole(self, block):
+        """Whether the tile sees all of this block."""
+        inside = (block >= self.full0) & (block < self.full_end0)
+        inside |= (block >= self.full1) & (block < self.full_end1)
+        return inside | ((block >= self.full2) & (block < self.full_end2))
+
+
+def draw_items(records_sm, full, body):
+    """Runs `body(item, step)` for every item that the feeding warpgroup draws; `step` counts the blocks before it."""
+
+    def one(carry):
+        _, slot, step = carry
+        item = Item(records_sm, slot)
+        count = item.count
+        body(item, slot, step)
+        plgpu.barrier_wait(full.at[1 - slot])
+        return Item(records_sm, 1 - slot).tile >= 0, 1 - slot, step + count
+
+    plgpu.barrier_wait(full.at[0])
+    lax.while_loop(lambda c: c[0], one, (Item(records_sm, 0).tile >= 0, jnp.int32(0), jnp.int32(0)))
