@@ -1,0 +1,155 @@
+"""HSTU attention over flat jagged buffers: the public function, its checks and its choice of implementation."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
+
+from kernels import device, dispatch
+from kernels.hstu_attention.plan import AttentionPlan, make_plan
+from kernels.hstu_attention.relative_bias import RelativeBias
+from kernels.mask import AttentionMask
+
+__all__ = ["AttentionPlan", "RelativeBias", "hstu_attention", "implementations", "make_plan"]
+
+_FILES = {"mosaic": "mosaic_hopper", "triton": "triton", "xla": "xla", "reference": "reference"}
+_ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("mosaic", "triton", "xla")}  # `reference` only by name: its memory is O(T^2)
+
+
+@functools.cache
+def implementations() -> dict[str, str]:
+    """Names of the implementations that are here, with their modules."""
+    return dispatch.installed({name: f"kernels.hstu_attention.{file}" for name, file in _FILES.items()})
+
+
+def hstu_attention(
+    q_THK: Shaped[Any, "..."],  # shapes and dtypes are checked below, with errors that name the remedy
+    k_THK: Shaped[Any, "..."],
+    v_THV: Shaped[Any, "..."],
+    offsets: Int[Any, "..."],
+    *,
+    mask: AttentionMask = AttentionMask(),  # noqa: B008 - frozen
+    num_targets: Any = None,
+    num_contextual: Any = None,
+    alpha: float | int | np.generic | np.ndarray,
+    scale: Any,
+    bias: RelativeBias | None = None,
+    implementation: str | Sequence[str] | None = None,
+    plan: AttentionPlan | None = None,
+) -> Float[Array, "T H V"]:
+    """`o_t = scale_t * sum over allowed k of silu(alpha * q_t . k_k + bias_tk) * v_k` (HSTU, arXiv 2402.17152, equation 2; no softmax).
+
+    Differentiable in q, k, v and the bias tables; sums are in float32 whatever the dtype of q, k, v, which the output has too.
+    Rows of padding come out 0, get zero gradients, and may hold NaN.
+
+    Args:
+      q_THK, k_THK, v_THV: flat jagged buffers [T, H, K], [T, H, K], [T, H, V] of one dtype: float32, bfloat16 or float16.
+      offsets: int32[B+1], ascending from 0; sequence b owns rows offsets[b]:offsets[b+1]; offsets[B] <= T. Checked where concrete; a traced
+        value that breaks this gives undefined results.
+      mask: who attends to whom.
+      num_targets, num_contextual: int32[B] or None; their sum at most the sequence's length (checked where concrete, clamped where traced).
+      alpha: factor on the scores.
+      scale: factor on the outputs, a constant (1 / N) or float[T], one a row. No gradient flows to it.
+      bias: relative bias, added to the scores inside the SiLU.
+      implementation: a name, which never falls back; a sequence, tried in order; None, the order of the platform.
+      plan: of `make_plan` with the same mask and batch; saves recomputing it in every layer.
+
+    Raises:
+      ValueError: inputs that no implementation could take.
+      NotImplementedError: the named implementation cannot take these inputs, or none can; with the reasons.
+    """
+    _check_arrays(q_THK, k_THK, v_THV)
+    rows = q_THK.shape[0]
+    _check_batch(offsets, rows, num_targets, num_contextual)
+    scale = _check_scale(scale, rows)
+    if bias is not None:
+        _check_bias(bias, rows)
+    if plan is None:
+        plan = make_plan(mask, offsets, rows, num_targets, num_contextual)
+    elif plan.num_rows != rows:
+        raise ValueError(f"plan was made for {plan.num_rows} rows, q has {rows}; make it with make_plan(..., num_rows={rows})")
+    elif plan.mask != mask:
+        raise ValueError(f"plan was made for {plan.mask}, the call names {mask}; pass the same mask to both")
+
+    def run(module: Any) -> Array:
+        return module.attention(q_THK, k_THK, v_THV, plan, alpha=float(alpha), scale=scale, bias=bias)
+
+    modules = implementations()
+    order = [name for name in _ORDER.get(device.current().platform, ("xla",)) if name in modules]
+    return dispatch.call("hstu_attention", modules, order, implementation, run)
+
+
+def _check_arrays(q: Array, k: Array, v: Array) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be [T, H, width], got shape {x.shape}; a flat jagged buffer has no batch axis")
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize not in (2, 4):
+            raise ValueError(f"{name} has dtype {x.dtype}; cast it to float32, bfloat16 or float16")
+    if q.shape != k.shape:
+        raise ValueError(f"q {q.shape} and k {k.shape} must have the same shape [T, H, K]")
+    if q.shape[:2] != v.shape[:2]:
+        raise ValueError(f"v {v.shape} must share rows and heads with q {q.shape}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v mix dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
+
+
+def _concrete(x: Any) -> np.ndarray | None:
+    return None if x is None or isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+def _check_batch(offsets: Any, rows: int, num_targets: Any, num_contextual: Any) -> None:
+    if np.ndim(offsets) != 1 or np.shape(offsets)[0] < 1:
+        raise ValueError(f"offsets must be int32[B+1], got shape {np.shape(offsets)}")
+    batch = np.shape(offsets)[0] - 1
+    counts = {"num_targets": num_targets, "num_contextual": num_contextual}
+    for name, count in counts.items():
+        if count is not None and np.shape(count) != (batch,):
+            raise ValueError(f"{name} must be int32[B] with B = {batch} from offsets, got shape {np.shape(count)}")
+    known = _concrete(offsets)
+    if known is None:
+        return
+    lengths = np.diff(known)
+    if known[0] != 0 or (lengths < 0).any():
+        raise ValueError(f"offsets must start at 0 and never fall, got {known.tolist()[:20]}; they are cumulative lengths")
+    if known[-1] > rows:
+        raise ValueError(f"offsets end at {known[-1]} but the buffers have only {rows} rows; raise the capacity T or drop sequences")
+    total = np.zeros(batch, np.int64)
+    for name, count in counts.items():
+        values = _concrete(count)
+        if values is not None:
+            if (values < 0).any():
+                raise ValueError(f"{name} must be >= 0, got {values.min()} for sequence {values.argmin()}")
+            total += values
+    over = np.flatnonzero(total > lengths)
+    if over.size:
+        b = over[0]
+        raise ValueError(
+            f"sequence {b} has {lengths[b]} rows but {total[b]} targets and contextual tokens; lower num_targets or num_contextual"
+        )
+
+
+def _check_scale(scale: Any, rows: int) -> Any:
+    if np.shape(scale) not in ((), (rows,)):
+        raise ValueError(f"scale must be a constant or one value a row, [{rows}], got shape {np.shape(scale)}")
+    return jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
+
+
+def _check_bias(bias: RelativeBias, rows: int) -> None:
+    if bias.position_table is None and bias.time_table is None:
+        raise ValueError("RelativeBias needs position_table or time_table; pass bias=None for no bias")
+    for name in ("position_table", "time_table"):
+        table = getattr(bias, name)
+        if table is not None and (np.ndim(table) != 1 or not jnp.issubdtype(table.dtype, jnp.floating)):
+            raise ValueError(f"RelativeBias.{name} must be one-dimensional and floating, got {table.dtype}{list(np.shape(table))}")
+    if bias.position_table is not None and np.shape(bias.position_table)[0] % 2 == 0:
+        raise ValueError(f"RelativeBias.position_table has an odd length 2N - 1, got {np.shape(bias.position_table)[0]}")
+    if bias.time_table is not None:
+        for name in ("timestamps", "query_timestamps"):
+            times = getattr(bias, name)
+            if times is None or np.shape(times) != (rows,) or times.dtype != jnp.int32:
+                got = "None" if times is None else f"{times.dtype}{list(np.shape(times))}"
+                raise ValueError(f"RelativeBias.{name} must be int32[{rows}] seconds, got {got}")

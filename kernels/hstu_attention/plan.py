@@ -1,0 +1,70 @@
+"""What a mask means for one batch: key intervals and tile bounds, computed once and shared by all layers."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels import mask as masks
+from kernels.mask import AttentionMask, KeyIntervals, RowIntervals, TileBounds
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "rows", "num_real", "stored"], meta_fields=["mask"])
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """A pytree; `make_plan` makes it, kernels read it.
+
+    Attributes:
+      keys: which keys each row sees (`KeyIntervals`).
+      rows: which rows see each key (`RowIntervals`).
+      num_real: int32 scalar, rows in use; the rest is padding.
+      stored: tile bounds computed beforehand, by "block_q x block_k".
+      mask: the rules all this came from.
+    """
+
+    keys: Any
+    rows: Any
+    num_real: Any
+    stored: Any
+    mask: AttentionMask
+
+    @property
+    def intervals(self) -> KeyIntervals:
+        return self.keys
+
+    @property
+    def num_rows(self) -> int:
+        return self.keys.lo0.shape[0]
+
+    def tile_bounds(self, block_q: int, block_k: int) -> TileBounds:
+        """Bounds for these tile sizes: the stored ones, else computed here, O(T) work."""
+        found = self.stored.get(f"{block_q}x{block_k}")
+        return masks.tile_bounds(self.keys, self.rows, self.num_real, block_q, block_k) if found is None else found
+
+
+def make_plan(
+    mask: AttentionMask,
+    offsets: Any,
+    num_rows: int,
+    num_targets: Any = None,
+    num_contextual: Any = None,
+    *,
+    tiles: Sequence[tuple[int, int]] = (),
+) -> AttentionPlan:
+    """The plan of a batch. Works under `jit` with traced offsets.
+
+    Args:
+      mask: the rules.
+      offsets: int32[B+1].
+      num_rows: T, the capacity of the buffer.
+      num_targets, num_contextual: int32[B] or None.
+      tiles: (block_q, block_k) sizes whose bounds are computed now; others are computed where they are asked for.
+    """
+    offsets = jnp.asarray(offsets, jnp.int32)
+    keys: KeyIntervals = mask.intervals(offsets, num_rows, num_targets, num_contextual)
+    rows: RowIntervals = mask.row_intervals(offsets, num_rows, num_targets, num_contextual)
+    stored = {f"{bq}x{bk}": masks.tile_bounds(keys, rows, offsets[-1], bq, bk) for bq, bk in tiles}
+    return AttentionPlan(keys, rows, offsets[-1], stored, mask)

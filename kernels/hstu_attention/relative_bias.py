@@ -1,0 +1,88 @@
+"""The relative bias of HSTU: a table over distances in position plus a table over log-time buckets, shared by the heads.
+
+Source: the published research code of HSTU (arXiv 2402.17152): `bias[i, j] = position_table[N - 1 + j - i] + time_table[bucket(i, j)]`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+BUCKET_WIDTH = 0.301  # of natural log seconds; the published constant
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["position_table", "time_table", "timestamps", "query_timestamps"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class RelativeBias:
+    """Added inside the SiLU. A pytree: fields are typed loosely because JAX rebuilds it around things that are no arrays.
+
+    Attributes:
+      position_table: float[2N-1] or None; entry N - 1 + key position - query position. Distances beyond it read its ends.
+      time_table: float[n+1] or None; entry `time_buckets(query time - key time)`. One table at least is given.
+      timestamps: int32[T], seconds, of each row as a key; needed with `time_table`.
+      query_timestamps: int32[T], seconds, of each row as a query: the published code takes the time of the row's NEXT event.
+
+    Seconds are int32 and so are their differences: all times must lie within 2^31 - 1 seconds (68 years) of one another, as Unix times
+    from 1970 to 2038 do; beyond, the difference wraps and the bucket is wrong.
+    """
+
+    position_table: Any = None
+    time_table: Any = None
+    timestamps: Any = None
+    query_timestamps: Any = None
+
+    def dense(self, num_rows: int) -> Float[Array, "T T"]:
+        """float32 bias of every (query row, key row) of a buffer of `num_rows` rows, O(T^2): for references and tests. Meaningless across sequences."""
+        parts = []
+        if self.position_table is not None:
+            rows = jnp.arange(num_rows)
+            # within a sequence the difference of positions is the difference of rows
+            parts.append(position_bias(self.position_table, rows[None, :] - rows[:, None]))
+        if self.time_table is not None:
+            gap_TT = self.query_timestamps[:, None] - self.timestamps[None, :]
+            parts.append(self.time_table.astype(jnp.float32)[time_buckets(gap_TT, self.time_table.shape[0])])
+        return sum(parts[1:], start=parts[0])
+
+
+def position_bias(position_table: Float[Array, " P"], distance: Int[Array, "..."]) -> Float[Array, "..."]:
+    """float32 entries of the table for key position - query position."""
+    middle = position_table.shape[0] // 2
+    return position_table.astype(jnp.float32)[jnp.clip(middle + distance, 0, position_table.shape[0] - 1)]
+
+
+@functools.cache
+def bucket_starts(num_buckets: int) -> np.ndarray:
+    """int32: the smallest gap in seconds of bucket 0, 1, ...; of buckets that no int32 gap reaches, int32's largest value."""
+    largest = int(np.iinfo(np.int32).max)
+    starts = [0]
+    for bucket in range(1, num_buckets):
+        start = largest
+        if bucket * BUCKET_WIDTH < math.log(largest):
+            start = math.ceil(math.exp(bucket * BUCKET_WIDTH))
+            while start > 1 and math.log(start - 1) / BUCKET_WIDTH >= bucket:
+                start -= 1
+            while math.log(start) / BUCKET_WIDTH < bucket:
+                start += 1
+        starts.append(start)
+    return np.asarray(starts, np.int32)
+
+
+def time_buckets(gap: Int[Array, "..."], num_buckets: int) -> Int[Array, "..."]:
+    """`min(floor(ln(max(|gap|, 1)) / 0.301), num_buckets - 1)` for gaps in int32 seconds, exact.
+
+    A float32 logarithm alone may round across an edge; it finds the nearest edge, and integers decide on which side the gap lies.
+    """
+    size = jnp.abs(gap)
+    nearest = jnp.round(jnp.log(jnp.maximum(size, 1).astype(jnp.float32)) * (1 / BUCKET_WIDTH)).astype(jnp.int32)
+    nearest = jnp.minimum(nearest, num_buckets - 1)
+    start = jnp.asarray(bucket_starts(num_buckets)).at[nearest].get(mode="promise_in_bounds")
+    return nearest - (size < start).astype(jnp.int32)

@@ -1,0 +1,245 @@
+"""Blockwise HSTU attention in plain XLA: O(T) memory, empty tiles skipped, any width, dtype and device, with the relative bias.
+
+An output is a sum over keys, so the whole work is a flat list of (query tile, key tile) pairs that may be taken in any order. The list is never
+stored: pair number p belongs to the query tile where the running count of key tiles passes p. A loop takes `group` pairs a step as one batch of
+small matrix products; the backward is one more such loop that recomputes the scores (5 products a pair).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import device
+from kernels.hstu_attention.plan import AttentionPlan
+from kernels.hstu_attention.relative_bias import RelativeBias, bucket_starts, position_bias, time_buckets
+from kernels.mask import TileBounds
+
+
+class Tiling(NamedTuple):
+    block: int  # rows and keys of a tile
+    group: int  # pairs of tiles a step
+    low_precision: bool  # products of 16-bit inputs run in 16 bits (with float32 sums); otherwise in float32
+    scatter: bool  # sums by bucket scatter; otherwise they compare and reduce
+
+
+def tiling(num_rows: int) -> Tiling:
+    """Sizes for the current device: on CPU a step's scores stay in cache, on accelerators a step fills the device."""
+    if device.current().platform == "cpu":
+        return Tiling(block=64, group=16, low_precision=False, scatter=True)
+    return Tiling(block=128, group=min(256, max(8, -(-num_rows // 32))), low_precision=True, scatter=False)
+
+
+def attention(
+    q_THK: Float[Array, "T H K"],
+    k_THK: Float[Array, "T H K"],
+    v_THV: Float[Array, "T H V"],
+    plan: AttentionPlan,
+    *,
+    alpha: float,
+    scale: Any,
+    bias: RelativeBias | None,
+) -> Float[Array, "T H V"]:
+    """See `hstu_attention`. No gradient flows to `scale`."""
+    rows = q_THK.shape[0]
+    if rows == 0:
+        return jnp.zeros_like(v_THV)
+    sizes = tiling(rows)
+    bounds = plan.tile_bounds(sizes.block, sizes.block)
+    tiled = functools.partial(_to_tiles, num_real=plan.num_real, block=sizes.block)
+    times = None
+    if bias is not None and bias.time_table is not None:
+        times = (tiled(bias.query_timestamps), tiled(bias.timestamps))
+    work = _Work(
+        bounds=bounds,
+        pairs_before=_pairs_before(bounds),
+        keys=jnp.stack([tiled(x) for x in plan.keys], axis=1),
+        num_real=plan.num_real,
+        times=times,
+    )
+    tables = (None, None) if bias is None else (bias.position_table, bias.time_table)
+    heads_first = [jnp.swapaxes(tiled(x), 1, 2) for x in (q_THK, k_THK, v_THV)]
+    out_nHbV = _attend(sizes, alpha, *heads_first, tables, work)
+    out_THV = jnp.swapaxes(out_nHbV, 1, 2).reshape(-1, *v_THV.shape[1:])[:rows]
+    real_T11 = (jnp.arange(rows) < plan.num_real)[:, None, None]
+    scale_T11 = jnp.where(real_T11, jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (rows,))[:, None, None], 0.0)
+    return (out_THV * scale_T11).astype(v_THV.dtype)
+
+
+def num_tile_pairs(plan: AttentionPlan, block: int) -> Int[Array, ""]:
+    """How many (query tile, key tile) pairs the forward visits; the backward visits the same."""
+    return _pairs_before(plan.tile_bounds(block, block))[-1]
+
+
+class _Work(NamedTuple):
+    """What is not differentiated: n tiles of b rows."""
+
+    bounds: TileBounds
+    pairs_before: Int[Array, " n"]  # inclusive running count of pairs
+    keys: Int[Array, "n 4 b"]  # key intervals of the rows
+    num_real: Int[Array, ""]
+    times: tuple[Int[Array, "n b"], Int[Array, "n b"]] | None  # of rows as queries, as keys
+
+
+def _pairs_before(bounds: TileBounds) -> Int[Array, " n"]:
+    return jnp.cumsum((bounds.key_hi - bounds.key_lo).sum(1), dtype=jnp.int32)
+
+
+def _to_tiles(x: Array, *, num_real: Any, block: int) -> Array:
+    """[T, ...] to [n, block, ...], padding rows zeroed: they may hold NaN, and 0 * NaN is NaN."""
+    real = (jnp.arange(x.shape[0]) < num_real).reshape((-1,) + (1,) * (x.ndim - 1))
+    x = jnp.where(real, x, jnp.zeros((), x.dtype))
+    x = jnp.pad(x, [(0, -x.shape[0] % block)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(-1, block, *x.shape[1:])
+
+
+class _Pairs(NamedTuple):
+    """The g pairs of one step."""
+
+    query: Int[Array, " g"]
+    key: Int[Array, " g"]
+    mask: Array  # bool[g, b, b]
+    bucket: Array | None  # int32[g, b, b]
+
+
+def _pairs(step: Array, sizes: Tiling, work: _Work, tables: Any) -> _Pairs:
+    number_g = step * sizes.group + jnp.arange(sizes.group, dtype=jnp.int32)
+    total = work.pairs_before[-1]
+    tiles = work.pairs_before.shape[0]
+    query_g = jnp.searchsorted(work.pairs_before, number_g, side="right", method="scan_unrolled").astype(jnp.int32)
+    query_g = jnp.minimum(query_g, tiles - 1)
+    lo_g3, hi_g3 = work.bounds.key_lo[query_g], work.bounds.key_hi[query_g]
+    count_g3 = hi_g3 - lo_g3
+    place_g = number_g - (work.pairs_before[query_g] - count_g3.sum(1))
+    first_g, second_g = count_g3[:, 0], count_g3[:, 0] + count_g3[:, 1]
+    key_g = jnp.where(
+        place_g < first_g,
+        lo_g3[:, 0] + place_g,
+        jnp.where(place_g < second_g, lo_g3[:, 1] + place_g - first_g, lo_g3[:, 2] + place_g - second_g),
+    )
+    key_g = jnp.clip(key_g, 0, tiles - 1)  # numbers past the last pair
+    # Without the barrier XLA fuses the search into every gather that uses its result, and repeats it for every element.
+    query_g, key_g = jax.lax.optimization_barrier((query_g, key_g))
+    inside = jnp.arange(sizes.block, dtype=jnp.int32)
+    row_gb1 = (query_g[:, None] * sizes.block + inside[None, :])[:, :, None]
+    key_g1b = (key_g[:, None] * sizes.block + inside[None, :])[:, None, :]
+    lo0, hi0, lo1, hi1 = (work.keys[query_g, i][:, :, None] for i in range(4))
+    seen = ((key_g1b >= lo0) & (key_g1b < hi0)) | ((key_g1b >= lo1) & (key_g1b < hi1))
+    seen |= (key_g1b == row_gb1) & (row_gb1 < work.num_real)
+    seen &= (number_g < total)[:, None, None]
+    bucket = None
+    if work.times is not None:
+        gap = work.times[0][query_g][:, :, None] - work.times[1][key_g][:, None, :]
+        bucket = time_buckets(gap, tables[1].shape[0])
+    return _Pairs(query_g, key_g, seen, bucket)
+
+
+def _scores(q_gHbK: Array, k_gHbK: Array, alpha: float, tables: Any, pairs: _Pairs, block: int) -> Array:
+    score = alpha * jnp.einsum("ghqd,ghkd->ghqk", q_gHbK, k_gHbK, preferred_element_type=jnp.float32)
+    position_table, time_table = tables
+    if position_table is not None:
+        inside = jnp.arange(block, dtype=jnp.int32)
+        distance = ((pairs.key - pairs.query) * block)[:, None, None] + (inside[None, :] - inside[:, None])[None]
+        score += position_bias(position_table, distance)[:, None]
+    if time_table is not None:
+        score += time_table.astype(jnp.float32).at[pairs.bucket].get(mode="promise_in_bounds")[:, None]
+    # The barrier keeps the scores from being computed once for each of their uses.
+    # silu and its derivative are exactly 0 here, so that nothing after this needs the mask
+    return jax.lax.optimization_barrier(jnp.where(pairs.mask[:, None], score, -1e30))
+
+
+def _steps(sizes: Tiling, work: _Work) -> Array:
+    return -(-work.pairs_before[-1] // sizes.group)
+
+
+def _cast(sizes: Tiling, *arrays: Array) -> list[Array]:
+    return [x if sizes.low_precision else x.astype(jnp.float32) for x in arrays]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(sizes: Tiling, alpha: float, q: Array, k: Array, v: Array, tables: Any, work: _Work) -> Array:
+    """Unscaled outputs, float32[n, H, b, V]."""
+    q, k, v = _cast(sizes, q, k, v)
+
+    def step(i: Array, out: Array) -> Array:
+        pairs = _pairs(i, sizes, work, tables)
+        score = _scores(q[pairs.query], k[pairs.key], alpha, tables, pairs, sizes.block)
+        weight = jax.nn.silu(score).astype(v.dtype)
+        part = jnp.einsum("ghqk,ghkd->ghqd", weight, v[pairs.key], preferred_element_type=jnp.float32)
+        return out.at[pairs.query].add(part, mode="promise_in_bounds")
+
+    return jax.lax.fori_loop(0, _steps(sizes, work), step, jnp.zeros(v.shape, jnp.float32))
+
+
+def _attend_fwd(sizes: Tiling, alpha: float, q: Array, k: Array, v: Array, tables: Any, work: _Work) -> Any:
+    return _attend(sizes, alpha, q, k, v, tables, work), (q, k, v, tables, work)
+
+
+def _attend_bwd(sizes: Tiling, alpha: float, saved: Any, g: Array) -> Any:
+    q_in, k_in, v_in, tables, work = saved
+    q, k, v = _cast(sizes, q_in, k_in, v_in)
+    g = g.astype(v.dtype)
+    position_table, time_table = tables
+    block = sizes.block
+
+    def step(i: Array, sums: Any) -> Any:
+        dq, dk, dv, d_position, d_time = sums
+        pairs = _pairs(i, sizes, work, tables)
+        q_g, k_g, v_g, g_g = q[pairs.query], k[pairs.key], v[pairs.key], g[pairs.query]
+        score = _scores(q_g, k_g, alpha, tables, pairs, block)
+        gate = jax.nn.sigmoid(score)
+        silu = score * gate
+        d_weight = jnp.einsum("ghqd,ghkd->ghqk", g_g, v_g, preferred_element_type=jnp.float32)
+        d_score = d_weight * (gate + silu * (1 - gate))
+        weight, d_score, bucket = jax.lax.optimization_barrier((silu.astype(v.dtype), d_score, pairs.bucket))
+        low = d_score.astype(q.dtype)
+        add = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        dv = dv.at[pairs.key].add(add("ghqk,ghqd->ghkd", weight, g_g), mode="promise_in_bounds")
+        dk = dk.at[pairs.key].add(add("ghqk,ghqd->ghkd", low, q_g), mode="promise_in_bounds")
+        dq = dq.at[pairs.query].add(add("ghqk,ghkd->ghqd", low, k_g), mode="promise_in_bounds")
+        if d_position is not None or d_time is not None:
+            per_pair = d_score.sum(1)
+        if d_position is not None:
+            d_position = d_position + _diagonal_sums(per_pair, (pairs.key - pairs.query) * block, d_position.shape[0])
+        if d_time is not None:
+            d_time = d_time + _bucket_sums(per_pair, bucket, d_time.shape[0], sizes.scatter)
+        return dq, dk, dv, d_position, d_time
+
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
+    table_zeros = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in tables]
+    dq, dk, dv, *d_tables = jax.lax.fori_loop(0, _steps(sizes, work), step, (*zeros, *table_zeros))
+    d_tables = tuple(None if x is None else x.astype(like.dtype) for x, like in zip(d_tables, tables, strict=True))
+    return (alpha * dq).astype(q_in.dtype), (alpha * dk).astype(k_in.dtype), dv.astype(v_in.dtype), d_tables, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _diagonal_sums(x_gbb: Array, shift_g: Array, size: int) -> Array:
+    """Gradient of a table read at `size // 2 + shift + j - i`: sums over diagonals.
+
+    Padding rows to 2b - 1 + 1 columns and reading the buffer with one column less moves row i by i places: diagonals become columns.
+    """
+    group, block, _ = x_gbb.shape
+    flipped = x_gbb[:, ::-1]  # row i moves right by i; flipped, so that j - i becomes i' + j
+    wide = jnp.pad(flipped, ((0, 0), (0, 0), (0, block)))
+    skewed = wide.reshape(group, -1)[:, : block * (2 * block - 1)].reshape(group, block, 2 * block - 1)
+    sum_gd = skewed.sum(1)  # column d holds the diagonal j - i = d - (block - 1)
+    place_gd = size // 2 + shift_g[:, None] + jnp.arange(1 - block, block, dtype=jnp.int32)[None, :]
+    return jnp.zeros(size, jnp.float32).at[jnp.clip(place_gd, 0, size - 1)].add(sum_gd, mode="promise_in_bounds")
+
+
+def _bucket_sums(x_gbb: Array, bucket_gbb: Array, size: int, scatter: bool) -> Array:
+    """Gradient of a table read at `bucket`: its sums by bucket.
+
+    On CPU a scatter costs 2 ns an element. On accelerators it is millions of atomic additions to a few addresses; there every bucket that int32
+    gaps can reach takes part in one fused comparison and reduction, first over the rows of a tile, then over the rest.
+    """
+    if scatter:
+        return jnp.zeros(size, jnp.float32).at[bucket_gbb].add(x_gbb, mode="promise_in_bounds")
+    reached = min(size, 1 + int((bucket_starts(size)[1:] < 2**31 - 1).sum()))
+    bucket_111r = jnp.arange(reached, dtype=jnp.int32)[None, None, None, :]
+    sum_r = jnp.where(bucket_gbb[..., None] == bucket_111r, x_gbb[..., None], 0.0).sum((1, 2)).sum(0)
+    return jnp.pad(sum_r, (0, size - reached))
