@@ -1,5 +1,6 @@
 """Small pieces of device code that Pallas has no name for."""
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -10,21 +11,42 @@ from jaxlib.mlir.dialects import llvm, memref
 from kernels.hstu_attention import mosaic_schedule as schedule
 
 
-def next_item(counter_gm, box_sm):
-    """Draws the next number from a counter in global memory, for a whole warpgroup; `box_sm` int32[1] passes it from the drawing thread on."""
+def _draw_number(counter_gm, box_sm):
+    """The next number from a counter in global memory, for a whole warpgroup; `box_sm` passes it on from the thread that draws."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def draw(_, counter, box):
         i32 = ir.IntegerType.get_signless(32)
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
-            one = mgpu.c(1, i32)
-            ptr = mgpu.utils.memref_ptr(counter)
-            value = llvm.atomicrmw(llvm.AtomicBinOp.add, ptr, one, llvm.AtomicOrdering.monotonic)
+            counter_ptr = mgpu.utils.memref_ptr(counter)
+            value = llvm.atomicrmw(llvm.AtomicBinOp.add, counter_ptr, mgpu.c(1, i32), llvm.AtomicOrdering.monotonic)
             memref.store(value, box, [mgpu.c(0, ir.IndexType.get())])
         mgpu.utils.warpgroup_barrier()
 
     draw(counter_gm, box_sm)
     return box_sm[0]
+
+
+def fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
+    """Starts the copy of the next item's record into `slot`; the first item of a thread block is the one of its own number."""
+    number = lax.axis_index("worker") if first else _draw_number(counter_gm, s["rec"].at[2]) + workers
+    plgpu.barrier_wait(s["rec_empty"].at[slot])
+    number = jnp.minimum(number, records_gm.shape[0] - 1)
+    plgpu.copy_gmem_to_smem(records_gm.at[number], s["rec"].at[slot], s["rec_full"].at[slot])
+
+
+def load_rows(gm, tail_gm, row, size, head, tail_first, into, full):
+    """Copies rows of one head; those of the buffer's last partly filled tile from `tail_gm`, where padding rows have been zeroed."""
+    in_tail = row >= tail_first
+
+    @pl.when(in_tail)
+    def _():
+        place = pl.ds(pl.multiple_of(lax.rem(row - tail_first, schedule.TAIL), size), size)
+        plgpu.copy_gmem_to_smem(tail_gm.at[place, head], into, full)
+
+    @pl.when(~in_tail)
+    def _():
+        plgpu.copy_gmem_to_smem(gm.at[pl.ds(row, size), head], into, full)
 
 
 def swizzled(shape, dtype):

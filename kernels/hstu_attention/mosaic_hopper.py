@@ -1,6 +1,7 @@
-"""HSTU attention on Hopper (Pallas Mosaic GPU), forward.
+"""HSTU attention on Hopper (Pallas Mosaic GPU): the implementation `mosaic`, and its forward kernel.
 
 A thread block stays on its SM and draws work items until none is left. Two warpgroups compute 64 query rows each, a third feeds them by TMA.
+The backward is in `mosaic_hopper_vjp`, the lists of work in `mosaic_schedule`; docs/attention_kernel.md explains warps, barriers and buffers.
 """
 
 import dataclasses
@@ -12,76 +13,140 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from kernels import device
+from kernels.hstu_attention import mosaic_hopper_vjp as vjp
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import next_item
+from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, swizzled
+from kernels.hstu_attention.mosaic_parts import write_sums
+from kernels.hstu_attention.plan import AttentionPlan
 
-TILE = 128  # query rows of a work item: two warpgroups of 64
+TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
+WIDTHS = (64, 128, 256)
 ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
-    block_k: int  # keys a step
-    stages: int  # of the rings of keys and values
+    """block_k: keys a step. stages: depth of the rings of keys and values. workers: thread blocks, one an SM."""
+
+    block_k: int
+    stages: int
     workers: int = 132
 
 
-def _smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    swizzle = 128
-    elems = swizzle // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, elems)), plgpu.SwizzleTransform(swizzle)))
+def forward_config(k_width: int, v_width: int) -> ForwardConfig:
+    if max(k_width, v_width) > 128:
+        return ForwardConfig(block_k=64, stages=2)
+    return ForwardConfig(block_k=128, stages=2 if max(k_width, v_width) > 64 else 4)
 
 
-def silu(score: Array, alpha: float) -> Array:
-    """silu(alpha x) with one special-function instruction: silu(x) = h tanh(h) + h, h = x / 2."""
-    half = score * (0.5 * alpha)
-    return half * jnp.tanh(half) + half
+def attention(
+    q_THK: Float[Array, "T H K"],
+    k_THK: Float[Array, "T H K"],
+    v_THV: Float[Array, "T H V"],
+    plan: AttentionPlan,
+    *,
+    alpha: float,
+    scale: Any,
+    bias: Any,
+    deterministic: bool = False,
+) -> Float[Array, "T H V"]:
+    """See `hstu_attention`. bfloat16 or float16, K and V in {64, 128, 256}, no bias; Hopper only.
+
+    deterministic: gradients with the same bits on every run, by a second pass for dQ. Otherwise dQ is summed in memory in no fixed order.
+    """
+    reason = unsupported(q_THK.dtype, q_THK.shape[2], v_THV.shape[2], bias)
+    if reason is None and not device.current().is_hopper:
+        reason = f"needs a Hopper GPU (H100, H200), the device is {device.current().kind!r}; use 'xla'"
+    if reason is not None:
+        raise NotImplementedError(reason)
+    return attend(q_THK, k_THK, v_THV, plan, alpha=alpha, scale=scale, deterministic=deterministic)
 
 
-def forward(q, k, v, v_tail, rows_5T, scale_T, work, tail_block, config: ForwardConfig, *, alpha):
+def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int) -> AttentionPlan:
+    """The plan with the lists of work that this implementation needs for these sizes: made once a batch, used by every layer."""
+    config, back = forward_config(k_width, v_width), vjp.backward_config(k_width, v_width)
+    lists = {
+        schedule.forward_name(heads, config.block_k, config.workers): schedule.forward_schedule(plan, heads, config.block_k, config.workers),
+        schedule.backward_name(heads, back.block_q, back.workers): schedule.backward_schedule(plan, heads, back.block_q, back.workers),
+    }
+    return dataclasses.replace(plan, stored={**plan.stored, **lists})
+
+
+def unsupported(dtype: Any, k_width: int, v_width: int, bias: Any) -> str | None:
+    """Why this implementation cannot, or None."""
+    if bias is not None:
+        return "takes no relative bias; use 'triton' or 'xla', or bias=None"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 or float16, got {jnp.dtype(dtype).name}; cast q, k, v or use 'xla'"
+    for name, width in (("K", k_width), ("V", v_width)):
+        if width not in WIDTHS:
+            return f"takes head widths {WIDTHS}, got {name} = {width}; pad q, k, v with zeros or use 'xla'"
+    return None
+
+
+def attend(q: Array, k: Array, v: Array, plan: AttentionPlan, *, alpha: float, scale: Any, deterministic: bool = False) -> Array:
+    """`attention` without asking what the device is: also lowers for CUDA on a machine that has no GPU."""
+    rows = q.shape[0]
+    if rows == 0:
+        return jnp.zeros_like(v)
+    pad = ((0, schedule.rounded_up(rows) - rows), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(x, pad) for x in (q, k, v))
+    out = _attend((q, k, v), plan, jnp.asarray(scale, jnp.float32), alpha, deterministic)
+    return out[:rows]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(qkv, plan, scale, alpha, deterministic):
+    return forward(*qkv, plan, scale, alpha)
+
+
+def _attend_fwd(qkv, plan, scale, alpha, deterministic):
+    return forward(*qkv, plan, scale, alpha), (qkv, plan, scale)
+
+
+def _attend_bwd(alpha, deterministic, saved, g):
+    qkv, plan, scale = saved
+    return vjp.gradients(*qkv, g, plan, scale, alpha, deterministic), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alpha: float, config: ForwardConfig | None = None) -> Array:
+    """Output of padded buffers (T a multiple of 128)."""
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype = q.dtype
+    config = config or forward_config(width, width_v)
     block_k, stages = config.block_k, config.stages
-    records = work.records
+    work = schedule.forward_schedule(plan, heads, block_k, config.workers)
 
-    def kernel(q_gm, k_gm, v_gm, tail_gm, rows_gm, scale_gm, records_gm, misc_gm, counter_gm, o_gm, part_gm, scratch):
-        (q_sm, k_sm, v_sm, o_sm, rec_sm, box_sm, q_full, q_empty, k_full, k_empty, v_full, v_empty, rec_full, rec_empty) = scratch
+    def kernel(q_gm, k_gm, v_gm, tail_gm, bounds_gm, scale_gm, records_gm, tail_first_gm, counter_gm, o_gm, part_gm, s):
         wg = lax.axis_index("wg")
-
-        def field(slot, name):
-            return rec_sm[slot, name]
 
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
-            plgpu.barrier_arrive(q_empty)
-            for s in range(stages):
-                plgpu.barrier_arrive(k_empty.at[s])
-                plgpu.barrier_arrive(v_empty.at[s])
-            for s in range(2):
-                plgpu.barrier_arrive(rec_empty.at[s])
-            my_q = q_sm.at[pl.ds(wg * 64, 64)]
-            my_o = o_sm.at[wg]
+            plgpu.barrier_arrive(s["q_empty"])
+            for i in range(stages):
+                plgpu.barrier_arrive(s["k_empty"].at[i])
+                plgpu.barrier_arrive(s["v_empty"].at[i])
+            for i in range(2):
+                plgpu.barrier_arrive(s["rec_empty"].at[i])
+            my_q, my_o = s["q"].at[pl.ds(wg * 64, 64)], s["o"].at[wg]
 
-            def item(carry):
-                _, slot, step = carry
-                tile, head = field(slot, schedule.TILE), field(slot, schedule.HEAD)
-                begin, end = field(slot, schedule.BEGIN), field(slot, schedule.END)
-                cut1, cut2 = field(slot, schedule.CUT1), field(slot, schedule.CUT2)
-                shifts = [field(slot, schedule.SHIFT0 + i) for i in range(3)]
-                full = [field(slot, schedule.FULL0 + i) for i in range(4)]
-                part = field(slot, schedule.SLOT)
-                plgpu.barrier_arrive(rec_empty.at[slot])
-                row0 = tile * TILE + wg * 64
-                bounds = [plgpu.load(rows_gm.at[i, pl.ds(row0, 64)], layout=ROW, optimized=False) for i in range(5)]
+            def one_item(item, slot, step):
+                count = item.count
+                row0 = item.tile * TILE + wg * 64
+                bounds = [plgpu.load(bounds_gm.at[i, pl.ds(row0, 64)], layout=ROW, optimized=False) for i in range(5)]
 
-                def weights(s, i):
-                    block = i + jnp.where(i < cut1, shifts[0], jnp.where(i < cut2, shifts[1], shifts[2]))
-                    whole = ((block >= full[0]) & (block < full[1])) | ((block >= full[2]) & (block < full[3]))
-                    p = silu(s, alpha)
+                def weights(scores, i):
+                    half = scores * (0.5 * alpha)
+                    p = half * jnp.tanh(half) + half  # silu(x) = h tanh(h) + h, h = x / 2: one special-function instruction
+                    block = item.block(i)
 
                     def masked(p):
                         key = plgpu.broadcasted_iota(jnp.int32, p.shape, 1, layout=plgpu.Layout.WGMMA) + block * block_k
@@ -89,157 +154,121 @@ def forward(q, k, v, v_tail, rows_5T, scale_T, work, tail_block, config: Forward
                         seen = ((key >= lo0) & (key < hi0)) | ((key >= lo1) & (key < hi1)) | (key == own)
                         return jnp.where(seen, p, 0.0)
 
-                    return lax.cond(whole, lambda p: p, masked, p).astype(dtype)
+                    return lax.cond(item.whole(block), lambda p: p, masked, p).astype(dtype)
 
-                plgpu.barrier_wait(q_full)
+                plgpu.barrier_wait(s["q_full"])
 
                 def accumulate(acc):
                     first = lax.rem(step, stages)
-                    plgpu.barrier_wait(k_full.at[first])
+                    plgpu.barrier_wait(s["k_full"].at[first])
 
                     def first_scores(s_acc):
-                        plgpu.wgmma(s_acc, my_q, k_sm.at[first].T)
+                        plgpu.wgmma(s_acc, my_q, s["k"].at[first].T)
                         return s_acc[...]
 
-                    s = pl.run_scoped(first_scores, plgpu.ACC((64, block_k), jnp.float32))
-                    plgpu.barrier_arrive(k_empty.at[first])
-                    p = weights(s, begin)
+                    scores = pl.run_scoped(first_scores, plgpu.ACC((64, block_k), jnp.float32))
+                    plgpu.barrier_arrive(s["k_empty"].at[first])
+                    p = weights(scores, jnp.int32(0))
 
-                    def one(i, p):
-                        now = lax.rem(step + i - begin, stages)
-                        before = lax.rem(step + i - begin - 1, stages)
-                        plgpu.barrier_wait(k_full.at[now])
+                    def one_block(i, p):
+                        """Scores of block i, while the weights of block i - 1 meet their values."""
+                        now, before = lax.rem(step + i, stages), lax.rem(step + i - 1, stages)
+                        plgpu.barrier_wait(s["k_full"].at[now])
 
                         def products(s_acc):
-                            plgpu.wgmma(s_acc, my_q, k_sm.at[now].T)
-                            plgpu.barrier_wait(v_full.at[before])
-                            plgpu.wgmma(acc, p, v_sm.at[before])
-                            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                            return lax.optimization_barrier(s)
+                            plgpu.wgmma(s_acc, my_q, s["k"].at[now].T)
+                            plgpu.barrier_wait(s["v_full"].at[before])
+                            plgpu.wgmma(acc, p, s["v"].at[before])
+                            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
 
-                        s = pl.run_scoped(products, plgpu.ACC((64, block_k), jnp.float32))
-                        plgpu.barrier_arrive(k_empty.at[now])
-                        p_next = weights(s, i)
+                        scores = pl.run_scoped(products, plgpu.ACC((64, block_k), jnp.float32))
+                        plgpu.barrier_arrive(s["k_empty"].at[now])
+                        p_next = weights(scores, i)
                         plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(v_empty.at[before])
+                        plgpu.barrier_arrive(s["v_empty"].at[before])
                         return p_next
 
-                    p = lax.fori_loop(begin + 1, end, one, p)
-                    plgpu.barrier_arrive(q_empty)
-                    last = lax.rem(step + end - begin - 1, stages)
-                    plgpu.barrier_wait(v_full.at[last])
-                    plgpu.wgmma(acc, p, v_sm.at[last])
+                    p = lax.fori_loop(1, count, one_block, p)
+                    plgpu.barrier_arrive(s["q_empty"])
+                    last = lax.rem(step + count - 1, stages)
+                    plgpu.barrier_wait(s["v_full"].at[last])
+                    plgpu.wgmma(acc, p, s["v"].at[last])
                     out = acc[...]
-                    plgpu.barrier_arrive(v_empty.at[last])
+                    plgpu.barrier_arrive(s["v_empty"].at[last])
                     return out
 
                 out = pl.run_scoped(accumulate, plgpu.ACC((64, width_v), jnp.float32))
+                part, head = item.slot, item.head
+                plgpu.barrier_arrive(s["rec_empty"].at[slot])
                 scale = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False)
-                out = out * lax.broadcast_in_dim(scale, out.shape, [0])
+                for c in range(width_v // 64):
+                    chunk = out[:, c * 64 : (c + 1) * 64] * lax.broadcast_in_dim(scale, (64, 64), [0])
 
-                @pl.when(part < 0)
-                def _():
-                    out16 = out.astype(dtype)
-                    for c in range(width_v // 64):
-                        chunk = my_o.at[c % 2]
-                        if c < 2:
-                            plgpu.wait_smem_to_gmem(1 if width_v > 64 else 0, wait_read_only=True)
-                        else:
-                            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                        chunk[...] = out16[:, c * 64 : (c + 1) * 64]
+                    @pl.when(part < 0)
+                    def _(chunk=chunk, c=c):
+                        stage = my_o.at[c % 2]
+                        plgpu.wait_smem_to_gmem(1 if width_v > 64 else 0, wait_read_only=True)
+                        stage[...] = chunk.astype(dtype)
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(chunk, o_gm.at[pl.ds(row0, 64), head, pl.ds(c * 64, 64)])
+                        plgpu.copy_smem_to_gmem(stage, o_gm.at[pl.ds(row0, 64), head, pl.ds(c * 64, 64)])
 
-                @pl.when(part >= 0)
-                def _():
-                    part_gm.at[part, pl.ds(wg * 64, 64)][...] = out
+                    @pl.when(part >= 0)
+                    def _(chunk=chunk, c=c):
+                        part_gm.at[part, pl.ds(wg * 64, 64), pl.ds(c * 64, 64)][...] = chunk
 
-                step = step + end - begin
-                slot = 1 - slot
-                plgpu.barrier_wait(rec_full.at[slot])
-                return field(slot, schedule.TILE) >= 0, slot, step
-
-            plgpu.barrier_wait(rec_full.at[0])
-            lax.while_loop(lambda c: c[0], item, (field(0, schedule.TILE) >= 0, jnp.int32(0), jnp.int32(0)))
+            draw_items(s["rec"], s["rec_full"], one_item)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
         def _feed():
-            plgpu.set_max_registers(40, action="decrease")
-            tail_first = misc_gm[0]
+            plgpu.set_max_registers(24, action="decrease")
+            tail_first = tail_first_gm[0]
+            fetch = functools.partial(fetch_item, records_gm, counter_gm, s, workers=config.workers)
 
-            def fetch(index, slot):
-                plgpu.barrier_wait(rec_empty.at[slot])
-                index = jnp.minimum(index, records.shape[0] - 1)
-                plgpu.copy_gmem_to_smem(records_gm.at[index], rec_sm.at[slot], rec_full.at[slot])
+            def one_item(item, slot, step):
+                head = item.head
+                plgpu.barrier_wait(s["q_empty"])
+                plgpu.copy_gmem_to_smem(q_gm.at[pl.ds(item.tile * TILE, TILE), head], s["q"], s["q_full"])
 
-            def item(carry):
-                _, slot, step = carry
-                tile, head = field(slot, schedule.TILE), field(slot, schedule.HEAD)
-                begin, end = field(slot, schedule.BEGIN), field(slot, schedule.END)
-                cut1, cut2 = field(slot, schedule.CUT1), field(slot, schedule.CUT2)
-                shifts = [field(slot, schedule.SHIFT0 + i) for i in range(3)]
-                plgpu.barrier_wait(q_empty)
-                plgpu.copy_gmem_to_smem(q_gm.at[pl.ds(tile * TILE, TILE), head], q_sm, q_full)
+                @pl.loop(0, item.count)
+                def _(i):
+                    row = item.block(i) * block_k
+                    now = lax.rem(step + i, stages)
+                    plgpu.barrier_wait(s["k_empty"].at[now])
+                    plgpu.copy_gmem_to_smem(k_gm.at[pl.ds(row, block_k), head], s["k"].at[now], s["k_full"].at[now])
+                    plgpu.barrier_wait(s["v_empty"].at[now])
+                    load_rows(v_gm, tail_gm, row, block_k, head, tail_first, s["v"].at[now], s["v_full"].at[now])
+                    pl.when(i == 0)(lambda: fetch(1 - slot))
 
-                def one(i, _):
-                    block = i + jnp.where(i < cut1, shifts[0], jnp.where(i < cut2, shifts[1], shifts[2]))
-                    now = lax.rem(step + i - begin, stages)
-                    plgpu.barrier_wait(k_empty.at[now])
-                    plgpu.copy_gmem_to_smem(k_gm.at[pl.ds(block * block_k, block_k), head], k_sm.at[now], k_full.at[now])
-                    plgpu.barrier_wait(v_empty.at[now])
-                    in_tail = block * block_k >= tail_first
-
-                    @pl.when(in_tail)
-                    def _():
-                        row = pl.multiple_of(block * block_k - tail_first, block_k)
-                        plgpu.copy_gmem_to_smem(tail_gm.at[pl.ds(row, block_k), head], v_sm.at[now], v_full.at[now])
-
-                    @pl.when(~in_tail)
-                    def _():
-                        plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(block * block_k, block_k), head], v_sm.at[now], v_full.at[now])
-
-                    @pl.when(i == begin)
-                    def _():
-                        fetch(next_item(counter_gm, box_sm) + config.workers, 1 - slot)
-
-                lax.fori_loop(begin, end, one, None)
-                step = step + end - begin
-                slot = 1 - slot
-                plgpu.barrier_wait(rec_full.at[slot])
-                return field(slot, schedule.TILE) >= 0, slot, step
-
-            fetch(lax.axis_index("worker"), 0)
-            plgpu.barrier_wait(rec_full.at[0])
-            lax.while_loop(lambda c: c[0], item, (field(0, schedule.TILE) >= 0, jnp.int32(0), jnp.int32(0)))
+            fetch(0, first=True)
+            draw_items(s["rec"], s["rec_full"], one_item)
 
     def entry(*refs):
-        ring = functools.partial(plgpu.Barrier, num_barriers=stages)
-        pl.run_scoped(
-            lambda *scratch: kernel(*refs, scratch),
-            _smem((TILE, width), dtype),
-            _smem((stages, block_k, width), dtype),
-            _smem((stages, block_k, width_v), dtype),
-            _smem((2, 2, 64, 64), dtype),
-            plgpu.SMEM((2, schedule.RECORD), jnp.int32),
-            plgpu.SMEM((1,), jnp.int32),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2),
-            ring(),
-            ring(num_arrivals=2),
-            ring(),
-            ring(num_arrivals=2),
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=2),
-            collective_axes="wg",
+        barrier = plgpu.Barrier
+        scratch = dict(
+            q=swizzled((TILE, width), dtype),
+            k=swizzled((stages, block_k, width), dtype),
+            v=swizzled((stages, block_k, width_v), dtype),
+            o=swizzled((2, 2, 64, 64), dtype),
+            rec=plgpu.SMEM((3, schedule.RECORD), jnp.int32),
+            q_full=barrier(),
+            q_empty=barrier(num_arrivals=2),
+            k_full=barrier(num_barriers=stages),
+            k_empty=barrier(num_arrivals=2, num_barriers=stages),
+            v_full=barrier(num_barriers=stages),
+            v_empty=barrier(num_arrivals=2, num_barriers=stages),
+            rec_full=barrier(num_barriers=2),
+            rec_empty=barrier(num_arrivals=2, num_barriers=2),
         )
+        pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
 
+    slots = schedule.capacity(rows // TILE, heads, config.workers)[1] * heads
     counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
     out, parts = plgpu.kernel(
         entry,
         out_type=[
             jax.ShapeDtypeStruct((rows, heads, width_v), dtype),
-            jax.ShapeDtypeStruct((max(work.num_slots, 1), TILE, width_v), jnp.float32),
+            jax.ShapeDtypeStruct((slots, TILE, width_v), jnp.float32),
         ],
         grid=(config.workers,),
         grid_names=("worker",),
@@ -247,5 +276,7 @@ def forward(q, k, v, v_tail, rows_5T, scale_T, work, tail_block, config: Forward
         thread_name="wg",
         kernel_name="hstu_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    )(q, k, v, v_tail, rows_5T, scale_T, records, tail_block, counter)
-    return out, parts
+    )(q, k, v, schedule.clean_tail(v, plan), work.bounds, schedule.row_scales(scale, plan, rows), work.records, work.tail, counter)
+    out = jax.new_ref(out)
+    write_sums(work.parts, parts, out, heads)
+    return out[...]

@@ -12,9 +12,12 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import draw_items, next_item, swizzled
+from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, swizzled
+from kernels.hstu_attention.mosaic_parts import write_sums
+from kernels.hstu_attention.plan import AttentionPlan
 
 TILE = 128  # keys of a work item: two warpgroups of 64
 ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -30,23 +33,38 @@ class BackwardConfig:
     registers: tuple[int, int] = (240, 24)  # compute, feed
 
 
-def _seen(rows_gm, key0, row0, shape):
+def _seen(bounds_gm, key0, row0, shape):
     """Which rows (columns here) see which keys: three intervals of rows a key."""
-    bounds = [plgpu.load(rows_gm.at[j, pl.ds(key0, 64)], layout=ROW, optimized=False) for j in range(6)]
+    bounds = [plgpu.load(bounds_gm.at[j, pl.ds(key0, 64)], layout=ROW, optimized=False) for j in range(6)]
     row = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + row0
     lo0, hi0, lo1, hi1, lo2, hi2 = (lax.broadcast_in_dim(x, shape, [0]) for x in bounds)
     return ((row >= lo0) & (row < hi0)) | ((row >= lo1) & (row < hi1)) | ((row >= lo2) & (row < hi2))
 
 
-def key_gradients(q, k, v, do, tails, key_rows_6T, row_scale, work, tail_first, config: BackwardConfig, *, alpha, scale_in_rows):
-    """dQ (float32, without its factor alpha/2), dK, dV (float32 parts of split tiles beside them), all without the constant scale."""
+def backward_config(k_width: int, v_width: int) -> BackwardConfig:
+    return BackwardConfig()
+
+
+def gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, deterministic: bool) -> Any:
+    """(dQ, dK, dV) of padded buffers (T a multiple of 128)."""
+    if deterministic:
+        raise NotImplementedError("deterministic gradients are not here yet; use 'xla'")
+    return one_pass(q, k, v, do, plan, scale, alpha, backward_config(q.shape[2], v.shape[2]))
+
+
+def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype = q.dtype
     block_q, stages = config.block_q, config.stages
-    records = work.records
+    work = schedule.backward_schedule(plan, heads, block_q, config.workers)
+    # A constant factor is applied to sums; a factor a row to every weight.
+    scale_in_rows = scale.ndim == 1
+    factor = jnp.ones((1,), jnp.float32) if scale_in_rows else scale.reshape(1)
+    scale_T = schedule.row_scales(scale, plan, rows)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, qt_gm, kt_gm, dot_gm, rows_gm, scale_gm, records_gm, misc_gm, counter_gm, dq_gm, dk_gm, dv_gm, dkp_gm, dvp_gm, s):
+    def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, scale_gm, factor_gm, records_gm, tail_first_gm,
+               counter_gm, dq_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
         wg = lax.axis_index("wg")
 
         @pl.when(wg < 2)
@@ -63,7 +81,7 @@ def key_gradients(q, k, v, do, tails, key_rows_6T, row_scale, work, tail_first, 
             my_columns = pl.ds(pl.multiple_of(wg * (width // 2), 64), width // 2)
             stage = s["dq"].at[wg]
 
-            def work(item, slot, step):
+            def one_item(item, slot, step):
                 plgpu.barrier_wait(s["kv_full"])
 
                 def send_dq(dq, i, ds_slot):
@@ -101,7 +119,7 @@ def key_gradients(q, k, v, do, tails, key_rows_6T, row_scale, work, tail_first, 
                         st, dpt = pl.run_scoped(scores, plgpu.ACC((64, block_q), jnp.float32))
 
                         def masked(st, dpt):
-                            seen = _seen(rows_gm, item.tile * TILE + wg * 64, item.block(i) * block_q, st.shape)
+                            seen = _seen(bounds_gm, item.tile * TILE + wg * 64, item.block(i) * block_q, st.shape)
                             return jnp.where(seen, st, 0.0), jnp.where(seen, dpt, 0.0)
 
                         st, dpt = lax.cond(whole, lambda *x: x, masked, st, dpt)
@@ -157,77 +175,58 @@ def key_gradients(q, k, v, do, tails, key_rows_6T, row_scale, work, tail_first, 
 
                 dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32), plgpu.ACC((64, width_v), jnp.float32))
                 plgpu.barrier_arrive(s["kv_empty"])
-                dk = dk * (0.5 * alpha)
                 key0, head, part = item.tile * TILE + wg * 64, item.head, item.slot
                 ds_slot = lax.rem(step + item.count, 2)
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
                 # dK and dV leave through this warpgroup's part of a dS buffer
                 out = s["ds"].at[ds_slot, mine]
                 plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
+                factor = factor_gm[0]
+                for grad, times, gm, part_gm in ((dv, factor, dv_gm, dv_part_gm), (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm)):
+                    for c in range(0, grad.shape[1], 64):
+                        chunk = grad[:, c : c + 64] * times
 
-                @pl.when(part < 0)
-                def _():
-                    for grad, gm in ((dv, dv_gm), (dk, dk_gm)):
-                        grad16 = grad.astype(dtype)
-                        for c in range(0, grad.shape[1], block_q):
-                            out[...] = grad16[:, c : c + block_q]
+                        @pl.when(part < 0)
+                        def _(chunk=chunk, gm=gm, c=c):
+                            out[...] = chunk.astype(dtype)
                             plgpu.commit_smem()
-                            plgpu.copy_smem_to_gmem(out, gm.at[pl.ds(key0, 64), head, pl.ds(c, block_q)])
+                            plgpu.copy_smem_to_gmem(out, gm.at[pl.ds(key0, 64), head, pl.ds(c, 64)])
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-                @pl.when(part >= 0)
-                def _():
-                    dkp_gm.at[part, mine][...] = dk
-                    dvp_gm.at[part, mine][...] = dv
+                        @pl.when(part >= 0)
+                        def _(chunk=chunk, part_gm=part_gm, c=c):
+                            part_gm.at[part, mine, pl.ds(c, 64)][...] = chunk
 
                 plgpu.barrier_arrive(s["ds_empty"].at[ds_slot])
 
-            draw_items(s["rec"], s["rec_full"], work)
+            draw_items(s["rec"], s["rec_full"], one_item)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
         def _feed():
             plgpu.set_max_registers(config.registers[1], action="decrease")
-            tail_first = misc_gm[0]
+            tail_first = tail_first_gm[0]
 
-            def fetch(index, slot):
-                plgpu.barrier_wait(s["rec_empty"].at[slot])
-                index = jnp.minimum(index, records.shape[0] - 1)
-                plgpu.copy_gmem_to_smem(records_gm.at[index], s["rec"].at[slot], s["rec_full"].at[slot])
+            fetch = functools.partial(fetch_item, records_gm, counter_gm, s, workers=config.workers)
 
-            def load(gm, tail_gm, row, size, head, into, full):
-                """Rows from the buffer, or from its last partly filled tile, where padding rows have been zeroed."""
-                in_tail = row >= tail_first
-
-                @pl.when(in_tail)
-                def _():
-                    place = pl.ds(pl.multiple_of(lax.rem(row - tail_first, schedule.TAIL), size), size)
-                    plgpu.copy_gmem_to_smem(tail_gm.at[place, head], into, full)
-
-                @pl.when(~in_tail)
-                def _():
-                    plgpu.copy_gmem_to_smem(gm.at[pl.ds(row, size), head], into, full)
-
-            def work(item, slot, step):
-                head, row = item.head, item.tile * TILE
+            def one_item(item, slot, step):
                 plgpu.barrier_wait(s["kv_empty"])
-                plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, TILE), head], s["v"], s["kv_full"])
-                load(k_gm, kt_gm, row, TILE, head, s["k"], s["kv_full"])
+                row = item.tile * TILE
+                plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, TILE), item.head], s["v"], s["kv_full"])
+                load_rows(k_gm, k_tail_gm, row, TILE, item.head, tail_first, s["k"], s["kv_full"])
 
                 @pl.loop(0, item.count)
                 def _(i):
                     now = lax.rem(step + i, stages)
                     row = item.block(i) * block_q
+                    full = s["row_full"].at[now]
                     plgpu.barrier_wait(s["row_empty"].at[now])
-                    load(q_gm, qt_gm, row, block_q, item.head, s["q"].at[now], s["row_full"].at[now])
-                    load(do_gm, dot_gm, row, block_q, item.head, s["do"].at[now], s["row_full"].at[now])
+                    load_rows(q_gm, q_tail_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
+                    load_rows(do_gm, do_tail_gm, row, block_q, item.head, tail_first, s["do"].at[now], full)
+                    pl.when(i == 0)(lambda: fetch(1 - slot))
 
-                    @pl.when(i == 0)
-                    def _():
-                        fetch(next_item(counter_gm, s["box"]) + config.workers, 1 - slot)
-
-            fetch(lax.axis_index("worker"), 0)
-            draw_items(s["rec"], s["rec_full"], work)
+            fetch(0, first=True)
+            draw_items(s["rec"], s["rec_full"], one_item)
 
     def entry(*refs):
         barrier = plgpu.Barrier
@@ -238,8 +237,7 @@ def key_gradients(q, k, v, do, tails, key_rows_6T, row_scale, work, tail_first, 
             do=swizzled((stages, block_q, width_v), dtype),
             ds=swizzled((2, TILE, block_q), dtype),
             dq=swizzled((2, block_q, width // 2), jnp.float32),
-            rec=plgpu.SMEM((2, schedule.RECORD), jnp.int32),
-            box=plgpu.SMEM((1,), jnp.int32),
+            rec=plgpu.SMEM((3, schedule.RECORD), jnp.int32),
             kv_full=barrier(num_arrivals=2),
             kv_empty=barrier(num_arrivals=2),
             row_full=barrier(num_arrivals=2, num_barriers=stages),
@@ -253,7 +251,8 @@ def key_gradients(q, k, v, do, tails, key_rows_6T, row_scale, work, tail_first, 
 
     counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
     dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
-    slots = max(work.num_slots, 1)
+    slots = schedule.capacity(rows // TILE, heads, config.workers)[1] * heads
+    tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
     dk, dv, dk_parts, dv_parts = plgpu.kernel(
         entry,
         out_type=[
@@ -268,5 +267,8 @@ def key_gradients(q, k, v, do, tails, key_rows_6T, row_scale, work, tail_first, 
         thread_name="wg",
         kernel_name="hstu_backward",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    )(q, k, v, do, *tails, key_rows_6T, row_scale, work.records, tail_first, counter, dq)
-    return dq[...], dk, dv, dk_parts, dv_parts
+    )(q, k, v, do, *tails, work.bounds, scale_T, factor, work.records, work.tail, counter, dq)
+    dk, dv = jax.new_ref(dk), jax.new_ref(dv)
+    write_sums(work.parts, dk_parts, dk, heads)
+    write_sums(work.parts, dv_parts, dv, heads)
+    return (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype), dk[...], dv[...]

@@ -7,7 +7,10 @@ The same code makes the forward's list (tiles of query rows, blocks of keys) and
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
+
+from kernels.hstu_attention.plan import AttentionPlan
 
 TAIL = 128  # rows of the last, partly filled tile that are passed separately, with padding rows zeroed
 RECORD = 16  # int32 in a record: 64 bytes, what one bulk copy moves
@@ -19,46 +22,127 @@ class Schedule(NamedTuple):
     records: `[items, 16]`, unused ones with tile -1 at the end, at least one.
       Block i of the COUNT blocks of an item is block `i + SHIFT0` of the buffer, from CUT1 on `i + SHIFT1`, from CUT2 on `i + SHIFT2`;
       it needs no mask inside [FULL, FULL_END) of any of the three; SLOT is where a partial sum goes, -1 for a tile that is not split.
-    parts: `[splits, 4]`: tile, head, first slot and number of slots of each split tile, unused ones with no slots.
-    num_slots: slots for partial sums.
+    parts: `[splits, 4]`: tile, head, first slot and number of slots of each split tile, unused ones with no slots. The slots of a tile are
+      one number of heads apart.
+    bounds: what the kernel masks with, `[k, T]`, T rounded up to whole tiles: for each row (or key) the ends of its intervals.
+    tail: `[1]`, first row of the last tile that holds a real row: where NaN may stand beside numbers.
     """
 
     records: Int[Array, "items 16"]
     parts: Int[Array, "splits 4"]
-    num_slots: int
+    bounds: Int[Array, "k T"]
+    tail: Int[Array, " 1"]
 
 
-def make_schedule(
-    lo: Int[Array, "tiles 3"],
-    hi: Int[Array, "tiles 3"],
-    full: tuple[tuple[Any, Any], ...],
-    heads: int,
-    workers: int,
-    overhead: int,
-) -> Schedule:
-    """A list for `workers` thread blocks.
+def rounded_up(rows: int) -> int:
+    return -(-rows // TAIL) * TAIL
+
+
+def forward_name(heads: int, block_k: int, workers: int) -> str:
+    return f"mosaic forward, {heads} heads, {block_k} keys, {workers} workers"
+
+
+def backward_name(heads: int, block_q: int, workers: int) -> str:
+    return f"mosaic backward, {heads} heads, {block_q} rows, {workers} workers"
+
+
+def forward_schedule(plan: AttentionPlan, heads: int, block_k: int, workers: int) -> Schedule:
+    """Tiles of 128 query rows over blocks of keys. `bounds`: lo0, hi0, lo1, hi1 and the row itself, -1 in padding.
+
+    Taken from `plan.stored` if it is there (see `mosaic_hopper.prepare`).
+    """
+    stored = plan.stored.get(forward_name(heads, block_k, workers))
+    if stored is not None:
+        return stored
+    rows = rounded_up(plan.num_rows)
+    pad = (0, rows - plan.num_rows)
+    keys = [jnp.pad(x, pad) for x in plan.keys]
+    row_T = jnp.arange(rows, dtype=jnp.int32)
+    own = jnp.where(row_T < plan.num_real, row_T, -1)
+    bounds = plan.tile_bounds(TAIL, block_k)
+    full = [_common(lo, hi, TAIL, block_k) for lo, hi in (keys[:2], keys[2:])]
+    records, parts = make_items(bounds.key_lo, bounds.key_hi, full, TAIL // block_k, heads, workers)
+    return Schedule(records, parts, jnp.stack([*keys, own]), _tail(plan))
+
+
+def backward_schedule(plan: AttentionPlan, heads: int, block_q: int, workers: int) -> Schedule:
+    """Tiles of 128 keys over blocks of query rows. `bounds`: three intervals of rows for each key, the key's own row in the second.
+
+    Taken from `plan.stored` if it is there.
+    """
+    stored = plan.stored.get(backward_name(heads, block_q, workers))
+    if stored is not None:
+        return stored
+    rows = rounded_up(plan.num_rows)
+    ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.rows)
+    key_T = jnp.arange(rows, dtype=jnp.int32)
+    real = key_T < plan.num_real
+    near_lo = jnp.where(real, key_T, 0)
+    near_hi = jnp.where(real, jnp.maximum(near_hi, key_T + 1), 0)
+    bounds = plan.tile_bounds(block_q, TAIL)
+    ranges = ((ctx_lo, ctx_hi), (near_lo, near_hi), (tail_lo, tail_hi))
+    full = [_common(lo, hi, TAIL, block_q) for lo, hi in ranges]
+    records, parts = make_items(bounds.row_lo, bounds.row_hi, full, TAIL // block_q, heads, workers)
+    return Schedule(records, parts, jnp.stack([x for pair in ranges for x in pair]), _tail(plan))
+
+
+def _tail(plan: AttentionPlan) -> Array:
+    return (plan.num_real // TAIL * TAIL).astype(jnp.int32).reshape(1)
+
+
+def clean_tail(x: Array, plan: AttentionPlan) -> Array:
+    """The last tile of `x` [T, ...] that holds a real row, padding rows zeroed: 0 * NaN would be NaN in a product."""
+    first = jnp.minimum(_tail(plan)[0], x.shape[0] - TAIL)
+    rows = lax.dynamic_slice_in_dim(x, first, TAIL)
+    real = (first + jnp.arange(TAIL) < plan.num_real).reshape((TAIL,) + (1,) * (x.ndim - 1))
+    return jnp.where(real, rows, jnp.zeros((), x.dtype))
+
+
+def row_scales(scale: Array, plan: AttentionPlan, rows: int) -> Array:
+    """float32[rows]: the factor of each row, 0 in padding, where the caller's may be NaN."""
+    scale_T = jnp.pad(jnp.broadcast_to(scale, (plan.num_rows,)), (0, rows - plan.num_rows))
+    return jnp.where(jnp.arange(rows) < plan.num_real, scale_T, 0.0)
+
+
+def _common(lo: Array, hi: Array, tile: int, block: int) -> tuple[Array, Array]:
+    """Range of blocks that lie in the interval of every row of a tile."""
+    begin = -(-lo.reshape(-1, tile).max(1) // block)
+    return begin, jnp.maximum(hi.reshape(-1, tile).min(1) // block, begin)
+
+
+def capacity(tiles: int, heads: int, workers: int) -> tuple[int, int]:
+    """(tiles that may be split, slots for their partial sums) for each head: what `make_items` can need at most."""
+    splits = min(tiles, 4 * workers // (3 * heads) + 1)
+    return splits, 7 * workers // (2 * heads) + 1 + splits
+
+
+def make_items(lo: Array, hi: Array, full: Any, blocks_in_tile: int, heads: int, workers: int) -> tuple[Array, Array]:
+    """Records and parts for `workers` thread blocks.
 
     Args:
-      lo, hi: ascending disjoint ranges of blocks that each tile meets; every tile meets one at least.
+      lo, hi: `[tiles, 3]`, ascending disjoint ranges of blocks that each tile meets.
       full: up to three ranges of blocks, `(begin [tiles], end [tiles])`, that the whole tile sees without a mask.
+      blocks_in_tile: a tile that meets nothing is padding; it takes its own first block, masked, so that its result is written, as zeros.
       heads: every tile is done once a head.
-      workers: thread blocks that run at a time.
-      overhead: what beginning and ending an item costs, in blocks.
     """
     tiles = lo.shape[0]
+    own = jnp.arange(tiles, dtype=jnp.int32) * blocks_in_tile
+    nothing = (hi <= lo).all(1)
+    lo = lo.at[:, 0].set(jnp.where(nothing, own, lo[:, 0]))
+    hi = hi.at[:, 0].set(jnp.where(nothing, own + 1, hi[:, 0]))
     count = (hi - lo).sum(1)
+    overhead = 2  # what beginning and ending an item costs, in blocks
     share = ((count + overhead).sum() * heads) // workers  # blocks that each worker should do
     # A tile is split when it alone is most of a worker's share, into pieces small enough to be packed.
     piece = jnp.maximum(share // 3, 4 * overhead)
     pieces = jnp.where(4 * count > 3 * jnp.maximum(share, 4 * overhead), -(-count // piece), 1)
-    splits = min(tiles, 4 * workers // (3 * heads) + 1)
-    slots = 7 * workers // (2 * heads) + 1 + splits
+    splits, slots = capacity(tiles, heads, workers)
     return _pack(lo, hi, full, heads, count, pieces, splits, slots)
 
 
-def _pack(lo: Any, hi: Any, full: Any, heads: int, count: Any, pieces: Any, splits: int, slots: int) -> Schedule:
+def _pack(lo: Any, hi: Any, full: Any, heads: int, count: Any, pieces: Any, splits: int, slots: int) -> tuple[Array, Array]:
     tiles = lo.shape[0]
-    capacity = tiles + slots
+    capacity = tiles + slots - splits
     total = jnp.cumsum(pieces)
     item = jnp.arange(capacity, dtype=jnp.int32)
     tile = jnp.minimum(jnp.searchsorted(total, item, side="right", method="scan_unrolled").astype(jnp.int32), tiles - 1)
@@ -71,7 +155,7 @@ def _pack(lo: Any, hi: Any, full: Any, heads: int, count: Any, pieces: Any, spli
     slot = jnp.where(split[tile], first_slot[tile] + part, -1)
 
     size = hi - lo
-    columns = [None] * RECORD
+    columns: list[Any] = [None] * RECORD
     columns[TILE] = jnp.where(used, tile, -1)
     columns[COUNT], columns[SLOT] = end - begin, slot
     cut1 = size[:, 0]
@@ -102,4 +186,4 @@ def _pack(lo: Any, hi: Any, full: Any, heads: int, count: Any, pieces: Any, spli
     parts = jnp.broadcast_to(parts[:, None, :], (splits, heads, 4))
     parts = parts.at[:, :, 1].set(jnp.broadcast_to(head[None, :], (splits, heads)))
     parts = parts.at[:, :, 2].set(parts[:, :, 2] * heads + head[None, :])
-    return Schedule(records, parts.reshape(-1, 4), slots * heads)
+    return records, parts.reshape(-1, 4)
