@@ -42,7 +42,7 @@ def _seen(bounds_gm, key0, row0, shape):
 
 
 def backward_config(k_width: int, v_width: int) -> BackwardConfig:
-    return BackwardConfig()
+    return BackwardConfig(block_q=128, stages=2) if max(k_width, v_width) == 64 else BackwardConfig()
 
 
 def gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, deterministic: bool) -> Any:
@@ -57,6 +57,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
     width_v = v.shape[-1]
     dtype = q.dtype
     block_q, stages = config.block_q, config.stages
+    dq_shape = (block_q, width // 2) if width > 64 else (block_q // 2, width)
     work = schedule.backward_schedule(plan, heads, block_q, config.workers)
     # A constant factor is applied to sums; a factor a row to every weight.
     scale_in_rows = scale.ndim == 1
@@ -78,7 +79,11 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                 plgpu.barrier_arrive(s["ds_empty"].at[i])
             mine = pl.ds(wg * 64, 64)
             my_k, my_v = s["k"].at[mine], s["v"].at[mine]
-            my_columns = pl.ds(pl.multiple_of(wg * (width // 2), 64), width // 2)
+            # of a block's dQ each warpgroup makes half: of the columns, or of the rows where there are too few columns
+            if width > 64:
+                my_rows, my_columns = pl.ds(0, block_q), pl.ds(pl.multiple_of(wg * (width // 2), 64), width // 2)
+            else:
+                my_rows, my_columns = pl.ds(pl.multiple_of(wg * (block_q // 2), 64), block_q // 2), pl.ds(0, width)
             stage = s["dq"].at[wg]
 
             def one_item(item, slot, step):
@@ -90,8 +95,8 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     stage[...] = dq
                     plgpu.commit_smem()
-                    rows_of_block = pl.ds(item.block(i) * block_q, block_q)
-                    plgpu.copy_smem_to_gmem(stage, dq_gm.at[rows_of_block, item.head, my_columns], reduction_op="add")
+                    rows = pl.ds(item.block(i) * block_q + my_rows.start, my_rows.size)
+                    plgpu.copy_smem_to_gmem(stage, dq_gm.at[rows, item.head, my_columns], reduction_op="add")
 
                 def accumulate(dk, dv):
                     def one(i, _):
@@ -147,13 +152,13 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                         pl.when(i > 0)(lambda: plgpu.barrier_wait(s["ds_full"].at[ds_before]))
 
                         def products(dq_acc):
-                            plgpu.wgmma(dq_acc, s["ds"].at[ds_before].T, s["k"].at[:, my_columns])
+                            plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[:, my_columns])
                             plgpu.wgmma(dv, p16, s["do"].at[now])
                             plgpu.wgmma(dk, ds16, s["q"].at[now])
                             dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=2)
                             return lax.optimization_barrier(dq)
 
-                        dq = pl.run_scoped(products, plgpu.ACC((block_q, width // 2), jnp.float32))
+                        dq = pl.run_scoped(products, plgpu.ACC(dq_shape, jnp.float32))
                         pl.when(i > 0)(lambda: send_dq(dq, i - 1, ds_before))
 
                     count = item.count
@@ -163,10 +168,10 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                         plgpu.barrier_wait(s["ds_full"].at[ds_last])
 
                         def product(dq_acc):
-                            plgpu.wgmma(dq_acc, s["ds"].at[ds_last].T, s["k"].at[:, my_columns])
+                            plgpu.wgmma(dq_acc, s["ds"].at[ds_last, :, my_rows].T, s["k"].at[:, my_columns])
                             return dq_acc[...]
 
-                        dq = pl.run_scoped(product, plgpu.ACC((block_q, width // 2), jnp.float32))
+                        dq = pl.run_scoped(product, plgpu.ACC(dq_shape, jnp.float32))
                         send_dq(dq, count - 1, ds_last)
                     else:
                         plgpu.wgmma_wait(0)
@@ -178,8 +183,8 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                 key0, head, part = item.tile * TILE + wg * 64, item.head, item.slot
                 ds_slot = lax.rem(step + item.count, 2)
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
-                # dK and dV leave through this warpgroup's part of a dS buffer
-                out = s["ds"].at[ds_slot, mine]
+                # dK and dV leave through this warpgroup's part of a dS buffer where that has the shape
+                out = s["ds"].at[ds_slot, mine] if block_q == 64 else s["o"].at[wg]
                 plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
                 factor = factor_gm[0]
                 for grad, times, gm, part_gm in ((dv, factor, dv_gm, dv_part_gm), (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm)):
@@ -236,7 +241,8 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             q=swizzled((stages, block_q, width), dtype),
             do=swizzled((stages, block_q, width_v), dtype),
             ds=swizzled((2, TILE, block_q), dtype),
-            dq=swizzled((2, block_q, width // 2), jnp.float32),
+            dq=swizzled((2, *dq_shape), jnp.float32),
+            **({} if block_q == 64 else {"o": swizzled((2, 64, 64), dtype)}),
             rec=plgpu.SMEM((3, schedule.RECORD), jnp.int32),
             kv_full=barrier(num_arrivals=2),
             kv_empty=barrier(num_arrivals=2),

@@ -13,13 +13,13 @@ from jaxtyping import Array, Int
 from kernels.hstu_attention.plan import AttentionPlan
 
 TAIL = 128  # rows of the last, partly filled tile that are passed separately, with padding rows zeroed
-RECORD = 16  # int32 in a record: 64 bytes, what one bulk copy moves
-TILE, HEAD, COUNT, SLOT, CUT1, CUT2, SHIFT0, SHIFT1, SHIFT2, FULL0, FULL_END0, FULL1, FULL_END1, FULL2, FULL_END2, SPARE = range(RECORD)
+RECORD = 32  # int32 in a record: 128 bytes, the alignment that a tensor copy wants of each slot in shared memory
+TILE, HEAD, COUNT, SLOT, CUT1, CUT2, SHIFT0, SHIFT1, SHIFT2, FULL0, FULL_END0, FULL1, FULL_END1, FULL2, FULL_END2 = range(15)
 
 
 class Schedule(NamedTuple):
     """Attributes:
-    records: `[items, 16]`, unused ones with tile -1 at the end, at least one.
+    records: `[items, 32]`, unused ones with tile -1 at the end, at least one.
       Block i of the COUNT blocks of an item is block `i + SHIFT0` of the buffer, from CUT1 on `i + SHIFT1`, from CUT2 on `i + SHIFT2`;
       it needs no mask inside [FULL, FULL_END) of any of the three; SLOT is where a partial sum goes, -1 for a tile that is not split.
     parts: `[splits, 4]`: tile, head, first slot and number of slots of each split tile, unused ones with no slots. The slots of a tile are
@@ -28,7 +28,7 @@ class Schedule(NamedTuple):
     tail: `[1]`, first row of the last tile that holds a real row: where NaN may stand beside numbers.
     """
 
-    records: Int[Array, "items 16"]
+    records: Int[Array, "items 32"]
     parts: Int[Array, "splits 4"]
     bounds: Int[Array, "k T"]
     tail: Int[Array, " 1"]
@@ -155,7 +155,8 @@ def _pack(lo: Any, hi: Any, full: Any, heads: int, count: Any, pieces: Any, spli
     slot = jnp.where(split[tile], first_slot[tile] + part, -1)
 
     size = hi - lo
-    columns: list[Any] = [None] * RECORD
+    nothing = jnp.zeros((capacity,), jnp.int32)
+    columns: list[Any] = [nothing] * RECORD
     columns[TILE] = jnp.where(used, tile, -1)
     columns[COUNT], columns[SLOT] = end - begin, slot
     cut1 = size[:, 0]
@@ -163,12 +164,10 @@ def _pack(lo: Any, hi: Any, full: Any, heads: int, count: Any, pieces: Any, spli
     columns[CUT1], columns[CUT2] = cut1[tile] - begin, cut2[tile] - begin
     for i, shift in enumerate((lo[:, 0], lo[:, 1] - cut1, lo[:, 2] - cut2)):
         columns[SHIFT0 + i] = shift[tile] + begin
-    nothing = jnp.zeros((capacity,), jnp.int32)
     for i, (f, e) in enumerate(((FULL0, FULL_END0), (FULL1, FULL_END1), (FULL2, FULL_END2))):
         columns[f], columns[e] = (full[i][0][tile], full[i][1][tile]) if i < len(full) else (nothing, nothing)
 
     order = jnp.argsort(jnp.where(used, begin - end, 1), stable=True)
-    columns[HEAD] = columns[SPARE] = nothing
     records = jnp.stack(columns, axis=1).astype(jnp.int32)[order]
     head = jnp.arange(heads, dtype=jnp.int32)
     records = jnp.broadcast_to(records[:, None, :], (capacity, heads, RECORD))
