@@ -42,8 +42,8 @@ def forward_name(heads: int, block_k: int, workers: int) -> str:
     return f"mosaic forward, {heads} heads, {block_k} keys, {workers} workers"
 
 
-def backward_name(heads: int, block_q: int, workers: int) -> str:
-    return f"mosaic backward, {heads} heads, {block_q} rows, {workers} workers"
+def backward_name(heads: int, tile: int, block_q: int, workers: int) -> str:
+    return f"mosaic backward, {heads} heads, {tile} keys, {block_q} rows, {workers} workers"
 
 
 def forward_schedule(plan: AttentionPlan, heads: int, block_k: int, workers: int) -> Schedule:
@@ -65,12 +65,12 @@ def forward_schedule(plan: AttentionPlan, heads: int, block_k: int, workers: int
     return Schedule(records, parts, jnp.stack([*keys, own]), _tail(plan))
 
 
-def backward_schedule(plan: AttentionPlan, heads: int, block_q: int, workers: int) -> Schedule:
-    """Tiles of 128 keys over blocks of query rows. `bounds`: three intervals of rows for each key, the key's own row in the second.
+def backward_schedule(plan: AttentionPlan, heads: int, tile: int, block_q: int, workers: int) -> Schedule:
+    """Tiles of `tile` keys over blocks of query rows. `bounds`: three intervals of rows for each key, the key's own row in the second.
 
     Taken from `plan.stored` if it is there.
     """
-    stored = plan.stored.get(backward_name(heads, block_q, workers))
+    stored = plan.stored.get(backward_name(heads, tile, block_q, workers))
     if stored is not None:
         return stored
     rows = rounded_up(plan.num_rows)
@@ -79,10 +79,10 @@ def backward_schedule(plan: AttentionPlan, heads: int, block_q: int, workers: in
     real = key_T < plan.num_real
     near_lo = jnp.where(real, key_T, 0)
     near_hi = jnp.where(real, jnp.maximum(near_hi, key_T + 1), 0)
-    bounds = plan.tile_bounds(block_q, TAIL)
+    bounds = plan.tile_bounds(block_q, tile)
     ranges = ((ctx_lo, ctx_hi), (near_lo, near_hi), (tail_lo, tail_hi))
-    full = [_common(lo, hi, TAIL, block_q) for lo, hi in ranges]
-    records, parts = make_items(bounds.row_lo, bounds.row_hi, full, TAIL // block_q, heads, workers)
+    full = [_common(lo, hi, tile, block_q) for lo, hi in ranges]
+    records, parts = make_items(bounds.row_lo, bounds.row_hi, full, tile // block_q, heads, workers)
     return Schedule(records, parts, jnp.stack([x for pair in ranges for x in pair]), _tail(plan))
 
 
