@@ -1,6 +1,7 @@
 """Jagged batches: B sequences back to back in one buffer of static capacity T.
 
-Values are `[T, ...]`; sequence b owns rows `offsets[b]:offsets[b + 1]`; rows from `offsets[B]` on are padding and may hold anything, NaN included.
+Values are `[T, ...]`; sequence b owns rows `offsets[b]:offsets[b + 1]`; rows from `offsets[B]` on are padding and may hold
+anything, NaN included.
 All functions work under `jit` with traced offsets; capacities are static.
 """
 
@@ -68,7 +69,10 @@ def concat(
     right_offsets: Int[Any, " B1"],
     num_rows: int,
 ) -> tuple[Shaped[Array, "T ..."], Int[Array, " B1"]]:
-    """Joins two jagged arrays sequence by sequence (left first) in a buffer of `num_rows` rows; returns values (zeros on padding) and offsets."""
+    """Joins two jagged arrays sequence by sequence, left first, in a buffer of `num_rows` rows.
+
+    Returns values, zeros on padding, and offsets.
+    """
     left_offsets, right_offsets = jnp.asarray(left_offsets), jnp.asarray(right_offsets)
     offsets = left_offsets + right_offsets
     batch = offsets.shape[0] - 1

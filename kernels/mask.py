@@ -86,17 +86,18 @@ class TileBounds(NamedTuple):
 class AttentionMask:
     """Who attends to whom inside a sequence of c contextual tokens, h history tokens and m targets.
 
-    Every row sees itself. A contextual row sees all contextual and history tokens. A history row sees earlier tokens, a target sees contextual
-    and history tokens, never another target; both limited as follows, i being the history index of the row (h for a target).
+    Every row sees itself. A contextual row sees all contextual and history tokens. A history row sees earlier tokens, a target sees
+    contextual and history tokens, never another target; both limited as follows, i being the history index of the row (h for a target).
 
     Attributes:
       window: None is plain causal; w sees the w newest earlier history tokens (`i - j <= w`).
       full_rows: the newest `full_rows` history rows, and then every target, see everything earlier in spite of the window.
-      prefix: the oldest `prefix` tokens of the sequence, contextual ones counted, are seen by all later rows; then a target sees all history.
+      prefix: the oldest `prefix` tokens of the sequence, contextual ones counted, are seen by all later rows; then a target sees all
+        history.
       context_sink: contextual tokens are seen by all later rows; else only where i + 1 <= window (they share one place before the history).
 
-    A contextual sink and a prefix both begin at the sequence's start, so they are one interval and the window is the other: no combination of
-    these options needs a third. Masks of other origin go through `KeyIntervals.from_dense`, which rejects what does not fit.
+    A contextual sink and a prefix both begin at the sequence's start, so they are one interval and the window is the other: no
+    combination of these options needs a third. Masks of other origin go through `KeyIntervals.from_dense`, which rejects what does not fit.
     """
 
     window: int | None = None
@@ -114,8 +115,8 @@ class AttentionMask:
     def intervals(self, offsets: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None) -> KeyIntervals:
         """Keys of every row, for jagged `offsets` int32[B+1] (may be traced) in a buffer of `num_rows` rows.
 
-        `num_targets`, `num_contextual`: int32[B] or None (none of them). Where they exceed a sequence's length the result is clamped, not checked;
-        `hstu_attention` checks what is concrete.
+        `num_targets`, `num_contextual`: int32[B] or None (none of them). Where they exceed a sequence's length the result is
+        clamped, not checked; `hstu_attention` checks what is concrete.
         """
         return KeyIntervals(*_intervals(jnp, self, *_places(jnp, offsets, num_rows, num_targets, num_contextual)))
 
@@ -218,7 +219,8 @@ def _row_intervals(xp: ModuleType, mask: AttentionMask, real: Any, start: Any, k
 def tile_bounds(keys: KeyIntervals, rows: RowIntervals, num_real: Any, block_q: int, block_k: int) -> TileBounds:
     """Ranges of blocks that meet, for query tiles of `block_q` rows and key tiles of `block_k` keys; the last tile may be short.
 
-    A tile may straddle sequences: only its first sequence reaches before the tile and only its last beyond it, which is why three ranges do.
+    A tile may straddle sequences: only its first sequence reaches before the tile and only its last beyond it, so
+    three ranges do.
     """
     num_rows = keys.lo0.shape[0]
     q_tiles, k_tiles = -(-num_rows // block_q), -(-num_rows // block_k)

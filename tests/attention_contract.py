@@ -125,9 +125,10 @@ class AttentionContract:
 
     implementation: str
     dtypes = ("float32", "bfloat16", "float16")
-    widths = ((2, 8, 8), (1, 25, 50), (2, 64, 64))  # (heads, K, V)
+    widths = ((2, 8, 8), (1, 25, 50))  # (heads, K, V)
     supports_bias = True
-    deterministic = True
+    repeatable = True  # the same bits on every run: of the output,
+    repeatable_gradients = True  # and of the gradients; False where sums are by atomic additions, which the implementation documents
 
     @property
     def dtype(self):
@@ -185,8 +186,10 @@ class AttentionContract:
         case = self.case(bias="both")
         run = functools.partial(case.out_and_gradients, case.inputs(), mask=MASKS["full rows"], implementation=self.implementation)
         first, second = run(), run()
-        names = first if self.deterministic else ["out"]
-        for name in names:
+        for name in first:
+            if not (self.repeatable_gradients if name.startswith("d ") else self.repeatable):
+                assert largest_error(first[name], second[name]) < 10 * ROUND_OFF[self.dtype], name
+                continue
             np.testing.assert_array_equal(np.asarray(first[name], np.float32), np.asarray(second[name], np.float32), err_msg=name)
 
     def test_padding_changes_nothing(self):
@@ -196,7 +199,7 @@ class AttentionContract:
         options = {"mask": MASKS["all"], "implementation": self.implementation}
         with_nan, without = case.out_and_gradients(inputs, **options), case.out_and_gradients(zeroed, **options)
         for name in with_nan:
-            if self.deterministic:
+            if self.repeatable and self.repeatable_gradients:
                 np.testing.assert_array_equal(np.asarray(with_nan[name], np.float32), np.asarray(without[name], np.float32), err_msg=name)
             else:
                 assert largest_error(with_nan[name], without[name]) < 1e-5, name

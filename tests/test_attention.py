@@ -11,6 +11,7 @@ from attention_contract import GRADIENTS, AttentionContract, Case, largest_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import device
 from kernels.hstu_attention import RelativeBias, hstu_attention, make_plan, xla
 from kernels.hstu_attention.relative_bias import time_buckets
 from kernels.hstu_attention.workloads import WORKLOADS
@@ -24,10 +25,12 @@ IMPLEMENTATIONS = ("reference", "xla")
 
 class TestReference(AttentionContract):
     implementation = "reference"
+    dtypes = ("float32", "bfloat16")
 
 
 class TestXla(AttentionContract):
     implementation = "xla"
+    repeatable = repeatable_gradients = device.current().platform == "cpu"
 
 
 def golden_case(name):
@@ -101,7 +104,7 @@ def test_bias_of_one_pair_by_hand():
         np.testing.assert_allclose(out[0, 0, 0], jax.nn.silu(3.0), rtol=1e-6)  # itself, gap 1: bucket 0
 
 
-@pytest.mark.parametrize("tiling", [(8, 3, True), (8, 3, False), (16, 1000, False), (32, 1, True)])
+@pytest.mark.parametrize("tiling", [(8, 3, True), (16, 1000, False), (32, 1, True)])
 def test_xla_result_does_not_depend_on_the_tiling(tiling, monkeypatch):
     block, group, scatter = tiling
     case = Case((0, 1, 7, 97, 40), 5, 2, 8, 4, "float32", "both")
@@ -162,7 +165,7 @@ def test_no_gradient_crosses_sequences_or_flows_from_the_future():
         np.testing.assert_array_equal(touched, (np.arange(50) >= 20) & (np.arange(50) <= 35))
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_batch_and_mask(data):
     """Random lengths, targets, contextual counts and masks; a fixed capacity, so that shapes compile few times."""

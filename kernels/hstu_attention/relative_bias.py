@@ -41,7 +41,7 @@ class RelativeBias:
     query_timestamps: Any = None
 
     def dense(self, num_rows: int) -> Float[Array, "T T"]:
-        """float32 bias of every (query row, key row) of a buffer of `num_rows` rows, O(T^2): for references and tests. Meaningless across sequences."""
+        """float32 bias of every (query row, key row) of `num_rows` rows, O(T^2): for references and tests. Meaningless across sequences."""
         parts = []
         if self.position_table is not None:
             rows = jnp.arange(num_rows)

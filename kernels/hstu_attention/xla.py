@@ -1,8 +1,10 @@
 """Blockwise HSTU attention in plain XLA: O(T) memory, empty tiles skipped, any width, dtype and device, with the relative bias.
 
-An output is a sum over keys, so the whole work is a flat list of (query tile, key tile) pairs that may be taken in any order. The list is never
-stored: pair number p belongs to the query tile where the running count of key tiles passes p. A loop takes `group` pairs a step as one batch of
-small matrix products; the backward is one more such loop that recomputes the scores (5 products a pair).
+An output is a sum over keys, so the whole work is a flat list of (query tile, key tile) pairs that may be taken in any order. The
+list is never stored: pair number p belongs to the query tile where the running count of key tiles passes p. A loop takes `group`
+pairs a step as one batch of small matrix products; the backward is one more such loop that recomputes the scores (5 products a pair).
+
+On CPU the same input gives the same bits. On a GPU partial sums of a tile are added atomically, in an order that varies from run to run.
 """
 
 import functools
@@ -234,8 +236,9 @@ def _diagonal_sums(x_gbb: Array, shift_g: Array, size: int) -> Array:
 def _bucket_sums(x_gbb: Array, bucket_gbb: Array, size: int, scatter: bool) -> Array:
     """Gradient of a table read at `bucket`: its sums by bucket.
 
-    On CPU a scatter costs 2 ns an element. On accelerators it is millions of atomic additions to a few addresses; there every bucket that int32
-    gaps can reach takes part in one fused comparison and reduction, first over the rows of a tile, then over the rest.
+    On CPU a scatter costs 2 ns an element. On accelerators it is millions of atomic additions to a few addresses (5 ms for a batch
+    of MovieLens-1M on an H200, where the comparison costs 0.15 ms); there every bucket that int32 gaps can reach takes part in one
+    fused comparison and reduction, first over a tile, then over the tiles.
     """
     if scatter:
         return jnp.zeros(size, jnp.float32).at[bucket_gbb].add(x_gbb, mode="promise_in_bounds")
