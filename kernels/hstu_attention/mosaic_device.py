@@ -74,6 +74,39 @@ class Item:
         inside |= (block >= self.full1) & (block < self.full_end1)
         return inside | ((block >= self.full2) & (block < self.full_end2))
 
+    def simple(self, block):
+        """Whether the first interval of each row (or key) says all about this block."""
+        other = (block >= self.other0) & (block < self.other_end0)
+        return ~(other | ((block >= self.other1) & (block < self.other_end1)))
+
+    def masked(self, i, size, bounds_gm, first, arrays, short=False):
+        """`arrays` of scores of block i, `size` wide, with 0 where a row (or key) from `first` on does not see.
+
+        short: with a branch of its own for blocks where one interval says all; it takes registers that the backward does not have.
+        """
+        shape = arrays[0].shape
+
+        def mask(intervals):
+            def apply(*arrays):
+                place = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + self.block(i) * size
+                seen = None
+                for j in range(intervals):
+                    lo, hi = (lax.broadcast_in_dim(self._bound(bounds_gm, 2 * j + k, first, shape[0]), shape, [0]) for k in range(2))
+                    inside = (place >= lo) & (place < hi)
+                    seen = inside if seen is None else seen | inside
+                return tuple(jnp.where(seen, x, 0.0) for x in arrays)
+
+            return apply
+
+        def partly(*arrays):
+            return lax.cond(self.simple(self.block(i)), mask(1), mask(3), *arrays) if short else mask(3)(*arrays)
+
+        return lax.cond(self.whole(self.block(i)), lambda *x: x, partly, *arrays)
+
+    @staticmethod
+    def _bound(bounds_gm, which, first, size):
+        return plgpu.load(bounds_gm.at[which, pl.ds(first, size)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
 
 def draw_items(records_sm, full, body):
     """Runs `body(item, step)` for every item that the feeding warpgroup draws; `step` counts the blocks before it."""

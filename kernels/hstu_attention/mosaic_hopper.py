@@ -70,7 +70,7 @@ def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int) -> Atte
     config, back = forward_config(k_width, v_width), vjp.backward_config(k_width, v_width)
     lists = {
         schedule.forward_name(heads, config.block_k, config.workers): schedule.forward_schedule(plan, heads, config.block_k, config.workers),
-        schedule.backward_name(heads, back.block_q, back.workers): schedule.backward_schedule(plan, heads, back.block_q, back.workers),
+        schedule.backward_name(heads, vjp.TILE, back.block_q, back.workers): schedule.backward_schedule(plan, heads, vjp.TILE, back.block_q, back.workers),
     }
     return dataclasses.replace(plan, stored={**plan.stored, **lists})
 
@@ -141,20 +141,12 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
             def one_item(item, slot, step):
                 count = item.count
                 row0 = item.tile * TILE + wg * 64
-                bounds = [plgpu.load(bounds_gm.at[i, pl.ds(row0, 64)], layout=ROW, optimized=False) for i in range(5)]
 
                 def weights(scores, i):
                     half = scores * (0.5 * alpha)
                     p = half * jnp.tanh(half) + half  # silu(x) = h tanh(h) + h, h = x / 2: one special-function instruction
-                    block = item.block(i)
-
-                    def masked(p):
-                        key = plgpu.broadcasted_iota(jnp.int32, p.shape, 1, layout=plgpu.Layout.WGMMA) + block * block_k
-                        lo0, hi0, lo1, hi1, own = (lax.broadcast_in_dim(b, p.shape, [0]) for b in bounds)
-                        seen = ((key >= lo0) & (key < hi0)) | ((key >= lo1) & (key < hi1)) | (key == own)
-                        return jnp.where(seen, p, 0.0)
-
-                    return lax.cond(item.whole(block), lambda p: p, masked, p).astype(dtype)
+                    (p,) = item.masked(i, block_k, bounds_gm, row0, (p,), short=True)
+                    return p.astype(dtype)
 
                 plgpu.barrier_wait(s["q_full"])
 

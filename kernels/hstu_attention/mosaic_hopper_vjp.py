@@ -33,14 +33,6 @@ class BackwardConfig:
     registers: tuple[int, int] = (240, 24)  # compute, feed
 
 
-def _seen(bounds_gm, key0, row0, shape):
-    """Which rows (columns here) see which keys: three intervals of rows a key."""
-    bounds = [plgpu.load(bounds_gm.at[j, pl.ds(key0, 64)], layout=ROW, optimized=False) for j in range(6)]
-    row = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + row0
-    lo0, hi0, lo1, hi1, lo2, hi2 = (lax.broadcast_in_dim(x, shape, [0]) for x in bounds)
-    return ((row >= lo0) & (row < hi0)) | ((row >= lo1) & (row < hi1)) | ((row >= lo2) & (row < hi2))
-
-
 def backward_config(k_width: int, v_width: int) -> BackwardConfig:
     return BackwardConfig(block_q=128, stages=2) if max(k_width, v_width) == 64 else BackwardConfig()
 
@@ -58,7 +50,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
     dtype = q.dtype
     block_q, stages = config.block_q, config.stages
     dq_shape = (block_q, width // 2) if width > 64 else (block_q // 2, width)
-    work = schedule.backward_schedule(plan, heads, block_q, config.workers)
+    work = schedule.backward_schedule(plan, heads, TILE, block_q, config.workers)
     # A constant factor is applied to sums; a factor a row to every weight.
     scale_in_rows = scale.ndim == 1
     factor = jnp.ones((1,), jnp.float32) if scale_in_rows else scale.reshape(1)
@@ -102,7 +94,6 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                     def one(i, _):
                         now = lax.rem(step + i, stages)
                         ds_now = lax.rem(step + i, 2)
-                        whole = item.whole(item.block(i))
                         plgpu.barrier_wait(s["row_full"].at[now])
 
                         def scores(s_acc):
@@ -123,11 +114,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
                         st, dpt = pl.run_scoped(scores, plgpu.ACC((64, block_q), jnp.float32))
 
-                        def masked(st, dpt):
-                            seen = _seen(bounds_gm, item.tile * TILE + wg * 64, item.block(i) * block_q, st.shape)
-                            return jnp.where(seen, st, 0.0), jnp.where(seen, dpt, 0.0)
-
-                        st, dpt = lax.cond(whole, lambda *x: x, masked, st, dpt)
+                        st, dpt = item.masked(i, block_q, bounds_gm, item.tile * TILE + wg * 64, (st, dpt))
                         half = st * (0.5 * alpha)
                         t = jnp.tanh(half)
                         w = t + 1.0

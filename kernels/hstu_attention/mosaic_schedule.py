@@ -14,23 +14,25 @@ from kernels.hstu_attention.plan import AttentionPlan
 
 TAIL = 128  # rows of the last, partly filled tile that are passed separately, with padding rows zeroed
 RECORD = 32  # int32 in a record: 128 bytes, the alignment that a tensor copy wants of each slot in shared memory
-TILE, HEAD, COUNT, SLOT, CUT1, CUT2, SHIFT0, SHIFT1, SHIFT2, FULL0, FULL_END0, FULL1, FULL_END1, FULL2, FULL_END2 = range(15)
+TILE, HEAD, COUNT, SLOT, CUT1, CUT2, SHIFT0, SHIFT1, SHIFT2, FULL0, FULL_END0, FULL1, FULL_END1, FULL2, FULL_END2, OTHER0, OTHER_END0, OTHER1, OTHER_END1 = range(19)
 
 
 class Schedule(NamedTuple):
     """Attributes:
     records: `[items, 32]`, unused ones with tile -1 at the end, at least one.
       Block i of the COUNT blocks of an item is block `i + SHIFT0` of the buffer, from CUT1 on `i + SHIFT1`, from CUT2 on `i + SHIFT2`;
-      it needs no mask inside [FULL, FULL_END) of any of the three; SLOT is where a partial sum goes, -1 for a tile that is not split.
+      It needs no mask inside [FULL, FULL_END) of any of the three, and of `bounds` only the first interval outside both
+      [OTHER, OTHER_END). SLOT is where a partial sum goes, -1 for a tile that is not split.
     parts: `[splits, 4]`: tile, head, first slot and number of slots of each split tile, unused ones with no slots. The slots of a tile are
       one number of heads apart.
-    bounds: what the kernel masks with, `[k, T]`, T rounded up to whole tiles: for each row (or key) the ends of its intervals.
+    bounds: what the kernel masks with, `[6, T]`, T rounded up to whole tiles: for each row (or key) the ends of three disjoint intervals of
+      keys (or rows). Its own place is in one of them, in the first wherever that joins something.
     tail: `[1]`, first row of the last tile that holds a real row: where NaN may stand beside numbers.
     """
 
     records: Int[Array, "items 32"]
     parts: Int[Array, "splits 4"]
-    bounds: Int[Array, "k T"]
+    bounds: Int[Array, "6 T"]
     tail: Int[Array, " 1"]
 
 
@@ -47,7 +49,7 @@ def backward_name(heads: int, tile: int, block_q: int, workers: int) -> str:
 
 
 def forward_schedule(plan: AttentionPlan, heads: int, block_k: int, workers: int) -> Schedule:
-    """Tiles of 128 query rows over blocks of keys. `bounds`: lo0, hi0, lo1, hi1 and the row itself, -1 in padding.
+    """Tiles of 128 query rows over blocks of keys.
 
     Taken from `plan.stored` if it is there (see `mosaic_hopper.prepare`).
     """
@@ -55,18 +57,28 @@ def forward_schedule(plan: AttentionPlan, heads: int, block_k: int, workers: int
     if stored is not None:
         return stored
     rows = rounded_up(plan.num_rows)
-    pad = (0, rows - plan.num_rows)
-    keys = [jnp.pad(x, pad) for x in plan.keys]
-    row_T = jnp.arange(rows, dtype=jnp.int32)
-    own = jnp.where(row_T < plan.num_real, row_T, -1)
+    lo0, hi0, lo1, hi1 = (jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.keys)
+    row = jnp.arange(rows, dtype=jnp.int32)
+    real = row < plan.num_real
+    some0, some1 = hi0 > lo0, hi1 > lo1
+    joins0, left, right = some0 & (hi0 == row), some1 & (hi1 == row), some1 & (lo1 == row + 1)
+    joined = joins0 | left | right
+    own_lo, own_hi = jnp.where(real, row, 0), jnp.where(real, row + 1, 0)
+    near_lo = jnp.where(left, lo1, jnp.where(joins0, lo0, own_lo))
+    near_hi = jnp.where(right, hi1, own_hi)
+    alone = ~joined & some1  # a target: its history comes first, itself last
+    ranges = (
+        (jnp.where(alone, lo1, near_lo), jnp.where(alone, hi1, near_hi)),
+        (jnp.where(joins0, 0, lo0), jnp.where(joins0, 0, hi0)),
+        (jnp.where(alone, own_lo, jnp.where(left | right, 0, lo1)), jnp.where(alone, own_hi, jnp.where(left | right, 0, hi1))),
+    )
     bounds = plan.tile_bounds(TAIL, block_k)
-    full = [_common(lo, hi, TAIL, block_k) for lo, hi in (keys[:2], keys[2:])]
-    records, parts = make_items(bounds.key_lo, bounds.key_hi, full, TAIL // block_k, heads, workers)
-    return Schedule(records, parts, jnp.stack([*keys, own]), _tail(plan))
+    records, parts = make_items(bounds.key_lo, bounds.key_hi, ranges, TAIL, block_k, heads, workers)
+    return Schedule(records, parts, jnp.stack([x for pair in ranges for x in pair]), _tail(plan))
 
 
 def backward_schedule(plan: AttentionPlan, heads: int, tile: int, block_q: int, workers: int) -> Schedule:
-    """Tiles of `tile` keys over blocks of query rows. `bounds`: three intervals of rows for each key, the key's own row in the second.
+    """Tiles of `tile` keys over blocks of query rows.
 
     Taken from `plan.stored` if it is there.
     """
@@ -80,9 +92,8 @@ def backward_schedule(plan: AttentionPlan, heads: int, tile: int, block_q: int, 
     near_lo = jnp.where(real, key_T, 0)
     near_hi = jnp.where(real, jnp.maximum(near_hi, key_T + 1), 0)
     bounds = plan.tile_bounds(block_q, tile)
-    ranges = ((ctx_lo, ctx_hi), (near_lo, near_hi), (tail_lo, tail_hi))
-    full = [_common(lo, hi, tile, block_q) for lo, hi in ranges]
-    records, parts = make_items(bounds.row_lo, bounds.row_hi, full, tile // block_q, heads, workers)
+    ranges = ((near_lo, near_hi), (ctx_lo, ctx_hi), (tail_lo, tail_hi))
+    records, parts = make_items(bounds.row_lo, bounds.row_hi, ranges, tile, block_q, heads, workers)
     return Schedule(records, parts, jnp.stack([x for pair in ranges for x in pair]), _tail(plan))
 
 
@@ -110,23 +121,32 @@ def _common(lo: Array, hi: Array, tile: int, block: int) -> tuple[Array, Array]:
     return begin, jnp.maximum(hi.reshape(-1, tile).min(1) // block, begin)
 
 
+def _hull(lo: Array, hi: Array, tile: int, block: int) -> tuple[Array, Array]:
+    """Smallest range of blocks that holds the intervals of all rows of a tile."""
+    some = hi > lo
+    begin = jnp.where(some, lo, 2**30).reshape(-1, tile).min(1) // block
+    end = -(-jnp.where(some, hi, 0).reshape(-1, tile).max(1) // block)
+    return jnp.minimum(begin, end), end
+
+
 def capacity(tiles: int, heads: int, workers: int) -> tuple[int, int]:
     """(tiles that may be split, slots for their partial sums) for each head: what `make_items` can need at most."""
     splits = min(tiles, 4 * workers // (3 * heads) + 1)
     return splits, 7 * workers // (2 * heads) + 1 + splits
 
 
-def make_items(lo: Array, hi: Array, full: Any, blocks_in_tile: int, heads: int, workers: int) -> tuple[Array, Array]:
+def make_items(lo: Array, hi: Array, ranges: Any, tile: int, block: int, heads: int, workers: int) -> tuple[Array, Array]:
     """Records and parts for `workers` thread blocks.
 
     Args:
       lo, hi: `[tiles, 3]`, ascending disjoint ranges of blocks that each tile meets.
-      full: up to three ranges of blocks, `(begin [tiles], end [tiles])`, that the whole tile sees without a mask.
-      blocks_in_tile: a tile that meets nothing is padding; it takes its own first block, masked, so that its result is written, as zeros.
+      ranges: three intervals `(lo [T], hi [T])` for each row of the tiles.
+      tile, block: their sizes.
       heads: every tile is done once a head.
     """
     tiles = lo.shape[0]
-    own = jnp.arange(tiles, dtype=jnp.int32) * blocks_in_tile
+    # A tile that meets nothing is padding; it takes a block of its own rows, masked, so that its result is written, as zeros.
+    own = jnp.arange(tiles, dtype=jnp.int32) * tile // block
     nothing = (hi <= lo).all(1)
     lo = lo.at[:, 0].set(jnp.where(nothing, own, lo[:, 0]))
     hi = hi.at[:, 0].set(jnp.where(nothing, own + 1, hi[:, 0]))
@@ -137,10 +157,12 @@ def make_items(lo: Array, hi: Array, full: Any, blocks_in_tile: int, heads: int,
     piece = jnp.maximum(share // 3, 4 * overhead)
     pieces = jnp.where(4 * count > 3 * jnp.maximum(share, 4 * overhead), -(-count // piece), 1)
     splits, slots = capacity(tiles, heads, workers)
-    return _pack(lo, hi, full, heads, count, pieces, splits, slots)
+    full = [x for pair in ranges for x in _common(*pair, tile, block)]
+    other = [x for pair in ranges[1:] for x in _hull(*pair, tile, block)]
+    return _pack(lo, hi, [*full, *other], heads, count, pieces, splits, slots)
 
 
-def _pack(lo: Any, hi: Any, full: Any, heads: int, count: Any, pieces: Any, splits: int, slots: int) -> tuple[Array, Array]:
+def _pack(lo: Any, hi: Any, classes: list[Array], heads: int, count: Any, pieces: Any, splits: int, slots: int) -> tuple[Array, Array]:
     tiles = lo.shape[0]
     capacity = tiles + slots - splits
     total = jnp.cumsum(pieces)
@@ -164,8 +186,8 @@ def _pack(lo: Any, hi: Any, full: Any, heads: int, count: Any, pieces: Any, spli
     columns[CUT1], columns[CUT2] = cut1[tile] - begin, cut2[tile] - begin
     for i, shift in enumerate((lo[:, 0], lo[:, 1] - cut1, lo[:, 2] - cut2)):
         columns[SHIFT0 + i] = shift[tile] + begin
-    for i, (f, e) in enumerate(((FULL0, FULL_END0), (FULL1, FULL_END1), (FULL2, FULL_END2))):
-        columns[f], columns[e] = (full[i][0][tile], full[i][1][tile]) if i < len(full) else (nothing, nothing)
+    for i, column in enumerate(classes):
+        columns[FULL0 + i] = column[tile]
 
     order = jnp.argsort(jnp.where(used, begin - end, 1), stable=True)
     records = jnp.stack(columns, axis=1).astype(jnp.int32)[order]
