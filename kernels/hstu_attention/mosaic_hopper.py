@@ -67,10 +67,12 @@ def attention(
 
 def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int) -> AttentionPlan:
     """The plan with the lists of work that this implementation needs for these sizes: made once a batch, used by every layer."""
-    config, back = forward_config(k_width, v_width), vjp.backward_config(k_width, v_width)
+    config, back = forward_config(k_width, v_width), vjp.backward_config(*vjp.padded_widths(k_width, v_width))
     lists = {
         schedule.forward_name(heads, config.block_k, config.workers): schedule.forward_schedule(plan, heads, config.block_k, config.workers),
-        schedule.backward_name(heads, vjp.TILE, back.block_q, back.workers): schedule.backward_schedule(plan, heads, vjp.TILE, back.block_q, back.workers),
+        schedule.backward_name(heads, back.tile, back.block_q, back.workers): schedule.backward_schedule(
+            plan, heads, back.tile, back.block_q, back.workers
+        ),
     }
     return dataclasses.replace(plan, stored={**plan.stored, **lists})
 

@@ -19,29 +19,47 @@ from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_ro
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
-TILE = 128  # keys of a work item: two warpgroups of 64
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COL = plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig:
+    by_columns: bool = False  # warpgroups share columns, not keys
     block_q: int = 64  # rows a step
     stages: int = 3  # of the ring of rows and their gradients
     with_dq: bool = True  # False: dK and dV only, for the two-pass backward
     workers: int = 132
-    registers: tuple[int, int] = (240, 24)  # compute, feed
+    registers: tuple[int, int] = (240, 24)  # compute, feed; 2 x compute + feed <= 504, what a launch of three warpgroups has
+
+    @property
+    def tile(self) -> int:
+        """Keys of a work item."""
+        return 64 if self.by_columns else 128
 
 
 def backward_config(k_width: int, v_width: int) -> BackwardConfig:
-    return BackwardConfig(block_q=128, stages=2) if max(k_width, v_width) == 64 else BackwardConfig()
+    """For widths as `padded_width` leaves them."""
+    if max(k_width, v_width) == 64:
+        return BackwardConfig(block_q=128, stages=2)
+    return BackwardConfig(by_columns=True, stages=2) if max(k_width, v_width) > 128 else BackwardConfig()
+
+
+def padded_widths(k_width: int, v_width: int) -> tuple[int, int]:
+    """Widths that the backward computes with: 64 only beside 64."""
+    return (64, 64) if k_width == v_width == 64 else (max(k_width, 128), max(v_width, 128))
 
 
 def gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, deterministic: bool) -> Any:
     """(dQ, dK, dV) of padded buffers (T a multiple of 128)."""
     if deterministic:
         raise NotImplementedError("deterministic gradients are not here yet; use 'xla'")
-    return one_pass(q, k, v, do, plan, scale, alpha, backward_config(q.shape[2], v.shape[2]))
+    widths = k_width, v_width = q.shape[2], v.shape[2]
+    k_wide, v_wide = padded_widths(*widths)
+    q, k = (jnp.pad(x, ((0, 0), (0, 0), (0, k_wide - k_width))) for x in (q, k))
+    v, do = (jnp.pad(x, ((0, 0), (0, 0), (0, v_wide - v_width))) for x in (v, do))
+    dq, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, backward_config(k_wide, v_wide))
+    return dq[..., :k_width], dk[..., :k_width], dv[..., :v_width]
 
 
 def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
@@ -49,8 +67,16 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
     width_v = v.shape[-1]
     dtype = q.dtype
     block_q, stages = config.block_q, config.stages
-    dq_shape = (block_q, width // 2) if width > 64 else (block_q // 2, width)
-    work = schedule.backward_schedule(plan, heads, TILE, block_q, config.workers)
+    # Accumulators of 128 keys x 256 columns do not fit the registers: then a tile has 64 keys, both warpgroups make its scores, and each
+    # keeps half of the columns of dK, dV and dQ. Otherwise each keeps half of the keys, and of dQ half of the columns (or rows).
+    by_columns = config.by_columns
+    tile = config.tile
+    k_mine, v_mine = (width // 2, width_v // 2) if by_columns else (width, width_v)
+    if by_columns:
+        dq_shape, dq_stage = (block_q, 64), (block_q, 32)
+    else:
+        dq_stage = dq_shape = (block_q, width // 2) if width > 64 else (block_q // 2, width)
+    work = schedule.backward_schedule(plan, heads, tile, block_q, config.workers)
     # A constant factor is applied to sums; a factor a row to every weight.
     scale_in_rows = scale.ndim == 1
     factor = jnp.ones((1,), jnp.float32) if scale_in_rows else scale.reshape(1)
@@ -69,9 +95,11 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             for i in range(2):
                 plgpu.barrier_arrive(s["rec_empty"].at[i])
                 plgpu.barrier_arrive(s["ds_empty"].at[i])
-            mine = pl.ds(wg * 64, 64)
+            my_ds = pl.ds(wg * 64, 64)  # rows of the dS buffers
+            mine = pl.ds(0, 64) if by_columns else my_ds  # keys of the tile
+            k_columns, v_columns = (pl.ds(pl.multiple_of(wg * n, 64) if by_columns else 0, n) for n in (k_mine, v_mine))
             my_k, my_v = s["k"].at[mine], s["v"].at[mine]
-            # of a block's dQ each warpgroup makes half: of the columns, or of the rows where there are too few columns
+            key_of = lambda item: item.tile * tile + (0 if by_columns else wg * 64)  # noqa: E731
             if width > 64:
                 my_rows, my_columns = pl.ds(0, block_q), pl.ds(pl.multiple_of(wg * (width // 2), 64), width // 2)
             else:
@@ -81,14 +109,15 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             def one_item(item, slot, step):
                 plgpu.barrier_wait(s["kv_full"])
 
-                def send_dq(dq, i, ds_slot):
-                    """Adds this warpgroup's half of dQ of block i to memory."""
-                    plgpu.barrier_arrive(s["ds_empty"].at[ds_slot])
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    stage[...] = dq
-                    plgpu.commit_smem()
+                def send_dq(dq, i, first_column=0):
+                    """Adds this warpgroup's part of dQ of block i to memory."""
                     rows = pl.ds(item.block(i) * block_q + my_rows.start, my_rows.size)
-                    plgpu.copy_smem_to_gmem(stage, dq_gm.at[rows, item.head, my_columns], reduction_op="add")
+                    for c in range(0, dq.shape[1], dq_stage[1]):
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        stage[...] = dq[:, c : c + dq_stage[1]]
+                        plgpu.commit_smem()
+                        columns = pl.ds(my_columns.start + first_column + c, dq_stage[1])
+                        plgpu.copy_smem_to_gmem(stage, dq_gm.at[rows, item.head, columns], reduction_op="add")
 
                 def accumulate(dk, dv):
                     def one(i, _):
@@ -114,7 +143,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
                         st, dpt = pl.run_scoped(scores, plgpu.ACC((64, block_q), jnp.float32))
 
-                        st, dpt = item.masked(i, block_q, bounds_gm, item.tile * TILE + wg * 64, (st, dpt))
+                        st, dpt = item.masked(i, block_q, bounds_gm, key_of(item), (st, dpt))
                         half = st * (0.5 * alpha)
                         t = jnp.tanh(half)
                         w = t + 1.0
@@ -125,32 +154,51 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                             scale = lax.broadcast_in_dim(scale, p.shape, [1])
                             p, ds = p * scale, ds * scale
                         p16, ds16 = p.astype(dtype), ds.astype(dtype)
+
+                        def key_products():
+                            plgpu.wgmma(dv, p16, s["do"].at[now, :, v_columns])
+                            plgpu.wgmma(dk, ds16, s["q"].at[now, :, k_columns])
+
                         if not config.with_dq:
-                            plgpu.wgmma(dv, p16, s["do"].at[now])
-                            plgpu.wgmma(dk, ds16, s["q"].at[now])
-                            return
-                        plgpu.barrier_wait(s["ds_empty"].at[ds_now])
-                        s["ds"].at[ds_now, mine][...] = ds16
-                        plgpu.commit_smem()
-                        plgpu.barrier_arrive(s["ds_full"].at[ds_now])
-                        # dQ of the block before, of which the other warpgroup has its half by now. (There is none at first: what is
-                        # computed then goes nowhere.)
-                        ds_before = 1 - ds_now
-                        pl.when(i > 0)(lambda: plgpu.barrier_wait(s["ds_full"].at[ds_before]))
+                            key_products()
+                        elif by_columns:
+                            ds_mine = s["ds"].at[0, my_ds]
+                            ds_mine[...] = ds16
+                            plgpu.commit_smem()
+                            for c in range(0, k_mine, 64):
 
-                        def products(dq_acc):
-                            plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[:, my_columns])
-                            plgpu.wgmma(dv, p16, s["do"].at[now])
-                            plgpu.wgmma(dk, ds16, s["q"].at[now])
-                            dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=2)
-                            return lax.optimization_barrier(dq)
+                                def products(dq_acc, c=c):
+                                    plgpu.wgmma(dq_acc, ds_mine.T, s["k"].at[:, pl.ds(k_columns.start + c, 64)])
+                                    if c == 0:
+                                        key_products()
+                                    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 if c == 0 else 0))
 
-                        dq = pl.run_scoped(products, plgpu.ACC(dq_shape, jnp.float32))
-                        pl.when(i > 0)(lambda: send_dq(dq, i - 1, ds_before))
+                                send_dq(pl.run_scoped(products, plgpu.ACC(dq_shape, jnp.float32)), i, c)
+                        else:
+                            plgpu.barrier_wait(s["ds_empty"].at[ds_now])
+                            s["ds"].at[ds_now, my_ds][...] = ds16
+                            plgpu.commit_smem()
+                            plgpu.barrier_arrive(s["ds_full"].at[ds_now])
+                            # dQ of the block before, of which the other warpgroup has its half by now. (There is none at first: what
+                            # is computed then goes nowhere.)
+                            ds_before = 1 - ds_now
+                            pl.when(i > 0)(lambda: plgpu.barrier_wait(s["ds_full"].at[ds_before]))
+
+                            def products(dq_acc):
+                                plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[:, my_columns])
+                                key_products()
+                                return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2))
+
+                            dq = pl.run_scoped(products, plgpu.ACC(dq_shape, jnp.float32))
+
+                            @pl.when(i > 0)
+                            def _():
+                                plgpu.barrier_arrive(s["ds_empty"].at[ds_before])
+                                send_dq(dq, i - 1)
 
                     count = item.count
                     lax.fori_loop(0, count, one, None)
-                    if config.with_dq:
+                    if config.with_dq and not by_columns:
                         ds_last = lax.rem(step + count - 1, 2)
                         plgpu.barrier_wait(s["ds_full"].at[ds_last])
 
@@ -159,37 +207,42 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                             return dq_acc[...]
 
                         dq = pl.run_scoped(product, plgpu.ACC(dq_shape, jnp.float32))
-                        send_dq(dq, count - 1, ds_last)
+                        plgpu.barrier_arrive(s["ds_empty"].at[ds_last])
+                        send_dq(dq, count - 1)
                     else:
                         plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + count - 1, stages)])
                     return dk[...], dv[...]
 
-                dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32), plgpu.ACC((64, width_v), jnp.float32))
+                dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, k_mine), jnp.float32), plgpu.ACC((64, v_mine), jnp.float32))
                 plgpu.barrier_arrive(s["kv_empty"])
-                key0, head, part = item.tile * TILE + wg * 64, item.head, item.slot
-                ds_slot = lax.rem(step + item.count, 2)
+                key0, head, part = key_of(item), item.head, item.slot
+                ds_slot = 0 if by_columns else lax.rem(step + item.count, 2)
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
                 # dK and dV leave through this warpgroup's part of a dS buffer where that has the shape
-                out = s["ds"].at[ds_slot, mine] if block_q == 64 else s["o"].at[wg]
-                plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
+                out = s["ds"].at[ds_slot, my_ds] if block_q == 64 else s["o"].at[wg]
+                if not by_columns:
+                    plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
                 factor = factor_gm[0]
-                for grad, times, gm, part_gm in ((dv, factor, dv_gm, dv_part_gm), (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm)):
+                outputs = ((dv, factor, dv_gm, dv_part_gm, v_columns), (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm, k_columns))
+                for grad, times, gm, part_gm, grad_columns in outputs:
                     for c in range(0, grad.shape[1], 64):
                         chunk = grad[:, c : c + 64] * times
+                        columns = pl.ds(grad_columns.start + c, 64)
 
                         @pl.when(part < 0)
-                        def _(chunk=chunk, gm=gm, c=c):
+                        def _(chunk=chunk, gm=gm, columns=columns):
                             out[...] = chunk.astype(dtype)
                             plgpu.commit_smem()
-                            plgpu.copy_smem_to_gmem(out, gm.at[pl.ds(key0, 64), head, pl.ds(c, 64)])
+                            plgpu.copy_smem_to_gmem(out, gm.at[pl.ds(key0, 64), head, columns])
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                         @pl.when(part >= 0)
-                        def _(chunk=chunk, part_gm=part_gm, c=c):
-                            part_gm.at[part, mine, pl.ds(c, 64)][...] = chunk
+                        def _(chunk=chunk, part_gm=part_gm, columns=columns):
+                            part_gm.at[part, mine, columns][...] = chunk
 
-                plgpu.barrier_arrive(s["ds_empty"].at[ds_slot])
+                if not by_columns:
+                    plgpu.barrier_arrive(s["ds_empty"].at[ds_slot])
 
             draw_items(s["rec"], s["rec_full"], one_item)
             plgpu.wait_smem_to_gmem(0)
@@ -203,9 +256,9 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
             def one_item(item, slot, step):
                 plgpu.barrier_wait(s["kv_empty"])
-                row = item.tile * TILE
-                plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, TILE), item.head], s["v"], s["kv_full"])
-                load_rows(k_gm, k_tail_gm, row, TILE, item.head, tail_first, s["k"], s["kv_full"])
+                row = item.tile * tile
+                plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, tile), item.head], s["v"], s["kv_full"])
+                load_rows(k_gm, k_tail_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"])
 
                 @pl.loop(0, item.count)
                 def _(i):
@@ -223,12 +276,12 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
     def entry(*refs):
         barrier = plgpu.Barrier
         scratch = dict(
-            k=swizzled((TILE, width), dtype),
-            v=swizzled((TILE, width_v), dtype),
+            k=swizzled((tile, width), dtype),
+            v=swizzled((tile, width_v), dtype),
             q=swizzled((stages, block_q, width), dtype),
             do=swizzled((stages, block_q, width_v), dtype),
-            ds=swizzled((2, TILE, block_q), dtype),
-            dq=swizzled((2, *dq_shape), jnp.float32),
+            ds=swizzled((1 if by_columns else 2, 128, block_q), dtype),
+            dq=swizzled((2, *dq_stage), jnp.float32),
             **({} if block_q == 64 else {"o": swizzled((2, 64, 64), dtype)}),
             rec=plgpu.SMEM((3, schedule.RECORD), jnp.int32),
             kv_full=barrier(num_arrivals=2),
@@ -244,15 +297,15 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
     counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
     dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
-    slots = schedule.capacity(rows // TILE, heads, config.workers)[1] * heads
+    slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
     tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
     dk, dv, dk_parts, dv_parts = plgpu.kernel(
         entry,
         out_type=[
             jax.ShapeDtypeStruct(k.shape, dtype),
             jax.ShapeDtypeStruct(v.shape, dtype),
-            jax.ShapeDtypeStruct((slots, TILE, width), jnp.float32),
-            jax.ShapeDtypeStruct((slots, TILE, width_v), jnp.float32),
+            jax.ShapeDtypeStruct((slots, tile, width), jnp.float32),
+            jax.ShapeDtypeStruct((slots, tile, width_v), jnp.float32),
         ],
         grid=(config.workers,),
         grid_names=("worker",),

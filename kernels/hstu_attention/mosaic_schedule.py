@@ -144,7 +144,8 @@ def make_items(lo: Array, hi: Array, ranges: Any, tile: int, block: int, heads: 
       tile, block: their sizes.
       heads: every tile is done once a head.
     """
-    tiles = lo.shape[0]
+    tiles = ranges[0][0].shape[0] // tile
+    lo, hi = (jnp.pad(x, ((0, tiles - x.shape[0]), (0, 0))) for x in (lo, hi))
     # A tile that meets nothing is padding; it takes a block of its own rows, masked, so that its result is written, as zeros.
     own = jnp.arange(tiles, dtype=jnp.int32) * tile // block
     nothing = (hi <= lo).all(1)
