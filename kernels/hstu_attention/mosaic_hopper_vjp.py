@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, swizzled
+from kernels.hstu_attention.mosaic_hopper_dq import query_gradients
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
@@ -51,14 +52,21 @@ def padded_widths(k_width: int, v_width: int) -> tuple[int, int]:
 
 
 def gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, deterministic: bool) -> Any:
-    """(dQ, dK, dV) of padded buffers (T a multiple of 128)."""
-    if deterministic:
-        raise NotImplementedError("deterministic gradients are not here yet; use 'xla'")
+    """(dQ, dK, dV) of padded buffers (T a multiple of 128).
+
+    deterministic: dQ in a pass of its own, seven products a pair instead of five. Otherwise every key tile adds its part of dQ to float32
+    memory, in the order in which they come.
+    """
     widths = k_width, v_width = q.shape[2], v.shape[2]
     k_wide, v_wide = padded_widths(*widths)
     q, k = (jnp.pad(x, ((0, 0), (0, 0), (0, k_wide - k_width))) for x in (q, k))
     v, do = (jnp.pad(x, ((0, 0), (0, 0), (0, v_wide - v_width))) for x in (v, do))
-    dq, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, backward_config(k_wide, v_wide))
+    config = backward_config(k_wide, v_wide)
+    if deterministic:
+        _, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, dataclasses.replace(config, with_dq=False))
+        dq = query_gradients(q, k, v, do, plan, scale, alpha)
+    else:
+        dq, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, config)
     return dq[..., :k_width], dk[..., :k_width], dv[..., :v_width]
 
 
@@ -296,7 +304,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
         pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
 
     counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
-    dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
+    dq = jax.new_ref(jnp.zeros(q.shape if config.with_dq else (1, 1, 1), jnp.float32))
     slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
     tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
     dk, dv, dk_parts, dv_parts = plgpu.kernel(
@@ -317,4 +325,5 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
     dk, dv = jax.new_ref(dk), jax.new_ref(dv)
     write_sums(work.parts, dk_parts, dk, heads)
     write_sums(work.parts, dv_parts, dv, heads)
-    return (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype), dk[...], dv[...]
+    dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if config.with_dq else None
+    return dq_THK, dk[...], dv[...]
