@@ -12,7 +12,9 @@ from kernels.hstu_attention import mosaic_schedule as schedule
 
 
 def _draw_number(counter_gm, box_sm):
-    """The next number from a counter in global memory, for a whole warpgroup; `box_sm` passes it on from the thread that draws."""
+    """The next number from a counter in global memory, for a whole warpgroup; `box_sm` passes it on from the thread
+    that draws.
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def draw(_, counter, box):
@@ -28,7 +30,9 @@ def _draw_number(counter_gm, box_sm):
 
 
 def fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
-    """Starts the copy of the next item's record into `slot`; the first item of a thread block is the one of its own number."""
+    """Starts the copy of the next item's record into `slot`; the first item of a thread block is the one of its own
+    number.
+    """
     number = lax.axis_index("worker") if first else _draw_number(counter_gm, s["rec"].at[2]) + workers
     plgpu.barrier_wait(s["rec_empty"].at[slot])
     number = jnp.minimum(number, records_gm.shape[0] - 1)
@@ -36,7 +40,9 @@ def fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
 
 
 def load_rows(gm, tail_gm, row, size, head, tail_first, into, full):
-    """Copies rows of one head; those of the buffer's last partly filled tile from `tail_gm`, where padding rows have been zeroed."""
+    """Copies rows of one head; those of the buffer's last partly filled tile from `tail_gm`, where padding rows
+    have been zeroed.
+    """
     in_tail = row >= tail_first
 
     @pl.when(in_tail)
@@ -82,7 +88,8 @@ class Item:
     def masked(self, i, size, bounds_gm, first, arrays, short=False):
         """`arrays` of scores of block i, `size` wide, with 0 where a row (or key) from `first` on does not see.
 
-        short: with a branch of its own for blocks where one interval says all; it takes registers that the backward does not have.
+        short: with a branch of its own for blocks where one interval says all; it takes registers that the backward
+        does not have.
         """
         shape = arrays[0].shape
 
@@ -91,7 +98,10 @@ class Item:
                 place = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + self.block(i) * size
                 seen = None
                 for j in range(intervals):
-                    lo, hi = (lax.broadcast_in_dim(self._bound(bounds_gm, 2 * j + k, first, shape[0]), shape, [0]) for k in range(2))
+                    lo, hi = (
+                        lax.broadcast_in_dim(self._bound(bounds_gm, 2 * j + k, first, shape[0]), shape, [0])
+                        for k in range(2)
+                    )
                     inside = (place >= lo) & (place < hi)
                     seen = inside if seen is None else seen | inside
                 return tuple(jnp.where(seen, x, 0.0) for x in arrays)

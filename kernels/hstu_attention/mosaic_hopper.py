@@ -1,7 +1,8 @@
 """HSTU attention on Hopper (Pallas Mosaic GPU): the implementation `mosaic`, and its forward kernel.
 
-A thread block stays on its SM and draws work items until none is left. Two warpgroups compute 64 query rows each, a third feeds them by TMA.
-The backward is in `mosaic_hopper_vjp`, the lists of work in `mosaic_schedule`; docs/attention_kernel.md explains warps, barriers and buffers.
+A thread block stays on its SM and draws work items until none is left. Two warpgroups compute 64 query rows each, a
+third feeds them by TMA. The backward is in `mosaic_hopper_vjp`, the lists of work in `mosaic_schedule`;
+docs/attention_kernel.md explains warps, barriers and buffers.
 """
 
 import dataclasses
@@ -55,7 +56,8 @@ def attention(
 ) -> Float[Array, "T H V"]:
     """See `hstu_attention`. bfloat16 or float16, K and V in {64, 128, 256}, no bias; Hopper only.
 
-    deterministic: gradients with the same bits on every run, by a second pass for dQ. Otherwise dQ is summed in memory in no fixed order.
+    deterministic: gradients with the same bits on every run, by a second pass for dQ. Otherwise dQ is summed in
+    memory in no fixed order.
     """
     reason = unsupported(q_THK.dtype, q_THK.shape[2], v_THV.shape[2], bias)
     if reason is None and not device.current().is_hopper:
@@ -66,10 +68,14 @@ def attention(
 
 
 def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int) -> AttentionPlan:
-    """The plan with the lists of work that this implementation needs for these sizes: made once a batch, used by every layer."""
+    """The plan with the lists of work that this implementation needs for these sizes: made once a batch, used by
+    every layer.
+    """
     config, back = forward_config(k_width, v_width), vjp.backward_config(*vjp.padded_widths(k_width, v_width))
     lists = {
-        schedule.forward_name(heads, config.block_k, config.workers): schedule.forward_schedule(plan, heads, config.block_k, config.workers),
+        schedule.forward_name(heads, config.block_k, config.workers): schedule.forward_schedule(
+            plan, heads, config.block_k, config.workers
+        ),
         schedule.backward_name(heads, back.tile, back.block_q, back.workers): schedule.backward_schedule(
             plan, heads, back.tile, back.block_q, back.workers
         ),
@@ -89,7 +95,9 @@ def unsupported(dtype: Any, k_width: int, v_width: int, bias: Any) -> str | None
     return None
 
 
-def attend(q: Array, k: Array, v: Array, plan: AttentionPlan, *, alpha: float, scale: Any, deterministic: bool = False) -> Array:
+def attend(
+    q: Array, k: Array, v: Array, plan: AttentionPlan, *, alpha: float, scale: Any, deterministic: bool = False
+) -> Array:
     """`attention` without asking what the device is: also lowers for CUDA on a machine that has no GPU."""
     rows = q.shape[0]
     if rows == 0:
@@ -117,7 +125,9 @@ def _attend_bwd(alpha, deterministic, saved, g):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alpha: float, config: ForwardConfig | None = None) -> Array:
+def forward(
+    q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alpha: float, config: ForwardConfig | None = None
+) -> Array:
     """Output of padded buffers (T a multiple of 128)."""
     rows, heads, width = q.shape
     width_v = v.shape[-1]
@@ -146,7 +156,9 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
 
                 def weights(scores, i):
                     half = scores * (0.5 * alpha)
-                    p = half * jnp.tanh(half) + half  # silu(x) = h tanh(h) + h, h = x / 2: one special-function instruction
+                    p = (
+                        half * jnp.tanh(half) + half
+                    )  # silu(x) = h tanh(h) + h, h = x / 2: one special-function instruction
                     (p,) = item.masked(i, block_k, bounds_gm, row0, (p,), short=True)
                     return p.astype(dtype)
 
@@ -270,7 +282,17 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
         thread_name="wg",
         kernel_name="hstu_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    )(q, k, v, schedule.clean_tail(v, plan), work.bounds, schedule.row_scales(scale, plan, rows), work.records, work.tail, counter)
+    )(
+        q,
+        k,
+        v,
+        schedule.clean_tail(v, plan),
+        work.bounds,
+        schedule.row_scales(scale, plan, rows),
+        work.records,
+        work.tail,
+        counter,
+    )
     out = jax.new_ref(out)
     write_sums(work.parts, parts, out, heads)
     return out[...]

@@ -1,4 +1,6 @@
-"""HSTU attention on Hopper: dQ alone, the second pass of the deterministic backward. Built like the forward: rows stay, keys stream past them."""
+"""HSTU attention on Hopper: dQ alone, the second pass of the deterministic backward. Built like the forward: rows
+stay, keys stream past them.
+"""
 
 import functools
 from typing import Any
@@ -20,7 +22,9 @@ BLOCK = 64  # keys a step
 WORKERS = 132
 
 
-def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, workers: int = WORKERS) -> Any:
+def query_gradients(
+    q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, workers: int = WORKERS
+) -> Any:
     """dQ of padded buffers (T a multiple of 128)."""
     rows, heads, width = q.shape
     width_v = v.shape[-1]
@@ -28,7 +32,21 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
     stages = 1 if max(width, width_v) > 128 else 2
     work = schedule.forward_schedule(plan, heads, BLOCK, workers)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, k_tail_gm, bounds_gm, scale_gm, records_gm, tail_first_gm, counter_gm, dq_gm, part_gm, s):
+    def kernel(
+        q_gm,
+        k_gm,
+        v_gm,
+        do_gm,
+        k_tail_gm,
+        bounds_gm,
+        scale_gm,
+        records_gm,
+        tail_first_gm,
+        counter_gm,
+        dq_gm,
+        part_gm,
+        s,
+    ):
         wg = lax.axis_index("wg")
 
         @pl.when(wg < 2)
@@ -74,7 +92,9 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
                 dq = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))
                 part, head = item.slot, item.head
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
-                times = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False) * (0.5 * alpha)
+                times = plgpu.load(
+                    scale_gm.at[pl.ds(row0, 64)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
+                ) * (0.5 * alpha)
                 for c in range(0, width, 64):
                     chunk = dq[:, c : c + 64] * lax.broadcast_in_dim(times, (64, 64), [0])
 
@@ -145,7 +165,18 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
         thread_name="wg",
         kernel_name="hstu_backward_dq",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    )(q, k, v, do, schedule.clean_tail(k, plan), work.bounds, schedule.row_scales(scale, plan, rows), work.records, work.tail, counter)
+    )(
+        q,
+        k,
+        v,
+        do,
+        schedule.clean_tail(k, plan),
+        work.bounds,
+        schedule.row_scales(scale, plan, rows),
+        work.records,
+        work.tail,
+        counter,
+    )
     dq = jax.new_ref(dq)
     write_sums(work.parts, parts, dq, heads)
     return dq[...]

@@ -1,6 +1,7 @@
 """HSTU attention on Hopper (Pallas Mosaic GPU), backward.
 
-One pass over (key tile, row block) pairs makes all three gradients with five products a pair. The tile of keys stays; row blocks stream past it.
+One pass over (key tile, row block) pairs makes all three gradients with five products a pair. The tile of keys
+stays; row blocks stream past it.
 """
 
 import dataclasses
@@ -31,7 +32,10 @@ class BackwardConfig:
     stages: int = 3  # of the ring of rows and their gradients
     with_dq: bool = True  # False: dK and dV only, for the two-pass backward
     workers: int = 132
-    registers: tuple[int, int] = (240, 24)  # compute, feed; 2 x compute + feed <= 504, what a launch of three warpgroups has
+    registers: tuple[int, int] = (
+        240,
+        24,
+    )  # compute, feed; 2 x compute + feed <= 504, what a launch of three warpgroups has
 
     @property
     def tile(self) -> int:
@@ -51,11 +55,13 @@ def padded_widths(k_width: int, v_width: int) -> tuple[int, int]:
     return (64, 64) if k_width == v_width == 64 else (max(k_width, 128), max(v_width, 128))
 
 
-def gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, deterministic: bool) -> Any:
+def gradients(
+    q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, deterministic: bool
+) -> Any:
     """(dQ, dK, dV) of padded buffers (T a multiple of 128).
 
-    deterministic: dQ in a pass of its own, seven products a pair instead of five. Otherwise every key tile adds its part of dQ to float32
-    memory, in the order in which they come.
+    deterministic: dQ in a pass of its own, seven products a pair instead of five. Otherwise every key tile adds its
+    part of dQ to float32 memory, in the order in which they come.
     """
     widths = k_width, v_width = q.shape[2], v.shape[2]
     k_wide, v_wide = padded_widths(*widths)
@@ -70,13 +76,16 @@ def gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scal
     return dq[..., :k_width], dk[..., :k_width], dv[..., :v_width]
 
 
-def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
+def one_pass(
+    q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
+) -> Any:
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype = q.dtype
     block_q, stages = config.block_q, config.stages
-    # Accumulators of 128 keys x 256 columns do not fit the registers: then a tile has 64 keys, both warpgroups make its scores, and each
-    # keeps half of the columns of dK, dV and dQ. Otherwise each keeps half of the keys, and of dQ half of the columns (or rows).
+    # Accumulators of 128 keys x 256 columns do not fit the registers: then a tile has 64 keys, both warpgroups make
+    # its scores, and each keeps half of the columns of dK, dV and dQ. Otherwise each keeps half of the keys, and of
+    # dQ half of the columns (or rows).
     by_columns = config.by_columns
     tile = config.tile
     k_mine, v_mine = (width // 2, width_v // 2) if by_columns else (width, width_v)
@@ -90,7 +99,8 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
     factor = jnp.ones((1,), jnp.float32) if scale_in_rows else scale.reshape(1)
     scale_T = schedule.row_scales(scale, plan, rows)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, scale_gm, factor_gm, records_gm, tail_first_gm,
+    def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, scale_gm, factor_gm,
+    records_gm, tail_first_gm,
                counter_gm, dq_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
         wg = lax.axis_index("wg")
 
@@ -135,7 +145,9 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
                         def scores(s_acc):
                             plgpu.wgmma(s_acc, my_k, s["q"].at[now].T)
-                            plgpu.wgmma_wait(1)  # dV and dK of the last block: their operands leave the registers that dP needs
+                            plgpu.wgmma_wait(
+                                1
+                            )  # dV and dK of the last block: their operands leave the registers that dP needs
 
                             @pl.when(i > 0)
                             def _():
@@ -158,7 +170,9 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                         p = half * w
                         ds = dpt * (w * (half - half * t) + w)  # twice the derivative of silu
                         if scale_in_rows:
-                            scale = plgpu.load(scale_gm.at[pl.ds(item.block(i) * block_q, block_q)], layout=COL, optimized=False)
+                            scale = plgpu.load(
+                                scale_gm.at[pl.ds(item.block(i) * block_q, block_q)], layout=COL, optimized=False
+                            )
                             scale = lax.broadcast_in_dim(scale, p.shape, [1])
                             p, ds = p * scale, ds * scale
                         p16, ds16 = p.astype(dtype), ds.astype(dtype)
@@ -179,7 +193,9 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                                     plgpu.wgmma(dq_acc, ds_mine.T, s["k"].at[:, pl.ds(k_columns.start + c, 64)])
                                     if c == 0:
                                         key_products()
-                                    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 if c == 0 else 0))
+                                    return lax.optimization_barrier(
+                                        plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 if c == 0 else 0)
+                                    )
 
                                 send_dq(pl.run_scoped(products, plgpu.ACC(dq_shape, jnp.float32)), i, c)
                         else:
@@ -187,8 +203,8 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                             s["ds"].at[ds_now, my_ds][...] = ds16
                             plgpu.commit_smem()
                             plgpu.barrier_arrive(s["ds_full"].at[ds_now])
-                            # dQ of the block before, of which the other warpgroup has its half by now. (There is none at first: what
-                            # is computed then goes nowhere.)
+                            # dQ of the block before, of which the other warpgroup has its half by now. (There is
+                            # none at first: what is computed then goes nowhere.)
                             ds_before = 1 - ds_now
                             pl.when(i > 0)(lambda: plgpu.barrier_wait(s["ds_full"].at[ds_before]))
 
@@ -222,7 +238,9 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                     plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + count - 1, stages)])
                     return dk[...], dv[...]
 
-                dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, k_mine), jnp.float32), plgpu.ACC((64, v_mine), jnp.float32))
+                dk, dv = pl.run_scoped(
+                    accumulate, plgpu.ACC((64, k_mine), jnp.float32), plgpu.ACC((64, v_mine), jnp.float32)
+                )
                 plgpu.barrier_arrive(s["kv_empty"])
                 key0, head, part = key_of(item), item.head, item.slot
                 ds_slot = 0 if by_columns else lax.rem(step + item.count, 2)
@@ -232,7 +250,10 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                 if not by_columns:
                     plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
                 factor = factor_gm[0]
-                outputs = ((dv, factor, dv_gm, dv_part_gm, v_columns), (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm, k_columns))
+                outputs = (
+                    (dv, factor, dv_gm, dv_part_gm, v_columns),
+                    (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm, k_columns),
+                )
                 for grad, times, gm, part_gm, grad_columns in outputs:
                     for c in range(0, grad.shape[1], 64):
                         chunk = grad[:, c : c + 64] * times

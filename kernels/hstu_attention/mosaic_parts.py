@@ -1,15 +1,17 @@
-"""Sums the parts of split tiles: what their items left in float32 becomes rows of the result. In a fixed order, so the same bits every time."""
+"""Sums the parts of split tiles: what their items left in float32 becomes rows of the result. In a fixed order, so
+the same bits every time.
+"""
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 
-def write_sums(parts: Int[Array, "splits 4"], slots: Float[Array, "slots 128 V"], result: jax.Ref, heads: int) -> None:
-    """Writes the sum of each split tile's slots into its rows of `result` [T, heads, V], a reference that is updated in place.
+def write_sums(parts: Int[Array, "splits 4"], slots: Float[Array, "slots tile V"], result: jax.Ref, heads: int) -> None:
+    """Writes the sum of each split tile's slots into its rows of `result` [T, heads, V], a reference that is
+    updated in place.
 
     `parts` and the meaning of slots: `mosaic_schedule.Schedule`.
     """

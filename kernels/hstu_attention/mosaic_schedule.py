@@ -1,7 +1,9 @@
-"""Work lists of the Hopper kernels: which tile meets which blocks, split where one tile would outlast the rest, heaviest first.
+"""Work lists of the Hopper kernels: which tile meets which blocks, split where one tile would outlast the rest,
+heaviest first.
 
-A list is an int32 array of records, one a work item; thread blocks draw items from a counter, so the order is all the scheduling there is.
-The same code makes the forward's list (tiles of query rows, blocks of keys) and the backward's (tiles of keys, blocks of query rows).
+A list is an int32 array of records, one a work item; thread blocks draw items from a counter, so the order is all
+the scheduling there is. The same code makes the forward's list (tiles of query rows, blocks of keys) and the
+backward's (tiles of keys, blocks of query rows).
 """
 
 from typing import Any, NamedTuple
@@ -14,18 +16,40 @@ from kernels.hstu_attention.plan import AttentionPlan
 
 TAIL = 128  # rows of the last, partly filled tile that are passed separately, with padding rows zeroed
 RECORD = 32  # int32 in a record: 128 bytes, the alignment that a tensor copy wants of each slot in shared memory
-TILE, HEAD, COUNT, SLOT, CUT1, CUT2, SHIFT0, SHIFT1, SHIFT2, FULL0, FULL_END0, FULL1, FULL_END1, FULL2, FULL_END2, OTHER0, OTHER_END0, OTHER1, OTHER_END1 = range(19)
+(
+    TILE,
+    HEAD,
+    COUNT,
+    SLOT,
+    CUT1,
+    CUT2,
+    SHIFT0,
+    SHIFT1,
+    SHIFT2,
+    FULL0,
+    FULL_END0,
+    FULL1,
+    FULL_END1,
+    FULL2,
+    FULL_END2,
+    OTHER0,
+    OTHER_END0,
+    OTHER1,
+    OTHER_END1,
+) = range(19)
 
 
 class Schedule(NamedTuple):
     """Attributes:
     records: `[items, 32]`, unused ones with tile -1 at the end, at least one.
-      Block i of the COUNT blocks of an item is block `i + SHIFT0` of the buffer, from CUT1 on `i + SHIFT1`, from CUT2 on `i + SHIFT2`;
-      It needs no mask inside [FULL, FULL_END) of any of the three, and of `bounds` only the first interval outside both
-      [OTHER, OTHER_END). SLOT is where a partial sum goes, -1 for a tile that is not split.
-    parts: `[splits, 4]`: tile, head, first slot and number of slots of each split tile, unused ones with no slots. The slots of a tile are
+      Block i of the COUNT blocks of an item is block `i + SHIFT0` of the buffer, from CUT1 on `i + SHIFT1`, from
+      CUT2 on `i + SHIFT2`; It needs no mask inside [FULL, FULL_END) of any of the three, and of `bounds` only the
+      first interval outside both [OTHER, OTHER_END). SLOT is where a partial sum goes, -1 for a tile that is not split.
+    parts: `[splits, 4]`: tile, head, first slot and number of slots of each split tile, unused ones with no slots.
+    The slots of a tile are
       one number of heads apart.
-    bounds: what the kernel masks with, `[6, T]`, T rounded up to whole tiles: for each row (or key) the ends of three disjoint intervals of
+    bounds: what the kernel masks with, `[6, T]`, T rounded up to whole tiles: for each row (or key) the ends of
+    three disjoint intervals of
       keys (or rows). Its own place is in one of them, in the first wherever that joins something.
     tail: `[1]`, first row of the last tile that holds a real row: where NaN may stand beside numbers.
     """
@@ -70,7 +94,10 @@ def forward_schedule(plan: AttentionPlan, heads: int, block_k: int, workers: int
     ranges = (
         (jnp.where(alone, lo1, near_lo), jnp.where(alone, hi1, near_hi)),
         (jnp.where(joins0, 0, lo0), jnp.where(joins0, 0, hi0)),
-        (jnp.where(alone, own_lo, jnp.where(left | right, 0, lo1)), jnp.where(alone, own_hi, jnp.where(left | right, 0, hi1))),
+        (
+            jnp.where(alone, own_lo, jnp.where(left | right, 0, lo1)),
+            jnp.where(alone, own_hi, jnp.where(left | right, 0, hi1)),
+        ),
     )
     bounds = plan.tile_bounds(TAIL, block_k)
     records, parts = make_items(bounds.key_lo, bounds.key_hi, ranges, TAIL, block_k, heads, workers)
@@ -135,7 +162,9 @@ def capacity(tiles: int, heads: int, workers: int) -> tuple[int, int]:
     return splits, 7 * workers // (2 * heads) + 1 + splits
 
 
-def make_items(lo: Array, hi: Array, ranges: Any, tile: int, block: int, heads: int, workers: int) -> tuple[Array, Array]:
+def make_items(
+    lo: Array, hi: Array, ranges: Any, tile: int, block: int, heads: int, workers: int
+) -> tuple[Array, Array]:
     """Records and parts for `workers` thread blocks.
 
     Args:
@@ -146,7 +175,8 @@ def make_items(lo: Array, hi: Array, ranges: Any, tile: int, block: int, heads: 
     """
     tiles = ranges[0][0].shape[0] // tile
     lo, hi = (jnp.pad(x, ((0, tiles - x.shape[0]), (0, 0))) for x in (lo, hi))
-    # A tile that meets nothing is padding; it takes a block of its own rows, masked, so that its result is written, as zeros.
+    # A tile that meets nothing is padding; it takes a block of its own rows, masked, so that its result is written,
+    # as zeros.
     own = jnp.arange(tiles, dtype=jnp.int32) * tile // block
     nothing = (hi <= lo).all(1)
     lo = lo.at[:, 0].set(jnp.where(nothing, own, lo[:, 0]))
@@ -163,7 +193,9 @@ def make_items(lo: Array, hi: Array, ranges: Any, tile: int, block: int, heads: 
     return _pack(lo, hi, [*full, *other], heads, count, pieces, splits, slots)
 
 
-def _pack(lo: Any, hi: Any, classes: list[Array], heads: int, count: Any, pieces: Any, splits: int, slots: int) -> tuple[Array, Array]:
+def _pack(
+    lo: Any, hi: Any, classes: list[Array], heads: int, count: Any, pieces: Any, splits: int, slots: int
+) -> tuple[Array, Array]:
     tiles = lo.shape[0]
     capacity = tiles + slots - splits
     total = jnp.cumsum(pieces)
@@ -195,7 +227,9 @@ def _pack(lo: Any, hi: Any, classes: list[Array], heads: int, count: Any, pieces
     head = jnp.arange(heads, dtype=jnp.int32)
     records = jnp.broadcast_to(records[:, None, :], (capacity, heads, RECORD))
     records = records.at[:, :, HEAD].set(jnp.broadcast_to(head[None, :], (capacity, heads)))
-    records = records.at[:, :, SLOT].set(jnp.where(records[:, :, SLOT] < 0, -1, records[:, :, SLOT] * heads + head[None, :]))
+    records = records.at[:, :, SLOT].set(
+        jnp.where(records[:, :, SLOT] < 0, -1, records[:, :, SLOT] * heads + head[None, :])
+    )
     last = jnp.full((1, RECORD), -1, jnp.int32)
     records = jnp.concatenate([records.reshape(-1, RECORD), last])
 
