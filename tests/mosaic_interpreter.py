@@ -69,7 +69,7 @@ def _copy_smem_to_gmem(source, target, reduction_op=None):
 
 
 def _fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
-    box = s["rec"].at[2]
+    box = s["rec"].at[s["rec"].shape[0] - 1]
     number = lax.axis_index("worker") if first else box[0] + workers
     box[0] = number
     plgpu.barrier_wait(s["rec_empty"].at[slot])

@@ -10,6 +10,14 @@ from jaxlib.mlir.dialects import llvm, memref
 
 from kernels.hstu_attention import mosaic_schedule as schedule
 
+def record_scratch(slots):
+    """Shared memory and barriers of `slots` records: `rec` (its last row passes a drawn number on), `rec_full`, `rec_empty`."""
+    return dict(
+        rec=plgpu.SMEM((slots + 1, schedule.RECORD), jnp.int32),
+        rec_full=plgpu.Barrier(num_barriers=slots),
+        rec_empty=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+    )
+
 
 def _draw_number(counter_gm, box_sm):
     """The next number from a counter in global memory, for a whole warpgroup; `box_sm` passes it on from the thread
@@ -33,7 +41,7 @@ def fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
     """Starts the copy of the next item's record into `slot`; the first item of a thread block is the one of its own
     number.
     """
-    number = lax.axis_index("worker") if first else _draw_number(counter_gm, s["rec"].at[2]) + workers
+    number = lax.axis_index("worker") if first else _draw_number(counter_gm, s["rec"].at[s["rec"].shape[0] - 1]) + workers
     plgpu.barrier_wait(s["rec_empty"].at[slot])
     number = jnp.minimum(number, records_gm.shape[0] - 1)
     plgpu.copy_gmem_to_smem(records_gm.at[number], s["rec"].at[slot], s["rec_full"].at[slot])
@@ -121,13 +129,16 @@ class Item:
 def draw_items(records_sm, full, body):
     """Runs `body(item, step)` for every item that the feeding warpgroup draws; `step` counts the blocks before it."""
 
+    slots = records_sm.shape[0] - 1
+
     def one(carry):
         _, slot, step = carry
         item = Item(records_sm, slot)
         count = item.count
         body(item, slot, step)
-        plgpu.barrier_wait(full.at[1 - slot])
-        return Item(records_sm, 1 - slot).tile >= 0, 1 - slot, step + count
+        slot = lax.rem(slot + 1, slots)
+        plgpu.barrier_wait(full.at[slot])
+        return Item(records_sm, slot).tile >= 0, slot, step + count
 
     plgpu.barrier_wait(full.at[0])
     lax.while_loop(lambda c: c[0], one, (Item(records_sm, 0).tile >= 0, jnp.int32(0), jnp.int32(0)))

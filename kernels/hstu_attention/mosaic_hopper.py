@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from kernels import device
 from kernels.hstu_attention import mosaic_hopper_vjp as vjp
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, swizzled
+from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, record_scratch, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
@@ -27,19 +27,24 @@ TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
 WIDTHS = (64, 128, 256)
 ROW = plgpu.Layout.WGMMA.reduce(1)
 
+RECORDS = 4  # of work items, in shared memory at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
-    """block_k: keys a step. stages: depth of the rings of keys and values. workers: thread blocks, one an SM."""
+    """block_k: keys a step. stages: depth of the rings of keys and values. q_slots: 2 loads the next tile's queries early.
+    workers: thread blocks, one an SM.
+    """
 
     block_k: int
     stages: int
+    q_slots: int = 2
     workers: int = 132
 
 
 def forward_config(k_width: int, v_width: int) -> ForwardConfig:
     if max(k_width, v_width) > 128:
-        return ForwardConfig(block_k=64, stages=2)
+        return ForwardConfig(block_k=64, stages=2, q_slots=1)
     return ForwardConfig(block_k=128, stages=2 if max(k_width, v_width) > 64 else 4)
 
 
@@ -135,6 +140,8 @@ def forward(
     config = config or forward_config(width, width_v)
     block_k, stages = config.block_k, config.stages
     work = schedule.forward_schedule(plan, heads, block_k, config.workers)
+    scale_in_rows = scale.ndim == 1
+    scales = schedule.row_scales(scale, plan, rows) if scale_in_rows else scale.reshape(1)
 
     def kernel(q_gm, k_gm, v_gm, tail_gm, bounds_gm, scale_gm, records_gm, tail_first_gm, counter_gm, o_gm, part_gm, s):
         wg = lax.axis_index("wg")
@@ -142,13 +149,14 @@ def forward(
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
-            plgpu.barrier_arrive(s["q_empty"])
+            for i in range(config.q_slots):
+                plgpu.barrier_arrive(s["q_empty"].at[i])
             for i in range(stages):
                 plgpu.barrier_arrive(s["k_empty"].at[i])
                 plgpu.barrier_arrive(s["v_empty"].at[i])
-            for i in range(2):
+            for i in range(RECORDS):
                 plgpu.barrier_arrive(s["rec_empty"].at[i])
-            my_q, my_o = s["q"].at[pl.ds(wg * 64, 64)], s["o"].at[wg]
+            my_o = s["o"].at[wg]
 
             def one_item(item, slot, step):
                 count = item.count
@@ -156,13 +164,14 @@ def forward(
 
                 def weights(scores, i):
                     half = scores * (0.5 * alpha)
-                    p = (
-                        half * jnp.tanh(half) + half
-                    )  # silu(x) = h tanh(h) + h, h = x / 2: one special-function instruction
+                    # silu(x) = h tanh(h) + h with h = x / 2: one special-function instruction
+                    p = half * jnp.tanh(half) + half
                     (p,) = item.masked(i, block_k, bounds_gm, row0, (p,), short=True)
                     return p.astype(dtype)
 
-                plgpu.barrier_wait(s["q_full"])
+                q_slot = lax.rem(slot, config.q_slots)
+                my_q = s["q"].at[q_slot, pl.ds(wg * 64, 64)]
+                plgpu.barrier_wait(s["q_full"].at[q_slot])
 
                 def accumulate(acc):
                     first = lax.rem(step, stages)
@@ -195,7 +204,7 @@ def forward(
                         return p_next
 
                     p = lax.fori_loop(1, count, one_block, p)
-                    plgpu.barrier_arrive(s["q_empty"])
+                    plgpu.barrier_arrive(s["q_empty"].at[q_slot])
                     last = lax.rem(step + count - 1, stages)
                     plgpu.barrier_wait(s["v_full"].at[last])
                     plgpu.wgmma(acc, p, s["v"].at[last])
@@ -206,9 +215,13 @@ def forward(
                 out = pl.run_scoped(accumulate, plgpu.ACC((64, width_v), jnp.float32))
                 part, head = item.slot, item.head
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
-                scale = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False)
+                if scale_in_rows:
+                    scale = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False)
+                    scale = lax.broadcast_in_dim(scale, (64, 64), [0])
+                else:
+                    scale = scale_gm[0]
                 for c in range(width_v // 64):
-                    chunk = out[:, c * 64 : (c + 1) * 64] * lax.broadcast_in_dim(scale, (64, 64), [0])
+                    chunk = out[:, c * 64 : (c + 1) * 64] * scale
 
                     @pl.when(part < 0)
                     def _(chunk=chunk, c=c):
@@ -233,8 +246,10 @@ def forward(
 
             def one_item(item, slot, step):
                 head = item.head
-                plgpu.barrier_wait(s["q_empty"])
-                plgpu.copy_gmem_to_smem(q_gm.at[pl.ds(item.tile * TILE, TILE), head], s["q"], s["q_full"])
+                q_slot = lax.rem(slot, config.q_slots)
+                plgpu.barrier_wait(s["q_empty"].at[q_slot])
+                q_rows = q_gm.at[pl.ds(item.tile * TILE, TILE), head]
+                plgpu.copy_gmem_to_smem(q_rows, s["q"].at[q_slot], s["q_full"].at[q_slot])
 
                 @pl.loop(0, item.count)
                 def _(i):
@@ -244,7 +259,7 @@ def forward(
                     plgpu.copy_gmem_to_smem(k_gm.at[pl.ds(row, block_k), head], s["k"].at[now], s["k_full"].at[now])
                     plgpu.barrier_wait(s["v_empty"].at[now])
                     load_rows(v_gm, tail_gm, row, block_k, head, tail_first, s["v"].at[now], s["v_full"].at[now])
-                    pl.when(i == 0)(lambda: fetch(1 - slot))
+                    pl.when(i == 0)(lambda: fetch(lax.rem(slot + 1, RECORDS)))
 
             fetch(0, first=True)
             draw_items(s["rec"], s["rec_full"], one_item)
@@ -252,19 +267,17 @@ def forward(
     def entry(*refs):
         barrier = plgpu.Barrier
         scratch = dict(
-            q=swizzled((TILE, width), dtype),
+            q=swizzled((config.q_slots, TILE, width), dtype),
             k=swizzled((stages, block_k, width), dtype),
             v=swizzled((stages, block_k, width_v), dtype),
             o=swizzled((2, 2, 64, 64), dtype),
-            rec=plgpu.SMEM((3, schedule.RECORD), jnp.int32),
-            q_full=barrier(),
-            q_empty=barrier(num_arrivals=2),
+            **record_scratch(RECORDS),
+            q_full=barrier(num_barriers=config.q_slots),
+            q_empty=barrier(num_arrivals=2, num_barriers=config.q_slots),
             k_full=barrier(num_barriers=stages),
             k_empty=barrier(num_arrivals=2, num_barriers=stages),
             v_full=barrier(num_barriers=stages),
             v_empty=barrier(num_arrivals=2, num_barriers=stages),
-            rec_full=barrier(num_barriers=2),
-            rec_empty=barrier(num_arrivals=2, num_barriers=2),
         )
         pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
 
@@ -288,11 +301,10 @@ def forward(
         v,
         schedule.clean_tail(v, plan),
         work.bounds,
-        schedule.row_scales(scale, plan, rows),
+        scales,
         work.records,
         work.tail,
         counter,
     )
-    out = jax.new_ref(out)
-    write_sums(work.parts, parts, out, heads)
-    return out[...]
+    (out,) = write_sums(work.parts, [(parts, out)], heads)
+    return out

@@ -13,13 +13,14 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, swizzled
+from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, record_scratch, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
 TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
 BLOCK = 64  # keys a step
 WORKERS = 132
+RECORDS = 4  # of work items, in shared memory at a time
 
 
 def query_gradients(
@@ -55,7 +56,7 @@ def query_gradients(
             plgpu.barrier_arrive(s["row_empty"])
             for i in range(stages):
                 plgpu.barrier_arrive(s["key_empty"].at[i])
-            for i in range(2):
+            for i in range(RECORDS):
                 plgpu.barrier_arrive(s["rec_empty"].at[i])
             mine = pl.ds(wg * 64, 64)
             my_q, my_do, stage = s["q"].at[mine], s["do"].at[mine], s["o"].at[wg]
@@ -131,7 +132,7 @@ def query_gradients(
                     plgpu.barrier_wait(s["key_empty"].at[now])
                     load_rows(k_gm, k_tail_gm, row, BLOCK, item.head, tail_first, s["k"].at[now], full)
                     plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, BLOCK), item.head], s["v"].at[now], full)
-                    pl.when(i == 0)(lambda: fetch(1 - slot))
+                    pl.when(i == 0)(lambda: fetch(lax.rem(slot + 1, RECORDS)))
 
             fetch(0, first=True)
             draw_items(s["rec"], s["rec_full"], one_item)
@@ -144,13 +145,11 @@ def query_gradients(
             k=swizzled((stages, BLOCK, width), dtype),
             v=swizzled((stages, BLOCK, width_v), dtype),
             o=swizzled((2, 64, 64), dtype),
-            rec=plgpu.SMEM((3, schedule.RECORD), jnp.int32),
+            **record_scratch(RECORDS),
             row_full=barrier(num_arrivals=2),
             row_empty=barrier(num_arrivals=2),
             key_full=barrier(num_arrivals=2, num_barriers=stages),
             key_empty=barrier(num_arrivals=2, num_barriers=stages),
-            rec_full=barrier(num_barriers=2),
-            rec_empty=barrier(num_arrivals=2, num_barriers=2),
         )
         pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
 
@@ -177,6 +176,5 @@ def query_gradients(
         work.tail,
         counter,
     )
-    dq = jax.new_ref(dq)
-    write_sums(work.parts, parts, dq, heads)
-    return dq[...]
+    (dq,) = write_sums(work.parts, [(parts, dq)], heads)
+    return dq

@@ -16,13 +16,15 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, swizzled
+from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, record_scratch, swizzled
 from kernels.hstu_attention.mosaic_hopper_dq import query_gradients
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COL = plgpu.Layout.WGMMA.reduce(0)
+
+RECORDS = 2  # of work items, in shared memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def one_pass(
     # A constant factor is applied to sums; a factor a row to every weight.
     scale_in_rows = scale.ndim == 1
     factor = jnp.ones((1,), jnp.float32) if scale_in_rows else scale.reshape(1)
-    scale_T = schedule.row_scales(scale, plan, rows)
+    scale_T = schedule.row_scales(scale, plan, rows) if scale_in_rows else factor
 
     def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, scale_gm, factor_gm,
     records_gm, tail_first_gm,
@@ -110,8 +112,9 @@ def one_pass(
             plgpu.barrier_arrive(s["kv_empty"])
             for i in range(stages):
                 plgpu.barrier_arrive(s["row_empty"].at[i])
-            for i in range(2):
+            for i in range(RECORDS):
                 plgpu.barrier_arrive(s["rec_empty"].at[i])
+            for i in range(2):
                 plgpu.barrier_arrive(s["ds_empty"].at[i])
             my_ds = pl.ds(wg * 64, 64)  # rows of the dS buffers
             mine = pl.ds(0, 64) if by_columns else my_ds  # keys of the tile
@@ -297,7 +300,7 @@ def one_pass(
                     plgpu.barrier_wait(s["row_empty"].at[now])
                     load_rows(q_gm, q_tail_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
                     load_rows(do_gm, do_tail_gm, row, block_q, item.head, tail_first, s["do"].at[now], full)
-                    pl.when(i == 0)(lambda: fetch(1 - slot))
+                    pl.when(i == 0)(lambda: fetch(lax.rem(slot + 1, RECORDS)))
 
             fetch(0, first=True)
             draw_items(s["rec"], s["rec_full"], one_item)
@@ -312,15 +315,13 @@ def one_pass(
             ds=swizzled((1 if by_columns else 2, 128, block_q), dtype),
             dq=swizzled((2, *dq_stage), jnp.float32),
             **({} if block_q == 64 else {"o": swizzled((2, 64, 64), dtype)}),
-            rec=plgpu.SMEM((3, schedule.RECORD), jnp.int32),
+            **record_scratch(RECORDS),
             kv_full=barrier(num_arrivals=2),
             kv_empty=barrier(num_arrivals=2),
             row_full=barrier(num_arrivals=2, num_barriers=stages),
             row_empty=barrier(num_arrivals=2, num_barriers=stages),
             ds_full=barrier(num_arrivals=2, num_barriers=2),
             ds_empty=barrier(num_arrivals=2, num_barriers=2),
-            rec_full=barrier(num_barriers=2),
-            rec_empty=barrier(num_arrivals=2, num_barriers=2),
         )
         pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
 
@@ -343,8 +344,6 @@ def one_pass(
         kernel_name="hstu_backward",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )(q, k, v, do, *tails, work.bounds, scale_T, factor, work.records, work.tail, counter, dq)
-    dk, dv = jax.new_ref(dk), jax.new_ref(dv)
-    write_sums(work.parts, dk_parts, dk, heads)
-    write_sums(work.parts, dv_parts, dv, heads)
+    dk, dv = write_sums(work.parts, [(dk_parts, dk), (dv_parts, dv)], heads)
     dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if config.with_dq else None
-    return dq_THK, dk[...], dv[...]
+    return dq_THK, dk, dv
