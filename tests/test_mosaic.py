@@ -1,7 +1,5 @@
 """`mosaic` without a GPU: its kernels in the interpreter against `reference`, its lists of work, what it refuses."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,6 @@ from kernels.hstu_attention import (
     hstu_attention,
     make_plan,
     mosaic_hopper,
-    mosaic_hopper_dq,
     mosaic_hopper_vjp,
     reference,
 )
@@ -62,13 +59,9 @@ class Batch:
             assert np.linalg.norm(x[: self.rows] - want) < 4e-3 * np.linalg.norm(want), name
 
 
-def workers(config, count):
-    return dataclasses.replace(config, workers=count)
-
-
 def test_forward(monkeypatch):
     batch = Batch(MASKS["prefix"], 128, 64, row_scale=True)
-    config = workers(mosaic_hopper.ForwardConfig(block_k=64, stages=2), 2)
+    config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=2)
     with interpreted(monkeypatch):
         q, k, v, _ = batch.padded()
         batch.check({"out": mosaic_hopper.forward(q, k, v, batch.plan, batch.scale, 0.1, config)})
@@ -81,21 +74,18 @@ def test_forward(monkeypatch):
 )
 def test_gradients_in_one_pass(mask, widths, row_scale, monkeypatch):
     batch = Batch(MASKS[mask], *widths, row_scale)
-    config = workers(mosaic_hopper_vjp.backward_config(*widths), 1)
+    monkeypatch.setattr(schedule, "WORKERS", 1)
     with interpreted(monkeypatch):
-        got = mosaic_hopper_vjp.one_pass(*batch.padded(), batch.plan, batch.scale, 0.1, config)
+        got = mosaic_hopper_vjp.gradients(*batch.padded(), batch.plan, batch.scale, 0.1, deterministic=False)
     batch.check(dict(zip(("dq", "dk", "dv"), got, strict=True)))
 
 
 def test_gradients_in_two_passes(monkeypatch):
     batch = Batch(MASKS["semi-local"], 128, 128)
-    config = workers(dataclasses.replace(mosaic_hopper_vjp.backward_config(128, 128), with_dq=False), 2)
+    monkeypatch.setattr(schedule, "WORKERS", 2)
     with interpreted(monkeypatch):
-        arrays = batch.padded()
-        none, dk, dv = mosaic_hopper_vjp.one_pass(*arrays, batch.plan, batch.scale, 0.1, config)
-        dq = mosaic_hopper_dq.query_gradients(*arrays, batch.plan, batch.scale, 0.1, workers=2)
-    assert none is None
-    batch.check({"dq": dq, "dk": dk, "dv": dv})
+        got = mosaic_hopper_vjp.gradients(*batch.padded(), batch.plan, batch.scale, 0.1, deterministic=True)
+    batch.check(dict(zip(("dq", "dk", "dv"), got, strict=True)))
 
 
 @pytest.mark.parametrize("num_workers", [10, 132])

@@ -10,8 +10,9 @@ from jaxlib.mlir.dialects import llvm, memref
 
 from kernels.hstu_attention import mosaic_schedule as schedule
 
+
 def record_scratch(slots):
-    """Shared memory and barriers of `slots` records: `rec` (its last row passes a drawn number on), `rec_full`, `rec_empty`."""
+    """Shared memory and barriers of `slots` records: `rec`, whose last row passes a drawn number on, and its barriers."""
     return dict(
         rec=plgpu.SMEM((slots + 1, schedule.RECORD), jnp.int32),
         rec_full=plgpu.Barrier(num_barriers=slots),
@@ -41,7 +42,9 @@ def fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
     """Starts the copy of the next item's record into `slot`; the first item of a thread block is the one of its own
     number.
     """
-    number = lax.axis_index("worker") if first else _draw_number(counter_gm, s["rec"].at[s["rec"].shape[0] - 1]) + workers
+    number = (
+        lax.axis_index("worker") if first else _draw_number(counter_gm, s["rec"].at[s["rec"].shape[0] - 1]) + workers
+    )
     plgpu.barrier_wait(s["rec_empty"].at[slot])
     number = jnp.minimum(number, records_gm.shape[0] - 1)
     plgpu.copy_gmem_to_smem(records_gm.at[number], s["rec"].at[slot], s["rec_full"].at[slot])

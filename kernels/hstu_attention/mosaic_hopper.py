@@ -32,14 +32,14 @@ RECORDS = 4  # of work items, in shared memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
-    """block_k: keys a step. stages: depth of the rings of keys and values. q_slots: 2 loads the next tile's queries early.
-    workers: thread blocks, one an SM.
+    """block_k: keys a step. stages: depth of the rings of keys and values. q_slots: with 2, the next tile's queries load
+    early. workers: thread blocks, one an SM.
     """
 
     block_k: int
     stages: int
     q_slots: int = 2
-    workers: int = 132
+    workers: int = schedule.WORKERS
 
 
 def forward_config(k_width: int, v_width: int) -> ForwardConfig:

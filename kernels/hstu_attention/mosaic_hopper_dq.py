@@ -19,15 +19,13 @@ from kernels.hstu_attention.plan import AttentionPlan
 
 TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
 BLOCK = 64  # keys a step
-WORKERS = 132
 RECORDS = 4  # of work items, in shared memory at a time
 
 
-def query_gradients(
-    q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, workers: int = WORKERS
-) -> Any:
+def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float) -> Any:
     """dQ of padded buffers (T a multiple of 128)."""
     rows, heads, width = q.shape
+    workers = schedule.WORKERS
     width_v = v.shape[-1]
     dtype = q.dtype
     stages = 1 if max(width, width_v) > 128 else 2

@@ -21,9 +21,6 @@ from kernels.hstu_attention.mosaic_hopper_dq import query_gradients
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
-ROW = plgpu.Layout.WGMMA.reduce(1)
-COL = plgpu.Layout.WGMMA.reduce(0)
-
 RECORDS = 2  # of work items, in shared memory at a time
 
 
@@ -33,7 +30,7 @@ class BackwardConfig:
     block_q: int = 64  # rows a step
     stages: int = 3  # of the ring of rows and their gradients
     with_dq: bool = True  # False: dK and dV only, for the two-pass backward
-    workers: int = 132
+    workers: int = schedule.WORKERS
     registers: tuple[int, int] = (
         240,
         24,
@@ -46,10 +43,11 @@ class BackwardConfig:
 
 
 def backward_config(k_width: int, v_width: int) -> BackwardConfig:
-    """For widths as `padded_width` leaves them."""
+    """For widths as `padded_widths` leaves them."""
     if max(k_width, v_width) == 64:
-        return BackwardConfig(block_q=128, stages=2)
-    return BackwardConfig(by_columns=True, stages=2) if max(k_width, v_width) > 128 else BackwardConfig()
+        return BackwardConfig(block_q=128, stages=2, workers=schedule.WORKERS)
+    by_columns = max(k_width, v_width) > 128
+    return BackwardConfig(by_columns=by_columns, stages=2 if by_columns else 3, workers=schedule.WORKERS)
 
 
 def padded_widths(k_width: int, v_width: int) -> tuple[int, int]:
@@ -69,6 +67,8 @@ def gradients(
     k_wide, v_wide = padded_widths(*widths)
     q, k = (jnp.pad(x, ((0, 0), (0, 0), (0, k_wide - k_width))) for x in (q, k))
     v, do = (jnp.pad(x, ((0, 0), (0, 0), (0, v_wide - v_width))) for x in (v, do))
+    if scale.ndim == 1:
+        do, scale = _scaled_rows(do, schedule.row_scales(scale, plan, q.shape[0]))
     config = backward_config(k_wide, v_wide)
     if deterministic:
         _, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, dataclasses.replace(config, with_dq=False))
@@ -76,6 +76,13 @@ def gradients(
     else:
         dq, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, config)
     return dq[..., :k_width], dk[..., :k_width], dv[..., :v_width]
+
+
+def _scaled_rows(do: Array, scale_T: Array) -> tuple[Array, Array]:
+    """(dO with a factor a row, the constant factor that is left). The largest row factor is 1: float16's range is small."""
+    largest = jnp.max(jnp.abs(scale_T))
+    relative_T = scale_T / jnp.where(largest > 0, largest, 1.0)
+    return (do * relative_T[:, None, None]).astype(do.dtype), largest
 
 
 def one_pass(
@@ -96,12 +103,9 @@ def one_pass(
     else:
         dq_stage = dq_shape = (block_q, width // 2) if width > 64 else (block_q // 2, width)
     work = schedule.backward_schedule(plan, heads, tile, block_q, config.workers)
-    # A constant factor is applied to sums; a factor a row to every weight.
-    scale_in_rows = scale.ndim == 1
-    factor = jnp.ones((1,), jnp.float32) if scale_in_rows else scale.reshape(1)
-    scale_T = schedule.row_scales(scale, plan, rows) if scale_in_rows else factor
+    factor = scale.reshape(1)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, scale_gm, factor_gm,
+    def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, factor_gm,
     records_gm, tail_first_gm,
                counter_gm, dq_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
         wg = lax.axis_index("wg")
@@ -172,12 +176,6 @@ def one_pass(
                         w = t + 1.0
                         p = half * w
                         ds = dpt * (w * (half - half * t) + w)  # twice the derivative of silu
-                        if scale_in_rows:
-                            scale = plgpu.load(
-                                scale_gm.at[pl.ds(item.block(i) * block_q, block_q)], layout=COL, optimized=False
-                            )
-                            scale = lax.broadcast_in_dim(scale, p.shape, [1])
-                            p, ds = p * scale, ds * scale
                         p16, ds16 = p.astype(dtype), ds.astype(dtype)
 
                         def key_products():
@@ -343,7 +341,7 @@ def one_pass(
         thread_name="wg",
         kernel_name="hstu_backward",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    )(q, k, v, do, *tails, work.bounds, scale_T, factor, work.records, work.tail, counter, dq)
+    )(q, k, v, do, *tails, work.bounds, factor, work.records, work.tail, counter, dq)
     dk, dv = write_sums(work.parts, [(dk_parts, dk), (dv_parts, dv)], heads)
     dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if config.with_dq else None
     return dq_THK, dk, dv

@@ -14,7 +14,7 @@ ROWS, COLUMNS = 64, 64  # of a thread block, one warpgroup
 
 
 def write_sums(parts: Int[Array, "splits 4"], pairs: Sequence[tuple[Array, Array]], heads: int) -> list[Array]:
-    """Results with the rows of split tiles filled in, for `pairs` of slots float32[slots, tile, V] and result [T, H, V].
+    """Results [T, H, V] with the rows of split tiles filled in, for `pairs` of float32[slots, tile, V] and result.
 
     `parts` and the meaning of slots: `mosaic_schedule.Schedule`. One kernel for all pairs, which writes in place.
     """

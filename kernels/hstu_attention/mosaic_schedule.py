@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 from kernels.hstu_attention.plan import AttentionPlan
 
 TAIL = 128  # rows of the last, partly filled tile that are passed separately, with padding rows zeroed
+WORKERS = 132  # thread blocks that run at a time: one on each SM of an H100 or H200
 RECORD = 32  # int32 in a record: 128 bytes, the alignment that a tensor copy wants of each slot in shared memory
 (
     TILE,
