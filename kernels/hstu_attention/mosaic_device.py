@@ -12,7 +12,7 @@ from kernels.hstu_attention import mosaic_schedule as schedule
 
 
 def record_scratch(slots):
-    """Shared memory and barriers of `slots` records: `rec`, whose last row passes a drawn number on, and its barriers."""
+    """Shared memory of `slots` records, whose last row passes a drawn number on, and its barriers."""
     return dict(
         rec=plgpu.SMEM((slots + 1, schedule.RECORD), jnp.int32),
         rec_full=plgpu.Barrier(num_barriers=slots),

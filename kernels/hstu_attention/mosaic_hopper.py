@@ -32,8 +32,8 @@ RECORDS = 4  # of work items, in shared memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
-    """block_k: keys a step. stages: depth of the rings of keys and values. q_slots: with 2, the next tile's queries load
-    early. workers: thread blocks, one an SM.
+    """block_k: keys a step. stages: depth of the rings of keys and values. q_slots: with 2 the next tile's queries
+    load early. workers: thread blocks, one an SM.
     """
 
     block_k: int

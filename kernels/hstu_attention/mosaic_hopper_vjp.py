@@ -79,7 +79,7 @@ def gradients(
 
 
 def _scaled_rows(do: Array, scale_T: Array) -> tuple[Array, Array]:
-    """(dO with a factor a row, the constant factor that is left). The largest row factor is 1: float16's range is small."""
+    """(dO with a factor a row, the constant factor that is left); the largest row factor is 1, for float16."""
     largest = jnp.max(jnp.abs(scale_T))
     relative_T = scale_T / jnp.where(largest > 0, largest, 1.0)
     return (do * relative_T[:, None, None]).astype(do.dtype), largest
