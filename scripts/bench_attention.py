@@ -33,7 +33,7 @@ COLUMNS = ("workload", "implementation", "pass", "ms", "tflops", "of_matmul", "g
 def matmul_tflops(size: int = 8192) -> float:
     """What a plain bfloat16 product of random matrices reaches in this run: the yardstick of `of_matmul`."""
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
-    return device_time(jax.jit(jnp.matmul), a, b).tflops(2 * size**3)
+    return device_time(jax.jit(jnp.matmul), a, b).tflops(2.0 * size**3)
 
 
 def silu_and_slope(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +112,7 @@ def measure(w: Workload, implementation: str, matmul: float) -> list[dict[str, A
                 "samples_ms": [x * 1e3 for x in timing.samples],
                 "tflops": timing.tflops(flops),
                 "of_matmul": timing.utilization(flops, matmul),
-                "gb_s": timing.gigabytes(moved),
+                "gb_s": timing.gigabytes(float(moved)),
                 "temp_mib": memory.temp_size_in_bytes / 2**20 if memory is not None else None,
                 "plan_us": plan_us,
                 "error": None if w.bias else sampled_error(w, arrays, compiled(plan, *tensors)),
