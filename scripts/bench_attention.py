@@ -83,8 +83,8 @@ def measure(w: Workload, implementation: str, matmul: float) -> list[dict[str, A
     plan = jax.jit(planned)(offsets)
     plan_us = 1e6 * device_time(jax.jit(planned), offsets).seconds
 
-    def attend(plan: Any, *qkv: jax.Array) -> jax.Array:
-        return hstu_attention(*qkv, offsets, plan=plan, implementation=implementation, **options)
+    def attend(plan: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return hstu_attention(q, k, v, offsets, plan=plan, implementation=implementation, **options)
 
     def forward(plan: Any, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> dict[str, jax.Array]:
         return {"out": attend(plan, q, k, v)}

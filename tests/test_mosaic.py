@@ -27,9 +27,9 @@ MASKS = {
 class Batch:
     """Jagged inputs whose padding rows hold NaN, and the results of `reference`."""
 
-    def __init__(self, mask, k_width, v_width, row_scale=False):
+    def __init__(self, mask, k_width, v_width, row_scale=False, lengths=LENGTHS):
         rng = np.random.default_rng(0)
-        self.offsets = np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int32)
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         self.real, self.rows = int(self.offsets[-1]), int(self.offsets[-1]) + 9
         draw = [rng.standard_normal((self.rows, 1, w), dtype=np.float32) for w in (k_width, k_width, v_width, v_width)]
         self.q, self.k, self.v = (jnp.asarray(x, jnp.bfloat16).at[self.real :].set(jnp.nan) for x in draw[:3])
@@ -37,7 +37,7 @@ class Batch:
         scale = rng.uniform(0.01, 1, self.rows).astype(np.float32)
         scale[self.real :] = np.nan
         self.scale = jnp.asarray(scale) if row_scale else jnp.float32(1 / 64)
-        self.plan = make_plan(mask, self.offsets, self.rows, np.minimum(LENGTHS // 4, 9), np.minimum(LENGTHS // 5, 3))
+        self.plan = make_plan(mask, self.offsets, self.rows, np.minimum(lengths // 4, 9), np.minimum(lengths // 5, 3))
 
         def plain(*qkv):
             return reference.attention(
@@ -86,6 +86,24 @@ def test_gradients_in_two_passes(monkeypatch):
     with interpreted(monkeypatch):
         got = mosaic_hopper_vjp.gradients(*batch.padded(), batch.plan, batch.scale, 0.1, deterministic=True)
     batch.check(dict(zip(("dq", "dk", "dv"), got, strict=True)))
+
+
+def test_split_tiles(monkeypatch):
+    batch = Batch(MASKS["causal"], 64, 64, lengths=np.array([640]))
+    monkeypatch.setattr(schedule, "WORKERS", 8)
+    parts = [
+        schedule.forward_schedule(batch.plan, 1, 64, 8).parts,
+        schedule.backward_schedule(batch.plan, 1, 128, 64, 8).parts,
+    ]
+    assert all((np.asarray(x)[:, 3] > 1).any() for x in parts)
+    arrays = batch.padded()
+    with interpreted(monkeypatch):
+        config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=8)
+        batch.check({"out": mosaic_hopper.forward(*arrays[:3], batch.plan, batch.scale, 0.1, config)})
+        back = mosaic_hopper_vjp.BackwardConfig(stages=2, with_dq=False, workers=8)
+        wide = [jnp.pad(x, ((0, 0), (0, 0), (0, 64))) for x in arrays]
+        _, dk, dv = mosaic_hopper_vjp.one_pass(*wide, batch.plan, batch.scale, 0.1, back)
+    batch.check({"dk": dk[..., :64], "dv": dv[..., :64]})
 
 
 @pytest.mark.parametrize("num_workers", [10, 132])

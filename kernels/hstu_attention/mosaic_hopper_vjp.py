@@ -209,12 +209,12 @@ def one_pass(
                             ds_before = 1 - ds_now
                             pl.when(i > 0)(lambda: plgpu.barrier_wait(s["ds_full"].at[ds_before]))
 
-                            def products(dq_acc):
+                            def products_before(dq_acc):
                                 plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[:, my_columns])
                                 key_products()
                                 return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2))
 
-                            dq = pl.run_scoped(products, plgpu.ACC(dq_shape, jnp.float32))
+                            dq = pl.run_scoped(products_before, plgpu.ACC(dq_shape, jnp.float32))
 
                             @pl.when(i > 0)
                             def _():

@@ -189,8 +189,8 @@ def make_items(
     piece = jnp.maximum(share // 3, 4 * overhead)
     pieces = jnp.where(4 * count > 3 * jnp.maximum(share, 4 * overhead), -(-count // piece), 1)
     splits, slots = capacity(tiles, heads, workers)
-    full = [x for pair in ranges for x in _common(*pair, tile, block)]
-    other = [x for pair in ranges[1:] for x in _hull(*pair, tile, block)]
+    full = [x for begin, end in ranges for x in _common(begin, end, tile, block)]
+    other = [x for begin, end in ranges[1:] for x in _hull(begin, end, tile, block)]
     return _pack(lo, hi, [*full, *other], heads, count, pieces, splits, slots)
 
 
