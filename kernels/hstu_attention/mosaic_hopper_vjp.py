@@ -171,23 +171,35 @@ def one_pass(
                         st, dpt = pl.run_scoped(scores, plgpu.ACC((64, block_q), jnp.float32))
 
                         st, dpt = item.masked(i, block_q, bounds_gm, key_of(item), (st, dpt))
-                        half = st * (0.5 * alpha)
-                        t = jnp.tanh(half)
-                        w = t + 1.0
-                        p = half * w
-                        ds = dpt * (w * (half - half * t) + w)  # twice the derivative of silu
-                        p16, ds16 = p.astype(dtype), ds.astype(dtype)
+                        weights, slopes = [], []  # in pieces of 64 rows, one after the other: registers
+                        pieces = [(st[:, c : c + 64], dpt[:, c : c + 64]) for c in range(0, block_q, 64)]
+                        while pieces:
+                            score, dp = pieces.pop(0)
+                            half = score * (0.5 * alpha)
+                            t = jnp.tanh(half)
+                            w = t + 1.0
+                            ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
+                            p16, ds16 = (half * w).astype(dtype), ds.astype(dtype)
+                            if pieces:
+                                p16, ds16, pieces = lax.optimization_barrier((p16, ds16, pieces))
+                            weights.append(p16)
+                            slopes.append(ds16)
 
                         def key_products():
-                            plgpu.wgmma(dv, p16, s["do"].at[now, :, v_columns])
-                            plgpu.wgmma(dk, ds16, s["q"].at[now, :, k_columns])
+                            for c, p16, ds16 in zip(range(0, block_q, 64), weights, slopes, strict=True):
+                                plgpu.wgmma(dv, p16, s["do"].at[now, pl.ds(c, 64), v_columns])
+                                plgpu.wgmma(dk, ds16, s["q"].at[now, pl.ds(c, 64), k_columns])
+
+                        def store_ds(slot):
+                            for c, ds16 in zip(range(0, block_q, 64), slopes, strict=True):
+                                s["ds"].at[slot, my_ds, pl.ds(c, 64)][...] = ds16
+                            plgpu.commit_smem()
 
                         if not config.with_dq:
                             key_products()
                         elif by_columns:
                             ds_mine = s["ds"].at[0, my_ds]
-                            ds_mine[...] = ds16
-                            plgpu.commit_smem()
+                            store_ds(0)
                             for c in range(0, k_mine, 64):
 
                                 def products(dq_acc, c=c):
@@ -201,8 +213,7 @@ def one_pass(
                                 send_dq(pl.run_scoped(products, plgpu.ACC(dq_shape, jnp.float32)), i, c)
                         else:
                             plgpu.barrier_wait(s["ds_empty"].at[ds_now])
-                            s["ds"].at[ds_now, my_ds][...] = ds16
-                            plgpu.commit_smem()
+                            store_ds(ds_now)
                             plgpu.barrier_arrive(s["ds_full"].at[ds_now])
                             # dQ of the block before, of which the other warpgroup has its half by now. (There is
                             # none at first: what is computed then goes nowhere.)
@@ -212,7 +223,9 @@ def one_pass(
                             def products_before(dq_acc):
                                 plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[:, my_columns])
                                 key_products()
-                                return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2))
+                                return lax.optimization_barrier(
+                                    plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 * len(weights))
+                                )
 
                             dq = pl.run_scoped(products_before, plgpu.ACC(dq_shape, jnp.float32))
 
