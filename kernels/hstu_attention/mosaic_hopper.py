@@ -1,0 +1,310 @@
+"""HSTU attention on Hopper (Pallas Mosaic GPU): the implementation `mosaic`, and its forward kernel.
+
+A thread block stays on its SM and draws work items until none is left. Two warpgroups compute 64 query rows each, a
+third feeds them by TMA. The backward is in `mosaic_hopper_vjp`, the lists of work in `mosaic_schedule`;
+docs/attention_kernel.md explains warps, barriers and buffers.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from kernels import device
+from kernels.hstu_attention import mosaic_hopper_vjp as vjp
+from kernels.hstu_attention import mosaic_schedule as schedule
+from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, record_scratch, swizzled
+from kernels.hstu_attention.mosaic_parts import write_sums
+from kernels.hstu_attention.plan import AttentionPlan
+
+TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
+WIDTHS = (64, 128, 256)
+ROW = plgpu.Layout.WGMMA.reduce(1)
+
+RECORDS = 4  # of work items, in shared memory at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """block_k: keys a step. stages: depth of the rings of keys and values. q_slots: with 2 the next tile's queries
+    load early. workers: thread blocks, one an SM.
+    """
+
+    block_k: int
+    stages: int
+    q_slots: int = 2
+    workers: int = schedule.WORKERS
+
+
+def forward_config(k_width: int, v_width: int) -> ForwardConfig:
+    if max(k_width, v_width) > 128:
+        return ForwardConfig(block_k=64, stages=2, q_slots=1)
+    return ForwardConfig(block_k=128, stages=2 if max(k_width, v_width) > 64 else 4)
+
+
+def attention(
+    q_THK: Float[Array, "T H K"],
+    k_THK: Float[Array, "T H K"],
+    v_THV: Float[Array, "T H V"],
+    plan: AttentionPlan,
+    *,
+    alpha: float,
+    scale: Any,
+    bias: Any,
+    deterministic: bool = False,
+) -> Float[Array, "T H V"]:
+    """See `hstu_attention`. bfloat16 or float16, K and V in {64, 128, 256}, no bias; Hopper only.
+
+    deterministic: gradients with the same bits on every run, by a second pass for dQ. Otherwise dQ is summed in
+    memory in no fixed order.
+    """
+    reason = unsupported(q_THK.dtype, q_THK.shape[2], v_THV.shape[2], bias)
+    if reason is None and not device.current().is_hopper:
+        reason = f"needs a Hopper GPU (H100, H200), the device is {device.current().kind!r}; use 'xla'"
+    if reason is not None:
+        raise NotImplementedError(reason)
+    return attend(q_THK, k_THK, v_THV, plan, alpha=alpha, scale=scale, deterministic=deterministic)
+
+
+def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int) -> AttentionPlan:
+    """The plan with the lists of work that this implementation needs for these sizes: made once a batch, used by
+    every layer.
+    """
+    config, back = forward_config(k_width, v_width), vjp.backward_config(*vjp.padded_widths(k_width, v_width))
+    lists = {
+        schedule.forward_name(heads, config.block_k, config.workers): schedule.forward_schedule(
+            plan, heads, config.block_k, config.workers
+        ),
+        schedule.backward_name(heads, back.tile, back.block_q, back.workers): schedule.backward_schedule(
+            plan, heads, back.tile, back.block_q, back.workers
+        ),
+    }
+    return dataclasses.replace(plan, stored={**plan.stored, **lists})
+
+
+def unsupported(dtype: Any, k_width: int, v_width: int, bias: Any) -> str | None:
+    """Why this implementation cannot, or None."""
+    if bias is not None:
+        return "takes no relative bias; use 'triton' or 'xla', or bias=None"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 or float16, got {jnp.dtype(dtype).name}; cast q, k, v or use 'xla'"
+    for name, width in (("K", k_width), ("V", v_width)):
+        if width not in WIDTHS:
+            return f"takes head widths {WIDTHS}, got {name} = {width}; pad q, k, v with zeros or use 'xla'"
+    return None
+
+
+def attend(
+    q: Array, k: Array, v: Array, plan: AttentionPlan, *, alpha: float, scale: Any, deterministic: bool = False
+) -> Array:
+    """`attention` without asking what the device is: also lowers for CUDA on a machine that has no GPU."""
+    rows = q.shape[0]
+    if rows == 0:
+        return jnp.zeros_like(v)
+    pad = ((0, schedule.rounded_up(rows) - rows), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(x, pad) for x in (q, k, v))
+    out = _attend((q, k, v), plan, jnp.asarray(scale, jnp.float32), alpha, deterministic)
+    return out[:rows]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(qkv, plan, scale, alpha, deterministic):
+    return forward(*qkv, plan, scale, alpha)
+
+
+def _attend_fwd(qkv, plan, scale, alpha, deterministic):
+    return forward(*qkv, plan, scale, alpha), (qkv, plan, scale)
+
+
+def _attend_bwd(alpha, deterministic, saved, g):
+    qkv, plan, scale = saved
+    return vjp.gradients(*qkv, g, plan, scale, alpha, deterministic), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def forward(
+    q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alpha: float, config: ForwardConfig | None = None
+) -> Array:
+    """Output of padded buffers (T a multiple of 128)."""
+    rows, heads, width = q.shape
+    width_v = v.shape[-1]
+    dtype = q.dtype
+    config = config or forward_config(width, width_v)
+    block_k, stages = config.block_k, config.stages
+    work = schedule.forward_schedule(plan, heads, block_k, config.workers)
+    scale_in_rows = scale.ndim == 1
+    scales = schedule.row_scales(scale, plan, rows) if scale_in_rows else scale.reshape(1)
+
+    def kernel(q_gm, k_gm, v_gm, tail_gm, bounds_gm, scale_gm, records_gm, tail_first_gm, counter_gm, o_gm, part_gm, s):
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            for i in range(config.q_slots):
+                plgpu.barrier_arrive(s["q_empty"].at[i])
+            for i in range(stages):
+                plgpu.barrier_arrive(s["k_empty"].at[i])
+                plgpu.barrier_arrive(s["v_empty"].at[i])
+            for i in range(RECORDS):
+                plgpu.barrier_arrive(s["rec_empty"].at[i])
+            my_o = s["o"].at[wg]
+
+            def one_item(item, slot, step):
+                count = item.count
+                row0 = item.tile * TILE + wg * 64
+
+                def weights(scores, i):
+                    half = scores * (0.5 * alpha)
+                    # silu(x) = h tanh(h) + h with h = x / 2: one special-function instruction
+                    p = half * jnp.tanh(half) + half
+                    (p,) = item.masked(i, block_k, bounds_gm, row0, (p,), short=True)
+                    return p.astype(dtype)
+
+                q_slot = lax.rem(slot, config.q_slots)
+                my_q = s["q"].at[q_slot, pl.ds(wg * 64, 64)]
+                plgpu.barrier_wait(s["q_full"].at[q_slot])
+
+                def accumulate(acc):
+                    first = lax.rem(step, stages)
+                    plgpu.barrier_wait(s["k_full"].at[first])
+
+                    def first_scores(s_acc):
+                        plgpu.wgmma(s_acc, my_q, s["k"].at[first].T)
+                        return s_acc[...]
+
+                    scores = pl.run_scoped(first_scores, plgpu.ACC((64, block_k), jnp.float32))
+                    plgpu.barrier_arrive(s["k_empty"].at[first])
+                    p = weights(scores, jnp.int32(0))
+
+                    def one_block(i, p):
+                        """Scores of block i, while the weights of block i - 1 meet their values."""
+                        now, before = lax.rem(step + i, stages), lax.rem(step + i - 1, stages)
+                        plgpu.barrier_wait(s["k_full"].at[now])
+
+                        def products(s_acc):
+                            plgpu.wgmma(s_acc, my_q, s["k"].at[now].T)
+                            plgpu.barrier_wait(s["v_full"].at[before])
+                            plgpu.wgmma(acc, p, s["v"].at[before])
+                            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
+
+                        scores = pl.run_scoped(products, plgpu.ACC((64, block_k), jnp.float32))
+                        plgpu.barrier_arrive(s["k_empty"].at[now])
+                        p_next = weights(scores, i)
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(s["v_empty"].at[before])
+                        return p_next
+
+                    p = lax.fori_loop(1, count, one_block, p)
+                    plgpu.barrier_arrive(s["q_empty"].at[q_slot])
+                    last = lax.rem(step + count - 1, stages)
+                    plgpu.barrier_wait(s["v_full"].at[last])
+                    plgpu.wgmma(acc, p, s["v"].at[last])
+                    out = acc[...]
+                    plgpu.barrier_arrive(s["v_empty"].at[last])
+                    return out
+
+                out = pl.run_scoped(accumulate, plgpu.ACC((64, width_v), jnp.float32))
+                part, head = item.slot, item.head
+                plgpu.barrier_arrive(s["rec_empty"].at[slot])
+                if scale_in_rows:
+                    scale = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False)
+                    scale = lax.broadcast_in_dim(scale, (64, 64), [0])
+                else:
+                    scale = scale_gm[0]
+                for c in range(width_v // 64):
+                    chunk = out[:, c * 64 : (c + 1) * 64] * scale
+
+                    @pl.when(part < 0)
+                    def _(chunk=chunk, c=c):
+                        stage = my_o.at[c % 2]
+                        plgpu.wait_smem_to_gmem(1 if width_v > 64 else 0, wait_read_only=True)
+                        stage[...] = chunk.astype(dtype)
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(stage, o_gm.at[pl.ds(row0, 64), head, pl.ds(c * 64, 64)])
+
+                    @pl.when(part >= 0)
+                    def _(chunk=chunk, c=c):
+                        part_gm.at[part, pl.ds(wg * 64, 64), pl.ds(c * 64, 64)][...] = chunk
+
+            draw_items(s["rec"], s["rec_full"], one_item)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 2)
+        def _feed():
+            plgpu.set_max_registers(24, action="decrease")
+            tail_first = tail_first_gm[0]
+            fetch = functools.partial(fetch_item, records_gm, counter_gm, s, workers=config.workers)
+
+            def one_item(item, slot, step):
+                head = item.head
+                q_slot = lax.rem(slot, config.q_slots)
+                plgpu.barrier_wait(s["q_empty"].at[q_slot])
+                q_rows = q_gm.at[pl.ds(item.tile * TILE, TILE), head]
+                plgpu.copy_gmem_to_smem(q_rows, s["q"].at[q_slot], s["q_full"].at[q_slot])
+
+                @pl.loop(0, item.count)
+                def _(i):
+                    row = item.block(i) * block_k
+                    now = lax.rem(step + i, stages)
+                    plgpu.barrier_wait(s["k_empty"].at[now])
+                    plgpu.copy_gmem_to_smem(k_gm.at[pl.ds(row, block_k), head], s["k"].at[now], s["k_full"].at[now])
+                    plgpu.barrier_wait(s["v_empty"].at[now])
+                    load_rows(v_gm, tail_gm, row, block_k, head, tail_first, s["v"].at[now], s["v_full"].at[now])
+                    pl.when(i == 0)(lambda: fetch(lax.rem(slot + 1, RECORDS)))
+
+            fetch(0, first=True)
+            draw_items(s["rec"], s["rec_full"], one_item)
+
+    def entry(*refs):
+        barrier = plgpu.Barrier
+        scratch = dict(
+            q=swizzled((config.q_slots, TILE, width), dtype),
+            k=swizzled((stages, block_k, width), dtype),
+            v=swizzled((stages, block_k, width_v), dtype),
+            o=swizzled((2, 2, 64, 64), dtype),
+            **record_scratch(RECORDS),
+            q_full=barrier(num_barriers=config.q_slots),
+            q_empty=barrier(num_arrivals=2, num_barriers=config.q_slots),
+            k_full=barrier(num_barriers=stages),
+            k_empty=barrier(num_arrivals=2, num_barriers=stages),
+            v_full=barrier(num_barriers=stages),
+            v_empty=barrier(num_arrivals=2, num_barriers=stages),
+        )
+        pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
+
+    slots = schedule.capacity(rows // TILE, heads, config.workers)[1] * heads
+    counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
+    out, parts = plgpu.kernel(
+        entry,
+        out_type=[
+            jax.ShapeDtypeStruct((rows, heads, width_v), dtype),
+            jax.ShapeDtypeStruct((slots, TILE, width_v), jnp.float32),
+        ],
+        grid=(config.workers,),
+        grid_names=("worker",),
+        num_threads=3,
+        thread_name="wg",
+        kernel_name="hstu_forward",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+    )(
+        q,
+        k,
+        v,
+        schedule.clean_tail(v, plan),
+        work.bounds,
+        scales,
+        work.records,
+        work.tail,
+        counter,
+    )
+    (out,) = write_sums(work.parts, [(parts, out)], heads)
+    return out

@@ -1,0 +1,360 @@
+"""HSTU attention on Hopper (Pallas Mosaic GPU), backward.
+
+One pass over (key tile, row block) pairs makes all three gradients with five products a pair. The tile of keys
+stays; row blocks stream past it.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from kernels.hstu_attention import mosaic_schedule as schedule
+from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, record_scratch, swizzled
+from kernels.hstu_attention.mosaic_hopper_dq import query_gradients
+from kernels.hstu_attention.mosaic_parts import write_sums
+from kernels.hstu_attention.plan import AttentionPlan
+
+RECORDS = 2  # of work items, in shared memory at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    by_columns: bool = False  # warpgroups share columns, not keys
+    block_q: int = 64  # rows a step
+    stages: int = 3  # of the ring of rows and their gradients
+    with_dq: bool = True  # False: dK and dV only, for the two-pass backward
+    workers: int = schedule.WORKERS
+    registers: tuple[int, int] = (
+        240,
+        24,
+    )  # compute, feed; 2 x compute + feed <= 504, what a launch of three warpgroups has
+
+    @property
+    def tile(self) -> int:
+        """Keys of a work item."""
+        return 64 if self.by_columns else 128
+
+
+def backward_config(k_width: int, v_width: int) -> BackwardConfig:
+    """For widths as `padded_widths` leaves them."""
+    if max(k_width, v_width) == 64:
+        return BackwardConfig(block_q=128, stages=2, workers=schedule.WORKERS)
+    by_columns = max(k_width, v_width) > 128
+    return BackwardConfig(by_columns=by_columns, stages=2 if by_columns else 3, workers=schedule.WORKERS)
+
+
+def padded_widths(k_width: int, v_width: int) -> tuple[int, int]:
+    """Widths that the backward computes with: 64 only beside 64."""
+    return (64, 64) if k_width == v_width == 64 else (max(k_width, 128), max(v_width, 128))
+
+
+def gradients(
+    q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, deterministic: bool
+) -> Any:
+    """(dQ, dK, dV) of padded buffers (T a multiple of 128).
+
+    deterministic: dQ in a pass of its own, seven products a pair instead of five. Otherwise every key tile adds its
+    part of dQ to float32 memory, in the order in which they come.
+    """
+    widths = k_width, v_width = q.shape[2], v.shape[2]
+    k_wide, v_wide = padded_widths(*widths)
+    q, k = (jnp.pad(x, ((0, 0), (0, 0), (0, k_wide - k_width))) for x in (q, k))
+    v, do = (jnp.pad(x, ((0, 0), (0, 0), (0, v_wide - v_width))) for x in (v, do))
+    if scale.ndim == 1:
+        do, scale = _scaled_rows(do, schedule.row_scales(scale, plan, q.shape[0]))
+    config = backward_config(k_wide, v_wide)
+    if deterministic:
+        _, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, dataclasses.replace(config, with_dq=False))
+        dq = query_gradients(q, k, v, do, plan, scale, alpha)
+    else:
+        dq, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, config)
+    return dq[..., :k_width], dk[..., :k_width], dv[..., :v_width]
+
+
+def _scaled_rows(do: Array, scale_T: Array) -> tuple[Array, Array]:
+    """(dO with a factor a row, the constant factor that is left); the largest row factor is 1, for float16."""
+    largest = jnp.max(jnp.abs(scale_T))
+    relative_T = scale_T / jnp.where(largest > 0, largest, 1.0)
+    return (do * relative_T[:, None, None]).astype(do.dtype), largest
+
+
+def one_pass(
+    q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
+) -> Any:
+    rows, heads, width = q.shape
+    width_v = v.shape[-1]
+    dtype = q.dtype
+    block_q, stages = config.block_q, config.stages
+    # Accumulators of 128 keys x 256 columns do not fit the registers: then a tile has 64 keys, both warpgroups make
+    # its scores, and each keeps half of the columns of dK, dV and dQ. Otherwise each keeps half of the keys, and of
+    # dQ half of the columns (or rows).
+    by_columns = config.by_columns
+    tile = config.tile
+    k_mine, v_mine = (width // 2, width_v // 2) if by_columns else (width, width_v)
+    if by_columns:
+        dq_shape, dq_stage = (block_q, 64), (block_q, 32)
+    else:
+        dq_stage = dq_shape = (block_q, width // 2) if width > 64 else (block_q // 2, width)
+    work = schedule.backward_schedule(plan, heads, tile, block_q, config.workers)
+    factor = scale.reshape(1)
+
+    def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, factor_gm,
+    records_gm, tail_first_gm,
+               counter_gm, dq_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(config.registers[0], action="increase")
+            plgpu.barrier_arrive(s["kv_empty"])
+            for i in range(stages):
+                plgpu.barrier_arrive(s["row_empty"].at[i])
+            for i in range(RECORDS):
+                plgpu.barrier_arrive(s["rec_empty"].at[i])
+            for i in range(2):
+                plgpu.barrier_arrive(s["ds_empty"].at[i])
+            my_ds = pl.ds(wg * 64, 64)  # rows of the dS buffers
+            mine = pl.ds(0, 64) if by_columns else my_ds  # keys of the tile
+            k_columns, v_columns = (pl.ds(pl.multiple_of(wg * n, 64) if by_columns else 0, n) for n in (k_mine, v_mine))
+            my_k, my_v = s["k"].at[mine], s["v"].at[mine]
+            key_of = lambda item: item.tile * tile + (0 if by_columns else wg * 64)  # noqa: E731
+            if width > 64:
+                my_rows, my_columns = pl.ds(0, block_q), pl.ds(pl.multiple_of(wg * (width // 2), 64), width // 2)
+            else:
+                my_rows, my_columns = pl.ds(pl.multiple_of(wg * (block_q // 2), 64), block_q // 2), pl.ds(0, width)
+            stage = s["dq"].at[wg]
+
+            def one_item(item, slot, step):
+                plgpu.barrier_wait(s["kv_full"])
+
+                def send_dq(dq, i, first_column=0):
+                    """Adds this warpgroup's part of dQ of block i to memory."""
+                    rows = pl.ds(item.block(i) * block_q + my_rows.start, my_rows.size)
+                    for c in range(0, dq.shape[1], dq_stage[1]):
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        stage[...] = dq[:, c : c + dq_stage[1]]
+                        plgpu.commit_smem()
+                        columns = pl.ds(my_columns.start + first_column + c, dq_stage[1])
+                        plgpu.copy_smem_to_gmem(stage, dq_gm.at[rows, item.head, columns], reduction_op="add")
+
+                def accumulate(dk, dv):
+                    def one(i, _):
+                        now = lax.rem(step + i, stages)
+                        ds_now = lax.rem(step + i, 2)
+                        plgpu.barrier_wait(s["row_full"].at[now])
+
+                        def scores(s_acc):
+                            plgpu.wgmma(s_acc, my_k, s["q"].at[now].T)
+                            plgpu.wgmma_wait(
+                                1
+                            )  # dV and dK of the last block: their operands leave the registers that dP needs
+
+                            @pl.when(i > 0)
+                            def _():
+                                plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + i + stages - 1, stages)])
+
+                            def gradients(dp_acc):
+                                plgpu.wgmma(dp_acc, my_v, s["do"].at[now].T)
+                                st = plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
+                                dpt = plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)
+                                return lax.optimization_barrier((st, dpt))
+
+                            return pl.run_scoped(gradients, plgpu.ACC((64, block_q), jnp.float32))
+
+                        st, dpt = pl.run_scoped(scores, plgpu.ACC((64, block_q), jnp.float32))
+
+                        st, dpt = item.masked(i, block_q, bounds_gm, key_of(item), (st, dpt))
+                        weights, slopes = [], []  # in pieces of 64 rows, one after the other: registers
+                        pieces = [(st[:, c : c + 64], dpt[:, c : c + 64]) for c in range(0, block_q, 64)]
+                        while pieces:
+                            score, dp = pieces.pop(0)
+                            half = score * (0.5 * alpha)
+                            t = jnp.tanh(half)
+                            w = t + 1.0
+                            ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
+                            p16, ds16 = (half * w).astype(dtype), ds.astype(dtype)
+                            if pieces:
+                                p16, ds16, pieces = lax.optimization_barrier((p16, ds16, pieces))
+                            weights.append(p16)
+                            slopes.append(ds16)
+
+                        def key_products():
+                            for c, p16, ds16 in zip(range(0, block_q, 64), weights, slopes, strict=True):
+                                plgpu.wgmma(dv, p16, s["do"].at[now, pl.ds(c, 64), v_columns])
+                                plgpu.wgmma(dk, ds16, s["q"].at[now, pl.ds(c, 64), k_columns])
+
+                        def store_ds(slot):
+                            for c, ds16 in zip(range(0, block_q, 64), slopes, strict=True):
+                                s["ds"].at[slot, my_ds, pl.ds(c, 64)][...] = ds16
+                            plgpu.commit_smem()
+
+                        if not config.with_dq:
+                            key_products()
+                        elif by_columns:
+                            ds_mine = s["ds"].at[0, my_ds]
+                            store_ds(0)
+                            for c in range(0, k_mine, 64):
+
+                                def products(dq_acc, c=c):
+                                    plgpu.wgmma(dq_acc, ds_mine.T, s["k"].at[:, pl.ds(k_columns.start + c, 64)])
+                                    if c == 0:
+                                        key_products()
+                                    return lax.optimization_barrier(
+                                        plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 if c == 0 else 0)
+                                    )
+
+                                send_dq(pl.run_scoped(products, plgpu.ACC(dq_shape, jnp.float32)), i, c)
+                        else:
+                            plgpu.barrier_wait(s["ds_empty"].at[ds_now])
+                            store_ds(ds_now)
+                            plgpu.barrier_arrive(s["ds_full"].at[ds_now])
+                            # dQ of the block before, of which the other warpgroup has its half by now. (There is
+                            # none at first: what is computed then goes nowhere.)
+                            ds_before = 1 - ds_now
+                            pl.when(i > 0)(lambda: plgpu.barrier_wait(s["ds_full"].at[ds_before]))
+
+                            def products_before(dq_acc):
+                                plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[:, my_columns])
+                                key_products()
+                                return lax.optimization_barrier(
+                                    plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 * len(weights))
+                                )
+
+                            dq = pl.run_scoped(products_before, plgpu.ACC(dq_shape, jnp.float32))
+
+                            @pl.when(i > 0)
+                            def _():
+                                plgpu.barrier_arrive(s["ds_empty"].at[ds_before])
+                                send_dq(dq, i - 1)
+
+                    count = item.count
+                    lax.fori_loop(0, count, one, None)
+                    if config.with_dq and not by_columns:
+                        ds_last = lax.rem(step + count - 1, 2)
+                        plgpu.barrier_wait(s["ds_full"].at[ds_last])
+
+                        def product(dq_acc):
+                            plgpu.wgmma(dq_acc, s["ds"].at[ds_last, :, my_rows].T, s["k"].at[:, my_columns])
+                            return dq_acc[...]
+
+                        dq = pl.run_scoped(product, plgpu.ACC(dq_shape, jnp.float32))
+                        plgpu.barrier_arrive(s["ds_empty"].at[ds_last])
+                        send_dq(dq, count - 1)
+                    else:
+                        plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + count - 1, stages)])
+                    return dk[...], dv[...]
+
+                dk, dv = pl.run_scoped(
+                    accumulate, plgpu.ACC((64, k_mine), jnp.float32), plgpu.ACC((64, v_mine), jnp.float32)
+                )
+                plgpu.barrier_arrive(s["kv_empty"])
+                key0, head, part = key_of(item), item.head, item.slot
+                ds_slot = 0 if by_columns else lax.rem(step + item.count, 2)
+                plgpu.barrier_arrive(s["rec_empty"].at[slot])
+                # dK and dV leave through this warpgroup's part of a dS buffer where that has the shape
+                out = s["ds"].at[ds_slot, my_ds] if block_q == 64 else s["o"].at[wg]
+                if not by_columns:
+                    plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
+                factor = factor_gm[0]
+                outputs = (
+                    (dv, factor, dv_gm, dv_part_gm, v_columns),
+                    (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm, k_columns),
+                )
+                for grad, times, gm, part_gm, grad_columns in outputs:
+                    for c in range(0, grad.shape[1], 64):
+                        chunk = grad[:, c : c + 64] * times
+                        columns = pl.ds(grad_columns.start + c, 64)
+
+                        @pl.when(part < 0)
+                        def _(chunk=chunk, gm=gm, columns=columns):
+                            out[...] = chunk.astype(dtype)
+                            plgpu.commit_smem()
+                            plgpu.copy_smem_to_gmem(out, gm.at[pl.ds(key0, 64), head, columns])
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                        @pl.when(part >= 0)
+                        def _(chunk=chunk, part_gm=part_gm, columns=columns):
+                            part_gm.at[part, mine, columns][...] = chunk
+
+                if not by_columns:
+                    plgpu.barrier_arrive(s["ds_empty"].at[ds_slot])
+
+            draw_items(s["rec"], s["rec_full"], one_item)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 2)
+        def _feed():
+            plgpu.set_max_registers(config.registers[1], action="decrease")
+            tail_first = tail_first_gm[0]
+
+            fetch = functools.partial(fetch_item, records_gm, counter_gm, s, workers=config.workers)
+
+            def one_item(item, slot, step):
+                plgpu.barrier_wait(s["kv_empty"])
+                row = item.tile * tile
+                plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, tile), item.head], s["v"], s["kv_full"])
+                load_rows(k_gm, k_tail_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"])
+
+                @pl.loop(0, item.count)
+                def _(i):
+                    now = lax.rem(step + i, stages)
+                    row = item.block(i) * block_q
+                    full = s["row_full"].at[now]
+                    plgpu.barrier_wait(s["row_empty"].at[now])
+                    load_rows(q_gm, q_tail_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
+                    load_rows(do_gm, do_tail_gm, row, block_q, item.head, tail_first, s["do"].at[now], full)
+                    pl.when(i == 0)(lambda: fetch(lax.rem(slot + 1, RECORDS)))
+
+            fetch(0, first=True)
+            draw_items(s["rec"], s["rec_full"], one_item)
+
+    def entry(*refs):
+        barrier = plgpu.Barrier
+        scratch = dict(
+            k=swizzled((tile, width), dtype),
+            v=swizzled((tile, width_v), dtype),
+            q=swizzled((stages, block_q, width), dtype),
+            do=swizzled((stages, block_q, width_v), dtype),
+            ds=swizzled((1 if by_columns else 2, 128, block_q), dtype),
+            dq=swizzled((2, *dq_stage), jnp.float32),
+            **({} if block_q == 64 else {"o": swizzled((2, 64, 64), dtype)}),
+            **record_scratch(RECORDS),
+            kv_full=barrier(num_arrivals=2),
+            kv_empty=barrier(num_arrivals=2),
+            row_full=barrier(num_arrivals=2, num_barriers=stages),
+            row_empty=barrier(num_arrivals=2, num_barriers=stages),
+            ds_full=barrier(num_arrivals=2, num_barriers=2),
+            ds_empty=barrier(num_arrivals=2, num_barriers=2),
+        )
+        pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
+
+    counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
+    dq = jax.new_ref(jnp.zeros(q.shape if config.with_dq else (1, 1, 1), jnp.float32))
+    slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
+    tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
+    dk, dv, dk_parts, dv_parts = plgpu.kernel(
+        entry,
+        out_type=[
+            jax.ShapeDtypeStruct(k.shape, dtype),
+            jax.ShapeDtypeStruct(v.shape, dtype),
+            jax.ShapeDtypeStruct((slots, tile, width), jnp.float32),
+            jax.ShapeDtypeStruct((slots, tile, width_v), jnp.float32),
+        ],
+        grid=(config.workers,),
+        grid_names=("worker",),
+        num_threads=3,
+        thread_name="wg",
+        kernel_name="hstu_backward",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+    )(q, k, v, do, *tails, work.bounds, factor, work.records, work.tail, counter, dq)
+    dk, dv = write_sums(work.parts, [(dk_parts, dk), (dv_parts, dv)], heads)
+    dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if config.with_dq else None
+    return dq_THK, dk, dv

@@ -1,0 +1,171 @@
+"""`mosaic` without a GPU: its kernels in the interpreter against `reference`, its lists of work, what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mosaic_interpreter import interpreted
+
+from kernels.hstu_attention import (
+    hstu_attention,
+    make_plan,
+    mosaic_hopper,
+    mosaic_hopper_vjp,
+    reference,
+)
+from kernels.hstu_attention import mosaic_schedule as schedule
+from kernels.mask import AttentionMask
+
+LENGTHS = np.array([0, 1, 97, 40, 0, 150])
+MASKS = {
+    "causal": AttentionMask(),
+    "semi-local": AttentionMask(window=60, full_rows=20),
+    "prefix": AttentionMask(window=60, full_rows=20, prefix=10, context_sink=False),
+}
+
+
+class Batch:
+    """Jagged inputs whose padding rows hold NaN, and the results of `reference`."""
+
+    def __init__(self, mask, k_width, v_width, row_scale=False, lengths=LENGTHS):
+        rng = np.random.default_rng(0)
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        self.real, self.rows = int(self.offsets[-1]), int(self.offsets[-1]) + 9
+        draw = [rng.standard_normal((self.rows, 1, w), dtype=np.float32) for w in (k_width, k_width, v_width, v_width)]
+        self.q, self.k, self.v = (jnp.asarray(x, jnp.bfloat16).at[self.real :].set(jnp.nan) for x in draw[:3])
+        self.g = jnp.asarray(draw[3], jnp.bfloat16).at[self.real :].set(0)
+        scale = rng.uniform(0.01, 1, self.rows).astype(np.float32)
+        scale[self.real :] = np.nan
+        self.scale = jnp.asarray(scale) if row_scale else jnp.float32(1 / 64)
+        self.plan = make_plan(mask, self.offsets, self.rows, np.minimum(lengths // 4, 9), np.minimum(lengths // 5, 3))
+
+        def plain(*qkv):
+            return reference.attention(
+                *(x.astype(jnp.float32) for x in qkv), self.plan, alpha=0.1, scale=self.scale, bias=None
+            )
+
+        out, pull = jax.vjp(plain, self.q, self.k, self.v)
+        self.want = {"out": out, **dict(zip(("dq", "dk", "dv"), pull(self.g.astype(jnp.float32)), strict=True))}
+
+    def padded(self):
+        pad = ((0, schedule.rounded_up(self.rows) - self.rows), (0, 0), (0, 0))
+        return tuple(jnp.pad(x, pad) for x in (self.q, self.k, self.v, self.g))
+
+    def check(self, got):
+        for name, x in got.items():
+            x, want = np.asarray(x, np.float64), np.asarray(self.want[name], np.float64)
+            assert np.isfinite(x).all(), name
+            assert not x[self.real :].any(), name
+            assert np.linalg.norm(x[: self.rows] - want) < 4e-3 * np.linalg.norm(want), name
+
+
+def test_forward(monkeypatch):
+    batch = Batch(MASKS["prefix"], 128, 64, row_scale=True)
+    config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=2)
+    with interpreted(monkeypatch):
+        q, k, v, _ = batch.padded()
+        batch.check({"out": mosaic_hopper.forward(q, k, v, batch.plan, batch.scale, 0.1, config)})
+
+
+@pytest.mark.parametrize(
+    ("mask", "widths", "row_scale"),
+    [("causal", (64, 64), False), ("prefix", (128, 128), True), ("semi-local", (128, 256), False)],
+    ids=["64", "128 by keys", "256 by columns"],
+)
+def test_gradients_in_one_pass(mask, widths, row_scale, monkeypatch):
+    batch = Batch(MASKS[mask], *widths, row_scale)
+    monkeypatch.setattr(schedule, "WORKERS", 1)
+    with interpreted(monkeypatch):
+        got = mosaic_hopper_vjp.gradients(*batch.padded(), batch.plan, batch.scale, 0.1, deterministic=False)
+    batch.check(dict(zip(("dq", "dk", "dv"), got, strict=True)))
+
+
+def test_gradients_in_two_passes(monkeypatch):
+    batch = Batch(MASKS["semi-local"], 128, 128)
+    monkeypatch.setattr(schedule, "WORKERS", 2)
+    with interpreted(monkeypatch):
+        got = mosaic_hopper_vjp.gradients(*batch.padded(), batch.plan, batch.scale, 0.1, deterministic=True)
+    batch.check(dict(zip(("dq", "dk", "dv"), got, strict=True)))
+
+
+def test_split_tiles(monkeypatch):
+    batch = Batch(MASKS["causal"], 64, 64, lengths=np.array([640]))
+    monkeypatch.setattr(schedule, "WORKERS", 8)
+    parts = [
+        schedule.forward_schedule(batch.plan, 1, 64, 8).parts,
+        schedule.backward_schedule(batch.plan, 1, 128, 64, 8).parts,
+    ]
+    assert all((np.asarray(x)[:, 3] > 1).any() for x in parts)
+    arrays = batch.padded()
+    with interpreted(monkeypatch):
+        config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=8)
+        batch.check({"out": mosaic_hopper.forward(*arrays[:3], batch.plan, batch.scale, 0.1, config)})
+        back = mosaic_hopper_vjp.BackwardConfig(stages=2, with_dq=False, workers=8)
+        wide = [jnp.pad(x, ((0, 0), (0, 0), (0, 64))) for x in arrays]
+        _, dk, dv = mosaic_hopper_vjp.one_pass(*wide, batch.plan, batch.scale, 0.1, back)
+    batch.check({"dk": dk[..., :64], "dv": dv[..., :64]})
+
+
+@pytest.mark.parametrize("num_workers", [10, 132])
+@pytest.mark.parametrize("mask", MASKS)
+def test_lists_of_work_cover_the_mask_once(mask, num_workers):
+    lengths, rows, heads, block = np.array([300, 0, 1, 97, 625, 130]), 1200, 2, 64
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    counts = (np.minimum(lengths // 4, 200), np.minimum(lengths // 5, 150))
+    plan = make_plan(MASKS[mask], offsets, rows, *counts)
+    size = schedule.rounded_up(rows)
+    dense = np.zeros((size, size), bool)
+    dense[:rows, :rows] = np.asarray(MASKS[mask].dense(offsets, rows, *counts))
+    check_work(schedule.forward_schedule(plan, heads, block, num_workers), dense, 128, block, heads, num_workers)
+    for tile in (64, 128):
+        check_work(
+            schedule.backward_schedule(plan, heads, tile, block, num_workers), dense.T, tile, block, heads, num_workers
+        )
+
+
+def check_work(work, dense, tile, block, heads, num_workers):
+    size = dense.shape[0]
+    place = np.arange(size)[None, :]
+    bounds = np.asarray(work.bounds)[:, :, None]
+    seen = [(place >= bounds[2 * i]) & (place < bounds[2 * i + 1]) for i in range(3)]
+    np.testing.assert_array_equal(sum(x.astype(int) for x in seen), dense.astype(int))
+    visits = np.zeros((heads, size // tile, size // block), int)
+    slots: dict = {}
+    records = np.asarray(work.records)
+    used = records[records[:, schedule.TILE] >= 0]
+    assert (records[len(used) :, schedule.TILE] < 0).all() and len(records) > len(used)
+    assert (np.diff(used[:, schedule.COUNT]) <= 0).all(), "heaviest first"
+    for r in used:
+        for i in range(r[schedule.COUNT]):
+            shift = schedule.SHIFT0 + (i >= r[schedule.CUT1]) + (i >= r[schedule.CUT2])
+            at = i + r[shift]
+            visits[r[schedule.HEAD], r[schedule.TILE], at] += 1
+            rows = np.s_[r[schedule.TILE] * tile : (r[schedule.TILE] + 1) * tile]
+            columns = np.s_[at * block : (at + 1) * block]
+            inside = [r[first] <= at < r[first + 1] for first in (schedule.FULL0, schedule.FULL1, schedule.FULL2)]
+            if any(inside):
+                assert dense[rows, columns].all()
+            elif not any(r[first] <= at < r[first + 1] for first in (schedule.OTHER0, schedule.OTHER1)):
+                np.testing.assert_array_equal(seen[0][rows, columns], dense[rows, columns])
+        if r[schedule.SLOT] >= 0:
+            slots.setdefault((r[schedule.TILE], r[schedule.HEAD]), []).append(r[schedule.SLOT])
+    needed = dense.reshape(size // tile, tile, size // block, block).any((1, 3))
+    assert (visits <= 1).all() and (visits[:, needed] == 1).all()
+    parts = {(t, h): [first + heads * i for i in range(n)] for t, h, first, n in np.asarray(work.parts) if n}
+    assert {key: sorted(value) for key, value in slots.items()} == parts
+    assert (
+        max((max(x) for x in slots.values()), default=-1)
+        < schedule.capacity(size // tile, heads, num_workers)[1] * heads
+    )
+
+
+def inputs(width, dtype):
+    return [jnp.zeros((64, 1, width), dtype)] * 3
+
+
+def test_refuses_with_a_reason():
+    offsets = np.array([0, 64], np.int32)
+    for width, dtype, reason in ((64, "bfloat16", "Hopper"), (64, "float32", "float32"), (96, "bfloat16", "K = 96")):
+        with pytest.raises(NotImplementedError, match=reason):
+            hstu_attention(*inputs(width, dtype), offsets, alpha=0.1, scale=1.0, implementation="mosaic")
+    assert "bias" in mosaic_hopper.unsupported(jnp.bfloat16, 64, 64, object())

@@ -1,0 +1,85 @@
+"""Every Hopper kernel lowers to CUDA on a machine without a GPU: what no longer lowers, or no longer fits shared
+memory, fails here.
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels.hstu_attention import make_plan, mosaic_hopper
+from kernels.hstu_attention.workloads import WORKLOADS
+from kernels.mask import AttentionMask
+
+NAMES = [
+    name
+    for name, w in WORKLOADS.items()
+    if mosaic_hopper.unsupported(jnp.dtype(w.dtype), w.k_width, w.v_width, w.bias or None) is None
+]
+MASKS = {
+    "causal": AttentionMask(),
+    "full rows": AttentionMask(window=100, full_rows=50),
+    "all": AttentionMask(window=100, full_rows=50, prefix=9, context_sink=False),
+}
+
+
+def lower(
+    rows, heads, k_width, v_width, mask, dtype="bfloat16", batch=4, row_scale=False, deterministic=False, backward=True
+):
+    """Text of the lowered module."""
+
+    def run(q, k, v, g, scale, offsets, targets, contextual):
+        plan = mosaic_hopper.prepare(make_plan(mask, offsets, rows, targets, contextual), heads, k_width, v_width)
+
+        def attend(q, k, v):
+            return mosaic_hopper.attend(q, k, v, plan, alpha=0.1, scale=scale, deterministic=deterministic)
+
+        if not backward:
+            return attend(q, k, v)
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(g)
+
+    wide, narrow = (
+        jax.ShapeDtypeStruct((rows, heads, k_width), dtype),
+        jax.ShapeDtypeStruct((rows, heads, v_width), dtype),
+    )
+    counts = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    scale = jax.ShapeDtypeStruct((rows,) if row_scale else (), jnp.float32)
+    arguments = (wide, wide, narrow, narrow, scale, jax.ShapeDtypeStruct((batch + 1,), jnp.int32), counts, counts)
+    return jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels(text):
+    return text.count("custom_call @mosaic_gpu_v2")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workloads(name):
+    w = WORKLOADS[name]
+    text = lower(w.rows, w.heads, w.k_width, w.v_width, w.mask, w.dtype, batch=len(w.lengths))
+    assert kernels(text) == 4  # forward, backward, and after each the sums of split tiles
+
+
+@pytest.mark.parametrize(("k_width", "v_width"), [(64, 128), (128, 64), (64, 256), (256, 128), (256, 256)])
+def test_widths(k_width, v_width):
+    assert kernels(lower(1500, 2, k_width, v_width, MASKS["full rows"], "float16")) == 4
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(mask):
+    assert kernels(lower(1500, 2, 128, 128, MASKS[mask], row_scale=True)) == 4
+
+
+@pytest.mark.parametrize("width", mosaic_hopper.WIDTHS)
+def test_deterministic(width):
+    assert (
+        kernels(lower(1500, 2, width, width, MASKS["all"], deterministic=True)) == 6
+    )  # dq has a kernel and sums of its own
+
+
+def test_memory_is_linear_in_rows():
+    text = lower(65536, 1, 64, 64, AttentionMask(window=64), backward=False)
+    shapes = re.findall(r"tensor<((?:\d+x)+)[a-z]", text)
+    assert max(math.prod(int(n) for n in shape.rstrip("x").split("x")) for shape in shapes) < 65536 * 1024
