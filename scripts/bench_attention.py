@@ -157,9 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
             "jax": jax.__version__,
             "commit": git_commit(),
             "date": datetime.date.today().isoformat(),
-            "command": " ".join(
-                ["python -m scripts.bench_attention", *(sys.argv[1:] if arguments is None else arguments)]
-            ),
+            "command": " ".join(["python -m scripts.bench_attention", *(sys.argv[1:] if arguments is None else arguments)]),
             "matmul_tflops": matmul,
             "records": records,
         }

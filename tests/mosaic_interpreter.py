@@ -109,7 +109,5 @@ def interpreted(monkeypatch):
                 patch.setattr(module, "fetch_item", _fetch_item)
         patch.setattr(mosaic_device.Item, "_bound", bound)
         # The kernels leave the barriers of emptied buffers armed at their end, which the hardware does not mind.
-        patch.setattr(
-            shared_memory.Barrier, "deallocate", lambda barrier: setattr(barrier, "ref_count", barrier.ref_count - 1)
-        )
+        patch.setattr(shared_memory.Barrier, "deallocate", lambda barrier: setattr(barrier, "ref_count", barrier.ref_count - 1))
         yield

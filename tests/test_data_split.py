@@ -67,15 +67,15 @@ def test_temporal_never_trains_on_the_future(times, fraction, max_history):
         assert "temporal" in str(error)
         return
     seconds = data.timestamps
-    for user, start, stop, target in rows(done.train) + rows(done.validation):
-        assert (seconds[start : stop + 1] < done.cut).all() and seconds[target] < done.cut
-        assert data.offsets[user] <= start < stop == target < data.offsets[user + 1]
-    for user, start, stop, target in rows(done.test):
-        assert (seconds[start:stop] < done.cut).all() and seconds[target] >= done.cut
-        assert data.offsets[user] <= start < stop == target < data.offsets[user + 1]
+    for user, start, stop in rows(done.train) + rows(done.validation):
+        assert (seconds[start : stop + 1] < done.cut).all()
+        assert data.offsets[user] <= start < stop < data.offsets[user + 1]
+    for user, start, stop in rows(done.test):
+        assert (seconds[start:stop] < done.cut).all() and seconds[stop] >= done.cut
+        assert data.offsets[user] <= start < stop < data.offsets[user + 1]
     assert (seconds >= done.cut).mean() >= fraction - 1 / len(seconds)
     held_out = set(done.validation.stop.tolist())
-    trained = {event for _, start, stop, _ in rows(done.train) for event in range(start, stop + 1)}
+    trained = {event for _, start, stop in rows(done.train) for event in range(start, stop + 1)}
     assert not held_out & trained
 
 
@@ -89,7 +89,7 @@ def test_leave_last_out(protocol, lengths, max_history):
     parts = [done.train, *([done.validation] if done.validation else []), done.test]
     for part, later in zip(parts, parts[1:], strict=False):
         targets = dict(zip(later.user.tolist(), later.stop.tolist(), strict=True))
-        assert all(target + 1 == targets[user] for user, _, _, target in rows(part))
+        assert all(stop + 1 == targets[user] for user, _, stop in rows(part))
     for part in parts:
         assert ((part.stop - part.start) == np.minimum(max_history, part.stop - data.offsets[part.user])).all()
         assert (part.start < part.stop).all()

@@ -40,9 +40,7 @@ class Batch:
         self.plan = make_plan(mask, self.offsets, self.rows, np.minimum(lengths // 4, 9), np.minimum(lengths // 5, 3))
 
         def plain(*qkv):
-            return reference.attention(
-                *(x.astype(jnp.float32) for x in qkv), self.plan, alpha=0.1, scale=self.scale, bias=None
-            )
+            return reference.attention(*(x.astype(jnp.float32) for x in qkv), self.plan, alpha=0.1, scale=self.scale, bias=None)
 
         out, pull = jax.vjp(plain, self.q, self.k, self.v)
         self.want = {"out": out, **dict(zip(("dq", "dk", "dv"), pull(self.g.astype(jnp.float32)), strict=True))}
@@ -118,9 +116,7 @@ def test_lists_of_work_cover_the_mask_once(mask, num_workers):
     dense[:rows, :rows] = np.asarray(MASKS[mask].dense(offsets, rows, *counts))
     check_work(schedule.forward_schedule(plan, heads, block, num_workers), dense, 128, block, heads, num_workers)
     for tile in (64, 128):
-        check_work(
-            schedule.backward_schedule(plan, heads, tile, block, num_workers), dense.T, tile, block, heads, num_workers
-        )
+        check_work(schedule.backward_schedule(plan, heads, tile, block, num_workers), dense.T, tile, block, heads, num_workers)
 
 
 def check_work(work, dense, tile, block, heads, num_workers):
@@ -153,10 +149,7 @@ def check_work(work, dense, tile, block, heads, num_workers):
     assert (visits <= 1).all() and (visits[:, needed] == 1).all()
     parts = {(t, h): [first + heads * i for i in range(n)] for t, h, first, n in np.asarray(work.parts) if n}
     assert {key: sorted(value) for key, value in slots.items()} == parts
-    assert (
-        max((max(x) for x in slots.values()), default=-1)
-        < schedule.capacity(size // tile, heads, num_workers)[1] * heads
-    )
+    assert max((max(x) for x in slots.values()), default=-1) < schedule.capacity(size // tile, heads, num_workers)[1] * heads
 
 
 def inputs(width, dtype):

@@ -14,9 +14,7 @@ from kernels.hstu_attention.workloads import WORKLOADS
 from kernels.mask import AttentionMask
 
 NAMES = [
-    name
-    for name, w in WORKLOADS.items()
-    if mosaic_hopper.unsupported(jnp.dtype(w.dtype), w.k_width, w.v_width, w.bias or None) is None
+    name for name, w in WORKLOADS.items() if mosaic_hopper.unsupported(jnp.dtype(w.dtype), w.k_width, w.v_width, w.bias or None) is None
 ]
 MASKS = {
     "causal": AttentionMask(),
@@ -25,9 +23,7 @@ MASKS = {
 }
 
 
-def lower(
-    rows, heads, k_width, v_width, mask, dtype="bfloat16", batch=4, row_scale=False, deterministic=False, backward=True
-):
+def lower(rows, heads, k_width, v_width, mask, dtype="bfloat16", batch=4, row_scale=False, deterministic=False, backward=True):
     """Text of the lowered module."""
 
     def run(q, k, v, g, scale, offsets, targets, contextual):
@@ -74,9 +70,7 @@ def test_masks(mask):
 
 @pytest.mark.parametrize("width", mosaic_hopper.WIDTHS)
 def test_deterministic(width):
-    assert (
-        kernels(lower(1500, 2, width, width, MASKS["all"], deterministic=True)) == 6
-    )  # dq has a kernel and sums of its own
+    assert kernels(lower(1500, 2, width, width, MASKS["all"], deterministic=True)) == 6  # dq has a kernel and sums of its own
 
 
 def test_memory_is_linear_in_rows():

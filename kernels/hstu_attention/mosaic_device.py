@@ -42,9 +42,7 @@ def fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
     """Starts the copy of the next item's record into `slot`; the first item of a thread block is the one of its own
     number.
     """
-    number = (
-        lax.axis_index("worker") if first else _draw_number(counter_gm, s["rec"].at[s["rec"].shape[0] - 1]) + workers
-    )
+    number = lax.axis_index("worker") if first else _draw_number(counter_gm, s["rec"].at[s["rec"].shape[0] - 1]) + workers
     plgpu.barrier_wait(s["rec_empty"].at[slot])
     number = jnp.minimum(number, records_gm.shape[0] - 1)
     plgpu.copy_gmem_to_smem(records_gm.at[number], s["rec"].at[slot], s["rec_full"].at[slot])
@@ -109,10 +107,7 @@ class Item:
                 place = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + self.block(i) * size
                 seen = None
                 for j in range(intervals):
-                    lo, hi = (
-                        lax.broadcast_in_dim(self._bound(bounds_gm, 2 * j + k, first, shape[0]), shape, [0])
-                        for k in range(2)
-                    )
+                    lo, hi = (lax.broadcast_in_dim(self._bound(bounds_gm, 2 * j + k, first, shape[0]), shape, [0]) for k in range(2))
                     inside = (place >= lo) & (place < hi)
                     seen = inside if seen is None else seen | inside
                 return tuple(jnp.where(seen, x, 0.0) for x in arrays)

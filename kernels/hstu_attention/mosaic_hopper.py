@@ -100,9 +100,7 @@ def unsupported(dtype: Any, k_width: int, v_width: int, bias: Any) -> str | None
     return None
 
 
-def attend(
-    q: Array, k: Array, v: Array, plan: AttentionPlan, *, alpha: float, scale: Any, deterministic: bool = False
-) -> Array:
+def attend(q: Array, k: Array, v: Array, plan: AttentionPlan, *, alpha: float, scale: Any, deterministic: bool = False) -> Array:
     """`attention` without asking what the device is: also lowers for CUDA on a machine that has no GPU."""
     rows = q.shape[0]
     if rows == 0:
@@ -130,9 +128,7 @@ def _attend_bwd(alpha, deterministic, saved, g):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def forward(
-    q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alpha: float, config: ForwardConfig | None = None
-) -> Array:
+def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alpha: float, config: ForwardConfig | None = None) -> Array:
     """Output of padded buffers (T a multiple of 128)."""
     rows, heads, width = q.shape
     width_v = v.shape[-1]

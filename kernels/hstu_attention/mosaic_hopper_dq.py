@@ -91,9 +91,7 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
                 dq = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))
                 part, head = item.slot, item.head
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
-                times = plgpu.load(
-                    scale_gm.at[pl.ds(row0, 64)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
-                ) * (0.5 * alpha)
+                times = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False) * (0.5 * alpha)
                 for c in range(0, width, 64):
                     chunk = dq[:, c : c + 64] * lax.broadcast_in_dim(times, (64, 64), [0])
 

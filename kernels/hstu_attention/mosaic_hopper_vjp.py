@@ -55,9 +55,7 @@ def padded_widths(k_width: int, v_width: int) -> tuple[int, int]:
     return (64, 64) if k_width == v_width == 64 else (max(k_width, 128), max(v_width, 128))
 
 
-def gradients(
-    q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, deterministic: bool
-) -> Any:
+def gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, deterministic: bool) -> Any:
     """(dQ, dK, dV) of padded buffers (T a multiple of 128).
 
     deterministic: dQ in a pass of its own, seven products a pair instead of five. Otherwise every key tile adds its
@@ -85,9 +83,7 @@ def _scaled_rows(do: Array, scale_T: Array) -> tuple[Array, Array]:
     return (do * relative_T[:, None, None]).astype(do.dtype), largest
 
 
-def one_pass(
-    q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
-) -> Any:
+def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype = q.dtype
@@ -152,9 +148,7 @@ def one_pass(
 
                         def scores(s_acc):
                             plgpu.wgmma(s_acc, my_k, s["q"].at[now].T)
-                            plgpu.wgmma_wait(
-                                1
-                            )  # dV and dK of the last block: their operands leave the registers that dP needs
+                            plgpu.wgmma_wait(1)  # dV and dK of the last block: their operands leave the registers that dP needs
 
                             @pl.when(i > 0)
                             def _():
@@ -206,9 +200,7 @@ def one_pass(
                                     plgpu.wgmma(dq_acc, ds_mine.T, s["k"].at[:, pl.ds(k_columns.start + c, 64)])
                                     if c == 0:
                                         key_products()
-                                    return lax.optimization_barrier(
-                                        plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 if c == 0 else 0)
-                                    )
+                                    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 if c == 0 else 0))
 
                                 send_dq(pl.run_scoped(products, plgpu.ACC(dq_shape, jnp.float32)), i, c)
                         else:
@@ -223,9 +215,7 @@ def one_pass(
                             def products_before(dq_acc):
                                 plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[:, my_columns])
                                 key_products()
-                                return lax.optimization_barrier(
-                                    plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 * len(weights))
-                                )
+                                return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 * len(weights)))
 
                             dq = pl.run_scoped(products_before, plgpu.ACC(dq_shape, jnp.float32))
 
@@ -252,9 +242,7 @@ def one_pass(
                     plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + count - 1, stages)])
                     return dk[...], dv[...]
 
-                dk, dv = pl.run_scoped(
-                    accumulate, plgpu.ACC((64, k_mine), jnp.float32), plgpu.ACC((64, v_mine), jnp.float32)
-                )
+                dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, k_mine), jnp.float32), plgpu.ACC((64, v_mine), jnp.float32))
                 plgpu.barrier_arrive(s["kv_empty"])
                 key0, head, part = key_of(item), item.head, item.slot
                 ds_slot = 0 if by_columns else lax.rem(step + item.count, 2)

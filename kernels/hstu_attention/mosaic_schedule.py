@@ -163,9 +163,7 @@ def capacity(tiles: int, heads: int, workers: int) -> tuple[int, int]:
     return splits, 7 * workers // (2 * heads) + 1 + splits
 
 
-def make_items(
-    lo: Array, hi: Array, ranges: Any, tile: int, block: int, heads: int, workers: int
-) -> tuple[Array, Array]:
+def make_items(lo: Array, hi: Array, ranges: Any, tile: int, block: int, heads: int, workers: int) -> tuple[Array, Array]:
     """Records and parts for `workers` thread blocks.
 
     Args:
@@ -194,9 +192,7 @@ def make_items(
     return _pack(lo, hi, [*full, *other], heads, count, pieces, splits, slots)
 
 
-def _pack(
-    lo: Any, hi: Any, classes: list[Array], heads: int, count: Any, pieces: Any, splits: int, slots: int
-) -> tuple[Array, Array]:
+def _pack(lo: Any, hi: Any, classes: list[Array], heads: int, count: Any, pieces: Any, splits: int, slots: int) -> tuple[Array, Array]:
     tiles = lo.shape[0]
     capacity = tiles + slots - splits
     total = jnp.cumsum(pieces)
@@ -228,9 +224,7 @@ def _pack(
     head = jnp.arange(heads, dtype=jnp.int32)
     records = jnp.broadcast_to(records[:, None, :], (capacity, heads, RECORD))
     records = records.at[:, :, HEAD].set(jnp.broadcast_to(head[None, :], (capacity, heads)))
-    records = records.at[:, :, SLOT].set(
-        jnp.where(records[:, :, SLOT] < 0, -1, records[:, :, SLOT] * heads + head[None, :])
-    )
+    records = records.at[:, :, SLOT].set(jnp.where(records[:, :, SLOT] < 0, -1, records[:, :, SLOT] * heads + head[None, :]))
     last = jnp.full((1, RECORD), -1, jnp.int32)
     records = jnp.concatenate([records.reshape(-1, RECORD), last])
 

@@ -59,9 +59,7 @@ def distance(got, want):
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
-@pytest.mark.parametrize(
-    "mask", [AttentionMask(), AttentionMask(window=256, full_rows=256)], ids=["causal", "semi-local"]
-)
+@pytest.mark.parametrize("mask", [AttentionMask(), AttentionMask(window=256, full_rows=256)], ids=["causal", "semi-local"])
 def test_65536_rows(mask):
     """Some rows and keys in float64 on the host: hazards of the compiler show at length, if at all."""
     rows, length, width, alpha, scale = 65536, 16384, 128, 128**-0.5, 1 / 16384
