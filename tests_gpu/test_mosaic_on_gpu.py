@@ -1,17 +1,9 @@
-"""The attention contract on a Hopper GPU: `python -m pytest tests/gpu/attention_on_gpu.py`.
-
-A plain `pytest` does not collect this file: CI has no GPU.
-"""
-
-import sys
-from pathlib import Path
+"""`mosaic` on a Hopper GPU: the attention contract, repeatable gradients, a buffer of 65536 rows."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from attention_contract import MASKS, AttentionContract
 
 from kernels.hstu_attention import hstu_attention, make_plan, mosaic_hopper
