@@ -27,9 +27,9 @@ def ranks_by_hand(task, params, examples):
     table = np.asarray(model.item_table[...])
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
     events, ranks = jax.device_put(task.events), []
+    encode = jax.jit(lambda start, stop: model.encode(gather_batch(events, start, stop, rows=10), rngs=None)[-1])
     for start, stop in zip(examples.start, examples.stop, strict=True):
-        batch = gather_batch(events, jnp.array([start], jnp.int32), jnp.array([stop], jnp.int32), rows=int(stop - start))
-        scores = unit @ np.asarray(model.encode(batch, rngs=None))[-1]
+        scores = unit @ np.asarray(encode(jnp.array([start], jnp.int32), jnp.array([stop], jnp.int32)))
         seen, target = set(task.interactions.items[start:stop]), task.interactions.items[stop]
         better = [item for item in range(1, len(table)) if item not in seen and item != target and scores[item] > scores[target]]
         ranks.append(2501 if target in seen else len(better) + 1)
