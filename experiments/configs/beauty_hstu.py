@@ -3,7 +3,7 @@ The source has no timestamps: the bias of every pair is its position and time bu
 
     python -m experiments.train --config=experiments/configs/beauty_hstu.py --workdir=runs/beauty_hstu
 
-Early stopping on the validation item. For a GPU, or an hour on two CPU cores.
+Early stopping on the validation item. No published figure under this protocol, and not measured yet; meant for a GPU.
 """
 
 import ml_collections

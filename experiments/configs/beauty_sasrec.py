@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=experiments/configs/beauty_sasrec.py --workdir=runs/beauty_sasrec
 
-Early stopping on the validation item. For a GPU, or an hour on two CPU cores.
+Early stopping on the validation item. No published figure under this protocol, and not measured yet; meant for a GPU.
 """
 
 import ml_collections

