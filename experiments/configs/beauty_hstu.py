@@ -3,7 +3,8 @@ The source has no timestamps: the bias of every pair is its position and time bu
 
     python -m experiments.train --config=experiments/configs/beauty_hstu.py --workdir=runs/beauty_hstu
 
-Early stopping on the validation item. No published figure under this protocol, and not measured yet; meant for a GPU.
+Early stopping on the validation item. Test HR@10 .0862, NDCG@10 .0509 (one seed, stopped after 32 epochs);
+six minutes on two CPU cores. No published figure under this protocol.
 """
 
 import ml_collections
