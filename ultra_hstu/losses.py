@@ -83,7 +83,7 @@ def whole_table_is_cheaper(items: int, negatives: int) -> bool:
 
     The whole table costs work in proportion to I, in matrix products; gathering costs work in proportion to R, at random places. Measured, loss and
     gradients on an H200, whole table against gathered: MovieLens-1M (I / R = 30) 1.2 and 1.4 ms, MovieLens-20M (213) 7.5 and 3.9 ms; on two CPU cores
-    MovieLens-1M takes 135 and 158 ms (chunks of 512 rows; 180 and 250 with 2048, which leave the cache).
+    MovieLens-1M takes 135 and 158 ms of processor time a core (chunks of 512 rows; 180 and 250 with 2048, which leave the cache).
     """
     return items <= 64 * negatives
 
