@@ -57,7 +57,7 @@ def check_model(data, variant, module, batch, names):
     def outputs(params):
         m = nnx.merge(graph, params)
         x0 = m.embedding(batch.item_T, batch.offsets)
-        out_pre = m.encoder(x0, batch)
+        out_pre = m.encoder(x0, batch.sequences)
         found = {"x0": x0, "block0_out": m.first(x0, batch), "out_pre": out_pre, "out": l2_normalize(out_pre)}
         return jnp.sum(found["out"] * g_TD), found
 
@@ -79,7 +79,7 @@ class Model(nnx.Module):
     def first(self, x_TD, batch):
         """The first layer alone."""
         whole, self.encoder.layers = self.encoder.layers, nnx.List(list(self.encoder.layers)[:1])
-        out = self.encoder(x_TD, batch)
+        out = self.encoder(x_TD, batch.sequences)
         self.encoder.layers = whole
         return out
 

@@ -70,7 +70,7 @@ def test_causal_by_gradients(name):
     x = built.embedding(b.item_T, b.offsets)
     graph, params = nnx.split(built.encoder, nnx.Param)
     weight = jnp.asarray(np.random.default_rng(0).normal(size=x.shape[1]), jnp.float32)
-    one_row = lambda x, t: (nnx.merge(graph, params)(x, b) @ weight)[t]  # noqa: E731
+    one_row = lambda x, t: (nnx.merge(graph, params)(x, b.sequences) @ weight)[t]  # noqa: E731
     depends = np.asarray(jax.jit(jax.vmap(jax.grad(one_row), in_axes=(None, 0)))(x, jnp.arange(sum(LENGTHS))))
     depends = np.any(depends != 0, axis=2)
     user = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
@@ -83,7 +83,7 @@ def test_softmax_ablation_is_not_causal():
     """As published: later rows stay in the denominator. Its output must not be read as that of a causal model."""
     built, b = model("softmax"), batch()
     x = built.embedding(b.item_T, b.offsets)
-    grads = jax.grad(lambda x: jnp.sum(built.encoder(x, b)[2]))(x)
+    grads = jax.grad(lambda x: jnp.sum(built.encoder(x, b.sequences)[2]))(x)
     assert np.any(np.asarray(grads[3:7]) != 0) and not np.any(np.asarray(grads[7:]) != 0)
 
 
@@ -138,7 +138,7 @@ def test_nan_in_padding_rows_of_the_encoder():
         graph, params = nnx.split(built.encoder, nnx.Param)
         x = built.embedding(b.item_T, b.offsets)
         real = (jnp.arange(ROWS) < sum(LENGTHS))[:, None]
-        grad = jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(jnp.where(real, nnx.merge(graph, p)(x, b), 0) ** 2)))  # noqa: B023
+        grad = jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(jnp.where(real, nnx.merge(graph, p)(x, b.sequences), 0) ** 2)))  # noqa: B023
         for clean, dirty in zip(jax.tree.leaves(grad(params, x)), jax.tree.leaves(grad(params, jnp.where(real, x, jnp.nan))), strict=True):
             np.testing.assert_array_equal(clean, dirty)
 

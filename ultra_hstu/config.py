@@ -18,13 +18,14 @@ Source = Literal[
     "synthetic", "ml-100k", "ml-1m", "ml-20m", "amazon-books", "amazon-beauty", "assistments-2017",
     "kuairand-pure", "kuairand-1k", "kuairand-27k",
 ]  # fmt: skip
-Protocol = Literal["published", "validated", "temporal"]
+Protocol = Literal["published", "validated", "temporal", "chronological"]
 
-POSITIVE = """data.max_history data.batch_users data.batch_tokens data.synthetic.users data.synthetic.items data.synthetic.categories
+POSITIVE = """data.max_history data.batch_users data.batch_tokens data.recalibrate_every data.synthetic.users data.synthetic.items data.synthetic.categories
     data.synthetic.prior_categories     model.width model.layers model.heads model.qk_width model.v_width model.ffn_width model.time_buckets
+    model.alpha model.truncate_after model.truncate_length model.chunk_rows     rank.targets rank.head_width
     loss.negatives loss.temperature loss.chunk_rows optim.learning_rate optim.clip_norm train.epochs train.eval_every train.eval_users
     train.patience train.checkpoint_every train.keep_checkpoints train.steps_per_call""".split()
-NOT_NEGATIVE = "model.output_slots optim.weight_decay optim.warmup_steps train.seed data.ties_seed data.synthetic.seed".split()
+NOT_NEGATIVE = "rank.validation_fraction rank.test_fraction model.output_slots optim.weight_decay optim.warmup_steps train.seed data.ties_seed data.synthetic.seed".split()
 BELOW_ONE = "model.input_dropout model.linear_dropout optim.beta1 optim.beta2 data.synthetic.released_at_start".split()
 
 
@@ -55,7 +56,21 @@ class DataConfig:
     layout: Literal["jagged", "padded"] = "jagged"
     placement: Literal["auto", "device", "stream"] = "auto"  # auto: on the device below 1 GiB of events
     temporal_test_fraction: float = 0.1  # share of events (newest) that protocol `temporal` tests on
+    stochastic_length: float | None = None  # alpha of HSTU equation 4, in (1, 2]: training histories above max_history^(alpha/2) are cut
+    subsequence: Literal["recent", "random", "weighted"] = "recent"  # which events of a cut history stay
+    load_balance: bool = False  # choose which long histories stay whole so that every device has the same load
+    recalibrate_every: int = 100  # steps between two estimates of that load
     synthetic: SyntheticConfig = SyntheticConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelConfig:
+    """One transducer of a mixture: its own history, the events whose signal is at least a value, at its own length and depth."""
+
+    signal: str = ""  # an action of the data; "": every event
+    at_least: float = 1.0
+    max_history: int = 200
+    layers: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +91,19 @@ class ModelConfig:
     linear_dropout: float = 0.2
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     implementation: str | None = None  # of kernels.hstu_attention; None: the best for the device
+    alpha: float | None = None  # production layer: factor on the scores; None: 1 / sqrt(qk_width)
+    # Semi-local attention, see kernels.mask: one value for all layers, or one a layer. A window of -1 is none.
+    window: tuple[int, ...] = ()
+    full_rows: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
+    # Attention truncation: layers on the whole sequence; the others work on the newest `truncate_length` events.
+    truncate_after: int | None = None
+    truncate_length: int | None = None
+    # Mixture of transducers, by name; empty: one transducer over all events, with `layers`.
+    channels: dict[str, ChannelConfig] = dataclasses.field(default_factory=dict)
+    projection: Literal["same", "fp8"] = "same"  # precision of the uvqk and output projections, forward; "same": that of dtype
+    remat: Literal["none", "selective", "full"] = "none"  # what the backward recomputes instead of keeping
+    chunk_rows: int | None = None  # mini-sequences: rows that token-wise parts work on at one time; None: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +114,22 @@ class LossConfig:
     l2_normalize: bool = True
     log_q: bool = True  # in_batch: correct for how often an item is drawn
     chunk_rows: int | None = None  # rows whose logits exist at one time; None: 512 on a CPU (its cache), 4096 on an accelerator
+
+
+@dataclasses.dataclass(frozen=True)
+class RankConfig:
+    """Ranking as sequential transduction: what the user will do with each target. Without tasks a run is retrieval."""
+
+    tasks: tuple[str, ...] = ()  # names of ultra_hstu.data.signals
+    input: Literal["merged", "interleaved"] = "merged"  # item + action in one token, or two tokens
+    signals: tuple[str, ...] = ()  # what the user did with an event, embedded and summed; 0 on targets
+    features: tuple[str, ...] = ()  # known of an event before the user acts; kept on targets
+    contextual: tuple[str, ...] = ()  # features of the user, one token each in front of the history
+    targets: int = 16  # events a request asks about, which do not see one another
+    supervise: Literal["targets", "all"] = "targets"  # all: every history item too (interleaved only)
+    head_width: int = 128  # hidden width of the multi-task head
+    validation_fraction: float = 0.1  # of a user's events, before the test events
+    test_fraction: float = 0.1  # of a user's events, the newest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +162,7 @@ class Config:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    rank: RankConfig = RankConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
 
@@ -138,6 +183,33 @@ class Config:
         if self.data.batch_tokens is not None and self.data.batch_tokens < self.data.max_history:
             raise ValueError(
                 f"data.batch_tokens={self.data.batch_tokens} cannot hold one history of data.max_history={self.data.max_history} events"
+            )
+        if not 0 < self.rank.validation_fraction + self.rank.test_fraction < 1:
+            raise ValueError(
+                f"rank.validation_fraction={self.rank.validation_fraction!r} and rank.test_fraction={self.rank.test_fraction!r}: "
+                "their sum must be in (0, 1)"
+            )
+        for name in ("window", "full_rows", "prefix"):
+            values = getattr(self.model, name)
+            if len(values) not in (0, 1, self.model.layers):
+                raise ValueError(f"model.{name}={values} must hold one value, or one for each of model.layers={self.model.layers}")
+            if any(value < (-1 if name == "window" else 0) for value in values):
+                raise ValueError(f"model.{name}={values} must be at least {-1 if name == 'window' else 0}")
+        if (self.model.truncate_after is None) != (self.model.truncate_length is None):
+            raise ValueError(
+                f"model.truncate_after={self.model.truncate_after} and model.truncate_length={self.model.truncate_length}: give both, or neither"
+            )
+        if self.model.truncate_after is not None and self.model.truncate_after >= self.model.layers:
+            raise ValueError(f"model.truncate_after={self.model.truncate_after} must be below model.layers={self.model.layers}")
+        if self.data.stochastic_length is not None and not 1 < self.data.stochastic_length <= 2:
+            raise ValueError(f"data.stochastic_length={self.data.stochastic_length!r} must be in (1, 2], or None for whole histories")
+        if self.data.load_balance and self.data.stochastic_length is None:
+            raise ValueError("data.load_balance=True needs data.stochastic_length: it chooses which histories stay whole")
+        if self.rank.supervise == "all" and self.rank.input == "merged" and self.rank.tasks:
+            raise ValueError("rank.supervise='all' needs rank.input='interleaved': a merged token holds its own action; use 'targets'")
+        if bool(self.rank.tasks) != (self.train.protocol == "chronological"):
+            raise ValueError(
+                f"rank.tasks={self.rank.tasks} and train.protocol={self.train.protocol!r}: ranking runs under 'chronological', retrieval under the others"
             )
         if self.train.seed >= 2**32:
             raise ValueError(f"train.seed={self.train.seed} must be below 2^32: larger seeds would repeat smaller ones")
@@ -165,6 +237,8 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
         return {
             name: convert(value)
             if dataclasses.is_dataclass(value)
+            else {key: convert(part) for key, part in value.items()}
+            if isinstance(value, dict)
             else config_dict.placeholder(get_args(hints[name])[0])
             if value is None
             else value
@@ -210,6 +284,10 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             built[name] = _build(hints[name], value, f"{prefix}{name}.")
+        elif get_origin(hints[name]) is dict and isinstance(value, dict):
+            built[name] = {key: _build(get_args(hints[name])[1], part, f"{prefix}{name}.{key}.") for key, part in value.items()}
+        elif isinstance(value, list) and _fits(tuple(value), hints[name]):
+            built[name] = tuple(value)  # JSON has no tuples
         elif _fits(value, hint := hints[name]):
             # Flags may give 1 where 1.0 is meant; nothing else is converted.
             built[name] = float(value) if hint is float and type(value) is int else value
@@ -224,6 +302,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(part, get_args(hint)[0]) for part in value)
     if hint is float:
         return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.data.split import Examples
 
 ROW_MULTIPLE = 128  # capacities are rounded up to this many rows, a common tile height of the kernels
@@ -36,6 +37,10 @@ class Batch:
     weight_T: Any  # float32 [T]: 1 where a row is trained on, 0 elsewhere
     offsets: Any  # int32 [B + 1]
     last_row_B: Any  # int32 [B]: row whose output stands for the user; of an empty history, row 0
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(self.offsets, self.item_T > 0, self.time_T, self.next_time_T)
 
 
 @jax.tree_util.register_dataclass

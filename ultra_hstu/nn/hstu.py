@@ -17,7 +17,7 @@ from kernels.hstu_attention.api import hstu_attention, make_plan
 from kernels.jagged import is_real
 from kernels.mask import AttentionMask
 from ultra_hstu.config import ModelConfig
-from ultra_hstu.data.batching import Batch
+from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn import initializers
 from ultra_hstu.nn.dropout import KeyOrNone, dropout, split_key
 from ultra_hstu.nn.norms import layer_norm
@@ -160,20 +160,28 @@ class HSTU(nnx.Module):
         ]
         return HSTU(layers, length, attention=config.attention, implementation=config.implementation)
 
-    def __call__(self, x_TD: Float[Array, "T D"], batch: Batch, key: KeyOrNone = None) -> Float[Array, "T D"]:
+    def __call__(self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None) -> Float[Array, "T D"]:
         """The sequences after all layers; rows of padding may hold anything, and what comes out there means nothing."""
-        attend = self.attend(batch)
-        x_TD = jnp.where(is_real(batch.offsets, x_TD.shape[0])[:, None], x_TD, jnp.zeros((), x_TD.dtype))
+        attend = self.attend(sequences)
+        x_TD = jnp.where(is_real(sequences.offsets, x_TD.shape[0])[:, None], x_TD, jnp.zeros((), x_TD.dtype))
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
             x_TD = layer(x_TD, attend, layer_key)
         return x_TD
 
-    def attend(self, batch: Batch) -> Attend:
+    def attend(self, sequences: Sequences) -> Attend:
         """Attention over the sequences of a batch; its plan is computed here, once."""
         if self.attention == "softmax":
-            return lambda q, k, v, *, alpha, bias: softmax_attention(q, k, v, batch, bias=bias, length=self.length)
-        plan = make_plan(self.mask, batch.offsets, batch.time_T.shape[0])
-        run = functools.partial(hstu_attention, mask=self.mask, scale=1.0 / self.length, implementation=self.implementation, plan=plan)
+            return lambda q, k, v, *, alpha, bias: softmax_attention(q, k, v, sequences, bias=bias, length=self.length)
+        plan = make_plan(self.mask, sequences.offsets, sequences.num_rows, sequences.num_targets, sequences.num_contextual)
+        run = functools.partial(
+            hstu_attention,
+            mask=self.mask,
+            num_targets=sequences.num_targets,
+            num_contextual=sequences.num_contextual,
+            scale=1.0 / self.length,
+            implementation=self.implementation,
+            plan=plan,
+        )
         return lambda q, k, v, *, alpha, bias: run(
-            q, k, v, batch.offsets, alpha=alpha, bias=None if bias is None else bias.flat(batch.time_T, batch.next_time_T)
+            q, k, v, sequences.offsets, alpha=alpha, bias=None if bias is None else bias.flat(sequences.time_T, sequences.next_time_T)
         )

@@ -44,4 +44,4 @@ class Recommender(nnx.Module):
           rngs: a key turns dropout on and decides it; None leaves it out.
         """
         embedding_key, encoder_key = split_key(rngs, 2)
-        return self.encoder(self.embedding(batch.item_T, batch.offsets, embedding_key), batch, encoder_key)
+        return self.encoder(self.embedding(batch.item_T, batch.offsets, embedding_key), batch.sequences, encoder_key)

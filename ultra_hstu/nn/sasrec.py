@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.jagged import is_real, pad, unpad
 from ultra_hstu.config import ModelConfig
-from ultra_hstu.data.batching import Batch
+from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn import initializers
 from ultra_hstu.nn.dropout import KeyOrNone, dropout, split_key
 from ultra_hstu.nn.norms import layer_norm
@@ -89,9 +89,9 @@ class SASRec(nnx.Module):
         make = lambda: SASRecLayer(config.width, config.heads, config.ffn_width, length, dropout_rate=config.linear_dropout, rngs=rngs)  # noqa: E731
         return SASRec([make() for _ in range(config.layers)])
 
-    def __call__(self, x_TD: Float[Array, "T D"], batch: Batch, key: KeyOrNone = None) -> Float[Array, "T D"]:
-        keep_T1 = ((batch.item_T > 0) & is_real(batch.offsets, x_TD.shape[0]))[:, None]
+    def __call__(self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None) -> Float[Array, "T D"]:
+        keep_T1 = (sequences.real_T & is_real(sequences.offsets, x_TD.shape[0]))[:, None]
         x_TD = jnp.where(keep_T1, x_TD, jnp.zeros((), x_TD.dtype))
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
-            x_TD = jnp.where(keep_T1, layer(x_TD, batch.offsets, layer_key), jnp.zeros((), x_TD.dtype))
+            x_TD = jnp.where(keep_T1, layer(x_TD, sequences.offsets, layer_key), jnp.zeros((), x_TD.dtype))
         return x_TD

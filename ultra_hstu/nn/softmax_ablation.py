@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.jagged import pad, unpad
-from ultra_hstu.data.batching import Batch
+from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 
 
@@ -15,7 +15,7 @@ def softmax_attention(
     q_THK: Float[Array, "T H K"],
     k_THK: Float[Array, "T H K"],
     v_THV: Float[Array, "T H V"],
-    batch: Batch,
+    sequences: Sequences,
     *,
     bias: RelativeBiasTables | None,
     length: int,
@@ -25,14 +25,14 @@ def softmax_attention(
     Not a causal softmax: future rows and padding (where q = k = 0, and the time is 0) stay in the denominator; their weights are zeroed afterwards and
     the rest is not scaled up again. One softmax serves all heads: q . k runs over the H * K values of all of them. Memory O(B N^2).
     """
-    (rows, _, width), offsets = q_THK.shape, batch.offsets
-    keep_T1 = (batch.item_T > 0)[:, None]  # a padded layout has padding inside its sequences, too
+    (rows, _, width), offsets = q_THK.shape, sequences.offsets
+    keep_T1 = (sequences.real_T)[:, None]  # a padded layout has padding inside its sequences, too
     q_BNX, k_BNX = (pad(jnp.where(keep_T1, x_THK.reshape(rows, -1), 0.0), offsets, length) for x_THK in (q_THK, k_THK))
     score_BNN = jnp.einsum("bqx,bkx->bqk", q_BNX, k_BNX, preferred_element_type=jnp.float32)
     if bias is not None:
-        next_time_BN = pad(batch.next_time_T, offsets, length)
+        next_time_BN = pad(sequences.next_time_T, offsets, length)
         # The slot behind a history holds the target's time, which only the row before it knows; further slots hold 0.
-        time_BN = jnp.concatenate([pad(batch.time_T, offsets, length)[:, :1], next_time_BN[:, :-1]], axis=1)
+        time_BN = jnp.concatenate([pad(sequences.time_T, offsets, length)[:, :1], next_time_BN[:, :-1]], axis=1)
         score_BNN = score_BNN + bias.padded(time_BN, next_time_BN)
     weight_BNN = jax.nn.softmax(score_BNN / math.sqrt(width), axis=-1) * jnp.tri(length)[None]
     return unpad(jnp.einsum("bqk,bkhv->bqhv", weight_BNN.astype(v_THV.dtype), pad(v_THV, offsets, length)), offsets, rows)
