@@ -40,5 +40,5 @@ def rank_config(folder, **train) -> Config:
             validation_fraction=0.2,
             test_fraction=0.2,
         ),
-        train=TrainConfig(**{"epochs": 3, "eval_users": 6, "steps_per_call": 4, "protocol": "chronological"} | train),
+        train=TrainConfig(**{"epochs": 3, "eval_users": 3, "steps_per_call": 4, "protocol": "chronological"} | train),
     )
