@@ -149,7 +149,9 @@ class TrainConfig:
     protocol: Protocol = "published"
     eval_every: int = 1  # epochs
     eval_users: int = 256  # users scored at one time
-    patience: int | None = None  # epochs without a better NDCG@10 before stopping; None: run all (`validated` always stops by it)
+    patience: int | None = (
+        None  # epochs without a better NDCG@10 (ranking: NE) before stopping; None: run all under `published`, 10 otherwise
+    )
     checkpoint_every: int = 1  # epochs
     keep_checkpoints: int = 2  # newest kept, beside the best
     steps_per_call: int = 16  # steps in one compiled scan; progress, signals and metrics are looked at between calls

@@ -44,6 +44,11 @@ class RecommendationModel:
     def __init__(self, workdir: str):
         folder = Workdir(workdir)
         self.config: Config = folder.read_config()
+        if self.config.rank.tasks:
+            raise ValueError(
+                f"{workdir} is a ranking run (rank.tasks={self.config.rank.tasks}): it predicts what a user does with given items. "
+                "Recommendations over the catalogue come from a retrieval run"
+            )
         self.catalog = Catalog.load(folder.catalog)
         self.recipe = Recipe(self.config, self.catalog.num_items)
         _, self.params = load_params(folder, self.recipe)
