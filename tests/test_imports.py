@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["kernels"],
     ["ultra_hstu.config", "ultra_hstu.provenance"],
-    ["ultra_hstu.data"],
+    ["ultra_hstu.data", "ultra_hstu.parallel"],
     ["ultra_hstu.nn"],
     ["ultra_hstu.losses", "ultra_hstu.negatives", "ultra_hstu.metrics", "ultra_hstu.optim", "ultra_hstu.checkpoint", "ultra_hstu.workdir",
      "ultra_hstu.criteria", "ultra_hstu.ranking_losses", "ultra_hstu.ranking_metrics"],

@@ -1,7 +1,5 @@
 """The whole model of a ranking run: requests in, one logit for each target and task out."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -33,8 +31,10 @@ class Ranker(nnx.Module):
         self.encoders = nnx.Dict(
             {
                 name: HSTU.from_config(
-                    dataclasses.replace(model, layers=channel.layers),
+                    model,
                     rank_source.rows(config, channel.max_history, config.rank.targets),
+                    layers=channel.layers,
+                    extra_rows=rank_source.rows(config, 0, config.rank.targets),
                     rngs=rngs,
                 )
                 for name, channel in channels.items()
