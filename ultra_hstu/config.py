@@ -65,7 +65,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ChannelConfig:
-    """One transducer of a mixture: its own history, the events whose signal is at least a value, at its own length and depth."""
+    """One transducer of a mixture: its own history, the newest events whose signal is at least a value, at its own length and depth."""
 
     signal: str = ""  # an action of the data; "": every event
     at_least: float = 1.0

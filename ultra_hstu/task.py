@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from ultra_hstu.config import Config
 from ultra_hstu.data.batching import Events
-from ultra_hstu.data.feed import Loader
+from ultra_hstu.data.feed import Loader, history_loader
 from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.data.split import Split, split
 from ultra_hstu.recipe import Recipe
@@ -47,7 +47,7 @@ class Task:
         examples = getattr(self.splits, part)
         if examples is None:
             raise ValueError(f"protocol {config.train.protocol!r} has no {part} items: train under 'validated' or 'temporal' for them")
-        return Loader(
+        return history_loader(
             self.events,
             examples,
             batch_users=batch_users,

@@ -167,8 +167,8 @@ class _Run:
 
     def _train_epoch(self, stop: "_Stop", show: Any) -> dict[str, float]:
         position, schedule = self.position, optim.learning_rate(self.config.optim)
-        plan_SB = self.loader.plan(seed=self.config.train.seed, epoch=position.epoch)
-        show(total=self.config.train.epochs * len(plan_SB), completed=position.epoch * len(plan_SB) + position.batch)
+        plan = self.loader.plan(seed=self.config.train.seed, epoch=position.epoch)
+        show(total=self.config.train.epochs * len(plan), completed=position.epoch * len(plan) + position.batch)
         waited, grad_norm = 0.0, 0.0
         running: tuple[Group, int, dict[str, jax.Array]] | None = None  # the call before: read once the next is under way
 
@@ -187,9 +187,9 @@ class _Run:
             position.loss_sum += float(np.sum(losses, dtype=np.float64))
             position.batch = group.first + group.steps
             grad_norm = float(norms[-1])
-            show(completed=position.epoch * len(plan_SB) + position.batch)
+            show(completed=position.epoch * len(plan) + position.batch)
 
-        groups = iter(self.loader.groups(plan_SB, first=position.batch))
+        groups = iter(self.loader.groups(plan, first=position.batch))
         step = int(self.state.step)
         while True:
             before = time.perf_counter()
@@ -203,12 +203,12 @@ class _Run:
                 break
             running = (group, step, history)
             step += group.steps
-            if stop.requested and group.first + group.steps < len(plan_SB):  # else the epoch is done: evaluate it first
+            if stop.requested and group.first + group.steps < len(plan):  # else the epoch is done: evaluate it first
                 read(*running)
                 self._save(best=False)
                 self._interrupt(stop.requested)
         return {
-            "loss": position.loss_sum / len(plan_SB),
+            "loss": position.loss_sum / len(plan),
             "grad_norm": grad_norm,
             "learning_rate": float(schedule(max(step - 1, 0))),
             "input_wait_seconds": waited,
