@@ -8,7 +8,7 @@ Host code in numpy. Every choice is a function of lengths, times and the random 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -122,6 +122,10 @@ class LoadBalancer:
 
     def load(self, lengths: Int[np.ndarray, " n"]) -> float:
         return float(np.sum(lengths.astype(np.float64) ** self.gamma))
+
+    def calibrate(self, plain_loads: Sequence[float]) -> None:
+        """Sets the target to the mean, over ranks too, of the loads that plain draws would have: for a caller that knows its batches ahead."""
+        self.target = self.mean(float(np.mean(plain_loads)))
 
     def choose(
         self, lengths: Int[np.ndarray, " n"], uniform: Float[np.ndarray, " n"], capacity: int | None = None

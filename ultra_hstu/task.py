@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
+from ultra_hstu import flops
 from ultra_hstu.config import Config
 from ultra_hstu.data.batching import Events
-from ultra_hstu.data.feed import Loader, history_loader
+from ultra_hstu.data.feed import WHOLE, Loader, Planner, history_loader
 from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
 from ultra_hstu.data.split import Split, split
 from ultra_hstu.recipe import Recipe
 
@@ -55,7 +57,17 @@ class Task:
             rows=config.data.batch_tokens if part == "train" else None,
             padded_length=config.padded_length if config.data.layout == "padded" else None,
             placement=config.data.placement,
+            planner=self._planner() if part == "train" else WHOLE,
         )
+
+    def _planner(self) -> Planner:
+        """Evaluation always sees whole histories; training sees parts of them under stochastic length."""
+        data = self.config.data
+        gamma = flops.cost_exponent(self.config, data.max_history, items=self.interactions.num_items)[0] if data.load_balance else 1.0
+        sampling = Sampling.of(data, gamma)
+        if sampling is None:
+            return WHOLE
+        return SampledPlanner(sampling, (History(data.max_history),), None if self.interactions.timestamps is None else self.events.time_E)
 
     def popularity(self) -> Float[np.ndarray, " I1"]:
         """How often each item occurs in the training events (rows and targets); ties go to the lower id, row 0 is padding."""
