@@ -183,7 +183,7 @@ def _attention_widths(model: ModelConfig) -> tuple[int, int]:
 
 def _head(config: Config, history: np.ndarray, targets: np.ndarray, encoders: int) -> float:
     rank = config.rank
-    predicted = targets + (history if rank.supervise == "all" else 0)
+    predicted = np.where((targets == 0) & (rank.supervise == "all"), history, targets)
     return float(predicted.mean()) * 2.0 * rank.head_width * (encoders * config.model.width + len(rank.tasks))
 
 

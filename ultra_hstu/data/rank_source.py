@@ -83,7 +83,7 @@ class RankSource:
             label_EK=_stack([task.label_E for task in tasks], interactions.num_events, np.float32),
             weight_EK=_stack([task.weight_E for task in tasks], interactions.num_events, np.float32),
             context_UC=_stack(
-                [codes.code + int(before) for codes, before in zip(contexts, first_code[:-1], strict=True)],
+                [np.where(codes.code > 0, codes.code + before, 0) for codes, before in zip(contexts, first_code[:-1], strict=True)],
                 interactions.num_users,
                 np.int32,
             ),

@@ -52,11 +52,10 @@ def feature(interactions: Interactions, name: str) -> Codes:
 
 
 def context(interactions: Interactions, name: str) -> Codes:
-    """The codes of a feature of users, one a user. Raises ValueError for an unknown one, naming those of the source."""
-    contexts: dict[str, np.ndarray] = getattr(interactions, "contexts", {})
-    if name not in contexts:
-        raise ValueError(f"unknown contextual feature {name!r}: {_listed(contexts)}")
-    return distinct(contexts[name])
+    """The codes of a feature of users, one a user, 0 where it is unknown. Raises ValueError for an unknown one, naming those of the source."""
+    if name not in interactions.contexts:
+        raise ValueError(f"unknown contextual feature {name!r}: {_listed(interactions.contexts)}")
+    return Codes(interactions.contexts[name], len(interactions.context_values[name]))
 
 
 def task(interactions: Interactions, name: str) -> Task:

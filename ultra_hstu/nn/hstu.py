@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels.hstu_attention.api import hstu_attention, make_plan
 from kernels.jagged import is_real
@@ -167,6 +167,10 @@ class HSTU(nnx.Module):
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
             x_TD = layer(x_TD, attend, layer_key)
         return x_TD
+
+    def rows(self, x_TD: Float[Array, "T D"], sequences: Sequences, row_P: Int[Array, " P"], key: KeyOrNone = None) -> Float[Array, "P D"]:
+        """The output of some rows."""
+        return self(x_TD, sequences, key)[row_P]
 
     def attend(self, sequences: Sequences) -> Attend:
         """Attention over the sequences of a batch; its plan is computed here, once."""
