@@ -6,11 +6,13 @@ import functools
 import numpy as np
 from jaxtyping import Float
 
+from ultra_hstu import flops
 from ultra_hstu.config import Config
 from ultra_hstu.data.batching import Events
-from ultra_hstu.data.feed import Loader, history_loader
+from ultra_hstu.data.feed import WHOLE, Loader, Planner, history_loader
 from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.data.rank_source import RankSource
+from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
 from ultra_hstu.data.split import Split, split
 from ultra_hstu.ranking_recipe import RankRecipe
 from ultra_hstu.recipe import Recipe
@@ -60,7 +62,16 @@ class Task:
             rows=config.data.batch_tokens if part == "train" else None,
             padded_length=config.padded_length if config.data.layout == "padded" else None,
             placement=config.data.placement,
+            planner=self._planner() if part == "train" else WHOLE,
         )
+
+    def _planner(self) -> Planner:
+        """Evaluation always sees whole histories; training sees parts of them under stochastic length."""
+        data = self.config.data
+        sampling = Sampling.of(data, _gamma(self.config, self.interactions))
+        if sampling is None:
+            return WHOLE
+        return SampledPlanner(sampling, (History(data.max_history),), None if self.interactions.timestamps is None else self.events.time_E)
 
     def popularity(self) -> Float[np.ndarray, " I1"]:
         """How often each item occurs in the training events (rows and targets); ties go to the lower id, row 0 is padding."""
@@ -92,4 +103,12 @@ class RankTask:
 
     def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
         """Batches of requests of one part of the split: "train", "validation" or "test"; `batch_users` counts requests."""
-        return self.source.loader(self.config, part, batch_users=batch_users, steps_per_call=steps_per_call)
+        gamma = _gamma(self.config, self.interactions)
+        return self.source.loader(self.config, part, batch_users=batch_users, steps_per_call=steps_per_call, gamma=gamma)
+
+
+def _gamma(config: Config, interactions: Interactions) -> float:
+    """The exponent of a history's cost that load balance works with, from the model's own operations."""
+    if not config.data.load_balance:
+        return 1.0
+    return flops.cost_exponent(config, config.data.max_history, items=interactions.num_items)[0]

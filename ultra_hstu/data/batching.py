@@ -111,7 +111,14 @@ def plan_epoch(
 
 
 def gather_batch(
-    events: Events, start_B: Int[Any, " B"], stop_B: Int[Any, " B"], *, rows: int, padded_length: int | None = None, xp: Any = jnp
+    events: Events,
+    start_B: Int[Any, " B"],
+    stop_B: Int[Any, " B"],
+    *,
+    rows: int,
+    padded_length: int | None = None,
+    index: Int[Any, " n"] | None = None,
+    xp: Any = jnp,
 ) -> Batch:
     """The flat batch of B examples; `start == stop` makes an empty history.
 
@@ -119,6 +126,7 @@ def gather_batch(
       rows: T.
       padded_length: None packs the histories without gaps; a number N puts each at a multiple of N (the padded layout of the published
         research code), and T must be B * N.
+      index: events that `start` and `stop` count, where histories are not all events from one to another; None: the events themselves.
       xp: `jax.numpy` or `numpy`.
     """
     lengths_B = (stop_B - start_B).astype(xp.int32)
@@ -133,6 +141,7 @@ def gather_batch(
     position_T = row_T - offsets[user_T]
     real_T = position_T < lengths_B[user_T]
     event_T = xp.where(real_T, start_B[user_T] + position_T, 0)
+    event_T = event_T if index is None else xp.where(real_T, index[event_T], 0)
     next_T = xp.where(real_T, event_T + 1, 0)
     zero = xp.int32(0)
     return Batch(
@@ -154,4 +163,5 @@ class HistoryGather:
     padded_length: int | None = None
 
     def __call__(self, events: Events, columns_B: dict[str, Any], xp: Any = jnp) -> Batch:
-        return gather_batch(events, columns_B["start"], columns_B["stop"], rows=self.rows, padded_length=self.padded_length, xp=xp)
+        start_B, stop_B, index = columns_B["start"], columns_B["stop"], columns_B.get("event")
+        return gather_batch(events, start_B, stop_B, rows=self.rows, padded_length=self.padded_length, index=index, xp=xp)

@@ -69,6 +69,21 @@ class Plan:
         }
 
 
+class Planner:
+    """Which examples an epoch's batches hold, all of them whole; `data.sampled` has one that cuts them."""
+
+    def taken(self, examples: Table, seed: int, epoch: int) -> Table:
+        """The examples as an epoch trains on them."""
+        return examples
+
+    def plan(self, examples: Table, *, batch_users: int, rows: int | tuple[int, ...], seed: int, epoch: int, shuffle: bool) -> Plan:
+        taken = self.taken(examples, seed, epoch)
+        return Plan(plan_epoch(taken.lengths, batch_users=batch_users, rows=rows, seed=seed, epoch=epoch, shuffle=shuffle), taken)
+
+
+WHOLE = Planner()
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeviceFeed:
@@ -109,6 +124,7 @@ class Loader:
       examples: a table, or a function (seed, epoch) -> table where every epoch has its own.
       gather: what makes a batch; its `rows` bound a batch.
       placement: "device", "stream", or "auto" by the size of the data.
+      planner: what makes the batches of an epoch.
     """
 
     def __init__(
@@ -120,8 +136,9 @@ class Loader:
         batch_users: int,
         steps_per_call: int,
         placement: str = "auto",
+        planner: Planner = WHOLE,
     ):
-        self.batch_users, self.steps_per_call, self.gather = batch_users, steps_per_call, gather
+        self.batch_users, self.steps_per_call, self.gather, self.planner = batch_users, steps_per_call, gather, planner
         self.examples: Callable[[int, int], Table] = examples if callable(examples) else lambda seed, epoch: examples
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(data))
         self.streamed = placement == "stream" or (placement == "auto" and size > DEVICE_BYTES)
@@ -131,10 +148,8 @@ class Loader:
         """The batches of an epoch, a function of (seed, epoch). Raises ValueError if there are no examples, or one too long for a batch."""
         examples = self.examples(seed, epoch)
         _require_some(examples)
-        place_SB = plan_epoch(
-            examples.lengths, batch_users=self.batch_users, rows=self.gather.rows, seed=seed, epoch=epoch, shuffle=shuffle
-        )
-        return Plan(place_SB, examples)
+        rows = self.gather.rows
+        return self.planner.plan(examples, batch_users=self.batch_users, rows=rows, seed=seed, epoch=epoch, shuffle=shuffle)
 
     def groups(self, plan: Plan, first: int = 0) -> Iterator[Group]:
         """The batches of a plan from number `first` on. The last group repeats its last batch to keep the shape; `steps` tells."""
@@ -183,6 +198,7 @@ def history_loader(
     rows: int | None = None,
     padded_length: int | None = None,
     placement: str = "auto",
+    planner: Planner = WHOLE,
 ) -> Loader:
     """Batches of histories for retrieval.
 
@@ -191,13 +207,13 @@ def history_loader(
       padded_length: N of the padded layout (T becomes B * N), or None for the jagged one.
     """
     _require_some(examples)
+    longest = int(examples.lengths.max())
     if padded_length is not None:
-        longest = int(examples.lengths.max())
         if longest > padded_length:
             raise ValueError(f"a history of {longest} events does not fit the padded length {padded_length}: lower data.max_history")
         rows = batch_users * padded_length
-    gather = HistoryGather(rows or choose_rows(examples.lengths, batch_users), padded_length)
-    return Loader(events, examples, gather, batch_users=batch_users, steps_per_call=steps_per_call, placement=placement)
+    gather = HistoryGather(rows or choose_rows(planner.taken(examples, 0, 0).lengths, batch_users, longest), padded_length)
+    return Loader(events, examples, gather, batch_users=batch_users, steps_per_call=steps_per_call, placement=placement, planner=planner)
 
 
 def _require_some(examples: Table) -> None:

@@ -8,10 +8,11 @@ from jaxtyping import Int64
 
 from ultra_hstu.config import ChannelConfig, Config
 from ultra_hstu.data import batching, requests, signals
-from ultra_hstu.data.feed import Loader
+from ultra_hstu.data.feed import WHOLE, Loader, Planner
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.ranking import RankEvents, RankGather
 from ultra_hstu.data.requests import Parts, Requests
+from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
 
 EVERYTHING = "events"  # the one channel of a run without a mixture of transducers
 
@@ -98,15 +99,16 @@ class RankSource:
         )
         return RankSource(events, sizes, requests.chronological(interactions, rank.validation_fraction, rank.test_fraction), kept)
 
-    def loader(self, config: Config, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
-        """Batches of "train", of which every epoch has its own, "validation" or "test"."""
+    def loader(self, config: Config, part: str, *, batch_users: int, steps_per_call: int, gamma: float = 1.0) -> Loader:
+        """Batches of "train", of which every epoch has its own, "validation" or "test". `gamma` is the cost exponent of load balance."""
         training = part == "train"
+        planner = self._planner(config, gamma) if training else WHOLE
         table = (
             (lambda seed, epoch: self.table(requests.training(self.parts, config, seed, epoch), config))
             if training
             else self.table(requests.evaluation(self.parts, part, config), config)
         )
-        lengths = (table(0, 0) if callable(table) else table).lengths
+        lengths = planner.taken(table(0, 0) if callable(table) else table, 0, 0).lengths
         if len(lengths) == 0:
             raise ValueError(f"no user has {part} events: raise rank.{part}_fraction" if not training else "no user has training events")
         longest = [self.longest(config, channel) for channel in channels(config).values()]
@@ -120,7 +122,25 @@ class RankSource:
             backwards=config.rank.supervise == "targets",
             supervise_history=training and config.rank.supervise == "all",
         )
-        return Loader(self.events, table, gather, batch_users=batch_users, steps_per_call=steps_per_call, placement=config.data.placement)
+        return Loader(
+            self.events,
+            table,
+            gather,
+            batch_users=batch_users,
+            steps_per_call=steps_per_call,
+            placement=config.data.placement,
+            planner=planner,
+        )
+
+    def _planner(self, config: Config, gamma: float) -> Planner:
+        sampling = Sampling.of(config.data, gamma)
+        if sampling is None:
+            return WHOLE
+        histories = tuple(
+            History(channel.max_history, f"/{name}", rows(config, 1, 0) - rows(config, 0, 0), self.events.index.get(name))
+            for name, channel in channels(config).items()
+        )
+        return SampledPlanner(sampling, histories, self.events.time_E if self.sizes.timestamps else None)
 
     def longest(self, config: Config, channel: ChannelConfig) -> int:
         """No request of any part or epoch has more rows."""

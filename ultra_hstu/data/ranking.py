@@ -77,7 +77,8 @@ class RankGather:
     """Makes the batches of a `Loader`: `xp=jax.numpy` on the device, in the compiled step, `xp=numpy` on the host.
 
     Columns of a request: `user`; `target` and `count`, the first event that is asked about and how many; `start/NAME` and `stop/NAME` for
-    each channel, its history as a range of events, or of `RankEvents.index[NAME]` where there is one.
+    each channel, its history as a range of events, or of `RankEvents.index[NAME]` where there is one,
+    or of the batch's own `event/NAME`.
     """
 
     rows: tuple[int, ...]  # T of each channel
@@ -94,7 +95,8 @@ class RankGather:
             (name,) = self.channels
             history_B = column[f"stop/{name}"] - column[f"start/{name}"]
             user_P, place_P, real_P = _lay_out(xp, _offsets(xp, history_B), self.rows[0] // 2)
-            event_P = column[f"start/{name}"][user_P] + place_P
+            event_P, index = column[f"start/{name}"][user_P] + place_P, _index(data, column, name)
+            event_P = event_P if index is None else index[xp.where(real_P, event_P, 0)]
         else:
             slot_P = xp.arange(column["count"].shape[0] * self.targets, dtype=xp.int32)
             user_P, place_P = slot_P // self.targets, slot_P % self.targets
@@ -137,8 +139,9 @@ class RankGather:
             """The event at a place of the history, the first target behind it; of a request without either, the first event of all."""
             inside = (place >= 0) & (place < h_T)
             here = xp.where(inside, start_T + place, 0)
-            if name in data.index:
-                here = data.index[name][here] if len(data.index[name]) else here
+            index = _index(data, column, name)
+            if index is not None:
+                here = index[here] if len(index) else here
             return xp.where(inside, here, xp.where(count_B[b_T] > 0, target_T, here))
 
         event_T = xp.where(is_history_T, event(place_T), xp.where(is_target_T, target_T + into_T - per_event * h_T, event(0 * place_T)))
@@ -172,6 +175,11 @@ class RankGather:
             num_contextual=contextual_B,
             row_P=xp.where(real_P, row_P, zero).astype(xp.int32),
         )
+
+
+def _index(data: RankEvents, column: dict[str, Any], name: str) -> Any:
+    """The events that a channel's `start` and `stop` count; None if they count all events."""
+    return column.get(f"event/{name}", data.index.get(name))
 
 
 def _offsets(xp: Any, lengths_B: Any) -> Any:
