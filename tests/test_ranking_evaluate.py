@@ -61,16 +61,18 @@ class Oracle(RankRecipe):
         return params["sharpness"] * (2 * batch.label_PK - 1) + 0.001 * batch.user_P[:, None]
 
 
+class OracleTask(RankTask):
+    @property
+    def recipe(self):
+        return Oracle(self.config, self.source.sizes)
+
+
 @pytest.mark.parametrize("part", ["validation", "test"])
 def test_every_event_once_and_in_its_place(task, part):
-    evaluator = RankingEvaluator(task, part)
+    evaluator = RankingEvaluator(OracleTask(task.config, task.interactions, task.source), part)
     assert sorted(zip(evaluator.user_P.tolist(), evaluator.event_P.tolist(), strict=True)) == events_of(task, part)
-    object.__setattr__(evaluator.task, "recipe", Oracle(task.config, task.source.sizes))
-    try:
-        logit_PK = evaluator.predict({"sharpness": jnp.float32(5.0)})
-        metrics = evaluator({"sharpness": jnp.float32(5.0)})
-    finally:
-        del evaluator.task.__dict__["recipe"]
+    logit_PK = evaluator.predict({"sharpness": jnp.float32(5.0)})
+    metrics = evaluator({"sharpness": jnp.float32(5.0)})
     correct_P = task.interactions.actions["correct"][evaluator.event_P]
     np.testing.assert_allclose(logit_PK[:, 0], 5 * (2.0 * correct_P - 1) + 0.001 * evaluator.user_P, rtol=1e-5)
     assert metrics["auc/correct"] == metrics["gauc/correct"] == 1.0 and metrics["ne"] < 0.02

@@ -4,6 +4,7 @@ All take one value a prediction and a weight that is not negative; entries of we
 (no prediction, one class only, a logit that is NaN) is NaN, never 0.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -33,7 +34,7 @@ def normalized_entropy(logit_P: Float[np.ndarray, " P"], label_P: Num[np.ndarray
     rate = _mean(label_P, weight_P)
     if not 0 < rate < 1:
         return np.nan
-    return _mean(_cross_entropy(logit_P, label_P), weight_P) / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+    return _mean(_cross_entropy(logit_P, label_P), weight_P) / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
 
 
 def base_rate(label_P: Num[np.ndarray, " P"], weight_P: Num[np.ndarray, " P"]) -> float:

@@ -14,11 +14,11 @@ from ultra_hstu.data.batching import Events, gather_batch
 from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.metrics import best_items
 from ultra_hstu.nn.norms import l2_normalize
-from ultra_hstu.recipe import Params, Recipe
+from ultra_hstu.recipe import Params, Recipe, Steps
 from ultra_hstu.workdir import Workdir
 
 
-def load_params(folder: Workdir, recipe: Recipe) -> tuple[int, Params]:
+def load_params(folder: Workdir, recipe: Steps) -> tuple[int, Params]:
     """(step, parameters) of the best checkpoint of a run, or of the newest where none was evaluated.
 
     Raises:

@@ -25,8 +25,8 @@ from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.data.feed import Feed, Group
 from ultra_hstu.evaluate import evaluator
-from ultra_hstu.recipe import Recipe, TrainState
-from ultra_hstu.task import Task
+from ultra_hstu.recipe import Steps, TrainState
+from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir, write_json
 
 VALIDATED_PATIENCE = 10  # epochs; used by the protocols with a validation part when train.patience is None
@@ -53,7 +53,7 @@ class Interrupted(Exception):
     """The run was asked to stop (SIGTERM, SIGINT); its state is saved."""
 
 
-def run_steps(recipe: Recipe, state: TrainState, feed: Feed, steps: Int[Array, ""]) -> tuple[TrainState, dict[str, Float[Array, " S"]]]:
+def run_steps(recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""]) -> tuple[TrainState, dict[str, Float[Array, " S"]]]:
     """The first `steps` batches of a feed, one update each. The trip count is traced: a shorter last call does not compile again."""
 
     def body(i: jax.Array, carry: Any) -> Any:
@@ -65,7 +65,7 @@ def run_steps(recipe: Recipe, state: TrainState, feed: Feed, steps: Int[Array, "
     return jax.lax.fori_loop(0, steps, body, (state, history))
 
 
-def train(config: Config, workdir: Path | str, *, console: Console | None = None, task: Task | None = None) -> dict[str, Any]:
+def train(config: Config, workdir: Path | str, *, console: Console | None = None, task: Task | RankTask | None = None) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir`; returns its result, which `result.json` holds too.
 
     Args:
@@ -96,7 +96,7 @@ def train(config: Config, workdir: Path | str, *, console: Console | None = None
 
 
 class _Run:
-    def __init__(self, task: Task, folder: Workdir, console: Console):
+    def __init__(self, task: Task | RankTask, folder: Workdir, console: Console):
         self.task, self.config, self.folder, self.console = task, task.config, folder, console
         config = self.config.train
         self.loader = task.loader("train", batch_users=self.config.data.batch_users, steps_per_call=config.steps_per_call)
