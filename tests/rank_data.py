@@ -52,5 +52,5 @@ def config(data_dir="unused", **sections) -> Config:
 
 MIXTURE = {
     "consumption": ChannelConfig(max_history=6, layers=1),
-    "engagement": ChannelConfig(signal="is_click", at_least=1, max_history=4, layers=2),
+    "engagement": ChannelConfig(signal="is_click", at_least=1.0, max_history=4, layers=2),
 }
