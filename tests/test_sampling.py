@@ -319,6 +319,7 @@ def test_training_is_cut_and_evaluation_whole(tmp_path):
     """A run with everything on, of balanced random parts; whole histories on test users."""
     config = with_(
         small_config(tmp_path, epochs=2),
+        model__layers=1,
         data__stochastic_length=1.2,
         data__subsequence="weighted",
         data__load_balance=True,
