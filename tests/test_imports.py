@@ -16,7 +16,7 @@ LAYERS = [
     ["ultra_hstu.data", "ultra_hstu.parallel", "ultra_hstu.sampling"],
     ["ultra_hstu.nn"],
     ["ultra_hstu.losses", "ultra_hstu.negatives", "ultra_hstu.metrics", "ultra_hstu.optim", "ultra_hstu.checkpoint", "ultra_hstu.workdir",
-     "ultra_hstu.criteria", "ultra_hstu.ranking_losses", "ultra_hstu.ranking_metrics", "ultra_hstu.flops"],
+     "ultra_hstu.criteria", "ultra_hstu.ranking_losses", "ultra_hstu.ranking_metrics", "ultra_hstu.flops", "ultra_hstu.quantization"],
     ["ultra_hstu.recipe", "ultra_hstu.ranking_recipe"],
     ["ultra_hstu.task", "ultra_hstu.serving"],
     ["ultra_hstu.report"],

@@ -59,9 +59,12 @@ class CutTable:
         return self.whole.columns | starts
 
     @property
-    def lengths(self) -> Int[np.ndarray, "n R"]:
-        per_event_R = np.array([history.rows_per_event for history in self.histories])
-        return self.whole.lengths.reshape(self.kept_nR.shape) - per_event_R * (self.whole_nR - self.kept_nR)
+    def lengths(self) -> Int[np.ndarray, "n *R"]:
+        return self.whole.lengths - (self.rows_per_event_R * (self.whole_nR - self.kept_nR)).reshape(self.whole.lengths.shape)
+
+    @property
+    def rows_per_event_R(self) -> Int[np.ndarray, " R"]:
+        return np.array([history.rows_per_event for history in self.histories])
 
     @property
     def whole_nR(self) -> Int[np.ndarray, "n R"]:
@@ -92,7 +95,7 @@ class ChosenPlan(Plan):
             stop_SB = np.cumsum(kept_SB, axis=1)
             event_ST = np.zeros((len(steps_S), rows), np.int32)
             for s, b in zip(*np.nonzero(kept_SB), strict=True):
-                event_ST[s, stop_SB[s, b] - kept_SB[s, b] : stop_SB[s, b]] = self._events(r, place_SB[s, b])
+                event_ST[s, stop_SB[s, b] - kept_SB[s, b] : stop_SB[s, b]] = self._events(r, int(place_SB[s, b]))
             columns |= {
                 f"start{history.suffix}": (stop_SB - kept_SB).astype(np.int32),
                 f"stop{history.suffix}": stop_SB.astype(np.int32),
@@ -155,7 +158,7 @@ def balanced_cut(
     """
     assert sampling.gamma is not None
     uniform_nR = _uniform(cut.kept_nR.shape, seed, epoch)
-    fixed_nR = cut.lengths - np.array([history.rows_per_event for history in cut.histories]) * cut.kept_nR
+    fixed_nR = cut.lengths.reshape(cut.kept_nR.shape) - cut.rows_per_event_R * cut.kept_nR  # contextual tokens and targets
     kept_nR, whole_nR = cut.kept_nR.copy(), cut.whole_nR
     batches = [places[places >= 0] for places in place_SB]
     for r, history in enumerate(cut.histories):
