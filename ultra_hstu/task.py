@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -11,9 +12,10 @@ from ultra_hstu.config import Config
 from ultra_hstu.data.batching import Events
 from ultra_hstu.data.feed import WHOLE, Loader, Planner, history_loader
 from ultra_hstu.data.interactions import Interactions, load_interactions
-from ultra_hstu.data.rank_source import RankSource
+from ultra_hstu.data.rank_source import RankSource, channels
 from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
 from ultra_hstu.data.split import Split, split
+from ultra_hstu.flops import Flops
 from ultra_hstu.ranking_recipe import RankRecipe
 from ultra_hstu.recipe import Recipe
 
@@ -105,6 +107,18 @@ class RankTask:
         """Batches of requests of one part of the split: "train", "validation" or "test"; `batch_users` counts requests."""
         gamma = _gamma(self.config, self.interactions)
         return self.source.loader(self.config, part, batch_users=batch_users, steps_per_call=steps_per_call, gamma=gamma)
+
+    def flops(self, part: str) -> Flops:
+        """Operations of one request: the mean over a part's requests, or over those of the first training epoch."""
+        table: Any = self.loader(part, batch_users=1, steps_per_call=1).plan(seed=self.config.train.seed).examples
+        histories = {name: table.columns[f"stop/{name}"] - table.columns[f"start/{name}"] for name in channels(self.config)}
+        return flops.count(
+            self.config,
+            next(iter(histories.values())),
+            targets=table.columns["count"],
+            contextual=len(self.config.rank.contextual),
+            channels=histories if self.config.model.channels else None,
+        )
 
 
 def _gamma(config: Config, interactions: Interactions) -> float:
