@@ -48,6 +48,15 @@ VARIANTS = {  # file suffix -> what it was
     "validated": "ours, `validated`",
     "temporal": "ours, `temporal`",
 }
+RANKING = {  # records of experiments.train --record: data and model
+    f"{prefix}_rank_{suffix}": (data, model)
+    for prefix, data in (("assistments", "ASSISTments 2017"), ("ml1m", "MovieLens-1M"), ("kuairand", "KuaiRand"))
+    for suffix, model in (("hstu", "HSTU"), ("ultra", "ULTRA-HSTU"))
+}
+RANKING_BASELINES = ("base rate", "item and user")
+RANKING_METRICS = ("ne", "auc", "gauc", "log_loss")
+ABLATIONS = ("ablation_assistments_rank_ultra",)
+NOT_MEASURED = "not measured yet"
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -123,7 +132,70 @@ def speed_table() -> str:
     return markdown(["model", "device", "what", "value"], rows + REFERENCE_SPEED)
 
 
-TABLES: dict[str, Callable[[], str]] = {"ml1m": ml1m_table, "speed": speed_table}
+def ranking_table() -> str:
+    """One line a model and task, beside what needs no model; mean and standard deviation over seeds."""
+    header = ["data", "task", "model", "seeds", *(name.replace("_", " ").upper() for name in RANKING_METRICS)]
+    rows, with_baselines = [], set()
+    for config, (data, model) in RANKING.items():
+        record = load(config)
+        if not record:
+            rows.append([data, "", model, NOT_MEASURED, *[""] * (len(RANKING_METRICS) + 2)])
+            continue
+        runs = [run["best"] for run in record["runs"]]
+        tasks = [name.removeprefix("ne/") for name in runs[0] if name.startswith("ne/")]
+        if data not in with_baselines:
+            with_baselines.add(data)
+            for name in RANKING_BASELINES:
+                rows += [[data, task, name, "", *metric_cells([record["baselines"][name]], task), "", ""] for task in tasks]
+        flops = giga(record["flops"]["inference"])
+        vanilla = load(config.replace("_ultra", "_hstu"))
+        if model != "HSTU" and vanilla:
+            flops += f" ({100 * record['flops']['inference'] / vanilla['flops']['inference']:.0f} %)"
+        seconds = f"{statistics.median(run['seconds'] for run in record['runs']):.0f} ({record['device']})"
+        rows += [[data, task, model, str(len(runs)), *metric_cells(runs, task), flops, seconds] for task in tasks]
+    return markdown([*header, "inference GFLOP a request (of HSTU's)", "seconds a run"], rows)
+
+
+def ablation_table() -> str:
+    """One line a variant of a configuration, each with one piece changed; NE and its difference to the first line."""
+    rows = []
+    for name in ABLATIONS:
+        record = load(name)
+        if not record:
+            rows.append([name.removeprefix("ablation_"), NOT_MEASURED, *[""] * 8])
+            continue
+        base = statistics.mean(run["best"]["ne"] for run in record["variants"][0]["runs"])
+        for variant in record["variants"]:
+            runs = [run["best"] for run in variant["runs"]]
+            entropies = [run["ne"] for run in runs]
+            task = next(key.removeprefix("auc/") for key in runs[0] if key.startswith("auc/"))
+            rows.append(
+                [
+                    record["config"],
+                    variant["name"],
+                    f"`{variant['change']}`" if variant["change"] else "",
+                    str(len(runs)),
+                    mean_and_deviation(entropies),
+                    f"{statistics.mean(entropies) - base:+.4f}",
+                    mean_and_deviation([run[f"auc/{task}"] for run in runs]),
+                    giga(variant["flops"]["inference"]),
+                    giga(variant["flops"]["training"]),
+                    f"{statistics.median(run['seconds'] for run in variant['runs']):.0f}",
+                ]
+            )
+    columns = ["config", "variant", "change", "seeds", "NE", "difference", "AUC", "inference GFLOP", "training GFLOP", "seconds a run"]
+    return markdown(columns, rows)
+
+
+def metric_cells(runs: list[dict[str, float]], task: str) -> list[str]:
+    return [mean_and_deviation([run[f"{name}/{task}"] for run in runs]) if f"{name}/{task}" in runs[0] else "" for name in RANKING_METRICS]
+
+
+def giga(value: float) -> str:
+    return f"{value / 1e9:.3g}"
+
+
+TABLES: dict[str, Callable[[], str]] = {"ml1m": ml1m_table, "speed": speed_table, "ranking": ranking_table, "ablation": ablation_table}
 
 
 def with_tables(text: str) -> str:
