@@ -14,6 +14,7 @@ from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.data.rank_source import RankSource, channels
 from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
 from ultra_hstu.data.split import Split, split
+from ultra_hstu.flops import Flops
 from ultra_hstu.ranking_recipe import RankRecipe
 from ultra_hstu.recipe import Recipe
 
@@ -73,7 +74,7 @@ class Task:
             return WHOLE
         return SampledPlanner(sampling, (History(data.max_history),), None if self.interactions.timestamps is None else self.events.time_E)
 
-    def flops(self, part: str) -> flops.Flops:
+    def flops(self, part: str) -> Flops:
         """Operations of a sample, the mean over the histories of a part of the split (of training: those of the first epoch)."""
         columns = _columns(self, part)
         return flops.count(self.config, columns["stop"] - columns["start"], items=self.interactions.num_items)
@@ -111,7 +112,7 @@ class RankTask:
         gamma = _gamma(self.config, self.interactions)
         return self.source.loader(self.config, part, batch_users=batch_users, steps_per_call=steps_per_call, gamma=gamma)
 
-    def flops(self, part: str) -> flops.Flops:
+    def flops(self, part: str) -> Flops:
         """Operations of a request, the mean over those of a part of the split (of training: those of the first epoch)."""
         columns, config = _columns(self, part), self.config
         history = {name: columns[f"stop/{name}"] - columns[f"start/{name}"] for name in channels(config)}
