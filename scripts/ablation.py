@@ -20,6 +20,7 @@ from experiments import command
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.ranking_evaluate import baselines
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.train import train
 
@@ -88,6 +89,7 @@ def main(_: list[str]) -> None:
     chosen = {name: variant for name, variant in chosen.items() if not _ONLY.value or name in _ONLY.value}
     interactions = load_interactions(config.data)
     record: dict[str, Any] = {"config": config.name, "protocol": config.train.protocol, **provenance.provenance(), "variants": {}}
+    record["baselines"] = {}
     for name, variant in chosen.items():
         variant.validate()
         task = Task.of(variant, interactions)
@@ -98,6 +100,7 @@ def main(_: list[str]) -> None:
         if _LIST.value:
             continue
         record["variants"][name] = entry
+        record["baselines"] = record["baselines"] or baselines(task, "test")
         for seed in map(int, _SEEDS.value):
             seeded = dataclasses.replace(variant, train=dataclasses.replace(variant.train, seed=seed))
             result = train(seeded, Path(_WORKDIR.value) / name / f"seed_{seed}", console=console, task=task)

@@ -243,10 +243,12 @@ class Config:
         for name, (value, only) in needed.items():
             if value != only:
                 raise ValueError(f"{name}={value!r} cannot be used for ranking: use {only!r}")
-        if rank.supervise == "all" and (rank.input != "interleaved" or model.channels or model.truncate_after is not None):
+        # A contextual token sees the whole history and is seen by all of it: an item would read its own action through it.
+        unfit = rank.input != "interleaved" or model.channels or model.truncate_after is not None or rank.contextual
+        if rank.supervise == "all" and unfit:
             raise ValueError(
                 "rank.supervise='all' predicts every item of one whole history before its action: it needs rank.input='interleaved', "
-                "no model.channels and no truncation; or use rank.supervise='targets'"
+                "no model.channels, no truncation and no rank.contextual; or use rank.supervise='targets'"
             )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -75,6 +74,11 @@ class Task:
             return WHOLE
         return SampledPlanner(sampling, (History(data.max_history),), None if self.interactions.timestamps is None else self.events.time_E)
 
+    def flops(self, part: str) -> Flops:
+        """Operations of a sample, the mean over the histories of a part of the split (of training: those of the first epoch)."""
+        columns = _columns(self, part)
+        return flops.count(self.config, columns["stop"] - columns["start"], items=self.interactions.num_items)
+
     def popularity(self) -> Float[np.ndarray, " I1"]:
         """How often each item occurs in the training events (rows and targets); ties go to the lower id, row 0 is padding."""
         train = self.splits.train
@@ -109,16 +113,22 @@ class RankTask:
         return self.source.loader(self.config, part, batch_users=batch_users, steps_per_call=steps_per_call, gamma=gamma)
 
     def flops(self, part: str) -> Flops:
-        """Operations of one request: the mean over a part's requests, or over those of the first training epoch."""
-        table: Any = self.loader(part, batch_users=1, steps_per_call=1).plan(seed=self.config.train.seed).examples
-        histories = {name: table.columns[f"stop/{name}"] - table.columns[f"start/{name}"] for name in channels(self.config)}
+        """Operations of a request, the mean over those of a part of the split (of training: those of the first epoch)."""
+        columns, config = _columns(self, part), self.config
+        history = {name: columns[f"stop/{name}"] - columns[f"start/{name}"] for name in channels(config)}
         return flops.count(
-            self.config,
-            next(iter(histories.values())),
-            targets=table.columns["count"],
-            contextual=len(self.config.rank.contextual),
-            channels=histories if self.config.model.channels else None,
+            config,
+            next(iter(history.values())),
+            targets=columns["count"],
+            contextual=len(config.rank.contextual),
+            channels=history if config.model.channels else None,
         )
+
+
+def _columns(task: Task | RankTask, part: str) -> dict[str, np.ndarray]:
+    users = task.config.data.batch_users if part == "train" else task.config.train.eval_users
+    plan = task.loader(part, batch_users=users, steps_per_call=1).plan(seed=task.config.train.seed, shuffle=part == "train")
+    return plan.examples.columns
 
 
 def _gamma(config: Config, interactions: Interactions) -> float:

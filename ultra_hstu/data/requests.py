@@ -72,9 +72,14 @@ def training(parts: Parts, config: Config, seed: int, epoch: int) -> Requests:
 
 
 def evaluation(parts: Parts, part: str, config: Config) -> Requests:
-    """The requests of the validation or test events; the same in every epoch."""
+    """The requests of the validation or test events; the same in every epoch.
+
+    With `rank.supervise="all"` histories are one event shorter: no item of a training stretch has had more before it, so that a target's position is
+    one that was trained.
+    """
     size = config.rank.targets
-    return segments(*parts.bounds(part), size, size, parts.first, config.data.max_history)
+    longest = config.data.max_history - (config.rank.supervise == "all")
+    return segments(*parts.bounds(part), size, size, parts.first, longest)
 
 
 def segments(
