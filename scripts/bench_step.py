@@ -81,7 +81,7 @@ def time_steps(config: Config, repeats: int) -> dict[str, float]:
             times.append(time.perf_counter() - started)
     per_step = [1e3 * seconds / size for seconds in times]
     return {
-        "rows": loader.rows,
+        "rows": loader.gather.rows,
         "step_ms_median": statistics.median(per_step),
         "step_ms_min": min(per_step),
         "input_wait_share": waited / sum(times),

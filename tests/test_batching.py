@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultra_hstu.data.batching import Events, Examples, choose_rows, gather_batch, plan_epoch
-from ultra_hstu.data.feed import Loader
+from ultra_hstu.data.batching import Events, choose_rows, gather_batch, plan_epoch
+from ultra_hstu.data.feed import history_loader
+from ultra_hstu.data.split import Examples
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def collect(loader, plan, first=0):
 def test_streamed_and_device_feeds_give_the_same_batches(events, padded_length):
     examples = random_examples()
     loaders = [
-        Loader(events, examples, batch_users=4, steps_per_call=3, padded_length=padded_length, placement=placement)
+        history_loader(events, examples, batch_users=4, steps_per_call=3, padded_length=padded_length, placement=placement)
         for placement in ("device", "stream")
     ]
     plan = loaders[0].plan(seed=1, epoch=2)
@@ -102,7 +103,7 @@ def test_streamed_and_device_feeds_give_the_same_batches(events, padded_length):
 
 
 def test_groups_have_one_shape(events):
-    loader = Loader(events, random_examples(), batch_users=4, steps_per_call=3)
+    loader = history_loader(events, random_examples(), batch_users=4, steps_per_call=3)
     shapes = {str([leaf.shape for leaf in jax.tree.leaves(group.feed)]) for group in loader.groups(loader.plan(seed=0))}
     assert len(shapes) == 1
 
@@ -123,4 +124,4 @@ def test_times_that_do_not_fit_are_refused():
 def test_no_examples_is_refused(events):
     empty = Examples(*(np.zeros(0, int) for _ in range(3)))
     with pytest.raises(ValueError, match="no examples"):
-        Loader(events, empty, batch_users=4, steps_per_call=3)
+        history_loader(events, empty, batch_users=4, steps_per_call=3)

@@ -57,7 +57,7 @@ def test_none_and_long_chunks_are_the_plain_call(case):
     """Called once, on all rows, outside any loop."""
     for chunk_rows in (None, ROWS, ROWS + 100):
         seen = []
-        chunked(lambda x_TD: seen.append(x_TD.shape) or x_TD, case[1], chunk_rows=chunk_rows)
+        chunked(lambda x_TD, seen=seen: seen.append(x_TD.shape) or x_TD, case[1], chunk_rows=chunk_rows)
         assert seen == [(ROWS, WIDTH)]
     assert chunked(lambda x_TD: x_TD + 1, jnp.zeros((0, 3)), chunk_rows=4).shape == (0, 3)
 

@@ -10,11 +10,13 @@ import numpy as np
 from jaxtyping import Int
 
 from kernels import jagged
-from ultra_hstu import metrics
+from ultra_hstu import metrics, ranking_evaluate
+from ultra_hstu.criteria import RETRIEVAL
 from ultra_hstu.data.batching import Batch
 from ultra_hstu.data.feed import Feed, Loader
+from ultra_hstu.ranking_evaluate import RankingEvaluator
 from ultra_hstu.recipe import Params, Recipe
-from ultra_hstu.task import Task
+from ultra_hstu.task import RankTask, Task
 
 STEPS_PER_CALL = 8
 
@@ -29,42 +31,55 @@ class Evaluator:
       scorer: what gives the vectors; None scores with the task's model, normalised as in training.
     """
 
+    criteria = RETRIEVAL
+
     def __init__(self, task: Task, split: str, scorer: Scorer | None = None):
         self.task = task
         self.loader: Loader = task.loader(split, batch_users=task.config.train.eval_users, steps_per_call=STEPS_PER_CALL)
-        self.plan_SB = self.loader.plan(shuffle=False)
-        self.examples = self.loader.examples
+        self.plan = self.loader.plan(shuffle=False)
+        self.examples = self.plan.examples
         l2_normalize = task.config.loss.l2_normalize and scorer is None
         longest = int(self.examples.lengths.max())
         self._rank: Any = jax.jit(functools.partial(_rank_steps, scorer or functools.partial(_encode, task.recipe), l2_normalize, longest))
 
     def compile(self, scored: Params | Any) -> None:
         """Compiles for the shapes that all calls have; without it the first call does."""
-        group = next(iter(self.loader.groups(self.plan_SB)))
+        group = next(iter(self.loader.groups(self.plan)))
         targets_SB = jax.ShapeDtypeStruct((STEPS_PER_CALL, self.loader.batch_users), jnp.int32)
         self._rank = self._rank.lower(scored, group.feed, targets_SB, jnp.int32(group.steps)).compile()
 
     def ranks(self, scored: Params | Any) -> Int[np.ndarray, " n"]:
         """The 1-based rank of every example's target, in the order of the split; 2501 where it is not among the best 2500."""
         target_item = self.task.interactions.items[self.examples.stop].astype(np.int32)
-        targets_SB = np.where(self.plan_SB >= 0, target_item[np.maximum(self.plan_SB, 0)], 0).astype(np.int32)
+        place_SB = self.plan.place_SB
+        targets_SB = np.where(place_SB >= 0, target_item[np.maximum(place_SB, 0)], 0).astype(np.int32)
         ranks = np.zeros(len(self.examples), np.int32)
         pending = []
-        for group in self.loader.groups(self.plan_SB):
-            place = np.minimum(np.arange(group.first, group.first + STEPS_PER_CALL), group.first + group.steps - 1)
+        for group in self.loader.groups(self.plan):
+            taken_S = np.minimum(np.arange(group.first, group.first + STEPS_PER_CALL), group.first + group.steps - 1)
             pending.append(
-                (group.first, group.steps, self._rank(scored, group.feed, jnp.asarray(targets_SB[place]), jnp.int32(group.steps)))
+                (group.first, group.steps, self._rank(scored, group.feed, jnp.asarray(targets_SB[taken_S]), jnp.int32(group.steps)))
             )
         for first, steps, ranks_SB in pending:
-            plan_SB = self.plan_SB[first : first + steps]
-            used_SB = plan_SB >= 0
-            ranks[plan_SB[used_SB]] = np.asarray(ranks_SB)[:steps][used_SB]
+            examples_SB = place_SB[first : first + steps]
+            used_SB = examples_SB >= 0
+            ranks[examples_SB[used_SB]] = np.asarray(ranks_SB)[:steps][used_SB]
         return ranks
 
     def __call__(self, scored: Params | Any) -> dict[str, float]:
         """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split."""
         ranks_U = jnp.asarray(self.ranks(scored))
         return metrics.mean_metrics(metrics.ranking_metrics(ranks_U, jnp.ones(ranks_U.shape)))
+
+
+def evaluator(task: Task | RankTask, split: str) -> Evaluator | RankingEvaluator:
+    """What measures a run on a split. Raises ValueError if the split has nothing to measure."""
+    return RankingEvaluator(task, split) if isinstance(task, RankTask) else Evaluator(task, split)
+
+
+def baselines(task: Task | RankTask, split: str) -> dict[str, dict[str, float]]:
+    """The metrics of what needs no model, by name."""
+    return ranking_evaluate.baselines(task, split) if isinstance(task, RankTask) else {"popularity": popularity_metrics(task, split)}
 
 
 def popularity_metrics(task: Task, split: str) -> dict[str, float]:

@@ -30,28 +30,52 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Steps:
+    """What every recipe shares; a subclass says how its model is built and what is minimised."""
+
     config: Config
-    num_items: int
+
+    def build(self, seed: int) -> Any:
+        """The model with the initial parameters of a seed."""
+        raise NotImplementedError(f"{type(self).__name__} does not build a model")
+
+    def loss(self, params: Params, batch: Any, key: jax.Array) -> Float[Array, ""]:
+        """What a step lowers, on one batch; `key` decides all that is random."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     @functools.cached_property
     def graphdef(self) -> nnx.GraphDef:
         """The structure of the model, without its parameters."""
-        return nnx.split(nnx.eval_shape(lambda: self._model(0)))[0]
+        return nnx.split(nnx.eval_shape(lambda: self.build(0)))[0]
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
         return optim.optimizer(self.config.optim)
 
     def init(self, seed: int) -> TrainState:
-        params = nnx.split(self._model(seed))[1]
+        params = nnx.split(self.build(seed))[1]
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def _model(self, seed: int) -> Recommender:
-        return Recommender(self.config.model, self.num_items, self.config.data.max_history, rngs=nnx.Rngs(seed))
-
-    def model(self, params: Params) -> Recommender:
+    def model(self, params: Params) -> Any:
         return nnx.merge(self.graphdef, params)
+
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        """One update; its key is a function of (seed, step)."""
+        key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
+        loss, grads = jax.value_and_grad(self.loss)(state.params, batch, key)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(Steps):
+    """Retrieval: every row predicts the item after it, among sampled or all items."""
+
+    num_items: int
+
+    def build(self, seed: int) -> Recommender:
+        return Recommender(self.config.model, self.num_items, self.config.data.max_history, rngs=nnx.Rngs(seed))
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Float[Array, ""]:
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
@@ -72,11 +96,3 @@ class Recipe:
             negative_TR = negatives.in_batch_negatives(negative_key, pool, rows, config.negatives)
             log_q = pool.log_q_I if config.log_q else None
         return losses.sampled_softmax(h_TD, table_ID, batch.target_T, batch.weight_T, negative_TR, log_q=log_q, **options)[0]
-
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        """One update; the key of dropout and negatives is a function of (seed, step)."""
-        key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
-        loss, grads = jax.value_and_grad(self.loss)(state.params, batch, key)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), {"loss": loss, "grad_norm": optax.tree.norm(grads)}

@@ -1,15 +1,20 @@
 """What a run works on: its data, split and model, all from the configuration."""
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import Float
 
+from ultra_hstu import flops
 from ultra_hstu.config import Config
 from ultra_hstu.data.batching import Events
-from ultra_hstu.data.feed import Loader
+from ultra_hstu.data.feed import WHOLE, Loader, Planner, history_loader
 from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.data.rank_source import RankSource
+from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
 from ultra_hstu.data.split import Split, split
+from ultra_hstu.ranking_recipe import RankRecipe
 from ultra_hstu.recipe import Recipe
 
 
@@ -22,13 +27,15 @@ class Task:
     recipe: Recipe
 
     @staticmethod
-    def load(config: Config) -> "Task":
+    def load(config: Config) -> "Task | RankTask":
         """Reads (and prepares, the first time) the data. Raises ValueError for bad data or a configuration that does not suit it."""
         return Task.of(config, load_interactions(config.data))
 
     @staticmethod
-    def of(config: Config, interactions: Interactions) -> "Task":
-        """The task of a configuration on data that is already in memory."""
+    def of(config: Config, interactions: Interactions) -> "Task | RankTask":
+        """The task of a configuration on data that is already in memory: ranking where `rank.tasks` names some, else retrieval."""
+        if config.rank.tasks:
+            return RankTask(config, interactions, RankSource.of(config, interactions))
         splits = split(interactions, config.train.protocol, config.data.max_history, config.data.temporal_test_fraction)
         events = Events.from_arrays(interactions.items, interactions.timestamps)
         return Task(config, interactions, splits, events, Recipe(config, interactions.num_items))
@@ -47,7 +54,7 @@ class Task:
         examples = getattr(self.splits, part)
         if examples is None:
             raise ValueError(f"protocol {config.train.protocol!r} has no {part} items: train under 'validated' or 'temporal' for them")
-        return Loader(
+        return history_loader(
             self.events,
             examples,
             batch_users=batch_users,
@@ -55,7 +62,16 @@ class Task:
             rows=config.data.batch_tokens if part == "train" else None,
             padded_length=config.padded_length if config.data.layout == "padded" else None,
             placement=config.data.placement,
+            planner=self._planner() if part == "train" else WHOLE,
         )
+
+    def _planner(self) -> Planner:
+        """Evaluation always sees whole histories; training sees parts of them under stochastic length."""
+        data = self.config.data
+        sampling = Sampling.of(data, _gamma(self.config, self.interactions))
+        if sampling is None:
+            return WHOLE
+        return SampledPlanner(sampling, (History(data.max_history),), None if self.interactions.timestamps is None else self.events.time_E)
 
     def popularity(self) -> Float[np.ndarray, " I1"]:
         """How often each item occurs in the training events (rows and targets); ties go to the lower id, row 0 is padding."""
@@ -67,3 +83,32 @@ class Task:
         num_items = self.interactions.num_items
         counts_I1 = np.bincount(self.interactions.items[used_E], minlength=num_items + 1).astype(np.float32)
         return counts_I1 - np.arange(num_items + 1, dtype=np.float32) / (num_items + 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankTask:
+    config: Config
+    interactions: Interactions
+    source: RankSource
+
+    @functools.cached_property
+    def recipe(self) -> RankRecipe:
+        return RankRecipe(self.config, self.source.sizes)
+
+    def with_config(self, config: Config) -> "RankTask":
+        """The same data under another model or seed. Raises ValueError if the configurations differ in data, tasks or protocol."""
+        if (config.data, config.rank, config.train.protocol) != (self.config.data, self.config.rank, self.config.train.protocol):
+            raise ValueError(f"the data was loaded for {self.config.data}, {self.config.rank}: load it for {config.data}, {config.rank}")
+        return RankTask(config, self.interactions, RankSource.of(config, self.interactions))
+
+    def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
+        """Batches of requests of one part of the split: "train", "validation" or "test"; `batch_users` counts requests."""
+        gamma = _gamma(self.config, self.interactions)
+        return self.source.loader(self.config, part, batch_users=batch_users, steps_per_call=steps_per_call, gamma=gamma)
+
+
+def _gamma(config: Config, interactions: Interactions) -> float:
+    """The exponent of a history's cost that load balance works with, from the model's own operations."""
+    if not config.data.load_balance:
+        return 1.0
+    return flops.cost_exponent(config, config.data.max_history, items=interactions.num_items)[0]

@@ -5,6 +5,7 @@ what the row should predict, so the event at `stop` is the target of the last ro
 are fixed when a run starts, and one compiled step serves every batch.
 
 The same `gather_batch` runs on the device (`xp=jax.numpy`, in the compiled step) and on the host (`xp=numpy`, for streamed data).
+`HistoryGather` is its form for a `Loader`; `data.ranking.RankGather` is the one of ranking.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ import numpy as np
 from jaxtyping import Int
 
 from ultra_hstu.data.sequences import Sequences
-from ultra_hstu.data.split import Examples
 
 ROW_MULTIPLE = 128  # capacities are rounded up to this many rows, a common tile height of the kernels
 SECONDS_RANGE = 2**31 - 1
@@ -66,46 +66,59 @@ class Events:
         return Events(items.astype(np.int32), (timestamps - first).astype(np.int32))
 
 
-def choose_rows(lengths: Int[np.ndarray, " n"], batch_users: int) -> int:
+def choose_rows(lengths: Int[np.ndarray, " n"], batch_users: int, longest: int = 0) -> int:
     """T such that `batch_users` random histories nearly always fit: mean + 4 standard deviations of their sum, at least the longest.
 
-    A batch that does not fit is closed early by `plan_epoch`; no event is lost.
+    A batch that does not fit is closed early by `plan_epoch`; no event is lost. `longest` is what a history may reach in another epoch.
     """
-    users = min(batch_users, len(lengths))
+    users, longest = min(batch_users, len(lengths)), max(longest, int(lengths.max()))
     expected = users * lengths.mean() + 4 * np.sqrt(users) * lengths.std()
-    rows = max(int(lengths.max()), min(int(np.ceil(expected)), users * int(lengths.max())), 1)
+    rows = max(longest, min(int(np.ceil(expected)), users * longest), 1)
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def plan_epoch(
-    lengths: Int[np.ndarray, " n"], *, batch_users: int, rows: int, seed: int, epoch: int, shuffle: bool = True
+    lengths: Int[np.ndarray, "n *buffers"], *, batch_users: int, rows: int | tuple[int, ...], seed: int, epoch: int, shuffle: bool = True
 ) -> Int[np.ndarray, "S B"]:
     """Which examples each batch holds: int32 [S, B] of example numbers, -1 in empty places.
 
     The order is a function of (seed, epoch) alone. A batch closes at `batch_users` examples or when the next one would exceed `rows`.
+
+    Args:
+      lengths: rows of every example; [n, R] where an example takes rows of R buffers at once.
+      rows: capacity, or one of each buffer.
 
     Raises:
       ValueError: if a history is longer than `rows`.
     """
     if len(lengths) == 0:
         return np.zeros((0, batch_users), np.int32)
-    longest = int(lengths.max())
-    if longest > rows:
-        raise ValueError(f"a history has {longest} events but a batch only {rows} rows: raise data.batch_tokens to at least {longest}")
     n = len(lengths)
+    lengths_nR, rows_R = lengths.reshape(n, -1), np.atleast_1d(rows)
+    for longest, room in zip(lengths_nR.max(axis=0), rows_R, strict=True):
+        if longest > room:
+            raise ValueError(f"a history has {longest} events but a batch only {room} rows: raise data.batch_tokens to at least {longest}")
     order = np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
-    ends = np.cumsum(lengths[order])
+    ends_nR = np.cumsum(lengths_nR[order], axis=0)
     batches, first = [], 0
     while first < n:
-        before = ends[first - 1] if first else 0
-        last = min(first + batch_users, int(np.searchsorted(ends, before + rows, side="right")))
+        full_R = (ends_nR[first - 1] if first else 0) + rows_R
+        fits = min(int(np.searchsorted(ends, full, side="right")) for ends, full in zip(ends_nR.T, full_R, strict=True))
+        last = min(first + batch_users, fits)
         batches.append(np.pad(order[first:last], (0, batch_users - (last - first)), constant_values=-1))
         first = last
     return np.stack(batches).astype(np.int32)
 
 
 def gather_batch(
-    events: Events, start_B: Int[Any, " B"], stop_B: Int[Any, " B"], *, rows: int, padded_length: int | None = None, xp: Any = jnp
+    events: Events,
+    start_B: Int[Any, " B"],
+    stop_B: Int[Any, " B"],
+    *,
+    rows: int,
+    padded_length: int | None = None,
+    index: Int[Any, " n"] | None = None,
+    xp: Any = jnp,
 ) -> Batch:
     """The flat batch of B examples; `start == stop` makes an empty history.
 
@@ -113,6 +126,7 @@ def gather_batch(
       rows: T.
       padded_length: None packs the histories without gaps; a number N puts each at a multiple of N (the padded layout of the published
         research code), and T must be B * N.
+      index: events that `start` and `stop` count, where histories are not all events from one to another; None: the events themselves.
       xp: `jax.numpy` or `numpy`.
     """
     lengths_B = (stop_B - start_B).astype(xp.int32)
@@ -127,6 +141,7 @@ def gather_batch(
     position_T = row_T - offsets[user_T]
     real_T = position_T < lengths_B[user_T]
     event_T = xp.where(real_T, start_B[user_T] + position_T, 0)
+    event_T = event_T if index is None else xp.where(real_T, index[event_T], 0)
     next_T = xp.where(real_T, event_T + 1, 0)
     zero = xp.int32(0)
     return Batch(
@@ -140,10 +155,13 @@ def gather_batch(
     )
 
 
-def slices(examples: Examples, plan_SB: Int[np.ndarray, "S B"]) -> tuple[Int[np.ndarray, "S B"], Int[np.ndarray, "S B"]]:
-    """(start, stop) of every planned example, int32 [S, B]; empty places become empty histories."""
-    used_SB = plan_SB >= 0
-    place_SB = np.where(used_SB, plan_SB, 0)
-    start_SB = np.where(used_SB, examples.start[place_SB], 0).astype(np.int32)
-    stop_SB = np.where(used_SB, examples.stop[place_SB], 0).astype(np.int32)
-    return start_SB, stop_SB
+@dataclasses.dataclass(frozen=True)
+class HistoryGather:
+    """`gather_batch` for a `Loader`: equal settings are equal objects, so that a compiled step serves every loader that has them."""
+
+    rows: int
+    padded_length: int | None = None
+
+    def __call__(self, events: Events, columns_B: dict[str, Any], xp: Any = jnp) -> Batch:
+        start_B, stop_B, index = columns_B["start"], columns_B["stop"], columns_B.get("event")
+        return gather_batch(events, start_B, stop_B, rows=self.rows, padded_length=self.padded_length, index=index, xp=xp)

@@ -19,11 +19,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download, checksums, obtain
 from ultra_hstu.data.events import Events
 
 _log = logging.getLogger(__name__)
 CATALOG = "catalog.npz"
+CONTEXTS = "contexts.npz"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -32,10 +34,12 @@ class SourceConfig(tfds.core.BuilderConfig):
 
     Attributes:
         files: the publisher's files that are read; raw_dir must hold them.
-        downloads: where the publisher offers them.
+        context_files: those that describe the users; raw_dir may lack them, and the data then has no features of users.
+        downloads: where the publisher offers all of them.
     """
 
     files: tuple[str, ...] = ()
+    context_files: tuple[str, ...] = ()
     downloads: tuple[Download, ...] = ()
 
 
@@ -46,7 +50,7 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     has them) and one column an action, all in the order of the files. Users are in the order of their raw ids.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # 1.1.0 added the features of users; what an older version prepared is not read
     code_path = None  # where tfds would look for its own kind of checksums, with a package that it does not install
     STRING_USERS: ClassVar[bool] = False
     TICKS: ClassVar[int] = 1  # a second in the unit of the source's timestamps; 0: it has none
@@ -60,6 +64,10 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     def read(self) -> tuple[Events, Catalog]:
         """Reads `self.raw_dir` (checked: it holds the files of the configuration)."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is read")
+
+    def read_contexts(self) -> Contexts:
+        """The features of users, from those of the configuration's `context_files` that `self.raw_dir` holds."""
+        return Contexts()
 
     def _info(self) -> tfds.core.DatasetInfo:
         def column(dtype: type[np.generic]) -> tfds.features.Tensor:
@@ -79,6 +87,7 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         events, catalog = self.read()
         catalog.save(Path(self.data_path) / CATALOG)
+        self.read_contexts().save(Path(self.data_path) / CONTEXTS)
         return {"users": self._generate_examples(events, catalog)}
 
     def _generate_examples(self, events: Events, catalog: Catalog) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -121,10 +130,10 @@ def prepare(
             missing = [name for name in variant.files if not (folder / name).is_file()]
             if missing:
                 raise ValueError(f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from {', '.join(variant.files)}")
-            sums = checksums(folder, variant.files)
+            sums = checksums(folder, variant.files + tuple(name for name in variant.context_files if (folder / name).is_file()))
         elif variant.files:
             folder = data_dir / "raw" / variant.name
-            sums = obtain(variant.downloads, variant.files, folder)
+            sums = obtain(variant.downloads, variant.files + variant.context_files, folder)
         elif raw_dir is not None:
             raise ValueError(f"{variant.name} is generated: it reads no raw_dir, so {raw_dir!r} must be None")
         key = hashlib.sha256(repr((variant.name, str(builder.VERSION), sorted(sums.items()), sorted(settings.items()))).encode())

@@ -55,9 +55,9 @@ def obtain(downloads: Sequence[Download], names: Sequence[str], folder: Path, *,
         ValueError: a corrupt download or a file that has changed since; the file is set aside under "*.corrupt", so
             that the next call starts over.
     """
-    if folder.is_dir():
+    expected = json.loads((folder / _SUMS).read_text()) if folder.is_dir() else {}
+    if folder.is_dir() and set(names) <= set(expected):  # else downloaded when fewer of the publisher's files were read
         found = checksums(folder, names)
-        expected = json.loads((folder / _SUMS).read_text())
         for name in names:
             if found[name] != expected[name]:
                 aside = set_aside(folder)
@@ -81,6 +81,8 @@ def obtain(downloads: Sequence[Download], names: Sequence[str], folder: Path, *,
             _unpack(path, names, fresh)
         found = checksums(fresh, names)
         (fresh / _SUMS).write_text(json.dumps(found, indent=1))
+        if folder.is_dir():
+            shutil.rmtree(folder)
         fresh.rename(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -1,45 +1,106 @@
 """Feeds: how batches reach a compiled loop over several steps.
 
-A feed is a pytree with `batch(i)`, used inside the loop. `DeviceFeed` holds all events on the device and gathers each batch there, so a
-call moves only the slice bounds of its examples. `StreamedFeed` holds ready batches that host threads packed while the device computed.
+A feed is a pytree with `batch(i)`, used inside the loop. `DeviceFeed` holds all data on the device and gathers each batch there, so a
+call moves only the columns of its examples. `StreamedFeed` holds ready batches that host threads packed while the device computed.
+
+What a batch is, the loader does not know: examples are a table of integer columns, and a `Gather` makes a batch of the data and B lines
+of that table.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from ultra_hstu.data.batching import Batch, Events, choose_rows, gather_batch, plan_epoch, slices
+from ultra_hstu.data.batching import Events, HistoryGather, choose_rows, plan_epoch
 from ultra_hstu.data.split import Examples
 
-DEVICE_BYTES = 2**30  # placement "auto": events up to this size live on the device
+DEVICE_BYTES = 2**30  # placement "auto": data up to this size lives on the device
 STREAM_THREADS = 4
 STREAM_AHEAD = 4  # groups of batches packed before they are asked for
+
+
+@runtime_checkable
+class Gather(Protocol):
+    """Makes a batch; hashable, equal where its settings are, since it is static in compiled steps."""
+
+    @property
+    def rows(self) -> int | tuple[int, ...]:
+        """Capacity of a batch, or of each of its buffers."""
+        ...
+
+    def __call__(self, data: Any, columns_B: dict[str, Any], xp: Any = jnp) -> Any:
+        """The batch of B examples; a line of zeros in all columns is an empty place."""
+        ...
+
+
+@runtime_checkable
+class Table(Protocol):
+    """Examples: integer columns of equal length, and the rows that each example takes ([n], or [n, R] for R buffers)."""
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]: ...
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The batches of an epoch."""
+
+    place_SB: Int[np.ndarray, "S B"]  # lines of the table, -1 in empty places
+    examples: Any  # Table
+
+    def __len__(self) -> int:
+        return len(self.place_SB)
+
+    def columns(self, steps_S: Int[np.ndarray, " S"]) -> dict[str, Int[np.ndarray, "S B"]]:
+        """The columns of some batches, int32; empty places hold zeros."""
+        place_SB = self.place_SB[steps_S]
+        return {
+            name: np.where(place_SB >= 0, column[np.maximum(place_SB, 0)], 0).astype(np.int32)
+            for name, column in self.examples.columns.items()
+        }
+
+
+class Planner:
+    """Which examples an epoch's batches hold, all of them whole; `data.sampled` has one that cuts them."""
+
+    def taken(self, examples: Table, seed: int, epoch: int) -> Table:
+        """The examples as an epoch trains on them."""
+        return examples
+
+    def plan(self, examples: Table, *, batch_users: int, rows: int | tuple[int, ...], seed: int, epoch: int, shuffle: bool) -> Plan:
+        taken = self.taken(examples, seed, epoch)
+        return Plan(plan_epoch(taken.lengths, batch_users=batch_users, rows=rows, seed=seed, epoch=epoch, shuffle=shuffle), taken)
+
+
+WHOLE = Planner()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeviceFeed:
-    events: Events
-    start_SB: Any  # int32 [S, B]
-    stop_SB: Any
-    rows: int = dataclasses.field(metadata={"static": True})
-    padded_length: int | None = dataclasses.field(metadata={"static": True})
+    data: Any
+    columns_SB: dict[str, Any]  # int32 [S, B] each
+    gather: Any = dataclasses.field(metadata={"static": True})
 
-    def batch(self, step: Any) -> Batch:
-        return gather_batch(self.events, self.start_SB[step], self.stop_SB[step], rows=self.rows, padded_length=self.padded_length)
+    def batch(self, step: Any) -> Any:
+        return self.gather(self.data, {name: column_SB[step] for name, column_SB in self.columns_SB.items()})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StreamedFeed:
-    batches_S: Batch  # every leaf with a leading axis of steps
+    batches_S: Any  # a batch, every leaf with a leading axis of steps
 
-    def batch(self, step: Any) -> Batch:
+    def batch(self, step: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf[step], self.batches_S)
 
 
@@ -56,72 +117,67 @@ class Group:
 
 
 class Loader:
-    """Batches of `examples`, in groups of `steps_per_call`; every group has the same shapes.
+    """Batches of examples, in groups of `steps_per_call`; every group has the same shapes.
 
     Args:
-      rows: T, or None to choose it from the lengths.
-      padded_length: N of the padded layout (T becomes B * N), or None for the jagged one.
-      placement: "device", "stream", or "auto" by the size of the events.
+      data: arrays that batches are gathered from.
+      examples: a table, or a function (seed, epoch) -> table where every epoch has its own.
+      gather: what makes a batch; its `rows` bound a batch.
+      placement: "device", "stream", or "auto" by the size of the data.
+      planner: what makes the batches of an epoch.
     """
 
     def __init__(
         self,
-        events: Events,
-        examples: Examples,
+        data: Any,
+        examples: Table | Callable[[int, int], Table],
+        gather: Gather,
         *,
         batch_users: int,
         steps_per_call: int,
-        rows: int | None = None,
-        padded_length: int | None = None,
         placement: str = "auto",
+        planner: Planner = WHOLE,
     ):
-        self.examples, self.batch_users, self.steps_per_call, self.padded_length = examples, batch_users, steps_per_call, padded_length
-        if len(examples) == 0:
-            raise ValueError("no examples: every user of this split has too few events for a history and a target")
-        if padded_length is not None:
-            longest = int(examples.lengths.max())
-            if longest > padded_length:
-                raise ValueError(f"a history of {longest} events does not fit the padded length {padded_length}: lower data.max_history")
-            self.rows = batch_users * padded_length
-        else:
-            self.rows = rows or choose_rows(examples.lengths, batch_users)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(events))
+        self.batch_users, self.steps_per_call, self.gather, self.planner = batch_users, steps_per_call, gather, planner
+        self.examples: Callable[[int, int], Table] = examples if callable(examples) else lambda seed, epoch: examples
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(data))
         self.streamed = placement == "stream" or (placement == "auto" and size > DEVICE_BYTES)
-        self.events = events if self.streamed else jax.device_put(events)
+        self.data = data if self.streamed else jax.device_put(data)
 
-    def plan(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> Int[np.ndarray, "S B"]:
-        rows = self.rows if self.padded_length is None else self.batch_users * int(self.examples.lengths.max())
-        return plan_epoch(self.examples.lengths, batch_users=self.batch_users, rows=rows, seed=seed, epoch=epoch, shuffle=shuffle)
+    def plan(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> Plan:
+        """The batches of an epoch, a function of (seed, epoch). Raises ValueError if there are no examples, or one too long for a batch."""
+        examples = self.examples(seed, epoch)
+        _require_some(examples)
+        rows = self.gather.rows
+        return self.planner.plan(examples, batch_users=self.batch_users, rows=rows, seed=seed, epoch=epoch, shuffle=shuffle)
 
-    def groups(self, plan_SB: Int[np.ndarray, "S B"], first: int = 0) -> Iterator[Group]:
+    def groups(self, plan: Plan, first: int = 0) -> Iterator[Group]:
         """The batches of a plan from number `first` on. The last group repeats its last batch to keep the shape; `steps` tells."""
-        starts = list(range(first, len(plan_SB), self.steps_per_call))
-        return self._stream(plan_SB, starts) if self.streamed else self._on_device(plan_SB, starts)
+        starts = list(range(first, len(plan), self.steps_per_call))
+        return self._stream(plan, starts) if self.streamed else self._on_device(plan, starts)
 
-    def _bounds(self, plan_SB: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray, int]:
-        steps = min(self.steps_per_call, len(plan_SB) - first)
-        taken_SB = plan_SB[np.minimum(np.arange(first, first + self.steps_per_call), first + steps - 1)]
-        return *slices(self.examples, taken_SB), steps
+    def _columns(self, plan: Plan, first: int) -> tuple[dict[str, np.ndarray], int]:
+        steps = min(self.steps_per_call, len(plan) - first)
+        return plan.columns(np.minimum(np.arange(first, first + self.steps_per_call), first + steps - 1)), steps
 
-    def _on_device(self, plan_SB: np.ndarray, starts: list[int]) -> Iterator[Group]:
+    def _on_device(self, plan: Plan, starts: list[int]) -> Iterator[Group]:
         for first in starts:
-            start_SB, stop_SB, steps = self._bounds(plan_SB, first)
-            start_SB, stop_SB = jax.device_put((start_SB, stop_SB))
-            yield Group(DeviceFeed(self.events, start_SB, stop_SB, self.rows, self.padded_length), steps, first)
+            columns_SB, steps = self._columns(plan, first)
+            yield Group(DeviceFeed(self.data, jax.device_put(columns_SB), self.gather), steps, first)
 
-    def _pack(self, plan_SB: np.ndarray, first: int) -> tuple[Batch, int]:
-        start_SB, stop_SB, steps = self._bounds(plan_SB, first)
+    def _pack(self, plan: Plan, first: int) -> tuple[Any, int]:
+        columns_SB, steps = self._columns(plan, first)
         batches = [
-            gather_batch(self.events, start_B, stop_B, rows=self.rows, padded_length=self.padded_length, xp=np)
-            for start_B, stop_B in zip(start_SB, stop_SB, strict=True)
+            self.gather(self.data, {name: column_SB[step] for name, column_SB in columns_SB.items()}, np)
+            for step in range(self.steps_per_call)
         ]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), steps
 
-    def _stream(self, plan_SB: np.ndarray, starts: list[int]) -> Iterator[Group]:
+    def _stream(self, plan: Plan, starts: list[int]) -> Iterator[Group]:
         if not starts:
             return
         options = grain.ReadOptions(num_threads=STREAM_THREADS, prefetch_buffer_size=STREAM_AHEAD)
-        packed = grain.MapDataset.source(starts).map(lambda first: (first, *self._pack(plan_SB, first))).to_iter_dataset(options)
+        packed = grain.MapDataset.source(starts).map(lambda first: (first, *self._pack(plan, first))).to_iter_dataset(options)
         ready: Group | None = None
         for first, batches_S, steps in packed:
             # One group ahead: its copy to the device runs while the caller computes on the one before.
@@ -131,3 +187,35 @@ class Loader:
             ready = moving
         if ready is not None:
             yield ready
+
+
+def history_loader(
+    events: Events,
+    examples: Examples,
+    *,
+    batch_users: int,
+    steps_per_call: int,
+    rows: int | None = None,
+    padded_length: int | None = None,
+    placement: str = "auto",
+    planner: Planner = WHOLE,
+) -> Loader:
+    """Batches of histories for retrieval.
+
+    Args:
+      rows: T, or None to choose it from the lengths.
+      padded_length: N of the padded layout (T becomes B * N), or None for the jagged one.
+    """
+    _require_some(examples)
+    longest = int(examples.lengths.max())
+    if padded_length is not None:
+        if longest > padded_length:
+            raise ValueError(f"a history of {longest} events does not fit the padded length {padded_length}: lower data.max_history")
+        rows = batch_users * padded_length
+    gather = HistoryGather(rows or choose_rows(planner.taken(examples, 0, 0).lengths, batch_users, longest), padded_length)
+    return Loader(events, examples, gather, batch_users=batch_users, steps_per_call=steps_per_call, placement=placement, planner=planner)
+
+
+def _require_some(examples: Table) -> None:
+    if len(examples.lengths) == 0:
+        raise ValueError("no examples: every user of this split has too few events for a history and a target")

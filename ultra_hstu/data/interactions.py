@@ -13,8 +13,9 @@ from jaxtyping import Int32, Int64, Shaped
 from ultra_hstu.config import DataConfig
 from ultra_hstu.data.amazon import AmazonBeauty, AmazonBooks
 from ultra_hstu.data.assistments import Assistments
-from ultra_hstu.data.builder import CATALOG, InteractionsBuilder, prepare
+from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.kuairand import KuaiRand
 from ultra_hstu.data.movielens import MovieLens
 from ultra_hstu.data.synthetic import Synthetic
@@ -44,6 +45,8 @@ class Interactions:
         timestamps: seconds, or None where the source has none.
         actions: what the user did with each item, by name: float32 or int32, one value an event.
         catalog: raw ids and titles of the items.
+        contexts: what is known of the users, by name: one code a user, 1..n, or 0 where it is unknown.
+        context_values: by the same names, the source's text for every code; slot 0 is "". Its length bounds the codes.
     """
 
     users: Shaped[np.ndarray, " users"]
@@ -52,6 +55,8 @@ class Interactions:
     timestamps: Int64[np.ndarray, " events"] | None
     actions: dict[str, Shaped[np.ndarray, " events"]]
     catalog: Catalog
+    contexts: dict[str, Int32[np.ndarray, " users"]] = dataclasses.field(default_factory=dict)
+    context_values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def num_users(self) -> int:
@@ -70,11 +75,14 @@ class Interactions:
         return np.diff(self.offsets)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Counts and a hash of users, events, their order and times, and the catalogue: the same for the same data."""
+        """Counts and a hash of users, events, their order, times and actions, the catalogue and the users' features: the same for the same data."""
         digest = hashlib.sha256()
         times = np.zeros(0, np.int64) if self.timestamps is None else self.timestamps
         for array in (self.users, self.offsets, self.items, times, self.catalog.raw_ids):
             digest.update(np.ascontiguousarray(array).tobytes())
+        for columns in (self.actions, self.contexts):
+            for name in sorted(columns):
+                digest.update(f"{name} {self.context_values.get(name)}".encode() + np.ascontiguousarray(columns[name]).tobytes())
         return {"users": self.num_users, "items": self.num_items, "events": self.num_events, "sha256": digest.hexdigest()}
 
     def history(self, user: int | str) -> slice:
@@ -160,6 +168,13 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
         raise ValueError(f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing to learn from")
     users = np.array([_text(example["user"]) for example in kept] if prepared.STRING_USERS else [e["user"] for e in kept])
     lengths = [len(example["items"]) for example in kept]
+    contexts = Contexts.load(Path(prepared.data_path) / CONTEXTS)
+    if contexts.codes and (unknown := np.flatnonzero(~np.isin(users, contexts.users))).size:
+        _log.warning(
+            "%d of %d users have no line in %s, so that their features are unknown: %s%s",
+            len(unknown), len(users), ", ".join(prepared.builder_config.context_files),
+            ", ".join(map(str, users[unknown[:5]].tolist())), ", ..." * (len(unknown) > 5),
+        )  # fmt: skip
     return Interactions(
         users=users,
         items=np.concatenate([example["items"] for example in kept]),
@@ -167,6 +182,8 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
         timestamps=np.concatenate([example["timestamps"] for example in kept]) if prepared.TICKS else None,
         actions={name: np.concatenate([e["actions"][name] for e in kept]) for name in prepared.ACTIONS},
         catalog=Catalog.load(Path(prepared.data_path) / CATALOG),
+        contexts=contexts.of(users),
+        context_values=contexts.values,
     )
 
 

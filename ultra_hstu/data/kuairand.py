@@ -1,12 +1,15 @@
 """KuaiRand (https://kuairand.com): short videos with many kinds of feedback; variants Pure, 1K and 27K."""
 
+import csv
+
 import numpy as np
 
 from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import Events
-from ultra_hstu.data.text import MAX_SECONDS, Column, read_table
+from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integer, lines, read_table
 
 _INT32 = 2**31 - 1
 _COLUMNS = (
@@ -32,6 +35,12 @@ _LOGS = {
     ),
 }  # fmt: skip
 _ARCHIVES = {"kuairand-pure": "KuaiRand-Pure", "kuairand-1k": "KuaiRand-1K", "kuairand-27k": "KuaiRand-27K"}
+# The categorical columns of user_features_*.csv; the others are user_id and the numbers that the ranges are made from.
+CONTEXTS = (
+    *("user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author"),
+    *("follow_user_num_range", "fans_user_num_range", "friend_user_num_range", "register_days_range"),
+    *(f"onehot_feat{k}" for k in range(18)),
+)
 
 
 class KuaiRand(InteractionsBuilder):
@@ -40,6 +49,7 @@ class KuaiRand(InteractionsBuilder):
     Ids count from 0. Every event is kept, whatever the user did: its feedback are the actions, all int32 (flags 0 or
     1, times in milliseconds, `tab` the scenario). Events are ordered by the millisecond; timestamps are whole seconds.
     The catalogue is the videos of the logs. 27K has 322 million events: building it takes about 100 GB of memory.
+    The users' features are the categorical columns of `user_features_*.csv`; an empty field is unknown.
     """
 
     TICKS = 1000
@@ -49,6 +59,7 @@ class KuaiRand(InteractionsBuilder):
             name=name,
             description=f"{_ARCHIVES[name]}: users, videos, feedback, times",
             files=tuple(f"log_standard_{log}.csv" for log in logs),
+            context_files=(f"user_features_{name.removeprefix('kuairand-')}.csv",),
             downloads=(Download(f"https://zenodo.org/records/10439422/files/{_ARCHIVES[name]}.tar.gz"),),
         )
         for name, logs in _LOGS.items()
@@ -62,3 +73,28 @@ class KuaiRand(InteractionsBuilder):
         users, videos, times = (joined.pop(name) for name in ("user_id", "video_id", "time_ms"))
         events = Events(users, videos, times, joined, where).without_duplicates()
         return events, Catalog.from_ids(np.unique(videos))
+
+    def read_contexts(self) -> Contexts:
+        path = self.raw_dir / self.builder_config.context_files[0]
+        if not path.is_file():
+            return Contexts()
+        users: list[int] = []
+        columns: dict[str, list[str]] = {name: [] for name in CONTEXTS}
+        header: list[str] = []
+        for number, line in lines(path):
+            try:
+                fields = next(csv.reader([line], strict=True), [])  # ranges hold commas, and stand in quotes
+            except csv.Error as error:
+                raise bad_line(path, number, str(error), line) from None
+            if number == 1:
+                header = fields
+                if missing := [name for name in ("user_id", *CONTEXTS) if name not in header]:
+                    raise bad_line(path, 1, f"the header lacks {', '.join(missing)}", line)
+                continue
+            if len(fields) != len(header):
+                raise bad_line(path, number, f"expected {len(header)} fields, found {len(fields)}", line)
+            row = dict(zip(header, fields, strict=True))
+            users.append(integer(row["user_id"], path, number, "user_id"))
+            for name in CONTEXTS:
+                columns[name].append(row[name])
+        return Contexts.read(path, 2, np.array(users, np.int64), columns)

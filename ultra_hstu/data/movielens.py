@@ -8,6 +8,7 @@ import numpy as np
 
 from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import Events
 from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integer, lines, read_table
@@ -25,14 +26,19 @@ _MD5 = {  # published beside each archive (*.zip.md5)
     "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
     "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
 }
+# The features of ml-1m's users, and their values as the release documents them. Ages are the youngest of a group; occupations are numbered.
+USERS_FILE = "users.dat"
+_CONTEXTS = {"gender": ("F", "M"), "age": ("1", "18", "25", "35", "45", "50", "56"), "occupation": tuple(map(str, range(21)))}
 
 
 class MovieLens(InteractionsBuilder):
     """Ratings with times in seconds. The catalogue is every movie of the movies file, rated or not: 3,883 for ml-1m.
 
+    ml-1m describes its users too: gender, age group and occupation, from `users.dat`.
+
     Raises (on building):
         ValueError: names file, line and value of malformed lines, ids below 1, ratings outside the release's scale,
-            times outside 32 bits, and rated movies that the movies file lacks.
+            times outside 32 bits, rated movies that the movies file lacks, and features outside the documented values.
     """
 
     ACTIONS = {"rating": np.float32}
@@ -42,6 +48,7 @@ class MovieLens(InteractionsBuilder):
             name=name,
             description=f"MovieLens {name[3:]}: users, movies, ratings, times",
             files=_FORMATS[name][:2],
+            context_files=(USERS_FILE,) if name == "ml-1m" else (),
             downloads=(Download(f"{_URL}{name}.zip", f"md5:{_MD5[name]}"),),
         )
         for name in _FORMATS
@@ -62,6 +69,14 @@ class MovieLens(InteractionsBuilder):
         where = ((str(path), 2 if header else 1, len(actions["rating"])),)
         events = Events(table["userId"], table["movieId"], table["timestamp"], actions, where)
         return events.without_duplicates(), read_movies(self.raw_dir / movies)
+
+    def read_contexts(self) -> Contexts:
+        path = self.raw_dir / USERS_FILE
+        if USERS_FILE not in self.builder_config.context_files or not path.is_file():
+            return Contexts()
+        columns = (Column("UserID", np.int64, 1), *(Column(name, np.str_) for name in _CONTEXTS), Column("Zip-code", None))
+        table = read_table(path, columns, delimiter="::")
+        return Contexts.read(path, 1, table["UserID"], {name: table[name].tolist() for name in _CONTEXTS}, _CONTEXTS)
 
 
 def read_movies(path: Path) -> Catalog:

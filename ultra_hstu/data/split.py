@@ -31,6 +31,10 @@ class Examples:
     def lengths(self) -> Int64[np.ndarray, " examples"]:
         return self.stop - self.start
 
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        return {"start": self.start, "stop": self.stop}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:

@@ -1,0 +1,159 @@
+"""FLOP counts against XLA's own, against loops over masks, and against arithmetic on small cases."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_run import with_
+
+from kernels.mask import AttentionMask
+from ultra_hstu import flops
+from ultra_hstu.config import ChannelConfig, Config, DataConfig, LossConfig, ModelConfig, RankConfig
+from ultra_hstu.data.batching import Events, gather_batch
+from ultra_hstu.data.sequences import Sequences
+from ultra_hstu.nn.hstu import HSTU
+from ultra_hstu.recipe import Recipe
+
+ROWS, WIDTH = 256, 128
+MODEL = ModelConfig(width=WIDTH, layers=2, heads=2, qk_width=64, v_width=64, relative_bias=False, implementation="reference")
+RANK = RankConfig(tasks=("correct",), targets=4, head_width=32)
+
+
+def xla_flops(function, *args):
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def encoder(model):
+    """One sequence of contextual tokens only: the mask is full, so that the dense products of `reference` are those that the mask allows."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: HSTU.from_config(model, ROWS, rngs=nnx.Rngs(0))))
+    zero_T = jnp.zeros(ROWS, jnp.int32)
+    sequences = Sequences(jnp.array([0, ROWS]), zero_T == 0, zero_T, zero_T, None, jnp.array([ROWS]))
+    return lambda params, x_TD: nnx.merge(graphdef, params)(x_TD, sequences), params, jax.ShapeDtypeStruct((ROWS, model.width), jnp.float32)
+
+
+@pytest.mark.parametrize("preset", ["research", "production"])
+@pytest.mark.parametrize("widths", [(64, 64), (32, 96)], ids=["K = V", "K < V"])
+def test_encoder_against_xla(preset, widths):
+    """XLA counts element-wise operations too: a few per cent at this width."""
+    model = dataclasses.replace(MODEL, preset=preset, qk_width=widths[0], v_width=widths[1])
+    run, params, x_TD = encoder(model)
+    counted = flops.count(Config(model=model), 0, contextual=ROWS)
+    forward = xla_flops(run, params, x_TD)
+    assert 1.0 < forward / counted.inference < 1.05
+    both = xla_flops(jax.value_and_grad(lambda params, x_TD: jnp.sum(jnp.sin(run(params, x_TD))), argnums=(0, 1)), params, x_TD)
+    # The reference keeps its scores, kernels compute them again: one product less in its backward.
+    kept_scores = 2 * model.layers * ROWS**2 * model.heads * model.qk_width
+    assert 1.0 < both / (counted.training - kept_scores) < 1.05
+
+
+@pytest.mark.parametrize("negatives, items", [(16, 200), (16, 5000)], ids=["whole table", "gathered"])
+def test_retrieval_loss_against_xla(negatives, items):
+    """The step without the encoder: what is left of the loss when the encoder's count is taken off. Chunks are one, which XLA counts once."""
+    config = Config(
+        data=DataConfig(max_history=ROWS, stochastic_length=None),
+        model=dataclasses.replace(MODEL, layers=1, output_slots=1),
+        loss=LossConfig(negatives=negatives, chunk_rows=ROWS),
+    )
+    recipe = Recipe(config, items)
+    events = Events.from_arrays(np.arange(ROWS + 1) % items + 1, None)
+    batch = gather_batch(events, jnp.array([0]), jnp.array([ROWS]), rows=ROWS)
+    params = nnx.split(nnx.eval_shape(lambda: recipe._model(0)))[1]
+    step = xla_flops(lambda params, key: jax.value_and_grad(recipe.loss)(params, batch, key), params, jax.random.key(0))
+    counted = flops.count(config, ROWS, items=items)
+    encoder_only = flops.count(config, 0, contextual=ROWS)  # dense: causal attention computes the full square here
+    kept_scores = 2 * ROWS**2 * MODEL.heads * MODEL.qk_width
+    assert 1.0 < step / (encoder_only.training - kept_scores + 3 * counted.loss) < 1.12
+    assert counted.corpus == 2 * items * WIDTH
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"window": (3,)}, {"window": (3, -1), "full_rows": (2, 0)}, {"window": (2,), "prefix": (3, 4)}], ids=str
+)
+def test_pairs_against_loops(fields):
+    model = dataclasses.replace(MODEL, **fields)
+    config = Config(model=model, rank=RANK)
+    history, targets, contextual = [9, 0, 5], [2, 3, 0], [1, 1, 1]
+    pairs = 0
+    for layer in range(2):
+        for h, m, c in zip(history, targets, contextual, strict=True):
+            mask: AttentionMask = flops.layer_mask(model, layer)
+            pairs += int(mask.dense(np.array([0, h + m + c]), h + m + c, np.array([m]), np.array([c])).sum()) / 3
+    counted = flops.count(config, history, targets=targets, contextual=contextual)
+    assert counted.attention == pytest.approx(pairs * 2 * 2 * (64 + 64))
+    rows = np.mean(np.add(np.add(history, targets), contextual))
+    assert counted.projections == pytest.approx(2 * rows * 2 * (WIDTH * 2 * (128 + 128) + 128 * WIDTH))
+
+
+def test_interleaved_input_has_two_rows_an_event():
+    merged = flops.count(Config(model=MODEL, rank=RANK), 100, targets=4)
+    interleaved = flops.count(Config(model=MODEL, rank=dataclasses.replace(RANK, input="interleaved")), 100, targets=4)
+    assert interleaved.projections / merged.projections == pytest.approx(204 / 104)
+    assert interleaved.attention / merged.attention == pytest.approx((200 * 201 / 2 + 4 * 201) / (100 * 101 / 2 + 4 * 101))
+    assert interleaved.head == merged.head == 4 * 2 * (WIDTH * 32 + 32)
+
+
+def test_truncation_lowers_the_upper_layers_only():
+    config = Config(model=MODEL, rank=RANK)
+    cut = with_(config, model__truncate_after=1, model__truncate_length=20)
+    whole, short = flops.count(config, 100, targets=4, contextual=2), flops.count(config, 20, targets=4, contextual=2)
+    mixed = flops.count(cut, 100, targets=4, contextual=2)
+    for part in ("projections", "attention", "attention_backward"):
+        assert getattr(mixed, part) == pytest.approx((getattr(whole, part) + getattr(short, part)) / 2)
+    assert flops.count(cut, 10, targets=4) == flops.count(config, 10, targets=4)  # shorter than the cut
+
+
+def test_channels_add_up_and_share_one_head():
+    one = Config(model=MODEL, rank=RANK)
+    two = with_(one, model__channels={"long": ChannelConfig(layers=1), "short": ChannelConfig(layers=2)})
+    counted = flops.count(two, [0, 0], targets=4, channels={"long": [50, 70], "short": [5, 9]})
+    parts = flops.count(with_(one, model__layers=1), [50, 70], targets=4) + flops.count(one, [5, 9], targets=4)
+    assert (counted.projections, counted.attention) == (parts.projections, parts.attention)
+    assert counted.head == 4 * 2 * 32 * (2 * WIDTH + 1)
+    with pytest.raises(ValueError, match=r"channels \['long'\] are not those of model.channels, \['long', 'short'\]"):
+        flops.count(two, 0, channels={"long": 1})
+
+
+def test_recomputation():
+    config = Config(model=MODEL, rank=RANK)
+    plain = flops.count(config, 50, targets=4)
+    uvqk = plain.projections * 4 / 5  # research layer: uvqk has 4 H V = 4 D columns, the output one
+    assert plain.recomputed == 0
+    assert flops.count(with_(config, model__remat="selective"), 50, targets=4).recomputed == pytest.approx(uvqk)
+    assert flops.count(with_(config, model__remat="full"), 50, targets=4).recomputed == pytest.approx(uvqk + plain.attention)
+    assert plain.training == pytest.approx(3 * (plain.projections + plain.head) + 3.5 * plain.attention)  # K = V
+
+
+def test_cost_exponent():
+    """Between that of projections, 1, and that of attention, 2; windows take the squares away; an exact power law is found exactly."""
+    causal, error = flops.cost_exponent(Config(model=MODEL), 2000)
+    local, _ = flops.cost_exponent(Config(model=dataclasses.replace(MODEL, window=(16,))), 2000)
+    short, _ = flops.cost_exponent(Config(model=MODEL), 50)
+    assert 1 < short < causal < 2 and error < 0.5
+    assert local == pytest.approx(1, abs=0.02)
+    with pytest.raises(ValueError, match="max_length=1 must be at least 2"):
+        flops.cost_exponent(Config(), 1)
+
+
+def test_bad_lengths():
+    with pytest.raises(ValueError, match="targets=-1 must be at least 0"):
+        flops.count(Config(), 3, targets=-1)
+    with pytest.raises(ValueError, match="arrays of one size"):
+        flops.count(Config(), [1, 2, 3], targets=[1, 2])
+
+
+def test_paper_scale():
+    """Table 2 of ULTRA-HSTU has inference at length 16384 fall from 4.692 to 0.436 TFLOP, 10.8 times; widths and truncation are not published.
+
+    The published layer sizes of its open configurations (D = 512, H = 4, K = V = 128) put the same order of magnitude on both models: see
+    docs/sampling_and_precision.md.
+    """
+    model = ModelConfig(width=512, layers=10, heads=4, qk_width=128, v_width=128, preset="production")
+    plain = flops.count(Config(model=model), 16384)
+    ultra_model = dataclasses.replace(model, layers=18, window=(256,), full_rows=(256,), truncate_after=3, truncate_length=3072)
+    ultra = flops.count(Config(model=ultra_model), 16384)
+    assert 0.5 < plain.inference / 4.692e12 < 2
+    assert 0.5 < ultra.inference / 0.436e12 < 2
+    assert 5 < plain.inference / ultra.inference < 20

@@ -1,0 +1,399 @@
+"""Stochastic length against golden numbers and definitions; the load balancer; both in the loaders of retrieval and ranking."""
+
+import dataclasses
+import itertools
+
+import golden
+import jax
+import numpy as np
+import pytest
+import rank_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from small_run import small_config, with_
+
+from ultra_hstu.data.batching import Events
+from ultra_hstu.data.feed import history_loader
+from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
+from ultra_hstu.data.split import Examples
+from ultra_hstu.sampling import (
+    RECALIBRATION_WEIGHT,
+    LoadBalancer,
+    keep_probability,
+    process_mean,
+    stochastic_length,
+    subsequence,
+    threshold,
+)
+from ultra_hstu.task import Task
+from ultra_hstu.train import train
+
+# --- lengths ---
+
+
+def test_golden_lengths():
+    file = golden.load("stochastic_length")
+    for row, (length, alpha) in enumerate(zip(file["max_seq_len"].tolist(), file["alpha"].tolist(), strict=True)):
+        assert threshold(length, alpha) == file["threshold"][row]
+        np.testing.assert_allclose(keep_probability(file["lengths"], length, alpha), file["keep_prob"][row], rtol=1e-6)
+        kept = stochastic_length(file["lengths"], length, alpha, file["uniform"][row])
+        np.testing.assert_array_equal(kept, file["sampled_lengths"][row])
+
+
+def test_thresholds_of_the_paper():
+    """HSTU's table: 776 events of 4096 at alpha 1.6."""
+    assert [threshold(n, 1.6) for n in (1024, 2048, 4096, 8192)] == [256, 445, 776, 1351]
+
+
+def test_expected_cost_is_the_one_of_the_paper():
+    """A history of N events keeps N^(alpha - 2) of its attention's cost whole, and the cut ones have N^alpha pairs."""
+    rng = np.random.default_rng(0)
+    kept = stochastic_length(np.full(200_000, 1000), 1000, 1.7, rng.random(200_000))
+    assert np.mean(kept == 1000) == pytest.approx(1000 ** (1.7 - 2), rel=0.02)
+    assert set(kept) == {1000, threshold(1000, 1.7)}
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 2.1, float("nan")])
+def test_alpha_outside_its_range(alpha):
+    with pytest.raises(ValueError, match=r"must be in \(1, 2\]"):
+        threshold(100, alpha)
+    with pytest.raises(ValueError, match=r"must be in \(1, 2\]"):
+        LoadBalancer(100, alpha, 1.5)
+
+
+# --- subsequences ---
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.data(), st.sampled_from(["recent", "random", "weighted"]))
+def test_subsequences_are_sorted_and_of_exact_size(data, kind):
+    length = data.draw(st.integers(0, 40))
+    keep = data.draw(st.integers(0, length))
+    times = data.draw(st.none() | st.lists(st.integers(0, 50), min_size=length, max_size=length).map(lambda t: np.sort(t).astype(np.int64)))
+    chosen = subsequence(kind, length, keep, np.random.default_rng(data.draw(st.integers(0, 9))), times)
+    assert len(chosen) == keep == len(set(chosen.tolist()))
+    assert (np.diff(chosen) > 0).all() and (keep == 0 or (chosen[0] >= 0 and chosen[-1] < length))
+    if kind == "recent":
+        np.testing.assert_array_equal(chosen, np.arange(length)[length - keep :])
+
+
+def probabilities(weights, keep):
+    """How often each set comes out when events are drawn one after another without replacement."""
+    result = {}
+    for order in itertools.permutations(range(len(weights)), keep):
+        left, probability = sum(weights), 1.0
+        for event in order:
+            probability *= weights[event] / left
+            left -= weights[event]
+        result[tuple(sorted(order))] = result.get(tuple(sorted(order)), 0) + probability
+    return result
+
+
+@pytest.mark.parametrize(
+    "kind, times, weights",
+    [
+        ("random", [0, 10, 100, 101], [1, 1, 1, 1]),
+        ("weighted", [0, 60, 80, 100], [1 - 100 / 160, 1 - 40 / 160, 1 - 20 / 160, 1]),
+        ("weighted", None, [1 - 3 / 6, 1 - 2 / 6, 1 - 1 / 6, 1]),
+        ("weighted", [7, 7, 7, 7], [1, 1, 1, 1]),
+    ],
+)
+def test_draws_follow_their_weights(kind, times, weights):
+    rng = np.random.default_rng(0)
+    times = None if times is None else np.array(times)
+    tries = 12_000
+    counts = {}
+    for _ in range(tries):
+        chosen = tuple(subsequence(kind, 4, 2, rng, times).tolist())
+        counts[chosen] = counts.get(chosen, 0) + 1
+    for chosen, probability in probabilities(weights, 2).items():
+        assert counts[chosen] / tries == pytest.approx(probability, abs=4 * np.sqrt(probability / tries))
+
+
+def test_weights_of_zero_come_last():
+    """One event in the past has all the age there is, so its weight is 0."""
+    for seed in range(20):
+        assert subsequence("weighted", 2, 1, np.random.default_rng(seed)).tolist() == [1]
+    assert subsequence("weighted", 2, 2, np.random.default_rng(0)).tolist() == [0, 1]
+
+
+def test_bad_subsequences():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="cannot be kept of 3"):
+        subsequence("random", 3, 4, rng)
+    with pytest.raises(ValueError, match="2 times for 3 events"):
+        subsequence("weighted", 3, 1, rng, np.zeros(2, np.int64))
+
+
+# --- load balance ---
+
+N, ALPHA, GAMMA = 400, 1.6, 1.5
+
+
+def draws(steps, ranks, users=24, seed=0):
+    """Histories of which half are long, as in industrial data, and a uniform number for each."""
+    rng = np.random.default_rng(seed)
+    length = np.minimum(rng.lognormal(4.6, 1.0, (steps, ranks, users)).astype(np.int64) + 1, N)
+    return length, rng.random(length.shape)
+
+
+class AllReduce:
+    """The means that all ranks agree on, one a call."""
+
+    def __init__(self, means):
+        self.left = list(means)
+
+    def __call__(self, own):
+        return float(self.left.pop(0))
+
+
+def loads(steps=40, ranks=8):
+    """Load of every rank at every step, plain and balanced; ranks share means as an all-reduce would give them."""
+    length, uniform = draws(steps, ranks)
+    plain = stochastic_length(length, N, ALPHA, uniform)
+    means = (plain.astype(float) ** GAMMA).sum(-1).reshape(-1, 10, ranks).mean((1, 2))  # what the ranks agree on every 10 steps
+    balancers = [LoadBalancer(N, ALPHA, GAMMA, 10, mean=AllReduce(means)) for _ in range(ranks)]
+    kept = np.array([[balancer.choose(length[s, r], uniform[s, r]) for r, balancer in enumerate(balancers)] for s in range(steps)])
+    return length, plain, kept, (plain.astype(float) ** GAMMA).sum(-1), (kept.astype(float) ** GAMMA).sum(-1)
+
+
+def test_spread_of_the_load_falls():
+    length, plain, kept, before, after = loads()
+    np.testing.assert_array_equal(kept[:10], plain[:10])  # warm-up draws plainly
+    slowest = lambda load: np.mean(load[10:].max(1) / load[10:].mean(1))  # noqa: E731
+    assert slowest(after) < 1 + 0.6 * (slowest(before) - 1)
+    assert after[10:].std() < 0.6 * before[10:].std()
+    assert after[10:].mean() == pytest.approx(before[10:].mean(), rel=0.1)
+    assert set(np.unique(kept[kept != length])) == {threshold(N, ALPHA)}
+
+
+def test_no_choice_is_closer_in_order_of_preference():
+    """Whole histories are the first ones in order of u / p, and one more or one less would be further from the target."""
+    length, uniform = (x[0, 0] for x in draws(1, 1))
+    balancer = LoadBalancer(N, ALPHA, GAMMA, target=LoadBalancer(N, ALPHA, GAMMA).load(stochastic_length(length, N, ALPHA, uniform)) * 1.3)
+    kept = balancer.choose(length, uniform)
+    cut = threshold(N, ALPHA)
+    long = np.flatnonzero(length > cut)
+    order = sorted(long, key=lambda i: (1 - uniform[i]) * length[i] ** 2 / N**ALPHA)
+    distance = []
+    for count in range(len(order) + 1):
+        trial = np.where(length > cut, cut, length)
+        trial[order[:count]] = length[order[:count]]
+        distance.append((abs(balancer.load(trial) - balancer.target), trial))
+    np.testing.assert_array_equal(kept, min(distance, key=lambda pair: pair[0])[1])
+
+
+def test_at_the_load_of_a_plain_draw_the_choice_is_plain():
+    length, uniform = (x[0, 0] for x in draws(1, 1, seed=3))
+    plain = stochastic_length(length, N, ALPHA, uniform)
+    balancer = LoadBalancer(N, ALPHA, GAMMA)
+    balancer.calibrate([balancer.load(plain)])
+    np.testing.assert_array_equal(balancer.choose(length, uniform), plain)
+
+
+def test_capacity_bounds_the_choice():
+    length, uniform = (x[0, 0] for x in draws(1, 1))
+    balancer = LoadBalancer(N, ALPHA, GAMMA, target=1e12)
+    assert balancer.choose(length, uniform).sum() == length.sum()
+    cut = np.minimum(length, threshold(N, ALPHA)).sum()
+    assert cut < balancer.choose(length, uniform, capacity=int(cut) + 300).sum() <= cut + 300
+    assert balancer.choose(length, uniform, capacity=0).sum() == cut  # nothing further can be cut
+
+
+def test_recalibration_is_the_only_communication():
+    length, uniform = draws(7, 1)
+    asked = []
+    balancer = LoadBalancer(N, ALPHA, GAMMA, 3, mean=lambda own: asked.append(own) or 1000.0 * len(asked))
+    targets = []
+    for s in range(7):
+        balancer.choose(length[s, 0], uniform[s, 0])
+        targets.append(balancer.target)
+    plain = (stochastic_length(length, N, ALPHA, uniform).astype(float) ** GAMMA).sum(-1)[:, 0]
+    np.testing.assert_allclose(asked, [plain[:3].mean(), plain[3:6].mean()])
+    moved = 1000.0 + RECALIBRATION_WEIGHT * 1000.0
+    assert targets == [None, None, 1000.0, 1000.0, 1000.0, moved, moved]
+    assert process_mean(2.5) == 2.5  # one process
+
+
+def test_a_restored_balancer_goes_on_alike():
+    length, uniform = draws(20, 1)
+    first, second = (LoadBalancer(N, ALPHA, GAMMA, 4) for _ in range(2))
+    for s in range(10):
+        first.choose(length[s, 0], uniform[s, 0])
+    second.restore(first.state())
+    for s in range(10, 20):
+        np.testing.assert_array_equal(first.choose(length[s, 0], uniform[s, 0]), second.choose(length[s, 0], uniform[s, 0]))
+    assert first.state() == second.state()
+
+
+@pytest.mark.parametrize("field, value", [("gamma", 0.0), ("recalibrate_every", 0)])
+def test_bad_settings(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value} must be"):
+        LoadBalancer(**{"max_length": N, "alpha": ALPHA, "gamma": GAMMA} | {field: value})
+
+
+# --- retrieval ---
+
+LONG = History(60)
+
+
+@pytest.fixture(scope="module")
+def events():
+    rng = np.random.default_rng(0)
+    return Events.from_arrays(rng.integers(1, 50, 3000), np.sort(rng.integers(10**9, 10**9 + 10**6, 3000)))
+
+
+def loader(events, sampling, placement="device", padded_length=None, timed=True):
+    start = np.arange(0, 2900, 70)
+    examples = Examples(user=np.arange(len(start)), start=start, stop=start + np.random.default_rng(1).integers(1, 61, len(start)))
+    planner = SampledPlanner(sampling, (LONG,), events.time_E if timed else None)
+    options = dict(batch_users=6, steps_per_call=3, placement=placement, padded_length=padded_length, planner=planner)
+    return history_loader(events, examples, **options), examples
+
+
+def batches(loader, plan):
+    return [jax.tree.map(np.asarray, group.feed.batch(i)) for group in loader.groups(plan) for i in range(group.steps)]
+
+
+@pytest.mark.parametrize("padded_length", [None, 64])
+@pytest.mark.parametrize("balance", [None, 1.5])
+@pytest.mark.parametrize("kind", ["recent", "random", "weighted"])
+def test_retrieval_batches_hold_parts_of_the_histories(events, kind, balance, padded_length):
+    made, examples = loader(events, Sampling(1.5, kind, balance), padded_length=padded_length)
+    plan = made.plan(seed=1, epoch=2)
+    cut = threshold(60, 1.5)
+    lengths = []
+    for places, batch in zip(plan.place_SB, batches(made, plan), strict=True):
+        for b, place in enumerate(places[places >= 0]):
+            start, stop = examples.start[place], examples.stop[place]
+            first = batch.offsets[b]
+            rows = slice(first, batch.last_row_B[b] + 1 if stop > start else first)
+            used = [int(np.flatnonzero(events.time_E[start:stop] == time)[0]) + start for time in batch.time_T[rows]]  # times are distinct
+            lengths.append(len(used))
+            assert len(used) == stop - start or len(used) == cut < stop - start
+            assert used == sorted(set(used))
+            if kind == "recent":
+                assert used == list(range(stop - len(used), stop))
+            np.testing.assert_array_equal(batch.item_T[rows], events.item_E[used])
+            # What a row predicts is what the user did next, kept or not.
+            np.testing.assert_array_equal(batch.target_T[rows], events.item_E[np.add(used, 1)])
+            np.testing.assert_array_equal(batch.next_time_T[rows], events.time_E[np.add(used, 1)])
+        assert batch.weight_T.sum() == sum(lengths[-len(places[places >= 0]) :])
+        assert made.gather.rows < examples.lengths.max() * 6 or padded_length
+    assert len(lengths) == len(examples) and cut in lengths and max(lengths) > cut
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.5), Sampling(1.5, "weighted"), Sampling(1.5, "random", 1.4, 3)], ids=str)
+def test_plans_are_functions_of_seed_and_epoch(events, sampling):
+    (device, _), (stream, _) = (loader(events, sampling, placement) for placement in ("device", "stream"))
+    one, other = batches(device, device.plan(seed=1, epoch=2)), batches(stream, stream.plan(seed=1, epoch=2))
+    assert len(one) == len(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    later = batches(device, device.plan(seed=1, epoch=3))
+    assert any(a.item_T.tolist() != b.item_T.tolist() for a, b in zip(one, later, strict=False))
+    assert len({str([leaf.shape for leaf in jax.tree.leaves(group.feed)]) for group in device.groups(device.plan(seed=4))}) == 1
+
+
+def test_without_times_places_count(events):
+    timed, untimed = (loader(events, Sampling(1.2, "weighted"), timed=timed)[0] for timed in (True, False))
+    one, other = (batches(made, made.plan(seed=1, epoch=2)) for made in (timed, untimed))
+    assert [batch.weight_T.sum() for batch in one] == [batch.weight_T.sum() for batch in other]
+    assert any((a.item_T != b.item_T).any() for a, b in zip(one, other, strict=True))
+
+
+def test_balanced_batches_have_nearly_one_load(events):
+    def spread(sampling):
+        made, examples = loader(events, sampling)
+        load = []
+        for epoch in range(10):
+            plan = made.plan(seed=0, epoch=epoch)
+            length_SB = np.where(plan.place_SB >= 0, plan.examples.lengths[plan.place_SB], 0).astype(float)
+            load += (length_SB**1.5).sum(1)[:-1].tolist()  # the last batch of an epoch holds what is left
+        return np.std(load) / np.mean(load)
+
+    assert spread(Sampling(1.2, "recent", 1.5)) < 0.75 * spread(Sampling(1.2, "recent"))
+
+
+def test_training_is_cut_and_evaluation_whole(tmp_path):
+    """A run with everything on, of balanced random parts; whole histories on test users."""
+    config = with_(
+        small_config(tmp_path, epochs=2),
+        model__layers=1,
+        data__stochastic_length=1.2,
+        data__subsequence="weighted",
+        data__load_balance=True,
+        data__recalibrate_every=2,
+    )
+    task = Task.load(config)
+    options = dict(batch_users=8, steps_per_call=3)
+    training = task.loader("train", **options).plan(seed=0, epoch=0)
+    assert set(training.examples.lengths.ravel()) == {threshold(10, 1.2), 10}
+    whole = Task.of(with_(config, data__stochastic_length=None, data__load_balance=False), task.interactions)
+    one, other = (t.loader("test", **options) for t in (task, whole))
+    jax.tree.map(np.testing.assert_array_equal, batches(one, one.plan(shuffle=False)), batches(other, other.plan(shuffle=False)))
+    result = train(config, tmp_path / "run", console=Console(quiet=True), task=task)
+    assert result["epochs"] == 2 and np.isfinite(result["best"]["ndcg@10"])
+
+
+# --- ranking ---
+
+
+def rank_loader(sampled, **sections):
+    interactions = rank_data.interactions(lengths=(40, 3, 20, 31, 12, 7))
+    config = rank_data.config(**sections)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **sampled))
+    task = Task.of(config, interactions)
+    return task, task.loader("train", batch_users=4, steps_per_call=2)
+
+
+FORMS = {
+    "merged": {},
+    "interleaved": dict(rank=dict(input="interleaved")),
+    "all": dict(rank=dict(input="interleaved", supervise="all")),
+    "mixture": dict(model=dict(channels=rank_data.MIXTURE)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["recent", "random", "weighted"])
+def test_ranking_histories_are_cut_and_targets_are_not(kind, form):
+    sampled = dict(stochastic_length=1.3, subsequence=kind, load_balance=kind != "random")
+    task, made = rank_loader(sampled, **FORMS[form])
+    _, whole = rank_loader({}, **FORMS[form])
+    plan, data = made.plan(seed=1, epoch=2), task.source.events
+    table, full = plan.examples, whole.plan(seed=1, epoch=2).examples
+    per_event = 2 if form in ("interleaved", "all") else 1
+    cuts = 0
+    for places, batch in zip(plan.place_SB, batches(made, plan), strict=True):
+        for r, name in enumerate(batch.channels):
+            tokens, limit = batch.channels[name], made.planner.histories[r].max_length
+            for b, place in enumerate(places[places >= 0]):
+                start, stop = full.columns[f"start/{name}"][place], full.columns[f"stop/{name}"][place]
+                ids = data.index[name][start:stop] if name in data.index else np.arange(start, stop)
+                keep, count = table.kept_nR[place, r], full.columns["count"][place]
+                rows = slice(tokens.offsets[b], tokens.offsets[b + 1])
+                assert tokens.offsets[b + 1] - tokens.offsets[b] == per_event * keep + count
+                assert keep in (len(ids), threshold(limit, 1.3)) and tokens.num_targets[b] == count
+                cuts += keep < len(ids)
+                items, times = tokens.item_T[rows], tokens.time_T[rows]
+                history = [i for i in ids if data.time_E[i] in times[: per_event * keep : per_event]]
+                assert len(history) == keep
+                np.testing.assert_array_equal(items[: per_event * keep : per_event], data.item_E[history])
+                if kind == "recent":
+                    assert history == list(ids[len(ids) - keep :])
+                target = full.columns["target"][place]
+                np.testing.assert_array_equal(items[per_event * keep :], data.item_E[target : target + count])
+        used_P = batch.weight_PK[:, 0] > 0
+        tokens = batch.channels[list(batch.channels)[0]]
+        asked = tokens.row_P[used_P]
+        event = [int(np.flatnonzero(data.time_E == time)[0]) for time in tokens.time_T[asked]]
+        np.testing.assert_array_equal(batch.label_PK[used_P], data.label_EK[event])
+    assert cuts > 0
+
+
+def test_ranking_evaluation_is_whole():
+    (one, made), (other, plain) = (rank_loader(sampled) for sampled in (dict(stochastic_length=1.3, subsequence="random"), {}))
+    assert made.gather.rows <= plain.gather.rows
+    loaders = [task.loader("test", batch_users=4, steps_per_call=2) for task in (one, other)]
+    jax.tree.map(np.testing.assert_array_equal, *(batches(each, each.plan(shuffle=False)) for each in loaders))

@@ -1,0 +1,96 @@
+"""What a source knows of the users themselves (age, activity, ...): a code for each user and feature, and what the codes stand for."""
+
+import dataclasses
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32, Shaped
+
+from ultra_hstu.data.text import bad_line
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contexts:
+    """Categorical features of users.
+
+    Attributes:
+        users: raw user ids, ascending.
+        codes: by feature, one code a user: 1..n, or 0 where it is unknown.
+        values: by feature, the source's text for every code; slot 0 is "".
+    """
+
+    users: Shaped[np.ndarray, " users"] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    codes: dict[str, Int32[np.ndarray, " users"]] = dataclasses.field(default_factory=dict)
+    values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls,
+        path: Path,
+        first_line: int,
+        users: Shaped[np.ndarray, " users"],
+        columns: Mapping[str, Sequence[str]],
+        allowed: Mapping[str, Sequence[str]] | None = None,
+    ) -> "Contexts":
+        """From the columns of a file with one user a line, as text.
+
+        Args:
+            path, first_line: where the columns come from, for errors; the first user's line.
+            allowed: by feature, every value that the publisher documents, in the order of their codes. None: the values that occur, in order;
+                an empty one is unknown.
+
+        Raises:
+            ValueError: a user that comes twice or a value that is not allowed; names file, line and value.
+        """
+        order = np.argsort(users, kind="stable")
+        again = np.flatnonzero(users[order][1:] == users[order][:-1])
+        if len(again):
+            second, first = int(order[again + 1].min()), int(order[again[np.argmin(order[again + 1])]])
+            raise bad_line(path, first_line + second, f"user was given on line {first_line + first} already", users[second].item())
+        codes, values = {}, {}
+        for name, column in columns.items():
+            known = _in_order(set(column) - {""}) if allowed is None else tuple(allowed[name])
+            place = {text: code for code, text in enumerate(known, start=1)} | ({"": 0} if allowed is None else {})
+            for row, text in enumerate(column):
+                if text not in place:
+                    raise bad_line(path, first_line + row, f"{name} must be one of {', '.join(known)}", text)
+            codes[name] = np.array([place[text] for text in column], np.int32)[order]
+            values[name] = ("", *known)
+        return cls(users[order], codes, values)
+
+    def of(self, users: Shaped[np.ndarray, " n"]) -> dict[str, Int32[np.ndarray, " n"]]:
+        """The codes of these raw users, 0 for those that the source does not describe."""
+        if not len(self.users):
+            return {name: np.zeros(len(users), np.int32) for name in self.codes}
+        row = np.minimum(np.searchsorted(self.users, users), len(self.users) - 1)
+        return {name: np.where(self.users[row] == users, codes[row], 0).astype(np.int32) for name, codes in self.codes.items()}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes an npz file without pickle."""
+        arrays = {f"codes/{name}": codes for name, codes in self.codes.items()}
+        arrays |= {f"values/{name}": np.array(values) for name, values in self.values.items()}
+        np.savez_compressed(path, allow_pickle=False, users=self.users, **arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Contexts":
+        """What `save` wrote. Raises ValueError naming the file if it is missing or damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                names = [key.removeprefix("codes/") for key in file if key.startswith("codes/")]
+                values = {name: tuple(file[f"values/{name}"].tolist()) for name in names}
+                return cls(file["users"], {name: file[f"codes/{name}"] for name in names}, values)
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{os.fspath(path)} is not readable ({error}): delete its folder, and the data is prepared again") from error
+
+
+def _in_order(values: set[str]) -> tuple[str, ...]:
+    """Numbers by size, other text by its letters."""
+    by_letters = sorted(values)
+    try:
+        return tuple(sorted(by_letters, key=float))
+    except ValueError:
+        return tuple(by_letters)

@@ -1,0 +1,193 @@
+"""Floating point operations of a configuration, counted from lengths and mask pairs: what its products need, whatever computes them.
+
+A multiplication and an addition are two operations. Counted are matrix products: projections, attention over the allowed (row, key) pairs of each layer's
+mask (scores and weighted values), the head, and the scores of a retrieval loss. Not counted: norms, activations, the relative bias, embedding look-ups,
+dropout, the optimizer; none has a product over the width, and together they are a few per cent of a model of width 64 (see tests/test_flops.py).
+
+The backward of a product is two products. Attention's backward is five over the pairs, since kernels compute the scores again instead of keeping them:
+2.5 times the forward where K = V, so training is 3 x projections + 3.5 x attention, plus what `model.remat` and `model.chunk_rows` compute a second time.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kernels.mask import AttentionMask
+from ultra_hstu.config import Config, ModelConfig
+from ultra_hstu.losses import whole_table_is_cheaper
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Operations of one sample, the mean over the samples that were counted."""
+
+    projections: float  # forward, of all layers
+    attention: float  # forward
+    attention_backward: float
+    head: float  # ranking: forward of the multi-task head
+    loss: float  # retrieval: scores of the loss, forward
+    corpus: float  # retrieval: scores of the whole catalogue for one user, at inference
+    recomputed: float  # forward work that training does again
+
+    @property
+    def inference(self) -> float:
+        """One forward pass: of the encoder and the head, or of the encoder and the scores of every item."""
+        return self.projections + self.attention + self.head + self.corpus
+
+    @property
+    def training(self) -> float:
+        """Forward, backward and recomputation of the encoder and the head or loss."""
+        return 3 * (self.projections + self.head + self.loss) + self.attention + self.attention_backward + self.recomputed
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+def count(
+    config: Config,
+    history: Any,
+    *,
+    targets: Any = 0,
+    contextual: Any = 0,
+    channels: Mapping[str, Any] | None = None,
+    items: int = 0,
+) -> Flops:
+    """The mean over samples, one for each entry of `history`.
+
+    Args:
+      history: events of each sample's history, an int or int[n]; an interleaved input makes two rows of each.
+      targets: events that each sample asks about, an int or int[n]; 0 for retrieval.
+      contextual: contextual tokens of each sample.
+      channels: of a mixture of transducers, each channel's history, by name, instead of `history` (whose values then only give n).
+      items: size of the catalogue, for the loss and the scores of retrieval.
+
+    Raises:
+      ValueError: negative lengths, channels that are not those of the configuration, or lengths of different n.
+    """
+    history, targets, contextual = _lengths(history=history, targets=targets, contextual=contextual)
+    wanted = config.model.channels
+    if set(channels or {}) != set(wanted):
+        raise ValueError(f"channels {sorted(channels or {})} are not those of model.channels, {sorted(wanted)}")
+    parts = {name: _lengths(**{name: value}, history=history)[0] for name, value in (channels or {}).items()}
+    encoders = [_encoder(config, parts[name], targets, contextual, channel.layers) for name, channel in wanted.items()] or [
+        _encoder(config, history, targets, contextual, config.model.layers)
+    ]
+    total = sum(encoders[1:], encoders[0])
+    if config.rank.tasks:
+        return dataclasses.replace(total, head=_head(config, history, targets, len(encoders)))
+    return dataclasses.replace(total, loss=_loss(config, history, items), corpus=2.0 * items * config.model.width)
+
+
+def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[float, float]:
+    """gamma and the largest relative error of `cost(l) = c * l^gamma` for the training operations of a sample with l events of history.
+
+    Fitted by least squares of log cost over log length at 64 lengths, equally spaced, up to `max_length`; with the targets of the configuration.
+
+    Raises:
+      ValueError: if `max_length` is below 2.
+    """
+    if max_length < 2:
+        raise ValueError(f"{max_length=} must be at least 2: an exponent needs two lengths")
+    length_N = np.unique(np.linspace(max(max_length // 64, 1), max_length, 64).astype(np.int64))
+    targets = config.rank.targets if config.rank.tasks else 0
+    channels = {name: 0 for name in config.model.channels}
+    cost_N = np.array(
+        [
+            count(
+                config,
+                int(n),
+                targets=targets,
+                contextual=len(config.rank.contextual),
+                channels={name: min(int(n), config.model.channels[name].max_history) for name in channels},
+                items=items,
+            ).training
+            for n in length_N
+        ]
+    )
+    gamma, log_c = np.polyfit(np.log(length_N), np.log(cost_N), 1)
+    error = np.abs(np.exp(log_c) * length_N**gamma / cost_N - 1).max()
+    return float(gamma), float(error)
+
+
+def layer_mask(model: ModelConfig, layer: int) -> AttentionMask:
+    """The mask of one layer: fields of the configuration hold one value for all layers, or one a layer."""
+    window, full_rows, prefix = (
+        values[layer if len(values) > 1 else 0] if values else default
+        for values, default in ((model.window, -1), (model.full_rows, 0), (model.prefix, 0))
+    )
+    return AttentionMask(window=None if window < 0 else window, full_rows=full_rows, prefix=prefix)
+
+
+def _lengths(**named: Any) -> list[np.ndarray]:
+    arrays = {name: np.atleast_1d(np.asarray(value, np.int64)) for name, value in named.items()}
+    for name, values in arrays.items():
+        if (values < 0).any():
+            raise ValueError(f"{name}={values.min()} must be at least 0: lengths are counts of events")
+    try:
+        return list(np.broadcast_arrays(*arrays.values()))
+    except ValueError:
+        shapes = {name: values.shape for name, values in arrays.items()}
+        raise ValueError(f"lengths must be numbers or arrays of one size, got {shapes}") from None
+
+
+def _encoder(config: Config, history: np.ndarray, targets: np.ndarray, contextual: np.ndarray, layers: int) -> Flops:
+    model = config.model
+    # Equal samples cost the same; a set of users has far fewer different lengths than users.
+    kind_K3, times_K = np.unique(np.stack([history, targets, contextual], axis=1), axis=0, return_counts=True)
+    share_K = times_K / len(history)
+    uvqk, output = _projection_widths(model)
+    tokens = 2 if config.rank.tasks and config.rank.input == "interleaved" else 1
+    projections = attention = backward = again = 0.0
+    pairs: dict[tuple[AttentionMask, int | None], float] = {}
+    for layer in range(layers):
+        truncated = model.truncate_after is not None and layer >= model.truncate_after
+        limit = model.truncate_length if truncated else None
+        kept_K = kind_K3[:, 0] if limit is None else np.minimum(kind_K3[:, 0], limit)
+        rows_K = tokens * kept_K + kind_K3[:, 1] + kind_K3[:, 2]
+        mask = layer_mask(model, layer) if model.kind == "hstu" else AttentionMask()
+        if (mask, limit) not in pairs:
+            pairs[mask, limit] = float(
+                sum(share * mask.num_pairs([rows], [m], [c]) for share, rows, (_, m, c) in zip(share_K, rows_K, kind_K3, strict=True))
+            )
+        rows = float(share_K @ rows_K)
+        score, value = (2.0 * pairs[mask, limit] * width for width in _attention_widths(model))
+        first, last = 2.0 * rows * uvqk, 2.0 * rows * output
+        projections += first + last
+        attention += score + value
+        backward += 3 * score + 2 * value
+        # Neither form computes the output projection again: nothing in the backward needs its result.
+        if model.remat == "full":
+            again += first + score + value
+        elif model.remat == "selective" or (model.chunk_rows is not None and model.kind == "hstu"):
+            again += first
+    return Flops(projections, attention, backward, 0.0, 0.0, 0.0, again)
+
+
+def _projection_widths(model: ModelConfig) -> tuple[int, int]:
+    """Operations / 2 a row of a layer's projections: those before attention, and those after it."""
+    if model.kind == "sasrec":
+        return 3 * model.width**2, model.width**2 + 2 * model.width * model.ffn_width
+    inner = model.heads * model.v_width
+    uvqk = model.width * 2 * (inner + model.heads * model.qk_width)
+    return uvqk, (1 if model.preset == "research" else 3) * inner * model.width
+
+
+def _attention_widths(model: ModelConfig) -> tuple[int, int]:
+    """Widths over all heads of scores and values."""
+    if model.kind == "sasrec":
+        return model.width, model.width
+    return model.heads * model.qk_width, model.heads * model.v_width
+
+
+def _head(config: Config, history: np.ndarray, targets: np.ndarray, encoders: int) -> float:
+    rank = config.rank
+    predicted = np.where((targets == 0) & (rank.supervise == "all"), history, targets)
+    return float(predicted.mean()) * 2.0 * rank.head_width * (encoders * config.model.width + len(rank.tasks))
+
+
+def _loss(config: Config, history: np.ndarray, items: int) -> float:
+    loss = config.loss
+    scored = items + 1 if loss.kind == "full" or whole_table_is_cheaper(items + 1, loss.negatives) else loss.negatives + 1
+    return float(history.mean()) * 2.0 * scored * config.model.width if items else 0.0

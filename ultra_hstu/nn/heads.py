@@ -1,0 +1,30 @@
+"""Heads on top of encoders."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ultra_hstu.nn import initializers
+from ultra_hstu.nn.norms import layer_norm
+
+EPS = 1e-6
+
+
+class MultiTaskHead(nnx.Module):
+    """`silu(LN(h) @ hidden + b) @ output + b'`: one hidden layer that the tasks share, one output a task, in float32.
+
+    An output is the logit of a binary task, or the value of a regression.
+    """
+
+    def __init__(self, width: int, hidden_width: int, tasks: int, *, rngs: nnx.Rngs):
+        self.norm_weight, self.norm_bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
+        self.hidden = initializers.param(initializers.xavier_uniform, rngs, width, hidden_width)
+        self.hidden_bias = nnx.Param(jnp.zeros(hidden_width))
+        self.output = initializers.param(initializers.xavier_uniform, rngs, hidden_width, tasks)
+        self.output_bias = nnx.Param(jnp.zeros(tasks))
+
+    def __call__(self, h_PD: Float[Array, "P D"]) -> Float[Array, "P K"]:
+        normed_PD = layer_norm(h_PD.astype(jnp.float32), self.norm_weight[...], self.norm_bias[...], eps=EPS)
+        hidden_PX = jax.nn.silu(normed_PD @ self.hidden[...] + self.hidden_bias[...][None])
+        return hidden_PX @ self.output[...] + self.output_bias[...][None]

@@ -1,0 +1,149 @@
+"""Embedding tables in 4 or 8 bits for serving: rows leave the host packed and are unpacked on the device.
+
+Row-wise: `value = offset + scale * code`, where the codes 0 .. 2^bits - 1 span the row from its smallest to its largest value. INT4 puts two codes in a byte,
+with scale and offset in float16; INT8 has one code a byte, with scale and offset in float32: a row of width D takes D / 2 + 4 and D + 8 bytes, so INT4 is
+half of INT8 (the layout of FBGEMM's inference tables; ULTRA-HSTU, arXiv 2602.16986, serves from INT4 tables and does not publish its layout).
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+KINDS = ("float32", "int8", "int4")
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowwiseTable:
+    """A table of I rows; fields are `Any` because a pytree's leaves may also be shapes or shardings."""
+
+    code_IX: Any  # uint8 [I, bytes of a row]
+    scale_I: Any  # [I]
+    offset_I: Any  # [I]
+
+    BITS: ClassVar[int]
+    SIDE: ClassVar[Any]  # dtype of scale and offset
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.code_IX.shape[0], self.code_IX.shape[1] * 8 // self.BITS
+
+    def take(self, ids: Int[np.ndarray, " n"]) -> "_RowwiseTable":
+        """The packed rows of some ids, on the host: what travels to the device for a request. Raises ValueError for ids that are none."""
+        ids = np.asarray(ids)
+        if ids.size and not (0 <= ids.min() and ids.max() < self.shape[0]):
+            raise ValueError(f"ids {ids.min()}..{ids.max()} must be in 0..{self.shape[0] - 1}, the rows of the table")
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[ids], self)
+
+    def rows(self, ids: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+        """float32 rows, dequantised after the gather of packed bytes; ids outside 0..I-1 read the nearest row."""
+        code = self._unpack(jnp.take(self.code_IX, ids, axis=0, mode="clip")).astype(jnp.float32)
+        scale, offset = (jnp.take(side, ids, mode="clip").astype(jnp.float32)[..., None] for side in (self.scale_I, self.offset_I))
+        return offset + scale * code
+
+    def dense(self) -> Float[Array, "I D"]:
+        """All rows, float32."""
+        return self.rows(jnp.arange(self.shape[0]))
+
+    def _unpack(self, code: Array) -> Array:
+        return code
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int4Table(_RowwiseTable):
+    """Byte x of a row holds column x in its low half and column x + D / 2 in its high half, so that unpacking is a concatenation."""
+
+    BITS, SIDE = 4, np.float16
+
+    def _unpack(self, code: Array) -> Array:
+        return jnp.concatenate([code & 15, code >> 4], axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Table(_RowwiseTable):
+    BITS, SIDE = 8, np.float32
+
+
+def quantize_int4(table_ID: Float[Any, "I D"]) -> Int4Table:
+    """The table in 4 bits. An error is at most half a step, (largest - smallest) / 30 of its row, plus the rounding of scale and offset to float16.
+
+    Rows of one value are exact where float16 has the value (0, for one) and off by at most 2^-21 of it, or 3e-8, elsewhere.
+
+    Raises:
+      ValueError: an odd width, a row with NaN or infinity, or values beyond float16 (65504).
+    """
+    if table_ID.shape[1] % 2:
+        width = table_ID.shape[1]
+        raise ValueError(
+            f"an INT4 table packs two columns a byte, and the width is {width}: use an even model.width, such as {width + 1}, or INT8"
+        )
+    code_ID, scale_I, offset_I = _quantize(np.asarray(table_ID), Int4Table)
+    low, high = np.split(code_ID, 2, axis=1)
+    return Int4Table(low | high << 4, scale_I, offset_I)
+
+
+def quantize_int8(table_ID: Float[Any, "I D"]) -> Int8Table:
+    """The table in 8 bits; errors at most (largest - smallest) / 510 of a row, up to float32 rounding. Raises ValueError as `quantize_int4`, any width."""
+    return Int8Table(*_quantize(np.asarray(table_ID), Int8Table))
+
+
+def _quantize(table_ID: np.ndarray, kind: type[_RowwiseTable]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    table_ID = table_ID.astype(np.float32)
+    limit = np.finfo(kind.SIDE).max / 2  # of values, so that a range of two of them has no overflow
+    broken = np.flatnonzero(~(np.abs(table_ID) <= limit).all(axis=1))
+    if len(broken):
+        bad = table_ID[broken[0]]
+        worst = bad[~np.isfinite(bad)][0] if not np.isfinite(bad).all() else bad[np.abs(bad).argmax()]
+        raise ValueError(
+            f"row {broken[0]} of the table holds {worst}: an INT{kind.BITS} table takes finite values up to {limit:g} ({len(broken)} rows do not)"
+        )
+    least_I, top = table_ID.min(axis=1), 2**kind.BITS - 1
+    offset_I = least_I.astype(kind.SIDE)
+    offset_I = np.where(offset_I > least_I, np.nextafter(offset_I, kind.SIDE(-np.inf)), offset_I)  # rounded down: no code is below 0
+    # Codes are chosen for scale and offset as they are stored, so that their rounding costs next to nothing.
+    above_ID = table_ID - offset_I.astype(np.float32)[:, None]
+    # A row of one value needs one step only: of what the offset leaves of it, so that it comes back nearly exact.
+    steps_I = np.where(table_ID.max(axis=1) > least_I, top, 1)
+    scale_I = (above_ID.max(axis=1) / steps_I).astype(kind.SIDE)
+    step_I1 = scale_I.astype(np.float32)[:, None]
+    code_ID = np.divide(above_ID, step_I1, out=np.zeros_like(above_ID), where=step_I1 > 0)
+    return np.clip(np.rint(code_ID), 0, top).astype(np.uint8), scale_I, offset_I
+
+
+QUANTIZE: dict[str, Any] = {"int8": quantize_int8, "int4": quantize_int4}
+
+
+def quantize(table_ID: Float[Any, "I D"], kind: str) -> Any:
+    """The table as one of KINDS. Raises ValueError for another."""
+    if kind not in KINDS:
+        raise ValueError(f"tables={kind!r} must be one of {', '.join(KINDS)}")
+    return QUANTIZE[kind](table_ID) if kind in QUANTIZE else np.asarray(table_ID)
+
+
+def with_tables(params: Any, kind: str) -> Any:
+    """Parameters whose item tables hold what a table of this kind gives back: what a model computes with when it is served from it."""
+    if kind == "float32":
+        return params
+
+    def served(path: Any, leaf: Any) -> Any:
+        return quantize(leaf, kind).dense() if _is_table(path) else leaf
+
+    return jax.tree_util.tree_map_with_path(served, params)
+
+
+def item_table(params: Any) -> Float[np.ndarray, "I D"]:
+    """The item table among the parameters of a model."""
+    return next(np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_table(path))
+
+
+def _is_table(path: Any) -> bool:
+    return any(getattr(part, "key", None) == "item_table" for part in path)

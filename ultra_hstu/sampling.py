@@ -1,0 +1,166 @@
+"""Stochastic length (HSTU, arXiv 2402.17152, equation 4) and its load-balanced form (ULTRA-HSTU, arXiv 2602.16986): training on parts of long histories.
+
+A history of n events longer than the threshold N^(alpha/2) is trained on whole with probability N^alpha / n^2, and otherwise cut to the threshold.
+Each rank draws for itself, so some ranks draw more whole histories than others and all wait for the slowest. The load-balanced form lets a rank
+keep as many whole ones as bring its load to the mean load of all ranks.
+
+Host code in numpy. Every choice is a function of lengths, times and the random numbers that are given: nothing is drawn from hidden state.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Subsequence = Literal["recent", "random", "weighted"]
+RECALIBRATION_WEIGHT = 0.5  # of the newest estimate in the target load
+
+
+def threshold(max_length: int, alpha: float) -> int:
+    """`int(N^(alpha / 2))`: histories up to this length are never cut.
+
+    Raises:
+      ValueError: if alpha is outside (1, 2] or `max_length` below 1.
+    """
+    if not 1 < alpha <= 2:
+        raise ValueError(f"{alpha=} must be in (1, 2]: the cost of attention falls from N^2 to N^alpha")
+    if max_length < 1:
+        raise ValueError(f"{max_length=} must be at least 1")
+    return int(max_length ** (alpha / 2))
+
+
+def keep_probability(lengths: Int[np.ndarray, "*n"], max_length: int, alpha: float) -> Float[np.ndarray, "*n"]:
+    """`N^alpha / n^2`, the probability that a history above the threshold stays whole. Not clipped: 1 or more below the threshold."""
+    return max_length**alpha / np.maximum(lengths, 1).astype(np.float64) ** 2
+
+
+def stochastic_length(
+    lengths: Int[np.ndarray, "*n"], max_length: int, alpha: float, uniform: Float[np.ndarray, "*n"]
+) -> Int[np.ndarray, "*n"]:
+    """Events kept of histories of these `lengths`, decided by `uniform` numbers in [0, 1), one each.
+
+    Raises:
+      ValueError: as `threshold`.
+    """
+    cut = threshold(max_length, alpha)
+    return np.where((lengths > cut) & (uniform < 1 - keep_probability(lengths, max_length, alpha)), cut, lengths)
+
+
+def subsequence(
+    kind: Subsequence, length: int, keep: int, rng: np.random.Generator, times: Int[np.ndarray, " n"] | None = None
+) -> Int[np.ndarray, " k"]:
+    """Which `keep` of `length` events stay: their places, ascending.
+
+    - `recent`: the newest.
+    - `random`: any, all equally likely.
+    - `weighted`: drawn one after another without replacement, event i with weight `1 - f_i / sum(f)`, f_i the time from it to the newest event;
+      without times, the number of events after it. Where the weights that are not 0 do not suffice, newer events come first.
+
+    Raises:
+      ValueError: if `keep` is not in 0..length, times are not one an event, or the kind is unknown.
+    """
+    if not 0 <= keep <= length:
+        raise ValueError(f"{keep=} events cannot be kept of {length}: give 0 to {length}")
+    if times is not None and len(times) != length:
+        raise ValueError(f"{len(times)} times for {length} events: give one an event, or None")
+    if kind == "recent":
+        return np.arange(length - keep, length)
+    if kind == "random":
+        return np.sort(rng.choice(length, keep, replace=False))
+    if kind != "weighted":
+        raise ValueError(f"data.subsequence must be recent, random or weighted, not {kind!r}")
+    age = (np.arange(length)[::-1] if times is None else times[-1:] - times).astype(np.float64)
+    weight = 1 - age / max(age.sum(), 1)
+    # Exponential races: the k smallest of Exp(1) / weight are k draws without replacement (Efraimidis and Spirakis, 2006).
+    draw = rng.exponential(size=length)
+    key = np.divide(draw, weight, out=np.full(length, np.inf), where=weight > 0)
+    return np.sort(np.lexsort([age, key])[:keep])
+
+
+def process_mean(value: float) -> float:
+    """The mean of a number over all JAX processes; itself where there is one. Every process must call it."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    return value if jax.process_count() == 1 else float(np.mean(multihost_utils.process_allgather(np.float64(value))))
+
+
+@dataclasses.dataclass
+class LoadBalancer:
+    """Load-balanced stochastic length of one rank.
+
+    The load of a batch is the sum of `length^gamma`. For the first `recalibrate_every` steps a rank draws plain stochastic lengths and watches their
+    load; the mean over ranks becomes the target. From then on it keeps whole as many long histories as bring its load closest to the target, those
+    first that a plain draw prefers (a smaller u / p of a uniform u and the probability p of staying whole, so at a draw whose load is the target the
+    choice is the plain one). Every `recalibrate_every` steps the target moves half-way to the newest mean.
+
+    Attributes:
+      max_length, alpha: of stochastic length.
+      gamma: exponent of a sequence's cost, see `flops.cost_exponent`.
+      recalibrate_every: steps between two means over ranks, which are the only communication.
+      mean: the mean of a number over ranks.
+      target, observed, step: the state; see `state`.
+    """
+
+    max_length: int
+    alpha: float
+    gamma: float
+    recalibrate_every: int = 100
+    mean: Callable[[float], float] = process_mean
+    target: float | None = None
+    observed: float = 0.0  # sum of plain loads since the last mean
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        threshold(self.max_length, self.alpha)
+        if not self.gamma > 0:
+            raise ValueError(f"gamma={self.gamma} must be positive: a longer sequence costs more")
+        if self.recalibrate_every < 1:
+            raise ValueError(f"recalibrate_every={self.recalibrate_every} must be at least 1")
+
+    def load(self, lengths: Int[np.ndarray, " n"]) -> float:
+        return float(np.sum(lengths.astype(np.float64) ** self.gamma))
+
+    def calibrate(self, plain_loads: Sequence[float]) -> None:
+        """Sets the target to the mean, over ranks too, of the loads that plain draws would have: for a caller that knows its batches ahead."""
+        self.target = self.mean(float(np.mean(plain_loads)))
+
+    def choose(
+        self, lengths: Int[np.ndarray, " n"], uniform: Float[np.ndarray, " n"], capacity: int | None = None
+    ) -> Int[np.ndarray, " n"]:
+        """Events kept of each history of a step's batch, at most `capacity` together; counts the step."""
+        plain = stochastic_length(lengths, self.max_length, self.alpha, uniform)
+        kept = plain if self.target is None else self._balanced(lengths, uniform, capacity)
+        self.observed += self.load(plain)
+        self.step += 1
+        if self.step % self.recalibrate_every == 0:
+            newest = self.mean(self.observed / self.recalibrate_every)
+            self.target = newest if self.target is None else self.target + RECALIBRATION_WEIGHT * (newest - self.target)
+            self.observed = 0.0
+        return kept
+
+    def _balanced(self, lengths: np.ndarray, uniform: np.ndarray, capacity: int | None) -> np.ndarray:
+        assert self.target is not None
+        cut = threshold(self.max_length, self.alpha)
+        long: Bool[np.ndarray, " n"] = lengths > cut
+        kept = np.where(long, cut, lengths)
+        wait = (1 - uniform) / keep_probability(lengths, self.max_length, self.alpha)  # a plain draw keeps whole what has at most 1
+        order = np.flatnonzero(long)[np.argsort(wait[long], kind="stable")]
+        added = lengths[order].astype(np.float64) ** self.gamma - float(cut) ** self.gamma
+        loads = self.load(kept) + np.concatenate([[0.0], np.cumsum(added)])
+        if capacity is not None:
+            rows = kept.sum() + np.concatenate([[0], np.cumsum(lengths[order] - cut)])
+            loads = np.where(rows <= capacity, loads, np.inf)
+            loads[0] = min(loads[0], self.target)  # what is cut already cannot be cut further
+        whole = order[: int(np.argmin(np.abs(loads - self.target)))]
+        kept[whole] = lengths[whole]
+        return kept
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the choices depend on beside arguments and settings; JSON."""
+        return {"target": self.target, "observed": self.observed, "step": self.step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.target, self.observed, self.step = state["target"], state["observed"], state["step"]
