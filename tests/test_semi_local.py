@@ -11,6 +11,7 @@ from flax import nnx
 from kernels.hstu_attention.api import make_plan
 from kernels.mask import AttentionMask
 from tests.small_encoder import CONFIG, LENGTH, ROWS, SEQUENCES, batch, encoder, inputs
+from ultra_hstu.config import Config, DataConfig, ModelConfig
 from ultra_hstu.nn import hstu
 from ultra_hstu.nn.hstu import HSTU, layer_masks
 
@@ -27,8 +28,6 @@ def test_masks_of_layers():
 def test_masks_that_do_not_fit():
     with pytest.raises(ValueError, match=r"model.window=\(1, 2, 3\) must hold one value, or one for each of 2 layers"):
         encoder(layers=2, window=(1, 2, 3))
-    with pytest.raises(ValueError, match="the softmax ablation is plain causal"):
-        encoder(attention="softmax", window=(4,))
 
 
 def test_window_larger_than_the_sequences():
@@ -61,13 +60,26 @@ def test_one_plan_for_each_mask(monkeypatch, truncate, plans):
 
 
 def test_alpha():
-    """None is 1 / sqrt(K); the research layer has none."""
+    """None is 1 / sqrt(K)."""
     sequences = batch()
     given, default, other = (encoder(alpha=alpha)(inputs(), sequences) for alpha in (0.5, None, 0.25))
     np.testing.assert_array_equal(given, default)
     assert np.any(np.asarray(given != other))
-    with pytest.raises(ValueError, match=r"model.alpha=0.5 is of the production layer"):
-        encoder(preset="research", alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ({"attention": "softmax", "window": (4,)}, {}, r"model.window=\(4,\) does nothing under model.attention='softmax'"),
+        ({"alpha": 0.5}, {}, "model.alpha=0.5 does nothing under model.preset='research'"),
+        ({"kind": "sasrec", "remat": "selective"}, {}, "model.remat='selective' does nothing under model.kind='sasrec': use 'hstu'"),
+        ({"kind": "sasrec", "truncate_after": 1, "truncate_length": 8}, {}, "model.truncate_after=1 does nothing under"),
+        ({"full_rows": (3,)}, {"layout": "padded"}, "model.full_rows=.* whose newest rows are padding"),
+    ],
+)
+def test_options_without_effect(model, data, message):
+    with pytest.raises(ValueError, match=message):
+        Config(model=ModelConfig(**model), data=DataConfig(**data)).validate()
 
 
 def test_depth_other_than_that_of_the_configuration():

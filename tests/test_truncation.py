@@ -13,8 +13,12 @@ from tests import small_encoder
 from tests.golden import assert_close
 from tests.small_encoder import LENGTH, ROWS, SEQUENCES, WIDTH, batch, inputs
 from tests.test_mask import allowed
+from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig
+from ultra_hstu.data.batching import Events, gather_batch
 from ultra_hstu.data.sequences import Sequences
+from ultra_hstu.losses import full_softmax
 from ultra_hstu.nn.truncation import Truncation
+from ultra_hstu.recipe import Recipe
 
 KEEP, EXTRA = 5, 5  # L', and the most contextual tokens and targets of a sequence
 LAYERS = 2
@@ -215,3 +219,25 @@ def test_room_for_targets_is_asked_for():
 def test_truncation_above_all_layers():
     with pytest.raises(ValueError, match="truncate_after=1 must be below the number of layers, 1"):
         encoder(layers=1)
+
+
+def test_retrieval_trains_on_the_rows_that_are_left():
+    """The loss of a truncated model is that of its outputs with weight 0 on dropped rows."""
+    model = ModelConfig(
+        width=8, layers=2, heads=2, qk_width=4, v_width=4, relative_bias=False, truncate_after=1, truncate_length=3,
+        input_dropout=0.0, linear_dropout=0.0,
+    )  # fmt: skip
+    config = Config(model=model, data=DataConfig(max_history=12), loss=LossConfig(kind="full", temperature=1.0))
+    recipe = Recipe(config, num_items=30)
+    events = Events.from_arrays(np.random.default_rng(0).integers(1, 31, 40), np.arange(40))
+    made = gather_batch(events, np.array([0, 12, 13]), np.array([9, 12, 24]), rows=32, xp=np)
+    made = jax.tree.map(jnp.asarray, made)
+    params = recipe.init(0).params
+    loss = recipe.loss(params, made, jax.random.key(0))
+    whole = recipe.model(params)
+    kept_T = whole.encoder.kept(made.sequences)
+    assert int(kept_T.sum()) == 6
+    options = dict(temperature=1.0, l2_normalize=True, chunk_rows=8)
+    expected, _ = full_softmax(whole.encode(made), whole.item_table[...], made.target_T, made.weight_T * kept_T, **options)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_array_equal(whole.encode(made)[~kept_T], 0)
