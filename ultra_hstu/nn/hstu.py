@@ -4,11 +4,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.hstu_attention.api import hstu_attention, make_plan, prepare_plan
+from kernels.hstu_attention.api import RelativeBias, hstu_attention, make_plan, prepare_plan
 from kernels.jagged import is_real
 from kernels.mask import AttentionMask
 from ultra_hstu.config import ModelConfig
@@ -126,18 +127,29 @@ class HSTU(nnx.Module):
         plan = make_plan(mask, sequences.offsets, sequences.num_rows, sequences.num_targets, sequences.num_contextual)
         layer = self.layers[0]
         plan = prepare_plan(plan, self.implementation, heads=layer.heads, k_width=layer.qk_width, v_width=layer.v_width)
-        run = functools.partial(
-            hstu_attention,
-            mask=mask,
-            num_targets=sequences.num_targets,
-            num_contextual=sequences.num_contextual,
-            scale=1.0 / self.length,
-            implementation=self.implementation,
-            plan=plan,
-        )
-        return lambda q, k, v, *, alpha, bias: run(
-            q, k, v, sequences.offsets, alpha=alpha, bias=None if bias is None else bias.flat(sequences.time_T, sequences.next_time_T)
-        )
+
+        @functools.partial(jax.jit, static_argnames="alpha")  # traced and lowered once, not once a layer
+        def run(q_THK: Array, k_THK: Array, v_THV: Array, bias: RelativeBias | None, *, alpha: float) -> Array:
+            return hstu_attention(
+                q_THK,
+                k_THK,
+                v_THV,
+                sequences.offsets,
+                mask=mask,
+                num_targets=sequences.num_targets,
+                num_contextual=sequences.num_contextual,
+                alpha=alpha,
+                scale=1.0 / self.length,
+                bias=bias,
+                implementation=self.implementation,
+                plan=plan,
+            )
+
+        def attend(q: Array, k: Array, v: Array, *, alpha: float, bias: RelativeBiasTables | None) -> Array:
+            flat = None if bias is None else bias.flat(sequences.time_T, sequences.next_time_T)
+            return run(q, k, v, flat, alpha=alpha)
+
+        return attend
 
 
 def layer_masks(config: ModelConfig, layers: int) -> tuple[AttentionMask, ...]:
