@@ -13,7 +13,7 @@ from experiments import command
 from experiments.configs import synthetic
 from ultra_hstu import report
 from ultra_hstu.config import from_config_dict
-from ultra_hstu.evaluate import popularity_metrics
+from ultra_hstu.evaluate import baselines
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.task import Task
 from ultra_hstu.train import train
@@ -41,7 +41,7 @@ def main(_: list[str]) -> None:
         shutil.rmtree(folders[name].path, ignore_errors=True)
         console.rule(name)
         rows[name] = train(config, folders[name].path, console=console, task=task)["best"]
-    rows["popularity"] = popularity_metrics(task, "test")
+    rows |= baselines(task, "test")
     console.print(report.metrics_table("Next item among all items, test users", rows))
 
     curves = root.absolute() / "curves.png"

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from experiments import command
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.config import from_config_dict
-from ultra_hstu.evaluate import popularity_metrics
+from ultra_hstu.evaluate import baselines, evaluator
 from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
@@ -27,7 +27,7 @@ _SEEDS = flags.DEFINE_list("seeds", [], "several seeds, each in WORKDIR/seed_N, 
 _RECORD = flags.DEFINE_string("record", None, "also write the result with device, versions, commit, command and date to this JSON file")
 flags.mark_flags_as_required(["config", "workdir"])
 
-HISTORY = ("epoch", "step", "loss", "grad_norm", "seconds", "hr@10", "ndcg@10")  # what a record keeps of every epoch
+HISTORY = ("epoch", "step", "loss", "grad_norm", "seconds")  # what a record keeps of every epoch, beside the curves of its criteria
 
 
 def main(_: list[str]) -> None:
@@ -43,26 +43,27 @@ def main(_: list[str]) -> None:
         Path(_RECORD.value).parent.mkdir(parents=True, exist_ok=True)
     root = Path(str(_WORKDIR.value))
     task = Task.load(config)
+    criteria, without_model = evaluator(task, "test").criteria, baselines(task, "test")
     results = []
     for seed in seeds or [config.train.seed]:
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
         folder = root / f"seed_{seed}" if seeds else root
         result = train(seeded, folder, console=console, task=task)
         history = [
-            {name: record[name] for name in HISTORY if name in record} for record in report.read_metrics(workdir.Workdir(folder).metrics)
+            {name: record[name] for name in (*HISTORY, *criteria.curves) if name in record}
+            for record in report.read_metrics(workdir.Workdir(folder).metrics)
         ]
         results.append(result | {"history": history})
     rows = {f"{config.name}, seed {result['seed']}": result["best"] for result in results}
     if len(results) > 1:
         rows |= {"mean": summary(results, statistics.mean), "standard deviation": summary(results, statistics.stdev)}
-    rows |= {"popularity": popularity_metrics(task, "test")}
-    console.print(report.metrics_table(f"{config.name}: test, protocol {config.train.protocol}", rows))
+    console.print(report.metrics_table(f"{config.name}: test, protocol {config.train.protocol}", rows | without_model, criteria))
     paths = workdir.Workdir(folder)
     console.print(
         f"checkpoints   {paths.checkpoints}\nmetrics       {paths.metrics}\nTensorBoard   {paths.tensorboard}\ncurves        {paths.curves}"
     )
     if _RECORD.value:
-        record: dict[str, Any] = {"config": config.name, **provenance.provenance(), "runs": results}
+        record: dict[str, Any] = {"config": config.name, **provenance.provenance(), "runs": results, "baselines": without_model}
         if len(results) > 1:
             record |= {"mean": summary(results, statistics.mean), "stdev": summary(results, statistics.stdev)}
         workdir.write_json(Path(_RECORD.value), record)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultra_hstu.ranking_metrics import auc, base_rate, grouped_auc, log_loss, mse, normalized_entropy, ranking_metrics, selection_metric
+from ultra_hstu.ranking_metrics import auc, base_rate, grouped_auc, log_loss, mse, normalized_entropy, ranking_metrics
 
 ENTRY = st.tuples(
     st.sampled_from([-30.0, -1.5, -0.25, 0.0, 0.25, 2.0, 40.0]),  # few values: many ties
@@ -159,7 +159,6 @@ def test_all_tasks_together():
     assert set(metrics) == {"ne", "mse", "mse/share"} | {
         f"{name}/{task}" for name in ("ne", "auc", "gauc", "log_loss", "base_rate") for task in ("click", "like", "shown")
     }
-    assert selection_metric(tasks) == "ne" and selection_metric({"share": "regression"}) == "mse"
     broken = np.where(np.arange(50)[:, None] == np.argmax(weight[:, 0]), np.nan, logit)
     assert math.isnan(ranking_metrics(broken, label, weight, user, tasks)["ne"])  # not left out as a task of one class is
     nothing = ranking_metrics(logit, label, np.zeros_like(weight), user, tasks)

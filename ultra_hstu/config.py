@@ -149,7 +149,9 @@ class TrainConfig:
     protocol: Protocol = "published"
     eval_every: int = 1  # epochs
     eval_users: int = 256  # users scored at one time
-    patience: int | None = None  # epochs without a better NDCG@10 before stopping; None: run all (`validated` always stops by it)
+    patience: int | None = (
+        None  # epochs without a better NDCG@10 (ranking: NE) before stopping; None: run all under `published`, 10 otherwise
+    )
     checkpoint_every: int = 1  # epochs
     keep_checkpoints: int = 2  # newest kept, beside the best
     steps_per_call: int = 16  # steps in one compiled scan; progress, signals and metrics are looked at between calls
@@ -189,6 +191,13 @@ class Config:
                 f"rank.validation_fraction={self.rank.validation_fraction!r} and rank.test_fraction={self.rank.test_fraction!r}: "
                 "their sum must be in (0, 1)"
             )
+        if self.rank.tasks:
+            self._validate_ranking()
+        elif self.model.channels or self.train.protocol == "chronological":
+            raise ValueError(
+                f"model.channels={sorted(self.model.channels)}, train.protocol={self.train.protocol!r}: a mixture and the chronological split "
+                "are for ranking; name rank.tasks"
+            )
         for name in ("window", "full_rows", "prefix"):
             values = getattr(self.model, name)
             if len(values) not in (0, 1, self.model.layers):
@@ -218,6 +227,26 @@ class Config:
         if self.data.synthetic.length < 3:
             raise ValueError(
                 f"data.synthetic.length={self.data.synthetic.length} must be at least 3: a history, a validation and a test item"
+            )
+
+    def _validate_ranking(self) -> None:
+        rank, model = self.rank, self.model
+        for name in ("tasks", "signals", "features", "contextual"):
+            if len(set(values := getattr(rank, name))) < len(values):
+                raise ValueError(f"rank.{name}={values} names one twice")
+        needed = {
+            "train.protocol": (self.train.protocol, "chronological"),
+            "data.layout": (self.data.layout, "jagged"),
+            "model.kind": (model.kind, "hstu"),
+            "model.attention": (model.attention, "silu"),  # the softmax ablation lets targets see one another
+        }
+        for name, (value, only) in needed.items():
+            if value != only:
+                raise ValueError(f"{name}={value!r} cannot be used for ranking: use {only!r}")
+        if rank.supervise == "all" and (rank.input != "interleaved" or model.channels or model.truncate_after is not None):
+            raise ValueError(
+                "rank.supervise='all' predicts every item of one whole history before its action: it needs rank.input='interleaved', "
+                "no model.channels and no truncation; or use rank.supervise='targets'"
             )
 
 

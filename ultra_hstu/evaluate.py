@@ -10,11 +10,13 @@ import numpy as np
 from jaxtyping import Int
 
 from kernels import jagged
-from ultra_hstu import metrics
+from ultra_hstu import metrics, ranking_evaluate
+from ultra_hstu.criteria import RETRIEVAL
 from ultra_hstu.data.batching import Batch
 from ultra_hstu.data.feed import Feed, Loader
+from ultra_hstu.ranking_evaluate import RankingEvaluator
 from ultra_hstu.recipe import Params, Recipe
-from ultra_hstu.task import Task
+from ultra_hstu.task import RankTask, Task
 
 STEPS_PER_CALL = 8
 
@@ -28,6 +30,8 @@ class Evaluator:
     Args:
       scorer: what gives the vectors; None scores with the task's model, normalised as in training.
     """
+
+    criteria = RETRIEVAL
 
     def __init__(self, task: Task, split: str, scorer: Scorer | None = None):
         self.task = task
@@ -66,6 +70,16 @@ class Evaluator:
         """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split."""
         ranks_U = jnp.asarray(self.ranks(scored))
         return metrics.mean_metrics(metrics.ranking_metrics(ranks_U, jnp.ones(ranks_U.shape)))
+
+
+def evaluator(task: Task | RankTask, split: str) -> Evaluator | RankingEvaluator:
+    """What measures a run on a split. Raises ValueError if the split has nothing to measure."""
+    return RankingEvaluator(task, split) if isinstance(task, RankTask) else Evaluator(task, split)
+
+
+def baselines(task: Task | RankTask, split: str) -> dict[str, dict[str, float]]:
+    """The metrics of what needs no model, by name."""
+    return ranking_evaluate.baselines(task, split) if isinstance(task, RankTask) else {"popularity": popularity_metrics(task, split)}
 
 
 def popularity_metrics(task: Task, split: str) -> dict[str, float]:

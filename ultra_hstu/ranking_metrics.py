@@ -4,6 +4,7 @@ All take one value a prediction and a weight that is not negative; entries of we
 (no prediction, one class only, a logit that is NaN) is NaN, never 0.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -33,7 +34,7 @@ def normalized_entropy(logit_P: Float[np.ndarray, " P"], label_P: Num[np.ndarray
     rate = _mean(label_P, weight_P)
     if not 0 < rate < 1:
         return np.nan
-    return _mean(_cross_entropy(logit_P, label_P), weight_P) / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+    return _mean(_cross_entropy(logit_P, label_P), weight_P) / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
 
 
 def base_rate(label_P: Num[np.ndarray, " P"], weight_P: Num[np.ndarray, " P"]) -> float:
@@ -95,7 +96,7 @@ def ranking_metrics(
     user_P: Shaped[np.ndarray, " P"],
     tasks: Mapping[str, str],
 ) -> dict[str, float]:
-    """Every metric of every task, as "ne/correct", and the mean over tasks that chooses the best epoch.
+    """Every metric of every task, as "ne/correct", and the means over tasks, of which `criteria.ranking` says which chooses the best epoch.
 
     Args:
       user_P: the groups of grouped AUC.
@@ -103,7 +104,7 @@ def ranking_metrics(
 
     Returns:
       Binary tasks: "ne/", "auc/", "gauc/", "log_loss/" and "base_rate/" with the task's name; regressions: "mse/". "ne" is the mean of the binary
-      tasks' NE, those with one class only left out; "mse" is the mean over the regressions. See `selection_metric`.
+      tasks' NE, those with one class only left out; "mse" is the mean over the regressions.
 
     Raises:
       ValueError: an unknown kind, not one task a column, labels of a binary task outside {0, 1} (named).
@@ -131,11 +132,6 @@ def ranking_metrics(
     if "regression" in tasks.values():
         metrics["mse"] = float(np.mean(squared))
     return metrics
-
-
-def selection_metric(tasks: Mapping[str, str]) -> str:
-    """What chooses the best epoch, lower is better: "ne", or "mse" where every task is a regression."""
-    return "ne" if "binary" in tasks.values() else "mse"
 
 
 def _used(value_P: np.ndarray, label_P: np.ndarray, weight_P: np.ndarray, *, binary: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

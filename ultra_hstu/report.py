@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ultra_hstu.criteria import RETRIEVAL, Criteria, display_name
 from ultra_hstu.serving import Recommendation
 from ultra_hstu.workdir import write_text
-
-TABLE_METRICS = ("hr@10", "hr@50", "ndcg@10", "mrr")
 
 
 class MetricLog:
@@ -75,11 +74,17 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def metrics_table(title: str, rows: Mapping[str, Mapping[str, float]], columns: Sequence[str] = TABLE_METRICS) -> Table:
-    """One line a model: `rows` maps its name to its metrics."""
-    table = Table("", *(name.upper() for name in columns), title=title, box=rich.box.SIMPLE)
+def metrics_table(
+    title: str, rows: Mapping[str, Mapping[str, float]], criteria: Criteria = RETRIEVAL, columns: Sequence[str] | None = None
+) -> Table:
+    """One line a model, or a model and task: `rows` maps a model's name to its metrics. What has no value is left blank."""
+    columns = criteria.table if columns is None else columns
+    table = Table("", *map(display_name, columns), title=title, box=rich.box.SIMPLE)
     for name, metrics in rows.items():
-        table.add_row(name, *(f"{metrics[column]:.4f}" for column in columns))
+        for task in criteria.tasks or ("",):
+            values = [metrics.get(f"{column}/{task}" if task else column) for column in columns]
+            label = f"{name}: {task}" if len(criteria.tasks) > 1 else name
+            table.add_row(label, *("" if value is None else f"{value:.4f}" for value in values))
     return table
 
 
@@ -91,21 +96,22 @@ def recommendations_table(title: str, answer: Sequence[Recommendation]) -> Table
     return table
 
 
-def draw_curves(runs: Mapping[str, Path], picture: Path) -> None:
-    """Training loss and HR@10, NDCG@10 over epochs, one line a run; `runs` maps names to `metrics.jsonl` files."""
+def draw_curves(runs: Mapping[str, Path], picture: Path, criteria: Criteria = RETRIEVAL) -> None:
+    """Training loss and the metrics `criteria.curves` over epochs, one line a run; `runs` maps names to `metrics.jsonl` files."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    shown = ("loss", *criteria.curves)
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.6), constrained_layout=True)
     for name, path in runs.items():
         records = read_metrics(path)
-        for axis, key in zip(axes, ("loss", "hr@10", "ndcg@10"), strict=True):
+        for axis, key in zip(axes, shown, strict=True):
             points = [(record["epoch"], record[key]) for record in records if key in record]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    for axis, title in zip(axes, ("training loss", "HR@10", "NDCG@10"), strict=True):
+    for axis, title in zip(axes, ("training loss", *map(display_name, criteria.curves)), strict=True):
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -14,11 +14,11 @@ from ultra_hstu.data.batching import Events, gather_batch
 from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.metrics import best_items
 from ultra_hstu.nn.norms import l2_normalize
-from ultra_hstu.recipe import Params, Recipe
+from ultra_hstu.recipe import Params, Recipe, Steps
 from ultra_hstu.workdir import Workdir
 
 
-def load_params(folder: Workdir, recipe: Recipe) -> tuple[int, Params]:
+def load_params(folder: Workdir, recipe: Steps) -> tuple[int, Params]:
     """(step, parameters) of the best checkpoint of a run, or of the newest where none was evaluated.
 
     Raises:
@@ -44,6 +44,11 @@ class RecommendationModel:
     def __init__(self, workdir: str):
         folder = Workdir(workdir)
         self.config: Config = folder.read_config()
+        if self.config.rank.tasks:
+            raise ValueError(
+                f"{workdir} is a ranking run (rank.tasks={self.config.rank.tasks}): it predicts what a user does with given items. "
+                "Recommendations over the catalogue come from a retrieval run"
+            )
         self.catalog = Catalog.load(folder.catalog)
         self.recipe = Recipe(self.config, self.catalog.num_items)
         _, self.params = load_params(folder, self.recipe)

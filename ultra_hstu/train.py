@@ -24,13 +24,12 @@ from ultra_hstu import optim, report
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.data.feed import Feed, Group
-from ultra_hstu.evaluate import Evaluator
-from ultra_hstu.recipe import Recipe, TrainState
-from ultra_hstu.task import Task
+from ultra_hstu.evaluate import evaluator
+from ultra_hstu.recipe import Steps, TrainState
+from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir, write_json
 
-SELECTION_METRIC = "ndcg@10"  # the best epoch has the highest
-VALIDATED_PATIENCE = 10  # epochs; used by the protocols with a validation item when train.patience is None
+VALIDATED_PATIENCE = 10  # epochs; used by the protocols with a validation part when train.patience is None
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class Position:
     batch: int = 0  # of the epoch: the next one to train on
     loss_sum: float = 0.0  # over the epoch's batches so far
     best_epoch: int = 0
-    best_metric: float = -1.0
+    best_metric: float | None = None  # the evaluator's criteria say what it is; None: nothing was evaluated yet
     evaluated_epoch: int = 0  # the newest epoch that was evaluated, and what came out
     last: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0  # spent training and evaluating, without compilation
@@ -54,7 +53,7 @@ class Interrupted(Exception):
     """The run was asked to stop (SIGTERM, SIGINT); its state is saved."""
 
 
-def run_steps(recipe: Recipe, state: TrainState, feed: Feed, steps: Int[Array, ""]) -> tuple[TrainState, dict[str, Float[Array, " S"]]]:
+def run_steps(recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""]) -> tuple[TrainState, dict[str, Float[Array, " S"]]]:
     """The first `steps` batches of a feed, one update each. The trip count is traced: a shorter last call does not compile again."""
 
     def body(i: jax.Array, carry: Any) -> Any:
@@ -66,7 +65,7 @@ def run_steps(recipe: Recipe, state: TrainState, feed: Feed, steps: Int[Array, "
     return jax.lax.fori_loop(0, steps, body, (state, history))
 
 
-def train(config: Config, workdir: Path | str, *, console: Console | None = None, task: Task | None = None) -> dict[str, Any]:
+def train(config: Config, workdir: Path | str, *, console: Console | None = None, task: Task | RankTask | None = None) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir`; returns its result, which `result.json` holds too.
 
     Args:
@@ -97,12 +96,14 @@ def train(config: Config, workdir: Path | str, *, console: Console | None = None
 
 
 class _Run:
-    def __init__(self, task: Task, folder: Workdir, console: Console):
+    def __init__(self, task: Task | RankTask, folder: Workdir, console: Console):
         self.task, self.config, self.folder, self.console = task, task.config, folder, console
         config = self.config.train
         self.loader = task.loader("train", batch_users=self.config.data.batch_users, steps_per_call=config.steps_per_call)
         self.split = "test" if config.protocol == "published" else "validation"
-        self.evaluator = Evaluator(task, self.split)
+        self.evaluator = evaluator(task, self.split)
+        if self.split != "test":
+            evaluator(task, "test")  # raises for data without test events now, and not after training
         self.patience = config.patience or (None if config.protocol == "published" else VALIDATED_PATIENCE)
         self.checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
         self.state = jax.jit(task.recipe.init, static_argnums=0)(config.seed)
@@ -143,9 +144,11 @@ class _Run:
                 if self.position.epoch % self.config.train.eval_every == 0 or last_epoch:
                     metrics = self.position.last = self.evaluator(self.state.params)
                     self.position.evaluated_epoch = self.position.epoch
-                    if metrics[SELECTION_METRIC] > self.position.best_metric:
-                        self.position.best_metric, self.position.best_epoch = metrics[SELECTION_METRIC], self.position.epoch
-                    bar.update(line, status=f"loss {record['loss']:.3f}  hr@10 {metrics['hr@10']:.4f}  ndcg@10 {metrics['ndcg@10']:.4f}")
+                    criteria = self.evaluator.criteria
+                    if criteria.better(metrics[criteria.selection], self.position.best_metric):
+                        self.position.best_metric, self.position.best_epoch = metrics[criteria.selection], self.position.epoch
+                    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in criteria.curves if name in metrics)
+                    bar.update(line, status=f"loss {record['loss']:.3f}  {shown}")
                 seconds = time.perf_counter() - started
                 self.position.seconds += seconds
                 step = int(self.state.step)
@@ -242,10 +245,10 @@ class _Run:
         }
         if self.split != "test":
             # One look at the test items, with the parameters that did best on the validation items.
-            result |= {"validation": result.pop("best"), "best": Evaluator(self.task, "test")(params)}
+            result |= {"validation": result.pop("best"), "best": evaluator(self.task, "test")(params)}
             result.pop("last")
         write_json(self.folder.result, result)
-        report.draw_curves({self.config.name: self.folder.metrics}, self.folder.curves)
+        report.draw_curves({self.config.name: self.folder.metrics}, self.folder.curves, self.evaluator.criteria)
         self.checkpoints.close()
         return result
 

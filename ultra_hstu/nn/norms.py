@@ -2,7 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from ultra_hstu.nn.remat import NORM_STATS
 
 L2_EPS = 1e-6  # the published code's clamp of a norm
 
@@ -28,8 +31,8 @@ def layer_norm(
     `weight` and `bias` must have the rank of x or be of shape [D].
     """
     x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    centred = x32 - checkpoint_name(jnp.mean(x32, axis=-1, keepdims=True), NORM_STATS)
+    y = centred * checkpoint_name(jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps), NORM_STATS)
     lead = (1,) * (x.ndim - 1)
     if weight is not None:
         y = y * (weight if weight.ndim == x.ndim else weight.reshape(lead + weight.shape))

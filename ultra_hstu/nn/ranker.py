@@ -26,6 +26,10 @@ class Ranker(nnx.Module):
 
     def __init__(self, config: Config, sizes: Sizes, *, rngs: nnx.Rngs):
         model, channels = config.model, rank_source.channels(config)
+        if model.truncate_length is not None:  # events, and the encoder counts rows
+            model = dataclasses.replace(
+                model, truncate_length=rank_source.rows(config, model.truncate_length, -len(config.rank.contextual))
+            )
         positions = max(channel.max_history for channel in channels.values()) + 1
         self.embedding = TokenEmbedding(
             sizes, model.width, positions, dropout_rate=model.input_dropout, dtype=jnp.dtype(model.dtype), rngs=rngs
@@ -33,8 +37,10 @@ class Ranker(nnx.Module):
         self.encoders = nnx.Dict(
             {
                 name: HSTU.from_config(
-                    dataclasses.replace(model, layers=channel.layers),
+                    model,
                     rank_source.rows(config, channel.max_history, config.rank.targets),
+                    layers=channel.layers,
+                    extra_rows=rank_source.rows(config, 0, config.rank.targets),
                     rngs=rngs,
                 )
                 for name, channel in channels.items()

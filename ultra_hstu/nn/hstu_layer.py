@@ -1,0 +1,169 @@
+"""One HSTU layer: that of the published research code, and that of the published production code.
+
+A layer knows nothing of batches or masks: it calls `attend(q, k, v, alpha=, bias=)`, which the stack makes once for a batch and a mask. What is before
+and after attention works on each row alone, and so in chunks of rows if `chunk_rows` says so.
+"""
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from ultra_hstu.nn import initializers
+from ultra_hstu.nn.dropout import KeyOrNone, apply_dropout, dropout_mask
+from ultra_hstu.nn.fp8 import Precision, linear
+from ultra_hstu.nn.norms import layer_norm
+from ultra_hstu.nn.relative_bias import RelativeBiasTables
+from ultra_hstu.nn.remat import ATTENTION_OUTPUT, LAYER_INPUT
+from ultra_hstu.parallel.mini_sequence import chunked
+
+EPS = 1e-6
+
+Attend = Callable[..., Array]  # (q_THK, k_THK, v_THV, *, alpha: float, bias: RelativeBiasTables | None) -> a_THV
+
+
+class Layer(nnx.Module):
+    """What both layers share: a projection to u, v, q, k; attention; a gate and a projection back."""
+
+    output: nnx.Param  # [Z, D]
+
+    def __init__(
+        self,
+        heads: int,
+        v_width: int,
+        alpha: float,
+        bias: RelativeBiasTables | None,
+        dropout_rate: float,
+        precision: Precision,
+        chunk_rows: int | None,
+    ):
+        self.bias = bias
+        self.heads, self.v_width, self.alpha = heads, v_width, alpha
+        self.dropout_rate, self.precision, self.chunk_rows = dropout_rate, precision, chunk_rows
+
+    def __call__(self, x_TD: Float[Array, "T D"], attend: Attend, key: KeyOrNone = None) -> Float[Array, "T D"]:
+        """x plus what the layer adds to it, in the dtype of x: the residual stream has that of the activations."""
+        x_TD = checkpoint_name(x_TD, LAYER_INPUT)
+        u_TY, v_THV, q_THK, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
+        a_THV = attend(q_THK, k_THK, v_THV, alpha=self.alpha, bias=self.bias)
+        a_TY = checkpoint_name(a_THV.reshape(u_TY.shape), ATTENTION_OUTPUT)
+        # Drawn for all rows at once, so that it does not depend on the chunks.
+        mask_TZ = dropout_mask(key, self.dropout_rate, (x_TD.shape[0], self.output.shape[0]))
+        return chunked(self._finish, x_TD, u_TY, a_TY, mask_TZ, chunk_rows=self.chunk_rows)
+
+    @abc.abstractmethod
+    def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:
+        """u [T, H * V], v [T, H, V], q and k [T, H, K] of each row."""
+
+    @abc.abstractmethod
+    def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Float[Array, "T D"]:
+        """The layer's output from its input, the gate and the attention output; `mask_TZ` of dropout, of the inputs of `output`."""
+
+    def _split(self, uvqk_TX: Float[Array, "T X"]) -> tuple[Array, Array, Array, Array]:
+        """Columns u, v, q, k, in each a block per head; u stays joined [T, H * V], the others become [T, H, width]."""
+        rows, inner = uvqk_TX.shape[0], self.heads * self.v_width
+        u_TY, v_TY, qk_TX = jnp.split(uvqk_TX, [inner, 2 * inner], axis=1)
+        q_TX, k_TX = jnp.split(qk_TX, 2, axis=1)
+        v_THV, q_THK, k_THK = (part.reshape(rows, self.heads, -1) for part in (v_TY, q_TX, k_TX))
+        return u_TY, v_THV, q_THK, k_THK
+
+    def _drop(self, y_TZ: Float[Array, "T Z"], mask_TZ: Bool[Array, "T Z"] | None) -> Float[Array, "T Z"]:
+        return apply_dropout(y_TZ, mask_TZ, self.dropout_rate)
+
+
+class ResearchLayer(Layer):
+    """HSTU, arXiv 2402.17152, equations 1 to 3, with the choices of its published research code:
+
+        u, v, q, k = split(silu(LN(x) @ uvqk))                      LN without affine, uvqk without bias
+        a          = sum over earlier keys of silu(q . k + bias) / N * v
+        x'         = x + dropout(u * LN(a)) @ output + output_bias  LN over all heads together
+
+    `concat_ua` replaces `u * LN(a)` by `concat[u, LN(a), u * LN(a)]`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_width: int,
+        v_width: int,
+        *,
+        bias: RelativeBiasTables | None = None,
+        concat_ua: bool = False,
+        dropout_rate: float = 0.0,
+        precision: Precision = "same",
+        chunk_rows: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        inner = heads * v_width
+        fan_in = 3 * inner if concat_ua else inner
+        super().__init__(heads, v_width, 1.0, bias, dropout_rate, precision, chunk_rows)
+        self.uvqk = initializers.param(initializers.normal_002, rngs, width, 2 * inner + 2 * heads * qk_width)
+        self.output = initializers.param(initializers.xavier_uniform, rngs, fan_in, width)
+        self.output_bias = initializers.param(initializers.linear_bias(fan_in), rngs, width)
+        self.concat_ua = concat_ua
+
+    def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:
+        return self._split(jax.nn.silu(linear(layer_norm(x_TD, eps=EPS), self.uvqk[...], precision=self.precision)))
+
+    def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Float[Array, "T D"]:
+        a_TY = layer_norm(a_TY, eps=EPS)
+        y_TZ = jnp.concatenate([u_TY, a_TY, u_TY * a_TY], axis=1) if self.concat_ua else u_TY * a_TY
+        y_TZ = self._drop(y_TZ, mask_TZ)
+        return linear(y_TZ, self.output[...], self.output_bias[...], residual_TY=x_TD, precision=self.precision)
+
+
+class ProductionLayer(Layer):
+    """The layer of the published production code ("STU"), which differs from the research layer in affine norms, a bias in uvqk, SiLU on u only, a scale on
+    the scores (alpha, 1/sqrt(qk_width) unless given), and an output without bias over more inputs:
+
+        x' = x + dropout(concat[u, a, u * norm(a)]) @ output        a without norm in the middle
+
+    `norm` is a layer norm over all heads together, or a group norm, one group and one scalar weight and bias a head.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_width: int,
+        v_width: int,
+        *,
+        bias: RelativeBiasTables | None = None,
+        norm: Literal["layer_norm", "group_norm"] = "layer_norm",
+        alpha: float | None = None,
+        dropout_rate: float = 0.0,
+        precision: Precision = "same",
+        chunk_rows: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        inner, joined = heads * v_width, 2 * heads * (v_width + qk_width)
+        per_norm = inner if norm == "layer_norm" else heads
+        super().__init__(heads, v_width, 1.0 / math.sqrt(qk_width) if alpha is None else alpha, bias, dropout_rate, precision, chunk_rows)
+        self.input_norm_weight, self.input_norm_bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
+        self.uvqk = initializers.param(initializers.xavier_uniform, rngs, width, joined)
+        self.uvqk_bias = nnx.Param(jnp.zeros(joined))
+        self.output_norm_weight, self.output_norm_bias = nnx.Param(jnp.ones(per_norm)), nnx.Param(jnp.zeros(per_norm))
+        self.output = initializers.param(initializers.xavier_uniform, rngs, 3 * inner, width)
+        self.norm = norm
+
+    def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:
+        normed_TD = layer_norm(x_TD, self.input_norm_weight[...], self.input_norm_bias[...], eps=EPS)
+        u_TY, v_THV, q_THK, k_THK = self._split(linear(normed_TD, self.uvqk[...], self.uvqk_bias[...], precision=self.precision))
+        return jax.nn.silu(u_TY), v_THV, q_THK, k_THK
+
+    def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Float[Array, "T D"]:
+        weight, bias = self.output_norm_weight[...], self.output_norm_bias[...]
+        if self.norm == "layer_norm":
+            n_TY = layer_norm(a_TY, weight, bias, eps=EPS)
+        else:
+            a_THV = a_TY.reshape(a_TY.shape[0], self.heads, self.v_width)
+            n_TY = layer_norm(a_THV, weight[None, :, None], bias[None, :, None], eps=EPS).reshape(a_TY.shape)
+        y_TZ = self._drop(jnp.concatenate([u_TY, a_TY, u_TY * n_TY], axis=1), mask_TZ)
+        return linear(y_TZ, self.output[...], residual_TY=x_TD, precision=self.precision)
