@@ -190,7 +190,7 @@ def processor_seconds(step: Any, params: Any, offsets: jax.Array) -> float:
 
 
 def draw(record: dict[str, Any], picture: Path) -> None:
-    """Left: how the loads of 64 ranks spread. Right: the step time of each of 8 ranks, sorted, of the last step."""
+    """Left: how the loads of 64 ranks spread. Right: the step time of each of 8 ranks, forward and backward: ranks sorted by time in every step, then the mean over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,7 +212,7 @@ def draw(record: dict[str, Any], picture: Path) -> None:
                 alpha=0.5 + 0.5 * number,
                 label=label,
             )
-            seconds_R = np.sort(values["step"][policy]["seconds"][-1])
+            seconds_R = np.sort(values["step"][policy]["seconds"], axis=1).mean(0)
             right.bar(
                 np.arange(len(seconds_R)) + 0.4 * number - 0.2,
                 seconds_R,
@@ -221,10 +221,11 @@ def draw(record: dict[str, Any], picture: Path) -> None:
                 label=f"{words[policy]}: slowest {seconds_R[-1]:.2f} s",
             )
         left.set(title=f"{name}, 64 ranks", xlabel="load of a rank / mean", ylabel="share of ranks and steps", xlim=(0, 4))
-        right.set(title=f"{name}, 8 ranks, one step", xlabel="rank, by step time", ylabel="forward + backward, processor s")
+        right.set(title=f"{name}, 8 ranks, mean of steps", xlabel="rank, by time", ylabel="processor seconds")
         for axis in (left, right):
+            axis.set_ylim(0, 1.35 * axis.get_ylim()[1])  # room for the legend
             axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(frameon=False)
+            axis.legend(frameon=False, loc="upper right" if axis is left else "upper left")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=130)
     plt.close(figure)
