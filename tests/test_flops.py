@@ -7,6 +7,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rank_data
 from flax import nnx
 from small_run import with_
 
@@ -17,6 +18,7 @@ from ultra_hstu.data.batching import Events, gather_batch
 from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.recipe import Recipe
+from ultra_hstu.task import Task
 
 ROWS, WIDTH = 256, 128
 MODEL = ModelConfig(width=WIDTH, layers=2, heads=2, qk_width=64, v_width=64, relative_bias=False, implementation="reference")
@@ -143,6 +145,39 @@ def test_recomputation(remat, chunk_rows):
     counted = flops.count(Config(model=model), 0, contextual=ROWS)
     kept_scores = 0 if remat == "selective" else 2 * model.layers * ROWS**2 * model.heads * model.qk_width
     assert products(step.jaxpr) == counted.training - kept_scores
+
+
+@pytest.mark.parametrize("form", ["merged", "interleaved", "truncated", "mixture"])
+def test_ranking_model_against_its_program(form):
+    """Every product of a forward pass of the real model. Its dense attention takes the square of a buffer's rows, padding too: so do the counts here."""
+    sections = {
+        "merged": {},
+        "interleaved": dict(rank=dict(input="interleaved")),
+        "truncated": dict(model=dict(truncate_after=1, truncate_length=2)),
+        "mixture": dict(model=dict(channels=rank_data.MIXTURE)),
+    }[form]
+    sections["model"] = dict(implementation="reference") | sections.get("model", {})
+    config = rank_data.config(**sections)
+    task = Task.of(config, rank_data.interactions())
+    loader = task.loader("train", batch_users=4, steps_per_call=1)
+    batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
+    program = jax.make_jaxpr(lambda params: task.recipe.logits(params, batch))(task.recipe.init(0).params)
+
+    full = lambda rows, layers: flops.count(
+        with_(config, model__truncate_after=None, model__truncate_length=None, model__channels={}, model__layers=layers), 0, contextual=rows
+    )  # noqa: E731
+    head = flops.count(with_(config, model__channels={}) if form != "mixture" else config, 0, targets=4 * config.rank.targets,
+                       channels={name: 0 for name in config.model.channels}).head  # fmt: skip
+    if form == "mixture":
+        encoders = [full(rows, channel.layers) for rows, channel in zip(loader.gather.rows, config.model.channels.values(), strict=True)]
+    elif form == "truncated":
+        encoders = [
+            full(loader.gather.rows[0], 1),
+            full(4 * (2 + config.rank.targets), 1),
+        ]  # room for 2 events and the targets of 4 requests
+    else:
+        encoders = [full(loader.gather.rows[0], config.model.layers)]
+    assert products(program.jaxpr) == head + sum(encoder.projections + encoder.attention for encoder in encoders)
 
 
 def test_training_is_three_projections_and_three_and_a_half_attentions():
