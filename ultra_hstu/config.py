@@ -122,7 +122,9 @@ class RankConfig:
 
     tasks: tuple[str, ...] = ()  # names of ultra_hstu.data.signals
     input: Literal["merged", "interleaved"] = "merged"  # item + action in one token, or two tokens
-    signals: tuple[str, ...] = ()  # what the user did with an event, embedded and summed; 0 on targets
+    signals: tuple[
+        str, ...
+    ] = ()  # what the user did with an event, embedded and summed; 0 on targets. Retrieval embeds them in every history token
     features: tuple[str, ...] = ()  # known of an event before the user acts; kept on targets
     contextual: tuple[str, ...] = ()  # features of the user, one token each in front of the history
     targets: int = 16  # events a request asks about, which do not see one another

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from ultra_hstu import losses, negatives, optim
 from ultra_hstu.config import Config
+from ultra_hstu.data import signals
 from ultra_hstu.data.batching import Batch
 from ultra_hstu.nn.recommender import Recommender
 
@@ -75,7 +76,8 @@ class Recipe(Steps):
     num_items: int
 
     def build(self, seed: int) -> Recommender:
-        return Recommender(self.config.model, self.num_items, self.config.data.max_history, rngs=nnx.Rngs(seed))
+        sizes = signals.sizes(self.config.rank.signals)
+        return Recommender(self.config.model, self.num_items, self.config.data.max_history, signals=sizes, rngs=nnx.Rngs(seed))
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Float[Array, ""]:
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
