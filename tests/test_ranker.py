@@ -15,8 +15,8 @@ from small_run import with_
 
 from ultra_hstu.config import ChannelConfig, from_config_dict
 from ultra_hstu.data.rank_source import EVERYTHING
+from ultra_hstu.nn.embeddings import CodeEmbedding
 from ultra_hstu.nn.heads import MultiTaskHead
-from ultra_hstu.nn.tokens import CodeEmbedding
 from ultra_hstu.task import RankTask, Task
 
 FORMS = {

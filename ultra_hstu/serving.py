@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ from numpy.typing import ArrayLike
 
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
+from ultra_hstu.data import signals
 from ultra_hstu.data.batching import Events, gather_batch
 from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.metrics import best_items
 from ultra_hstu.nn.norms import l2_normalize
+from ultra_hstu.quantization import packed, unpacked
 from ultra_hstu.recipe import Params, Recipe, Steps
 from ultra_hstu.workdir import Workdir
 
@@ -41,7 +44,11 @@ class Recommendation:
 class RecommendationModel:
     """A trained run, ready to recommend. Compiled once: every history is one slice of `config.data.max_history` rows or fewer."""
 
-    def __init__(self, workdir: str):
+    def __init__(self, workdir: str, *, tables: str = "float32"):
+        """
+        Args:
+          tables: how the item table goes to the device and stays there: one of `quantization.KINDS`.
+        """
         folder = Workdir(workdir)
         self.config: Config = folder.read_config()
         if self.config.rank.tasks:
@@ -51,19 +58,29 @@ class RecommendationModel:
             )
         self.catalog = Catalog.load(folder.catalog)
         self.recipe = Recipe(self.config, self.catalog.num_items)
-        _, self.params = load_params(folder, self.recipe)
+        self.params = jax.device_put(packed(load_params(folder, self.recipe)[1], tables))
         self._best = jax.jit(functools.partial(_best, self.recipe, self.config.data.max_history), static_argnames="k")
 
-    def recommend(self, items: ArrayLike, times: ArrayLike | None = None, *, now: int | None = None, k: int = 10) -> list[Recommendation]:
+    def recommend(
+        self,
+        items: ArrayLike,
+        times: ArrayLike | None = None,
+        *,
+        actions: Mapping[str, ArrayLike] | None = None,
+        now: int | None = None,
+        k: int = 10,
+    ) -> list[Recommendation]:
         """The k unseen items with the highest scores.
 
         Args:
           items: dense ids (`catalog.encode` makes them), oldest first; the newest `max_history` count.
           times: seconds, one an event; without them all events count as simultaneous.
+          actions: what the user did with each item, by the names of the source ("rating"), for a run whose tokens hold signals; without them
+            such a run sees items alone.
           now: time of the request in the same seconds; None takes the next event to follow the last at once.
 
         Raises:
-          ValueError: for an empty history, a wrong number of times, or k outside 1..items.
+          ValueError: for an empty history, a wrong number of times or actions, actions that the run's signals cannot be made from, or k outside 1..items.
         """
         num_items = self.catalog.num_items
         item_E = np.asarray(items)
@@ -86,6 +103,15 @@ class RecommendationModel:
             np.pad(item_E[newest], (0, self.config.data.max_history + 1 - length)),
             np.pad(time_E[newest], (0, self.config.data.max_history + 1 - length), constant_values=time_E[-1] if now is None else now),
         )
+        if names := self.config.rank.signals:
+            code_ES = np.zeros((len(item_E), len(names)), np.int32)
+            if actions is not None:
+                columns = {name: np.asarray(values) for name, values in actions.items()}
+                if wrong := [name for name, values in columns.items() if len(values) != len(item_E)]:
+                    raise ValueError(f"{len(item_E)} items but {len(columns[wrong[0]])} values of {wrong[0]!r}: give one an item")
+                code_ES = signals.signals(columns, names, len(item_E))
+            padding = ((0, self.config.data.max_history + 1 - length), (0, 0))
+            events = dataclasses.replace(events, signal_ES=np.pad(code_ES[newest], padding))
         seen_I = np.zeros(num_items + 1, bool)
         seen_I[item_E] = True
         best_K, score_K = self._best(self.params, events, jnp.int32(length), jnp.asarray(~seen_I), k=k)
@@ -100,7 +126,7 @@ def _best(
     recipe: Recipe, rows: int, params: Params, events: Events, length: jax.Array, unseen_I: jax.Array, *, k: int
 ) -> tuple[jax.Array, jax.Array]:
     batch = gather_batch(events, jnp.zeros(1, jnp.int32), length[None], rows=rows)
-    model = recipe.model(params)
+    model = recipe.model(unpacked(params))
     user_1D = model.encode(batch, rngs=None)[batch.last_row_B]
     normalize = recipe.config.loss.l2_normalize
     user_1D = l2_normalize(user_1D) if normalize else user_1D

@@ -95,7 +95,7 @@ def segments(
     The history of a segment is the newest `max_history` events before it, none from before `oldest`.
     """
     length = last - first
-    head_U = np.minimum(head, length)
+    head_U = np.minimum(np.broadcast_to(head, length.shape), length)
     number = np.where(length > 0, 1 + -(-(length - head_U) // size), 0)
     user = np.repeat(np.arange(len(first)), number)
     place = np.arange(len(user)) - np.repeat(np.cumsum(number) - number, number)  # number of the segment of its user
