@@ -165,6 +165,6 @@ class HistoryGather:
     rows: int
     padded_length: int | None = None
 
-    def __call__(self, events: Events, columns_B: dict[str, Any], xp: Any = jnp) -> Batch:
+    def __call__(self, data: Events, columns_B: dict[str, Any], xp: Any = jnp) -> Batch:
         start_B, stop_B, index = columns_B["start"], columns_B["stop"], columns_B.get("event")
-        return gather_batch(events, start_B, stop_B, rows=self.rows, padded_length=self.padded_length, index=index, xp=xp)
+        return gather_batch(data, start_B, stop_B, rows=self.rows, padded_length=self.padded_length, index=index, xp=xp)
