@@ -28,6 +28,7 @@ from ultra_hstu.nn.hstu import HSTU
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
 _ROWS = flags.DEFINE_integer("rows", 65536, "tokens in a batch")
 _DEPTHS = flags.DEFINE_list("depths", ["2", "4"], "layers of the two stacks")
+_TIMES = flags.DEFINE_bool("times", True, "measure times, not memory alone")
 _MODES = flags.DEFINE_list("modes", None, "names of modes; all by default")
 _IMPLEMENTATION = flags.DEFINE_string("implementation", None, "of attention; that of the configuration by default")
 _RECORD = flags.DEFINE_string("record", None, "JSON file for the result")
@@ -51,7 +52,7 @@ def main(_: list[str]) -> None:
     console, table = report.make_console(), Table("mode", "bytes a token", "ms a layer", "TFLOP/s")
     for name in names:
         result["modes"][name] = a_layer([compiled[name, depth] for depth in depths], depths, changed(config, name, depths[0]), _ROWS.value)
-        table.add_row(name, *(f"{result['modes'][name][key]:.4g}" for key in ("bytes_a_token", "ms", "TFLOP_a_second")))
+        table.add_row(name, *(f"{result['modes'][name].get(key, float('nan')):.4g}" for key in ("bytes_a_token", "ms", "TFLOP_a_second")))
         if _RECORD.value:
             workdir.write_json(Path(_RECORD.value), result)
     console.print(table)
@@ -88,14 +89,18 @@ def a_layer(stacks: list[tuple[Any, Any]], depths: list[int], config: Config, ro
     """The difference of two stacks, a layer."""
     more = depths[1] - depths[0]
     memory = [run.memory_analysis().temp_size_in_bytes for run, _ in stacks]
+    result: dict[str, Any] = {
+        "bytes_a_token": (memory[1] - memory[0]) / more / rows,
+        "temporary_GiB": [size / 2**30 for size in memory],
+    }
+    if not _TIMES.value:
+        return result
     times = [device_time(run, *jax.jit(arguments)(), repetitions=5, sample_seconds=0.1) for run, arguments in stacks]
     seconds = (times[1].seconds - times[0].seconds) / more
     length = min(config.data.max_history, rows)
     counted = flops.count(config, length)
-    work = counted.training / depths[0] * (rows // length)
-    return {
-        "bytes_a_token": (memory[1] - memory[0]) / more / rows,
-        "temporary_GiB": [size / 2**30 for size in memory],
+    work = (counted.training - counted.recomputed) / depths[0] * (rows // length)
+    return result | {
         "ms": 1e3 * seconds,
         "stack_ms": [1e3 * time.seconds for time in times],
         "TFLOP": work / 1e12,
