@@ -7,6 +7,7 @@ long as the configuration's histories, and there is no truncation. Memory is the
 """
 
 import dataclasses
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,14 @@ MODES: dict[str, dict[str, Any]] = {
 def main(_: list[str]) -> None:
     config = from_config_dict(_CONFIG.value)
     names, depths = _MODES.value or list(MODES), [int(depth) for depth in _DEPTHS.value]
-    result = {"config": config.name, "rows": _ROWS.value, "depths": depths, **provenance.provenance(), "modes": {}}
+    result = {
+        "config": config.name,
+        "rows": _ROWS.value,
+        "depths": depths,
+        **provenance.provenance(),
+        "xla_flags": os.environ.get("XLA_FLAGS"),
+        "modes": {},
+    }
     cases = [(name, depth) for name in names for depth in depths]
     with ThreadPoolExecutor(len(cases)) as pool:  # compilers run side by side
         compiled = dict(zip(cases, pool.map(lambda case: stack_gradients(changed(config, *case), _ROWS.value), cases), strict=True))

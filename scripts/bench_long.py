@@ -7,6 +7,7 @@ device. Memory is the compiler's: temporaries of the step, and the state. FLOPs 
 """
 
 import dataclasses
+import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,13 @@ def main(_: list[str]) -> None:
     if _IMPLEMENTATION.value:
         config = with_model(config, {"implementation": _IMPLEMENTATION.value})
     names = _VARIANTS.value or list(VARIANTS)
-    result = {"config": config.name, "implementation": config.model.implementation, **provenance.provenance(), "variants": {}}
+    result = {
+        "config": config.name,
+        "implementation": config.model.implementation,
+        **provenance.provenance(),
+        "xla_flags": os.environ.get("XLA_FLAGS"),
+        "variants": {},
+    }
     console = report.make_console()
     steps = {name: Step(with_model(config, VARIANTS[name])) for name in names}
     with ThreadPoolExecutor(len(names)) as pool:  # compilers run side by side
@@ -89,7 +96,7 @@ class Step:
         counted = flops.count(self.config, history, items=items)
         return {
             "model": {name: getattr(self.config.model, name) for name in (*WHOLE, *CAUSAL, "remat", "projection")},
-            "fp8_matrix_products": self.run.as_text().count('custom_call_target="__cublas$lt$matmul$f8"'),
+            "fp8_matrix_products": (self.run.as_text() or "").count('custom_call_target="__cublas$lt$matmul$f8"'),
             "compile_s": time.perf_counter() - started,
             "temporary_GiB": memory.temp_size_in_bytes / 2**30 if memory else None,
             "state_GiB": memory.argument_size_in_bytes / 2**30 if memory else None,
