@@ -1,23 +1,33 @@
 """Evaluates the best checkpoint of a run on its test (or validation) part.
 
 python -m experiments.evaluate --workdir=runs/ml1m_hstu [--split=validation] [--raw_dir=PATH]
+    [--tables=float32,int8,int4] [--record=experiments/results/NAME.json]
+
+`--tables` evaluates on the item table as each kind of serving table gives it back, and says how many bytes go to the device.
 """
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
 from experiments import command
-from ultra_hstu import report
+from ultra_hstu import provenance, quantization, report
 from ultra_hstu.evaluate import baselines, evaluator
 from ultra_hstu.serving import load_params
 from ultra_hstu.task import Task
-from ultra_hstu.workdir import Workdir
+from ultra_hstu.workdir import Workdir, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "which part of the data")
 _RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
+_TABLES = flags.DEFINE_list(
+    "tables", ["float32"], f"what the item table is served from: {', '.join(quantization.KINDS)}, or several of them"
+)
+_RECORD = flags.DEFINE_string("record", None, "also write the metrics with device, versions, commit, command and date to this JSON file")
 
 
 def main(_: list[str]) -> None:
@@ -30,9 +40,32 @@ def main(_: list[str]) -> None:
     step, params = load_params(folder, task.recipe)
     with jax.default_matmul_precision(config.train.matmul_precision):
         measure = evaluator(task, _SPLIT.value)
-        rows = {f"{config.name}, step {step}": measure(params), **baselines(task, _SPLIT.value)}
+        metrics = {kind: measure(quantization.unpacked(quantization.packed(params, kind))) for kind in _TABLES.value}
+        others = baselines(task, _SPLIT.value)
+    rows = {f"{config.name}, step {step}{'' if kind == 'float32' else f', {kind} table'}": values for kind, values in metrics.items()}
     title = f"{_SPLIT.value}, protocol {config.train.protocol}"
-    report.make_console().print(report.metrics_table(title, rows, measure.criteria, measure.criteria.details))
+    console = report.make_console()
+    console.print(report.metrics_table(title, rows | others, measure.criteria, measure.criteria.details))
+    tables = {kind: served(quantization.item_table(params), kind, config.data.max_history) for kind in metrics}
+    for kind, table in tables.items():
+        console.print(f"{kind:>8} table: {table['bytes']} bytes, {table['row_bytes']} a row, {table['history_bytes']} for a whole history")
+    if _RECORD.value:
+        runs = {kind: {"metrics": values, "table": tables[kind]} for kind, values in metrics.items()}
+        record = {"config": config.name, "split": _SPLIT.value, "protocol": config.train.protocol, "step": step, "tables": runs}
+        write_json(Path(_RECORD.value), provenance.provenance() | record)
+
+
+def served(table_ID: np.ndarray, kind: str, max_history: int) -> dict[str, Any]:
+    """Bytes of a table of this kind, of a row, and of the rows of a whole history, which go to the device for a request; and its error."""
+    table = quantization.quantize(table_ID, kind)
+    history = np.arange(max_history) % len(table_ID)
+    error_ID = (np.asarray(table) if kind == "float32" else np.asarray(table.dense())) - table_ID
+    return {
+        "bytes": table.nbytes,
+        "row_bytes": table.nbytes // len(table_ID),
+        "history_bytes": (table[history] if kind == "float32" else table.take(history)).nbytes,
+        "rms_error_over_rms_value": float(np.sqrt(np.mean(error_ID**2) / np.mean(table_ID**2))),
+    }
 
 
 if __name__ == "__main__":

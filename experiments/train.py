@@ -64,6 +64,8 @@ def main(_: list[str]) -> None:
     )
     if _RECORD.value:
         record: dict[str, Any] = {"config": config.name, **provenance.provenance(), "runs": results, "baselines": without_model}
+        # Of a sample: for ranking, a request with up to rank.targets targets.
+        record["flops"] = {"training": task.flops("train").training, "inference": task.flops("test").inference}
         if len(results) > 1:
             record |= {"mean": summary(results, statistics.mean), "stdev": summary(results, statistics.stdev)}
         workdir.write_json(Path(_RECORD.value), record)

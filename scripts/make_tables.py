@@ -1,8 +1,8 @@
-"""Writes the tables and figures of the README from the files under experiments/results, and nothing else: no number is typed by hand.
+"""Writes the tables and figures of the README and the docs from the files under experiments/results, and nothing else: no number is typed by hand.
 
 python -m scripts.make_tables [--check]
 
-A table stands in README.md between `<!-- table NAME -->` and `<!-- end NAME -->`. `--check` changes nothing and fails if a table is not current.
+A table stands in its page between `<!-- table NAME -->` and `<!-- end NAME -->`. `--check` changes nothing and fails if a table is not current.
 """
 
 import json
@@ -48,6 +48,21 @@ VARIANTS = {  # file suffix -> what it was
     "validated": "ours, `validated`",
     "temporal": "ours, `temporal`",
 }
+RANKING = {  # records of experiments.train --record: data and model
+    f"{prefix}_rank_{suffix}": (data, model)
+    for prefix, data in (("assistments", "ASSISTments 2017"), ("ml1m", "MovieLens-1M"), ("kuairand", "KuaiRand"))
+    for suffix, model in (("hstu", "HSTU"), ("ultra", "ULTRA-HSTU"))
+}
+RANKING_BASELINES = ("base rate", "item and user")
+RANKING_METRICS = ("ne", "auc", "gauc", "log_loss")
+ABLATIONS = {"assistments_rank_ultra": "ablation_assistments"}  # configuration -> record of scripts.ablation
+SUBSEQUENCES = {  # file suffix -> what the runs were trained on
+    "sl_whole": "whole histories",
+    "sl_recent": "alpha 1.6, newest events",
+    "sl_random": "alpha 1.6, random events",
+    "sl_weighted": "alpha 1.6, recency-weighted events",
+}
+NOT_MEASURED = "not measured yet"
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -123,17 +138,154 @@ def speed_table() -> str:
     return markdown(["model", "device", "what", "value"], rows + REFERENCE_SPEED)
 
 
-TABLES: dict[str, Callable[[], str]] = {"ml1m": ml1m_table, "speed": speed_table}
+def ranking_record(config: str) -> dict[str, Any] | None:
+    """The record of a configuration's own runs, or its part of an ablation."""
+    if record := load(config):
+        return record
+    prefix, variant = config.removesuffix("_hstu").removesuffix("_ultra"), "ultra" if config.endswith("_ultra") else "baseline"
+    ablation = load(ABLATIONS.get(f"{prefix}_ultra", ""))
+    if not ablation or variant not in ablation["variants"]:
+        return None
+    found = ablation["variants"][variant]
+    flops = {name: 1e9 * found[f"{name}_gflop"] for name in ("inference", "training")}
+    return {"device": ablation["device"], "runs": found["runs"], "flops": flops, "baselines": ablation.get("baselines", {})}
 
 
-def with_tables(text: str) -> str:
-    for name, make in TABLES.items():
+def ranking_table() -> str:
+    """One line a model and task, beside what needs no model; mean and standard deviation over seeds."""
+    header = ["data", "task", "model", "seeds", *(name.replace("_", " ").upper() for name in RANKING_METRICS)]
+    rows: list[list[str]] = []
+    for config, (data, model) in RANKING.items():
+        record = ranking_record(config)
+        if not record:
+            rows.append([data, "", model, NOT_MEASURED, *[""] * (len(RANKING_METRICS) + 2)])
+            continue
+        runs = [run["best"] for run in record["runs"]]
+        tasks = [name.removeprefix("ne/") for name in runs[0] if name.startswith("ne/")]
+        if not any(row[0] == data and row[2] in RANKING_BASELINES for row in rows):
+            known = [name for name in RANKING_BASELINES if name in record["baselines"]]
+            rows += [[data, task, name, "", *metric_cells([record["baselines"][name]], task), "", ""] for name in known for task in tasks]
+        flops = giga(record["flops"]["inference"])
+        vanilla = ranking_record(config.removesuffix("_ultra") + "_hstu")
+        if model != "HSTU" and vanilla:
+            flops += f" ({100 * record['flops']['inference'] / vanilla['flops']['inference']:.0f} %)"
+        seconds = f"{statistics.median(run['seconds'] for run in record['runs']):.0f} ({record['device']})"
+        rows += [[data, task, model, str(len(runs)), *metric_cells(runs, task), flops, seconds] for task in tasks]
+    return markdown([*header, "inference GFLOP a request (of HSTU's)", "seconds a run"], rows)
+
+
+def ablation_table() -> str:
+    """One line a variant of a configuration, each with one piece changed, as scripts.ablation names them; NE against that of the whole."""
+    rows = []
+    for config, name in ABLATIONS.items():
+        record = load(name)
+        if not record:
+            rows.append([config, NOT_MEASURED, *[""] * 7])
+            continue
+        whole = record["variants"].get("ultra")
+        for variant, found in record["variants"].items():
+            runs = [run["best"] for run in found["runs"]]
+            entropies = [run["ne"] for run in runs]
+            against = (
+                "" if whole is None else f"{statistics.mean(entropies) - statistics.mean(run['best']['ne'] for run in whole['runs']):+.4f}"
+            )
+            areas = [statistics.mean(value for key, value in run.items() if key.startswith("auc/")) for run in runs]
+            rows.append(
+                [
+                    record["config"],
+                    variant.replace("_", " "),
+                    str(len(runs)),
+                    mean_and_deviation(entropies),
+                    "" if found is whole else against,
+                    mean_and_deviation(areas),
+                    f"{found['inference_gflop']:.3g}",
+                    f"{found['training_gflop']:.3g}",
+                    f"{statistics.median(run['seconds'] / run['epochs'] for run in found['runs']):.1f}",
+                ]
+            )
+    columns = ["config", "variant", "seeds", "NE", "difference", "AUC", "inference GFLOP", "training GFLOP", "seconds an epoch"]
+    return markdown(columns, rows)
+
+
+def metric_cells(runs: list[dict[str, float]], task: str) -> list[str]:
+    return [mean_and_deviation([run[f"{name}/{task}"] for run in runs]) if f"{name}/{task}" in runs[0] else "" for name in RANKING_METRICS]
+
+
+def giga(value: float) -> str:
+    return f"{value / 1e9:.3g}"
+
+
+def stochastic_length_table() -> str:
+    """HSTU on MovieLens-100K, trained on whole histories and on parts of them."""
+    rows = []
+    for suffix, label in SUBSEQUENCES.items():
+        record = load(f"ml100k_hstu_{suffix}")
+        if record:
+            runs = [run["best"] for run in record["runs"]]
+            flops = f"{record['flops']['training'] / 1e6:.1f}" if "flops" in record else ""
+            rows.append([label, str(len(runs)), *(mean_and_deviation([run[name] for run in runs]) for name in METRICS), flops])
+    return markdown(["trained on", "seeds", *(name.upper() for name in METRICS), "training MFLOP a sample"], rows)
+
+
+def load_balance_table() -> str:
+    """Spread of the load over ranks, and step times, under plain and load-balanced stochastic length."""
+    record = load("load_balance_cpu")
+    if not record:
+        return NOT_MEASURED
+    rows = []
+    for name, values in record["sets"].items():
+        for policy in ("plain", "balanced"):
+            loads = [values["load"][ranks][policy] for ranks in ("8", "64")]
+            step = values["step"][policy]
+            kept = f"{100 * values['kept_share_of_events'][policy]:.0f} %"
+            load_cells = [f"{load['max_over_mean']:.2f} / {load['std_over_mean']:.2f}" for load in loads]
+            mean_load = f"{loads[0]['mean'] / values['load']['8']['plain']['mean']:.2f}"
+            rows.append(
+                [name, policy, f"{values['gamma']:.2f}", kept, mean_load, *load_cells, str(step["rows"])]
+                + [f"{1e3 * step[key]:.0f}" for key in ("slowest", "slowest_predicted", "mean")]
+            )
+    header = ["lengths", "draws", "gamma", "events kept", "load / plain", "8 ranks: max / mean, std / mean", "64 ranks"]
+    return markdown([*header, "rows of the buffer", "slowest of 8, ms", "predicted", "mean of 8, ms"], rows)
+
+
+def int4_table() -> str:
+    """The metrics of a trained run, served from each kind of item table."""
+    record = load("int4_tables")
+    if not record:
+        return NOT_MEASURED
+    names = ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr")
+    rows = []
+    for kind, values in record["tables"].items():
+        table = values["table"]
+        sizes = [str(table[size]) for size in ("row_bytes", "history_bytes", "bytes")]
+        rows.append([kind, *sizes, f"{100 * table['rms_error_over_rms_value']:.1f} %", *(short(values["metrics"][name]) for name in names)])
+    header = ["item table", "bytes a row", "of a request's history", "of all", "RMS error / RMS value", *(name.upper() for name in names)]
+    return markdown(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "ml1m": ml1m_table,
+    "speed": speed_table,
+    "ranking": ranking_table,
+    "ablation": ablation_table,
+    "stochastic_length": stochastic_length_table,
+    "load_balance": load_balance_table,
+    "int4": int4_table,
+}
+PAGES = {
+    "README.md": ("ml1m", "speed", "ranking", "ablation"),
+    "docs/sampling_and_precision.md": ("stochastic_length", "load_balance", "int4"),
+}
+
+
+def with_tables(text: str, page: str) -> str:
+    for name in PAGES[page]:
         start, end = f"<!-- table {name} -->\n", f"\n<!-- end {name} -->"
         before, found, rest = text.partition(start)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise ValueError(f"README.md has no '{start.strip()}' ... '{end.strip()}'")
-        text = before + start + make() + end + after
+            raise ValueError(f"{page} has no '{start.strip()}' ... '{end.strip()}'")
+        text = before + start + TABLES[name]() + end + after
     return text
 
 
@@ -159,15 +311,16 @@ _CHECK = flags.DEFINE_bool("check", False, "change nothing; fail if a table is n
 
 
 def main(_: list[str]) -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    current = with_tables(text)
-    if _CHECK.value:
-        if current != text:
-            sys.exit("README.md: tables are not current; run make tables")
-        return
-    readme.write_text(current)
-    ml1m_figure()
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        current = with_tables(text, page)
+        if not _CHECK.value:
+            path.write_text(current)
+        elif current != text:
+            sys.exit(f"{page}: tables are not current; run make tables")
+    if not _CHECK.value:
+        ml1m_figure()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import dataclasses
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rank_data
 from flax import nnx
 from small_run import with_
 
@@ -16,6 +18,7 @@ from ultra_hstu.data.batching import Events, gather_batch
 from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.recipe import Recipe
+from ultra_hstu.task import Task
 
 ROWS, WIDTH = 256, 128
 MODEL = ModelConfig(width=WIDTH, layers=2, heads=2, qk_width=64, v_width=64, relative_bias=False, implementation="reference")
@@ -60,7 +63,7 @@ def test_retrieval_loss_against_xla(negatives, items):
     recipe = Recipe(config, items)
     events = Events.from_arrays(np.arange(ROWS + 1) % items + 1, None)
     batch = gather_batch(events, jnp.array([0]), jnp.array([ROWS]), rows=ROWS)
-    params = nnx.split(nnx.eval_shape(lambda: recipe._model(0)))[1]
+    params = nnx.split(nnx.eval_shape(lambda: recipe.build(0)))[1]
     step = xla_flops(lambda params, key: jax.value_and_grad(recipe.loss)(params, batch, key), params, jax.random.key(0))
     counted = flops.count(config, ROWS, items=items)
     encoder_only = flops.count(config, 0, contextual=ROWS)  # dense: causal attention computes the full square here
@@ -79,7 +82,10 @@ def test_pairs_against_loops(fields):
     pairs = 0
     for layer in range(2):
         for h, m, c in zip(history, targets, contextual, strict=True):
-            mask: AttentionMask = flops.layer_mask(model, layer)
+            window, full_rows, prefix = (
+                values[layer % len(values)] if values else None for values in (model.window, model.full_rows, model.prefix)
+            )
+            mask = AttentionMask(None if window == -1 else window, full_rows or 0, prefix or 0)
             pairs += int(mask.dense(np.array([0, h + m + c]), h + m + c, np.array([m]), np.array([c])).sum()) / 3
     counted = flops.count(config, history, targets=targets, contextual=contextual)
     assert counted.attention == pytest.approx(pairs * 2 * 2 * (64 + 64))
@@ -116,13 +122,68 @@ def test_channels_add_up_and_share_one_head():
         flops.count(two, 0, channels={"long": 1})
 
 
-def test_recomputation():
-    config = Config(model=MODEL, rank=RANK)
-    plain = flops.count(config, 50, targets=4)
-    uvqk = plain.projections * 4 / 5  # research layer: uvqk has 4 H V = 4 D columns, the output one
+def products(jaxpr):
+    """Operations of the matrix products of a program, those of loops as often as they run."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * eqn.outvars[0].aval.size * int(np.prod([shape[axis] for axis in contracted]))
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        total += times * sum(products(inner) for inner in jax.extend.core.jaxprs_in_params(eqn.params))
+    return total
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 100], ids=["whole", "chunks and a tail"])
+@pytest.mark.parametrize("remat", ["none", "selective", "full"])
+def test_recomputation(remat, chunk_rows):
+    """Exact, in the traced program: the reference keeps its scores unless it is told to forget them, kernels never do."""
+    model = dataclasses.replace(MODEL, remat=remat, chunk_rows=chunk_rows, preset="production")
+    run, params, x_TD = encoder(model)
+    step = jax.make_jaxpr(jax.value_and_grad(lambda params, x_TD: jnp.sum(jnp.sin(run(params, x_TD))), argnums=(0, 1)))(params, x_TD)
+    counted = flops.count(Config(model=model), 0, contextual=ROWS)
+    kept_scores = 0 if remat == "selective" else 2 * model.layers * ROWS**2 * model.heads * model.qk_width
+    assert products(step.jaxpr) == counted.training - kept_scores
+
+
+@pytest.mark.parametrize("form", ["merged", "interleaved", "truncated", "mixture"])
+def test_ranking_model_against_its_program(form):
+    """Every product of a forward pass of the real model. Its dense attention takes the square of a buffer's rows, padding too: so do the counts here."""
+    sections = {
+        "merged": {},
+        "interleaved": dict(rank=dict(input="interleaved")),
+        "truncated": dict(model=dict(truncate_after=1, truncate_length=2)),
+        "mixture": dict(model=dict(channels=rank_data.MIXTURE)),
+    }[form]
+    sections["model"] = dict(implementation="reference") | sections.get("model", {})
+    config = rank_data.config(**sections)
+    task = Task.of(config, rank_data.interactions())
+    loader = task.loader("train", batch_users=4, steps_per_call=1)
+    batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
+    program = jax.make_jaxpr(lambda params: task.recipe.logits(params, batch))(task.recipe.init(0).params)
+
+    def full(rows, layers):
+        """One stack of this depth on so many rows, of which each sees all."""
+        whole = with_(config, model__truncate_after=None, model__truncate_length=None, model__channels={}, model__layers=layers)
+        return flops.count(whole, 0, contextual=rows)
+
+    head = flops.count(config, 0, targets=4 * config.rank.targets, channels={name: 0 for name in config.model.channels}).head
+    if form == "mixture":
+        encoders = [full(rows, channel.layers) for rows, channel in zip(loader.gather.rows, config.model.channels.values(), strict=True)]
+    elif form == "truncated":
+        encoders = [
+            full(loader.gather.rows[0], 1),
+            full(4 * (2 + config.rank.targets), 1),
+        ]  # room for 2 events and the targets of 4 requests
+    else:
+        encoders = [full(loader.gather.rows[0], config.model.layers)]
+    assert products(program.jaxpr) == head + sum(encoder.projections + encoder.attention for encoder in encoders)
+
+
+def test_training_is_three_projections_and_three_and_a_half_attentions():
+    plain = flops.count(Config(model=MODEL, rank=RANK), 50, targets=4)
     assert plain.recomputed == 0
-    assert flops.count(with_(config, model__remat="selective"), 50, targets=4).recomputed == pytest.approx(uvqk)
-    assert flops.count(with_(config, model__remat="full"), 50, targets=4).recomputed == pytest.approx(uvqk + plain.attention)
     assert plain.training == pytest.approx(3 * (plain.projections + plain.head) + 3.5 * plain.attention)  # K = V
 
 

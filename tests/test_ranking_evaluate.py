@@ -15,6 +15,7 @@ from rich.console import Console
 from small_rank import rank_config, write_answers
 from small_run import with_
 
+from ultra_hstu import flops
 from ultra_hstu.criteria import RETRIEVAL, display_name, ranking
 from ultra_hstu.evaluate import evaluator
 from ultra_hstu.ranking_evaluate import PRIOR_EVENTS, RankingEvaluator, baselines
@@ -187,12 +188,26 @@ def test_commands(folder, tmp_path):
     assert "GAUC" in shown and "item's rate" in shown
     written = json.loads(record.read_text())
     assert written["baselines"]["base rate"]["auc/correct"] == 0.5
+    assert written["flops"]["training"] > written["flops"]["inference"] > 0
     assert written["runs"][0]["history"][0].keys() >= {"epoch", "loss", "ne", "auc/correct"}
     shown = call("evaluate", "--split=validation")
     assert "BASE RATE" in shown and f"{written['runs'][0]['validation']['ne/correct']:.4f}" in shown
 
 
 # --- criteria ---
+
+
+def test_operations_of_a_request(task):
+    """Against the requests one by one: 4 targets at a time, up to 12 events before them."""
+    samples = []
+    for user in range(task.interactions.num_users):
+        own = [event for u, event in events_of(task, "test") if u == user]
+        first = int(task.interactions.offsets[user])
+        samples += [(min(12, own[i] - first), len(own[i : i + 4])) for i in range(0, len(own), 4)]
+    each = [flops.count(task.config, history, targets=targets).inference for history, targets in samples]
+    assert task.flops("test").inference == pytest.approx(np.mean(each))
+    train = task.flops("train")
+    assert train.training > 2 * train.inference > 0
 
 
 def test_better():

@@ -1,14 +1,17 @@
 """Recommendations and the command lines around them."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 from small_run import small_config
 
+from ultra_hstu.quantization import item_table, unpacked
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.task import Task
 from ultra_hstu.train import train
@@ -54,6 +57,20 @@ def test_the_same_scores_as_evaluation(run, model):
         now = int(interactions.timestamps[examples.stop[user]])
         answer = model.recommend(interactions.items[events], interactions.timestamps[events], now=now, k=interactions.num_items)
         assert [item.item for item in answer].index(model.catalog.decode(np.array([target]))[0]) + 1 == ranks[user]
+
+
+@pytest.mark.parametrize("tables", ["int8", "int4"])
+def test_small_tables_stay_packed_and_answer_as_the_rows_they_give_back(run, model, tables):
+    small = RecommendationModel(str(run[1]), tables=tables)
+    dense = copy.copy(model)
+    dense.params = unpacked(small.params)
+    one, other = (served.recommend([3, 14, 15, 92], k=20) for served in (small, dense))
+    assert [item.item for item in one] == [item.item for item in other]
+    assert [item.score for item in one] == pytest.approx([item.score for item in other], abs=1e-6)
+    assert [item.score for item in one] != [item.score for item in model.recommend([3, 14, 15, 92], k=20)]
+    items, width = item_table(model.params).shape
+    saved = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) - sum(leaf.nbytes for leaf in jax.tree.leaves(small.params))
+    assert saved == items * {"int8": 4 * width - (width + 8), "int4": 4 * width - (width // 2 + 4)}[tables]
 
 
 def test_only_the_newest_events_count(model):

@@ -2,6 +2,10 @@
 
 import dataclasses
 import itertools
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import golden
 import jax
@@ -28,6 +32,8 @@ from ultra_hstu.sampling import (
 )
 from ultra_hstu.task import Task
 from ultra_hstu.train import train
+
+ROOT = Path(__file__).parent.parent
 
 # --- lengths ---
 
@@ -214,6 +220,28 @@ def test_recalibration_is_the_only_communication():
     moved = 1000.0 + RECALIBRATION_WEIGHT * 1000.0
     assert targets == [None, None, 1000.0, 1000.0, 1000.0, moved, moved]
     assert process_mean(2.5) == 2.5  # one process
+
+
+def test_mean_over_two_processes():
+    """Each starts with another load; both get the mean."""
+    code = """
+import sys, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from ultra_hstu.sampling import process_mean
+print("mean", process_mean(1e6 + 1000 * int(sys.argv[2])))
+"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, address, str(rank)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert all(float(text.split("mean ")[-1]) == 1000500.0 for text in said), said
 
 
 def test_a_restored_balancer_goes_on_alike():

@@ -17,6 +17,7 @@ import numpy as np
 from kernels.mask import AttentionMask
 from ultra_hstu.config import Config, ModelConfig
 from ultra_hstu.losses import whole_table_is_cheaper
+from ultra_hstu.nn.hstu import layer_masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +112,6 @@ def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[f
     return float(gamma), float(error)
 
 
-def layer_mask(model: ModelConfig, layer: int) -> AttentionMask:
-    """The mask of one layer: fields of the configuration hold one value for all layers, or one a layer."""
-    window, full_rows, prefix = (
-        values[layer if len(values) > 1 else 0] if values else default
-        for values, default in ((model.window, -1), (model.full_rows, 0), (model.prefix, 0))
-    )
-    return AttentionMask(window=None if window < 0 else window, full_rows=full_rows, prefix=prefix)
-
-
 def _lengths(**named: Any) -> list[np.ndarray]:
     arrays = {name: np.atleast_1d(np.asarray(value, np.int64)) for name, value in named.items()}
     for name, values in arrays.items():
@@ -141,12 +133,12 @@ def _encoder(config: Config, history: np.ndarray, targets: np.ndarray, contextua
     tokens = 2 if config.rank.tasks and config.rank.input == "interleaved" else 1
     projections = attention = backward = again = 0.0
     pairs: dict[tuple[AttentionMask, int | None], float] = {}
-    for layer in range(layers):
+    masks = layer_masks(model, layers) if model.kind == "hstu" else (AttentionMask(),) * layers
+    for layer, mask in enumerate(masks):
         truncated = model.truncate_after is not None and layer >= model.truncate_after
         limit = model.truncate_length if truncated else None
         kept_K = kind_K3[:, 0] if limit is None else np.minimum(kind_K3[:, 0], limit)
         rows_K = tokens * kept_K + kind_K3[:, 1] + kind_K3[:, 2]
-        mask = layer_mask(model, layer) if model.kind == "hstu" else AttentionMask()
         if (mask, limit) not in pairs:
             pairs[mask, limit] = float(
                 sum(share * mask.num_pairs([rows], [m], [c]) for share, rows, (_, m, c) in zip(share_K, rows_K, kind_K3, strict=True))
@@ -157,11 +149,9 @@ def _encoder(config: Config, history: np.ndarray, targets: np.ndarray, contextua
         projections += first + last
         attention += score + value
         backward += 3 * score + 2 * value
-        # Neither form computes the output projection again: nothing in the backward needs its result.
-        if model.remat == "full":
-            again += first + score + value
-        elif model.remat == "selective" or (model.chunk_rows is not None and model.kind == "hstu"):
-            again += first
+        # The output projection is never computed again: nothing in the backward needs its result.
+        if model.kind == "hstu":
+            again += first * ((model.remat != "none") + (model.chunk_rows is not None)) + (score + value) * (model.remat == "full")
     return Flops(projections, attention, backward, 0.0, 0.0, 0.0, again)
 
 

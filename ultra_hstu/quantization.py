@@ -129,15 +129,17 @@ def quantize(table_ID: Float[Any, "I D"], kind: str) -> Any:
     return QUANTIZE[kind](table_ID) if kind in QUANTIZE else np.asarray(table_ID)
 
 
-def with_tables(params: Any, kind: str) -> Any:
-    """Parameters whose item tables hold what a table of this kind gives back: what a model computes with when it is served from it."""
+def packed(params: Any, kind: str) -> Any:
+    """Parameters with their item tables as tables of this kind: fewer bytes on their way to the device and on it. `unpacked` is for the device."""
     if kind == "float32":
         return params
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: quantize(leaf, kind) if _is_table(path) else leaf, params)
 
-    def served(path: Any, leaf: Any) -> Any:
-        return quantize(leaf, kind).dense() if _is_table(path) else leaf
 
-    return jax.tree_util.tree_map_with_path(served, params)
+def unpacked(params: Any) -> Any:
+    """`packed` parameters as the model takes them, float32 rows for every table; works under jit."""
+    is_table = lambda leaf: isinstance(leaf, _RowwiseTable)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.dense() if is_table(leaf) else leaf, params, is_leaf=is_table)
 
 
 def item_table(params: Any) -> Float[np.ndarray, "I D"]:

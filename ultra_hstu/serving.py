@@ -14,6 +14,7 @@ from ultra_hstu.data.batching import Events, gather_batch
 from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.metrics import best_items
 from ultra_hstu.nn.norms import l2_normalize
+from ultra_hstu.quantization import packed, unpacked
 from ultra_hstu.recipe import Params, Recipe, Steps
 from ultra_hstu.workdir import Workdir
 
@@ -41,7 +42,11 @@ class Recommendation:
 class RecommendationModel:
     """A trained run, ready to recommend. Compiled once: every history is one slice of `config.data.max_history` rows or fewer."""
 
-    def __init__(self, workdir: str):
+    def __init__(self, workdir: str, *, tables: str = "float32"):
+        """
+        Args:
+          tables: how the item table goes to the device and stays there: one of `quantization.KINDS`.
+        """
         folder = Workdir(workdir)
         self.config: Config = folder.read_config()
         if self.config.rank.tasks:
@@ -51,7 +56,7 @@ class RecommendationModel:
             )
         self.catalog = Catalog.load(folder.catalog)
         self.recipe = Recipe(self.config, self.catalog.num_items)
-        _, self.params = load_params(folder, self.recipe)
+        self.params = jax.device_put(packed(load_params(folder, self.recipe)[1], tables))
         self._best = jax.jit(functools.partial(_best, self.recipe, self.config.data.max_history), static_argnames="k")
 
     def recommend(self, items: ArrayLike, times: ArrayLike | None = None, *, now: int | None = None, k: int = 10) -> list[Recommendation]:
@@ -100,7 +105,7 @@ def _best(
     recipe: Recipe, rows: int, params: Params, events: Events, length: jax.Array, unseen_I: jax.Array, *, k: int
 ) -> tuple[jax.Array, jax.Array]:
     batch = gather_batch(events, jnp.zeros(1, jnp.int32), length[None], rows=rows)
-    model = recipe.model(params)
+    model = recipe.model(unpacked(params))
     user_1D = model.encode(batch, rngs=None)[batch.last_row_B]
     normalize = recipe.config.loss.l2_normalize
     user_1D = l2_normalize(user_1D) if normalize else user_1D

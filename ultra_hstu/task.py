@@ -11,9 +11,10 @@ from ultra_hstu.config import Config
 from ultra_hstu.data.batching import Events
 from ultra_hstu.data.feed import WHOLE, Loader, Planner, history_loader
 from ultra_hstu.data.interactions import Interactions, load_interactions
-from ultra_hstu.data.rank_source import RankSource
+from ultra_hstu.data.rank_source import RankSource, channels
 from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
 from ultra_hstu.data.split import Split, split
+from ultra_hstu.flops import Flops
 from ultra_hstu.ranking_recipe import RankRecipe
 from ultra_hstu.recipe import Recipe
 
@@ -73,6 +74,11 @@ class Task:
             return WHOLE
         return SampledPlanner(sampling, (History(data.max_history),), None if self.interactions.timestamps is None else self.events.time_E)
 
+    def flops(self, part: str) -> Flops:
+        """Operations of a sample, the mean over the histories of a part of the split (of training: those of the first epoch)."""
+        columns = _columns(self, part)
+        return flops.count(self.config, columns["stop"] - columns["start"], items=self.interactions.num_items)
+
     def popularity(self) -> Float[np.ndarray, " I1"]:
         """How often each item occurs in the training events (rows and targets); ties go to the lower id, row 0 is padding."""
         train = self.splits.train
@@ -105,6 +111,24 @@ class RankTask:
         """Batches of requests of one part of the split: "train", "validation" or "test"; `batch_users` counts requests."""
         gamma = _gamma(self.config, self.interactions)
         return self.source.loader(self.config, part, batch_users=batch_users, steps_per_call=steps_per_call, gamma=gamma)
+
+    def flops(self, part: str) -> Flops:
+        """Operations of a request, the mean over those of a part of the split (of training: those of the first epoch)."""
+        columns, config = _columns(self, part), self.config
+        history = {name: columns[f"stop/{name}"] - columns[f"start/{name}"] for name in channels(config)}
+        return flops.count(
+            config,
+            next(iter(history.values())),
+            targets=columns["count"],
+            contextual=len(config.rank.contextual),
+            channels=history if config.model.channels else None,
+        )
+
+
+def _columns(task: Task | RankTask, part: str) -> dict[str, np.ndarray]:
+    users = task.config.data.batch_users if part == "train" else task.config.train.eval_users
+    plan = task.loader(part, batch_users=users, steps_per_call=1).plan(seed=task.config.train.seed, shuffle=part == "train")
+    return plan.examples.columns
 
 
 def _gamma(config: Config, interactions: Interactions) -> float:
