@@ -37,7 +37,7 @@ _RECORD = flags.DEFINE_string("record", None, "JSON file for the result")
 MODES: dict[str, dict[str, Any]] = {
     "none": {"remat": "none"},
     "selective": {"remat": "selective"},
-    "selective, 8 chunks": {"remat": "selective", "chunk_rows": 8},  # the number of chunks, until the rows are known
+    "selective 8 chunks": {"remat": "selective", "chunk_rows": 8},  # the number of chunks, until the rows are known
     "full": {"remat": "full"},
     "fp8": {"remat": "none", "projection": "fp8"},
 }
