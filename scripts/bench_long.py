@@ -26,11 +26,7 @@ from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.batching import Batch
 from ultra_hstu.recipe import Recipe
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
-_VARIANTS = flags.DEFINE_list("variants", None, "names of variants; all by default")
-_IMPLEMENTATION = flags.DEFINE_string("implementation", None, "of attention; that of the configuration by default")
-_SECONDS = flags.DEFINE_float("seconds", 1.0, "time to measure a variant for")
-_RECORD = flags.DEFINE_string("record", None, "JSON file for the result")
+FLAGS = flags.FLAGS
 
 WHOLE: dict[str, Any] = {"truncate_after": None, "truncate_length": None}
 CAUSAL: dict[str, Any] = {"window": (), "full_rows": (), "prefix": ()}
@@ -45,10 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main(_: list[str]) -> None:
-    config = from_config_dict(_CONFIG.value)
-    if _IMPLEMENTATION.value:
-        config = with_model(config, {"implementation": _IMPLEMENTATION.value})
-    names = _VARIANTS.value or list(VARIANTS)
+    config = from_config_dict(FLAGS.config)
+    if FLAGS.implementation:
+        config = with_model(config, {"implementation": FLAGS.implementation})
+    names = FLAGS.variants or list(VARIANTS)
     result = {
         "config": config.name,
         "implementation": config.model.implementation,
@@ -63,10 +59,10 @@ def main(_: list[str]) -> None:
             result["variants"][name] = compiled
     for name, step in steps.items():
         if "error" not in result["variants"][name]:
-            result["variants"][name] |= step.measure(_SECONDS.value)
+            result["variants"][name] |= step.measure(FLAGS.seconds)
         console.print(name, result["variants"][name])
-        if _RECORD.value:
-            workdir.write_json(Path(_RECORD.value), result)
+        if FLAGS.record:
+            workdir.write_json(Path(FLAGS.record), result)
     console.print(table(result["variants"]))
 
 
@@ -155,5 +151,10 @@ def table(variants: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
+    flags.DEFINE_list("variants", None, "names of variants; all by default")
+    flags.DEFINE_string("implementation", None, "of attention; that of the configuration by default")
+    flags.DEFINE_float("seconds", 1.0, "time to measure a variant for")
+    flags.DEFINE_string("record", None, "JSON file for the result")
     flags.mark_flag_as_required("config")
     command.run(main)
