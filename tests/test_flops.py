@@ -164,11 +164,11 @@ def test_ranking_model_against_its_program(form):
     program = jax.make_jaxpr(lambda params: task.recipe.logits(params, batch))(task.recipe.init(0).params)
 
     def full(rows, layers):
+        """One stack of this depth on so many rows, of which each sees all."""
         whole = with_(config, model__truncate_after=None, model__truncate_length=None, model__channels={}, model__layers=layers)
         return flops.count(whole, 0, contextual=rows)
 
-    head = flops.count(with_(config, model__channels={}) if form != "mixture" else config, 0, targets=4 * config.rank.targets,
-                       channels={name: 0 for name in config.model.channels}).head  # fmt: skip
+    head = flops.count(config, 0, targets=4 * config.rank.targets, channels={name: 0 for name in config.model.channels}).head
     if form == "mixture":
         encoders = [full(rows, channel.layers) for rows, channel in zip(loader.gather.rows, config.model.channels.values(), strict=True)]
     elif form == "truncated":
