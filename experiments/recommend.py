@@ -40,7 +40,8 @@ def main(_: list[str]) -> None:
         Workdir(_WORKDIR.value).check_data(interactions)
         events = interactions.history(str(_USER.value))
         times = None if interactions.timestamps is None else interactions.timestamps[events]
-        answer = model.recommend(interactions.items[events], times, k=_K.value)
+        actions = {name: values[events] for name, values in interactions.actions.items()}
+        answer = model.recommend(interactions.items[events], times, actions=actions, k=_K.value)
         title = f"user {_USER.value}, after {events.stop - events.start} events"
     report.make_console().print(report.recommendations_table(title, answer))
 

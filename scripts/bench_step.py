@@ -25,8 +25,8 @@ from rich.table import Table
 from experiments import command
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.config import Config, from_config_dict
-from ultra_hstu.evaluate import Evaluator
-from ultra_hstu.task import Task
+from ultra_hstu.evaluate import evaluator
+from ultra_hstu.task import RankTask, Task
 from ultra_hstu.train import run_steps
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
@@ -81,7 +81,7 @@ def time_steps(config: Config, repeats: int) -> dict[str, float]:
             times.append(time.perf_counter() - started)
     per_step = [1e3 * seconds / size for seconds in times]
     return {
-        "rows": loader.gather.rows,
+        "rows": sum(rows) if isinstance(rows := loader.gather.rows, tuple) else rows,
         "step_ms_median": statistics.median(per_step),
         "step_ms_min": min(per_step),
         "input_wait_share": waited / sum(times),
@@ -89,16 +89,20 @@ def time_steps(config: Config, repeats: int) -> dict[str, float]:
     }
 
 
-def time_evaluation(task: Task) -> dict[str, float]:
-    """Seconds to rank every test user, and the process's peak memory in MiB then."""
+def time_evaluation(task: Task | RankTask) -> dict[str, float]:
+    """Seconds to rank every test user (ranking: to predict the targets of every test request), and the process's peak memory in MiB then."""
     params = jax.jit(task.recipe.init, static_argnums=0)(0).params
-    evaluator = Evaluator(task, "test")
-    evaluator.compile(params)
-    evaluator(params)
+    measure = evaluator(task, "test")
+    measure.compile(params)
+    measure(params)
     started = time.perf_counter()
-    evaluator(params)
+    measure(params)
     seconds = time.perf_counter() - started
-    return {"users": len(evaluator.examples), "seconds": seconds, "peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "users": len(measure.plan.examples.lengths),
+        "seconds": seconds,
+        "peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 if __name__ == "__main__":

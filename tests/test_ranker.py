@@ -15,8 +15,8 @@ from small_run import with_
 
 from ultra_hstu.config import ChannelConfig, from_config_dict
 from ultra_hstu.data.rank_source import EVERYTHING
+from ultra_hstu.nn.embeddings import CodeEmbedding
 from ultra_hstu.nn.heads import MultiTaskHead
-from ultra_hstu.nn.tokens import CodeEmbedding
 from ultra_hstu.task import RankTask, Task
 
 FORMS = {
@@ -26,9 +26,15 @@ FORMS = {
     "supervise all": dict(rank=dict(input="interleaved", supervise="all")),
     "semi-local, truncated": dict(model=dict(window=(2,), full_rows=(1,), truncate_after=1, truncate_length=4)),
     "mixture": dict(model=dict(channels=MIXTURE)),
+    "contextual": dict(rank=dict(contextual=("age", "region"))),
+    "contextual, interleaved": dict(rank=dict(contextual=("age", "region"), input="interleaved")),
     "clicks": dict(model=dict(channels={"engagement": ChannelConfig(signal="is_click", at_least=1.0, max_history=20, layers=1)})),
 }
-DATA = rank_data.interactions((20, 9, 14))
+DATA = dataclasses.replace(
+    rank_data.interactions((20, 9, 14)),
+    contexts={"age": np.array([3, 0, 1], np.int32), "region": np.array([2, 2, 1], np.int32)},
+    context_values={"age": ("", "1", "2", "3"), "region": ("", "north", "south")},
+)
 
 
 def task_of(form, data=DATA) -> RankTask:
@@ -199,6 +205,10 @@ def test_head_against_numpy():
         ({"model__kind": "sasrec"}, "model.kind='sasrec' cannot be used for ranking: use 'hstu'"),
         ({"model__attention": "softmax"}, "model.attention='softmax' cannot be used for ranking: use 'silu'"),
         ({"rank__supervise": "all"}, "rank.supervise='all' .* needs rank.input='interleaved'"),
+        (
+            {"rank__supervise": "all", "rank__input": "interleaved", "rank__contextual": ("age",)},
+            "supervise='all' .* and no rank.contextual",
+        ),
         ({"rank__tasks": ("rating", "rating")}, r"rank.tasks=\('rating', 'rating'\) names one twice"),
         ({"rank__tasks": ()}, "the chronological split are for ranking; name rank.tasks"),
     ],

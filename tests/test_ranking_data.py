@@ -41,11 +41,11 @@ def test_codes_of_signals():
     ratings = np.resize([0.5, 3, 5], events).astype(np.float32)
     times = np.resize([0, 999, 1000, 7999, 10**9], events).astype(np.int32)
     data = with_actions(rating=ratings, play_time_ms=times, duration_ms=np.resize([0, 1998, 500, 8000, 10], events).astype(np.int32))
-    rating, watched, share = (signals.signal(data, name) for name in ("rating", "watch_time", "watched_share"))
+    rating, watched, share = (signals.signal(data.actions, name) for name in ("rating", "watch_time", "watched_share"))
     assert rating.size == 11 and rating.code[:3].tolist() == [1, 6, 10]
     assert watched.size == 17 and watched.code[:5].tolist() == [1, 1, 2, 4, 16]  # below 1 s, [1, 2), [4, 8), the last bucket
     assert share.size == 11 and share.code[:5].tolist() == [0, 6, 10, 10, 10]  # no length: none; half; watched longer than it is
-    flag = signals.signal(data, "is_click")
+    flag = signals.signal(data.actions, "is_click")
     np.testing.assert_array_equal(flag.code, data.actions["is_click"] + 1)
     skill = signals.feature(data, "skill")
     assert skill.size == 5
@@ -69,20 +69,21 @@ def test_tasks():
 def test_unknown_names_are_refused_with_those_of_the_source(kind):
     known = {"signal": "is_click, rating$", "feature": "skill$", "task": "is_click, rating, rating_at_least_4$", "context": "none$"}[kind]
     with pytest.raises(ValueError, match=f"'loved'.*this source has {known}"):
-        getattr(signals, kind)(rank_data.interactions(), "loved")
+        data = rank_data.interactions()
+        getattr(signals, kind)(data.actions if kind == "signal" else data, "loved")
 
 
 def test_flags_outside_0_and_1_are_refused():
     data = with_actions(is_click=np.resize([0, 1, 2], 56).astype(np.int32))
     with pytest.raises(ValueError, match="is_click must be 0 or 1, but a value is 2"):
-        signals.signal(data, "is_click")
+        signals.signal(data.actions, "is_click")
     with pytest.raises(ValueError, match="task 'is_click' is binary, but a label is 2: labels must be 0 or 1"):
         signals.task(data, "is_click")
 
 
 def test_ratings_off_the_scale_are_refused():
     with pytest.raises(ValueError, match="ratings must lie in 0.5..5, but they run from 0 to"):
-        signals.signal(with_actions(rating=np.arange(56, dtype=np.float32)), "rating")
+        signals.signal(with_actions(rating=np.arange(56, dtype=np.float32)).actions, "rating")
 
 
 def test_a_channel_of_an_unknown_action_is_refused():
@@ -120,7 +121,8 @@ def test_requests_partition_every_part(lengths, targets, max_history, fractions,
                 asked[start:stop] += 1
             else:
                 assert 1 <= count <= targets and stop + count <= last
-                assert start == max(first, stop - max_history)
+                longest = max_history - (supervise == "all")  # an item in a training stretch has had no more before it
+                assert start == max(first, stop - longest)
                 asked[stop : stop + count] += 1
             assert first <= start <= stop
         here = np.concatenate([np.arange(low, high) for low, high in zip(*parts.bounds(part), strict=True)])
@@ -141,7 +143,7 @@ def test_training_requests_are_a_function_of_seed_and_epoch():
 def rows_by_hand(data, config, user, history, targets):
     """The tokens of one sequence, one dict a row."""
     names = config.rank
-    signal = {name: signals.signal(data, name).code for name in names.signals}
+    signal = {name: signals.signal(data.actions, name).code for name in names.signals}
     feature = {name: signals.feature(data, name).code for name in names.features}
     backwards = names.supervise == "targets"
     times = np.zeros(data.num_events, int) if data.timestamps is None else data.timestamps - data.timestamps.min()

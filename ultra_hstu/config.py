@@ -122,7 +122,9 @@ class RankConfig:
 
     tasks: tuple[str, ...] = ()  # names of ultra_hstu.data.signals
     input: Literal["merged", "interleaved"] = "merged"  # item + action in one token, or two tokens
-    signals: tuple[str, ...] = ()  # what the user did with an event, embedded and summed; 0 on targets
+    signals: tuple[
+        str, ...
+    ] = ()  # what the user did with an event, embedded and summed; 0 on targets. Retrieval embeds them in every history token
     features: tuple[str, ...] = ()  # known of an event before the user acts; kept on targets
     contextual: tuple[str, ...] = ()  # features of the user, one token each in front of the history
     targets: int = 16  # events a request asks about, which do not see one another
@@ -149,9 +151,7 @@ class TrainConfig:
     protocol: Protocol = "published"
     eval_every: int = 1  # epochs
     eval_users: int = 256  # users scored at one time
-    patience: int | None = (
-        None  # epochs without a better NDCG@10 (ranking: NE) before stopping; None: run all under `published`, 10 otherwise
-    )
+    patience: int | None = None  # epochs without a better NDCG@10 (ranking: NE) before stopping; None: 10, under `published` all are run
     checkpoint_every: int = 1  # epochs
     keep_checkpoints: int = 2  # newest kept, beside the best
     steps_per_call: int = 16  # steps in one compiled scan; progress, signals and metrics are looked at between calls
@@ -204,6 +204,7 @@ class Config:
                 raise ValueError(f"model.{name}={values} must hold one value, or one for each of model.layers={self.model.layers}")
             if any(value < (-1 if name == "window" else 0) for value in values):
                 raise ValueError(f"model.{name}={values} must be at least {-1 if name == 'window' else 0}")
+        self._validate_encoder()
         if (self.model.truncate_after is None) != (self.model.truncate_length is None):
             raise ValueError(
                 f"model.truncate_after={self.model.truncate_after} and model.truncate_length={self.model.truncate_length}: give both, or neither"
@@ -214,12 +215,6 @@ class Config:
             raise ValueError(f"data.stochastic_length={self.data.stochastic_length!r} must be in (1, 2], or None for whole histories")
         if self.data.load_balance and self.data.stochastic_length is None:
             raise ValueError("data.load_balance=True needs data.stochastic_length: it chooses which histories stay whole")
-        if self.rank.supervise == "all" and self.rank.input == "merged" and self.rank.tasks:
-            raise ValueError("rank.supervise='all' needs rank.input='interleaved': a merged token holds its own action; use 'targets'")
-        if bool(self.rank.tasks) != (self.train.protocol == "chronological"):
-            raise ValueError(
-                f"rank.tasks={self.rank.tasks} and train.protocol={self.train.protocol!r}: ranking runs under 'chronological', retrieval under the others"
-            )
         if self.train.seed >= 2**32:
             raise ValueError(f"train.seed={self.train.seed} must be below 2^32: larger seeds would repeat smaller ones")
         if self.data.synthetic.max_concentration < 1:
@@ -228,6 +223,22 @@ class Config:
             raise ValueError(
                 f"data.synthetic.length={self.data.synthetic.length} must be at least 3: a history, a validation and a test item"
             )
+
+    def _validate_encoder(self) -> None:
+        """Options that only some encoders have."""
+        model, default = self.model, ModelConfig()
+        masks, cuts = ("window", "full_rows", "prefix"), ("truncate_after", "truncate_length")
+        rules = [
+            (model.kind == "sasrec", (*masks, *cuts, "alpha", "projection", "remat", "chunk_rows"), "model.kind='sasrec'", "use 'hstu'"),
+            (model.attention == "softmax", masks, "model.attention='softmax', which is plain causal", "use 'silu'"),
+            (model.preset == "research", ("alpha",), "model.preset='research', whose scores have no factor", "use 'production'"),
+            (self.data.layout == "padded", ("full_rows",), "data.layout='padded', whose newest rows are padding", "use 'jagged'"),
+        ]
+        for applies, names, what, remedy in rules:
+            for name in names:
+                value = getattr(model, name)
+                if applies and value != getattr(default, name) and not (isinstance(value, tuple) and set(value) <= {0}):
+                    raise ValueError(f"model.{name}={value!r} does nothing under {what}: {remedy}, or leave it out")
 
     def _validate_ranking(self) -> None:
         rank, model = self.rank, self.model
@@ -243,10 +254,12 @@ class Config:
         for name, (value, only) in needed.items():
             if value != only:
                 raise ValueError(f"{name}={value!r} cannot be used for ranking: use {only!r}")
-        if rank.supervise == "all" and (rank.input != "interleaved" or model.channels or model.truncate_after is not None):
+        # A contextual token sees the whole history and is seen by all of it: an item would read its own action through it.
+        unfit = rank.input != "interleaved" or model.channels or model.truncate_after is not None or rank.contextual
+        if rank.supervise == "all" and unfit:
             raise ValueError(
                 "rank.supervise='all' predicts every item of one whole history before its action: it needs rank.input='interleaved', "
-                "no model.channels and no truncation; or use rank.supervise='targets'"
+                "no model.channels, no truncation and no rank.contextual; or use rank.supervise='targets'"
             )
 
 

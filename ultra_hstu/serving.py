@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
+from ultra_hstu.data import signals
 from ultra_hstu.data.batching import Events, gather_batch
 from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.metrics import best_items
@@ -59,16 +61,26 @@ class RecommendationModel:
         self.params = jax.device_put(packed(load_params(folder, self.recipe)[1], tables))
         self._best = jax.jit(functools.partial(_best, self.recipe, self.config.data.max_history), static_argnames="k")
 
-    def recommend(self, items: ArrayLike, times: ArrayLike | None = None, *, now: int | None = None, k: int = 10) -> list[Recommendation]:
+    def recommend(
+        self,
+        items: ArrayLike,
+        times: ArrayLike | None = None,
+        *,
+        actions: Mapping[str, ArrayLike] | None = None,
+        now: int | None = None,
+        k: int = 10,
+    ) -> list[Recommendation]:
         """The k unseen items with the highest scores.
 
         Args:
           items: dense ids (`catalog.encode` makes them), oldest first; the newest `max_history` count.
           times: seconds, one an event; without them all events count as simultaneous.
+          actions: what the user did with each item, by the names of the source ("rating"), for a run whose tokens hold signals; without them
+            such a run sees items alone.
           now: time of the request in the same seconds; None takes the next event to follow the last at once.
 
         Raises:
-          ValueError: for an empty history, a wrong number of times, or k outside 1..items.
+          ValueError: for an empty history, a wrong number of times or actions, actions that the run's signals cannot be made from, or k outside 1..items.
         """
         num_items = self.catalog.num_items
         item_E = np.asarray(items)
@@ -91,6 +103,15 @@ class RecommendationModel:
             np.pad(item_E[newest], (0, self.config.data.max_history + 1 - length)),
             np.pad(time_E[newest], (0, self.config.data.max_history + 1 - length), constant_values=time_E[-1] if now is None else now),
         )
+        if names := self.config.rank.signals:
+            code_ES = np.zeros((len(item_E), len(names)), np.int32)
+            if actions is not None:
+                columns = {name: np.asarray(values) for name, values in actions.items()}
+                if wrong := [name for name, values in columns.items() if len(values) != len(item_E)]:
+                    raise ValueError(f"{len(item_E)} items but {len(columns[wrong[0]])} values of {wrong[0]!r}: give one an item")
+                code_ES = signals.signals(columns, names, len(item_E))
+            padding = ((0, self.config.data.max_history + 1 - length), (0, 0))
+            events = dataclasses.replace(events, signal_ES=np.pad(code_ES[newest], padding))
         seen_I = np.zeros(num_items + 1, bool)
         seen_I[item_E] = True
         best_K, score_K = self._best(self.params, events, jnp.int32(length), jnp.asarray(~seen_I), k=k)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from ultra_hstu import flops
 from ultra_hstu.config import Config
+from ultra_hstu.data import signals
 from ultra_hstu.data.batching import Events
 from ultra_hstu.data.feed import WHOLE, Loader, Planner, history_loader
 from ultra_hstu.data.interactions import Interactions, load_interactions
@@ -39,11 +40,14 @@ class Task:
             return RankTask(config, interactions, RankSource.of(config, interactions))
         splits = split(interactions, config.train.protocol, config.data.max_history, config.data.temporal_test_fraction)
         events = Events.from_arrays(interactions.items, interactions.timestamps)
+        if names := config.rank.signals:
+            events = dataclasses.replace(events, signal_ES=signals.signals(interactions.actions, names, interactions.num_events))
         return Task(config, interactions, splits, events, Recipe(config, interactions.num_items))
 
     def with_config(self, config: Config) -> "Task":
         """The same data under another model, loss or seed. Raises ValueError if the configurations differ in data or protocol."""
-        if (config.data, config.train.protocol) != (self.config.data, self.config.train.protocol):
+        same = (config.data, config.rank, config.train.protocol) == (self.config.data, self.config.rank, self.config.train.protocol)
+        if not same:
             raise ValueError(
                 f"the data was loaded for {self.config.data}, protocol {self.config.train.protocol}: load it for {config.data}"
             )

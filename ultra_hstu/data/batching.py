@@ -37,6 +37,7 @@ class Batch:
     weight_T: Any  # float32 [T]: 1 where a row is trained on, 0 elsewhere
     offsets: Any  # int32 [B + 1]
     last_row_B: Any  # int32 [B]: row whose output stands for the user; of an empty history, row 0
+    signal_TS: Any = None  # int32 [T, S]: codes of what the user did with the item, 0 none; None: no signals
 
     @property
     def sequences(self) -> Sequences:
@@ -50,6 +51,7 @@ class Events:
 
     item_E: Any  # int32 [E]
     time_E: Any  # int32 [E]: seconds since the first event
+    signal_ES: Any = None  # int32 [E, S]: codes of signals; None: no signals
 
     @staticmethod
     def from_arrays(items: Int[np.ndarray, " E"], timestamps: Int[np.ndarray, " E"] | None) -> "Events":
@@ -152,6 +154,7 @@ def gather_batch(
         weight_T=real_T.astype(xp.float32),
         offsets=offsets,
         last_row_B=xp.where(lengths_B > 0, offsets[:-1] + lengths_B - 1, zero),
+        signal_TS=None if events.signal_ES is None else xp.where(real_T[:, None], events.signal_ES[event_T], zero),
     )
 
 
@@ -162,6 +165,6 @@ class HistoryGather:
     rows: int
     padded_length: int | None = None
 
-    def __call__(self, events: Events, columns_B: dict[str, Any], xp: Any = jnp) -> Batch:
+    def __call__(self, data: Events, columns_B: dict[str, Any], xp: Any = jnp) -> Batch:
         start_B, stop_B, index = columns_B["start"], columns_B["stop"], columns_B.get("event")
-        return gather_batch(events, start_B, stop_B, rows=self.rows, padded_length=self.padded_length, index=index, xp=xp)
+        return gather_batch(data, start_B, stop_B, rows=self.rows, padded_length=self.padded_length, index=index, xp=xp)

@@ -34,7 +34,7 @@ class Gather(Protocol):
         """Capacity of a batch, or of each of its buffers."""
         ...
 
-    def __call__(self, data: Any, columns_B: dict[str, Any], xp: Any = jnp) -> Any:
+    def __call__(self, data: Any, columns_B: dict[str, Any], xp: Any = jnp, /) -> Any:
         """The batch of B examples; a line of zeros in all columns is an empty place."""
         ...
 

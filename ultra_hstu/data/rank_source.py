@@ -60,7 +60,6 @@ class RankSource:
     def of(config: Config, interactions: Interactions) -> "RankSource":
         """Raises ValueError for tasks, signals, features or channels that the source lacks, and for labels outside {0, 1}."""
         rank = config.rank
-        coded = [signals.signal(interactions, name) for name in rank.signals]
         features = [signals.feature(interactions, name) for name in rank.features]
         contexts = [signals.context(interactions, name) for name in rank.contextual]
         tasks = [signals.task(interactions, name) for name in rank.tasks]
@@ -78,7 +77,7 @@ class RankSource:
         events = RankEvents(
             item_E=interactions.items.astype(np.int32),
             time_E=times,
-            signal_ES=_stack([codes.code for codes in coded], interactions.num_events, np.int32),
+            signal_ES=signals.signals(interactions.actions, rank.signals, interactions.num_events),
             feature_EF=_stack([codes.code for codes in features], interactions.num_events, np.int32),
             label_EK=_stack([task.label_E for task in tasks], interactions.num_events, np.float32),
             weight_EK=_stack([task.weight_E for task in tasks], interactions.num_events, np.float32),
@@ -91,7 +90,7 @@ class RankSource:
         )
         sizes = Sizes(
             items=interactions.num_items,
-            signals=tuple(codes.size for codes in coded),
+            signals=signals.sizes(rank.signals),
             features=tuple(codes.size for codes in features),
             contextual=tuple(codes.size for codes in contexts),
             kinds=tuple(task.kind for task in tasks),

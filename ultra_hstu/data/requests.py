@@ -72,9 +72,14 @@ def training(parts: Parts, config: Config, seed: int, epoch: int) -> Requests:
 
 
 def evaluation(parts: Parts, part: str, config: Config) -> Requests:
-    """The requests of the validation or test events; the same in every epoch."""
+    """The requests of the validation or test events; the same in every epoch.
+
+    With `rank.supervise="all"` histories are one event shorter: no item of a training stretch has had more before it, so that a target's position is
+    one that was trained.
+    """
     size = config.rank.targets
-    return segments(*parts.bounds(part), size, size, parts.first, config.data.max_history)
+    longest = config.data.max_history - (config.rank.supervise == "all")
+    return segments(*parts.bounds(part), size, size, parts.first, longest)
 
 
 def segments(
@@ -90,10 +95,10 @@ def segments(
     The history of a segment is the newest `max_history` events before it, none from before `oldest`.
     """
     length = last - first
-    head = np.minimum(head, length)
-    number = np.where(length > 0, 1 + -(-(length - head) // size), 0)
+    head_U = np.minimum(np.broadcast_to(head, length.shape), length)
+    number = np.where(length > 0, 1 + -(-(length - head_U) // size), 0)
     user = np.repeat(np.arange(len(first)), number)
     place = np.arange(len(user)) - np.repeat(np.cumsum(number) - number, number)  # number of the segment of its user
-    stop = first[user] + np.where(place > 0, head[user] + (place - 1) * size, 0)
-    count = np.minimum(np.where(place > 0, size, head[user]), last[user] - stop)
+    stop = first[user] + np.where(place > 0, head_U[user] + (place - 1) * size, 0)
+    count = np.minimum(np.where(place > 0, size, head_U[user]), last[user] - stop)
     return Requests(user, np.maximum(oldest[user], stop - max_history), stop, count)

@@ -5,7 +5,7 @@ A *signal* is what a user did with an event, so it is known only afterwards. A *
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,8 @@ FLAGS = (
 FEATURES = ("skill", "tab")
 WATCH_BUCKETS = 16  # watch time in seconds: below 1, [1, 2), [2, 4), ..., 2^14 and more
 SHARE_BUCKETS = 10  # of the share of a video that was watched
+
+_SIZES = {"rating": 11, "watch_time": WATCH_BUCKETS + 1, "watched_share": SHARE_BUCKETS + 1, **dict.fromkeys(FLAGS, 3)}
 
 Kind = Literal["binary", "regression"]
 Actions = dict[str, np.ndarray]
@@ -41,9 +43,22 @@ class Task:
     weight_E: Float32[np.ndarray, " E"]
 
 
-def signal(interactions: Interactions, name: str) -> Codes:
-    """The codes of a signal. Raises ValueError for an unknown one, naming those of the source, and for flags outside {0, 1}."""
-    return _pick("signal", _SIGNALS, interactions.actions, name)
+def signal(actions: Actions, name: str) -> Codes:
+    """The codes of a signal, from actions by name. Raises ValueError for an unknown one, naming those known, and for flags outside {0, 1}."""
+    return _pick("signal", _SIGNALS, actions, name)
+
+
+def signals(actions: Actions, names: Sequence[str], count: int) -> Int32[np.ndarray, "E S"]:
+    """The codes of several signals of `count` events, side by side."""
+    codes = [signal(actions, name).code for name in names]
+    return np.stack(codes, axis=1) if codes else np.zeros((count, 0), np.int32)
+
+
+def sizes(names: Sequence[str]) -> tuple[int, ...]:
+    """How many codes each signal has, 0 (none) counted; the same for every data set. Raises ValueError for an unknown one."""
+    if unknown := [name for name in names if name not in _SIZES]:
+        raise ValueError(f"unknown signal {unknown[0]!r}: there are {', '.join(sorted(_SIZES))}")
+    return tuple(_SIZES[name] for name in names)
 
 
 def feature(interactions: Interactions, name: str) -> Codes:
@@ -93,7 +108,7 @@ def _flag(name: str) -> Callable[[Actions], Codes]:
         values = actions[name]
         if np.isin(values, (0, 1), invert=True).any():
             raise ValueError(f"{name} must be 0 or 1, but a value is {values[np.isin(values, (0, 1), invert=True)][0]}")
-        return Codes(values.astype(np.int32) + 1, 3)
+        return Codes(values.astype(np.int32) + 1, _SIZES[name])
 
     return codes
 
@@ -101,14 +116,14 @@ def _flag(name: str) -> Callable[[Actions], Codes]:
 def _rating(actions: Actions) -> Codes:
     """Half stars: 0.5 is 1, 5 is 10."""
     code = np.round(2 * actions["rating"]).astype(np.int32)
-    if code.min() < 1 or code.max() > 10:
+    if code.size and (code.min() < 1 or code.max() > 10):
         raise ValueError(f"ratings must lie in 0.5..5, but they run from {actions['rating'].min():g} to {actions['rating'].max():g}")
-    return Codes(code, 11)
+    return Codes(code, _SIZES["rating"])
 
 
 def _watch_time(actions: Actions) -> Codes:
     edges = 2.0 ** np.arange(WATCH_BUCKETS - 1)
-    return Codes((np.searchsorted(edges, actions["play_time_ms"] / 1000, side="right") + 1).astype(np.int32), WATCH_BUCKETS + 1)
+    return Codes((np.searchsorted(edges, actions["play_time_ms"] / 1000, side="right") + 1).astype(np.int32), _SIZES["watch_time"])
 
 
 def _share(actions: Actions) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +135,7 @@ def _share(actions: Actions) -> tuple[np.ndarray, np.ndarray]:
 def _share_codes(actions: Actions) -> Codes:
     share, known = _share(actions)
     bucket = np.minimum((share * SHARE_BUCKETS).astype(np.int32), SHARE_BUCKETS - 1) + 1
-    return Codes(np.where(known, bucket, 0).astype(np.int32), SHARE_BUCKETS + 1)
+    return Codes(np.where(known, bucket, 0).astype(np.int32), _SIZES["watched_share"])
 
 
 def _share_task(actions: Actions) -> Task:

@@ -10,6 +10,7 @@ from ultra_hstu.nn.dropout import KeyOrNone, split_key
 from ultra_hstu.nn.embeddings import InputEmbedding
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.sasrec import SASRec
+from ultra_hstu.nn.truncation import Cut
 
 
 class Recommender(nnx.Module):
@@ -18,15 +19,16 @@ class Recommender(nnx.Module):
     Holds parameters only: dropout takes its key at the call.
     """
 
-    def __init__(self, config: ModelConfig, num_items: int, max_history: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, num_items: int, max_history: int, *, signals: tuple[int, ...] = (), rngs: nnx.Rngs):
         """
         Args:
           num_items: I; ids are 1..I.
+          signals: how many codes each signal of a token has, 0 (none) counted; without any a token is its item alone.
           max_history: rows of the longest sequence. N, which attention is divided by, is `max_history + config.output_slots`.
         """
         length = max_history + config.output_slots
         self.embedding = InputEmbedding(
-            num_items, config.width, length, dropout_rate=config.input_dropout, dtype=jnp.dtype(config.dtype), rngs=rngs
+            num_items, config.width, length, signals=signals, dropout_rate=config.input_dropout, dtype=jnp.dtype(config.dtype), rngs=rngs
         )
         build = HSTU.from_config if config.kind == "hstu" else SASRec.from_config
         self.encoder = build(config, length, rngs=rngs)
@@ -44,4 +46,15 @@ class Recommender(nnx.Module):
           rngs: a key turns dropout on and decides it; None leaves it out.
         """
         embedding_key, encoder_key = split_key(rngs, 2)
-        return self.encoder(self.embedding(batch.item_T, batch.offsets, embedding_key), batch.sequences, encoder_key)
+        return self.encoder(self.embed(batch, embedding_key), batch.sequences, encoder_key)
+
+    def embed(self, batch: Batch, key: KeyOrNone = None) -> Float[Array, "T D"]:
+        """The input of the encoder."""
+        return self.embedding(batch.item_T, batch.offsets, key, signal_TS=batch.signal_TS)
+
+    def encode_kept(self, batch: Batch, *, rngs: KeyOrNone = None) -> tuple[Float[Array, "S D"], Cut | None]:
+        """`encode` without the rows that an attention truncation drops, and which rows are left (None: all)."""
+        if isinstance(self.encoder, SASRec):
+            return self.encode(batch, rngs=rngs), None
+        embedding_key, encoder_key = split_key(rngs, 2)
+        return self.encoder.encode_kept(self.embed(batch, embedding_key), batch.sequences, encoder_key)

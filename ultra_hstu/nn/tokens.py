@@ -5,27 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ultra_hstu.data.rank_source import Sizes
 from ultra_hstu.data.ranking import GAP_SIZE, Tokens
 from ultra_hstu.nn import initializers
 from ultra_hstu.nn.dropout import KeyOrNone, dropout
-
-
-class CodeEmbedding(nnx.Module):
-    """Several codes of a row, each with its own vectors, summed; code 0 adds nothing. One table holds them all."""
-
-    def __init__(self, sizes: tuple[int, ...], width: int, *, rngs: nnx.Rngs):
-        self.firsts = [sum(size - 1 for size in sizes[:i]) for i in range(len(sizes))]  # code 1 of column i is line firsts[i]
-        self.table = initializers.param(initializers.truncated_normal_002, rngs, max(1, sum(size - 1 for size in sizes)), width)
-
-    def __call__(self, code_TS: Int[Array, "T S"]) -> Float[Array, "T D"]:
-        x_TD = jnp.zeros((code_TS.shape[0], self.table.shape[1]))
-        for column, first in enumerate(self.firsts):
-            code_T = code_TS[:, column]
-            x_TD += jnp.where((code_T > 0)[:, None], self.table[...][first + jnp.maximum(code_T - 1, 0)], 0.0)
-        return x_TD
+from ultra_hstu.nn.embeddings import CodeEmbedding
 
 
 class TokenEmbedding(nnx.Module):
