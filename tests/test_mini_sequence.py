@@ -119,7 +119,7 @@ def test_ranking_step_in_chunks():
         batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
         params = task.recipe.init(0).params
         values.append(jax.jit(jax.value_and_grad(task.recipe.loss))(params, batch, jax.random.key(0)))
-    assert values[0][0] == pytest.approx(values[1][0], rel=1e-6)
+    assert float(values[0][0]) == pytest.approx(float(values[1][0]), rel=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()) + 1e-9), *(v[1] for v in values)
     )
