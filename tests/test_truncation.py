@@ -9,43 +9,27 @@ import pytest
 from flax import nnx
 
 from kernels.mask import AttentionMask
+from tests import small_encoder
 from tests.golden import assert_close
+from tests.small_encoder import LENGTH, ROWS, SEQUENCES, WIDTH, batch, inputs
 from tests.test_mask import allowed
-from ultra_hstu.config import ModelConfig
+from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig
+from ultra_hstu.data.batching import Events, gather_batch
 from ultra_hstu.data.sequences import Sequences
-from ultra_hstu.nn.hstu import HSTU
+from ultra_hstu.losses import full_softmax
 from ultra_hstu.nn.truncation import Truncation
+from ultra_hstu.recipe import Recipe
 
-WIDTH, LENGTH, ROWS = 8, 20, 64
-# (contextual, history, targets): long, empty, exactly L', shorter than L', no history
-SEQUENCES = [(2, 13, 3), (0, 0, 0), (1, 5, 2), (0, 3, 0), (2, 0, 2)]
 KEEP, EXTRA = 5, 5  # L', and the most contextual tokens and targets of a sequence
-CONFIG = ModelConfig(
-    width=WIDTH, layers=2, heads=2, qk_width=4, v_width=6, preset="production", relative_bias=False, linear_dropout=0.0,
-    implementation="reference", truncate_after=1, truncate_length=KEEP,
-)  # fmt: skip
+LAYERS = 2
 
 
-def batch(parts, rows=ROWS) -> Sequences:
-    contextual, history, targets = (np.array(x, np.int32) for x in zip(*parts, strict=True))
-    offsets = np.concatenate([[0], np.cumsum(contextual + history + targets)]).astype(np.int32)
-    time_T = np.arange(rows, dtype=np.int32) * 50
-    fields = (offsets, np.arange(rows) < offsets[-1], time_T, time_T + 50, targets, contextual)
-    return Sequences(*(jnp.asarray(x) for x in fields))
+def encoder(extra_rows=EXTRA, **options):
+    return small_encoder.encoder(extra_rows, **{"truncate_after": 1, "truncate_length": KEEP} | options)
 
 
-def inputs(seed=0, rows=ROWS):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(rows, WIDTH)), jnp.float32)
-
-
-def encoder(config=CONFIG, extra_rows=EXTRA) -> HSTU:
-    built = HSTU.from_config(config, LENGTH, extra_rows=extra_rows, rngs=nnx.Rngs(0))
-    for number, layer in enumerate(built.layers):
-        layer.uvqk[...] *= 3
-        if config.preset == "production":
-            layer.output_norm_weight[...] += 0.1 * (number + 1)
-            layer.uvqk_bias[...] += 0.3
-    return built
+def whole_encoder(**options):
+    return small_encoder.encoder(**options)
 
 
 def norm(x, weight, bias):
@@ -92,7 +76,7 @@ MASKS = {  # of the layer below the truncation, and of the one above
 
 def masks_of(options):
     each = []
-    for number in range(CONFIG.layers):
+    for number in range(LAYERS):
         pick = {name: values[number if len(values) > 1 else 0] for name, values in options.items()}
         window = pick.get("window", -1)
         each.append(AttentionMask(None if window == -1 else window, pick.get("full_rows", 0), pick.get("prefix", 0)))
@@ -122,15 +106,14 @@ def compare(built, parts, masks, after, keep):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_against_one_sequence_at_a_time(name):
-    built = encoder(dataclasses.replace(CONFIG, **MASKS[name]))
-    compare(built, SEQUENCES, masks_of(MASKS[name]), after=1, keep=KEEP)
+    compare(encoder(**MASKS[name]), SEQUENCES, masks_of(MASKS[name]), after=1, keep=KEEP)
 
 
 @pytest.mark.parametrize("keep", [13, 1000])
 def test_as_long_as_the_longest_history(keep):
     """Then everything stays: the result is that without a truncation."""
-    changed = dataclasses.replace(CONFIG, truncate_length=keep, window=(2,), full_rows=(3,))
-    built, whole = encoder(changed), encoder(dataclasses.replace(changed, truncate_after=None, truncate_length=None))
+    masks = {"window": (2,), "full_rows": (3,)}
+    built, whole = encoder(truncate_length=keep, **masks), whole_encoder(**masks)
     sequences = batch(SEQUENCES)
     count = int(sequences.offsets[-1])
     np.testing.assert_array_equal(built.kept(sequences), sequences.real_T)
@@ -167,7 +150,7 @@ def test_full_buffer():
 
 @pytest.mark.parametrize("truncated", [True, False])
 def test_rows_are_those_of_the_whole_buffer(truncated):
-    built = encoder(CONFIG if truncated else dataclasses.replace(CONFIG, truncate_after=None, truncate_length=None))
+    built = encoder() if truncated else whole_encoder()
     sequences = batch(SEQUENCES)
     rows_P = jnp.asarray([0, 17, 16, 2, 15, 17, ROWS, ROWS + 7], jnp.int32)
     whole_TD, rows_PD = built(inputs(), sequences), built.rows(inputs(), sequences, rows_P)
@@ -211,8 +194,7 @@ def test_one_compilation_for_all_batches():
 def test_padded_layout():
     """Real rows first, padding behind them in the sequence: the newest real rows are kept, and the smaller buffer is jagged."""
     histories, place = [7, 0, 9, 4], 12
-    changed = dataclasses.replace(CONFIG, truncate_length=3)
-    built = encoder(changed, extra_rows=0)
+    built = encoder(extra_rows=0, truncate_length=3)
     jagged = batch([(0, h, 0) for h in histories])
     offsets = jnp.arange(5, dtype=jnp.int32) * place
     real_T = np.concatenate([np.arange(place) < h for h in histories] + [np.zeros(16, bool)])
@@ -236,4 +218,26 @@ def test_room_for_targets_is_asked_for():
 
 def test_truncation_above_all_layers():
     with pytest.raises(ValueError, match="truncate_after=1 must be below the number of layers, 1"):
-        HSTU.from_config(CONFIG, LENGTH, layers=1, rngs=nnx.Rngs(0))
+        encoder(layers=1)
+
+
+def test_retrieval_trains_on_the_rows_that_are_left():
+    """The loss of a truncated model is that of its outputs with weight 0 on dropped rows."""
+    model = ModelConfig(
+        width=8, layers=2, heads=2, qk_width=4, v_width=4, relative_bias=False, truncate_after=1, truncate_length=3,
+        input_dropout=0.0, linear_dropout=0.0,
+    )  # fmt: skip
+    config = Config(model=model, data=DataConfig(max_history=12), loss=LossConfig(kind="full", temperature=1.0))
+    recipe = Recipe(config, num_items=30)
+    events = Events.from_arrays(np.random.default_rng(0).integers(1, 31, 40), np.arange(40))
+    made = gather_batch(events, np.array([0, 12, 13]), np.array([9, 12, 24]), rows=32, xp=np)
+    made = jax.tree.map(jnp.asarray, made)
+    params = recipe.init(0).params
+    loss = recipe.loss(params, made, jax.random.key(0))
+    whole = recipe.model(params)
+    kept_T = whole.encoder.kept(made.sequences)
+    assert int(kept_T.sum()) == 6
+    options = dict(temperature=1.0, l2_normalize=True, chunk_rows=8)
+    expected, _ = full_softmax(whole.encode(made), whole.item_table[...], made.target_T, made.weight_T * kept_T, **options)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_array_equal(whole.encode(made)[~kept_T], 0)

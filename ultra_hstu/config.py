@@ -204,6 +204,7 @@ class Config:
                 raise ValueError(f"model.{name}={values} must hold one value, or one for each of model.layers={self.model.layers}")
             if any(value < (-1 if name == "window" else 0) for value in values):
                 raise ValueError(f"model.{name}={values} must be at least {-1 if name == 'window' else 0}")
+        self._validate_encoder()
         if (self.model.truncate_after is None) != (self.model.truncate_length is None):
             raise ValueError(
                 f"model.truncate_after={self.model.truncate_after} and model.truncate_length={self.model.truncate_length}: give both, or neither"
@@ -228,6 +229,22 @@ class Config:
             raise ValueError(
                 f"data.synthetic.length={self.data.synthetic.length} must be at least 3: a history, a validation and a test item"
             )
+
+    def _validate_encoder(self) -> None:
+        """Options that only some encoders have."""
+        model, default = self.model, ModelConfig()
+        masks, cuts = ("window", "full_rows", "prefix"), ("truncate_after", "truncate_length")
+        rules = [
+            (model.kind == "sasrec", (*masks, *cuts, "alpha", "projection", "remat", "chunk_rows"), "model.kind='sasrec'", "use 'hstu'"),
+            (model.attention == "softmax", masks, "model.attention='softmax', which is plain causal", "use 'silu'"),
+            (model.preset == "research", ("alpha",), "model.preset='research', whose scores have no factor", "use 'production'"),
+            (self.data.layout == "padded", ("full_rows",), "data.layout='padded', whose newest rows are padding", "use 'jagged'"),
+        ]
+        for applies, names, what, remedy in rules:
+            for name in names:
+                value = getattr(model, name)
+                if applies and value != getattr(default, name) and not (isinstance(value, tuple) and set(value) <= {0}):
+                    raise ValueError(f"model.{name}={value!r} does nothing under {what}: {remedy}, or leave it out")
 
     def _validate_ranking(self) -> None:
         rank, model = self.rank, self.model

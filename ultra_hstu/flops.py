@@ -178,6 +178,7 @@ def _head(config: Config, history: np.ndarray, targets: np.ndarray, encoders: in
 
 
 def _loss(config: Config, history: np.ndarray, items: int) -> float:
-    loss = config.loss
+    loss, limit = config.loss, config.model.truncate_length
+    history = history if limit is None else np.minimum(history, limit)  # only rows that reach the last layer are trained on
     scored = items + 1 if loss.kind == "full" or whole_table_is_cheaper(items + 1, loss.negatives) else loss.negatives + 1
     return float(history.mean()) * 2.0 * scored * config.model.width if items else 0.0

@@ -81,13 +81,15 @@ class Recipe(Steps):
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
         dropout_key, negative_key = jax.random.split(key)
         model = self.model(params)
-        h_TD = model.encode(batch, rngs=dropout_key)
+        h_TD, cut = model.encode_kept(batch, rngs=dropout_key)
+        # Rows that a truncation dropped have no output to train on.
+        target_T, weight_T = (x if cut is None else cut.take(x) for x in (batch.target_T, batch.weight_T))
         table_ID = model.item_table[...]
         config = self.config.loss
         chunk_rows = config.chunk_rows or CHUNK_ROWS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
         options: dict[str, Any] = dict(temperature=config.temperature, l2_normalize=config.l2_normalize, chunk_rows=chunk_rows)
         if config.kind == "full":
-            return losses.full_softmax(h_TD, table_ID, batch.target_T, batch.weight_T, **options)[0]
+            return losses.full_softmax(h_TD, table_ID, target_T, weight_T, **options)[0]
         rows, log_q = h_TD.shape[0], None
         if config.kind == "sampled":
             negative_TR = negatives.uniform_negatives(negative_key, rows, config.negatives, self.num_items)
@@ -95,4 +97,4 @@ class Recipe(Steps):
             pool = negatives.in_batch_pool(batch.target_T, self.num_items)
             negative_TR = negatives.in_batch_negatives(negative_key, pool, rows, config.negatives)
             log_q = pool.log_q_I if config.log_q else None
-        return losses.sampled_softmax(h_TD, table_ID, batch.target_T, batch.weight_T, negative_TR, log_q=log_q, **options)[0]
+        return losses.sampled_softmax(h_TD, table_ID, target_T, weight_T, negative_TR, log_q=log_q, **options)[0]

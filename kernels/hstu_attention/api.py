@@ -1,6 +1,7 @@
 """HSTU attention over flat jagged buffers: the public function, its checks and its choice of implementation."""
 
 import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from kernels.hstu_attention.plan import AttentionPlan, make_plan
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import AttentionMask
 
-__all__ = ["AttentionPlan", "RelativeBias", "hstu_attention", "implementations", "make_plan"]
+__all__ = ["AttentionPlan", "RelativeBias", "hstu_attention", "implementations", "make_plan", "prepare_plan"]
 
 _FILES = {"mosaic": "mosaic_hopper", "triton": "triton", "xla": "xla", "reference": "reference"}
 # Tried in this order where no implementation is named. `reference` runs only by name, its memory is O(T^2); so do `mosaic` and `triton`, until
@@ -83,6 +84,13 @@ def hstu_attention(
     modules = implementations()
     order = [name for name in _ORDER.get(device.current().platform, ("xla",)) if name in modules]
     return dispatch.call("hstu_attention", modules, order, implementation, run)
+
+
+def prepare_plan(plan: AttentionPlan, implementation: Any, *, heads: int, k_width: int, v_width: int) -> AttentionPlan:
+    """The plan with the lists of work that `implementation`, if it is one by name, would otherwise make again in every layer."""
+    if implementation != "mosaic":
+        return plan
+    return importlib.import_module(implementations()["mosaic"]).prepare(plan, heads, k_width, v_width)
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:

@@ -4,11 +4,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.hstu_attention.api import hstu_attention, make_plan
+from kernels.hstu_attention.api import RelativeBias, hstu_attention, make_plan, prepare_plan
 from kernels.jagged import is_real
 from kernels.mask import AttentionMask
 from ultra_hstu.config import ModelConfig
@@ -55,7 +56,7 @@ class HSTU(nnx.Module):
           extra_rows: most contextual tokens and targets of a sequence, together; truncation keeps room for them.
 
         Raises:
-          ValueError: options that do not go together.
+          ValueError: options that do not suit this depth.
         """
         depth = config.layers if layers is None else layers
         options: dict[str, Any] = dict(
@@ -63,8 +64,6 @@ class HSTU(nnx.Module):
         )
         if config.preset == "production":
             options["alpha"] = config.alpha
-        elif config.alpha is not None:
-            raise ValueError(f"model.alpha={config.alpha!r} is of the production layer: use model.preset='production', or leave it out")
 
         def layer() -> ResearchLayer | ProductionLayer:
             if config.relative_bias:
@@ -92,12 +91,12 @@ class HSTU(nnx.Module):
 
         With a truncation, rows that it dropped come out 0: leave them out of losses, see `kept`.
         """
-        x_SD, cut = self._run(x_TD, sequences, key)
+        x_SD, cut = self.encode_kept(x_TD, sequences, key)
         return x_SD if cut is None else cut.restore(x_SD)
 
     def rows(self, x_TD: Float[Array, "T D"], sequences: Sequences, rows_P: Int[Array, " P"], key: KeyOrNone = None) -> Float[Array, "P D"]:
         """The rows `rows_P` of `__call__`, without a buffer of T rows above a truncation; numbers of T and more give zeros."""
-        x_SD, cut = self._run(x_TD, sequences, key)
+        x_SD, cut = self.encode_kept(x_TD, sequences, key)
         place_P = rows_P if cut is None else cut.place_T.at[rows_P].get(mode="fill", fill_value=x_SD.shape[0])
         return x_SD.at[place_P].get(mode="fill", fill_value=0)
 
@@ -105,8 +104,8 @@ class HSTU(nnx.Module):
         """The real rows that reach the last layer: contextual tokens, targets and the newest history rows; all, without a truncation."""
         return jnp.asarray(sequences.real_T) if self.truncation is None else self.truncation.kept(sequences)
 
-    def _run(self, x_TD: Array, sequences: Sequences, key: KeyOrNone) -> tuple[Array, Cut | None]:
-        """The rows that are left after all layers, and which they are (None: all)."""
+    def encode_kept(self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None) -> tuple[Float[Array, "S D"], Cut | None]:
+        """The rows that reach the last layer, after it, in a buffer of their own, and which they are (None: all)."""
         x_TD = jnp.where(is_real(sequences.offsets, x_TD.shape[0])[:, None], x_TD, jnp.zeros((), x_TD.dtype))
         cut: Cut | None = None
         attends: dict[AttentionMask, Attend] = {}
@@ -126,18 +125,31 @@ class HSTU(nnx.Module):
         if self.attention == "softmax":
             return lambda q, k, v, *, alpha, bias: softmax_attention(q, k, v, sequences, bias=bias, length=self.length)
         plan = make_plan(mask, sequences.offsets, sequences.num_rows, sequences.num_targets, sequences.num_contextual)
-        run = functools.partial(
-            hstu_attention,
-            mask=mask,
-            num_targets=sequences.num_targets,
-            num_contextual=sequences.num_contextual,
-            scale=1.0 / self.length,
-            implementation=self.implementation,
-            plan=plan,
-        )
-        return lambda q, k, v, *, alpha, bias: run(
-            q, k, v, sequences.offsets, alpha=alpha, bias=None if bias is None else bias.flat(sequences.time_T, sequences.next_time_T)
-        )
+        layer = self.layers[0]
+        plan = prepare_plan(plan, self.implementation, heads=layer.heads, k_width=layer.qk_width, v_width=layer.v_width)
+
+        @functools.partial(jax.jit, static_argnames="alpha")  # traced and lowered once, not once a layer
+        def run(q_THK: Array, k_THK: Array, v_THV: Array, bias: RelativeBias | None, *, alpha: float) -> Array:
+            return hstu_attention(
+                q_THK,
+                k_THK,
+                v_THV,
+                sequences.offsets,
+                mask=mask,
+                num_targets=sequences.num_targets,
+                num_contextual=sequences.num_contextual,
+                alpha=alpha,
+                scale=1.0 / self.length,
+                bias=bias,
+                implementation=self.implementation,
+                plan=plan,
+            )
+
+        def attend(q: Array, k: Array, v: Array, *, alpha: float, bias: RelativeBiasTables | None) -> Array:
+            flat = None if bias is None else bias.flat(sequences.time_T, sequences.next_time_T)
+            return run(q, k, v, flat, alpha=alpha)
+
+        return attend
 
 
 def layer_masks(config: ModelConfig, layers: int) -> tuple[AttentionMask, ...]:
@@ -146,14 +158,12 @@ def layer_masks(config: ModelConfig, layers: int) -> tuple[AttentionMask, ...]:
     A window longer than the sequences is a legal one: plain causal attention.
 
     Raises:
-      ValueError: another number of values, or a mask for the softmax ablation, which is plain causal.
+      ValueError: another number of values.
     """
     values = {name: getattr(config, name) for name in ("window", "full_rows", "prefix")}
     for name, given in values.items():
         if len(given) not in (0, 1, layers):
             raise ValueError(f"model.{name}={given} must hold one value, or one for each of {layers} layers")
-        if given and config.attention == "softmax":
-            raise ValueError(f"model.{name}={given}: the softmax ablation is plain causal; use model.attention='silu'")
 
     def mask(number: int) -> AttentionMask:
         window, full_rows, prefix = (

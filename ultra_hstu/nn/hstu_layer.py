@@ -36,6 +36,7 @@ class Layer(nnx.Module):
     def __init__(
         self,
         heads: int,
+        qk_width: int,
         v_width: int,
         alpha: float,
         bias: RelativeBiasTables | None,
@@ -44,7 +45,7 @@ class Layer(nnx.Module):
         chunk_rows: int | None,
     ):
         self.bias = bias
-        self.heads, self.v_width, self.alpha = heads, v_width, alpha
+        self.heads, self.qk_width, self.v_width, self.alpha = heads, qk_width, v_width, alpha
         self.dropout_rate, self.precision, self.chunk_rows = dropout_rate, precision, chunk_rows
 
     def __call__(self, x_TD: Float[Array, "T D"], attend: Attend, key: KeyOrNone = None) -> Float[Array, "T D"]:
@@ -103,7 +104,7 @@ class ResearchLayer(Layer):
     ):
         inner = heads * v_width
         fan_in = 3 * inner if concat_ua else inner
-        super().__init__(heads, v_width, 1.0, bias, dropout_rate, precision, chunk_rows)
+        super().__init__(heads, qk_width, v_width, 1.0, bias, dropout_rate, precision, chunk_rows)
         self.uvqk = initializers.param(initializers.normal_002, rngs, width, 2 * inner + 2 * heads * qk_width)
         self.output = initializers.param(initializers.xavier_uniform, rngs, fan_in, width)
         self.output_bias = initializers.param(initializers.linear_bias(fan_in), rngs, width)
@@ -145,7 +146,8 @@ class ProductionLayer(Layer):
     ):
         inner, joined = heads * v_width, 2 * heads * (v_width + qk_width)
         per_norm = inner if norm == "layer_norm" else heads
-        super().__init__(heads, v_width, 1.0 / math.sqrt(qk_width) if alpha is None else alpha, bias, dropout_rate, precision, chunk_rows)
+        alpha = 1.0 / math.sqrt(qk_width) if alpha is None else alpha
+        super().__init__(heads, qk_width, v_width, alpha, bias, dropout_rate, precision, chunk_rows)
         self.input_norm_weight, self.input_norm_bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
         self.uvqk = initializers.param(initializers.xavier_uniform, rngs, width, joined)
         self.uvqk_bias = nnx.Param(jnp.zeros(joined))

@@ -10,6 +10,7 @@ from ultra_hstu.nn.dropout import KeyOrNone, split_key
 from ultra_hstu.nn.embeddings import InputEmbedding
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.sasrec import SASRec
+from ultra_hstu.nn.truncation import Cut
 
 
 class Recommender(nnx.Module):
@@ -45,3 +46,10 @@ class Recommender(nnx.Module):
         """
         embedding_key, encoder_key = split_key(rngs, 2)
         return self.encoder(self.embedding(batch.item_T, batch.offsets, embedding_key), batch.sequences, encoder_key)
+
+    def encode_kept(self, batch: Batch, *, rngs: KeyOrNone = None) -> tuple[Float[Array, "S D"], Cut | None]:
+        """`encode` without the rows that an attention truncation drops, and which rows are left (None: all)."""
+        if isinstance(self.encoder, SASRec):
+            return self.encode(batch, rngs=rngs), None
+        embedding_key, encoder_key = split_key(rngs, 2)
+        return self.encoder.encode_kept(self.embedding(batch.item_T, batch.offsets, embedding_key), batch.sequences, encoder_key)
