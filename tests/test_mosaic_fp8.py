@@ -26,7 +26,9 @@ def inputs(k_width, v_width, heads=2, rows=ROWS, real=OFFSETS[-1], dtype="bfloat
 
 
 def dequantized(operands, rows):
-    q, k = (np.asarray(x, np.float32) * np.asarray(s).T[..., None] for x, s in ((operands.q, operands.q_scale), (operands.k, operands.k_scale)))
+    q, k = (
+        np.asarray(x, np.float32) * np.asarray(s).T[..., None] for x, s in ((operands.q, operands.q_scale), (operands.k, operands.k_scale))
+    )
     v = np.asarray(operands.v, np.float32)
     keys = np.argsort(np.arange(v.shape[-1]).reshape(-1, 16)[:, mosaic_fp8.ORDER].reshape(-1))
     v = (v[..., keys] * np.asarray(operands.v_scale)[:, None, None]).transpose(2, 0, 1)
@@ -99,7 +101,11 @@ def test_no_gradient(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({}, "mosaic_fp8 needs a Hopper GPU.*'cpu'.*'xla'"), ({"k_width": 32}, "mosaic_fp8 takes head widths.*K = 32"), ({"dtype": "float32"}, "float32")],
+    [
+        ({}, "mosaic_fp8 needs a Hopper GPU.*'cpu'.*'xla'"),
+        ({"k_width": 32}, "mosaic_fp8 takes head widths.*K = 32"),
+        ({"dtype": "float32"}, "float32"),
+    ],
 )
 def test_refuses(options, message):
     q, k, v = inputs(**{"k_width": 64, "v_width": 64, **options})

@@ -11,7 +11,7 @@ import pytest
 from attention_contract import BATCHES, Case
 
 from kernels import device
-from kernels.hstu_attention import triton
+from kernels.hstu_attention import triton, tuning
 
 
 @pytest.fixture
@@ -60,10 +60,26 @@ def test_heads_too_wide_for_a_small_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_width_has_sizes(dtype, capability):
     for width in range(1, triton.widest(capability) + 1):
-        sizes = triton.tilings(capability, dtype, width, 1)
-        assert sizes == triton.tilings(capability, dtype, 1, width)
+        sizes = triton.heuristic(capability, dtype, width, 1)
+        assert sizes == triton.heuristic(capability, dtype, 1, width)
         blocks = [block for tiling in sizes for block in tiling[:2]]
         assert all(block >= 16 and block & (block - 1) == 0 for block in blocks), "Triton's products take powers of two from 16 on"
+
+
+MEASURED = [key for key in tuning.table() if key.implementation == "triton"]
+
+
+@pytest.mark.parametrize("key", MEASURED, ids=lambda key: "-".join(str(x) for x in key[2:]))
+def test_measured_sizes(key):
+    """What is in the table can be launched. `tests_gpu/test_triton_compiles.py` compiles it."""
+    for tiling in triton.from_table(tuning.table()[key]):
+        assert all(block >= 16 and block & (block - 1) == 0 for block in tiling[:2])
+        assert tiling.warps in (1, 2, 4, 8)
+        assert tiling.block_q * tiling.block_k >= 32 * tiling.warps, "every thread has a score"
+
+
+def test_there_are_measured_sizes():
+    assert MEASURED
 
 
 @pytest.mark.parametrize(
@@ -92,7 +108,7 @@ def test_what_is_handed_to_the_kernels(a100, monkeypatch, bias, rescale):
 
     assert launches.keys() == {"forward", "backward_queries", "backward_keys"}
     tables = [0 if x is None else x.shape[0] for x in (some.position_table, some.time_table)]
-    sizes = triton.tilings((8, 0), "bfloat16", 25, 50)
+    sizes = triton.heuristic((8, 0), "bfloat16", 25, 50)
     key, value = ((some.rows, 2, width) for width in (25, 50))
     blocks = {"forward": sizes.forward.block_q, "backward_queries": sizes.queries.block_q, "backward_keys": sizes.keys.block_k}
     for kernel, (arrays, _, programs, _, constants) in launches.items():
