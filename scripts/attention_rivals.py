@@ -3,7 +3,7 @@ would share the GPU's memory badly, and jax-triton empties the cache that Triton
 
     python scripts/attention_rivals.py < request.json > records.json
 
-The request: {"checkout": a folder with the public generative-recommenders repository or null, "workloads": [{name, lengths, heads, k_width, v_width,
+The request: {"checkout": a folder with the public generative-recommenders repository, "workloads": [{name, lengths, heads, k_width, v_width,
 window, max_length}]}. Records go to stdout: {workload, implementation, pass, ms, peak_mib, error, note}, or {workload, implementation, reason}.
 
 `meta_triton`: HSTU attention of that repository, causal or windowed. It tunes itself; the key of its choice is made to hold the length, and a change
@@ -22,11 +22,14 @@ import torch
 import triton
 from triton.runtime._async_compile import AsyncCompileMode
 
-Pass = tuple[str, Callable[[], Any], str]
+Pass = tuple[str, Callable[[], Any], bool, str]  # name, function, whether a CUDA graph can hold it, note
 
 
-def timed(run: Callable[[], Any], samples: int = 7, sample_ms: float = 20.0) -> float:
-    """Milliseconds of a call: the median over samples of calls back to back, replayed from a CUDA graph so that launching costs nothing."""
+def timed(run: Callable[[], Any], graph: bool, samples: int = 7, sample_ms: float = 20.0) -> float:
+    """Milliseconds of a call: the median over samples of calls back to back.
+
+    graph: replay the calls from a CUDA graph, so that launching them costs nothing.
+    """
     for _ in range(2):
         run()
     torch.cuda.synchronize()
@@ -40,12 +43,19 @@ def timed(run: Callable[[], Any], samples: int = 7, sample_ms: float = 20.0) -> 
         return begin.elapsed_time(end)
 
     calls = max(1, min(200, round(sample_ms / max(once(run), 1e-3))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def several() -> None:
         for _ in range(calls):
             run()
-    graph.replay()
-    return statistics.median(once(graph.replay) / calls for _ in range(samples))
+
+    body = several
+    if graph:
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            several()
+        body = recorded.replay
+    body()
+    return statistics.median(once(body) / calls for _ in range(samples))
 
 
 class Arrays:
@@ -101,7 +111,8 @@ class Meta:
         from generative_recommenders.ops.triton import triton_hstu_attention as module
 
         common.set_use_runtime_max_seq_len(True)
-        self.module, self.mask = module, None
+        self.module = module
+        self.mask: int | None = None
         self.tuners = [module._hstu_attn_fwd, module._hstu_attn_bwd]
         self.pool = concurrent.futures.ThreadPoolExecutor(16)
         for tuner in self.tuners:
@@ -154,7 +165,7 @@ class Meta:
             run(dout=x.g, q=x.q, k=x.k, v=x.v, **gradients, sort_by_length_indices=kept, enable_tma=False, **options)
             return gradients
 
-        return [("forward", forward, "TMA"), ("backward", backward, "without TMA")]
+        return [("forward", forward, True, "TMA"), ("backward", backward, True, "without TMA")]
 
 
 def cudnn_passes(w: dict[str, Any], x: Arrays) -> list[Pass]:
@@ -177,14 +188,14 @@ def cudnn_passes(w: dict[str, Any], x: Arrays) -> list[Pass]:
     def backward() -> Any:
         return torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
 
-    return [("forward", forward, "softmax"), ("backward", backward, "softmax")]
+    return [("forward", forward, False, "softmax"), ("backward", backward, False, "softmax")]
 
 
 def measure(w: dict[str, Any], implementation: str, make: Callable[..., list[Pass]]) -> list[dict[str, Any]]:
     label = {"workload": w["name"], "implementation": implementation}
     try:
         x, records = Arrays(w), []
-        for name, run, note in make(w, x):
+        for name, run, graph, note in make(w, x):
             run()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -192,7 +203,7 @@ def measure(w: dict[str, Any], implementation: str, make: Callable[..., list[Pas
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() / 2**20
             error = sampled_error(w, x, got) if isinstance(got, dict) else None
-            records.append(label | {"pass": name, "ms": timed(run), "peak_mib": peak, "error": error, "note": note})
+            records.append(label | {"pass": name, "ms": timed(run, graph), "peak_mib": peak, "error": error, "note": note})
         return records
     except (NotImplementedError, RuntimeError) as error:
         return [label | {"reason": str(error).splitlines()[0]}]
@@ -200,9 +211,7 @@ def measure(w: dict[str, Any], implementation: str, make: Callable[..., list[Pas
 
 def main() -> None:
     request = json.load(sys.stdin)
-    rivals: dict[str, Callable[..., list[Pass]]] = {"cudnn_sdpa": cudnn_passes}
-    if request["checkout"] is not None:
-        rivals["meta_triton"] = Meta(request["checkout"]).passes
+    rivals: dict[str, Callable[..., list[Pass]]] = {"meta_triton": Meta(request["checkout"]).passes, "cudnn_sdpa": cudnn_passes}
     records = []
     for w in request["workloads"]:
         for name, make in rivals.items():

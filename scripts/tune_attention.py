@@ -16,12 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kernels.hstu_attention import hstu_attention, make_plan, mosaic_hopper, mosaic_hopper_vjp, triton, tuning
+from kernels.hstu_attention import make_plan, mosaic_hopper, mosaic_hopper_vjp, triton, tuning
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
-from scripts.bench_attention import sampled_error
+from scripts import bench_attention
 from ultra_hstu.provenance import provenance
 
 NAMES = "causal_d64_4x8192,causal_d128_4x8192,causal_d256_4x8192,window_d128_2x16384,short_d64_512x100,ml1m,ml1m_large"
@@ -41,9 +40,9 @@ TRITON = {
         "keys": [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 3)],
     },
     (2, 256): {
-        "forward": [(64, 32, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 3)],
-        "queries": [(64, 32, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1), (64, 64, 8, 2)],
-        "keys": [(32, 64, 8, 1), (32, 64, 8, 2), (64, 64, 8, 1), (32, 64, 4, 2)],
+        "forward": [(128, 64, 8, 2), (64, 32, 4, 3), (128, 32, 8, 3)],
+        "queries": [(64, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 1), (64, 64, 4, 1)],
+        "keys": [(32, 64, 8, 2), (32, 128, 8, 1), (32, 128, 8, 2), (64, 128, 8, 1), (64, 64, 4, 1)],
     },
     (4, 32): {
         "forward": [(32, 32, 2, 2), (32, 32, 4, 2), (16, 32, 2, 2), (16, 32, 1, 2), (32, 32, 1, 2)],
@@ -78,10 +77,12 @@ def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list
     """For each kernel, candidates and functions of (q, k, v, g) that run it with them."""
     size, width = jnp.dtype(w.dtype).itemsize, triton.padded(max(w.k_width, w.v_width, 32))
     default = triton.heuristic(triton.compute_capability(), w.dtype, w.k_width, w.v_width)
-    tables, work = triton.bias_and_work(plan, w.options()["scale"], bias)
 
     def function(kernel: str, tiling: triton.Tiling) -> Callable[..., Any]:
-        call = triton.Call(w.options()["alpha"], "tf32", default._replace(**{kernel: tiling}))
+        sizes = default._replace(**{kernel: tiling})
+        ready = jax.jit(lambda: triton.prepared(plan, w.heads, sizes))()
+        tables, work = triton.bias_and_work(ready, w.options()["scale"], bias)
+        call = triton.Call(w.options()["alpha"], "tf32", sizes)
         if kernel == "forward":
             return lambda q, k, v, g: triton.forward(call, q, k, v, tables, work)
         run = {"queries": triton.query_gradients, "keys": triton.key_gradients}[kernel]
@@ -94,11 +95,11 @@ def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list
 def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
     width, scale, alpha = max(w.k_width, w.v_width), jnp.float32(w.options()["scale"]), w.options()["alpha"]
 
-    def forward(sizes: dict[str, int]) -> Callable[..., Any]:
+    def forward(sizes: Any) -> Callable[..., Any]:
         config = dataclasses.replace(mosaic_hopper.forward_config(w.k_width, w.v_width), **sizes)
         return lambda q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config)
 
-    def backward(sizes: dict[str, int]) -> Callable[..., Any]:
+    def backward(sizes: Any) -> Callable[..., Any]:
         config = dataclasses.replace(mosaic_hopper_vjp.backward_config(w.k_width, w.v_width), **sizes)
         return lambda q, k, v, g: mosaic_hopper_vjp.one_pass(q, k, v, g, plan, scale, alpha, config)
 
@@ -137,28 +138,10 @@ def fastest(name: str, made: list[Made], arrays: tuple[jax.Array, ...]) -> tuple
     return sizes, micros
 
 
-def error_of(w: Workload, implementation: str, plan: Any) -> float:
+def error_of(w: Workload, implementation: str, plan: Any, arrays: dict[str, jax.Array]) -> float:
     """Of output and gradients, with the sizes that the table now gives."""
-    arrays, options, offsets = w.arrays(), w.options(), jnp.asarray(w.offsets())
-
-    def run(implementation: str) -> dict[str, jax.Array]:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return hstu_attention(q, k, v, offsets, plan=plan, implementation=implementation, **options)
-
-        def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> dict[str, jax.Array]:
-            out, pull = jax.vjp(attend, q, k, v)
-            return {"out": out, **dict(zip(("dq", "dk", "dv"), pull(g), strict=True))}
-
-        real = jnp.arange(w.rows)[:, None, None] < offsets[-1]
-        return jax.jit(both)(*(arrays[name] for name in "qkv"), jnp.where(real, arrays["g"], 0))
-
-    got = run(implementation)
-    if not w.bias:
-        return sampled_error(w, arrays, got)
-    with jax.default_matmul_precision("highest"):
-        want = run("xla")
-    distances = (np.asarray(got[n], np.float64) - np.asarray(want[n], np.float64) for n in want)
-    return max(float(np.linalg.norm(d) / np.linalg.norm(np.asarray(want[n], np.float64))) for n, d in zip(want, distances, strict=True))
+    run = jax.jit(bench_attention.passes(w, implementation)["both"])
+    return bench_attention.error(run(plan, *(arrays[name] for name in "qkvg")), bench_attention.expected(w, arrays))
 
 
 def tune(w: Workload, implementation: str) -> dict[str, Any]:
@@ -175,7 +158,7 @@ def tune(w: Workload, implementation: str) -> dict[str, Any]:
         "workload": w.name,
     }
     tuning.use(tuning.parse(json.dumps({"entries": [entry]}), w.name))
-    entry["error"] = error_of(w, implementation, plan)
+    entry["error"] = error_of(w, implementation, plan, arrays)
     if not entry["error"] <= ALLOWED[key.bytes]:
         raise RuntimeError(f"{w.name}: {implementation} has error {entry['error']:.1e} with {entry['sizes']}, allowed {ALLOWED[key.bytes]}")
     return entry | {"made": {name: provenance()[name] for name in ("versions", "commit", "date")}}

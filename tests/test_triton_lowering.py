@@ -7,11 +7,13 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from attention_contract import BATCHES, Case
 
 from kernels import device
-from kernels.hstu_attention import triton, tuning
+from kernels.hstu_attention import make_plan, triton, tuning
+from kernels.mask import AttentionMask
 
 
 @pytest.fixture
@@ -127,4 +129,28 @@ def test_what_is_handed_to_the_kernels(a100, monkeypatch, bias, rescale):
 
 def test_heavy_tiles_come_first():
     lo, hi = jnp.asarray([[0, 0, 2], [0, 1, 4], [0, 0, 0]]), jnp.asarray([[0, 0, 3], [0, 4, 5], [0, 0, 0]])
-    assert triton._walk(lo, hi, True)[0].tolist() == [1, 0, 2]
+    assert triton._order(lo, hi).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("rows", [1000, 40000])
+def test_a_prepared_plan_hands_the_same_to_the_kernels(a100, monkeypatch, rows):
+    """Once for few tiles, which start in any order, and once for many."""
+    handed = []
+
+    def call_kernel(kernel, arrays, outs, programs, warps, stages, zeroed, constants):
+        handed.append(arrays)
+        return [jnp.zeros(x.shape, x.dtype) for x in outs]
+
+    monkeypatch.setattr(triton, "_call_kernel", call_kernel)
+    monkeypatch.setattr(triton, "_check_installed", lambda: None)
+    plan = make_plan(AttentionMask(window=40), [0, 300, rows - 8], rows)
+    prepared = triton.prepare(plan, 1, "float32", 8, 16)
+    assert (len(prepared.stored) > 1) == (rows == 40000)
+    q, v = (jnp.zeros((rows, 1, width)) for width in (8, 16))
+    for used in (plan, prepared):
+        _, pull = jax.vjp(lambda q, v, used=used: triton.attention(q, q, v, used, alpha=1.0, scale=1.0, bias=None), q, v)
+        pull(v)
+    assert len(handed) == 6
+    for plain, ready in zip(handed[:3], handed[3:], strict=True):
+        for a, b in zip(plain, ready, strict=True):
+            np.testing.assert_array_equal(a, b)

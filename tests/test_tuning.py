@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from kernels import device
 from kernels.hstu_attention import make_plan, triton, tuning
 from kernels.hstu_attention.workloads import Workload
 from kernels.mask import AttentionMask
+from kernels.timing import chained
 from scripts import tune_attention
 
 SIZES = {kernel: {"block_q": 64, "block_k": 64, "warps": 4, "stages": 3} for kernel in ("forward", "queries", "keys")}
@@ -138,3 +140,18 @@ def test_no_candidate_runs():
 
     with pytest.raises(RuntimeError, match="no candidate ran"):
         tune_attention.fastest("x", [({"warps": 1}, fails)], (jnp.zeros(3),))
+
+
+def test_chained_calls_all_happen():
+    """No call is merged with another or moved out of the loop: what was counted shows."""
+    count = []
+
+    def step(x, plus):
+        jax.debug.callback(lambda: count.append(1))
+        return x + plus
+
+    out = jax.jit(chained(step, 5))(jnp.zeros(3), jnp.ones(3))
+    jax.effects_barrier()
+    assert out.tolist() == [1, 1, 1] and len(count) == 5
+    loop = jax.jit(chained(lambda x: jnp.sin(x) @ x, 7)).lower(jnp.zeros((4, 4))).as_text()
+    assert "stablehlo.optimization_barrier" in loop and "stablehlo.while" in loop

@@ -6,6 +6,7 @@ comes transposed, made beforehand; and they want P's four neighbouring keys in a
 since a sum may take its keys in any order, V's keys are permuted instead of P's.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -80,11 +81,18 @@ def _attend(qkv, plan, scale, alpha):
     return forward(quantize(*qkv, plan), plan, scale, alpha, qkv[0].dtype)[: plan.num_rows]
 
 
-def _attend_fwd(qkv, plan, scale, alpha):
+def _attend_fwd(qkv: Any, plan: AttentionPlan, scale: Array, alpha: float) -> Any:
     raise NotImplementedError("mosaic_fp8 has no gradient: train with implementation='mosaic', which takes the same inputs")
 
 
-_attend.defvjp(_attend_fwd, lambda alpha, saved, g: None)
+_attend.defvjp(_attend_fwd, lambda alpha, saved, g: (None, None, None))
+
+
+def prepare(plan: AttentionPlan, heads: int) -> AttentionPlan:
+    """The plan with the list of work that this implementation needs: made once a batch, used by every layer."""
+    name = schedule.forward_name(heads, BLOCK_K, schedule.WORKERS)
+    work = schedule.forward_schedule(plan, heads, BLOCK_K, schedule.WORKERS)
+    return dataclasses.replace(plan, stored={**plan.stored, name: work})
 
 
 def quantize(q: Float[Array, "T H K"], k: Float[Array, "T H K"], v: Float[Array, "T H V"], plan: AttentionPlan) -> Operands:

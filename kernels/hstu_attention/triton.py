@@ -7,6 +7,7 @@ run). The gradients of the tables are added in memory in any order, so that thei
 Products of float32 follow JAX's matmul precision as XLA does on a GPU: TF32 by default, three TF32 products for "high", float32 for "highest".
 """
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Sequence
@@ -195,8 +196,8 @@ def query_gradients(call: Call, q: Array, k: Array, v: Array, g: Array, tables: 
     copies = min(TABLE_COPIES, bounds.key_lo.shape[0] * q.shape[1])
     inputs = (q, k, v, g, work.scale, plan.num_real.reshape(1))
     outs = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((copies, max(1, positions + buckets)), jnp.float32)]
-    options = {"zeroed": (1,), "COPIES": copies}
-    dq, d_tables = _launch("backward_queries", call, tables, work, tiling, inputs, plan.keys, bounds.key_lo, bounds.key_hi, outs, **options)
+    walk = (plan.keys, bounds.key_lo, bounds.key_hi)
+    dq, d_tables = _launch("backward_queries", call, tables, work, tiling, inputs, *walk, outs, zeroed=(1,), COPIES=copies)
     d_tables = d_tables.sum(0)
     return dq, (None if tables[0] is None else d_tables[:positions], None if tables[1] is None else d_tables[positions:])
 
@@ -214,9 +215,30 @@ def key_gradients(call: Call, q: Array, k: Array, v: Array, g: Array, tables: An
 forward.defvjp(_forward, _backward)
 
 
-def _walk(lo: Array, hi: Array, ordered: bool) -> tuple[Array, Array, Array]:
-    """Tiles by falling number of blocks (not read unless `ordered`), and their bounds."""
-    return (jnp.argsort((lo - hi).sum(1)).astype(jnp.int32) if ordered else lo), lo, hi
+def prepare(plan: AttentionPlan, heads: int, dtype: Any, k_width: int, v_width: int) -> AttentionPlan:
+    """The plan with the tile bounds and orders that this implementation needs for these sizes: made once a batch, used by every layer."""
+    return prepared(plan, heads, tilings(compute_capability(), dtype, k_width, v_width, plan))
+
+
+def prepared(plan: AttentionPlan, heads: int, sizes: Tilings) -> AttentionPlan:
+    """`prepare` for given sizes."""
+    stored = dict(plan.stored)
+    for kernel, tiling in sizes._asdict().items():
+        bounds = plan.tile_bounds(tiling.block_q, tiling.block_k)
+        side, lo, hi = ("keys", bounds.row_lo, bounds.row_hi) if kernel == "keys" else ("queries", bounds.key_lo, bounds.key_hi)
+        stored[f"{tiling.block_q}x{tiling.block_k}"] = bounds
+        if lo.shape[0] * heads > MANY_PROGRAMS:
+            stored[_order_name(side, tiling)] = _order(lo, hi)
+    return dataclasses.replace(plan, stored=stored)
+
+
+def _order_name(side: str, tiling: Tiling) -> str:
+    return f"triton, order of tiles of {side}, {tiling.block_q}x{tiling.block_k}"
+
+
+def _order(lo: Array, hi: Array) -> Array:
+    """Tiles by falling number of blocks."""
+    return jnp.argsort((lo - hi).sum(1)).astype(jnp.int32)
 
 
 def _bias_arrays(tables: Any, work: Work) -> tuple[Array, ...]:
@@ -252,6 +274,10 @@ def _launch(
     v_width = inputs[2].shape[2]
     programs = bounds_lo.shape[0] * heads
     ordered = programs > MANY_PROGRAMS
+    order = bounds_lo  # not read
+    if ordered:
+        order = work.plan.stored.get(_order_name("keys" if kernel == "backward_keys" else "queries", tiling))
+        order = _order(bounds_lo, bounds_hi) if order is None else order
     positions, buckets = _sizes(tables)
     constants |= {
         "T": rows,
@@ -270,7 +296,7 @@ def _launch(
         "PRECISION": call.precision,
         "APPROXIMATE": inputs[0].dtype == jnp.bfloat16,
     }
-    arrays = (*inputs, *_walk(bounds_lo, bounds_hi, ordered), *intervals, *_bias_arrays(tables, work))
+    arrays = (*inputs, order, bounds_lo, bounds_hi, *intervals, *_bias_arrays(tables, work))
     return _call_kernel(kernel, arrays, outs, programs, tiling.warps, tiling.stages, zeroed, constants)
 
 
