@@ -238,12 +238,15 @@ def tile_bounds(keys: KeyIntervals, rows: RowIntervals, num_real: Any, block_q: 
     key = [_hull(parts, num_rows, q_tiles, block_q, block_k) for parts in (far, before, around)]
 
     first_T = row_T // block_k * block_k
-    beyond = rows.tail_hi > jnp.minimum(first_T + block_k, num_rows)
+    end_T = jnp.minimum(first_T + block_k, num_rows)
+    touches = rows.near_lo <= end_T  # always, where rows and keys are those of one batch
     front = [_only(rows.ctx_lo, rows.ctx_hi, rows.ctx_lo < first_T)]
+    beyond = [_only(rows.tail_lo, rows.tail_hi, rows.tail_hi > end_T)]
+    beyond += [_only(rows.ctx_lo, rows.ctx_hi, rows.ctx_lo >= end_T), _only(rows.near_lo, rows.near_hi, ~touches)]
     row = [
         _hull(front, num_rows, k_tiles, block_k, block_q),
-        _hull([own, (rows.near_lo, rows.near_hi)], num_rows, k_tiles, block_k, block_q),
-        _hull([_only(rows.tail_lo, rows.tail_hi, beyond)], num_rows, k_tiles, block_k, block_q),
+        _hull([own, _only(rows.near_lo, rows.near_hi, touches)], num_rows, k_tiles, block_k, block_q),
+        _hull(beyond, num_rows, k_tiles, block_k, block_q),
     ]
     return TileBounds(*_disjoint(key), *_disjoint(row))
 
