@@ -128,12 +128,16 @@ class AttentionMask:
         """The mask as a matrix, diagonal included; rows and columns of padding are False. Memory O(T^2): references and tests only."""
         return self.intervals(offsets, num_rows, num_targets, num_contextual).dense(jnp.asarray(offsets)[-1])
 
+    def row_pairs(self, lengths: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None) -> Int[np.ndarray, " T"]:
+        """How many keys each row of a buffer sees, itself included, on the host; 0 on padding."""
+        offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
+        lo0, hi0, lo1, hi1 = _intervals(np, self, *_places(np, offsets, num_rows, num_targets, num_contextual))
+        return (hi0 - lo0) + (hi1 - lo1) + (np.arange(num_rows) < offsets[-1])
+
     def num_pairs(self, lengths: Any, num_targets: Any = None, num_contextual: Any = None) -> int:
         """Allowed (row, key) pairs of sequences of these `lengths`, exact, on the host: the unit of FLOP counts."""
         offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
-        places = _places(np, offsets, int(offsets[-1]), num_targets, num_contextual)
-        lo0, hi0, lo1, hi1 = _intervals(np, self, *places)
-        return int((hi0 - lo0).sum() + (hi1 - lo1).sum() + offsets[-1])
+        return int(self.row_pairs(lengths, int(offsets[-1]), num_targets, num_contextual).sum())
 
 
 def _places(xp: ModuleType, offsets: Any, num_rows: int, num_targets: Any, num_contextual: Any) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ def context_parallel_attention(
     offsets: Int[Any, "..."],
     *,
     mesh: Mesh,
-    strategy: Strategy,
+    strategy: str,
     mask: AttentionMask = AttentionMask(),  # noqa: B008 - frozen
     num_targets: Any = None,
     num_contextual: Any = None,
@@ -38,7 +38,7 @@ def context_parallel_attention(
     scale: Any,
     bias: RelativeBias | None = None,
     implementation: str | Sequence[str] | None = None,
-    block: int | None = None,
+    layout: Layout | None = None,
     max_targets: int | None = None,
     max_contextual: int | None = None,
 ) -> Float[Array, "T H V"]:
@@ -54,8 +54,10 @@ def context_parallel_attention(
     Args:
       q_THK, k_THK, v_THV: sharded (or shardable) over `context` on their first axis; masks and offsets are in coordinates of the whole buffer.
       mesh: has the axis `context`; other axes see copies.
-      block: rows lie in blocks dealt out by `Layout(T, C, block)`, which balances full causal masks; None: contiguous slices.
-      max_targets, max_contextual: most of them in any sequence; needed by `halo` where the counts are traced, otherwise found.
+      layout: which rows each shard holds, and so the order in which q, k, v come; None: contiguous slices. `Layout.balanced` evens out full
+        causal masks.
+      max_targets, max_contextual: most of them in any sequence; needed by `halo` where the counts are traced, otherwise found. Traced counts that
+        add up to more give NaN.
 
     Raises:
       ValueError: T not divisible by the shards, heads not by them (`ulysses`), `halo` with a mask without window, a bound that is too small.
@@ -65,12 +67,18 @@ def context_parallel_attention(
         raise ValueError(f"the mesh has axes {tuple(mesh.shape)}, none is {CONTEXT!r}: make it with make_mesh")
     if strategy not in get_args(Strategy):
         raise ValueError(f"{strategy=} must be one of {', '.join(get_args(Strategy))}")
-    layout = Layout(q_THK.shape[0], mesh.shape[CONTEXT], block)
-    if strategy == "ulysses" and q_THK.shape[1] % layout.shards:
-        raise ValueError(f"'ulysses' needs a number of heads divisible by the {layout.shards} context shards, got {q_THK.shape[1]}: use 'ring'")
-    if strategy == "halo" and (mask.window is None or block is not None):
+    shards = mesh.shape[CONTEXT]
+    if layout is None:
+        layout = Layout.contiguous(q_THK.shape[0], shards)
+    elif (layout.num_rows, layout.shards) != (q_THK.shape[0], shards):
         raise ValueError(
-            f"'halo' is for masks with a window over contiguous slices, got {mask} and block={block}: use 'ring', 'ulysses' or 'gather' for full masks"
+            f"the layout is for {layout.num_rows} rows and {layout.shards} shards, but there are {q_THK.shape[0]} and {shards}"
+        )
+    if strategy == "ulysses" and q_THK.shape[1] % shards:
+        raise ValueError(f"'ulysses' needs a number of heads divisible by the {shards} context shards, got {q_THK.shape[1]}: use 'ring'")
+    if strategy == "halo" and (mask.window is None or not layout.is_contiguous):
+        raise ValueError(
+            f"'halo' is for masks with a window over contiguous slices, got {mask} and blocks of {layout.block} rows: use 'ring', 'ulysses' or 'gather' for full masks"
         )
     if bias is not None and strategy != "ulysses":
         raise NotImplementedError(f"{strategy!r} takes no relative bias, whose positions are those of the whole buffer: use 'ulysses'")
@@ -85,11 +93,11 @@ def context_parallel_attention(
     attend = functools.partial(partial_attention, alpha=float(alpha), implementation=implementation)
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
 
-    def frame_of(sequences: Sequences) -> Frame:
+    def frame_of(sequences: Sequences, layout: Layout) -> Frame:
         return Frame(sequences, mask, layout, CONTEXT)
 
-    def local(q: Array, k: Array, v: Array, scale: Array, sequences: Sequences, bias: RelativeBias | None) -> Array:
-        frame = frame_of(sequences)
+    def local(q: Array, k: Array, v: Array, scale: Array, sequences: Sequences, layout: Layout, bias: RelativeBias | None) -> Array:
+        frame = frame_of(sequences, layout)
         # Padding may hold NaN, and 0 * NaN is NaN; here it stands among rows that are keys of others.
         real_t = frame.is_real()
         q, k, v = (jnp.where(real_t[:, None, None], x, jnp.zeros((), x.dtype)) for x in (q, k, v))
@@ -97,7 +105,7 @@ def context_parallel_attention(
         if strategy == "gather":
             return gather(q, k, v, scale, frame, attend)
         if strategy == "ring":
-            return ring(q, k, v, scale, sequences, frame_of, attend)
+            return ring(q, k, v, scale, (sequences, layout), frame_of, attend)
         if strategy == "halo":
             return halo(q, k, v, scale, frame, attend)
         whole = functools.partial(hstu_attention, mask=mask, alpha=alpha, implementation=implementation)
@@ -106,9 +114,14 @@ def context_parallel_attention(
     rows, everywhere = PartitionSpec(CONTEXT), PartitionSpec()
     bias_specs = None if bias is None else RelativeBias(everywhere, everywhere, rows, rows)
     run = jax.shard_map(
-        local, mesh=mesh, in_specs=(rows, rows, rows, rows if scale.ndim else everywhere, everywhere, bias_specs), out_specs=rows, check_vma=False
+        local,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, rows if scale.ndim else everywhere, everywhere, everywhere, bias_specs),
+        out_specs=rows,
+        axis_names={CONTEXT},
+        check_vma=False,
     )
-    return run(q_THK, k_THK, v_THV, scale, sequences, bias)
+    return run(q_THK, k_THK, v_THV, scale, sequences, layout, bias)
 
 
 def _most(name: str, counts: Any, bound: int | None, needed: bool) -> int:

@@ -14,7 +14,9 @@ from ultra_hstu.parallel.layout import Layout
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["offsets", "num_targets", "num_contextual"], meta_fields=["max_targets", "max_contextual"]
+    jax.tree_util.register_dataclass,
+    data_fields=["offsets", "num_targets", "num_contextual"],
+    meta_fields=["max_targets", "max_contextual"],
 )
 @dataclasses.dataclass(frozen=True)
 class Sequences:

@@ -5,8 +5,6 @@ sequence (prefix and contextual tokens), of which every shard gets a copy. Full 
 few: their queries visit every shard, meet the keys there, and the sums come home. Every pair of row and key is counted in one place.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -21,7 +19,9 @@ TILE = 128  # a shard's own keys begin at a multiple of this behind those from e
 def halo(q: Array, k: Array, v: Array, scale: Array, frame: Frame, attend: Attend) -> Array:
     """Bytes of a shard and layer: O(window + B * (full_rows + targets + prefix + contextual))."""
     visiting = _Visiting(frame)
-    return _plain_rows(q, k, v, scale, frame, visiting, attend) + visiting.attention(q, k, v, scale, attend)
+    plain, overflow = _plain_rows(q, k, v, scale, frame, visiting, attend)
+    out = plain + visiting.attention(q, k, v, scale, attend)
+    return jnp.where(visiting.overflow | overflow, jnp.nan, out)  # no sum that lacks a summand passes for a result
 
 
 def _ascending(flag_T: Array, capacity: int) -> Array:
@@ -50,6 +50,7 @@ class _Visiting:
         self.flag_T = real_T & ((row_T < history_T) | (row_T >= self.first_T))
         self.capacity = min(num_rows, sequences.num_sequences * (mask.full_rows + sequences.max_targets + sequences.max_contextual))
         self.row_R = _ascending(self.flag_T, self.capacity)
+        self.overflow = self.flag_T.sum() > self.capacity  # traced counts above their bounds
 
     def attention(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
         """What they see, their own keys aside: partial sums on every shard, added up at home."""
@@ -69,8 +70,8 @@ class _Visiting:
         return jnp.where(mine_t11, out_RHV[jnp.minimum(place_t, self.capacity - 1)], 0.0).astype(v.dtype)
 
 
-def _plain_rows(q: Array, k: Array, v: Array, scale: Array, frame: Frame, visiting: _Visiting, attend: Attend) -> Array:
-    """History rows below the full ones, and of the visiting rows their own keys."""
+def _plain_rows(q: Array, k: Array, v: Array, scale: Array, frame: Frame, visiting: _Visiting, attend: Attend) -> tuple[Array, Array]:
+    """History rows below the full ones, and of the visiting rows their own keys; and whether the copies lack room."""
     mask, sequences, layout = frame.mask, frame.sequences, frame.layout
     window = mask.window or 0
     start_T, history_T, _, _ = places(sequences, layout.num_rows)
@@ -112,9 +113,7 @@ def _plain_rows(q: Array, k: Array, v: Array, scale: Array, frame: Frame, visiti
     at = jnp.clip(region, 0, layout.num_rows - 1)
     seen = (region >= 0) & (region < sequences.offsets[-1]) & (at >= history_T[at])
     from_region, to_region = jnp.where(seen, at + 1, 0), jnp.where(seen, jnp.minimum(at + window + 1, visiting.first_T[at]), 0)
-    lo, hi = (
-        layout.rank(jnp.concatenate(x), frame.shard) for x in ((from_P, from_region), (to_P, to_region))
-    )
+    lo, hi = (layout.rank(jnp.concatenate(x), frame.shard) for x in ((from_P, from_region), (to_P, to_region)))
     own = jnp.arange(padded + reach + size) >= padded + reach
     none = jnp.zeros_like(lo)
     rows = RowIntervals(none, none, jnp.where(own, lo, 0), jnp.where(own, hi, 0), jnp.where(own, 0, lo), jnp.where(own, 0, hi))
@@ -123,7 +122,7 @@ def _plain_rows(q: Array, k: Array, v: Array, scale: Array, frame: Frame, visiti
         parts = [_copies(x, copy_P, frame)] if copies else [jnp.zeros((padded, *x.shape[1:]), x.dtype)]
         return jnp.concatenate([*parts, _halo(x, reach, frame)])
 
-    return attend(q, elsewhere(k), elsewhere(v), keys, rows, scale=scale, own=(k, v))
+    return attend(q, elsewhere(k), elsewhere(v), keys, rows, scale=scale, own=(k, v)), copied_T.sum() > copies
 
 
 def _halo(x: Array, reach: int, frame: Frame) -> Array:
@@ -134,5 +133,3 @@ def _halo(x: Array, reach: int, frame: Frame) -> Array:
         links = [(i, i + hop) for i in range(frame.layout.shards - hop)]
         parts.append(jax.lax.ppermute(x[size - taken :], frame.axis, links))
     return jnp.concatenate(parts[::-1]) if parts else x[:0]
-
-

@@ -20,5 +20,7 @@ def make_mesh(data: int = 1, context: int = 1, *, devices: Sequence[jax.Device] 
     """
     devices = jax.devices() if devices is None else list(devices)
     if data < 1 or context < 1 or data * context != len(devices):
-        raise ValueError(f"data={data} x context={context} must be the number of devices, {len(devices)}: change one of them, or pass devices=")
+        raise ValueError(
+            f"data={data} x context={context} must be the number of devices, {len(devices)}: change one of them, or pass devices="
+        )
     return Mesh(np.asarray(devices).reshape(data, context), (DATA, CONTEXT), axis_types=(AxisType.Auto, AxisType.Auto))

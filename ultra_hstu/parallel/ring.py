@@ -9,13 +9,14 @@ from jaxtyping import Array
 
 from kernels.mask import KeyIntervals, RowIntervals
 from ultra_hstu.parallel.frame import Frame, Sequences
+from ultra_hstu.parallel.layout import Layout
 
 Attend = Callable[..., Array]  # kernels.hstu_attention.partial.partial_attention, its constants filled in
 
 
 def gather(q: Array, k: Array, v: Array, scale: Array, frame: Frame, attend: Attend) -> Array:
     """All keys and values on every shard; the transpose of the all-gather reduce-scatters their gradients. Memory O(T)."""
-    order = jnp.argsort(jnp.asarray(frame.layout.permutation())) if frame.layout.block else None
+    order = None if frame.layout.is_contiguous else jnp.argsort(frame.layout.permutation())
 
     def whole(x: Array) -> Array:
         x = jax.lax.all_gather(x, frame.axis, tiled=True)
@@ -27,7 +28,9 @@ def gather(q: Array, k: Array, v: Array, scale: Array, frame: Frame, attend: Att
     return attend(q, whole(k), whole(v), keys, rows, scale=scale, own=(k, v))
 
 
-def ring(q: Array, k: Array, v: Array, scale: Array, sequences: Sequences, frame_of: Callable[[Sequences], Frame], attend: Attend) -> Array:
+def ring(
+    q: Array, k: Array, v: Array, scale: Array, batch: tuple[Sequences, Layout], frame_of: Callable[..., Frame], attend: Attend
+) -> Array:
     """Keys and values travel around the shards; what a shard sees of each is added up. Memory O(T / C), in the backward too: there the
     gradients of keys and values, in float32, travel with them.
 
@@ -35,8 +38,8 @@ def ring(q: Array, k: Array, v: Array, scale: Array, sequences: Sequences, frame
     """
 
     @jax.custom_vjp
-    def run(q: Array, k: Array, v: Array, scale: Array, sequences: Sequences) -> Array:
-        frame, out, travelling = frame_of(sequences), jnp.zeros((*q.shape[:2], v.shape[2]), jnp.float32), (k, v)
+    def run(q: Array, k: Array, v: Array, scale: Array, batch: tuple[Sequences, Layout]) -> Array:
+        frame, out, travelling = frame_of(*batch), jnp.zeros((*q.shape[:2], v.shape[2]), jnp.float32), (k, v)
         for distance in range(frame.layout.shards):
             here = travelling
             travelling = _send(travelling, frame)
@@ -47,8 +50,8 @@ def ring(q: Array, k: Array, v: Array, scale: Array, sequences: Sequences, frame
         return run(*inputs), inputs
 
     def backward(saved: Any, g: Array) -> tuple[Any, ...]:
-        q, k, v, scale, sequences = saved
-        frame, travelling = frame_of(sequences), (k, v)
+        q, k, v, scale, batch = saved
+        frame, travelling = frame_of(*batch), (k, v)
         dq, *d_kv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
         for distance in range(frame.layout.shards):
             here = travelling
@@ -59,7 +62,7 @@ def ring(q: Array, k: Array, v: Array, scale: Array, sequences: Sequences, frame
         return dq.astype(q.dtype), d_kv[0].astype(k.dtype), d_kv[1].astype(v.dtype), None, None
 
     run.defvjp(forward, backward)
-    return run(q, k, v, scale, sequences)
+    return run(q, k, v, scale, batch)
 
 
 def _send(x: Any, frame: Frame) -> Any:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from kernels.hstu_attention.api import RelativeBias
@@ -14,9 +13,9 @@ from ultra_hstu.parallel.frame import Frame
 
 def ulysses(q: Array, k: Array, v: Array, scale: Array, bias: RelativeBias | None, frame: Frame, attend: Callable[..., Array]) -> Array:
     """Four all-to-alls of O(T / C) bytes a shard; attention itself is that of one device, over whole sequences."""
+    natural = frame.layout.is_contiguous
     order = frame.layout.permutation()
-    back = np.argsort(order)
-    natural = frame.layout.block is None
+    back = jnp.argsort(order)
 
     def whole(x: Array) -> Array:
         """[T / C, H, *] to [T, H / C, *], rows in the order of the buffer."""
