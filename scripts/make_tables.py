@@ -62,6 +62,14 @@ SUBSEQUENCES = {  # file suffix -> what the runs were trained on
     "sl_random": "alpha 1.6, random events",
     "sl_weighted": "alpha 1.6, recency-weighted events",
 }
+LONG_ULTRA = {  # variants of scripts.bench_long
+    "ultra": "`long_ultra`",
+    "plain_causal": "plain causal attention, no truncation",
+    "no_truncation": "no truncation",
+    "no_window": "no window",
+    "keeps_activations": '`remat="none"`',
+    "fp8": '`projection="fp8"`',
+}
 NOT_MEASURED = "not measured yet"
 
 
@@ -263,6 +271,43 @@ def int4_table() -> str:
     return markdown(header, rows)
 
 
+def long_ultra_table() -> str:
+    """A training step of long_ultra, and of the same model with pieces off."""
+    record = load("long_ultra_h200")
+    if not record:
+        return NOT_MEASURED
+    rows = []
+    for name, found in record["variants"].items():
+        if "step_ms" in found:
+            memory, encoder = f"{found['temporary_GiB']:.1f}", f"{found['encoder_inference_TFLOP_a_sample']:.3f}"
+            cells = [memory, encoder, f"{found['training_TFLOP_a_sample']:.2f}", f"{found['TFLOP_a_second']:.0f}"]
+            rows.append([LONG_ULTRA.get(name, name), f"{found['step_ms']:.0f}", f"{found['events_a_second'] / 1e6:.2f}", *cells])
+    header = [
+        "",
+        "step, ms",
+        "million events/s",
+        "temporaries, GiB",
+        "encoder, forward: TFLOP a sample",
+        "training: TFLOP a sample",
+        "TFLOP/s",
+    ]
+    return markdown(header, rows) + f"\n\n{record['device']}, attention `{record['implementation']}`."
+
+
+def layer_memory_table() -> str:
+    """Bytes a token and layer that each way of keeping and recomputing holds."""
+    record = load("layer_h200")
+    if not record:
+        return NOT_MEASURED
+    cell = lambda found, key: f"{found[key]:.2f}" if key in found else ""  # noqa: E731
+    rows = [[name, f"{found['bytes_a_token']:.0f}", cell(found, "ms")] for name, found in record["modes"].items()]
+    depths = " and ".join(map(str, record["depths"]))
+    return (
+        markdown(["model.remat", "bytes a token and layer", "forward and backward, ms a layer"], rows)
+        + f"\n\n{record['device']}, {record['rows']:,} tokens, {depths} layers."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ml1m": ml1m_table,
     "speed": speed_table,
@@ -271,9 +316,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "stochastic_length": stochastic_length_table,
     "load_balance": load_balance_table,
     "int4": int4_table,
+    "long_ultra": long_ultra_table,
+    "layer_memory": layer_memory_table,
 }
 PAGES = {
     "README.md": ("ml1m", "speed", "ranking", "ablation"),
+    "docs/ultra_hstu.md": ("long_ultra", "layer_memory"),
     "docs/sampling_and_precision.md": ("stochastic_length", "load_balance", "int4"),
 }
 
