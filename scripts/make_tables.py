@@ -18,6 +18,8 @@ from absl import app, flags
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from scripts import bench_load_balance  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "docs" / "figures"
@@ -369,6 +371,8 @@ def main(_: list[str]) -> None:
             sys.exit(f"{page}: tables are not current; run make tables")
     if not _CHECK.value:
         ml1m_figure()
+        if record := load("load_balance_cpu"):
+            bench_load_balance.draw(record, FIGURES / "load_balance.png")
 
 
 if __name__ == "__main__":
