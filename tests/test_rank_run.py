@@ -85,7 +85,7 @@ def shrunk(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_ranking_configuration_fits_its_data(name, tmp_path):
-    """A step and a prediction are traced, with all the options of the file but its sizes; the most complex one is run."""
+    """A step and a prediction are traced, with all the options of the file but its sizes."""
     task = Task.load(shrunk(name, tmp_path))
     assert isinstance(task, RankTask) and task.flops("test").inference > 0
     loader = task.loader("train", batch_users=4, steps_per_call=2)
@@ -93,12 +93,6 @@ def test_every_ranking_configuration_fits_its_data(name, tmp_path):
     state, metrics = jax.eval_shape(lambda: task.recipe.step(task.recipe.init(0), batch))
     logits = jax.eval_shape(task.recipe.logits, state.params, batch)
     assert logits.shape == batch.label_PK.shape == (8, len(task.config.rank.tasks))
-    if name == "kuairand_rank_ultra":
-        before = task.recipe.init(0)
-        after, metrics = jax.jit(task.recipe.step)(before, batch)
-        assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
-        moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), before.params, after.params)
-        assert all(jax.tree.leaves(moved)), moved
 
 
 def test_the_command_line_trains_and_records(tmp_path):
@@ -162,17 +156,16 @@ def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
 
 
 def test_ablation_writes_its_record(tmp_path):
-    """Two variants, one seed, one epoch each; started again, it trains nothing and writes the same numbers."""
+    """A second call trains nothing and writes the same numbers."""
     config = rank_data.config(tmp_path, train=dict(epochs=1, protocol="chronological"), model=dict(layers=1))
-    chosen = {"baseline": config, "ultra": with_(config, rank__signals=())}
     file = tmp_path / "results" / "record.json"
     results = []
     for _ in range(2):
-        ablation.run(chosen, rank_data.interactions((12, 15, 20)), [1], tmp_path / "runs", file, Console(quiet=True))
-        variants = json.loads(file.read_text())["variants"]
-        results.append({name: (entry["mean"], entry["parameters"]) for name, entry in variants.items()})
-    assert results[0] == results[1] and results[0].keys() == {"baseline", "ultra"}
-    assert results[0]["baseline"][1] > results[0]["ultra"][1]
+        ablation.run({"ultra": config}, rank_data.interactions((12, 15, 20)), [1], tmp_path / "runs", file, Console(quiet=True))
+        entry = json.loads(file.read_text())["variants"]["ultra"]
+        results.append({name: entry["runs"][0][name] for name in ("best", "steps", "seconds")})
+        assert entry["mean"] == entry["runs"][0]["best"] and entry["inference_gflop"] > 0 and entry["parameters"] > 0
+    assert results[0] == results[1]
 
 
 def test_ablation_lists_its_variants(tmp_path):

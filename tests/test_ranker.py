@@ -54,12 +54,13 @@ def built(form):
 def predictions(form, data=DATA, part="train", epoch=0):
     """Event -> its logits, over all requests of a part."""
     _, params, logits = built(form)
-    loader = task_of(form, data).loader(part, batch_users=4, steps_per_call=1)
+    task = task_of(form, data)
+    loader = task.loader(part, batch_users=4, steps_per_call=1)
     plan, found = loader.plan(seed=0, epoch=epoch), {}
-    for group in loader.groups(plan):
-        batch = group.feed.batch(0)
+    for step in range(len(plan)):
+        columns = plan.columns(np.array([step]))
+        batch = loader.gather(task.source.events, {name: column[0] for name, column in columns.items()}, np)
         logit_PK = np.asarray(logits(params, batch))
-        columns = plan.columns(np.array([group.first]))
         if loader.gather.supervise_history:
             spans = zip(columns[f"start/{EVERYTHING}"][0], columns[f"stop/{EVERYTHING}"][0], strict=True)
             events = list(enumerate(e for start, stop in spans for e in range(start, stop)))
@@ -70,7 +71,7 @@ def predictions(form, data=DATA, part="train", epoch=0):
                 for i in range(count)
             ]
         found |= {event: logit_PK[p] for p, event in events}
-        assert np.all(np.asarray(batch.weight_PK)[[p for p, _ in events]] == 1)
+        assert np.all(batch.weight_PK[[p for p, _ in events]] == 1)
     return found
 
 

@@ -27,9 +27,10 @@ class TokenEmbedding(nnx.Module):
           positions: the highest position of a token; it counts events.
         """
         self.item_table = initializers.param(initializers.truncated_normal_002, rngs, sizes.items + 1, width)
-        self.signals = CodeEmbedding(sizes.signals, width, rngs=rngs)
-        self.features = CodeEmbedding(sizes.features, width, rngs=rngs)
-        self.contextual = CodeEmbedding((1 + sum(size - 1 for size in sizes.contextual),), width, rngs=rngs)
+        self.signals = CodeEmbedding(sizes.signals, width, rngs=rngs) if sizes.signals else None
+        self.features = CodeEmbedding(sizes.features, width, rngs=rngs) if sizes.features else None
+        all_contextual = 1 + sum(size - 1 for size in sizes.contextual)
+        self.contextual = CodeEmbedding((all_contextual,), width, rngs=rngs) if sizes.contextual else None
         self.position_table = initializers.param(initializers.truncated_normal_002, rngs, positions + 1, width)
         self.gaps = CodeEmbedding((GAP_SIZE,), width, rngs=rngs) if sizes.timestamps else None
         self.dropout_rate, self.dtype = dropout_rate, dtype
@@ -37,9 +38,8 @@ class TokenEmbedding(nnx.Module):
     def __call__(self, tokens: Tokens, key: KeyOrNone = None) -> Float[Array, "T D"]:
         width = self.item_table.shape[1]
         item_TD = jnp.where((tokens.item_T > 0)[:, None], self.item_table[...][tokens.item_T], 0.0)
-        content_TD = (
-            item_TD + self.signals(tokens.signal_TS) + self.features(tokens.feature_TF) + self.contextual(tokens.context_T[:, None])
-        )
+        codes = (self.signals, tokens.signal_TS), (self.features, tokens.feature_TF), (self.contextual, tokens.context_T[:, None])
+        content_TD = sum((embed(code_TS) for embed, code_TS in codes if embed is not None), item_TD)
         x_TD = math.sqrt(width) * content_TD + self.position_table[...][tokens.position_T]
         if self.gaps is not None:
             x_TD += self.gaps(tokens.gap_T[:, None])
