@@ -41,6 +41,12 @@ def shared_memory(kernel, dtype, width, capability, tilings, *, row_scale=False,
     return triton_compiler.compile(source, target=target, options=options).metadata.shared
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """jax-triton, once imported, leaves Triton without a place for what it compiles."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("dtype", "wide", "capability"), CASES)
 def test_sizes_fit(kernel, dtype, wide, capability):

@@ -164,13 +164,13 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
 
             def one_item(item, slot, step):
                 row0 = item.tile * TILE + wg * 64
+                row_scale = plgpu.load(q_scale_gm.at[item.head, pl.ds(row0, 64)], layout=ROW, optimized=False) * (0.5 * alpha)
 
                 def weights(scores, i):
                     """P of block i, from scores of 8-bit operands."""
-                    columns = plgpu.load(s["k_scale"].at[lax.rem(step + i, stages)], layout=COLUMN)
-                    row = plgpu.load(q_scale_gm.at[item.head, pl.ds(row0, 64)], layout=ROW, optimized=False) * (0.5 * alpha)
+                    key_scale = plgpu.load(s["k_scale"].at[lax.rem(step + i, stages)], layout=COLUMN)
                     shape = (64, BLOCK_K)
-                    half = scores * lax.broadcast_in_dim(row, shape, [0]) * lax.broadcast_in_dim(columns, shape, [1])
+                    half = scores * lax.broadcast_in_dim(row_scale, shape, [0]) * lax.broadcast_in_dim(key_scale, shape, [1])
                     half = half.astype(jnp.float16)  # two to a register and an instruction
                     scaled = half * WEIGHT_SCALE
                     p = scaled * jnp.tanh(half) + scaled
