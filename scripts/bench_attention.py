@@ -38,7 +38,7 @@ BRIEF, CALLS = 1.5e11, 16  # kernels of fewer FLOPs are timed several to a progr
 PREPARE: dict[str, Callable[[Any, Workload], Any]] = {
     "mosaic": lambda plan, w: mosaic_hopper.prepare(plan, w.heads, w.k_width, w.v_width),
     "mosaic_fp8": lambda plan, w: mosaic_fp8.prepare(plan, w.heads),
-    "triton": lambda plan, w: triton.prepare(plan, w.heads, w.dtype, w.k_width, w.v_width),
+    "triton": lambda plan, w: triton.prepare(plan, w.heads, w.dtype, w.k_width, w.v_width, w.bias),
 }
 Expected = dict[str, list[tuple[Any, np.ndarray]]]  # of each array, (index, float64) of what is compared
 
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     lengths = [of_length(int(length)) for length in options.lengths.split(",") if length]
     workloads = [*(WORKLOADS[name] for name in options.workloads.split(",") if name), *lengths]
     result: dict[str, Any] = {
-        "provenance": provenance(),
+        **provenance(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "matmul_tflops": matmul,
         "records": [],

@@ -6,7 +6,7 @@ import pytest
 
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.mask import AttentionMask
-from scripts import bench_attention, turns
+from scripts import bench_attention, make_tables, turns
 
 RIVAL = """
 import json, sys, time
@@ -46,7 +46,7 @@ def test_writes_what_it_measured(tiny, tmp_path, capsys):
     refused = [(r["implementation"], r["pass"], r["reason"]) for r in result["records"] if "reason" in r]
     assert [r[:2] for r in refused] == [("mosaic", "forward")] * 2
     assert "float32" in refused[0][2] and "float32" in capsys.readouterr().out
-    assert {"device", "versions", "commit", "command", "date"} <= result["provenance"].keys()
+    assert {"device", "versions", "commit", "command", "date"} <= result.keys()
 
 
 def test_a_wrong_result_shows(tiny):
@@ -85,3 +85,23 @@ def test_processes_take_turns():
     tasks = [(2, n) for n in range(5)]
     for jobs in (1, 2):
         assert sorted(turns.each(power, tasks, jobs)) == [(n, 2**n) for n in range(5)]
+
+
+def test_the_tables_take_a_record(tmp_path, monkeypatch):
+    """One of every kind of entry: measured, refused, a rival's, a length of the figure."""
+    rates = [
+        {"workload": "tiny", "implementation": "mosaic", "pass": "forward", "tflops": 700.4, "error": 0.002},
+        {"workload": "tiny", "implementation": "mosaic", "pass": "backward", "tflops": 500.6, "error": 0.002},
+        {"workload": "tiny", "implementation": "xla", "pass": "forward", "tflops": 3.21, "error": 0.002},
+        {"workload": "tiny", "implementation": "mosaic_fp8", "pass": "forward", "tflops": 800.0, "error": 0.05},
+        {"workload": "tiny", "implementation": "mosaic_fp8", "pass": "backward", "reason": "has no gradient"},
+        {"workload": "length_1024", "implementation": "meta_triton", "pass": "forward", "tflops": 300.0, "error": 0.01},
+    ]
+    record = {"device": "1 x NVIDIA H200", "commit": "abc1234", "matmul_tflops": 780.0, "records": rates}
+    monkeypatch.setattr(make_tables, "load", lambda name: record)
+    monkeypatch.setattr(make_tables, "FIGURES", tmp_path)
+    text = make_tables.attention_table()
+    assert "| `tiny` | 700 / 501 | - | 3.2 / - | - | - |" in text
+    assert "`tiny` 800, error 5.0 %" in text and "length_" not in text
+    make_tables.attention_figure()
+    assert (tmp_path / "attention.png").stat().st_size > 10_000

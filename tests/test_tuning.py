@@ -78,14 +78,16 @@ def test_an_entry_twice():
 
 def test_a_call_finds_its_entry_and_no_other(h200, table):
     table.update(tuning.parse(text(ENTRY), "sizes.json"))
-    found = triton.tilings((9, 0), jnp.bfloat16, 128, 100, plan())
+    found = triton.tilings((9, 0), jnp.bfloat16, 128, 100, plan(), False)
     assert found == triton.Tilings(*(triton.Tiling(64, 64, 4, 3),) * 3)
     heuristic = triton.heuristic((9, 0), jnp.bfloat16, 128, 128)
     assert heuristic != found
-    assert triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(mask=AttentionMask(window=3))) == heuristic
-    assert triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(sequences=17)) == heuristic, "481 rows a sequence are short"
+    fewer = triton.tilings((9, 0), jnp.bfloat16, 128, 100, plan(), True)
+    assert fewer == triton.Tilings(*(triton.Tiling(64, 64, 4, 2),) * 3), "a bias takes shared memory"
+    assert triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(mask=AttentionMask(window=3)), False) == heuristic
+    assert triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(sequences=17), False) == heuristic, "481 rows a sequence are short"
     for arguments in ((jnp.float32, 128, 128), (jnp.bfloat16, 64, 64), (jnp.bfloat16, 129, 1)):
-        assert triton.tilings((9, 0), *arguments, plan()) == triton.heuristic((9, 0), *arguments)
+        assert triton.tilings((9, 0), *arguments, plan(), False) == triton.heuristic((9, 0), *arguments)
 
 
 def test_another_device_finds_nothing(table):

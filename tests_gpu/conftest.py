@@ -33,6 +33,11 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
             suite["passed" if outcome == "passed" else "failed"] += 1
             suite["seconds"] = round(suite["seconds"] + report.duration, 1)
             failures += [report.nodeid] if outcome != "passed" else []
-    record = {"provenance": provenance(), "exit_status": int(exitstatus), "failures": sorted(failures), "suites": dict(sorted(suites.items()))}
+    record = {
+        **provenance(),
+        "exit_status": int(exitstatus),
+        "failures": sorted(failures),
+        "suites": dict(sorted(suites.items())),
+    }
     record |= {count: sum(suite[count] for suite in suites.values()) for count in ("passed", "failed")}
     config.option.record.write_text(json.dumps(record, indent=1) + "\n")
