@@ -237,14 +237,13 @@ def main(arguments: list[str] | None = None) -> None:
         found[number] = records
         result["records"] = [record for number in sorted(found) for record in found[number]]
         for record in records:
-            if "reason" in record:
-                console.print(f"{record['workload']}, {record['implementation']}: {record['reason']}")
-        console.print(table([record for record in records if "ms" in record]))
+            value = record.get("reason") or f"{record['ms']:.3g} ms, {record['tflops']:.3g} TFLOP/s, error {record['error']}"
+            console.print(f"{record['workload']}, {record['implementation']}, {record.get('pass', '')}: {value}")
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(result, indent=1) + "\n")
 
-    names = options.implementations.split(",")
+    names = [name for name in options.implementations.split(",") if name]
     tasks = [(WORKLOADS[w], name, matmul) for w in options.workloads.split(",") if w for name in names]
     tasks += [(w, name, matmul) for w in lengths for name in names if name in PREPARE]
     for number, records in each(measure, tasks, options.jobs):
@@ -253,6 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
         versions, records = rivals(options.rival, workloads, matmul, options.rival_seconds)
         result["rivals"] = versions | {"revision": options.rival_revision}
         add(len(tasks), records)
+    console.print(table([record for record in result["records"] if "ms" in record]))
     console.print(f"bfloat16 matmul: {matmul:.0f} TFLOP/s")
 
 

@@ -101,11 +101,11 @@ def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list
     width, scale, alpha = max(w.k_width, w.v_width), jnp.float32(w.options()["scale"]), w.options()["alpha"]
 
     def forward(sizes: Any) -> Made:
-        config = dataclasses.replace(mosaic_hopper.forward_config(w.k_width, w.v_width), **sizes)
+        config = dataclasses.replace(mosaic_hopper.forward_config(w.k_width, w.v_width, plan), **sizes)
         return sizes, lambda plan, q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config), plan
 
     def backward(sizes: Any) -> Made:
-        config = dataclasses.replace(mosaic_hopper_vjp.backward_config(w.k_width, w.v_width), **sizes)
+        config = dataclasses.replace(mosaic_hopper_vjp.backward_config(w.k_width, w.v_width, plan), **sizes)
         return sizes, lambda plan, q, k, v, g: mosaic_hopper_vjp.one_pass(q, k, v, g, plan, scale, alpha, config), plan
 
     yield "forward", [forward(c) for c in MOSAIC[width]["forward"]]
