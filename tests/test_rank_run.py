@@ -118,7 +118,7 @@ def test_the_command_line_trains_and_records(tmp_path):
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     """Stopped after every call, the run goes on in the middle of an epoch, whose requests are drawn anew from (seed, epoch)."""
     config = rank_data.config(
-        tmp_path, data=dict(max_history=8, batch_users=2), train=dict(epochs=2, protocol="chronological", steps_per_call=2)
+        tmp_path, data=dict(batch_users=3), model=dict(layers=1), train=dict(epochs=2, protocol="chronological", steps_per_call=1)
     )
     task = Task.of(config, rank_data.interactions((20, 18, 9)))
     whole = train(config, tmp_path / "whole", console=Console(quiet=True), task=task)
