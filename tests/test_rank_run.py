@@ -115,22 +115,35 @@ def test_the_command_line_trains_and_records(tmp_path):
     assert [epoch["epoch"] for epoch in written["runs"][0]["history"]] == [1]
 
 
+class StopAfterFiveLooks:
+    """Stands in for `train._Stop`: a stop is asked for at the sixth look, which is in the middle of an epoch."""
+
+    def __init__(self):
+        self.looks = 0
+
+    @property
+    def requested(self):
+        self.looks += 1
+        return "SIGTERM" if self.looks > 5 else None
+
+
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
-    """Stopped after every call, the run goes on in the middle of an epoch, whose requests are drawn anew from (seed, epoch)."""
+    """Stopped in the middle of epochs, the run goes on there, with requests that are drawn anew from (seed, epoch)."""
     config = rank_data.config(
         tmp_path, data=dict(batch_users=3), model=dict(layers=1), train=dict(epochs=2, protocol="chronological", steps_per_call=1)
     )
-    task = Task.of(config, rank_data.interactions((20, 18, 9)))
+    task = Task.of(config, rank_data.interactions((20, 18, 12)))
     whole = train(config, tmp_path / "whole", console=Console(quiet=True), task=task)
-    stops = 0
-    monkeypatch.setattr("ultra_hstu.train._Stop.requested", "SIGTERM")
+    assert whole["steps"] > 5
+    monkeypatch.setattr("ultra_hstu.train._Stop", StopAfterFiveLooks)
+    steps = []
     while True:
         try:
             resumed = train(config, tmp_path / "stopped", console=Console(quiet=True), task=task)
             break
-        except Interrupted:
-            stops += 1
-    assert stops >= 3
+        except Interrupted as stop:
+            steps.append(str(stop).split(",")[0])
+    assert steps and all("step" in place for place in steps)
 
     def final(folder):
         state = abstract(jax.eval_shape(lambda: task.recipe.init(0)))

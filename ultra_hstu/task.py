@@ -109,7 +109,8 @@ class RankTask:
         """The same data under another model or seed. Raises ValueError if the configurations differ in data, tasks or protocol."""
         if (config.data, config.rank, config.train.protocol) != (self.config.data, self.config.rank, self.config.train.protocol):
             raise ValueError(f"the data was loaded for {self.config.data}, {self.config.rank}: load it for {config.data}, {config.rank}")
-        return RankTask(config, self.interactions, RankSource.of(config, self.interactions))
+        same = config.model.channels == self.config.model.channels
+        return RankTask(config, self.interactions, self.source if same else RankSource.of(config, self.interactions))
 
     def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
         """Batches of requests of one part of the split: "train", "validation" or "test"; `batch_users` counts requests."""
