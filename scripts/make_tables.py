@@ -317,6 +317,10 @@ def int4_table() -> str:
     return markdown(header, rows)
 
 
+def remark(record: dict[str, Any]) -> str:
+    return f"; {record['note']}" if "note" in record else ""
+
+
 def long_ultra_table() -> str:
     """A training step of long_ultra, and of the same model with pieces off."""
     record = load("long_ultra_h200")
@@ -337,7 +341,7 @@ def long_ultra_table() -> str:
         "training: TFLOP a sample",
         "TFLOP/s",
     ]
-    return markdown(header, rows) + f"\n\n{record['device']}, attention `{record['implementation']}`."
+    return markdown(header, rows) + f"\n\n{record['device']}, attention `{record['implementation']}`{remark(record)}."
 
 
 def layer_memory_table() -> str:
@@ -350,7 +354,7 @@ def layer_memory_table() -> str:
     depths = " and ".join(map(str, record["depths"]))
     return (
         markdown(["model.remat", "bytes a token and layer", "forward and backward, ms a layer"], rows)
-        + f"\n\n{record['device']}, {record['rows']:,} tokens, {depths} layers."
+        + f"\n\n{record['device']}, {record['rows']:,} tokens, {depths} layers{remark(record)}."
     )
 
 
