@@ -128,12 +128,16 @@ class AttentionMask:
         """The mask as a matrix, diagonal included; rows and columns of padding are False. Memory O(T^2): references and tests only."""
         return self.intervals(offsets, num_rows, num_targets, num_contextual).dense(jnp.asarray(offsets)[-1])
 
+    def row_pairs(self, lengths: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None) -> Int[np.ndarray, " T"]:
+        """How many keys each row of a buffer sees, itself included, on the host; 0 on padding."""
+        offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
+        lo0, hi0, lo1, hi1 = _intervals(np, self, *_places(np, offsets, num_rows, num_targets, num_contextual))
+        return (hi0 - lo0) + (hi1 - lo1) + (np.arange(num_rows) < offsets[-1])
+
     def num_pairs(self, lengths: Any, num_targets: Any = None, num_contextual: Any = None) -> int:
         """Allowed (row, key) pairs of sequences of these `lengths`, exact, on the host: the unit of FLOP counts."""
         offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
-        places = _places(np, offsets, int(offsets[-1]), num_targets, num_contextual)
-        lo0, hi0, lo1, hi1 = _intervals(np, self, *places)
-        return int((hi0 - lo0).sum() + (hi1 - lo1).sum() + offsets[-1])
+        return int(self.row_pairs(lengths, int(offsets[-1]), num_targets, num_contextual).sum())
 
 
 def _places(xp: ModuleType, offsets: Any, num_rows: int, num_targets: Any, num_contextual: Any) -> tuple[Any, ...]:
@@ -238,12 +242,15 @@ def tile_bounds(keys: KeyIntervals, rows: RowIntervals, num_real: Any, block_q: 
     key = [_hull(parts, num_rows, q_tiles, block_q, block_k) for parts in (far, before, around)]
 
     first_T = row_T // block_k * block_k
-    beyond = rows.tail_hi > jnp.minimum(first_T + block_k, num_rows)
+    end_T = jnp.minimum(first_T + block_k, num_rows)
+    touches = rows.near_lo <= end_T  # always, where rows and keys are those of one batch
     front = [_only(rows.ctx_lo, rows.ctx_hi, rows.ctx_lo < first_T)]
+    beyond = [_only(rows.tail_lo, rows.tail_hi, rows.tail_hi > end_T)]
+    beyond += [_only(rows.ctx_lo, rows.ctx_hi, rows.ctx_lo >= end_T), _only(rows.near_lo, rows.near_hi, ~touches)]
     row = [
         _hull(front, num_rows, k_tiles, block_k, block_q),
-        _hull([own, (rows.near_lo, rows.near_hi)], num_rows, k_tiles, block_k, block_q),
-        _hull([_only(rows.tail_lo, rows.tail_hi, beyond)], num_rows, k_tiles, block_k, block_q),
+        _hull([own, _only(rows.near_lo, rows.near_hi, touches)], num_rows, k_tiles, block_k, block_q),
+        _hull(beyond, num_rows, k_tiles, block_k, block_q),
     ]
     return TileBounds(*_disjoint(key), *_disjoint(row))
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,8 @@ def device_time(
     """Times `function(*args)`, already jitted, inputs on the device.
 
     A sample enqueues calls back to back, enough to last `sample_seconds`, and waits once, so that dispatch overlaps
-    with the device's work; for a call shorter than its dispatch (tens of microseconds) the result is the dispatch: put
-    several in one jitted function.
+    with the device's work; for a call shorter than its dispatch (tens of microseconds) the result is the dispatch: time
+    `chained` calls.
 
     Args:
       function: returns arrays; compiled by a first call that is not timed.
@@ -61,3 +63,19 @@ def device_time(
         jax.block_until_ready(out)
         samples.append((time.perf_counter() - start) / calls)
     return Timing(tuple(samples))
+
+
+def chained(function: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """A function that calls `function` `times` times, each after the one before, and returns the last result: one program, so one dispatch.
+
+    The arguments pass a barrier with the result before, so that the compiler neither merges the calls nor moves them out of the loop.
+    """
+
+    def run(*args: Any) -> Any:
+        def again(_: Any, before: Any) -> Any:
+            return function(*lax.optimization_barrier((args, before))[0])
+
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))
+        return lax.fori_loop(0, times, again, empty)
+
+    return run

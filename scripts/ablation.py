@@ -15,11 +15,12 @@ from typing import Any
 import jax
 from absl import flags
 from ml_collections import config_flags
+from rich.console import Console
 
 from experiments import command
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.config import Config, from_config_dict
-from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.ranking_evaluate import baselines
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.train import train
@@ -88,31 +89,49 @@ def main(_: list[str]) -> None:
         raise ValueError(f"--only={','.join(_ONLY.value)}: there is no variant {unknown[0]!r}; the variants are {', '.join(chosen)}")
     chosen = {name: variant for name, variant in chosen.items() if not _ONLY.value or name in _ONLY.value}
     interactions = load_interactions(config.data)
-    record: dict[str, Any] = {"config": config.name, "protocol": config.train.protocol, **provenance.provenance(), "variants": {}}
-    record["baselines"] = {}
+    if _LIST.value:
+        for name, variant in chosen.items():
+            cost = describe(task_of(variant, interactions))
+            console.print(f"{name}: {cost['inference_gflop']:.4g} GFLOP a request, {cost['training_gflop']:.4g} in training")
+        return
+    run(chosen, interactions, [int(seed) for seed in _SEEDS.value], Path(_WORKDIR.value), _RECORD.value and Path(_RECORD.value), console)
+
+
+def task_of(config: Config, interactions: Interactions) -> RankTask:
+    config.validate()
+    task = Task.of(config, interactions)
+    if not isinstance(task, RankTask):
+        raise ValueError(f"{config.name} has no rank.tasks: the ablation is one of ranking")
+    return task
+
+
+def run(
+    chosen: dict[str, Config], interactions: Interactions, seeds: list[int], folder: Path, file: Path | None, console: Console
+) -> dict[str, Any]:
+    """Trains every variant with every seed; the record, which is written to `file` after each run."""
+    first = next(iter(chosen.values()))
+    record: dict[str, Any] = {"config": first.name, "protocol": first.train.protocol, **provenance.provenance()}
+    if ULTRA in chosen:
+        record["config"] = chosen[ULTRA].name
+    record |= {"baselines": baselines(task_of(first, interactions), "test"), "variants": {}}
     for name, variant in chosen.items():
-        variant.validate()
-        task = Task.of(variant, interactions)
-        if not isinstance(task, RankTask):
-            raise ValueError(f"{variant.name} has no rank.tasks: the ablation is one of ranking")
+        task = task_of(variant, interactions)
         entry: dict[str, Any] = describe(task) | {"runs": []}
-        console.print(f"{name}: {entry['inference_gflop']:.4g} GFLOP a request, {entry['training_gflop']:.4g} in training")
-        if _LIST.value:
-            continue
         record["variants"][name] = entry
-        record["baselines"] = record["baselines"] or baselines(task, "test")
-        for seed in map(int, _SEEDS.value):
+        console.print(f"{name}: {entry['inference_gflop']:.4g} GFLOP a request, {entry['training_gflop']:.4g} in training")
+        for seed in seeds:
             seeded = dataclasses.replace(variant, train=dataclasses.replace(variant.train, seed=seed))
-            result = train(seeded, Path(_WORKDIR.value) / name / f"seed_{seed}", console=console, task=task)
+            result = train(seeded, folder / name / f"seed_{seed}", console=console, task=task)
             entry["runs"].append(result | {"seconds_per_epoch": result["seconds"] / result["epochs"]})
-            best = [run["best"] for run in entry["runs"]]
-            entry["mean"] = {metric: statistics.mean(run[metric] for run in best) for metric in best[0]}
+            best = [done["best"] for done in entry["runs"]]
+            entry["mean"] = {metric: statistics.mean(done[metric] for done in best) for metric in best[0]}
             if len(best) > 1:
-                entry["stdev"] = {metric: statistics.stdev(run[metric] for run in best) for metric in best[0]}
-            if _RECORD.value:
-                Path(_RECORD.value).parent.mkdir(parents=True, exist_ok=True)
-                workdir.write_json(Path(_RECORD.value), record)
+                entry["stdev"] = {metric: statistics.stdev(done[metric] for done in best) for metric in best[0]}
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                workdir.write_json(file, record)
         console.print(f"{name}: " + "  ".join(f"{metric} {value:.4f}" for metric, value in entry["mean"].items()))
+    return record
 
 
 if __name__ == "__main__":

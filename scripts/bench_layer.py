@@ -7,6 +7,7 @@ long as the configuration's histories, and there is no truncation. Memory is the
 """
 
 import dataclasses
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,44 +26,46 @@ from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn.hstu import HSTU
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
-_ROWS = flags.DEFINE_integer("rows", 65536, "tokens in a batch")
-_DEPTHS = flags.DEFINE_list("depths", ["2", "4"], "layers of the two stacks")
-_MODES = flags.DEFINE_list("modes", None, "names of modes; all by default")
-_IMPLEMENTATION = flags.DEFINE_string("implementation", None, "of attention; that of the configuration by default")
-_RECORD = flags.DEFINE_string("record", None, "JSON file for the result")
+FLAGS = flags.FLAGS
 
 MODES: dict[str, dict[str, Any]] = {
     "none": {"remat": "none"},
     "selective": {"remat": "selective"},
-    "selective, 8 chunks": {"remat": "selective", "chunk_rows": 8},  # the number of chunks, until the rows are known
+    "selective 8 chunks": {"remat": "selective", "chunk_rows": 8},  # the number of chunks, until the rows are known
     "full": {"remat": "full"},
     "fp8": {"remat": "none", "projection": "fp8"},
 }
 
 
 def main(_: list[str]) -> None:
-    config = from_config_dict(_CONFIG.value)
-    names, depths = _MODES.value or list(MODES), [int(depth) for depth in _DEPTHS.value]
-    result = {"config": config.name, "rows": _ROWS.value, "depths": depths, **provenance.provenance(), "modes": {}}
+    config = from_config_dict(FLAGS.config)
+    names, depths = FLAGS.modes or list(MODES), [int(depth) for depth in FLAGS.depths]
+    result = {
+        "config": config.name,
+        "rows": FLAGS.rows,
+        "depths": depths,
+        **provenance.provenance(),
+        "xla_flags": os.environ.get("XLA_FLAGS"),
+        "modes": {},
+    }
     cases = [(name, depth) for name in names for depth in depths]
     with ThreadPoolExecutor(len(cases)) as pool:  # compilers run side by side
-        compiled = dict(zip(cases, pool.map(lambda case: stack_gradients(changed(config, *case), _ROWS.value), cases), strict=True))
+        compiled = dict(zip(cases, pool.map(lambda case: stack_gradients(changed(config, *case), FLAGS.rows), cases), strict=True))
     console, table = report.make_console(), Table("mode", "bytes a token", "ms a layer", "TFLOP/s")
     for name in names:
-        result["modes"][name] = a_layer([compiled[name, depth] for depth in depths], depths, changed(config, name, depths[0]), _ROWS.value)
-        table.add_row(name, *(f"{result['modes'][name][key]:.4g}" for key in ("bytes_a_token", "ms", "TFLOP_a_second")))
-        if _RECORD.value:
-            workdir.write_json(Path(_RECORD.value), result)
+        result["modes"][name] = a_layer([compiled[name, depth] for depth in depths], depths, changed(config, name, depths[0]), FLAGS.rows)
+        table.add_row(name, *(f"{result['modes'][name].get(key, float('nan')):.4g}" for key in ("bytes_a_token", "ms", "TFLOP_a_second")))
+        if FLAGS.record:
+            workdir.write_json(Path(FLAGS.record), result)
     console.print(table)
 
 
 def changed(config: Config, name: str, depth: int) -> Config:
     changes = {"layers": depth, "truncate_after": None, "truncate_length": None} | MODES[name]
     if "chunk_rows" in changes:
-        changes["chunk_rows"] = _ROWS.value // changes["chunk_rows"]
-    if _IMPLEMENTATION.value:
-        changes["implementation"] = _IMPLEMENTATION.value
+        changes["chunk_rows"] = FLAGS.rows // changes["chunk_rows"]
+    if FLAGS.implementation:
+        changes["implementation"] = FLAGS.implementation
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
 
@@ -88,14 +91,18 @@ def a_layer(stacks: list[tuple[Any, Any]], depths: list[int], config: Config, ro
     """The difference of two stacks, a layer."""
     more = depths[1] - depths[0]
     memory = [run.memory_analysis().temp_size_in_bytes for run, _ in stacks]
+    result: dict[str, Any] = {
+        "bytes_a_token": (memory[1] - memory[0]) / more / rows,
+        "temporary_GiB": [size / 2**30 for size in memory],
+    }
+    if not FLAGS.times:
+        return result
     times = [device_time(run, *jax.jit(arguments)(), repetitions=5, sample_seconds=0.1) for run, arguments in stacks]
     seconds = (times[1].seconds - times[0].seconds) / more
     length = min(config.data.max_history, rows)
     counted = flops.count(config, length)
-    work = counted.training / depths[0] * (rows // length)
-    return {
-        "bytes_a_token": (memory[1] - memory[0]) / more / rows,
-        "temporary_GiB": [size / 2**30 for size in memory],
+    work = (counted.training - counted.recomputed) / depths[0] * (rows // length)
+    return result | {
         "ms": 1e3 * seconds,
         "stack_ms": [1e3 * time.seconds for time in times],
         "TFLOP": work / 1e12,
@@ -104,5 +111,12 @@ def a_layer(stacks: list[tuple[Any, Any]], depths: list[int], config: Config, ro
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
+    flags.DEFINE_integer("rows", 65536, "tokens in a batch")
+    flags.DEFINE_list("depths", ["2", "4"], "layers of the two stacks")
+    flags.DEFINE_bool("times", True, "measure times, not memory alone")
+    flags.DEFINE_list("modes", None, "names of modes; all by default")
+    flags.DEFINE_string("implementation", None, "of attention; that of the configuration by default")
+    flags.DEFINE_string("record", None, "JSON file for the result")
     flags.mark_flag_as_required("config")
     command.run(main)

@@ -31,13 +31,7 @@ from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.sampling import LoadBalancer, stochastic_length
 
-_RAW_DIR = flags.DEFINE_string("raw_dir", None, "a local copy of ASSISTments 2017")
-_DATA_DIR = flags.DEFINE_string("data_dir", "data", "prepared files go here")
-_RECORD = flags.DEFINE_string("record", None, "JSON file for the result")
-_FIGURE = flags.DEFINE_string("figure", None, "picture drawn from the result")
-_DRAW = flags.DEFINE_string("draw", None, "only draw the picture of this JSON file")
-_TIMED = flags.DEFINE_integer("timed_steps", 2, "steps whose ranks are timed")
-
+FLAGS = flags.FLAGS
 ALPHA, USERS, STEPS, RECALIBRATE, TIMED_RANKS = 1.6, 32, 200, 50, 8
 MODEL = ModelConfig(width=32, layers=2, heads=1, qk_width=32, v_width=32, relative_bias=False)
 ZIPF_LENGTH, ZIPF_EXPONENT = 4096, 1.2
@@ -45,14 +39,14 @@ POLICIES = ("plain", "balanced")
 
 
 def main(_: list[str]) -> None:
-    if _DRAW.value:
-        draw(json.loads(Path(_DRAW.value).read_text()), Path(str(_FIGURE.value)))
+    if FLAGS.draw:
+        draw(json.loads(Path(FLAGS.draw).read_text()), Path(str(FLAGS.figure)))
         return
     result: dict[str, Any] = {
         **provenance.provenance(),
         "settings": {"alpha": ALPHA, "users_per_rank": USERS, "steps": STEPS, "recalibrate_every": RECALIBRATE},
         "model": {"width": MODEL.width, "layers": MODEL.layers, "heads": MODEL.heads, "qk_width": MODEL.qk_width, "v_width": MODEL.v_width},
-        "sets": {name: measure(length_U) for name, length_U in length_sets().items()},
+        "sets": {name: measure(length_U, FLAGS.timed_steps) for name, length_U in length_sets().items()},
     }
     console = report.make_console()
     table = Table("lengths", "ranks", "policy", "load max / mean", "load std / mean", "mean load")
@@ -68,22 +62,22 @@ def main(_: list[str]) -> None:
             row = record["step"][policy]
             table.add_row(name, policy, str(row["rows"]), *(f"{row[key]:.3f}" for key in ("slowest", "slowest_predicted", "mean")))
     console.print(table)
-    if _RECORD.value:
-        workdir.write_json(Path(_RECORD.value), result)
-    if _FIGURE.value:
-        draw(result, Path(_FIGURE.value))
+    if FLAGS.record:
+        workdir.write_json(Path(FLAGS.record), result)
+    if FLAGS.figure:
+        draw(result, Path(FLAGS.figure))
 
 
 def length_sets() -> dict[str, np.ndarray]:
     """Lengths of users, one entry each."""
-    data = load_interactions(DataConfig(source="assistments-2017", raw_dir=_RAW_DIR.value, data_dir=_DATA_DIR.value))
+    data = load_interactions(DataConfig(source="assistments-2017", raw_dir=FLAGS.raw_dir, data_dir=FLAGS.data_dir))
     place = np.arange(1, ZIPF_LENGTH + 1)
     weight = place**-ZIPF_EXPONENT
     zipf = np.random.default_rng(0).choice(place, 20_000, p=weight / weight.sum())
     return {"ASSISTments 2017": data.lengths, f"Zipf({ZIPF_EXPONENT}) to {ZIPF_LENGTH}": zipf}
 
 
-def measure(length_U: np.ndarray) -> dict[str, Any]:
+def measure(length_U: np.ndarray, timed_steps: int) -> dict[str, Any]:
     longest = int(length_U.max())
     config = Config(data=DataConfig(max_history=longest), model=MODEL)
     gamma, error = flops.cost_exponent(config, longest)
@@ -99,7 +93,7 @@ def measure(length_U: np.ndarray) -> dict[str, Any]:
         length_SRU, kept = simulate(length_U, longest, gamma, ranks)
         record["load"][str(ranks)] = {policy: spread(kept_SRU, gamma) for policy, kept_SRU in kept.items()}
         if ranks == TIMED_RANKS:
-            record["step"] = time_ranks(config, {policy: kept_SRU[-_TIMED.value :] for policy, kept_SRU in kept.items()})
+            record["step"] = time_ranks(config, {policy: kept_SRU[-timed_steps:] for policy, kept_SRU in kept.items()})
             record["kept_share_of_events"] = {
                 policy: float(k[RECALIBRATE:].sum() / length_SRU[RECALIBRATE:].sum()) for policy, k in kept.items()
             }
@@ -232,4 +226,10 @@ def draw(record: dict[str, Any], picture: Path) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("raw_dir", None, "a local copy of ASSISTments 2017")
+    flags.DEFINE_string("data_dir", "data", "prepared files go here")
+    flags.DEFINE_string("record", None, "JSON file for the result")
+    flags.DEFINE_string("figure", None, "picture drawn from the result")
+    flags.DEFINE_string("draw", None, "only draw the picture of this JSON file")
+    flags.DEFINE_integer("timed_steps", 2, "steps whose ranks are timed")
     command.run(main)

@@ -3,10 +3,11 @@
 python -m scripts.bench_long --config=experiments/configs/long_ultra.py [--variants=ultra,plain_causal] [--record=experiments/results/NAME.json]
 
 A step is forward, loss, backward and optimizer, on a batch of `data.batch_users` histories of `data.max_history` events each, with random items, made on the
-device. Memory is the compiler's: temporaries of the step, and the state. FLOPs are useful ones, see `ultra_hstu.flops`.
+device. Memory is the compiler's: temporaries of the step, and the state. FLOPs are those of `ultra_hstu.flops`; rates leave out what is computed twice.
 """
 
 import dataclasses
+import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +26,7 @@ from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.batching import Batch
 from ultra_hstu.recipe import Recipe
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
-_VARIANTS = flags.DEFINE_list("variants", None, "names of variants; all by default")
-_IMPLEMENTATION = flags.DEFINE_string("implementation", None, "of attention; that of the configuration by default")
-_SECONDS = flags.DEFINE_float("seconds", 1.0, "time to measure a variant for")
-_RECORD = flags.DEFINE_string("record", None, "JSON file for the result")
+FLAGS = flags.FLAGS
 
 WHOLE: dict[str, Any] = {"truncate_after": None, "truncate_length": None}
 CAUSAL: dict[str, Any] = {"window": (), "full_rows": (), "prefix": ()}
@@ -44,11 +41,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main(_: list[str]) -> None:
-    config = from_config_dict(_CONFIG.value)
-    if _IMPLEMENTATION.value:
-        config = with_model(config, {"implementation": _IMPLEMENTATION.value})
-    names = _VARIANTS.value or list(VARIANTS)
-    result = {"config": config.name, "implementation": config.model.implementation, **provenance.provenance(), "variants": {}}
+    config = from_config_dict(FLAGS.config)
+    if FLAGS.implementation:
+        config = with_model(config, {"implementation": FLAGS.implementation})
+    names = FLAGS.variants or list(VARIANTS)
+    result = {
+        "config": config.name,
+        "implementation": config.model.implementation,
+        **provenance.provenance(),
+        "xla_flags": os.environ.get("XLA_FLAGS"),
+        "variants": {},
+    }
     console = report.make_console()
     steps = {name: Step(with_model(config, VARIANTS[name])) for name in names}
     with ThreadPoolExecutor(len(names)) as pool:  # compilers run side by side
@@ -56,10 +59,10 @@ def main(_: list[str]) -> None:
             result["variants"][name] = compiled
     for name, step in steps.items():
         if "error" not in result["variants"][name]:
-            result["variants"][name] |= step.measure(_SECONDS.value)
+            result["variants"][name] |= step.measure(FLAGS.seconds)
         console.print(name, result["variants"][name])
-        if _RECORD.value:
-            workdir.write_json(Path(_RECORD.value), result)
+        if FLAGS.record:
+            workdir.write_json(Path(FLAGS.record), result)
     console.print(table(result["variants"]))
 
 
@@ -89,10 +92,12 @@ class Step:
         counted = flops.count(self.config, history, items=items)
         return {
             "model": {name: getattr(self.config.model, name) for name in (*WHOLE, *CAUSAL, "remat", "projection")},
+            "fp8_matrix_products": (self.run.as_text() or "").count('custom_call_target="__cublas$lt$matmul$f8"'),
             "compile_s": time.perf_counter() - started,
             "temporary_GiB": memory.temp_size_in_bytes / 2**30 if memory else None,
             "state_GiB": memory.argument_size_in_bytes / 2**30 if memory else None,
             "training_TFLOP_a_sample": counted.training / 1e12,
+            "recomputed_TFLOP_a_sample": counted.recomputed / 1e12,
             "encoder_inference_TFLOP_a_sample": (counted.projections + counted.attention) / 1e12,
         }
 
@@ -115,7 +120,8 @@ class Step:
             jax.block_until_ready(metrics)
             samples.append((time.perf_counter() - started) / each)
         per_step, users = statistics.median(samples), config.data.batch_users
-        work = flops.count(config, config.data.max_history, items=config.data.synthetic.items).training * users
+        counted = flops.count(config, config.data.max_history, items=config.data.synthetic.items)
+        work = (counted.training - counted.recomputed) * users
         return {
             "step_ms": 1e3 * per_step,
             "samples_ms": [1e3 * sample for sample in samples],
@@ -145,5 +151,10 @@ def table(variants: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
+    flags.DEFINE_list("variants", None, "names of variants; all by default")
+    flags.DEFINE_string("implementation", None, "of attention; that of the configuration by default")
+    flags.DEFINE_float("seconds", 1.0, "time to measure a variant for")
+    flags.DEFINE_string("record", None, "JSON file for the result")
     flags.mark_flag_as_required("config")
     command.run(main)

@@ -1,8 +1,8 @@
-"""Writes the tables and figures of the README from the files under experiments/results, and nothing else: no number is typed by hand.
+"""Writes the tables and figures of the README and the docs from the files under experiments/results, and nothing else: no number is typed by hand.
 
 python -m scripts.make_tables [--check]
 
-A table stands in README.md between `<!-- table NAME -->` and `<!-- end NAME -->`. `--check` changes nothing and fails if a table is not current.
+A table stands in its page between `<!-- table NAME -->` and `<!-- end NAME -->`. `--check` changes nothing and fails if a table is not current.
 """
 
 import json
@@ -17,6 +17,8 @@ from absl import app, flags
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+from scripts import bench_load_balance  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -56,6 +58,20 @@ RANKING = {  # records of experiments.train --record: data and model
 RANKING_BASELINES = ("base rate", "item and user")
 RANKING_METRICS = ("ne", "auc", "gauc", "log_loss")
 ABLATIONS = {"assistments_rank_ultra": "ablation_assistments"}  # configuration -> record of scripts.ablation
+SUBSEQUENCES = {  # file suffix -> what the runs were trained on
+    "sl_whole": "whole histories",
+    "sl_recent": "alpha 1.6, newest events",
+    "sl_random": "alpha 1.6, random events",
+    "sl_weighted": "alpha 1.6, recency-weighted events",
+}
+LONG_ULTRA = {  # variants of scripts.bench_long
+    "ultra": "`long_ultra`",
+    "plain_causal": "plain causal attention, no truncation",
+    "no_truncation": "no truncation",
+    "no_window": "no window",
+    "keeps_activations": '`remat="none"`',
+    "fp8": '`projection="fp8"`',
+}
 NOT_MEASURED = "not measured yet"
 
 
@@ -209,17 +225,117 @@ def giga(value: float) -> str:
     return f"{value / 1e9:.3g}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"ml1m": ml1m_table, "speed": speed_table, "ranking": ranking_table, "ablation": ablation_table}
+def stochastic_length_table() -> str:
+    """HSTU on MovieLens-100K, trained on whole histories and on parts of them."""
+    rows = []
+    for suffix, label in SUBSEQUENCES.items():
+        record = load(f"ml100k_hstu_{suffix}")
+        if record:
+            runs = [run["best"] for run in record["runs"]]
+            flops = f"{record['flops']['training'] / 1e6:.1f}" if "flops" in record else ""
+            rows.append([label, str(len(runs)), *(mean_and_deviation([run[name] for run in runs]) for name in METRICS), flops])
+    return markdown(["trained on", "seeds", *(name.upper() for name in METRICS), "training MFLOP a sample"], rows)
 
 
-def with_tables(text: str) -> str:
-    for name, make in TABLES.items():
+def load_balance_table() -> str:
+    """Spread of the load over ranks, and step times, under plain and load-balanced stochastic length."""
+    record = load("load_balance_cpu")
+    if not record:
+        return NOT_MEASURED
+    rows = []
+    for name, values in record["sets"].items():
+        for policy in ("plain", "balanced"):
+            loads = [values["load"][ranks][policy] for ranks in ("8", "64")]
+            step = values["step"][policy]
+            kept = f"{100 * values['kept_share_of_events'][policy]:.0f} %"
+            load_cells = [f"{load['max_over_mean']:.2f} / {load['std_over_mean']:.2f}" for load in loads]
+            mean_load = f"{loads[0]['mean'] / values['load']['8']['plain']['mean']:.2f}"
+            rows.append(
+                [name, policy, f"{values['gamma']:.2f}", kept, mean_load, *load_cells, str(step["rows"])]
+                + [f"{1e3 * step[key]:.0f}" for key in ("slowest", "slowest_predicted", "mean")]
+            )
+    header = ["lengths", "draws", "gamma", "events kept", "load / plain", "8 ranks: max / mean, std / mean", "64 ranks"]
+    return markdown([*header, "rows of the buffer", "slowest of 8, ms", "predicted", "mean of 8, ms"], rows)
+
+
+def int4_table() -> str:
+    """The metrics of a trained run, served from each kind of item table."""
+    record = load("int4_tables")
+    if not record:
+        return NOT_MEASURED
+    names = ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr")
+    rows = []
+    for kind, values in record["tables"].items():
+        table = values["table"]
+        sizes = [str(table[size]) for size in ("row_bytes", "history_bytes", "bytes")]
+        rows.append([kind, *sizes, f"{100 * table['rms_error_over_rms_value']:.1f} %", *(short(values["metrics"][name]) for name in names)])
+    header = ["item table", "bytes a row", "of a request's history", "of all", "RMS error / RMS value", *(name.upper() for name in names)]
+    return markdown(header, rows)
+
+
+def long_ultra_table() -> str:
+    """A training step of long_ultra, and of the same model with pieces off."""
+    record = load("long_ultra_h200")
+    if not record:
+        return NOT_MEASURED
+    rows = []
+    for name, found in record["variants"].items():
+        if "step_ms" in found:
+            memory, encoder = f"{found['temporary_GiB']:.1f}", f"{found['encoder_inference_TFLOP_a_sample']:.3f}"
+            cells = [memory, encoder, f"{found['training_TFLOP_a_sample']:.2f}", f"{found['TFLOP_a_second']:.0f}"]
+            rows.append([LONG_ULTRA.get(name, name), f"{found['step_ms']:.0f}", f"{found['events_a_second'] / 1e6:.2f}", *cells])
+    header = [
+        "",
+        "step, ms",
+        "million events/s",
+        "temporaries, GiB",
+        "encoder, forward: TFLOP a sample",
+        "training: TFLOP a sample",
+        "TFLOP/s",
+    ]
+    return markdown(header, rows) + f"\n\n{record['device']}, attention `{record['implementation']}`."
+
+
+def layer_memory_table() -> str:
+    """Bytes a token and layer that each way of keeping and recomputing holds."""
+    record = load("layer_h200")
+    if not record:
+        return NOT_MEASURED
+    cell = lambda found, key: f"{found[key]:.2f}" if key in found else ""  # noqa: E731
+    rows = [[name, f"{found['bytes_a_token']:.0f}", cell(found, "ms")] for name, found in record["modes"].items()]
+    depths = " and ".join(map(str, record["depths"]))
+    return (
+        markdown(["model.remat", "bytes a token and layer", "forward and backward, ms a layer"], rows)
+        + f"\n\n{record['device']}, {record['rows']:,} tokens, {depths} layers."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "ml1m": ml1m_table,
+    "speed": speed_table,
+    "ranking": ranking_table,
+    "ablation": ablation_table,
+    "stochastic_length": stochastic_length_table,
+    "load_balance": load_balance_table,
+    "int4": int4_table,
+    "long_ultra": long_ultra_table,
+    "layer_memory": layer_memory_table,
+}
+PAGES = {
+    "README.md": ("ml1m", "speed", "ranking", "ablation"),
+    "docs/ultra_hstu.md": ("long_ultra", "layer_memory"),
+    "docs/sampling_and_precision.md": ("stochastic_length", "load_balance", "int4"),
+}
+
+
+def with_tables(text: str, page: str) -> str:
+    for name in PAGES[page]:
         start, end = f"<!-- table {name} -->\n", f"\n<!-- end {name} -->"
         before, found, rest = text.partition(start)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise ValueError(f"README.md has no '{start.strip()}' ... '{end.strip()}'")
-        text = before + start + make() + end + after
+            raise ValueError(f"{page} has no '{start.strip()}' ... '{end.strip()}'")
+        text = before + start + TABLES[name]() + end + after
     return text
 
 
@@ -245,15 +361,18 @@ _CHECK = flags.DEFINE_bool("check", False, "change nothing; fail if a table is n
 
 
 def main(_: list[str]) -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    current = with_tables(text)
-    if _CHECK.value:
-        if current != text:
-            sys.exit("README.md: tables are not current; run make tables")
-        return
-    readme.write_text(current)
-    ml1m_figure()
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        current = with_tables(text, page)
+        if not _CHECK.value:
+            path.write_text(current)
+        elif current != text:
+            sys.exit(f"{page}: tables are not current; run make tables")
+    if not _CHECK.value:
+        ml1m_figure()
+        if record := load("load_balance_cpu"):
+            bench_load_balance.draw(record, FIGURES / "load_balance.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The attention benchmark, at a size that CPU can do."""
+"""The attention benchmark, at a size that CPU can do; and what becomes of its record."""
 
 import json
 
@@ -8,16 +8,65 @@ from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.mask import AttentionMask
 from scripts import bench_attention
 
+RIVAL = """
+import json, sys
+request = json.load(sys.stdin)
+names = [w["name"] for w in request["workloads"]]
+print("a line of somebody else's")
+records = [{"workload": n, "implementation": "meta_triton", "pass": "backward", "ms": 2.0} for n in names]
+print(json.dumps({"versions": {"torch": "9"}, "seen": request["workloads"][0]["window"], "records": records}))
+"""
 
-def test_writes_what_it_measured(tmp_path, monkeypatch, capsys):
-    tiny = Workload("tiny", (40, 20), 2, 8, 8, AttentionMask(window=10, full_rows=5), max_length=64, dtype="float32")
-    monkeypatch.setitem(WORKLOADS, "tiny", tiny)
+
+@pytest.fixture
+def tiny(monkeypatch):
+    semi_local = Workload("tiny", (40, 20), 2, 8, 8, AttentionMask(window=10, full_rows=5), max_length=64, dtype="float32")
+    window = Workload("window", (40, 20), 2, 8, 8, AttentionMask(window=10), max_length=64, capacity=70, dtype="float32")
+    biased = Workload("biased", (30, 20), 1, 8, 8, max_length=64, capacity=56, dtype="float32", bias=True)
+    for w in (semi_local, window, biased):
+        monkeypatch.setitem(WORKLOADS, w.name, w)
     monkeypatch.setattr(bench_attention, "matmul_tflops", lambda: 2.0)
+    monkeypatch.setattr(bench_attention, "SHORT", 0.0)  # `chained` has a test of its own
+    return window
+
+
+def test_writes_what_it_measured(tiny, tmp_path, capsys):
     output = tmp_path / "attention.json"
-    bench_attention.main(["--implementations", "xla,mosaic", "--workloads", "tiny", "--output", str(output)])
+    bench_attention.main(["--implementations", "xla,mosaic", "--workloads", "tiny,biased", "--output", str(output)])
     result = json.loads(output.read_text())
-    assert [(r["implementation"], r["pass"]) for r in result["records"]] == [("xla", "forward"), ("xla", "backward")]
-    for record in result["records"]:
+    measured = [r for r in result["records"] if "ms" in r]
+    assert [(r["workload"], r["implementation"], r["pass"]) for r in measured] == [
+        (name, "xla", which) for name in ("tiny", "biased") for which in ("forward", "backward")
+    ]
+    for record in measured:
         assert record["error"] < 1e-5
         assert record["of_matmul"] == pytest.approx(record["tflops"] / 2.0)
-    assert "tiny: takes bfloat16 or float16, got float32" in capsys.readouterr().out  # mosaic, refused with its reason
+        assert record["peak_mib"] > 0
+    refused = [(r["implementation"], r["pass"], r["reason"]) for r in result["records"] if "reason" in r]
+    assert [r[:2] for r in refused] == [("mosaic", "forward"), ("mosaic", "backward")] * 2
+    assert "float32" in refused[0][2] and "float32" in capsys.readouterr().out
+    assert {"device", "versions", "commit", "command", "date"} <= result["provenance"].keys()
+
+
+def test_a_wrong_result_shows(tiny):
+    arrays = tiny.arrays()
+    want = bench_attention.expected(tiny, arrays)
+    run = bench_attention.passes(tiny, "reference")["both"]
+    got = run(bench_attention.make_plan(tiny.mask, tiny.offsets(), tiny.rows), *(arrays[name] for name in "qkvg"))
+    assert bench_attention.error(got, want) < 1e-5
+    for name in got:
+        assert bench_attention.error(got | {name: got[name] * 1.01}, want) == pytest.approx(0.01, rel=1e-2)
+
+
+def test_rivals_answer_in_a_process_of_their_own(tiny, tmp_path, monkeypatch):
+    script = tmp_path / "attention_rivals.py"
+    script.write_text(RIVAL)
+    monkeypatch.setattr(bench_attention, "__file__", str(tmp_path / "bench_attention.py"))
+    versions, records = bench_attention.rivals(tmp_path, [WORKLOADS["tiny"], WORKLOADS["biased"], tiny], 2.0)
+    assert versions == {"versions": {"torch": "9"}, "seen": 10}, "what they cannot do is not asked for"
+    assert [r["workload"] for r in records] == ["window"]
+    assert records[0]["tflops"] == pytest.approx(tiny.backward_flops / 2e-3 / 1e12)
+
+
+def test_lengths_share_a_number_of_rows():
+    assert {bench_attention.of_length(int(n)).rows for n in bench_attention.LENGTHS.split(",")} == {65536}

@@ -16,6 +16,7 @@ from ultra_hstu import flops
 from ultra_hstu.config import ChannelConfig, Config, DataConfig, LossConfig, ModelConfig, RankConfig
 from ultra_hstu.data.batching import Events, gather_batch
 from ultra_hstu.data.sequences import Sequences
+from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.recipe import Recipe
 from ultra_hstu.task import Task
@@ -164,11 +165,11 @@ def test_ranking_model_against_its_program(form):
     program = jax.make_jaxpr(lambda params: task.recipe.logits(params, batch))(task.recipe.init(0).params)
 
     def full(rows, layers):
+        """One stack of this depth on so many rows, of which each sees all."""
         whole = with_(config, model__truncate_after=None, model__truncate_length=None, model__channels={}, model__layers=layers)
         return flops.count(whole, 0, contextual=rows)
 
-    head = flops.count(with_(config, model__channels={}) if form != "mixture" else config, 0, targets=4 * config.rank.targets,
-                       channels={name: 0 for name in config.model.channels}).head  # fmt: skip
+    head = flops.count(config, 0, targets=4 * config.rank.targets, channels={name: 0 for name in config.model.channels}).head
     if form == "mixture":
         encoders = [full(rows, channel.layers) for rows, channel in zip(loader.gather.rows, config.model.channels.values(), strict=True)]
     elif form == "truncated":
@@ -179,6 +180,24 @@ def test_ranking_model_against_its_program(form):
     else:
         encoders = [full(loader.gather.rows[0], config.model.layers)]
     assert products(program.jaxpr) == head + sum(encoder.projections + encoder.attention for encoder in encoders)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 3])
+def test_head_against_its_program(chunk_rows):
+    """A training step of the head of three tasks on the outputs of two encoders."""
+    config = with_(
+        Config(model=MODEL, rank=RANK), model__chunk_rows=chunk_rows, model__channels={"a": ChannelConfig(), "b": ChannelConfig()}
+    )
+    config = with_(config, rank__tasks=("x", "y", "z"))
+    head = MultiTaskHead(2 * WIDTH, RANK.head_width, 3, chunk_rows=chunk_rows, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(head)
+    loss = lambda params, h_PD: jnp.sum(jnp.sin(nnx.merge(graphdef, params)(h_PD)))  # noqa: E731
+    step = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(params, jnp.zeros((10, 2 * WIDTH)))
+    counted = flops.count(config, 0, targets=10, channels={"a": 0, "b": 0})
+    assert products(step.jaxpr) == 3 * counted.head + (0 if chunk_rows is None else 10 * 2 * RANK.head_width * 2 * WIDTH)
+    plain = flops.count(with_(config, model__chunk_rows=None), 0, targets=10, channels={"a": 0, "b": 0})
+    uvqk = plain.projections * 4 / 5
+    assert counted.recomputed == (0 if chunk_rows is None else uvqk + 10 * 2 * RANK.head_width * 2 * WIDTH)
 
 
 def test_training_is_three_projections_and_three_and_a_half_attentions():

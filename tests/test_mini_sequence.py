@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rank_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ultra_hstu.parallel.mini_sequence import chunked
+from ultra_hstu.task import Task
 
 ROWS, WIDTH, HIDDEN = 23, 6, 40
 
@@ -105,3 +107,19 @@ def test_bad_rows():
         chunked(lambda x, y: x, jnp.zeros((4, 2)), jnp.zeros(5), chunk_rows=2)
     with pytest.raises(ValueError, match="a row for each of its 2 rows"):
         chunked(lambda x: x.sum(0, keepdims=True), jnp.zeros((4, 3)), chunk_rows=2)
+
+
+def test_ranking_step_in_chunks():
+    """Loss and gradients of a whole ranking model whose layers and head work on 7 rows at a time, tails included."""
+    values = []
+    for chunk_rows in (None, 7):
+        config = rank_data.config(model=dict(chunk_rows=chunk_rows, preset="research"))
+        task = Task.of(config, rank_data.interactions())
+        loader = task.loader("train", batch_users=4, steps_per_call=1)
+        batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
+        params = task.recipe.init(0).params
+        values.append(jax.jit(jax.value_and_grad(task.recipe.loss))(params, batch, jax.random.key(0)))
+    assert float(values[0][0]) == pytest.approx(float(values[1][0]), rel=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()) + 1e-9), *(v[1] for v in values)
+    )

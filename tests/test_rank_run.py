@@ -85,19 +85,21 @@ def shrunk(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_ranking_configuration_runs(name, tmp_path):
-    """Two steps of training and a prediction, with all the options of the file but its sizes."""
+def test_every_ranking_configuration_fits_its_data(name, tmp_path):
+    """A step and a prediction are traced, with all the options of the file but its sizes; the most complex one is run."""
     task = Task.load(shrunk(name, tmp_path))
-    assert isinstance(task, RankTask)
+    assert isinstance(task, RankTask) and task.flops("test").inference > 0
     loader = task.loader("train", batch_users=4, steps_per_call=2)
-    feed = next(iter(loader.groups(loader.plan()))).feed
-    state, step = task.recipe.init(0), jax.jit(lambda state, feed, i: task.recipe.step(state, feed.batch(i)))
-    for i in range(2):
-        state, metrics = step(state, feed, i)
+    batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
+    state, metrics = jax.eval_shape(lambda: task.recipe.step(task.recipe.init(0), batch))
+    logits = jax.eval_shape(task.recipe.logits, state.params, batch)
+    assert logits.shape == batch.label_PK.shape == (8, len(task.config.rank.tasks))
+    if name == "kuairand_rank_ultra":
+        before = task.recipe.init(0)
+        after, metrics = jax.jit(task.recipe.step)(before, batch)
         assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
-    moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), task.recipe.init(0).params, state.params)
-    assert sum(jax.tree.leaves(moved)) > 0.9 * len(jax.tree.leaves(moved))
-    assert task.flops("test").inference > 0
+        moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), before.params, after.params)
+        assert all(jax.tree.leaves(moved)), moved
 
 
 def test_the_command_line_trains_and_records(tmp_path):
@@ -106,18 +108,18 @@ def test_the_command_line_trains_and_records(tmp_path):
         "data.raw_dir": raw, "data.data_dir": tmp_path / "data", "data.max_history": 16, "data.batch_users": 4, "model.width": 8, "model.qk_width": 4,
         "model.v_width": 4, "model.dtype": "float32", "model.truncate_after": 1, "model.truncate_length": 4, "model.channels.attempts.layers": 2,
         "model.channels.attempts.max_history": 16, "model.channels.right.layers": 2, "model.channels.right.max_history": 8, "model.layers": 2,
-        "rank.targets": 2, "train.epochs": 2, "train.eval_users": 8,
+        "rank.targets": 2, "train.epochs": 1, "train.eval_users": 8,
     }  # fmt: skip
     command = [
         sys.executable, "-m", "experiments.train", f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py", f"--workdir={tmp_path / 'run'}",
-        "--seeds=1,2", f"--record={record}", *(f"--config.{name}={value}" for name, value in options.items()),
+        "--seeds=1", f"--record={record}", *(f"--config.{name}={value}" for name, value in options.items()),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(record.read_text())
-    assert [run["seed"] for run in written["runs"]] == [1, 2]
-    assert {"ne", "auc/correct", "gauc/correct", "log_loss/correct"} <= written["mean"].keys()
-    assert [epoch["epoch"] for epoch in written["runs"][0]["history"]] == [1, 2]
+    assert [run["seed"] for run in written["runs"]] == [1]
+    assert {"ne", "auc/correct", "gauc/correct", "log_loss/correct"} <= written["runs"][0]["best"].keys()
+    assert [epoch["epoch"] for epoch in written["runs"][0]["history"]] == [1]
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
@@ -125,7 +127,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     config = rank_data.config(
         tmp_path, data=dict(max_history=8, batch_users=2), train=dict(epochs=2, protocol="chronological", steps_per_call=2)
     )
-    task = Task.of(config, rank_data.interactions((20, 30, 25, 9)))
+    task = Task.of(config, rank_data.interactions((20, 18, 9)))
     whole = train(config, tmp_path / "whole", console=Console(quiet=True), task=task)
     stops = 0
     monkeypatch.setattr("ultra_hstu.train._Stop.requested", "SIGTERM")
@@ -135,7 +137,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
             break
         except Interrupted:
             stops += 1
-    assert stops > 4
+    assert stops >= 3
 
     def final(folder):
         state = abstract(jax.eval_shape(lambda: task.recipe.init(0)))
@@ -162,24 +164,25 @@ def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
 
 def test_ablation_writes_its_record(tmp_path):
     """Two variants, one seed, one epoch each; started again, it trains nothing and writes the same numbers."""
-    raw, record = assistments(tmp_path / "raw"), tmp_path / "record.json"
-    small = {
-        "data.raw_dir": raw, "data.data_dir": tmp_path / "data", "data.max_history": 16, "model.width": 8, "model.qk_width": 4, "model.v_width": 4,
-        "model.dtype": "float32", "rank.targets": 2, "train.epochs": 1, "model.layers": 2,
-    }  # fmt: skip
-    ultra = small | {
-        "model.truncate_after": 1, "model.truncate_length": 4, "model.channels.attempts.layers": 2, "model.channels.attempts.max_history": 16,
-        "model.channels.right.layers": 2, "model.channels.right.max_history": 8,
-    }  # fmt: skip
-    command = [
-        sys.executable, "-m", "scripts.ablation", f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py",
-        f"--baseline={ROOT}/experiments/configs/assistments_rank_hstu.py", f"--workdir={tmp_path / 'runs'}", "--seeds=1", f"--record={record}",
-        "--only=baseline,ultra", *(f"--config.{name}={value}" for name, value in ultra.items()),
-        *(f"--baseline.{name}={value}" for name, value in small.items()),
-    ]  # fmt: skip
+    config = rank_data.config(tmp_path, train=dict(epochs=1, protocol="chronological"), model=dict(layers=1))
+    chosen = {"baseline": config, "ultra": with_(config, rank__signals=())}
+    file = tmp_path / "results" / "record.json"
     results = []
     for _ in range(2):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        results.append({name: entry["mean"] for name, entry in json.loads(record.read_text())["variants"].items()})
-    assert results[0].keys() == {"baseline", "ultra"} and results[0] == results[1]
+        ablation.run(chosen, rank_data.interactions((12, 15, 20)), [1], tmp_path / "runs", file, Console(quiet=True))
+        variants = json.loads(file.read_text())["variants"]
+        results.append({name: (entry["mean"], entry["parameters"]) for name, entry in variants.items()})
+    assert results[0] == results[1] and results[0].keys() == {"baseline", "ultra"}
+    assert results[0]["baseline"][1] > results[0]["ultra"][1]
+
+
+def test_ablation_lists_its_variants(tmp_path):
+    command = [
+        sys.executable, "-m", "scripts.ablation", f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py", "--list",
+        f"--config.data.raw_dir={assistments(tmp_path / 'raw')}", f"--config.data.data_dir={tmp_path / 'data'}", "--only=no_truncation,ultra",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["ultra", "no_truncation"]
+    done = subprocess.run([*command, "--only=nothing"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "there is no variant 'nothing'; the variants are ultra, interleaved_input" in done.stderr

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from small_run import small_config, with_
 
+from scripts import bench_load_balance
 from ultra_hstu.data.batching import Events
 from ultra_hstu.data.feed import history_loader
 from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
@@ -259,6 +260,27 @@ def test_a_restored_balancer_goes_on_alike():
 def test_bad_settings(field, value):
     with pytest.raises(ValueError, match=f"{field}={value} must be"):
         LoadBalancer(**{"max_length": N, "alpha": ALPHA, "gamma": GAMMA} | {field: value})
+
+
+def test_benchmark_at_a_small_size(monkeypatch, tmp_path):
+    """Loads of the ranks are those of the definitions; a picture comes out."""
+    for name, value in {"STEPS": 20, "RECALIBRATE": 10, "USERS": 6}.items():
+        monkeypatch.setattr(bench_load_balance, name, value)
+    length_U = np.random.default_rng(0).integers(1, 300, 50)
+    found = bench_load_balance.measure(length_U, timed_steps=1)
+    assert 1 < found["gamma"] < 2 and found["longest"] == length_U.max()
+    _, kept = bench_load_balance.simulate(length_U, 299, 2.0, 4)
+    load_SR = (kept["plain"][10:].astype(float) ** 2).sum(2)
+    spread = bench_load_balance.spread(kept["plain"], 2.0)
+    assert spread["max_over_mean"] == pytest.approx(np.mean([max(load_R) / np.mean(load_R) for load_R in load_SR]))
+    assert sum(spread["histogram"]["counts"]) + spread["histogram"]["beyond"] == load_SR.size
+    for policy in ("plain", "balanced"):
+        step = found["step"][policy]
+        assert step["rows"] % 128 == 0 and np.shape(step["seconds"]) == (1, 8)
+        assert step["slowest"] == max(step["seconds"][0])
+    assert found["load"]["8"]["balanced"]["std_over_mean"] < found["load"]["8"]["plain"]["std_over_mean"]
+    bench_load_balance.draw({"sets": {"small": found}}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- retrieval ---

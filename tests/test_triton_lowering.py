@@ -7,11 +7,13 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from attention_contract import BATCHES, Case
 
 from kernels import device
-from kernels.hstu_attention import triton
+from kernels.hstu_attention import make_plan, triton, tuning
+from kernels.mask import AttentionMask
 
 
 @pytest.fixture
@@ -60,10 +62,26 @@ def test_heads_too_wide_for_a_small_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_width_has_sizes(dtype, capability):
     for width in range(1, triton.widest(capability) + 1):
-        sizes = triton.tilings(capability, dtype, width, 1)
-        assert sizes == triton.tilings(capability, dtype, 1, width)
+        sizes = triton.heuristic(capability, dtype, width, 1)
+        assert sizes == triton.heuristic(capability, dtype, 1, width)
         blocks = [block for tiling in sizes for block in tiling[:2]]
         assert all(block >= 16 and block & (block - 1) == 0 for block in blocks), "Triton's products take powers of two from 16 on"
+
+
+MEASURED = [key for key in tuning.table() if key.implementation == "triton"]
+
+
+@pytest.mark.parametrize("key", MEASURED, ids=lambda key: "-".join(str(x) for x in key[2:]))
+def test_measured_sizes(key):
+    """What is in the table can be launched. `tests_gpu/test_triton_compiles.py` compiles it."""
+    for tiling in triton.from_table(tuning.table()[key]):
+        assert all(block >= 16 and block & (block - 1) == 0 for block in tiling[:2])
+        assert tiling.warps in (1, 2, 4, 8)
+        assert tiling.block_q * tiling.block_k >= 32 * tiling.warps, "every thread has a score"
+
+
+def test_there_are_measured_sizes():
+    assert MEASURED
 
 
 @pytest.mark.parametrize(
@@ -92,7 +110,7 @@ def test_what_is_handed_to_the_kernels(a100, monkeypatch, bias, rescale):
 
     assert launches.keys() == {"forward", "backward_queries", "backward_keys"}
     tables = [0 if x is None else x.shape[0] for x in (some.position_table, some.time_table)]
-    sizes = triton.tilings((8, 0), "bfloat16", 25, 50)
+    sizes = triton.heuristic((8, 0), "bfloat16", 25, 50)
     key, value = ((some.rows, 2, width) for width in (25, 50))
     blocks = {"forward": sizes.forward.block_q, "backward_queries": sizes.queries.block_q, "backward_keys": sizes.keys.block_k}
     for kernel, (arrays, _, programs, _, constants) in launches.items():
@@ -111,4 +129,28 @@ def test_what_is_handed_to_the_kernels(a100, monkeypatch, bias, rescale):
 
 def test_heavy_tiles_come_first():
     lo, hi = jnp.asarray([[0, 0, 2], [0, 1, 4], [0, 0, 0]]), jnp.asarray([[0, 0, 3], [0, 4, 5], [0, 0, 0]])
-    assert triton._walk(lo, hi, True)[0].tolist() == [1, 0, 2]
+    assert triton._order(lo, hi).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("rows", [1000, 40000])
+def test_a_prepared_plan_hands_the_same_to_the_kernels(a100, monkeypatch, rows):
+    """Once for few tiles, which start in any order, and once for many."""
+    handed = []
+
+    def call_kernel(kernel, arrays, outs, programs, warps, stages, zeroed, constants):
+        handed.append(arrays)
+        return [jnp.zeros(x.shape, x.dtype) for x in outs]
+
+    monkeypatch.setattr(triton, "_call_kernel", call_kernel)
+    monkeypatch.setattr(triton, "_check_installed", lambda: None)
+    plan = make_plan(AttentionMask(window=40), [0, 300, rows - 8], rows)
+    prepared = triton.prepare(plan, 1, "float32", 8, 16)
+    assert (len(prepared.stored) > 1) == (rows == 40000)
+    q, v = (jnp.zeros((rows, 1, width)) for width in (8, 16))
+    for used in (plan, prepared):
+        _, pull = jax.vjp(lambda q, v, used=used: triton.attention(q, q, v, used, alpha=1.0, scale=1.0, bias=None), q, v)
+        pull(v)
+    assert len(handed) == 6
+    for plain, ready in zip(handed[:3], handed[3:], strict=True):
+        for a, b in zip(plain, ready, strict=True):
+            np.testing.assert_array_equal(a, b)

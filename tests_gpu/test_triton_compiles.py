@@ -1,4 +1,6 @@
-"""Every kernel of `triton`, in every size of its tables, with bias, compiles for each kind of GPU and fits its shared memory. Needs Triton, but no GPU."""
+"""Every kernel of `triton`, in every size of its heuristic and of the measured table, with bias, compiles for each kind of GPU that takes it and fits its
+shared memory. Needs Triton, but no GPU.
+"""
 
 import jax.numpy as jnp
 import pytest
@@ -6,7 +8,7 @@ import triton as triton_compiler
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.hstu_attention import triton, triton_kernels
+from kernels.hstu_attention import triton, triton_kernels, tuning
 
 CAPABILITIES = ((8, 0), (8, 6), (9, 0))
 DTYPES = {"float32": "*fp32", "bfloat16": "*bf16"}
@@ -18,13 +20,14 @@ CASES = [
     for capability in CAPABILITIES
     if size == jnp.dtype(dtype).itemsize and wide <= triton.widest(capability)
 ]
+MEASURED = [key for key in tuning.table() if key.implementation == "triton"]
 
 
-def shared_memory(kernel, dtype, width, capability, *, row_scale=False, precision="tf32"):
-    function, tiling = getattr(triton_kernels, kernel), getattr(triton.tilings(capability, dtype, width, width), KERNELS[kernel])
+def shared_memory(kernel, dtype, width, capability, tilings, *, row_scale=False, precision="tf32", bias=True):
+    function, tiling = getattr(triton_kernels, kernel), getattr(tilings, KERNELS[kernel])
     constants = {
-        "T": 17024, "H": 2, "K": width, "V": width, "WK": triton._padded(width), "WV": triton._padded(width), "BQ": tiling.block_q,
-        "BK": tiling.block_k, "ALPHA": 0.125, "ROW_SCALE": row_scale, "ORDERED": True, "POSITIONS": 421, "BUCKETS": 129,
+        "T": 17024, "H": 2, "K": width, "V": width, "WK": triton.padded(width), "WV": triton.padded(width), "BQ": tiling.block_q,
+        "BK": tiling.block_k, "ALPHA": 0.125, "ROW_SCALE": row_scale, "ORDERED": True, "POSITIONS": 421 * bias, "BUCKETS": 129 * bias,
         "PRECISION": precision, "APPROXIMATE": dtype == "bfloat16", "COPIES": 64,
     }  # fmt: skip
     types = dict.fromkeys(("q", "k", "v", "g", "out", "dq", "dk", "dv"), DTYPES[dtype])
@@ -41,12 +44,22 @@ def shared_memory(kernel, dtype, width, capability, *, row_scale=False, precisio
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("dtype", "wide", "capability"), CASES)
 def test_sizes_fit(kernel, dtype, wide, capability):
-    assert shared_memory(kernel, dtype, wide, capability) <= triton.shared_kib(capability) * 1024
+    tilings = triton.heuristic(capability, dtype, wide, wide)
+    assert shared_memory(kernel, dtype, wide, capability, tilings) <= triton.shared_kib(capability) * 1024
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("key", MEASURED, ids=lambda key: "-".join(str(x) for x in key[2:]))
+def test_measured_sizes_fit(kernel, key):
+    dtype = {2: "bfloat16", 4: "float32"}[key.bytes]
+    used = shared_memory(kernel, dtype, key.width, (9, 0), triton.from_table(tuning.table()[key]))
+    assert used <= triton.shared_kib((9, 0)) * 1024
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("precision", ["tf32x3", "ieee"])
 def test_other_precisions_fit(kernel, precision):
     for width in (25, 50):
-        used = shared_memory(kernel, "float32", width, (9, 0), row_scale=True, precision=precision)
+        tilings = triton.heuristic((9, 0), "float32", width, width)
+        used = shared_memory(kernel, "float32", width, (9, 0), tilings, row_scale=True, precision=precision)
         assert used <= triton.shared_kib((9, 0)) * 1024

@@ -23,7 +23,7 @@ Protocol = Literal["published", "validated", "temporal", "chronological"]
 POSITIVE = """data.max_history data.batch_users data.batch_tokens data.recalibrate_every data.synthetic.users data.synthetic.items data.synthetic.categories
     data.synthetic.prior_categories     model.width model.layers model.heads model.qk_width model.v_width model.ffn_width model.time_buckets
     model.alpha model.truncate_after model.truncate_length model.chunk_rows     rank.targets rank.head_width
-    loss.negatives loss.temperature loss.chunk_rows optim.learning_rate optim.clip_norm train.epochs train.eval_every train.eval_users
+    loss.negatives loss.temperature loss.chunk_rows optim.learning_rate optim.clip_norm optim.decay_steps train.epochs train.eval_every train.eval_users
     train.patience train.checkpoint_every train.keep_checkpoints train.steps_per_call""".split()
 NOT_NEGATIVE = "rank.validation_fraction rank.test_fraction model.output_slots optim.weight_decay optim.warmup_steps train.seed data.ties_seed data.synthetic.seed".split()
 BELOW_ONE = "model.input_dropout model.linear_dropout optim.beta1 optim.beta2 data.synthetic.released_at_start".split()
@@ -141,6 +141,7 @@ class OptimConfig:
     beta2: float = 0.98
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    decay_steps: int | None = None  # the learning rate falls to 0 at this step, on a cosine; None: it stays
     clip_norm: float | None = None
 
 
@@ -198,6 +199,8 @@ class Config:
                 f"model.channels={sorted(self.model.channels)}, train.protocol={self.train.protocol!r}: a mixture and the chronological split "
                 "are for ranking; name rank.tasks"
             )
+        if self.optim.decay_steps is not None and self.optim.decay_steps <= self.optim.warmup_steps:
+            raise ValueError(f"optim.decay_steps={self.optim.decay_steps} must be above optim.warmup_steps={self.optim.warmup_steps}")
         for name in ("window", "full_rows", "prefix"):
             values = getattr(self.model, name)
             if len(values) not in (0, 1, self.model.layers):

@@ -77,7 +77,9 @@ def count(
     ]
     total = sum(encoders[1:], encoders[0])
     if config.rank.tasks:
-        return dataclasses.replace(total, head=_head(config, history, targets, len(encoders)))
+        hidden, output = _head(config, history, targets, len(encoders))
+        again = hidden if config.model.chunk_rows is not None else 0.0
+        return dataclasses.replace(total, head=hidden + output, recomputed=total.recomputed + again)
     return dataclasses.replace(total, loss=_loss(config, history, items), corpus=2.0 * items * config.model.width)
 
 
@@ -171,10 +173,12 @@ def _attention_widths(model: ModelConfig) -> tuple[int, int]:
     return model.heads * model.qk_width, model.heads * model.v_width
 
 
-def _head(config: Config, history: np.ndarray, targets: np.ndarray, encoders: int) -> float:
+def _head(config: Config, history: np.ndarray, targets: np.ndarray, encoders: int) -> tuple[float, float]:
+    """Forward operations of the hidden layer and of the output."""
     rank = config.rank
     predicted = np.where((targets == 0) & (rank.supervise == "all"), history, targets)
-    return float(predicted.mean()) * 2.0 * rank.head_width * (encoders * config.model.width + len(rank.tasks))
+    each = 2.0 * float(predicted.mean()) * rank.head_width
+    return each * encoders * config.model.width, each * len(rank.tasks)
 
 
 def _loss(config: Config, history: np.ndarray, items: int) -> float:

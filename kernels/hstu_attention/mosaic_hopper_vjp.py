@@ -20,6 +20,7 @@ from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_ro
 from kernels.hstu_attention.mosaic_hopper_dq import query_gradients
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
+from kernels.zeros import zeros_after
 
 RECORDS = 2  # of work items, in shared memory at a time
 
@@ -325,7 +326,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
         pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
 
     counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
-    dq = jax.new_ref(jnp.zeros(q.shape if config.with_dq else (1, 1, 1), jnp.float32))
+    dq = jax.new_ref(zeros_after(do, q.shape if config.with_dq else (1, 1, 1)))
     slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
     tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
     dk, dv, dk_parts, dv_parts = plgpu.kernel(

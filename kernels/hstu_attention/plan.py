@@ -12,7 +12,7 @@ from kernels import mask as masks
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals, TileBounds
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "rows", "num_real", "stored"], meta_fields=["mask"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "rows", "num_real", "stored"], meta_fields=["mask", "sequences"])
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
     """A pytree; `make_plan` makes it, kernels read it.
@@ -23,6 +23,7 @@ class AttentionPlan:
       num_real: int32 scalar, rows in use; the rest is padding.
       stored: tile bounds computed beforehand, by "block_q x block_k".
       mask: the rules all this came from.
+      sequences: B, empty ones included.
     """
 
     keys: Any
@@ -30,6 +31,7 @@ class AttentionPlan:
     num_real: Any
     stored: Any
     mask: AttentionMask
+    sequences: int
 
     @property
     def intervals(self) -> KeyIntervals:
@@ -67,4 +69,4 @@ def make_plan(
     keys: KeyIntervals = mask.intervals(offsets, num_rows, num_targets, num_contextual)
     rows: RowIntervals = mask.row_intervals(offsets, num_rows, num_targets, num_contextual)
     stored = {f"{bq}x{bk}": masks.tile_bounds(keys, rows, offsets[-1], bq, bk) for bq, bk in tiles}
-    return AttentionPlan(keys, rows, offsets[-1], stored, mask)
+    return AttentionPlan(keys, rows, offsets[-1], stored, mask, offsets.shape[0] - 1)

@@ -7,6 +7,7 @@ run). The gradients of the tables are added in memory in any order, so that thei
 Products of float32 follow JAX's matmul precision as XLA does on a GPU: TF32 by default, three TF32 products for "high", float32 for "highest".
 """
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import device
+from kernels.hstu_attention import tuning
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.hstu_attention.relative_bias import RelativeBias, bucket_starts
 
@@ -42,20 +44,19 @@ class Tilings(NamedTuple):
     keys: Tiling  # backward over key tiles
 
 
-# (bytes of an element, padded width of the widest head) -> sizes, found on an H200. `tests_gpu/test_triton_compiles.py` compiles all of them for each
-# kind of GPU: a bias takes shared memory of its own.
+# What a shape takes that has no entry in tuning.json. (bytes of an element, padded width of the widest head) -> sizes: those that an H200 does long
+# causal sequences fastest with. `tests_gpu/test_triton_compiles.py` compiles all of them, and the table's, for each kind of GPU: a bias takes shared
+# memory of its own.
 TILINGS = {
     (2, 32): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
-    (2, 64): Tilings(Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    (2, 128): Tilings(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    (2, 64): Tilings(Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
+    (2, 128): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
     (2, 256): Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 1)),
-    (4, 32): Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
+    (4, 32): Tilings(Tiling(32, 32, 2, 2), Tiling(32, 32, 2, 2), Tiling(32, 32, 2, 2)),
     (4, 64): Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
     (4, 128): Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
     (4, 256): Tilings(Tiling(32, 32, 8, 1), Tiling(32, 32, 8, 1), Tiling(32, 32, 8, 1)),
 }
-
-
 # The same where shared memory is scarcer, not measured.
 SMALLER_TILINGS = TILINGS | {
     (2, 64): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
@@ -73,13 +74,24 @@ def widest(compute_capability: tuple[int, int]) -> int:
     return WIDEST if shared_kib(compute_capability) >= 163 else WIDEST_SMALL
 
 
-def tilings(compute_capability: tuple[int, int], dtype: Any, k_width: int, v_width: int) -> Tilings:
-    """Sizes for a kind of GPU, a dtype and head widths up to `widest`."""
+def heuristic(compute_capability: tuple[int, int], dtype: Any, k_width: int, v_width: int) -> Tilings:
+    """Sizes for a kind of GPU, a dtype and head widths up to `widest`, where nothing was measured."""
     table = TILINGS if shared_kib(compute_capability) >= 227 else SMALLER_TILINGS
-    return table[jnp.dtype(dtype).itemsize, max(32, _padded(k_width), _padded(v_width))]
+    return table[jnp.dtype(dtype).itemsize, max(32, padded(k_width), padded(v_width))]
 
 
-def _padded(width: int) -> int:
+def tilings(compute_capability: tuple[int, int], dtype: Any, k_width: int, v_width: int, plan: AttentionPlan) -> Tilings:
+    """Sizes of a call: of the table of measurements, else of the heuristic."""
+    found = tuning.find("triton", dtype, k_width, v_width, plan)
+    return heuristic(compute_capability, dtype, k_width, v_width) if found is None else from_table(found)
+
+
+def from_table(sizes: tuning.Sizes) -> Tilings:
+    return Tilings(**{kernel: Tiling(**values) for kernel, values in sizes.items()})
+
+
+def padded(width: int) -> int:
+    """Width that products compute with: a power of two."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -94,7 +106,7 @@ def attention(
     bias: RelativeBias | None,
 ) -> Float[Array, "T H V"]:
     """See `hstu_attention`. No gradient flows to `scale`. NotImplementedError: no jax-triton, no such GPU, or heads wider than `widest`."""
-    capability, widths = _compute_capability(), (q_THK.shape[2], v_THV.shape[2])
+    capability, widths = compute_capability(), (q_THK.shape[2], v_THV.shape[2])
     if not 0 < min(widths) <= max(widths) <= widest(capability):
         raise NotImplementedError(
             f"triton takes heads of width 1 to {widest(capability)} here, got K = {widths[0]}, V = {widths[1]}; implementation='xla' takes any"
@@ -102,16 +114,21 @@ def attention(
     _check_installed()
     if q_THK.size == 0:
         return jnp.zeros_like(v_THV)
+    call = Call(alpha, _precision(), tilings(capability, q_THK.dtype, *widths, plan))
+    return forward(call, q_THK, k_THK, v_THV, *bias_and_work(plan, scale, bias))
+
+
+def bias_and_work(plan: AttentionPlan, scale: Any, bias: RelativeBias | None) -> tuple[Any, "Work"]:
+    """Tables, which are differentiated, and the rest of the inputs, which is not."""
     tables: tuple[Any, ...] = (None, None)
     times = None
     if bias is not None:
         tables = tuple(None if t is None else jnp.asarray(t, jnp.float32) for t in (bias.position_table, bias.time_table))
         times = None if bias.time_table is None else (bias.timestamps, bias.query_timestamps)
-    call = _Call(alpha, _precision(), tilings(capability, q_THK.dtype, *widths))
-    return _attend(call, q_THK, k_THK, v_THV, tables, _Work(plan, jnp.asarray(scale, jnp.float32), times))
+    return tables, Work(plan, jnp.asarray(scale, jnp.float32), times)
 
 
-def _compute_capability() -> tuple[int, int]:
+def compute_capability() -> tuple[int, int]:
     current = device.current()
     if current.platform != "gpu" or current.compute_capability is None or current.compute_capability < (8, 0):
         raise NotImplementedError(
@@ -136,13 +153,13 @@ def _precision() -> str:
     return "tf32x3" if name == "high" or name.endswith(("x3", "3x", "x6", "x9")) else "tf32"
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     alpha: float
     precision: str
     tilings: Tilings
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """What is not differentiated."""
 
     plan: AttentionPlan
@@ -151,7 +168,7 @@ class _Work(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, q: Array, k: Array, v: Array, tables: Any, work: _Work) -> Array:
+def forward(call: Call, q: Array, k: Array, v: Array, tables: Any, work: Work) -> Array:
     tiling = call.tilings.forward
     bounds = work.plan.tile_bounds(tiling.block_q, tiling.block_k)
     inputs = (q, k, v, work.scale, work.plan.num_real.reshape(1))
@@ -160,42 +177,71 @@ def _attend(call: _Call, q: Array, k: Array, v: Array, tables: Any, work: _Work)
     return out
 
 
-def _forward(call: _Call, q: Array, k: Array, v: Array, tables: Any, work: _Work) -> Any:
-    return _attend(call, q, k, v, tables, work), (q, k, v, tables, work)
+def _forward(call: Call, q: Array, k: Array, v: Array, tables: Any, work: Work) -> Any:
+    return forward(call, q, k, v, tables, work), (q, k, v, tables, work)
 
 
-def _backward(call: _Call, saved: Any, g: Array) -> Any:
+def _backward(call: Call, saved: Any, g: Array) -> Any:
     q, k, v, tables, work = saved
-    plan, inputs = work.plan, (q, k, v, g, work.scale, work.plan.num_real.reshape(1))
-    dq_like, dk_like, dv_like = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
+    dq, d_tables = query_gradients(call, q, k, v, g, tables, work)
+    dk, dv = key_gradients(call, q, k, v, g, tables, work)
+    return dq, dk, dv, d_tables, None
 
-    tiling = call.tilings.queries
+
+def query_gradients(call: Call, q: Array, k: Array, v: Array, g: Array, tables: Any, work: Work) -> Any:
+    """dq, and the gradients of both tables: the pass over query tiles."""
+    plan, tiling = work.plan, call.tilings.queries
     bounds = plan.tile_bounds(tiling.block_q, tiling.block_k)
     positions, buckets = _sizes(tables)
     copies = min(TABLE_COPIES, bounds.key_lo.shape[0] * q.shape[1])
-    outs = [dq_like, jax.ShapeDtypeStruct((copies, max(1, positions + buckets)), jnp.float32)]
-    options = {"zeroed": (1,), "COPIES": copies}
-    dq, d_tables = _launch("backward_queries", call, tables, work, tiling, inputs, plan.keys, bounds.key_lo, bounds.key_hi, outs, **options)
+    inputs = (q, k, v, g, work.scale, plan.num_real.reshape(1))
+    outs = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((copies, max(1, positions + buckets)), jnp.float32)]
+    walk = (plan.keys, bounds.key_lo, bounds.key_hi)
+    dq, d_tables = _launch("backward_queries", call, tables, work, tiling, inputs, *walk, outs, zeroed=(1,), COPIES=copies)
     d_tables = d_tables.sum(0)
-    d_position = None if tables[0] is None else d_tables[:positions]
-    d_time = None if tables[1] is None else d_tables[positions:]
+    return dq, (None if tables[0] is None else d_tables[:positions], None if tables[1] is None else d_tables[positions:])
 
-    tiling = call.tilings.keys
+
+def key_gradients(call: Call, q: Array, k: Array, v: Array, g: Array, tables: Any, work: Work) -> Any:
+    """dk and dv: the pass over key tiles."""
+    plan, tiling = work.plan, call.tilings.keys
     bounds = plan.tile_bounds(tiling.block_q, tiling.block_k)
     intervals = (*plan.keys, plan.rows.near_lo, plan.rows.near_hi)
-    dk, dv = _launch("backward_keys", call, tables, work, tiling, inputs, intervals, bounds.row_lo, bounds.row_hi, [dk_like, dv_like])
-    return dq, dk, dv, (d_position, d_time), None
+    inputs = (q, k, v, g, work.scale, plan.num_real.reshape(1))
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
+    return _launch("backward_keys", call, tables, work, tiling, inputs, intervals, bounds.row_lo, bounds.row_hi, outs)
 
 
-_attend.defvjp(_forward, _backward)
+forward.defvjp(_forward, _backward)
 
 
-def _walk(lo: Array, hi: Array, ordered: bool) -> tuple[Array, Array, Array]:
-    """Tiles by falling number of blocks (not read unless `ordered`), and their bounds."""
-    return (jnp.argsort((lo - hi).sum(1)).astype(jnp.int32) if ordered else lo), lo, hi
+def prepare(plan: AttentionPlan, heads: int, dtype: Any, k_width: int, v_width: int) -> AttentionPlan:
+    """The plan with the tile bounds and orders that this implementation needs for these sizes: made once a batch, used by every layer."""
+    return prepared(plan, heads, tilings(compute_capability(), dtype, k_width, v_width, plan))
 
 
-def _bias_arrays(tables: Any, work: _Work) -> tuple[Array, ...]:
+def prepared(plan: AttentionPlan, heads: int, sizes: Tilings) -> AttentionPlan:
+    """`prepare` for given sizes."""
+    stored = dict(plan.stored)
+    for kernel, tiling in sizes._asdict().items():
+        bounds = plan.tile_bounds(tiling.block_q, tiling.block_k)
+        side, lo, hi = ("keys", bounds.row_lo, bounds.row_hi) if kernel == "keys" else ("queries", bounds.key_lo, bounds.key_hi)
+        stored[f"{tiling.block_q}x{tiling.block_k}"] = bounds
+        if lo.shape[0] * heads > MANY_PROGRAMS:
+            stored[_order_name(side, tiling)] = _order(lo, hi)
+    return dataclasses.replace(plan, stored=stored)
+
+
+def _order_name(side: str, tiling: Tiling) -> str:
+    return f"triton, order of tiles of {side}, {tiling.block_q}x{tiling.block_k}"
+
+
+def _order(lo: Array, hi: Array) -> Array:
+    """Tiles by falling number of blocks."""
+    return jnp.argsort((lo - hi).sum(1)).astype(jnp.int32)
+
+
+def _bias_arrays(tables: Any, work: Work) -> tuple[Array, ...]:
     """position_table, time_table, bucket starts, times, query times; where the bias has none, an array that is not read."""
     none = work.scale.reshape(-1)
     position, time = (none if table is None else table for table in tables)
@@ -211,9 +257,9 @@ def _sizes(tables: Any) -> tuple[int, int]:
 
 def _launch(
     kernel: str,
-    call: _Call,
+    call: Call,
     tables: Any,
-    work: _Work,
+    work: Work,
     tiling: Tiling,
     inputs: tuple[Array, ...],
     intervals: Sequence[Array],
@@ -228,14 +274,18 @@ def _launch(
     v_width = inputs[2].shape[2]
     programs = bounds_lo.shape[0] * heads
     ordered = programs > MANY_PROGRAMS
+    order = bounds_lo  # not read
+    if ordered:
+        order = work.plan.stored.get(_order_name("keys" if kernel == "backward_keys" else "queries", tiling))
+        order = _order(bounds_lo, bounds_hi) if order is None else order
     positions, buckets = _sizes(tables)
     constants |= {
         "T": rows,
         "H": heads,
         "K": k_width,
         "V": v_width,
-        "WK": _padded(k_width),
-        "WV": _padded(v_width),
+        "WK": padded(k_width),
+        "WV": padded(v_width),
         "BQ": tiling.block_q,
         "BK": tiling.block_k,
         "ALPHA": call.alpha,
@@ -246,7 +296,7 @@ def _launch(
         "PRECISION": call.precision,
         "APPROXIMATE": inputs[0].dtype == jnp.bfloat16,
     }
-    arrays = (*inputs, *_walk(bounds_lo, bounds_hi, ordered), *intervals, *_bias_arrays(tables, work))
+    arrays = (*inputs, order, bounds_lo, bounds_hi, *intervals, *_bias_arrays(tables, work))
     return _call_kernel(kernel, arrays, outs, programs, tiling.warps, tiling.stages, zeroed, constants)
 
 

@@ -18,6 +18,7 @@ from kernels import device
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.hstu_attention.relative_bias import RelativeBias, bucket_starts, position_bias, time_buckets
 from kernels.mask import TileBounds
+from kernels.zeros import zeros_after
 
 
 class Tiling(NamedTuple):
@@ -209,7 +210,7 @@ def _attend_bwd(sizes: Tiling, alpha: float, saved: Any, g: Array) -> Any:
             d_time = d_time + _bucket_sums(per_pair, bucket, d_time.shape[0], sizes.scatter)
         return dq, dk, dv, d_position, d_time
 
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
+    zeros = [zeros_after(g, x.shape) for x in (q, k, v)]
     table_zeros = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in tables]
     dq, dk, dv, *d_tables = jax.lax.fori_loop(0, _steps(sizes, work), step, (*zeros, *table_zeros))
     d_tables = tuple(None if x is None else x.astype(like.dtype) for x, like in zip(d_tables, tables, strict=True))

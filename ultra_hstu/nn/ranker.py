@@ -46,7 +46,9 @@ class Ranker(nnx.Module):
                 for name, channel in channels.items()
             }
         )
-        self.head = MultiTaskHead(len(channels) * model.width, config.rank.head_width, len(sizes.kinds), rngs=rngs)
+        self.head = MultiTaskHead(
+            len(channels) * model.width, config.rank.head_width, len(sizes.kinds), chunk_rows=model.chunk_rows, rngs=rngs
+        )
 
     def encode(self, batch: RankBatch, *, rngs: KeyOrNone = None) -> Float[Array, "P D"]:
         """What the encoders say of each predicted row, the channels side by side; input of `head`. Empty places hold anything.

@@ -1,0 +1,193 @@
+"""Measures sizes of the attention kernels on this machine's GPU and writes the fastest to the table that they read.
+
+    python -m scripts.tune_attention --implementations triton,mosaic --workloads causal_d128_4x8192,ml1m
+
+Each kernel of each workload is timed with every candidate; the winner's output and gradients are checked before the table
+(`kernels/hstu_attention/tuning.json`) is written. An entry replaces the one of the same key; others stay.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.hstu_attention import make_plan, mosaic_hopper, mosaic_hopper_vjp, triton, tuning
+from kernels.hstu_attention.workloads import WORKLOADS, Workload
+from kernels.timing import chained, device_time
+from scripts import bench_attention
+from ultra_hstu.provenance import provenance
+
+NAMES = "causal_d64_4x8192,causal_d128_4x8192,causal_d256_4x8192,window_d128_2x16384,short_d64_512x100,ml1m,ml1m_large"
+CALLS = 10  # in one program: kernels of the short workloads take less time than their dispatch
+ALLOWED = {2: 2e-2, 4: 5e-3}  # error of the winner by bytes of an element; float32 products are TF32
+
+# block_q, block_k, warps, stages
+TRITON = {
+    (2, 64): {
+        "forward": [(128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 4), (128, 128, 8, 3)],
+        "queries": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3)],
+        "keys": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (32, 64, 4, 3)],
+    },
+    (2, 128): {
+        "forward": [(64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 4), (64, 128, 4, 2)],
+        "queries": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3)],
+        "keys": [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 3)],
+    },
+    (2, 256): {
+        "forward": [(128, 64, 8, 2), (64, 32, 4, 3), (128, 32, 8, 3)],
+        "queries": [(64, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 1), (64, 64, 4, 1)],
+        "keys": [(32, 64, 8, 2), (32, 128, 8, 1), (32, 128, 8, 2), (64, 128, 8, 1), (64, 64, 4, 1)],
+    },
+    (4, 32): {
+        "forward": [(32, 32, 2, 2), (32, 32, 4, 2), (16, 32, 2, 2), (16, 32, 1, 2), (32, 32, 1, 2)],
+        "queries": [(32, 32, 2, 2), (32, 32, 4, 2), (16, 32, 2, 2), (16, 32, 1, 2)],
+        "keys": [(32, 32, 2, 2), (32, 32, 4, 2), (32, 16, 2, 2), (32, 16, 1, 2)],
+    },
+    (4, 64): {
+        "forward": [(32, 32, 4, 2), (16, 32, 2, 2), (32, 32, 2, 2), (16, 16, 2, 2)],
+        "queries": [(32, 32, 4, 2), (16, 32, 2, 2), (32, 16, 4, 2), (16, 16, 2, 2)],
+        "keys": [(32, 32, 4, 2), (32, 16, 2, 2), (16, 32, 4, 2), (16, 16, 2, 2)],
+    },
+}
+MOSAIC = {
+    64: {"forward": [{"block_k": 128, "stages": 4}, {"block_k": 64, "stages": 4}], "backward": [{"block_q": 128, "stages": 2}]},
+    128: {
+        "forward": [{"block_k": 128, "stages": 2}, {"block_k": 64, "stages": 4}, {"block_k": 64, "stages": 3}],
+        "backward": [{"block_q": 64, "stages": 3}, {"block_q": 64, "stages": 2}],
+    },
+    256: {"forward": [{"block_k": 64, "stages": 2, "q_slots": 1}], "backward": [{"block_q": 64, "stages": 2}]},
+}
+
+Made = tuple[dict[str, int], Callable[..., Any]]
+
+
+def inputs(w: Workload) -> tuple[Any, dict[str, jax.Array], Any]:
+    """(plan, arrays, bias) of a workload."""
+    plan = jax.jit(lambda offsets: make_plan(w.mask, offsets, w.rows))(jnp.asarray(w.offsets()))
+    return plan, w.arrays(), w.options().get("bias")
+
+
+def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
+    """For each kernel, candidates and functions of (q, k, v, g) that run it with them."""
+    size, width = jnp.dtype(w.dtype).itemsize, triton.padded(max(w.k_width, w.v_width, 32))
+    default = triton.heuristic(triton.compute_capability(), w.dtype, w.k_width, w.v_width)
+
+    def function(kernel: str, tiling: triton.Tiling) -> Callable[..., Any]:
+        sizes = default._replace(**{kernel: tiling})
+        ready = jax.jit(lambda: triton.prepared(plan, w.heads, sizes))()
+        tables, work = triton.bias_and_work(ready, w.options()["scale"], bias)
+        call = triton.Call(w.options()["alpha"], "tf32", sizes)
+        if kernel == "forward":
+            return lambda q, k, v, g: triton.forward(call, q, k, v, tables, work)
+        run = {"queries": triton.query_gradients, "keys": triton.key_gradients}[kernel]
+        return lambda q, k, v, g: run(call, q, k, v, g, tables, work)
+
+    for kernel, candidates in TRITON[size, width].items():
+        yield kernel, [(triton.Tiling(*c)._asdict(), function(kernel, triton.Tiling(*c))) for c in candidates]
+
+
+def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
+    width, scale, alpha = max(w.k_width, w.v_width), jnp.float32(w.options()["scale"]), w.options()["alpha"]
+
+    def forward(sizes: Any) -> Callable[..., Any]:
+        config = dataclasses.replace(mosaic_hopper.forward_config(w.k_width, w.v_width), **sizes)
+        return lambda q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config)
+
+    def backward(sizes: Any) -> Callable[..., Any]:
+        config = dataclasses.replace(mosaic_hopper_vjp.backward_config(w.k_width, w.v_width), **sizes)
+        return lambda q, k, v, g: mosaic_hopper_vjp.one_pass(q, k, v, g, plan, scale, alpha, config)
+
+    yield "forward", [(c, forward(c)) for c in MOSAIC[width]["forward"]]
+    yield "backward", [(c, backward(c)) for c in MOSAIC[width]["backward"]]
+
+
+TRIALS = {"triton": triton_trials, "mosaic": mosaic_trials}
+
+
+def fastest(name: str, made: list[Made], arrays: tuple[jax.Array, ...]) -> tuple[dict[str, int], float]:
+    """(sizes, microseconds) of the winner. A candidate that does not compile, or does not fit, is out."""
+
+    def compiled(run: Callable[..., Any]) -> Any:
+        try:
+            return jax.jit(chained(run, CALLS)).lower(*arrays).compile()
+        except (RuntimeError, ValueError) as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        programs = list(pool.map(compiled, [run for _, run in made]))
+    times = []
+    for (sizes, _), program in zip(made, programs, strict=True):
+        try:
+            if isinstance(program, Exception):
+                raise program
+            micros = 1e6 * device_time(program, *arrays, repetitions=5, sample_seconds=0.01).seconds / CALLS
+        except (RuntimeError, ValueError) as error:
+            print(f"{name} {sizes}: {str(error).splitlines()[0][:120]}", flush=True)
+            continue
+        print(f"{name} {sizes}: {micros:.1f} us", flush=True)
+        times.append((micros, sizes))
+    if not times:
+        raise RuntimeError(f"{name}: no candidate ran; add some to TRITON or MOSAIC in scripts/tune_attention.py")
+    micros, sizes = min(times, key=lambda pair: pair[0])
+    return sizes, micros
+
+
+def error_of(w: Workload, implementation: str, plan: Any, arrays: dict[str, jax.Array]) -> float:
+    """Of output and gradients, with the sizes that the table now gives."""
+    run = jax.jit(bench_attention.passes(w, implementation)["both"])
+    return bench_attention.error(run(plan, *(arrays[name] for name in "qkvg")), bench_attention.expected(w, arrays))
+
+
+def tune(w: Workload, implementation: str) -> dict[str, Any]:
+    """The entry of a workload, put into the table that the kernels of this process read, and checked."""
+    plan, arrays, bias = inputs(w)
+    tensors = tuple(arrays[name] for name in "qkvg")
+    chosen = {
+        kernel: fastest(f"{w.name} {implementation} {kernel}", made, tensors) for kernel, made in TRIALS[implementation](w, plan, bias)
+    }
+    key = tuning.key(implementation, w.dtype, w.k_width, w.v_width, plan)
+    entry = key._asdict() | {
+        "sizes": {kernel: sizes for kernel, (sizes, _) in chosen.items()},
+        "microseconds": {kernel: round(micros, 1) for kernel, (_, micros) in chosen.items()},
+        "workload": w.name,
+    }
+    tuning.use(tuning.parse(json.dumps({"entries": [entry]}), w.name))
+    entry["error"] = error_of(w, implementation, plan, arrays)
+    if not entry["error"] <= ALLOWED[key.bytes]:
+        raise RuntimeError(f"{w.name}: {implementation} has error {entry['error']:.1e} with {entry['sizes']}, allowed {ALLOWED[key.bytes]}")
+    return entry | {"made": {name: provenance()[name] for name in ("versions", "commit", "date")}}
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries by key, new ones in place of old ones, sorted."""
+    by_key = {tuple(entry[name] for name in tuning.Key._fields): entry for entry in [*old, *new]}
+    return [by_key[key] for key in sorted(by_key)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--implementations", default="triton,mosaic")
+    parser.add_argument("--workloads", default=NAMES)
+    parser.add_argument("--output", type=pathlib.Path, default=tuning.PATH)
+    options = parser.parse_args(arguments)
+    old = json.loads(options.output.read_text())["entries"] if options.output.exists() else []
+    new: list[dict[str, Any]] = []
+    for name in options.workloads.split(","):
+        w = WORKLOADS[name]
+        for implementation in options.implementations.split(","):
+            if implementation == "mosaic" and mosaic_hopper.unsupported(jnp.dtype(w.dtype), w.k_width, w.v_width, w.bias or None):
+                continue
+            new.append(tune(w, implementation))
+            text = json.dumps({"entries": merged(old, new)}, indent=1) + "\n"
+            tuning.parse(text, str(options.output))
+            options.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What a context shard knows of the whole batch: who sees whom, in coordinates of the flat buffer and of any shard."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from kernels.jagged import segment_ids
+from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
+from ultra_hstu.parallel.layout import Layout
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["offsets", "num_targets", "num_contextual"],
+    meta_fields=["max_targets", "max_contextual"],
+)
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """The sequences of a whole buffer: int32 arrays that every shard holds."""
+
+    offsets: Any  # int32[B + 1]
+    num_targets: Any  # int32[B] or None
+    num_contextual: Any  # int32[B] or None
+    max_targets: int  # most targets of a sequence
+    max_contextual: int  # most contextual tokens of a sequence
+
+    @property
+    def num_sequences(self) -> int:
+        return self.offsets.shape[0] - 1
+
+
+class Frame:
+    """The mask of a batch, seen from the shard that this code runs on (inside `shard_map`)."""
+
+    def __init__(self, sequences: Sequences, mask: AttentionMask, layout: Layout, axis: str):
+        self.sequences, self.mask, self.layout, self.axis = sequences, mask, layout, axis
+        self.shard = jax.lax.axis_index(axis)
+        counts = (sequences.num_targets, sequences.num_contextual)
+        self.keys: KeyIntervals = mask.intervals(sequences.offsets, layout.num_rows, *counts)
+        self.rows: RowIntervals = mask.row_intervals(sequences.offsets, layout.num_rows, *counts)
+
+    def is_real(self) -> Bool[Array, " t"]:
+        """Which rows of this shard are no padding."""
+        return self.layout.rows(self.shard) < self.sequences.offsets[-1]
+
+    def keys_of(self, row_shard: Any, key_shard: Any) -> KeyIntervals:
+        """Keys of one shard that the rows of another see, in places of the two."""
+        row = self.layout.rows(row_shard)
+        return KeyIntervals(*(self.layout.rank(x[row], key_shard) for x in self.keys))
+
+    def rows_of(self, row_shard: Any, key_shard: Any) -> RowIntervals:
+        """`keys_of` transposed: rows of one shard that see the keys of another."""
+        key = self.layout.rows(key_shard)
+        return RowIntervals(*(self.layout.rank(x[key], row_shard) for x in self.rows))
+
+
+def places(sequences: Sequences, num_rows: int) -> tuple[Array, Array, Array, Array]:
+    """For each row of the buffer: start of its sequence, end of the contextual tokens, end of the history, end of the sequence; 0 on padding."""
+    zeros = jnp.zeros_like(sequences.offsets[1:])
+    length = sequences.offsets[1:] - sequences.offsets[:-1]
+    targets = zeros if sequences.num_targets is None else jnp.clip(sequences.num_targets, 0, length)
+    contextual = zeros if sequences.num_contextual is None else jnp.clip(sequences.num_contextual, 0, length - targets)
+    start, stop = sequences.offsets[:-1], sequences.offsets[1:]
+    segment = jnp.minimum(segment_ids(sequences.offsets, num_rows), sequences.num_sequences - 1)
+    real = jnp.arange(num_rows) < sequences.offsets[-1]
+    ends = (start, start + contextual, stop - targets, stop)
+    return tuple(jnp.where(real, x[segment], 0) for x in ends)  # type: ignore[return-value]

@@ -1,0 +1,90 @@
+"""Which rows of the flat buffer each context shard holds."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from kernels.mask import AttentionMask
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["owner"], meta_fields=["num_rows", "shards", "block"])
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """T rows over C shards, T / C each, in ascending order within a shard; made by one of
+
+    - `contiguous`: slices. Balanced for semi-local masks, whose work is the same for nearly all rows; what `halo` needs.
+    - `striped`: blocks of `block` rows dealt out in turns, 0, 1, .., C-1, C-1, .., 1, 0: an early block for every late one. Needs no lengths.
+    - `balanced`: blocks dealt out by their work, the heaviest first: for full causal masks over any lengths.
+
+    Since a shard's rows ascend, an interval of the buffer is an interval of every shard: `rank` gives its ends. The owners of blocks may be traced,
+    so that one compiled step serves all layouts of a size.
+    """
+
+    num_rows: int
+    shards: int
+    block: int
+    owner: Any  # int32 [T / block]: shard of each block
+
+    @staticmethod
+    def contiguous(num_rows: int, shards: int) -> "Layout":
+        """Raises ValueError where T is not divisible by the shards."""
+        if num_rows % shards:
+            raise ValueError(f"T={num_rows} rows cannot be divided among {shards} context shards: make T a multiple of {shards}")
+        return Layout(num_rows, shards, num_rows // shards, np.arange(shards, dtype=np.int32))
+
+    @staticmethod
+    def striped(num_rows: int, shards: int, block: int = 128) -> "Layout":
+        """Raises ValueError where T is not a multiple of 2 * C * block."""
+        if block < 1 or num_rows % (2 * shards * block):
+            raise ValueError(f"T={num_rows} rows are not a multiple of 2 * {shards} context shards * {block=}: choose another T or block")
+        turn = np.concatenate([np.arange(shards), np.arange(shards)[::-1]])
+        return Layout(num_rows, shards, block, np.tile(turn, num_rows // (2 * shards * block)).astype(np.int32))
+
+    @staticmethod
+    def balanced(
+        lengths: Any, mask: AttentionMask, num_rows: int, shards: int, block: int = 128, num_targets: Any = None, num_contextual: Any = None
+    ) -> "Layout":
+        """On the host, from the lengths of a batch. `block` should be a multiple of the kernels' tiles (128 rows).
+
+        Raises ValueError where T is not a multiple of C * block.
+        """
+        if block < 1 or num_rows % (shards * block):
+            raise ValueError(f"T={num_rows} rows are not a multiple of {shards} context shards * {block=}: choose another T or block")
+        pairs = mask.row_pairs(lengths, num_rows, num_targets, num_contextual).reshape(-1, block).sum(1)
+        load, room = np.zeros(shards, np.int64), np.full(shards, num_rows // (shards * block))
+        owner = np.zeros(len(pairs), np.int32)
+        for number in np.argsort(-pairs, kind="stable"):
+            shard = int(np.argmin(np.where(room > 0, load, np.iinfo(np.int64).max)))
+            owner[number], load[shard], room[shard] = shard, load[shard] + pairs[number], room[shard] - 1
+        return Layout(num_rows, shards, block, owner)
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.block == self.rows_per_shard
+
+    @property
+    def rows_per_shard(self) -> int:
+        return self.num_rows // self.shards
+
+    def rows(self, shard: Any) -> Int[Array, " t"]:
+        """The rows of a shard (its number may be traced), ascending, int32[T / C]."""
+        inside = jnp.arange(self.block, dtype=jnp.int32)
+        blocks = jnp.nonzero(jnp.asarray(self.owner) == shard, size=self.rows_per_shard // self.block)[0].astype(jnp.int32)
+        return (blocks[:, None] * self.block + inside[None, :]).reshape(-1)
+
+    def rank(self, row: Any, shard: Any) -> Any:
+        """How many rows of a shard come before `row` of the buffer (0..T): where `row` is, or would be, in the shard."""
+        mine = jnp.pad((jnp.asarray(self.owner) == shard).astype(jnp.int32), (0, 1))
+        before = jnp.cumsum(mine) - mine
+        block = row // self.block
+        return before[block] * self.block + mine[block] * (row % self.block)
+
+    def permutation(self) -> Int[Array, " T"]:
+        """`x[permutation]` of a buffer in its natural order is the buffer as the shards hold it, one after another."""
+        blocks = jnp.argsort(jnp.asarray(self.owner), stable=True).astype(jnp.int32)
+        return (blocks[:, None] * self.block + jnp.arange(self.block, dtype=jnp.int32)[None, :]).reshape(-1)
