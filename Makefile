@@ -34,7 +34,7 @@ test: $(INSTALLED)  ## the whole test suite on CPU
 	$(PY) -m pytest -q -n 2 --dist=worksteal
 
 test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU (after install-cuda)
-	$(PY) -m pytest -q tests_gpu -o pythonpath=". tests"
+	$(PY) -m pytest -q -n 8 --dist=worksteal tests_gpu -o pythonpath=". tests" --record=experiments/results/test_gpu.json
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -94,7 +94,14 @@ def main(_: list[str]) -> None:
             cost = describe(task_of(variant, interactions))
             console.print(f"{name}: {cost['inference_gflop']:.4g} GFLOP a request, {cost['training_gflop']:.4g} in training")
         return
-    run(chosen, interactions, [int(seed) for seed in _SEEDS.value], Path(_WORKDIR.value), _RECORD.value and Path(_RECORD.value), console)
+    run(
+        chosen,
+        interactions,
+        [int(seed) for seed in _SEEDS.value],
+        Path(_WORKDIR.value),
+        Path(_RECORD.value) if _RECORD.value else None,
+        console,
+    )
 
 
 def task_of(config: Config, interactions: Interactions) -> RankTask:

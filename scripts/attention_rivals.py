@@ -1,10 +1,11 @@
 """Times attention of others on the workloads of `scripts.bench_attention`, which starts this file as a process of its own: PyTorch and JAX in one process
 would share the GPU's memory badly, and jax-triton empties the cache that Triton compiles into.
 
-    python scripts/attention_rivals.py < request.json > records.json
+    python scripts/attention_rivals.py < request.json
 
 The request: {"checkout": a folder with the public generative-recommenders repository, "workloads": [{name, lengths, heads, k_width, v_width,
-window, max_length}]}. Records go to stdout: {workload, implementation, pass, ms, peak_mib, error, note}, or {workload, implementation, reason}.
+window, max_length}]}. Lines that begin with RECORD go to stdout as they come: {versions, cudnn}, then {workload, implementation, pass, ms, peak_mib,
+error, note}, or {workload, implementation, reason}.
 
 `meta_triton`: HSTU attention of that repository, causal or windowed. It tunes itself; the key of its choice is made to hold the length, and a change
 of mask empties its choices. Its forward reads by TMA, its backward does not: that variant ended in an illegal memory access on an H200.
@@ -22,6 +23,7 @@ import torch
 import triton
 from triton.runtime._async_compile import AsyncCompileMode
 
+RECORD = "RECORD"
 Pass = tuple[str, Callable[[], Any], bool, str]  # name, function, whether a CUDA graph can hold it, note
 
 
@@ -138,7 +140,7 @@ class Meta:
                 return [float("inf")] * 3
 
         tuner.prune_configs, tuner._bench = compiled, cost
-        tuner.do_bench = lambda run, quantiles: triton.testing.do_bench(run, warmup=5, rep=20, quantiles=quantiles)
+        tuner.do_bench = lambda run, quantiles: [timed(run, False, samples=3, sample_ms=0.0)] * 3
 
     def passes(self, w: dict[str, Any], x: Arrays) -> list[Pass]:
         window = w["window"] or 0
@@ -209,18 +211,19 @@ def measure(w: dict[str, Any], implementation: str, make: Callable[..., list[Pas
         return [label | {"reason": str(error).splitlines()[0]}]
 
 
+def say(record: dict[str, Any]) -> None:
+    print(RECORD, json.dumps(record), flush=True)
+
+
 def main() -> None:
     request = json.load(sys.stdin)
-    rivals: dict[str, Callable[..., list[Pass]]] = {"meta_triton": Meta(request["checkout"]).passes, "cudnn_sdpa": cudnn_passes}
-    records = []
-    for w in request["workloads"]:
-        for name, make in rivals.items():
-            found = measure(w, name, make)
-            records += found
-            for record in found:
-                print({key: record[key] for key in record if key != "workload"}, w["name"], file=sys.stderr, flush=True)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
-    json.dump({"versions": versions, "cudnn": torch.backends.cudnn.version(), "records": records}, sys.stdout)
+    say({"versions": versions, "cudnn": torch.backends.cudnn.version()})
+    meta = Meta(request["checkout"])
+    for w in request["workloads"]:
+        for name, make in (("cudnn_sdpa", cudnn_passes), ("meta_triton", meta.passes)):
+            for record in measure(w, name, make):
+                say(record)
 
 
 if __name__ == "__main__":

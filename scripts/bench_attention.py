@@ -4,17 +4,18 @@
     python -m scripts.bench_attention --rival PATH   # beside the public generative-recommenders (a checkout) and cuDNN, see attention_rivals.py
 
 Times are device time with inputs on the device; lists of work and tile bounds are made beforehand and their cost is a column of its own. FLOPs are
-useful ones: unmasked pairs, the backward 2.5 times the forward. `--lengths` adds causal sequences of one length each, 65536 rows, width 128: the
-figure of the README.
+useful ones: unmasked pairs, the backward 2.5 times the forward. `--lengths` adds causal sequences of one length each, 65536 rows, width 128, for the
+kernels: the figure of the README.
 """
 
 import argparse
-import concurrent.futures
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -27,16 +28,17 @@ from rich.table import Table
 from kernels.hstu_attention import hstu_attention, make_plan, mosaic_fp8, mosaic_hopper, triton
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
+from scripts.turns import each, turn
 from ultra_hstu.provenance import provenance
 
 COLUMNS = ("workload", "implementation", "pass", "ms", "tflops", "of_matmul", "gb_s", "peak_mib", "plan_us", "error")
 LENGTHS = "1024,2048,4096,8192,16384,32768"
-SHORT, CALLS = 2e-4, 16  # a call of fewer seconds is timed as one of several in a program: its dispatch would take longer
+BRIEF, CALLS = 1.5e11, 16  # kernels of fewer FLOPs are timed several to a program: their dispatch may take longer than they do
 
 PREPARE: dict[str, Callable[[Any, Workload], Any]] = {
     "mosaic": lambda plan, w: mosaic_hopper.prepare(plan, w.heads, w.k_width, w.v_width),
     "mosaic_fp8": lambda plan, w: mosaic_fp8.prepare(plan, w.heads),
-    "triton": lambda plan, w: triton.prepare(plan, w.heads, w.dtype, w.k_width, w.v_width),
+    "triton": lambda plan, w: triton.prepare(plan, w.heads, w.dtype, w.k_width, w.v_width, w.bias),
 }
 Expected = dict[str, list[tuple[Any, np.ndarray]]]  # of each array, (index, float64) of what is compared
 
@@ -122,69 +124,79 @@ def planner(w: Workload, implementation: str) -> Callable[[Any], Any]:
     return lambda offsets: prepare(make_plan(w.mask, offsets, w.rows), w)
 
 
-def measure(w: Workload, implementations: list[str], matmul: float) -> list[dict[str, Any]]:
-    """A record for each implementation and pass; one with the reason where an implementation cannot."""
-    arrays, offsets = w.arrays(), jnp.asarray(w.offsets())
-    tensors = [arrays[name] for name in "qkvg"]
-    want = expected(w, arrays)
+def abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
-    def compiled(task: tuple[str, str]) -> Any:
-        """(plan, program, its like with several calls), or why not."""
-        implementation, name = task
-        try:
-            plan = jax.jit(planner(w, implementation))(offsets)
-            run = passes(w, implementation)[name]
-            return plan, jax.jit(run).lower(plan, *tensors).compile(), jax.jit(chained(run, CALLS))
-        except NotImplementedError as reason:
-            return reason
 
-    tasks = [(implementation, name) for implementation in implementations for name in ("forward", "backward")]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        programs = list(pool.map(compiled, tasks))
+def measure(w: Workload, implementation: str, matmul: float) -> list[dict[str, Any]]:
+    """A record for each pass; one with the reason where the implementation cannot."""
+    offsets = jnp.asarray(w.offsets())
     records: list[dict[str, Any]] = []
-    for (implementation, name), program in zip(tasks, programs, strict=True):
-        label = {"workload": w.name, "implementation": implementation, "pass": name}
-        if isinstance(program, NotImplementedError):
-            records.append(label | {"reason": str(program)})
-            continue
-        plan, run, several = program
-        found = error(run(plan, *tensors), want)
-        timing = device_time(run, plan, *tensors)
-        seconds = timing.seconds if timing.seconds > SHORT else device_time(several, plan, *tensors).seconds / CALLS
-        memory = run.memory_analysis()
-        sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-        flops, moved = (w.forward_flops, w.forward_bytes) if name == "forward" else (w.backward_flops, 2 * w.forward_bytes)
-        records.append(
-            label
-            | {
-                "ms": seconds * 1e3,
-                "tflops": flops / seconds / 1e12,
-                "of_matmul": flops / seconds / 1e12 / matmul,
-                "gb_s": moved / seconds / 1e9,
-                "peak_mib": None if memory is None else sum(getattr(memory, size) for size in sizes) / 2**20,
-                "plan_us": 1e6 * device_time(jax.jit(planner(w, implementation)), offsets).seconds if name == "forward" else None,
-                "error": found,
-            }
-        )
+    q, v = (jax.ShapeDtypeStruct((w.rows, w.heads, width), w.dtype) for width in (w.k_width, w.v_width))
+    programs: dict[str, Any] = {}
+    try:
+        planned = jax.jit(planner(w, implementation)).lower(abstract(offsets)).compile()
+        inputs = (abstract(jax.eval_shape(planner(w, implementation), offsets)), q, q, v, v)
+        for name in ("forward", "backward"):
+            run = passes(w, implementation)[name]
+            brief = implementation in PREPARE and w.forward_flops < BRIEF
+            programs[name] = [jax.jit(f).lower(*inputs).compile() for f in ((run, chained(run, CALLS)) if brief else (run,))]
+    except NotImplementedError as reason:
+        name = "backward" if "forward" in programs else "forward"
+        records.append({"workload": w.name, "implementation": implementation, "pass": name, "reason": str(reason)})
+        if not programs:
+            return records
+    arrays = w.arrays()
+    want, tensors = expected(w, arrays), [arrays[name] for name in "qkvg"]
+    with turn():
+        plan = planned(offsets)
+        plan_us = 1e6 * device_time(planned, offsets).seconds
+        for name, program in programs.items():
+            found = error(program[0](plan, *tensors), want)
+            seconds = device_time(program[-1], plan, *tensors).seconds / (CALLS if len(program) > 1 else 1)
+            memory = program[0].memory_analysis()
+            sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+            flops, moved = (w.forward_flops, w.forward_bytes) if name == "forward" else (w.backward_flops, 2 * w.forward_bytes)
+            records.append(
+                {
+                    "workload": w.name,
+                    "implementation": implementation,
+                    "pass": name,
+                    "ms": seconds * 1e3,
+                    "tflops": flops / seconds / 1e12,
+                    "of_matmul": flops / seconds / 1e12 / matmul,
+                    "gb_s": moved / seconds / 1e9,
+                    "peak_mib": None if memory is None else sum(getattr(memory, size) for size in sizes) / 2**20,
+                    "plan_us": plan_us,
+                    "error": found,
+                }
+            )
     return records
 
 
-def rivals(checkout: pathlib.Path, workloads: list[Workload], matmul: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(versions, records) of `attention_rivals`, which runs in a process of its own."""
+def rivals(checkout: pathlib.Path, workloads: list[Workload], matmul: float, seconds: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(versions, records) of `attention_rivals`, which runs in a process of its own, for so many seconds at most."""
     fields = ("name", "lengths", "heads", "k_width", "v_width", "max_length")
     taken = {w.name: w for w in workloads if not w.bias and w.mask.full_rows == w.mask.prefix == 0}
     asked = [{field: getattr(w, field) for field in fields} | {"window": w.mask.window} for w in taken.values()]
     script = pathlib.Path(__file__).with_name("attention_rivals.py")
     request = json.dumps({"checkout": str(checkout.resolve()), "workloads": asked})
-    done = subprocess.run([sys.executable, str(script)], input=request, stdout=subprocess.PIPE, text=True, check=True)
-    answer = json.loads(done.stdout.splitlines()[-1])
-    for record in answer["records"]:
+    with tempfile.TemporaryFile("w+") as answer:
+        try:
+            subprocess.run([sys.executable, str(script)], input=request, stdout=answer, text=True, check=True, timeout=seconds)
+            ended = {}
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+            ended = {"incomplete": f"ended early: {type(error).__name__}"}
+        answer.seek(0)
+        said = [json.loads(line.removeprefix("RECORD")) for line in answer if line.startswith("RECORD")]
+    records = [record for record in said if "workload" in record]
+    for record in records:
         if "ms" in record:
             w = taken[record["workload"]]
             flops = w.forward_flops if record["pass"] == "forward" else w.backward_flops
             record["tflops"] = flops / record["ms"] / 1e9
             record["of_matmul"] = record["tflops"] / matmul
-    return {name: answer[name] for name in answer if name != "records"}, answer["records"]
+    return {name: x for record in said if "workload" not in record for name, x in record.items()} | ended, records
 
 
 def table(records: list[dict[str, Any]]) -> Table:
@@ -201,32 +213,46 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--lengths", default="", help=f"for the figure: {LENGTHS}")
     parser.add_argument("--rival", type=pathlib.Path, help="checkout of the public generative-recommenders repository")
+    parser.add_argument("--rival-seconds", type=float, default=1800.0, help="what was not measured by then is left out")
     parser.add_argument("--rival-revision", default="unknown", help="its commit, for the record")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes that compile side by side; XLA_PYTHON_CLIENT_PREALLOCATE=false with more than 1"
+    )
     parser.add_argument("--output", type=pathlib.Path, help="where the JSON goes")
     options = parser.parse_args(arguments)
 
     console = Console(width=170)
     matmul = matmul_tflops()
-    workloads = [WORKLOADS[name] for name in options.workloads.split(",") if name]
-    workloads += [of_length(int(length)) for length in options.lengths.split(",") if length]
-    result: dict[str, Any] = {"provenance": provenance(), "matmul_tflops": matmul, "records": []}
+    lengths = [of_length(int(length)) for length in options.lengths.split(",") if length]
+    workloads = [*(WORKLOADS[name] for name in options.workloads.split(",") if name), *lengths]
+    result: dict[str, Any] = {
+        **provenance(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "matmul_tflops": matmul,
+        "records": [],
+    }
+    found: dict[int, list[dict[str, Any]]] = {}
 
-    def add(records: list[dict[str, Any]]) -> None:
-        result["records"] += records
+    def add(number: int, records: list[dict[str, Any]]) -> None:
+        found[number] = records
+        result["records"] = [record for number in sorted(found) for record in found[number]]
         for record in records:
-            if "reason" in record:
-                console.print(f"{record['workload']}, {record['implementation']}: {record['reason']}")
-        console.print(table([record for record in records if "ms" in record]))
+            value = record.get("reason") or f"{record['ms']:.3g} ms, {record['tflops']:.3g} TFLOP/s, error {record['error']}"
+            console.print(f"{record['workload']}, {record['implementation']}, {record.get('pass', '')}: {value}")
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(result, indent=1) + "\n")
 
-    for w in workloads:
-        add(measure(w, options.implementations.split(","), matmul))
+    names = [name for name in options.implementations.split(",") if name]
+    tasks = [(WORKLOADS[w], name, matmul) for w in options.workloads.split(",") if w for name in names]
+    tasks += [(w, name, matmul) for w in lengths for name in names if name in PREPARE]
+    for number, records in each(measure, tasks, options.jobs):
+        add(number, records)
     if options.rival is not None:
-        versions, records = rivals(options.rival, workloads, matmul)
+        versions, records = rivals(options.rival, workloads, matmul, options.rival_seconds)
         result["rivals"] = versions | {"revision": options.rival_revision}
-        add(records)
+        add(len(tasks), records)
+    console.print(table([record for record in result["records"] if "ms" in record]))
     console.print(f"bfloat16 matmul: {matmul:.0f} TFLOP/s")
 
 

@@ -7,7 +7,6 @@ Each kernel of each workload is timed with every candidate; the winner's output 
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -21,6 +20,7 @@ from kernels.hstu_attention import make_plan, mosaic_hopper, mosaic_hopper_vjp, 
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
 from scripts import bench_attention
+from scripts.turns import each, turn
 from ultra_hstu.provenance import provenance
 
 NAMES = "causal_d64_4x8192,causal_d128_4x8192,causal_d256_4x8192,window_d128_2x16384,short_d64_512x100,ml1m,ml1m_large"
@@ -64,7 +64,7 @@ MOSAIC = {
     256: {"forward": [{"block_k": 64, "stages": 2, "q_slots": 1}], "backward": [{"block_q": 64, "stages": 2}]},
 }
 
-Made = tuple[dict[str, int], Callable[..., Any]]
+Made = tuple[dict[str, int], Callable[..., Any], Any]  # a candidate, a function of (plan, q, k, v, g) that runs it, the plan it wants
 
 
 def inputs(w: Workload) -> tuple[Any, dict[str, jax.Array], Any]:
@@ -74,37 +74,42 @@ def inputs(w: Workload) -> tuple[Any, dict[str, jax.Array], Any]:
 
 
 def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
-    """For each kernel, candidates and functions of (q, k, v, g) that run it with them."""
+    """For each kernel, its candidates."""
     size, width = jnp.dtype(w.dtype).itemsize, triton.padded(max(w.k_width, w.v_width, 32))
     default = triton.heuristic(triton.compute_capability(), w.dtype, w.k_width, w.v_width)
 
-    def function(kernel: str, tiling: triton.Tiling) -> Callable[..., Any]:
+    def made(kernel: str, tiling: triton.Tiling) -> Made:
         sizes = default._replace(**{kernel: tiling})
-        ready = jax.jit(lambda: triton.prepared(plan, w.heads, sizes))()
-        tables, work = triton.bias_and_work(ready, w.options()["scale"], bias)
         call = triton.Call(w.options()["alpha"], "tf32", sizes)
-        if kernel == "forward":
-            return lambda q, k, v, g: triton.forward(call, q, k, v, tables, work)
-        run = {"queries": triton.query_gradients, "keys": triton.key_gradients}[kernel]
-        return lambda q, k, v, g: run(call, q, k, v, g, tables, work)
+        kernels: dict[str, Callable[..., Any]] = {
+            "forward": triton.forward,
+            "queries": triton.query_gradients,
+            "keys": triton.key_gradients,
+        }
+
+        def run(plan: Any, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> Any:
+            arrays = (q, k, v) if kernel == "forward" else (q, k, v, g)
+            return kernels[kernel](call, *arrays, *triton.bias_and_work(plan, w.options()["scale"], bias))
+
+        return tiling._asdict(), run, jax.jit(lambda: triton.prepared(plan, w.heads, sizes))()
 
     for kernel, candidates in TRITON[size, width].items():
-        yield kernel, [(triton.Tiling(*c)._asdict(), function(kernel, triton.Tiling(*c))) for c in candidates]
+        yield kernel, [made(kernel, triton.Tiling(*c)) for c in candidates]
 
 
 def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
     width, scale, alpha = max(w.k_width, w.v_width), jnp.float32(w.options()["scale"]), w.options()["alpha"]
 
-    def forward(sizes: Any) -> Callable[..., Any]:
-        config = dataclasses.replace(mosaic_hopper.forward_config(w.k_width, w.v_width), **sizes)
-        return lambda q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config)
+    def forward(sizes: Any) -> Made:
+        config = dataclasses.replace(mosaic_hopper.forward_config(w.k_width, w.v_width, plan), **sizes)
+        return sizes, lambda plan, q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config), plan
 
-    def backward(sizes: Any) -> Callable[..., Any]:
-        config = dataclasses.replace(mosaic_hopper_vjp.backward_config(w.k_width, w.v_width), **sizes)
-        return lambda q, k, v, g: mosaic_hopper_vjp.one_pass(q, k, v, g, plan, scale, alpha, config)
+    def backward(sizes: Any) -> Made:
+        config = dataclasses.replace(mosaic_hopper_vjp.backward_config(w.k_width, w.v_width, plan), **sizes)
+        return sizes, lambda plan, q, k, v, g: mosaic_hopper_vjp.one_pass(q, k, v, g, plan, scale, alpha, config), plan
 
-    yield "forward", [(c, forward(c)) for c in MOSAIC[width]["forward"]]
-    yield "backward", [(c, backward(c)) for c in MOSAIC[width]["backward"]]
+    yield "forward", [forward(c) for c in MOSAIC[width]["forward"]]
+    yield "backward", [backward(c) for c in MOSAIC[width]["backward"]]
 
 
 TRIALS = {"triton": triton_trials, "mosaic": mosaic_trials}
@@ -113,25 +118,24 @@ TRIALS = {"triton": triton_trials, "mosaic": mosaic_trials}
 def fastest(name: str, made: list[Made], arrays: tuple[jax.Array, ...]) -> tuple[dict[str, int], float]:
     """(sizes, microseconds) of the winner. A candidate that does not compile, or does not fit, is out."""
 
-    def compiled(run: Callable[..., Any]) -> Any:
+    def attempt(sizes: dict[str, int], run: Callable[[], Any]) -> Any:
         try:
-            return jax.jit(chained(run, CALLS)).lower(*arrays).compile()
-        except (RuntimeError, ValueError) as error:
-            return error
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        programs = list(pool.map(compiled, [run for _, run in made]))
-    times = []
-    for (sizes, _), program in zip(made, programs, strict=True):
-        try:
-            if isinstance(program, Exception):
-                raise program
-            micros = 1e6 * device_time(program, *arrays, repetitions=5, sample_seconds=0.01).seconds / CALLS
+            return run()
         except (RuntimeError, ValueError) as error:
             print(f"{name} {sizes}: {str(error).splitlines()[0][:120]}", flush=True)
-            continue
-        print(f"{name} {sizes}: {micros:.1f} us", flush=True)
-        times.append((micros, sizes))
+            return None
+
+    programs = [attempt(sizes, lambda: jax.jit(chained(run, CALLS)).lower(plan, *arrays).compile()) for sizes, run, plan in made]  # noqa: B023
+    times = []
+    with turn():
+        for (sizes, _, plan), program in zip(made, programs, strict=True):
+            if program is None:
+                continue
+            timing = attempt(sizes, lambda: device_time(program, plan, *arrays, repetitions=5, sample_seconds=0.01))  # noqa: B023
+            if timing is not None:
+                micros = 1e6 * timing.seconds / CALLS
+                print(f"{name} {sizes}: {micros:.1f} us", flush=True)
+                times.append((micros, sizes))
     if not times:
         raise RuntimeError(f"{name}: no candidate ran; add some to TRITON or MOSAIC in scripts/tune_attention.py")
     micros, sizes = min(times, key=lambda pair: pair[0])
@@ -174,19 +178,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementations", default="triton,mosaic")
     parser.add_argument("--workloads", default=NAMES)
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes that compile side by side; XLA_PYTHON_CLIENT_PREALLOCATE=false with more than 1"
+    )
     parser.add_argument("--output", type=pathlib.Path, default=tuning.PATH)
     options = parser.parse_args(arguments)
     old = json.loads(options.output.read_text())["entries"] if options.output.exists() else []
-    new: list[dict[str, Any]] = []
+    tasks = []
     for name in options.workloads.split(","):
         w = WORKLOADS[name]
         for implementation in options.implementations.split(","):
-            if implementation == "mosaic" and mosaic_hopper.unsupported(jnp.dtype(w.dtype), w.k_width, w.v_width, w.bias or None):
-                continue
-            new.append(tune(w, implementation))
-            text = json.dumps({"entries": merged(old, new)}, indent=1) + "\n"
-            tuning.parse(text, str(options.output))
-            options.output.write_text(text)
+            if implementation != "mosaic" or not mosaic_hopper.unsupported(jnp.dtype(w.dtype), w.k_width, w.v_width, w.bias or None):
+                tasks.append((w, implementation))
+    new: list[dict[str, Any]] = []
+    for _, entry in each(tune, tasks, options.jobs):
+        new.append(entry)
+        text = json.dumps({"entries": merged(old, new)}, indent=1) + "\n"
+        tuning.parse(text, str(options.output))
+        options.output.write_text(text)
 
 
 if __name__ == "__main__":

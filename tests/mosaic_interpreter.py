@@ -21,7 +21,7 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from kernels.hstu_attention import mosaic_device, mosaic_hopper, mosaic_hopper_dq, mosaic_hopper_vjp, mosaic_parts
 
 MODULES = (mosaic_device, mosaic_hopper, mosaic_hopper_dq, mosaic_hopper_vjp, mosaic_parts)
-ACCUMULATORS = 4  # that a warpgroup holds at a time, at most
+ACCUMULATORS = 7  # that a warpgroup holds at a time, at most
 
 
 @dataclasses.dataclass
@@ -77,6 +77,16 @@ def _fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
     plgpu.copy_gmem_to_smem(records_gm.at[number], s["rec"].at[slot], s["rec_full"].at[slot])
 
 
+def _keep_inside(arrays, intervals):
+    column = lax.broadcasted_iota(jnp.int32, arrays[0].shape, 1)
+    seen = sum(((column >= lo[:, None]) & (column < hi[:, None])).astype(jnp.int32) for lo, hi in intervals)
+    return tuple(jnp.where(seen > 0, x, 0.0) for x in arrays)
+
+
+def _add_to_memory(target_gm, value):
+    target_gm[...] += value
+
+
 def _copy(module, **changes):
     out = types.ModuleType(module.__name__)
     out.__dict__.update({name: getattr(module, name) for name in dir(module) if not name.startswith("__")}, **changes)
@@ -96,18 +106,17 @@ def interpreted(monkeypatch):
         copy_smem_to_gmem=_copy_smem_to_gmem,
         set_max_registers=lambda n, action: None,
         load=lambda ref, layout=None, optimized=True: ref[...],
-        broadcasted_iota=lambda dtype, shape, axis, layout=None: lax.broadcasted_iota(dtype, shape, axis),
         kernel=functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()),
     )
     pallas = _copy(pl, run_scoped=pool.run_scoped)
-    bound = staticmethod(lambda bounds_gm, which, first, size: bounds_gm[which, pl.ds(first, size)])
+    stand_ins = {"fetch_item": _fetch_item, "keep_inside": _keep_inside, "add_to_memory": _add_to_memory}
     with monkeypatch.context() as patch:
         for module in MODULES:
             patch.setattr(module, "plgpu", gpu)
             patch.setattr(module, "pl", pallas)
-            if hasattr(module, "fetch_item"):
-                patch.setattr(module, "fetch_item", _fetch_item)
-        patch.setattr(mosaic_device.Item, "_bound", bound)
+            for name, stand_in in stand_ins.items():
+                if hasattr(module, name):
+                    patch.setattr(module, name, stand_in)
         # The kernels leave the barriers of emptied buffers armed at their end, which the hardware does not mind.
         patch.setattr(shared_memory.Barrier, "deallocate", lambda barrier: setattr(barrier, "ref_count", barrier.ref_count - 1))
         yield

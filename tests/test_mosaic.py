@@ -130,7 +130,9 @@ def check_work(work, dense, tile, block, heads, num_workers):
     records = np.asarray(work.records)
     used = records[records[:, schedule.TILE] >= 0]
     assert (records[len(used) :, schedule.TILE] < 0).all() and len(records) > len(used)
-    assert (np.diff(used[:, schedule.COUNT]) <= 0).all(), "heaviest first"
+    same_head = np.diff(used[:, schedule.HEAD]) == 0
+    assert same_head.sum() == len(used) - heads, "head after head"
+    assert (np.diff(used[:, schedule.COUNT])[same_head] <= 0).all(), "heaviest first"
     for r in used:
         for i in range(r[schedule.COUNT]):
             shift = schedule.SHIFT0 + (i >= r[schedule.CUT1]) + (i >= r[schedule.CUT2])

@@ -3,7 +3,7 @@
     python -m experiments.train --config=experiments/configs/assistments_rank_hstu.py --workdir=runs/assistments_rank_hstu
 
 The baseline of `assistments_rank_ultra.py`: the same data, requests, features, width, precision and head. Of every learner's steps the newest
-tenth is tested on, the tenth before it chooses the best epoch; a request asks about 16 steps at once. Meant for a GPU.
+tenth is tested on, the tenth before it chooses the best epoch; a request asks about 32 steps at once. Meant for a GPU.
 """
 
 import ml_collections
@@ -19,8 +19,8 @@ def get_config() -> ml_collections.ConfigDict:
             width=64, layers=3, heads=2, qk_width=32, v_width=32, preset="production", relative_bias=False,
             input_dropout=0.2, linear_dropout=0.2, dtype="bfloat16",
         ),
-        rank=RankConfig(tasks=("correct",), input="interleaved", signals=("correct",), features=("skill",), targets=16, head_width=128),
-        optim=OptimConfig(learning_rate=1e-3, clip_norm=1.0),
-        train=TrainConfig(protocol="chronological", epochs=20, patience=4, eval_users=128),
+        rank=RankConfig(tasks=("correct",), input="interleaved", signals=("correct",), features=("skill",), targets=32, head_width=128),
+        optim=OptimConfig(learning_rate=1e-3, decay_steps=985, clip_norm=1.0),
+        train=TrainConfig(protocol="chronological", epochs=5, eval_users=128),
     )  # fmt: skip
     return to_config_dict(config)

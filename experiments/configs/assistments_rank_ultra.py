@@ -24,8 +24,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "right": ChannelConfig(signal="correct", at_least=1.0, max_history=512, layers=3),
             },
         ),
-        rank=RankConfig(tasks=("correct",), signals=("correct",), features=("skill",), targets=16, head_width=128),
-        optim=OptimConfig(learning_rate=1e-3, clip_norm=1.0),
-        train=TrainConfig(protocol="chronological", epochs=20, patience=4, eval_users=128),
+        rank=RankConfig(tasks=("correct",), signals=("correct",), features=("skill",), targets=32, head_width=128),
+        optim=OptimConfig(learning_rate=1e-3, decay_steps=985, clip_norm=1.0),
+        train=TrainConfig(protocol="chronological", epochs=5, eval_users=128),
     )  # fmt: skip
     return to_config_dict(config)

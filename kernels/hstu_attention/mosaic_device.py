@@ -3,12 +3,15 @@
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, memref
+from jaxlib.mlir.dialects import arith, llvm, memref
 
 from kernels.hstu_attention import mosaic_schedule as schedule
+
+ROW = plgpu.Layout.WGMMA.reduce(1)  # of one number for each of 64 rows
 
 
 def record_scratch(slots):
@@ -46,6 +49,76 @@ def fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
     plgpu.barrier_wait(s["rec_empty"].at[slot])
     number = jnp.minimum(number, records_gm.shape[0] - 1)
     plgpu.copy_gmem_to_smem(records_gm.at[number], s["rec"].at[slot], s["rec_full"].at[slot])
+
+
+def add_to_memory(target_gm, value):
+    """Adds float32[64, N] in accumulator layout to global memory, two neighbours at a time, without waiting."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def add(_, target, value):
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        row, column = _thread_place()
+        (stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
+        start = arith.addi(arith.muli(arith.extui(i64, row), mgpu.c(stride, i64)), arith.extui(i64, column))
+        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(target))
+        base = mgpu.utils.getelementptr(base, [start], ir.F32Type.get())
+        for number, pair in enumerate(value.registers.flat):
+            offset = 4 * (number % 2 * 8 * stride + number // 2 * 8)
+            both = [llvm.extractelement(pair, mgpu.c(i, i32)) for i in range(2)]
+            text = f"red.global.relaxed.gpu.add.v2.f32 [$0+{offset}], {{$1, $2}};"
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), [base, *both], text, "l,f,f", has_side_effects=True)
+
+    add(target_gm, value)
+
+
+def keep_inside(arrays, intervals):
+    """`arrays` float32[64, N] in accumulator layout, 0 in columns that are in none of the row's `intervals`.
+
+    Written out per register, so that each comparison stands beside its selections: as whole-array operations the
+    compiler keeps a predicate of every element.
+    """
+    shape = arrays[0].shape
+
+    @plgpu.inline_mgpu(
+        arg_types=(((ROW, ROW),) * len(intervals), (plgpu.Layout.WGMMA,) * len(arrays)),
+        return_type=(plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA),) * len(arrays),
+    )
+    def keep(_, intervals, arrays):
+        i32 = ir.IntegerType.get_signless(32)
+        zero = mgpu.c(0.0, ir.F32Type.get())
+        _, column = _thread_place()
+
+        def ends(bound):  # of this thread's two rows, from its first column on
+            return [arith.subi(llvm.extractelement(x, mgpu.c(0, i32)), column) for x in bound.registers.flat]
+
+        intervals = [(ends(lo), ends(hi)) for lo, hi in intervals]
+        out = [x.registers.copy() for x in arrays]
+        for number, place in enumerate(np.ndindex(out[0].shape)):
+            for i in range(2):
+                at = mgpu.c(number // 2 * 8 + i, i32)
+                seen = None
+                for lo, hi in intervals:
+                    after = arith.cmpi(arith.CmpIPredicate.sle, lo[number % 2], at)
+                    inside = arith.andi(after, arith.cmpi(arith.CmpIPredicate.sgt, hi[number % 2], at))
+                    seen = inside if seen is None else arith.ori(seen, inside)
+                for registers in out:
+                    pair = registers[place]
+                    kept = arith.select(seen, llvm.extractelement(pair, mgpu.c(i, i32)), zero)
+                    registers[place] = llvm.insertelement(pair, kept, mgpu.c(i, i32))
+        return tuple(mgpu.FragmentedArray(_registers=r, _layout=x.layout, _is_signed=None) for r, x in zip(out, arrays, strict=True))
+
+    return keep(tuple(intervals), tuple(arrays))
+
+
+def _thread_place():
+    """(row, first column) of this thread in an accumulator of 64 rows; it also has the row 8 below, the column on the
+    right, and every 8th column from there.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    thread = arith.remui(mgpu.utils.thread_idx(), mgpu.c(128, i32))
+    warp, lane = (f(thread, mgpu.c(32, i32)) for f in (arith.divui, arith.remui))
+    row = arith.addi(arith.muli(warp, mgpu.c(16, i32)), arith.divui(lane, mgpu.c(4, i32)))
+    return row, arith.muli(arith.remui(lane, mgpu.c(4, i32)), mgpu.c(2, i32))
 
 
 def load_rows(gm, tail_gm, row, size, head, tail_first, into, full):
@@ -94,34 +167,29 @@ class Item:
         other = (block >= self.other0) & (block < self.other_end0)
         return ~(other | ((block >= self.other1) & (block < self.other_end1)))
 
-    def masked(self, i, size, bounds_gm, first, arrays, short=False):
-        """`arrays` of scores of block i, `size` wide, with 0 where a row (or key) from `first` on does not see.
+    def bounds(self, bounds_gm, first, which=0):
+        """One of the three intervals of 64 rows (or keys) from `first` on."""
+        place = pl.ds(first, 64)
+        return tuple(plgpu.load(bounds_gm.at[2 * which + end, place], layout=ROW, optimized=False) for end in range(2))
 
-        short: with a branch of its own for blocks where one interval says all; it takes registers that the backward
-        does not have.
+    def masked(self, i, size, bounds_gm, first, arrays, nearest, begin=0):
+        """`arrays` of scores, from column `begin` of block i on, with 0 where a row (or key) from `first` on does not
+        see.
+
+        size: of blocks. nearest: the interval that mostly says all, loaded beforehand.
         """
-        shape = arrays[0].shape
-
-        def mask(intervals):
-            def apply(*arrays):
-                place = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + self.block(i) * size
-                seen = None
-                for j in range(intervals):
-                    lo, hi = (lax.broadcast_in_dim(self._bound(bounds_gm, 2 * j + k, first, shape[0]), shape, [0]) for k in range(2))
-                    inside = (place >= lo) & (place < hi)
-                    seen = inside if seen is None else seen | inside
-                return tuple(jnp.where(seen, x, 0.0) for x in arrays)
-
-            return apply
+        block = self.block(i)
+        left = block * size + begin
 
         def partly(*arrays):
-            return lax.cond(self.simple(self.block(i)), mask(1), mask(3), *arrays) if short else mask(3)(*arrays)
+            def mask(*others):
+                intervals = [(lo - left, hi - left) for lo, hi in (nearest, *others)]
+                return keep_inside(arrays, intervals)
 
-        return lax.cond(self.whole(self.block(i)), lambda *x: x, partly, *arrays)
+            others = lambda: mask(*(self.bounds(bounds_gm, first, which) for which in (1, 2)))  # noqa: E731
+            return lax.cond(self.simple(block), mask, others)
 
-    @staticmethod
-    def _bound(bounds_gm, which, first, size):
-        return plgpu.load(bounds_gm.at[which, pl.ds(first, size)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        return lax.cond(self.whole(block), lambda *x: x, partly, *arrays)
 
 
 def draw_items(records_sm, full, body):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from kernels import device
 from kernels.hstu_attention import mosaic_hopper
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, record_scratch, swizzled
+from kernels.hstu_attention.mosaic_device import ROW, draw_items, fetch_item, record_scratch, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
@@ -31,7 +31,7 @@ LARGEST = 448.0  # of e4m3
 WEIGHT_SCALE = 4.0  # of P: weights from 2 ** -8 to 112 keep three bits after the first; scores above 112 count as 112
 BLOCK_K = 128  # keys a step, and bytes of a row of transposed V in shared memory
 TILE, RECORDS = mosaic_hopper.TILE, mosaic_hopper.RECORDS
-ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)  # of one number for each key
 
 # Key that stands at each place of a group of 16: place 4 t + i is byte i of thread t's operand, made of the two pairs of
 # neighbours that thread t has of the scores.
@@ -164,18 +164,18 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
 
             def one_item(item, slot, step):
                 row0 = item.tile * TILE + wg * 64
+                row_scale = plgpu.load(q_scale_gm.at[item.head, pl.ds(row0, 64)], layout=ROW, optimized=False) * (0.5 * alpha)
+                nearest = item.bounds(bounds_gm, row0)
 
                 def weights(scores, i):
                     """P of block i, from scores of 8-bit operands."""
-                    columns = plgpu.load(s["k_scale"].at[lax.rem(step + i, stages)], layout=COLUMN)
-                    row = plgpu.load(q_scale_gm.at[item.head, pl.ds(row0, 64)], layout=ROW, optimized=False) * (0.5 * alpha)
+                    key_scale = plgpu.load(s["k_scale"].at[lax.rem(step + i, stages)], layout=COLUMN)
                     shape = (64, BLOCK_K)
-                    half = scores * lax.broadcast_in_dim(row, shape, [0]) * lax.broadcast_in_dim(columns, shape, [1])
+                    half = scores * lax.broadcast_in_dim(row_scale, shape, [0]) * lax.broadcast_in_dim(key_scale, shape, [1])
+                    (half,) = item.masked(i, BLOCK_K, bounds_gm, row0, (half,), nearest)  # silu(0) = 0
                     half = half.astype(jnp.float16)  # two to a register and an instruction
                     scaled = half * WEIGHT_SCALE
-                    p = scaled * jnp.tanh(half) + scaled
-                    (p,) = item.masked(i, BLOCK_K, bounds_gm, row0, (p,), short=True)
-                    return as_operand(p.astype(FP8))
+                    return as_operand((scaled * jnp.tanh(half) + scaled).astype(FP8))
 
                 q_slot = lax.rem(slot, q_slots)
                 my_q = s["q"].at[q_slot, pl.ds(wg * 64, 64)]
@@ -262,7 +262,7 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
                     plgpu.copy_gmem_to_smem(k_scale_gm.at[head, keys], s["k_scale"].at[now], s["k_full"].at[now])
                     plgpu.barrier_wait(s["v_empty"].at[now])
                     plgpu.copy_gmem_to_smem(v_gm.at[head, :, keys], s["v"].at[now], s["v_full"].at[now])
-                    pl.when(i == 0)(lambda: fetch(lax.rem(slot + 1, RECORDS)))
+                    pl.when(i == jnp.maximum(item.count - mosaic_hopper.AHEAD, 0))(lambda: fetch(lax.rem(slot + 1, RECORDS)))
 
             fetch(0, first=True)
             draw_items(s["rec"], s["rec_full"], one_item)

@@ -17,17 +17,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernels import device
+from kernels.hstu_attention import tuning
 from kernels.hstu_attention import mosaic_hopper_vjp as vjp
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, record_scratch, swizzled
+from kernels.hstu_attention.mosaic_device import ROW, Item, draw_items, fetch_item, load_rows, record_scratch, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
 TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
 WIDTHS = (64, 128, 256)
-ROW = plgpu.Layout.WGMMA.reduce(1)
 
 RECORDS = 4  # of work items, in shared memory at a time
+AHEAD = 4  # blocks before the end of an item at which the next one is drawn: late, or the last ones are shared badly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,15 @@ class ForwardConfig:
     workers: int = schedule.WORKERS
 
 
-def forward_config(k_width: int, v_width: int) -> ForwardConfig:
+def forward_config(k_width: int, v_width: int, plan: AttentionPlan) -> ForwardConfig:
+    """Of the table of measurements where it has this call, else what fits shared memory."""
     if max(k_width, v_width) > 128:
-        return ForwardConfig(block_k=64, stages=2, q_slots=1)
-    return ForwardConfig(block_k=128, stages=2 if max(k_width, v_width) > 64 else 4)
+        config = ForwardConfig(block_k=64, stages=2, q_slots=1)
+    else:
+        config = ForwardConfig(block_k=128, stages=2 if max(k_width, v_width) > 64 else 4)
+    found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
+    values: Any = {} if found is None else found["forward"]
+    return dataclasses.replace(config, **values)
 
 
 def attention(
@@ -76,7 +82,7 @@ def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int) -> Atte
     """The plan with the lists of work that this implementation needs for these sizes: made once a batch, used by
     every layer.
     """
-    config, back = forward_config(k_width, v_width), vjp.backward_config(*vjp.padded_widths(k_width, v_width))
+    config, back = forward_config(k_width, v_width, plan), vjp.backward_config(*vjp.padded_widths(k_width, v_width), plan)
     lists = {
         schedule.forward_name(heads, config.block_k, config.workers): schedule.forward_schedule(
             plan, heads, config.block_k, config.workers
@@ -133,7 +139,7 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype = q.dtype
-    config = config or forward_config(width, width_v)
+    config = config or forward_config(width, width_v, plan)
     block_k, stages = config.block_k, config.stages
     work = schedule.forward_schedule(plan, heads, block_k, config.workers)
     scale_in_rows = scale.ndim == 1
@@ -154,37 +160,30 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                 plgpu.barrier_arrive(s["rec_empty"].at[i])
             my_o = s["o"].at[wg]
 
-            def one_item(item, slot, step):
-                count = item.count
-                row0 = item.tile * TILE + wg * 64
+            def queries(slot):
+                return s["q"].at[lax.rem(slot, config.q_slots), pl.ds(wg * 64, 64)]
 
-                def weights(scores, i):
-                    half = scores * (0.5 * alpha)
-                    # silu(x) = h tanh(h) + h with h = x / 2: one special-function instruction
-                    p = half * jnp.tanh(half) + half
-                    (p,) = item.masked(i, block_k, bounds_gm, row0, (p,), short=True)
-                    return p.astype(dtype)
+            def weights(scores, item, i, nearest):
+                half = scores * (0.5 * alpha)
+                # silu(x) = h tanh(h) + h with h = x / 2: one special-function instruction
+                p = half * jnp.tanh(half) + half
+                (p,) = item.masked(i, block_k, bounds_gm, first_row(item), (p,), nearest)
+                return p.astype(dtype)
 
-                q_slot = lax.rem(slot, config.q_slots)
-                my_q = s["q"].at[q_slot, pl.ds(wg * 64, 64)]
-                plgpu.barrier_wait(s["q_full"].at[q_slot])
+            def first_row(item):  # the record behind the last has tile -1
+                return jnp.maximum(item.tile, 0) * TILE + wg * 64
+
+            def one_item(slot, step, p, nearest):
+                """From the weights `p` of the item's first block to those of the next item's first block."""
+                item, count = Item(s["rec"], slot), Item(s["rec"], slot).count
+                next_slot = lax.rem(slot + 1, RECORDS)
+                after = Item(s["rec"], next_slot)
 
                 def accumulate(acc):
-                    first = lax.rem(step, stages)
-                    plgpu.barrier_wait(s["k_full"].at[first])
-
-                    def first_scores(s_acc):
-                        plgpu.wgmma(s_acc, my_q, s["k"].at[first].T)
-                        return s_acc[...]
-
-                    scores = pl.run_scoped(first_scores, plgpu.ACC((64, block_k), jnp.float32))
-                    plgpu.barrier_arrive(s["k_empty"].at[first])
-                    p = weights(scores, jnp.int32(0))
-
-                    def one_block(i, p):
-                        """Scores of block i, while the weights of block i - 1 meet their values."""
-                        now, before = lax.rem(step + i, stages), lax.rem(step + i - 1, stages)
-                        plgpu.barrier_wait(s["k_full"].at[now])
+                    def scores_beside_values(my_q, now, more, p):
+                        """Scores of block `now` of the ring, while weights `p` meet the values of the block before."""
+                        before = lax.rem(now + stages - 1, stages)
+                        pl.when(more)(lambda: plgpu.barrier_wait(s["k_full"].at[now]))
 
                         def products(s_acc):
                             plgpu.wgmma(s_acc, my_q, s["k"].at[now].T)
@@ -193,23 +192,31 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                             return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
 
                         scores = pl.run_scoped(products, plgpu.ACC((64, block_k), jnp.float32))
-                        plgpu.barrier_arrive(s["k_empty"].at[now])
-                        p_next = weights(scores, i)
+                        pl.when(more)(lambda: plgpu.barrier_arrive(s["k_empty"].at[now]))
+                        return scores, before
+
+                    def one_block(i, p):
+                        scores, before = scores_beside_values(queries(slot), lax.rem(step + i, stages), True, p)
+                        p_next = weights(scores, item, i, nearest)
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(s["v_empty"].at[before])
                         return p_next
 
-                    p = lax.fori_loop(1, count, one_block, p)
-                    plgpu.barrier_arrive(s["q_empty"].at[q_slot])
-                    last = lax.rem(step + count - 1, stages)
-                    plgpu.barrier_wait(s["v_full"].at[last])
-                    plgpu.wgmma(acc, p, s["v"].at[last])
+                    last = lax.fori_loop(1, count, one_block, p)
+                    plgpu.barrier_arrive(s["q_empty"].at[lax.rem(slot, config.q_slots)])
+                    # The next item begins while this one ends. Behind the last, what is computed goes nowhere.
+                    plgpu.barrier_wait(s["rec_full"].at[next_slot])
+                    more = after.tile >= 0
+                    pl.when(more)(lambda: plgpu.barrier_wait(s["q_full"].at[lax.rem(next_slot, config.q_slots)]))
+                    nearest_next = after.bounds(bounds_gm, first_row(after))
+                    scores, before = scores_beside_values(queries(next_slot), lax.rem(step + count, stages), more, last)
+                    p_next = weights(scores, after, jnp.int32(0), nearest_next)
                     out = acc[...]
-                    plgpu.barrier_arrive(s["v_empty"].at[last])
-                    return out
+                    plgpu.barrier_arrive(s["v_empty"].at[before])
+                    return out, p_next, nearest_next
 
-                out = pl.run_scoped(accumulate, plgpu.ACC((64, width_v), jnp.float32))
-                part, head = item.slot, item.head
+                out, p, nearest = pl.run_scoped(accumulate, plgpu.ACC((64, width_v), jnp.float32))
+                part, head, row0 = item.slot, item.head, first_row(item)
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
                 if scale_in_rows:
                     scale = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False)
@@ -231,8 +238,26 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                     def _(chunk=chunk, c=c):
                         part_gm.at[part, pl.ds(wg * 64, 64), pl.ds(c * 64, 64)][...] = chunk
 
-            draw_items(s["rec"], s["rec_full"], one_item)
-            plgpu.wait_smem_to_gmem(0)
+                return next_slot, step + count, p, nearest
+
+            item = Item(s["rec"], 0)
+            plgpu.barrier_wait(s["rec_full"].at[0])
+
+            @pl.when(item.tile >= 0)
+            def _all_items():
+                nearest = item.bounds(bounds_gm, first_row(item))
+                plgpu.barrier_wait(s["q_full"].at[0])
+                plgpu.barrier_wait(s["k_full"].at[0])
+
+                def first_scores(s_acc):
+                    plgpu.wgmma(s_acc, queries(0), s["k"].at[0].T)
+                    return s_acc[...]
+
+                scores = pl.run_scoped(first_scores, plgpu.ACC((64, block_k), jnp.float32))
+                plgpu.barrier_arrive(s["k_empty"].at[0])
+                start = (jnp.int32(0), jnp.int32(0), weights(scores, item, jnp.int32(0), nearest), nearest)
+                lax.while_loop(lambda carry: Item(s["rec"], carry[0]).tile >= 0, lambda carry: one_item(*carry), start)
+                plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
         def _feed():
@@ -255,7 +280,7 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                     plgpu.copy_gmem_to_smem(k_gm.at[pl.ds(row, block_k), head], s["k"].at[now], s["k_full"].at[now])
                     plgpu.barrier_wait(s["v_empty"].at[now])
                     load_rows(v_gm, tail_gm, row, block_k, head, tail_first, s["v"].at[now], s["v_full"].at[now])
-                    pl.when(i == 0)(lambda: fetch(lax.rem(slot + 1, RECORDS)))
+                    pl.when(i == jnp.maximum(item.count - AHEAD, 0))(lambda: fetch(lax.rem(slot + 1, RECORDS)))
 
             fetch(0, first=True)
             draw_items(s["rec"], s["rec_full"], one_item)

@@ -13,13 +13,14 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, record_scratch, swizzled
+from kernels.hstu_attention.mosaic_device import ROW, draw_items, fetch_item, load_rows, record_scratch, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
 TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
 BLOCK = 64  # keys a step
 RECORDS = 4  # of work items, in shared memory at a time
+AHEAD = 4  # blocks before the end of an item at which the next one is drawn
 
 
 def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float) -> Any:
@@ -61,6 +62,7 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
 
             def one_item(item, slot, step):
                 row0 = item.tile * TILE + wg * 64
+                nearest = item.bounds(bounds_gm, row0)
                 plgpu.barrier_wait(s["row_full"])
 
                 def accumulate(dq):
@@ -76,7 +78,7 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
                             return lax.optimization_barrier((score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)))
 
                         block = plgpu.ACC((64, BLOCK), jnp.float32)
-                        score, dp = item.masked(i, BLOCK, bounds_gm, row0, pl.run_scoped(scores, block, block))
+                        score, dp = item.masked(i, BLOCK, bounds_gm, row0, pl.run_scoped(scores, block, block), nearest)
                         half = score * (0.5 * alpha)
                         t = jnp.tanh(half)
                         w = t + 1.0
@@ -91,7 +93,7 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
                 dq = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))
                 part, head = item.slot, item.head
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
-                times = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False) * (0.5 * alpha)
+                times = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False) * (0.5 * alpha)
                 for c in range(0, width, 64):
                     chunk = dq[:, c : c + 64] * lax.broadcast_in_dim(times, (64, 64), [0])
 
@@ -128,7 +130,7 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
                     plgpu.barrier_wait(s["key_empty"].at[now])
                     load_rows(k_gm, k_tail_gm, row, BLOCK, item.head, tail_first, s["k"].at[now], full)
                     plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, BLOCK), item.head], s["v"].at[now], full)
-                    pl.when(i == 0)(lambda: fetch(lax.rem(slot + 1, RECORDS)))
+                    pl.when(i == jnp.maximum(item.count - AHEAD, 0))(lambda: fetch(lax.rem(slot + 1, RECORDS)))
 
             fetch(0, first=True)
             draw_items(s["rec"], s["rec_full"], one_item)

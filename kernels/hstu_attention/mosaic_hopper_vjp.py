@@ -16,13 +16,15 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import draw_items, fetch_item, load_rows, record_scratch, swizzled
+from kernels.hstu_attention import tuning
+from kernels.hstu_attention.mosaic_device import add_to_memory, draw_items, fetch_item, load_rows, record_scratch, swizzled
 from kernels.hstu_attention.mosaic_hopper_dq import query_gradients
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.zeros import zeros_after
 
 RECORDS = 2  # of work items, in shared memory at a time
+AHEAD = 2  # blocks before the end of an item at which the next one is drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +45,16 @@ class BackwardConfig:
         return 64 if self.by_columns else 128
 
 
-def backward_config(k_width: int, v_width: int) -> BackwardConfig:
-    """For widths as `padded_widths` leaves them."""
+def backward_config(k_width: int, v_width: int, plan: AttentionPlan) -> BackwardConfig:
+    """For widths as `padded_widths` leaves them. Of the table of measurements where it has this call, else what fits shared memory."""
     if max(k_width, v_width) == 64:
-        return BackwardConfig(block_q=128, stages=2, workers=schedule.WORKERS)
-    by_columns = max(k_width, v_width) > 128
-    return BackwardConfig(by_columns=by_columns, stages=2 if by_columns else 3, workers=schedule.WORKERS)
+        config = BackwardConfig(block_q=128, stages=2, workers=schedule.WORKERS)
+    else:
+        by_columns = max(k_width, v_width) > 128
+        config = BackwardConfig(by_columns=by_columns, stages=2 if by_columns else 3, workers=schedule.WORKERS)
+    found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
+    values: Any = {} if found is None else found["backward"]
+    return dataclasses.replace(config, **values)
 
 
 def padded_widths(k_width: int, v_width: int) -> tuple[int, int]:
@@ -68,7 +74,7 @@ def gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scal
     v, do = (jnp.pad(x, ((0, 0), (0, 0), (0, v_wide - v_width))) for x in (v, do))
     if scale.ndim == 1:
         do, scale = _scaled_rows(do, schedule.row_scales(scale, plan, q.shape[0]))
-    config = backward_config(k_wide, v_wide)
+    config = backward_config(k_wide, v_wide, plan)
     if deterministic:
         _, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, dataclasses.replace(config, with_dq=False))
         dq = query_gradients(q, k, v, do, plan, scale, alpha)
@@ -95,10 +101,9 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
     by_columns = config.by_columns
     tile = config.tile
     k_mine, v_mine = (width // 2, width_v // 2) if by_columns else (width, width_v)
-    if by_columns:
-        dq_shape, dq_stage = (block_q, 64), (block_q, 32)
-    else:
-        dq_stage = dq_shape = (block_q, width // 2) if width > 64 else (block_q // 2, width)
+    dq_shape = (block_q // 2, width) if width == 64 else (block_q, 64)
+    exchanged = config.with_dq and not by_columns  # dQ needs the slopes of both warpgroups
+    out_slots = 1 if by_columns else 2 if block_q == 128 else 0
     work = schedule.backward_schedule(plan, heads, tile, block_q, config.workers)
     factor = scale.reshape(1)
 
@@ -120,26 +125,27 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             my_ds = pl.ds(wg * 64, 64)  # rows of the dS buffers
             mine = pl.ds(0, 64) if by_columns else my_ds  # keys of the tile
             k_columns, v_columns = (pl.ds(pl.multiple_of(wg * n, 64) if by_columns else 0, n) for n in (k_mine, v_mine))
-            my_k, my_v = s["k"].at[mine], s["v"].at[mine]
             key_of = lambda item: item.tile * tile + (0 if by_columns else wg * 64)  # noqa: E731
             if width > 64:
                 my_rows, my_columns = pl.ds(0, block_q), pl.ds(pl.multiple_of(wg * (width // 2), 64), width // 2)
             else:
                 my_rows, my_columns = pl.ds(pl.multiple_of(wg * (block_q // 2), 64), block_q // 2), pl.ds(0, width)
-            stage = s["dq"].at[wg]
 
             def one_item(item, slot, step):
+                nearest = item.bounds(bounds_gm, key_of(item))
                 plgpu.barrier_wait(s["kv_full"])
 
                 def send_dq(dq, i, first_column=0):
                     """Adds this warpgroup's part of dQ of block i to memory."""
                     rows = pl.ds(item.block(i) * block_q + my_rows.start, my_rows.size)
-                    for c in range(0, dq.shape[1], dq_stage[1]):
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        stage[...] = dq[:, c : c + dq_stage[1]]
-                        plgpu.commit_smem()
-                        columns = pl.ds(my_columns.start + first_column + c, dq_stage[1])
-                        plgpu.copy_smem_to_gmem(stage, dq_gm.at[rows, item.head, columns], reduction_op="add")
+                    if by_columns:
+                        columns = pl.ds(my_columns.start + first_column, dq.shape[1])
+                        add_to_memory(dq_gm.at[rows, item.head, columns], dq)
+                        return
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    s["dq"].at[wg][...] = dq
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(s["dq"].at[wg], dq_gm.at[rows, item.head, my_columns], reduction_op="add")
 
                 def accumulate(dk, dv):
                     def one(i, _):
@@ -147,66 +153,78 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                         ds_now = lax.rem(step + i, 2)
                         plgpu.barrier_wait(s["row_full"].at[now])
 
-                        def scores(s_acc):
-                            plgpu.wgmma(s_acc, my_k, s["q"].at[now].T)
+                        # What depends on `here` is computed anew: kept from step to step it would take registers there are not.
+                        here = lax.optimization_barrier(jnp.int32(0))
+                        keys = pl.ds(pl.multiple_of(mine.start + here, 64), 64)
+                        my_k, my_v = s["k"].at[keys], s["v"].at[keys]
+                        columns = range(0, block_q, 64)
+
+                        def weigh(c, s_acc, dp_acc, pending):
+                            st = plgpu.wgmma_accumulator_load(s_acc, wait_n=pending)
+                            dpt = plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)
+                            pair = lax.optimization_barrier((st, dpt))
+                            score, dp = item.masked(i, block_q, bounds_gm, key_of(item), pair, nearest, c)
+                            half = score * (0.5 * alpha)
+                            t = jnp.tanh(half)
+                            w = t + 1.0
+                            ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
+                            return (half * w).astype(dtype), ds.astype(dtype)
+
+                        ds_slot = 0 if by_columns else ds_now
+                        my_slopes = s["ds"].at[ds_slot, my_ds]
+
+                        def store_slopes(c, ds16):
+                            if c == 0 and exchanged:
+                                plgpu.barrier_wait(s["ds_empty"].at[ds_now])
+                            my_slopes.at[:, pl.ds(c, 64)][...] = ds16
+                            plgpu.commit_smem()
+
+                        def key_products(c, p16):
+                            """dV from weights in registers, dK from slopes in shared memory: both in registers do not fit."""
+                            plgpu.wgmma(dv, p16, s["do"].at[now, pl.ds(c, 64), v_columns])
+                            plgpu.wgmma(dk, my_slopes.at[:, pl.ds(c, 64)], s["q"].at[now, pl.ds(c, 64), k_columns])
+
+                        def first_scores(s_acc):
+                            plgpu.wgmma(s_acc, my_k, s["q"].at[now, pl.ds(0, 64)].T)
                             plgpu.wgmma_wait(1)  # dV and dK of the last block: their operands leave the registers that dP needs
 
                             @pl.when(i > 0)
                             def _():
                                 plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + i + stages - 1, stages)])
 
-                            def gradients(dp_acc):
-                                plgpu.wgmma(dp_acc, my_v, s["do"].at[now].T)
-                                st = plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
-                                dpt = plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)
-                                return lax.optimization_barrier((st, dpt))
+                            def products(*accs):
+                                accs = [s_acc, *accs]
+                                for c in columns:
+                                    if c:
+                                        plgpu.wgmma(accs[c // 32], my_k, s["q"].at[now, pl.ds(c, 64)].T)
+                                    plgpu.wgmma(accs[c // 32 + 1], my_v, s["do"].at[now, pl.ds(c, 64)].T)
+                                for c in columns:  # the elementwise work of a half beside the products of the other
+                                    if c:
+                                        key_products(c - 64, p16)
+                                    p16, ds16 = weigh(c, *accs[c // 32 : c // 32 + 2], pending=2 * (len(columns) - 1))
+                                    store_slopes(c, ds16)
+                                return p16
 
-                            return pl.run_scoped(gradients, plgpu.ACC((64, block_q), jnp.float32))
+                            return pl.run_scoped(products, *[plgpu.ACC((64, 64), jnp.float32)] * (2 * len(columns) - 1))
 
-                        st, dpt = pl.run_scoped(scores, plgpu.ACC((64, block_q), jnp.float32))
-
-                        st, dpt = item.masked(i, block_q, bounds_gm, key_of(item), (st, dpt))
-                        weights, slopes = [], []  # in pieces of 64 rows, one after the other: registers
-                        pieces = [(st[:, c : c + 64], dpt[:, c : c + 64]) for c in range(0, block_q, 64)]
-                        while pieces:
-                            score, dp = pieces.pop(0)
-                            half = score * (0.5 * alpha)
-                            t = jnp.tanh(half)
-                            w = t + 1.0
-                            ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
-                            p16, ds16 = (half * w).astype(dtype), ds.astype(dtype)
-                            if pieces:
-                                p16, ds16, pieces = lax.optimization_barrier((p16, ds16, pieces))
-                            weights.append(p16)
-                            slopes.append(ds16)
-
-                        def key_products():
-                            for c, p16, ds16 in zip(range(0, block_q, 64), weights, slopes, strict=True):
-                                plgpu.wgmma(dv, p16, s["do"].at[now, pl.ds(c, 64), v_columns])
-                                plgpu.wgmma(dk, ds16, s["q"].at[now, pl.ds(c, 64), k_columns])
-
-                        def store_ds(slot):
-                            for c, ds16 in zip(range(0, block_q, 64), slopes, strict=True):
-                                s["ds"].at[slot, my_ds, pl.ds(c, 64)][...] = ds16
-                            plgpu.commit_smem()
+                        p16 = pl.run_scoped(first_scores, plgpu.ACC((64, 64), jnp.float32))
+                        last_products = functools.partial(key_products, columns[-1], p16)
 
                         if not config.with_dq:
-                            key_products()
+                            last_products()
                         elif by_columns:
-                            ds_mine = s["ds"].at[0, my_ds]
-                            store_ds(0)
                             for c in range(0, k_mine, 64):
 
                                 def products(dq_acc, c=c):
-                                    plgpu.wgmma(dq_acc, ds_mine.T, s["k"].at[:, pl.ds(k_columns.start + c, 64)])
-                                    if c == 0:
-                                        key_products()
-                                    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 if c == 0 else 0))
+                                    mine = pl.ds(pl.multiple_of(k_columns.start, 64) + c, 64)
+                                    plgpu.wgmma(dq_acc, my_slopes.T, s["k"].at[:, mine])
+                                    if c + 64 == k_mine:
+                                        last_products()
+                                    pending = 2 if c + 64 == k_mine else 0
+                                    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=pending))
 
                                 send_dq(pl.run_scoped(products, plgpu.ACC(dq_shape, jnp.float32)), i, c)
                         else:
-                            plgpu.barrier_wait(s["ds_empty"].at[ds_now])
-                            store_ds(ds_now)
                             plgpu.barrier_arrive(s["ds_full"].at[ds_now])
                             # dQ of the block before, of which the other warpgroup has its half by now. (There is
                             # none at first: what is computed then goes nowhere.)
@@ -215,8 +233,8 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
                             def products_before(dq_acc):
                                 plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[:, my_columns])
-                                key_products()
-                                return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2 * len(weights)))
+                                last_products()
+                                return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2))
 
                             dq = pl.run_scoped(products_before, plgpu.ACC(dq_shape, jnp.float32))
 
@@ -227,31 +245,33 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
                     count = item.count
                     lax.fori_loop(0, count, one, None)
-                    if config.with_dq and not by_columns:
+                    if exchanged:
                         ds_last = lax.rem(step + count - 1, 2)
                         plgpu.barrier_wait(s["ds_full"].at[ds_last])
 
                         def product(dq_acc):
                             plgpu.wgmma(dq_acc, s["ds"].at[ds_last, :, my_rows].T, s["k"].at[:, my_columns])
-                            return dq_acc[...]
+                            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc))
 
                         dq = pl.run_scoped(product, plgpu.ACC(dq_shape, jnp.float32))
                         plgpu.barrier_arrive(s["ds_empty"].at[ds_last])
-                        send_dq(dq, count - 1)
                     else:
+                        dq = None
                         plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + count - 1, stages)])
-                    return dk[...], dv[...]
+                    return dk[...], dv[...], dq
 
-                dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, k_mine), jnp.float32), plgpu.ACC((64, v_mine), jnp.float32))
+                dk, dv, dq = pl.run_scoped(accumulate, plgpu.ACC((64, k_mine), jnp.float32), plgpu.ACC((64, v_mine), jnp.float32))
                 plgpu.barrier_arrive(s["kv_empty"])
+                if exchanged:
+                    send_dq(dq, item.count - 1)
                 key0, head, part = key_of(item), item.head, item.slot
-                ds_slot = 0 if by_columns else lax.rem(step + item.count, 2)
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
-                # dK and dV leave through this warpgroup's part of a dS buffer where that has the shape
-                out = s["ds"].at[ds_slot, my_ds] if block_q == 64 else s["o"].at[wg]
-                if not by_columns:
-                    plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
+                # dK and dV leave through buffers of their own, or through this warpgroup's parts of the dS buffers
+                outs = [s["o"].at[wg, n] for n in range(out_slots)] or [s["ds"].at[n, my_ds] for n in range(2)]
+                if not out_slots:
+                    for n in range(2):
+                        plgpu.barrier_wait(s["ds_empty"].at[n])
                 factor = factor_gm[0]
                 outputs = (
                     (dv, factor, dv_gm, dv_part_gm, v_columns),
@@ -261,20 +281,23 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                     for c in range(0, grad.shape[1], 64):
                         chunk = grad[:, c : c + 64] * times
                         columns = pl.ds(grad_columns.start + c, 64)
+                        outs = [*outs[1:], outs[0]]
 
                         @pl.when(part < 0)
-                        def _(chunk=chunk, gm=gm, columns=columns):
+                        def _(chunk=chunk, gm=gm, columns=columns, out=outs[-1]):
+                            plgpu.wait_smem_to_gmem(len(outs) - 1, wait_read_only=True)
                             out[...] = chunk.astype(dtype)
                             plgpu.commit_smem()
                             plgpu.copy_smem_to_gmem(out, gm.at[pl.ds(key0, 64), head, columns])
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                         @pl.when(part >= 0)
                         def _(chunk=chunk, part_gm=part_gm, columns=columns):
                             part_gm.at[part, mine, columns][...] = chunk
 
-                if not by_columns:
-                    plgpu.barrier_arrive(s["ds_empty"].at[ds_slot])
+                if not out_slots:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    for n in range(2):
+                        plgpu.barrier_arrive(s["ds_empty"].at[n])
 
             draw_items(s["rec"], s["rec_full"], one_item)
             plgpu.wait_smem_to_gmem(0)
@@ -287,10 +310,11 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             fetch = functools.partial(fetch_item, records_gm, counter_gm, s, workers=config.workers)
 
             def one_item(item, slot, step):
-                plgpu.barrier_wait(s["kv_empty"])
-                row = item.tile * tile
-                plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, tile), item.head], s["v"], s["kv_full"])
-                load_rows(k_gm, k_tail_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"])
+                def keys_and_values():
+                    plgpu.barrier_wait(s["kv_empty"])
+                    row = item.tile * tile
+                    plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, tile), item.head], s["v"], s["kv_full"])
+                    load_rows(k_gm, k_tail_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"])
 
                 @pl.loop(0, item.count)
                 def _(i):
@@ -300,7 +324,9 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                     plgpu.barrier_wait(s["row_empty"].at[now])
                     load_rows(q_gm, q_tail_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
                     load_rows(do_gm, do_tail_gm, row, block_q, item.head, tail_first, s["do"].at[now], full)
-                    pl.when(i == 0)(lambda: fetch(lax.rem(slot + 1, RECORDS)))
+                    # The first rows do not wait for the last item's keys to leave.
+                    pl.when(i == jnp.minimum(item.count, 2) - 1)(keys_and_values)
+                    pl.when(i == jnp.maximum(item.count - AHEAD, 0))(lambda: fetch(lax.rem(slot + 1, RECORDS)))
 
             fetch(0, first=True)
             draw_items(s["rec"], s["rec_full"], one_item)
@@ -313,8 +339,8 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             q=swizzled((stages, block_q, width), dtype),
             do=swizzled((stages, block_q, width_v), dtype),
             ds=swizzled((1 if by_columns else 2, 128, block_q), dtype),
-            dq=swizzled((2, *dq_stage), jnp.float32),
-            **({} if block_q == 64 else {"o": swizzled((2, 64, 64), dtype)}),
+            **({"dq": swizzled((2, *dq_shape), jnp.float32)} if exchanged else {}),
+            **({"o": swizzled((2, out_slots, 64, 64), dtype)} if out_slots else {}),
             **record_scratch(RECORDS),
             kv_full=barrier(num_arrivals=2),
             kv_empty=barrier(num_arrivals=2),

@@ -220,19 +220,21 @@ def _pack(lo: Any, hi: Any, classes: list[Array], heads: int, count: Any, pieces
         columns[FULL0 + i] = column[tile]
 
     order = jnp.argsort(jnp.where(used, begin - end, 1), stable=True)
-    records = jnp.stack(columns, axis=1).astype(jnp.int32)[order]
-    head = jnp.arange(heads, dtype=jnp.int32)
-    records = jnp.broadcast_to(records[:, None, :], (capacity, heads, RECORD))
-    records = records.at[:, :, HEAD].set(jnp.broadcast_to(head[None, :], (capacity, heads)))
-    records = records.at[:, :, SLOT].set(jnp.where(records[:, :, SLOT] < 0, -1, records[:, :, SLOT] * heads + head[None, :]))
-    last = jnp.full((1, RECORD), -1, jnp.int32)
-    records = jnp.concatenate([records.reshape(-1, RECORD), last])
+    items = jnp.stack(columns, axis=1).astype(jnp.int32)[order]
+    # Head after head: what runs at a time then reads keys and values of one or two heads, which the L2 cache holds.
+    number = jnp.arange(capacity * heads + 1, dtype=jnp.int32)
+    head, item = number // total[-1], number % total[-1]
+    records = items[item]
+    slot = records[:, SLOT]
+    records = records.at[:, TILE].set(jnp.where(head < heads, records[:, TILE], -1)).at[:, HEAD].set(head)
+    records = records.at[:, SLOT].set(jnp.where(slot < 0, -1, slot * heads + head))
 
     rank = jnp.cumsum(split) - 1
     where = jnp.where(split, rank, splits)
     part_tile = jnp.zeros((splits,), jnp.int32).at[where].set(jnp.arange(tiles, dtype=jnp.int32), mode="drop")
     part_count = jnp.zeros((splits,), jnp.int32).at[where].set(pieces.astype(jnp.int32), mode="drop")
     part_first = first_slot[part_tile].astype(jnp.int32)
+    head = jnp.arange(heads, dtype=jnp.int32)
     parts = jnp.stack([part_tile, jnp.zeros_like(part_tile), part_first, part_count], axis=1)
     parts = jnp.broadcast_to(parts[:, None, :], (splits, heads, 4))
     parts = parts.at[:, :, 1].set(jnp.broadcast_to(head[None, :], (splits, heads)))

@@ -45,13 +45,13 @@ class Tilings(NamedTuple):
 
 
 # What a shape takes that has no entry in tuning.json. (bytes of an element, padded width of the widest head) -> sizes: those that an H200 does long
-# causal sequences fastest with. `tests_gpu/test_triton_compiles.py` compiles all of them, and the table's, for each kind of GPU: a bias takes shared
-# memory of its own.
+# causal sequences fastest with. `tests_gpu/test_triton_compiles.py` compiles all of them, and the table's, for each kind of GPU, with and without a
+# bias.
 TILINGS = {
     (2, 32): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
-    (2, 64): Tilings(Tiling(128, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
-    (2, 128): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
-    (2, 256): Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 1)),
+    (2, 64): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3)),
+    (2, 128): Tilings(Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2)),
+    (2, 256): Tilings(Tiling(128, 64, 8, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 8, 2)),
     (4, 32): Tilings(Tiling(32, 32, 2, 2), Tiling(32, 32, 2, 2), Tiling(32, 32, 2, 2)),
     (4, 64): Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
     (4, 128): Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
@@ -61,6 +61,7 @@ TILINGS = {
 SMALLER_TILINGS = TILINGS | {
     (2, 64): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
     (2, 128): Tilings(Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2)),
+    (2, 256): Tilings(Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 1)),
 }
 
 
@@ -80,10 +81,18 @@ def heuristic(compute_capability: tuple[int, int], dtype: Any, k_width: int, v_w
     return table[jnp.dtype(dtype).itemsize, max(32, padded(k_width), padded(v_width))]
 
 
-def tilings(compute_capability: tuple[int, int], dtype: Any, k_width: int, v_width: int, plan: AttentionPlan) -> Tilings:
+def tilings(compute_capability: tuple[int, int], dtype: Any, k_width: int, v_width: int, plan: AttentionPlan, biased: bool) -> Tilings:
     """Sizes of a call: of the table of measurements, else of the heuristic."""
     found = tuning.find("triton", dtype, k_width, v_width, plan)
-    return heuristic(compute_capability, dtype, k_width, v_width) if found is None else from_table(found)
+    sizes = heuristic(compute_capability, dtype, k_width, v_width) if found is None else from_table(found)
+    return with_bias(sizes, dtype) if biased else sizes
+
+
+def with_bias(sizes: Tilings, dtype: Any) -> Tilings:
+    """16-bit sizes are measured without a bias, which takes shared memory of its own: the loads' pipeline gets a stage less. 32-bit ones are with one."""
+    if jnp.dtype(dtype).itemsize > 2:
+        return sizes
+    return Tilings(*(tiling._replace(stages=max(1, tiling.stages - 1)) for tiling in sizes))
 
 
 def from_table(sizes: tuning.Sizes) -> Tilings:
@@ -114,7 +123,7 @@ def attention(
     _check_installed()
     if q_THK.size == 0:
         return jnp.zeros_like(v_THV)
-    call = Call(alpha, _precision(), tilings(capability, q_THK.dtype, *widths, plan))
+    call = Call(alpha, _precision(), tilings(capability, q_THK.dtype, *widths, plan, bias is not None))
     return forward(call, q_THK, k_THK, v_THV, *bias_and_work(plan, scale, bias))
 
 
@@ -215,9 +224,9 @@ def key_gradients(call: Call, q: Array, k: Array, v: Array, g: Array, tables: An
 forward.defvjp(_forward, _backward)
 
 
-def prepare(plan: AttentionPlan, heads: int, dtype: Any, k_width: int, v_width: int) -> AttentionPlan:
+def prepare(plan: AttentionPlan, heads: int, dtype: Any, k_width: int, v_width: int, biased: bool = False) -> AttentionPlan:
     """The plan with the tile bounds and orders that this implementation needs for these sizes: made once a batch, used by every layer."""
-    return prepared(plan, heads, tilings(compute_capability(), dtype, k_width, v_width, plan))
+    return prepared(plan, heads, tilings(compute_capability(), dtype, k_width, v_width, plan, biased))
 
 
 def prepared(plan: AttentionPlan, heads: int, sizes: Tilings) -> AttentionPlan:
