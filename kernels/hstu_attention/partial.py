@@ -49,6 +49,7 @@ def partial_attention(
         num_real=jnp.int32(num_keys + num_rows),
         stored={},
         mask=AttentionMask(),
+        sequences=1,
     )
     scale = jnp.asarray(scale, jnp.float32)
     if scale.ndim:
