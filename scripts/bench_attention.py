@@ -62,7 +62,8 @@ def expected(w: Workload, arrays: dict[str, jax.Array], samples: int = 8) -> Exp
     """Some rows of the output (or keys, for gradients) in float64 on the host; with a relative bias, all of them, of `xla` in float32."""
     if w.bias:
         with jax.default_matmul_precision("highest"):
-            found = jax.jit(functools.partial(passes(w, "xla")["both"], make_plan(w.mask, w.offsets(), w.rows)))(*arrays.values())
+            plan = jax.jit(planner(w, "xla"))(jnp.asarray(w.offsets()))
+            found = jax.jit(passes(w, "xla")["both"])(plan, *(arrays[name] for name in "qkvg"))
         return {name: [(slice(None), np.asarray(x, np.float64))] for name, x in found.items()}
     q, k, v, g = (np.asarray(arrays[name]) for name in "qkvg")
     alpha, scale, offsets = w.k_width**-0.5, 1 / w.max_length, w.offsets()
@@ -146,7 +147,7 @@ def measure(w: Workload, implementation: str, matmul: float) -> list[dict[str, A
         records.append({"workload": w.name, "implementation": implementation, "pass": name, "reason": str(reason)})
         if not programs:
             return records
-    arrays = w.arrays()
+    arrays = jax.jit(w.arrays)()
     want, tensors = expected(w, arrays), [arrays[name] for name in "qkvg"]
     with turn():
         plan = planned(offsets)
@@ -237,14 +238,13 @@ def main(arguments: list[str] | None = None) -> None:
         found[number] = records
         result["records"] = [record for number in sorted(found) for record in found[number]]
         for record in records:
-            if "reason" in record:
-                console.print(f"{record['workload']}, {record['implementation']}: {record['reason']}")
-        console.print(table([record for record in records if "ms" in record]))
+            value = record.get("reason") or f"{record['ms']:.3g} ms, {record['tflops']:.3g} TFLOP/s, error {record['error']}"
+            console.print(f"{record['workload']}, {record['implementation']}, {record.get('pass', '')}: {value}")
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(result, indent=1) + "\n")
 
-    names = options.implementations.split(",")
+    names = [name for name in options.implementations.split(",") if name]
     tasks = [(WORKLOADS[w], name, matmul) for w in options.workloads.split(",") if w for name in names]
     tasks += [(w, name, matmul) for w in lengths for name in names if name in PREPARE]
     for number, records in each(measure, tasks, options.jobs):
@@ -253,6 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
         versions, records = rivals(options.rival, workloads, matmul, options.rival_seconds)
         result["rivals"] = versions | {"revision": options.rival_revision}
         add(len(tasks), records)
+    console.print(table([record for record in result["records"] if "ms" in record]))
     console.print(f"bfloat16 matmul: {matmul:.0f} TFLOP/s")
 
 

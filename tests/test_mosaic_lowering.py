@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels.hstu_attention import make_plan, mosaic_hopper
+from kernels import device
+from kernels.hstu_attention import make_plan, mosaic_hopper, tuning
 from kernels.hstu_attention.workloads import WORKLOADS
 from kernels.mask import AttentionMask
 
@@ -71,6 +72,20 @@ def test_masks(mask):
 @pytest.mark.parametrize("width", mosaic_hopper.WIDTHS)
 def test_deterministic(width):
     assert kernels(lower(1500, 2, width, width, MASKS["all"], deterministic=True)) == 6  # dq has a kernel and sums of its own
+
+
+SHAPES = {"short": (1500, 8), "long": (4000, 2)}  # rows, sequences
+
+
+def test_measured_sizes(monkeypatch):
+    """Every entry of the table, on the device that it is for."""
+    found = []
+    monkeypatch.setattr(tuning, "find", lambda *call: found.append(tuning.table().get(tuning.key(*call))) or found[-1])
+    for key in (key for key in tuning.table() if key.implementation == "mosaic"):
+        monkeypatch.setattr(device, "current", lambda key=key: device.Device("gpu", key.device, (9, 0)))
+        rows, sequences = SHAPES[key.length]
+        assert kernels(lower(rows, 2, key.width, key.width, MASKS["causal" if key.mask == "causal" else "full rows"], batch=sequences)) == 4
+        assert tuning.table()[key] in found, "the entry is one that calls take"
 
 
 def test_memory_is_linear_in_rows():

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernels import device
+from kernels.hstu_attention import tuning
 from kernels.hstu_attention import mosaic_hopper_vjp as vjp
 from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention.mosaic_device import ROW, Item, draw_items, fetch_item, load_rows, record_scratch, swizzled
@@ -42,10 +43,15 @@ class ForwardConfig:
     workers: int = schedule.WORKERS
 
 
-def forward_config(k_width: int, v_width: int) -> ForwardConfig:
+def forward_config(k_width: int, v_width: int, plan: AttentionPlan) -> ForwardConfig:
+    """Of the table of measurements where it has this call, else what fits shared memory."""
     if max(k_width, v_width) > 128:
-        return ForwardConfig(block_k=64, stages=2, q_slots=1)
-    return ForwardConfig(block_k=128, stages=2 if max(k_width, v_width) > 64 else 4)
+        config = ForwardConfig(block_k=64, stages=2, q_slots=1)
+    else:
+        config = ForwardConfig(block_k=128, stages=2 if max(k_width, v_width) > 64 else 4)
+    found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
+    values: Any = {} if found is None else found["forward"]
+    return dataclasses.replace(config, **values)
 
 
 def attention(
@@ -76,7 +82,7 @@ def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int) -> Atte
     """The plan with the lists of work that this implementation needs for these sizes: made once a batch, used by
     every layer.
     """
-    config, back = forward_config(k_width, v_width), vjp.backward_config(*vjp.padded_widths(k_width, v_width))
+    config, back = forward_config(k_width, v_width, plan), vjp.backward_config(*vjp.padded_widths(k_width, v_width), plan)
     lists = {
         schedule.forward_name(heads, config.block_k, config.workers): schedule.forward_schedule(
             plan, heads, config.block_k, config.workers
@@ -133,7 +139,7 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype = q.dtype
-    config = config or forward_config(width, width_v)
+    config = config or forward_config(width, width_v, plan)
     block_k, stages = config.block_k, config.stages
     work = schedule.forward_schedule(plan, heads, block_k, config.workers)
     scale_in_rows = scale.ndim == 1

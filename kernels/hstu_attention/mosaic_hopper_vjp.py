@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
+from kernels.hstu_attention import tuning
 from kernels.hstu_attention.mosaic_device import add_to_memory, draw_items, fetch_item, load_rows, record_scratch, swizzled
 from kernels.hstu_attention.mosaic_hopper_dq import query_gradients
 from kernels.hstu_attention.mosaic_parts import write_sums
@@ -43,12 +44,16 @@ class BackwardConfig:
         return 64 if self.by_columns else 128
 
 
-def backward_config(k_width: int, v_width: int) -> BackwardConfig:
-    """For widths as `padded_widths` leaves them."""
+def backward_config(k_width: int, v_width: int, plan: AttentionPlan) -> BackwardConfig:
+    """For widths as `padded_widths` leaves them. Of the table of measurements where it has this call, else what fits shared memory."""
     if max(k_width, v_width) == 64:
-        return BackwardConfig(block_q=128, stages=2, workers=schedule.WORKERS)
-    by_columns = max(k_width, v_width) > 128
-    return BackwardConfig(by_columns=by_columns, stages=2 if by_columns else 3, workers=schedule.WORKERS)
+        config = BackwardConfig(block_q=128, stages=2, workers=schedule.WORKERS)
+    else:
+        by_columns = max(k_width, v_width) > 128
+        config = BackwardConfig(by_columns=by_columns, stages=2 if by_columns else 3, workers=schedule.WORKERS)
+    found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
+    values: Any = {} if found is None else found["backward"]
+    return dataclasses.replace(config, **values)
 
 
 def padded_widths(k_width: int, v_width: int) -> tuple[int, int]:
@@ -68,7 +73,7 @@ def gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scal
     v, do = (jnp.pad(x, ((0, 0), (0, 0), (0, v_wide - v_width))) for x in (v, do))
     if scale.ndim == 1:
         do, scale = _scaled_rows(do, schedule.row_scales(scale, plan, q.shape[0]))
-    config = backward_config(k_wide, v_wide)
+    config = backward_config(k_wide, v_wide, plan)
     if deterministic:
         _, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, dataclasses.replace(config, with_dq=False))
         dq = query_gradients(q, k, v, do, plan, scale, alpha)
