@@ -303,7 +303,6 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     plgpu.barrier_arrive(s["ds_empty"].at[ds_slot])
 
-
             draw_items(s["rec"], s["rec_full"], one_item)
             plgpu.wait_smem_to_gmem(0)
 

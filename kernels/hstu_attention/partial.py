@@ -50,6 +50,7 @@ def partial_attention(
         stored={},
         mask=AttentionMask(),
         sequences=1,
+        plain=False,
     )
     scale = jnp.asarray(scale, jnp.float32)
     if scale.ndim:
