@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from experiments import command
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.config import from_config_dict
-from ultra_hstu.evaluate import baselines, evaluator
+from ultra_hstu.evaluate import baselines, criteria_of
 from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
@@ -43,7 +43,7 @@ def main(_: list[str]) -> None:
         Path(_RECORD.value).parent.mkdir(parents=True, exist_ok=True)
     root = Path(str(_WORKDIR.value))
     task = Task.load(config)
-    criteria, without_model = evaluator(task, "test").criteria, baselines(task, "test")
+    criteria = criteria_of(task)
     results = []
     for seed in seeds or [config.train.seed]:
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
@@ -57,6 +57,7 @@ def main(_: list[str]) -> None:
     rows = {f"{config.name}, seed {result['seed']}": result["best"] for result in results}
     if len(results) > 1:
         rows |= {"mean": summary(results, statistics.mean), "standard deviation": summary(results, statistics.stdev)}
+    without_model = baselines(task, "test")
     console.print(report.metrics_table(f"{config.name}: test, protocol {config.train.protocol}", rows | without_model, criteria))
     paths = workdir.Workdir(folder)
     console.print(

@@ -62,7 +62,8 @@ def expected(w: Workload, arrays: dict[str, jax.Array], samples: int = 8) -> Exp
     """Some rows of the output (or keys, for gradients) in float64 on the host; with a relative bias, all of them, of `xla` in float32."""
     if w.bias:
         with jax.default_matmul_precision("highest"):
-            found = jax.jit(functools.partial(passes(w, "xla")["both"], make_plan(w.mask, w.offsets(), w.rows)))(*arrays.values())
+            plan = jax.jit(planner(w, "xla"))(jnp.asarray(w.offsets()))
+            found = jax.jit(passes(w, "xla")["both"])(plan, *(arrays[name] for name in "qkvg"))
         return {name: [(slice(None), np.asarray(x, np.float64))] for name, x in found.items()}
     q, k, v, g = (np.asarray(arrays[name]) for name in "qkvg")
     alpha, scale, offsets = w.k_width**-0.5, 1 / w.max_length, w.offsets()
@@ -146,7 +147,7 @@ def measure(w: Workload, implementation: str, matmul: float) -> list[dict[str, A
         records.append({"workload": w.name, "implementation": implementation, "pass": name, "reason": str(reason)})
         if not programs:
             return records
-    arrays = w.arrays()
+    arrays = jax.jit(w.arrays)()
     want, tensors = expected(w, arrays), [arrays[name] for name in "qkvg"]
     with turn():
         plan = planned(offsets)

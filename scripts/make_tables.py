@@ -5,11 +5,8 @@ python -m scripts.make_tables [--check]
 A table stands in its page between `<!-- table NAME -->` and `<!-- end NAME -->`. `--check` changes nothing and fails if a table is not current.
 """
 
-import json
-import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -19,9 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from scripts import bench_load_balance  # noqa: E402
+from scripts.ranking_tables import ablation_table, ranking_table  # noqa: E402
+from scripts.tables import NOT_MEASURED, ROOT, load, markdown, mean_and_deviation, short  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "docs" / "figures"
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "mrr")
 MODELS = {"ml1m_sasrec": "SASRec", "ml1m_hstu": "HSTU", "ml1m_hstu_large": "HSTU-large"}
@@ -50,14 +47,6 @@ VARIANTS = {  # file suffix -> what it was
     "validated": "ours, `validated`",
     "temporal": "ours, `temporal`",
 }
-RANKING = {  # records of experiments.train --record: data and model
-    f"{prefix}_rank_{suffix}": (data, model)
-    for prefix, data in (("assistments", "ASSISTments 2017"), ("ml1m", "MovieLens-1M"), ("kuairand", "KuaiRand"))
-    for suffix, model in (("hstu", "HSTU"), ("ultra", "ULTRA-HSTU"))
-}
-RANKING_BASELINES = ("base rate", "item and user")
-RANKING_METRICS = ("ne", "auc", "gauc", "log_loss")
-ABLATIONS = {"assistments_rank_ultra": "ablation_assistments"}  # configuration -> record of scripts.ablation
 SUBSEQUENCES = {  # file suffix -> what the runs were trained on
     "sl_whole": "whole histories",
     "sl_recent": "alpha 1.6, newest events",
@@ -72,26 +61,6 @@ LONG_ULTRA = {  # variants of scripts.bench_long
     "keeps_activations": '`remat="none"`',
     "fp8": '`projection="fp8"`',
 }
-NOT_MEASURED = "not measured yet"
-
-
-def load(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def short(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}".removeprefix("0")
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    mean = short(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ± {short(statistics.stdev(values))}"
 
 
 def ml1m_table() -> str:
@@ -148,19 +117,6 @@ def speed_table() -> str:
     return markdown(["model", "device", "what", "value"], rows + REFERENCE_SPEED)
 
 
-def ranking_record(config: str) -> dict[str, Any] | None:
-    """The record of a configuration's own runs, or its part of an ablation."""
-    if record := load(config):
-        return record
-    prefix, variant = config.removesuffix("_hstu").removesuffix("_ultra"), "ultra" if config.endswith("_ultra") else "baseline"
-    ablation = load(ABLATIONS.get(f"{prefix}_ultra", ""))
-    if not ablation or variant not in ablation["variants"]:
-        return None
-    found = ablation["variants"][variant]
-    flops = {name: 1e9 * found[f"{name}_gflop"] for name in ("inference", "training")}
-    return {"device": ablation["device"], "runs": found["runs"], "flops": flops, "baselines": ablation.get("baselines", {})}
-
-
 ATTENTION = {
     "mosaic": "`mosaic`",
     "triton": "`triton`",
@@ -203,70 +159,6 @@ def attention_table() -> str:
         listed = "; ".join(f"`{r['workload']}` {r['tflops']:.0f}, error {100 * r['error']:.1f} %" for r in fp8)
         notes.append(f"`mosaic_fp8`, forward, rounding of the inputs included: {listed}.")
     return "\n\n".join([markdown(["workload", *ATTENTION.values()], rows), *notes])
-
-
-def ranking_table() -> str:
-    """One line a model and task, beside what needs no model; mean and standard deviation over seeds."""
-    header = ["data", "task", "model", "seeds", *(name.replace("_", " ").upper() for name in RANKING_METRICS)]
-    rows: list[list[str]] = []
-    for config, (data, model) in RANKING.items():
-        record = ranking_record(config)
-        if not record:
-            rows.append([data, "", model, NOT_MEASURED, *[""] * (len(RANKING_METRICS) + 2)])
-            continue
-        runs = [run["best"] for run in record["runs"]]
-        tasks = [name.removeprefix("ne/") for name in runs[0] if name.startswith("ne/")]
-        if not any(row[0] == data and row[2] in RANKING_BASELINES for row in rows):
-            known = [name for name in RANKING_BASELINES if name in record["baselines"]]
-            rows += [[data, task, name, "", *metric_cells([record["baselines"][name]], task), "", ""] for name in known for task in tasks]
-        flops = giga(record["flops"]["inference"])
-        vanilla = ranking_record(config.removesuffix("_ultra") + "_hstu")
-        if model != "HSTU" and vanilla:
-            flops += f" ({100 * record['flops']['inference'] / vanilla['flops']['inference']:.0f} %)"
-        seconds = f"{statistics.median(run['seconds'] for run in record['runs']):.0f} ({record['device']})"
-        rows += [[data, task, model, str(len(runs)), *metric_cells(runs, task), flops, seconds] for task in tasks]
-    return markdown([*header, "inference GFLOP a request (of HSTU's)", "seconds a run"], rows)
-
-
-def ablation_table() -> str:
-    """One line a variant of a configuration, each with one piece changed, as scripts.ablation names them; NE against that of the whole."""
-    rows = []
-    for config, name in ABLATIONS.items():
-        record = load(name)
-        if not record:
-            rows.append([config, NOT_MEASURED, *[""] * 7])
-            continue
-        whole = record["variants"].get("ultra")
-        for variant, found in record["variants"].items():
-            runs = [run["best"] for run in found["runs"]]
-            entropies = [run["ne"] for run in runs]
-            against = (
-                "" if whole is None else f"{statistics.mean(entropies) - statistics.mean(run['best']['ne'] for run in whole['runs']):+.4f}"
-            )
-            areas = [statistics.mean(value for key, value in run.items() if key.startswith("auc/")) for run in runs]
-            rows.append(
-                [
-                    record["config"],
-                    variant.replace("_", " "),
-                    str(len(runs)),
-                    mean_and_deviation(entropies),
-                    "" if found is whole else against,
-                    mean_and_deviation(areas),
-                    f"{found['inference_gflop']:.3g}",
-                    f"{found['training_gflop']:.3g}",
-                    f"{statistics.median(run['seconds'] / run['epochs'] for run in found['runs']):.1f}",
-                ]
-            )
-    columns = ["config", "variant", "seeds", "NE", "difference", "AUC", "inference GFLOP", "training GFLOP", "seconds an epoch"]
-    return markdown(columns, rows)
-
-
-def metric_cells(runs: list[dict[str, float]], task: str) -> list[str]:
-    return [mean_and_deviation([run[f"{name}/{task}"] for run in runs]) if f"{name}/{task}" in runs[0] else "" for name in RANKING_METRICS]
-
-
-def giga(value: float) -> str:
-    return f"{value / 1e9:.3g}"
 
 
 def stochastic_length_table() -> str:
@@ -317,6 +209,10 @@ def int4_table() -> str:
     return markdown(header, rows)
 
 
+def remark(record: dict[str, Any]) -> str:
+    return f"; {record['note']}" if "note" in record else ""
+
+
 def long_ultra_table() -> str:
     """A training step of long_ultra, and of the same model with pieces off."""
     record = load("long_ultra_h200")
@@ -337,7 +233,7 @@ def long_ultra_table() -> str:
         "training: TFLOP a sample",
         "TFLOP/s",
     ]
-    return markdown(header, rows) + f"\n\n{record['device']}, attention `{record['implementation']}`."
+    return markdown(header, rows) + f"\n\n{record['device']}, attention `{record['implementation']}`{remark(record)}."
 
 
 def layer_memory_table() -> str:
@@ -350,7 +246,7 @@ def layer_memory_table() -> str:
     depths = " and ".join(map(str, record["depths"]))
     return (
         markdown(["model.remat", "bytes a token and layer", "forward and backward, ms a layer"], rows)
-        + f"\n\n{record['device']}, {record['rows']:,} tokens, {depths} layers."
+        + f"\n\n{record['device']}, {record['rows']:,} tokens, {depths} layers{remark(record)}."
     )
 
 

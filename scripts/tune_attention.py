@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.hstu_attention import make_plan, mosaic_hopper, mosaic_hopper_vjp, triton, tuning
+from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
 from scripts import bench_attention
@@ -70,7 +71,7 @@ Made = tuple[dict[str, int], Callable[..., Any], Any]  # a candidate, a function
 def inputs(w: Workload) -> tuple[Any, dict[str, jax.Array], Any]:
     """(plan, arrays, bias) of a workload."""
     plan = jax.jit(lambda offsets: make_plan(w.mask, offsets, w.rows))(jnp.asarray(w.offsets()))
-    return plan, w.arrays(), w.options().get("bias")
+    return plan, jax.jit(w.arrays)(), w.options().get("bias")
 
 
 def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
@@ -100,13 +101,20 @@ def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list
 def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
     width, scale, alpha = max(w.k_width, w.v_width), jnp.float32(w.options()["scale"]), w.options()["alpha"]
 
+    def with_list(name: str, make: Callable[[], Any]) -> Any:
+        return dataclasses.replace(plan, stored={name: jax.jit(make)()})
+
     def forward(sizes: Any) -> Made:
         config = dataclasses.replace(mosaic_hopper.forward_config(w.k_width, w.v_width, plan), **sizes)
-        return sizes, lambda plan, q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config), plan
+        listed = (w.heads, config.block_k, config.workers)
+        ready = with_list(schedule.forward_name(*listed), lambda: schedule.forward_schedule(plan, *listed))
+        return sizes, lambda plan, q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config), ready
 
     def backward(sizes: Any) -> Made:
         config = dataclasses.replace(mosaic_hopper_vjp.backward_config(w.k_width, w.v_width, plan), **sizes)
-        return sizes, lambda plan, q, k, v, g: mosaic_hopper_vjp.one_pass(q, k, v, g, plan, scale, alpha, config), plan
+        listed = (w.heads, config.tile, config.block_q, config.workers)
+        ready = with_list(schedule.backward_name(*listed), lambda: schedule.backward_schedule(plan, *listed))
+        return sizes, lambda plan, q, k, v, g: mosaic_hopper_vjp.one_pass(q, k, v, g, plan, scale, alpha, config), ready
 
     yield "forward", [forward(c) for c in MOSAIC[width]["forward"]]
     yield "backward", [backward(c) for c in MOSAIC[width]["backward"]]

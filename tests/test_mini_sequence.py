@@ -113,7 +113,7 @@ def test_ranking_step_in_chunks():
     """Loss and gradients of a whole ranking model whose layers and head work on 7 rows at a time, tails included."""
     values = []
     for chunk_rows in (None, 7):
-        config = rank_data.config(model=dict(chunk_rows=chunk_rows, preset="research"))
+        config = rank_data.config(model=dict(chunk_rows=chunk_rows, preset="research", implementation="reference"))
         task = Task.of(config, rank_data.interactions())
         loader = task.loader("train", batch_users=4, steps_per_call=1)
         batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import rank_data
-from data_files import KUAIRAND_HEADER, kuairand_line, write
+from data_files import KUAIRAND_HEADER, KUAIRAND_USER_HEADER, kuairand_line, kuairand_user, write
 from rich.console import Console
 from small_run import with_
 
@@ -61,6 +61,9 @@ def kuairand(folder: Path) -> Path:
     ]  # fmt: skip
     for number, part in enumerate(("4_08_to_4_21_1k", "4_22_to_5_08_1k")):
         write(folder / f"log_standard_{part}.csv", [KUAIRAND_HEADER, *lines[number::2]])
+    write(
+        folder / "user_features_1k.csv", [KUAIRAND_USER_HEADER, *(kuairand_user(u, register_days_range=f"{u % 3}+") for u in range(1, 9))]
+    )
     return folder
 
 
@@ -71,8 +74,6 @@ def shrunk(name, tmp_path):
     channels = {
         key: dataclasses.replace(channel, max_history=6, layers=2 + (channel.layers > 3)) for key, channel in config.model.channels.items()
     }
-    if name.startswith("kuairand"):
-        config = with_(config, rank__contextual=())
     return with_(
         config,
         data__raw_dir=str(make(tmp_path / "raw")), data__data_dir=str(tmp_path / "data"), data__max_history=6, data__batch_users=4,

@@ -370,6 +370,7 @@ def test_training_is_cut_and_evaluation_whole(tmp_path):
     config = with_(
         small_config(tmp_path, epochs=2),
         model__layers=1,
+        model__implementation="reference",
         data__stochastic_length=1.2,
         data__subsequence="weighted",
         data__load_balance=True,

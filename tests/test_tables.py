@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts import make_tables
+from scripts import ranking_tables, tables
 
 
 def run(ne, auc=0.7, task="correct"):
@@ -19,7 +19,7 @@ def record(runs, inference, **more):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     return lambda name, value: (tmp_path / f"{name}.json").write_text(json.dumps(value))
 
 
@@ -28,9 +28,9 @@ def cells(table):
 
 
 def test_without_records_nothing_is_claimed(results):
-    assert {row[3] for row in cells(make_tables.ranking_table().replace("|  |", "| - |"))} == {"not measured yet"}
-    assert "not measured yet" in make_tables.ablation_table()
-    for table in (make_tables.ranking_table(), make_tables.ablation_table()):
+    assert {row[3] for row in cells(ranking_tables.ranking_table().replace("|  |", "| - |"))} == {"not measured yet"}
+    assert "not measured yet" in ranking_tables.ablation_table()
+    for table in (ranking_tables.ranking_table(), ranking_tables.ablation_table()):
         assert not any(
             character.isdigit()
             for line in table.splitlines()[2:]
@@ -41,7 +41,7 @@ def test_without_records_nothing_is_claimed(results):
 def test_ranking(results):
     results("assistments_rank_hstu", record([run(0.9), run(0.91)], 4e9))
     results("assistments_rank_ultra", record([run(0.88)], 2e9))
-    rows = cells(make_tables.ranking_table().replace("|  |", "| - |"))
+    rows = cells(ranking_tables.ranking_table().replace("|  |", "| - |"))
     assert rows[0][:3] == ["ASSISTments 2017", "correct", "base rate"] and rows[0][4:8] == ["1.0000", ".5000", ".5000", ".6900"]
     assert rows[2] == [
         "ASSISTments 2017",
@@ -71,15 +71,15 @@ def test_ablation(results):
     }
     whole = {"config": "assistments_rank_ultra", "device": "1 x GPU", "variants": variants}
     results("ablation_assistments", whole)
-    rows = cells(make_tables.ablation_table().replace("|  |", "| - |"))
+    rows = cells(ranking_tables.ablation_table().replace("|  |", "| - |"))
     assert rows[0][1:5] == ["baseline", "1", ".9000", "+0.0100"]
     assert rows[1] == ["assistments_rank_ultra", "ultra", "2", ".8900 ± .0141", "-", ".7000 ± .0000", "2", "6", "25.0"]
     assert rows[2][1:5] == ["full attention", "1", ".8850", "-0.0050"] and rows[2][6:8] == ["2.5", "7.5"]
     # Where a configuration has no record of its own, its part of the ablation is shown; what was not trained is no claim.
-    rows = cells(make_tables.ranking_table().replace("|  |", "| - |"))
+    rows = cells(ranking_tables.ranking_table().replace("|  |", "| - |"))
     assert rows[0][2:5] == ["HSTU", "1", ".9000"] and rows[1][2:5] == ["ULTRA-HSTU", "2", ".8900 ± .0141"] and rows[1][8] == "2 (50 %)"
     assert rows[2][:4] == ["MovieLens-1M", "-", "HSTU", "not measured yet"]
     del variants["ultra"]
     results("ablation_assistments", whole)
-    assert cells(make_tables.ablation_table().replace("|  |", "| - |"))[0][4] == "-"
-    assert cells(make_tables.ranking_table().replace("|  |", "| - |"))[1][2:4] == ["ULTRA-HSTU", "not measured yet"]
+    assert cells(ranking_tables.ablation_table().replace("|  |", "| - |"))[0][4] == "-"
+    assert cells(ranking_tables.ranking_table().replace("|  |", "| - |"))[1][2:4] == ["ULTRA-HSTU", "not measured yet"]

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Int
 
 from kernels import jagged
-from ultra_hstu import metrics, ranking_evaluate
-from ultra_hstu.criteria import RETRIEVAL
+from ultra_hstu import criteria, metrics, ranking_evaluate
+from ultra_hstu.criteria import RETRIEVAL, Criteria
 from ultra_hstu.data.batching import Batch
 from ultra_hstu.data.feed import Feed, Loader
 from ultra_hstu.ranking_evaluate import RankingEvaluator
@@ -75,6 +75,11 @@ class Evaluator:
 def evaluator(task: Task | RankTask, split: str) -> Evaluator | RankingEvaluator:
     """What measures a run on a split. Raises ValueError if the split has nothing to measure."""
     return RankingEvaluator(task, split) if isinstance(task, RankTask) else Evaluator(task, split)
+
+
+def criteria_of(task: Task | RankTask) -> Criteria:
+    """What a run of this task is judged by."""
+    return criteria.ranking(task.recipe.tasks) if isinstance(task, RankTask) else RETRIEVAL
 
 
 def baselines(task: Task | RankTask, split: str) -> dict[str, dict[str, float]]:

@@ -172,22 +172,26 @@ class Item:
         place = pl.ds(first, 64)
         return tuple(plgpu.load(bounds_gm.at[2 * which + end, place], layout=ROW, optimized=False) for end in range(2))
 
-    def masked(self, i, size, bounds_gm, first, arrays, nearest, begin=0):
+    def masked(self, i, size, bounds_gm, first, arrays, nearest, begin=0, intervals=None):
         """`arrays` of scores, from column `begin` of block i on, with 0 where a row (or key) from `first` on does not
         see.
 
-        size: of blocks. nearest: the interval that mostly says all, loaded beforehand.
+        size: of blocks. nearest: the interval that mostly says all, loaded beforehand. intervals: how many there are,
+        1 or 3; None asks block by block, at the price of registers.
         """
         block = self.block(i)
         left = block * size + begin
 
         def partly(*arrays):
             def mask(*others):
-                intervals = [(lo - left, hi - left) for lo, hi in (nearest, *others)]
-                return keep_inside(arrays, intervals)
+                return keep_inside(arrays, [(lo - left, hi - left) for lo, hi in (nearest, *others)])
 
-            others = lambda: mask(*(self.bounds(bounds_gm, first, which) for which in (1, 2)))  # noqa: E731
-            return lax.cond(self.simple(block), mask, others)
+            def mask_all():
+                return mask(*(self.bounds(bounds_gm, first, which) for which in (1, 2)))
+
+            if intervals is None:
+                return lax.cond(self.simple(block), mask, mask_all)
+            return mask() if intervals == 1 else mask_all()
 
         return lax.cond(self.whole(block), lambda *x: x, partly, *arrays)
 

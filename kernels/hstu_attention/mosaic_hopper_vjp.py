@@ -103,6 +103,9 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
     k_mine, v_mine = (width // 2, width_v // 2) if by_columns else (width, width_v)
     dq_shape = (block_q // 2, width) if width == 64 else (block_q, 64)
     exchanged = config.with_dq and not by_columns  # dQ needs the slopes of both warpgroups
+    # For dK, dS is a left operand in shared memory where registers are scarcest, else in registers, which is faster.
+    slopes_from_memory = by_columns or block_q == 128
+    intervals = 1 if slopes_from_memory and plan.rows_in_one_piece else 3
     out_slots = 1 if by_columns else 2 if block_q == 128 else 0
     work = schedule.backward_schedule(plan, heads, tile, block_q, config.workers)
     factor = scale.reshape(1)
@@ -154,16 +157,17 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                         plgpu.barrier_wait(s["row_full"].at[now])
 
                         # What depends on `here` is computed anew: kept from step to step it would take registers there are not.
-                        here = lax.optimization_barrier(jnp.int32(0))
+                        here = lax.optimization_barrier(jnp.int32(0)) if slopes_from_memory else 0
                         keys = pl.ds(pl.multiple_of(mine.start + here, 64), 64)
                         my_k, my_v = s["k"].at[keys], s["v"].at[keys]
                         columns = range(0, block_q, 64)
 
-                        def weigh(c, s_acc, dp_acc, pending):
+                        def loaded(s_acc, dp_acc, pending):
                             st = plgpu.wgmma_accumulator_load(s_acc, wait_n=pending)
-                            dpt = plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)
-                            pair = lax.optimization_barrier((st, dpt))
-                            score, dp = item.masked(i, block_q, bounds_gm, key_of(item), pair, nearest, c)
+                            return lax.optimization_barrier((st, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)))
+
+                        def weigh(c, pair):
+                            score, dp = item.masked(i, block_q, bounds_gm, key_of(item), pair, nearest, c, intervals)
                             half = score * (0.5 * alpha)
                             t = jnp.tanh(half)
                             w = t + 1.0
@@ -179,10 +183,10 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                             my_slopes.at[:, pl.ds(c, 64)][...] = ds16
                             plgpu.commit_smem()
 
-                        def key_products(c, p16):
-                            """dV from weights in registers, dK from slopes in shared memory: both in registers do not fit."""
+                        def key_products(c, p16, ds16):
                             plgpu.wgmma(dv, p16, s["do"].at[now, pl.ds(c, 64), v_columns])
-                            plgpu.wgmma(dk, my_slopes.at[:, pl.ds(c, 64)], s["q"].at[now, pl.ds(c, 64), k_columns])
+                            slopes = my_slopes.at[:, pl.ds(c, 64)] if slopes_from_memory else ds16
+                            plgpu.wgmma(dk, slopes, s["q"].at[now, pl.ds(c, 64), k_columns])
 
                         def first_scores(s_acc):
                             plgpu.wgmma(s_acc, my_k, s["q"].at[now, pl.ds(0, 64)].T)
@@ -200,15 +204,18 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                                     plgpu.wgmma(accs[c // 32 + 1], my_v, s["do"].at[now, pl.ds(c, 64)].T)
                                 for c in columns:  # the elementwise work of a half beside the products of the other
                                     if c:
-                                        key_products(c - 64, p16)
-                                    p16, ds16 = weigh(c, *accs[c // 32 : c // 32 + 2], pending=2 * (len(columns) - 1))
-                                    store_slopes(c, ds16)
-                                return p16
+                                        store_slopes(c - 64, ds16)
+                                        key_products(c - 64, p16, ds16)
+                                    pair = loaded(*accs[c // 32 : c // 32 + 2], pending=2 * (len(columns) - 1))
+                                    if c == columns[-1]:
+                                        return pair
+                                    p16, ds16 = weigh(c, pair)
 
                             return pl.run_scoped(products, *[plgpu.ACC((64, 64), jnp.float32)] * (2 * len(columns) - 1))
 
-                        p16 = pl.run_scoped(first_scores, plgpu.ACC((64, 64), jnp.float32))
-                        last_products = functools.partial(key_products, columns[-1], p16)
+                        weighed = weigh(columns[-1], pl.run_scoped(first_scores, plgpu.ACC((64, 64), jnp.float32)))
+                        store_slopes(columns[-1], weighed[1])
+                        last_products = functools.partial(key_products, columns[-1], *weighed)
 
                         if not config.with_dq:
                             last_products()
@@ -251,27 +258,25 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
                         def product(dq_acc):
                             plgpu.wgmma(dq_acc, s["ds"].at[ds_last, :, my_rows].T, s["k"].at[:, my_columns])
-                            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc))
+                            return dq_acc[...]
 
                         dq = pl.run_scoped(product, plgpu.ACC(dq_shape, jnp.float32))
                         plgpu.barrier_arrive(s["ds_empty"].at[ds_last])
+                        send_dq(dq, count - 1)
                     else:
-                        dq = None
                         plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + count - 1, stages)])
-                    return dk[...], dv[...], dq
+                    return dk[...], dv[...]
 
-                dk, dv, dq = pl.run_scoped(accumulate, plgpu.ACC((64, k_mine), jnp.float32), plgpu.ACC((64, v_mine), jnp.float32))
+                dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, k_mine), jnp.float32), plgpu.ACC((64, v_mine), jnp.float32))
                 plgpu.barrier_arrive(s["kv_empty"])
-                if exchanged:
-                    send_dq(dq, item.count - 1)
                 key0, head, part = key_of(item), item.head, item.slot
+                ds_slot = lax.rem(step + item.count, 2)
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
                 # dK and dV leave through buffers of their own, or through this warpgroup's parts of the dS buffers
-                outs = [s["o"].at[wg, n] for n in range(out_slots)] or [s["ds"].at[n, my_ds] for n in range(2)]
+                outs = [s["o"].at[wg, n] for n in range(out_slots)] or [s["ds"].at[ds_slot, my_ds]]
                 if not out_slots:
-                    for n in range(2):
-                        plgpu.barrier_wait(s["ds_empty"].at[n])
+                    plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
                 factor = factor_gm[0]
                 outputs = (
                     (dv, factor, dv_gm, dv_part_gm, v_columns),
@@ -296,8 +301,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
                 if not out_slots:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    for n in range(2):
-                        plgpu.barrier_arrive(s["ds_empty"].at[n])
+                    plgpu.barrier_arrive(s["ds_empty"].at[ds_slot])
 
             draw_items(s["rec"], s["rec_full"], one_item)
             plgpu.wait_smem_to_gmem(0)

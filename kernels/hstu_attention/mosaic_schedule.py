@@ -117,8 +117,10 @@ def backward_schedule(plan: AttentionPlan, heads: int, tile: int, block_q: int, 
     ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.rows)
     key_T = jnp.arange(rows, dtype=jnp.int32)
     real = key_T < plan.num_real
-    near_lo = jnp.where(real, key_T, 0)
-    near_hi = jnp.where(real, jnp.maximum(near_hi, key_T + 1), 0)
+    # In a partial sum the rows stand apart from the keys, whose own rows are empty: nothing to join.
+    apart = (near_hi > near_lo) & (near_lo != key_T + 1)
+    near_lo = jnp.where(apart, near_lo, jnp.where(real, key_T, 0))
+    near_hi = jnp.where(apart, near_hi, jnp.where(real, jnp.maximum(near_hi, key_T + 1), 0))
     bounds = plan.tile_bounds(block_q, tile)
     ranges = ((near_lo, near_hi), (ctx_lo, ctx_hi), (tail_lo, tail_hi))
     records, parts = make_items(bounds.row_lo, bounds.row_hi, ranges, tile, block_q, heads, workers)

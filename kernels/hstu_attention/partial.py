@@ -39,22 +39,29 @@ def partial_attention(
       implementation: as in `hstu_attention`.
     """
     num_rows, num_keys = q_QHK.shape[0], k_SHK.shape[0]
-    behind = num_keys + num_rows - rows.near_lo.shape[0]
     own_k, own_v = (jnp.zeros_like(q_QHK), jnp.zeros((num_rows, *v_SHV.shape[1:]), v_SHV.dtype)) if own is None else own
     q = jnp.concatenate([jnp.zeros((num_keys, *q_QHK.shape[1:]), q_QHK.dtype), q_QHK])
     k, v = jnp.concatenate([k_SHK, own_k]), jnp.concatenate([v_SHV, own_v])
-    plan = AttentionPlan(
+    scale = jnp.asarray(scale, jnp.float32)
+    if scale.ndim:
+        scale = jnp.pad(scale, (num_keys, 0))
+    plan = partial_plan(keys, rows, num_rows=num_rows, num_keys=num_keys)
+    offsets = jnp.asarray([0, num_keys + num_rows], jnp.int32)
+    return hstu_attention(q, k, v, offsets, alpha=alpha, scale=scale, implementation=implementation, plan=plan)[num_keys:]
+
+
+def partial_plan(keys: KeyIntervals, rows: RowIntervals, *, num_rows: int, num_keys: int) -> AttentionPlan:
+    """The plan of the joined buffer: first the keys, whose rows see nothing, then the rows."""
+    behind = num_keys + num_rows - rows.near_lo.shape[0]
+    return AttentionPlan(
         keys=KeyIntervals(*(jnp.pad(x, (num_keys, 0)) for x in _tidy(keys, 0))),
         rows=RowIntervals(*(jnp.pad(x, (0, behind)) for x in _tidy(rows, num_keys))),
         num_real=jnp.int32(num_keys + num_rows),
         stored={},
         mask=AttentionMask(),
+        sequences=1,
+        plain=False,
     )
-    scale = jnp.asarray(scale, jnp.float32)
-    if scale.ndim:
-        scale = jnp.pad(scale, (num_keys, 0))
-    offsets = jnp.asarray([0, num_keys + num_rows], jnp.int32)
-    return hstu_attention(q, k, v, offsets, alpha=alpha, scale=scale, implementation=implementation, plan=plan)[num_keys:]
 
 
 def _tidy(bounds: Sequence[Array], shift: int) -> list[Array]:

@@ -12,7 +12,9 @@ from kernels import mask as masks
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals, TileBounds
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "rows", "num_real", "stored"], meta_fields=["mask", "sequences"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keys", "rows", "num_real", "stored"], meta_fields=["mask", "sequences", "plain"]
+)
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
     """A pytree; `make_plan` makes it, kernels read it.
@@ -24,6 +26,7 @@ class AttentionPlan:
       stored: tile bounds computed beforehand, by "block_q x block_k".
       mask: the rules all this came from.
       sequences: B, empty ones included.
+      plain: no targets and no contextual tokens were named.
     """
 
     keys: Any
@@ -32,6 +35,7 @@ class AttentionPlan:
     stored: Any
     mask: AttentionMask
     sequences: int
+    plain: bool
 
     @property
     def intervals(self) -> KeyIntervals:
@@ -40,6 +44,11 @@ class AttentionPlan:
     @property
     def num_rows(self) -> int:
         return self.keys.lo0.shape[0]
+
+    @property
+    def rows_in_one_piece(self) -> bool:
+        """Whether the rows that see a key are sure to be one interval, for every key."""
+        return self.plain and (self.mask.window is None or not (self.mask.full_rows or self.mask.prefix))
 
     def tile_bounds(self, block_q: int, block_k: int) -> TileBounds:
         """Bounds for these tile sizes: the stored ones, else computed here, O(T) work."""
@@ -69,4 +78,5 @@ def make_plan(
     keys: KeyIntervals = mask.intervals(offsets, num_rows, num_targets, num_contextual)
     rows: RowIntervals = mask.row_intervals(offsets, num_rows, num_targets, num_contextual)
     stored = {f"{bq}x{bk}": masks.tile_bounds(keys, rows, offsets[-1], bq, bk) for bq, bk in tiles}
-    return AttentionPlan(keys, rows, offsets[-1], stored, mask, offsets.shape[0] - 1)
+    plain = num_targets is None and num_contextual is None
+    return AttentionPlan(keys, rows, offsets[-1], stored, mask, offsets.shape[0] - 1, plain)

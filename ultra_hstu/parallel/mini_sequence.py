@@ -3,6 +3,7 @@
 Attention mixes rows and stays whole; projections, heads and gates do not. The losses in `ultra_hstu.losses` have chunks of their own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-LOW_PRECISION = (jnp.bfloat16, jnp.float16)
+from kernels.zeros import zeros_after
 
 
 def chunked(fn: Callable[..., Any], x_TD: Shaped[Array, "T ..."], *more_T: Any, chunk_rows: int | None) -> Any:
@@ -41,21 +42,69 @@ def chunked(fn: Callable[..., Any], x_TD: Shaped[Array, "T ..."], *more_T: Any, 
         return fn(*inputs)
 
     whole, tail = divmod(rows, chunk_rows)
-    run = _with_weights_in_float32(fn, jax.tree.map(lambda leaf: leaf[:chunk_rows], inputs))
-    chunks = jax.tree.map(lambda leaf: leaf[: whole * chunk_rows].reshape(whole, chunk_rows, *leaf.shape[1:]), inputs)
-    y = jax.lax.map(jax.checkpoint(lambda chunk: run(*chunk), prevent_cse=False), chunks)
-    if any(leaf.shape[:2] != (whole, chunk_rows) for leaf in jax.tree.leaves(y)):
-        shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(y)]
-        raise ValueError(f"a chunked function must return a row for each of its {chunk_rows} rows, got shapes {shapes}")
-    y = jax.tree.map(lambda leaf: leaf.reshape(whole * chunk_rows, *leaf.shape[2:]), y)
+    pure, weights = jax.closure_convert(fn, *_chunk(inputs, 0, chunk_rows))
+    y = _loop(pure, chunk_rows, whole, inputs, weights)
     if not tail:
         return y
     last = jax.checkpoint(fn)(*jax.tree.map(lambda leaf: leaf[whole * chunk_rows :], inputs))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), y, last)
 
 
-def _with_weights_in_float32(fn: Callable[..., Any], example: tuple[Any, ...]) -> Callable[..., Any]:
-    """`fn` with the low-precision arrays that it closes over taken from float32 copies: a loop adds up gradients in the dtype of what it closes over."""
-    pure, weights = jax.closure_convert(fn, *example)
-    copies = [weight.astype(jnp.float32) if weight.dtype in LOW_PRECISION else weight for weight in weights]
-    return lambda *inputs: pure(*inputs, *(copy.astype(weight.dtype) for copy, weight in zip(copies, weights, strict=True)))
+def _chunk(values: Any, number: Any, chunk_rows: int) -> Any:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number * chunk_rows, chunk_rows), values)
+
+
+def _write(buffers: Any, values: Any, number: Any) -> Any:
+    """Chunk `number` of the buffers; not in place in Python, but in the compiled loop."""
+
+    def write(buffer: Array, value: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(buffer, value, number * value.shape[0], 0)
+
+    return jax.tree.map(write, buffers, values)
+
+
+# A loop of our own instead of jax.lax.map: XLA would set up the result buffers of all loops of a model at the start of the program, see zeros_after.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loop(pure: Callable[..., Any], chunk_rows: int, whole: int, inputs: tuple[Any, ...], weights: list[Array]) -> Any:
+    """The whole chunks of all rows."""
+    shapes = jax.eval_shape(lambda: pure(*_chunk(inputs, 0, chunk_rows), *weights))
+    if any(leaf.shape[:1] != (chunk_rows,) for leaf in jax.tree.leaves(shapes)):
+        shapes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
+        raise ValueError(f"a chunked function must return a row for each of its {chunk_rows} rows, got shapes {shapes}")
+    buffers = jax.tree.map(lambda leaf: zeros_after(inputs[0], (whole * chunk_rows, *leaf.shape[1:]), leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, whole, lambda i, y: _write(y, pure(*_chunk(inputs, i, chunk_rows), *weights), i), buffers)
+
+
+def _loop_fwd(pure: Callable[..., Any], chunk_rows: int, whole: int, inputs: Any, weights: Any) -> Any:
+    return _loop(pure, chunk_rows, whole, inputs, weights), (inputs, weights)
+
+
+def _loop_bwd(pure: Callable[..., Any], chunk_rows: int, whole: int, saved: Any, g: Any) -> Any:
+    inputs, weights = saved
+    leaves, tree = jax.tree.flatten(inputs)
+    smooth = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    after = jax.tree.leaves(g)[0]
+
+    def step(i: Array, sums: Any) -> Any:
+        d_x, d_w = sums
+        parts = jax.tree.leaves(_chunk(inputs, i, chunk_rows))
+
+        def of_smooth(values: list[Array], weights: list[Array]) -> Any:
+            rest = iter(values)
+            return pure(
+                *jax.tree.unflatten(tree, [next(rest) if is_smooth else part for is_smooth, part in zip(smooth, parts, strict=True)]),
+                *weights,
+            )
+
+        _, pull = jax.vjp(of_smooth, [part for is_smooth, part in zip(smooth, parts, strict=True) if is_smooth], weights)
+        part_x, part_w = pull(_chunk(g, i, chunk_rows))
+        return _write(d_x, part_x, i), [total + part.astype(jnp.float32) for total, part in zip(d_w, part_w, strict=True)]
+
+    zeros = [zeros_after(after, leaf.shape, leaf.dtype) for is_smooth, leaf in zip(smooth, leaves, strict=True) if is_smooth]
+    d_x, d_w = jax.lax.fori_loop(0, whole, step, (zeros, [zeros_after(after, weight.shape) for weight in weights]))
+    rest = iter(d_x)
+    d_inputs = jax.tree.unflatten(tree, [next(rest) if is_smooth else None for is_smooth in smooth])
+    return d_inputs, [total.astype(weight.dtype) for total, weight in zip(d_w, weights, strict=True)]
+
+
+_loop.defvjp(_loop_fwd, _loop_bwd)
