@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels.hstu_attention.api import make_plan
+from kernels.hstu_attention.api import make_plan, prepare_plan
 from kernels.mask import AttentionMask
 from tests.small_encoder import CONFIG, LENGTH, ROWS, SEQUENCES, batch, encoder, inputs
 from ultra_hstu.config import Config, DataConfig, ModelConfig
@@ -98,3 +98,18 @@ def test_targets_and_contextual_tokens_with_every_implementation():
     other.implementation = "xla"
     out = nnx.merge(graph, params)(inputs(rows=ROWS), sequences)
     np.testing.assert_allclose(other(inputs(rows=ROWS), sequences)[:count], out[:count], rtol=1e-4, atol=1e-5)
+
+
+def test_lists_of_work_are_made_with_the_plan():
+    """For `mosaic` by name and sizes that it takes; other plans stay as they are."""
+    sequences = batch()
+    plan = make_plan(AttentionMask(window=3), sequences.offsets, ROWS)
+    sizes = dict(heads=2, k_width=64, v_width=64)
+    assert len(prepare_plan(plan, "mosaic", dtype="bfloat16", **sizes).stored) > len(plan.stored)
+    for name, dtype, biased in (
+        ("xla", "bfloat16", False),
+        (None, "bfloat16", False),
+        ("mosaic", "float32", False),
+        ("mosaic", "bfloat16", True),
+    ):
+        assert prepare_plan(plan, name, dtype=dtype, biased=biased, **sizes) is plan

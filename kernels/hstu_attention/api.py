@@ -81,16 +81,31 @@ def hstu_attention(
     def run(module: Any) -> Array:
         return module.attention(q_THK, k_THK, v_THV, plan, alpha=float(alpha), scale=scale, bias=bias)
 
-    modules = implementations()
-    order = [name for name in _ORDER.get(device.current().platform, ("xla",)) if name in modules]
-    return dispatch.call("hstu_attention", modules, order, implementation, run)
+    return dispatch.call("hstu_attention", implementations(), _platform_order(), implementation, run)
 
 
-def prepare_plan(plan: AttentionPlan, implementation: Any, *, heads: int, k_width: int, v_width: int) -> AttentionPlan:
-    """The plan with the lists of work that `implementation`, if it is one by name, would otherwise make again in every layer."""
-    if implementation != "mosaic":
+def prepare_plan(
+    plan: AttentionPlan, implementation: Any, *, dtype: Any, heads: int, k_width: int, v_width: int, biased: bool = False
+) -> AttentionPlan:
+    """The plan with the lists of work that `mosaic` would otherwise make again in every call, if it is the implementation of these calls.
+
+    Args:
+      implementation: as in `hstu_attention`.
+      dtype, heads, k_width, v_width: of q, k and v.
+      biased: whether the calls have a relative bias.
+    """
+    named = isinstance(implementation, str)
+    names = [implementation] if named else list(_platform_order() if implementation is None else implementation)
+    if names[:1] != ["mosaic"] or not (named or device.current().is_hopper):
         return plan
-    return importlib.import_module(implementations()["mosaic"]).prepare(plan, heads, k_width, v_width)
+    mosaic = importlib.import_module(implementations()["mosaic"])
+    if mosaic.unsupported(jnp.dtype(dtype), k_width, v_width, biased or None) is not None:
+        return plan
+    return mosaic.prepare(plan, heads, k_width, v_width)
+
+
+def _platform_order() -> list[str]:
+    return [name for name in _ORDER.get(device.current().platform, ("xla",)) if name in implementations()]
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:

@@ -115,18 +115,19 @@ class HSTU(nnx.Module):
                 x_TD, sequences, attends = cut.take(x_TD), cut.sequences, {}
             mask = self.masks[min(number, len(self.masks) - 1)]
             if mask not in attends:
-                attends[mask] = self._attend(sequences, mask)
+                attends[mask] = self._attend(sequences, mask, x_TD.dtype)
             run = functools.partial(layer, attend=attends[mask], key=layer_key)
             x_TD = checkpointed(run, self.remat)(x_TD)
         return x_TD, cut
 
-    def _attend(self, sequences: Sequences, mask: AttentionMask) -> Attend:
+    def _attend(self, sequences: Sequences, mask: AttentionMask, dtype: Any) -> Attend:
         """Attention over the sequences of a batch; its plan is computed here, once for all layers of this mask."""
         if self.attention == "softmax":
             return lambda q, k, v, *, alpha, bias: softmax_attention(q, k, v, sequences, bias=bias, length=self.length)
         plan = make_plan(mask, sequences.offsets, sequences.num_rows, sequences.num_targets, sequences.num_contextual)
         layer = self.layers[0]
-        plan = prepare_plan(plan, self.implementation, heads=layer.heads, k_width=layer.qk_width, v_width=layer.v_width)
+        sizes: dict[str, int] = dict(heads=layer.heads, k_width=layer.qk_width, v_width=layer.v_width)
+        plan = prepare_plan(plan, self.implementation, dtype=dtype, biased=layer.bias is not None, **sizes)
 
         @functools.partial(jax.jit, static_argnames="alpha")  # traced and lowered once, not once a layer
         def run(q_THK: Array, k_THK: Array, v_THV: Array, bias: RelativeBias | None, *, alpha: float) -> Array:
