@@ -17,9 +17,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernels import device
-from kernels.hstu_attention import tuning
 from kernels.hstu_attention import mosaic_hopper_vjp as vjp
 from kernels.hstu_attention import mosaic_schedule as schedule
+from kernels.hstu_attention import tuning
 from kernels.hstu_attention.mosaic_device import ROW, Item, draw_items, fetch_item, load_rows, record_scratch, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan

@@ -12,7 +12,9 @@ from kernels import mask as masks
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals, TileBounds
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "rows", "num_real", "stored"], meta_fields=["mask", "sequences", "plain"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keys", "rows", "num_real", "stored"], meta_fields=["mask", "sequences", "plain"]
+)
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
     """A pytree; `make_plan` makes it, kernels read it.
