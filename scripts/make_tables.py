@@ -303,7 +303,7 @@ def attention_figure() -> None:
     record = load("attention_h200")
     if record is None:
         return
-    rates = attention_rates(record)
+    rates = {(key[0].replace("causal_d128_8x8192", "length_8192"), *key[1:]): x for key, x in attention_rates(record).items()}
     looks = {
         "mosaic": ("tab:red", "-"),
         "triton": ("tab:orange", "-"),

@@ -1,5 +1,7 @@
 """Who runs: names, order, the one error that tells why nothing fits; and inputs that no implementation takes."""
 
+import importlib
+import inspect
 import sys
 import types
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from kernels import device, dispatch
-from kernels.hstu_attention import RelativeBias, hstu_attention, implementations, make_plan
+from kernels.hstu_attention import RelativeBias, hstu_attention, implementations, make_plan, mosaic_hopper
 from kernels.mask import AttentionMask
 
 
@@ -153,3 +155,23 @@ def test_counts_are_clamped_where_offsets_are_traced():
 
     got = traced(np.array([0, 2, 5]), np.array([2, 7]))
     np.testing.assert_allclose(got[:5, 0, 0], jax.nn.silu(4.0) * np.ones(5), rtol=1e-6)  # targets see themselves only
+
+
+def test_deterministic_reaches_the_implementation(monkeypatch):
+    seen = []
+    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H200", (9, 0)))
+    monkeypatch.setattr(mosaic_hopper, "attend", lambda q, k, v, plan, **options: seen.append(options["deterministic"]) or v)
+    x, offsets = jnp.ones((4, 1, 64), "bfloat16"), np.array([0, 4], np.int32)
+    with dispatch.record() as choices:
+        for wanted in (False, True):
+            hstu_attention(x, x, x, offsets, alpha=0.1, scale=1.0, deterministic=wanted)
+    assert seen == [False, True]
+    assert {choice.implementation for choice in choices} == {"mosaic"}
+    with pytest.raises(NotImplementedError, match="deterministic"):
+        hstu_attention(x, x, x, offsets, alpha=0.1, scale=1.0, implementation="xla", deterministic=True)
+
+
+@pytest.mark.parametrize("name", implementations())
+def test_every_implementation_takes_the_same_keywords(name):
+    parameters = inspect.signature(importlib.import_module(implementations()[name]).attention).parameters
+    assert [p for p, x in parameters.items() if x.kind is x.KEYWORD_ONLY] == ["alpha", "scale", "bias", "deterministic"]

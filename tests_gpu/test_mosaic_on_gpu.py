@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from attention_contract import MASKS, AttentionContract
 
-from kernels.hstu_attention import hstu_attention, make_plan, mosaic_hopper
+from kernels import dispatch
+from kernels.hstu_attention import hstu_attention
 from kernels.mask import AttentionMask
 
 
@@ -32,11 +33,11 @@ def test_deterministic_gradients_have_the_same_bits(width):
     offsets = np.array([0, 700, 701, 1900], np.int32)
     q, k, v, g = random_inputs(2000, 2, width)
     g = g.at[1900:].set(0)
-    plan = make_plan(MASKS["full rows"], offsets, 2000)
+    options = {"mask": MASKS["full rows"], "implementation": "mosaic", "alpha": 0.1, "scale": 1 / 64}
 
     def run(deterministic):
         def attend(*qkv):
-            return mosaic_hopper.attend(*qkv, plan, alpha=0.1, scale=1 / 64, deterministic=deterministic)
+            return hstu_attention(*qkv, offsets, deterministic=deterministic, **options)
 
         return jax.jit(lambda g: jax.vjp(attend, q, k, v)[1](g))(g)
 
@@ -79,3 +80,11 @@ def test_65536_rows(mask):
         weight, slope = silu(alpha * q[seers] @ k[at])
         assert distance(dv[at, 0], scale * weight @ g[seers]) < 5e-3
         assert distance(dk[at, 0], alpha * scale * (slope * (g[seers] @ v[at])) @ q[seers]) < 5e-3
+
+
+@pytest.mark.parametrize(("dtype", "width", "name"), [("bfloat16", 64, "mosaic"), ("float32", 64, "xla"), ("bfloat16", 48, "xla")])
+def test_default_implementation(dtype, width, name):
+    x = jnp.ones((64, 1, width), dtype)
+    with dispatch.record() as choices:
+        hstu_attention(x, x, x, np.array([0, 64], np.int32), alpha=0.1, scale=1.0)
+    assert choices == [("hstu_attention", name)]

@@ -18,9 +18,9 @@ from kernels.mask import AttentionMask
 __all__ = ["AttentionPlan", "RelativeBias", "hstu_attention", "implementations", "make_plan", "prepare_plan"]
 
 _FILES = {"mosaic": "mosaic_hopper", "mosaic_fp8": "mosaic_fp8", "triton": "triton", "xla": "xla", "reference": "reference"}
-# Tried in this order where no implementation is named. `reference` runs only by name, its memory is O(T^2); so do `mosaic` and `triton`, until
-# `make test-gpu` has passed in full for them (experiments/results/test_gpu.json) and they move in front of `xla`.
-_ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("xla",)}
+# Tried in this order where no implementation is named. `reference` runs only by name, its memory is O(T^2); so does `triton`, until it moves in
+# front of `xla`.
+_ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("mosaic", "xla")}
 
 
 @functools.cache
@@ -43,6 +43,7 @@ def hstu_attention(
     bias: RelativeBias | None = None,
     implementation: str | Sequence[str] | None = None,
     plan: AttentionPlan | None = None,
+    deterministic: bool = False,
 ) -> Float[Array, "T H V"]:
     """`o_t = scale_t * sum over allowed k of silu(alpha * q_t . k_k + bias_tk) * v_k` (HSTU, arXiv 2402.17152, equation 2; no softmax).
 
@@ -60,6 +61,8 @@ def hstu_attention(
       bias: relative bias, added to the scores inside the SiLU.
       implementation: a name, which never falls back; a sequence, tried in order; None, the order of the platform.
       plan: of `make_plan` with the same mask and batch; saves recomputing it in every layer.
+      deterministic: gradients with the same bits on every run. `mosaic` then makes that of q in a pass of its own; `triton` (with a bias) and `xla` on a
+        GPU cannot. Outputs of the kernels, and everything on CPU, have the same bits anyhow.
 
     Raises:
       ValueError: inputs that no implementation could take.
@@ -79,7 +82,7 @@ def hstu_attention(
         raise ValueError(f"plan was made for {plan.mask}, the call names {mask}; pass the same mask to both")
 
     def run(module: Any) -> Array:
-        return module.attention(q_THK, k_THK, v_THV, plan, alpha=float(alpha), scale=scale, bias=bias)
+        return module.attention(q_THK, k_THK, v_THV, plan, alpha=float(alpha), scale=scale, bias=bias, deterministic=deterministic)
 
     return dispatch.call("hstu_attention", implementations(), _platform_order(), implementation, run)
 

@@ -275,6 +275,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
                 # dK and dV leave through buffers of their own, or through this warpgroup's parts of the dS buffers
                 outs = [s["o"].at[wg, n] for n in range(out_slots)] or [s["ds"].at[ds_slot, my_ds]]
+                others = len(outs) - 1
                 if not out_slots:
                     plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
                 factor = factor_gm[0]
@@ -290,7 +291,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
                         @pl.when(part < 0)
                         def _(chunk=chunk, gm=gm, columns=columns, out=outs[-1]):
-                            plgpu.wait_smem_to_gmem(len(outs) - 1, wait_read_only=True)
+                            plgpu.wait_smem_to_gmem(others, wait_read_only=True)
                             out[...] = chunk.astype(dtype)
                             plgpu.commit_smem()
                             plgpu.copy_smem_to_gmem(out, gm.at[pl.ds(key0, 64), head, columns])

@@ -17,8 +17,9 @@ def attention(
     alpha: float,
     scale: float | Array,
     bias: RelativeBias | None,
+    deterministic: bool = False,
 ) -> Float[Array, "T H V"]:
-    """`o_t = scale * sum over allowed k of silu(alpha q_t . k_k + bias) v_k`, differentiated by JAX."""
+    """`o_t = scale * sum over allowed k of silu(alpha q_t . k_k + bias) v_k`, differentiated by JAX. `deterministic` changes nothing: a reference."""
     rows = q_THK.shape[0]
     mask_TT = plan.keys.dense(plan.num_real)
     real_T11 = (jnp.arange(rows) < plan.num_real)[:, None, None]

@@ -113,8 +113,15 @@ def attention(
     alpha: float,
     scale: Any,
     bias: RelativeBias | None,
+    deterministic: bool = False,
 ) -> Float[Array, "T H V"]:
-    """See `hstu_attention`. No gradient flows to `scale`. NotImplementedError: no jax-triton, no such GPU, or heads wider than `widest`."""
+    """See `hstu_attention`. No gradient flows to `scale`.
+
+    NotImplementedError: no jax-triton, no such GPU, heads wider than `widest`, or `deterministic` with a bias, whose tables' gradients are summed by atomic
+    additions.
+    """
+    if deterministic and bias is not None:
+        raise NotImplementedError("triton sums gradients of bias tables in no fixed order, deterministic=True asks for one; use bias=None")
     capability, widths = compute_capability(), (q_THK.shape[2], v_THV.shape[2])
     if not 0 < min(widths) <= max(widths) <= widest(capability):
         raise NotImplementedError(

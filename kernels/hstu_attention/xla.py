@@ -44,8 +44,13 @@ def attention(
     alpha: float,
     scale: Any,
     bias: RelativeBias | None,
+    deterministic: bool = False,
 ) -> Float[Array, "T H V"]:
-    """See `hstu_attention`. No gradient flows to `scale`."""
+    """See `hstu_attention`. No gradient flows to `scale`. NotImplementedError: `deterministic` on a GPU, where XLA's sums come in no fixed order."""
+    if deterministic and device.current().platform == "gpu":
+        raise NotImplementedError(
+            "xla adds up blocks in no fixed order on a GPU, deterministic=True asks for one; use 'mosaic' or 'triton'"
+        )
     rows = q_THK.shape[0]
     if rows == 0:
         return jnp.zeros_like(v_THV)
