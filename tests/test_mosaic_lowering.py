@@ -28,7 +28,7 @@ def lower(rows, heads, k_width, v_width, mask, dtype="bfloat16", batch=4, row_sc
     """Text of the lowered module."""
 
     def run(q, k, v, g, scale, offsets, targets, contextual):
-        plan = mosaic_hopper.prepare(make_plan(mask, offsets, rows, targets, contextual), heads, k_width, v_width)
+        plan = mosaic_hopper.prepare(make_plan(mask, offsets, rows, targets, contextual), heads, k_width, v_width, deterministic)
 
         def attend(q, k, v):
             return mosaic_hopper.attend(q, k, v, plan, alpha=0.1, scale=scale, deterministic=deterministic)

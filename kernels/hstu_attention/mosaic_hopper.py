@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernels import device
+from kernels.hstu_attention import mosaic_hopper_dq as dq
 from kernels.hstu_attention import mosaic_hopper_vjp as vjp
 from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention import tuning
@@ -78,9 +79,11 @@ def attention(
     return attend(q_THK, k_THK, v_THV, plan, alpha=alpha, scale=scale, deterministic=deterministic)
 
 
-def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int) -> AttentionPlan:
+def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int, deterministic: bool = False) -> AttentionPlan:
     """The plan with the lists of work that this implementation needs for these sizes: made once a batch, used by
     every layer.
+
+    deterministic: with that of the second backward pass.
     """
     config, back = forward_config(k_width, v_width, plan), vjp.backward_config(*vjp.padded_widths(k_width, v_width), plan)
     lists = {
@@ -91,6 +94,9 @@ def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int) -> Atte
             plan, heads, back.tile, back.block_q, back.workers
         ),
     }
+    if deterministic:
+        block, workers = dq.BLOCK, schedule.WORKERS
+        lists[schedule.forward_name(heads, block, workers)] = schedule.forward_schedule(plan, heads, block, workers)
     return dataclasses.replace(plan, stored={**plan.stored, **lists})
 
 

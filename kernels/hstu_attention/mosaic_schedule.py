@@ -222,23 +222,19 @@ def _pack(lo: Any, hi: Any, classes: list[Array], heads: int, count: Any, pieces
         columns[FULL0 + i] = column[tile]
 
     order = jnp.argsort(jnp.where(used, begin - end, 1), stable=True)
-    items = jnp.stack(columns, axis=1).astype(jnp.int32)[order]
     # Head after head: what runs at a time then reads keys and values of one or two heads, which the L2 cache holds.
     number = jnp.arange(capacity * heads + 1, dtype=jnp.int32)
-    head, item = number // total[-1], number % total[-1]
-    records = items[item]
-    slot = records[:, SLOT]
-    records = records.at[:, TILE].set(jnp.where(head < heads, records[:, TILE], -1)).at[:, HEAD].set(head)
-    records = records.at[:, SLOT].set(jnp.where(slot < 0, -1, slot * heads + head))
+    head, at = number // total[-1], order[number % total[-1]]
+    columns = [column[at] for column in columns]
+    columns[TILE] = jnp.where(head < heads, columns[TILE], -1)
+    columns[HEAD] = head
+    columns[SLOT] = jnp.where(columns[SLOT] < 0, -1, columns[SLOT] * heads + head)
+    records = jnp.stack(columns, axis=1).astype(jnp.int32)
 
-    rank = jnp.cumsum(split) - 1
-    where = jnp.where(split, rank, splits)
-    part_tile = jnp.zeros((splits,), jnp.int32).at[where].set(jnp.arange(tiles, dtype=jnp.int32), mode="drop")
-    part_count = jnp.zeros((splits,), jnp.int32).at[where].set(pieces.astype(jnp.int32), mode="drop")
-    part_first = first_slot[part_tile].astype(jnp.int32)
-    head = jnp.arange(heads, dtype=jnp.int32)
-    parts = jnp.stack([part_tile, jnp.zeros_like(part_tile), part_first, part_count], axis=1)
-    parts = jnp.broadcast_to(parts[:, None, :], (splits, heads, 4))
-    parts = parts.at[:, :, 1].set(jnp.broadcast_to(head[None, :], (splits, heads)))
-    parts = parts.at[:, :, 2].set(parts[:, :, 2] * heads + head[None, :])
-    return records, parts.reshape(-1, 4)
+    number = jnp.arange(splits * heads, dtype=jnp.int32)
+    head, rank = number % heads, number // heads
+    tile = jnp.searchsorted(jnp.cumsum(split), rank + 1, method="scan_unrolled").astype(jnp.int32)  # the rank-th split one
+    there = tile < tiles
+    tile = jnp.where(there, tile, 0)
+    parts = jnp.stack([tile, head, first_slot[tile] * heads + head, jnp.where(there, pieces[tile], 0)], axis=1)
+    return records, parts.astype(jnp.int32)
