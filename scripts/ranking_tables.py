@@ -46,14 +46,16 @@ def ranking_table() -> str:
         vanilla = ranking_record(config.removesuffix("_ultra") + "_hstu")
         if model != "HSTU" and vanilla:
             flops += f" ({100 * record['flops']['inference'] / vanilla['flops']['inference']:.0f} %)"
-        seconds = f"{statistics.median(run['seconds'] for run in record['runs']):.0f} ({record['device']})"
+        # seconds of runs that shared their device say nothing
+        seconds = "" if record.get("shared_device") else f"{statistics.median(run['seconds'] for run in record['runs']):.0f}"
+        seconds += f" ({record['device']})"
         rows += [[data, task, model, str(len(runs)), *metric_cells(runs, task), flops, seconds] for task in tasks]
     return markdown([*header, "inference GFLOP a request (of HSTU's)", "seconds a run"], rows)
 
 
 def ablation_table() -> str:
     """One line a variant of a configuration, each with one piece changed, as scripts.ablation names them; NE against that of the whole."""
-    rows = []
+    rows, notes = [], []
     for config, name in ABLATIONS.items():
         record = load(name)
         if not record:
@@ -77,11 +79,12 @@ def ablation_table() -> str:
                     mean_and_deviation(areas),
                     f"{found['inference_gflop']:.3g}",
                     f"{found['training_gflop']:.3g}",
-                    f"{statistics.median(run['seconds'] / run['epochs'] for run in found['runs']):.1f}",
+                    "" if record.get("shared_device") else f"{statistics.median(run['seconds'] / run['epochs'] for run in found['runs']):.1f}",
                 ]
             )
+        notes += [record["note"]] if "note" in record else []
     columns = ["config", "variant", "seeds", "NE", "difference", "AUC", "inference GFLOP", "training GFLOP", "seconds an epoch"]
-    return markdown(columns, rows)
+    return "\n\n".join([markdown(columns, rows), *notes])
 
 
 def metric_cells(runs: list[dict[str, float]], task: str) -> list[str]:

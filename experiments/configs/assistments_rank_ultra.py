@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
             },
         ),
         rank=RankConfig(tasks=("correct",), signals=("correct",), features=("skill",), targets=32, head_width=128),
-        optim=OptimConfig(learning_rate=1e-3, decay_steps=985, clip_norm=1.0),
-        train=TrainConfig(protocol="chronological", epochs=5, eval_users=128),
+        optim=OptimConfig(learning_rate=1e-3, clip_norm=1.0),
+        train=TrainConfig(protocol="chronological", epochs=8, patience=4, eval_users=128),
     )  # fmt: skip
     return to_config_dict(config)
