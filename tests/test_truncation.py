@@ -216,6 +216,14 @@ def test_room_for_targets_is_asked_for():
         encoder(extra_rows=4)(inputs(), sequences)
 
 
+def test_rows_without_room_are_not_lost_in_silence():
+    """Traced counts cannot be refused: what does not fit makes everything NaN."""
+    sequences = batch([(2, 8, 3)] * 4, rows=60)
+    for extra_rows, fits in ((4, False), (5, True)):
+        out = jax.jit(encoder(extra_rows=extra_rows))(inputs(rows=60), sequences)
+        assert np.isfinite(out[:52]).all() == fits and np.isnan(out[:52]).any() != fits
+
+
 def test_truncation_above_all_layers():
     with pytest.raises(ValueError, match="truncate_after=1 must be below the number of layers, 1"):
         encoder(layers=1)

@@ -21,10 +21,12 @@ class Cut(NamedTuple):
     sequences: Sequences  # of the rows that are left
     source_S: Int[Array, " S"]  # the row that each came from; T and more, all different, on padding
     place_T: Int[Array, " T"]  # the row of the smaller buffer that each went to; T' where it was dropped
+    fits: Bool[Array, ""]  # whether T' rows are enough
 
     def take(self, x_TD: Shaped[Array, "T *D"]) -> Shaped[Array, "S *D"]:
-        """The rows that are left, zeros on padding. The gradient of a dropped row is 0."""
-        return x_TD.at[self.source_S].get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
+        """The rows that are left, zeros on padding; NaN everywhere if they do not fit. The gradient of a dropped row is 0."""
+        x_SD = x_TD.at[self.source_S].get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
+        return jnp.where(self.fits, x_SD, jnp.nan) if jnp.issubdtype(x_SD.dtype, jnp.floating) else x_SD
 
     def restore(self, x_SD: Shaped[Array, "S *D"]) -> Shaped[Array, "T *D"]:
         """Rows back in their places in the whole buffer, zeros where they were dropped."""
@@ -58,8 +60,8 @@ class Truncation:
         """The smaller batch, jagged even if the layout was padded.
 
         Raises:
-          ValueError: for targets and contextual tokens that `extra_rows` leaves no room for. Counts that are traced are not looked at: more than
-            `extra_rows` of them lose the buffer's last rows.
+          ValueError: for targets and contextual tokens that `extra_rows` leaves no room for. Where counts are
+            traced, rows that do not fit make every row NaN: none is lost in silence.
         """
         self._check_room(sequences)
         frame, rows = _frame(sequences, self.length), sequences.num_rows
@@ -73,7 +75,7 @@ class Truncation:
         source_S = jnp.asarray(sequences.offsets)[segment_S] + position_S + dropped_before(segment_S, position_S)
         source_S = jnp.where(is_real(offsets, room), source_S, rows + jnp.arange(room, dtype=jnp.int32))
         place_T = offsets[frame.segment_T] + frame.position_T - dropped_before(frame.segment_T, frame.position_T)
-        cut = Cut(sequences, source_S, jnp.where(frame.kept_T, place_T, room))
+        cut = Cut(sequences, source_S, jnp.where(frame.kept_T, place_T, room), offsets[-1] <= room)
         smaller = dataclasses.replace(
             sequences,
             offsets=offsets,
