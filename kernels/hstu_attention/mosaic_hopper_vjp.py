@@ -272,7 +272,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                 key0, head, part = key_of(item), item.head, item.slot
                 ds_slot = lax.rem(step + item.count, 2)
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
-                # dK and dV leave through buffers of their own, or through this warpgroup's parts of the dS buffers
+                # dK and dV leave through buffers of their own, or through this warpgroup's part of a dS buffer
                 outs = [s["o"].at[wg, n] for n in range(out_slots)] or [s["ds"].at[ds_slot, my_ds]]
                 others = len(outs) - 1
                 if not out_slots:
