@@ -16,10 +16,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from scripts import bench_load_balance  # noqa: E402
+from scripts.attention_tables import attention_figure, attention_table, gpu_tests_table  # noqa: E402
 from scripts.ranking_tables import ablation_table, ranking_table  # noqa: E402
-from scripts.tables import NOT_MEASURED, ROOT, load, markdown, mean_and_deviation, short  # noqa: E402
+from scripts.tables import FIGURES, NOT_MEASURED, ROOT, load, markdown, mean_and_deviation, short  # noqa: E402
 
-FIGURES = ROOT / "docs" / "figures"
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "mrr")
 CURVES = {"ml1m_sasrec": "tab:grey", "ml1m_hstu": "tab:blue", "ml1m_hstu_large": "tab:red"}  # colours in the figure
 MODELS = {"ml1m_sasrec": "SASRec", "ml1m_hstu": "HSTU", "ml1m_ultra": "ULTRA-HSTU", "ml1m_hstu_large": "HSTU-large"}
@@ -119,50 +119,6 @@ def speed_table() -> str:
     return markdown(["model", "device", "what", "value"], rows + REFERENCE_SPEED)
 
 
-ATTENTION = {
-    "mosaic": "`mosaic`",
-    "triton": "`triton`",
-    "xla": "`xla`",
-    "meta_triton": "Meta's Triton kernel",
-    "cudnn_sdpa": "cuDNN softmax [1]",
-}
-PASSES = ("forward", "backward")
-
-
-def attention_rates(record: dict[str, Any]) -> dict[tuple[str, str, str], float]:
-    """TFLOP/s by (workload, implementation, pass), of what ran."""
-    return {(r["workload"], r["implementation"], r["pass"]): r["tflops"] for r in record["records"] if "tflops" in r}
-
-
-def attention_table() -> str:
-    """TFLOP/s of forward / backward; a dash where an implementation cannot."""
-    record = load("attention_h200")
-    if record is None:
-        return "Not measured yet."
-    rates = attention_rates(record)
-    rows = []
-    for workload in dict.fromkeys(r["workload"] for r in record["records"] if not r["workload"].startswith("length_")):
-        cells = []
-        for name in ATTENTION:
-            both = [rates.get((workload, name, which)) for which in PASSES]
-            cells.append(
-                "-" if both == [None, None] else " / ".join("-" if x is None else f"{x:.0f}" if x >= 10 else f"{x:.1f}" for x in both)
-            )
-        rows.append([f"`{workload}`", *cells])
-    notes = [
-        f"Forward / backward, useful TFLOP/s (unmasked pairs, backward 2.5 times the forward), bfloat16 (`ml1m` float32 with relative bias), "
-        f"{record['device']}, commit {record['commit']}; a bfloat16 matrix product of 8192 reached {record['matmul_tflops']:.0f} in the same run.",
-        "[1] Another function, softmax attention, with the same two products: what a vendor's kernel reaches.",
-    ]
-    fp8 = [
-        r for r in record["records"] if r["implementation"] == "mosaic_fp8" and "tflops" in r and not r["workload"].startswith("length_")
-    ]
-    if fp8:
-        listed = "; ".join(f"`{r['workload']}` {r['tflops']:.0f}, error {100 * r['error']:.1f} %" for r in fp8)
-        notes.append(f"`mosaic_fp8`, forward, rounding of the inputs included: {listed}.")
-    return "\n\n".join([markdown(["workload", *ATTENTION.values()], rows), *notes])
-
-
 def stochastic_length_table() -> str:
     """HSTU on MovieLens-100K, trained on whole histories and on parts of them."""
     rows = []
@@ -256,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ml1m": ml1m_table,
     "speed": speed_table,
     "attention": attention_table,
+    "test_gpu": gpu_tests_table,
     "ranking": ranking_table,
     "ablation": ablation_table,
     "stochastic_length": stochastic_length_table,
@@ -265,7 +222,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer_memory": layer_memory_table,
 }
 PAGES = {
-    "README.md": ("ml1m", "speed", "attention", "ranking", "ablation"),
+    "README.md": ("ml1m", "speed", "attention", "test_gpu", "ranking", "ablation"),
     "docs/ultra_hstu.md": ("long_ultra", "layer_memory"),
     "docs/sampling_and_precision.md": ("stochastic_length", "load_balance", "int4"),
 }
@@ -297,40 +254,6 @@ def ml1m_figure() -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="lower right")
     figure.savefig(FIGURES / "ml1m.png", dpi=130)
-    plt.close(figure)
-
-
-def attention_figure() -> None:
-    """TFLOP/s over the length of causal sequences, 65536 rows in all, width 128."""
-    record = load("attention_h200")
-    if record is None:
-        return
-    rates = {(key[0].replace("causal_d128_8x8192", "length_8192"), *key[1:]): x for key, x in attention_rates(record).items()}
-    looks = {
-        "mosaic": ("tab:red", "-"),
-        "triton": ("tab:orange", "-"),
-        "cudnn_sdpa": ("tab:green", "--"),
-        "meta_triton": ("tab:blue", "--"),
-    }
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, constrained_layout=True)
-    lengths = sorted({int(workload.removeprefix("length_")) for workload, _, _ in rates if workload.startswith("length_")})
-    for axis, which in zip(axes, PASSES, strict=True):
-        for name, (colour, line) in looks.items():
-            points = [(n, rates[f"length_{n}", name, which]) for n in lengths if (f"length_{n}", name, which) in rates]
-            label = ATTENTION[name].replace("`", "").replace(" [1]", "")
-            axis.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker="o", markersize=4, label=label) if points else None
-        axis.axhline(record["matmul_tflops"], color="black", linestyle=":", linewidth=1, label="bfloat16 matrix product")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-        axis.minorticks_off()
-        axis.set(xlabel="length of each sequence", title=which, ylim=(0, None))
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("useful TFLOP/s")
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5, fontsize=8)
-    device = record["device"].removeprefix("1 x ")
-    figure.suptitle(f"Causal attention, 4 heads of 128, 65536 rows, {device}", fontsize=10)
-    figure.savefig(FIGURES / "attention.png", dpi=130)
     plt.close(figure)
 
 

@@ -79,7 +79,9 @@ def ablation_table() -> str:
                     mean_and_deviation(areas),
                     f"{found['inference_gflop']:.3g}",
                     f"{found['training_gflop']:.3g}",
-                    "" if record.get("shared_device") else f"{statistics.median(run['seconds'] / run['epochs'] for run in found['runs']):.1f}",
+                    ""
+                    if record.get("shared_device")
+                    else f"{statistics.median(run['seconds'] / run['epochs'] for run in found['runs']):.1f}",
                 ]
             )
         notes += [record["note"]] if "note" in record else []

@@ -7,6 +7,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
+FIGURES = ROOT / "docs" / "figures"
 NOT_MEASURED = "not measured yet"
 
 

@@ -1,4 +1,8 @@
-"""Measurements in several processes: they compile side by side, which takes most of the time, and take turns on the device."""
+"""Measurements in several processes: they compile side by side, which takes most of the time, and take turns on the device.
+
+With XLA_PYTHON_CLIENT_PREALLOCATE=false, so that the device's memory is enough for all, and XLA_FLAGS=--xla_gpu_autotune_level=0, so that compiling
+leaves the device alone; what XLA itself does with matrix products, the implementation `xla` then, is not at its best under that flag.
+"""
 
 import concurrent.futures
 import contextlib

@@ -6,7 +6,7 @@ import pytest
 
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.mask import AttentionMask
-from scripts import bench_attention, make_tables, turns
+from scripts import attention_tables, bench_attention, turns
 
 RIVAL = """
 import json, sys, time
@@ -98,10 +98,10 @@ def test_the_tables_take_a_record(tmp_path, monkeypatch):
         {"workload": "length_1024", "implementation": "meta_triton", "pass": "forward", "tflops": 300.0, "error": 0.01},
     ]
     record = {"device": "1 x NVIDIA H200", "commit": "abc1234", "matmul_tflops": 780.0, "records": rates}
-    monkeypatch.setattr(make_tables, "load", lambda name: record)
-    monkeypatch.setattr(make_tables, "FIGURES", tmp_path)
-    text = make_tables.attention_table()
+    monkeypatch.setattr(attention_tables, "load", lambda name: record)
+    monkeypatch.setattr(attention_tables, "FIGURES", tmp_path)
+    text = attention_tables.attention_table()
     assert "| `tiny` | 700 / 501 | - | 3.2 / - | - | - |" in text
     assert "`tiny` 800, error 5.0 %" in text and "length_" not in text
-    make_tables.attention_figure()
+    attention_tables.attention_figure()
     assert (tmp_path / "attention.png").stat().st_size > 10_000

@@ -164,7 +164,7 @@ def test_deterministic_reaches_the_implementation(monkeypatch):
     x, offsets = jnp.ones((4, 1, 64), "bfloat16"), np.array([0, 4], np.int32)
     with dispatch.record() as choices:
         for wanted in (False, True):
-            hstu_attention(x, x, x, offsets, alpha=0.1, scale=1.0, deterministic=wanted)
+            hstu_attention(x, x, x, offsets, alpha=0.1, scale=1.0, implementation="mosaic", deterministic=wanted)
     assert seen == [False, True]
     assert {choice.implementation for choice in choices} == {"mosaic"}
     with pytest.raises(NotImplementedError, match="deterministic"):

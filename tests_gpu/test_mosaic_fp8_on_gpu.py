@@ -82,7 +82,7 @@ def test_65536_rows():
     """Some rows in float64 on the host: sums of e4m3 products over 16384 keys keep their precision."""
     rows, length, width, alpha, scale = 65536, 16384, 128, 128**-0.5, 1 / 16384
     keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (rows, 1, width), jnp.bfloat16) for key in keys)
+    q, k, v = (jax.random.normal(key, (rows, 1, width)).astype(jnp.bfloat16) for key in keys)  # drawn in bfloat16 they would be few
     offsets = np.arange(0, rows + 1, length, dtype=np.int32)
     run = jax.jit(lambda *x: hstu_attention(*x, offsets, mask=AttentionMask(), alpha=alpha, scale=scale, implementation="mosaic_fp8"))
     out = run(q, k, v)
@@ -91,4 +91,4 @@ def test_65536_rows():
         first = at // length * length
         score = alpha * k[first : at + 1] @ q[at]
         want = scale * (score / (1 + np.exp(-score))) @ v[first : at + 1]
-        assert distance(out[at, 0], want) < 0.12
+        assert distance(out[at, 0], want) < 0.08

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from attention_contract import MASKS, AttentionContract
 
-from kernels import dispatch
 from kernels.hstu_attention import hstu_attention
 from kernels.mask import AttentionMask
 
@@ -80,11 +79,3 @@ def test_65536_rows(mask):
         weight, slope = silu(alpha * q[seers] @ k[at])
         assert distance(dv[at, 0], scale * weight @ g[seers]) < 5e-3
         assert distance(dk[at, 0], alpha * scale * (slope * (g[seers] @ v[at])) @ q[seers]) < 5e-3
-
-
-@pytest.mark.parametrize(("dtype", "width", "name"), [("bfloat16", 64, "mosaic"), ("float32", 64, "xla"), ("bfloat16", 48, "xla")])
-def test_default_implementation(dtype, width, name):
-    x = jnp.ones((64, 1, width), dtype)
-    with dispatch.record() as choices:
-        hstu_attention(x, x, x, np.array([0, 64], np.int32), alpha=0.1, scale=1.0)
-    assert choices == [("hstu_attention", name)]
