@@ -126,7 +126,11 @@ def test_channels_add_up_and_share_one_head():
 def products(jaxpr):
     """Operations of the matrix products of a program, those of loops as often as they run."""
     total = 0
-    for eqn in jaxpr.eqns:
+    needed = {var for var in jaxpr.outvars if not isinstance(var, jax.extend.core.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if not (eqn.effects or any(var in needed for var in eqn.outvars)):
+            continue  # its result is not used: no compiled program holds it
+        needed |= {var for var in eqn.invars if not isinstance(var, jax.extend.core.Literal)}
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
