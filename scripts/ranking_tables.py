@@ -13,6 +13,7 @@ RANKING = {  # records of experiments.train --record: data and model
 RANKING_BASELINES = ("base rate", "item and user")
 RANKING_METRICS = ("ne", "auc", "gauc", "log_loss")
 ABLATIONS = {"assistments_rank_ultra": "ablation_assistments"}  # configuration -> record of scripts.ablation
+SMALL_ABLATIONS = {"the same, small": "ablation_assistments_small"}
 
 
 def ranking_record(config: str) -> dict[str, Any] | None:
@@ -56,7 +57,7 @@ def ranking_table() -> str:
 def ablation_table() -> str:
     """One line a variant of a configuration, each with one piece changed, as scripts.ablation names them; NE against that of the whole."""
     rows, notes = [], []
-    for config, name in ABLATIONS.items():
+    for config, name in (ABLATIONS | SMALL_ABLATIONS).items():
         record = load(name)
         if not record:
             rows.append([config, NOT_MEASURED, *[""] * 7])
@@ -71,7 +72,7 @@ def ablation_table() -> str:
             areas = [statistics.mean(value for key, value in run.items() if key.startswith("auc/")) for run in runs]
             rows.append(
                 [
-                    record["config"],
+                    config,
                     variant.replace("_", " "),
                     str(len(runs)),
                     mean_and_deviation(entropies),
