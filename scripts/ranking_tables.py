@@ -47,9 +47,8 @@ def ranking_table() -> str:
         vanilla = ranking_record(config.removesuffix("_ultra") + "_hstu")
         if model != "HSTU" and vanilla:
             flops += f" ({100 * record['flops']['inference'] / vanilla['flops']['inference']:.0f} %)"
-        # seconds of runs that shared their device say nothing
-        seconds = "" if record.get("shared_device") else f"{statistics.median(run['seconds'] for run in record['runs']):.0f}"
-        seconds += f" ({record['device']})"
+        alone = f"{statistics.median(run['seconds'] for run in record['runs']):.0f}"
+        seconds = f"{'device shared' if record.get('shared_device') else alone} ({record['device']})"
         rows += [[data, task, model, str(len(runs)), *metric_cells(runs, task), flops, seconds] for task in tasks]
     return markdown([*header, "inference GFLOP a request (of HSTU's)", "seconds a run"], rows)
 
