@@ -1,5 +1,6 @@
 """Small pieces of device code that Pallas has no name for."""
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -14,13 +15,43 @@ from kernels.hstu_attention import mosaic_schedule as schedule
 ROW = plgpu.Layout.WGMMA.reduce(1)  # of one number for each of 64 rows
 
 
+def launch(kernel, name, operands, *, scratch, out_type, workers):
+    """Runs `kernel(*operands, counter, *outputs, s)` on `workers` thread blocks of three warpgroups that stay; `s` holds what `scratch` names."""
+
+    def entry(*refs):
+        pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
+
+    run = plgpu.kernel(
+        entry,
+        out_type=out_type,
+        grid=(workers,),
+        grid_names=("worker",),
+        num_threads=3,
+        thread_name="wg",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+    )
+    return run(*operands, jax.new_ref(jnp.zeros((1,), jnp.int32)))
+
+
+def ring(name, slots, filled=1, emptied=2):
+    """Barriers of a ring of buffers: `NAME_full` takes `filled` copies, `NAME_empty` an arrival of each of `emptied` readers."""
+    return {
+        f"{name}_full": plgpu.Barrier(num_arrivals=filled, num_barriers=slots),
+        f"{name}_empty": plgpu.Barrier(num_arrivals=emptied, num_barriers=slots),
+    }
+
+
+def open_rings(s, **slots):
+    """What each reader of the named rings does first: all their buffers are empty."""
+    for name, number in slots.items():
+        for i in range(number):
+            plgpu.barrier_arrive(s[f"{name}_empty"].at[i])
+
+
 def record_scratch(slots):
     """Shared memory of `slots` records, whose last row passes a drawn number on, and its barriers."""
-    return dict(
-        rec=plgpu.SMEM((slots + 1, schedule.RECORD), jnp.int32),
-        rec_full=plgpu.Barrier(num_barriers=slots),
-        rec_empty=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-    )
+    return dict(rec=plgpu.SMEM((slots + 1, schedule.RECORD), jnp.int32), **ring("rec", slots))
 
 
 def _draw_number(counter_gm, box_sm):
@@ -49,6 +80,29 @@ def fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
     plgpu.barrier_wait(s["rec_empty"].at[slot])
     number = jnp.minimum(number, records_gm.shape[0] - 1)
     plgpu.copy_gmem_to_smem(records_gm.at[number], s["rec"].at[slot], s["rec_full"].at[slot])
+
+
+def feed_items(records_gm, counter_gm, s, load_block, begin, *, ahead, workers):
+    """The feeding warpgroup: for every item `begin(item, slot)`, then `load_block(item, step, i)` for each of its blocks.
+
+    ahead: blocks before the end of an item at which the next one is drawn: late, or the last ones are shared badly.
+    """
+
+    slots = s["rec"].shape[0] - 1
+
+    def one_item(item, slot, step):
+        begin(item, slot)
+
+        @pl.loop(0, item.count)
+        def _(i):
+            load_block(item, step, i)
+
+            @pl.when(i == jnp.maximum(item.count - ahead, 0))
+            def _():
+                fetch_item(records_gm, counter_gm, s, lax.rem(slot + 1, slots), workers=workers)
+
+    fetch_item(records_gm, counter_gm, s, 0, workers=workers, first=True)
+    draw_items(s["rec"], s["rec_full"], one_item)
 
 
 def add_to_memory(target_gm, value):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from kernels import device
 from kernels.hstu_attention import mosaic_hopper
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import ROW, draw_items, fetch_item, record_scratch, swizzled
+from kernels.hstu_attention.mosaic_device import ROW, draw_items, feed_items, launch, open_rings, record_scratch, ring, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
@@ -157,9 +157,7 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
-            for name, slots in (("q_empty", q_slots), ("k_empty", stages), ("v_empty", stages), ("rec_empty", RECORDS)):
-                for i in range(slots):
-                    plgpu.barrier_arrive(s[name].at[i])
+            open_rings(s, q=q_slots, k=stages, v=stages, rec=RECORDS)
             my_o = s["o"].at[wg]
 
             def one_item(item, slot, step):
@@ -245,60 +243,45 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
         @pl.when(wg == 2)
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
-            fetch = functools.partial(fetch_item, records_gm, counter_gm, s, workers=workers)
 
-            def one_item(item, slot, step):
-                head = item.head
+            def queries(item, slot):
                 q_slot = lax.rem(slot, q_slots)
                 plgpu.barrier_wait(s["q_empty"].at[q_slot])
-                plgpu.copy_gmem_to_smem(q_gm.at[pl.ds(item.tile * TILE, TILE), head], s["q"].at[q_slot], s["q_full"].at[q_slot])
+                q_rows = q_gm.at[pl.ds(item.tile * TILE, TILE), item.head]
+                plgpu.copy_gmem_to_smem(q_rows, s["q"].at[q_slot], s["q_full"].at[q_slot])
 
-                @pl.loop(0, item.count)
-                def _(i):
-                    keys = pl.ds(item.block(i) * BLOCK_K, BLOCK_K)
-                    now = lax.rem(step + i, stages)
-                    plgpu.barrier_wait(s["k_empty"].at[now])
-                    plgpu.copy_gmem_to_smem(k_gm.at[keys, head], s["k"].at[now], s["k_full"].at[now])
-                    plgpu.copy_gmem_to_smem(k_scale_gm.at[head, keys], s["k_scale"].at[now], s["k_full"].at[now])
-                    plgpu.barrier_wait(s["v_empty"].at[now])
-                    plgpu.copy_gmem_to_smem(v_gm.at[head, :, keys], s["v"].at[now], s["v_full"].at[now])
-                    pl.when(i == jnp.maximum(item.count - mosaic_hopper.AHEAD, 0))(lambda: fetch(lax.rem(slot + 1, RECORDS)))
+            def keys_and_values(item, step, i):
+                keys, head = pl.ds(item.block(i) * BLOCK_K, BLOCK_K), item.head
+                now = lax.rem(step + i, stages)
+                plgpu.barrier_wait(s["k_empty"].at[now])
+                plgpu.copy_gmem_to_smem(k_gm.at[keys, head], s["k"].at[now], s["k_full"].at[now])
+                plgpu.copy_gmem_to_smem(k_scale_gm.at[head, keys], s["k_scale"].at[now], s["k_full"].at[now])
+                plgpu.barrier_wait(s["v_empty"].at[now])
+                plgpu.copy_gmem_to_smem(v_gm.at[head, :, keys], s["v"].at[now], s["v_full"].at[now])
 
-            fetch(0, first=True)
-            draw_items(s["rec"], s["rec_full"], one_item)
+            feed_items(records_gm, counter_gm, s, keys_and_values, queries, ahead=mosaic_hopper.AHEAD, workers=workers)
 
-    def entry(*refs):
-        barrier = plgpu.Barrier
-        scratch = dict(
+    slots = schedule.capacity(rows // TILE, heads, workers)[1] * heads
+    out, parts = launch(
+        kernel,
+        "hstu_forward_fp8",
+        (x.q, x.k, x.v, x.q_scale, x.k_scale, v_scale, work.bounds, scales, work.records),
+        scratch=dict(
             q=_tiled((q_slots, TILE, width)),
             k=_tiled((stages, BLOCK_K, width)),
             v=_tiled((stages, width_v, BLOCK_K)),
             k_scale=plgpu.SMEM((stages, BLOCK_K), jnp.float32),
             o=swizzled((2, 2, 64, 64), dtype),
             **record_scratch(RECORDS),
-            q_full=barrier(num_barriers=q_slots),
-            q_empty=barrier(num_arrivals=2, num_barriers=q_slots),
-            k_full=barrier(num_arrivals=2, num_barriers=stages),
-            k_empty=barrier(num_arrivals=2, num_barriers=stages),
-            v_full=barrier(num_barriers=stages),
-            v_empty=barrier(num_arrivals=2, num_barriers=stages),
-        )
-        pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
-
-    slots = schedule.capacity(rows // TILE, heads, workers)[1] * heads
-    counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
-    out, parts = plgpu.kernel(
-        entry,
+            **ring("q", q_slots),
+            **ring("k", stages, filled=2),
+            **ring("v", stages),
+        ),
         out_type=[
             jax.ShapeDtypeStruct((rows, heads, width_v), dtype),
             jax.ShapeDtypeStruct((slots, TILE, width_v), jnp.float32),
         ],
-        grid=(workers,),
-        grid_names=("worker",),
-        num_threads=3,
-        thread_name="wg",
-        kernel_name="hstu_forward_fp8",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    )(x.q, x.k, x.v, x.q_scale, x.k_scale, v_scale, work.bounds, scales, work.records, counter)
+        workers=workers,
+    )
     (out,) = write_sums(work.parts, [(parts, out)], heads)
     return out

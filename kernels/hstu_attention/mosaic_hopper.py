@@ -21,7 +21,7 @@ from kernels.hstu_attention import mosaic_hopper_dq as dq
 from kernels.hstu_attention import mosaic_hopper_vjp as vjp
 from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention import tuning
-from kernels.hstu_attention.mosaic_device import ROW, Item, draw_items, fetch_item, load_rows, record_scratch, swizzled
+from kernels.hstu_attention.mosaic_device import ROW, Item, feed_items, launch, load_rows, open_rings, record_scratch, ring, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
@@ -157,13 +157,7 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
-            for i in range(config.q_slots):
-                plgpu.barrier_arrive(s["q_empty"].at[i])
-            for i in range(stages):
-                plgpu.barrier_arrive(s["k_empty"].at[i])
-                plgpu.barrier_arrive(s["v_empty"].at[i])
-            for i in range(RECORDS):
-                plgpu.barrier_arrive(s["rec_empty"].at[i])
+            open_rings(s, q=config.q_slots, k=stages, v=stages, rec=RECORDS)
             my_o = s["o"].at[wg]
 
             def queries(slot):
@@ -269,69 +263,43 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
             tail_first = tail_first_gm[0]
-            fetch = functools.partial(fetch_item, records_gm, counter_gm, s, workers=config.workers)
 
-            def one_item(item, slot, step):
-                head = item.head
+            def queries(item, slot):
                 q_slot = lax.rem(slot, config.q_slots)
                 plgpu.barrier_wait(s["q_empty"].at[q_slot])
-                q_rows = q_gm.at[pl.ds(item.tile * TILE, TILE), head]
+                q_rows = q_gm.at[pl.ds(item.tile * TILE, TILE), item.head]
                 plgpu.copy_gmem_to_smem(q_rows, s["q"].at[q_slot], s["q_full"].at[q_slot])
 
-                @pl.loop(0, item.count)
-                def _(i):
-                    row = item.block(i) * block_k
-                    now = lax.rem(step + i, stages)
-                    plgpu.barrier_wait(s["k_empty"].at[now])
-                    plgpu.copy_gmem_to_smem(k_gm.at[pl.ds(row, block_k), head], s["k"].at[now], s["k_full"].at[now])
-                    plgpu.barrier_wait(s["v_empty"].at[now])
-                    load_rows(v_gm, tail_gm, row, block_k, head, tail_first, s["v"].at[now], s["v_full"].at[now])
-                    pl.when(i == jnp.maximum(item.count - AHEAD, 0))(lambda: fetch(lax.rem(slot + 1, RECORDS)))
+            def keys_and_values(item, step, i):
+                row = item.block(i) * block_k
+                now = lax.rem(step + i, stages)
+                plgpu.barrier_wait(s["k_empty"].at[now])
+                plgpu.copy_gmem_to_smem(k_gm.at[pl.ds(row, block_k), item.head], s["k"].at[now], s["k_full"].at[now])
+                plgpu.barrier_wait(s["v_empty"].at[now])
+                load_rows(v_gm, tail_gm, row, block_k, item.head, tail_first, s["v"].at[now], s["v_full"].at[now])
 
-            fetch(0, first=True)
-            draw_items(s["rec"], s["rec_full"], one_item)
+            feed_items(records_gm, counter_gm, s, keys_and_values, queries, ahead=AHEAD, workers=config.workers)
 
-    def entry(*refs):
-        barrier = plgpu.Barrier
-        scratch = dict(
+    slots = schedule.capacity(rows // TILE, heads, config.workers)[1] * heads
+    out, parts = launch(
+        kernel,
+        "hstu_forward",
+        (q, k, v, schedule.clean_tail(v, plan), work.bounds, scales, work.records, work.tail),
+        scratch=dict(
             q=swizzled((config.q_slots, TILE, width), dtype),
             k=swizzled((stages, block_k, width), dtype),
             v=swizzled((stages, block_k, width_v), dtype),
             o=swizzled((2, 2, 64, 64), dtype),
             **record_scratch(RECORDS),
-            q_full=barrier(num_barriers=config.q_slots),
-            q_empty=barrier(num_arrivals=2, num_barriers=config.q_slots),
-            k_full=barrier(num_barriers=stages),
-            k_empty=barrier(num_arrivals=2, num_barriers=stages),
-            v_full=barrier(num_barriers=stages),
-            v_empty=barrier(num_arrivals=2, num_barriers=stages),
-        )
-        pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
-
-    slots = schedule.capacity(rows // TILE, heads, config.workers)[1] * heads
-    counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
-    out, parts = plgpu.kernel(
-        entry,
+            **ring("q", config.q_slots),
+            **ring("k", stages),
+            **ring("v", stages),
+        ),
         out_type=[
             jax.ShapeDtypeStruct((rows, heads, width_v), dtype),
             jax.ShapeDtypeStruct((slots, TILE, width_v), jnp.float32),
         ],
-        grid=(config.workers,),
-        grid_names=("worker",),
-        num_threads=3,
-        thread_name="wg",
-        kernel_name="hstu_forward",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    )(
-        q,
-        k,
-        v,
-        schedule.clean_tail(v, plan),
-        work.bounds,
-        scales,
-        work.records,
-        work.tail,
-        counter,
+        workers=config.workers,
     )
     (out,) = write_sums(work.parts, [(parts, out)], heads)
     return out

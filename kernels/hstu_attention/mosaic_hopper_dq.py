@@ -2,7 +2,6 @@
 stay, keys stream past them.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import ROW, draw_items, fetch_item, load_rows, record_scratch, swizzled
+from kernels.hstu_attention.mosaic_device import ROW, draw_items, feed_items, launch, load_rows, open_rings, record_scratch, ring, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
@@ -52,11 +51,7 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
-            plgpu.barrier_arrive(s["row_empty"])
-            for i in range(stages):
-                plgpu.barrier_arrive(s["key_empty"].at[i])
-            for i in range(RECORDS):
-                plgpu.barrier_arrive(s["rec_empty"].at[i])
+            open_rings(s, row=1, key=stages, rec=RECORDS)
             mine = pl.ds(wg * 64, 64)
             my_q, my_do, stage = s["q"].at[mine], s["do"].at[mine], s["o"].at[wg]
 
@@ -115,64 +110,39 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
             tail_first = tail_first_gm[0]
-            fetch = functools.partial(fetch_item, records_gm, counter_gm, s, workers=workers)
 
-            def one_item(item, slot, step):
+            def queries(item, slot):
                 place = pl.ds(item.tile * TILE, TILE)
                 plgpu.barrier_wait(s["row_empty"])
                 plgpu.copy_gmem_to_smem(q_gm.at[place, item.head], s["q"], s["row_full"])
                 plgpu.copy_gmem_to_smem(do_gm.at[place, item.head], s["do"], s["row_full"])
 
-                @pl.loop(0, item.count)
-                def _(i):
-                    now = lax.rem(step + i, stages)
-                    row, full = item.block(i) * BLOCK, s["key_full"].at[now]
-                    plgpu.barrier_wait(s["key_empty"].at[now])
-                    load_rows(k_gm, k_tail_gm, row, BLOCK, item.head, tail_first, s["k"].at[now], full)
-                    plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, BLOCK), item.head], s["v"].at[now], full)
-                    pl.when(i == jnp.maximum(item.count - AHEAD, 0))(lambda: fetch(lax.rem(slot + 1, RECORDS)))
+            def keys_and_values(item, step, i):
+                now = lax.rem(step + i, stages)
+                row, full = item.block(i) * BLOCK, s["key_full"].at[now]
+                plgpu.barrier_wait(s["key_empty"].at[now])
+                load_rows(k_gm, k_tail_gm, row, BLOCK, item.head, tail_first, s["k"].at[now], full)
+                plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, BLOCK), item.head], s["v"].at[now], full)
 
-            fetch(0, first=True)
-            draw_items(s["rec"], s["rec_full"], one_item)
+            feed_items(records_gm, counter_gm, s, keys_and_values, queries, ahead=AHEAD, workers=workers)
 
-    def entry(*refs):
-        barrier = plgpu.Barrier
-        scratch = dict(
+    slots = schedule.capacity(rows // TILE, heads, workers)[1] * heads
+    dq, parts = launch(
+        kernel,
+        "hstu_backward_dq",
+        (q, k, v, do, schedule.clean_tail(k, plan), work.bounds, schedule.row_scales(scale, plan, rows), work.records, work.tail),
+        scratch=dict(
             q=swizzled((TILE, width), dtype),
             do=swizzled((TILE, width_v), dtype),
             k=swizzled((stages, BLOCK, width), dtype),
             v=swizzled((stages, BLOCK, width_v), dtype),
             o=swizzled((2, 64, 64), dtype),
             **record_scratch(RECORDS),
-            row_full=barrier(num_arrivals=2),
-            row_empty=barrier(num_arrivals=2),
-            key_full=barrier(num_arrivals=2, num_barriers=stages),
-            key_empty=barrier(num_arrivals=2, num_barriers=stages),
-        )
-        pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
-
-    slots = schedule.capacity(rows // TILE, heads, workers)[1] * heads
-    counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
-    dq, parts = plgpu.kernel(
-        entry,
+            **ring("row", 1, filled=2),
+            **ring("key", stages, filled=2),
+        ),
         out_type=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((slots, TILE, width), jnp.float32)],
-        grid=(workers,),
-        grid_names=("worker",),
-        num_threads=3,
-        thread_name="wg",
-        kernel_name="hstu_backward_dq",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    )(
-        q,
-        k,
-        v,
-        do,
-        schedule.clean_tail(k, plan),
-        work.bounds,
-        schedule.row_scales(scale, plan, rows),
-        work.records,
-        work.tail,
-        counter,
+        workers=workers,
     )
     (dq,) = write_sums(work.parts, [(parts, dq)], heads)
     return dq

@@ -17,7 +17,17 @@ from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention import tuning
-from kernels.hstu_attention.mosaic_device import add_to_memory, draw_items, fetch_item, load_rows, record_scratch, swizzled
+from kernels.hstu_attention.mosaic_device import (
+    add_to_memory,
+    draw_items,
+    feed_items,
+    launch,
+    load_rows,
+    open_rings,
+    record_scratch,
+    ring,
+    swizzled,
+)
 from kernels.hstu_attention.mosaic_hopper_dq import query_gradients
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
@@ -110,21 +120,14 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
     work = schedule.backward_schedule(plan, heads, tile, block_q, config.workers)
     factor = scale.reshape(1)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, factor_gm,
-    records_gm, tail_first_gm,
-               counter_gm, dq_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
+    def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
+               dq_gm, counter_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
         wg = lax.axis_index("wg")
 
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(config.registers[0], action="increase")
-            plgpu.barrier_arrive(s["kv_empty"])
-            for i in range(stages):
-                plgpu.barrier_arrive(s["row_empty"].at[i])
-            for i in range(RECORDS):
-                plgpu.barrier_arrive(s["rec_empty"].at[i])
-            for i in range(2):
-                plgpu.barrier_arrive(s["ds_empty"].at[i])
+            open_rings(s, kv=1, row=stages, ds=2, rec=RECORDS)
             my_ds = pl.ds(wg * 64, 64)  # rows of the dS buffers
             mine = pl.ds(0, 64) if by_columns else my_ds  # keys of the tile
             k_columns, v_columns = (pl.ds(pl.multiple_of(wg * n, 64) if by_columns else 0, n) for n in (k_mine, v_mine))
@@ -312,33 +315,31 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             plgpu.set_max_registers(config.registers[1], action="decrease")
             tail_first = tail_first_gm[0]
 
-            fetch = functools.partial(fetch_item, records_gm, counter_gm, s, workers=config.workers)
+            def keys_and_values(item):
+                plgpu.barrier_wait(s["kv_empty"])
+                row = item.tile * tile
+                plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, tile), item.head], s["v"], s["kv_full"])
+                load_rows(k_gm, k_tail_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"])
 
-            def one_item(item, slot, step):
-                def keys_and_values():
-                    plgpu.barrier_wait(s["kv_empty"])
-                    row = item.tile * tile
-                    plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, tile), item.head], s["v"], s["kv_full"])
-                    load_rows(k_gm, k_tail_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"])
+            def rows_and_gradients(item, step, i):
+                now = lax.rem(step + i, stages)
+                row, full = item.block(i) * block_q, s["row_full"].at[now]
+                plgpu.barrier_wait(s["row_empty"].at[now])
+                load_rows(q_gm, q_tail_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
+                load_rows(do_gm, do_tail_gm, row, block_q, item.head, tail_first, s["do"].at[now], full)
+                # The first rows do not wait for the last item's keys to leave.
+                pl.when(i == jnp.minimum(item.count, 2) - 1)(lambda: keys_and_values(item))
 
-                @pl.loop(0, item.count)
-                def _(i):
-                    now = lax.rem(step + i, stages)
-                    row = item.block(i) * block_q
-                    full = s["row_full"].at[now]
-                    plgpu.barrier_wait(s["row_empty"].at[now])
-                    load_rows(q_gm, q_tail_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
-                    load_rows(do_gm, do_tail_gm, row, block_q, item.head, tail_first, s["do"].at[now], full)
-                    # The first rows do not wait for the last item's keys to leave.
-                    pl.when(i == jnp.minimum(item.count, 2) - 1)(keys_and_values)
-                    pl.when(i == jnp.maximum(item.count - AHEAD, 0))(lambda: fetch(lax.rem(slot + 1, RECORDS)))
+            feed_items(records_gm, counter_gm, s, rows_and_gradients, lambda item, slot: None, ahead=AHEAD, workers=config.workers)
 
-            fetch(0, first=True)
-            draw_items(s["rec"], s["rec_full"], one_item)
-
-    def entry(*refs):
-        barrier = plgpu.Barrier
-        scratch = dict(
+    dq = jax.new_ref(zeros_after(do, q.shape if config.with_dq else (1, 1, 1)))
+    slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
+    tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
+    dk, dv, dk_parts, dv_parts = launch(
+        kernel,
+        "hstu_backward",
+        (q, k, v, do, *tails, work.bounds, factor, work.records, work.tail, dq),
+        scratch=dict(
             k=swizzled((tile, width), dtype),
             v=swizzled((tile, width_v), dtype),
             q=swizzled((stages, block_q, width), dtype),
@@ -347,34 +348,18 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             **({"dq": swizzled((2, *dq_shape), jnp.float32)} if exchanged else {}),
             **({"o": swizzled((2, out_slots, 64, 64), dtype)} if out_slots else {}),
             **record_scratch(RECORDS),
-            kv_full=barrier(num_arrivals=2),
-            kv_empty=barrier(num_arrivals=2),
-            row_full=barrier(num_arrivals=2, num_barriers=stages),
-            row_empty=barrier(num_arrivals=2, num_barriers=stages),
-            ds_full=barrier(num_arrivals=2, num_barriers=2),
-            ds_empty=barrier(num_arrivals=2, num_barriers=2),
-        )
-        pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
-
-    counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
-    dq = jax.new_ref(zeros_after(do, q.shape if config.with_dq else (1, 1, 1)))
-    slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
-    tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
-    dk, dv, dk_parts, dv_parts = plgpu.kernel(
-        entry,
+            **ring("kv", 1, filled=2),
+            **ring("row", stages, filled=2),
+            **ring("ds", 2, filled=2),
+        ),
         out_type=[
             jax.ShapeDtypeStruct(k.shape, dtype),
             jax.ShapeDtypeStruct(v.shape, dtype),
             jax.ShapeDtypeStruct((slots, tile, width), jnp.float32),
             jax.ShapeDtypeStruct((slots, tile, width_v), jnp.float32),
         ],
-        grid=(config.workers,),
-        grid_names=("worker",),
-        num_threads=3,
-        thread_name="wg",
-        kernel_name="hstu_backward",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    )(q, k, v, do, *tails, work.bounds, factor, work.records, work.tail, counter, dq)
+        workers=config.workers,
+    )
     dk, dv = write_sums(work.parts, [(dk_parts, dk), (dv_parts, dv)], heads)
     dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if config.with_dq else None
     return dq_THK, dk, dv
