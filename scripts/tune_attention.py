@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.hstu_attention import make_plan, mosaic_hopper, mosaic_hopper_vjp, triton, tuning
+from kernels.hstu_attention import make_plan, mosaic_hopper, mosaic_hopper_dq, mosaic_hopper_vjp, triton, tuning
 from kernels.hstu_attention import mosaic_schedule as schedule
+from kernels.hstu_attention.mosaic_schedule import WorkList
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
 from scripts import bench_attention
@@ -57,12 +58,12 @@ TRITON = {
     },
 }
 MOSAIC = {
-    64: {"forward": [{"block_k": 128, "stages": 4}, {"block_k": 64, "stages": 4}], "backward": [{"block_q": 128, "stages": 2}]},
+    64: {"forward": [{"block_k": 128, "stages": 4}, {"block_k": 64, "stages": 4}], "backward": [{"passes": 1}, {"passes": 2}]},
     128: {
         "forward": [{"block_k": 128, "stages": 2}, {"block_k": 64, "stages": 4}, {"block_k": 64, "stages": 3}],
-        "backward": [{"block_q": 64, "stages": 3}, {"block_q": 64, "stages": 2}],
+        "backward": [{"passes": 1}, {"passes": 2}],
     },
-    256: {"forward": [{"block_k": 64, "stages": 2, "q_slots": 1}], "backward": [{"block_q": 64, "stages": 2}]},
+    256: {"forward": [{"block_k": 64, "stages": 2, "q_slots": 1}], "backward": [{"passes": 1}, {"passes": 2}]},
 }
 
 Made = tuple[dict[str, int], Callable[..., Any], Any]  # a candidate, a function of (plan, q, k, v, g) that runs it, the plan it wants
@@ -101,20 +102,18 @@ def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list
 def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
     width, scale, alpha = max(w.k_width, w.v_width), jnp.float32(w.options()["scale"]), w.options()["alpha"]
 
-    def with_list(name: str, make: Callable[[], Any]) -> Any:
-        return dataclasses.replace(plan, stored={name: jax.jit(make)()})
+    def with_lists(*wanted: WorkList) -> Any:
+        return jax.jit(lambda: schedule.with_schedules(plan, wanted))()
 
     def forward(sizes: Any) -> Made:
         config = dataclasses.replace(mosaic_hopper.forward_config(w.k_width, w.v_width, plan), **sizes)
-        listed = (w.heads, config.block_k, config.workers)
-        ready = with_list(schedule.forward_name(*listed), lambda: schedule.forward_schedule(plan, *listed))
+        ready = with_lists(WorkList.forward(w.heads, config.block_k, config.workers))
         return sizes, lambda plan, q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config), ready
 
     def backward(sizes: Any) -> Made:
         config = dataclasses.replace(mosaic_hopper_vjp.backward_config(w.k_width, w.v_width, plan), **sizes)
-        listed = (w.heads, config.tile, config.block_q, config.workers)
-        ready = with_list(schedule.backward_name(*listed), lambda: schedule.backward_schedule(plan, *listed))
-        return sizes, lambda plan, q, k, v, g: mosaic_hopper_vjp.one_pass(q, k, v, g, plan, scale, alpha, config), ready
+        ready = with_lists(WorkList.backward(w.heads, config), *([mosaic_hopper_dq.work_list(w.heads)] if config.passes == 2 else []))
+        return sizes, lambda plan, q, k, v, g: mosaic_hopper_vjp.gradients(q, k, v, g, plan, scale, alpha, False, config), ready
 
     yield "forward", [forward(c) for c in MOSAIC[width]["forward"]]
     yield "backward", [backward(c) for c in MOSAIC[width]["backward"]]

@@ -83,10 +83,6 @@ def _keep_inside(arrays, intervals):
     return tuple(jnp.where(seen > 0, x, 0.0) for x in arrays)
 
 
-def _add_to_memory(target_gm, value):
-    target_gm[...] += value
-
-
 def _copy(module, **changes):
     out = types.ModuleType(module.__name__)
     out.__dict__.update({name: getattr(module, name) for name in dir(module) if not name.startswith("__")}, **changes)
@@ -109,7 +105,7 @@ def interpreted(monkeypatch):
         kernel=functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()),
     )
     pallas = _copy(pl, run_scoped=pool.run_scoped)
-    stand_ins = {"fetch_item": _fetch_item, "keep_inside": _keep_inside, "add_to_memory": _add_to_memory}
+    stand_ins = {"fetch_item": _fetch_item, "keep_inside": _keep_inside}
     with monkeypatch.context() as patch:
         for module in MODULES:
             patch.setattr(module, "plgpu", gpu)

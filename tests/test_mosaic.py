@@ -14,6 +14,7 @@ from kernels.hstu_attention import (
     reference,
 )
 from kernels.hstu_attention import mosaic_schedule as schedule
+from kernels.hstu_attention.mosaic_schedule import BackwardConfig, WorkList
 from kernels.mask import AttentionMask
 
 LENGTHS = np.array([0, 1, 97, 40, 0, 150])
@@ -68,7 +69,7 @@ def test_forward(monkeypatch):
 @pytest.mark.parametrize(
     ("mask", "widths", "row_scale"),
     [("causal", (64, 64), False), ("prefix", (128, 128), True), ("semi-local", (128, 256), False)],
-    ids=["64", "128 by keys", "256 by columns"],
+    ids=["64", "128", "256"],
 )
 def test_gradients_in_one_pass(mask, widths, row_scale, monkeypatch):
     batch = Batch(MASKS[mask], *widths, row_scale)
@@ -90,15 +91,15 @@ def test_split_tiles(monkeypatch):
     batch = Batch(MASKS["causal"], 64, 64, lengths=np.array([640]))
     monkeypatch.setattr(schedule, "WORKERS", 8)
     parts = [
-        schedule.forward_schedule(batch.plan, 1, 64, 8).parts,
-        schedule.backward_schedule(batch.plan, 1, 128, 64, 8).parts,
+        schedule.schedule_of(batch.plan, wanted).parts
+        for wanted in (WorkList.forward(1, 64, 8), WorkList.backward(1, BackwardConfig(128, 64, 2, workers=8)))
     ]
     assert all((np.asarray(x)[:, 3] > 1).any() for x in parts)
     arrays = batch.padded()
     with interpreted(monkeypatch):
         config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=8)
         batch.check({"out": mosaic_hopper.forward(*arrays[:3], batch.plan, batch.scale, 0.1, config)})
-        back = mosaic_hopper_vjp.BackwardConfig(stages=2, with_dq=False, workers=8)
+        back = BackwardConfig(128, 64, 2, passes=2, workers=8)
         wide = [jnp.pad(x, ((0, 0), (0, 0), (0, 64))) for x in arrays]
         _, dk, dv = mosaic_hopper_vjp.one_pass(*wide, batch.plan, batch.scale, 0.1, back)
     batch.check({"dk": dk[..., :64], "dv": dv[..., :64]})
@@ -114,9 +115,15 @@ def test_lists_of_work_cover_the_mask_once(mask, num_workers):
     size = schedule.rounded_up(rows)
     dense = np.zeros((size, size), bool)
     dense[:rows, :rows] = np.asarray(MASKS[mask].dense(offsets, rows, *counts))
-    check_work(schedule.forward_schedule(plan, heads, block, num_workers), dense, 128, block, heads, num_workers)
-    for tile in (64, 128):
-        check_work(schedule.backward_schedule(plan, heads, tile, block, num_workers), dense.T, tile, block, heads, num_workers)
+    back = [BackwardConfig(tile, block, 2, workers=num_workers) for tile in (64, 128)]
+    wanted = [WorkList.forward(heads, block, num_workers), *(WorkList.backward(heads, config) for config in back)]
+    together = schedule.with_schedules(plan, wanted)
+    for each in wanted:
+        work = schedule.schedule_of(together, each)
+        check_work(work, dense if each.name == "forward" else dense.T, each.tile, block, heads, num_workers)
+        alone = schedule.schedule_of(plan, each)
+        used = np.asarray(alone.records)[:, schedule.TILE] >= 0
+        np.testing.assert_array_equal(np.asarray(work.records)[: used.sum()], np.asarray(alone.records)[used])
 
 
 def check_work(work, dense, tile, block, heads, num_workers):

@@ -7,6 +7,7 @@ import pytest
 
 from kernels.hstu_attention import hstu_attention, make_plan
 from kernels.hstu_attention import mosaic_schedule as schedule
+from kernels.hstu_attention.mosaic_schedule import BackwardConfig, WorkList
 from kernels.hstu_attention.partial import partial_attention, partial_plan
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
 
@@ -81,8 +82,8 @@ def test_lists_of_the_hopper_kernels(mask):
     size = edge + ROWS
     seen = np.asarray(plan.keys.dense(0))  # without the diagonal
     for bounds, want in (
-        (schedule.backward_schedule(plan, 1, 128, 64, 4).bounds, seen.T[:edge]),
-        (schedule.forward_schedule(plan, 1, 64, 4).bounds, seen),
+        (schedule.schedule_of(plan, WorkList.backward(1, BackwardConfig(128, 64, 3, workers=4))).bounds, seen.T[:edge]),
+        (schedule.schedule_of(plan, WorkList.forward(1, 64, 4)).bounds, seen),
     ):
         lo, hi = np.asarray(bounds[0::2]), np.asarray(bounds[1::2])
         place = np.arange(size)

@@ -105,31 +105,11 @@ def feed_items(records_gm, counter_gm, s, load_block, begin, *, ahead, workers):
     draw_items(s["rec"], s["rec_full"], one_item)
 
 
-def add_to_memory(target_gm, value):
-    """Adds float32[64, N] in accumulator layout to global memory, two neighbours at a time, without waiting."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
-    def add(_, target, value):
-        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        row, column = _thread_place()
-        (stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
-        start = arith.addi(arith.muli(arith.extui(i64, row), mgpu.c(stride, i64)), arith.extui(i64, column))
-        base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(target))
-        base = mgpu.utils.getelementptr(base, [start], ir.F32Type.get())
-        for number, pair in enumerate(value.registers.flat):
-            offset = 4 * (number % 2 * 8 * stride + number // 2 * 8)
-            both = [llvm.extractelement(pair, mgpu.c(i, i32)) for i in range(2)]
-            text = f"red.global.relaxed.gpu.add.v2.f32 [$0+{offset}], {{$1, $2}};"
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), [base, *both], text, "l,f,f", has_side_effects=True)
-
-    add(target_gm, value)
-
-
 def keep_inside(arrays, intervals):
-    """`arrays` float32[64, N] in accumulator layout, 0 in columns that are in none of the row's `intervals`.
+    """`arrays` float32[64, N] in accumulator layout, N at most 128, 0 in columns that are in none of the row's `intervals`.
 
-    Written out per register, so that each comparison stands beside its selections: as whole-array operations the
-    compiler keeps a predicate of every element.
+    A thread has at most 32 columns of a row, and an interval is a run of them: so a word of bits says which to keep, whatever the number of
+    intervals, and the compiler turns its bits into predicates several at a time.
     """
     shape = arrays[0].shape
 
@@ -139,26 +119,36 @@ def keep_inside(arrays, intervals):
     )
     def keep(_, intervals, arrays):
         i32 = ir.IntegerType.get_signless(32)
-        zero = mgpu.c(0.0, ir.F32Type.get())
         _, column = _thread_place()
 
-        def ends(bound):  # of this thread's two rows, from its first column on
-            return [arith.subi(llvm.extractelement(x, mgpu.c(0, i32)), column) for x in bound.registers.flat]
+        def constant(x):
+            return mgpu.c(x, i32)
 
-        intervals = [(ends(lo), ends(hi)) for lo, hi in intervals]
+        def columns_before(end):
+            """How many of this thread's columns come before column `end`; it has two of every eight."""
+            end = arith.minsi(arith.maxsi(arith.subi(end, column), constant(0)), constant(shape[1]))
+            pairs = arith.muli(arith.shrui(end, constant(3)), constant(2))
+            return arith.addi(pairs, arith.minsi(arith.andi(end, constant(7)), constant(2)))
+
+        def bits(row):
+            word = None
+            for lo, hi in intervals:
+                first, stop = (columns_before(llvm.extractelement(x.registers.flat[row], constant(0))) for x in (lo, hi))
+                run = llvm.inline_asm(i32, [first, arith.subi(stop, first)], "bmsk.clamp.b32 $0, $1, $2;", "=r,r,r")
+                word = run if word is None else arith.ori(word, run)
+            return word
+
+        words = [bits(row) for row in range(2)]
+        zero = mgpu.c(0.0, ir.F32Type.get())
         out = [x.registers.copy() for x in arrays]
         for number, place in enumerate(np.ndindex(out[0].shape)):
             for i in range(2):
-                at = mgpu.c(number // 2 * 8 + i, i32)
-                seen = None
-                for lo, hi in intervals:
-                    after = arith.cmpi(arith.CmpIPredicate.sle, lo[number % 2], at)
-                    inside = arith.andi(after, arith.cmpi(arith.CmpIPredicate.sgt, hi[number % 2], at))
-                    seen = inside if seen is None else arith.ori(seen, inside)
+                bit = constant(1 << (number // 2 * 2 + i))
+                seen = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(words[number % 2], bit), constant(0))
                 for registers in out:
                     pair = registers[place]
-                    kept = arith.select(seen, llvm.extractelement(pair, mgpu.c(i, i32)), zero)
-                    registers[place] = llvm.insertelement(pair, kept, mgpu.c(i, i32))
+                    kept = arith.select(seen, llvm.extractelement(pair, constant(i)), zero)
+                    registers[place] = llvm.insertelement(pair, kept, constant(i))
         return tuple(mgpu.FragmentedArray(_registers=r, _layout=x.layout, _is_signed=None) for r, x in zip(out, arrays, strict=True))
 
     return keep(tuple(intervals), tuple(arrays))

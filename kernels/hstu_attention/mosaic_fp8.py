@@ -6,7 +6,6 @@ comes transposed, made beforehand; and they want P's four neighbouring keys in a
 since a sum may take its keys in any order, V's keys are permuted instead of P's.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from kernels.hstu_attention import mosaic_hopper
 from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention.mosaic_device import ROW, draw_items, feed_items, launch, open_rings, record_scratch, ring, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
+from kernels.hstu_attention.mosaic_schedule import WorkList
 from kernels.hstu_attention.plan import AttentionPlan
 
 FP8 = jnp.float8_e4m3fn
@@ -90,9 +90,7 @@ _attend.defvjp(_attend_fwd, lambda alpha, saved, g: (None, None, None))
 
 def prepare(plan: AttentionPlan, heads: int) -> AttentionPlan:
     """The plan with the list of work that this implementation needs: made once a batch, used by every layer."""
-    name = schedule.forward_name(heads, BLOCK_K, schedule.WORKERS)
-    work = schedule.forward_schedule(plan, heads, BLOCK_K, schedule.WORKERS)
-    return dataclasses.replace(plan, stored={**plan.stored, name: work})
+    return schedule.with_schedules(plan, [WorkList.forward(heads, BLOCK_K, schedule.WORKERS)])
 
 
 def quantize(q: Float[Array, "T H K"], k: Float[Array, "T H K"], v: Float[Array, "T H V"], plan: AttentionPlan) -> Operands:
@@ -147,7 +145,7 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
     width_v = x.v.shape[1]
     stages, q_slots = stages_of(width, width_v)
     workers = schedule.WORKERS
-    work = schedule.forward_schedule(plan, heads, BLOCK_K, workers)
+    work = schedule.schedule_of(plan, WorkList.forward(heads, BLOCK_K, workers))
     scales = schedule.row_scales(scale, plan, rows)
     v_scale = x.v_scale / WEIGHT_SCALE
 

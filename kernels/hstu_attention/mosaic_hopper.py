@@ -23,6 +23,7 @@ from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.mosaic_device import ROW, Item, feed_items, launch, load_rows, open_rings, record_scratch, ring, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
+from kernels.hstu_attention.mosaic_schedule import WorkList
 from kernels.hstu_attention.plan import AttentionPlan
 
 TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
@@ -86,18 +87,10 @@ def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int, determi
     deterministic: with that of the second backward pass.
     """
     config, back = forward_config(k_width, v_width, plan), vjp.backward_config(*vjp.padded_widths(k_width, v_width), plan)
-    lists = {
-        schedule.forward_name(heads, config.block_k, config.workers): schedule.forward_schedule(
-            plan, heads, config.block_k, config.workers
-        ),
-        schedule.backward_name(heads, back.tile, back.block_q, back.workers): schedule.backward_schedule(
-            plan, heads, back.tile, back.block_q, back.workers
-        ),
-    }
-    if deterministic:
-        block, workers = dq.BLOCK, schedule.WORKERS
-        lists[schedule.forward_name(heads, block, workers)] = schedule.forward_schedule(plan, heads, block, workers)
-    return dataclasses.replace(plan, stored={**plan.stored, **lists})
+    lists = [WorkList.forward(heads, config.block_k, config.workers), WorkList.backward(heads, back)]
+    if deterministic or back.passes == 2:
+        lists.append(dq.work_list(heads))
+    return schedule.with_schedules(plan, list(dict.fromkeys(lists)))
 
 
 def unsupported(dtype: Any, k_width: int, v_width: int, bias: Any) -> str | None:
@@ -147,7 +140,7 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
     dtype = q.dtype
     config = config or forward_config(width, width_v, plan)
     block_k, stages = config.block_k, config.stages
-    work = schedule.forward_schedule(plan, heads, block_k, config.workers)
+    work = schedule.schedule_of(plan, WorkList.forward(heads, block_k, config.workers))
     scale_in_rows = scale.ndim == 1
     scales = schedule.row_scales(scale, plan, rows) if scale_in_rows else scale.reshape(1)
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from kernels.hstu_attention import mosaic_hopper_vjp_wide as wide
 from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.mosaic_device import (
-    add_to_memory,
     draw_items,
     feed_items,
     launch,
@@ -30,6 +30,7 @@ from kernels.hstu_attention.mosaic_device import (
 )
 from kernels.hstu_attention.mosaic_hopper_dq import query_gradients
 from kernels.hstu_attention.mosaic_parts import write_sums
+from kernels.hstu_attention.mosaic_schedule import BackwardConfig, WorkList
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.zeros import zeros_after
 
@@ -37,31 +38,16 @@ RECORDS = 2  # of work items, in shared memory at a time
 AHEAD = 2  # blocks before the end of an item at which the next one is drawn
 
 
-@dataclasses.dataclass(frozen=True)
-class BackwardConfig:
-    by_columns: bool = False  # warpgroups share columns, not keys
-    block_q: int = 64  # rows a step
-    stages: int = 3  # of the ring of rows and their gradients
-    with_dq: bool = True  # False: dK and dV only, for the two-pass backward
-    workers: int = schedule.WORKERS
-    registers: tuple[int, int] = (
-        240,
-        24,
-    )  # compute, feed; 2 x compute + feed <= 504, what a launch of three warpgroups has
-
-    @property
-    def tile(self) -> int:
-        """Keys of a work item."""
-        return 64 if self.by_columns else 128
-
-
 def backward_config(k_width: int, v_width: int, plan: AttentionPlan) -> BackwardConfig:
     """For widths as `padded_widths` leaves them. Of the table of measurements where it has this call, else what fits shared memory."""
-    if max(k_width, v_width) == 64:
-        config = BackwardConfig(block_q=128, stages=2, workers=schedule.WORKERS)
+    widest = max(k_width, v_width)
+    if widest > 128:
+        config = BackwardConfig(tile=64, block_q=64, stages=2)
+    elif widest > 64:
+        config = BackwardConfig(tile=128, block_q=64, stages=3)
     else:
-        by_columns = max(k_width, v_width) > 128
-        config = BackwardConfig(by_columns=by_columns, stages=2 if by_columns else 3, workers=schedule.WORKERS)
+        config = BackwardConfig(tile=128, block_q=128, stages=2)
+    config = dataclasses.replace(config, workers=schedule.WORKERS)
     found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
     values: Any = {} if found is None else found["backward"]
     return dataclasses.replace(config, **values)
@@ -72,11 +58,21 @@ def padded_widths(k_width: int, v_width: int) -> tuple[int, int]:
     return (64, 64) if k_width == v_width == 64 else (max(k_width, 128), max(v_width, 128))
 
 
-def gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, deterministic: bool) -> Any:
+def gradients(
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    plan: AttentionPlan,
+    scale: Array,
+    alpha: float,
+    deterministic: bool,
+    config: BackwardConfig | None = None,
+) -> Any:
     """(dQ, dK, dV) of padded buffers (T a multiple of 128).
 
-    deterministic: dQ in a pass of its own, seven products a pair instead of five. Otherwise every key tile adds its
-    part of dQ to float32 memory, in the order in which they come.
+    In one pass every key tile adds its part of dQ to float32 memory, in the order in which they come; in two, dQ has one of its own, seven
+    products a pair instead of five. deterministic: two.
     """
     widths = k_width, v_width = q.shape[2], v.shape[2]
     k_wide, v_wide = padded_widths(*widths)
@@ -84,12 +80,13 @@ def gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scal
     v, do = (jnp.pad(x, ((0, 0), (0, 0), (0, v_wide - v_width))) for x in (v, do))
     if scale.ndim == 1:
         do, scale = _scaled_rows(do, schedule.row_scales(scale, plan, q.shape[0]))
-    config = backward_config(k_wide, v_wide, plan)
+    config = config or backward_config(k_wide, v_wide, plan)
     if deterministic:
-        _, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, dataclasses.replace(config, with_dq=False))
+        config = dataclasses.replace(config, passes=2)
+    run = wide.one_pass if max(k_wide, v_wide) > 128 else one_pass
+    dq, dk, dv = run(q, k, v, do, plan, scale, alpha, config)
+    if dq is None:
         dq = query_gradients(q, k, v, do, plan, scale, alpha)
-    else:
-        dq, dk, dv = one_pass(q, k, v, do, plan, scale, alpha, config)
     return dq[..., :k_width], dk[..., :k_width], dv[..., :v_width]
 
 
@@ -101,23 +98,20 @@ def _scaled_rows(do: Array, scale_T: Array) -> tuple[Array, Array]:
 
 
 def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
+    """(dQ or None, dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number.
+
+    Each computing warpgroup has half of the keys of a tile, and of dQ half of the columns (or rows, at width 64).
+    """
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype = q.dtype
-    block_q, stages = config.block_q, config.stages
-    # Accumulators of 128 keys x 256 columns do not fit the registers: then a tile has 64 keys, both warpgroups make
-    # its scores, and each keeps half of the columns of dK, dV and dQ. Otherwise each keeps half of the keys, and of
-    # dQ half of the columns (or rows).
-    by_columns = config.by_columns
-    tile = config.tile
-    k_mine, v_mine = (width // 2, width_v // 2) if by_columns else (width, width_v)
+    tile, block_q, stages, with_dq = config.tile, config.block_q, config.stages, config.passes == 1
     dq_shape = (block_q // 2, width) if width == 64 else (block_q, 64)
-    exchanged = config.with_dq and not by_columns  # dQ needs the slopes of both warpgroups
     # For dK, dS is a left operand in shared memory where registers are scarcest, else in registers, which is faster.
-    slopes_from_memory = by_columns or block_q == 128
+    slopes_from_memory = block_q == 128
     intervals = 1 if slopes_from_memory and plan.rows_in_one_piece else 3
-    out_slots = 1 if by_columns else 2 if block_q == 128 else 0
-    work = schedule.backward_schedule(plan, heads, tile, block_q, config.workers)
+    out_slots = 2 if block_q == 128 else 0
+    work = schedule.schedule_of(plan, WorkList.backward(heads, config))
     factor = scale.reshape(1)
 
     def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
@@ -126,12 +120,10 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
         @pl.when(wg < 2)
         def _compute():
-            plgpu.set_max_registers(config.registers[0], action="increase")
+            plgpu.set_max_registers(240, action="increase")  # 2 x 240 + 24 = 504: what a launch of three warpgroups has
             open_rings(s, kv=1, row=stages, ds=2, rec=RECORDS)
-            my_ds = pl.ds(wg * 64, 64)  # rows of the dS buffers
-            mine = pl.ds(0, 64) if by_columns else my_ds  # keys of the tile
-            k_columns, v_columns = (pl.ds(pl.multiple_of(wg * n, 64) if by_columns else 0, n) for n in (k_mine, v_mine))
-            key_of = lambda item: item.tile * tile + (0 if by_columns else wg * 64)  # noqa: E731
+            mine = pl.ds(wg * 64, 64)  # keys of the tile
+            key_of = lambda item: item.tile * tile + wg * 64  # noqa: E731
             if width > 64:
                 my_rows, my_columns = pl.ds(0, block_q), pl.ds(pl.multiple_of(wg * (width // 2), 64), width // 2)
             else:
@@ -141,13 +133,9 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                 nearest = item.bounds(bounds_gm, key_of(item))
                 plgpu.barrier_wait(s["kv_full"])
 
-                def send_dq(dq, i, first_column=0):
+                def send_dq(dq, i):
                     """Adds this warpgroup's part of dQ of block i to memory."""
                     rows = pl.ds(item.block(i) * block_q + my_rows.start, my_rows.size)
-                    if by_columns:
-                        columns = pl.ds(my_columns.start + first_column, dq.shape[1])
-                        add_to_memory(dq_gm.at[rows, item.head, columns], dq)
-                        return
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     s["dq"].at[wg][...] = dq
                     plgpu.commit_smem()
@@ -177,19 +165,18 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                             ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
                             return (half * w).astype(dtype), ds.astype(dtype)
 
-                        ds_slot = 0 if by_columns else ds_now
-                        my_slopes = s["ds"].at[ds_slot, my_ds]
+                        my_slopes = s["ds"].at[ds_now, mine]
 
                         def store_slopes(c, ds16):
-                            if c == 0 and exchanged:
+                            if c == 0 and with_dq:
                                 plgpu.barrier_wait(s["ds_empty"].at[ds_now])
                             my_slopes.at[:, pl.ds(c, 64)][...] = ds16
                             plgpu.commit_smem()
 
                         def key_products(c, p16, ds16):
-                            plgpu.wgmma(dv, p16, s["do"].at[now, pl.ds(c, 64), v_columns])
+                            plgpu.wgmma(dv, p16, s["do"].at[now, pl.ds(c, 64)])
                             slopes = my_slopes.at[:, pl.ds(c, 64)] if slopes_from_memory else ds16
-                            plgpu.wgmma(dk, slopes, s["q"].at[now, pl.ds(c, 64), k_columns])
+                            plgpu.wgmma(dk, slopes, s["q"].at[now, pl.ds(c, 64)])
 
                         def first_scores(s_acc):
                             plgpu.wgmma(s_acc, my_k, s["q"].at[now, pl.ds(0, 64)].T)
@@ -220,20 +207,10 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                         store_slopes(columns[-1], weighed[1])
                         last_products = functools.partial(key_products, columns[-1], *weighed)
 
-                        if not config.with_dq:
+                        if not with_dq:
+                            if len(columns) > 1:  # or the compiler serialises the products
+                                plgpu.wgmma_wait(1)
                             last_products()
-                        elif by_columns:
-                            for c in range(0, k_mine, 64):
-
-                                def products(dq_acc, c=c):
-                                    mine = pl.ds(pl.multiple_of(k_columns.start, 64) + c, 64)
-                                    plgpu.wgmma(dq_acc, my_slopes.T, s["k"].at[:, mine])
-                                    if c + 64 == k_mine:
-                                        last_products()
-                                    pending = 2 if c + 64 == k_mine else 0
-                                    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=pending))
-
-                                send_dq(pl.run_scoped(products, plgpu.ACC(dq_shape, jnp.float32)), i, c)
                         else:
                             plgpu.barrier_arrive(s["ds_full"].at[ds_now])
                             # dQ of the block before, of which the other warpgroup has its half by now. (There is
@@ -255,7 +232,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
                     count = item.count
                     lax.fori_loop(0, count, one, None)
-                    if exchanged:
+                    if with_dq:
                         ds_last = lax.rem(step + count - 1, 2)
                         plgpu.barrier_wait(s["ds_full"].at[ds_last])
 
@@ -271,25 +248,20 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                     plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + count - 1, stages)])
                     return dk[...], dv[...]
 
-                dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, k_mine), jnp.float32), plgpu.ACC((64, v_mine), jnp.float32))
+                dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32), plgpu.ACC((64, width_v), jnp.float32))
                 plgpu.barrier_arrive(s["kv_empty"])
                 key0, head, part = key_of(item), item.head, item.slot
                 ds_slot = lax.rem(step + item.count, 2)
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
                 # dK and dV leave through buffers of their own, or through this warpgroup's part of a dS buffer
-                outs = [s["o"].at[wg, n] for n in range(out_slots)] or [s["ds"].at[ds_slot, my_ds]]
+                outs = [s["o"].at[wg, n] for n in range(out_slots)] or [s["ds"].at[ds_slot, mine]]
                 others = len(outs) - 1
                 if not out_slots:
                     plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
                 factor = factor_gm[0]
-                outputs = (
-                    (dv, factor, dv_gm, dv_part_gm, v_columns),
-                    (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm, k_columns),
-                )
-                for grad, times, gm, part_gm, grad_columns in outputs:
+                for grad, times, gm, part_gm in ((dv, factor, dv_gm, dv_part_gm), (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm)):
                     for c in range(0, grad.shape[1], 64):
-                        chunk = grad[:, c : c + 64] * times
-                        columns = pl.ds(grad_columns.start + c, 64)
+                        chunk, columns = grad[:, c : c + 64] * times, pl.ds(c, 64)
                         outs = [*outs[1:], outs[0]]
 
                         @pl.when(part < 0)
@@ -312,7 +284,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
         @pl.when(wg == 2)
         def _feed():
-            plgpu.set_max_registers(config.registers[1], action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
             tail_first = tail_first_gm[0]
 
             def keys_and_values(item):
@@ -332,7 +304,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
             feed_items(records_gm, counter_gm, s, rows_and_gradients, lambda item, slot: None, ahead=AHEAD, workers=config.workers)
 
-    dq = jax.new_ref(zeros_after(do, q.shape if config.with_dq else (1, 1, 1)))
+    dq = jax.new_ref(zeros_after(do, q.shape if with_dq else (1, 1, 1)))
     slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
     tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
     dk, dv, dk_parts, dv_parts = launch(
@@ -344,8 +316,8 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             v=swizzled((tile, width_v), dtype),
             q=swizzled((stages, block_q, width), dtype),
             do=swizzled((stages, block_q, width_v), dtype),
-            ds=swizzled((1 if by_columns else 2, 128, block_q), dtype),
-            **({"dq": swizzled((2, *dq_shape), jnp.float32)} if exchanged else {}),
+            ds=swizzled((2, tile, block_q), dtype),
+            **({"dq": swizzled((2, *dq_shape), jnp.float32)} if with_dq else {}),
             **({"o": swizzled((2, out_slots, 64, 64), dtype)} if out_slots else {}),
             **record_scratch(RECORDS),
             **ring("kv", 1, filled=2),
@@ -361,5 +333,5 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
         workers=config.workers,
     )
     dk, dv = write_sums(work.parts, [(dk_parts, dk), (dv_parts, dv)], heads)
-    dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if config.with_dq else None
+    dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if with_dq else None
     return dq_THK, dk, dv

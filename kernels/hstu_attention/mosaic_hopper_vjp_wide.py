@@ -5,7 +5,6 @@ computing warpgroups share the work by gradient: one makes the weights P and the
 sums dV, and makes dQ of each row block and adds it to memory. Five products a pair, none of them twice.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -19,6 +18,7 @@ from jaxtyping import Array
 from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention.mosaic_device import draw_items, feed_items, launch, load_rows, open_rings, record_scratch, ring, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
+from kernels.hstu_attention.mosaic_schedule import BackwardConfig, WorkList
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.zeros import zeros_after
 
@@ -28,24 +28,14 @@ COLUMNS = 128  # of dQ that are made at a time
 SENT = 32  # of them added to memory at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class WideConfig:
-    stages: int = 2  # of the ring of rows and their gradients
-    with_dq: bool = True  # False: dK and dV only, for the two-pass backward
-    workers: int = schedule.WORKERS
-
-    tile = 64  # keys of a work item
-    block_q = 64  # rows a step
-
-
-def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: WideConfig) -> Any:
+def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
     """(dQ or None, dK, dV) of padded buffers (T a multiple of 128), widths 128 and 256; `scale` is one number."""
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype = q.dtype
-    tile, block_q, stages = config.tile, config.block_q, config.stages
+    tile, block_q, stages, with_dq = config.tile, config.block_q, config.stages, config.passes == 1
     intervals = 1 if plan.rows_in_one_piece else 3
-    work = schedule.backward_schedule(plan, heads, tile, block_q, config.workers)
+    work = schedule.schedule_of(plan, WorkList.backward(heads, config))
     factor = scale.reshape(1)
 
     def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
@@ -147,7 +137,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                             plgpu.barrier_arrive(s["weights_empty"])
                             plgpu.barrier_arrive(s["row_empty"].at[now])
 
-                        if not config.with_dq:
+                        if not with_dq:
                             plgpu.wgmma(dv, s["p"], s["do"].at[now])
                             release()
                             return
@@ -198,7 +188,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
             feed_items(records_gm, counter_gm, s, rows_and_gradients, lambda item, slot: None, ahead=AHEAD, workers=config.workers)
 
-    dq = jax.new_ref(zeros_after(do, q.shape if config.with_dq else (1, 1, 1)))
+    dq = jax.new_ref(zeros_after(do, q.shape if with_dq else (1, 1, 1)))
     slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
     tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
     dk, dv, dk_parts, dv_parts = launch(
@@ -212,7 +202,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             do=swizzled((stages, block_q, width_v), dtype),
             p=swizzled((tile, block_q), dtype),
             ds=swizzled((tile, block_q), dtype),
-            **({"dq": swizzled((2, block_q, SENT), jnp.float32)} if config.with_dq else {}),
+            **({"dq": swizzled((2, block_q, SENT), jnp.float32)} if with_dq else {}),
             **record_scratch(RECORDS),
             **ring("kv", 1, filled=2),
             **ring("row", stages, filled=2),
@@ -227,5 +217,5 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
         workers=config.workers,
     )
     dk, dv = write_sums(work.parts, [(dk_parts, dk), (dv_parts, dv)], heads)
-    dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if config.with_dq else None
+    dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if with_dq else None
     return dq_THK, dk, dv

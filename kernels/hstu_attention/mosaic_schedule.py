@@ -6,8 +6,12 @@ the scheduling there is. The same code makes the forward's list (tiles of query 
 backward's (tiles of keys, blocks of query rows).
 """
 
+import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
@@ -61,26 +65,94 @@ class Schedule(NamedTuple):
     tail: Int[Array, " 1"]
 
 
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """Attributes:
+    tile: keys of a work item.
+    block_q: rows a step.
+    stages: of the ring of rows and their gradients.
+    passes: 1 adds up dQ in memory while dK and dV are made; 2 makes it in a pass of its own, deterministic.
+    workers: thread blocks, one an SM.
+    """
+
+    tile: int
+    block_q: int
+    stages: int
+    passes: int = 1
+    workers: int = WORKERS
+
+
 def rounded_up(rows: int) -> int:
     return -(-rows // TAIL) * TAIL
 
 
-def forward_name(heads: int, block_k: int, workers: int) -> str:
-    return f"mosaic forward, {heads} heads, {block_k} keys, {workers} workers"
+class WorkList(NamedTuple):
+    """What a list of work is made for: `forward(block_k)` or `backward(tile, block_q)`, for a number of heads and of thread blocks."""
+
+    name: str
+    tile: int
+    block: int
+    heads: int
+    workers: int
+
+    @staticmethod
+    def forward(heads: int, block_k: int, workers: int) -> "WorkList":
+        """Tiles of 128 query rows over blocks of keys."""
+        return WorkList("forward", TAIL, block_k, heads, workers)
+
+    @staticmethod
+    def backward(heads: int, config: BackwardConfig) -> "WorkList":
+        """Tiles of keys over blocks of query rows."""
+        return WorkList("backward", config.tile, config.block_q, heads, config.workers)
+
+    def __str__(self) -> str:
+        return f"mosaic {self.name}, {self.heads} heads, {self.tile} x {self.block}, {self.workers} workers"
 
 
-def backward_name(heads: int, tile: int, block_q: int, workers: int) -> str:
-    return f"mosaic backward, {heads} heads, {tile} keys, {block_q} rows, {workers} workers"
+def schedule_of(plan: AttentionPlan, wanted: WorkList) -> Schedule:
+    """A list of work: from `plan.stored` if it is there (see `with_schedules`), else made here."""
+    stored = plan.stored.get(str(wanted))
+    return _schedules(plan, [wanted])[0] if stored is None else stored
 
 
-def forward_schedule(plan: AttentionPlan, heads: int, block_k: int, workers: int) -> Schedule:
-    """Tiles of 128 query rows over blocks of keys.
+def with_schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> AttentionPlan:
+    """The plan with these lists of work. They are made together, in fewer kernels than one after another."""
+    made = zip(wanted, _schedules(plan, wanted), strict=True)
+    return dataclasses.replace(plan, stored={**plan.stored, **{str(name): schedule for name, schedule in made}})
 
-    Taken from `plan.stored` if it is there (see `mosaic_hopper.prepare`).
-    """
-    stored = plan.stored.get(forward_name(heads, block_k, workers))
-    if stored is not None:
-        return stored
+
+def _schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> list[Schedule]:
+    met = [(_forward_tiles if each.name == "forward" else _backward_tiles)(plan, each) for each in wanted]
+    heads, workers = wanted[0].heads, wanted[0].workers
+    items = make_items([tiles for tiles, _ in met], heads, workers)
+    return [Schedule(*item, bounds, _tail(plan)) for item, (_, bounds) in zip(items, met, strict=True)]
+
+
+class _Tiles(NamedTuple):
+    """Which blocks each tile meets: three ascending, disjoint ranges, and the ranges of blocks that need no mask (FULL) or more than one interval (OTHER)."""
+
+    lo: Int[Array, "tiles 3"]
+    hi: Int[Array, "tiles 3"]
+    classes: Int[Array, "tiles 10"]
+
+
+def _tiles_of(lo: Array, hi: Array, ranges: Any, tile: int, block: int) -> tuple[_Tiles, Array]:
+    """(tiles, bounds), from three intervals `(lo [T], hi [T])` for each row of the tiles."""
+    tiles = ranges[0][0].shape[0] // tile
+    lo, hi = (jnp.pad(x, ((0, tiles - x.shape[0]), (0, 0))) for x in (lo, hi))
+    # A tile that meets nothing is padding; it takes a block of its own rows, masked, so that its result is written,
+    # as zeros.
+    own = jnp.arange(tiles, dtype=jnp.int32) * tile // block
+    nothing = (hi <= lo).all(1)
+    first = jnp.arange(3)[None, :] == 0
+    lo = jnp.where(first & nothing[:, None], own[:, None], lo)
+    hi = jnp.where(first & nothing[:, None], own[:, None] + 1, hi)
+    full = [x for begin, end in ranges for x in _common(begin, end, tile, block)]
+    other = [x for begin, end in ranges[1:] for x in _hull(begin, end, tile, block)]
+    return _Tiles(lo, hi, jnp.stack([*full, *other], axis=1)), jnp.stack([x for pair in ranges for x in pair])
+
+
+def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array]:
     rows = rounded_up(plan.num_rows)
     lo0, hi0, lo1, hi1 = (jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.keys)
     row = jnp.arange(rows, dtype=jnp.int32)
@@ -100,19 +172,11 @@ def forward_schedule(plan: AttentionPlan, heads: int, block_k: int, workers: int
             jnp.where(alone, own_hi, jnp.where(left | right, 0, hi1)),
         ),
     )
-    bounds = plan.tile_bounds(TAIL, block_k)
-    records, parts = make_items(bounds.key_lo, bounds.key_hi, ranges, TAIL, block_k, heads, workers)
-    return Schedule(records, parts, jnp.stack([x for pair in ranges for x in pair]), _tail(plan))
+    bounds = plan.tile_bounds(wanted.tile, wanted.block)
+    return _tiles_of(bounds.key_lo, bounds.key_hi, ranges, wanted.tile, wanted.block)
 
 
-def backward_schedule(plan: AttentionPlan, heads: int, tile: int, block_q: int, workers: int) -> Schedule:
-    """Tiles of `tile` keys over blocks of query rows.
-
-    Taken from `plan.stored` if it is there.
-    """
-    stored = plan.stored.get(backward_name(heads, tile, block_q, workers))
-    if stored is not None:
-        return stored
+def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array]:
     rows = rounded_up(plan.num_rows)
     ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.rows)
     key_T = jnp.arange(rows, dtype=jnp.int32)
@@ -121,10 +185,9 @@ def backward_schedule(plan: AttentionPlan, heads: int, tile: int, block_q: int, 
     apart = (near_hi > near_lo) & (near_lo != key_T + 1)
     near_lo = jnp.where(apart, near_lo, jnp.where(real, key_T, 0))
     near_hi = jnp.where(apart, near_hi, jnp.where(real, jnp.maximum(near_hi, key_T + 1), 0))
-    bounds = plan.tile_bounds(block_q, tile)
+    bounds = plan.tile_bounds(wanted.block, wanted.tile)
     ranges = ((near_lo, near_hi), (ctx_lo, ctx_hi), (tail_lo, tail_hi))
-    records, parts = make_items(bounds.row_lo, bounds.row_hi, ranges, tile, block_q, heads, workers)
-    return Schedule(records, parts, jnp.stack([x for pair in ranges for x in pair]), _tail(plan))
+    return _tiles_of(bounds.row_lo, bounds.row_hi, ranges, wanted.tile, wanted.block)
 
 
 def _tail(plan: AttentionPlan) -> Array:
@@ -165,76 +228,79 @@ def capacity(tiles: int, heads: int, workers: int) -> tuple[int, int]:
     return splits, 7 * workers // (2 * heads) + 1 + splits
 
 
-def make_items(lo: Array, hi: Array, ranges: Any, tile: int, block: int, heads: int, workers: int) -> tuple[Array, Array]:
-    """Records and parts for `workers` thread blocks.
+def make_items(lists: Sequence[_Tiles], heads: int, workers: int) -> list[tuple[Array, Array]]:
+    """(records, parts) of each list, for `workers` thread blocks; every tile is done once a head."""
+    sizes = [tiles.lo.shape[0] for tiles in lists]
+    padded = [jax.tree.map(lambda x: jnp.pad(x, ((0, max(sizes) - x.shape[0]), (0, 0))), tiles) for tiles in lists]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *padded)
+    records, parts = jax.vmap(functools.partial(_pack, heads=heads, workers=workers))(stacked, jnp.asarray(sizes, jnp.int32))
+    return [(records[i], parts[i]) for i in range(len(lists))]
 
-    Args:
-      lo, hi: `[tiles, 3]`, ascending disjoint ranges of blocks that each tile meets.
-      ranges: three intervals `(lo [T], hi [T])` for each row of the tiles.
-      tile, block: their sizes.
-      heads: every tile is done once a head.
-    """
-    tiles = ranges[0][0].shape[0] // tile
-    lo, hi = (jnp.pad(x, ((0, tiles - x.shape[0]), (0, 0))) for x in (lo, hi))
-    # A tile that meets nothing is padding; it takes a block of its own rows, masked, so that its result is written,
-    # as zeros.
-    own = jnp.arange(tiles, dtype=jnp.int32) * tile // block
-    nothing = (hi <= lo).all(1)
-    lo = lo.at[:, 0].set(jnp.where(nothing, own, lo[:, 0]))
-    hi = hi.at[:, 0].set(jnp.where(nothing, own + 1, hi[:, 0]))
-    count = (hi - lo).sum(1)
+
+def _pack(x: _Tiles, num_tiles: Array, *, heads: int, workers: int) -> tuple[Array, Array]:
+    tiles = x.lo.shape[0]
+    splits, slots = capacity(tiles, heads, workers)
+    exists = jnp.arange(tiles) < num_tiles
+    size = x.hi - x.lo
+    count = size.sum(1)
     overhead = 2  # what beginning and ending an item costs, in blocks
-    share = ((count + overhead).sum() * heads) // workers  # blocks that each worker should do
+    share = (jnp.where(exists, count + overhead, 0).sum() * heads) // workers  # blocks that each worker should do
     # A tile is split when it alone is most of a worker's share, into pieces small enough to be packed.
     piece = jnp.maximum(share // 3, 4 * overhead)
     pieces = jnp.where(4 * count > 3 * jnp.maximum(share, 4 * overhead), -(-count // piece), 1)
-    splits, slots = capacity(tiles, heads, workers)
-    full = [x for begin, end in ranges for x in _common(begin, end, tile, block)]
-    other = [x for begin, end in ranges[1:] for x in _hull(begin, end, tile, block)]
-    return _pack(lo, hi, [*full, *other], heads, count, pieces, splits, slots)
+    pieces = jnp.where(exists, pieces, 0)
+    split = pieces > 1
+    before = _sum_before(pieces)
+    first_slot = _sum_before(jnp.where(split, pieces, 0))
 
-
-def _pack(lo: Any, hi: Any, classes: list[Array], heads: int, count: Any, pieces: Any, splits: int, slots: int) -> tuple[Array, Array]:
-    tiles = lo.shape[0]
-    capacity = tiles + slots - splits
-    total = jnp.cumsum(pieces)
-    item = jnp.arange(capacity, dtype=jnp.int32)
-    tile = jnp.minimum(jnp.searchsorted(total, item, side="right", method="scan_unrolled").astype(jnp.int32), tiles - 1)
-    used = item < total[-1]
-    part = item - (total - pieces)[tile]
+    item = jnp.arange(tiles + slots - splits, dtype=jnp.int32)
+    tile = jnp.maximum(_count_up_to(before, item) - 1, 0)
+    tile = jnp.minimum(tile, num_tiles - 1)
+    num_items = pieces.sum()
+    used = item < num_items
+    part = item - before[tile]
     begin = (part * count[tile]) // pieces[tile]
     end = ((part + 1) * count[tile]) // pieces[tile]
-    split = pieces > 1
-    first_slot = jnp.cumsum(jnp.where(split, pieces, 0)) - pieces
     slot = jnp.where(split[tile], first_slot[tile] + part, -1)
-
-    size = hi - lo
-    nothing = jnp.zeros((capacity,), jnp.int32)
-    columns: list[Any] = [nothing] * RECORD
-    columns[TILE] = jnp.where(used, tile, -1)
-    columns[COUNT], columns[SLOT] = end - begin, slot
     cut1 = size[:, 0]
     cut2 = cut1 + size[:, 1]
-    columns[CUT1], columns[CUT2] = cut1[tile] - begin, cut2[tile] - begin
-    for i, shift in enumerate((lo[:, 0], lo[:, 1] - cut1, lo[:, 2] - cut2)):
-        columns[SHIFT0 + i] = shift[tile] + begin
-    for i, column in enumerate(classes):
-        columns[FULL0 + i] = column[tile]
+    of_tile = jnp.stack([cut1, cut2, x.lo[:, 0], x.lo[:, 1] - cut1, x.lo[:, 2] - cut2], axis=1)[tile]
+    moved = of_tile + jnp.stack([-begin, -begin, begin, begin, begin], axis=1)  # CUT1, CUT2, SHIFT0, SHIFT1, SHIFT2
+    own = jnp.stack([jnp.where(used, tile, -1), jnp.zeros_like(tile), end - begin, slot], axis=1)  # TILE, HEAD, COUNT, SLOT
+    table = jnp.concatenate([own, moved, x.classes[tile]], axis=1)
+    table = jnp.pad(table, ((0, 0), (0, RECORD - table.shape[1]))).astype(jnp.int32)
 
     order = jnp.argsort(jnp.where(used, begin - end, 1), stable=True)
     # Head after head: what runs at a time then reads keys and values of one or two heads, which the L2 cache holds.
-    number = jnp.arange(capacity * heads + 1, dtype=jnp.int32)
-    head, at = number // total[-1], order[number % total[-1]]
-    columns = [column[at] for column in columns]
-    columns[TILE] = jnp.where(head < heads, columns[TILE], -1)
-    columns[HEAD] = head
-    columns[SLOT] = jnp.where(columns[SLOT] < 0, -1, columns[SLOT] * heads + head)
-    records = jnp.stack(columns, axis=1).astype(jnp.int32)
+    number = jnp.arange(item.shape[0] * heads + 1, dtype=jnp.int32)
+    head, at = (number // num_items)[:, None], order[number % num_items]
+    column = jnp.arange(RECORD)[None, :]
+    records = table[at]
+    records = jnp.where((column == TILE) & (head >= heads), -1, jnp.where(column == HEAD, head, records))
+    records = jnp.where((column == SLOT) & (records >= 0), records * heads + head, records)
 
     number = jnp.arange(splits * heads, dtype=jnp.int32)
     head, rank = number % heads, number // heads
-    tile = jnp.searchsorted(jnp.cumsum(split), rank + 1, method="scan_unrolled").astype(jnp.int32)  # the rank-th split one
+    tile = _count_up_to(_sum_before(split.astype(jnp.int32)) + split, rank)  # the rank-th split one
     there = tile < tiles
     tile = jnp.where(there, tile, 0)
     parts = jnp.stack([tile, head, first_slot[tile] * heads + head, jnp.where(there, pieces[tile], 0)], axis=1)
     return records, parts.astype(jnp.int32)
+
+
+SMALL = 2048  # numbers up to which comparing each with each, one kernel, is faster than a scan or a search, which are several
+
+
+def _sum_before(x: Array) -> Array:
+    """Sum of the numbers before each."""
+    if x.shape[0] > SMALL:
+        return jnp.cumsum(x) - x
+    place = jnp.arange(x.shape[0])
+    return jnp.where(place[None, :] < place[:, None], x[None, :], 0).sum(1)
+
+
+def _count_up_to(ascending: Array, values: Array) -> Array:
+    """How many of `ascending` are at most each of `values`, which ascend too."""
+    if ascending.shape[0] > SMALL:
+        return jnp.searchsorted(ascending, values, side="right", method="scan_unrolled").astype(jnp.int32)
+    return (ascending[None, :] <= values[:, None]).sum(1, dtype=jnp.int32)
