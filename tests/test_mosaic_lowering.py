@@ -52,26 +52,32 @@ def kernels(text):
     return text.count("custom_call @mosaic_gpu_v2")
 
 
+def passes_of(mask):
+    """Forward and backward, which is two where there is a window, and after each the sums of split tiles."""
+    return 4 if mask.window is None else 6
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_workloads(name):
     w = WORKLOADS[name]
     text = lower(w.rows, w.heads, w.k_width, w.v_width, w.mask, w.dtype, batch=len(w.lengths))
-    assert kernels(text) == 4  # forward, backward, and after each the sums of split tiles
+    assert kernels(text) == passes_of(w.mask)
 
 
 @pytest.mark.parametrize(("k_width", "v_width"), [(64, 128), (128, 64), (64, 256), (256, 128), (256, 256)])
 def test_widths(k_width, v_width):
-    assert kernels(lower(1500, 2, k_width, v_width, MASKS["full rows"], "float16")) == 4
+    for mask in (MASKS["causal"], MASKS["full rows"]):
+        assert kernels(lower(1500, 2, k_width, v_width, mask, "float16")) == passes_of(mask)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(mask):
-    assert kernels(lower(1500, 2, 128, 128, MASKS[mask], row_scale=True)) == 4
+    assert kernels(lower(1500, 2, 128, 128, MASKS[mask], row_scale=True)) == passes_of(MASKS[mask])
 
 
 @pytest.mark.parametrize("width", mosaic_hopper.WIDTHS)
 def test_deterministic(width):
-    assert kernels(lower(1500, 2, width, width, MASKS["all"], deterministic=True)) == 6  # dq has a kernel and sums of its own
+    assert kernels(lower(1500, 2, width, width, MASKS["causal"], deterministic=True)) == 6
 
 
 SHAPES = {"short": (1500, 8), "long": (4000, 2)}  # rows, sequences
@@ -84,7 +90,9 @@ def test_measured_sizes(monkeypatch):
     for key in (key for key in tuning.table() if key.implementation == "mosaic"):
         monkeypatch.setattr(device, "current", lambda key=key: device.Device("gpu", key.device, (9, 0)))
         rows, sequences = SHAPES[key.length]
-        assert kernels(lower(rows, 2, key.width, key.width, MASKS["causal" if key.mask == "causal" else "full rows"], batch=sequences)) == 4
+        mask = MASKS["causal" if key.mask == "causal" else "full rows"]
+        passes = tuning.table()[key]["backward"].get("passes", 1)
+        assert kernels(lower(rows, 2, key.width, key.width, mask, batch=sequences)) == 2 + 2 * passes
         assert tuning.table()[key] in found, "the entry is one that calls take"
 
 

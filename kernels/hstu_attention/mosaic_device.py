@@ -90,7 +90,7 @@ def feed_items(records_gm, counter_gm, s, load_block, begin, *, ahead, workers):
 
     slots = s["rec"].shape[0] - 1
 
-    def one_item(item, slot, step):
+    def one_item(item, slot, step, begun, next_item):
         begin(item, slot)
 
         @pl.loop(0, item.count)
@@ -100,6 +100,8 @@ def feed_items(records_gm, counter_gm, s, load_block, begin, *, ahead, workers):
             @pl.when(i == jnp.maximum(item.count - ahead, 0))
             def _():
                 fetch_item(records_gm, counter_gm, s, lax.rem(slot + 1, slots), workers=workers)
+
+        return next_item()
 
     fetch_item(records_gm, counter_gm, s, 0, workers=workers, first=True)
     draw_items(s["rec"], s["rec_full"], one_item)
@@ -240,19 +242,31 @@ class Item:
         return lax.cond(self.whole(block), lambda *x: x, partly, *arrays)
 
 
-def draw_items(records_sm, full, body):
-    """Runs `body(item, step)` for every item that the feeding warpgroup draws; `step` counts the blocks before it."""
+def draw_items(records_sm, full, body, begin=lambda item, slot, step: None):
+    """Runs `body(item, slot, step, begun, ahead)` for every item that the feeding warpgroup draws; `step` counts the blocks before it.
+
+    `begin(item, slot, step)` is what can be done for an item before the one in front of it is through, `begun` its result. The body calls
+    `ahead(*more)` once, which waits for the next record and begins the next item, `begin(item, slot, step, *more)`, and returns what that
+    gives. Behind the last item there is another, with tile -1.
+    """
 
     slots = records_sm.shape[0] - 1
 
     def one(carry):
-        _, slot, step = carry
+        _, slot, step, begun = carry
         item = Item(records_sm, slot)
         count = item.count
-        body(item, slot, step)
-        slot = lax.rem(slot + 1, slots)
-        plgpu.barrier_wait(full.at[slot])
-        return Item(records_sm, slot).tile >= 0, slot, step + count
 
+        def ahead(*more):
+            next_slot = lax.rem(slot + 1, slots)
+            plgpu.barrier_wait(full.at[next_slot])
+            after = Item(records_sm, next_slot)
+            begun = begin(after, next_slot, step + count, *more)
+            return after.tile >= 0, next_slot, step + count, begun
+
+        return body(item, slot, step, begun, ahead)
+
+    zero = jnp.int32(0)
     plgpu.barrier_wait(full.at[0])
-    lax.while_loop(lambda c: c[0], one, (Item(records_sm, 0).tile >= 0, jnp.int32(0), jnp.int32(0)))
+    first = Item(records_sm, 0)
+    lax.while_loop(lambda carry: carry[0], one, (first.tile >= 0, zero, zero, begin(first, zero, zero)))

@@ -158,7 +158,7 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
             open_rings(s, q=q_slots, k=stages, v=stages, rec=RECORDS)
             my_o = s["o"].at[wg]
 
-            def one_item(item, slot, step):
+            def one_item(item, slot, step, begun, ahead):
                 row0 = item.tile * TILE + wg * 64
                 row_scale = plgpu.load(q_scale_gm.at[item.head, pl.ds(row0, 64)], layout=ROW, optimized=False) * (0.5 * alpha)
                 nearest = item.bounds(bounds_gm, row0)
@@ -234,6 +234,8 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
                     @pl.when(part >= 0)
                     def _(chunk=chunk, c=c):
                         part_gm.at[part, pl.ds(wg * 64, 64), pl.ds(c * 64, 64)][...] = chunk
+
+                return ahead()
 
             draw_items(s["rec"], s["rec_full"], one_item)
             plgpu.wait_smem_to_gmem(0)

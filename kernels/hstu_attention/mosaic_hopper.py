@@ -86,9 +86,10 @@ def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int, determi
 
     deterministic: with that of the second backward pass.
     """
-    config, back = forward_config(k_width, v_width, plan), vjp.backward_config(*vjp.padded_widths(k_width, v_width), plan)
+    config = forward_config(k_width, v_width, plan)
+    back = vjp.backward_config(*vjp.padded_widths(k_width, v_width), plan, deterministic)
     lists = [WorkList.forward(heads, config.block_k, config.workers), WorkList.backward(heads, back)]
-    if deterministic or back.passes == 2:
+    if back.passes == 2:
         lists.append(dq.work_list(heads))
     return schedule.with_schedules(plan, list(dict.fromkeys(lists)))
 

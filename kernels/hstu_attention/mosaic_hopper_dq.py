@@ -47,85 +47,114 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
             open_rings(s, row=row_slots, k=k_stages, v=v_stages, rec=RECORDS)
             mine = pl.ds(wg * 64, 64)
 
-            def one_item(item, slot, step):
-                row0, row_slot = item.tile * TILE + wg * 64, lax.rem(slot, row_slots)
-                my_q, my_do = s["q"].at[row_slot, mine], s["do"].at[row_slot, mine]
-                nearest = item.bounds(bounds_gm, row0)
-                plgpu.barrier_wait(s["row_full"].at[row_slot])
+            def first_row(item):  # behind the last item the tile is -1
+                return jnp.maximum(item.tile, 0) * TILE + wg * 64
+
+            def slopes(item, slot, step, i, nearest, beside=None, more=True):
+                """dS of an item's block i; the product that `beside` starts runs during the elementwise work.
+
+                more: False behind the last item, where what is computed goes nowhere.
+                """
+                row_slot, now_k, now_v = lax.rem(slot, row_slots), lax.rem(step + i, k_stages), lax.rem(step + i, v_stages)
+
+                @pl.when(more)
+                def _():
+                    plgpu.barrier_wait(s["k_full"].at[now_k])
+                    plgpu.barrier_wait(s["v_full"].at[now_v])
+
+                # What depends on `here` is computed anew: kept from step to step it would take registers there are not.
+                here = lax.optimization_barrier(jnp.int32(0)) if wide else 0
+                rows = pl.ds(pl.multiple_of(mine.start + here, 64), 64)
+
+                def scores(s_acc, dp_acc):
+                    plgpu.wgmma(s_acc, s["q"].at[row_slot, rows], s["k"].at[now_k].T)
+                    plgpu.wgmma(dp_acc, s["do"].at[row_slot, rows], s["v"].at[now_v].T)
+                    if beside is not None:
+                        beside()
+                    score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if beside is None else 1)
+                    return lax.optimization_barrier((score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)))
+
+                block = plgpu.ACC((64, BLOCK), jnp.float32)
+                score, dp = pl.run_scoped(scores, block, block)
+                pl.when(more)(lambda: plgpu.barrier_arrive(s["v_empty"].at[now_v]))
+                score, dp = item.masked(i, BLOCK, bounds_gm, first_row(item), (score, dp), nearest)
+                half = score * (0.5 * alpha)
+                t = jnp.tanh(half)
+                w = t + 1.0
+                ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
+                return ds.astype(dtype)
+
+            def begin(item, slot, step, beside=None):
+                """(the bounds of its rows, dS of its first block): the next item begins while this one ends."""
+                if wide:  # no registers for that
+                    return None
+                nearest, more = item.bounds(bounds_gm, first_row(item)), item.tile >= 0
+                pl.when(more)(lambda: plgpu.barrier_wait(s["row_full"].at[lax.rem(slot, row_slots)]))
+                return nearest, slopes(item, slot, step, jnp.int32(0), nearest, beside, more)
+
+            def one_item(item, slot, step, begun, ahead):
+                count, row_slot = item.count, lax.rem(slot, row_slots)
 
                 def accumulate(dq):
-                    def slopes(i, beside=None):
-                        """dS of block i; the product that `beside` starts runs during the elementwise work."""
-                        now_k, now_v = lax.rem(step + i, k_stages), lax.rem(step + i, v_stages)
-                        plgpu.barrier_wait(s["k_full"].at[now_k])
-                        plgpu.barrier_wait(s["v_full"].at[now_v])
-
-                        def scores(s_acc, dp_acc):
-                            plgpu.wgmma(s_acc, my_q, s["k"].at[now_k].T)
-                            plgpu.wgmma(dp_acc, my_do, s["v"].at[now_v].T)
-                            if beside is not None:
-                                beside()
-                            score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if beside is None else 1)
-                            return lax.optimization_barrier((score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)))
-
-                        block = plgpu.ACC((64, BLOCK), jnp.float32)
-                        score, dp = pl.run_scoped(scores, block, block)
-                        plgpu.barrier_arrive(s["v_empty"].at[now_v])
-                        score, dp = item.masked(i, BLOCK, bounds_gm, row0, (score, dp), nearest)
-                        half = score * (0.5 * alpha)
-                        t = jnp.tanh(half)
-                        w = t + 1.0
-                        ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
-                        return ds.astype(dtype)
-
                     def add(ds, i):
                         plgpu.wgmma(dq, ds, s["k"].at[lax.rem(step + i, k_stages)])
 
                     def release(i):
                         plgpu.barrier_arrive(s["k_empty"].at[lax.rem(step + i, k_stages)])
 
-                    count = item.count
-                    if wide:  # no registers to hold the slopes of two blocks
+                    if wide:
+                        nearest = item.bounds(bounds_gm, first_row(item))
+                        plgpu.barrier_wait(s["row_full"].at[row_slot])
 
                         @pl.loop(0, count)
                         def _(i):
-                            add(slopes(i), i)
+                            add(slopes(item, slot, step, i, nearest), i)
                             plgpu.wgmma_wait(0)
                             release(i)
 
-                        return dq[...]
+                        return dq[...], ahead()
+
+                    nearest, ds = begun
 
                     def one_block(i, ds):
-                        ds_next = slopes(i, beside=lambda: add(ds, i - 1))
+                        ds_next = slopes(item, slot, step, i, nearest, beside=lambda: add(ds, i - 1))
                         plgpu.wgmma_wait(0)
                         release(i - 1)
                         return ds_next
 
-                    add(lax.fori_loop(1, count, one_block, slopes(jnp.int32(0))), count - 1)
+                    ds = lax.fori_loop(1, count, one_block, ds)
+                    begun_next = ahead(lambda: add(ds, count - 1))
                     out = dq[...]
                     release(count - 1)
-                    return out
+                    return out, begun_next
 
-                dq = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))
-                part, head = item.slot, item.head
+                dq, begun_next = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))
+                place, part, head = pl.ds(first_row(item), 64), item.slot, item.head
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
-                times = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False) * (0.5 * alpha)
-                dq = dq * lax.broadcast_in_dim(times, (64, width), [0])
+                times = plgpu.load(scale_gm.at[place], layout=ROW, optimized=False) * (0.5 * alpha)
+                stage = s["q"].at[row_slot, mine]  # nobody else reads these rows
+
+                def chunks():
+                    for c in range(0, width, 64):
+                        yield pl.ds(c, 64), dq[:, c : c + 64] * lax.broadcast_in_dim(times, (64, 64), [0])
 
                 @pl.when(part < 0)
                 def _():
-                    my_q[...] = dq.astype(dtype)  # nobody else reads these rows
+                    for columns, chunk in chunks():
+                        stage.at[:, columns][...] = chunk.astype(dtype)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(my_q, dq_gm.at[pl.ds(row0, 64), head])
+                    plgpu.copy_smem_to_gmem(stage, dq_gm.at[place, head])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 @pl.when(part >= 0)
                 def _():
-                    part_gm.at[part, mine][...] = dq
+                    for columns, chunk in chunks():
+                        part_gm.at[part, mine, columns][...] = chunk
 
                 plgpu.barrier_arrive(s["row_empty"].at[row_slot])
+                return begun_next
 
-            draw_items(s["rec"], s["rec_full"], one_item)
+            draw_items(s["rec"], s["rec_full"], one_item, begin)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)

@@ -28,6 +28,7 @@ from kernels.hstu_attention.mosaic_device import (
     ring,
     swizzled,
 )
+from kernels.hstu_attention.mosaic_hopper_dkv import key_gradients
 from kernels.hstu_attention.mosaic_hopper_dq import query_gradients
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.mosaic_schedule import BackwardConfig, WorkList
@@ -38,19 +39,23 @@ RECORDS = 2  # of work items, in shared memory at a time
 AHEAD = 2  # blocks before the end of an item at which the next one is drawn
 
 
-def backward_config(k_width: int, v_width: int, plan: AttentionPlan) -> BackwardConfig:
-    """For widths as `padded_widths` leaves them. Of the table of measurements where it has this call, else what fits shared memory."""
+def backward_config(k_width: int, v_width: int, plan: AttentionPlan, deterministic: bool = False) -> BackwardConfig:
+    """For widths as `padded_widths` leaves them. Of the table of measurements where it has this call, else what fits shared memory, in two
+    passes where windows leave a tile few blocks: what dQ costs beside its products, float32 memory to be zeroed and rounded, is then the most.
+    """
+    found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
+    values: Any = {} if found is None else found["backward"]
+    passes = 2 if deterministic else values.get("passes", 1 if plan.mask.window is None else 2)
     widest = max(k_width, v_width)
     if widest > 128:
         config = BackwardConfig(tile=64, block_q=64, stages=2)
+    elif passes == 2:
+        config = BackwardConfig(tile=128, block_q=64, stages=3 if widest > 64 else 4)
     elif widest > 64:
         config = BackwardConfig(tile=128, block_q=64, stages=3)
     else:
         config = BackwardConfig(tile=128, block_q=128, stages=2)
-    config = dataclasses.replace(config, workers=schedule.WORKERS)
-    found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
-    values: Any = {} if found is None else found["backward"]
-    return dataclasses.replace(config, **values)
+    return dataclasses.replace(config, passes=passes, workers=schedule.WORKERS)
 
 
 def padded_widths(k_width: int, v_width: int) -> tuple[int, int]:
@@ -80,13 +85,14 @@ def gradients(
     v, do = (jnp.pad(x, ((0, 0), (0, 0), (0, v_wide - v_width))) for x in (v, do))
     if scale.ndim == 1:
         do, scale = _scaled_rows(do, schedule.row_scales(scale, plan, q.shape[0]))
-    config = config or backward_config(k_wide, v_wide, plan)
-    if deterministic:
-        config = dataclasses.replace(config, passes=2)
-    run = wide.one_pass if max(k_wide, v_wide) > 128 else one_pass
-    dq, dk, dv = run(q, k, v, do, plan, scale, alpha, config)
-    if dq is None:
-        dq = query_gradients(q, k, v, do, plan, scale, alpha)
+    config = config or backward_config(k_wide, v_wide, plan, deterministic)
+    arguments: tuple[Any, ...] = (q, k, v, do, plan, scale, alpha)
+    one, two = (wide.one_pass, wide.key_gradients) if max(k_wide, v_wide) > 128 else (one_pass, key_gradients)
+    if config.passes == 2:
+        dk, dv = two(*arguments, config)
+        dq = query_gradients(*arguments)
+    else:
+        dq, dk, dv = one(*arguments, config)
     return dq[..., :k_width], dk[..., :k_width], dv[..., :v_width]
 
 
@@ -98,14 +104,14 @@ def _scaled_rows(do: Array, scale_T: Array) -> tuple[Array, Array]:
 
 
 def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
-    """(dQ or None, dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number.
+    """(dQ, dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number.
 
     Each computing warpgroup has half of the keys of a tile, and of dQ half of the columns (or rows, at width 64).
     """
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype = q.dtype
-    tile, block_q, stages, with_dq = config.tile, config.block_q, config.stages, config.passes == 1
+    tile, block_q, stages = config.tile, config.block_q, config.stages
     dq_shape = (block_q // 2, width) if width == 64 else (block_q, 64)
     # For dK, dS is a left operand in shared memory where registers are scarcest, else in registers, which is faster.
     slopes_from_memory = block_q == 128
@@ -129,7 +135,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             else:
                 my_rows, my_columns = pl.ds(pl.multiple_of(wg * (block_q // 2), 64), block_q // 2), pl.ds(0, width)
 
-            def one_item(item, slot, step):
+            def one_item(item, slot, step, begun, ahead):
                 nearest = item.bounds(bounds_gm, key_of(item))
                 plgpu.barrier_wait(s["kv_full"])
 
@@ -148,7 +154,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                         plgpu.barrier_wait(s["row_full"].at[now])
 
                         # What depends on `here` is computed anew: kept from step to step it would take registers there are not.
-                        here = lax.optimization_barrier(jnp.int32(0)) if slopes_from_memory else 0
+                        here = lax.optimization_barrier(jnp.int32(0))
                         keys = pl.ds(pl.multiple_of(mine.start + here, 64), 64)
                         my_k, my_v = s["k"].at[keys], s["v"].at[keys]
                         columns = range(0, block_q, 64)
@@ -168,7 +174,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                         my_slopes = s["ds"].at[ds_now, mine]
 
                         def store_slopes(c, ds16):
-                            if c == 0 and with_dq:
+                            if c == 0:
                                 plgpu.barrier_wait(s["ds_empty"].at[ds_now])
                             my_slopes.at[:, pl.ds(c, 64)][...] = ds16
                             plgpu.commit_smem()
@@ -207,44 +213,36 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                         store_slopes(columns[-1], weighed[1])
                         last_products = functools.partial(key_products, columns[-1], *weighed)
 
-                        if not with_dq:
-                            if len(columns) > 1:  # or the compiler serialises the products
-                                plgpu.wgmma_wait(1)
+                        plgpu.barrier_arrive(s["ds_full"].at[ds_now])
+                        # dQ of the block before, of which the other warpgroup has its half by now. (There is
+                        # none at first: what is computed then goes nowhere.)
+                        ds_before = 1 - ds_now
+                        pl.when(i > 0)(lambda: plgpu.barrier_wait(s["ds_full"].at[ds_before]))
+
+                        def products_before(dq_acc):
+                            plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[:, my_columns])
                             last_products()
-                        else:
-                            plgpu.barrier_arrive(s["ds_full"].at[ds_now])
-                            # dQ of the block before, of which the other warpgroup has its half by now. (There is
-                            # none at first: what is computed then goes nowhere.)
-                            ds_before = 1 - ds_now
-                            pl.when(i > 0)(lambda: plgpu.barrier_wait(s["ds_full"].at[ds_before]))
+                            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2))
 
-                            def products_before(dq_acc):
-                                plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[:, my_columns])
-                                last_products()
-                                return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2))
+                        dq = pl.run_scoped(products_before, plgpu.ACC(dq_shape, jnp.float32))
 
-                            dq = pl.run_scoped(products_before, plgpu.ACC(dq_shape, jnp.float32))
-
-                            @pl.when(i > 0)
-                            def _():
-                                plgpu.barrier_arrive(s["ds_empty"].at[ds_before])
-                                send_dq(dq, i - 1)
+                        @pl.when(i > 0)
+                        def _():
+                            plgpu.barrier_arrive(s["ds_empty"].at[ds_before])
+                            send_dq(dq, i - 1)
 
                     count = item.count
                     lax.fori_loop(0, count, one, None)
-                    if with_dq:
-                        ds_last = lax.rem(step + count - 1, 2)
-                        plgpu.barrier_wait(s["ds_full"].at[ds_last])
+                    ds_last = lax.rem(step + count - 1, 2)
+                    plgpu.barrier_wait(s["ds_full"].at[ds_last])
 
-                        def product(dq_acc):
-                            plgpu.wgmma(dq_acc, s["ds"].at[ds_last, :, my_rows].T, s["k"].at[:, my_columns])
-                            return dq_acc[...]
+                    def product(dq_acc):
+                        plgpu.wgmma(dq_acc, s["ds"].at[ds_last, :, my_rows].T, s["k"].at[:, my_columns])
+                        return dq_acc[...]
 
-                        dq = pl.run_scoped(product, plgpu.ACC(dq_shape, jnp.float32))
-                        plgpu.barrier_arrive(s["ds_empty"].at[ds_last])
-                        send_dq(dq, count - 1)
-                    else:
-                        plgpu.wgmma_wait(0)
+                    dq = pl.run_scoped(product, plgpu.ACC(dq_shape, jnp.float32))
+                    plgpu.barrier_arrive(s["ds_empty"].at[ds_last])
+                    send_dq(dq, count - 1)
                     plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + count - 1, stages)])
                     return dk[...], dv[...]
 
@@ -278,6 +276,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                 if not out_slots:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     plgpu.barrier_arrive(s["ds_empty"].at[ds_slot])
+                return ahead()
 
             draw_items(s["rec"], s["rec_full"], one_item)
             plgpu.wait_smem_to_gmem(0)
@@ -304,7 +303,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
             feed_items(records_gm, counter_gm, s, rows_and_gradients, lambda item, slot: None, ahead=AHEAD, workers=config.workers)
 
-    dq = jax.new_ref(zeros_after(do, q.shape if with_dq else (1, 1, 1)))
+    dq = jax.new_ref(zeros_after(do, q.shape))
     slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
     tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
     dk, dv, dk_parts, dv_parts = launch(
@@ -317,7 +316,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             q=swizzled((stages, block_q, width), dtype),
             do=swizzled((stages, block_q, width_v), dtype),
             ds=swizzled((2, tile, block_q), dtype),
-            **({"dq": swizzled((2, *dq_shape), jnp.float32)} if with_dq else {}),
+            dq=swizzled((2, *dq_shape), jnp.float32),
             **({"o": swizzled((2, out_slots, 64, 64), dtype)} if out_slots else {}),
             **record_scratch(RECORDS),
             **ring("kv", 1, filled=2),
@@ -333,5 +332,5 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
         workers=config.workers,
     )
     dk, dv = write_sums(work.parts, [(dk_parts, dk), (dv_parts, dv)], heads)
-    dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if with_dq else None
+    dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype)
     return dq_THK, dk, dv

@@ -29,11 +29,22 @@ SENT = 32  # of them added to memory at a time
 
 
 def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
-    """(dQ or None, dK, dV) of padded buffers (T a multiple of 128), widths 128 and 256; `scale` is one number."""
+    """(dQ, dK, dV) of padded buffers (T a multiple of 128), widths 128 and 256; `scale` is one number."""
+    return _gradients(q, k, v, do, plan, scale, alpha, config, with_dq=True)
+
+
+def key_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
+    """(dK, dV) alone, the first pass of the two-pass backward."""
+    return _gradients(q, k, v, do, plan, scale, alpha, config, with_dq=False)[1:]
+
+
+def _gradients(
+    q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig, *, with_dq: bool
+) -> Any:
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype = q.dtype
-    tile, block_q, stages, with_dq = config.tile, config.block_q, config.stages, config.passes == 1
+    tile, block_q, stages = config.tile, config.block_q, config.stages
     intervals = 1 if plan.rows_in_one_piece else 3
     work = schedule.schedule_of(plan, WorkList.backward(heads, config))
     factor = scale.reshape(1)
@@ -62,7 +73,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             plgpu.set_max_registers(240, action="increase")
             open_rings(s, kv=1, row=stages, rec=RECORDS)
 
-            def one_item(item, slot, step):
+            def one_item(item, slot, step, begun, ahead):
                 key0 = item.tile * tile
                 nearest = item.bounds(bounds_gm, key0)
                 plgpu.barrier_wait(s["kv_full"])
@@ -73,9 +84,12 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                         now = lax.rem(step + i, stages)
                         plgpu.barrier_wait(s["row_full"].at[now])
 
+                        # Computed anew in every step: kept from step to step it would take registers there are not.
+                        keys = pl.ds(pl.multiple_of(lax.optimization_barrier(jnp.int32(0)), tile), tile)
+
                         def scores(s_acc, dp_acc):
-                            plgpu.wgmma(s_acc, s["k"], s["q"].at[now].T)
-                            plgpu.wgmma(dp_acc, s["v"], s["do"].at[now].T)
+                            plgpu.wgmma(s_acc, s["k"].at[keys], s["q"].at[now].T)
+                            plgpu.wgmma(dp_acc, s["v"].at[keys], s["do"].at[now].T)
                             plgpu.wgmma_wait(2)  # dK of the block before has read its rows
 
                             @pl.when(i > 0)
@@ -107,6 +121,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                 dk = pl.run_scoped(accumulate, plgpu.ACC((tile, width), jnp.float32))
                 plgpu.barrier_arrive(s["kv_empty"])
                 write(item, slot, dk, factor_gm[0] * (0.5 * alpha), dk_gm, dk_part_gm)
+                return ahead()
 
             draw_items(s["rec"], s["rec_full"], one_item)
 
@@ -115,7 +130,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
             plgpu.set_max_registers(240, action="increase")
             open_rings(s, kv=1, row=stages, weights=1, rec=RECORDS)
 
-            def one_item(item, slot, step):
+            def one_item(item, slot, step, begun, ahead):
                 plgpu.barrier_wait(s["kv_full"])
 
                 def accumulate(dv):
@@ -162,6 +177,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                 dv = pl.run_scoped(accumulate, plgpu.ACC((tile, width_v), jnp.float32))
                 plgpu.barrier_arrive(s["kv_empty"])
                 write(item, slot, dv, factor_gm[0], dv_gm, dv_part_gm)
+                return ahead()
 
             draw_items(s["rec"], s["rec_full"], one_item)
             plgpu.wait_smem_to_gmem(0)
