@@ -167,16 +167,16 @@ def _thread_place():
     return row, arith.muli(arith.remui(lane, mgpu.c(4, i32)), mgpu.c(2, i32))
 
 
-def load_rows(gm, tail_gm, row, size, head, tail_first, into, full):
-    """Copies rows of one head; those of the buffer's last partly filled tile from `tail_gm`, where padding rows
-    have been zeroed.
+def load_rows(gm, tails_gm, row, size, head, tail_first, into, full, column=0):
+    """Copies rows of one head; those of the buffer's last partly filled tile from `tails_gm`, where padding rows have been zeroed, from `column`
+    on.
     """
     in_tail = row >= tail_first
 
     @pl.when(in_tail)
     def _():
         place = pl.ds(pl.multiple_of(lax.rem(row - tail_first, schedule.TAIL), size), size)
-        plgpu.copy_gmem_to_smem(tail_gm.at[place, head], into, full)
+        plgpu.copy_gmem_to_smem(tails_gm.at[place, head, pl.ds(column, gm.shape[2])], into, full)
 
     @pl.when(~in_tail)
     def _():
@@ -222,15 +222,17 @@ class Item:
         """`arrays` of scores, from column `begin` of block i on, with 0 where a row (or key) from `first` on does not
         see.
 
-        size: of blocks. nearest: the interval that mostly says all, loaded beforehand. intervals: how many there are,
-        1 or 3; None asks block by block, at the price of registers.
+        size: of blocks. nearest: the interval that mostly says all, loaded beforehand; None loads it here, where registers are scarce.
+        intervals: how many there are, 1 or 3; None asks block by block, at the price of registers.
         """
         block = self.block(i)
         left = block * size + begin
 
         def partly(*arrays):
+            closest = self.bounds(bounds_gm, first) if nearest is None else nearest
+
             def mask(*others):
-                return keep_inside(arrays, [(lo - left, hi - left) for lo, hi in (nearest, *others)])
+                return keep_inside(arrays, [(lo - left, hi - left) for lo, hi in (closest, *others)])
 
             def mask_all():
                 return mask(*(self.bounds(bounds_gm, first, which) for which in (1, 2)))

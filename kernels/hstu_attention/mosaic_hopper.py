@@ -278,7 +278,7 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
     out, parts = launch(
         kernel,
         "hstu_forward",
-        (q, k, v, schedule.clean_tail(v, plan), work.bounds, scales, work.records, work.tail),
+        (q, k, v, schedule.clean_tails(plan, v), work.bounds, scales, work.records, work.tail),
         scratch=dict(
             q=swizzled((config.q_slots, TILE, width), dtype),
             k=swizzled((stages, block_k, width), dtype),

@@ -39,7 +39,7 @@ def key_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, 
     work = schedule.schedule_of(plan, WorkList.backward(heads, config))
     factor = scale.reshape(1)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, do_tail_gm, bounds_gm, factor_gm, records_gm, tail_first_gm, counter_gm,
+    def kernel(q_gm, k_gm, v_gm, do_gm, tails_gm, bounds_gm, factor_gm, records_gm, tail_first_gm, counter_gm,
                dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
         wg = lax.axis_index("wg")
 
@@ -136,8 +136,8 @@ def key_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, 
                 now = lax.rem(step + i, stages)
                 row, full = item.block(i) * block_q, s["row_full"].at[now]
                 plgpu.barrier_wait(s["row_empty"].at[now])
-                load_rows(q_gm, q_tail_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
-                load_rows(do_gm, do_tail_gm, row, block_q, item.head, tail_first, s["do"].at[now], full)
+                load_rows(q_gm, tails_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
+                load_rows(do_gm, tails_gm, row, block_q, item.head, tail_first, s["do"].at[now], full, width)
 
             feed_items(records_gm, counter_gm, s, rows_and_gradients, keys_and_values, ahead=AHEAD, workers=config.workers)
 
@@ -145,7 +145,7 @@ def key_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, 
     dk, dv, dk_parts, dv_parts = launch(
         kernel,
         "hstu_backward_dkv",
-        (q, k, v, do, *(schedule.clean_tail(x, plan) for x in (q, do)), work.bounds, factor, work.records, work.tail),
+        (q, k, v, do, schedule.clean_tails(plan, q, do), work.bounds, factor, work.records, work.tail),
         scratch=dict(
             k=swizzled((KEY_SLOTS, tile, width), dtype),
             v=swizzled((KEY_SLOTS, tile, width_v), dtype),

@@ -33,7 +33,8 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
     workers = work_list(heads).workers
     width_v = v.shape[-1]
     dtype = q.dtype
-    # Tiles of rows, blocks of keys and of values that shared memory holds: a block of keys is needed for a step more than its values.
+    # Tiles of rows, blocks of keys and of values that shared memory holds: the next tile begins before the last one has left, a block of keys is
+    # needed for a step more than its values.
     wide = max(width, width_v) > 128
     row_slots, k_stages, v_stages = (1, 2, 1) if wide else (2, 3, 2)
     work = schedule.schedule_of(plan, work_list(heads))
@@ -183,7 +184,7 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
     dq, parts = launch(
         kernel,
         "hstu_backward_dq",
-        (q, k, v, do, schedule.clean_tail(k, plan), work.bounds, schedule.row_scales(scale, plan, rows), work.records, work.tail),
+        (q, k, v, do, schedule.clean_tails(plan, k), work.bounds, schedule.row_scales(scale, plan, rows), work.records, work.tail),
         scratch=dict(
             q=swizzled((row_slots, TILE, width), dtype),
             do=swizzled((row_slots, TILE, width_v), dtype),

@@ -5,7 +5,6 @@ stays; row blocks stream past it.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -41,11 +40,12 @@ AHEAD = 2  # blocks before the end of an item at which the next one is drawn
 
 def backward_config(k_width: int, v_width: int, plan: AttentionPlan, deterministic: bool = False) -> BackwardConfig:
     """For widths as `padded_widths` leaves them. Of the table of measurements where it has this call, else what fits shared memory, in two
-    passes where windows leave a tile few blocks: what dQ costs beside its products, float32 memory to be zeroed and rounded, is then the most.
+    passes where short sequences or a window leave a tile few blocks: what dQ costs beside its products, float32 memory to be zeroed and
+    rounded, is then the most.
     """
     found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
     values: Any = {} if found is None else found["backward"]
-    passes = 2 if deterministic else values.get("passes", 1 if plan.mask.window is None else 2)
+    passes = 2 if deterministic else values.get("passes", 2 if plan.mask.window is not None or tuning.is_short(plan) else 1)
     widest = max(k_width, v_width)
     if widest > 128:
         config = BackwardConfig(tile=64, block_q=64, stages=2)
@@ -86,13 +86,12 @@ def gradients(
     if scale.ndim == 1:
         do, scale = _scaled_rows(do, schedule.row_scales(scale, plan, q.shape[0]))
     config = config or backward_config(k_wide, v_wide, plan, deterministic)
-    arguments: tuple[Any, ...] = (q, k, v, do, plan, scale, alpha)
-    one, two = (wide.one_pass, wide.key_gradients) if max(k_wide, v_wide) > 128 else (one_pass, key_gradients)
-    if config.passes == 2:
-        dk, dv = two(*arguments, config)
-        dq = query_gradients(*arguments)
+    is_wide = max(k_wide, v_wide) > 128
+    if config.passes == 1:
+        dq, dk, dv = (wide.one_pass if is_wide else one_pass)(q, k, v, do, plan, scale, alpha, config)
     else:
-        dq, dk, dv = one(*arguments, config)
+        dk, dv = (wide.key_gradients if is_wide else key_gradients)(q, k, v, do, plan, scale, alpha, config)
+        dq = query_gradients(q, k, v, do, plan, scale, alpha)
     return dq[..., :k_width], dk[..., :k_width], dv[..., :v_width]
 
 
@@ -113,14 +112,12 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
     dtype = q.dtype
     tile, block_q, stages = config.tile, config.block_q, config.stages
     dq_shape = (block_q // 2, width) if width == 64 else (block_q, 64)
-    # For dK, dS is a left operand in shared memory where registers are scarcest, else in registers, which is faster.
-    slopes_from_memory = block_q == 128
-    intervals = 1 if slopes_from_memory and plan.rows_in_one_piece else 3
+    intervals = 1 if plan.rows_in_one_piece else 3
     out_slots = 2 if block_q == 128 else 0
     work = schedule.schedule_of(plan, WorkList.backward(heads, config))
     factor = scale.reshape(1)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
+    def kernel(q_gm, k_gm, v_gm, do_gm, tails_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
                dq_gm, counter_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
         wg = lax.axis_index("wg")
 
@@ -179,10 +176,10 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                             my_slopes.at[:, pl.ds(c, 64)][...] = ds16
                             plgpu.commit_smem()
 
-                        def key_products(c, p16, ds16):
+                        def key_products(c, p16):
                             plgpu.wgmma(dv, p16, s["do"].at[now, pl.ds(c, 64)])
-                            slopes = my_slopes.at[:, pl.ds(c, 64)] if slopes_from_memory else ds16
-                            plgpu.wgmma(dk, slopes, s["q"].at[now, pl.ds(c, 64)])
+                            # From memory, where it lies for dQ anyhow: as an operand in registers it takes 16 that there are not.
+                            plgpu.wgmma(dk, my_slopes.at[:, pl.ds(c, 64)], s["q"].at[now, pl.ds(c, 64)])
 
                         def first_scores(s_acc):
                             plgpu.wgmma(s_acc, my_k, s["q"].at[now, pl.ds(0, 64)].T)
@@ -201,7 +198,7 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                                 for c in columns:  # the elementwise work of a half beside the products of the other
                                     if c:
                                         store_slopes(c - 64, ds16)
-                                        key_products(c - 64, p16, ds16)
+                                        key_products(c - 64, p16)
                                     pair = loaded(*accs[c // 32 : c // 32 + 2], pending=2 * (len(columns) - 1))
                                     if c == columns[-1]:
                                         return pair
@@ -209,10 +206,8 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
                             return pl.run_scoped(products, *[plgpu.ACC((64, 64), jnp.float32)] * (2 * len(columns) - 1))
 
-                        weighed = weigh(columns[-1], pl.run_scoped(first_scores, plgpu.ACC((64, 64), jnp.float32)))
-                        store_slopes(columns[-1], weighed[1])
-                        last_products = functools.partial(key_products, columns[-1], *weighed)
-
+                        weights, slopes = weigh(columns[-1], pl.run_scoped(first_scores, plgpu.ACC((64, 64), jnp.float32)))
+                        store_slopes(columns[-1], slopes)
                         plgpu.barrier_arrive(s["ds_full"].at[ds_now])
                         # dQ of the block before, of which the other warpgroup has its half by now. (There is
                         # none at first: what is computed then goes nowhere.)
@@ -220,8 +215,9 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                         pl.when(i > 0)(lambda: plgpu.barrier_wait(s["ds_full"].at[ds_before]))
 
                         def products_before(dq_acc):
-                            plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[:, my_columns])
-                            last_products()
+                            all_keys = pl.ds(pl.multiple_of(here, 128), 128)
+                            plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[all_keys, my_columns])
+                            key_products(columns[-1], weights)
                             return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2))
 
                         dq = pl.run_scoped(products_before, plgpu.ACC(dq_shape, jnp.float32))
@@ -290,14 +286,14 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                 plgpu.barrier_wait(s["kv_empty"])
                 row = item.tile * tile
                 plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, tile), item.head], s["v"], s["kv_full"])
-                load_rows(k_gm, k_tail_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"])
+                load_rows(k_gm, tails_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"], width)
 
             def rows_and_gradients(item, step, i):
                 now = lax.rem(step + i, stages)
                 row, full = item.block(i) * block_q, s["row_full"].at[now]
                 plgpu.barrier_wait(s["row_empty"].at[now])
-                load_rows(q_gm, q_tail_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
-                load_rows(do_gm, do_tail_gm, row, block_q, item.head, tail_first, s["do"].at[now], full)
+                load_rows(q_gm, tails_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
+                load_rows(do_gm, tails_gm, row, block_q, item.head, tail_first, s["do"].at[now], full, 2 * width)
                 # The first rows do not wait for the last item's keys to leave.
                 pl.when(i == jnp.minimum(item.count, 2) - 1)(lambda: keys_and_values(item))
 
@@ -305,11 +301,10 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
 
     dq = jax.new_ref(zeros_after(do, q.shape))
     slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
-    tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
     dk, dv, dk_parts, dv_parts = launch(
         kernel,
         "hstu_backward",
-        (q, k, v, do, *tails, work.bounds, factor, work.records, work.tail, dq),
+        (q, k, v, do, schedule.clean_tails(plan, q, k, do), work.bounds, factor, work.records, work.tail, dq),
         scratch=dict(
             k=swizzled((tile, width), dtype),
             v=swizzled((tile, width_v), dtype),

@@ -49,7 +49,7 @@ def _gradients(
     work = schedule.schedule_of(plan, WorkList.backward(heads, config))
     factor = scale.reshape(1)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, q_tail_gm, k_tail_gm, do_tail_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
+    def kernel(q_gm, k_gm, v_gm, do_gm, tails_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
                dq_gm, counter_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
         wg = lax.axis_index("wg")
 
@@ -191,14 +191,14 @@ def _gradients(
                 plgpu.barrier_wait(s["kv_empty"])
                 row = item.tile * tile
                 plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, tile), item.head], s["v"], s["kv_full"])
-                load_rows(k_gm, k_tail_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"])
+                load_rows(k_gm, tails_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"], width)
 
             def rows_and_gradients(item, step, i):
                 now = lax.rem(step + i, stages)
                 row, full = item.block(i) * block_q, s["row_full"].at[now]
                 plgpu.barrier_wait(s["row_empty"].at[now])
-                load_rows(q_gm, q_tail_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
-                load_rows(do_gm, do_tail_gm, row, block_q, item.head, tail_first, s["do"].at[now], full)
+                load_rows(q_gm, tails_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
+                load_rows(do_gm, tails_gm, row, block_q, item.head, tail_first, s["do"].at[now], full, 2 * width)
                 # The first rows do not wait for the last item's keys to leave.
                 pl.when(i == jnp.minimum(item.count, 2) - 1)(lambda: keys_and_values(item))
 
@@ -206,11 +206,10 @@ def _gradients(
 
     dq = jax.new_ref(zeros_after(do, q.shape if with_dq else (1, 1, 1)))
     slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
-    tails = [schedule.clean_tail(x, plan) for x in (q, k, do)]
     dk, dv, dk_parts, dv_parts = launch(
         kernel,
         "hstu_backward_wide",
-        (q, k, v, do, *tails, work.bounds, factor, work.records, work.tail, dq),
+        (q, k, v, do, schedule.clean_tails(plan, q, k, do), work.bounds, factor, work.records, work.tail, dq),
         scratch=dict(
             k=swizzled((tile, width), dtype),
             v=swizzled((tile, width_v), dtype),

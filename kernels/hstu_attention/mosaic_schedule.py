@@ -194,12 +194,12 @@ def _tail(plan: AttentionPlan) -> Array:
     return (plan.num_real // TAIL * TAIL).astype(jnp.int32).reshape(1)
 
 
-def clean_tail(x: Array, plan: AttentionPlan) -> Array:
-    """The last tile of `x` [T, ...] that holds a real row, padding rows zeroed: 0 * NaN would be NaN in a product."""
-    first = jnp.minimum(_tail(plan)[0], x.shape[0] - TAIL)
-    rows = lax.dynamic_slice_in_dim(x, first, TAIL)
-    real = (first + jnp.arange(TAIL) < plan.num_real).reshape((TAIL,) + (1,) * (x.ndim - 1))
-    return jnp.where(real, rows, jnp.zeros((), x.dtype))
+def clean_tails(plan: AttentionPlan, *arrays: Array) -> Array:
+    """The last tile of `arrays` [T, H, *] that holds a real row, side by side, padding rows zeroed: 0 * NaN would be NaN in a product."""
+    first = jnp.minimum(_tail(plan)[0], arrays[0].shape[0] - TAIL)
+    rows = jnp.concatenate([lax.dynamic_slice_in_dim(x, first, TAIL) for x in arrays], axis=2)
+    real = (first + jnp.arange(TAIL) < plan.num_real)[:, None, None]
+    return jnp.where(real, rows, jnp.zeros((), rows.dtype))
 
 
 def row_scales(scale: Array, plan: AttentionPlan, rows: int) -> Array:

@@ -39,8 +39,12 @@ def key(implementation: str, dtype: Any, k_width: int, v_width: int, plan: Atten
     """Of a call on the current device."""
     width = 1 << (max(k_width, v_width, 32) - 1).bit_length()
     windowed = plan.mask.window is not None
-    length = "long" if plan.num_rows >= LONG * max(plan.sequences, 1) else "short"
-    return Key(device.current().kind, implementation, jnp.dtype(dtype).itemsize, width, MASKS[windowed], length)
+    return Key(device.current().kind, implementation, jnp.dtype(dtype).itemsize, width, MASKS[windowed], LENGTHS[not is_short(plan)])
+
+
+def is_short(plan: AttentionPlan) -> bool:
+    """Whether the sequences of a batch are short, by the room that they have."""
+    return plan.num_rows < LONG * max(plan.sequences, 1)
 
 
 def find(implementation: str, dtype: Any, k_width: int, v_width: int, plan: AttentionPlan) -> Sizes | None:
