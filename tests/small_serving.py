@@ -57,8 +57,8 @@ def built(form):
 
 
 def requests(task, part="test"):
-    """Columns of requests of every user, and the batch of a full forward pass over them."""
-    loader = task.loader(part, batch_users=64, steps_per_call=1)
+    """Columns of the seven requests of a part, and the batch of a full forward pass over them."""
+    loader = task.loader(part, batch_users=7, steps_per_call=1)
     plan = loader.plan(shuffle=False)
     columns = {name: column[0].copy() for name, column in plan.columns(np.array([0])).items()}
     for name in channels(task.config):

@@ -116,7 +116,10 @@ def test_no_keys_and_no_rows():
         (dict(keys=KeyIntervals(*(jnp.zeros(2, jnp.int32) for _ in range(4)))), r"keys must be four int32\[3\]"),
         (dict(own=(jnp.ones((3, 1, 4)), jnp.ones((3, 1, 4)))), "own must be a key"),
         (dict(bias=RelativeBias(position_table=jnp.ones(3))), "needs place_R"),
-        (dict(bias=RelativeBias(time_table=jnp.ones(3), timestamps=jnp.zeros(3, jnp.int32))), r"RelativeBias.timestamps must be int32\[5\]"),
+        (
+            dict(bias=RelativeBias(time_table=jnp.ones(3), timestamps=jnp.zeros(3, jnp.int32))),
+            r"RelativeBias.timestamps must be int32\[5\]",
+        ),
         (dict(implementation="mosaic"), "no implementation is called 'mosaic'"),
     ],
 )

@@ -7,8 +7,8 @@ Retrieval: `RecommendationModel`, a history in, the best unseen items of the cat
 from ultra_hstu.serving.cache import Cache
 from ultra_hstu.serving.frozen import FrozenRanker
 from ultra_hstu.serving.inputs import Candidates, Events, History, from_source
-from ultra_hstu.serving.retrieval import Recommendation, RecommendationModel, load_params
 from ultra_hstu.serving.ranking import Best, append, encode_history, score, top_k
+from ultra_hstu.serving.retrieval import Recommendation, RecommendationModel, load_params
 
 __all__ = [
     "Best",

@@ -43,16 +43,18 @@ class Cache:
         """Bytes on the device, those of keys and values and the frames beside them; a class may be half as large again as its rows need."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.channels))
 
-    def check(self, model: FrozenRanker) -> None:
-        """Raises ValueError if the cache is another model's: of another configuration, or of other parameters."""
-        if not isinstance(self, Cache):
-            raise ValueError(f"cache must be a serving.Cache, got {type(self).__name__}: encode_history makes it")
-        if self.signature != model.signature:
-            raise ValueError(
-                f"the cache was made by a model of another configuration ({self.signature}, this one is {model.signature}): encode the history again"
-            )
-        if self.mark is not model.mark and not np.array_equal(self.mark, model.mark):
-            raise ValueError("the cache was made with other parameters of this model: encode the history again")
+
+def check_cache(cache: Any, model: FrozenRanker) -> Cache:
+    """The cache, if it is this model's. Raises ValueError if it is that of another configuration or of other parameters, or none."""
+    if not isinstance(cache, Cache):
+        raise ValueError(f"cache must be a serving.Cache, got {type(cache).__name__}: encode_history makes it")
+    if cache.signature != model.signature:
+        raise ValueError(
+            f"the cache was made by a model of another configuration ({cache.signature}, this one is {model.signature}): encode the history again"
+        )
+    if cache.mark is not model.mark and not np.array_equal(cache.mark, model.mark):
+        raise ValueError("the cache was made with other parameters of this model: encode the history again")
+    return cache
 
 
 @dataclasses.dataclass(frozen=True)

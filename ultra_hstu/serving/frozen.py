@@ -39,7 +39,7 @@ class FrozenRanker:
     milliseconds. Later changes of the ranker's parameters are not seen here.
     """
 
-    def __init__(self, model: Ranker, *, item_table: Literal["device"] | host_tables.Kind = "device"):
+    def __init__(self, model: Any, *, item_table: Literal["device"] | host_tables.Kind = "device"):
         """
         Args:
           item_table: where the item table is: on the device, or in host memory as one of `host_tables.KINDS`, from where each request takes its rows.
@@ -64,7 +64,7 @@ class FrozenRanker:
         self.signature = _signature(model)
 
 
-def frozen(model: Ranker | FrozenRanker) -> FrozenRanker:
+def frozen(model: Any) -> FrozenRanker:
     return model if isinstance(model, FrozenRanker) else FrozenRanker(model)
 
 

@@ -27,7 +27,7 @@ class HostTable:
     packed: Any
 
     @staticmethod
-    def of(table_ID: Float[Any, "I D"], kind: Kind) -> "HostTable":
+    def of(table_ID: Float[Any, "I D"], kind: Any) -> "HostTable":
         """Raises ValueError for a kind that is none, and for what `quantization` refuses."""
         if kind not in KINDS:
             raise ValueError(f"item_table={kind!r} must be 'device', or one of {', '.join(KINDS)} in host memory")
@@ -40,7 +40,7 @@ class HostTable:
         """Bytes of a row that travel."""
         return sum(leaf.nbytes // len(leaf) for leaf in jax.tree.leaves(self.packed))
 
-    def request(self, *ids: Int32[np.ndarray, " n"]) -> tuple[Any, list[Int32[np.ndarray, " n"]]]:
+    def request(self, *ids: np.ndarray) -> tuple[Any, list[Int32[np.ndarray, " n"]]]:
         """The packed rows of the items that a request names, each once, at the size of their class; and the ids as numbers of these rows, from 1."""
         item_R, number_T = np.unique(np.concatenate(ids), return_inverse=True)
         rows = jax.tree.map(lambda leaf: padded(leaf[item_R], capacity(len(item_R), LEAST_ROWS)), self.packed)

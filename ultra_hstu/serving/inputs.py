@@ -132,7 +132,7 @@ def from_source(source: RankSource, columns_B: Mapping[str, Any], form: Form) ->
     return History(channels, events.context_UC[column["user"]], events.time_E[column["target"]]), candidates
 
 
-def check_history(history: History, form: Form, sizes: Sizes, *, what: str = "history") -> History:
+def check_history(history: Any, form: Form, sizes: Sizes, *, what: str = "history") -> History:
     """The same as int32 NumPy arrays, the newest `max_history` events of each channel.
 
     Raises:
@@ -157,7 +157,7 @@ def check_history(history: History, form: Form, sizes: Sizes, *, what: str = "hi
     return History(channels, context_BC, now_B)
 
 
-def check_candidates(candidates: Candidates, users: int, sizes: Sizes) -> Candidates:
+def check_candidates(candidates: Any, users: int, sizes: Sizes) -> Candidates:
     """The same as int32 NumPy arrays. Raises ValueError as `check_history`."""
     if not isinstance(candidates, Candidates):
         raise ValueError(f"candidates must be serving.Candidates, got {type(candidates).__name__}")
@@ -196,7 +196,7 @@ def _take(events: Events, place_E: np.ndarray, length_B: np.ndarray) -> Events:
     return Events(**{name: getattr(events, name)[place_E] for name in COLUMNS}, offsets=offsets)
 
 
-def _check_events(name: str, events: Events, users: int, sizes: Sizes) -> Events:
+def _check_events(name: str, events: Any, users: int, sizes: Sizes) -> Events:
     if not isinstance(events, Events):
         raise ValueError(f"{name} must be serving.Events, got {type(events).__name__}")
     offsets = _offsets(f"{name}.offsets", events.offsets, users)

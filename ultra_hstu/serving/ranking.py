@@ -1,7 +1,8 @@
 """M-FALCON (HSTU, arXiv 2402.17152, section 3.4): a user's history is encoded once, and any number of candidates are scored against it.
 
 Scores are those of one full forward pass with all candidates as its targets, to rounding, in whatever batches they are worked off. Every function takes a
-`Ranker`, or a `FrozenRanker` made of one beforehand; inputs are NumPy (or anything like it), checked here, and results are NumPy.
+`Ranker`, or a `FrozenRanker` made of one beforehand; `History`, `Candidates` and `Cache` hold NumPy arrays or anything like it, and results are NumPy.
+Arguments are annotated as `Any` because they are checked here, with errors that name the value and the remedy.
 """
 
 import dataclasses
@@ -12,8 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from ultra_hstu.nn.key_values import KINDS, Kind
-from ultra_hstu.nn.ranker import Ranker
-from ultra_hstu.serving.cache import Cache, growth
+from ultra_hstu.serving.cache import Cache, check_cache, growth
 from ultra_hstu.serving.capacity import LEAST_ROWS, capacity, padded, padded_offsets
 from ultra_hstu.serving.frozen import Channel, FrozenRanker, frozen
 from ultra_hstu.serving.inputs import Candidates, History, check_candidates, check_history, joined, newest
@@ -27,7 +27,7 @@ class Best(NamedTuple):
     score_BK: Float32[np.ndarray, "B k"]
 
 
-def encode_history(model: Ranker | FrozenRanker, history: History, *, kind: Kind = "same") -> Cache:
+def encode_history(model: Any, history: Any, *, kind: Any = "same") -> Cache:
     """Keys and values of the histories of B users in every layer.
 
     An empty history is a legal one: candidates then see the user's contextual tokens and themselves. Of a longer one than the model takes, the newest
@@ -46,7 +46,7 @@ def encode_history(model: Ranker | FrozenRanker, history: History, *, kind: Kind
     return _cache(model, history, _encode(model, history, kind, list(model.encoders)), kind)
 
 
-def append(model: Ranker | FrozenRanker, cache: Cache, new_events: History, *, implementation: Any = None) -> Cache:
+def append(model: Any, cache: Any, new_events: Any, *, implementation: Any = None) -> Cache:
     """The cache after more events of its users; equal, to rounding, to that of the longer histories.
 
     Only rows that can have changed are computed, see `cache.growth`; where all have, the histories are encoded anew. Under a rounded `kind` new rows work
@@ -60,7 +60,7 @@ def append(model: Ranker | FrozenRanker, cache: Cache, new_events: History, *, i
       ValueError: a cache of another model or of other users' number; what `inputs.check_history` refuses.
     """
     model = frozen(model)
-    Cache.check(cache, model)
+    check_cache(cache, model)
     added = check_history(new_events, model.form, model.sizes, what="new_events")
     if added.users != cache.users:
         raise ValueError(f"new_events has {added.users} users, the cache {cache.users}: give an entry for each, without events too")
@@ -97,7 +97,7 @@ def append(model: Ranker | FrozenRanker, cache: Cache, new_events: History, *, i
 
 
 def score(
-    model: Ranker | FrozenRanker, cache: Cache, candidates: Candidates, *, micro_batch: int = MICRO_BATCH, implementation: Any = None
+    model: Any, cache: Any, candidates: Any, *, micro_batch: Any = MICRO_BATCH, implementation: Any = None
 ) -> Float32[np.ndarray, "C K"]:
     """Logits (values, in regressions) of every candidate for each task, in the order of the candidates.
 
@@ -115,13 +115,13 @@ def score(
 
 
 def top_k(
-    model: Ranker | FrozenRanker,
-    cache: Cache,
-    candidates: Candidates,
+    model: Any,
+    cache: Any,
+    candidates: Any,
     *,
-    k: int,
+    k: Any,
     weights: Any = None,
-    micro_batch: int = MICRO_BATCH,
+    micro_batch: Any = MICRO_BATCH,
     implementation: Any = None,
 ) -> Best:
     """The k candidates of each user with the highest weighted sum of logits; of equal ones the first.
@@ -146,10 +146,10 @@ def top_k(
 
 
 def _logits(
-    model: FrozenRanker, cache: Cache, candidates: Candidates, micro_batch: int, implementation: Any
+    model: FrozenRanker, cache: Any, candidates: Any, micro_batch: Any, implementation: Any
 ) -> tuple[Candidates, jax.Array]:
     """The checked candidates, and their logits at the size of their class."""
-    Cache.check(cache, model)
+    check_cache(cache, model)
     if isinstance(micro_batch, bool) or not isinstance(micro_batch, int | np.integer) or micro_batch < 1:
         raise ValueError(f"{micro_batch=} must be an integer of at least 1")
     candidates = check_candidates(candidates, cache.users, model.sizes)
