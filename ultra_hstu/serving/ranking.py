@@ -145,9 +145,7 @@ def top_k(
     return Best(np.asarray(place_BK)[: cache.users], np.asarray(score_BK)[: cache.users])
 
 
-def _logits(
-    model: FrozenRanker, cache: Any, candidates: Any, micro_batch: Any, implementation: Any
-) -> tuple[Candidates, jax.Array]:
+def _logits(model: FrozenRanker, cache: Any, candidates: Any, micro_batch: Any, implementation: Any) -> tuple[Candidates, jax.Array]:
     """The checked candidates, and their logits at the size of their class."""
     check_cache(cache, model)
     if isinstance(micro_batch, bool) or not isinstance(micro_batch, int | np.integer) or micro_batch < 1:
