@@ -129,7 +129,7 @@ def extend(
 ) -> EncodedHistory:
     """Longer histories: the first `keep_B` rows of each stay as they were, what follows is computed anew. No contextual tokens.
 
-    Exact if nothing that the rows before `keep_B` saw has changed: see `serving.growth`. Cost: the new rows of a layer, and a copy of what is kept.
+    Exact if nothing that the rows before `keep_B` saw has changed: see `serving.cache.growth`. Cost: the new rows of a layer, and a copy of what is kept.
 
     Args:
       old: the histories before.

@@ -36,7 +36,7 @@ class Channel:
 
 class FrozenRanker:
     """A `Ranker` as the functions of `ultra_hstu.serving` work with it. They take a `Ranker` too, and then do this at every call, which costs
-    milliseconds. Later changes of the ranker's parameters are not seen here.
+    milliseconds. Later changes of the ranker's parameters are not seen here, and the ranker itself is not held: with a table in host memory, drop it.
     """
 
     def __init__(self, model: Any, *, item_table: Literal["device"] | host_tables.Kind = "device"):
@@ -50,7 +50,7 @@ class FrozenRanker:
         if not isinstance(model, Ranker):
             raise ValueError(f"model must be a Ranker or a FrozenRanker, got {type(model).__name__}: candidates are scored by ranking runs")
         self.form, self.sizes = model.form, model.sizes
-        self.encoders: dict[str, HSTU] = {name: model.encoders[name] for name in sorted(model.encoders)}
+        self.encoders: dict[str, HSTU] = {name: model.encoders[name] for name in sorted(model.encoders)}  # for their masks and sizes
         graphdef, self.params = nnx.split(model)
         self.table: HostTable | None = None
         if item_table != "device":
@@ -168,6 +168,8 @@ def _signature(model: Ranker) -> str:
     parts: list[Any] = [model.form, model.sizes, str(model.embedding.dtype)]
     for name in sorted(model.encoders):
         encoder = model.encoders[name]
-        sizes = [(type(layer).__name__, layer.heads, layer.qk_width, layer.v_width, layer.alpha) for layer in encoder.layers]
+        sizes = [
+            (type(layer).__name__, layer.heads, layer.qk_width, layer.v_width, layer.alpha, layer.precision) for layer in encoder.layers
+        ]
         parts.append((name, encoder.length, encoder.layer_masks, encoder.truncation, sizes))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

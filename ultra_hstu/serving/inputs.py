@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ultra_hstu.data.rank_source import RankSource, Sizes
 from ultra_hstu.data.ranking import Form
@@ -28,10 +27,10 @@ class Events:
 
     @staticmethod
     def of(
-        items: Sequence[ArrayLike],
-        times: Sequence[ArrayLike] | None = None,
-        signals: Sequence[ArrayLike] | None = None,
-        features: Sequence[ArrayLike] | None = None,
+        items: Sequence[Any],
+        times: Sequence[Any] | None = None,
+        signals: Sequence[Any] | None = None,
+        features: Sequence[Any] | None = None,
     ) -> "Events":
         """From one entry a user: ids [n]; seconds [n], all 0 without them; codes [n, S] and [n, F], none without them.
 
@@ -41,7 +40,7 @@ class Events:
         item_of = [np.atleast_1d(np.asarray(user)) for user in items]
         lengths = [len(user) for user in item_of]
 
-        def column(name: str, given: Sequence[ArrayLike] | None, empty: np.ndarray) -> np.ndarray:
+        def column(name: str, given: Sequence[Any] | None, empty: np.ndarray) -> np.ndarray:
             if given is None:
                 return empty
             parts = [np.asarray(user) for user in given]
@@ -101,7 +100,7 @@ class Candidates:
     slot_C: Any = None
 
     @staticmethod
-    def of(items: Sequence[ArrayLike], times: ArrayLike | None = None, features: Sequence[ArrayLike] | None = None) -> "Candidates":
+    def of(items: Sequence[Any], times: Any = None, features: Sequence[Any] | None = None) -> "Candidates":
         """From one entry a user: ids [m] and codes [m, F]; `times` are one number a user (or one for all), 0 without them."""
         given = Events.of(items, features=features)
         lengths = np.diff(given.offsets)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from ultra_hstu.nn.key_values import KINDS, Kind
+from ultra_hstu.nn.key_values import KINDS
 from ultra_hstu.serving.cache import Cache, check_cache, growth
 from ultra_hstu.serving.capacity import LEAST_ROWS, capacity, padded, padded_offsets
 from ultra_hstu.serving.frozen import Channel, FrozenRanker, frozen
@@ -43,7 +43,9 @@ def encode_history(model: Any, history: Any, *, kind: Any = "same") -> Cache:
     if kind not in KINDS:
         raise ValueError(f"{kind=} must be one of {', '.join(KINDS)}")
     history = check_history(history, model.form, model.sizes)
-    return _cache(model, history, _encode(model, history, kind, list(model.encoders)), kind)
+    request, rows, table = _request(model, history)
+    channels = {name: model.programs.encode(model.params, request, table, name=name, rows=rows[name], kind=kind) for name in model.encoders}
+    return Cache(channels, history, model.mark, model.signature, kind)
 
 
 def append(model: Any, cache: Any, new_events: Any, *, implementation: Any = None) -> Cache:
@@ -68,17 +70,16 @@ def append(model: Any, cache: Any, new_events: Any, *, implementation: Any = Non
     events = {name: newest(joined(cache.history.channels[name], added.channels[name]), longest[name]) for name in longest}
     history = History(events, added.context_BC, added.now_B)
     context_stays = np.array_equal(added.context_BC, cache.history.context_BC)
+    request, rows, table = _request(model, history)
+    users = len(request.used_B)
     channels: dict[str, Channel] = {}
-    anew = []
     for name, encoder in model.encoders.items():
         grown = growth(encoder, model.form, cache.history.channels[name], events[name], added.channels[name])
         if not context_stays or (grown.nothing_stays and not grown.all_stays):
-            anew.append(name)
+            channels[name] = model.programs.encode(model.params, request, table, name=name, rows=rows[name], kind=cache.kind)
         elif grown.all_stays:
             channels[name] = cache.channels[name]
         else:
-            request, rows, table = _request(model, history)
-            users = len(request.used_B)
             channels[name] = model.programs.extend(
                 model.params,
                 cache.channels[name],
@@ -93,7 +94,7 @@ def append(model: Any, cache: Any, new_events: Any, *, implementation: Any = Non
                 kind=cache.kind,
                 implementation=implementation,
             )
-    return _cache(model, history, channels | _encode(model, history, cache.kind, anew), cache.kind)
+    return Cache(channels, history, model.mark, model.signature, cache.kind)
 
 
 def score(
@@ -157,17 +158,6 @@ def _logits(model: FrozenRanker, cache: Any, candidates: Any, micro_batch: Any, 
         table, (numbers,) = model.table.request(candidates.item_C)
         wide = dataclasses.replace(wide, item_C=padded(numbers, len(wide.item_C)))
     return candidates, model.programs.score(model.params, cache.channels, wide, table, step=step, implementation=implementation)
-
-
-def _cache(model: FrozenRanker, history: History, channels: dict[str, Channel], kind: Kind) -> Cache:
-    return Cache({name: channels[name] for name in sorted(channels)}, history, model.mark, model.signature, kind)
-
-
-def _encode(model: FrozenRanker, history: History, kind: Kind, names: list[str]) -> dict[str, Channel]:
-    if not names:
-        return {}
-    request, rows, table = _request(model, history)
-    return {name: model.programs.encode(model.params, request, table, name=name, rows=rows[name], kind=kind) for name in names}
 
 
 def _request(model: FrozenRanker, history: History) -> tuple[Any, dict[str, int], Any]:

@@ -106,7 +106,7 @@ def target_tokens(
     """Rows of targets behind histories of `events_R` events, of which the newest was at `last_R`. All rows count as real."""
     rows = item_R.shape[0]
     zero_R = jnp.zeros(rows, jnp.int32)
-    gap_R = jnp.searchsorted(jnp.asarray(GAP_EDGES), time_R - last_R, side="right").astype(jnp.int32) + 1
+    gap_R = jnp.searchsorted(jnp.asarray(GAP_EDGES), time_R - last_R, side="right", method="compare_all").astype(jnp.int32) + 1
     return Tokens(
         item_T=item_R,
         signal_TS=jnp.zeros((rows, signals), jnp.int32),
