@@ -90,7 +90,8 @@ def test_a_truncated_file_is_named(path, tmp_path):
             artefact.Scorer(tmp_path / "short.zip")
     with pytest.raises(ValueError, match="missing.zip is no scorer"):
         artefact.Scorer(tmp_path / "missing.zip")
-    at = whole.index(b"params.npz") + 300
+    with zipfile.ZipFile(path) as file:
+        at = file.getinfo("params.npz").header_offset + 300
     (tmp_path / "flipped.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     with pytest.raises(ValueError, match="flipped.zip is no scorer.*CRC"):
         artefact.Scorer(tmp_path / "flipped.zip")
