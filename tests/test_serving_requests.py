@@ -70,6 +70,18 @@ def test_no_candidates(model, cache):
     assert (serving.top_k(model, cache, none, k=2).place_BK == -1).all()
 
 
+def test_events_from_one_entry_a_user():
+    events = serving.Events.of(
+        [[], [3, 4]], times=[[], [7, 8]], signals=[[], [[1, 2], [0, 1]]], features=[np.zeros((0, 0)), np.zeros((2, 0))]
+    )
+    assert events.item_E.tolist() == [3, 4] and events.time_E.tolist() == [7, 8] and events.offsets.tolist() == [0, 0, 2]
+    assert events.signal_ES.tolist() == [[1, 2], [0, 1]] and events.feature_EF.shape == (2, 0)
+    plain = serving.Events.of([[5], []])
+    assert plain.time_E.tolist() == [0] and plain.signal_ES.shape == (1, 0) and plain.offsets.tolist() == [0, 1, 1]
+    candidates = serving.Candidates.of([[5, 6], [7]], times=[10, 20])
+    assert candidates.time_C.tolist() == [10, 10, 20] and candidates.offsets.tolist() == [0, 2, 3]
+
+
 def test_top_k(model, cache):
     _, candidates, want = full_pass(FORM)
     best = serving.top_k(model, cache, candidates, k=5, weights=(0.5, -1.0))

@@ -40,21 +40,21 @@ class Events:
         item_of = [np.atleast_1d(np.asarray(user)) for user in items]
         lengths = [len(user) for user in item_of]
 
-        def column(name: str, given: Sequence[Any] | None, empty: np.ndarray) -> np.ndarray:
+        def column(name: str, given: Sequence[Any] | None, axes: int) -> np.ndarray:
+            parts = [np.asarray(user) for user in given or []]
+            shape = next((part.shape[1:] for part in parts if part.ndim == axes), (0,) * (axes - 1))
             if given is None:
-                return empty
-            parts = [np.asarray(user) for user in given]
+                return np.zeros((sum(lengths), *shape), np.int32)
             if [len(part) for part in parts] != lengths:
                 raise ValueError(f"{name} of {[len(part) for part in parts]} events, but items of {lengths}: give one an event")
-            return np.concatenate([empty[:0], *(part.reshape(-1, *empty.shape[1:]) if part.size == 0 else part for part in parts)])
+            nothing = np.zeros((0, *shape), np.int32)
+            return np.concatenate([nothing, *(part if part.ndim == axes else part.reshape(-1, *shape) for part in parts if len(part))])
 
-        total = sum(lengths)
-        code = lambda given: np.zeros((total, 0 if not given else np.shape(given[0])[-1]), np.int32)  # noqa: E731
         return Events(
             np.concatenate([np.zeros(0, np.int32), *item_of]),
-            column("times", times, np.zeros(total, np.int32)),
-            column("signals", signals, code(signals)),
-            column("features", features, code(features)),
+            column("times", times, 1),
+            column("signals", signals, 2),
+            column("features", features, 2),
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
         )
 
