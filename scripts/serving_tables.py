@@ -16,7 +16,7 @@ from ultra_hstu.config import from_config_dict  # noqa: E402
 MODELS = {"hstu": "HSTU", "ultra": "ULTRA-HSTU"}
 PRECISION = {  # records of scripts.cache_precision
     "cache_precision_assistments": "ASSISTments 2017",
-    "cache_precision_ml1m": "MovieLens-1M",
+    "cache_precision_ml100k": "MovieLens-100K",
 }
 KINDS = {"same": "the model's dtype", "bfloat16": "bfloat16", "int8": "int8", "fp8": "fp8 (e4m3)"}
 COLOURS = {"cached": "tab:green", "one_batch": "tab:orange", "recompute": "tab:red", "one_by_one": "tab:grey"}
@@ -126,7 +126,7 @@ def cache_precision_table() -> str:
         hit = next((key for key in record["kinds"]["same"] if key.startswith("hr@")), None)
         for kind, found in record["kinds"].items():
             metrics = found["metrics"]
-            difference = "" if kind == "same" else f"{metrics['ne'] - exact['ne']:+.5f}"
+            difference = "" if kind == "same" else f"{metrics['ne'] - exact['ne']:+.0e}"
             error = f"{found['rms_logit_error']:.1e}" if "rms_logit_error" in found else ""
             stay = f"{100 * found['answers_that_stay']:.1f} %" if "answers_that_stay" in found else ""
             size = f"{found['bytes_a_row_and_layer']:.0f}"
