@@ -1,6 +1,6 @@
 """Times the item rows of a request from host memory to the device, packed in each way: gathered on the host, moved, unpacked on the device.
 
-python -m scripts.bench_host_tables [--items=1000000] [--width=512] [--rows=16384] [--record=experiments/results/host_tables_h200.json]
+python -m scripts.bench_host_tables [--items=200000] [--width=512] [--rows=16384] [--record=experiments/results/host_tables_h200.json]
 
 The rows are those of a history or of candidates, drawn uniformly without repetition: as little as a cache of the processor can help with.
 """
@@ -68,7 +68,7 @@ def table(tables: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("items", 1_000_000, "rows of the table")
+    flags.DEFINE_integer("items", 200_000, "rows of the table")
     flags.DEFINE_integer("width", 512, "width of a row")
     flags.DEFINE_integer("rows", 16384, "different items of a request")
     flags.DEFINE_integer("repetitions", 20, "requests that are timed")
