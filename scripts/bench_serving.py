@@ -3,6 +3,8 @@
 python -m scripts.bench_serving --config=experiments/configs/long_ultra.py --record=experiments/results/serving_h200.json
     [--models=ultra,hstu] [--histories=4096] [--candidates=16384] [--micro_batches=256,2048] [--implementation=triton] [--cached=triton] [--seconds=0.5]
 
+What --record holds of the same commit and device stays, beside what is measured anew: a grid may be measured in several calls.
+
 The configuration gives the sizes of the encoder; `ultra` is its stack, `hstu` ten plain causal layers of the same widths. Parameters and requests are random.
 A latency is that of a call from NumPy to NumPy, and of the functions of `ultra_hstu.serving` as they are called in service.
 
@@ -14,6 +16,7 @@ A latency is that of a call from NumPy to NumPy, and of the functions of `ultra_
 """
 
 import dataclasses
+import json
 import os
 import statistics
 import time
@@ -44,6 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "hstu": {"window": (), "full_rows": (), "prefix": (), "truncate_after": None, "truncate_length": None, "layers": 10},
 }
 ONE_BY_ONE = 64
+PLACE = ("model", "what", "history", "candidates", "micro_batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +80,8 @@ def main(_: list[str]) -> None:
         "cached": FLAGS.cached or "platform's",
         "kind": FLAGS.kind,
         "xla_flags": os.environ.get("XLA_FLAGS"),
-        "cells": [],
     }
+    result["cells"] = before(FLAGS.record, result)
     console = report.make_console()
     grid = dict(histories=histories, candidates=candidates, micro_batches=micro_batches)
     cells = []
@@ -91,14 +95,23 @@ def main(_: list[str]) -> None:
     console.print(f"{len(cells)} programs compiled in {result['compile_s']:.0f} s")
     for cell, error in zip(cells, errors, strict=True):
         measured = {"error": error} if error else latency(cell, FLAGS.seconds)
-        named = {key: getattr(cell, key) for key in ("model", "what", "history", "candidates", "micro_batch", "tflop")}
-        result["cells"].append(named | measured)
+        named = {key: getattr(cell, key) for key in (*PLACE, "tflop")}
+        result["cells"] = [old for old in result["cells"] if any(old[key] != named[key] for key in PLACE)] + [named | measured]
         console.print(
             cell.name, measured.get("error") or f"{measured['p50_ms']:9.3f} ms  {measured['candidates_per_s']:12,.0f} candidates/s"
         )
         if FLAGS.record:
             workdir.write_json(Path(FLAGS.record), result)
     console.print(summary(result["cells"]))
+
+
+def before(record: str | None, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells of a record made under the same conditions."""
+    if not record or not Path(record).exists():
+        return []
+    found = json.loads(Path(record).read_text())
+    same = all(found.get(key) == result[key] for key in ("config", "device", "commit", "implementation", "cached", "kind", "xla_flags"))
+    return found["cells"] if same else []
 
 
 def implementation() -> dict[str, Any]:

@@ -125,8 +125,6 @@ def test_the_command_line_trains_and_records(tmp_path):
     history = {"channels": {"attempts": nothing, "right": nothing}, "context_BC": np.zeros((1, 0), int), "now_B": [0]}
     asked = {"item_C": [1, 2], "time_C": [0, 0], "feature_CF": [[1], [1]], "offsets": [0, 2]}
     assert np.isfinite(scorer.score(scorer.encode(history), asked)).all()
-    done = subprocess.run([*command, "--candidates=0"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "candidates=0 must be at least 1" in done.stderr
 
 
 class StopAfterFiveLooks:
