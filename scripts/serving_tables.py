@@ -90,7 +90,8 @@ def serving_figure() -> None:
     if not record:
         return
     cells = by_place(record)
-    count = max(key[3] for key in cells)
+    count = max(key[3] for key in cells if key[2] == "cached")
+    steps = sorted({key[4] for key in cells if key[2] in ("cached", "recompute")})
     panels = sorted({(key[1], key[0]) for key in cells})
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2), sharey=True, squeeze=False, constrained_layout=True)
     for axis, (history, model) in zip(axes[0], panels, strict=True):
@@ -106,6 +107,8 @@ def serving_figure() -> None:
             else:
                 axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=WORDS[what]) if points else None
         axis.set(title=f"{MODELS[model]}, history {history:,}", xlabel="micro-batch", xscale="log", yscale="log")
+        axis.set_xticks(steps, [str(step) for step in steps])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(f"candidates a second, of {count:,}")
