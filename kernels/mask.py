@@ -124,6 +124,13 @@ class AttentionMask:
         """Rows that see each key: `intervals` transposed."""
         return RowIntervals(*_row_intervals(jnp, self, *_places(jnp, offsets, num_rows, num_targets, num_contextual)))
 
+    def keys_at(self, start_R: Any, position_R: Any, contextual_R: Any, history_R: Any) -> KeyIntervals:
+        """Keys of rows given one by one: at `position_R` of a sequence whose first key is number `start_R`, with so many contextual and history
+        tokens; from position contextual + history on, targets. A row of a sequence without either sees nothing.
+        """
+        real_R = jnp.ones_like(start_R, bool)
+        return KeyIntervals(*_intervals(jnp, self, real_R, start_R, position_R, contextual_R, history_R, contextual_R + history_R))
+
     def dense(self, offsets: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None) -> Bool[Array, "T T"]:
         """The mask as a matrix, diagonal included; rows and columns of padding are False. Memory O(T^2): references and tests only."""
         return self.intervals(offsets, num_rows, num_targets, num_contextual).dense(jnp.asarray(offsets)[-1])

@@ -18,6 +18,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 from scripts import bench_load_balance  # noqa: E402
 from scripts.attention_tables import attention_figure, attention_table, gpu_tests_table  # noqa: E402
 from scripts.ranking_tables import ablation_table, ranking_table  # noqa: E402
+from scripts.serving_tables import (  # noqa: E402
+    cache_precision_table,
+    host_tables_table,
+    operations_table,
+    serving_figure,
+    serving_table,
+)
 from scripts.tables import FIGURES, NOT_MEASURED, ROOT, load, markdown, mean_and_deviation, short  # noqa: E402
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "mrr")
@@ -220,11 +227,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "int4": int4_table,
     "long_ultra": long_ultra_table,
     "layer_memory": layer_memory_table,
+    "serving": serving_table,
+    "serving_operations": operations_table,
+    "cache_precision": cache_precision_table,
+    "host_tables": host_tables_table,
 }
 PAGES = {
     "README.md": ("ml1m", "speed", "attention", "test_gpu", "ranking", "ablation"),
     "docs/ultra_hstu.md": ("long_ultra", "layer_memory"),
     "docs/sampling_and_precision.md": ("stochastic_length", "load_balance", "int4"),
+    "docs/serving.md": ("serving_operations", "serving", "cache_precision", "host_tables"),
 }
 
 
@@ -274,6 +286,7 @@ def main(_: list[str]) -> None:
         if record := load("load_balance_cpu"):
             bench_load_balance.draw(record, FIGURES / "load_balance.png")
         attention_figure()
+        serving_figure()
 
 
 if __name__ == "__main__":

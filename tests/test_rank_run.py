@@ -19,6 +19,7 @@ from scripts import ablation
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import from_config_dict
 from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.serving.artefact import Scorer
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.train import Interrupted, train
 
@@ -114,6 +115,16 @@ def test_the_command_line_trains_and_records(tmp_path):
     assert [run["seed"] for run in written["runs"]] == [1]
     assert {"ne", "auc/correct", "gauc/correct", "log_loss/correct"} <= written["runs"][0]["best"].keys()
     assert [epoch["epoch"] for epoch in written["runs"][0]["history"]] == [1]
+    # What it learnt goes into a file that scores candidates by itself; tests/test_export.py reads one where this code is not.
+    out = tmp_path / "scorer.zip"
+    command = [sys.executable, "-m", "experiments.export", f"--workdir={tmp_path / 'run' / 'seed_1'}", f"--out={out}", "--candidates=8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    scorer = Scorer(out)
+    nothing = {"item_E": [], "time_E": [], "signal_ES": np.zeros((0, 1), int), "feature_EF": np.zeros((0, 1), int), "offsets": [0, 0]}
+    history = {"channels": {"attempts": nothing, "right": nothing}, "context_BC": np.zeros((1, 0), int), "now_B": [0]}
+    asked = {"item_C": [1, 2], "time_C": [0, 0], "feature_CF": [[1], [1]], "offsets": [0, 2]}
+    assert np.isfinite(scorer.score(scorer.encode(history), asked)).all()
 
 
 class StopAfterFiveLooks:

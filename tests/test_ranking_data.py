@@ -21,6 +21,7 @@ FORMS = {
     "supervise all": dict(rank=dict(input="interleaved", supervise="all")),
     "mixture": dict(model=dict(channels=MIXTURE)),
     "interleaved mixture": dict(rank=dict(input="interleaved"), model=dict(channels=MIXTURE)),
+    "forwards": dict(rank=dict(positions="forwards")),
 }
 
 
@@ -145,7 +146,7 @@ def rows_by_hand(data, config, user, history, targets):
     names = config.rank
     signal = {name: signals.signal(data.actions, name).code for name in names.signals}
     feature = {name: signals.feature(data, name).code for name in names.features}
-    backwards = names.supervise == "targets"
+    backwards = names.supervise == "targets" and names.positions == "backwards"
     times = np.zeros(data.num_events, int) if data.timestamps is None else data.timestamps - data.timestamps.min()
     request_time = times[(history + targets)[0]]
     rows = []

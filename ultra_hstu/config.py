@@ -128,7 +128,9 @@ class RankConfig:
     features: tuple[str, ...] = ()  # known of an event before the user acts; kept on targets
     contextual: tuple[str, ...] = ()  # features of the user, one token each in front of the history
     targets: int = 16  # events a request asks about, which do not see one another
-    supervise: Literal["targets", "all"] = "targets"  # all: every history item too (interleaved only)
+    # Which end positions count from: the targets, or the oldest event. Only forwards can a cached history grow without being encoded anew.
+    positions: Literal["backwards", "forwards"] = "backwards"
+    supervise: Literal["targets", "all"] = "targets"  # all: every history item too (interleaved only; positions are forwards)
     head_width: int = 128  # hidden width of the multi-task head
     validation_fraction: float = 0.1  # of a user's events, before the test events
     test_fraction: float = 0.1  # of a user's events, the newest

@@ -10,7 +10,7 @@ from ultra_hstu.config import ChannelConfig, Config
 from ultra_hstu.data import batching, requests, signals
 from ultra_hstu.data.feed import WHOLE, Loader, Planner
 from ultra_hstu.data.interactions import Interactions
-from ultra_hstu.data.ranking import RankEvents, RankGather
+from ultra_hstu.data.ranking import Form, RankEvents, RankGather
 from ultra_hstu.data.requests import Parts, Requests
 from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
 
@@ -32,6 +32,17 @@ class Sizes:
 def channels(config: Config) -> dict[str, ChannelConfig]:
     """The transducers of a run: those of `model.channels`, or one over all events."""
     return dict(config.model.channels) or {EVERYTHING: ChannelConfig(max_history=config.data.max_history, layers=config.model.layers)}
+
+
+def form(config: Config) -> Form:
+    """How requests are laid out for serving: with `rank.supervise="all"` no item was trained with `max_history` events before it."""
+    everywhere = config.rank.supervise == "all"
+    return Form(
+        contextual=len(config.rank.contextual),
+        interleaved=config.rank.input == "interleaved",
+        backwards=config.rank.positions == "backwards" and not everywhere,
+        max_history=tuple((name, channel.max_history - everywhere) for name, channel in channels(config).items()),
+    )
 
 
 def rows(config: Config, history: Any, targets: Any) -> Any:
@@ -111,14 +122,14 @@ class RankSource:
         if len(lengths) == 0:
             raise ValueError(f"no user has {part} events: raise rank.{part}_fraction" if not training else "no user has training events")
         longest = [self.longest(config, channel) for channel in channels(config).values()]
-        given = config.data.batch_tokens if training else None
+        given, layout = config.data.batch_tokens if training else None, form(config)
         gather = RankGather(
             rows=tuple(given or batching.choose_rows(lengths[:, i], batch_users, most) for i, most in enumerate(longest)),
             channels=tuple(channels(config)),
             targets=config.rank.targets,
-            contextual=len(config.rank.contextual),
-            interleaved=config.rank.input == "interleaved",
-            backwards=config.rank.supervise == "targets",
+            contextual=layout.contextual,
+            interleaved=layout.interleaved,
+            backwards=layout.backwards,
             supervise_history=training and config.rank.supervise == "all",
         )
         return Loader(

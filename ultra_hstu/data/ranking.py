@@ -73,6 +73,28 @@ class RankBatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Form:
+    """How the requests of a model are laid out as tokens.
+
+    Attributes:
+      contextual: tokens in front of every history.
+      interleaved: two rows an event, item and action; else one.
+      backwards: positions count back from the targets: targets 0, the newest event 1; else forwards from 1.
+      max_history: by channel, the newest events that count.
+    """
+
+    contextual: int
+    interleaved: bool
+    backwards: bool
+    max_history: tuple[tuple[str, int], ...]
+
+    @property
+    def per_event(self) -> int:
+        """Rows of an event of a history."""
+        return 2 if self.interleaved else 1
+
+
+@dataclasses.dataclass(frozen=True)
 class RankGather:
     """Makes the batches of a `Loader`: `xp=jax.numpy` on the device, in the compiled step, `xp=numpy` on the host.
 
@@ -88,6 +110,7 @@ class RankGather:
     interleaved: bool
     backwards: bool = True  # positions count back from the targets: targets 0, the newest event 1; else forwards from 1
     supervise_history: bool = False  # predict every item of the history, not the targets: interleaved, one channel, forward positions
+    with_targets: bool = True  # False: no rows for targets, of which the first only says when the last event of the history asks
 
     def __call__(self, data: RankEvents, columns_B: dict[str, Any], xp: Any = jnp) -> RankBatch:
         column = {name: xp.asarray(values).astype(xp.int32) for name, values in columns_B.items()}
@@ -123,7 +146,8 @@ class RankGather:
         history_B = column[f"stop/{name}"] - start_B
         used_B = (history_B + count_B) > 0
         contextual_B = xp.where(used_B, self.contextual, 0).astype(xp.int32)
-        offsets = _offsets(xp, contextual_B + per_event * history_B + count_B)
+        laid_B = count_B if self.with_targets else xp.zeros_like(count_B)
+        offsets = _offsets(xp, contextual_B + per_event * history_B + laid_B)
         b_T, p_T, real_T = _lay_out(xp, offsets, rows)
         c_T, h_T, start_T, target_T = contextual_B[b_T], history_B[b_T], start_B[b_T], target_B[b_T]
         into_T = p_T - c_T
@@ -171,7 +195,7 @@ class RankGather:
             time_T=xp.where(real_T, time_T, zero),
             next_time_T=xp.where(real_T, next_time_T, zero),
             offsets=offsets,
-            num_targets=count_B,
+            num_targets=laid_B,
             num_contextual=contextual_B,
             row_P=xp.where(real_P, row_P, zero).astype(xp.int32),
         )

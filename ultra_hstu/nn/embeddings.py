@@ -16,7 +16,7 @@ class CodeEmbedding(nnx.Module):
     """Several codes of a row, each with its own vectors, summed; code 0 adds nothing. One table holds them all."""
 
     def __init__(self, sizes: tuple[int, ...], width: int, *, rngs: nnx.Rngs):
-        self.firsts = [sum(size - 1 for size in sizes[:i]) for i in range(len(sizes))]  # code 1 of column i is line firsts[i]
+        self.firsts = tuple(sum(size - 1 for size in sizes[:i]) for i in range(len(sizes)))  # code 1 of column i is line firsts[i]
         self.table = initializers.param(initializers.truncated_normal_002, rngs, max(1, sum(size - 1 for size in sizes)), width)
 
     def __call__(self, code_TS: Int[Array, "T S"]) -> Float[Array, "T D"]:

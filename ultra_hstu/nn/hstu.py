@@ -113,14 +113,19 @@ class HSTU(nnx.Module):
             if self.truncation is not None and number == self.truncation.after:
                 cut = self.truncation.cut(sequences)
                 x_TD, sequences, attends = cut.take(x_TD), cut.sequences, {}
-            mask = self.masks[min(number, len(self.masks) - 1)]
+            mask = self.layer_masks[number]
             if mask not in attends:
-                attends[mask] = self._attend(sequences, mask, x_TD.dtype)
+                attends[mask] = self.attend(sequences, mask, x_TD.dtype)
             run = functools.partial(layer, attend=attends[mask], key=layer_key)
             x_TD = checkpointed(run, self.remat)(x_TD)
         return x_TD, cut
 
-    def _attend(self, sequences: Sequences, mask: AttentionMask, dtype: Any) -> Attend:
+    @property
+    def layer_masks(self) -> tuple[AttentionMask, ...]:
+        """The mask of every layer."""
+        return tuple(self.masks[min(number, len(self.masks) - 1)] for number in range(len(self.layers)))
+
+    def attend(self, sequences: Sequences, mask: AttentionMask, dtype: Any) -> Attend:
         """Attention over the sequences of a batch; its plan is computed here, once for all layers of this mask."""
         if self.attention == "softmax":
             return lambda q, k, v, *, alpha, bias: softmax_attention(q, k, v, sequences, bias=bias, length=self.length)

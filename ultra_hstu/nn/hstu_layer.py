@@ -58,6 +58,11 @@ class Layer(nnx.Module):
         mask_TZ = dropout_mask(key, self.dropout_rate, (x_TD.shape[0], self.output.shape[0]))
         return chunked(self._finish, x_TD, u_TY, a_TY, mask_TZ, chunk_rows=self.chunk_rows)
 
+    def keys_and_values(self, x_TD: Float[Array, "T D"]) -> tuple[Float[Array, "T H K"], Float[Array, "T H V"]]:
+        """What other rows see of these: all that a cache needs of the last layer."""
+        _, v_THV, _, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
+        return k_THK, v_THV
+
     @abc.abstractmethod
     def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:
         """u [T, H * V], v [T, H, V], q and k [T, H, K] of each row."""

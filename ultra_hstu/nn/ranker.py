@@ -26,6 +26,7 @@ class Ranker(nnx.Module):
 
     def __init__(self, config: Config, sizes: Sizes, *, rngs: nnx.Rngs):
         model, channels = config.model, rank_source.channels(config)
+        self.form, self.sizes = rank_source.form(config), sizes
         if model.truncate_length is not None:  # events, and the encoder counts rows
             model = dataclasses.replace(
                 model, truncate_length=rank_source.rows(config, model.truncate_length, -len(config.rank.contextual))

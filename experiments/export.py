@@ -1,0 +1,53 @@
+"""Writes a trained ranking run as one file that scores candidates without this code: see `ultra_hstu.serving.export`.
+
+python -m experiments.export --workdir=runs/assistments_rank_ultra --out=scorer.zip --candidates=1024 [--users=1] [--raw_dir=PATH]
+"""
+
+import dataclasses
+
+from absl import flags
+
+from experiments import command
+from ultra_hstu import report
+from ultra_hstu.nn.key_values import KINDS
+from ultra_hstu.serving import export, load_params
+from ultra_hstu.serving.ranking import MICRO_BATCH
+from ultra_hstu.task import RankTask, Task
+from ultra_hstu.workdir import Workdir
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained ranking run", required=True)
+_OUT = flags.DEFINE_string("out", None, "the file to write", required=True)
+_CANDIDATES = flags.DEFINE_integer("candidates", None, "most candidates of a call, of all users together", required=True)
+_USERS = flags.DEFINE_integer("users", 1, "most users of a call")
+_MICRO_BATCH = flags.DEFINE_integer("micro_batch", MICRO_BATCH, "candidates that are worked on at one time")
+_KIND = flags.DEFINE_enum("kind", "same", KINDS, "how keys and values are kept between the two calls")
+_PLATFORMS = flags.DEFINE_list("platforms", None, "cpu, cuda or both; that of this machine without it")
+_RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
+
+
+def main(_: list[str]) -> None:
+    folder = Workdir(_WORKDIR.value)
+    config = folder.read_config()
+    if _RAW_DIR.value:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=_RAW_DIR.value))
+    task = Task.load(config)
+    folder.check_data(task.interactions)
+    if not isinstance(task, RankTask):
+        raise ValueError(f"{_WORKDIR.value} is a retrieval run: only ranking runs score given candidates")
+    step, params = load_params(folder, task.recipe)
+    export.save(
+        _OUT.value,
+        task.recipe.model(params),
+        config=config,
+        catalog=task.interactions.catalog,
+        candidates=_CANDIDATES.value,
+        users=_USERS.value,
+        micro_batch=_MICRO_BATCH.value,
+        kind=_KIND.value,
+        platforms=_PLATFORMS.value,
+    )
+    report.make_console().print(f"{_OUT.value}: {config.name}, step {step}, {_CANDIDATES.value} candidates of {_USERS.value} users")
+
+
+if __name__ == "__main__":
+    command.run(main)

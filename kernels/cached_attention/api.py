@@ -1,0 +1,110 @@
+"""HSTU attention of new rows to keys that lie in a cache: the public function, its checks and its choice of implementation.
+
+An output is a plain sum over keys, so what a row gets from a cache and what it gets from its own key simply add up, and several parts of the keys may be
+worked off side by side. Queries and keys are buffers of different length here, neither is copied, and nothing is planned for a batch: a tile of rows finds
+the range of its keys in the intervals themselves. Forward only: nothing here has a gradient of its own.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from kernels import device, dispatch
+from kernels.hstu_attention.relative_bias import RelativeBias, position_bias
+from kernels.mask import KeyIntervals
+
+# `triton` runs by name only, until `make test-gpu` has passed for it.
+_ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("xla",)}
+
+
+@functools.cache
+def implementations() -> dict[str, str]:
+    """Names of the implementations that are here, with their modules."""
+    return dispatch.installed({name: f"kernels.cached_attention.{name}" for name in ("triton", "xla")})
+
+
+def cached_attention(
+    q_RHK: Shaped[Any, "..."],  # shapes and dtypes are checked below, with errors that name the remedy
+    k_SHK: Shaped[Any, "..."],
+    v_SHV: Shaped[Any, "..."],
+    keys: KeyIntervals,
+    *,
+    alpha: float,
+    scale: float,
+    own: tuple[Array, Array] | None = None,
+    bias: RelativeBias | None = None,
+    place_R: Any = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "R H V"]:
+    """`o_r = scale * sum over the keys in the intervals of r of silu(alpha * q_r . k + bias) * v`, in the dtype of q; sums are in float32.
+
+    The buffers of keys and values must hold no NaN. Rows whose intervals are empty get 0, or what their own key gives.
+
+    Args:
+      q_RHK, k_SHK, v_SHV: [R, H, K], [S, H, K], [S, H, V] of one dtype: float32, bfloat16 or float16.
+      keys: two intervals of 0..S for each of the R rows. Where they overlap a key still counts once.
+      alpha, scale: as in `hstu_attention`.
+      own: key [R, H, K] and value [R, H, V] of each row itself, which it sees too. None: it sees none, or one that the intervals hold.
+      bias: relative bias: `timestamps` [S] of the keys, `query_timestamps` [R] of the rows. A row's own key is at distance 0 in place and in time.
+      place_R: int32[R], where a row would stand in the buffer of keys: what distances of the position table are counted from.
+      implementation: a name, which never falls back; a sequence, tried in order; None, the order of the platform.
+
+    Raises:
+      ValueError: inputs that no implementation could take.
+      NotImplementedError: the named implementation cannot take these inputs, or none can; with the reasons.
+    """
+    _check(q_RHK, k_SHK, v_SHV, keys, own, bias, place_R)
+
+    def run(module: Any) -> Array:
+        return module.attention(q_RHK, k_SHK, v_SHV, keys, alpha=float(alpha), bias=bias, place_R=place_R)
+
+    if q_RHK.shape[0] == 0 or k_SHK.shape[0] == 0:
+        sum_RHV = jnp.zeros((*q_RHK.shape[:2], v_SHV.shape[2]), jnp.float32)
+    else:
+        order = [name for name in _ORDER.get(device.current().platform, ("xla",)) if name in implementations()]
+        sum_RHV = dispatch.call("cached_attention", implementations(), order, implementation, run)
+    if own is not None:
+        sum_RHV += _own(q_RHK, *own, alpha, bias)
+    return (scale * sum_RHV).astype(q_RHK.dtype)
+
+
+def _own(q_RHK: Array, k_RHK: Array, v_RHV: Array, alpha: float, bias: RelativeBias | None) -> Float[Array, "R H V"]:
+    """What each row's own key gives it, float32."""
+    score_RH1 = alpha * jnp.sum(q_RHK.astype(jnp.float32) * k_RHK.astype(jnp.float32), axis=2, keepdims=True)
+    if bias is not None and bias.position_table is not None:
+        score_RH1 += position_bias(bias.position_table, jnp.zeros((1, 1, 1), jnp.int32))
+    if bias is not None and bias.time_table is not None:
+        score_RH1 += bias.time_table[0].astype(jnp.float32)
+    return jax.nn.silu(score_RH1) * v_RHV.astype(jnp.float32)
+
+
+def _check(q: Array, k: Array, v: Array, keys: KeyIntervals, own: Any, bias: RelativeBias | None, place: Any) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(f"{name} must be [rows, H, width], got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize not in (2, 4):
+            raise ValueError(
+                f"{name} has dtype {x.dtype}; cast it to float32, bfloat16 or float16, and a quantised cache back to one of them"
+            )
+    if q.shape[1:] != k.shape[1:] or k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must be [R, H, K], [S, H, K] and [S, H, V]")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v mix dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
+    rows = q.shape[0]
+    if any(bound.shape != (rows,) for bound in keys):
+        raise ValueError(f"keys must be four int32[{rows}], one bound a row of q, got shapes {[bound.shape for bound in keys]}")
+    if own is not None and (own[0].shape != q.shape or own[1].shape != (*q.shape[:2], v.shape[2])):
+        raise ValueError(f"own must be a key {q.shape} and a value {(*q.shape[:2], v.shape[2])} a row, got {own[0].shape}, {own[1].shape}")
+    if bias is None:
+        return
+    if bias.position_table is not None and (place is None or place.shape != (rows,)):
+        raise ValueError(f"a position bias needs place_R, int32[{rows}]: where each row would stand among the keys")
+    if bias.time_table is not None:
+        for name, size in (("timestamps", k.shape[0]), ("query_timestamps", rows)):
+            times = getattr(bias, name)
+            if times is None or times.shape != (size,):
+                raise ValueError(f"RelativeBias.{name} must be int32[{size}] seconds, got {None if times is None else times.shape}")

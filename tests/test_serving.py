@@ -1,0 +1,85 @@
+"""Cached scoring says what one full forward pass says, for every form of model, whatever the batches; and a growing cache what a new one would."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from small_serving import FORMS, built, full_pass, requests
+
+from ultra_hstu import serving
+from ultra_hstu.serving import cache
+
+
+def close(got, want, form, bound=1e-5):
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(got, want, atol=(3e-2 if "bfloat16" in form else bound) * scale)
+    assert want.std() > 1e-3 * scale, "the scores differ among themselves"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scores_are_those_of_a_full_pass(form):
+    """Users with long, short and no histories; different numbers of candidates."""
+    history, candidates, want = full_pass(form)
+    assert len({*np.diff(candidates.offsets).tolist()}) > 2
+    encoded = serving.encode_history(built(form)[1], history)
+    close(serving.score(built(form)[1], encoded, candidates), want, form)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5])
+def test_micro_batches(micro_batch):
+    """Also steps that straddle users, and a last one that is not full."""
+    history, candidates, want = full_pass("ULTRA")
+    model = serving.FrozenRanker(built("ULTRA")[1])
+    encoded = serving.encode_history(model, history)
+    close(serving.score(model, encoded, candidates, micro_batch=micro_batch), want, "ULTRA")
+
+
+def histories(form, *left_B):
+    """The histories of `full_pass` in pieces: without the newest left_B[0] events of each user, then up to left_B[1], ..., then the rest."""
+    task, model, _ = built(form)
+    columns = requests(task)[0]
+    names = [name.removeprefix("start/") for name in columns if name.startswith("start/")]
+    pieces, done = [], {name: columns[f"start/{name}"] for name in names}
+    for left in (*left_B, np.zeros(len(columns["user"]), int)):
+        piece = dict(columns)
+        for name in names:
+            piece[f"start/{name}"] = done[name]
+            piece[f"stop/{name}"] = done[name] = np.maximum(columns[f"stop/{name}"] - left, done[name])
+        pieces.append(serving.from_source(task.source, piece, model.form)[0])
+    return pieces
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_appended_events(form):
+    """In two steps, different users growing by different numbers; the request's time moves too."""
+    _, candidates, want = full_pass(form)
+    model = serving.FrozenRanker(built(form)[1])
+    first, *new = histories(form, np.array([3, 0, 2, 4, 5, 0, 1]), np.array([2, 0, 1, 0, 5, 0, 0]))
+    encoded = serving.encode_history(model, dataclasses.replace(first, now_B=np.asarray(first.now_B) - 1000))
+    for events in new:
+        encoded = serving.append(model, encoded, events)
+    close(serving.score(model, encoded, candidates), want, form)
+
+
+def test_what_stays_of_a_growing_cache():
+    """Rows computed anew, of histories of 11, 0, 2, 12, 12, 12 and 5 events without the newest 3, 0, 2, 4, 5, 0 and 1."""
+    left = np.array([3, 0, 2, 4, 5, 0, 1])
+
+    def grown(form, channel="events"):
+        before, added = histories(form, left)
+        model, (whole,) = built(form)[1], histories(form)
+        parts = (events.channels[channel] for events in (before, whole, added))
+        return cache.growth(model.encoders[channel], model.form, *parts)
+
+    added = left.sum()
+    assert grown("bfloat16, fp8").new_rows == added, "a window alone: the new rows"
+    masks, ultra, biased = grown("a mask a layer"), grown("ULTRA"), grown("biased, truncated")
+    assert masks.keep_B.tolist() == [5, 0, 0, 5, 4, 12, 1], "three full rows lose what they saw"
+    assert biased.keep_B.tolist() == [7, 0, 0, 7, 6, 11, 3], "the last row asks at another time, without new events too"
+    assert ultra.keep_B.tolist() == [6, 0, 0, 6, 5, 12, 2]
+    assert ultra.keep_kept_B.tolist() == [0, 0, 0, 0, 0, 5, 2], "of five rows above the truncation, where others have fallen off none"
+    assert biased.keep_kept_B.tolist() == [0, 0, 0, 0, 0, 4, 3]
+    interleaved = grown("interleaved, biased")
+    assert interleaved.new_rows == 2 * added + 6 - 1, "of everybody who has had events the last row, that of the action"
+    assert grown("merged").keep_B.tolist() == [0, 0, 0, 0, 0, 12, 0], "positions count from the targets"
+    assert grown("contextual").nothing_stays

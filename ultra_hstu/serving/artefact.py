@@ -1,0 +1,182 @@
+"""Runs a scorer that `ultra_hstu.serving.export` wrote, with JAX and NumPy alone: a copy of this file travels in the artefact, which is a zip file.
+
+    PYTHONPATH=scorer.zip python
+    >>> import artefact
+    >>> scorer = artefact.Scorer("scorer.zip")
+    >>> cache = scorer.encode(history)
+    >>> scorer.score(cache, candidates)
+
+Inputs are plain dicts of arrays, users one after another: see `Scorer.encode` and `Scorer.score`.
+"""
+
+import io
+import json
+import os
+import zipfile
+import zlib
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+FORMAT, VERSION = "ultra_hstu scorer", 1
+
+
+class Scorer:
+    """A ranker's cached scoring at one capacity class.
+
+    Attributes:
+      metadata: what the artefact says of itself: `config`, `tasks` (order of the logits), `signals`, `features`, `contextual` (names, in the order of their
+        columns) with their `sizes`, `channels` (longest history of each), and `capacity`: users, events of each channel, candidates.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Raises ValueError for a file that is damaged, of another format or version, or made for other devices."""
+        try:
+            with zipfile.ZipFile(path) as file:
+                self.metadata: dict[str, Any] = json.loads(file.read("metadata.json"))
+                if (found := self.metadata["format"]) != FORMAT:
+                    raise ValueError(f"it holds a {found!r}, no {FORMAT!r}")
+                if (version := self.metadata["version"]) != VERSION:
+                    raise ValueError(f"it has version {version}, and this reader takes {VERSION}: export the model again")
+                self.raw_ids = _arrays(file, "items.npz")["raw_ids"]
+                programs = [jax.export.deserialize(bytearray(file.read(f"{name}.bin"))) for name in ("encode", "score")]
+                params = _arrays(file, "params.npz")
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{os.fspath(path)} is no scorer that can be read: {error}") from error
+        platforms = {name for program in programs for name in program.platforms}
+        if (here := _platform()) not in platforms:
+            raise ValueError(
+                f"{os.fspath(path)} was made for {', '.join(sorted(platforms))}, and the device here is {here}: export it for {here}"
+            )
+        self._params = jax.device_put([params[str(i)] for i in range(len(params))])
+        self._encode, self._score = (jax.jit(program.call) for program in programs)
+
+    def items(self, raw_ids: Any) -> np.ndarray:
+        """Dense ids of raw ones. Raises ValueError for ids that the model does not know."""
+        ids, known = np.atleast_1d(np.asarray(raw_ids)), self.raw_ids[1:]
+        if ids.size and ids.dtype.kind != known.dtype.kind:
+            raise ValueError(f"raw ids of this scorer are {known.dtype}, got {ids.dtype}")
+        place = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        if (unknown := ids[known[place] != ids] if ids.size else ids).size:
+            raise ValueError(f"unknown item {unknown[0].item()!r}, and {unknown.size - 1} more: the model has {len(known)} items")
+        return place.astype(np.int32) + 1
+
+    def encode(self, history: dict[str, Any]) -> list[jax.Array]:
+        """Keys and values of histories, to be handed to `score`.
+
+        Args:
+          history: "channels": by name, "item_E" [E] dense ids, "time_E" [E] seconds, "signal_ES" [E, S] and "feature_EF" [E, F] codes, "offsets"
+            [B + 1]; "context_BC" [B, C] codes; "now_B" [B] seconds. Of a long history the newest events count.
+
+        Raises:
+          ValueError: values, shapes or dtypes that do not fit, and more than the capacity holds.
+        """
+        sizes, room = self.metadata["sizes"], self.metadata["capacity"]
+        now_B = _ints("now_B", history["now_B"], (None,))
+        users = len(now_B)
+        _fits("users", users, room["users"])
+        contextual = len(self.metadata["contextual"])
+        context_BC = _ints("context_BC", history["context_BC"], (users, contextual), 0, sum(size - 1 for size in sizes["contextual"]))
+        if sorted(history["channels"]) != sorted(self.metadata["channels"]):
+            raise ValueError(f"channels {sorted(history['channels'])} must be {sorted(self.metadata['channels'])}")
+        channels = {}
+        for name, longest in self.metadata["channels"].items():
+            given, most = history["channels"][name], room["events"][name]
+            offsets = _offsets(f"{name}: offsets", given["offsets"], users)
+            count = int(offsets[-1])
+            columns = {
+                "item_E": _ints(f"{name}: item_E", given["item_E"], (count,), 1, sizes["items"]),
+                "time_E": _ints(f"{name}: time_E", given["time_E"], (count,)),
+                "signal_ES": _codes(f"{name}: signal_ES", given["signal_ES"], count, sizes["signals"]),
+                "feature_EF": _codes(f"{name}: feature_EF", given["feature_EF"], count, sizes["features"]),
+            }
+            length_B = np.diff(offsets)
+            kept_B = np.minimum(length_B, longest)
+            keep_E = np.arange(count) >= np.repeat(offsets[1:] - kept_B, length_B)
+            _fits(f"events of {name}", int(kept_B.sum()), most)
+            kept_offsets = np.concatenate([[0], np.cumsum(kept_B)])
+            channels[name] = {key: _padded(values[keep_E], most) for key, values in columns.items()}
+            channels[name]["offsets"] = _padded_offsets(kept_offsets, room["users"])
+        request = {
+            "channels": channels,
+            "context_BC": _padded(context_BC, room["users"]),
+            "now_B": _padded(now_B, room["users"]),
+            "used_B": _padded(np.ones(users, np.int32), room["users"]),
+        }
+        return self._encode(self._params, request)
+
+    def score(self, cache: list[jax.Array], candidates: dict[str, Any]) -> np.ndarray:
+        """Logits float32 [C, K] of candidates, in their order.
+
+        Args:
+          candidates: "item_C" [C] dense ids, "feature_CF" [C, F] codes, "time_C" [C] seconds, "offsets" over the users that were encoded; "slot_C" [C] if
+            they are not 0, 1, 2, ... for each user.
+
+        Raises:
+          ValueError: as `encode`.
+        """
+        sizes, room = self.metadata["sizes"], self.metadata["capacity"]
+        offsets = _offsets("offsets", candidates["offsets"], None)
+        _fits("users", len(offsets) - 1, room["users"])
+        count = int(offsets[-1])
+        _fits("candidates", count, room["candidates"])
+        slots = candidates.get("slot_C", np.arange(count) - np.repeat(offsets[:-1], np.diff(offsets)))
+        columns = {
+            "item_C": _ints("item_C", candidates["item_C"], (count,), 1, sizes["items"]),
+            "feature_CF": _codes("feature_CF", candidates["feature_CF"], count, sizes["features"]),
+            "time_C": _ints("time_C", candidates["time_C"], (count,)),
+            "slot_C": _ints("slot_C", slots, (count,), 0),
+        }
+        request = {key: _padded(values, room["candidates"]) for key, values in columns.items()}
+        request["offsets"] = _padded_offsets(offsets, room["users"])
+        return np.asarray(self._score(self._params, cache, request))[:count]
+
+
+def _arrays(file: zipfile.ZipFile, name: str) -> dict[str, np.ndarray]:
+    # Read as a whole, which checks it as a whole.
+    with np.load(io.BytesIO(file.read(name)), allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in arrays}
+
+
+def _platform() -> str:
+    platform = jax.default_backend()
+    if platform != "gpu":
+        return platform
+    return "rocm" if "rocm" in str(jax.devices()[0].client.platform_version).lower() else "cuda"
+
+
+def _fits(what: str, count: int, room: int) -> None:
+    if count > room:
+        raise ValueError(f"{count} {what} are more than the {room} of this artefact: send fewer, or export a larger capacity")
+
+
+def _ints(name: str, values: Any, shape: tuple[int | None, ...], least: Any = -(2**31), most: Any = 2**31 - 1) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"{name} must have the shape {list(shape)}, got {list(array.shape)}")
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must hold integers, got {array.dtype}")
+    if array.size and ((wrong := (array < least) | (array > most)).any()):
+        raise ValueError(f"{name} holds {array[wrong][0]}, which is not in {least}..{most}")
+    return array.astype(np.int32)
+
+
+def _codes(name: str, values: Any, count: int, sizes: list[int]) -> np.ndarray:
+    return _ints(name, values, (count, len(sizes)), 0, np.asarray(sizes, np.int64) - 1 if sizes else 0)
+
+
+def _offsets(name: str, values: Any, users: int | None) -> np.ndarray:
+    offsets = _ints(name, values, (None if users is None else users + 1,), 0)
+    if not len(offsets) or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+        raise ValueError(f"{name} must start at 0 and never fall, got {offsets.tolist()[:20]}")
+    return offsets
+
+
+def _padded(values: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(values, [(0, rows - len(values))] + [(0, 0)] * (values.ndim - 1))
+
+
+def _padded_offsets(offsets: np.ndarray, users: int) -> np.ndarray:
+    return np.pad(offsets, (0, users + 1 - len(offsets)), mode="edge").astype(np.int32)
