@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +67,10 @@ class RecommendationModel:
     when it is first met or by `warm_up`.
     """
 
-    def __init__(self, workdir: str, *, tables: str = "float32", block: Iterable[int] = (), max_users: int = MAX_USERS):
+    def __init__(self, workdir: str, *, tables: str = "float32", max_users: int = MAX_USERS):
         """
         Args:
           tables: how the item table goes to the device and stays there: one of `quantization.KINDS`.
-          block: dense ids that are recommended to nobody.
           max_users: histories in one device call.
 
         Raises:
@@ -86,14 +86,16 @@ class RecommendationModel:
         if broken := [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not _finite(leaf)]:
             raise ValueError(f"the checkpoint of step {step} in {workdir} holds NaN or infinity in {broken[0]}: train again")
         self.params = jax.device_put(quantization.packed(params, tables))
-        self.allowed_I = None
-        if blocked := list(block):
-            allowed_I = np.ones(self.catalog.num_items + 1, bool)
-            allowed_I[blocked] = False
-            self.allowed_I = jax.device_put(allowed_I)
-        self._encode = jax.jit(functools.partial(_encode, self.recipe))
-        self._best = jax.jit(functools.partial(_best, self.config.loss.l2_normalize), static_argnames="k")
-        self._popular = jax.jit(functools.partial(_best, False), static_argnames="k")
+        self.allowed_I: Array | None = None
+        self._encode: Any = jax.jit(functools.partial(_encode, self.recipe))
+        self._best: Any = jax.jit(functools.partial(_best, self.config.loss.l2_normalize), static_argnames="k")
+        self._popular: Any = jax.jit(functools.partial(_best, False), static_argnames="k")
+
+    def block(self, items: Int[np.ndarray, " n"]) -> None:
+        """Dense ids that are recommended to nobody from now on, in place of those given before. One byte an item on the device."""
+        allowed_I = np.ones(self.catalog.num_items + 1, bool)
+        allowed_I[self._dense(items, "items")] = False
+        self.allowed_I = jax.device_put(allowed_I)
 
     def recommend(
         self,
@@ -204,7 +206,7 @@ class RecommendationModel:
     @property
     def programs(self) -> int:
         """How many programs have been compiled."""
-        return self._encode._cache_size() + self._best._cache_size() + self._popular._cache_size()
+        return sum(program._cache_size() for program in (self._encode, self._best, self._popular))
 
     def _dense(self, ids: ArrayLike, name: str) -> Int[np.ndarray, " n"]:
         ids = np.asarray(ids)
@@ -234,7 +236,7 @@ class RecommendationModel:
         events = jax.tree.map(lambda *parts: np.concatenate(parts), *(query.events for query in queries))
         return gather_batch(events, start_U, start_U + length_U, rows=rows, xp=np)
 
-    def _ranked(self, best: jax.stages.Wrapped, table, user_nD: np.ndarray, queries: Sequence[Query]) -> list[list[Recommendation]]:
+    def _ranked(self, best: Any, table: Any, user_nD: np.ndarray, queries: Sequence[Query]) -> list[list[Recommendation]]:
         answers: list[list[Recommendation]] = []
         for i in range(0, len(queries), self.max_users):
             group = queries[i : i + self.max_users]
@@ -278,7 +280,7 @@ def _encode(recipe: Recipe, params: Params, batch: Batch) -> Float[Array, "U D"]
 
 def _best(
     normalize: bool,
-    table,
+    table: Any,
     user_UD: Float[Array, "U D"],
     hidden_US: Int[Array, "U S"],
     allowed_I: Bool[Array, " I1"] | None,
