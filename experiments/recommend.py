@@ -52,7 +52,8 @@ def main(_: list[str]) -> None:
     else:
         query = service.of_user(str(_USER.value), k=_K.value)
         answer = model.best(model.encode([query]), [query])[0]
-        title = f"user {_USER.value}, after {len(query.hidden)} events"
+        events = service.data.interactions.history(str(_USER.value))
+        title = f"user {_USER.value}, after {events.stop - events.start} events"
     report.make_console().print(report.recommendations_table(title, answer))
 
 

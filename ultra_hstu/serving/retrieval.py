@@ -51,7 +51,7 @@ class Query:
     """A checked question: the rows that the encoder sees, and what must not be recommended. `RecommendationModel.query` makes it."""
 
     events: Events  # the newest max_history events and one slot more, which carries the time of the request
-    hidden: Int[np.ndarray, " h"]  # dense ids: seen (the whole history) and blocked, repeats allowed
+    hidden: Int[np.ndarray, " h"]  # distinct dense ids: seen (the whole history) and blocked
     k: int
 
     @property
@@ -86,16 +86,17 @@ class RecommendationModel:
         if broken := [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not _finite(leaf)]:
             raise ValueError(f"the checkpoint of step {step} in {workdir} holds NaN or infinity in {broken[0]}: train again")
         self.params = jax.device_put(quantization.packed(params, tables))
-        self.allowed_I: Array | None = None
+        self.blocked: Int[np.ndarray, " b"] = np.zeros(0, np.int32)
+        self._allowed_I: Array | None = None
         self._encode: Any = jax.jit(functools.partial(_encode, self.recipe))
         self._best: Any = jax.jit(functools.partial(_best, self.config.loss.l2_normalize), static_argnames="k")
-        self._popular: Any = jax.jit(functools.partial(_best, False), static_argnames="k")
 
     def block(self, items: Int[np.ndarray, " n"]) -> None:
         """Dense ids that are recommended to nobody from now on, in place of those given before. One byte an item on the device."""
+        self.blocked = self._dense(items, "items")
         allowed_I = np.ones(self.catalog.num_items + 1, bool)
-        allowed_I[self._dense(items, "items")] = False
-        self.allowed_I = jax.device_put(allowed_I)
+        allowed_I[self.blocked] = False
+        self._allowed_I = jax.device_put(allowed_I)
 
     def recommend(
         self,
@@ -132,7 +133,7 @@ class RecommendationModel:
           now: time of the request in the same seconds; None takes the next event to follow the last at once.
           k: how many items.
           block: dense ids that this answer must not hold.
-          allow_empty: accept a history without items, for `popular`.
+          allow_empty: accept a history without items; it cannot be encoded.
 
         Raises:
           ValueError: for an empty history, a wrong number of times or actions, times that go back or span more than 2^31 - 1 seconds, actions that
@@ -162,7 +163,7 @@ class RecommendationModel:
         if self.config.rank.signals:
             code_ES = self._signals(actions, len(item_E))[first:]
             events = dataclasses.replace(events, signal_ES=np.pad(code_ES, ((0, 1), (0, 0))))
-        return Query(events, np.concatenate([item_E, blocked]), k)
+        return Query(events, np.unique(np.concatenate([item_E, blocked])), k)
 
     def encode(self, queries: Sequence[Query]) -> Float[np.ndarray, "n D"]:
         """A vector for every query, on the host. Rounding may depend on which queries share a device call.
@@ -171,42 +172,44 @@ class RecommendationModel:
           ValueError: for a query without events.
         """
         if empty := sum(not query.length for query in queries):
-            raise ValueError(f"{empty} of {len(queries)} queries have an empty history: there is nothing to encode, use popular")
+            raise ValueError(f"{empty} of {len(queries)} queries have an empty history: there is nothing to encode")
         groups = [queries[i : i + self.max_users] for i in range(0, len(queries), self.max_users)]
         user_nD = [np.asarray(self._encode(self.params, self._batch(group)))[: len(group)] for group in groups]
         return np.concatenate(user_nD) if user_nD else np.zeros((0, self.config.model.width), np.float32)
 
     def best(self, user_nD: Float[np.ndarray, "n D"], queries: Sequence[Query]) -> list[list[Recommendation]]:
         """The best items of vectors that `encode` gave: a function of the vector and its query alone, to the bit, whatever shares the call."""
-        return self._ranked(self._best, quantization.served_table(self.params), user_nD, queries)
+        table = quantization.served_table(self.params)
+        answers: list[list[Recommendation]] = []
+        for i in range(0, len(queries), self.max_users):
+            group = queries[i : i + self.max_users]
+            k, slots = self._classes_of(group)
+            user_UD = np.zeros((self.max_users, user_nD.shape[1]), np.float32)
+            user_UD[: len(group)] = user_nD[i : i + len(group)]
+            hidden_US = np.zeros((self.max_users, slots), np.int32)
+            for row, query in enumerate(group):
+                hidden_US[row, : len(query.hidden)] = query.hidden
+            best_UK, score_UK = jax.device_get(self._best(table, user_UD, hidden_US, self._allowed_I, k=k))
+            for row, query in enumerate(group):
+                answers.append(self.decode(best_UK[row, : query.k], score_UK[row, : query.k]))
+        return answers
 
-    def popular(self, count_I: Float[Array, " I1"], queries: Sequence[Query]) -> list[list[Recommendation]]:
-        """The most frequent items that the queries do not hide; scores are the counts.
-
-        Args:
-          count_I: how often each dense id occurs.
-        """
-        return self._ranked(self._popular, count_I[:, None], np.ones((len(queries), 1), np.float32), queries)
-
-    def warm_up(self, *, max_k: int, max_hidden: int, count_I: Float[Array, " I1"] | None = None) -> int:
+    def warm_up(self, *, max_k: int, max_hidden: int) -> int:
         """Compiles every capacity class up to these sizes, so that no request waits for it. Returns the number of programs."""
-        max_k = min(max_k, self.catalog.num_items)
+        items = self.catalog.num_items
         query = self.query([1] * self.config.data.max_history)
         for users in _classes(1, self.max_users, 2):
             self.encode([query] * users)
         user_1D = np.zeros((1, self.config.model.width), np.float32)
-        for k in _classes(SMALLEST_K, max_k, 8):
-            for hidden in _classes(SMALLEST_HIDDEN, max_hidden, 8):
-                asked = dataclasses.replace(query, hidden=np.ones(min(hidden, max_hidden), np.int32), k=min(k, max_k))
-                self.best(user_1D, [asked])
-                if count_I is not None:
-                    self.popular(count_I, [asked])
+        for k in _classes(SMALLEST_K, min(max_k, items), 8):
+            for hidden in _classes(SMALLEST_HIDDEN, min(max_hidden, items), 8):
+                self.best(user_1D, [dataclasses.replace(query, hidden=np.ones(min(hidden, items), np.int32), k=k)])
         return self.programs
 
     @property
     def programs(self) -> int:
         """How many programs have been compiled."""
-        return sum(program._cache_size() for program in (self._encode, self._best, self._popular))
+        return self._encode._cache_size() + self._best._cache_size()
 
     def _dense(self, ids: ArrayLike, name: str) -> Int[np.ndarray, " n"]:
         ids = np.asarray(ids)
@@ -236,23 +239,14 @@ class RecommendationModel:
         events = jax.tree.map(lambda *parts: np.concatenate(parts), *(query.events for query in queries))
         return gather_batch(events, start_U, start_U + length_U, rows=rows, xp=np)
 
-    def _ranked(self, best: Any, table: Any, user_nD: np.ndarray, queries: Sequence[Query]) -> list[list[Recommendation]]:
-        answers: list[list[Recommendation]] = []
-        for i in range(0, len(queries), self.max_users):
-            group = queries[i : i + self.max_users]
-            k = min(_capacity(max(query.k for query in group), SMALLEST_K, None, 8), self.catalog.num_items)
-            slots = _capacity(max(len(query.hidden) for query in group), SMALLEST_HIDDEN, None, 8)
-            user_UD = np.zeros((self.max_users, user_nD.shape[1]), np.float32)
-            user_UD[: len(group)] = user_nD[i : i + len(group)]
-            hidden_US = np.zeros((self.max_users, slots), np.int32)
-            for row, query in enumerate(group):
-                hidden_US[row, : len(query.hidden)] = query.hidden
-            best_UK, score_UK = jax.device_get(best(table, user_UD, hidden_US, self.allowed_I, k=k))
-            for row, query in enumerate(group):
-                answers.append(self._decode(best_UK[row, : query.k], score_UK[row, : query.k]))
-        return answers
+    def _classes_of(self, queries: Sequence[Query]) -> tuple[int, int]:
+        """k and hidden items of a call. Neither needs more than there are items."""
+        items = self.catalog.num_items
+        k = _capacity(max(query.k for query in queries), SMALLEST_K, items, 8)
+        return k, _capacity(max(len(query.hidden) for query in queries), SMALLEST_HIDDEN, items, 8)
 
-    def _decode(self, best_K: Int[np.ndarray, " K"], score_K: Float[np.ndarray, " K"]) -> list[Recommendation]:
+    def decode(self, best_K: Int[np.ndarray, " K"], score_K: Float[np.ndarray, " K"]) -> list[Recommendation]:
+        """Raw ids and titles of dense ids; those from the first 0 on are left out."""
         found = best_K[best_K > 0]
         titles = [None if self.catalog.titles is None else self.catalog.titles[item] for item in found]
         return [Recommendation(*fields) for fields in zip(self.catalog.decode(found).tolist(), titles, score_K.tolist(), strict=False)]

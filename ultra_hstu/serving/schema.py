@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_BODY_BYTES = 2**20
-MAX_EVENTS = 10_000  # of a history; MAX_BLOCK as many
-MAX_BLOCK = 10_000
+MAX_EVENTS, MAX_BLOCK = 8192, 8192  # of a request: hidden items together are one capacity class
 MAX_K = 1000
 _WIDEST = 2**63 - 1
 

@@ -5,9 +5,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ultra_hstu.data import signals
 from ultra_hstu.data.interactions import Interactions, load_interactions
@@ -35,10 +34,10 @@ class RunData:
         return interactions
 
     @functools.cached_property
-    def count_I(self) -> Float[jax.Array, " I1"]:
-        """How often each item occurs in the training data, on the device."""
+    def count_I(self) -> Float[np.ndarray, " I1"]:
+        """How often each item occurs in the training data."""
         task: Any = Task.of(self.config, self.interactions)
-        return jax.device_put(np.ceil(task.popularity()).astype(np.float32))
+        return np.ceil(task.popularity())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,15 +91,29 @@ class Service:
             queries = [p.query for p in full]
             for p, items in zip(full, self.model.best(self._vectors(queries), queries), strict=True):
                 answers[id(p)] = _answer(items, "model", p.warnings)
-        if empty:
-            for p, items in zip(empty, self.model.popular(self.data.count_I, [p.query for p in empty]), strict=True):
-                answers[id(p)] = _answer(items, "popularity", (*p.warnings, "the history is empty: these are the most popular items"))
+        for p in empty:
+            answers[id(p)] = _answer(
+                self._popular(p.query), "popularity", (*p.warnings, "the history is empty: these are the most popular items")
+            )
         return [answers[id(p)] for p in prepared]
 
     def warm_up(self) -> int:
         """Reads the data and compiles all that requests within the schema's limits can need. Returns the number of programs."""
         longest = max(MAX_EVENTS, int(self.data.interactions.lengths.max()))
-        return self.model.warm_up(max_k=MAX_K, max_hidden=longest + MAX_BLOCK, count_I=self.data.count_I)
+        self._popularity  # noqa: B018
+        return self.model.warm_up(max_k=MAX_K, max_hidden=longest + MAX_BLOCK)
+
+    @functools.cached_property
+    def _popularity(self) -> Int[np.ndarray, " n"]:
+        """Items that may be recommended, the most frequent first, of equal ones the lower id."""
+        order_I = np.argsort(-self.data.count_I[1:], kind="stable").astype(np.int32) + 1
+        return order_I[~np.isin(order_I, self.model.blocked)]
+
+    def _popular(self, query: Query) -> list[Recommendation]:
+        """The most frequent items that the query does not hide; scores are the counts."""
+        candidates = self._popularity[: query.k + len(query.hidden)]
+        best_K = candidates[~np.isin(candidates, query.hidden)][: query.k]
+        return self.model.decode(best_K, self.data.count_I[best_K])
 
     def _vectors(self, queries: Sequence[Query]) -> Float[np.ndarray, "n D"]:
         keys = [self.users.key(query) for query in queries]
