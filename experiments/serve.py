@@ -11,17 +11,29 @@ replicas, clusters, limits and metrics.
 import contextlib
 import os
 import signal
+import socket
+import sys
 import threading
 from pathlib import Path
+
+import portpicker
 
 # Read when Ray is imported, by every process of a local instance; a cluster sets them on its machines.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing calls out
+    "RAY_worker_niceness": "0",  # 15 otherwise: replicas would wait for everything else on the machine
     "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy before the replicas, in place of a proxy in Python: five times the requests on two cores
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # A replica that dies loses no request that it held: nothing was changed by it, so another replica is asked.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # at the end; a load balancer in front of a cluster wants 30
 }
-for name, value in ENVIRONMENT.items():
+PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)  # any free ones, so that two instances do not meet
+for name, value in (ENVIRONMENT | {name: str(portpicker.pick_unused_port()) for name in PORTS}).items():
     os.environ.setdefault(name, value)
 
 import psutil  # noqa: E402
@@ -43,7 +55,7 @@ _REPLICAS = flags.DEFINE_integer("replicas", 1, "processes that hold the model",
 _CPUS = flags.DEFINE_float("cpus", 1, "cores that Ray reserves for a replica", lower_bound=0)
 _GPUS = flags.DEFINE_float("gpus", 0, "GPUs of a replica", lower_bound=0)
 _CACHE = flags.DEFINE_integer("cache_mib", 64, "memory of a replica for encoded users", lower_bound=0)
-_WAIT = flags.DEFINE_float("wait_ms", 0, "how long a batch waits for more requests than are there", lower_bound=0)
+_WAIT = flags.DEFINE_float("wait_ms", 4, "how long a batch waits for more requests than are there", lower_bound=0)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
 _PORT = flags.DEFINE_integer("port", 8000, "port to listen on")
 _METRICS_PORT = flags.DEFINE_integer(
@@ -55,12 +67,13 @@ _ADDRESS = flags.DEFINE_string("address", "local", "local: start Ray here; auto 
 def main(_: list[str]) -> None:
     require_retrieval(_WORKDIR.value, Workdir(_WORKDIR.value).read_config())
     blocked = [] if _BLOCK.value is None else Path(_BLOCK.value).read_text().split()
-    stop = threading.Event()
-    start()
-    node = ray.get_runtime_context().get_node_id()
+    require_free(_HOST.value, _PORT.value)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
+    node = None
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+        start()
+        node = ray.get_runtime_context().get_node_id()
         application = Recommender.options(  # type: ignore[attr-defined]
             num_replicas=_REPLICAS.value, ray_actor_options={"num_cpus": _CPUS.value, "num_gpus": _GPUS.value}
         ).bind(
@@ -73,11 +86,11 @@ def main(_: list[str]) -> None:
         )
         serve.run(application, name="recommend")
         print(f"recommendations at http://{_HOST.value}:{_PORT.value}/recommend, its description at /docs; stop with Ctrl-C", flush=True)
-        stop.wait()
+        threading.Event().wait()
     finally:
         serve.shutdown()
         ray.shutdown()
-        if _ADDRESS.value == "local":
+        if _ADDRESS.value == "local" and node is not None:
             end_haproxy(node)
 
 
@@ -88,6 +101,15 @@ def start() -> None:
     else:
         ray.init(_ADDRESS.value)
     serve.start(proxy_location="EveryNode", http_options={"host": _HOST.value, "port": _PORT.value, "request_timeout_s": 30})
+
+
+def require_free(host: str, port: int) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"--host={host} --port={port} cannot be listened on ({error.strerror}): choose another") from None
 
 
 def end_haproxy(node: str) -> None:

@@ -21,10 +21,25 @@ Seconds = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Action = Annotated[float, Field(ge=-1e15, le=1e15)]
 
 
+def _only(given: str, *absent: str) -> dict[str, Any]:
+    """A schema: this field, and none of those."""
+    null = {"type": "null"}
+    return {"required": [given], "properties": {given: {"not": null}, **dict.fromkeys(absent, null)}}
+
+
 class Request(BaseModel):
     """What to recommend, and to whom. Exactly one of `user` and `history`."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        json_schema_extra={
+            "oneOf": [_only("user", "history", "times", "actions"), _only("history", "user")],
+            "examples": [{"user": 42, "k": 3}, {"history": [1193, 914], "times": [978300760, 978301968], "k": 5, "block": [2858]}],
+        },
+    )
 
     user: RawId | None = Field(None, description="a user of the run's data")
     history: Annotated[list[RawId], Field(max_length=MAX_EVENTS)] | None = Field(
