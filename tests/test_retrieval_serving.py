@@ -148,7 +148,7 @@ def test_memory_does_not_grow_with_the_catalogue(kind):
     assert temporaries(4096) == temporaries(65536) < 4096 * 16 * 4
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int4"])
 def test_encoding_unpacks_rows_of_the_batch_only(folder, kind):
     model = RecommendationModel(str(folder), tables=kind, max_users=4)
     big = 100_000
