@@ -8,24 +8,17 @@ mixed, answers compared with those of the model in this process, memory of the r
 """
 
 import asyncio
-import contextlib
-import dataclasses
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
-import psutil
 from absl import flags
-from rich.progress import track
 
 from experiments import command
+from scripts.load_loop import Seen, Served, closed_loop, deployment, speed
 from scripts.load_requests import Sent, bad, checked, right, timed
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.serving import RecommendationModel
@@ -42,7 +35,6 @@ _SERVE = flags.DEFINE_string("serve", "", "more arguments for experiments.serve,
 _RECORD = flags.DEFINE_string("record", None, "JSON file for the result")
 
 IN_LOOP = 8  # connections of the mixed part and of the kill
-LIMIT_S = 60  # a request that takes longer hangs
 WARM_UP = 0.2  # share of the mixed requests before memory must be flat
 
 
@@ -58,14 +50,16 @@ def main(_: list[str]) -> None:
         "serve": _SERVE.value,
         "load_average_before": os.getloadavg(),
     }
-    with deployment(1) as served:
+    arguments = [*([f"--raw_dir={_RAW_DIR.value}"] if _RAW_DIR.value else []), *_SERVE.value.split()]
+    with deployment(_WORKDIR.value, *arguments, port=_PORT.value) as served:
         result["seconds_to_start"] = served.seconds
-        result["rates"] = asyncio.run(rates(timed(interactions, len(_CONNECTIONS.value) * _TIMED.value, _HISTORY.value, seed=0)))
+        alike = timed(interactions, len(_CONNECTIONS.value) * _TIMED.value, _HISTORY.value, seed=0)
+        result["rates"] = asyncio.run(rates(served, alike))
     known = checked(service, _REQUESTS.value // 10, _HISTORY.value, seed=1)
-    with deployment(1) as served:
-        result["mixed"] = asyncio.run(mixed(known, served))
-    with deployment(2) as served:
-        result["kill"] = asyncio.run(kill(known, served))
+    with deployment(_WORKDIR.value, *arguments, port=_PORT.value) as served:
+        result["mixed"] = asyncio.run(mixed(served, known, _REQUESTS.value))
+    with deployment(_WORKDIR.value, "--replicas=2", *arguments, port=_PORT.value) as served:
+        result["kill"] = asyncio.run(kill(served, known * 3))
     result["load_average_after"] = os.getloadavg()
     console.print(result)
     if _RECORD.value:
@@ -87,100 +81,24 @@ def judge(result: dict[str, Any]) -> list[str]:
     return [name for name, holds in claims.items() if not holds]
 
 
-@dataclasses.dataclass(frozen=True)
-class Served:
-    process: subprocess.Popen
-    seconds: float  # from the start of the command to its first answer
-
-    def replicas(self) -> list[psutil.Process]:
-        """The processes of this deployment's replicas."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found += [process] if " ".join(process.cmdline()).startswith("ray::ServeReplica") else []
-        return found
-
-    def rss_mib(self) -> float:
-        return sum(process.memory_info().rss for process in self.replicas()) / 2**20
-
-
-@contextlib.contextmanager
-def deployment(replicas: int) -> Iterator[Served]:
-    """`experiments.serve` in a process of its own, and its end."""
-    arguments = [f"--workdir={_WORKDIR.value}", f"--replicas={replicas}", f"--port={_PORT.value}", *_SERVE.value.split()]
-    if _RAW_DIR.value:
-        arguments.append(f"--raw_dir={_RAW_DIR.value}")
-    started = time.monotonic()
-    command_line = [sys.executable, "-m", "experiments.serve", *arguments]
-    process = subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        if not any("recommendations at" in line for line in process.stdout):
-            raise ValueError(f"experiments.serve {' '.join(arguments)} ended with {process.wait()}: start it by hand to see why")
-        yield Served(process, time.monotonic() - started)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=120)
-
-
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """What became of a request; status 0: the connection broke, -1: no answer in time."""
-
-    sent: Sent
-    status: int
-    body: bytes
-    began: float
-    ended: float
-
-
-async def closed_loop(requests: Sequence[Sent], connections: int, seen: list[Seen] | None = None, what: str = "") -> list[Seen]:
-    """Every request once, over so many connections; `seen` fills as answers come."""
-    seen = [] if seen is None else seen
-    turns = iter(track(requests, what, console=report.make_console(), transient=True))
-
-    async def connection(session: aiohttp.ClientSession) -> None:
-        for sent in turns:
-            began = time.perf_counter()
-            try:
-                async with session.request(sent.method, sent.path, data=sent.body, headers={"content-type": sent.kind}) as response:
-                    status, body = response.status, await response.read()
-            except TimeoutError:
-                status, body = -1, b""
-            except aiohttp.ClientError:
-                status, body = 0, b""
-            seen.append(Seen(sent, status, body, began, time.perf_counter()))
-
-    session = aiohttp.ClientSession(f"http://127.0.0.1:{_PORT.value}", timeout=aiohttp.ClientTimeout(LIMIT_S))
-    async with session:
-        await asyncio.gather(*(connection(session) for _ in range(connections)))
-    return seen
-
-
-async def rates(good: Sequence[Sent]) -> list[dict[str, Any]]:
+async def rates(served: Served, good: Sequence[Sent]) -> list[dict[str, Any]]:
     """Requests a second and latency over connections, with histories that the cache has not met, and with the same ones again."""
     rows = []
     for number, connections in enumerate(map(int, _CONNECTIONS.value)):
         for histories in ("new", "known"):
             requests = good[number * _TIMED.value : (number + 1) * _TIMED.value]
-            seen = await closed_loop(requests, connections, what=f"{connections} connections, {histories} histories")
+            seen = await closed_loop(served.url, requests, connections, what=f"{connections} connections, {histories} histories")
             if refused := [one.status for one in seen if one.status != 200]:
                 raise ValueError(f"{len(refused)} of {len(seen)} good requests were not answered, the first has status {refused[0]}")
             rows.append({"connections": connections, "histories": histories, **speed(seen)})
     return rows
 
 
-def speed(seen: Sequence[Seen]) -> dict[str, float]:
-    ms = np.array([1e3 * (one.ended - one.began) for one in seen])
-    seconds = max(one.ended for one in seen) - min(one.began for one in seen)
-    return {"per_second": len(seen) / seconds, **{f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 95, 99)}, "max_ms": float(ms.max())}
-
-
-async def mixed(known: Sequence[Sent], served: Served) -> dict[str, Any]:
+async def mixed(served: Served, known: Sequence[Sent], count: int) -> dict[str, Any]:
     """Four good requests to one bad one in random order; the good ones are drawn from `known`, so that the cache is hit too."""
     rng = np.random.default_rng(3)
-    wrong_ones = bad(_REQUESTS.value // 5, seed=2)
-    requests = [*wrong_ones, *(known[i] for i in rng.integers(len(known), size=_REQUESTS.value - len(wrong_ones)))]
+    wrong_ones = bad(count // 5, seed=2)
+    requests = [*wrong_ones, *(known[i] for i in rng.integers(len(known), size=count - len(wrong_ones)))]
     requests = [requests[i] for i in rng.permutation(len(requests))]
     seen: list[Seen] = []
     memory: list[tuple[int, float]] = []
@@ -191,7 +109,7 @@ async def mixed(known: Sequence[Sent], served: Served) -> dict[str, Any]:
             await asyncio.sleep(1)
 
     watching = asyncio.create_task(watch())
-    await closed_loop(requests, IN_LOOP, seen, "good and bad requests")
+    await closed_loop(served.url, requests, IN_LOOP, seen, "good and bad requests")
     watching.cancel()
     memory.append((len(seen), served.rss_mib()))
     flat = [mib for done, mib in memory if done >= WARM_UP * len(requests)]
@@ -210,11 +128,10 @@ async def mixed(known: Sequence[Sent], served: Served) -> dict[str, Any]:
     }
 
 
-async def kill(known: Sequence[Sent], served: Served) -> dict[str, Any]:
+async def kill(served: Served, good: Sequence[Sent]) -> dict[str, Any]:
     """One of two replicas ends by SIGKILL under load. Lost requests must have been under way at that moment."""
     seen: list[Seen] = []
-    good = [sent for sent in known for _ in range(3)]
-    loop = asyncio.create_task(closed_loop(good, IN_LOOP, seen, "a replica is killed"))
+    loop = asyncio.create_task(closed_loop(served.url, good, IN_LOOP, seen, "a replica is killed"))
     while len(seen) < len(good) // 4 and not loop.done():
         await asyncio.sleep(0.05)
     victims = served.replicas()
