@@ -8,9 +8,11 @@ mixed, answers compared with those of the model in this process, memory of the r
 """
 
 import asyncio
+import json
 import os
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from absl import flags
 from experiments import command
 from scripts.load_loop import Seen, Served, closed_loop, deployment, speed
 from scripts.load_requests import Sent, bad, checked, right, timed
+from scripts.serve_tables import STAGES
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.serving.service import RunData, Service
+from ultra_hstu.serving.schema import Request
+from ultra_hstu.serving.service import RunData, Service, as_answer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained retrieval run", required=True)
 _RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
@@ -35,6 +39,7 @@ _SERVE = flags.DEFINE_string("serve", "", "more arguments for experiments.serve,
 _RECORD = flags.DEFINE_string("record", None, "JSON file for the result")
 
 IN_LOOP = 8  # connections of the mixed part and of the kill
+CALL = 8  # requests of a device call, where parts are timed
 WARM_UP = 0.2  # share of the mixed requests before memory must be flat
 
 
@@ -49,11 +54,13 @@ def main(_: list[str]) -> None:
         "history": _HISTORY.value,
         "serve": _SERVE.value,
         "load_average_before": os.getloadavg(),
+        "stages_ms": stages(service, timed(interactions, 400, _HISTORY.value, seed=4)),
     }
     arguments = [*([f"--raw_dir={_RAW_DIR.value}"] if _RAW_DIR.value else []), *_SERVE.value.split()]
     with deployment(_WORKDIR.value, *arguments, port=_PORT.value) as served:
         result["seconds_to_start"] = served.seconds
         alike = timed(interactions, len(_CONNECTIONS.value) * _TIMED.value, _HISTORY.value, seed=0)
+        result["example"] = asyncio.run(example(served))
         result["rates"] = asyncio.run(rates(served, alike))
     known = checked(service, _REQUESTS.value // 10, _HISTORY.value, seed=1)
     with deployment(_WORKDIR.value, *arguments, port=_PORT.value) as served:
@@ -79,6 +86,33 @@ def judge(result: dict[str, Any]) -> list[str]:
         "no replica came back": kill["replicas_at_the_end"] == 2,
     }
     return [name for name, holds in claims.items() if not holds]
+
+
+def stages(service: Service, requests: Sequence[Sent]) -> dict[str, float]:
+    """Milliseconds of each part of a request in this process, with nothing else at work: medians over calls of 8 requests."""
+    took: dict[str, list[float]] = {name: [] for name in STAGES}
+    for first in range(0, len(requests), CALL):
+        bodies = [sent.body for sent in requests[first : first + CALL]]
+        steps: dict[str, Callable[[Any], Any]] = {
+            "read": lambda bodies: [Request.model_validate(json.loads(body)) for body in bodies],
+            "prepare": lambda read: [service.prepare(request).query for request in read],
+            "encode": lambda queries: (queries, service.model.encode(queries)),
+            "best": lambda both: service.model.best(both[1], both[0]),
+            "write": lambda answers: [as_answer(items, "model", ()).model_dump_json() for items in answers],
+        }
+        value: Any = bodies
+        for name, step in steps.items():
+            started = time.perf_counter()
+            value = step(value)
+            took[name].append(1e3 * (time.perf_counter() - started) / len(bodies))
+    return {name: statistics.median(values) for name, values in took.items()}
+
+
+async def example(served: Served) -> dict[str, Any]:
+    """A request and its answer, as they are."""
+    request = {"user": 42, "k": 3}
+    seen = await closed_loop(served.url, [Sent(json.dumps(request).encode())], 1)
+    return {"request": request, "answer": json.loads(seen[0].body)}
 
 
 async def rates(served: Served, good: Sequence[Sent]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from scripts import bench_load_balance  # noqa: E402
 from scripts.attention_tables import attention_figure, attention_table, gpu_tests_table  # noqa: E402
 from scripts.ranking_tables import ablation_table, ranking_table  # noqa: E402
+from scripts.serve_tables import serve_example, serve_load_table, serve_stages_table  # noqa: E402
 from scripts.tables import FIGURES, NOT_MEASURED, ROOT, load, markdown, mean_and_deviation, short  # noqa: E402
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "mrr")
@@ -220,10 +221,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "int4": int4_table,
     "long_ultra": long_ultra_table,
     "layer_memory": layer_memory_table,
+    "serve_example": serve_example,
+    "serve_load": serve_load_table,
+    "serve_stages": serve_stages_table,
 }
 PAGES = {
-    "README.md": ("ml1m", "speed", "attention", "test_gpu", "ranking", "ablation"),
+    "README.md": ("ml1m", "speed", "attention", "test_gpu", "ranking", "ablation", "serve_example"),
     "docs/ultra_hstu.md": ("long_ultra", "layer_memory"),
+    "docs/online_serving.md": ("serve_load", "serve_stages"),
     "docs/sampling_and_precision.md": ("stochastic_length", "load_balance", "int4"),
 }
 

@@ -90,9 +90,9 @@ class Service:
         if full:
             queries = [p.query for p in full]
             for p, items in zip(full, self.model.best(self._vectors(queries), queries), strict=True):
-                answers[id(p)] = _answer(items, "model", p.warnings)
+                answers[id(p)] = as_answer(items, "model", p.warnings)
         for p in empty:
-            answers[id(p)] = _answer(
+            answers[id(p)] = as_answer(
                 self._popular(p.query), "popularity", (*p.warnings, "the history is empty: these are the most popular items")
             )
         return [answers[id(p)] for p in prepared]
@@ -136,5 +136,6 @@ class Service:
         return dense, [f"{name}: {len(unknown)} of {len(raw_ids)} items are not in the catalogue and were ignored: {shown}"]
 
 
-def _answer(items: Sequence[Recommendation], source: Literal["model", "popularity"], warnings: Sequence[str]) -> Answer:
+def as_answer(items: Sequence[Recommendation], source: Literal["model", "popularity"], warnings: Sequence[str]) -> Answer:
+    """An answer from what the model ranked."""
     return Answer(items=[Item.model_construct(**dataclasses.asdict(item)) for item in items], source=source, warnings=list(warnings))
