@@ -67,7 +67,8 @@ _ADDRESS = flags.DEFINE_string("address", "local", "local: start Ray here; auto 
 def main(_: list[str]) -> None:
     require_retrieval(_WORKDIR.value, Workdir(_WORKDIR.value).read_config())
     blocked = [] if _BLOCK.value is None else Path(_BLOCK.value).read_text().split()
-    require_free(_HOST.value, _PORT.value)
+    if _ADDRESS.value == "local":
+        require_free(_HOST.value, _PORT.value)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
     node = None

@@ -99,5 +99,5 @@ def bad(count: int, seed: int) -> list[Sent]:
     made = [Sent(body.encode(), good=False) for body in fixed]
     made += [Sent(b" " * (MAX_BODY_BYTES + 1), good=False), Sent(b'{"history": [1]}', good=False, kind="text/plain")]
     made += [Sent(b"", good=False, path="/nowhere"), Sent(b"", good=False, method="GET"), Sent(b"", good=False)]
-    made += [Sent(rng.bytes(int(rng.integers(1, 400))), good=False) for _ in range(count // 4)]
-    return [made[i] for i in rng.integers(len(made), size=count)]
+    noise = [Sent(rng.bytes(int(rng.integers(1, 400))), good=False) for _ in range(count // 4)]
+    return [*noise, *(made[i] for i in rng.integers(len(made), size=count - len(noise)))]
