@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from scripts import bench_load_balance  # noqa: E402
 from scripts.attention_tables import attention_figure, attention_table, gpu_tests_table  # noqa: E402
 from scripts.ranking_tables import ablation_table, ranking_table  # noqa: E402
-from scripts.serve_tables import serve_example, serve_load_table, serve_stages_table  # noqa: E402
+from scripts.serve_tables import serve_example, serve_figure, serve_load_table, serve_stages_table  # noqa: E402
 from scripts.tables import FIGURES, NOT_MEASURED, ROOT, load, markdown, mean_and_deviation, short  # noqa: E402
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "mrr")
@@ -279,6 +279,7 @@ def main(_: list[str]) -> None:
         if record := load("load_balance_cpu"):
             bench_load_balance.draw(record, FIGURES / "load_balance.png")
         attention_figure()
+        serve_figure()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import json
 from typing import Any
 
-from scripts.tables import NOT_MEASURED, load, markdown
+import matplotlib.pyplot as plt
+
+from scripts.tables import FIGURES, NOT_MEASURED, load, markdown
 
 STAGES = {
     "read": "reading the JSON",
@@ -62,3 +64,36 @@ def serve_stages_table() -> str:
         return NOT_MEASURED
     rows = [[words, f"{record['stages_ms'][name]:.2f}"] for name, words in STAGES.items()]
     return markdown(["part of a request", "ms"], rows)
+
+
+def serve_figure() -> None:
+    """Requests a second against latency, and the memory of a replica under the mixed load."""
+    record = _record()
+    if not record:
+        return
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    for histories, colour in (("new", "tab:red"), ("known", "tab:blue")):
+        rows = [row for row in record["rates"] if row["histories"] == histories]
+        for quantile, line in (("p50_ms", ":"), ("p99_ms", "-")):
+            x, y = [row["per_second"] for row in rows], [row[quantile] for row in rows]
+            speed.plot(x, y, line, marker="o", markersize=4, color=colour, label=f"{histories} histories, {quantile[:3]}")
+        for row in rows:
+            speed.annotate(
+                str(row["connections"]), (row["per_second"], row["p99_ms"]), xytext=(4, 4), textcoords="offset points", fontsize=8
+            )
+    speed.set(
+        xlabel="requests/s", ylabel="latency, ms", title="closed loop, number of connections beside p99", ylim=(0, None), xlim=(0, None)
+    )
+    speed.legend(frameon=False, fontsize=8)
+    memory.plot(*zip(*record["mixed"]["rss_mib"], strict=True), color="tab:grey")
+    memory.set(
+        xlabel="good and bad requests answered",
+        ylabel="MiB",
+        title="memory of the replica",
+        ylim=(0, 1.2 * record["mixed"]["rss_mib"][-1][1]),
+    )
+    for axis in (speed, memory):
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FIGURES / "serve_load.png", dpi=130)
+    plt.close(figure)

@@ -38,7 +38,7 @@ async def _refused(_: HttpRequest, error: RequestValidationError) -> JSONRespons
     return JSONResponse({"detail": schema.problem(error.errors())}, 422)
 
 
-# A line a request in a log costs as much as half an answer from the cache; metrics count them.
+# No line a request in the log: metrics count them.
 @serve.deployment(max_ongoing_requests=4 * MAX_USERS, max_queued_requests=QUEUED, logging_config={"enable_access_log": False})
 @serve.ingress(app)
 class Recommender:

@@ -18,7 +18,7 @@ _WIDEST = 2**63 - 1
 
 RawId = Annotated[int, Field(ge=-_WIDEST, le=_WIDEST)] | Annotated[str, Field(min_length=1, max_length=256)]
 Seconds = Annotated[int, Field(ge=-(2**53), le=2**53)]
-Action = Annotated[float, Field(ge=-1e15, le=1e15)]
+Action = Annotated[float, Field(ge=-1e9, le=1e9)]
 
 
 def _only(given: str, *absent: str) -> dict[str, Any]:

@@ -84,18 +84,15 @@ class Service:
 
     def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
         """One device call for new histories and one for the catalogue, for up to `model.max_users` requests."""
-        full = [p for p in prepared if p.query.length]
-        empty = [p for p in prepared if not p.query.length]
-        answers: dict[int, Answer] = {}
-        if full:
-            queries = [p.query for p in full]
-            for p, items in zip(full, self.model.best(self._vectors(queries), queries), strict=True):
-                answers[id(p)] = as_answer(items, "model", p.warnings)
-        for p in empty:
-            answers[id(p)] = as_answer(
-                self._popular(p.query), "popularity", (*p.warnings, "the history is empty: these are the most popular items")
-            )
-        return [answers[id(p)] for p in prepared]
+        queries = [p.query for p in prepared if p.query.length]
+        ranked = iter(self.model.best(self._vectors(queries), queries) if queries else [])
+        empty = "the history is empty: these are the most popular items"
+        return [
+            as_answer(next(ranked), "model", p.warnings)
+            if p.query.length
+            else as_answer(self._popular(p.query), "popularity", (*p.warnings, empty))
+            for p in prepared
+        ]
 
     def warm_up(self) -> int:
         """Reads the data and compiles all that requests within the schema's limits can need. Returns the number of programs."""
