@@ -100,7 +100,7 @@ def start() -> None:
         cores = max(os.cpu_count() or 1, round(_REPLICAS.value * _CPUS.value))
         ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, _metrics_export_port=_METRICS_PORT.value)
     else:
-        ray.init(_ADDRESS.value)
+        ray.init(_ADDRESS.value, log_to_driver=False)
     serve.start(proxy_location="EveryNode", http_options={"host": _HOST.value, "port": _PORT.value, "request_timeout_s": 30})
 
 
