@@ -15,7 +15,7 @@ $(VENV)/bin/python:
 		{ echo "Python 3.12 is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1): install it (pyenv install 3.12, or uv python install 3.12), or name it: make PYTHON=/path/to/python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): requirements.txt requirements-dev.txt constraints.txt | $(VENV)/bin/python
+$(INSTALLED): requirements.txt requirements-serve.txt requirements-dev.txt constraints.txt | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	@touch $@
 

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from scripts import bench_load_balance  # noqa: E402
 from scripts.attention_tables import attention_figure, attention_table, gpu_tests_table  # noqa: E402
 from scripts.ranking_tables import ablation_table, ranking_table  # noqa: E402
+from scripts.serve_tables import serve_example, serve_figure, serve_load_table, serve_stages_table  # noqa: E402
 from scripts.serving_tables import (  # noqa: E402
     cache_precision_table,
     host_tables_table,
@@ -231,10 +232,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving_operations": operations_table,
     "cache_precision": cache_precision_table,
     "host_tables": host_tables_table,
+    "serve_example": serve_example,
+    "serve_load": serve_load_table,
+    "serve_stages": serve_stages_table,
 }
 PAGES = {
-    "README.md": ("ml1m", "speed", "attention", "test_gpu", "ranking", "ablation"),
+    "README.md": ("ml1m", "speed", "attention", "test_gpu", "ranking", "ablation", "serve_example"),
     "docs/ultra_hstu.md": ("long_ultra", "layer_memory"),
+    "docs/online_serving.md": ("serve_load", "serve_stages"),
     "docs/sampling_and_precision.md": ("stochastic_length", "load_balance", "int4"),
     "docs/serving.md": ("serving_operations", "serving", "cache_precision", "host_tables"),
 }
@@ -287,6 +292,7 @@ def main(_: list[str]) -> None:
             bench_load_balance.draw(record, FIGURES / "load_balance.png")
         attention_figure()
         serving_figure()
+        serve_figure()
 
 
 if __name__ == "__main__":

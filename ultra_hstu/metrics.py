@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ultra_hstu.nn.norms import l2_normalize as unit_rows
+from ultra_hstu.quantization import unpacked
 
 CUTOFFS = (1, 5, 10, 50, 100, 200)
 PUBLISHED_CUTOFF = 2500  # the published code looks for the target among this many; further down it is not found
@@ -70,7 +71,7 @@ def ranks(
 
 def best_items(
     h_UD: Float[Array, "U D"],
-    table_ID: Float[Array, "I1 D"],
+    table_ID: Any,
     seen_US: Int[Array, "U S"] | None = None,
     *,
     k: int,
@@ -78,7 +79,11 @@ def best_items(
     corpus_I: Bool[Array, " I1"] | None = None,
     chunk_items: int = 4096,
 ) -> tuple[Int[Array, "U {k}"], Float[Array, "U {k}"]]:
-    """The k best items of each user and their scores, best first; id 0 and score -inf where fewer remain. Arguments as in `ranks`."""
+    """The k best items of each user and their scores, best first; id 0 and score -inf where fewer remain.
+
+    Of items with the same score the one with the lower id comes first. Arguments as in `ranks`; the table [I + 1, D] may also be one of
+    `quantization`, of which one chunk at a time is unpacked: what is made on the device does not grow with the catalogue.
+    """
     if k < 1 or chunk_items < 1:
         raise ValueError(f"{k=} and {chunk_items=} must be at least 1")
     prepare = unit_rows if l2_normalize else (lambda e_XD: e_XD.astype(jnp.float32))
@@ -102,7 +107,8 @@ def _sweep(visit: Any, carry: Any, h_UD, table_ID, seen_US, corpus_I, prepare, c
         first = jnp.minimum(i * size, items - size)  # the last chunk may overlap the one before it
         take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
         chunk_I = first + jnp.arange(size, dtype=jnp.int32)
-        score_UI = jnp.matmul(h_UD, prepare(take(table_ID)).T, precision="highest")
+        chunk_ID = unpacked(jax.tree.map(take, table_ID))
+        score_UI = jnp.matmul(h_UD, prepare(chunk_ID).T, precision="highest")
         allowed_I = (chunk_I >= jnp.maximum(i * size, 1)) if corpus_I is None else take(corpus_I) & (chunk_I >= jnp.maximum(i * size, 1))
         allowed_UI = jnp.broadcast_to(allowed_I[None, :], score_UI.shape)
         if seen_US is not None:

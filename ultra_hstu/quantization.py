@@ -138,13 +138,32 @@ def packed(params: Any, kind: str) -> Any:
 
 def unpacked(params: Any) -> Any:
     """`packed` parameters as the model takes them, float32 rows for every table; works under jit."""
-    is_table = lambda leaf: isinstance(leaf, _RowwiseTable)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.dense() if is_table(leaf) else leaf, params, is_leaf=is_table)
+    return jax.tree.map(lambda leaf: leaf.dense() if _is_packed(leaf) else leaf, params, is_leaf=_is_packed)
 
 
 def item_table(params: Any) -> Float[np.ndarray, "I D"]:
     """The item table among the parameters of a model."""
     return next(np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_table(path))
+
+
+def served_table(params: Any) -> Any:
+    """The item table among `packed` parameters, as it is stored."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_packed)
+    return next(leaf for path, leaf in leaves if _is_table(path))
+
+
+def with_item_table(params: Any, table: Any) -> Any:
+    """(`packed`) parameters with another item table."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: table if _is_table(path) else leaf, params, is_leaf=_is_packed)
+
+
+def rows(table: Any, ids: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+    """float32 rows of a table of any kind, by ids in 0 .. I - 1; nothing of the size of the table is made."""
+    return table.rows(ids) if _is_packed(table) else jnp.take(table, ids, axis=0, mode="clip")
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, _RowwiseTable)
 
 
 def _is_table(path: Any) -> bool:

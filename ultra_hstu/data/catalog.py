@@ -54,6 +54,16 @@ class Catalog:
             ValueError: ids that the catalogue does not have, or of another kind (a float is never rounded to an id).
         """
         ids = np.atleast_1d(np.asarray(ids))
+        dense = self.find(ids)
+        if not dense.all():
+            known = self.raw_ids[1:]
+            example = f"{known[0].item()!r} to {known[-1].item()!r}"
+            raise ValueError(f"unknown item ids {_some(ids[dense == 0])}: the catalogue has {len(known)} items, {example}")
+        return dense
+
+    def find(self, ids: Any) -> Int32[np.ndarray, " n"]:
+        """As `encode`, with 0 for ids that the catalogue does not have. Raises ValueError for ids of another kind."""
+        ids = np.atleast_1d(np.asarray(ids))
         known = self.raw_ids[1:]
         if not ids.size:
             return np.zeros(0, np.int32)
@@ -67,11 +77,7 @@ class Catalog:
             raise ValueError(f"item ids of this catalogue are {kind}, not {ids.dtype}: {_some(ids)}")
         ids = ids.astype(np.int64) if numeric else ids
         index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        unknown = known[index] != ids
-        if unknown.any():
-            example = f"{known[0].item()!r} to {known[-1].item()!r}"
-            raise ValueError(f"unknown item ids {_some(ids[unknown])}: the catalogue has {len(known)} items, {example}")
-        return (index + 1).astype(np.int32)
+        return np.where(known[index] == ids, index + 1, 0).astype(np.int32)
 
     def decode(self, dense: Integer[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
         """Raw ids of dense ids.

@@ -54,6 +54,12 @@ def signals(actions: Actions, names: Sequence[str], count: int) -> Int32[np.ndar
     return np.stack(codes, axis=1) if codes else np.zeros((count, 0), np.int32)
 
 
+def needs(names: Sequence[str]) -> tuple[str, ...]:
+    """The actions that signals are made from. Raises ValueError for an unknown one."""
+    sizes(names)
+    return tuple(dict.fromkeys(action for name in names for action in _SIGNALS[name][1]))
+
+
 def sizes(names: Sequence[str]) -> tuple[int, ...]:
     """How many codes each signal has, 0 (none) counted; the same for every data set. Raises ValueError for an unknown one."""
     if unknown := [name for name in names if name not in _SIZES]:

@@ -1,24 +1,29 @@
-"""Recommendations from a trained run: a history in, the best unseen items out."""
+"""Retrieval: histories in, user vectors out, and the best items of the whole catalogue that the user has not seen."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
+from ultra_hstu import quantization
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
-from ultra_hstu.data.batching import Events, gather_batch
+from ultra_hstu.data.batching import ROW_MULTIPLE, SECONDS_RANGE, Batch, Events, gather_batch
 from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.metrics import best_items
 from ultra_hstu.nn.norms import l2_normalize
-from ultra_hstu.quantization import packed, unpacked
 from ultra_hstu.recipe import Params, Recipe, Steps
 from ultra_hstu.workdir import Workdir
+
+MAX_USERS = 16  # histories in one device call
+SMALLEST_K, SMALLEST_HIDDEN = 16, 256  # lowest capacity classes; each class is 8 times the one below
 
 
 def load_params(folder: Workdir, recipe: Steps) -> tuple[int, Params]:
@@ -41,25 +46,57 @@ class Recommendation:
     score: float
 
 
-class RecommendationModel:
-    """A trained run, ready to recommend. Compiled once: every history is one slice of `config.data.max_history` rows or fewer."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Query:
+    """A checked question: the rows that the encoder sees, and what must not be recommended. `RecommendationModel.query` makes it."""
 
-    def __init__(self, workdir: str, *, tables: str = "float32"):
+    events: Events  # the newest max_history events and one slot more, which carries the time of the request
+    hidden: Int[np.ndarray, " h"]  # distinct dense ids: seen (the whole history) and blocked
+    k: int
+
+    @property
+    def length(self) -> int:
+        return len(self.events.item_E) - 1
+
+
+class RecommendationModel:
+    """A trained run, ready to recommend.
+
+    Histories of different lengths share one flat buffer, and their vectors meet the catalogue in chunks: beside the table itself nothing on the
+    device grows with the number of items. Shapes come in few capacity classes (rows of the buffer, hidden items, k), each compiled once,
+    when it is first met or by `warm_up`.
+    """
+
+    def __init__(self, workdir: str, *, tables: str = "float32", max_users: int = MAX_USERS):
         """
         Args:
           tables: how the item table goes to the device and stays there: one of `quantization.KINDS`.
+          max_users: histories in one device call.
+
+        Raises:
+          ValueError: a folder without a retrieval run, parameters that are not finite, a kind of table that does not fit.
         """
         folder = Workdir(workdir)
         self.config: Config = folder.read_config()
-        if self.config.rank.tasks:
-            raise ValueError(
-                f"{workdir} is a ranking run (rank.tasks={self.config.rank.tasks}): it predicts what a user does with given items. "
-                "Recommendations over the catalogue come from a retrieval run"
-            )
+        require_retrieval(workdir, self.config)
         self.catalog = Catalog.load(folder.catalog)
         self.recipe = Recipe(self.config, self.catalog.num_items)
-        self.params = jax.device_put(packed(load_params(folder, self.recipe)[1], tables))
-        self._best = jax.jit(functools.partial(_best, self.recipe, self.config.data.max_history), static_argnames="k")
+        self.max_users = max_users
+        step, params = load_params(folder, self.recipe)
+        if broken := [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not _finite(leaf)]:
+            raise ValueError(f"the checkpoint of step {step} in {workdir} holds NaN or infinity in {broken[0]}: train again")
+        self.params = jax.device_put(quantization.packed(params, tables))
+        self.blocked: Int[np.ndarray, " b"] = np.zeros(0, np.int32)
+        self._allowed_I: Array | None = None
+        self._encode: Any = jax.jit(functools.partial(_encode, self.recipe))
+        self._best: Any = jax.jit(functools.partial(_best, self.config.loss.l2_normalize), static_argnames="k")
+
+    def block(self, items: Int[np.ndarray, " n"]) -> None:
+        """Dense ids that are recommended to nobody from now on, in place of those given before. One byte an item on the device."""
+        self.blocked = self._dense(items, "items")
+        allowed_I = np.ones(self.catalog.num_items + 1, bool)
+        allowed_I[self.blocked] = False
+        self._allowed_I = jax.device_put(allowed_I)
 
     def recommend(
         self,
@@ -69,66 +106,199 @@ class RecommendationModel:
         actions: Mapping[str, ArrayLike] | None = None,
         now: int | None = None,
         k: int = 10,
+        block: ArrayLike | None = None,
     ) -> list[Recommendation]:
-        """The k unseen items with the highest scores.
+        """The k unseen items with the highest scores, fewer where fewer remain. Arguments and errors as in `query`."""
+        query = self.query(items, times, actions=actions, now=now, k=k, block=block)
+        return self.best(self.encode([query]), [query])[0]
+
+    def query(
+        self,
+        items: ArrayLike,
+        times: ArrayLike | None = None,
+        *,
+        actions: Mapping[str, ArrayLike] | None = None,
+        now: int | None = None,
+        k: int = 10,
+        block: ArrayLike | None = None,
+        allow_empty: bool = False,
+    ) -> Query:
+        """Checks one question, on the host.
 
         Args:
-          items: dense ids (`catalog.encode` makes them), oldest first; the newest `max_history` count.
+          items: dense ids (`catalog.encode` makes them), oldest first; all are hidden from the answer, the newest `max_history` are encoded.
           times: seconds, one an event; without them all events count as simultaneous.
           actions: what the user did with each item, by the names of the source ("rating"), for a run whose tokens hold signals; without them
             such a run sees items alone.
           now: time of the request in the same seconds; None takes the next event to follow the last at once.
+          k: how many items.
+          block: dense ids that this answer must not hold.
+          allow_empty: accept a history without items; it cannot be encoded.
 
         Raises:
-          ValueError: for an empty history, a wrong number of times or actions, actions that the run's signals cannot be made from, or k outside 1..items.
+          ValueError: for an empty history, a wrong number of times or actions, times that go back or span more than 2^31 - 1 seconds, actions that
+            the run's signals cannot be made from, or k outside 1..items.
         """
-        num_items = self.catalog.num_items
-        item_E = np.asarray(items)
-        if item_E.size and not np.issubdtype(item_E.dtype, np.integer):
-            raise ValueError(f"items must be dense ids (integers), got {item_E.dtype}: catalog.encode makes them")
-        item_E = item_E.astype(np.int32)
-        if item_E.size and not (1 <= item_E.min() and item_E.max() <= num_items):
-            raise ValueError(f"items must be dense ids in 1..{num_items}, got {item_E.min()}..{item_E.max()}: catalog.encode makes them")
-        time_E = np.zeros(len(item_E), np.int64) if times is None else np.asarray(times, np.int64)
-        if not len(item_E):
+        item_E, blocked = self._dense(items, "items"), self._dense([] if block is None else block, "block")
+        if not len(item_E) and not allow_empty:
             raise ValueError("the history is empty: give at least one item, or take the most popular items of the training data")
-        if not 1 <= k <= num_items:
-            raise ValueError(f"k={k} must be in 1..{num_items}, the number of items")
+        if not 1 <= k <= self.catalog.num_items:
+            raise ValueError(f"k={k} must be in 1..{self.catalog.num_items}, the number of items")
+        time_E = np.zeros(len(item_E), np.int64) if times is None else np.asarray(times, np.int64)
         if len(time_E) != len(item_E):
             raise ValueError(f"{len(item_E)} items but {len(time_E)} times: give one time an item")
-        newest = slice(-self.config.data.max_history, None)
-        length = len(item_E[newest])
-        # Fixed size, so that one compilation serves every history; the slot behind the history carries the time of the request.
-        events = Events.from_arrays(
-            np.pad(item_E[newest], (0, self.config.data.max_history + 1 - length)),
-            np.pad(time_E[newest], (0, self.config.data.max_history + 1 - length), constant_values=time_E[-1] if now is None else now),
-        )
-        if names := self.config.rank.signals:
-            code_ES = np.zeros((len(item_E), len(names)), np.int32)
-            if actions is not None:
-                columns = {name: np.asarray(values) for name, values in actions.items()}
-                if wrong := [name for name, values in columns.items() if len(values) != len(item_E)]:
-                    raise ValueError(f"{len(item_E)} items but {len(columns[wrong[0]])} values of {wrong[0]!r}: give one an item")
-                code_ES = signals.signals(columns, names, len(item_E))
-            padding = ((0, self.config.data.max_history + 1 - length), (0, 0))
-            events = dataclasses.replace(events, signal_ES=np.pad(code_ES[newest], padding))
-        seen_I = np.zeros(num_items + 1, bool)
-        seen_I[item_E] = True
-        best_K, score_K = self._best(self.params, events, jnp.int32(length), jnp.asarray(~seen_I), k=k)
-        found = np.asarray(best_K)[np.asarray(best_K) > 0]
-        raw_ids = self.catalog.decode(found).tolist()
+        if now is not None or not len(time_E):
+            time_E = np.append(time_E, np.int64(0 if now is None else now))
+        else:
+            time_E = np.append(time_E, time_E[-1])
+        if len(back := np.flatnonzero(time_E[1:] < time_E[:-1])):
+            earlier, later = int(time_E[back[0]]), int(time_E[back[0] + 1])
+            raise ValueError(f"times go back from {earlier} to {later}: give the history oldest first, and now not before its last event")
+        first = max(0, len(item_E) - self.config.data.max_history)
+        time_E = time_E[first:]
+        if int(time_E[-1]) - int(time_E[0]) > SECONDS_RANGE:
+            raise ValueError(f"times run from {time_E[0]} to {time_E[-1]}: more than 2^31 - 1 seconds. Give seconds, not milliseconds.")
+        # Times count from the user's first event, so that neighbours in a batch do not matter.
+        events = Events(np.append(item_E[first:], np.int32(0)), (time_E - time_E[0]).astype(np.int32))
+        if self.config.rank.signals:
+            code_ES = self._signals(actions, len(item_E))[first:]
+            events = dataclasses.replace(events, signal_ES=np.pad(code_ES, ((0, 1), (0, 0))))
+        return Query(events, np.unique(np.concatenate([item_E, blocked])), k)
+
+    def encode(self, queries: Sequence[Query]) -> Float[np.ndarray, "n D"]:
+        """A vector for every query, on the host. Rounding may depend on which queries share a device call.
+
+        Raises:
+          ValueError: for a query without events.
+        """
+        if empty := sum(not query.length for query in queries):
+            raise ValueError(f"{empty} of {len(queries)} queries have an empty history: there is nothing to encode")
+        groups = [queries[i : i + self.max_users] for i in range(0, len(queries), self.max_users)]
+        user_nD = [np.asarray(self._encode(self.params, self._batch(group)))[: len(group)] for group in groups]
+        return np.concatenate(user_nD) if user_nD else np.zeros((0, self.config.model.width), np.float32)
+
+    def best(self, user_nD: Float[np.ndarray, "n D"], queries: Sequence[Query]) -> list[list[Recommendation]]:
+        """The best items of vectors that `encode` gave: a function of the vector and its query alone, to the bit, whatever shares the call."""
+        table = quantization.served_table(self.params)
+        answers: list[list[Recommendation]] = []
+        for i in range(0, len(queries), self.max_users):
+            group = queries[i : i + self.max_users]
+            k, slots = self._classes_of(group)
+            user_UD = np.zeros((self.max_users, user_nD.shape[1]), np.float32)
+            user_UD[: len(group)] = user_nD[i : i + len(group)]
+            hidden_US = np.zeros((self.max_users, slots), np.int32)
+            for row, query in enumerate(group):
+                hidden_US[row, : len(query.hidden)] = query.hidden
+            best_UK, score_UK = jax.device_get(self._best(table, user_UD, hidden_US, self._allowed_I, k=k))
+            for row, query in enumerate(group):
+                answers.append(self.decode(best_UK[row, : query.k], score_UK[row, : query.k]))
+        return answers
+
+    def warm_up(self, *, max_k: int, max_hidden: int) -> int:
+        """Compiles every capacity class up to these sizes, so that no request waits for it. Returns the number of programs."""
+        items = self.catalog.num_items
+        query = self.query([1] * self.config.data.max_history)
+        for users in _classes(1, self.max_users, 2):
+            self.encode([query] * users)
+        user_1D = np.zeros((1, self.config.model.width), np.float32)
+        for k in _classes(SMALLEST_K, min(max_k, items), 8):
+            for hidden in _classes(SMALLEST_HIDDEN, min(max_hidden, items), 8):
+                self.best(user_1D, [dataclasses.replace(query, hidden=np.ones(min(hidden, items), np.int32), k=k)])
+        return self.programs
+
+    @property
+    def programs(self) -> int:
+        """How many programs have been compiled."""
+        return self._encode._cache_size() + self._best._cache_size()
+
+    def _dense(self, ids: ArrayLike, name: str) -> Int[np.ndarray, " n"]:
+        ids = np.asarray(ids)
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"{name} must be dense ids (integers), got {ids.dtype}: catalog.encode makes them")
+        if ids.size and not (1 <= ids.min() and ids.max() <= self.catalog.num_items):
+            outside = f"got {ids.min()}..{ids.max()}: catalog.encode makes them"
+            raise ValueError(f"{name} must be dense ids in 1..{self.catalog.num_items}, {outside}")
+        return ids.astype(np.int32)
+
+    def _signals(self, actions: Mapping[str, ArrayLike] | None, count: int) -> Int[np.ndarray, "E S"]:
+        names = self.config.rank.signals
+        if actions is None:
+            return np.zeros((count, len(names)), np.int32)
+        columns = {name: np.asarray(values) for name, values in actions.items()}
+        if wrong := [name for name, values in columns.items() if len(values) != count]:
+            raise ValueError(f"{count} items but {len(columns[wrong[0]])} values of {wrong[0]!r}: give one an item")
+        return signals.signals(columns, names, count)
+
+    def _batch(self, queries: Sequence[Query]) -> Batch:
+        """The flat buffer of up to `max_users` histories, in the smallest class of rows that holds them: 1, 2, 4, ... whole histories."""
+        length_U = np.zeros(self.max_users, np.int32)
+        length_U[: len(queries)] = [query.length for query in queries]
+        start_U = np.concatenate([[0], np.cumsum(length_U + (length_U > 0))[:-1]]).astype(np.int32)
+        users = _capacity(-(-int(length_U.sum()) // self.config.data.max_history), 1, self.max_users, 2)
+        rows = -(-users * self.config.data.max_history // ROW_MULTIPLE) * ROW_MULTIPLE
+        events = jax.tree.map(lambda *parts: np.concatenate(parts), *(query.events for query in queries))
+        return gather_batch(events, start_U, start_U + length_U, rows=rows, xp=np)
+
+    def _classes_of(self, queries: Sequence[Query]) -> tuple[int, int]:
+        """k and hidden items of a call. Neither needs more than there are items."""
+        items = self.catalog.num_items
+        k = _capacity(max(query.k for query in queries), SMALLEST_K, items, 8)
+        return k, _capacity(max(len(query.hidden) for query in queries), SMALLEST_HIDDEN, items, 8)
+
+    def decode(self, best_K: Int[np.ndarray, " K"], score_K: Float[np.ndarray, " K"]) -> list[Recommendation]:
+        """Raw ids and titles of dense ids; those from the first 0 on are left out."""
+        found = best_K[best_K > 0]
         titles = [None if self.catalog.titles is None else self.catalog.titles[item] for item in found]
-        scores = np.asarray(score_K).tolist()
-        return [Recommendation(raw, title, score) for raw, title, score in zip(raw_ids, titles, scores, strict=False)]
+        return [Recommendation(*fields) for fields in zip(self.catalog.decode(found).tolist(), titles, score_K.tolist(), strict=False)]
+
+
+def require_retrieval(workdir: str, config: Config) -> None:
+    """Raises ValueError for a ranking run."""
+    if config.rank.tasks:
+        raise ValueError(
+            f"{workdir} is a ranking run (rank.tasks={config.rank.tasks}): it predicts what a user does with given items. "
+            "Recommendations over the catalogue come from a retrieval run"
+        )
+
+
+def _encode(recipe: Recipe, params: Params, batch: Batch) -> Float[Array, "U D"]:
+    # The model meets a table of the batch's rows alone, so that a packed table is never unpacked as a whole.
+    row_TD = quantization.rows(quantization.served_table(params), batch.item_T)
+    rows = row_TD.shape[0]
+    local_TD = jnp.concatenate([jnp.zeros_like(row_TD[:1]), row_TD])
+    local_T = jnp.where(batch.item_T > 0, jnp.arange(1, rows + 1, dtype=jnp.int32), 0)
+    model = recipe.model(quantization.with_item_table(params, local_TD))
+    user_UD = model.encode(dataclasses.replace(batch, item_T=local_T), rngs=None)[batch.last_row_B]
+    return l2_normalize(user_UD) if recipe.config.loss.l2_normalize else user_UD.astype(jnp.float32)
 
 
 def _best(
-    recipe: Recipe, rows: int, params: Params, events: Events, length: jax.Array, unseen_I: jax.Array, *, k: int
-) -> tuple[jax.Array, jax.Array]:
-    batch = gather_batch(events, jnp.zeros(1, jnp.int32), length[None], rows=rows)
-    model = recipe.model(unpacked(params))
-    user_1D = model.encode(batch, rngs=None)[batch.last_row_B]
-    normalize = recipe.config.loss.l2_normalize
-    user_1D = l2_normalize(user_1D) if normalize else user_1D
-    best_1K, score_1K = best_items(user_1D, model.item_table[...], k=k, l2_normalize=normalize, corpus_I=unseen_I)
-    return best_1K[0], score_1K[0]
+    normalize: bool,
+    table: Any,
+    user_UD: Float[Array, "U D"],
+    hidden_US: Int[Array, "U S"],
+    allowed_I: Bool[Array, " I1"] | None,
+    *,
+    k: int,
+) -> tuple[Int[Array, "U {k}"], Float[Array, "U {k}"]]:
+    return best_items(user_UD, table, hidden_US, k=k, l2_normalize=normalize, corpus_I=allowed_I)
+
+
+def _capacity(needed: int, smallest: int, largest: int | None, factor: int) -> int:
+    """The smallest of `smallest * factor^n` that is enough, `largest` where that is less."""
+    size = smallest
+    while size < needed:
+        size *= factor
+    return size if largest is None else min(size, largest)
+
+
+def _classes(smallest: int, largest: int, factor: int) -> list[int]:
+    """Every capacity up to the one of `largest`."""
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        sizes.append(sizes[-1] * factor)
+    return sizes
+
+
+def _finite(leaf: Array) -> bool:
+    return not jnp.issubdtype(leaf.dtype, jnp.inexact) or bool(jnp.isfinite(leaf).all())

@@ -1,0 +1,126 @@
+"""Serves recommendations of a trained run over HTTP, on Ray Serve (pip install -r requirements-serve.txt -c constraints.txt).
+
+python -m experiments.serve --workdir=runs/ml1m_hstu [--replicas=2] [--port=8000] [--tables=int4] [--raw_dir=PATH] [--address=auto]
+
+    curl -s localhost:8000/recommend -H 'content-type: application/json' -d '{"user": 42, "k": 3}'
+
+Listens on loopback unless --host says otherwise; http://localhost:8000/docs describes requests and answers. docs/online_serving.md is about
+replicas, clusters, limits and metrics.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import portpicker
+
+# Read when Ray is imported, by every process of a local instance; a cluster sets them on its machines.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing calls out
+    "RAY_worker_niceness": "0",  # 15 otherwise: replicas would wait for everything else on the machine
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy before the replicas, in place of a proxy in Python: five times the requests on two cores
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # A replica that dies loses no request that it held: nothing was changed by it, so another replica is asked.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # at the end; a load balancer in front of a cluster wants 30
+}
+PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)  # any free ones, so that two instances do not meet
+for name, value in (ENVIRONMENT | {name: str(portpicker.pick_unused_port()) for name in PORTS}).items():
+    os.environ.setdefault(name, value)
+
+import psutil  # noqa: E402
+import ray  # noqa: E402
+from absl import flags  # noqa: E402
+from ray import serve  # noqa: E402
+
+from experiments import command  # noqa: E402
+from ultra_hstu import quantization  # noqa: E402
+from ultra_hstu.serving.deployment import Recommender  # noqa: E402
+from ultra_hstu.serving.retrieval import require_retrieval  # noqa: E402
+from ultra_hstu.workdir import Workdir  # noqa: E402
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
+_RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
+_TABLES = flags.DEFINE_enum("tables", "float32", quantization.KINDS, "what the item table is served from")
+_BLOCK = flags.DEFINE_string("block", None, "file of raw item ids, one a line, that are recommended to nobody")
+_REPLICAS = flags.DEFINE_integer("replicas", 1, "processes that hold the model", lower_bound=1)
+_CPUS = flags.DEFINE_float("cpus", 1, "cores that Ray reserves for a replica", lower_bound=0)
+_GPUS = flags.DEFINE_float("gpus", 0, "GPUs of a replica", lower_bound=0)
+_CACHE = flags.DEFINE_integer("cache_mib", 64, "memory of a replica for encoded users", lower_bound=0)
+_WAIT = flags.DEFINE_float("wait_ms", 4, "how long a batch waits for more requests than are there", lower_bound=0)
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
+_PORT = flags.DEFINE_integer("port", 8000, "port to listen on")
+_METRICS_PORT = flags.DEFINE_integer(
+    "metrics_port", None, "port of the metrics of a local instance, for Prometheus; any free one by default"
+)
+_ADDRESS = flags.DEFINE_string("address", "local", "local: start Ray here; auto or HOST:PORT: join a cluster")
+
+
+def main(_: list[str]) -> None:
+    require_retrieval(_WORKDIR.value, Workdir(_WORKDIR.value).read_config())
+    blocked = [] if _BLOCK.value is None else Path(_BLOCK.value).read_text().split()
+    if _ADDRESS.value == "local":
+        require_free(_HOST.value, _PORT.value)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
+    node = None
+    try:
+        start()
+        node = ray.get_runtime_context().get_node_id()
+        application = Recommender.options(  # type: ignore[attr-defined]
+            num_replicas=_REPLICAS.value, ray_actor_options={"num_cpus": _CPUS.value, "num_gpus": _GPUS.value}
+        ).bind(
+            str(Path(_WORKDIR.value).absolute()),
+            raw_dir=_RAW_DIR.value,
+            tables=_TABLES.value,
+            cache_bytes=_CACHE.value * 2**20,
+            block=blocked,
+            wait_ms=_WAIT.value,
+        )
+        serve.run(application, name="recommend")
+        print(f"recommendations at http://{_HOST.value}:{_PORT.value}/recommend, its description at /docs; stop with Ctrl-C", flush=True)
+        threading.Event().wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        if _ADDRESS.value == "local" and node is not None:
+            end_haproxy(node)
+
+
+def start() -> None:
+    if _ADDRESS.value == "local":
+        cores = max(os.cpu_count() or 1, round(_REPLICAS.value * _CPUS.value))
+        ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, _metrics_export_port=_METRICS_PORT.value)
+    else:
+        ray.init(_ADDRESS.value, log_to_driver=False)
+    serve.start(proxy_location="EveryNode", http_options={"host": _HOST.value, "port": _PORT.value, "request_timeout_s": 30})
+
+
+def require_free(host: str, port: int) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"--host={host} --port={port} cannot be listened on ({error.strerror}): choose another") from None
+
+
+def end_haproxy(node: str) -> None:
+    """Ends the HAProxy of a node that is gone: it outlives a Ray whose processes were killed before they could shut down."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or [""]
+        if words[0].endswith("haproxy") and any(node in word for word in words):
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,103 @@
+"""Requests to load a deployment with, good and bad, and what their answers must be."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Answer, Request
+from ultra_hstu.serving.service import Service
+
+SCORE_ERROR = 1e-5  # rounding: which histories share a device call differs
+JSON = "application/json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    body: bytes
+    expected: Answer | None = None  # of a good request; None: any, or a bad request
+    good: bool = True
+    kind: str = JSON
+    path: str = "/recommend"
+    method: str = "POST"
+
+
+def histories(interactions: Interactions, count: int, events: int, seed: int) -> list[dict]:
+    """Random stretches of so many events of users who have them."""
+    rng = np.random.default_rng(seed)
+    long = np.flatnonzero(interactions.lengths >= events)
+    if not len(long):
+        raise ValueError(f"no user has {events} events: the longest history has {interactions.lengths.max()}")
+    found = []
+    for user in rng.choice(long, count):
+        first = int(interactions.offsets[user] + rng.integers(interactions.lengths[user] - events + 1))
+        items = interactions.catalog.decode(interactions.items[first : first + events]).tolist()
+        times = {} if interactions.timestamps is None else {"times": interactions.timestamps[first : first + events].tolist()}
+        found.append({"history": items, **times})
+    return found
+
+
+def timed(interactions: Interactions, count: int, events: int, seed: int) -> list[Sent]:
+    """Good requests that are all alike: a history of so many events, top 10."""
+    return [Sent(json.dumps(request).encode()) for request in histories(interactions, count, events, seed)]
+
+
+def checked(service: Service, count: int, events: int, seed: int) -> list[Sent]:
+    """Good requests of every kind, with their answers by the model in this process."""
+    interactions = service.data.interactions
+    rng = np.random.default_rng(seed)
+    known = interactions.catalog.raw_ids[1:].tolist()
+    absent = max(known) + 1 if interactions.catalog.raw_ids.dtype.kind == "i" else "absent"
+    requests: list[dict] = []
+    for whole in histories(interactions, count, events, seed):
+        length = int(rng.integers(1, events + 1))
+        cut = {name: values[:length] for name, values in whole.items()}
+        user = interactions.users[rng.integers(interactions.num_users)].item()
+        kinds = [
+            whole,
+            cut | {"k": int(rng.integers(1, 50))},
+            {"user": user},
+            {"user": user, "block": rng.choice(known, 20).tolist(), "k": 20},
+            {"history": []},
+            {"history": [*whole["history"][:length], absent]},
+        ]
+        requests.append(kinds[rng.choice(len(kinds), p=[0.4, 0.25, 0.15, 0.1, 0.05, 0.05])])
+    # More places than were asked for: two items whose scores differ by rounding may change places at the end, too.
+    wide = [service.prepare(Request.model_validate_json(json.dumps(r | {"k": r.get("k", 10) + 5}))) for r in requests]
+    batches = [wide[i : i + service.model.max_users] for i in range(0, len(wide), service.model.max_users)]
+    answers = [answer for batch in batches for answer in service.answer(batch)]
+    return [Sent(json.dumps(request).encode(), answer) for request, answer in zip(requests, answers, strict=True)]
+
+
+def right(sent: Sent, body: bytes) -> bool:
+    """Whether an answer is the expected one, places of equal scores aside."""
+    if sent.expected is None:
+        return True
+    got, k = Answer.model_validate_json(body), json.loads(sent.body).get("k", 10)
+    scores = {item.item: item.score for item in sent.expected.items}
+    same = (got.source, got.warnings, len(got.items)) == (sent.expected.source, sent.expected.warnings, min(k, len(sent.expected.items)))
+    return same and all(
+        abs(item.score - wanted.score) <= SCORE_ERROR and abs(scores.get(item.item, np.inf) - wanted.score) <= SCORE_ERROR
+        for item, wanted in zip(got.items, sent.expected.items, strict=False)
+    )
+
+
+def bad(count: int, seed: int) -> list[Sent]:
+    """Requests that must be refused: each is answered with 4xx."""
+    rng = np.random.default_rng(seed)
+    fixed: Sequence[str] = (
+        "{}", "[]", "null", "not json", '{"history": [NaN]}', '{"history": [1], "times": [Infinity]}', '{"history": [1.5]}', '{"history": "1"}',
+        '{"history": [1], "k": 0}', f'{{"history": [1], "k": {MAX_K + 1}}}', '{"history": [1], "k": "10"}', '{"history": [1], "k": true}',
+        '{"history": [1], "user": 1}', '{"history": [1], "colour": "red"}', '{"history": [1, 2], "times": [1]}', '{"history": [1, 2], "times": [2, 1]}',
+        '{"history": [1, 2], "times": [0, 9007199254740992]}', '{"user": 987654321}', '{"user": null}', '{"user": {"$gt": 0}}', '{"history": [[1]]}',
+        '{"history": [99999999999999999999999]}', '{"user": "\\ud800"}', '{"\\ud800": 1}', '{"history": [1], "actions": {"rating": [1e400]}}',
+        '{"history": [1], "block": 5}', '{"history": [1]', '{"history": [1], "times": [1], "now": 0}', "[" * 5000, '{"history": ' + "[" * 5000,
+        json.dumps({"history": [1] * (MAX_EVENTS + 1)}), json.dumps({"history": [1], "block": [1] * (MAX_EVENTS + 1)}),
+    )  # fmt: skip
+    made = [Sent(body.encode(), good=False) for body in fixed]
+    made += [Sent(b" " * (MAX_BODY_BYTES + 1), good=False), Sent(b'{"history": [1]}', good=False, kind="text/plain")]
+    made += [Sent(b"", good=False, path="/nowhere"), Sent(b"", good=False, method="GET"), Sent(b"", good=False)]
+    noise = [Sent(rng.bytes(int(rng.integers(1, 400))), good=False) for _ in range(count // 4)]
+    return [*noise, *(made[i] for i in rng.integers(len(made), size=count - len(noise)))]
