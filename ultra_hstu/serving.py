@@ -50,7 +50,7 @@ class RecommendationModel:
           tables: how the item table goes to the device and stays there: one of `quantization.KINDS`.
         """
         folder = Workdir(workdir)
-        self.config: Config = folder.read_config()
+        self.config: Config = folder.read_config().on_one_device()
         if self.config.rank.tasks:
             raise ValueError(
                 f"{workdir} is a ranking run (rank.tasks={self.config.rank.tasks}): it predicts what a user does with given items. "
