@@ -11,6 +11,7 @@ import rank_data
 from jax.sharding import PartitionSpec
 from small_run import small_config, with_
 
+from experiments.configs import long_mst
 from ultra_hstu.config import ChannelConfig, from_config_dict, to_config_dict
 from ultra_hstu.evaluate import evaluator
 from ultra_hstu.parallel.collectives import collectives
@@ -116,6 +117,19 @@ def test_other_runs_agree(name):
     data, context, config = OTHERS[name]
     evaluated = config.rank.input == "interleaved"
     check(run(config, data, context, evaluated), run(config, 1, 1, evaluated))
+
+
+def test_mini_sequences_over_ulysses():
+    """The configuration file at a small size, local rows in chunks with a tail, against all rows at once on one device."""
+    written = from_config_dict(long_mst.get_config())
+    assert written.model.chunk_rows and (written.parallel.strategy, written.parallel.context) == ("ulysses", 2)
+    small = dict(width=16, layers=1, qk_width=8, v_width=8, dtype="float32", implementation="reference", chunk_rows=10)
+    config = with_(
+        written, **{f"model__{name}": value for name, value in small.items()}, data__max_history=10, data__batch_users=8, data__batch_tokens=128,
+        train__steps_per_call=STEPS, loss__negatives=16, parallel__groups=4,
+    )  # fmt: skip
+    plain = with_(config, model__chunk_rows=None, model__remat="none", parallel__strategy="auto")
+    check(run(config, 4, 2), run(plain, 1, 1))
 
 
 def program(config, data, context):
