@@ -9,7 +9,7 @@ CALLS = {"jit", "pjit", "closed_call", "custom_vjp_call", "custom_jvp_call", "sh
 def waiting(function, *args, source, sink):
     """For every `sink` in the order of the trace: whether any of its inputs comes from a `source`, however far back. Both are names of primitives.
 
-    Calls are looked into; a loop or a branch counts as one operation, which is what it holds.
+    Calls are looked into. A branch counts as one operation, which is what it holds; of a loop, one step is looked at by itself.
     """
     found = []
 
@@ -20,6 +20,9 @@ def waiting(function, *args, source, sink):
             inner = list(core.jaxprs_in_params(eqn.params))
             if eqn.primitive.name in CALLS and len(inner) and len(inner[0].invars) == len(eqn.invars):
                 outputs = visit(inner[0], inputs)
+            elif eqn.primitive.name == "scan":
+                visit(inner[0], [False] * len(inner[0].invars))
+                outputs = [any(inputs) or source in names_in(eqn)] * len(eqn.outvars)
             else:
                 names = names_in(eqn)
                 if sink in names:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,14 @@ class Gather:
         return x if self.order is None else x[self.order]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["plans", "some"], meta_fields=["axis"])
+class Meeting(NamedTuple):
+    """This shard's rows and the keys of one shard."""
+
+    plan: Any  # AttentionPlan
+    some: Any  # whether any row sees any key
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["own", "others"], meta_fields=["axis", "shards"])
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """Keys and values travel around the shards; what a shard sees of each is added up. Memory O(T / C), in the backward too: there the
@@ -51,61 +58,77 @@ class Ring:
     The transfer of a step does not depend on its computation, so that they can overlap; a step without a visible key computes nothing.
     """
 
-    plans: Any  # AttentionPlan of this shard's rows and the keys of the shard so many before it
-    some: Any  # bool scalars: whether they see any
+    own: Meeting
+    others: Meeting  # stacked: the shard before this one, the one before that, ...
     axis: str
+    shards: int
 
     @staticmethod
     def of(frame: Frame, prepare: Prepare) -> "Ring":
-        plans, some, size = [], [], frame.layout.rows_per_shard
-        for distance in range(frame.layout.shards):
-            source = (frame.shard - distance) % frame.layout.shards
+        shards, size = frame.layout.shards, frame.layout.rows_per_shard
+
+        def meet(distance: Any, num_keys: int) -> Meeting:
+            source = (frame.shard - distance) % shards
             keys, rows = frame.keys_of(frame.shard, source), frame.rows_of(frame.shard, source)
-            plans.append(prepare(partial_plan(keys, rows, num_rows=size, num_keys=size if distance else 0)))
-            some.append(((keys.hi0 > keys.lo0) | (keys.hi1 > keys.lo1)).any())
-        return Ring(tuple(plans), tuple(some), frame.axis)
+            plan = prepare(partial_plan(keys, rows, num_rows=size, num_keys=num_keys))
+            return Meeting(plan, ((keys.hi0 > keys.lo0) | (keys.hi1 > keys.lo1)).any())
+
+        others = jax.lax.map(lambda distance: meet(distance, size), jnp.arange(1, shards))
+        return Ring(meet(0, 0), others, frame.axis, shards)
 
     def __call__(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
         @jax.custom_vjp
         def run(q: Array, k: Array, v: Array, scale: Array, this: "Ring") -> Array:
-            out, travelling = jnp.zeros((*q.shape[:2], v.shape[2]), jnp.float32), (k, v)
-            for distance in range(len(this.plans)):
-                here = travelling
-                travelling = this._send(travelling) if distance + 1 < len(this.plans) else travelling
-                out = out + this._step(distance, scale, attend)(q, *here).astype(jnp.float32)
-            return out.astype(v.dtype)
+            def add(out: Array, here: Any, step: Any) -> Array:
+                return out + step(q, *here).astype(jnp.float32)
+
+            return this._round(add, jnp.zeros((*q.shape[:2], v.shape[2]), jnp.float32), (k, v), scale, attend).astype(v.dtype)
 
         def forward(*inputs: Any) -> tuple[Array, Any]:
             return run(*inputs), inputs
 
         def backward(saved: Any, g: Array) -> tuple[Any, ...]:
             q, k, v, scale, this = saved
-            travelling = (k, v)
-            dq, *d_kv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-            for distance in range(len(this.plans)):
-                here = travelling
-                travelling = this._send(travelling) if distance + 1 < len(this.plans) else travelling
-                parts = jax.vjp(this._step(distance, scale, attend), q, *here)[1](g)
-                dq, *d_kv = (a + b.astype(jnp.float32) for a, b in zip((dq, *d_kv), parts, strict=True))
-                d_kv = this._send(d_kv)  # after as many steps as there are shards they are at home
-            return dq.astype(q.dtype), d_kv[0].astype(k.dtype), d_kv[1].astype(v.dtype), None, None
+
+            def add(sums: Any, here: Any, step: Any) -> Any:
+                parts = jax.vjp(step, q, *here)[1](g)
+                dq, *d_kv = (a + b.astype(jnp.float32) for a, b in zip(sums, parts, strict=True))
+                return dq, *this._send(d_kv)  # after as many steps as there are shards they are at home
+
+            zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+            dq, dk, dv = this._round(add, zeros, (k, v), scale, attend)
+            return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
         run.defvjp(forward, backward)
         return run(q, k, v, scale, self)
 
+    def _round(self, add: Callable[..., Any], sums: Any, kv: Any, scale: Array, attend: Attend) -> Any:
+        """Folds `add(sums, keys and values that are here, what rows get from them)` over all shards. A loop, so that no more of them is in memory than
+        what is here and what is coming.
+        """
+        plan = self.own.plan
+        own = lambda q, k, v: attend(q, k[:0], v[:0], plan=plan, scale=scale, own=(k, v))  # noqa: E731
+        if self.shards == 1:
+            return add(sums, kv, own)
+
+        def other(number: Any) -> Callable[..., Array]:
+            meeting = jax.tree.map(lambda leaf: leaf[number], self.others)
+            return lambda q, k, v: jax.lax.cond(
+                meeting.some,
+                lambda: attend(q, k, v, plan=meeting.plan, scale=scale),
+                lambda: jnp.zeros((*q.shape[:2], v.shape[2]), v.dtype),
+            )
+
+        def step(number: Array, carry: Any) -> Any:
+            sums, here = carry
+            coming = self._send(here)
+            return add(sums, here, other(number)), coming
+
+        coming = self._send(kv)
+        carry = jax.lax.fori_loop(0, self.shards - 2, step, (add(sums, kv, own), coming))
+        return add(*carry, other(self.shards - 2))
+
     def _send(self, x: Any) -> Any:
         """To the next shard; what comes in is the shard's before."""
-        shards = len(self.plans)
-        onward = [(i, (i + 1) % shards) for i in range(shards)]
+        onward = [(i, (i + 1) % self.shards) for i in range(self.shards)]
         return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis, onward), x)
-
-    def _step(self, distance: int, scale: Array, attend: Attend) -> Callable[..., Array]:
-        """What this shard's rows get from the keys of the shard `distance` before it: a function of q, k, v."""
-        plan = self.plans[distance]
-        if distance == 0:
-            return lambda q, k, v: attend(q, k[:0], v[:0], plan=plan, scale=scale, own=(k, v))
-        return lambda q, k, v: jax.lax.cond(
-            self.some[distance],
-            lambda: attend(q, k, v, plan=plan, scale=scale),
-            lambda: jnp.zeros((*q.shape[:2], v.shape[2]), v.dtype),
-        )
