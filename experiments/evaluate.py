@@ -32,7 +32,7 @@ _RECORD = flags.DEFINE_string("record", None, "also write the metrics with devic
 
 def main(_: list[str]) -> None:
     folder = Workdir(_WORKDIR.value)
-    config = folder.read_config()
+    config = folder.read_config().on_one_device()
     if _RAW_DIR.value:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=_RAW_DIR.value))
     task = Task.load(config)

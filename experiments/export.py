@@ -27,7 +27,7 @@ _RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if n
 
 def main(_: list[str]) -> None:
     folder = Workdir(_WORKDIR.value)
-    config = folder.read_config()
+    config = folder.read_config().on_one_device()
     if _RAW_DIR.value:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=_RAW_DIR.value))
     task = Task.load(config)

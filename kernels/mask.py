@@ -253,7 +253,7 @@ def tile_bounds(keys: KeyIntervals, rows: RowIntervals, num_real: Any, block_q: 
     touches = rows.near_lo <= end_T  # always, where rows and keys are those of one batch
     front = [_only(rows.ctx_lo, rows.ctx_hi, rows.ctx_lo < first_T)]
     beyond = [_only(rows.tail_lo, rows.tail_hi, rows.tail_hi > end_T)]
-    beyond += [_only(rows.ctx_lo, rows.ctx_hi, rows.ctx_lo >= end_T), _only(rows.near_lo, rows.near_hi, ~touches)]
+    beyond += [_only(rows.ctx_lo, rows.ctx_hi, rows.ctx_hi > end_T), _only(rows.near_lo, rows.near_hi, ~touches)]
     row = [
         _hull(front, num_rows, k_tiles, block_k, block_q),
         _hull([own, _only(rows.near_lo, rows.near_hi, touches)], num_rows, k_tiles, block_k, block_q),

@@ -27,7 +27,7 @@ FLAGS = flags.FLAGS
 
 def main(_: list[str]) -> None:
     folder = Workdir(FLAGS.workdir)
-    config = folder.read_config()
+    config = folder.read_config().on_one_device()
     if FLAGS.raw_dir:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=FLAGS.raw_dir))
     task = Task.load(config)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dataflow import waiting
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels.hstu_attention import RelativeBias, hstu_attention
@@ -203,6 +204,34 @@ def test_halo_moves_what_does_not_depend_on_length():
     forward = 2 * 16 + 2 * 16  # halo of k and v; visiting queries and their sums
     assert long <= 2 * forward * row
     assert bytes_moved(8192, "gather") > 20 * long
+
+
+def order(strategy, mask, backward=False, **names):
+    attend = functools.partial(
+        context_parallel_attention, offsets=np.array([0, ROWS], np.int32), mesh=make_mesh(context=8), strategy=strategy, mask=MASKS[mask],
+        alpha=1.0, scale=1.0, implementation="reference",
+    )  # fmt: skip
+    x = jnp.ones((ROWS, HEADS, WIDTH))
+    return waiting((lambda *a: jax.vjp(attend, *a)[1](a[0])) if backward else attend, x, x, x, **names)
+
+
+def test_ring_sends_before_it_computes():
+    """No transfer of keys and values waits for a product; of the backward's, only the gradients do."""
+    transfers = {"source": "dot_general", "sink": "ppermute"}
+    # The first transfer, and that of a step of the loop, each of keys and of values.
+    assert order("ring", "causal", **transfers) == [False] * 4
+    # The backward's own step, loop and last step send gradients besides.
+    both = order("ring", "causal", backward=True, **transfers)
+    assert (both.count(False), both.count(True)) == (8, 6)
+
+
+@pytest.mark.parametrize("mask", ["window", "full rows"])
+def test_halo_computes_while_it_receives(mask):
+    """Scores and sums at home wait for no transfer of the halo, those at the edge do; without visiting rows nothing at home waits for anything."""
+    products = {"sink": "dot_general"}
+    assert order("halo", mask, source="ppermute", **products) == [False, False, True, True]
+    assert order("halo", mask, source="psum", **products) == [mask == "full rows"] * 2 + [False, False]
+    assert order("gather", mask, source="all_gather", **products) == [True, True], "the test can fail"
 
 
 def busiest(lengths, mask, layout):

@@ -8,7 +8,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from ultra_hstu.parallel.embedding_sharding import Table
 
 BEST_STEP = "best_step"
 
@@ -29,7 +32,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only
         )
-        self._manager = ocp.CheckpointManager(directory, options=options, item_names=("state", "position"))
+        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, position: dict[str, Any], *, best: bool = False) -> None:
         """Starts writing; `best` says that no step so far did better. Errors of this or the save before it surface here or in `wait`.
@@ -80,14 +84,26 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract_state: Any, problems: list[str]) -> tuple[int, Any, dict[str, Any]] | None:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore())
         try:
+            strict = not self._other_room(step, abstract_state)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state, strict=strict), position=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=args)
         except Exception as error:  # whatever a damaged file makes Orbax raise
             problems.append(f"{self.directory / str(step)}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
             log.warning("checkpoint cannot be read, trying the one before it: %s", problems[-1])
             return None
         return step, restored.state, restored.position
+
+    def _other_room(self, step: int, abstract_state: Any) -> bool:
+        """Whether tables have other numbers of rows than stored, and all other shapes are the same: a mesh fills its tables up with rows of zeros, and
+        Orbax leaves them out or adds others where it is not strict.
+        """
+        stored, wanted = _shapes(self._manager.item_metadata(step).state.tree), _shapes(abstract_state)
+        changed = [name for name, shape in wanted.items() if stored.get(name) != shape]
+        tables = {name for name, _ in _named(abstract_state, is_leaf=lambda leaf: isinstance(leaf, Table))}
+        return bool(changed) and all(
+            name.removesuffix(".value") in tables and stored.get(name, ())[1:] == wanted[name][1:] for name in changed
+        )
 
     def drop_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: those that `restore` could not read and that the run will write again."""
@@ -124,6 +140,20 @@ class _NewestAndBest(preservation_policy.PreservationPolicy):
         return [number >= len(checkpoints) - self.keep or info.step in self.best for number, info in enumerate(checkpoints)]
 
 
+def _named(tree: Any, is_leaf: Any = None) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in _named(tree)}
+
+
 def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a pytree of arrays, as `restore` wants them."""
-    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+    """Shapes, dtypes and shardings of a pytree of arrays, as `restore` wants them; what says nothing of its sharding goes to one device."""
+    here = SingleDeviceSharding(jax.local_devices()[0])
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+
+    return jax.tree.map(describe, tree)

@@ -24,7 +24,7 @@ POSITIVE = """data.max_history data.batch_users data.batch_tokens data.recalibra
     data.synthetic.prior_categories     model.width model.layers model.heads model.qk_width model.v_width model.ffn_width model.time_buckets
     model.alpha model.truncate_after model.truncate_length model.chunk_rows     rank.targets rank.head_width
     loss.negatives loss.temperature loss.chunk_rows optim.learning_rate optim.clip_norm optim.decay_steps train.epochs train.eval_every train.eval_users
-    train.patience train.checkpoint_every train.keep_checkpoints train.steps_per_call""".split()
+    train.patience train.checkpoint_every train.keep_checkpoints train.steps_per_call parallel.data parallel.context parallel.groups""".split()
 NOT_NEGATIVE = "rank.validation_fraction rank.test_fraction model.output_slots optim.weight_decay optim.warmup_steps train.seed data.ties_seed data.synthetic.seed".split()
 BELOW_ONE = "model.input_dropout model.linear_dropout optim.beta1 optim.beta2 data.synthetic.released_at_start".split()
 
@@ -162,6 +162,22 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the devices of a mesh share a step, see docs/context_parallel.md. What is computed depends on `groups` alone."""
+
+    data: int = 1  # groups of devices, each with users of its own
+    context: int = 1  # devices of a group, which share the rows of its users
+    groups: int | None = None  # a batch is packed in so many parts, a multiple of data; None: those of the run, of a new one `data`
+    strategy: Literal["auto", "gather", "ring", "ulysses", "halo"] = "auto"  # of attention over context
+    layout: Literal["auto", "contiguous", "striped"] = "auto"  # slices, or blocks in turns, which balance full causal masks
+    fsdp: bool = False  # matrices of layers, with their optimizer state, are divided over data
+
+    @property
+    def batch_groups(self) -> int:
+        return self.data if self.groups is None else self.groups
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     name: str = "synthetic"
     data: DataConfig = DataConfig()
@@ -170,11 +186,16 @@ class Config:
     rank: RankConfig = RankConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @property
     def padded_length(self) -> int:
         """N: the constant that attention is divided by, and the rows a user takes in the padded layout."""
         return self.data.max_history + self.model.output_slots
+
+    def on_one_device(self) -> "Config":
+        """The same run as one device computes it."""
+        return dataclasses.replace(self, parallel=ParallelConfig(groups=self.parallel.batch_groups))
 
     def validate(self) -> None:
         """Raises ValueError naming the first field whose value cannot work, and what would."""
@@ -210,6 +231,7 @@ class Config:
             if any(value < (-1 if name == "window" else 0) for value in values):
                 raise ValueError(f"model.{name}={values} must be at least {-1 if name == 'window' else 0}")
         self._validate_encoder()
+        self._validate_parallel()
         if (self.model.truncate_after is None) != (self.model.truncate_length is None):
             raise ValueError(
                 f"model.truncate_after={self.model.truncate_after} and model.truncate_length={self.model.truncate_length}: give both, or neither"
@@ -225,9 +247,7 @@ class Config:
         if self.data.synthetic.max_concentration < 1:
             raise ValueError(f"data.synthetic.max_concentration={self.data.synthetic.max_concentration!r} must be at least 1")
         if self.data.synthetic.length < 3:
-            raise ValueError(
-                f"data.synthetic.length={self.data.synthetic.length} must be at least 3: a history, a validation and a test item"
-            )
+            raise ValueError(f"data.synthetic.length={self.data.synthetic.length} must be at least 3: history, validation, test")
 
     def _validate_encoder(self) -> None:
         """Options that only some encoders have."""
@@ -244,6 +264,27 @@ class Config:
                 value = getattr(model, name)
                 if applies and value != getattr(default, name) and not (isinstance(value, tuple) and set(value) <= {0}):
                     raise ValueError(f"model.{name}={value!r} does nothing under {what}: {remedy}, or leave it out")
+
+    def _validate_parallel(self) -> None:
+        """What the devices of a group can share."""
+        parallel, model = self.parallel, self.model
+        strategy, context, biased = parallel.strategy, parallel.context, model.relative_bias
+        if parallel.batch_groups % parallel.data:
+            raise ValueError(f"parallel.groups={parallel.groups} must be a multiple of parallel.data={parallel.data}")
+        windows = {width != -1 for width in model.window} or {False}
+        halo = strategy == "halo" or (strategy == "auto" and True in windows)
+        rules = [
+            (model.kind != "hstu", f"model.kind={model.kind!r}", "use 'hstu'"),
+            (model.attention != "silu", f"model.attention={model.attention!r}", "use 'silu'"),
+            (self.data.layout != "jagged", f"data.layout={self.data.layout!r}", "use 'jagged'"),
+            (biased and strategy not in ("auto", "ulysses"), f"a relative bias and parallel.strategy={strategy!r}", "use 'ulysses'"),
+            ((biased or strategy == "ulysses") and model.heads % context, f"'ulysses' with model.heads={model.heads}", "use a multiple"),
+            (strategy == "halo" and False in windows, f"'halo' with model.window={model.window}, a full mask,", "use 'ring' or 'auto'"),
+            (halo and parallel.layout == "striped", "'halo' with parallel.layout='striped'", "use 'contiguous', or strategy='ring'"),
+        ]
+        for wrong, what, remedy in rules:
+            if wrong and context > 1:
+                raise ValueError(f"{what} cannot be used with parallel.context={context}: {remedy}, or context=1")
 
     def _validate_ranking(self) -> None:
         rank, model = self.rank, self.model

@@ -7,45 +7,62 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Int
 
 from kernels import jagged
 from ultra_hstu import criteria, metrics, ranking_evaluate
 from ultra_hstu.criteria import RETRIEVAL, Criteria
 from ultra_hstu.data.batching import Batch
-from ultra_hstu.data.feed import Feed, Loader
+from ultra_hstu.data.feed import OF_GROUPS, Feed, Loader, feed_specs
+from ultra_hstu.parallel.mesh import put
 from ultra_hstu.ranking_evaluate import RankingEvaluator
 from ultra_hstu.recipe import Params, Recipe
 from ultra_hstu.task import RankTask, Task
 
 STEPS_PER_CALL = 8
 
-# (what a scorer needs, batch) -> user vectors [B, D] and item table [I+1, D], whose products are the scores
+# (what a scorer needs, batch) -> vectors [b, D] of the users that this device ranks for, and item table [I+1, D]; their products are the scores
 Scorer = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
 class Evaluator:
     """Ranks the targets of one split. Compiled once; peak memory does not depend on the number of users.
 
+    In a mesh every device ranks for its part of a batch's users, against the whole table.
+
     Args:
-      scorer: what gives the vectors; None scores with the task's model, normalised as in training.
+      scorer: what gives the vectors, from something that every device holds; None scores with the task's model, normalised as in training.
     """
 
     criteria = RETRIEVAL
 
     def __init__(self, task: Task, split: str, scorer: Scorer | None = None):
-        self.task = task
-        self.loader: Loader = task.loader(split, batch_users=task.config.train.eval_users, steps_per_call=STEPS_PER_CALL)
+        self.task, self.recipe = task, task.recipe
+        data = self.recipe.shards.data
+        users = -(-task.config.train.eval_users // data) * data
+        self.loader: Loader = task.loader(split, batch_users=users, steps_per_call=STEPS_PER_CALL)
         self.plan = self.loader.plan(shuffle=False)
         self.examples = self.plan.examples
         l2_normalize = task.config.loss.l2_normalize and scorer is None
         longest = int(self.examples.lengths.max())
-        self._rank: Any = jax.jit(functools.partial(_rank_steps, scorer or functools.partial(_encode, task.recipe), l2_normalize, longest))
+        steps = functools.partial(_rank_steps, self.recipe, scorer or functools.partial(_encode, self.recipe), l2_normalize, longest)
+        self._of_model = scorer is None
+        self._rank: Any = jax.jit(self._over_devices(steps))
+
+    def _over_devices(self, steps: Callable[..., Any]) -> Callable[..., Any]:
+        def run(scored: Any, feed: Feed, targets_SB: jax.Array, number: jax.Array) -> jax.Array:
+            everywhere = PartitionSpec()
+            params = self.recipe.specs.params if self._of_model and self.recipe.mesh is not None else everywhere
+            specs = (params, feed_specs(feed), OF_GROUPS, everywhere)
+            return self.recipe.over_devices(steps, specs, everywhere)(scored, feed, targets_SB, number)
+
+        return run
 
     def compile(self, scored: Params | Any) -> None:
         """Compiles for the shapes that all calls have; without it the first call does."""
         group = next(iter(self.loader.groups(self.plan)))
-        targets_SB = jax.ShapeDtypeStruct((STEPS_PER_CALL, self.loader.batch_users), jnp.int32)
+        targets_SB = put(np.zeros((STEPS_PER_CALL, self.loader.batch_users), np.int32), self.recipe.mesh, OF_GROUPS)
         self._rank = self._rank.lower(scored, group.feed, targets_SB, jnp.int32(group.steps)).compile()
 
     def ranks(self, scored: Params | Any) -> Int[np.ndarray, " n"]:
@@ -57,9 +74,8 @@ class Evaluator:
         pending = []
         for group in self.loader.groups(self.plan):
             taken_S = np.minimum(np.arange(group.first, group.first + STEPS_PER_CALL), group.first + group.steps - 1)
-            pending.append(
-                (group.first, group.steps, self._rank(scored, group.feed, jnp.asarray(targets_SB[taken_S]), jnp.int32(group.steps)))
-            )
+            targets = put(targets_SB[taken_S], self.recipe.mesh, OF_GROUPS)
+            pending.append((group.first, group.steps, self._rank(scored, group.feed, targets, np.int32(group.steps))))
         for first, steps, ranks_SB in pending:
             examples_SB = place_SB[first : first + steps]
             used_SB = examples_SB >= 0
@@ -90,22 +106,33 @@ def baselines(task: Task | RankTask, split: str) -> dict[str, dict[str, float]]:
 def popularity_metrics(task: Task, split: str) -> dict[str, float]:
     """The metrics of recommending what is popular in the training data."""
     scores_I1 = jnp.asarray(task.popularity()[:, None])
-    return Evaluator(task, split, scorer=lambda table, batch: (jnp.ones((batch.last_row_B.shape[0], 1)), table))(scores_I1)
+    shards = task.recipe.shards
+    return Evaluator(task, split, scorer=lambda table, batch: (jnp.ones((shards.part(batch.last_row_B).shape[0], 1)), table))(scores_I1)
 
 
 def _encode(recipe: Recipe, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     model = recipe.model(params)
-    return model.encode(batch, rngs=None)[batch.last_row_B], model.item_table[...]
+    return model.users(batch), model.all_items()
 
 
 def _rank_steps(
-    scorer: Scorer, l2_normalize: bool, longest: int, scored: Any, feed: Feed, targets_SB: Int[jax.Array, "S B"], steps: Int[jax.Array, ""]
-) -> Int[jax.Array, "S B"]:
+    recipe: Recipe,
+    scorer: Scorer,
+    l2_normalize: bool,
+    longest: int,
+    scored: Any,
+    feed: Feed,
+    targets_SB: Int[jax.Array, "S B"],
+    steps: Int[jax.Array, ""],
+) -> Int[jax.Array, "S B2"]:
+    """Ranks of the users of all groups."""
+    shards, batch_users = recipe.shards, targets_SB.shape[1]
+
     def rank(step: jax.Array, ranks_SB: jax.Array) -> jax.Array:
         batch = feed.batch(step)
-        users_BD, table_ID = scorer(scored, batch)
-        seen_BN = jagged.pad(batch.item_T, batch.offsets, longest)
-        ranks_B = metrics.ranks(users_BD, table_ID, targets_SB[step], seen_BN, l2_normalize=l2_normalize)
-        return ranks_SB.at[step].set(ranks_B)
+        users_bD, table_ID = scorer(scored, batch)
+        target_b, seen_bN = shards.part((targets_SB[step], jagged.pad(batch.item_T, batch.offsets, longest)))
+        ranks_b = metrics.ranks(users_bD, table_ID, target_b, seen_bN, l2_normalize=l2_normalize)
+        return ranks_SB.at[step].set(shards.collect(ranks_b, batch_users))
 
-    return jax.lax.fori_loop(0, steps, rank, jnp.zeros_like(targets_SB))
+    return jax.lax.fori_loop(0, steps, rank, jnp.zeros((targets_SB.shape[0], shards.data * batch_users), jnp.int32))

@@ -33,6 +33,7 @@ def sampled_softmax(
     l2_normalize: bool,
     chunk_rows: int,
     log_q: Float[Array, " I1"] | None = None,
+    total: Float[Array, ""] | None = None,
 ) -> Loss:
     """Cross entropy of the positive among itself and R negatives, as in the published HSTU research code.
 
@@ -48,6 +49,7 @@ def sampled_softmax(
       chunk_rows: rows whose logits exist at one time.
       log_q: natural log of the probability that one draw gives an item, [I + 1]; not differentiated. A negative's logit becomes `s - log(R q)`,
         so that the sum over negatives estimates the sum over the catalogue without bias: the loss tends to `full_softmax` as R grows.
+      total: the sum of the weights, where more rows than these have a part in it; then the losses of all parts add up to the mean.
 
     Returns:
       `sum(w * loss) / sum(w)` (0 if no row counts), and the loss of each row, 0 where its weight is 0; no gradient flows through the latter.
@@ -60,7 +62,7 @@ def sampled_softmax(
     scores = _scores_of_all if whole_table_is_cheaper(items, negatives) else _scores_of_gathered
     chunk = functools.partial(_sampled_chunk, scores)
     rows = (positive_T.astype(jnp.int32), negative_TR.astype(jnp.int32))
-    return _loss(chunk, h_TD, table_ID, weight_T, rows, shift_I, temperature, l2_normalize, chunk_rows)
+    return _loss(chunk, h_TD, table_ID, weight_T, rows, shift_I, temperature, l2_normalize, chunk_rows, total)
 
 
 def full_softmax(
@@ -72,10 +74,11 @@ def full_softmax(
     temperature: float,
     l2_normalize: bool,
     chunk_rows: int,
+    total: Float[Array, ""] | None = None,
 ) -> Loss:
     """Cross entropy of the positive among the whole catalogue 1..I; arguments, results and errors as in `sampled_softmax`."""
     rows = (positive_T.astype(jnp.int32),)
-    return _loss(_full_chunk, h_TD, table_ID, weight_T, rows, None, temperature, l2_normalize, chunk_rows)
+    return _loss(_full_chunk, h_TD, table_ID, weight_T, rows, None, temperature, l2_normalize, chunk_rows, total)
 
 
 def whole_table_is_cheaper(items: int, negatives: int) -> bool:
@@ -158,7 +161,7 @@ def _times_table(d_CI: Float[Array, "C I1"], e_ID: Float[Array, "I1 D"]) -> Floa
 # --- the loop over chunks ---
 
 
-def _loss(chunk, h_TD, table_ID, weight_T, rows, shift_I, temperature, l2_normalize, chunk_rows) -> Loss:
+def _loss(chunk, h_TD, table_ID, weight_T, rows, shift_I, temperature, l2_normalize, chunk_rows, total) -> Loss:
     if chunk_rows < 1:
         raise ValueError(f"{chunk_rows=} must be at least 1")
     if not temperature > 0:
@@ -168,33 +171,36 @@ def _loss(chunk, h_TD, table_ID, weight_T, rows, shift_I, temperature, l2_normal
     e_ID = table_ID.astype(jnp.float32)
     if l2_normalize:
         q_TD, e_ID = unit_rows(q_TD), unit_rows(e_ID)
-    loss, loss_T = _chunked(chunk, min(chunk_rows, h_TD.shape[0]), q_TD / temperature, e_ID, weight_T.astype(jnp.float32), rows, shift_I)
+    weight_T = weight_T.astype(jnp.float32)
+    total = jnp.sum(jnp.where(counts_T, weight_T, 0.0)) if total is None else total
+    loss, loss_T = _chunked(chunk, min(chunk_rows, h_TD.shape[0]), q_TD / temperature, e_ID, weight_T, rows, shift_I, total)
     return loss, jax.lax.stop_gradient(loss_T)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I) -> Loss:
-    return _sweep(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, with_gradients=False)[0]
+def _chunked(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, total) -> Loss:
+    return _sweep(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, total, with_gradients=False)[0]
 
 
-def _chunked_forward(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I) -> tuple[Loss, Any]:
-    return _sweep(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, with_gradients=True)
+def _chunked_forward(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, total) -> tuple[Loss, Any]:
+    return _sweep(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, total, with_gradients=True)
 
 
 def _chunked_backward(chunk, chunk_rows, gradients, cotangents):
     g, _ = cotangents  # the losses of single rows carry no gradient
-    return *(g * gradient for gradient in gradients), None, None
+    dq_TD, de_ID, dweight_T, dtotal = (g * gradient for gradient in gradients)
+    return dq_TD, de_ID, dweight_T, None, None, dtotal
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _sweep(chunk, chunk_rows: int, q_TD, e_ID, weight_T, rows, shift_I, *, with_gradients: bool) -> tuple[Loss, Any]:
-    """The loss, and its gradients for q, e and the weights, chunk by chunk up to the last row that counts."""
+def _sweep(chunk, chunk_rows: int, q_TD, e_ID, weight_T, rows, shift_I, total, *, with_gradients: bool) -> tuple[Loss, Any]:
+    """The loss, and its gradients for q, e, the weights and their total, chunk by chunk up to the last row that counts."""
     num_rows = q_TD.shape[0]
     counts_T: Bool[Array, " T"] = weight_T > 0
-    total = jnp.sum(weight_T)
-    share_T = weight_T / jnp.where(total > 0, total, 1.0)
+    total = jnp.where(total > 0, total, 1.0)
+    share_T = weight_T / total
     chunks = (jnp.max(jnp.where(counts_T, jnp.arange(num_rows) + 1, 0)) + chunk_rows - 1) // chunk_rows
 
     def step(i, carry):
@@ -212,5 +218,4 @@ def _sweep(chunk, chunk_rows: int, q_TD, e_ID, weight_T, rows, shift_I, *, with_
     zeros = (jnp.zeros(num_rows), jnp.zeros_like(q_TD), jnp.zeros_like(e_ID)) if with_gradients else (jnp.zeros(num_rows), None, None)
     loss_T, dq_TD, de_ID = jax.lax.fori_loop(0, chunks, step, zeros)
     loss = jnp.sum(share_T * loss_T)
-    dweight_T = (loss_T - loss) / jnp.where(total > 0, total, 1.0)
-    return (loss, loss_T), (dq_TD, de_ID, jnp.where(counts_T, dweight_T, 0.0))
+    return (loss, loss_T), (dq_TD, de_ID, jnp.where(counts_T, loss_T / total, 0.0), -loss / total)

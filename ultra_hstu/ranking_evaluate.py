@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float32, Int
 
 from ultra_hstu import criteria
-from ultra_hstu.data.feed import Feed, Loader
+from ultra_hstu.data.feed import Feed, Loader, feed_specs
 from ultra_hstu.data.ranking import RankEvents
 from ultra_hstu.ranking_metrics import ranking_metrics
 from ultra_hstu.recipe import Params
@@ -28,7 +29,9 @@ class RankingEvaluator:
     def __init__(self, task: RankTask, split: str):
         self.task, self.kinds = task, task.recipe.tasks
         self.criteria = criteria.ranking(self.kinds)
-        self.loader: Loader = task.loader(split, batch_users=task.config.train.eval_users, steps_per_call=STEPS_PER_CALL)
+        self.recipe, data = task.recipe, task.recipe.shards.data
+        requests = -(-task.config.train.eval_users // data) * data
+        self.loader: Loader = task.loader(split, batch_users=requests, steps_per_call=STEPS_PER_CALL)
         self.plan = self.loader.plan(shuffle=False)
         columns = self.plan.columns(np.arange(len(self.plan)))
         # RankGather's order of predictions: request after request, each with room for `targets` of them.
@@ -36,7 +39,7 @@ class RankingEvaluator:
         self._real_SBM: Bool[np.ndarray, "S B M"] = place_M < columns["count"][:, :, None]
         self.event_P: Int[np.ndarray, " P"] = (columns["target"][:, :, None].astype(np.int64) + place_M)[self._real_SBM]
         self.user_P = np.broadcast_to(columns["user"][:, :, None], self._real_SBM.shape)[self._real_SBM]
-        self._predict: Any = jax.jit(self._predict_steps)
+        self._predict: Any = jax.jit(self._over_devices)
         chance = self.metrics(np.zeros((len(self.event_P), len(self.kinds)), np.float32))
         if self.criteria.selection not in chance:
             raise ValueError(
@@ -81,11 +84,19 @@ class RankingEvaluator:
         values = ranking_metrics(logit_PK, *labels, self.user_P, self.kinds)
         return {name: value for name, value in values.items() if not np.isnan(value)}
 
-    def _predict_steps(self, params: Params, feed: Feed, steps: Int[jax.Array, ""]) -> Float32[jax.Array, "S P K"]:
-        def predict(step: jax.Array, logit_SPK: jax.Array) -> jax.Array:
-            return logit_SPK.at[step].set(self.task.recipe.logits(params, feed.batch(step)))
+    def _over_devices(self, params: Params, feed: Feed, steps: Int[jax.Array, ""]) -> Float32[jax.Array, "S P K"]:
+        everywhere = PartitionSpec()
+        of_params = everywhere if self.recipe.mesh is None else self.recipe.specs.params
+        return self.recipe.over_devices(self._predict_steps, (of_params, feed_specs(feed), everywhere), everywhere)(params, feed, steps)
 
-        slots = self.loader.batch_users * self.task.config.rank.targets
+    def _predict_steps(self, params: Params, feed: Feed, steps: Int[jax.Array, ""]) -> Float32[jax.Array, "S P K"]:
+        """The predictions for the requests of all groups."""
+        shards, slots = self.recipe.shards, self.loader.batch_users * self.task.config.rank.targets
+
+        def predict(step: jax.Array, logit_SPK: jax.Array) -> jax.Array:
+            logit_pK = self.recipe.logits(params, feed.batch(step))
+            return logit_SPK.at[step].set(shards.collect(logit_pK, slots // shards.data))
+
         return jax.lax.fori_loop(0, steps, predict, jnp.zeros((STEPS_PER_CALL, slots, len(self.kinds))))
 
 

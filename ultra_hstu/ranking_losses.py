@@ -10,7 +10,11 @@ KINDS = ("binary", "regression")
 
 
 def multitask_loss(
-    logit_PK: Float[Array, "P K"], label_PK: Float[Array, "P K"], weight_PK: Float[Array, "P K"], kinds: Sequence[str]
+    logit_PK: Float[Array, "P K"],
+    label_PK: Float[Array, "P K"],
+    weight_PK: Float[Array, "P K"],
+    kinds: Sequence[str],
+    total_K: Float[Array, " K"] | None = None,
 ) -> Float[Array, ""]:
     """The mean over tasks of each task's weighted mean loss, in float32 whatever the inputs.
 
@@ -23,6 +27,7 @@ def multitask_loss(
       label_PK: labels 0 or 1 in binary tasks (the data is checked where it is read; a traced array cannot be), any number in regressions.
       weight_PK: not negative; 0 leaves an entry out.
       kinds: "binary" or "regression" for each of the K columns.
+      total_K: the sums of the weights, where more rows than these have a part in them; then the losses of all parts add up to the loss.
 
     Raises:
       ValueError: an unknown kind, or not one for each column.
@@ -37,5 +42,5 @@ def multitask_loss(
     cross_entropy_PK = label_PK * jax.nn.softplus(-logit_PK) + (1.0 - label_PK) * jax.nn.softplus(logit_PK)
     binary_1K = jnp.array([[kind == "binary" for kind in kinds]])
     loss_PK = jnp.where(binary_1K, cross_entropy_PK, jnp.square(logit_PK - label_PK))
-    total_K = jnp.sum(weight_PK, axis=0)
+    total_K = jnp.sum(weight_PK, axis=0) if total_K is None else total_K
     return jnp.mean(jnp.sum(weight_PK * loss_PK, axis=0) / jnp.where(total_K > 0, total_K, 1.0))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -68,6 +69,8 @@ class Task:
             padded_length=config.padded_length if config.data.layout == "padded" else None,
             placement=config.data.placement,
             planner=self._planner() if part == "train" else WHOLE,
+            mesh=self.recipe.mesh,
+            groups=config.parallel.batch_groups if part == "train" else None,
         )
 
     def _planner(self) -> Planner:
@@ -115,7 +118,8 @@ class RankTask:
     def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
         """Batches of requests of one part of the split: "train", "validation" or "test"; `batch_users` counts requests."""
         gamma = _gamma(self.config, self.interactions)
-        return self.source.loader(self.config, part, batch_users=batch_users, steps_per_call=steps_per_call, gamma=gamma)
+        options: dict[str, Any] = dict(batch_users=batch_users, steps_per_call=steps_per_call, gamma=gamma, mesh=self.recipe.mesh)
+        return self.source.loader(self.config, part, **options)
 
     def flops(self, part: str) -> Flops:
         """Operations of a request, the mean over those of a part of the split (of training: those of the first epoch)."""

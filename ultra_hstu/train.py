@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from rich.console import Console
 
@@ -58,7 +59,7 @@ def run_steps(recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""
 
     def body(i: jax.Array, carry: Any) -> Any:
         state, history = carry
-        state, metrics = recipe.step(state, feed.batch(i))
+        state, metrics = recipe.feed_step(state, feed, i)
         return state, {name: history[name].at[i].set(value) for name, value in metrics.items()}
 
     history = {name: jnp.zeros(recipe.config.train.steps_per_call) for name in ("loss", "grad_norm")}
@@ -80,6 +81,7 @@ def train(config: Config, workdir: Path | str, *, console: Console | None = None
     config.validate()
     console = console or Console()
     folder = Workdir(workdir)
+    config = folder.with_groups(config)
     folder.claim(config)
     try:
         task = Task.load(config) if task is None else task.with_config(config)
@@ -106,7 +108,7 @@ class _Run:
             evaluator(task, "test")  # raises for data without test events now, and not after training
         self.patience = config.patience or (None if config.protocol == "published" else VALIDATED_PATIENCE)
         self.checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
-        self.state = jax.jit(task.recipe.init, static_argnums=0)(config.seed)
+        self.state = task.recipe.start(config.seed)
         self.position = Position()
         if (restored := self.checkpoints.restore(abstract(self.state))) is not None:
             step, self.state, position = restored
@@ -124,7 +126,9 @@ class _Run:
         """The training call, compiled for the shapes that all its calls have."""
         started = time.perf_counter()
         group = next(iter(self.loader.groups(self.loader.plan())))
-        step = jax.jit(functools.partial(run_steps, self.task.recipe), donate_argnums=0)
+        recipe = self.task.recipe
+        out_shardings = None if recipe.mesh is None else (recipe.shardings, NamedSharding(recipe.mesh, PartitionSpec()))
+        step = jax.jit(functools.partial(run_steps, recipe), donate_argnums=0, out_shardings=out_shardings)
         compiled = step.lower(self.state, group.feed, jnp.int32(group.steps)).compile()
         self.evaluator.compile(self.state.params)
         self.position.compile_seconds += time.perf_counter() - started

@@ -20,7 +20,9 @@ from ultra_hstu.config import Config, difference, from_config_dict
 from ultra_hstu.data.interactions import Interactions
 
 # Fields that may change between two starts of the same run: they say where and how long, not what is computed.
-FREE_FIELDS = ("data.raw_dir", "data.data_dir", "train.epochs", "train.keep_checkpoints")
+FREE_FIELDS = ("data.raw_dir", "data.data_dir", "train.epochs", "train.keep_checkpoints") + tuple(
+    f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")
+)
 
 
 class Workdir:
@@ -51,15 +53,33 @@ class Workdir:
             self.release()
             raise ValueError(f"another process is training in {self.path}: wait for it, or choose another --workdir") from None
         try:
-            self._check_owner(dataclasses.asdict(config))
+            self._check_owner(dataclasses.asdict(self.with_groups(config)))
         except ValueError:
             self.release()
             raise
         write_json(self.config, dataclasses.asdict(config))
 
+    def with_groups(self, config: Config) -> Config:
+        """The configuration with `parallel.groups` as the run in this folder has it, if it leaves that open, so that the run can go on in another mesh.
+
+        Raises:
+          ValueError: if the mesh does not suit those groups.
+        """
+        parallel = config.parallel
+        if parallel.groups is not None:
+            return config
+        groups = self.read_config().parallel.batch_groups if self.config.exists() else parallel.data
+        if groups % parallel.data:
+            raise ValueError(
+                f"{self.path} packs its batches in parallel.groups={groups}, which parallel.data={parallel.data} does not divide: choose another mesh. "
+                "A run that is to go on in larger ones must start with --config.parallel.groups at the largest data."
+            )
+        return dataclasses.replace(config, parallel=dataclasses.replace(parallel, groups=groups))
+
     def _check_owner(self, new: dict[str, Any]) -> None:
         if self.config.exists():
-            changed = [line for line in difference(dataclasses.asdict(self.read_config()), new) if not line.startswith(FREE_FIELDS)]
+            stored = self.with_groups(self.read_config())  # of a run from before there were meshes
+            changed = [line for line in difference(dataclasses.asdict(stored), new) if not line.startswith(FREE_FIELDS)]
             if changed:
                 listed = "\n  ".join(changed)
                 raise ValueError(

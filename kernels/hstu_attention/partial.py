@@ -19,13 +19,14 @@ def partial_attention(
     q_QHK: Float[Array, "Q H K"],
     k_SHK: Float[Array, "S H K"],
     v_SHV: Float[Array, "S H V"],
-    keys: KeyIntervals,
-    rows: RowIntervals,
+    keys: KeyIntervals | None = None,
+    rows: RowIntervals | None = None,
     *,
     alpha: float,
     scale: Any,
     own: tuple[Array, Array] | None = None,
     implementation: str | Sequence[str] | None = None,
+    plan: AttentionPlan | None = None,
 ) -> Float[Array, "Q H V"]:
     """`o_q = scale_q * sum over keys in the intervals of q of silu(alpha q . k) v`. Differentiable in q, k, v and `own`.
 
@@ -37,15 +38,22 @@ def partial_attention(
       scale: a constant or one value a row, [Q].
       own: keys [Q, H, K] and values [Q, H, V] of the rows themselves: each row sees its own, and others where an interval says so. None: none.
       implementation: as in `hstu_attention`.
+      plan: of `partial_plan`, in place of `keys` and `rows`: made once a batch, it serves every layer.
+
+    Raises:
+      ValueError: neither a plan nor both kinds of intervals.
     """
     num_rows, num_keys = q_QHK.shape[0], k_SHK.shape[0]
+    if plan is None:
+        if keys is None or rows is None:
+            raise ValueError(f"partial attention needs plan=, or both keys and rows, got {plan=}, {keys=}, {rows=}")
+        plan = partial_plan(keys, rows, num_rows=num_rows, num_keys=num_keys)
     own_k, own_v = (jnp.zeros_like(q_QHK), jnp.zeros((num_rows, *v_SHV.shape[1:]), v_SHV.dtype)) if own is None else own
     q = jnp.concatenate([jnp.zeros((num_keys, *q_QHK.shape[1:]), q_QHK.dtype), q_QHK])
     k, v = jnp.concatenate([k_SHK, own_k]), jnp.concatenate([v_SHV, own_v])
     scale = jnp.asarray(scale, jnp.float32)
     if scale.ndim:
         scale = jnp.pad(scale, (num_keys, 0))
-    plan = partial_plan(keys, rows, num_rows=num_rows, num_keys=num_keys)
     offsets = jnp.asarray([0, num_keys + num_rows], jnp.int32)
     return hstu_attention(q, k, v, offsets, alpha=alpha, scale=scale, implementation=implementation, plan=plan)[num_keys:]
 

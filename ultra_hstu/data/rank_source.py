@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int64
 
 from ultra_hstu.config import ChannelConfig, Config
@@ -13,6 +14,7 @@ from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.ranking import Form, RankEvents, RankGather
 from ultra_hstu.data.requests import Parts, Requests
 from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
+from ultra_hstu.parallel.mesh import DATA
 
 EVERYTHING = "events"  # the one channel of a run without a mixture of transducers
 
@@ -109,7 +111,9 @@ class RankSource:
         )
         return RankSource(events, sizes, requests.chronological(interactions, rank.validation_fraction, rank.test_fraction), kept)
 
-    def loader(self, config: Config, part: str, *, batch_users: int, steps_per_call: int, gamma: float = 1.0) -> Loader:
+    def loader(
+        self, config: Config, part: str, *, batch_users: int, steps_per_call: int, gamma: float = 1.0, mesh: Mesh | None = None
+    ) -> Loader:
         """Batches of "train", of which every epoch has its own, "validation" or "test". `gamma` is the cost exponent of load balance."""
         training = part == "train"
         planner = self._planner(config, gamma) if training else WHOLE
@@ -123,8 +127,11 @@ class RankSource:
             raise ValueError(f"no user has {part} events: raise rank.{part}_fraction" if not training else "no user has training events")
         longest = [self.longest(config, channel) for channel in channels(config).values()]
         given, layout = config.data.batch_tokens if training else None, form(config)
+        shards = 1 if mesh is None else mesh.shape[DATA]
+        groups = config.parallel.batch_groups if training else shards
+        chosen = [groups * batching.choose_rows(lengths[:, i], batch_users // groups, most) for i, most in enumerate(longest)]
         gather = RankGather(
-            rows=tuple(given or batching.choose_rows(lengths[:, i], batch_users, most) for i, most in enumerate(longest)),
+            rows=tuple((given or rows) // shards for rows in chosen),
             channels=tuple(channels(config)),
             targets=config.rank.targets,
             contextual=layout.contextual,
@@ -140,6 +147,8 @@ class RankSource:
             steps_per_call=steps_per_call,
             placement=config.data.placement,
             planner=planner,
+            mesh=mesh,
+            groups=groups,
         )
 
     def _planner(self, config: Config, gamma: float) -> Planner:

@@ -83,24 +83,23 @@ class ChosenPlan(Plan):
 
     sampling: Sampling
     times_E: np.ndarray | None
-    rows_R: tuple[int, ...]
+    rows_R: tuple[int, ...]  # of a data group's buffer
+    shards: int  # data groups, side by side in the columns
     seed: int
     epoch: int
 
     def columns(self, steps_S: Int[np.ndarray, " S"]) -> dict[str, np.ndarray]:
         columns, table = super().columns(steps_S), self.examples
+        place_SGb = self.place_SB[steps_S].reshape(len(steps_S), self.shards, -1)
         for r, (history, rows) in enumerate(zip(table.histories, self.rows_R, strict=True)):
-            place_SB = self.place_SB[steps_S]
-            kept_SB = np.where(place_SB >= 0, table.kept_nR[place_SB, r], 0)
-            stop_SB = np.cumsum(kept_SB, axis=1)
-            event_ST = np.zeros((len(steps_S), rows), np.int32)
-            for s, b in zip(*np.nonzero(kept_SB), strict=True):
-                event_ST[s, stop_SB[s, b] - kept_SB[s, b] : stop_SB[s, b]] = self._events(r, int(place_SB[s, b]))
-            columns |= {
-                f"start{history.suffix}": (stop_SB - kept_SB).astype(np.int32),
-                f"stop{history.suffix}": stop_SB.astype(np.int32),
-                f"event{history.suffix}": event_ST,
-            }
+            kept_SGb = np.where(place_SGb >= 0, table.kept_nR[place_SGb, r], 0)
+            stop_SGb = np.cumsum(kept_SGb, axis=2)
+            event_SGT = np.zeros((len(steps_S), self.shards, rows), np.int32)
+            for s, g, b in zip(*np.nonzero(kept_SGb), strict=True):
+                stop = stop_SGb[s, g, b]
+                event_SGT[s, g, stop - kept_SGb[s, g, b] : stop] = self._events(r, int(place_SGb[s, g, b]))
+            parts = {"start": stop_SGb - kept_SGb, "stop": stop_SGb, "event": event_SGT}
+            columns |= {name + history.suffix: part.reshape(len(steps_S), -1).astype(np.int32) for name, part in parts.items()}
         return columns
 
     def _events(self, r: int, example: int) -> np.ndarray:
@@ -130,14 +129,28 @@ class SampledPlanner(Planner):
     def taken(self, examples: Table, seed: int, epoch: int) -> CutTable:
         return plain_cut(examples, self.histories, self.sampling, seed, epoch)
 
-    def plan(self, examples: Table, *, batch_users: int, rows: int | tuple[int, ...], seed: int, epoch: int, shuffle: bool) -> Plan:
-        plan = super().plan(examples, batch_users=batch_users, rows=rows, seed=seed, epoch=epoch, shuffle=shuffle)
+    def plan(
+        self,
+        examples: Table,
+        *,
+        batch_users: int,
+        rows: int | tuple[int, ...],
+        seed: int,
+        epoch: int,
+        shuffle: bool,
+        groups: int = 1,
+        buffers: int = 1,
+    ) -> Plan:
+        packing: dict[str, Any] = dict(batch_users=batch_users, rows=rows, groups=groups, buffers=buffers)
+        plan = super().plan(examples, seed=seed, epoch=epoch, shuffle=shuffle, **packing)
         rows_R = rows if isinstance(rows, tuple) else (rows,)
         if self.sampling.gamma is not None:
-            plan = Plan(plan.place_SB, balanced_cut(plan.examples, plan.place_SB, rows_R, self.sampling, seed, epoch))
+            place_GB = plan.place_SB.reshape(-1, batch_users // groups)  # all groups of all steps get the same load
+            plan = Plan(plan.place_SB, balanced_cut(plan.examples, place_GB, rows_R, self.sampling, seed, epoch))
         if self.sampling.subsequence == "recent":
             return plan
-        return ChosenPlan(plan.place_SB, plan.examples, self.sampling, self.times_E, rows_R, seed, epoch)
+        buffer_R = tuple(buffers * rows for rows in rows_R)
+        return ChosenPlan(plan.place_SB, plan.examples, self.sampling, self.times_E, buffer_R, groups // buffers, seed, epoch)
 
 
 def plain_cut(table: Table, histories: tuple[History, ...], sampling: Sampling, seed: int, epoch: int) -> CutTable:
@@ -162,7 +175,8 @@ def balanced_cut(
     kept_nR, whole_nR = cut.kept_nR.copy(), cut.whole_nR
     batches = [places[places >= 0] for places in place_SB]
     for r, history in enumerate(cut.histories):
-        balancer = LoadBalancer(history.max_length, sampling.alpha, sampling.gamma, sampling.recalibrate_every)
+        settings = (history.max_length, sampling.alpha, sampling.gamma, sampling.recalibrate_every)
+        balancer = LoadBalancer(*settings, mean=float)  # the plan holds the batches of all ranks, and every process makes the whole plan
         balancer.calibrate([balancer.load(cut.kept_nR[places, r]) for places in batches[: sampling.recalibrate_every]])
         for places in batches:
             capacity = (rows_R[r] - int(fixed_nR[places, r].sum())) // history.rows_per_event

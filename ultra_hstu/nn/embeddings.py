@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels.jagged import is_real, positions
 from ultra_hstu.nn import initializers
-from ultra_hstu.nn.dropout import KeyOrNone, dropout
+from ultra_hstu.nn.dropout import KeyOrNone, dropout, row_keys
+from ultra_hstu.parallel.embedding_sharding import lookup
+from ultra_hstu.parallel.shards import ONE, Shards
 
 
 class CodeEmbedding(nnx.Module):
@@ -43,26 +45,32 @@ class InputEmbedding(nnx.Module):
         signals: tuple[int, ...] = (),
         dropout_rate: float,
         dtype: Any = jnp.float32,
+        shards: Shards = ONE,
         rngs: nnx.Rngs,
     ):
         """
         Args:
           signals: how many codes each signal has, 0 (none) counted.
         """
-        self.item_table = initializers.param(initializers.truncated_normal_002, rngs, num_items + 1, width)
-        self.position_table = initializers.param(initializers.xavier_normal, rngs, length, width)
+        self.item_table = initializers.table(initializers.truncated_normal_002, rngs, num_items + 1, width)
+        self.position_table = initializers.table(initializers.xavier_normal, rngs, length, width)
+        self.length, self.shards = length, shards
         self.signals = CodeEmbedding(signals, width, rngs=rngs) if signals else None
         self.dropout_rate = dropout_rate
         self.dtype = dtype
 
     def __call__(
         self, item_T: Int[Array, " T"], offsets: Int[Array, " B1"], key: KeyOrNone = None, *, signal_TS: Int[Array, "T S"] | None = None
-    ) -> Float[Array, "T D"]:
-        """Rows of positions beyond the table's length read its last entry."""
-        rows = item_T.shape[0]
-        keep_T1 = ((item_T > 0) & is_real(offsets, rows))[:, None]
-        content_TD = self.item_table[item_T]
-        if self.signals is not None and signal_TS is not None:
-            content_TD = content_TD + self.signals(signal_TS)
-        x_TD = math.sqrt(self.item_table.shape[1]) * content_TD + self.position_table[positions(offsets, rows)]
-        return jnp.where(keep_T1, dropout(x_TD, self.dropout_rate, key), 0.0).astype(self.dtype)
+    ) -> Float[Array, "t D"]:
+        """Rows of positions beyond the table's length read its last entry. In a mesh: this device's rows of the T."""
+        rows, shards = item_T.shape[0], self.shards
+        keep_T = (item_T > 0) & is_real(offsets, rows)
+        position_T = jnp.minimum(positions(offsets, rows), self.length - 1)
+        keep_t, item_t, position_t, signal_tS = shards.local((keep_T, item_T, position_T, signal_TS))
+        content_tD = lookup(self.item_table[...], jnp.where(keep_t, item_t, -1), shards)
+        if self.signals is not None and signal_tS is not None:
+            content_tD = content_tD + self.signals(signal_tS)
+        position_tD = lookup(self.position_table[...], jnp.where(keep_t, position_t, -1), shards)
+        x_tD = math.sqrt(self.item_table.shape[1]) * content_tD + position_tD
+        keys_t = row_keys(key, offsets, shards.rows(rows), shards.first_sequence(offsets.shape[0] - 1))
+        return jnp.where(keep_t[:, None], dropout(x_tD, self.dropout_rate, keys_t), 0.0).astype(self.dtype)

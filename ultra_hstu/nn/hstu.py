@@ -10,20 +10,27 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.hstu_attention.api import RelativeBias, hstu_attention, make_plan, prepare_plan
-from kernels.jagged import is_real
+from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.data.sequences import Sequences
-from ultra_hstu.nn.dropout import KeyOrNone, split_key
+from ultra_hstu.nn.dropout import KeyOrNone, row_keys, split_key
 from ultra_hstu.nn.hstu_layer import Attend, ProductionLayer, ResearchLayer
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import Remat, checkpointed
 from ultra_hstu.nn.softmax_ablation import softmax_attention
 from ultra_hstu.nn.truncation import Cut, Truncation
+from ultra_hstu.parallel import frame, parameters
+from ultra_hstu.parallel.context_attention import attend_context, plan_context
+from ultra_hstu.parallel.mesh import CONTEXT
+from ultra_hstu.parallel.shards import ONE, Shards
 
 
 class HSTU(nnx.Module):
-    """A stack of layers over flat jagged sequences of at most `length` rows; attention is divided by `length` (N), after a truncation too."""
+    """A stack of layers over flat jagged sequences of at most `length` rows; attention is divided by `length` (N), after a truncation too.
+
+    In a mesh (`shards`), `x_TD` of the methods is this device's rows of the T, and so is what comes out.
+    """
 
     def __init__(
         self,
@@ -35,25 +42,39 @@ class HSTU(nnx.Module):
         attention: Literal["silu", "softmax"] = "silu",
         implementation: str | None = None,
         remat: Remat = "none",
+        shards: Shards = ONE,
+        most: tuple[int, int] = (0, 0),
     ):
         """
         Args:
           masks: one for all layers, or one a layer.
           truncation: the layers from `truncation.after` on work on the rows that it keeps.
           remat: see `ultra_hstu.nn.remat`.
+          most: targets and contextual tokens of a sequence, at most, where its rows lie on several devices.
         """
         self.layers = nnx.List(layers)
         self.length, self.masks, self.truncation = length, tuple(masks), truncation
         self.attention, self.implementation, self.remat = attention, implementation, remat
+        self.shards, self.most = shards, most
 
     @staticmethod
-    def from_config(config: ModelConfig, length: int, *, layers: int | None = None, extra_rows: int = 0, rngs: nnx.Rngs) -> "HSTU":
+    def from_config(
+        config: ModelConfig,
+        length: int,
+        *,
+        layers: int | None = None,
+        extra_rows: int = 0,
+        contextual: int = 0,
+        shards: Shards = ONE,
+        rngs: nnx.Rngs,
+    ) -> "HSTU":
         """The stack of a configuration.
 
         Args:
           length: N.
           layers: depth, where it is not `config.layers`: options that hold a value a layer must hold one for each of these.
           extra_rows: most contextual tokens and targets of a sequence, together; truncation keeps room for them.
+          contextual: most contextual tokens among them.
 
         Raises:
           ValueError: options that do not suit this depth.
@@ -75,7 +96,7 @@ class HSTU(nnx.Module):
         if config.truncate_after is not None and config.truncate_length is not None:
             if config.truncate_after >= depth:
                 raise ValueError(f"model.truncate_after={config.truncate_after} must be below the number of layers, {depth}")
-            truncation = Truncation(config.truncate_after, config.truncate_length, extra_rows)
+            truncation = Truncation(config.truncate_after, config.truncate_length, extra_rows, shards)
         return HSTU(
             [layer() for _ in range(depth)],
             length,
@@ -84,21 +105,34 @@ class HSTU(nnx.Module):
             attention=config.attention,
             implementation=config.implementation,
             remat=config.remat,
+            shards=shards,
+            most=(extra_rows - contextual, contextual),
         )
 
     def __call__(self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None) -> Float[Array, "T D"]:
         """The sequences after all layers; rows of padding may hold anything, and what comes out there means nothing.
 
         With a truncation, rows that it dropped come out 0: leave them out of losses, see `kept`.
+
+        Raises:
+          NotImplementedError: a truncation of rows that lie on several devices: `rows` gives those that are needed.
         """
         x_SD, cut = self.encode_kept(x_TD, sequences, key)
+        if cut is not None and self.shards.context > 1:
+            raise NotImplementedError(
+                f"all {cut.place_T.shape[0]} rows behind a truncation, over several devices: ask for some with `rows`"
+            )
         return x_SD if cut is None else cut.restore(x_SD)
 
-    def rows(self, x_TD: Float[Array, "T D"], sequences: Sequences, rows_P: Int[Array, " P"], key: KeyOrNone = None) -> Float[Array, "P D"]:
-        """The rows `rows_P` of `__call__`, without a buffer of T rows above a truncation; numbers of T and more give zeros."""
+    def rows(self, x_TD: Float[Array, "T D"], sequences: Sequences, rows_P: Int[Array, " P"], key: KeyOrNone = None) -> Float[Array, "p D"]:
+        """The rows `rows_P` of `__call__`, without a buffer of T rows above a truncation; numbers of T and more give zeros.
+
+        In a mesh the P rows are divided among the devices, as `Shards.part` divides what belongs to them.
+        """
         x_SD, cut = self.encode_kept(x_TD, sequences, key)
-        place_P = rows_P if cut is None else cut.place_T.at[rows_P].get(mode="fill", fill_value=x_SD.shape[0])
-        return x_SD.at[place_P].get(mode="fill", fill_value=0)
+        num_rows = sequences.num_rows if cut is None else cut.sequences.num_rows
+        place_P = rows_P if cut is None else cut.place_T.at[rows_P].get(mode="fill", fill_value=num_rows)
+        return self.shards.take(x_SD, place_P, num_rows)
 
     def kept(self, sequences: Sequences) -> Bool[Array, " T"]:
         """The real rows that reach the last layer: contextual tokens, targets and the newest history rows; all, without a truncation."""
@@ -106,18 +140,25 @@ class HSTU(nnx.Module):
 
     def encode_kept(self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None) -> tuple[Float[Array, "S D"], Cut | None]:
         """The rows that reach the last layer, after it, in a buffer of their own, and which they are (None: all)."""
-        x_TD = jnp.where(is_real(sequences.offsets, x_TD.shape[0])[:, None], x_TD, jnp.zeros((), x_TD.dtype))
+        shards = self.shards
+        x_TD = jnp.where(shards.real(sequences.offsets, sequences.num_rows)[:, None], x_TD, jnp.zeros((), x_TD.dtype))
         cut: Cut | None = None
         attends: dict[AttentionMask, Attend] = {}
         for number, (layer, layer_key) in enumerate(zip(self.layers, split_key(key, len(self.layers)), strict=True)):
             if self.truncation is not None and number == self.truncation.after:
                 cut = self.truncation.cut(sequences)
-                x_TD, sequences, attends = cut.take(x_TD), cut.sequences, {}
+                x_TD, sequences, attends = cut.move(x_TD, shards), cut.sequences, {}
             mask = self.layer_masks[number]
             if mask not in attends:
                 attends[mask] = self.attend(sequences, mask, x_TD.dtype)
-            run = functools.partial(layer, attend=attends[mask], key=layer_key)
-            x_TD = checkpointed(run, self.remat)(x_TD)
+            row_T = shards.rows(sequences.num_rows)
+            keys_T = row_keys(layer_key, sequences.offsets, row_T, shards.first_sequence(sequences.offsets.shape[0] - 1))
+
+            def run(x_TD: Array, layer: Any, keys_T: Any, attend: Attend) -> Array:
+                return parameters.whole(layer, x_TD.dtype, shards)(x_TD, attend, keys_T)
+
+            run = functools.partial(run, layer=layer, keys_T=keys_T, attend=attends[mask])
+            x_TD = checkpointed(run, self.remat, forget_weights=shards.fsdp)(x_TD)
         return x_TD, cut
 
     @property
@@ -129,10 +170,10 @@ class HSTU(nnx.Module):
         """Attention over the sequences of a batch; its plan is computed here, once for all layers of this mask."""
         if self.attention == "softmax":
             return lambda q, k, v, *, alpha, bias: softmax_attention(q, k, v, sequences, bias=bias, length=self.length)
-        plan = make_plan(mask, sequences.offsets, sequences.num_rows, sequences.num_targets, sequences.num_contextual)
-        layer = self.layers[0]
-        sizes: dict[str, int] = dict(heads=layer.heads, k_width=layer.qk_width, v_width=layer.v_width)
-        plan = prepare_plan(plan, self.implementation, dtype=dtype, biased=layer.bias is not None, **sizes)
+        if self.shards.context > 1:
+            return self._attend_over_devices(sequences, mask, dtype)
+        counts = (sequences.num_targets, sequences.num_contextual)
+        plan = self._prepare(make_plan(mask, sequences.offsets, sequences.num_rows, *counts), dtype)
 
         @functools.partial(jax.jit, static_argnames="alpha")  # traced and lowered once, not once a layer
         def run(q_THK: Array, k_THK: Array, v_THV: Array, bias: RelativeBias | None, *, alpha: float) -> Array:
@@ -156,6 +197,31 @@ class HSTU(nnx.Module):
             return run(q, k, v, flat, alpha=alpha)
 
         return attend
+
+    def _attend_over_devices(self, sequences: Sequences, mask: AttentionMask, dtype: Any) -> Attend:
+        """The same where the rows lie on several devices."""
+        shards, biased = self.shards, self.layers[0].bias is not None
+        whole = frame.Sequences(sequences.offsets, sequences.num_targets, sequences.num_contextual, *self.most)
+        strategy = shards.strategy_of(mask, biased)
+        heads = self.layers[0].heads // (shards.context if strategy == "ulysses" else 1)
+        view = frame.Frame(whole, mask, shards.layout(sequences.num_rows), CONTEXT)
+        plan = plan_context(strategy, view, lambda plan: self._prepare(plan, dtype, heads))
+        real_t, times_t = view.is_real(), shards.local((sequences.time_T, sequences.next_time_T))
+
+        @functools.partial(jax.jit, static_argnames="alpha")
+        def run(q_tHK: Array, k_tHK: Array, v_tHV: Array, bias: RelativeBias | None, *, alpha: float) -> Array:
+            options: dict[str, Any] = dict(real_t=real_t, scale=1.0 / self.length, implementation=self.implementation)
+            return attend_context(plan, q_tHK, k_tHK, v_tHV, alpha=alpha, bias=bias, **options)
+
+        def attend(q: Array, k: Array, v: Array, *, alpha: float, bias: RelativeBiasTables | None) -> Array:
+            return run(q, k, v, None if bias is None else bias.flat(*times_t), alpha=alpha)
+
+        return attend
+
+    def _prepare(self, plan: AttentionPlan, dtype: Any, heads: int | None = None) -> AttentionPlan:
+        layer = self.layers[0]
+        sizes: dict[str, int] = dict(heads=heads or layer.heads, k_width=layer.qk_width, v_width=layer.v_width)
+        return prepare_plan(plan, self.implementation, dtype=dtype, biased=layer.bias is not None, **sizes)
 
 
 def layer_masks(config: ModelConfig, layers: int) -> tuple[AttentionMask, ...]:

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from ultra_hstu.nn import initializers
-from ultra_hstu.nn.dropout import KeyOrNone, apply_dropout, dropout_mask
+from ultra_hstu.nn.dropout import KeysOrNone, apply_dropout, dropout_mask
 from ultra_hstu.nn.fp8 import Precision, linear
 from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
@@ -48,8 +48,8 @@ class Layer(nnx.Module):
         self.heads, self.qk_width, self.v_width, self.alpha = heads, qk_width, v_width, alpha
         self.dropout_rate, self.precision, self.chunk_rows = dropout_rate, precision, chunk_rows
 
-    def __call__(self, x_TD: Float[Array, "T D"], attend: Attend, key: KeyOrNone = None) -> Float[Array, "T D"]:
-        """x plus what the layer adds to it, in the dtype of x: the residual stream has that of the activations."""
+    def __call__(self, x_TD: Float[Array, "T D"], attend: Attend, key: KeysOrNone = None) -> Float[Array, "T D"]:
+        """x plus what the layer adds to it, in the dtype of x: the residual stream has that of the activations. `key`: one, or one a row."""
         x_TD = checkpoint_name(x_TD, LAYER_INPUT)
         u_TY, v_THV, q_THK, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
         a_THV = attend(q_THK, k_THK, v_THV, alpha=self.alpha, bias=self.bias)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ultra_hstu.parallel.embedding_sharding import Table
+
 normal_002 = jax.nn.initializers.normal(0.02)
 truncated_normal_002 = jax.nn.initializers.truncated_normal(0.02, lower=-2.0, upper=2.0)
 xavier_uniform = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
@@ -21,3 +23,8 @@ def linear_bias(fan_in: int) -> Any:
 def param(init: Any, rngs: nnx.Rngs, *shape: int) -> nnx.Param:
     """A float32 parameter drawn with `init(key, shape)`."""
     return nnx.Param(init(rngs.params(), shape))
+
+
+def table(init: Any, rngs: nnx.Rngs, *shape: int) -> Table:
+    """The same for rows that are looked up by number and, in a mesh, divided among the devices."""
+    return Table(init(rngs.params(), shape))

@@ -14,6 +14,7 @@ from ultra_hstu.nn.dropout import KeyOrNone, split_key
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.tokens import TokenEmbedding
+from ultra_hstu.parallel.shards import Shards
 
 
 class Ranker(nnx.Module):
@@ -31,9 +32,10 @@ class Ranker(nnx.Module):
             model = dataclasses.replace(
                 model, truncate_length=rank_source.rows(config, model.truncate_length, -len(config.rank.contextual))
             )
+        self.shards = shards = Shards.of(config)
         positions = max(channel.max_history for channel in channels.values()) + 1
         self.embedding = TokenEmbedding(
-            sizes, model.width, positions, dropout_rate=model.input_dropout, dtype=jnp.dtype(model.dtype), rngs=rngs
+            sizes, model.width, positions, dropout_rate=model.input_dropout, dtype=jnp.dtype(model.dtype), shards=shards, rngs=rngs
         )
         self.encoders = nnx.Dict(
             {
@@ -42,6 +44,8 @@ class Ranker(nnx.Module):
                     rank_source.rows(config, channel.max_history, config.rank.targets),
                     layers=channel.layers,
                     extra_rows=rank_source.rows(config, 0, config.rank.targets),
+                    contextual=len(config.rank.contextual),
+                    shards=shards,
                     rngs=rngs,
                 )
                 for name, channel in channels.items()
@@ -53,6 +57,8 @@ class Ranker(nnx.Module):
 
     def encode(self, batch: RankBatch, *, rngs: KeyOrNone = None) -> Float[Array, "P D"]:
         """What the encoders say of each predicted row, the channels side by side; input of `head`. Empty places hold anything.
+
+        In a mesh: of this device's part of the predicted rows, as `Shards.part` divides their labels.
 
         Args:
           rngs: a key turns dropout on and decides it; None leaves it out.

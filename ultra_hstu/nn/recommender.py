@@ -1,5 +1,7 @@
 """The whole model of a run: item ids of a batch in, one vector a row out."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -11,6 +13,8 @@ from ultra_hstu.nn.embeddings import InputEmbedding
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.sasrec import SASRec
 from ultra_hstu.nn.truncation import Cut
+from ultra_hstu.parallel.embedding_sharding import whole_table
+from ultra_hstu.parallel.shards import ONE, Shards
 
 
 class Recommender(nnx.Module):
@@ -19,24 +23,44 @@ class Recommender(nnx.Module):
     Holds parameters only: dropout takes its key at the call.
     """
 
-    def __init__(self, config: ModelConfig, num_items: int, max_history: int, *, signals: tuple[int, ...] = (), rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_items: int,
+        max_history: int,
+        *,
+        signals: tuple[int, ...] = (),
+        shards: Shards = ONE,
+        rngs: nnx.Rngs,
+    ):
         """
         Args:
           num_items: I; ids are 1..I.
           signals: how many codes each signal of a token has, 0 (none) counted; without any a token is its item alone.
           max_history: rows of the longest sequence. N, which attention is divided by, is `max_history + config.output_slots`.
+          shards: the mesh in which it runs; rows [T, D] are then those of this device.
         """
         length = max_history + config.output_slots
-        self.embedding = InputEmbedding(
-            num_items, config.width, length, signals=signals, dropout_rate=config.input_dropout, dtype=jnp.dtype(config.dtype), rngs=rngs
-        )
+        options: dict[str, Any] = dict(dropout_rate=config.input_dropout, dtype=jnp.dtype(config.dtype), shards=shards, rngs=rngs)
+        self.embedding = InputEmbedding(num_items, config.width, length, signals=signals, **options)
         build = HSTU.from_config if config.kind == "hstu" else SASRec.from_config
-        self.encoder = build(config, length, rngs=rngs)
+        self.encoder = build(config, length, shards=shards, rngs=rngs)
+        self.num_items, self.shards = num_items, shards
 
     @property
     def item_table(self) -> nnx.Param:
-        """Item embeddings [I + 1, D], float32; row 0 is padding."""
+        """Item embeddings [I + 1, D], float32; row 0 is padding. In a mesh this device's part of them, see `all_items`."""
         return self.embedding.item_table
+
+    def all_items(self) -> Float[Array, "I1 D"]:
+        """The item embeddings of all devices."""
+        return whole_table(self.item_table[...], self.num_items + 1, self.shards)
+
+    def users(self, batch: Batch) -> Float[Array, "b D"]:
+        """The vectors of the batch's users, as `Shards.part` divides them: the output of each one's last row."""
+        if isinstance(self.encoder, SASRec):
+            return self.encode(batch)[batch.last_row_B]
+        return self.encoder.rows(self.embed(batch), batch.sequences, batch.last_row_B)
 
     def encode(self, batch: Batch, *, rngs: KeyOrNone = None) -> Float[Array, "T D"]:
         """The output of the encoder, before any L2 norm, in the dtype of the config.

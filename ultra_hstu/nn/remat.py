@@ -9,18 +9,25 @@ from typing import Literal
 
 import jax
 
+from ultra_hstu.parallel.parameters import keep_no_matrix
+
 # Names of values, given with jax.ad_checkpoint.checkpoint_name.
 LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT = "layer_input", "norm_stats", "attention_output"
 
 Remat = Literal["none", "selective", "full"]
 
 
-def checkpointed(run: Callable[..., jax.Array], mode: Remat) -> Callable[..., jax.Array]:
+def checkpointed(run: Callable[..., jax.Array], mode: Remat, *, forget_weights: bool = False) -> Callable[..., jax.Array]:
     """`run` with another trade of memory against time in its backward pass; values and gradients are the same.
 
     "none" keeps what differentiation asks for. "selective" keeps the named values alone. "full" keeps the arguments alone and runs attention a second time,
     unless its kernel has side effects, which JAX never runs twice: the output of `mosaic` is kept.
+
+    Args:
+      forget_weights: under "none" too, matrices that were put together from shards are put together again.
     """
+    if mode == "none" and forget_weights:
+        return jax.checkpoint(run, policy=keep_no_matrix)
     if mode == "none":
         return run
     names = (LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT) if mode == "selective" else ()

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kernels.jagged import is_real, lengths_to_offsets, positions, segment_ids
 from ultra_hstu.data.sequences import Sequences
+from ultra_hstu.parallel.shards import ONE, Shards
 
 
 class Cut(NamedTuple):
@@ -28,6 +29,13 @@ class Cut(NamedTuple):
         x_SD = x_TD.at[self.source_S].get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
         return jnp.where(self.fits, x_SD, jnp.nan) if jnp.issubdtype(x_SD.dtype, jnp.floating) else x_SD
 
+    def move(self, x_tD: Float[Array, "t D"], shards: Shards) -> Float[Array, "s D"]:
+        """`take` of rows that are sharded over a mesh; those that are left are divided anew among its devices."""
+        if shards.context == 1:
+            return self.take(x_tD)
+        x_sD = shards.take(x_tD, self.source_S, self.place_T.shape[0], layout=shards.layout(self.source_S.shape[0]))
+        return jnp.where(self.fits, x_sD, jnp.nan)
+
     def restore(self, x_SD: Shaped[Array, "S *D"]) -> Shaped[Array, "T *D"]:
         """Rows back in their places in the whole buffer, zeros where they were dropped."""
         zeros = jnp.zeros((self.place_T.shape[0], *x_SD.shape[1:]), x_SD.dtype)
@@ -42,15 +50,17 @@ class Truncation:
       after: layers that work on whole sequences, N1.
       length: newest history rows that a sequence keeps, L'; a shorter history stays whole. (An interleaved input has two rows an event.)
       extra_rows: most contextual tokens and targets of a sequence, together.
+      shards: devices that divide the rows.
     """
 
     after: int
     length: int
     extra_rows: int = 0
+    shards: Shards = ONE
 
     def capacity(self, num_rows: int, batch: int) -> int:
-        """T' = min(T, B * (L' + extra_rows)): B sequences in T rows never keep more."""
-        return min(num_rows, batch * (self.length + self.extra_rows))
+        """T' = min(T, B * (L' + extra_rows)): B sequences in T rows never keep more. In a mesh, the next number that its devices can divide."""
+        return min(num_rows, self.shards.room(batch * (self.length + self.extra_rows)))
 
     def kept(self, sequences: Sequences) -> Bool[Array, " T"]:
         """The rows that are left. In a padded layout, padding is taken to stand behind the real rows of a sequence."""

@@ -1,4 +1,5 @@
-"""HSTU attention over a flat buffer whose rows are sharded over the mesh axis `context`: `context_parallel_attention`."""
+"""HSTU attention over a flat buffer whose rows are sharded over the mesh axis `context`: `context_parallel_attention`, and its two halves for
+code that runs inside `shard_map` already: `plan_context`, once a batch, and `attend_context`, once a layer."""
 
 import functools
 from collections.abc import Sequence
@@ -13,14 +14,51 @@ from jaxtyping import Array, Float, Int, Shaped
 from kernels.hstu_attention.api import RelativeBias, hstu_attention
 from kernels.hstu_attention.partial import partial_attention
 from kernels.mask import AttentionMask
-from ultra_hstu.parallel.frame import Frame, Sequences
-from ultra_hstu.parallel.halo import halo
+from ultra_hstu.parallel.frame import Frame, Prepare, Sequences
+from ultra_hstu.parallel.halo import Halo
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
-from ultra_hstu.parallel.ring import gather, ring
-from ultra_hstu.parallel.ulysses import ulysses
+from ultra_hstu.parallel.ring import Gather, Ring
+from ultra_hstu.parallel.ulysses import Ulysses
 
 Strategy = Literal["gather", "ring", "ulysses", "halo"]
+ContextPlan = Gather | Ring | Ulysses | Halo
+
+
+def plan_context(strategy: str, frame: Frame, prepare: Prepare = lambda plan: plan) -> ContextPlan:
+    """What a strategy must know of a batch, computed once and shared by all layers of a mask. Inside `shard_map`.
+
+    Args:
+      prepare: takes the plan of each attention call and may add an implementation's own lists to it (`prepare_plan`).
+    """
+    kinds: dict[str, Any] = {"gather": Gather, "ring": Ring, "ulysses": Ulysses, "halo": Halo}
+    return kinds[strategy].of(frame, prepare)
+
+
+def attend_context(
+    plan: ContextPlan,
+    q_tHK: Float[Array, "t H K"],
+    k_tHK: Float[Array, "t H K"],
+    v_tHV: Float[Array, "t H V"],
+    *,
+    real_t: Shaped[Array, " t"],
+    alpha: float,
+    scale: Any,
+    bias: RelativeBias | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "t H V"]:
+    """Attention of the t rows of this shard. Inside `shard_map`.
+
+    Args:
+      real_t: rows that are no padding, which may hold NaN, and 0 * NaN is NaN; here it would stand among rows that are keys of others.
+      alpha, scale, bias, implementation: as in `hstu_attention`; the bias takes times of the t rows, and goes with `ulysses` alone.
+    """
+    q, k, v = (jnp.where(real_t[:, None, None], x, jnp.zeros((), x.dtype)) for x in (q_tHK, k_tHK, v_tHV))
+    scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
+    scale = jnp.where(real_t, scale, 0.0) if scale.ndim else scale
+    if isinstance(plan, Ulysses):
+        return plan(q, k, v, scale, bias, functools.partial(hstu_attention, alpha=alpha, implementation=implementation))
+    return plan(q, k, v, scale, functools.partial(partial_attention, alpha=float(alpha), implementation=implementation))
 
 
 def context_parallel_attention(
@@ -90,26 +128,12 @@ def context_parallel_attention(
         _most("targets", num_targets, max_targets, bounds),
         _most("contextual", num_contextual, max_contextual, bounds),
     )
-    attend = functools.partial(partial_attention, alpha=float(alpha), implementation=implementation)
-    scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
-
-    def frame_of(sequences: Sequences, layout: Layout) -> Frame:
-        return Frame(sequences, mask, layout, CONTEXT)
+    scale = jnp.asarray(scale, jnp.float32)
 
     def local(q: Array, k: Array, v: Array, scale: Array, sequences: Sequences, layout: Layout, bias: RelativeBias | None) -> Array:
-        frame = frame_of(sequences, layout)
-        # Padding may hold NaN, and 0 * NaN is NaN; here it stands among rows that are keys of others.
-        real_t = frame.is_real()
-        q, k, v = (jnp.where(real_t[:, None, None], x, jnp.zeros((), x.dtype)) for x in (q, k, v))
-        scale = jnp.where(real_t, scale, 0.0) if scale.ndim else scale
-        if strategy == "gather":
-            return gather(q, k, v, scale, frame, attend)
-        if strategy == "ring":
-            return ring(q, k, v, scale, (sequences, layout), frame_of, attend)
-        if strategy == "halo":
-            return halo(q, k, v, scale, frame, attend)
-        whole = functools.partial(hstu_attention, mask=mask, alpha=alpha, implementation=implementation)
-        return ulysses(q, k, v, scale, bias, frame, whole)
+        frame = Frame(sequences, mask, layout, CONTEXT)
+        options: dict[str, Any] = dict(alpha=alpha, scale=scale, bias=bias, implementation=implementation)
+        return attend_context(plan_context(strategy, frame), q, k, v, real_t=frame.is_real(), **options)
 
     rows, everywhere = PartitionSpec(CONTEXT), PartitionSpec()
     bias_specs = None if bias is None else RelativeBias(everywhere, everywhere, rows, rows)

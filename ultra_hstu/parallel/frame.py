@@ -2,15 +2,20 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from kernels.hstu_attention.plan import AttentionPlan
 from kernels.jagged import segment_ids
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
 from ultra_hstu.parallel.layout import Layout
+
+Attend = Callable[..., Array]  # kernels.hstu_attention.partial.partial_attention, its constants filled in
+Prepare = Callable[[AttentionPlan], AttentionPlan]  # adds an implementation's own lists to a plan
 
 
 @functools.partial(
@@ -69,3 +74,24 @@ def places(sequences: Sequences, num_rows: int) -> tuple[Array, Array, Array, Ar
     real = jnp.arange(num_rows) < sequences.offsets[-1]
     ends = (start, start + contextual, stop - targets, stop)
     return tuple(jnp.where(real, x[segment], 0) for x in ends)  # type: ignore[return-value]
+
+
+def keeping_inputs(run: Callable[..., Array], q: Array, k: Array, v: Array, scale: Array, plan: Any) -> Array:
+    """`run(q, k, v, scale, plan)`, whose backward keeps these and nothing else: what came from other shards is sent again.
+
+    Kernels keep their inputs alone, so the forward kernel does not run again: nobody reads its result there, and XLA leaves it out.
+    """
+
+    @jax.custom_vjp
+    def kept(q: Array, k: Array, v: Array, scale: Array, plan: Any) -> Array:
+        return run(q, k, v, scale, plan)
+
+    def forward(*inputs: Any) -> tuple[Array, Any]:
+        return run(*inputs), inputs
+
+    def backward(saved: Any, g: Array) -> tuple[Any, ...]:
+        q, k, v, scale, plan = saved
+        return *jax.vjp(lambda q, k, v: run(q, k, v, scale, plan), q, k, v)[1](g), None, None
+
+    kept.defvjp(forward, backward)
+    return kept(q, k, v, scale, plan)

@@ -1,10 +1,11 @@
 """The mesh of a run: `data` counts groups with batches of their own, `context` the devices that share the rows of one batch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, CONTEXT = "data", "context"
 
@@ -24,3 +25,30 @@ def make_mesh(data: int = 1, context: int = 1, *, devices: Sequence[jax.Device] 
             f"data={data} x context={context} must be the number of devices, {len(devices)}: change one of them, or pass devices="
         )
     return Mesh(np.asarray(devices).reshape(data, context), (DATA, CONTEXT), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def groups_here(mesh: Mesh) -> list[int]:
+    """Numbers of the data groups that this process has devices of."""
+    return [group for group, devices in enumerate(mesh.devices) if any(device.process_index == jax.process_index() for device in devices)]
+
+
+def put(tree: Any, mesh: Mesh | None, spec: PartitionSpec = PartitionSpec()) -> Any:  # noqa: B008 - immutable
+    """Arrays of the host on the devices, divided as `spec` says; without a mesh, on the default device.
+
+    Of several processes each holds the whole arrays and puts its own devices' parts.
+    """
+    if mesh is None:
+        return jax.device_put(tree)
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index]), tree)
+
+
+def put_groups(tree: Any, mesh: Mesh) -> Any:
+    """Arrays [S, ...] of this process's data groups, side by side on their second axis, as arrays of all groups, divided over `data`."""
+    share = len(mesh.devices) / len(groups_here(mesh))
+    sharding = NamedSharding(mesh, PartitionSpec(None, DATA))
+
+    def join(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, x, (x.shape[0], round(x.shape[1] * share), *x.shape[2:]))
+
+    return jax.tree.map(join, tree)

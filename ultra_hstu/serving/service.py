@@ -22,7 +22,7 @@ class RunData:
 
     def __init__(self, workdir: str, raw_dir: str | None = None):
         self.folder = Workdir(workdir)
-        config = self.folder.read_config()
+        config = self.folder.read_config().on_one_device()
         data = config.data if raw_dir is None else dataclasses.replace(config.data, raw_dir=raw_dir)
         self.config = dataclasses.replace(config, data=data)
 

@@ -1,0 +1,81 @@
+"""Where parameters live: tables on all devices by rows, matrices of layers by rows over `data` if asked (FSDP), the rest on every device."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from ultra_hstu.parallel.embedding_sharding import Table
+from ultra_hstu.parallel.mesh import CONTEXT, DATA
+from ultra_hstu.parallel.shards import Shards
+
+EVERYWHERE, TABLE, MATRIX = PartitionSpec(), PartitionSpec((DATA, CONTEXT)), PartitionSpec(DATA)
+
+
+def specs(tree: Any, shards: Shards) -> Any:
+    """The PartitionSpec of every array of a pytree: parameters, and whatever is made like them (an optimizer's state).
+
+    Raises:
+      ValueError: a matrix that `fsdp` cannot divide.
+    """
+
+    def spec(path: Any, leaf: Any) -> PartitionSpec:
+        if isinstance(leaf, Table):
+            return TABLE
+        if not (shards.fsdp and isinstance(leaf, nnx.Variable) and _of_a_layer(path) and leaf.ndim == 2):
+            return EVERYWHERE
+        if leaf.shape[0] % shards.data:
+            raise ValueError(
+                f"parallel.fsdp=True divides the matrices of layers by their rows over parallel.data={shards.data}, but "
+                f"{jax.tree_util.keystr(path)} has {leaf.shape[0]}: choose widths that it divides, or fsdp=False"
+            )
+        return MATRIX
+
+    return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _of_a_layer(path: Any) -> bool:
+    return any(getattr(entry, "key", getattr(entry, "name", None)) == "layers" for entry in path)
+
+
+def whole(layer: Any, dtype: Any, shards: Shards) -> Any:
+    """A layer with its matrices put together (FSDP), in the dtype that it computes in. Inside `shard_map`."""
+    if not shards.fsdp or shards.data == 1:
+        return layer
+    graphdef, params = nnx.split(layer)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: _gathered(dtype, x) if x.ndim == 2 else x, params))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(dtype: Any, x: Array) -> Array:
+    """All of a matrix. Rounded before it travels; its gradients are added up in float32."""
+    return jax.lax.all_gather(x.astype(dtype), DATA, tiled=True)
+
+
+def _gathered_backward(dtype: Any, _: None, g: Array) -> tuple[Array]:
+    return (jax.lax.psum_scatter(g.astype(jnp.float32), DATA, tiled=True),)
+
+
+_gathered.defvjp(lambda dtype, x: (_gathered(dtype, x), None), _gathered_backward)
+
+
+def keep_no_matrix(primitive: Any, *_: Any, **settings: Any) -> bool:
+    """A policy of `jax.checkpoint`: the backward puts matrices together again, and keeps everything else."""
+    if primitive.name != "custom_vjp_call":
+        return True
+    return not {eqn.primitive.name for eqn in settings["call_jaxpr"].eqns} <= {"convert_element_type", "all_gather"}  # that of `_gathered`
+
+
+def summed(grads: Any, specs: Any) -> Any:
+    """Gradients of the sum of all devices' losses, from those of each and their `specs`. Inside `shard_map`."""
+
+    def add(spec: PartitionSpec, leaf: Any) -> Any:
+        # The transposes of a lookup and of an all-gather have added up over the axes that they use.
+        axes = {TABLE: (), MATRIX: (CONTEXT,), EVERYWHERE: (DATA, CONTEXT)}[spec]
+        return jax.tree.map(lambda g: jax.lax.psum(g, axes), leaf) if axes else leaf
+
+    return jax.tree.map(add, specs, grads, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
