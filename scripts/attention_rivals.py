@@ -8,8 +8,9 @@ window, max_length}]}. Lines that begin with RECORD go to stdout as they come: {
 error, note}, or {workload, implementation, reason}.
 
 `meta_triton`: HSTU attention of that repository, causal or windowed. It tunes itself; the key of its choice is made to hold the length, and a change
-of mask empties its choices. Its forward reads by TMA where lengths are equal: on uneven ones, and in its backward, that variant ended in an illegal
-memory access. One such access is the end of the process, so workloads of uneven lengths come last.
+of mask empties its choices. Its forward reads by TMA, which is not its default and is faster, where lengths are equal: on uneven ones, and in its
+backward, that variant ended in an illegal memory access. One such access is the end of the process, so workloads of uneven lengths come last.
+`meta_triton_default`: its forward without TMA, for windows.
 `cudnn_sdpa`: softmax attention of cuDNN through PyTorch, causal, on equal lengths: another function, with the same two products.
 """
 
@@ -143,15 +144,31 @@ class Meta:
         tuner.prune_configs, tuner._bench = compiled, cost
         tuner.do_bench = lambda run, quantiles: [timed(run, False, samples=3, sample_ms=0.0)] * 3
 
-    def passes(self, w: dict[str, Any], x: Arrays) -> list[Pass]:
+    def _options(self, w: dict[str, Any], x: Arrays) -> dict[str, Any]:
         window = w["window"] or 0
         if self.mask != window:
             for tuner in self.tuners:
                 tuner.cache.clear()
             self.mask = window
-        uneven = len(set(w["lengths"])) > 1
         options = {"N": w["max_length"], "alpha": x.alpha, "seq_offsets": x.offsets, "num_targets": None, "max_attn_len": window}
-        options |= {"contextual_seq_len": 0, "num_softmax_heads": 0}
+        return options | {"contextual_seq_len": 0, "num_softmax_heads": 0}
+
+    def without_tma(self, w: dict[str, Any], x: Arrays) -> list[Pass]:
+        if w["window"] is None:
+            raise NotImplementedError("timed for windows only")
+        self.mask = None  # choices are made anew, before and after
+        options = self._options(w, x)
+        self.mask = None
+
+        def forward() -> dict[str, torch.Tensor]:
+            return {
+                "out": self.module.triton_hstu_attention_fwd(q=x.q, k=x.k, v=x.v, sort_by_length_indices=None, enable_tma=False, **options)
+            }
+
+        return [("forward", forward, True, "without TMA")]
+
+    def passes(self, w: dict[str, Any], x: Arrays) -> list[Pass]:
+        uneven, options = len(set(w["lengths"])) > 1, self._options(w, x)
 
         def order() -> Any:
             return torch.sort(x.offsets[1:] - x.offsets[:-1], descending=True)[1] if uneven else None
@@ -222,7 +239,7 @@ def main() -> None:
     say({"versions": versions, "cudnn": torch.backends.cudnn.version()})
     meta = Meta(request["checkout"])
     for w in sorted(request["workloads"], key=lambda w: len(set(w["lengths"]))):
-        for name, make in (("cudnn_sdpa", cudnn_passes), ("meta_triton", meta.passes)):
+        for name, make in (("cudnn_sdpa", cudnn_passes), ("meta_triton_default", meta.without_tma), ("meta_triton", meta.passes)):
             for record in measure(w, name, make):
                 say(record)
 

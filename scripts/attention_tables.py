@@ -13,16 +13,11 @@ ATTENTION = {
     "mosaic": "`mosaic`",
     "triton": "`triton`",
     "xla": "`xla`",
-    "meta_triton": "Meta's Triton kernel",
+    "meta_triton": "Meta's Triton kernel [2]",
     "cudnn_sdpa": "cuDNN softmax [1]",
 }
 PASSES = ("forward", "backward")
-RIVALS_BEFORE = {  # TFLOP/s, measured before on another H200, where the record has none: other people's kernels, so they stand here
-    ("causal_d128_4x8192", "meta_triton", "forward"): 363,
-    ("causal_d128_4x8192", "meta_triton", "backward"): 181,
-    ("causal_d128_4x8192", "cudnn_sdpa", "forward"): 531,
-    ("causal_d128_4x8192", "cudnn_sdpa", "backward"): 477,
-}
+RECORD = "attention_h100"
 
 
 def attention_rates(record: dict[str, Any]) -> dict[tuple[str, str, str], float]:
@@ -32,7 +27,7 @@ def attention_rates(record: dict[str, Any]) -> dict[tuple[str, str, str], float]
 
 def attention_table() -> str:
     """TFLOP/s of forward / backward; a dash where an implementation cannot."""
-    record = load("attention_h200")
+    record = load(RECORD)
     if record is None:
         return "Not measured yet."
     rates = attention_rates(record)
@@ -40,12 +35,16 @@ def attention_table() -> str:
 
     def cell(workload: str, name: str) -> str:
         keys = [(workload, name, which) for which in PASSES]
-        mark = "" if any(key in rates for key in keys) else " [2]"
-        both = [rates.get(key, RIVALS_BEFORE.get(key)) for key in keys]
-        return "-" if both == [None, None] else " / ".join("-" if x is None else f"{x:.0f}" if x >= 10 else f"{x:.1f}" for x in both) + mark
+        both = [rates.get(key) for key in keys]
+        return "-" if both == [None, None] else " / ".join("-" if x is None else f"{x:.0f}" if x >= 10 else f"{x:.1f}" for x in both)
 
     for workload in dict.fromkeys(r["workload"] for r in record["records"] if not r["workload"].startswith("length_")):
-        rows.append([f"`{workload}`", *(cell(workload, name) for name in ATTENTION)])
+        plan = {
+            round(r["plan_us"])
+            for r in record["records"]
+            if (r["workload"], r["implementation"]) == (workload, "mosaic") and "plan_us" in r
+        }
+        rows.append([f"`{workload}`", *(cell(workload, name) for name in ATTENTION), "".join(map(str, plan)) or "-"])
     product = record["matmul_tflops"]
     notes = [
         f"Forward / backward, useful TFLOP/s (unmasked pairs, backward 2.5 times the forward), bfloat16 (`ml1m` float32 with relative bias), "
@@ -53,15 +52,26 @@ def attention_table() -> str:
         + (f"; a bfloat16 matrix product of 8192 reached {product:.0f} in the same run." if product else "."),
         "[1] Another function, softmax attention, with the same two products: what a vendor's kernel reaches.",
     ]
-    if any("[2]" in text for row in rows for text in row):
-        notes.append("[2] Not of this run: measured before, on another H200, Meta's kernel tuned by itself, its forward with TMA.")
+    if "rivals" in record:
+        notes.append(
+            f"[2] generative-recommenders at {record['rivals']['revision'][:12]}, tuned by itself; its forward reads by TMA where lengths are equal"
+            + "".join(
+                f" (`{r['workload']}` without, its default: {r['tflops']:.0f})"
+                for r in record["records"]
+                if r["implementation"] == "meta_triton_default" and "tflops" in r
+            )
+            + "."
+        )
+    notes.append(
+        "[3] Tile bounds and lists of work for `mosaic`, made once a batch for all layers, heads, forward and backward; not in the times."
+    )
     fp8 = [
         r for r in record["records"] if r["implementation"] == "mosaic_fp8" and "tflops" in r and not r["workload"].startswith("length_")
     ]
     if fp8:
         listed = "; ".join(f"`{r['workload']}` {r['tflops']:.0f}, error {100 * r['error']:.1f} %" for r in fp8)
         notes.append(f"`mosaic_fp8`, forward, rounding of the inputs included: {listed}.")
-    return "\n\n".join([markdown(["workload", *ATTENTION.values()], rows), *notes, *record.get("notes", [])])
+    return "\n\n".join([markdown(["workload", *ATTENTION.values(), "plan, us [3]"], rows), *notes, *record.get("notes", [])])
 
 
 def gpu_tests_table() -> str:
@@ -78,7 +88,7 @@ def gpu_tests_table() -> str:
 
 def attention_figure() -> None:
     """TFLOP/s over the length of causal sequences, 65536 rows in all, width 128."""
-    record = load("attention_h200")
+    record = load(RECORD)
     if record is None:
         return
     rates = {(key[0].replace("causal_d128_8x8192", "length_8192"), *key[1:]): x for key, x in attention_rates(record).items()}
@@ -93,7 +103,7 @@ def attention_figure() -> None:
     for axis, which in zip(axes, PASSES, strict=True):
         for name, (colour, line) in looks.items():
             points = [(n, rates[f"length_{n}", name, which]) for n in lengths if (f"length_{n}", name, which) in rates]
-            label = ATTENTION[name].replace("`", "").replace(" [1]", "")
+            label = ATTENTION[name].replace("`", "").replace(" [1]", "").replace(" [2]", "")
             axis.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker="o", markersize=4, label=label) if points else None
         if record["matmul_tflops"]:
             axis.axhline(record["matmul_tflops"], color="black", linestyle=":", linewidth=1, label="bfloat16 matrix product")
