@@ -176,16 +176,20 @@ def measure(w: Workload, implementation: str, matmul: float) -> list[dict[str, A
     return records
 
 
-def rivals(checkout: pathlib.Path, workloads: list[Workload], matmul: float, seconds: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def rivals(
+    checkout: pathlib.Path, workloads: list[Workload], matmul: float, seconds: float, cache: pathlib.Path | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(versions, records) of `attention_rivals`, which runs in a process of its own, for so many seconds at most."""
     fields = ("name", "lengths", "heads", "k_width", "v_width", "max_length")
     taken = {w.name: w for w in workloads if not w.bias and w.mask.full_rows == w.mask.prefix == 0}
     asked = [{field: getattr(w, field) for field in fields} | {"window": w.mask.window} for w in taken.values()]
     script = pathlib.Path(__file__).with_name("attention_rivals.py")
     request = json.dumps({"checkout": str(checkout.resolve()), "workloads": asked})
+    environment = os.environ | ({} if cache is None else {"TRITON_CACHE_DIR": str(cache.resolve())})
     with tempfile.TemporaryFile("w+") as answer:
         try:
-            subprocess.run([sys.executable, str(script)], input=request, stdout=answer, text=True, check=True, timeout=seconds)
+            run = [sys.executable, str(script)]
+            subprocess.run(run, input=request, stdout=answer, text=True, check=True, timeout=seconds, env=environment)
             ended = {}
         except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
             ended = {"incomplete": f"ended early: {type(error).__name__}"}
@@ -216,6 +220,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lengths", default="", help=f"for the figure: {LENGTHS}")
     parser.add_argument("--rival", type=pathlib.Path, help="checkout of the public generative-recommenders repository")
     parser.add_argument("--rival-seconds", type=float, default=1800.0, help="what was not measured by then is left out")
+    parser.add_argument(
+        "--rival-cache", type=pathlib.Path, help="where its compiled kernels stay; the default folder is emptied by jax-triton"
+    )
     parser.add_argument("--rival-revision", default="unknown", help="its commit, for the record")
     parser.add_argument(
         "--jobs", type=int, default=1, help="processes that compile side by side; XLA_PYTHON_CLIENT_PREALLOCATE=false with more than 1"
@@ -251,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     for number, records in each(measure, tasks, options.jobs):
         add(number, records)
     if options.rival is not None:
-        versions, records = rivals(options.rival, workloads, matmul, options.rival_seconds)
+        versions, records = rivals(options.rival, workloads, matmul, options.rival_seconds, options.rival_cache)
         result["rivals"] = versions | {"revision": options.rival_revision}
         add(len(tasks), records)
     console.print(table([record for record in result["records"] if "ms" in record]))
