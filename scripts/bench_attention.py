@@ -177,7 +177,7 @@ def measure(w: Workload, implementation: str, matmul: float) -> list[dict[str, A
 
 
 def rivals(
-    checkout: pathlib.Path, workloads: list[Workload], matmul: float, seconds: float, cache: pathlib.Path | None
+    checkout: pathlib.Path, workloads: list[Workload], matmul: float, seconds: float, cache: pathlib.Path | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(versions, records) of `attention_rivals`, which runs in a process of its own, for so many seconds at most."""
     fields = ("name", "lengths", "heads", "k_width", "v_width", "max_length")
