@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from rich.table import Table
 from kernels.hstu_attention import hstu_attention, make_plan, mosaic_fp8, mosaic_hopper, triton
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
-from scripts.turns import each, turn
+from scripts.turns import each, preparing, turn
 from ultra_hstu.provenance import provenance
 
 COLUMNS = ("workload", "implementation", "pass", "ms", "tflops", "of_matmul", "gb_s", "peak_mib", "plan_us", "error")
@@ -130,12 +130,23 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def measure(w: Workload, implementation: str, matmul: float) -> list[dict[str, Any]]:
-    """A record for each pass; one with the reason where the implementation cannot."""
+class Prepared(NamedTuple):
+    """A workload that is ready to be measured: compiled programs, inputs, what is expected, records of what an implementation cannot."""
+
+    planner: Any
+    programs: dict[str, Any]  # by pass: [the pass] or [the pass, several of it]
+    offsets: jax.Array
+    tensors: list[jax.Array]
+    want: Expected
+    refused: list[dict[str, Any]]
+
+
+def prepare(w: Workload, implementation: str) -> Prepared:
     offsets = jnp.asarray(w.offsets())
-    records: list[dict[str, Any]] = []
     q, v = (jax.ShapeDtypeStruct((w.rows, w.heads, width), w.dtype) for width in (w.k_width, w.v_width))
     programs: dict[str, Any] = {}
+    refused: list[dict[str, Any]] = []
+    planned: Any = None
     try:
         planned = jax.jit(planner(w, implementation)).lower(abstract(offsets)).compile()
         inputs = (abstract(jax.eval_shape(planner(w, implementation), offsets)), q, q, v, v)
@@ -145,17 +156,26 @@ def measure(w: Workload, implementation: str, matmul: float) -> list[dict[str, A
             programs[name] = [jax.jit(f).lower(*inputs).compile() for f in ((run, chained(run, CALLS)) if brief else (run,))]
     except NotImplementedError as reason:
         name = "backward" if "forward" in programs else "forward"
-        records.append({"workload": w.name, "implementation": implementation, "pass": name, "reason": str(reason)})
+        refused.append({"workload": w.name, "implementation": implementation, "pass": name, "reason": str(reason)})
         if not programs:
-            return records
+            return Prepared(planned, programs, offsets, [], {}, refused)
     arrays = jax.jit(w.arrays)()
-    want, tensors = expected(w, arrays), [arrays[name] for name in "qkvg"]
+    return Prepared(planned, programs, offsets, [arrays[name] for name in "qkvg"], expected(w, arrays), refused)
+
+
+def measure(w: Workload, implementation: str, matmul: float) -> list[dict[str, Any]]:
+    """A record for each pass; one with the reason where the implementation cannot."""
+    with preparing():
+        ready = prepare(w, implementation)
+    records = ready.refused
+    if not ready.programs:
+        return records
     with turn():
-        plan = planned(offsets)
-        plan_us = 1e6 * device_time(planned, offsets).seconds
-        for name, program in programs.items():
-            found = error(program[0](plan, *tensors), want)
-            seconds = device_time(program[-1], plan, *tensors).seconds / (CALLS if len(program) > 1 else 1)
+        plan = ready.planner(ready.offsets)
+        plan_us = 1e6 * device_time(ready.planner, ready.offsets).seconds
+        for name, program in ready.programs.items():
+            found = error(program[0](plan, *ready.tensors), ready.want)
+            seconds = device_time(program[-1], plan, *ready.tensors).seconds / (CALLS if len(program) > 1 else 1)
             memory = program[0].memory_analysis()
             sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
             flops, moved = (w.forward_flops, w.forward_bytes) if name == "forward" else (w.backward_flops, 2 * w.forward_bytes)

@@ -22,7 +22,7 @@ from kernels.hstu_attention.mosaic_schedule import WorkList
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
 from scripts import bench_attention
-from scripts.turns import each, turn
+from scripts.turns import each, preparing, turn
 from ultra_hstu.provenance import provenance
 
 NAMES = "causal_d64_4x8192,causal_d128_4x8192,causal_d256_4x8192,window_d128_2x16384,short_d64_512x100,ml1m,ml1m_large"
@@ -111,7 +111,7 @@ def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list
         return sizes, lambda plan, q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config), ready
 
     def backward(sizes: Any) -> Made:
-        config = dataclasses.replace(mosaic_hopper_vjp.backward_config(w.k_width, w.v_width, plan), **sizes)
+        config = mosaic_hopper_vjp.backward_config(w.k_width, w.v_width, plan, **sizes)
         ready = with_lists(WorkList.backward(w.heads, config), *([mosaic_hopper_dq.work_list(w.heads)] if config.passes == 2 else []))
         return sizes, lambda plan, q, k, v, g: mosaic_hopper_vjp.gradients(q, k, v, g, plan, scale, alpha, False, config), ready
 
@@ -132,7 +132,8 @@ def fastest(name: str, made: list[Made], arrays: tuple[jax.Array, ...]) -> tuple
             print(f"{name} {sizes}: {str(error).splitlines()[0][:120]}", flush=True)
             return None
 
-    programs = [attempt(sizes, lambda: jax.jit(chained(run, CALLS)).lower(plan, *arrays).compile()) for sizes, run, plan in made]  # noqa: B023
+    with preparing():
+        programs = [attempt(sizes, lambda: jax.jit(chained(run, CALLS)).lower(plan, *arrays).compile()) for sizes, run, plan in made]  # noqa: B023
     times = []
     with turn():
         for (sizes, _, plan), program in zip(made, programs, strict=True):
@@ -157,11 +158,11 @@ def error_of(w: Workload, implementation: str, plan: Any, arrays: dict[str, jax.
 
 def tune(w: Workload, implementation: str) -> dict[str, Any]:
     """The entry of a workload, put into the table that the kernels of this process read, and checked."""
-    plan, arrays, bias = inputs(w)
+    with preparing():
+        plan, arrays, bias = inputs(w)
+        trials = list(TRIALS[implementation](w, plan, bias))
     tensors = tuple(arrays[name] for name in "qkvg")
-    chosen = {
-        kernel: fastest(f"{w.name} {implementation} {kernel}", made, tensors) for kernel, made in TRIALS[implementation](w, plan, bias)
-    }
+    chosen = {kernel: fastest(f"{w.name} {implementation} {kernel}", made, tensors) for kernel, made in trials}
     key = tuning.key(implementation, w.dtype, w.k_width, w.v_width, plan)
     entry = key._asdict() | {
         "sizes": {kernel: sizes for kernel, (sizes, _) in chosen.items()},
@@ -169,7 +170,8 @@ def tune(w: Workload, implementation: str) -> dict[str, Any]:
         "workload": w.name,
     }
     tuning.use(tuning.parse(json.dumps({"entries": [entry]}), w.name))
-    entry["error"] = error_of(w, implementation, plan, arrays)
+    with preparing():
+        entry["error"] = error_of(w, implementation, plan, arrays)
     if not entry["error"] <= ALLOWED[key.bytes]:
         raise RuntimeError(f"{w.name}: {implementation} has error {entry['error']:.1e} with {entry['sizes']}, allowed {ALLOWED[key.bytes]}")
     return entry | {"made": {name: provenance()[name] for name in ("versions", "commit", "date")}}

@@ -84,8 +84,7 @@ def test_forward(monkeypatch):
 def test_gradients(passes, mask, widths, row_scale, monkeypatch):
     batch = Batch(MASKS[mask], *widths, row_scale)
     monkeypatch.setattr(schedule, "WORKERS", passes)  # in one pass dQ is summed in memory, which the interpreter does not do atomically
-    config = mosaic_hopper_vjp.backward_config(*widths, batch.plan, deterministic=passes == 2)
-    config = dataclasses.replace(config, passes=passes)
+    config = mosaic_hopper_vjp.backward_config(*widths, batch.plan, passes)
     with interpreted(monkeypatch):
         got = mosaic_hopper_vjp.gradients(*batch.padded(), batch.plan, batch.scale, 0.1, deterministic=passes == 2, config=config)
     batch.check(dict(zip(("dq", "dk", "dv"), got, strict=True)))

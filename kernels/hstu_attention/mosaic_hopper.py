@@ -87,7 +87,7 @@ def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int, determi
     deterministic: with that of the second backward pass.
     """
     config = forward_config(k_width, v_width, plan)
-    back = vjp.backward_config(*vjp.padded_widths(k_width, v_width), plan, deterministic)
+    back = vjp.backward_config(*vjp.padded_widths(k_width, v_width), plan, 2 if deterministic else None)
     lists = [WorkList.forward(heads, config.block_k, config.workers), WorkList.backward(heads, back)]
     if back.passes == 2:
         lists.append(dq.work_list(heads))

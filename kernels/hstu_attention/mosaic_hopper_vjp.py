@@ -38,14 +38,14 @@ RECORDS = 2  # of work items, in shared memory at a time
 AHEAD = 2  # blocks before the end of an item at which the next one is drawn
 
 
-def backward_config(k_width: int, v_width: int, plan: AttentionPlan, deterministic: bool = False) -> BackwardConfig:
-    """For widths as `padded_widths` leaves them. Of the table of measurements where it has this call, else what fits shared memory, in two
+def backward_config(k_width: int, v_width: int, plan: AttentionPlan, passes: int | None = None) -> BackwardConfig:
+    """For widths as `padded_widths` leaves them. Passes that are not given: of the table of measurements where it has this call, else what fits shared memory, in two
     passes where short sequences or a window leave a tile few blocks: what dQ costs beside its products, float32 memory to be zeroed and
     rounded, is then the most.
     """
     found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
     values: Any = {} if found is None else found["backward"]
-    passes = 2 if deterministic else values.get("passes", 2 if plan.mask.window is not None or tuning.is_short(plan) else 1)
+    passes = passes or values.get("passes", 2 if plan.mask.window is not None or tuning.is_short(plan) else 1)
     widest = max(k_width, v_width)
     if widest > 128:
         config = BackwardConfig(tile=64, block_q=64, stages=2)
@@ -85,7 +85,7 @@ def gradients(
     v, do = (jnp.pad(x, ((0, 0), (0, 0), (0, v_wide - v_width))) for x in (v, do))
     if scale.ndim == 1:
         do, scale = _scaled_rows(do, schedule.row_scales(scale, plan, q.shape[0]))
-    config = config or backward_config(k_wide, v_wide, plan, deterministic)
+    config = config or backward_config(k_wide, v_wide, plan, 2 if deterministic else None)
     is_wide = max(k_wide, v_wide) > 128
     if config.passes == 1:
         dq, dk, dv = (wide.one_pass if is_wide else one_pass)(q, k, v, do, plan, scale, alpha, config)
