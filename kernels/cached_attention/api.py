@@ -17,7 +17,6 @@ from kernels import device, dispatch
 from kernels.hstu_attention.relative_bias import RelativeBias, position_bias
 from kernels.mask import KeyIntervals
 
-# `triton` runs by name only, until `make test-gpu` has passed for it.
 _ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("triton", "xla")}
 
 
