@@ -76,7 +76,7 @@ def _copy_smem_to_gmem(source, target, reduction_op=None):
         target[...] += source[...]
 
 
-def _fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
+def _fetch_item(records_gm, counters_gm, s, slot, *, workers, which, first=False):
     box = s["rec"].at[s["rec"].shape[0] - 1]
     number = lax.axis_index("worker") if first else box[0] + workers
     box[0] = number

@@ -101,7 +101,8 @@ def test_split_tiles(monkeypatch):
         config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=8)
         batch.check({"out": mosaic_hopper.forward(*arrays[:3], batch.plan, batch.scale, 0.1, config)})
         back = BackwardConfig(128, 64, 2, passes=2, workers=8)
-        dk, dv = mosaic_hopper_dkv.key_gradients(*arrays, batch.plan, batch.scale, 0.1, back)
+        q, k, _, do = arrays
+        dk, dv = mosaic_hopper_dkv.key_gradients(*arrays, schedule.clean_tails(batch.plan, q, k, do), batch.plan, batch.scale, 0.1, back)
     batch.check({"dk": dk, "dv": dv})
 
 
@@ -120,14 +121,30 @@ def test_lists_of_work_cover_the_mask_once(mask, num_workers):
     together = schedule.with_schedules(plan, wanted)
     for each in wanted:
         work = schedule.schedule_of(together, each)
-        check_work(work, dense if each.name == "forward" else dense.T, each.tile, block, heads, num_workers)
+        check_work(plan, work, dense if each.name == "forward" else dense.T, each)
         alone = schedule.schedule_of(plan, each)
         used = np.asarray(alone.records)[:, schedule.TILE] >= 0
         np.testing.assert_array_equal(np.asarray(work.records)[: used.sum()], np.asarray(alone.records)[used])
 
 
-def check_work(work, dense, tile, block, heads, num_workers):
-    size = dense.shape[0]
+def test_no_tile_is_split_where_none_can_be_heavy():
+    """Nothing is summed then: half of the kernels of a forward pass."""
+    offsets, rows = np.array([0, 200, 900], np.int32), 1000
+    for mask, sequences in ((AttentionMask(window=60), offsets), (AttentionMask(), np.r_[offsets, [900] * 9].astype(np.int32))):
+        plan = make_plan(mask, sequences, rows)
+        size = schedule.rounded_up(rows)
+        dense = np.zeros((size, size), bool)
+        dense[:rows, :rows] = np.asarray(mask.dense(offsets, rows))
+        wanted = WorkList.forward(2, 64, 132)
+        work = schedule.schedule_of(plan, wanted)
+        check_work(plan, work, dense, wanted)
+        assert not work.parts.size and (np.asarray(work.records)[:, schedule.SLOT] < 0).all()
+    assert schedule.may_split(make_plan(AttentionMask(window=60), offsets, rows, np.array([3, 0])))
+    assert schedule.may_split(make_plan(AttentionMask(window=60, full_rows=5), offsets, rows))
+
+
+def check_work(plan, work, dense, wanted):
+    size, (_, tile, block, heads, num_workers) = dense.shape[0], wanted
     place = np.arange(size)[None, :]
     bounds = np.asarray(work.bounds)[:, :, None]
     seen = [(place >= bounds[2 * i]) & (place < bounds[2 * i + 1]) for i in range(3)]
@@ -158,7 +175,7 @@ def check_work(work, dense, tile, block, heads, num_workers):
     assert (visits <= 1).all() and (visits[:, needed] == 1).all()
     parts = {(t, h): [first + heads * i for i in range(n)] for t, h, first, n in np.asarray(work.parts) if n}
     assert {key: sorted(value) for key, value in slots.items()} == parts
-    assert max((max(x) for x in slots.values()), default=-1) < schedule.capacity(size // tile, heads, num_workers)[1] * heads
+    assert max((max(x) for x in slots.values()), default=-1) < schedule.part_slots(plan, size // tile, heads, num_workers)
 
 
 def inputs(width, dtype):

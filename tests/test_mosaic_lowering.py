@@ -24,11 +24,14 @@ MASKS = {
 }
 
 
-def lower(rows, heads, k_width, v_width, mask, dtype="bfloat16", batch=4, row_scale=False, deterministic=False, backward=True):
-    """Text of the lowered module."""
+def lower(
+    rows, heads, k_width, v_width, mask, dtype="bfloat16", batch=2, row_scale=False, deterministic=False, backward=True, counted=True
+):
+    """Text of the lowered module. counted: with numbers of targets and of contextual tokens."""
 
     def run(q, k, v, g, scale, offsets, targets, contextual):
-        plan = mosaic_hopper.prepare(make_plan(mask, offsets, rows, targets, contextual), heads, k_width, v_width, deterministic)
+        counts = (targets, contextual) if counted else (None, None)
+        plan = mosaic_hopper.prepare(make_plan(mask, offsets, rows, *counts), heads, k_width, v_width, deterministic)
 
         def attend(q, k, v):
             return mosaic_hopper.attend(q, k, v, plan, alpha=0.1, scale=scale, deterministic=deterministic)
@@ -59,9 +62,12 @@ def passes_of(mask):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_workloads(name):
+    """As they are measured; nothing is summed where no tile can be heavy."""
     w = WORKLOADS[name]
-    text = lower(w.rows, w.heads, w.k_width, w.v_width, w.mask, w.dtype, batch=len(w.lengths))
-    assert kernels(text) == passes_of(w.mask)
+    text = lower(w.rows, w.heads, w.k_width, w.v_width, w.mask, w.dtype, batch=len(w.lengths), counted=False)
+    short, light = w.rows < tuning.LONG * len(w.lengths), not w.mask.full_rows
+    expected = 3 if light and (short or w.mask.window is not None) else passes_of(w.mask)
+    assert kernels(text) == expected
 
 
 @pytest.mark.parametrize(("k_width", "v_width"), [(64, 128), (128, 64), (64, 256), (256, 128), (256, 256)])

@@ -1,6 +1,5 @@
 """Small pieces of device code that Pallas has no name for."""
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -15,8 +14,11 @@ from kernels.hstu_attention import mosaic_schedule as schedule
 ROW = plgpu.Layout.WGMMA.reduce(1)  # of one number for each of 64 rows
 
 
-def launch(kernel, name, operands, *, scratch, out_type, workers):
-    """Runs `kernel(*operands, counter, *outputs, s)` on `workers` thread blocks of three warpgroups that stay; `s` holds what `scratch` names."""
+def launch(kernel, name, operands, counters, *, scratch, out_type, workers):
+    """Runs `kernel(*operands, counters, *outputs, s)` on `workers` thread blocks of three warpgroups that stay; `s` holds what `scratch` names.
+
+    counters: a reference that begins with zeros, int32, that `feed_items` draws from.
+    """
 
     def entry(*refs):
         pl.run_scoped(lambda **s: kernel(*refs, s), **scratch, collective_axes="wg")
@@ -31,7 +33,7 @@ def launch(kernel, name, operands, *, scratch, out_type, workers):
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    return run(*operands, jax.new_ref(jnp.zeros((1,), jnp.int32)))
+    return run(*operands, counters)
 
 
 def ring(name, slots, filled=1, emptied=2):
@@ -54,38 +56,39 @@ def record_scratch(slots):
     return dict(rec=plgpu.SMEM((slots + 1, schedule.RECORD), jnp.int32), **ring("rec", slots))
 
 
-def _draw_number(counter_gm, box_sm):
+def _draw_number(counters_gm, which, box_sm):
     """The next number from a counter in global memory, for a whole warpgroup; `box_sm` passes it on from the thread
     that draws.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def draw(_, counter, box):
+    def draw(_, counters, box):
         i32 = ir.IntegerType.get_signless(32)
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
-            counter_ptr = mgpu.utils.memref_ptr(counter)
+            counter_ptr = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(counters), [which], i32)
             value = llvm.atomicrmw(llvm.AtomicBinOp.add, counter_ptr, mgpu.c(1, i32), llvm.AtomicOrdering.monotonic)
             memref.store(value, box, [mgpu.c(0, ir.IndexType.get())])
         mgpu.utils.warpgroup_barrier()
 
-    draw(counter_gm, box_sm)
+    draw(counters_gm, box_sm)
     return box_sm[0]
 
 
-def fetch_item(records_gm, counter_gm, s, slot, *, workers, first=False):
+def fetch_item(records_gm, counters_gm, s, slot, *, workers, which, first=False):
     """Starts the copy of the next item's record into `slot`; the first item of a thread block is the one of its own
     number.
     """
-    number = lax.axis_index("worker") if first else _draw_number(counter_gm, s["rec"].at[s["rec"].shape[0] - 1]) + workers
+    number = lax.axis_index("worker") if first else _draw_number(counters_gm, which, s["rec"].at[s["rec"].shape[0] - 1]) + workers
     plgpu.barrier_wait(s["rec_empty"].at[slot])
     number = jnp.minimum(number, records_gm.shape[0] - 1)
     plgpu.copy_gmem_to_smem(records_gm.at[number], s["rec"].at[slot], s["rec_full"].at[slot])
 
 
-def feed_items(records_gm, counter_gm, s, load_block, begin, *, ahead, workers):
+def feed_items(records_gm, counters_gm, s, load_block, begin, *, ahead, workers, which=0):
     """The feeding warpgroup: for every item `begin(item, slot)`, then `load_block(item, step, i)` for each of its blocks.
 
     ahead: blocks before the end of an item at which the next one is drawn: late, or the last ones are shared badly.
+    which: counter, of those that are zero when the kernel begins.
     """
 
     slots = s["rec"].shape[0] - 1
@@ -99,11 +102,11 @@ def feed_items(records_gm, counter_gm, s, load_block, begin, *, ahead, workers):
 
             @pl.when(i == jnp.maximum(item.count - ahead, 0))
             def _():
-                fetch_item(records_gm, counter_gm, s, lax.rem(slot + 1, slots), workers=workers)
+                fetch_item(records_gm, counters_gm, s, lax.rem(slot + 1, slots), workers=workers, which=which)
 
         return next_item()
 
-    fetch_item(records_gm, counter_gm, s, 0, workers=workers, first=True)
+    fetch_item(records_gm, counters_gm, s, 0, workers=workers, which=which, first=True)
     draw_items(s["rec"], s["rec_full"], one_item)
 
 
@@ -168,14 +171,14 @@ def _thread_place():
 
 
 def load_rows(gm, tails_gm, row, size, head, tail_first, into, full, column=0):
-    """Copies rows of one head; those of the buffer's last partly filled tile from `tails_gm`, where padding rows have been zeroed, from `column`
+    """Copies rows of one head; those of the buffer's last partly filled tile from `tails_gm` (see `mosaic_schedule.clean_tails`), from `column`
     on.
     """
     in_tail = row >= tail_first
 
     @pl.when(in_tail)
     def _():
-        place = pl.ds(pl.multiple_of(lax.rem(row - tail_first, schedule.TAIL), size), size)
+        place = pl.ds(pl.multiple_of(schedule.COUNTERS + lax.rem(row - tail_first, schedule.TAIL), schedule.COUNTERS), size)
         plgpu.copy_gmem_to_smem(tails_gm.at[place, head, pl.ds(column, gm.shape[2])], into, full)
 
     @pl.when(~in_tail)

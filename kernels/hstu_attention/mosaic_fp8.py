@@ -149,7 +149,7 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
     scales = schedule.row_scales(scale, plan, rows)
     v_scale = x.v_scale / WEIGHT_SCALE
 
-    def kernel(q_gm, k_gm, v_gm, q_scale_gm, k_scale_gm, v_scale_gm, bounds_gm, scale_gm, records_gm, counter_gm, o_gm, part_gm, s):
+    def kernel(q_gm, k_gm, v_gm, q_scale_gm, k_scale_gm, v_scale_gm, bounds_gm, scale_gm, records_gm, counters_gm, o_gm, part_gm, s):
         wg = lax.axis_index("wg")
 
         @pl.when(wg < 2)
@@ -259,13 +259,14 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
                 plgpu.barrier_wait(s["v_empty"].at[now])
                 plgpu.copy_gmem_to_smem(v_gm.at[head, :, keys], s["v"].at[now], s["v_full"].at[now])
 
-            feed_items(records_gm, counter_gm, s, keys_and_values, queries, ahead=mosaic_hopper.AHEAD, workers=workers)
+            feed_items(records_gm, counters_gm, s, keys_and_values, queries, ahead=mosaic_hopper.AHEAD, workers=workers)
 
-    slots = schedule.capacity(rows // TILE, heads, workers)[1] * heads
+    slots = schedule.part_slots(plan, rows // TILE, heads, workers)
     out, parts = launch(
         kernel,
         "hstu_forward_fp8",
         (x.q, x.k, x.v, x.q_scale, x.k_scale, v_scale, work.bounds, scales, work.records),
+        jax.new_ref(jnp.zeros((1,), jnp.int32)),
         scratch=dict(
             q=_tiled((q_slots, TILE, width)),
             k=_tiled((stages, BLOCK_K, width)),

@@ -145,7 +145,7 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
     scale_in_rows = scale.ndim == 1
     scales = schedule.row_scales(scale, plan, rows) if scale_in_rows else scale.reshape(1)
 
-    def kernel(q_gm, k_gm, v_gm, tail_gm, bounds_gm, scale_gm, records_gm, tail_first_gm, counter_gm, o_gm, part_gm, s):
+    def kernel(q_gm, k_gm, v_gm, bounds_gm, scale_gm, records_gm, tail_first_gm, tails_gm, o_gm, part_gm, s):
         wg = lax.axis_index("wg")
 
         @pl.when(wg < 2)
@@ -270,15 +270,16 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                 plgpu.barrier_wait(s["k_empty"].at[now])
                 plgpu.copy_gmem_to_smem(k_gm.at[pl.ds(row, block_k), item.head], s["k"].at[now], s["k_full"].at[now])
                 plgpu.barrier_wait(s["v_empty"].at[now])
-                load_rows(v_gm, tail_gm, row, block_k, item.head, tail_first, s["v"].at[now], s["v_full"].at[now])
+                load_rows(v_gm, tails_gm, row, block_k, item.head, tail_first, s["v"].at[now], s["v_full"].at[now])
 
-            feed_items(records_gm, counter_gm, s, keys_and_values, queries, ahead=AHEAD, workers=config.workers)
+            feed_items(records_gm, tails_gm, s, keys_and_values, queries, ahead=AHEAD, workers=config.workers)
 
-    slots = schedule.capacity(rows // TILE, heads, config.workers)[1] * heads
+    slots = schedule.part_slots(plan, rows // TILE, heads, config.workers)
     out, parts = launch(
         kernel,
         "hstu_forward",
-        (q, k, v, schedule.clean_tails(plan, v), work.bounds, scales, work.records, work.tail),
+        (q, k, v, work.bounds, scales, work.records, work.tail),
+        schedule.clean_tails(plan, v),
         scratch=dict(
             q=swizzled((config.q_slots, TILE, width), dtype),
             k=swizzled((stages, block_k, width), dtype),

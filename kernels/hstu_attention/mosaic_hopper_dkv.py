@@ -29,8 +29,10 @@ AHEAD = 2  # blocks before the end of an item at which the next one is drawn
 KEY_SLOTS = 2  # tiles of keys and values in shared memory: the next ones load early
 
 
-def key_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
-    """(dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number."""
+def key_gradients(
+    q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
+) -> Any:
+    """(dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number. `tails`: of q, k, do."""
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype = q.dtype
@@ -39,7 +41,7 @@ def key_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, 
     work = schedule.schedule_of(plan, WorkList.backward(heads, config))
     factor = scale.reshape(1)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, tails_gm, bounds_gm, factor_gm, records_gm, tail_first_gm, counter_gm,
+    def kernel(q_gm, k_gm, v_gm, do_gm, bounds_gm, factor_gm, records_gm, tail_first_gm, tails_gm,
                dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
         wg = lax.axis_index("wg")
 
@@ -137,15 +139,16 @@ def key_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, 
                 row, full = item.block(i) * block_q, s["row_full"].at[now]
                 plgpu.barrier_wait(s["row_empty"].at[now])
                 load_rows(q_gm, tails_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
-                load_rows(do_gm, tails_gm, row, block_q, item.head, tail_first, s["do"].at[now], full, width)
+                load_rows(do_gm, tails_gm, row, block_q, item.head, tail_first, s["do"].at[now], full, 2 * width)
 
-            feed_items(records_gm, counter_gm, s, rows_and_gradients, keys_and_values, ahead=AHEAD, workers=config.workers)
+            feed_items(records_gm, tails_gm, s, rows_and_gradients, keys_and_values, ahead=AHEAD, workers=config.workers)
 
-    slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
+    slots = schedule.part_slots(plan, rows // tile, heads, config.workers)
     dk, dv, dk_parts, dv_parts = launch(
         kernel,
         "hstu_backward_dkv",
-        (q, k, v, do, schedule.clean_tails(plan, q, do), work.bounds, factor, work.records, work.tail),
+        (q, k, v, do, work.bounds, factor, work.records, work.tail),
+        tails,
         scratch=dict(
             k=swizzled((KEY_SLOTS, tile, width), dtype),
             v=swizzled((KEY_SLOTS, tile, width_v), dtype),

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import ROW, draw_items, feed_items, launch, load_rows, open_rings, record_scratch, ring, swizzled
+from kernels.hstu_attention.mosaic_device import draw_items, feed_items, launch, load_rows, open_rings, record_scratch, ring, swizzled
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.mosaic_schedule import WorkList
 from kernels.hstu_attention.plan import AttentionPlan
@@ -27,8 +27,8 @@ def work_list(heads: int) -> WorkList:
     return WorkList.forward(heads, BLOCK, schedule.WORKERS)
 
 
-def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float) -> Any:
-    """dQ of padded buffers (T a multiple of 128)."""
+def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float) -> Any:
+    """dQ of padded buffers (T a multiple of 128); `scale` is one number. `tails`: of q, k, do; the first pass has used their first counter."""
     rows, heads, width = q.shape
     workers = work_list(heads).workers
     width_v = v.shape[-1]
@@ -39,7 +39,7 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
     row_slots, k_stages, v_stages = (1, 2, 1) if wide else (2, 3, 2)
     work = schedule.schedule_of(plan, work_list(heads))
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, k_tail_gm, bounds_gm, scale_gm, records_gm, tail_first_gm, counter_gm, dq_gm, part_gm, s):
+    def kernel(q_gm, k_gm, v_gm, do_gm, bounds_gm, factor_gm, records_gm, tail_first_gm, tails_gm, dq_gm, part_gm, s):
         wg = lax.axis_index("wg")
 
         @pl.when(wg < 2)
@@ -132,12 +132,12 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
                 dq, begun_next = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))
                 place, part, head = pl.ds(first_row(item), 64), item.slot, item.head
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
-                times = plgpu.load(scale_gm.at[place], layout=ROW, optimized=False) * (0.5 * alpha)
+                times = factor_gm[0] * (0.5 * alpha)
                 stage = s["q"].at[row_slot, mine]  # nobody else reads these rows
 
                 def chunks():
                     for c in range(0, width, 64):
-                        yield pl.ds(c, 64), dq[:, c : c + 64] * lax.broadcast_in_dim(times, (64, 64), [0])
+                        yield pl.ds(c, 64), dq[:, c : c + 64] * times
 
                 @pl.when(part < 0)
                 def _():
@@ -174,17 +174,18 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan
                 now_k, now_v = lax.rem(step + i, k_stages), lax.rem(step + i, v_stages)
                 row = item.block(i) * BLOCK
                 plgpu.barrier_wait(s["k_empty"].at[now_k])
-                load_rows(k_gm, k_tail_gm, row, BLOCK, item.head, tail_first, s["k"].at[now_k], s["k_full"].at[now_k])
+                load_rows(k_gm, tails_gm, row, BLOCK, item.head, tail_first, s["k"].at[now_k], s["k_full"].at[now_k], width)
                 plgpu.barrier_wait(s["v_empty"].at[now_v])
                 plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, BLOCK), item.head], s["v"].at[now_v], s["v_full"].at[now_v])
 
-            feed_items(records_gm, counter_gm, s, keys_and_values, queries, ahead=AHEAD, workers=workers)
+            feed_items(records_gm, tails_gm, s, keys_and_values, queries, ahead=AHEAD, workers=workers, which=1)
 
-    slots = schedule.capacity(rows // TILE, heads, workers)[1] * heads
+    slots = schedule.part_slots(plan, rows // TILE, heads, workers)
     dq, parts = launch(
         kernel,
         "hstu_backward_dq",
-        (q, k, v, do, schedule.clean_tails(plan, k), work.bounds, schedule.row_scales(scale, plan, rows), work.records, work.tail),
+        (q, k, v, do, work.bounds, scale.reshape(1), work.records, work.tail),
+        tails,
         scratch=dict(
             q=swizzled((row_slots, TILE, width), dtype),
             do=swizzled((row_slots, TILE, width_v), dtype),

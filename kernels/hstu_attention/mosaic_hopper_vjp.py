@@ -39,9 +39,10 @@ AHEAD = 2  # blocks before the end of an item at which the next one is drawn
 
 
 def backward_config(k_width: int, v_width: int, plan: AttentionPlan, passes: int | None = None) -> BackwardConfig:
-    """For widths as `padded_widths` leaves them. Passes that are not given: of the table of measurements where it has this call, else what fits shared memory, in two
-    passes where short sequences or a window leave a tile few blocks: what dQ costs beside its products, float32 memory to be zeroed and
-    rounded, is then the most.
+    """For widths as `padded_widths` leaves them.
+
+    passes: 1 or 2; None takes those of the table of measurements where it has this call, else two where short sequences or a window leave a tile
+    few blocks: what dQ costs beside its products, float32 memory to be zeroed and rounded, is then the most.
     """
     found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
     values: Any = {} if found is None else found["backward"]
@@ -87,11 +88,12 @@ def gradients(
         do, scale = _scaled_rows(do, schedule.row_scales(scale, plan, q.shape[0]))
     config = config or backward_config(k_wide, v_wide, plan, 2 if deterministic else None)
     is_wide = max(k_wide, v_wide) > 128
+    tails = schedule.clean_tails(plan, q, k, do)
     if config.passes == 1:
-        dq, dk, dv = (wide.one_pass if is_wide else one_pass)(q, k, v, do, plan, scale, alpha, config)
+        dq, dk, dv = (wide.one_pass if is_wide else one_pass)(q, k, v, do, tails, plan, scale, alpha, config)
     else:
-        dk, dv = (wide.key_gradients if is_wide else key_gradients)(q, k, v, do, plan, scale, alpha, config)
-        dq = query_gradients(q, k, v, do, plan, scale, alpha)
+        dk, dv = (wide.key_gradients if is_wide else key_gradients)(q, k, v, do, tails, plan, scale, alpha, config)
+        dq = query_gradients(q, k, v, do, tails, plan, scale, alpha)
     return dq[..., :k_width], dk[..., :k_width], dv[..., :v_width]
 
 
@@ -102,8 +104,10 @@ def _scaled_rows(do: Array, scale_T: Array) -> tuple[Array, Array]:
     return (do * relative_T[:, None, None]).astype(do.dtype), largest
 
 
-def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
-    """(dQ, dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number.
+def one_pass(
+    q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
+) -> Any:
+    """(dQ, dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number. `tails`: of q, k, do.
 
     Each computing warpgroup has half of the keys of a tile, and of dQ half of the columns (or rows, at width 64).
     """
@@ -117,8 +121,8 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
     work = schedule.schedule_of(plan, WorkList.backward(heads, config))
     factor = scale.reshape(1)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, tails_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
-               dq_gm, counter_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
+    def kernel(q_gm, k_gm, v_gm, do_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
+               dq_gm, tails_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
         wg = lax.axis_index("wg")
 
         @pl.when(wg < 2)
@@ -297,14 +301,15 @@ def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale
                 # The first rows do not wait for the last item's keys to leave.
                 pl.when(i == jnp.minimum(item.count, 2) - 1)(lambda: keys_and_values(item))
 
-            feed_items(records_gm, counter_gm, s, rows_and_gradients, lambda item, slot: None, ahead=AHEAD, workers=config.workers)
+            feed_items(records_gm, tails_gm, s, rows_and_gradients, lambda item, slot: None, ahead=AHEAD, workers=config.workers)
 
     dq = jax.new_ref(zeros_after(do, q.shape))
-    slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
+    slots = schedule.part_slots(plan, rows // tile, heads, config.workers)
     dk, dv, dk_parts, dv_parts = launch(
         kernel,
         "hstu_backward",
-        (q, k, v, do, schedule.clean_tails(plan, q, k, do), work.bounds, factor, work.records, work.tail, dq),
+        (q, k, v, do, work.bounds, factor, work.records, work.tail, dq),
+        tails,
         scratch=dict(
             k=swizzled((tile, width), dtype),
             v=swizzled((tile, width_v), dtype),

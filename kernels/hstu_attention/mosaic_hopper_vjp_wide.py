@@ -28,18 +28,32 @@ COLUMNS = 128  # of dQ that are made at a time
 SENT = 32  # of them added to memory at a time
 
 
-def one_pass(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
+def one_pass(
+    q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
+) -> Any:
     """(dQ, dK, dV) of padded buffers (T a multiple of 128), widths 128 and 256; `scale` is one number."""
-    return _gradients(q, k, v, do, plan, scale, alpha, config, with_dq=True)
+    return _gradients(q, k, v, do, tails, plan, scale, alpha, config, with_dq=True)
 
 
-def key_gradients(q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig) -> Any:
+def key_gradients(
+    q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
+) -> Any:
     """(dK, dV) alone, the first pass of the two-pass backward."""
-    return _gradients(q, k, v, do, plan, scale, alpha, config, with_dq=False)[1:]
+    return _gradients(q, k, v, do, tails, plan, scale, alpha, config, with_dq=False)[1:]
 
 
 def _gradients(
-    q: Array, k: Array, v: Array, do: Array, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig, *, with_dq: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    tails: Any,
+    plan: AttentionPlan,
+    scale: Array,
+    alpha: float,
+    config: BackwardConfig,
+    *,
+    with_dq: bool,
 ) -> Any:
     rows, heads, width = q.shape
     width_v = v.shape[-1]
@@ -49,8 +63,8 @@ def _gradients(
     work = schedule.schedule_of(plan, WorkList.backward(heads, config))
     factor = scale.reshape(1)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, tails_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
-               dq_gm, counter_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
+    def kernel(q_gm, k_gm, v_gm, do_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
+               dq_gm, tails_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
         wg = lax.axis_index("wg")
 
         def write(item, slot, gradient, times, gm, part_gm):
@@ -202,14 +216,15 @@ def _gradients(
                 # The first rows do not wait for the last item's keys to leave.
                 pl.when(i == jnp.minimum(item.count, 2) - 1)(lambda: keys_and_values(item))
 
-            feed_items(records_gm, counter_gm, s, rows_and_gradients, lambda item, slot: None, ahead=AHEAD, workers=config.workers)
+            feed_items(records_gm, tails_gm, s, rows_and_gradients, lambda item, slot: None, ahead=AHEAD, workers=config.workers)
 
     dq = jax.new_ref(zeros_after(do, q.shape if with_dq else (1, 1, 1)))
-    slots = schedule.capacity(rows // tile, heads, config.workers)[1] * heads
+    slots = schedule.part_slots(plan, rows // tile, heads, config.workers)
     dk, dv, dk_parts, dv_parts = launch(
         kernel,
         "hstu_backward_wide",
-        (q, k, v, do, schedule.clean_tails(plan, q, k, do), work.bounds, factor, work.records, work.tail, dq),
+        (q, k, v, do, work.bounds, factor, work.records, work.tail, dq),
+        tails,
         scratch=dict(
             k=swizzled((tile, width), dtype),
             v=swizzled((tile, width_v), dtype),

@@ -16,8 +16,11 @@ ROWS, COLUMNS = 64, 64  # of a thread block, one warpgroup
 def write_sums(parts: Int[Array, "splits 4"], pairs: Sequence[tuple[Array, Array]], heads: int) -> list[Array]:
     """Results [T, H, V] with the rows of split tiles filled in, for `pairs` of float32[slots, tile, V] and result.
 
-    `parts` and the meaning of slots: `mosaic_schedule.Schedule`. One kernel for all pairs, which writes in place.
+    `parts` and the meaning of slots: `mosaic_schedule.Schedule`. One kernel for all pairs, which writes in place; none where no tile
+    may be split.
     """
+    if not parts.shape[0]:
+        return [result for _, result in pairs]
     tile = pairs[0][0].shape[1]
     widths = [slots.shape[2] for slots, _ in pairs]
 

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from kernels.hstu_attention import tuning
 from kernels.hstu_attention.plan import AttentionPlan
 
+COUNTERS = 8  # rows of zeros in front of the last tile's copy: whole tiles of shared memory
 TAIL = 128  # rows of the last, partly filled tile that are passed separately, with padding rows zeroed
 WORKERS = 132  # thread blocks that run at a time: one on each SM of an H100 or H200
 RECORD = 32  # int32 in a record: 128 bytes, the alignment that a tensor copy wants of each slot in shared memory
@@ -124,7 +126,7 @@ def with_schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> Attention
 def _schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> list[Schedule]:
     met = [(_forward_tiles if each.name == "forward" else _backward_tiles)(plan, each) for each in wanted]
     heads, workers = wanted[0].heads, wanted[0].workers
-    items = make_items([tiles for tiles, _ in met], heads, workers)
+    items = make_items([tiles for tiles, _ in met], heads, workers, may_split(plan))
     return [Schedule(*item, bounds, _tail(plan)) for item, (_, bounds) in zip(items, met, strict=True)]
 
 
@@ -194,12 +196,15 @@ def _tail(plan: AttentionPlan) -> Array:
     return (plan.num_real // TAIL * TAIL).astype(jnp.int32).reshape(1)
 
 
-def clean_tails(plan: AttentionPlan, *arrays: Array) -> Array:
-    """The last tile of `arrays` [T, H, *] that holds a real row, side by side, padding rows zeroed: 0 * NaN would be NaN in a product."""
+def clean_tails(plan: AttentionPlan, *arrays: Array) -> Any:
+    """The last tile of `arrays` [T, H, *] that holds a real row, side by side, padding rows zeroed: 0 * NaN would be NaN in a product.
+
+    A reference, with rows of zeros in front: the counters of the kernels that read it, so that no other operation has to make them.
+    """
     first = jnp.minimum(_tail(plan)[0], arrays[0].shape[0] - TAIL)
     rows = jnp.concatenate([lax.dynamic_slice_in_dim(x, first, TAIL) for x in arrays], axis=2)
     real = (first + jnp.arange(TAIL) < plan.num_real)[:, None, None]
-    return jnp.where(real, rows, jnp.zeros((), rows.dtype))
+    return jax.new_ref(jnp.pad(jnp.where(real, rows, jnp.zeros((), rows.dtype)), ((COUNTERS, 0), (0, 0), (0, 0))))
 
 
 def row_scales(scale: Array, plan: AttentionPlan, rows: int) -> Array:
@@ -222,24 +227,39 @@ def _hull(lo: Array, hi: Array, tile: int, block: int) -> tuple[Array, Array]:
     return jnp.minimum(begin, end), end
 
 
-def capacity(tiles: int, heads: int, workers: int) -> tuple[int, int]:
-    """(tiles that may be split, slots for their partial sums) for each head: what `make_items` can need at most."""
+def may_split(plan: AttentionPlan) -> bool:
+    """Whether some tile may be worth splitting. Where every row sees a window, or sequences are short, none is heavy, and nothing is to be summed."""
+    light = plan.mask.window is not None or tuning.is_short(plan)
+    return not (light and plan.plain and plan.mask.full_rows == plan.mask.prefix == 0)
+
+
+def part_slots(plan: AttentionPlan, tiles: int, heads: int, workers: int) -> int:
+    """Room for partial sums, of all heads."""
+    return capacity(tiles, heads, workers, may_split(plan))[1] * heads
+
+
+def capacity(tiles: int, heads: int, workers: int, split: bool) -> tuple[int, int]:
+    """(tiles that may be split, slots for their partial sums) for each head: what `make_items` can need at most, at least one slot."""
+    if not split:
+        return 0, 1
     splits = min(tiles, 4 * workers // (3 * heads) + 1)
     return splits, 7 * workers // (2 * heads) + 1 + splits
 
 
-def make_items(lists: Sequence[_Tiles], heads: int, workers: int) -> list[tuple[Array, Array]]:
-    """(records, parts) of each list, for `workers` thread blocks; every tile is done once a head."""
+def make_items(lists: Sequence[_Tiles], heads: int, workers: int, split: bool) -> list[tuple[Array, Array]]:
+    """(records, parts) of each list, for `workers` thread blocks; every tile is done once a head, in pieces if it is heavy and `split`."""
     sizes = [tiles.lo.shape[0] for tiles in lists]
     padded = [jax.tree.map(lambda x: jnp.pad(x, ((0, max(sizes) - x.shape[0]), (0, 0))), tiles) for tiles in lists]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *padded)
-    records, parts = jax.vmap(functools.partial(_pack, heads=heads, workers=workers))(stacked, jnp.asarray(sizes, jnp.int32))
+    records, parts = jax.vmap(functools.partial(_pack, heads=heads, workers=workers, may_split=split))(
+        stacked, jnp.asarray(sizes, jnp.int32)
+    )
     return [(records[i], parts[i]) for i in range(len(lists))]
 
 
-def _pack(x: _Tiles, num_tiles: Array, *, heads: int, workers: int) -> tuple[Array, Array]:
+def _pack(x: _Tiles, num_tiles: Array, *, heads: int, workers: int, may_split: bool) -> tuple[Array, Array]:
     tiles = x.lo.shape[0]
-    splits, slots = capacity(tiles, heads, workers)
+    splits, slots = capacity(tiles, heads, workers, may_split)
     exists = jnp.arange(tiles) < num_tiles
     size = x.hi - x.lo
     count = size.sum(1)
@@ -248,7 +268,7 @@ def _pack(x: _Tiles, num_tiles: Array, *, heads: int, workers: int) -> tuple[Arr
     # A tile is split when it alone is most of a worker's share, into pieces small enough to be packed.
     piece = jnp.maximum(share // 3, 4 * overhead)
     pieces = jnp.where(4 * count > 3 * jnp.maximum(share, 4 * overhead), -(-count // piece), 1)
-    pieces = jnp.where(exists, pieces, 0)
+    pieces = jnp.where(exists, pieces if may_split else 1, 0)
     split = pieces > 1
     before = _sum_before(pieces)
     first_slot = _sum_before(jnp.where(split, pieces, 0))
