@@ -18,7 +18,7 @@ from ultra_hstu.parallel.frame import Frame, Prepare, Sequences
 from ultra_hstu.parallel.halo import Halo
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
-from ultra_hstu.parallel.ring import Gather, Ring
+from ultra_hstu.parallel.ring import Gather, Ring, heads_at_a_time
 from ultra_hstu.parallel.ulysses import Ulysses
 
 Strategy = Literal["gather", "ring", "ulysses", "halo"]
@@ -33,6 +33,13 @@ def plan_context(strategy: str, frame: Frame, prepare: Prepare = lambda plan: pl
     """
     kinds: dict[str, Any] = {"gather": Gather, "ring": Ring, "ulysses": Ulysses, "halo": Halo}
     return kinds[strategy].of(frame, prepare)
+
+
+def heads_of_a_call(strategy: str, layout: Layout, heads: int) -> int:
+    """How many of all heads an attention call of a strategy has: those that plans are prepared for."""
+    if strategy == "ulysses":
+        return heads // layout.shards
+    return heads_at_a_time(layout.rows_per_shard, heads) if strategy == "ring" else heads
 
 
 def attend_context(

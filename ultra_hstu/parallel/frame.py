@@ -79,7 +79,8 @@ def places(sequences: Sequences, num_rows: int) -> tuple[Array, Array, Array, Ar
 def keeping_inputs(run: Callable[..., Array], q: Array, k: Array, v: Array, scale: Array, plan: Any) -> Array:
     """`run(q, k, v, scale, plan)`, whose backward keeps these and nothing else: what came from other shards is sent again.
 
-    Kernels keep their inputs alone, so the forward kernel does not run again: nobody reads its result there, and XLA leaves it out.
+    Kernels keep their inputs alone, so the forward kernel does not run again: nobody reads its result there, and XLA leaves it out. The barrier keeps XLA
+    from finding that what is sent again was there before, and holding it from one to the other.
     """
 
     @jax.custom_vjp
@@ -91,6 +92,7 @@ def keeping_inputs(run: Callable[..., Array], q: Array, k: Array, v: Array, scal
 
     def backward(saved: Any, g: Array) -> tuple[Any, ...]:
         q, k, v, scale, plan = saved
+        q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))
         return *jax.vjp(lambda q, k, v: run(q, k, v, scale, plan), q, k, v)[1](g), None, None
 
     kept.defvjp(forward, backward)

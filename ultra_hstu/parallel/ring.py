@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from kernels.hstu_attention.partial import partial_plan
 from kernels.mask import KeyIntervals, RowIntervals
+from kernels.zeros import zeros_after
 from ultra_hstu.parallel.frame import Attend, Frame, Prepare, keeping_inputs
 
 
@@ -40,6 +41,16 @@ class Gather:
     def _whole(self, x: Array) -> Array:
         x = jax.lax.all_gather(x, self.axis, tiled=True)
         return x if self.order is None else x[self.order]
+
+
+ROWS_AT_A_TIME = 2**17  # rows times heads of an attention call of `Ring`: work enough for a GPU
+
+
+def heads_at_a_time(rows: int, heads: int) -> int:
+    """How many heads travel together. Keys that came from elsewhere, their gradients and the buffers of the kernels exist for these alone: in the backward of
+    one layer, all heads' would take more memory than two layers keep.
+    """
+    return min((h for h in range(1, heads + 1) if heads % h == 0 and rows * h >= ROWS_AT_A_TIME), default=heads)
 
 
 class Meeting(NamedTuple):
@@ -79,25 +90,33 @@ class Ring:
     def __call__(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
         @jax.custom_vjp
         def run(q: Array, k: Array, v: Array, scale: Array, this: "Ring") -> Array:
-            def add(out: Array, here: Any, step: Any) -> Array:
-                return out + step(q, *here).astype(jnp.float32)
+            def of_heads(q: Array, k: Array, v: Array) -> tuple[Array]:
+                def add(out: Array, here: Any, step: Any) -> Array:
+                    return out + step(q, *here).astype(jnp.float32)
 
-            return this._round(add, jnp.zeros((*q.shape[:2], v.shape[2]), jnp.float32), (k, v), scale, attend).astype(v.dtype)
+                out = this._round(add, jnp.zeros((*q.shape[:2], v.shape[2]), jnp.float32), (k, v), scale, attend)
+                return (out.astype(v.dtype),)
+
+            return _in_turns(of_heads, (v,), q, k, v)[0]
 
         def forward(*inputs: Any) -> tuple[Array, Any]:
             return run(*inputs), inputs
 
         def backward(saved: Any, g: Array) -> tuple[Any, ...]:
             q, k, v, scale, this = saved
+            q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))  # else XLA keeps what the forward has received, see `keeping_inputs`
 
-            def add(sums: Any, here: Any, step: Any) -> Any:
-                parts = jax.vjp(step, q, *here)[1](g)
-                dq, *d_kv = (a + b.astype(jnp.float32) for a, b in zip(sums, parts, strict=True))
-                return dq, *this._send(d_kv)  # after as many steps as there are shards they are at home
+            def of_heads(q: Array, k: Array, v: Array, g: Array) -> Any:
+                def add(sums: Any, here: Any, step: Any) -> Any:
+                    parts = jax.vjp(step, q, *here)[1](g)
+                    dq, *d_kv = (a + b.astype(jnp.float32) for a, b in zip(sums, parts, strict=True))
+                    return dq, *this._send(d_kv)  # after as many steps as there are shards they are at home
 
-            zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-            dq, dk, dv = this._round(add, zeros, (k, v), scale, attend)
-            return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+                zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+                sums = this._round(add, zeros, (k, v), scale, attend)
+                return tuple(total.astype(x.dtype) for total, x in zip(sums, (q, k, v), strict=True))
+
+            return *_in_turns(of_heads, (q, k, v), q, k, v, g), None, None
 
         run.defvjp(forward, backward)
         return run(q, k, v, scale, self)
@@ -132,3 +151,18 @@ class Ring:
         """To the next shard; what comes in is the shard's before."""
         onward = [(i, (i + 1) % self.shards) for i in range(self.shards)]
         return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis, onward), x)
+
+
+def _in_turns(function: Callable[..., Any], likes: tuple[Array, ...], *x_tHX: Array) -> tuple[Array, ...]:
+    """`function` of arrays of all heads, some heads at a time; results are shaped like `likes`."""
+    heads = x_tHX[0].shape[1]
+    some = heads_at_a_time(x_tHX[0].shape[0], heads)
+    if some == heads:
+        return function(*x_tHX)
+
+    def turn(number: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
+        found = function(*(jax.lax.dynamic_slice_in_dim(x, number * some, some, axis=1) for x in x_tHX))
+        return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, number * some, axis=1) for x, y in zip(results, found, strict=True))
+
+    # As in `mini_sequence`: the buffers of all layers' loops must not be there from the start of the program on.
+    return jax.lax.fori_loop(0, heads // some, turn, tuple(zeros_after(x_tHX[-1], like.shape, like.dtype) for like in likes))
