@@ -180,25 +180,35 @@ def _lengths(rng: np.random.Generator, kind: str, rows: int, longest: int) -> li
 
 
 def balance(rows: int = 65536, shards: int = 8) -> dict[str, Any]:
-    """Attention FLOPs of the busiest shard over the mean, the worst of several draws, by lengths and layout; FLOPs go with (row, key) pairs."""
-    masks = {"causal": AttentionMask(), "semi_local": AttentionMask(window=SEMI_LOCAL, full_rows=SEMI_LOCAL)}
+    """Attention FLOPs of the busiest shard over the mean, the worst of several draws, by lengths and layout; FLOPs go with (row, key) pairs.
+
+    `ring` and `gather` compute a pair where its row is, `halo` where its key is, for the rows that visit other shards; it lies in slices.
+    """
+    causal, semi_local = AttentionMask(), AttentionMask(window=SEMI_LOCAL, full_rows=SEMI_LOCAL)
     found: dict[str, dict[str, float]] = {}
     for kind in ("equal", "lognormal", "zipf", "one long, many short"):
-        for name, mask in masks.items():
-            worst: dict[str, float] = {}
-            for seed in range(5):
-                lengths = _lengths(np.random.default_rng(seed), kind, rows, rows // 2)
-                pairs_T = mask.row_pairs(lengths, rows)
-                layouts = {
-                    "contiguous": Layout.contiguous(rows, shards),
-                    "striped": Layout.striped(rows, shards),
-                    "balanced": Layout.balanced(lengths, mask, rows, shards),
-                }
-                for layout_name, layout in layouts.items():
-                    pairs_C = pairs_T[np.asarray(layout.permutation())].reshape(shards, -1).sum(1)
-                    worst[layout_name] = max(worst.get(layout_name, 0.0), float(pairs_C.max() / pairs_C.mean()))
-            found[f"{kind}/{name}"] = worst
+        for seed in range(5):
+            lengths = _lengths(np.random.default_rng(seed), kind, rows, rows // 2)
+            seen = semi_local.row_intervals(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), rows)
+            by_key_T = sum(np.asarray(hi) - np.asarray(lo) for lo, hi in zip(seen[::2], seen[1::2], strict=True)) + 1
+            by_row_T = causal.row_pairs(lengths, rows)
+            loads = {
+                "causal": {
+                    "contiguous": _busiest(by_row_T, Layout.contiguous(rows, shards)),
+                    "striped": _busiest(by_row_T, Layout.striped(rows, shards)),
+                    "balanced": _busiest(by_row_T, Layout.balanced(lengths, causal, rows, shards)),
+                },
+                "semi_local": {"contiguous": _busiest(by_key_T, Layout.contiguous(rows, shards))},
+            }
+            for mask, layouts in loads.items():
+                worst = found.setdefault(f"{kind}/{mask}", {})
+                worst.update({name: max(worst.get(name, 0.0), load) for name, load in layouts.items()})
     return {"rows": rows, "shards": shards, "block": 128, "draws": 5, "busiest_over_mean": found}
+
+
+def _busiest(pairs_T: np.ndarray, layout: Layout) -> float:
+    pairs_C = pairs_T[np.asarray(layout.permutation())].reshape(layout.shards, -1).sum(1)
+    return float(pairs_C.max() / pairs_C.mean())
 
 
 # --- the program ---
@@ -232,7 +242,7 @@ def stage_balance(folder: Path, console: Any) -> None:
     Record(folder, "balance").add(**found)
     table = Table("lengths / mask", "contiguous", "striped", "balanced")
     for name, values in found["busiest_over_mean"].items():
-        table.add_row(name, *(f"{values[layout]:.3f}" for layout in ("contiguous", "striped", "balanced")))
+        table.add_row(name, *(f"{values[layout]:.3f}" if layout in values else "" for layout in ("contiguous", "striped", "balanced")))
     console.print(table)
 
 

@@ -57,32 +57,20 @@ def longest(case: Case, budget: float, step: int, measure: Callable[[Case], int]
       case: its length is the first guess.
     """
     found: dict[int, int] = {}  # bytes, by length in steps
-
-    def take(length: int) -> int:
-        if length not in found:
-            found[length] = measure(dataclasses.replace(case, length=length * step))
-        return found[length]
-
-    guess = max(1, case.length // step)
+    guess = case.length // step
     while len(found) < compiles:
         fits = max((n for n in found if found[n] <= budget), default=0)
-        beyond = min((n for n in found if found[n] > budget), default=None)
+        beyond = min((n for n in found if n > fits), default=0)
         if beyond == fits + 1:
-            return {
-                "longest": fits * step,
-                "bytes": found.get(fits),
-                "bytes_of_one_step_more": found[beyond],
-                "step": step,
-                "compiles": len(found),
-            }
-        take(min(max(guess, fits + 1), (beyond or 2 * guess + 2) - 1))
+            last = {"bytes": found.get(fits), "bytes_of_one_step_more": found[beyond]}
+            return {"longest": fits * step, **last, "step": step, "compiles": len(found)}
         near = sorted(found, key=lambda n: abs(found[n] - budget))[:2]
         if len(near) == 1:
             guess = int(near[0] * budget / found[near[0]])
-        else:
-            (a, b), (x, y) = near, (found[near[0]], found[near[1]])
-            guess = a + int((budget - x) // ((y - x) / (b - a))) if y != x else a
-            guess = guess + 1 if guess in found and found[guess] <= budget else guess
+        elif near and (slope := (found[near[1]] - found[near[0]]) / (near[1] - near[0])) > 0:
+            guess = near[0] + int((budget - found[near[0]]) // slope)
+        guess = max(fits + 1, min(guess, beyond - 1 if beyond else 4 * max(fits, guess)))
+        found[guess] = measure(dataclasses.replace(case, length=guess * step))
     raise ValueError(f"no longest length of {case} after {compiles} compilations: {found}")
 
 

@@ -11,8 +11,7 @@ from jaxtyping import Array
 
 from kernels.hstu_attention.partial import partial_plan
 from kernels.mask import KeyIntervals, RowIntervals
-from kernels.zeros import zeros_after
-from ultra_hstu.parallel.frame import Attend, Frame, Prepare, keeping_inputs
+from ultra_hstu.parallel.frame import Attend, Frame, Prepare, in_turns, keeping_inputs
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["plan", "order"], meta_fields=["axis"])
@@ -41,16 +40,6 @@ class Gather:
     def _whole(self, x: Array) -> Array:
         x = jax.lax.all_gather(x, self.axis, tiled=True)
         return x if self.order is None else x[self.order]
-
-
-ROWS_AT_A_TIME = 2**17  # rows times heads of an attention call of `Ring`: work enough for a GPU
-
-
-def heads_at_a_time(rows: int, heads: int) -> int:
-    """How many heads travel together. Keys that came from elsewhere, their gradients and the buffers of the kernels exist for these alone: in the backward of
-    one layer, all heads' would take more memory than two layers keep.
-    """
-    return min((h for h in range(1, heads + 1) if heads % h == 0 and rows * h >= ROWS_AT_A_TIME), default=heads)
 
 
 class Meeting(NamedTuple):
@@ -97,7 +86,7 @@ class Ring:
                 out = this._round(add, jnp.zeros((*q.shape[:2], v.shape[2]), jnp.float32), (k, v), scale, attend)
                 return (out.astype(v.dtype),)
 
-            return _in_turns(of_heads, (v,), q, k, v)[0]
+            return in_turns(of_heads, (v,), q, k, v)[0]
 
         def forward(*inputs: Any) -> tuple[Array, Any]:
             return run(*inputs), inputs
@@ -116,7 +105,7 @@ class Ring:
                 sums = this._round(add, zeros, (k, v), scale, attend)
                 return tuple(total.astype(x.dtype) for total, x in zip(sums, (q, k, v), strict=True))
 
-            return *_in_turns(of_heads, (q, k, v), q, k, v, g), None, None
+            return *in_turns(of_heads, (q, k, v), q, k, v, g), None, None
 
         run.defvjp(forward, backward)
         return run(q, k, v, scale, self)
@@ -151,18 +140,3 @@ class Ring:
         """To the next shard; what comes in is the shard's before."""
         onward = [(i, (i + 1) % self.shards) for i in range(self.shards)]
         return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis, onward), x)
-
-
-def _in_turns(function: Callable[..., Any], likes: tuple[Array, ...], *x_tHX: Array) -> tuple[Array, ...]:
-    """`function` of arrays of all heads, some heads at a time; results are shaped like `likes`."""
-    heads = x_tHX[0].shape[1]
-    some = heads_at_a_time(x_tHX[0].shape[0], heads)
-    if some == heads:
-        return function(*x_tHX)
-
-    def turn(number: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
-        found = function(*(jax.lax.dynamic_slice_in_dim(x, number * some, some, axis=1) for x in x_tHX))
-        return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, number * some, axis=1) for x, y in zip(results, found, strict=True))
-
-    # As in `mini_sequence`: the buffers of all layers' loops must not be there from the start of the program on.
-    return jax.lax.fori_loop(0, heads // some, turn, tuple(zeros_after(x_tHX[-1], like.shape, like.dtype) for like in likes))
