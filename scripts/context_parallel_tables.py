@@ -166,14 +166,14 @@ def _draw_steps(axis: Any, record: dict[str, Any] | None) -> None:
     ]
     for place, (_, mask, value) in enumerate(reversed(bars)):
         axis.barh(place, value, color=colours[mask], height=0.7)
-        axis.text(value + 0.02, place, f"{value:.2f}", va="center", fontsize=8)
+        axis.text(value - 0.02, place, f"{value:.2f}", va="center", ha="right", color="white", fontsize=8)
     axis.set_yticks(range(len(bars)), [name for name, _, _ in reversed(bars)], fontsize=8)
     axis.axvline(record["devices"], color="black", linestyle=":", linewidth=1)
     for mask, colour in colours.items():
         axis.barh(0, 0, color=colour, label=MASKS[mask])
     axis.set(xlabel="tokens a second, over one device", xlim=(0, record["devices"] * 1.1))
     axis.set_title(f"training step, {record['devices']} x {record['device'].split(' x ')[-1]}", fontsize=10)
-    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.0)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def _draw_longest(axis: Any, record: dict[str, Any] | None) -> None:
@@ -185,7 +185,12 @@ def _draw_longest(axis: Any, record: dict[str, Any] | None) -> None:
         points = sorted((int(context), values["longest"]) for context, values in found.items())
         label = f"{MASKS[mask]}, {STRATEGY[mask]}" + (", remat" if remat != "none" else "")
         axis.plot(
-            *zip(*points, strict=True), color=looks[mask], marker="o", markersize=4, linestyle="--" if remat != "none" else "-", label=label
+            *zip(*points, strict=True),
+            color=looks[mask],
+            marker="o" if mask == "causal" else "x",
+            markersize=5,
+            linestyle="--" if remat != "none" else "-",
+            label=label,
         )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
