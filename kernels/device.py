@@ -1,8 +1,13 @@
 """What the default device can do."""
 
-from typing import NamedTuple
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
+
+_compiled_for: contextvars.ContextVar[Any] = contextvars.ContextVar("compiled_for", default=None)
 
 
 class Device(NamedTuple):
@@ -15,10 +20,20 @@ class Device(NamedTuple):
         return self.compute_capability is not None and self.compute_capability[0] == 9
 
 
+@contextlib.contextmanager
+def compiling_for(device: jax.Device) -> Iterator[None]:
+    """Inside, `current` is this device, which need not be here (`jax.experimental.topologies`): for programs that are compiled and not run."""
+    token = _compiled_for.set(device)
+    try:
+        yield
+    finally:
+        _compiled_for.reset(token)
+
+
 def current() -> Device:
-    """The device that an un-placed computation runs on (`jax_default_device` respected)."""
+    """The device that an un-placed computation runs on (`jax_default_device` respected), or is compiled for (`compiling_for`)."""
     default = jax.config.jax_default_device
-    device = default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+    device = _compiled_for.get() or (default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0])
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
     parsed = None
     if isinstance(capability, str) and "." in capability:

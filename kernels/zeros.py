@@ -15,5 +15,5 @@ def zeros_after(value: Shaped[Array, "..."], shape: tuple[int, ...], dtype: Any 
     """
     if value.size == 0 or math.prod(shape) == 0:
         return jnp.zeros(shape, dtype)
-    # Never true, which the compiler does not know.
-    return jnp.broadcast_to(jnp.where(value.ravel()[0] > jnp.inf, 1, 0).astype(dtype), shape)
+    # Never true, which the compiler does not know. Of the last element: buffers that were put together may begin with zeros, and those it knows.
+    return jnp.broadcast_to(jnp.where(value.ravel()[-1] > jnp.inf, 1, 0).astype(dtype), shape)

@@ -17,6 +17,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from scripts import bench_load_balance  # noqa: E402
 from scripts.attention_tables import attention_figure, attention_table, gpu_tests_table  # noqa: E402
+from scripts.context_parallel_tables import (  # noqa: E402
+    balance_table,
+    context_parallel_figure,
+    longest_table,
+    reshard_table,
+    steps_table,
+)
 from scripts.ranking_tables import ablation_table, ranking_table  # noqa: E402
 from scripts.serve_tables import serve_example, serve_figure, serve_load_table, serve_stages_table  # noqa: E402
 from scripts.serving_tables import (  # noqa: E402
@@ -235,10 +242,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve_example": serve_example,
     "serve_load": serve_load_table,
     "serve_stages": serve_stages_table,
+    "context_longest": longest_table,
+    "context_steps": steps_table,
+    "context_reshard": reshard_table,
+    "context_balance": balance_table,
 }
 PAGES = {
     "README.md": ("ml1m", "speed", "attention", "test_gpu", "ranking", "ablation", "serve_example"),
     "docs/ultra_hstu.md": ("long_ultra", "layer_memory"),
+    "docs/context_parallel.md": ("context_steps", "context_longest", "context_reshard", "context_balance"),
     "docs/online_serving.md": ("serve_load", "serve_stages"),
     "docs/sampling_and_precision.md": ("stochastic_length", "load_balance", "int4"),
     "docs/serving.md": ("serving_operations", "serving", "cache_precision", "host_tables"),
@@ -293,6 +305,7 @@ def main(_: list[str]) -> None:
         attention_figure()
         serving_figure()
         serve_figure()
+        context_parallel_figure()
 
 
 if __name__ == "__main__":

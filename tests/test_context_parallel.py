@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels.hstu_attention import RelativeBias, hstu_attention
 from kernels.mask import AttentionMask
-from ultra_hstu.parallel import context_parallel_attention, make_mesh
+from ultra_hstu.parallel import context_parallel_attention, frame, make_mesh
+from ultra_hstu.parallel.context_attention import heads_of_a_call
 from ultra_hstu.parallel.layout import Layout
 
 ROWS, HEADS, WIDTH = 256, 8, 8
@@ -96,6 +97,14 @@ def test_equals_one_device(strategy, mask):
     """Eight shards of 32 rows: empty sequences, sequences longer than a shard, a window that reaches over two neighbours."""
     # the dense implementation compiles several times faster than the blockwise one, which the other tests run
     check(sharded(strategy, "mixed", mask, implementation="reference"), expected("mixed", mask, True))
+
+
+@pytest.mark.parametrize("strategy, mask", [("gather", "causal"), ("ring", "causal"), ("halo", "full rows")])
+def test_heads_in_turns(strategy, mask, monkeypatch):
+    """Of many rows only some heads at a time: two of eight here."""
+    monkeypatch.setattr(frame, "ROWS_AT_A_TIME", 2 * ROWS // 4)
+    assert heads_of_a_call(strategy, Layout.contiguous(ROWS, 4), HEADS) == 2
+    check(sharded(strategy, "mixed", mask, shards=4, implementation="reference"), expected("mixed", mask, True))
 
 
 @pytest.mark.parametrize("batch", ["one", "short", "nothing"])

@@ -21,7 +21,7 @@ from ultra_hstu.nn.remat import Remat, checkpointed
 from ultra_hstu.nn.softmax_ablation import softmax_attention
 from ultra_hstu.nn.truncation import Cut, Truncation
 from ultra_hstu.parallel import frame, parameters
-from ultra_hstu.parallel.context_attention import attend_context, plan_context
+from ultra_hstu.parallel.context_attention import attend_context, heads_of_a_call, plan_context
 from ultra_hstu.parallel.mesh import CONTEXT
 from ultra_hstu.parallel.shards import ONE, Shards
 
@@ -154,6 +154,11 @@ class HSTU(nnx.Module):
             row_T = shards.rows(sequences.num_rows)
             keys_T = row_keys(layer_key, sequences.offsets, row_T, shards.first_sequence(sequences.offsets.shape[0] - 1))
 
+            if shards.devices > 1:
+                graph, params = nnx.split(layer)
+                x_TD, params = parameters.in_order(x_TD, params)
+                layer = nnx.merge(graph, params)
+
             def run(x_TD: Array, layer: Any, keys_T: Any, attend: Attend) -> Array:
                 return parameters.whole(layer, x_TD.dtype, shards)(x_TD, attend, keys_T)
 
@@ -203,8 +208,8 @@ class HSTU(nnx.Module):
         shards, biased = self.shards, self.layers[0].bias is not None
         whole = frame.Sequences(sequences.offsets, sequences.num_targets, sequences.num_contextual, *self.most)
         strategy = shards.strategy_of(mask, biased)
-        heads = self.layers[0].heads // (shards.context if strategy == "ulysses" else 1)
         view = frame.Frame(whole, mask, shards.layout(sequences.num_rows), CONTEXT)
+        heads = heads_of_a_call(strategy, view.layout, self.layers[0].heads)
         plan = plan_context(strategy, view, lambda plan: self._prepare(plan, dtype, heads))
         real_t, times_t = view.is_real(), shards.local((sequences.time_T, sequences.next_time_T))
 

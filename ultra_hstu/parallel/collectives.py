@@ -26,8 +26,9 @@ def collectives(program: str, devices: int) -> list[Collective]:
     found = []
     for match in _LINE.finditer(program):
         kind, shapes = match["kind"], [(name, _count(dims)) for name, dims in _SHAPE.findall(match["shapes"])]
-        if match["start"] and kind in ("all-gather", "collective-permute"):
-            shapes = shapes[len(shapes) // 2 :] if kind == "all-gather" else shapes[1:2]  # operands stand before the results
+        if match["start"] and (kind in ("all-gather", "collective-permute") or match["shapes"].startswith("((")):
+            # Operands stand before the results; of a permutation, handles of the hardware may stand behind.
+            shapes = shapes[1:2] if kind == "collective-permute" else shapes[len(shapes) // 2 :]
         elements, size = sum(count for _, count in shapes), sum(count * _width(name) for name, count in shapes)
         members = _members(match["rest"], devices)
         others = (members - 1) / members

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from kernels.hstu_attention.api import RelativeBias, hstu_attention
 from kernels.hstu_attention.partial import partial_attention
 from kernels.mask import AttentionMask
-from ultra_hstu.parallel.frame import Frame, Prepare, Sequences
+from ultra_hstu.parallel.frame import Frame, Prepare, Sequences, heads_at_a_time
 from ultra_hstu.parallel.halo import Halo
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
@@ -33,6 +33,13 @@ def plan_context(strategy: str, frame: Frame, prepare: Prepare = lambda plan: pl
     """
     kinds: dict[str, Any] = {"gather": Gather, "ring": Ring, "ulysses": Ulysses, "halo": Halo}
     return kinds[strategy].of(frame, prepare)
+
+
+def heads_of_a_call(strategy: str, layout: Layout, heads: int) -> int:
+    """How many of all heads an attention call of a strategy has: those that plans are prepared for."""
+    if strategy == "ulysses":
+        return heads // layout.shards
+    return heads_at_a_time(layout.rows_per_shard, heads)
 
 
 def attend_context(

@@ -12,9 +12,11 @@ from jaxtyping import Array, Bool
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.jagged import segment_ids
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
+from kernels.zeros import zeros_after
 from ultra_hstu.parallel.layout import Layout
 
 Attend = Callable[..., Array]  # kernels.hstu_attention.partial.partial_attention, its constants filled in
+ROWS_AT_A_TIME = 2**19  # rows times heads of an attention call: work enough for a GPU, and 128 MiB of bfloat16 of width 128
 Prepare = Callable[[AttentionPlan], AttentionPlan]  # adds an implementation's own lists to a plan
 
 
@@ -76,22 +78,50 @@ def places(sequences: Sequences, num_rows: int) -> tuple[Array, Array, Array, Ar
     return tuple(jnp.where(real, x[segment], 0) for x in ends)  # type: ignore[return-value]
 
 
+def heads_at_a_time(rows: int, heads: int) -> int:
+    """How many heads of a shard's rows are computed together. What came from elsewhere, its gradients and the buffers of the kernels exist for these alone:
+    of many rows, in the backward of one layer, all heads' would take more memory than two layers keep.
+    """
+    return min((h for h in range(1, heads + 1) if heads % h == 0 and rows * h >= ROWS_AT_A_TIME), default=heads)
+
+
+def in_turns(function: Callable[..., tuple[Array, ...]], likes: tuple[Array, ...], *x_tHX: Array) -> tuple[Array, ...]:
+    """`function` of arrays of all heads, `heads_at_a_time`; results are shaped like `likes`."""
+    heads = x_tHX[0].shape[1]
+    some = heads_at_a_time(x_tHX[0].shape[0], heads)
+    if some == heads:
+        return function(*x_tHX)
+
+    def turn(number: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
+        found = function(*(jax.lax.dynamic_slice_in_dim(x, number * some, some, axis=1) for x in x_tHX))
+        return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, number * some, axis=1) for x, y in zip(results, found, strict=True))
+
+    # As in `mini_sequence`: the buffers of all layers' loops must not be there from the start of the program on.
+    return jax.lax.fori_loop(0, heads // some, turn, tuple(zeros_after(x_tHX[-1], like.shape, like.dtype) for like in likes))
+
+
 def keeping_inputs(run: Callable[..., Array], q: Array, k: Array, v: Array, scale: Array, plan: Any) -> Array:
     """`run(q, k, v, scale, plan)`, whose backward keeps these and nothing else: what came from other shards is sent again.
 
-    Kernels keep their inputs alone, so the forward kernel does not run again: nobody reads its result there, and XLA leaves it out.
+    Kernels keep their inputs alone, so the forward kernel does not run again: nobody reads its result there, and XLA leaves it out. The barrier keeps XLA
+    from finding that what is sent again was there before, and holding it from one to the other.
     """
 
     @jax.custom_vjp
     def kept(q: Array, k: Array, v: Array, scale: Array, plan: Any) -> Array:
-        return run(q, k, v, scale, plan)
+        return in_turns(lambda q, k, v: (run(q, k, v, scale, plan),), (v,), q, k, v)[0]
 
     def forward(*inputs: Any) -> tuple[Array, Any]:
-        return run(*inputs), inputs
+        return kept(*inputs), inputs
 
     def backward(saved: Any, g: Array) -> tuple[Any, ...]:
         q, k, v, scale, plan = saved
-        return *jax.vjp(lambda q, k, v: run(q, k, v, scale, plan), q, k, v)[1](g), None, None
+        q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))
+
+        def of_heads(q: Array, k: Array, v: Array, g: Array) -> tuple[Array, ...]:
+            return jax.vjp(lambda q, k, v: run(q, k, v, scale, plan), q, k, v)[1](g)
+
+        return *in_turns(of_heads, (q, k, v), q, k, v, g), None, None
 
     kept.defvjp(forward, backward)
     return kept(q, k, v, scale, plan)

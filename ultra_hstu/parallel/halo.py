@@ -57,7 +57,7 @@ class Halo:
             edge=prepare(_edge(frame, whole, reach)) if reach else None,
             row_R=row_R,
             copy_P=copy_P,
-            place_t=jnp.searchsorted(row_R, own).astype(jnp.int32),
+            place_t=jnp.searchsorted(row_R, own, method="scan_unrolled").astype(jnp.int32),
             visits_t=whole.visits_T[own],
             overflow=(whole.visits_T.sum() > whole.visitors) | (whole.copied_T.sum() > whole.copies),
             axis=frame.axis,
@@ -148,7 +148,7 @@ def _home(frame: Frame, whole: _Whole, copy_P: Array, row_R: Array) -> Attention
     real_t = own < frame.sequences.offsets[-1]
 
     def place_of_copy(x: Array) -> Array:
-        return jnp.searchsorted(copy_P, x).astype(jnp.int32)
+        return jnp.searchsorted(copy_P, x, method="scan_unrolled").astype(jnp.int32)
 
     start_t, history_t, plain_t = whole.start_T[own], whole.history_T[own], real_t & ~whole.visits_T[own]
     near_t = jnp.maximum(own - window, history_t)
@@ -172,7 +172,9 @@ def _home(frame: Frame, whole: _Whole, copy_P: Array, row_R: Array) -> Attention
     # Of an own key: the plain rows of its window, and the visiting rows, which are one interval, or two around a contextual key.
     stop_t = jnp.minimum(own + window + 1, whole.first_T[own])
     near_t2 = [jnp.where(real_t & (own >= history_t), layout.rank(x, frame.shard), 0) for x in (own + 1, stop_t)]
-    ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (jnp.searchsorted(row_R, x[own]).astype(jnp.int32) for x in frame.rows)
+    ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (
+        jnp.searchsorted(row_R, x[own], method="scan_unrolled").astype(jnp.int32) for x in frame.rows
+    )
     some_near, some_tail = near_hi > near_lo, tail_hi > tail_lo
     tail = (jnp.where(some_near, near_lo, tail_lo), jnp.where(some_tail, tail_hi, near_hi))
     none_P, none_R = jnp.zeros_like(copy_P), jnp.zeros_like(row_R)

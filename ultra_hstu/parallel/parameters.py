@@ -63,6 +63,19 @@ def _gathered_backward(dtype: Any, _: None, g: Array) -> tuple[Array]:
 _gathered.defvjp(lambda dtype, x: (_gathered(dtype, x), None), _gathered_backward)
 
 
+@jax.custom_vjp
+def in_order(x: Array, params: Any) -> tuple[Array, Any]:
+    """What it is given; in the backward, the gradients of `params` are complete before that of `x` goes on.
+
+    Where there are collectives to hide, XLA puts off the products that give a layer's parameters their gradients, and holds the operands of all layers'
+    until then: more than all activations.
+    """
+    return x, params
+
+
+in_order.defvjp(lambda x, params: ((x, params), None), lambda _, g: jax.lax.optimization_barrier(g))
+
+
 def keep_no_matrix(primitive: Any, *_: Any, **settings: Any) -> bool:
     """A policy of `jax.checkpoint`: the backward puts matrices together again, and keeps everything else."""
     if primitive.name != "custom_vjp_call":

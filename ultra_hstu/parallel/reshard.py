@@ -123,7 +123,9 @@ class _Trip:
         self.fits = edge_C1[-1] <= layout.num_rows
         # Of this device's rows of the shared buffer: whose they are, and which of those that come from there.
         self.row_t = layout.rows(self.me)
-        self.source_t = jnp.clip(jnp.searchsorted(edge_C1, self.row_t, side="right") - 1, 0, layout.shards - 1).astype(jnp.int32)
+        self.source_t = jnp.clip(
+            jnp.searchsorted(edge_C1, self.row_t, side="right", method="scan_unrolled") - 1, 0, layout.shards - 1
+        ).astype(jnp.int32)
         self.real_t = self.row_t < edge_C1[-1]
         inside = jnp.minimum(edge_C1, layout.num_rows)
         self.number_t = jnp.arange(layout.rows_per_shard, dtype=jnp.int32) - layout.rank(inside[:-1], self.me)[self.source_t]

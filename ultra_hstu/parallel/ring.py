@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from kernels.hstu_attention.partial import partial_plan
 from kernels.mask import KeyIntervals, RowIntervals
-from ultra_hstu.parallel.frame import Attend, Frame, Prepare, keeping_inputs
+from ultra_hstu.parallel.frame import Attend, Frame, Prepare, in_turns, keeping_inputs
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["plan", "order"], meta_fields=["axis"])
@@ -79,25 +79,33 @@ class Ring:
     def __call__(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
         @jax.custom_vjp
         def run(q: Array, k: Array, v: Array, scale: Array, this: "Ring") -> Array:
-            def add(out: Array, here: Any, step: Any) -> Array:
-                return out + step(q, *here).astype(jnp.float32)
+            def of_heads(q: Array, k: Array, v: Array) -> tuple[Array]:
+                def add(out: Array, here: Any, step: Any) -> Array:
+                    return out + step(q, *here).astype(jnp.float32)
 
-            return this._round(add, jnp.zeros((*q.shape[:2], v.shape[2]), jnp.float32), (k, v), scale, attend).astype(v.dtype)
+                out = this._round(add, jnp.zeros((*q.shape[:2], v.shape[2]), jnp.float32), (k, v), scale, attend)
+                return (out.astype(v.dtype),)
+
+            return in_turns(of_heads, (v,), q, k, v)[0]
 
         def forward(*inputs: Any) -> tuple[Array, Any]:
             return run(*inputs), inputs
 
         def backward(saved: Any, g: Array) -> tuple[Any, ...]:
             q, k, v, scale, this = saved
+            q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))  # else XLA keeps what the forward has received, see `keeping_inputs`
 
-            def add(sums: Any, here: Any, step: Any) -> Any:
-                parts = jax.vjp(step, q, *here)[1](g)
-                dq, *d_kv = (a + b.astype(jnp.float32) for a, b in zip(sums, parts, strict=True))
-                return dq, *this._send(d_kv)  # after as many steps as there are shards they are at home
+            def of_heads(q: Array, k: Array, v: Array, g: Array) -> Any:
+                def add(sums: Any, here: Any, step: Any) -> Any:
+                    parts = jax.vjp(step, q, *here)[1](g)
+                    dq, *d_kv = (a + b.astype(jnp.float32) for a, b in zip(sums, parts, strict=True))
+                    return dq, *this._send(d_kv)  # after as many steps as there are shards they are at home
 
-            zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-            dq, dk, dv = this._round(add, zeros, (k, v), scale, attend)
-            return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+                zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+                sums = this._round(add, zeros, (k, v), scale, attend)
+                return tuple(total.astype(x.dtype) for total, x in zip(sums, (q, k, v), strict=True))
+
+            return *in_turns(of_heads, (q, k, v), q, k, v, g), None, None
 
         run.defvjp(forward, backward)
         return run(q, k, v, scale, self)
