@@ -62,20 +62,30 @@ def step_cases(devices: int, users: int, length: int, small: bool) -> dict[str, 
     return groups
 
 
-def measure_steps(cases: dict[str, Case], rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """Every case's step, compiled side by side, timed in turns."""
-    programs = {name: Program(case, jax.devices()) for name, case in cases.items()}
-    with ThreadPoolExecutor(len(programs)) as pool:
-        compiled = dict(zip(programs, pool.map(_tried, programs.values()), strict=True))
-    results: dict[str, dict[str, Any]] = {name: {"error": error} for name, error in compiled.items() if error}
+def compiled_together(groups: dict[str, dict[str, Case]]) -> dict[tuple[str, str], Program | str]:
+    """The program of every case of every group, or the error of compiling it, which is part of the result: the others may still run."""
+
+    def compiled(case: Case) -> Program | str:
+        try:
+            return Program(case, jax.devices()).compile()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:2000]
+
+    cases = {(group, name): case for group, named in groups.items() for name, case in named.items()}
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return dict(zip(cases, pool.map(compiled, cases.values()), strict=True))
+
+
+def measure_steps(found: dict[str, Program | str], rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """Every case's step, timed in turns."""
+    results: dict[str, dict[str, Any]] = {name: {"error": error} for name, error in found.items() if isinstance(error, str)}
+    programs = {name: program for name, program in found.items() if isinstance(program, Program)}
     states: dict[str, Any] = {}
     batches: dict[str, Any] = {}
     calls: dict[str, int] = {}
     losses: dict[str, float] = {}
     samples: dict[str, list[float]] = {name: [] for name in programs}
     for name, program in programs.items():
-        if name in results:
-            continue
         states[name], batches[name] = program.start()
         states[name], metrics = program.run(states[name], batches[name])
         losses[name] = float(metrics["loss"])
@@ -85,7 +95,7 @@ def measure_steps(cases: dict[str, Case], rounds: int, seconds: float) -> dict[s
         for name in states:
             samples[name].append(_time(programs[name], states, batches, name, calls[name]))
     for name in states:
-        case, step = cases[name], statistics.median(samples[name])
+        case, step = programs[name].case, statistics.median(samples[name])
         results[name] = {
             "data": case.data,
             "context": case.context,
@@ -102,16 +112,7 @@ def measure_steps(cases: dict[str, Case], rounds: int, seconds: float) -> dict[s
         for values in results.values():
             if "tokens_a_second" in values:
                 values["speed_up"] = values["tokens_a_second"] / base
-    return {name: results[name] for name in programs}
-
-
-def _tried(program: Program) -> str | None:
-    """The error of compiling, which is part of the result: the other cases may still run."""
-    try:
-        program.compile()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:2000]
-    return None
+    return {name: results[name] for name in found}
 
 
 def _time(program: Program, states: dict[str, Any], batches: dict[str, Any], name: str, calls: int) -> float:
@@ -263,8 +264,12 @@ def stage_steps(folder: Path, console: Any) -> None:
     record = Record(folder, f"steps_{_device_name()}")
     devices, found = jax.device_count() if FLAGS.devices is None else FLAGS.devices, {}
     users, length = (4, 128) if FLAGS.small else (FLAGS.users, FLAGS.length)
-    for mask, cases in step_cases(devices, users, length, FLAGS.small).items():
-        found[mask] = measure_steps(cases, rounds=2 if FLAGS.small else 7, seconds=0.01 if FLAGS.small else 0.3)
+    groups = step_cases(devices, users, length, FLAGS.small)
+    programs = compiled_together(groups)
+    for mask, cases in groups.items():
+        found[mask] = measure_steps(
+            {name: programs.pop((mask, name)) for name in cases}, rounds=2 if FLAGS.small else 7, seconds=0.01 if FLAGS.small else 0.3
+        )
         record.add(devices=devices, steps=found)
         table = Table(mask, "ms", "tokens/s", "speed-up", "MB sent", "GiB", "loss")
         for name, values in found[mask].items():
@@ -338,7 +343,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("stages", ["steps", "long", "confirm", "reshard"], f"of {', '.join(STAGES)}")
     flags.DEFINE_bool("small", False, "a model and lengths that a CPU can do")
     flags.DEFINE_integer("devices", None, "how many to use; all by default")
-    flags.DEFINE_integer("users", 4, "histories in the batch of the stage `steps`")
+    flags.DEFINE_integer("users", 8, "histories in the batch of the stage `steps`")
     flags.DEFINE_integer("length", 32768, "events of each of them")
     flags.DEFINE_list("contexts", ["1", "2", "4", "8"], "context shards of the stage `longest`")
     flags.DEFINE_float("budget_gib", 80.0, "memory of a device in the stage `longest`")

@@ -11,11 +11,16 @@ from scripts.context_parallel_model import Case
 from ultra_hstu.parallel.collectives import collectives
 
 
+def measured(cases):
+    programs = bench.compiled_together({"mask": cases})
+    return bench.measure_steps({name: program for (_, name), program in programs.items()}, rounds=1, seconds=0.001)
+
+
 def test_steps():
     cases = bench.step_cases(2, 4, 32, small=True)
     assert list(cases["causal"]) == ["one device", "ring", "gather", "ulysses", "data", "ring, 2 x batch"]
     some = {name: cases["semi_local"][name] for name in ("one device", "halo")}
-    found = bench.measure_steps(some, rounds=1, seconds=0.001)
+    found = measured(some)
     one, halo = found["one device"], found["halo"]
     assert halo["first_loss"] == pytest.approx(one["first_loss"], rel=1e-5)
     assert one["bytes_sent_a_step"] == 0 < halo["bytes_sent_a_step"] and halo["bytes_a_device"] > 0
@@ -24,7 +29,7 @@ def test_steps():
 
 def test_a_case_that_fails_is_part_of_the_result():
     cases = {"one device": Case("causal", 1, 16, small=True), "too many": Case("causal", 1, 15, context=2, small=True)}
-    found = bench.measure_steps(cases, rounds=1, seconds=0.001)
+    found = measured(cases)
     assert "15 rows" in found["too many"]["error"] and found["one device"]["speed_up"] == 1
 
 
