@@ -9,10 +9,12 @@ docs/context_parallel.md.
 """
 
 import dataclasses
+import logging
 import statistics
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -41,6 +43,8 @@ HISTORY = ("epoch", "step", "loss", "grad_norm", "seconds")  # what a record kee
 def main(_: list[str]) -> None:
     processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, detect=_DISTRIBUTED.value, seconds=_CONNECT_SECONDS.value)
     first = processes.is_first()
+    if not first:
+        logging.getLogger("ultra_hstu").setLevel(logging.ERROR)  # a warning is told once
     console = report.make_console(quiet=not first)
     config = from_config_dict(_CONFIG.value)
     try:
@@ -49,7 +53,7 @@ def main(_: list[str]) -> None:
         raise ValueError(f"--seeds={','.join(_SEEDS.value)} must be whole numbers, such as --seeds=42,43,44") from None
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds={','.join(_SEEDS.value)} names a seed twice")
-    processes.require_same("command", {"--seeds": seeds, "--record": _RECORD.value})
+    processes.require_same("command", {"--seeds": seeds, "--record": _RECORD.value, "version of jax": jax.__version__})
     if _RECORD.value and first:
         Path(_RECORD.value).parent.mkdir(parents=True, exist_ok=True)
     root = Path(str(_WORKDIR.value))

@@ -180,9 +180,8 @@ class _Run:
                 metrics: dict[str, float] = {}
                 if self.position.epoch % self.config.train.eval_every == 0 or last_epoch:
                     found = self.evaluator(self.state.params)
-                    metrics = self.position.last = processes.of_first(
-                        functools.partial(dict, found)
-                    )  # what follows from them is decided alike
+                    # Those of process 0, so that all decide alike about what follows from them.
+                    metrics = self.position.last = processes.of_first(functools.partial(dict, found))
                     self.position.evaluated_epoch = self.position.epoch
                     criteria = self.evaluator.criteria
                     if criteria.better(metrics[criteria.selection], self.position.best_metric):

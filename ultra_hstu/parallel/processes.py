@@ -108,7 +108,7 @@ def _connect(coordinator: str | None, processes: int | None, process: int | None
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         if detect and isinstance(error, ValueError):
             raise ValueError(
-                "--distributed found no cluster: neither SLURM's variables (start with srun inside a job), nor Kubernetes (needs the package "
+                f"--distributed found no cluster ({error}): neither SLURM's variables (start with srun inside a job), nor Kubernetes (needs the package "
                 "`kubernetes`), nor Open MPI's. Without one, give --coordinator=HOST:PORT --processes=N --process=I."
             ) from None
         raise ValueError(f"the processes could not meet at {coordinator or 'the address that the cluster names'}: {error}") from error
