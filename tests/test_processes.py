@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 from small_run import small_config, with_
 
+from ultra_hstu.checkpoint import Checkpoints
 from ultra_hstu.parallel import processes
 from ultra_hstu.report import read_metrics
 from ultra_hstu.train import train
@@ -225,6 +227,24 @@ def test_who_finds_no_other_says_so(tmp_path, flags, message):
 def test_flags_that_do_not_fit(flags, message):
     with pytest.raises(ValueError, match=message):
         processes.join(*flags[:3], detect=flags[3], seconds=5)
+
+
+@pytest.mark.parametrize("answer", [lambda *_: [None, "c/1: OSError: torn"], TimeoutError("process 1 did not answer within 60 s")])
+def test_a_checkpoint_that_only_some_can_read_is_an_error(tmp_path, monkeypatch, answer):
+    """Else they would go on from different ones. Those that can wait inside Orbax for the others, which then hear nothing from them."""
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, {"x": jnp.zeros(3)}, {"epoch": 1})
+    checkpoints.close()
+
+    def of_all(*_):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer()
+
+    monkeypatch.setattr(processes, "of_all", of_all)
+    reader = Checkpoints(tmp_path / "c", read_only=True)
+    with pytest.raises(ValueError, match=r"some processes cannot read a checkpoint.*(torn|did not answer).*delete .*/c/1"):
+        reader.restore({"x": jnp.zeros(3)})
 
 
 def test_a_port_that_is_taken():
