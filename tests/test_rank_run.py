@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,7 @@ class StopAfterFiveLooks:
     @property
     def requested(self):
         self.looks += 1
-        return "SIGTERM" if self.looks > 5 else None
+        return int(signal.SIGTERM) if self.looks > 5 else 0
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):

@@ -11,9 +11,11 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from ultra_hstu.parallel import processes
 from ultra_hstu.parallel.embedding_sharding import Table
 
 BEST_STEP = "best_step"
+ANSWER_SECONDS = 60  # after a process has read a checkpoint, the others have nearly done so
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +90,28 @@ class Checkpoints:
             strict = not self._other_room(step, abstract_state)
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state, strict=strict), position=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=args)
+            problem = None
         except Exception as error:  # whatever a damaged file makes Orbax raise
-            problems.append(f"{self.directory / str(step)}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
-            log.warning("checkpoint cannot be read, trying the one before it: %s", problems[-1])
+            problem = f"{self.directory / str(step)}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        self._require_agreement(step, problem)
+        if problem is not None:
+            problems.append(problem)
+            log.warning("checkpoint cannot be read, trying the one before it: %s", problem)
             return None
         return step, restored.state, restored.position
+
+    def _require_agreement(self, step: int, problem: str | None) -> None:
+        """Every process has read the checkpoint or none, else they would go on from different ones. Raises ValueError."""
+        try:
+            all_problems = processes.of_all(problem, ANSWER_SECONDS)
+        except TimeoutError as error:  # those that could read it wait, inside Orbax, for those that could not
+            all_problems = [problem, str(error)]
+        if len({one is None for one in all_problems}) > 1:
+            found = next(one for one in all_problems if one is not None)
+            raise ValueError(
+                f"some processes cannot read a checkpoint that others can ({found}): they must share its folder. If its files are damaged, delete "
+                f"{self.directory / str(step)} to go on from the one before it."
+            )
 
     def _other_room(self, step: int, abstract_state: Any) -> bool:
         """Whether tables have other numbers of rows than stored, and all other shapes are the same: a mesh fills its tables up with rows of zeros, and
@@ -115,7 +134,9 @@ class Checkpoints:
         self._manager.close()
 
     def let_go(self) -> None:
-        """Ends the background work, whatever its outcome: for a run that another error ends."""
+        """Ends the background work, whatever its outcome: for a run that another error ends. With several processes that would need the others."""
+        if processes.several():
+            return
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
         with contextlib.suppress(Exception):
@@ -126,7 +147,9 @@ class Checkpoints:
         whole = [step for step in self._manager.all_steps() if (self.directory / str(step)).is_dir()]
         return f"The last good checkpoint is {self.directory / str(max(whole))}" if whole else "There is no checkpoint yet"
 
-    def _not_written(self, error: Exception) -> OSError:
+    def _not_written(self, error: Exception) -> Exception:
+        if processes.several() and isinstance(error, jax.errors.JaxRuntimeError):  # not the disk: another process is missing
+            return error
         return OSError(
             f"a checkpoint could not be written to {self.directory} ({error}). {self.last_good()}. Make room and start the same command again."
         )

@@ -15,6 +15,7 @@ from ultra_hstu import criteria, metrics, ranking_evaluate
 from ultra_hstu.criteria import RETRIEVAL, Criteria
 from ultra_hstu.data.batching import Batch
 from ultra_hstu.data.feed import OF_GROUPS, Feed, Loader, feed_specs
+from ultra_hstu.parallel import processes
 from ultra_hstu.parallel.mesh import put
 from ultra_hstu.ranking_evaluate import RankingEvaluator
 from ultra_hstu.recipe import Params, Recipe
@@ -60,13 +61,18 @@ class Evaluator:
         return run
 
     def compile(self, scored: Params | Any) -> None:
-        """Compiles for the shapes that all calls have; without it the first call does."""
+        """Compiles for the shapes that all calls have; without it the first call does so."""
+        if isinstance(self._rank, jax.stages.Compiled):
+            return
         group = next(iter(self.loader.groups(self.plan)))
         targets_SB = put(np.zeros((STEPS_PER_CALL, self.loader.batch_users), np.int32), self.recipe.mesh, OF_GROUPS)
-        self._rank = self._rank.lower(scored, group.feed, targets_SB, jnp.int32(group.steps)).compile()
+        self._rank = self._rank.lower(scored, group.feed, targets_SB, np.int32(group.steps)).compile()
+        processes.meet()
 
     def ranks(self, scored: Params | Any) -> Int[np.ndarray, " n"]:
         """The 1-based rank of every example's target, in the order of the split; 2501 where it is not among the best 2500."""
+        if processes.several():
+            self.compile(scored)  # and not in the first call, which the others would wait in
         target_item = self.task.interactions.items[self.examples.stop].astype(np.int32)
         place_SB = self.plan.place_SB
         targets_SB = np.where(place_SB >= 0, target_item[np.maximum(place_SB, 0)], 0).astype(np.int32)

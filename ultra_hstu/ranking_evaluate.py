@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float32, Int
 from ultra_hstu import criteria
 from ultra_hstu.data.feed import Feed, Loader, feed_specs
 from ultra_hstu.data.ranking import RankEvents
+from ultra_hstu.parallel import processes
 from ultra_hstu.ranking_metrics import ranking_metrics
 from ultra_hstu.recipe import Params
 from ultra_hstu.task import RankTask
@@ -48,14 +49,19 @@ class RankingEvaluator:
             )
 
     def compile(self, params: Params) -> None:
-        """Compiles for the shapes that all calls have; without it the first call does."""
+        """Compiles for the shapes that all calls have; without it the first call does so."""
+        if isinstance(self._predict, jax.stages.Compiled):
+            return
         group = next(iter(self.loader.groups(self.plan)))
-        self._predict = self._predict.lower(params, group.feed, jnp.int32(group.steps)).compile()
+        self._predict = self._predict.lower(params, group.feed, np.int32(group.steps)).compile()
+        processes.meet()
 
     def predict(self, params: Params) -> Float32[np.ndarray, "P K"]:
         """The logits (values, in regressions) of the events `event_P`."""
+        if processes.several():
+            self.compile(params)  # and not in the first call, which the others would wait in
         groups = [
-            (group.first, group.steps, self._predict(params, group.feed, jnp.int32(group.steps))) for group in self.loader.groups(self.plan)
+            (group.first, group.steps, self._predict(params, group.feed, np.int32(group.steps))) for group in self.loader.groups(self.plan)
         ]
         parts = []
         for first, steps, logit_SPK in groups:

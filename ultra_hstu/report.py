@@ -56,9 +56,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < math.inf]
 
 
-def make_console() -> Console:
-    """Standard output; wide enough for the tables where it is a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+def make_console(*, quiet: bool = False) -> Console:
+    """Standard output; wide enough for the tables where it is a file or a pipe. `quiet` prints nothing."""
+    return Console(quiet=quiet, width=None if sys.stdout.isatty() else 120)
 
 
 def progress_bar(console: Console) -> Progress:

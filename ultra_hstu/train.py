@@ -9,7 +9,7 @@ import functools
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.data.feed import Feed, Group
 from ultra_hstu.evaluate import evaluator
+from ultra_hstu.parallel import make_mesh, processes
 from ultra_hstu.recipe import Steps, TrainState
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir, write_json
@@ -79,22 +80,52 @@ def train(config: Config, workdir: Path | str, *, console: Console | None = None
       Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     config.validate()
-    console = console or Console()
+    console = (console or Console()) if processes.is_first() else Console(quiet=True)
     folder = Workdir(workdir)
-    config = folder.with_groups(config)
-    folder.claim(config)
+    config = _claim(folder, config)
     try:
         task = Task.load(config) if task is None else task.with_config(config)
-        folder.claim_data(task.interactions)
+        processes.require_same("data set", task.interactions.fingerprint() if processes.several() else {})
+        processes.of_first(lambda: folder.claim_data(task.interactions))
         with jax.default_matmul_precision(config.train.matmul_precision):
             run = _Run(task, folder, console)
             try:
                 return run.to_the_end()
             finally:
-                run.log.close()
                 run.checkpoints.let_go()
+                if run.log is not None:
+                    run.log.close()
     finally:
         folder.release()
+
+
+def _claim(folder: Workdir, config: Config) -> Config:
+    """Claims the folder for all processes, of which one writes in it; the configuration with its groups. Raises ValueError as `Workdir.claim`."""
+    settings = dataclasses.asdict(config)
+    for name in ("raw_dir", "data_dir"):  # a host may have them elsewhere
+        settings["data"].pop(name)
+    processes.require_same("configuration", settings)
+    if processes.several() and config.parallel.data * config.parallel.context == 1:
+        raise ValueError(
+            f"parallel.data=1 x parallel.context=1 is a run of one device, but {jax.process_count()} processes with {jax.device_count()} devices are "
+            "to share it: set --config.parallel.data and --config.parallel.context"
+        )
+
+    def claim() -> int:
+        with_groups = folder.with_groups(config)
+        if config.parallel.data * config.parallel.context > 1:
+            make_mesh(config.parallel.data, config.parallel.context)  # raises before the folder is this run's
+        folder.claim(with_groups)
+        return with_groups.parallel.batch_groups
+
+    groups = processes.of_first(claim)
+    seen = processes.of_all(folder.config.exists())
+    if not all(seen):
+        folder.release()
+        raise ValueError(
+            f"process {seen.index(False)} does not see {folder.config}, which process 0 has written: all processes must share --workdir"
+        )
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, groups=groups))
 
 
 class _Run:
@@ -120,7 +151,8 @@ class _Run:
             self.checkpoints.drop_after(step)
             console.print(f"going on from step {step} (epoch {self.position.epoch + 1})")
         self.run_steps = self._compile()
-        self.log = report.MetricLog(folder.metrics, folder.tensorboard, resume_step=int(self.state.step))
+        step = int(self.state.step)
+        self.log = report.MetricLog(folder.metrics, folder.tensorboard, resume_step=step) if processes.is_first() else None
 
     def _compile(self) -> jax.stages.Compiled:
         """The training call, compiled for the shapes that all its calls have."""
@@ -129,8 +161,9 @@ class _Run:
         recipe = self.task.recipe
         out_shardings = None if recipe.mesh is None else (recipe.shardings, NamedSharding(recipe.mesh, PartitionSpec()))
         step = jax.jit(functools.partial(run_steps, recipe), donate_argnums=0, out_shardings=out_shardings)
-        compiled = step.lower(self.state, group.feed, jnp.int32(group.steps)).compile()
+        compiled = step.lower(self.state, group.feed, np.int32(group.steps)).compile()
         self.evaluator.compile(self.state.params)
+        processes.meet()
         self.position.compile_seconds += time.perf_counter() - started
         return compiled
 
@@ -146,7 +179,9 @@ class _Run:
                 last_epoch = self.position.epoch == self.config.train.epochs
                 metrics: dict[str, float] = {}
                 if self.position.epoch % self.config.train.eval_every == 0 or last_epoch:
-                    metrics = self.position.last = self.evaluator(self.state.params)
+                    found = self.evaluator(self.state.params)
+                    # Those of process 0, so that all decide alike about what follows from them.
+                    metrics = self.position.last = processes.of_first(functools.partial(dict, found))
                     self.position.evaluated_epoch = self.position.epoch
                     criteria = self.evaluator.criteria
                     if criteria.better(metrics[criteria.selection], self.position.best_metric):
@@ -156,20 +191,26 @@ class _Run:
                 seconds = time.perf_counter() - started
                 self.position.seconds += seconds
                 step = int(self.state.step)
-                self.log.write(step, {"epoch": self.position.epoch, "seconds": seconds, "split": self.split, **record, **metrics})
+                if self.log is not None:
+                    self.log.write(step, {"epoch": self.position.epoch, "seconds": seconds, "split": self.split, **record, **metrics})
                 improved = self.position.best_epoch == self.position.epoch
                 due = last_epoch or self.position.epoch % self.config.train.checkpoint_every == 0 or self._out_of_patience()
-                if improved or due or stop.requested:
+                cause = self._asked(stop)()
+                if improved or due or cause:
                     self._save(best=improved)
-                if stop.requested:
-                    self._interrupt(stop.requested)
+                if cause:
+                    self._interrupt(cause)
             self.checkpoints.wait()
         return self._finish()
 
-    def _interrupt(self, cause: str) -> None:
+    def _asked(self, stop: "_Stop") -> Callable[[], int]:
+        """The signal that any of the processes was asked to stop by, or 0: all stop at the same step."""
+        return processes.largest(stop.requested, self.task.recipe.mesh)
+
+    def _interrupt(self, cause: int) -> None:
         self.checkpoints.wait()
         raise Interrupted(
-            f"stopped by {cause} at step {int(self.state.step)}, epoch {self.position.epoch + 1}; the same command goes on from there"
+            f"stopped by {signal.Signals(cause).name} at step {int(self.state.step)}, epoch {self.position.epoch + 1}; the same command goes on from there"
         )
 
     def _train_epoch(self, stop: "_Stop", show: Any) -> dict[str, float]:
@@ -202,18 +243,19 @@ class _Run:
             before = time.perf_counter()
             group = next(groups, None)
             waited += time.perf_counter() - before
+            asked = self._asked(stop)
             if group is not None:
-                self.state, history = self.run_steps(self.state, group.feed, jnp.int32(group.steps))
+                self.state, history = self.run_steps(self.state, group.feed, np.int32(group.steps))
             if running is not None:
                 read(*running)
             if group is None:
                 break
             running = (group, step, history)
             step += group.steps
-            if stop.requested and group.first + group.steps < len(plan):  # else the epoch is done: evaluate it first
+            if (cause := asked()) and group.first + group.steps < len(plan):  # else the epoch is done: evaluate it first
                 read(*running)
                 self._save(best=False)
-                self._interrupt(stop.requested)
+                self._interrupt(cause)
         return {
             "loss": position.loss_sum / len(plan),
             "grad_norm": grad_norm,
@@ -251,14 +293,15 @@ class _Run:
             # One look at the test items, with the parameters that did best on the validation items.
             result |= {"validation": result.pop("best"), "best": evaluator(self.task, "test")(params)}
             result.pop("last")
-        write_json(self.folder.result, result)
-        report.draw_curves({self.config.name: self.folder.metrics}, self.folder.curves, self.evaluator.criteria)
+        if processes.is_first():
+            write_json(self.folder.result, result)
+            report.draw_curves({self.config.name: self.folder.metrics}, self.folder.curves, self.evaluator.criteria)
         self.checkpoints.close()
         return result
 
 
 class _Stop:
-    requested: str | None = None
+    requested: int = 0  # number of the signal
 
 
 @contextmanager
@@ -268,7 +311,7 @@ def _stop_signals() -> Iterator[_Stop]:
     previous: dict[int, Any] = {}
 
     def ask(number: int, frame: Any) -> None:
-        stop.requested = signal.Signals(number).name
+        stop.requested = number
         signal.signal(number, previous[number])
 
     try:
