@@ -1,6 +1,6 @@
 """Speed, memory and error of attention implementations on the workloads: a table on the terminal, and JSON.
 
-    python -m scripts.bench_attention --implementations mosaic,triton,xla --output experiments/results/attention_h200.json
+    python -m scripts.bench_attention --implementations mosaic,triton,xla --output experiments/results/attention_h100.json
     python -m scripts.bench_attention --rival PATH   # beside the public generative-recommenders (a checkout) and cuDNN, see attention_rivals.py
 
 Times are device time with inputs on the device; lists of work and tile bounds are made beforehand and their cost is a column of its own. FLOPs are

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from scripts.context_parallel_model import Case, Program
 
 GIB = 2**30
-USERS = 336  # of a group: so many that one GPU's longest history is about the paper's 3072
+USERS = 336  # of a group: so many that what is read is memory of activations, at lengths of some thousands
 CONTEXTS = (1, 2, 4, 8)
 VARIANTS = (("causal", "none"), ("semi_local", "none"), ("causal", "selective"), ("semi_local", "selective"))
 STRATEGY = {"causal": "ring", "semi_local": "halo"}

@@ -90,7 +90,7 @@ def steps_table() -> str:
             + (f", {peak / GIB:.1f} GiB of a device" if peak else "")
             + f", loss {long['losses'][0]:.2f} before and {long['losses'][-1]:.2f} after {len(long['losses']) - 1} steps."
         )
-    return "\n\n".join([markdown(header, rows), *notes])
+    return "\n\n".join([markdown(header, rows), *notes, *record.get("notes", [])])
 
 
 def _case(name: str) -> str:

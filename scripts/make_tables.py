@@ -206,7 +206,10 @@ def long_ultra_table() -> str:
         "training: TFLOP a sample",
         "TFLOP/s",
     ]
-    return markdown(header, rows) + f"\n\n{record['device']}, attention `{record['implementation']}`{remark(record)}."
+    return (
+        markdown(header, rows)
+        + f"\n\n{record['device']}, commit {record['commit']}, attention `{record['implementation']}`{remark(record)}."
+    )
 
 
 def layer_memory_table() -> str:
@@ -219,7 +222,7 @@ def layer_memory_table() -> str:
     depths = " and ".join(map(str, record["depths"]))
     return (
         markdown(["model.remat", "bytes a token and layer", "forward and backward, ms a layer"], rows)
-        + f"\n\n{record['device']}, {record['rows']:,} tokens, {depths} layers{remark(record)}."
+        + f"\n\n{record['device']}, commit {record['commit']}, {record['rows']:,} tokens, {depths} layers{remark(record)}."
     )
 
 

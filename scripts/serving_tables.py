@@ -32,7 +32,7 @@ Cells = dict[tuple[str, int, str, int, int], dict[str, Any]]
 
 def serving_table() -> str:
     """For each model, history and number of candidates: the fastest micro-batch, and how many times that is what does without a cache."""
-    record = load("serving_h200")
+    record = load("serving_h100")
     if not record:
         return NOT_MEASURED
     cells, rows = by_place(record), []
@@ -86,7 +86,7 @@ def by_place(record: dict[str, Any]) -> Cells:
 
 def serving_figure() -> None:
     """Candidates a second over the micro-batch, most candidates of the record, a panel a model and history."""
-    record = load("serving_h200")
+    record = load("serving_h100")
     if not record:
         return
     cells = by_place(record)
@@ -150,7 +150,7 @@ def cache_precision_table() -> str:
 
 def host_tables_table() -> str:
     """One line a kind of item table."""
-    record = load("host_tables_h200")
+    record = load("host_tables_h100")
     if not record:
         return NOT_MEASURED
     rows = [

@@ -111,13 +111,15 @@ def test_the_tables_take_a_record(tmp_path, monkeypatch):
         {"workload": "tiny", "implementation": "xla", "pass": "forward", "tflops": 3.21, "error": 0.002},
         {"workload": "tiny", "implementation": "mosaic_fp8", "pass": "forward", "tflops": 800.0, "error": 0.05},
         {"workload": "tiny", "implementation": "mosaic_fp8", "pass": "backward", "reason": "has no gradient"},
+        {"workload": "tiny", "implementation": "meta_triton", "pass": "forward", "tflops": 350.0, "error": 0.01},
         {"workload": "length_1024", "implementation": "meta_triton", "pass": "forward", "tflops": 300.0, "error": 0.01},
     ]
-    record = {"device": "1 x NVIDIA H200", "commit": "abc1234", "matmul_tflops": 780.0, "records": rates}
+    record = {"device": "1 x NVIDIA H100", "commit": "abc1234", "date": "2026-01-02T03", "matmul_tflops": 780.0, "records": rates}
+    record["rivals"] = {"revision": "fedcba"}
     monkeypatch.setattr(attention_tables, "load", lambda name: record)
     monkeypatch.setattr(attention_tables, "FIGURES", tmp_path)
     text = attention_tables.attention_table()
-    assert "| `tiny` | 700 / 501 | - | 3.2 / - | - | - |" in text
+    assert "| `tiny` | 700 / 501 | - | 3.2 / - | 350 / - | - | - |" in text and "`mosaic` reached `tiny` 700 / 501" in text
     assert "`tiny` 800, error 5.0 %" in text and "length_" not in text
     attention_tables.attention_figure()
     assert (tmp_path / "attention.png").stat().st_size > 10_000
