@@ -28,15 +28,7 @@ from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.schema import Request
 from ultra_hstu.serving.service import RunData, Service, as_answer
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained retrieval run", required=True)
-_RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
-_HISTORY = flags.DEFINE_integer("history", 200, "events of a history")
-_REQUESTS = flags.DEFINE_integer("requests", 10_000, "good and bad requests of the mixed part")
-_TIMED = flags.DEFINE_integer("timed", 1500, "requests of each measurement of the rate")
-_CONNECTIONS = flags.DEFINE_list("connections", ["1", "4", "8", "16"], "connections of the closed loop")
-_PORT = flags.DEFINE_integer("port", 8400, "port of the deployment")
-_SERVE = flags.DEFINE_string("serve", "", "more arguments for experiments.serve, separated by blanks")
-_RECORD = flags.DEFINE_string("record", None, "JSON file for the result")
+FLAGS = flags.FLAGS
 
 IN_LOOP = 8  # connections of the mixed part and of the kill
 CALL = 8  # requests of a device call, where parts are timed
@@ -45,32 +37,32 @@ WARM_UP = 0.2  # share of the mixed requests before memory must be flat
 
 def main(_: list[str]) -> None:
     console = report.make_console()
-    service = Service(RecommendationModel(_WORKDIR.value), RunData(_WORKDIR.value, _RAW_DIR.value))
+    service = Service(RecommendationModel(FLAGS.workdir), RunData(FLAGS.workdir, FLAGS.raw_dir))
     interactions = service.data.interactions
     result: dict[str, Any] = {
         **provenance.provenance(),
         "config": service.model.config.name,
         "items": interactions.num_items,
-        "history": _HISTORY.value,
-        "serve": _SERVE.value,
+        "history": FLAGS.history,
+        "serve": FLAGS.serve,
         "load_average_before": os.getloadavg(),
-        "stages_ms": stages(service, timed(interactions, 400, _HISTORY.value, seed=4)),
+        "stages_ms": stages(service, timed(interactions, 400, FLAGS.history, seed=4)),
     }
-    arguments = [*([f"--raw_dir={_RAW_DIR.value}"] if _RAW_DIR.value else []), *_SERVE.value.split()]
-    with deployment(_WORKDIR.value, *arguments, port=_PORT.value) as served:
+    arguments = [*([f"--raw_dir={FLAGS.raw_dir}"] if FLAGS.raw_dir else []), *FLAGS.serve.split()]
+    with deployment(FLAGS.workdir, *arguments, port=FLAGS.port) as served:
         result["seconds_to_start"] = served.seconds
-        alike = timed(interactions, len(_CONNECTIONS.value) * _TIMED.value, _HISTORY.value, seed=0)
+        alike = timed(interactions, len(FLAGS.connections) * FLAGS.timed, FLAGS.history, seed=0)
         result["example"] = asyncio.run(example(served))
         result["rates"] = asyncio.run(rates(served, alike))
-    known = checked(service, _REQUESTS.value // 10, _HISTORY.value, seed=1)
-    with deployment(_WORKDIR.value, *arguments, port=_PORT.value) as served:
-        result["mixed"] = asyncio.run(mixed(served, known, _REQUESTS.value))
-    with deployment(_WORKDIR.value, "--replicas=2", *arguments, port=_PORT.value) as served:
+    known = checked(service, FLAGS.requests // 10, FLAGS.history, seed=1)
+    with deployment(FLAGS.workdir, *arguments, port=FLAGS.port) as served:
+        result["mixed"] = asyncio.run(mixed(served, known, FLAGS.requests))
+    with deployment(FLAGS.workdir, "--replicas=2", *arguments, port=FLAGS.port) as served:
         result["kill"] = asyncio.run(kill(served, known * 3))
     result["load_average_after"] = os.getloadavg()
     console.print(result)
-    if _RECORD.value:
-        workdir.write_json(Path(_RECORD.value), result)
+    if FLAGS.record:
+        workdir.write_json(Path(FLAGS.record), result)
     if failed := judge(result):
         raise ValueError("; ".join(failed))
 
@@ -118,9 +110,9 @@ async def example(served: Served) -> dict[str, Any]:
 async def rates(served: Served, good: Sequence[Sent]) -> list[dict[str, Any]]:
     """Requests a second and latency over connections, with histories that the cache has not met, and with the same ones again."""
     rows = []
-    for number, connections in enumerate(map(int, _CONNECTIONS.value)):
+    for number, connections in enumerate(map(int, FLAGS.connections)):
         for histories in ("new", "known"):
-            requests = good[number * _TIMED.value : (number + 1) * _TIMED.value]
+            requests = good[number * FLAGS.timed : (number + 1) * FLAGS.timed]
             seen = await closed_loop(served.url, requests, connections, what=f"{connections} connections, {histories} histories")
             if refused := [one.status for one in seen if one.status != 200]:
                 raise ValueError(f"{len(refused)} of {len(seen)} good requests were not answered, the first has status {refused[0]}")
@@ -192,4 +184,13 @@ async def kill(served: Served, good: Sequence[Sent]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of a trained retrieval run", required=True)
+    flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
+    flags.DEFINE_integer("history", 200, "events of a history")
+    flags.DEFINE_integer("requests", 10_000, "good and bad requests of the mixed part")
+    flags.DEFINE_integer("timed", 1500, "requests of each measurement of the rate")
+    flags.DEFINE_list("connections", ["1", "4", "8", "16"], "connections of the closed loop")
+    flags.DEFINE_integer("port", 8400, "port of the deployment")
+    flags.DEFINE_string("serve", "", "more arguments for experiments.serve, separated by blanks")
+    flags.DEFINE_string("record", None, "JSON file for the result")
     command.run(main)

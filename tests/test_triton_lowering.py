@@ -1,6 +1,6 @@
 """What of `triton` a machine without GPU can check: it refuses with reason and remedy, its table covers all it takes, what it hands to a kernel.
 
-Its kernels are compiled and run by `make test-gpu`: jax-triton is no requirement of CPU installs.
+`test_triton_compiles.py` compiles its kernels, `make test-gpu` runs them: jax-triton is no requirement of CPU installs.
 """
 
 import importlib.util
@@ -73,7 +73,7 @@ MEASURED = [key for key in tuning.table() if key.implementation == "triton"]
 
 @pytest.mark.parametrize("key", MEASURED, ids=lambda key: "-".join(str(x) for x in key[2:]))
 def test_measured_sizes(key):
-    """What is in the table can be launched. `tests_gpu/test_triton_compiles.py` compiles it."""
+    """What is in the table can be launched. `test_triton_compiles.py` compiles it."""
     for tiling in triton.from_table(tuning.table()[key]):
         assert all(block >= 16 and block & (block - 1) == 0 for block in tiling[:2])
         assert tiling.warps in (1, 2, 4, 8)

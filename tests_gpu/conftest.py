@@ -23,7 +23,7 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    if config.option.record is None:
+    if config.option.record is None or hasattr(config, "workerinput"):  # an interrupted worker of xdist comes here, too
         return
     suites = collections.defaultdict(lambda: {"passed": 0, "failed": 0, "seconds": 0.0})
     failures = []

@@ -45,7 +45,7 @@ class Tilings(NamedTuple):
 
 
 # What a shape takes that has no entry in tuning.json. (bytes of an element, padded width of the widest head) -> sizes: those that an H200 does long
-# causal sequences fastest with. `tests_gpu/test_triton_compiles.py` compiles all of them, and the table's, for each kind of GPU, with and without a
+# causal sequences fastest with. `tests/test_triton_compiles.py` compiles all of them, and the table's, for each kind of GPU, with and without a
 # bias.
 TILINGS = {
     (2, 32): Tilings(Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)),
