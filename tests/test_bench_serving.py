@@ -83,10 +83,10 @@ def test_tables(tmp_path, monkeypatch):
     cells = [cell("encode", 0, 2.0, 0), cell("cached", 64, 8.0), cell("cached", 256, 4.0), cell("one_batch", 1024, 6.0),
              cell("recompute", 256, 3.0, 256), cell("one_by_one", 1, 64.0, 64), {"error": "x"}]  # fmt: skip
     record = {"device": "1 x GPU", "implementation": "a", "cached": "b", "commit": "c", "cells": cells}
-    (tmp_path / "serving_h200.json").write_text(json.dumps(record))
+    (tmp_path / "serving_h100.json").write_text(json.dumps(record))
     conditions = {key: record.get(key) for key in ("config", "device", "commit", "implementation", "cached", "kind", "xla_flags")}
-    assert bench_serving.before(str(tmp_path / "serving_h200.json"), conditions) == cells
-    assert bench_serving.before(str(tmp_path / "serving_h200.json"), conditions | {"commit": "d"}) == []
+    assert bench_serving.before(str(tmp_path / "serving_h100.json"), conditions) == cells
+    assert bench_serving.before(str(tmp_path / "serving_h100.json"), conditions | {"commit": "d"}) == []
     row = [text.strip() for text in serving_tables.serving_table().splitlines()[2].strip("|").split("|")]
     assert row == ["ULTRA-HSTU", "4,096", "1,024", "256", "4.00 / 8.00", "256,000", "3", "2.00", "3.0", "1.5", "256.0"]
     serving_tables.serving_figure()

@@ -28,6 +28,10 @@ FIELDS = dict(
     loss__negatives=4, parallel__strategy="gather", parallel__groups=4, train__steps_per_call=2,
 )  # fmt: skip
 FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": ""}
+SAID_OF_LOST = (
+    "another process was lost in the middle of the run",
+    "another task died",
+)  # ours, and JAX's where it ends the process itself
 OF_CLUSTERS = ("SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORDINATOR")
 
 
@@ -124,7 +128,8 @@ def require_same_losses(folder, expected, epochs=EPOCHS):
 def test_a_killed_process_ends_the_others_and_their_losses_were_those_of_one_process(runs):
     alone, killed, codes, said, seconds = runs
     assert codes[2] == -signal.SIGKILL and 0 not in codes and seconds < 60
-    assert any("another process was lost in the middle of the run" in text and "goes on from the last checkpoint" in text for text in said)
+    survivors = [text for number, text in enumerate(said) if number != 2]
+    assert all(any(words in text for words in SAID_OF_LOST) for text in survivors), said
     require_same_losses(killed, read_metrics(alone.metrics), epochs=2)
 
 
@@ -160,7 +165,7 @@ def test_without_the_first_process_the_others_end(runs, tmp_path):
     two.all[0].send_signal(signal.SIGKILL)
     codes = two.wait(60)
     assert codes[0] == -signal.SIGKILL and codes[1] != 0
-    assert "process 0" in two.said()[1] or "another task died" in two.said()[1] or "another process was lost" in two.said()[1]
+    assert any(words in two.said()[1] for words in (*SAID_OF_LOST, "process 0"))
 
 
 @pytest.fixture(scope="module")
