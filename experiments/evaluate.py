@@ -6,7 +6,6 @@ python -m experiments.evaluate --workdir=runs/ml1m_hstu [--split=validation] [--
 `--tables` evaluates on the item table as each kind of serving table gives it back, and says how many bytes go to the device.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,8 @@ _RECORD = flags.DEFINE_string("record", None, "also write the metrics with devic
 
 def main(_: list[str]) -> None:
     folder = Workdir(_WORKDIR.value)
-    config = folder.read_config().on_one_device()
-    if _RAW_DIR.value:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=_RAW_DIR.value))
-    task = Task.load(config)
-    folder.check_data(task.interactions)
+    task = Task.of_run(folder, _RAW_DIR.value)
+    config = task.config
     step, params = load_params(folder, task.recipe)
     with jax.default_matmul_precision(config.train.matmul_precision):
         measure = evaluator(task, _SPLIT.value)

@@ -3,8 +3,6 @@
 python -m experiments.export --workdir=runs/assistments_rank_ultra --out=scorer.zip --candidates=1024 [--users=1] [--raw_dir=PATH]
 """
 
-import dataclasses
-
 from absl import flags
 
 from experiments import command
@@ -27,11 +25,8 @@ _RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if n
 
 def main(_: list[str]) -> None:
     folder = Workdir(_WORKDIR.value)
-    config = folder.read_config().on_one_device()
-    if _RAW_DIR.value:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=_RAW_DIR.value))
-    task = Task.load(config)
-    folder.check_data(task.interactions)
+    task = Task.of_run(folder, _RAW_DIR.value)
+    config = task.config
     if not isinstance(task, RankTask):
         raise ValueError(f"{_WORKDIR.value} is a retrieval run: only ranking runs score given candidates")
     step, params = load_params(folder, task.recipe)

@@ -27,11 +27,8 @@ FLAGS = flags.FLAGS
 
 def main(_: list[str]) -> None:
     folder = Workdir(FLAGS.workdir)
-    config = folder.read_config().on_one_device()
-    if FLAGS.raw_dir:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=FLAGS.raw_dir))
-    task = Task.load(config)
-    folder.check_data(task.interactions)
+    task = Task.of_run(folder, FLAGS.raw_dir)
+    config = task.config
     if not isinstance(task, RankTask):
         raise ValueError(f"{FLAGS.workdir} is a retrieval run, which scores no candidates: give a ranking run")
     step, params = serving.load_params(folder, task.recipe)

@@ -19,6 +19,7 @@ from ultra_hstu.data.split import Split, split
 from ultra_hstu.flops import Flops
 from ultra_hstu.ranking_recipe import RankRecipe
 from ultra_hstu.recipe import Recipe
+from ultra_hstu.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,23 @@ class Task:
     def load(config: Config) -> "Task | RankTask":
         """Reads (and prepares, the first time) the data. Raises ValueError for bad data or a configuration that does not suit it."""
         return Task.of(config, load_interactions(config.data))
+
+    @staticmethod
+    def of_run(folder: Workdir, raw_dir: str | None = None) -> "Task | RankTask":
+        """The task of a run, as one device computes it.
+
+        Args:
+          raw_dir: where the raw data is now, if not where the run found it.
+
+        Raises:
+          ValueError: no run, or data that is not what it was trained on.
+        """
+        config = folder.read_config().on_one_device()
+        if raw_dir:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=raw_dir))
+        task = Task.load(config)
+        folder.check_data(task.interactions)
+        return task
 
     @staticmethod
     def of(config: Config, interactions: Interactions) -> "Task | RankTask":
