@@ -22,13 +22,15 @@ class Table(nnx.Param):
 def lookup(table_XD: Float[Array, "X D"], row_t: Int[Array, " t"], shards: Shards) -> Float[Array, "t D"]:
     """Rows of a table by their numbers; negative ones give zeros.
 
-    Inside `shard_map`, `table_XD` is this device's part. Row numbers go to the devices that hold the rows, and the rows come back: two all-to-alls of
+    Inside `shard_map`, `table_XD` is this device's part. A table of no more rows than are looked up is put together: one all-gather, and one
+    reduce-scatter of its gradient. Of a longer one, row numbers go to the devices that hold the rows, and the rows come back: two all-to-alls of
     about t rows (`SLACK`). Where a device is asked for more than there is room for, as many rounds follow as it takes: nothing is lost, whatever
     the numbers. The backward sends gradients the same way.
     """
-    if shards.devices == 1:
-        return jnp.where((row_t >= 0)[:, None], table_XD[jnp.maximum(row_t, 0)], 0.0)
-    return _lookup(shards.devices, table_XD, row_t)
+    rows = shards.devices * table_XD.shape[0]
+    if shards.devices > 1 and rows > SLACK * row_t.shape[0]:
+        return _lookup(shards.devices, table_XD, row_t)
+    return jnp.where((row_t >= 0)[:, None], whole_table(table_XD, rows, shards)[jnp.maximum(row_t, 0)], 0.0)
 
 
 def whole_table(table_XD: Float[Array, "X D"], rows: int, shards: Shards) -> Float[Array, "X2 D"]:
