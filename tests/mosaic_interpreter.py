@@ -20,6 +20,7 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
 from kernels.hstu_attention import (
     mosaic_device,
+    mosaic_feed,
     mosaic_hopper,
     mosaic_hopper_dkv,
     mosaic_hopper_dq,
@@ -28,7 +29,16 @@ from kernels.hstu_attention import (
     mosaic_parts,
 )
 
-MODULES = (mosaic_device, mosaic_hopper, mosaic_hopper_dkv, mosaic_hopper_dq, mosaic_hopper_vjp, mosaic_hopper_vjp_wide, mosaic_parts)
+MODULES = (
+    mosaic_device,
+    mosaic_feed,
+    mosaic_hopper,
+    mosaic_hopper_dkv,
+    mosaic_hopper_dq,
+    mosaic_hopper_vjp,
+    mosaic_hopper_vjp_wide,
+    mosaic_parts,
+)
 ACCUMULATORS = 7  # that a warpgroup holds at a time, at most
 
 

@@ -19,23 +19,19 @@ from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.mosaic_device import (
     draw_items,
-    feed_items,
     launch,
-    load_rows,
     open_rings,
     record_scratch,
     ring,
     swizzled,
 )
+from kernels.hstu_attention.mosaic_feed import RECORDS, feed
 from kernels.hstu_attention.mosaic_hopper_dkv import key_gradients
 from kernels.hstu_attention.mosaic_hopper_dq import query_gradients
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.mosaic_schedule import BackwardConfig, WorkList
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.zeros import zeros_after
-
-RECORDS = 2  # of work items, in shared memory at a time
-AHEAD = 2  # blocks before the end of an item at which the next one is drawn
 
 
 def backward_config(k_width: int, v_width: int, plan: AttentionPlan, passes: int | None = None) -> BackwardConfig:
@@ -284,24 +280,7 @@ def one_pass(
         @pl.when(wg == 2)
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
-            tail_first = tail_first_gm[0]
-
-            def keys_and_values(item):
-                plgpu.barrier_wait(s["kv_empty"])
-                row = item.tile * tile
-                plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, tile), item.head], s["v"], s["kv_full"])
-                load_rows(k_gm, tails_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"], width)
-
-            def rows_and_gradients(item, step, i):
-                now = lax.rem(step + i, stages)
-                row, full = item.block(i) * block_q, s["row_full"].at[now]
-                plgpu.barrier_wait(s["row_empty"].at[now])
-                load_rows(q_gm, tails_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
-                load_rows(do_gm, tails_gm, row, block_q, item.head, tail_first, s["do"].at[now], full, 2 * width)
-                # The first rows do not wait for the last item's keys to leave.
-                pl.when(i == jnp.minimum(item.count, 2) - 1)(lambda: keys_and_values(item))
-
-            feed_items(records_gm, tails_gm, s, rows_and_gradients, lambda item, slot: None, ahead=AHEAD, workers=config.workers)
+            feed(q_gm, k_gm, v_gm, do_gm, tails_gm, records_gm, tail_first_gm[0], config, s)
 
     dq = jax.new_ref(zeros_after(do, q.shape))
     slots = schedule.part_slots(plan, rows // tile, heads, config.workers)
