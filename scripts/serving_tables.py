@@ -55,7 +55,8 @@ def serving_table() -> str:
         if (model, 16384, "encode", 0, 0) in cells
     )
     where = f"{record['device']}, attention `{record['implementation']}`, to the cache `{record['cached']}`, commit {record['commit']}."
-    parts = [table, *([f"A history of 16,384 events: {whole}."] if whole else []), where, "![Candidates a second](figures/serving.png)"]
+    parts = [table, *([f"A history of 16,384 events: {whole}."] if whole else []), where, *record.get("notes", [])]
+    parts.append("![Candidates a second](figures/serving.png)")
     return "\n\n".join(parts)
 
 
@@ -163,7 +164,5 @@ def host_tables_table() -> str:
         for kind, found in record["tables"].items()
     ]
     header = ["item table", "bytes a row", "MiB of a request", "gathered on the host, ms", "to the device, ms", "unpacked there, ms"]
-    return (
-        markdown(header, rows)
-        + f"\n\n{record['device']}, {record['rows']:,} rows of width {record['width']} from {record['items']:,} items."
-    )
+    where = f"{record['device']}, {record['rows']:,} rows of width {record['width']} from {record['items']:,} items."
+    return "\n\n".join([markdown(header, rows), where, *record.get("notes", [])])
