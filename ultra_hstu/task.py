@@ -45,10 +45,7 @@ class Task:
         Raises:
           ValueError: no run, or data that is not what it was trained on.
         """
-        config = folder.read_config().on_one_device()
-        if raw_dir:
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=raw_dir))
-        task = Task.load(config)
+        task = Task.load(folder.read_for_one_device(raw_dir))
         folder.check_data(task.interactions)
         return task
 

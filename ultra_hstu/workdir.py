@@ -128,6 +128,11 @@ class Workdir:
         except ValueError as error:
             raise ValueError(f"{self.config}: {error}") from None
 
+    def read_for_one_device(self, raw_dir: str | None = None) -> Config:
+        """The same as one device computes it; `raw_dir`: where the raw data is now, if not where the run found it."""
+        config = self.read_config().on_one_device()
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=raw_dir)) if raw_dir else config
+
 
 def write_json(path: Path, value: Any) -> None:
     """Writes the whole file or nothing."""

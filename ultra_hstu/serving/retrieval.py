@@ -77,7 +77,7 @@ class RecommendationModel:
           ValueError: a folder without a retrieval run, parameters that are not finite, a kind of table that does not fit.
         """
         folder = Workdir(workdir)
-        self.config: Config = folder.read_config().on_one_device()
+        self.config: Config = folder.read_for_one_device()
         require_retrieval(workdir, self.config)
         self.catalog = Catalog.load(folder.catalog)
         self.recipe = Recipe(self.config, self.catalog.num_items)

@@ -22,9 +22,7 @@ class RunData:
 
     def __init__(self, workdir: str, raw_dir: str | None = None):
         self.folder = Workdir(workdir)
-        config = self.folder.read_config().on_one_device()
-        data = config.data if raw_dir is None else dataclasses.replace(config.data, raw_dir=raw_dir)
-        self.config = dataclasses.replace(config, data=data)
+        self.config = self.folder.read_for_one_device(raw_dir)
 
     @functools.cached_property
     def interactions(self) -> Interactions:
