@@ -5,18 +5,18 @@
     python -m scripts.bench_context_parallel --small --stages=steps,long,reshard     # a few seconds, on CPU devices
 
 A step is loss, backward and optimizer of a model of width 512, 8 layers, 4 heads of 128, bfloat16, on a batch that is the same for all cases of a
-comparison. Programs are compiled side by side and then take turns on the devices; a time is the median over the turns. Bytes on the wire are read from
-the compiled programs. Every stage writes its record when it is done, and goes on from what a record holds.
+comparison. Programs are compiled side by side, each in a process of its own, and then run one after another with nothing beside them; a time is the
+median of its samples. Bytes on the wire are read from the compiled programs. Every measurement is recorded when it is made, beside what a record holds.
 """
 
+import functools
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.table import Table
 
 from experiments import command
-from kernels.mask import AttentionMask
 from kernels.timing import device_time
 from scripts import context_parallel_longest
-from scripts.context_parallel_model import SEMI_LOCAL, Case, Program
+from scripts.context_parallel_balance import balance, draw_lengths
+from scripts.context_parallel_model import Case, Program
+from scripts.turns import one_by_one
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.parallel.collectives import bytes_sent
 from ultra_hstu.parallel.layout import Layout
@@ -38,7 +39,6 @@ from ultra_hstu.parallel.reshard import gather_then_slice, needed_capacity, to_s
 
 FLAGS = flags.FLAGS
 RESULTS = Path(__file__).parent.parent / "experiments" / "results"
-SHARE = 0.94  # of a GPU's memory, where all of it is wanted
 
 
 # --- training steps ---
@@ -62,67 +62,55 @@ def step_cases(devices: int, users: int, length: int, small: bool) -> dict[str, 
     return groups
 
 
-def compiled_together(groups: dict[str, dict[str, Case]]) -> dict[tuple[str, str], Program | str]:
-    """The program of every case of every group, or the error of compiling it, which is part of the result: the others may still run."""
+def prepare_step(case: Case, rounds: int, seconds: float, trace: str | None = None) -> Callable[[], dict[str, Any]]:
+    """Compiles a case's step. What it returns times it, and leaves a profile of two steps in the folder `trace`."""
+    program = Program(case, jax.devices()).compile()
+    state, batch = program.start()
 
-    def compiled(case: Case) -> Program | str:
-        try:
-            return Program(case, jax.devices()).compile()
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"[:2000]
+    def run(calls: int) -> float:
+        """Seconds of a step, of `calls` enqueued together; the last one's loss is waited for, too."""
+        nonlocal state
+        jax.block_until_ready(state)
+        started = time.perf_counter()
+        for _ in range(calls):
+            state, _ = program.run(state, batch)
+        jax.block_until_ready(state)
+        return (time.perf_counter() - started) / calls
 
-    cases = {(group, name): case for group, named in groups.items() for name, case in named.items()}
-    with ThreadPoolExecutor(len(cases)) as pool:
-        return dict(zip(cases, pool.map(compiled, cases.values()), strict=True))
-
-
-def measure_steps(found: dict[str, Program | str], rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """Every case's step, timed in turns."""
-    results: dict[str, dict[str, Any]] = {name: {"error": error} for name, error in found.items() if isinstance(error, str)}
-    programs = {name: program for name, program in found.items() if isinstance(program, Program)}
-    states: dict[str, Any] = {}
-    batches: dict[str, Any] = {}
-    calls: dict[str, int] = {}
-    losses: dict[str, float] = {}
-    samples: dict[str, list[float]] = {name: [] for name in programs}
-    for name, program in programs.items():
-        states[name], batches[name] = program.start()
-        states[name], metrics = program.run(states[name], batches[name])
-        losses[name] = float(metrics["loss"])
-        once = _time(program, states, batches, name, 1)
-        calls[name] = max(1, round(seconds / once))
-    for _ in range(rounds):
-        for name in states:
-            samples[name].append(_time(programs[name], states, batches, name, calls[name]))
-    for name in states:
-        case, step = programs[name].case, statistics.median(samples[name])
-        results[name] = {
+    def measure() -> dict[str, Any]:
+        nonlocal state
+        state, metrics = program.run(state, batch)
+        run(1)
+        calls = max(1, round(seconds / run(1)))
+        samples = [run(calls) for _ in range(rounds)]
+        if trace:
+            with jax.profiler.trace(trace):
+                run(2)
+        step = statistics.median(samples)
+        return {
             "data": case.data,
             "context": case.context,
             "users": case.users,
             "length": case.length,
             "step_ms": 1e3 * step,
-            "samples_ms": [1e3 * s for s in samples[name]],
+            "samples_ms": [1e3 * s for s in samples],
             "tokens_a_second": case.users * case.length / step,
-            "bytes_sent_a_step": programs[name].bytes_sent(),
-            "bytes_a_device": programs[name].bytes(),
-            "first_loss": losses[name],
+            "bytes_sent_a_step": program.bytes_sent(),
+            "bytes_a_device": program.bytes(),
+            "first_loss": float(metrics["loss"]),
         }
-    if base := results.get("one device", {}).get("tokens_a_second"):
-        for values in results.values():
-            if "tokens_a_second" in values:
-                values["speed_up"] = values["tokens_a_second"] / base
-    return {name: results[name] for name in found}
+
+    return measure
 
 
-def _time(program: Program, states: dict[str, Any], batches: dict[str, Any], name: str, calls: int) -> float:
-    """Seconds of a step, of `calls` enqueued together."""
-    jax.block_until_ready(states[name])
-    started = time.perf_counter()
-    for _ in range(calls):
-        states[name], _ = program.run(states[name], batches[name])
-    jax.block_until_ready(states[name])
-    return (time.perf_counter() - started) / calls
+def with_speed_up(found: dict[str, Any]) -> dict[str, Any]:
+    """Cases of one comparison, beside the step on one device; one that failed has its error."""
+    found = {name: {"error": str(values)} if isinstance(values, Exception) else values for name, values in found.items()}
+    base = found.get("one device", {}).get("tokens_a_second")
+    return {
+        name: values | ({"speed_up": values["tokens_a_second"] / base} if base and "tokens_a_second" in values else {})
+        for name, values in found.items()
+    }
 
 
 # --- the first exchange of a batch ---
@@ -132,7 +120,7 @@ def measure_reshard(devices: int, rows: int, width: int, seconds: float) -> dict
     """Jagged batches that every device read for itself into one shared buffer: the all-to-all, and the all-gather that the paper starts from."""
     mesh, rng, result = make_mesh(context=devices, devices=jax.devices()[:devices]), np.random.default_rng(0), {}
     local = rows // devices
-    lengths_Bd = [_lengths(rng, "lognormal", local - local // 16 * int(rng.integers(0, 4)), local // 8) for _ in range(devices)]
+    lengths_Bd = [draw_lengths(rng, "lognormal", local - local // 16 * int(rng.integers(0, 4)), local // 8) for _ in range(devices)]
     most = max(map(len, lengths_Bd))
     lengths = np.concatenate([np.pad(x, (0, most - len(x))) for x in lengths_Bd]).astype(np.int32)
     spread = NamedSharding(mesh, PartitionSpec("context"))
@@ -163,55 +151,6 @@ def measure_reshard(devices: int, rows: int, width: int, seconds: float) -> dict
     return {"rows": rows, "width": width, "devices": devices, "ways": result}
 
 
-# --- balance ---
-
-
-def _lengths(rng: np.random.Generator, kind: str, rows: int, longest: int) -> list[int]:
-    """Lengths of sequences that fill a buffer."""
-    draw: dict[str, Callable[[], float]] = {
-        "zipf": lambda: 200 * rng.zipf(1.3),
-        "lognormal": lambda: rng.lognormal(np.log(longest / 32), 1.5),
-        "one long, many short": lambda: longest if not lengths else 64,
-        "equal": lambda: longest / 8,
-    }
-    lengths: list[int] = []
-    while (left := rows - sum(lengths)) > 0:
-        lengths.append(max(1, min(int(min(draw[kind](), longest)), left)))
-    return lengths
-
-
-def balance(rows: int = 65536, shards: int = 8) -> dict[str, Any]:
-    """Attention FLOPs of the busiest shard over the mean, the worst of several draws, by lengths and layout; FLOPs go with (row, key) pairs.
-
-    `ring` and `gather` compute a pair where its row is, `halo` where its key is, for the rows that visit other shards; it lies in slices.
-    """
-    causal, semi_local = AttentionMask(), AttentionMask(window=SEMI_LOCAL, full_rows=SEMI_LOCAL)
-    found: dict[str, dict[str, float]] = {}
-    for kind in ("equal", "lognormal", "zipf", "one long, many short"):
-        for seed in range(5):
-            lengths = _lengths(np.random.default_rng(seed), kind, rows, rows // 2)
-            seen = semi_local.row_intervals(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), rows)
-            by_key_T = sum(np.asarray(hi) - np.asarray(lo) for lo, hi in zip(seen[::2], seen[1::2], strict=True)) + 1
-            by_row_T = causal.row_pairs(lengths, rows)
-            loads = {
-                "causal": {
-                    "contiguous": _busiest(by_row_T, Layout.contiguous(rows, shards)),
-                    "striped": _busiest(by_row_T, Layout.striped(rows, shards)),
-                    "balanced": _busiest(by_row_T, Layout.balanced(lengths, causal, rows, shards)),
-                },
-                "semi_local": {"contiguous": _busiest(by_key_T, Layout.contiguous(rows, shards))},
-            }
-            for mask, layouts in loads.items():
-                worst = found.setdefault(f"{kind}/{mask}", {})
-                worst.update({name: max(worst.get(name, 0.0), load) for name, load in layouts.items()})
-    return {"rows": rows, "shards": shards, "block": 128, "draws": 5, "busiest_over_mean": found}
-
-
-def _busiest(pairs_T: np.ndarray, layout: Layout) -> float:
-    pairs_C = pairs_T[np.asarray(layout.permutation())].reshape(layout.shards, -1).sum(1)
-    return float(pairs_C.max() / pairs_C.mean())
-
-
 # --- the program ---
 
 
@@ -227,15 +166,27 @@ class Record:
         workdir.write_json(self.path, self.value)
 
 
+class Measurement(NamedTuple):
+    """What a stage measures: `prepare(*arguments)()`, and what becomes of it."""
+
+    prepare: Callable[..., Callable[[], Any]]
+    arguments: tuple[Any, ...]
+    keep: Callable[[Any], None]
+
+
 def main(_: list[str]) -> None:
     if unknown := set(FLAGS.stages) - set(STAGES):
         raise ValueError(f"--stages={','.join(FLAGS.stages)}: {sorted(unknown)} are none of {', '.join(STAGES)}")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # stages have processes of their own
+    # Every measurement has a process of its own; those that wait for their turn hold some memory, too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     folder, console = Path(FLAGS.folder), report.make_console()
-    for stage in FLAGS.stages:
-        started = time.perf_counter()
-        STAGES[stage](folder, console)
-        console.print(f"{stage}: {time.perf_counter() - started:.0f} s")
+    measurements = [one for stage in FLAGS.stages for one in STAGES[stage](folder, console) or ()]
+    started = time.perf_counter()
+    results = one_by_one([(one.prepare, one.arguments) for one in measurements], processes=not FLAGS.small)
+    for one, result in zip(measurements, results, strict=True):
+        one.keep(result)
+        console.print(f"{time.perf_counter() - started:.0f} s")
 
 
 def stage_balance(folder: Path, console: Any) -> None:
@@ -250,7 +201,7 @@ def stage_balance(folder: Path, console: Any) -> None:
 def stage_longest(folder: Path, console: Any) -> None:
     record = Record(folder, "longest")
     budget = FLAGS.budget_gib * context_parallel_longest.GIB
-    variants: dict[str, dict[str, Any]] = {}
+    variants: dict[str, dict[str, Any]] = record.value.get("variants", {})
     users = 2 if FLAGS.small else context_parallel_longest.USERS
     contexts = [int(context) for context in FLAGS.contexts]
     for variant, context, found in context_parallel_longest.search(budget, contexts, users, FLAGS.small, FLAGS.jobs):
@@ -260,69 +211,73 @@ def stage_longest(folder: Path, console: Any) -> None:
         record.add(budget_GiB=FLAGS.budget_gib, users=users, compiled_for=compiled_for, variants=variants)
 
 
-def stage_steps(folder: Path, console: Any) -> None:
+def stage_steps(folder: Path, console: Any) -> Iterator[Measurement]:
     record = Record(folder, f"steps_{_device_name()}")
-    devices, found = jax.device_count() if FLAGS.devices is None else FLAGS.devices, {}
     users, length = (4, 128) if FLAGS.small else (FLAGS.users, FLAGS.length)
-    groups = step_cases(devices, users, length, FLAGS.small)
-    programs = compiled_together(groups)
+    rounds, seconds = (2, 0.01) if FLAGS.small else (7, 0.3)
+    groups = step_cases(_devices(), users, length, FLAGS.small)
+    found: dict[str, dict[str, Any]] = {mask: {} for mask in groups}
+
+    def keep(mask: str, name: str, result: Any) -> None:
+        found[mask] = with_speed_up(found[mask] | {name: result})
+        record.add(devices=_devices(), steps=found)
+        console.print(mask, name, {key: value for key, value in found[mask][name].items() if key != "samples_ms"})
+
     for mask, cases in groups.items():
-        found[mask] = measure_steps(
-            {name: programs.pop((mask, name)) for name in cases}, rounds=2 if FLAGS.small else 7, seconds=0.01 if FLAGS.small else 0.3
-        )
-        record.add(devices=devices, steps=found)
-        table = Table(mask, "ms", "tokens/s", "speed-up", "MB sent", "GiB", "loss")
-        for name, values in found[mask].items():
-            if isinstance(values, dict):
-                keys = {
-                    "step_ms": 1,
-                    "tokens_a_second": 1,
-                    "speed_up": 1,
-                    "bytes_sent_a_step": 1e6,
-                    "bytes_a_device": 2**30,
-                    "first_loss": 1,
-                }
-                table.add_row(name, *(f"{values[key] / unit:.5g}" if key in values else values["error"][:99] for key, unit in keys.items()))
-        console.print(table)
+        for name, case in cases.items():
+            trace = str(Path(FLAGS.trace) / f"{mask}, {name}") if FLAGS.trace else None
+            yield Measurement(prepare_step, (case, rounds, seconds, trace), functools.partial(keep, mask, name))
 
 
-def stage_long(folder: Path, console: Any) -> None:
+def stage_long(folder: Path, console: Any) -> Iterator[Measurement]:
     """One user's history of 131,072 events, on all devices."""
-    devices = jax.device_count() if FLAGS.devices is None else FLAGS.devices
     length, small = (256, True) if FLAGS.small else (131072, False)
-    case = Case("semi_local", 1, length, context=devices, strategy="halo", small=small)
-    found = _alone(context_parallel_longest.train_at, case, 8, SHARE)
-    Record(folder, f"steps_{_device_name()}").add(long=found)
-    console.print(found)
+    case = Case("semi_local", 1, length, context=_devices(), strategy="halo", small=small)
+
+    def keep(found: Any) -> None:
+        console.print(found)
+        if isinstance(found, Exception):
+            raise found
+        Record(folder, f"steps_{_device_name()}").add(long=found)
+
+    yield Measurement(context_parallel_longest.prepare_training, (case, 8), keep)
 
 
-def stage_confirm(folder: Path, console: Any) -> None:
+def stage_confirm(folder: Path, console: Any) -> Iterator[Measurement]:
     """Trains at the longest lengths, on one device and on two."""
     record, devices = Record(folder, "longest"), jax.devices()
     if "variants" not in record.value:
         raise ValueError(f"{record.path} holds no lengths to confirm: run --stages=longest first")
-    room = SHARE * 0.97 * ((devices[0].memory_stats() or {}).get("bytes_limit", 2**33) / 0.75)  # the limit is a share of the memory
+    room = 0.97 * (devices[0].memory_stats() or {}).get("bytes_limit", 2**33)
     confirmed: list[dict[str, Any]] = []
+
+    def keep(bytes_found: int, found: Any) -> None:
+        console.print(found)
+        confirmed.append({"bytes_found": bytes_found} | ({"error": str(found)} if isinstance(found, Exception) else found))
+        workdir.write_json(record.path, record.value | {"confirmed": {**provenance.provenance(), "runs": confirmed}})
+
     for context in (1, 2):
         if context > len(devices):
             continue
-        for case, found in context_parallel_longest.lengths_to_confirm(record.value, context, room):
-            confirmed.append({"bytes_found": found, **_alone(context_parallel_longest.train_at, case, 3, SHARE)})
-            console.print(confirmed[-1])
-            workdir.write_json(record.path, record.value | {"confirmed": {**provenance.provenance(), "runs": confirmed}})
+        for case, bytes_found in context_parallel_longest.lengths_to_confirm(record.value, context, room):
+            arguments = (case, 3, context_parallel_longest.UNTUNED)  # the very program whose memory was predicted
+            yield Measurement(context_parallel_longest.prepare_training, arguments, functools.partial(keep, bytes_found))
 
 
-def stage_reshard(folder: Path, console: Any) -> None:
-    devices = jax.device_count() if FLAGS.devices is None else FLAGS.devices
-    rows, width = (4096, 16) if FLAGS.small else (131072 * devices, 512)
-    found = measure_reshard(devices, rows, width, seconds=0.01 if FLAGS.small else 0.1)
-    Record(folder, f"steps_{_device_name()}").add(reshard=found)
-    console.print(found)
+def stage_reshard(folder: Path, console: Any) -> Iterator[Measurement]:
+    rows, width = (4096, 16) if FLAGS.small else (131072 * _devices(), 512)
+
+    def keep(found: Any) -> None:
+        console.print(found)
+        if isinstance(found, Exception):
+            raise found
+        Record(folder, f"steps_{_device_name()}").add(reshard=found)
+
+    yield Measurement(functools.partial, (measure_reshard, _devices(), rows, width, 0.01 if FLAGS.small else 0.1), keep)
 
 
-def _alone(function: Callable[..., Any], *args: Any) -> Any:
-    """In a process of its own on GPUs, whose memory it measures."""
-    return function(*args) if FLAGS.small else context_parallel_longest.in_a_process(function, *args)
+def _devices() -> int:
+    return jax.device_count() if FLAGS.devices is None else FLAGS.devices
 
 
 def _device_name() -> str:
@@ -348,5 +303,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("contexts", ["1", "2", "4", "8"], "context shards of the stage `longest`")
     flags.DEFINE_float("budget_gib", 80.0, "memory of a device in the stage `longest`")
     flags.DEFINE_integer("jobs", 1, "processes that compile in the stage `longest`")
+    flags.DEFINE_string("trace", None, "a folder for profiles of the stage `steps`")
     flags.DEFINE_string("folder", str(RESULTS), "where the records go")
     command.run(main)

@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -110,42 +109,33 @@ def _without_devices() -> None:
 # --- on GPUs ---
 
 
-def train_at(case: Case, steps: int, share: float) -> dict[str, Any]:
-    """Trains some steps; times, losses and the memory that the last of the devices took. In a process of its own, whose first work this is.
-
-    Args:
-      share: of the device's memory, which is taken at the start.
-    """
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
-    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(share)
+def prepare_training(case: Case, steps: int, options: dict[str, Any] | None = None) -> Callable[[], dict[str, Any]]:
+    """Compiles a step. What it returns trains some: times, losses and the memory that the last of the devices took, in a process that does nothing else."""
     devices = jax.devices()
-    program = Program(case, devices)
     started = time.perf_counter()
-    program.compile()
-    compiled = time.perf_counter()
-    state, batch = program.start()
-    losses, seconds = [], []
-    for _ in range(steps):
-        before = time.perf_counter()
-        state, metrics = program.run(state, batch)
-        losses.append(float(metrics["loss"]))
-        seconds.append(time.perf_counter() - before)
-    memory = devices[case.devices - 1].memory_stats() or {}
-    return {
-        "case": dataclasses.asdict(case),
-        "compile_s": compiled - started,
-        "losses": losses,
-        "step_ms": [1e3 * s for s in seconds],
-        "bytes_predicted": program.bytes(),
-        "bytes_peak": memory.get("peak_bytes_in_use"),
-        "bytes_limit": memory.get("bytes_limit"),
-    }
+    program = Program(case, devices).compile(options)
+    compiled = time.perf_counter() - started
 
+    def train() -> dict[str, Any]:
+        state, batch = program.start()
+        losses, seconds = [], []
+        for _ in range(steps):
+            before = time.perf_counter()
+            state, metrics = program.run(state, batch)
+            losses.append(float(metrics["loss"]))
+            seconds.append(time.perf_counter() - before)
+        memory = devices[case.devices - 1].memory_stats() or {}
+        return {
+            "case": dataclasses.asdict(case),
+            "compile_s": compiled,
+            "losses": losses,
+            "step_ms": [1e3 * s for s in seconds],
+            "bytes_predicted": program.bytes(),
+            "bytes_peak": memory.get("peak_bytes_in_use"),
+            "bytes_limit": memory.get("bytes_limit"),
+        }
 
-def in_a_process(function: Callable[..., Any], *args: Any) -> Any:
-    """A call in a new process, so that what it takes of a GPU is known and given back."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+    return train
 
 
 def lengths_to_confirm(record: dict[str, Any], context: int, room: float) -> Iterator[tuple[Case, int]]:

@@ -48,6 +48,9 @@ def longest_table() -> str:
         f"whole training step, compiled for {record['compiled_for']}. Commit {record['commit']}, {record['date'][:10]}."
     ]
     for run in record.get("confirmed", {}).get("runs", []):
+        if "error" in run:
+            notes.append(f"A confirmation failed: {run['error'].splitlines()[0]}")
+            continue
         case, peak = run["case"], run["bytes_peak"]
         measured = f"{peak / GIB:.1f} GiB at most, {run['bytes_predicted'] / GIB:.1f} by the compiler" if peak else "memory not reported"
         notes.append(

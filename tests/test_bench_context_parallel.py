@@ -1,19 +1,22 @@
 """The benchmark of context parallelism, at a size that CPU devices can do; and what becomes of its records."""
 
 import json
+import os
 
 import pytest
 
 from scripts import bench_context_parallel as bench
 from scripts import context_parallel_longest, context_parallel_tables, tables
+from scripts.context_parallel_balance import balance
 from scripts.context_parallel_longest import GIB, USERS, longest
 from scripts.context_parallel_model import Case
+from scripts.turns import one_by_one
 from ultra_hstu.parallel.collectives import collectives
 
 
 def measured(cases):
-    programs = bench.compiled_together({"mask": cases})
-    return bench.measure_steps({name: program for (_, name), program in programs.items()}, rounds=1, seconds=0.001)
+    tasks = [(bench.prepare_step, (case, 1, 0.001)) for case in cases.values()]
+    return bench.with_speed_up(dict(zip(cases, one_by_one(tasks, processes=False), strict=True)))
 
 
 def test_steps():
@@ -47,9 +50,32 @@ def test_longest(guess):
         longest(Case("causal", USERS, guess), 80 * GIB, 16, lambda case: GIB)
 
 
-def test_train_at():
-    found = context_parallel_longest.train_at(Case("semi_local", 1, 64, context=2, strategy="halo", small=True), 4, 0.5)
+def test_training():
+    found = context_parallel_longest.prepare_training(Case("semi_local", 1, 64, context=2, strategy="halo", small=True), 4)()
     assert found["losses"][-1] < found["losses"][0] and len(found["step_ms"]) == 4
+
+
+def of_a_process(answer):
+    """What `one_by_one` prepares: an answer from a process of its own, an error before or after the wait, or no answer."""
+    if answer == "unprepared":
+        raise ValueError(answer)
+
+    def work():
+        if answer == "killed":
+            os._exit(1)
+        if answer == "failed":
+            raise ValueError(answer)
+        return os.getpid()
+
+    return work
+
+
+def test_one_by_one():
+    tasks = [(of_a_process, (answer,)) for answer in ("good", "unprepared", "failed", "killed", "good")]
+    first, *errors, last = one_by_one(tasks)
+    assert len({first, last, os.getpid()}) == 3
+    for error, message in zip(errors, ("ValueError: unprepared", "ValueError: failed", "ended without an answer"), strict=True):
+        assert isinstance(error, RuntimeError) and message in str(error)
 
 
 def test_reshard():
@@ -60,7 +86,7 @@ def test_reshard():
 
 
 def test_balance():
-    found = bench.balance()["busiest_over_mean"]
+    found = balance()["busiest_over_mean"]
     assert all(values["balanced"] <= 1.05 for name, values in found.items() if name.endswith("causal"))
     assert found["zipf/causal"]["contiguous"] > 1.2
 
@@ -104,7 +130,8 @@ def test_tables(tmp_path, monkeypatch):
     lengths = {str(c): {"longest": 3000 * c} for c in (1, 2, 4, 8)}
     run = {"case": {"context": 2, "mask": "causal", "length": 6000}, "bytes_peak": 70 * GIB, "bytes_predicted": 71 * GIB}
     record = origin | {"users": USERS, "budget_GiB": 80.0, "compiled_for": "an H100", "variants": {"causal/none": lengths}}
-    (tmp_path / "context_parallel_longest.json").write_text(json.dumps(record | {"confirmed": origin | {"runs": [run]}}))
+    runs = [run, {"error": "OOM\nat"}]
+    (tmp_path / "context_parallel_longest.json").write_text(json.dumps(record | {"confirmed": origin | {"runs": runs}}))
 
     text = context_parallel_tables.steps_table()
     assert "| semi-local | rows, `halo` | 4 x 1,024 | 10.0 | 0.40 | 2 | 1.0 | 1.87 |" in text and "| failed |" in text
@@ -112,6 +139,9 @@ def test_tables(tmp_path, monkeypatch):
     assert "| slices | all-to-all | 200 | 2.00 | 1 | 1.0 |" in context_parallel_tables.reshard_table()
     text = context_parallel_tables.longest_table()
     assert "| full causal, `ring` | 3,000 | 6,000 | 12,000 | 24,000 | 8.00 |" in text
-    assert "Trained on 2 x GPU: full causal, 6,000 events: 70.0 GiB at most, 71.0 by the compiler." in text
+    assert (
+        "Trained on 2 x GPU: full causal, 6,000 events: 70.0 GiB at most, 71.0 by the compiler." in text
+        and "A confirmation failed: OOM" in text
+    )
     context_parallel_tables.context_parallel_figure()
     assert (tmp_path / "context_parallel.png").stat().st_size > 10_000
