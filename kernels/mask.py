@@ -227,16 +227,20 @@ def _row_intervals(xp: ModuleType, mask: AttentionMask, real: Any, start: Any, k
     return _tidy(xp, real, start, ctx, (k + 1, near), (tail, n))
 
 
-def tile_bounds(keys: KeyIntervals, rows: RowIntervals, num_real: Any, block_q: int, block_k: int) -> TileBounds:
+def tile_bounds(keys: KeyIntervals, rows: RowIntervals, num_real: Any, block_q: int, block_k: int, first_real: int = 0) -> TileBounds:
     """Ranges of blocks that meet, for query tiles of `block_q` rows and key tiles of `block_k` keys; the last tile may be short.
 
     A tile may straddle sequences: only its first sequence reaches before the tile and only its last beyond it, so
     three ranges do.
+
+    Args:
+      first_real, num_real: the rows between them see themselves.
     """
     num_rows = keys.lo0.shape[0]
     q_tiles, k_tiles = -(-num_rows // block_q), -(-num_rows // block_k)
     row_T = jnp.arange(num_rows, dtype=jnp.int32)
-    own = (jnp.where(row_T < num_real, row_T, 0), jnp.where(row_T < num_real, row_T + 1, 0))
+    sees_itself_T = row_T < num_real if first_real == 0 else (row_T >= first_real) & (row_T < num_real)
+    own = _only(row_T, row_T + 1, sees_itself_T)
 
     first_T = row_T // block_q * block_q
     near0_T = keys.hi0 == row_T  # slot 0 of a contextual row touches the row itself

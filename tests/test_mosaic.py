@@ -175,7 +175,7 @@ def check_work(plan, work, dense, wanted):
     assert (visits <= 1).all() and (visits[:, needed] == 1).all()
     parts = {(t, h): [first + heads * i for i in range(n)] for t, h, first, n in np.asarray(work.parts) if n}
     assert {key: sorted(value) for key, value in slots.items()} == parts
-    assert max((max(x) for x in slots.values()), default=-1) < schedule.part_slots(plan, size // tile, heads, num_workers)
+    assert max((max(x) for x in slots.values()), default=-1) < schedule.part_slots(plan, tile, heads, num_workers)
 
 
 def inputs(width, dtype):

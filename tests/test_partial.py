@@ -78,8 +78,8 @@ def test_lists_of_the_hopper_kernels(mask):
     """The three intervals that the backward masks with hold exactly the rows that see a key; those of the forward exactly the keys of a row."""
     keys, rows = cut(MASKS[mask])
     edge = 40
-    plan = partial_plan(between(keys, 0, edge), RowIntervals(*(x[:edge] for x in rows)), num_rows=ROWS, num_keys=edge)
-    size = edge + ROWS
+    plan = partial_plan(between(keys, 0, edge), RowIntervals(*(x[:edge] for x in rows)), num_rows=ROWS, num_keys=edge, own=False)
+    size = plan.num_rows
     seen = np.asarray(plan.keys.dense(0))  # without the diagonal
     for bounds, want in (
         (schedule.schedule_of(plan, WorkList.backward(1, BackwardConfig(128, 64, 3, workers=4))).bounds, seen.T[:edge]),

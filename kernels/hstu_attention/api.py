@@ -86,6 +86,36 @@ def hstu_attention(
     return dispatch.call("hstu_attention", implementations(), _platform_order(), implementation, run)
 
 
+def attend_apart(
+    q_QHK: Float[Array, "Q H K"],
+    k_SHK: Float[Array, "S H K"],
+    v_SHV: Float[Array, "S H V"],
+    plan: AttentionPlan,
+    *,
+    alpha: float,
+    scale: Any,
+    implementation: str | Sequence[str] | None,
+) -> Float[Array, "Q H V"]:
+    """`hstu_attention` of the rows from `plan.first_row` on, for `plan.num_keys` keys. Kernels that cannot tell rows from keys get zeros for what is
+    missing.
+
+    Args:
+      scale: a constant or one value a row, [Q].
+    """
+    num_rows, first, missing = q_QHK.shape[0], plan.first_row, plan.num_rows - plan.num_keys
+    scale = _check_scale(scale, num_rows)
+
+    def run(module: Any) -> Array:
+        if getattr(module, "ROWS_APART", False):
+            return module.attention(q_QHK, k_SHK, v_SHV, plan, alpha=alpha, scale=scale, bias=None)
+        q = jnp.pad(q_QHK, ((first, 0), (0, 0), (0, 0)))
+        k, v = (jnp.pad(x, ((0, missing), (0, 0), (0, 0))) for x in (k_SHK, v_SHV))
+        factors = jnp.pad(scale, (first, 0)) if scale.ndim else scale
+        return module.attention(q, k, v, plan.joined, alpha=alpha, scale=factors, bias=None)[first:]
+
+    return dispatch.call("hstu_attention", implementations(), _platform_order(), implementation, run)
+
+
 def prepare_plan(
     plan: AttentionPlan, implementation: Any, *, dtype: Any, heads: int, k_width: int, v_width: int, biased: bool = False
 ) -> AttentionPlan:

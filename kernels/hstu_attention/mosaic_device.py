@@ -170,9 +170,9 @@ def _thread_place():
     return row, arith.muli(arith.remui(lane, mgpu.c(4, i32)), mgpu.c(2, i32))
 
 
-def load_rows(gm, tails_gm, row, size, head, tail_first, into, full, column=0):
+def load_rows(gm, tails_gm, row, size, head, tail_first, into, full, column=0, first=0):
     """Copies rows of one head; those of the buffer's last partly filled tile from `tails_gm` (see `mosaic_schedule.clean_tails`), from `column`
-    on.
+    on. `gm` begins with row `first`.
     """
     in_tail = row >= tail_first
 
@@ -183,7 +183,7 @@ def load_rows(gm, tails_gm, row, size, head, tail_first, into, full, column=0):
 
     @pl.when(~in_tail)
     def _():
-        plgpu.copy_gmem_to_smem(gm.at[pl.ds(row, size), head], into, full)
+        plgpu.copy_gmem_to_smem(gm.at[pl.ds(row - first, size), head], into, full)
 
 
 def swizzled(shape, dtype):

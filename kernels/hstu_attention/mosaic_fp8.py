@@ -261,7 +261,7 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
 
             feed_items(records_gm, counters_gm, s, keys_and_values, queries, ahead=mosaic_hopper.AHEAD, workers=workers)
 
-    slots = schedule.part_slots(plan, rows // TILE, heads, workers)
+    slots = schedule.part_slots(plan, TILE, heads, workers)
     out, parts = launch(
         kernel,
         "hstu_forward_fp8",

@@ -26,6 +26,7 @@ from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.mosaic_schedule import WorkList
 from kernels.hstu_attention.plan import AttentionPlan
 
+ROWS_APART = True  # of `plan.first_row`: the queries come without the places of the keys before them
 TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
 WIDTHS = (64, 128, 256)
 
@@ -110,9 +111,8 @@ def attend(q: Array, k: Array, v: Array, plan: AttentionPlan, *, alpha: float, s
     """`attention` without asking what the device is: also lowers for CUDA on a machine that has no GPU."""
     rows = q.shape[0]
     if rows == 0:
-        return jnp.zeros_like(v)
-    pad = ((0, schedule.rounded_up(rows) - rows), (0, 0), (0, 0))
-    q, k, v = (jnp.pad(x, pad) for x in (q, k, v))
+        return jnp.zeros((0, *v.shape[1:]), v.dtype)
+    q, k, v = (jnp.pad(x, ((0, schedule.rounded_up(x.shape[0]) - x.shape[0]), (0, 0), (0, 0))) for x in (q, k, v))
     out = _attend((q, k, v), plan, jnp.asarray(scale, jnp.float32), alpha, deterministic)
     return out[:rows]
 
@@ -135,10 +135,10 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alpha: float, config: ForwardConfig | None = None) -> Array:
-    """Output of padded buffers (T a multiple of 128)."""
+    """Output of padded buffers (lengths a multiple of 128)."""
     rows, heads, width = q.shape
     width_v = v.shape[-1]
-    dtype = q.dtype
+    dtype, first = q.dtype, plan.first_row
     config = config or forward_config(width, width_v, plan)
     block_k, stages = config.block_k, config.stages
     work = schedule.schedule_of(plan, WorkList.forward(heads, block_k, config.workers))
@@ -213,7 +213,7 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                 part, head, row0 = item.slot, item.head, first_row(item)
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
                 if scale_in_rows:
-                    scale = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False)
+                    scale = plgpu.load(scale_gm.at[pl.ds(row0 - first, 64)], layout=ROW, optimized=False)
                     scale = lax.broadcast_in_dim(scale, (64, 64), [0])
                 else:
                     scale = scale_gm[0]
@@ -226,7 +226,7 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                         plgpu.wait_smem_to_gmem(1 if width_v > 64 else 0, wait_read_only=True)
                         stage[...] = chunk.astype(dtype)
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(stage, o_gm.at[pl.ds(row0, 64), head, pl.ds(c * 64, 64)])
+                        plgpu.copy_smem_to_gmem(stage, o_gm.at[pl.ds(row0 - first, 64), head, pl.ds(c * 64, 64)])
 
                     @pl.when(part >= 0)
                     def _(chunk=chunk, c=c):
@@ -261,7 +261,7 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
             def queries(item, slot):
                 q_slot = lax.rem(slot, config.q_slots)
                 plgpu.barrier_wait(s["q_empty"].at[q_slot])
-                q_rows = q_gm.at[pl.ds(item.tile * TILE, TILE), item.head]
+                q_rows = q_gm.at[pl.ds(item.tile * TILE - first, TILE), item.head]
                 plgpu.copy_gmem_to_smem(q_rows, s["q"].at[q_slot], s["q_full"].at[q_slot])
 
             def keys_and_values(item, step, i):
@@ -274,7 +274,7 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
 
             feed_items(records_gm, tails_gm, s, keys_and_values, queries, ahead=AHEAD, workers=config.workers)
 
-    slots = schedule.part_slots(plan, rows // TILE, heads, config.workers)
+    slots = schedule.part_slots(plan, TILE, heads, config.workers)
     out, parts = launch(
         kernel,
         "hstu_forward",
@@ -296,5 +296,5 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
         ],
         workers=config.workers,
     )
-    (out,) = write_sums(work.parts, [(parts, out)], heads)
+    (out,) = write_sums(work.parts, [(parts, out)], heads, first)
     return out

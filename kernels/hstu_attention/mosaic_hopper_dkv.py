@@ -33,9 +33,9 @@ def key_gradients(
     q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
 ) -> Any:
     """(dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number. `tails`: of q, k, do."""
-    rows, heads, width = q.shape
+    _, heads, width = q.shape
     width_v = v.shape[-1]
-    dtype = q.dtype
+    dtype, first = q.dtype, plan.first_row
     tile, block_q, stages = config.tile, config.block_q, config.stages
     intervals = 1 if plan.rows_in_one_piece else None
     work = schedule.schedule_of(plan, WorkList.backward(heads, config))
@@ -138,12 +138,12 @@ def key_gradients(
                 now = lax.rem(step + i, stages)
                 row, full = item.block(i) * block_q, s["row_full"].at[now]
                 plgpu.barrier_wait(s["row_empty"].at[now])
-                load_rows(q_gm, tails_gm, row, block_q, item.head, tail_first, s["q"].at[now], full)
-                load_rows(do_gm, tails_gm, row, block_q, item.head, tail_first, s["do"].at[now], full, 2 * width)
+                load_rows(q_gm, tails_gm, row, block_q, item.head, tail_first, s["q"].at[now], full, first=first)
+                load_rows(do_gm, tails_gm, row, block_q, item.head, tail_first, s["do"].at[now], full, 2 * width, first)
 
             feed_items(records_gm, tails_gm, s, rows_and_gradients, keys_and_values, ahead=AHEAD, workers=config.workers)
 
-    slots = schedule.part_slots(plan, rows // tile, heads, config.workers)
+    slots = schedule.part_slots(plan, tile, heads, config.workers)
     dk, dv, dk_parts, dv_parts = launch(
         kernel,
         "hstu_backward_dkv",

@@ -29,10 +29,10 @@ def work_list(heads: int) -> WorkList:
 
 def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float) -> Any:
     """dQ of padded buffers (T a multiple of 128); `scale` is one number. `tails`: of q, k, do; the first pass has used their first counter."""
-    rows, heads, width = q.shape
+    _, heads, width = q.shape
     workers = work_list(heads).workers
     width_v = v.shape[-1]
-    dtype = q.dtype
+    dtype, first = q.dtype, plan.first_row
     # Tiles of rows, blocks of keys and of values that shared memory holds: the next tile begins before the last one has left, a block of keys is
     # needed for a step more than its values.
     wide = max(width, width_v) > 128
@@ -130,7 +130,7 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: A
                     return out, begun_next
 
                 dq, begun_next = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))
-                place, part, head = pl.ds(first_row(item), 64), item.slot, item.head
+                place, part, head = pl.ds(first_row(item) - first, 64), item.slot, item.head
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
                 times = factor_gm[0] * (0.5 * alpha)
                 stage = s["q"].at[row_slot, mine]  # nobody else reads these rows
@@ -164,7 +164,7 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: A
             tail_first = tail_first_gm[0]
 
             def queries(item, slot):
-                place, row_slot = pl.ds(item.tile * TILE, TILE), lax.rem(slot, row_slots)
+                place, row_slot = pl.ds(item.tile * TILE - first, TILE), lax.rem(slot, row_slots)
                 full = s["row_full"].at[row_slot]
                 plgpu.barrier_wait(s["row_empty"].at[row_slot])
                 plgpu.copy_gmem_to_smem(q_gm.at[place, item.head], s["q"].at[row_slot], full)
@@ -180,7 +180,7 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: A
 
             feed_items(records_gm, tails_gm, s, keys_and_values, queries, ahead=AHEAD, workers=workers, which=1)
 
-    slots = schedule.part_slots(plan, rows // TILE, heads, workers)
+    slots = schedule.part_slots(plan, TILE, heads, workers)
     dq, parts = launch(
         kernel,
         "hstu_backward_dq",
@@ -199,5 +199,5 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: A
         out_type=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((slots, TILE, width), jnp.float32)],
         workers=workers,
     )
-    (dq,) = write_sums(work.parts, [(parts, dq)], heads)
+    (dq,) = write_sums(work.parts, [(parts, dq)], heads, first)
     return dq

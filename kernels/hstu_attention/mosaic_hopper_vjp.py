@@ -107,9 +107,9 @@ def one_pass(
 
     Each computing warpgroup has half of the keys of a tile, and of dQ half of the columns (or rows, at width 64).
     """
-    rows, heads, width = q.shape
+    _, heads, width = q.shape
     width_v = v.shape[-1]
-    dtype = q.dtype
+    dtype, first = q.dtype, plan.first_row
     tile, block_q, stages = config.tile, config.block_q, config.stages
     dq_shape = (block_q // 2, width) if width == 64 else (block_q, 64)
     intervals = 1 if plan.rows_in_one_piece else 3
@@ -138,7 +138,7 @@ def one_pass(
 
                 def send_dq(dq, i):
                     """Adds this warpgroup's part of dQ of block i to memory."""
-                    rows = pl.ds(item.block(i) * block_q + my_rows.start, my_rows.size)
+                    rows = pl.ds(item.block(i) * block_q + my_rows.start - first, my_rows.size)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     s["dq"].at[wg][...] = dq
                     plgpu.commit_smem()
@@ -280,10 +280,10 @@ def one_pass(
         @pl.when(wg == 2)
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
-            feed(q_gm, k_gm, v_gm, do_gm, tails_gm, records_gm, tail_first_gm[0], config, s)
+            feed(q_gm, k_gm, v_gm, do_gm, tails_gm, records_gm, tail_first_gm[0], config, first, s)
 
     dq = jax.new_ref(zeros_after(do, q.shape))
-    slots = schedule.part_slots(plan, rows // tile, heads, config.workers)
+    slots = schedule.part_slots(plan, tile, heads, config.workers)
     dk, dv, dk_parts, dv_parts = launch(
         kernel,
         "hstu_backward",

@@ -54,9 +54,9 @@ def _gradients(
     *,
     with_dq: bool,
 ) -> Any:
-    rows, heads, width = q.shape
+    _, heads, width = q.shape
     width_v = v.shape[-1]
-    dtype = q.dtype
+    dtype, first_row = q.dtype, plan.first_row
     tile, block_q, stages = config.tile, config.block_q, config.stages
     intervals = 1 if plan.rows_in_one_piece else 3
     work = schedule.schedule_of(plan, WorkList.backward(heads, config))
@@ -169,7 +169,7 @@ def _gradients(
                             plgpu.wgmma(dv, s["p"], s["do"].at[now])
                             release()
                             return
-                        place = pl.ds(item.block(i) * block_q, block_q)
+                        place = pl.ds(item.block(i) * block_q - first_row, block_q)
                         for first in range(0, width, COLUMNS):
                             last = first > 0
                             dq = pl.run_scoped(functools.partial(dq_of, first, last=last), plgpu.ACC((block_q, COLUMNS), jnp.float32))
@@ -198,10 +198,10 @@ def _gradients(
         @pl.when(wg == 2)
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
-            feed(q_gm, k_gm, v_gm, do_gm, tails_gm, records_gm, tail_first_gm[0], config, s)
+            feed(q_gm, k_gm, v_gm, do_gm, tails_gm, records_gm, tail_first_gm[0], config, first_row, s)
 
     dq = jax.new_ref(zeros_after(do, q.shape if with_dq else (1, 1, 1)))
-    slots = schedule.part_slots(plan, rows // tile, heads, config.workers)
+    slots = schedule.part_slots(plan, tile, heads, config.workers)
     dk, dv, dk_parts, dv_parts = launch(
         kernel,
         "hstu_backward_wide",

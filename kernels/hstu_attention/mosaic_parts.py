@@ -13,8 +13,8 @@ from jaxtyping import Array, Int
 ROWS, COLUMNS = 64, 64  # of a thread block, one warpgroup
 
 
-def write_sums(parts: Int[Array, "splits 4"], pairs: Sequence[tuple[Array, Array]], heads: int) -> list[Array]:
-    """Results [T, H, V] with the rows of split tiles filled in, for `pairs` of float32[slots, tile, V] and result.
+def write_sums(parts: Int[Array, "splits 4"], pairs: Sequence[tuple[Array, Array]], heads: int, first_row: int = 0) -> list[Array]:
+    """Results [T, H, V] with the rows of split tiles filled in, for `pairs` of float32[slots, tile, V] and result, which begins with row `first_row`.
 
     `parts` and the meaning of slots: `mosaic_schedule.Schedule`. One kernel for all pairs, which writes in place; none where no tile
     may be split.
@@ -42,7 +42,7 @@ def write_sums(parts: Int[Array, "splits 4"], pairs: Sequence[tuple[Array, Array
                         return plgpu.load(place, layout=plgpu.Layout.WGMMA, optimized=False)
 
                     total = lax.fori_loop(1, count, lambda i, total: total + load(i), load(0))
-                    rows = pl.ds(parts_gm[part, 0] * tile + row, ROWS)
+                    rows = pl.ds(parts_gm[part, 0] * tile + row - first_row, ROWS)
                     result_gm.at[rows, parts_gm[part, 1], pl.ds(column, COLUMNS)][...] = total.astype(result_gm.dtype)
 
                 before += width // COLUMNS

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.plan import AttentionPlan
+from kernels.zeros import zeros_after
 
 COUNTERS = 8  # rows of zeros in front of the last tile's copy: whole tiles of shared memory
 TAIL = 128  # rows of the last, partly filled tile that are passed separately, with padding rows zeroed
@@ -126,7 +127,10 @@ def with_schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> Attention
 def _schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> list[Schedule]:
     met = [(_forward_tiles if each.name == "forward" else _backward_tiles)(plan, each) for each in wanted]
     heads, workers = wanted[0].heads, wanted[0].workers
-    items = make_items([tiles for tiles, _ in met], heads, workers, may_split(plan))
+    rows, keys = (plan.first_row, rounded_up(plan.num_rows)), (0, rounded_up(plan.num_keys))
+    ends = [(rows if each.name == "forward" else keys, each.tile) for each in wanted]
+    ranges = [(first // tile, end // tile) for (first, end), tile in ends]
+    items = make_items([tiles for tiles, _ in met], ranges, heads, workers, may_split(plan))
     return [Schedule(*item, bounds, _tail(plan)) for item, (_, bounds) in zip(items, met, strict=True)]
 
 
@@ -138,13 +142,12 @@ class _Tiles(NamedTuple):
     classes: Int[Array, "tiles 10"]
 
 
-def _tiles_of(lo: Array, hi: Array, ranges: Any, tile: int, block: int) -> tuple[_Tiles, Array]:
-    """(tiles, bounds), from three intervals `(lo [T], hi [T])` for each row of the tiles."""
+def _tiles_of(lo: Array, hi: Array, ranges: Any, tile: int, block: int, blocks: range) -> tuple[_Tiles, Array]:
+    """(tiles, bounds), from three intervals `(lo [T], hi [T])` for each row of the tiles. `blocks`: those that there are."""
     tiles = ranges[0][0].shape[0] // tile
     lo, hi = (jnp.pad(x, ((0, tiles - x.shape[0]), (0, 0))) for x in (lo, hi))
-    # A tile that meets nothing is padding; it takes a block of its own rows, masked, so that its result is written,
-    # as zeros.
-    own = jnp.arange(tiles, dtype=jnp.int32) * tile // block
+    # A tile that meets nothing takes a block all the same, of its own rows where it is padding, masked: its result is written, as zeros.
+    own = jnp.clip(jnp.arange(tiles, dtype=jnp.int32) * tile // block, blocks[0], blocks[-1])
     nothing = (hi <= lo).all(1)
     first = jnp.arange(3)[None, :] == 0
     lo = jnp.where(first & nothing[:, None], own[:, None], lo)
@@ -157,8 +160,8 @@ def _tiles_of(lo: Array, hi: Array, ranges: Any, tile: int, block: int) -> tuple
 def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array]:
     rows = rounded_up(plan.num_rows)
     lo0, hi0, lo1, hi1 = (jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.keys)
-    row = jnp.arange(rows, dtype=jnp.int32)
-    real = row < plan.num_real
+    row = jnp.arange(rows, dtype=jnp.int32) if plan.own_keys else jnp.full(rows, -2, jnp.int32)  # no interval ends or begins there
+    real = (row >= 0) & (row < plan.num_real)
     some0, some1 = hi0 > lo0, hi1 > lo1
     joins0, left, right = some0 & (hi0 == row), some1 & (hi1 == row), some1 & (lo1 == row + 1)
     joined = joins0 | left | right
@@ -175,7 +178,8 @@ def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array
         ),
     )
     bounds = plan.tile_bounds(wanted.tile, wanted.block)
-    return _tiles_of(bounds.key_lo, bounds.key_hi, ranges, wanted.tile, wanted.block)
+    blocks = range(-(-plan.num_keys // wanted.block))
+    return _tiles_of(bounds.key_lo, bounds.key_hi, ranges, wanted.tile, wanted.block, blocks)
 
 
 def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array]:
@@ -183,16 +187,21 @@ def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Arra
     ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.rows)
     key_T = jnp.arange(rows, dtype=jnp.int32)
     real = key_T < plan.num_real
-    # In a partial sum the rows stand apart from the keys, whose own rows are empty: nothing to join.
     apart = (near_hi > near_lo) & (near_lo != key_T + 1)
+    if plan.first_row:  # the keys before it have no row of their own to join
+        real &= (key_T >= plan.first_row) & plan.own_keys
+        apart = (near_hi > near_lo) & (apart | ~real)
     near_lo = jnp.where(apart, near_lo, jnp.where(real, key_T, 0))
     near_hi = jnp.where(apart, near_hi, jnp.where(real, jnp.maximum(near_hi, key_T + 1), 0))
     bounds = plan.tile_bounds(wanted.block, wanted.tile)
     ranges = ((near_lo, near_hi), (ctx_lo, ctx_hi), (tail_lo, tail_hi))
-    return _tiles_of(bounds.row_lo, bounds.row_hi, ranges, wanted.tile, wanted.block)
+    blocks = range(plan.first_row // wanted.block, rows // wanted.block)
+    return _tiles_of(bounds.row_lo, bounds.row_hi, ranges, wanted.tile, wanted.block, blocks)
 
 
 def _tail(plan: AttentionPlan) -> Array:
+    if plan.first_row:  # rows and keys that stand apart hold no NaN
+        return jnp.full(1, rounded_up(plan.num_rows), jnp.int32)
     return (plan.num_real // TAIL * TAIL).astype(jnp.int32).reshape(1)
 
 
@@ -201,6 +210,9 @@ def clean_tails(plan: AttentionPlan, *arrays: Array) -> Any:
 
     A reference, with rows of zeros in front: the counters of the kernels that read it, so that no other operation has to make them.
     """
+    if plan.first_row:
+        width = sum(x.shape[2] for x in arrays)
+        return jax.new_ref(zeros_after(arrays[0], (COUNTERS + TAIL, arrays[0].shape[1], width), arrays[0].dtype))
     first = jnp.minimum(_tail(plan)[0], arrays[0].shape[0] - TAIL)
     rows = jnp.concatenate([lax.dynamic_slice_in_dim(x, first, TAIL) for x in arrays], axis=2)
     real = (first + jnp.arange(TAIL) < plan.num_real)[:, None, None]
@@ -209,8 +221,9 @@ def clean_tails(plan: AttentionPlan, *arrays: Array) -> Any:
 
 def row_scales(scale: Array, plan: AttentionPlan, rows: int) -> Array:
     """float32[rows]: the factor of each row, 0 in padding, where the caller's may be NaN."""
-    scale_T = jnp.pad(jnp.broadcast_to(scale, (plan.num_rows,)), (0, rows - plan.num_rows))
-    return jnp.where(jnp.arange(rows) < plan.num_real, scale_T, 0.0)
+    given = plan.num_rows - plan.first_row
+    scale_T = jnp.pad(jnp.broadcast_to(scale, (given,)), (0, rows - given))
+    return jnp.where(jnp.arange(rows) < plan.num_real - plan.first_row, scale_T, 0.0)
 
 
 def _common(lo: Array, hi: Array, tile: int, block: int) -> tuple[Array, Array]:
@@ -233,9 +246,9 @@ def may_split(plan: AttentionPlan) -> bool:
     return not (light and plan.plain and plan.mask.full_rows == plan.mask.prefix == 0)
 
 
-def part_slots(plan: AttentionPlan, tiles: int, heads: int, workers: int) -> int:
+def part_slots(plan: AttentionPlan, tile: int, heads: int, workers: int) -> int:
     """Room for partial sums, of all heads."""
-    return capacity(tiles, heads, workers, may_split(plan))[1] * heads
+    return capacity(rounded_up(plan.num_rows) // tile, heads, workers, may_split(plan))[1] * heads
 
 
 def capacity(tiles: int, heads: int, workers: int, split: bool) -> tuple[int, int]:
@@ -246,21 +259,23 @@ def capacity(tiles: int, heads: int, workers: int, split: bool) -> tuple[int, in
     return splits, 7 * workers // (2 * heads) + 1 + splits
 
 
-def make_items(lists: Sequence[_Tiles], heads: int, workers: int, split: bool) -> list[tuple[Array, Array]]:
-    """(records, parts) of each list, for `workers` thread blocks; every tile is done once a head, in pieces if it is heavy and `split`."""
+def make_items(
+    lists: Sequence[_Tiles], ranges: Sequence[tuple[int, int]], heads: int, workers: int, split: bool
+) -> list[tuple[Array, Array]]:
+    """(records, parts) of each list, for `workers` thread blocks; every tile in its range is done once a head, in pieces if it is heavy and `split`."""
     sizes = [tiles.lo.shape[0] for tiles in lists]
     padded = [jax.tree.map(lambda x: jnp.pad(x, ((0, max(sizes) - x.shape[0]), (0, 0))), tiles) for tiles in lists]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *padded)
     records, parts = jax.vmap(functools.partial(_pack, heads=heads, workers=workers, may_split=split))(
-        stacked, jnp.asarray(sizes, jnp.int32)
+        stacked, jnp.asarray(ranges, jnp.int32)
     )
     return [(records[i], parts[i]) for i in range(len(lists))]
 
 
-def _pack(x: _Tiles, num_tiles: Array, *, heads: int, workers: int, may_split: bool) -> tuple[Array, Array]:
-    tiles = x.lo.shape[0]
+def _pack(x: _Tiles, some: Array, *, heads: int, workers: int, may_split: bool) -> tuple[Array, Array]:
+    tiles, (first_tile, end_tile) = x.lo.shape[0], some
     splits, slots = capacity(tiles, heads, workers, may_split)
-    exists = jnp.arange(tiles) < num_tiles
+    exists = (jnp.arange(tiles) >= first_tile) & (jnp.arange(tiles) < end_tile)
     size = x.hi - x.lo
     count = size.sum(1)
     overhead = 2  # what beginning and ending an item costs, in blocks
@@ -275,7 +290,7 @@ def _pack(x: _Tiles, num_tiles: Array, *, heads: int, workers: int, may_split: b
 
     item = jnp.arange(tiles + slots - splits, dtype=jnp.int32)
     tile = jnp.maximum(_count_up_to(before, item) - 1, 0)
-    tile = jnp.minimum(tile, num_tiles - 1)
+    tile = jnp.minimum(tile, end_tile - 1)
     num_items = pieces.sum()
     used = item < num_items
     part = item - before[tile]

@@ -1,7 +1,7 @@
 """Attention of some rows to the keys of another buffer: one summand of an output whose keys lie in several places.
 
 An output is a plain sum over keys, so sharded sequences and cached keys need nothing but such summands. There is no kernel of its own: keys and
-rows are put behind one another in one buffer, whose plan says that only the latter see anything.
+rows have places behind one another, and the plan says that only the latter see anything.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.hstu_attention.api import hstu_attention
+from kernels.hstu_attention.api import attend_apart
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
+
+TILE = 128  # of the kernels
 
 
 def partial_attention(
@@ -47,29 +49,60 @@ def partial_attention(
     if plan is None:
         if keys is None or rows is None:
             raise ValueError(f"partial attention needs plan=, or both keys and rows, got {plan=}, {keys=}, {rows=}")
-        plan = partial_plan(keys, rows, num_rows=num_rows, num_keys=num_keys)
-    own_k, own_v = (jnp.zeros_like(q_QHK), jnp.zeros((num_rows, *v_SHV.shape[1:]), v_SHV.dtype)) if own is None else own
-    q = jnp.concatenate([jnp.zeros((num_keys, *q_QHK.shape[1:]), q_QHK.dtype), q_QHK])
-    k, v = jnp.concatenate([k_SHK, own_k]), jnp.concatenate([v_SHV, own_v])
-    scale = jnp.asarray(scale, jnp.float32)
-    if scale.ndim:
-        scale = jnp.pad(scale, (num_keys, 0))
-    offsets = jnp.asarray([0, num_keys + num_rows], jnp.int32)
-    return hstu_attention(q, k, v, offsets, alpha=alpha, scale=scale, implementation=implementation, plan=plan)[num_keys:]
+        plan = partial_plan(keys, rows, num_rows=num_rows, num_keys=num_keys, own=own is not None)
+    elif plan.num_rows != plan.first_row + num_rows or plan.own_keys != (own is not None):
+        raise ValueError(
+            f"the plan is for {plan.num_rows - plan.first_row} rows and own_keys={plan.own_keys}, but there are {num_rows} rows and {own=}"
+        )
+    k, v = (jnp.pad(x, ((0, plan.first_row - num_keys), (0, 0), (0, 0))) for x in (k_SHK, v_SHV))
+    if own is not None:
+        k, v = (jnp.concatenate([x, y]) for x, y in zip((k, v), own, strict=True))
+    return attend_apart(q_QHK, k, v, plan, alpha=alpha, scale=scale, implementation=implementation)
 
 
-def partial_plan(keys: KeyIntervals, rows: RowIntervals, *, num_rows: int, num_keys: int) -> AttentionPlan:
-    """The plan of the joined buffer: first the keys, whose rows see nothing, then the rows."""
-    behind = num_keys + num_rows - rows.near_lo.shape[0]
+def partial_plan(
+    keys: KeyIntervals,
+    rows: RowIntervals,
+    *,
+    num_rows: int,
+    num_keys: int,
+    own: bool,
+    mask: AttentionMask = AttentionMask(),  # noqa: B008 - frozen
+    plain: bool = False,
+) -> AttentionPlan:
+    """The plan of `partial_attention`: first the places of the keys, then those of the rows, which begin where a kernel's tile may.
+
+    Args:
+      keys, rows: as `partial_attention` takes them.
+      own: whether the rows are keys, too.
+      mask, plain: of the plan: what kernels choose their sizes by, and `plain` with a window alone promises that a key's rows are one interval.
+    """
+    first = -(-num_keys // TILE) * TILE
+    gap = first - num_keys
+    own_rows = [x[num_keys:] for x in rows] if own else [jnp.zeros(num_rows, jnp.int32)] * 6
+    seen_by = [
+        jnp.concatenate([jnp.pad(x[:num_keys], (0, gap)), jnp.pad(y, (0, num_rows - y.shape[0]))])
+        for x, y in zip(rows, own_rows, strict=True)
+    ]
     return AttentionPlan(
-        keys=KeyIntervals(*(jnp.pad(x, (num_keys, 0)) for x in _tidy(keys, 0))),
-        rows=RowIntervals(*(jnp.pad(x, (0, behind)) for x in _tidy(rows, num_keys))),
-        num_real=jnp.int32(num_keys + num_rows),
+        keys=KeyIntervals(*(jnp.pad(x, (first, 0)) for x in _tidy(_past_gap(keys, num_keys, gap), 0))),
+        rows=RowIntervals(*_tidy(seen_by, first)),
+        num_real=jnp.int32(first + num_rows),
         stored={},
-        mask=AttentionMask(),
+        mask=mask,
         sequences=1,
-        plain=False,
+        plain=plain,
+        first_row=first,
+        own_keys=own,
     )
+
+
+def _past_gap(bounds: Sequence[Array], num_keys: int, gap: int) -> list[Array]:
+    """Ends of intervals of keys, whose own ones come `gap` places later. What is in the gap is zeros."""
+    if not gap:
+        return list(bounds)
+    pairs = zip(bounds[::2], bounds[1::2], strict=True)
+    return [x for lo, hi in pairs for x in (jnp.where(lo >= num_keys, lo + gap, lo), jnp.where(hi > num_keys, hi + gap, hi))]
 
 
 def _tidy(bounds: Sequence[Array], shift: int) -> list[Array]:

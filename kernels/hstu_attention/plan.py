@@ -13,7 +13,9 @@ from kernels.mask import AttentionMask, KeyIntervals, RowIntervals, TileBounds
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["keys", "rows", "num_real", "stored"], meta_fields=["mask", "sequences", "plain"]
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "rows", "num_real", "stored"],
+    meta_fields=["mask", "sequences", "plain", "first_row", "own_keys"],
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
@@ -27,6 +29,8 @@ class AttentionPlan:
       mask: the rules all this came from.
       sequences: B, empty ones included.
       plain: no targets and no contextual tokens were named.
+      first_row: place of the first row that sees anything; before it there are only keys (see `partial`).
+      own_keys: whether the rows are keys, too.
     """
 
     keys: Any
@@ -36,6 +40,8 @@ class AttentionPlan:
     mask: AttentionMask
     sequences: int
     plain: bool
+    first_row: int = 0
+    own_keys: bool = True
 
     @property
     def intervals(self) -> KeyIntervals:
@@ -46,6 +52,15 @@ class AttentionPlan:
         return self.keys.lo0.shape[0]
 
     @property
+    def joined(self) -> "AttentionPlan":
+        """The plan for kernels that want rows of zeros in the places before `first_row`, and as many keys as rows."""
+        return dataclasses.replace(self, first_row=0, own_keys=True, stored={})
+
+    @property
+    def num_keys(self) -> int:
+        return self.num_rows if self.own_keys else self.first_row
+
+    @property
     def rows_in_one_piece(self) -> bool:
         """Whether the rows that see a key are sure to be one interval, for every key."""
         return self.plain and (self.mask.window is None or not (self.mask.full_rows or self.mask.prefix))
@@ -53,7 +68,11 @@ class AttentionPlan:
     def tile_bounds(self, block_q: int, block_k: int) -> TileBounds:
         """Bounds for these tile sizes: the stored ones, else computed here, O(T) work."""
         found = self.stored.get(f"{block_q}x{block_k}")
-        return masks.tile_bounds(self.keys, self.rows, self.num_real, block_q, block_k) if found is None else found
+        return (
+            masks.tile_bounds(self.keys, self.rows, self.num_real if self.own_keys else 0, block_q, block_k, self.first_row)
+            if found is None
+            else found
+        )
 
 
 def make_plan(

@@ -16,7 +16,7 @@ from kernels.zeros import zeros_after
 from ultra_hstu.parallel.layout import Layout
 
 Attend = Callable[..., Array]  # kernels.hstu_attention.partial.partial_attention, its constants filled in
-ROWS_AT_A_TIME = 2**19  # rows times heads of an attention call: work enough for a GPU, and 128 MiB of bfloat16 of width 128
+ROWS_AT_A_TIME = 2**20  # rows times heads of an attention call, at most: work enough for a GPU, and 256 MiB of bfloat16 of width 128
 Prepare = Callable[[AttentionPlan], AttentionPlan]  # adds an implementation's own lists to a plan
 
 
@@ -82,7 +82,7 @@ def heads_at_a_time(rows: int, heads: int) -> int:
     """How many heads of a shard's rows are computed together. What came from elsewhere, its gradients and the buffers of the kernels exist for these alone:
     of many rows, in the backward of one layer, all heads' would take more memory than two layers keep.
     """
-    return min((h for h in range(1, heads + 1) if heads % h == 0 and rows * h >= ROWS_AT_A_TIME), default=heads)
+    return max((h for h in range(1, heads + 1) if heads % h == 0 and rows * h <= ROWS_AT_A_TIME), default=1)
 
 
 def in_turns(function: Callable[..., tuple[Array, ...]], likes: tuple[Array, ...], *x_tHX: Array) -> tuple[Array, ...]:

@@ -4,8 +4,8 @@ Rows are of two kinds. A plain history row sees its window, which lies on its sh
 sequence (prefix and contextual tokens), of which every shard gets a copy. Full rows, targets and contextual tokens see far more, but they are
 few: their queries visit every shard, meet the keys there, and the sums come home. Every pair of row and key is counted in one place.
 
-A shard does two sums. At home, its own rows and the visiting ones meet its own keys and the copies. At the edge, its first rows meet the halo:
-the transfer of the halo has all the time that the sum at home takes.
+A shard does three sums. At home, its own rows meet its own keys and the copies. At the edge, its first rows meet the halo. And the visiting rows meet
+its own keys. None of them copies what is of the size of a shard, and the transfers have all the time that the sum at home takes.
 """
 
 import dataclasses
@@ -18,27 +18,26 @@ from jaxtyping import Array
 
 from kernels.hstu_attention.partial import partial_plan
 from kernels.hstu_attention.plan import AttentionPlan
-from kernels.mask import KeyIntervals, RowIntervals
-from ultra_hstu.parallel.frame import Attend, Frame, Prepare, keeping_inputs, places
+from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
+from ultra_hstu.parallel.frame import Attend, Frame, Prepare, in_turns, places
 
 TILE = 128  # a shard's own keys begin at a multiple of this behind the copies, so that kernel tiles are whole
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["home", "edge", "row_R", "copy_P", "place_t", "visits_t", "overflow"],
+    data_fields=["home", "edge", "visit", "row_R", "copy_P", "overflow"],
     meta_fields=["axis", "shards", "reach"],
 )
 @dataclasses.dataclass(frozen=True)
 class Halo:
     """Bytes of a shard and layer: O(window + B * (full_rows + targets + prefix + contextual))."""
 
-    home: Any  # AttentionPlan of [copies] and [own rows, visiting rows]
+    home: Any  # AttentionPlan of [copies] and the shard's rows
     edge: Any  # AttentionPlan of [halo] and the shard's first rows; None: the window is 0
+    visit: Any  # AttentionPlan of the shard's keys and the visiting rows; None: nothing visits
     row_R: Any  # rows of the buffer that visit, ascending, T in unused places
     copy_P: Any  # rows of the buffer whose keys are copied, likewise
-    place_t: Any  # of a visiting row of this shard among row_R
-    visits_t: Any  # which those are
     overflow: Any  # traced counts above their bounds
     axis: str
     shards: int
@@ -51,14 +50,13 @@ class Halo:
         reach = min(frame.mask.window or 0, (layout.shards - 1) * size)
         padded = -(-whole.copies // TILE) * TILE
         copy_P = jnp.pad(_ascending(whole.copied_T, whole.copies), (0, padded - whole.copies), constant_values=layout.num_rows)
-        row_R, own = _ascending(whole.visits_T, whole.visitors), layout.rows(frame.shard)
+        row_R = _ascending(whole.visits_T, whole.visitors)
         return Halo(
-            home=prepare(_home(frame, whole, copy_P, row_R)),
+            home=prepare(_home(frame, whole, copy_P)),
             edge=prepare(_edge(frame, whole, reach)) if reach else None,
+            visit=prepare(_visit(frame, row_R)) if whole.visitors else None,
             row_R=row_R,
             copy_P=copy_P,
-            place_t=jnp.searchsorted(row_R, own, method="scan_unrolled").astype(jnp.int32),
-            visits_t=whole.visits_T[own],
             overflow=(whole.visits_T.sum() > whole.visitors) | (whole.copied_T.sum() > whole.copies),
             axis=frame.axis,
             shards=layout.shards,
@@ -66,44 +64,111 @@ class Halo:
         )
 
     def __call__(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
-        def run(q: Array, k: Array, v: Array, scale: Array, this: "Halo") -> Array:
-            return this._sums(q, k, v, scale, attend)
+        scale = jnp.where(self.overflow, jnp.nan, scale)  # no sum that lacks a summand passes for a result
 
-        return keeping_inputs(run, q, k, v, scale, self)
+        @jax.custom_vjp
+        def run(q: Array, k: Array, v: Array, scale: Array, this: "Halo") -> Array:
+            return in_turns(lambda q, k, v: (this._sums(q, k, v, scale, attend),), (v,), q, k, v)[0]
+
+        def forward(*inputs: Any) -> tuple[Array, Any]:
+            return run(*inputs), inputs
+
+        def backward(saved: Any, g: Array) -> tuple[Any, ...]:
+            q, k, v, scale, this = saved
+            q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))  # else XLA keeps what the forward has received, see `keeping_inputs`
+            return *in_turns(lambda *x: this._gradients(*x, scale, attend), (q, k, v), q, k, v, g), None, None
+
+        run.defvjp(forward, backward)
+        return run(q, k, v, scale, self)
 
     def _sums(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
-        size, visitors = q.shape[0], self.row_R.shape[0]
-        copies_k, copies_v = self._everywhere(k, self.copy_P), self._everywhere(v, self.copy_P)
-        rows_q = jnp.concatenate([q, self._everywhere(q, self.row_R)])
-        rows_scale = jnp.concatenate([scale, self._everywhere(scale, self.row_R)]) if scale.ndim else scale
-        own = tuple(jnp.pad(x, ((0, visitors), (0, 0), (0, 0))) for x in (k, v))
-        sums = attend(rows_q, copies_k, copies_v, plan=self.home, scale=rows_scale, own=own)
-        out = sums[:size]
+        rows_q, copies = self._everywhere(q, self.row_R), self._copies(k, v)
+        halo = self._before(jnp.concatenate([k, v], axis=2))
+        out = attend(q, *copies, plan=self.home, scale=scale, own=(k, v))
+        if self.visit is not None:
+            visiting = attend(rows_q, k, v, plan=self.visit, scale=self._scale_of_visitors(scale))
+            out = self._add_home(out, self.row_R, visiting)
+        if self.edge is not None:
+            first = min(self.reach, q.shape[0])
+            edge = attend(q[:first], *_split(halo, k.shape[2]), plan=self.edge, scale=scale[:first] if scale.ndim else scale)
+            out = out + jnp.pad(edge, ((0, q.shape[0] - first), (0, 0), (0, 0)))
+        return out
+
+    def _gradients(self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: Attend) -> tuple[Array, Array, Array]:
+        """Of q, k and v: what is of the size of a shard is added up once, the rest goes where it came from and is added in place."""
+        size, width = q.shape[0], k.shape[2]
+        rows_q, rows_g = _split(self._everywhere(jnp.concatenate([q, g], axis=2), self.row_R), q.shape[2])
+        copies = self._copies(k, v)
+        halo = self._before(jnp.concatenate([k, v], axis=2))
+
+        def home(q: Array, k: Array, v: Array, copies: Any) -> Array:
+            return attend(q, *copies, plan=self.home, scale=scale, own=(k, v))
+
+        dq, dk, dv, d_copies = jax.vjp(home, q, k, v, copies)[1](g)
+        if self.visit is not None:
+            visit = functools.partial(attend, plan=self.visit, scale=self._scale_of_visitors(scale))
+            rows_dq, more_dk, more_dv = jax.vjp(visit, rows_q, k, v)[1](rows_g)
+            dk, dv = dk + more_dk, dv + more_dv
         if self.edge is not None:
             first = min(self.reach, size)
-            halo_k, halo_v = jnp.split(self._before(jnp.concatenate([k, v], axis=2)), [k.shape[2]], axis=2)
-            edge = attend(q[:first], halo_k, halo_v, plan=self.edge, scale=scale[:first] if scale.ndim else scale)
-            out = out + jnp.pad(edge, ((0, size - first), (0, 0), (0, 0)))
-        if visitors:
-            home_RHV = jax.lax.psum(sums[size:].astype(jnp.float32), self.axis)
-            mine_tHV = home_RHV[jnp.minimum(self.place_t, visitors - 1)].astype(out.dtype)
-            out = out + jnp.where(self.visits_t[:, None, None], mine_tHV, jnp.zeros((), out.dtype))
-        return jnp.where(self.overflow, jnp.nan, out)  # no sum that lacks a summand passes for a result
+            edge = functools.partial(attend, plan=self.edge, scale=scale[:first] if scale.ndim else scale)
+            edge_dq, *d_halo = jax.vjp(edge, q[:first], *_split(halo, width))[1](g[:first])
+            dq = dq + jnp.pad(edge_dq, ((0, size - first), (0, 0), (0, 0)))
+            back_dk, back_dv = _split(self._back(jnp.concatenate(d_halo, axis=2), size), width)
+            dk, dv = (x + jnp.pad(y, ((size - y.shape[0], 0), (0, 0), (0, 0))) for x, y in ((dk, back_dk), (dv, back_dv)))
+        if self.visit is not None:
+            dq = self._add_home(dq, self.row_R, rows_dq)
+        if self.copy_P.shape[0]:
+            dk, dv = (self._add_home(x, self.copy_P, y) for x, y in zip((dk, dv), d_copies, strict=True))
+        return dq, dk, dv
+
+    def _copies(self, k: Array, v: Array) -> tuple[Array, Array]:
+        return _split(self._everywhere(jnp.concatenate([k, v], axis=2), self.copy_P), k.shape[2])
+
+    def _scale_of_visitors(self, scale: Array) -> Array:
+        return self._everywhere(scale, self.row_R) if scale.ndim else scale
+
+    def _places(self, row_N: Array, size: int) -> tuple[Array, Array]:
+        """(which of some rows of the buffer are on this shard, their places here; of the others places that there are not)."""
+        local_N = row_N - jax.lax.axis_index(self.axis) * size
+        mine_N = (local_N >= 0) & (local_N < size)
+        return mine_N, jnp.where(mine_N, local_N, size + jnp.arange(row_N.shape[0]))
 
     def _everywhere(self, x: Array, row_N: Array) -> Array:
         """Some rows of the sharded buffer `x`, on every shard, each from the shard that holds it; zeros for row T."""
-        local_N = row_N - jax.lax.axis_index(self.axis) * x.shape[0]
-        mine_N = (local_N >= 0) & (local_N < x.shape[0])
-        found = jnp.where(mine_N.reshape(-1, *(1,) * (x.ndim - 1)), x[jnp.clip(local_N, 0, x.shape[0] - 1)], jnp.zeros((), x.dtype))
+        mine_N, local_N = self._places(row_N, x.shape[0])
+        found = jnp.where(mine_N.reshape(-1, *(1,) * (x.ndim - 1)), x[jnp.minimum(local_N, x.shape[0] - 1)], jnp.zeros((), x.dtype))
         return jax.lax.psum(found, self.axis) if row_N.shape[0] else found
+
+    def _add_home(self, x: Array, row_N: Array, parts: Array) -> Array:
+        """`x` and, in some rows of the buffer, the sum of all shards' `parts`, each added where its row is."""
+        sums = jax.lax.psum(parts.astype(jnp.float32), self.axis).astype(x.dtype)
+        return x.at[self._places(row_N, x.shape[0])[1]].add(sums, mode="drop", unique_indices=True)
+
+    def _hops(self, size: int) -> list[tuple[int, int]]:
+        """(shards onward, rows of each) that make up the halo, the nearest first."""
+        return [(hop, min(self.reach - (hop - 1) * size, size)) for hop in range(1, -(-self.reach // size) + 1)]
 
     def _before(self, x: Array) -> Array:
         """The `reach` rows in front of a shard, from its neighbours; zeros before the first row of the buffer."""
-        size, parts = x.shape[0], []
-        for hop in range(1, -(-self.reach // size) + 1):
-            taken = min(self.reach - (hop - 1) * size, size)
+        size, parts = x.shape[0], [x[:0]]
+        for hop, taken in self._hops(size):
             parts.append(jax.lax.ppermute(x[size - taken :], self.axis, [(i, i + hop) for i in range(self.shards - hop)]))
         return jnp.concatenate(parts[::-1])
+
+    def _back(self, parts: Array, size: int) -> Array:
+        """`_before` transposed: what the shards that follow have for the last rows of this one, added up."""
+        most, end = min(self.reach, size), self.reach
+        total = jnp.zeros((most, *parts.shape[1:]), parts.dtype)
+        for hop, taken in self._hops(size):
+            sent = jax.lax.ppermute(parts[end - taken : end], self.axis, [(i + hop, i) for i in range(self.shards - hop)])
+            total = total + jnp.pad(sent, ((most - taken, 0), (0, 0), (0, 0)))
+            end -= taken
+        return total
+
+
+def _split(x: Array, width: int) -> tuple[Array, Array]:
+    return x[..., :width], x[..., width:]
 
 
 class _Whole(NamedTuple):
@@ -141,49 +206,56 @@ def _ascending(flag_T: Array, capacity: int) -> Array:
     return jnp.nonzero(flag_T, size=capacity, fill_value=flag_T.shape[0])[0].astype(jnp.int32)
 
 
-def _home(frame: Frame, whole: _Whole, copy_P: Array, row_R: Array) -> AttentionPlan:
-    """Rows: the shard's own, then the visiting ones. Keys: copies, then those of the rows."""
-    mask, layout, size = frame.mask, frame.layout, frame.layout.rows_per_shard
+def _home(frame: Frame, whole: _Whole, copy_P: Array) -> AttentionPlan:
+    """Rows: the shard's. Keys: copies, then those of the rows."""
+    mask, layout = frame.mask, frame.layout
     window, own, num_copies = mask.window or 0, layout.rows(frame.shard), copy_P.shape[0]
     real_t = own < frame.sequences.offsets[-1]
-
-    def place_of_copy(x: Array) -> Array:
-        return jnp.searchsorted(copy_P, x, method="scan_unrolled").astype(jnp.int32)
-
     start_t, history_t, plain_t = whole.start_T[own], whole.history_T[own], real_t & ~whole.visits_T[own]
     near_t = jnp.maximum(own - window, history_t)
-    sees_context_t = mask.context_sink | (own - history_t + 1 <= window)
-    sink_t = jnp.minimum(jnp.maximum(jnp.where(sees_context_t, history_t, 0), start_t + mask.prefix), near_t)
-    plain = (place_of_copy(start_t), place_of_copy(sink_t), *(num_copies + layout.rank(x, frame.shard) for x in (near_t, own)))
-    at_R = jnp.minimum(row_R, layout.num_rows - 1)
-    used_R = row_R < layout.num_rows
-    visiting = (num_copies + layout.rank(x[at_R], frame.shard) for x in frame.keys)
-    keys = KeyIntervals(
-        *(jnp.concatenate([jnp.where(plain_t, a, 0), jnp.where(used_R, b, 0)]) for a, b in zip(plain, visiting, strict=True))
-    )
+    none_t = jnp.zeros_like(own)
+    far_t = [none_t, none_t]
+    if num_copies:
+        sees_context_t = mask.context_sink | (own - history_t + 1 <= window)
+        sink_t = jnp.minimum(jnp.maximum(jnp.where(sees_context_t, history_t, 0), start_t + mask.prefix), near_t)
+        far_t = [jnp.searchsorted(copy_P, x, method="scan_unrolled").astype(jnp.int32) for x in (start_t, sink_t)]
+    seen = (*far_t, *(num_copies + layout.rank(x, frame.shard) for x in (near_t, own)))
+    keys = KeyIntervals(*(jnp.where(plain_t, x, 0) for x in seen))
 
-    # Transposed. Of a copy: the plain rows that see it, from behind its window on, so that it is seen once.
+    # Transposed. Of a copy: the plain rows that see it, from behind its window on, so that it is seen once. Of an own key: those of its window.
     at_P = jnp.minimum(copy_P, layout.num_rows - 1)
     last_P, history_P = whole.first_T[at_P], whole.history_T[at_P]
     in_prefix_P = at_P < whole.start_T[at_P] + mask.prefix
     from_P = jnp.where(at_P >= history_P, at_P + window + 1, history_P)
     to_P = jnp.where(in_prefix_P | mask.context_sink, last_P, jnp.minimum(last_P, history_P + window))
     tail_P = tuple(jnp.where(copy_P < layout.num_rows, layout.rank(x, frame.shard), 0) for x in (from_P, to_P))
-    # Of an own key: the plain rows of its window, and the visiting rows, which are one interval, or two around a contextual key.
     stop_t = jnp.minimum(own + window + 1, whole.first_T[own])
     near_t2 = [jnp.where(real_t & (own >= history_t), layout.rank(x, frame.shard), 0) for x in (own + 1, stop_t)]
+    none_P = jnp.zeros_like(copy_P)
+    none = jnp.concatenate([none_P, none_t])
+    rows = RowIntervals(
+        none,
+        none,
+        *(jnp.concatenate([none_P, x]) for x in near_t2),
+        *(jnp.concatenate([x, none_t]) for x in tail_P),
+    )
+    window_alone = AttentionMask(window=window)  # beside the copies, if any
+    return partial_plan(keys, rows, num_rows=own.shape[0], num_keys=num_copies, own=True, mask=window_alone, plain=not num_copies)
+
+
+def _visit(frame: Frame, row_R: Array) -> AttentionPlan:
+    """Rows: those that visit. Keys: the shard's."""
+    layout, own = frame.layout, frame.layout.rows(frame.shard)
+    at_R, used_R = jnp.minimum(row_R, layout.num_rows - 1), row_R < layout.num_rows
+    keys = KeyIntervals(*(jnp.where(used_R, layout.rank(x[at_R], frame.shard), 0) for x in frame.keys))
+    # The rows that see a key are one interval, or two around a contextual key.
     ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (
         jnp.searchsorted(row_R, x[own], method="scan_unrolled").astype(jnp.int32) for x in frame.rows
     )
     some_near, some_tail = near_hi > near_lo, tail_hi > tail_lo
-    tail = (jnp.where(some_near, near_lo, tail_lo), jnp.where(some_tail, tail_hi, near_hi))
-    none_P, none_R = jnp.zeros_like(copy_P), jnp.zeros_like(row_R)
-    rows = RowIntervals(
-        *(jnp.concatenate([none_P, size + x, none_R]) for x in (ctx_lo, ctx_hi)),
-        *(jnp.concatenate([none_P, x, none_R]) for x in near_t2),
-        *(jnp.concatenate([p, size + x, none_R]) for p, x in zip(tail_P, tail, strict=True)),
-    )
-    return partial_plan(keys, rows, num_rows=size + row_R.shape[0], num_keys=num_copies)
+    none_t = jnp.zeros_like(own)
+    rows = RowIntervals(ctx_lo, ctx_hi, none_t, none_t, jnp.where(some_near, near_lo, tail_lo), jnp.where(some_tail, tail_hi, near_hi))
+    return partial_plan(keys, rows, num_rows=row_R.shape[0], num_keys=own.shape[0], own=False)
 
 
 def _edge(frame: Frame, whole: _Whole, reach: int) -> AttentionPlan:
@@ -202,4 +274,4 @@ def _edge(frame: Frame, whole: _Whole, reach: int) -> AttentionPlan:
     hi = jnp.clip(jnp.minimum(at + window + 1, whole.first_T[at]) - first, 0, row.shape[0])
     none = jnp.zeros_like(key)
     rows = RowIntervals(none, none, none, none, none, jnp.where(seen, hi, 0))
-    return partial_plan(keys, rows, num_rows=row.shape[0], num_keys=reach)
+    return partial_plan(keys, rows, num_rows=row.shape[0], num_keys=reach, own=False)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class Gather:
         row, layout = frame.layout.rows(frame.shard), frame.layout
         keys = KeyIntervals(*(x[row] for x in frame.keys))
         rows = RowIntervals(*(layout.rank(x, frame.shard) for x in frame.rows))
-        plan = partial_plan(keys, rows, num_rows=layout.rows_per_shard, num_keys=layout.num_rows)
+        plan = partial_plan(keys, rows, num_rows=layout.rows_per_shard, num_keys=layout.num_rows, own=True)
         return Gather(prepare(plan), None if layout.is_contiguous else jnp.argsort(layout.permutation()), frame.axis)
 
     def __call__(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
@@ -42,24 +42,18 @@ class Gather:
         return x if self.order is None else x[self.order]
 
 
-class Meeting(NamedTuple):
-    """This shard's rows and the keys of one shard."""
-
-    plan: Any  # AttentionPlan
-    some: Any  # whether any row sees any key
-
-
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["own", "others"], meta_fields=["axis", "shards"])
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """Keys and values travel around the shards; what a shard sees of each is added up. Memory O(T / C), in the backward too: there the
-    gradients of keys and values, in float32, travel with them.
+    gradients of keys and values travel behind them, in float32 until the last hop, which brings them home.
 
-    The transfer of a step does not depend on its computation, so that they can overlap; a step without a visible key computes nothing.
+    The forward begins with the shard's own keys, while others' come; the backward ends with them, while gradients go home. No other transfer depends
+    on the computation beside it either.
     """
 
-    own: Meeting
-    others: Meeting  # stacked: the shard before this one, the one before that, ...
+    own: Any  # AttentionPlan of the shard's rows and keys
+    others: Any  # AttentionPlan, stacked: of its rows and the keys of the shard before, of the one before that, ...
     axis: str
     shards: int
 
@@ -67,11 +61,10 @@ class Ring:
     def of(frame: Frame, prepare: Prepare) -> "Ring":
         shards, size = frame.layout.shards, frame.layout.rows_per_shard
 
-        def meet(distance: Any, num_keys: int) -> Meeting:
+        def meet(distance: Any, num_keys: int) -> Any:
             source = (frame.shard - distance) % shards
             keys, rows = frame.keys_of(frame.shard, source), frame.rows_of(frame.shard, source)
-            plan = prepare(partial_plan(keys, rows, num_rows=size, num_keys=num_keys))
-            return Meeting(plan, ((keys.hi0 > keys.lo0) | (keys.hi1 > keys.lo1)).any())
+            return prepare(partial_plan(keys, rows, num_rows=size, num_keys=num_keys, own=not num_keys))
 
         others = jax.lax.map(lambda distance: meet(distance, size), jnp.arange(1, shards))
         return Ring(meet(0, 0), others, frame.axis, shards)
@@ -79,14 +72,7 @@ class Ring:
     def __call__(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
         @jax.custom_vjp
         def run(q: Array, k: Array, v: Array, scale: Array, this: "Ring") -> Array:
-            def of_heads(q: Array, k: Array, v: Array) -> tuple[Array]:
-                def add(out: Array, here: Any, step: Any) -> Array:
-                    return out + step(q, *here).astype(jnp.float32)
-
-                out = this._round(add, jnp.zeros((*q.shape[:2], v.shape[2]), jnp.float32), (k, v), scale, attend)
-                return (out.astype(v.dtype),)
-
-            return in_turns(of_heads, (v,), q, k, v)[0]
+            return in_turns(lambda q, k, v: (this._sums(q, (k, v), scale, attend),), (v,), q, k, v)[0]
 
         def forward(*inputs: Any) -> tuple[Array, Any]:
             return run(*inputs), inputs
@@ -94,47 +80,56 @@ class Ring:
         def backward(saved: Any, g: Array) -> tuple[Any, ...]:
             q, k, v, scale, this = saved
             q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))  # else XLA keeps what the forward has received, see `keeping_inputs`
-
-            def of_heads(q: Array, k: Array, v: Array, g: Array) -> Any:
-                def add(sums: Any, here: Any, step: Any) -> Any:
-                    parts = jax.vjp(step, q, *here)[1](g)
-                    dq, *d_kv = (a + b.astype(jnp.float32) for a, b in zip(sums, parts, strict=True))
-                    return dq, *this._send(d_kv)  # after as many steps as there are shards they are at home
-
-                zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-                sums = this._round(add, zeros, (k, v), scale, attend)
-                return tuple(total.astype(x.dtype) for total, x in zip(sums, (q, k, v), strict=True))
-
-            return *in_turns(of_heads, (q, k, v), q, k, v, g), None, None
+            return *in_turns(lambda q, k, v, g: this._gradients(q, (k, v), g, scale, attend), (q, k, v), q, k, v, g), None, None
 
         run.defvjp(forward, backward)
         return run(q, k, v, scale, self)
 
-    def _round(self, add: Callable[..., Any], sums: Any, kv: Any, scale: Array, attend: Attend) -> Any:
-        """Folds `add(sums, keys and values that are here, what rows get from them)` over all shards. A loop, so that no more of them is in memory than
-        what is here and what is coming.
-        """
-        plan = self.own.plan
-        own = lambda q, k, v: attend(q, k[:0], v[:0], plan=plan, scale=scale, own=(k, v))  # noqa: E731
-        if self.shards == 1:
-            return add(sums, kv, own)
+    def _sums(self, q: Array, kv: Any, scale: Array, attend: Attend) -> Array:
+        def add(number: Any, out: Array, here: Any) -> Array:
+            return out + self._part(number, scale, attend)(q, *here).astype(jnp.float32)
 
-        def other(number: Any) -> Callable[..., Array]:
-            meeting = jax.tree.map(lambda leaf: leaf[number], self.others)
-            return lambda q, k, v: jax.lax.cond(
-                meeting.some,
-                lambda: attend(q, k, v, plan=meeting.plan, scale=scale),
-                lambda: jnp.zeros((*q.shape[:2], v.shape[2]), v.dtype),
-            )
+        def step(number: Any, carry: Any) -> Any:
+            out, here = carry
+            coming = self._send(here)
+            return add(number, out, here), coming
 
-        def step(number: Array, carry: Any) -> Any:
+        out = self._part(None, scale, attend)(q, *kv).astype(jnp.float32)
+        if self.shards > 1:  # a loop, so that no more keys are in memory than what is here and what is coming
+            out, here = jax.lax.fori_loop(0, self.shards - 2, step, (out, self._send(kv)))
+            out = add(self.shards - 2, out, here)
+        return out.astype(kv[1].dtype)
+
+    def _gradients(self, q: Array, kv: Any, g: Array, scale: Array, attend: Attend) -> tuple[Array, ...]:
+        def parts(number: Any, here: Any) -> list[Array]:
+            return [x.astype(jnp.float32) for x in jax.vjp(self._part(number, scale, attend), q, *here)[1](g)]
+
+        def meet(number: Any, sums: Any, here: Any) -> list[Array]:
+            """The sums, of which those of keys and values have come with them."""
+            return [a + b for a, b in zip((sums[0], *self._send(sums[1:])), parts(number, here), strict=True)]
+
+        def step(number: Any, carry: Any) -> Any:
             sums, here = carry
             coming = self._send(here)
-            return add(sums, here, other(number)), coming
+            return meet(number, sums, here), coming
 
-        coming = self._send(kv)
-        carry = jax.lax.fori_loop(0, self.shards - 2, step, (add(sums, kv, own), coming))
-        return add(*carry, other(self.shards - 2))
+        likes = (q, *kv)
+        if self.shards == 1:
+            return tuple(x.astype(like.dtype) for x, like in zip(parts(None, kv), likes, strict=True))
+        here = self._send(kv)
+        sums = parts(0, here)
+        if self.shards > 2:
+            sums, here = jax.lax.fori_loop(1, self.shards - 2, step, (sums, self._send(here)))
+            sums = meet(self.shards - 2, sums, here)
+        home = self._send([x.astype(like.dtype) for x, like in zip(sums[1:], kv, strict=True)])
+        own = parts(None, kv)
+        return tuple((a + b).astype(like.dtype) for a, b, like in zip((sums[0], *home), own, likes, strict=True))
+
+    def _part(self, number: Any, scale: Array, attend: Attend) -> Callable[..., Array]:
+        """What rows get from the keys of another shard, or from those of their own (None), a function of q, k, v."""
+        if number is None:
+            return lambda q, k, v: attend(q, k[:0], v[:0], plan=self.own, scale=scale, own=(k, v))
+        return functools.partial(attend, plan=jax.tree.map(lambda leaf: leaf[number], self.others), scale=scale)
 
     def _send(self, x: Any) -> Any:
         """To the next shard; what comes in is the shard's before."""
