@@ -201,10 +201,11 @@ def stage_balance(folder: Path, console: Any) -> None:
 def stage_longest(folder: Path, console: Any) -> None:
     record = Record(folder, "longest")
     budget = FLAGS.budget_gib * context_parallel_longest.GIB
-    variants: dict[str, dict[str, Any]] = record.value.get("variants", {})
+    known: dict[str, dict[str, Any]] = record.value.get("variants", {})
+    variants: dict[str, dict[str, Any]] = {}
     users = 2 if FLAGS.small else context_parallel_longest.USERS
     contexts = [int(context) for context in FLAGS.contexts]
-    for variant, context, found in context_parallel_longest.search(budget, contexts, users, FLAGS.small, FLAGS.jobs):
+    for variant, context, found in context_parallel_longest.search(budget, contexts, users, FLAGS.small, FLAGS.jobs, known):
         variants.setdefault(variant, {})[str(context)] = found
         console.print(f"{variant}, context {context}: {found}")
         compiled_for = "CPU devices" if FLAGS.small else "NVIDIA H100 80GB HBM3 (described, not present)"

@@ -74,13 +74,17 @@ def longest(case: Case, budget: float, step: int, measure: Callable[[Case], int]
 
 
 def search(
-    budget: float, contexts: Sequence[int] = CONTEXTS, users: int = USERS, small: bool = False, jobs: int = 1
+    budget: float, contexts: Sequence[int] = CONTEXTS, users: int = USERS, small: bool = False, jobs: int = 1, known: Any = None
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(variant, context, what `longest` found), as they come."""
-    guess = {"none": 3072, "selective": 8192}
+    """(variant, context, what `longest` found), as they come. `known`: such results, by variant and context, that a search begins with."""
+
+    def guess(mask: str, remat: str, context: int) -> int:
+        found = (known or {}).get(f"{mask}/{remat}", {}).get(str(context))
+        return found["longest"] if found else context * (64 if small else {"none": 2048, "selective": 7488}[remat])
+
     cases = {
         (f"{mask}/{remat}", context): Case(
-            mask, users, (64 if small else guess[remat]) * context, context=context, strategy=STRATEGY[mask], remat=remat, small=small
+            mask, users, guess(mask, remat, context), context=context, strategy=STRATEGY[mask], remat=remat, small=small
         )
         for context in contexts
         for mask, remat in (VARIANTS[:2] if small else VARIANTS)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from mosaic_interpreter import interpreted
 
+from kernels import device
 from kernels.hstu_attention import mosaic_hopper, mosaic_hopper_vjp
 from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention.partial import partial_attention, partial_plan
@@ -61,3 +62,26 @@ def test_rows_and_keys_of_two_buffers(passes, widths, own, num_keys, row_scale, 
         x, want = np.asarray(x[: want.shape[0]], np.float64), np.asarray(want, np.float64)
         assert np.linalg.norm(want) > 0, name
         assert np.linalg.norm(x - want) < 4e-3 * np.linalg.norm(want), name
+
+
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("own", [False, True], ids=["apart", "own keys"])
+def test_it_lowers(own, width, monkeypatch):
+    """Through the dispatcher, as on a Hopper GPU: forward and one-pass backward, and after each the sums of split tiles."""
+    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "some GPU", (9, 0)))
+    num_rows, num_keys = 500, 300
+
+    def run(q, k, v, g, keys, rows):
+        def attend(q, k, v):
+            own_kv = (k[:num_rows], v[:num_rows]) if own else None
+            return partial_attention(q, k[:num_keys], v[:num_keys], keys, rows, alpha=0.1, scale=1.0, own=own_kv, implementation="mosaic")
+
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(g)
+
+    array = jax.ShapeDtypeStruct((num_rows, 2, width), jnp.bfloat16)
+    end = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+    seen_by = jax.ShapeDtypeStruct((num_keys,), jnp.int32)
+    arguments = (array, array, array, array, KeyIntervals(*[end] * 4), RowIntervals(*[seen_by] * 6))
+    text = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu_v2") == 4

@@ -59,8 +59,8 @@ def forward_config(k_width: int, v_width: int, plan: AttentionPlan) -> ForwardCo
 
 def attention(
     q_THK: Float[Array, "T H K"],
-    k_THK: Float[Array, "T H K"],
-    v_THV: Float[Array, "T H V"],
+    k_SHK: Float[Array, "S H K"],
+    v_SHV: Float[Array, "S H V"],
     plan: AttentionPlan,
     *,
     alpha: float,
@@ -68,17 +68,17 @@ def attention(
     bias: Any,
     deterministic: bool = False,
 ) -> Float[Array, "T H V"]:
-    """See `hstu_attention`. bfloat16 or float16, K and V in {64, 128, 256}, no bias; Hopper only.
+    """See `hstu_attention`. bfloat16 or float16, K and V in {64, 128, 256}, no bias; Hopper only. S is T, or `plan.num_keys` (see `partial`).
 
     deterministic: gradients with the same bits on every run, by a second pass for dQ. Otherwise dQ is summed in
     memory in no fixed order.
     """
-    reason = unsupported(q_THK.dtype, q_THK.shape[2], v_THV.shape[2], bias)
+    reason = unsupported(q_THK.dtype, q_THK.shape[2], v_SHV.shape[2], bias)
     if reason is None and not device.current().is_hopper:
         reason = f"needs a Hopper GPU (H100, H200), the device is {device.current().kind!r}; use 'xla'"
     if reason is not None:
         raise NotImplementedError(reason)
-    return attend(q_THK, k_THK, v_THV, plan, alpha=alpha, scale=scale, deterministic=deterministic)
+    return attend(q_THK, k_SHK, v_SHV, plan, alpha=alpha, scale=scale, deterministic=deterministic)
 
 
 def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int, deterministic: bool = False) -> AttentionPlan:
