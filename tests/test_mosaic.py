@@ -26,6 +26,10 @@ MASKS = {
 }
 
 
+# Compiled whole, as in a step: alone, hundreds of operations are compiled one by one.
+schedule_of = jax.jit(schedule.schedule_of, static_argnums=1)
+
+
 class Batch:
     """Jagged inputs whose padding rows hold NaN, and the results of `reference`."""
 
@@ -44,8 +48,11 @@ class Batch:
         def plain(*qkv):
             return reference.attention(*(x.astype(jnp.float32) for x in qkv), self.plan, alpha=0.1, scale=self.scale, bias=None)
 
-        out, pull = jax.vjp(plain, self.q, self.k, self.v)
-        self.want = {"out": out, **dict(zip(("dq", "dk", "dv"), pull(self.g.astype(jnp.float32)), strict=True))}
+        def with_gradients(*qkv):
+            out, pull = jax.vjp(plain, *qkv)
+            return out, *pull(self.g.astype(jnp.float32))
+
+        self.want = dict(zip(("out", "dq", "dk", "dv"), jax.jit(with_gradients)(self.q, self.k, self.v), strict=True))
 
     def padded(self):
         pad = ((0, schedule.rounded_up(self.rows) - self.rows), (0, 0), (0, 0))
@@ -92,7 +99,7 @@ def test_split_tiles(monkeypatch):
     batch = Batch(MASKS["causal"], 64, 64, lengths=np.array([640]))
     monkeypatch.setattr(schedule, "WORKERS", 8)
     parts = [
-        schedule.schedule_of(batch.plan, wanted).parts
+        schedule_of(batch.plan, wanted).parts
         for wanted in (WorkList.forward(1, 64, 8), WorkList.backward(1, BackwardConfig(128, 64, 2, workers=8)))
     ]
     assert all((np.asarray(x)[:, 3] > 1).any() for x in parts)
@@ -118,11 +125,11 @@ def test_lists_of_work_cover_the_mask_once(mask, num_workers):
     dense[:rows, :rows] = np.asarray(MASKS[mask].dense(offsets, rows, *counts))
     back = [BackwardConfig(tile, block, 2, workers=num_workers) for tile in (64, 128)]
     wanted = [WorkList.forward(heads, block, num_workers), *(WorkList.backward(heads, config) for config in back)]
-    together = schedule.with_schedules(plan, wanted)
+    together = jax.jit(schedule.with_schedules, static_argnums=1)(plan, tuple(wanted))
     for each in wanted:
         work = schedule.schedule_of(together, each)
         check_work(plan, work, dense if each.name == "forward" else dense.T, each)
-        alone = schedule.schedule_of(plan, each)
+        alone = schedule_of(plan, each)
         used = np.asarray(alone.records)[:, schedule.TILE] >= 0
         np.testing.assert_array_equal(np.asarray(work.records)[: used.sum()], np.asarray(alone.records)[used])
 
@@ -136,7 +143,7 @@ def test_no_tile_is_split_where_none_can_be_heavy():
         dense = np.zeros((size, size), bool)
         dense[:rows, :rows] = np.asarray(mask.dense(offsets, rows))
         wanted = WorkList.forward(2, 64, 132)
-        work = schedule.schedule_of(plan, wanted)
+        work = schedule_of(plan, wanted)
         check_work(plan, work, dense, wanted)
         assert not work.parts.size and (np.asarray(work.records)[:, schedule.SLOT] < 0).all()
     assert schedule.may_split(make_plan(AttentionMask(window=60), offsets, rows, np.array([3, 0])))
