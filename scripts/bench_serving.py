@@ -34,6 +34,7 @@ from ml_collections import config_flags
 from rich.table import Table
 
 from experiments import command
+from scripts.turns import one_by_one
 from ultra_hstu import flops, provenance, report, serving, workdir
 from ultra_hstu.config import Config, RankConfig, from_config_dict
 from ultra_hstu.data.rank_source import EVERYTHING, Sizes
@@ -62,10 +63,6 @@ class Cell:
     tflop: float
     call: Callable[[], Any]
 
-    @property
-    def name(self) -> str:
-        return f"{self.model:>6} {self.what:>10}  history {self.history:>6}  candidates {self.candidates:>6}  micro-batch {self.micro_batch:>6}"
-
 
 def main(_: list[str]) -> None:
     config = from_config_dict(FLAGS.config)
@@ -83,26 +80,54 @@ def main(_: list[str]) -> None:
     }
     result["cells"] = before(FLAGS.record, result)
     console = report.make_console()
-    grid = dict(histories=histories, candidates=candidates, micro_batches=micro_batches)
-    cells = []
-    for name in FLAGS.models:
-        ranking = ranking_config(config, MODELS[name] | implementation(), longest=max(histories), targets=max(candidates))
-        cells += list(Bench(name, ranking, FLAGS.cached, FLAGS.kind).cells(**grid))
+    longest, options = dict(longest=max(histories), targets=max(candidates)), (FLAGS.cached, FLAGS.kind, FLAGS.jobs, FLAGS.seconds)
+    tasks = []
+    for history in histories:
+        for name in FLAGS.models:
+            ranking = ranking_config(config, MODELS[name] | implementation(), **longest)
+            tasks.append((prepare, (name, ranking, history, candidates, micro_batches, *options)))
     started = time.perf_counter()
-    with ThreadPoolExecutor(FLAGS.jobs) as pool:  # compilers run side by side
-        errors = list(pool.map(attempt, cells))
-    result["compile_s"] = time.perf_counter() - started
-    console.print(f"{len(cells)} programs compiled in {result['compile_s']:.0f} s")
-    for cell, error in zip(cells, errors, strict=True):
-        measured = {"error": error} if error else latency(cell, FLAGS.seconds)
-        named = {key: getattr(cell, key) for key in (*PLACE, "tflop")}
-        result["cells"] = [old for old in result["cells"] if any(old[key] != named[key] for key in PLACE)] + [named | measured]
-        console.print(
-            cell.name, measured.get("error") or f"{measured['p50_ms']:9.3f} ms  {measured['candidates_per_s']:12,.0f} candidates/s"
-        )
+    for measured in one_by_one(tasks, processes=FLAGS.processes):
+        if isinstance(measured, Exception):
+            raise measured
+        for new in measured:
+            result["cells"] = [old for old in result["cells"] if any(old[key] != new[key] for key in PLACE)] + [new]
+            console.print(described(new))
+        console.print(f"{time.perf_counter() - started:.0f} s")
         if FLAGS.record:
             workdir.write_json(Path(FLAGS.record), result)
     console.print(summary(result["cells"]))
+
+
+def prepare(
+    model: str,
+    config: Config,
+    history: int,
+    candidates: list[int],
+    micro_batches: list[int],
+    cached: str | None,
+    kind: Any,
+    jobs: int,
+    seconds: float,
+) -> Callable[[], list[dict[str, Any]]]:
+    """Compiles all cells of one model and length. What it returns times them, one after another."""
+    cells = list(Bench(model, config, cached, kind).cells([history], candidates, micro_batches))
+    with ThreadPoolExecutor(jobs) as pool:  # compilers run side by side
+        errors = list(pool.map(attempt, cells))
+
+    def measure() -> list[dict[str, Any]]:
+        return [
+            {key: getattr(cell, key) for key in (*PLACE, "tflop")} | ({"error": error} if error else latency(cell, seconds))
+            for cell, error in zip(cells, errors, strict=True)
+        ]
+
+    return measure
+
+
+def described(cell: dict[str, Any]) -> str:
+    place = f"{cell['model']:>6} {cell['what']:>10}  history {cell['history']:>6}  candidates {cell['candidates']:>6}"
+    value = cell.get("error") or f"{cell['p50_ms']:9.3f} ms  {cell['candidates_per_s']:12,.0f} candidates/s"
+    return f"{place}  micro-batch {cell['micro_batch']:>6}  {value}"
 
 
 def before(record: str | None, result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -261,7 +286,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("cached", None, "of attention to the cache: triton or xla; that of the platform by default")
     flags.DEFINE_string("kind", "same", "how keys and values are kept")
     flags.DEFINE_float("seconds", 0.5, "time to measure a cell for")
-    flags.DEFINE_integer("jobs", 8, "programs that are compiled at one time")
+    flags.DEFINE_integer("jobs", 8, "programs that are compiled at one time, for each model and history")
+    flags.DEFINE_bool("processes", True, "a process for each model and history: all compile side by side, then measure one after another")
     flags.DEFINE_string("record", None, "JSON file for the result")
     flags.mark_flag_as_required("config")
     command.run(main)
