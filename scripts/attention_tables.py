@@ -18,8 +18,6 @@ ATTENTION = {
 }
 PASSES = ("forward", "backward")
 RECORD = "attention_h100"
-RIVALS = "attention_rivals_h100"  # a run beside other people's kernels, and over lengths
-OTHERS = ("meta_triton", "cudnn_sdpa")
 
 
 def attention_rates(record: dict[str, Any]) -> dict[tuple[str, str, str], float]:
@@ -32,9 +30,7 @@ def attention_table() -> str:
     record = load(RECORD)
     if record is None:
         return "Not measured yet."
-    rates, beside = attention_rates(record), load(RIVALS)
-    if beside is not None:
-        rates |= {key: rate for key, rate in attention_rates(beside).items() if key[1] in OTHERS}
+    rates = attention_rates(record)
     rows = []
 
     def cell(workload: str, name: str) -> str:
@@ -56,14 +52,12 @@ def attention_table() -> str:
         + (f"; a bfloat16 matrix product of 8192 reached {product:.0f} in the same run." if product else "."),
         "[1] Another function, softmax attention, with the same two products: what a vendor's kernel reaches.",
     ]
-    if beside is not None:
-        default = [r for r in beside["records"] if r["implementation"] == "meta_triton_default" and "tflops" in r]
+    if rivals := record.get("rivals"):
+        default = [r for r in record["records"] if r["implementation"] == "meta_triton_default" and "tflops" in r]
         notes.append(
-            f"[2] generative-recommenders at {beside['rivals']['revision'][:12]}, tuned by itself; its forward reads by TMA where lengths are equal"
+            f"[2] generative-recommenders at {rivals['revision'][:12]}, in the same run, tuned by itself; its forward reads by TMA where lengths are equal"
             + "".join(f" (`{r['workload']}` without, its default: {r['tflops']:.0f})" for r in default)
-            + f". It and cuDNN in a run of their own: {beside['device']}, {beside['date'][:10]}, commit {beside['commit']}, in which `mosaic` reached "
-            + "; ".join(f"`{name}` {both}" for name, both in ours_beside(beside))
-            + "."
+            + (". The time for it and cuDNN ended before all was measured." if "incomplete" in rivals else ".")
         )
     notes.append(
         "[3] Tile bounds and lists of work for `mosaic`, made once a batch for all layers, heads, forward and backward; not in the times."
@@ -75,17 +69,6 @@ def attention_table() -> str:
         listed = "; ".join(f"`{r['workload']}` {r['tflops']:.0f}, error {100 * r['error']:.1f} %" for r in fp8)
         notes.append(f"`mosaic_fp8`, forward, rounding of the inputs included: {listed}.")
     return "\n\n".join([markdown(["workload", *ATTENTION.values(), "plan, us [3]"], rows), *notes, *record.get("notes", [])])
-
-
-def ours_beside(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """(workload, forward / backward of `mosaic`) of the workloads of a record that Meta's kernel ran."""
-    rates = attention_rates(record)
-    names = dict.fromkeys(name for name, who, _ in rates if who == "meta_triton" and not name.startswith("length_"))
-    return [
-        (name, " / ".join(f"{rates[name, 'mosaic', which]:.0f}" for which in PASSES))
-        for name in names
-        if (name, "mosaic", "forward") in rates
-    ]
 
 
 def gpu_tests_table() -> str:
@@ -102,7 +85,7 @@ def gpu_tests_table() -> str:
 
 def attention_figure() -> None:
     """TFLOP/s over the length of causal sequences, 65536 rows in all, width 128."""
-    record = load(RIVALS)
+    record = load(RECORD)
     if record is None:
         return
     rates = {(key[0].replace("causal_d128_8x8192", "length_8192"), *key[1:]): x for key, x in attention_rates(record).items()}
