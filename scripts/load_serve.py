@@ -26,7 +26,8 @@ from scripts.serve_tables import STAGES
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.schema import Request
-from ultra_hstu.serving.service import RunData, Service, as_answer
+from ultra_hstu.serving.service import Service, as_answer
+from ultra_hstu.serving.trained import RunData
 
 FLAGS = flags.FLAGS
 

@@ -19,7 +19,8 @@ from scripts.load_loop import closed_loop, deployment
 from scripts.load_requests import Sent, bad, checked, right
 from scripts.load_serve import kill, mixed
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.serving.service import RunData, Service
+from ultra_hstu.serving.service import Service
+from ultra_hstu.serving.trained import RunData
 from ultra_hstu.train import train
 
 ROOT = Path(__file__).parent.parent
