@@ -22,10 +22,13 @@ class Prepared:
 
     query: Any  # the model's
     warnings: tuple[str, ...] = ()
+    asked: Any = None  # what the answer has to repeat
 
 
 class Service:
-    """Answers requests with a trained run. `prepare` may run anywhere; `answer` in one thread at a time."""
+    """Answers requests with a retrieval run. `prepare` may run anywhere; `answer` in one thread at a time."""
+
+    request_type = Request
 
     def __init__(self, model: RecommendationModel, data: RunData, *, cache_bytes: int = 2**26):
         self.model = model
@@ -58,7 +61,9 @@ class Service:
     def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
         """One device call for new histories and one for the catalogue, for up to `model.max_users` requests."""
         queries = [p.query for p in prepared if p.query.length]
-        ranked = iter(self.model.best(np.stack(self.users.of(queries, self.model.encode)), queries) if queries else [])
+        ranked = iter(
+            self.model.best(np.stack(self.users.of(queries, lambda new: list(self.model.encode(new)))), queries) if queries else []
+        )
         empty = "the history is empty: these are the most popular items"
         return [
             as_answer(next(ranked), "model", p.warnings)
@@ -72,6 +77,10 @@ class Service:
         longest = max(MAX_EVENTS, int(self.data.interactions.lengths.max()))
         self._popularity  # noqa: B018
         return self.model.warm_up(max_k=MAX_K, max_hidden=longest + MAX_BLOCK)
+
+    def pulse(self) -> None:
+        """Asks the device for something short."""
+        self.model.encode([self.model.query([1])])
 
     @functools.cached_property
     def _popularity(self) -> Int[np.ndarray, " n"]:
