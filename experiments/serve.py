@@ -47,6 +47,7 @@ from ray import serve  # noqa: E402
 from experiments import command  # noqa: E402
 from ultra_hstu import quantization  # noqa: E402
 from ultra_hstu.nn.key_values import KINDS  # noqa: E402
+from ultra_hstu.serving.capacity import MAX_USERS  # noqa: E402
 from ultra_hstu.serving.deployment import RECOMMEND, SCORE, Recommender, Scorer  # noqa: E402
 from ultra_hstu.serving.services import check_options, is_ranking  # noqa: E402
 
@@ -59,6 +60,7 @@ _REPLICAS = flags.DEFINE_integer("replicas", 1, "processes that hold the model",
 _CPUS = flags.DEFINE_float("cpus", 1, "cores that Ray reserves for a replica", lower_bound=0)
 _GPUS = flags.DEFINE_float("gpus", 0, "GPUs of a replica", lower_bound=0)
 _CACHE = flags.DEFINE_integer("cache_mib", 64, "memory of a replica for encoded users", lower_bound=0)
+_BATCH = flags.DEFINE_integer("batch", MAX_USERS, "requests in one device call: fewer are compiled for sooner", lower_bound=1)
 _WAIT = flags.DEFINE_float("wait_ms", 4, "how long a batch waits for more requests than are there", lower_bound=0)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
 _PORT = flags.DEFINE_integer("port", 8000, "port to listen on")
@@ -88,6 +90,7 @@ def main(_: list[str]) -> None:
             str(Path(_WORKDIR.value).absolute()),
             raw_dir=_RAW_DIR.value,
             cache_bytes=_CACHE.value * 2**20,
+            max_users=_BATCH.value,
             wait_ms=_WAIT.value,
             **options,
         )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 LEAST_ROWS = 64
+MAX_USERS = 16  # requests of an online call, if nothing else is asked for
 
 
 @dataclasses.dataclass(frozen=True)

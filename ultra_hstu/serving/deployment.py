@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve import metrics
 
 from ultra_hstu.serving import schema
-from ultra_hstu.serving.retrieval import MAX_USERS
+from ultra_hstu.serving.capacity import MAX_USERS
 from ultra_hstu.serving.schema import Answer, Problem, Request
 from ultra_hstu.serving.score_schema import ScoreAnswer, ScoreRequest
 from ultra_hstu.serving.service import Prepared
@@ -61,6 +61,7 @@ class _Replica:
     def __init__(self, workdir: str, *, wait_ms: float, **options: Any):
         self.service = open_service(workdir, **options)
         self.service.warm_up()
+        self._answers.set_max_batch_size(self.service.model.max_users)  # type: ignore[attr-defined]
         self._answers.set_batch_wait_timeout_s(wait_ms / 1000)  # type: ignore[attr-defined]
         self._hits = metrics.Gauge(f"{self.name}_cache_hits", "users who were held, since the start")
         self._misses = metrics.Gauge(f"{self.name}_cache_misses", "users who had to be encoded, since the start")

@@ -19,12 +19,12 @@ from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.metrics import best_items
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.recipe import Params, Recipe
+from ultra_hstu.serving.capacity import MAX_USERS
 from ultra_hstu.serving.encoded_users import key_of
 from ultra_hstu.serving.seconds import since_first
 from ultra_hstu.serving.trained import load_params
 from ultra_hstu.workdir import Workdir
 
-MAX_USERS = 16  # histories in one device call
 SMALLEST_K, SMALLEST_HIDDEN = 16, 256  # lowest capacity classes; each class is 8 times the one below
 
 

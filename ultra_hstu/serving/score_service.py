@@ -41,7 +41,7 @@ class ScoreService:
         asked = [p.query for p in prepared if len(p.query.item_C)]
         scores = iter(self.model.score(self.users.of(asked, self.model.encode), asked))
         nothing = np.zeros((0, len(self.model.kinds)))
-        return [self._answer(p, next(scores) if len(p.query.item_C) else nothing) for p in prepared]
+        return [self.as_answer(p, next(scores) if len(p.query.item_C) else nothing) for p in prepared]
 
     def warm_up(self) -> int:
         """Compiles all that requests can need. Returns the number of programs."""
@@ -51,7 +51,8 @@ class ScoreService:
         """Asks the device for something short."""
         self.model.pulse()
 
-    def _answer(self, prepared: Prepared, score_CK: Float[np.ndarray, "C K"]) -> ScoreAnswer:
+    def as_answer(self, prepared: Prepared, score_CK: Float[np.ndarray, "C K"]) -> ScoreAnswer:
+        """An answer from what the model scored: the candidates that it knows."""
         raw, known_C = prepared.asked
         catalog, tasks = self.model.vocabulary.catalog, list(self.model.kinds)
         found = iter(zip(catalog.decode(known_C[known_C > 0]).tolist(), score_CK.tolist(), strict=True))

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from ultra_hstu.config import Config
 from ultra_hstu.data.rank_source import channels
 from ultra_hstu.nn.ranker import Ranker
-from ultra_hstu.serving.capacity import Room
+from ultra_hstu.serving.capacity import MAX_USERS, Room
 from ultra_hstu.serving.encoded_user import EncodedUser, join, split
 from ultra_hstu.serving.encoded_users import key_of
 from ultra_hstu.serving.frozen import FrozenRanker
@@ -22,7 +22,6 @@ from ultra_hstu.serving.trained import RunData, load_params
 from ultra_hstu.serving.vocabulary import Vocabulary, signal_codes
 from ultra_hstu.task import RankTask, Task
 
-MAX_USERS = 16  # requests in one device call
 MAX_CANDIDATES = 4096  # of a request
 MICRO_BATCH = 128  # a tile of attention on a CPU
 
@@ -76,14 +75,14 @@ class ScoringModel:
         self._biased = any(encoder.layers[0].bias is not None for encoder in self.ranker.encoders.values())
 
     @staticmethod
-    def of_run(data: RunData, *, kind: Any = "same") -> "ScoringModel":
+    def of_run(data: RunData, *, kind: Any = "same", max_users: int = MAX_USERS) -> "ScoringModel":
         """Raises ValueError for a retrieval run, one without a checkpoint or with one that is not finite, or data that is not the run's."""
         task = Task.of(data.config, data.interactions)
         if not isinstance(task, RankTask):
             raise ValueError(f"{data.folder.path} is a retrieval run: candidates are scored by ranking runs, with rank.tasks")
         _, params = load_params(data.folder, task.recipe)
         vocabulary = Vocabulary.of(task.config, task.interactions)
-        return ScoringModel(task.recipe.model(params), task.config, vocabulary, task.recipe.tasks, kind=kind)
+        return ScoringModel(task.recipe.model(params), task.config, vocabulary, task.recipe.tasks, kind=kind, max_users=max_users)
 
     def query(
         self,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ultra_hstu.serving.capacity import MAX_USERS
 from ultra_hstu.serving.retrieval import RecommendationModel
 from ultra_hstu.serving.score_service import ScoreService
 from ultra_hstu.serving.scoring import ScoringModel
@@ -37,6 +38,7 @@ def open_service(
     block: Sequence[int | str] = (),
     kind: Any = "same",
     cache_bytes: int = 2**26,
+    max_users: int = MAX_USERS,
 ) -> Service | ScoreService:
     """Recommendations of a retrieval run, scores of a ranking run.
 
@@ -45,6 +47,7 @@ def open_service(
       tables, block: of a retrieval run: what the item table is served from; raw ids that are recommended to nobody.
       kind: of a ranking run: how keys and values of encoded users are kept.
       cache_bytes: memory for encoded users.
+      max_users: requests in one device call.
 
     Raises:
       ValueError: no run, one that cannot be served, or options of the other kind.
@@ -52,8 +55,8 @@ def open_service(
     check_options(workdir, tables=tables, block=block, kind=kind)
     data = RunData(workdir, raw_dir)
     if is_ranking(workdir):
-        return ScoreService(ScoringModel.of_run(data, kind=kind), data, cache_bytes=cache_bytes)
-    model = RecommendationModel(workdir, tables=tables)
+        return ScoreService(ScoringModel.of_run(data, kind=kind, max_users=max_users), data, cache_bytes=cache_bytes)
+    model = RecommendationModel(workdir, tables=tables, max_users=max_users)
     blocked = model.catalog.find(block)  # lists outlive items: unknown ids have nothing to block
     if blocked.any():
         model.block(blocked[blocked > 0])
