@@ -51,7 +51,7 @@ from ultra_hstu.serving.capacity import MAX_USERS  # noqa: E402
 from ultra_hstu.serving.deployment import RECOMMEND, SCORE, Recommender, Scorer  # noqa: E402
 from ultra_hstu.serving.services import check_options, is_ranking  # noqa: E402
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run, or a ranking run in a file of experiments.export", required=True)
 _RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
 _TABLES = flags.DEFINE_enum("tables", "float32", quantization.KINDS, "what the item table is served from")
 _BLOCK = flags.DEFINE_string("block", None, "file of raw item ids, one a line, that are recommended to nobody")

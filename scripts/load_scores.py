@@ -47,7 +47,8 @@ def timed(interactions: Interactions, count: int, events: int, seed: int) -> lis
 
 def checked(service: ScoreService, count: int, events: int, seed: int) -> list[Sent]:
     """Good requests of every kind, with their answers by the model in this process."""
-    interactions = service.data.interactions
+    data: Any = service.data
+    interactions = data.interactions
     rng = np.random.default_rng(seed)
     known = interactions.catalog.raw_ids[1:].tolist()
     absent = max(known) + 1 if interactions.catalog.raw_ids.dtype.kind == "i" else "absent"

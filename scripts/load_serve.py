@@ -40,6 +40,8 @@ def main(_: list[str]) -> None:
     console = report.make_console()
     service = open_service(FLAGS.workdir, FLAGS.raw_dir)
     asked = asked_of(service)
+    if service.data is None:
+        raise ValueError(f"{FLAGS.workdir} is an exported model: requests are made from the data of a run's folder")
     interactions = service.data.interactions
     result: dict[str, Any] = {
         **provenance.provenance(),

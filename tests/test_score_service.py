@@ -9,10 +9,12 @@ import pytest
 from small_serving import built, full_pass, requests
 
 from ultra_hstu import serving
+from ultra_hstu.serving import export
 from ultra_hstu.serving.schema import MAX_EVENTS, problem
 from ultra_hstu.serving.score_schema import ScoreRequest
 from ultra_hstu.serving.score_service import EMPTY, ScoreService
 from ultra_hstu.serving.scoring import MAX_CANDIDATES, MICRO_BATCH, ScoringModel
+from ultra_hstu.serving.services import open_service
 from ultra_hstu.serving.trained import RunData
 from ultra_hstu.serving.vocabulary import Vocabulary
 
@@ -86,6 +88,24 @@ def test_scores_are_those_of_the_model(service):
     assert [EMPTY in one.warnings for one in got] == [number == 1 for number in range(7)]
     assert [one.events == 0 for one in got] == [number == 1 for number in range(7)]
     assert [[scored.item for scored in one.candidates] for one in got] == [request.candidates for request in given]
+
+
+def test_an_exported_model_scores_the_same_and_knows_no_users(service, tmp_path):
+    task, ranker, _ = built(FORM)
+    path, options = str(tmp_path / "scorer.zip"), dict(config=task.config, catalog=task.interactions.catalog, candidates=8, events=8)
+    export.save(path, ranker, vocabulary=service.model.vocabulary, **options)
+    served = open_service(path, max_users=8)
+    served.model.rooms = served.model.rooms[-1:]
+    for number in (0, 1):
+        assert answer(served, **asked_of(number)) == answer(service, **asked_of(number))
+    with pytest.raises(ValueError, match="an exported model: give a history"):
+        served.prepare(ScoreRequest(user=1, candidates=[1]))
+    export.save(path, ranker, **options)
+    with pytest.raises(ValueError, match="does not say what the values of its source mean"):
+        open_service(path)
+    (tmp_path / "scorer.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="no scorer that can be served"):
+        open_service(path)
 
 
 def test_users_are_kept_and_dropped(service):

@@ -21,7 +21,11 @@ class ScoreService:
 
     request_type = ScoreRequest
 
-    def __init__(self, model: ScoringModel, data: RunData, *, cache_bytes: int = 2**26):
+    def __init__(self, model: ScoringModel, data: RunData | None, *, cache_bytes: int = 2**26):
+        """
+        Args:
+          data: of the run; None: users of the data are not known, and requests bring their histories.
+        """
         self.model = model
         self.data = data
         self.users = EncodedUsers(cache_bytes)
@@ -66,6 +70,8 @@ class ScoreService:
 
     def _of_user(self, user: int | str) -> tuple[dict[str, Any], list[str]]:
         """The whole history of a user of the data, and what is known of the user."""
+        if self.data is None:
+            raise ValueError("users of the data are not known here, since this is an exported model: give a history")
         interactions = self.data.interactions
         row, events = interactions.row(user), interactions.history(user)
         told = {

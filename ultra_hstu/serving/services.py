@@ -1,8 +1,10 @@
 """The service of a run, whichever kind of run it is."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ultra_hstu.serving import exported
 from ultra_hstu.serving.capacity import MAX_USERS
 from ultra_hstu.serving.retrieval import RecommendationModel
 from ultra_hstu.serving.score_service import ScoreService
@@ -13,8 +15,8 @@ from ultra_hstu.workdir import Workdir
 
 
 def is_ranking(workdir: str) -> bool:
-    """Whether a run scores given items; else it recommends. Raises ValueError for a folder without a run."""
-    return bool(Workdir(workdir).read_config().rank.tasks)
+    """Whether a run scores given items; else it recommends. A file is an exported ranker. Raises ValueError for a folder without a run."""
+    return Path(workdir).is_file() or bool(Workdir(workdir).read_config().rank.tasks)
 
 
 def check_options(workdir: str, *, tables: str = "float32", block: Sequence[Any] = (), kind: str = "same") -> None:
@@ -40,7 +42,7 @@ def open_service(
     cache_bytes: int = 2**26,
     max_users: int = MAX_USERS,
 ) -> Service | ScoreService:
-    """Recommendations of a retrieval run, scores of a ranking run.
+    """Recommendations of a retrieval run, scores of a ranking run or of the file that `experiments.export` wrote of it.
 
     Args:
       raw_dir: where the raw data is now, if not where the run found it.
@@ -53,6 +55,8 @@ def open_service(
       ValueError: no run, one that cannot be served, or options of the other kind.
     """
     check_options(workdir, tables=tables, block=block, kind=kind)
+    if Path(workdir).is_file():
+        return ScoreService(exported.scoring_model(workdir, kind=kind, max_users=max_users), None, cache_bytes=cache_bytes)
     data = RunData(workdir, raw_dir)
     if is_ranking(workdir):
         return ScoreService(ScoringModel.of_run(data, kind=kind, max_users=max_users), data, cache_bytes=cache_bytes)
