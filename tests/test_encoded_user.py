@@ -1,10 +1,13 @@
 """A cache cut into users and put together again, at sizes that are chosen, scores as before."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from small_serving import built, full_pass
 
 from ultra_hstu import serving
+from ultra_hstu.nn.key_values import pack
 
 
 def taken(candidates, users):
@@ -41,3 +44,20 @@ def test_users_of_different_calls_score_as_in_a_full_pass(form):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_small_keys_and_values_come_back_as_they_were(kind):
+    """With their scales, below a truncation and above it."""
+    model = serving.FrozenRanker(built("contextual")[1])
+    room = serving.Room(8, {"events": 96})
+    cache = serving.encode_history(model, full_pass("contextual")[0], room=room)
+    channel = cache.channels["events"]
+    layers = tuple(pack(layer.k_SHK, layer.v_SHV, kind) for layer in channel.encoded.layers)
+    small = dataclasses.replace(channel, encoded=dataclasses.replace(channel.encoded, layers=layers))
+    users = serving.split(model, dataclasses.replace(cache, channels={"events": small}))
+    joined = serving.join(model, users, room).channels["events"].encoded
+    for got, want, frame in zip(joined.layers, layers, [joined.whole, joined.kept, joined.kept], strict=True):
+        rows = frame.offsets[-1]
+        for name in ("k_SHK", "v_SHV", "k_scale_SH1", "v_scale_SH1"):
+            np.testing.assert_array_equal(np.asarray(getattr(got, name))[:rows], np.asarray(getattr(want, name))[:rows])

@@ -45,7 +45,7 @@ def answers_of(served, *sent):
     return asyncio.run(closed_loop(served.url, sent, 1))
 
 
-def an_answer_and_its_description(served, known):
+def an_answer_and_its_description(served, known, folder):
     [seen] = answers_of(served, known[0])
     assert seen.status == 200 and load_scores.right(known[0], seen.body)
     with urllib.request.urlopen(f"{served.url}/openapi.json", timeout=60) as response:
@@ -62,7 +62,7 @@ REFUSED = [
 ]
 
 
-def what_is_refused_is_told_why(served, known):
+def what_is_refused_is_told_why(served, known, folder):
     seen = answers_of(served, *(Sent(body, path="/score") for body, _, _ in REFUSED), Sent(b'{"user": 1}', path="/recommend"))
     assert [one.status for one in seen] == [*(status for _, status, _ in REFUSED), 404]
     for one, (_, _, message) in zip(seen, REFUSED, strict=False):
@@ -70,18 +70,18 @@ def what_is_refused_is_told_why(served, known):
     assert "this run answers POST /score and nothing else" in seen[-1].body.decode()
 
 
-def good_and_bad_requests_mixed(served, known):
+def good_and_bad_requests_mixed(served, known, folder):
     result = asyncio.run(mixed(served, load_scores, known, 300))
     assert (result["wrong_status"], result["wrong_answers"], result["hung"]) == (0, 0, 0)
     assert result["requests"] == 300 and result["bad"] == 60 and set(result["statuses"]) >= {"200", "400", "422"}
 
 
-def fuzzing_from_its_own_description(served, known):
+def fuzzing_from_its_own_description(served, known, folder):
     """Schemathesis makes requests inside and outside the schema. It cannot know that users and ids exist, so valid ones may be refused."""
     done = subprocess.run(
         [Path(sys.executable).parent / "schemathesis", "run", f"{served.url}/openapi.json", "--max-examples=30", "--seed=1",
          "--exclude-checks=positive_data_acceptance", "--generation-database=none"],
-        capture_output=True, text=True, timeout=300,
+        cwd=folder, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
@@ -95,7 +95,7 @@ def test_the_deployment(folder, known, subtests):
     with deployment(folder, "--cache_mib=1", "--batch=2", port=portpicker.pick_unused_port()) as served:
         for check in CHECKS:
             with subtests.test(check.__name__):
-                check(served, known)
+                check(served, known, folder)
 
 
 def test_the_checks_of_answers_can_fail(known):

@@ -4,6 +4,8 @@ A retrieval run and a ranking run differ in one method, their endpoint.
 """
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
@@ -60,6 +62,8 @@ class _Replica:
 
     def __init__(self, workdir: str, *, wait_ms: float, **options: Any):
         self.service = open_service(workdir, **options)
+        # One thread for all calls: with several, each has a heap of its own, and the memory of users who were dropped stays with the one that made it.
+        self._thread = ThreadPoolExecutor(1)
         self.service.warm_up()
         self._answers.set_max_batch_size(self.service.model.max_users)  # type: ignore[attr-defined]
         self._answers.set_batch_wait_timeout_s(wait_ms / 1000)  # type: ignore[attr-defined]
@@ -76,7 +80,7 @@ class _Replica:
 
     @serve.batch(max_batch_size=MAX_USERS)
     async def _answers(self, prepared: list[Prepared]) -> list[Any]:
-        answers: list[Any] = await asyncio.to_thread(self.service.answer, prepared)  # type: ignore[arg-type]
+        answers = await self._on_device(self.service.answer, prepared)
         self._hits.set(self.service.users.hits)
         self._misses.set(self.service.users.misses)
         self._bytes.set(self.service.users.bytes)
@@ -84,7 +88,10 @@ class _Replica:
 
     async def check_health(self) -> None:
         """Ray Serve asks every few seconds, and replaces a replica whose device does not answer."""
-        await asyncio.to_thread(self.service.pulse)
+        await self._on_device(self.service.pulse)
+
+    async def _on_device(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
 
 # No line a request in the log: metrics count them.
