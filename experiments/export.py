@@ -10,6 +10,7 @@ from ultra_hstu import report
 from ultra_hstu.nn.key_values import KINDS
 from ultra_hstu.serving import export, load_params
 from ultra_hstu.serving.ranking import MICRO_BATCH
+from ultra_hstu.serving.vocabulary import Vocabulary
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir
 
@@ -35,6 +36,7 @@ def main(_: list[str]) -> None:
         task.recipe.model(params),
         config=config,
         catalog=task.interactions.catalog,
+        vocabulary=Vocabulary.of(config, task.interactions),
         candidates=_CANDIDATES.value,
         users=_USERS.value,
         micro_batch=_MICRO_BATCH.value,

@@ -1,11 +1,12 @@
-"""Recommends items to a user of the data, for a history given on the command line, or for a file of requests.
+"""Recommends items to a user of the data, for a history given on the command line, or for a file of requests. A ranking run scores the candidates of
+requests.
 
 python -m experiments.recommend --workdir=runs/ml1m_hstu --user=42 [--k=10] [--tables=int4] [--raw_dir=PATH]
 python -m experiments.recommend --workdir=runs/ml1m_hstu --history="1,1193,914"
 python -m experiments.recommend --workdir=runs/ml1m_hstu --requests=FILE.jsonl > answers.jsonl      (or - for standard input)
 
 Ids are the source's own. --history needs no data, only the run's folder. A line of --requests is what the HTTP endpoint takes, and a line
-of the answer what it gives (`ultra_hstu/serving/schema.py`); a bad line is answered with {"error": why}, in its place.
+of the answer what it gives (`ultra_hstu/serving/schema.py`, `score_schema.py`); a bad line is answered with {"error": why}, in its place.
 """
 
 import json
@@ -22,8 +23,11 @@ from absl import flags
 from experiments import command
 from ultra_hstu import quantization, report
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.serving.schema import MAX_BODY_BYTES, Request, problem
-from ultra_hstu.serving.service import Prepared, RunData, Service
+from ultra_hstu.serving.schema import MAX_BODY_BYTES, problem
+from ultra_hstu.serving.score_service import ScoreService
+from ultra_hstu.serving.service import Prepared, Service
+from ultra_hstu.serving.services import open_service
+from ultra_hstu.serving.trained import RunData
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
 _USER = flags.DEFINE_string("user", None, "raw id of a user of the data: the whole history is used")
@@ -38,11 +42,10 @@ def main(_: list[str]) -> None:
     if sum(flag.value is not None for flag in (_USER, _HISTORY, _REQUESTS)) != 1:
         raise ValueError("give either --user=ID or --history=ID,ID,... or --requests=FILE")
     source = None if _REQUESTS.value is None else sys.stdin.buffer if _REQUESTS.value == "-" else Path(_REQUESTS.value).open("rb")
-    model = RecommendationModel(_WORKDIR.value, tables=_TABLES.value)
-    service = Service(model, RunData(_WORKDIR.value, _RAW_DIR.value))
     if source is not None:
-        answer_lines(service, source)
+        answer_lines(open_service(_WORKDIR.value, _RAW_DIR.value, tables=_TABLES.value), source)
         return
+    model = RecommendationModel(_WORKDIR.value, tables=_TABLES.value)
     if _HISTORY.value is not None:
         wanted = [part.strip() for part in _HISTORY.value.split(",")]
         if "" in wanted:
@@ -50,6 +53,7 @@ def main(_: list[str]) -> None:
         answer = model.recommend(model.catalog.encode(wanted), k=_K.value)
         title = f"after {len(wanted)} items"
     else:
+        service = Service(model, RunData(_WORKDIR.value, _RAW_DIR.value))
         query = service.of_user(str(_USER.value), k=_K.value)
         answer = model.best(model.encode([query]), [query])[0]
         events = service.data.interactions.history(str(_USER.value))
@@ -57,7 +61,7 @@ def main(_: list[str]) -> None:
     report.make_console().print(report.recommendations_table(title, answer))
 
 
-def answer_lines(service: Service, source: BinaryIO) -> None:
+def answer_lines(service: Service | ScoreService, source: BinaryIO) -> None:
     """One line of JSON on standard output for every line of the source, in order. Lines that are there already share a device call."""
     done = refused = 0
     for lines in arrived(source, service.model.max_users):
@@ -72,11 +76,11 @@ def answer_lines(service: Service, source: BinaryIO) -> None:
     print(f"{done} requests, {refused} refused", file=sys.stderr)
 
 
-def _prepared(service: Service, line: bytes) -> Prepared | str:
+def _prepared(service: Service | ScoreService, line: bytes) -> Prepared | str:
     if len(line) > MAX_BODY_BYTES:
         return f"a request has at most {MAX_BODY_BYTES} bytes"
     try:
-        return service.prepare(Request.model_validate_json(line))
+        return service.prepare(service.request_type.model_validate_json(line))  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         return problem(error.errors())
     except ValueError as error:

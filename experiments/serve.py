@@ -1,8 +1,10 @@
-"""Serves recommendations of a trained run over HTTP, on Ray Serve (pip install -r requirements-serve.txt -c constraints.txt).
+"""Serves a trained run over HTTP, on Ray Serve (pip install -r requirements-serve.txt -c constraints.txt): recommendations of a retrieval run, scores
+of a ranking run.
 
 python -m experiments.serve --workdir=runs/ml1m_hstu [--replicas=2] [--port=8000] [--tables=int4] [--raw_dir=PATH] [--address=auto]
 
-    curl -s localhost:8000/recommend -H 'content-type: application/json' -d '{"user": 42, "k": 3}'
+    curl -s localhost:8000/recommend -H 'content-type: application/json' -d '{"user": 42, "k": 3}'                   a retrieval run
+    curl -s localhost:8000/score -H 'content-type: application/json' -d '{"user": 42, "candidates": [608, 2858]}'       a ranking run
 
 Listens on loopback unless --host says otherwise; http://localhost:8000/docs describes requests and answers. docs/online_serving.md is about
 replicas, clusters, limits and metrics.
@@ -15,6 +17,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import portpicker
 
@@ -43,18 +46,21 @@ from ray import serve  # noqa: E402
 
 from experiments import command  # noqa: E402
 from ultra_hstu import quantization  # noqa: E402
-from ultra_hstu.serving.deployment import Recommender  # noqa: E402
-from ultra_hstu.serving.retrieval import require_retrieval  # noqa: E402
-from ultra_hstu.workdir import Workdir  # noqa: E402
+from ultra_hstu.nn.key_values import KINDS  # noqa: E402
+from ultra_hstu.serving.capacity import MAX_USERS  # noqa: E402
+from ultra_hstu.serving.deployment import RECOMMEND, SCORE, Recommender, Scorer  # noqa: E402
+from ultra_hstu.serving.services import check_options, is_ranking  # noqa: E402
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run, or a ranking run in a file of experiments.export", required=True)
 _RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
 _TABLES = flags.DEFINE_enum("tables", "float32", quantization.KINDS, "what the item table is served from")
 _BLOCK = flags.DEFINE_string("block", None, "file of raw item ids, one a line, that are recommended to nobody")
+_KIND = flags.DEFINE_enum("cache_kind", "same", KINDS, "how a ranking run keeps the keys and values of encoded users")
 _REPLICAS = flags.DEFINE_integer("replicas", 1, "processes that hold the model", lower_bound=1)
 _CPUS = flags.DEFINE_float("cpus", 1, "cores that Ray reserves for a replica", lower_bound=0)
 _GPUS = flags.DEFINE_float("gpus", 0, "GPUs of a replica", lower_bound=0)
 _CACHE = flags.DEFINE_integer("cache_mib", 64, "memory of a replica for encoded users", lower_bound=0)
+_BATCH = flags.DEFINE_integer("batch", MAX_USERS, "requests in one device call: fewer are compiled for sooner", lower_bound=1)
 _WAIT = flags.DEFINE_float("wait_ms", 4, "how long a batch waits for more requests than are there", lower_bound=0)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
 _PORT = flags.DEFINE_integer("port", 8000, "port to listen on")
@@ -65,8 +71,11 @@ _ADDRESS = flags.DEFINE_string("address", "local", "local: start Ray here; auto 
 
 
 def main(_: list[str]) -> None:
-    require_retrieval(_WORKDIR.value, Workdir(_WORKDIR.value).read_config())
     blocked = [] if _BLOCK.value is None else Path(_BLOCK.value).read_text().split()
+    options: dict[str, Any] = {"tables": _TABLES.value, "block": blocked, "kind": _KIND.value}
+    check_options(_WORKDIR.value, **options)
+    replica: Any
+    replica, path = (Scorer, SCORE) if is_ranking(_WORKDIR.value) else (Recommender, RECOMMEND)
     if _ADDRESS.value == "local":
         require_free(_HOST.value, _PORT.value)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -75,18 +84,18 @@ def main(_: list[str]) -> None:
     try:
         start()
         node = ray.get_runtime_context().get_node_id()
-        application = Recommender.options(  # type: ignore[attr-defined]
+        application = replica.options(
             num_replicas=_REPLICAS.value, ray_actor_options={"num_cpus": _CPUS.value, "num_gpus": _GPUS.value}
         ).bind(
             str(Path(_WORKDIR.value).absolute()),
             raw_dir=_RAW_DIR.value,
-            tables=_TABLES.value,
             cache_bytes=_CACHE.value * 2**20,
-            block=blocked,
+            max_users=_BATCH.value,
             wait_ms=_WAIT.value,
+            **options,
         )
-        serve.run(application, name="recommend")
-        print(f"recommendations at http://{_HOST.value}:{_PORT.value}/recommend, its description at /docs; stop with Ctrl-C", flush=True)
+        serve.run(application, name=path.strip("/"))
+        print(f"requests to http://{_HOST.value}:{_PORT.value}{path}, its description at /docs; stop with Ctrl-C", flush=True)
         threading.Event().wait()
     finally:
         serve.shutdown()

@@ -48,7 +48,7 @@ def deployment(workdir: str, *arguments: str, port: int) -> Iterator[Served]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
-            if not any("recommendations at" in line for line in process.stdout):
+            if not any("its description at /docs" in line for line in process.stdout):
                 raise ValueError(f"{' '.join(command[1:])} ended with {process.wait()}: start it by hand to see why")
             yield Served(process, f"http://127.0.0.1:{port}", time.monotonic() - started)
         finally:

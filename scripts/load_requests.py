@@ -1,41 +1,50 @@
-"""Requests to load a deployment with, good and bad, and what their answers must be."""
+"""Requests to load a deployment of a retrieval run with, good and bad, and what their answers must be."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Answer, Request
-from ultra_hstu.serving.service import Service
+from ultra_hstu.serving.service import Service, as_answer
 
 SCORE_ERROR = 1e-5  # rounding: which histories share a device call differs
 JSON = "application/json"
+RECOMMEND = "/recommend"
+EXAMPLE = {"user": 42, "k": 3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
     body: bytes
-    expected: Answer | None = None  # of a good request; None: any, or a bad request
+    expected: Any = None  # of a good request; None: any, or a bad request
     good: bool = True
     kind: str = JSON
-    path: str = "/recommend"
+    path: str = RECOMMEND
     method: str = "POST"
 
 
-def histories(interactions: Interactions, count: int, events: int, seed: int) -> list[dict]:
-    """Random stretches of so many events of users who have them."""
+def stretches(interactions: Interactions, count: int, events: int, seed: int) -> list[tuple[int, slice]]:
+    """Random stretches of so many events of users who have them: row of the user, and events."""
     rng = np.random.default_rng(seed)
     long = np.flatnonzero(interactions.lengths >= events)
     if not len(long):
         raise ValueError(f"no user has {events} events: the longest history has {interactions.lengths.max()}")
+    first = [
+        (user, int(interactions.offsets[user] + rng.integers(interactions.lengths[user] - events + 1))) for user in rng.choice(long, count)
+    ]
+    return [(int(user), slice(start, start + events)) for user, start in first]
+
+
+def histories(interactions: Interactions, count: int, events: int, seed: int) -> list[dict]:
+    """The histories of `stretches`."""
     found = []
-    for user in rng.choice(long, count):
-        first = int(interactions.offsets[user] + rng.integers(interactions.lengths[user] - events + 1))
-        items = interactions.catalog.decode(interactions.items[first : first + events]).tolist()
-        times = {} if interactions.timestamps is None else {"times": interactions.timestamps[first : first + events].tolist()}
-        found.append({"history": items, **times})
+    for _, span in stretches(interactions, count, events, seed):
+        times = {} if interactions.timestamps is None else {"times": interactions.timestamps[span].tolist()}
+        found.append({"history": interactions.catalog.decode(interactions.items[span]).tolist(), **times})
     return found
 
 
@@ -84,20 +93,33 @@ def right(sent: Sent, body: bytes) -> bool:
     )
 
 
-def bad(count: int, seed: int) -> list[Sent]:
+_WRONG = (
+    "{}", "[]", "null", "not json", '{"history": [NaN]}', '{"history": [1], "times": [Infinity]}', '{"history": [1.5]}', '{"history": "1"}',
+    '{"history": [1], "k": 0}', f'{{"history": [1], "k": {MAX_K + 1}}}', '{"history": [1], "k": "10"}', '{"history": [1], "k": true}',
+    '{"history": [1], "user": 1}', '{"history": [1], "colour": "red"}', '{"history": [1, 2], "times": [1]}', '{"history": [1, 2], "times": [2, 1]}',
+    '{"history": [1, 2], "times": [0, 9007199254740992]}', '{"user": 987654321}', '{"user": null}', '{"user": {"$gt": 0}}', '{"history": [[1]]}',
+    '{"history": [99999999999999999999999]}', '{"user": "\\ud800"}', '{"\\ud800": 1}', '{"history": [1], "actions": {"rating": [1e400]}}',
+    '{"history": [1], "block": 5}', '{"history": [1]', '{"history": [1], "times": [1], "now": 0}', "[" * 5000, '{"history": ' + "[" * 5000,
+    json.dumps({"history": [1] * (MAX_EVENTS + 1)}), json.dumps({"history": [1], "block": [1] * (MAX_EVENTS + 1)}),
+)  # fmt: skip
+
+
+def bad(count: int, seed: int, wrong: Sequence[str] = _WRONG, path: str = RECOMMEND) -> list[Sent]:
     """Requests that must be refused: each is answered with 4xx."""
     rng = np.random.default_rng(seed)
-    fixed: Sequence[str] = (
-        "{}", "[]", "null", "not json", '{"history": [NaN]}', '{"history": [1], "times": [Infinity]}', '{"history": [1.5]}', '{"history": "1"}',
-        '{"history": [1], "k": 0}', f'{{"history": [1], "k": {MAX_K + 1}}}', '{"history": [1], "k": "10"}', '{"history": [1], "k": true}',
-        '{"history": [1], "user": 1}', '{"history": [1], "colour": "red"}', '{"history": [1, 2], "times": [1]}', '{"history": [1, 2], "times": [2, 1]}',
-        '{"history": [1, 2], "times": [0, 9007199254740992]}', '{"user": 987654321}', '{"user": null}', '{"user": {"$gt": 0}}', '{"history": [[1]]}',
-        '{"history": [99999999999999999999999]}', '{"user": "\\ud800"}', '{"\\ud800": 1}', '{"history": [1], "actions": {"rating": [1e400]}}',
-        '{"history": [1], "block": 5}', '{"history": [1]', '{"history": [1], "times": [1], "now": 0}', "[" * 5000, '{"history": ' + "[" * 5000,
-        json.dumps({"history": [1] * (MAX_EVENTS + 1)}), json.dumps({"history": [1], "block": [1] * (MAX_EVENTS + 1)}),
-    )  # fmt: skip
-    made = [Sent(body.encode(), good=False) for body in fixed]
-    made += [Sent(b" " * (MAX_BODY_BYTES + 1), good=False), Sent(b'{"history": [1]}', good=False, kind="text/plain")]
-    made += [Sent(b"", good=False, path="/nowhere"), Sent(b"", good=False, method="GET"), Sent(b"", good=False)]
-    noise = [Sent(rng.bytes(int(rng.integers(1, 400))), good=False) for _ in range(count // 4)]
+    made = [Sent(body.encode(), good=False, path=path) for body in wrong]
+    made += [Sent(b" " * (MAX_BODY_BYTES + 1), good=False, path=path), Sent(b'{"history": [1]}', good=False, kind="text/plain", path=path)]
+    made += [Sent(b"", good=False, path="/nowhere"), Sent(b"", good=False, method="GET", path=path), Sent(b"", good=False, path=path)]
+    noise = [Sent(rng.bytes(int(rng.integers(1, 400))), good=False, path=path) for _ in range(count // 4)]
     return [*noise, *(made[i] for i in rng.integers(len(made), size=count - len(noise)))]
+
+
+def steps(service: Service) -> dict[str, Callable[[Any], Any]]:
+    """The parts of a call, from bodies to answers."""
+    return {
+        "read": lambda bodies: [Request.model_validate(json.loads(body)) for body in bodies],
+        "prepare": lambda read: [service.prepare(request).query for request in read],
+        "encode": lambda queries: (queries, service.model.encode(queries)),
+        "best": lambda both: service.model.best(both[1], both[0]),
+        "write": lambda answers: [as_answer(items, "model", ()).model_dump_json() for items in answers],
+    }

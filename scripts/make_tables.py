@@ -15,7 +15,7 @@ from absl import app, flags
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from scripts import bench_load_balance  # noqa: E402
+from scripts import bench_load_balance, serve_tables  # noqa: E402
 from scripts.attention_tables import attention_figure, attention_table, gpu_tests_table  # noqa: E402
 from scripts.context_parallel_tables import (  # noqa: E402
     balance_table,
@@ -25,7 +25,6 @@ from scripts.context_parallel_tables import (  # noqa: E402
     steps_table,
 )
 from scripts.ranking_tables import ablation_table, ranking_table  # noqa: E402
-from scripts.serve_tables import serve_example, serve_figure, serve_load_table, serve_stages_table  # noqa: E402
 from scripts.serving_tables import (  # noqa: E402
     cache_precision_table,
     host_tables_table,
@@ -242,19 +241,22 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving_operations": operations_table,
     "cache_precision": cache_precision_table,
     "host_tables": host_tables_table,
-    "serve_example": serve_example,
-    "serve_load": serve_load_table,
-    "serve_stages": serve_stages_table,
+    "serve_example": lambda: serve_tables.example(serve_tables.RECOMMEND),
+    "serve_load": lambda: serve_tables.load_table(serve_tables.RECOMMEND),
+    "serve_stages": lambda: serve_tables.stages_table(serve_tables.RECOMMEND),
+    "score_example": lambda: serve_tables.example(serve_tables.SCORE),
+    "score_load": lambda: serve_tables.load_table(serve_tables.SCORE),
+    "score_stages": lambda: serve_tables.stages_table(serve_tables.SCORE),
     "context_longest": longest_table,
     "context_steps": steps_table,
     "context_reshard": reshard_table,
     "context_balance": balance_table,
 }
 PAGES = {
-    "README.md": ("ml1m", "speed", "attention", "test_gpu", "ranking", "ablation", "serve_example"),
+    "README.md": ("ml1m", "speed", "attention", "test_gpu", "ranking", "ablation", "serve_example", "score_example"),
     "docs/ultra_hstu.md": ("long_ultra", "layer_memory"),
     "docs/context_parallel.md": ("context_steps", "context_longest", "context_reshard", "context_balance"),
-    "docs/online_serving.md": ("serve_load", "serve_stages"),
+    "docs/online_serving.md": ("serve_load", "serve_stages", "score_load", "score_stages"),
     "docs/sampling_and_precision.md": ("stochastic_length", "load_balance", "int4"),
     "docs/serving.md": ("serving_operations", "serving", "cache_precision", "host_tables"),
 }
@@ -307,7 +309,7 @@ def main(_: list[str]) -> None:
             bench_load_balance.draw(record, FIGURES / "load_balance.png")
         attention_figure()
         serving_figure()
-        serve_figure()
+        serve_tables.serve_figure()
         context_parallel_figure()
 
 

@@ -1,51 +1,58 @@
 """Tables of the online deployment, from what `scripts.load_serve` recorded."""
 
 import json
-from typing import Any
 
 import matplotlib.pyplot as plt
 
 from scripts.tables import FIGURES, NOT_MEASURED, load, markdown
 
+RECOMMEND, SCORE = "serve_load_cpu", "serve_scores_cpu"  # records of a retrieval and of a ranking run
 STAGES = {
-    "read": "reading the JSON",
-    "prepare": "ids, times, hidden items",
-    "encode": "the history's vector, in a call of 8",
-    "best": "the catalogue and titles, in a call of 8",
-    "write": "writing the JSON",
+    RECOMMEND: {
+        "read": "reading the JSON",
+        "prepare": "ids, times, hidden items",
+        "encode": "the history's vector, in a call of 8",
+        "best": "the catalogue and titles, in a call of 8",
+        "write": "writing the JSON",
+    },
+    SCORE: {
+        "read": "reading the JSON",
+        "prepare": "ids, times, codes",
+        "encode": "the history's keys and values, in a call of 8",
+        "score": "the candidates, in a call of 8",
+        "write": "titles, writing the JSON",
+    },
 }
 
 
-def _record() -> dict[str, Any] | None:
-    return load("serve_load_cpu")
-
-
-def serve_example() -> str:
+def example(name: str) -> str:
     """A request and its answer, over HTTP."""
-    record = _record()
+    record = load(name)
     if not record:
         return NOT_MEASURED
-    sent = f"curl -s localhost:8000/recommend -H 'content-type: application/json' -d '{json.dumps(record['example']['request'])}'"
+    path = {RECOMMEND: "recommend", SCORE: "score"}[name]
+    sent = f"curl -s localhost:8000/{path} -H 'content-type: application/json' -d '{json.dumps(record['example']['request'])}'"
     return f"    {sent}\n\n```json\n{json.dumps(record['example']['answer'], indent=1, ensure_ascii=False)}\n```"
 
 
-def serve_load_table() -> str:
+def load_table(name: str) -> str:
     """The rate over connections, the mixed load and the killed replica."""
-    record = _record()
+    record = load(name)
     if not record:
         return NOT_MEASURED
     rows = [
-        [str(row["connections"]), row["histories"], *(f"{row[name]:.0f}" for name in ("per_second", "p50_ms", "p99_ms", "max_ms"))]
+        [str(row["connections"]), row["histories"], *(f"{row[key]:.0f}" for key in ("per_second", "p50_ms", "p99_ms", "max_ms"))]
         for row in record["rates"]
     ]
     mixed, kill = record["mixed"], record["kill"]
     bad = ", ".join(f"{count} x {status}" for status, count in mixed["statuses"].items() if status != "200")
     before, after = (load_average[0] for load_average in (record["load_average_before"], record["load_average_after"]))
+    what = f"{record['candidates']} candidates" if name == SCORE else f"top 10 of {record['items']:,} items"
     return "\n\n".join(
         [
             markdown(["connections", "histories", "requests/s", "p50 ms", "p99 ms", "slowest ms"], rows),
-            f"{record['config']}, history {record['history']}, top 10 of {record['items']:,} items, one replica and the client on "
-            f"{record['host_cores']} CPU cores; load average {before:.1f} before and {after:.1f} after"
+            f"{record['config']}, history {record['history']}, {what}, one replica{' with ' + record['serve'] if record['serve'] else ''} and the client "
+            f"on {record['host_cores']} CPU cores; load average {before:.1f} before and {after:.1f} after"
             f"{'; ' + record['note'] if 'note' in record else ''}.",
             f"Mixed: {mixed['requests']:,} requests, {mixed['bad']:,} of them bad, over {mixed['connections']} connections: "
             f"{mixed['per_second']:.0f} a second, p99 {mixed['p99_ms']:.0f} ms. {mixed['wrong_answers']} wrong answers, {mixed['hung']} hung, "
@@ -57,18 +64,18 @@ def serve_load_table() -> str:
     )
 
 
-def serve_stages_table() -> str:
+def stages_table(name: str) -> str:
     """Where the time of a request goes, outside HTTP."""
-    record = _record()
+    record = load(name)
     if not record:
         return NOT_MEASURED
-    rows = [[words, f"{record['stages_ms'][name]:.2f}"] for name, words in STAGES.items()]
+    rows = [[words, f"{record['stages_ms'][stage]:.2f}"] for stage, words in STAGES[name].items()]
     return markdown(["part of a request", "ms"], rows)
 
 
 def serve_figure() -> None:
     """Requests a second against latency, and the memory of a replica under the mixed load."""
-    record = _record()
+    record = load(RECOMMEND)
     if not record:
         return
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)

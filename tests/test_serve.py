@@ -15,11 +15,13 @@ import pytest
 from rich.console import Console
 from small_run import small_config
 
+from scripts import load_requests
 from scripts.load_loop import closed_loop, deployment
 from scripts.load_requests import Sent, bad, checked, right
 from scripts.load_serve import kill, mixed
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.serving.service import RunData, Service
+from ultra_hstu.serving.service import Service
+from ultra_hstu.serving.trained import RunData
 from ultra_hstu.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +84,7 @@ def only_loopback_answers(served, known, folder):
 
 
 def good_and_bad_requests_mixed(served, known, folder):
-    result = asyncio.run(mixed(served, known, 500))
+    result = asyncio.run(mixed(served, load_requests, known, 500))
     assert (result["wrong_status"], result["wrong_answers"], result["hung"]) == (0, 0, 0)
     assert result["requests"] == 500 and result["bad"] == 100 and set(result["statuses"]) >= {"200", "400", "422"}
 
@@ -106,7 +108,7 @@ def random_bytes(served, known, folder):
 
 def a_killed_replica_loses_what_it_held_at_most(served, known, folder):
     """Last, since it takes a while until the other replica is there again."""
-    result = asyncio.run(kill(served, known * 5))
+    result = asyncio.run(kill(served, load_requests, known * 5))
     assert result["replicas"] == 2 and result["requests"] == 300
     assert result["lost"] <= result["connections"] and result["lost_before_or_after"] == 0
     assert (result["hung"], result["wrong_answers"], result["replicas_at_the_end"]) == (0, 0, 2)

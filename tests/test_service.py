@@ -12,9 +12,10 @@ from rich.console import Console
 from small_run import small_config, with_
 
 from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.serving.encoded_users import ENTRY_BYTES, EncodedUsers
 from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, problem
-from ultra_hstu.serving.service import RunData, Service
-from ultra_hstu.serving.user_vectors import ENTRY_BYTES, UserVectors
+from ultra_hstu.serving.service import Service
+from ultra_hstu.serving.trained import RunData
 from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
@@ -135,28 +136,28 @@ def test_a_known_user_gets_the_same_bits(service):
     """Encoded once beside others, then looked up, alone and beside others."""
     requests = [service.prepare(Request(history=list(range(1, 3 + i)))) for i in range(4)]
     first = service.answer(requests)
-    assert (service.hits, service.misses, len(service.users)) == (0, 4, 4)
+    assert (service.users.hits, service.users.misses, len(service.users)) == (0, 4, 4)
     assert [service.answer([one])[0] for one in requests] == first
     assert service.answer(requests[::-1]) == first[::-1]
-    assert (service.hits, service.misses) == (8, 4)
+    assert (service.users.hits, service.users.misses) == (8, 4)
     assert Service(service.model, service.data, cache_bytes=0).answer(requests) == first
 
 
 def test_all_that_is_encoded_is_in_the_key(folder, model):
     base = dict(items=[3, 4], times=[10, 20])
-    key = UserVectors.key(model.query(**base))
-    assert key == UserVectors.key(model.query([3, 4], [1010, 1020], k=3, block=[9]))  # times count from the first
+    key = model.query(**base).key
+    assert key == model.query([3, 4], [1010, 1020], k=3, block=[9]).key  # times count from the first
     for other in (dict(items=[4, 3]), dict(times=[10, 21]), dict(items=[3, 4, 4], times=[10, 20, 20]), dict(now=21)):
-        assert UserVectors.key(model.query(**base | other)) != key
+        assert model.query(**base | other).key != key
     signalled = RecommendationModel(folder)
     signalled.config = with_(model.config, rank__signals=("rating",))
-    keys = {UserVectors.key(signalled.query(**base, actions={"rating": [5, last]})) for last in (3, 4)}
+    keys = {signalled.query(**base, actions={"rating": [5, last]}).key for last in (3, 4)}
     assert len(keys) == 2 and key not in keys
 
 
 def test_users_are_dropped_least_recently_used_first():
     vector = np.ones(16, np.float32)
-    users = UserVectors(3 * (vector.nbytes + ENTRY_BYTES) + 10)
+    users = EncodedUsers(3 * (vector.nbytes + ENTRY_BYTES) + 10)
     for name in (b"a", b"b", b"c"):
         users.put(name, vector)
     users.get(b"a")
@@ -169,7 +170,7 @@ def test_users_are_dropped_least_recently_used_first():
 
 
 def test_kept_vectors_hold_no_batch_alive():
-    users = UserVectors(10**6)
+    users = EncodedUsers(10**6)
     batch = np.ones((16, 16), np.float32)
     users.put(b"a", batch[3])
     assert users.get(b"a").base is None

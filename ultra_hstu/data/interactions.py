@@ -86,7 +86,12 @@ class Interactions:
         return {"users": self.num_users, "items": self.num_items, "events": self.num_events, "sha256": digest.hexdigest()}
 
     def history(self, user: int | str) -> slice:
-        """The events of a raw user id.
+        """The events of a raw user id. Raises ValueError as `row`."""
+        row = self.row(user)
+        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    def row(self, user: int | str) -> int:
+        """The place of a raw user id among the users.
 
         Raises:
             ValueError: a user that the source lacks (or that was dropped for having too few events).
@@ -98,7 +103,7 @@ class Interactions:
         if row == self.num_users or self.users[row] != user:
             known = f"{self.users[0].item()!r} to {self.users[-1].item()!r}"
             raise ValueError(f"unknown user {user!r}: there are {self.num_users} users with at least {MIN_EVENTS} events, {known}")
-        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+        return row
 
 
 def load_interactions(config: DataConfig) -> Interactions:

@@ -39,6 +39,11 @@ class Cache:
         return self.history.users
 
     @property
+    def places(self) -> int:
+        """Users that there is room for."""
+        return len(next(iter(self.channels.values())).events_B)
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the device, those of keys and values and the frames beside them; a class may be half as large again as its rows need."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.channels))

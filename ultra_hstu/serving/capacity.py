@@ -1,10 +1,20 @@
 """Capacity classes: sizes are rounded up to a short ladder, and one compiled program serves every request of a class."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 LEAST_ROWS = 64
+MAX_USERS = 16  # requests of an online call, if nothing else is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Sizes of a call that the caller has chosen, so that few programs serve all of its calls: users, and events of each channel."""
+
+    users: int
+    events: dict[str, int]
 
 
 def capacity(count: int, least: int = 1) -> int:

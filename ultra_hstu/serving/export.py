@@ -24,11 +24,12 @@ from ultra_hstu.data.rank_source import Sizes
 from ultra_hstu.data.ranking import Form
 from ultra_hstu.nn.key_values import KINDS
 from ultra_hstu.nn.ranker import Ranker
-from ultra_hstu.serving import artefact
+from ultra_hstu.serving import artefact, exported
 from ultra_hstu.serving.frozen import Channel, Programs
 from ultra_hstu.serving.inputs import Candidates, Events, History
 from ultra_hstu.serving.ranking import MICRO_BATCH
 from ultra_hstu.serving.tokens import PaddedHistory
+from ultra_hstu.serving.vocabulary import Vocabulary
 
 
 def save(
@@ -37,6 +38,7 @@ def save(
     *,
     config: Config,
     catalog: Catalog,
+    vocabulary: Vocabulary | None = None,
     candidates: int,
     users: int = 1,
     events: int | None = None,
@@ -48,6 +50,7 @@ def save(
 
     Args:
       config, catalog: of the run.
+      vocabulary: of the run, too, if `experiments.serve` shall serve the file.
       candidates, users, events: the capacity: of all users together, `events` for each channel; None: users x the longest history.
       micro_batch, kind: as in `score` and `encode_history`.
       platforms: "cpu", "cuda", ...; None: that of this process.
@@ -104,11 +107,12 @@ def save(
         "contextual": config.rank.contextual,
         "sizes": {name: getattr(sizes, name) for name in ("items", "signals", "features", "contextual")},
         "config": dataclasses.asdict(config),
+        "online": None if vocabulary is None else exported.about(model, vocabulary),
     }
     parts = {
         "metadata.json": json.dumps(metadata, indent=1).encode(),
         "artefact.py": Path(artefact.__file__).read_bytes(),
-        "items.npz": _npz({"raw_ids": catalog.raw_ids}),
+        "items.npz": _npz({"raw_ids": catalog.raw_ids} | ({} if catalog.titles is None else {"titles": np.array(catalog.titles)})),
         "params.npz": _npz({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}),
         "encode.bin": export(encode, shapes, history),
         "score.bin": export(score, shapes, cache, asked),

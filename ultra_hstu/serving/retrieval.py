@@ -12,31 +12,20 @@ from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
 from ultra_hstu import quantization
-from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
-from ultra_hstu.data.batching import ROW_MULTIPLE, SECONDS_RANGE, Batch, Events, gather_batch
+from ultra_hstu.data.batching import ROW_MULTIPLE, Batch, Events, gather_batch
 from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.metrics import best_items
 from ultra_hstu.nn.norms import l2_normalize
-from ultra_hstu.recipe import Params, Recipe, Steps
+from ultra_hstu.recipe import Params, Recipe
+from ultra_hstu.serving.capacity import MAX_USERS
+from ultra_hstu.serving.encoded_users import key_of
+from ultra_hstu.serving.seconds import since_first
+from ultra_hstu.serving.trained import load_params
 from ultra_hstu.workdir import Workdir
 
-MAX_USERS = 16  # histories in one device call
 SMALLEST_K, SMALLEST_HIDDEN = 16, 256  # lowest capacity classes; each class is 8 times the one below
-
-
-def load_params(folder: Workdir, recipe: Steps) -> tuple[int, Params]:
-    """(step, parameters) of the best checkpoint of a run, or of the newest where none was evaluated.
-
-    Raises:
-      ValueError: if the run has no checkpoint, or none that can be read.
-    """
-    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
-    restored = checkpoints.restore(abstract(jax.eval_shape(lambda: recipe.init(0))), best=True)
-    if restored is None:
-        raise ValueError(f"{folder.path} has no checkpoint yet: train it first, with experiments.train --workdir={folder.path}")
-    return restored[0], restored[1].params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +46,10 @@ class Query:
     @property
     def length(self) -> int:
         return len(self.events.item_E) - 1
+
+    @property
+    def key(self) -> bytes:
+        return key_of(self.events)
 
 
 class RecommendationModel:
@@ -82,9 +75,7 @@ class RecommendationModel:
         self.catalog = Catalog.load(folder.catalog)
         self.recipe = Recipe(self.config, self.catalog.num_items)
         self.max_users = max_users
-        step, params = load_params(folder, self.recipe)
-        if broken := [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not _finite(leaf)]:
-            raise ValueError(f"the checkpoint of step {step} in {workdir} holds NaN or infinity in {broken[0]}: train again")
+        _, params = load_params(folder, self.recipe)
         self.params = jax.device_put(quantization.packed(params, tables))
         self.blocked: Int[np.ndarray, " b"] = np.zeros(0, np.int32)
         self._allowed_I: Array | None = None
@@ -144,22 +135,8 @@ class RecommendationModel:
             raise ValueError("the history is empty: give at least one item, or take the most popular items of the training data")
         if not 1 <= k <= self.catalog.num_items:
             raise ValueError(f"k={k} must be in 1..{self.catalog.num_items}, the number of items")
-        time_E = np.zeros(len(item_E), np.int64) if times is None else np.asarray(times, np.int64)
-        if len(time_E) != len(item_E):
-            raise ValueError(f"{len(item_E)} items but {len(time_E)} times: give one time an item")
-        if now is not None or not len(time_E):
-            time_E = np.append(time_E, np.int64(0 if now is None else now))
-        else:
-            time_E = np.append(time_E, time_E[-1])
-        if len(back := np.flatnonzero(time_E[1:] < time_E[:-1])):
-            earlier, later = int(time_E[back[0]]), int(time_E[back[0] + 1])
-            raise ValueError(f"times go back from {earlier} to {later}: give the history oldest first, and now not before its last event")
         first = max(0, len(item_E) - self.config.data.max_history)
-        time_E = time_E[first:]
-        if int(time_E[-1]) - int(time_E[0]) > SECONDS_RANGE:
-            raise ValueError(f"times run from {time_E[0]} to {time_E[-1]}: more than 2^31 - 1 seconds. Give seconds, not milliseconds.")
-        # Times count from the user's first event, so that neighbours in a batch do not matter.
-        events = Events(np.append(item_E[first:], np.int32(0)), (time_E - time_E[0]).astype(np.int32))
+        events = Events(np.append(item_E[first:], np.int32(0)), since_first(len(item_E), times, now, first=first))
         if self.config.rank.signals:
             code_ES = self._signals(actions, len(item_E))[first:]
             events = dataclasses.replace(events, signal_ES=np.pad(code_ES, ((0, 1), (0, 0))))
@@ -257,7 +234,7 @@ def require_retrieval(workdir: str, config: Config) -> None:
     if config.rank.tasks:
         raise ValueError(
             f"{workdir} is a ranking run (rank.tasks={config.rank.tasks}): it predicts what a user does with given items. "
-            "Recommendations over the catalogue come from a retrieval run"
+            "Recommendations over the catalogue come from a retrieval run; --requests=FILE and experiments.serve score what they are given"
         )
 
 
@@ -298,7 +275,3 @@ def _classes(smallest: int, largest: int, factor: int) -> list[int]:
     while sizes[-1] < largest:
         sizes.append(sizes[-1] * factor)
     return sizes
-
-
-def _finite(leaf: Array) -> bool:
-    return not jnp.issubdtype(leaf.dtype, jnp.inexact) or bool(jnp.isfinite(leaf).all())

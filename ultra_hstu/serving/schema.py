@@ -4,6 +4,8 @@
     {"history": [1193, 914], "times": [978300760, 978301968], "k": 5, "block": [2858]}
 
 An answer: {"items": [{"item": 608, "title": "Fargo (1996)", "score": 0.71}, ...], "source": "model", "warnings": []}
+
+Those of a ranking run are in `score_schema`; both tell of a user in the same way.
 """
 
 from collections.abc import Sequence
@@ -21,25 +23,16 @@ Seconds = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Action = Annotated[float, Field(ge=-1e9, le=1e9)]
 
 
-def _only(given: str, *absent: str) -> dict[str, Any]:
+def only(given: str, *absent: str) -> dict[str, Any]:
     """A schema: this field, and none of those."""
     null = {"type": "null"}
     return {"required": [given], "properties": {given: {"not": null}, **dict.fromkeys(absent, null)}}
 
 
-class Request(BaseModel):
-    """What to recommend, and to whom. Exactly one of `user` and `history`."""
+class AboutUser(BaseModel):
+    """Who asks: exactly one of `user` and `history`."""
 
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        json_schema_extra={
-            "oneOf": [_only("user", "history", "times", "actions"), _only("history", "user")],
-            "examples": [{"user": 42, "k": 3}, {"history": [1193, 914], "times": [978300760, 978301968], "k": 5, "block": [2858]}],
-        },
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     user: RawId | None = Field(None, description="a user of the run's data")
     history: Annotated[list[RawId], Field(max_length=MAX_EVENTS)] | None = Field(
@@ -51,11 +44,9 @@ class Request(BaseModel):
         None, description="what the user did with each item, by the names of the source, such as rating: one value an event"
     )
     now: Seconds | None = Field(None, description="time of the request; without it the next event follows the last at once")
-    k: int = Field(10, ge=1, le=MAX_K, description="how many items")
-    block: list[RawId] = Field([], max_length=MAX_BLOCK, description="items that this answer must not hold")
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Request":
+    def _one_way_of_asking(self) -> "AboutUser":
         if (self.user is None) == (self.history is None):
             raise ValueError("give either user or history")
         if self.history is None:
@@ -67,6 +58,20 @@ class Request(BaseModel):
             if len(values) != len(self.history):
                 raise ValueError(f"{len(self.history)} items but {len(values)} values of {name!r}: give one an item")
         return self
+
+
+class Request(AboutUser):
+    """What to recommend, and to whom. Exactly one of `user` and `history`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [only("user", "history", "times", "actions"), only("history", "user")],
+            "examples": [{"user": 42, "k": 3}, {"history": [1193, 914], "times": [978300760, 978301968], "k": 5, "block": [2858]}],
+        },
+    )
+
+    k: int = Field(10, ge=1, le=MAX_K, description="how many items")
+    block: list[RawId] = Field([], max_length=MAX_BLOCK, description="items that this answer must not hold")
 
 
 class Item(BaseModel):

@@ -2,72 +2,50 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from ultra_hstu.data import signals
-from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.serving.encoded_users import EncodedUsers
 from ultra_hstu.serving.retrieval import Query, Recommendation, RecommendationModel
 from ultra_hstu.serving.schema import MAX_BLOCK, MAX_EVENTS, MAX_K, Answer, Item, Request
-from ultra_hstu.serving.user_vectors import UserVectors
-from ultra_hstu.task import Task
-from ultra_hstu.workdir import Workdir
-
-
-class RunData:
-    """The data that a run was trained on, read when it is first asked for."""
-
-    def __init__(self, workdir: str, raw_dir: str | None = None):
-        self.folder = Workdir(workdir)
-        self.config = self.folder.read_for_one_device(raw_dir)
-
-    @functools.cached_property
-    def interactions(self) -> Interactions:
-        """Raises ValueError where the data is not what the run was trained on, or cannot be read."""
-        interactions = load_interactions(self.config.data)
-        self.folder.check_data(interactions)
-        return interactions
-
-    @functools.cached_property
-    def count_I(self) -> Float[np.ndarray, " I1"]:
-        """How often each item occurs in the training data."""
-        task: Any = Task.of(self.config, self.interactions)
-        return np.ceil(task.popularity())
+from ultra_hstu.serving.trained import RunData
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
     """A request that is ready for the device."""
 
-    query: Query
+    query: Any  # the model's
     warnings: tuple[str, ...] = ()
+    asked: Any = None  # what the answer has to repeat
 
 
 class Service:
-    """Answers requests with a trained run. `prepare` may run anywhere; `answer` in one thread at a time."""
+    """Answers requests with a retrieval run. `prepare` may run anywhere; `answer` in one thread at a time."""
+
+    request_type = Request
 
     def __init__(self, model: RecommendationModel, data: RunData, *, cache_bytes: int = 2**26):
         self.model = model
         self.data = data
-        self.users = UserVectors(cache_bytes)
-        self.hits = self.misses = 0
+        self.users = EncodedUsers(cache_bytes)
 
     def prepare(self, request: Request) -> Prepared:
         """Looks up ids and users. Raises ValueError for what cannot be answered, with the reason."""
-        blocked, warnings = self._known(request.block, "block")
+        blocked, warnings = known_ids(self.model.catalog, request.block, "block")
         options: dict[str, Any] = {"k": request.k, "now": request.now, "block": blocked[blocked > 0], "allow_empty": True}
         if request.user is not None:
             return Prepared(self.of_user(request.user, **options), tuple(warnings))
-        found, more = self._known(request.history or [], "history")
+        found, more = known_ids(self.model.catalog, request.history or [], "history")
         kept = found > 0
-        unused = sorted(set(request.actions or {}) - set(signals.needs(self.model.config.rank.signals)))
-        ignored = (
-            [f"actions {', '.join(repr(name)[:40] for name in unused[:5])} are not read by this run and were ignored"] if unused else []
-        )
-        columns = {name: np.asarray(values)[kept] for name, values in (request.actions or {}).items() if name not in unused}
+        read = signals.needs(self.model.config.rank.signals)
+        ignored = unread_actions(request.actions or {}, read)
+        columns = {name: np.asarray(values)[kept] for name, values in (request.actions or {}).items() if name in read}
         times = None if request.times is None else np.asarray(request.times, np.int64)[kept]
         query = self.model.query(found[kept], times, actions=columns or None, **options)
         return Prepared(query, (*more, *warnings, *ignored))
@@ -83,7 +61,9 @@ class Service:
     def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
         """One device call for new histories and one for the catalogue, for up to `model.max_users` requests."""
         queries = [p.query for p in prepared if p.query.length]
-        ranked = iter(self.model.best(self._vectors(queries), queries) if queries else [])
+        ranked = iter(
+            self.model.best(np.stack(self.users.of(queries, lambda new: list(self.model.encode(new)))), queries) if queries else []
+        )
         empty = "the history is empty: these are the most popular items"
         return [
             as_answer(next(ranked), "model", p.warnings)
@@ -98,6 +78,10 @@ class Service:
         self._popularity  # noqa: B018
         return self.model.warm_up(max_k=MAX_K, max_hidden=longest + MAX_BLOCK)
 
+    def pulse(self) -> None:
+        """Asks the device for something short."""
+        self.model.encode([self.model.query([1])])
+
     @functools.cached_property
     def _popularity(self) -> Int[np.ndarray, " n"]:
         """Items that may be recommended, the most frequent first, of equal ones the lower id."""
@@ -110,25 +94,21 @@ class Service:
         best_K = candidates[~np.isin(candidates, query.hidden)][: query.k]
         return self.model.decode(best_K, self.data.count_I[best_K])
 
-    def _vectors(self, queries: Sequence[Query]) -> Float[np.ndarray, "n D"]:
-        keys = [self.users.key(query) for query in queries]
-        new = {key: query for key, query in zip(keys, queries, strict=True) if key not in self.users}
-        self.hits += len(keys) - len(new)
-        self.misses += len(new)
-        encoded = dict(zip(new, self.model.encode(list(new.values())), strict=True))
-        vectors = [encoded[key] if key in encoded else self.users.get(key) for key in keys]
-        for key, vector_D in encoded.items():
-            self.users.put(key, vector_D)
-        return np.stack(vectors)
 
-    def _known(self, raw_ids: Sequence[int | str], name: str) -> tuple[np.ndarray, list[str]]:
-        """Dense ids, 0 for unknown ones, and a warning that counts those."""
-        dense = self.model.catalog.find(list(raw_ids))
-        unknown = [raw for raw, found in zip(raw_ids, dense, strict=True) if not found]
-        if not unknown:
-            return dense, []
-        shown = ", ".join(repr(raw)[:40] for raw in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        return dense, [f"{name}: {len(unknown)} of {len(raw_ids)} items are not in the catalogue and were ignored: {shown}"]
+def known_ids(catalog: Catalog, raw_ids: Sequence[int | str], name: str) -> tuple[Int[np.ndarray, " n"], list[str]]:
+    """Dense ids, 0 for those that the catalogue lacks, and a warning that counts these. Raises ValueError for ids of another kind."""
+    dense = catalog.find(list(raw_ids))
+    unknown = [raw for raw, found in zip(raw_ids, dense, strict=True) if not found]
+    if not unknown:
+        return dense, []
+    shown = ", ".join(repr(raw)[:40] for raw in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+    return dense, [f"{name}: {len(unknown)} of {len(raw_ids)} items are not in the catalogue and were ignored: {shown}"]
+
+
+def unread_actions(actions: Iterable[str], read: Iterable[str]) -> list[str]:
+    """A warning of actions that a run does not read, if there are such."""
+    unused = sorted(set(actions) - set(read))
+    return [f"actions {', '.join(repr(name)[:40] for name in unused[:5])} are not read by this run and were ignored"] if unused else []
 
 
 def as_answer(items: Sequence[Recommendation], source: Literal["model", "popularity"], warnings: Sequence[str]) -> Answer:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ultra_hstu.data.ranking import GAP_EDGES, Form, RankEvents, RankGather, Tokens
-from ultra_hstu.serving.capacity import LEAST_ROWS, capacity, padded, padded_offsets
+from ultra_hstu.serving.capacity import LEAST_ROWS, Room, capacity, padded, padded_offsets
 from ultra_hstu.serving.inputs import COLUMNS, Candidates, Events, History
 
 
@@ -22,15 +22,19 @@ class PaddedHistory:
     used_B: Any  # int32 [B]: 1 for a real user
 
 
-def pad_history(history: History, form: Form) -> tuple[PaddedHistory, dict[str, int]]:
-    """The history at the sizes of its class, and the rows of every channel there."""
-    users = capacity(history.users)
+def pad_history(history: History, form: Form, room: Room | None = None) -> tuple[PaddedHistory, dict[str, int]]:
+    """The history at the sizes of its class, or of `room`, and the rows of every channel there. Raises ValueError for a room that is too small."""
+    users = capacity(history.users) if room is None else room.users
     channels, rows = {}, {}
     for name, events in history.channels.items():
-        size = capacity(len(events.item_E), LEAST_ROWS)
+        count = len(events.item_E)
+        if room is not None and (history.users > users or count > room.events[name]):
+            raise ValueError(f"{history.users} users with {count} events of {name!r} are more than {room} holds: encode fewer at a time")
+        size = capacity(count, LEAST_ROWS) if room is None else room.events[name]
         columns = {column: padded(getattr(events, column), size) for column in COLUMNS}
         channels[name] = Events(**columns, offsets=padded_offsets(events.offsets, users))
-        rows[name] = capacity(int(row_counts(form, np.diff(events.offsets)).sum()), LEAST_ROWS)
+        needed = int(row_counts(form, np.diff(events.offsets)).sum())
+        rows[name] = capacity(needed, LEAST_ROWS) if room is None else users * form.contextual + form.per_event * size
     wide = History(channels, padded(history.context_BC, users), padded(history.now_B, users))
     return PaddedHistory(wide, padded(np.ones(history.users, np.int32), users)), rows
 
@@ -40,11 +44,16 @@ def row_counts(form: Form, events_B: Any) -> Any:
     return form.contextual + form.per_event * events_B
 
 
-def pad_candidates(candidates: Candidates, users: int, micro_batch: int) -> tuple[Candidates, int]:
-    """Candidates at the sizes of their class, and the candidates of a step: `micro_batch` of them, fewer if there are no more."""
+def pad_candidates(candidates: Candidates, users: int, micro_batch: int, room: int | None = None) -> tuple[Candidates, int]:
+    """Candidates at the sizes of their class, or in a room for so many, and the candidates of a step: `micro_batch` of them, fewer if there are no more.
+
+    Raises ValueError for a room that is too small.
+    """
     count = len(candidates.item_C)
-    step = min(micro_batch, capacity(count, LEAST_ROWS))
-    size = step * capacity(-(-count // step))
+    if room is not None and count > room:
+        raise ValueError(f"{count} candidates are more than the {room} that there is room for: score fewer at a time")
+    step = min(micro_batch, capacity(count, LEAST_ROWS) if room is None else room)
+    size = step * (capacity(-(-count // step)) if room is None else -(-room // step))
     arrays = {name: padded(getattr(candidates, name), size) for name in ("item_C", "feature_CF", "time_C", "slot_C")}
     return Candidates(**arrays, offsets=padded_offsets(candidates.offsets, users)), step
 
