@@ -93,9 +93,11 @@ def serving_figure() -> None:
     cells = by_place(record)
     count = max(key[3] for key in cells if key[2] == "cached")
     steps = sorted({key[4] for key in cells if key[2] in ("cached", "recompute")})
-    panels = sorted({(key[1], key[0]) for key in cells})
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2), sharey=True, squeeze=False, constrained_layout=True)
-    for axis, (history, model) in zip(axes[0], panels, strict=True):
+    models, histories = sorted({key[0] for key in cells}), sorted({key[1] for key in cells})
+    panels, shape = [(model, history) for model in models for history in histories], (len(models), len(histories))
+    size = (2.7 * shape[1], 2.5 * shape[0] + 0.5)
+    figure, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False, constrained_layout=True)
+    for axis, (model, history) in zip(axes.flat, panels, strict=True):
         for what, colour in COLOURS.items():
             points = sorted(
                 (key[4], cell["candidates_per_s"])
@@ -107,13 +109,15 @@ def serving_figure() -> None:
                     axis.axhline(rate, color=colour, linestyle="--", linewidth=1, label=WORDS[what])
             else:
                 axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=WORDS[what]) if points else None
-        axis.set(title=f"{MODELS[model]}, history {history:,}", xlabel="micro-batch", xscale="log", yscale="log")
+        axis.set(xscale="log", yscale="log")
+        axis.set_title(f"{MODELS[model]}, history {history:,}", fontsize=10)
         axis.set_xticks(steps, [str(step) for step in steps])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel(f"candidates a second, of {count:,}")
-    axes[0][0].legend(frameon=False, fontsize=7)
+    figure.supxlabel("micro-batch", fontsize=10)
+    figure.supylabel(f"candidates a second, of {count:,}", fontsize=10)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4, fontsize=8)
     figure.savefig(FIGURES / "serving.png", dpi=130)
     plt.close(figure)
 
