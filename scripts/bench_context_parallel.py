@@ -202,10 +202,11 @@ def stage_longest(folder: Path, console: Any) -> None:
     record = Record(folder, "longest")
     budget = FLAGS.budget_gib * context_parallel_longest.GIB
     known: dict[str, dict[str, Any]] = record.value.get("variants", {})
-    variants: dict[str, dict[str, Any]] = {}
+    variants = known if record.value.get("commit") == provenance.provenance()["commit"] else {}
     users = 2 if FLAGS.small else context_parallel_longest.USERS
     contexts = [int(context) for context in FLAGS.contexts]
-    for variant, context, found in context_parallel_longest.search(budget, contexts, users, FLAGS.small, FLAGS.jobs, known):
+    wanted = [variant for variant in context_parallel_longest.VARIANTS if not FLAGS.remat or variant[1] == FLAGS.remat]
+    for variant, context, found in context_parallel_longest.search(budget, contexts, users, wanted, FLAGS.small, FLAGS.jobs, known):
         variants.setdefault(variant, {})[str(context)] = found
         console.print(f"{variant}, context {context}: {found}")
         compiled_for = "CPU devices" if FLAGS.small else "NVIDIA H100 80GB HBM3 (described, not present)"
@@ -301,6 +302,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("devices", None, "how many to use; all by default")
     flags.DEFINE_integer("users", 8, "histories in the batch of the stage `steps`")
     flags.DEFINE_integer("length", 32768, "events of each of them")
+    flags.DEFINE_enum("remat", None, ["none", "selective"], "of the model in the stage `longest`; both by default")
     flags.DEFINE_list("contexts", ["1", "2", "4", "8"], "context shards of the stage `longest`")
     flags.DEFINE_float("budget_gib", 80.0, "memory of a device in the stage `longest`")
     flags.DEFINE_integer("jobs", 1, "processes that compile in the stage `longest`")

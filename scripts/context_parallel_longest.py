@@ -74,7 +74,13 @@ def longest(case: Case, budget: float, step: int, measure: Callable[[Case], int]
 
 
 def search(
-    budget: float, contexts: Sequence[int] = CONTEXTS, users: int = USERS, small: bool = False, jobs: int = 1, known: Any = None
+    budget: float,
+    contexts: Sequence[int] = CONTEXTS,
+    users: int = USERS,
+    variants: Sequence[tuple[str, str]] = VARIANTS,
+    small: bool = False,
+    jobs: int = 1,
+    known: Any = None,
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """(variant, context, what `longest` found), as they come. `known`: such results, by variant and context, that a search begins with."""
 
@@ -87,7 +93,7 @@ def search(
             mask, users, guess(mask, remat, context), context=context, strategy=STRATEGY[mask], remat=remat, small=small
         )
         for context in contexts
-        for mask, remat in (VARIANTS[:2] if small else VARIANTS)
+        for mask, remat in variants
     }
     run = functools.partial(_longest, budget=budget)
     if jobs <= 1:

@@ -119,7 +119,7 @@ def test_the_tables_take_a_record(tmp_path, monkeypatch):
     monkeypatch.setattr(attention_tables, "load", lambda name: record)
     monkeypatch.setattr(attention_tables, "FIGURES", tmp_path)
     text = attention_tables.attention_table()
-    assert "| `tiny` | 700 / 501 | - | 3.2 / - | 350 / - | - | - |" in text and "`mosaic` reached `tiny` 700 / 501" in text
+    assert "| `tiny` | 700 / 501 | - | 3.2 / - | 350 / - | - | - |" in text and "at fedcba, in the same run" in text
     assert "`tiny` 800, error 5.0 %" in text and "length_" not in text
     attention_tables.attention_figure()
     assert (tmp_path / "attention.png").stat().st_size > 10_000

@@ -91,7 +91,7 @@ class Halo:
         if self.edge is not None:
             first = min(self.reach, q.shape[0])
             edge = attend(q[:first], *_split(halo, k.shape[2]), plan=self.edge, scale=scale[:first] if scale.ndim else scale)
-            out = out + jnp.pad(edge, ((0, q.shape[0] - first), (0, 0), (0, 0)))
+            out = _add_rows(out, edge, 0)
         return out
 
     def _gradients(self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: Attend) -> tuple[Array, Array, Array]:
@@ -113,9 +113,9 @@ class Halo:
             first = min(self.reach, size)
             edge = functools.partial(attend, plan=self.edge, scale=scale[:first] if scale.ndim else scale)
             edge_dq, *d_halo = jax.vjp(edge, q[:first], *_split(halo, width))[1](g[:first])
-            dq = dq + jnp.pad(edge_dq, ((0, size - first), (0, 0), (0, 0)))
+            dq = _add_rows(dq, edge_dq, 0)
             back_dk, back_dv = _split(self._back(jnp.concatenate(d_halo, axis=2), size), width)
-            dk, dv = (x + jnp.pad(y, ((size - y.shape[0], 0), (0, 0), (0, 0))) for x, y in ((dk, back_dk), (dv, back_dv)))
+            dk, dv = (_add_rows(x, y, size - y.shape[0]) for x, y in ((dk, back_dk), (dv, back_dv)))
         if self.visit is not None:
             dq = self._add_home(dq, self.row_R, rows_dq)
         if self.copy_P.shape[0]:
@@ -165,6 +165,11 @@ class Halo:
             total = total + jnp.pad(sent, ((most - taken, 0), (0, 0), (0, 0)))
             end -= taken
         return total
+
+
+def _add_rows(x: Array, y: Array, first: int) -> Array:
+    """`x` with `y` added to its rows from `first` on: in place, which a sum with padding would not be."""
+    return jax.lax.dynamic_update_slice_in_dim(x, x[first : first + y.shape[0]] + y, first, axis=0)
 
 
 def _split(x: Array, width: int) -> tuple[Array, Array]:
