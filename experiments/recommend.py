@@ -9,23 +9,17 @@ Ids are the source's own. --history needs no data, only the run's folder. A line
 of the answer what it gives (`ultra_hstu/serving/schema.py`, `score_schema.py`); a bad line is answered with {"error": why}, in its place.
 """
 
-import json
-import queue
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import pydantic
 from absl import flags
 
 from experiments import command
 from ultra_hstu import quantization, report
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.serving.schema import MAX_BODY_BYTES, problem
-from ultra_hstu.serving.score_service import ScoreService
-from ultra_hstu.serving.service import Prepared, Service
+from ultra_hstu.serving.lines import answer_lines
+from ultra_hstu.serving.service import Service
 from ultra_hstu.serving.services import open_service
 from ultra_hstu.serving.trained import RunData
 
@@ -41,7 +35,7 @@ _RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if n
 def main(_: list[str]) -> None:
     if sum(flag.value is not None for flag in (_USER, _HISTORY, _REQUESTS)) != 1:
         raise ValueError("give either --user=ID or --history=ID,ID,... or --requests=FILE")
-    source = None if _REQUESTS.value is None else sys.stdin.buffer if _REQUESTS.value == "-" else Path(_REQUESTS.value).open("rb")
+    source: Any = None if _REQUESTS.value is None else sys.stdin.buffer if _REQUESTS.value == "-" else Path(_REQUESTS.value).open("rb")
     if source is not None:
         answer_lines(open_service(_WORKDIR.value, _RAW_DIR.value, tables=_TABLES.value), source)
         return
@@ -59,64 +53,6 @@ def main(_: list[str]) -> None:
         events = service.data.interactions.history(str(_USER.value))
         title = f"user {_USER.value}, after {events.stop - events.start} events"
     report.make_console().print(report.recommendations_table(title, answer))
-
-
-def answer_lines(service: Service | ScoreService, source: BinaryIO) -> None:
-    """One line of JSON on standard output for every line of the source, in order. Lines that are there already share a device call."""
-    done = refused = 0
-    for lines in arrived(source, service.model.max_users):
-        read = [_prepared(service, line) for line in lines]
-        good = [found for found in read if isinstance(found, Prepared)]
-        answers = iter(service.answer(good) if good else [])
-        for found in read:
-            text = next(answers).model_dump_json() if isinstance(found, Prepared) else json.dumps({"error": found})
-            sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-        done, refused = done + len(read), refused + len(read) - len(good)
-    print(f"{done} requests, {refused} refused", file=sys.stderr)
-
-
-def _prepared(service: Service | ScoreService, line: bytes) -> Prepared | str:
-    if len(line) > MAX_BODY_BYTES:
-        return f"a request has at most {MAX_BODY_BYTES} bytes"
-    try:
-        return service.prepare(service.request_type.model_validate_json(line))  # type: ignore[arg-type]
-    except pydantic.ValidationError as error:
-        return problem(error.errors())
-    except ValueError as error:
-        return str(error)
-
-
-def arrived(source: BinaryIO, most: int) -> Iterator[list[bytes]]:
-    """Groups of up to `most` lines: those that have arrived, at least one, so that a program may wait for each answer. Longer lines are cut."""
-    lines: queue.Queue[Any] = queue.Queue(maxsize=4 * most)
-
-    def read() -> None:
-        try:
-            while line := source.readline(MAX_BODY_BYTES + 1):
-                rest = line
-                while not rest.endswith(b"\n") and rest:
-                    rest = source.readline(MAX_BODY_BYTES)
-                lines.put(line)
-            lines.put(None)
-        except Exception as error:  # a disk that fails, say: raised where the lines are used
-            lines.put(error)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        group = [lines.get()]
-        while len(group) < most and group[-1] is not None and not isinstance(group[-1], Exception):
-            try:
-                group.append(lines.get_nowait())
-            except queue.Empty:
-                break
-        end = group.pop() if not isinstance(group[-1], bytes) else b""
-        if group:
-            yield group
-        if isinstance(end, Exception):
-            raise end
-        if end is None:
-            return
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 from small_rank import rank_config, write_answers
 
-from experiments.recommend import answer_lines
 from scripts import load_scores
 from scripts.load_loop import closed_loop, deployment
 from scripts.load_requests import Sent
 from scripts.load_serve import mixed
+from ultra_hstu.serving.lines import answer_lines
 from ultra_hstu.serving.services import open_service
 from ultra_hstu.train import train
 
