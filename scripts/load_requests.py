@@ -74,10 +74,15 @@ def checked(service: Service, count: int, events: int, seed: int) -> list[Sent]:
         ]
         requests.append(kinds[rng.choice(len(kinds), p=[0.4, 0.25, 0.15, 0.1, 0.05, 0.05])])
     # More places than were asked for: two items whose scores differ by rounding may change places at the end, too.
-    wide = [service.prepare(Request.model_validate_json(json.dumps(r | {"k": r.get("k", 10) + 5}))) for r in requests]
-    batches = [wide[i : i + service.model.max_users] for i in range(0, len(wide), service.model.max_users)]
-    answers = [answer for batch in batches for answer in service.answer(batch)]
-    return [Sent(json.dumps(request).encode(), answer) for request, answer in zip(requests, answers, strict=True)]
+    wide = [request | {"k": request.get("k", 10) + 5} for request in requests]
+    return [Sent(json.dumps(request).encode(), answer) for request, answer in zip(requests, answers(service, wide), strict=True)]
+
+
+def answers(service: Any, requests: Sequence[dict]) -> list[Any]:
+    """Of the model in this process."""
+    prepared = [service.prepare(service.request_type.model_validate_json(json.dumps(request))) for request in requests]
+    batches = [prepared[i : i + service.model.max_users] for i in range(0, len(prepared), service.model.max_users)]
+    return [answer for batch in batches for answer in service.answer(batch)]
 
 
 def right(sent: Sent, body: bytes) -> bool:

@@ -66,10 +66,8 @@ def checked(service: ScoreService, count: int, events: int, seed: int) -> list[S
             {**cut, "candidates": [*some, absent, *some]},
         ]
         requests.append(kinds[rng.choice(len(kinds), p=[0.4, 0.25, 0.2, 0.05, 0.1])])
-    prepared = [service.prepare(ScoreRequest.model_validate_json(json.dumps(request))) for request in requests]
-    batches = [prepared[i : i + service.model.max_users] for i in range(0, len(prepared), service.model.max_users)]
-    answers = [answer for batch in batches for answer in service.answer(batch)]
-    return [Sent(json.dumps(request).encode(), answer, path=SCORE) for request, answer in zip(requests, answers, strict=True)]
+    expected = load_requests.answers(service, requests)
+    return [Sent(json.dumps(request).encode(), answer, path=SCORE) for request, answer in zip(requests, expected, strict=True)]
 
 
 def right(sent: Sent, body: bytes) -> bool:

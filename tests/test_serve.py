@@ -13,12 +13,13 @@ import portpicker
 import psutil
 import pytest
 from rich.console import Console
+from served_checks import stands_fuzzing, stands_good_and_bad_requests
 from small_run import small_config
 
 from scripts import load_requests
 from scripts.load_loop import closed_loop, deployment
 from scripts.load_requests import Sent, bad, checked, right
-from scripts.load_serve import kill, mixed
+from scripts.load_serve import kill
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.service import Service
 from ultra_hstu.serving.trained import RunData
@@ -84,20 +85,11 @@ def only_loopback_answers(served, known, folder):
 
 
 def good_and_bad_requests_mixed(served, known, folder):
-    result = asyncio.run(mixed(served, load_requests, known, 500))
-    assert (result["wrong_status"], result["wrong_answers"], result["hung"]) == (0, 0, 0)
-    assert result["requests"] == 500 and result["bad"] == 100 and set(result["statuses"]) >= {"200", "400", "422"}
+    stands_good_and_bad_requests(served, load_requests, known, 500)
 
 
 def fuzzing_from_its_own_description(served, known, folder):
-    """Schemathesis makes requests inside and outside the schema. It cannot know that users and ids exist, so valid ones may be refused."""
-    done = subprocess.run(
-        [Path(sys.executable).parent / "schemathesis", "run", f"{served.url}/openapi.json", "--max-examples=60", "--seed=1",
-         "--exclude-checks=positive_data_acceptance", "--generation-database=none"],
-        cwd=folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    stands_fuzzing(served, folder, 60)
 
 
 def random_bytes(served, known, folder):

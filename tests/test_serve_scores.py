@@ -3,20 +3,17 @@
 import asyncio
 import io
 import json
-import subprocess
-import sys
 import urllib.request
-from pathlib import Path
 
 import portpicker
 import pytest
 from rich.console import Console
+from served_checks import stands_fuzzing, stands_good_and_bad_requests
 from small_rank import rank_config, write_answers
 
 from scripts import load_scores
 from scripts.load_loop import closed_loop, deployment
 from scripts.load_requests import Sent
-from scripts.load_serve import mixed
 from ultra_hstu.serving.lines import answer_lines
 from ultra_hstu.serving.services import open_service
 from ultra_hstu.train import train
@@ -71,20 +68,11 @@ def what_is_refused_is_told_why(served, known, folder):
 
 
 def good_and_bad_requests_mixed(served, known, folder):
-    result = asyncio.run(mixed(served, load_scores, known, 300))
-    assert (result["wrong_status"], result["wrong_answers"], result["hung"]) == (0, 0, 0)
-    assert result["requests"] == 300 and result["bad"] == 60 and set(result["statuses"]) >= {"200", "400", "422"}
+    stands_good_and_bad_requests(served, load_scores, known, 300)
 
 
 def fuzzing_from_its_own_description(served, known, folder):
-    """Schemathesis makes requests inside and outside the schema. It cannot know that users and ids exist, so valid ones may be refused."""
-    done = subprocess.run(
-        [Path(sys.executable).parent / "schemathesis", "run", f"{served.url}/openapi.json", "--max-examples=30", "--seed=1",
-         "--exclude-checks=positive_data_acceptance", "--generation-database=none"],
-        cwd=folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    stands_fuzzing(served, folder, 30)
 
 
 CHECKS = [an_answer_and_its_description, what_is_refused_is_told_why, good_and_bad_requests_mixed, fuzzing_from_its_own_description]

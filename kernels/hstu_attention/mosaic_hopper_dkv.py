@@ -14,12 +14,12 @@ from kernels.hstu_attention.mosaic_device import (
     draw_items,
     feed_items,
     launch,
-    load_rows,
     open_rings,
     record_scratch,
     ring,
     swizzled,
 )
+from kernels.hstu_attention.mosaic_feed import load_rows_and_gradients
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.mosaic_schedule import BackwardConfig, WorkList
 from kernels.hstu_attention.plan import AttentionPlan
@@ -35,7 +35,7 @@ def key_gradients(
     """(dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number. `tails`: of q, k, do."""
     _, heads, width = q.shape
     width_v = v.shape[-1]
-    dtype, first = q.dtype, plan.first_row
+    dtype = q.dtype
     tile, block_q, stages = config.tile, config.block_q, config.stages
     intervals = 1 if plan.rows_in_one_piece else None
     work = schedule.schedule_of(plan, WorkList.backward(heads, config))
@@ -125,7 +125,7 @@ def key_gradients(
         @pl.when(wg == 2)
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
-            tail_first = tail_first_gm[0]
+            rows_and_gradients = load_rows_and_gradients(q_gm, do_gm, tails_gm, tail_first_gm[0], config, plan.first_row, s)
 
             def keys_and_values(item, slot):
                 key_slot, keys = lax.rem(slot, KEY_SLOTS), pl.ds(item.tile * tile, tile)
@@ -133,13 +133,6 @@ def key_gradients(
                 plgpu.barrier_wait(s["kv_empty"].at[key_slot])
                 plgpu.copy_gmem_to_smem(k_gm.at[keys, item.head], s["k"].at[key_slot], full)
                 plgpu.copy_gmem_to_smem(v_gm.at[keys, item.head], s["v"].at[key_slot], full)
-
-            def rows_and_gradients(item, step, i):
-                now = lax.rem(step + i, stages)
-                row, full = item.block(i) * block_q, s["row_full"].at[now]
-                plgpu.barrier_wait(s["row_empty"].at[now])
-                load_rows(q_gm, tails_gm, row, block_q, item.head, tail_first, s["q"].at[now], full, first=first)
-                load_rows(do_gm, tails_gm, row, block_q, item.head, tail_first, s["do"].at[now], full, 2 * width, first)
 
             feed_items(records_gm, tails_gm, s, rows_and_gradients, keys_and_values, ahead=AHEAD, workers=config.workers)
 

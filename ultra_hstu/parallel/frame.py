@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -100,28 +100,33 @@ def in_turns(function: Callable[..., tuple[Array, ...]], likes: tuple[Array, ...
     return jax.lax.fori_loop(0, heads // some, turn, tuple(zeros_after(x_tHX[-1], like.shape, like.dtype) for like in likes))
 
 
-def keeping_inputs(run: Callable[..., Array], q: Array, k: Array, v: Array, scale: Array, plan: Any) -> Array:
-    """`run(q, k, v, scale, plan)`, whose backward keeps these and nothing else: what came from other shards is sent again.
+class Sharing(Protocol):
+    """How shards share the rows and keys of a layer: a pytree with two functions of some heads."""
 
-    Kernels keep their inputs alone, so the forward kernel does not run again: nobody reads its result there, and XLA leaves it out. The barrier keeps XLA
-    from finding that what is sent again was there before, and holding it from one to the other.
+    def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array: ...
+
+    def gradients(self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: Attend) -> tuple[Array, ...]:
+        """Of q, k and v."""
+
+
+def keeping_inputs(sharing: Sharing, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
+    """The sums of all heads, `heads_at_a_time`. The backward keeps the inputs and nothing else: what came from other shards is sent again.
+
+    Kernels keep their inputs alone, so the forward kernel does not run again. The barrier keeps XLA from finding that what is sent again was there before,
+    and holding it from one to the other.
     """
 
     @jax.custom_vjp
-    def kept(q: Array, k: Array, v: Array, scale: Array, plan: Any) -> Array:
-        return in_turns(lambda q, k, v: (run(q, k, v, scale, plan),), (v,), q, k, v)[0]
+    def kept(q: Array, k: Array, v: Array, scale: Array, sharing: Any) -> Array:
+        return in_turns(lambda *qkv: (sharing.sums(*qkv, scale, attend),), (v,), q, k, v)[0]
 
     def forward(*inputs: Any) -> tuple[Array, Any]:
         return kept(*inputs), inputs
 
     def backward(saved: Any, g: Array) -> tuple[Any, ...]:
-        q, k, v, scale, plan = saved
+        q, k, v, scale, sharing = saved
         q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))
-
-        def of_heads(q: Array, k: Array, v: Array, g: Array) -> tuple[Array, ...]:
-            return jax.vjp(lambda q, k, v: run(q, k, v, scale, plan), q, k, v)[1](g)
-
-        return *in_turns(of_heads, (q, k, v), q, k, v, g), None, None
+        return *in_turns(lambda *qkvg: sharing.gradients(*qkvg, scale, attend), (q, k, v), q, k, v, g), None, None
 
     kept.defvjp(forward, backward)
-    return kept(q, k, v, scale, plan)
+    return kept(q, k, v, scale, sharing)

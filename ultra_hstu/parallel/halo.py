@@ -19,9 +19,7 @@ from jaxtyping import Array
 from kernels.hstu_attention.partial import partial_plan
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
-from ultra_hstu.parallel.frame import Attend, Frame, Prepare, in_turns, places
-
-TILE = 128  # a shard's own keys begin at a multiple of this behind the copies, so that kernel tiles are whole
+from ultra_hstu.parallel.frame import Attend, Frame, Prepare, keeping_inputs, places
 
 
 @functools.partial(
@@ -48,9 +46,7 @@ class Halo:
         whole = _Whole.of(frame)
         layout, size = frame.layout, frame.layout.rows_per_shard
         reach = min(frame.mask.window or 0, (layout.shards - 1) * size)
-        padded = -(-whole.copies // TILE) * TILE
-        copy_P = jnp.pad(_ascending(whole.copied_T, whole.copies), (0, padded - whole.copies), constant_values=layout.num_rows)
-        row_R = _ascending(whole.visits_T, whole.visitors)
+        copy_P, row_R = _ascending(whole.copied_T, whole.copies), _ascending(whole.visits_T, whole.visitors)
         return Halo(
             home=prepare(_home(frame, whole, copy_P)),
             edge=prepare(_edge(frame, whole, reach)) if reach else None,
@@ -65,23 +61,9 @@ class Halo:
 
     def __call__(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
         scale = jnp.where(self.overflow, jnp.nan, scale)  # no sum that lacks a summand passes for a result
+        return keeping_inputs(self, q, k, v, scale, attend)
 
-        @jax.custom_vjp
-        def run(q: Array, k: Array, v: Array, scale: Array, this: "Halo") -> Array:
-            return in_turns(lambda q, k, v: (this._sums(q, k, v, scale, attend),), (v,), q, k, v)[0]
-
-        def forward(*inputs: Any) -> tuple[Array, Any]:
-            return run(*inputs), inputs
-
-        def backward(saved: Any, g: Array) -> tuple[Any, ...]:
-            q, k, v, scale, this = saved
-            q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))  # else XLA keeps what the forward has received, see `keeping_inputs`
-            return *in_turns(lambda *x: this._gradients(*x, scale, attend), (q, k, v), q, k, v, g), None, None
-
-        run.defvjp(forward, backward)
-        return run(q, k, v, scale, self)
-
-    def _sums(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
+    def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
         rows_q, copies = self._everywhere(q, self.row_R), self._copies(k, v)
         halo = self._before(jnp.concatenate([k, v], axis=2))
         out = attend(q, *copies, plan=self.home, scale=scale, own=(k, v))
@@ -94,7 +76,7 @@ class Halo:
             out = _add_rows(out, edge, 0)
         return out
 
-    def _gradients(self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: Attend) -> tuple[Array, Array, Array]:
+    def gradients(self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: Attend) -> tuple[Array, Array, Array]:
         """Of q, k and v: what is of the size of a shard is added up once, the rest goes where it came from and is added in place."""
         size, width = q.shape[0], k.shape[2]
         rows_q, rows_g = _split(self._everywhere(jnp.concatenate([q, g], axis=2), self.row_R), q.shape[2])

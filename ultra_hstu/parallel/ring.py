@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from kernels.hstu_attention.partial import partial_plan
 from kernels.mask import KeyIntervals, RowIntervals
-from ultra_hstu.parallel.frame import Attend, Frame, Prepare, in_turns, keeping_inputs
+from ultra_hstu.parallel.frame import Attend, Frame, Prepare, keeping_inputs
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["plan", "order"], meta_fields=["axis"])
@@ -32,10 +32,13 @@ class Gather:
         return Gather(prepare(plan), None if layout.is_contiguous else jnp.argsort(layout.permutation()), frame.axis)
 
     def __call__(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
-        def run(q: Array, k: Array, v: Array, scale: Array, this: "Gather") -> Array:
-            return attend(q, this._whole(k), this._whole(v), plan=this.plan, scale=scale, own=(k, v))
+        return keeping_inputs(self, q, k, v, scale, attend)
 
-        return keeping_inputs(run, q, k, v, scale, self)
+    def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
+        return attend(q, self._whole(k), self._whole(v), plan=self.plan, scale=scale, own=(k, v))
+
+    def gradients(self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: Attend) -> tuple[Array, ...]:
+        return jax.vjp(lambda q, k, v: self.sums(q, k, v, scale, attend), q, k, v)[1](g)
 
     def _whole(self, x: Array) -> Array:
         x = jax.lax.all_gather(x, self.axis, tiled=True)
@@ -70,22 +73,9 @@ class Ring:
         return Ring(meet(0, 0), others, frame.axis, shards)
 
     def __call__(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
-        @jax.custom_vjp
-        def run(q: Array, k: Array, v: Array, scale: Array, this: "Ring") -> Array:
-            return in_turns(lambda q, k, v: (this._sums(q, (k, v), scale, attend),), (v,), q, k, v)[0]
+        return keeping_inputs(self, q, k, v, scale, attend)
 
-        def forward(*inputs: Any) -> tuple[Array, Any]:
-            return run(*inputs), inputs
-
-        def backward(saved: Any, g: Array) -> tuple[Any, ...]:
-            q, k, v, scale, this = saved
-            q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))  # else XLA keeps what the forward has received, see `keeping_inputs`
-            return *in_turns(lambda q, k, v, g: this._gradients(q, (k, v), g, scale, attend), (q, k, v), q, k, v, g), None, None
-
-        run.defvjp(forward, backward)
-        return run(q, k, v, scale, self)
-
-    def _sums(self, q: Array, kv: Any, scale: Array, attend: Attend) -> Array:
+    def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
         def add(number: Any, out: Array, here: Any) -> Array:
             return out + self._part(number, scale, attend)(q, *here).astype(jnp.float32)
 
@@ -94,13 +84,13 @@ class Ring:
             coming = self._send(here)
             return add(number, out, here), coming
 
-        out = self._part(None, scale, attend)(q, *kv).astype(jnp.float32)
+        out = self._part(None, scale, attend)(q, k, v).astype(jnp.float32)
         if self.shards > 1:  # a loop, so that no more keys are in memory than what is here and what is coming
-            out, here = jax.lax.fori_loop(0, self.shards - 2, step, (out, self._send(kv)))
+            out, here = jax.lax.fori_loop(0, self.shards - 2, step, (out, self._send((k, v))))
             out = add(self.shards - 2, out, here)
-        return out.astype(kv[1].dtype)
+        return out.astype(v.dtype)
 
-    def _gradients(self, q: Array, kv: Any, g: Array, scale: Array, attend: Attend) -> tuple[Array, ...]:
+    def gradients(self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: Attend) -> tuple[Array, ...]:
         def parts(number: Any, here: Any) -> list[Array]:
             return [x.astype(jnp.float32) for x in jax.vjp(self._part(number, scale, attend), q, *here)[1](g)]
 
@@ -113,7 +103,7 @@ class Ring:
             coming = self._send(here)
             return meet(number, sums, here), coming
 
-        likes = (q, *kv)
+        likes, kv = (q, k, v), (k, v)
         if self.shards == 1:
             return tuple(x.astype(like.dtype) for x, like in zip(parts(None, kv), likes, strict=True))
         here = self._send(kv)
