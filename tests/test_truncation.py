@@ -27,7 +27,7 @@ LAYERS = 2
 @pytest.fixture(autouse=True)
 def optimised():
     """Without its optimisations LLVM adds up one by one, and rounds more than the tolerance leaves."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,7 @@ def in_turns(function: Callable[..., tuple[Array, ...]], likes: tuple[Array, ...
     return jax.lax.fori_loop(0, heads // some, turn, tuple(zeros_after(x_tHX[-1], like.shape, like.dtype) for like in likes))
 
 
+@runtime_checkable
 class Sharing(Protocol):
     """How shards share the rows and keys of a layer: a pytree with two functions of some heads."""
 
