@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from kernels.hstu_attention import triton as whole
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import KeyIntervals
+from kernels.triton_call import triton_call
 
 PROGRAMS = 264  # that run at one time: two for each processor of a Hopper GPU
 LEAST_BLOCKS = 4  # of keys, for a program
@@ -79,9 +80,7 @@ def forward(q: Array, k: Array, v: Array, keys: KeyIntervals, alpha: float, size
 
 
 def _call_kernel(arrays: tuple[Array, ...], outs: list[Any], programs: int, warps: int, stages: int, constants: dict[str, Any]) -> Any:
-    import jax_triton
-
     from kernels.cached_attention import triton_kernels
 
-    call: Any = functools.partial(jax_triton.triton_call, name="cached_attention", num_warps=warps, num_stages=stages)
+    call: Any = functools.partial(triton_call, name="cached_attention", num_warps=warps, num_stages=stages)
     return call(*arrays, kernel=triton_kernels.forward, out_shape=outs, grid=(programs,), **constants)

@@ -21,6 +21,7 @@ from kernels import device
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.hstu_attention.relative_bias import RelativeBias, bucket_starts
+from kernels.triton_call import triton_call
 
 WIDEST = 256
 WIDEST_SMALL = 128  # where a program has less than 163 KiB of shared memory
@@ -326,11 +327,9 @@ def _call_kernel(
     zeroed: tuple[int, ...],
     constants: dict[str, Any],
 ) -> Any:
-    import jax_triton
-
     from kernels.hstu_attention import triton_kernels
 
-    return jax_triton.triton_call(
+    return triton_call(
         *arrays,
         kernel=getattr(triton_kernels, kernel),
         out_shape=outs,
