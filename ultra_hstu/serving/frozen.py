@@ -51,7 +51,8 @@ class FrozenRanker:
             raise ValueError(f"model must be a Ranker or a FrozenRanker, got {type(model).__name__}: candidates are scored by ranking runs")
         self.form, self.sizes = model.form, model.sizes
         self.encoders: dict[str, HSTU] = {name: model.encoders[name] for name in sorted(model.encoders)}  # for their masks and sizes
-        graphdef, self.params = nnx.split(model)
+        graphdef, params = nnx.split(model)
+        self.params = _rounded(params, model)
         self.table: HostTable | None = None
         if item_table != "device":
             path = ("embedding", "item_table")
@@ -161,6 +162,19 @@ def _best(logit_CK: Float[Array, "C K"], weight_K: Float[Array, " K"], offsets: 
     here_BK = jnp.arange(k)[None, :] < count_B[:, None]
     best_BK = order_C[jnp.minimum(place_BK, size - 1)].astype(jnp.int32)
     return jnp.where(here_BK, best_BK - offsets[:-1, None], -1), jnp.where(here_BK, value_C[best_BK], -jnp.inf)
+
+
+def _rounded(params: Params, model: Ranker) -> Params:
+    """Parameters with the matrices of layers in the dtype that layers compute in. They would be rounded to it in every step, which takes a step of few
+    candidates as long as their products. fp8 rounds the float32 ones.
+    """
+    dtype, exact = model.embedding.dtype, {name for name, encoder in model.encoders.items() if encoder.layers[0].precision == "same"}
+
+    def rounded(path: tuple[Any, ...], leaf: Any) -> Any:
+        of_a_layer = path[0] == "encoders" and path[1] in exact and "layers" in path
+        return leaf.replace(leaf[...].astype(dtype)) if of_a_layer and leaf.ndim == 2 else leaf
+
+    return nnx.from_flat_state([(path, rounded(path, leaf)) for path, leaf in nnx.to_flat_state(params)])
 
 
 def _signature(model: Ranker) -> str:
