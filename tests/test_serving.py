@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from small_serving import FORMS, built, full_pass, requests
+from flax import nnx
+from small_serving import DATA, FORMS, built, full_pass, requests, task_of
 
 from ultra_hstu import serving
 from ultra_hstu.serving import cache
+from ultra_hstu.task import Task
 
 
 def close(got, want, form, bound=1e-5):
@@ -32,6 +34,24 @@ def test_micro_batches(micro_batch):
     model = serving.FrozenRanker(built("ULTRA")[1])
     encoded = serving.encode_history(model, history)
     close(serving.score(model, encoded, candidates, micro_batch=micro_batch), want, "ULTRA")
+
+
+def test_matrices_of_layers_are_rounded_once():
+    """A frozen ranker holds them in the dtype of its layers, and says the same to the bit. fp8 rounds the float32 ones."""
+    config = task_of("merged").config
+    task = Task.of(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")), DATA)
+    ranker, (history, candidates, _) = task.recipe.model(task.recipe.init(0).params), full_pass("merged")
+    rounded, plain = serving.FrozenRanker(ranker), serving.FrozenRanker(ranker)
+    plain.params = nnx.split(ranker)[1]
+
+    def dtypes(model):
+        return {(".".join(map(str, path)), str(leaf.dtype)) for path, leaf in nnx.to_flat_state(model.params)}
+
+    changed = {name.rpartition(".")[2] for name, dtype in dtypes(rounded) - dtypes(plain) if dtype == "bfloat16"}
+    assert changed == {"uvqk", "output"} and all("layers" in name for name, _ in dtypes(rounded) - dtypes(plain))
+    scores = [serving.score(model, serving.encode_history(model, history), candidates, micro_batch=5) for model in (rounded, plain)]
+    np.testing.assert_array_equal(*scores)
+    assert {dtype for _, dtype in dtypes(serving.FrozenRanker(built("bfloat16, fp8")[1]))} == {"float32"}
 
 
 def histories(form, *left_B):

@@ -104,7 +104,7 @@ def test_what_is_handed_to_the_kernels(a100, monkeypatch, bias, rescale):
         return [jnp.zeros(x.shape, x.dtype) for x in outs]
 
     monkeypatch.setattr(triton, "_call_kernel", call_kernel)
-    monkeypatch.setattr(triton, "_check_installed", lambda: None)
+    monkeypatch.setattr(triton, "check_installed", lambda: None)
     some = case(heads=2, k_width=25, v_width=50, dtype="bfloat16", bias=bias)
     some.out_and_gradients(some.inputs(), implementation="triton", scale=some.row_scale() if rescale else 0.5)
 
@@ -142,7 +142,7 @@ def test_a_prepared_plan_hands_the_same_to_the_kernels(a100, monkeypatch, rows):
         return [jnp.zeros(x.shape, x.dtype) for x in outs]
 
     monkeypatch.setattr(triton, "_call_kernel", call_kernel)
-    monkeypatch.setattr(triton, "_check_installed", lambda: None)
+    monkeypatch.setattr(triton, "check_installed", lambda: None)
     plan = make_plan(AttentionMask(window=40), [0, 300, rows - 8], rows)
     prepared = triton.prepare(plan, 1, "float32", 8, 16)
     assert (len(prepared.stored) > 1) == (rows == 40000)

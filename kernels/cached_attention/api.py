@@ -1,20 +1,19 @@
 """HSTU attention of new rows to keys that lie in a cache: the public function, its checks and its choice of implementation.
 
 An output is a plain sum over keys, so what a row gets from a cache and what it gets from its own key simply add up, and several parts of the keys may be
-worked off side by side. Queries and keys are buffers of different length here, neither is copied, and nothing is planned for a batch: a tile of rows finds
-the range of its keys in the intervals themselves. Forward only: nothing here has a gradient of its own.
+worked off side by side. Queries and keys are buffers of different length here, neither is copied, and nothing is planned for a batch beyond the ranges of
+keys that tiles of rows see. Forward only: nothing here has a gradient of its own.
 """
 
 import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from kernels import device, dispatch
-from kernels.hstu_attention.relative_bias import RelativeBias, position_bias
+from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import KeyIntervals
 
 _ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("triton", "xla")}
@@ -58,27 +57,14 @@ def cached_attention(
     """
     _check(q_RHK, k_SHK, v_SHV, keys, own, bias, place_R)
 
-    def run(module: Any) -> Array:
-        return module.attention(q_RHK, k_SHK, v_SHV, keys, alpha=float(alpha), bias=bias, place_R=place_R)
-
     if q_RHK.shape[0] == 0 or k_SHK.shape[0] == 0:
-        sum_RHV = jnp.zeros((*q_RHK.shape[:2], v_SHV.shape[2]), jnp.float32)
-    else:
-        order = [name for name in _ORDER.get(device.current().platform, ("xla",)) if name in implementations()]
-        sum_RHV = dispatch.call("cached_attention", implementations(), order, implementation, run)
-    if own is not None:
-        sum_RHV += _own(q_RHK, *own, alpha, bias)
-    return (scale * sum_RHV).astype(q_RHK.dtype)
+        implementation = "xla"  # nothing for a kernel to do
 
+    def run(module: Any) -> Array:
+        return module.attention(q_RHK, k_SHK, v_SHV, keys, alpha=float(alpha), scale=float(scale), own=own, bias=bias, place_R=place_R)
 
-def _own(q_RHK: Array, k_RHK: Array, v_RHV: Array, alpha: float, bias: RelativeBias | None) -> Float[Array, "R H V"]:
-    """What each row's own key gives it, float32."""
-    score_RH1 = alpha * jnp.sum(q_RHK.astype(jnp.float32) * k_RHK.astype(jnp.float32), axis=2, keepdims=True)
-    if bias is not None and bias.position_table is not None:
-        score_RH1 += position_bias(bias.position_table, jnp.zeros((1, 1, 1), jnp.int32))
-    if bias is not None and bias.time_table is not None:
-        score_RH1 += bias.time_table[0].astype(jnp.float32)
-    return jax.nn.silu(score_RH1) * v_RHV.astype(jnp.float32)
+    order = [name for name in _ORDER.get(device.current().platform, ("xla",)) if name in implementations()]
+    return dispatch.call("cached_attention", implementations(), order, implementation, run)
 
 
 def _check(q: Array, k: Array, v: Array, keys: KeyIntervals, own: Any, bias: RelativeBias | None, place: Any) -> None:

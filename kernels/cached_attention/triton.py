@@ -1,7 +1,7 @@
 """Attention to a cache in Triton (jax-triton), sm80 and later: any head width that `hstu_attention`'s Triton takes, no relative bias."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,21 @@ from kernels.triton_call import triton_call
 
 PROGRAMS = 264  # that run at one time: two for each processor of a Hopper GPU
 LEAST_BLOCKS = 4  # of keys, for a program
+SHORT_SHARES = 8  # of the keys: so many are so short that what rows' own keys give is a share of its own
+FAR = 2**30  # behind all keys
+
+
+class Blocks(NamedTuple):
+    """The blocks of keys that tiles of rows see: [first0, end0) of the far intervals, [first1, end1) of the near ones, which begin behind; and of the
+    latter those that all rows of a tile see in full. int32 [tiles] each.
+    """
+
+    first0: Any
+    end0: Any
+    first1: Any
+    end1: Any
+    full_first: Any
+    full_end: Any
 
 
 def attention(
@@ -23,10 +38,12 @@ def attention(
     keys: KeyIntervals,
     *,
     alpha: float,
+    scale: float,
+    own: tuple[Array, Array] | None,
     bias: RelativeBias | None,
     place_R: Any,
 ) -> Float[Array, "R H V"]:
-    """See `cached_attention`: the sums alone, float32, without scale and own keys.
+    """See `cached_attention`.
 
     NotImplementedError: a bias, no jax-triton, no such GPU, or heads too wide.
     """
@@ -38,8 +55,8 @@ def attention(
             f"triton takes heads of width 1 to {whole.widest(capability)} here, got K = {widths[0]}, V = {widths[1]}; "
             "implementation='xla' takes any"
         )
-    whole._check_installed()
-    return forward(q_RHK, k_SHK, v_SHV, keys, alpha, tiling(capability, q_RHK.dtype, *widths))
+    whole.check_installed()
+    return forward(q_RHK, k_SHK, v_SHV, keys, own, alpha, scale, tiling(capability, q_RHK.dtype, *widths))
 
 
 def tiling(capability: tuple[int, int], dtype: Any, k_width: int, v_width: int) -> whole.Tiling:
@@ -55,9 +72,33 @@ def splits(rows: int, num_keys: int, heads: int, sizes: whole.Tiling) -> int:
     return shares
 
 
-def forward(q: Array, k: Array, v: Array, keys: KeyIntervals, alpha: float, sizes: whole.Tiling) -> Float[Array, "R H V"]:
+def blocks_of(keys: KeyIntervals, sizes: whole.Tiling) -> Blocks:
+    """Found once for all layers of a mask, since the same expressions are computed once in a compiled program."""
+    rows, size = keys.lo0.shape[0], sizes.block_k
+
+    def tiles(x: Array, padding: int) -> Array:
+        return jnp.pad(x, (0, -rows % sizes.block_q), constant_values=padding).reshape(-1, sizes.block_q)
+
+    def hull(lo: Array, hi: Array) -> tuple[Array, Array]:
+        """The blocks that hold all intervals of a tile; (0, 0) if all are empty."""
+        end = -(-tiles(jnp.where(hi > lo, hi, 0), 0).max(1) // size)
+        return jnp.minimum(tiles(jnp.where(hi > lo, lo, FAR), FAR).min(1) // size, end), end
+
+    (first0, end0), (first1, end1) = hull(keys.lo0, keys.hi0), hull(keys.lo1, keys.hi1)
+    joined = (end0 > first1) & (end1 > first0)  # they overlap: one range
+    first1 = jnp.where(joined, jnp.minimum(first0, first1), first1)
+    end1 = jnp.where(joined, jnp.maximum(end0, end1), end1)
+    full_first = jnp.clip(-(-tiles(keys.lo1, 0).max(1) // size), first1, end1)
+    full_end = jnp.clip(tiles(keys.hi1, FAR).min(1) // size, full_first, end1)
+    return Blocks(jnp.where(joined, first1, first0), jnp.where(joined, first1, end0), first1, end1, full_first, full_end)
+
+
+def forward(
+    q: Array, k: Array, v: Array, keys: KeyIntervals, own: tuple[Array, Array] | None, alpha: float, scale: float, sizes: whole.Tiling
+) -> Float[Array, "R H V"]:
     (rows, heads, k_width), (num_keys, _, v_width) = q.shape, v.shape
     shares = splits(rows, num_keys, heads, sizes)
+    outs = shares + (own is not None and shares >= SHORT_SHARES)
     constants = {
         "R": rows,
         "S": num_keys,
@@ -69,14 +110,18 @@ def forward(q: Array, k: Array, v: Array, keys: KeyIntervals, alpha: float, size
         "BR": sizes.block_q,
         "BK": sizes.block_k,
         "SPLITS": shares,
+        "OUTS": outs,
+        "OWN": own is not None,
         "ALPHA": alpha,
+        "SCALE": scale,
         "PRECISION": whole._precision(),
         "APPROXIMATE": q.dtype == jnp.bfloat16,
     }
-    programs = -(-rows // sizes.block_q) * heads * shares
-    out_like = jax.ShapeDtypeStruct((shares, rows, heads, v_width), jnp.float32)
-    (out,) = _call_kernel((q, k, v, *keys), [out_like], programs, sizes.warps, sizes.stages, constants)
-    return out[0] if shares == 1 else out.sum(0)
+    programs = -(-rows // sizes.block_q) * heads * outs
+    out_like = jax.ShapeDtypeStruct((outs, rows, heads, v_width), q.dtype if outs == 1 else jnp.float32)
+    arrays = (q, k, v, *((k, v) if own is None else own), jnp.stack(blocks_of(keys, sizes), axis=1), *keys)
+    (out,) = _call_kernel(arrays, [out_like], programs, sizes.warps, sizes.stages, constants)
+    return out[0] if outs == 1 else out.sum(0).astype(q.dtype)
 
 
 def _call_kernel(arrays: tuple[Array, ...], outs: list[Any], programs: int, warps: int, stages: int, constants: dict[str, Any]) -> Any:

@@ -44,11 +44,25 @@ def attention(
     keys: KeyIntervals,
     *,
     alpha: float,
+    scale: float,
+    own: tuple[Array, Array] | None,
     bias: RelativeBias | None,
     place_R: Any,
 ) -> Float[Array, "R H V"]:
-    """See `cached_attention`: the sums alone, float32, without scale and own keys."""
+    """See `cached_attention`."""
+    sum_RHV = _sums(q_RHK, k_SHK, v_SHV, keys, alpha, bias, place_R)
+    if own is not None:
+        sum_RHV += _own(q_RHK, *own, alpha, bias)
+    return (scale * sum_RHV).astype(q_RHK.dtype)
+
+
+def _sums(
+    q_RHK: Array, k_SHK: Array, v_SHV: Array, keys: KeyIntervals, alpha: float, bias: RelativeBias | None, place_R: Any
+) -> Float[Array, "R H V"]:
+    """What the cached keys give, float32."""
     sizes, rows = tiling(), q_RHK.shape[0]
+    if rows == 0 or k_SHK.shape[0] == 0:
+        return jnp.zeros((rows, *v_SHV.shape[1:]), jnp.float32)
     time_R = None if bias is None else bias.query_timestamps
     all_rows = _Rows(q_RHK, keys, place_R, time_R)
 
@@ -64,6 +78,16 @@ def attention(
         return x.reshape(-1, size, *x.shape[1:])
 
     return jax.lax.map(tile, jax.tree.map(cut, all_rows)).reshape(-1, *v_SHV.shape[1:])[:rows]
+
+
+def _own(q_RHK: Array, k_RHK: Array, v_RHV: Array, alpha: float, bias: RelativeBias | None) -> Float[Array, "R H V"]:
+    """What each row's own key gives it, float32."""
+    score_RH1 = alpha * jnp.sum(q_RHK.astype(jnp.float32) * k_RHK.astype(jnp.float32), axis=2, keepdims=True)
+    if bias is not None and bias.position_table is not None:
+        score_RH1 += position_bias(bias.position_table, jnp.zeros((1, 1, 1), jnp.int32))
+    if bias is not None and bias.time_table is not None:
+        score_RH1 += bias.time_table[0].astype(jnp.float32)
+    return jax.nn.silu(score_RH1) * v_RHV.astype(jnp.float32)
 
 
 def _tile(sizes: Tiling, rows: _Rows, k_SHK: Array, v_SHV: Array, alpha: float, bias: RelativeBias | None) -> Array:

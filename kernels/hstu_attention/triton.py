@@ -128,7 +128,7 @@ def attention(
         raise NotImplementedError(
             f"triton takes heads of width 1 to {widest(capability)} here, got K = {widths[0]}, V = {widths[1]}; implementation='xla' takes any"
         )
-    _check_installed()
+    check_installed()
     if q_THK.size == 0:
         return jnp.zeros_like(v_THV)
     call = Call(alpha, _precision(), tilings(capability, q_THK.dtype, *widths, plan, bias is not None))
@@ -154,7 +154,7 @@ def compute_capability() -> tuple[int, int]:
     return current.compute_capability
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
     for package in ("jax_triton", "triton"):
         if importlib.util.find_spec(package) is None:
             raise NotImplementedError(

@@ -28,7 +28,8 @@ def capacity(count: int, least: int = 1) -> int:
 
 def padded(x: Any, rows: int, fill: int = 0) -> np.ndarray:
     """The array with rows of `fill` behind it."""
-    return np.pad(np.asarray(x), [(0, rows - len(x))] + [(0, 0)] * (np.ndim(x) - 1), constant_values=fill)
+    x = np.asarray(x)
+    return x if len(x) == rows else np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (np.ndim(x) - 1), constant_values=fill)
 
 
 def padded_offsets(offsets: Any, users: int) -> np.ndarray:

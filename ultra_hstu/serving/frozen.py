@@ -147,9 +147,12 @@ class Programs:
             logit_RK = model.head(jnp.concatenate(outputs, axis=1))
             return jax.lax.dynamic_update_slice_in_dim(logit_CK, logit_RK, i * step, 0)
 
+        logit_CK = jnp.zeros((size, len(model.sizes.kinds)))
+        if size == step:
+            return score(jnp.int32(0), logit_CK)
         # As many steps as there are candidates for: a class costs memory, not time.
         steps = -(-jnp.asarray(candidates.offsets)[-1] // step)
-        return jax.lax.fori_loop(0, steps, score, jnp.zeros((size, len(model.sizes.kinds))))
+        return jax.lax.fori_loop(0, steps, score, logit_CK)
 
 
 def _best(logit_CK: Float[Array, "C K"], weight_K: Float[Array, " K"], offsets: Any, *, k: int) -> tuple[Array, Array]:
