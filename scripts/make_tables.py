@@ -28,6 +28,7 @@ from scripts.ranking_tables import ablation_table, ranking_table  # noqa: E402
 from scripts.serving_tables import (  # noqa: E402
     cache_precision_table,
     host_tables_table,
+    micro_batches_table,
     operations_table,
     serving_figure,
     serving_table,
@@ -238,6 +239,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long_ultra": long_ultra_table,
     "layer_memory": layer_memory_table,
     "serving": serving_table,
+    "serving_micro_batches": micro_batches_table,
     "serving_operations": operations_table,
     "cache_precision": cache_precision_table,
     "host_tables": host_tables_table,
@@ -258,7 +260,7 @@ PAGES = {
     "docs/context_parallel.md": ("context_steps", "context_longest", "context_reshard", "context_balance"),
     "docs/online_serving.md": ("serve_load", "serve_stages", "score_load", "score_stages"),
     "docs/sampling_and_precision.md": ("stochastic_length", "load_balance", "int4"),
-    "docs/serving.md": ("serving_operations", "serving", "cache_precision", "host_tables"),
+    "docs/serving.md": ("serving_operations", "serving", "serving_micro_batches", "cache_precision", "host_tables"),
 }
 
 

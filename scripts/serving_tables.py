@@ -60,6 +60,24 @@ def serving_table() -> str:
     return "\n\n".join(parts)
 
 
+def micro_batches_table() -> str:
+    """For each model and history, what micro-batches do to the most candidates: candidates a second, and how many times those with the history anew."""
+    record = load("serving_h100")
+    if not record:
+        return NOT_MEASURED
+    cells = by_place(record)
+    most = max(key[3] for key in cells if key[2] == "cached")
+    cached = {key: cell for key, cell in cells.items() if key[2] == "cached" and key[3] == most}
+    steps, rows = sorted({key[4] for key in cached}), []
+    for model, history in sorted({key[:2] for key in cached}, key=lambda key: (key[1], key[0])):
+        row = [MODELS[model], f"{history:,}"]
+        for step in steps:
+            cell, again = cached.get((model, history, "cached", most, step)), cells.get((model, history, "recompute", step, step))
+            row.append("" if cell is None else f"{cell['candidates_per_s']:,.0f}" + (f" ({times(cell, again)})" if again else ""))
+        rows.append(row)
+    return markdown(["model", "history", *(f"micro-batches of {step:,}" for step in steps)], rows)
+
+
 def operations_table() -> str:
     """What a cache can save, from operation counts of the models that scripts.bench_serving times: no time in it."""
     rows = []
@@ -92,7 +110,7 @@ def serving_figure() -> None:
         return
     cells = by_place(record)
     count = max(key[3] for key in cells if key[2] == "cached")
-    steps = sorted({key[4] for key in cells if key[2] in ("cached", "recompute")})
+    steps = sorted({key[4] for key in cells if key[2] == "cached" and key[3] == count})
     models, histories = sorted({key[0] for key in cells}), sorted({key[1] for key in cells})
     panels, shape = [(model, history) for model in models for history in histories], (len(models), len(histories))
     size = (2.7 * shape[1], 2.5 * shape[0] + 0.5)

@@ -71,7 +71,12 @@ def test_metrics_under_a_small_cache(monkeypatch):
 def test_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(serving_tables, "FIGURES", tmp_path)
-    for table in (serving_tables.serving_table, serving_tables.cache_precision_table, serving_tables.host_tables_table):
+    for table in (
+        serving_tables.serving_table,
+        serving_tables.micro_batches_table,
+        serving_tables.cache_precision_table,
+        serving_tables.host_tables_table,
+    ):
         assert "not measured yet" in table()
 
     def cell(what, step, p50, count=1024, history=4096):
@@ -89,5 +94,7 @@ def test_tables(tmp_path, monkeypatch):
     assert bench_serving.before(str(tmp_path / "serving_h100.json"), conditions | {"commit": "d"}) == []
     row = [text.strip() for text in serving_tables.serving_table().splitlines()[2].strip("|").split("|")]
     assert row == ["ULTRA-HSTU", "4,096", "1,024", "256", "4.00 / 8.00", "256,000", "3", "2.00", "3.0", "1.5", "256.0"]
+    row = [text.strip() for text in serving_tables.micro_batches_table().splitlines()[2].strip("|").split("|")]
+    assert row == ["ULTRA-HSTU", "4,096", "128,000", "256,000 (3.0)"]
     serving_tables.serving_figure()
     assert (tmp_path / "serving.png").stat().st_size > 5000
