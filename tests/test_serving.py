@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -51,6 +52,8 @@ def test_matrices_of_layers_are_rounded_once():
     assert changed == {"uvqk", "output"} and all("layers" in name for name, _ in dtypes(rounded) - dtypes(plain))
     scores = [serving.score(model, serving.encode_history(model, history), candidates, micro_batch=5) for model in (rounded, plain)]
     np.testing.assert_array_equal(*scores)
+    held = [leaf for encoder in rounded.encoders.values() for leaf in jax.tree.leaves(nnx.state(encoder))]
+    assert held and not any(isinstance(leaf, jax.Array) for leaf in held), "the float32 ones are not kept alive"
     assert {dtype for _, dtype in dtypes(serving.FrozenRanker(built("bfloat16, fp8")[1]))} == {"float32"}
 
 

@@ -50,8 +50,9 @@ class FrozenRanker:
         if not isinstance(model, Ranker):
             raise ValueError(f"model must be a Ranker or a FrozenRanker, got {type(model).__name__}: candidates are scored by ranking runs")
         self.form, self.sizes = model.form, model.sizes
-        self.encoders: dict[str, HSTU] = {name: model.encoders[name] for name in sorted(model.encoders)}  # for their masks and sizes
         graphdef, params = nnx.split(model)
+        sizes: Ranker = nnx.merge(graphdef, jax.eval_shape(lambda: params))  # without arrays, which would be held beside the rounded ones
+        self.encoders: dict[str, HSTU] = {name: sizes.encoders[name] for name in sorted(sizes.encoders)}  # for their masks and sizes
         self.params = _rounded(params, model)
         self.table: HostTable | None = None
         if item_table != "device":
