@@ -26,8 +26,9 @@ MASKS = {
 }
 
 
-# Compiled whole, as in a step: alone, hundreds of operations are compiled one by one.
+# Compiled whole, as in a step: alone, hundreds of operations are compiled one by one. The kernels below are for the same reason.
 schedule_of = jax.jit(schedule.schedule_of, static_argnums=1)
+planned = jax.jit(make_plan, static_argnums=(0, 2))
 
 
 class Batch:
@@ -43,7 +44,7 @@ class Batch:
         scale = rng.uniform(0.01, 1, self.rows).astype(np.float32)
         scale[self.real :] = np.nan
         self.scale = jnp.asarray(scale) if row_scale else jnp.float32(1 / 64)
-        self.plan = make_plan(mask, self.offsets, self.rows, np.minimum(lengths // 4, 9), np.minimum(lengths // 5, 3))
+        self.plan = planned(mask, self.offsets, self.rows, np.minimum(lengths // 4, 9), np.minimum(lengths // 5, 3))
 
         def plain(*qkv):
             return reference.attention(*(x.astype(jnp.float32) for x in qkv), self.plan, alpha=0.1, scale=self.scale, bias=None)
@@ -69,9 +70,9 @@ class Batch:
 def test_forward(monkeypatch):
     batch = Batch(MASKS["prefix"], 128, 64, row_scale=True)
     config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=2)
+    forward = jax.jit(lambda *of_batch: mosaic_hopper.forward(*of_batch, 0.1, config))
     with interpreted(monkeypatch):
-        q, k, v, _ = batch.padded()
-        batch.check({"out": mosaic_hopper.forward(q, k, v, batch.plan, batch.scale, 0.1, config)})
+        batch.check({"out": forward(*batch.padded()[:3], batch.plan, batch.scale)})
 
 
 @pytest.mark.parametrize(
@@ -90,27 +91,31 @@ def test_gradients(passes, mask, widths, row_scale, monkeypatch):
     batch = Batch(MASKS[mask], *widths, row_scale)
     monkeypatch.setattr(schedule, "WORKERS", passes)  # in one pass dQ is summed in memory, which the interpreter does not do atomically
     config = mosaic_hopper_vjp.backward_config(*widths, batch.plan, passes)
+    gradients = jax.jit(lambda *of_batch: mosaic_hopper_vjp.gradients(*of_batch, 0.1, deterministic=passes == 2, config=config))
     with interpreted(monkeypatch):
-        got = mosaic_hopper_vjp.gradients(*batch.padded(), batch.plan, batch.scale, 0.1, deterministic=passes == 2, config=config)
+        got = gradients(*batch.padded(), batch.plan, batch.scale)
     batch.check(dict(zip(("dq", "dk", "dv"), got, strict=True)))
 
 
 def test_split_tiles(monkeypatch):
     batch = Batch(MASKS["causal"], 64, 64, lengths=np.array([640]))
-    monkeypatch.setattr(schedule, "WORKERS", 8)
+    monkeypatch.setattr(schedule, "WORKERS", 4)
     parts = [
         schedule_of(batch.plan, wanted).parts
-        for wanted in (WorkList.forward(1, 64, 8), WorkList.backward(1, BackwardConfig(128, 64, 2, workers=8)))
+        for wanted in (WorkList.forward(1, 64, 4), WorkList.backward(1, BackwardConfig(128, 64, 2, workers=4)))
     ]
     assert all((np.asarray(x)[:, 3] > 1).any() for x in parts)
-    arrays = batch.padded()
+    config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=4)
+    back = BackwardConfig(128, 64, 2, passes=2, workers=4)
+
+    @jax.jit
+    def kernels(q, k, v, do, plan, scale):
+        out = mosaic_hopper.forward(q, k, v, plan, scale, 0.1, config)
+        return out, *mosaic_hopper_dkv.key_gradients(q, k, v, do, schedule.clean_tails(plan, q, k, do), plan, scale, 0.1, back)
+
     with interpreted(monkeypatch):
-        config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=8)
-        batch.check({"out": mosaic_hopper.forward(*arrays[:3], batch.plan, batch.scale, 0.1, config)})
-        back = BackwardConfig(128, 64, 2, passes=2, workers=8)
-        q, k, _, do = arrays
-        dk, dv = mosaic_hopper_dkv.key_gradients(*arrays, schedule.clean_tails(batch.plan, q, k, do), batch.plan, batch.scale, 0.1, back)
-    batch.check({"dk": dk, "dv": dv})
+        got = kernels(*batch.padded(), batch.plan, batch.scale)
+    batch.check(dict(zip(("out", "dk", "dv"), got, strict=True)))
 
 
 @pytest.mark.parametrize("num_workers", [10, 132])
@@ -119,7 +124,7 @@ def test_lists_of_work_cover_the_mask_once(mask, num_workers):
     lengths, rows, heads, block = np.array([300, 0, 1, 97, 625, 130]), 1200, 2, 64
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     counts = (np.minimum(lengths // 4, 200), np.minimum(lengths // 5, 150))
-    plan = make_plan(MASKS[mask], offsets, rows, *counts)
+    plan = planned(MASKS[mask], offsets, rows, *counts)
     size = schedule.rounded_up(rows)
     dense = np.zeros((size, size), bool)
     dense[:rows, :rows] = np.asarray(MASKS[mask].dense(offsets, rows, *counts))
@@ -138,7 +143,7 @@ def test_no_tile_is_split_where_none_can_be_heavy():
     """Nothing is summed then: half of the kernels of a forward pass."""
     offsets, rows = np.array([0, 200, 900], np.int32), 1000
     for mask, sequences in ((AttentionMask(window=60), offsets), (AttentionMask(), np.r_[offsets, [900] * 9].astype(np.int32))):
-        plan = make_plan(mask, sequences, rows)
+        plan = planned(mask, sequences, rows)
         size = schedule.rounded_up(rows)
         dense = np.zeros((size, size), bool)
         dense[:rows, :rows] = np.asarray(mask.dense(offsets, rows))

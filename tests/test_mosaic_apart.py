@@ -27,37 +27,44 @@ OFFSETS, LENGTH = np.array([0, 90, 91, 240], np.int32), 245
 )
 def test_rows_and_keys_of_two_buffers(passes, widths, own, num_keys, row_scale, monkeypatch):
     """The last rows of a buffer against its first keys, and against themselves with `own`."""
-    keys, rows = MASK.intervals(OFFSETS, LENGTH), MASK.row_intervals(OFFSETS, LENGTH)
     num_rows = LENGTH - num_keys
     stop = LENGTH if own else num_keys
-    seen = KeyIntervals(*(jnp.clip(x[num_keys:], 0, stop) for x in keys))
-    seen_by = RowIntervals(*(jnp.clip(x[:stop] - num_keys, 0, num_rows) for x in rows))
     rng = np.random.default_rng(0)
     draw = [(num_rows, widths[0]), (stop, widths[0]), (stop, widths[1]), (num_rows, widths[1])]
-    q, k, v, g = (jnp.asarray(rng.standard_normal((n, 1, w), dtype=np.float32), jnp.bfloat16) for n, w in draw)
+    arrays = [jnp.asarray(rng.standard_normal((n, 1, w), dtype=np.float32), jnp.bfloat16) for n, w in draw]
     scale = jnp.asarray(rng.uniform(0.01, 1, num_rows), jnp.float32) if row_scale else jnp.float32(1 / 64)
 
-    def plain(q, k, v):
-        options = dict(alpha=0.1, scale=scale, own=(k[num_keys:], v[num_keys:]) if own else None, implementation="reference")
-        return partial_attention(q, k[:num_keys], v[:num_keys], seen, seen_by, **options)
+    def intervals(offsets):
+        seen = KeyIntervals(*(jnp.clip(x[num_keys:], 0, stop) for x in MASK.intervals(offsets, LENGTH)))
+        return seen, RowIntervals(*(jnp.clip(x[:stop] - num_keys, 0, num_rows) for x in MASK.row_intervals(offsets, LENGTH)))
 
-    out, pull = jax.vjp(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
-    dq, dk, dv = pull(g.astype(jnp.float32))
+    @jax.jit
+    def expected(offsets, q, k, v, g):
+        def plain(q, k, v):
+            options = dict(alpha=0.1, scale=scale, own=(k[num_keys:], v[num_keys:]) if own else None, implementation="reference")
+            return partial_attention(q, k[:num_keys], v[:num_keys], *intervals(offsets), **options)
 
-    plan = partial_plan(seen, seen_by, num_rows=num_rows, num_keys=num_keys, own=own)
-    gap, size = plan.first_row - num_keys, schedule.rounded_up(num_rows)
-    q, g = (jnp.pad(x, ((0, size - num_rows), (0, 0), (0, 0))) for x in (q, g))
-    k, v = (jnp.insert(x, np.full(gap, num_keys), 0, axis=0) for x in (k, v))
-    k, v = (jnp.pad(x, ((0, schedule.rounded_up(x.shape[0]) - x.shape[0]), (0, 0), (0, 0))) for x in (k, v))
-    workers = 1 if passes == 1 else 8  # in one pass dQ is summed in memory, which the interpreter does not do atomically
-    monkeypatch.setattr(schedule, "WORKERS", workers)
-    back = mosaic_hopper_vjp.backward_config(*mosaic_hopper_vjp.padded_widths(*widths), plan, passes)
-    with interpreted(monkeypatch):
+        out, pull = jax.vjp(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
+        return out, *pull(g.astype(jnp.float32))
+
+    @jax.jit
+    def computed(offsets, q, k, v, g):
+        plan = partial_plan(*intervals(offsets), num_rows=num_rows, num_keys=num_keys, own=own)
+        gap, size = plan.first_row - num_keys, schedule.rounded_up(num_rows)
+        q, g = (jnp.pad(x, ((0, size - num_rows), (0, 0), (0, 0))) for x in (q, g))
+        k, v = (jnp.insert(x, np.full(gap, num_keys), 0, axis=0) for x in (k, v))
+        k, v = (jnp.pad(x, ((0, schedule.rounded_up(x.shape[0]) - x.shape[0]), (0, 0), (0, 0))) for x in (k, v))
         config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, q_slots=1, workers=workers)
-        got = mosaic_hopper.forward(q, k, v, plan, scale, 0.1, config)
-        got_q, *got_kv = mosaic_hopper_vjp.gradients(q, k, v, g, plan, scale, 0.1, passes == 2, back)
-    got_kv = (jnp.delete(x, slice(num_keys, num_keys + gap), axis=0)[:stop] for x in got_kv)
-    for name, x, want in zip(("out", "dq", "dk", "dv"), (got, got_q, *got_kv), (out, dq, dk, dv), strict=True):
+        back = mosaic_hopper_vjp.backward_config(*mosaic_hopper_vjp.padded_widths(*widths), plan, passes)
+        out = mosaic_hopper.forward(q, k, v, plan, scale, 0.1, config)
+        dq, *of_keys = mosaic_hopper_vjp.gradients(q, k, v, g, plan, scale, 0.1, passes == 2, back)
+        return out, dq, *(jnp.delete(x, slice(num_keys, num_keys + gap), axis=0)[:stop] for x in of_keys)
+
+    workers = 1 if passes == 1 else 4  # in one pass dQ is summed in memory, which the interpreter does not do atomically
+    monkeypatch.setattr(schedule, "WORKERS", workers)
+    with interpreted(monkeypatch):
+        got = computed(OFFSETS, *arrays)
+    for name, x, want in zip(("out", "dq", "dk", "dv"), got, expected(OFFSETS, *arrays), strict=True):
         x, want = np.asarray(x[: want.shape[0]], np.float64), np.asarray(want, np.float64)
         assert np.linalg.norm(want) > 0, name
         assert np.linalg.norm(x - want) < 4e-3 * np.linalg.norm(want), name
