@@ -1,14 +1,12 @@
 """The attention benchmark, at a size that CPU can do; and what becomes of its record."""
 
-import collections
 import json
-import time
 
 import pytest
 
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.mask import AttentionMask
-from scripts import attention_tables, bench_attention, turns
+from scripts import attention_tables, bench_attention
 
 RIVAL = """
 import json, sys, time
@@ -76,31 +74,6 @@ def test_rivals_answer_in_a_process_of_their_own(tiny, tmp_path, monkeypatch, ta
 
 def test_lengths_share_a_number_of_rows():
     assert {bench_attention.of_length(int(n)).rows for n in bench_attention.LENGTHS.split(",")} == {65536}
-
-
-def prepared_and_measured(log, number):
-    def note(event):
-        with log.open("a") as file:
-            file.write(f"{event}\n")
-
-    for kind, context in (("prepare", turns.preparing), ("measure", turns.turn)):
-        with context():
-            note(f"{kind} begins")
-            time.sleep(0.02)
-            note(f"{kind} ends")
-    return number**2
-
-
-@pytest.mark.parametrize("jobs", [1, 3])
-def test_nobody_prepares_while_somebody_measures(tmp_path, jobs):
-    log = tmp_path / "log"
-    assert sorted(turns.each(prepared_and_measured, [(log, n) for n in range(5)], jobs)) == [(n, n**2) for n in range(5)]
-    running = collections.Counter()
-    for line in log.read_text().splitlines():
-        kind, event = line.split()
-        running[kind] += 1 if event == "begins" else -1
-        assert running["measure"] <= 1 and not (running["measure"] and running["prepare"])
-    assert not running.total()
 
 
 def test_the_tables_take_a_record(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """The benchmark of context parallelism, at a size that CPU devices can do; and what becomes of its records."""
 
 import json
-import os
 
 import pytest
 
@@ -53,29 +52,6 @@ def test_longest(guess):
 def test_training():
     found = context_parallel_longest.prepare_training(Case("semi_local", 1, 64, context=2, strategy="halo", small=True), 4)()
     assert found["losses"][-1] < found["losses"][0] and len(found["step_ms"]) == 4
-
-
-def of_a_process(answer):
-    """What `one_by_one` prepares: an answer from a process of its own, an error before or after the wait, or no answer."""
-    if answer == "unprepared":
-        raise ValueError(answer)
-
-    def work():
-        if answer == "killed":
-            os._exit(1)
-        if answer == "failed":
-            raise ValueError(answer)
-        return os.getpid()
-
-    return work
-
-
-def test_one_by_one():
-    tasks = [(of_a_process, (answer,)) for answer in ("unprepared", "failed", "killed", "good")]
-    *errors, process = one_by_one(tasks)
-    assert process != os.getpid()
-    for error, message in zip(errors, ("ValueError: unprepared", "ValueError: failed", "ended without an answer"), strict=True):
-        assert isinstance(error, RuntimeError) and message in str(error)
 
 
 def test_reshard():
