@@ -25,6 +25,7 @@ class Sent:
     kind: str = JSON
     path: str = RECOMMEND
     method: str = "POST"
+    rounding: float = SCORE_ERROR  # by how much a score may differ from the expected one
 
 
 def stretches(interactions: Interactions, count: int, events: int, seed: int) -> list[tuple[int, slice]]:
@@ -93,7 +94,7 @@ def right(sent: Sent, body: bytes) -> bool:
     scores = {item.item: item.score for item in sent.expected.items}
     same = (got.source, got.warnings, len(got.items)) == (sent.expected.source, sent.expected.warnings, min(k, len(sent.expected.items)))
     return same and all(
-        abs(item.score - wanted.score) <= SCORE_ERROR and abs(scores.get(item.item, np.inf) - wanted.score) <= SCORE_ERROR
+        abs(item.score - wanted.score) <= sent.rounding and abs(scores.get(item.item, np.inf) - wanted.score) <= sent.rounding
         for item, wanted in zip(got.items, sent.expected.items, strict=False)
     )
 

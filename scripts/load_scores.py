@@ -15,7 +15,8 @@ from ultra_hstu.serving.score_service import ScoreService
 from ultra_hstu.serving.scoring import MAX_CANDIDATES
 
 CANDIDATES = 100  # of a request
-SCORE_ERROR = 1e-4  # rounding: which users share a device call differs
+# Of scores, by the dtype of the layers: which users share a device call differs.
+ROUNDING = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 SCORE = "/score"
 EXAMPLE = {"user": 42, "candidates": [608, 2858, 1193]}
 
@@ -67,7 +68,8 @@ def checked(service: ScoreService, count: int, events: int, seed: int) -> list[S
         ]
         requests.append(kinds[rng.choice(len(kinds), p=[0.4, 0.25, 0.2, 0.05, 0.1])])
     expected = load_requests.answers(service, requests)
-    return [Sent(json.dumps(request).encode(), answer, path=SCORE) for request, answer in zip(requests, expected, strict=True)]
+    options: dict[str, Any] = dict(path=SCORE, rounding=ROUNDING[service.model.config.model.dtype])
+    return [Sent(json.dumps(request).encode(), answer, **options) for request, answer in zip(requests, expected, strict=True)]
 
 
 def right(sent: Sent, body: bytes) -> bool:
@@ -80,7 +82,7 @@ def right(sent: Sent, body: bytes) -> bool:
     for one, other in zip(got.candidates, wanted.candidates, strict=True):
         if one.item != other.item or (one.scores or {}).keys() != (other.scores or {}).keys():
             return False
-        if any(abs(value - other.scores[task]) > SCORE_ERROR for task, value in (one.scores or {}).items()):
+        if any(abs(value - other.scores[task]) > sent.rounding for task, value in (one.scores or {}).items()):
             return False
     return True
 
