@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Int
 
 from kernels.jagged import segment_ids
 
+FAR = 2**30  # behind all rows and keys
+
 
 class KeyIntervals(NamedTuple):
     """Keys of each row, half-open, flat coordinates, int32[T] each; the diagonal is in neither interval, and every real row adds it.
@@ -273,7 +275,7 @@ def _only(lo: Any, hi: Any, keep: Any) -> tuple[Any, Any]:
 def _hull(parts: list[tuple[Any, Any]], num_rows: int, tiles: int, block: int, other_block: int) -> tuple[Any, Any]:
     """Smallest range of blocks of `other_block` that holds all intervals of each tile of `block`; (big, 0) where there is none."""
     pad = (0, tiles * block - num_rows)
-    big = 2**30
+    big = FAR
     lo = jnp.stack([jnp.where(hi > lo, lo, big) for lo, hi in parts]).min(0)
     hi = jnp.stack([hi for _, hi in parts]).max(0)
     lo = jnp.pad(lo, pad, constant_values=big).reshape(tiles, block).min(1) // other_block
@@ -297,3 +299,17 @@ def _disjoint(ranges: list[tuple[Any, Any]]) -> tuple[Any, Any]:
         jnp.stack([lo for lo, _ in out], axis=-1).astype(jnp.int32),
         jnp.stack([hi for _, hi in out], axis=-1).astype(jnp.int32),
     )
+
+
+def common_blocks(lo: Any, hi: Any, tile: int, block: int) -> tuple[Any, Any]:
+    """Range of blocks that lie in the interval [lo, hi) of every row of a tile, for each tile."""
+    begin = -(-lo.reshape(-1, tile).max(1) // block)
+    return begin, jnp.maximum(hi.reshape(-1, tile).min(1) // block, begin)
+
+
+def hull_blocks(lo: Any, hi: Any, tile: int, block: int) -> tuple[Any, Any]:
+    """Smallest range of blocks that holds the intervals [lo, hi) of all rows of a tile, for each tile."""
+    some = hi > lo
+    begin = jnp.where(some, lo, FAR).reshape(-1, tile).min(1) // block
+    end = -(-jnp.where(some, hi, 0).reshape(-1, tile).max(1) // block)
+    return jnp.minimum(begin, end), end

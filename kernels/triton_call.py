@@ -1,8 +1,8 @@
 """jax-triton's calls, in a form that XLA can record in a CUDA graph.
 
-jax-triton 0.3 lowers to a custom call of the old kind. XLA launches that by itself, between the graphs of the operations before and behind it, and where
-kernels take a few microseconds such launches are most of the time. jaxlib has the same call behind a name of its foreign function interface, which may be
-recorded (a micro-batch of 64 candidates takes a tenth less time); jax-triton uses it from 0.4 on, which needs a newer Triton.
+jax-triton 0.3 lowers to a custom call of the old kind. XLA launches that by itself, between the graphs of the operations before and behind it, which
+counts where kernels are short. jaxlib has the same call behind a name of its foreign function interface, which may be
+recorded; jax-triton uses it from 0.4 on, which needs a newer Triton.
 """
 
 import functools

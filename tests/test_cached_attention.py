@@ -100,6 +100,10 @@ def test_no_keys_and_no_rows():
     nothing = KeyIntervals(*(jnp.zeros(3, jnp.int32) for _ in range(4)))
     q, v = jnp.ones((3, 1, 4)), jnp.ones((3, 1, 2))
     assert not np.any(cached_attention(q, q[:0], v[:0], nothing, alpha=1.0, scale=1.0))
+    with pytest.raises(NotImplementedError, match="NVIDIA GPU"):  # a name never falls back, though there is nothing to attend to
+        cached_attention(q, q[:0], v[:0], nothing, alpha=1.0, scale=1.0, implementation="triton")
+    timed = RelativeBias(None, jnp.ones(3), jnp.zeros(0, jnp.int32), jnp.zeros(len(q), jnp.int32))
+    assert not np.any(cached_attention(q, q[:0], v[:0], nothing, alpha=1.0, scale=1.0, bias=timed))
     own = cached_attention(q, q[:0], v[:0], nothing, alpha=1.0, scale=0.5, own=(q, v))
     np.testing.assert_allclose(own, 0.5 * jax.nn.silu(4.0) * np.ones((3, 1, 2)), rtol=1e-6)
     none = KeyIntervals(*(x[:0] for x in nothing))

@@ -99,14 +99,14 @@ def test_gradients(passes, mask, widths, row_scale, monkeypatch):
 
 def test_split_tiles(monkeypatch):
     batch = Batch(MASKS["causal"], 64, 64, lengths=np.array([640]))
-    monkeypatch.setattr(schedule, "WORKERS", 4)
+    monkeypatch.setattr(schedule, "WORKERS", 8)
     parts = [
         schedule_of(batch.plan, wanted).parts
-        for wanted in (WorkList.forward(1, 64, 4), WorkList.backward(1, BackwardConfig(128, 64, 2, workers=4)))
+        for wanted in (WorkList.forward(1, 64, 8), WorkList.backward(1, BackwardConfig(128, 64, 2, workers=8)))
     ]
     assert all((np.asarray(x)[:, 3] > 1).any() for x in parts)
-    config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=4)
-    back = BackwardConfig(128, 64, 2, passes=2, workers=4)
+    config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=8)
+    back = BackwardConfig(128, 64, 2, passes=2, workers=8)
 
     @jax.jit
     def kernels(q, k, v, do, plan, scale):

@@ -7,11 +7,10 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from kernels import device
-from kernels.hstu_attention import make_plan, mosaic_hopper, mosaic_hopper_vjp, tuning
+from kernels.hstu_attention import make_plan, mosaic_hopper, tuning
 from kernels.hstu_attention.workloads import WORKLOADS
 from kernels.mask import AttentionMask
 
@@ -26,9 +25,9 @@ MASKS = {
 
 
 def lower(
-    rows, heads, k_width, v_width, mask, dtype="bfloat16", batch=2, row_scale=False, deterministic=False, passes="both", counted=True
+    rows, heads, k_width, v_width, mask, dtype="bfloat16", batch=2, row_scale=False, deterministic=False, backward=True, counted=True
 ):
-    """Text of the lowered module. passes: "forward", "backward" (of whole tiles of rows), or both. counted: with numbers of targets and of contextual tokens."""
+    """Text of the lowered module. counted: with numbers of targets and of contextual tokens."""
 
     def run(q, k, v, g, scale, offsets, targets, contextual):
         counts = (targets, contextual) if counted else (None, None)
@@ -37,10 +36,8 @@ def lower(
         def attend(q, k, v):
             return mosaic_hopper.attend(q, k, v, plan, alpha=0.1, scale=scale, deterministic=deterministic)
 
-        if passes == "forward":
+        if not backward:
             return attend(q, k, v)
-        if passes == "backward":
-            return mosaic_hopper_vjp.gradients(q, k, v, g, plan, scale, 0.1, deterministic)
         out, pull = jax.vjp(attend, q, k, v)
         return out, pull(g)
 
@@ -75,9 +72,8 @@ def test_workloads(name):
 
 @pytest.mark.parametrize(("k_width", "v_width"), [(64, 128), (128, 64), (64, 256), (256, 128), (256, 256)])
 def test_widths(k_width, v_width):
-    """The forward kernel is the same for both masks, the backward has one pass for the one and two for the other."""
-    assert kernels(lower(1500, 2, k_width, v_width, MASKS["causal"], "float16")) == 4
-    assert kernels(lower(1536, 2, k_width, v_width, MASKS["full rows"], "float16", passes="backward")) == 4
+    for mask in (MASKS["causal"], MASKS["full rows"]):
+        assert kernels(lower(1500, 2, k_width, v_width, mask, "float16")) == passes_of(mask)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -94,22 +90,19 @@ SHAPES = {"short": (1500, 8), "long": (4000, 2)}  # rows, sequences
 
 
 def test_measured_sizes(monkeypatch):
-    """Every entry of the table, on the device that it is for. Of the backward it says the passes: both are lowered above, at every width."""
+    """Every entry of the table, on the device that it is for."""
     found = []
     monkeypatch.setattr(tuning, "find", lambda *call: found.append(tuning.table().get(tuning.key(*call))) or found[-1])
-    for key, entry in ((key, entry) for key, entry in tuning.table().items() if key.implementation == "mosaic"):
+    for key in (key for key in tuning.table() if key.implementation == "mosaic"):
         monkeypatch.setattr(device, "current", lambda key=key: device.Device("gpu", key.device, (9, 0)))
         rows, sequences = SHAPES[key.length]
         mask = MASKS["causal" if key.mask == "causal" else "full rows"]
-        found.clear()
-        assert kernels(lower(rows, 2, key.width, key.width, mask, batch=sequences, passes="forward")) == 2
-        assert entry in found, "the entry is one that calls take"
-        found.clear()
-        back = mosaic_hopper_vjp.backward_config(key.width, key.width, make_plan(mask, np.zeros(sequences + 1, np.int32), rows))
-        assert found == [entry] and entry["backward"] == {"passes": back.passes}
+        passes = tuning.table()[key]["backward"].get("passes", 1)
+        assert kernels(lower(rows, 2, key.width, key.width, mask, batch=sequences)) == 2 + 2 * passes
+        assert tuning.table()[key] in found, "the entry is one that calls take"
 
 
 def test_memory_is_linear_in_rows():
-    text = lower(65536, 1, 64, 64, AttentionMask(window=64), passes="forward")
+    text = lower(65536, 1, 64, 64, AttentionMask(window=64), backward=False)
     shapes = re.findall(r"tensor<((?:\d+x)+)[a-z]", text)
     assert max(math.prod(int(n) for n in shape.rstrip("x").split("x")) for shape in shapes) < 65536 * 1024

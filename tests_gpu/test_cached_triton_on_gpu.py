@@ -46,7 +46,7 @@ def test_long_histories(width, rows):
 
 
 def test_calls_may_be_recorded_in_cuda_graphs():
-    """They go through the one handler of jaxlib that XLA records: launched between graphs, small steps take a tenth longer."""
+    """They go through the one handler of jaxlib that XLA records, and not through the older one."""
     request = Request("bfloat16")
     lowered = jax.jit(lambda: request.cached(MASKS["causal"], implementation="triton")).lower().as_text()
     assert "triton_kernel_call_ffi" in lowered and "@triton_kernel_call(" not in lowered

@@ -5,6 +5,7 @@ worked off side by side. Queries and keys are buffers of different length here, 
 keys that tiles of rows see. Forward only: nothing here has a gradient of its own.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -57,8 +58,12 @@ def cached_attention(
     """
     _check(q_RHK, k_SHK, v_SHV, keys, own, bias, place_R)
 
-    if q_RHK.shape[0] == 0 or k_SHK.shape[0] == 0:
-        implementation = "xla"  # nothing for a kernel to do
+    if q_RHK.shape[0] == 0:
+        return jnp.zeros((*q_RHK.shape[:2], v_SHV.shape[2]), q_RHK.dtype)
+    if k_SHK.shape[0] == 0:  # a key of zeros that nobody sees: kernels want something to point at
+        k_SHK, v_SHV = (jnp.zeros((1, *x.shape[1:]), x.dtype) for x in (k_SHK, v_SHV))
+        if bias is not None and bias.timestamps is not None:
+            bias = dataclasses.replace(bias, timestamps=jnp.zeros(1, jnp.int32))
 
     def run(module: Any) -> Array:
         return module.attention(q_RHK, k_SHK, v_SHV, keys, alpha=float(alpha), scale=float(scale), own=own, bias=bias, place_R=place_R)

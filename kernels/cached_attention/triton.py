@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels import mask as masks
 from kernels.hstu_attention import triton as whole
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import KeyIntervals
@@ -15,7 +16,6 @@ from kernels.triton_call import triton_call
 PROGRAMS = 264  # that run at one time: two for each processor of a Hopper GPU
 LEAST_BLOCKS = 4  # of keys, for a program
 SHORT_SHARES = 8  # of the keys: so many are so short that what rows' own keys give is a share of its own
-FAR = 2**30  # behind all keys
 
 
 class Blocks(NamedTuple):
@@ -74,22 +74,19 @@ def splits(rows: int, num_keys: int, heads: int, sizes: whole.Tiling) -> int:
 
 def blocks_of(keys: KeyIntervals, sizes: whole.Tiling) -> Blocks:
     """Found once for all layers of a mask, since the same expressions are computed once in a compiled program."""
-    rows, size = keys.lo0.shape[0], sizes.block_k
+    tile, block = sizes.block_q, sizes.block_k
 
-    def tiles(x: Array, padding: int) -> Array:
-        return jnp.pad(x, (0, -rows % sizes.block_q), constant_values=padding).reshape(-1, sizes.block_q)
+    def whole_tiles(x: Array, padding: int = 0) -> Array:
+        return jnp.pad(x, (0, -x.shape[0] % tile), constant_values=padding)
 
-    def hull(lo: Array, hi: Array) -> tuple[Array, Array]:
-        """The blocks that hold all intervals of a tile; (0, 0) if all are empty."""
-        end = -(-tiles(jnp.where(hi > lo, hi, 0), 0).max(1) // size)
-        return jnp.minimum(tiles(jnp.where(hi > lo, lo, FAR), FAR).min(1) // size, end), end
-
-    (first0, end0), (first1, end1) = hull(keys.lo0, keys.hi0), hull(keys.lo1, keys.hi1)
+    lo0, hi0, lo1, hi1 = map(whole_tiles, keys)
+    (first0, end0), (first1, end1) = masks.hull_blocks(lo0, hi0, tile, block), masks.hull_blocks(lo1, hi1, tile, block)
     joined = (end0 > first1) & (end1 > first0)  # they overlap: one range
     first1 = jnp.where(joined, jnp.minimum(first0, first1), first1)
     end1 = jnp.where(joined, jnp.maximum(end0, end1), end1)
-    full_first = jnp.clip(-(-tiles(keys.lo1, 0).max(1) // size), first1, end1)
-    full_end = jnp.clip(tiles(keys.hi1, FAR).min(1) // size, full_first, end1)
+    full_first, full_end = masks.common_blocks(lo1, whole_tiles(keys.hi1, masks.FAR), tile, block)  # rows of padding see everything
+    full_first = jnp.clip(full_first, first1, end1)
+    full_end = jnp.clip(full_end, full_first, end1)
     return Blocks(jnp.where(joined, first1, first0), jnp.where(joined, first1, end0), first1, end1, full_first, full_end)
 
 

@@ -58,7 +58,7 @@ def forward(
     BR: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, OUTS: tl.constexpr, OWN: tl.constexpr, ALPHA: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
-    """out[OUTS, R, H, V]: what each of SPLITS shares of the keys gives; the last one has what rows' own keys give, by itself if there are several.
+    """out[OUTS, R, H, V]: what each of SPLITS shares of the keys gives; the last one of OUTS has what rows' own keys give, and none of the others where OUTS is more.
 
     `blocks` [tiles, 6] as `triton.Blocks` names them.
     """

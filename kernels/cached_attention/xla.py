@@ -61,8 +61,6 @@ def _sums(
 ) -> Float[Array, "R H V"]:
     """What the cached keys give, float32."""
     sizes, rows = tiling(), q_RHK.shape[0]
-    if rows == 0 or k_SHK.shape[0] == 0:
-        return jnp.zeros((rows, *v_SHV.shape[1:]), jnp.float32)
     time_R = None if bias is None else bias.query_timestamps
     all_rows = _Rows(q_RHK, keys, place_R, time_R)
 

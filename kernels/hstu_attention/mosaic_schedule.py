@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from kernels import mask as masks
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.zeros import zeros_after
@@ -152,8 +153,8 @@ def _tiles_of(lo: Array, hi: Array, ranges: Any, tile: int, block: int, blocks: 
     first = jnp.arange(3)[None, :] == 0
     lo = jnp.where(first & nothing[:, None], own[:, None], lo)
     hi = jnp.where(first & nothing[:, None], own[:, None] + 1, hi)
-    full = [x for begin, end in ranges for x in _common(begin, end, tile, block)]
-    other = [x for begin, end in ranges[1:] for x in _hull(begin, end, tile, block)]
+    full = [x for begin, end in ranges for x in masks.common_blocks(begin, end, tile, block)]
+    other = [x for begin, end in ranges[1:] for x in masks.hull_blocks(begin, end, tile, block)]
     return _Tiles(lo, hi, jnp.stack([*full, *other], axis=1)), jnp.stack([x for pair in ranges for x in pair])
 
 
@@ -224,20 +225,6 @@ def row_scales(scale: Array, plan: AttentionPlan, rows: int) -> Array:
     given = plan.num_rows - plan.first_row
     scale_T = jnp.pad(jnp.broadcast_to(scale, (given,)), (0, rows - given))
     return jnp.where(jnp.arange(rows) < plan.num_real - plan.first_row, scale_T, 0.0)
-
-
-def _common(lo: Array, hi: Array, tile: int, block: int) -> tuple[Array, Array]:
-    """Range of blocks that lie in the interval of every row of a tile."""
-    begin = -(-lo.reshape(-1, tile).max(1) // block)
-    return begin, jnp.maximum(hi.reshape(-1, tile).min(1) // block, begin)
-
-
-def _hull(lo: Array, hi: Array, tile: int, block: int) -> tuple[Array, Array]:
-    """Smallest range of blocks that holds the intervals of all rows of a tile."""
-    some = hi > lo
-    begin = jnp.where(some, lo, 2**30).reshape(-1, tile).min(1) // block
-    end = -(-jnp.where(some, hi, 0).reshape(-1, tile).max(1) // block)
-    return jnp.minimum(begin, end), end
 
 
 def may_split(plan: AttentionPlan) -> bool:

@@ -26,7 +26,7 @@ def specs(tree: Any, shards: Shards) -> Any:
     def spec(path: Any, leaf: Any) -> PartitionSpec:
         if isinstance(leaf, Table):
             return TABLE
-        if not (shards.fsdp and isinstance(leaf, nnx.Variable) and _of_a_layer(path) and leaf.ndim == 2):
+        if not (shards.fsdp and is_matrix_of_layer(path, leaf)):
             return EVERYWHERE
         if leaf.shape[0] % shards.data:
             raise ValueError(
@@ -38,8 +38,10 @@ def specs(tree: Any, shards: Shards) -> Any:
     return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def _of_a_layer(path: Any) -> bool:
-    return any(getattr(entry, "key", getattr(entry, "name", None)) == "layers" for entry in path)
+def is_matrix_of_layer(path: Any, leaf: Any) -> bool:
+    """Whether an entry of a pytree of parameters is a matrix that a layer multiplies with."""
+    of_a_layer = any(getattr(entry, "key", getattr(entry, "name", None)) == "layers" for entry in path)
+    return of_a_layer and isinstance(leaf, nnx.Variable) and leaf.ndim == 2
 
 
 def whole(layer: Any, dtype: Any, shards: Shards) -> Any:

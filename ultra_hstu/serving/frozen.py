@@ -16,6 +16,7 @@ from ultra_hstu.nn.cached import EncodedHistory, TargetRows
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.key_values import Kind
 from ultra_hstu.nn.ranker import Ranker
+from ultra_hstu.parallel.parameters import is_matrix_of_layer
 from ultra_hstu.serving import host_tables, tokens
 from ultra_hstu.serving.host_tables import HostTable
 from ultra_hstu.serving.inputs import Candidates
@@ -51,8 +52,8 @@ class FrozenRanker:
             raise ValueError(f"model must be a Ranker or a FrozenRanker, got {type(model).__name__}: candidates are scored by ranking runs")
         self.form, self.sizes = model.form, model.sizes
         graphdef, params = nnx.split(model)
-        sizes: Ranker = nnx.merge(graphdef, jax.eval_shape(lambda: params))  # without arrays, which would be held beside the rounded ones
-        self.encoders: dict[str, HSTU] = {name: sizes.encoders[name] for name in sorted(sizes.encoders)}  # for their masks and sizes
+        shapes: Ranker = nnx.merge(graphdef, jax.eval_shape(lambda: params))  # without arrays, which would be held beside the rounded ones
+        self.encoders: dict[str, HSTU] = {name: shapes.encoders[name] for name in sorted(shapes.encoders)}  # for their masks and sizes
         self.params = _rounded(params, model)
         self.table: HostTable | None = None
         if item_table != "device":
@@ -172,13 +173,13 @@ def _rounded(params: Params, model: Ranker) -> Params:
     """Parameters with the matrices of layers in the dtype that layers compute in. They would be rounded to it in every step, which takes a step of few
     candidates as long as their products. fp8 rounds the float32 ones.
     """
-    dtype, exact = model.embedding.dtype, {name for name, encoder in model.encoders.items() if encoder.layers[0].precision == "same"}
+    if any(layer.precision != "same" for encoder in model.encoders.values() for layer in encoder.layers):
+        return params
 
-    def rounded(path: tuple[Any, ...], leaf: Any) -> Any:
-        of_a_layer = path[0] == "encoders" and path[1] in exact and "layers" in path
-        return leaf.replace(leaf[...].astype(dtype)) if of_a_layer and leaf.ndim == 2 else leaf
+    def rounded(path: Any, leaf: Any) -> Any:
+        return leaf.replace(leaf[...].astype(model.embedding.dtype)) if is_matrix_of_layer(path, leaf) else leaf
 
-    return nnx.from_flat_state([(path, rounded(path, leaf)) for path, leaf in nnx.to_flat_state(params)])
+    return jax.tree_util.tree_map_with_path(rounded, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _signature(model: Ranker) -> str:
