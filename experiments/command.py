@@ -33,7 +33,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     def wrapped(argv: list[str]) -> None:
         errors = Console(stderr=True)
         if argv[1:]:
-            errors.print(f"error: what is {' '.join(argv[1:])!r}? Options begin with --, and values with blanks need quotes.", markup=False)
+            errors.print(
+                f"error: what is {' '.join(argv[1:])!r}? Options begin with --, and values with blanks need quotes.",
+                markup=False,
+            )
             sys.exit(1)
 
         def fail(error: Exception, code: int) -> None:
@@ -41,7 +44,9 @@ def run(main: Callable[[list[str]], None]) -> None:
             processes.fail(str(error), code)
 
         logging.getLogger().setLevel(logging.WARNING)
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file that it touches; its errors reach us as exceptions
+        logging.getLogger("absl").setLevel(
+            logging.CRITICAL
+        )  # Orbax reports every file that it touches; its errors reach us as exceptions
         try:
             main(argv)
             processes.end()
@@ -56,7 +61,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         except Exception as error:
             if not processes.several():
                 raise
-            if isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in LOST_WORDS):
+            if isinstance(error, jax.errors.JaxRuntimeError) and any(
+                word in str(error) for word in LOST_WORDS
+            ):
                 fail(ConnectionError(LOST.format(error=str(error).splitlines()[0])), processes.LOST)
             traceback.print_exc()
             fail(error, 1)
@@ -69,5 +76,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}\n(--help lists the options)", markup=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"error: {error}\n(--help lists the options)", markup=False, soft_wrap=True
+        )
         sys.exit(1)

@@ -20,7 +20,9 @@ from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder of the two runs; emptied first")
-_EPOCHS = flags.DEFINE_integer("epochs", None, "fewer epochs than the configuration's, for a quick look")
+_EPOCHS = flags.DEFINE_integer(
+    "epochs", None, "fewer epochs than the configuration's, for a quick look"
+)
 
 
 def main(_: list[str]) -> None:
@@ -28,8 +30,12 @@ def main(_: list[str]) -> None:
     root = Path(_WORKDIR.value)
     hstu = from_config_dict(synthetic.get_config())
     if _EPOCHS.value is not None:
-        hstu = dataclasses.replace(hstu, train=dataclasses.replace(hstu.train, epochs=_EPOCHS.value))
-    sasrec = dataclasses.replace(hstu, name="synthetic_sasrec", model=dataclasses.replace(hstu.model, kind="sasrec"))
+        hstu = dataclasses.replace(
+            hstu, train=dataclasses.replace(hstu.train, epochs=_EPOCHS.value)
+        )
+    sasrec = dataclasses.replace(
+        hstu, name="synthetic_sasrec", model=dataclasses.replace(hstu.model, kind="sasrec")
+    )
     rows, folders = {}, {}
     task = Task.load(hstu)
     console.print(
@@ -51,7 +57,11 @@ def main(_: list[str]) -> None:
     model = RecommendationModel(str(folders["HSTU"].path))
     times = None if task.interactions.timestamps is None else task.interactions.timestamps[events]
     answer = model.recommend(task.interactions.items[events], times, k=5)
-    console.print(report.recommendations_table(f"user {user}, after {events.stop - events.start} events", answer))
+    console.print(
+        report.recommendations_table(
+            f"user {user}, after {events.stop - events.start} events", answer
+        )
+    )
     for label, path in {
         "checkpoint": folders["HSTU"].checkpoints,
         "metrics": folders["HSTU"].metrics,

@@ -22,11 +22,19 @@ from ultra_hstu.workdir import Workdir, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "which part of the data")
-_RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
-_TABLES = flags.DEFINE_list(
-    "tables", ["float32"], f"what the item table is served from: {', '.join(quantization.KINDS)}, or several of them"
+_RAW_DIR = flags.DEFINE_string(
+    "raw_dir", None, "where the raw data is now, if not where the run found it"
 )
-_RECORD = flags.DEFINE_string("record", None, "also write the metrics with device, versions, commit, command and date to this JSON file")
+_TABLES = flags.DEFINE_list(
+    "tables",
+    ["float32"],
+    f"what the item table is served from: {', '.join(quantization.KINDS)}, or several of them",
+)
+_RECORD = flags.DEFINE_string(
+    "record",
+    None,
+    "also write the metrics with device, versions, commit, command and date to this JSON file",
+)
 
 
 def main(_: list[str]) -> None:
@@ -36,18 +44,39 @@ def main(_: list[str]) -> None:
     step, params = load_params(folder, task.recipe)
     with jax.default_matmul_precision(config.train.matmul_precision):
         measure = evaluator(task, _SPLIT.value)
-        metrics = {kind: measure(quantization.unpacked(quantization.packed(params, kind))) for kind in _TABLES.value}
+        metrics = {
+            kind: measure(quantization.unpacked(quantization.packed(params, kind)))
+            for kind in _TABLES.value
+        }
         others = baselines(task, _SPLIT.value)
-    rows = {f"{config.name}, step {step}{'' if kind == 'float32' else f', {kind} table'}": values for kind, values in metrics.items()}
+    rows = {
+        f"{config.name}, step {step}{'' if kind == 'float32' else f', {kind} table'}": values
+        for kind, values in metrics.items()
+    }
     title = f"{_SPLIT.value}, protocol {config.train.protocol}"
     console = report.make_console()
-    console.print(report.metrics_table(title, rows | others, measure.criteria, measure.criteria.details))
-    tables = {kind: served(quantization.item_table(params), kind, config.data.max_history) for kind in metrics}
+    console.print(
+        report.metrics_table(title, rows | others, measure.criteria, measure.criteria.details)
+    )
+    tables = {
+        kind: served(quantization.item_table(params), kind, config.data.max_history)
+        for kind in metrics
+    }
     for kind, table in tables.items():
-        console.print(f"{kind:>8} table: {table['bytes']} bytes, {table['row_bytes']} a row, {table['history_bytes']} for a whole history")
+        console.print(
+            f"{kind:>8} table: {table['bytes']} bytes, {table['row_bytes']} a row, {table['history_bytes']} for a whole history"
+        )
     if _RECORD.value:
-        runs = {kind: {"metrics": values, "table": tables[kind]} for kind, values in metrics.items()}
-        record = {"config": config.name, "split": _SPLIT.value, "protocol": config.train.protocol, "step": step, "tables": runs}
+        runs = {
+            kind: {"metrics": values, "table": tables[kind]} for kind, values in metrics.items()
+        }
+        record = {
+            "config": config.name,
+            "split": _SPLIT.value,
+            "protocol": config.train.protocol,
+            "step": step,
+            "tables": runs,
+        }
         write_json(Path(_RECORD.value), provenance.provenance() | record)
 
 

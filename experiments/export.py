@@ -16,12 +16,22 @@ from ultra_hstu.workdir import Workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained ranking run", required=True)
 _OUT = flags.DEFINE_string("out", None, "the file to write", required=True)
-_CANDIDATES = flags.DEFINE_integer("candidates", None, "most candidates of a call, of all users together", required=True)
+_CANDIDATES = flags.DEFINE_integer(
+    "candidates", None, "most candidates of a call, of all users together", required=True
+)
 _USERS = flags.DEFINE_integer("users", 1, "most users of a call")
-_MICRO_BATCH = flags.DEFINE_integer("micro_batch", MICRO_BATCH, "candidates that are worked on at one time")
-_KIND = flags.DEFINE_enum("kind", "same", KINDS, "how keys and values are kept between the two calls")
-_PLATFORMS = flags.DEFINE_list("platforms", None, "cpu, cuda or both; that of this machine without it")
-_RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
+_MICRO_BATCH = flags.DEFINE_integer(
+    "micro_batch", MICRO_BATCH, "candidates that are worked on at one time"
+)
+_KIND = flags.DEFINE_enum(
+    "kind", "same", KINDS, "how keys and values are kept between the two calls"
+)
+_PLATFORMS = flags.DEFINE_list(
+    "platforms", None, "cpu, cuda or both; that of this machine without it"
+)
+_RAW_DIR = flags.DEFINE_string(
+    "raw_dir", None, "where the raw data is now, if not where the run found it"
+)
 
 
 def main(_: list[str]) -> None:
@@ -29,7 +39,9 @@ def main(_: list[str]) -> None:
     task = Task.of_run(folder, _RAW_DIR.value)
     config = task.config
     if not isinstance(task, RankTask):
-        raise ValueError(f"{_WORKDIR.value} is a retrieval run: only ranking runs score given candidates")
+        raise ValueError(
+            f"{_WORKDIR.value} is a retrieval run: only ranking runs score given candidates"
+        )
     step, params = load_params(folder, task.recipe)
     export.save(
         _OUT.value,
@@ -43,7 +55,9 @@ def main(_: list[str]) -> None:
         kind=_KIND.value,
         platforms=_PLATFORMS.value,
     )
-    report.make_console().print(f"{_OUT.value}: {config.name}, step {step}, {_CANDIDATES.value} candidates of {_USERS.value} users")
+    report.make_console().print(
+        f"{_OUT.value}: {config.name}, step {step}, {_CANDIDATES.value} candidates of {_USERS.value} users"
+    )
 
 
 if __name__ == "__main__":

@@ -26,16 +26,28 @@ from ultra_hstu.serving.trained import RunData
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
 _USER = flags.DEFINE_string("user", None, "raw id of a user of the data: the whole history is used")
 _HISTORY = flags.DEFINE_string("history", None, "raw item ids, oldest first, separated by commas")
-_REQUESTS = flags.DEFINE_string("requests", None, "file of requests, one JSON object a line; - for standard input")
-_TABLES = flags.DEFINE_enum("tables", "float32", quantization.KINDS, "what the item table is served from")
+_REQUESTS = flags.DEFINE_string(
+    "requests", None, "file of requests, one JSON object a line; - for standard input"
+)
+_TABLES = flags.DEFINE_enum(
+    "tables", "float32", quantization.KINDS, "what the item table is served from"
+)
 _K = flags.DEFINE_integer("k", 10, "how many items, of --user and --history")
-_RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
+_RAW_DIR = flags.DEFINE_string(
+    "raw_dir", None, "where the raw data is now, if not where the run found it"
+)
 
 
 def main(_: list[str]) -> None:
     if sum(flag.value is not None for flag in (_USER, _HISTORY, _REQUESTS)) != 1:
         raise ValueError("give either --user=ID or --history=ID,ID,... or --requests=FILE")
-    source: Any = None if _REQUESTS.value is None else sys.stdin.buffer if _REQUESTS.value == "-" else Path(_REQUESTS.value).open("rb")
+    source: Any = (
+        None
+        if _REQUESTS.value is None
+        else sys.stdin.buffer
+        if _REQUESTS.value == "-"
+        else Path(_REQUESTS.value).open("rb")
+    )
     if source is not None:
         answer_lines(open_service(_WORKDIR.value, _RAW_DIR.value, tables=_TABLES.value), source)
         return
@@ -43,7 +55,9 @@ def main(_: list[str]) -> None:
     if _HISTORY.value is not None:
         wanted = [part.strip() for part in _HISTORY.value.split(",")]
         if "" in wanted:
-            raise ValueError(f"--history={_HISTORY.value!r} has an empty place: give ids separated by single commas")
+            raise ValueError(
+                f"--history={_HISTORY.value!r} has an empty place: give ids separated by single commas"
+            )
         answer = model.recommend(model.catalog.encode(wanted), k=_K.value)
         title = f"after {len(wanted)} items"
     else:

@@ -36,7 +36,9 @@ PORTS = (
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
 )  # any free ones, so that two instances do not meet
-for name, value in (ENVIRONMENT | {name: str(portpicker.pick_unused_port()) for name in PORTS}).items():
+for name, value in (
+    ENVIRONMENT | {name: str(portpicker.pick_unused_port()) for name in PORTS}
+).items():
     os.environ.setdefault(name, value)
 
 import psutil  # noqa: E402
@@ -51,23 +53,46 @@ from ultra_hstu.serving.capacity import MAX_USERS  # noqa: E402
 from ultra_hstu.serving.deployment import RECOMMEND, SCORE, Recommender, Scorer  # noqa: E402
 from ultra_hstu.serving.services import check_options, is_ranking  # noqa: E402
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run, or a ranking run in a file of experiments.export", required=True)
-_RAW_DIR = flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
-_TABLES = flags.DEFINE_enum("tables", "float32", quantization.KINDS, "what the item table is served from")
-_BLOCK = flags.DEFINE_string("block", None, "file of raw item ids, one a line, that are recommended to nobody")
-_KIND = flags.DEFINE_enum("cache_kind", "same", KINDS, "how a ranking run keeps the keys and values of encoded users")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "folder of a trained run, or a ranking run in a file of experiments.export",
+    required=True,
+)
+_RAW_DIR = flags.DEFINE_string(
+    "raw_dir", None, "where the raw data is now, if not where the run found it"
+)
+_TABLES = flags.DEFINE_enum(
+    "tables", "float32", quantization.KINDS, "what the item table is served from"
+)
+_BLOCK = flags.DEFINE_string(
+    "block", None, "file of raw item ids, one a line, that are recommended to nobody"
+)
+_KIND = flags.DEFINE_enum(
+    "cache_kind", "same", KINDS, "how a ranking run keeps the keys and values of encoded users"
+)
 _REPLICAS = flags.DEFINE_integer("replicas", 1, "processes that hold the model", lower_bound=1)
 _CPUS = flags.DEFINE_float("cpus", 1, "cores that Ray reserves for a replica", lower_bound=0)
 _GPUS = flags.DEFINE_float("gpus", 0, "GPUs of a replica", lower_bound=0)
-_CACHE = flags.DEFINE_integer("cache_mib", 64, "memory of a replica for encoded users", lower_bound=0)
-_BATCH = flags.DEFINE_integer("batch", MAX_USERS, "requests in one device call: fewer are compiled for sooner", lower_bound=1)
-_WAIT = flags.DEFINE_float("wait_ms", 4, "how long a batch waits for more requests than are there", lower_bound=0)
+_CACHE = flags.DEFINE_integer(
+    "cache_mib", 64, "memory of a replica for encoded users", lower_bound=0
+)
+_BATCH = flags.DEFINE_integer(
+    "batch", MAX_USERS, "requests in one device call: fewer are compiled for sooner", lower_bound=1
+)
+_WAIT = flags.DEFINE_float(
+    "wait_ms", 4, "how long a batch waits for more requests than are there", lower_bound=0
+)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
 _PORT = flags.DEFINE_integer("port", 8000, "port to listen on")
 _METRICS_PORT = flags.DEFINE_integer(
-    "metrics_port", None, "port of the metrics of a local instance, for Prometheus; any free one by default"
+    "metrics_port",
+    None,
+    "port of the metrics of a local instance, for Prometheus; any free one by default",
 )
-_ADDRESS = flags.DEFINE_string("address", "local", "local: start Ray here; auto or HOST:PORT: join a cluster")
+_ADDRESS = flags.DEFINE_string(
+    "address", "local", "local: start Ray here; auto or HOST:PORT: join a cluster"
+)
 
 
 def main(_: list[str]) -> None:
@@ -85,7 +110,8 @@ def main(_: list[str]) -> None:
         start()
         node = ray.get_runtime_context().get_node_id()
         application = replica.options(
-            num_replicas=_REPLICAS.value, ray_actor_options={"num_cpus": _CPUS.value, "num_gpus": _GPUS.value}
+            num_replicas=_REPLICAS.value,
+            ray_actor_options={"num_cpus": _CPUS.value, "num_gpus": _GPUS.value},
         ).bind(
             str(Path(_WORKDIR.value).absolute()),
             raw_dir=_RAW_DIR.value,
@@ -95,7 +121,10 @@ def main(_: list[str]) -> None:
             **options,
         )
         serve.run(application, name=path.strip("/"))
-        print(f"requests to http://{_HOST.value}:{_PORT.value}{path}, its description at /docs; stop with Ctrl-C", flush=True)
+        print(
+            f"requests to http://{_HOST.value}:{_PORT.value}{path}, its description at /docs; stop with Ctrl-C",
+            flush=True,
+        )
         threading.Event().wait()
     finally:
         serve.shutdown()
@@ -107,10 +136,19 @@ def main(_: list[str]) -> None:
 def start() -> None:
     if _ADDRESS.value == "local":
         cores = max(os.cpu_count() or 1, round(_REPLICAS.value * _CPUS.value))
-        ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, _metrics_export_port=_METRICS_PORT.value)
+        ray.init(
+            "local",
+            num_cpus=cores,
+            include_dashboard=False,
+            log_to_driver=False,
+            _metrics_export_port=_METRICS_PORT.value,
+        )
     else:
         ray.init(_ADDRESS.value, log_to_driver=False)
-    serve.start(proxy_location="EveryNode", http_options={"host": _HOST.value, "port": _PORT.value, "request_timeout_s": 30})
+    serve.start(
+        proxy_location="EveryNode",
+        http_options={"host": _HOST.value, "port": _PORT.value, "request_timeout_s": 30},
+    )
 
 
 def require_free(host: str, port: int) -> None:
@@ -119,7 +157,9 @@ def require_free(host: str, port: int) -> None:
         try:
             taken.bind((host, port))
         except OSError as error:
-            raise ValueError(f"--host={host} --port={port} cannot be listened on ({error.strerror}): choose another") from None
+            raise ValueError(
+                f"--host={host} --port={port} cannot be listened on ({error.strerror}): choose another"
+            ) from None
 
 
 def end_haproxy(node: str) -> None:

@@ -33,7 +33,9 @@ def compiling_for(device: jax.Device) -> Iterator[None]:
 def current() -> Device:
     """The device that an un-placed computation runs on (`jax_default_device` respected), or is compiled for (`compiling_for`)."""
     default = jax.config.jax_default_device
-    device = _compiled_for.get() or (default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0])
+    device = _compiled_for.get() or (
+        default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+    )
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
     parsed = None
     if isinstance(capability, str) and "." in capability:

@@ -13,7 +13,9 @@ class Choice(NamedTuple):
     implementation: str
 
 
-_records: contextvars.ContextVar[tuple[list[Choice], ...]] = contextvars.ContextVar("records", default=())
+_records: contextvars.ContextVar[tuple[list[Choice], ...]] = contextvars.ContextVar(
+    "records", default=()
+)
 
 
 @contextlib.contextmanager
@@ -29,7 +31,11 @@ def record() -> Iterator[list[Choice]]:
 
 def installed(modules: Mapping[str, str]) -> dict[str, str]:
     """Those of the named modules whose file exists; none is imported."""
-    return {name: module for name, module in modules.items() if importlib.util.find_spec(module) is not None}
+    return {
+        name: module
+        for name, module in modules.items()
+        if importlib.util.find_spec(module) is not None
+    }
 
 
 def call(
@@ -53,12 +59,20 @@ def call(
       NotImplementedError: none fits; the message has every reason.
     """
     named = isinstance(implementation, str)
-    names = [implementation] if isinstance(implementation, str) else list(order if implementation is None else implementation)
+    names = (
+        [implementation]
+        if isinstance(implementation, str)
+        else list(order if implementation is None else implementation)
+    )
     if not names:
-        raise ValueError(f"{op}: implementation is an empty sequence; name at least one of {', '.join(modules)}")
+        raise ValueError(
+            f"{op}: implementation is an empty sequence; name at least one of {', '.join(modules)}"
+        )
     for name in names:
         if name not in modules:
-            raise ValueError(f"{op}: no implementation is called {name!r}; there are {', '.join(modules)}")
+            raise ValueError(
+                f"{op}: no implementation is called {name!r}; there are {', '.join(modules)}"
+            )
     reasons = []
     for name in names:
         try:

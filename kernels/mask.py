@@ -50,7 +50,9 @@ class KeyIntervals(NamedTuple):
         for row, edge in enumerate(edges):
             lo, hi = np.flatnonzero(edge == 1), np.flatnonzero(edge == -1)
             if len(lo) > 2:
-                raise ValueError(f"row {row} attends to {len(lo)} intervals of keys besides itself; the kernels take two at most")
+                raise ValueError(
+                    f"row {row} attends to {len(lo)} intervals of keys besides itself; the kernels take two at most"
+                )
             slots = [0, 1] if len(lo) == 2 else [1]
             for slot, start, stop in zip(slots, lo, hi, strict=False):
                 out[2 * slot : 2 * slot + 2, row] = start, stop
@@ -110,37 +112,70 @@ class AttentionMask:
     def __post_init__(self) -> None:
         for name in ("window", "full_rows", "prefix"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 0
+            ):
                 allowed = "None or an integer >= 0" if name == "window" else "an integer >= 0"
                 raise ValueError(f"AttentionMask.{name} must be {allowed}, got {value!r}")
 
-    def intervals(self, offsets: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None) -> KeyIntervals:
+    def intervals(
+        self, offsets: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None
+    ) -> KeyIntervals:
         """Keys of every row, for jagged `offsets` int32[B+1] (may be traced) in a buffer of `num_rows` rows.
 
         `num_targets`, `num_contextual`: int32[B] or None (none of them). Where they exceed a sequence's length the result is
         clamped, not checked; `hstu_attention` checks what is concrete.
         """
-        return KeyIntervals(*_intervals(jnp, self, *_places(jnp, offsets, num_rows, num_targets, num_contextual)))
+        return KeyIntervals(
+            *_intervals(jnp, self, *_places(jnp, offsets, num_rows, num_targets, num_contextual))
+        )
 
-    def row_intervals(self, offsets: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None) -> RowIntervals:
+    def row_intervals(
+        self, offsets: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None
+    ) -> RowIntervals:
         """Rows that see each key: `intervals` transposed."""
-        return RowIntervals(*_row_intervals(jnp, self, *_places(jnp, offsets, num_rows, num_targets, num_contextual)))
+        return RowIntervals(
+            *_row_intervals(
+                jnp, self, *_places(jnp, offsets, num_rows, num_targets, num_contextual)
+            )
+        )
 
-    def keys_at(self, start_R: Any, position_R: Any, contextual_R: Any, history_R: Any) -> KeyIntervals:
+    def keys_at(
+        self, start_R: Any, position_R: Any, contextual_R: Any, history_R: Any
+    ) -> KeyIntervals:
         """Keys of rows given one by one: at `position_R` of a sequence whose first key is number `start_R`, with so many contextual and history
         tokens; from position contextual + history on, targets. A row of a sequence without either sees nothing.
         """
         real_R = jnp.ones_like(start_R, bool)
-        return KeyIntervals(*_intervals(jnp, self, real_R, start_R, position_R, contextual_R, history_R, contextual_R + history_R))
+        return KeyIntervals(
+            *_intervals(
+                jnp,
+                self,
+                real_R,
+                start_R,
+                position_R,
+                contextual_R,
+                history_R,
+                contextual_R + history_R,
+            )
+        )
 
-    def dense(self, offsets: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None) -> Bool[Array, "T T"]:
+    def dense(
+        self, offsets: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None
+    ) -> Bool[Array, "T T"]:
         """The mask as a matrix, diagonal included; rows and columns of padding are False. Memory O(T^2): references and tests only."""
-        return self.intervals(offsets, num_rows, num_targets, num_contextual).dense(jnp.asarray(offsets)[-1])
+        return self.intervals(offsets, num_rows, num_targets, num_contextual).dense(
+            jnp.asarray(offsets)[-1]
+        )
 
-    def row_pairs(self, lengths: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None) -> Int[np.ndarray, " T"]:
+    def row_pairs(
+        self, lengths: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None
+    ) -> Int[np.ndarray, " T"]:
         """How many keys each row of a buffer sees, itself included, on the host; 0 on padding."""
         offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
-        lo0, hi0, lo1, hi1 = _intervals(np, self, *_places(np, offsets, num_rows, num_targets, num_contextual))
+        lo0, hi0, lo1, hi1 = _intervals(
+            np, self, *_places(np, offsets, num_rows, num_targets, num_contextual)
+        )
         return (hi0 - lo0) + (hi1 - lo1) + (np.arange(num_rows) < offsets[-1])
 
     def num_pairs(self, lengths: Any, num_targets: Any = None, num_contextual: Any = None) -> int:
@@ -149,7 +184,9 @@ class AttentionMask:
         return int(self.row_pairs(lengths, int(offsets[-1]), num_targets, num_contextual).sum())
 
 
-def _places(xp: ModuleType, offsets: Any, num_rows: int, num_targets: Any, num_contextual: Any) -> tuple[Any, ...]:
+def _places(
+    xp: ModuleType, offsets: Any, num_rows: int, num_targets: Any, num_contextual: Any
+) -> tuple[Any, ...]:
     """Per row of the buffer: is it real, its sequence's start, its position, and the sequence's contextual, history and total counts."""
     offsets = xp.asarray(offsets)
     batch = offsets.shape[0] - 1
@@ -165,13 +202,26 @@ def _places(xp: ModuleType, offsets: Any, num_rows: int, num_targets: Any, num_c
     segment_T = xp.minimum(segment_T, batch - 1)
     length_B = offsets[1:] - offsets[:-1]
     zero_B = xp.zeros_like(length_B)
-    targets_B = zero_B if num_targets is None else xp.clip(xp.asarray(num_targets).astype(offsets.dtype), zero_B, length_B)
+    targets_B = (
+        zero_B
+        if num_targets is None
+        else xp.clip(xp.asarray(num_targets).astype(offsets.dtype), zero_B, length_B)
+    )
     contextual_B = (
-        zero_B if num_contextual is None else xp.clip(xp.asarray(num_contextual).astype(offsets.dtype), zero_B, length_B - targets_B)
+        zero_B
+        if num_contextual is None
+        else xp.clip(xp.asarray(num_contextual).astype(offsets.dtype), zero_B, length_B - targets_B)
     )
     start_T = offsets[:-1][segment_T]
     history_B = length_B - targets_B - contextual_B
-    return real_T, start_T, row_T - start_T, contextual_B[segment_T], history_B[segment_T], length_B[segment_T]
+    return (
+        real_T,
+        start_T,
+        row_T - start_T,
+        contextual_B[segment_T],
+        history_B[segment_T],
+        length_B[segment_T],
+    )
 
 
 def _tidy(xp: ModuleType, real_T: Any, start_T: Any, *ranges: tuple[Any, Any]) -> list[Any]:
@@ -183,10 +233,14 @@ def _tidy(xp: ModuleType, real_T: Any, start_T: Any, *ranges: tuple[Any, Any]) -
     return out
 
 
-def _intervals(xp: ModuleType, mask: AttentionMask, real: Any, start: Any, p: Any, c: Any, h: Any, n: Any) -> list[Any]:
+def _intervals(
+    xp: ModuleType, mask: AttentionMask, real: Any, start: Any, p: Any, c: Any, h: Any, n: Any
+) -> list[Any]:
     end = c + h
     contextual, target = p < c, p >= end
-    upper = xp.minimum(p, end)  # history rows stop before themselves, targets at the end of the history
+    upper = xp.minimum(
+        p, end
+    )  # history rows stop before themselves, targets at the end of the history
     index = upper - c
     zero = xp.zeros_like(p)
     if mask.window is None:
@@ -207,7 +261,9 @@ def _intervals(xp: ModuleType, mask: AttentionMask, real: Any, start: Any, p: An
     return _tidy(xp, real, start, (lo0, hi0), (lo1, hi1))
 
 
-def _row_intervals(xp: ModuleType, mask: AttentionMask, real: Any, start: Any, k: Any, c: Any, h: Any, n: Any) -> list[Any]:
+def _row_intervals(
+    xp: ModuleType, mask: AttentionMask, real: Any, start: Any, k: Any, c: Any, h: Any, n: Any
+) -> list[Any]:
     end = c + h
     real = real & (k < end)  # nobody but itself sees a target
     zero = xp.zeros_like(k)
@@ -217,11 +273,15 @@ def _row_intervals(xp: ModuleType, mask: AttentionMask, real: Any, start: Any, k
     else:
         w = mask.window
         contextual = k < c
-        reach = xp.where(contextual, c + w, k + w + 1)  # first history row that the window has left behind
+        reach = xp.where(
+            contextual, c + w, k + w + 1
+        )  # first history row that the window has left behind
         seen_by_targets = xp.where(contextual, h + 1 <= w, (k >= end - w) | (mask.prefix > 0))
         always = (k < mask.prefix) | (contextual & mask.context_sink)
         # between a contextual key and the history stand contextual rows, which see it
-        near = xp.where(always, n, xp.minimum(xp.where(contextual, xp.maximum(reach, c), reach), end))
+        near = xp.where(
+            always, n, xp.minimum(xp.where(contextual, xp.maximum(reach, c), reach), end)
+        )
         tail = xp.where(seen_by_targets, end, n)
         if mask.full_rows:
             tail = c + xp.maximum(h - mask.full_rows, 0)
@@ -229,7 +289,14 @@ def _row_intervals(xp: ModuleType, mask: AttentionMask, real: Any, start: Any, k
     return _tidy(xp, real, start, ctx, (k + 1, near), (tail, n))
 
 
-def tile_bounds(keys: KeyIntervals, rows: RowIntervals, num_real: Any, block_q: int, block_k: int, first_real: int = 0) -> TileBounds:
+def tile_bounds(
+    keys: KeyIntervals,
+    rows: RowIntervals,
+    num_real: Any,
+    block_q: int,
+    block_k: int,
+    first_real: int = 0,
+) -> TileBounds:
     """Ranges of blocks that meet, for query tiles of `block_q` rows and key tiles of `block_k` keys; the last tile may be short.
 
     A tile may straddle sequences: only its first sequence reaches before the tile and only its last beyond it, so
@@ -241,13 +308,18 @@ def tile_bounds(keys: KeyIntervals, rows: RowIntervals, num_real: Any, block_q: 
     num_rows = keys.lo0.shape[0]
     q_tiles, k_tiles = -(-num_rows // block_q), -(-num_rows // block_k)
     row_T = jnp.arange(num_rows, dtype=jnp.int32)
-    sees_itself_T = row_T < num_real if first_real == 0 else (row_T >= first_real) & (row_T < num_real)
+    sees_itself_T = (
+        row_T < num_real if first_real == 0 else (row_T >= first_real) & (row_T < num_real)
+    )
     own = _only(row_T, row_T + 1, sees_itself_T)
 
     first_T = row_T // block_q * block_q
     near0_T = keys.hi0 == row_T  # slot 0 of a contextual row touches the row itself
     far, before, around = [], [], [own]
-    for lo, hi, is_far in ((keys.lo0, keys.hi0, ~near0_T), (keys.lo1, keys.hi1, jnp.zeros_like(near0_T))):
+    for lo, hi, is_far in (
+        (keys.lo0, keys.hi0, ~near0_T),
+        (keys.lo1, keys.hi1, jnp.zeros_like(near0_T)),
+    ):
         outside = lo < first_T
         far.append(_only(lo, hi, outside & is_far))
         before.append(_only(lo, hi, outside & ~is_far))
@@ -259,10 +331,15 @@ def tile_bounds(keys: KeyIntervals, rows: RowIntervals, num_real: Any, block_q: 
     touches = rows.near_lo <= end_T  # always, where rows and keys are those of one batch
     front = [_only(rows.ctx_lo, rows.ctx_hi, rows.ctx_lo < first_T)]
     beyond = [_only(rows.tail_lo, rows.tail_hi, rows.tail_hi > end_T)]
-    beyond += [_only(rows.ctx_lo, rows.ctx_hi, rows.ctx_hi > end_T), _only(rows.near_lo, rows.near_hi, ~touches)]
+    beyond += [
+        _only(rows.ctx_lo, rows.ctx_hi, rows.ctx_hi > end_T),
+        _only(rows.near_lo, rows.near_hi, ~touches),
+    ]
     row = [
         _hull(front, num_rows, k_tiles, block_k, block_q),
-        _hull([own, _only(rows.near_lo, rows.near_hi, touches)], num_rows, k_tiles, block_k, block_q),
+        _hull(
+            [own, _only(rows.near_lo, rows.near_hi, touches)], num_rows, k_tiles, block_k, block_q
+        ),
         _hull(beyond, num_rows, k_tiles, block_k, block_q),
     ]
     return TileBounds(*_disjoint(key), *_disjoint(row))
@@ -272,7 +349,9 @@ def _only(lo: Any, hi: Any, keep: Any) -> tuple[Any, Any]:
     return jnp.where(keep, lo, 0), jnp.where(keep, hi, 0)
 
 
-def _hull(parts: list[tuple[Any, Any]], num_rows: int, tiles: int, block: int, other_block: int) -> tuple[Any, Any]:
+def _hull(
+    parts: list[tuple[Any, Any]], num_rows: int, tiles: int, block: int, other_block: int
+) -> tuple[Any, Any]:
     """Smallest range of blocks of `other_block` that holds all intervals of each tile of `block`; (big, 0) where there is none."""
     pad = (0, tiles * block - num_rows)
     big = FAR

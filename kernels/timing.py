@@ -35,7 +35,11 @@ class Timing:
 
 
 def device_time(
-    function: Callable[..., Any], *args: Any, repetitions: int = 7, sample_seconds: float = 0.02, max_calls: int = 200
+    function: Callable[..., Any],
+    *args: Any,
+    repetitions: int = 7,
+    sample_seconds: float = 0.02,
+    max_calls: int = 200,
 ) -> Timing:
     """Times `function(*args)`, already jitted, inputs on the device.
 
@@ -77,7 +81,9 @@ def chained(function: Callable[..., Any], times: int) -> Callable[..., Any]:
             args, _ = lax.optimization_barrier(carry)
             return args, function(*args)
 
-        results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))
+        results = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args)
+        )
         return lax.fori_loop(0, times, again, (args, results))[1]
 
     return run

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 
-def zeros_after(value: Shaped[Array, "..."], shape: tuple[int, ...], dtype: Any = jnp.float32) -> Shaped[Array, "..."]:
+def zeros_after(
+    value: Shaped[Array, "..."], shape: tuple[int, ...], dtype: Any = jnp.float32
+) -> Shaped[Array, "..."]:
     """Zeros that cannot exist before `value` does.
 
     XLA merges the plain zeros of all layers of a model into one constant and copies it for each layer that writes into its own, all at the start of the

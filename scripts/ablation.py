@@ -25,13 +25,19 @@ from ultra_hstu.ranking_evaluate import baselines
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.train import train
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "the configuration with all pieces", lock_config=True)
-_BASELINE = config_flags.DEFINE_config_file("baseline", None, "a configuration to compare with", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "the configuration with all pieces", lock_config=True
+)
+_BASELINE = config_flags.DEFINE_config_file(
+    "baseline", None, "a configuration to compare with", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablation", "folder of the runs: VARIANT/seed_N")
 _SEEDS = flags.DEFINE_list("seeds", ["42", "43", "44"], "each variant is trained once with each")
 _ONLY = flags.DEFINE_list("only", [], "names of the variants to train; all without it")
 _RECORD = flags.DEFINE_string("record", None, "JSON file for the results")
-_LIST = flags.DEFINE_bool("list", False, "print the variants with their operations, and train nothing")
+_LIST = flags.DEFINE_bool(
+    "list", False, "print the variants with their operations, and train nothing"
+)
 
 ULTRA, BASELINE = "ultra", "baseline"
 
@@ -41,14 +47,21 @@ def variants(config: Config) -> dict[str, Config]:
 
     def change(**sections: dict[str, Any]) -> Config:
         return dataclasses.replace(
-            config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+            config,
+            **{
+                name: dataclasses.replace(getattr(config, name), **fields)
+                for name, fields in sections.items()
+            },
         )
 
     model, rank = config.model, config.rank
     found = {ULTRA: config}
     if rank.input == "merged":
         # An event is then two rows: windows reach as many events back as before.
-        reach = {name: tuple(2 * rows if rows > 0 else rows for rows in getattr(model, name)) for name in ("window", "full_rows", "prefix")}
+        reach = {
+            name: tuple(2 * rows if rows > 0 else rows for rows in getattr(model, name))
+            for name in ("window", "full_rows", "prefix")
+        }
         found["interleaved_input"] = change(rank=dict(input="interleaved"), model=reach)
     if model.window:
         found["full_attention"] = change(model=dict(window=(), full_rows=(), prefix=()))
@@ -58,7 +71,9 @@ def variants(config: Config) -> dict[str, Config]:
         found["one_transducer"] = change(model=dict(channels={}))
     if rank.signals:
         # What is left is the first signal of several, or histories without any action.
-        found["fewer_signals"] = change(rank=dict(signals=rank.signals[:1] if len(rank.signals) > 1 else ()))
+        found["fewer_signals"] = change(
+            rank=dict(signals=rank.signals[:1] if len(rank.signals) > 1 else ())
+        )
     if config.data.stochastic_length is not None:
         found["whole_histories"] = change(data=dict(stochastic_length=None, load_balance=False))
     if model.dtype == "bfloat16":
@@ -86,13 +101,19 @@ def main(_: list[str]) -> None:
     if _BASELINE.value is not None:
         chosen = {BASELINE: from_config_dict(_BASELINE.value), **chosen}
     if unknown := sorted(set(_ONLY.value) - set(chosen)):
-        raise ValueError(f"--only={','.join(_ONLY.value)}: there is no variant {unknown[0]!r}; the variants are {', '.join(chosen)}")
-    chosen = {name: variant for name, variant in chosen.items() if not _ONLY.value or name in _ONLY.value}
+        raise ValueError(
+            f"--only={','.join(_ONLY.value)}: there is no variant {unknown[0]!r}; the variants are {', '.join(chosen)}"
+        )
+    chosen = {
+        name: variant for name, variant in chosen.items() if not _ONLY.value or name in _ONLY.value
+    }
     interactions = load_interactions(config.data)
     if _LIST.value:
         for name, variant in chosen.items():
             cost = describe(task_of(variant, interactions))
-            console.print(f"{name}: {cost['inference_gflop']:.4g} GFLOP a request, {cost['training_gflop']:.4g} in training")
+            console.print(
+                f"{name}: {cost['inference_gflop']:.4g} GFLOP a request, {cost['training_gflop']:.4g} in training"
+            )
         return
     run(
         chosen,
@@ -113,11 +134,20 @@ def task_of(config: Config, interactions: Interactions) -> RankTask:
 
 
 def run(
-    chosen: dict[str, Config], interactions: Interactions, seeds: list[int], folder: Path, file: Path | None, console: Console
+    chosen: dict[str, Config],
+    interactions: Interactions,
+    seeds: list[int],
+    folder: Path,
+    file: Path | None,
+    console: Console,
 ) -> dict[str, Any]:
     """Trains every variant with every seed; the record, which is written to `file` after each run."""
     first = next(iter(chosen.values()))
-    record: dict[str, Any] = {"config": first.name, "protocol": first.train.protocol, **provenance.provenance()}
+    record: dict[str, Any] = {
+        "config": first.name,
+        "protocol": first.train.protocol,
+        **provenance.provenance(),
+    }
     if ULTRA in chosen:
         record["config"] = chosen[ULTRA].name
     record |= {"baselines": baselines(task_of(first, interactions), "test"), "variants": {}}
@@ -125,19 +155,32 @@ def run(
         task = task_of(variant, interactions)
         entry: dict[str, Any] = describe(task) | {"runs": []}
         record["variants"][name] = entry
-        console.print(f"{name}: {entry['inference_gflop']:.4g} GFLOP a request, {entry['training_gflop']:.4g} in training")
+        console.print(
+            f"{name}: {entry['inference_gflop']:.4g} GFLOP a request, {entry['training_gflop']:.4g} in training"
+        )
         for seed in seeds:
-            seeded = dataclasses.replace(variant, train=dataclasses.replace(variant.train, seed=seed))
+            seeded = dataclasses.replace(
+                variant, train=dataclasses.replace(variant.train, seed=seed)
+            )
             result = train(seeded, folder / name / f"seed_{seed}", console=console, task=task)
-            entry["runs"].append(result | {"seconds_per_epoch": result["seconds"] / result["epochs"]})
+            entry["runs"].append(
+                result | {"seconds_per_epoch": result["seconds"] / result["epochs"]}
+            )
             best = [done["best"] for done in entry["runs"]]
-            entry["mean"] = {metric: statistics.mean(done[metric] for done in best) for metric in best[0]}
+            entry["mean"] = {
+                metric: statistics.mean(done[metric] for done in best) for metric in best[0]
+            }
             if len(best) > 1:
-                entry["stdev"] = {metric: statistics.stdev(done[metric] for done in best) for metric in best[0]}
+                entry["stdev"] = {
+                    metric: statistics.stdev(done[metric] for done in best) for metric in best[0]
+                }
             if file:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 workdir.write_json(file, record)
-        console.print(f"{name}: " + "  ".join(f"{metric} {value:.4f}" for metric, value in entry["mean"].items()))
+        console.print(
+            f"{name}: "
+            + "  ".join(f"{metric} {value:.4f}" for metric, value in entry["mean"].items())
+        )
     return record
 
 

@@ -26,7 +26,9 @@ import triton
 from triton.runtime._async_compile import AsyncCompileMode
 
 RECORD = "RECORD"
-Pass = tuple[str, Callable[[], Any], bool, str]  # name, function, whether a CUDA graph can hold it, note
+Pass = tuple[
+    str, Callable[[], Any], bool, str
+]  # name, function, whether a CUDA graph can hold it, note
 
 
 def timed(run: Callable[[], Any], graph: bool, samples: int = 7, sample_ms: float = 20.0) -> float:
@@ -69,12 +71,16 @@ class Arrays:
         torch.manual_seed(0)
         rows = sum(w["lengths"])
         widths = (w["k_width"], w["k_width"], w["v_width"], w["v_width"])
-        self.q, self.k, self.v, self.g = (torch.randn(rows, w["heads"], n, device="cuda", dtype=torch.bfloat16) for n in widths)
+        self.q, self.k, self.v, self.g = (
+            torch.randn(rows, w["heads"], n, device="cuda", dtype=torch.bfloat16) for n in widths
+        )
         self.offsets = torch.tensor([0, *w["lengths"]], device="cuda").cumsum(0)
         self.alpha = w["k_width"] ** -0.5
 
 
-def sampled_error(w: dict[str, Any], x: Arrays, got: dict[str, torch.Tensor], samples: int = 8) -> float:
+def sampled_error(
+    w: dict[str, Any], x: Arrays, got: dict[str, torch.Tensor], samples: int = 8
+) -> float:
     """Largest relative error of some rows of the output, or of keys for gradients, against float64."""
     window = w["window"] if w["window"] is not None else w["max_length"]
     offsets, worst = x.offsets.tolist(), 0.0
@@ -102,7 +108,9 @@ def sampled_error(w: dict[str, Any], x: Arrays, got: dict[str, torch.Tensor], sa
         }
         for name, value in got.items():
             expected = want[name] / w["max_length"]
-            worst = max(worst, float((value[at, head].double() - expected).norm() / expected.norm()))
+            worst = max(
+                worst, float((value[at, head].double() - expected).norm() / expected.norm())
+            )
     return worst
 
 
@@ -130,7 +138,9 @@ class Meta:
             configs = prune(options)
             with AsyncCompileMode(self.pool, ignore_errors=True):
                 for config in configs:
-                    arguments = {name: x for name, x in options.items() if name != "warmup"} | config.all_kwargs()
+                    arguments = {
+                        name: x for name, x in options.items() if name != "warmup"
+                    } | config.all_kwargs()
                     config.pre_hook({**tuner.nargs, **arguments})
                     tuner.fn.warmup(**arguments)
             return configs
@@ -150,7 +160,13 @@ class Meta:
             for tuner in self.tuners:
                 tuner.cache.clear()
             self.mask = window
-        options = {"N": w["max_length"], "alpha": x.alpha, "seq_offsets": x.offsets, "num_targets": None, "max_attn_len": window}
+        options = {
+            "N": w["max_length"],
+            "alpha": x.alpha,
+            "seq_offsets": x.offsets,
+            "num_targets": None,
+            "max_attn_len": window,
+        }
         return options | {"contextual_seq_len": 0, "num_softmax_heads": 0}
 
     def without_tma(self, w: dict[str, Any], x: Arrays) -> list[Pass]:
@@ -162,7 +178,9 @@ class Meta:
 
         def forward() -> dict[str, torch.Tensor]:
             return {
-                "out": self.module.triton_hstu_attention_fwd(q=x.q, k=x.k, v=x.v, sort_by_length_indices=None, enable_tma=False, **options)
+                "out": self.module.triton_hstu_attention_fwd(
+                    q=x.q, k=x.k, v=x.v, sort_by_length_indices=None, enable_tma=False, **options
+                )
             }
 
         return [("forward", forward, True, "without TMA")]
@@ -171,21 +189,44 @@ class Meta:
         uneven, options = len(set(w["lengths"])) > 1, self._options(w, x)
 
         def order() -> Any:
-            return torch.sort(x.offsets[1:] - x.offsets[:-1], descending=True)[1] if uneven else None
+            return (
+                torch.sort(x.offsets[1:] - x.offsets[:-1], descending=True)[1] if uneven else None
+            )
 
         gradients = {f"d{name}": torch.empty_like(getattr(x, name)) for name in "qkv"}
         kept = order()
 
         def forward() -> dict[str, torch.Tensor]:
             run = self.module.triton_hstu_attention_fwd
-            return {"out": run(q=x.q, k=x.k, v=x.v, sort_by_length_indices=order(), enable_tma=not uneven, **options)}
+            return {
+                "out": run(
+                    q=x.q,
+                    k=x.k,
+                    v=x.v,
+                    sort_by_length_indices=order(),
+                    enable_tma=not uneven,
+                    **options,
+                )
+            }
 
         def backward() -> dict[str, torch.Tensor]:
             run = self.module.triton_hstu_attention_bwd
-            run(dout=x.g, q=x.q, k=x.k, v=x.v, **gradients, sort_by_length_indices=kept, enable_tma=False, **options)
+            run(
+                dout=x.g,
+                q=x.q,
+                k=x.k,
+                v=x.v,
+                **gradients,
+                sort_by_length_indices=kept,
+                enable_tma=False,
+                **options,
+            )
             return gradients
 
-        return [("forward", forward, True, "without TMA" if uneven else "TMA"), ("backward", backward, True, "without TMA")]
+        return [
+            ("forward", forward, True, "without TMA" if uneven else "TMA"),
+            ("backward", backward, True, "without TMA"),
+        ]
 
 
 def cudnn_passes(w: dict[str, Any], x: Arrays) -> list[Pass]:
@@ -195,7 +236,12 @@ def cudnn_passes(w: dict[str, Any], x: Arrays) -> list[Pass]:
         raise NotImplementedError("equal lengths and no window only")
 
     def dense(y: torch.Tensor) -> torch.Tensor:
-        return y.reshape(len(w["lengths"]), -1, *y.shape[1:]).transpose(1, 2).contiguous().requires_grad_()
+        return (
+            y.reshape(len(w["lengths"]), -1, *y.shape[1:])
+            .transpose(1, 2)
+            .contiguous()
+            .requires_grad_()
+        )
 
     q, k, v, g = (dense(y) for y in (x.q, x.k, x.v, x.g))
 
@@ -211,7 +257,9 @@ def cudnn_passes(w: dict[str, Any], x: Arrays) -> list[Pass]:
     return [("forward", forward, False, "softmax"), ("backward", backward, False, "softmax")]
 
 
-def measure(w: dict[str, Any], implementation: str, make: Callable[..., list[Pass]]) -> list[dict[str, Any]]:
+def measure(
+    w: dict[str, Any], implementation: str, make: Callable[..., list[Pass]]
+) -> list[dict[str, Any]]:
     label = {"workload": w["name"], "implementation": implementation}
     try:
         x, records = Arrays(w), []
@@ -223,7 +271,16 @@ def measure(w: dict[str, Any], implementation: str, make: Callable[..., list[Pas
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() / 2**20
             error = sampled_error(w, x, got) if isinstance(got, dict) else None
-            records.append(label | {"pass": name, "ms": timed(run, graph), "peak_mib": peak, "error": error, "note": note})
+            records.append(
+                label
+                | {
+                    "pass": name,
+                    "ms": timed(run, graph),
+                    "peak_mib": peak,
+                    "error": error,
+                    "note": note,
+                }
+            )
         return records
     except (NotImplementedError, RuntimeError) as error:
         return [label | {"reason": str(error).splitlines()[0]}]
@@ -235,11 +292,19 @@ def say(record: dict[str, Any]) -> None:
 
 def main() -> None:
     request = json.load(sys.stdin)
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    versions = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+    }
     say({"versions": versions, "cudnn": torch.backends.cudnn.version()})
     meta = Meta(request["checkout"])
     for w in sorted(request["workloads"], key=lambda w: len(set(w["lengths"]))):
-        for name, make in (("cudnn_sdpa", cudnn_passes), ("meta_triton_default", meta.without_tma), ("meta_triton", meta.passes)):
+        for name, make in (
+            ("cudnn_sdpa", cudnn_passes),
+            ("meta_triton_default", meta.without_tma),
+            ("meta_triton", meta.passes),
+        ):
             for record in measure(w, name, make):
                 say(record)
 

@@ -53,16 +53,22 @@ def step_cases(devices: int, users: int, length: int, small: bool) -> dict[str, 
         for strategy in strategies:
             if strategy == "ulysses" and one.config.model.heads % devices:
                 continue
-            cases[strategy] = Case(mask, users, length, context=devices, strategy=strategy, small=small)
+            cases[strategy] = Case(
+                mask, users, length, context=devices, strategy=strategy, small=small
+            )
         if users % devices == 0:
             cases["data"] = Case(mask, users, length, data=devices, small=small)
         twice = strategies[0]
-        cases[f"{twice}, {devices} x batch"] = Case(mask, devices * users, length, context=devices, strategy=twice, small=small)
+        cases[f"{twice}, {devices} x batch"] = Case(
+            mask, devices * users, length, context=devices, strategy=twice, small=small
+        )
         groups[mask] = cases
     return groups
 
 
-def prepare_step(case: Case, rounds: int, seconds: float, trace: str | None = None) -> Callable[[], dict[str, Any]]:
+def prepare_step(
+    case: Case, rounds: int, seconds: float, trace: str | None = None
+) -> Callable[[], dict[str, Any]]:
     """Compiles a case's step. What it returns times it, and leaves a profile of two steps in the folder `trace`."""
     program = Program(case, jax.devices()).compile()
     state, batch = program.start()
@@ -105,10 +111,18 @@ def prepare_step(case: Case, rounds: int, seconds: float, trace: str | None = No
 
 def with_speed_up(found: dict[str, Any]) -> dict[str, Any]:
     """Cases of one comparison, beside the step on one device; one that failed has its error."""
-    found = {name: {"error": str(values)} if isinstance(values, Exception) else values for name, values in found.items()}
+    found = {
+        name: {"error": str(values)} if isinstance(values, Exception) else values
+        for name, values in found.items()
+    }
     base = found.get("one device", {}).get("tokens_a_second")
     return {
-        name: values | ({"speed_up": values["tokens_a_second"] / base} if base and "tokens_a_second" in values else {})
+        name: values
+        | (
+            {"speed_up": values["tokens_a_second"] / base}
+            if base and "tokens_a_second" in values
+            else {}
+        )
         for name, values in found.items()
     }
 
@@ -118,29 +132,53 @@ def with_speed_up(found: dict[str, Any]) -> dict[str, Any]:
 
 def measure_reshard(devices: int, rows: int, width: int, seconds: float) -> dict[str, Any]:
     """Jagged batches that every device read for itself into one shared buffer: the all-to-all, and the all-gather that the paper starts from."""
-    mesh, rng, result = make_mesh(context=devices, devices=jax.devices()[:devices]), np.random.default_rng(0), {}
+    mesh, rng, result = (
+        make_mesh(context=devices, devices=jax.devices()[:devices]),
+        np.random.default_rng(0),
+        {},
+    )
     local = rows // devices
-    lengths_Bd = [draw_lengths(rng, "lognormal", local - local // 16 * int(rng.integers(0, 4)), local // 8) for _ in range(devices)]
+    lengths_Bd = [
+        draw_lengths(rng, "lognormal", local - local // 16 * int(rng.integers(0, 4)), local // 8)
+        for _ in range(devices)
+    ]
     most = max(map(len, lengths_Bd))
     lengths = np.concatenate([np.pad(x, (0, most - len(x))) for x in lengths_Bd]).astype(np.int32)
     spread = NamedSharding(mesh, PartitionSpec("context"))
     values = [
-        jax.device_put(rng.standard_normal((rows, width), dtype=np.float32).astype(jnp.bfloat16), spread),
+        jax.device_put(
+            rng.standard_normal((rows, width), dtype=np.float32).astype(jnp.bfloat16), spread
+        ),
         jax.device_put(rng.integers(0, 99, (rows, 4)).astype(np.int32), spread),
     ]
-    for place, layout in (("slices", Layout.contiguous(rows, devices)), ("blocks", Layout.striped(rows, devices, min(128, local // 2)))):
+    for place, layout in (
+        ("slices", Layout.contiguous(rows, devices)),
+        ("blocks", Layout.striped(rows, devices, min(128, local // 2))),
+    ):
         capacity = needed_capacity(lengths, layout)
         ways: dict[str, Callable[..., Any]] = {
-            "all_to_all": lambda x, n, layout=layout, capacity=capacity: to_shared(x, n, layout, capacity).values,
+            "all_to_all": lambda x, n, layout=layout, capacity=capacity: (
+                to_shared(x, n, layout, capacity).values
+            ),
             "all_gather": lambda x, n, layout=layout: gather_then_slice(x, n, layout).values,
         }
         found: dict[str, Any] = {}
         for name, move in ways.items():
             rows_spec = PartitionSpec("context")
-            run = jax.jit(jax.shard_map(move, mesh=mesh, in_specs=rows_spec, out_specs=rows_spec, check_vma=False))
+            run = jax.jit(
+                jax.shard_map(
+                    move, mesh=mesh, in_specs=rows_spec, out_specs=rows_spec, check_vma=False
+                )
+            )
             program = run.lower(values, jax.device_put(lengths, spread)).compile()
             memory = program.memory_analysis()
-            timing = device_time(program, values, jax.device_put(lengths, spread), repetitions=5, sample_seconds=seconds)
+            timing = device_time(
+                program,
+                values,
+                jax.device_put(lengths, spread),
+                repetitions=5,
+                sample_seconds=seconds,
+            )
             found[name] = {
                 "ms": 1e3 * timing.seconds,
                 "batches_a_second": 1 / timing.seconds,
@@ -176,14 +214,18 @@ class Measurement(NamedTuple):
 
 def main(_: list[str]) -> None:
     if unknown := set(FLAGS.stages) - set(STAGES):
-        raise ValueError(f"--stages={','.join(FLAGS.stages)}: {sorted(unknown)} are none of {', '.join(STAGES)}")
+        raise ValueError(
+            f"--stages={','.join(FLAGS.stages)}: {sorted(unknown)} are none of {', '.join(STAGES)}"
+        )
     # Every measurement has a process of its own; those that wait for their turn hold some memory, too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     folder, console = Path(FLAGS.folder), report.make_console()
     measurements = [one for stage in FLAGS.stages for one in STAGES[stage](folder, console) or ()]
     started = time.perf_counter()
-    results = one_by_one([(one.prepare, one.arguments) for one in measurements], processes=not FLAGS.small)
+    results = one_by_one(
+        [(one.prepare, one.arguments) for one in measurements], processes=not FLAGS.small
+    )
     for one, result in zip(measurements, results, strict=True):
         one.keep(result)
         console.print(f"{time.perf_counter() - started:.0f} s")
@@ -194,7 +236,13 @@ def stage_balance(folder: Path, console: Any) -> None:
     Record(folder, "balance").add(**found)
     table = Table("lengths / mask", "contiguous", "striped", "balanced")
     for name, values in found["busiest_over_mean"].items():
-        table.add_row(name, *(f"{values[layout]:.3f}" if layout in values else "" for layout in ("contiguous", "striped", "balanced")))
+        table.add_row(
+            name,
+            *(
+                f"{values[layout]:.3f}" if layout in values else ""
+                for layout in ("contiguous", "striped", "balanced")
+            ),
+        )
     console.print(table)
 
 
@@ -204,12 +252,23 @@ def stage_longest(folder: Path, console: Any) -> None:
     known: dict[str, dict[str, Any]] = record.value.get("variants", {})
     users = 2 if FLAGS.small else context_parallel_longest.USERS
     contexts = [int(context) for context in FLAGS.contexts]
-    compiled_for = "CPU devices" if FLAGS.small else "NVIDIA H100 80GB HBM3 (described, not present)"
+    compiled_for = (
+        "CPU devices" if FLAGS.small else "NVIDIA H100 80GB HBM3 (described, not present)"
+    )
     conditions = dict(budget_GiB=FLAGS.budget_gib, users=users, compiled_for=compiled_for)
-    same = all(record.value.get(key) == value for key, value in (conditions | {"commit": provenance.provenance()["commit"]}).items())
+    same = all(
+        record.value.get(key) == value
+        for key, value in (conditions | {"commit": provenance.provenance()["commit"]}).items()
+    )
     variants = dict(known) if same else {}
-    wanted = [variant for variant in context_parallel_longest.VARIANTS if not FLAGS.remat or variant[1] == FLAGS.remat]
-    for variant, context, found in context_parallel_longest.search(budget, contexts, users, wanted, FLAGS.small, FLAGS.jobs, known):
+    wanted = [
+        variant
+        for variant in context_parallel_longest.VARIANTS
+        if not FLAGS.remat or variant[1] == FLAGS.remat
+    ]
+    for variant, context, found in context_parallel_longest.search(
+        budget, contexts, users, wanted, FLAGS.small, FLAGS.jobs, known
+    ):
         variants.setdefault(variant, {})[str(context)] = found
         console.print(f"{variant}, context {context}: {found}")
         record.add(**conditions, variants=variants)
@@ -225,12 +284,18 @@ def stage_steps(folder: Path, console: Any) -> Iterator[Measurement]:
     def keep(mask: str, name: str, result: Any) -> None:
         found[mask] = with_speed_up(found[mask] | {name: result})
         record.add(devices=_devices(), steps=found)
-        console.print(mask, name, {key: value for key, value in found[mask][name].items() if key != "samples_ms"})
+        console.print(
+            mask,
+            name,
+            {key: value for key, value in found[mask][name].items() if key != "samples_ms"},
+        )
 
     for mask, cases in groups.items():
         for name, case in cases.items():
             trace = str(Path(FLAGS.trace) / f"{mask}, {name}") if FLAGS.trace else None
-            yield Measurement(prepare_step, (case, rounds, seconds, trace), functools.partial(keep, mask, name))
+            yield Measurement(
+                prepare_step, (case, rounds, seconds, trace), functools.partial(keep, mask, name)
+            )
 
 
 def stage_long(folder: Path, console: Any) -> Iterator[Measurement]:
@@ -257,15 +322,31 @@ def stage_confirm(folder: Path, console: Any) -> Iterator[Measurement]:
 
     def keep(bytes_found: int, found: Any) -> None:
         console.print(found)
-        confirmed.append({"bytes_found": bytes_found} | ({"error": str(found)} if isinstance(found, Exception) else found))
-        workdir.write_json(record.path, record.value | {"confirmed": {**provenance.provenance(), "runs": confirmed}})
+        confirmed.append(
+            {"bytes_found": bytes_found}
+            | ({"error": str(found)} if isinstance(found, Exception) else found)
+        )
+        workdir.write_json(
+            record.path,
+            record.value | {"confirmed": {**provenance.provenance(), "runs": confirmed}},
+        )
 
     for context in (1, 2):
         if context > len(devices):
             continue
-        for case, bytes_found in context_parallel_longest.lengths_to_confirm(record.value, context, room):
-            arguments = (case, 3, context_parallel_longest.UNTUNED)  # the very program whose memory was predicted
-            yield Measurement(context_parallel_longest.prepare_training, arguments, functools.partial(keep, bytes_found))
+        for case, bytes_found in context_parallel_longest.lengths_to_confirm(
+            record.value, context, room
+        ):
+            arguments = (
+                case,
+                3,
+                context_parallel_longest.UNTUNED,
+            )  # the very program whose memory was predicted
+            yield Measurement(
+                context_parallel_longest.prepare_training,
+                arguments,
+                functools.partial(keep, bytes_found),
+            )
 
 
 def stage_reshard(folder: Path, console: Any) -> Iterator[Measurement]:
@@ -277,7 +358,11 @@ def stage_reshard(folder: Path, console: Any) -> Iterator[Measurement]:
             raise found
         Record(folder, f"steps_{_device_name()}").add(reshard=found)
 
-    yield Measurement(functools.partial, (measure_reshard, _devices(), rows, width, 0.01 if FLAGS.small else 0.1), keep)
+    yield Measurement(
+        functools.partial,
+        (measure_reshard, _devices(), rows, width, 0.01 if FLAGS.small else 0.1),
+        keep,
+    )
 
 
 def _devices() -> int:
@@ -304,7 +389,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("devices", None, "how many to use; all by default")
     flags.DEFINE_integer("users", 8, "histories in the batch of the stage `steps`")
     flags.DEFINE_integer("length", 32768, "events of each of them")
-    flags.DEFINE_enum("remat", None, ["none", "selective"], "of the model in the stage `longest`; both by default")
+    flags.DEFINE_enum(
+        "remat", None, ["none", "selective"], "of the model in the stage `longest`; both by default"
+    )
     flags.DEFINE_list("contexts", ["1", "2", "4", "8"], "context shards of the stage `longest`")
     flags.DEFINE_float("budget_gib", 80.0, "memory of a device in the stage `longest`")
     flags.DEFINE_integer("jobs", 1, "processes that compile in the stage `longest`")

@@ -39,7 +39,9 @@ def main(_: list[str]) -> None:
 def measure(kind: str, items: int, width: int, rows: int, repetitions: int) -> dict[str, Any]:
     """Milliseconds of each part of one request, medians, and bytes."""
     rng = np.random.default_rng(0)
-    host = host_tables.HostTable.of(rng.standard_normal((items, width), dtype=np.float32) * 0.02, kind)
+    host = host_tables.HostTable.of(
+        rng.standard_normal((items, width), dtype=np.float32) * 0.02, kind
+    )
     unpack = jax.jit(host_tables.unpacked)
     times: dict[str, list[float]] = {"gather_ms": [], "transfer_ms": [], "unpack_ms": []}
     for repetition in range(repetitions + 1):
@@ -56,14 +58,25 @@ def measure(kind: str, items: int, width: int, rows: int, repetitions: int) -> d
                 times[name].append(1e3 * (stop - start))
     found: dict[str, Any] = {name: statistics.median(samples) for name, samples in times.items()}
     moved = sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
-    return {"row_bytes": host.row_bytes, "bytes": moved, **found, "gigabytes_a_second": moved / found["transfer_ms"] / 1e6}
+    return {
+        "row_bytes": host.row_bytes,
+        "bytes": moved,
+        **found,
+        "gigabytes_a_second": moved / found["transfer_ms"] / 1e6,
+    }
 
 
 def table(tables: dict[str, Any]) -> Table:
     columns = ("row_bytes", "bytes", "gather_ms", "transfer_ms", "unpack_ms", "gigabytes_a_second")
     out = Table("table", *columns)
     for kind, found in tables.items():
-        out.add_row(kind, *(f"{found[name]:.4g}" if isinstance(found[name], float) else str(found[name]) for name in columns))
+        out.add_row(
+            kind,
+            *(
+                f"{found[name]:.4g}" if isinstance(found[name], float) else str(found[name])
+                for name in columns
+            ),
+        )
     return out
 
 

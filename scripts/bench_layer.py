@@ -31,7 +31,10 @@ FLAGS = flags.FLAGS
 MODES: dict[str, dict[str, Any]] = {
     "none": {"remat": "none"},
     "selective": {"remat": "selective"},
-    "selective 8 chunks": {"remat": "selective", "chunk_rows": 8},  # the number of chunks, until the rows are known
+    "selective 8 chunks": {
+        "remat": "selective",
+        "chunk_rows": 8,
+    },  # the number of chunks, until the rows are known
     "full": {"remat": "full"},
     "fp8": {"remat": "none", "projection": "fp8"},
 }
@@ -50,11 +53,28 @@ def main(_: list[str]) -> None:
     }
     cases = [(name, depth) for name in names for depth in depths]
     with ThreadPoolExecutor(len(cases)) as pool:  # compilers run side by side
-        compiled = dict(zip(cases, pool.map(lambda case: stack_gradients(changed(config, *case), FLAGS.rows), cases), strict=True))
+        compiled = dict(
+            zip(
+                cases,
+                pool.map(lambda case: stack_gradients(changed(config, *case), FLAGS.rows), cases),
+                strict=True,
+            )
+        )
     console, table = report.make_console(), Table("mode", "bytes a token", "ms a layer", "TFLOP/s")
     for name in names:
-        result["modes"][name] = a_layer([compiled[name, depth] for depth in depths], depths, changed(config, name, depths[0]), FLAGS.rows)
-        table.add_row(name, *(f"{result['modes'][name].get(key, float('nan')):.4g}" for key in ("bytes_a_token", "ms", "TFLOP_a_second")))
+        result["modes"][name] = a_layer(
+            [compiled[name, depth] for depth in depths],
+            depths,
+            changed(config, name, depths[0]),
+            FLAGS.rows,
+        )
+        table.add_row(
+            name,
+            *(
+                f"{result['modes'][name].get(key, float('nan')):.4g}"
+                for key in ("bytes_a_token", "ms", "TFLOP_a_second")
+            ),
+        )
         if FLAGS.record:
             workdir.write_json(Path(FLAGS.record), result)
     console.print(table)
@@ -78,16 +98,27 @@ def stack_gradients(config: Config, rows: int) -> tuple[Any, Any]:
     def arguments() -> tuple[Any, jax.Array, jax.Array, Sequences]:
         offsets = jnp.arange(rows // length + 1, dtype=jnp.int32) * length
         row_T = jnp.arange(rows, dtype=jnp.int32)
-        x_TD, g_TD = jax.random.normal(jax.random.key(0), (2, rows, config.model.width)).astype(dtype)
-        return nnx.split(build())[1], x_TD, g_TD, Sequences(offsets, row_T < offsets[-1], row_T, row_T + 1)
+        x_TD, g_TD = jax.random.normal(jax.random.key(0), (2, rows, config.model.width)).astype(
+            dtype
+        )
+        return (
+            nnx.split(build())[1],
+            x_TD,
+            g_TD,
+            Sequences(offsets, row_T < offsets[-1], row_T, row_T + 1),
+        )
 
     def loss(params: Any, x_TD: jax.Array, g_TD: jax.Array, sequences: Sequences) -> jax.Array:
         return jnp.sum((nnx.merge(graph, params)(x_TD, sequences) * g_TD).astype(jnp.float32))
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*jax.eval_shape(arguments)).compile(), arguments
+    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
+        *jax.eval_shape(arguments)
+    ).compile(), arguments
 
 
-def a_layer(stacks: list[tuple[Any, Any]], depths: list[int], config: Config, rows: int) -> dict[str, Any]:
+def a_layer(
+    stacks: list[tuple[Any, Any]], depths: list[int], config: Config, rows: int
+) -> dict[str, Any]:
     """The difference of two stacks, a layer."""
     more = depths[1] - depths[0]
     memory = [run.memory_analysis().temp_size_in_bytes for run, _ in stacks]
@@ -97,7 +128,10 @@ def a_layer(stacks: list[tuple[Any, Any]], depths: list[int], config: Config, ro
     }
     if not FLAGS.times:
         return result
-    times = [device_time(run, *jax.jit(arguments)(), repetitions=5, sample_seconds=0.1) for run, arguments in stacks]
+    times = [
+        device_time(run, *jax.jit(arguments)(), repetitions=5, sample_seconds=0.1)
+        for run, arguments in stacks
+    ]
     seconds = (times[1].seconds - times[0].seconds) / more
     length = min(config.data.max_history, rows)
     counted = flops.count(config, length)
@@ -111,12 +145,16 @@ def a_layer(stacks: list[tuple[Any, Any]], depths: list[int], config: Config, ro
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "a file of experiments/configs", lock_config=True
+    )
     flags.DEFINE_integer("rows", 65536, "tokens in a batch")
     flags.DEFINE_list("depths", ["2", "4"], "layers of the two stacks")
     flags.DEFINE_bool("times", True, "measure times, not memory alone")
     flags.DEFINE_list("modes", None, "names of modes; all by default")
-    flags.DEFINE_string("implementation", None, "of attention; that of the configuration by default")
+    flags.DEFINE_string(
+        "implementation", None, "of attention; that of the configuration by default"
+    )
     flags.DEFINE_string("record", None, "JSON file for the result")
     flags.mark_flag_as_required("config")
     command.run(main)

@@ -44,9 +44,22 @@ def main(_: list[str]) -> None:
         return
     result: dict[str, Any] = {
         **provenance.provenance(),
-        "settings": {"alpha": ALPHA, "users_per_rank": USERS, "steps": STEPS, "recalibrate_every": RECALIBRATE},
-        "model": {"width": MODEL.width, "layers": MODEL.layers, "heads": MODEL.heads, "qk_width": MODEL.qk_width, "v_width": MODEL.v_width},
-        "sets": {name: measure(length_U, FLAGS.timed_steps) for name, length_U in length_sets().items()},
+        "settings": {
+            "alpha": ALPHA,
+            "users_per_rank": USERS,
+            "steps": STEPS,
+            "recalibrate_every": RECALIBRATE,
+        },
+        "model": {
+            "width": MODEL.width,
+            "layers": MODEL.layers,
+            "heads": MODEL.heads,
+            "qk_width": MODEL.qk_width,
+            "v_width": MODEL.v_width,
+        },
+        "sets": {
+            name: measure(length_U, FLAGS.timed_steps) for name, length_U in length_sets().items()
+        },
     }
     console = report.make_console()
     table = Table("lengths", "ranks", "policy", "load max / mean", "load std / mean", "mean load")
@@ -54,13 +67,27 @@ def main(_: list[str]) -> None:
         for ranks, policies in record["load"].items():
             for policy in POLICIES:
                 row = policies[policy]
-                table.add_row(name, ranks, policy, f"{row['max_over_mean']:.3f}", f"{row['std_over_mean']:.3f}", f"{row['mean']:.3g}")
+                table.add_row(
+                    name,
+                    ranks,
+                    policy,
+                    f"{row['max_over_mean']:.3f}",
+                    f"{row['std_over_mean']:.3f}",
+                    f"{row['mean']:.3g}",
+                )
     console.print(table)
-    table = Table("lengths", "policy", "rows of the buffer", "slowest rank, s", "predicted, s", "mean rank, s")
+    table = Table(
+        "lengths", "policy", "rows of the buffer", "slowest rank, s", "predicted, s", "mean rank, s"
+    )
     for name, record in result["sets"].items():
         for policy in POLICIES:
             row = record["step"][policy]
-            table.add_row(name, policy, str(row["rows"]), *(f"{row[key]:.3f}" for key in ("slowest", "slowest_predicted", "mean")))
+            table.add_row(
+                name,
+                policy,
+                str(row["rows"]),
+                *(f"{row[key]:.3f}" for key in ("slowest", "slowest_predicted", "mean")),
+            )
     console.print(table)
     if FLAGS.record:
         workdir.write_json(Path(FLAGS.record), result)
@@ -70,7 +97,9 @@ def main(_: list[str]) -> None:
 
 def length_sets() -> dict[str, np.ndarray]:
     """Lengths of users, one entry each."""
-    data = load_interactions(DataConfig(source="assistments-2017", raw_dir=FLAGS.raw_dir, data_dir=FLAGS.data_dir))
+    data = load_interactions(
+        DataConfig(source="assistments-2017", raw_dir=FLAGS.raw_dir, data_dir=FLAGS.data_dir)
+    )
     place = np.arange(1, ZIPF_LENGTH + 1)
     weight = place**-ZIPF_EXPONENT
     zipf = np.random.default_rng(0).choice(place, 20_000, p=weight / weight.sum())
@@ -91,16 +120,23 @@ def measure(length_U: np.ndarray, timed_steps: int) -> dict[str, Any]:
     }
     for ranks in (8, 64):
         length_SRU, kept = simulate(length_U, longest, gamma, ranks)
-        record["load"][str(ranks)] = {policy: spread(kept_SRU, gamma) for policy, kept_SRU in kept.items()}
+        record["load"][str(ranks)] = {
+            policy: spread(kept_SRU, gamma) for policy, kept_SRU in kept.items()
+        }
         if ranks == TIMED_RANKS:
-            record["step"] = time_ranks(config, {policy: kept_SRU[-timed_steps:] for policy, kept_SRU in kept.items()})
+            record["step"] = time_ranks(
+                config, {policy: kept_SRU[-timed_steps:] for policy, kept_SRU in kept.items()}
+            )
             record["kept_share_of_events"] = {
-                policy: float(k[RECALIBRATE:].sum() / length_SRU[RECALIBRATE:].sum()) for policy, k in kept.items()
+                policy: float(k[RECALIBRATE:].sum() / length_SRU[RECALIBRATE:].sum())
+                for policy, k in kept.items()
             }
     return record
 
 
-def simulate(length_U: np.ndarray, longest: int, gamma: float, ranks: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def simulate(
+    length_U: np.ndarray, longest: int, gamma: float, ranks: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Kept lengths [S, R, users] of every rank and step. The ranks of one process agree on means as an all-reduce would."""
     rng = np.random.default_rng((1, ranks))
     length_SRU = rng.choice(length_U, (STEPS, ranks, USERS))
@@ -110,9 +146,13 @@ def simulate(length_U: np.ndarray, longest: int, gamma: float, ranks: int) -> tu
     means = mean_load_S.reshape(-1, RECALIBRATE).mean(1).tolist()
     balanced_SRU = np.zeros_like(plain_SRU)
     for rank in range(ranks):
-        balancer = LoadBalancer(longest, ALPHA, gamma, RECALIBRATE, mean=functools.partial(_next_mean, iter(means)))
+        balancer = LoadBalancer(
+            longest, ALPHA, gamma, RECALIBRATE, mean=functools.partial(_next_mean, iter(means))
+        )
         for step in range(STEPS):
-            balanced_SRU[step, rank] = balancer.choose(length_SRU[step, rank], uniform_SRU[step, rank])
+            balanced_SRU[step, rank] = balancer.choose(
+                length_SRU[step, rank], uniform_SRU[step, rank]
+            )
     return length_SRU, {"plain": plain_SRU, "balanced": balanced_SRU}
 
 
@@ -129,7 +169,11 @@ def spread(kept_SRU: np.ndarray, gamma: float) -> dict[str, Any]:
         "max_over_mean": float((load_SR.max(1) / mean_S).mean()),
         "std_over_mean": float((load_SR.std(1) / mean_S).mean()),
         "mean": float(mean_S.mean()),
-        "histogram": {"edges": edges.tolist(), "counts": counts.tolist(), "beyond": int((load_SR / mean_S.mean() > 4).sum())},
+        "histogram": {
+            "edges": edges.tolist(),
+            "counts": counts.tolist(),
+            "beyond": int((load_SR / mean_S.mean() > 4).sum()),
+        },
     }
 
 
@@ -141,26 +185,38 @@ def time_ranks(config: Config, kept: dict[str, np.ndarray]) -> dict[str, Any]:
         step, params = training_pass(config, rows)
         seconds_SR = np.zeros(kept_SRU.shape[:2])
         flops_SR = np.zeros_like(seconds_SR)
-        for place in track(list(np.ndindex(seconds_SR.shape)), f"{policy:>9}", console=report.make_console(), transient=True):
+        for place in track(
+            list(np.ndindex(seconds_SR.shape)),
+            f"{policy:>9}",
+            console=report.make_console(),
+            transient=True,
+        ):
             offsets = jnp.asarray(np.concatenate([[0], np.cumsum(kept_SRU[place])]), jnp.int32)
             flops_SR[place] = USERS * flops.count(config, kept_SRU[place]).training
             seconds_SR[place] = min(processor_seconds(step, params, offsets) for _ in range(2))
         record[policy] = {"rows": rows, "seconds": seconds_SR.tolist(), "flops": flops_SR.tolist()}
-    every = [np.concatenate([np.ravel(record[policy][key]) for policy in POLICIES]) for key in ("seconds", "flops")]
+    every = [
+        np.concatenate([np.ravel(record[policy][key]) for policy in POLICIES])
+        for key in ("seconds", "flops")
+    ]
     per_flop = float(every[0].sum() / every[1].sum())
     for policy in POLICIES:
         seconds_SR, flops_SR = (np.asarray(record[policy][key]) for key in ("seconds", "flops"))
         record[policy] |= {
             "slowest": float(seconds_SR.max(1).mean()),
             "mean": float(seconds_SR.mean()),
-            "slowest_predicted": float(flops_SR.max(1).mean() * per_flop),  # by operations, at the mean speed of all batches
+            "slowest_predicted": float(
+                flops_SR.max(1).mean() * per_flop
+            ),  # by operations, at the mean speed of all batches
         }
     record["correlation_of_seconds_and_flops"] = float(np.corrcoef(np.stack(every))[0, 1])
     return record
 
 
 def training_pass(config: Config, rows: int) -> tuple[Any, Any]:
-    graphdef, params = nnx.split(HSTU.from_config(config.model, config.padded_length, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(
+        HSTU.from_config(config.model, config.padded_length, rngs=nnx.Rngs(0))
+    )
     x_TD = jax.random.normal(jax.random.key(0), (rows, config.model.width))
     zero_T = jnp.zeros(rows, jnp.int32)
 
@@ -192,11 +248,16 @@ def draw(record: dict[str, Any], picture: Path) -> None:
 
     colours = {"plain": "tab:grey", "balanced": "tab:blue"}
     words = {"plain": "stochastic length", "balanced": "load-balanced"}
-    figure, axes = plt.subplots(len(record["sets"]), 2, figsize=(9, 5.6), constrained_layout=True, squeeze=False)
+    figure, axes = plt.subplots(
+        len(record["sets"]), 2, figsize=(9, 5.6), constrained_layout=True, squeeze=False
+    )
     for (left, right), (name, values) in zip(axes, record["sets"].items(), strict=True):
         for number, policy in enumerate(POLICIES):
             row = values["load"]["64"][policy]
-            edges, counts = np.array(row["histogram"]["edges"]), np.array(row["histogram"]["counts"])
+            edges, counts = (
+                np.array(row["histogram"]["edges"]),
+                np.array(row["histogram"]["counts"]),
+            )
             label = f"{words[policy]}: max / mean {row['max_over_mean']:.2f}"
             left.stairs(
                 counts / (counts.sum() + row["histogram"]["beyond"]),
@@ -214,8 +275,17 @@ def draw(record: dict[str, Any], picture: Path) -> None:
                 color=colours[policy],
                 label=f"{words[policy]}: slowest {seconds_R[-1]:.2f} s",
             )
-        left.set(title=f"{name}, 64 ranks", xlabel="load of a rank / mean", ylabel="share of ranks and steps", xlim=(0, 4))
-        right.set(title=f"{name}, 8 ranks, mean of steps", xlabel="rank, by time", ylabel="processor seconds")
+        left.set(
+            title=f"{name}, 64 ranks",
+            xlabel="load of a rank / mean",
+            ylabel="share of ranks and steps",
+            xlim=(0, 4),
+        )
+        right.set(
+            title=f"{name}, 8 ranks, mean of steps",
+            xlabel="rank, by time",
+            ylabel="processor seconds",
+        )
         for axis in (left, right):
             axis.set_ylim(0, 1.35 * axis.get_ylim()[1])  # room for the legend
             axis.spines[["top", "right"]].set_visible(False)

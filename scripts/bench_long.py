@@ -91,8 +91,13 @@ class Step:
         history, items = self.config.data.max_history, self.config.data.synthetic.items
         counted = flops.count(self.config, history, items=items)
         return {
-            "model": {name: getattr(self.config.model, name) for name in (*WHOLE, *CAUSAL, "remat", "projection")},
-            "fp8_matrix_products": (self.run.as_text() or "").count('custom_call_target="__cublas$lt$matmul$f8"'),
+            "model": {
+                name: getattr(self.config.model, name)
+                for name in (*WHOLE, *CAUSAL, "remat", "projection")
+            },
+            "fp8_matrix_products": (self.run.as_text() or "").count(
+                'custom_call_target="__cublas$lt$matmul$f8"'
+            ),
             "compile_s": time.perf_counter() - started,
             "temporary_GiB": memory.temp_size_in_bytes / 2**30 if memory else None,
             "state_GiB": memory.argument_size_in_bytes / 2**30 if memory else None,
@@ -135,25 +140,48 @@ def full_batch(config: Config) -> Batch:
     """Every history at its full length, items uniform."""
     users, history = config.data.batch_users, config.data.max_history
     rows = users * history
-    item_T1 = jax.random.randint(jax.random.key(0), (rows + 1,), 1, config.data.synthetic.items + 1, jnp.int32)
+    item_T1 = jax.random.randint(
+        jax.random.key(0), (rows + 1,), 1, config.data.synthetic.items + 1, jnp.int32
+    )
     time_T = jnp.arange(rows, dtype=jnp.int32)
     offsets = jnp.arange(users + 1, dtype=jnp.int32) * history
-    return Batch(item_T1[:-1], time_T, time_T + 1, item_T1[1:], jnp.ones(rows, jnp.float32), offsets, offsets[1:] - 1)
+    return Batch(
+        item_T1[:-1],
+        time_T,
+        time_T + 1,
+        item_T1[1:],
+        jnp.ones(rows, jnp.float32),
+        offsets,
+        offsets[1:] - 1,
+    )
 
 
 def table(variants: dict[str, Any]) -> Table:
-    columns = ("step_ms", "temporary_GiB", "training_TFLOP_a_sample", "encoder_inference_TFLOP_a_sample", "TFLOP_a_second", "error")
+    columns = (
+        "step_ms",
+        "temporary_GiB",
+        "training_TFLOP_a_sample",
+        "encoder_inference_TFLOP_a_sample",
+        "TFLOP_a_second",
+        "error",
+    )
     out = Table("variant", *columns)
     for name, values in variants.items():
         cells = (values.get(column, "") for column in columns)
-        out.add_row(name, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell)[:80] for cell in cells))
+        out.add_row(
+            name, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell)[:80] for cell in cells)
+        )
     return out
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "a file of experiments/configs", lock_config=True
+    )
     flags.DEFINE_list("variants", None, "names of variants; all by default")
-    flags.DEFINE_string("implementation", None, "of attention; that of the configuration by default")
+    flags.DEFINE_string(
+        "implementation", None, "of attention; that of the configuration by default"
+    )
     flags.DEFINE_float("seconds", 1.0, "time to measure a variant for")
     flags.DEFINE_string("record", None, "JSON file for the result")
     flags.mark_flag_as_required("config")

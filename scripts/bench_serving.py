@@ -45,7 +45,14 @@ FLAGS = flags.FLAGS
 
 MODELS: dict[str, dict[str, Any]] = {
     "ultra": {},
-    "hstu": {"window": (), "full_rows": (), "prefix": (), "truncate_after": None, "truncate_length": None, "layers": 10},
+    "hstu": {
+        "window": (),
+        "full_rows": (),
+        "prefix": (),
+        "truncate_after": None,
+        "truncate_length": None,
+        "layers": 10,
+    },
 }
 ONE_BY_ONE = 64
 PLACE = ("model", "what", "history", "candidates", "micro_batch")
@@ -66,7 +73,10 @@ class Cell:
 
 def main(_: list[str]) -> None:
     config = from_config_dict(FLAGS.config)
-    histories, candidates, micro_batches = (sorted(map(int, given)) for given in (FLAGS.histories, FLAGS.candidates, FLAGS.micro_batches))
+    histories, candidates, micro_batches = (
+        sorted(map(int, given))
+        for given in (FLAGS.histories, FLAGS.candidates, FLAGS.micro_batches)
+    )
     unknown = set(FLAGS.models) - set(MODELS)
     if unknown:
         raise ValueError(f"--models={sorted(unknown)[0]!r} must be of {', '.join(MODELS)}")
@@ -80,7 +90,10 @@ def main(_: list[str]) -> None:
     }
     result["cells"] = before(FLAGS.record, result)
     console = report.make_console()
-    longest, options = dict(longest=max(histories), targets=max(candidates)), (FLAGS.cached, FLAGS.kind, FLAGS.jobs, FLAGS.seconds)
+    longest, options = (
+        dict(longest=max(histories), targets=max(candidates)),
+        (FLAGS.cached, FLAGS.kind, FLAGS.jobs, FLAGS.seconds),
+    )
     tasks = []
     for history in histories:
         for name in FLAGS.models:
@@ -91,7 +104,9 @@ def main(_: list[str]) -> None:
         if isinstance(measured, Exception):
             raise measured
         for new in measured:
-            result["cells"] = [old for old in result["cells"] if any(old[key] != new[key] for key in PLACE)] + [new]
+            result["cells"] = [
+                old for old in result["cells"] if any(old[key] != new[key] for key in PLACE)
+            ] + [new]
             console.print(described(new))
         console.print(f"{time.perf_counter() - started:.0f} s")
         if FLAGS.record:
@@ -117,7 +132,8 @@ def prepare(
 
     def measure() -> list[dict[str, Any]]:
         return [
-            {key: getattr(cell, key) for key in (*PLACE, "tflop")} | ({"error": error} if error else latency(cell, seconds))
+            {key: getattr(cell, key) for key in (*PLACE, "tflop")}
+            | ({"error": error} if error else latency(cell, seconds))
             for cell, error in zip(cells, errors, strict=True)
         ]
 
@@ -126,7 +142,10 @@ def prepare(
 
 def described(cell: dict[str, Any]) -> str:
     place = f"{cell['model']:>6} {cell['what']:>10}  history {cell['history']:>6}  candidates {cell['candidates']:>6}"
-    value = cell.get("error") or f"{cell['p50_ms']:9.3f} ms  {cell['candidates_per_s']:12,.0f} candidates/s"
+    value = (
+        cell.get("error")
+        or f"{cell['p50_ms']:9.3f} ms  {cell['candidates_per_s']:12,.0f} candidates/s"
+    )
     return f"{place}  micro-batch {cell['micro_batch']:>6}  {value}"
 
 
@@ -135,7 +154,10 @@ def before(record: str | None, result: dict[str, Any]) -> list[dict[str, Any]]:
     if not record or not Path(record).exists():
         return []
     found = json.loads(Path(record).read_text())
-    same = all(found.get(key) == result[key] for key in ("config", "device", "commit", "implementation", "cached", "kind", "xla_flags"))
+    same = all(
+        found.get(key) == result[key]
+        for key in ("config", "device", "commit", "implementation", "cached", "kind", "xla_flags")
+    )
     return found["cells"] if same else []
 
 
@@ -149,7 +171,12 @@ def ranking_config(config: Config, model: dict[str, Any], *, longest: int, targe
         config,
         data=dataclasses.replace(config.data, max_history=longest, batch_tokens=None),
         model=dataclasses.replace(config.model, **model),
-        rank=RankConfig(tasks=("is_click",), signals=("is_click",), targets=targets, head_width=config.model.width),
+        rank=RankConfig(
+            tasks=("is_click",),
+            signals=("is_click",),
+            targets=targets,
+            head_width=config.model.width,
+        ),
     )
 
 
@@ -159,14 +186,23 @@ class Bench:
     def __init__(self, name: str, config: Config, cached: str | None, kind: Any, seed: int = 0):
         self.name, self.config, self.cached, self.kind = name, config, cached, kind
         items = config.data.synthetic.items
-        self.sizes = Sizes(items=items, signals=(3,), features=(), contextual=(), kinds=("binary",), timestamps=True)
+        self.sizes = Sizes(
+            items=items,
+            signals=(3,),
+            features=(),
+            contextual=(),
+            kinds=("binary",),
+            timestamps=True,
+        )
         self.rng = np.random.default_rng(seed)
         self.model = Ranker(config, self.sizes, rngs=nnx.Rngs(seed))
         self.frozen = serving.FrozenRanker(self.model)
         self.graphdef, self.params = nnx.split(self.model)[0], self.frozen.params
         self.full = jax.jit(self._full, static_argnames="count")
 
-    def cells(self, histories: list[int], candidates: list[int], micro_batches: list[int]) -> Iterator[Cell]:
+    def cells(
+        self, histories: list[int], candidates: list[int], micro_batches: list[int]
+    ) -> Iterator[Cell]:
         for history in histories:
             user = self.history(history)
             cache = self.encoded(user)()
@@ -176,16 +212,41 @@ class Bench:
                 asked = self.candidates(count)
                 once = self.tflop(history, count)
                 for step in sorted({min(step, count) for step in micro_batches}):
-                    yield self.cell("cached", history, count, step, once - encode, self.scored(cache, asked, step))
-                yield self.cell("one_batch", history, count, count, once, self.passed(user, asked, count))
+                    yield self.cell(
+                        "cached",
+                        history,
+                        count,
+                        step,
+                        once - encode,
+                        self.scored(cache, asked, step),
+                    )
+                yield self.cell(
+                    "one_batch", history, count, count, once, self.passed(user, asked, count)
+                )
             for step in micro_batches:
                 # As many candidates as the micro-batch holds: the whole would be so many such passes, one after another.
                 asked = self.candidates(step)
-                yield self.cell("recompute", history, step, step, self.tflop(history, step), self.passed(user, asked, step))
+                yield self.cell(
+                    "recompute",
+                    history,
+                    step,
+                    step,
+                    self.tflop(history, step),
+                    self.passed(user, asked, step),
+                )
             some = self.candidates(ONE_BY_ONE)
-            yield self.cell("one_by_one", history, ONE_BY_ONE, 1, self.tflop(history, ONE_BY_ONE) - encode, self.scored(cache, some, 1))
+            yield self.cell(
+                "one_by_one",
+                history,
+                ONE_BY_ONE,
+                1,
+                self.tflop(history, ONE_BY_ONE) - encode,
+                self.scored(cache, some, 1),
+            )
 
-    def cell(self, what: str, history: int, count: int, step: int, tflop: float, call: Callable[[], Any]) -> Cell:
+    def cell(
+        self, what: str, history: int, count: int, step: int, tflop: float, call: Callable[[], Any]
+    ) -> Cell:
         return Cell(self.name, what, history, count, step, tflop, call)
 
     def tflop(self, history: int, count: int) -> float:
@@ -195,22 +256,34 @@ class Bench:
     def encoded(self, user: serving.History) -> Callable[[], serving.Cache]:
         return lambda: serving.encode_history(self.frozen, user, kind=self.kind)
 
-    def scored(self, cache: serving.Cache, asked: serving.Candidates, step: int) -> Callable[[], Any]:
-        return lambda: serving.score(self.frozen, cache, asked, micro_batch=step, implementation=self.cached)
+    def scored(
+        self, cache: serving.Cache, asked: serving.Candidates, step: int
+    ) -> Callable[[], Any]:
+        return lambda: serving.score(
+            self.frozen, cache, asked, micro_batch=step, implementation=self.cached
+        )
 
-    def passed(self, user: serving.History, asked: serving.Candidates, count: int) -> Callable[[], Any]:
+    def passed(
+        self, user: serving.History, asked: serving.Candidates, count: int
+    ) -> Callable[[], Any]:
         return lambda: np.asarray(self.full(self.params, user, asked, count=count))
 
     def history(self, count: int) -> serving.History:
         times = np.sort(self.rng.integers(0, 10**7, count))
         signals = self.rng.integers(1, 3, (count, 1))
-        events = serving.Events.of([self.rng.integers(1, self.sizes.items + 1, count)], [times], [signals])
-        return serving.History({EVERYTHING: events}, np.zeros((1, 0), np.int32), np.array([10**7], np.int32))
+        events = serving.Events.of(
+            [self.rng.integers(1, self.sizes.items + 1, count)], [times], [signals]
+        )
+        return serving.History(
+            {EVERYTHING: events}, np.zeros((1, 0), np.int32), np.array([10**7], np.int32)
+        )
 
     def candidates(self, count: int) -> serving.Candidates:
         return serving.Candidates.of([self.rng.integers(1, self.sizes.items + 1, count)], 10**7)
 
-    def _full(self, params: Any, user: serving.History, asked: serving.Candidates, *, count: int) -> jax.Array:
+    def _full(
+        self, params: Any, user: serving.History, asked: serving.Candidates, *, count: int
+    ) -> jax.Array:
         """Logits of the candidates as the targets of one sequence."""
         model: Ranker = nnx.merge(self.graphdef, params)
         events: serving.Events = user.channels[EVERYTHING]
@@ -228,8 +301,16 @@ class Bench:
         )
         options: dict[str, Any] = dict(targets=count, contextual=0, interleaved=False)
         gather = RankGather(rows=(length + count,), channels=(EVERYTHING,), **options)
-        columns = {"user": 0, "target": length, "count": count, f"start/{EVERYTHING}": 0, f"stop/{EVERYTHING}": length}
-        batch = gather(data, {name: jnp.full(1, value, jnp.int32) for name, value in columns.items()})
+        columns = {
+            "user": 0,
+            "target": length,
+            "count": count,
+            f"start/{EVERYTHING}": 0,
+            f"stop/{EVERYTHING}": length,
+        }
+        batch = gather(
+            data, {name: jnp.full(1, value, jnp.int32) for name, value in columns.items()}
+        )
         return model.head(model.encode(batch))
 
 
@@ -261,15 +342,33 @@ def latency(cell: Cell, seconds: float) -> dict[str, Any]:
 
 def summary(cells: list[dict[str, Any]]) -> Table:
     """Candidates a second of the cached micro-batches, and how many times those without a cache that is."""
-    out = Table("model", "history", "candidates", "micro-batch", "cached, M/s", "x recompute", "x one batch", "x, encoding counted")
-    found = {(c["model"], c["history"], c["what"], c["candidates"], c["micro_batch"]): c for c in cells if "error" not in c}
+    out = Table(
+        "model",
+        "history",
+        "candidates",
+        "micro-batch",
+        "cached, M/s",
+        "x recompute",
+        "x one batch",
+        "x, encoding counted",
+    )
+    found = {
+        (c["model"], c["history"], c["what"], c["candidates"], c["micro_batch"]): c
+        for c in cells
+        if "error" not in c
+    }
     for (model, history, what, count, step), cell in found.items():
         if what != "cached":
             continue
-        again, once = found.get((model, history, "recompute", step, step)), found.get((model, history, "one_batch", count, count))
+        again, once = (
+            found.get((model, history, "recompute", step, step)),
+            found.get((model, history, "one_batch", count, count)),
+        )
         encode = found.get((model, history, "encode", 0, 0))
         whole = count / (cell["p50_ms"] + encode["p50_ms"]) * 1e3 if encode else None
-        ratio = lambda rate, other: f"{rate / other['candidates_per_s']:.2f}" if other and rate else ""  # noqa: E731
+        ratio = lambda rate, other: (
+            f"{rate / other['candidates_per_s']:.2f}" if other and rate else ""
+        )  # noqa: E731
         rate = cell["candidates_per_s"]
         counts = (str(history), str(count), str(step), f"{rate / 1e6:.3f}")
         out.add_row(model, *counts, ratio(rate, again), ratio(rate, once), ratio(whole, once))
@@ -277,17 +376,36 @@ def summary(cells: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "a file of experiments/configs, for the sizes of the encoder", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "a file of experiments/configs, for the sizes of the encoder",
+        lock_config=True,
+    )
     flags.DEFINE_list("models", list(MODELS), "which models")
     flags.DEFINE_list("histories", ["256", "1024", "4096", "16384"], "events of the history")
     flags.DEFINE_list("candidates", ["64", "1024", "16384"], "candidates of a request")
-    flags.DEFINE_list("micro_batches", ["64", "256", "1024", "4096"], "candidates that are worked on at one time")
-    flags.DEFINE_string("implementation", None, "of attention over whole sequences; that of the configuration by default")
-    flags.DEFINE_string("cached", None, "of attention to the cache: triton or xla; that of the platform by default")
+    flags.DEFINE_list(
+        "micro_batches", ["64", "256", "1024", "4096"], "candidates that are worked on at one time"
+    )
+    flags.DEFINE_string(
+        "implementation",
+        None,
+        "of attention over whole sequences; that of the configuration by default",
+    )
+    flags.DEFINE_string(
+        "cached", None, "of attention to the cache: triton or xla; that of the platform by default"
+    )
     flags.DEFINE_string("kind", "same", "how keys and values are kept")
     flags.DEFINE_float("seconds", 0.5, "time to measure a cell for")
-    flags.DEFINE_integer("jobs", 8, "programs that are compiled at one time, for each model and history")
-    flags.DEFINE_bool("processes", True, "a process for each model and history: all compile side by side, then measure one after another")
+    flags.DEFINE_integer(
+        "jobs", 8, "programs that are compiled at one time, for each model and history"
+    )
+    flags.DEFINE_bool(
+        "processes",
+        True,
+        "a process for each model and history: all compile side by side, then measure one after another",
+    )
     flags.DEFINE_string("record", None, "JSON file for the result")
     flags.mark_flag_as_required("config")
     command.run(main)

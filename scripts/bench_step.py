@@ -29,7 +29,9 @@ from ultra_hstu.evaluate import evaluator
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.train import run_steps
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of experiments/configs", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "a file of experiments/configs", lock_config=True
+)
 _REPEATS = flags.DEFINE_integer("repeats", 8, "compiled calls that are timed")
 _RECORD = flags.DEFINE_string("record", None, "JSON file for the result")
 
@@ -42,7 +44,9 @@ def main(_: list[str]) -> None:
     with jax.default_matmul_precision(config.train.matmul_precision):
         result["evaluation"] = time_evaluation(Task.load(config))
         for placement in ("device", "stream"):
-            placed = dataclasses.replace(config, data=dataclasses.replace(config.data, placement=placement))
+            placed = dataclasses.replace(
+                config, data=dataclasses.replace(config.data, placement=placement)
+            )
             result[FEEDS[placement]] = time_steps(placed, _REPEATS.value)
     table = Table("what", "value", title=config.name)
     for part in ("evaluation", *FEEDS.values()):
@@ -64,13 +68,22 @@ def time_steps(config: Config, repeats: int) -> dict[str, float]:
     def groups() -> Any:
         epoch = 0
         while True:
-            yield from (group for group in loader.groups(loader.plan(seed=0, epoch=epoch)) if group.steps == size)
+            yield from (
+                group
+                for group in loader.groups(loader.plan(seed=0, epoch=epoch))
+                if group.steps == size
+            )
             epoch += 1
 
     memory = step.lower(state, next(groups()).feed, jnp.int32(size)).compile().memory_analysis()
     ready = groups()
     waited, times = 0.0, []
-    for number in track(range(repeats + 2), f"{config.data.placement:>8}", console=report.make_console(), transient=True):
+    for number in track(
+        range(repeats + 2),
+        f"{config.data.placement:>8}",
+        console=report.make_console(),
+        transient=True,
+    ):
         started = time.perf_counter()
         group = next(ready)
         arrived = time.perf_counter()

@@ -30,9 +30,16 @@ def main(_: list[str]) -> None:
     task = Task.of_run(folder, FLAGS.raw_dir)
     config = task.config
     if not isinstance(task, RankTask):
-        raise ValueError(f"{FLAGS.workdir} is a retrieval run, which scores no candidates: give a ranking run")
+        raise ValueError(
+            f"{FLAGS.workdir} is a retrieval run, which scores no candidates: give a ranking run"
+        )
     step, params = serving.load_params(folder, task.recipe)
-    record = {"config": config.name, "model": dataclasses.asdict(config.model), "step": step, **provenance.provenance()}
+    record = {
+        "config": config.name,
+        "model": dataclasses.asdict(config.model),
+        "step": step,
+        **provenance.provenance(),
+    }
     console = report.make_console()
     with jax.default_matmul_precision(config.train.matmul_precision):
         evaluator = RankingEvaluator(task, "test")
@@ -58,12 +65,19 @@ def test_requests(task: RankTask, model: serving.FrozenRanker) -> Any:
         columns = {name: column[0] for name, column in plan.columns(np.array([step])).items()}
         history, candidates = serving.from_source(task.source, columns, model.form)
         first = np.asarray(columns["target"], np.int64)
-        event_C = np.concatenate([first[b] + np.arange(count) for b, count in enumerate(columns["count"])]).astype(np.int64)
+        event_C = np.concatenate(
+            [first[b] + np.arange(count) for b, count in enumerate(columns["count"])]
+        ).astype(np.int64)
         yield history, candidates, np.asarray(task.source.events.label_EK)[event_C, 0]
 
 
 def measure(
-    task: RankTask, model: serving.FrozenRanker, evaluator: RankingEvaluator, requests: list[Any], kind: Any, exact: dict[str, Any]
+    task: RankTask,
+    model: serving.FrozenRanker,
+    evaluator: RankingEvaluator,
+    requests: list[Any],
+    kind: Any,
+    exact: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics under one kind of cache, and its answers: logits, and the best items of each request."""
     logits: list[np.ndarray] = []
@@ -74,27 +88,40 @@ def measure(
         cache = serving.encode_history(model, history, kind=kind)
         logits.append(serving.score(model, cache, candidates))
         layers = [layer for channel in cache.channels.values() for layer in channel.encoded.layers]
-        size, rows = size + sum(layer.nbytes for layer in layers), rows + sum(layer.k_SHK.shape[0] for layer in layers)
+        size, rows = (
+            size + sum(layer.nbytes for layer in layers),
+            rows + sum(layer.k_SHK.shape[0] for layer in layers),
+        )
         if len(best) < -(-FLAGS.requests // task.config.train.eval_users) and FLAGS.top_k:
             some = len(np.atleast_1d(history.now_B))
             features = [np.zeros((len(items), candidates.feature_CF.shape[1]), np.int32)] * some
             everything = serving.Candidates.of([items] * some, np.asarray(history.now_B), features)
             top = items[serving.top_k(model, cache, everything, k=FLAGS.top_k).place_BK]
             best.append(top)
-            for user, (start, stop) in enumerate(zip(candidates.offsets, candidates.offsets[1:], strict=False)):
+            for user, (start, stop) in enumerate(
+                zip(candidates.offsets, candidates.offsets[1:], strict=False)
+            ):
                 liked = candidates.item_C[start:stop][label_C[start:stop] > 0]
                 hits, asked = hits + int(np.isin(liked, top[user]).sum()), asked + len(liked)
     logit_PK = np.concatenate(logits)
     answers = {"logits": logit_PK, "best": best}
-    found: dict[str, Any] = {"metrics": evaluator.metrics(logit_PK), "bytes_a_row_and_layer": size / rows}
+    found: dict[str, Any] = {
+        "metrics": evaluator.metrics(logit_PK),
+        "bytes_a_row_and_layer": size / rows,
+    }
     if exact:
         error = logit_PK - exact["logits"]
-        found |= {"rms_logit_error": float(np.sqrt((error**2).mean())), "largest_logit_error": float(np.abs(error).max())}
+        found |= {
+            "rms_logit_error": float(np.sqrt((error**2).mean())),
+            "largest_logit_error": float(np.abs(error).max()),
+        }
     if FLAGS.top_k:
         found[f"hr@{FLAGS.top_k}"] = hits / max(asked, 1)
         if exact:
             same = [
-                np.isin(a, b).mean() for mine, theirs in zip(best, exact["best"], strict=True) for a, b in zip(mine, theirs, strict=True)
+                np.isin(a, b).mean()
+                for mine, theirs in zip(best, exact["best"], strict=True)
+                for a, b in zip(mine, theirs, strict=True)
             ]
             found["answers_that_stay"] = float(np.mean(same))
     return found, answers
@@ -103,7 +130,11 @@ def measure(
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of a trained ranking run", required=True)
     flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
-    flags.DEFINE_integer("top_k", 0, "also rank all items for every request, and look at so many; 0: not")
-    flags.DEFINE_integer("requests", 256, "requests to answer from all items; rounded up to whole batches")
+    flags.DEFINE_integer(
+        "top_k", 0, "also rank all items for every request, and look at so many; 0: not"
+    )
+    flags.DEFINE_integer(
+        "requests", 256, "requests to answer from all items; rounded up to whole batches"
+    )
     flags.DEFINE_string("record", None, "JSON file for the result")
     command.run(main)

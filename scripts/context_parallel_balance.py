@@ -34,8 +34,16 @@ def balance(rows: int = 65536, shards: int = 8) -> dict[str, Any]:
     for kind in ("equal", "lognormal", "zipf", "one long, many short"):
         for seed in range(5):
             lengths = draw_lengths(np.random.default_rng(seed), kind, rows, rows // 2)
-            seen = semi_local.row_intervals(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), rows)
-            by_key_T = sum(np.asarray(hi) - np.asarray(lo) for lo, hi in zip(seen[::2], seen[1::2], strict=True)) + 1
+            seen = semi_local.row_intervals(
+                np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), rows
+            )
+            by_key_T = (
+                sum(
+                    np.asarray(hi) - np.asarray(lo)
+                    for lo, hi in zip(seen[::2], seen[1::2], strict=True)
+                )
+                + 1
+            )
             by_row_T = causal.row_pairs(lengths, rows)
             loads = {
                 "causal": {
@@ -47,7 +55,9 @@ def balance(rows: int = 65536, shards: int = 8) -> dict[str, Any]:
             }
             for mask, layouts in loads.items():
                 worst = found.setdefault(f"{kind}/{mask}", {})
-                worst.update({name: max(worst.get(name, 0.0), load) for name, load in layouts.items()})
+                worst.update(
+                    {name: max(worst.get(name, 0.0), load) for name, load in layouts.items()}
+                )
     return {"rows": rows, "shards": shards, "block": 128, "draws": 5, "busiest_over_mean": found}
 
 

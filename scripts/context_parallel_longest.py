@@ -20,7 +20,12 @@ from scripts.context_parallel_model import Case, Program
 GIB = 2**30
 USERS = 336  # of a group: so many that what is read is memory of activations, at lengths of some thousands
 CONTEXTS = (1, 2, 4, 8)
-VARIANTS = (("causal", "none"), ("semi_local", "none"), ("causal", "selective"), ("semi_local", "selective"))
+VARIANTS = (
+    ("causal", "none"),
+    ("semi_local", "none"),
+    ("causal", "selective"),
+    ("semi_local", "selective"),
+)
 STRATEGY = {"causal": "ring", "semi_local": "halo"}
 # An H100, but for its memory: with little, XLA begins to rematerialise by itself.
 HOPPER = """
@@ -39,7 +44,11 @@ UNTUNED = {"xla_gpu_autotune_level": 0}  # there is no GPU to search for algorit
 
 def hopper(count: int) -> list[Any]:
     """GPUs to compile for."""
-    return list(topologies.get_topology_desc(platform="cuda", target_config=HOPPER, topology=f"1x1x{count}").devices)
+    return list(
+        topologies.get_topology_desc(
+            platform="cuda", target_config=HOPPER, topology=f"1x1x{count}"
+        ).devices
+    )
 
 
 def bytes_of(case: Case) -> int:
@@ -49,7 +58,13 @@ def bytes_of(case: Case) -> int:
     return Program(case, hopper(case.devices)).compile(UNTUNED).bytes()
 
 
-def longest(case: Case, budget: float, step: int, measure: Callable[[Case], int] = bytes_of, compiles: int = 8) -> dict[str, Any]:
+def longest(
+    case: Case,
+    budget: float,
+    step: int,
+    measure: Callable[[Case], int] = bytes_of,
+    compiles: int = 8,
+) -> dict[str, Any]:
     """The longest history, a multiple of `step`, whose step takes no more than `budget` bytes. Memory is nearly linear in the length.
 
     Args:
@@ -86,11 +101,21 @@ def search(
 
     def guess(mask: str, remat: str, context: int) -> int:
         found = (known or {}).get(f"{mask}/{remat}", {}).get(str(context))
-        return found["longest"] if found else context * (64 if small else {"none": 2048, "selective": 7488}[remat])
+        return (
+            found["longest"]
+            if found
+            else context * (64 if small else {"none": 2048, "selective": 7488}[remat])
+        )
 
     cases = {
         (f"{mask}/{remat}", context): Case(
-            mask, users, guess(mask, remat, context), context=context, strategy=STRATEGY[mask], remat=remat, small=small
+            mask,
+            users,
+            guess(mask, remat, context),
+            context=context,
+            strategy=STRATEGY[mask],
+            remat=remat,
+            small=small,
         )
         for context in contexts
         for mask, remat in variants
@@ -99,7 +124,9 @@ def search(
     if jobs <= 1:
         yield from ((*key, run(case)) for key, case in cases.items())
         return
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_without_devices) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=_without_devices
+    ) as pool:
         futures = {pool.submit(run, case): key for key, case in cases.items()}
         for done in concurrent.futures.as_completed(futures):
             yield *futures[done], done.result()
@@ -119,7 +146,9 @@ def _without_devices() -> None:
 # --- on GPUs ---
 
 
-def prepare_training(case: Case, steps: int, options: dict[str, Any] | None = None) -> Callable[[], dict[str, Any]]:
+def prepare_training(
+    case: Case, steps: int, options: dict[str, Any] | None = None
+) -> Callable[[], dict[str, Any]]:
     """Compiles a step. What it returns trains some: times, losses and the memory that the last of the devices took, in a process that does nothing else."""
     devices = jax.devices()
     started = time.perf_counter()
@@ -148,7 +177,9 @@ def prepare_training(case: Case, steps: int, options: dict[str, Any] | None = No
     return train
 
 
-def lengths_to_confirm(record: dict[str, Any], context: int, room: float) -> Iterator[tuple[Case, int]]:
+def lengths_to_confirm(
+    record: dict[str, Any], context: int, room: float
+) -> Iterator[tuple[Case, int]]:
     """Cases of a record that a device with `room` bytes can run, shortened where it has less than the budget, and the bytes that were found for them."""
     for variant, by_context in record["variants"].items():
         mask, remat = variant.split("/")
@@ -158,4 +189,7 @@ def lengths_to_confirm(record: dict[str, Any], context: int, room: float) -> Ite
         length = found["longest"]
         if found["bytes"] > room:
             length = int(length * room / found["bytes"]) // found["step"] * found["step"]
-        yield Case(mask, record["users"], length, context=context, strategy=STRATEGY[mask]), found["bytes"]
+        yield (
+            Case(mask, record["users"], length, context=context, strategy=STRATEGY[mask]),
+            found["bytes"],
+        )

@@ -10,7 +10,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 from scripts.tables import FIGURES, NOT_MEASURED, load, markdown  # noqa: E402
 
 GIB = 2**30
-PUBLISHED = {1: 3072, 2: 4096, 4: 7168, 8: 16384}  # arXiv 2508.04711, one H100 of 80 GB a shard, no rematerialisation
+PUBLISHED = {
+    1: 3072,
+    2: 4096,
+    4: 7168,
+    8: 16384,
+}  # arXiv 2508.04711, one H100 of 80 GB a shard, no rematerialisation
 VARIANTS = {
     "causal/none": "full causal, `ring`",
     "semi_local/none": "semi-local, `halo`",
@@ -23,7 +28,10 @@ MASKS = {"semi_local": "semi-local", "causal": "full causal"}
 
 def steps_record() -> dict[str, Any] | None:
     """Of whatever GPU was measured."""
-    return next((record for name in ("h200", "h100") if (record := load(f"context_parallel_steps_{name}"))), None)
+    return next(
+        (record for name in ("h200", "h100") if (record := load(f"context_parallel_steps_{name}"))),
+        None,
+    )
 
 
 def origin(record: dict[str, Any]) -> str:
@@ -34,7 +42,13 @@ def longest_table() -> str:
     record = load("context_parallel_longest")
     contexts = list(PUBLISHED)
     header = ["", *(f"{c}" for c in contexts), "8 over 1"]
-    rows = [["published (arXiv 2508.04711)", *(f"{PUBLISHED[c]:,}" for c in contexts), f"{PUBLISHED[8] / PUBLISHED[1]:.1f}"]]
+    rows = [
+        [
+            "published (arXiv 2508.04711)",
+            *(f"{PUBLISHED[c]:,}" for c in contexts),
+            f"{PUBLISHED[8] / PUBLISHED[1]:.1f}",
+        ]
+    ]
     if record is None:
         return markdown(header, [*rows, ["ours", *[NOT_MEASURED] * 4, ""]])
     for variant, label in VARIANTS.items():
@@ -42,7 +56,9 @@ def longest_table() -> str:
         if found:
             lengths = {c: found[str(c)]["longest"] for c in contexts if str(c) in found}
             ratio = f"{lengths[8] / lengths[1]:.2f}" if {1, 8} <= lengths.keys() else ""
-            rows.append([label, *(f"{lengths[c]:,}" if c in lengths else "" for c in contexts), ratio])
+            rows.append(
+                [label, *(f"{lengths[c]:,}" if c in lengths else "" for c in contexts), ratio]
+            )
     notes = [
         f"Events of each of {record['users']} histories of a group, by the group's devices; {record['budget_GiB']:.0f} GiB a device, by the compiler's count of a "
         f"whole training step, compiled for {record['compiled_for']}. Commit {record['commit']}, {record['date'][:10]}."
@@ -52,12 +68,20 @@ def longest_table() -> str:
             notes.append(f"A confirmation failed: {run['error'].splitlines()[0]}")
             continue
         case, peak = run["case"], run["bytes_peak"]
-        measured = f"{peak / GIB:.1f} GiB at most, {run['bytes_predicted'] / GIB:.1f} by the compiler" if peak else "memory not reported"
+        measured = (
+            f"{peak / GIB:.1f} GiB at most, {run['bytes_predicted'] / GIB:.1f} by the compiler"
+            if peak
+            else "memory not reported"
+        )
         notes.append(
             f"Trained on {case['context']} x {record['confirmed']['device'].split(' x ')[-1]}: {MASKS[case['mask']]}, {case['length']:,} events: {measured}."
         )
     return "\n\n".join(
-        [markdown(header, rows), *notes, "![Speed-up by strategy, and longest sequence over devices](figures/context_parallel.png)"]
+        [
+            markdown(header, rows),
+            *notes,
+            "![Speed-up by strategy, and longest sequence over devices](figures/context_parallel.png)",
+        ]
     )
 
 
@@ -83,8 +107,19 @@ def steps_table() -> str:
                     f"{found['speed_up']:.2f}" if "speed_up" in found else "",
                 ]
             )
-    header = ["mask", "devices share", "batch", "ms a step", "million tokens a second", "MB a device sends", "GiB a device", "speed-up"]
-    notes = [f"Speed-up: tokens a second over those of one device. {record['devices']} of {origin(record)}"]
+    header = [
+        "mask",
+        "devices share",
+        "batch",
+        "ms a step",
+        "million tokens a second",
+        "MB a device sends",
+        "GiB a device",
+        "speed-up",
+    ]
+    notes = [
+        f"Speed-up: tokens a second over those of one device. {record['devices']} of {origin(record)}"
+    ]
     if long := record.get("long"):
         case, peak = long["case"], long["bytes_peak"]
         steady = sorted(long["step_ms"][1:])[len(long["step_ms"][1:]) // 2]
@@ -98,7 +133,9 @@ def steps_table() -> str:
 
 def _case(name: str) -> str:
     kind, _, more = name.partition(", ")
-    label = {"one device": "nothing: one device", "data": "the users (`data`)"}.get(kind, f"rows, `{kind}`")
+    label = {"one device": "nothing: one device", "data": "the users (`data`)"}.get(
+        kind, f"rows, `{kind}`"
+    )
     return f"{label}, {more}" if more else label
 
 
@@ -122,9 +159,19 @@ def reshard_table() -> str:
                     f"{values['bytes_sent'] / 1e6:,.1f}",
                 ]
             )
-    header = ["rows lie in", "by", "batches a second", "of all-gather's", "temporary MiB a device", "MB a device sends"]
+    header = [
+        "rows lie in",
+        "by",
+        "batches a second",
+        "of all-gather's",
+        "temporary MiB a device",
+        "MB a device sends",
+    ]
     return "\n\n".join(
-        [markdown(header, rows), f"{found['rows']:,} rows of width {found['width']} over {found['devices']} devices; {origin(record)}"]
+        [
+            markdown(header, rows),
+            f"{found['rows']:,} rows of width {found['width']} over {found['devices']} devices; {origin(record)}",
+        ]
     )
 
 
@@ -136,7 +183,13 @@ def balance_table() -> str:
     rows = []
     for key, values in record["busiest_over_mean"].items():
         lengths, mask = key.split("/")
-        rows.append([lengths, MASKS[mask], *(f"{values[layout]:.3f}" if layout in values else "" for layout in layouts)])
+        rows.append(
+            [
+                lengths,
+                MASKS[mask],
+                *(f"{values[layout]:.3f}" if layout in values else "" for layout in layouts),
+            ]
+        )
     note = f"{record['rows']:,} rows over {record['shards']} shards, blocks of {record['block']} rows, the worst of {record['draws']} draws of lengths."
     return "\n\n".join([markdown(["lengths", "mask", *layouts], rows), note])
 
@@ -169,19 +222,30 @@ def _draw_steps(axis: Any, record: dict[str, Any] | None) -> None:
     ]
     for place, (_, mask, value) in enumerate(reversed(bars)):
         axis.barh(place, value, color=colours[mask], height=0.7)
-        axis.text(value - 0.02, place, f"{value:.2f}", va="center", ha="right", color="white", fontsize=8)
+        axis.text(
+            value - 0.02, place, f"{value:.2f}", va="center", ha="right", color="white", fontsize=8
+        )
     axis.set_yticks(range(len(bars)), [name for name, _, _ in reversed(bars)], fontsize=8)
     axis.axvline(record["devices"], color="black", linestyle=":", linewidth=1)
     for mask, colour in colours.items():
         axis.barh(0, 0, color=colour, label=MASKS[mask])
     axis.set(xlabel="tokens a second, over one device", xlim=(0, record["devices"] * 1.1))
-    axis.set_title(f"training step, {record['devices']} x {record['device'].split(' x ')[-1]}", fontsize=10)
+    axis.set_title(
+        f"training step, {record['devices']} x {record['device'].split(' x ')[-1]}", fontsize=10
+    )
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def _draw_longest(axis: Any, record: dict[str, Any] | None) -> None:
     contexts = list(PUBLISHED)
-    axis.plot(contexts, [PUBLISHED[c] for c in contexts], color="tab:grey", marker="s", markersize=4, label="published (arXiv 2508.04711)")
+    axis.plot(
+        contexts,
+        [PUBLISHED[c] for c in contexts],
+        color="tab:grey",
+        marker="s",
+        markersize=4,
+        label="published (arXiv 2508.04711)",
+    )
     looks = {"causal": "tab:blue", "semi_local": "tab:red"}
     for variant, found in (record or {"variants": {}})["variants"].items():
         mask, remat = variant.split("/")
@@ -202,6 +266,11 @@ def _draw_longest(axis: Any, record: dict[str, Any] | None) -> None:
     axis.set_xticks(contexts, [str(c) for c in contexts])
     axis.minorticks_off()
     axis.set(xlabel="devices that share the rows", ylabel="events of each history")
-    axis.set_title(f"longest sequence in {record['budget_GiB']:.0f} GiB a device" if record else "longest sequence", fontsize=10)
+    axis.set_title(
+        f"longest sequence in {record['budget_GiB']:.0f} GiB a device"
+        if record
+        else "longest sequence",
+        fontsize=10,
+    )
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=7)

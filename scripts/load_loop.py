@@ -33,7 +33,9 @@ class Served:
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found += [process] if " ".join(process.cmdline()).startswith("ray::ServeReplica") else []
+                found += (
+                    [process] if " ".join(process.cmdline()).startswith("ray::ServeReplica") else []
+                )
         return found
 
     def rss_mib(self) -> float:
@@ -44,12 +46,23 @@ class Served:
 def deployment(workdir: str, *arguments: str, port: int) -> Iterator[Served]:
     """`experiments.serve` with these arguments, ended by an interrupt. Raises ValueError where it does not come up."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "experiments.serve", f"--workdir={workdir}", f"--port={port}", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.serve",
+        f"--workdir={workdir}",
+        f"--port={port}",
+        *arguments,
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             if not any("its description at /docs" in line for line in process.stdout):
-                raise ValueError(f"{' '.join(command[1:])} ended with {process.wait()}: start it by hand to see why")
+                raise ValueError(
+                    f"{' '.join(command[1:])} ended with {process.wait()}: start it by hand to see why"
+                )
             yield Served(process, f"http://127.0.0.1:{port}", time.monotonic() - started)
         finally:
             process.send_signal(signal.SIGINT)
@@ -67,7 +80,13 @@ class Seen:
     ended: float
 
 
-async def closed_loop(url: str, requests: Sequence[Sent], connections: int, seen: list[Seen] | None = None, what: str = "") -> list[Seen]:
+async def closed_loop(
+    url: str,
+    requests: Sequence[Sent],
+    connections: int,
+    seen: list[Seen] | None = None,
+    what: str = "",
+) -> list[Seen]:
     """Every request once, over so many connections; `seen` fills as answers come."""
     seen = [] if seen is None else seen
     turns = iter(track(requests, what, console=report.make_console(), transient=True))
@@ -77,7 +96,9 @@ async def closed_loop(url: str, requests: Sequence[Sent], connections: int, seen
             began = time.perf_counter()
             try:
                 body = io.BytesIO(sent.body)
-                async with session.request(sent.method, sent.path, data=body, headers={"content-type": sent.kind}) as response:
+                async with session.request(
+                    sent.method, sent.path, data=body, headers={"content-type": sent.kind}
+                ) as response:
                     status, answer = response.status, await response.read()
             except TimeoutError:
                 status, answer = -1, b""
@@ -93,4 +114,8 @@ async def closed_loop(url: str, requests: Sequence[Sent], connections: int, seen
 def speed(seen: Sequence[Seen]) -> dict[str, float]:
     ms = np.array([1e3 * (one.ended - one.began) for one in seen])
     seconds = max(one.ended for one in seen) - min(one.began for one in seen)
-    return {"per_second": len(seen) / seconds, **{f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 95, 99)}, "max_ms": float(ms.max())}
+    return {
+        "per_second": len(seen) / seconds,
+        **{f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 95, 99)},
+        "max_ms": float(ms.max()),
+    }

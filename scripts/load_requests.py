@@ -28,14 +28,22 @@ class Sent:
     rounding: float = SCORE_ERROR  # by how much a score may differ from the expected one
 
 
-def stretches(interactions: Interactions, count: int, events: int, seed: int) -> list[tuple[int, slice]]:
+def stretches(
+    interactions: Interactions, count: int, events: int, seed: int
+) -> list[tuple[int, slice]]:
     """Random stretches of so many events of users who have them: row of the user, and events."""
     rng = np.random.default_rng(seed)
     long = np.flatnonzero(interactions.lengths >= events)
     if not len(long):
-        raise ValueError(f"no user has {events} events: the longest history has {interactions.lengths.max()}")
+        raise ValueError(
+            f"no user has {events} events: the longest history has {interactions.lengths.max()}"
+        )
     first = [
-        (user, int(interactions.offsets[user] + rng.integers(interactions.lengths[user] - events + 1))) for user in rng.choice(long, count)
+        (
+            user,
+            int(interactions.offsets[user] + rng.integers(interactions.lengths[user] - events + 1)),
+        )
+        for user in rng.choice(long, count)
     ]
     return [(int(user), slice(start, start + events)) for user, start in first]
 
@@ -44,14 +52,23 @@ def histories(interactions: Interactions, count: int, events: int, seed: int) ->
     """The histories of `stretches`."""
     found = []
     for _, span in stretches(interactions, count, events, seed):
-        times = {} if interactions.timestamps is None else {"times": interactions.timestamps[span].tolist()}
-        found.append({"history": interactions.catalog.decode(interactions.items[span]).tolist(), **times})
+        times = (
+            {}
+            if interactions.timestamps is None
+            else {"times": interactions.timestamps[span].tolist()}
+        )
+        found.append(
+            {"history": interactions.catalog.decode(interactions.items[span]).tolist(), **times}
+        )
     return found
 
 
 def timed(interactions: Interactions, count: int, events: int, seed: int) -> list[Sent]:
     """Good requests that are all alike: a history of so many events, top 10."""
-    return [Sent(json.dumps(request).encode()) for request in histories(interactions, count, events, seed)]
+    return [
+        Sent(json.dumps(request).encode())
+        for request in histories(interactions, count, events, seed)
+    ]
 
 
 def checked(service: Service, count: int, events: int, seed: int) -> list[Sent]:
@@ -76,13 +93,22 @@ def checked(service: Service, count: int, events: int, seed: int) -> list[Sent]:
         requests.append(kinds[rng.choice(len(kinds), p=[0.4, 0.25, 0.15, 0.1, 0.05, 0.05])])
     # More places than were asked for: two items whose scores differ by rounding may change places at the end, too.
     wide = [request | {"k": request.get("k", 10) + 5} for request in requests]
-    return [Sent(json.dumps(request).encode(), answer) for request, answer in zip(requests, answers(service, wide), strict=True)]
+    return [
+        Sent(json.dumps(request).encode(), answer)
+        for request, answer in zip(requests, answers(service, wide), strict=True)
+    ]
 
 
 def answers(service: Any, requests: Sequence[dict]) -> list[Any]:
     """Of the model in this process."""
-    prepared = [service.prepare(service.request_type.model_validate_json(json.dumps(request))) for request in requests]
-    batches = [prepared[i : i + service.model.max_users] for i in range(0, len(prepared), service.model.max_users)]
+    prepared = [
+        service.prepare(service.request_type.model_validate_json(json.dumps(request)))
+        for request in requests
+    ]
+    batches = [
+        prepared[i : i + service.model.max_users]
+        for i in range(0, len(prepared), service.model.max_users)
+    ]
     return [answer for batch in batches for answer in service.answer(batch)]
 
 
@@ -92,9 +118,14 @@ def right(sent: Sent, body: bytes) -> bool:
         return True
     got, k = Answer.model_validate_json(body), json.loads(sent.body).get("k", 10)
     scores = {item.item: item.score for item in sent.expected.items}
-    same = (got.source, got.warnings, len(got.items)) == (sent.expected.source, sent.expected.warnings, min(k, len(sent.expected.items)))
+    same = (got.source, got.warnings, len(got.items)) == (
+        sent.expected.source,
+        sent.expected.warnings,
+        min(k, len(sent.expected.items)),
+    )
     return same and all(
-        abs(item.score - wanted.score) <= sent.rounding and abs(scores.get(item.item, np.inf) - wanted.score) <= sent.rounding
+        abs(item.score - wanted.score) <= sent.rounding
+        and abs(scores.get(item.item, np.inf) - wanted.score) <= sent.rounding
         for item, wanted in zip(got.items, sent.expected.items, strict=False)
     )
 
@@ -114,9 +145,18 @@ def bad(count: int, seed: int, wrong: Sequence[str] = _WRONG, path: str = RECOMM
     """Requests that must be refused: each is answered with 4xx."""
     rng = np.random.default_rng(seed)
     made = [Sent(body.encode(), good=False, path=path) for body in wrong]
-    made += [Sent(b" " * (MAX_BODY_BYTES + 1), good=False, path=path), Sent(b'{"history": [1]}', good=False, kind="text/plain", path=path)]
-    made += [Sent(b"", good=False, path="/nowhere"), Sent(b"", good=False, method="GET", path=path), Sent(b"", good=False, path=path)]
-    noise = [Sent(rng.bytes(int(rng.integers(1, 400))), good=False, path=path) for _ in range(count // 4)]
+    made += [
+        Sent(b" " * (MAX_BODY_BYTES + 1), good=False, path=path),
+        Sent(b'{"history": [1]}', good=False, kind="text/plain", path=path),
+    ]
+    made += [
+        Sent(b"", good=False, path="/nowhere"),
+        Sent(b"", good=False, method="GET", path=path),
+        Sent(b"", good=False, path=path),
+    ]
+    noise = [
+        Sent(rng.bytes(int(rng.integers(1, 400))), good=False, path=path) for _ in range(count // 4)
+    ]
     return [*noise, *(made[i] for i in rng.integers(len(made), size=count - len(noise)))]
 
 
@@ -127,5 +167,7 @@ def steps(service: Service) -> dict[str, Callable[[Any], Any]]:
         "prepare": lambda read: [service.prepare(request).query for request in read],
         "encode": lambda queries: (queries, service.model.encode(queries)),
         "best": lambda both: service.model.best(both[1], both[0]),
-        "write": lambda answers: [as_answer(items, "model", ()).model_dump_json() for items in answers],
+        "write": lambda answers: [
+            as_answer(items, "model", ()).model_dump_json() for items in answers
+        ],
     }

@@ -27,12 +27,21 @@ def told(interactions: Interactions, count: int, events: int, seed: int) -> list
     known = interactions.catalog.raw_ids[1:]
     requests = []
     for user, span in stretches(interactions, count, events, seed):
-        words = {name: interactions.context_values[name][codes[user]] for name, codes in interactions.contexts.items()}
-        times = {} if interactions.timestamps is None else {"times": interactions.timestamps[span].tolist()}
+        words = {
+            name: interactions.context_values[name][codes[user]]
+            for name, codes in interactions.contexts.items()
+        }
+        times = (
+            {}
+            if interactions.timestamps is None
+            else {"times": interactions.timestamps[span].tolist()}
+        )
         requests.append(
             {
                 "history": interactions.catalog.decode(interactions.items[span]).tolist(),
-                "actions": {name: values[span].tolist() for name, values in interactions.actions.items()},
+                "actions": {
+                    name: values[span].tolist() for name, values in interactions.actions.items()
+                },
                 "context": {name: word for name, word in words.items() if word},
                 "candidates": rng.choice(known, CANDIDATES).tolist(),
                 **times,
@@ -43,7 +52,10 @@ def told(interactions: Interactions, count: int, events: int, seed: int) -> list
 
 def timed(interactions: Interactions, count: int, events: int, seed: int) -> list[Sent]:
     """Good requests that are all alike: a history of so many events, `CANDIDATES` candidates."""
-    return [Sent(json.dumps(request).encode(), path=SCORE) for request in told(interactions, count, events, seed)]
+    return [
+        Sent(json.dumps(request).encode(), path=SCORE)
+        for request in told(interactions, count, events, seed)
+    ]
 
 
 def checked(service: ScoreService, count: int, events: int, seed: int) -> list[Sent]:
@@ -62,14 +74,20 @@ def checked(service: ScoreService, count: int, events: int, seed: int) -> list[S
         kinds = [
             whole,
             whole | cut | {"candidates": some},
-            {"user": interactions.users[rng.integers(interactions.num_users)].item(), "candidates": some},
+            {
+                "user": interactions.users[rng.integers(interactions.num_users)].item(),
+                "candidates": some,
+            },
             {"history": [], "candidates": some},
             {**cut, "candidates": [*some, absent, *some]},
         ]
         requests.append(kinds[rng.choice(len(kinds), p=[0.4, 0.25, 0.2, 0.05, 0.1])])
     expected = load_requests.answers(service, requests)
     options: dict[str, Any] = dict(path=SCORE, rounding=ROUNDING[service.model.config.model.dtype])
-    return [Sent(json.dumps(request).encode(), answer, **options) for request, answer in zip(requests, expected, strict=True)]
+    return [
+        Sent(json.dumps(request).encode(), answer, **options)
+        for request, answer in zip(requests, expected, strict=True)
+    ]
 
 
 def right(sent: Sent, body: bytes) -> bool:
@@ -77,12 +95,19 @@ def right(sent: Sent, body: bytes) -> bool:
     if sent.expected is None:
         return True
     got, wanted = ScoreAnswer.model_validate_json(body), sent.expected
-    if (got.events, got.warnings, len(got.candidates)) != (wanted.events, wanted.warnings, len(wanted.candidates)):
+    if (got.events, got.warnings, len(got.candidates)) != (
+        wanted.events,
+        wanted.warnings,
+        len(wanted.candidates),
+    ):
         return False
     for one, other in zip(got.candidates, wanted.candidates, strict=True):
         if one.item != other.item or (one.scores or {}).keys() != (other.scores or {}).keys():
             return False
-        if any(abs(value - other.scores[task]) > sent.rounding for task, value in (one.scores or {}).items()):
+        if any(
+            abs(value - other.scores[task]) > sent.rounding
+            for task, value in (one.scores or {}).items()
+        ):
             return False
     return True
 
@@ -115,5 +140,8 @@ def steps(service: ScoreService) -> dict[str, Callable[[Any], Any]]:
         "prepare": lambda read: [service.prepare(request) for request in read],
         "encode": lambda prepared: (prepared, model.encode([p.query for p in prepared])),
         "score": lambda both: (both[0], model.score(both[1], [p.query for p in both[0]])),
-        "write": lambda both: [service.as_answer(p, score_CK).model_dump_json() for p, score_CK in zip(*both, strict=True)],
+        "write": lambda both: [
+            service.as_answer(p, score_CK).model_dump_json()
+            for p, score_CK in zip(*both, strict=True)
+        ],
     }

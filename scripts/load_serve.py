@@ -41,7 +41,9 @@ def main(_: list[str]) -> None:
     service = open_service(FLAGS.workdir, FLAGS.raw_dir)
     asked = asked_of(service)
     if service.data is None:
-        raise ValueError(f"{FLAGS.workdir} is an exported model: requests are made from the data of a run's folder")
+        raise ValueError(
+            f"{FLAGS.workdir} is an exported model: requests are made from the data of a run's folder"
+        )
     interactions = service.data.interactions
     result: dict[str, Any] = {
         **provenance.provenance(),
@@ -57,7 +59,9 @@ def main(_: list[str]) -> None:
     arguments = [*([f"--raw_dir={FLAGS.raw_dir}"] if FLAGS.raw_dir else []), *FLAGS.serve.split()]
     with deployment(FLAGS.workdir, *arguments, port=FLAGS.port) as served:
         result["seconds_to_start"] = served.seconds
-        alike = asked.timed(interactions, len(FLAGS.connections) * FLAGS.timed, FLAGS.history, seed=0)
+        alike = asked.timed(
+            interactions, len(FLAGS.connections) * FLAGS.timed, FLAGS.history, seed=0
+        )
         result["example"] = asyncio.run(example(served, asked.EXAMPLE, alike[0].path))
         result["rates"] = asyncio.run(rates(served, alike))
     known = asked.checked(service, FLAGS.requests // 10, FLAGS.history, seed=1)
@@ -82,10 +86,12 @@ def judge(result: dict[str, Any]) -> list[str]:
     """What must hold on any machine, however slow."""
     mixed, kill = result["mixed"], result["kill"]
     claims = {
-        "good requests were refused, bad ones taken, or a status was 5xx": mixed["wrong_status"] == 0,
+        "good requests were refused, bad ones taken, or a status was 5xx": mixed["wrong_status"]
+        == 0,
         "answers were wrong": mixed["wrong_answers"] == kill["wrong_answers"] == 0,
         "requests hung": mixed["hung"] == kill["hung"] == 0,
-        "a killed replica lost requests that it did not hold": kill["lost_before_or_after"] == 0 and kill["lost"] <= kill["connections"],
+        "a killed replica lost requests that it did not hold": kill["lost_before_or_after"] == 0
+        and kill["lost"] <= kill["connections"],
         "no replica came back": kill["replicas_at_the_end"] == 2,
     }
     return [name for name, holds in claims.items() if not holds]
@@ -100,7 +106,9 @@ def stages(service: Service | ScoreService, requests: Sequence[Sent]) -> dict[st
         for name, step in steps.items():
             started = time.perf_counter()
             value = step(value)
-            took[name].append(1e3 * (time.perf_counter() - started) / len(requests[first : first + CALL]))
+            took[name].append(
+                1e3 * (time.perf_counter() - started) / len(requests[first : first + CALL])
+            )
     return {name: statistics.median(values) for name, values in took.items()}
 
 
@@ -116,9 +124,16 @@ async def rates(served: Served, good: Sequence[Sent]) -> list[dict[str, Any]]:
     for number, connections in enumerate(map(int, FLAGS.connections)):
         for histories in ("new", "known"):
             requests = good[number * FLAGS.timed : (number + 1) * FLAGS.timed]
-            seen = await closed_loop(served.url, requests, connections, what=f"{connections} connections, {histories} histories")
+            seen = await closed_loop(
+                served.url,
+                requests,
+                connections,
+                what=f"{connections} connections, {histories} histories",
+            )
             if refused := [one.status for one in seen if one.status != 200]:
-                raise ValueError(f"{len(refused)} of {len(seen)} good requests were not answered, the first has status {refused[0]}")
+                raise ValueError(
+                    f"{len(refused)} of {len(seen)} good requests were not answered, the first has status {refused[0]}"
+                )
             rows.append({"connections": connections, "histories": histories, **speed(seen)})
     return rows
 
@@ -127,7 +142,10 @@ async def mixed(served: Served, asked: Any, known: Sequence[Sent], count: int) -
     """Four good requests to one bad one in random order; the good ones are drawn from `known`, so that the cache is hit too."""
     rng = np.random.default_rng(3)
     wrong_ones = asked.bad(count // 5, seed=2)
-    requests = [*wrong_ones, *(known[i] for i in rng.integers(len(known), size=count - len(wrong_ones)))]
+    requests = [
+        *wrong_ones,
+        *(known[i] for i in rng.integers(len(known), size=count - len(wrong_ones))),
+    ]
     requests = [requests[i] for i in rng.permutation(len(requests))]
     seen: list[Seen] = []
     memory: list[tuple[int, float]] = []
@@ -148,8 +166,13 @@ async def mixed(served: Served, asked: Any, known: Sequence[Sent], count: int) -
         "bad": len(wrong_ones),
         "connections": IN_LOOP,
         "statuses": {str(status): sum(one.status == status for one in seen) for status in statuses},
-        "wrong_status": sum(not (one.status == 200 if one.sent.good else 400 <= one.status < 500) for one in seen),
-        "wrong_answers": sum(one.sent.good and one.status == 200 and not asked.right(one.sent, one.body) for one in seen),
+        "wrong_status": sum(
+            not (one.status == 200 if one.sent.good else 400 <= one.status < 500) for one in seen
+        ),
+        "wrong_answers": sum(
+            one.sent.good and one.status == 200 and not asked.right(one.sent, one.body)
+            for one in seen
+        ),
         "hung": sum(one.status == -1 for one in seen),
         **speed(seen),
         "rss_mib": memory,
@@ -177,11 +200,15 @@ async def kill(served: Served, asked: Any, good: Sequence[Sent]) -> dict[str, An
         "replicas": len(victims),
         "lost": len(lost),
         "lost_statuses": [one.status for one in lost],
-        "lost_before_or_after": sum(not one.began <= moment + 0.05 <= one.ended + 0.1 for one in lost),
+        "lost_before_or_after": sum(
+            not one.began <= moment + 0.05 <= one.ended + 0.1 for one in lost
+        ),
         "slowest_lost_s": max((one.ended - one.began for one in lost), default=0.0),
         "slowest_answered_s": max(one.ended - one.began for one in seen if one.status == 200),
         "hung": sum(one.status == -1 for one in seen),
-        "wrong_answers": sum(one.status == 200 and not asked.right(one.sent, one.body) for one in seen),
+        "wrong_answers": sum(
+            one.status == 200 and not asked.right(one.sent, one.body) for one in seen
+        ),
         "replicas_at_the_end": len(served.replicas()),
     }
 

@@ -6,7 +6,10 @@ import matplotlib.pyplot as plt
 
 from scripts.tables import FIGURES, NOT_MEASURED, load, markdown
 
-RECOMMEND, SCORE = "serve_load_cpu", "serve_scores_cpu"  # records of a retrieval and of a ranking run
+RECOMMEND, SCORE = (
+    "serve_load_cpu",
+    "serve_scores_cpu",
+)  # records of a retrieval and of a ranking run
 STAGES = {
     RECOMMEND: {
         "read": "reading the JSON",
@@ -41,16 +44,31 @@ def load_table(name: str) -> str:
     if not record:
         return NOT_MEASURED
     rows = [
-        [str(row["connections"]), row["histories"], *(f"{row[key]:.0f}" for key in ("per_second", "p50_ms", "p99_ms", "max_ms"))]
+        [
+            str(row["connections"]),
+            row["histories"],
+            *(f"{row[key]:.0f}" for key in ("per_second", "p50_ms", "p99_ms", "max_ms")),
+        ]
         for row in record["rates"]
     ]
     mixed, kill = record["mixed"], record["kill"]
-    bad = ", ".join(f"{count} x {status}" for status, count in mixed["statuses"].items() if status != "200")
-    before, after = (load_average[0] for load_average in (record["load_average_before"], record["load_average_after"]))
-    what = f"{record['candidates']} candidates" if name == SCORE else f"top 10 of {record['items']:,} items"
+    bad = ", ".join(
+        f"{count} x {status}" for status, count in mixed["statuses"].items() if status != "200"
+    )
+    before, after = (
+        load_average[0]
+        for load_average in (record["load_average_before"], record["load_average_after"])
+    )
+    what = (
+        f"{record['candidates']} candidates"
+        if name == SCORE
+        else f"top 10 of {record['items']:,} items"
+    )
     return "\n\n".join(
         [
-            markdown(["connections", "histories", "requests/s", "p50 ms", "p99 ms", "slowest ms"], rows),
+            markdown(
+                ["connections", "histories", "requests/s", "p50 ms", "p99 ms", "slowest ms"], rows
+            ),
             f"{record['config']}, history {record['history']}, {what}, one replica{' with ' + record['serve'] if record['serve'] else ''} and the client "
             f"on {record['host_cores']} CPU cores; load average {before:.1f} before and {after:.1f} after"
             f"{'; ' + record['note'] if 'note' in record else ''}.",
@@ -83,13 +101,29 @@ def serve_figure() -> None:
         rows = [row for row in record["rates"] if row["histories"] == histories]
         for quantile, line in (("p50_ms", ":"), ("p99_ms", "-")):
             x, y = [row["per_second"] for row in rows], [row[quantile] for row in rows]
-            speed.plot(x, y, line, marker="o", markersize=4, color=colour, label=f"{histories} histories, {quantile[:3]}")
+            speed.plot(
+                x,
+                y,
+                line,
+                marker="o",
+                markersize=4,
+                color=colour,
+                label=f"{histories} histories, {quantile[:3]}",
+            )
         for row in rows:
             speed.annotate(
-                str(row["connections"]), (row["per_second"], row["p99_ms"]), xytext=(4, 4), textcoords="offset points", fontsize=8
+                str(row["connections"]),
+                (row["per_second"], row["p99_ms"]),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=8,
             )
     speed.set(
-        xlabel="requests/s", ylabel="latency, ms", title="closed loop, number of connections beside p99", ylim=(0, None), xlim=(0, None)
+        xlabel="requests/s",
+        ylabel="latency, ms",
+        title="closed loop, number of connections beside p99",
+        ylim=(0, None),
+        xlim=(0, None),
     )
     speed.legend(frameon=False, fontsize=8)
     memory.plot(*zip(*record["mixed"]["rss_mib"], strict=True), color="tab:grey")

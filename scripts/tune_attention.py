@@ -16,7 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.hstu_attention import make_plan, mosaic_hopper, mosaic_hopper_dq, mosaic_hopper_vjp, triton, tuning
+from kernels.hstu_attention import (
+    make_plan,
+    mosaic_hopper,
+    mosaic_hopper_dq,
+    mosaic_hopper_vjp,
+    triton,
+    tuning,
+)
 from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention.mosaic_schedule import WorkList
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
@@ -27,12 +34,21 @@ from ultra_hstu.provenance import provenance
 
 NAMES = "causal_d64_4x8192,causal_d128_4x8192,causal_d256_4x8192,window_d128_2x16384,short_d64_512x100,ml1m,ml1m_large"
 CALLS = 10  # in one program: kernels of the short workloads take less time than their dispatch
-ALLOWED = {2: 2e-2, 4: 5e-3}  # error of the winner by bytes of an element; float32 products are TF32
+ALLOWED = {
+    2: 2e-2,
+    4: 5e-3,
+}  # error of the winner by bytes of an element; float32 products are TF32
 
 # block_q, block_k, warps, stages
 TRITON = {
     (2, 64): {
-        "forward": [(128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 4), (128, 128, 8, 3)],
+        "forward": [
+            (128, 64, 4, 3),
+            (64, 64, 4, 3),
+            (64, 64, 4, 4),
+            (128, 64, 4, 4),
+            (128, 128, 8, 3),
+        ],
         "queries": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3)],
         "keys": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (32, 64, 4, 3)],
     },
@@ -58,15 +74,27 @@ TRITON = {
     },
 }
 MOSAIC = {
-    64: {"forward": [{"block_k": 128, "stages": 4}, {"block_k": 64, "stages": 4}], "backward": [{"passes": 1}, {"passes": 2}]},
-    128: {
-        "forward": [{"block_k": 128, "stages": 2}, {"block_k": 64, "stages": 4}, {"block_k": 64, "stages": 3}],
+    64: {
+        "forward": [{"block_k": 128, "stages": 4}, {"block_k": 64, "stages": 4}],
         "backward": [{"passes": 1}, {"passes": 2}],
     },
-    256: {"forward": [{"block_k": 64, "stages": 2, "q_slots": 1}], "backward": [{"passes": 1}, {"passes": 2}]},
+    128: {
+        "forward": [
+            {"block_k": 128, "stages": 2},
+            {"block_k": 64, "stages": 4},
+            {"block_k": 64, "stages": 3},
+        ],
+        "backward": [{"passes": 1}, {"passes": 2}],
+    },
+    256: {
+        "forward": [{"block_k": 64, "stages": 2, "q_slots": 1}],
+        "backward": [{"passes": 1}, {"passes": 2}],
+    },
 }
 
-Made = tuple[dict[str, int], Callable[..., Any], Any]  # a candidate, a function of (plan, q, k, v, g) that runs it, the plan it wants
+Made = tuple[
+    dict[str, int], Callable[..., Any], Any
+]  # a candidate, a function of (plan, q, k, v, g) that runs it, the plan it wants
 
 
 def inputs(w: Workload) -> tuple[Any, dict[str, jax.Array], Any]:
@@ -91,7 +119,9 @@ def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list
 
         def run(plan: Any, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> Any:
             arrays = (q, k, v) if kernel == "forward" else (q, k, v, g)
-            return kernels[kernel](call, *arrays, *triton.bias_and_work(plan, w.options()["scale"], bias))
+            return kernels[kernel](
+                call, *arrays, *triton.bias_and_work(plan, w.options()["scale"], bias)
+            )
 
         return tiling._asdict(), run, jax.jit(lambda: triton.prepared(plan, w.heads, sizes))()
 
@@ -100,20 +130,39 @@ def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list
 
 
 def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
-    width, scale, alpha = max(w.k_width, w.v_width), jnp.float32(w.options()["scale"]), w.options()["alpha"]
+    width, scale, alpha = (
+        max(w.k_width, w.v_width),
+        jnp.float32(w.options()["scale"]),
+        w.options()["alpha"],
+    )
 
     def with_lists(*wanted: WorkList) -> Any:
         return jax.jit(lambda: schedule.with_schedules(plan, wanted))()
 
     def forward(sizes: Any) -> Made:
-        config = dataclasses.replace(mosaic_hopper.forward_config(w.k_width, w.v_width, plan), **sizes)
+        config = dataclasses.replace(
+            mosaic_hopper.forward_config(w.k_width, w.v_width, plan), **sizes
+        )
         ready = with_lists(WorkList.forward(w.heads, config.block_k, config.workers))
-        return sizes, lambda plan, q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config), ready
+        return (
+            sizes,
+            lambda plan, q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config),
+            ready,
+        )
 
     def backward(sizes: Any) -> Made:
         config = mosaic_hopper_vjp.backward_config(w.k_width, w.v_width, plan, **sizes)
-        ready = with_lists(WorkList.backward(w.heads, config), *([mosaic_hopper_dq.work_list(w.heads)] if config.passes == 2 else []))
-        return sizes, lambda plan, q, k, v, g: mosaic_hopper_vjp.gradients(q, k, v, g, plan, scale, alpha, False, config), ready
+        ready = with_lists(
+            WorkList.backward(w.heads, config),
+            *([mosaic_hopper_dq.work_list(w.heads)] if config.passes == 2 else []),
+        )
+        return (
+            sizes,
+            lambda plan, q, k, v, g: mosaic_hopper_vjp.gradients(
+                q, k, v, g, plan, scale, alpha, False, config
+            ),
+            ready,
+        )
 
     yield "forward", [forward(c) for c in MOSAIC[width]["forward"]]
     yield "backward", [backward(c) for c in MOSAIC[width]["backward"]]
@@ -122,7 +171,9 @@ def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list
 TRIALS = {"triton": triton_trials, "mosaic": mosaic_trials}
 
 
-def fastest(name: str, made: list[Made], arrays: tuple[jax.Array, ...]) -> tuple[dict[str, int], float]:
+def fastest(
+    name: str, made: list[Made], arrays: tuple[jax.Array, ...]
+) -> tuple[dict[str, int], float]:
     """(sizes, microseconds) of the winner. A candidate that does not compile, or does not fit, is out."""
 
     def attempt(sizes: dict[str, int], run: Callable[[], Any]) -> Any:
@@ -133,19 +184,27 @@ def fastest(name: str, made: list[Made], arrays: tuple[jax.Array, ...]) -> tuple
             return None
 
     with preparing():
-        programs = [attempt(sizes, lambda: jax.jit(chained(run, CALLS)).lower(plan, *arrays).compile()) for sizes, run, plan in made]  # noqa: B023
+        programs = [
+            attempt(sizes, lambda: jax.jit(chained(run, CALLS)).lower(plan, *arrays).compile())
+            for sizes, run, plan in made
+        ]  # noqa: B023
     times = []
     with turn():
         for (sizes, _, plan), program in zip(made, programs, strict=True):
             if program is None:
                 continue
-            timing = attempt(sizes, lambda: device_time(program, plan, *arrays, repetitions=5, sample_seconds=0.01))  # noqa: B023
+            timing = attempt(
+                sizes,
+                lambda: device_time(program, plan, *arrays, repetitions=5, sample_seconds=0.01),
+            )  # noqa: B023
             if timing is not None:
                 micros = 1e6 * timing.seconds / CALLS
                 print(f"{name} {sizes}: {micros:.1f} us", flush=True)
                 times.append((micros, sizes))
     if not times:
-        raise RuntimeError(f"{name}: no candidate ran; add some to TRITON or MOSAIC in scripts/tune_attention.py")
+        raise RuntimeError(
+            f"{name}: no candidate ran; add some to TRITON or MOSAIC in scripts/tune_attention.py"
+        )
     micros, sizes = min(times, key=lambda pair: pair[0])
     return sizes, micros
 
@@ -153,7 +212,9 @@ def fastest(name: str, made: list[Made], arrays: tuple[jax.Array, ...]) -> tuple
 def error_of(w: Workload, implementation: str, plan: Any, arrays: dict[str, jax.Array]) -> float:
     """Of output and gradients, with the sizes that the table now gives."""
     run = jax.jit(bench_attention.passes(w, implementation)["both"])
-    return bench_attention.error(run(plan, *(arrays[name] for name in "qkvg")), bench_attention.expected(w, arrays))
+    return bench_attention.error(
+        run(plan, *(arrays[name] for name in "qkvg")), bench_attention.expected(w, arrays)
+    )
 
 
 def tune(w: Workload, implementation: str) -> dict[str, Any]:
@@ -162,7 +223,10 @@ def tune(w: Workload, implementation: str) -> dict[str, Any]:
         plan, arrays, bias = inputs(w)
         trials = list(TRIALS[implementation](w, plan, bias))
     tensors = tuple(arrays[name] for name in "qkvg")
-    chosen = {kernel: fastest(f"{w.name} {implementation} {kernel}", made, tensors) for kernel, made in trials}
+    chosen = {
+        kernel: fastest(f"{w.name} {implementation} {kernel}", made, tensors)
+        for kernel, made in trials
+    }
     key = tuning.key(implementation, w.dtype, w.k_width, w.v_width, plan)
     entry = key._asdict() | {
         "sizes": {kernel: sizes for kernel, (sizes, _) in chosen.items()},
@@ -173,7 +237,9 @@ def tune(w: Workload, implementation: str) -> dict[str, Any]:
     with preparing():
         entry["error"] = error_of(w, implementation, plan, arrays)
     if not entry["error"] <= ALLOWED[key.bytes]:
-        raise RuntimeError(f"{w.name}: {implementation} has error {entry['error']:.1e} with {entry['sizes']}, allowed {ALLOWED[key.bytes]}")
+        raise RuntimeError(
+            f"{w.name}: {implementation} has error {entry['error']:.1e} with {entry['sizes']}, allowed {ALLOWED[key.bytes]}"
+        )
     return entry | {"made": {name: provenance()[name] for name in ("versions", "commit", "date")}}
 
 
@@ -184,11 +250,16 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--implementations", default="triton,mosaic")
     parser.add_argument("--workloads", default=NAMES)
     parser.add_argument(
-        "--jobs", type=int, default=1, help="processes that compile side by side; XLA_PYTHON_CLIENT_PREALLOCATE=false with more than 1"
+        "--jobs",
+        type=int,
+        default=1,
+        help="processes that compile side by side; XLA_PYTHON_CLIENT_PREALLOCATE=false with more than 1",
     )
     parser.add_argument("--output", type=pathlib.Path, default=tuning.PATH)
     options = parser.parse_args(arguments)
@@ -197,7 +268,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.workloads.split(","):
         w = WORKLOADS[name]
         for implementation in options.implementations.split(","):
-            if implementation != "mosaic" or not mosaic_hopper.unsupported(jnp.dtype(w.dtype), w.k_width, w.v_width, w.bias or None):
+            if implementation != "mosaic" or not mosaic_hopper.unsupported(
+                jnp.dtype(w.dtype), w.k_width, w.v_width, w.bias or None
+            ):
                 tasks.append((w, implementation))
     new: list[dict[str, Any]] = []
     for _, entry in each(tune, tasks, options.jobs):

@@ -16,7 +16,9 @@ class Turns:
 
     def __init__(self, context: Any):
         self._changed = context.Condition()
-        self._preparing, self._waiting, self._measuring = (context.Value("i", 0, lock=False) for _ in range(3))
+        self._preparing, self._waiting, self._measuring = (
+            context.Value("i", 0, lock=False) for _ in range(3)
+        )
 
     @contextlib.contextmanager
     def _counted(self, count: Any) -> Iterator[None]:
@@ -48,7 +50,9 @@ class Turns:
         with self._changed:
             self._waiting.value += 1
             try:
-                self._changed.wait_for(lambda: not self._preparing.value and not self._measuring.value)
+                self._changed.wait_for(
+                    lambda: not self._preparing.value and not self._measuring.value
+                )
             finally:
                 self._waiting.value -= 1
             with self._counted(self._measuring):
@@ -73,13 +77,17 @@ def turn() -> Any:
     return contextlib.nullcontext() if _turns is None else _turns.measuring()
 
 
-def each(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[tuple[int, Any]]:
+def each(
+    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int
+) -> Iterator[tuple[int, Any]]:
     """(number, result) of `function(*task)` for every task, as they come; with one job in this process, else in `jobs` new ones."""
     if jobs <= 1:
         yield from ((number, function(*task)) for number, task in enumerate(tasks))
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=_share, initargs=(Turns(context),)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, context, initializer=_share, initargs=(Turns(context),)
+    ) as pool:
         numbers = {pool.submit(function, *task): number for number, task in enumerate(tasks)}
         for done in concurrent.futures.as_completed(numbers):
             yield numbers[done], done.result()
@@ -88,7 +96,9 @@ def each(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: i
 Prepare = Callable[..., Callable[[], Any]]
 
 
-def one_by_one(tasks: Sequence[tuple[Prepare, tuple[Any, ...]]], processes: bool = True) -> Iterator[Any]:
+def one_by_one(
+    tasks: Sequence[tuple[Prepare, tuple[Any, ...]]], processes: bool = True
+) -> Iterator[Any]:
     """The result of `prepare(*arguments)()` for every (prepare, arguments), in order; an exception is a result.
 
     All prepare at the same time, each in a process of its own. Then one after another does its work and ends: it has host and devices to itself, and

@@ -51,10 +51,17 @@ class Case:
         self.q, self.k, self.v, self.g = (jnp.asarray(draw(s)).astype(dtype) for s in shapes)
         self.q, self.k, self.v = (x.at[self.real :].set(jnp.nan) for x in (self.q, self.k, self.v))
         longest = int(self.lengths.max())
-        kinds = {None: (), "position": ("position",), "time": ("time",), "both": ("position", "time")}[bias]
+        kinds = {
+            None: (),
+            "position": ("position",),
+            "time": ("time",),
+            "both": ("position", "time"),
+        }[bias]
         self.position_table = jnp.asarray(draw(2 * longest + 1)) if "position" in kinds else None
         self.time_table = jnp.asarray(draw(129)) if "time" in kinds else None
-        times = np.minimum(np.cumsum(np.exp(rng.uniform(0, 14, self.rows + 1))), 2**31 - 1).astype(np.int32)
+        times = np.minimum(np.cumsum(np.exp(rng.uniform(0, 14, self.rows + 1))), 2**31 - 1).astype(
+            np.int32
+        )
         self.timestamps, self.query_timestamps = jnp.asarray(times[:-1]), jnp.asarray(times[1:])
 
     def inputs(self):
@@ -68,7 +75,12 @@ class Case:
     def run(self, inputs, *, mask=AttentionMask(), counts=True, scale=1 / 64, **options):  # noqa: B008
         bias = None
         if "position_table" in inputs or "time_table" in inputs:
-            bias = RelativeBias(inputs.get("position_table"), inputs.get("time_table"), self.timestamps, self.query_timestamps)
+            bias = RelativeBias(
+                inputs.get("position_table"),
+                inputs.get("time_table"),
+                self.timestamps,
+                self.query_timestamps,
+            )
         return hstu_attention(
             inputs["q"], inputs["k"], inputs["v"], self.offsets, mask=mask, alpha=0.3, scale=scale, bias=bias,
             num_targets=self.num_targets if counts else None, num_contextual=self.num_contextual if counts else None, **options,
@@ -79,7 +91,9 @@ class Case:
             out = self.run(inputs, **options)
             # the cotangent of padding rows is 0, as in any loss; the rows themselves hold NaN
             real = (jnp.arange(self.rows) < self.real)[:, None, None]
-            return jnp.sum(jnp.where(real, out.astype(jnp.float32) * self.g.astype(jnp.float32), 0.0)), out
+            return jnp.sum(
+                jnp.where(real, out.astype(jnp.float32) * self.g.astype(jnp.float32), 0.0)
+            ), out
 
         gradients, out = jax.jit(jax.grad(weighted, has_aux=True))(inputs)
         return {"out": out, **{f"d {name}": x for name, x in gradients.items()}}
@@ -93,24 +107,37 @@ def expected(key, mask, dtype, rescale):
         inputs = case.inputs()
         wide = {name: x.astype(jnp.float32) for name, x in inputs.items()}
         scale = case.row_scale() if rescale else 1 / 64
-        return case.out_and_gradients(wide, mask=mask, scale=scale, implementation="reference"), plain(case, inputs, mask, dtype, scale)
+        return case.out_and_gradients(
+            wide, mask=mask, scale=scale, implementation="reference"
+        ), plain(case, inputs, mask, dtype, scale)
 
 
 def plain(case, inputs, mask, dtype, scale=1 / 64):
     """Dense attention written out, every product in `dtype`: the yardstick for low precision."""
-    dense_TT = np.asarray(mask.dense(case.offsets, case.rows, case.num_targets, case.num_contextual))
+    dense_TT = np.asarray(
+        mask.dense(case.offsets, case.rows, case.num_targets, case.num_contextual)
+    )
     real = (jnp.arange(case.rows) < case.real)[:, None, None]
-    scale_T11 = jnp.where(real, jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (case.rows,))[:, None, None], 0)
+    scale_T11 = jnp.where(
+        real, jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (case.rows,))[:, None, None], 0
+    )
 
     def weighted(inputs):
         q, k, v = (jnp.where(real, inputs[n].astype(dtype), 0) for n in "qkv")
         score = (0.3 * jnp.einsum("qhd,khd->hqk", q, k)).astype(jnp.float32)
         if "position_table" in inputs or "time_table" in inputs:
-            bias = RelativeBias(inputs.get("position_table"), inputs.get("time_table"), case.timestamps, case.query_timestamps)
+            bias = RelativeBias(
+                inputs.get("position_table"),
+                inputs.get("time_table"),
+                case.timestamps,
+                case.query_timestamps,
+            )
             score += bias.dense(case.rows)[None]
         weight = jnp.where(dense_TT[None], jax.nn.silu(score), 0).astype(dtype)
         out = (jnp.einsum("hqk,khd->qhd", weight, v) * scale_T11).astype(dtype)
-        return jnp.sum(jnp.where(real, out.astype(jnp.float32) * case.g.astype(jnp.float32), 0.0)), out
+        return jnp.sum(
+            jnp.where(real, out.astype(jnp.float32) * case.g.astype(jnp.float32), 0.0)
+        ), out
 
     gradients, out = jax.jit(jax.grad(weighted, has_aux=True))(inputs)
     return {"out": out, **{f"d {name}": x for name, x in gradients.items()}}
@@ -143,15 +170,24 @@ class AttentionContract:
     def compare(self, case, mask, dtype, rescale=False):
         inputs, scale = case.inputs(), case.row_scale() if rescale else 1 / 64
         want, yardstick = expected(case.key, mask, dtype, rescale)
-        got = case.out_and_gradients(inputs, mask=mask, scale=scale, implementation=self.implementation)
+        got = case.out_and_gradients(
+            inputs, mask=mask, scale=scale, implementation=self.implementation
+        )
         assert set(got) == set(want)
         for name, x in got.items():
             want_dtype = inputs[name[2:]].dtype if name.startswith("d ") else case.q.dtype
             assert x.dtype == want_dtype, name
-            assert np.isfinite(np.asarray(x, np.float32)).all(), f"{name}: NaN of padding came through"
+            assert np.isfinite(np.asarray(x, np.float32)).all(), (
+                f"{name}: NaN of padding came through"
+            )
             if x.ndim == 3:
-                assert not np.asarray(x[case.real :], np.float32).any(), f"{name}: padding rows are not 0"
-            error, allowed = largest_error(x, want[name]), 2 * largest_error(yardstick[name], want[name]) + ROUND_OFF[dtype]
+                assert not np.asarray(x[case.real :], np.float32).any(), (
+                    f"{name}: padding rows are not 0"
+                )
+            error, allowed = (
+                largest_error(x, want[name]),
+                2 * largest_error(yardstick[name], want[name]) + ROUND_OFF[dtype],
+            )
             assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
     @pytest.mark.parametrize("mask", MASKS)
@@ -185,23 +221,39 @@ class AttentionContract:
 
     def test_same_bits_on_a_second_run(self):
         case = self.case(bias="both")
-        run = functools.partial(case.out_and_gradients, case.inputs(), mask=MASKS["full rows"], implementation=self.implementation)
+        run = functools.partial(
+            case.out_and_gradients,
+            case.inputs(),
+            mask=MASKS["full rows"],
+            implementation=self.implementation,
+        )
         first, second = run(), run()
         for name in first:
             if not (self.repeatable_gradients if name.startswith("d ") else self.repeatable):
                 assert largest_error(first[name], second[name]) < 10 * ROUND_OFF[self.dtype], name
                 continue
-            np.testing.assert_array_equal(np.asarray(first[name], np.float32), np.asarray(second[name], np.float32), err_msg=name)
+            np.testing.assert_array_equal(
+                np.asarray(first[name], np.float32),
+                np.asarray(second[name], np.float32),
+                err_msg=name,
+            )
 
     def test_padding_changes_nothing(self):
         case = self.case(bias="both")
         inputs = case.inputs()
         zeroed = {n: x.at[case.real :].set(0) if n in "qkv" else x for n, x in inputs.items()}
         options = {"mask": MASKS["all"], "implementation": self.implementation}
-        with_nan, without = case.out_and_gradients(inputs, **options), case.out_and_gradients(zeroed, **options)
+        with_nan, without = (
+            case.out_and_gradients(inputs, **options),
+            case.out_and_gradients(zeroed, **options),
+        )
         for name in with_nan:
             if self.repeatable and self.repeatable_gradients:
-                np.testing.assert_array_equal(np.asarray(with_nan[name], np.float32), np.asarray(without[name], np.float32), err_msg=name)
+                np.testing.assert_array_equal(
+                    np.asarray(with_nan[name], np.float32),
+                    np.asarray(without[name], np.float32),
+                    err_msg=name,
+                )
             else:
                 assert largest_error(with_nan[name], without[name]) < 1e-5, name
 
@@ -214,7 +266,9 @@ class AttentionContract:
         def planned(offsets, num_targets, num_contextual, inputs):
             plan = make_plan(mask, offsets, case.rows, num_targets, num_contextual)
             options = {"mask": mask, "plan": plan, "implementation": self.implementation}
-            return hstu_attention(inputs["q"], inputs["k"], inputs["v"], offsets, alpha=0.3, scale=1 / 64, **options)
+            return hstu_attention(
+                inputs["q"], inputs["k"], inputs["v"], offsets, alpha=0.3, scale=1 / 64, **options
+            )
 
         got = planned(case.offsets, case.num_targets, case.num_contextual, inputs)
         assert largest_error(got, want) <= ROUND_OFF[self.dtype]

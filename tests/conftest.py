@@ -7,7 +7,9 @@ import jax
 
 # Environment variables, so that the commands that tests start share the store too. Its keys are the programs themselves.
 # Machine code is not optimised: tests compile for longer than they compute.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "ultra_hstu_compiled_tests")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+    tempfile.gettempdir(), "ultra_hstu_compiled_tests"
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])

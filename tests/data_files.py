@@ -6,7 +6,14 @@ from pathlib import Path
 from ultra_hstu.config import DataConfig
 from ultra_hstu.data.interactions import Interactions, load_interactions
 
-ML1M_RATINGS = ["1::10::5::100", "1::30::3::90", "1::20::4::100", "2::30::1::70", "2::10::2::60", "2::20::3::80"]
+ML1M_RATINGS = [
+    "1::10::5::100",
+    "1::30::3::90",
+    "1::20::4::100",
+    "2::30::1::70",
+    "2::10::2::60",
+    "2::20::3::80",
+]
 ML1M_MOVIES = [
     "10::Heat (1995)::Crime",
     "20::Misérables, Les (1995)::Drama|Musical",
@@ -50,7 +57,12 @@ def ml1m_zip(path: Path, folder: Path) -> Path:
 
 def kuairand_line(user: int, video: int, time_ms: int, **actions: int) -> str:
     names = KUAIRAND_HEADER.split(",")
-    values = dict.fromkeys(names, 0) | {"user_id": user, "video_id": video, "date": 20220408, "hourmin": 1200}
+    values = dict.fromkeys(names, 0) | {
+        "user_id": user,
+        "video_id": video,
+        "date": 20220408,
+        "hourmin": 1200,
+    }
     return ",".join(str(value) for value in (values | {"time_ms": time_ms} | actions).values())
 
 
@@ -60,5 +72,10 @@ def kuairand_user(user: int, **features: str) -> str:
 
 
 def load(tmp_path: Path, source: str, raw_dir: Path | None = None, **options) -> Interactions:
-    config = DataConfig(source=source, raw_dir=None if raw_dir is None else str(raw_dir), data_dir=str(tmp_path / "prepared"), **options)
+    config = DataConfig(
+        source=source,
+        raw_dir=None if raw_dir is None else str(raw_dir),
+        data_dir=str(tmp_path / "prepared"),
+        **options,
+    )
     return load_interactions(config)

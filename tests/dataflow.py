@@ -3,7 +3,16 @@
 from jax import make_jaxpr
 from jax.extend import core
 
-CALLS = {"jit", "pjit", "closed_call", "custom_vjp_call", "custom_jvp_call", "shard_map", "remat2", "checkpoint"}
+CALLS = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "custom_vjp_call",
+    "custom_jvp_call",
+    "shard_map",
+    "remat2",
+    "checkpoint",
+}
 
 
 def waiting(function, *args, source, sink):
@@ -16,9 +25,16 @@ def waiting(function, *args, source, sink):
     def visit(jaxpr, tainted):
         late = dict(zip(jaxpr.invars, tainted, strict=True))
         for eqn in jaxpr.eqns:
-            inputs = [late.get(var, False) if not isinstance(var, core.Literal) else False for var in eqn.invars]
+            inputs = [
+                late.get(var, False) if not isinstance(var, core.Literal) else False
+                for var in eqn.invars
+            ]
             inner = list(core.jaxprs_in_params(eqn.params))
-            if eqn.primitive.name in CALLS and len(inner) and len(inner[0].invars) == len(eqn.invars):
+            if (
+                eqn.primitive.name in CALLS
+                and len(inner)
+                and len(inner[0].invars) == len(eqn.invars)
+            ):
                 outputs = visit(inner[0], inputs)
             elif eqn.primitive.name == "scan":
                 visit(inner[0], [False] * len(inner[0].invars))
@@ -29,7 +45,10 @@ def waiting(function, *args, source, sink):
                     found.append(any(inputs))
                 outputs = [any(inputs) or source in names] * len(eqn.outvars)
             late.update(zip(eqn.outvars, outputs, strict=True))
-        return [late.get(var, False) if not isinstance(var, core.Literal) else False for var in jaxpr.outvars]
+        return [
+            late.get(var, False) if not isinstance(var, core.Literal) else False
+            for var in jaxpr.outvars
+        ]
 
     jaxpr = make_jaxpr(function)(*args).jaxpr
     visit(jaxpr, [False] * len(jaxpr.invars))

@@ -19,6 +19,10 @@ def flatten(padded_BNX: np.ndarray, lengths: np.ndarray, rows: int) -> np.ndarra
 def assert_close(actual: object, expected: np.ndarray, tolerance: float, name: str) -> None:
     """max|a - b| <= tolerance * max|b| over the whole array."""
     actual = np.asarray(actual, np.float64)
-    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {actual.shape}, expected {expected.shape}"
+    )
     error, size = np.max(np.abs(actual - expected)), np.max(np.abs(expected))
-    assert error <= tolerance * size, f"{name}: error {error:.3g} against a largest value of {size:.3g}, tolerance {tolerance:g}"
+    assert error <= tolerance * size, (
+        f"{name}: error {error:.3g} against a largest value of {size:.3g}, tolerance {tolerance:g}"
+    )

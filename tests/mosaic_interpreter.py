@@ -66,7 +66,9 @@ class _Pool:
             return pl.run_scoped(entered, *args, collective_axes=collective_axes, **kwargs, **pool)
         before, refs = self.used, []
         for wanted in args:
-            ref = self.buffers[self.used].at[lax.axis_index("wg"), pl.ds(0, wanted.shape[0]), pl.ds(0, wanted.shape[1])]
+            ref = self.buffers[self.used].at[
+                lax.axis_index("wg"), pl.ds(0, wanted.shape[0]), pl.ds(0, wanted.shape[1])
+            ]
             ref[...] = jnp.zeros(wanted.shape, wanted.dtype)
             refs.append(ref)
             self.used += 1
@@ -97,13 +99,18 @@ def _fetch_item(records_gm, counters_gm, s, slot, *, workers, which, first=False
 
 def _keep_inside(arrays, intervals):
     column = lax.broadcasted_iota(jnp.int32, arrays[0].shape, 1)
-    seen = sum(((column >= lo[:, None]) & (column < hi[:, None])).astype(jnp.int32) for lo, hi in intervals)
+    seen = sum(
+        ((column >= lo[:, None]) & (column < hi[:, None])).astype(jnp.int32) for lo, hi in intervals
+    )
     return tuple(jnp.where(seen > 0, x, 0.0) for x in arrays)
 
 
 def _copy(module, **changes):
     out = types.ModuleType(module.__name__)
-    out.__dict__.update({name: getattr(module, name) for name in dir(module) if not name.startswith("__")}, **changes)
+    out.__dict__.update(
+        {name: getattr(module, name) for name in dir(module) if not name.startswith("__")},
+        **changes,
+    )
     return out
 
 
@@ -132,5 +139,9 @@ def interpreted(monkeypatch):
                 if hasattr(module, name):
                     patch.setattr(module, name, stand_in)
         # The kernels leave the barriers of emptied buffers armed at their end, which the hardware does not mind.
-        patch.setattr(shared_memory.Barrier, "deallocate", lambda barrier: setattr(barrier, "ref_count", barrier.ref_count - 1))
+        patch.setattr(
+            shared_memory.Barrier,
+            "deallocate",
+            lambda barrier: setattr(barrier, "ref_count", barrier.ref_count - 1),
+        )
         yield

@@ -28,9 +28,16 @@ def events_read(task):
     found = {}
     for group in loader.groups(loader.plan(seed=1, epoch=2)):
         feed = group.feed
-        arrays = feed.columns_SB if isinstance(feed, DeviceFeed) else {"time": feed.batches_S.time_T, "weight": feed.batches_S.weight_T}
+        arrays = (
+            feed.columns_SB
+            if isinstance(feed, DeviceFeed)
+            else {"time": feed.batches_S.time_T, "weight": feed.batches_S.weight_T}
+        )
         shards = {
-            name: {shard.index[1].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
+            name: {
+                shard.index[1].start or 0: np.asarray(shard.data)
+                for shard in array.addressable_shards
+            }
             for name, array in arrays.items()
         }
         for place in shards[next(iter(shards))]:
@@ -55,16 +62,33 @@ def error(config, folder, task=None):
 def main(folder):
     processes.join(None, None, None, detect=True, seconds=60)
     me = jax.process_index()
-    base = with_(small_config(folder / "data"), model__relative_bias=False, model__window=(4,), data__batch_tokens=256)
+    base = with_(
+        small_config(folder / "data"),
+        model__relative_bias=False,
+        model__window=(4,),
+        data__batch_tokens=256,
+    )
     task = Task.load(base)
     read = {}
     for data, context in MESHES:
         for placement in ("stream", "device"):
-            config = with_(base, parallel__data=data, parallel__context=context, parallel__groups=8, data__placement=placement)
+            config = with_(
+                base,
+                parallel__data=data,
+                parallel__context=context,
+                parallel__groups=8,
+                data__placement=placement,
+            )
             numbered = np.arange(task.interactions.num_events, dtype=np.int32)
-            on_mesh = dataclasses.replace(Task.of(config, task.interactions), events=Events(numbered, numbered))
+            on_mesh = dataclasses.replace(
+                Task.of(config, task.interactions), events=Events(numbered, numbered)
+            )
             read[f"{data}x{context} {placement}"] = events_read(on_mesh)
-    wrong = dataclasses.replace(task.interactions, items=np.roll(task.interactions.items, 1)) if me == 2 else task.interactions
+    wrong = (
+        dataclasses.replace(task.interactions, items=np.roll(task.interactions.items, 1))
+        if me == 2
+        else task.interactions
+    )
     good = with_(base, parallel__data=8)
     errors = {
         "configuration": error(with_(good, train__seed=2 + (me == 3)), folder / "run"),
@@ -73,8 +97,17 @@ def main(folder):
         "folder": error(good, folder),
         "data": error(good, folder / "run", Task.of(good, wrong)),
     }
-    agreed = [processes.of_all(me), processes.of_first(lambda: me + 10), processes.largest(me, on_mesh.recipe.mesh)()]
-    train_E = np.concatenate([np.arange(*bounds) for bounds in zip(task.splits.train.start, task.splits.train.stop, strict=True)])
+    agreed = [
+        processes.of_all(me),
+        processes.of_first(lambda: me + 10),
+        processes.largest(me, on_mesh.recipe.mesh)(),
+    ]
+    train_E = np.concatenate(
+        [
+            np.arange(*bounds)
+            for bounds in zip(task.splits.train.start, task.splits.train.stop, strict=True)
+        ]
+    )
     result = {"read": read, "errors": errors, "agreed": agreed, "events": train_E.tolist()}
     (folder / f"process_{me}.json").write_text(json.dumps(result))
     processes.end()

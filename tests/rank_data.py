@@ -2,7 +2,15 @@
 
 import numpy as np
 
-from ultra_hstu.config import ChannelConfig, Config, DataConfig, ModelConfig, OptimConfig, RankConfig, TrainConfig
+from ultra_hstu.config import (
+    ChannelConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RankConfig,
+    TrainConfig,
+)
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import Interactions
 

@@ -12,7 +12,11 @@ def stands_good_and_bad_requests(served, requests, known, count):
     """requests: the module of a kind of run that makes them and knows right answers."""
     result = asyncio.run(mixed(served, requests, known, count))
     assert (result["wrong_status"], result["wrong_answers"], result["hung"]) == (0, 0, 0)
-    assert result["requests"] == count and result["bad"] == count // 5 and set(result["statuses"]) >= {"200", "400", "422"}
+    assert (
+        result["requests"] == count
+        and result["bad"] == count // 5
+        and set(result["statuses"]) >= {"200", "400", "422"}
+    )
 
 
 def stands_fuzzing(served, folder, examples):

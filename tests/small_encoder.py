@@ -33,7 +33,9 @@ def inputs(seed=0, rows=ROWS):
 
 def encoder(extra_rows=0, **options) -> HSTU:
     """The stack of CONFIG with other options, and parameters large enough to matter."""
-    built = HSTU.from_config(dataclasses.replace(CONFIG, **options), LENGTH, extra_rows=extra_rows, rngs=nnx.Rngs(0))
+    built = HSTU.from_config(
+        dataclasses.replace(CONFIG, **options), LENGTH, extra_rows=extra_rows, rngs=nnx.Rngs(0)
+    )
     for number, layer in enumerate(built.layers):
         layer.uvqk[...] *= 3
         if hasattr(layer, "uvqk_bias"):

@@ -17,7 +17,10 @@ def write_answers(folder, seed=0):
         problem = rng.integers(0, PROBLEMS, rng.integers(3, 41))
         correct = rng.random(len(problem)) < 1 / (1 + np.exp(difficulty[problem] - ability[user]))
         columns = (problem + 1, problem % 3 + 1, correct.astype(int))
-        lines[user % 5] += [f"{user + 1},0", *(",".join(map(str, column.tolist())) for column in columns)]
+        lines[user % 5] += [
+            f"{user + 1},0",
+            *(",".join(map(str, column.tolist())) for column in columns),
+        ]
     for k, part in enumerate(lines, start=1):
         write(folder / f"fold{k}.csv", part)
     return folder
@@ -28,9 +31,21 @@ def rank_config(folder, **train) -> Config:
     return Config(
         name="small_rank",
         data=DataConfig(
-            source="assistments-2017", raw_dir=str(folder / "raw"), data_dir=str(folder / "data"), max_history=12, batch_users=8
+            source="assistments-2017",
+            raw_dir=str(folder / "raw"),
+            data_dir=str(folder / "data"),
+            max_history=12,
+            batch_users=8,
         ),
-        model=ModelConfig(width=8, layers=2, heads=2, qk_width=4, v_width=4, relative_bias=False, preset="production"),
+        model=ModelConfig(
+            width=8,
+            layers=2,
+            heads=2,
+            qk_width=4,
+            v_width=4,
+            relative_bias=False,
+            preset="production",
+        ),
         rank=RankConfig(
             tasks=("correct",),
             signals=("correct",),
@@ -40,5 +55,8 @@ def rank_config(folder, **train) -> Config:
             validation_fraction=0.2,
             test_fraction=0.2,
         ),
-        train=TrainConfig(**{"epochs": 3, "eval_users": 3, "steps_per_call": 4, "protocol": "chronological"} | train),
+        train=TrainConfig(
+            **{"epochs": 3, "eval_users": 3, "steps_per_call": 4, "protocol": "chronological"}
+            | train
+        ),
     )

@@ -14,7 +14,10 @@ from ultra_hstu.task import RankTask, Task
 
 DATA = dataclasses.replace(
     rank_data.interactions((20, 3, 34, 9, 2)),
-    contexts={"age": np.array([3, 0, 1, 2, 2], np.int32), "region": np.array([2, 2, 1, 1, 0], np.int32)},
+    contexts={
+        "age": np.array([3, 0, 1, 2, 2], np.int32),
+        "region": np.array([2, 2, 1, 1, 0], np.int32),
+    },
     context_values={"age": ("", "1", "2", "3"), "region": ("", "north", "south")},
 )
 SEMI_LOCAL = dict(window=(3,), full_rows=(2,))
@@ -39,7 +42,9 @@ def task_of(form) -> RankTask:
     sections = FORMS[form]
     rank = dict(targets=7, test_fraction=0.45, validation_fraction=0.1) | sections.get("rank", {})
     model = dict(implementation="reference") | sections.get("model", {})
-    return Task.of(rank_data.config(data=dict(max_history=MAX_HISTORY), rank=rank, model=model), DATA)
+    return Task.of(
+        rank_data.config(data=dict(max_history=MAX_HISTORY), rank=rank, model=model), DATA
+    )
 
 
 @functools.cache

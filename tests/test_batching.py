@@ -13,7 +13,9 @@ from ultra_hstu.data.split import Examples
 @pytest.fixture
 def events():
     rng = np.random.default_rng(0)
-    return Events.from_arrays(rng.integers(1, 50, 400), np.sort(rng.integers(10**9, 10**9 + 10**6, 400)))
+    return Events.from_arrays(
+        rng.integers(1, 50, 400), np.sort(rng.integers(10**9, 10**9 + 10**6, 400))
+    )
 
 
 def random_examples(n=37, seed=1):
@@ -41,20 +43,32 @@ def test_plan_is_a_function_of_seed_and_epoch():
 
 
 def test_plan_refuses_a_history_longer_than_the_batch():
-    with pytest.raises(ValueError, match="90 events but a batch only 64 rows: raise data.batch_tokens to at least 90"):
+    with pytest.raises(
+        ValueError,
+        match="90 events but a batch only 64 rows: raise data.batch_tokens to at least 90",
+    ):
         plan_epoch(np.array([3, 90]), batch_users=2, rows=64, seed=0, epoch=0)
 
 
 def by_hand(events, start, stop, rows, padded_length=None):
     """The batch by plain loops."""
-    columns = {name: np.zeros(rows, np.int64) for name in ("item_T", "time_T", "next_time_T", "target_T", "weight_T")}
+    columns = {
+        name: np.zeros(rows, np.int64)
+        for name in ("item_T", "time_T", "next_time_T", "target_T", "weight_T")
+    }
     offsets, last_rows, row = [0], [], 0
     for b, (first, end) in enumerate(zip(start, stop, strict=True)):
         if padded_length is not None:
             row = b * padded_length
         for event in range(first, end):
-            columns["item_T"][row], columns["target_T"][row] = events.item_E[event], events.item_E[event + 1]
-            columns["time_T"][row], columns["next_time_T"][row] = events.time_E[event], events.time_E[event + 1]
+            columns["item_T"][row], columns["target_T"][row] = (
+                events.item_E[event],
+                events.item_E[event + 1],
+            )
+            columns["time_T"][row], columns["next_time_T"][row] = (
+                events.time_E[event],
+                events.time_E[event + 1],
+            )
             columns["weight_T"][row] = 1
             row += 1
         last_rows.append(row - 1 if end > first else 0)
@@ -68,7 +82,9 @@ def test_gather_batch_against_loops(events, padded_length, xp):
     start, stop = np.array([5, 100, 7, 60, 0]), np.array([9, 140, 7, 61, 0])
     rows = 5 * 45 if padded_length else 64
     data = events if xp is np else jax.device_put(events)
-    batch = gather_batch(data, xp.asarray(start), xp.asarray(stop), rows=rows, padded_length=padded_length, xp=xp)
+    batch = gather_batch(
+        data, xp.asarray(start), xp.asarray(stop), rows=rows, padded_length=padded_length, xp=xp
+    )
     for name, value in by_hand(events, start, stop, rows, padded_length).items():
         np.testing.assert_array_equal(getattr(batch, name), value, err_msg=name)
 
@@ -90,7 +106,14 @@ def collect(loader, plan, first=0):
 def test_streamed_and_device_feeds_give_the_same_batches(events, padded_length):
     examples = random_examples()
     loaders = [
-        history_loader(events, examples, batch_users=4, steps_per_call=3, padded_length=padded_length, placement=placement)
+        history_loader(
+            events,
+            examples,
+            batch_users=4,
+            steps_per_call=3,
+            padded_length=padded_length,
+            placement=placement,
+        )
         for placement in ("device", "stream")
     ]
     plan = loaders[0].plan(seed=1, epoch=2)
@@ -104,7 +127,10 @@ def test_streamed_and_device_feeds_give_the_same_batches(events, padded_length):
 
 def test_groups_have_one_shape(events):
     loader = history_loader(events, random_examples(), batch_users=4, steps_per_call=3)
-    shapes = {str([leaf.shape for leaf in jax.tree.leaves(group.feed)]) for group in loader.groups(loader.plan(seed=0))}
+    shapes = {
+        str([leaf.shape for leaf in jax.tree.leaves(group.feed)])
+        for group in loader.groups(loader.plan(seed=0))
+    }
     assert len(shapes) == 1
 
 

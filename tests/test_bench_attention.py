@@ -22,9 +22,30 @@ time.sleep(TAKES)
 
 @pytest.fixture
 def tiny(monkeypatch):
-    semi_local = Workload("tiny", (40, 20), 2, 8, 8, AttentionMask(window=10, full_rows=5), max_length=64, dtype="float32")
-    window = Workload("window", (40, 20), 2, 8, 8, AttentionMask(window=10), max_length=64, capacity=70, dtype="float32")
-    biased = Workload("biased", (30, 20), 1, 8, 8, max_length=64, capacity=56, dtype="float32", bias=True)
+    semi_local = Workload(
+        "tiny",
+        (40, 20),
+        2,
+        8,
+        8,
+        AttentionMask(window=10, full_rows=5),
+        max_length=64,
+        dtype="float32",
+    )
+    window = Workload(
+        "window",
+        (40, 20),
+        2,
+        8,
+        8,
+        AttentionMask(window=10),
+        max_length=64,
+        capacity=70,
+        dtype="float32",
+    )
+    biased = Workload(
+        "biased", (30, 20), 1, 8, 8, max_length=64, capacity=56, dtype="float32", bias=True
+    )
     for w in (semi_local, window, biased):
         monkeypatch.setitem(WORKLOADS, w.name, w)
     monkeypatch.setattr(bench_attention, "matmul_tflops", lambda: 2.0)
@@ -33,7 +54,9 @@ def tiny(monkeypatch):
 
 def test_writes_what_it_measured(tiny, tmp_path, capsys):
     output = tmp_path / "attention.json"
-    bench_attention.main(["--implementations", "xla,mosaic", "--workloads", "tiny,biased", "--output", str(output)])
+    bench_attention.main(
+        ["--implementations", "xla,mosaic", "--workloads", "tiny,biased", "--output", str(output)]
+    )
     result = json.loads(output.read_text())
     measured = [r for r in result["records"] if "ms" in r]
     assert [(r["workload"], r["implementation"], r["pass"]) for r in measured] == [
@@ -43,7 +66,9 @@ def test_writes_what_it_measured(tiny, tmp_path, capsys):
         assert record["error"] < 1e-5
         assert record["of_matmul"] == pytest.approx(record["tflops"] / 2.0)
         assert record["peak_mib"] > 0
-    refused = [(r["implementation"], r["pass"], r["reason"]) for r in result["records"] if "reason" in r]
+    refused = [
+        (r["implementation"], r["pass"], r["reason"]) for r in result["records"] if "reason" in r
+    ]
     assert [r[:2] for r in refused] == [("mosaic", "forward")] * 2
     assert "float32" in refused[0][2] and "float32" in capsys.readouterr().out
     assert {"device", "versions", "commit", "command", "date"} <= result.keys()
@@ -53,10 +78,15 @@ def test_a_wrong_result_shows(tiny):
     arrays = tiny.arrays()
     want = bench_attention.expected(tiny, arrays)
     run = bench_attention.passes(tiny, "reference")["both"]
-    got = run(bench_attention.make_plan(tiny.mask, tiny.offsets(), tiny.rows), *(arrays[name] for name in "qkvg"))
+    got = run(
+        bench_attention.make_plan(tiny.mask, tiny.offsets(), tiny.rows),
+        *(arrays[name] for name in "qkvg"),
+    )
     assert bench_attention.error(got, want) < 1e-5
     for name in got:
-        assert bench_attention.error(got | {name: got[name] * 1.01}, want) == pytest.approx(0.01, rel=1e-2)
+        assert bench_attention.error(got | {name: got[name] * 1.01}, want) == pytest.approx(
+            0.01, rel=1e-2
+        )
 
 
 @pytest.mark.parametrize("takes", [0, 60])
@@ -65,34 +95,90 @@ def test_rivals_answer_in_a_process_of_their_own(tiny, tmp_path, monkeypatch, ta
     script = tmp_path / "attention_rivals.py"
     script.write_text(RIVAL.replace("TAKES", str(takes)))
     monkeypatch.setattr(bench_attention, "__file__", str(tmp_path / "bench_attention.py"))
-    versions, records = bench_attention.rivals(tmp_path, [WORKLOADS["tiny"], WORKLOADS["biased"], tiny], 2.0, seconds=3.0)
+    versions, records = bench_attention.rivals(
+        tmp_path, [WORKLOADS["tiny"], WORKLOADS["biased"], tiny], 2.0, seconds=3.0
+    )
     assert versions.pop("incomplete", None) == ("ended early: TimeoutExpired" if takes else None)
-    assert versions == {"versions": {"torch": "9"}, "seen": 10}, "what they cannot do is not asked for"
+    assert versions == {"versions": {"torch": "9"}, "seen": 10}, (
+        "what they cannot do is not asked for"
+    )
     assert [r["workload"] for r in records] == ["window"]
     assert records[0]["tflops"] == pytest.approx(tiny.backward_flops / 2e-3 / 1e12)
 
 
 def test_lengths_share_a_number_of_rows():
-    assert {bench_attention.of_length(int(n)).rows for n in bench_attention.LENGTHS.split(",")} == {65536}
+    assert {bench_attention.of_length(int(n)).rows for n in bench_attention.LENGTHS.split(",")} == {
+        65536
+    }
 
 
 def test_the_tables_take_a_record(tmp_path, monkeypatch):
     """One of every kind of entry: measured, refused, a rival's, a length of the figure."""
     rates = [
-        {"workload": "tiny", "implementation": "mosaic", "pass": "forward", "tflops": 700.4, "error": 0.002},
-        {"workload": "tiny", "implementation": "mosaic", "pass": "backward", "tflops": 500.6, "error": 0.002},
-        {"workload": "tiny", "implementation": "xla", "pass": "forward", "tflops": 3.21, "error": 0.002},
-        {"workload": "tiny", "implementation": "mosaic_fp8", "pass": "forward", "tflops": 800.0, "error": 0.05},
-        {"workload": "tiny", "implementation": "mosaic_fp8", "pass": "backward", "reason": "has no gradient"},
-        {"workload": "tiny", "implementation": "meta_triton", "pass": "forward", "tflops": 350.0, "error": 0.01},
-        {"workload": "length_1024", "implementation": "meta_triton", "pass": "forward", "tflops": 300.0, "error": 0.01},
+        {
+            "workload": "tiny",
+            "implementation": "mosaic",
+            "pass": "forward",
+            "tflops": 700.4,
+            "error": 0.002,
+        },
+        {
+            "workload": "tiny",
+            "implementation": "mosaic",
+            "pass": "backward",
+            "tflops": 500.6,
+            "error": 0.002,
+        },
+        {
+            "workload": "tiny",
+            "implementation": "xla",
+            "pass": "forward",
+            "tflops": 3.21,
+            "error": 0.002,
+        },
+        {
+            "workload": "tiny",
+            "implementation": "mosaic_fp8",
+            "pass": "forward",
+            "tflops": 800.0,
+            "error": 0.05,
+        },
+        {
+            "workload": "tiny",
+            "implementation": "mosaic_fp8",
+            "pass": "backward",
+            "reason": "has no gradient",
+        },
+        {
+            "workload": "tiny",
+            "implementation": "meta_triton",
+            "pass": "forward",
+            "tflops": 350.0,
+            "error": 0.01,
+        },
+        {
+            "workload": "length_1024",
+            "implementation": "meta_triton",
+            "pass": "forward",
+            "tflops": 300.0,
+            "error": 0.01,
+        },
     ]
-    record = {"device": "1 x NVIDIA H100", "commit": "abc1234", "date": "2026-01-02T03", "matmul_tflops": 780.0, "records": rates}
+    record = {
+        "device": "1 x NVIDIA H100",
+        "commit": "abc1234",
+        "date": "2026-01-02T03",
+        "matmul_tflops": 780.0,
+        "records": rates,
+    }
     record["rivals"] = {"revision": "fedcba"}
     monkeypatch.setattr(attention_tables, "load", lambda name: record)
     monkeypatch.setattr(attention_tables, "FIGURES", tmp_path)
     text = attention_tables.attention_table()
-    assert "| `tiny` | 700 / 501 | - | 3.2 / - | 350 / - | - | - |" in text and "at fedcba, in the same run" in text
+    assert (
+        "| `tiny` | 700 / 501 | - | 3.2 / - | 350 / - | - | - |" in text
+        and "at fedcba, in the same run" in text
+    )
     assert "`tiny` 800, error 5.0 %" in text and "length_" not in text
     attention_tables.attention_figure()
     assert (tmp_path / "attention.png").stat().st_size > 10_000

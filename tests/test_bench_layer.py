@@ -10,13 +10,24 @@ from ultra_hstu import flops
 from ultra_hstu.config import from_config_dict
 
 ROWS = 512
-SMALL = dict(width=32, heads=2, qk_width=16, v_width=16, dtype="float32", implementation="xla", window=(16,), full_rows=(16,))
+SMALL = dict(
+    width=32,
+    heads=2,
+    qk_width=16,
+    v_width=16,
+    dtype="float32",
+    implementation="xla",
+    window=(16,),
+    full_rows=(16,),
+)
 
 
 def small_config(**model):
     config = from_config_dict(long_ultra.get_config())
     data = dataclasses.replace(config.data, max_history=128, batch_tokens=ROWS)
-    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, **SMALL, **model))
+    return dataclasses.replace(
+        config, data=data, model=dataclasses.replace(config.model, **SMALL, **model)
+    )
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 64])
@@ -24,7 +35,9 @@ def test_memory_of_a_layer(chunk_rows):
     """A layer keeps its input and its attention output, 4 x 32 bytes a row each, and the statistics; the compiled program holds little else."""
     memory = {}
     for depth in (1, 3):
-        config = small_config(layers=depth, truncate_after=None, truncate_length=None, chunk_rows=chunk_rows)
+        config = small_config(
+            layers=depth, truncate_after=None, truncate_length=None, chunk_rows=chunk_rows
+        )
         run, _ = bench_layer.stack_gradients(config, ROWS)
         memory[depth] = run.memory_analysis().temp_size_in_bytes
     assert 250 <= (memory[3] - memory[1]) / 2 / ROWS < 1.3 * (256 + 16)
@@ -39,7 +52,10 @@ def test_a_long_step():
     assert found["model"]["projection"] == "fp8" and found["step_ms"] > 0
     counted = flops.count(config, 128, items=20000)
     assert found["training_TFLOP_a_sample"] == pytest.approx(counted.training / 1e12)
-    assert counted.training < flops.count(bench_long.with_model(config, bench_long.WHOLE), 128, items=20000).training
+    assert (
+        counted.training
+        < flops.count(bench_long.with_model(config, bench_long.WHOLE), 128, items=20000).training
+    )
 
 
 def test_the_encoder_of_long_ultra_meets_the_published_operations():

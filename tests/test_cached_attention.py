@@ -24,13 +24,17 @@ class Request:
         self.counts = np.array(BATCH, np.int32)
         self.offsets = np.concatenate([[0], np.cumsum(self.counts.sum(1))]).astype(np.int32)
         rows = int(self.offsets[-1])
-        draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, dtype=np.float32)).astype(dtype)  # noqa: E731
+        draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, dtype=np.float32)).astype(
+            dtype
+        )  # noqa: E731
         self.q, self.k, self.v = draw(rows, HEADS, K), draw(rows, HEADS, K), draw(rows, HEADS, V)
         self.bias = None
         if bias:
             times = np.cumsum(np.exp(rng.uniform(0, 12, rows))).astype(np.int32)
             # a target asks at its own time
-            self.bias = RelativeBias(draw(2 * N - 1), draw(129), jnp.asarray(times), jnp.asarray(times))
+            self.bias = RelativeBias(
+                draw(2 * N - 1), draw(129), jnp.asarray(times), jnp.asarray(times)
+            )
         segment = np.repeat(np.arange(len(BATCH)), self.counts.sum(1))
         position = np.arange(rows) - self.offsets[segment]
         end = self.counts[:, :2].sum(1)
@@ -46,18 +50,40 @@ class Request:
 
     def cached(self, mask, **options):
         start = self.key_offsets[self.user]
-        keys = mask.keys_at(*(jnp.asarray(x) for x in (start, self.position, *self.counts[self.user, :2].T)))
+        keys = mask.keys_at(
+            *(jnp.asarray(x) for x in (start, self.position, *self.counts[self.user, :2].T))
+        )
         bias = self.bias
         if bias is not None:
-            bias = RelativeBias(bias.position_table, bias.time_table, bias.timestamps[~self.target], bias.query_timestamps[self.target])
+            bias = RelativeBias(
+                bias.position_table,
+                bias.time_table,
+                bias.timestamps[~self.target],
+                bias.query_timestamps[self.target],
+            )
         k, v = self.k[~self.target], self.v[~self.target]
         own = (self.k[self.target], self.v[self.target])
         place = jnp.asarray(start + self.position)
-        return cached_attention(self.q[self.target], k, v, keys, alpha=0.3, scale=1 / N, own=own, bias=bias, place_R=place, **options)
+        return cached_attention(
+            self.q[self.target],
+            k,
+            v,
+            keys,
+            alpha=0.3,
+            scale=1 / N,
+            own=own,
+            bias=bias,
+            place_R=place,
+            **options,
+        )
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("sizes", [xla.Tiling(16, 8, True, False), xla.Tiling(None, 32, False, True)], ids=["skip", "whole"])
+@pytest.mark.parametrize(
+    "sizes",
+    [xla.Tiling(16, 8, True, False), xla.Tiling(None, 32, False, True)],
+    ids=["skip", "whole"],
+)
 def test_targets_against_the_keys_of_their_history(mask, sizes, monkeypatch):
     """As small tiles, which straddle sequences, and as an accelerator does it."""
     monkeypatch.setattr(xla, "tiling", lambda: sizes)
@@ -73,8 +99,14 @@ def test_targets_against_the_keys_of_their_history(mask, sizes, monkeypatch):
 def test_low_precision_inputs():
     request, exact = Request("bfloat16"), Request()
     want = np.asarray(exact.whole(MASKS["all"]))
-    error = np.abs(np.asarray(request.cached(MASKS["all"]), np.float32) - want).max() / np.abs(want).max()
-    plain = np.abs(np.asarray(request.whole(MASKS["all"]), np.float32) - want).max() / np.abs(want).max()
+    error = (
+        np.abs(np.asarray(request.cached(MASKS["all"]), np.float32) - want).max()
+        / np.abs(want).max()
+    )
+    plain = (
+        np.abs(np.asarray(request.whole(MASKS["all"]), np.float32) - want).max()
+        / np.abs(want).max()
+    )
     assert error <= 2 * plain + ROUND_OFF["bfloat16"]
 
 
@@ -83,7 +115,11 @@ def test_only_blocks_that_are_seen_are_visited(mask):
     """The blocks of a tile hold all its keys; those of a window far from a prefix leave out what lies between."""
     request, size = Request(), 8
     start = jnp.asarray(request.key_offsets[request.user])
-    keys = MASKS[mask].keys_at(start, jnp.asarray(request.position), *(jnp.asarray(x) for x in request.counts[request.user, :2].T))
+    keys = MASKS[mask].keys_at(
+        start,
+        jnp.asarray(request.position),
+        *(jnp.asarray(x) for x in request.counts[request.user, :2].T),
+    )
     for rows in (slice(0, 5), slice(3, 9), slice(9, 39)):
         first, count, (gap_start, gap_end) = (np.asarray(x) if not isinstance(x, tuple) else x for x in xla._blocks(
             KeyIntervals(*(x[rows] for x in keys)), size))  # fmt: skip
@@ -100,7 +136,9 @@ def test_no_keys_and_no_rows():
     nothing = KeyIntervals(*(jnp.zeros(3, jnp.int32) for _ in range(4)))
     q, v = jnp.ones((3, 1, 4)), jnp.ones((3, 1, 2))
     assert not np.any(cached_attention(q, q[:0], v[:0], nothing, alpha=1.0, scale=1.0))
-    with pytest.raises(NotImplementedError, match="NVIDIA GPU"):  # a name never falls back, though there is nothing to attend to
+    with pytest.raises(
+        NotImplementedError, match="NVIDIA GPU"
+    ):  # a name never falls back, though there is nothing to attend to
         cached_attention(q, q[:0], v[:0], nothing, alpha=1.0, scale=1.0, implementation="triton")
     timed = RelativeBias(None, jnp.ones(3), jnp.zeros(0, jnp.int32), jnp.zeros(len(q), jnp.int32))
     assert not np.any(cached_attention(q, q[:0], v[:0], nothing, alpha=1.0, scale=1.0, bias=timed))
@@ -117,7 +155,10 @@ def test_no_keys_and_no_rows():
         (dict(k_SHK=jnp.ones((5, 1, 4), jnp.int8)), "k has dtype int8; cast it"),
         (dict(k_SHK=jnp.ones((5, 2, 4))), r"must be \[R, H, K\]"),
         (dict(v_SHV=jnp.ones((5, 1, 2), jnp.bfloat16)), "mix dtypes"),
-        (dict(keys=KeyIntervals(*(jnp.zeros(2, jnp.int32) for _ in range(4)))), r"keys must be four int32\[3\]"),
+        (
+            dict(keys=KeyIntervals(*(jnp.zeros(2, jnp.int32) for _ in range(4)))),
+            r"keys must be four int32\[3\]",
+        ),
         (dict(own=(jnp.ones((3, 1, 4)), jnp.ones((3, 1, 4)))), "own must be a key"),
         (dict(bias=RelativeBias(position_table=jnp.ones(3))), "needs place_R"),
         (

@@ -41,14 +41,26 @@ def test_heads_too_wide(h100, monkeypatch):
 
 @pytest.mark.parametrize(
     ("rows", "keys", "shares"),
-    [(64, 4096, 16), (64, 512, 2), (64, 100, 1), (1024, 4096, 4), (2048, 4096, 2), (4096, 4096, 1), (16384, 16384, 1), (1, 16384, 64)],
+    [
+        (64, 4096, 16),
+        (64, 512, 2),
+        (64, 100, 1),
+        (1024, 4096, 4),
+        (2048, 4096, 2),
+        (4096, 4096, 1),
+        (16384, 16384, 1),
+        (1, 16384, 64),
+    ],
 )
 def test_few_rows_share_their_keys(rows, keys, shares):
     """With four heads and 64 x 64 tiles: about two programs for each processor, and four blocks of keys at least for each."""
     assert triton.splits(rows, keys, 4, whole.Tiling(64, 64, 4, 3)) == shares
 
 
-@pytest.mark.parametrize(("dtype", "shares", "outs"), [("float32", 1, 1), ("bfloat16", 1, 1), ("float32", 3, 3), ("bfloat16", 8, 9)])
+@pytest.mark.parametrize(
+    ("dtype", "shares", "outs"),
+    [("float32", 1, 1), ("bfloat16", 1, 1), ("float32", 3, 3), ("bfloat16", 8, 9)],
+)
 def test_what_is_handed_to_the_kernel(h100, monkeypatch, dtype, shares, outs):
     handed = {}
 
@@ -65,10 +77,22 @@ def test_what_is_handed_to_the_kernel(h100, monkeypatch, dtype, shares, outs):
     assert [x.shape for x in handed["arrays"]] == [
         (rows, 2, 8), (keys, 2, 8), (keys, 2, 4), (rows, 2, 8), (rows, 2, 4), (-(-rows // block), 6), *[(rows,)] * 4,
     ]  # fmt: skip
-    assert [(x.shape, x.dtype) for x in handed["outs"]] == [((outs, rows, 2, 4), dtype if outs == 1 else jnp.float32)]
+    assert [(x.shape, x.dtype) for x in handed["outs"]] == [
+        ((outs, rows, 2, 4), dtype if outs == 1 else jnp.float32)
+    ]
     assert handed["programs"] == -(-rows // block) * 2 * outs
-    assert (handed["R"], handed["S"], handed["SPLITS"], handed["OUTS"], handed["WK"]) == (rows, keys, shares, outs, 16)
-    assert (handed["OWN"], handed["SCALE"], handed["APPROXIMATE"]) == (True, 1 / 64, dtype == "bfloat16")
+    assert (handed["R"], handed["S"], handed["SPLITS"], handed["OUTS"], handed["WK"]) == (
+        rows,
+        keys,
+        shares,
+        outs,
+        16,
+    )
+    assert (handed["OWN"], handed["SCALE"], handed["APPROXIMATE"]) == (
+        True,
+        1 / 64,
+        dtype == "bfloat16",
+    )
     assert out.dtype == dtype and out.shape == (rows, 2, 4)
 
 
@@ -86,10 +110,18 @@ def test_blocks_hold_what_rows_see(seed):
     found = np.stack(triton.blocks_of(keys, size), axis=1)
     assert len(found) == 3
     for tile, (first0, end0, first1, end1, full_first, full_end) in enumerate(found):
-        assert first0 <= end0 <= first1 <= full_first <= full_end <= end1 or first0 == end0 and first1 <= full_first <= full_end <= end1
+        assert (
+            first0 <= end0 <= first1 <= full_first <= full_end <= end1
+            or first0 == end0
+            and first1 <= full_first <= full_end <= end1
+        )
         walked = [*range(first0, end0), *range(first1, end1)]
         assert len(set(walked)) == len(walked)
         for row in range(8 * tile, min(8 * tile + 8, rows)):
             seen = {key for bound in bounds for key in range(*bound[row])}
             assert seen <= {key for block in walked for key in range(4 * block, 4 * block + 4)}
-            assert {key for block in range(full_first, full_end) for key in range(4 * block, 4 * block + 4)} <= set(range(*bounds[1][row]))
+            assert {
+                key
+                for block in range(full_first, full_end)
+                for key in range(4 * block, 4 * block + 4)
+            } <= set(range(*bounds[1][row]))

@@ -15,9 +15,14 @@ def check(dtype, capability, width, shares):
     constants = dict(R=2048, S=4096, H=4, K=width, V=width, WK=whole.padded(width), WV=whole.padded(width), BR=sizes.block_q,
                      BK=sizes.block_k, SPLITS=shares, OUTS=shares + (shares >= triton.SHORT_SHARES), OWN=True, ALPHA=0.1, SCALE=0.1, PRECISION="tf32",
                      APPROXIMATE=dtype == "bfloat16")  # fmt: skip
-    pointers = dict.fromkeys(("q", "k", "v", "own_k", "own_v", *(("out",) if shares == 1 else ())), POINTERS[dtype])
+    pointers = dict.fromkeys(
+        ("q", "k", "v", "own_k", "own_v", *(("out",) if shares == 1 else ())), POINTERS[dtype]
+    )
     pointers = {"out": "*fp32"} | pointers
-    assert shared_memory(triton_kernels.forward, constants, pointers, sizes, capability) <= whole.shared_kib(capability) * 1024
+    assert (
+        shared_memory(triton_kernels.forward, constants, pointers, sizes, capability)
+        <= whole.shared_kib(capability) * 1024
+    )
 
 
 @pytest.mark.parametrize("dtype", POINTERS)

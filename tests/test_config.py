@@ -42,7 +42,11 @@ def test_round_trip():
         ("model.input_dropout", 1.0, r"model.input_dropout=1.0 must be in \[0, 1\)"),
         ("data.ties", "last", "use 'stable', 'random'"),
         ("data.source", "ml-2m", "data.source='ml-2m'"),
-        ("data.batch_tokens", 50, "batch_tokens=50 cannot hold one history of data.max_history=200"),
+        (
+            "data.batch_tokens",
+            50,
+            "batch_tokens=50 cannot hold one history of data.max_history=200",
+        ),
         ("data.temporal_test_fraction", 1.0, "temporal_test_fraction=1.0"),
         ("data.synthetic.length", 2, "synthetic.length=2 must be at least 3"),
         ("optim.learning_rate", float("nan"), "learning_rate=nan"),
@@ -82,7 +86,12 @@ def test_difference_names_fields():
 
 def test_flags_override_every_field_even_none(tmp_path):
     """Through the flag parser itself: a field that is None by default takes a value of its type."""
-    flags = ["--config.data.raw_dir=here", "--config.train.patience=3", "--config.optim.clip_norm=0.5", "--config.data.batch_tokens=4096"]
+    flags = [
+        "--config.data.raw_dir=here",
+        "--config.train.patience=3",
+        "--config.optim.clip_norm=0.5",
+        "--config.data.batch_tokens=4096",
+    ]
     code = (
         "import sys; from absl import app, flags; from ml_collections import config_flags\n"
         "from ultra_hstu.config import from_config_dict\n"
@@ -93,6 +102,12 @@ def test_flags_override_every_field_even_none(tmp_path):
         "app.run(main)"
     )
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-c", code, f"--config={root}/experiments/configs/ml1m_hstu.py", *flags]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        f"--config={root}/experiments/configs/ml1m_hstu.py",
+        *flags,
+    ]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "here 3 0.5 4096 None", done.stdout + done.stderr

@@ -43,7 +43,10 @@ def case(name):
     for x in "qkv":
         arrays[x][offsets[-1] :] = np.nan
     arrays["g"][offsets[-1] :] = 0
-    counts = {"num_targets": np.minimum(lengths // 4, 5).astype(np.int32), "num_contextual": np.minimum(lengths // 5, 3).astype(np.int32)}
+    counts = {
+        "num_targets": np.minimum(lengths // 4, 5).astype(np.int32),
+        "num_contextual": np.minimum(lengths // 5, 3).astype(np.int32),
+    }
     return arrays, offsets, counts
 
 
@@ -74,7 +77,9 @@ def expected(name, mask, counted):
 
 def check(got, want):
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=3e-6 * max(np.abs(b).max(), 1e-3), rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            a, b, atol=3e-6 * max(np.abs(b).max(), 1e-3), rtol=0, err_msg=name
+        )
 
 
 def sharded(strategy, name, mask, *, shards=8, layout=None, counted=True, **options):
@@ -89,29 +94,47 @@ def sharded(strategy, name, mask, *, shards=8, layout=None, counted=True, **opti
     return [x[np.argsort(order)] for x in got]
 
 
-PAIRS = [(strategy, mask) for strategy in STRATEGIES for mask in MASKS if strategy != "halo" or MASKS[mask].window is not None]
+PAIRS = [
+    (strategy, mask)
+    for strategy in STRATEGIES
+    for mask in MASKS
+    if strategy != "halo" or MASKS[mask].window is not None
+]
 
 
 @pytest.mark.parametrize("strategy, mask", PAIRS)
 def test_equals_one_device(strategy, mask):
     """Eight shards of 32 rows: empty sequences, sequences longer than a shard, a window that reaches over two neighbours."""
     # the dense implementation compiles several times faster than the blockwise one, which the other tests run
-    check(sharded(strategy, "mixed", mask, implementation="reference"), expected("mixed", mask, True))
+    check(
+        sharded(strategy, "mixed", mask, implementation="reference"), expected("mixed", mask, True)
+    )
 
 
-@pytest.mark.parametrize("strategy, mask", [("gather", "causal"), ("ring", "causal"), ("halo", "full rows")])
+@pytest.mark.parametrize(
+    "strategy, mask", [("gather", "causal"), ("ring", "causal"), ("halo", "full rows")]
+)
 def test_heads_in_turns(strategy, mask, monkeypatch):
     """Of many rows only some heads at a time: two of eight here."""
     monkeypatch.setattr(frame, "ROWS_AT_A_TIME", 2 * ROWS // 4)
     assert heads_of_a_call(strategy, Layout.contiguous(ROWS, 4), HEADS) == 2
-    check(sharded(strategy, "mixed", mask, shards=4, implementation="reference"), expected("mixed", mask, True))
+    check(
+        sharded(strategy, "mixed", mask, shards=4, implementation="reference"),
+        expected("mixed", mask, True),
+    )
 
 
 @pytest.mark.parametrize("batch", ["one", "short", "nothing"])
-@pytest.mark.parametrize("strategy, mask", [("gather", "causal"), ("ring", "causal"), ("halo", "full rows"), ("halo", "all")])
+@pytest.mark.parametrize(
+    "strategy, mask",
+    [("gather", "causal"), ("ring", "causal"), ("halo", "full rows"), ("halo", "all")],
+)
 def test_other_batches_without_targets(strategy, mask, batch):
     blockwise_or_dense = "xla" if batch == "short" else "reference"
-    check(sharded(strategy, batch, mask, shards=4, counted=False, implementation=blockwise_or_dense), expected(batch, mask, False))
+    check(
+        sharded(strategy, batch, mask, shards=4, counted=False, implementation=blockwise_or_dense),
+        expected(batch, mask, False),
+    )
 
 
 @pytest.mark.parametrize("strategy", ["gather", "ring", "ulysses"])
@@ -119,7 +142,10 @@ def test_balanced_layout(strategy):
     """Rows dealt out in blocks: the same sums in another place."""
     layout = Layout.balanced(BATCHES["mixed"], MASKS["full rows"], ROWS, 4, 8)
     check(
-        sharded(strategy, "mixed", "full rows", shards=4, layout=layout, implementation="reference"), expected("mixed", "full rows", True)
+        sharded(
+            strategy, "mixed", "full rows", shards=4, layout=layout, implementation="reference"
+        ),
+        expected("mixed", "full rows", True),
     )
 
 
@@ -129,7 +155,13 @@ def test_scale_a_row(strategy):
     arrays, offsets, counts = case("mixed")
     scale[offsets[-1] :] = np.nan
     one = functools.partial(
-        hstu_attention, offsets=offsets, mask=MASKS["window"], alpha=0.3, scale=scale, implementation="reference", **counts
+        hstu_attention,
+        offsets=offsets,
+        mask=MASKS["window"],
+        alpha=0.3,
+        scale=scale,
+        implementation="reference",
+        **counts,
     )
     got = sharded(strategy, "mixed", "window", shards=4, scale=scale, implementation="reference")
     check(got, results(lambda q, k, v: one(q, k, v), arrays))
@@ -144,12 +176,20 @@ def test_ulysses_takes_the_relative_bias():
 
     def loss(attend, tables):
         bias = RelativeBias(*tables, jnp.asarray(times[:-1]), jnp.asarray(times[1:]))
-        out = attend(*(jnp.asarray(arrays[x]) for x in "qkv"), offsets, alpha=0.3, scale=1 / 64, bias=bias)
+        out = attend(
+            *(jnp.asarray(arrays[x]) for x in "qkv"), offsets, alpha=0.3, scale=1 / 64, bias=bias
+        )
         return jnp.sum(out * arrays["g"])
 
     many = functools.partial(context_parallel_attention, mesh=mesh, strategy="ulysses")
     one = functools.partial(hstu_attention, implementation="reference")
-    for a, b in zip(*(jax.tree.leaves(jax.jit(jax.value_and_grad(lambda t, f=f: loss(f, t)))(tables)) for f in (many, one)), strict=True):
+    for a, b in zip(
+        *(
+            jax.tree.leaves(jax.jit(jax.value_and_grad(lambda t, f=f: loss(f, t)))(tables))
+            for f in (many, one)
+        ),
+        strict=True,
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -173,17 +213,30 @@ def test_counts_may_be_traced():
             **({"mask": MASKS["all"]} | options),
         )
 
-    inputs = [*(jnp.asarray(arrays[x]) for x in "qkv"), jnp.asarray(offsets), *(jnp.asarray(x) for x in counts.values())]
+    inputs = [
+        *(jnp.asarray(arrays[x]) for x in "qkv"),
+        jnp.asarray(offsets),
+        *(jnp.asarray(x) for x in counts.values()),
+    ]
     with pytest.raises(ValueError, match="max_targets="):
         jax.jit(attend)(*inputs)
     got = jax.jit(functools.partial(attend, max_targets=5, max_contextual=3))(*inputs)
     np.testing.assert_allclose(got, expected("mixed", "all", True)[0], atol=1e-6)
     # more than there is room for: no silent loss
-    for bounds in ({"max_targets": 0, "max_contextual": 3}, {"max_targets": 5, "max_contextual": 0}):
-        assert np.isnan(np.asarray(jax.jit(functools.partial(attend, mask=AttentionMask(window=3), **bounds))(*inputs))).all()
+    for bounds in (
+        {"max_targets": 0, "max_contextual": 3},
+        {"max_targets": 5, "max_contextual": 0},
+    ):
+        assert np.isnan(
+            np.asarray(
+                jax.jit(functools.partial(attend, mask=AttentionMask(window=3), **bounds))(*inputs)
+            )
+        ).all()
 
 
-COLLECTIVE = re.compile(r"= (\([^)]*\)|\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+COLLECTIVE = re.compile(
+    r"= (\([^)]*\)|\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
 SHAPE = re.compile(r"\b(f32|bf16|s32|pred)\[([0-9,]*)\]")
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1}
 
@@ -191,7 +244,11 @@ BYTES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1}
 def bytes_moved(rows, strategy, length=None):
     """What the collectives of forward and backward put out on a shard, from the compiled program."""
     mesh = make_mesh(context=8)
-    inputs = [jax.ShapeDtypeStruct((rows, 8, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("context")))] * 4
+    inputs = [
+        jax.ShapeDtypeStruct(
+            (rows, 8, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("context"))
+        )
+    ] * 4
     offsets = np.asarray([0, rows // 2, rows], np.int32)
     attend = functools.partial(
         context_parallel_attention,
@@ -202,7 +259,12 @@ def bytes_moved(rows, strategy, length=None):
         alpha=0.3,
         scale=1.0,
     )
-    program = jax.jit(lambda q, k, v, g: jax.vjp(attend, q, k, v)[1](g)).lower(*inputs).compile().as_text()
+    program = (
+        jax.jit(lambda q, k, v, g: jax.vjp(attend, q, k, v)[1](g))
+        .lower(*inputs)
+        .compile()
+        .as_text()
+    )
     return sum(
         BYTES[dtype] * int(np.prod([int(n) for n in dims.split(",") if n]))
         for out, _ in COLLECTIVE.findall(program)
@@ -226,7 +288,9 @@ def order(strategy, mask, backward=False, **names):
         alpha=1.0, scale=1.0, implementation="reference",
     )  # fmt: skip
     x = jnp.ones((ROWS, HEADS, WIDTH))
-    return waiting((lambda *a: jax.vjp(attend, *a)[1](a[0])) if backward else attend, x, x, x, **names)
+    return waiting(
+        (lambda *a: jax.vjp(attend, *a)[1](a[0])) if backward else attend, x, x, x, **names
+    )
 
 
 def test_ring_sends_before_it_computes():
@@ -245,14 +309,24 @@ def test_halo_computes_while_it_receives(mask):
     """Scores and sums at home wait for nothing, those at the edge for the halo, those of visiting rows for them."""
     products = {"sink": "dot_general"}
     home, visit, edge = [0, 0], [1, 1] if mask == "full rows" else [], [2, 2]
-    assert order("halo", mask, source="ppermute", **products) == [place == 2 for place in (*home, *visit, *edge)]
-    assert order("halo", mask, source="psum", **products) == [place == 1 for place in (*home, *visit, *edge)]
-    assert order("gather", mask, source="all_gather", **products) == [True, True], "the test can fail"
+    assert order("halo", mask, source="ppermute", **products) == [
+        place == 2 for place in (*home, *visit, *edge)
+    ]
+    assert order("halo", mask, source="psum", **products) == [
+        place == 1 for place in (*home, *visit, *edge)
+    ]
+    assert order("gather", mask, source="all_gather", **products) == [True, True], (
+        "the test can fail"
+    )
 
 
 def busiest(lengths, mask, layout):
     """Allowed (row, key) pairs of the busiest shard over the mean; ring and gather compute a pair where its row is."""
-    pairs = mask.row_pairs(lengths, layout.num_rows)[np.asarray(layout.permutation())].reshape(layout.shards, -1).sum(1)
+    pairs = (
+        mask.row_pairs(lengths, layout.num_rows)[np.asarray(layout.permutation())]
+        .reshape(layout.shards, -1)
+        .sum(1)
+    )
     return pairs.max() / pairs.mean()
 
 
@@ -295,7 +369,13 @@ def test_bad_input():
     mesh = make_mesh(context=8)
 
     def attend(q=q, k=k, v=v, mesh=mesh, **options):
-        return context_parallel_attention(q, k, v, offsets, **({"mesh": mesh, "strategy": "ring", "alpha": 1.0, "scale": 1.0} | options))
+        return context_parallel_attention(
+            q,
+            k,
+            v,
+            offsets,
+            **({"mesh": mesh, "strategy": "ring", "alpha": 1.0, "scale": 1.0} | options),
+        )
 
     with pytest.raises(ValueError, match="number of devices, 8"):
         make_mesh(3, 2)
@@ -316,7 +396,12 @@ def test_bad_input():
     with pytest.raises(ValueError, match="strategy='broadcast'.*ring"):
         attend(strategy="broadcast")
     with pytest.raises(ValueError, match="max_targets=1, but a sequence has 5"):
-        attend(strategy="halo", mask=AttentionMask(window=4), num_targets=np.full(7, 5, np.int32), max_targets=1)
+        attend(
+            strategy="halo",
+            mask=AttentionMask(window=4),
+            num_targets=np.full(7, 5, np.int32),
+            max_targets=1,
+        )
     with pytest.raises(NotImplementedError, match="'ulysses'"):
         attend(bias=RelativeBias(jnp.zeros(2 * ROWS - 1), None, None, None))
     with pytest.raises(ValueError, match="none is 'context'"):

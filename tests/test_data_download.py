@@ -31,7 +31,9 @@ class Server:
                 data = outer.files.get(self.path)
                 if data is None:
                     return self.send_error(404)
-                start = int(asked.removeprefix("bytes=").split("-")[0]) if asked and outer.ranges else 0
+                start = (
+                    int(asked.removeprefix("bytes=").split("-")[0]) if asked and outer.ranges else 0
+                )
                 if start and start >= len(data):
                     return self.send_error(416)
                 self.send_response(206 if start else 200)
@@ -54,7 +56,10 @@ class Server:
 
     def put(self, path: str, data: bytes, checksum: str | None = "sha256") -> Download:
         self.files[path] = data
-        return Download(self.address + path, checksum and f"{checksum}:{hashlib.new(checksum, data).hexdigest()}")
+        return Download(
+            self.address + path,
+            checksum and f"{checksum}:{hashlib.new(checksum, data).hexdigest()}",
+        )
 
 
 @pytest.fixture
@@ -92,7 +97,9 @@ def test_a_cut_connection_is_resumed(server, tmp_path):
 def test_the_next_run_continues(server, tmp_path):
     download = server.put("/file.bin", CONTENT)
     server.cuts, server.cut = 2, 100_000
-    with pytest.raises(ConnectionError, match="cut after 200000 of 1024000 bytes .*run again to continue"):
+    with pytest.raises(
+        ConnectionError, match="cut after 200000 of 1024000 bytes .*run again to continue"
+    ):
         fetch(download, tmp_path, attempts=2, pause=0)
     assert not (tmp_path / "file.bin").exists()
     assert fetch(download, tmp_path).read_bytes() == CONTENT
@@ -107,7 +114,9 @@ def test_a_server_without_ranges_starts_over(server, tmp_path):
 
 def test_a_part_of_another_file_starts_over(server, tmp_path):
     download = server.put("/file.bin", CONTENT)
-    (tmp_path / "file.bin.part").write_bytes(bytes(len(CONTENT) + 5))  # longer than what there is to fetch
+    (tmp_path / "file.bin.part").write_bytes(
+        bytes(len(CONTENT) + 5)
+    )  # longer than what there is to fetch
     assert fetch(download, tmp_path).read_bytes() == CONTENT
 
 
@@ -115,7 +124,10 @@ def test_a_wrong_checksum(server, tmp_path):
     download = server.put("/file.bin", CONTENT)
     server.files["/file.bin"] = CONTENT[:-1] + b"x"
     found = hashlib.sha256(server.files["/file.bin"]).hexdigest()
-    with pytest.raises(ValueError, match=f"file.bin is corrupt: expected {download.checksum.replace(':', ' ')}, found {found}"):
+    with pytest.raises(
+        ValueError,
+        match=f"file.bin is corrupt: expected {download.checksum.replace(':', ' ')}, found {found}",
+    ):
         fetch(download, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file.bin.corrupt"]
     server.files["/file.bin"] = CONTENT
@@ -127,7 +139,9 @@ def test_unreachable_says_what_to_fetch_by_hand(server, tmp_path):
     with pytest.raises(ConnectionError, match="404 Not Found") as error:
         obtain([gone], ["gone.csv"], tmp_path / "raw")
     assert f"fetch {server.address}/gone.csv by hand" in str(error.value)
-    assert "raw_dir (--config.data.raw_dir=...) at a folder with the files gone.csv" in str(error.value)
+    assert "raw_dir (--config.data.raw_dir=...) at a folder with the files gone.csv" in str(
+        error.value
+    )
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     with pytest.raises(ConnectionError, match=f"127.0.0.1:{port}.*tried 5 times"):
@@ -165,7 +179,10 @@ def test_a_file_without_published_checksum_is_verified_at_every_later_use(server
     assert sums == {"a.csv": hashlib.sha256(b"1,2,3\n").hexdigest()}
     assert obtain([download], ["a.csv"], tmp_path / "raw") == sums and len(server.requests) == 1
     (tmp_path / "raw/a.csv").write_bytes(b"1,2,4\n")
-    with pytest.raises(ValueError, match=f"raw/a.csv has changed since it was downloaded: expected sha256 {sums['a.csv']}"):
+    with pytest.raises(
+        ValueError,
+        match=f"raw/a.csv has changed since it was downloaded: expected sha256 {sums['a.csv']}",
+    ):
         obtain([download], ["a.csv"], tmp_path / "raw")
     assert obtain([download], ["a.csv"], tmp_path / "raw") == sums and len(server.requests) == 2
 

@@ -50,10 +50,14 @@ def test_a_rating_that_is_no_number_in_a_csv(tmp_path):
     lines = ["userId,movieId,rating,timestamp", "3,5,0.5,9", "3,6,inf,8"]
     write(tmp_path / "raw/ratings.csv", lines)
     write(tmp_path / "raw/movies.csv", ["movieId,title,genres", "5,A,B", "6,B,C"])
-    with pytest.raises(ValueError, match=r"ratings.csv, line 3: rating must be a number in 0.5..5: 'inf'"):
+    with pytest.raises(
+        ValueError, match=r"ratings.csv, line 3: rating must be a number in 0.5..5: 'inf'"
+    ):
         load(tmp_path, "ml-20m", tmp_path / "raw")
     write(tmp_path / "raw/ratings.csv", lines[1:])
-    with pytest.raises(ValueError, match="line 1: expected the header userId,movieId,rating,timestamp: '3,5,0.5,9'"):
+    with pytest.raises(
+        ValueError, match="line 1: expected the header userId,movieId,rating,timestamp: '3,5,0.5,9'"
+    ):
         load(tmp_path, "ml-20m", tmp_path / "raw")
     write(tmp_path / "raw/ratings.csv", lines[:1])
     with pytest.raises(ValueError, match="ratings.csv is empty"):
@@ -73,7 +77,9 @@ def test_a_file_cut_off_in_its_last_line(tmp_path):
     raw = ml1m(tmp_path / "raw")
     times = [f"{user}::{movie}::5::97830{movie:04}" for user in (1, 2) for movie in (10, 20, 30)]
     write(raw / "ratings.dat", [*times[:-1], times[-1][:-3]], end="")
-    with pytest.raises(ValueError, match="line 6: the file ends in the middle of its last line: '2::30::5::978300'"):
+    with pytest.raises(
+        ValueError, match="line 6: the file ends in the middle of its last line: '2::30::5::978300'"
+    ):
         load(tmp_path, "ml-1m", raw)
     write(raw / "ratings.dat", times, end="")  # no newline at the end is no error
     assert load(tmp_path, "ml-1m", raw).num_events == 6
@@ -81,7 +87,9 @@ def test_a_file_cut_off_in_its_last_line(tmp_path):
 
 def test_missing_files_are_listed(tmp_path):
     (ml1m(tmp_path / "raw") / "movies.dat").unlink()
-    with pytest.raises(ValueError, match="lacks movies.dat: ml-1m is read from ratings.dat, movies.dat"):
+    with pytest.raises(
+        ValueError, match="lacks movies.dat: ml-1m is read from ratings.dat, movies.dat"
+    ):
         load(tmp_path, "ml-1m", tmp_path / "raw")
     with pytest.raises(ValueError, match="nowhere' lacks ratings.dat, movies.dat"):
         load(tmp_path, "ml-1m", tmp_path / "nowhere")
@@ -216,7 +224,12 @@ def test_a_bad_kuairand_line(tmp_path, bad, problem):
 
 
 def test_the_fast_and_the_careful_reader_agree(tmp_path):
-    columns = (Column("a", np.int64), Column("b", None), Column("c", np.float32, 0, 9), Column("d", np.str_))
+    columns = (
+        Column("a", np.int64),
+        Column("b", None),
+        Column("c", np.float32, 0, 9),
+        Column("d", np.str_),
+    )
     rng = np.random.default_rng(0)
     rows = [f"{rng.integers(2**62)}::skipped::{rng.random():.3f}::ü{k}" for k in range(200)]
     for end in ("\n", "\r\n"):

@@ -22,27 +22,47 @@ def test_movielens_1m(tmp_path):
     assert data.users.tolist() == [1, 2] and data.offsets.tolist() == [0, 3, 6]
     assert data.catalog.raw_ids.tolist() == [-1, 10, 20, 30, 40]  # 40 was never rated
     assert data.catalog.titles == ("", "Heat (1995)", "Misérables, Les (1995)", "M::A::S::H", "Ran")
-    assert data.catalog.decode(data.items).tolist() == [30, 10, 20, 10, 30, 20]  # ties in the order of the file
+    assert data.catalog.decode(data.items).tolist() == [
+        30,
+        10,
+        20,
+        10,
+        30,
+        20,
+    ]  # ties in the order of the file
     assert data.timestamps.tolist() == [90, 100, 100, 60, 70, 80]
     assert data.actions["rating"].tolist() == [3, 5, 4, 2, 1, 3]
-    assert (data.items.dtype, data.timestamps.dtype, data.actions["rating"].dtype) == (np.int32, np.int64, np.float32)
+    assert (data.items.dtype, data.timestamps.dtype, data.actions["rating"].dtype) == (
+        np.int32,
+        np.int64,
+        np.float32,
+    )
     assert data.history(2) == slice(3, 6) and data.history("1") == slice(0, 3)
     for unknown in (3, -1, 10**20, "3", "Ann"):
-        with pytest.raises(ValueError, match=f"unknown user '?{unknown}'?: there are 2 users .* 1 to 2"):
+        with pytest.raises(
+            ValueError, match=f"unknown user '?{unknown}'?: there are 2 users .* 1 to 2"
+        ):
             data.history(unknown)
 
 
 def test_movielens_100k(tmp_path):
-    write(tmp_path / "raw/u.data", ["7\t2\t3\t881250949", "7\t1\t5\t881250948", "7\t3\t1\t881250950"])
+    write(
+        tmp_path / "raw/u.data", ["7\t2\t3\t881250949", "7\t1\t5\t881250948", "7\t3\t1\t881250950"]
+    )
     rest = "|01-Jan-1995||http://example" + "|0" * 19
-    write(tmp_path / "raw/u.item", [f"1|Toys{rest}", f"2|Três{rest}", f"3|unknown{rest}"], "latin-1")
+    write(
+        tmp_path / "raw/u.item", [f"1|Toys{rest}", f"2|Três{rest}", f"3|unknown{rest}"], "latin-1"
+    )
     data = load(tmp_path, "ml-100k", tmp_path / "raw")
     assert data.catalog.titles == ("", "Toys", "Três", "unknown")
     assert data.items.tolist() == [1, 2, 3] and data.actions["rating"].tolist() == [5, 3, 1]
 
 
 def test_movielens_20m(tmp_path):
-    write(tmp_path / "raw/ratings.csv", ["userId,movieId,rating,timestamp", "3,5,0.5,9", "3,6,4.5,8", "3,5,3.0,10"])
+    write(
+        tmp_path / "raw/ratings.csv",
+        ["userId,movieId,rating,timestamp", "3,5,0.5,9", "3,6,4.5,8", "3,5,3.0,10"],
+    )
     write(
         tmp_path / "raw/movies.csv",
         ["movieId,title,genres", '5,"American ""President"", The (1995)",Comedy', "6,Amélie,Drama"],
@@ -54,8 +74,14 @@ def test_movielens_20m(tmp_path):
 
 def test_ids_survive_exactly(tmp_path):
     big = [2**24, 2**24 + 1, 2**53, 2**53 + 1, 2**63 - 1]
-    ratings = [f"{user}::{movie}::4::{time}" for user in (2**53, 2**53 + 1) for time, movie in enumerate(big)]
-    data = load(tmp_path, "ml-1m", ml1m(tmp_path / "raw", ratings, [f"{movie}::T::G" for movie in big]))
+    ratings = [
+        f"{user}::{movie}::4::{time}"
+        for user in (2**53, 2**53 + 1)
+        for time, movie in enumerate(big)
+    ]
+    data = load(
+        tmp_path, "ml-1m", ml1m(tmp_path / "raw", ratings, [f"{movie}::T::G" for movie in big])
+    )
     assert data.users.tolist() == [2**53, 2**53 + 1]
     assert data.catalog.raw_ids[1:].tolist() == big
     assert data.catalog.decode(data.items).tolist() == big * 2
@@ -74,12 +100,18 @@ def test_amazon_books_is_filtered_as_in_hstu(tmp_path):
     assert data.catalog.raw_ids.tolist() == ["", "b1", "b2", "b3", "b4", "b5", "b6"]
     assert np.diff(data.offsets).tolist() == [6, 5, 5, 5, 5]
     last = data.history("u1").stop - 1
-    assert data.catalog.decode(data.items[last : last + 1]).tolist() == ["b6"] and data.actions["rating"][last] == 1
+    assert (
+        data.catalog.decode(data.items[last : last + 1]).tolist() == ["b6"]
+        and data.actions["rating"][last] == 1
+    )
     for unknown in ("u6", 6):
         with pytest.raises(ValueError, match=f"unknown user '?{unknown}'?: .* 'u1' to 'u5'"):
             data.history(unknown)
     write(tmp_path / "raw/ratings_Books.csv", ["u1,b1,5.0,1"] * 4)
-    with pytest.raises(ValueError, match="ratings_Books.csv: no user with 5 ratings of items with 5 ratings is left"):
+    with pytest.raises(
+        ValueError,
+        match="ratings_Books.csv: no user with 5 ratings of items with 5 ratings is left",
+    ):
         load(tmp_path, "amazon-books", tmp_path / "raw")
 
 
@@ -89,7 +121,15 @@ def test_amazon_beauty(tmp_path, caplog):
         data = load(tmp_path, "amazon-beauty", tmp_path / "raw")
     assert "dropped 1 of 3 users with fewer than 3 events: 3" in caplog.text
     assert data.timestamps is None and data.actions == {} and data.num_items == 5
-    assert data.items.tolist() == [1, 2, 3, 2, 4, 1, 5]  # repeats are kept, the order is that of the file
+    assert data.items.tolist() == [
+        1,
+        2,
+        3,
+        2,
+        4,
+        1,
+        5,
+    ]  # repeats are kept, the order is that of the file
 
 
 def test_assistments(tmp_path):
@@ -100,7 +140,10 @@ def test_assistments(tmp_path):
     assert data.users.tolist() == [1, 2, 3, 4, 5]
     assert data.catalog.raw_ids.tolist() == [-1, 7, 3000000000]
     assert data.items.tolist() == [1, 1, 2] * 5
-    assert data.actions["correct"].tolist() == [0, 1, 1] * 5 and data.actions["skill"].tolist() == [2, 2, 5] * 5
+    assert (
+        data.actions["correct"].tolist() == [0, 1, 1] * 5
+        and data.actions["skill"].tolist() == [2, 2, 5] * 5
+    )
 
 
 def test_kuairand_joins_its_logs_and_keeps_every_signal(tmp_path, caplog):
@@ -109,7 +152,10 @@ def test_kuairand_joins_its_logs_and_keeps_every_signal(tmp_path, caplog):
         kuairand_line(0, 0, 1_649_000_000_100),
     ]
     first += first[:1]  # an exact repetition
-    second = [kuairand_line(0, 5, 1_650_000_000_000, is_like=1, tab=14), kuairand_line(1, 0, 1_650_000_000_000)]
+    second = [
+        kuairand_line(0, 5, 1_650_000_000_000, is_like=1, tab=14),
+        kuairand_line(1, 0, 1_650_000_000_000),
+    ]
     write(tmp_path / "raw/log_standard_4_08_to_4_21_pure.csv", [KUAIRAND_HEADER, *first])
     write(tmp_path / "raw/log_standard_4_22_to_5_08_pure.csv", [KUAIRAND_HEADER, *second])
     with caplog.at_level(logging.WARNING):
@@ -118,9 +164,17 @@ def test_kuairand_joins_its_logs_and_keeps_every_signal(tmp_path, caplog):
     assert data.users.tolist() == [0] and data.catalog.raw_ids.tolist() == [-1, 0, 5]
     assert data.items.tolist() == [1, 2, 2]  # ordered by the millisecond within one second
     assert data.timestamps.tolist() == [1_649_000_000, 1_649_000_000, 1_650_000_000]
-    assert len(data.actions) == 14 and {values.dtype for values in data.actions.values()} == {np.dtype(np.int32)}
-    assert data.actions["is_click"].tolist() == [0, 1, 0] and data.actions["play_time_ms"].tolist() == [0, 70_000, 0]
-    assert data.actions["is_like"].tolist() == [0, 0, 1] and data.actions["tab"].tolist() == [0, 0, 14]
+    assert len(data.actions) == 14 and {values.dtype for values in data.actions.values()} == {
+        np.dtype(np.int32)
+    }
+    assert data.actions["is_click"].tolist() == [0, 1, 0] and data.actions[
+        "play_time_ms"
+    ].tolist() == [0, 70_000, 0]
+    assert data.actions["is_like"].tolist() == [0, 0, 1] and data.actions["tab"].tolist() == [
+        0,
+        0,
+        14,
+    ]
 
 
 @pytest.mark.parametrize("source", ["kuairand-1k", "kuairand-27k"])
@@ -130,12 +184,16 @@ def test_kuairand_variants_have_their_own_files(tmp_path, source):
 
 
 def test_synthetic_stream():
-    settings = SyntheticConfig(users=4000, length=32, items=1000, categories=50, prior_categories=3, seed=1)
+    settings = SyntheticConfig(
+        users=4000, length=32, items=1000, categories=50, prior_categories=3, seed=1
+    )
     items = draw_stream(settings)
     assert items.shape == (4000, 32) and items.min() == 0
     released = (0.4 + 0.6 * np.arange(4000) / 4000) * 1000
     assert (items < released[:, None]).all()
-    assert items[-400:].max() > 950 and items[:400].max() > 350  # the whole of what is released is used
+    assert (
+        items[-400:].max() > 950 and items[:400].max() > 350
+    )  # the whole of what is released is used
     kinds = [len(set(row)) for row in (items % 50).tolist()]
     assert max(kinds) == 3 and min(kinds) == 1
     np.testing.assert_array_equal(items, draw_stream(settings))
@@ -158,7 +216,11 @@ def test_synthetic_loads_and_depends_on_its_settings(tmp_path):
     np.testing.assert_array_equal(data.items.reshape(20, 8), draw_stream(small) + 1)
     assert data.num_items == 60 and data.catalog.titles[6] == "item 6 of category 1"
     assert data.timestamps.tolist() == list(range(160))
-    other = load(tmp_path, "synthetic", synthetic=SyntheticConfig(users=20, length=8, items=60, categories=5, seed=1))
+    other = load(
+        tmp_path,
+        "synthetic",
+        synthetic=SyntheticConfig(users=20, length=8, items=60, categories=5, seed=1),
+    )
     assert (other.items != data.items).any()
     with pytest.raises(ValueError, match="only 24 of 60 items are released at the start"):
         load(tmp_path, "synthetic", synthetic=SyntheticConfig(items=60, categories=25))
@@ -204,5 +266,7 @@ from ultra_hstu.data.interactions import load_interactions
 config = DataConfig(data_dir={str(tmp_path)!r}, synthetic=SyntheticConfig(users=4, length=4, items=20, categories=4))
 print(load_interactions(config).num_events, load_interactions(config).num_events, "tensorflow" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "16 16 False\n"

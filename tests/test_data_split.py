@@ -39,7 +39,9 @@ def test_published():
 
 def test_validated():
     done = split(make([1, 2, 3], [1, 2, 3, 4, 5]), "validated", 200)
-    assert rows(done.train) == [(1, 3, 5)]  # the first user has a single event to train on, and no pair
+    assert rows(done.train) == [
+        (1, 3, 5)
+    ]  # the first user has a single event to train on, and no pair
     assert rows(done.validation) == [(0, 0, 1), (1, 3, 6)]
     assert rows(done.test) == [(0, 0, 2), (1, 3, 7)]
 
@@ -55,7 +57,9 @@ def test_temporal():
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(
-    st.lists(st.lists(st.integers(0, 30), min_size=3, max_size=9).map(sorted), min_size=2, max_size=8),
+    st.lists(
+        st.lists(st.integers(0, 30), min_size=3, max_size=9).map(sorted), min_size=2, max_size=8
+    ),
     st.floats(0.05, 0.95),
     st.integers(1, 6),
 )
@@ -91,7 +95,9 @@ def test_leave_last_out(protocol, lengths, max_history):
         targets = dict(zip(later.user.tolist(), later.stop.tolist(), strict=True))
         assert all(stop + 1 == targets[user] for user, _, stop in rows(part))
     for part in parts:
-        assert ((part.stop - part.start) == np.minimum(max_history, part.stop - data.offsets[part.user])).all()
+        assert (
+            (part.stop - part.start) == np.minimum(max_history, part.stop - data.offsets[part.user])
+        ).all()
         assert (part.start < part.stop).all()
 
 
@@ -103,7 +109,9 @@ def test_errors():
         split(data, "temporal", 5, 0.5)
     with pytest.raises(ValueError, match="no user has two events before time 2"):
         split(data, "temporal", 5, 0.8)
-    with pytest.raises(ValueError, match="temporal_test_fraction must lie between 0 and 1, not 1.5"):
+    with pytest.raises(
+        ValueError, match="temporal_test_fraction must lie between 0 and 1, not 1.5"
+    ):
         split(data, "temporal", 5, 1.5)
     with pytest.raises(ValueError, match="max_history must be at least 1, not 0"):
         split(data, "published", 0)
@@ -122,13 +130,21 @@ def test_random_ties_are_seeded_and_stay_among_equals():
     assert first.items.tolist() == again.items.tolist() != other.items.tolist()
     assert first.timestamps.tolist() == data.timestamps.tolist()
     for part in (slice(0, 20), slice(20, 40), slice(40, 60)):
-        assert sorted(first.items[part].tolist()) == data.items[part].tolist() != first.items[part].tolist()
+        assert (
+            sorted(first.items[part].tolist())
+            == data.items[part].tolist()
+            != first.items[part].tolist()
+        )
     with pytest.raises(ValueError, match="ties='random' needs timestamps"):
         ordered(make([1, 2, 3], timed=False), ties="random")
 
 
 def test_random_ties_through_the_configuration(tmp_path):
-    raw = ml1m(tmp_path / "raw", [f"1::{movie}::3::5" for movie in range(1, 30)], [f"{m}::T::G" for m in range(1, 30)])
+    raw = ml1m(
+        tmp_path / "raw",
+        [f"1::{movie}::3::5" for movie in range(1, 30)],
+        [f"{m}::T::G" for m in range(1, 30)],
+    )
     stable, *random = (
         load(tmp_path, "ml-1m", raw, ties=ties, ties_seed=seed).items.tolist()
         for ties, seed in (("stable", 0), ("random", 0), ("random", 0), ("random", 1))
@@ -142,9 +158,14 @@ def test_catalog_maps_both_ways_and_survives_the_disk(tmp_path):
     for catalog in (numbers, words):
         catalog.save(tmp_path / "catalog.npz")
         loaded = Catalog.load(tmp_path / "catalog.npz")
-        assert loaded.raw_ids.tolist() == catalog.raw_ids.tolist() and loaded.titles == catalog.titles
+        assert (
+            loaded.raw_ids.tolist() == catalog.raw_ids.tolist() and loaded.titles == catalog.titles
+        )
         assert loaded.raw_ids.dtype == catalog.raw_ids.dtype
-        assert catalog.decode(catalog.encode(catalog.raw_ids[1:])).tolist() == catalog.raw_ids[1:].tolist()
+        assert (
+            catalog.decode(catalog.encode(catalog.raw_ids[1:])).tolist()
+            == catalog.raw_ids[1:].tolist()
+        )
     assert numbers.titles == ("", "é", "c", "d") and words.titles is None
     assert numbers.encode(["7", " 30"]).tolist() == [1, 2] and numbers.encode([]).tolist() == []
     assert list(tmp_path.iterdir()) == [tmp_path / "catalog.npz"]
@@ -152,7 +173,9 @@ def test_catalog_maps_both_ways_and_survives_the_disk(tmp_path):
 
 def test_catalog_names_what_it_does_not_know():
     numbers = Catalog.from_ids(np.array([7, 30]))
-    with pytest.raises(ValueError, match="unknown item ids 8, 31: the catalogue has 2 items, 7 to 30"):
+    with pytest.raises(
+        ValueError, match="unknown item ids 8, 31: the catalogue has 2 items, 7 to 30"
+    ):
         numbers.encode([7, 8, 31])
     with pytest.raises(ValueError, match="are whole numbers, not float64: 7.0"):
         numbers.encode([7.0])

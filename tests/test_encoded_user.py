@@ -14,7 +14,10 @@ def taken(candidates, users):
     """The candidates of some users, in their order, and where they stood."""
     spans = [np.arange(*candidates.offsets[user : user + 2]) for user in users]
     place_C = np.concatenate(spans)
-    columns = {name: np.asarray(getattr(candidates, name))[place_C] for name in ("item_C", "feature_CF", "time_C")}
+    columns = {
+        name: np.asarray(getattr(candidates, name))[place_C]
+        for name in ("item_C", "feature_CF", "time_C")
+    }
     return serving.Candidates(**columns, offsets=np.cumsum([0, *map(len, spans)])), place_C
 
 
@@ -36,10 +39,19 @@ def test_users_of_different_calls_score_as_in_a_full_pass(form):
         np.testing.assert_allclose(got, want[place_C], atol=2e-5 * max(1, np.abs(want).max()))
     assert model.programs.score._cache_size() == programs + 1
     for call, message in (
-        (lambda: serving.encode_history(model, history, room=serving.Room(3, room.events)), "7 users with .* are more than"),
+        (
+            lambda: serving.encode_history(model, history, room=serving.Room(3, room.events)),
+            "7 users with .* are more than",
+        ),
         (lambda: serving.join(model, users, serving.Room(3, room.events)), "7 users are more than"),
-        (lambda: serving.join(model, users, serving.Room(7, dict.fromkeys(room.events, 5))), "rows are more than the"),
-        (lambda: serving.score(model, joined, candidates, room=3), "candidates are more than the 3"),
+        (
+            lambda: serving.join(model, users, serving.Room(7, dict.fromkeys(room.events, 5))),
+            "rows are more than the",
+        ),
+        (
+            lambda: serving.score(model, joined, candidates, room=3),
+            "candidates are more than the 3",
+        ),
         (lambda: serving.append(model, joined, history), "cannot grow"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -54,10 +66,16 @@ def test_small_keys_and_values_come_back_as_they_were(kind):
     cache = serving.encode_history(model, full_pass("contextual")[0], room=room)
     channel = cache.channels["events"]
     layers = tuple(pack(layer.k_SHK, layer.v_SHV, kind) for layer in channel.encoded.layers)
-    small = dataclasses.replace(channel, encoded=dataclasses.replace(channel.encoded, layers=layers))
+    small = dataclasses.replace(
+        channel, encoded=dataclasses.replace(channel.encoded, layers=layers)
+    )
     users = serving.split(model, dataclasses.replace(cache, channels={"events": small}))
     joined = serving.join(model, users, room).channels["events"].encoded
-    for got, want, frame in zip(joined.layers, layers, [joined.whole, joined.kept, joined.kept], strict=True):
+    for got, want, frame in zip(
+        joined.layers, layers, [joined.whole, joined.kept, joined.kept], strict=True
+    ):
         rows = frame.offsets[-1]
         for name in ("k_SHK", "v_SHV", "k_scale_SH1", "v_scale_SH1"):
-            np.testing.assert_array_equal(np.asarray(getattr(got, name))[:rows], np.asarray(getattr(want, name))[:rows])
+            np.testing.assert_array_equal(
+                np.asarray(getattr(got, name))[:rows], np.asarray(getattr(want, name))[:rows]
+            )

@@ -27,19 +27,31 @@ def ranks_by_hand(task, params, examples):
     table = np.asarray(model.item_table[...])
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
     events, ranks = jax.device_put(task.events), []
-    encode = jax.jit(lambda start, stop: model.encode(gather_batch(events, start, stop, rows=10), rngs=None)[-1])
+    encode = jax.jit(
+        lambda start, stop: model.encode(gather_batch(events, start, stop, rows=10), rngs=None)[-1]
+    )
     for start, stop in zip(examples.start, examples.stop, strict=True):
-        scores = unit @ np.asarray(encode(jnp.array([start], jnp.int32), jnp.array([stop], jnp.int32)))
+        scores = unit @ np.asarray(
+            encode(jnp.array([start], jnp.int32), jnp.array([stop], jnp.int32))
+        )
         seen, target = set(task.interactions.items[start:stop]), task.interactions.items[stop]
-        better = [item for item in range(1, len(table)) if item not in seen and item != target and scores[item] > scores[target]]
+        better = [
+            item
+            for item in range(1, len(table))
+            if item not in seen and item != target and scores[item] > scores[target]
+        ]
         ranks.append(2501 if target in seen else len(better) + 1)
     return np.array(ranks)
 
 
 def test_ranks_against_loops(task, params):
     examples = task.splits.test
-    assert len(examples) == 60 and (examples.lengths == 10).all()  # 11 events before the target, of which the newest 10 are kept
-    np.testing.assert_array_equal(Evaluator(task, "test").ranks(params), ranks_by_hand(task, params, examples))
+    assert (
+        len(examples) == 60 and (examples.lengths == 10).all()
+    )  # 11 events before the target, of which the newest 10 are kept
+    np.testing.assert_array_equal(
+        Evaluator(task, "test").ranks(params), ranks_by_hand(task, params, examples)
+    )
 
 
 def test_metrics_are_means_over_users(task, params):
@@ -53,7 +65,9 @@ def test_metrics_are_means_over_users(task, params):
 
 def test_padded_layout_gives_the_same_ranks(task, params):
     padded = Task.of(with_(task.config, data__layout="padded"), task.interactions)
-    np.testing.assert_array_equal(Evaluator(padded, "test").ranks(params), Evaluator(task, "test").ranks(params))
+    np.testing.assert_array_equal(
+        Evaluator(padded, "test").ranks(params), Evaluator(task, "test").ranks(params)
+    )
 
 
 def test_popularity_counts_the_training_events_only(task):

@@ -34,7 +34,16 @@ assert not [name for name in sys.modules if name.startswith(("flax", "ultra_hstu
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("export") / "scorer.zip"
     task, model, _ = built(FORM)
-    export.save(path, model, config=task.config, catalog=task.interactions.catalog, users=8, events=40, candidates=30, micro_batch=20)
+    export.save(
+        path,
+        model,
+        config=task.config,
+        catalog=task.interactions.catalog,
+        users=8,
+        events=40,
+        candidates=30,
+        micro_batch=20,
+    )
     return path
 
 
@@ -45,17 +54,26 @@ def scorer(path):
 
 def inputs():
     history, candidates, _ = full_pass(FORM)
-    channels = {name: {key: np.asarray(value) for key, value in vars(events).items()} for name, events in history.channels.items()}
+    channels = {
+        name: {key: np.asarray(value) for key, value in vars(events).items()}
+        for name, events in history.channels.items()
+    }
     asked = {key: np.asarray(value) for key, value in vars(candidates).items() if value is not None}
     return {"channels": channels, "context_BC": history.context_BC, "now_B": history.now_B}, asked
 
 
 def test_runs_without_the_training_code(path, tmp_path):
     history, candidates = inputs()
-    flat = {f"channels/{name}/{key}": value for name, events in history["channels"].items() for key, value in events.items()}
+    flat = {
+        f"channels/{name}/{key}": value
+        for name, events in history["channels"].items()
+        for key, value in events.items()
+    }
     flat |= {f"candidates/{key}": value for key, value in candidates.items()}
     np.savez(tmp_path / "in.npz", context_BC=history["context_BC"], now_B=history["now_B"], **flat)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(path)}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "PYTHONPATH": str(path)
+    }
     done = subprocess.run(
         [sys.executable, "-c", READ, str(path), "in.npz", "out.npy"],
         cwd=tmp_path,
@@ -72,9 +90,19 @@ def test_runs_without_the_training_code(path, tmp_path):
 def test_what_it_says_of_itself(scorer):
     task, _, _ = built(FORM)
     about = scorer.metadata
-    assert about["capacity"] == {"users": 8, "candidates": 40, "events": {"consumption": 40, "engagement": 40}}
-    assert about["config"]["name"] == task.config.name and about["config"]["rank"]["targets"] == task.config.rank.targets
-    assert (about["tasks"], about["contextual"]) == (["rating_at_least_4", "rating"], ["age", "region"])
+    assert about["capacity"] == {
+        "users": 8,
+        "candidates": 40,
+        "events": {"consumption": 40, "engagement": 40},
+    }
+    assert (
+        about["config"]["name"] == task.config.name
+        and about["config"]["rank"]["targets"] == task.config.rank.targets
+    )
+    assert (about["tasks"], about["contextual"]) == (
+        ["rating_at_least_4", "rating"],
+        ["age", "region"],
+    )
     assert scorer.items([1, 30]).tolist() == [1, 30]
     with pytest.raises(ValueError, match="unknown item 31, and 0 more: the model has 30 items"):
         scorer.items([1, 31])
@@ -109,14 +137,19 @@ def test_another_version_is_named(path, tmp_path, change, message):
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w") as file:
         for name in source.namelist():
             content = source.read(name)
-            file.writestr(name, json.dumps(json.loads(content) | change) if name == "metadata.json" else content)
+            file.writestr(
+                name,
+                json.dumps(json.loads(content) | change) if name == "metadata.json" else content,
+            )
     with pytest.raises(ValueError, match=message):
         artefact.Scorer(other)
 
 
 def test_another_device_is_named(path, monkeypatch):
     monkeypatch.setattr(artefact, "_platform", lambda: "cuda")
-    with pytest.raises(ValueError, match="was made for cpu, and the device here is cuda: export it for cuda"):
+    with pytest.raises(
+        ValueError, match="was made for cpu, and the device here is cuda: export it for cuda"
+    ):
         artefact.Scorer(path)
 
 
@@ -127,17 +160,32 @@ def test_bad_requests_are_named(scorer):
         (dict(context_BC=np.full((7, 2), 99)), "context_BC holds 99, which is not in 0..5"),
         (dict(channels={}), "channels .* must be"),
         (
-            dict(channels=history["channels"] | {"engagement": history["channels"]["engagement"] | {"offsets": [0, 1]}}),
+            dict(
+                channels=history["channels"]
+                | {"engagement": history["channels"]["engagement"] | {"offsets": [0, 1]}}
+            ),
             "offsets must have the shape",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
             scorer.encode(history | change)
     many = np.zeros(48, int)
-    events = {"item_E": many + 1, "time_E": many, "signal_ES": np.zeros((48, 2), int), "feature_EF": np.zeros((48, 1), int)}
+    events = {
+        "item_E": many + 1,
+        "time_E": many,
+        "signal_ES": np.zeros((48, 2), int),
+        "feature_EF": np.zeros((48, 1), int),
+    }
     events["offsets"] = np.arange(9) * 6
-    wide = {"channels": {name: events for name in history["channels"]}, "context_BC": np.zeros((8, 2), int), "now_B": np.zeros(8, int)}
-    with pytest.raises(ValueError, match="48 events of consumption are more than the 40 of this artefact: send fewer, or export"):
+    wide = {
+        "channels": {name: events for name in history["channels"]},
+        "context_BC": np.zeros((8, 2), int),
+        "now_B": np.zeros(8, int),
+    }
+    with pytest.raises(
+        ValueError,
+        match="48 events of consumption are more than the 40 of this artefact: send fewer, or export",
+    ):
         scorer.encode(wide)
     for change, message in [
         (dict(item_C=np.full(29, 31)), "item_C holds 31, which is not in 1..30"),
@@ -159,5 +207,11 @@ def test_bad_requests_are_named(scorer):
 def test_bad_exports_are_named(tmp_path, options, message):
     task, model, _ = built(FORM)
     with pytest.raises(ValueError, match=message):
-        export.save(tmp_path / "x.zip", model, config=task.config, catalog=task.interactions.catalog, **options)
+        export.save(
+            tmp_path / "x.zip",
+            model,
+            config=task.config,
+            catalog=task.interactions.catalog,
+            **options,
+        )
     assert not list(tmp_path.iterdir())

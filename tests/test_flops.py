@@ -22,7 +22,15 @@ from ultra_hstu.recipe import Recipe
 from ultra_hstu.task import Task
 
 ROWS, WIDTH = 256, 128
-MODEL = ModelConfig(width=WIDTH, layers=2, heads=2, qk_width=64, v_width=64, relative_bias=False, implementation="reference")
+MODEL = ModelConfig(
+    width=WIDTH,
+    layers=2,
+    heads=2,
+    qk_width=64,
+    v_width=64,
+    relative_bias=False,
+    implementation="reference",
+)
 RANK = RankConfig(tasks=("correct",), targets=4, head_width=32)
 
 
@@ -32,10 +40,18 @@ def xla_flops(function, *args):
 
 def encoder(model):
     """One sequence of contextual tokens only: the mask is full, so that the dense products of `reference` are those that the mask allows."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: HSTU.from_config(model, ROWS, rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: HSTU.from_config(model, ROWS, rngs=nnx.Rngs(0)))
+    )
     zero_T = jnp.zeros(ROWS, jnp.int32)
-    sequences = Sequences(jnp.array([0, ROWS]), zero_T == 0, zero_T, zero_T, None, jnp.array([ROWS]))
-    return lambda params, x_TD: nnx.merge(graphdef, params)(x_TD, sequences), params, jax.ShapeDtypeStruct((ROWS, model.width), jnp.float32)
+    sequences = Sequences(
+        jnp.array([0, ROWS]), zero_T == 0, zero_T, zero_T, None, jnp.array([ROWS])
+    )
+    return (
+        lambda params, x_TD: nnx.merge(graphdef, params)(x_TD, sequences),
+        params,
+        jax.ShapeDtypeStruct((ROWS, model.width), jnp.float32),
+    )
 
 
 @pytest.mark.parametrize("preset", ["research", "production"])
@@ -47,13 +63,21 @@ def test_encoder_against_xla(preset, widths):
     counted = flops.count(Config(model=model), 0, contextual=ROWS)
     forward = xla_flops(run, params, x_TD)
     assert 1.0 < forward / counted.inference < 1.05
-    both = xla_flops(jax.value_and_grad(lambda params, x_TD: jnp.sum(jnp.sin(run(params, x_TD))), argnums=(0, 1)), params, x_TD)
+    both = xla_flops(
+        jax.value_and_grad(
+            lambda params, x_TD: jnp.sum(jnp.sin(run(params, x_TD))), argnums=(0, 1)
+        ),
+        params,
+        x_TD,
+    )
     # The reference keeps its scores, kernels compute them again: one product less in its backward.
     kept_scores = 2 * model.layers * ROWS**2 * model.heads * model.qk_width
     assert 1.0 < both / (counted.training - kept_scores) < 1.05
 
 
-@pytest.mark.parametrize("negatives, items", [(16, 200), (16, 5000)], ids=["whole table", "gathered"])
+@pytest.mark.parametrize(
+    "negatives, items", [(16, 200), (16, 5000)], ids=["whole table", "gathered"]
+)
 def test_retrieval_loss_against_xla(negatives, items):
     """The step without the encoder: what is left of the loss when the encoder's count is taken off. Chunks are one, which XLA counts once."""
     config = Config(
@@ -65,16 +89,29 @@ def test_retrieval_loss_against_xla(negatives, items):
     events = Events.from_arrays(np.arange(ROWS + 1) % items + 1, None)
     batch = gather_batch(events, jnp.array([0]), jnp.array([ROWS]), rows=ROWS)
     params = nnx.split(nnx.eval_shape(lambda: recipe.build(0)))[1]
-    step = xla_flops(lambda params, key: jax.value_and_grad(recipe.loss)(params, batch, key), params, jax.random.key(0))
+    step = xla_flops(
+        lambda params, key: jax.value_and_grad(recipe.loss)(params, batch, key),
+        params,
+        jax.random.key(0),
+    )
     counted = flops.count(config, ROWS, items=items)
-    encoder_only = flops.count(config, 0, contextual=ROWS)  # dense: causal attention computes the full square here
+    encoder_only = flops.count(
+        config, 0, contextual=ROWS
+    )  # dense: causal attention computes the full square here
     kept_scores = 2 * ROWS**2 * MODEL.heads * MODEL.qk_width
     assert 1.0 < step / (encoder_only.training - kept_scores + 3 * counted.loss) < 1.12
     assert counted.corpus == 2 * items * WIDTH
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"window": (3,)}, {"window": (3, -1), "full_rows": (2, 0)}, {"window": (2,), "prefix": (3, 4)}], ids=str
+    "fields",
+    [
+        {},
+        {"window": (3,)},
+        {"window": (3, -1), "full_rows": (2, 0)},
+        {"window": (2,), "prefix": (3, 4)},
+    ],
+    ids=str,
 )
 def test_pairs_against_loops(fields):
     model = dataclasses.replace(MODEL, **fields)
@@ -84,42 +121,70 @@ def test_pairs_against_loops(fields):
     for layer in range(2):
         for h, m, c in zip(history, targets, contextual, strict=True):
             window, full_rows, prefix = (
-                values[layer % len(values)] if values else None for values in (model.window, model.full_rows, model.prefix)
+                values[layer % len(values)] if values else None
+                for values in (model.window, model.full_rows, model.prefix)
             )
             mask = AttentionMask(None if window == -1 else window, full_rows or 0, prefix or 0)
-            pairs += int(mask.dense(np.array([0, h + m + c]), h + m + c, np.array([m]), np.array([c])).sum()) / 3
+            pairs += (
+                int(
+                    mask.dense(
+                        np.array([0, h + m + c]), h + m + c, np.array([m]), np.array([c])
+                    ).sum()
+                )
+                / 3
+            )
     counted = flops.count(config, history, targets=targets, contextual=contextual)
     assert counted.attention == pytest.approx(pairs * 2 * 2 * (64 + 64))
     rows = np.mean(np.add(np.add(history, targets), contextual))
-    assert counted.projections == pytest.approx(2 * rows * 2 * (WIDTH * 2 * (128 + 128) + 128 * WIDTH))
+    assert counted.projections == pytest.approx(
+        2 * rows * 2 * (WIDTH * 2 * (128 + 128) + 128 * WIDTH)
+    )
 
 
 def test_interleaved_input_has_two_rows_an_event():
     merged = flops.count(Config(model=MODEL, rank=RANK), 100, targets=4)
-    interleaved = flops.count(Config(model=MODEL, rank=dataclasses.replace(RANK, input="interleaved")), 100, targets=4)
+    interleaved = flops.count(
+        Config(model=MODEL, rank=dataclasses.replace(RANK, input="interleaved")), 100, targets=4
+    )
     assert interleaved.projections / merged.projections == pytest.approx(204 / 104)
-    assert interleaved.attention / merged.attention == pytest.approx((200 * 201 / 2 + 4 * 201) / (100 * 101 / 2 + 4 * 101))
+    assert interleaved.attention / merged.attention == pytest.approx(
+        (200 * 201 / 2 + 4 * 201) / (100 * 101 / 2 + 4 * 101)
+    )
     assert interleaved.head == merged.head == 4 * 2 * (WIDTH * 32 + 32)
 
 
 def test_truncation_lowers_the_upper_layers_only():
     config = Config(model=MODEL, rank=RANK)
     cut = with_(config, model__truncate_after=1, model__truncate_length=20)
-    whole, short = flops.count(config, 100, targets=4, contextual=2), flops.count(config, 20, targets=4, contextual=2)
+    whole, short = (
+        flops.count(config, 100, targets=4, contextual=2),
+        flops.count(config, 20, targets=4, contextual=2),
+    )
     mixed = flops.count(cut, 100, targets=4, contextual=2)
     for part in ("projections", "attention", "attention_backward"):
-        assert getattr(mixed, part) == pytest.approx((getattr(whole, part) + getattr(short, part)) / 2)
-    assert flops.count(cut, 10, targets=4) == flops.count(config, 10, targets=4)  # shorter than the cut
+        assert getattr(mixed, part) == pytest.approx(
+            (getattr(whole, part) + getattr(short, part)) / 2
+        )
+    assert flops.count(cut, 10, targets=4) == flops.count(
+        config, 10, targets=4
+    )  # shorter than the cut
 
 
 def test_channels_add_up_and_share_one_head():
     one = Config(model=MODEL, rank=RANK)
-    two = with_(one, model__channels={"long": ChannelConfig(layers=1), "short": ChannelConfig(layers=2)})
+    two = with_(
+        one, model__channels={"long": ChannelConfig(layers=1), "short": ChannelConfig(layers=2)}
+    )
     counted = flops.count(two, [0, 0], targets=4, channels={"long": [50, 70], "short": [5, 9]})
-    parts = flops.count(with_(one, model__layers=1), [50, 70], targets=4) + flops.count(one, [5, 9], targets=4)
+    parts = flops.count(with_(one, model__layers=1), [50, 70], targets=4) + flops.count(
+        one, [5, 9], targets=4
+    )
     assert (counted.projections, counted.attention) == (parts.projections, parts.attention)
     assert counted.head == 4 * 2 * 32 * (2 * WIDTH + 1)
-    with pytest.raises(ValueError, match=r"channels \['long'\] are not those of model.channels, \['long', 'short'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"channels \['long'\] are not those of model.channels, \['long', 'short'\]",
+    ):
         flops.count(two, 0, channels={"long": 1})
 
 
@@ -134,9 +199,13 @@ def products(jaxpr):
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
-            total += 2 * eqn.outvars[0].aval.size * int(np.prod([shape[axis] for axis in contracted]))
+            total += (
+                2 * eqn.outvars[0].aval.size * int(np.prod([shape[axis] for axis in contracted]))
+            )
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        total += times * sum(products(inner) for inner in jax.extend.core.jaxprs_in_params(eqn.params))
+        total += times * sum(
+            products(inner) for inner in jax.extend.core.jaxprs_in_params(eqn.params)
+        )
     return total
 
 
@@ -146,9 +215,13 @@ def test_recomputation(remat, chunk_rows):
     """Exact, in the traced program: the reference keeps its scores unless it is told to forget them, kernels never do."""
     model = dataclasses.replace(MODEL, remat=remat, chunk_rows=chunk_rows, preset="production")
     run, params, x_TD = encoder(model)
-    step = jax.make_jaxpr(jax.value_and_grad(lambda params, x_TD: jnp.sum(jnp.sin(run(params, x_TD))), argnums=(0, 1)))(params, x_TD)
+    step = jax.make_jaxpr(
+        jax.value_and_grad(lambda params, x_TD: jnp.sum(jnp.sin(run(params, x_TD))), argnums=(0, 1))
+    )(params, x_TD)
     counted = flops.count(Config(model=model), 0, contextual=ROWS)
-    kept_scores = 0 if remat == "selective" else 2 * model.layers * ROWS**2 * model.heads * model.qk_width
+    kept_scores = (
+        0 if remat == "selective" else 2 * model.layers * ROWS**2 * model.heads * model.qk_width
+    )
     assert products(step.jaxpr) == counted.training - kept_scores
 
 
@@ -166,16 +239,34 @@ def test_ranking_model_against_its_program(form):
     task = Task.of(config, rank_data.interactions())
     loader = task.loader("train", batch_users=4, steps_per_call=1)
     batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
-    program = jax.make_jaxpr(lambda params: task.recipe.logits(params, batch))(task.recipe.init(0).params)
+    program = jax.make_jaxpr(lambda params: task.recipe.logits(params, batch))(
+        task.recipe.init(0).params
+    )
 
     def full(rows, layers):
         """One stack of this depth on so many rows, of which each sees all."""
-        whole = with_(config, model__truncate_after=None, model__truncate_length=None, model__channels={}, model__layers=layers)
+        whole = with_(
+            config,
+            model__truncate_after=None,
+            model__truncate_length=None,
+            model__channels={},
+            model__layers=layers,
+        )
         return flops.count(whole, 0, contextual=rows)
 
-    head = flops.count(config, 0, targets=4 * config.rank.targets, channels={name: 0 for name in config.model.channels}).head
+    head = flops.count(
+        config,
+        0,
+        targets=4 * config.rank.targets,
+        channels={name: 0 for name in config.model.channels},
+    ).head
     if form == "mixture":
-        encoders = [full(rows, channel.layers) for rows, channel in zip(loader.gather.rows, config.model.channels.values(), strict=True)]
+        encoders = [
+            full(rows, channel.layers)
+            for rows, channel in zip(
+                loader.gather.rows, config.model.channels.values(), strict=True
+            )
+        ]
     elif form == "truncated":
         encoders = [
             full(loader.gather.rows[0], 1),
@@ -183,31 +274,45 @@ def test_ranking_model_against_its_program(form):
         ]  # room for 2 events and the targets of 4 requests
     else:
         encoders = [full(loader.gather.rows[0], config.model.layers)]
-    assert products(program.jaxpr) == head + sum(encoder.projections + encoder.attention for encoder in encoders)
+    assert products(program.jaxpr) == head + sum(
+        encoder.projections + encoder.attention for encoder in encoders
+    )
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 3])
 def test_head_against_its_program(chunk_rows):
     """A training step of the head of three tasks on the outputs of two encoders."""
     config = with_(
-        Config(model=MODEL, rank=RANK), model__chunk_rows=chunk_rows, model__channels={"a": ChannelConfig(), "b": ChannelConfig()}
+        Config(model=MODEL, rank=RANK),
+        model__chunk_rows=chunk_rows,
+        model__channels={"a": ChannelConfig(), "b": ChannelConfig()},
     )
     config = with_(config, rank__tasks=("x", "y", "z"))
     head = MultiTaskHead(2 * WIDTH, RANK.head_width, 3, chunk_rows=chunk_rows, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(head)
     loss = lambda params, h_PD: jnp.sum(jnp.sin(nnx.merge(graphdef, params)(h_PD)))  # noqa: E731
-    step = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(params, jnp.zeros((10, 2 * WIDTH)))
+    step = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(
+        params, jnp.zeros((10, 2 * WIDTH))
+    )
     counted = flops.count(config, 0, targets=10, channels={"a": 0, "b": 0})
-    assert products(step.jaxpr) == 3 * counted.head + (0 if chunk_rows is None else 10 * 2 * RANK.head_width * 2 * WIDTH)
-    plain = flops.count(with_(config, model__chunk_rows=None), 0, targets=10, channels={"a": 0, "b": 0})
+    assert products(step.jaxpr) == 3 * counted.head + (
+        0 if chunk_rows is None else 10 * 2 * RANK.head_width * 2 * WIDTH
+    )
+    plain = flops.count(
+        with_(config, model__chunk_rows=None), 0, targets=10, channels={"a": 0, "b": 0}
+    )
     uvqk = plain.projections * 4 / 5
-    assert counted.recomputed == (0 if chunk_rows is None else uvqk + 10 * 2 * RANK.head_width * 2 * WIDTH)
+    assert counted.recomputed == (
+        0 if chunk_rows is None else uvqk + 10 * 2 * RANK.head_width * 2 * WIDTH
+    )
 
 
 def test_training_is_three_projections_and_three_and_a_half_attentions():
     plain = flops.count(Config(model=MODEL, rank=RANK), 50, targets=4)
     assert plain.recomputed == 0
-    assert plain.training == pytest.approx(3 * (plain.projections + plain.head) + 3.5 * plain.attention)  # K = V
+    assert plain.training == pytest.approx(
+        3 * (plain.projections + plain.head) + 3.5 * plain.attention
+    )  # K = V
 
 
 def test_cost_exponent():
@@ -234,9 +339,13 @@ def test_paper_scale():
     The published layer sizes of its open configurations (D = 512, H = 4, K = V = 128) put the same order of magnitude on both models: see
     docs/sampling_and_precision.md.
     """
-    model = ModelConfig(width=512, layers=10, heads=4, qk_width=128, v_width=128, preset="production")
+    model = ModelConfig(
+        width=512, layers=10, heads=4, qk_width=128, v_width=128, preset="production"
+    )
     plain = flops.count(Config(model=model), 16384)
-    ultra_model = dataclasses.replace(model, layers=18, window=(256,), full_rows=(256,), truncate_after=3, truncate_length=3072)
+    ultra_model = dataclasses.replace(
+        model, layers=18, window=(256,), full_rows=(256,), truncate_after=3, truncate_length=3072
+    )
     ultra = flops.count(Config(model=ultra_model), 16384)
     assert 0.5 < plain.inference / 4.692e12 < 2
     assert 0.5 < ultra.inference / 0.436e12 < 2

@@ -47,7 +47,11 @@ def imported(path):
             assert node.level == 0, f"{path}: relative import"
             for name in node.names:
                 full = f"{node.module}.{name.name}"
-                yield full if layer(full) is not None and layer(full) != layer(node.module) else node.module
+                yield (
+                    full
+                    if layer(full) is not None and layer(full) != layer(node.module)
+                    else node.module
+                )
 
 
 @pytest.mark.parametrize("path", list(sources()), ids=lambda path: str(path.relative_to(ROOT)))
@@ -60,22 +64,32 @@ def test_imports_point_down(path):
     assert own is not None, f"{module} has no layer: add it to LAYERS"
     for name in imported(path):
         other = layer(name)
-        assert other is None or other <= own, f"{module} (layer {own}) imports {name} (layer {other})"
+        assert other is None or other <= own, (
+            f"{module} (layer {own}) imports {name} (layer {other})"
+        )
 
 
 def test_the_rule_can_fail():
     assert layer("ultra_hstu.train") > layer("ultra_hstu.data.batching") > layer("kernels.mask")
 
 
-@pytest.mark.parametrize("module", ["experiments.train", "experiments.recommend", "kernels.hstu_attention.api"])
+@pytest.mark.parametrize(
+    "module", ["experiments.train", "experiments.recommend", "kernels.hstu_attention.api"]
+)
 def test_no_gpu_package_and_no_tensorflow_on_cpu(module):
     code = f"import sys, {module}; print([name for name in ('tensorflow', 'triton', 'jax_triton', 'torch') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 def test_files_stay_small():
     """One idea per file: 400 lines, device kernels aside."""
     kernels = ("mosaic", "triton")
-    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources() if not path.name.startswith(kernels)}
+    long = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in sources()
+        if not path.name.startswith(kernels)
+    }
     assert not {path: lines for path, lines in long.items() if lines > 400}

@@ -19,10 +19,14 @@ PATHS = {"whole table": True, "gathered": False}
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
     """Runs a test with both ways to score negatives; the rule that chooses between them is tested by itself."""
-    monkeypatch.setattr(losses, "whole_table_is_cheaper", lambda items, negatives: PATHS[request.param])
+    monkeypatch.setattr(
+        losses, "whole_table_is_cheaper", lambda items, negatives: PATHS[request.param]
+    )
 
 
-@pytest.mark.parametrize("case", ["local", "local_weighted", "local_no_l2", "in_batch", "in_batch_no_dedup"])
+@pytest.mark.parametrize(
+    "case", ["local", "local_weighted", "local_no_l2", "in_batch", "in_batch_no_dedup"]
+)
 def test_golden(case, path):
     data = golden.load("sampled_softmax")
     lengths = data["lengths"]
@@ -30,7 +34,11 @@ def test_golden(case, path):
     rows = 13  # 11 positions and padding, which holds NaN
     flat = functools.partial(golden.flatten, lengths=lengths, rows=rows)
     h = np.where(np.arange(rows)[:, None] < lengths.sum(), flat(data["x"]), np.nan)
-    positive, weight, negative = flat(data["past_ids"][:, 1:]), flat(data[f"weights_{kind}"]), flat(data[f"{case}/negative_ids"])
+    positive, weight, negative = (
+        flat(data["past_ids"][:, 1:]),
+        flat(data[f"weights_{kind}"]),
+        flat(data[f"{case}/negative_ids"]),
+    )
 
     def run(h, table, weight):
         return sampled_softmax(
@@ -45,11 +53,18 @@ def test_golden(case, path):
         )
 
     table = jnp.asarray(data["item_table"])
-    (loss, per_row), (dh, dtable) = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(jnp.asarray(h), table, jnp.asarray(weight))
+    (loss, per_row), (dh, dtable) = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(
+        jnp.asarray(h), table, jnp.asarray(weight)
+    )
     golden.assert_close(loss, data[f"{case}/loss"], 1e-5, "loss")
     expected = flat(data[f"{case}/per_position"])
     golden.assert_close(per_row, np.where(weight > 0, expected, 0), 1e-5, "per_position")
-    golden.assert_close(run(jnp.asarray(h), table, jnp.asarray(weight))[0], data[f"{case}/loss"], 1e-5, "loss without gradients")
+    golden.assert_close(
+        run(jnp.asarray(h), table, jnp.asarray(weight))[0],
+        data[f"{case}/loss"],
+        1e-5,
+        "loss without gradients",
+    )
     golden.assert_close(dh, flat(data[f"{case}/grad/x"]), 1e-5, "grad/x")
     golden.assert_close(dtable, data[f"{case}/grad/item_table"], 1e-5, "grad/item_table")
     assert np.all(np.asarray(dtable[0]) == 0)
@@ -71,7 +86,9 @@ def naive_full(h, table, positive, weight, *, temperature, normalize):
     if normalize:
         h, table = l2_normalize(h), l2_normalize(table)
     logits = jnp.matmul(h, table.T, precision="highest")[:, 1:] / temperature
-    return jnp.sum(weight * -jax.nn.log_softmax(logits)[jnp.arange(h.shape[0]), positive - 1]) / jnp.sum(weight)
+    return jnp.sum(
+        weight * -jax.nn.log_softmax(logits)[jnp.arange(h.shape[0]), positive - 1]
+    ) / jnp.sum(weight)
 
 
 ROWS, ITEMS, WIDTH, NEGATIVES = 37, 23, 6, 9
@@ -105,14 +122,25 @@ def test_chunked_equals_unchunked(kind, chunk_rows, monkeypatch):
     def definition(h, table, weight):
         if kind == "full":
             return naive_full(h, table, positive, weight, temperature=0.3, normalize=True)
-        return naive_sampled(h, table, positive, weight, negative, temperature=0.3, normalize=options["l2_normalize"], log_q=log_q)
+        return naive_sampled(
+            h,
+            table,
+            positive,
+            weight,
+            negative,
+            temperature=0.3,
+            normalize=options["l2_normalize"],
+            log_q=log_q,
+        )
 
     found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(h, table, weight)
     expected = jax.jit(jax.value_and_grad(definition, argnums=(0, 1, 2)))(h, table, weight)
     golden.assert_close(found[0], np.asarray(expected[0]), 1e-6, "loss")
     counts = np.asarray(weight) > 0
     for name, a, b in zip(("h", "table", "weight"), found[1], expected[1], strict=True):
-        b = np.where(counts, b, 0) if name == "weight" else np.asarray(b)  # a weight of 0 marks padding, whose gradient is defined as 0
+        b = (
+            np.where(counts, b, 0) if name == "weight" else np.asarray(b)
+        )  # a weight of 0 marks padding, whose gradient is defined as 0
         golden.assert_close(a, b, 1e-5, name)
 
 
@@ -126,12 +154,19 @@ def test_padding_may_hold_anything(kind, monkeypatch):
     def run(h, positive, negative):
         options = dict(temperature=0.1, l2_normalize=True, chunk_rows=8)
         if kind == "full":
-            return jax.value_and_grad(lambda h, e: full_softmax(h, e, positive, weight, **options)[0], argnums=(0, 1))(h, table)
-        return jax.value_and_grad(lambda h, e: sampled_softmax(h, e, positive, weight, negative, **options)[0], argnums=(0, 1))(h, table)
+            return jax.value_and_grad(
+                lambda h, e: full_softmax(h, e, positive, weight, **options)[0], argnums=(0, 1)
+            )(h, table)
+        return jax.value_and_grad(
+            lambda h, e: sampled_softmax(h, e, positive, weight, negative, **options)[0],
+            argnums=(0, 1),
+        )(h, table)
 
     clean = run(h, positive, negative)
     dirty = run(
-        jnp.where(padding[:, None], jnp.nan, h), jnp.where(padding, 10**6, positive), jnp.where(padding[:, None], -(10**6), negative)
+        jnp.where(padding[:, None], jnp.nan, h),
+        jnp.where(padding, 10**6, positive),
+        jnp.where(padding[:, None], -(10**6), negative),
     )
     for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -140,7 +175,9 @@ def test_padding_may_hold_anything(kind, monkeypatch):
 def test_no_row_counts():
     h, table, positive, weight, negative = problem()
     options = dict(temperature=0.1, l2_normalize=True, chunk_rows=8)
-    loss, grads = jax.value_and_grad(lambda h: sampled_softmax(h, table, positive, 0 * weight, negative, **options)[0])(h)
+    loss, grads = jax.value_and_grad(
+        lambda h: sampled_softmax(h, table, positive, 0 * weight, negative, **options)[0]
+    )(h)
     assert loss == 0 and np.all(np.asarray(grads) == 0)
 
 
@@ -150,9 +187,9 @@ def test_zero_rows_have_finite_gradients():
     np.testing.assert_allclose(grads, 1e6, rtol=1e-6)
     h, table, positive, weight, negative = problem()
     options = dict(temperature=0.1, l2_normalize=True, chunk_rows=8)
-    grads = jax.grad(lambda h, e: sampled_softmax(h, e, positive, weight, negative, **options)[0], argnums=(0, 1))(
-        h.at[0].set(0), table.at[3].set(0)
-    )
+    grads = jax.grad(
+        lambda h, e: sampled_softmax(h, e, positive, weight, negative, **options)[0], argnums=(0, 1)
+    )(h.at[0].set(0), table.at[3].set(0))
     assert all(np.all(np.isfinite(g)) for g in grads)
 
 
@@ -167,7 +204,9 @@ def test_log_q_makes_sampled_tend_to_full():
     log_q = jnp.asarray(np.log(np.concatenate([[1.0], q])), jnp.float32)
     options = dict(temperature=0.5, l2_normalize=True, chunk_rows=4)
     full = full_softmax(h, table, positive, jnp.ones(8), **options)[1]
-    corrected = sampled_softmax(h, table, positive, jnp.ones(8), negative, log_q=log_q, **options)[1]
+    corrected = sampled_softmax(h, table, positive, jnp.ones(8), negative, log_q=log_q, **options)[
+        1
+    ]
     plain = sampled_softmax(h, table, positive, jnp.ones(8), negative, **options)[1]
     np.testing.assert_allclose(corrected, full, atol=0.02)
     assert np.min(np.abs(plain - full)) > 1
@@ -186,7 +225,9 @@ def test_low_precision_inputs():
 def shapes_of(jaxpr):
     """Shapes of all values of a jaxpr and of those inside it."""
     for equation in jaxpr.eqns:
-        yield from (v.aval.shape for v in equation.outvars if jnp.issubdtype(v.aval.dtype, jnp.floating))
+        yield from (
+            v.aval.shape for v in equation.outvars if jnp.issubdtype(v.aval.dtype, jnp.floating)
+        )
         for inner in jaxprs_in_params(equation.params):
             yield from shapes_of(inner)
 
@@ -208,10 +249,18 @@ def test_logits_never_exist_at_full_size(kind, monkeypatch):
             return jax.ShapeDtypeStruct(shape, dtype)
 
         f32, i32 = jnp.float32, jnp.int32
-        args = (spec(f32, rows, width), spec(f32, items + 1, width), spec(i32, rows), spec(f32, rows), spec(i32, rows, negatives))
+        args = (
+            spec(f32, rows, width),
+            spec(f32, items + 1, width),
+            spec(i32, rows),
+            spec(f32, rows),
+            spec(i32, rows, negatives),
+        )
         traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*args)
         sizes = [int(np.prod(shape)) for shape in shapes_of(traced.jaxpr.jaxpr)]
-        assert max(sizes) <= max(rows * width, chunk * (items + 1), chunk * (negatives + 1) * width), max(sizes)
+        assert max(sizes) <= max(
+            rows * width, chunk * (items + 1), chunk * (negatives + 1) * width
+        ), max(sizes)
         assert any(chunk in shape for shape in shapes_of(traced.jaxpr.jaxpr))
         return traced.lower().compile().memory_analysis().temp_size_in_bytes
 
@@ -226,7 +275,9 @@ def test_the_rule_that_chooses():
     assert not losses.whole_table_is_cheaper(695763, 512)  # Amazon Books
 
 
-@pytest.mark.parametrize("bad", [dict(chunk_rows=0), dict(temperature=0.0), dict(temperature=float("nan"))])
+@pytest.mark.parametrize(
+    "bad", [dict(chunk_rows=0), dict(temperature=0.0), dict(temperature=float("nan"))]
+)
 def test_bad_options(bad):
     h, table, positive, weight, negative = problem()
     options = dict(temperature=0.1, l2_normalize=True, chunk_rows=8) | bad

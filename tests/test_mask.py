@@ -52,7 +52,19 @@ MASKS = [
     for w, f, g, s in itertools.product(WINDOWS, [0, 2, 5], [0, 1, 4], [True, False])
 ]
 # (length, targets, contextual): empty, single, all target, all contextual, no history, and ordinary ones
-SEQUENCES = [(0, 0, 0), (1, 0, 0), (11, 0, 0), (3, 3, 0), (4, 0, 4), (5, 2, 3), (12, 4, 0), (13, 0, 2), (17, 3, 5), (9, 1, 6), (2, 1, 1)]
+SEQUENCES = [
+    (0, 0, 0),
+    (1, 0, 0),
+    (11, 0, 0),
+    (3, 3, 0),
+    (4, 0, 4),
+    (5, 2, 3),
+    (12, 4, 0),
+    (13, 0, 2),
+    (17, 3, 5),
+    (9, 1, 6),
+    (2, 1, 1),
+]
 ROWS = sum(n for n, _, _ in SEQUENCES) + 6
 LENGTHS, TARGETS, CONTEXTUAL = (np.array(x, np.int32) for x in zip(*SEQUENCES, strict=True))
 OFFSETS = np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int32)
@@ -73,13 +85,19 @@ def test_dense_and_intervals_and_pairs_match_the_rules(counts):
     given_contextual = contextual if counts in ("contextual", "both") else None
     for mask in MASKS:
         want = brute_force(mask, LENGTHS, targets, contextual, ROWS)
-        np.testing.assert_array_equal(mask.dense(OFFSETS, ROWS, given_targets, given_contextual), want, err_msg=str(mask))
-        lo0, hi0, lo1, hi1 = (np.asarray(x) for x in mask.intervals(OFFSETS, ROWS, given_targets, given_contextual))
+        np.testing.assert_array_equal(
+            mask.dense(OFFSETS, ROWS, given_targets, given_contextual), want, err_msg=str(mask)
+        )
+        lo0, hi0, lo1, hi1 = (
+            np.asarray(x) for x in mask.intervals(OFFSETS, ROWS, given_targets, given_contextual)
+        )
         for x in (lo0, hi0, lo1, hi1):
             assert x.dtype == np.int32 and x.shape == (ROWS,)
         covered = expand(np.stack([lo0, lo1], 1), np.stack([hi0, hi1], 1), ROWS)
         diagonal = np.diag(np.diag(want))
-        np.testing.assert_array_equal(covered, want & ~diagonal, err_msg=f"{mask}: not disjoint, or the diagonal is contained")
+        np.testing.assert_array_equal(
+            covered, want & ~diagonal, err_msg=f"{mask}: not disjoint, or the diagonal is contained"
+        )
         assert mask.num_pairs(LENGTHS, given_targets, given_contextual) == want.sum()
 
 
@@ -99,19 +117,29 @@ def test_tile_bounds_cover_exactly_what_meets(blocks):
             for r in range(2):  # ascending
                 later = some[:, r] & some[:, r + 1]
                 assert (np.asarray(hi)[:, r] <= np.asarray(lo)[:, r + 1])[later].all()
-        np.testing.assert_array_equal(expand(bounds.key_lo, bounds.key_hi, nk), meets, err_msg=f"{mask} keys of query tiles")
-        np.testing.assert_array_equal(expand(bounds.row_lo, bounds.row_hi, nq), meets.T, err_msg=f"{mask} rows of key tiles")
+        np.testing.assert_array_equal(
+            expand(bounds.key_lo, bounds.key_hi, nk), meets, err_msg=f"{mask} keys of query tiles"
+        )
+        np.testing.assert_array_equal(
+            expand(bounds.row_lo, bounds.row_hi, nq), meets.T, err_msg=f"{mask} rows of key tiles"
+        )
 
 
 def test_known_answer():
-    want = np.array([[int(x) for x in row] for row in "100000 110000 111000 011100 111110 111111".split()], bool)
-    np.testing.assert_array_equal(AttentionMask(window=2, full_rows=2).dense(np.array([0, 6]), 6), want)
+    want = np.array(
+        [[int(x) for x in row] for row in "100000 110000 111000 011100 111110 111111".split()], bool
+    )
+    np.testing.assert_array_equal(
+        AttentionMask(window=2, full_rows=2).dense(np.array([0, 6]), 6), want
+    )
 
 
 def test_traced_offsets_give_the_same_plan():
     mask = AttentionMask(window=3, full_rows=2, prefix=1)
     eager = make_plan(mask, OFFSETS, ROWS, TARGETS, CONTEXTUAL, tiles=[(8, 4)])
-    traced = jax.jit(lambda o, t, c: make_plan(mask, o, ROWS, t, c, tiles=[(8, 4)]))(OFFSETS, TARGETS, CONTEXTUAL)
+    traced = jax.jit(lambda o, t, c: make_plan(mask, o, ROWS, t, c, tiles=[(8, 4)]))(
+        OFFSETS, TARGETS, CONTEXTUAL
+    )
     jax.tree.map(np.testing.assert_array_equal, eager, traced)
     jax.tree.map(np.testing.assert_array_equal, traced.tile_bounds(8, 4), eager.tile_bounds(8, 4))
 
@@ -128,7 +156,9 @@ def test_row_intervals_are_the_transpose():
 @given(data=st.data())
 def test_any_mask_and_batch(data):
     size = st.integers(0, 9)
-    mask = AttentionMask(data.draw(st.none() | size), data.draw(size), data.draw(size), data.draw(st.booleans()))
+    mask = AttentionMask(
+        data.draw(st.none() | size), data.draw(size), data.draw(size), data.draw(st.booleans())
+    )
     lengths = data.draw(st.lists(st.integers(0, 14), min_size=3, max_size=3))
     targets = [data.draw(st.integers(0, n)) for n in lengths]
     contextual = [data.draw(st.integers(0, n - m)) for n, m in zip(lengths, targets, strict=True)]

@@ -33,7 +33,9 @@ def test_golden(name, chunk_items, corpus):
     np.testing.assert_array_equal(found, data[f"{name}/ranks"])
 
     sums = ranking_metrics(found, jnp.ones(24))
-    assert set(sums) == {"mrr", "users"} | {f"{kind}@{k}" for kind in ("hr", "ndcg") for k in CUTOFFS}
+    assert set(sums) == {"mrr", "users"} | {
+        f"{kind}@{k}" for kind in ("hr", "ndcg") for k in CUTOFFS
+    }
     means = mean_metrics(sums)
     for metric in set(means) - {"hr@5", "ndcg@5"}:
         assert abs(means[metric] - data[f"{name}/mean/{metric}"]) <= 1e-6, metric
@@ -42,7 +44,9 @@ def test_golden(name, chunk_items, corpus):
     for metric in ("ndcg@10", "hr@10", "hr@50", "mrr"):
         assert abs(means[metric] - data[f"{name}/mean/{metric}_>=4"]) <= 1e-6, metric
 
-    ids, scores = jax.jit(functools.partial(best_items, k=10, chunk_items=chunk_items))(users, table, seen, corpus_I=exists)
+    ids, scores = jax.jit(functools.partial(best_items, k=10, chunk_items=chunk_items))(
+        users, table, seen, corpus_I=exists
+    )
     np.testing.assert_array_equal(ids, data[f"{name}/top10_ids"])
     assert np.all(np.diff(scores, axis=1) < 0)
 
@@ -51,11 +55,18 @@ def test_sums_of_batches_add():
     rng = np.random.default_rng(0)
     all_ranks, weights = rng.integers(1, 300, 50), rng.integers(0, 2, 50)
     whole = ranking_metrics(jnp.asarray(all_ranks), jnp.asarray(weights, jnp.float32))
-    parts = [ranking_metrics(jnp.asarray(all_ranks[s]), jnp.asarray(weights[s], jnp.float32)) for s in (slice(20), slice(20, 50))]
+    parts = [
+        ranking_metrics(jnp.asarray(all_ranks[s]), jnp.asarray(weights[s], jnp.float32))
+        for s in (slice(20), slice(20, 50))
+    ]
     for name, value in whole.items():
         np.testing.assert_allclose(parts[0][name] + parts[1][name], value, rtol=1e-6)
     hit = (all_ranks <= 5) & (weights > 0)
-    np.testing.assert_allclose(mean_metrics(whole)["ndcg@5"], np.sum(hit / np.log2(all_ranks + 1)) / weights.sum(), rtol=1e-6)
+    np.testing.assert_allclose(
+        mean_metrics(whole)["ndcg@5"],
+        np.sum(hit / np.log2(all_ranks + 1)) / weights.sum(),
+        rtol=1e-6,
+    )
     with pytest.raises(ValueError, match="no user"):
         mean_metrics(ranking_metrics(jnp.asarray(all_ranks), jnp.zeros(50)))
 
@@ -66,7 +77,10 @@ def test_against_sorting(chunk_items, l2_normalize):
     """Every chunk size, repeated and foreign seen ids; places counted by sorting."""
     rng = np.random.default_rng(5)
     users, items, width = 30, 63, 5
-    h, table = rng.normal(size=(users, width)).astype(np.float32), rng.normal(size=(items + 1, width)).astype(np.float32)
+    h, table = (
+        rng.normal(size=(users, width)).astype(np.float32),
+        rng.normal(size=(items + 1, width)).astype(np.float32),
+    )
     seen = rng.integers(0, items + 1, (users, 20))
     target = rng.integers(1, items + 1, users)
     found = ranks(
@@ -82,9 +96,18 @@ def test_against_sorting(chunk_items, l2_normalize):
     for u in range(users):
         left = [i for i in np.argsort(-score[u]) if i != 0 and i not in seen[u]]
         assert found[u] == (left.index(target[u]) + 1 if target[u] in left else items + 2)
-    best, _ = best_items(jnp.asarray(h), jnp.asarray(table), jnp.asarray(seen), k=5, l2_normalize=l2_normalize, chunk_items=chunk_items)
+    best, _ = best_items(
+        jnp.asarray(h),
+        jnp.asarray(table),
+        jnp.asarray(seen),
+        k=5,
+        l2_normalize=l2_normalize,
+        chunk_items=chunk_items,
+    )
     for u in range(users):
-        assert [i for i in np.argsort(-score[u]) if i != 0 and i not in seen[u]][:5] == list(best[u])
+        assert [i for i in np.argsort(-score[u]) if i != 0 and i not in seen[u]][:5] == list(
+            best[u]
+        )
 
 
 def test_ties_and_nan_count_against_the_target():
@@ -93,15 +116,26 @@ def test_ties_and_nan_count_against_the_target():
     target = jnp.asarray([1, 5, 10])
     np.testing.assert_array_equal(ranks(jnp.ones((3, 3)), table, target), 10)
     np.testing.assert_array_equal(ranks(jnp.full((3, 3), jnp.nan), table, target), 10)
-    np.testing.assert_array_equal(ranks(jnp.ones((3, 3)), table, target, jnp.asarray([[2, 3]] * 3)), 8)
-    np.testing.assert_array_equal(ranks(jnp.ones((3, 3)), table, target, cutoff=9), 10)  # beyond the cutoff
+    np.testing.assert_array_equal(
+        ranks(jnp.ones((3, 3)), table, target, jnp.asarray([[2, 3]] * 3)), 8
+    )
+    np.testing.assert_array_equal(
+        ranks(jnp.ones((3, 3)), table, target, cutoff=9), 10
+    )  # beyond the cutoff
 
 
 def test_not_found():
-    h, table = jnp.ones((3, 2)), jnp.asarray(np.random.default_rng(0).normal(size=(6, 2)), jnp.float32)
+    h, table = (
+        jnp.ones((3, 2)),
+        jnp.asarray(np.random.default_rng(0).normal(size=(6, 2)), jnp.float32),
+    )
     np.testing.assert_array_equal(ranks(h, table, jnp.asarray([0, 0, 0])), 2501)
-    np.testing.assert_array_equal(ranks(h, table, jnp.asarray([4, 4, 4]), jnp.asarray([[4], [4], [4]])), 2501)
-    np.testing.assert_array_equal(ranks(h, table, jnp.asarray([4, 4, 4]), corpus_I=jnp.arange(6) != 4), 2501)
+    np.testing.assert_array_equal(
+        ranks(h, table, jnp.asarray([4, 4, 4]), jnp.asarray([[4], [4], [4]])), 2501
+    )
+    np.testing.assert_array_equal(
+        ranks(h, table, jnp.asarray([4, 4, 4]), corpus_I=jnp.arange(6) != 4), 2501
+    )
 
 
 def test_fewer_items_left_than_asked_for():
@@ -113,8 +147,19 @@ def test_fewer_items_left_than_asked_for():
 def test_memory_does_not_grow_with_the_catalogue():
     def temporary(items):
         spec = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-        args = (spec(jnp.float32, 64, 8), spec(jnp.float32, items, 8), spec(jnp.int32, 64), spec(jnp.int32, 64, 10))
-        return jax.jit(functools.partial(ranks, chunk_items=512)).lower(*args).compile().memory_analysis().temp_size_in_bytes
+        args = (
+            spec(jnp.float32, 64, 8),
+            spec(jnp.float32, items, 8),
+            spec(jnp.int32, 64),
+            spec(jnp.int32, 64, 10),
+        )
+        return (
+            jax.jit(functools.partial(ranks, chunk_items=512))
+            .lower(*args)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     assert temporary(200_001) <= temporary(5_001) + 4096
 
@@ -124,7 +169,9 @@ def test_ranking_asks_for_full_precision():
     args = (jnp.ones((2, 3)), jnp.ones((5, 3)), jnp.asarray([1, 2]))
     with jax.default_matmul_precision("bfloat16"):
         text = str(jax.make_jaxpr(ranks)(*args))
-    assert text.count("dot_general[") == 1 and text.count("Precision.HIGHEST, Precision.HIGHEST") == 1
+    assert (
+        text.count("dot_general[") == 1 and text.count("Precision.HIGHEST, Precision.HIGHEST") == 1
+    )
 
 
 @pytest.mark.parametrize(

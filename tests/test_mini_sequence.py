@@ -45,7 +45,13 @@ def test_any_chunk_size_gives_the_same_values_and_gradients(case, chunk_rows):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), pieces, plain)
     want = jax.grad(loss, argnums=(0, 1, 2))(*case, None)
     got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)(*case, chunk_rows)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max())), got, want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max())
+        ),
+        got,
+        want,
+    )
 
 
 def test_rows_of_a_short_tail_are_not_padded():
@@ -59,7 +65,9 @@ def test_none_and_long_chunks_are_the_plain_call(case):
     """Called once, on all rows, outside any loop."""
     for chunk_rows in (None, ROWS, ROWS + 100):
         seen = []
-        chunked(lambda x_TD, seen=seen: seen.append(x_TD.shape) or x_TD, case[1], chunk_rows=chunk_rows)
+        chunked(
+            lambda x_TD, seen=seen: seen.append(x_TD.shape) or x_TD, case[1], chunk_rows=chunk_rows
+        )
         assert seen == [(ROWS, WIDTH)]
     assert chunked(lambda x_TD: x_TD + 1, jnp.zeros((0, 3)), chunk_rows=4).shape == (0, 3)
 
@@ -72,7 +80,11 @@ def test_gradients_of_weights_add_up_in_float32(inside):
 
     @jax.jit
     def total(weight):
-        return jnp.sum(chunked(lambda x: x * weight.astype(jnp.bfloat16), x_T, chunk_rows=1).astype(jnp.float32))
+        return jnp.sum(
+            chunked(lambda x: x * weight.astype(jnp.bfloat16), x_T, chunk_rows=1).astype(
+                jnp.float32
+            )
+        )
 
     gradient = jax.grad(total)(weight)
     assert gradient.dtype == weight.dtype
@@ -113,13 +125,20 @@ def test_ranking_step_in_chunks():
     """Loss and gradients of a whole ranking model whose layers and head work on 7 rows at a time, tails included."""
     values = []
     for chunk_rows in (None, 7):
-        config = rank_data.config(model=dict(chunk_rows=chunk_rows, preset="research", implementation="reference"))
+        config = rank_data.config(
+            model=dict(chunk_rows=chunk_rows, preset="research", implementation="reference")
+        )
         task = Task.of(config, rank_data.interactions())
         loader = task.loader("train", batch_users=4, steps_per_call=1)
         batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
         params = task.recipe.init(0).params
-        values.append(jax.jit(jax.value_and_grad(task.recipe.loss))(params, batch, jax.random.key(0)))
+        values.append(
+            jax.jit(jax.value_and_grad(task.recipe.loss))(params, batch, jax.random.key(0))
+        )
     assert float(values[0][0]) == pytest.approx(float(values[1][0]), rel=1e-6)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()) + 1e-9), *(v[1] for v in values)
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()) + 1e-9
+        ),
+        *(v[1] for v in values),
     )

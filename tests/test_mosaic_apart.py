@@ -31,17 +31,35 @@ def test_rows_and_keys_of_two_buffers(passes, widths, own, num_keys, row_scale, 
     stop = LENGTH if own else num_keys
     rng = np.random.default_rng(0)
     draw = [(num_rows, widths[0]), (stop, widths[0]), (stop, widths[1]), (num_rows, widths[1])]
-    arrays = [jnp.asarray(rng.standard_normal((n, 1, w), dtype=np.float32), jnp.bfloat16) for n, w in draw]
-    scale = jnp.asarray(rng.uniform(0.01, 1, num_rows), jnp.float32) if row_scale else jnp.float32(1 / 64)
+    arrays = [
+        jnp.asarray(rng.standard_normal((n, 1, w), dtype=np.float32), jnp.bfloat16) for n, w in draw
+    ]
+    scale = (
+        jnp.asarray(rng.uniform(0.01, 1, num_rows), jnp.float32)
+        if row_scale
+        else jnp.float32(1 / 64)
+    )
 
     def intervals(offsets):
-        seen = KeyIntervals(*(jnp.clip(x[num_keys:], 0, stop) for x in MASK.intervals(offsets, LENGTH)))
-        return seen, RowIntervals(*(jnp.clip(x[:stop] - num_keys, 0, num_rows) for x in MASK.row_intervals(offsets, LENGTH)))
+        seen = KeyIntervals(
+            *(jnp.clip(x[num_keys:], 0, stop) for x in MASK.intervals(offsets, LENGTH))
+        )
+        return seen, RowIntervals(
+            *(
+                jnp.clip(x[:stop] - num_keys, 0, num_rows)
+                for x in MASK.row_intervals(offsets, LENGTH)
+            )
+        )
 
     @jax.jit
     def expected(offsets, q, k, v, g):
         def plain(q, k, v):
-            options = dict(alpha=0.1, scale=scale, own=(k[num_keys:], v[num_keys:]) if own else None, implementation="reference")
+            options = dict(
+                alpha=0.1,
+                scale=scale,
+                own=(k[num_keys:], v[num_keys:]) if own else None,
+                implementation="reference",
+            )
             return partial_attention(q, k[:num_keys], v[:num_keys], *intervals(offsets), **options)
 
         out, pull = jax.vjp(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
@@ -53,24 +71,39 @@ def test_rows_and_keys_of_two_buffers(passes, widths, own, num_keys, row_scale, 
         gap, size = plan.first_row - num_keys, schedule.rounded_up(num_rows)
         q, g = (jnp.pad(x, ((0, size - num_rows), (0, 0), (0, 0))) for x in (q, g))
         k, v = (jnp.insert(x, np.full(gap, num_keys), 0, axis=0) for x in (k, v))
-        k, v = (jnp.pad(x, ((0, schedule.rounded_up(x.shape[0]) - x.shape[0]), (0, 0), (0, 0))) for x in (k, v))
+        k, v = (
+            jnp.pad(x, ((0, schedule.rounded_up(x.shape[0]) - x.shape[0]), (0, 0), (0, 0)))
+            for x in (k, v)
+        )
         config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, q_slots=1, workers=workers)
-        back = mosaic_hopper_vjp.backward_config(*mosaic_hopper_vjp.padded_widths(*widths), plan, passes)
+        back = mosaic_hopper_vjp.backward_config(
+            *mosaic_hopper_vjp.padded_widths(*widths), plan, passes
+        )
         out = mosaic_hopper.forward(q, k, v, plan, scale, 0.1, config)
         dq, *of_keys = mosaic_hopper_vjp.gradients(q, k, v, g, plan, scale, 0.1, passes == 2, back)
-        return out, dq, *(jnp.delete(x, slice(num_keys, num_keys + gap), axis=0)[:stop] for x in of_keys)
+        return (
+            out,
+            dq,
+            *(jnp.delete(x, slice(num_keys, num_keys + gap), axis=0)[:stop] for x in of_keys),
+        )
 
-    workers = 1 if passes == 1 else 4  # in one pass dQ is summed in memory, which the interpreter does not do atomically
+    workers = (
+        1 if passes == 1 else 4
+    )  # in one pass dQ is summed in memory, which the interpreter does not do atomically
     monkeypatch.setattr(schedule, "WORKERS", workers)
     with interpreted(monkeypatch):
         got = computed(OFFSETS, *arrays)
-    for name, x, want in zip(("out", "dq", "dk", "dv"), got, expected(OFFSETS, *arrays), strict=True):
+    for name, x, want in zip(
+        ("out", "dq", "dk", "dv"), got, expected(OFFSETS, *arrays), strict=True
+    ):
         x, want = np.asarray(x[: want.shape[0]], np.float64), np.asarray(want, np.float64)
         assert np.linalg.norm(want) > 0, name
         assert np.linalg.norm(x - want) < 4e-3 * np.linalg.norm(want), name
 
 
-@pytest.mark.parametrize(("own", "width"), [(False, 64), (True, 256)], ids=["apart", "own keys, wide"])
+@pytest.mark.parametrize(
+    ("own", "width"), [(False, 64), (True, 256)], ids=["apart", "own keys, wide"]
+)
 def test_it_lowers(own, width, monkeypatch):
     """Through the dispatcher, as on a Hopper GPU: forward and one-pass backward, and after each the sums of split tiles."""
     monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "some GPU", (9, 0)))
@@ -79,7 +112,17 @@ def test_it_lowers(own, width, monkeypatch):
     def run(q, k, v, g, keys, rows):
         def attend(q, k, v):
             own_kv = (k[:num_rows], v[:num_rows]) if own else None
-            return partial_attention(q, k[:num_keys], v[:num_keys], keys, rows, alpha=0.1, scale=1.0, own=own_kv, implementation="mosaic")
+            return partial_attention(
+                q,
+                k[:num_keys],
+                v[:num_keys],
+                keys,
+                rows,
+                alpha=0.1,
+                scale=1.0,
+                own=own_kv,
+                implementation="mosaic",
+            )
 
         out, pull = jax.vjp(attend, q, k, v)
         return out, pull(g)

@@ -22,12 +22,16 @@ def inputs(k_width, v_width, heads=2, rows=ROWS, real=OFFSETS[-1], dtype="bfloat
     shapes = [(rows, heads, width) for width in (k_width, k_width, v_width)]
     # one row thirty times another: what a scale for each row is for
     size = jnp.exp(jax.random.uniform(jax.random.key(1), (rows, heads, 1), minval=-3, maxval=0.5))
-    return [(jax.random.normal(key, s) * size).astype(dtype).at[real:].set(jnp.nan) for key, s in zip(keys, shapes, strict=True)]
+    return [
+        (jax.random.normal(key, s) * size).astype(dtype).at[real:].set(jnp.nan)
+        for key, s in zip(keys, shapes, strict=True)
+    ]
 
 
 def dequantized(operands, rows):
     q, k = (
-        np.asarray(x, np.float32) * np.asarray(s).T[..., None] for x, s in ((operands.q, operands.q_scale), (operands.k, operands.k_scale))
+        np.asarray(x, np.float32) * np.asarray(s).T[..., None]
+        for x, s in ((operands.q, operands.q_scale), (operands.k, operands.k_scale))
     )
     v = np.asarray(operands.v, np.float32)
     keys = np.argsort(np.arange(v.shape[-1]).reshape(-1, 16)[:, mosaic_fp8.ORDER].reshape(-1))
@@ -51,7 +55,11 @@ def test_operands_are_within_rounding_of_the_inputs():
     assert not np.asarray(operands.v, np.float32)[..., ROWS:].any()
 
 
-@pytest.mark.parametrize("mask", [AttentionMask(), AttentionMask(window=60, full_rows=20, prefix=10)], ids=["causal", "semi-local"])
+@pytest.mark.parametrize(
+    "mask",
+    [AttentionMask(), AttentionMask(window=60, full_rows=20, prefix=10)],
+    ids=["causal", "semi-local"],
+)
 def test_kernel(mask, monkeypatch):
     """Against float32 attention of the same rounded operands: what is left is the rounding of the weights."""
     rng = np.random.default_rng(1)
@@ -60,12 +68,16 @@ def test_kernel(mask, monkeypatch):
     scale = jnp.asarray(scale)
     plan = make_plan(mask, OFFSETS, ROWS, np.minimum(LENGTHS // 4, 9), np.minimum(LENGTHS // 5, 3))
     operands = mosaic_fp8.quantize(*inputs(64, 128), plan)
-    want = reference.attention(*dequantized(operands, ROWS), plan, alpha=0.1, scale=scale, bias=None)
+    want = reference.attention(
+        *dequantized(operands, ROWS), plan, alpha=0.1, scale=scale, bias=None
+    )
     monkeypatch.setattr(schedule, "WORKERS", 2)
     monkeypatch.setattr(mosaic_interpreter, "MODULES", (*mosaic_interpreter.MODULES, mosaic_fp8))
 
     def as_operand(p):
-        return p.reshape(64, -1, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(p.shape)  # `ORDER`, without an array that kernels may not hold
+        return (
+            p.reshape(64, -1, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(p.shape)
+        )  # `ORDER`, without an array that kernels may not hold
 
     monkeypatch.setattr(mosaic_fp8, "as_operand", as_operand)
     forward = jax.jit(lambda *of_batch: mosaic_fp8.forward(*of_batch, 0.1, jnp.bfloat16))
@@ -73,7 +85,10 @@ def test_kernel(mask, monkeypatch):
         got = forward(operands, plan, scale)
     assert np.isfinite(np.asarray(got, np.float32)).all()
     assert not np.asarray(got[OFFSETS[-1] :], np.float32).any()
-    assert error(got[:ROWS], jnp.where((jnp.arange(ROWS) < OFFSETS[-1])[:, None, None], want, 0)) < 0.03
+    assert (
+        error(got[:ROWS], jnp.where((jnp.arange(ROWS) < OFFSETS[-1])[:, None, None], want, 0))
+        < 0.03
+    )
 
 
 @pytest.mark.parametrize(("k_width", "v_width"), [(64, 64), (128, 128), (256, 256), (64, 256)])
@@ -82,7 +97,10 @@ def test_lowers_to_cuda(k_width, v_width):
         plan = make_plan(AttentionMask(window=100, full_rows=50), offsets, 1500)
         return mosaic_fp8.attend(q, k, v, plan, alpha=0.1, scale=0.1)
 
-    shapes = [jax.ShapeDtypeStruct((1500, 2, width), jnp.bfloat16) for width in (k_width, k_width, v_width)]
+    shapes = [
+        jax.ShapeDtypeStruct((1500, 2, width), jnp.bfloat16)
+        for width in (k_width, k_width, v_width)
+    ]
     offsets = jax.ShapeDtypeStruct((5,), jnp.int32)
     text = jax.jit(run).trace(*shapes, offsets).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu_v2") == 2  # the kernel, and the sums of split tiles
@@ -94,7 +112,9 @@ def test_no_gradient(monkeypatch):
     q, k, v = inputs(64, 64, real=ROWS)
 
     def total(q):
-        return hstu_attention(q, k, v, OFFSETS, alpha=0.1, scale=1.0, implementation="mosaic_fp8").sum()
+        return hstu_attention(
+            q, k, v, OFFSETS, alpha=0.1, scale=1.0, implementation="mosaic_fp8"
+        ).sum()
 
     with pytest.raises(NotImplementedError, match="no gradient.*implementation='mosaic'"):
         jax.grad(total)(q)

@@ -27,7 +27,11 @@ def test_ids_above_2_to_the_24_survive():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda key: uniform_negatives(key, 8, 4, 99), lambda key: in_batch_negatives(key, in_batch_pool(jnp.arange(60), 99), 8, 4)]
+    "make",
+    [
+        lambda key: uniform_negatives(key, 8, 4, 99),
+        lambda key: in_batch_negatives(key, in_batch_pool(jnp.arange(60), 99), 8, 4),
+    ],
 )
 def test_function_of_the_key(make):
     np.testing.assert_array_equal(make(jax.random.key(3)), jax.jit(make)(jax.random.key(3)))
@@ -50,4 +54,9 @@ def test_in_batch(dedup):
 
 def test_an_empty_batch_has_no_negatives():
     """Nothing to draw from: id 0, on rows that no loss reads."""
-    assert np.all(np.asarray(in_batch_negatives(jax.random.key(0), in_batch_pool(jnp.zeros(4, jnp.int32), 10), 3, 2)) == 0)
+    assert np.all(
+        np.asarray(
+            in_batch_negatives(jax.random.key(0), in_batch_pool(jnp.zeros(4, jnp.int32), 10), 3, 2)
+        )
+        == 0
+    )

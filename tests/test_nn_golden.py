@@ -58,17 +58,29 @@ def check_model(data, variant, module, batch, names):
         m = nnx.merge(graph, params)
         x0 = m.embedding(batch.item_T, batch.offsets)
         out_pre = m.encoder(x0, batch.sequences)
-        found = {"x0": x0, "block0_out": m.first(x0, batch), "out_pre": out_pre, "out": l2_normalize(out_pre)}
+        found = {
+            "x0": x0,
+            "block0_out": m.first(x0, batch),
+            "out_pre": out_pre,
+            "out": l2_normalize(out_pre),
+        }
         return jnp.sum(found["out"] * g_TD), found
 
     (_, found), grads = jax.jit(jax.value_and_grad(outputs, has_aux=True))(params)
     for name, value in found.items():
-        golden.assert_close(value[:count], golden.flatten(data[f"{variant}/{name}"], lengths, count), OUT, f"{variant}/{name}")
+        golden.assert_close(
+            value[:count],
+            golden.flatten(data[f"{variant}/{name}"], lengths, count),
+            OUT,
+            f"{variant}/{name}",
+        )
     grads = nnx.merge(graph, grads)
     wanted = [name for name in data if name.startswith(f"{variant}/grad/")]
     assert sorted(wanted) == sorted(f"{variant}/grad/{name}" for name in names)
     for name, read in names.items():
-        golden.assert_close(read(grads), data[f"{variant}/grad/{name}"], GRAD, f"{variant}/grad/{name}")
+        golden.assert_close(
+            read(grads), data[f"{variant}/grad/{name}"], GRAD, f"{variant}/grad/{name}"
+        )
     assert np.all(np.asarray(grads.embedding.item_table[0]) == 0.0)
 
 
@@ -87,10 +99,18 @@ class Model(nnx.Module):
 @pytest.mark.parametrize("variant", ["base", "no_bias", "concat_ua", "softmax"])
 def test_research_hstu(variant):
     data = golden.load("research_hstu")
-    layers, names = [], {"item_table": lambda m: m.embedding.item_table[...], "pos_table": lambda m: m.embedding.position_table[...]}
+    layers, names = (
+        [],
+        {
+            "item_table": lambda m: m.embedding.item_table[...],
+            "pos_table": lambda m: m.embedding.position_table[...],
+        },
+    )
     for i in range(2):
         bias = None if variant == "no_bias" else RelativeBiasTables(LENGTH, 128, rngs=nnx.Rngs(0))
-        layer = ResearchLayer(WIDTH, HEADS, 4, 8, bias=bias, concat_ua=variant == "concat_ua", rngs=nnx.Rngs(0))
+        layer = ResearchLayer(
+            WIDTH, HEADS, 4, 8, bias=bias, concat_ua=variant == "concat_ua", rngs=nnx.Rngs(0)
+        )
         prefix = "concat_ua/weight" if variant == "concat_ua" else "weight"
         layer.uvqk[...] = jnp.asarray(data[f"weight/block{i}/uvqk"])
         layer.output[...] = jnp.asarray(data[f"{prefix}/block{i}/o_weight"].T)
@@ -105,7 +125,12 @@ def test_research_hstu(variant):
             names[f"block{i}/ts_w"] = lambda m, i=i: m.encoder.layers[i].bias.time_table[...]
         layers.append(layer)
     implementation = "xla" if variant == "base" else "reference"  # the latter compiles faster
-    encoder = HSTU(layers, LENGTH, attention="softmax" if variant == "softmax" else "silu", implementation=implementation)
+    encoder = HSTU(
+        layers,
+        LENGTH,
+        attention="softmax" if variant == "softmax" else "silu",
+        implementation=implementation,
+    )
     check_model(data, variant, Model(embedding(data), encoder), flat_batch(data), names)
 
 
@@ -114,7 +139,9 @@ def test_time_buckets_and_bias():
     times = jnp.asarray(data["timestamps"].astype(np.int32))
     next_times = jnp.concatenate([times[:, 1:], times[:, -1:]], axis=1)
     buckets = time_buckets(next_times[:, :, None] - times[:, None, :], 129)
-    used = np.tril(np.ones((LENGTH, LENGTH), bool))[None] & (np.arange(LENGTH)[None, :, None] < data["lengths"][:, None, None])
+    used = np.tril(np.ones((LENGTH, LENGTH), bool))[None] & (
+        np.arange(LENGTH)[None, :, None] < data["lengths"][:, None, None]
+    )
     np.testing.assert_array_equal(np.asarray(buckets)[used], data["buckets"][used])
     for i in range(2):
         tables = RelativeBiasTables(LENGTH, 128, rngs=nnx.Rngs(0))
@@ -127,16 +154,28 @@ def test_time_buckets_and_bias():
 @pytest.mark.parametrize("variant", ["relu", "gelu"])
 def test_sasrec(variant):
     data = golden.load("sasrec")
-    layers, names = [], {"item_table": lambda m: m.embedding.item_table[...], "pos_table": lambda m: m.embedding.position_table[...]}
+    layers, names = (
+        [],
+        {
+            "item_table": lambda m: m.embedding.item_table[...],
+            "pos_table": lambda m: m.embedding.position_table[...],
+        },
+    )
     places = {"in_proj": "qkv", "out_proj": "output", "ffn1": "ffn1", "ffn2": "ffn2"}
     for i in range(2):
         layer = SASRecLayer(WIDTH, HEADS, 24, LENGTH, activation=variant, rngs=nnx.Rngs(0))
         for theirs, ours in places.items():
             weight = data[f"weight/block{i}/{theirs}_weight"]
             getattr(layer, ours)[...] = jnp.asarray(weight.reshape(weight.shape[:2]).T)
-            getattr(layer, f"{ours}_bias")[...] = jnp.asarray(data[f"weight/block{i}/{theirs}_bias"])
-            names[f"block{i}/{theirs}_weight"] = lambda m, i=i, a=ours, s=weight.shape: getattr(m.encoder.layers[i], a)[...].T.reshape(s)
-            names[f"block{i}/{theirs}_bias"] = lambda m, i=i, a=ours: getattr(m.encoder.layers[i], f"{a}_bias")[...]
+            getattr(layer, f"{ours}_bias")[...] = jnp.asarray(
+                data[f"weight/block{i}/{theirs}_bias"]
+            )
+            names[f"block{i}/{theirs}_weight"] = lambda m, i=i, a=ours, s=weight.shape: getattr(
+                m.encoder.layers[i], a
+            )[...].T.reshape(s)
+            names[f"block{i}/{theirs}_bias"] = lambda m, i=i, a=ours: getattr(
+                m.encoder.layers[i], f"{a}_bias"
+            )[...]
         layers.append(layer)
     check_model(data, variant, Model(embedding(data), SASRec(layers)), flat_batch(data), names)
 
@@ -178,10 +217,20 @@ def test_production_layer(case, norm):
     mask_case = "targets" if case == "targets_alpha" else case
     _, contextual, window, full_rows = (int(x) for x in data[f"{mask_case}/options"])
     batch = SimpleNamespace(
-        **{k.split("/")[1]: jnp.asarray(v) for k, v in data.items() if k.startswith("context/" if contextual else "plain/")}
+        **{
+            k.split("/")[1]: jnp.asarray(v)
+            for k, v in data.items()
+            if k.startswith("context/" if contextual else "plain/")
+        }
     )
     layer = ProductionLayer(
-        16, 2, 8, 4, norm=norm, alpha=float(data["targets_alpha/alpha"]) if case == "targets_alpha" else None, rngs=nnx.Rngs(0)
+        16,
+        2,
+        8,
+        4,
+        norm=norm,
+        alpha=float(data["targets_alpha/alpha"]) if case == "targets_alpha" else None,
+        rngs=nnx.Rngs(0),
     )
     for theirs, ours in STU_PARAMETERS.items():
         prefix = f"{norm}/weight" if theirs.startswith("output_norm") else "weight"
@@ -195,7 +244,9 @@ def test_production_layer(case, norm):
             batch.offsets,
             mask=AttentionMask(window=window or None, full_rows=full_rows, context_sink=not window),
             num_targets=batch.num_targets if "targets" in case else None,
-            num_contextual=jnp.full(5, contextual, jnp.int32) * (batch.lengths > 0) if contextual else None,
+            num_contextual=jnp.full(5, contextual, jnp.int32) * (batch.lengths > 0)
+            if contextual
+            else None,
             alpha=alpha,
             scale=1.0 / 16,
             implementation="reference",
@@ -207,8 +258,15 @@ def test_production_layer(case, norm):
         out = nnx.merge(graph, params)(x, attend)
         return jnp.sum(out * batch.g), out
 
-    (_, out), (grads, dx) = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(params, batch.x)
+    (_, out), (grads, dx) = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(
+        params, batch.x
+    )
     golden.assert_close(out, data[f"{norm}/{case}/out"], OUT, "out")
     golden.assert_close(dx, data[f"{norm}/{case}/grad/x"], GRAD, "x")
     for theirs, ours in STU_PARAMETERS.items():
-        golden.assert_close(getattr(nnx.merge(graph, grads), ours)[...], data[f"{norm}/{case}/grad/{theirs}"], GRAD, theirs)
+        golden.assert_close(
+            getattr(nnx.merge(graph, grads), ours)[...],
+            data[f"{norm}/{case}/grad/{theirs}"],
+            GRAD,
+            theirs,
+        )

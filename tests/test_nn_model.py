@@ -16,7 +16,15 @@ from ultra_hstu.nn.recommender import Recommender
 
 ITEMS, HISTORY, ROWS = 40, 12, 64
 SMALL = ModelConfig(
-    width=8, layers=2, heads=2, qk_width=4, v_width=4, ffn_width=8, time_buckets=16, output_slots=3, implementation="reference"
+    width=8,
+    layers=2,
+    heads=2,
+    qk_width=4,
+    v_width=4,
+    ffn_width=8,
+    time_buckets=16,
+    output_slots=3,
+    implementation="reference",
 )
 MODELS = {
     "hstu": SMALL,
@@ -30,7 +38,9 @@ LENGTHS = (7, 0, 12, 1, 5)
 
 def model(name, **changes):
     """A small model whose tables are large enough to matter."""
-    built = Recommender(dataclasses.replace(MODELS[name], **changes), ITEMS, HISTORY, rngs=nnx.Rngs(0))
+    built = Recommender(
+        dataclasses.replace(MODELS[name], **changes), ITEMS, HISTORY, rngs=nnx.Rngs(0)
+    )
     built.item_table[...] *= 30
     if isinstance(built.encoder, HSTU):
         for layer in built.encoder.layers:
@@ -43,10 +53,19 @@ def batch(lengths=LENGTHS, *, seed=0, padded=False) -> Batch:
     lengths = np.asarray(lengths)
     events = int(lengths.sum() + len(lengths))  # one target each
     start = np.concatenate([[0], np.cumsum(lengths + 1)[:-1]]).astype(np.int32)
-    source = Events.from_arrays(rng.integers(1, ITEMS + 1, events), np.sort(rng.integers(0, 10**6, events)))
+    source = Events.from_arrays(
+        rng.integers(1, ITEMS + 1, events), np.sort(rng.integers(0, 10**6, events))
+    )
     length = HISTORY + SMALL.output_slots
     rows, padded_length = (len(lengths) * length, length) if padded else (ROWS, None)
-    made = gather_batch(source, start, start + lengths.astype(np.int32), rows=rows, padded_length=padded_length, xp=np)
+    made = gather_batch(
+        source,
+        start,
+        start + lengths.astype(np.int32),
+        rows=rows,
+        padded_length=padded_length,
+        xp=np,
+    )
     return jax.tree.map(jnp.asarray, made)
 
 
@@ -71,7 +90,9 @@ def test_causal_by_gradients(name):
     graph, params = nnx.split(built.encoder, nnx.Param)
     weight = jnp.asarray(np.random.default_rng(0).normal(size=x.shape[1]), jnp.float32)
     one_row = lambda x, t: (nnx.merge(graph, params)(x, b.sequences) @ weight)[t]  # noqa: E731
-    depends = np.asarray(jax.jit(jax.vmap(jax.grad(one_row), in_axes=(None, 0)))(x, jnp.arange(sum(LENGTHS))))
+    depends = np.asarray(
+        jax.jit(jax.vmap(jax.grad(one_row), in_axes=(None, 0)))(x, jnp.arange(sum(LENGTHS)))
+    )
     depends = np.any(depends != 0, axis=2)
     user = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
     expected = np.tril(user[:, None] == user[None, :])
@@ -93,7 +114,9 @@ def test_padded_equals_jagged(name):
     run, params = apply(model(name))
     jagged, padded = batch(), batch(padded=True)
     real_j, real_p = np.asarray(jagged.weight_T) > 0, np.asarray(padded.weight_T) > 0
-    g = jnp.asarray(np.random.default_rng(3).normal(size=(int(real_j.sum()), SMALL.width)), jnp.float32)
+    g = jnp.asarray(
+        np.random.default_rng(3).normal(size=(int(real_j.sum()), SMALL.width)), jnp.float32
+    )
 
     def value(b, real):
         def total(p):
@@ -120,11 +143,15 @@ def test_padding_may_hold_anything(name):
         time_T=jnp.where(pad, -(10**9), b.time_T),
         next_time_T=jnp.where(pad, 10**9, b.next_time_T),
     )
-    g = jnp.asarray(np.random.default_rng(3).normal(size=(int((~pad).sum()), SMALL.width)), jnp.float32)
+    g = jnp.asarray(
+        np.random.default_rng(3).normal(size=(int((~pad).sum()), SMALL.width)), jnp.float32
+    )
     value = jax.jit(jax.value_and_grad(lambda p, b: jnp.sum(run(p, b)[: g.shape[0]] * g)))
     clean = value(params, b)
     poisoned = jax.tree.map(lambda x: x, params)
-    poisoned["embedding"]["item_table"][...] = params["embedding"]["item_table"][...].at[0].set(jnp.nan)
+    poisoned["embedding"]["item_table"][...] = (
+        params["embedding"]["item_table"][...].at[0].set(jnp.nan)
+    )
     for other in (value(params, dirty), value(poisoned, dirty)):
         for x, y in zip(jax.tree.leaves(clean), jax.tree.leaves(other), strict=True):
             np.testing.assert_array_equal(x, y)
@@ -138,8 +165,16 @@ def test_nan_in_padding_rows_of_the_encoder():
         graph, params = nnx.split(built.encoder, nnx.Param)
         x = built.embedding(b.item_T, b.offsets)
         real = (jnp.arange(ROWS) < sum(LENGTHS))[:, None]
-        grad = jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(jnp.where(real, nnx.merge(graph, p)(x, b.sequences), 0) ** 2)))  # noqa: B023
-        for clean, dirty in zip(jax.tree.leaves(grad(params, x)), jax.tree.leaves(grad(params, jnp.where(real, x, jnp.nan))), strict=True):
+        grad = jax.jit(
+            jax.value_and_grad(
+                lambda p, x: jnp.sum(jnp.where(real, nnx.merge(graph, p)(x, b.sequences), 0) ** 2)
+            )
+        )  # noqa: B023
+        for clean, dirty in zip(
+            jax.tree.leaves(grad(params, x)),
+            jax.tree.leaves(grad(params, jnp.where(real, x, jnp.nan))),
+            strict=True,
+        ):
             np.testing.assert_array_equal(clean, dirty)
 
 
@@ -177,7 +212,9 @@ def test_bfloat16(name):
     error = np.abs(np.asarray(out[:count], np.float32) - reference)
     assert 0 < np.max(error) < 0.05 * np.max(np.abs(reference))
     grads = jax.grad(lambda p: jnp.sum(low(p, b)[:count].astype(jnp.float32)))(params)
-    assert all(leaf.dtype == jnp.float32 and np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
+    assert all(
+        leaf.dtype == jnp.float32 and np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads)
+    )
 
 
 def test_initial_values():
@@ -185,7 +222,9 @@ def test_initial_values():
     wide = dataclasses.replace(SMALL, width=64, qk_width=32, v_width=32, time_buckets=4000)
     built = Recommender(wide, 500, 200, rngs=nnx.Rngs(1))
     layer, items = built.encoder.layers[0], np.asarray(built.item_table[...])
-    assert 0.016 < items.std() < 0.019 and np.abs(items).max() <= 0.04  # N(0, 0.02) cut at two standard deviations
+    assert (
+        0.016 < items.std() < 0.019 and np.abs(items).max() <= 0.04
+    )  # N(0, 0.02) cut at two standard deviations
     spread = {
         "position_table": (built.embedding.position_table, np.sqrt(2 / (203 + 64))),
         "uvqk": (layer.uvqk, 0.02),
@@ -196,11 +235,15 @@ def test_initial_values():
     for name, (parameter, std) in spread.items():
         assert abs(np.asarray(parameter[...]).std() / std - 1) < 0.15, name
     assert np.abs(np.asarray(layer.output_bias[...])).max() <= 1 / 8
-    sasrec = Recommender(dataclasses.replace(wide, kind="sasrec", ffn_width=96), 500, 200, rngs=nnx.Rngs(1)).encoder.layers[0]
+    sasrec = Recommender(
+        dataclasses.replace(wide, kind="sasrec", ffn_width=96), 500, 200, rngs=nnx.Rngs(1)
+    ).encoder.layers[0]
     assert abs(np.asarray(sasrec.qkv[...]).std() / np.sqrt(2 / (64 + 192)) - 1) < 0.05
     assert not np.any(np.asarray(sasrec.qkv_bias[...]))
 
 
 def test_width_that_heads_do_not_divide():
     with pytest.raises(ValueError, match="heads=3 must divide width=8"):
-        Recommender(dataclasses.replace(SMALL, kind="sasrec", heads=3), ITEMS, HISTORY, rngs=nnx.Rngs(0))
+        Recommender(
+            dataclasses.replace(SMALL, kind="sasrec", heads=3), ITEMS, HISTORY, rngs=nnx.Rngs(0)
+        )

@@ -23,12 +23,15 @@ def test_warm_up():
 
 def test_decay():
     assert rates(decay_steps=110) == pytest.approx(
-        [0.25 * (1 + math.cos(math.pi * step / 110)) for step in (0, 5, 10, 60, 110)] + [0], abs=1e-7
+        [0.25 * (1 + math.cos(math.pi * step / 110)) for step in (0, 5, 10, 60, 110)] + [0],
+        abs=1e-7,
     )
 
 
 def test_warm_up_and_decay():
-    assert rates(warmup_steps=10, decay_steps=110) == pytest.approx([0, 0.25, 0.5, 0.25, 0, 0], abs=1e-7)
+    assert rates(warmup_steps=10, decay_steps=110) == pytest.approx(
+        [0, 0.25, 0.5, 0.25, 0, 0], abs=1e-7
+    )
 
 
 def test_decay_ends_after_the_warm_up():

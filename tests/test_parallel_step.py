@@ -45,7 +45,9 @@ def interactions(ranking):
     if ranking:
         data = rank_data.interactions((9, 3, 20, 5, 12, 7, 30, 17, 11))
         return dataclasses.replace(
-            data, contexts={"gender": (np.arange(9) % 3).astype(np.int32)}, context_values={"gender": ("", "F", "M")}
+            data,
+            contexts={"gender": (np.arange(9) % 3).astype(np.int32)},
+            context_values={"gender": ("", "F", "M")},
         )
     rng = np.random.default_rng(0)
     return rank_data.interactions(rng.integers(3, 13, 60))
@@ -70,7 +72,13 @@ def check(got, want):
         np.testing.assert_allclose(got[name], want[name], rtol=1e-5, err_msg=name)
 
 
-ULTRA = dict(model__window=(3,), model__full_rows=(2,), model__truncate_after=1, model__truncate_length=5, model__remat="selective")
+ULTRA = dict(
+    model__window=(3,),
+    model__full_rows=(2,),
+    model__truncate_after=1,
+    model__truncate_length=5,
+    model__remat="selective",
+)
 
 
 @functools.cache
@@ -122,8 +130,19 @@ def test_other_runs_agree(name):
 def test_mini_sequences_over_ulysses():
     """The configuration file at a small size, local rows in chunks with a tail, against all rows at once on one device."""
     written = from_config_dict(long_mst.get_config())
-    assert written.model.chunk_rows and (written.parallel.strategy, written.parallel.context) == ("ulysses", 2)
-    small = dict(width=16, layers=1, qk_width=8, v_width=8, dtype="float32", implementation="reference", chunk_rows=10)
+    assert written.model.chunk_rows and (written.parallel.strategy, written.parallel.context) == (
+        "ulysses",
+        2,
+    )
+    small = dict(
+        width=16,
+        layers=1,
+        qk_width=8,
+        v_width=8,
+        dtype="float32",
+        implementation="reference",
+        chunk_rows=10,
+    )
     config = with_(
         written, **{f"model__{name}": value for name, value in small.items()}, data__max_history=10, data__batch_users=8, data__batch_tokens=128,
         train__steps_per_call=STEPS, loss__negatives=16, parallel__groups=4,
@@ -137,7 +156,9 @@ def program(config, data, context):
     task = Task.of(config, interactions(False))
     loader = task.loader("train", batch_users=config.data.batch_users, steps_per_call=1)
     feed = next(iter(loader.groups(loader.plan()))).feed
-    step = jax.jit(task.recipe.feed_step).lower(jax.eval_shape(lambda: task.recipe.init(0)), feed, np.int32(0))
+    step = jax.jit(task.recipe.feed_step).lower(
+        jax.eval_shape(lambda: task.recipe.init(0)), feed, np.int32(0)
+    )
     return collectives(step.compile(QUICK).as_text(), data * context)
 
 
@@ -147,7 +168,9 @@ def test_what_a_step_sends():
     short, long = (program(with_(config, data__batch_tokens=rows), 1, 8) for rows in (1024, 4096))
     assert sum(one.bytes for one in long) == sum(one.bytes for one in short)
     table = 128 * config.model.width  # the catalogue, for lookups and loss
-    assert max(one.elements for one in long if one.kind in ("all-gather", "reduce-scatter")) <= table
+    assert (
+        max(one.elements for one in long if one.kind in ("all-gather", "reduce-scatter")) <= table
+    )
 
 
 def test_what_a_lookup_sends():
@@ -156,14 +179,23 @@ def test_what_a_lookup_sends():
 
     def sent(rows, count):
         look = functools.partial(lookup, shards=Shards(8))
-        run = jax.shard_map(look, mesh=make_mesh(8, 1), in_specs=(spread, spread), out_specs=spread, check_vma=False)
-        shapes = jax.ShapeDtypeStruct((rows, width), jnp.float32), jax.ShapeDtypeStruct((count,), jnp.int32)
+        run = jax.shard_map(
+            look, mesh=make_mesh(8, 1), in_specs=(spread, spread), out_specs=spread, check_vma=False
+        )
+        shapes = (
+            jax.ShapeDtypeStruct((rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((count,), jnp.int32),
+        )
         return collectives(jax.jit(run).lower(*shapes).compile(QUICK).as_text(), 8)
 
     asked = [one.bytes for one in sent(4096, 1600) if one.kind == "all-to-all"]
-    assert len(asked) == 2 and sum(asked) == pytest.approx(1.25 * 200 * (width + 1) * 4 * 7 / 8, rel=0.05)
+    assert len(asked) == 2 and sum(asked) == pytest.approx(
+        1.25 * 200 * (width + 1) * 4 * 7 / 8, rel=0.05
+    )
     (whole,) = sent(200, 1600)
-    assert whole.kind == "all-gather" and whole.bytes == pytest.approx(200 * width * 4 * 7 / 8, rel=0.05)
+    assert whole.kind == "all-gather" and whole.bytes == pytest.approx(
+        200 * width * 4 * 7 / 8, rel=0.05
+    )
 
 
 def test_fsdp_gathers_a_layer_at_a_time():
@@ -171,9 +203,14 @@ def test_fsdp_gathers_a_layer_at_a_time():
     config = with_(RETRIEVAL, parallel__fsdp=True, model__layers=1)
 
     def gathered(config):
-        return sum(one.kind == "all-gather" and one.elements in (16 * 64, 16 * 16) for one in program(config, 8, 1))
+        return sum(
+            one.kind == "all-gather" and one.elements in (16 * 64, 16 * 16)
+            for one in program(config, 8, 1)
+        )
 
-    assert gathered(config) == gathered(with_(config, parallel__fsdp=False)) + 4  # a table of positions has as many elements
+    assert (
+        gathered(config) == gathered(with_(config, parallel__fsdp=False)) + 4
+    )  # a table of positions has as many elements
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
@@ -190,14 +227,24 @@ def test_lookup(shape):
         found = lookup(table_XD, row_t, shards)
         return found, jax.grad(loss)(table_XD, row_t, lambda table, row: lookup(table, row, shards))
 
-    run = jax.jit(jax.shard_map(on_device, mesh=make_mesh(*shape), in_specs=(spread, spread), out_specs=(spread, spread), check_vma=False))
+    run = jax.jit(
+        jax.shard_map(
+            on_device,
+            mesh=make_mesh(*shape),
+            in_specs=(spread, spread),
+            out_specs=(spread, spread),
+            check_vma=False,
+        )
+    )
     whole = lambda table, row: lookup(table, row, Shards())  # noqa: E731
     few = (rng.integers(-1, rows, 80), np.full(80, 3), np.full(80, -1), rng.integers(0, 9, 80))
     for row_T in (*few, rng.integers(-1, rows, 800)):
         row_T = jnp.asarray(row_T, jnp.int32)
         found, gradient = run(table_XD, row_T)
         np.testing.assert_array_equal(found, np.where(row_T[:, None] >= 0, table_XD[row_T], 0))
-        np.testing.assert_allclose(gradient, jax.grad(loss)(jnp.asarray(table_XD), row_T, whole), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            gradient, jax.grad(loss)(jnp.asarray(table_XD), row_T, whole), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -205,9 +252,18 @@ def test_lookup(shape):
     [
         (dict(data=0), "parallel.data=0 must be greater than 0"),
         (dict(data=3, groups=8), "parallel.groups=8 must be a multiple of parallel.data=3"),
-        (dict(context=2, strategy="halo"), r"'halo' with model.window=\(\), a full mask, .*: use 'ring'"),
-        (dict(context=4, strategy="ulysses"), "'ulysses' with model.heads=2 cannot be used with parallel.context=4: use a multiple"),
-        (dict(context=2, strategy="broadcast"), "parallel.strategy='broadcast' is not allowed: use 'auto', 'gather'"),
+        (
+            dict(context=2, strategy="halo"),
+            r"'halo' with model.window=\(\), a full mask, .*: use 'ring'",
+        ),
+        (
+            dict(context=4, strategy="ulysses"),
+            "'ulysses' with model.heads=2 cannot be used with parallel.context=4: use a multiple",
+        ),
+        (
+            dict(context=2, strategy="broadcast"),
+            "parallel.strategy='broadcast' is not allowed: use 'auto', 'gather'",
+        ),
     ],
 )
 def test_bad_configurations(options, message):
@@ -220,9 +276,18 @@ def test_bad_configurations(options, message):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(model__kind="sasrec"), "model.kind='sasrec' cannot be used with parallel.context=2: use 'hstu', or context=1"),
-        (dict(model__relative_bias=True, parallel__strategy="ring"), "a relative bias and parallel.strategy='ring' .*: use 'ulysses'"),
-        (dict(model__window=(3,), parallel__layout="striped"), "'halo' with parallel.layout='striped' .*: use 'contiguous'"),
+        (
+            dict(model__kind="sasrec"),
+            "model.kind='sasrec' cannot be used with parallel.context=2: use 'hstu', or context=1",
+        ),
+        (
+            dict(model__relative_bias=True, parallel__strategy="ring"),
+            "a relative bias and parallel.strategy='ring' .*: use 'ulysses'",
+        ),
+        (
+            dict(model__window=(3,), parallel__layout="striped"),
+            "'halo' with parallel.layout='striped' .*: use 'contiguous'",
+        ),
     ],
 )
 def test_bad_combinations(fields, message):
@@ -233,11 +298,26 @@ def test_bad_combinations(fields, message):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(parallel__data=2, parallel__context=2), "data=2 x context=2 must be the number of devices, 8"),
-        (dict(parallel__data=8, data__batch_users=12), "batches of 12 examples, packed in parallel.groups=8"),
-        (dict(parallel__data=2, parallel__context=4, data__batch_tokens=130), "65 rows cannot be divided among 4 of the parallel.groups=8"),
-        (dict(parallel__context=8, data__batch_tokens=88), "T=88 rows are not a multiple of 2 \\* 8 context shards"),
-        (dict(parallel__data=8, parallel__fsdp=True, model__width=12), "parallel.data=8, but .*uvqk.* has 12"),
+        (
+            dict(parallel__data=2, parallel__context=2),
+            "data=2 x context=2 must be the number of devices, 8",
+        ),
+        (
+            dict(parallel__data=8, data__batch_users=12),
+            "batches of 12 examples, packed in parallel.groups=8",
+        ),
+        (
+            dict(parallel__data=2, parallel__context=4, data__batch_tokens=130),
+            "65 rows cannot be divided among 4 of the parallel.groups=8",
+        ),
+        (
+            dict(parallel__context=8, data__batch_tokens=88),
+            "T=88 rows are not a multiple of 2 \\* 8 context shards",
+        ),
+        (
+            dict(parallel__data=8, parallel__fsdp=True, model__width=12),
+            "parallel.data=8, but .*uvqk.* has 12",
+        ),
     ],
 )
 def test_bad_meshes(fields, message):

@@ -13,13 +13,19 @@ from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
 
 ROWS, HEADS, WIDTH = 96, 2, 8
 OFFSETS = np.array([0, 30, 31, 90], np.int32)
-COUNTS = {"num_targets": np.array([4, 0, 7], np.int32), "num_contextual": np.array([2, 0, 3], np.int32)}
+COUNTS = {
+    "num_targets": np.array([4, 0, 7], np.int32),
+    "num_contextual": np.array([2, 0, 3], np.int32),
+}
 MASKS = {"causal": AttentionMask(), "all": AttentionMask(window=20, full_rows=5, prefix=4)}
 
 
 def arrays():
     rng = np.random.default_rng(0)
-    q, k, v, g = (jnp.asarray(rng.standard_normal((ROWS, HEADS, WIDTH), dtype=np.float32)).at[90:].set(0) for _ in range(4))
+    q, k, v, g = (
+        jnp.asarray(rng.standard_normal((ROWS, HEADS, WIDTH), dtype=np.float32)).at[90:].set(0)
+        for _ in range(4)
+    )
     return q, k, v, g
 
 
@@ -49,12 +55,30 @@ def test_parts_add_up(mask, edge, implementation):
             seen_by = RowIntervals(*(x[first:stop] for x in rows))
             seen = between(keys, first, stop - first)
             out += partial_attention(
-                q, k[first:stop], v[first:stop], seen, seen_by, alpha=0.3, scale=scale, own=own, implementation=implementation
+                q,
+                k[first:stop],
+                v[first:stop],
+                seen,
+                seen_by,
+                alpha=0.3,
+                scale=scale,
+                own=own,
+                implementation=implementation,
             )
         return out
 
     def whole(q, k, v):
-        return hstu_attention(q, k, v, OFFSETS, mask=MASKS[mask], alpha=0.3, scale=scale, implementation="reference", **COUNTS)
+        return hstu_attention(
+            q,
+            k,
+            v,
+            OFFSETS,
+            mask=MASKS[mask],
+            alpha=0.3,
+            scale=scale,
+            implementation="reference",
+            **COUNTS,
+        )
 
     def run(attend):
         out, pull = jax.vjp(attend, q, k, v)
@@ -68,8 +92,12 @@ def test_no_keys_at_all():
     """A square buffer, as the ring's first step: all keys are own ones."""
     keys, rows = cut(AttentionMask())
     q, k, v, _ = arrays()
-    got = partial_attention(q, k[:0], v[:0], keys, rows, alpha=0.3, scale=1.0, own=(k, v), implementation="reference")
-    want = hstu_attention(q, k, v, OFFSETS, alpha=0.3, scale=1.0, implementation="reference", **COUNTS)
+    got = partial_attention(
+        q, k[:0], v[:0], keys, rows, alpha=0.3, scale=1.0, own=(k, v), implementation="reference"
+    )
+    want = hstu_attention(
+        q, k, v, OFFSETS, alpha=0.3, scale=1.0, implementation="reference", **COUNTS
+    )
     np.testing.assert_allclose(got[:90], want[:90], atol=1e-5)
 
 
@@ -78,11 +106,22 @@ def test_lists_of_the_hopper_kernels(mask):
     """The three intervals that the backward masks with hold exactly the rows that see a key; those of the forward exactly the keys of a row."""
     keys, rows = cut(MASKS[mask])
     edge = 40
-    plan = partial_plan(between(keys, 0, edge), RowIntervals(*(x[:edge] for x in rows)), num_rows=ROWS, num_keys=edge, own=False)
+    plan = partial_plan(
+        between(keys, 0, edge),
+        RowIntervals(*(x[:edge] for x in rows)),
+        num_rows=ROWS,
+        num_keys=edge,
+        own=False,
+    )
     size = plan.num_rows
     seen = np.asarray(plan.keys.dense(0))  # without the diagonal
     for bounds, want in (
-        (schedule.schedule_of(plan, WorkList.backward(1, BackwardConfig(128, 64, 3, workers=4))).bounds, seen.T[:edge]),
+        (
+            schedule.schedule_of(
+                plan, WorkList.backward(1, BackwardConfig(128, 64, 3, workers=4))
+            ).bounds,
+            seen.T[:edge],
+        ),
         (schedule.schedule_of(plan, WorkList.forward(1, 64, 4)).bounds, seen),
     ):
         lo, hi = np.asarray(bounds[0::2]), np.asarray(bounds[1::2])
@@ -101,7 +140,9 @@ def test_whole_plans_keep_their_bounds():
     dense = np.asarray(plan.keys.dense(plan.num_real)).reshape(6, 16, 6, 16).any((1, 3))
     for tile in range(6):
         met = np.zeros(6, bool)
-        for lo, hi in zip(np.asarray(bounds.row_lo[tile]), np.asarray(bounds.row_hi[tile]), strict=True):
+        for lo, hi in zip(
+            np.asarray(bounds.row_lo[tile]), np.asarray(bounds.row_hi[tile]), strict=True
+        ):
             met[lo:hi] = True
         assert (met >= dense[:, tile]).all()
 
@@ -110,4 +151,8 @@ def test_empty_intervals_stay_empty():
     nothing = KeyIntervals(*(jnp.zeros(3, jnp.int32) + 5 for _ in range(4)))
     q = jnp.ones((3, 1, 4))
     seen_by = RowIntervals(*(jnp.zeros(8, jnp.int32) + 2 for _ in range(6)))
-    assert not np.any(partial_attention(q, jnp.ones((8, 1, 4)), jnp.ones((8, 1, 4)), nothing, seen_by, alpha=1.0, scale=1.0))
+    assert not np.any(
+        partial_attention(
+            q, jnp.ones((8, 1, 4)), jnp.ones((8, 1, 4)), nothing, seen_by, alpha=1.0, scale=1.0
+        )
+    )

@@ -27,7 +27,12 @@ FIELDS = dict(
     data__batch_tokens=128, data__placement="stream", model__layers=1, model__relative_bias=False, model__implementation="reference",
     loss__negatives=4, parallel__strategy="gather", parallel__groups=4, train__steps_per_call=2,
 )  # fmt: skip
-FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": ""}
+FAST = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "2",
+    "XLA_FLAGS": "",
+}
 SAID_OF_LOST = (
     "another process was lost in the middle of the run",
     "another task died",
@@ -44,13 +49,23 @@ class Processes:
     """Started together, each with a file of what it says."""
 
     def __init__(self, folder, commands, environments=None):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(OF_CLUSTERS)} | FAST
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith(OF_CLUSTERS)
+        } | FAST
         folder.mkdir(parents=True, exist_ok=True)
-        self.outputs = [folder / f"output_{number}_{time.monotonic_ns()}" for number in range(len(commands))]
+        self.outputs = [
+            folder / f"output_{number}_{time.monotonic_ns()}" for number in range(len(commands))
+        ]
         self.all = []
-        for command, more, output in zip(commands, environments or [{}] * len(commands), self.outputs, strict=True):
+        for command, more, output in zip(
+            commands, environments or [{}] * len(commands), self.outputs, strict=True
+        ):
             with open(output, "w") as file:
-                self.all.append(subprocess.Popen(command, cwd=ROOT, env=clean | more, stdout=file, stderr=subprocess.STDOUT))
+                self.all.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=clean | more, stdout=file, stderr=subprocess.STDOUT
+                    )
+                )
 
     def said(self):
         return [output.read_text() for output in self.outputs]
@@ -89,7 +104,10 @@ def start(config, workdir, count, data, context):
         f"--workdir={workdir.path}",
     ]
     port = free_port()
-    where = [[f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={number}"] for number in range(count)]
+    where = [
+        [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={number}"]
+        for number in range(count)
+    ]
     return Processes(workdir.path.parent, [common + flags + one for one in where])
 
 
@@ -104,7 +122,9 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("processes")
     alone, killed = Workdir(root / "alone"), Workdir(root / "killed")
     train(config(root / "data", 2, 4), alone.path, console=Console(quiet=True))
-    four = start(config(root / "data", 2, 4), killed, 4, data=2, context=4)  # two processes share the rows of a group
+    four = start(
+        config(root / "data", 2, 4), killed, 4, data=2, context=4
+    )  # two processes share the rows of a group
     four.until(2, killed)
     four.all[2].send_signal(signal.SIGKILL)
     started = time.monotonic()
@@ -119,7 +139,9 @@ def copy(folder, path):
 
 def require_same_losses(folder, expected, epochs=EPOCHS):
     found = read_metrics(folder.metrics)
-    assert [record["step"] for record in found] == [record["step"] for record in expected[: len(found)]] and len(found) >= epochs
+    assert [record["step"] for record in found] == [
+        record["step"] for record in expected[: len(found)]
+    ] and len(found) >= epochs
     for record, want in zip(found, expected, strict=False):
         assert record["loss"] == pytest.approx(want["loss"], rel=1e-4)
         assert record["mrr"] == pytest.approx(want["mrr"], rel=1e-2)
@@ -141,7 +163,9 @@ def test_it_goes_on_in_two_processes(runs, tmp_path):
     assert "going on from step" in two.said()[0] and "epoch" not in two.said()[1]
     require_same_losses(folder, read_metrics(alone.metrics))
     result, expected = (json.loads(one.result.read_text()) for one in (folder, alone))
-    assert result["steps"] == expected["steps"] and result["best"]["mrr"] == pytest.approx(expected["best"]["mrr"], rel=1e-2)
+    assert result["steps"] == expected["steps"] and result["best"]["mrr"] == pytest.approx(
+        expected["best"]["mrr"], rel=1e-2
+    )
 
 
 def test_a_signal_to_one_stops_all_at_the_same_step_and_one_process_goes_on(runs, tmp_path):
@@ -172,8 +196,15 @@ def test_without_the_first_process_the_others_end(runs, tmp_path):
 def workers(tmp_path_factory):
     """What four tasks of a SLURM step found."""
     folder = tmp_path_factory.mktemp("workers")
-    step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "4", "JAX_COORDINATOR_PORT": str(free_port())}
-    tasks = [step | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(4)]
+    step = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "4",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+    }
+    tasks = [
+        step | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(4)
+    ]
     command = [sys.executable, "-m", "tests.process_worker", str(folder)]
     four = Processes(folder / "outputs", [command] * 4, tasks)
     assert four.wait(200) == [0] * 4, four.said()
@@ -189,7 +220,9 @@ def test_every_event_is_read_once(workers):
                 assert groups.setdefault(number, events) == events, mesh
         data = int(mesh.split("x")[0])
         assert sorted(groups) == list(range(data)) and len(first) == max(data // 4, 1)
-        assert sorted(event for events in groups.values() for event in events) == sorted(workers[0]["events"]), mesh
+        assert sorted(event for events in groups.values() for event in events) == sorted(
+            workers[0]["events"]
+        ), mesh
 
 
 def test_bad_input_is_told_by_every_process(workers):
@@ -198,23 +231,39 @@ def test_bad_input_is_told_by_every_process(workers):
         assert worker["agreed"] == [[0, 1, 2, 3], 10, 3]
     errors = workers[0]["errors"]
     assert (
-        "process 3 has another configuration than process 0" in errors["configuration"] and "train.seed: 2 -> 3" in errors["configuration"]
+        "process 3 has another configuration than process 0" in errors["configuration"]
+        and "train.seed: 2 -> 3" in errors["configuration"]
     )
     assert "data=3 x context=2 must be the number of devices, 8" in errors["mesh"]
-    assert "4 processes with 8 devices" in errors["one device"] and "--config.parallel.data" in errors["one device"]
+    assert (
+        "4 processes with 8 devices" in errors["one device"]
+        and "--config.parallel.data" in errors["one device"]
+    )
     assert "is no run's folder" in errors["folder"]
-    assert "process 2 has another data set than process 0" in errors["data"] and "sha256" in errors["data"]
+    assert (
+        "process 2 has another data set than process 0" in errors["data"]
+        and "sha256" in errors["data"]
+    )
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         ("--distributed", "--distributed found no cluster"),
-        ("--coordinator=localhost:1 --processes=2 --process=1 --connect_seconds=1", "did not all meet at localhost:1 within 1 s"),
+        (
+            "--coordinator=localhost:1 --processes=2 --process=1 --connect_seconds=1",
+            "did not all meet at localhost:1 within 1 s",
+        ),
     ],
 )
 def test_who_finds_no_other_says_so(tmp_path, flags, message):
-    command = [sys.executable, "-m", "experiments.train", f"--config=tests/small_config.py:{tmp_path}", f"--workdir={tmp_path / 'run'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.train",
+        f"--config=tests/small_config.py:{tmp_path}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
     one = Processes(tmp_path, [command + flags.split()])
     assert one.wait(120) == [1] and message in one.said()[0], one.said()
     assert not (tmp_path / "run").exists()
@@ -234,7 +283,10 @@ def test_flags_that_do_not_fit(flags, message):
         processes.join(*flags[:3], detect=flags[3], seconds=5)
 
 
-@pytest.mark.parametrize("answer", [lambda *_: [None, "c/1: OSError: torn"], TimeoutError("process 1 did not answer within 60 s")])
+@pytest.mark.parametrize(
+    "answer",
+    [lambda *_: [None, "c/1: OSError: torn"], TimeoutError("process 1 did not answer within 60 s")],
+)
 def test_a_checkpoint_that_only_some_can_read_is_an_error(tmp_path, monkeypatch, answer):
     """Else they would go on from different ones. Those that can wait inside Orbax for the others, which then hear nothing from them."""
     checkpoints = Checkpoints(tmp_path / "c")
@@ -248,10 +300,16 @@ def test_a_checkpoint_that_only_some_can_read_is_an_error(tmp_path, monkeypatch,
 
     monkeypatch.setattr(processes, "of_all", of_all)
     reader = Checkpoints(tmp_path / "c", read_only=True)
-    with pytest.raises(ValueError, match=r"some processes cannot read a checkpoint.*(torn|did not answer).*delete .*/c/1"):
+    with pytest.raises(
+        ValueError,
+        match=r"some processes cannot read a checkpoint.*(torn|did not answer).*delete .*/c/1",
+    ):
         reader.restore({"x": jnp.zeros(3)})
 
 
 def test_a_port_that_is_taken():
-    with socket.create_server(("", 0)) as taken, pytest.raises(ValueError, match="cannot listen on port"):
+    with (
+        socket.create_server(("", 0)) as taken,
+        pytest.raises(ValueError, match="cannot listen on port"),
+    ):
         processes.join(f"localhost:{taken.getsockname()[1]}", 2, 0, detect=False, seconds=5)

@@ -39,12 +39,21 @@ def test_half_the_bytes_of_int8():
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(arrays.arrays(np.float32, (3, 6), elements=VALUES))
 def test_errors_stay_below_half_a_step(values):
-    for quantize, steps, side in ((quantize_int4, 15, np.float16), (quantize_int8, 255, np.float32)):
+    for quantize, steps, side in (
+        (quantize_int4, 15, np.float16),
+        (quantize_int8, 255, np.float32),
+    ):
         back = np.asarray(quantize(values).dense())
-        spacing = np.abs(np.spacing(values.min(axis=1).astype(side))).astype(np.float64)  # the offset is rounded down by less than this
+        spacing = np.abs(np.spacing(values.min(axis=1).astype(side))).astype(
+            np.float64
+        )  # the offset is rounded down by less than this
         span = values.max(axis=1) - values.min(axis=1) + spacing
         # Scale in float16: 2^-11 of it, or 3e-8 where it has no more digits, in each of the steps.
-        bound = span / steps / 2 + np.maximum(span * np.finfo(side).eps, 3e-8 * steps) + 1e-6 * np.abs(values).max(axis=1)
+        bound = (
+            span / steps / 2
+            + np.maximum(span * np.finfo(side).eps, 3e-8 * steps)
+            + 1e-6 * np.abs(values).max(axis=1)
+        )
         assert (np.abs(back - values) <= bound[:, None]).all()
 
 
@@ -78,7 +87,11 @@ def test_rows_of_ids_under_jit_and_of_a_request():
     assert made.rows(jnp.array(7)).shape == (16,)
     gathered = jax.make_jaxpr(lambda made, ids: made.rows(ids))(made, ids)
     # Of arrays that depend on the table's size there are the packed bytes only.
-    assert {str(v.aval.dtype) for v in gathered.jaxpr.invars if v.aval.shape[:1] == (50,) and len(v.aval.shape) == 2} == {"uint8"}
+    assert {
+        str(v.aval.dtype)
+        for v in gathered.jaxpr.invars
+        if v.aval.shape[:1] == (50,) and len(v.aval.shape) == 2
+    } == {"uint8"}
     assert not [v for eqn in gathered.jaxpr.eqns for v in eqn.outvars if v.aval.shape[:1] == (50,)]
 
 
@@ -88,7 +101,9 @@ def test_ids_of_a_request_are_checked():
 
 
 def test_odd_width_names_the_remedy():
-    with pytest.raises(ValueError, match="the width is 7: use an even model.width, such as 8, or INT8"):
+    with pytest.raises(
+        ValueError, match="the width is 7: use an even model.width, such as 8, or INT8"
+    ):
         quantize_int4(table(width=7))
     assert quantize_int8(table(width=7)).shape == (50, 7)
 
@@ -98,14 +113,19 @@ def test_odd_width_names_the_remedy():
 def test_rows_that_are_not_finite_are_refused(quantize, bad):
     values = table()
     values[11, 3] = bad
-    with pytest.raises(ValueError, match=f"row 11 of the table holds {bad}: an INT. table takes finite values"):
+    with pytest.raises(
+        ValueError, match=f"row 11 of the table holds {bad}: an INT. table takes finite values"
+    ):
         quantize(values)
 
 
 def test_values_beyond_float16_are_refused():
     values = table()
     values[2, 0] = -70000.0
-    with pytest.raises(ValueError, match="row 2 of the table holds -70000.0: an INT4 table takes finite values up to 32752"):
+    with pytest.raises(
+        ValueError,
+        match="row 2 of the table holds -70000.0: an INT4 table takes finite values up to 32752",
+    ):
         quantize_int4(values)
     assert np.asarray(quantize_int8(values).dense())[2, 0] == -70000.0
 
@@ -119,18 +139,32 @@ def test_a_model_is_evaluated_on_the_rows_that_its_table_gives_back(tmp_path):
     task = Task.load(small_config(tmp_path))
     params = task.recipe.init(3).params
     evaluator = Evaluator(task, "test")
-    served = {kind: quantization.unpacked(quantization.packed(params, kind)) for kind in quantization.KINDS}
+    served = {
+        kind: quantization.unpacked(quantization.packed(params, kind))
+        for kind in quantization.KINDS
+    }
     given_table = quantization.item_table(params)
     np.testing.assert_array_equal(quantization.item_table(served["float32"]), given_table)
-    error = {kind: np.abs(quantization.item_table(served[kind]) - given_table).max() for kind in ("int8", "int4")}
+    error = {
+        kind: np.abs(quantization.item_table(served[kind]) - given_table).max()
+        for kind in ("int8", "int4")
+    }
     assert 0 < error["int8"] < error["int4"] < 0.01
-    changed = {kind: np.mean(evaluator.ranks(served[kind]) != evaluator.ranks(params)) for kind in quantization.KINDS}
+    changed = {
+        kind: np.mean(evaluator.ranks(served[kind]) != evaluator.ranks(params))
+        for kind in quantization.KINDS
+    }
     assert changed["float32"] == 0 < changed["int8"] < changed["int4"]
     others = [jax.tree.leaves(params), jax.tree.leaves(served["int4"])]
-    assert sum(one is not other for one, other in zip(*others, strict=True)) == 1  # nothing but the table
+    assert (
+        sum(one is not other for one, other in zip(*others, strict=True)) == 1
+    )  # nothing but the table
 
 
 def test_pytree():
     made = quantize_int4(table())
     leaves, tree = jax.tree.flatten(made)
-    assert isinstance(jax.tree.unflatten(tree, leaves), Int4Table) and sum(leaf.nbytes for leaf in leaves) == made.nbytes
+    assert (
+        isinstance(jax.tree.unflatten(tree, leaves), Int4Table)
+        and sum(leaf.nbytes for leaf in leaves) == made.nbytes
+    )

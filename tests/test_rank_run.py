@@ -25,7 +25,11 @@ from ultra_hstu.task import RankTask, Task
 from ultra_hstu.train import Interrupted, train
 
 ROOT = Path(__file__).parent.parent
-NAMES = [f"{source}_rank_{kind}" for source in ("assistments", "ml1m", "kuairand") for kind in ("hstu", "ultra")]
+NAMES = [
+    f"{source}_rank_{kind}"
+    for source in ("assistments", "ml1m", "kuairand")
+    for kind in ("hstu", "ultra")
+]
 
 
 def assistments(folder: Path, learners=10, steps=20) -> Path:
@@ -36,7 +40,10 @@ def assistments(folder: Path, learners=10, steps=20) -> Path:
         for learner in range(fold * learners // 5 + 1, (fold + 1) * learners // 5 + 1):
             problems = rng.integers(1, 9, steps)
             right = (problems + learner) % 2
-            lines += [f"{learner},{steps}", *(",".join(map(str, column)) for column in (problems, problems % 3 + 1, right))]
+            lines += [
+                f"{learner},{steps}",
+                *(",".join(map(str, column)) for column in (problems, problems % 3 + 1, right)),
+            ]
         write(folder / f"fold{fold + 1}.csv", lines)
     return folder
 
@@ -44,10 +51,17 @@ def assistments(folder: Path, learners=10, steps=20) -> Path:
 def ml1m(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     movies = [f"{m}::Movie {m} (1999)::Drama" for m in range(1, 13)]
-    ratings = [f"{u}::{rng.integers(1, 13)}::{rng.integers(1, 6)}::{1000 * u + 7 * i}" for u in range(1, 9) for i in range(12)]
+    ratings = [
+        f"{u}::{rng.integers(1, 13)}::{rng.integers(1, 6)}::{1000 * u + 7 * i}"
+        for u in range(1, 9)
+        for i in range(12)
+    ]
     write(folder / "ratings.dat", ratings)
     write(folder / "movies.dat", movies)
-    write(folder / "users.dat", [f"{u}::{'MF'[u % 2]}::{(1, 18, 25)[u % 3]}::{u % 5}::12345" for u in range(1, 9)])
+    write(
+        folder / "users.dat",
+        [f"{u}::{'MF'[u % 2]}::{(1, 18, 25)[u % 3]}::{u % 5}::12345" for u in range(1, 9)],
+    )
     return folder
 
 
@@ -64,7 +78,11 @@ def kuairand(folder: Path) -> Path:
     for number, part in enumerate(("4_08_to_4_21_1k", "4_22_to_5_08_1k")):
         write(folder / f"log_standard_{part}.csv", [KUAIRAND_HEADER, *lines[number::2]])
     write(
-        folder / "user_features_1k.csv", [KUAIRAND_USER_HEADER, *(kuairand_user(u, register_days_range=f"{u % 3}+") for u in range(1, 9))]
+        folder / "user_features_1k.csv",
+        [
+            KUAIRAND_USER_HEADER,
+            *(kuairand_user(u, register_days_range=f"{u % 3}+") for u in range(1, 9)),
+        ],
     )
     return folder
 
@@ -74,7 +92,8 @@ def shrunk(name, tmp_path):
     config = from_config_dict(importlib.import_module(f"experiments.configs.{name}").get_config())
     make = {"assistments": assistments, "ml1m": ml1m, "kuairand": kuairand}[name.split("_")[0]]
     channels = {
-        key: dataclasses.replace(channel, max_history=6, layers=2 + (channel.layers > 3)) for key, channel in config.model.channels.items()
+        key: dataclasses.replace(channel, max_history=6, layers=2 + (channel.layers > 3))
+        for key, channel in config.model.channels.items()
     }
     return with_(
         config,
@@ -114,16 +133,35 @@ def test_the_command_line_trains_and_records(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(record.read_text())
     assert [run["seed"] for run in written["runs"]] == [1]
-    assert {"ne", "auc/correct", "gauc/correct", "log_loss/correct"} <= written["runs"][0]["best"].keys()
+    assert {"ne", "auc/correct", "gauc/correct", "log_loss/correct"} <= written["runs"][0][
+        "best"
+    ].keys()
     assert [epoch["epoch"] for epoch in written["runs"][0]["history"]] == [1]
     # What it learnt goes into a file that scores candidates by itself; tests/test_export.py reads one where this code is not.
     out = tmp_path / "scorer.zip"
-    command = [sys.executable, "-m", "experiments.export", f"--workdir={tmp_path / 'run' / 'seed_1'}", f"--out={out}", "--candidates=8"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.export",
+        f"--workdir={tmp_path / 'run' / 'seed_1'}",
+        f"--out={out}",
+        "--candidates=8",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     scorer = Scorer(out)
-    nothing = {"item_E": [], "time_E": [], "signal_ES": np.zeros((0, 1), int), "feature_EF": np.zeros((0, 1), int), "offsets": [0, 0]}
-    history = {"channels": {"attempts": nothing, "right": nothing}, "context_BC": np.zeros((1, 0), int), "now_B": [0]}
+    nothing = {
+        "item_E": [],
+        "time_E": [],
+        "signal_ES": np.zeros((0, 1), int),
+        "feature_EF": np.zeros((0, 1), int),
+        "offsets": [0, 0],
+    }
+    history = {
+        "channels": {"attempts": nothing, "right": nothing},
+        "context_BC": np.zeros((1, 0), int),
+        "now_B": [0],
+    }
     asked = {"item_C": [1, 2], "time_C": [0, 0], "feature_CF": [[1], [1]], "offsets": [0, 2]}
     assert np.isfinite(scorer.score(scorer.encode(history), asked)).all()
 
@@ -143,7 +181,10 @@ class StopAfterFiveLooks:
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     """Stopped in the middle of epochs, the run goes on there, with requests that are drawn anew from (seed, epoch)."""
     config = rank_data.config(
-        tmp_path, data=dict(batch_users=3), model=dict(layers=1), train=dict(epochs=2, protocol="chronological", steps_per_call=1)
+        tmp_path,
+        data=dict(batch_users=3),
+        model=dict(layers=1),
+        train=dict(epochs=2, protocol="chronological", steps_per_call=1),
     )
     task = Task.of(config, rank_data.interactions((20, 18, 12)))
     whole = train(config, tmp_path / "whole", console=Console(quiet=True), task=task)
@@ -162,8 +203,14 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
         state = abstract(jax.eval_shape(lambda: task.recipe.init(0)))
         return Checkpoints((folder / "checkpoints").absolute(), read_only=True).restore(state)
 
-    jax.tree.map(np.testing.assert_array_equal, final(tmp_path / "whole")[1], final(tmp_path / "stopped")[1])
-    assert {**whole, "seconds": 0, "compile_seconds": 0} == {**resumed, "seconds": 0, "compile_seconds": 0}
+    jax.tree.map(
+        np.testing.assert_array_equal, final(tmp_path / "whole")[1], final(tmp_path / "stopped")[1]
+    )
+    assert {**whole, "seconds": 0, "compile_seconds": 0} == {
+        **resumed,
+        "seconds": 0,
+        "compile_seconds": 0,
+    }
 
 
 def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
@@ -177,20 +224,36 @@ def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
     for name, variant in found.items():
         variant.validate()
         cost[name] = ablation.describe(Task.of(variant, interactions))["inference_gflop"]
-    assert cost["interleaved_input"] > cost["ultra"] and cost["no_truncation"] > cost["ultra"] > cost["one_transducer"]
+    assert (
+        cost["interleaved_input"] > cost["ultra"]
+        and cost["no_truncation"] > cost["ultra"] > cost["one_transducer"]
+    )
     assert found["fewer_signals"].rank.signals == ("is_click",)
 
 
 def test_ablation_writes_its_record(tmp_path):
     """A second call trains nothing and writes the same numbers."""
-    config = rank_data.config(tmp_path, train=dict(epochs=1, protocol="chronological"), model=dict(layers=1))
+    config = rank_data.config(
+        tmp_path, train=dict(epochs=1, protocol="chronological"), model=dict(layers=1)
+    )
     file = tmp_path / "results" / "record.json"
     results = []
     for _ in range(2):
-        ablation.run({"ultra": config}, rank_data.interactions((12, 15, 20)), [1], tmp_path / "runs", file, Console(quiet=True))
+        ablation.run(
+            {"ultra": config},
+            rank_data.interactions((12, 15, 20)),
+            [1],
+            tmp_path / "runs",
+            file,
+            Console(quiet=True),
+        )
         entry = json.loads(file.read_text())["variants"]["ultra"]
         results.append({name: entry["runs"][0][name] for name in ("best", "steps", "seconds")})
-        assert entry["mean"] == entry["runs"][0]["best"] and entry["inference_gflop"] > 0 and entry["parameters"] > 0
+        assert (
+            entry["mean"] == entry["runs"][0]["best"]
+            and entry["inference_gflop"] > 0
+            and entry["parameters"] > 0
+        )
     assert results[0] == results[1]
 
 
@@ -202,5 +265,11 @@ def test_ablation_lists_its_variants(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["ultra", "no_truncation"]
-    done = subprocess.run([*command, "--only=nothing"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "there is no variant 'nothing'; the variants are ultra, interleaved_input" in done.stderr
+    done = subprocess.run(
+        [*command, "--only=nothing"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert (
+        done.returncode == 1
+        and "there is no variant 'nothing'; the variants are ultra, interleaved_input"
+        in done.stderr
+    )

@@ -22,13 +22,25 @@ from ultra_hstu.task import RankTask, Task
 FORMS = {
     "merged": {},
     "interleaved": dict(rank=dict(input="interleaved")),
-    "interleaved research": dict(rank=dict(input="interleaved"), model=dict(preset="research", relative_bias=True)),
+    "interleaved research": dict(
+        rank=dict(input="interleaved"), model=dict(preset="research", relative_bias=True)
+    ),
     "supervise all": dict(rank=dict(input="interleaved", supervise="all")),
-    "semi-local, truncated": dict(model=dict(window=(2,), full_rows=(1,), truncate_after=1, truncate_length=4)),
+    "semi-local, truncated": dict(
+        model=dict(window=(2,), full_rows=(1,), truncate_after=1, truncate_length=4)
+    ),
     "mixture": dict(model=dict(channels=MIXTURE)),
     "contextual": dict(rank=dict(contextual=("age", "region"))),
     "contextual, interleaved": dict(rank=dict(contextual=("age", "region"), input="interleaved")),
-    "clicks": dict(model=dict(channels={"engagement": ChannelConfig(signal="is_click", at_least=1.0, max_history=20, layers=1)})),
+    "clicks": dict(
+        model=dict(
+            channels={
+                "engagement": ChannelConfig(
+                    signal="is_click", at_least=1.0, max_history=20, layers=1
+                )
+            }
+        )
+    ),
 }
 DATA = dataclasses.replace(
     rank_data.interactions((20, 9, 14)),
@@ -46,7 +58,11 @@ def built(form):
     """A task, initial parameters whose tables are large enough to matter, and its compiled logits."""
     task = task_of(form)
     params = task.recipe.init(0).params
-    for table in (params["embedding"]["item_table"], params["embedding"]["signals"]["table"], params["embedding"]["features"]["table"]):
+    for table in (
+        params["embedding"]["item_table"],
+        params["embedding"]["signals"]["table"],
+        params["embedding"]["features"]["table"],
+    ):
         table[...] = 20 * table[...]
     return task, params, jax.jit(task.recipe.logits)
 
@@ -59,15 +75,21 @@ def predictions(form, data=DATA, part="train", epoch=0):
     plan, found = loader.plan(seed=0, epoch=epoch), {}
     for step in range(len(plan)):
         columns = plan.columns(np.array([step]))
-        batch = loader.gather(task.source.events, {name: column[0] for name, column in columns.items()}, np)
+        batch = loader.gather(
+            task.source.events, {name: column[0] for name, column in columns.items()}, np
+        )
         logit_PK = np.asarray(logits(params, batch))
         if loader.gather.supervise_history:
-            spans = zip(columns[f"start/{EVERYTHING}"][0], columns[f"stop/{EVERYTHING}"][0], strict=True)
+            spans = zip(
+                columns[f"start/{EVERYTHING}"][0], columns[f"stop/{EVERYTHING}"][0], strict=True
+            )
             events = list(enumerate(e for start, stop in spans for e in range(start, stop)))
         else:
             events = [
                 (b * loader.gather.targets + i, first + i)
-                for b, (first, count) in enumerate(zip(columns["target"][0], columns["count"][0], strict=True))
+                for b, (first, count) in enumerate(
+                    zip(columns["target"][0], columns["count"][0], strict=True)
+                )
                 for i in range(count)
             ]
         found |= {event: logit_PK[p] for p, event in events}
@@ -101,7 +123,12 @@ def test_no_prediction_reads_its_own_action(form):
     In a mixture, a click decides what is in a channel, so that other rows move in the buffers: equal up to rounding.
     """
     for part, event in (("train", 4), ("train", 24), ("validation", 14)):
-        other = with_changed(DATA, event, rating=6 - DATA.actions["rating"][event] or 1, is_click=1 - DATA.actions["is_click"][event])
+        other = with_changed(
+            DATA,
+            event,
+            rating=6 - DATA.actions["rating"][event] or 1,
+            is_click=1 - DATA.actions["is_click"][event],
+        )
         before, after = predictions(form, part=part), predictions(form, other, part)
         changed = changes(before, after, exact=form != "mixture")
         last = DATA.offsets[np.searchsorted(DATA.offsets, event, side="right")]
@@ -112,7 +139,12 @@ def test_no_prediction_reads_its_own_action(form):
 @pytest.mark.parametrize("form", ["merged", "interleaved", "mixture"])
 def test_targets_do_not_see_one_another(form):
     """Another item as a target changes its own prediction alone, among those of its request; validation targets are 12, 13, 14 and 15."""
-    other = with_changed(DATA, 13, item=DATA.items[13] % rank_data.ITEMS + 1, skill=5 if DATA.actions["skill"][13] != 5 else 6)
+    other = with_changed(
+        DATA,
+        13,
+        item=DATA.items[13] % rank_data.ITEMS + 1,
+        skill=5 if DATA.actions["skill"][13] != 5 else 6,
+    )
     changed = changes(predictions(form, part="validation"), predictions(form, other, "validation"))
     assert changed == {13, 15}  # 15 is of the next request, which has 13 in its history
 
@@ -134,12 +166,21 @@ def test_signals_reach_only_later_predictions_by_gradients(form):
             x = x_TD + scale_T[:, None] * signal_TD
             h_PD = model.encoders[name].rows(x, tokens.sequences, tokens.row_P)
             others = jnp.ones((h_PD.shape[0], 8 * (len(batch.channels) - 1)))
-            return model.head(jnp.concatenate([others[:, : 8 * place], h_PD, others[:, 8 * place :]], axis=1))[:, 0]
+            return model.head(
+                jnp.concatenate([others[:, : 8 * place], h_PD, others[:, 8 * place :]], axis=1)
+            )[:, 0]
 
         reads_PT = np.asarray(jax.jit(jax.jacobian(logits))(jnp.ones(x_TD.shape[0])))[used_P] != 0
-        segment_T = np.searchsorted(np.asarray(tokens.offsets), np.arange(x_TD.shape[0]), side="right")
-        row_P, has_signal_T = np.asarray(tokens.row_P)[used_P], np.asarray(tokens.signal_TS).any(axis=1)
-        expected = (segment_T[row_P][:, None] == segment_T[None, :]) & (np.arange(x_TD.shape[0])[None, :] < row_P[:, None])
+        segment_T = np.searchsorted(
+            np.asarray(tokens.offsets), np.arange(x_TD.shape[0]), side="right"
+        )
+        row_P, has_signal_T = (
+            np.asarray(tokens.row_P)[used_P],
+            np.asarray(tokens.signal_TS).any(axis=1),
+        )
+        expected = (segment_T[row_P][:, None] == segment_T[None, :]) & (
+            np.arange(x_TD.shape[0])[None, :] < row_P[:, None]
+        )
         np.testing.assert_array_equal(reads_PT, expected & has_signal_T[None, :])
         assert reads_PT.any() and not has_signal_T[row_P].any()
 
@@ -148,14 +189,22 @@ def test_a_mixture_reads_each_channel_by_its_signal():
     """Of a channel of clicks, an event that was not clicked is no part: its rating changes no prediction, a clicked one's does."""
     before, clicked = predictions("clicks"), DATA.actions["is_click"][:8] == 1
     for event in (int(np.argmax(clicked)), int(np.argmin(clicked))):
-        after = predictions("clicks", with_changed(DATA, event, rating=6 - DATA.actions["rating"][event] or 1))
+        after = predictions(
+            "clicks", with_changed(DATA, event, rating=6 - DATA.actions["rating"][event] or 1)
+        )
         assert bool(changes(before, after)) == bool(clicked[event])
 
 
 def test_channels_have_their_own_depth_and_share_tables():
     model = task_of("mixture").recipe.build(0)
-    assert {name: len(encoder.layers) for name, encoder in model.encoders.items()} == {"consumption": 1, "engagement": 2}
-    assert model.encoders["consumption"].length == 6 + 3 and model.encoders["engagement"].length == 4 + 3
+    assert {name: len(encoder.layers) for name, encoder in model.encoders.items()} == {
+        "consumption": 1,
+        "engagement": 2,
+    }
+    assert (
+        model.encoders["consumption"].length == 6 + 3
+        and model.encoders["engagement"].length == 4 + 3
+    )
     assert model.head.hidden.shape == (16, 8)
 
 
@@ -170,7 +219,9 @@ def test_a_request_alone_is_the_same_as_in_a_batch(form):
         columns = plan.columns(np.array([group.first]))
         first, count = int(columns["target"][0, 0]), int(columns["count"][0, 0])
         logit_PK = np.asarray(logits(params, group.feed.batch(0)))
-        np.testing.assert_allclose(logit_PK[:count], [together[first + i] for i in range(count)], rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(
+            logit_PK[:count], [together[first + i] for i in range(count)], rtol=2e-4, atol=2e-5
+        )
 
 
 def test_a_target_without_history_has_a_prediction():
@@ -184,8 +235,12 @@ def test_codes_are_embedded_and_summed():
     embed = CodeEmbedding((3, 4), 5, rngs=nnx.Rngs(0))
     table = np.asarray(embed.table[...])
     x_TD = np.asarray(embed(jnp.array([[0, 0], [1, 0], [2, 3], [0, 1]])))
-    np.testing.assert_allclose(x_TD, [0 * table[0], table[0], table[1] + table[4], table[2]], rtol=1e-6)
-    assert not np.asarray(CodeEmbedding((), 5, rngs=nnx.Rngs(0))(jnp.zeros((2, 0), jnp.int32))).any()
+    np.testing.assert_allclose(
+        x_TD, [0 * table[0], table[0], table[1] + table[4], table[2]], rtol=1e-6
+    )
+    assert not np.asarray(
+        CodeEmbedding((), 5, rngs=nnx.Rngs(0))(jnp.zeros((2, 0), jnp.int32))
+    ).any()
 
 
 def test_head_against_numpy():
@@ -201,16 +256,28 @@ def test_head_against_numpy():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train__protocol": "published"}, "train.protocol='published' cannot be used for ranking: use 'chronological'"),
-        ({"data__layout": "padded"}, "data.layout='padded' cannot be used for ranking: use 'jagged'"),
+        (
+            {"train__protocol": "published"},
+            "train.protocol='published' cannot be used for ranking: use 'chronological'",
+        ),
+        (
+            {"data__layout": "padded"},
+            "data.layout='padded' cannot be used for ranking: use 'jagged'",
+        ),
         ({"model__kind": "sasrec"}, "model.kind='sasrec' cannot be used for ranking: use 'hstu'"),
-        ({"model__attention": "softmax"}, "model.attention='softmax' cannot be used for ranking: use 'silu'"),
+        (
+            {"model__attention": "softmax"},
+            "model.attention='softmax' cannot be used for ranking: use 'silu'",
+        ),
         ({"rank__supervise": "all"}, "rank.supervise='all' .* needs rank.input='interleaved'"),
         (
             {"rank__supervise": "all", "rank__input": "interleaved", "rank__contextual": ("age",)},
             "supervise='all' .* and no rank.contextual",
         ),
-        ({"rank__tasks": ("rating", "rating")}, r"rank.tasks=\('rating', 'rating'\) names one twice"),
+        (
+            {"rank__tasks": ("rating", "rating")},
+            r"rank.tasks=\('rating', 'rating'\) names one twice",
+        ),
         ({"rank__tasks": ()}, "the chronological split are for ranking; name rank.tasks"),
     ],
 )

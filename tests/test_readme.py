@@ -13,7 +13,13 @@ RECORDS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 
 
 def test_tables_are_current():
-    done = subprocess.run([sys.executable, "-m", "scripts.make_tables", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.make_tables", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -30,10 +36,16 @@ def test_commands_and_files_of_the_readme_exist():
     assert set(re.findall(r"\bmake ([a-z-]+)", readme)) <= targets
     for module in re.findall(r"python -m ([a-z_.]+)", readme):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
-    for file in re.findall(r"\]\(((?!http)[^)]+)\)", readme) + re.findall(r"--config=(\S+\.py)", readme):
+    for file in re.findall(r"\]\(((?!http)[^)]+)\)", readme) + re.findall(
+        r"--config=(\S+\.py)", readme
+    ):
         assert (ROOT / file).exists(), file
 
 
 def test_help_lists_every_target():
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
-    assert {"install", "install-cuda", "demo", "test", "lint"} <= set(re.findall(r"make ([a-z-]+)", shown))
+    shown = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    ).stdout
+    assert {"install", "install-cuda", "demo", "test", "lint"} <= set(
+        re.findall(r"make ([a-z-]+)", shown)
+    )

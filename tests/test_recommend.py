@@ -37,7 +37,9 @@ def test_best_unseen_items_in_order(model):
     answer = model.recommend(history, k=20)
     assert len(answer) == 20
     assert [item.score for item in answer] == sorted((item.score for item in answer), reverse=True)
-    assert not {item.item for item in answer} & set(model.catalog.decode(np.array(history)).tolist())
+    assert not {item.item for item in answer} & set(
+        model.catalog.decode(np.array(history)).tolist()
+    )
     assert answer[0].title.startswith("item ")
 
 
@@ -50,13 +52,24 @@ def test_the_same_scores_as_evaluation(run, model):
     ranks = Evaluator(task, "test").ranks(model.params)
     examples, interactions = task.splits.test, task.interactions
     targets = interactions.items[examples.stop]
-    unseen = [user for user in range(len(examples)) if targets[user] not in interactions.items[examples.start[user] : examples.stop[user]]]
+    unseen = [
+        user
+        for user in range(len(examples))
+        if targets[user] not in interactions.items[examples.start[user] : examples.stop[user]]
+    ]
     assert len(unseen) > 10
     for user in unseen[:5]:
         events, target = slice(examples.start[user], examples.stop[user]), targets[user]
         now = int(interactions.timestamps[examples.stop[user]])
-        answer = model.recommend(interactions.items[events], interactions.timestamps[events], now=now, k=interactions.num_items)
-        assert [item.item for item in answer].index(model.catalog.decode(np.array([target]))[0]) + 1 == ranks[user]
+        answer = model.recommend(
+            interactions.items[events],
+            interactions.timestamps[events],
+            now=now,
+            k=interactions.num_items,
+        )
+        assert [item.item for item in answer].index(
+            model.catalog.decode(np.array([target]))[0]
+        ) + 1 == ranks[user]
 
 
 @pytest.mark.parametrize("tables", ["int8", "int4"])
@@ -67,14 +80,23 @@ def test_small_tables_stay_packed_and_answer_as_the_rows_they_give_back(run, mod
     one, other = (served.recommend([3, 14, 15, 92], k=20) for served in (small, dense))
     assert [item.item for item in one] == [item.item for item in other]
     assert [item.score for item in one] == pytest.approx([item.score for item in other], abs=1e-6)
-    assert [item.score for item in one] != [item.score for item in model.recommend([3, 14, 15, 92], k=20)]
+    assert [item.score for item in one] != [
+        item.score for item in model.recommend([3, 14, 15, 92], k=20)
+    ]
     items, width = item_table(model.params).shape
-    saved = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) - sum(leaf.nbytes for leaf in jax.tree.leaves(small.params))
-    assert saved == items * {"int8": 4 * width - (width + 8), "int4": 4 * width - (width // 2 + 4)}[tables]
+    saved = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) - sum(
+        leaf.nbytes for leaf in jax.tree.leaves(small.params)
+    )
+    assert (
+        saved
+        == items * {"int8": 4 * width - (width + 8), "int4": 4 * width - (width // 2 + 4)}[tables]
+    )
 
 
 def test_only_the_newest_events_count(model):
-    newest = model.recommend(list(range(21, 31)), k=5, block=list(range(1, 21)))  # which the longer history hides
+    newest = model.recommend(
+        list(range(21, 31)), k=5, block=list(range(1, 21))
+    )  # which the longer history hides
     assert model.recommend(list(range(1, 31)), k=5)[0].score == pytest.approx(newest[0].score)
 
 
@@ -97,7 +119,11 @@ def test_bad_requests_are_named(model, history, options, message):
 
 def call(module, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 

@@ -32,7 +32,9 @@ def loss_and_gradients(key=None, **options):
 
 
 def compare(one, other, tolerance):
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
+    ):
         assert_close(a, np.asarray(b), tolerance, jax.tree_util.keystr(path))
 
 
@@ -40,7 +42,9 @@ def compare(one, other, tolerance):
 def test_same_values_and_gradients(preset):
     results = []
     for mode in MODES:
-        run, args = loss_and_gradients(jax.random.key(3), preset=preset, remat=mode, implementation="xla", relative_bias=True)
+        run, args = loss_and_gradients(
+            jax.random.key(3), preset=preset, remat=mode, implementation="xla", relative_bias=True
+        )
         results.append(run(*args))
     for other in results[1:]:
         compare(other, results[0], 1e-5)
@@ -62,7 +66,9 @@ def test_mini_sequences_shrink_the_temporaries():
     for chunk_rows in (None, 8):
         run, args = loss_and_gradients(chunk_rows=chunk_rows, remat="selective")
         text = run.lower(*args).as_text()
-        sizes[chunk_rows] = text.count(f"tensor<{ROWS}x36xf32>")  # the input of the output projection: 3 x 12 columns
+        sizes[chunk_rows] = text.count(
+            f"tensor<{ROWS}x36xf32>"
+        )  # the input of the output projection: 3 x 12 columns
     assert sizes[None] > 0 == sizes[8]
 
 
@@ -70,7 +76,11 @@ def primitives(jaxpr):
     """How often each primitive stands in a jaxpr and all that it calls, by name."""
     count = collections.Counter()
     for eqn in jaxpr.eqns:
-        count[str(eqn.params.get("name", eqn.primitive.name)) if eqn.primitive.name == "mpmd_map" else eqn.primitive.name] += 1
+        count[
+            str(eqn.params.get("name", eqn.primitive.name))
+            if eqn.primitive.name == "mpmd_map"
+            else eqn.primitive.name
+        ] += 1
         for inner in jaxprs_in_params(eqn.params):
             count += primitives(inner)
     return count
@@ -87,31 +97,47 @@ def primitives(jaxpr):
 )
 def test_attention_is_not_run_again(implementation, primitive, expected):
     for mode in MODES:
-        run, args = loss_and_gradients(remat=mode, implementation=implementation, linear_dropout=0.0)
+        run, args = loss_and_gradients(
+            remat=mode, implementation=implementation, linear_dropout=0.0
+        )
         assert primitives(jax.make_jaxpr(run)(*args).jaxpr)[primitive] == expected[mode], mode
 
 
 def test_the_hopper_kernel_is_not_run_again():
     rows, width = 256, 64
     layer = ProductionLayer(width, 1, 64, 64, rngs=nnx.Rngs(0))
-    plan = make_plan(AttentionMask(window=32, full_rows=16), jnp.asarray([0, 100, 250], jnp.int32), rows)
+    plan = make_plan(
+        AttentionMask(window=32, full_rows=16), jnp.asarray([0, 100, 250], jnp.int32), rows
+    )
 
     def loss(x, scale):
-        attend = lambda q, k, v, *, alpha, bias: mosaic_hopper.attend(q, k, v, plan, alpha=alpha, scale=scale)  # noqa: E731
+        attend = lambda q, k, v, *, alpha, bias: mosaic_hopper.attend(
+            q, k, v, plan, alpha=alpha, scale=scale
+        )  # noqa: E731
         run = checkpointed(lambda x: layer(x, attend), "selective")
         return jnp.sum(run(run(x)).astype(jnp.float32))
 
-    count = primitives(jax.make_jaxpr(jax.grad(loss))(jnp.zeros((rows, width), jnp.bfloat16), jnp.float32(0.01)).jaxpr)
+    count = primitives(
+        jax.make_jaxpr(jax.grad(loss))(
+            jnp.zeros((rows, width), jnp.bfloat16), jnp.float32(0.01)
+        ).jaxpr
+    )
     assert count["hstu_forward"] == count["hstu_backward_dkv"] == count["hstu_backward_dq"] == 2
 
 
 def residual_bytes(mode, layers, **options):
     """Bytes of what the forward pass hands to the backward pass, parameters and what does not grow with depth left out by differences."""
-    graph, params = nnx.split(encoder(layers=layers, implementation="xla", remat=mode, **options), nnx.Param)
+    graph, params = nnx.split(
+        encoder(layers=layers, implementation="xla", remat=mode, **options), nnx.Param
+    )
     sequences = batch()
     run = lambda x: jax.vjp(lambda x: nnx.merge(graph, params)(x, sequences), x)[1]  # noqa: E731
     saved = jax.eval_shape(run, inputs().astype(jnp.bfloat16))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved) if leaf.shape[:1] == (ROWS,) and leaf.ndim > 1)
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(saved)
+        if leaf.shape[:1] == (ROWS,) and leaf.ndim > 1
+    )
 
 
 def test_what_is_kept():

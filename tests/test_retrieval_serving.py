@@ -55,7 +55,9 @@ def test_answers_are_those_of_all_scores(model):
     query = model.query([3, 14, 15, 92, 14], k=20)
     vector_D = model.encode([query])[0]
     table_ID = np.asarray(unpacked(model.params)["embedding"]["item_table"][...])
-    score_I = (table_ID / np.maximum(np.linalg.norm(table_ID, axis=1, keepdims=True), 1e-6)) @ vector_D
+    score_I = (
+        table_ID / np.maximum(np.linalg.norm(table_ID, axis=1, keepdims=True), 1e-6)
+    ) @ vector_D
     score_I[[0, 3, 14, 15, 92]] = -np.inf
     order = np.argsort(-score_I, kind="stable")[:20]
     answer = model.best(vector_D[None], [query])[0]
@@ -68,18 +70,25 @@ def test_equal_scores_go_to_the_lower_id_across_chunks(kind):
     """Twenty vectors, five times each, in shuffled places: chunks of 16 cut the groups apart."""
     rng = np.random.default_rng(0)
     place_I = rng.permutation(np.repeat(np.arange(20), 5))
-    table = quantize(np.concatenate([np.zeros((1, 8)), rng.normal(size=(20, 8))[place_I]]).astype(np.float32), kind)
+    table = quantize(
+        np.concatenate([np.zeros((1, 8)), rng.normal(size=(20, 8))[place_I]]).astype(np.float32),
+        kind,
+    )
     h_UD = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
     best_UK, score_UK = best_items(h_UD, table, k=100, chunk_items=16)
     for best_K, score_K in zip(np.asarray(best_UK), np.asarray(score_UK), strict=True):
         assert sorted(best_K.tolist()) == list(range(1, 101)) and (np.diff(score_K) <= 0).all()
-        assert [best_K[i : i + 5].tolist() for i in range(0, 100, 5)] == [sorted(best_K[i : i + 5]) for i in range(0, 100, 5)]
+        assert [best_K[i : i + 5].tolist() for i in range(0, 100, 5)] == [
+            sorted(best_K[i : i + 5]) for i in range(0, 100, 5)
+        ]
 
 
 def test_seen_and_blocked_items_are_hidden(folder, model):
     first = [item.item for item in model.recommend([3, 14], k=6)]
     dense = model.catalog.encode(first)
-    assert [item.item for item in model.recommend([3, 14], k=4, block=dense[[0, 3]])] == [first[i] for i in (1, 2, 4, 5)]
+    assert [item.item for item in model.recommend([3, 14], k=4, block=dense[[0, 3]])] == [
+        first[i] for i in (1, 2, 4, 5)
+    ]
     blocking = copy.copy(model)
     blocking.block(dense[[1]])
     assert [item.item for item in blocking.recommend([3, 14], k=4, block=dense[[0]])] == first[2:6]
@@ -92,13 +101,17 @@ def test_fewer_than_k_are_left(model):
 
 
 def test_times_that_go_back_are_refused(model):
-    with pytest.raises(ValueError, match="times go back from 9 to 5: give the history oldest first"):
+    with pytest.raises(
+        ValueError, match="times go back from 9 to 5: give the history oldest first"
+    ):
         model.query([1, 2], [9, 5])
     with pytest.raises(ValueError, match="times go back from 9 to 8"):
         model.query([1, 2], [5, 9], now=8)
     with pytest.raises(ValueError, match="Give seconds, not milliseconds"):
         model.query([1, 2], [0, 2**31])
-    assert len(model.query([1] * 11, [0] + [2**31] * 10).events.item_E) == 11  # what is not encoded does not count
+    assert (
+        len(model.query([1] * 11, [0] + [2**31] * 10).events.item_E) == 11
+    )  # what is not encoded does not count
 
 
 def test_neighbours_times_do_not_matter(model):
@@ -114,7 +127,10 @@ def test_no_program_is_compiled_after_the_warm_up(folder):
     # Rows for 1, 2 and 4 histories of 10 fit one class of 128; k and hidden items: 16 and all 120, all 120.
     assert model.warm_up(max_k=120, max_hidden=1000) == model.programs == 1 + 2
     for seed in range(4):
-        queries = [model.query(*history, k=1 + 39 * seed, block=[1] * (50 * seed)) for history in histories(seed + 1, seed, longest=200)]
+        queries = [
+            model.query(*history, k=1 + 39 * seed, block=[1] * (50 * seed))
+            for history in histories(seed + 1, seed, longest=200)
+        ]
         model.best(model.encode(queries), queries)
     assert model.programs == 3
 
@@ -122,7 +138,13 @@ def test_no_program_is_compiled_after_the_warm_up(folder):
 def test_rows_and_capacities(folder):
     model = RecommendationModel(str(folder), max_users=16)
     model.config = with_(model.config, data__max_history=100)
-    assert [len(model._batch([model.query([1] * 100)] * n).item_T) for n in (1, 2, 3, 5, 16)] == [128, 256, 512, 896, 1664]
+    assert [len(model._batch([model.query([1] * 100)] * n).item_T) for n in (1, 2, 3, 5, 16)] == [
+        128,
+        256,
+        512,
+        896,
+        1664,
+    ]
     assert model._classes_of([model.query([1])]) == (SMALLEST_K, 120)
     assert SMALLEST_HIDDEN > 120
 
@@ -142,7 +164,11 @@ def test_memory_does_not_grow_with_the_catalogue(kind):
     def temporaries(items):
         table = quantize(np.zeros((items, 16), np.float32), kind)
         arguments = (jnp.zeros((4, 16)), table, jnp.zeros((4, 32), jnp.int32))
-        program = jax.jit(lambda h, table, seen: best_items(h, table, seen, k=10, chunk_items=512)).lower(*arguments).compile()
+        program = (
+            jax.jit(lambda h, table, seen: best_items(h, table, seen, k=10, chunk_items=512))
+            .lower(*arguments)
+            .compile()
+        )
         return program.memory_analysis().temp_size_in_bytes
 
     assert temporaries(4096) == temporaries(65536) < 4096 * 16 * 4
@@ -152,7 +178,10 @@ def test_memory_does_not_grow_with_the_catalogue(kind):
 def test_encoding_unpacks_rows_of_the_batch_only(folder, kind):
     model = RecommendationModel(str(folder), tables=kind, max_users=4)
     big = 100_000
-    code = jax.tree.map(lambda leaf: jnp.zeros((big, *leaf.shape[1:]), leaf.dtype), model.params["embedding"]["item_table"])
+    code = jax.tree.map(
+        lambda leaf: jnp.zeros((big, *leaf.shape[1:]), leaf.dtype),
+        model.params["embedding"]["item_table"],
+    )
     params = copy.copy(model.params)
     params["embedding"]["item_table"] = code
     batch = model._batch([model.query([3, 14, 15])])
@@ -165,7 +194,13 @@ def test_parameters_that_are_not_finite_are_refused(folder, monkeypatch):
 
     def broken(self, *arguments, **options):
         step, state, *rest = restore(self, *arguments, **options)
-        return step, dataclasses.replace(state, params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params)), *rest
+        return (
+            step,
+            dataclasses.replace(
+                state, params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params)
+            ),
+            *rest,
+        )
 
     monkeypatch.setattr(Checkpoints, "restore", broken)
     with pytest.raises(ValueError, match="holds NaN or infinity in .*: train again"):

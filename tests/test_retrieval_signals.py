@@ -25,7 +25,9 @@ def outputs(task, params, placement):
     task = Task.of(with_(task.config, data__placement=placement), task.interactions)
     loader = task.loader("test", batch_users=4, steps_per_call=1)
     batch = next(iter(loader.groups(loader.plan(shuffle=False)))).feed.batch(0)
-    return np.asarray(jax.jit(lambda params, batch: task.recipe.model(params).encode(batch))(params, batch)), batch
+    return np.asarray(
+        jax.jit(lambda params, batch: task.recipe.model(params).encode(batch))(params, batch)
+    ), batch
 
 
 @pytest.mark.parametrize("placement", ["device", "stream"])
@@ -35,7 +37,9 @@ def test_a_signal_reaches_its_row_and_later_ones(placement):
     before, batch = outputs(task, params, placement)
     assert np.asarray(batch.signal_TS).shape == (len(before), 2)
     actions = DATA.actions | {"rating": DATA.actions["rating"].copy()}
-    actions["rating"][15] = 6 - actions["rating"][15] or 1  # the fourth event of the second user, whose history begins at row 10
+    actions["rating"][15] = (
+        6 - actions["rating"][15] or 1
+    )  # the fourth event of the second user, whose history begins at row 10
     actions["rating"][15] += actions["rating"][15] == DATA.actions["rating"][15]
     after, _ = outputs(task_of(dataclasses.replace(DATA, actions=actions)), params, placement)
     changed = np.flatnonzero((before != after).any(axis=1))
@@ -50,7 +54,9 @@ def test_without_signals_nothing_is_embedded_or_moved():
 
 
 def test_unknown_signals_are_refused():
-    with pytest.raises(ValueError, match="unknown signal 'loved': this source has is_click, rating"):
+    with pytest.raises(
+        ValueError, match="unknown signal 'loved': this source has is_click, rating"
+    ):
         task_of(signals=("loved",))
 
 

@@ -30,9 +30,13 @@ ROOT = Path(__file__).parent.parent
 
 def test_golden_lengths():
     file = golden.load("stochastic_length")
-    for row, (length, alpha) in enumerate(zip(file["max_seq_len"].tolist(), file["alpha"].tolist(), strict=True)):
+    for row, (length, alpha) in enumerate(
+        zip(file["max_seq_len"].tolist(), file["alpha"].tolist(), strict=True)
+    ):
         assert threshold(length, alpha) == file["threshold"][row]
-        np.testing.assert_allclose(keep_probability(file["lengths"], length, alpha), file["keep_prob"][row], rtol=1e-6)
+        np.testing.assert_allclose(
+            keep_probability(file["lengths"], length, alpha), file["keep_prob"][row], rtol=1e-6
+        )
         kept = stochastic_length(file["lengths"], length, alpha, file["uniform"][row])
         np.testing.assert_array_equal(kept, file["sampled_lengths"][row])
 
@@ -66,8 +70,15 @@ def test_alpha_outside_its_range(alpha):
 def test_subsequences_are_sorted_and_of_exact_size(data, kind):
     length = data.draw(st.integers(0, 40))
     keep = data.draw(st.integers(0, length))
-    times = data.draw(st.none() | st.lists(st.integers(0, 50), min_size=length, max_size=length).map(lambda t: np.sort(t).astype(np.int64)))
-    chosen = subsequence(kind, length, keep, np.random.default_rng(data.draw(st.integers(0, 9))), times)
+    times = data.draw(
+        st.none()
+        | st.lists(st.integers(0, 50), min_size=length, max_size=length).map(
+            lambda t: np.sort(t).astype(np.int64)
+        )
+    )
+    chosen = subsequence(
+        kind, length, keep, np.random.default_rng(data.draw(st.integers(0, 9))), times
+    )
     assert len(chosen) == keep == len(set(chosen.tolist()))
     assert (np.diff(chosen) > 0).all() and (keep == 0 or (chosen[0] >= 0 and chosen[-1] < length))
     if kind == "recent":
@@ -104,7 +115,9 @@ def test_draws_follow_their_weights(kind, times, weights):
         chosen = tuple(subsequence(kind, 4, 2, rng, times).tolist())
         counts[chosen] = counts.get(chosen, 0) + 1
     for chosen, probability in probabilities(weights, 2).items():
-        assert counts[chosen] / tries == pytest.approx(probability, abs=4 * np.sqrt(probability / tries))
+        assert counts[chosen] / tries == pytest.approx(
+            probability, abs=4 * np.sqrt(probability / tries)
+        )
 
 
 def test_weights_of_zero_come_last():
@@ -148,10 +161,23 @@ def loads(steps=40, ranks=8):
     """Load of every rank at every step, plain and balanced; ranks share means as an all-reduce would give them."""
     length, uniform = draws(steps, ranks)
     plain = stochastic_length(length, N, ALPHA, uniform)
-    means = (plain.astype(float) ** GAMMA).sum(-1).reshape(-1, 10, ranks).mean((1, 2))  # what the ranks agree on every 10 steps
+    means = (
+        (plain.astype(float) ** GAMMA).sum(-1).reshape(-1, 10, ranks).mean((1, 2))
+    )  # what the ranks agree on every 10 steps
     balancers = [LoadBalancer(N, ALPHA, GAMMA, 10, mean=AllReduce(means)) for _ in range(ranks)]
-    kept = np.array([[balancer.choose(length[s, r], uniform[s, r]) for r, balancer in enumerate(balancers)] for s in range(steps)])
-    return length, plain, kept, (plain.astype(float) ** GAMMA).sum(-1), (kept.astype(float) ** GAMMA).sum(-1)
+    kept = np.array(
+        [
+            [balancer.choose(length[s, r], uniform[s, r]) for r, balancer in enumerate(balancers)]
+            for s in range(steps)
+        ]
+    )
+    return (
+        length,
+        plain,
+        kept,
+        (plain.astype(float) ** GAMMA).sum(-1),
+        (kept.astype(float) ** GAMMA).sum(-1),
+    )
 
 
 def test_spread_of_the_load_falls():
@@ -167,7 +193,13 @@ def test_spread_of_the_load_falls():
 def test_no_choice_is_closer_in_order_of_preference():
     """Whole histories are the first ones in order of u / p, and one more or one less would be further from the target."""
     length, uniform = (x[0, 0] for x in draws(1, 1))
-    balancer = LoadBalancer(N, ALPHA, GAMMA, target=LoadBalancer(N, ALPHA, GAMMA).load(stochastic_length(length, N, ALPHA, uniform)) * 1.3)
+    balancer = LoadBalancer(
+        N,
+        ALPHA,
+        GAMMA,
+        target=LoadBalancer(N, ALPHA, GAMMA).load(stochastic_length(length, N, ALPHA, uniform))
+        * 1.3,
+    )
     kept = balancer.choose(length, uniform)
     cut = threshold(N, ALPHA)
     long = np.flatnonzero(length > cut)
@@ -200,7 +232,9 @@ def test_capacity_bounds_the_choice():
 def test_recalibration_is_the_only_communication():
     length, uniform = draws(7, 1)
     asked = []
-    balancer = LoadBalancer(N, ALPHA, GAMMA, 3, mean=lambda own: asked.append(own) or 1000.0 * len(asked))
+    balancer = LoadBalancer(
+        N, ALPHA, GAMMA, 3, mean=lambda own: asked.append(own) or 1000.0 * len(asked)
+    )
     targets = []
     for s in range(7):
         balancer.choose(length[s, 0], uniform[s, 0])
@@ -226,7 +260,11 @@ print("mean", process_mean(1e6 + 1000 * int(sys.argv[2])))
         address = f"localhost:{free.getsockname()[1]}"
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", code, address, str(rank)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-c", code, address, str(rank)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(2)
     ]
@@ -241,7 +279,9 @@ def test_a_restored_balancer_goes_on_alike():
         first.choose(length[s, 0], uniform[s, 0])
     second.restore(first.state())
     for s in range(10, 20):
-        np.testing.assert_array_equal(first.choose(length[s, 0], uniform[s, 0]), second.choose(length[s, 0], uniform[s, 0]))
+        np.testing.assert_array_equal(
+            first.choose(length[s, 0], uniform[s, 0]), second.choose(length[s, 0], uniform[s, 0])
+        )
     assert first.state() == second.state()
 
 
@@ -261,12 +301,17 @@ def test_benchmark_at_a_small_size(monkeypatch, tmp_path):
     _, kept = bench_load_balance.simulate(length_U, 299, 2.0, 4)
     load_SR = (kept["plain"][10:].astype(float) ** 2).sum(2)
     spread = bench_load_balance.spread(kept["plain"], 2.0)
-    assert spread["max_over_mean"] == pytest.approx(np.mean([max(load_R) / np.mean(load_R) for load_R in load_SR]))
+    assert spread["max_over_mean"] == pytest.approx(
+        np.mean([max(load_R) / np.mean(load_R) for load_R in load_SR])
+    )
     assert sum(spread["histogram"]["counts"]) + spread["histogram"]["beyond"] == load_SR.size
     for policy in ("plain", "balanced"):
         step = found["step"][policy]
         assert step["rows"] % 128 == 0 and np.shape(step["seconds"]) == (1, 8)
         assert step["slowest"] == max(step["seconds"][0])
-    assert found["load"]["8"]["balanced"]["std_over_mean"] < found["load"]["8"]["plain"]["std_over_mean"]
+    assert (
+        found["load"]["8"]["balanced"]["std_over_mean"]
+        < found["load"]["8"]["plain"]["std_over_mean"]
+    )
     bench_load_balance.draw({"sets": {"small": found}}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

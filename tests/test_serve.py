@@ -38,7 +38,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def known(folder):
     """Good requests and their answers by the model in this process."""
-    return checked(Service(RecommendationModel(folder), RunData(folder)), count=60, events=10, seed=1)
+    return checked(
+        Service(RecommendationModel(folder), RunData(folder)), count=60, events=10, seed=1
+    )
 
 
 def post(url, body, kind="application/json"):
@@ -57,7 +59,13 @@ def an_answer_and_its_description(served, known, folder):
     with urllib.request.urlopen(f"{served.url}/openapi.json", timeout=60) as response:
         described = json.loads(response.read())
     assert set(described["paths"]) == {"/recommend"}
-    assert set(described["components"]["schemas"]["Request"]["properties"]) >= {"user", "history", "times", "k", "block"}
+    assert set(described["components"]["schemas"]["Request"]["properties"]) >= {
+        "user",
+        "history",
+        "times",
+        "k",
+        "block",
+    }
 
 
 REFUSED = [
@@ -79,7 +87,9 @@ def what_is_refused_is_told_why(served, known, folder):
 
 def only_loopback_answers(served, known, folder):
     listening = {
-        c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == int(served.url.rsplit(":")[-1])
+        c.laddr.ip
+        for c in psutil.net_connections("tcp")
+        if c.status == "LISTEN" and c.laddr.port == int(served.url.rsplit(":")[-1])
     }
     assert listening == {"127.0.0.1"}
 
@@ -119,7 +129,9 @@ CHECKS = [
 
 def test_the_deployment(folder, known, subtests):
     """One deployment of two replicas for all checks, in one test so that parallel test processes start it once. All it started must end."""
-    with deployment(folder, "--replicas=2", "--cache_mib=1", port=portpicker.pick_unused_port()) as served:
+    with deployment(
+        folder, "--replicas=2", "--cache_mib=1", port=portpicker.pick_unused_port()
+    ) as served:
         started = psutil.Process(served.process.pid).children(recursive=True)
         for check in CHECKS:
             with subtests.test(check.__name__):
@@ -137,7 +149,10 @@ def test_the_checks_of_answers_can_fail(known):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--workdir=nowhere"], "holds no run"), (["--host=203.0.113.1"], "--host=203.0.113.1 --port=8000 cannot be listened on")],
+    [
+        (["--workdir=nowhere"], "holds no run"),
+        (["--host=203.0.113.1"], "--host=203.0.113.1 --port=8000 cannot be listened on"),
+    ],
 )
 def test_what_cannot_start_is_named_at_once(folder, arguments, message):
     command = [sys.executable, "-m", "experiments.serve", f"--workdir={folder}", *arguments]

@@ -47,20 +47,36 @@ def an_answer_and_its_description(served, known, folder):
     assert seen.status == 200 and load_scores.right(known[0], seen.body)
     with urllib.request.urlopen(f"{served.url}/openapi.json", timeout=60) as response:
         described = json.loads(response.read())
-    assert set(described["paths"]) == {"/score"} and "Request" not in described["components"]["schemas"]
-    assert set(described["components"]["schemas"]["ScoreRequest"]["properties"]) >= {"user", "history", "candidates", "features"}
+    assert (
+        set(described["paths"]) == {"/score"}
+        and "Request" not in described["components"]["schemas"]
+    )
+    assert set(described["components"]["schemas"]["ScoreRequest"]["properties"]) >= {
+        "user",
+        "history",
+        "candidates",
+        "features",
+    }
 
 
 REFUSED = [
     (b'{"user": 1, "candidates": [NaN]}', 422, "candidates.0: Input should be a valid integer"),
     (b'{"user": 9999, "candidates": [1]}', 422, "unknown user 9999"),
-    (json.dumps({"user": 1, "candidates": [1] * 4097}).encode(), 422, "candidates: List should have at most 4096 items"),
+    (
+        json.dumps({"user": 1, "candidates": [1] * 4097}).encode(),
+        422,
+        "candidates: List should have at most 4096 items",
+    ),
     (b" " * (2**20 + 1), 413, "Content Too Large"),
 ]
 
 
 def what_is_refused_is_told_why(served, known, folder):
-    seen = answers_of(served, *(Sent(body, path="/score") for body, _, _ in REFUSED), Sent(b'{"user": 1}', path="/recommend"))
+    seen = answers_of(
+        served,
+        *(Sent(body, path="/score") for body, _, _ in REFUSED),
+        Sent(b'{"user": 1}', path="/recommend"),
+    )
     assert [one.status for one in seen] == [*(status for _, status, _ in REFUSED), 404]
     for one, (_, _, message) in zip(seen, REFUSED, strict=False):
         assert message in one.body.decode()
@@ -75,19 +91,28 @@ def fuzzing_from_its_own_description(served, known, folder):
     stands_fuzzing(served, folder, 30)
 
 
-CHECKS = [an_answer_and_its_description, what_is_refused_is_told_why, good_and_bad_requests_mixed, fuzzing_from_its_own_description]
+CHECKS = [
+    an_answer_and_its_description,
+    what_is_refused_is_told_why,
+    good_and_bad_requests_mixed,
+    fuzzing_from_its_own_description,
+]
 
 
 def test_the_deployment(folder, known, subtests):
     """One deployment for all checks, in one test so that parallel test processes start it once."""
-    with deployment(folder, "--cache_mib=1", "--batch=2", port=portpicker.pick_unused_port()) as served:
+    with deployment(
+        folder, "--cache_mib=1", "--batch=2", port=portpicker.pick_unused_port()
+    ) as served:
         for check in CHECKS:
             with subtests.test(check.__name__):
                 check(served, known, folder)
 
 
 def test_the_checks_of_answers_can_fail(known):
-    other = next(sent for sent in known[1:] if sent.expected.candidates != known[0].expected.candidates)
+    other = next(
+        sent for sent in known[1:] if sent.expected.candidates != known[0].expected.candidates
+    )
     assert not load_scores.right(known[0], other.expected.model_dump_json().encode())
 
 
@@ -96,16 +121,25 @@ def test_a_file_of_requests(service, known, capsys):
     answer_lines(service, io.BytesIO("\n".join(lines).encode()))
     said = capsys.readouterr()
     *answers, missing, nonsense = said.out.splitlines()
-    assert all(load_scores.right(sent, line.encode()) for sent, line in zip(known, answers, strict=False)) and len(answers) == 20
-    assert json.loads(missing)["error"].startswith("candidates: Field required") and json.loads(nonsense)["error"].startswith(
-        "Invalid JSON"
+    assert (
+        all(
+            load_scores.right(sent, line.encode())
+            for sent, line in zip(known, answers, strict=False)
+        )
+        and len(answers) == 20
     )
+    assert json.loads(missing)["error"].startswith("candidates: Field required") and json.loads(
+        nonsense
+    )["error"].startswith("Invalid JSON")
     assert "22 requests, 2 refused" in said.err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"tables": "int4"}, "tables=int4 is for retrieval runs"), ({"block": [1]}, "block hides items from recommendations")],
+    [
+        ({"tables": "int4"}, "tables=int4 is for retrieval runs"),
+        ({"block": [1]}, "block hides items from recommendations"),
+    ],
 )
 def test_options_of_retrieval_runs_are_named(folder, options, message):
     with pytest.raises(ValueError, match=message):

@@ -57,12 +57,24 @@ def answer(service, **request):
         ('{"history": [1], "k": "3"}', "k: Input should be a valid integer"),
         (f'{{"history": [1], "k": {MAX_K + 1}}}', "k: Input should be less than or equal to 1000"),
         ('{"history": [1], "times": [1, 2]}', "1 items but 2 values of 'times': give one an item"),
-        ('{"history": [1], "actions": {"rating": []}}', "1 items but 0 values of 'rating': give one an item"),
-        ('{"history": [1], "actions": {"rating": [NaN]}}', "actions.rating.0: Input should be a finite number"),
+        (
+            '{"history": [1], "actions": {"rating": []}}',
+            "1 items but 0 values of 'rating': give one an item",
+        ),
+        (
+            '{"history": [1], "actions": {"rating": [NaN]}}',
+            "actions.rating.0: Input should be a finite number",
+        ),
         ('{"user": 1, "times": [1]}', "times and actions go with a history"),
         ('{"history": [1], "colour": 1}', "colour: Extra inputs are not permitted"),
-        ('{"history": [9223372036854775808]}', "history.0: Input should be less than or equal to 9223372036854775807 (and 1 more)"),
-        (json.dumps({"history": [1] * (MAX_EVENTS + 1)}), "history: List should have at most 8192 items after validation, not 8193"),
+        (
+            '{"history": [9223372036854775808]}',
+            "history.0: Input should be less than or equal to 9223372036854775807 (and 1 more)",
+        ),
+        (
+            json.dumps({"history": [1] * (MAX_EVENTS + 1)}),
+            "history: List should have at most 8192 items after validation, not 8193",
+        ),
         ("[1]", "Input should be an object"),
         ("{", "Invalid JSON: EOF while parsing an object at line 1 column 1"),
     ],
@@ -105,9 +117,18 @@ def test_repeated_items_are_events_of_their_own(service):
 
 def test_without_a_history_the_most_popular_items(folder, service):
     task = Task.load(service.model.config)
-    count_I = np.bincount(task.interactions.items[np.concatenate([np.arange(a, b + 1) for a, b in zip(*train_rows(task), strict=True)])])
-    got = answer(service, history=[777], k=7, block=[service.model.catalog.raw_ids[count_I.argmax()].item()])
-    assert got.source == "popularity" and got.warnings[1] == "the history is empty: these are the most popular items"
+    count_I = np.bincount(
+        task.interactions.items[
+            np.concatenate([np.arange(a, b + 1) for a, b in zip(*train_rows(task), strict=True)])
+        ]
+    )
+    got = answer(
+        service, history=[777], k=7, block=[service.model.catalog.raw_ids[count_I.argmax()].item()]
+    )
+    assert (
+        got.source == "popularity"
+        and got.warnings[1] == "the history is empty: these are the most popular items"
+    )
     assert [item.score for item in got.items] == np.sort(count_I)[::-1][1:8].tolist()
     assert answer(service, history=[5]).source == "model"
 
@@ -121,7 +142,9 @@ def test_a_user_is_the_history_of_the_data(service):
     events = interactions.history(7)
     raw = interactions.catalog.decode(interactions.items[events]).tolist()
     assert (
-        answer(service, user=7) == answer(service, user="7") == answer(service, history=raw, times=interactions.timestamps[events].tolist())
+        answer(service, user=7)
+        == answer(service, user="7")
+        == answer(service, history=raw, times=interactions.timestamps[events].tolist())
     )
 
 
@@ -146,8 +169,15 @@ def test_a_known_user_gets_the_same_bits(service):
 def test_all_that_is_encoded_is_in_the_key(folder, model):
     base = dict(items=[3, 4], times=[10, 20])
     key = model.query(**base).key
-    assert key == model.query([3, 4], [1010, 1020], k=3, block=[9]).key  # times count from the first
-    for other in (dict(items=[4, 3]), dict(times=[10, 21]), dict(items=[3, 4, 4], times=[10, 20, 20]), dict(now=21)):
+    assert (
+        key == model.query([3, 4], [1010, 1020], k=3, block=[9]).key
+    )  # times count from the first
+    for other in (
+        dict(items=[4, 3]),
+        dict(times=[10, 21]),
+        dict(items=[3, 4, 4], times=[10, 20, 20]),
+        dict(now=21),
+    ):
         assert model.query(**base | other).key != key
     signalled = RecommendationModel(folder)
     signalled.config = with_(model.config, rank__signals=("rating",))
@@ -182,7 +212,14 @@ def test_actions_that_a_run_does_not_read(service):
     assert got.items == answer(service, history=[3]).items
 
 
-LINES = ['{"user": 7, "k": 2}', "nonsense", '{"history": [3, 999], "k": 3}', "", '{"user": 9999}', '{"history": []}']
+LINES = [
+    '{"user": 7, "k": 2}',
+    "nonsense",
+    '{"history": [3, 999], "k": 3}',
+    "",
+    '{"user": 9999}',
+    '{"history": []}',
+]
 
 
 def test_a_file_of_requests(folder, tmp_path, service):
@@ -197,8 +234,13 @@ def test_a_file_of_requests(folder, tmp_path, service):
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 77 and "77 requests, 4 refused" in done.stderr
-    assert answers[1]["error"].startswith("Invalid JSON") and answers[3]["error"].startswith("Invalid JSON")
-    assert answers[4]["error"].startswith("unknown user 9999") and answers[6]["error"] == f"a request has at most {MAX_BODY_BYTES} bytes"
+    assert answers[1]["error"].startswith("Invalid JSON") and answers[3]["error"].startswith(
+        "Invalid JSON"
+    )
+    assert (
+        answers[4]["error"].startswith("unknown user 9999")
+        and answers[6]["error"] == f"a request has at most {MAX_BODY_BYTES} bytes"
+    )
     assert answers[5]["source"] == "popularity" and len(answers[2]["warnings"]) == 1
     for given, line in zip(answers[7:], many, strict=True):
         expected = answer(service, **json.loads(line))
@@ -208,7 +250,14 @@ def test_a_file_of_requests(folder, tmp_path, service):
 
 def test_a_program_may_wait_for_each_answer(folder):
     command = [sys.executable, "-m", "experiments.recommend", f"--workdir={folder}", "--requests=-"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         for k in (1, 2):
             process.stdin.write(json.dumps({"history": [3], "k": k}) + "\n")
             process.stdin.flush()

@@ -40,21 +40,46 @@ def test_micro_batches(micro_batch):
 def test_matrices_of_layers_are_rounded_once():
     """A frozen ranker holds them in the dtype of its layers, and says the same to the bit. fp8 rounds the float32 ones."""
     config = task_of("merged").config
-    task = Task.of(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")), DATA)
-    ranker, (history, candidates, _) = task.recipe.model(task.recipe.init(0).params), full_pass("merged")
+    task = Task.of(
+        dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")), DATA
+    )
+    ranker, (history, candidates, _) = (
+        task.recipe.model(task.recipe.init(0).params),
+        full_pass("merged"),
+    )
     rounded, plain = serving.FrozenRanker(ranker), serving.FrozenRanker(ranker)
     plain.params = nnx.split(ranker)[1]
 
     def dtypes(model):
-        return {(".".join(map(str, path)), str(leaf.dtype)) for path, leaf in nnx.to_flat_state(model.params)}
+        return {
+            (".".join(map(str, path)), str(leaf.dtype))
+            for path, leaf in nnx.to_flat_state(model.params)
+        }
 
-    changed = {name.rpartition(".")[2] for name, dtype in dtypes(rounded) - dtypes(plain) if dtype == "bfloat16"}
-    assert changed == {"uvqk", "output"} and all("layers" in name for name, _ in dtypes(rounded) - dtypes(plain))
-    scores = [serving.score(model, serving.encode_history(model, history), candidates, micro_batch=5) for model in (rounded, plain)]
+    changed = {
+        name.rpartition(".")[2]
+        for name, dtype in dtypes(rounded) - dtypes(plain)
+        if dtype == "bfloat16"
+    }
+    assert changed == {"uvqk", "output"} and all(
+        "layers" in name for name, _ in dtypes(rounded) - dtypes(plain)
+    )
+    scores = [
+        serving.score(model, serving.encode_history(model, history), candidates, micro_batch=5)
+        for model in (rounded, plain)
+    ]
     np.testing.assert_array_equal(*scores)
-    held = [leaf for encoder in rounded.encoders.values() for leaf in jax.tree.leaves(nnx.state(encoder))]
-    assert held and not any(isinstance(leaf, jax.Array) for leaf in held), "the float32 ones are not kept alive"
-    assert {dtype for _, dtype in dtypes(serving.FrozenRanker(built("bfloat16, fp8")[1]))} == {"float32"}
+    held = [
+        leaf
+        for encoder in rounded.encoders.values()
+        for leaf in jax.tree.leaves(nnx.state(encoder))
+    ]
+    assert held and not any(isinstance(leaf, jax.Array) for leaf in held), (
+        "the float32 ones are not kept alive"
+    )
+    assert {dtype for _, dtype in dtypes(serving.FrozenRanker(built("bfloat16, fp8")[1]))} == {
+        "float32"
+    }
 
 
 def histories(form, *left_B):
@@ -67,7 +92,9 @@ def histories(form, *left_B):
         piece = dict(columns)
         for name in names:
             piece[f"start/{name}"] = done[name]
-            piece[f"stop/{name}"] = done[name] = np.maximum(columns[f"stop/{name}"] - left, done[name])
+            piece[f"stop/{name}"] = done[name] = np.maximum(
+                columns[f"stop/{name}"] - left, done[name]
+            )
         pieces.append(serving.from_source(task.source, piece, model.form)[0])
     return pieces
 
@@ -78,7 +105,9 @@ def test_appended_events(form):
     _, candidates, want = full_pass(form)
     model = serving.FrozenRanker(built(form)[1])
     first, *new = histories(form, np.array([3, 0, 2, 4, 5, 0, 1]), np.array([2, 0, 1, 0, 5, 0, 0]))
-    encoded = serving.encode_history(model, dataclasses.replace(first, now_B=np.asarray(first.now_B) - 1000))
+    encoded = serving.encode_history(
+        model, dataclasses.replace(first, now_B=np.asarray(first.now_B) - 1000)
+    )
     for events in new:
         encoded = serving.append(model, encoded, events)
     close(serving.score(model, encoded, candidates), want, form)
@@ -98,11 +127,19 @@ def test_what_stays_of_a_growing_cache():
     assert grown("bfloat16, fp8").new_rows == added, "a window alone: the new rows"
     masks, ultra, biased = grown("a mask a layer"), grown("ULTRA"), grown("biased, truncated")
     assert masks.keep_B.tolist() == [5, 0, 0, 5, 4, 12, 1], "three full rows lose what they saw"
-    assert biased.keep_B.tolist() == [7, 0, 0, 7, 6, 11, 3], "the last row asks at another time, without new events too"
+    assert biased.keep_B.tolist() == [7, 0, 0, 7, 6, 11, 3], (
+        "the last row asks at another time, without new events too"
+    )
     assert ultra.keep_B.tolist() == [6, 0, 0, 6, 5, 12, 2]
-    assert ultra.keep_kept_B.tolist() == [0, 0, 0, 0, 0, 5, 2], "of five rows above the truncation, where others have fallen off none"
+    assert ultra.keep_kept_B.tolist() == [0, 0, 0, 0, 0, 5, 2], (
+        "of five rows above the truncation, where others have fallen off none"
+    )
     assert biased.keep_kept_B.tolist() == [0, 0, 0, 0, 0, 4, 3]
     interleaved = grown("interleaved, biased")
-    assert interleaved.new_rows == 2 * added + 6 - 1, "of everybody who has had events the last row, that of the action"
-    assert grown("merged").keep_B.tolist() == [0, 0, 0, 0, 0, 12, 0], "positions count from the targets"
+    assert interleaved.new_rows == 2 * added + 6 - 1, (
+        "of everybody who has had events the last row, that of the action"
+    )
+    assert grown("merged").keep_B.tolist() == [0, 0, 0, 0, 0, 12, 0], (
+        "positions count from the targets"
+    )
     assert grown("contextual").nothing_stays

@@ -32,7 +32,10 @@ def candidates_of(user):
     """The candidates of one of the seven requests, and where they stand among all."""
     _, candidates, _ = full_pass(FORM)
     span = slice(*candidates.offsets[user : user + 2])
-    columns = {name: np.asarray(getattr(candidates, name))[span] for name in ("item_C", "feature_CF", "time_C")}
+    columns = {
+        name: np.asarray(getattr(candidates, name))[span]
+        for name in ("item_C", "feature_CF", "time_C")
+    }
     return serving.Candidates(**columns, offsets=np.array([0, span.stop - span.start])), span
 
 
@@ -40,9 +43,14 @@ def history_of(user):
     history, _, _ = full_pass(FORM)
     events = history.channels["events"]
     span = slice(*events.offsets[user : user + 2])
-    columns = {name: getattr(events, name)[span] for name in ("item_E", "time_E", "signal_ES", "feature_EF")}
+    columns = {
+        name: getattr(events, name)[span]
+        for name in ("item_E", "time_E", "signal_ES", "feature_EF")
+    }
     alone = serving.Events(**columns, offsets=np.array([0, span.stop - span.start]))
-    return serving.History({"events": alone}, history.context_BC[user : user + 1], history.now_B[user : user + 1])
+    return serving.History(
+        {"events": alone}, history.context_BC[user : user + 1], history.now_B[user : user + 1]
+    )
 
 
 @pytest.mark.parametrize("user", [0, 1])
@@ -56,8 +64,16 @@ def test_a_user_alone(model, user):
 
 def test_candidates_twice_and_in_another_order(model, cache):
     _, candidates, want = full_pass(FORM)
-    order = np.concatenate([np.tile(np.arange(a, b)[::-1], 2) for a, b in zip(candidates.offsets, candidates.offsets[1:], strict=False)])
-    columns = {name: np.asarray(getattr(candidates, name))[order] for name in ("item_C", "feature_CF", "time_C")}
+    order = np.concatenate(
+        [
+            np.tile(np.arange(a, b)[::-1], 2)
+            for a, b in zip(candidates.offsets, candidates.offsets[1:], strict=False)
+        ]
+    )
+    columns = {
+        name: np.asarray(getattr(candidates, name))[order]
+        for name in ("item_C", "feature_CF", "time_C")
+    }
     got = serving.score(model, cache, serving.Candidates(**columns, offsets=2 * candidates.offsets))
     np.testing.assert_allclose(got, want[order], atol=1e-5)
     for a, b in zip(candidates.offsets, candidates.offsets[1:], strict=False):
@@ -72,12 +88,23 @@ def test_no_candidates(model, cache):
 
 def test_events_from_one_entry_a_user():
     events = serving.Events.of(
-        [[], [3, 4]], times=[[], [7, 8]], signals=[[], [[1, 2], [0, 1]]], features=[np.zeros((0, 0)), np.zeros((2, 0))]
+        [[], [3, 4]],
+        times=[[], [7, 8]],
+        signals=[[], [[1, 2], [0, 1]]],
+        features=[np.zeros((0, 0)), np.zeros((2, 0))],
     )
-    assert events.item_E.tolist() == [3, 4] and events.time_E.tolist() == [7, 8] and events.offsets.tolist() == [0, 0, 2]
+    assert (
+        events.item_E.tolist() == [3, 4]
+        and events.time_E.tolist() == [7, 8]
+        and events.offsets.tolist() == [0, 0, 2]
+    )
     assert events.signal_ES.tolist() == [[1, 2], [0, 1]] and events.feature_EF.shape == (2, 0)
     plain = serving.Events.of([[5], []])
-    assert plain.time_E.tolist() == [0] and plain.signal_ES.shape == (1, 0) and plain.offsets.tolist() == [0, 1, 1]
+    assert (
+        plain.time_E.tolist() == [0]
+        and plain.signal_ES.shape == (1, 0)
+        and plain.offsets.tolist() == [0, 1, 1]
+    )
     candidates = serving.Candidates.of([[5, 6], [7]], times=[10, 20])
     assert candidates.time_C.tolist() == [10, 10, 20] and candidates.offsets.tolist() == [0, 2, 3]
 
@@ -86,10 +113,14 @@ def test_top_k(model, cache):
     _, candidates, want = full_pass(FORM)
     best = serving.top_k(model, cache, candidates, k=5, weights=(0.5, -1.0))
     value_C = want @ np.array([0.5, -1.0])
-    for user, (start, stop) in enumerate(zip(candidates.offsets, candidates.offsets[1:], strict=False)):
+    for user, (start, stop) in enumerate(
+        zip(candidates.offsets, candidates.offsets[1:], strict=False)
+    ):
         order = np.argsort(-value_C[start:stop], kind="stable")[:5]
         assert best.place_BK[user].tolist() == [*order, *[-1] * (5 - len(order))]
-        np.testing.assert_allclose(best.score_BK[user, : len(order)], value_C[start:stop][order], atol=1e-5)
+        np.testing.assert_allclose(
+            best.score_BK[user, : len(order)], value_C[start:stop][order], atol=1e-5
+        )
         assert np.isneginf(best.score_BK[user, len(order) :]).all()
     first = serving.top_k(model, cache, candidates, k=1)
     assert first.place_BK[0, 0] == want[: candidates.offsets[1], 0].argmax()
@@ -114,9 +145,15 @@ def test_only_the_newest_events_count(model):
 
     candidates = candidates_of(0)[0]
     whole, newest = (serving.encode_history(model, of(slice(first, None))) for first in (0, 5))
-    np.testing.assert_array_equal(serving.score(model, whole, candidates), serving.score(model, newest, candidates))
-    grown = serving.append(model, serving.encode_history(model, of(slice(0, 10))), of(slice(10, None)))
-    np.testing.assert_allclose(serving.score(model, grown, candidates), serving.score(model, newest, candidates), atol=1e-5)
+    np.testing.assert_array_equal(
+        serving.score(model, whole, candidates), serving.score(model, newest, candidates)
+    )
+    grown = serving.append(
+        model, serving.encode_history(model, of(slice(0, 10))), of(slice(10, None))
+    )
+    np.testing.assert_allclose(
+        serving.score(model, grown, candidates), serving.score(model, newest, candidates), atol=1e-5
+    )
 
 
 def test_nothing_is_compiled_twice(model, cache):
@@ -127,12 +164,22 @@ def test_nothing_is_compiled_twice(model, cache):
     before = [program._cache_size() for program in programs]
     for users in (6, 5):  # the others have neither events nor candidates
         events, end = history.channels["events"], candidates.offsets[users]
-        columns = {name: getattr(events, name)[: events.offsets[users]] for name in ("item_E", "time_E", "signal_ES", "feature_EF")}
+        columns = {
+            name: getattr(events, name)[: events.offsets[users]]
+            for name in ("item_E", "time_E", "signal_ES", "feature_EF")
+        }
         fewer = serving.Events(**columns, offsets=np.minimum(events.offsets, events.offsets[users]))
-        some = {name: np.asarray(getattr(candidates, name))[:end] for name in ("item_C", "feature_CF", "time_C")}
+        some = {
+            name: np.asarray(getattr(candidates, name))[:end]
+            for name in ("item_C", "feature_CF", "time_C")
+        }
         again = serving.FrozenRanker(built(FORM)[1])
-        encoded = serving.encode_history(again, dataclasses.replace(history, channels={"events": fewer}))
-        got = serving.score(again, encoded, serving.Candidates(**some, offsets=np.minimum(candidates.offsets, end)))
+        encoded = serving.encode_history(
+            again, dataclasses.replace(history, channels={"events": fewer})
+        )
+        got = serving.score(
+            again, encoded, serving.Candidates(**some, offsets=np.minimum(candidates.offsets, end))
+        )
         np.testing.assert_allclose(got, full_pass(FORM)[2][:end], atol=1e-5)
     assert [program._cache_size() for program in programs] == before
 
@@ -145,12 +192,24 @@ def test_the_ladder():
 
 
 @pytest.mark.parametrize(
-    ("kind", "bytes_a_row", "error"), [("same", 12, 0), ("bfloat16", 12 / 2, 2**-8), ("int8", 3 + 8, 0.5 / 127), ("fp8", 3 + 8, 2**-4)]
+    ("kind", "bytes_a_row", "error"),
+    [
+        ("same", 12, 0),
+        ("bfloat16", 12 / 2, 2**-8),
+        ("int8", 3 + 8, 0.5 / 127),
+        ("fp8", 3 + 8, 2**-4),
+    ],
 )
 def test_kinds_of_keys_and_values(kind, bytes_a_row, error):
     """Errors of a row are at most those of its rounding: relative to the value, in int8 to the largest of its row."""
     rng = np.random.default_rng(0)
-    k, v = (jnp.asarray(rng.standard_normal((50, 2, width), dtype=np.float32) * np.exp(rng.normal(size=(50, 1, 1)))) for width in (2, 1))
+    k, v = (
+        jnp.asarray(
+            rng.standard_normal((50, 2, width), dtype=np.float32)
+            * np.exp(rng.normal(size=(50, 1, 1)))
+        )
+        for width in (2, 1)
+    )
     k = k.at[3].set(0.0).astype(jnp.float32)
     packed = key_values.pack(k, v.astype(jnp.float32), kind)
     assert packed.nbytes == 50 * 2 * bytes_a_row
@@ -167,7 +226,9 @@ def test_a_small_cache(model, cache):
     history, candidates, want = full_pass(FORM)
     small = serving.encode_history(model, history, kind="int8")
     assert small.nbytes < cache.nbytes
-    nothing = serving.Events.of([[]] * 7, signals=[np.zeros((0, 2), int)] * 7, features=[np.zeros((0, 1), int)] * 7)
+    nothing = serving.Events.of(
+        [[]] * 7, signals=[np.zeros((0, 2), int)] * 7, features=[np.zeros((0, 1), int)] * 7
+    )
     grown = serving.append(model, small, dataclasses.replace(history, channels={"events": nothing}))
     assert grown.channels["events"] is small.channels["events"], "nothing new"
     got = serving.score(model, grown, candidates)
@@ -196,11 +257,15 @@ def test_rows_of_a_request():
     for kind, size in sizes.items():
         host = HostTable.of(table, kind)
         assert host.row_bytes == size
-        rows, (first, second) = host.request(np.array([7, 30, 7], np.int32), np.array([3], np.int32))
+        rows, (first, second) = host.request(
+            np.array([7, 30, 7], np.int32), np.array([3], np.int32)
+        )
         assert first.tolist() == [2, 3, 2] and second.tolist() == [1]
         assert all(len(leaf) == 64 for leaf in jax.tree.leaves(rows))
         small = np.asarray(host_tables.unpacked(rows))
-        np.testing.assert_allclose(small[1:4], table[[3, 7, 30]], atol=0.3 if kind == "int4" else 0.02)
+        np.testing.assert_allclose(
+            small[1:4], table[[3, 7, 30]], atol=0.3 if kind == "int4" else 0.02
+        )
         assert not small[0].any()
     with pytest.raises(ValueError, match="item_table='int2' must be 'device', or one of"):
         HostTable.of(table, "int2")
@@ -208,7 +273,9 @@ def test_rows_of_a_request():
 
 def with_events(**changes):
     history, _, _ = full_pass(FORM)
-    return dataclasses.replace(history, channels={"events": dataclasses.replace(history.channels["events"], **changes)})
+    return dataclasses.replace(
+        history, channels={"events": dataclasses.replace(history.channels["events"], **changes)}
+    )
 
 
 def spoilt(values, place, value, dtype=None):
@@ -242,10 +309,22 @@ def test_bad_histories_are_named(model, change, message):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (dict(item_C=lambda x: spoilt(x, 3, -1)), {}, r"candidates.item_C\[3\] is -1, not in 1..30"),
-        (dict(feature_CF=lambda x: x[:, :0]), {}, r"candidates.feature_CF must have the shape \[29, 1\], got \[29, 0\]"),
+        (
+            dict(item_C=lambda x: spoilt(x, 3, -1)),
+            {},
+            r"candidates.item_C\[3\] is -1, not in 1..30",
+        ),
+        (
+            dict(feature_CF=lambda x: x[:, :0]),
+            {},
+            r"candidates.feature_CF must have the shape \[29, 1\], got \[29, 0\]",
+        ),
         (dict(time_C=lambda x: x / 1.0), {}, "candidates.time_C must hold integers, got float64"),
-        (dict(offsets=lambda x: x[:-1]), {}, r"candidates.offsets must have the shape \[8\], got \[7\]"),
+        (
+            dict(offsets=lambda x: x[:-1]),
+            {},
+            r"candidates.offsets must have the shape \[8\], got \[7\]",
+        ),
         ({}, dict(micro_batch=0), "micro_batch=0 must be an integer of at least 1"),
         ({}, dict(micro_batch=2.5), "micro_batch=2.5 must be an integer"),
         ({}, dict(micro_batch=True), "micro_batch=True must be"),
@@ -254,7 +333,9 @@ def test_bad_histories_are_named(model, change, message):
 )
 def test_bad_candidates_are_named(model, cache, change, options, message):
     _, candidates, _ = full_pass(FORM)
-    changed = dataclasses.replace(candidates, **{name: spoil(getattr(candidates, name)) for name, spoil in change.items()})
+    changed = dataclasses.replace(
+        candidates, **{name: spoil(getattr(candidates, name)) for name, spoil in change.items()}
+    )
     with pytest.raises(ValueError, match=message):
         serving.score(model, cache, changed, **options)
 
@@ -287,5 +368,7 @@ def test_a_cache_of_another_model_is_refused(model, cache):
     task, _, _ = built(FORM)
     with pytest.raises(ValueError, match="made with other parameters"):
         serving.append(task.recipe.build(1), cache, full_pass(FORM)[0])
-    copy = dataclasses.replace(cache, mark=np.array(cache.mark))  # as after a journey through other memory
+    copy = dataclasses.replace(
+        cache, mark=np.array(cache.mark)
+    )  # as after a journey through other memory
     assert len(serving.score(model, copy, candidates)) == 29

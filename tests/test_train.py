@@ -49,7 +49,9 @@ def final_state(config, workdir):
 
 
 def assert_same_bits(one, other):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other
+    )
 
 
 def test_learns_and_writes_everything(finished):
@@ -89,7 +91,14 @@ def command(config, workdir, **overrides):
 
 def start(command):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for_epochs(process, workdir, count, seconds=120):
@@ -141,7 +150,10 @@ def test_a_stop_in_the_last_call_of_an_epoch_keeps_its_evaluation(finished, tmp_
 
     def evaluate_and_signal(self, params):
         calls.append(1)
-        if len(calls) in (2, 3):  # SIGTERM arrives during the evaluation of the second epoch, and of the last one
+        if len(calls) in (
+            2,
+            3,
+        ):  # SIGTERM arrives during the evaluation of the second epoch, and of the last one
             signal.raise_signal(signal.SIGTERM)
         return evaluate(self, params)
 
@@ -152,7 +164,9 @@ def test_a_stop_in_the_last_call_of_an_epoch_keeps_its_evaluation(finished, tmp_
     result = train(config, tmp_path / "disturbed", console=QUIET)
     clocks = {"seconds": 0, "compile_seconds": 0}
     assert result | clocks == expected | clocks
-    assert_same_bits(final_state(config, tmp_path / "disturbed")[1], final_state(config, undisturbed)[1])
+    assert_same_bits(
+        final_state(config, tmp_path / "disturbed")[1], final_state(config, undisturbed)[1]
+    )
 
 
 def test_other_data_is_refused_before_anything_is_written(finished, tmp_path):
@@ -178,19 +192,25 @@ def test_fewer_epochs_than_trained_are_refused(finished, tmp_path):
 def test_a_damaged_best_checkpoint_is_no_other_epochs_result(finished, tmp_path, monkeypatch):
     config, _, _ = finished
     scores = iter([0.9, 0.1, 0.2, 0.3])
-    monkeypatch.setattr(Evaluator, "__call__", lambda self, params: {"ndcg@10": next(scores), "hr@10": 0.0})
+    monkeypatch.setattr(
+        Evaluator, "__call__", lambda self, params: {"ndcg@10": next(scores), "hr@10": 0.0}
+    )
     train(config, tmp_path, console=QUIET)
     for file in (tmp_path / "checkpoints" / "8").rglob("*"):
         if file.is_file():
             os.truncate(file, 0)
-    with pytest.raises(ValueError, match="the best checkpoint, of epoch 1, cannot be read any more"):
+    with pytest.raises(
+        ValueError, match="the best checkpoint, of epoch 1, cannot be read any more"
+    ):
         train(config, tmp_path, console=QUIET)
 
 
 def test_patience_counts_evaluated_epochs(data_dir, tmp_path, monkeypatch):
     config = small_config(data_dir, epochs=9, eval_every=4, patience=2)
     scores = iter([0.5, 0.4, 0.5])
-    monkeypatch.setattr(Evaluator, "__call__", lambda self, params: {"ndcg@10": next(scores), "hr@10": 0.0})
+    monkeypatch.setattr(
+        Evaluator, "__call__", lambda self, params: {"ndcg@10": next(scores), "hr@10": 0.0}
+    )
     result = train(config, tmp_path, console=QUIET)
     assert (result["epochs"], result["best_epoch"], result["last"]["ndcg@10"]) == (8, 4, 0.4)
 
@@ -198,7 +218,10 @@ def test_patience_counts_evaluated_epochs(data_dir, tmp_path, monkeypatch):
 def test_a_damaged_checkpoint_is_passed_over(finished, data_dir, tmp_path, caplog):
     config, undisturbed, _ = finished
     train(with_(config, train__epochs=2), tmp_path, console=QUIET)
-    newest = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
+    newest = max(
+        (tmp_path / "checkpoints").iterdir(),
+        key=lambda path: int(path.name) if path.name.isdigit() else -1,
+    )
     for file in newest.rglob("*"):
         if file.is_file():
             os.truncate(file, file.stat().st_size // 2)
@@ -219,7 +242,10 @@ def test_all_checkpoints_damaged_is_an_error(data_dir, tmp_path):
 
 @pytest.mark.parametrize("protocol", ["validated", "temporal"])
 def test_protocols_look_at_the_test_items_once(data_dir, tmp_path, protocol):
-    config = with_(small_config(data_dir, protocol=protocol, patience=1, epochs=6), data__temporal_test_fraction=0.5)
+    config = with_(
+        small_config(data_dir, protocol=protocol, patience=1, epochs=6),
+        data__temporal_test_fraction=0.5,
+    )
     if protocol == "temporal":
         # Records of the synthetic stream follow one another in time: interleave them, so that users live on both sides of the cut.
         task = Task.load(with_(config, train__protocol="published"))
@@ -230,7 +256,9 @@ def test_protocols_look_at_the_test_items_once(data_dir, tmp_path, protocol):
     result = train(config, tmp_path, console=QUIET, task=task)
     assert result["split"] == "test" and result["best"].keys() == result["validation"].keys()
     assert "last" not in result
-    assert all(record["split"] == "validation" for record in read_metrics(Workdir(tmp_path).metrics))
+    assert all(
+        record["split"] == "validation" for record in read_metrics(Workdir(tmp_path).metrics)
+    )
 
 
 def test_streamed_training_equals_training_from_the_device(finished, tmp_path):
@@ -241,10 +269,17 @@ def test_streamed_training_equals_training_from_the_device(finished, tmp_path):
 
 
 def test_padded_layout_trains_to_the_same_losses_without_dropout(data_dir, tmp_path):
-    config = with_(small_config(data_dir, epochs=1), model__input_dropout=0.0, model__linear_dropout=0.0, loss__kind="full")
+    config = with_(
+        small_config(data_dir, epochs=1),
+        model__input_dropout=0.0,
+        model__linear_dropout=0.0,
+        loss__kind="full",
+    )
     train(config, tmp_path / "jagged", console=QUIET)
     train(with_(config, data__layout="padded"), tmp_path / "padded", console=QUIET)
-    jagged, padded = (read_metrics(Workdir(tmp_path / name).metrics)[0] for name in ("jagged", "padded"))
+    jagged, padded = (
+        read_metrics(Workdir(tmp_path / name).metrics)[0] for name in ("jagged", "padded")
+    )
     assert jagged["loss"] == pytest.approx(padded["loss"], rel=1e-5)
 
 
@@ -261,8 +296,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
     train(config, tmp_path, console=QUIET)
     good = final_state(config, tmp_path)
     broken = with_(config, train__epochs=2, optim__learning_rate=1e38)
-    write_json(tmp_path / "config.json", dataclasses.asdict(broken))  # only a test may change a run's learning rate
-    with pytest.raises(FloatingPointError, match=r"step \d+ .*learning rate 1e\+38, gradient norm .*last good checkpoint"):
+    write_json(
+        tmp_path / "config.json", dataclasses.asdict(broken)
+    )  # only a test may change a run's learning rate
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step \d+ .*learning rate 1e\+38, gradient norm .*last good checkpoint",
+    ):
         train(broken, tmp_path, console=QUIET)
     assert final_state(config, tmp_path)[0] == good[0]
     assert_same_bits(final_state(config, tmp_path)[1], good[1])

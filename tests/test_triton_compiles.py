@@ -10,16 +10,27 @@ from kernels.hstu_attention import triton, triton_kernels, tuning
 
 DTYPES = {"float32": "*fp32", "bfloat16": "*bf16"}
 KERNELS = {"forward": "forward", "backward_queries": "queries", "backward_keys": "keys"}
-MEASURED = {(key.bytes, key.width, triton.from_table(sizes)) for key, sizes in tuning.table().items() if key.implementation == "triton"}
+MEASURED = {
+    (key.bytes, key.width, triton.from_table(sizes))
+    for key, sizes in tuning.table().items()
+    if key.implementation == "triton"
+}
 
 
 def cases(capability):
     """(dtype, width) of every size of the heuristic."""
     widest = triton.widest(capability)
-    return [(name, wide) for name in DTYPES for size, wide in triton.TILINGS if size == jnp.dtype(name).itemsize and wide <= widest]
+    return [
+        (name, wide)
+        for name in DTYPES
+        for size, wide in triton.TILINGS
+        if size == jnp.dtype(name).itemsize and wide <= widest
+    ]
 
 
-def check(kernel, dtype, width, capability, tilings, *, row_scale=False, precision="tf32", both=True):
+def check(
+    kernel, dtype, width, capability, tilings, *, row_scale=False, precision="tf32", both=True
+):
     """both: 16-bit kernels with a bias, too, which has sizes of its own; in float32 it only adds."""
     function = getattr(triton_kernels, kernel)
     pointers = dict.fromkeys(("q", "k", "v", "g", "out", "dq", "dk", "dv"), DTYPES[dtype])
@@ -34,7 +45,10 @@ def check(kernel, dtype, width, capability, tilings, *, row_scale=False, precisi
             "BK": tiling.block_k, "ALPHA": 0.125, "ROW_SCALE": row_scale, "ORDERED": True, "POSITIONS": 421 * bias, "BUCKETS": 129 * bias,
             "PRECISION": precision, "APPROXIMATE": dtype == "bfloat16", "COPIES": 64,
         }  # fmt: skip
-        assert shared_memory(function, constants, pointers, tiling, capability) <= triton.shared_kib(capability) * 1024
+        assert (
+            shared_memory(function, constants, pointers, tiling, capability)
+            <= triton.shared_kib(capability) * 1024
+        )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -52,4 +66,12 @@ def test_measured_sizes_fit(kernel, size, width, tilings):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("precision", ["tf32x3", "ieee"])
 def test_other_precisions_fit(kernel, precision):
-    check(kernel, "float32", 50, HOPPER, triton.heuristic(HOPPER, "float32", 50, 50), row_scale=True, precision=precision)
+    check(
+        kernel,
+        "float32",
+        50,
+        HOPPER,
+        triton.heuristic(HOPPER, "float32", 50, 50),
+        row_scale=True,
+        precision=precision,
+    )

@@ -34,7 +34,9 @@ def optimised():
 
 
 def encoder(extra_rows=EXTRA, **options):
-    return small_encoder.encoder(extra_rows, **{"truncate_after": 1, "truncate_length": KEEP} | options)
+    return small_encoder.encoder(
+        extra_rows, **{"truncate_after": 1, "truncate_length": KEEP} | options
+    )
 
 
 def whole_encoder(**options):
@@ -43,19 +45,29 @@ def whole_encoder(**options):
 
 def norm(x, weight, bias):
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6) * weight[None] + bias[None]
+    return (
+        centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6) * weight[None]
+        + bias[None]
+    )
 
 
 def dense_layer(layer, x, mask, c, h, m):
     """The production layer on one sequence [n, D], with a mask matrix filled in row by row."""
     n, heads = len(x), layer.heads
-    seen = np.array([[allowed(mask, p, k, c, h, m) for k in range(n)] for p in range(n)], np.float32).reshape(n, n)
-    uvqk = norm(x, layer.input_norm_weight[...], layer.input_norm_bias[...]) @ layer.uvqk[...] + layer.uvqk_bias[...][None]
+    seen = np.array(
+        [[allowed(mask, p, k, c, h, m) for k in range(n)] for p in range(n)], np.float32
+    ).reshape(n, n)
+    uvqk = (
+        norm(x, layer.input_norm_weight[...], layer.input_norm_bias[...]) @ layer.uvqk[...]
+        + layer.uvqk_bias[...][None]
+    )
     u, v, q, k = jnp.split(uvqk, np.cumsum([12, 12, 8]), axis=1)
     u, (q, k, v) = jax.nn.silu(u), (part.reshape(n, heads, -1) for part in (q, k, v))
     weight = jax.nn.silu(jnp.einsum("qhd,khd->hqk", q, k) / 2) * seen[None] / LENGTH
     a = jnp.einsum("hqk,khd->qhd", weight, v).reshape(n, -1)
-    y = jnp.concatenate([u, a, u * norm(a, layer.output_norm_weight[...], layer.output_norm_bias[...])], axis=1)
+    y = jnp.concatenate(
+        [u, a, u * norm(a, layer.output_norm_weight[...], layer.output_norm_bias[...])], axis=1
+    )
     return x + y @ layer.output[...]
 
 
@@ -88,7 +100,11 @@ def masks_of(options):
     for number in range(LAYERS):
         pick = {name: values[number if len(values) > 1 else 0] for name, values in options.items()}
         window = pick.get("window", -1)
-        each.append(AttentionMask(None if window == -1 else window, pick.get("full_rows", 0), pick.get("prefix", 0)))
+        each.append(
+            AttentionMask(
+                None if window == -1 else window, pick.get("full_rows", 0), pick.get("prefix", 0)
+            )
+        )
     return each
 
 
@@ -106,10 +122,14 @@ def compare(built, parts, masks, after, keep):
         out_TD = by_sequence(nnx.merge(graph, params), x_TD, parts, masks, after, keep)
         return jnp.sum(out_TD * g_TD), out_TD
 
-    (grads, out_TD), (wanted, wanted_TD) = (jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(params, x_TD) for f in (ours, theirs))
+    (grads, out_TD), (wanted, wanted_TD) = (
+        jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(params, x_TD) for f in (ours, theirs)
+    )
     count = int(sequences.offsets[-1])
     assert_close(out_TD[:count], np.asarray(wanted_TD[:count]), 4e-6, "out")
-    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted), strict=True):
+    for (path, got), want in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted), strict=True
+    ):
         assert_close(got, np.asarray(want), 5e-5, jax.tree_util.keystr(path))
 
 
@@ -126,7 +146,9 @@ def test_as_long_as_the_longest_history(keep):
     sequences = batch(SEQUENCES)
     count = int(sequences.offsets[-1])
     np.testing.assert_array_equal(built.kept(sequences), sequences.real_T)
-    np.testing.assert_allclose(built(inputs(), sequences)[:count], whole(inputs(), sequences)[:count], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        built(inputs(), sequences)[:count], whole(inputs(), sequences)[:count], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_kept_rows():
@@ -145,7 +167,9 @@ def test_smaller_buffer():
     np.testing.assert_array_equal(cut.sequences.time_T[:8], np.array([0, 3, 4, 5, 6, 7, 8, 9]) * 50)
     np.testing.assert_array_equal(cut.sequences.real_T, np.arange(15) < 8)
     np.testing.assert_array_equal(cut.place_T[:10], [0, 15, 15, 1, 2, 3, 4, 5, 6, 7])
-    np.testing.assert_array_equal(cut.restore(cut.take(jnp.arange(20.0))), [0, 0, 0, 3, 4, 5, 6, 7, 8, 9] + [0] * 10)
+    np.testing.assert_array_equal(
+        cut.restore(cut.take(jnp.arange(20.0))), [0, 0, 0, 3, 4, 5, 6, 7, 8, 9] + [0] * 10
+    )
 
 
 def test_full_buffer():
@@ -154,7 +178,10 @@ def test_full_buffer():
     cut = Truncation(after=1, length=KEEP, extra_rows=5).cut(batch(parts, rows=60))
     assert int(cut.sequences.offsets[-1]) == cut.sequences.num_rows == 40
     x_TD = inputs(rows=60)
-    np.testing.assert_array_equal(cut.restore(cut.take(x_TD))[:52], np.where(np.tile([1, 1, *[0] * 3, *[1] * 8], 4)[:, None], x_TD[:52], 0))
+    np.testing.assert_array_equal(
+        cut.restore(cut.take(x_TD))[:52],
+        np.where(np.tile([1, 1, *[0] * 3, *[1] * 8], 4)[:, None], x_TD[:52], 0),
+    )
 
 
 @pytest.mark.parametrize("truncated", [True, False])
@@ -165,8 +192,12 @@ def test_rows_are_those_of_the_whole_buffer(truncated):
     whole_TD, rows_PD = built(inputs(), sequences), built.rows(inputs(), sequences, rows_P)
     np.testing.assert_array_equal(rows_PD[:6], whole_TD[rows_P[:6]])
     assert not np.any(np.asarray(rows_PD[6:]))
-    assert np.any(np.asarray(rows_PD[3])) == (not truncated)  # row 2 is the oldest event of its history
-    np.testing.assert_array_equal(built.kept(sequences)[rows_P[:6]], [True, True, True, not truncated, True, True])
+    assert np.any(np.asarray(rows_PD[3])) == (
+        not truncated
+    )  # row 2 is the oldest event of its history
+    np.testing.assert_array_equal(
+        built.kept(sequences)[rows_P[:6]], [True, True, True, not truncated, True, True]
+    )
 
 
 def test_gradients_flow_through_rows():
@@ -185,7 +216,11 @@ def test_padding_may_hold_nan():
     built, sequences = encoder(), batch(SEQUENCES)
     real_T1 = sequences.real_T[:, None]
     graph, params = nnx.split(built, nnx.Param)
-    value = jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(jnp.where(real_T1, nnx.merge(graph, p)(x, sequences), 0) ** 2)))
+    value = jax.jit(
+        jax.value_and_grad(
+            lambda p, x: jnp.sum(jnp.where(real_T1, nnx.merge(graph, p)(x, sequences), 0) ** 2)
+        )
+    )
     clean, dirty = value(params, inputs()), value(params, jnp.where(real_T1, inputs(), jnp.nan))
     for one, other in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -214,7 +249,9 @@ def test_padded_layout():
     count = sum(histories)
     x_TD = jnp.zeros((ROWS, WIDTH)).at[row_T].set(inputs()[:count])
     np.testing.assert_array_equal(built.kept(padded)[row_T], built.kept(jagged)[:count])
-    assert_close(built(x_TD, padded)[row_T], np.asarray(built(inputs(), jagged)[:count]), 1e-6, "out")
+    assert_close(
+        built(x_TD, padded)[row_T], np.asarray(built(inputs(), jagged)[:count]), 1e-6, "out"
+    )
 
 
 def test_room_for_targets_is_asked_for():
@@ -244,7 +281,9 @@ def test_retrieval_trains_on_the_rows_that_are_left():
         width=8, layers=2, heads=2, qk_width=4, v_width=4, relative_bias=False, truncate_after=1, truncate_length=3,
         input_dropout=0.0, linear_dropout=0.0,
     )  # fmt: skip
-    config = Config(model=model, data=DataConfig(max_history=12), loss=LossConfig(kind="full", temperature=1.0))
+    config = Config(
+        model=model, data=DataConfig(max_history=12), loss=LossConfig(kind="full", temperature=1.0)
+    )
     recipe = Recipe(config, num_items=30)
     events = Events.from_arrays(np.random.default_rng(0).integers(1, 31, 40), np.arange(40))
     made = gather_batch(events, np.array([0, 12, 13]), np.array([9, 12, 24]), rows=32, xp=np)
@@ -255,6 +294,8 @@ def test_retrieval_trains_on_the_rows_that_are_left():
     kept_T = whole.encoder.kept(made.sequences)
     assert int(kept_T.sum()) == 6
     options = dict(temperature=1.0, l2_normalize=True, chunk_rows=8)
-    expected, _ = full_softmax(whole.encode(made), whole.item_table[...], made.target_T, made.weight_T * kept_T, **options)
+    expected, _ = full_softmax(
+        whole.encode(made), whole.item_table[...], made.target_T, made.weight_T * kept_T, **options
+    )
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_array_equal(whole.encode(made)[~kept_T], 0)

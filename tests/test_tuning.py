@@ -15,8 +15,19 @@ from kernels.mask import AttentionMask
 from kernels.timing import chained, device_time
 from scripts import tune_attention
 
-SIZES = {kernel: {"block_q": 64, "block_k": 64, "warps": 4, "stages": 3} for kernel in ("forward", "queries", "keys")}
-ENTRY = {"device": "NVIDIA H200", "implementation": "triton", "bytes": 2, "width": 128, "mask": "causal", "length": "long", "sizes": SIZES}
+SIZES = {
+    kernel: {"block_q": 64, "block_k": 64, "warps": 4, "stages": 3}
+    for kernel in ("forward", "queries", "keys")
+}
+ENTRY = {
+    "device": "NVIDIA H200",
+    "implementation": "triton",
+    "bytes": 2,
+    "width": 128,
+    "mask": "causal",
+    "length": "long",
+    "sizes": SIZES,
+}
 
 
 def text(*entries):
@@ -55,7 +66,10 @@ def test_what_is_shipped_is_sound():
         ({"mask": "full"}, "mask is 'full', not one of causal, windowed"),
         ({"length": 3}, "length is 3, not one of short, long"),
         ({"sizes": {"forward": {}}}, "sizes must be given for forward, queries, keys, got"),
-        ({"sizes": SIZES | {"keys": {"warps": 0}}}, "sizes of keys must be whole numbers from 1 on, got {'warps': 0}"),
+        (
+            {"sizes": SIZES | {"keys": {"warps": 0}}},
+            "sizes of keys must be whole numbers from 1 on, got {'warps': 0}",
+        ),
         ({"sizes": SIZES | {"keys": {"warps": 4.0}}}, "got {'warps': 4.0}"),
     ],
 )
@@ -83,11 +97,20 @@ def test_a_call_finds_its_entry_and_no_other(h200, table):
     heuristic = triton.heuristic((9, 0), jnp.bfloat16, 128, 128)
     assert heuristic != found
     fewer = triton.tilings((9, 0), jnp.bfloat16, 128, 100, plan(), True)
-    assert fewer == triton.Tilings(*(triton.Tiling(64, 64, 4, 2),) * 3), "a bias takes shared memory"
-    assert triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(mask=AttentionMask(window=3)), False) == heuristic
-    assert triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(sequences=17), False) == heuristic, "481 rows a sequence are short"
+    assert fewer == triton.Tilings(*(triton.Tiling(64, 64, 4, 2),) * 3), (
+        "a bias takes shared memory"
+    )
+    assert (
+        triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(mask=AttentionMask(window=3)), False)
+        == heuristic
+    )
+    assert triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(sequences=17), False) == heuristic, (
+        "481 rows a sequence are short"
+    )
     for arguments in ((jnp.float32, 128, 128), (jnp.bfloat16, 64, 64), (jnp.bfloat16, 129, 1)):
-        assert triton.tilings((9, 0), *arguments, plan(), False) == triton.heuristic((9, 0), *arguments)
+        assert triton.tilings((9, 0), *arguments, plan(), False) == triton.heuristic(
+            (9, 0), *arguments
+        )
 
 
 def test_another_device_finds_nothing(table):
@@ -119,7 +142,14 @@ def test_the_tuner_writes_the_fastest(h200, table, tmp_path, monkeypatch):
 
     def trials(w, plan, bias):
         for kernel in ("forward", "queries", "keys"):
-            yield kernel, [({"warps": 1}, work(50), plan), ({"warps": 2}, work(1), plan), ({"warps": 4}, fails, plan)]
+            yield (
+                kernel,
+                [
+                    ({"warps": 1}, work(50), plan),
+                    ({"warps": 2}, work(1), plan),
+                    ({"warps": 4}, fails, plan),
+                ],
+            )
 
     monkeypatch.setitem(tune_attention.WORKLOADS, "tiny", tiny)
     monkeypatch.setitem(tune_attention.TRIALS, "triton", trials)
@@ -130,7 +160,13 @@ def test_the_tuner_writes_the_fastest(h200, table, tmp_path, monkeypatch):
     tune_attention.main(arguments)
     (entry,) = json.loads(output.read_text())["entries"]
     assert entry["sizes"] == {kernel: {"warps": 2} for kernel in ("forward", "queries", "keys")}
-    assert (entry["device"], entry["bytes"], entry["width"], entry["mask"], entry["length"]) == ("NVIDIA H200", 4, 32, "causal", "short")
+    assert (entry["device"], entry["bytes"], entry["width"], entry["mask"], entry["length"]) == (
+        "NVIDIA H200",
+        4,
+        32,
+        "causal",
+        "short",
+    )
     assert entry["error"] == 1e-4 and entry["made"].keys() == {"versions", "commit", "date"}
     with pytest.raises(RuntimeError, match="tiny: triton has error 1.0e"):
         tune_attention.main(arguments)
@@ -151,7 +187,10 @@ def test_chained_calls_all_happen():
     def step(n, x):
         return {"a": x @ (x + n), "b": n + 2}
 
-    once, often = (device_time(jax.jit(chained(step, times)), jnp.int32(0), x, repetitions=5).seconds for times in (2, 40))
+    once, often = (
+        device_time(jax.jit(chained(step, times)), jnp.int32(0), x, repetitions=5).seconds
+        for times in (2, 40)
+    )
     assert often > 5 * once
     last = jax.jit(chained(step, 3))(jnp.int32(0), x)
     np.testing.assert_allclose(last["a"], x @ x, atol=1e-5)

@@ -25,7 +25,9 @@ def prepared_and_measured(log, number):
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_nobody_prepares_while_somebody_measures(tmp_path, jobs):
     log = tmp_path / "log"
-    assert sorted(turns.each(prepared_and_measured, [(log, n) for n in range(5)], jobs)) == [(n, n**2) for n in range(5)]
+    assert sorted(turns.each(prepared_and_measured, [(log, n) for n in range(5)], jobs)) == [
+        (n, n**2) for n in range(5)
+    ]
     running = collections.Counter()
     for line in log.read_text().splitlines():
         kind, event = line.split()
@@ -53,5 +55,9 @@ def test_one_by_one():
     tasks = [(of_a_process, (answer,)) for answer in ("unprepared", "failed", "killed", "good")]
     *errors, process = turns.one_by_one(tasks)
     assert process != os.getpid()
-    for error, message in zip(errors, ("ValueError: unprepared", "ValueError: failed", "ended without an answer"), strict=True):
+    for error, message in zip(
+        errors,
+        ("ValueError: unprepared", "ValueError: failed", "ended without an answer"),
+        strict=True,
+    ):
         assert isinstance(error, RuntimeError) and message in str(error)

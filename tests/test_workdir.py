@@ -67,7 +67,11 @@ def test_metric_log_drops_what_is_done_again(tmp_path):
     log = MetricLog(tmp_path / "m.jsonl", tmp_path / "tb", resume_step=2)
     log.write(3, {"loss": 33.0})
     log.close()
-    assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path / "m.jsonl")] == [(1, 1.0), (2, 2.0), (3, 33.0)]
+    assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path / "m.jsonl")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 33.0),
+    ]
 
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path):
@@ -75,7 +79,11 @@ def test_newest_and_best_checkpoints_are_kept(tmp_path):
     for step, best in enumerate([True, True, False, False, False], start=1):
         checkpoints.save(step, {"x": jnp.full(3, float(step))}, {"epoch": step}, best=best)
     checkpoints.close()
-    assert sorted(int(path.name) for path in (tmp_path / "c").iterdir() if path.name.isdigit()) == [2, 4, 5]
+    assert sorted(int(path.name) for path in (tmp_path / "c").iterdir() if path.name.isdigit()) == [
+        2,
+        4,
+        5,
+    ]
     reader = Checkpoints(tmp_path / "c", read_only=True)
     assert reader.restore({"x": jnp.zeros(3)}, best=True)[0] == 2
     step, state, position = reader.restore({"x": jnp.zeros(3)})
@@ -106,7 +114,12 @@ print("kept:", step, bool((np.asarray(state["x"]) == noise).all()))
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "c")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "c")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "refused: a checkpoint could not be written to" in done.stdout, done.stdout + done.stderr
     assert "The last good checkpoint is" in done.stdout and "kept: 1 True" in done.stdout
 

@@ -23,8 +23,17 @@ def shared_memory(function, constants, pointers, tiling, capability):
       pointers: types of its pointers; other arguments are pointers to int32.
     """
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "*i32") for name in function.arg_names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name not in constants}
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "*i32")
+        for name in function.arg_names
+    }
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(function.arg_names)
+        if name not in constants
+    }
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    return triton.compile(source, target=target, options={"num_warps": tiling.warps, "num_stages": tiling.stages}).metadata.shared
+    return triton.compile(
+        source, target=target, options={"num_warps": tiling.warps, "num_stages": tiling.stages}
+    ).metadata.shared

@@ -23,7 +23,9 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    if config.option.record is None or hasattr(config, "workerinput"):  # an interrupted worker of xdist comes here, too
+    if config.option.record is None or hasattr(
+        config, "workerinput"
+    ):  # an interrupted worker of xdist comes here, too
         return
     suites = collections.defaultdict(lambda: {"passed": 0, "failed": 0, "seconds": 0.0})
     failures = []
@@ -39,5 +41,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
         "failures": sorted(failures),
         "suites": dict(sorted(suites.items())),
     }
-    record |= {count: sum(suite[count] for suite in suites.values()) for count in ("passed", "failed")}
+    record |= {
+        count: sum(suite[count] for suite in suites.values()) for count in ("passed", "failed")
+    }
     config.option.record.write_text(json.dumps(record, indent=1) + "\n")

@@ -39,8 +39,12 @@ def test_long_histories(width, rows):
         keys: KeyIntervals = mask.keys_at(start, length, jnp.zeros_like(length), length)
         want = np.asarray(cached_attention(q, k, v, keys, implementation="xla", **options))
         half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-        got = np.asarray(cached_attention(*half, keys, implementation="triton", **options), np.float32)
-        again = np.asarray(cached_attention(*half, keys, implementation="triton", **options), np.float32)
+        got = np.asarray(
+            cached_attention(*half, keys, implementation="triton", **options), np.float32
+        )
+        again = np.asarray(
+            cached_attention(*half, keys, implementation="triton", **options), np.float32
+        )
         np.testing.assert_array_equal(got, again)
         assert np.abs(got - want).max() <= 0.02 * np.abs(want).max()
 
@@ -48,5 +52,7 @@ def test_long_histories(width, rows):
 def test_calls_may_be_recorded_in_cuda_graphs():
     """They go through the one handler of jaxlib that XLA records, and not through the older one."""
     request = Request("bfloat16")
-    lowered = jax.jit(lambda: request.cached(MASKS["causal"], implementation="triton")).lower().as_text()
+    lowered = (
+        jax.jit(lambda: request.cached(MASKS["causal"], implementation="triton")).lower().as_text()
+    )
     assert "triton_kernel_call_ffi" in lowered and "@triton_kernel_call(" not in lowered

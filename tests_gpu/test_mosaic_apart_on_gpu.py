@@ -22,12 +22,19 @@ def test_rows_and_keys_of_two_buffers(widths, own, num_keys):
     seen_by = RowIntervals(*(jnp.clip(x[:stop] - num_keys, 0, num_rows) for x in rows))
     rng = np.random.default_rng(0)
     draw = [(num_rows, widths[0]), (stop, widths[0]), (stop, widths[1]), (num_rows, widths[1])]
-    q, k, v, g = (jnp.asarray(rng.standard_normal((n, 2, w), dtype=np.float32), jnp.bfloat16) for n, w in draw)
+    q, k, v, g = (
+        jnp.asarray(rng.standard_normal((n, 2, w), dtype=np.float32), jnp.bfloat16) for n, w in draw
+    )
     scale = jnp.asarray(rng.uniform(0.01, 1, num_rows), jnp.float32)
 
     def run(implementation, *arrays):
         def attend(q, k, v):
-            options = dict(alpha=0.1, scale=scale, own=(k[num_keys:], v[num_keys:]) if own else None, implementation=implementation)
+            options = dict(
+                alpha=0.1,
+                scale=scale,
+                own=(k[num_keys:], v[num_keys:]) if own else None,
+                implementation=implementation,
+            )
             return partial_attention(q, k[:num_keys], v[:num_keys], seen, seen_by, **options)
 
         out, pull = jax.vjp(attend, *arrays[:3])
@@ -35,7 +42,9 @@ def test_rows_and_keys_of_two_buffers(widths, own, num_keys):
 
     got = jax.jit(lambda *x: run("mosaic", *x))(q, k, v, g)
     with jax.default_matmul_precision("float32"):
-        wanted = jax.jit(lambda *x: run("reference", *x))(*(x.astype(jnp.float32) for x in (q, k, v, g)))
+        wanted = jax.jit(lambda *x: run("reference", *x))(
+            *(x.astype(jnp.float32) for x in (q, k, v, g))
+        )
     for name, x, want in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True):
         x, want = np.asarray(x, np.float64), np.asarray(want, np.float64)
         assert np.linalg.norm(want) > 0, name

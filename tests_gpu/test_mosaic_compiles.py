@@ -27,11 +27,16 @@ jax.jit(run).lower(rows, rows, rows, rows, jax.ShapeDtypeStruct((3,), jnp.int32)
 
 
 @pytest.mark.parametrize(
-    ("width", "window", "deterministic"), [(w, *x) for w in (64, 128, 256) for x in ((0, False), (256, False), (0, True))]
+    ("width", "window", "deterministic"),
+    [(w, *x) for w in (64, 128, 256) for x in ((0, False), (256, False), (0, True))],
 )
 def test_no_product_is_serialised(width, window, deterministic):
     command = [sys.executable, "-c", COMPILE, str(width), str(window), str(deterministic)]
-    environment = {**os.environ, "MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = {
+        **os.environ,
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-2000:]

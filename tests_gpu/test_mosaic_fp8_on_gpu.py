@@ -18,8 +18,13 @@ def distance(got, want):
 
 
 def dequantized(operands, rows):
-    q, k = (x.astype(jnp.float32) * s.T[:, :, None] for x, s in ((operands.q, operands.q_scale), (operands.k, operands.k_scale)))
-    keys = np.argsort(np.arange(operands.v.shape[-1]).reshape(-1, 16)[:, mosaic_fp8.ORDER].reshape(-1))
+    q, k = (
+        x.astype(jnp.float32) * s.T[:, :, None]
+        for x, s in ((operands.q, operands.q_scale), (operands.k, operands.k_scale))
+    )
+    keys = np.argsort(
+        np.arange(operands.v.shape[-1]).reshape(-1, 16)[:, mosaic_fp8.ORDER].reshape(-1)
+    )
     v = operands.v.astype(jnp.float32)[:, :, keys] * operands.v_scale[:, None, None]
     return [x[:rows] for x in (q, k, v.transpose(2, 0, 1))]
 
@@ -35,14 +40,22 @@ def expected(key, mask, scale):
             rounded = dequantized(mosaic_fp8.quantize(q, k, v, plan), case.rows)
             real = (jnp.arange(case.rows) < case.real)[:, None, None]
             wide = [jnp.where(real, x.astype(jnp.float32), 0) for x in (q, k, v)]
-            attend = functools.partial(reference.attention, plan=plan, alpha=0.3, scale=jnp.where(real[:, 0, 0], scale, 0), bias=None)
+            attend = functools.partial(
+                reference.attention,
+                plan=plan,
+                alpha=0.3,
+                scale=jnp.where(real[:, 0, 0], scale, 0),
+                bias=None,
+            )
             return [attend(*x) for x in (rounded, wide)]
 
         return run(case.q, case.k, case.v, jnp.asarray(scale, jnp.float32))
 
 
 def check(case, mask, scale=1 / 64):
-    got = jax.jit(functools.partial(case.run, mask=mask, scale=scale, implementation="mosaic_fp8"))(case.inputs())
+    got = jax.jit(functools.partial(case.run, mask=mask, scale=scale, implementation="mosaic_fp8"))(
+        case.inputs()
+    )
     assert got.dtype == case.q.dtype
     assert np.isfinite(np.asarray(got, np.float32)).all(), "NaN of padding came through"
     assert not np.asarray(got[case.real :], np.float32).any(), "padding rows are not 0"
@@ -74,7 +87,10 @@ def test_scale_per_row():
 
 def test_same_bits_on_a_second_run():
     case = Case(*BATCHES["one long"], 2, 128, 128, "bfloat16")
-    first, second = (np.asarray(case.run(case.inputs(), implementation="mosaic_fp8"), np.float32) for _ in range(2))
+    first, second = (
+        np.asarray(case.run(case.inputs(), implementation="mosaic_fp8"), np.float32)
+        for _ in range(2)
+    )
     np.testing.assert_array_equal(first, second)
 
 
@@ -82,9 +98,15 @@ def test_65536_rows():
     """Some rows in float64 on the host: sums of e4m3 products over 16384 keys keep their precision."""
     rows, length, width, alpha, scale = 65536, 16384, 128, 128**-0.5, 1 / 16384
     keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (rows, 1, width)).astype(jnp.bfloat16) for key in keys)  # drawn in bfloat16 they would be few
+    q, k, v = (
+        jax.random.normal(key, (rows, 1, width)).astype(jnp.bfloat16) for key in keys
+    )  # drawn in bfloat16 they would be few
     offsets = np.arange(0, rows + 1, length, dtype=np.int32)
-    run = jax.jit(lambda *x: hstu_attention(*x, offsets, mask=AttentionMask(), alpha=alpha, scale=scale, implementation="mosaic_fp8"))
+    run = jax.jit(
+        lambda *x: hstu_attention(
+            *x, offsets, mask=AttentionMask(), alpha=alpha, scale=scale, implementation="mosaic_fp8"
+        )
+    )
     out = run(q, k, v)
     q, k, v = (np.asarray(x, np.float64)[:, 0] for x in (q, k, v))
     for at in (5, 5000, 16383, 16384 + 300, 40001, 65535):

@@ -32,7 +32,12 @@ def test_deterministic_gradients_have_the_same_bits(width):
     offsets = np.array([0, 700, 701, 1900], np.int32)
     q, k, v, g = random_inputs(2000, 2, width)
     g = g.at[1900:].set(0)
-    options = {"mask": MASKS["full rows"], "implementation": "mosaic", "alpha": 0.1, "scale": 1 / 64}
+    options = {
+        "mask": MASKS["full rows"],
+        "implementation": "mosaic",
+        "alpha": 0.1,
+        "scale": 1 / 64,
+    }
 
     def run(deterministic):
         def attend(*qkv):
@@ -51,7 +56,11 @@ def distance(got, want):
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("mask", [AttentionMask(), AttentionMask(window=256, full_rows=256)], ids=["causal", "semi-local"])
+@pytest.mark.parametrize(
+    "mask",
+    [AttentionMask(), AttentionMask(window=256, full_rows=256)],
+    ids=["causal", "semi-local"],
+)
 def test_65536_rows(mask):
     """Some rows and keys in float64 on the host: hazards of the compiler show at length, if at all."""
     rows, length, width, alpha, scale = 65536, 16384, 128, 128**-0.5, 1 / 16384
@@ -59,7 +68,9 @@ def test_65536_rows(mask):
     offsets = np.arange(0, rows + 1, length, dtype=np.int32)
 
     def attend(*qkv):
-        return hstu_attention(*qkv, offsets, mask=mask, alpha=alpha, scale=scale, implementation="mosaic")
+        return hstu_attention(
+            *qkv, offsets, mask=mask, alpha=alpha, scale=scale, implementation="mosaic"
+        )
 
     out, (dq, dk, dv) = jax.jit(lambda g: (attend(q, k, v), jax.vjp(attend, q, k, v)[1](g)))(g)
     q, k, v, g = (np.asarray(x, np.float64)[:, 0] for x in (q, k, v, g))
@@ -71,7 +82,11 @@ def test_65536_rows(mask):
         return x * gate, gate * (1 + x * (1 - gate))
 
     for at in (0, 5000, 16383, 16384, 40001, 65535):
-        seen = ((place >= lo0[at]) & (place < hi0[at])) | ((place >= lo1[at]) & (place < hi1[at])) | (place == at)
+        seen = (
+            ((place >= lo0[at]) & (place < hi0[at]))
+            | ((place >= lo1[at]) & (place < hi1[at]))
+            | (place == at)
+        )
         weight, slope = silu(alpha * k[seen] @ q[at])
         assert distance(out[at, 0], scale * weight @ v[seen]) < 5e-3
         assert distance(dq[at, 0], alpha * scale * (slope * (v[seen] @ g[at])) @ k[seen]) < 5e-3

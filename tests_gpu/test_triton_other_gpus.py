@@ -9,13 +9,18 @@ from kernels.hstu_attention import triton
 
 
 @pytest.mark.parametrize("kernel", whole.KERNELS)
-@pytest.mark.parametrize(("capability", "dtype", "wide"), [(gpu, *case) for gpu in OTHERS for case in whole.cases(gpu)])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "wide"), [(gpu, *case) for gpu in OTHERS for case in whole.cases(gpu)]
+)
 def test_sizes_fit(kernel, capability, dtype, wide):
     whole.check(kernel, dtype, wide, capability, triton.heuristic(capability, dtype, wide, wide))
 
 
 @pytest.mark.parametrize("shares", [1, 4])
 @pytest.mark.parametrize("dtype", cached.POINTERS)
-@pytest.mark.parametrize(("capability", "width"), [(gpu, n) for gpu in OTHERS for n in cached.WIDTHS if n <= triton.widest(gpu)])
+@pytest.mark.parametrize(
+    ("capability", "width"),
+    [(gpu, n) for gpu in OTHERS for n in cached.WIDTHS if n <= triton.widest(gpu)],
+)
 def test_cached_sizes_fit(capability, width, dtype, shares):
     cached.check(dtype, capability, width, shares)

@@ -32,9 +32,15 @@ class Checkpoints:
         self._best: list[int] = []  # at most one step
         policy = _NewestAndBest(keep, self._best)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only
+            preservation_policy=policy,
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, position: dict[str, Any], *, best: bool = False) -> None:
@@ -48,7 +54,9 @@ class Checkpoints:
         if best:
             self._best[:] = [step]
         saved_position = position | {BEST_STEP: list(self._best)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(saved_position))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(saved_position)
+        )
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:
@@ -62,7 +70,9 @@ class Checkpoints:
         except Exception as error:
             raise self._not_written(error) from error
 
-    def restore(self, abstract_state: Any, *, best: bool = False) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore(
+        self, abstract_state: Any, *, best: bool = False
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, position) of the newest (or best) readable checkpoint; None if there has never been one.
 
         One that cannot be read is reported and passed over for the one before it.
@@ -85,10 +95,15 @@ class Checkpoints:
             raise ValueError("no checkpoint can be read:\n  " + "\n  ".join(problems))
         return None
 
-    def _read(self, step: int, abstract_state: Any, problems: list[str]) -> tuple[int, Any, dict[str, Any]] | None:
+    def _read(
+        self, step: int, abstract_state: Any, problems: list[str]
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         try:
             strict = not self._other_room(step, abstract_state)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state, strict=strict), position=ocp.args.JsonRestore())
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state, strict=strict),
+                position=ocp.args.JsonRestore(),
+            )
             restored = self._manager.restore(step, args=args)
             problem = None
         except Exception as error:  # whatever a damaged file makes Orbax raise
@@ -104,7 +119,9 @@ class Checkpoints:
         """Every process has read the checkpoint or none, else they would go on from different ones. Raises ValueError."""
         try:
             all_problems = processes.of_all(problem, ANSWER_SECONDS)
-        except TimeoutError as error:  # those that could read it wait, inside Orbax, for those that could not
+        except (
+            TimeoutError
+        ) as error:  # those that could read it wait, inside Orbax, for those that could not
             all_problems = [problem, str(error)]
         if len({one is None for one in all_problems}) > 1:
             found = next(one for one in all_problems if one is not None)
@@ -117,11 +134,17 @@ class Checkpoints:
         """Whether tables have other numbers of rows than stored, and all other shapes are the same: a mesh fills its tables up with rows of zeros, and
         Orbax leaves them out or adds others where it is not strict.
         """
-        stored, wanted = _shapes(self._manager.item_metadata(step).state.tree), _shapes(abstract_state)
+        stored, wanted = (
+            _shapes(self._manager.item_metadata(step).state.tree),
+            _shapes(abstract_state),
+        )
         changed = [name for name, shape in wanted.items() if stored.get(name) != shape]
-        tables = {name for name, _ in _named(abstract_state, is_leaf=lambda leaf: isinstance(leaf, Table))}
+        tables = {
+            name for name, _ in _named(abstract_state, is_leaf=lambda leaf: isinstance(leaf, Table))
+        }
         return bool(changed) and all(
-            name.removesuffix(".value") in tables and stored.get(name, ())[1:] == wanted[name][1:] for name in changed
+            name.removesuffix(".value") in tables and stored.get(name, ())[1:] == wanted[name][1:]
+            for name in changed
         )
 
     def drop_after(self, step: int) -> None:
@@ -144,11 +167,19 @@ class Checkpoints:
 
     def last_good(self) -> str:
         """A sentence that names the newest whole checkpoint."""
-        whole = [step for step in self._manager.all_steps() if (self.directory / str(step)).is_dir()]
-        return f"The last good checkpoint is {self.directory / str(max(whole))}" if whole else "There is no checkpoint yet"
+        whole = [
+            step for step in self._manager.all_steps() if (self.directory / str(step)).is_dir()
+        ]
+        return (
+            f"The last good checkpoint is {self.directory / str(max(whole))}"
+            if whole
+            else "There is no checkpoint yet"
+        )
 
     def _not_written(self, error: Exception) -> Exception:
-        if processes.several() and isinstance(error, jax.errors.JaxRuntimeError):  # not the disk: another process is missing
+        if processes.several() and isinstance(
+            error, jax.errors.JaxRuntimeError
+        ):  # not the disk: another process is missing
             return error
         return OSError(
             f"a checkpoint could not be written to {self.directory} ({error}). {self.last_good()}. Make room and start the same command again."
@@ -160,7 +191,10 @@ class _NewestAndBest(preservation_policy.PreservationPolicy):
         self.keep, self.best = keep, best
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        return [number >= len(checkpoints) - self.keep or info.step in self.best for number, info in enumerate(checkpoints)]
+        return [
+            number >= len(checkpoints) - self.keep or info.step in self.best
+            for number, info in enumerate(checkpoints)
+        ]
 
 
 def _named(tree: Any, is_leaf: Any = None) -> list[tuple[str, Any]]:
@@ -177,6 +211,8 @@ def abstract(tree: Any) -> Any:
     here = SingleDeviceSharding(jax.local_devices()[0])
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here
+        )
 
     return jax.tree.map(describe, tree)

@@ -11,8 +11,12 @@ class Criteria:
     higher_is_better: bool
     table: tuple[str, ...]  # columns at the end of a training run
     details: tuple[str, ...]  # columns of an evaluation
-    curves: tuple[str, ...]  # what the progress line, the curves and the history of a record show, beside the loss
-    tasks: tuple[str, ...] = ()  # a table has one line for each, whose metrics are named METRIC/TASK; none: one line in all
+    curves: tuple[
+        str, ...
+    ]  # what the progress line, the curves and the history of a record show, beside the loss
+    tasks: tuple[
+        str, ...
+    ] = ()  # a table has one line for each, whose metrics are named METRIC/TASK; none: one line in all
 
     def better(self, value: float, best: float | None) -> bool:
         """Whether `value` improves on the best so far; NaN never does, anything else improves on None."""
@@ -34,7 +38,9 @@ def ranking(tasks: Mapping[str, str]) -> Criteria:
     """Of tasks, name -> "binary" or "regression": the mean NE of the binary ones, or without any the mean squared error, is to be low."""
     binary = [name for name, kind in tasks.items() if kind == "binary"]
     regressions = len(binary) < len(tasks)
-    columns = (("ne", "auc", "gauc", "log_loss") if binary else ()) + (("mse",) if regressions else ())
+    columns = (("ne", "auc", "gauc", "log_loss") if binary else ()) + (
+        ("mse",) if regressions else ()
+    )
     return Criteria(
         selection="ne" if binary else "mse",
         higher_is_better=False,

@@ -47,16 +47,28 @@ class Evaluator:
         self.examples = self.plan.examples
         l2_normalize = task.config.loss.l2_normalize and scorer is None
         longest = int(self.examples.lengths.max())
-        steps = functools.partial(_rank_steps, self.recipe, scorer or functools.partial(_encode, self.recipe), l2_normalize, longest)
+        steps = functools.partial(
+            _rank_steps,
+            self.recipe,
+            scorer or functools.partial(_encode, self.recipe),
+            l2_normalize,
+            longest,
+        )
         self._of_model = scorer is None
         self._rank: Any = jax.jit(self._over_devices(steps))
 
     def _over_devices(self, steps: Callable[..., Any]) -> Callable[..., Any]:
         def run(scored: Any, feed: Feed, targets_SB: jax.Array, number: jax.Array) -> jax.Array:
             everywhere = PartitionSpec()
-            params = self.recipe.specs.params if self._of_model and self.recipe.mesh is not None else everywhere
+            params = (
+                self.recipe.specs.params
+                if self._of_model and self.recipe.mesh is not None
+                else everywhere
+            )
             specs = (params, feed_specs(feed), OF_GROUPS, everywhere)
-            return self.recipe.over_devices(steps, specs, everywhere)(scored, feed, targets_SB, number)
+            return self.recipe.over_devices(steps, specs, everywhere)(
+                scored, feed, targets_SB, number
+            )
 
         return run
 
@@ -65,8 +77,14 @@ class Evaluator:
         if isinstance(self._rank, jax.stages.Compiled):
             return
         group = next(iter(self.loader.groups(self.plan)))
-        targets_SB = put(np.zeros((STEPS_PER_CALL, self.loader.batch_users), np.int32), self.recipe.mesh, OF_GROUPS)
-        self._rank = self._rank.lower(scored, group.feed, targets_SB, np.int32(group.steps)).compile()
+        targets_SB = put(
+            np.zeros((STEPS_PER_CALL, self.loader.batch_users), np.int32),
+            self.recipe.mesh,
+            OF_GROUPS,
+        )
+        self._rank = self._rank.lower(
+            scored, group.feed, targets_SB, np.int32(group.steps)
+        ).compile()
         processes.meet()
 
     def ranks(self, scored: Params | Any) -> Int[np.ndarray, " n"]:
@@ -75,13 +93,23 @@ class Evaluator:
             self.compile(scored)  # and not in the first call, which the others would wait in
         target_item = self.task.interactions.items[self.examples.stop].astype(np.int32)
         place_SB = self.plan.place_SB
-        targets_SB = np.where(place_SB >= 0, target_item[np.maximum(place_SB, 0)], 0).astype(np.int32)
+        targets_SB = np.where(place_SB >= 0, target_item[np.maximum(place_SB, 0)], 0).astype(
+            np.int32
+        )
         ranks = np.zeros(len(self.examples), np.int32)
         pending = []
         for group in self.loader.groups(self.plan):
-            taken_S = np.minimum(np.arange(group.first, group.first + STEPS_PER_CALL), group.first + group.steps - 1)
+            taken_S = np.minimum(
+                np.arange(group.first, group.first + STEPS_PER_CALL), group.first + group.steps - 1
+            )
             targets = put(targets_SB[taken_S], self.recipe.mesh, OF_GROUPS)
-            pending.append((group.first, group.steps, self._rank(scored, group.feed, targets, np.int32(group.steps))))
+            pending.append(
+                (
+                    group.first,
+                    group.steps,
+                    self._rank(scored, group.feed, targets, np.int32(group.steps)),
+                )
+            )
         for first, steps, ranks_SB in pending:
             examples_SB = place_SB[first : first + steps]
             used_SB = examples_SB >= 0
@@ -106,14 +134,22 @@ def criteria_of(task: Task | RankTask) -> Criteria:
 
 def baselines(task: Task | RankTask, split: str) -> dict[str, dict[str, float]]:
     """The metrics of what needs no model, by name."""
-    return ranking_evaluate.baselines(task, split) if isinstance(task, RankTask) else {"popularity": popularity_metrics(task, split)}
+    return (
+        ranking_evaluate.baselines(task, split)
+        if isinstance(task, RankTask)
+        else {"popularity": popularity_metrics(task, split)}
+    )
 
 
 def popularity_metrics(task: Task, split: str) -> dict[str, float]:
     """The metrics of recommending what is popular in the training data."""
     scores_I1 = jnp.asarray(task.popularity()[:, None])
     shards = task.recipe.shards
-    return Evaluator(task, split, scorer=lambda table, batch: (jnp.ones((shards.part(batch.last_row_B).shape[0], 1)), table))(scores_I1)
+    return Evaluator(
+        task,
+        split,
+        scorer=lambda table, batch: (jnp.ones((shards.part(batch.last_row_B).shape[0], 1)), table),
+    )(scores_I1)
 
 
 def _encode(recipe: Recipe, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -137,8 +173,12 @@ def _rank_steps(
     def rank(step: jax.Array, ranks_SB: jax.Array) -> jax.Array:
         batch = feed.batch(step)
         users_bD, table_ID = scorer(scored, batch)
-        target_b, seen_bN = shards.part((targets_SB[step], jagged.pad(batch.item_T, batch.offsets, longest)))
+        target_b, seen_bN = shards.part(
+            (targets_SB[step], jagged.pad(batch.item_T, batch.offsets, longest))
+        )
         ranks_b = metrics.ranks(users_bD, table_ID, target_b, seen_bN, l2_normalize=l2_normalize)
         return ranks_SB.at[step].set(shards.collect(ranks_b, batch_users))
 
-    return jax.lax.fori_loop(0, steps, rank, jnp.zeros((targets_SB.shape[0], shards.data * batch_users), jnp.int32))
+    return jax.lax.fori_loop(
+        0, steps, rank, jnp.zeros((targets_SB.shape[0], shards.data * batch_users), jnp.int32)
+    )

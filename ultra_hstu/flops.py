@@ -40,10 +40,20 @@ class Flops:
     @property
     def training(self) -> float:
         """Forward, backward and recomputation of the encoder and the head or loss."""
-        return 3 * (self.projections + self.head + self.loss) + self.attention + self.attention_backward + self.recomputed
+        return (
+            3 * (self.projections + self.head + self.loss)
+            + self.attention
+            + self.attention_backward
+            + self.recomputed
+        )
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return Flops(
+            *(
+                a + b
+                for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+            )
+        )
 
 
 def count(
@@ -70,17 +80,25 @@ def count(
     history, targets, contextual = _lengths(history=history, targets=targets, contextual=contextual)
     wanted = config.model.channels
     if set(channels or {}) != set(wanted):
-        raise ValueError(f"channels {sorted(channels or {})} are not those of model.channels, {sorted(wanted)}")
-    parts = {name: _lengths(**{name: value}, history=history)[0] for name, value in (channels or {}).items()}
-    encoders = [_encoder(config, parts[name], targets, contextual, channel.layers) for name, channel in wanted.items()] or [
-        _encoder(config, history, targets, contextual, config.model.layers)
-    ]
+        raise ValueError(
+            f"channels {sorted(channels or {})} are not those of model.channels, {sorted(wanted)}"
+        )
+    parts = {
+        name: _lengths(**{name: value}, history=history)[0]
+        for name, value in (channels or {}).items()
+    }
+    encoders = [
+        _encoder(config, parts[name], targets, contextual, channel.layers)
+        for name, channel in wanted.items()
+    ] or [_encoder(config, history, targets, contextual, config.model.layers)]
     total = sum(encoders[1:], encoders[0])
     if config.rank.tasks:
         hidden, output = _head(config, history, targets, len(encoders))
         again = hidden if config.model.chunk_rows is not None else 0.0
         return dataclasses.replace(total, head=hidden + output, recomputed=total.recomputed + again)
-    return dataclasses.replace(total, loss=_loss(config, history, items), corpus=2.0 * items * config.model.width)
+    return dataclasses.replace(
+        total, loss=_loss(config, history, items), corpus=2.0 * items * config.model.width
+    )
 
 
 def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[float, float]:
@@ -103,7 +121,9 @@ def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[f
                 int(n),
                 targets=targets,
                 contextual=len(config.rank.contextual),
-                channels={name: min(int(n), config.model.channels[name].max_history) for name in channels},
+                channels={
+                    name: min(int(n), config.model.channels[name].max_history) for name in channels
+                },
                 items=items,
             ).training
             for n in length_N
@@ -118,7 +138,9 @@ def _lengths(**named: Any) -> list[np.ndarray]:
     arrays = {name: np.atleast_1d(np.asarray(value, np.int64)) for name, value in named.items()}
     for name, values in arrays.items():
         if (values < 0).any():
-            raise ValueError(f"{name}={values.min()} must be at least 0: lengths are counts of events")
+            raise ValueError(
+                f"{name}={values.min()} must be at least 0: lengths are counts of events"
+            )
     try:
         return list(np.broadcast_arrays(*arrays.values()))
     except ValueError:
@@ -126,10 +148,14 @@ def _lengths(**named: Any) -> list[np.ndarray]:
         raise ValueError(f"lengths must be numbers or arrays of one size, got {shapes}") from None
 
 
-def _encoder(config: Config, history: np.ndarray, targets: np.ndarray, contextual: np.ndarray, layers: int) -> Flops:
+def _encoder(
+    config: Config, history: np.ndarray, targets: np.ndarray, contextual: np.ndarray, layers: int
+) -> Flops:
     model = config.model
     # Equal samples cost the same; a set of users has far fewer different lengths than users.
-    kind_K3, times_K = np.unique(np.stack([history, targets, contextual], axis=1), axis=0, return_counts=True)
+    kind_K3, times_K = np.unique(
+        np.stack([history, targets, contextual], axis=1), axis=0, return_counts=True
+    )
     share_K = times_K / len(history)
     uvqk, output = _projection_widths(model)
     tokens = 2 if config.rank.tasks and config.rank.input == "interleaved" else 1
@@ -143,7 +169,10 @@ def _encoder(config: Config, history: np.ndarray, targets: np.ndarray, contextua
         rows_K = tokens * kept_K + kind_K3[:, 1] + kind_K3[:, 2]
         if (mask, limit) not in pairs:
             pairs[mask, limit] = float(
-                sum(share * mask.num_pairs([rows], [m], [c]) for share, rows, (_, m, c) in zip(share_K, rows_K, kind_K3, strict=True))
+                sum(
+                    share * mask.num_pairs([rows], [m], [c])
+                    for share, rows, (_, m, c) in zip(share_K, rows_K, kind_K3, strict=True)
+                )
             )
         rows = float(share_K @ rows_K)
         score, value = (2.0 * pairs[mask, limit] * width for width in _attention_widths(model))
@@ -153,7 +182,9 @@ def _encoder(config: Config, history: np.ndarray, targets: np.ndarray, contextua
         backward += 3 * score + 2 * value
         # The output projection is never computed again: nothing in the backward needs its result.
         if model.kind == "hstu":
-            again += first * ((model.remat != "none") + (model.chunk_rows is not None)) + (score + value) * (model.remat == "full")
+            again += first * ((model.remat != "none") + (model.chunk_rows is not None)) + (
+                score + value
+            ) * (model.remat == "full")
     return Flops(projections, attention, backward, 0.0, 0.0, 0.0, again)
 
 
@@ -173,7 +204,9 @@ def _attention_widths(model: ModelConfig) -> tuple[int, int]:
     return model.heads * model.qk_width, model.heads * model.v_width
 
 
-def _head(config: Config, history: np.ndarray, targets: np.ndarray, encoders: int) -> tuple[float, float]:
+def _head(
+    config: Config, history: np.ndarray, targets: np.ndarray, encoders: int
+) -> tuple[float, float]:
     """Forward operations of the hidden layer and of the output."""
     rank = config.rank
     predicted = np.where((targets == 0) & (rank.supervise == "all"), history, targets)
@@ -183,6 +216,12 @@ def _head(config: Config, history: np.ndarray, targets: np.ndarray, encoders: in
 
 def _loss(config: Config, history: np.ndarray, items: int) -> float:
     loss, limit = config.loss, config.model.truncate_length
-    history = history if limit is None else np.minimum(history, limit)  # only rows that reach the last layer are trained on
-    scored = items + 1 if loss.kind == "full" or whole_table_is_cheaper(items + 1, loss.negatives) else loss.negatives + 1
+    history = (
+        history if limit is None else np.minimum(history, limit)
+    )  # only rows that reach the last layer are trained on
+    scored = (
+        items + 1
+        if loss.kind == "full" or whole_table_is_cheaper(items + 1, loss.negatives)
+        else loss.negatives + 1
+    )
     return float(history.mean()) * 2.0 * scored * config.model.width if items else 0.0

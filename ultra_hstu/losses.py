@@ -58,11 +58,15 @@ def sampled_softmax(
       ValueError: if `chunk_rows` or `temperature` is not positive.
     """
     negatives, items = negative_TR.shape[1], table_ID.shape[0]
-    shift_I = None if log_q is None else jax.lax.stop_gradient(log_q) + jnp.log(jnp.float32(negatives))
+    shift_I = (
+        None if log_q is None else jax.lax.stop_gradient(log_q) + jnp.log(jnp.float32(negatives))
+    )
     scores = _scores_of_all if whole_table_is_cheaper(items, negatives) else _scores_of_gathered
     chunk = functools.partial(_sampled_chunk, scores)
     rows = (positive_T.astype(jnp.int32), negative_TR.astype(jnp.int32))
-    return _loss(chunk, h_TD, table_ID, weight_T, rows, shift_I, temperature, l2_normalize, chunk_rows, total)
+    return _loss(
+        chunk, h_TD, table_ID, weight_T, rows, shift_I, temperature, l2_normalize, chunk_rows, total
+    )
 
 
 def full_softmax(
@@ -78,7 +82,18 @@ def full_softmax(
 ) -> Loss:
     """Cross entropy of the positive among the whole catalogue 1..I; arguments, results and errors as in `sampled_softmax`."""
     rows = (positive_T.astype(jnp.int32),)
-    return _loss(_full_chunk, h_TD, table_ID, weight_T, rows, None, temperature, l2_normalize, chunk_rows, total)
+    return _loss(
+        _full_chunk,
+        h_TD,
+        table_ID,
+        weight_T,
+        rows,
+        None,
+        temperature,
+        l2_normalize,
+        chunk_rows,
+        total,
+    )
 
 
 def whole_table_is_cheaper(items: int, negatives: int) -> bool:
@@ -93,7 +108,9 @@ def whole_table_is_cheaper(items: int, negatives: int) -> bool:
 
 # --- one chunk of C rows ---
 
-Backward = Callable[[Float[Array, "C X"], Float[Array, "I1 D"]], tuple[Float[Array, "C D"], Float[Array, "I1 D"]]]
+Backward = Callable[
+    [Float[Array, "C X"], Float[Array, "I1 D"]], tuple[Float[Array, "C D"], Float[Array, "I1 D"]]
+]
 
 
 class _Chunk(NamedTuple):
@@ -102,13 +119,19 @@ class _Chunk(NamedTuple):
     backward: Backward  # (d scores, gradient of the table so far) -> (d q, gradient of the table)
 
 
-def _scores_of_all(q_CD: Float[Array, "C D"], e_ID: Float[Array, "I1 D"], id_CX: Int[Array, "C X"]) -> tuple[Float[Array, "C X"], Backward]:
+def _scores_of_all(
+    q_CD: Float[Array, "C D"], e_ID: Float[Array, "I1 D"], id_CX: Int[Array, "C X"]
+) -> tuple[Float[Array, "C X"], Backward]:
     """q . e[id] by one product with the whole table; its gradient for the table is one too."""
     row_C1 = jnp.arange(q_CD.shape[0])[:, None]
 
     def backward(d_CX, de_ID):
         # Equal ids of a row carry equal values (the positive, zeros), so the order of these additions does not change a bit of the sum.
-        d_CI = jnp.zeros((q_CD.shape[0], e_ID.shape[0])).at[row_C1, id_CX].add(d_CX, mode="promise_in_bounds")
+        d_CI = (
+            jnp.zeros((q_CD.shape[0], e_ID.shape[0]))
+            .at[row_C1, id_CX]
+            .add(d_CX, mode="promise_in_bounds")
+        )
         return _times_table(d_CI, e_ID), de_ID + (q_CD.T @ d_CI).T
 
     return (q_CD @ e_ID.T).at[row_C1, id_CX].get(mode="promise_in_bounds"), backward
@@ -135,7 +158,9 @@ def _sampled_chunk(scores, q_CD, e_ID, rows, shift_I) -> _Chunk:
     collision_CX = (id_CX == positive_C[:, None]) & ~first_1X
     logit_CX, backward = scores(q_CD, e_ID, id_CX)
     if shift_I is not None:
-        logit_CX = logit_CX - jnp.where(first_1X, 0.0, shift_I.at[id_CX].get(mode="promise_in_bounds"))
+        logit_CX = logit_CX - jnp.where(
+            first_1X, 0.0, shift_I.at[id_CX].get(mode="promise_in_bounds")
+        )
     logit_CX = jnp.where(collision_CX, COLLISION_LOGIT, logit_CX)
     log_sum_C = jax.nn.logsumexp(logit_CX, axis=1)
     dlogit_CX = jnp.where(collision_CX, 0.0, jnp.exp(logit_CX - log_sum_C[:, None]) - first_1X)
@@ -147,9 +172,15 @@ def _full_chunk(q_CD, e_ID, rows, _) -> _Chunk:
     logit_CI = (q_CD @ e_ID.T).at[:, 0].set(-jnp.inf)  # padding is no item
     log_sum_C = jax.nn.logsumexp(logit_CI, axis=1)
     row_C = jnp.arange(positive_C.shape[0])
-    dlogit_CI = jnp.exp(logit_CI - log_sum_C[:, None]).at[row_C, positive_C].add(-1.0, mode="promise_in_bounds")
+    dlogit_CI = (
+        jnp.exp(logit_CI - log_sum_C[:, None])
+        .at[row_C, positive_C]
+        .add(-1.0, mode="promise_in_bounds")
+    )
     loss_C = log_sum_C - logit_CI.at[row_C, positive_C].get(mode="promise_in_bounds")
-    return _Chunk(loss_C, dlogit_CI, lambda d_CI, de_ID: (_times_table(d_CI, e_ID), de_ID + (q_CD.T @ d_CI).T))
+    return _Chunk(
+        loss_C, dlogit_CI, lambda d_CI, de_ID: (_times_table(d_CI, e_ID), de_ID + (q_CD.T @ d_CI).T)
+    )
 
 
 def _times_table(d_CI: Float[Array, "C I1"], e_ID: Float[Array, "I1 D"]) -> Float[Array, "C D"]:
@@ -161,29 +192,48 @@ def _times_table(d_CI: Float[Array, "C I1"], e_ID: Float[Array, "I1 D"]) -> Floa
 # --- the loop over chunks ---
 
 
-def _loss(chunk, h_TD, table_ID, weight_T, rows, shift_I, temperature, l2_normalize, chunk_rows, total) -> Loss:
+def _loss(
+    chunk, h_TD, table_ID, weight_T, rows, shift_I, temperature, l2_normalize, chunk_rows, total
+) -> Loss:
     if chunk_rows < 1:
         raise ValueError(f"{chunk_rows=} must be at least 1")
     if not temperature > 0:
         raise ValueError(f"{temperature=} must be positive")
     counts_T = weight_T > 0
-    q_TD = jnp.where(counts_T[:, None], h_TD.astype(jnp.float32), 0.0)  # before the norm: a NaN must not meet a product, not even times 0
+    q_TD = jnp.where(
+        counts_T[:, None], h_TD.astype(jnp.float32), 0.0
+    )  # before the norm: a NaN must not meet a product, not even times 0
     e_ID = table_ID.astype(jnp.float32)
     if l2_normalize:
         q_TD, e_ID = unit_rows(q_TD), unit_rows(e_ID)
     weight_T = weight_T.astype(jnp.float32)
     total = jnp.sum(jnp.where(counts_T, weight_T, 0.0)) if total is None else total
-    loss, loss_T = _chunked(chunk, min(chunk_rows, h_TD.shape[0]), q_TD / temperature, e_ID, weight_T, rows, shift_I, total)
+    loss, loss_T = _chunked(
+        chunk,
+        min(chunk_rows, h_TD.shape[0]),
+        q_TD / temperature,
+        e_ID,
+        weight_T,
+        rows,
+        shift_I,
+        total,
+    )
     return loss, jax.lax.stop_gradient(loss_T)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, total) -> Loss:
-    return _sweep(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, total, with_gradients=False)[0]
+    return _sweep(
+        chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, total, with_gradients=False
+    )[0]
 
 
-def _chunked_forward(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, total) -> tuple[Loss, Any]:
-    return _sweep(chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, total, with_gradients=True)
+def _chunked_forward(
+    chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, total
+) -> tuple[Loss, Any]:
+    return _sweep(
+        chunk, chunk_rows, q_TD, e_ID, weight_T, rows, shift_I, total, with_gradients=True
+    )
 
 
 def _chunked_backward(chunk, chunk_rows, gradients, cotangents):
@@ -195,27 +245,43 @@ def _chunked_backward(chunk, chunk_rows, gradients, cotangents):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _sweep(chunk, chunk_rows: int, q_TD, e_ID, weight_T, rows, shift_I, total, *, with_gradients: bool) -> tuple[Loss, Any]:
+def _sweep(
+    chunk, chunk_rows: int, q_TD, e_ID, weight_T, rows, shift_I, total, *, with_gradients: bool
+) -> tuple[Loss, Any]:
     """The loss, and its gradients for q, e, the weights and their total, chunk by chunk up to the last row that counts."""
     num_rows = q_TD.shape[0]
     counts_T: Bool[Array, " T"] = weight_T > 0
     total = jnp.where(total > 0, total, 1.0)
     share_T = weight_T / total
-    chunks = (jnp.max(jnp.where(counts_T, jnp.arange(num_rows) + 1, 0)) + chunk_rows - 1) // chunk_rows
+    chunks = (
+        jnp.max(jnp.where(counts_T, jnp.arange(num_rows) + 1, 0)) + chunk_rows - 1
+    ) // chunk_rows
 
     def step(i, carry):
         loss_T, dq_TD, de_ID = carry
-        first = jnp.minimum(i * chunk_rows, num_rows - chunk_rows)  # the last chunk may overlap the one before it
-        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=chunk_rows)
+        first = jnp.minimum(
+            i * chunk_rows, num_rows - chunk_rows
+        )  # the last chunk may overlap the one before it
+        take = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=chunk_rows
+        )
         mine_C = take(counts_T) & (first + jnp.arange(chunk_rows) >= i * chunk_rows)
         loss_C, dlogit_CX, backward = chunk(take(q_TD), e_ID, jax.tree.map(take, rows), shift_I)
-        loss_T = jax.lax.dynamic_update_slice_in_dim(loss_T, jnp.where(mine_C, loss_C, take(loss_T)), first, axis=0)
+        loss_T = jax.lax.dynamic_update_slice_in_dim(
+            loss_T, jnp.where(mine_C, loss_C, take(loss_T)), first, axis=0
+        )
         if with_gradients:
-            dq_CD, de_ID = backward(jnp.where(mine_C, take(share_T), 0.0)[:, None] * dlogit_CX, de_ID)
+            dq_CD, de_ID = backward(
+                jnp.where(mine_C, take(share_T), 0.0)[:, None] * dlogit_CX, de_ID
+            )
             dq_TD = jax.lax.dynamic_update_slice_in_dim(dq_TD, take(dq_TD) + dq_CD, first, axis=0)
         return loss_T, dq_TD, de_ID
 
-    zeros = (jnp.zeros(num_rows), jnp.zeros_like(q_TD), jnp.zeros_like(e_ID)) if with_gradients else (jnp.zeros(num_rows), None, None)
+    zeros = (
+        (jnp.zeros(num_rows), jnp.zeros_like(q_TD), jnp.zeros_like(e_ID))
+        if with_gradients
+        else (jnp.zeros(num_rows), None, None)
+    )
     loss_T, dq_TD, de_ID = jax.lax.fori_loop(0, chunks, step, zeros)
     loss = jnp.sum(share_T * loss_T)
     return (loss, loss_T), (dq_TD, de_ID, jnp.where(counts_T, loss_T / total, 0.0), -loss / total)

@@ -15,7 +15,9 @@ from ultra_hstu.nn.norms import l2_normalize as unit_rows
 from ultra_hstu.quantization import unpacked
 
 CUTOFFS = (1, 5, 10, 50, 100, 200)
-PUBLISHED_CUTOFF = 2500  # the published code looks for the target among this many; further down it is not found
+PUBLISHED_CUTOFF = (
+    2500  # the published code looks for the target among this many; further down it is not found
+)
 
 
 def ranks(
@@ -59,7 +61,16 @@ def ranks(
         better_UI = ~(score_UI < goal_U1) & allowed_UI & (chunk_I[None, :] != target_U1)
         return ahead_U + jnp.sum(better_UI, axis=1, dtype=jnp.int32)
 
-    ahead_U = _sweep(count, jnp.zeros(target_U.shape, jnp.int32), h_UD, table_ID, seen_US, corpus_I, prepare, chunk_items)
+    ahead_U = _sweep(
+        count,
+        jnp.zeros(target_U.shape, jnp.int32),
+        h_UD,
+        table_ID,
+        seen_US,
+        corpus_I,
+        prepare,
+        chunk_items,
+    )
     found_U = target_U > 0
     if corpus_I is not None:
         found_U &= corpus_I[target_U]
@@ -89,16 +100,24 @@ def best_items(
     prepare = unit_rows if l2_normalize else (lambda e_XD: e_XD.astype(jnp.float32))
 
     def merge(best, chunk_I, score_UI, allowed_UI):
-        id_UX = jnp.concatenate([best[0], jnp.broadcast_to(chunk_I[None, :], score_UI.shape)], axis=1)
+        id_UX = jnp.concatenate(
+            [best[0], jnp.broadcast_to(chunk_I[None, :], score_UI.shape)], axis=1
+        )
         score_UX = jnp.concatenate([best[1], jnp.where(allowed_UI, score_UI, -jnp.inf)], axis=1)
         score_UK, place_UK = jax.lax.top_k(score_UX, k)
-        return jnp.where(score_UK > -jnp.inf, jnp.take_along_axis(id_UX, place_UK, axis=1), 0), score_UK
+        return jnp.where(
+            score_UK > -jnp.inf, jnp.take_along_axis(id_UX, place_UK, axis=1), 0
+        ), score_UK
 
     none = (jnp.zeros((h_UD.shape[0], k), jnp.int32), jnp.full((h_UD.shape[0], k), -jnp.inf))
-    return _sweep(merge, none, h_UD.astype(jnp.float32), table_ID, seen_US, corpus_I, prepare, chunk_items)
+    return _sweep(
+        merge, none, h_UD.astype(jnp.float32), table_ID, seen_US, corpus_I, prepare, chunk_items
+    )
 
 
-def _sweep(visit: Any, carry: Any, h_UD, table_ID, seen_US, corpus_I, prepare, chunk_items: int) -> Any:
+def _sweep(
+    visit: Any, carry: Any, h_UD, table_ID, seen_US, corpus_I, prepare, chunk_items: int
+) -> Any:
     """Folds `visit(carry, ids [I], scores [U, I], allowed [U, I])` over chunks of the catalogue; each item is allowed in one chunk only."""
     items, users = table_ID.shape[0], h_UD.shape[0]
     size = min(chunk_items, items)
@@ -109,17 +128,27 @@ def _sweep(visit: Any, carry: Any, h_UD, table_ID, seen_US, corpus_I, prepare, c
         chunk_I = first + jnp.arange(size, dtype=jnp.int32)
         chunk_ID = unpacked(jax.tree.map(take, table_ID))
         score_UI = jnp.matmul(h_UD, prepare(chunk_ID).T, precision="highest")
-        allowed_I = (chunk_I >= jnp.maximum(i * size, 1)) if corpus_I is None else take(corpus_I) & (chunk_I >= jnp.maximum(i * size, 1))
+        allowed_I = (
+            (chunk_I >= jnp.maximum(i * size, 1))
+            if corpus_I is None
+            else take(corpus_I) & (chunk_I >= jnp.maximum(i * size, 1))
+        )
         allowed_UI = jnp.broadcast_to(allowed_I[None, :], score_UI.shape)
         if seen_US is not None:
-            column_US = jnp.where(seen_US >= first, seen_US - first, size)  # out of the chunk on either side: dropped
-            allowed_UI = allowed_UI.at[jnp.arange(users)[:, None], column_US].set(False, mode="drop")
+            column_US = jnp.where(
+                seen_US >= first, seen_US - first, size
+            )  # out of the chunk on either side: dropped
+            allowed_UI = allowed_UI.at[jnp.arange(users)[:, None], column_US].set(
+                False, mode="drop"
+            )
         return visit(carry, chunk_I, score_UI, allowed_UI)
 
     return jax.lax.fori_loop(0, -(-items // size), step, carry)
 
 
-def ranking_metrics(rank_U: Int[Array, " U"], weight_U: Float[Array, " U"]) -> dict[str, Float[Array, ""]]:
+def ranking_metrics(
+    rank_U: Int[Array, " U"], weight_U: Float[Array, " U"]
+) -> dict[str, Float[Array, ""]]:
     """Weighted sums over users of `hr@k`, `ndcg@k` (k in CUTOFFS) and `mrr`, and `users`, the sum of the weights.
 
     Sums of batches add; `mean_metrics` divides. `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] / log2(rank + 1)`, `mrr = 1 / rank`: as in the published

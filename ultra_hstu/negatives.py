@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt
 
 
-def uniform_negatives(key: Key[Array, "*rows"], rows: int, count: int, num_items: int) -> Int[Array, "{rows} {count}"]:
+def uniform_negatives(
+    key: Key[Array, "*rows"], rows: int, count: int, num_items: int
+) -> Int[Array, "{rows} {count}"]:
     """`count` ids for each row, uniform over 1..num_items, independent and with replacement. `key`: one for all rows, or one a row."""
     return 1 + _below(key, rows, count, jnp.uint32(num_items))
 
@@ -19,7 +21,9 @@ class InBatchPool:
 
     id_P: Int[Array, " P"]  # the first `size` are drawn from with equal probability
     size: Int[Array, ""]
-    log_q_I: Float[Array, " I1"]  # log of the share of the pool that is this item; -inf for one that cannot be drawn
+    log_q_I: Float[
+        Array, " I1"
+    ]  # log of the share of the pool that is this item; -inf for one that cannot be drawn
 
 
 def in_batch_pool(item_P: Int[Array, " P"], num_items: int, *, dedup: bool = False) -> InBatchPool:
@@ -37,15 +41,23 @@ def in_batch_pool(item_P: Int[Array, " P"], num_items: int, *, dedup: bool = Fal
         item_P = jnp.where(first_P, in_order_P, 0)
     size = jnp.sum(count_I)
     (place_P,) = jnp.nonzero(item_P > 0, size=item_P.shape[0], fill_value=0)
-    return InBatchPool(item_P[place_P], size, jnp.log(count_I.astype(jnp.float32)) - jnp.log(jnp.maximum(size, 1).astype(jnp.float32)))
+    return InBatchPool(
+        item_P[place_P],
+        size,
+        jnp.log(count_I.astype(jnp.float32)) - jnp.log(jnp.maximum(size, 1).astype(jnp.float32)),
+    )
 
 
-def in_batch_negatives(key: Key[Array, "*rows"], pool: InBatchPool, rows: int, count: int) -> Int[Array, "{rows} {count}"]:
+def in_batch_negatives(
+    key: Key[Array, "*rows"], pool: InBatchPool, rows: int, count: int
+) -> Int[Array, "{rows} {count}"]:
     """`count` ids for each row from the pool, independent and with replacement. A row's own positive may be among them: the loss removes it."""
     return pool.id_P[_below(key, rows, count, jnp.maximum(pool.size, 1).astype(jnp.uint32))]
 
 
-def _below(key: Key[Array, "*rows"], rows: int, count: int, bound: UInt[Array, ""]) -> Int[Array, "{rows} {count}"]:
+def _below(
+    key: Key[Array, "*rows"], rows: int, count: int, bound: UInt[Array, ""]
+) -> Int[Array, "{rows} {count}"]:
     """Uniform integers 0..bound-1 as the remainder of one 32-bit word.
 
     The probability of an id is off by at most bound / 2^32 of itself: 1e-6 for MovieLens, 2e-4 for 700,000 items. `jax.random.randint` spends two words to

@@ -9,12 +9,24 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
     """Step -> learning rate: linear from 0 over `warmup_steps`, then constant, or half a cosine that reaches 0 at step `decay_steps`."""
     if config.decay_steps is None:
         constant = optax.constant_schedule(config.learning_rate)
-        return constant if config.warmup_steps == 0 else optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+        return (
+            constant
+            if config.warmup_steps == 0
+            else optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+        )
     if config.warmup_steps == 0:
         return optax.cosine_decay_schedule(config.learning_rate, config.decay_steps)
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, config.decay_steps)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, config.decay_steps
+    )
 
 
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    adamw = optax.adamw(learning_rate(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
-    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    adamw = optax.adamw(
+        learning_rate(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay
+    )
+    return (
+        adamw
+        if config.clip_norm is None
+        else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    )

@@ -19,7 +19,8 @@ def provenance() -> dict[str, Any]:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "platform": jax.default_backend(),
         "host_cores": len(os.sched_getaffinity(0)),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
         "commit": _commit(),
         "command": " ".join(["python", *_module_command()]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -31,8 +32,12 @@ def _commit() -> str:
     if given := os.environ.get("ULTRA_HSTU_COMMIT"):
         return given
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+" if changed else "")
@@ -41,4 +46,6 @@ def _commit() -> str:
 def _module_command() -> list[str]:
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
-    return ["-m", spec.name, *sys.argv[1:]] if spec else [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    return (
+        ["-m", spec.name, *sys.argv[1:]] if spec else [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    )

@@ -39,13 +39,18 @@ class _RowwiseTable:
         """The packed rows of some ids, on the host: what travels to the device for a request. Raises ValueError for ids that are none."""
         ids = np.asarray(ids)
         if ids.size and not (0 <= ids.min() and ids.max() < self.shape[0]):
-            raise ValueError(f"ids {ids.min()}..{ids.max()} must be in 0..{self.shape[0] - 1}, the rows of the table")
+            raise ValueError(
+                f"ids {ids.min()}..{ids.max()} must be in 0..{self.shape[0] - 1}, the rows of the table"
+            )
         return jax.tree.map(lambda leaf: np.asarray(leaf)[ids], self)
 
     def rows(self, ids: Int[Array, "*n"]) -> Float[Array, "*n D"]:
         """float32 rows, dequantised after the gather of packed bytes; ids outside 0..I-1 read the nearest row."""
         code = self._unpack(jnp.take(self.code_IX, ids, axis=0, mode="clip")).astype(jnp.float32)
-        scale, offset = (jnp.take(side, ids, mode="clip").astype(jnp.float32)[..., None] for side in (self.scale_I, self.offset_I))
+        scale, offset = (
+            jnp.take(side, ids, mode="clip").astype(jnp.float32)[..., None]
+            for side in (self.scale_I, self.offset_I)
+        )
         return offset + scale * code
 
     def dense(self) -> Float[Array, "I D"]:
@@ -96,19 +101,25 @@ def quantize_int8(table_ID: Float[Any, "I D"]) -> Int8Table:
     return Int8Table(*_quantize(np.asarray(table_ID), Int8Table))
 
 
-def _quantize(table_ID: np.ndarray, kind: type[_RowwiseTable]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _quantize(
+    table_ID: np.ndarray, kind: type[_RowwiseTable]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     table_ID = table_ID.astype(np.float32)
     limit = np.finfo(kind.SIDE).max / 2  # of values, so that a range of two of them has no overflow
     broken = np.flatnonzero(~(np.abs(table_ID) <= limit).all(axis=1))
     if len(broken):
         bad = table_ID[broken[0]]
-        worst = bad[~np.isfinite(bad)][0] if not np.isfinite(bad).all() else bad[np.abs(bad).argmax()]
+        worst = (
+            bad[~np.isfinite(bad)][0] if not np.isfinite(bad).all() else bad[np.abs(bad).argmax()]
+        )
         raise ValueError(
             f"row {broken[0]} of the table holds {worst}: an INT{kind.BITS} table takes finite values up to {limit:g} ({len(broken)} rows do not)"
         )
     least_I, top = table_ID.min(axis=1), 2**kind.BITS - 1
     offset_I = least_I.astype(kind.SIDE)
-    offset_I = np.where(offset_I > least_I, np.nextafter(offset_I, kind.SIDE(-np.inf)), offset_I)  # rounded down: no code is below 0
+    offset_I = np.where(
+        offset_I > least_I, np.nextafter(offset_I, kind.SIDE(-np.inf)), offset_I
+    )  # rounded down: no code is below 0
     # Codes are chosen for scale and offset as they are stored, so that their rounding costs next to nothing.
     above_ID = table_ID - offset_I.astype(np.float32)[:, None]
     # A row of one value needs one step only: of what the offset leaves of it, so that it comes back nearly exact.
@@ -133,17 +144,25 @@ def packed(params: Any, kind: str) -> Any:
     """Parameters with their item tables as tables of this kind: fewer bytes on their way to the device and on it. `unpacked` is for the device."""
     if kind == "float32":
         return params
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: quantize(leaf, kind) if _is_table(path) else leaf, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: quantize(leaf, kind) if _is_table(path) else leaf, params
+    )
 
 
 def unpacked(params: Any) -> Any:
     """`packed` parameters as the model takes them, float32 rows for every table; works under jit."""
-    return jax.tree.map(lambda leaf: leaf.dense() if _is_packed(leaf) else leaf, params, is_leaf=_is_packed)
+    return jax.tree.map(
+        lambda leaf: leaf.dense() if _is_packed(leaf) else leaf, params, is_leaf=_is_packed
+    )
 
 
 def item_table(params: Any) -> Float[np.ndarray, "I D"]:
     """The item table among the parameters of a model."""
-    return next(np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_table(path))
+    return next(
+        np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if _is_table(path)
+    )
 
 
 def served_table(params: Any) -> Any:
@@ -154,7 +173,9 @@ def served_table(params: Any) -> Any:
 
 def with_item_table(params: Any, table: Any) -> Any:
     """(`packed`) parameters with another item table."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: table if _is_table(path) else leaf, params, is_leaf=_is_packed)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: table if _is_table(path) else leaf, params, is_leaf=_is_packed
+    )
 
 
 def rows(table: Any, ids: Int[Array, "*n"]) -> Float[Array, "*n D"]:

@@ -32,14 +32,20 @@ class RankingEvaluator:
         self.criteria = criteria.ranking(self.kinds)
         self.recipe, data = task.recipe, task.recipe.shards.data
         requests = -(-task.config.train.eval_users // data) * data
-        self.loader: Loader = task.loader(split, batch_users=requests, steps_per_call=STEPS_PER_CALL)
+        self.loader: Loader = task.loader(
+            split, batch_users=requests, steps_per_call=STEPS_PER_CALL
+        )
         self.plan = self.loader.plan(shuffle=False)
         columns = self.plan.columns(np.arange(len(self.plan)))
         # RankGather's order of predictions: request after request, each with room for `targets` of them.
         place_M = np.arange(task.config.rank.targets)
         self._real_SBM: Bool[np.ndarray, "S B M"] = place_M < columns["count"][:, :, None]
-        self.event_P: Int[np.ndarray, " P"] = (columns["target"][:, :, None].astype(np.int64) + place_M)[self._real_SBM]
-        self.user_P = np.broadcast_to(columns["user"][:, :, None], self._real_SBM.shape)[self._real_SBM]
+        self.event_P: Int[np.ndarray, " P"] = (
+            columns["target"][:, :, None].astype(np.int64) + place_M
+        )[self._real_SBM]
+        self.user_P = np.broadcast_to(columns["user"][:, :, None], self._real_SBM.shape)[
+            self._real_SBM
+        ]
         self._predict: Any = jax.jit(self._over_devices)
         chance = self.metrics(np.zeros((len(self.event_P), len(self.kinds)), np.float32))
         if self.criteria.selection not in chance:
@@ -61,7 +67,8 @@ class RankingEvaluator:
         if processes.several():
             self.compile(params)  # and not in the first call, which the others would wait in
         groups = [
-            (group.first, group.steps, self._predict(params, group.feed, np.int32(group.steps))) for group in self.loader.groups(self.plan)
+            (group.first, group.steps, self._predict(params, group.feed, np.int32(group.steps)))
+            for group in self.loader.groups(self.plan)
         ]
         parts = []
         for first, steps, logit_SPK in groups:
@@ -86,16 +93,25 @@ class RankingEvaluator:
     def metrics(self, logit_PK: Float32[np.ndarray, "P K"]) -> dict[str, float]:
         """The metrics of any predictions of the events `event_P`."""
         events: RankEvents = self.task.source.events
-        labels = np.asarray(events.label_EK)[self.event_P], np.asarray(events.weight_EK)[self.event_P]
+        labels = (
+            np.asarray(events.label_EK)[self.event_P],
+            np.asarray(events.weight_EK)[self.event_P],
+        )
         values = ranking_metrics(logit_PK, *labels, self.user_P, self.kinds)
         return {name: value for name, value in values.items() if not np.isnan(value)}
 
-    def _over_devices(self, params: Params, feed: Feed, steps: Int[jax.Array, ""]) -> Float32[jax.Array, "S P K"]:
+    def _over_devices(
+        self, params: Params, feed: Feed, steps: Int[jax.Array, ""]
+    ) -> Float32[jax.Array, "S P K"]:
         everywhere = PartitionSpec()
         of_params = everywhere if self.recipe.mesh is None else self.recipe.specs.params
-        return self.recipe.over_devices(self._predict_steps, (of_params, feed_specs(feed), everywhere), everywhere)(params, feed, steps)
+        return self.recipe.over_devices(
+            self._predict_steps, (of_params, feed_specs(feed), everywhere), everywhere
+        )(params, feed, steps)
 
-    def _predict_steps(self, params: Params, feed: Feed, steps: Int[jax.Array, ""]) -> Float32[jax.Array, "S P K"]:
+    def _predict_steps(
+        self, params: Params, feed: Feed, steps: Int[jax.Array, ""]
+    ) -> Float32[jax.Array, "S P K"]:
         """The predictions for the requests of all groups."""
         shards, slots = self.recipe.shards, self.loader.batch_users * self.task.config.rank.targets
 
@@ -103,7 +119,9 @@ class RankingEvaluator:
             logit_pK = self.recipe.logits(params, feed.batch(step))
             return logit_SPK.at[step].set(shards.collect(logit_pK, slots // shards.data))
 
-        return jax.lax.fori_loop(0, steps, predict, jnp.zeros((STEPS_PER_CALL, slots, len(self.kinds))))
+        return jax.lax.fori_loop(
+            0, steps, predict, jnp.zeros((STEPS_PER_CALL, slots, len(self.kinds)))
+        )
 
 
 def baselines(task: RankTask, split: str) -> dict[str, dict[str, float]]:
@@ -119,7 +137,9 @@ def baselines(task: RankTask, split: str) -> dict[str, dict[str, float]]:
     row_E = np.arange(interactions.num_events)
     train_E = (row_E >= first_U[user_E]) & (row_E < last_U[user_E])
     item_E, target_P = np.asarray(events.item_E), evaluator.event_P
-    predictions: dict[str, list[np.ndarray]] = {name: [] for name in ("base rate", "item's rate", "user's rate", "item and user")}
+    predictions: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("base rate", "item's rate", "user's rate", "item and user")
+    }
     for k, kind in enumerate(evaluator.kinds.values()):
         weight_E = np.asarray(events.weight_EK)[:, k] * train_E
         label_E = np.where(weight_E > 0, np.asarray(events.label_EK)[:, k], 0.0)
@@ -129,10 +149,22 @@ def baselines(task: RankTask, split: str) -> dict[str, dict[str, float]]:
 
         def rates(group_E: np.ndarray, weight_E=weight_E, label_E=label_E, rate=rate) -> np.ndarray:
             total_G = np.bincount(group_E, weights=weight_E)
-            return ((np.bincount(group_E, weights=weight_E * label_E) + PRIOR_EVENTS * rate) / (total_G + PRIOR_EVENTS))[group_E[target_P]]
+            return (
+                (np.bincount(group_E, weights=weight_E * label_E) + PRIOR_EVENTS * rate)
+                / (total_G + PRIOR_EVENTS)
+            )[group_E[target_P]]
 
         scale = (lambda p: np.log(p) - np.log1p(-p)) if kind == "binary" else (lambda value: value)
-        everything, item, user = scale(np.full(len(target_P), rate)), scale(rates(item_E)), scale(rates(user_E))
-        for name, logit_P in zip(predictions, (everything, item, user, item + user - everything), strict=True):
+        everything, item, user = (
+            scale(np.full(len(target_P), rate)),
+            scale(rates(item_E)),
+            scale(rates(user_E)),
+        )
+        for name, logit_P in zip(
+            predictions, (everything, item, user, item + user - everything), strict=True
+        ):
             predictions[name].append(logit_P)
-    return {name: evaluator.metrics(np.stack(logits, axis=1).astype(np.float32)) for name, logits in predictions.items()}
+    return {
+        name: evaluator.metrics(np.stack(logits, axis=1).astype(np.float32))
+        for name, logits in predictions.items()
+    }

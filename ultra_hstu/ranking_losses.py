@@ -33,13 +33,17 @@ def multitask_loss(
       ValueError: an unknown kind, or not one for each column.
     """
     if len(kinds) != logit_PK.shape[1] or not set(kinds) <= set(KINDS):
-        raise ValueError(f"kinds={tuple(kinds)} must hold one of {KINDS} for each of the {logit_PK.shape[1]} columns")
+        raise ValueError(
+            f"kinds={tuple(kinds)} must hold one of {KINDS} for each of the {logit_PK.shape[1]} columns"
+        )
     weight_PK = weight_PK.astype(jnp.float32)
     used_PK = weight_PK > 0
     # Replaced on the way in: a NaN behind a weight of 0 would come back through the gradient of the product.
     logit_PK = jnp.where(used_PK, logit_PK.astype(jnp.float32), 0.0)
     label_PK = jnp.where(used_PK, label_PK.astype(jnp.float32), 0.0)
-    cross_entropy_PK = label_PK * jax.nn.softplus(-logit_PK) + (1.0 - label_PK) * jax.nn.softplus(logit_PK)
+    cross_entropy_PK = label_PK * jax.nn.softplus(-logit_PK) + (1.0 - label_PK) * jax.nn.softplus(
+        logit_PK
+    )
     binary_1K = jnp.array([[kind == "binary" for kind in kinds]])
     loss_PK = jnp.where(binary_1K, cross_entropy_PK, jnp.square(logit_PK - label_PK))
     total_K = jnp.sum(weight_PK, axis=0) if total_K is None else total_K

@@ -11,7 +11,11 @@ import numpy as np
 from jaxtyping import Float, Num, Shaped
 
 
-def log_loss(logit_P: Float[np.ndarray, " P"], label_P: Num[np.ndarray, " P"], weight_P: Num[np.ndarray, " P"]) -> float:
+def log_loss(
+    logit_P: Float[np.ndarray, " P"],
+    label_P: Num[np.ndarray, " P"],
+    weight_P: Num[np.ndarray, " P"],
+) -> float:
     """The weighted mean of `-log sigmoid(x)` (label 1) and `-log sigmoid(-x)` (label 0), in nats.
 
     Raises:
@@ -21,7 +25,11 @@ def log_loss(logit_P: Float[np.ndarray, " P"], label_P: Num[np.ndarray, " P"], w
     return _mean(_cross_entropy(logit_P, label_P), weight_P)
 
 
-def normalized_entropy(logit_P: Float[np.ndarray, " P"], label_P: Num[np.ndarray, " P"], weight_P: Num[np.ndarray, " P"]) -> float:
+def normalized_entropy(
+    logit_P: Float[np.ndarray, " P"],
+    label_P: Num[np.ndarray, " P"],
+    weight_P: Num[np.ndarray, " P"],
+) -> float:
     """NE: the log loss over that of always predicting the base rate (He et al. 2014, Practical Lessons from Predicting Clicks on Ads).
 
     The base rate is `base_rate` of the same evaluated entries, not of the training data: NE below 1 beats the best constant in hindsight. With one
@@ -34,7 +42,9 @@ def normalized_entropy(logit_P: Float[np.ndarray, " P"], label_P: Num[np.ndarray
     rate = _mean(label_P, weight_P)
     if not 0 < rate < 1:
         return np.nan
-    return _mean(_cross_entropy(logit_P, label_P), weight_P) / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
+    return _mean(_cross_entropy(logit_P, label_P), weight_P) / -(
+        rate * math.log(rate) + (1 - rate) * math.log1p(-rate)
+    )
 
 
 def base_rate(label_P: Num[np.ndarray, " P"], weight_P: Num[np.ndarray, " P"]) -> float:
@@ -43,7 +53,11 @@ def base_rate(label_P: Num[np.ndarray, " P"], weight_P: Num[np.ndarray, " P"]) -
     return _mean(label_P, weight_P)
 
 
-def auc(logit_P: Float[np.ndarray, " P"], label_P: Num[np.ndarray, " P"], weight_P: Num[np.ndarray, " P"]) -> float:
+def auc(
+    logit_P: Float[np.ndarray, " P"],
+    label_P: Num[np.ndarray, " P"],
+    weight_P: Num[np.ndarray, " P"],
+) -> float:
     """The share of pairs (a one, a zero) in which the one has the higher logit; ties count half. NaN with one class only.
 
     A pair weighs the product of its weights. Exact: from sorted order, no bins.
@@ -55,7 +69,10 @@ def auc(logit_P: Float[np.ndarray, " P"], label_P: Num[np.ndarray, " P"], weight
 
 
 def grouped_auc(
-    logit_P: Float[np.ndarray, " P"], label_P: Num[np.ndarray, " P"], weight_P: Num[np.ndarray, " P"], group_P: Shaped[np.ndarray, " P"]
+    logit_P: Float[np.ndarray, " P"],
+    label_P: Num[np.ndarray, " P"],
+    weight_P: Num[np.ndarray, " P"],
+    group_P: Shaped[np.ndarray, " P"],
 ) -> float:
     """GAUC: the mean of the groups' AUC (a group is a user), weighted by the groups' impressions (the sum of their weights).
 
@@ -72,18 +89,26 @@ def grouped_auc(
     logit_P, group_P = logit_P[order_P], group_P[order_P]
     one_P, zero_P = (weight_P * label_P)[order_P], (weight_P * (1 - label_P))[order_P]
     group_first_G = _starts(group_P[1:] != group_P[:-1])
-    tie_first_V = _starts((group_P[1:] != group_P[:-1]) | (logit_P[1:] != logit_P[:-1]))  # V: equal logits of one group
+    tie_first_V = _starts(
+        (group_P[1:] != group_P[:-1]) | (logit_P[1:] != logit_P[:-1])
+    )  # V: equal logits of one group
     one_V, zero_V = np.add.reduceat(one_P, tie_first_V), np.add.reduceat(zero_P, tie_first_V)
     value_first_G = np.searchsorted(tie_first_V, group_first_G)
     before_V = np.cumsum(zero_V) - zero_V
-    below_V = before_V - np.repeat(before_V[value_first_G], np.diff(value_first_G, append=len(tie_first_V)))  # zeros of the group below
+    below_V = before_V - np.repeat(
+        before_V[value_first_G], np.diff(value_first_G, append=len(tie_first_V))
+    )  # zeros of the group below
     pairs_G = np.add.reduceat(one_V * (below_V + zero_V / 2), value_first_G)
     one_G, zero_G = np.add.reduceat(one_V, value_first_G), np.add.reduceat(zero_V, value_first_G)
     both_G = (one_G > 0) & (zero_G > 0)
     return _mean(pairs_G[both_G] / (one_G * zero_G)[both_G], (one_G + zero_G)[both_G])
 
 
-def mse(value_P: Float[np.ndarray, " P"], label_P: Num[np.ndarray, " P"], weight_P: Num[np.ndarray, " P"]) -> float:
+def mse(
+    value_P: Float[np.ndarray, " P"],
+    label_P: Num[np.ndarray, " P"],
+    weight_P: Num[np.ndarray, " P"],
+) -> float:
     """The weighted mean of `(value - label)^2`. Raises ValueError for a negative weight."""
     value_P, label_P, weight_P = _used(value_P, label_P, weight_P, binary=False)
     return _mean(np.square(value_P - label_P), weight_P)
@@ -110,7 +135,9 @@ def ranking_metrics(
       ValueError: an unknown kind, not one task a column, labels of a binary task outside {0, 1} (named).
     """
     if len(tasks) != logit_PK.shape[1] or not set(tasks.values()) <= {"binary", "regression"}:
-        raise ValueError(f"tasks={dict(tasks)} must say 'binary' or 'regression' for each of the {logit_PK.shape[1]} columns")
+        raise ValueError(
+            f"tasks={dict(tasks)} must say 'binary' or 'regression' for each of the {logit_PK.shape[1]} columns"
+        )
     metrics: dict[str, float] = {}
     normalised, squared = [], []
     for k, (name, kind) in enumerate(tasks.items()):
@@ -124,7 +151,10 @@ def ranking_metrics(
         except ValueError as error:
             raise ValueError(f"task {name!r}: {error}") from None
         metrics |= {f"ne/{name}": normalized_entropy(*columns), f"auc/{name}": auc(*columns)}
-        metrics |= {f"gauc/{name}": grouped_auc(*columns, user_P), f"log_loss/{name}": log_loss(*columns)}
+        metrics |= {
+            f"gauc/{name}": grouped_auc(*columns, user_P),
+            f"log_loss/{name}": log_loss(*columns),
+        }
         if 0 < rate < 1:
             normalised.append(metrics[f"ne/{name}"])
     if "binary" in tasks.values():
@@ -134,20 +164,28 @@ def ranking_metrics(
     return metrics
 
 
-def _used(value_P: np.ndarray, label_P: np.ndarray, weight_P: np.ndarray, *, binary: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _used(
+    value_P: np.ndarray, label_P: np.ndarray, weight_P: np.ndarray, *, binary: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The entries that count, as float64, checked."""
     used_P = weight_P != 0
-    value_P, label_P, weight_P = (array[used_P].astype(np.float64) for array in (value_P, label_P, weight_P))
+    value_P, label_P, weight_P = (
+        array[used_P].astype(np.float64) for array in (value_P, label_P, weight_P)
+    )
     if not (weight_P > 0).all():
         raise ValueError(f"weights must be at least 0, not {weight_P[~(weight_P > 0)][0]}")
     if binary and not (bad_P := np.isin(label_P, (0, 1))).all():
-        raise ValueError(f"labels must be 0 or 1, not {label_P[~bad_P][0]:g}: a regression takes other numbers")
+        raise ValueError(
+            f"labels must be 0 or 1, not {label_P[~bad_P][0]:g}: a regression takes other numbers"
+        )
     return value_P, label_P, weight_P
 
 
 def _cross_entropy(logit_P: np.ndarray, label_P: np.ndarray) -> np.ndarray:
     wrong_P = np.where(label_P > 0, -logit_P, logit_P)
-    return np.maximum(wrong_P, 0.0) + np.log1p(np.exp(-np.abs(wrong_P)))  # log(1 + exp(wrong)), for infinite ones too
+    return np.maximum(wrong_P, 0.0) + np.log1p(
+        np.exp(-np.abs(wrong_P))
+    )  # log(1 + exp(wrong)), for infinite ones too
 
 
 def _mean(value_P: np.ndarray, weight_P: np.ndarray) -> float:

@@ -26,7 +26,9 @@ class RankRecipe(Steps):
     def build(self, seed: int) -> Ranker:
         return Ranker(self.config, self.sizes, rngs=nnx.Rngs(seed))
 
-    def logits(self, params: Params, batch: RankBatch, key: jax.Array | None = None) -> Float[Array, "P K"]:
+    def logits(
+        self, params: Params, batch: RankBatch, key: jax.Array | None = None
+    ) -> Float[Array, "P K"]:
         """float32; `key` draws dropout, None leaves it out. Empty places (weight 0) hold anything. In a mesh: this device's part of the P."""
         model = self.model(params)
         return model.head(model.encode(batch, rngs=key))
@@ -34,4 +36,6 @@ class RankRecipe(Steps):
     def loss(self, params: Params, batch: RankBatch, key: jax.Array) -> Float[Array, ""]:
         label_pK, weight_pK = self.shards.part((batch.label_PK, batch.weight_PK))
         total_K = self.shards.total(weight_pK.sum(0))
-        return multitask_loss(self.logits(params, batch, key), label_pK, weight_pK, self.sizes.kinds, total_K)
+        return multitask_loss(
+            self.logits(params, batch, key), label_pK, weight_pK, self.sizes.kinds, total_K
+        )

@@ -46,7 +46,9 @@ class Steps:
     """
 
     config: Config
-    devices: Sequence[jax.Device] | None = dataclasses.field(default=None, kw_only=True)  # of the mesh; None: all of all processes
+    devices: Sequence[jax.Device] | None = dataclasses.field(
+        default=None, kw_only=True
+    )  # of the mesh; None: all of all processes
 
     def build(self, seed: int) -> Any:
         """The model with the initial parameters of a seed."""
@@ -73,7 +75,11 @@ class Steps:
     def mesh(self) -> Mesh | None:
         """None on one device. Raises ValueError if `config.parallel` is not the number of devices."""
         parallel = self.config.parallel
-        return None if self.shards.devices == 1 else make_mesh(parallel.data, parallel.context, devices=self.devices)
+        return (
+            None
+            if self.shards.devices == 1
+            else make_mesh(parallel.data, parallel.context, devices=self.devices)
+        )
 
     @functools.cached_property
     def specs(self) -> TrainState:
@@ -86,7 +92,9 @@ class Steps:
         if self.mesh is None:
             return None
         is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
-        return jax.tree.map(functools.partial(NamedSharding, self.mesh), self.specs, is_leaf=is_spec)
+        return jax.tree.map(
+            functools.partial(NamedSharding, self.mesh), self.specs, is_leaf=is_spec
+        )
 
     def init(self, seed: int) -> TrainState:
         params = with_room(nnx.split(self.build(seed))[1], self.shards)
@@ -103,17 +111,25 @@ class Steps:
         """One update on a batch; in a mesh, on one whose arrays hold the groups' batches one after another."""
         return self.feed_step(state, Fixed(batch), 0)
 
-    def feed_step(self, state: TrainState, feed: Feed, number: Any) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    def feed_step(
+        self, state: TrainState, feed: Feed, number: Any
+    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         """One update on a batch of a feed; its key is a function of (seed, step)."""
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
         specs = self.specs.params if self.mesh is not None else None
 
-        def loss_and_grads(params: Params, feed: Feed, number: Any, key: jax.Array) -> tuple[Array, Any]:
+        def loss_and_grads(
+            params: Params, feed: Feed, number: Any, key: jax.Array
+        ) -> tuple[Array, Any]:
             loss, grads = jax.value_and_grad(self.loss)(params, feed.batch(number), key)
-            return self.shards.total(loss), grads if specs is None else parameters.summed(grads, specs)
+            return self.shards.total(loss), grads if specs is None else parameters.summed(
+                grads, specs
+            )
 
         everywhere = PartitionSpec()
-        run = self.over_devices(loss_and_grads, (specs, feed_specs(feed), everywhere, everywhere), (everywhere, specs))
+        run = self.over_devices(
+            loss_and_grads, (specs, feed_specs(feed), everywhere, everywhere), (everywhere, specs)
+        )
         loss, grads = run(state.params, feed, number, key)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
@@ -121,11 +137,15 @@ class Steps:
             new = jax.lax.with_sharding_constraint(new, self.shardings)
         return new, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
-    def over_devices(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    def over_devices(
+        self, function: Callable[..., Any], in_specs: Any, out_specs: Any
+    ) -> Callable[..., Any]:
         """`function` as every device of the mesh runs it; as it is on one device."""
         if self.mesh is None:
             return function
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +157,12 @@ class Recipe(Steps):
     def build(self, seed: int) -> Recommender:
         sizes = signals.sizes(self.config.rank.signals)
         return Recommender(
-            self.config.model, self.num_items, self.config.data.max_history, signals=sizes, shards=self.shards, rngs=nnx.Rngs(seed)
+            self.config.model,
+            self.num_items,
+            self.config.data.max_history,
+            signals=sizes,
+            shards=self.shards,
+            rngs=nnx.Rngs(seed),
         )
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Float[Array, ""]:
@@ -150,8 +175,13 @@ class Recipe(Steps):
         target_T, weight_T = self.shards.local(tuple(labels))
         table_ID = model.all_items()
         config, shards = self.config.loss, self.shards
-        chunk_rows = config.chunk_rows or CHUNK_ROWS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
-        options: dict[str, Any] = dict(temperature=config.temperature, l2_normalize=config.l2_normalize, chunk_rows=chunk_rows)
+        chunk_rows = (
+            config.chunk_rows
+            or CHUNK_ROWS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+        )
+        options: dict[str, Any] = dict(
+            temperature=config.temperature, l2_normalize=config.l2_normalize, chunk_rows=chunk_rows
+        )
         options["total"] = shards.total(jnp.sum(weight_T))
         if config.kind == "full":
             return losses.full_softmax(h_TD, table_ID, target_T, weight_T, **options)[0]
@@ -160,9 +190,13 @@ class Recipe(Steps):
         first = shards.first_sequence(sequences.offsets.shape[0] - 1)
         keys_T = row_keys(negative_key, sequences.offsets, shards.rows(sequences.num_rows), first)
         if config.kind == "sampled":
-            negative_TR = negatives.uniform_negatives(keys_T, rows, config.negatives, self.num_items)
+            negative_TR = negatives.uniform_negatives(
+                keys_T, rows, config.negatives, self.num_items
+            )
         else:
             pool = negatives.in_batch_pool(shards.of_groups(batch.target_T), self.num_items)
             negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
             log_q = pool.log_q_I if config.log_q else None
-        return losses.sampled_softmax(h_TD, table_ID, target_T, weight_T, negative_TR, log_q=log_q, **options)[0]
+        return losses.sampled_softmax(
+            h_TD, table_ID, target_T, weight_T, negative_TR, log_q=log_q, **options
+        )[0]

@@ -11,7 +11,14 @@ from typing import Any
 import rich.box
 import tensorboardX
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ultra_hstu.criteria import RETRIEVAL, Criteria, display_name
@@ -34,7 +41,9 @@ class MetricLog:
             self._file.write(json.dumps({"step": step, **record}) + "\n")
             self._file.flush()
         except OSError as error:
-            raise OSError(f"{self._file.name} could not be written ({error}). Make room and start the same command again.") from error
+            raise OSError(
+                f"{self._file.name} could not be written ({error}). Make room and start the same command again."
+            ) from error
         for name, value in record.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name.replace("@", "_"), value, step)
@@ -75,7 +84,10 @@ def progress_bar(console: Console) -> Progress:
 
 
 def metrics_table(
-    title: str, rows: Mapping[str, Mapping[str, float]], criteria: Criteria = RETRIEVAL, columns: Sequence[str] | None = None
+    title: str,
+    rows: Mapping[str, Mapping[str, float]],
+    criteria: Criteria = RETRIEVAL,
+    columns: Sequence[str] | None = None,
 ) -> Table:
     """One line a model, or a model and task: `rows` maps a model's name to its metrics. What has no value is left blank."""
     columns = criteria.table if columns is None else columns
@@ -104,14 +116,18 @@ def draw_curves(runs: Mapping[str, Path], picture: Path, criteria: Criteria = RE
     import matplotlib.pyplot as plt
 
     shown = ("loss", *criteria.curves)
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.6), constrained_layout=True)
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(4 * len(shown), 3.6), constrained_layout=True
+    )
     for name, path in runs.items():
         records = read_metrics(path)
         for axis, key in zip(axes, shown, strict=True):
             points = [(record["epoch"], record[key]) for record in records if key in record]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    for axis, title in zip(axes, ("training loss", *map(display_name, criteria.curves)), strict=True):
+    for axis, title in zip(
+        axes, ("training loss", *map(display_name, criteria.curves)), strict=True
+    ):
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -25,13 +25,17 @@ def threshold(max_length: int, alpha: float) -> int:
       ValueError: if alpha is outside (1, 2] or `max_length` below 1.
     """
     if not 1 < alpha <= 2:
-        raise ValueError(f"{alpha=} must be in (1, 2]: the cost of attention falls from N^2 to N^alpha")
+        raise ValueError(
+            f"{alpha=} must be in (1, 2]: the cost of attention falls from N^2 to N^alpha"
+        )
     if max_length < 1:
         raise ValueError(f"{max_length=} must be at least 1")
     return int(max_length ** (alpha / 2))
 
 
-def keep_probability(lengths: Int[np.ndarray, "*n"], max_length: int, alpha: float) -> Float[np.ndarray, "*n"]:
+def keep_probability(
+    lengths: Int[np.ndarray, "*n"], max_length: int, alpha: float
+) -> Float[np.ndarray, "*n"]:
     """`N^alpha / n^2`, the probability that a history above the threshold stays whole. Not clipped: 1 or more below the threshold."""
     return max_length**alpha / np.maximum(lengths, 1).astype(np.float64) ** 2
 
@@ -45,11 +49,17 @@ def stochastic_length(
       ValueError: as `threshold`.
     """
     cut = threshold(max_length, alpha)
-    return np.where((lengths > cut) & (uniform < 1 - keep_probability(lengths, max_length, alpha)), cut, lengths)
+    return np.where(
+        (lengths > cut) & (uniform < 1 - keep_probability(lengths, max_length, alpha)), cut, lengths
+    )
 
 
 def subsequence(
-    kind: Subsequence, length: int, keep: int, rng: np.random.Generator, times: Int[np.ndarray, " n"] | None = None
+    kind: Subsequence,
+    length: int,
+    keep: int,
+    rng: np.random.Generator,
+    times: Int[np.ndarray, " n"] | None = None,
 ) -> Int[np.ndarray, " k"]:
     """Which `keep` of `length` events stay: their places, ascending.
 
@@ -84,7 +94,11 @@ def process_mean(value: float) -> float:
     import jax
     from jax.experimental import multihost_utils
 
-    return value if jax.process_count() == 1 else float(np.mean(multihost_utils.process_allgather(np.float64(value))))
+    return (
+        value
+        if jax.process_count() == 1
+        else float(np.mean(multihost_utils.process_allgather(np.float64(value))))
+    )
 
 
 @dataclasses.dataclass
@@ -128,7 +142,10 @@ class LoadBalancer:
         self.target = self.mean(float(np.mean(plain_loads)))
 
     def choose(
-        self, lengths: Int[np.ndarray, " n"], uniform: Float[np.ndarray, " n"], capacity: int | None = None
+        self,
+        lengths: Int[np.ndarray, " n"],
+        uniform: Float[np.ndarray, " n"],
+        capacity: int | None = None,
     ) -> Int[np.ndarray, " n"]:
         """Events kept of each history of a step's batch, at most `capacity` together; counts the step."""
         plain = stochastic_length(lengths, self.max_length, self.alpha, uniform)
@@ -137,16 +154,24 @@ class LoadBalancer:
         self.step += 1
         if self.step % self.recalibrate_every == 0:
             newest = self.mean(self.observed / self.recalibrate_every)
-            self.target = newest if self.target is None else self.target + RECALIBRATION_WEIGHT * (newest - self.target)
+            self.target = (
+                newest
+                if self.target is None
+                else self.target + RECALIBRATION_WEIGHT * (newest - self.target)
+            )
             self.observed = 0.0
         return kept
 
-    def _balanced(self, lengths: np.ndarray, uniform: np.ndarray, capacity: int | None) -> np.ndarray:
+    def _balanced(
+        self, lengths: np.ndarray, uniform: np.ndarray, capacity: int | None
+    ) -> np.ndarray:
         assert self.target is not None
         cut = threshold(self.max_length, self.alpha)
         long: Bool[np.ndarray, " n"] = lengths > cut
         kept = np.where(long, cut, lengths)
-        wait = (1 - uniform) / keep_probability(lengths, self.max_length, self.alpha)  # a plain draw keeps whole what has at most 1
+        wait = (1 - uniform) / keep_probability(
+            lengths, self.max_length, self.alpha
+        )  # a plain draw keeps whole what has at most 1
         order = np.flatnonzero(long)[np.argsort(wait[long], kind="stable")]
         added = lengths[order].astype(np.float64) ** self.gamma - float(cut) ** self.gamma
         loads = self.load(kept) + np.concatenate([[0.0], np.cumsum(added)])

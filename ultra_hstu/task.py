@@ -54,27 +54,43 @@ class Task:
         """The task of a configuration on data that is already in memory: ranking where `rank.tasks` names some, else retrieval."""
         if config.rank.tasks:
             return RankTask(config, interactions, RankSource.of(config, interactions))
-        splits = split(interactions, config.train.protocol, config.data.max_history, config.data.temporal_test_fraction)
+        splits = split(
+            interactions,
+            config.train.protocol,
+            config.data.max_history,
+            config.data.temporal_test_fraction,
+        )
         events = Events.from_arrays(interactions.items, interactions.timestamps)
         if names := config.rank.signals:
-            events = dataclasses.replace(events, signal_ES=signals.signals(interactions.actions, names, interactions.num_events))
+            events = dataclasses.replace(
+                events,
+                signal_ES=signals.signals(interactions.actions, names, interactions.num_events),
+            )
         return Task(config, interactions, splits, events, Recipe(config, interactions.num_items))
 
     def with_config(self, config: Config) -> "Task":
         """The same data under another model, loss or seed. Raises ValueError if the configurations differ in data or protocol."""
-        same = (config.data, config.rank, config.train.protocol) == (self.config.data, self.config.rank, self.config.train.protocol)
+        same = (config.data, config.rank, config.train.protocol) == (
+            self.config.data,
+            self.config.rank,
+            self.config.train.protocol,
+        )
         if not same:
             raise ValueError(
                 f"the data was loaded for {self.config.data}, protocol {self.config.train.protocol}: load it for {config.data}"
             )
-        return dataclasses.replace(self, config=config, recipe=Recipe(config, self.interactions.num_items))
+        return dataclasses.replace(
+            self, config=config, recipe=Recipe(config, self.interactions.num_items)
+        )
 
     def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
         """Batches of one part of the split: "train", "validation" or "test". Raises ValueError if the protocol has no such part."""
         config = self.config
         examples = getattr(self.splits, part)
         if examples is None:
-            raise ValueError(f"protocol {config.train.protocol!r} has no {part} items: train under 'validated' or 'temporal' for them")
+            raise ValueError(
+                f"protocol {config.train.protocol!r} has no {part} items: train under 'validated' or 'temporal' for them"
+            )
         return history_loader(
             self.events,
             examples,
@@ -94,12 +110,18 @@ class Task:
         sampling = Sampling.of(data, _gamma(self.config, self.interactions))
         if sampling is None:
             return WHOLE
-        return SampledPlanner(sampling, (History(data.max_history),), None if self.interactions.timestamps is None else self.events.time_E)
+        return SampledPlanner(
+            sampling,
+            (History(data.max_history),),
+            None if self.interactions.timestamps is None else self.events.time_E,
+        )
 
     def flops(self, part: str) -> Flops:
         """Operations of a sample, the mean over the histories of a part of the split (of training: those of the first epoch)."""
         columns = _columns(self, part)
-        return flops.count(self.config, columns["stop"] - columns["start"], items=self.interactions.num_items)
+        return flops.count(
+            self.config, columns["stop"] - columns["start"], items=self.interactions.num_items
+        )
 
     def popularity(self) -> Float[np.ndarray, " I1"]:
         """How often each item occurs in the training events (rows and targets); ties go to the lower id, row 0 is padding."""
@@ -109,7 +131,9 @@ class Task:
         np.add.at(edges, train.stop + 1, -1)
         used_E = np.cumsum(edges)[: len(self.interactions.items)] > 0
         num_items = self.interactions.num_items
-        counts_I1 = np.bincount(self.interactions.items[used_E], minlength=num_items + 1).astype(np.float32)
+        counts_I1 = np.bincount(self.interactions.items[used_E], minlength=num_items + 1).astype(
+            np.float32
+        )
         return counts_I1 - np.arange(num_items + 1, dtype=np.float32) / (num_items + 2)
 
 
@@ -125,21 +149,38 @@ class RankTask:
 
     def with_config(self, config: Config) -> "RankTask":
         """The same data under another model or seed. Raises ValueError if the configurations differ in data, tasks or protocol."""
-        if (config.data, config.rank, config.train.protocol) != (self.config.data, self.config.rank, self.config.train.protocol):
-            raise ValueError(f"the data was loaded for {self.config.data}, {self.config.rank}: load it for {config.data}, {config.rank}")
+        if (config.data, config.rank, config.train.protocol) != (
+            self.config.data,
+            self.config.rank,
+            self.config.train.protocol,
+        ):
+            raise ValueError(
+                f"the data was loaded for {self.config.data}, {self.config.rank}: load it for {config.data}, {config.rank}"
+            )
         same = config.model.channels == self.config.model.channels
-        return RankTask(config, self.interactions, self.source if same else RankSource.of(config, self.interactions))
+        return RankTask(
+            config,
+            self.interactions,
+            self.source if same else RankSource.of(config, self.interactions),
+        )
 
     def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
         """Batches of requests of one part of the split: "train", "validation" or "test"; `batch_users` counts requests."""
         gamma = _gamma(self.config, self.interactions)
-        options: dict[str, Any] = dict(batch_users=batch_users, steps_per_call=steps_per_call, gamma=gamma, mesh=self.recipe.mesh)
+        options: dict[str, Any] = dict(
+            batch_users=batch_users,
+            steps_per_call=steps_per_call,
+            gamma=gamma,
+            mesh=self.recipe.mesh,
+        )
         return self.source.loader(self.config, part, **options)
 
     def flops(self, part: str) -> Flops:
         """Operations of a request, the mean over those of a part of the split (of training: those of the first epoch)."""
         columns, config = _columns(self, part), self.config
-        history = {name: columns[f"stop/{name}"] - columns[f"start/{name}"] for name in channels(config)}
+        history = {
+            name: columns[f"stop/{name}"] - columns[f"start/{name}"] for name in channels(config)
+        }
         return flops.count(
             config,
             next(iter(history.values())),
@@ -151,7 +192,9 @@ class RankTask:
 
 def _columns(task: Task | RankTask, part: str) -> dict[str, np.ndarray]:
     users = task.config.data.batch_users if part == "train" else task.config.train.eval_users
-    plan = task.loader(part, batch_users=users, steps_per_call=1).plan(seed=task.config.train.seed, shuffle=part == "train")
+    plan = task.loader(part, batch_users=users, steps_per_call=1).plan(
+        seed=task.config.train.seed, shuffle=part == "train"
+    )
     return plan.examples.columns
 
 

@@ -31,7 +31,9 @@ from ultra_hstu.recipe import Steps, TrainState
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir, write_json
 
-VALIDATED_PATIENCE = 10  # epochs; used by the protocols with a validation part when train.patience is None
+VALIDATED_PATIENCE = (
+    10  # epochs; used by the protocols with a validation part when train.patience is None
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,9 @@ class Position:
     batch: int = 0  # of the epoch: the next one to train on
     loss_sum: float = 0.0  # over the epoch's batches so far
     best_epoch: int = 0
-    best_metric: float | None = None  # the evaluator's criteria say what it is; None: nothing was evaluated yet
+    best_metric: float | None = (
+        None  # the evaluator's criteria say what it is; None: nothing was evaluated yet
+    )
     evaluated_epoch: int = 0  # the newest epoch that was evaluated, and what came out
     last: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0  # spent training and evaluating, without compilation
@@ -55,7 +59,9 @@ class Interrupted(Exception):
     """The run was asked to stop (SIGTERM, SIGINT); its state is saved."""
 
 
-def run_steps(recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""]) -> tuple[TrainState, dict[str, Float[Array, " S"]]]:
+def run_steps(
+    recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""]
+) -> tuple[TrainState, dict[str, Float[Array, " S"]]]:
     """The first `steps` batches of a feed, one update each. The trip count is traced: a shorter last call does not compile again."""
 
     def body(i: jax.Array, carry: Any) -> Any:
@@ -63,11 +69,19 @@ def run_steps(recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""
         state, metrics = recipe.feed_step(state, feed, i)
         return state, {name: history[name].at[i].set(value) for name, value in metrics.items()}
 
-    history = {name: jnp.zeros(recipe.config.train.steps_per_call) for name in ("loss", "grad_norm")}
+    history = {
+        name: jnp.zeros(recipe.config.train.steps_per_call) for name in ("loss", "grad_norm")
+    }
     return jax.lax.fori_loop(0, steps, body, (state, history))
 
 
-def train(config: Config, workdir: Path | str, *, console: Console | None = None, task: Task | RankTask | None = None) -> dict[str, Any]:
+def train(
+    config: Config,
+    workdir: Path | str,
+    *,
+    console: Console | None = None,
+    task: Task | RankTask | None = None,
+) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir`; returns its result, which `result.json` holds too.
 
     Args:
@@ -85,7 +99,9 @@ def train(config: Config, workdir: Path | str, *, console: Console | None = None
     config = _claim(folder, config)
     try:
         task = Task.load(config) if task is None else task.with_config(config)
-        processes.require_same("data set", task.interactions.fingerprint() if processes.several() else {})
+        processes.require_same(
+            "data set", task.interactions.fingerprint() if processes.several() else {}
+        )
         processes.of_first(lambda: folder.claim_data(task.interactions))
         with jax.default_matmul_precision(config.train.matmul_precision):
             run = _Run(task, folder, console)
@@ -114,7 +130,9 @@ def _claim(folder: Workdir, config: Config) -> Config:
     def claim() -> int:
         with_groups = folder.with_groups(config)
         if config.parallel.data * config.parallel.context > 1:
-            make_mesh(config.parallel.data, config.parallel.context)  # raises before the folder is this run's
+            make_mesh(
+                config.parallel.data, config.parallel.context
+            )  # raises before the folder is this run's
         folder.claim(with_groups)
         return with_groups.parallel.batch_groups
 
@@ -132,12 +150,18 @@ class _Run:
     def __init__(self, task: Task | RankTask, folder: Workdir, console: Console):
         self.task, self.config, self.folder, self.console = task, task.config, folder, console
         config = self.config.train
-        self.loader = task.loader("train", batch_users=self.config.data.batch_users, steps_per_call=config.steps_per_call)
+        self.loader = task.loader(
+            "train", batch_users=self.config.data.batch_users, steps_per_call=config.steps_per_call
+        )
         self.split = "test" if config.protocol == "published" else "validation"
         self.evaluator = evaluator(task, self.split)
         if self.split != "test":
-            evaluator(task, "test")  # raises for data without test events now, and not after training
-        self.patience = config.patience or (None if config.protocol == "published" else VALIDATED_PATIENCE)
+            evaluator(
+                task, "test"
+            )  # raises for data without test events now, and not after training
+        self.patience = config.patience or (
+            None if config.protocol == "published" else VALIDATED_PATIENCE
+        )
         self.checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
         self.state = task.recipe.start(config.seed)
         self.position = Position()
@@ -152,15 +176,25 @@ class _Run:
             console.print(f"going on from step {step} (epoch {self.position.epoch + 1})")
         self.run_steps = self._compile()
         step = int(self.state.step)
-        self.log = report.MetricLog(folder.metrics, folder.tensorboard, resume_step=step) if processes.is_first() else None
+        self.log = (
+            report.MetricLog(folder.metrics, folder.tensorboard, resume_step=step)
+            if processes.is_first()
+            else None
+        )
 
     def _compile(self) -> jax.stages.Compiled:
         """The training call, compiled for the shapes that all its calls have."""
         started = time.perf_counter()
         group = next(iter(self.loader.groups(self.loader.plan())))
         recipe = self.task.recipe
-        out_shardings = None if recipe.mesh is None else (recipe.shardings, NamedSharding(recipe.mesh, PartitionSpec()))
-        step = jax.jit(functools.partial(run_steps, recipe), donate_argnums=0, out_shardings=out_shardings)
+        out_shardings = (
+            None
+            if recipe.mesh is None
+            else (recipe.shardings, NamedSharding(recipe.mesh, PartitionSpec()))
+        )
+        step = jax.jit(
+            functools.partial(run_steps, recipe), donate_argnums=0, out_shardings=out_shardings
+        )
         compiled = step.lower(self.state, group.feed, np.int32(group.steps)).compile()
         self.evaluator.compile(self.state.params)
         processes.meet()
@@ -172,7 +206,9 @@ class _Run:
             line = bar.add_task("training", total=None, status="")
             while self.position.epoch < self.config.train.epochs and not self._out_of_patience():
                 started = time.perf_counter()
-                bar.update(line, description=f"epoch {self.position.epoch + 1}/{self.config.train.epochs}")
+                bar.update(
+                    line, description=f"epoch {self.position.epoch + 1}/{self.config.train.epochs}"
+                )
                 record = self._train_epoch(stop, lambda **fields: bar.update(line, **fields))
                 self.position.epoch += 1
                 self.position.batch, self.position.loss_sum = 0, 0.0
@@ -181,20 +217,40 @@ class _Run:
                 if self.position.epoch % self.config.train.eval_every == 0 or last_epoch:
                     found = self.evaluator(self.state.params)
                     # Those of process 0, so that all decide alike about what follows from them.
-                    metrics = self.position.last = processes.of_first(functools.partial(dict, found))
+                    metrics = self.position.last = processes.of_first(
+                        functools.partial(dict, found)
+                    )
                     self.position.evaluated_epoch = self.position.epoch
                     criteria = self.evaluator.criteria
                     if criteria.better(metrics[criteria.selection], self.position.best_metric):
-                        self.position.best_metric, self.position.best_epoch = metrics[criteria.selection], self.position.epoch
-                    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in criteria.curves if name in metrics)
+                        self.position.best_metric, self.position.best_epoch = (
+                            metrics[criteria.selection],
+                            self.position.epoch,
+                        )
+                    shown = "  ".join(
+                        f"{name} {metrics[name]:.4f}" for name in criteria.curves if name in metrics
+                    )
                     bar.update(line, status=f"loss {record['loss']:.3f}  {shown}")
                 seconds = time.perf_counter() - started
                 self.position.seconds += seconds
                 step = int(self.state.step)
                 if self.log is not None:
-                    self.log.write(step, {"epoch": self.position.epoch, "seconds": seconds, "split": self.split, **record, **metrics})
+                    self.log.write(
+                        step,
+                        {
+                            "epoch": self.position.epoch,
+                            "seconds": seconds,
+                            "split": self.split,
+                            **record,
+                            **metrics,
+                        },
+                    )
                 improved = self.position.best_epoch == self.position.epoch
-                due = last_epoch or self.position.epoch % self.config.train.checkpoint_every == 0 or self._out_of_patience()
+                due = (
+                    last_epoch
+                    or self.position.epoch % self.config.train.checkpoint_every == 0
+                    or self._out_of_patience()
+                )
                 cause = self._asked(stop)()
                 if improved or due or cause:
                     self._save(best=improved)
@@ -216,13 +272,21 @@ class _Run:
     def _train_epoch(self, stop: "_Stop", show: Any) -> dict[str, float]:
         position, schedule = self.position, optim.learning_rate(self.config.optim)
         plan = self.loader.plan(seed=self.config.train.seed, epoch=position.epoch)
-        show(total=self.config.train.epochs * len(plan), completed=position.epoch * len(plan) + position.batch)
+        show(
+            total=self.config.train.epochs * len(plan),
+            completed=position.epoch * len(plan) + position.batch,
+        )
         waited, grad_norm = 0.0, 0.0
-        running: tuple[Group, int, dict[str, jax.Array]] | None = None  # the call before: read once the next is under way
+        running: tuple[Group, int, dict[str, jax.Array]] | None = (
+            None  # the call before: read once the next is under way
+        )
 
         def read(group: Group, first_step: int, history: dict[str, jax.Array]) -> None:
             nonlocal grad_norm
-            losses, norms = np.asarray(history["loss"])[: group.steps], np.asarray(history["grad_norm"])[: group.steps]
+            losses, norms = (
+                np.asarray(history["loss"])[: group.steps],
+                np.asarray(history["grad_norm"])[: group.steps],
+            )
             finite = np.isfinite(losses) & np.isfinite(norms)
             if not finite.all():
                 bad = int(np.argmin(finite))
@@ -252,7 +316,9 @@ class _Run:
                 break
             running = (group, step, history)
             step += group.steps
-            if (cause := asked()) and group.first + group.steps < len(plan):  # else the epoch is done: evaluate it first
+            if (cause := asked()) and group.first + group.steps < len(
+                plan
+            ):  # else the epoch is done: evaluate it first
                 read(*running)
                 self._save(best=False)
                 self._interrupt(cause)
@@ -264,10 +330,15 @@ class _Run:
         }
 
     def _save(self, *, best: bool) -> None:
-        self.checkpoints.save(int(self.state.step), self.state, dataclasses.asdict(self.position), best=best)
+        self.checkpoints.save(
+            int(self.state.step), self.state, dataclasses.asdict(self.position), best=best
+        )
 
     def _out_of_patience(self) -> bool:
-        return self.patience is not None and self.position.evaluated_epoch - self.position.best_epoch >= self.patience
+        return (
+            self.patience is not None
+            and self.position.evaluated_epoch - self.position.best_epoch >= self.patience
+        )
 
     def _finish(self) -> dict[str, Any]:
         best = self.checkpoints.restore(abstract(self.state), best=True)
@@ -291,11 +362,16 @@ class _Run:
         }
         if self.split != "test":
             # One look at the test items, with the parameters that did best on the validation items.
-            result |= {"validation": result.pop("best"), "best": evaluator(self.task, "test")(params)}
+            result |= {
+                "validation": result.pop("best"),
+                "best": evaluator(self.task, "test")(params),
+            }
             result.pop("last")
         if processes.is_first():
             write_json(self.folder.result, result)
-            report.draw_curves({self.config.name: self.folder.metrics}, self.folder.curves, self.evaluator.criteria)
+            report.draw_curves(
+                {self.config.name: self.folder.metrics}, self.folder.curves, self.evaluator.criteria
+            )
         self.checkpoints.close()
         return result
 

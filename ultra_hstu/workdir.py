@@ -51,7 +51,9 @@ class Workdir:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
-            raise ValueError(f"another process is training in {self.path}: wait for it, or choose another --workdir") from None
+            raise ValueError(
+                f"another process is training in {self.path}: wait for it, or choose another --workdir"
+            ) from None
         try:
             self._check_owner(dataclasses.asdict(self.with_groups(config)))
         except ValueError:
@@ -79,15 +81,25 @@ class Workdir:
     def _check_owner(self, new: dict[str, Any]) -> None:
         if self.config.exists():
             stored = self.with_groups(self.read_config())  # of a run from before there were meshes
-            changed = [line for line in difference(dataclasses.asdict(stored), new) if not line.startswith(FREE_FIELDS)]
+            changed = [
+                line
+                for line in difference(dataclasses.asdict(stored), new)
+                if not line.startswith(FREE_FIELDS)
+            ]
             if changed:
                 listed = "\n  ".join(changed)
                 raise ValueError(
                     f"{self.path} belongs to a run with another configuration (stored -> asked for):\n  {listed}\n"
                     "Choose another --workdir, or delete this one to start over."
                 )
-        elif foreign := sorted(entry.name for entry in self.path.iterdir() if entry.name not in (".lock", "config.json.partial")):
-            raise ValueError(f"{self.path} is no run's folder, yet it holds {foreign[0]!r}: choose an empty or new --workdir")
+        elif foreign := sorted(
+            entry.name
+            for entry in self.path.iterdir()
+            if entry.name not in (".lock", "config.json.partial")
+        ):
+            raise ValueError(
+                f"{self.path} is no run's folder, yet it holds {foreign[0]!r}: choose an empty or new --workdir"
+            )
 
     def claim_data(self, interactions: Interactions) -> None:
         """Writes down what the data is, with its catalogue, or checks that it is what the run has trained on. Raises as `check_data`."""
@@ -122,16 +134,24 @@ class Workdir:
         try:
             return from_config_dict(json.loads(self.config.read_text()))
         except FileNotFoundError:
-            raise ValueError(f"{self.path} holds no run (no config.json): train one with experiments.train --workdir={self.path}") from None
+            raise ValueError(
+                f"{self.path} holds no run (no config.json): train one with experiments.train --workdir={self.path}"
+            ) from None
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self.config}, line {error.lineno}: not JSON ({error.msg})") from None
+            raise ValueError(
+                f"{self.config}, line {error.lineno}: not JSON ({error.msg})"
+            ) from None
         except ValueError as error:
             raise ValueError(f"{self.config}: {error}") from None
 
     def read_for_one_device(self, raw_dir: str | None = None) -> Config:
         """The same as one device computes it; `raw_dir`: where the raw data is now, if not where the run found it."""
         config = self.read_config().on_one_device()
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=raw_dir)) if raw_dir else config
+        return (
+            dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=raw_dir))
+            if raw_dir
+            else config
+        )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -150,4 +170,6 @@ def write_text(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error}). Make room and start the same command again.") from error
+        raise OSError(
+            f"{path} could not be written ({error}). Make room and start the same command again."
+        ) from error

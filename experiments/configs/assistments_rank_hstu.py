@@ -8,7 +8,15 @@ tenth is tested on, the tenth before it chooses the best epoch; a request asks a
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, ModelConfig, OptimConfig, RankConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RankConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,16 @@ the newest 512 steps. A second transducer reads the right answers alone. Trainin
 
 import ml_collections
 
-from ultra_hstu.config import ChannelConfig, Config, DataConfig, ModelConfig, OptimConfig, RankConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    ChannelConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RankConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:

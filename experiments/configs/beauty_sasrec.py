@@ -7,14 +7,29 @@ Early stopping on the validation item. No published figure under this protocol, 
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = Config(
         name="beauty_sasrec",
         data=DataConfig(source="amazon-beauty", max_history=50),
-        model=ModelConfig(kind="sasrec", width=64, layers=2, heads=2, ffn_width=64, input_dropout=0.5, linear_dropout=0.5),
+        model=ModelConfig(
+            kind="sasrec",
+            width=64,
+            layers=2,
+            heads=2,
+            ffn_width=64,
+            input_dropout=0.5,
+            linear_dropout=0.5,
+        ),
         loss=LossConfig(negatives=512),
         train=TrainConfig(epochs=201, protocol="validated", eval_every=2),
     )

@@ -7,14 +7,29 @@ Published HR@10 .0416, NDCG@10 .0227. For a GPU; not measured here.
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = Config(
         name="books_hstu",
         data=DataConfig(source="amazon-books", max_history=50),
-        model=ModelConfig(width=64, layers=4, heads=4, qk_width=16, v_width=16, input_dropout=0.5, linear_dropout=0.5),
+        model=ModelConfig(
+            width=64,
+            layers=4,
+            heads=4,
+            qk_width=16,
+            v_width=16,
+            input_dropout=0.5,
+            linear_dropout=0.5,
+        ),
         loss=LossConfig(negatives=512),
         train=TrainConfig(epochs=201, eval_every=5, checkpoint_every=5),
     )

@@ -8,7 +8,15 @@ smaller: `--config.data.source=kuairand-pure`. Not measured: the data could not 
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, ModelConfig, OptimConfig, RankConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RankConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:

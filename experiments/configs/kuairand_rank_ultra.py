@@ -8,7 +8,16 @@ Its baseline is `kuairand_rank_hstu.py`. One transducer reads what was shown, on
 
 import ml_collections
 
-from ultra_hstu.config import ChannelConfig, Config, DataConfig, ModelConfig, OptimConfig, RankConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    ChannelConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RankConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -9,7 +9,16 @@ many as divide the four heads.
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig, ParallelConfig, SyntheticConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+    SyntheticConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 HISTORY = 65536
 

@@ -9,7 +9,15 @@ pass of the encoder takes 0.445 TFLOP a sample, and the paper's table 2 has 0.43
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig, SyntheticConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    SyntheticConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 HISTORY = 16384
 

@@ -8,14 +8,29 @@ Ours: .3265, .1911 (three seeds). 18 s on an H200 after compilation, about 35 mi
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = Config(
         name="ml1m_hstu",
         data=DataConfig(source="ml-1m", max_history=200),
-        model=ModelConfig(width=50, layers=2, heads=1, qk_width=50, v_width=50, input_dropout=0.2, linear_dropout=0.2),
+        model=ModelConfig(
+            width=50,
+            layers=2,
+            heads=1,
+            qk_width=50,
+            v_width=50,
+            input_dropout=0.2,
+            linear_dropout=0.2,
+        ),
         loss=LossConfig(negatives=128),
         train=TrainConfig(epochs=101),
     )

@@ -8,14 +8,29 @@ Ours: .3603, .2123 (one seed, after 67 epochs). Meant for a GPU.
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = Config(
         name="ml1m_hstu_large",
         data=DataConfig(source="ml-1m", max_history=200),
-        model=ModelConfig(width=50, layers=8, heads=2, qk_width=25, v_width=25, input_dropout=0.2, linear_dropout=0.2),
+        model=ModelConfig(
+            width=50,
+            layers=8,
+            heads=2,
+            qk_width=25,
+            v_width=25,
+            input_dropout=0.2,
+            linear_dropout=0.2,
+        ),
         loss=LossConfig(negatives=128),
         train=TrainConfig(epochs=101),
     )

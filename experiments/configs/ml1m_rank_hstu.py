@@ -7,7 +7,15 @@ Gender, age and occupation are contextual tokens in front of the history. Meant 
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, ModelConfig, OptimConfig, RankConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RankConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:

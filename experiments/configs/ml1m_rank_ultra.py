@@ -7,7 +7,16 @@ Its baseline is `ml1m_rank_hstu.py`. One transducer reads all ratings, one those
 
 import ml_collections
 
-from ultra_hstu.config import ChannelConfig, Config, DataConfig, ModelConfig, OptimConfig, RankConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    ChannelConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RankConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,14 +8,29 @@ Ours: .2970, .1693 (three seeds). About 45 minutes on two CPU cores, far less on
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = Config(
         name="ml1m_sasrec",
         data=DataConfig(source="ml-1m", max_history=200),
-        model=ModelConfig(kind="sasrec", width=50, layers=2, heads=1, ffn_width=50, input_dropout=0.2, linear_dropout=0.2),
+        model=ModelConfig(
+            kind="sasrec",
+            width=50,
+            layers=2,
+            heads=1,
+            ffn_width=50,
+            input_dropout=0.2,
+            linear_dropout=0.2,
+        ),
         loss=LossConfig(negatives=128),
         train=TrainConfig(epochs=101),
     )

@@ -7,14 +7,29 @@ Published HR@10 .2889, NDCG@10 .1621. For a GPU; not measured here.
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = Config(
         name="ml20m_sasrec",
         data=DataConfig(source="ml-20m", max_history=200),
-        model=ModelConfig(kind="sasrec", width=256, layers=4, heads=4, ffn_width=256, input_dropout=0.2, linear_dropout=0.2),
+        model=ModelConfig(
+            kind="sasrec",
+            width=256,
+            layers=4,
+            heads=4,
+            ffn_width=256,
+            input_dropout=0.2,
+            linear_dropout=0.2,
+        ),
         loss=LossConfig(negatives=128),
         train=TrainConfig(epochs=101),
     )

@@ -7,7 +7,15 @@ About a minute on two CPU cores.
 
 import ml_collections
 
-from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig, SyntheticConfig, TrainConfig, to_config_dict
+from ultra_hstu.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    SyntheticConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -23,11 +23,15 @@ _ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("triton", "xla")}
 @functools.cache
 def implementations() -> dict[str, str]:
     """Names of the implementations that are here, with their modules."""
-    return dispatch.installed({name: f"kernels.cached_attention.{name}" for name in ("triton", "xla")})
+    return dispatch.installed(
+        {name: f"kernels.cached_attention.{name}" for name in ("triton", "xla")}
+    )
 
 
 def cached_attention(
-    q_RHK: Shaped[Any, "..."],  # shapes and dtypes are checked below, with errors that name the remedy
+    q_RHK: Shaped[
+        Any, "..."
+    ],  # shapes and dtypes are checked below, with errors that name the remedy
     k_SHK: Shaped[Any, "..."],
     v_SHV: Shaped[Any, "..."],
     keys: KeyIntervals,
@@ -66,13 +70,35 @@ def cached_attention(
             bias = dataclasses.replace(bias, timestamps=jnp.zeros(1, jnp.int32))
 
     def run(module: Any) -> Array:
-        return module.attention(q_RHK, k_SHK, v_SHV, keys, alpha=float(alpha), scale=float(scale), own=own, bias=bias, place_R=place_R)
+        return module.attention(
+            q_RHK,
+            k_SHK,
+            v_SHV,
+            keys,
+            alpha=float(alpha),
+            scale=float(scale),
+            own=own,
+            bias=bias,
+            place_R=place_R,
+        )
 
-    order = [name for name in _ORDER.get(device.current().platform, ("xla",)) if name in implementations()]
+    order = [
+        name
+        for name in _ORDER.get(device.current().platform, ("xla",))
+        if name in implementations()
+    ]
     return dispatch.call("cached_attention", implementations(), order, implementation, run)
 
 
-def _check(q: Array, k: Array, v: Array, keys: KeyIntervals, own: Any, bias: RelativeBias | None, place: Any) -> None:
+def _check(
+    q: Array,
+    k: Array,
+    v: Array,
+    keys: KeyIntervals,
+    own: Any,
+    bias: RelativeBias | None,
+    place: Any,
+) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(f"{name} must be [rows, H, width], got shape {x.shape}")
@@ -81,20 +107,30 @@ def _check(q: Array, k: Array, v: Array, keys: KeyIntervals, own: Any, bias: Rel
                 f"{name} has dtype {x.dtype}; cast it to float32, bfloat16 or float16, and a quantised cache back to one of them"
             )
     if q.shape[1:] != k.shape[1:] or k.shape[:2] != v.shape[:2]:
-        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must be [R, H, K], [S, H, K] and [S, H, V]")
+        raise ValueError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} must be [R, H, K], [S, H, K] and [S, H, V]"
+        )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v mix dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
     rows = q.shape[0]
     if any(bound.shape != (rows,) for bound in keys):
-        raise ValueError(f"keys must be four int32[{rows}], one bound a row of q, got shapes {[bound.shape for bound in keys]}")
+        raise ValueError(
+            f"keys must be four int32[{rows}], one bound a row of q, got shapes {[bound.shape for bound in keys]}"
+        )
     if own is not None and (own[0].shape != q.shape or own[1].shape != (*q.shape[:2], v.shape[2])):
-        raise ValueError(f"own must be a key {q.shape} and a value {(*q.shape[:2], v.shape[2])} a row, got {own[0].shape}, {own[1].shape}")
+        raise ValueError(
+            f"own must be a key {q.shape} and a value {(*q.shape[:2], v.shape[2])} a row, got {own[0].shape}, {own[1].shape}"
+        )
     if bias is None:
         return
     if bias.position_table is not None and (place is None or place.shape != (rows,)):
-        raise ValueError(f"a position bias needs place_R, int32[{rows}]: where each row would stand among the keys")
+        raise ValueError(
+            f"a position bias needs place_R, int32[{rows}]: where each row would stand among the keys"
+        )
     if bias.time_table is not None:
         for name, size in (("timestamps", k.shape[0]), ("query_timestamps", rows)):
             times = getattr(bias, name)
             if times is None or times.shape != (size,):
-                raise ValueError(f"RelativeBias.{name} must be int32[{size}] seconds, got {None if times is None else times.shape}")
+                raise ValueError(
+                    f"RelativeBias.{name} must be int32[{size}] seconds, got {None if times is None else times.shape}"
+                )

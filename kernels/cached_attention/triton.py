@@ -15,7 +15,9 @@ from kernels.triton_call import triton_call
 
 PROGRAMS = 264  # that run at one time: two for each processor of a Hopper GPU
 LEAST_BLOCKS = 4  # of keys, for a program
-SHORT_SHARES = 8  # of the keys: so many are so short that what rows' own keys give is a share of its own
+SHORT_SHARES = (
+    8  # of the keys: so many are so short that what rows' own keys give is a share of its own
+)
 
 
 class Blocks(NamedTuple):
@@ -48,7 +50,9 @@ def attention(
     NotImplementedError: a bias, no jax-triton, no such GPU, or heads too wide.
     """
     if bias is not None:
-        raise NotImplementedError("triton has no relative bias for cached keys; implementation='xla' has")
+        raise NotImplementedError(
+            "triton has no relative bias for cached keys; implementation='xla' has"
+        )
     capability, widths = whole.compute_capability(), (q_RHK.shape[2], v_SHV.shape[2])
     if not max(widths) <= whole.widest(capability):
         raise NotImplementedError(
@@ -56,7 +60,9 @@ def attention(
             "implementation='xla' takes any"
         )
     whole.check_installed()
-    return forward(q_RHK, k_SHK, v_SHV, keys, own, alpha, scale, tiling(capability, q_RHK.dtype, *widths))
+    return forward(
+        q_RHK, k_SHK, v_SHV, keys, own, alpha, scale, tiling(capability, q_RHK.dtype, *widths)
+    )
 
 
 def tiling(capability: tuple[int, int], dtype: Any, k_width: int, v_width: int) -> whole.Tiling:
@@ -67,7 +73,9 @@ def tiling(capability: tuple[int, int], dtype: Any, k_width: int, v_width: int) 
 def splits(rows: int, num_keys: int, heads: int, sizes: whole.Tiling) -> int:
     """Shares of the keys, a power of two: as many as it takes to give every processor something to do."""
     programs, shares = -(-rows // sizes.block_q) * heads, 1
-    while 2 * shares * programs <= PROGRAMS and num_keys >= 2 * shares * LEAST_BLOCKS * sizes.block_k:
+    while (
+        2 * shares * programs <= PROGRAMS and num_keys >= 2 * shares * LEAST_BLOCKS * sizes.block_k
+    ):
         shares *= 2
     return shares
 
@@ -80,18 +88,37 @@ def blocks_of(keys: KeyIntervals, sizes: whole.Tiling) -> Blocks:
         return jnp.pad(x, (0, -x.shape[0] % tile), constant_values=padding)
 
     lo0, hi0, lo1, hi1 = map(whole_tiles, keys)
-    (first0, end0), (first1, end1) = masks.hull_blocks(lo0, hi0, tile, block), masks.hull_blocks(lo1, hi1, tile, block)
+    (first0, end0), (first1, end1) = (
+        masks.hull_blocks(lo0, hi0, tile, block),
+        masks.hull_blocks(lo1, hi1, tile, block),
+    )
     joined = (end0 > first1) & (end1 > first0)  # they overlap: one range
     first1 = jnp.where(joined, jnp.minimum(first0, first1), first1)
     end1 = jnp.where(joined, jnp.maximum(end0, end1), end1)
-    full_first, full_end = masks.common_blocks(lo1, whole_tiles(keys.hi1, masks.FAR), tile, block)  # rows of padding see everything
+    full_first, full_end = masks.common_blocks(
+        lo1, whole_tiles(keys.hi1, masks.FAR), tile, block
+    )  # rows of padding see everything
     full_first = jnp.clip(full_first, first1, end1)
     full_end = jnp.clip(full_end, full_first, end1)
-    return Blocks(jnp.where(joined, first1, first0), jnp.where(joined, first1, end0), first1, end1, full_first, full_end)
+    return Blocks(
+        jnp.where(joined, first1, first0),
+        jnp.where(joined, first1, end0),
+        first1,
+        end1,
+        full_first,
+        full_end,
+    )
 
 
 def forward(
-    q: Array, k: Array, v: Array, keys: KeyIntervals, own: tuple[Array, Array] | None, alpha: float, scale: float, sizes: whole.Tiling
+    q: Array,
+    k: Array,
+    v: Array,
+    keys: KeyIntervals,
+    own: tuple[Array, Array] | None,
+    alpha: float,
+    scale: float,
+    sizes: whole.Tiling,
 ) -> Float[Array, "R H V"]:
     (rows, heads, k_width), (num_keys, _, v_width) = q.shape, v.shape
     shares = splits(rows, num_keys, heads, sizes)
@@ -115,14 +142,34 @@ def forward(
         "APPROXIMATE": q.dtype == jnp.bfloat16,
     }
     programs = -(-rows // sizes.block_q) * heads * outs
-    out_like = jax.ShapeDtypeStruct((outs, rows, heads, v_width), q.dtype if outs == 1 else jnp.float32)
-    arrays = (q, k, v, *((k, v) if own is None else own), jnp.stack(blocks_of(keys, sizes), axis=1), *keys)
+    out_like = jax.ShapeDtypeStruct(
+        (outs, rows, heads, v_width), q.dtype if outs == 1 else jnp.float32
+    )
+    arrays = (
+        q,
+        k,
+        v,
+        *((k, v) if own is None else own),
+        jnp.stack(blocks_of(keys, sizes), axis=1),
+        *keys,
+    )
     (out,) = _call_kernel(arrays, [out_like], programs, sizes.warps, sizes.stages, constants)
     return out[0] if outs == 1 else out.sum(0).astype(q.dtype)
 
 
-def _call_kernel(arrays: tuple[Array, ...], outs: list[Any], programs: int, warps: int, stages: int, constants: dict[str, Any]) -> Any:
+def _call_kernel(
+    arrays: tuple[Array, ...],
+    outs: list[Any],
+    programs: int,
+    warps: int,
+    stages: int,
+    constants: dict[str, Any],
+) -> Any:
     from kernels.cached_attention import triton_kernels
 
-    call: Any = functools.partial(triton_call, name="cached_attention", num_warps=warps, num_stages=stages)
-    return call(*arrays, kernel=triton_kernels.forward, out_shape=outs, grid=(programs,), **constants)
+    call: Any = functools.partial(
+        triton_call, name="cached_attention", num_warps=warps, num_stages=stages
+    )
+    return call(
+        *arrays, kernel=triton_kernels.forward, out_shape=outs, grid=(programs,), **constants
+    )

@@ -18,7 +18,17 @@ MASKED_SCORE = tl.constexpr(-1e30)  # silu is exactly 0 here
 
 @triton.jit
 @no_type_check
-def _rows(base, start, near, width, ROWS: tl.constexpr, H: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr):
+def _rows(
+    base,
+    start,
+    near,
+    width,
+    ROWS: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WIDE: tl.constexpr,
+    FULL: tl.constexpr,
+):
     """Rows [start, ...) of one head, zero beyond the buffer and the head's width."""
     pointers = base + start.to(tl.int64) * (H * W) + (near[:, None] * (H * W) + width[None, :])
     if FULL:
@@ -44,7 +54,9 @@ def _step(
     score = tl.dot(q_RK, tl.trans(k_KK), input_precision=PRECISION) * ALPHA
     if not FULL:
         key = (start + near)[None, :]
-        seen = ((key >= lo0[:, None]) & (key < hi0[:, None])) | ((key >= lo1[:, None]) & (key < hi1[:, None]))
+        seen = ((key >= lo0[:, None]) & (key < hi0[:, None])) | (
+            (key >= lo1[:, None]) & (key < hi1[:, None])
+        )
         score = tl.where(seen, score, MASKED_SCORE)
     weight = score * _gate(score, APPROXIMATE)
     return tl.dot(weight.to(v_KV.dtype), v_KV, sum_RV, input_precision=PRECISION)
@@ -62,12 +74,27 @@ def forward(
 
     `blocks` [tiles, 6] as `triton.Blocks` names them.
     """
-    split, head, tile = tl.program_id(0) % OUTS, tl.program_id(0) // OUTS % H, tl.program_id(0) // (OUTS * H)
-    far, near, key_width, value_width = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, WK), tl.arange(0, WV)
+    split, head, tile = (
+        tl.program_id(0) % OUTS,
+        tl.program_id(0) // OUTS % H,
+        tl.program_id(0) // (OUTS * H),
+    )
+    far, near, key_width, value_width = (
+        tl.arange(0, BR),
+        tl.arange(0, BK),
+        tl.arange(0, WK),
+        tl.arange(0, WV),
+    )
     row = tile * BR + far
     real = row < R
-    lo0, hi0 = tl.load(keys_lo0 + row, mask=real, other=0), tl.load(keys_hi0 + row, mask=real, other=0)
-    lo1, hi1 = tl.load(keys_lo1 + row, mask=real, other=0), tl.load(keys_hi1 + row, mask=real, other=0)
+    lo0, hi0 = (
+        tl.load(keys_lo0 + row, mask=real, other=0),
+        tl.load(keys_hi0 + row, mask=real, other=0),
+    )
+    lo1, hi1 = (
+        tl.load(keys_lo1 + row, mask=real, other=0),
+        tl.load(keys_hi1 + row, mask=real, other=0),
+    )
     blocks += tile * 6
     l0, h0, l1, h1 = tl.load(blocks), tl.load(blocks + 1), tl.load(blocks + 2), tl.load(blocks + 3)
     f0, f1 = tl.load(blocks + 4), tl.load(blocks + 5)
@@ -89,10 +116,18 @@ def forward(
             sum_RV, q_RK, k + head * K, v + head * V, block, near, lo0, hi0, lo1, hi1,
             BK, S, H, K, V, WK, WV, ALPHA, PRECISION, APPROXIMATE, False,
         )  # fmt: skip
-    for block in range(f0 + split * (f1 - f0) // SPLITS, tl.minimum(f0 + (split + 1) * (f1 - f0) // SPLITS, f1)):
+    for block in range(
+        f0 + split * (f1 - f0) // SPLITS, tl.minimum(f0 + (split + 1) * (f1 - f0) // SPLITS, f1)
+    ):
         sum_RV = _step(
             sum_RV, q_RK, k + head * K, v + head * V, block, near, lo0, hi0, lo1, hi1,
             BK, S, H, K, V, WK, WV, ALPHA, PRECISION, APPROXIMATE, True,
         )  # fmt: skip
-    out_pointers = out + ((split * R + row).to(tl.int64) * (H * V) + head * V)[:, None] + value_width[None, :]
-    tl.store(out_pointers, (sum_RV * SCALE).to(out.dtype.element_ty), mask=real[:, None] & (value_width[None, :] < V))
+    out_pointers = (
+        out + ((split * R + row).to(tl.int64) * (H * V) + head * V)[:, None] + value_width[None, :]
+    )
+    tl.store(
+        out_pointers,
+        (sum_RV * SCALE).to(out.dtype.element_ty),
+        mask=real[:, None] & (value_width[None, :] < V),
+    )

@@ -19,7 +19,9 @@ class Tiling(NamedTuple):
     block_rows: int | None  # None: all
     block_keys: int
     skip: bool  # visit only the blocks that a tile sees
-    low_precision: bool  # products of 16-bit inputs run in 16 bits (with float32 sums); otherwise in float32
+    low_precision: (
+        bool  # products of 16-bit inputs run in 16 bits (with float32 sums); otherwise in float32
+    )
 
 
 def tiling() -> Tiling:
@@ -57,7 +59,13 @@ def attention(
 
 
 def _sums(
-    q_RHK: Array, k_SHK: Array, v_SHV: Array, keys: KeyIntervals, alpha: float, bias: RelativeBias | None, place_R: Any
+    q_RHK: Array,
+    k_SHK: Array,
+    v_SHV: Array,
+    keys: KeyIntervals,
+    alpha: float,
+    bias: RelativeBias | None,
+    place_R: Any,
 ) -> Float[Array, "R H V"]:
     """What the cached keys give, float32."""
     sizes, rows = tiling(), q_RHK.shape[0]
@@ -78,9 +86,13 @@ def _sums(
     return jax.lax.map(tile, jax.tree.map(cut, all_rows)).reshape(-1, *v_SHV.shape[1:])[:rows]
 
 
-def _own(q_RHK: Array, k_RHK: Array, v_RHV: Array, alpha: float, bias: RelativeBias | None) -> Float[Array, "R H V"]:
+def _own(
+    q_RHK: Array, k_RHK: Array, v_RHV: Array, alpha: float, bias: RelativeBias | None
+) -> Float[Array, "R H V"]:
     """What each row's own key gives it, float32."""
-    score_RH1 = alpha * jnp.sum(q_RHK.astype(jnp.float32) * k_RHK.astype(jnp.float32), axis=2, keepdims=True)
+    score_RH1 = alpha * jnp.sum(
+        q_RHK.astype(jnp.float32) * k_RHK.astype(jnp.float32), axis=2, keepdims=True
+    )
     if bias is not None and bias.position_table is not None:
         score_RH1 += position_bias(bias.position_table, jnp.zeros((1, 1, 1), jnp.int32))
     if bias is not None and bias.time_table is not None:
@@ -88,7 +100,9 @@ def _own(q_RHK: Array, k_RHK: Array, v_RHV: Array, alpha: float, bias: RelativeB
     return jax.nn.silu(score_RH1) * v_RHV.astype(jnp.float32)
 
 
-def _tile(sizes: Tiling, rows: _Rows, k_SHK: Array, v_SHV: Array, alpha: float, bias: RelativeBias | None) -> Array:
+def _tile(
+    sizes: Tiling, rows: _Rows, k_SHK: Array, v_SHV: Array, alpha: float, bias: RelativeBias | None
+) -> Array:
     """The sums of a tile's rows, float32."""
     num_keys, size = k_SHK.shape[0], min(sizes.block_keys, k_SHK.shape[0])
     q_RHK = rows.q_RHK if sizes.low_precision else rows.q_RHK.astype(jnp.float32)
@@ -107,17 +121,25 @@ def _tile(sizes: Tiling, rows: _Rows, k_SHK: Array, v_SHV: Array, alpha: float, 
         lo0, hi0, lo1, hi1 = (x[:, None] for x in rows.keys)
         seen_Rb = ((key_1b >= lo0) & (key_1b < hi0)) | ((key_1b >= lo1) & (key_1b < hi1))
         seen_Rb &= key_1b >= block * size
-        score_HRb = alpha * jnp.einsum("rhd,khd->hrk", q_RHK, k_bHK, preferred_element_type=jnp.float32)
+        score_HRb = alpha * jnp.einsum(
+            "rhd,khd->hrk", q_RHK, k_bHK, preferred_element_type=jnp.float32
+        )
         if bias is not None and bias.position_table is not None:
             score_HRb += position_bias(bias.position_table, key_1b - rows.place_R[:, None])[None]
         if bias is not None and bias.time_table is not None:
             time_b = jax.lax.dynamic_slice_in_dim(bias.timestamps, start, size)
-            bucket_Rb = time_buckets(rows.time_R[:, None] - time_b[None, :], bias.time_table.shape[0])
+            bucket_Rb = time_buckets(
+                rows.time_R[:, None] - time_b[None, :], bias.time_table.shape[0]
+            )
             score_HRb += bias.time_table.astype(jnp.float32)[bucket_Rb][None]
         weight_HRb = jnp.where(seen_Rb[None], jax.nn.silu(score_HRb), 0.0).astype(v_bHV.dtype)
-        return sum_RHV + jnp.einsum("hrk,khd->rhd", weight_HRb, v_bHV, preferred_element_type=jnp.float32)
+        return sum_RHV + jnp.einsum(
+            "hrk,khd->rhd", weight_HRb, v_bHV, preferred_element_type=jnp.float32
+        )
 
-    return jax.lax.fori_loop(0, blocks, step, jnp.zeros((*q_RHK.shape[:2], v_SHV.shape[2]), jnp.float32))
+    return jax.lax.fori_loop(
+        0, blocks, step, jnp.zeros((*q_RHK.shape[:2], v_SHV.shape[2]), jnp.float32)
+    )
 
 
 def _blocks(keys: KeyIntervals, size: int) -> tuple[Array, Array, tuple[Array, Array]]:
@@ -125,7 +147,10 @@ def _blocks(keys: KeyIntervals, size: int) -> tuple[Array, Array, tuple[Array, A
 
     def hull(lo: Array, hi: Array) -> tuple[Array, Array]:
         some = hi > lo
-        first, last = jnp.min(jnp.where(some, lo, 2**30)) // size, -(-jnp.max(jnp.where(some, hi, 0)) // size)
+        first, last = (
+            jnp.min(jnp.where(some, lo, 2**30)) // size,
+            -(-jnp.max(jnp.where(some, hi, 0)) // size),
+        )
         return first, jnp.maximum(last, 0)
 
     (first0, last0), (first1, last1) = hull(keys.lo0, keys.hi0), hull(keys.lo1, keys.hi1)

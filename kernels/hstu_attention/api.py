@@ -15,9 +15,22 @@ from kernels.hstu_attention.plan import AttentionPlan, make_plan
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import AttentionMask
 
-__all__ = ["AttentionPlan", "RelativeBias", "hstu_attention", "implementations", "make_plan", "prepare_plan"]
+__all__ = [
+    "AttentionPlan",
+    "RelativeBias",
+    "hstu_attention",
+    "implementations",
+    "make_plan",
+    "prepare_plan",
+]
 
-_FILES = {"mosaic": "mosaic_hopper", "mosaic_fp8": "mosaic_fp8", "triton": "triton", "xla": "xla", "reference": "reference"}
+_FILES = {
+    "mosaic": "mosaic_hopper",
+    "mosaic_fp8": "mosaic_fp8",
+    "triton": "triton",
+    "xla": "xla",
+    "reference": "reference",
+}
 # Tried in this order where no implementation is named; `reference` runs only by name, its memory is O(T^2), and so does `mosaic_fp8`, it rounds.
 _ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("mosaic", "triton", "xla")}
 
@@ -25,11 +38,15 @@ _ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("mosaic", "triton", "xla")}
 @functools.cache
 def implementations() -> dict[str, str]:
     """Names of the implementations that are here, with their modules."""
-    return dispatch.installed({name: f"kernels.hstu_attention.{file}" for name, file in _FILES.items()})
+    return dispatch.installed(
+        {name: f"kernels.hstu_attention.{file}" for name, file in _FILES.items()}
+    )
 
 
 def hstu_attention(
-    q_THK: Shaped[Any, "..."],  # shapes and dtypes are checked below, with errors that name the remedy
+    q_THK: Shaped[
+        Any, "..."
+    ],  # shapes and dtypes are checked below, with errors that name the remedy
     k_THK: Shaped[Any, "..."],
     v_THV: Shaped[Any, "..."],
     offsets: Int[Any, "..."],
@@ -76,14 +93,29 @@ def hstu_attention(
     if plan is None:
         plan = make_plan(mask, offsets, rows, num_targets, num_contextual)
     elif plan.num_rows != rows:
-        raise ValueError(f"plan was made for {plan.num_rows} rows, q has {rows}; make it with make_plan(..., num_rows={rows})")
+        raise ValueError(
+            f"plan was made for {plan.num_rows} rows, q has {rows}; make it with make_plan(..., num_rows={rows})"
+        )
     elif plan.mask != mask:
-        raise ValueError(f"plan was made for {plan.mask}, the call names {mask}; pass the same mask to both")
+        raise ValueError(
+            f"plan was made for {plan.mask}, the call names {mask}; pass the same mask to both"
+        )
 
     def run(module: Any) -> Array:
-        return module.attention(q_THK, k_THK, v_THV, plan, alpha=float(alpha), scale=scale, bias=bias, deterministic=deterministic)
+        return module.attention(
+            q_THK,
+            k_THK,
+            v_THV,
+            plan,
+            alpha=float(alpha),
+            scale=scale,
+            bias=bias,
+            deterministic=deterministic,
+        )
 
-    return dispatch.call("hstu_attention", implementations(), _platform_order(), implementation, run)
+    return dispatch.call(
+        "hstu_attention", implementations(), _platform_order(), implementation, run
+    )
 
 
 def attend_apart(
@@ -113,11 +145,20 @@ def attend_apart(
         factors = jnp.pad(scale, (first, 0)) if scale.ndim else scale
         return module.attention(q, k, v, plan.joined, alpha=alpha, scale=factors, bias=None)[first:]
 
-    return dispatch.call("hstu_attention", implementations(), _platform_order(), implementation, run)
+    return dispatch.call(
+        "hstu_attention", implementations(), _platform_order(), implementation, run
+    )
 
 
 def prepare_plan(
-    plan: AttentionPlan, implementation: Any, *, dtype: Any, heads: int, k_width: int, v_width: int, biased: bool = False
+    plan: AttentionPlan,
+    implementation: Any,
+    *,
+    dtype: Any,
+    heads: int,
+    k_width: int,
+    v_width: int,
+    biased: bool = False,
 ) -> AttentionPlan:
     """The plan with the lists of work that `mosaic` would otherwise make again in every call, if it is the implementation of these calls.
 
@@ -127,7 +168,11 @@ def prepare_plan(
       biased: whether the calls have a relative bias.
     """
     named = isinstance(implementation, str)
-    names = [implementation] if named else list(_platform_order() if implementation is None else implementation)
+    names = (
+        [implementation]
+        if named
+        else list(_platform_order() if implementation is None else implementation)
+    )
     if names[:1] != ["mosaic"] or not (named or device.current().is_hopper):
         return plan
     mosaic = importlib.import_module(implementations()["mosaic"])
@@ -137,13 +182,19 @@ def prepare_plan(
 
 
 def _platform_order() -> list[str]:
-    return [name for name in _ORDER.get(device.current().platform, ("xla",)) if name in implementations()]
+    return [
+        name
+        for name in _ORDER.get(device.current().platform, ("xla",))
+        if name in implementations()
+    ]
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
-            raise ValueError(f"{name} must be [T, H, width], got shape {x.shape}; a flat jagged buffer has no batch axis")
+            raise ValueError(
+                f"{name} must be [T, H, width], got shape {x.shape}; a flat jagged buffer has no batch axis"
+            )
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize not in (2, 4):
             raise ValueError(f"{name} has dtype {x.dtype}; cast it to float32, bfloat16 or float16")
     if q.shape != k.shape:
@@ -165,21 +216,29 @@ def _check_batch(offsets: Any, rows: int, num_targets: Any, num_contextual: Any)
     counts = {"num_targets": num_targets, "num_contextual": num_contextual}
     for name, count in counts.items():
         if count is not None and np.shape(count) != (batch,):
-            raise ValueError(f"{name} must be int32[B] with B = {batch} from offsets, got shape {np.shape(count)}")
+            raise ValueError(
+                f"{name} must be int32[B] with B = {batch} from offsets, got shape {np.shape(count)}"
+            )
     known = _concrete(offsets)
     if known is None:
         return
     lengths = np.diff(known)
     if known[0] != 0 or (lengths < 0).any():
-        raise ValueError(f"offsets must start at 0 and never fall, got {known.tolist()[:20]}; they are cumulative lengths")
+        raise ValueError(
+            f"offsets must start at 0 and never fall, got {known.tolist()[:20]}; they are cumulative lengths"
+        )
     if known[-1] > rows:
-        raise ValueError(f"offsets end at {known[-1]} but the buffers have only {rows} rows; raise the capacity T or drop sequences")
+        raise ValueError(
+            f"offsets end at {known[-1]} but the buffers have only {rows} rows; raise the capacity T or drop sequences"
+        )
     total = np.zeros(batch, np.int64)
     for name, count in counts.items():
         values = _concrete(count)
         if values is not None:
             if (values < 0).any():
-                raise ValueError(f"{name} must be >= 0, got {values.min()} for sequence {values.argmin()}")
+                raise ValueError(
+                    f"{name} must be >= 0, got {values.min()} for sequence {values.argmin()}"
+                )
             total += values
     over = np.flatnonzero(total > lengths)
     if over.size:
@@ -191,19 +250,29 @@ def _check_batch(offsets: Any, rows: int, num_targets: Any, num_contextual: Any)
 
 def _check_scale(scale: Any, rows: int) -> Any:
     if np.shape(scale) not in ((), (rows,)):
-        raise ValueError(f"scale must be a constant or one value a row, [{rows}], got shape {np.shape(scale)}")
+        raise ValueError(
+            f"scale must be a constant or one value a row, [{rows}], got shape {np.shape(scale)}"
+        )
     return jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
 
 
 def _check_bias(bias: RelativeBias, rows: int) -> None:
     if bias.position_table is None and bias.time_table is None:
-        raise ValueError("RelativeBias needs position_table or time_table; pass bias=None for no bias")
+        raise ValueError(
+            "RelativeBias needs position_table or time_table; pass bias=None for no bias"
+        )
     for name in ("position_table", "time_table"):
         table = getattr(bias, name)
-        if table is not None and (np.ndim(table) != 1 or not jnp.issubdtype(table.dtype, jnp.floating)):
-            raise ValueError(f"RelativeBias.{name} must be one-dimensional and floating, got {table.dtype}{list(np.shape(table))}")
+        if table is not None and (
+            np.ndim(table) != 1 or not jnp.issubdtype(table.dtype, jnp.floating)
+        ):
+            raise ValueError(
+                f"RelativeBias.{name} must be one-dimensional and floating, got {table.dtype}{list(np.shape(table))}"
+            )
     if bias.position_table is not None and np.shape(bias.position_table)[0] % 2 == 0:
-        raise ValueError(f"RelativeBias.position_table has an odd length 2N - 1, got {np.shape(bias.position_table)[0]}")
+        raise ValueError(
+            f"RelativeBias.position_table has an odd length 2N - 1, got {np.shape(bias.position_table)[0]}"
+        )
     if bias.time_table is not None:
         for name in ("timestamps", "query_timestamps"):
             times = getattr(bias, name)

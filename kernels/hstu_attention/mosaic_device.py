@@ -31,7 +31,9 @@ def launch(kernel, name, operands, counters, *, scratch, out_type, workers):
         num_threads=3,
         thread_name="wg",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
     )
     return run(*operands, counters)
 
@@ -66,7 +68,9 @@ def _draw_number(counters_gm, which, box_sm):
         i32 = ir.IntegerType.get_signless(32)
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
             counter_ptr = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(counters), [which], i32)
-            value = llvm.atomicrmw(llvm.AtomicBinOp.add, counter_ptr, mgpu.c(1, i32), llvm.AtomicOrdering.monotonic)
+            value = llvm.atomicrmw(
+                llvm.AtomicBinOp.add, counter_ptr, mgpu.c(1, i32), llvm.AtomicOrdering.monotonic
+            )
             memref.store(value, box, [mgpu.c(0, ir.IndexType.get())])
         mgpu.utils.warpgroup_barrier()
 
@@ -78,7 +82,11 @@ def fetch_item(records_gm, counters_gm, s, slot, *, workers, which, first=False)
     """Starts the copy of the next item's record into `slot`; the first item of a thread block is the one of its own
     number.
     """
-    number = lax.axis_index("worker") if first else _draw_number(counters_gm, which, s["rec"].at[s["rec"].shape[0] - 1]) + workers
+    number = (
+        lax.axis_index("worker")
+        if first
+        else _draw_number(counters_gm, which, s["rec"].at[s["rec"].shape[0] - 1]) + workers
+    )
     plgpu.barrier_wait(s["rec_empty"].at[slot])
     number = jnp.minimum(number, records_gm.shape[0] - 1)
     plgpu.copy_gmem_to_smem(records_gm.at[number], s["rec"].at[slot], s["rec_full"].at[slot])
@@ -102,7 +110,14 @@ def feed_items(records_gm, counters_gm, s, load_block, begin, *, ahead, workers,
 
             @pl.when(i == jnp.maximum(item.count - ahead, 0))
             def _():
-                fetch_item(records_gm, counters_gm, s, lax.rem(slot + 1, slots), workers=workers, which=which)
+                fetch_item(
+                    records_gm,
+                    counters_gm,
+                    s,
+                    lax.rem(slot + 1, slots),
+                    workers=workers,
+                    which=which,
+                )
 
         return next_item()
 
@@ -120,7 +135,8 @@ def keep_inside(arrays, intervals):
 
     @plgpu.inline_mgpu(
         arg_types=(((ROW, ROW),) * len(intervals), (plgpu.Layout.WGMMA,) * len(arrays)),
-        return_type=(plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA),) * len(arrays),
+        return_type=(plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA),)
+        * len(arrays),
     )
     def keep(_, intervals, arrays):
         i32 = ir.IntegerType.get_signless(32)
@@ -138,8 +154,13 @@ def keep_inside(arrays, intervals):
         def bits(row):
             word = None
             for lo, hi in intervals:
-                first, stop = (columns_before(llvm.extractelement(x.registers.flat[row], constant(0))) for x in (lo, hi))
-                run = llvm.inline_asm(i32, [first, arith.subi(stop, first)], "bmsk.clamp.b32 $0, $1, $2;", "=r,r,r")
+                first, stop = (
+                    columns_before(llvm.extractelement(x.registers.flat[row], constant(0)))
+                    for x in (lo, hi)
+                )
+                run = llvm.inline_asm(
+                    i32, [first, arith.subi(stop, first)], "bmsk.clamp.b32 $0, $1, $2;", "=r,r,r"
+                )
                 word = run if word is None else arith.ori(word, run)
             return word
 
@@ -149,12 +170,17 @@ def keep_inside(arrays, intervals):
         for number, place in enumerate(np.ndindex(out[0].shape)):
             for i in range(2):
                 bit = constant(1 << (number // 2 * 2 + i))
-                seen = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(words[number % 2], bit), constant(0))
+                seen = arith.cmpi(
+                    arith.CmpIPredicate.ne, arith.andi(words[number % 2], bit), constant(0)
+                )
                 for registers in out:
                     pair = registers[place]
                     kept = arith.select(seen, llvm.extractelement(pair, constant(i)), zero)
                     registers[place] = llvm.insertelement(pair, kept, constant(i))
-        return tuple(mgpu.FragmentedArray(_registers=r, _layout=x.layout, _is_signed=None) for r, x in zip(out, arrays, strict=True))
+        return tuple(
+            mgpu.FragmentedArray(_registers=r, _layout=x.layout, _is_signed=None)
+            for r, x in zip(out, arrays, strict=True)
+        )
 
     return keep(tuple(intervals), tuple(arrays))
 
@@ -178,7 +204,12 @@ def load_rows(gm, tails_gm, row, size, head, tail_first, into, full, column=0, f
 
     @pl.when(in_tail)
     def _():
-        place = pl.ds(pl.multiple_of(schedule.COUNTERS + lax.rem(row - tail_first, schedule.TAIL), schedule.COUNTERS), size)
+        place = pl.ds(
+            pl.multiple_of(
+                schedule.COUNTERS + lax.rem(row - tail_first, schedule.TAIL), schedule.COUNTERS
+            ),
+            size,
+        )
         plgpu.copy_gmem_to_smem(tails_gm.at[place, head, pl.ds(column, gm.shape[2])], into, full)
 
     @pl.when(~in_tail)
@@ -189,7 +220,9 @@ def load_rows(gm, tails_gm, row, size, head, tail_first, into, full, column=0, f
 def swizzled(shape, dtype):
     """Shared memory that TMA and wgmma both read: tiles of 8 rows of 128 bytes, swizzled against bank conflicts."""
     columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    )
 
 
 class Item:
@@ -203,7 +236,9 @@ class Item:
 
     def block(self, i):
         """Number in the buffer of the item's block i."""
-        return i + jnp.where(i < self.cut1, self.shift0, jnp.where(i < self.cut2, self.shift1, self.shift2))
+        return i + jnp.where(
+            i < self.cut1, self.shift0, jnp.where(i < self.cut2, self.shift1, self.shift2)
+        )
 
     def whole(self, block):
         """Whether the tile sees all of this block."""
@@ -219,7 +254,10 @@ class Item:
     def bounds(self, bounds_gm, first, which=0):
         """One of the three intervals of 64 rows (or keys) from `first` on."""
         place = pl.ds(first, 64)
-        return tuple(plgpu.load(bounds_gm.at[2 * which + end, place], layout=ROW, optimized=False) for end in range(2))
+        return tuple(
+            plgpu.load(bounds_gm.at[2 * which + end, place], layout=ROW, optimized=False)
+            for end in range(2)
+        )
 
     def masked(self, i, size, bounds_gm, first, arrays, nearest, begin=0, intervals=None):
         """`arrays` of scores, from column `begin` of block i on, with 0 where a row (or key) from `first` on does not
@@ -235,7 +273,9 @@ class Item:
             closest = self.bounds(bounds_gm, first) if nearest is None else nearest
 
             def mask(*others):
-                return keep_inside(arrays, [(lo - left, hi - left) for lo, hi in (closest, *others)])
+                return keep_inside(
+                    arrays, [(lo - left, hi - left) for lo, hi in (closest, *others)]
+                )
 
             def mask_all():
                 return mask(*(self.bounds(bounds_gm, first, which) for which in (1, 2)))
@@ -274,4 +314,6 @@ def draw_items(records_sm, full, body, begin=lambda item, slot, step: None):
     zero = jnp.int32(0)
     plgpu.barrier_wait(full.at[0])
     first = Item(records_sm, 0)
-    lax.while_loop(lambda carry: carry[0], one, (first.tile >= 0, zero, zero, begin(first, zero, zero)))
+    lax.while_loop(
+        lambda carry: carry[0], one, (first.tile >= 0, zero, zero, begin(first, zero, zero))
+    )

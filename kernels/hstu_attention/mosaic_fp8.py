@@ -21,7 +21,16 @@ from jaxtyping import Array, Float
 from kernels import device
 from kernels.hstu_attention import mosaic_hopper
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import ROW, draw_items, feed_items, launch, open_rings, record_scratch, ring, swizzled
+from kernels.hstu_attention.mosaic_device import (
+    ROW,
+    draw_items,
+    feed_items,
+    launch,
+    open_rings,
+    record_scratch,
+    ring,
+    swizzled,
+)
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.mosaic_schedule import WorkList
 from kernels.hstu_attention.plan import AttentionPlan
@@ -63,7 +72,9 @@ def attention(
     """See `hstu_attention`: what `mosaic` takes, and no gradient. The output has the same bits on every run, whatever `deterministic` says."""
     reason = mosaic_hopper.unsupported(q_THK.dtype, q_THK.shape[2], v_THV.shape[2], bias)
     if reason is None and not device.current().is_hopper:
-        reason = f"needs a Hopper GPU (H100, H200), the device is {device.current().kind!r}; use 'xla'"
+        reason = (
+            f"needs a Hopper GPU (H100, H200), the device is {device.current().kind!r}; use 'xla'"
+        )
     if reason is not None:
         raise NotImplementedError(f"mosaic_fp8 {reason}")
     return attend(q_THK, k_THK, v_THV, plan, alpha=alpha, scale=scale)
@@ -82,7 +93,9 @@ def _attend(qkv, plan, scale, alpha):
 
 
 def _attend_fwd(qkv: Any, plan: AttentionPlan, scale: Array, alpha: float) -> Any:
-    raise NotImplementedError("mosaic_fp8 has no gradient: train with implementation='mosaic', which takes the same inputs")
+    raise NotImplementedError(
+        "mosaic_fp8 has no gradient: train with implementation='mosaic', which takes the same inputs"
+    )
 
 
 _attend.defvjp(_attend_fwd, lambda alpha, saved, g: (None, None, None))
@@ -93,7 +106,12 @@ def prepare(plan: AttentionPlan, heads: int) -> AttentionPlan:
     return schedule.with_schedules(plan, [WorkList.forward(heads, BLOCK_K, schedule.WORKERS)])
 
 
-def quantize(q: Float[Array, "T H K"], k: Float[Array, "T H K"], v: Float[Array, "T H V"], plan: AttentionPlan) -> Operands:
+def quantize(
+    q: Float[Array, "T H K"],
+    k: Float[Array, "T H K"],
+    v: Float[Array, "T H V"],
+    plan: AttentionPlan,
+) -> Operands:
     """Operands in e4m3, each vector's (for V each head's) largest entry at the type's largest number."""
     rows = plan.num_rows
     real_T11 = (jnp.arange(rows) < plan.num_real)[:, None, None]
@@ -105,7 +123,11 @@ def quantize(q: Float[Array, "T H K"], k: Float[Array, "T H K"], v: Float[Array,
         scale = jnp.where(largest > 0, largest, 1) / LARGEST
         return (x / scale).astype(FP8), scale.squeeze(axes)
 
-    (q8, q_scale_TH), (k8, k_scale_TH), (v8, v_scale_H) = rounded(q, (2,)), rounded(k, (2,)), rounded(v, (0, 2))
+    (q8, q_scale_TH), (k8, k_scale_TH), (v8, v_scale_H) = (
+        rounded(q, (2,)),
+        rounded(k, (2,)),
+        rounded(v, (0, 2)),
+    )
     v8 = v8.transpose(1, 2, 0)
     v8 = v8.reshape(*v8.shape[:2], -1, 16)[..., ORDER].reshape(v8.shape)
     return Operands(q8, k8, v8, q_scale_TH.T, k_scale_TH.T, v_scale_H)
@@ -116,14 +138,18 @@ def as_operand(weights):
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.Layout.WGMMA,),
-        return_type=plgpu.ShapeDtypeStruct(weights.shape, weights.dtype, layout=plgpu.Layout.WGMMA_8BIT),
+        return_type=plgpu.ShapeDtypeStruct(
+            weights.shape, weights.dtype, layout=plgpu.Layout.WGMMA_8BIT
+        ),
     )
     def joined(_, x):
         registers = np.empty(mgpu.WGMMA_LAYOUT_8BIT.registers_shape(x.shape), dtype=object)
         for i in np.ndindex(registers.shape):
             pair = [x.registers[i[0], 2 * i[1] + j, *i[2:]] for j in range(2)]
             registers[i] = mgpu.utils.vector_concat(pair)
-        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=None)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=None
+        )
 
     return joined(weights)
 
@@ -131,7 +157,9 @@ def as_operand(weights):
 def _tiled(shape):
     """Shared memory of 8-bit numbers for TMA and wgmma; rows of 64 or 128 bytes."""
     row = min(shape[-1], 128)
-    return plgpu.SMEM(shape, FP8, transforms=(plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(row)))
+    return plgpu.SMEM(
+        shape, FP8, transforms=(plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(row))
+    )
 
 
 def stages_of(k_width: int, v_width: int) -> tuple[int, int]:
@@ -149,7 +177,21 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
     scales = schedule.row_scales(scale, plan, rows)
     v_scale = x.v_scale / WEIGHT_SCALE
 
-    def kernel(q_gm, k_gm, v_gm, q_scale_gm, k_scale_gm, v_scale_gm, bounds_gm, scale_gm, records_gm, counters_gm, o_gm, part_gm, s):
+    def kernel(
+        q_gm,
+        k_gm,
+        v_gm,
+        q_scale_gm,
+        k_scale_gm,
+        v_scale_gm,
+        bounds_gm,
+        scale_gm,
+        records_gm,
+        counters_gm,
+        o_gm,
+        part_gm,
+        s,
+    ):
         wg = lax.axis_index("wg")
 
         @pl.when(wg < 2)
@@ -160,15 +202,25 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
 
             def one_item(item, slot, step, begun, ahead):
                 row0 = item.tile * TILE + wg * 64
-                row_scale = plgpu.load(q_scale_gm.at[item.head, pl.ds(row0, 64)], layout=ROW, optimized=False) * (0.5 * alpha)
+                row_scale = plgpu.load(
+                    q_scale_gm.at[item.head, pl.ds(row0, 64)], layout=ROW, optimized=False
+                ) * (0.5 * alpha)
                 nearest = item.bounds(bounds_gm, row0)
 
                 def weights(scores, i):
                     """P of block i, from scores of 8-bit operands."""
-                    key_scale = plgpu.load(s["k_scale"].at[lax.rem(step + i, stages)], layout=COLUMN)
+                    key_scale = plgpu.load(
+                        s["k_scale"].at[lax.rem(step + i, stages)], layout=COLUMN
+                    )
                     shape = (64, BLOCK_K)
-                    half = scores * lax.broadcast_in_dim(row_scale, shape, [0]) * lax.broadcast_in_dim(key_scale, shape, [1])
-                    (half,) = item.masked(i, BLOCK_K, bounds_gm, row0, (half,), nearest)  # silu(0) = 0
+                    half = (
+                        scores
+                        * lax.broadcast_in_dim(row_scale, shape, [0])
+                        * lax.broadcast_in_dim(key_scale, shape, [1])
+                    )
+                    (half,) = item.masked(
+                        i, BLOCK_K, bounds_gm, row0, (half,), nearest
+                    )  # silu(0) = 0
                     half = half.astype(jnp.float16)  # two to a register and an instruction
                     scaled = half * WEIGHT_SCALE
                     return as_operand((scaled * jnp.tanh(half) + scaled).astype(FP8))
@@ -185,7 +237,10 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
                         plgpu.wgmma(s_acc, my_q, s["k"].at[first].T)
                         return s_acc[...]
 
-                    p = weights(pl.run_scoped(first_scores, plgpu.ACC((64, BLOCK_K), jnp.float32)), jnp.int32(0))
+                    p = weights(
+                        pl.run_scoped(first_scores, plgpu.ACC((64, BLOCK_K), jnp.float32)),
+                        jnp.int32(0),
+                    )
                     plgpu.barrier_arrive(s["k_empty"].at[first])
 
                     def one_block(i, p):
@@ -197,9 +252,13 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
                             plgpu.wgmma(s_acc, my_q, s["k"].at[now].T)
                             plgpu.barrier_wait(s["v_full"].at[before])
                             plgpu.wgmma(acc, p, s["v"].at[before].T)
-                            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
+                            return lax.optimization_barrier(
+                                plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                            )
 
-                        p_next = weights(pl.run_scoped(products, plgpu.ACC((64, BLOCK_K), jnp.float32)), i)
+                        p_next = weights(
+                            pl.run_scoped(products, plgpu.ACC((64, BLOCK_K), jnp.float32)), i
+                        )
                         plgpu.barrier_arrive(s["k_empty"].at[now])
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(s["v_empty"].at[before])
@@ -218,7 +277,10 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
                 out = pl.run_scoped(accumulate, plgpu.ACC((64, width_v), jnp.float32))
                 part, head = item.slot, item.head
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
-                factor = plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False) * v_scale_gm[head]
+                factor = (
+                    plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False)
+                    * v_scale_gm[head]
+                )
                 factor = lax.broadcast_in_dim(factor, (64, 64), [0])
                 for c in range(width_v // 64):
                     chunk = out[:, c * 64 : (c + 1) * 64] * factor
@@ -229,7 +291,9 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
                         plgpu.wait_smem_to_gmem(1 if width_v > 64 else 0, wait_read_only=True)
                         stage[...] = chunk.astype(dtype)
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(stage, o_gm.at[pl.ds(row0, 64), head, pl.ds(c * 64, 64)])
+                        plgpu.copy_smem_to_gmem(
+                            stage, o_gm.at[pl.ds(row0, 64), head, pl.ds(c * 64, 64)]
+                        )
 
                     @pl.when(part >= 0)
                     def _(chunk=chunk, c=c):
@@ -255,11 +319,21 @@ def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype:
                 now = lax.rem(step + i, stages)
                 plgpu.barrier_wait(s["k_empty"].at[now])
                 plgpu.copy_gmem_to_smem(k_gm.at[keys, head], s["k"].at[now], s["k_full"].at[now])
-                plgpu.copy_gmem_to_smem(k_scale_gm.at[head, keys], s["k_scale"].at[now], s["k_full"].at[now])
+                plgpu.copy_gmem_to_smem(
+                    k_scale_gm.at[head, keys], s["k_scale"].at[now], s["k_full"].at[now]
+                )
                 plgpu.barrier_wait(s["v_empty"].at[now])
                 plgpu.copy_gmem_to_smem(v_gm.at[head, :, keys], s["v"].at[now], s["v_full"].at[now])
 
-            feed_items(records_gm, counters_gm, s, keys_and_values, queries, ahead=mosaic_hopper.AHEAD, workers=workers)
+            feed_items(
+                records_gm,
+                counters_gm,
+                s,
+                keys_and_values,
+                queries,
+                ahead=mosaic_hopper.AHEAD,
+                workers=workers,
+            )
 
     slots = schedule.part_slots(plan, TILE, heads, workers)
     out, parts = launch(

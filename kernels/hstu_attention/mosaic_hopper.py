@@ -21,12 +21,24 @@ from kernels.hstu_attention import mosaic_hopper_dq as dq
 from kernels.hstu_attention import mosaic_hopper_vjp as vjp
 from kernels.hstu_attention import mosaic_schedule as schedule
 from kernels.hstu_attention import tuning
-from kernels.hstu_attention.mosaic_device import ROW, Item, feed_items, launch, load_rows, open_rings, record_scratch, ring, swizzled
+from kernels.hstu_attention.mosaic_device import (
+    ROW,
+    Item,
+    feed_items,
+    launch,
+    load_rows,
+    open_rings,
+    record_scratch,
+    ring,
+    swizzled,
+)
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.mosaic_schedule import WorkList
 from kernels.hstu_attention.plan import AttentionPlan
 
-ROWS_APART = True  # of `plan.first_row`: the queries come without the places of the keys before them
+ROWS_APART = (
+    True  # of `plan.first_row`: the queries come without the places of the keys before them
+)
 TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
 WIDTHS = (64, 128, 256)
 
@@ -75,21 +87,30 @@ def attention(
     """
     reason = unsupported(q_THK.dtype, q_THK.shape[2], v_SHV.shape[2], bias)
     if reason is None and not device.current().is_hopper:
-        reason = f"needs a Hopper GPU (H100, H200), the device is {device.current().kind!r}; use 'xla'"
+        reason = (
+            f"needs a Hopper GPU (H100, H200), the device is {device.current().kind!r}; use 'xla'"
+        )
     if reason is not None:
         raise NotImplementedError(reason)
     return attend(q_THK, k_SHK, v_SHV, plan, alpha=alpha, scale=scale, deterministic=deterministic)
 
 
-def prepare(plan: AttentionPlan, heads: int, k_width: int, v_width: int, deterministic: bool = False) -> AttentionPlan:
+def prepare(
+    plan: AttentionPlan, heads: int, k_width: int, v_width: int, deterministic: bool = False
+) -> AttentionPlan:
     """The plan with the lists of work that this implementation needs for these sizes: made once a batch, used by
     every layer.
 
     deterministic: with that of the second backward pass.
     """
     config = forward_config(k_width, v_width, plan)
-    back = vjp.backward_config(*vjp.padded_widths(k_width, v_width), plan, 2 if deterministic else None)
-    lists = [WorkList.forward(heads, config.block_k, config.workers), WorkList.backward(heads, back)]
+    back = vjp.backward_config(
+        *vjp.padded_widths(k_width, v_width), plan, 2 if deterministic else None
+    )
+    lists = [
+        WorkList.forward(heads, config.block_k, config.workers),
+        WorkList.backward(heads, back),
+    ]
     if back.passes == 2:
         lists.append(dq.work_list(heads))
     return schedule.with_schedules(plan, list(dict.fromkeys(lists)))
@@ -107,12 +128,24 @@ def unsupported(dtype: Any, k_width: int, v_width: int, bias: Any) -> str | None
     return None
 
 
-def attend(q: Array, k: Array, v: Array, plan: AttentionPlan, *, alpha: float, scale: Any, deterministic: bool = False) -> Array:
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    plan: AttentionPlan,
+    *,
+    alpha: float,
+    scale: Any,
+    deterministic: bool = False,
+) -> Array:
     """`attention` without asking what the device is: also lowers for CUDA on a machine that has no GPU."""
     rows = q.shape[0]
     if rows == 0:
         return jnp.zeros((0, *v.shape[1:]), v.dtype)
-    q, k, v = (jnp.pad(x, ((0, schedule.rounded_up(x.shape[0]) - x.shape[0]), (0, 0), (0, 0))) for x in (q, k, v))
+    q, k, v = (
+        jnp.pad(x, ((0, schedule.rounded_up(x.shape[0]) - x.shape[0]), (0, 0), (0, 0)))
+        for x in (q, k, v)
+    )
     out = _attend((q, k, v), plan, jnp.asarray(scale, jnp.float32), alpha, deterministic)
     return out[:rows]
 
@@ -134,7 +167,15 @@ def _attend_bwd(alpha, deterministic, saved, g):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alpha: float, config: ForwardConfig | None = None) -> Array:
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    plan: AttentionPlan,
+    scale: Array,
+    alpha: float,
+    config: ForwardConfig | None = None,
+) -> Array:
     """Output of padded buffers (lengths a multiple of 128)."""
     rows, heads, width = q.shape
     width_v = v.shape[-1]
@@ -145,7 +186,9 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
     scale_in_rows = scale.ndim == 1
     scales = schedule.row_scales(scale, plan, rows) if scale_in_rows else scale.reshape(1)
 
-    def kernel(q_gm, k_gm, v_gm, bounds_gm, scale_gm, records_gm, tail_first_gm, tails_gm, o_gm, part_gm, s):
+    def kernel(
+        q_gm, k_gm, v_gm, bounds_gm, scale_gm, records_gm, tail_first_gm, tails_gm, o_gm, part_gm, s
+    ):
         wg = lax.axis_index("wg")
 
         @pl.when(wg < 2)
@@ -183,14 +226,18 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                             plgpu.wgmma(s_acc, my_q, s["k"].at[now].T)
                             plgpu.barrier_wait(s["v_full"].at[before])
                             plgpu.wgmma(acc, p, s["v"].at[before])
-                            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
+                            return lax.optimization_barrier(
+                                plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                            )
 
                         scores = pl.run_scoped(products, plgpu.ACC((64, block_k), jnp.float32))
                         pl.when(more)(lambda: plgpu.barrier_arrive(s["k_empty"].at[now]))
                         return scores, before
 
                     def one_block(i, p):
-                        scores, before = scores_beside_values(queries(slot), lax.rem(step + i, stages), True, p)
+                        scores, before = scores_beside_values(
+                            queries(slot), lax.rem(step + i, stages), True, p
+                        )
                         p_next = weights(scores, item, i, nearest)
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(s["v_empty"].at[before])
@@ -201,9 +248,15 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                     # The next item begins while this one ends. Behind the last, what is computed goes nowhere.
                     plgpu.barrier_wait(s["rec_full"].at[next_slot])
                     more = after.tile >= 0
-                    pl.when(more)(lambda: plgpu.barrier_wait(s["q_full"].at[lax.rem(next_slot, config.q_slots)]))
+                    pl.when(more)(
+                        lambda: plgpu.barrier_wait(
+                            s["q_full"].at[lax.rem(next_slot, config.q_slots)]
+                        )
+                    )
                     nearest_next = after.bounds(bounds_gm, first_row(after))
-                    scores, before = scores_beside_values(queries(next_slot), lax.rem(step + count, stages), more, last)
+                    scores, before = scores_beside_values(
+                        queries(next_slot), lax.rem(step + count, stages), more, last
+                    )
                     p_next = weights(scores, after, jnp.int32(0), nearest_next)
                     out = acc[...]
                     plgpu.barrier_arrive(s["v_empty"].at[before])
@@ -213,7 +266,9 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                 part, head, row0 = item.slot, item.head, first_row(item)
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
                 if scale_in_rows:
-                    scale = plgpu.load(scale_gm.at[pl.ds(row0 - first, 64)], layout=ROW, optimized=False)
+                    scale = plgpu.load(
+                        scale_gm.at[pl.ds(row0 - first, 64)], layout=ROW, optimized=False
+                    )
                     scale = lax.broadcast_in_dim(scale, (64, 64), [0])
                 else:
                     scale = scale_gm[0]
@@ -226,7 +281,9 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                         plgpu.wait_smem_to_gmem(1 if width_v > 64 else 0, wait_read_only=True)
                         stage[...] = chunk.astype(dtype)
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(stage, o_gm.at[pl.ds(row0 - first, 64), head, pl.ds(c * 64, 64)])
+                        plgpu.copy_smem_to_gmem(
+                            stage, o_gm.at[pl.ds(row0 - first, 64), head, pl.ds(c * 64, 64)]
+                        )
 
                     @pl.when(part >= 0)
                     def _(chunk=chunk, c=c):
@@ -249,8 +306,17 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
 
                 scores = pl.run_scoped(first_scores, plgpu.ACC((64, block_k), jnp.float32))
                 plgpu.barrier_arrive(s["k_empty"].at[0])
-                start = (jnp.int32(0), jnp.int32(0), weights(scores, item, jnp.int32(0), nearest), nearest)
-                lax.while_loop(lambda carry: Item(s["rec"], carry[0]).tile >= 0, lambda carry: one_item(*carry), start)
+                start = (
+                    jnp.int32(0),
+                    jnp.int32(0),
+                    weights(scores, item, jnp.int32(0), nearest),
+                    nearest,
+                )
+                lax.while_loop(
+                    lambda carry: Item(s["rec"], carry[0]).tile >= 0,
+                    lambda carry: one_item(*carry),
+                    start,
+                )
                 plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
@@ -268,11 +334,30 @@ def forward(q: Array, k: Array, v: Array, plan: AttentionPlan, scale: Array, alp
                 row = item.block(i) * block_k
                 now = lax.rem(step + i, stages)
                 plgpu.barrier_wait(s["k_empty"].at[now])
-                plgpu.copy_gmem_to_smem(k_gm.at[pl.ds(row, block_k), item.head], s["k"].at[now], s["k_full"].at[now])
+                plgpu.copy_gmem_to_smem(
+                    k_gm.at[pl.ds(row, block_k), item.head], s["k"].at[now], s["k_full"].at[now]
+                )
                 plgpu.barrier_wait(s["v_empty"].at[now])
-                load_rows(v_gm, tails_gm, row, block_k, item.head, tail_first, s["v"].at[now], s["v_full"].at[now])
+                load_rows(
+                    v_gm,
+                    tails_gm,
+                    row,
+                    block_k,
+                    item.head,
+                    tail_first,
+                    s["v"].at[now],
+                    s["v_full"].at[now],
+                )
 
-            feed_items(records_gm, tails_gm, s, keys_and_values, queries, ahead=AHEAD, workers=config.workers)
+            feed_items(
+                records_gm,
+                tails_gm,
+                s,
+                keys_and_values,
+                queries,
+                ahead=AHEAD,
+                workers=config.workers,
+            )
 
     slots = schedule.part_slots(plan, TILE, heads, config.workers)
     out, parts = launch(

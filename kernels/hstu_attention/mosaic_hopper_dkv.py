@@ -30,7 +30,15 @@ KEY_SLOTS = 2  # tiles of keys and values in shared memory: the next ones load e
 
 
 def key_gradients(
-    q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    tails: Any,
+    plan: AttentionPlan,
+    scale: Array,
+    alpha: float,
+    config: BackwardConfig,
 ) -> Any:
     """(dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number. `tails`: of q, k, do."""
     _, heads, width = q.shape
@@ -64,26 +72,43 @@ def key_gradients(
                         now = lax.rem(step + i, stages)
                         plgpu.barrier_wait(s["row_full"].at[now])
                         # Computed anew in every step: kept from step to step it would take registers there are not.
-                        keys = pl.ds(pl.multiple_of(mine.start + lax.optimization_barrier(jnp.int32(0)), 64), 64)
+                        keys = pl.ds(
+                            pl.multiple_of(mine.start + lax.optimization_barrier(jnp.int32(0)), 64),
+                            64,
+                        )
                         my_k, my_v = s["k"].at[key_slot, keys], s["v"].at[key_slot, keys]
 
                         def scores(s_acc):
                             plgpu.wgmma(s_acc, my_k, s["q"].at[now].T)
-                            plgpu.wgmma_wait(1)  # dV and dK of the last block: their operands leave the registers that dP needs
+                            plgpu.wgmma_wait(
+                                1
+                            )  # dV and dK of the last block: their operands leave the registers that dP needs
 
                             @pl.when(i > 0)
                             def _():
-                                plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + i + stages - 1, stages)])
+                                plgpu.barrier_arrive(
+                                    s["row_empty"].at[lax.rem(step + i + stages - 1, stages)]
+                                )
 
                             def slopes(dp_acc):
                                 plgpu.wgmma(dp_acc, my_v, s["do"].at[now].T)
                                 score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
-                                return lax.optimization_barrier((score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)))
+                                return lax.optimization_barrier(
+                                    (score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
+                                )
 
                             return pl.run_scoped(slopes, plgpu.ACC((64, block_q), jnp.float32))
 
                         pair = pl.run_scoped(scores, plgpu.ACC((64, block_q), jnp.float32))
-                        score, dp = item.masked(i, block_q, bounds_gm, first_key(item), pair, nearest, intervals=intervals)
+                        score, dp = item.masked(
+                            i,
+                            block_q,
+                            bounds_gm,
+                            first_key(item),
+                            pair,
+                            nearest,
+                            intervals=intervals,
+                        )
                         half = score * (0.5 * alpha)
                         t = jnp.tanh(half)
                         w = t + 1.0
@@ -95,13 +120,23 @@ def key_gradients(
                     plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + item.count - 1, stages)])
                     return dk[...], dv[...]
 
-                dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32), plgpu.ACC((64, width_v), jnp.float32))
+                dk, dv = pl.run_scoped(
+                    accumulate,
+                    plgpu.ACC((64, width), jnp.float32),
+                    plgpu.ACC((64, width_v), jnp.float32),
+                )
                 keys, head, part = pl.ds(first_key(item), 64), item.head, item.slot
                 nearest_next = ahead()
                 plgpu.barrier_arrive(s["rec_empty"].at[slot])
                 outputs = (
                     (dv, factor_gm[0], s["v"].at[key_slot, mine], dv_gm, dv_part_gm),
-                    (dk, factor_gm[0] * (0.5 * alpha), s["k"].at[key_slot, mine], dk_gm, dk_part_gm),
+                    (
+                        dk,
+                        factor_gm[0] * (0.5 * alpha),
+                        s["k"].at[key_slot, mine],
+                        dk_gm,
+                        dk_part_gm,
+                    ),
                 )
                 for grad, times, stage, gm, part_gm in outputs:
 
@@ -119,13 +154,20 @@ def key_gradients(
                 plgpu.barrier_arrive(s["kv_empty"].at[key_slot])
                 return nearest_next
 
-            draw_items(s["rec"], s["rec_full"], one_item, lambda item, slot, step: item.bounds(bounds_gm, first_key(item)))
+            draw_items(
+                s["rec"],
+                s["rec_full"],
+                one_item,
+                lambda item, slot, step: item.bounds(bounds_gm, first_key(item)),
+            )
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
-            rows_and_gradients = load_rows_and_gradients(q_gm, do_gm, tails_gm, tail_first_gm[0], config, plan.first_row, s)
+            rows_and_gradients = load_rows_and_gradients(
+                q_gm, do_gm, tails_gm, tail_first_gm[0], config, plan.first_row, s
+            )
 
             def keys_and_values(item, slot):
                 key_slot, keys = lax.rem(slot, KEY_SLOTS), pl.ds(item.tile * tile, tile)
@@ -134,7 +176,15 @@ def key_gradients(
                 plgpu.copy_gmem_to_smem(k_gm.at[keys, item.head], s["k"].at[key_slot], full)
                 plgpu.copy_gmem_to_smem(v_gm.at[keys, item.head], s["v"].at[key_slot], full)
 
-            feed_items(records_gm, tails_gm, s, rows_and_gradients, keys_and_values, ahead=AHEAD, workers=config.workers)
+            feed_items(
+                records_gm,
+                tails_gm,
+                s,
+                rows_and_gradients,
+                keys_and_values,
+                ahead=AHEAD,
+                workers=config.workers,
+            )
 
     slots = schedule.part_slots(plan, tile, heads, config.workers)
     dk, dv, dk_parts, dv_parts = launch(

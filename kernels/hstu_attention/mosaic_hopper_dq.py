@@ -12,7 +12,16 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import draw_items, feed_items, launch, load_rows, open_rings, record_scratch, ring, swizzled
+from kernels.hstu_attention.mosaic_device import (
+    draw_items,
+    feed_items,
+    launch,
+    load_rows,
+    open_rings,
+    record_scratch,
+    ring,
+    swizzled,
+)
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.mosaic_schedule import WorkList
 from kernels.hstu_attention.plan import AttentionPlan
@@ -27,7 +36,16 @@ def work_list(heads: int) -> WorkList:
     return WorkList.forward(heads, BLOCK, schedule.WORKERS)
 
 
-def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float) -> Any:
+def query_gradients(
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    tails: Any,
+    plan: AttentionPlan,
+    scale: Array,
+    alpha: float,
+) -> Any:
     """dQ of padded buffers (T a multiple of 128); `scale` is one number. `tails`: of q, k, do; the first pass has used their first counter."""
     _, heads, width = q.shape
     workers = work_list(heads).workers
@@ -39,7 +57,20 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: A
     row_slots, k_stages, v_stages = (1, 2, 1) if wide else (2, 3, 2)
     work = schedule.schedule_of(plan, work_list(heads))
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, bounds_gm, factor_gm, records_gm, tail_first_gm, tails_gm, dq_gm, part_gm, s):
+    def kernel(
+        q_gm,
+        k_gm,
+        v_gm,
+        do_gm,
+        bounds_gm,
+        factor_gm,
+        records_gm,
+        tail_first_gm,
+        tails_gm,
+        dq_gm,
+        part_gm,
+        s,
+    ):
         wg = lax.axis_index("wg")
 
         @pl.when(wg < 2)
@@ -56,7 +87,11 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: A
 
                 more: False behind the last item, where what is computed goes nowhere.
                 """
-                row_slot, now_k, now_v = lax.rem(slot, row_slots), lax.rem(step + i, k_stages), lax.rem(step + i, v_stages)
+                row_slot, now_k, now_v = (
+                    lax.rem(slot, row_slots),
+                    lax.rem(step + i, k_stages),
+                    lax.rem(step + i, v_stages),
+                )
 
                 @pl.when(more)
                 def _():
@@ -73,7 +108,9 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: A
                     if beside is not None:
                         beside()
                     score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if beside is None else 1)
-                    return lax.optimization_barrier((score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)))
+                    return lax.optimization_barrier(
+                        (score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
+                    )
 
                 block = plgpu.ACC((64, BLOCK), jnp.float32)
                 score, dp = pl.run_scoped(scores, block, block)
@@ -90,7 +127,9 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: A
                 if wide:  # no registers for that
                     return None
                 nearest, more = item.bounds(bounds_gm, first_row(item)), item.tile >= 0
-                pl.when(more)(lambda: plgpu.barrier_wait(s["row_full"].at[lax.rem(slot, row_slots)]))
+                pl.when(more)(
+                    lambda: plgpu.barrier_wait(s["row_full"].at[lax.rem(slot, row_slots)])
+                )
                 return nearest, slopes(item, slot, step, jnp.int32(0), nearest, beside, more)
 
             def one_item(item, slot, step, begun, ahead):
@@ -118,7 +157,9 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: A
                     nearest, ds = begun
 
                     def one_block(i, ds):
-                        ds_next = slopes(item, slot, step, i, nearest, beside=lambda: add(ds, i - 1))
+                        ds_next = slopes(
+                            item, slot, step, i, nearest, beside=lambda: add(ds, i - 1)
+                        )
                         plgpu.wgmma_wait(0)
                         release(i - 1)
                         return ds_next
@@ -174,11 +215,32 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: A
                 now_k, now_v = lax.rem(step + i, k_stages), lax.rem(step + i, v_stages)
                 row = item.block(i) * BLOCK
                 plgpu.barrier_wait(s["k_empty"].at[now_k])
-                load_rows(k_gm, tails_gm, row, BLOCK, item.head, tail_first, s["k"].at[now_k], s["k_full"].at[now_k], width)
+                load_rows(
+                    k_gm,
+                    tails_gm,
+                    row,
+                    BLOCK,
+                    item.head,
+                    tail_first,
+                    s["k"].at[now_k],
+                    s["k_full"].at[now_k],
+                    width,
+                )
                 plgpu.barrier_wait(s["v_empty"].at[now_v])
-                plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, BLOCK), item.head], s["v"].at[now_v], s["v_full"].at[now_v])
+                plgpu.copy_gmem_to_smem(
+                    v_gm.at[pl.ds(row, BLOCK), item.head], s["v"].at[now_v], s["v_full"].at[now_v]
+                )
 
-            feed_items(records_gm, tails_gm, s, keys_and_values, queries, ahead=AHEAD, workers=workers, which=1)
+            feed_items(
+                records_gm,
+                tails_gm,
+                s,
+                keys_and_values,
+                queries,
+                ahead=AHEAD,
+                workers=workers,
+                which=1,
+            )
 
     slots = schedule.part_slots(plan, TILE, heads, workers)
     dq, parts = launch(
@@ -196,7 +258,10 @@ def query_gradients(q: Array, k: Array, v: Array, do: Array, tails: Any, plan: A
             **ring("k", k_stages),
             **ring("v", v_stages),
         ),
-        out_type=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((slots, TILE, width), jnp.float32)],
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, dtype),
+            jax.ShapeDtypeStruct((slots, TILE, width), jnp.float32),
+        ],
         workers=workers,
     )
     (dq,) = write_sums(work.parts, [(parts, dq)], heads, first)

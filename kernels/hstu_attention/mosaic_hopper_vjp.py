@@ -34,7 +34,9 @@ from kernels.hstu_attention.plan import AttentionPlan
 from kernels.zeros import zeros_after
 
 
-def backward_config(k_width: int, v_width: int, plan: AttentionPlan, passes: int | None = None) -> BackwardConfig:
+def backward_config(
+    k_width: int, v_width: int, plan: AttentionPlan, passes: int | None = None
+) -> BackwardConfig:
     """For widths as `padded_widths` leaves them.
 
     passes: 1 or 2; None takes those of the table of measurements where it has this call, else two where short sequences or a window leave a tile
@@ -42,7 +44,9 @@ def backward_config(k_width: int, v_width: int, plan: AttentionPlan, passes: int
     """
     found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
     values: Any = {} if found is None else found["backward"]
-    passes = passes or values.get("passes", 2 if plan.mask.window is not None or tuning.is_short(plan) else 1)
+    passes = passes or values.get(
+        "passes", 2 if plan.mask.window is not None or tuning.is_short(plan) else 1
+    )
     widest = max(k_width, v_width)
     if widest > 128:
         config = BackwardConfig(tile=64, block_q=64, stages=2)
@@ -86,9 +90,13 @@ def gradients(
     is_wide = max(k_wide, v_wide) > 128
     tails = schedule.clean_tails(plan, q, k, do)
     if config.passes == 1:
-        dq, dk, dv = (wide.one_pass if is_wide else one_pass)(q, k, v, do, tails, plan, scale, alpha, config)
+        dq, dk, dv = (wide.one_pass if is_wide else one_pass)(
+            q, k, v, do, tails, plan, scale, alpha, config
+        )
     else:
-        dk, dv = (wide.key_gradients if is_wide else key_gradients)(q, k, v, do, tails, plan, scale, alpha, config)
+        dk, dv = (wide.key_gradients if is_wide else key_gradients)(
+            q, k, v, do, tails, plan, scale, alpha, config
+        )
         dq = query_gradients(q, k, v, do, tails, plan, scale, alpha)
     return dq[..., :k_width], dk[..., :k_width], dv[..., :v_width]
 
@@ -101,7 +109,15 @@ def _scaled_rows(do: Array, scale_T: Array) -> tuple[Array, Array]:
 
 
 def one_pass(
-    q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    tails: Any,
+    plan: AttentionPlan,
+    scale: Array,
+    alpha: float,
+    config: BackwardConfig,
 ) -> Any:
     """(dQ, dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number. `tails`: of q, k, do.
 
@@ -123,14 +139,22 @@ def one_pass(
 
         @pl.when(wg < 2)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")  # 2 x 240 + 24 = 504: what a launch of three warpgroups has
+            plgpu.set_max_registers(
+                240, action="increase"
+            )  # 2 x 240 + 24 = 504: what a launch of three warpgroups has
             open_rings(s, kv=1, row=stages, ds=2, rec=RECORDS)
             mine = pl.ds(wg * 64, 64)  # keys of the tile
             key_of = lambda item: item.tile * tile + wg * 64  # noqa: E731
             if width > 64:
-                my_rows, my_columns = pl.ds(0, block_q), pl.ds(pl.multiple_of(wg * (width // 2), 64), width // 2)
+                my_rows, my_columns = (
+                    pl.ds(0, block_q),
+                    pl.ds(pl.multiple_of(wg * (width // 2), 64), width // 2),
+                )
             else:
-                my_rows, my_columns = pl.ds(pl.multiple_of(wg * (block_q // 2), 64), block_q // 2), pl.ds(0, width)
+                my_rows, my_columns = (
+                    pl.ds(pl.multiple_of(wg * (block_q // 2), 64), block_q // 2),
+                    pl.ds(0, width),
+                )
 
             def one_item(item, slot, step, begun, ahead):
                 nearest = item.bounds(bounds_gm, key_of(item))
@@ -142,7 +166,9 @@ def one_pass(
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     s["dq"].at[wg][...] = dq
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(s["dq"].at[wg], dq_gm.at[rows, item.head, my_columns], reduction_op="add")
+                    plgpu.copy_smem_to_gmem(
+                        s["dq"].at[wg], dq_gm.at[rows, item.head, my_columns], reduction_op="add"
+                    )
 
                 def accumulate(dk, dv):
                     def one(i, _):
@@ -158,10 +184,14 @@ def one_pass(
 
                         def loaded(s_acc, dp_acc, pending):
                             st = plgpu.wgmma_accumulator_load(s_acc, wait_n=pending)
-                            return lax.optimization_barrier((st, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)))
+                            return lax.optimization_barrier(
+                                (st, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
+                            )
 
                         def weigh(c, pair):
-                            score, dp = item.masked(i, block_q, bounds_gm, key_of(item), pair, nearest, c, intervals)
+                            score, dp = item.masked(
+                                i, block_q, bounds_gm, key_of(item), pair, nearest, c, intervals
+                            )
                             half = score * (0.5 * alpha)
                             t = jnp.tanh(half)
                             w = t + 1.0
@@ -179,34 +209,52 @@ def one_pass(
                         def key_products(c, p16):
                             plgpu.wgmma(dv, p16, s["do"].at[now, pl.ds(c, 64)])
                             # From memory, where it lies for dQ anyhow: as an operand in registers it takes 16 that there are not.
-                            plgpu.wgmma(dk, my_slopes.at[:, pl.ds(c, 64)], s["q"].at[now, pl.ds(c, 64)])
+                            plgpu.wgmma(
+                                dk, my_slopes.at[:, pl.ds(c, 64)], s["q"].at[now, pl.ds(c, 64)]
+                            )
 
                         def first_scores(s_acc):
                             plgpu.wgmma(s_acc, my_k, s["q"].at[now, pl.ds(0, 64)].T)
-                            plgpu.wgmma_wait(1)  # dV and dK of the last block: their operands leave the registers that dP needs
+                            plgpu.wgmma_wait(
+                                1
+                            )  # dV and dK of the last block: their operands leave the registers that dP needs
 
                             @pl.when(i > 0)
                             def _():
-                                plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + i + stages - 1, stages)])
+                                plgpu.barrier_arrive(
+                                    s["row_empty"].at[lax.rem(step + i + stages - 1, stages)]
+                                )
 
                             def products(*accs):
                                 accs = [s_acc, *accs]
                                 for c in columns:
                                     if c:
-                                        plgpu.wgmma(accs[c // 32], my_k, s["q"].at[now, pl.ds(c, 64)].T)
-                                    plgpu.wgmma(accs[c // 32 + 1], my_v, s["do"].at[now, pl.ds(c, 64)].T)
+                                        plgpu.wgmma(
+                                            accs[c // 32], my_k, s["q"].at[now, pl.ds(c, 64)].T
+                                        )
+                                    plgpu.wgmma(
+                                        accs[c // 32 + 1], my_v, s["do"].at[now, pl.ds(c, 64)].T
+                                    )
                                 for c in columns:  # the elementwise work of a half beside the products of the other
                                     if c:
                                         store_slopes(c - 64, ds16)
                                         key_products(c - 64, p16)
-                                    pair = loaded(*accs[c // 32 : c // 32 + 2], pending=2 * (len(columns) - 1))
+                                    pair = loaded(
+                                        *accs[c // 32 : c // 32 + 2], pending=2 * (len(columns) - 1)
+                                    )
                                     if c == columns[-1]:
                                         return pair
                                     p16, ds16 = weigh(c, pair)
 
-                            return pl.run_scoped(products, *[plgpu.ACC((64, 64), jnp.float32)] * (2 * len(columns) - 1))
+                            return pl.run_scoped(
+                                products,
+                                *[plgpu.ACC((64, 64), jnp.float32)] * (2 * len(columns) - 1),
+                            )
 
-                        weights, slopes = weigh(columns[-1], pl.run_scoped(first_scores, plgpu.ACC((64, 64), jnp.float32)))
+                        weights, slopes = weigh(
+                            columns[-1],
+                            pl.run_scoped(first_scores, plgpu.ACC((64, 64), jnp.float32)),
+                        )
                         store_slopes(columns[-1], slopes)
                         plgpu.barrier_arrive(s["ds_full"].at[ds_now])
                         # dQ of the block before, of which the other warpgroup has its half by now. (There is
@@ -216,9 +264,15 @@ def one_pass(
 
                         def products_before(dq_acc):
                             all_keys = pl.ds(pl.multiple_of(here, 128), 128)
-                            plgpu.wgmma(dq_acc, s["ds"].at[ds_before, :, my_rows].T, s["k"].at[all_keys, my_columns])
+                            plgpu.wgmma(
+                                dq_acc,
+                                s["ds"].at[ds_before, :, my_rows].T,
+                                s["k"].at[all_keys, my_columns],
+                            )
                             key_products(columns[-1], weights)
-                            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=2))
+                            return lax.optimization_barrier(
+                                plgpu.wgmma_accumulator_load(dq_acc, wait_n=2)
+                            )
 
                         dq = pl.run_scoped(products_before, plgpu.ACC(dq_shape, jnp.float32))
 
@@ -233,7 +287,9 @@ def one_pass(
                     plgpu.barrier_wait(s["ds_full"].at[ds_last])
 
                     def product(dq_acc):
-                        plgpu.wgmma(dq_acc, s["ds"].at[ds_last, :, my_rows].T, s["k"].at[:, my_columns])
+                        plgpu.wgmma(
+                            dq_acc, s["ds"].at[ds_last, :, my_rows].T, s["k"].at[:, my_columns]
+                        )
                         return dq_acc[...]
 
                     dq = pl.run_scoped(product, plgpu.ACC(dq_shape, jnp.float32))
@@ -242,7 +298,11 @@ def one_pass(
                     plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + count - 1, stages)])
                     return dk[...], dv[...]
 
-                dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32), plgpu.ACC((64, width_v), jnp.float32))
+                dk, dv = pl.run_scoped(
+                    accumulate,
+                    plgpu.ACC((64, width), jnp.float32),
+                    plgpu.ACC((64, width_v), jnp.float32),
+                )
                 plgpu.barrier_arrive(s["kv_empty"])
                 key0, head, part = key_of(item), item.head, item.slot
                 ds_slot = lax.rem(step + item.count, 2)
@@ -253,7 +313,10 @@ def one_pass(
                 if not out_slots:
                     plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
                 factor = factor_gm[0]
-                for grad, times, gm, part_gm in ((dv, factor, dv_gm, dv_part_gm), (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm)):
+                for grad, times, gm, part_gm in (
+                    (dv, factor, dv_gm, dv_part_gm),
+                    (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm),
+                ):
                     for c in range(0, grad.shape[1], 64):
                         chunk, columns = grad[:, c : c + 64] * times, pl.ds(c, 64)
                         outs = [*outs[1:], outs[0]]

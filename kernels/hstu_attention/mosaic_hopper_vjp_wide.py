@@ -16,7 +16,14 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_device import draw_items, launch, open_rings, record_scratch, ring, swizzled
+from kernels.hstu_attention.mosaic_device import (
+    draw_items,
+    launch,
+    open_rings,
+    record_scratch,
+    ring,
+    swizzled,
+)
 from kernels.hstu_attention.mosaic_feed import RECORDS, feed
 from kernels.hstu_attention.mosaic_parts import write_sums
 from kernels.hstu_attention.mosaic_schedule import BackwardConfig, WorkList
@@ -28,14 +35,30 @@ SENT = 32  # of them added to memory at a time
 
 
 def one_pass(
-    q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    tails: Any,
+    plan: AttentionPlan,
+    scale: Array,
+    alpha: float,
+    config: BackwardConfig,
 ) -> Any:
     """(dQ, dK, dV) of padded buffers (T a multiple of 128), widths 128 and 256; `scale` is one number."""
     return _gradients(q, k, v, do, tails, plan, scale, alpha, config, with_dq=True)
 
 
 def key_gradients(
-    q: Array, k: Array, v: Array, do: Array, tails: Any, plan: AttentionPlan, scale: Array, alpha: float, config: BackwardConfig
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    tails: Any,
+    plan: AttentionPlan,
+    scale: Array,
+    alpha: float,
+    config: BackwardConfig,
 ) -> Any:
     """(dK, dV) alone, the first pass of the two-pass backward."""
     return _gradients(q, k, v, do, tails, plan, scale, alpha, config, with_dq=False)[1:]
@@ -98,7 +121,9 @@ def _gradients(
                         plgpu.barrier_wait(s["row_full"].at[now])
 
                         # Computed anew in every step: kept from step to step it would take registers there are not.
-                        keys = pl.ds(pl.multiple_of(lax.optimization_barrier(jnp.int32(0)), tile), tile)
+                        keys = pl.ds(
+                            pl.multiple_of(lax.optimization_barrier(jnp.int32(0)), tile), tile
+                        )
 
                         def scores(s_acc, dp_acc):
                             plgpu.wgmma(s_acc, s["k"].at[keys], s["q"].at[now].T)
@@ -107,14 +132,24 @@ def _gradients(
 
                             @pl.when(i > 0)
                             def _():
-                                plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + i + stages - 1, stages)])
+                                plgpu.barrier_arrive(
+                                    s["row_empty"].at[lax.rem(step + i + stages - 1, stages)]
+                                )
 
                             score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
-                            return lax.optimization_barrier((score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)))
+                            return lax.optimization_barrier(
+                                (score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
+                            )
 
                         block = plgpu.ACC((tile, block_q), jnp.float32)
                         score, dp = item.masked(
-                            i, block_q, bounds_gm, key0, pl.run_scoped(scores, block, block), nearest, intervals=intervals
+                            i,
+                            block_q,
+                            bounds_gm,
+                            key0,
+                            pl.run_scoped(scores, block, block),
+                            nearest,
+                            intervals=intervals,
                         )
                         half = score * (0.5 * alpha)
                         t = jnp.tanh(half)
@@ -158,7 +193,9 @@ def _gradients(
                             plgpu.wgmma(dq_acc, s["ds"].T, s["k"].at[:, pl.ds(first, COLUMNS)])
                             if first == 0:
                                 plgpu.wgmma(dv, s["p"], s["do"].at[now])
-                            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(dq_acc, wait_n=0 if last else 1))
+                            return lax.optimization_barrier(
+                                plgpu.wgmma_accumulator_load(dq_acc, wait_n=0 if last else 1)
+                            )
 
                         def release():
                             plgpu.wgmma_wait(0)
@@ -172,7 +209,10 @@ def _gradients(
                         place = pl.ds(item.block(i) * block_q - first_row, block_q)
                         for first in range(0, width, COLUMNS):
                             last = first > 0
-                            dq = pl.run_scoped(functools.partial(dq_of, first, last=last), plgpu.ACC((block_q, COLUMNS), jnp.float32))
+                            dq = pl.run_scoped(
+                                functools.partial(dq_of, first, last=last),
+                                plgpu.ACC((block_q, COLUMNS), jnp.float32),
+                            )
                             if last:
                                 release()
                             for c in range(0, COLUMNS, SENT):
@@ -181,7 +221,9 @@ def _gradients(
                                 stage[...] = dq[:, c : c + SENT]
                                 plgpu.commit_smem()
                                 columns = pl.ds(first + c, SENT)
-                                plgpu.copy_smem_to_gmem(stage, dq_gm.at[place, item.head, columns], reduction_op="add")
+                                plgpu.copy_smem_to_gmem(
+                                    stage, dq_gm.at[place, item.head, columns], reduction_op="add"
+                                )
                         if width == COLUMNS:
                             release()
 
@@ -198,7 +240,18 @@ def _gradients(
         @pl.when(wg == 2)
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
-            feed(q_gm, k_gm, v_gm, do_gm, tails_gm, records_gm, tail_first_gm[0], config, first_row, s)
+            feed(
+                q_gm,
+                k_gm,
+                v_gm,
+                do_gm,
+                tails_gm,
+                records_gm,
+                tail_first_gm[0],
+                config,
+                first_row,
+                s,
+            )
 
     dq = jax.new_ref(zeros_after(do, q.shape if with_dq else (1, 1, 1)))
     slots = schedule.part_slots(plan, tile, heads, config.workers)

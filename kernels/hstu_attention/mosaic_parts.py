@@ -13,7 +13,12 @@ from jaxtyping import Array, Int
 ROWS, COLUMNS = 64, 64  # of a thread block, one warpgroup
 
 
-def write_sums(parts: Int[Array, "splits 4"], pairs: Sequence[tuple[Array, Array]], heads: int, first_row: int = 0) -> list[Array]:
+def write_sums(
+    parts: Int[Array, "splits 4"],
+    pairs: Sequence[tuple[Array, Array]],
+    heads: int,
+    first_row: int = 0,
+) -> list[Array]:
     """Results [T, H, V] with the rows of split tiles filled in, for `pairs` of float32[slots, tile, V] and result, which begins with row `first_row`.
 
     `parts` and the meaning of slots: `mosaic_schedule.Schedule`. One kernel for all pairs, which writes in place; none where no tile
@@ -32,18 +37,24 @@ def write_sums(parts: Int[Array, "splits 4"], pairs: Sequence[tuple[Array, Array
         def _():
             first = parts_gm[part, 2]
             chunk, before = lax.axis_index("chunk"), 0
-            for slots_gm, result_gm, width in zip(refs[: len(pairs)], refs[len(pairs) :], widths, strict=True):
+            for slots_gm, result_gm, width in zip(
+                refs[: len(pairs)], refs[len(pairs) :], widths, strict=True
+            ):
                 mine = (chunk >= before) & (chunk < before + width // COLUMNS)
 
                 @pl.when(mine)
                 def _(slots_gm=slots_gm, result_gm=result_gm, column=(chunk - before) * COLUMNS):
                     def load(i):
-                        place = slots_gm.at[first + i * heads, pl.ds(row, ROWS), pl.ds(column, COLUMNS)]
+                        place = slots_gm.at[
+                            first + i * heads, pl.ds(row, ROWS), pl.ds(column, COLUMNS)
+                        ]
                         return plgpu.load(place, layout=plgpu.Layout.WGMMA, optimized=False)
 
                     total = lax.fori_loop(1, count, lambda i, total: total + load(i), load(0))
                     rows = pl.ds(parts_gm[part, 0] * tile + row - first_row, ROWS)
-                    result_gm.at[rows, parts_gm[part, 1], pl.ds(column, COLUMNS)][...] = total.astype(result_gm.dtype)
+                    result_gm.at[rows, parts_gm[part, 1], pl.ds(column, COLUMNS)][...] = (
+                        total.astype(result_gm.dtype)
+                    )
 
                 before += width // COLUMNS
 

@@ -22,7 +22,9 @@ from kernels.hstu_attention.plan import AttentionPlan
 from kernels.zeros import zeros_after
 
 COUNTERS = 8  # rows of zeros in front of the last tile's copy: whole tiles of shared memory
-TAIL = 128  # rows of the last, partly filled tile that are passed separately, with padding rows zeroed
+TAIL = (
+    128  # rows of the last, partly filled tile that are passed separately, with padding rows zeroed
+)
 WORKERS = 132  # thread blocks that run at a time: one on each SM of an H100 or H200
 RECORD = 32  # int32 in a record: 128 bytes, the alignment that a tensor copy wants of each slot in shared memory
 (
@@ -122,17 +124,24 @@ def schedule_of(plan: AttentionPlan, wanted: WorkList) -> Schedule:
 def with_schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> AttentionPlan:
     """The plan with these lists of work. They are made together, in fewer kernels than one after another."""
     made = zip(wanted, _schedules(plan, wanted), strict=True)
-    return dataclasses.replace(plan, stored={**plan.stored, **{str(name): schedule for name, schedule in made}})
+    return dataclasses.replace(
+        plan, stored={**plan.stored, **{str(name): schedule for name, schedule in made}}
+    )
 
 
 def _schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> list[Schedule]:
-    met = [(_forward_tiles if each.name == "forward" else _backward_tiles)(plan, each) for each in wanted]
+    met = [
+        (_forward_tiles if each.name == "forward" else _backward_tiles)(plan, each)
+        for each in wanted
+    ]
     heads, workers = wanted[0].heads, wanted[0].workers
     rows, keys = (plan.first_row, rounded_up(plan.num_rows)), (0, rounded_up(plan.num_keys))
     ends = [(rows if each.name == "forward" else keys, each.tile) for each in wanted]
     ranges = [(first // tile, end // tile) for (first, end), tile in ends]
     items = make_items([tiles for tiles, _ in met], ranges, heads, workers, may_split(plan))
-    return [Schedule(*item, bounds, _tail(plan)) for item, (_, bounds) in zip(items, met, strict=True)]
+    return [
+        Schedule(*item, bounds, _tail(plan)) for item, (_, bounds) in zip(items, met, strict=True)
+    ]
 
 
 class _Tiles(NamedTuple):
@@ -143,7 +152,9 @@ class _Tiles(NamedTuple):
     classes: Int[Array, "tiles 10"]
 
 
-def _tiles_of(lo: Array, hi: Array, ranges: Any, tile: int, block: int, blocks: range) -> tuple[_Tiles, Array]:
+def _tiles_of(
+    lo: Array, hi: Array, ranges: Any, tile: int, block: int, blocks: range
+) -> tuple[_Tiles, Array]:
     """(tiles, bounds), from three intervals `(lo [T], hi [T])` for each row of the tiles. `blocks`: those that there are."""
     tiles = ranges[0][0].shape[0] // tile
     lo, hi = (jnp.pad(x, ((0, tiles - x.shape[0]), (0, 0))) for x in (lo, hi))
@@ -155,13 +166,17 @@ def _tiles_of(lo: Array, hi: Array, ranges: Any, tile: int, block: int, blocks: 
     hi = jnp.where(first & nothing[:, None], own[:, None] + 1, hi)
     full = [x for begin, end in ranges for x in masks.common_blocks(begin, end, tile, block)]
     other = [x for begin, end in ranges[1:] for x in masks.hull_blocks(begin, end, tile, block)]
-    return _Tiles(lo, hi, jnp.stack([*full, *other], axis=1)), jnp.stack([x for pair in ranges for x in pair])
+    return _Tiles(lo, hi, jnp.stack([*full, *other], axis=1)), jnp.stack(
+        [x for pair in ranges for x in pair]
+    )
 
 
 def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array]:
     rows = rounded_up(plan.num_rows)
     lo0, hi0, lo1, hi1 = (jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.keys)
-    row = jnp.arange(rows, dtype=jnp.int32) if plan.own_keys else jnp.full(rows, -2, jnp.int32)  # no interval ends or begins there
+    row = (
+        jnp.arange(rows, dtype=jnp.int32) if plan.own_keys else jnp.full(rows, -2, jnp.int32)
+    )  # no interval ends or begins there
     real = (row >= 0) & (row < plan.num_real)
     some0, some1 = hi0 > lo0, hi1 > lo1
     joins0, left, right = some0 & (hi0 == row), some1 & (hi1 == row), some1 & (lo1 == row + 1)
@@ -185,7 +200,9 @@ def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array
 
 def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array]:
     rows = rounded_up(plan.num_rows)
-    ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.rows)
+    ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (
+        jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.rows
+    )
     key_T = jnp.arange(rows, dtype=jnp.int32)
     real = key_T < plan.num_real
     apart = (near_hi > near_lo) & (near_lo != key_T + 1)
@@ -213,11 +230,15 @@ def clean_tails(plan: AttentionPlan, *arrays: Array) -> Any:
     """
     if plan.first_row:
         width = sum(x.shape[2] for x in arrays)
-        return jax.new_ref(zeros_after(arrays[0], (COUNTERS + TAIL, arrays[0].shape[1], width), arrays[0].dtype))
+        return jax.new_ref(
+            zeros_after(arrays[0], (COUNTERS + TAIL, arrays[0].shape[1], width), arrays[0].dtype)
+        )
     first = jnp.minimum(_tail(plan)[0], arrays[0].shape[0] - TAIL)
     rows = jnp.concatenate([lax.dynamic_slice_in_dim(x, first, TAIL) for x in arrays], axis=2)
     real = (first + jnp.arange(TAIL) < plan.num_real)[:, None, None]
-    return jax.new_ref(jnp.pad(jnp.where(real, rows, jnp.zeros((), rows.dtype)), ((COUNTERS, 0), (0, 0), (0, 0))))
+    return jax.new_ref(
+        jnp.pad(jnp.where(real, rows, jnp.zeros((), rows.dtype)), ((COUNTERS, 0), (0, 0), (0, 0)))
+    )
 
 
 def row_scales(scale: Array, plan: AttentionPlan, rows: int) -> Array:
@@ -247,26 +268,37 @@ def capacity(tiles: int, heads: int, workers: int, split: bool) -> tuple[int, in
 
 
 def make_items(
-    lists: Sequence[_Tiles], ranges: Sequence[tuple[int, int]], heads: int, workers: int, split: bool
+    lists: Sequence[_Tiles],
+    ranges: Sequence[tuple[int, int]],
+    heads: int,
+    workers: int,
+    split: bool,
 ) -> list[tuple[Array, Array]]:
     """(records, parts) of each list, for `workers` thread blocks; every tile in its range is done once a head, in pieces if it is heavy and `split`."""
     sizes = [tiles.lo.shape[0] for tiles in lists]
-    padded = [jax.tree.map(lambda x: jnp.pad(x, ((0, max(sizes) - x.shape[0]), (0, 0))), tiles) for tiles in lists]
+    padded = [
+        jax.tree.map(lambda x: jnp.pad(x, ((0, max(sizes) - x.shape[0]), (0, 0))), tiles)
+        for tiles in lists
+    ]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *padded)
-    records, parts = jax.vmap(functools.partial(_pack, heads=heads, workers=workers, may_split=split))(
-        stacked, jnp.asarray(ranges, jnp.int32)
-    )
+    records, parts = jax.vmap(
+        functools.partial(_pack, heads=heads, workers=workers, may_split=split)
+    )(stacked, jnp.asarray(ranges, jnp.int32))
     return [(records[i], parts[i]) for i in range(len(lists))]
 
 
-def _pack(x: _Tiles, some: Array, *, heads: int, workers: int, may_split: bool) -> tuple[Array, Array]:
+def _pack(
+    x: _Tiles, some: Array, *, heads: int, workers: int, may_split: bool
+) -> tuple[Array, Array]:
     tiles, (first_tile, end_tile) = x.lo.shape[0], some
     splits, slots = capacity(tiles, heads, workers, may_split)
     exists = (jnp.arange(tiles) >= first_tile) & (jnp.arange(tiles) < end_tile)
     size = x.hi - x.lo
     count = size.sum(1)
     overhead = 2  # what beginning and ending an item costs, in blocks
-    share = (jnp.where(exists, count + overhead, 0).sum() * heads) // workers  # blocks that each worker should do
+    share = (
+        jnp.where(exists, count + overhead, 0).sum() * heads
+    ) // workers  # blocks that each worker should do
     # A tile is split when it alone is most of a worker's share, into pieces small enough to be packed.
     piece = jnp.maximum(share // 3, 4 * overhead)
     pieces = jnp.where(4 * count > 3 * jnp.maximum(share, 4 * overhead), -(-count // piece), 1)
@@ -286,9 +318,15 @@ def _pack(x: _Tiles, some: Array, *, heads: int, workers: int, may_split: bool) 
     slot = jnp.where(split[tile], first_slot[tile] + part, -1)
     cut1 = size[:, 0]
     cut2 = cut1 + size[:, 1]
-    of_tile = jnp.stack([cut1, cut2, x.lo[:, 0], x.lo[:, 1] - cut1, x.lo[:, 2] - cut2], axis=1)[tile]
-    moved = of_tile + jnp.stack([-begin, -begin, begin, begin, begin], axis=1)  # CUT1, CUT2, SHIFT0, SHIFT1, SHIFT2
-    own = jnp.stack([jnp.where(used, tile, -1), jnp.zeros_like(tile), end - begin, slot], axis=1)  # TILE, HEAD, COUNT, SLOT
+    of_tile = jnp.stack([cut1, cut2, x.lo[:, 0], x.lo[:, 1] - cut1, x.lo[:, 2] - cut2], axis=1)[
+        tile
+    ]
+    moved = of_tile + jnp.stack(
+        [-begin, -begin, begin, begin, begin], axis=1
+    )  # CUT1, CUT2, SHIFT0, SHIFT1, SHIFT2
+    own = jnp.stack(
+        [jnp.where(used, tile, -1), jnp.zeros_like(tile), end - begin, slot], axis=1
+    )  # TILE, HEAD, COUNT, SLOT
     table = jnp.concatenate([own, moved, x.classes[tile]], axis=1)
     table = jnp.pad(table, ((0, 0), (0, RECORD - table.shape[1]))).astype(jnp.int32)
 
@@ -298,7 +336,9 @@ def _pack(x: _Tiles, some: Array, *, heads: int, workers: int, may_split: bool) 
     head, at = (number // num_items)[:, None], order[number % num_items]
     column = jnp.arange(RECORD)[None, :]
     records = table[at]
-    records = jnp.where((column == TILE) & (head >= heads), -1, jnp.where(column == HEAD, head, records))
+    records = jnp.where(
+        (column == TILE) & (head >= heads), -1, jnp.where(column == HEAD, head, records)
+    )
     records = jnp.where((column == SLOT) & (records >= 0), records * heads + head, records)
 
     number = jnp.arange(splits * heads, dtype=jnp.int32)
@@ -306,7 +346,9 @@ def _pack(x: _Tiles, some: Array, *, heads: int, workers: int, may_split: bool) 
     tile = _count_up_to(_sum_before(split.astype(jnp.int32)) + split, rank)  # the rank-th split one
     there = tile < tiles
     tile = jnp.where(there, tile, 0)
-    parts = jnp.stack([tile, head, first_slot[tile] * heads + head, jnp.where(there, pieces[tile], 0)], axis=1)
+    parts = jnp.stack(
+        [tile, head, first_slot[tile] * heads + head, jnp.where(there, pieces[tile], 0)], axis=1
+    )
     return records, parts.astype(jnp.int32)
 
 
@@ -324,5 +366,7 @@ def _sum_before(x: Array) -> Array:
 def _count_up_to(ascending: Array, values: Array) -> Array:
     """How many of `ascending` are at most each of `values`, which ascend too."""
     if ascending.shape[0] > SMALL:
-        return jnp.searchsorted(ascending, values, side="right", method="scan_unrolled").astype(jnp.int32)
+        return jnp.searchsorted(ascending, values, side="right", method="scan_unrolled").astype(
+            jnp.int32
+        )
     return (ascending[None, :] <= values[:, None]).sum(1, dtype=jnp.int32)

@@ -48,7 +48,9 @@ def partial_attention(
     num_rows, num_keys = q_QHK.shape[0], k_SHK.shape[0]
     if plan is None:
         if keys is None or rows is None:
-            raise ValueError(f"partial attention needs plan=, or both keys and rows, got {plan=}, {keys=}, {rows=}")
+            raise ValueError(
+                f"partial attention needs plan=, or both keys and rows, got {plan=}, {keys=}, {rows=}"
+            )
         plan = partial_plan(keys, rows, num_rows=num_rows, num_keys=num_keys, own=own is not None)
     elif plan.num_rows != plan.first_row + num_rows or plan.own_keys != (own is not None):
         raise ValueError(
@@ -85,7 +87,9 @@ def partial_plan(
         for x, y in zip(rows, own_rows, strict=True)
     ]
     return AttentionPlan(
-        keys=KeyIntervals(*(jnp.pad(x, (first, 0)) for x in _tidy(_past_gap(keys, num_keys, gap), 0))),
+        keys=KeyIntervals(
+            *(jnp.pad(x, (first, 0)) for x in _tidy(_past_gap(keys, num_keys, gap), 0))
+        ),
         rows=RowIntervals(*_tidy(seen_by, first)),
         num_real=jnp.int32(first + num_rows),
         stored={},
@@ -102,10 +106,16 @@ def _past_gap(bounds: Sequence[Array], num_keys: int, gap: int) -> list[Array]:
     if not gap:
         return list(bounds)
     pairs = zip(bounds[::2], bounds[1::2], strict=True)
-    return [x for lo, hi in pairs for x in (jnp.where(lo >= num_keys, lo + gap, lo), jnp.where(hi > num_keys, hi + gap, hi))]
+    return [
+        x
+        for lo, hi in pairs
+        for x in (jnp.where(lo >= num_keys, lo + gap, lo), jnp.where(hi > num_keys, hi + gap, hi))
+    ]
 
 
 def _tidy(bounds: Sequence[Array], shift: int) -> list[Array]:
     """Ends of intervals, moved by `shift`; empty ones are (0, 0)."""
     pairs = zip(bounds[::2], bounds[1::2], strict=True)
-    return [jnp.where(hi > lo, x + shift, 0).astype(jnp.int32) for lo, hi in pairs for x in (lo, hi)]
+    return [
+        jnp.where(hi > lo, x + shift, 0).astype(jnp.int32) for lo, hi in pairs for x in (lo, hi)
+    ]

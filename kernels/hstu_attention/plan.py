@@ -63,13 +63,22 @@ class AttentionPlan:
     @property
     def rows_in_one_piece(self) -> bool:
         """Whether the rows that see a key are sure to be one interval, for every key."""
-        return self.plain and (self.mask.window is None or not (self.mask.full_rows or self.mask.prefix))
+        return self.plain and (
+            self.mask.window is None or not (self.mask.full_rows or self.mask.prefix)
+        )
 
     def tile_bounds(self, block_q: int, block_k: int) -> TileBounds:
         """Bounds for these tile sizes: the stored ones, else computed here, O(T) work."""
         found = self.stored.get(f"{block_q}x{block_k}")
         return (
-            masks.tile_bounds(self.keys, self.rows, self.num_real if self.own_keys else 0, block_q, block_k, self.first_row)
+            masks.tile_bounds(
+                self.keys,
+                self.rows,
+                self.num_real if self.own_keys else 0,
+                block_q,
+                block_k,
+                self.first_row,
+            )
             if found is None
             else found
         )

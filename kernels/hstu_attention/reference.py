@@ -30,5 +30,7 @@ def attention(
         score_HTT += jnp.where(mask_TT, bias.dense(rows), 0.0)[None]
     weight_HTT = jnp.where(mask_TT[None], jax.nn.silu(score_HTT), 0.0)
     out_THV = jnp.einsum("hqk,khd->qhd", weight_HTT, v, precision="highest")
-    scale_T11 = jnp.where(real_T11, jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (rows,))[:, None, None], 0.0)
+    scale_T11 = jnp.where(
+        real_T11, jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (rows,))[:, None, None], 0.0
+    )
     return (out_THV * scale_T11).astype(q_THK.dtype)

@@ -49,14 +49,20 @@ class RelativeBias:
             parts.append(position_bias(self.position_table, rows[None, :] - rows[:, None]))
         if self.time_table is not None:
             gap_TT = self.query_timestamps[:, None] - self.timestamps[None, :]
-            parts.append(self.time_table.astype(jnp.float32)[time_buckets(gap_TT, self.time_table.shape[0])])
+            parts.append(
+                self.time_table.astype(jnp.float32)[time_buckets(gap_TT, self.time_table.shape[0])]
+            )
         return sum(parts[1:], start=parts[0])
 
 
-def position_bias(position_table: Float[Array, " P"], distance: Int[Array, "..."]) -> Float[Array, "..."]:
+def position_bias(
+    position_table: Float[Array, " P"], distance: Int[Array, "..."]
+) -> Float[Array, "..."]:
     """float32 entries of the table for key position - query position."""
     middle = position_table.shape[0] // 2
-    return position_table.astype(jnp.float32)[jnp.clip(middle + distance, 0, position_table.shape[0] - 1)]
+    return position_table.astype(jnp.float32)[
+        jnp.clip(middle + distance, 0, position_table.shape[0] - 1)
+    ]
 
 
 @functools.cache
@@ -82,7 +88,9 @@ def time_buckets(gap: Int[Array, "..."], num_buckets: int) -> Int[Array, "..."]:
     A float32 logarithm alone may round across an edge; it finds the nearest edge, and integers decide on which side the gap lies.
     """
     size = jnp.abs(gap)
-    nearest = jnp.round(jnp.log(jnp.maximum(size, 1).astype(jnp.float32)) * (1 / BUCKET_WIDTH)).astype(jnp.int32)
+    nearest = jnp.round(
+        jnp.log(jnp.maximum(size, 1).astype(jnp.float32)) * (1 / BUCKET_WIDTH)
+    ).astype(jnp.int32)
     nearest = jnp.minimum(nearest, num_buckets - 1)
     start = jnp.asarray(bucket_starts(num_buckets)).at[nearest].get(mode="promise_in_bounds")
     return nearest - (size < start).astype(jnp.int32)

@@ -25,7 +25,14 @@ from kernels.triton_call import triton_call
 
 WIDEST = 256
 WIDEST_SMALL = 128  # where a program has less than 163 KiB of shared memory
-SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}  # by compute capability, 99 elsewhere
+SHARED_KIB = {
+    (8, 0): 163,
+    (8, 7): 163,
+    (9, 0): 227,
+    (10, 0): 227,
+    (10, 3): 227,
+    (11, 0): 227,
+}  # by compute capability, 99 elsewhere
 TABLE_COPIES = 64
 MANY_PROGRAMS = 512  # more than run at once: then heavy tiles start first
 
@@ -76,16 +83,29 @@ def widest(compute_capability: tuple[int, int]) -> int:
     return WIDEST if shared_kib(compute_capability) >= 163 else WIDEST_SMALL
 
 
-def heuristic(compute_capability: tuple[int, int], dtype: Any, k_width: int, v_width: int) -> Tilings:
+def heuristic(
+    compute_capability: tuple[int, int], dtype: Any, k_width: int, v_width: int
+) -> Tilings:
     """Sizes for a kind of GPU, a dtype and head widths up to `widest`, where nothing was measured."""
     table = TILINGS if shared_kib(compute_capability) >= 227 else SMALLER_TILINGS
     return table[jnp.dtype(dtype).itemsize, max(32, padded(k_width), padded(v_width))]
 
 
-def tilings(compute_capability: tuple[int, int], dtype: Any, k_width: int, v_width: int, plan: AttentionPlan, biased: bool) -> Tilings:
+def tilings(
+    compute_capability: tuple[int, int],
+    dtype: Any,
+    k_width: int,
+    v_width: int,
+    plan: AttentionPlan,
+    biased: bool,
+) -> Tilings:
     """Sizes of a call: of the table of measurements, else of the heuristic."""
     found = tuning.find("triton", dtype, k_width, v_width, plan)
-    sizes = heuristic(compute_capability, dtype, k_width, v_width) if found is None else from_table(found)
+    sizes = (
+        heuristic(compute_capability, dtype, k_width, v_width)
+        if found is None
+        else from_table(found)
+    )
     return with_bias(sizes, dtype) if biased else sizes
 
 
@@ -122,7 +142,9 @@ def attention(
     additions.
     """
     if deterministic and bias is not None:
-        raise NotImplementedError("triton sums gradients of bias tables in no fixed order, deterministic=True asks for one; use bias=None")
+        raise NotImplementedError(
+            "triton sums gradients of bias tables in no fixed order, deterministic=True asks for one; use bias=None"
+        )
     capability, widths = compute_capability(), (q_THK.shape[2], v_THV.shape[2])
     if not 0 < min(widths) <= max(widths) <= widest(capability):
         raise NotImplementedError(
@@ -131,7 +153,9 @@ def attention(
     check_installed()
     if q_THK.size == 0:
         return jnp.zeros_like(v_THV)
-    call = Call(alpha, _precision(), tilings(capability, q_THK.dtype, *widths, plan, bias is not None))
+    call = Call(
+        alpha, _precision(), tilings(capability, q_THK.dtype, *widths, plan, bias is not None)
+    )
     return forward(call, q_THK, k_THK, v_THV, *bias_and_work(plan, scale, bias))
 
 
@@ -140,14 +164,21 @@ def bias_and_work(plan: AttentionPlan, scale: Any, bias: RelativeBias | None) ->
     tables: tuple[Any, ...] = (None, None)
     times = None
     if bias is not None:
-        tables = tuple(None if t is None else jnp.asarray(t, jnp.float32) for t in (bias.position_table, bias.time_table))
+        tables = tuple(
+            None if t is None else jnp.asarray(t, jnp.float32)
+            for t in (bias.position_table, bias.time_table)
+        )
         times = None if bias.time_table is None else (bias.timestamps, bias.query_timestamps)
     return tables, Work(plan, jnp.asarray(scale, jnp.float32), times)
 
 
 def compute_capability() -> tuple[int, int]:
     current = device.current()
-    if current.platform != "gpu" or current.compute_capability is None or current.compute_capability < (8, 0):
+    if (
+        current.platform != "gpu"
+        or current.compute_capability is None
+        or current.compute_capability < (8, 0)
+    ):
         raise NotImplementedError(
             f"triton needs an NVIDIA GPU from sm80 (A100) on, the device is {current.kind!r}; implementation='xla' runs anywhere"
         )
@@ -190,7 +221,18 @@ def forward(call: Call, q: Array, k: Array, v: Array, tables: Any, work: Work) -
     bounds = work.plan.tile_bounds(tiling.block_q, tiling.block_k)
     inputs = (q, k, v, work.scale, work.plan.num_real.reshape(1))
     out_like = [jax.ShapeDtypeStruct(v.shape, v.dtype)]
-    (out,) = _launch("forward", call, tables, work, tiling, inputs, work.plan.keys, bounds.key_lo, bounds.key_hi, out_like)
+    (out,) = _launch(
+        "forward",
+        call,
+        tables,
+        work,
+        tiling,
+        inputs,
+        work.plan.keys,
+        bounds.key_lo,
+        bounds.key_hi,
+        out_like,
+    )
     return out
 
 
@@ -205,36 +247,72 @@ def _backward(call: Call, saved: Any, g: Array) -> Any:
     return dq, dk, dv, d_tables, None
 
 
-def query_gradients(call: Call, q: Array, k: Array, v: Array, g: Array, tables: Any, work: Work) -> Any:
+def query_gradients(
+    call: Call, q: Array, k: Array, v: Array, g: Array, tables: Any, work: Work
+) -> Any:
     """dq, and the gradients of both tables: the pass over query tiles."""
     plan, tiling = work.plan, call.tilings.queries
     bounds = plan.tile_bounds(tiling.block_q, tiling.block_k)
     positions, buckets = _sizes(tables)
     copies = min(TABLE_COPIES, bounds.key_lo.shape[0] * q.shape[1])
     inputs = (q, k, v, g, work.scale, plan.num_real.reshape(1))
-    outs = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((copies, max(1, positions + buckets)), jnp.float32)]
+    outs = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((copies, max(1, positions + buckets)), jnp.float32),
+    ]
     walk = (plan.keys, bounds.key_lo, bounds.key_hi)
-    dq, d_tables = _launch("backward_queries", call, tables, work, tiling, inputs, *walk, outs, zeroed=(1,), COPIES=copies)
+    dq, d_tables = _launch(
+        "backward_queries",
+        call,
+        tables,
+        work,
+        tiling,
+        inputs,
+        *walk,
+        outs,
+        zeroed=(1,),
+        COPIES=copies,
+    )
     d_tables = d_tables.sum(0)
-    return dq, (None if tables[0] is None else d_tables[:positions], None if tables[1] is None else d_tables[positions:])
+    return dq, (
+        None if tables[0] is None else d_tables[:positions],
+        None if tables[1] is None else d_tables[positions:],
+    )
 
 
-def key_gradients(call: Call, q: Array, k: Array, v: Array, g: Array, tables: Any, work: Work) -> Any:
+def key_gradients(
+    call: Call, q: Array, k: Array, v: Array, g: Array, tables: Any, work: Work
+) -> Any:
     """dk and dv: the pass over key tiles."""
     plan, tiling = work.plan, call.tilings.keys
     bounds = plan.tile_bounds(tiling.block_q, tiling.block_k)
     intervals = (*plan.keys, plan.rows.near_lo, plan.rows.near_hi)
     inputs = (q, k, v, g, work.scale, plan.num_real.reshape(1))
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
-    return _launch("backward_keys", call, tables, work, tiling, inputs, intervals, bounds.row_lo, bounds.row_hi, outs)
+    return _launch(
+        "backward_keys",
+        call,
+        tables,
+        work,
+        tiling,
+        inputs,
+        intervals,
+        bounds.row_lo,
+        bounds.row_hi,
+        outs,
+    )
 
 
 forward.defvjp(_forward, _backward)
 
 
-def prepare(plan: AttentionPlan, heads: int, dtype: Any, k_width: int, v_width: int, biased: bool = False) -> AttentionPlan:
+def prepare(
+    plan: AttentionPlan, heads: int, dtype: Any, k_width: int, v_width: int, biased: bool = False
+) -> AttentionPlan:
     """The plan with the tile bounds and orders that this implementation needs for these sizes: made once a batch, used by every layer."""
-    return prepared(plan, heads, tilings(compute_capability(), dtype, k_width, v_width, plan, biased))
+    return prepared(
+        plan, heads, tilings(compute_capability(), dtype, k_width, v_width, plan, biased)
+    )
 
 
 def prepared(plan: AttentionPlan, heads: int, sizes: Tilings) -> AttentionPlan:
@@ -242,7 +320,11 @@ def prepared(plan: AttentionPlan, heads: int, sizes: Tilings) -> AttentionPlan:
     stored = dict(plan.stored)
     for kernel, tiling in sizes._asdict().items():
         bounds = plan.tile_bounds(tiling.block_q, tiling.block_k)
-        side, lo, hi = ("keys", bounds.row_lo, bounds.row_hi) if kernel == "keys" else ("queries", bounds.key_lo, bounds.key_hi)
+        side, lo, hi = (
+            ("keys", bounds.row_lo, bounds.row_hi)
+            if kernel == "keys"
+            else ("queries", bounds.key_lo, bounds.key_hi)
+        )
         stored[f"{tiling.block_q}x{tiling.block_k}"] = bounds
         if lo.shape[0] * heads > MANY_PROGRAMS:
             stored[_order_name(side, tiling)] = _order(lo, hi)
@@ -293,7 +375,9 @@ def _launch(
     ordered = programs > MANY_PROGRAMS
     order = bounds_lo  # not read
     if ordered:
-        order = work.plan.stored.get(_order_name("keys" if kernel == "backward_keys" else "queries", tiling))
+        order = work.plan.stored.get(
+            _order_name("keys" if kernel == "backward_keys" else "queries", tiling)
+        )
         order = _order(bounds_lo, bounds_hi) if order is None else order
     positions, buckets = _sizes(tables)
     constants |= {
@@ -314,7 +398,9 @@ def _launch(
         "APPROXIMATE": inputs[0].dtype == jnp.bfloat16,
     }
     arrays = (*inputs, order, bounds_lo, bounds_hi, *intervals, *_bias_arrays(tables, work))
-    return _call_kernel(kernel, arrays, outs, programs, tiling.warps, tiling.stages, zeroed, constants)
+    return _call_kernel(
+        kernel, arrays, outs, programs, tiling.warps, tiling.stages, zeroed, constants
+    )
 
 
 def _call_kernel(

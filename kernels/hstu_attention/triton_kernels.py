@@ -24,7 +24,9 @@ BUCKETS_PER_OCTAVE = tl.constexpr(0.6931471805599453 / 0.301)
 def _gate(score, APPROXIMATE: tl.constexpr):
     """sigmoid(score); one instruction of 11 bits where products are in bfloat16 anyway."""
     if APPROXIMATE:
-        half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * score], dtype=tl.float32, is_pure=True, pack=1)
+        half = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * score], dtype=tl.float32, is_pure=True, pack=1
+        )
         gate = 0.5 * half + 0.5
     else:
         gate = 1.0 / (1.0 + tl.exp(-score))
@@ -51,10 +53,21 @@ def _bucket(row_time, key_time, starts, BUCKETS: tl.constexpr):
 @triton.jit
 @no_type_check
 def _load(
-    base, block, offset, width, num_real, BLOCK: tl.constexpr, H: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr
+    base,
+    block,
+    offset,
+    width,
+    num_real,
+    BLOCK: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WIDE: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Rows [block * BLOCK, ...) of one head, zero beyond the real rows and the head's width. `offset`, `width`: aranges over both."""
-    pointers = base + block.to(tl.int64) * (BLOCK * H * W) + (offset[:, None] * (H * W) + width[None, :])
+    pointers = (
+        base + block.to(tl.int64) * (BLOCK * H * W) + (offset[:, None] * (H * W) + width[None, :])
+    )
     if FULL:
         if W == WIDE:
             x = tl.load(pointers)
@@ -71,8 +84,20 @@ def _load(
 
 @triton.jit
 @no_type_check
-def _store(base, x, block, offset, width, BLOCK: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
-    pointers = base + block.to(tl.int64) * (BLOCK * H * W) + (offset[:, None] * (H * W) + width[None, :])
+def _store(
+    base,
+    x,
+    block,
+    offset,
+    width,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+):
+    pointers = (
+        base + block.to(tl.int64) * (BLOCK * H * W) + (offset[:, None] * (H * W) + width[None, :])
+    )
     inside = (block * BLOCK + offset < T)[:, None] & (width[None, :] < W)
     tl.store(pointers, x.to(base.dtype.element_ty), mask=inside)
 
@@ -107,7 +132,11 @@ def _pick(i, l0, h0, l1, f0, f1, h1, l2):
 @triton.jit
 @no_type_check
 def _seen(row, key, lo0, hi0, lo1, hi1, num_real):
-    return ((key >= lo0) & (key < hi0)) | ((key >= lo1) & (key < hi1)) | ((key == row) & (row < num_real))
+    return (
+        ((key >= lo0) & (key < hi0))
+        | ((key >= lo1) & (key < hi1))
+        | ((key == row) & (row < num_real))
+    )
 
 
 @triton.jit
@@ -127,10 +156,22 @@ def _forward_step(
         score += tl.load(position_table + _place(row[:, None], key[None, :], POSITIONS))
     if BUCKETS:
         key_time = tl.load(times + key, mask=key < num_real, other=0)
-        score += tl.load(time_table + _bucket(row_time[:, None], key_time[None, :], starts, BUCKETS))
+        score += tl.load(
+            time_table + _bucket(row_time[:, None], key_time[None, :], starts, BUCKETS)
+        )
     if not FULL:
         score = tl.where(
-            _seen(row[:, None], key[None, :], lo0[:, None], hi0[:, None], lo1[:, None], hi1[:, None], num_real), score, MASKED_SCORE
+            _seen(
+                row[:, None],
+                key[None, :],
+                lo0[:, None],
+                hi0[:, None],
+                lo1[:, None],
+                hi1[:, None],
+                num_real,
+            ),
+            score,
+            MASKED_SCORE,
         )
     weight = score * _gate(score, APPROXIMATE)
     return tl.dot(weight.to(v_KV.dtype), v_KV, sum_QV, input_precision=PRECISION)
@@ -153,8 +194,14 @@ def forward(
     far, near = tl.arange(0, BQ), tl.arange(0, BK)
     row = tile * BQ + far
     real = row < num_real
-    lo0, hi0 = tl.load(keys_lo0 + row, mask=real, other=0), tl.load(keys_hi0 + row, mask=real, other=0)
-    lo1, hi1 = tl.load(keys_lo1 + row, mask=real, other=0), tl.load(keys_hi1 + row, mask=real, other=0)
+    lo0, hi0 = (
+        tl.load(keys_lo0 + row, mask=real, other=0),
+        tl.load(keys_hi0 + row, mask=real, other=0),
+    )
+    lo1, hi1 = (
+        tl.load(keys_lo1 + row, mask=real, other=0),
+        tl.load(keys_hi1 + row, mask=real, other=0),
+    )
     all_lo, all_hi = tl.max(lo1, 0), tl.min(tl.where(real, hi1, FAR), 0)
     l0, h0, l1, f0, f1, h1, l2, h2 = _ranges(bounds_lo, bounds_hi, tile, all_lo, all_hi, BK)
     row_time = row
@@ -180,7 +227,17 @@ def forward(
         sum_QV *= tl.load(scale + row, mask=real, other=0.0)[:, None]
     else:
         sum_QV *= tl.load(scale)
-    _store(out + head * V, tl.where(real[:, None], sum_QV, 0.0), tile, far, tl.arange(0, WV), BQ, T, H, V)
+    _store(
+        out + head * V,
+        tl.where(real[:, None], sum_QV, 0.0),
+        tile,
+        far,
+        tl.arange(0, WV),
+        BQ,
+        T,
+        H,
+        V,
+    )
 
 
 @triton.jit
@@ -207,7 +264,15 @@ def _query_step(
         bucket = _bucket(row_time[:, None], key_time[None, :], starts, BUCKETS)
         score += tl.load(time_table + bucket)
     if not FULL:
-        seen = _seen(row[:, None], key[None, :], lo0[:, None], hi0[:, None], lo1[:, None], hi1[:, None], num_real)
+        seen = _seen(
+            row[:, None],
+            key[None, :],
+            lo0[:, None],
+            hi0[:, None],
+            lo1[:, None],
+            hi1[:, None],
+            num_real,
+        )
         score = tl.where(seen, score, MASKED_SCORE)
     gate = _gate(score, APPROXIMATE)
     d_score = d_weight * (gate + score * gate * (1.0 - gate))
@@ -237,8 +302,14 @@ def backward_queries(
     far, near = tl.arange(0, BQ), tl.arange(0, BK)
     row = tile * BQ + far
     real = row < num_real
-    lo0, hi0 = tl.load(keys_lo0 + row, mask=real, other=0), tl.load(keys_hi0 + row, mask=real, other=0)
-    lo1, hi1 = tl.load(keys_lo1 + row, mask=real, other=0), tl.load(keys_hi1 + row, mask=real, other=0)
+    lo0, hi0 = (
+        tl.load(keys_lo0 + row, mask=real, other=0),
+        tl.load(keys_hi0 + row, mask=real, other=0),
+    )
+    lo1, hi1 = (
+        tl.load(keys_lo1 + row, mask=real, other=0),
+        tl.load(keys_hi1 + row, mask=real, other=0),
+    )
     all_lo, all_hi = tl.max(lo1, 0), tl.min(tl.where(real, hi1, FAR), 0)
     l0, h0, l1, f0, f1, h1, l2, h2 = _ranges(bounds_lo, bounds_hi, tile, all_lo, all_hi, BK)
     row_time = row
@@ -290,12 +361,30 @@ def _key_step(
         score += tl.load(position_table + _place(row[None, :], key[:, None], POSITIONS))
     if BUCKETS:
         row_time = tl.load(query_times + row, mask=real, other=0)
-        score += tl.load(time_table + _bucket(row_time[None, :], key_time[:, None], starts, BUCKETS))
+        score += tl.load(
+            time_table + _bucket(row_time[None, :], key_time[:, None], starts, BUCKETS)
+        )
     if not FULL:
-        lo0, hi0 = tl.load(keys_lo0 + row, mask=real, other=0), tl.load(keys_hi0 + row, mask=real, other=0)
-        lo1, hi1 = tl.load(keys_lo1 + row, mask=real, other=0), tl.load(keys_hi1 + row, mask=real, other=0)
+        lo0, hi0 = (
+            tl.load(keys_lo0 + row, mask=real, other=0),
+            tl.load(keys_hi0 + row, mask=real, other=0),
+        )
+        lo1, hi1 = (
+            tl.load(keys_lo1 + row, mask=real, other=0),
+            tl.load(keys_hi1 + row, mask=real, other=0),
+        )
         score = tl.where(
-            _seen(row[None, :], key[:, None], lo0[None, :], hi0[None, :], lo1[None, :], hi1[None, :], num_real), score, MASKED_SCORE
+            _seen(
+                row[None, :],
+                key[:, None],
+                lo0[None, :],
+                hi0[None, :],
+                lo1[None, :],
+                hi1[None, :],
+                num_real,
+            ),
+            score,
+            MASKED_SCORE,
         )
     gate = _gate(score, APPROXIMATE)
     weight = score * gate

@@ -23,7 +23,9 @@ LENGTHS = ("short", "long")
 LONG = 512  # rows of the buffer for each sequence, from which on it is long
 REMEDY = "; make it with python -m scripts.tune_attention"
 
-Sizes = Mapping[str, Mapping[str, int]]  # of each kernel, by the names that its implementation gives them
+Sizes = Mapping[
+    str, Mapping[str, int]
+]  # of each kernel, by the names that its implementation gives them
 
 
 class Key(NamedTuple):
@@ -39,7 +41,14 @@ def key(implementation: str, dtype: Any, k_width: int, v_width: int, plan: Atten
     """Of a call on the current device."""
     width = 1 << (max(k_width, v_width, 32) - 1).bit_length()
     windowed = plan.mask.window is not None
-    return Key(device.current().kind, implementation, jnp.dtype(dtype).itemsize, width, MASKS[windowed], LENGTHS[not is_short(plan)])
+    return Key(
+        device.current().kind,
+        implementation,
+        jnp.dtype(dtype).itemsize,
+        width,
+        MASKS[windowed],
+        LENGTHS[not is_short(plan)],
+    )
 
 
 def is_short(plan: AttentionPlan) -> bool:
@@ -47,7 +56,9 @@ def is_short(plan: AttentionPlan) -> bool:
     return plan.num_rows < LONG * max(plan.sequences, 1)
 
 
-def find(implementation: str, dtype: Any, k_width: int, v_width: int, plan: AttentionPlan) -> Sizes | None:
+def find(
+    implementation: str, dtype: Any, k_width: int, v_width: int, plan: AttentionPlan
+) -> Sizes | None:
     """Measured sizes for a call on the current device, or None: then the heuristic decides."""
     return table().get(key(implementation, dtype, k_width, v_width, plan))
 
@@ -67,7 +78,9 @@ def parse(text: str, name: str) -> dict[Key, Sizes]:
     try:
         entries = json.loads(text)["entries"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} is not an object with a list 'entries' ({error}){REMEDY}") from error
+        raise ValueError(
+            f"{name} is not an object with a list 'entries' ({error}){REMEDY}"
+        ) from error
     found: dict[Key, Sizes] = {}
     for number, entry in enumerate(entries):
         place = f"{name}, entry {number}"
@@ -75,17 +88,31 @@ def parse(text: str, name: str) -> dict[Key, Sizes]:
         if missing:
             raise ValueError(f"{place} lacks {', '.join(missing)}{REMEDY}")
         made = Key(*(entry[field] for field in Key._fields))
-        for field, allowed in (("implementation", tuple(KERNELS)), ("mask", MASKS), ("length", LENGTHS)):
+        for field, allowed in (
+            ("implementation", tuple(KERNELS)),
+            ("mask", MASKS),
+            ("length", LENGTHS),
+        ):
             if entry[field] not in allowed:
-                raise ValueError(f"{place}: {field} is {entry[field]!r}, not one of {', '.join(allowed)}{REMEDY}")
+                raise ValueError(
+                    f"{place}: {field} is {entry[field]!r}, not one of {', '.join(allowed)}{REMEDY}"
+                )
         kernels = KERNELS[made.implementation]
         sizes = entry["sizes"]
         if not isinstance(sizes, dict) or set(sizes) != set(kernels):
-            raise ValueError(f"{place}: sizes must be given for {', '.join(kernels)}, got {sizes!r}{REMEDY}")
+            raise ValueError(
+                f"{place}: sizes must be given for {', '.join(kernels)}, got {sizes!r}{REMEDY}"
+            )
         for kernel, values in sizes.items():
-            bad = {field: value for field, value in values.items() if type(value) is not int or value < 1}
+            bad = {
+                field: value
+                for field, value in values.items()
+                if type(value) is not int or value < 1
+            }
             if bad:
-                raise ValueError(f"{place}: sizes of {kernel} must be whole numbers from 1 on, got {bad}{REMEDY}")
+                raise ValueError(
+                    f"{place}: sizes of {kernel} must be whole numbers from 1 on, got {bad}{REMEDY}"
+                )
         if made in found:
             raise ValueError(f"{place} repeats {made}; keep one of them")
         found[made] = sizes

@@ -51,7 +51,13 @@ class Workload:
     @property
     def forward_bytes(self) -> int:
         """Read q, k, v and write the output once."""
-        return 2 * self.rows * self.heads * (self.k_width + self.v_width) * jnp.dtype(self.dtype).itemsize
+        return (
+            2
+            * self.rows
+            * self.heads
+            * (self.k_width + self.v_width)
+            * jnp.dtype(self.dtype).itemsize
+        )
 
     def offsets(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
@@ -67,12 +73,21 @@ class Workload:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `hstu_attention`."""
-        options: dict[str, Any] = {"mask": self.mask, "alpha": self.k_width**-0.5, "scale": 1 / self.max_length}
+        options: dict[str, Any] = {
+            "mask": self.mask,
+            "alpha": self.k_width**-0.5,
+            "scale": 1 / self.max_length,
+        }
         if self.bias:
             rng = np.random.default_rng(1)
             times = np.cumsum(np.exp(rng.uniform(0, 11, self.rows + 1))).astype(np.int32)
-            tables = (rng.standard_normal(n, dtype=np.float32) * 0.02 for n in (2 * self.max_length - 1, 129))
-            options["bias"] = RelativeBias(*(jnp.asarray(x) for x in (*tables, times[:-1], times[1:])))
+            tables = (
+                rng.standard_normal(n, dtype=np.float32) * 0.02
+                for n in (2 * self.max_length - 1, 129)
+            )
+            options["bias"] = RelativeBias(
+                *(jnp.asarray(x) for x in (*tables, times[:-1], times[1:]))
+            )
         return options
 
 
@@ -105,10 +120,24 @@ WORKLOADS = {
         Workload("causal_d64_4x8192", (8192,) * 4, 8, 64, 64),
         Workload("causal_d256_4x8192", (8192,) * 4, 4, 256, 256),
         Workload("window_d128_2x16384", (16384,) * 2, 4, 128, 128, _WINDOW, max_length=16384),
-        Workload("semi_local_d128_2x16384", (16384,) * 2, 4, 128, 128, _SEMI_LOCAL, max_length=16384),
+        Workload(
+            "semi_local_d128_2x16384", (16384,) * 2, 4, 128, 128, _SEMI_LOCAL, max_length=16384
+        ),
         Workload("jagged_d128_65536", _uniform_lengths(65536, 8192, seed=0), 4, 128, 128),
         Workload("short_d64_512x100", (100,) * 512, 4, 64, 64, max_length=128),
-        Workload("ml1m", _ML1M, 1, 50, 50, max_length=211, capacity=18432, dtype="float32", bias=True),
-        Workload("ml1m_large", _ML1M, 2, 25, 25, max_length=211, capacity=18432, dtype="float32", bias=True),
+        Workload(
+            "ml1m", _ML1M, 1, 50, 50, max_length=211, capacity=18432, dtype="float32", bias=True
+        ),
+        Workload(
+            "ml1m_large",
+            _ML1M,
+            2,
+            25,
+            25,
+            max_length=211,
+            capacity=18432,
+            dtype="float32",
+            bias=True,
+        ),
     )
 }

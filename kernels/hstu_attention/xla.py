@@ -16,7 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from kernels import device
 from kernels.hstu_attention.plan import AttentionPlan
-from kernels.hstu_attention.relative_bias import RelativeBias, bucket_starts, position_bias, time_buckets
+from kernels.hstu_attention.relative_bias import (
+    RelativeBias,
+    bucket_starts,
+    position_bias,
+    time_buckets,
+)
 from kernels.mask import TileBounds
 from kernels.zeros import zeros_after
 
@@ -24,7 +29,9 @@ from kernels.zeros import zeros_after
 class Tiling(NamedTuple):
     block: int  # rows and keys of a tile
     group: int  # pairs of tiles a step
-    low_precision: bool  # products of 16-bit inputs run in 16 bits (with float32 sums); otherwise in float32
+    low_precision: (
+        bool  # products of 16-bit inputs run in 16 bits (with float32 sums); otherwise in float32
+    )
     scatter: bool  # sums by bucket scatter; otherwise they compare and reduce
 
 
@@ -32,7 +39,9 @@ def tiling(num_rows: int) -> Tiling:
     """Sizes for the current device: on CPU a step's scores stay in cache, on accelerators a step fills the device."""
     if device.current().platform == "cpu":
         return Tiling(block=64, group=16, low_precision=False, scatter=True)
-    return Tiling(block=128, group=min(256, max(8, -(-num_rows // 32))), low_precision=True, scatter=False)
+    return Tiling(
+        block=128, group=min(256, max(8, -(-num_rows // 32))), low_precision=True, scatter=False
+    )
 
 
 def attention(
@@ -72,7 +81,9 @@ def attention(
     out_nHbV = _attend(sizes, alpha, *heads_first, tables, work)
     out_THV = jnp.swapaxes(out_nHbV, 1, 2).reshape(-1, *v_THV.shape[1:])[:rows]
     real_T11 = (jnp.arange(rows) < plan.num_real)[:, None, None]
-    scale_T11 = jnp.where(real_T11, jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (rows,))[:, None, None], 0.0)
+    scale_T11 = jnp.where(
+        real_T11, jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (rows,))[:, None, None], 0.0
+    )
     return (out_THV * scale_T11).astype(v_THV.dtype)
 
 
@@ -116,7 +127,9 @@ def _pairs(step: Array, sizes: Tiling, work: _Work, tables: Any) -> _Pairs:
     number_g = step * sizes.group + jnp.arange(sizes.group, dtype=jnp.int32)
     total = work.pairs_before[-1]
     tiles = work.pairs_before.shape[0]
-    query_g = jnp.searchsorted(work.pairs_before, number_g, side="right", method="scan_unrolled").astype(jnp.int32)
+    query_g = jnp.searchsorted(
+        work.pairs_before, number_g, side="right", method="scan_unrolled"
+    ).astype(jnp.int32)
     query_g = jnp.minimum(query_g, tiles - 1)
     lo_g3, hi_g3 = work.bounds.key_lo[query_g], work.bounds.key_hi[query_g]
     count_g3 = hi_g3 - lo_g3
@@ -125,7 +138,9 @@ def _pairs(step: Array, sizes: Tiling, work: _Work, tables: Any) -> _Pairs:
     key_g = jnp.where(
         place_g < first_g,
         lo_g3[:, 0] + place_g,
-        jnp.where(place_g < second_g, lo_g3[:, 1] + place_g - first_g, lo_g3[:, 2] + place_g - second_g),
+        jnp.where(
+            place_g < second_g, lo_g3[:, 1] + place_g - first_g, lo_g3[:, 2] + place_g - second_g
+        ),
     )
     key_g = jnp.clip(key_g, 0, tiles - 1)  # numbers past the last pair
     # Without the barrier XLA fuses the search into every gather that uses its result, and repeats it for every element.
@@ -144,15 +159,23 @@ def _pairs(step: Array, sizes: Tiling, work: _Work, tables: Any) -> _Pairs:
     return _Pairs(query_g, key_g, seen, bucket)
 
 
-def _scores(q_gHbK: Array, k_gHbK: Array, alpha: float, tables: Any, pairs: _Pairs, block: int) -> Array:
-    score = alpha * jnp.einsum("ghqd,ghkd->ghqk", q_gHbK, k_gHbK, preferred_element_type=jnp.float32)
+def _scores(
+    q_gHbK: Array, k_gHbK: Array, alpha: float, tables: Any, pairs: _Pairs, block: int
+) -> Array:
+    score = alpha * jnp.einsum(
+        "ghqd,ghkd->ghqk", q_gHbK, k_gHbK, preferred_element_type=jnp.float32
+    )
     position_table, time_table = tables
     if position_table is not None:
         inside = jnp.arange(block, dtype=jnp.int32)
-        distance = ((pairs.key - pairs.query) * block)[:, None, None] + (inside[None, :] - inside[:, None])[None]
+        distance = ((pairs.key - pairs.query) * block)[:, None, None] + (
+            inside[None, :] - inside[:, None]
+        )[None]
         score += position_bias(position_table, distance)[:, None]
     if time_table is not None:
-        score += time_table.astype(jnp.float32).at[pairs.bucket].get(mode="promise_in_bounds")[:, None]
+        score += (
+            time_table.astype(jnp.float32).at[pairs.bucket].get(mode="promise_in_bounds")[:, None]
+        )
     # The barrier keeps the scores from being computed once for each of their uses.
     # silu and its derivative are exactly 0 here, so that nothing after this needs the mask
     return jax.lax.optimization_barrier(jnp.where(pairs.mask[:, None], score, -1e30))
@@ -167,7 +190,9 @@ def _cast(sizes: Tiling, *arrays: Array) -> list[Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(sizes: Tiling, alpha: float, q: Array, k: Array, v: Array, tables: Any, work: _Work) -> Array:
+def _attend(
+    sizes: Tiling, alpha: float, q: Array, k: Array, v: Array, tables: Any, work: _Work
+) -> Array:
     """Unscaled outputs, float32[n, H, b, V]."""
     q, k, v = _cast(sizes, q, k, v)
 
@@ -175,13 +200,17 @@ def _attend(sizes: Tiling, alpha: float, q: Array, k: Array, v: Array, tables: A
         pairs = _pairs(i, sizes, work, tables)
         score = _scores(q[pairs.query], k[pairs.key], alpha, tables, pairs, sizes.block)
         weight = jax.nn.silu(score).astype(v.dtype)
-        part = jnp.einsum("ghqk,ghkd->ghqd", weight, v[pairs.key], preferred_element_type=jnp.float32)
+        part = jnp.einsum(
+            "ghqk,ghkd->ghqd", weight, v[pairs.key], preferred_element_type=jnp.float32
+        )
         return out.at[pairs.query].add(part, mode="promise_in_bounds")
 
     return jax.lax.fori_loop(0, _steps(sizes, work), step, jnp.zeros(v.shape, jnp.float32))
 
 
-def _attend_fwd(sizes: Tiling, alpha: float, q: Array, k: Array, v: Array, tables: Any, work: _Work) -> Any:
+def _attend_fwd(
+    sizes: Tiling, alpha: float, q: Array, k: Array, v: Array, tables: Any, work: _Work
+) -> Any:
     return _attend(sizes, alpha, q, k, v, tables, work), (q, k, v, tables, work)
 
 
@@ -201,7 +230,9 @@ def _attend_bwd(sizes: Tiling, alpha: float, saved: Any, g: Array) -> Any:
         silu = score * gate
         d_weight = jnp.einsum("ghqd,ghkd->ghqk", g_g, v_g, preferred_element_type=jnp.float32)
         d_score = d_weight * (gate + silu * (1 - gate))
-        weight, d_score, bucket = jax.lax.optimization_barrier((silu.astype(v.dtype), d_score, pairs.bucket))
+        weight, d_score, bucket = jax.lax.optimization_barrier(
+            (silu.astype(v.dtype), d_score, pairs.bucket)
+        )
         low = d_score.astype(q.dtype)
         add = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         dv = dv.at[pairs.key].add(add("ghqk,ghqd->ghkd", weight, g_g), mode="promise_in_bounds")
@@ -210,7 +241,9 @@ def _attend_bwd(sizes: Tiling, alpha: float, saved: Any, g: Array) -> Any:
         if d_position is not None or d_time is not None:
             per_pair = d_score.sum(1)
         if d_position is not None:
-            d_position = d_position + _diagonal_sums(per_pair, (pairs.key - pairs.query) * block, d_position.shape[0])
+            d_position = d_position + _diagonal_sums(
+                per_pair, (pairs.key - pairs.query) * block, d_position.shape[0]
+            )
         if d_time is not None:
             d_time = d_time + _bucket_sums(per_pair, bucket, d_time.shape[0], sizes.scatter)
         return dq, dk, dv, d_position, d_time
@@ -218,8 +251,17 @@ def _attend_bwd(sizes: Tiling, alpha: float, saved: Any, g: Array) -> Any:
     zeros = [zeros_after(g, x.shape) for x in (q, k, v)]
     table_zeros = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in tables]
     dq, dk, dv, *d_tables = jax.lax.fori_loop(0, _steps(sizes, work), step, (*zeros, *table_zeros))
-    d_tables = tuple(None if x is None else x.astype(like.dtype) for x, like in zip(d_tables, tables, strict=True))
-    return (alpha * dq).astype(q_in.dtype), (alpha * dk).astype(k_in.dtype), dv.astype(v_in.dtype), d_tables, None
+    d_tables = tuple(
+        None if x is None else x.astype(like.dtype)
+        for x, like in zip(d_tables, tables, strict=True)
+    )
+    return (
+        (alpha * dq).astype(q_in.dtype),
+        (alpha * dk).astype(k_in.dtype),
+        dv.astype(v_in.dtype),
+        d_tables,
+        None,
+    )
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -233,10 +275,16 @@ def _diagonal_sums(x_gbb: Array, shift_g: Array, size: int) -> Array:
     group, block, _ = x_gbb.shape
     flipped = x_gbb[:, ::-1]  # row i moves right by i; flipped, so that j - i becomes i' + j
     wide = jnp.pad(flipped, ((0, 0), (0, 0), (0, block)))
-    skewed = wide.reshape(group, -1)[:, : block * (2 * block - 1)].reshape(group, block, 2 * block - 1)
+    skewed = wide.reshape(group, -1)[:, : block * (2 * block - 1)].reshape(
+        group, block, 2 * block - 1
+    )
     sum_gd = skewed.sum(1)  # column d holds the diagonal j - i = d - (block - 1)
     place_gd = size // 2 + shift_g[:, None] + jnp.arange(1 - block, block, dtype=jnp.int32)[None, :]
-    return jnp.zeros(size, jnp.float32).at[jnp.clip(place_gd, 0, size - 1)].add(sum_gd, mode="promise_in_bounds")
+    return (
+        jnp.zeros(size, jnp.float32)
+        .at[jnp.clip(place_gd, 0, size - 1)]
+        .add(sum_gd, mode="promise_in_bounds")
+    )
 
 
 def _bucket_sums(x_gbb: Array, bucket_gbb: Array, size: int, scatter: bool) -> Array:
@@ -250,5 +298,7 @@ def _bucket_sums(x_gbb: Array, bucket_gbb: Array, size: int, scatter: bool) -> A
         return jnp.zeros(size, jnp.float32).at[bucket_gbb].add(x_gbb, mode="promise_in_bounds")
     reached = min(size, 1 + int((bucket_starts(size)[1:] < 2**31 - 1).sum()))
     bucket_111r = jnp.arange(reached, dtype=jnp.int32)[None, None, None, :]
-    sum_r = jnp.where(bucket_gbb[..., None] == bucket_111r, x_gbb[..., None], 0.0).sum((1, 2)).sum(0)
+    sum_r = (
+        jnp.where(bucket_gbb[..., None] == bucket_111r, x_gbb[..., None], 0.0).sum((1, 2)).sum(0)
+    )
     return jnp.pad(sum_r, (0, size - reached))

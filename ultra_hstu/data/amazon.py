@@ -27,7 +27,11 @@ class AmazonBooks(InteractionsBuilder):
             name="amazon-books",
             description="Amazon Books: users, books, ratings, times",
             files=("ratings_Books.csv",),
-            downloads=(Download("http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/ratings_Books.csv"),),
+            downloads=(
+                Download(
+                    "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/ratings_Books.csv"
+                ),
+            ),
         )
     ]
 
@@ -41,17 +45,25 @@ class AmazonBooks(InteractionsBuilder):
         path = self.raw_dir / "ratings_Books.csv"
         table = read_table(path, columns)
         where = ((str(path), 1, len(table["user"])),)
-        users, user = np.unique(table["user"], return_inverse=True)  # strings are sorted once, then all is integers
+        users, user = np.unique(
+            table["user"], return_inverse=True
+        )  # strings are sorted once, then all is integers
         items, item = np.unique(table["item"], return_inverse=True)
-        events = Events(user, item, table["timestamp"], {"rating": table["rating"]}, where).without_duplicates()
+        events = Events(
+            user, item, table["timestamp"], {"rating": table["rating"]}, where
+        ).without_duplicates()
         often = (np.bincount(events.users) >= MIN_COUNT)[events.users]
         events = events.select(often & (np.bincount(events.items) >= MIN_COUNT)[events.items])
         kept = (np.bincount(events.users) >= MIN_COUNT)[events.users]
         if not kept.any():
-            raise ValueError(f"{path}: no user with {MIN_COUNT} ratings of items with {MIN_COUNT} ratings is left")
+            raise ValueError(
+                f"{path}: no user with {MIN_COUNT} ratings of items with {MIN_COUNT} ratings is left"
+            )
         catalog = Catalog.from_ids(items[np.unique(events.items)])
         events = events.select(kept)
-        return dataclasses.replace(events, users=users[events.users], items=items[events.items]), catalog
+        return dataclasses.replace(
+            events, users=users[events.users], items=items[events.items]
+        ), catalog
 
 
 class AmazonBeauty(InteractionsBuilder):
@@ -82,11 +94,17 @@ class AmazonBeauty(InteractionsBuilder):
         for number, line in lines(path):
             user, *items = integers(line, " ", path, number, "user or item id", 1).tolist()
             if not items:
-                raise bad_line(path, number, "expected 'user item item ...' separated by single spaces", line)
+                raise bad_line(
+                    path, number, "expected 'user item item ...' separated by single spaces", line
+                )
             if user in users:
-                raise bad_line(path, number, f"user {user} was given on line {users[user]} already", line)
+                raise bad_line(
+                    path, number, f"user {user} was given on line {users[user]} already", line
+                )
             users[user] = number
             histories.append(np.array(items, np.int64))
         items = np.concatenate(histories)
-        repeated = np.repeat(np.array(list(users), np.int64), [len(history) for history in histories])
+        repeated = np.repeat(
+            np.array(list(users), np.int64), [len(history) for history in histories]
+        )
         return Events(repeated, items, None, {}), Catalog.from_ids(np.unique(items))

@@ -37,7 +37,12 @@ class Assistments(InteractionsBuilder):
             description="ASSISTments 2017: learners, problems, skills, right or wrong",
             files=tuple(f"fold{k}.csv" for k in range(1, 6)),
             downloads=tuple(
-                Download(f"{_URL}assist2017_pid_test{k}.csv", f"sha256:{_SHA256[k - 1]}", name=f"fold{k}.csv") for k in range(1, 6)
+                Download(
+                    f"{_URL}assist2017_pid_test{k}.csv",
+                    f"sha256:{_SHA256[k - 1]}",
+                    name=f"fold{k}.csv",
+                )
+                for k in range(1, 6)
             ),
         )
     ]
@@ -51,7 +56,12 @@ class Assistments(InteractionsBuilder):
             numbered = list(lines(path))
             if len(numbered) % 4:
                 number, line = numbered[-1]
-                raise bad_line(path, number, f"the file ends within a learner: {len(numbered)} lines, not 4 each", line)
+                raise bad_line(
+                    path,
+                    number,
+                    f"the file ends within a learner: {len(numbered)} lines, not 4 each",
+                    line,
+                )
             for first in range(0, len(numbered), 4):
                 number, line = numbered[first]
                 head = integers(line, ",", path, number, "learner")
@@ -59,15 +69,26 @@ class Assistments(InteractionsBuilder):
                     raise bad_line(path, number, "expected two numbers, the learner's first", line)
                 learner = int(head[0])
                 if learner in learners:
-                    raise bad_line(path, number, f"learner {learner} was given in {learners[learner]} already", line)
+                    raise bad_line(
+                        path,
+                        number,
+                        f"learner {learner} was given in {learners[learner]} already",
+                        line,
+                    )
                 learners[learner] = f"{path}, line {number}"
-                for (number, line), (column, (low, high)) in zip(numbered[first + 1 : first + 4], bounds.items(), strict=True):
+                for (number, line), (column, (low, high)) in zip(
+                    numbered[first + 1 : first + 4], bounds.items(), strict=True
+                ):
                     values = integers(line, ",", path, number, column, low, high)
                     if column != "problem" and len(values) != len(columns["problem"][-1]):
                         steps = len(columns["problem"][-1])
-                        raise bad_line(path, number, f"{len(values)} values for {steps} problems", line)
+                        raise bad_line(
+                            path, number, f"{len(values)} values for {steps} problems", line
+                        )
                     columns[column].append(values)
-        users = np.repeat(np.array(list(learners), np.int64), [len(steps) for steps in columns["problem"]])
+        users = np.repeat(
+            np.array(list(learners), np.int64), [len(steps) for steps in columns["problem"]]
+        )
         problem, skill, correct = (np.concatenate(parts) for parts in columns.values())
         actions = {"correct": correct.astype(np.int32), "skill": skill.astype(np.int32)}
         return Events(users, problem, None, actions), Catalog.from_ids(np.unique(problem))

@@ -18,7 +18,9 @@ from jaxtyping import Int
 
 from ultra_hstu.data.sequences import Sequences
 
-ROW_MULTIPLE = 128  # capacities are rounded up to this many rows, a common tile height of the kernels
+ROW_MULTIPLE = (
+    128  # capacities are rounded up to this many rows, a common tile height of the kernels
+)
 SECONDS_RANGE = 2**31 - 1
 
 
@@ -37,7 +39,9 @@ class Batch:
     weight_T: Any  # float32 [T]: 1 where a row is trained on, 0 elsewhere
     offsets: Any  # int32 [B + 1]
     last_row_B: Any  # int32 [B]: row whose output stands for the user; of an empty history, row 0
-    signal_TS: Any = None  # int32 [T, S]: codes of what the user did with the item, 0 none; None: no signals
+    signal_TS: Any = (
+        None  # int32 [T, S]: codes of what the user did with the item, 0 none; None: no signals
+    )
 
     @property
     def sequences(self) -> Sequences:
@@ -54,7 +58,9 @@ class Events:
     signal_ES: Any = None  # int32 [E, S]: codes of signals; None: no signals
 
     @staticmethod
-    def from_arrays(items: Int[np.ndarray, " E"], timestamps: Int[np.ndarray, " E"] | None) -> "Events":
+    def from_arrays(
+        items: Int[np.ndarray, " E"], timestamps: Int[np.ndarray, " E"] | None
+    ) -> "Events":
         """int32 arrays from ids and absolute seconds; without timestamps every time is 0.
 
         Raises:
@@ -64,7 +70,9 @@ class Events:
             return Events(items.astype(np.int32), np.zeros(len(items), np.int32))
         first, last = (int(timestamps.min()), int(timestamps.max())) if len(timestamps) else (0, 0)
         if last - first > SECONDS_RANGE:
-            raise ValueError(f"timestamps run from {first} to {last}: more than 2^31 - 1 seconds. Give seconds, not milliseconds.")
+            raise ValueError(
+                f"timestamps run from {first} to {last}: more than 2^31 - 1 seconds. Give seconds, not milliseconds."
+            )
         return Events(items.astype(np.int32), (timestamps - first).astype(np.int32))
 
 
@@ -80,7 +88,13 @@ def choose_rows(lengths: Int[np.ndarray, " n"], batch_users: int, longest: int =
 
 
 def plan_epoch(
-    lengths: Int[np.ndarray, "n *buffers"], *, batch_users: int, rows: int | tuple[int, ...], seed: int, epoch: int, shuffle: bool = True
+    lengths: Int[np.ndarray, "n *buffers"],
+    *,
+    batch_users: int,
+    rows: int | tuple[int, ...],
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
 ) -> Int[np.ndarray, "S B"]:
     """Which examples each batch holds: int32 [S, B] of example numbers, -1 in empty places.
 
@@ -99,15 +113,22 @@ def plan_epoch(
     lengths_nR, rows_R = lengths.reshape(n, -1), np.atleast_1d(rows)
     for longest, room in zip(lengths_nR.max(axis=0), rows_R, strict=True):
         if longest > room:
-            raise ValueError(f"a history has {longest} events but a batch only {room} rows: raise data.batch_tokens to at least {longest}")
+            raise ValueError(
+                f"a history has {longest} events but a batch only {room} rows: raise data.batch_tokens to at least {longest}"
+            )
     order = np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
     ends_nR = np.cumsum(lengths_nR[order], axis=0)
     batches, first = [], 0
     while first < n:
         full_R = (ends_nR[first - 1] if first else 0) + rows_R
-        fits = min(int(np.searchsorted(ends, full, side="right")) for ends, full in zip(ends_nR.T, full_R, strict=True))
+        fits = min(
+            int(np.searchsorted(ends, full, side="right"))
+            for ends, full in zip(ends_nR.T, full_R, strict=True)
+        )
         last = min(first + batch_users, fits)
-        batches.append(np.pad(order[first:last], (0, batch_users - (last - first)), constant_values=-1))
+        batches.append(
+            np.pad(order[first:last], (0, batch_users - (last - first)), constant_values=-1)
+        )
         first = last
     return np.stack(batches).astype(np.int32)
 
@@ -139,7 +160,9 @@ def gather_batch(
     else:
         offsets = xp.arange(num_users + 1, dtype=xp.int32) * padded_length
     row_T = xp.arange(rows, dtype=xp.int32)
-    user_T = xp.clip(xp.searchsorted(offsets, row_T, side="right").astype(xp.int32) - 1, 0, num_users - 1)
+    user_T = xp.clip(
+        xp.searchsorted(offsets, row_T, side="right").astype(xp.int32) - 1, 0, num_users - 1
+    )
     position_T = row_T - offsets[user_T]
     real_T = position_T < lengths_B[user_T]
     event_T = xp.where(real_T, start_B[user_T] + position_T, 0)
@@ -154,7 +177,9 @@ def gather_batch(
         weight_T=real_T.astype(xp.float32),
         offsets=offsets,
         last_row_B=xp.where(lengths_B > 0, offsets[:-1] + lengths_B - 1, zero),
-        signal_TS=None if events.signal_ES is None else xp.where(real_T[:, None], events.signal_ES[event_T], zero),
+        signal_TS=None
+        if events.signal_ES is None
+        else xp.where(real_T[:, None], events.signal_ES[event_T], zero),
     )
 
 
@@ -167,4 +192,12 @@ class HistoryGather:
 
     def __call__(self, data: Events, columns_B: dict[str, Any], xp: Any = jnp) -> Batch:
         start_B, stop_B, index = columns_B["start"], columns_B["stop"], columns_B.get("event")
-        return gather_batch(data, start_B, stop_B, rows=self.rows, padded_length=self.padded_length, index=index, xp=xp)
+        return gather_batch(
+            data,
+            start_B,
+            stop_B,
+            rows=self.rows,
+            padded_length=self.padded_length,
+            index=index,
+            xp=xp,
+        )

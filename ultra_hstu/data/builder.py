@@ -50,7 +50,9 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     has them) and one column an action, all in the order of the files. Users are in the order of their raw ids.
     """
 
-    VERSION = tfds.core.Version("1.1.0")  # 1.1.0 added the features of users; what an older version prepared is not read
+    VERSION = tfds.core.Version(
+        "1.1.0"
+    )  # 1.1.0 added the features of users; what an older version prepared is not read
     code_path = None  # where tfds would look for its own kind of checksums, with a package that it does not install
     STRING_USERS: ClassVar[bool] = False
     TICKS: ClassVar[int] = 1  # a second in the unit of the source's timestamps; 0: it has none
@@ -58,7 +60,9 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     ITEMS_FILE: ClassVar[str] = "the catalogue"  # for the error about an item that it lacks
 
     def __init__(self, *, raw_dir: str | os.PathLike | None, **kwargs: Any):
-        self.raw_dir = Path() if raw_dir is None else Path(raw_dir)  # a generated source reads nothing
+        self.raw_dir = (
+            Path() if raw_dir is None else Path(raw_dir)
+        )  # a generated source reads nothing
         super().__init__(file_format="array_record", **kwargs)
 
     def read(self) -> tuple[Events, Catalog]:
@@ -82,7 +86,9 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
             features["timestamps"] = column(np.int64)
         if not self.ACTIONS:
             del features["actions"]
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         events, catalog = self.read()
@@ -90,11 +96,15 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
         self.read_contexts().save(Path(self.data_path) / CONTEXTS)
         return {"users": self._generate_examples(events, catalog)}
 
-    def _generate_examples(self, events: Events, catalog: Catalog) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(
+        self, events: Events, catalog: Catalog
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         events = dataclasses.replace(events, items=events.encode(catalog, self.ITEMS_FILE))
         users, codes = np.unique(events.users, return_inverse=True)
         if events.timestamps is not None and self.TICKS > 1:
-            order = np.lexsort((events.timestamps, codes))  # the order within a second is known here for the last time
+            order = np.lexsort(
+                (events.timestamps, codes)
+            )  # the order within a second is known here for the last time
         else:
             order = np.argsort(codes, kind="stable")
         columns: dict[str, Any] = {"items": events.items[order]}
@@ -104,14 +114,21 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
         stops = np.cumsum(np.bincount(codes, minlength=len(users)))
         for row, (user, stop) in enumerate(zip(users, stops, strict=True)):
             span = slice(int(stops[row - 1]) if row else 0, int(stop))
-            example = {"user": user.item(), **{name: values[span] for name, values in columns.items()}}
+            example = {
+                "user": user.item(),
+                **{name: values[span] for name, values in columns.items()},
+            }
             if actions:
                 example["actions"] = {name: values[span] for name, values in actions.items()}
             yield row, example
 
 
 def prepare(
-    builder: type[InteractionsBuilder], variant: SourceConfig, data_dir: Path, raw_dir: str | None, **settings: Any
+    builder: type[InteractionsBuilder],
+    variant: SourceConfig,
+    data_dir: Path,
+    raw_dir: str | None,
+    **settings: Any,
 ) -> InteractionsBuilder:
     """The builder of a prepared dataset: found in `data_dir`, or built there from `raw_dir` or a download.
 
@@ -129,17 +146,31 @@ def prepare(
             folder = Path(raw_dir)
             missing = [name for name in variant.files if not (folder / name).is_file()]
             if missing:
-                raise ValueError(f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from {', '.join(variant.files)}")
-            sums = checksums(folder, variant.files + tuple(name for name in variant.context_files if (folder / name).is_file()))
+                raise ValueError(
+                    f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from {', '.join(variant.files)}"
+                )
+            sums = checksums(
+                folder,
+                variant.files
+                + tuple(name for name in variant.context_files if (folder / name).is_file()),
+            )
         elif variant.files:
             folder = data_dir / "raw" / variant.name
             sums = obtain(variant.downloads, variant.files + variant.context_files, folder)
         elif raw_dir is not None:
-            raise ValueError(f"{variant.name} is generated: it reads no raw_dir, so {raw_dir!r} must be None")
-        key = hashlib.sha256(repr((variant.name, str(builder.VERSION), sorted(sums.items()), sorted(settings.items()))).encode())
+            raise ValueError(
+                f"{variant.name} is generated: it reads no raw_dir, so {raw_dir!r} must be None"
+            )
+        key = hashlib.sha256(
+            repr(
+                (variant.name, str(builder.VERSION), sorted(sums.items()), sorted(settings.items()))
+            ).encode()
+        )
         home = data_dir / f"{variant.name}-{key.hexdigest()[:16]}"
         made = builder(raw_dir=folder, data_dir=home, config=variant.name, **settings)
-        for leftover in Path(made.data_path).parent.glob("incomplete.*"):  # of a build that was killed
+        for leftover in Path(made.data_path).parent.glob(
+            "incomplete.*"
+        ):  # of a build that was killed
             shutil.rmtree(leftover)
         if not Path(made.data_path).exists():
             _log.info("preparing %s in %s", variant.name, made.data_path)

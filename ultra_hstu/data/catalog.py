@@ -25,7 +25,9 @@ class Catalog:
     titles: tuple[str, ...] | None = None
 
     @classmethod
-    def from_ids(cls, ids: Shaped[np.ndarray, " items"], titles: Sequence[str] | None = None) -> "Catalog":
+    def from_ids(
+        cls, ids: Shaped[np.ndarray, " items"], titles: Sequence[str] | None = None
+    ) -> "Catalog":
         """The catalogue of these raw ids (int64 or str, distinct, any order) and their titles.
 
         Raises:
@@ -41,7 +43,10 @@ class Catalog:
         if len(twice):
             raise ValueError(f"item id {ids[twice[0]].item()!r} occurs twice in the catalogue")
         padding = np.array([-1 if ids.dtype.kind == "i" else ""], ids.dtype)
-        return cls(np.concatenate([padding, ids]), None if titles is None else ("", *(titles[i] for i in order)))
+        return cls(
+            np.concatenate([padding, ids]),
+            None if titles is None else ("", *(titles[i] for i in order)),
+        )
 
     @property
     def num_items(self) -> int:
@@ -58,7 +63,9 @@ class Catalog:
         if not dense.all():
             known = self.raw_ids[1:]
             example = f"{known[0].item()!r} to {known[-1].item()!r}"
-            raise ValueError(f"unknown item ids {_some(ids[dense == 0])}: the catalogue has {len(known)} items, {example}")
+            raise ValueError(
+                f"unknown item ids {_some(ids[dense == 0])}: the catalogue has {len(known)} items, {example}"
+            )
         return dense
 
     def find(self, ids: Any) -> Int32[np.ndarray, " n"]:
@@ -74,7 +81,9 @@ class Catalog:
         numeric = ids.dtype.kind in "iu"
         if numeric != (known.dtype.kind == "i") or not (numeric or ids.dtype.kind == "U"):
             kind = "whole numbers" if known.dtype.kind == "i" else "strings"
-            raise ValueError(f"item ids of this catalogue are {kind}, not {ids.dtype}: {_some(ids)}")
+            raise ValueError(
+                f"item ids of this catalogue are {kind}, not {ids.dtype}: {_some(ids)}"
+            )
         ids = ids.astype(np.int64) if numeric else ids
         index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
         return np.where(known[index] == ids, index + 1, 0).astype(np.int32)
@@ -87,7 +96,9 @@ class Catalog:
         """
         outside = (dense < 1) | (dense > self.num_items)
         if outside.any():
-            raise ValueError(f"dense item ids must lie in 1..{self.num_items}, not {_some(dense[outside])}")
+            raise ValueError(
+                f"dense item ids must lie in 1..{self.num_items}, not {_some(dense[outside])}"
+            )
         return self.raw_ids[dense]
 
     def save(self, path: str | os.PathLike) -> None:
@@ -108,7 +119,9 @@ class Catalog:
                 titles = tuple(file["titles"].tolist()) if "titles" in file else None
                 return cls(file["raw_ids"], titles)
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{os.fspath(path)} is not a readable catalogue ({error}): train in a new folder") from error
+            raise ValueError(
+                f"{os.fspath(path)} is not a readable catalogue ({error}): train in a new folder"
+            ) from error
 
 
 def _some(values: np.ndarray) -> str:

@@ -23,7 +23,9 @@ class Contexts:
         values: by feature, the source's text for every code; slot 0 is "".
     """
 
-    users: Shaped[np.ndarray, " users"] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    users: Shaped[np.ndarray, " users"] = dataclasses.field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )
     codes: dict[str, Int32[np.ndarray, " users"]] = dataclasses.field(default_factory=dict)
     values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -49,15 +51,27 @@ class Contexts:
         order = np.argsort(users, kind="stable")
         again = np.flatnonzero(users[order][1:] == users[order][:-1])
         if len(again):
-            second, first = int(order[again + 1].min()), int(order[again[np.argmin(order[again + 1])]])
-            raise bad_line(path, first_line + second, f"user was given on line {first_line + first} already", users[second].item())
+            second, first = (
+                int(order[again + 1].min()),
+                int(order[again[np.argmin(order[again + 1])]]),
+            )
+            raise bad_line(
+                path,
+                first_line + second,
+                f"user was given on line {first_line + first} already",
+                users[second].item(),
+            )
         codes, values = {}, {}
         for name, column in columns.items():
             known = _in_order(set(column) - {""}) if allowed is None else tuple(allowed[name])
-            place = {text: code for code, text in enumerate(known, start=1)} | ({"": 0} if allowed is None else {})
+            place = {text: code for code, text in enumerate(known, start=1)} | (
+                {"": 0} if allowed is None else {}
+            )
             for row, text in enumerate(column):
                 if text not in place:
-                    raise bad_line(path, first_line + row, f"{name} must be one of {', '.join(known)}", text)
+                    raise bad_line(
+                        path, first_line + row, f"{name} must be one of {', '.join(known)}", text
+                    )
             codes[name] = np.array([place[text] for text in column], np.int32)[order]
             values[name] = ("", *known)
         return cls(users[order], codes, values)
@@ -67,7 +81,10 @@ class Contexts:
         if not len(self.users):
             return {name: np.zeros(len(users), np.int32) for name in self.codes}
         row = np.minimum(np.searchsorted(self.users, users), len(self.users) - 1)
-        return {name: np.where(self.users[row] == users, codes[row], 0).astype(np.int32) for name, codes in self.codes.items()}
+        return {
+            name: np.where(self.users[row] == users, codes[row], 0).astype(np.int32)
+            for name, codes in self.codes.items()
+        }
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes an npz file without pickle."""
@@ -84,7 +101,9 @@ class Contexts:
                 values = {name: tuple(file[f"values/{name}"].tolist()) for name in names}
                 return cls(file["users"], {name: file[f"codes/{name}"] for name in names}, values)
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{os.fspath(path)} is not readable ({error}): delete its folder, and the data is prepared again") from error
+            raise ValueError(
+                f"{os.fspath(path)} is not readable ({error}): delete its folder, and the data is prepared again"
+            ) from error
 
 
 def _in_order(values: set[str]) -> tuple[str, ...]:

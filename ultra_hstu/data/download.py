@@ -21,7 +21,13 @@ import rich.progress
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 18
-_NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError)
+_NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ssl.SSLError,
+    ConnectionError,
+    TimeoutError,
+)
 _SUMS = "sha256.json"  # the checksum of every extracted file, beside the files
 
 
@@ -45,7 +51,9 @@ class Download:
         return self.name or self.url.rsplit("/", 1)[-1]
 
 
-def obtain(downloads: Sequence[Download], names: Sequence[str], folder: Path, *, pause: int | float = 1.0) -> dict[str, str]:
+def obtain(
+    downloads: Sequence[Download], names: Sequence[str], folder: Path, *, pause: int | float = 1.0
+) -> dict[str, str]:
     """Makes sure that `folder` holds the files `names`, as downloaded and unpacked, and returns their sha256.
 
     The folder appears whole or not at all. A cut download continues with the next call.
@@ -56,7 +64,9 @@ def obtain(downloads: Sequence[Download], names: Sequence[str], folder: Path, *,
             that the next call starts over.
     """
     expected = json.loads((folder / _SUMS).read_text()) if folder.is_dir() else {}
-    if folder.is_dir() and set(names) <= set(expected):  # else downloaded when fewer of the publisher's files were read
+    if folder.is_dir() and set(names) <= set(
+        expected
+    ):  # else downloaded when fewer of the publisher's files were read
         found = checksums(folder, names)
         for name in names:
             if found[name] != expected[name]:
@@ -116,7 +126,9 @@ def fetch(download: Download, folder: Path, *, attempts: int = 5, pause: int | f
         except _NETWORK_ERRORS as error:
             reason = f"{download.url}: {error}"
         if attempt == attempts:
-            raise ConnectionError(f"cannot download {reason} (tried {attempts} times; run again to continue)")
+            raise ConnectionError(
+                f"cannot download {reason} (tried {attempts} times; run again to continue)"
+            )
         _log.warning("download interrupted, %s; continuing from byte %d", reason, _size(part))
         time.sleep(pause * attempt)
     part.rename(path)
@@ -153,7 +165,9 @@ def _receive(url: str, part: Path) -> None:
     with response:
         start = have if response.status == 206 else 0
         if start and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise ConnectionError(f"asked for bytes from {start}, got {response.headers.get('Content-Range')!r}")
+            raise ConnectionError(
+                f"asked for bytes from {start}, got {response.headers.get('Content-Range')!r}"
+            )
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         columns = (
@@ -163,7 +177,10 @@ def _receive(url: str, part: Path) -> None:
             rich.progress.TransferSpeedColumn(),
             rich.progress.TimeRemainingColumn(),
         )
-        with rich.progress.Progress(*columns) as progress, open(part, "ab" if start else "wb") as file:
+        with (
+            rich.progress.Progress(*columns) as progress,
+            open(part, "ab" if start else "wb") as file,
+        ):
             task = progress.add_task(url.rsplit("/", 1)[-1], total=total, completed=start)
             while block := response.read(_CHUNK):
                 file.write(block)
@@ -192,12 +209,17 @@ def _unpack(path: Path, names: Sequence[str], folder: Path) -> None:
             with zipfile.ZipFile(path) as archive:
                 for member in archive.namelist():
                     if os.path.basename(member) in names:
-                        with archive.open(member) as source, open(folder / os.path.basename(member), "wb") as target:
+                        with (
+                            archive.open(member) as source,
+                            open(folder / os.path.basename(member), "wb") as target,
+                        ):
                             shutil.copyfileobj(source, target)
         elif path.name.endswith(".tar.gz"):
             with tarfile.open(path) as archive:
                 for info in archive:
-                    if os.path.basename(info.name) in names and (content := archive.extractfile(info)):
+                    if os.path.basename(info.name) in names and (
+                        content := archive.extractfile(info)
+                    ):
                         with open(folder / os.path.basename(info.name), "wb") as target:
                             shutil.copyfileobj(content, target)
         else:
@@ -205,7 +227,9 @@ def _unpack(path: Path, names: Sequence[str], folder: Path) -> None:
             return
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
         aside = set_aside(path)
-        raise ValueError(f"{path} is no whole archive ({error}). It was moved to {aside}; run again") from error
+        raise ValueError(
+            f"{path} is no whole archive ({error}). It was moved to {aside}; run again"
+        ) from error
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: it is not the publisher's archive")

@@ -53,7 +53,9 @@ class Events:
         The same item at another time is another event and stays: people rate, watch and solve things again.
         """
         if self.timestamps is None:
-            raise ValueError("without timestamps, an item that comes again cannot be told from a repeated line")
+            raise ValueError(
+                "without timestamps, an item that comes again cannot be told from a repeated line"
+            )
         users = np.unique(self.users, return_inverse=True)[1]
         items = np.unique(self.items, return_inverse=True)[1]
         order = np.lexsort((self.timestamps, items, users))
@@ -61,7 +63,9 @@ class Events:
         again = (users[1:] == users[:-1]) & (items[1:] == items[:-1]) & (times[1:] == times[:-1])
         if not again.any():
             return self
-        duplicates = order[1:][again]  # lexsort is stable: the first of equal events is the earliest in the files
+        duplicates = order[1:][
+            again
+        ]  # lexsort is stable: the first of equal events is the earliest in the files
         _log.warning(
             "dropped %d events that repeat an earlier one of the same user, item and time; the first: %s",
             len(duplicates), self.place(int(duplicates.min())),
@@ -79,5 +83,7 @@ class Events:
         unknown = np.flatnonzero(known[index] != self.items)
         if len(unknown):
             item = self.items[unknown[0]].item()
-            raise ValueError(f"{self.place(int(unknown[0]))}: item {item!r} is not in {file_with_items}")
+            raise ValueError(
+                f"{self.place(int(unknown[0]))}: item {item!r} is not in {file_with_items}"
+            )
         return (index + 1).astype(np.int32)

@@ -99,7 +99,14 @@ class Planner:
         buffers: int = 1,
     ) -> Plan:
         taken = self.taken(examples, seed, epoch)
-        place = plan_epoch(taken.lengths, batch_users=batch_users // groups, rows=rows, seed=seed, epoch=epoch, shuffle=shuffle)
+        place = plan_epoch(
+            taken.lengths,
+            batch_users=batch_users // groups,
+            rows=rows,
+            seed=seed,
+            epoch=epoch,
+            shuffle=shuffle,
+        )
         place = np.pad(place, ((0, -len(place) % groups), (0, 0)), constant_values=-1)
         return Plan(place.reshape(-1, batch_users), taken)
 
@@ -115,7 +122,9 @@ class DeviceFeed:
     gather: Any = dataclasses.field(metadata={"static": True})
 
     def batch(self, step: Any) -> Any:
-        return self.gather(self.data, {name: column_SB[step] for name, column_SB in self.columns_SB.items()})
+        return self.gather(
+            self.data, {name: column_SB[step] for name, column_SB in self.columns_SB.items()}
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -189,11 +198,18 @@ class Loader:
         mesh: Mesh | None = None,
         groups: int | None = None,
     ):
-        self.batch_users, self.steps_per_call, self.gather, self.planner = batch_users, steps_per_call, gather, planner
+        self.batch_users, self.steps_per_call, self.gather, self.planner = (
+            batch_users,
+            steps_per_call,
+            gather,
+            planner,
+        )
         self.mesh, self.shards = mesh, 1 if mesh is None else mesh.shape[DATA]
         self.batch_groups = self.shards if groups is None else groups
         self.group_rows = divided(gather.rows, batch_users, self.batch_groups, self.shards)
-        self.examples: Callable[[int, int], Table] = examples if callable(examples) else lambda seed, epoch: examples
+        self.examples: Callable[[int, int], Table] = (
+            examples if callable(examples) else lambda seed, epoch: examples
+        )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(data))
         self.streamed = placement == "stream" or (placement == "auto" and size > DEVICE_BYTES)
         self.data = data if self.streamed else put(data, mesh)
@@ -203,7 +219,10 @@ class Loader:
         examples = self.examples(seed, epoch)
         _require_some(examples)
         packing: dict[str, Any] = dict(
-            batch_users=self.batch_users, rows=self.group_rows, groups=self.batch_groups, buffers=self.batch_groups // self.shards
+            batch_users=self.batch_users,
+            rows=self.group_rows,
+            groups=self.batch_groups,
+            buffers=self.batch_groups // self.shards,
         )
         return self.planner.plan(examples, seed=seed, epoch=epoch, shuffle=shuffle, **packing)
 
@@ -214,20 +233,31 @@ class Loader:
 
     def _columns(self, plan: Plan, first: int) -> tuple[dict[str, np.ndarray], int]:
         steps = min(self.steps_per_call, len(plan) - first)
-        return plan.columns(np.minimum(np.arange(first, first + self.steps_per_call), first + steps - 1)), steps
+        return plan.columns(
+            np.minimum(np.arange(first, first + self.steps_per_call), first + steps - 1)
+        ), steps
 
     def _on_device(self, plan: Plan, starts: list[int]) -> Iterator[Group]:
         for first in starts:
             columns_SB, steps = self._columns(plan, first)
-            yield Group(DeviceFeed(self.data, put(columns_SB, self.mesh, OF_GROUPS), self.gather), steps, first)
+            yield Group(
+                DeviceFeed(self.data, put(columns_SB, self.mesh, OF_GROUPS), self.gather),
+                steps,
+                first,
+            )
 
     def _pack(self, plan: Plan, first: int) -> tuple[Any, int]:
         columns_SB, steps = self._columns(plan, first)
         batches = []
         for group in range(1) if self.mesh is None else groups_here(self.mesh):
-            of_group = {name: np.split(column_SB, self.shards, axis=1)[group] for name, column_SB in columns_SB.items()}
+            of_group = {
+                name: np.split(column_SB, self.shards, axis=1)[group]
+                for name, column_SB in columns_SB.items()
+            }
             steps_of_group = [
-                self.gather(self.data, {name: column_SB[step] for name, column_SB in of_group.items()}, np)
+                self.gather(
+                    self.data, {name: column_SB[step] for name, column_SB in of_group.items()}, np
+                )
                 for step in range(self.steps_per_call)
             ]
             batches.append(jax.tree.map(lambda *leaves: np.stack(leaves), *steps_of_group))
@@ -237,11 +267,17 @@ class Loader:
         if not starts:
             return
         options = grain.ReadOptions(num_threads=STREAM_THREADS, prefetch_buffer_size=STREAM_AHEAD)
-        packed = grain.MapDataset.source(starts).map(lambda first: (first, *self._pack(plan, first))).to_iter_dataset(options)
+        packed = (
+            grain.MapDataset.source(starts)
+            .map(lambda first: (first, *self._pack(plan, first)))
+            .to_iter_dataset(options)
+        )
         ready: Group | None = None
         for first, batches_S, steps in packed:
             # One group ahead: its copy to the device runs while the caller computes on the one before.
-            ahead = jax.device_put(batches_S) if self.mesh is None else put_groups(batches_S, self.mesh)
+            ahead = (
+                jax.device_put(batches_S) if self.mesh is None else put_groups(batches_S, self.mesh)
+            )
             moving = Group(StreamedFeed(ahead), int(steps), int(first))
             if ready is not None:
                 yield ready
@@ -276,12 +312,18 @@ def history_loader(
     longest = int(examples.lengths.max())
     if padded_length is not None:
         if longest > padded_length:
-            raise ValueError(f"a history of {longest} events does not fit the padded length {padded_length}: lower data.max_history")
+            raise ValueError(
+                f"a history of {longest} events does not fit the padded length {padded_length}: lower data.max_history"
+            )
         rows = batch_users * padded_length
     if rows is None:
-        rows = groups * choose_rows(planner.taken(examples, 0, 0).lengths, batch_users // groups, longest)
+        rows = groups * choose_rows(
+            planner.taken(examples, 0, 0).lengths, batch_users // groups, longest
+        )
     gather = HistoryGather(rows // shards, padded_length)
-    options: dict[str, Any] = dict(batch_users=batch_users, steps_per_call=steps_per_call, placement=placement, planner=planner)
+    options: dict[str, Any] = dict(
+        batch_users=batch_users, steps_per_call=steps_per_call, placement=placement, planner=planner
+    )
     return Loader(events, examples, gather, mesh=mesh, groups=groups, **options)
 
 
@@ -299,10 +341,14 @@ def divided(rows: int | tuple[int, ...], batch_users: int, groups: int, shards: 
     buffers = groups // shards
     for room in np.atleast_1d(rows):
         if room % buffers:
-            raise ValueError(f"{room} rows cannot be divided among {buffers} of the parallel.groups={groups}: change data.batch_tokens")
+            raise ValueError(
+                f"{room} rows cannot be divided among {buffers} of the parallel.groups={groups}: change data.batch_tokens"
+            )
     return tuple(room // buffers for room in rows) if isinstance(rows, tuple) else rows // buffers
 
 
 def _require_some(examples: Table) -> None:
     if len(examples.lengths) == 0:
-        raise ValueError("no examples: every user of this split has too few events for a history and a target")
+        raise ValueError(
+            "no examples: every user of this split has too few events for a history and a target"
+        )

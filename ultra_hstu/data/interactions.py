@@ -82,8 +82,16 @@ class Interactions:
             digest.update(np.ascontiguousarray(array).tobytes())
         for columns in (self.actions, self.contexts):
             for name in sorted(columns):
-                digest.update(f"{name} {self.context_values.get(name)}".encode() + np.ascontiguousarray(columns[name]).tobytes())
-        return {"users": self.num_users, "items": self.num_items, "events": self.num_events, "sha256": digest.hexdigest()}
+                digest.update(
+                    f"{name} {self.context_values.get(name)}".encode()
+                    + np.ascontiguousarray(columns[name]).tobytes()
+                )
+        return {
+            "users": self.num_users,
+            "items": self.num_items,
+            "events": self.num_events,
+            "sha256": digest.hexdigest(),
+        }
 
     def history(self, user: int | str) -> slice:
         """The events of a raw user id. Raises ValueError as `row`."""
@@ -99,10 +107,16 @@ class Interactions:
         numeric = self.users.dtype.kind == "i"
         if numeric and isinstance(user, str) and re.fullmatch(r"-?[0-9]+", user.strip()):
             user = int(user)
-        row = int(np.searchsorted(self.users, user)) if isinstance(user, str) != numeric else self.num_users
+        row = (
+            int(np.searchsorted(self.users, user))
+            if isinstance(user, str) != numeric
+            else self.num_users
+        )
         if row == self.num_users or self.users[row] != user:
             known = f"{self.users[0].item()!r} to {self.users[-1].item()!r}"
-            raise ValueError(f"unknown user {user!r}: there are {self.num_users} users with at least {MIN_EVENTS} events, {known}")
+            raise ValueError(
+                f"unknown user {user!r}: there are {self.num_users} users with at least {MIN_EVENTS} events, {known}"
+            )
         return row
 
 
@@ -140,7 +154,9 @@ def ordered(interactions: Interactions, *, ties: str = "stable", seed: int = 0) 
         raise ValueError(f"data.ties must be 'stable' or 'random', not {ties!r}")
     if interactions.timestamps is None:
         if ties == "random":
-            raise ValueError("data.ties='random' needs timestamps, and this source has none: use ties='stable'")
+            raise ValueError(
+                "data.ties='random' needs timestamps, and this source has none: use ties='stable'"
+            )
         return interactions
     users = np.repeat(np.arange(interactions.num_users), interactions.lengths)
     times = interactions.timestamps - interactions.timestamps.min()
@@ -161,7 +177,9 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
     """Reads every user with enough events."""
     source = prepared.as_data_source("users")
     rows = range(len(source))
-    examples = [example for i in rows[::_BATCH] for example in source.__getitems__(rows[i : i + _BATCH])]
+    examples = [
+        example for i in rows[::_BATCH] for example in source.__getitems__(rows[i : i + _BATCH])
+    ]
     kept = [example for example in examples if len(example["items"]) >= MIN_EVENTS]
     if len(kept) < len(examples):
         dropped = [example["user"] for example in examples if len(example["items"]) < MIN_EVENTS]
@@ -170,8 +188,14 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
             len(dropped), len(examples), MIN_EVENTS, ", ".join(map(_text, dropped[:5])), ", ..." * (len(dropped) > 5),
         )  # fmt: skip
     if not kept:
-        raise ValueError(f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing to learn from")
-    users = np.array([_text(example["user"]) for example in kept] if prepared.STRING_USERS else [e["user"] for e in kept])
+        raise ValueError(
+            f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing to learn from"
+        )
+    users = np.array(
+        [_text(example["user"]) for example in kept]
+        if prepared.STRING_USERS
+        else [e["user"] for e in kept]
+    )
     lengths = [len(example["items"]) for example in kept]
     contexts = Contexts.load(Path(prepared.data_path) / CONTEXTS)
     if contexts.codes and (unknown := np.flatnonzero(~np.isin(users, contexts.users))).size:
@@ -184,8 +208,12 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
         users=users,
         items=np.concatenate([example["items"] for example in kept]),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        timestamps=np.concatenate([example["timestamps"] for example in kept]) if prepared.TICKS else None,
-        actions={name: np.concatenate([e["actions"][name] for e in kept]) for name in prepared.ACTIONS},
+        timestamps=np.concatenate([example["timestamps"] for example in kept])
+        if prepared.TICKS
+        else None,
+        actions={
+            name: np.concatenate([e["actions"][name] for e in kept]) for name in prepared.ACTIONS
+        },
         catalog=Catalog.load(Path(prepared.data_path) / CATALOG),
         contexts=contexts.of(users),
         context_values=contexts.values,

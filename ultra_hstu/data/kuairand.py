@@ -18,7 +18,18 @@ _COLUMNS = (
     Column("date", None),
     Column("hourmin", None),
     Column("time_ms", np.int64, 0, MAX_SECONDS * 1000),
-    *(Column(name, np.int32, 0, 1) for name in ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")),
+    *(
+        Column(name, np.int32, 0, 1)
+        for name in (
+            "is_click",
+            "is_like",
+            "is_follow",
+            "is_comment",
+            "is_forward",
+            "is_hate",
+            "long_view",
+        )
+    ),
     *(
         Column(name, np.int32, -_INT32, _INT32)  # the publisher states no range
         for name in ("play_time_ms", "duration_ms", "profile_stay_time", "comment_stay_time")
@@ -34,11 +45,20 @@ _LOGS = {
         "4_08_to_4_21_27k_part1", "4_08_to_4_21_27k_part2", "4_22_to_5_08_27k_part1", "4_22_to_5_08_27k_part2"
     ),
 }  # fmt: skip
-_ARCHIVES = {"kuairand-pure": "KuaiRand-Pure", "kuairand-1k": "KuaiRand-1K", "kuairand-27k": "KuaiRand-27K"}
+_ARCHIVES = {
+    "kuairand-pure": "KuaiRand-Pure",
+    "kuairand-1k": "KuaiRand-1K",
+    "kuairand-27k": "KuaiRand-27K",
+}
 # The categorical columns of user_features_*.csv; the others are user_id and the numbers that the ranges are made from.
 CONTEXTS = (
     *("user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author"),
-    *("follow_user_num_range", "fans_user_num_range", "friend_user_num_range", "register_days_range"),
+    *(
+        "follow_user_num_range",
+        "fans_user_num_range",
+        "friend_user_num_range",
+        "register_days_range",
+    ),
     *(f"onehot_feat{k}" for k in range(18)),
 )
 
@@ -60,7 +80,9 @@ class KuaiRand(InteractionsBuilder):
             description=f"{_ARCHIVES[name]}: users, videos, feedback, times",
             files=tuple(f"log_standard_{log}.csv" for log in logs),
             context_files=(f"user_features_{name.removeprefix('kuairand-')}.csv",),
-            downloads=(Download(f"https://zenodo.org/records/10439422/files/{_ARCHIVES[name]}.tar.gz"),),
+            downloads=(
+                Download(f"https://zenodo.org/records/10439422/files/{_ARCHIVES[name]}.tar.gz"),
+            ),
         )
         for name, logs in _LOGS.items()
     ]
@@ -68,8 +90,12 @@ class KuaiRand(InteractionsBuilder):
     def read(self) -> tuple[Events, Catalog]:
         paths = [self.raw_dir / name for name in self.builder_config.files]
         tables = [read_table(path, _COLUMNS, header=True) for path in paths]
-        where = tuple((str(path), 2, len(table["time_ms"])) for path, table in zip(paths, tables, strict=True))
-        joined = {name: np.concatenate([table.pop(name) for table in tables]) for name in tuple(tables[0])}
+        where = tuple(
+            (str(path), 2, len(table["time_ms"])) for path, table in zip(paths, tables, strict=True)
+        )
+        joined = {
+            name: np.concatenate([table.pop(name) for table in tables]) for name in tuple(tables[0])
+        }
         users, videos, times = (joined.pop(name) for name in ("user_id", "video_id", "time_ms"))
         events = Events(users, videos, times, joined, where).without_duplicates()
         return events, Catalog.from_ids(np.unique(videos))
@@ -83,7 +109,9 @@ class KuaiRand(InteractionsBuilder):
         header: list[str] = []
         for number, line in lines(path):
             try:
-                fields = next(csv.reader([line], strict=True), [])  # ranges hold commas, and stand in quotes
+                fields = next(
+                    csv.reader([line], strict=True), []
+                )  # ranges hold commas, and stand in quotes
             except csv.Error as error:
                 raise bad_line(path, number, str(error), line) from None
             if number == 1:
@@ -92,7 +120,9 @@ class KuaiRand(InteractionsBuilder):
                     raise bad_line(path, 1, f"the header lacks {', '.join(missing)}", line)
                 continue
             if len(fields) != len(header):
-                raise bad_line(path, number, f"expected {len(header)} fields, found {len(fields)}", line)
+                raise bad_line(
+                    path, number, f"expected {len(header)} fields, found {len(fields)}", line
+                )
             row = dict(zip(header, fields, strict=True))
             users.append(integer(row["user_id"], path, number, "user_id"))
             for name in CONTEXTS:

@@ -28,7 +28,11 @@ _MD5 = {  # published beside each archive (*.zip.md5)
 }
 # The features of ml-1m's users, and their values as the release documents them. Ages are the youngest of a group; occupations are numbered.
 USERS_FILE = "users.dat"
-_CONTEXTS = {"gender": ("F", "M"), "age": ("1", "18", "25", "35", "45", "50", "56"), "occupation": tuple(map(str, range(21)))}
+_CONTEXTS = {
+    "gender": ("F", "M"),
+    "age": ("1", "18", "25", "35", "45", "50", "56"),
+    "occupation": tuple(map(str, range(21))),
+}
 
 
 class MovieLens(InteractionsBuilder):
@@ -60,7 +64,9 @@ class MovieLens(InteractionsBuilder):
         columns = (
             Column("userId", np.int64, 1),
             Column("movieId", np.int64, 1),
-            Column("rating", np.float64, 0.5, 5) if half_stars else Column("rating", np.int64, 1, 5),
+            Column("rating", np.float64, 0.5, 5)
+            if half_stars
+            else Column("rating", np.int64, 1, 5),
             Column("timestamp", np.int64, 0, MAX_SECONDS),
         )
         path = self.raw_dir / ratings
@@ -74,9 +80,15 @@ class MovieLens(InteractionsBuilder):
         path = self.raw_dir / USERS_FILE
         if USERS_FILE not in self.builder_config.context_files or not path.is_file():
             return Contexts()
-        columns = (Column("UserID", np.int64, 1), *(Column(name, np.str_) for name in _CONTEXTS), Column("Zip-code", None))
+        columns = (
+            Column("UserID", np.int64, 1),
+            *(Column(name, np.str_) for name in _CONTEXTS),
+            Column("Zip-code", None),
+        )
         table = read_table(path, columns, delimiter="::")
-        return Contexts.read(path, 1, table["UserID"], {name: table[name].tolist() for name in _CONTEXTS}, _CONTEXTS)
+        return Contexts.read(
+            path, 1, table["UserID"], {name: table[name].tolist() for name in _CONTEXTS}, _CONTEXTS
+        )
 
 
 def read_movies(path: Path) -> Catalog:
@@ -105,7 +117,9 @@ def read_movies(path: Path) -> Catalog:
             raise bad_line(path, number, "malformed movie", line)
         movie = integer(fields[0], path, number, "movie id", 1)
         if movie in ids:
-            raise bad_line(path, number, f"movie {movie} was given on line {ids[movie]} already", line)
+            raise bad_line(
+                path, number, f"movie {movie} was given on line {ids[movie]} already", line
+            )
         ids[movie] = number
         titles.append(_clean(fields[1], path, number))
     return Catalog.from_ids(np.array(list(ids), np.int64), titles)
@@ -113,11 +127,15 @@ def read_movies(path: Path) -> Catalog:
 
 def _clean(title: str, path: Path, line: int) -> str:
     if "\N{REPLACEMENT CHARACTER}" in title:
-        raise bad_line(path, line, "the title has lost characters; fetch the publisher's file", title)
+        raise bad_line(
+            path, line, "the title has lost characters; fetch the publisher's file", title
+        )
     try:
         repaired = title.encode("latin-1").decode("utf-8")
     except (UnicodeEncodeError, UnicodeDecodeError):
         return title
     if repaired != title:
-        _log.warning("%s, line %d: the title %r was encoded twice; read as %r", path, line, title, repaired)
+        _log.warning(
+            "%s, line %d: the title %r was encoded twice; read as %r", path, line, title, repaired
+        )
     return repaired

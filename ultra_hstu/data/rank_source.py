@@ -33,7 +33,9 @@ class Sizes:
 
 def channels(config: Config) -> dict[str, ChannelConfig]:
     """The transducers of a run: those of `model.channels`, or one over all events."""
-    return dict(config.model.channels) or {EVERYTHING: ChannelConfig(max_history=config.data.max_history, layers=config.model.layers)}
+    return dict(config.model.channels) or {
+        EVERYTHING: ChannelConfig(max_history=config.data.max_history, layers=config.model.layers)
+    }
 
 
 def form(config: Config) -> Form:
@@ -43,13 +45,19 @@ def form(config: Config) -> Form:
         contextual=len(config.rank.contextual),
         interleaved=config.rank.input == "interleaved",
         backwards=config.rank.positions == "backwards" and not everywhere,
-        max_history=tuple((name, channel.max_history - everywhere) for name, channel in channels(config).items()),
+        max_history=tuple(
+            (name, channel.max_history - everywhere) for name, channel in channels(config).items()
+        ),
     )
 
 
 def rows(config: Config, history: Any, targets: Any) -> Any:
     """Rows of a request with `history` events: contextual tokens, history (two rows an event if interleaved), targets."""
-    return len(config.rank.contextual) + {"merged": 1, "interleaved": 2}[config.rank.input] * history + targets
+    return (
+        len(config.rank.contextual)
+        + {"merged": 1, "interleaved": 2}[config.rank.input] * history
+        + targets
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +75,9 @@ class RankSource:
     events: RankEvents
     sizes: Sizes
     parts: Parts
-    kept: dict[str, np.ndarray]  # of a channel that leaves events out: int64 [E + 1], how many of the first e events it keeps
+    kept: dict[
+        str, np.ndarray
+    ]  # of a channel that leaves events out: int64 [E + 1], how many of the first e events it keeps
 
     @staticmethod
     def of(config: Config, interactions: Interactions) -> "RankSource":
@@ -82,7 +92,9 @@ class RankSource:
             if channel.signal:
                 if channel.signal not in interactions.actions:
                     known = ", ".join(sorted(interactions.actions)) or "none"
-                    raise ValueError(f"model.channels.{name}.signal={channel.signal!r} is no action of this source, which has {known}")
+                    raise ValueError(
+                        f"model.channels.{name}.signal={channel.signal!r} is no action of this source, which has {known}"
+                    )
                 keep_E = interactions.actions[channel.signal] >= channel.at_least
                 index[name] = np.flatnonzero(keep_E).astype(np.int32)
                 kept[name] = np.concatenate([[0], np.cumsum(keep_E)])
@@ -91,11 +103,18 @@ class RankSource:
             item_E=interactions.items.astype(np.int32),
             time_E=times,
             signal_ES=signals.signals(interactions.actions, rank.signals, interactions.num_events),
-            feature_EF=_stack([codes.code for codes in features], interactions.num_events, np.int32),
+            feature_EF=_stack(
+                [codes.code for codes in features], interactions.num_events, np.int32
+            ),
             label_EK=_stack([task.label_E for task in tasks], interactions.num_events, np.float32),
-            weight_EK=_stack([task.weight_E for task in tasks], interactions.num_events, np.float32),
+            weight_EK=_stack(
+                [task.weight_E for task in tasks], interactions.num_events, np.float32
+            ),
             context_UC=_stack(
-                [np.where(codes.code > 0, codes.code + before, 0) for codes, before in zip(contexts, first_code[:-1], strict=True)],
+                [
+                    np.where(codes.code > 0, codes.code + before, 0)
+                    for codes, before in zip(contexts, first_code[:-1], strict=True)
+                ],
                 interactions.num_users,
                 np.int32,
             ),
@@ -109,27 +128,50 @@ class RankSource:
             kinds=tuple(task.kind for task in tasks),
             timestamps=interactions.timestamps is not None,
         )
-        return RankSource(events, sizes, requests.chronological(interactions, rank.validation_fraction, rank.test_fraction), kept)
+        return RankSource(
+            events,
+            sizes,
+            requests.chronological(interactions, rank.validation_fraction, rank.test_fraction),
+            kept,
+        )
 
     def loader(
-        self, config: Config, part: str, *, batch_users: int, steps_per_call: int, gamma: float = 1.0, mesh: Mesh | None = None
+        self,
+        config: Config,
+        part: str,
+        *,
+        batch_users: int,
+        steps_per_call: int,
+        gamma: float = 1.0,
+        mesh: Mesh | None = None,
     ) -> Loader:
         """Batches of "train", of which every epoch has its own, "validation" or "test". `gamma` is the cost exponent of load balance."""
         training = part == "train"
         planner = self._planner(config, gamma) if training else WHOLE
         table = (
-            (lambda seed, epoch: self.table(requests.training(self.parts, config, seed, epoch), config))
+            (
+                lambda seed, epoch: self.table(
+                    requests.training(self.parts, config, seed, epoch), config
+                )
+            )
             if training
             else self.table(requests.evaluation(self.parts, part, config), config)
         )
         lengths = planner.taken(table(0, 0) if callable(table) else table, 0, 0).lengths
         if len(lengths) == 0:
-            raise ValueError(f"no user has {part} events: raise rank.{part}_fraction" if not training else "no user has training events")
+            raise ValueError(
+                f"no user has {part} events: raise rank.{part}_fraction"
+                if not training
+                else "no user has training events"
+            )
         longest = [self.longest(config, channel) for channel in channels(config).values()]
         given, layout = config.data.batch_tokens if training else None, form(config)
         shards = 1 if mesh is None else mesh.shape[DATA]
         groups = config.parallel.batch_groups if training else shards
-        chosen = [groups * batching.choose_rows(lengths[:, i], batch_users // groups, most) for i, most in enumerate(longest)]
+        chosen = [
+            groups * batching.choose_rows(lengths[:, i], batch_users // groups, most)
+            for i, most in enumerate(longest)
+        ]
         gather = RankGather(
             rows=tuple((given or rows) // shards for rows in chosen),
             channels=tuple(channels(config)),
@@ -156,10 +198,17 @@ class RankSource:
         if sampling is None:
             return WHOLE
         histories = tuple(
-            History(channel.max_history, f"/{name}", rows(config, 1, 0) - rows(config, 0, 0), self.events.index.get(name))
+            History(
+                channel.max_history,
+                f"/{name}",
+                rows(config, 1, 0) - rows(config, 0, 0),
+                self.events.index.get(name),
+            )
             for name, channel in channels(config).items()
         )
-        return SampledPlanner(sampling, histories, self.events.time_E if self.sizes.timestamps else None)
+        return SampledPlanner(
+            sampling, histories, self.events.time_E if self.sizes.timestamps else None
+        )
 
     def longest(self, config: Config, channel: ChannelConfig) -> int:
         """No request of any part or epoch has more rows."""

@@ -34,7 +34,9 @@ class RankEvents:
     label_EK: Any  # float32 [E, K]
     weight_EK: Any  # float32 [E, K]: 0 where an event has no label
     context_UC: Any  # int32 [U, C]: codes over all contextual features together, 1..
-    index: dict[str, Any]  # of a channel that leaves events out: int32 [n], the events that it keeps
+    index: dict[
+        str, Any
+    ]  # of a channel that leaves events out: int32 [n], the events that it keeps
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +48,9 @@ class Tokens:
     signal_TS: Any  # int32 [T, S]: 0 on targets always, on items of the interleaved form and wherever else there is none
     feature_TF: Any  # int32 [T, F]: of item rows, targets too
     context_T: Any  # int32 [T]: 0 except on contextual rows
-    position_T: Any  # int32 [T]: of the event, see `RankGather.backwards`; an item and its action share it
+    position_T: (
+        Any  # int32 [T]: of the event, see `RankGather.backwards`; an item and its action share it
+    )
     gap_T: Any  # int32 [T]: bucket of the seconds since the event before, on item rows
     time_T: Any  # int32 [T]: seconds
     next_time_T: Any  # int32 [T]: when the row asks: an item's or target's own time, else that of the event after
@@ -58,7 +62,14 @@ class Tokens:
     @property
     def sequences(self) -> Sequences:
         real_T = jnp.arange(self.item_T.shape[0]) < self.offsets[-1]
-        return Sequences(self.offsets, real_T, self.time_T, self.next_time_T, self.num_targets, self.num_contextual)
+        return Sequences(
+            self.offsets,
+            real_T,
+            self.time_T,
+            self.next_time_T,
+            self.num_targets,
+            self.num_contextual,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -138,7 +149,15 @@ class RankGather:
         )
 
     def _tokens(
-        self, xp: Any, data: RankEvents, column: dict[str, Any], name: str, rows: int, user_P: Any, place_P: Any, real_P: Any
+        self,
+        xp: Any,
+        data: RankEvents,
+        column: dict[str, Any],
+        name: str,
+        rows: int,
+        user_P: Any,
+        place_P: Any,
+        real_P: Any,
     ) -> Tokens:
         """One channel. Letters: b the request of a row, c its contextual tokens, h its history events, p the place of a row in it."""
         per_event = 2 if self.interleaved else 1
@@ -168,7 +187,11 @@ class RankGather:
                 here = index[here] if len(index) else here
             return xp.where(inside, here, xp.where(count_B[b_T] > 0, target_T, here))
 
-        event_T = xp.where(is_history_T, event(place_T), xp.where(is_target_T, target_T + into_T - per_event * h_T, event(0 * place_T)))
+        event_T = xp.where(
+            is_history_T,
+            event(place_T),
+            xp.where(is_target_T, target_T + into_T - per_event * h_T, event(0 * place_T)),
+        )
         event_T = xp.where(real_T, event_T, 0)
         before_T = xp.where(real_T, xp.where(is_target_T, event(h_T - 1), event(place_T - 1)), 0)
         has_before_T = is_item_T & (h_T > 0) & (is_target_T | (place_T > 0))
@@ -176,21 +199,37 @@ class RankGather:
         asks_now_T = is_context_T | is_target_T | (is_item_T & self.interleaved)
         after_T = xp.where(asks_now_T | ~real_T, event_T, event(place_T + 1))
         # The last row of a supervised history has nothing after it: its own time.
-        next_time_T = xp.where(asks_now_T | ((place_T + 1 >= h_T) & (count_B[b_T] == 0)), time_T, data.time_E[after_T])
-        gap_T = xp.searchsorted(GAP_EDGES if xp is np else jnp.asarray(GAP_EDGES), time_T - data.time_E[before_T], side="right")
+        next_time_T = xp.where(
+            asks_now_T | ((place_T + 1 >= h_T) & (count_B[b_T] == 0)), time_T, data.time_E[after_T]
+        )
+        gap_T = xp.searchsorted(
+            GAP_EDGES if xp is np else jnp.asarray(GAP_EDGES),
+            time_T - data.time_E[before_T],
+            side="right",
+        )
         position_T = h_T - place_T if self.backwards else place_T + 1
         at_target = xp.zeros_like(h_T) if self.backwards else h_T + 1
         zero = xp.int32(0)
 
-        row_P = offsets[user_P] + contextual_B[user_P] + per_event * (place_P if self.supervise_history else history_B[user_P])
+        row_P = (
+            offsets[user_P]
+            + contextual_B[user_P]
+            + per_event * (place_P if self.supervise_history else history_B[user_P])
+        )
         row_P = row_P if self.supervise_history else row_P + place_P
-        context_T = data.context_UC[column["user"][b_T], xp.clip(p_T, 0, self.contextual - 1)] if self.contextual else xp.zeros_like(p_T)
+        context_T = (
+            data.context_UC[column["user"][b_T], xp.clip(p_T, 0, self.contextual - 1)]
+            if self.contextual
+            else xp.zeros_like(p_T)
+        )
         return Tokens(
             item_T=xp.where(is_item_T, data.item_E[event_T], zero),
             signal_TS=xp.where(has_signals_T[:, None], data.signal_ES[event_T], zero),
             feature_TF=xp.where(is_item_T[:, None], data.feature_EF[event_T], zero),
             context_T=xp.where(is_context_T, context_T, zero),
-            position_T=xp.where(is_history_T, position_T, xp.where(is_target_T, at_target, zero)).astype(xp.int32),
+            position_T=xp.where(
+                is_history_T, position_T, xp.where(is_target_T, at_target, zero)
+            ).astype(xp.int32),
             gap_T=xp.where(has_before_T, gap_T + 1, zero).astype(xp.int32),
             time_T=xp.where(real_T, time_T, zero),
             next_time_T=xp.where(real_T, next_time_T, zero),
@@ -213,5 +252,7 @@ def _offsets(xp: Any, lengths_B: Any) -> Any:
 def _lay_out(xp: Any, offsets: Any, rows: int) -> tuple[Any, Any, Any]:
     """Of every row of a buffer: its sequence, its place in it, and whether it is one of a sequence at all."""
     row_T = xp.arange(rows, dtype=xp.int32)
-    b_T = xp.clip(xp.searchsorted(offsets, row_T, side="right").astype(xp.int32) - 1, 0, offsets.shape[0] - 2)
+    b_T = xp.clip(
+        xp.searchsorted(offsets, row_T, side="right").astype(xp.int32) - 1, 0, offsets.shape[0] - 2
+    )
     return b_T, row_T - offsets[b_T], row_T < offsets[-1]

@@ -38,13 +38,19 @@ class Parts:
 
     def bounds(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """First and last of a part; "train", "validation" or "test"."""
-        edges = {"train": (self.first, self.validation), "validation": (self.validation, self.test), "test": (self.test, self.last)}
+        edges = {
+            "train": (self.first, self.validation),
+            "validation": (self.validation, self.test),
+            "test": (self.test, self.last),
+        }
         if part not in edges:
             raise ValueError(f"unknown part {part!r}: use {', '.join(edges)}")
         return edges[part]
 
 
-def chronological(interactions: Interactions, validation_fraction: float, test_fraction: float) -> Parts:
+def chronological(
+    interactions: Interactions, validation_fraction: float, test_fraction: float
+) -> Parts:
     """The parts of every user's events, by time: `floor(fraction * events)` each for test (the newest) and validation (before it)."""
     first, last = interactions.offsets[:-1], interactions.offsets[1:]
     # A fraction such as 0.29 of 100 events is 28.999999999999996 in floating point.
@@ -67,7 +73,12 @@ def training(parts: Parts, config: Config, seed: int, epoch: int) -> Requests:
         head = np.where(last - first > size, head, size)
     requests = segments(first, last, size, head, parts.first, config.data.max_history)
     if config.rank.supervise == "all":
-        return Requests(requests.user, requests.stop, requests.stop + requests.count, np.zeros_like(requests.count))
+        return Requests(
+            requests.user,
+            requests.stop,
+            requests.stop + requests.count,
+            np.zeros_like(requests.count),
+        )
     return requests
 
 
@@ -98,7 +109,9 @@ def segments(
     head_U = np.minimum(np.broadcast_to(head, length.shape), length)
     number = np.where(length > 0, 1 + -(-(length - head_U) // size), 0)
     user = np.repeat(np.arange(len(first)), number)
-    place = np.arange(len(user)) - np.repeat(np.cumsum(number) - number, number)  # number of the segment of its user
+    place = np.arange(len(user)) - np.repeat(
+        np.cumsum(number) - number, number
+    )  # number of the segment of its user
     stop = first[user] + np.where(place > 0, head_U[user] + (place - 1) * size, 0)
     count = np.minimum(np.where(place > 0, size, head_U[user]), last[user] - stop)
     return Requests(user, np.maximum(oldest[user], stop - max_history), stop, count)

@@ -15,7 +15,10 @@ from ultra_hstu.config import DataConfig
 from ultra_hstu.data.feed import Plan, Planner, Table
 from ultra_hstu.sampling import LoadBalancer, Subsequence, stochastic_length, subsequence
 
-_LENGTHS, _EVENTS = 2, 3  # streams of random numbers beside the loader's own, which shuffles with (seed, epoch)
+_LENGTHS, _EVENTS = (
+    2,
+    3,
+)  # streams of random numbers beside the loader's own, which shuffles with (seed, epoch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,9 @@ class Sampling:
 
     alpha: float
     subsequence: Subsequence = "recent"
-    gamma: float | None = None  # cost of a history is length^gamma, for load balance; None: no balance
+    gamma: float | None = (
+        None  # cost of a history is length^gamma, for load balance; None: no balance
+    )
     recalibrate_every: int = 100
 
     @staticmethod
@@ -32,7 +37,12 @@ class Sampling:
         """What a configuration asks for; None where histories stay whole."""
         if config.stochastic_length is None:
             return None
-        return Sampling(config.stochastic_length, config.subsequence, gamma if config.load_balance else None, config.recalibrate_every)
+        return Sampling(
+            config.stochastic_length,
+            config.subsequence,
+            gamma if config.load_balance else None,
+            config.recalibrate_every,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +52,9 @@ class History:
     max_length: int  # N of stochastic length
     suffix: str = ""
     rows_per_event: int = 1
-    index: Int[np.ndarray, " n"] | None = None  # events that the columns count, where they do not count all events
+    index: Int[np.ndarray, " n"] | None = (
+        None  # events that the columns count, where they do not count all events
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,12 +67,17 @@ class CutTable:
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        starts = {f"start{history.suffix}": self.stop(r) - self.kept_nR[:, r] for r, history in enumerate(self.histories)}
+        starts = {
+            f"start{history.suffix}": self.stop(r) - self.kept_nR[:, r]
+            for r, history in enumerate(self.histories)
+        }
         return self.whole.columns | starts
 
     @property
     def lengths(self) -> Int[np.ndarray, "n *R"]:
-        return self.whole.lengths - (self.rows_per_event_R * (self.whole_nR - self.kept_nR)).reshape(self.whole.lengths.shape)
+        return self.whole.lengths - (
+            self.rows_per_event_R * (self.whole_nR - self.kept_nR)
+        ).reshape(self.whole.lengths.shape)
 
     @property
     def rows_per_event_R(self) -> Int[np.ndarray, " R"]:
@@ -97,14 +114,23 @@ class ChosenPlan(Plan):
             event_SGT = np.zeros((len(steps_S), self.shards, rows), np.int32)
             for s, g, b in zip(*np.nonzero(kept_SGb), strict=True):
                 stop = stop_SGb[s, g, b]
-                event_SGT[s, g, stop - kept_SGb[s, g, b] : stop] = self._events(r, int(place_SGb[s, g, b]))
+                event_SGT[s, g, stop - kept_SGb[s, g, b] : stop] = self._events(
+                    r, int(place_SGb[s, g, b])
+                )
             parts = {"start": stop_SGb - kept_SGb, "stop": stop_SGb, "event": event_SGT}
-            columns |= {name + history.suffix: part.reshape(len(steps_S), -1).astype(np.int32) for name, part in parts.items()}
+            columns |= {
+                name + history.suffix: part.reshape(len(steps_S), -1).astype(np.int32)
+                for name, part in parts.items()
+            }
         return columns
 
     def _events(self, r: int, example: int) -> np.ndarray:
         table, index = self.examples, self.examples.histories[r].index
-        start, stop, keep = table.start(r)[example], table.stop(r)[example], table.kept_nR[example, r]
+        start, stop, keep = (
+            table.start(r)[example],
+            table.stop(r)[example],
+            table.kept_nR[example, r],
+        )
         event_n = np.arange(start, stop) if index is None else index[start:stop]
         if keep == len(event_n):
             return event_n
@@ -141,28 +167,56 @@ class SampledPlanner(Planner):
         groups: int = 1,
         buffers: int = 1,
     ) -> Plan:
-        packing: dict[str, Any] = dict(batch_users=batch_users, rows=rows, groups=groups, buffers=buffers)
+        packing: dict[str, Any] = dict(
+            batch_users=batch_users, rows=rows, groups=groups, buffers=buffers
+        )
         plan = super().plan(examples, seed=seed, epoch=epoch, shuffle=shuffle, **packing)
         rows_R = rows if isinstance(rows, tuple) else (rows,)
         if self.sampling.gamma is not None:
-            place_GB = plan.place_SB.reshape(-1, batch_users // groups)  # all groups of all steps get the same load
-            plan = Plan(plan.place_SB, balanced_cut(plan.examples, place_GB, rows_R, self.sampling, seed, epoch))
+            place_GB = plan.place_SB.reshape(
+                -1, batch_users // groups
+            )  # all groups of all steps get the same load
+            plan = Plan(
+                plan.place_SB,
+                balanced_cut(plan.examples, place_GB, rows_R, self.sampling, seed, epoch),
+            )
         if self.sampling.subsequence == "recent":
             return plan
         buffer_R = tuple(buffers * rows for rows in rows_R)
-        return ChosenPlan(plan.place_SB, plan.examples, self.sampling, self.times_E, buffer_R, groups // buffers, seed, epoch)
+        return ChosenPlan(
+            plan.place_SB,
+            plan.examples,
+            self.sampling,
+            self.times_E,
+            buffer_R,
+            groups // buffers,
+            seed,
+            epoch,
+        )
 
 
-def plain_cut(table: Table, histories: tuple[History, ...], sampling: Sampling, seed: int, epoch: int) -> CutTable:
+def plain_cut(
+    table: Table, histories: tuple[History, ...], sampling: Sampling, seed: int, epoch: int
+) -> CutTable:
     """Every history by its own draw."""
-    whole = CutTable(table, histories, np.zeros((len(table.lengths), len(histories)), np.int64)).whole_nR
+    whole = CutTable(
+        table, histories, np.zeros((len(table.lengths), len(histories)), np.int64)
+    ).whole_nR
     uniform_nR = _uniform(whole.shape, seed, epoch)
-    kept = [stochastic_length(whole[:, r], history.max_length, sampling.alpha, uniform_nR[:, r]) for r, history in enumerate(histories)]
+    kept = [
+        stochastic_length(whole[:, r], history.max_length, sampling.alpha, uniform_nR[:, r])
+        for r, history in enumerate(histories)
+    ]
     return CutTable(table, histories, np.stack(kept, axis=1))
 
 
 def balanced_cut(
-    cut: CutTable, place_SB: Int[np.ndarray, "S B"], rows_R: tuple[int, ...], sampling: Sampling, seed: int, epoch: int
+    cut: CutTable,
+    place_SB: Int[np.ndarray, "S B"],
+    rows_R: tuple[int, ...],
+    sampling: Sampling,
+    seed: int,
+    epoch: int,
 ) -> CutTable:
     """The same batches with their whole histories chosen anew, so that all have nearly the same load; none outgrows its rows.
 
@@ -171,16 +225,27 @@ def balanced_cut(
     """
     assert sampling.gamma is not None
     uniform_nR = _uniform(cut.kept_nR.shape, seed, epoch)
-    fixed_nR = cut.lengths.reshape(cut.kept_nR.shape) - cut.rows_per_event_R * cut.kept_nR  # contextual tokens and targets
+    fixed_nR = (
+        cut.lengths.reshape(cut.kept_nR.shape) - cut.rows_per_event_R * cut.kept_nR
+    )  # contextual tokens and targets
     kept_nR, whole_nR = cut.kept_nR.copy(), cut.whole_nR
     batches = [places[places >= 0] for places in place_SB]
     for r, history in enumerate(cut.histories):
         settings = (history.max_length, sampling.alpha, sampling.gamma, sampling.recalibrate_every)
-        balancer = LoadBalancer(*settings, mean=float)  # the plan holds the batches of all ranks, and every process makes the whole plan
-        balancer.calibrate([balancer.load(cut.kept_nR[places, r]) for places in batches[: sampling.recalibrate_every]])
+        balancer = LoadBalancer(
+            *settings, mean=float
+        )  # the plan holds the batches of all ranks, and every process makes the whole plan
+        balancer.calibrate(
+            [
+                balancer.load(cut.kept_nR[places, r])
+                for places in batches[: sampling.recalibrate_every]
+            ]
+        )
         for places in batches:
             capacity = (rows_R[r] - int(fixed_nR[places, r].sum())) // history.rows_per_event
-            kept_nR[places, r] = balancer.choose(whole_nR[places, r], uniform_nR[places, r], capacity)
+            kept_nR[places, r] = balancer.choose(
+                whole_nR[places, r], uniform_nR[places, r], capacity
+            )
     return dataclasses.replace(cut, kept_nR=kept_nR)
 
 

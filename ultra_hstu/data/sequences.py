@@ -15,7 +15,9 @@ class Sequences:
     """
 
     offsets: Any  # int32 [B + 1]
-    real_T: Any  # bool [T]: rows that hold something; a padded layout has others inside its sequences
+    real_T: (
+        Any  # bool [T]: rows that hold something; a padded layout has others inside its sequences
+    )
     time_T: Any  # int32 [T]: seconds
     next_time_T: Any  # int32 [T]: time of the event after the row
     num_targets: Any = None  # int32 [B], or None for no targets

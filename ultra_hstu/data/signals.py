@@ -20,7 +20,12 @@ FEATURES = ("skill", "tab")
 WATCH_BUCKETS = 16  # watch time in seconds: below 1, [1, 2), [2, 4), ..., 2^14 and more
 SHARE_BUCKETS = 10  # of the share of a video that was watched
 
-_SIZES = {"rating": 11, "watch_time": WATCH_BUCKETS + 1, "watched_share": SHARE_BUCKETS + 1, **dict.fromkeys(FLAGS, 3)}
+_SIZES = {
+    "rating": 11,
+    "watch_time": WATCH_BUCKETS + 1,
+    "watched_share": SHARE_BUCKETS + 1,
+    **dict.fromkeys(FLAGS, 3),
+}
 
 Kind = Literal["binary", "regression"]
 Actions = dict[str, np.ndarray]
@@ -84,7 +89,9 @@ def task(interactions: Interactions, name: str) -> Task:
     found: Task = _pick("task", _TASKS, interactions.actions, name)
     if found.kind == "binary" and np.isin(found.label_E, (0, 1), invert=True).any():
         wrong = found.label_E[np.isin(found.label_E, (0, 1), invert=True)][0]
-        raise ValueError(f"task {name!r} is binary, but a label is {wrong:g}: labels must be 0 or 1")
+        raise ValueError(
+            f"task {name!r} is binary, but a label is {wrong:g}: labels must be 0 or 1"
+        )
     return found
 
 
@@ -99,7 +106,9 @@ _Makers = dict[str, tuple[Callable[[Actions], Codes | Task], tuple[str, ...]]]
 
 
 def _pick(kind: str, makers: _Makers, actions: Actions, name: str):
-    here = [known for known, (_, needs) in makers.items() if all(action in actions for action in needs)]
+    here = [
+        known for known, (_, needs) in makers.items() if all(action in actions for action in needs)
+    ]
     if name not in here:
         raise ValueError(f"unknown {kind} {name!r}: {_listed(here)}")
     return makers[name][0](actions)
@@ -113,7 +122,9 @@ def _flag(name: str) -> Callable[[Actions], Codes]:
     def codes(actions: Actions) -> Codes:
         values = actions[name]
         if np.isin(values, (0, 1), invert=True).any():
-            raise ValueError(f"{name} must be 0 or 1, but a value is {values[np.isin(values, (0, 1), invert=True)][0]}")
+            raise ValueError(
+                f"{name} must be 0 or 1, but a value is {values[np.isin(values, (0, 1), invert=True)][0]}"
+            )
         return Codes(values.astype(np.int32) + 1, _SIZES[name])
 
     return codes
@@ -123,19 +134,26 @@ def _rating(actions: Actions) -> Codes:
     """Half stars: 0.5 is 1, 5 is 10."""
     code = np.round(2 * actions["rating"]).astype(np.int32)
     if code.size and (code.min() < 1 or code.max() > 10):
-        raise ValueError(f"ratings must lie in 0.5..5, but they run from {actions['rating'].min():g} to {actions['rating'].max():g}")
+        raise ValueError(
+            f"ratings must lie in 0.5..5, but they run from {actions['rating'].min():g} to {actions['rating'].max():g}"
+        )
     return Codes(code, _SIZES["rating"])
 
 
 def _watch_time(actions: Actions) -> Codes:
     edges = 2.0 ** np.arange(WATCH_BUCKETS - 1)
-    return Codes((np.searchsorted(edges, actions["play_time_ms"] / 1000, side="right") + 1).astype(np.int32), _SIZES["watch_time"])
+    return Codes(
+        (np.searchsorted(edges, actions["play_time_ms"] / 1000, side="right") + 1).astype(np.int32),
+        _SIZES["watch_time"],
+    )
 
 
 def _share(actions: Actions) -> tuple[np.ndarray, np.ndarray]:
     """The share of a video that was watched, in [0, 1], and where it has a length."""
     known = actions["duration_ms"] > 0
-    return np.clip(actions["play_time_ms"] / np.where(known, actions["duration_ms"], 1), 0, 1), known
+    return np.clip(
+        actions["play_time_ms"] / np.where(known, actions["duration_ms"], 1), 0, 1
+    ), known
 
 
 def _share_codes(actions: Actions) -> Codes:
@@ -169,9 +187,14 @@ _SIGNALS: _Makers = {
     "watched_share": (_share_codes, ("play_time_ms", "duration_ms")),
     **{name: (_flag(name), (name,)) for name in FLAGS},
 }
-_FEATURES: _Makers = {name: (lambda actions, name=name: distinct(actions[name]), (name,)) for name in FEATURES}  # type: ignore[misc]
+_FEATURES: _Makers = {
+    name: (lambda actions, name=name: distinct(actions[name]), (name,)) for name in FEATURES
+}  # type: ignore[misc]
 _TASKS: _Makers = {
-    "rating_at_least_4": (_everywhere("binary", lambda actions: actions["rating"] >= 4), ("rating",)),
+    "rating_at_least_4": (
+        _everywhere("binary", lambda actions: actions["rating"] >= 4),
+        ("rating",),
+    ),
     "rating": (_everywhere("regression", _column("rating")), ("rating",)),
     "watched_share": (_share_task, ("play_time_ms", "duration_ms")),
     **{name: (_everywhere("binary", _column(name)), (name,)) for name in FLAGS},

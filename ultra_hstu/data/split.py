@@ -53,7 +53,12 @@ class Split:
     cut: int | None = None
 
 
-def split(interactions: Interactions, protocol: Protocol, max_history: int, temporal_test_fraction: float = 0.1) -> Split:
+def split(
+    interactions: Interactions,
+    protocol: Protocol,
+    max_history: int,
+    temporal_test_fraction: float = 0.1,
+) -> Split:
     """Splits every user's events e_0 .. e_{n-1}.
 
     - `published`: train on e_0 .. e_{n-2}, test e_{n-1}. No validation: the reference picks the best epoch on test.
@@ -70,30 +75,44 @@ def split(interactions: Interactions, protocol: Protocol, max_history: int, temp
         raise ValueError(f"data.max_history must be at least 1, not {max_history}")
     first, last = interactions.offsets[:-1], interactions.offsets[1:]
     if protocol == "published":
-        return Split(_examples(first, last - 2, max_history), None, _examples(first, last - 1, max_history))
+        return Split(
+            _examples(first, last - 2, max_history), None, _examples(first, last - 1, max_history)
+        )
     if protocol == "validated":
         train, validation, test = (_examples(first, last - back, max_history) for back in (3, 2, 1))
         return Split(train, validation, test)
     if protocol != "temporal":
         raise ValueError(f"protocol must be published, validated or temporal, not {protocol!r}")
     if interactions.timestamps is None:
-        raise ValueError("protocol 'temporal' needs timestamps, and this source has none: use 'validated'")
+        raise ValueError(
+            "protocol 'temporal' needs timestamps, and this source has none: use 'validated'"
+        )
     if not 0 < temporal_test_fraction < 1:
-        raise ValueError(f"data.temporal_test_fraction must lie between 0 and 1, not {temporal_test_fraction}")
+        raise ValueError(
+            f"data.temporal_test_fraction must lie between 0 and 1, not {temporal_test_fraction}"
+        )
     times = interactions.timestamps
     rank = min(int(len(times) * (1 - temporal_test_fraction)), len(times) - 1)
     cut = int(np.partition(times, rank)[rank])
     before = np.concatenate([[0], np.cumsum(times < cut)])
-    middle = first + before[last] - before[first]  # the first event from the cut on; events are in order of time
+    middle = (
+        first + before[last] - before[first]
+    )  # the first event from the cut on; events are in order of time
     train = _examples(first, middle - 2, max_history)
     test = _examples(first, middle, max_history, where=middle < last)
     if not len(train) or not len(test):
-        problem = "no user has two events before" if not len(train) else "no user has events on both sides of"
+        problem = (
+            "no user has two events before"
+            if not len(train)
+            else "no user has events on both sides of"
+        )
         raise ValueError(f"protocol 'temporal': {problem} time {cut} ({temporal_test_fraction=})")
     return Split(train, _examples(first, middle - 1, max_history), test, cut)
 
 
-def _examples(first: np.ndarray, target: np.ndarray, max_history: int, where: np.ndarray | bool = True) -> Examples:
+def _examples(
+    first: np.ndarray, target: np.ndarray, max_history: int, where: np.ndarray | bool = True
+) -> Examples:
     """An example for every user whose target has at least one event before it."""
     user = np.flatnonzero((target > first) & where)
     stop = target[user]

@@ -15,7 +15,9 @@ from ultra_hstu.data.events import Events
 class Synthetic(InteractionsBuilder):
     """The stream of `draw_stream`: user u is record u; one event a second, record after record."""
 
-    BUILDER_CONFIGS = [SourceConfig(name="synthetic", description="A Dirichlet process over categories")]
+    BUILDER_CONFIGS = [
+        SourceConfig(name="synthetic", description="A Dirichlet process over categories")
+    ]
 
     def __init__(self, *, settings: SyntheticConfig, **kwargs):
         self.settings = settings
@@ -26,7 +28,9 @@ class Synthetic(InteractionsBuilder):
         items = draw_stream(settings) + 1
         users = np.repeat(np.arange(1, settings.users + 1), settings.length)
         events = Events(users, items.ravel(), np.arange(items.size), {})
-        titles = [f"item {i + 1} of category {i % settings.categories + 1}" for i in range(settings.items)]
+        titles = [
+            f"item {i + 1} of category {i % settings.categories + 1}" for i in range(settings.items)
+        ]
         return events, Catalog.from_ids(np.arange(1, settings.items + 1), titles)
 
 
@@ -43,7 +47,9 @@ def draw_stream(settings: SyntheticConfig) -> Int[np.ndarray, "users length"]:
         ValueError: settings under which the first record lacks a released item in some category.
     """
     users, length, num_categories = settings.users, settings.length, settings.categories
-    progress = settings.released_at_start + (1 - settings.released_at_start) * np.arange(users) / users
+    progress = (
+        settings.released_at_start + (1 - settings.released_at_start) * np.arange(users) / users
+    )
     released = np.floor(progress * settings.items).astype(np.int64)
     if released[0] < num_categories:
         raise ValueError(
@@ -53,9 +59,15 @@ def draw_stream(settings: SyntheticConfig) -> Int[np.ndarray, "users length"]:
     rng = np.random.default_rng(settings.seed)
     concentration = rng.uniform(1, settings.max_concentration, users)
     most = min(settings.prior_categories, num_categories)
-    prior = rng.permuted(np.broadcast_to(np.arange(num_categories), (users, num_categories)), axis=1)[:, :most]
-    weight = rng.exponential(size=(users, most)) * (np.arange(most)[None] < rng.integers(1, most + 1, users)[:, None])
-    cumulative = np.cumsum(weight / weight.sum(1, keepdims=True), axis=1)  # normalised exponentials: Dirichlet(1, ..., 1)
+    prior = rng.permuted(
+        np.broadcast_to(np.arange(num_categories), (users, num_categories)), axis=1
+    )[:, :most]
+    weight = rng.exponential(size=(users, most)) * (
+        np.arange(most)[None] < rng.integers(1, most + 1, users)[:, None]
+    )
+    cumulative = np.cumsum(
+        weight / weight.sum(1, keepdims=True), axis=1
+    )  # normalised exponentials: Dirichlet(1, ..., 1)
     categories = np.empty((users, length), np.int64)
     rows = np.arange(users)
     for n in range(length):
@@ -64,4 +76,6 @@ def draw_stream(settings: SyntheticConfig) -> Int[np.ndarray, "users length"]:
         earlier = categories[rows, rng.integers(0, max(n, 1), users)] if n else 0
         categories[:, n] = np.where(fresh, prior[rows, drawn], earlier)
     available = (released[:, None] - categories + num_categories - 1) // num_categories
-    return categories + num_categories * np.floor(rng.random((users, length)) * available).astype(np.int64)
+    return categories + num_categories * np.floor(rng.random((users, length)) * available).astype(
+        np.int64
+    )

@@ -19,7 +19,9 @@ _INTEGER = re.compile(r"-?[0-9]+")
 def bad_line(path: str | os.PathLike, line: int, problem: str, value: object) -> ValueError:
     """The error for one bad line; `line` counts from 1."""
     text = repr(value)
-    return ValueError(f"{path}, line {line}: {problem}: {text if len(text) <= 200 else text[:200] + '...'}")
+    return ValueError(
+        f"{path}, line {line}: {problem}: {text if len(text) <= 200 else text[:200] + '...'}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,14 @@ class Column:
     high: int | float = MAX_ID
 
 
-def integer(text: str, path: str | os.PathLike, line: int, name: str, low: int | float = 0, high: int | float = MAX_ID) -> int:
+def integer(
+    text: str,
+    path: str | os.PathLike,
+    line: int,
+    name: str,
+    low: int | float = 0,
+    high: int | float = MAX_ID,
+) -> int:
     """`text` as an integer in low..high.
 
     Raises:
@@ -46,7 +55,15 @@ def integer(text: str, path: str | os.PathLike, line: int, name: str, low: int |
     return value
 
 
-def integers(text: str, separator: str, path: Path, line: int, name: str, low: int | float = 0, high: int | float = MAX_ID):
+def integers(
+    text: str,
+    separator: str,
+    path: Path,
+    line: int,
+    name: str,
+    low: int | float = 0,
+    high: int | float = MAX_ID,
+):
     """The integers of one line, int64, checked as by `integer`. Fast when all is well."""
     fields = text.split(separator)
     if re.fullmatch(rf"[0-9]{{1,18}}(?:{separator}[0-9]{{1,18}})*", text):
@@ -76,7 +93,9 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         yield number, line.removesuffix("\r")
 
 
-def read_table(path: Path, columns: Sequence[Column], *, delimiter: str = ",", header: bool = False) -> dict[str, np.ndarray]:
+def read_table(
+    path: Path, columns: Sequence[Column], *, delimiter: str = ",", header: bool = False
+) -> dict[str, np.ndarray]:
     """The columns of a file with one record a line and no quoting, in the order of the lines, without blank lines.
 
     pyarrow reads clean files at more than a million lines a second. Whatever it stumbles over, and any value out of
@@ -120,13 +139,24 @@ def _check_end(path: Path, delimiter: str) -> None:
         file.seek(max(0, path.stat().st_size - (1 << 16)))
         tail = file.read().split(b"\n")
     fields = [line.split(delimiter.encode())[-1] for line in tail]
-    if fields[-1] and len(fields) > 3 and len(fields[-1]) < min(len(field) for field in fields[1:-1]):
+    if (
+        fields[-1]
+        and len(fields) > 3
+        and len(fields[-1]) < min(len(field) for field in fields[1:-1])
+    ):
         with open(path, "rb") as file:
             number = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) + 1
-        raise bad_line(path, number, "the file ends in the middle of its last line", tail[-1].decode("utf-8", "replace"))
+        raise bad_line(
+            path,
+            number,
+            "the file ends in the middle of its last line",
+            tail[-1].decode("utf-8", "replace"),
+        )
 
 
-def _read_fast(path: Path, columns: Sequence[Column], delimiter: str, header: bool) -> dict[str, np.ndarray]:
+def _read_fast(
+    path: Path, columns: Sequence[Column], delimiter: str, header: bool
+) -> dict[str, np.ndarray]:
     names: list[str] = []
     types: dict[str, pyarrow.DataType] = {}
     for i, column in enumerate(columns):
@@ -135,22 +165,38 @@ def _read_fast(path: Path, columns: Sequence[Column], delimiter: str, header: bo
             types[names[-1]] = pyarrow.null()
         names.append(column.name)
         if column.dtype is not None:
-            types[column.name] = pyarrow.string() if column.dtype is np.str_ else pyarrow.from_numpy_dtype(column.dtype)
+            types[column.name] = (
+                pyarrow.string()
+                if column.dtype is np.str_
+                else pyarrow.from_numpy_dtype(column.dtype)
+            )
     table = pyarrow.csv.read_csv(
         path,
         read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=int(header)),
-        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter[0], quote_char=False, ignore_empty_lines=False),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter=delimiter[0], quote_char=False, ignore_empty_lines=False
+        ),
         convert_options=pyarrow.csv.ConvertOptions(
-            column_types=types, include_columns=list(types), null_values=[""], strings_can_be_null=True
+            column_types=types,
+            include_columns=list(types),
+            null_values=[""],
+            strings_can_be_null=True,
         ),
     )
     wanted = [column.name for column in columns if column.dtype is not None]
     if any(table[name].null_count for name in wanted):
         raise pyarrow.ArrowInvalid("an empty field")
-    return {name: table[name].to_numpy().astype(str) if types[name] == pyarrow.string() else table[name].to_numpy() for name in wanted}
+    return {
+        name: table[name].to_numpy().astype(str)
+        if types[name] == pyarrow.string()
+        else table[name].to_numpy()
+        for name in wanted
+    }
 
 
-def _read_carefully(path: Path, columns: Sequence[Column], delimiter: str, header: bool) -> dict[str, np.ndarray]:
+def _read_carefully(
+    path: Path, columns: Sequence[Column], delimiter: str, header: bool
+) -> dict[str, np.ndarray]:
     """The definition of what `read_table` accepts, one line at a time."""
     values: dict[str, list] = {column.name: [] for column in columns if column.dtype is not None}
     for number, line in lines(path):
@@ -158,7 +204,9 @@ def _read_carefully(path: Path, columns: Sequence[Column], delimiter: str, heade
             continue
         fields = line.split(delimiter)
         if len(fields) != len(columns):
-            problem = f"expected {len(columns)} fields, {_form(columns, delimiter)}, found {len(fields)}"
+            problem = (
+                f"expected {len(columns)} fields, {_form(columns, delimiter)}, found {len(fields)}"
+            )
             raise bad_line(path, number, problem, line)
         for field, column in zip(fields, columns, strict=True):
             if column.dtype is None:
@@ -172,7 +220,11 @@ def _read_carefully(path: Path, columns: Sequence[Column], delimiter: str, heade
             else:
                 value = _decimal(field, path, number, column)
             values[column.name].append(value)
-    return {column.name: np.array(values[column.name], column.dtype) for column in columns if column.dtype is not None}
+    return {
+        column.name: np.array(values[column.name], column.dtype)
+        for column in columns
+        if column.dtype is not None
+    }
 
 
 def _decimal(text: str, path: Path, line: int, column: Column) -> float:
@@ -181,5 +233,7 @@ def _decimal(text: str, path: Path, line: int, column: Column) -> float:
     except ValueError:
         value = math.nan
     if not column.low <= value <= column.high:
-        raise bad_line(path, line, f"{column.name} must be a number in {column.low:g}..{column.high:g}", text)
+        raise bad_line(
+            path, line, f"{column.name} must be a number in {column.low:g}..{column.high:g}", text
+        )
     return value

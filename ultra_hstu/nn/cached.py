@@ -43,18 +43,29 @@ class EncodedHistory:
 
     def unpacked(self, dtype: Any) -> "EncodedHistory":
         """The same in a dtype to compute with."""
-        return dataclasses.replace(self, layers=tuple(KeyValues(*layer.unpacked(dtype)) for layer in self.layers))
+        return dataclasses.replace(
+            self, layers=tuple(KeyValues(*layer.unpacked(dtype)) for layer in self.layers)
+        )
 
 
 class TargetRows(NamedTuple):
     """Where targets stand: behind the history of a user. Padding may hold anything in range."""
 
     user_R: Int[Array, " R"]
-    slot_R: Int[Array, " R"]  # place among the user's targets, from 0; only a relative bias reads it
+    slot_R: Int[
+        Array, " R"
+    ]  # place among the user's targets, from 0; only a relative bias reads it
     time_R: Int[Array, " R"]  # seconds; only a relative bias reads it
 
 
-def encode(encoder: HSTU, x_TD: Float[Array, "T D"], sequences: Sequences, *, contextual: int, kind: Kind = "same") -> EncodedHistory:
+def encode(
+    encoder: HSTU,
+    x_TD: Float[Array, "T D"],
+    sequences: Sequences,
+    *,
+    contextual: int,
+    kind: Kind = "same",
+) -> EncodedHistory:
     """Runs the stack over histories and keeps what targets will need; the last layer only makes its keys and values.
 
     Args:
@@ -62,7 +73,9 @@ def encode(encoder: HSTU, x_TD: Float[Array, "T D"], sequences: Sequences, *, co
       contextual: most contextual tokens of a sequence.
       kind: how keys and values are kept. They are rounded after use: each layer works on what the model computed.
     """
-    x_TD = jnp.where(is_real(sequences.offsets, x_TD.shape[0])[:, None], x_TD, jnp.zeros((), x_TD.dtype))
+    x_TD = jnp.where(
+        is_real(sequences.offsets, x_TD.shape[0])[:, None], x_TD, jnp.zeros((), x_TD.dtype)
+    )
     truncation = _truncation(encoder, contextual)
     frames, residual = [sequences], None
     attends: dict[AttentionMask, Any] = {}
@@ -79,16 +92,25 @@ def encode(encoder: HSTU, x_TD: Float[Array, "T D"], sequences: Sequences, *, co
         if mask not in attends:
             attends[mask] = encoder.attend(sequences, mask, x_TD.dtype)
 
-        def attend(q: Array, k: Array, v: Array, *, alpha: float, bias: Any, inner: Any = attends[mask]) -> Array:
+        def attend(
+            q: Array, k: Array, v: Array, *, alpha: float, bias: Any, inner: Any = attends[mask]
+        ) -> Array:
             layers.append(pack(k, v, kind))
             return inner(q, k, v, alpha=alpha, bias=bias)
 
         x_TD = layer(x_TD, attend=attend)
-    return EncodedHistory(tuple(layers), frames[0], frames[1] if residual is not None else None, residual)
+    return EncodedHistory(
+        tuple(layers), frames[0], frames[1] if residual is not None else None, residual
+    )
 
 
 def targets(
-    encoder: HSTU, encoded: EncodedHistory, x_RD: Float[Array, "R D"], rows: TargetRows, *, implementation: Any = None
+    encoder: HSTU,
+    encoded: EncodedHistory,
+    x_RD: Float[Array, "R D"],
+    rows: TargetRows,
+    *,
+    implementation: Any = None,
 ) -> Float[Array, "R D"]:
     """Targets after all layers: the same rows that a full pass over histories with these targets behind them gives, to rounding.
 
@@ -97,7 +119,9 @@ def targets(
       implementation: of `cached_attention`.
     """
     attends: dict[tuple[bool, AttentionMask], Any] = {}
-    for number, (layer, mask, kv) in enumerate(zip(encoder.layers, encoder.layer_masks, encoded.layers, strict=True)):
+    for number, (layer, mask, kv) in enumerate(
+        zip(encoder.layers, encoder.layer_masks, encoded.layers, strict=True)
+    ):
         above = encoder.truncation is not None and number >= encoder.truncation.after
         frame: Sequences = encoded.kept if above else encoded.whole
         if (above, mask) not in attends:
@@ -105,10 +129,21 @@ def targets(
             behind_R = contextual_R + history_R
             keys = mask.keys_at(start_R, behind_R, contextual_R, history_R)
             place_R = start_R + behind_R + rows.slot_R
-            attends[above, mask] = _attend_to(keys, place_R, frame.time_T, rows.time_R, 1 / encoder.length, implementation)
+            attends[above, mask] = _attend_to(
+                keys, place_R, frame.time_T, rows.time_R, 1 / encoder.length, implementation
+            )
         run = attends[above, mask]
 
-        def attend(q: Array, k: Array, v: Array, *, alpha: float, bias: Any, run: Any = run, kv: KeyValues = kv) -> Array:
+        def attend(
+            q: Array,
+            k: Array,
+            v: Array,
+            *,
+            alpha: float,
+            bias: Any,
+            run: Any = run,
+            kv: KeyValues = kv,
+        ) -> Array:
             return run(q, kv.k_SHK, kv.v_SHV, (k, v), _tables(bias), alpha=alpha)
 
         x_RD = layer(x_RD, attend=attend)
@@ -142,7 +177,9 @@ def extend(
     edge = len(encoder.layers) if truncation is None else truncation.after
     masks = encoder.layer_masks
 
-    def run(part: slice, old_frame: Sequences, frame: Sequences, keep: Array, x: Array) -> tuple[Array, list[KeyValues], "Suffix"]:
+    def run(
+        part: slice, old_frame: Sequences, frame: Sequences, keep: Array, x: Array
+    ) -> tuple[Array, list[KeyValues], "Suffix"]:
         suffix = suffix_of(frame, keep, x.shape[0])
         source = _source(old_frame, frame, keep, suffix)
         layers, ends = [], len(encoder.layers)
@@ -157,12 +194,31 @@ def extend(
                 layers.append(grown(*layer.keys_and_values(x)))
                 break
             if mask not in attends:
-                keys = _with_own(mask.keys_at(suffix.start_R, suffix.position_R, jnp.zeros_like(suffix.start_R), suffix.length_R), suffix)
+                keys = _with_own(
+                    mask.keys_at(
+                        suffix.start_R,
+                        suffix.position_R,
+                        jnp.zeros_like(suffix.start_R),
+                        suffix.length_R,
+                    ),
+                    suffix,
+                )
                 place_R = suffix.start_R + suffix.position_R
                 time_R = jnp.asarray(frame.next_time_T)[suffix.row_R]
-                attends[mask] = _attend_to(keys, place_R, frame.time_T, time_R, 1 / encoder.length, implementation)
+                attends[mask] = _attend_to(
+                    keys, place_R, frame.time_T, time_R, 1 / encoder.length, implementation
+                )
 
-            def attend(q: Array, k: Array, v: Array, *, alpha: float, bias: Any, attend: Any = attends[mask], grown: Any = grown) -> Array:
+            def attend(
+                q: Array,
+                k: Array,
+                v: Array,
+                *,
+                alpha: float,
+                bias: Any,
+                attend: Any = attends[mask],
+                grown: Any = grown,
+            ) -> Array:
                 layers.append(grown(k, v))
                 return attend(q, *layers[-1].unpacked(q.dtype), None, _tables(bias), alpha=alpha)
 
@@ -210,7 +266,9 @@ class _Source(NamedTuple):
     def merge(self, old: Array, new: Array) -> Array:
         lead = (slice(None),) + (None,) * (old.ndim - 1)
         take = lambda x, place: jnp.take(x, place, axis=0, mode="clip")  # noqa: E731
-        return jnp.where(self.is_old_S[lead], take(old, self.old_S), take(new, self.new_S).astype(old.dtype))
+        return jnp.where(
+            self.is_old_S[lead], take(old, self.old_S), take(new, self.new_S).astype(old.dtype)
+        )
 
 
 def suffix_of(frame: Sequences, keep_B: Int[Array, " B"], rows: int) -> Suffix:
@@ -224,7 +282,10 @@ def suffix_of(frame: Sequences, keep_B: Int[Array, " B"], rows: int) -> Suffix:
 
 
 def _source(old: Sequences, new: Sequences, keep_B: Array, suffix: Suffix) -> _Source:
-    segment_S, position_S = _segments(new.offsets, new.num_rows), positions(new.offsets, new.num_rows)
+    segment_S, position_S = (
+        _segments(new.offsets, new.num_rows),
+        positions(new.offsets, new.num_rows),
+    )
     keep_S = keep_B[segment_S]
     old_S = jnp.asarray(old.offsets)[segment_S] + position_S
     return _Source(position_S < keep_S, old_S, suffix.offsets[segment_S] + position_S - keep_S)
@@ -236,12 +297,23 @@ def _with_own(keys: KeyIntervals, suffix: Suffix) -> KeyIntervals:
     return keys._replace(lo1=lo1, hi1=jnp.where(suffix.length_R > 0, suffix.row_R + 1, lo1))
 
 
-def _attend_to(keys: KeyIntervals, place_R: Array, time_S: Any, time_R: Array, scale: float, implementation: Any) -> Callable[..., Array]:
+def _attend_to(
+    keys: KeyIntervals,
+    place_R: Array,
+    time_S: Any,
+    time_R: Array,
+    scale: float,
+    implementation: Any,
+) -> Callable[..., Array]:
     """Attention of given rows; traced and lowered once, not once a layer."""
 
-    def run(q: Array, k: Array, v: Array, own: Any, tables: tuple[Array, Array] | None, *, alpha: float) -> Array:
+    def run(
+        q: Array, k: Array, v: Array, own: Any, tables: tuple[Array, Array] | None, *, alpha: float
+    ) -> Array:
         bias = None if tables is None else RelativeBias(*tables, jnp.asarray(time_S), time_R)
-        options: dict[str, Any] = dict(own=own, bias=bias, place_R=place_R, implementation=implementation)
+        options: dict[str, Any] = dict(
+            own=own, bias=bias, place_R=place_R, implementation=implementation
+        )
         return cached_attention(q, k, v, keys, alpha=alpha, scale=scale, **options)
 
     return jax.jit(run, static_argnames="alpha")
@@ -254,13 +326,21 @@ def _tables(bias: RelativeBiasTables | None) -> tuple[Array, Array] | None:
 def _frame_of(frame: Sequences, user_R: Array) -> tuple[Array, Array, Array]:
     """Start, contextual tokens and history rows of the sequences of rows."""
     start_B, length_B = jnp.asarray(frame.offsets)[:-1], offsets_to_lengths(frame.offsets)
-    contextual_B = jnp.zeros_like(length_B) if frame.num_contextual is None else jnp.minimum(jnp.asarray(frame.num_contextual), length_B)
+    contextual_B = (
+        jnp.zeros_like(length_B)
+        if frame.num_contextual is None
+        else jnp.minimum(jnp.asarray(frame.num_contextual), length_B)
+    )
     return start_B[user_R], contextual_B[user_R], (length_B - contextual_B)[user_R]
 
 
 def _truncation(encoder: HSTU, contextual: int) -> Truncation | None:
     """That of the stack, with room for contextual tokens and none for targets."""
-    return None if encoder.truncation is None else dataclasses.replace(encoder.truncation, extra_rows=contextual)
+    return (
+        None
+        if encoder.truncation is None
+        else dataclasses.replace(encoder.truncation, extra_rows=contextual)
+    )
 
 
 def _segments(offsets: Any, rows: int) -> Int[Array, " T"]:

@@ -14,13 +14,22 @@ KeyOrNone = Key[Array, ""] | None
 KeysOrNone = Key[Array, "*rows"] | None  # one for all rows, or one a row
 
 
-def row_keys(key: KeyOrNone, offsets: Int[Any, " B1"], row_t: Int[Array, " t"], first_sequence: Any = 0) -> Any:
+def row_keys(
+    key: KeyOrNone, offsets: Int[Any, " B1"], row_t: Int[Array, " t"], first_sequence: Any = 0
+) -> Any:
     """A key for each of some rows of a buffer of sequences, the first of which has the number `first_sequence`; None without a key."""
     if key is None:
         return None
     offsets = jnp.asarray(offsets)
-    segment_t = jnp.clip(jnp.searchsorted(offsets, row_t, side="right", method="scan_unrolled") - 1, 0, offsets.shape[0] - 2)
-    return jax.vmap(jax.random.fold_in)(sequence_keys(key, offsets.shape[0] - 1, first_sequence)[segment_t], row_t - offsets[segment_t])
+    segment_t = jnp.clip(
+        jnp.searchsorted(offsets, row_t, side="right", method="scan_unrolled") - 1,
+        0,
+        offsets.shape[0] - 2,
+    )
+    return jax.vmap(jax.random.fold_in)(
+        sequence_keys(key, offsets.shape[0] - 1, first_sequence)[segment_t],
+        row_t - offsets[segment_t],
+    )
 
 
 def sequence_keys(key: Key[Array, ""], batch: int, first_sequence: Any = 0) -> Key[Array, " B"]:
@@ -42,7 +51,9 @@ def dropout_mask(key: KeysOrNone, rate: float, shape: tuple[int, ...]) -> Bool[A
     return jax.vmap(lambda row_key: jax.random.bernoulli(row_key, 1.0 - rate, shape[1:]))(key)
 
 
-def apply_dropout(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"] | None, rate: float) -> Float[Array, "*shape"]:
+def apply_dropout(
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"] | None, rate: float
+) -> Float[Array, "*shape"]:
     """x / (1 - rate) where `mask` is True, 0 elsewhere; x itself without a mask."""
     return x if mask is None else jnp.where(mask, x / (1.0 - rate), jnp.zeros((), x.dtype))
 

@@ -50,7 +50,13 @@ def scaled_product(x_TX: Float[Array, "T X"], w_XY: Float[Array, "X Y"]) -> Floa
     qx_TX, x_scale_T1 = quantize(x_TX, axis=1)
     qw_XY, w_scale_1Y = quantize(w_XY, axis=0)
     contract = (((1,), (0,)), ((), ()))
-    y_TY = jax.lax.dot_general(qx_TX, qw_XY, contract, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
+    y_TY = jax.lax.dot_general(
+        qx_TX,
+        qw_XY,
+        contract,
+        precision=jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
     return y_TY * (x_scale_T1 * w_scale_1Y)
 
 
@@ -61,7 +67,9 @@ def _forward(x_TX: Array, w_XY: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(saved: tuple[Array, Array], g_TY: Array) -> tuple[Array, Array]:
     x_TX, w_XY = saved
     g_TY = g_TY.astype(x_TX.dtype)
-    d_w_XY = jax.lax.dot_general(x_TX, g_TY, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    d_w_XY = jax.lax.dot_general(
+        x_TX, g_TY, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
     return g_TY @ w_XY.astype(x_TX.dtype).T, d_w_XY.astype(w_XY.dtype)
 
 

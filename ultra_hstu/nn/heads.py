@@ -18,7 +18,15 @@ class MultiTaskHead(nnx.Module):
     An output is the logit of a binary task, or the value of a regression.
     """
 
-    def __init__(self, width: int, hidden_width: int, tasks: int, *, chunk_rows: int | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        hidden_width: int,
+        tasks: int,
+        *,
+        chunk_rows: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         """
         Args:
           chunk_rows: rows whose hidden layer exists at one time; None: all.
@@ -34,6 +42,8 @@ class MultiTaskHead(nnx.Module):
         return chunked(self._logits, h_PD, chunk_rows=self.chunk_rows)
 
     def _logits(self, h_PD: Float[Array, "P D"]) -> Float[Array, "P K"]:
-        normed_PD = layer_norm(h_PD.astype(jnp.float32), self.norm_weight[...], self.norm_bias[...], eps=EPS)
+        normed_PD = layer_norm(
+            h_PD.astype(jnp.float32), self.norm_weight[...], self.norm_bias[...], eps=EPS
+        )
         hidden_PX = jax.nn.silu(normed_PD @ self.hidden[...] + self.hidden_bias[...][None])
         return hidden_PX @ self.output[...] + self.output_bias[...][None]

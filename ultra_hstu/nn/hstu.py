@@ -81,7 +81,11 @@ class HSTU(nnx.Module):
         """
         depth = config.layers if layers is None else layers
         options: dict[str, Any] = dict(
-            bias=None, dropout_rate=config.linear_dropout, precision=config.projection, chunk_rows=config.chunk_rows, rngs=rngs
+            bias=None,
+            dropout_rate=config.linear_dropout,
+            precision=config.projection,
+            chunk_rows=config.chunk_rows,
+            rngs=rngs,
         )
         if config.preset == "production":
             options["alpha"] = config.alpha
@@ -95,8 +99,12 @@ class HSTU(nnx.Module):
         truncation = None
         if config.truncate_after is not None and config.truncate_length is not None:
             if config.truncate_after >= depth:
-                raise ValueError(f"model.truncate_after={config.truncate_after} must be below the number of layers, {depth}")
-            truncation = Truncation(config.truncate_after, config.truncate_length, extra_rows, shards)
+                raise ValueError(
+                    f"model.truncate_after={config.truncate_after} must be below the number of layers, {depth}"
+                )
+            truncation = Truncation(
+                config.truncate_after, config.truncate_length, extra_rows, shards
+            )
         return HSTU(
             [layer() for _ in range(depth)],
             length,
@@ -109,7 +117,9 @@ class HSTU(nnx.Module):
             most=(extra_rows - contextual, contextual),
         )
 
-    def __call__(self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None) -> Float[Array, "T D"]:
+    def __call__(
+        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
+    ) -> Float[Array, "T D"]:
         """The sequences after all layers; rows of padding may hold anything, and what comes out there means nothing.
 
         With a truncation, rows that it dropped come out 0: leave them out of losses, see `kept`.
@@ -124,27 +134,47 @@ class HSTU(nnx.Module):
             )
         return x_SD if cut is None else cut.restore(x_SD)
 
-    def rows(self, x_TD: Float[Array, "T D"], sequences: Sequences, rows_P: Int[Array, " P"], key: KeyOrNone = None) -> Float[Array, "p D"]:
+    def rows(
+        self,
+        x_TD: Float[Array, "T D"],
+        sequences: Sequences,
+        rows_P: Int[Array, " P"],
+        key: KeyOrNone = None,
+    ) -> Float[Array, "p D"]:
         """The rows `rows_P` of `__call__`, without a buffer of T rows above a truncation; numbers of T and more give zeros.
 
         In a mesh the P rows are divided among the devices, as `Shards.part` divides what belongs to them.
         """
         x_SD, cut = self.encode_kept(x_TD, sequences, key)
         num_rows = sequences.num_rows if cut is None else cut.sequences.num_rows
-        place_P = rows_P if cut is None else cut.place_T.at[rows_P].get(mode="fill", fill_value=num_rows)
+        place_P = (
+            rows_P if cut is None else cut.place_T.at[rows_P].get(mode="fill", fill_value=num_rows)
+        )
         return self.shards.take(x_SD, place_P, num_rows)
 
     def kept(self, sequences: Sequences) -> Bool[Array, " T"]:
         """The real rows that reach the last layer: contextual tokens, targets and the newest history rows; all, without a truncation."""
-        return jnp.asarray(sequences.real_T) if self.truncation is None else self.truncation.kept(sequences)
+        return (
+            jnp.asarray(sequences.real_T)
+            if self.truncation is None
+            else self.truncation.kept(sequences)
+        )
 
-    def encode_kept(self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None) -> tuple[Float[Array, "S D"], Cut | None]:
+    def encode_kept(
+        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
+    ) -> tuple[Float[Array, "S D"], Cut | None]:
         """The rows that reach the last layer, after it, in a buffer of their own, and which they are (None: all)."""
         shards = self.shards
-        x_TD = jnp.where(shards.real(sequences.offsets, sequences.num_rows)[:, None], x_TD, jnp.zeros((), x_TD.dtype))
+        x_TD = jnp.where(
+            shards.real(sequences.offsets, sequences.num_rows)[:, None],
+            x_TD,
+            jnp.zeros((), x_TD.dtype),
+        )
         cut: Cut | None = None
         attends: dict[AttentionMask, Attend] = {}
-        for number, (layer, layer_key) in enumerate(zip(self.layers, split_key(key, len(self.layers)), strict=True)):
+        for number, (layer, layer_key) in enumerate(
+            zip(self.layers, split_key(key, len(self.layers)), strict=True)
+        ):
             if self.truncation is not None and number == self.truncation.after:
                 cut = self.truncation.cut(sequences)
                 x_TD, sequences, attends = cut.move(x_TD, shards), cut.sequences, {}
@@ -152,7 +182,12 @@ class HSTU(nnx.Module):
             if mask not in attends:
                 attends[mask] = self.attend(sequences, mask, x_TD.dtype)
             row_T = shards.rows(sequences.num_rows)
-            keys_T = row_keys(layer_key, sequences.offsets, row_T, shards.first_sequence(sequences.offsets.shape[0] - 1))
+            keys_T = row_keys(
+                layer_key,
+                sequences.offsets,
+                row_T,
+                shards.first_sequence(sequences.offsets.shape[0] - 1),
+            )
 
             if shards.devices > 1:
                 graph, params = nnx.split(layer)
@@ -169,19 +204,27 @@ class HSTU(nnx.Module):
     @property
     def layer_masks(self) -> tuple[AttentionMask, ...]:
         """The mask of every layer."""
-        return tuple(self.masks[min(number, len(self.masks) - 1)] for number in range(len(self.layers)))
+        return tuple(
+            self.masks[min(number, len(self.masks) - 1)] for number in range(len(self.layers))
+        )
 
     def attend(self, sequences: Sequences, mask: AttentionMask, dtype: Any) -> Attend:
         """Attention over the sequences of a batch; its plan is computed here, once for all layers of this mask."""
         if self.attention == "softmax":
-            return lambda q, k, v, *, alpha, bias: softmax_attention(q, k, v, sequences, bias=bias, length=self.length)
+            return lambda q, k, v, *, alpha, bias: softmax_attention(
+                q, k, v, sequences, bias=bias, length=self.length
+            )
         if self.shards.context > 1:
             return self._attend_over_devices(sequences, mask, dtype)
         counts = (sequences.num_targets, sequences.num_contextual)
         plan = self._prepare(make_plan(mask, sequences.offsets, sequences.num_rows, *counts), dtype)
 
-        @functools.partial(jax.jit, static_argnames="alpha")  # traced and lowered once, not once a layer
-        def run(q_THK: Array, k_THK: Array, v_THV: Array, bias: RelativeBias | None, *, alpha: float) -> Array:
+        @functools.partial(
+            jax.jit, static_argnames="alpha"
+        )  # traced and lowered once, not once a layer
+        def run(
+            q_THK: Array, k_THK: Array, v_THV: Array, bias: RelativeBias | None, *, alpha: float
+        ) -> Array:
             return hstu_attention(
                 q_THK,
                 k_THK,
@@ -197,7 +240,9 @@ class HSTU(nnx.Module):
                 plan=plan,
             )
 
-        def attend(q: Array, k: Array, v: Array, *, alpha: float, bias: RelativeBiasTables | None) -> Array:
+        def attend(
+            q: Array, k: Array, v: Array, *, alpha: float, bias: RelativeBiasTables | None
+        ) -> Array:
             flat = None if bias is None else bias.flat(sequences.time_T, sequences.next_time_T)
             return run(q, k, v, flat, alpha=alpha)
 
@@ -206,7 +251,9 @@ class HSTU(nnx.Module):
     def _attend_over_devices(self, sequences: Sequences, mask: AttentionMask, dtype: Any) -> Attend:
         """The same where the rows lie on several devices."""
         shards, biased = self.shards, self.layers[0].bias is not None
-        whole = frame.Sequences(sequences.offsets, sequences.num_targets, sequences.num_contextual, *self.most)
+        whole = frame.Sequences(
+            sequences.offsets, sequences.num_targets, sequences.num_contextual, *self.most
+        )
         strategy = shards.strategy_of(mask, biased)
         view = frame.Frame(whole, mask, shards.layout(sequences.num_rows), CONTEXT)
         heads = heads_of_a_call(strategy, view.layout, self.layers[0].heads)
@@ -214,19 +261,29 @@ class HSTU(nnx.Module):
         real_t, times_t = view.is_real(), shards.local((sequences.time_T, sequences.next_time_T))
 
         @functools.partial(jax.jit, static_argnames="alpha")
-        def run(q_tHK: Array, k_tHK: Array, v_tHV: Array, bias: RelativeBias | None, *, alpha: float) -> Array:
-            options: dict[str, Any] = dict(real_t=real_t, scale=1.0 / self.length, implementation=self.implementation)
+        def run(
+            q_tHK: Array, k_tHK: Array, v_tHV: Array, bias: RelativeBias | None, *, alpha: float
+        ) -> Array:
+            options: dict[str, Any] = dict(
+                real_t=real_t, scale=1.0 / self.length, implementation=self.implementation
+            )
             return attend_context(plan, q_tHK, k_tHK, v_tHV, alpha=alpha, bias=bias, **options)
 
-        def attend(q: Array, k: Array, v: Array, *, alpha: float, bias: RelativeBiasTables | None) -> Array:
+        def attend(
+            q: Array, k: Array, v: Array, *, alpha: float, bias: RelativeBiasTables | None
+        ) -> Array:
             return run(q, k, v, None if bias is None else bias.flat(*times_t), alpha=alpha)
 
         return attend
 
     def _prepare(self, plan: AttentionPlan, dtype: Any, heads: int | None = None) -> AttentionPlan:
         layer = self.layers[0]
-        sizes: dict[str, int] = dict(heads=heads or layer.heads, k_width=layer.qk_width, v_width=layer.v_width)
-        return prepare_plan(plan, self.implementation, dtype=dtype, biased=layer.bias is not None, **sizes)
+        sizes: dict[str, int] = dict(
+            heads=heads or layer.heads, k_width=layer.qk_width, v_width=layer.v_width
+        )
+        return prepare_plan(
+            plan, self.implementation, dtype=dtype, biased=layer.bias is not None, **sizes
+        )
 
 
 def layer_masks(config: ModelConfig, layers: int) -> tuple[AttentionMask, ...]:
@@ -240,11 +297,14 @@ def layer_masks(config: ModelConfig, layers: int) -> tuple[AttentionMask, ...]:
     values = {name: getattr(config, name) for name in ("window", "full_rows", "prefix")}
     for name, given in values.items():
         if len(given) not in (0, 1, layers):
-            raise ValueError(f"model.{name}={given} must hold one value, or one for each of {layers} layers")
+            raise ValueError(
+                f"model.{name}={given} must hold one value, or one for each of {layers} layers"
+            )
 
     def mask(number: int) -> AttentionMask:
         window, full_rows, prefix = (
-            given[number % len(given)] if given else default for given, default in zip(values.values(), (-1, 0, 0), strict=True)
+            given[number % len(given)] if given else default
+            for given, default in zip(values.values(), (-1, 0, 0), strict=True)
         )
         return AttentionMask(None if window == -1 else window, full_rows, prefix)
 

@@ -25,7 +25,9 @@ from ultra_hstu.parallel.mini_sequence import chunked
 
 EPS = 1e-6
 
-Attend = Callable[..., Array]  # (q_THK, k_THK, v_THV, *, alpha: float, bias: RelativeBiasTables | None) -> a_THV
+Attend = Callable[
+    ..., Array
+]  # (q_THK, k_THK, v_THV, *, alpha: float, bias: RelativeBiasTables | None) -> a_THV
 
 
 class Layer(nnx.Module):
@@ -48,7 +50,9 @@ class Layer(nnx.Module):
         self.heads, self.qk_width, self.v_width, self.alpha = heads, qk_width, v_width, alpha
         self.dropout_rate, self.precision, self.chunk_rows = dropout_rate, precision, chunk_rows
 
-    def __call__(self, x_TD: Float[Array, "T D"], attend: Attend, key: KeysOrNone = None) -> Float[Array, "T D"]:
+    def __call__(
+        self, x_TD: Float[Array, "T D"], attend: Attend, key: KeysOrNone = None
+    ) -> Float[Array, "T D"]:
         """x plus what the layer adds to it, in the dtype of x: the residual stream has that of the activations. `key`: one, or one a row."""
         x_TD = checkpoint_name(x_TD, LAYER_INPUT)
         u_TY, v_THV, q_THK, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
@@ -58,7 +62,9 @@ class Layer(nnx.Module):
         mask_TZ = dropout_mask(key, self.dropout_rate, (x_TD.shape[0], self.output.shape[0]))
         return chunked(self._finish, x_TD, u_TY, a_TY, mask_TZ, chunk_rows=self.chunk_rows)
 
-    def keys_and_values(self, x_TD: Float[Array, "T D"]) -> tuple[Float[Array, "T H K"], Float[Array, "T H V"]]:
+    def keys_and_values(
+        self, x_TD: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T H K"], Float[Array, "T H V"]]:
         """What other rows see of these: all that a cache needs of the last layer."""
         _, v_THV, _, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
         return k_THK, v_THV
@@ -68,7 +74,9 @@ class Layer(nnx.Module):
         """u [T, H * V], v [T, H, V], q and k [T, H, K] of each row."""
 
     @abc.abstractmethod
-    def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Float[Array, "T D"]:
+    def _finish(
+        self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None
+    ) -> Float[Array, "T D"]:
         """The layer's output from its input, the gate and the attention output; `mask_TZ` of dropout, of the inputs of `output`."""
 
     def _split(self, uvqk_TX: Float[Array, "T X"]) -> tuple[Array, Array, Array, Array]:
@@ -79,7 +87,9 @@ class Layer(nnx.Module):
         v_THV, q_THK, k_THK = (part.reshape(rows, self.heads, -1) for part in (v_TY, q_TX, k_TX))
         return u_TY, v_THV, q_THK, k_THK
 
-    def _drop(self, y_TZ: Float[Array, "T Z"], mask_TZ: Bool[Array, "T Z"] | None) -> Float[Array, "T Z"]:
+    def _drop(
+        self, y_TZ: Float[Array, "T Z"], mask_TZ: Bool[Array, "T Z"] | None
+    ) -> Float[Array, "T Z"]:
         return apply_dropout(y_TZ, mask_TZ, self.dropout_rate)
 
 
@@ -110,19 +120,31 @@ class ResearchLayer(Layer):
         inner = heads * v_width
         fan_in = 3 * inner if concat_ua else inner
         super().__init__(heads, qk_width, v_width, 1.0, bias, dropout_rate, precision, chunk_rows)
-        self.uvqk = initializers.param(initializers.normal_002, rngs, width, 2 * inner + 2 * heads * qk_width)
+        self.uvqk = initializers.param(
+            initializers.normal_002, rngs, width, 2 * inner + 2 * heads * qk_width
+        )
         self.output = initializers.param(initializers.xavier_uniform, rngs, fan_in, width)
         self.output_bias = initializers.param(initializers.linear_bias(fan_in), rngs, width)
         self.concat_ua = concat_ua
 
     def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:
-        return self._split(jax.nn.silu(linear(layer_norm(x_TD, eps=EPS), self.uvqk[...], precision=self.precision)))
+        return self._split(
+            jax.nn.silu(linear(layer_norm(x_TD, eps=EPS), self.uvqk[...], precision=self.precision))
+        )
 
-    def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Float[Array, "T D"]:
+    def _finish(
+        self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None
+    ) -> Float[Array, "T D"]:
         a_TY = layer_norm(a_TY, eps=EPS)
         y_TZ = jnp.concatenate([u_TY, a_TY, u_TY * a_TY], axis=1) if self.concat_ua else u_TY * a_TY
         y_TZ = self._drop(y_TZ, mask_TZ)
-        return linear(y_TZ, self.output[...], self.output_bias[...], residual_TY=x_TD, precision=self.precision)
+        return linear(
+            y_TZ,
+            self.output[...],
+            self.output_bias[...],
+            residual_TY=x_TD,
+            precision=self.precision,
+        )
 
 
 class ProductionLayer(Layer):
@@ -153,24 +175,38 @@ class ProductionLayer(Layer):
         per_norm = inner if norm == "layer_norm" else heads
         alpha = 1.0 / math.sqrt(qk_width) if alpha is None else alpha
         super().__init__(heads, qk_width, v_width, alpha, bias, dropout_rate, precision, chunk_rows)
-        self.input_norm_weight, self.input_norm_bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
+        self.input_norm_weight, self.input_norm_bias = (
+            nnx.Param(jnp.ones(width)),
+            nnx.Param(jnp.zeros(width)),
+        )
         self.uvqk = initializers.param(initializers.xavier_uniform, rngs, width, joined)
         self.uvqk_bias = nnx.Param(jnp.zeros(joined))
-        self.output_norm_weight, self.output_norm_bias = nnx.Param(jnp.ones(per_norm)), nnx.Param(jnp.zeros(per_norm))
+        self.output_norm_weight, self.output_norm_bias = (
+            nnx.Param(jnp.ones(per_norm)),
+            nnx.Param(jnp.zeros(per_norm)),
+        )
         self.output = initializers.param(initializers.xavier_uniform, rngs, 3 * inner, width)
         self.norm = norm
 
     def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:
-        normed_TD = layer_norm(x_TD, self.input_norm_weight[...], self.input_norm_bias[...], eps=EPS)
-        u_TY, v_THV, q_THK, k_THK = self._split(linear(normed_TD, self.uvqk[...], self.uvqk_bias[...], precision=self.precision))
+        normed_TD = layer_norm(
+            x_TD, self.input_norm_weight[...], self.input_norm_bias[...], eps=EPS
+        )
+        u_TY, v_THV, q_THK, k_THK = self._split(
+            linear(normed_TD, self.uvqk[...], self.uvqk_bias[...], precision=self.precision)
+        )
         return jax.nn.silu(u_TY), v_THV, q_THK, k_THK
 
-    def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Float[Array, "T D"]:
+    def _finish(
+        self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None
+    ) -> Float[Array, "T D"]:
         weight, bias = self.output_norm_weight[...], self.output_norm_bias[...]
         if self.norm == "layer_norm":
             n_TY = layer_norm(a_TY, weight, bias, eps=EPS)
         else:
             a_THV = a_TY.reshape(a_TY.shape[0], self.heads, self.v_width)
-            n_TY = layer_norm(a_THV, weight[None, :, None], bias[None, :, None], eps=EPS).reshape(a_TY.shape)
+            n_TY = layer_norm(a_THV, weight[None, :, None], bias[None, :, None], eps=EPS).reshape(
+                a_TY.shape
+            )
         y_TZ = self._drop(jnp.concatenate([u_TY, a_TY, u_TY * n_TY], axis=1), mask_TZ)
         return linear(y_TZ, self.output[...], residual_TY=x_TD, precision=self.precision)

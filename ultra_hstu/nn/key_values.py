@@ -35,7 +35,9 @@ class KeyValues:
 
     def unpacked(self, dtype: Any) -> tuple[Float[Array, "S H K"], Float[Array, "S H V"]]:
         """Keys and values in a dtype to compute with."""
-        return _dense(self.k_SHK, self.k_scale_SH1, dtype), _dense(self.v_SHV, self.v_scale_SH1, dtype)
+        return _dense(self.k_SHK, self.k_scale_SH1, dtype), _dense(
+            self.v_SHV, self.v_scale_SH1, dtype
+        )
 
 
 def pack(k_SHK: Float[Array, "S H K"], v_SHV: Float[Array, "S H V"], kind: Kind) -> KeyValues:
@@ -53,7 +55,9 @@ def pack(k_SHK: Float[Array, "S H K"], v_SHV: Float[Array, "S H V"], kind: Kind)
 
 def _int8(x_SHK: Array) -> tuple[Array, Array]:
     x_SHK = x_SHK.astype(jnp.float32)
-    scale_SH1 = jnp.maximum(jnp.max(jnp.abs(x_SHK), axis=-1, keepdims=True), fp8.SMALLEST) / _LARGEST_INT8
+    scale_SH1 = (
+        jnp.maximum(jnp.max(jnp.abs(x_SHK), axis=-1, keepdims=True), fp8.SMALLEST) / _LARGEST_INT8
+    )
     return jnp.round(x_SHK / scale_SH1).astype(jnp.int8), scale_SH1
 
 

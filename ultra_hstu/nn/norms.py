@@ -32,7 +32,9 @@ def layer_norm(
     """
     x32 = x.astype(jnp.float32)
     centred = x32 - checkpoint_name(jnp.mean(x32, axis=-1, keepdims=True), NORM_STATS)
-    y = centred * checkpoint_name(jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps), NORM_STATS)
+    y = centred * checkpoint_name(
+        jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps), NORM_STATS
+    )
     lead = (1,) * (x.ndim - 1)
     if weight is not None:
         y = y * (weight if weight.ndim == x.ndim else weight.reshape(lead + weight.shape))

@@ -30,12 +30,21 @@ class Ranker(nnx.Module):
         self.form, self.sizes = rank_source.form(config), sizes
         if model.truncate_length is not None:  # events, and the encoder counts rows
             model = dataclasses.replace(
-                model, truncate_length=rank_source.rows(config, model.truncate_length, -len(config.rank.contextual))
+                model,
+                truncate_length=rank_source.rows(
+                    config, model.truncate_length, -len(config.rank.contextual)
+                ),
             )
         self.shards = shards = Shards.of(config)
         positions = max(channel.max_history for channel in channels.values()) + 1
         self.embedding = TokenEmbedding(
-            sizes, model.width, positions, dropout_rate=model.input_dropout, dtype=jnp.dtype(model.dtype), shards=shards, rngs=rngs
+            sizes,
+            model.width,
+            positions,
+            dropout_rate=model.input_dropout,
+            dtype=jnp.dtype(model.dtype),
+            shards=shards,
+            rngs=rngs,
         )
         self.encoders = nnx.Dict(
             {
@@ -52,7 +61,11 @@ class Ranker(nnx.Module):
             }
         )
         self.head = MultiTaskHead(
-            len(channels) * model.width, config.rank.head_width, len(sizes.kinds), chunk_rows=model.chunk_rows, rngs=rngs
+            len(channels) * model.width,
+            config.rank.head_width,
+            len(sizes.kinds),
+            chunk_rows=model.chunk_rows,
+            rngs=rngs,
         )
 
     def encode(self, batch: RankBatch, *, rngs: KeyOrNone = None) -> Float[Array, "P D"]:
@@ -64,8 +77,17 @@ class Ranker(nnx.Module):
           rngs: a key turns dropout on and decides it; None leaves it out.
         """
         outputs = []
-        for (name, encoder), key in zip(sorted(self.encoders.items()), split_key(rngs, len(self.encoders)), strict=True):
+        for (name, encoder), key in zip(
+            sorted(self.encoders.items()), split_key(rngs, len(self.encoders)), strict=True
+        ):
             tokens = batch.channels[name]
             embedding_key, encoder_key = split_key(key, 2)
-            outputs.append(encoder.rows(self.embedding(tokens, embedding_key), tokens.sequences, tokens.row_P, encoder_key))
+            outputs.append(
+                encoder.rows(
+                    self.embedding(tokens, embedding_key),
+                    tokens.sequences,
+                    tokens.row_P,
+                    encoder_key,
+                )
+            )
         return jnp.concatenate(outputs, axis=1)

@@ -41,7 +41,12 @@ class Recommender(nnx.Module):
           shards: the mesh in which it runs; rows [T, D] are then those of this device.
         """
         length = max_history + config.output_slots
-        options: dict[str, Any] = dict(dropout_rate=config.input_dropout, dtype=jnp.dtype(config.dtype), shards=shards, rngs=rngs)
+        options: dict[str, Any] = dict(
+            dropout_rate=config.input_dropout,
+            dtype=jnp.dtype(config.dtype),
+            shards=shards,
+            rngs=rngs,
+        )
         self.embedding = InputEmbedding(num_items, config.width, length, signals=signals, **options)
         build = HSTU.from_config if config.kind == "hstu" else SASRec.from_config
         self.encoder = build(config, length, shards=shards, rngs=rngs)
@@ -76,9 +81,13 @@ class Recommender(nnx.Module):
         """The input of the encoder."""
         return self.embedding(batch.item_T, batch.offsets, key, signal_TS=batch.signal_TS)
 
-    def encode_kept(self, batch: Batch, *, rngs: KeyOrNone = None) -> tuple[Float[Array, "S D"], Cut | None]:
+    def encode_kept(
+        self, batch: Batch, *, rngs: KeyOrNone = None
+    ) -> tuple[Float[Array, "S D"], Cut | None]:
         """`encode` without the rows that an attention truncation drops, and which rows are left (None: all)."""
         if isinstance(self.encoder, SASRec):
             return self.encode(batch, rngs=rngs), None
         embedding_key, encoder_key = split_key(rngs, 2)
-        return self.encoder.encode_kept(self.embed(batch, embedding_key), batch.sequences, encoder_key)
+        return self.encoder.encode_kept(
+            self.embed(batch, embedding_key), batch.sequences, encoder_key
+        )

@@ -22,8 +22,15 @@ class RelativeBiasTables(nnx.Module):
         """The bias in the form of the attention kernels: times of the rows as keys, and of the events after them as queries, in seconds."""
         return RelativeBias(self.position_table[...], self.time_table[...], time_T, next_time_T)
 
-    def padded(self, time_BN: Int[Array, "B N"], next_time_BN: Int[Array, "B N"]) -> Float[Array, "B N N"]:
+    def padded(
+        self, time_BN: Int[Array, "B N"], next_time_BN: Int[Array, "B N"]
+    ) -> Float[Array, "B N N"]:
         """The bias of every (query i, key j) of padded sequences, future and padding included."""
         place = jnp.arange(time_BN.shape[1])
-        bucket_BNN = time_buckets(next_time_BN[:, :, None] - time_BN[:, None, :], self.time_table.shape[0])
-        return position_bias(self.position_table[...], place[None, :] - place[:, None])[None] + self.time_table[bucket_BNN]
+        bucket_BNN = time_buckets(
+            next_time_BN[:, :, None] - time_BN[:, None, :], self.time_table.shape[0]
+        )
+        return (
+            position_bias(self.position_table[...], place[None, :] - place[:, None])[None]
+            + self.time_table[bucket_BNN]
+        )

@@ -17,7 +17,9 @@ LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT = "layer_input", "norm_stats", "attent
 Remat = Literal["none", "selective", "full"]
 
 
-def checkpointed(run: Callable[..., jax.Array], mode: Remat, *, forget_weights: bool = False) -> Callable[..., jax.Array]:
+def checkpointed(
+    run: Callable[..., jax.Array], mode: Remat, *, forget_weights: bool = False
+) -> Callable[..., jax.Array]:
     """`run` with another trade of memory against time in its backward pass; values and gradients are the same.
 
     "none" keeps what differentiation asks for. "selective" keeps the named values alone. "full" keeps the arguments alone and runs attention a second time,

@@ -43,18 +43,35 @@ class SASRecLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if width % heads:
-            raise ValueError(f"{heads=} must divide {width=}: SASRec splits the width over the heads")
+            raise ValueError(
+                f"{heads=} must divide {width=}: SASRec splits the width over the heads"
+            )
         xavier = initializers.xavier_normal
-        self.qkv, self.qkv_bias = initializers.param(xavier, rngs, width, 3 * width), nnx.Param(jnp.zeros(3 * width))
-        self.output, self.output_bias = initializers.param(xavier, rngs, width, width), nnx.Param(jnp.zeros(width))
+        self.qkv, self.qkv_bias = (
+            initializers.param(xavier, rngs, width, 3 * width),
+            nnx.Param(jnp.zeros(3 * width)),
+        )
+        self.output, self.output_bias = (
+            initializers.param(xavier, rngs, width, width),
+            nnx.Param(jnp.zeros(width)),
+        )
         self.ffn1 = initializers.param(xavier, rngs, width, ffn_width)
         self.ffn1_bias = initializers.param(initializers.linear_bias(width), rngs, ffn_width)
         self.ffn2 = initializers.param(xavier, rngs, ffn_width, width)
         self.ffn2_bias = initializers.param(initializers.linear_bias(ffn_width), rngs, width)
-        self.heads, self.length, self.activation, self.dropout_rate = heads, length, activation, dropout_rate
+        self.heads, self.length, self.activation, self.dropout_rate = (
+            heads,
+            length,
+            activation,
+            dropout_rate,
+        )
 
     def __call__(
-        self, x_TD: Float[Array, "T D"], offsets: Int[Array, " B1"], key: KeyOrNone = None, first_sequence: Any = 0
+        self,
+        x_TD: Float[Array, "T D"],
+        offsets: Int[Array, " B1"],
+        key: KeyOrNone = None,
+        first_sequence: Any = 0,
     ) -> Float[Array, "T D"]:
         """`first_sequence`: the number of the first one in the batch of all devices."""
         attention_key, *row_key = split_key(key, 3)
@@ -63,27 +80,46 @@ class SASRecLayer(nnx.Module):
         row_T = jnp.arange(x_TD.shape[0], dtype=jnp.int32)
         hidden_key, output_key = (row_keys(one, offsets, row_T, first_sequence) for one in row_key)
         query_TD = layer_norm(x_TD, eps=EPS)
-        y_TD = layer_norm(query_TD + self._attention(query_TD, x_TD, offsets, attention_key), eps=EPS)
+        y_TD = layer_norm(
+            query_TD + self._attention(query_TD, x_TD, offsets, attention_key), eps=EPS
+        )
         hidden_TF = ACTIVATIONS[self.activation](_linear(y_TD, self.ffn1[...], self.ffn1_bias[...]))
         hidden_TF = dropout(hidden_TF, self.dropout_rate, hidden_key)
-        return y_TD + dropout(_linear(hidden_TF, self.ffn2[...], self.ffn2_bias[...]), self.dropout_rate, output_key)
+        return y_TD + dropout(
+            _linear(hidden_TF, self.ffn2[...], self.ffn2_bias[...]), self.dropout_rate, output_key
+        )
 
-    def _attention(self, query_TD: Array, x_TD: Array, offsets: Array, key: KeysOrNone) -> Float[Array, "T D"]:
+    def _attention(
+        self, query_TD: Array, x_TD: Array, offsets: Array, key: KeysOrNone
+    ) -> Float[Array, "T D"]:
         rows, width = x_TD.shape
         weight, bias = self.qkv[...], self.qkv_bias[...]
         q_TD = _linear(query_TD, weight[:, :width], bias[:width])
         kv_TX = _linear(x_TD, weight[:, width:], bias[width:])
         heads = (self.heads, width // self.heads)
-        q_BNHK, k_BNHK, v_BNHK = (pad(y.reshape(rows, *heads), offsets, self.length) for y in (q_TD, kv_TX[:, :width], kv_TX[:, width:]))
-        score_BHNN = jnp.einsum("bqhk,bshk->bhqs", q_BNHK, k_BNHK, preferred_element_type=jnp.float32) / math.sqrt(heads[1])
-        causal_NN: Bool[Array, "N N"] = jnp.tri(self.length, dtype=bool)  # hides the padding too: it lies behind the rows
-        weight_BHNN = jax.nn.softmax(jnp.where(causal_NN[None, None], score_BHNN, -jnp.inf), axis=-1)
+        q_BNHK, k_BNHK, v_BNHK = (
+            pad(y.reshape(rows, *heads), offsets, self.length)
+            for y in (q_TD, kv_TX[:, :width], kv_TX[:, width:])
+        )
+        score_BHNN = jnp.einsum(
+            "bqhk,bshk->bhqs", q_BNHK, k_BNHK, preferred_element_type=jnp.float32
+        ) / math.sqrt(heads[1])
+        causal_NN: Bool[Array, "N N"] = jnp.tri(
+            self.length, dtype=bool
+        )  # hides the padding too: it lies behind the rows
+        weight_BHNN = jax.nn.softmax(
+            jnp.where(causal_NN[None, None], score_BHNN, -jnp.inf), axis=-1
+        )
         weight_BHNN = dropout(weight_BHNN, self.dropout_rate, key).astype(x_TD.dtype)
-        a_TD = unpad(jnp.einsum("bhqs,bshk->bqhk", weight_BHNN, v_BNHK), offsets, rows).reshape(rows, width)
+        a_TD = unpad(jnp.einsum("bhqs,bshk->bqhk", weight_BHNN, v_BNHK), offsets, rows).reshape(
+            rows, width
+        )
         return _linear(a_TD, self.output[...], self.output_bias[...])
 
 
-def _linear(x_TX: Float[Array, "T X"], weight_XY: Float[Array, "X Y"], bias_Y: Float[Array, " Y"]) -> Float[Array, "T Y"]:
+def _linear(
+    x_TX: Float[Array, "T X"], weight_XY: Float[Array, "X Y"], bias_Y: Float[Array, " Y"]
+) -> Float[Array, "T Y"]:
     return x_TX @ weight_XY.astype(x_TX.dtype) + bias_Y.astype(x_TX.dtype)[None]
 
 
@@ -94,15 +130,28 @@ class SASRec(nnx.Module):
         self.layers, self.shards = nnx.List(layers), shards
 
     @staticmethod
-    def from_config(config: ModelConfig, length: int, *, shards: Shards = ONE, rngs: nnx.Rngs) -> "SASRec":
-        make = lambda: SASRecLayer(config.width, config.heads, config.ffn_width, length, dropout_rate=config.linear_dropout, rngs=rngs)  # noqa: E731
+    def from_config(
+        config: ModelConfig, length: int, *, shards: Shards = ONE, rngs: nnx.Rngs
+    ) -> "SASRec":
+        make = lambda: SASRecLayer(
+            config.width,
+            config.heads,
+            config.ffn_width,
+            length,
+            dropout_rate=config.linear_dropout,
+            rngs=rngs,
+        )  # noqa: E731
         return SASRec([make() for _ in range(config.layers)], shards)
 
-    def __call__(self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None) -> Float[Array, "T D"]:
+    def __call__(
+        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
+    ) -> Float[Array, "T D"]:
         keep_T1 = (sequences.real_T & is_real(sequences.offsets, x_TD.shape[0]))[:, None]
         x_TD = jnp.where(keep_T1, x_TD, jnp.zeros((), x_TD.dtype))
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
             layer = parameters.whole(layer, x_TD.dtype, self.shards)
             first = self.shards.first_sequence(sequences.offsets.shape[0] - 1)
-            x_TD = jnp.where(keep_T1, layer(x_TD, sequences.offsets, layer_key, first), jnp.zeros((), x_TD.dtype))
+            x_TD = jnp.where(
+                keep_T1, layer(x_TD, sequences.offsets, layer_key, first), jnp.zeros((), x_TD.dtype)
+            )
         return x_TD

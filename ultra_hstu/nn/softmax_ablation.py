@@ -27,12 +27,21 @@ def softmax_attention(
     """
     (rows, _, width), offsets = q_THK.shape, sequences.offsets
     keep_T1 = (sequences.real_T)[:, None]  # a padded layout has padding inside its sequences, too
-    q_BNX, k_BNX = (pad(jnp.where(keep_T1, x_THK.reshape(rows, -1), 0.0), offsets, length) for x_THK in (q_THK, k_THK))
+    q_BNX, k_BNX = (
+        pad(jnp.where(keep_T1, x_THK.reshape(rows, -1), 0.0), offsets, length)
+        for x_THK in (q_THK, k_THK)
+    )
     score_BNN = jnp.einsum("bqx,bkx->bqk", q_BNX, k_BNX, preferred_element_type=jnp.float32)
     if bias is not None:
         next_time_BN = pad(sequences.next_time_T, offsets, length)
         # The slot behind a history holds the target's time, which only the row before it knows; further slots hold 0.
-        time_BN = jnp.concatenate([pad(sequences.time_T, offsets, length)[:, :1], next_time_BN[:, :-1]], axis=1)
+        time_BN = jnp.concatenate(
+            [pad(sequences.time_T, offsets, length)[:, :1], next_time_BN[:, :-1]], axis=1
+        )
         score_BNN = score_BNN + bias.padded(time_BN, next_time_BN)
     weight_BNN = jax.nn.softmax(score_BNN / math.sqrt(width), axis=-1) * jnp.tri(length)[None]
-    return unpad(jnp.einsum("bqk,bkhv->bqhv", weight_BNN.astype(v_THV.dtype), pad(v_THV, offsets, length)), offsets, rows)
+    return unpad(
+        jnp.einsum("bqk,bkhv->bqhv", weight_BNN.astype(v_THV.dtype), pad(v_THV, offsets, length)),
+        offsets,
+        rows,
+    )

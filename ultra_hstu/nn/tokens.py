@@ -38,12 +38,18 @@ class TokenEmbedding(nnx.Module):
         Args:
           positions: the highest position of a token; it counts events.
         """
-        self.item_table = initializers.table(initializers.truncated_normal_002, rngs, sizes.items + 1, width)
+        self.item_table = initializers.table(
+            initializers.truncated_normal_002, rngs, sizes.items + 1, width
+        )
         self.signals = CodeEmbedding(sizes.signals, width, rngs=rngs) if sizes.signals else None
         self.features = CodeEmbedding(sizes.features, width, rngs=rngs) if sizes.features else None
         all_contextual = 1 + sum(size - 1 for size in sizes.contextual)
-        self.contextual = CodeEmbedding((all_contextual,), width, rngs=rngs) if sizes.contextual else None
-        self.position_table = initializers.table(initializers.truncated_normal_002, rngs, positions + 1, width)
+        self.contextual = (
+            CodeEmbedding((all_contextual,), width, rngs=rngs) if sizes.contextual else None
+        )
+        self.position_table = initializers.table(
+            initializers.truncated_normal_002, rngs, positions + 1, width
+        )
         self.gaps = CodeEmbedding((GAP_SIZE,), width, rngs=rngs) if sizes.timestamps else None
         self.dropout_rate, self.dtype, self.shards = dropout_rate, dtype, shards
 
@@ -52,13 +58,23 @@ class TokenEmbedding(nnx.Module):
         shards, rows = self.shards, tokens.item_T.shape[0]
         row_t, real_t = shards.rows(rows), shards.real(tokens.offsets, rows)
         item_t, position_t, gap_t = shards.local((tokens.item_T, tokens.position_T, tokens.gap_T))
-        codes = [(self.signals, tokens.signal_TS), (self.features, tokens.feature_TF), (self.contextual, tokens.context_T[:, None])]
+        codes = [
+            (self.signals, tokens.signal_TS),
+            (self.features, tokens.feature_TF),
+            (self.contextual, tokens.context_T[:, None]),
+        ]
         item_tD = lookup(self.item_table[...], jnp.where(item_t > 0, item_t, -1), shards)
-        content_tD = sum((embed(shards.local(code_TS)) for embed, code_TS in codes if embed is not None), item_tD)
+        content_tD = sum(
+            (embed(shards.local(code_TS)) for embed, code_TS in codes if embed is not None), item_tD
+        )
         x_tD = math.sqrt(self.item_table.shape[1]) * content_tD + lookup(
             self.position_table[...], jnp.where(real_t, position_t, -1), shards
         )
         if self.gaps is not None:
             x_tD += self.gaps(gap_t[:, None])
-        keys_t = row_keys(key, tokens.offsets, row_t, shards.first_sequence(tokens.offsets.shape[0] - 1))
-        return jnp.where(real_t[:, None], dropout(x_tD, self.dropout_rate, keys_t), 0.0).astype(self.dtype)
+        keys_t = row_keys(
+            key, tokens.offsets, row_t, shards.first_sequence(tokens.offsets.shape[0] - 1)
+        )
+        return jnp.where(real_t[:, None], dropout(x_tD, self.dropout_rate, keys_t), 0.0).astype(
+            self.dtype
+        )

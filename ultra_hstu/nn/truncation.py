@@ -21,25 +21,37 @@ class Cut(NamedTuple):
 
     sequences: Sequences  # of the rows that are left
     source_S: Int[Array, " S"]  # the row that each came from; T and more, all different, on padding
-    place_T: Int[Array, " T"]  # the row of the smaller buffer that each went to; T' where it was dropped
+    place_T: Int[
+        Array, " T"
+    ]  # the row of the smaller buffer that each went to; T' where it was dropped
     fits: Bool[Array, ""]  # whether T' rows are enough
 
     def take(self, x_TD: Shaped[Array, "T *D"]) -> Shaped[Array, "S *D"]:
         """The rows that are left, zeros on padding; NaN everywhere if they do not fit. The gradient of a dropped row is 0."""
-        x_SD = x_TD.at[self.source_S].get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
-        return jnp.where(self.fits, x_SD, jnp.nan) if jnp.issubdtype(x_SD.dtype, jnp.floating) else x_SD
+        x_SD = x_TD.at[self.source_S].get(
+            mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
+        )
+        return (
+            jnp.where(self.fits, x_SD, jnp.nan)
+            if jnp.issubdtype(x_SD.dtype, jnp.floating)
+            else x_SD
+        )
 
     def move(self, x_tD: Float[Array, "t D"], shards: Shards) -> Float[Array, "s D"]:
         """`take` of rows that are sharded over a mesh; those that are left are divided anew among its devices."""
         if shards.context == 1:
             return self.take(x_tD)
-        x_sD = shards.take(x_tD, self.source_S, self.place_T.shape[0], layout=shards.layout(self.source_S.shape[0]))
+        x_sD = shards.take(
+            x_tD, self.source_S, self.place_T.shape[0], layout=shards.layout(self.source_S.shape[0])
+        )
         return jnp.where(self.fits, x_sD, jnp.nan)
 
     def restore(self, x_SD: Shaped[Array, "S *D"]) -> Shaped[Array, "T *D"]:
         """Rows back in their places in the whole buffer, zeros where they were dropped."""
         zeros = jnp.zeros((self.place_T.shape[0], *x_SD.shape[1:]), x_SD.dtype)
-        return zeros.at[self.source_S].set(x_SD, mode="drop", indices_are_sorted=True, unique_indices=True)
+        return zeros.at[self.source_S].set(
+            x_SD, mode="drop", indices_are_sorted=True, unique_indices=True
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +94,19 @@ class Truncation:
             return jnp.where(position < frame.contextual_B[segment], 0, frame.dropped_B[segment])
 
         segment_S, position_S = _segments(offsets, room), positions(offsets, room)
-        source_S = jnp.asarray(sequences.offsets)[segment_S] + position_S + dropped_before(segment_S, position_S)
-        source_S = jnp.where(is_real(offsets, room), source_S, rows + jnp.arange(room, dtype=jnp.int32))
-        place_T = offsets[frame.segment_T] + frame.position_T - dropped_before(frame.segment_T, frame.position_T)
+        source_S = (
+            jnp.asarray(sequences.offsets)[segment_S]
+            + position_S
+            + dropped_before(segment_S, position_S)
+        )
+        source_S = jnp.where(
+            is_real(offsets, room), source_S, rows + jnp.arange(room, dtype=jnp.int32)
+        )
+        place_T = (
+            offsets[frame.segment_T]
+            + frame.position_T
+            - dropped_before(frame.segment_T, frame.position_T)
+        )
         cut = Cut(sequences, source_S, jnp.where(frame.kept_T, place_T, room), offsets[-1] <= room)
         smaller = dataclasses.replace(
             sequences,
@@ -96,7 +118,11 @@ class Truncation:
         return cut._replace(sequences=smaller)
 
     def _check_room(self, sequences: Sequences) -> None:
-        counts = [count for count in (sequences.num_targets, sequences.num_contextual) if count is not None]
+        counts = [
+            count
+            for count in (sequences.num_targets, sequences.num_contextual)
+            if count is not None
+        ]
         if counts and self.extra_rows == 0:
             raise ValueError(
                 "truncating sequences with targets or contextual tokens needs room to keep them: extra_rows=0 must be their number"
@@ -104,7 +130,9 @@ class Truncation:
         if not any(isinstance(count, jax.core.Tracer) for count in counts):
             most = int(np.max(sum(np.asarray(count) for count in counts), initial=0))
             if most > self.extra_rows:
-                raise ValueError(f"a sequence has {most} targets and contextual tokens, more than extra_rows={self.extra_rows}")
+                raise ValueError(
+                    f"a sequence has {most} targets and contextual tokens, more than extra_rows={self.extra_rows}"
+                )
 
 
 class _Frame(NamedTuple):
@@ -125,13 +153,21 @@ def _frame(sequences: Sequences, length: int) -> _Frame:
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(real_T, dtype=jnp.int32)])
     lengths_B = before[offsets[1:]] - before[offsets[:-1]]
     zero_B = jnp.zeros_like(lengths_B)
-    targets_B = zero_B if sequences.num_targets is None else jnp.clip(jnp.asarray(sequences.num_targets), zero_B, lengths_B)
+    targets_B = (
+        zero_B
+        if sequences.num_targets is None
+        else jnp.clip(jnp.asarray(sequences.num_targets), zero_B, lengths_B)
+    )
     contextual_B = zero_B
     if sequences.num_contextual is not None:
-        contextual_B = jnp.clip(jnp.asarray(sequences.num_contextual), zero_B, lengths_B - targets_B)
+        contextual_B = jnp.clip(
+            jnp.asarray(sequences.num_contextual), zero_B, lengths_B - targets_B
+        )
     dropped_B = jnp.maximum(lengths_B - targets_B - contextual_B - length, 0)
     contextual_T = contextual_B[segment_T]
-    kept_T = real_T & ((position_T < contextual_T) | (position_T >= contextual_T + dropped_B[segment_T]))
+    kept_T = real_T & (
+        (position_T < contextual_T) | (position_T >= contextual_T + dropped_B[segment_T])
+    )
     return _Frame(segment_T, position_T, kept_T, lengths_B, contextual_B, dropped_B)
 
 

@@ -7,7 +7,10 @@ import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # The result's shapes, the kind, whether it is the start of an asynchronous one, and its attributes.
-_LINE = re.compile(rf"^[^=]*= (?P<shapes>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)", re.MULTILINE)
+_LINE = re.compile(
+    rf"^[^=]*= (?P<shapes>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)",
+    re.MULTILINE,
+)
 _SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([0-9,]*)\]")
 # Which devices take part: "{{0,1},{2,3}}", "[2,2]<=[4]" or "mesh['data'=2,'context'=2] {'data'}".
 _LISTED = re.compile(r"replica_groups=\{\{([0-9,]+)\}")
@@ -25,11 +28,19 @@ def collectives(program: str, devices: int) -> list[Collective]:
     """Every collective of an optimized HLO program on `devices` devices; those inside a loop once, however often it runs."""
     found = []
     for match in _LINE.finditer(program):
-        kind, shapes = match["kind"], [(name, _count(dims)) for name, dims in _SHAPE.findall(match["shapes"])]
-        if match["start"] and (kind in ("all-gather", "collective-permute") or match["shapes"].startswith("((")):
+        kind, shapes = (
+            match["kind"],
+            [(name, _count(dims)) for name, dims in _SHAPE.findall(match["shapes"])],
+        )
+        if match["start"] and (
+            kind in ("all-gather", "collective-permute") or match["shapes"].startswith("((")
+        ):
             # Operands stand before the results; of a permutation, handles of the hardware may stand behind.
             shapes = shapes[1:2] if kind == "collective-permute" else shapes[len(shapes) // 2 :]
-        elements, size = sum(count for _, count in shapes), sum(count * _width(name) for name, count in shapes)
+        elements, size = (
+            sum(count for _, count in shapes),
+            sum(count * _width(name) for name, count in shapes),
+        )
         members = _members(match["rest"], devices)
         others = (members - 1) / members
         sent = {

@@ -60,12 +60,27 @@ def attend_context(
       real_t: rows that are no padding, which may hold NaN, and 0 * NaN is NaN; here it would stand among rows that are keys of others.
       alpha, scale, bias, implementation: as in `hstu_attention`; the bias takes times of the t rows, and goes with `ulysses` alone.
     """
-    q, k, v = (jnp.where(real_t[:, None, None], x, jnp.zeros((), x.dtype)) for x in (q_tHK, k_tHK, v_tHV))
+    q, k, v = (
+        jnp.where(real_t[:, None, None], x, jnp.zeros((), x.dtype)) for x in (q_tHK, k_tHK, v_tHV)
+    )
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
     scale = jnp.where(real_t, scale, 0.0) if scale.ndim else scale
     if isinstance(plan, Ulysses):
-        return plan(q, k, v, scale, bias, functools.partial(hstu_attention, alpha=alpha, implementation=implementation))
-    return plan(q, k, v, scale, functools.partial(partial_attention, alpha=float(alpha), implementation=implementation))
+        return plan(
+            q,
+            k,
+            v,
+            scale,
+            bias,
+            functools.partial(hstu_attention, alpha=alpha, implementation=implementation),
+        )
+    return plan(
+        q,
+        k,
+        v,
+        scale,
+        functools.partial(partial_attention, alpha=float(alpha), implementation=implementation),
+    )
 
 
 def context_parallel_attention(
@@ -109,7 +124,9 @@ def context_parallel_attention(
       NotImplementedError: a relative bias with any strategy but `ulysses`.
     """
     if CONTEXT not in mesh.shape:
-        raise ValueError(f"the mesh has axes {tuple(mesh.shape)}, none is {CONTEXT!r}: make it with make_mesh")
+        raise ValueError(
+            f"the mesh has axes {tuple(mesh.shape)}, none is {CONTEXT!r}: make it with make_mesh"
+        )
     if strategy not in get_args(Strategy):
         raise ValueError(f"{strategy=} must be one of {', '.join(get_args(Strategy))}")
     shards = mesh.shape[CONTEXT]
@@ -120,13 +137,17 @@ def context_parallel_attention(
             f"the layout is for {layout.num_rows} rows and {layout.shards} shards, but there are {q_THK.shape[0]} and {shards}"
         )
     if strategy == "ulysses" and q_THK.shape[1] % shards:
-        raise ValueError(f"'ulysses' needs a number of heads divisible by the {shards} context shards, got {q_THK.shape[1]}: use 'ring'")
+        raise ValueError(
+            f"'ulysses' needs a number of heads divisible by the {shards} context shards, got {q_THK.shape[1]}: use 'ring'"
+        )
     if strategy == "halo" and (mask.window is None or not layout.is_contiguous):
         raise ValueError(
             f"'halo' is for masks with a window over contiguous slices, got {mask} and blocks of {layout.block} rows: use 'ring', 'ulysses' or 'gather' for full masks"
         )
     if bias is not None and strategy != "ulysses":
-        raise NotImplementedError(f"{strategy!r} takes no relative bias, whose positions are those of the whole buffer: use 'ulysses'")
+        raise NotImplementedError(
+            f"{strategy!r} takes no relative bias, whose positions are those of the whole buffer: use 'ulysses'"
+        )
     bounds = strategy == "halo"
     sequences = Sequences(
         jnp.asarray(offsets, jnp.int32),
@@ -137,17 +158,37 @@ def context_parallel_attention(
     )
     scale = jnp.asarray(scale, jnp.float32)
 
-    def local(q: Array, k: Array, v: Array, scale: Array, sequences: Sequences, layout: Layout, bias: RelativeBias | None) -> Array:
+    def local(
+        q: Array,
+        k: Array,
+        v: Array,
+        scale: Array,
+        sequences: Sequences,
+        layout: Layout,
+        bias: RelativeBias | None,
+    ) -> Array:
         frame = Frame(sequences, mask, layout, CONTEXT)
-        options: dict[str, Any] = dict(alpha=alpha, scale=scale, bias=bias, implementation=implementation)
-        return attend_context(plan_context(strategy, frame), q, k, v, real_t=frame.is_real(), **options)
+        options: dict[str, Any] = dict(
+            alpha=alpha, scale=scale, bias=bias, implementation=implementation
+        )
+        return attend_context(
+            plan_context(strategy, frame), q, k, v, real_t=frame.is_real(), **options
+        )
 
     rows, everywhere = PartitionSpec(CONTEXT), PartitionSpec()
     bias_specs = None if bias is None else RelativeBias(everywhere, everywhere, rows, rows)
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(rows, rows, rows, rows if scale.ndim else everywhere, everywhere, everywhere, bias_specs),
+        in_specs=(
+            rows,
+            rows,
+            rows,
+            rows if scale.ndim else everywhere,
+            everywhere,
+            everywhere,
+            bias_specs,
+        ),
         out_specs=rows,
         axis_names={CONTEXT},
         check_vma=False,
@@ -161,7 +202,9 @@ def _most(name: str, counts: Any, bound: int | None, needed: bool) -> int:
         return 0
     if isinstance(counts, jax.core.Tracer):
         if bound is None and needed:
-            raise ValueError(f"num_{name} is traced, and 'halo' has room for a fixed number: pass max_{name}=, the most of any sequence")
+            raise ValueError(
+                f"num_{name} is traced, and 'halo' has room for a fixed number: pass max_{name}=, the most of any sequence"
+            )
         return bound or 0
     most = int(np.max(np.asarray(counts), initial=0))
     if bound is not None and bound < most:

@@ -19,7 +19,9 @@ class Table(nnx.Param):
     i-th part of them."""
 
 
-def lookup(table_XD: Float[Array, "X D"], row_t: Int[Array, " t"], shards: Shards) -> Float[Array, "t D"]:
+def lookup(
+    table_XD: Float[Array, "X D"], row_t: Int[Array, " t"], shards: Shards
+) -> Float[Array, "t D"]:
     """Rows of a table by their numbers; negative ones give zeros.
 
     Inside `shard_map`, `table_XD` is this device's part. A table of no more rows than are looked up is put together: one all-gather, and one
@@ -30,7 +32,9 @@ def lookup(table_XD: Float[Array, "X D"], row_t: Int[Array, " t"], shards: Shard
     rows = shards.devices * table_XD.shape[0]
     if shards.devices > 1 and rows > SLACK * row_t.shape[0]:
         return _lookup(shards.devices, table_XD, row_t)
-    return jnp.where((row_t >= 0)[:, None], whole_table(table_XD, rows, shards)[jnp.maximum(row_t, 0)], 0.0)
+    return jnp.where(
+        (row_t >= 0)[:, None], whole_table(table_XD, rows, shards)[jnp.maximum(row_t, 0)], 0.0
+    )
 
 
 def whole_table(table_XD: Float[Array, "X D"], rows: int, shards: Shards) -> Float[Array, "X2 D"]:
@@ -60,7 +64,9 @@ def _lookup(devices: int, table_XD: Array, row_t: Array) -> Array:
         found = table_XD.at[wanted].get(mode="fill", fill_value=0)
         return routes.received(number, routes.exchange(found), out_tD)
 
-    return jax.lax.fori_loop(0, routes.rounds, answer, jnp.zeros((row_t.shape[0], table_XD.shape[1]), table_XD.dtype))
+    return jax.lax.fori_loop(
+        0, routes.rounds, answer, jnp.zeros((row_t.shape[0], table_XD.shape[1]), table_XD.dtype)
+    )
 
 
 def _lookup_forward(devices: int, table_XD: Array, row_t: Array) -> tuple[Array, Any]:
@@ -89,8 +95,15 @@ class _Routes:
         self.rows, self.row_t = rows, row_t
         self.room = max(1, -(-int(SLACK * row_t.shape[0]) // devices))
         self.owner_t = jnp.where(row_t >= 0, row_t // rows, devices)
-        asked_tN = jnp.cumsum(self.owner_t[:, None] == jnp.arange(devices)[None, :], axis=0, dtype=jnp.int32)
-        self.rank_t = jnp.take_along_axis(asked_tN, jnp.minimum(self.owner_t, devices - 1)[:, None], axis=1)[:, 0] - 1
+        asked_tN = jnp.cumsum(
+            self.owner_t[:, None] == jnp.arange(devices)[None, :], axis=0, dtype=jnp.int32
+        )
+        self.rank_t = (
+            jnp.take_along_axis(asked_tN, jnp.minimum(self.owner_t, devices - 1)[:, None], axis=1)[
+                :, 0
+            ]
+            - 1
+        )
         self.slots = devices * self.room
         most = jax.lax.pmax(jnp.max(asked_tN[-1:], initial=0), (DATA, CONTEXT))
         self.rounds = -(-most // self.room)
@@ -103,14 +116,24 @@ class _Routes:
 
     def requests(self, number: Array) -> Array:
         """Rows wanted of the parts of other devices; `rows`, which is none, in unused slots."""
-        return jnp.full(self.slots, self.rows, jnp.int32).at[self._slot(number)].set(self.row_t % self.rows, mode="drop")
+        return (
+            jnp.full(self.slots, self.rows, jnp.int32)
+            .at[self._slot(number)]
+            .set(self.row_t % self.rows, mode="drop")
+        )
 
     def sent(self, number: Array, g_tD: Array) -> Array:
-        return jnp.zeros((self.slots, g_tD.shape[1]), g_tD.dtype).at[self._slot(number)].set(g_tD, mode="drop")
+        return (
+            jnp.zeros((self.slots, g_tD.shape[1]), g_tD.dtype)
+            .at[self._slot(number)]
+            .set(g_tD, mode="drop")
+        )
 
     def received(self, number: Array, answers: Array, out_tD: Array) -> Array:
         slot_t = self._slot(number)
-        return jnp.where((slot_t < self.slots)[:, None], answers[jnp.minimum(slot_t, self.slots - 1)], out_tD)
+        return jnp.where(
+            (slot_t < self.slots)[:, None], answers[jnp.minimum(slot_t, self.slots - 1)], out_tD
+        )
 
     def exchange(self, x: Array) -> Array:
         return jax.lax.all_to_all(x, (DATA, CONTEXT), split_axis=0, concat_axis=0, tiled=True)

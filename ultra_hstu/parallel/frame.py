@@ -15,8 +15,12 @@ from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
 from kernels.zeros import zeros_after
 from ultra_hstu.parallel.layout import Layout
 
-Attend = Callable[..., Array]  # kernels.hstu_attention.partial.partial_attention, its constants filled in
-ROWS_AT_A_TIME = 2**20  # rows times heads of an attention call, at most: work enough for a GPU, and 256 MiB of bfloat16 of width 128
+Attend = Callable[
+    ..., Array
+]  # kernels.hstu_attention.partial.partial_attention, its constants filled in
+ROWS_AT_A_TIME = (
+    2**20
+)  # rows times heads of an attention call, at most: work enough for a GPU, and 256 MiB of bfloat16 of width 128
 Prepare = Callable[[AttentionPlan], AttentionPlan]  # adds an implementation's own lists to a plan
 
 
@@ -70,7 +74,11 @@ def places(sequences: Sequences, num_rows: int) -> tuple[Array, Array, Array, Ar
     zeros = jnp.zeros_like(sequences.offsets[1:])
     length = sequences.offsets[1:] - sequences.offsets[:-1]
     targets = zeros if sequences.num_targets is None else jnp.clip(sequences.num_targets, 0, length)
-    contextual = zeros if sequences.num_contextual is None else jnp.clip(sequences.num_contextual, 0, length - targets)
+    contextual = (
+        zeros
+        if sequences.num_contextual is None
+        else jnp.clip(sequences.num_contextual, 0, length - targets)
+    )
     start, stop = sequences.offsets[:-1], sequences.offsets[1:]
     segment = jnp.minimum(segment_ids(sequences.offsets, num_rows), sequences.num_sequences - 1)
     real = jnp.arange(num_rows) < sequences.offsets[-1]
@@ -82,10 +90,14 @@ def heads_at_a_time(rows: int, heads: int) -> int:
     """How many heads of a shard's rows are computed together. What came from elsewhere, its gradients and the buffers of the kernels exist for these alone:
     of many rows, in the backward of one layer, all heads' would take more memory than two layers keep.
     """
-    return max((h for h in range(1, heads + 1) if heads % h == 0 and rows * h <= ROWS_AT_A_TIME), default=1)
+    return max(
+        (h for h in range(1, heads + 1) if heads % h == 0 and rows * h <= ROWS_AT_A_TIME), default=1
+    )
 
 
-def in_turns(function: Callable[..., tuple[Array, ...]], likes: tuple[Array, ...], *x_tHX: Array) -> tuple[Array, ...]:
+def in_turns(
+    function: Callable[..., tuple[Array, ...]], likes: tuple[Array, ...], *x_tHX: Array
+) -> tuple[Array, ...]:
     """`function` of arrays of all heads, `heads_at_a_time`; results are shaped like `likes`."""
     heads = x_tHX[0].shape[1]
     some = heads_at_a_time(x_tHX[0].shape[0], heads)
@@ -93,11 +105,21 @@ def in_turns(function: Callable[..., tuple[Array, ...]], likes: tuple[Array, ...
         return function(*x_tHX)
 
     def turn(number: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
-        found = function(*(jax.lax.dynamic_slice_in_dim(x, number * some, some, axis=1) for x in x_tHX))
-        return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, number * some, axis=1) for x, y in zip(results, found, strict=True))
+        found = function(
+            *(jax.lax.dynamic_slice_in_dim(x, number * some, some, axis=1) for x in x_tHX)
+        )
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(x, y, number * some, axis=1)
+            for x, y in zip(results, found, strict=True)
+        )
 
     # As in `mini_sequence`: the buffers of all layers' loops must not be there from the start of the program on.
-    return jax.lax.fori_loop(0, heads // some, turn, tuple(zeros_after(x_tHX[-1], like.shape, like.dtype) for like in likes))
+    return jax.lax.fori_loop(
+        0,
+        heads // some,
+        turn,
+        tuple(zeros_after(x_tHX[-1], like.shape, like.dtype) for like in likes),
+    )
 
 
 @runtime_checkable
@@ -106,11 +128,15 @@ class Sharing(Protocol):
 
     def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array: ...
 
-    def gradients(self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: Attend) -> tuple[Array, ...]:
+    def gradients(
+        self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: Attend
+    ) -> tuple[Array, ...]:
         """Of q, k and v."""
 
 
-def keeping_inputs(sharing: Sharing, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
+def keeping_inputs(
+    sharing: Sharing, q: Array, k: Array, v: Array, scale: Array, attend: Attend
+) -> Array:
     """The sums of all heads, `heads_at_a_time`. The backward keeps the inputs and nothing else: what came from other shards is sent again.
 
     Kernels keep their inputs alone, so the forward kernel does not run again. The barrier keeps XLA from finding that what is sent again was there before,
@@ -127,7 +153,11 @@ def keeping_inputs(sharing: Sharing, q: Array, k: Array, v: Array, scale: Array,
     def backward(saved: Any, g: Array) -> tuple[Any, ...]:
         q, k, v, scale, sharing = saved
         q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))
-        return *in_turns(lambda *qkvg: sharing.gradients(*qkvg, scale, attend), (q, k, v), q, k, v, g), None, None
+        return (
+            *in_turns(lambda *qkvg: sharing.gradients(*qkvg, scale, attend), (q, k, v), q, k, v, g),
+            None,
+            None,
+        )
 
     kept.defvjp(forward, backward)
     return kept(q, k, v, scale, sharing)

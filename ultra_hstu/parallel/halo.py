@@ -46,21 +46,27 @@ class Halo:
         whole = _Whole.of(frame)
         layout, size = frame.layout, frame.layout.rows_per_shard
         reach = min(frame.mask.window or 0, (layout.shards - 1) * size)
-        copy_P, row_R = _ascending(whole.copied_T, whole.copies), _ascending(whole.visits_T, whole.visitors)
+        copy_P, row_R = (
+            _ascending(whole.copied_T, whole.copies),
+            _ascending(whole.visits_T, whole.visitors),
+        )
         return Halo(
             home=prepare(_home(frame, whole, copy_P)),
             edge=prepare(_edge(frame, whole, reach)) if reach else None,
             visit=prepare(_visit(frame, row_R)) if whole.visitors else None,
             row_R=row_R,
             copy_P=copy_P,
-            overflow=(whole.visits_T.sum() > whole.visitors) | (whole.copied_T.sum() > whole.copies),
+            overflow=(whole.visits_T.sum() > whole.visitors)
+            | (whole.copied_T.sum() > whole.copies),
             axis=frame.axis,
             shards=layout.shards,
             reach=reach,
         )
 
     def __call__(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
-        scale = jnp.where(self.overflow, jnp.nan, scale)  # no sum that lacks a summand passes for a result
+        scale = jnp.where(
+            self.overflow, jnp.nan, scale
+        )  # no sum that lacks a summand passes for a result
         return keeping_inputs(self, q, k, v, scale, attend)
 
     def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: Attend) -> Array:
@@ -72,14 +78,23 @@ class Halo:
             out = self._add_home(out, self.row_R, visiting)
         if self.edge is not None:
             first = min(self.reach, q.shape[0])
-            edge = attend(q[:first], *_split(halo, k.shape[2]), plan=self.edge, scale=scale[:first] if scale.ndim else scale)
+            edge = attend(
+                q[:first],
+                *_split(halo, k.shape[2]),
+                plan=self.edge,
+                scale=scale[:first] if scale.ndim else scale,
+            )
             out = _add_rows(out, edge, 0)
         return out
 
-    def gradients(self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: Attend) -> tuple[Array, Array, Array]:
+    def gradients(
+        self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: Attend
+    ) -> tuple[Array, Array, Array]:
         """Of q, k and v: what is of the size of a shard is added up once, the rest goes where it came from and is added in place."""
         size, width = q.shape[0], k.shape[2]
-        rows_q, rows_g = _split(self._everywhere(jnp.concatenate([q, g], axis=2), self.row_R), q.shape[2])
+        rows_q, rows_g = _split(
+            self._everywhere(jnp.concatenate([q, g], axis=2), self.row_R), q.shape[2]
+        )
         copies = self._copies(k, v)
         halo = self._before(jnp.concatenate([k, v], axis=2))
 
@@ -93,7 +108,9 @@ class Halo:
             dk, dv = dk + more_dk, dv + more_dv
         if self.edge is not None:
             first = min(self.reach, size)
-            edge = functools.partial(attend, plan=self.edge, scale=scale[:first] if scale.ndim else scale)
+            edge = functools.partial(
+                attend, plan=self.edge, scale=scale[:first] if scale.ndim else scale
+            )
             edge_dq, *d_halo = jax.vjp(edge, q[:first], *_split(halo, width))[1](g[:first])
             dq = _add_rows(dq, edge_dq, 0)
             back_dk, back_dv = _split(self._back(jnp.concatenate(d_halo, axis=2), size), width)
@@ -101,7 +118,9 @@ class Halo:
         if self.visit is not None:
             dq = self._add_home(dq, self.row_R, rows_dq)
         if self.copy_P.shape[0]:
-            dk, dv = (self._add_home(x, self.copy_P, y) for x, y in zip((dk, dv), d_copies, strict=True))
+            dk, dv = (
+                self._add_home(x, self.copy_P, y) for x, y in zip((dk, dv), d_copies, strict=True)
+            )
         return dq, dk, dv
 
     def _copies(self, k: Array, v: Array) -> tuple[Array, Array]:
@@ -119,7 +138,11 @@ class Halo:
     def _everywhere(self, x: Array, row_N: Array) -> Array:
         """Some rows of the sharded buffer `x`, on every shard, each from the shard that holds it; zeros for row T."""
         mine_N, local_N = self._places(row_N, x.shape[0])
-        found = jnp.where(mine_N.reshape(-1, *(1,) * (x.ndim - 1)), x[jnp.minimum(local_N, x.shape[0] - 1)], jnp.zeros((), x.dtype))
+        found = jnp.where(
+            mine_N.reshape(-1, *(1,) * (x.ndim - 1)),
+            x[jnp.minimum(local_N, x.shape[0] - 1)],
+            jnp.zeros((), x.dtype),
+        )
         return jax.lax.psum(found, self.axis) if row_N.shape[0] else found
 
     def _add_home(self, x: Array, row_N: Array, parts: Array) -> Array:
@@ -129,13 +152,20 @@ class Halo:
 
     def _hops(self, size: int) -> list[tuple[int, int]]:
         """(shards onward, rows of each) that make up the halo, the nearest first."""
-        return [(hop, min(self.reach - (hop - 1) * size, size)) for hop in range(1, -(-self.reach // size) + 1)]
+        return [
+            (hop, min(self.reach - (hop - 1) * size, size))
+            for hop in range(1, -(-self.reach // size) + 1)
+        ]
 
     def _before(self, x: Array) -> Array:
         """The `reach` rows in front of a shard, from its neighbours; zeros before the first row of the buffer."""
         size, parts = x.shape[0], [x[:0]]
         for hop, taken in self._hops(size):
-            parts.append(jax.lax.ppermute(x[size - taken :], self.axis, [(i, i + hop) for i in range(self.shards - hop)]))
+            parts.append(
+                jax.lax.ppermute(
+                    x[size - taken :], self.axis, [(i, i + hop) for i in range(self.shards - hop)]
+                )
+            )
         return jnp.concatenate(parts[::-1])
 
     def _back(self, parts: Array, size: int) -> Array:
@@ -143,7 +173,11 @@ class Halo:
         most, end = min(self.reach, size), self.reach
         total = jnp.zeros((most, *parts.shape[1:]), parts.dtype)
         for hop, taken in self._hops(size):
-            sent = jax.lax.ppermute(parts[end - taken : end], self.axis, [(i + hop, i) for i in range(self.shards - hop)])
+            sent = jax.lax.ppermute(
+                parts[end - taken : end],
+                self.axis,
+                [(i + hop, i) for i in range(self.shards - hop)],
+            )
             total = total + jnp.pad(sent, ((most - taken, 0), (0, 0), (0, 0)))
             end -= taken
         return total
@@ -183,8 +217,14 @@ class _Whole(NamedTuple):
             first_T,
             visits_T=real_T & ((row_T < history_T) | (row_T >= first_T)),
             copied_T=real_T & (row_T < oldest_T),
-            visitors=min(num_rows, sequences.num_sequences * (mask.full_rows + sequences.max_targets + sequences.max_contextual)),
-            copies=min(num_rows, sequences.num_sequences * max(mask.prefix, sequences.max_contextual)),
+            visitors=min(
+                num_rows,
+                sequences.num_sequences
+                * (mask.full_rows + sequences.max_targets + sequences.max_contextual),
+            ),
+            copies=min(
+                num_rows, sequences.num_sequences * max(mask.prefix, sequences.max_contextual)
+            ),
         )
 
 
@@ -198,14 +238,23 @@ def _home(frame: Frame, whole: _Whole, copy_P: Array) -> AttentionPlan:
     mask, layout = frame.mask, frame.layout
     window, own, num_copies = mask.window or 0, layout.rows(frame.shard), copy_P.shape[0]
     real_t = own < frame.sequences.offsets[-1]
-    start_t, history_t, plain_t = whole.start_T[own], whole.history_T[own], real_t & ~whole.visits_T[own]
+    start_t, history_t, plain_t = (
+        whole.start_T[own],
+        whole.history_T[own],
+        real_t & ~whole.visits_T[own],
+    )
     near_t = jnp.maximum(own - window, history_t)
     none_t = jnp.zeros_like(own)
     far_t = [none_t, none_t]
     if num_copies:
         sees_context_t = mask.context_sink | (own - history_t + 1 <= window)
-        sink_t = jnp.minimum(jnp.maximum(jnp.where(sees_context_t, history_t, 0), start_t + mask.prefix), near_t)
-        far_t = [jnp.searchsorted(copy_P, x, method="scan_unrolled").astype(jnp.int32) for x in (start_t, sink_t)]
+        sink_t = jnp.minimum(
+            jnp.maximum(jnp.where(sees_context_t, history_t, 0), start_t + mask.prefix), near_t
+        )
+        far_t = [
+            jnp.searchsorted(copy_P, x, method="scan_unrolled").astype(jnp.int32)
+            for x in (start_t, sink_t)
+        ]
     seen = (*far_t, *(num_copies + layout.rank(x, frame.shard) for x in (near_t, own)))
     keys = KeyIntervals(*(jnp.where(plain_t, x, 0) for x in seen))
 
@@ -214,10 +263,17 @@ def _home(frame: Frame, whole: _Whole, copy_P: Array) -> AttentionPlan:
     last_P, history_P = whole.first_T[at_P], whole.history_T[at_P]
     in_prefix_P = at_P < whole.start_T[at_P] + mask.prefix
     from_P = jnp.where(at_P >= history_P, at_P + window + 1, history_P)
-    to_P = jnp.where(in_prefix_P | mask.context_sink, last_P, jnp.minimum(last_P, history_P + window))
-    tail_P = tuple(jnp.where(copy_P < layout.num_rows, layout.rank(x, frame.shard), 0) for x in (from_P, to_P))
+    to_P = jnp.where(
+        in_prefix_P | mask.context_sink, last_P, jnp.minimum(last_P, history_P + window)
+    )
+    tail_P = tuple(
+        jnp.where(copy_P < layout.num_rows, layout.rank(x, frame.shard), 0) for x in (from_P, to_P)
+    )
     stop_t = jnp.minimum(own + window + 1, whole.first_T[own])
-    near_t2 = [jnp.where(real_t & (own >= history_t), layout.rank(x, frame.shard), 0) for x in (own + 1, stop_t)]
+    near_t2 = [
+        jnp.where(real_t & (own >= history_t), layout.rank(x, frame.shard), 0)
+        for x in (own + 1, stop_t)
+    ]
     none_P = jnp.zeros_like(copy_P)
     none = jnp.concatenate([none_P, none_t])
     rows = RowIntervals(
@@ -227,21 +283,39 @@ def _home(frame: Frame, whole: _Whole, copy_P: Array) -> AttentionPlan:
         *(jnp.concatenate([x, none_t]) for x in tail_P),
     )
     window_alone = AttentionMask(window=window)  # beside the copies, if any
-    return partial_plan(keys, rows, num_rows=own.shape[0], num_keys=num_copies, own=True, mask=window_alone, plain=not num_copies)
+    return partial_plan(
+        keys,
+        rows,
+        num_rows=own.shape[0],
+        num_keys=num_copies,
+        own=True,
+        mask=window_alone,
+        plain=not num_copies,
+    )
 
 
 def _visit(frame: Frame, row_R: Array) -> AttentionPlan:
     """Rows: those that visit. Keys: the shard's."""
     layout, own = frame.layout, frame.layout.rows(frame.shard)
     at_R, used_R = jnp.minimum(row_R, layout.num_rows - 1), row_R < layout.num_rows
-    keys = KeyIntervals(*(jnp.where(used_R, layout.rank(x[at_R], frame.shard), 0) for x in frame.keys))
+    keys = KeyIntervals(
+        *(jnp.where(used_R, layout.rank(x[at_R], frame.shard), 0) for x in frame.keys)
+    )
     # The rows that see a key are one interval, or two around a contextual key.
     ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (
-        jnp.searchsorted(row_R, x[own], method="scan_unrolled").astype(jnp.int32) for x in frame.rows
+        jnp.searchsorted(row_R, x[own], method="scan_unrolled").astype(jnp.int32)
+        for x in frame.rows
     )
     some_near, some_tail = near_hi > near_lo, tail_hi > tail_lo
     none_t = jnp.zeros_like(own)
-    rows = RowIntervals(ctx_lo, ctx_hi, none_t, none_t, jnp.where(some_near, near_lo, tail_lo), jnp.where(some_tail, tail_hi, near_hi))
+    rows = RowIntervals(
+        ctx_lo,
+        ctx_hi,
+        none_t,
+        none_t,
+        jnp.where(some_near, near_lo, tail_lo),
+        jnp.where(some_tail, tail_hi, near_hi),
+    )
     return partial_plan(keys, rows, num_rows=row_R.shape[0], num_keys=own.shape[0], own=False)
 
 

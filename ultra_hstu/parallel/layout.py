@@ -12,7 +12,11 @@ from jaxtyping import Array, Int
 from kernels.mask import AttentionMask
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["owner"], meta_fields=["num_rows", "shards", "block"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["owner"],
+    meta_fields=["num_rows", "shards", "block"],
+)
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """T rows over C shards, T / C each, in ascending order within a shard; made by one of
@@ -34,33 +38,56 @@ class Layout:
     def contiguous(num_rows: int, shards: int) -> "Layout":
         """Raises ValueError where T is not divisible by the shards."""
         if num_rows % shards:
-            raise ValueError(f"T={num_rows} rows cannot be divided among {shards} context shards: make T a multiple of {shards}")
+            raise ValueError(
+                f"T={num_rows} rows cannot be divided among {shards} context shards: make T a multiple of {shards}"
+            )
         return Layout(num_rows, shards, num_rows // shards, np.arange(shards, dtype=np.int32))
 
     @staticmethod
     def striped(num_rows: int, shards: int, block: int = 128) -> "Layout":
         """Raises ValueError where T is not a multiple of 2 * C * block."""
         if block < 1 or num_rows % (2 * shards * block):
-            raise ValueError(f"T={num_rows} rows are not a multiple of 2 * {shards} context shards * {block=}: choose another T or block")
+            raise ValueError(
+                f"T={num_rows} rows are not a multiple of 2 * {shards} context shards * {block=}: choose another T or block"
+            )
         turn = np.concatenate([np.arange(shards), np.arange(shards)[::-1]])
-        return Layout(num_rows, shards, block, np.tile(turn, num_rows // (2 * shards * block)).astype(np.int32))
+        return Layout(
+            num_rows,
+            shards,
+            block,
+            np.tile(turn, num_rows // (2 * shards * block)).astype(np.int32),
+        )
 
     @staticmethod
     def balanced(
-        lengths: Any, mask: AttentionMask, num_rows: int, shards: int, block: int = 128, num_targets: Any = None, num_contextual: Any = None
+        lengths: Any,
+        mask: AttentionMask,
+        num_rows: int,
+        shards: int,
+        block: int = 128,
+        num_targets: Any = None,
+        num_contextual: Any = None,
     ) -> "Layout":
         """On the host, from the lengths of a batch. `block` should be a multiple of the kernels' tiles (128 rows).
 
         Raises ValueError where T is not a multiple of C * block.
         """
         if block < 1 or num_rows % (shards * block):
-            raise ValueError(f"T={num_rows} rows are not a multiple of {shards} context shards * {block=}: choose another T or block")
-        pairs = mask.row_pairs(lengths, num_rows, num_targets, num_contextual).reshape(-1, block).sum(1)
+            raise ValueError(
+                f"T={num_rows} rows are not a multiple of {shards} context shards * {block=}: choose another T or block"
+            )
+        pairs = (
+            mask.row_pairs(lengths, num_rows, num_targets, num_contextual).reshape(-1, block).sum(1)
+        )
         load, room = np.zeros(shards, np.int64), np.full(shards, num_rows // (shards * block))
         owner = np.zeros(len(pairs), np.int32)
         for number in np.argsort(-pairs, kind="stable"):
             shard = int(np.argmin(np.where(room > 0, load, np.iinfo(np.int64).max)))
-            owner[number], load[shard], room[shard] = shard, load[shard] + pairs[number], room[shard] - 1
+            owner[number], load[shard], room[shard] = (
+                shard,
+                load[shard] + pairs[number],
+                room[shard] - 1,
+            )
         return Layout(num_rows, shards, block, owner)
 
     @property
@@ -74,7 +101,9 @@ class Layout:
     def rows(self, shard: Any) -> Int[Array, " t"]:
         """The rows of a shard (its number may be traced), ascending, int32[T / C]."""
         inside = jnp.arange(self.block, dtype=jnp.int32)
-        blocks = jnp.nonzero(jnp.asarray(self.owner) == shard, size=self.rows_per_shard // self.block)[0].astype(jnp.int32)
+        blocks = jnp.nonzero(
+            jnp.asarray(self.owner) == shard, size=self.rows_per_shard // self.block
+        )[0].astype(jnp.int32)
         return (blocks[:, None] * self.block + inside[None, :]).reshape(-1)
 
     def rank(self, row: Any, shard: Any) -> Any:
@@ -87,4 +116,6 @@ class Layout:
     def permutation(self) -> Int[Array, " T"]:
         """`x[permutation]` of a buffer in its natural order is the buffer as the shards hold it, one after another."""
         blocks = jnp.argsort(jnp.asarray(self.owner), stable=True).astype(jnp.int32)
-        return (blocks[:, None] * self.block + jnp.arange(self.block, dtype=jnp.int32)[None, :]).reshape(-1)
+        return (
+            blocks[:, None] * self.block + jnp.arange(self.block, dtype=jnp.int32)[None, :]
+        ).reshape(-1)

@@ -10,7 +10,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 DATA, CONTEXT = "data", "context"
 
 
-def make_mesh(data: int = 1, context: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1, context: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh of `data` x `context` devices; neighbours along `context` are neighbours in `devices`, where links are fastest.
 
     Args:
@@ -24,12 +26,20 @@ def make_mesh(data: int = 1, context: int = 1, *, devices: Sequence[jax.Device] 
         raise ValueError(
             f"data={data} x context={context} must be the number of devices, {len(devices)}: change one of them, or pass devices="
         )
-    return Mesh(np.asarray(devices).reshape(data, context), (DATA, CONTEXT), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(
+        np.asarray(devices).reshape(data, context),
+        (DATA, CONTEXT),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+    )
 
 
 def groups_here(mesh: Mesh) -> list[int]:
     """Numbers of the data groups that this process has devices of."""
-    return [group for group, devices in enumerate(mesh.devices) if any(device.process_index == jax.process_index() for device in devices)]
+    return [
+        group
+        for group, devices in enumerate(mesh.devices)
+        if any(device.process_index == jax.process_index() for device in devices)
+    ]
 
 
 def put(tree: Any, mesh: Mesh | None, spec: PartitionSpec = PartitionSpec()) -> Any:  # noqa: B008 - immutable
@@ -40,7 +50,12 @@ def put(tree: Any, mesh: Mesh | None, spec: PartitionSpec = PartitionSpec()) -> 
     if mesh is None:
         return jax.device_put(tree)
     sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index]), tree)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(
+            np.shape(x), sharding, lambda index: np.asarray(x)[index]
+        ),
+        tree,
+    )
 
 
 def put_groups(tree: Any, mesh: Mesh) -> Any:
@@ -54,6 +69,8 @@ def put_groups(tree: Any, mesh: Mesh) -> Any:
             place = here.index((index[1].start or 0) // size) * size
             return x[:, place : place + size]
 
-        return jax.make_array_from_callback((x.shape[0], size * len(mesh.devices), *x.shape[2:]), sharding, of_group)
+        return jax.make_array_from_callback(
+            (x.shape[0], size * len(mesh.devices), *x.shape[2:]), sharding, of_group
+        )
 
     return jax.tree.map(join, tree)

@@ -14,7 +14,9 @@ from jaxtyping import Array, Shaped
 from kernels.zeros import zeros_after
 
 
-def chunked(fn: Callable[..., Any], x_TD: Shaped[Array, "T ..."], *more_T: Any, chunk_rows: int | None) -> Any:
+def chunked(
+    fn: Callable[..., Any], x_TD: Shaped[Array, "T ..."], *more_T: Any, chunk_rows: int | None
+) -> Any:
     """`fn(x_TD, *more_T)`, worked off `chunk_rows` rows at a time; the backward pass recomputes a chunk from its input rows.
 
     Values and gradients are those of the plain call up to the order of sums. Rows behind the last whole chunk are one shorter chunk of their own:
@@ -30,8 +32,12 @@ def chunked(fn: Callable[..., Any], x_TD: Shaped[Array, "T ..."], *more_T: Any, 
     Raises:
       ValueError: if `chunk_rows` is below 1 or no integer, arguments differ in their number of rows, or `fn` does not keep that number.
     """
-    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
-        raise ValueError(f"{chunk_rows=} must be an integer of at least 1, or None for all rows at once")
+    if chunk_rows is not None and (
+        isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1
+    ):
+        raise ValueError(
+            f"{chunk_rows=} must be an integer of at least 1, or None for all rows at once"
+        )
     rows = x_TD.shape[0]
     inputs = (x_TD, *more_T)
     if any(leaf.shape[:1] != (rows,) for leaf in jax.tree.leaves(inputs)):
@@ -51,7 +57,9 @@ def chunked(fn: Callable[..., Any], x_TD: Shaped[Array, "T ..."], *more_T: Any, 
 
 
 def _chunk(values: Any, number: Any, chunk_rows: int) -> Any:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number * chunk_rows, chunk_rows), values)
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number * chunk_rows, chunk_rows), values
+    )
 
 
 def _write(buffers: Any, values: Any, number: Any) -> Any:
@@ -65,17 +73,32 @@ def _write(buffers: Any, values: Any, number: Any) -> Any:
 
 # A loop of our own instead of jax.lax.map: XLA would set up the result buffers of all loops of a model at the start of the program, see zeros_after.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _loop(pure: Callable[..., Any], chunk_rows: int, whole: int, inputs: tuple[Any, ...], weights: list[Array]) -> Any:
+def _loop(
+    pure: Callable[..., Any],
+    chunk_rows: int,
+    whole: int,
+    inputs: tuple[Any, ...],
+    weights: list[Array],
+) -> Any:
     """The whole chunks of all rows."""
     shapes = jax.eval_shape(lambda: pure(*_chunk(inputs, 0, chunk_rows), *weights))
     if any(leaf.shape[:1] != (chunk_rows,) for leaf in jax.tree.leaves(shapes)):
         shapes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
-        raise ValueError(f"a chunked function must return a row for each of its {chunk_rows} rows, got shapes {shapes}")
-    buffers = jax.tree.map(lambda leaf: zeros_after(inputs[0], (whole * chunk_rows, *leaf.shape[1:]), leaf.dtype), shapes)
-    return jax.lax.fori_loop(0, whole, lambda i, y: _write(y, pure(*_chunk(inputs, i, chunk_rows), *weights), i), buffers)
+        raise ValueError(
+            f"a chunked function must return a row for each of its {chunk_rows} rows, got shapes {shapes}"
+        )
+    buffers = jax.tree.map(
+        lambda leaf: zeros_after(inputs[0], (whole * chunk_rows, *leaf.shape[1:]), leaf.dtype),
+        shapes,
+    )
+    return jax.lax.fori_loop(
+        0, whole, lambda i, y: _write(y, pure(*_chunk(inputs, i, chunk_rows), *weights), i), buffers
+    )
 
 
-def _loop_fwd(pure: Callable[..., Any], chunk_rows: int, whole: int, inputs: Any, weights: Any) -> Any:
+def _loop_fwd(
+    pure: Callable[..., Any], chunk_rows: int, whole: int, inputs: Any, weights: Any
+) -> Any:
     return _loop(pure, chunk_rows, whole, inputs, weights), (inputs, weights)
 
 
@@ -92,19 +115,39 @@ def _loop_bwd(pure: Callable[..., Any], chunk_rows: int, whole: int, saved: Any,
         def of_smooth(values: list[Array], weights: list[Array]) -> Any:
             rest = iter(values)
             return pure(
-                *jax.tree.unflatten(tree, [next(rest) if is_smooth else part for is_smooth, part in zip(smooth, parts, strict=True)]),
+                *jax.tree.unflatten(
+                    tree,
+                    [
+                        next(rest) if is_smooth else part
+                        for is_smooth, part in zip(smooth, parts, strict=True)
+                    ],
+                ),
                 *weights,
             )
 
-        _, pull = jax.vjp(of_smooth, [part for is_smooth, part in zip(smooth, parts, strict=True) if is_smooth], weights)
+        _, pull = jax.vjp(
+            of_smooth,
+            [part for is_smooth, part in zip(smooth, parts, strict=True) if is_smooth],
+            weights,
+        )
         part_x, part_w = pull(_chunk(g, i, chunk_rows))
-        return _write(d_x, part_x, i), [total + part.astype(jnp.float32) for total, part in zip(d_w, part_w, strict=True)]
+        return _write(d_x, part_x, i), [
+            total + part.astype(jnp.float32) for total, part in zip(d_w, part_w, strict=True)
+        ]
 
-    zeros = [zeros_after(after, leaf.shape, leaf.dtype) for is_smooth, leaf in zip(smooth, leaves, strict=True) if is_smooth]
-    d_x, d_w = jax.lax.fori_loop(0, whole, step, (zeros, [zeros_after(after, weight.shape) for weight in weights]))
+    zeros = [
+        zeros_after(after, leaf.shape, leaf.dtype)
+        for is_smooth, leaf in zip(smooth, leaves, strict=True)
+        if is_smooth
+    ]
+    d_x, d_w = jax.lax.fori_loop(
+        0, whole, step, (zeros, [zeros_after(after, weight.shape) for weight in weights])
+    )
     rest = iter(d_x)
     d_inputs = jax.tree.unflatten(tree, [next(rest) if is_smooth else None for is_smooth in smooth])
-    return d_inputs, [total.astype(weight.dtype) for total, weight in zip(d_w, weights, strict=True)]
+    return d_inputs, [
+        total.astype(weight.dtype) for total, weight in zip(d_w, weights, strict=True)
+    ]
 
 
 _loop.defvjp(_loop_fwd, _loop_bwd)

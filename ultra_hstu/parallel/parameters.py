@@ -35,12 +35,16 @@ def specs(tree: Any, shards: Shards) -> Any:
             )
         return MATRIX
 
-    return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(
+        spec, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
 
 
 def is_matrix_of_layer(path: Any, leaf: Any) -> bool:
     """Whether an entry of a pytree of parameters is a matrix that a layer multiplies with."""
-    of_a_layer = any(getattr(entry, "key", getattr(entry, "name", None)) == "layers" for entry in path)
+    of_a_layer = any(
+        getattr(entry, "key", getattr(entry, "name", None)) == "layers" for entry in path
+    )
     return of_a_layer and isinstance(leaf, nnx.Variable) and leaf.ndim == 2
 
 
@@ -49,7 +53,9 @@ def whole(layer: Any, dtype: Any, shards: Shards) -> Any:
     if not shards.fsdp or shards.data == 1:
         return layer
     graphdef, params = nnx.split(layer)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: _gathered(dtype, x) if x.ndim == 2 else x, params))
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda x: _gathered(dtype, x) if x.ndim == 2 else x, params)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,7 +88,10 @@ def keep_no_matrix(primitive: Any, *_: Any, **settings: Any) -> bool:
     """A policy of `jax.checkpoint`: the backward puts matrices together again, and keeps everything else."""
     if primitive.name != "custom_vjp_call":
         return True
-    return not {eqn.primitive.name for eqn in settings["call_jaxpr"].eqns} <= {"convert_element_type", "all_gather"}  # that of `_gathered`
+    return not {eqn.primitive.name for eqn in settings["call_jaxpr"].eqns} <= {
+        "convert_element_type",
+        "all_gather",
+    }  # that of `_gathered`
 
 
 def summed(grads: Any, specs: Any) -> Any:

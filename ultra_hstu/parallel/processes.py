@@ -19,7 +19,9 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed  # the key-value store of the coordination service has no public name
+from jax._src import (
+    distributed,
+)  # the key-value store of the coordination service has no public name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ultra_hstu.config import difference
@@ -29,12 +31,21 @@ HEARTBEAT_SECONDS = 30  # JAX ends all processes when one has been silent for so
 POLL_SECONDS = 0.5  # how often a process looks whether another has failed
 FAREWELL_SECONDS = 5  # process 0 stays so long for the others' last words
 LOST = 4  # exit code where another process failed or was lost
-_DAY = 24 * 3600 * 1000  # others may prepare data for hours; one that dies is noticed by its heartbeats
+_DAY = (
+    24 * 3600 * 1000
+)  # others may prepare data for hours; one that dies is noticed by its heartbeats
 _FAILED, _ENDED = "ultra_hstu/failed/", "ultra_hstu/ended/"
 _calls = itertools.count()
 
 
-def join(coordinator: str | None, processes: int | None, process: int | None, *, detect: bool, seconds: int) -> None:
+def join(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    *,
+    detect: bool,
+    seconds: int,
+) -> None:
     """Makes this process one of a run's; before anything that uses a device. Without arguments the run has this one process.
 
     Args:
@@ -48,7 +59,9 @@ def join(coordinator: str | None, processes: int | None, process: int | None, *,
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
     if detect and len(missing) < len(given):
-        raise ValueError("--distributed asks the cluster for what --coordinator, --processes and --process say: give the one or the others")
+        raise ValueError(
+            "--distributed asks the cluster for what --coordinator, --processes and --process say: give the one or the others"
+        )
     if not detect and len(missing) == len(given):
         return
     if not detect and missing:
@@ -62,7 +75,9 @@ def join(coordinator: str | None, processes: int | None, process: int | None, *,
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(f"--coordinator={coordinator} must be HOST:PORT, such as node1:7000")
         if not 0 <= process < processes:
-            raise ValueError(f"--process={process} must be from 0 to {processes - 1}, below --processes={processes}")
+            raise ValueError(
+                f"--process={process} must be from 0 to {processes - 1}, below --processes={processes}"
+            )
         if process == 0:
             _require_free(int(port))
     _connect(coordinator, processes, process, detect, seconds)
@@ -75,10 +90,14 @@ def _require_free(port: int) -> None:
         with socket.create_server(("", port)):
             return
     except OSError as error:
-        raise ValueError(f"process 0 cannot listen on port {port} ({error.strerror}): choose another for --coordinator") from None
+        raise ValueError(
+            f"process 0 cannot listen on port {port} ({error.strerror}): choose another for --coordinator"
+        ) from None
 
 
-def _connect(coordinator: str | None, processes: int | None, process: int | None, detect: bool, seconds: int) -> None:
+def _connect(
+    coordinator: str | None, processes: int | None, process: int | None, detect: bool, seconds: int
+) -> None:
     """JAX's own limit aborts without a word about the address; so ours comes first."""
 
     def give_up() -> None:
@@ -111,7 +130,9 @@ def _connect(coordinator: str | None, processes: int | None, process: int | None
                 f"--distributed found no cluster ({error}): neither SLURM's variables (start with srun inside a job), nor Kubernetes (needs the package "
                 "`kubernetes`), nor Open MPI's. Without one, give --coordinator=HOST:PORT --processes=N --process=I."
             ) from None
-        raise ValueError(f"the processes could not meet at {coordinator or 'the address that the cluster names'}: {error}") from error
+        raise ValueError(
+            f"the processes could not meet at {coordinator or 'the address that the cluster names'}: {error}"
+        ) from error
     finally:
         timer.cancel()
     jax.devices()  # here, since all processes do it together
@@ -119,7 +140,9 @@ def _connect(coordinator: str | None, processes: int | None, process: int | None
 
 def several() -> bool:
     """Whether this process is one of several."""
-    return distributed.global_state.client is not None and distributed.global_state.num_processes > 1
+    return (
+        distributed.global_state.client is not None and distributed.global_state.num_processes > 1
+    )
 
 
 def is_first() -> bool:
@@ -136,7 +159,9 @@ def of_first[T](make: Callable[[], T]) -> T:
         try:
             value = make()
         except (ValueError, OSError) as error:
-            _store().key_value_set(key, json.dumps({"error": str(error), "disk": isinstance(error, OSError)}))
+            _store().key_value_set(
+                key, json.dumps({"error": str(error), "disk": isinstance(error, OSError)})
+            )
             raise
         _store().key_value_set(key, json.dumps({"value": value}))
         return value
@@ -159,7 +184,9 @@ def of_all(value: Any, seconds: int | None = None) -> list[Any]:
     values = []
     for number in range(state.num_processes):
         try:
-            found = _store().blocking_key_value_get(f"ultra_hstu/{call}/{number}", _DAY if seconds is None else seconds * 1000)
+            found = _store().blocking_key_value_get(
+                f"ultra_hstu/{call}/{number}", _DAY if seconds is None else seconds * 1000
+            )
         except jax.errors.JaxRuntimeError as error:
             raise TimeoutError(f"process {number} did not answer within {seconds} s") from error
         values.append(json.loads(found))
@@ -178,7 +205,9 @@ def require_same(what: str, value: dict[str, Any]) -> None:
     for number, other in enumerate(values):
         if changed := difference(values[0], other):
             listed = "\n  ".join(changed)
-            raise ValueError(f"process {number} has another {what} than process 0 (process 0 -> process {number}):\n  {listed}")
+            raise ValueError(
+                f"process {number} has another {what} than process 0 (process 0 -> process {number}):\n  {listed}"
+            )
 
 
 def largest(number: int, mesh: Mesh | None) -> Callable[[], int]:
@@ -187,7 +216,9 @@ def largest(number: int, mesh: Mesh | None) -> Callable[[], int]:
     if not several() or mesh is None:
         return lambda: number
     devices = NamedSharding(mesh, PartitionSpec((DATA, CONTEXT)))
-    number_D = jax.make_array_from_callback((mesh.size,), devices, lambda _: np.full(1, number, np.int32))
+    number_D = jax.make_array_from_callback(
+        (mesh.size,), devices, lambda _: np.full(1, number, np.int32)
+    )
     most = _maximum(mesh)(number_D)
     return lambda: int(most)
 
@@ -230,7 +261,11 @@ def _watch() -> None:
                 "processes: it goes on from the last checkpoint.",
                 LOST,
             )
-        others = [(key.rpartition("/")[2], text) for key, text in failed if key != f"{_FAILED}{state.process_id}"]
+        others = [
+            (key.rpartition("/")[2], text)
+            for key, text in failed
+            if key != f"{_FAILED}{state.process_id}"
+        ]
         if others:
             pause.wait(2 * POLL_SECONDS)  # an error that all have is told by each of them
             _leave(f"process {others[0][0]} has stopped: {others[0][1]}", LOST)

@@ -19,7 +19,9 @@ from jaxtyping import Array, Bool, Int
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
 
-LOST = np.iinfo(np.int32).min  # stands for every integer of a batch that did not fit, as NaN does for every float
+LOST = np.iinfo(
+    np.int32
+).min  # stands for every integer of a batch that did not fit, as NaN does for every float
 
 
 class Shared(NamedTuple):
@@ -31,7 +33,13 @@ class Shared(NamedTuple):
 
 
 def reshard(
-    values: Any, lengths: Int[Any, " B"], *, num_rows: int, mesh: Mesh, capacity: int | None = None, layout: Layout | None = None
+    values: Any,
+    lengths: Int[Any, " B"],
+    *,
+    num_rows: int,
+    mesh: Mesh,
+    capacity: int | None = None,
+    layout: Layout | None = None,
 ) -> Shared:
     """The shared buffer of `num_rows` rows, sharded over `context`, from the devices' own ones.
 
@@ -49,11 +57,15 @@ def reshard(
     layout = Layout.contiguous(num_rows, shards) if layout is None else layout
     if isinstance(lengths, jax.core.Tracer):
         if capacity is None:
-            raise ValueError("lengths are traced, and what a device sends needs a fixed room: pass capacity=, see needed_capacity")
+            raise ValueError(
+                "lengths are traced, and what a device sends needs a fixed room: pass capacity=, see needed_capacity"
+            )
     else:
         needed = needed_capacity(lengths, layout)
         if capacity is not None and capacity < needed:
-            raise ValueError(f"{capacity=} rows from one device to another, but this batch needs {needed}: raise it")
+            raise ValueError(
+                f"{capacity=} rows from one device to another, but this batch needs {needed}: raise it"
+            )
         capacity = needed if capacity is None else capacity
 
     def run(values: Any, lengths: Array) -> Shared:
@@ -61,7 +73,9 @@ def reshard(
 
     rows, everywhere = PartitionSpec(CONTEXT), PartitionSpec()
     specs = Shared(rows, everywhere, everywhere)  # type: ignore[arg-type]
-    program = jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=specs, axis_names={CONTEXT}, check_vma=False)
+    program = jax.shard_map(
+        run, mesh=mesh, in_specs=rows, out_specs=specs, axis_names={CONTEXT}, check_vma=False
+    )
     return jax.jit(program)(values, jnp.asarray(lengths, jnp.int32))
 
 
@@ -74,9 +88,14 @@ def needed_capacity(lengths: Int[Any, " B"], layout: Layout) -> int:
     totals = np.asarray(lengths, np.int64).reshape(layout.shards, -1).sum(1)
     edges = np.concatenate([[0], np.cumsum(totals)])
     if edges[-1] > layout.num_rows:
-        raise ValueError(f"these sequences have {edges[-1]} rows together, more than the shared buffer's {layout.num_rows}: raise num_rows")
+        raise ValueError(
+            f"these sequences have {edges[-1]} rows together, more than the shared buffer's {layout.num_rows}: raise num_rows"
+        )
     owner = np.repeat(np.asarray(layout.owner), layout.block)
-    sent = [np.bincount(owner[edges[r] : edges[r + 1]], minlength=layout.shards) for r in range(layout.shards)]
+    sent = [
+        np.bincount(owner[edges[r] : edges[r + 1]], minlength=layout.shards)
+        for r in range(layout.shards)
+    ]
     return int(np.max(np.stack(sent) * ~np.eye(layout.shards, dtype=bool), initial=0))
 
 
@@ -90,7 +109,9 @@ def to_shared(values: Any, lengths_b: Int[Array, " b"], layout: Layout, capacity
         out_CcX = x.at[trip.local_rows(capacity)].get(mode="fill", fill_value=0)
         in_CcX = jax.lax.all_to_all(out_CcX, CONTEXT, split_axis=0, concat_axis=0, tiled=True)
         slot_t = trip.source_t * capacity + trip.number_t
-        received = in_CcX.reshape(-1, *x.shape[1:]).at[jnp.where(trip.number_t < capacity, slot_t, layout.shards * capacity)]
+        received = in_CcX.reshape(-1, *x.shape[1:]).at[
+            jnp.where(trip.number_t < capacity, slot_t, layout.shards * capacity)
+        ]
         mine_t = (trip.source_t == trip.me).reshape(-1, *(1,) * (x.ndim - 1))
         own = x.at[trip.row_t - trip.start_C[trip.me]].get(mode="fill", fill_value=0)
         return trip.checked(jnp.where(mine_t, own, received.get(mode="fill", fill_value=0)), fits)
@@ -118,34 +139,50 @@ class _Trip:
         lengths_B = jax.lax.all_gather(lengths_b, CONTEXT, tiled=True)
         total_C = lengths_B.reshape(layout.shards, -1).sum(1)
         edge_C1 = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(total_C, dtype=jnp.int32)])
-        self.offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths_B, dtype=jnp.int32)])
+        self.offsets = jnp.concatenate(
+            [jnp.zeros(1, jnp.int32), jnp.cumsum(lengths_B, dtype=jnp.int32)]
+        )
         self.start_C = edge_C1[:-1]
         self.fits = edge_C1[-1] <= layout.num_rows
         # Of this device's rows of the shared buffer: whose they are, and which of those that come from there.
         self.row_t = layout.rows(self.me)
         self.source_t = jnp.clip(
-            jnp.searchsorted(edge_C1, self.row_t, side="right", method="scan_unrolled") - 1, 0, layout.shards - 1
+            jnp.searchsorted(edge_C1, self.row_t, side="right", method="scan_unrolled") - 1,
+            0,
+            layout.shards - 1,
         ).astype(jnp.int32)
         self.real_t = self.row_t < edge_C1[-1]
         inside = jnp.minimum(edge_C1, layout.num_rows)
-        self.number_t = jnp.arange(layout.rows_per_shard, dtype=jnp.int32) - layout.rank(inside[:-1], self.me)[self.source_t]
+        self.number_t = (
+            jnp.arange(layout.rows_per_shard, dtype=jnp.int32)
+            - layout.rank(inside[:-1], self.me)[self.source_t]
+        )
         # Of this device's own rows: the range of places that they take on every device.
         shard_C = jnp.arange(layout.shards)
         place = jax.vmap(layout.rank, (None, 0))
-        self.first_C, self.last_C = place(inside[self.me], shard_C), place(inside[self.me + 1], shard_C)
+        self.first_C, self.last_C = (
+            place(inside[self.me], shard_C),
+            place(inside[self.me + 1], shard_C),
+        )
         sent_C = jnp.where(shard_C == self.me, 0, self.last_C - self.first_C)
         self.most_sent = jax.lax.pmax(sent_C.max(), CONTEXT)
 
     def local_rows(self, capacity: int) -> Array:
         """Of this device's own buffer, the rows for every device, [C * capacity]; far behind the last in unused places."""
         place_Cc = self.first_C[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None, :]
-        used_Cc = (place_Cc < self.last_C[:, None]) & (jnp.arange(self.layout.shards)[:, None] != self.me)
+        used_Cc = (place_Cc < self.last_C[:, None]) & (
+            jnp.arange(self.layout.shards)[:, None] != self.me
+        )
         rows_Ct = jax.vmap(self.layout.rows)(jnp.arange(self.layout.shards))
-        row_Cc = jnp.take_along_axis(rows_Ct, jnp.minimum(place_Cc, self.layout.rows_per_shard - 1), axis=1)
+        row_Cc = jnp.take_along_axis(
+            rows_Ct, jnp.minimum(place_Cc, self.layout.rows_per_shard - 1), axis=1
+        )
         return jnp.where(used_Cc, row_Cc - self.start_C[self.me], 2**30).reshape(-1)
 
     def checked(self, x_t: Array, fits: Array) -> Array:
         """Zeros on padding; no buffer that lacks rows passes for a whole one."""
-        x_t = jnp.where(self.real_t.reshape(-1, *(1,) * (x_t.ndim - 1)), x_t, jnp.zeros((), x_t.dtype))
+        x_t = jnp.where(
+            self.real_t.reshape(-1, *(1,) * (x_t.ndim - 1)), x_t, jnp.zeros((), x_t.dtype)
+        )
         lost = jnp.nan if jnp.issubdtype(x_t.dtype, jnp.inexact) else LOST
         return jnp.where(fits, x_t, jnp.asarray(lost, x_t.dtype))

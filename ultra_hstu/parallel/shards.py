@@ -33,10 +33,18 @@ class Shards:
         """What `config.parallel` says. Layout "auto" deals out blocks where every layer's mask is a full causal one."""
         parallel, windows = config.parallel, config.model.window
         causal = (
-            all(window == -1 for window in windows) and parallel.strategy in ("auto", "gather", "ring") and not config.model.relative_bias
+            all(window == -1 for window in windows)
+            and parallel.strategy in ("auto", "gather", "ring")
+            and not config.model.relative_bias
         )
         striped = parallel.layout == "striped" or (parallel.layout == "auto" and causal)
-        return Shards(parallel.data, parallel.context, parallel.strategy, striped and parallel.context > 1, parallel.fsdp)
+        return Shards(
+            parallel.data,
+            parallel.context,
+            parallel.strategy,
+            striped and parallel.context > 1,
+            parallel.fsdp,
+        )
 
     @property
     def devices(self) -> int:
@@ -54,7 +62,11 @@ class Shards:
         """Raises ValueError where the rows cannot be divided."""
         if not self.striped:
             return Layout.contiguous(num_rows, self.context)
-        return Layout.striped(num_rows, self.context, math.gcd(num_rows // (2 * self.context), 128) if num_rows >= 2 * self.context else 1)
+        return Layout.striped(
+            num_rows,
+            self.context,
+            math.gcd(num_rows // (2 * self.context), 128) if num_rows >= 2 * self.context else 1,
+        )
 
     def room(self, num_rows: int) -> int:
         """The next number of rows that can be divided; in blocks of up to 128 rows, so long as that adds no more than an eighth."""
@@ -82,7 +94,12 @@ class Shards:
         return self.rows(num_rows) < jnp.asarray(offsets)[-1]
 
     def take(
-        self, x_tD: Shaped[Array, "t ..."], row_P: Int[Array, " P"], num_rows: int, *, layout: Layout | None = None
+        self,
+        x_tD: Shaped[Array, "t ..."],
+        row_P: Int[Array, " P"],
+        num_rows: int,
+        *,
+        layout: Layout | None = None,
     ) -> Shaped[Array, "p ..."]:
         """Rows of a sharded buffer of `num_rows` rows by their numbers, zeros for numbers beyond it. The P rows are sharded in turn: slices of P / C,
         the last ones filled up with zeros, or the rows of `layout`. One reduce-scatter of P rows.
@@ -91,11 +108,17 @@ class Shards:
             return x_tD.at[row_P].get(mode="fill", fill_value=0)
         here, me = self.layout(num_rows), jax.lax.axis_index(CONTEXT)
         row_P = (
-            jnp.pad(row_P, (0, -row_P.shape[0] % self.context), constant_values=num_rows) if layout is None else row_P[layout.permutation()]
+            jnp.pad(row_P, (0, -row_P.shape[0] % self.context), constant_values=num_rows)
+            if layout is None
+            else row_P[layout.permutation()]
         )
         owner_P = jnp.asarray(here.owner).at[row_P // here.block].get(mode="fill", fill_value=-1)
-        place_P = jnp.where(owner_P == me, here.rank(jnp.minimum(row_P, num_rows), me), x_tD.shape[0])
-        return jax.lax.psum_scatter(x_tD.at[place_P].get(mode="fill", fill_value=0), CONTEXT, tiled=True)
+        place_P = jnp.where(
+            owner_P == me, here.rank(jnp.minimum(row_P, num_rows), me), x_tD.shape[0]
+        )
+        return jax.lax.psum_scatter(
+            x_tD.at[place_P].get(mode="fill", fill_value=0), CONTEXT, tiled=True
+        )
 
     def part(self, x_P: Any) -> Any:
         """This device's slices of arrays of P rows, as `take` cuts them."""
@@ -104,7 +127,9 @@ class Shards:
 
         def cut(leaf: Array) -> Array:
             size = -(-leaf.shape[0] // self.context)
-            leaf = jnp.pad(leaf, ((0, size * self.context - leaf.shape[0]), *((0, 0) for _ in leaf.shape[1:])))
+            leaf = jnp.pad(
+                leaf, ((0, size * self.context - leaf.shape[0]), *((0, 0) for _ in leaf.shape[1:]))
+            )
             return jax.lax.dynamic_slice_in_dim(leaf, jax.lax.axis_index(CONTEXT) * size, size)
 
         return jax.tree.map(cut, x_P)

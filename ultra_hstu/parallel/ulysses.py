@@ -14,7 +14,11 @@ from kernels.hstu_attention.plan import make_plan
 from ultra_hstu.parallel.frame import Frame, Prepare
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["plan", "offsets", "order", "back"], meta_fields=["axis"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["plan", "offsets", "order", "back"],
+    meta_fields=["axis"],
+)
 @dataclasses.dataclass(frozen=True)
 class Ulysses:
     """Four all-to-alls of O(T / C) bytes a shard; attention itself is that of one device, over whole sequences."""
@@ -27,17 +31,53 @@ class Ulysses:
 
     @staticmethod
     def of(frame: Frame, prepare: Prepare) -> "Ulysses":
-        sequences, order = frame.sequences, None if frame.layout.is_contiguous else frame.layout.permutation()
-        plan = make_plan(frame.mask, sequences.offsets, frame.layout.num_rows, sequences.num_targets, sequences.num_contextual)
-        return Ulysses(prepare(plan), sequences.offsets, order, None if order is None else jnp.argsort(order), frame.axis)
+        sequences, order = (
+            frame.sequences,
+            None if frame.layout.is_contiguous else frame.layout.permutation(),
+        )
+        plan = make_plan(
+            frame.mask,
+            sequences.offsets,
+            frame.layout.num_rows,
+            sequences.num_targets,
+            sequences.num_contextual,
+        )
+        return Ulysses(
+            prepare(plan),
+            sequences.offsets,
+            order,
+            None if order is None else jnp.argsort(order),
+            frame.axis,
+        )
 
-    def __call__(self, q: Array, k: Array, v: Array, scale: Array, bias: RelativeBias | None, attend: Callable[..., Array]) -> Array:
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        scale: Array,
+        bias: RelativeBias | None,
+        attend: Callable[..., Array],
+    ) -> Array:
         """`attend` is `hstu_attention`, its constants filled in."""
         if bias is not None and bias.time_table is not None:
-            bias = dataclasses.replace(bias, timestamps=self._rows(bias.timestamps), query_timestamps=self._rows(bias.query_timestamps))
+            bias = dataclasses.replace(
+                bias,
+                timestamps=self._rows(bias.timestamps),
+                query_timestamps=self._rows(bias.query_timestamps),
+            )
         scale = self._rows(scale) if jnp.ndim(scale) else scale
         mask = self.plan.mask
-        out = attend(self._whole(q), self._whole(k), self._whole(v), self.offsets, mask=mask, scale=scale, bias=bias, plan=self.plan)
+        out = attend(
+            self._whole(q),
+            self._whole(k),
+            self._whole(v),
+            self.offsets,
+            mask=mask,
+            scale=scale,
+            bias=bias,
+            plan=self.plan,
+        )
         out = out if self.order is None else out[self.order]
         return jax.lax.all_to_all(out, self.axis, split_axis=0, concat_axis=1, tiled=True)
 

@@ -39,9 +39,14 @@ class Scorer:
                 if (found := self.metadata["format"]) != FORMAT:
                     raise ValueError(f"it holds a {found!r}, no {FORMAT!r}")
                 if (version := self.metadata["version"]) != VERSION:
-                    raise ValueError(f"it has version {version}, and this reader takes {VERSION}: export the model again")
+                    raise ValueError(
+                        f"it has version {version}, and this reader takes {VERSION}: export the model again"
+                    )
                 self.raw_ids = _arrays(file, "items.npz")["raw_ids"]
-                programs = [jax.export.deserialize(bytearray(file.read(f"{name}.bin"))) for name in ("encode", "score")]
+                programs = [
+                    jax.export.deserialize(bytearray(file.read(f"{name}.bin")))
+                    for name in ("encode", "score")
+                ]
                 params = _arrays(file, "params.npz")
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{os.fspath(path)} is no scorer that can be read: {error}") from error
@@ -60,7 +65,9 @@ class Scorer:
             raise ValueError(f"raw ids of this scorer are {known.dtype}, got {ids.dtype}")
         place = np.minimum(np.searchsorted(known, ids), len(known) - 1)
         if (unknown := ids[known[place] != ids] if ids.size else ids).size:
-            raise ValueError(f"unknown item {unknown[0].item()!r}, and {unknown.size - 1} more: the model has {len(known)} items")
+            raise ValueError(
+                f"unknown item {unknown[0].item()!r}, and {unknown.size - 1} more: the model has {len(known)} items"
+            )
         return place.astype(np.int32) + 1
 
     def encode(self, history: dict[str, Any]) -> list[jax.Array]:
@@ -78,9 +85,17 @@ class Scorer:
         users = len(now_B)
         _fits("users", users, room["users"])
         contextual = len(self.metadata["contextual"])
-        context_BC = _ints("context_BC", history["context_BC"], (users, contextual), 0, sum(size - 1 for size in sizes["contextual"]))
+        context_BC = _ints(
+            "context_BC",
+            history["context_BC"],
+            (users, contextual),
+            0,
+            sum(size - 1 for size in sizes["contextual"]),
+        )
         if sorted(history["channels"]) != sorted(self.metadata["channels"]):
-            raise ValueError(f"channels {sorted(history['channels'])} must be {sorted(self.metadata['channels'])}")
+            raise ValueError(
+                f"channels {sorted(history['channels'])} must be {sorted(self.metadata['channels'])}"
+            )
         channels = {}
         for name, longest in self.metadata["channels"].items():
             given, most = history["channels"][name], room["events"][name]
@@ -89,8 +104,12 @@ class Scorer:
             columns = {
                 "item_E": _ints(f"{name}: item_E", given["item_E"], (count,), 1, sizes["items"]),
                 "time_E": _ints(f"{name}: time_E", given["time_E"], (count,)),
-                "signal_ES": _codes(f"{name}: signal_ES", given["signal_ES"], count, sizes["signals"]),
-                "feature_EF": _codes(f"{name}: feature_EF", given["feature_EF"], count, sizes["features"]),
+                "signal_ES": _codes(
+                    f"{name}: signal_ES", given["signal_ES"], count, sizes["signals"]
+                ),
+                "feature_EF": _codes(
+                    f"{name}: feature_EF", given["feature_EF"], count, sizes["features"]
+                ),
             }
             length_B = np.diff(offsets)
             kept_B = np.minimum(length_B, longest)
@@ -122,7 +141,9 @@ class Scorer:
         _fits("users", len(offsets) - 1, room["users"])
         count = int(offsets[-1])
         _fits("candidates", count, room["candidates"])
-        slots = candidates.get("slot_C", np.arange(count) - np.repeat(offsets[:-1], np.diff(offsets)))
+        slots = candidates.get(
+            "slot_C", np.arange(count) - np.repeat(offsets[:-1], np.diff(offsets))
+        )
         columns = {
             "item_C": _ints("item_C", candidates["item_C"], (count,), 1, sizes["items"]),
             "feature_CF": _codes("feature_CF", candidates["feature_CF"], count, sizes["features"]),
@@ -149,12 +170,22 @@ def _platform() -> str:
 
 def _fits(what: str, count: int, room: int) -> None:
     if count > room:
-        raise ValueError(f"{count} {what} are more than the {room} of this artefact: send fewer, or export a larger capacity")
+        raise ValueError(
+            f"{count} {what} are more than the {room} of this artefact: send fewer, or export a larger capacity"
+        )
 
 
-def _ints(name: str, values: Any, shape: tuple[int | None, ...], least: Any = -(2**31), most: Any = 2**31 - 1) -> np.ndarray:
+def _ints(
+    name: str,
+    values: Any,
+    shape: tuple[int | None, ...],
+    least: Any = -(2**31),
+    most: Any = 2**31 - 1,
+) -> np.ndarray:
     array = np.asarray(values)
-    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape, strict=True)):
+    if array.ndim != len(shape) or any(
+        want not in (None, got) for want, got in zip(shape, array.shape, strict=True)
+    ):
         raise ValueError(f"{name} must have the shape {list(shape)}, got {list(array.shape)}")
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name} must hold integers, got {array.dtype}")
@@ -164,7 +195,9 @@ def _ints(name: str, values: Any, shape: tuple[int | None, ...], least: Any = -(
 
 
 def _codes(name: str, values: Any, count: int, sizes: list[int]) -> np.ndarray:
-    return _ints(name, values, (count, len(sizes)), 0, np.asarray(sizes, np.int64) - 1 if sizes else 0)
+    return _ints(
+        name, values, (count, len(sizes)), 0, np.asarray(sizes, np.int64) - 1 if sizes else 0
+    )
 
 
 def _offsets(name: str, values: Any, users: int | None) -> np.ndarray:

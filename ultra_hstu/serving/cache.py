@@ -52,13 +52,17 @@ class Cache:
 def check_cache(cache: Any, model: FrozenRanker) -> Cache:
     """The cache, if it is this model's. Raises ValueError if it is that of another configuration or of other parameters, or none."""
     if not isinstance(cache, Cache):
-        raise ValueError(f"cache must be a serving.Cache, got {type(cache).__name__}: encode_history makes it")
+        raise ValueError(
+            f"cache must be a serving.Cache, got {type(cache).__name__}: encode_history makes it"
+        )
     if cache.signature != model.signature:
         raise ValueError(
             f"the cache was made by a model of another configuration ({cache.signature}, this one is {model.signature}): encode the history again"
         )
     if cache.mark is not model.mark and not np.array_equal(cache.mark, model.mark):
-        raise ValueError("the cache was made with other parameters of this model: encode the history again")
+        raise ValueError(
+            "the cache was made with other parameters of this model: encode the history again"
+        )
     return cache
 
 
@@ -99,7 +103,9 @@ def growth(encoder: HSTU, form: Form, before: Events, after: Events, added: Even
     grows_B = added_B > 0
     biased = int(encoder.layers[0].bias is not None)
     # Under a window alone do the newest rows see more than others.
-    full = max((mask.full_rows for mask in encoder.layer_masks if mask.window is not None), default=0)
+    full = max(
+        (mask.full_rows for mask in encoder.layer_masks if mask.window is not None), default=0
+    )
     moves_B = np.full_like(grows_B, form.backwards) | (np.diff(after.offsets) < events_B + added_B)
     changed_B = np.where(grows_B, np.where(moves_B, old_B, max(full, biased)), biased)
     if form.contextual and (grows_B.any() or biased):
@@ -111,4 +117,9 @@ def growth(encoder: HSTU, form: Form, before: Events, after: Events, added: Even
         longest = encoder.truncation.length + form.contextual
         left_B = np.minimum(new_B, longest)
         kept_B = np.where(grows_B & (new_B > longest), 0, np.maximum(left_B - (new_B - stay_B), 0))
-    return Growth(stay_B.astype(np.int32), kept_B.astype(np.int32), int((new_B - stay_B).sum()), int((left_B - kept_B).sum()))
+    return Growth(
+        stay_B.astype(np.int32),
+        kept_B.astype(np.int32),
+        int((new_B - stay_B).sum()),
+        int((left_B - kept_B).sum()),
+    )

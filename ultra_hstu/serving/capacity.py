@@ -29,7 +29,11 @@ def capacity(count: int, least: int = 1) -> int:
 def padded(x: Any, rows: int, fill: int = 0) -> np.ndarray:
     """The array with rows of `fill` behind it."""
     x = np.asarray(x)
-    return x if len(x) == rows else np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (np.ndim(x) - 1), constant_values=fill)
+    return (
+        x
+        if len(x) == rows
+        else np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (np.ndim(x) - 1), constant_values=fill)
+    )
 
 
 def padded_offsets(offsets: Any, users: int) -> np.ndarray:

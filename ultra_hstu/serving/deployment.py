@@ -29,8 +29,14 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         "description": f"the body has more than {schema.MAX_BODY_BYTES} bytes",
         "content": {"text/plain": {"schema": {"type": "string"}}},
     },
-    422: {"model": Problem, "description": "the request does not fit the schema, or cannot be answered"},
-    503: {"description": f"more than {QUEUED} requests are waiting", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    422: {
+        "model": Problem,
+        "description": "the request does not fit the schema, or cannot be answered",
+    },
+    503: {
+        "description": f"more than {QUEUED} requests are waiting",
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+    },
 }
 
 
@@ -45,7 +51,9 @@ def _application(path: str, description: str) -> FastAPI:
 
     @app.exception_handler(404)
     async def _not_here(_: HttpRequest, __: Exception) -> JSONResponse:
-        return JSONResponse({"detail": f"this run answers POST {path} and nothing else; /docs describes it"}, 404)
+        return JSONResponse(
+            {"detail": f"this run answers POST {path} and nothing else; /docs describes it"}, 404
+        )
 
     return app
 
@@ -67,8 +75,12 @@ class _Replica:
         self.service.warm_up()
         self._answers.set_max_batch_size(self.service.model.max_users)  # type: ignore[attr-defined]
         self._answers.set_batch_wait_timeout_s(wait_ms / 1000)  # type: ignore[attr-defined]
-        self._hits = metrics.Gauge(f"{self.name}_cache_hits", "users who were held, since the start")
-        self._misses = metrics.Gauge(f"{self.name}_cache_misses", "users who had to be encoded, since the start")
+        self._hits = metrics.Gauge(
+            f"{self.name}_cache_hits", "users who were held, since the start"
+        )
+        self._misses = metrics.Gauge(
+            f"{self.name}_cache_misses", "users who had to be encoded, since the start"
+        )
         self._bytes = metrics.Gauge(f"{self.name}_cache_bytes", "memory of the cached users")
 
     async def _answer(self, request: Any) -> Any:
@@ -95,7 +107,11 @@ class _Replica:
 
 
 # No line a request in the log: metrics count them.
-_OPTIONS: dict[str, Any] = dict(max_ongoing_requests=4 * MAX_USERS, max_queued_requests=QUEUED, logging_config={"enable_access_log": False})
+_OPTIONS: dict[str, Any] = dict(
+    max_ongoing_requests=4 * MAX_USERS,
+    max_queued_requests=QUEUED,
+    logging_config={"enable_access_log": False},
+)
 
 
 @serve.deployment(**_OPTIONS)

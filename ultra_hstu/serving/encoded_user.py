@@ -48,7 +48,10 @@ class EncodedUser:
 def split(model: FrozenRanker, cache: Cache) -> list[EncodedUser]:
     """The users of a cache of this model, as views of one copy in host memory."""
     host: dict[str, Channel] = jax.device_get(cache.channels)
-    return [EncodedUser({name: _channel_of(host[name], _edge(model, name), user) for name in host}) for user in range(cache.users)]
+    return [
+        EncodedUser({name: _channel_of(host[name], _edge(model, name), user) for name in host})
+        for user in range(cache.users)
+    ]
 
 
 def join(model: FrozenRanker, users: Sequence[EncodedUser], room: Room) -> Cache:
@@ -67,9 +70,16 @@ def join(model: FrozenRanker, users: Sequence[EncodedUser], room: Room) -> Cache
         kept = None
         if encoder.truncation is not None:
             most = room.users * (encoder.truncation.length + model.form.contextual)
-            above, kept = _together([part.above for part in parts if part.above is not None], min(rows, most), room.users)
+            above, kept = _together(
+                [part.above for part in parts if part.above is not None],
+                min(rows, most),
+                room.users,
+            )
             layers += above
-        numbers = (padded(np.array([getattr(part, field) for part in parts], np.int32), room.users) for field in ("events", "last"))
+        numbers = (
+            padded(np.array([getattr(part, field) for part in parts], np.int32), room.users)
+            for field in ("events", "last")
+        )
         channels[name] = Channel(EncodedHistory(layers, whole, kept, None), *numbers)
     nobody = History({}, np.zeros((len(users), 0), np.int32), np.zeros(len(users), np.int32))
     return Cache(channels, nobody, model.mark, model.signature, "same")
@@ -84,7 +94,12 @@ def _edge(model: FrozenRanker, name: str) -> int:
 def _channel_of(channel: Channel, edge: int, user: int) -> _ChannelOfUser:
     encoded = channel.encoded
     above = None if encoded.kept is None else _rows_of(encoded.layers[edge:], encoded.kept, user)
-    return _ChannelOfUser(_rows_of(encoded.layers[:edge], encoded.whole, user), above, channel.events_B[user], channel.last_B[user])
+    return _ChannelOfUser(
+        _rows_of(encoded.layers[:edge], encoded.whole, user),
+        above,
+        channel.events_B[user],
+        channel.last_B[user],
+    )
 
 
 def _rows_of(layers: tuple[Any, ...], frame: Sequences, user: int) -> _Rows:
@@ -97,7 +112,9 @@ def _together(parts: Sequence[_Rows], rows: int, users: int) -> tuple[tuple[Any,
     """Keys and values of users one after another, at the size of a room, and their frame."""
     lengths = [len(part.time_S) for part in parts]
     if sum(lengths) > rows:
-        raise ValueError(f"{sum(lengths)} rows are more than the {rows} that there is room for: join fewer users")
+        raise ValueError(
+            f"{sum(lengths)} rows are more than the {rows} that there is room for: join fewer users"
+        )
 
     def stacked(*leaves: np.ndarray) -> np.ndarray:
         whole = np.zeros((rows, *leaves[0].shape[1:]), leaves[0].dtype)
@@ -106,6 +123,10 @@ def _together(parts: Sequence[_Rows], rows: int, users: int) -> tuple[tuple[Any,
 
     time_T = stacked(*(part.time_S for part in parts))
     offsets = padded_offsets(np.cumsum([0, *lengths]), users)
-    contextual = None if parts[0].contextual is None else padded(np.array([part.contextual for part in parts], np.int32), users)
+    contextual = (
+        None
+        if parts[0].contextual is None
+        else padded(np.array([part.contextual for part in parts], np.int32), users)
+    )
     frame = Sequences(offsets, np.arange(rows) < offsets[-1], time_T, time_T, None, contextual)
     return jax.tree.map(stacked, *(part.layers for part in parts)), frame

@@ -58,13 +58,20 @@ def save(
     Raises:
       ValueError: a capacity or micro_batch below 1, a catalogue of another number of items, a kind that is none.
     """
-    for name, value in {"candidates": candidates, "users": users, "events": events, "micro_batch": micro_batch}.items():
+    for name, value in {
+        "candidates": candidates,
+        "users": users,
+        "events": events,
+        "micro_batch": micro_batch,
+    }.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if kind not in KINDS:
         raise ValueError(f"{kind=} must be one of {', '.join(KINDS)}")
     if catalog.num_items != model.sizes.items:
-        raise ValueError(f"the catalogue has {catalog.num_items} items, the model {model.sizes.items}: give the catalogue of this run")
+        raise ValueError(
+            f"the catalogue has {catalog.num_items} items, the model {model.sizes.items}: give the catalogue of this run"
+        )
     form, sizes = model.form, model.sizes
     step = min(micro_batch, candidates)
     capacity: dict[str, Any] = {
@@ -76,22 +83,36 @@ def save(
     leaves, tree = jax.tree.flatten(params)
 
     def channels(params: Any, request: dict[str, Any]) -> dict[str, Channel]:
-        history = History({name: Events(**events) for name, events in request["channels"].items()}, request["context_BC"], request["now_B"])
+        history = History(
+            {name: Events(**events) for name, events in request["channels"].items()},
+            request["context_BC"],
+            request["now_B"],
+        )
         padded = PaddedHistory(history, request["used_B"])
-        rows = {name: users * form.contextual + form.per_event * count for name, count in capacity["events"].items()}
-        return {name: programs.encode(params, padded, None, name=name, rows=rows[name], kind=kind) for name in rows}
+        rows = {
+            name: users * form.contextual + form.per_event * count
+            for name, count in capacity["events"].items()
+        }
+        return {
+            name: programs.encode(params, padded, None, name=name, rows=rows[name], kind=kind)
+            for name in rows
+        }
 
     def encode(params: list[Any], request: dict[str, Any]) -> list[Any]:
         return jax.tree.leaves(channels(jax.tree.unflatten(tree, params), request))
 
     def score(params: list[Any], cache: list[Any], request: dict[str, Any]) -> jax.Array:
         state, encoded = jax.tree.unflatten(tree, params), jax.tree.unflatten(cache_tree, cache)
-        return programs.score(state, encoded, Candidates(**request), None, step=step, implementation="xla")
+        return programs.score(
+            state, encoded, Candidates(**request), None, step=step, implementation="xla"
+        )
 
     history, asked = _inputs(capacity, form, sizes)
     cache, cache_tree = jax.tree.flatten(jax.eval_shape(channels, params, history))
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    export = lambda function, *arguments: bytes(jax.export.export(jax.jit(function), platforms=platforms)(*arguments).serialize())  # noqa: E731
+    export = lambda function, *arguments: bytes(
+        jax.export.export(jax.jit(function), platforms=platforms)(*arguments).serialize()
+    )  # noqa: E731
     metadata = {
         "format": artefact.FORMAT,
         "version": artefact.VERSION,
@@ -105,14 +126,19 @@ def save(
         "signals": config.rank.signals,
         "features": config.rank.features,
         "contextual": config.rank.contextual,
-        "sizes": {name: getattr(sizes, name) for name in ("items", "signals", "features", "contextual")},
+        "sizes": {
+            name: getattr(sizes, name) for name in ("items", "signals", "features", "contextual")
+        },
         "config": dataclasses.asdict(config),
         "online": None if vocabulary is None else exported.about(model, vocabulary),
     }
     parts = {
         "metadata.json": json.dumps(metadata, indent=1).encode(),
         "artefact.py": Path(artefact.__file__).read_bytes(),
-        "items.npz": _npz({"raw_ids": catalog.raw_ids} | ({} if catalog.titles is None else {"titles": np.array(catalog.titles)})),
+        "items.npz": _npz(
+            {"raw_ids": catalog.raw_ids}
+            | ({} if catalog.titles is None else {"titles": np.array(catalog.titles)})
+        ),
         "params.npz": _npz({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}),
         "encode.bin": export(encode, shapes, history),
         "score.bin": export(score, shapes, cache, asked),
@@ -124,7 +150,9 @@ def save(
     os.replace(part, path)
 
 
-def _inputs(capacity: dict[str, Any], form: Form, sizes: Sizes) -> tuple[dict[str, Any], dict[str, Any]]:
+def _inputs(
+    capacity: dict[str, Any], form: Form, sizes: Sizes
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Shapes of a history and of candidates, as `artefact.Scorer` hands them over."""
 
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
@@ -141,9 +169,17 @@ def _inputs(capacity: dict[str, Any], form: Form, sizes: Sizes) -> tuple[dict[st
         }
         for name, count in capacity["events"].items()
     }
-    history = {"channels": channels, "context_BC": ints(users, form.contextual), "now_B": ints(users), "used_B": ints(users)}
+    history = {
+        "channels": channels,
+        "context_BC": ints(users, form.contextual),
+        "now_B": ints(users),
+        "used_B": ints(users),
+    }
     columns = {name: ints(candidates) for name in ("item_C", "time_C", "slot_C")}
-    return history, columns | {"feature_CF": ints(candidates, len(sizes.features)), "offsets": ints(users + 1)}
+    return history, columns | {
+        "feature_CF": ints(candidates, len(sizes.features)),
+        "offsets": ints(users + 1),
+    }
 
 
 def _portable(model: Ranker) -> tuple[Programs, Any]:

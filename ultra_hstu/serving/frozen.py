@@ -49,18 +49,29 @@ class FrozenRanker:
           ValueError: a model that is no ranker, or a kind of table that is none.
         """
         if not isinstance(model, Ranker):
-            raise ValueError(f"model must be a Ranker or a FrozenRanker, got {type(model).__name__}: candidates are scored by ranking runs")
+            raise ValueError(
+                f"model must be a Ranker or a FrozenRanker, got {type(model).__name__}: candidates are scored by ranking runs"
+            )
         self.form, self.sizes = model.form, model.sizes
         graphdef, params = nnx.split(model)
-        shapes: Ranker = nnx.merge(graphdef, jax.eval_shape(lambda: params))  # without arrays, which would be held beside the rounded ones
-        self.encoders: dict[str, HSTU] = {name: shapes.encoders[name] for name in sorted(shapes.encoders)}  # for their masks and sizes
+        shapes: Ranker = nnx.merge(
+            graphdef, jax.eval_shape(lambda: params)
+        )  # without arrays, which would be held beside the rounded ones
+        self.encoders: dict[str, HSTU] = {
+            name: shapes.encoders[name] for name in sorted(shapes.encoders)
+        }  # for their masks and sizes
         self.params = _rounded(params, model)
         self.table: HostTable | None = None
         if item_table != "device":
             path = ("embedding", "item_table")
             leaves = nnx.to_flat_state(self.params)
             self.table = HostTable.of(model.embedding.item_table[...], item_table)
-            self.params = nnx.from_flat_state([(key, leaf.replace(leaf[...][:1]) if key == path else leaf) for key, leaf in leaves])
+            self.params = nnx.from_flat_state(
+                [
+                    (key, leaf.replace(leaf[...][:1]) if key == path else leaf)
+                    for key, leaf in leaves
+                ]
+            )
         self.programs = programs(graphdef)
         # What every update of the parameters replaces, and small: whose cache is it?
         self.mark: jax.Array = model.head.output[...]
@@ -83,7 +94,10 @@ class Programs:
     def __init__(self, graphdef: nnx.GraphDef):
         self._graphdef = graphdef
         self.encode = jax.jit(self._encode, static_argnames=("name", "rows", "kind"))
-        self.extend = jax.jit(self._extend, static_argnames=("name", "rows", "new_rows", "kept_rows", "kind", "implementation"))
+        self.extend = jax.jit(
+            self._extend,
+            static_argnames=("name", "rows", "new_rows", "kept_rows", "kind", "implementation"),
+        )
         self.score = jax.jit(self._score, static_argnames=("step", "implementation"))
         self.best = jax.jit(_best, static_argnames="k")
 
@@ -94,11 +108,26 @@ class Programs:
             model.embedding.item_table = nnx.Param(host_tables.unpacked(table))
         return model
 
-    def _encode(self, params: Params, request: PaddedHistory, table: Any, *, name: str, rows: int, kind: Kind) -> Channel:
+    def _encode(
+        self,
+        params: Params,
+        request: PaddedHistory,
+        table: Any,
+        *,
+        name: str,
+        rows: int,
+        kind: Kind,
+    ) -> Channel:
         model = self.model(params, table)
         history = tokens.history_tokens(model.form, request, name, rows)
         x_TD = model.embedding(history)
-        encoded = cached.encode(model.encoders[name], x_TD, history.sequences, contextual=model.form.contextual, kind=kind)
+        encoded = cached.encode(
+            model.encoders[name],
+            x_TD,
+            history.sequences,
+            contextual=model.form.contextual,
+            kind=kind,
+        )
         return Channel(encoded, *tokens.last_event(request, name))
 
     def _extend(
@@ -121,31 +150,65 @@ class Programs:
         history = tokens.history_tokens(model.form, request, name, rows)
         suffix = cached.suffix_of(history.sequences, keep_B, new_rows)
         x_RD = model.embedding(tokens.token_rows(history, suffix.row_R, suffix.offsets[-1]))
-        options: dict[str, Any] = dict(kept_rows=kept_rows, kind=kind, implementation=implementation)
-        encoded = cached.extend(model.encoders[name], old.encoded, history.sequences, x_RD, keep_B, keep_kept_B, **options)
+        options: dict[str, Any] = dict(
+            kept_rows=kept_rows, kind=kind, implementation=implementation
+        )
+        encoded = cached.extend(
+            model.encoders[name],
+            old.encoded,
+            history.sequences,
+            x_RD,
+            keep_B,
+            keep_kept_B,
+            **options,
+        )
         return Channel(encoded, *tokens.last_event(request, name))
 
     def _score(
-        self, params: Params, channels: dict[str, Channel], candidates: Candidates, table: Any, *, step: int, implementation: Any
+        self,
+        params: Params,
+        channels: dict[str, Channel],
+        candidates: Candidates,
+        table: Any,
+        *,
+        step: int,
+        implementation: Any,
     ) -> Float[Array, "C K"]:
         """Logits of all candidates, `step` of them at a time; rows of padding hold anything."""
         model = self.model(params, table)
-        dense = {name: channel.encoded.unpacked(model.embedding.dtype) for name, channel in channels.items()}
+        dense = {
+            name: channel.encoded.unpacked(model.embedding.dtype)
+            for name, channel in channels.items()
+        }
         size = candidates.item_C.shape[0]
         user_C = jnp.minimum(segment_ids(candidates.offsets, size), candidates.offsets.shape[0] - 2)
-        rows_C = (candidates.item_C, candidates.feature_CF, candidates.time_C, candidates.slot_C, user_C)
+        rows_C = (
+            candidates.item_C,
+            candidates.feature_CF,
+            candidates.time_C,
+            candidates.slot_C,
+            user_C,
+        )
         signals = len(model.sizes.signals)
 
         def score(i: Array, logit_CK: Array) -> Array:
-            item_R, feature_RF, time_R, slot_R, user_R = (jax.lax.dynamic_slice_in_dim(jnp.asarray(x), i * step, step) for x in rows_C)
+            item_R, feature_RF, time_R, slot_R, user_R = (
+                jax.lax.dynamic_slice_in_dim(jnp.asarray(x), i * step, step) for x in rows_C
+            )
             outputs = []
             for name in sorted(channels):
                 channel = channels[name]
                 behind = channel.events_B[user_R], channel.last_B[user_R]
-                targets = tokens.target_tokens(model.form, item_R, feature_RF, time_R, signals, *behind)
+                targets = tokens.target_tokens(
+                    model.form, item_R, feature_RF, time_R, signals, *behind
+                )
                 rows = TargetRows(user_R, slot_R, time_R)
                 x_RD = model.embedding(targets)
-                outputs.append(cached.targets(model.encoders[name], dense[name], x_RD, rows, implementation=implementation))
+                outputs.append(
+                    cached.targets(
+                        model.encoders[name], dense[name], x_RD, rows, implementation=implementation
+                    )
+                )
             logit_RK = model.head(jnp.concatenate(outputs, axis=1))
             return jax.lax.dynamic_update_slice_in_dim(logit_CK, logit_RK, i * step, 0)
 
@@ -157,7 +220,9 @@ class Programs:
         return jax.lax.fori_loop(0, steps, score, logit_CK)
 
 
-def _best(logit_CK: Float[Array, "C K"], weight_K: Float[Array, " K"], offsets: Any, *, k: int) -> tuple[Array, Array]:
+def _best(
+    logit_CK: Float[Array, "C K"], weight_K: Float[Array, " K"], offsets: Any, *, k: int
+) -> tuple[Array, Array]:
     """The k best candidates of each user: their places among them, -1 where there are fewer, and their weighted logits."""
     offsets = jnp.asarray(offsets)
     size, count_B = logit_CK.shape[0], offsets_to_lengths(offsets)
@@ -166,20 +231,30 @@ def _best(logit_CK: Float[Array, "C K"], weight_K: Float[Array, " K"], offsets: 
     place_BK = offsets[:-1, None] + jnp.arange(k, dtype=jnp.int32)[None, :]
     here_BK = jnp.arange(k)[None, :] < count_B[:, None]
     best_BK = order_C[jnp.minimum(place_BK, size - 1)].astype(jnp.int32)
-    return jnp.where(here_BK, best_BK - offsets[:-1, None], -1), jnp.where(here_BK, value_C[best_BK], -jnp.inf)
+    return jnp.where(here_BK, best_BK - offsets[:-1, None], -1), jnp.where(
+        here_BK, value_C[best_BK], -jnp.inf
+    )
 
 
 def _rounded(params: Params, model: Ranker) -> Params:
     """Parameters with the matrices of layers in the dtype that layers compute in. They would be rounded to it in every step, which takes a step of few
     candidates as long as their products. fp8 rounds the float32 ones.
     """
-    if any(layer.precision != "same" for encoder in model.encoders.values() for layer in encoder.layers):
+    if any(
+        layer.precision != "same" for encoder in model.encoders.values() for layer in encoder.layers
+    ):
         return params
 
     def rounded(path: Any, leaf: Any) -> Any:
-        return leaf.replace(leaf[...].astype(model.embedding.dtype)) if is_matrix_of_layer(path, leaf) else leaf
+        return (
+            leaf.replace(leaf[...].astype(model.embedding.dtype))
+            if is_matrix_of_layer(path, leaf)
+            else leaf
+        )
 
-    return jax.tree_util.tree_map_with_path(rounded, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(
+        rounded, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
 
 
 def _signature(model: Ranker) -> str:
@@ -188,7 +263,15 @@ def _signature(model: Ranker) -> str:
     for name in sorted(model.encoders):
         encoder = model.encoders[name]
         sizes = [
-            (type(layer).__name__, layer.heads, layer.qk_width, layer.v_width, layer.alpha, layer.precision) for layer in encoder.layers
+            (
+                type(layer).__name__,
+                layer.heads,
+                layer.qk_width,
+                layer.v_width,
+                layer.alpha,
+                layer.precision,
+            )
+            for layer in encoder.layers
         ]
         parts.append((name, encoder.length, encoder.layer_masks, encoder.truncation, sizes))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -30,10 +30,14 @@ class HostTable:
     def of(table_ID: Float[Any, "I D"], kind: Any) -> "HostTable":
         """Raises ValueError for a kind that is none, and for what `quantization` refuses."""
         if kind not in KINDS:
-            raise ValueError(f"item_table={kind!r} must be 'device', or one of {', '.join(KINDS)} in host memory")
+            raise ValueError(
+                f"item_table={kind!r} must be 'device', or one of {', '.join(KINDS)} in host memory"
+            )
         if kind == "bfloat16":
             return HostTable(np.asarray(table_ID).astype(ml_dtypes.bfloat16))
-        return HostTable(jax.tree.map(np.asarray, quantization.quantize(np.asarray(table_ID), kind)))
+        return HostTable(
+            jax.tree.map(np.asarray, quantization.quantize(np.asarray(table_ID), kind))
+        )
 
     @property
     def row_bytes(self) -> int:
@@ -43,12 +47,18 @@ class HostTable:
     def request(self, *ids: np.ndarray) -> tuple[Any, list[Int32[np.ndarray, " n"]]]:
         """The packed rows of the items that a request names, each once, at the size of their class; and the ids as numbers of these rows, from 1."""
         item_R, number_T = np.unique(np.concatenate(ids), return_inverse=True)
-        rows = jax.tree.map(lambda leaf: padded(leaf[item_R], capacity(len(item_R), LEAST_ROWS)), self.packed)
-        parts = np.split(number_T.reshape(-1).astype(np.int32) + 1, np.cumsum([len(part) for part in ids])[:-1])
+        rows = jax.tree.map(
+            lambda leaf: padded(leaf[item_R], capacity(len(item_R), LEAST_ROWS)), self.packed
+        )
+        parts = np.split(
+            number_T.reshape(-1).astype(np.int32) + 1, np.cumsum([len(part) for part in ids])[:-1]
+        )
         return rows, parts
 
 
 def unpacked(rows: Any) -> Float[Array, "R D"]:
     """The item table of a request, float32, row 0 zeros: on the device."""
-    dense_RD = jnp.asarray(rows, jnp.float32) if isinstance(rows, np.ndarray | jax.Array) else rows.dense()
+    dense_RD = (
+        jnp.asarray(rows, jnp.float32) if isinstance(rows, np.ndarray | jax.Array) else rows.dense()
+    )
     return jnp.concatenate([jnp.zeros((1, dense_RD.shape[1])), dense_RD])

@@ -46,9 +46,20 @@ class Events:
             if given is None:
                 return np.zeros((sum(lengths), *shape), np.int32)
             if [len(part) for part in parts] != lengths:
-                raise ValueError(f"{name} of {[len(part) for part in parts]} events, but items of {lengths}: give one an event")
+                raise ValueError(
+                    f"{name} of {[len(part) for part in parts]} events, but items of {lengths}: give one an event"
+                )
             nothing = np.zeros((0, *shape), np.int32)
-            return np.concatenate([nothing, *(part if part.ndim == axes else part.reshape(-1, *shape) for part in parts if len(part))])
+            return np.concatenate(
+                [
+                    nothing,
+                    *(
+                        part if part.ndim == axes else part.reshape(-1, *shape)
+                        for part in parts
+                        if len(part)
+                    ),
+                ]
+            )
 
         return Events(
             np.concatenate([np.zeros(0, np.int32), *item_of]),
@@ -100,7 +111,9 @@ class Candidates:
     slot_C: Any = None
 
     @staticmethod
-    def of(items: Sequence[Any], times: Any = None, features: Sequence[Any] | None = None) -> "Candidates":
+    def of(
+        items: Sequence[Any], times: Any = None, features: Sequence[Any] | None = None
+    ) -> "Candidates":
         """From one entry a user: ids [m] and codes [m, F]; `times` are one number a user (or one for all), 0 without them."""
         given = Events.of(items, features=features)
         lengths = np.diff(given.offsets)
@@ -108,7 +121,9 @@ class Candidates:
         return Candidates(given.item_E, given.feature_EF, np.repeat(time_B, lengths), given.offsets)
 
 
-def from_source(source: RankSource, columns_B: Mapping[str, Any], form: Form) -> tuple[History, Candidates]:
+def from_source(
+    source: RankSource, columns_B: Mapping[str, Any], form: Form
+) -> tuple[History, Candidates]:
     """Requests of a data set, as columns of `RankSource.table`: their histories, and their targets as candidates."""
     events = source.events
     column = {name: np.asarray(values, np.int64) for name, values in columns_B.items()}
@@ -124,11 +139,19 @@ def from_source(source: RankSource, columns_B: Mapping[str, Any], form: Form) ->
         event_E, offsets = spans(start_B, column[f"stop/{name}"] - start_B)
         event_E = events.index[name][event_E] if name in events.index else event_E
         channels[name] = Events(
-            events.item_E[event_E], events.time_E[event_E], events.signal_ES[event_E], events.feature_EF[event_E], offsets
+            events.item_E[event_E],
+            events.time_E[event_E],
+            events.signal_ES[event_E],
+            events.feature_EF[event_E],
+            offsets,
         )
     target_C, offsets = spans(column["target"], column["count"])
-    candidates = Candidates(events.item_E[target_C], events.feature_EF[target_C], events.time_E[target_C], offsets)
-    return History(channels, events.context_UC[column["user"]], events.time_E[column["target"]]), candidates
+    candidates = Candidates(
+        events.item_E[target_C], events.feature_EF[target_C], events.time_E[target_C], offsets
+    )
+    return History(
+        channels, events.context_UC[column["user"]], events.time_E[column["target"]]
+    ), candidates
 
 
 def check_history(history: Any, form: Form, sizes: Sizes, *, what: str = "history") -> History:
@@ -141,13 +164,17 @@ def check_history(history: Any, form: Form, sizes: Sizes, *, what: str = "histor
     if not isinstance(history, History):
         raise ValueError(f"{what} must be a serving.History, got {type(history).__name__}")
     if sorted(history.channels) != sorted(known):
-        raise ValueError(f"{what} has the channels {sorted(history.channels)}, the model {sorted(known)}: give each, an empty one too")
+        raise ValueError(
+            f"{what} has the channels {sorted(history.channels)}, the model {sorted(known)}: give each, an empty one too"
+        )
     now_B = _ints(f"{what}.now_B", history.now_B, (None,), _INT32.min, _INT32.max)
     users = len(now_B)
     if users == 0:
         raise ValueError(f"{what} holds no users: give at least one, who may have no events")
     highest = sum(size - 1 for size in sizes.contextual)
-    context_BC = _ints(f"{what}.context_BC", history.context_BC, (users, form.contextual), 0, highest)
+    context_BC = _ints(
+        f"{what}.context_BC", history.context_BC, (users, form.contextual), 0, highest
+    )
     channels = {}
     for name, longest in form.max_history:
         events, here = history.channels[name], f"{what}.channels[{name!r}]"
@@ -186,7 +213,9 @@ def joined(before: Events, after: Events) -> Events:
     """The events of each user, and then their newer ones."""
     first_B, second_B = np.diff(before.offsets), np.diff(after.offsets)
     both = jax.tree.map(lambda *parts: np.concatenate(parts), before, after)
-    user_E = np.concatenate([np.repeat(np.arange(len(first_B)), first_B), np.repeat(np.arange(len(second_B)), second_B)])
+    user_E = np.concatenate(
+        [np.repeat(np.arange(len(first_B)), first_B), np.repeat(np.arange(len(second_B)), second_B)]
+    )
     return _take(both, np.argsort(user_E, kind="stable"), first_B + second_B)
 
 
@@ -209,10 +238,14 @@ def _check_events(name: str, events: Any, users: int, sizes: Sizes) -> Events:
     )
 
 
-def _ints(name: str, values: Any, shape: tuple[int | None, ...], least: Any, most: Any) -> np.ndarray:
+def _ints(
+    name: str, values: Any, shape: tuple[int | None, ...], least: Any, most: Any
+) -> np.ndarray:
     """int32 of a shape (None: any size) with values in [least, most], numbers or one a column."""
     array = np.asarray(values)
-    if array.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, array.shape, strict=True)):
+    if array.ndim != len(shape) or any(
+        want not in (None, got) for want, got in zip(shape, array.shape, strict=True)
+    ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have the shape [{wanted}], got {list(array.shape)}")
     if array.size and not np.issubdtype(array.dtype, np.integer):
@@ -221,7 +254,9 @@ def _ints(name: str, values: Any, shape: tuple[int | None, ...], least: Any, mos
     wrong = (array < least[None]) | (array > most[None])
     if wrong.any():
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(f"{name}[{', '.join(map(str, place))}] is {array[place]}, not in {least[place[1:]]}..{most[place[1:]]}")
+        raise ValueError(
+            f"{name}[{', '.join(map(str, place))}] is {array[place]}, not in {least[place[1:]]}..{most[place[1:]]}"
+        )
     return array.astype(np.int32)
 
 
@@ -229,7 +264,9 @@ def _ids(name: str, values: Any, count: int, sizes: Sizes) -> np.ndarray:
     try:
         return _ints(name, values, (count,), 1, sizes.items)
     except ValueError as error:
-        raise ValueError(f"{error}: items are dense ids of the model's {sizes.items} items; leave unknown ones out") from None
+        raise ValueError(
+            f"{error}: items are dense ids of the model's {sizes.items} items; leave unknown ones out"
+        ) from None
 
 
 def _codes(name: str, values: Any, count: int, sizes: tuple[int, ...]) -> np.ndarray:
@@ -239,5 +276,7 @@ def _codes(name: str, values: Any, count: int, sizes: tuple[int, ...]) -> np.nda
 def _offsets(name: str, values: Any, users: int) -> np.ndarray:
     offsets = _ints(name, values, (users + 1,), 0, _INT32.max)
     if offsets[0] != 0 or (np.diff(offsets) < 0).any():
-        raise ValueError(f"{name} must start at 0 and never fall, got {offsets.tolist()[:20]}: they are cumulative lengths")
+        raise ValueError(
+            f"{name} must start at 0 and never fall, got {offsets.tolist()[:20]}: they are cumulative lengths"
+        )
     return offsets

@@ -23,7 +23,11 @@ def answer_lines(service: Service | ScoreService, source: io.BufferedIOBase) -> 
         good = [found for found in read if isinstance(found, Prepared)]
         answers = iter(service.answer(good) if good else [])
         for found in read:
-            text = next(answers).model_dump_json() if isinstance(found, Prepared) else json.dumps({"error": found})
+            text = (
+                next(answers).model_dump_json()
+                if isinstance(found, Prepared)
+                else json.dumps({"error": found})
+            )
             sys.stdout.write(text + "\n")
         sys.stdout.flush()
         done, refused = done + len(read), refused + len(read) - len(good)

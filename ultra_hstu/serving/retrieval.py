@@ -25,7 +25,10 @@ from ultra_hstu.serving.seconds import since_first
 from ultra_hstu.serving.trained import load_params
 from ultra_hstu.workdir import Workdir
 
-SMALLEST_K, SMALLEST_HIDDEN = 16, 256  # lowest capacity classes; each class is 8 times the one below
+SMALLEST_K, SMALLEST_HIDDEN = (
+    16,
+    256,
+)  # lowest capacity classes; each class is 8 times the one below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,9 @@ class RecommendationModel:
         self.blocked: Int[np.ndarray, " b"] = np.zeros(0, np.int32)
         self._allowed_I: Array | None = None
         self._encode: Any = jax.jit(functools.partial(_encode, self.recipe))
-        self._best: Any = jax.jit(functools.partial(_best, self.config.loss.l2_normalize), static_argnames="k")
+        self._best: Any = jax.jit(
+            functools.partial(_best, self.config.loss.l2_normalize), static_argnames="k"
+        )
 
     def block(self, items: Int[np.ndarray, " n"]) -> None:
         """Dense ids that are recommended to nobody from now on, in place of those given before. One byte an item on the device."""
@@ -130,13 +135,21 @@ class RecommendationModel:
           ValueError: for an empty history, a wrong number of times or actions, times that go back or span more than 2^31 - 1 seconds, actions that
             the run's signals cannot be made from, or k outside 1..items.
         """
-        item_E, blocked = self._dense(items, "items"), self._dense([] if block is None else block, "block")
+        item_E, blocked = (
+            self._dense(items, "items"),
+            self._dense([] if block is None else block, "block"),
+        )
         if not len(item_E) and not allow_empty:
-            raise ValueError("the history is empty: give at least one item, or take the most popular items of the training data")
+            raise ValueError(
+                "the history is empty: give at least one item, or take the most popular items of the training data"
+            )
         if not 1 <= k <= self.catalog.num_items:
             raise ValueError(f"k={k} must be in 1..{self.catalog.num_items}, the number of items")
         first = max(0, len(item_E) - self.config.data.max_history)
-        events = Events(np.append(item_E[first:], np.int32(0)), since_first(len(item_E), times, now, first=first))
+        events = Events(
+            np.append(item_E[first:], np.int32(0)),
+            since_first(len(item_E), times, now, first=first),
+        )
         if self.config.rank.signals:
             code_ES = self._signals(actions, len(item_E))[first:]
             events = dataclasses.replace(events, signal_ES=np.pad(code_ES, ((0, 1), (0, 0))))
@@ -149,12 +162,23 @@ class RecommendationModel:
           ValueError: for a query without events.
         """
         if empty := sum(not query.length for query in queries):
-            raise ValueError(f"{empty} of {len(queries)} queries have an empty history: there is nothing to encode")
+            raise ValueError(
+                f"{empty} of {len(queries)} queries have an empty history: there is nothing to encode"
+            )
         groups = [queries[i : i + self.max_users] for i in range(0, len(queries), self.max_users)]
-        user_nD = [np.asarray(self._encode(self.params, self._batch(group)))[: len(group)] for group in groups]
-        return np.concatenate(user_nD) if user_nD else np.zeros((0, self.config.model.width), np.float32)
+        user_nD = [
+            np.asarray(self._encode(self.params, self._batch(group)))[: len(group)]
+            for group in groups
+        ]
+        return (
+            np.concatenate(user_nD)
+            if user_nD
+            else np.zeros((0, self.config.model.width), np.float32)
+        )
 
-    def best(self, user_nD: Float[np.ndarray, "n D"], queries: Sequence[Query]) -> list[list[Recommendation]]:
+    def best(
+        self, user_nD: Float[np.ndarray, "n D"], queries: Sequence[Query]
+    ) -> list[list[Recommendation]]:
         """The best items of vectors that `encode` gave: a function of the vector and its query alone, to the bit, whatever shares the call."""
         table = quantization.served_table(self.params)
         answers: list[list[Recommendation]] = []
@@ -166,7 +190,9 @@ class RecommendationModel:
             hidden_US = np.zeros((self.max_users, slots), np.int32)
             for row, query in enumerate(group):
                 hidden_US[row, : len(query.hidden)] = query.hidden
-            best_UK, score_UK = jax.device_get(self._best(table, user_UD, hidden_US, self._allowed_I, k=k))
+            best_UK, score_UK = jax.device_get(
+                self._best(table, user_UD, hidden_US, self._allowed_I, k=k)
+            )
             for row, query in enumerate(group):
                 answers.append(self.decode(best_UK[row, : query.k], score_UK[row, : query.k]))
         return answers
@@ -180,7 +206,10 @@ class RecommendationModel:
         user_1D = np.zeros((1, self.config.model.width), np.float32)
         for k in _classes(SMALLEST_K, min(max_k, items), 8):
             for hidden in _classes(SMALLEST_HIDDEN, min(max_hidden, items), 8):
-                self.best(user_1D, [dataclasses.replace(query, hidden=np.ones(min(hidden, items), np.int32), k=k)])
+                self.best(
+                    user_1D,
+                    [dataclasses.replace(query, hidden=np.ones(min(hidden, items), np.int32), k=k)],
+                )
         return self.programs
 
     @property
@@ -191,19 +220,25 @@ class RecommendationModel:
     def _dense(self, ids: ArrayLike, name: str) -> Int[np.ndarray, " n"]:
         ids = np.asarray(ids)
         if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"{name} must be dense ids (integers), got {ids.dtype}: catalog.encode makes them")
+            raise ValueError(
+                f"{name} must be dense ids (integers), got {ids.dtype}: catalog.encode makes them"
+            )
         if ids.size and not (1 <= ids.min() and ids.max() <= self.catalog.num_items):
             outside = f"got {ids.min()}..{ids.max()}: catalog.encode makes them"
             raise ValueError(f"{name} must be dense ids in 1..{self.catalog.num_items}, {outside}")
         return ids.astype(np.int32)
 
-    def _signals(self, actions: Mapping[str, ArrayLike] | None, count: int) -> Int[np.ndarray, "E S"]:
+    def _signals(
+        self, actions: Mapping[str, ArrayLike] | None, count: int
+    ) -> Int[np.ndarray, "E S"]:
         names = self.config.rank.signals
         if actions is None:
             return np.zeros((count, len(names)), np.int32)
         columns = {name: np.asarray(values) for name, values in actions.items()}
         if wrong := [name for name, values in columns.items() if len(values) != count]:
-            raise ValueError(f"{count} items but {len(columns[wrong[0]])} values of {wrong[0]!r}: give one an item")
+            raise ValueError(
+                f"{count} items but {len(columns[wrong[0]])} values of {wrong[0]!r}: give one an item"
+            )
         return signals.signals(columns, names, count)
 
     def _batch(self, queries: Sequence[Query]) -> Batch:
@@ -211,9 +246,13 @@ class RecommendationModel:
         length_U = np.zeros(self.max_users, np.int32)
         length_U[: len(queries)] = [query.length for query in queries]
         start_U = np.concatenate([[0], np.cumsum(length_U + (length_U > 0))[:-1]]).astype(np.int32)
-        users = _capacity(-(-int(length_U.sum()) // self.config.data.max_history), 1, self.max_users, 2)
+        users = _capacity(
+            -(-int(length_U.sum()) // self.config.data.max_history), 1, self.max_users, 2
+        )
         rows = -(-users * self.config.data.max_history // ROW_MULTIPLE) * ROW_MULTIPLE
-        events = jax.tree.map(lambda *parts: np.concatenate(parts), *(query.events for query in queries))
+        events = jax.tree.map(
+            lambda *parts: np.concatenate(parts), *(query.events for query in queries)
+        )
         return gather_batch(events, start_U, start_U + length_U, rows=rows, xp=np)
 
     def _classes_of(self, queries: Sequence[Query]) -> tuple[int, int]:
@@ -222,11 +261,20 @@ class RecommendationModel:
         k = _capacity(max(query.k for query in queries), SMALLEST_K, items, 8)
         return k, _capacity(max(len(query.hidden) for query in queries), SMALLEST_HIDDEN, items, 8)
 
-    def decode(self, best_K: Int[np.ndarray, " K"], score_K: Float[np.ndarray, " K"]) -> list[Recommendation]:
+    def decode(
+        self, best_K: Int[np.ndarray, " K"], score_K: Float[np.ndarray, " K"]
+    ) -> list[Recommendation]:
         """Raw ids and titles of dense ids; those from the first 0 on are left out."""
         found = best_K[best_K > 0]
-        titles = [None if self.catalog.titles is None else self.catalog.titles[item] for item in found]
-        return [Recommendation(*fields) for fields in zip(self.catalog.decode(found).tolist(), titles, score_K.tolist(), strict=False)]
+        titles = [
+            None if self.catalog.titles is None else self.catalog.titles[item] for item in found
+        ]
+        return [
+            Recommendation(*fields)
+            for fields in zip(
+                self.catalog.decode(found).tolist(), titles, score_K.tolist(), strict=False
+            )
+        ]
 
 
 def require_retrieval(workdir: str, config: Config) -> None:

@@ -21,10 +21,18 @@ class ScoreRequest(AboutUser):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "oneOf": [only("user", "history", "times", "actions", "context"), only("history", "user")],
+            "oneOf": [
+                only("user", "history", "times", "actions", "context"),
+                only("history", "user"),
+            ],
             "examples": [
                 {"user": 42, "candidates": [608, 2858]},
-                {"history": [1193, 914], "times": [978300760, 978301968], "actions": {"rating": [5, 3]}, "candidates": [608, 2858]},
+                {
+                    "history": [1193, 914],
+                    "times": [978300760, 978301968],
+                    "actions": {"rating": [5, 3]},
+                    "candidates": [608, 2858],
+                },
             ],
         },
     )
@@ -39,14 +47,17 @@ class ScoreRequest(AboutUser):
         description="what is known of each candidate before the user acts, by the names of the source, such as skill: one value a candidate",
     )
     context: dict[str, Text] | None = Field(
-        None, description="what is known of the user, by the names of the source, such as gender, in its words"
+        None,
+        description="what is known of the user, by the names of the source, such as gender, in its words",
     )
 
     @model_validator(mode="after")
     def _one_value_a_candidate(self) -> "ScoreRequest":
         for name, values in self.features.items():
             if len(values) != len(self.candidates):
-                raise ValueError(f"{len(self.candidates)} candidates but {len(values)} values of {name!r}: give one a candidate")
+                raise ValueError(
+                    f"{len(self.candidates)} candidates but {len(values)} values of {name!r}: give one a candidate"
+                )
         if self.user is not None and self.context is not None:
             raise ValueError("context goes with a history; that of a user is in the data")
         return self
@@ -61,6 +72,10 @@ class Scored(BaseModel):
 
 
 class ScoreAnswer(BaseModel):
-    candidates: list[Scored] = Field(description="one for each that was asked about, in the same order")
-    events: int = Field(description="how many events of the history the scores were made from; 0: the history was empty")
+    candidates: list[Scored] = Field(
+        description="one for each that was asked about, in the same order"
+    )
+    events: int = Field(
+        description="how many events of the history the scores were made from; 0: the history was empty"
+    )
     warnings: list[str] = Field(description="what of the request was ignored or missing")

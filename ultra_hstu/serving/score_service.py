@@ -32,10 +32,18 @@ class ScoreService:
 
     def prepare(self, request: ScoreRequest) -> Prepared:
         """Looks up ids, users and values. Raises ValueError for what cannot be answered, with the reason."""
-        known_C, warnings = known_ids(self.model.vocabulary.catalog, request.candidates, "candidates")
+        known_C, warnings = known_ids(
+            self.model.vocabulary.catalog, request.candidates, "candidates"
+        )
         feature_CF, more = self._features(request.features, len(request.candidates))
-        asked: dict[str, Any] = {"candidates": known_C[known_C > 0], "feature_CF": feature_CF[known_C > 0], "now": request.now}
-        told, about = self._of_user(request.user) if request.user is not None else self._of_history(request)
+        asked: dict[str, Any] = {
+            "candidates": known_C[known_C > 0],
+            "feature_CF": feature_CF[known_C > 0],
+            "now": request.now,
+        }
+        told, about = (
+            self._of_user(request.user) if request.user is not None else self._of_history(request)
+        )
         query = self.model.query(**told, **asked)
         empty = [] if query.events else [EMPTY]
         return Prepared(query, (*about, *warnings, *more, *empty), (request.candidates, known_C))
@@ -45,7 +53,9 @@ class ScoreService:
         asked = [p.query for p in prepared if len(p.query.item_C)]
         scores = iter(self.model.score(self.users.of(asked, self.model.encode), asked))
         nothing = np.zeros((0, len(self.model.kinds)))
-        return [self.as_answer(p, next(scores) if len(p.query.item_C) else nothing) for p in prepared]
+        return [
+            self.as_answer(p, next(scores) if len(p.query.item_C) else nothing) for p in prepared
+        ]
 
     def warm_up(self) -> int:
         """Compiles all that requests can need. Returns the number of programs."""
@@ -59,19 +69,25 @@ class ScoreService:
         """An answer from what the model scored: the candidates that it knows."""
         raw, known_C = prepared.asked
         catalog, tasks = self.model.vocabulary.catalog, list(self.model.kinds)
-        found = iter(zip(catalog.decode(known_C[known_C > 0]).tolist(), score_CK.tolist(), strict=True))
+        found = iter(
+            zip(catalog.decode(known_C[known_C > 0]).tolist(), score_CK.tolist(), strict=True)
+        )
         candidates = []
         for given, dense in zip(raw, known_C.tolist(), strict=True):
             item, scores = next(found) if dense else (given, None)
             title = catalog.titles[dense] if dense and catalog.titles is not None else None
             of_task = None if scores is None else dict(zip(tasks, scores, strict=True))
             candidates.append(Scored.model_construct(item=item, title=title, scores=of_task))
-        return ScoreAnswer.model_construct(candidates=candidates, events=prepared.query.events, warnings=list(prepared.warnings))
+        return ScoreAnswer.model_construct(
+            candidates=candidates, events=prepared.query.events, warnings=list(prepared.warnings)
+        )
 
     def _of_user(self, user: int | str) -> tuple[dict[str, Any], list[str]]:
         """The whole history of a user of the data, and what is known of the user."""
         if self.data is None:
-            raise ValueError("users of the data are not known here, since this is an exported model: give a history")
+            raise ValueError(
+                "users of the data are not known here, since this is an exported model: give a history"
+            )
         interactions = self.data.interactions
         row, events = interactions.row(user), interactions.history(user)
         told = {
@@ -98,12 +114,16 @@ class ScoreService:
             else:
                 unknown.append(f"{name!r:.40}: {text!r:.40}")
         if unknown:
-            warnings.append(f"context: {', '.join(unknown[:5])} is not known to this run and was ignored")
+            warnings.append(
+                f"context: {', '.join(unknown[:5])} is not known to this run and was ignored"
+            )
         warnings += _missing("context", model.vocabulary.contexts, request.context or {})
         told = {
             "items": found_E[kept],
             "times": None if request.times is None else np.asarray(request.times, np.int64)[kept],
-            "actions": {name: np.asarray(values)[kept] for name, values in given.items() if name in read},
+            "actions": {
+                name: np.asarray(values)[kept] for name, values in given.items() if name in read
+            },
             "context": context,
         }
         return told, warnings
@@ -113,21 +133,42 @@ class ScoreService:
         """The source's columns of events that the run reads."""
         config = self.model.config
         channels = [channel.signal for channel in config.model.channels.values() if channel.signal]
-        return list(dict.fromkeys([*signals.needs(config.rank.signals), *config.rank.features, *channels]))
+        return list(
+            dict.fromkeys([*signals.needs(config.rank.signals), *config.rank.features, *channels])
+        )
 
-    def _features(self, given: Mapping[str, Sequence[float]], count: int) -> tuple[Int32[np.ndarray, "C F"], list[str]]:
+    def _features(
+        self, given: Mapping[str, Sequence[float]], count: int
+    ) -> tuple[Int32[np.ndarray, "C F"], list[str]]:
         names, columns, warnings = self.model.config.rank.features, [], []
         for name in names:
-            code_C = self.model.vocabulary.feature(name, given[name]) if name in given else np.zeros(count, np.int32)
+            code_C = (
+                self.model.vocabulary.feature(name, given[name])
+                if name in given
+                else np.zeros(count, np.int32)
+            )
             if name in given and (unknown := int((code_C == 0).sum())):
-                warnings.append(f"features: {unknown} of {count} values of {name!r} are not in the data and were ignored")
+                warnings.append(
+                    f"features: {unknown} of {count} values of {name!r} are not in the data and were ignored"
+                )
             columns.append(code_C)
         if unread := sorted(set(given) - set(names)):
-            warnings.append(f"features {', '.join(repr(name)[:40] for name in unread[:5])} are not read by this run and were ignored")
-        return np.stack(columns, axis=1) if columns else np.zeros((count, 0), np.int32), [*warnings, *_missing("features", names, given)]
+            warnings.append(
+                f"features {', '.join(repr(name)[:40] for name in unread[:5])} are not read by this run and were ignored"
+            )
+        return np.stack(columns, axis=1) if columns else np.zeros((count, 0), np.int32), [
+            *warnings,
+            *_missing("features", names, given),
+        ]
 
 
 def _missing(field: str, read: Any, given: Any) -> list[str]:
     """A warning of what a run reads and was not given."""
     missing = [name for name in read if name not in given]
-    return [f"{field}: this run reads {', '.join(map(repr, missing))}, which was not given and counts as unknown"] if missing else []
+    return (
+        [
+            f"{field}: this run reads {', '.join(map(repr, missing))}, which was not given and counts as unknown"
+        ]
+        if missing
+        else []
+    )

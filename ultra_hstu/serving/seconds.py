@@ -7,7 +7,9 @@ from numpy.typing import ArrayLike
 from ultra_hstu.data.batching import SECONDS_RANGE
 
 
-def since_first(count: int, times: ArrayLike | None, now: int | None, *, first: int = 0) -> Int[np.ndarray, " n"]:
+def since_first(
+    count: int, times: ArrayLike | None, now: int | None, *, first: int = 0
+) -> Int[np.ndarray, " n"]:
     """Seconds of the events from `first` on and of the request behind them, int32, from the first of these.
 
     Args:
@@ -27,8 +29,12 @@ def since_first(count: int, times: ArrayLike | None, now: int | None, *, first: 
         time_E = np.append(time_E, time_E[-1])
     if len(back := np.flatnonzero(time_E[1:] < time_E[:-1])):
         earlier, later = int(time_E[back[0]]), int(time_E[back[0] + 1])
-        raise ValueError(f"times go back from {earlier} to {later}: give the history oldest first, and now not before its last event")
+        raise ValueError(
+            f"times go back from {earlier} to {later}: give the history oldest first, and now not before its last event"
+        )
     time_E = time_E[first:]
     if int(time_E[-1]) - int(time_E[0]) > SECONDS_RANGE:
-        raise ValueError(f"times run from {time_E[0]} to {time_E[-1]}: more than 2^31 - 1 seconds. Give seconds, not milliseconds.")
+        raise ValueError(
+            f"times run from {time_E[0]} to {time_E[-1]}: more than 2^31 - 1 seconds. Give seconds, not milliseconds."
+        )
     return (time_E - time_E[0]).astype(np.int32)

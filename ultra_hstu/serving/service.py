@@ -38,14 +38,23 @@ class Service:
     def prepare(self, request: Request) -> Prepared:
         """Looks up ids and users. Raises ValueError for what cannot be answered, with the reason."""
         blocked, warnings = known_ids(self.model.catalog, request.block, "block")
-        options: dict[str, Any] = {"k": request.k, "now": request.now, "block": blocked[blocked > 0], "allow_empty": True}
+        options: dict[str, Any] = {
+            "k": request.k,
+            "now": request.now,
+            "block": blocked[blocked > 0],
+            "allow_empty": True,
+        }
         if request.user is not None:
             return Prepared(self.of_user(request.user, **options), tuple(warnings))
         found, more = known_ids(self.model.catalog, request.history or [], "history")
         kept = found > 0
         read = signals.needs(self.model.config.rank.signals)
         ignored = unread_actions(request.actions or {}, read)
-        columns = {name: np.asarray(values)[kept] for name, values in (request.actions or {}).items() if name in read}
+        columns = {
+            name: np.asarray(values)[kept]
+            for name, values in (request.actions or {}).items()
+            if name in read
+        }
         times = None if request.times is None else np.asarray(request.times, np.int64)[kept]
         query = self.model.query(found[kept], times, actions=columns or None, **options)
         return Prepared(query, (*more, *warnings, *ignored))
@@ -62,7 +71,11 @@ class Service:
         """One device call for new histories and one for the catalogue, for up to `model.max_users` requests."""
         queries = [p.query for p in prepared if p.query.length]
         ranked = iter(
-            self.model.best(np.stack(self.users.of(queries, lambda new: list(self.model.encode(new)))), queries) if queries else []
+            self.model.best(
+                np.stack(self.users.of(queries, lambda new: list(self.model.encode(new)))), queries
+            )
+            if queries
+            else []
         )
         empty = "the history is empty: these are the most popular items"
         return [
@@ -95,22 +108,38 @@ class Service:
         return self.model.decode(best_K, self.data.count_I[best_K])
 
 
-def known_ids(catalog: Catalog, raw_ids: Sequence[int | str], name: str) -> tuple[Int[np.ndarray, " n"], list[str]]:
+def known_ids(
+    catalog: Catalog, raw_ids: Sequence[int | str], name: str
+) -> tuple[Int[np.ndarray, " n"], list[str]]:
     """Dense ids, 0 for those that the catalogue lacks, and a warning that counts these. Raises ValueError for ids of another kind."""
     dense = catalog.find(list(raw_ids))
     unknown = [raw for raw, found in zip(raw_ids, dense, strict=True) if not found]
     if not unknown:
         return dense, []
     shown = ", ".join(repr(raw)[:40] for raw in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-    return dense, [f"{name}: {len(unknown)} of {len(raw_ids)} items are not in the catalogue and were ignored: {shown}"]
+    return dense, [
+        f"{name}: {len(unknown)} of {len(raw_ids)} items are not in the catalogue and were ignored: {shown}"
+    ]
 
 
 def unread_actions(actions: Iterable[str], read: Iterable[str]) -> list[str]:
     """A warning of actions that a run does not read, if there are such."""
     unused = sorted(set(actions) - set(read))
-    return [f"actions {', '.join(repr(name)[:40] for name in unused[:5])} are not read by this run and were ignored"] if unused else []
+    return (
+        [
+            f"actions {', '.join(repr(name)[:40] for name in unused[:5])} are not read by this run and were ignored"
+        ]
+        if unused
+        else []
+    )
 
 
-def as_answer(items: Sequence[Recommendation], source: Literal["model", "popularity"], warnings: Sequence[str]) -> Answer:
+def as_answer(
+    items: Sequence[Recommendation], source: Literal["model", "popularity"], warnings: Sequence[str]
+) -> Answer:
     """An answer from what the model ranked."""
-    return Answer(items=[Item.model_construct(**dataclasses.asdict(item)) for item in items], source=source, warnings=list(warnings))
+    return Answer(
+        items=[Item.model_construct(**dataclasses.asdict(item)) for item in items],
+        source=source,
+        warnings=list(warnings),
+    )

@@ -19,17 +19,23 @@ def is_ranking(workdir: str) -> bool:
     return Path(workdir).is_file() or bool(Workdir(workdir).read_config().rank.tasks)
 
 
-def check_options(workdir: str, *, tables: str = "float32", block: Sequence[Any] = (), kind: str = "same") -> None:
+def check_options(
+    workdir: str, *, tables: str = "float32", block: Sequence[Any] = (), kind: str = "same"
+) -> None:
     """Raises ValueError for options that this kind of run does not have."""
     ranking = is_ranking(workdir)
     if ranking and tables != "float32":
-        raise ValueError(f"tables={tables} is for retrieval runs, and {workdir} is a ranking run: leave it out")
+        raise ValueError(
+            f"tables={tables} is for retrieval runs, and {workdir} is a ranking run: leave it out"
+        )
     if ranking and block:
         raise ValueError(
             f"block hides items from recommendations, and {workdir} is a ranking run, which scores what it is given: leave it out"
         )
     if not ranking and kind != "same":
-        raise ValueError(f"cache_kind={kind} rounds the keys and values of ranking runs, and {workdir} is a retrieval run: leave it out")
+        raise ValueError(
+            f"cache_kind={kind} rounds the keys and values of ranking runs, and {workdir} is a retrieval run: leave it out"
+        )
 
 
 def open_service(
@@ -56,10 +62,16 @@ def open_service(
     """
     check_options(workdir, tables=tables, block=block, kind=kind)
     if Path(workdir).is_file():
-        return ScoreService(exported.scoring_model(workdir, kind=kind, max_users=max_users), None, cache_bytes=cache_bytes)
+        return ScoreService(
+            exported.scoring_model(workdir, kind=kind, max_users=max_users),
+            None,
+            cache_bytes=cache_bytes,
+        )
     data = RunData(workdir, raw_dir)
     if is_ranking(workdir):
-        return ScoreService(ScoringModel.of_run(data, kind=kind, max_users=max_users), data, cache_bytes=cache_bytes)
+        return ScoreService(
+            ScoringModel.of_run(data, kind=kind, max_users=max_users), data, cache_bytes=cache_bytes
+        )
     model = RecommendationModel(workdir, tables=tables, max_users=max_users)
     blocked = model.catalog.find(block)  # lists outlive items: unknown ids have nothing to block
     if blocked.any():

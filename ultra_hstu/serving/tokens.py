@@ -22,19 +22,27 @@ class PaddedHistory:
     used_B: Any  # int32 [B]: 1 for a real user
 
 
-def pad_history(history: History, form: Form, room: Room | None = None) -> tuple[PaddedHistory, dict[str, int]]:
+def pad_history(
+    history: History, form: Form, room: Room | None = None
+) -> tuple[PaddedHistory, dict[str, int]]:
     """The history at the sizes of its class, or of `room`, and the rows of every channel there. Raises ValueError for a room that is too small."""
     users = capacity(history.users) if room is None else room.users
     channels, rows = {}, {}
     for name, events in history.channels.items():
         count = len(events.item_E)
         if room is not None and (history.users > users or count > room.events[name]):
-            raise ValueError(f"{history.users} users with {count} events of {name!r} are more than {room} holds: encode fewer at a time")
+            raise ValueError(
+                f"{history.users} users with {count} events of {name!r} are more than {room} holds: encode fewer at a time"
+            )
         size = capacity(count, LEAST_ROWS) if room is None else room.events[name]
         columns = {column: padded(getattr(events, column), size) for column in COLUMNS}
         channels[name] = Events(**columns, offsets=padded_offsets(events.offsets, users))
         needed = int(row_counts(form, np.diff(events.offsets)).sum())
-        rows[name] = capacity(needed, LEAST_ROWS) if room is None else users * form.contextual + form.per_event * size
+        rows[name] = (
+            capacity(needed, LEAST_ROWS)
+            if room is None
+            else users * form.contextual + form.per_event * size
+        )
     wide = History(channels, padded(history.context_BC, users), padded(history.now_B, users))
     return PaddedHistory(wide, padded(np.ones(history.users, np.int32), users)), rows
 
@@ -44,17 +52,24 @@ def row_counts(form: Form, events_B: Any) -> Any:
     return form.contextual + form.per_event * events_B
 
 
-def pad_candidates(candidates: Candidates, users: int, micro_batch: int, room: int | None = None) -> tuple[Candidates, int]:
+def pad_candidates(
+    candidates: Candidates, users: int, micro_batch: int, room: int | None = None
+) -> tuple[Candidates, int]:
     """Candidates at the sizes of their class, or in a room for so many, and the candidates of a step: `micro_batch` of them, fewer if there are no more.
 
     Raises ValueError for a room that is too small.
     """
     count = len(candidates.item_C)
     if room is not None and count > room:
-        raise ValueError(f"{count} candidates are more than the {room} that there is room for: score fewer at a time")
+        raise ValueError(
+            f"{count} candidates are more than the {room} that there is room for: score fewer at a time"
+        )
     step = min(micro_batch, capacity(count, LEAST_ROWS) if room is None else room)
     size = step * (capacity(-(-count // step)) if room is None else -(-room // step))
-    arrays = {name: padded(getattr(candidates, name), size) for name in ("item_C", "feature_CF", "time_C", "slot_C")}
+    arrays = {
+        name: padded(getattr(candidates, name), size)
+        for name in ("item_C", "feature_CF", "time_C", "slot_C")
+    }
     return Candidates(**arrays, offsets=padded_offsets(candidates.offsets, users)), step
 
 
@@ -67,7 +82,9 @@ def history_tokens(form: Form, request: PaddedHistory, name: str, rows: int) -> 
     def with_request(column: Any, values: Any) -> Array:
         return jnp.concatenate([jnp.asarray(column), jnp.asarray(values)])
 
-    nothing = [jnp.zeros((users, x.shape[1]), jnp.int32) for x in (events.signal_ES, events.feature_EF)]
+    nothing = [
+        jnp.zeros((users, x.shape[1]), jnp.int32) for x in (events.signal_ES, events.feature_EF)
+    ]
     data = RankEvents(
         item_E=with_request(events.item_E, jnp.zeros(users, jnp.int32)),
         time_E=with_request(events.time_E, history.now_B),
@@ -91,7 +108,9 @@ def history_tokens(form: Form, request: PaddedHistory, name: str, rows: int) -> 
     span = {f"start/{name}": events.offsets[:-1], f"stop/{name}": events.offsets[1:]}
     columns = {"user": user_B, "target": count + user_B, "count": request.used_B} | span
     tokens = gather(data, columns, jnp).channels[name]
-    return dataclasses.replace(tokens, num_targets=None, num_contextual=tokens.num_contextual if form.contextual else None)
+    return dataclasses.replace(
+        tokens, num_targets=None, num_contextual=tokens.num_contextual if form.contextual else None
+    )
 
 
 def last_event(request: PaddedHistory, name: str) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
@@ -115,7 +134,12 @@ def target_tokens(
     """Rows of targets behind histories of `events_R` events, of which the newest was at `last_R`. All rows count as real."""
     rows = item_R.shape[0]
     zero_R = jnp.zeros(rows, jnp.int32)
-    gap_R = jnp.searchsorted(jnp.asarray(GAP_EDGES), time_R - last_R, side="right", method="compare_all").astype(jnp.int32) + 1
+    gap_R = (
+        jnp.searchsorted(
+            jnp.asarray(GAP_EDGES), time_R - last_R, side="right", method="compare_all"
+        ).astype(jnp.int32)
+        + 1
+    )
     return Tokens(
         item_T=item_R,
         signal_TS=jnp.zeros((rows, signals), jnp.int32),
@@ -134,7 +158,18 @@ def target_tokens(
 
 def token_rows(tokens: Tokens, row_R: Int[Array, " R"], count: Int[Array, ""]) -> Tokens:
     """Some rows of tokens, the first `count` of them real, as one sequence: for the embedding."""
-    fields = ("item_T", "signal_TS", "feature_TF", "context_T", "position_T", "gap_T", "time_T", "next_time_T")
+    fields = (
+        "item_T",
+        "signal_TS",
+        "feature_TF",
+        "context_T",
+        "position_T",
+        "gap_T",
+        "time_T",
+        "next_time_T",
+    )
     taken = {name: jnp.take(getattr(tokens, name), row_R, axis=0, mode="clip") for name in fields}
     offsets = jnp.stack([jnp.zeros_like(count), count])
-    return dataclasses.replace(tokens, **taken, offsets=offsets, num_targets=None, num_contextual=None)
+    return dataclasses.replace(
+        tokens, **taken, offsets=offsets, num_targets=None, num_contextual=None
+    )

@@ -24,10 +24,18 @@ def load_params(folder: Workdir, recipe: Steps) -> tuple[int, Params]:
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
     restored = checkpoints.restore(abstract(jax.eval_shape(lambda: recipe.init(0))), best=True)
     if restored is None:
-        raise ValueError(f"{folder.path} has no checkpoint yet: train it first, with experiments.train --workdir={folder.path}")
+        raise ValueError(
+            f"{folder.path} has no checkpoint yet: train it first, with experiments.train --workdir={folder.path}"
+        )
     step, params = restored[0], restored[1].params
-    if broken := [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not _finite(leaf)]:
-        raise ValueError(f"the checkpoint of step {step} in {folder.path} holds NaN or infinity in {broken[0]}: train again")
+    if broken := [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not _finite(leaf)
+    ]:
+        raise ValueError(
+            f"the checkpoint of step {step} in {folder.path} holds NaN or infinity in {broken[0]}: train again"
+        )
     return step, params
 
 

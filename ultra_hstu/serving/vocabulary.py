@@ -49,9 +49,14 @@ class Vocabulary:
         return np.array(found, np.int32)
 
 
-def signal_codes(names: Sequence[str], actions: dict[str, np.ndarray], count: int) -> Int32[np.ndarray, "E S"]:
+def signal_codes(
+    names: Sequence[str], actions: dict[str, np.ndarray], count: int
+) -> Int32[np.ndarray, "E S"]:
     """The codes of signals of `count` events, 0 for signals whose actions were not given. Raises ValueError for values that a signal cannot be made from."""
     codes = [
-        signals.signal(actions, name).code if set(signals.needs((name,))) <= set(actions) else np.zeros(count, np.int32) for name in names
+        signals.signal(actions, name).code
+        if set(signals.needs((name,))) <= set(actions)
+        else np.zeros(count, np.int32)
+        for name in names
     ]
     return np.stack(codes, axis=1) if codes else np.zeros((count, 0), np.int32)
