@@ -34,7 +34,7 @@ test: $(INSTALLED)  ## the whole test suite on CPU
 	$(PY) -m pytest -q -n 2 --dist=worksteal
 
 test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU (after install-cuda)
-	$(PY) -m pytest -q -n 8 --dist=worksteal tests_gpu -o pythonpath=". tests" --record=experiments/results/test_gpu.json
+	$(PY) -m pytest -q -n 8 --dist=worksteal tests/gpu --record=experiments/results/test_gpu.json
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -42,7 +42,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(VENV)/bin/mypy
 
 tables: $(INSTALLED)  ## write the README's tables and figures anew from experiments/results
-	$(PY) -m scripts.make_tables
+	$(PY) -m scripts.tables.make
 
 clean:  ## remove .venv, prepared data and runs
 	rm -rf $(VENV) data runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

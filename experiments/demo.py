@@ -13,7 +13,7 @@ from experiments import command
 from experiments.configs import synthetic
 from ultra_hstu import report
 from ultra_hstu.config import from_config_dict
-from ultra_hstu.evaluate import baselines
+from ultra_hstu.retrieval.evaluate import baselines
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.task import Task
 from ultra_hstu.train import train

@@ -15,7 +15,7 @@ from absl import flags
 
 from experiments import command
 from ultra_hstu import provenance, quantization, report
-from ultra_hstu.evaluate import baselines, evaluator
+from ultra_hstu.retrieval.evaluate import baselines, evaluator
 from ultra_hstu.serving import load_params
 from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir, write_json

@@ -21,8 +21,8 @@ from ml_collections import config_flags
 from experiments import command
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.config import from_config_dict
-from ultra_hstu.evaluate import baselines, criteria_of
 from ultra_hstu.parallel import processes
+from ultra_hstu.retrieval.evaluate import baselines, criteria_of
 from ultra_hstu.task import Task
 from ultra_hstu.train import train
 

@@ -21,7 +21,7 @@ from experiments import command
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.interactions import Interactions, load_interactions
-from ultra_hstu.ranking_evaluate import baselines
+from ultra_hstu.ranking.evaluate import baselines
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.train import train
 

@@ -16,20 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.hstu_attention import (
-    make_plan,
-    mosaic_hopper,
-    mosaic_hopper_dq,
-    mosaic_hopper_vjp,
-    triton,
-    tuning,
-)
-from kernels.hstu_attention import mosaic_schedule as schedule
-from kernels.hstu_attention.mosaic_schedule import WorkList
+from kernels.hstu_attention import make_plan, tuning
+from kernels.hstu_attention.mosaic import backward as mosaic_hopper_vjp
+from kernels.hstu_attention.mosaic import backward_queries as mosaic_hopper_dq
+from kernels.hstu_attention.mosaic import forward as mosaic_hopper
+from kernels.hstu_attention.mosaic import schedule
+from kernels.hstu_attention.mosaic.schedule import WorkList
+from kernels.hstu_attention.triton import attention as triton
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
-from scripts import bench_attention
-from scripts.turns import each, preparing, turn
+from scripts.bench import attention as bench_attention
+from scripts.bench.turns import each, preparing, turn
 from ultra_hstu.provenance import provenance
 
 NAMES = "causal_d64_4x8192,causal_d128_4x8192,causal_d256_4x8192,window_d128_2x16384,short_d64_512x100,ml1m,ml1m_large"

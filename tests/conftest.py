@@ -1,6 +1,7 @@
 """Strict numerics for every test, programs that compile fast, and one store of them for all test processes."""
 
 import os
+import pathlib
 import tempfile
 
 import jax
@@ -19,3 +20,6 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Tests in `gpu` need a GPU; `make test-gpu` runs them.
+collect_ignore = [] if any(pathlib.Path("/dev").glob("nvidia[0-9]*")) else ["gpu"]

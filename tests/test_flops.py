@@ -7,18 +7,18 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rank_data
 from flax import nnx
-from small_run import with_
 
 from kernels.mask import AttentionMask
+from tests.ranking import rank_data
+from tests.small_run import with_
 from ultra_hstu import flops
 from ultra_hstu.config import ChannelConfig, Config, DataConfig, LossConfig, ModelConfig, RankConfig
-from ultra_hstu.data.batching import Events, gather_batch
-from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.recipe import Recipe
+from ultra_hstu.retrieval.batch import Events, gather_batch
+from ultra_hstu.sequences import Sequences
+from ultra_hstu.step import Recipe
 from ultra_hstu.task import Task
 
 ROWS, WIDTH = 256, 128

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from small_run import small_config
 
+from tests.small_run import small_config
 from ultra_hstu import quantization
-from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.quantization import Int4Table, quantize_int4, quantize_int8
+from ultra_hstu.retrieval.evaluate import Evaluator
 from ultra_hstu.task import Task
 
 VALUES = st.floats(-3e4, 3e4, width=32, allow_subnormal=False)  # XLA takes subnormal float32 for 0

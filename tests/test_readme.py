@@ -14,7 +14,7 @@ RECORDS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 
 def test_tables_are_current():
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.make_tables", "--check"],
+        [sys.executable, "-m", "scripts.tables.make", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -8,8 +8,8 @@ import sys
 
 import jax.numpy as jnp
 import pytest
-from small_run import small_config, with_
 
+from tests.small_run import small_config, with_
 from ultra_hstu.checkpoint import Checkpoints
 from ultra_hstu.report import MetricLog, read_metrics
 from ultra_hstu.workdir import Workdir, write_json

@@ -16,8 +16,8 @@ import numpy as np
 
 from kernels.mask import AttentionMask
 from ultra_hstu.config import Config, ModelConfig
-from ultra_hstu.losses import whole_table_is_cheaper
 from ultra_hstu.nn.hstu import layer_masks
+from ultra_hstu.retrieval.loss import whole_table_is_cheaper
 
 
 @dataclasses.dataclass(frozen=True)

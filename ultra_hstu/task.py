@@ -10,15 +10,15 @@ from jaxtyping import Float
 from ultra_hstu import flops
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
-from ultra_hstu.data.batching import Events
 from ultra_hstu.data.feed import WHOLE, Loader, Planner, history_loader
 from ultra_hstu.data.interactions import Interactions, load_interactions
-from ultra_hstu.data.rank_source import RankSource, channels
 from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
-from ultra_hstu.data.split import Split, split
 from ultra_hstu.flops import Flops
-from ultra_hstu.ranking_recipe import RankRecipe
-from ultra_hstu.recipe import Recipe
+from ultra_hstu.ranking.recipe import RankRecipe
+from ultra_hstu.ranking.source import RankSource, channels
+from ultra_hstu.retrieval.batch import Events
+from ultra_hstu.retrieval.split import Split, split
+from ultra_hstu.step import Recipe
 from ultra_hstu.workdir import Workdir
 
 

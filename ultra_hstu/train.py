@@ -25,9 +25,9 @@ from ultra_hstu import optim, report
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.data.feed import Feed, Group
-from ultra_hstu.evaluate import evaluator
 from ultra_hstu.parallel import make_mesh, processes
-from ultra_hstu.recipe import Steps, TrainState
+from ultra_hstu.retrieval.evaluate import evaluator
+from ultra_hstu.step import Steps, TrainState
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir, write_json
 

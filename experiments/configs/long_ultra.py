@@ -1,6 +1,6 @@
 """ULTRA-HSTU at the paper's scale (arXiv 2602.16986) on synthetic histories of 16,384 events: 18 layers of width 512, semi-local attention, truncation.
 
-    python -m scripts.bench_long --config=experiments/configs/long_ultra.py --record=experiments/results/long_ultra_h200.json
+    python -m scripts.bench.long --config=experiments/configs/long_ultra.py --record=experiments/results/long_ultra_h200.json
     python -m experiments.train --config=experiments/configs/long_ultra.py --workdir=runs/long_ultra
 
 For one Hopper GPU. The paper names neither how many layers stand below its truncation nor what length it keeps. With 3,072 events kept after 3 layers a forward

@@ -24,7 +24,10 @@ _ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("triton", "xla")}
 def implementations() -> dict[str, str]:
     """Names of the implementations that are here, with their modules."""
     return dispatch.installed(
-        {name: f"kernels.cached_attention.{name}" for name in ("triton", "xla")}
+        {
+            "triton": "kernels.cached_attention.triton.attention",
+            "xla": "kernels.cached_attention.xla",
+        }
     )
 
 

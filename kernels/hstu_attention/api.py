@@ -25,9 +25,9 @@ __all__ = [
 ]
 
 _FILES = {
-    "mosaic": "mosaic_hopper",
-    "mosaic_fp8": "mosaic_fp8",
-    "triton": "triton",
+    "mosaic": "mosaic.forward",
+    "mosaic_fp8": "mosaic.fp8",
+    "triton": "triton.attention",
     "xla": "xla",
     "reference": "reference",
 }

@@ -22,9 +22,9 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int
 
-from ultra_hstu.data.batching import Events, HistoryGather, choose_rows, plan_epoch
-from ultra_hstu.data.split import Examples
 from ultra_hstu.parallel.mesh import DATA, groups_here, put, put_groups
+from ultra_hstu.retrieval.batch import Events, HistoryGather, choose_rows, plan_epoch
+from ultra_hstu.retrieval.split import Examples
 
 DEVICE_BYTES = 2**30  # placement "auto": data up to this size lives on the device
 STREAM_THREADS = 4

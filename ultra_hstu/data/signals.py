@@ -188,8 +188,9 @@ _SIGNALS: _Makers = {
     **{name: (_flag(name), (name,)) for name in FLAGS},
 }
 _FEATURES: _Makers = {
-    name: (lambda actions, name=name: distinct(actions[name]), (name,)) for name in FEATURES
-}  # type: ignore[misc]
+    name: (lambda actions, name=name: distinct(actions[name]), (name,))  # type: ignore[misc]
+    for name in FEATURES
+}
 _TASKS: _Makers = {
     "rating_at_least_4": (
         _everywhere("binary", lambda actions: actions["rating"] >= 4),

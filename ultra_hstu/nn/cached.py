@@ -17,11 +17,11 @@ from kernels.cached_attention import cached_attention
 from kernels.hstu_attention import RelativeBias
 from kernels.jagged import is_real, lengths_to_offsets, offsets_to_lengths, positions, segment_ids
 from kernels.mask import AttentionMask, KeyIntervals
-from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.key_values import KeyValues, Kind, pack
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.truncation import Truncation
+from ultra_hstu.sequences import Sequences
 
 
 @jax.tree_util.register_dataclass

@@ -6,8 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ultra_hstu.nn import initializers
+from ultra_hstu.nn.mini_sequence import chunked
 from ultra_hstu.nn.norms import layer_norm
-from ultra_hstu.parallel.mini_sequence import chunked
 
 EPS = 1e-6
 

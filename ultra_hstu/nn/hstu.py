@@ -13,7 +13,6 @@ from kernels.hstu_attention.api import RelativeBias, hstu_attention, make_plan, 
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask
 from ultra_hstu.config import ModelConfig
-from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn.dropout import KeyOrNone, row_keys, split_key
 from ultra_hstu.nn.hstu_layer import Attend, ProductionLayer, ResearchLayer
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
@@ -24,6 +23,7 @@ from ultra_hstu.parallel import frame, parameters
 from ultra_hstu.parallel.context_attention import attend_context, heads_of_a_call, plan_context
 from ultra_hstu.parallel.mesh import CONTEXT
 from ultra_hstu.parallel.shards import ONE, Shards
+from ultra_hstu.sequences import Sequences
 
 
 class HSTU(nnx.Module):

@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float
 from ultra_hstu.nn import initializers
 from ultra_hstu.nn.dropout import KeysOrNone, apply_dropout, dropout_mask
 from ultra_hstu.nn.fp8 import Precision, linear
+from ultra_hstu.nn.mini_sequence import chunked
 from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import ATTENTION_OUTPUT, LAYER_INPUT
-from ultra_hstu.parallel.mini_sequence import chunked
 
 EPS = 1e-6
 

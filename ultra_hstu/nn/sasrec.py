@@ -10,12 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.jagged import is_real, pad, unpad
 from ultra_hstu.config import ModelConfig
-from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn import initializers
 from ultra_hstu.nn.dropout import KeyOrNone, KeysOrNone, dropout, row_keys, sequence_keys, split_key
 from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.parallel import parameters
 from ultra_hstu.parallel.shards import ONE, Shards
+from ultra_hstu.sequences import Sequences
 
 EPS = 1e-8
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.jagged import pad, unpad
-from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
+from ultra_hstu.sequences import Sequences
 
 
 def softmax_attention(

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kernels.jagged import is_real, lengths_to_offsets, positions, segment_ids
-from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.parallel.shards import ONE, Shards
+from ultra_hstu.sequences import Sequences
 
 
 class Cut(NamedTuple):

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from ultra_hstu.data.ranking import Form
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.key_values import Kind
+from ultra_hstu.ranking.batch import Form
 from ultra_hstu.serving.frozen import Channel, FrozenRanker
 from ultra_hstu.serving.inputs import Events, History
 from ultra_hstu.serving.tokens import row_counts

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ultra_hstu.data.sequences import Sequences
 from ultra_hstu.nn.cached import EncodedHistory
+from ultra_hstu.sequences import Sequences
 from ultra_hstu.serving.cache import Cache
 from ultra_hstu.serving.capacity import Room, padded, padded_offsets
 from ultra_hstu.serving.frozen import Channel, FrozenRanker

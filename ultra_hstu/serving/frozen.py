@@ -15,8 +15,8 @@ from ultra_hstu.nn import cached
 from ultra_hstu.nn.cached import EncodedHistory, TargetRows
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.key_values import Kind
-from ultra_hstu.nn.ranker import Ranker
 from ultra_hstu.parallel.parameters import is_matrix_of_layer
+from ultra_hstu.ranking.model import Ranker
 from ultra_hstu.serving import host_tables, tokens
 from ultra_hstu.serving.host_tables import HostTable
 from ultra_hstu.serving.inputs import Candidates

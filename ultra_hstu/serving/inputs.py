@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ultra_hstu.data.rank_source import RankSource, Sizes
-from ultra_hstu.data.ranking import Form
+from ultra_hstu.ranking.batch import Form
+from ultra_hstu.ranking.source import RankSource, Sizes
 
 _INT32 = np.iinfo(np.int32)
 COLUMNS = ("item_E", "time_E", "signal_ES", "feature_EF")  # of events

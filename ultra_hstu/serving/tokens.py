@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from ultra_hstu.data.ranking import GAP_EDGES, Form, RankEvents, RankGather, Tokens
+from ultra_hstu.ranking.batch import GAP_EDGES, Form, RankEvents, RankGather, Tokens
 from ultra_hstu.serving.capacity import LEAST_ROWS, Room, capacity, padded, padded_offsets
 from ultra_hstu.serving.inputs import COLUMNS, Candidates, Events, History
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.interactions import Interactions, load_interactions
-from ultra_hstu.recipe import Params, Steps
+from ultra_hstu.step import Params, Steps
 from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir
 

@@ -1,0 +1,268 @@
+"""HSTU attention on Hopper: dQ alone, the second pass of the deterministic backward. Built like the forward: rows
+stay, keys stream past them.
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from kernels.hstu_attention.mosaic import schedule
+from kernels.hstu_attention.mosaic.device import (
+    draw_items,
+    feed_items,
+    launch,
+    load_rows,
+    open_rings,
+    record_scratch,
+    ring,
+    swizzled,
+)
+from kernels.hstu_attention.mosaic.parts import write_sums
+from kernels.hstu_attention.mosaic.schedule import WorkList
+from kernels.hstu_attention.plan import AttentionPlan
+
+TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
+BLOCK = 64  # keys a step
+RECORDS = 4  # of work items, in shared memory at a time
+AHEAD = 4  # blocks before the end of an item at which the next one is drawn
+
+
+def work_list(heads: int) -> WorkList:
+    return WorkList.forward(heads, BLOCK, schedule.WORKERS)
+
+
+def query_gradients(
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    tails: Any,
+    plan: AttentionPlan,
+    scale: Array,
+    alpha: float,
+) -> Any:
+    """dQ of padded buffers (T a multiple of 128); `scale` is one number. `tails`: of q, k, do; the first pass has used their first counter."""
+    _, heads, width = q.shape
+    workers = work_list(heads).workers
+    width_v = v.shape[-1]
+    dtype, first = q.dtype, plan.first_row
+    # Tiles of rows, blocks of keys and of values that shared memory holds: the next tile begins before the last one has left, a block of keys is
+    # needed for a step more than its values.
+    wide = max(width, width_v) > 128
+    row_slots, k_stages, v_stages = (1, 2, 1) if wide else (2, 3, 2)
+    work = schedule.schedule_of(plan, work_list(heads))
+
+    def kernel(
+        q_gm,
+        k_gm,
+        v_gm,
+        do_gm,
+        bounds_gm,
+        factor_gm,
+        records_gm,
+        tail_first_gm,
+        tails_gm,
+        dq_gm,
+        part_gm,
+        s,
+    ):
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            open_rings(s, row=row_slots, k=k_stages, v=v_stages, rec=RECORDS)
+            mine = pl.ds(wg * 64, 64)
+
+            def first_row(item):  # behind the last item the tile is -1
+                return jnp.maximum(item.tile, 0) * TILE + wg * 64
+
+            def slopes(item, slot, step, i, nearest, beside=None, more=True):
+                """dS of an item's block i; the product that `beside` starts runs during the elementwise work.
+
+                more: False behind the last item, where what is computed goes nowhere.
+                """
+                row_slot, now_k, now_v = (
+                    lax.rem(slot, row_slots),
+                    lax.rem(step + i, k_stages),
+                    lax.rem(step + i, v_stages),
+                )
+
+                @pl.when(more)
+                def _():
+                    plgpu.barrier_wait(s["k_full"].at[now_k])
+                    plgpu.barrier_wait(s["v_full"].at[now_v])
+
+                # What depends on `here` is computed anew: kept from step to step it would take registers there are not.
+                here = lax.optimization_barrier(jnp.int32(0)) if wide else 0
+                rows = pl.ds(pl.multiple_of(mine.start + here, 64), 64)
+
+                def scores(s_acc, dp_acc):
+                    plgpu.wgmma(s_acc, s["q"].at[row_slot, rows], s["k"].at[now_k].T)
+                    plgpu.wgmma(dp_acc, s["do"].at[row_slot, rows], s["v"].at[now_v].T)
+                    if beside is not None:
+                        beside()
+                    score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if beside is None else 1)
+                    return lax.optimization_barrier(
+                        (score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
+                    )
+
+                block = plgpu.ACC((64, BLOCK), jnp.float32)
+                score, dp = pl.run_scoped(scores, block, block)
+                pl.when(more)(lambda: plgpu.barrier_arrive(s["v_empty"].at[now_v]))
+                score, dp = item.masked(i, BLOCK, bounds_gm, first_row(item), (score, dp), nearest)
+                half = score * (0.5 * alpha)
+                t = jnp.tanh(half)
+                w = t + 1.0
+                ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
+                return ds.astype(dtype)
+
+            def begin(item, slot, step, beside=None):
+                """(the bounds of its rows, dS of its first block): the next item begins while this one ends."""
+                if wide:  # no registers for that
+                    return None
+                nearest, more = item.bounds(bounds_gm, first_row(item)), item.tile >= 0
+                pl.when(more)(
+                    lambda: plgpu.barrier_wait(s["row_full"].at[lax.rem(slot, row_slots)])
+                )
+                return nearest, slopes(item, slot, step, jnp.int32(0), nearest, beside, more)
+
+            def one_item(item, slot, step, begun, ahead):
+                count, row_slot = item.count, lax.rem(slot, row_slots)
+
+                def accumulate(dq):
+                    def add(ds, i):
+                        plgpu.wgmma(dq, ds, s["k"].at[lax.rem(step + i, k_stages)])
+
+                    def release(i):
+                        plgpu.barrier_arrive(s["k_empty"].at[lax.rem(step + i, k_stages)])
+
+                    if wide:
+                        nearest = item.bounds(bounds_gm, first_row(item))
+                        plgpu.barrier_wait(s["row_full"].at[row_slot])
+
+                        @pl.loop(0, count)
+                        def _(i):
+                            add(slopes(item, slot, step, i, nearest), i)
+                            plgpu.wgmma_wait(0)
+                            release(i)
+
+                        return dq[...], ahead()
+
+                    nearest, ds = begun
+
+                    def one_block(i, ds):
+                        ds_next = slopes(
+                            item, slot, step, i, nearest, beside=lambda: add(ds, i - 1)
+                        )
+                        plgpu.wgmma_wait(0)
+                        release(i - 1)
+                        return ds_next
+
+                    ds = lax.fori_loop(1, count, one_block, ds)
+                    begun_next = ahead(lambda: add(ds, count - 1))
+                    out = dq[...]
+                    release(count - 1)
+                    return out, begun_next
+
+                dq, begun_next = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))
+                place, part, head = pl.ds(first_row(item) - first, 64), item.slot, item.head
+                plgpu.barrier_arrive(s["rec_empty"].at[slot])
+                times = factor_gm[0] * (0.5 * alpha)
+                stage = s["q"].at[row_slot, mine]  # nobody else reads these rows
+
+                def chunks():
+                    for c in range(0, width, 64):
+                        yield pl.ds(c, 64), dq[:, c : c + 64] * times
+
+                @pl.when(part < 0)
+                def _():
+                    for columns, chunk in chunks():
+                        stage.at[:, columns][...] = chunk.astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(stage, dq_gm.at[place, head])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @pl.when(part >= 0)
+                def _():
+                    for columns, chunk in chunks():
+                        part_gm.at[part, mine, columns][...] = chunk
+
+                plgpu.barrier_arrive(s["row_empty"].at[row_slot])
+                return begun_next
+
+            draw_items(s["rec"], s["rec_full"], one_item, begin)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 2)
+        def _feed():
+            plgpu.set_max_registers(24, action="decrease")
+            tail_first = tail_first_gm[0]
+
+            def queries(item, slot):
+                place, row_slot = pl.ds(item.tile * TILE - first, TILE), lax.rem(slot, row_slots)
+                full = s["row_full"].at[row_slot]
+                plgpu.barrier_wait(s["row_empty"].at[row_slot])
+                plgpu.copy_gmem_to_smem(q_gm.at[place, item.head], s["q"].at[row_slot], full)
+                plgpu.copy_gmem_to_smem(do_gm.at[place, item.head], s["do"].at[row_slot], full)
+
+            def keys_and_values(item, step, i):
+                now_k, now_v = lax.rem(step + i, k_stages), lax.rem(step + i, v_stages)
+                row = item.block(i) * BLOCK
+                plgpu.barrier_wait(s["k_empty"].at[now_k])
+                load_rows(
+                    k_gm,
+                    tails_gm,
+                    row,
+                    BLOCK,
+                    item.head,
+                    tail_first,
+                    s["k"].at[now_k],
+                    s["k_full"].at[now_k],
+                    width,
+                )
+                plgpu.barrier_wait(s["v_empty"].at[now_v])
+                plgpu.copy_gmem_to_smem(
+                    v_gm.at[pl.ds(row, BLOCK), item.head], s["v"].at[now_v], s["v_full"].at[now_v]
+                )
+
+            feed_items(
+                records_gm,
+                tails_gm,
+                s,
+                keys_and_values,
+                queries,
+                ahead=AHEAD,
+                workers=workers,
+                which=1,
+            )
+
+    slots = schedule.part_slots(plan, TILE, heads, workers)
+    dq, parts = launch(
+        kernel,
+        "hstu_backward_dq",
+        (q, k, v, do, work.bounds, scale.reshape(1), work.records, work.tail),
+        tails,
+        scratch=dict(
+            q=swizzled((row_slots, TILE, width), dtype),
+            do=swizzled((row_slots, TILE, width_v), dtype),
+            k=swizzled((k_stages, BLOCK, width), dtype),
+            v=swizzled((v_stages, BLOCK, width_v), dtype),
+            **record_scratch(RECORDS),
+            **ring("row", row_slots, filled=2),
+            **ring("k", k_stages),
+            **ring("v", v_stages),
+        ),
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, dtype),
+            jax.ShapeDtypeStruct((slots, TILE, width), jnp.float32),
+        ],
+        workers=workers,
+    )
+    (dq,) = write_sums(work.parts, [(parts, dq)], heads, first)
+    return dq

@@ -1,0 +1,147 @@
+"""Requests to load a deployment of a ranking run with, good and bad, and what their answers must be."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from scripts.load import requests as load_requests
+from scripts.load.requests import Sent, stretches
+from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.serving.schema import MAX_EVENTS
+from ultra_hstu.serving.score_schema import ScoreAnswer, ScoreRequest
+from ultra_hstu.serving.score_service import ScoreService
+from ultra_hstu.serving.scoring import MAX_CANDIDATES
+
+CANDIDATES = 100  # of a request
+# Of scores, by the dtype of the layers: which users share a device call differs.
+ROUNDING = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
+SCORE = "/score"
+EXAMPLE = {"user": 42, "candidates": [608, 2858, 1193]}
+
+
+def told(interactions: Interactions, count: int, events: int, seed: int) -> list[dict]:
+    """All that the data says of random stretches of so many events, and `CANDIDATES` random items."""
+    rng = np.random.default_rng((seed, 1))
+    known = interactions.catalog.raw_ids[1:]
+    requests = []
+    for user, span in stretches(interactions, count, events, seed):
+        words = {
+            name: interactions.context_values[name][codes[user]]
+            for name, codes in interactions.contexts.items()
+        }
+        times = (
+            {}
+            if interactions.timestamps is None
+            else {"times": interactions.timestamps[span].tolist()}
+        )
+        requests.append(
+            {
+                "history": interactions.catalog.decode(interactions.items[span]).tolist(),
+                "actions": {
+                    name: values[span].tolist() for name, values in interactions.actions.items()
+                },
+                "context": {name: word for name, word in words.items() if word},
+                "candidates": rng.choice(known, CANDIDATES).tolist(),
+                **times,
+            }
+        )
+    return requests
+
+
+def timed(interactions: Interactions, count: int, events: int, seed: int) -> list[Sent]:
+    """Good requests that are all alike: a history of so many events, `CANDIDATES` candidates."""
+    return [
+        Sent(json.dumps(request).encode(), path=SCORE)
+        for request in told(interactions, count, events, seed)
+    ]
+
+
+def checked(service: ScoreService, count: int, events: int, seed: int) -> list[Sent]:
+    """Good requests of every kind, with their answers by the model in this process."""
+    data: Any = service.data
+    interactions = data.interactions
+    rng = np.random.default_rng(seed)
+    known = interactions.catalog.raw_ids[1:].tolist()
+    absent = max(known) + 1 if interactions.catalog.raw_ids.dtype.kind == "i" else "absent"
+    requests: list[dict] = []
+    for whole in told(interactions, count, events, seed):
+        length = int(rng.integers(1, events + 1))
+        cut = {name: whole[name][:length] for name in ("history", "times") if name in whole}
+        cut["actions"] = {name: values[:length] for name, values in whole["actions"].items()}
+        some = whole["candidates"][: int(rng.integers(1, CANDIDATES))]
+        kinds = [
+            whole,
+            whole | cut | {"candidates": some},
+            {
+                "user": interactions.users[rng.integers(interactions.num_users)].item(),
+                "candidates": some,
+            },
+            {"history": [], "candidates": some},
+            {**cut, "candidates": [*some, absent, *some]},
+        ]
+        requests.append(kinds[rng.choice(len(kinds), p=[0.4, 0.25, 0.2, 0.05, 0.1])])
+    expected = load_requests.answers(service, requests)
+    options: dict[str, Any] = dict(path=SCORE, rounding=ROUNDING[service.model.config.model.dtype])
+    return [
+        Sent(json.dumps(request).encode(), answer, **options)
+        for request, answer in zip(requests, expected, strict=True)
+    ]
+
+
+def right(sent: Sent, body: bytes) -> bool:
+    """Whether an answer is the expected one."""
+    if sent.expected is None:
+        return True
+    got, wanted = ScoreAnswer.model_validate_json(body), sent.expected
+    if (got.events, got.warnings, len(got.candidates)) != (
+        wanted.events,
+        wanted.warnings,
+        len(wanted.candidates),
+    ):
+        return False
+    for one, other in zip(got.candidates, wanted.candidates, strict=True):
+        if one.item != other.item or (one.scores or {}).keys() != (other.scores or {}).keys():
+            return False
+        if any(
+            abs(value - other.scores[task]) > sent.rounding
+            for task, value in (one.scores or {}).items()
+        ):
+            return False
+    return True
+
+
+_WRONG: Sequence[str] = (
+    "{}", "[]", "null", "not json", '{"user": 1}', '{"candidates": [1]}', '{"history": [1], "candidates": []}', '{"history": [1], "candidates": [NaN]}',
+    '{"history": [1], "candidates": [1.5]}', '{"history": [1], "candidates": 1}', '{"history": [1], "candidates": [true]}',
+    '{"history": [1], "candidates": [[1]]}', '{"history": [1], "candidates": [null]}', '{"history": [1], "candidates": [1], "k": 3}',
+    '{"history": [1], "candidates": [1], "user": 1}', '{"user": 987654321, "candidates": [1]}', '{"history": [NaN], "candidates": [1]}',
+    '{"history": [1, 2], "times": [2, 1], "candidates": [1]}', '{"history": [1], "times": [1], "now": 0, "candidates": [1]}',
+    '{"history": [1, 2], "times": [0, 9007199254740992], "candidates": [1]}', '{"history": [1], "actions": {"x": [1, 2]}, "candidates": [1]}',
+    '{"history": [1], "actions": {"x": [1e400]}, "candidates": [1]}', '{"history": [1], "candidates": [1], "features": {"x": [1, 2]}}',
+    '{"history": [1], "candidates": [1], "features": {"x": ["a"]}}', '{"history": [1], "candidates": [1], "context": {"x": 1}}',
+    '{"user": 1, "candidates": [1], "context": {}}', '{"history": [1], "candidates": [99999999999999999999999]}', '{"history": [1], "candidates": ["\\ud800"]}',
+    '{"history": [1], "candidates": [1]', "[" * 5000, '{"candidates": ' + "[" * 5000,
+    json.dumps({"history": [1] * (MAX_EVENTS + 1), "candidates": [1]}), json.dumps({"history": [1], "candidates": [1] * (MAX_CANDIDATES + 1)}),
+)  # fmt: skip
+
+
+def bad(count: int, seed: int) -> list[Sent]:
+    """Requests that must be refused: each is answered with 4xx."""
+    return load_requests.bad(count, seed, _WRONG, SCORE)
+
+
+def steps(service: ScoreService) -> dict[str, Callable[[Any], Any]]:
+    """The parts of a call, from bodies to answers."""
+    model = service.model
+    return {
+        "read": lambda bodies: [ScoreRequest.model_validate(json.loads(body)) for body in bodies],
+        "prepare": lambda read: [service.prepare(request) for request in read],
+        "encode": lambda prepared: (prepared, model.encode([p.query for p in prepared])),
+        "score": lambda both: (both[0], model.score(both[1], [p.query for p in both[0]])),
+        "write": lambda both: [
+            service.as_answer(p, score_CK).model_dump_json()
+            for p, score_CK in zip(*both, strict=True)
+        ],
+    }

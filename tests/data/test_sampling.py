@@ -1,0 +1,317 @@
+"""Stochastic length against golden numbers and definitions; the load balancer."""
+
+import itertools
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scripts.bench import load_balance as bench_load_balance
+from tests import golden
+from ultra_hstu.sampling import (
+    RECALIBRATION_WEIGHT,
+    LoadBalancer,
+    keep_probability,
+    process_mean,
+    stochastic_length,
+    subsequence,
+    threshold,
+)
+
+ROOT = Path(__file__).parents[2]
+
+# --- lengths ---
+
+
+def test_golden_lengths():
+    file = golden.load("stochastic_length")
+    for row, (length, alpha) in enumerate(
+        zip(file["max_seq_len"].tolist(), file["alpha"].tolist(), strict=True)
+    ):
+        assert threshold(length, alpha) == file["threshold"][row]
+        np.testing.assert_allclose(
+            keep_probability(file["lengths"], length, alpha), file["keep_prob"][row], rtol=1e-6
+        )
+        kept = stochastic_length(file["lengths"], length, alpha, file["uniform"][row])
+        np.testing.assert_array_equal(kept, file["sampled_lengths"][row])
+
+
+def test_thresholds_of_the_paper():
+    """HSTU's table: 776 events of 4096 at alpha 1.6."""
+    assert [threshold(n, 1.6) for n in (1024, 2048, 4096, 8192)] == [256, 445, 776, 1351]
+
+
+def test_expected_cost_is_the_one_of_the_paper():
+    """A history of N events keeps N^(alpha - 2) of its attention's cost whole, and the cut ones have N^alpha pairs."""
+    rng = np.random.default_rng(0)
+    kept = stochastic_length(np.full(200_000, 1000), 1000, 1.7, rng.random(200_000))
+    assert np.mean(kept == 1000) == pytest.approx(1000 ** (1.7 - 2), rel=0.02)
+    assert set(kept) == {1000, threshold(1000, 1.7)}
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 2.1, float("nan")])
+def test_alpha_outside_its_range(alpha):
+    with pytest.raises(ValueError, match=r"must be in \(1, 2\]"):
+        threshold(100, alpha)
+    with pytest.raises(ValueError, match=r"must be in \(1, 2\]"):
+        LoadBalancer(100, alpha, 1.5)
+
+
+# --- subsequences ---
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.data(), st.sampled_from(["recent", "random", "weighted"]))
+def test_subsequences_are_sorted_and_of_exact_size(data, kind):
+    length = data.draw(st.integers(0, 40))
+    keep = data.draw(st.integers(0, length))
+    times = data.draw(
+        st.none()
+        | st.lists(st.integers(0, 50), min_size=length, max_size=length).map(
+            lambda t: np.sort(t).astype(np.int64)
+        )
+    )
+    chosen = subsequence(
+        kind, length, keep, np.random.default_rng(data.draw(st.integers(0, 9))), times
+    )
+    assert len(chosen) == keep == len(set(chosen.tolist()))
+    assert (np.diff(chosen) > 0).all() and (keep == 0 or (chosen[0] >= 0 and chosen[-1] < length))
+    if kind == "recent":
+        np.testing.assert_array_equal(chosen, np.arange(length)[length - keep :])
+
+
+def probabilities(weights, keep):
+    """How often each set comes out when events are drawn one after another without replacement."""
+    result = {}
+    for order in itertools.permutations(range(len(weights)), keep):
+        left, probability = sum(weights), 1.0
+        for event in order:
+            probability *= weights[event] / left
+            left -= weights[event]
+        result[tuple(sorted(order))] = result.get(tuple(sorted(order)), 0) + probability
+    return result
+
+
+@pytest.mark.parametrize(
+    "kind, times, weights",
+    [
+        ("random", [0, 10, 100, 101], [1, 1, 1, 1]),
+        ("weighted", [0, 60, 80, 100], [1 - 100 / 160, 1 - 40 / 160, 1 - 20 / 160, 1]),
+        ("weighted", None, [1 - 3 / 6, 1 - 2 / 6, 1 - 1 / 6, 1]),
+        ("weighted", [7, 7, 7, 7], [1, 1, 1, 1]),
+    ],
+)
+def test_draws_follow_their_weights(kind, times, weights):
+    rng = np.random.default_rng(0)
+    times = None if times is None else np.array(times)
+    tries = 12_000
+    counts = {}
+    for _ in range(tries):
+        chosen = tuple(subsequence(kind, 4, 2, rng, times).tolist())
+        counts[chosen] = counts.get(chosen, 0) + 1
+    for chosen, probability in probabilities(weights, 2).items():
+        assert counts[chosen] / tries == pytest.approx(
+            probability, abs=4 * np.sqrt(probability / tries)
+        )
+
+
+def test_weights_of_zero_come_last():
+    """One event in the past has all the age there is, so its weight is 0."""
+    for seed in range(20):
+        assert subsequence("weighted", 2, 1, np.random.default_rng(seed)).tolist() == [1]
+    assert subsequence("weighted", 2, 2, np.random.default_rng(0)).tolist() == [0, 1]
+
+
+def test_bad_subsequences():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="cannot be kept of 3"):
+        subsequence("random", 3, 4, rng)
+    with pytest.raises(ValueError, match="2 times for 3 events"):
+        subsequence("weighted", 3, 1, rng, np.zeros(2, np.int64))
+
+
+# --- load balance ---
+
+N, ALPHA, GAMMA = 400, 1.6, 1.5
+
+
+def draws(steps, ranks, users=24, seed=0):
+    """Histories of which half are long, as in industrial data, and a uniform number for each."""
+    rng = np.random.default_rng(seed)
+    length = np.minimum(rng.lognormal(4.6, 1.0, (steps, ranks, users)).astype(np.int64) + 1, N)
+    return length, rng.random(length.shape)
+
+
+class AllReduce:
+    """The means that all ranks agree on, one a call."""
+
+    def __init__(self, means):
+        self.left = list(means)
+
+    def __call__(self, own):
+        return float(self.left.pop(0))
+
+
+def loads(steps=40, ranks=8):
+    """Load of every rank at every step, plain and balanced; ranks share means as an all-reduce would give them."""
+    length, uniform = draws(steps, ranks)
+    plain = stochastic_length(length, N, ALPHA, uniform)
+    means = (
+        (plain.astype(float) ** GAMMA).sum(-1).reshape(-1, 10, ranks).mean((1, 2))
+    )  # what the ranks agree on every 10 steps
+    balancers = [LoadBalancer(N, ALPHA, GAMMA, 10, mean=AllReduce(means)) for _ in range(ranks)]
+    kept = np.array(
+        [
+            [balancer.choose(length[s, r], uniform[s, r]) for r, balancer in enumerate(balancers)]
+            for s in range(steps)
+        ]
+    )
+    return (
+        length,
+        plain,
+        kept,
+        (plain.astype(float) ** GAMMA).sum(-1),
+        (kept.astype(float) ** GAMMA).sum(-1),
+    )
+
+
+def test_spread_of_the_load_falls():
+    length, plain, kept, before, after = loads()
+    np.testing.assert_array_equal(kept[:10], plain[:10])  # warm-up draws plainly
+    slowest = lambda load: np.mean(load[10:].max(1) / load[10:].mean(1))  # noqa: E731
+    assert slowest(after) < 1 + 0.6 * (slowest(before) - 1)
+    assert after[10:].std() < 0.6 * before[10:].std()
+    assert after[10:].mean() == pytest.approx(before[10:].mean(), rel=0.1)
+    assert set(np.unique(kept[kept != length])) == {threshold(N, ALPHA)}
+
+
+def test_no_choice_is_closer_in_order_of_preference():
+    """Whole histories are the first ones in order of u / p, and one more or one less would be further from the target."""
+    length, uniform = (x[0, 0] for x in draws(1, 1))
+    balancer = LoadBalancer(
+        N,
+        ALPHA,
+        GAMMA,
+        target=LoadBalancer(N, ALPHA, GAMMA).load(stochastic_length(length, N, ALPHA, uniform))
+        * 1.3,
+    )
+    kept = balancer.choose(length, uniform)
+    cut = threshold(N, ALPHA)
+    long = np.flatnonzero(length > cut)
+    order = sorted(long, key=lambda i: (1 - uniform[i]) * length[i] ** 2 / N**ALPHA)
+    distance = []
+    for count in range(len(order) + 1):
+        trial = np.where(length > cut, cut, length)
+        trial[order[:count]] = length[order[:count]]
+        distance.append((abs(balancer.load(trial) - balancer.target), trial))
+    np.testing.assert_array_equal(kept, min(distance, key=lambda pair: pair[0])[1])
+
+
+def test_at_the_load_of_a_plain_draw_the_choice_is_plain():
+    length, uniform = (x[0, 0] for x in draws(1, 1, seed=3))
+    plain = stochastic_length(length, N, ALPHA, uniform)
+    balancer = LoadBalancer(N, ALPHA, GAMMA)
+    balancer.calibrate([balancer.load(plain)])
+    np.testing.assert_array_equal(balancer.choose(length, uniform), plain)
+
+
+def test_capacity_bounds_the_choice():
+    length, uniform = (x[0, 0] for x in draws(1, 1))
+    balancer = LoadBalancer(N, ALPHA, GAMMA, target=1e12)
+    assert balancer.choose(length, uniform).sum() == length.sum()
+    cut = np.minimum(length, threshold(N, ALPHA)).sum()
+    assert cut < balancer.choose(length, uniform, capacity=int(cut) + 300).sum() <= cut + 300
+    assert balancer.choose(length, uniform, capacity=0).sum() == cut  # nothing further can be cut
+
+
+def test_recalibration_is_the_only_communication():
+    length, uniform = draws(7, 1)
+    asked = []
+    balancer = LoadBalancer(
+        N, ALPHA, GAMMA, 3, mean=lambda own: asked.append(own) or 1000.0 * len(asked)
+    )
+    targets = []
+    for s in range(7):
+        balancer.choose(length[s, 0], uniform[s, 0])
+        targets.append(balancer.target)
+    plain = (stochastic_length(length, N, ALPHA, uniform).astype(float) ** GAMMA).sum(-1)[:, 0]
+    np.testing.assert_allclose(asked, [plain[:3].mean(), plain[3:6].mean()])
+    moved = 1000.0 + RECALIBRATION_WEIGHT * 1000.0
+    assert targets == [None, None, 1000.0, 1000.0, 1000.0, moved, moved]
+    assert process_mean(2.5) == 2.5  # one process
+
+
+def test_mean_over_two_processes():
+    """Each starts with another load; both get the mean."""
+    code = """
+import sys, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from ultra_hstu.sampling import process_mean
+print("mean", process_mean(1e6 + 1000 * int(sys.argv[2])))
+"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, address, str(rank)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert all(float(text.split("mean ")[-1]) == 1000500.0 for text in said), said
+
+
+def test_a_restored_balancer_goes_on_alike():
+    length, uniform = draws(20, 1)
+    first, second = (LoadBalancer(N, ALPHA, GAMMA, 4) for _ in range(2))
+    for s in range(10):
+        first.choose(length[s, 0], uniform[s, 0])
+    second.restore(first.state())
+    for s in range(10, 20):
+        np.testing.assert_array_equal(
+            first.choose(length[s, 0], uniform[s, 0]), second.choose(length[s, 0], uniform[s, 0])
+        )
+    assert first.state() == second.state()
+
+
+@pytest.mark.parametrize("field, value", [("gamma", 0.0), ("recalibrate_every", 0)])
+def test_bad_settings(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value} must be"):
+        LoadBalancer(**{"max_length": N, "alpha": ALPHA, "gamma": GAMMA} | {field: value})
+
+
+def test_benchmark_at_a_small_size(monkeypatch, tmp_path):
+    """Loads of the ranks are those of the definitions; a picture comes out."""
+    for name, value in {"STEPS": 20, "RECALIBRATE": 10, "USERS": 6}.items():
+        monkeypatch.setattr(bench_load_balance, name, value)
+    length_U = np.random.default_rng(0).integers(1, 300, 50)
+    found = bench_load_balance.measure(length_U, timed_steps=1)
+    assert 1 < found["gamma"] < 2 and found["longest"] == length_U.max()
+    _, kept = bench_load_balance.simulate(length_U, 299, 2.0, 4)
+    load_SR = (kept["plain"][10:].astype(float) ** 2).sum(2)
+    spread = bench_load_balance.spread(kept["plain"], 2.0)
+    assert spread["max_over_mean"] == pytest.approx(
+        np.mean([max(load_R) / np.mean(load_R) for load_R in load_SR])
+    )
+    assert sum(spread["histogram"]["counts"]) + spread["histogram"]["beyond"] == load_SR.size
+    for policy in ("plain", "balanced"):
+        step = found["step"][policy]
+        assert step["rows"] % 128 == 0 and np.shape(step["seconds"]) == (1, 8)
+        assert step["slowest"] == max(step["seconds"][0])
+    assert (
+        found["load"]["8"]["balanced"]["std_over_mean"]
+        < found["load"]["8"]["plain"]["std_over_mean"]
+    )
+    bench_load_balance.draw({"sets": {"small": found}}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,117 @@
+"""One of the processes of tests/parallel/test_processes.py, as a SLURM task: what it reads of an epoch, and how bad input ends, as JSON in a file.
+
+python -m tests.parallel.process_worker FOLDER, with SLURM's variables
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from tests.small_run import small_config, with_
+from ultra_hstu.data.feed import DeviceFeed
+from ultra_hstu.parallel import processes
+from ultra_hstu.retrieval.batch import Events
+from ultra_hstu.task import Task
+from ultra_hstu.train import train
+
+MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
+
+
+def events_read(task):
+    """Events that an epoch brings to this process's devices, by the place of their group among all groups: [[place, events], ...]."""
+    loader = task.loader("train", batch_users=16, steps_per_call=3)
+    found = {}
+    for group in loader.groups(loader.plan(seed=1, epoch=2)):
+        feed = group.feed
+        arrays = (
+            feed.columns_SB
+            if isinstance(feed, DeviceFeed)
+            else {"time": feed.batches_S.time_T, "weight": feed.batches_S.weight_T}
+        )
+        shards = {
+            name: {
+                shard.index[1].start or 0: np.asarray(shard.data)
+                for shard in array.addressable_shards
+            }
+            for name, array in arrays.items()
+        }
+        for place in shards[next(iter(shards))]:
+            for step in range(group.steps):
+                part = {name: by_place[place][step] for name, by_place in shards.items()}
+                if isinstance(feed, DeviceFeed):
+                    batch = feed.gather(task.events, part, np)
+                    part = {"time": batch.time_T, "weight": batch.weight_T}
+                number = place * task.config.parallel.data // next(iter(arrays.values())).shape[1]
+                found.setdefault(number, []).extend(part["time"][part["weight"] > 0].tolist())
+    return sorted(found.items())
+
+
+def error(config, folder, task=None):
+    try:
+        train(config, folder, console=Console(quiet=True), task=task)
+    except ValueError as raised:
+        return str(raised)
+    raise AssertionError("no error")
+
+
+def main(folder):
+    processes.join(None, None, None, detect=True, seconds=60)
+    me = jax.process_index()
+    base = with_(
+        small_config(folder / "data"),
+        model__relative_bias=False,
+        model__window=(4,),
+        data__batch_tokens=256,
+    )
+    task = Task.load(base)
+    read = {}
+    for data, context in MESHES:
+        for placement in ("stream", "device"):
+            config = with_(
+                base,
+                parallel__data=data,
+                parallel__context=context,
+                parallel__groups=8,
+                data__placement=placement,
+            )
+            numbered = np.arange(task.interactions.num_events, dtype=np.int32)
+            on_mesh = dataclasses.replace(
+                Task.of(config, task.interactions), events=Events(numbered, numbered)
+            )
+            read[f"{data}x{context} {placement}"] = events_read(on_mesh)
+    wrong = (
+        dataclasses.replace(task.interactions, items=np.roll(task.interactions.items, 1))
+        if me == 2
+        else task.interactions
+    )
+    good = with_(base, parallel__data=8)
+    errors = {
+        "configuration": error(with_(good, train__seed=2 + (me == 3)), folder / "run"),
+        "mesh": error(with_(base, parallel__data=3, parallel__context=2), folder / "run"),
+        "one device": error(base, folder / "run"),
+        "folder": error(good, folder),
+        "data": error(good, folder / "run", Task.of(good, wrong)),
+    }
+    agreed = [
+        processes.of_all(me),
+        processes.of_first(lambda: me + 10),
+        processes.largest(me, on_mesh.recipe.mesh)(),
+    ]
+    train_E = np.concatenate(
+        [
+            np.arange(*bounds)
+            for bounds in zip(task.splits.train.start, task.splits.train.stop, strict=True)
+        ]
+    )
+    result = {"read": read, "errors": errors, "agreed": agreed, "events": train_E.tolist()}
+    (folder / f"process_{me}.json").write_text(json.dumps(result))
+    processes.end()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,281 @@
+"""Ranking runs from files in the publishers' formats to a result, by the command lines; and what a killed run goes on with."""
+
+import dataclasses
+import importlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from scripts import ablation
+from tests.data.data_files import (
+    KUAIRAND_HEADER,
+    KUAIRAND_USER_HEADER,
+    kuairand_line,
+    kuairand_user,
+    write,
+)
+from tests.ranking import rank_data
+from tests.small_run import with_
+from ultra_hstu.checkpoint import Checkpoints, abstract
+from ultra_hstu.config import from_config_dict
+from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.serving.artefact import Scorer
+from ultra_hstu.task import RankTask, Task
+from ultra_hstu.train import Interrupted, train
+
+ROOT = Path(__file__).parents[2]
+NAMES = [
+    f"{source}_rank_{kind}"
+    for source in ("assistments", "ml1m", "kuairand")
+    for kind in ("hstu", "ultra")
+]
+
+
+def assistments(folder: Path, learners=10, steps=20) -> Path:
+    """Learners who answer right when problem and learner add up to an even number."""
+    rng = np.random.default_rng(0)
+    for fold in range(5):
+        lines = []
+        for learner in range(fold * learners // 5 + 1, (fold + 1) * learners // 5 + 1):
+            problems = rng.integers(1, 9, steps)
+            right = (problems + learner) % 2
+            lines += [
+                f"{learner},{steps}",
+                *(",".join(map(str, column)) for column in (problems, problems % 3 + 1, right)),
+            ]
+        write(folder / f"fold{fold + 1}.csv", lines)
+    return folder
+
+
+def ml1m(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    movies = [f"{m}::Movie {m} (1999)::Drama" for m in range(1, 13)]
+    ratings = [
+        f"{u}::{rng.integers(1, 13)}::{rng.integers(1, 6)}::{1000 * u + 7 * i}"
+        for u in range(1, 9)
+        for i in range(12)
+    ]
+    write(folder / "ratings.dat", ratings)
+    write(folder / "movies.dat", movies)
+    write(
+        folder / "users.dat",
+        [f"{u}::{'MF'[u % 2]}::{(1, 18, 25)[u % 3]}::{u % 5}::12345" for u in range(1, 9)],
+    )
+    return folder
+
+
+def kuairand(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    lines = [
+        kuairand_line(
+            u, int(rng.integers(0, 9)), 10**6 * (100 * u + i), is_click=int(rng.integers(0, 2)), long_view=int(rng.integers(0, 2)),
+            is_like=int(rng.integers(0, 2)), play_time_ms=int(rng.integers(0, 9000)), duration_ms=int(rng.integers(0, 3)) * 4000, tab=u % 2,
+        )
+        for u in range(1, 9)
+        for i in range(12)
+    ]  # fmt: skip
+    for number, part in enumerate(("4_08_to_4_21_1k", "4_22_to_5_08_1k")):
+        write(folder / f"log_standard_{part}.csv", [KUAIRAND_HEADER, *lines[number::2]])
+    write(
+        folder / "user_features_1k.csv",
+        [
+            KUAIRAND_USER_HEADER,
+            *(kuairand_user(u, register_days_range=f"{u % 3}+") for u in range(1, 9)),
+        ],
+    )
+    return folder
+
+
+def shrunk(name, tmp_path):
+    """A configuration of the repository at a size for tests, on files of its source's format."""
+    config = from_config_dict(importlib.import_module(f"experiments.configs.{name}").get_config())
+    make = {"assistments": assistments, "ml1m": ml1m, "kuairand": kuairand}[name.split("_")[0]]
+    channels = {
+        key: dataclasses.replace(channel, max_history=6, layers=2 + (channel.layers > 3))
+        for key, channel in config.model.channels.items()
+    }
+    return with_(
+        config,
+        data__raw_dir=str(make(tmp_path / "raw")), data__data_dir=str(tmp_path / "data"), data__max_history=6, data__batch_users=4,
+        model__width=8, model__qk_width=4, model__v_width=4, model__layers=2, model__dtype="float32", model__channels=channels,
+        rank__targets=2, rank__head_width=8, rank__test_fraction=0.2, rank__validation_fraction=0.2,
+        train__epochs=1, train__eval_users=8, train__steps_per_call=2,
+        **({"model__truncate_after": 1, "model__truncate_length": 3, "model__window": (2,), "model__full_rows": (1,)} if config.model.channels else {}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_ranking_configuration_fits_its_data(name, tmp_path):
+    """A step and a prediction are traced, with all the options of the file but its sizes."""
+    task = Task.load(shrunk(name, tmp_path))
+    assert isinstance(task, RankTask) and task.flops("test").inference > 0
+    loader = task.loader("train", batch_users=4, steps_per_call=2)
+    batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
+    state, metrics = jax.eval_shape(lambda: task.recipe.step(task.recipe.init(0), batch))
+    logits = jax.eval_shape(task.recipe.logits, state.params, batch)
+    assert logits.shape == batch.label_PK.shape == (8, len(task.config.rank.tasks))
+
+
+def test_the_command_line_trains_and_records(tmp_path):
+    raw, record = assistments(tmp_path / "raw"), tmp_path / "record.json"
+    options = {
+        "data.raw_dir": raw, "data.data_dir": tmp_path / "data", "data.max_history": 16, "data.batch_users": 4, "model.width": 8, "model.qk_width": 4,
+        "model.v_width": 4, "model.dtype": "float32", "model.truncate_after": 1, "model.truncate_length": 4, "model.channels.attempts.layers": 2,
+        "model.channels.attempts.max_history": 16, "model.channels.right.layers": 2, "model.channels.right.max_history": 8, "model.layers": 2,
+        "rank.targets": 2, "train.epochs": 1, "train.eval_users": 8,
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "experiments.train", f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py", f"--workdir={tmp_path / 'run'}",
+        "--seeds=1", f"--record={record}", *(f"--config.{name}={value}" for name, value in options.items()),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads(record.read_text())
+    assert [run["seed"] for run in written["runs"]] == [1]
+    assert {"ne", "auc/correct", "gauc/correct", "log_loss/correct"} <= written["runs"][0][
+        "best"
+    ].keys()
+    assert [epoch["epoch"] for epoch in written["runs"][0]["history"]] == [1]
+    # What it learnt goes into a file that scores candidates by itself; tests/serving/test_export.py reads one where this code is not.
+    out = tmp_path / "scorer.zip"
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.export",
+        f"--workdir={tmp_path / 'run' / 'seed_1'}",
+        f"--out={out}",
+        "--candidates=8",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    scorer = Scorer(out)
+    nothing = {
+        "item_E": [],
+        "time_E": [],
+        "signal_ES": np.zeros((0, 1), int),
+        "feature_EF": np.zeros((0, 1), int),
+        "offsets": [0, 0],
+    }
+    history = {
+        "channels": {"attempts": nothing, "right": nothing},
+        "context_BC": np.zeros((1, 0), int),
+        "now_B": [0],
+    }
+    asked = {"item_C": [1, 2], "time_C": [0, 0], "feature_CF": [[1], [1]], "offsets": [0, 2]}
+    assert np.isfinite(scorer.score(scorer.encode(history), asked)).all()
+
+
+class StopAfterFiveLooks:
+    """Stands in for `train._Stop`: a stop is asked for at the sixth look, which is in the middle of an epoch."""
+
+    def __init__(self):
+        self.looks = 0
+
+    @property
+    def requested(self):
+        self.looks += 1
+        return int(signal.SIGTERM) if self.looks > 5 else 0
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
+    """Stopped in the middle of epochs, the run goes on there, with requests that are drawn anew from (seed, epoch)."""
+    config = rank_data.config(
+        tmp_path,
+        data=dict(batch_users=3),
+        model=dict(layers=1),
+        train=dict(epochs=2, protocol="chronological", steps_per_call=1),
+    )
+    task = Task.of(config, rank_data.interactions((20, 18, 12)))
+    whole = train(config, tmp_path / "whole", console=Console(quiet=True), task=task)
+    assert whole["steps"] > 5
+    monkeypatch.setattr("ultra_hstu.train._Stop", StopAfterFiveLooks)
+    steps = []
+    while True:
+        try:
+            resumed = train(config, tmp_path / "stopped", console=Console(quiet=True), task=task)
+            break
+        except Interrupted as stop:
+            steps.append(str(stop).split(",")[0])
+    assert steps and all("step" in place for place in steps)
+
+    def final(folder):
+        state = abstract(jax.eval_shape(lambda: task.recipe.init(0)))
+        return Checkpoints((folder / "checkpoints").absolute(), read_only=True).restore(state)
+
+    jax.tree.map(
+        np.testing.assert_array_equal, final(tmp_path / "whole")[1], final(tmp_path / "stopped")[1]
+    )
+    assert {**whole, "seconds": 0, "compile_seconds": 0} == {
+        **resumed,
+        "seconds": 0,
+        "compile_seconds": 0,
+    }
+
+
+def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
+    config = shrunk("kuairand_rank_ultra", tmp_path)
+    found = ablation.variants(config)
+    assert list(found) == [
+        "ultra", "interleaved_input", "full_attention", "no_truncation", "one_transducer", "fewer_signals", "whole_histories", "fp8_projections",
+    ]  # fmt: skip
+    interactions = load_interactions(config.data)
+    cost = {}
+    for name, variant in found.items():
+        variant.validate()
+        cost[name] = ablation.describe(Task.of(variant, interactions))["inference_gflop"]
+    assert (
+        cost["interleaved_input"] > cost["ultra"]
+        and cost["no_truncation"] > cost["ultra"] > cost["one_transducer"]
+    )
+    assert found["fewer_signals"].rank.signals == ("is_click",)
+
+
+def test_ablation_writes_its_record(tmp_path):
+    """A second call trains nothing and writes the same numbers."""
+    config = rank_data.config(
+        tmp_path, train=dict(epochs=1, protocol="chronological"), model=dict(layers=1)
+    )
+    file = tmp_path / "results" / "record.json"
+    results = []
+    for _ in range(2):
+        ablation.run(
+            {"ultra": config},
+            rank_data.interactions((12, 15, 20)),
+            [1],
+            tmp_path / "runs",
+            file,
+            Console(quiet=True),
+        )
+        entry = json.loads(file.read_text())["variants"]["ultra"]
+        results.append({name: entry["runs"][0][name] for name in ("best", "steps", "seconds")})
+        assert (
+            entry["mean"] == entry["runs"][0]["best"]
+            and entry["inference_gflop"] > 0
+            and entry["parameters"] > 0
+        )
+    assert results[0] == results[1]
+
+
+def test_ablation_lists_its_variants(tmp_path):
+    command = [
+        sys.executable, "-m", "scripts.ablation", f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py", "--list",
+        f"--config.data.raw_dir={assistments(tmp_path / 'raw')}", f"--config.data.data_dir={tmp_path / 'data'}", "--only=no_truncation,ultra",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["ultra", "no_truncation"]
+    done = subprocess.run(
+        [*command, "--only=nothing"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert (
+        done.returncode == 1
+        and "there is no variant 'nothing'; the variants are ultra, interleaved_input"
+        in done.stderr
+    )

@@ -1,0 +1,91 @@
+"""Evaluation against plain loops: one user at a time, every item scored, history removed, place counted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.small_run import small_config, with_
+from ultra_hstu.retrieval.batch import gather_batch
+from ultra_hstu.retrieval.evaluate import Evaluator, popularity_metrics
+from ultra_hstu.task import Task
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return Task.load(with_(small_config(tmp_path_factory.mktemp("data")), train__eval_users=7))
+
+
+@pytest.fixture(scope="module")
+def params(task):
+    return task.recipe.init(5).params
+
+
+def ranks_by_hand(task, params, examples):
+    """The place of every target, from scores of single histories without any padding."""
+    model = task.recipe.model(params)
+    table = np.asarray(model.item_table[...])
+    unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
+    events, ranks = jax.device_put(task.events), []
+    encode = jax.jit(
+        lambda start, stop: model.encode(gather_batch(events, start, stop, rows=10), rngs=None)[-1]
+    )
+    for start, stop in zip(examples.start, examples.stop, strict=True):
+        scores = unit @ np.asarray(
+            encode(jnp.array([start], jnp.int32), jnp.array([stop], jnp.int32))
+        )
+        seen, target = set(task.interactions.items[start:stop]), task.interactions.items[stop]
+        better = [
+            item
+            for item in range(1, len(table))
+            if item not in seen and item != target and scores[item] > scores[target]
+        ]
+        ranks.append(2501 if target in seen else len(better) + 1)
+    return np.array(ranks)
+
+
+def test_ranks_against_loops(task, params):
+    examples = task.splits.test
+    assert (
+        len(examples) == 60 and (examples.lengths == 10).all()
+    )  # 11 events before the target, of which the newest 10 are kept
+    np.testing.assert_array_equal(
+        Evaluator(task, "test").ranks(params), ranks_by_hand(task, params, examples)
+    )
+
+
+def test_metrics_are_means_over_users(task, params):
+    evaluator = Evaluator(task, "test")
+    ranks = evaluator.ranks(params)
+    metrics = evaluator(params)
+    assert metrics["hr@10"] == pytest.approx(np.mean(ranks <= 10))
+    assert metrics["ndcg@10"] == pytest.approx(np.mean((ranks <= 10) / np.log2(ranks + 1)))
+    assert metrics["mrr"] == pytest.approx(np.mean(1 / ranks))
+
+
+def test_padded_layout_gives_the_same_ranks(task, params):
+    padded = Task.of(with_(task.config, data__layout="padded"), task.interactions)
+    np.testing.assert_array_equal(
+        Evaluator(padded, "test").ranks(params), Evaluator(task, "test").ranks(params)
+    )
+
+
+def test_popularity_counts_the_training_events_only(task):
+    """Training uses, of each user's 12 events, the newest 11 before the last (10 rows and the target of the last row)."""
+    counts = np.zeros(121)
+    for items in task.interactions.items.reshape(60, 12):
+        np.add.at(counts, items[:11], 1)
+    np.testing.assert_array_equal(np.ceil(task.popularity()), counts)
+    metrics = popularity_metrics(task, "test")
+    assert 0 <= metrics["hr@10"] <= metrics["hr@50"] <= 1
+
+
+def test_published_has_no_validation_items(task):
+    with pytest.raises(ValueError, match="protocol 'published' has no validation items"):
+        Evaluator(task, "validation")
+
+
+def test_validation_and_test_items_differ(tmp_path):
+    task = Task.load(small_config(tmp_path, protocol="validated"))
+    assert (task.splits.validation.stop + 1 == task.splits.test.stop).all()
+    assert (task.splits.train.stop + 1 == task.splits.validation.stop).all()

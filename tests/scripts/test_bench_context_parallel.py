@@ -1,0 +1,190 @@
+"""The benchmark of context parallelism, at a size that CPU devices can do; and what becomes of its records."""
+
+import json
+
+import pytest
+
+from scripts.bench import context_parallel as bench
+from scripts.bench import context_parallel_longest
+from scripts.bench.context_parallel_balance import balance
+from scripts.bench.context_parallel_longest import GIB, USERS, longest
+from scripts.bench.context_parallel_model import Case
+from scripts.bench.turns import one_by_one
+from scripts.tables import context_parallel as context_parallel_tables
+from scripts.tables import tables
+from ultra_hstu.parallel.collectives import collectives
+
+
+def measured(cases):
+    tasks = [(bench.prepare_step, (case, 1, 0.001)) for case in cases.values()]
+    return bench.with_speed_up(dict(zip(cases, one_by_one(tasks, processes=False), strict=True)))
+
+
+def test_steps():
+    cases = bench.step_cases(2, 4, 32, small=True)
+    assert list(cases["causal"]) == [
+        "one device",
+        "ring",
+        "gather",
+        "ulysses",
+        "data",
+        "ring, 2 x batch",
+    ]
+    some = {name: cases["semi_local"][name] for name in ("one device", "halo")}
+    found = measured(some)
+    one, halo = found["one device"], found["halo"]
+    assert halo["first_loss"] == pytest.approx(one["first_loss"], rel=1e-5)
+    assert one["bytes_sent_a_step"] == 0 < halo["bytes_sent_a_step"] and halo["bytes_a_device"] > 0
+    assert halo["speed_up"] == pytest.approx(one["step_ms"] / halo["step_ms"])
+
+
+def test_a_case_that_fails_is_part_of_the_result():
+    cases = {
+        "one device": Case("causal", 1, 16, small=True),
+        "too many": Case("causal", 1, 15, context=2, small=True),
+    }
+    found = measured(cases)
+    assert "15 rows" in found["too many"]["error"] and found["one device"]["speed_up"] == 1
+
+
+@pytest.mark.parametrize("guess", [16, 3072, 100_000])
+def test_longest(guess):
+    """The last length that fits, and that one step more does not."""
+
+    def measure(case):
+        return 3 * 10**9 + 25_600_000 * case.length + case.length // 1000 * 10**6
+
+    found = longest(Case("causal", USERS, guess), 80 * GIB, 16, measure)
+    assert (
+        found["bytes"]
+        <= 80 * GIB
+        < found["bytes_of_one_step_more"]
+        == measure(Case("causal", USERS, found["longest"] + 16))
+    )
+    assert found["longest"] % 16 == 0 and found["compiles"] <= 5
+    with pytest.raises(ValueError, match="no longest length of .* after 8 compilations"):
+        longest(Case("causal", USERS, guess), 80 * GIB, 16, lambda case: GIB)
+
+
+def test_training():
+    found = context_parallel_longest.prepare_training(
+        Case("semi_local", 1, 64, context=2, strategy="halo", small=True), 4
+    )()
+    assert found["losses"][-1] < found["losses"][0] and len(found["step_ms"]) == 4
+
+
+def test_reshard():
+    found = bench.measure_reshard(2, 1024, 8, seconds=0.001)["ways"]
+    for place in ("slices", "blocks"):
+        few, many = found[place]["all_to_all"], found[place]["all_gather"]
+        assert (
+            few["bytes_sent"] < many["bytes_sent"]
+            and few["temporary_bytes"] < many["temporary_bytes"]
+        )
+
+
+def test_balance():
+    found = balance()["busiest_over_mean"]
+    assert all(
+        values["balanced"] <= 1.05 for name, values in found.items() if name.endswith("causal")
+    )
+    assert found["zipf/causal"]["contiguous"] > 1.2
+
+
+def test_collectives_of_a_gpu_program():
+    """As XLA writes them for GPUs: asynchronous, operands before results."""
+    group = "replica_groups={{0,1}}"
+    program = f"""
+  %a = ((f32[64,8]{{1,0}}), f32[64,8]{{1,0}}) all-to-all-start(%x), {group}
+  %b = ((bf16[64]{{0}}), bf16[64]{{0}}) all-reduce-start(%x), {group}, to_apply=%add
+  %c = ((f32[64,8]{{1,0}}), f32[32,8]{{1,0}}) reduce-scatter-start(%x), {group}, dimensions={{0}}
+  %d = ((f32[32,8]{{1,0}}), f32[64,8]{{1,0}}) all-gather-start(%x), {group}, dimensions={{0}}
+  %e = ((bf16[16]{{0}}), bf16[16]{{0}}) collective-permute-start(%x), source_target_pairs={{{{0,1}}}}
+"""
+    assert [one.bytes for one in collectives(program, 2)] == [
+        64 * 8 * 2,
+        64 * 2,
+        32 * 8 * 4,
+        32 * 8 * 4,
+        32,
+    ]
+
+
+def test_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(context_parallel_tables, "FIGURES", tmp_path)
+    every = (
+        context_parallel_tables.longest_table,
+        context_parallel_tables.steps_table,
+        context_parallel_tables.reshard_table,
+    )
+    for table in (*every, context_parallel_tables.balance_table):
+        assert "not measured yet" in table()
+    context_parallel_tables.context_parallel_figure()
+    assert not list(tmp_path.iterdir())
+
+    origin = {"device": "2 x GPU", "commit": "abc", "date": "2026-01-01T00:00:00", "devices": 2}
+    step = {
+        "users": 4,
+        "length": 1024,
+        "step_ms": 10.0,
+        "tokens_a_second": 4e5,
+        "bytes_sent_a_step": 2e6,
+        "bytes_a_device": GIB,
+    }
+    cases = {
+        "one device": step | {"speed_up": 1.0},
+        "halo": step | {"speed_up": 1.87},
+        "halo, 2 x batch": {"error": "OOM"},
+    }
+    ways = {
+        "all_to_all": {"batches_a_second": 200, "temporary_bytes": 2**20, "bytes_sent": 1e6},
+        "all_gather": {"batches_a_second": 100, "temporary_bytes": 2**22, "bytes_sent": 4e6},
+    }
+    long = {
+        "case": {"length": 131072, "context": 2},
+        "bytes_peak": GIB,
+        "step_ms": [9.0, 8.0],
+        "losses": [9.0, 8.0],
+    }
+    steps = origin | {
+        "steps": {"semi_local": cases},
+        "long": long,
+        "reshard": {"rows": 10, "width": 8, "devices": 2, "ways": {"slices": ways}},
+    }
+    (tmp_path / "context_parallel_steps_h100.json").write_text(json.dumps(steps))
+    lengths = {str(c): {"longest": 3000 * c} for c in (1, 2, 4, 8)}
+    run = {
+        "case": {"context": 2, "mask": "causal", "length": 6000},
+        "bytes_peak": 70 * GIB,
+        "bytes_predicted": 71 * GIB,
+    }
+    record = origin | {
+        "users": USERS,
+        "budget_GiB": 80.0,
+        "compiled_for": "an H100",
+        "variants": {"causal/none": lengths},
+    }
+    runs = [run, {"error": "OOM\nat"}]
+    (tmp_path / "context_parallel_longest.json").write_text(
+        json.dumps(record | {"confirmed": origin | {"runs": runs}})
+    )
+
+    text = context_parallel_tables.steps_table()
+    assert (
+        "| semi-local | rows, `halo` | 4 x 1,024 | 10.0 | 0.40 | 2 | 1.0 | 1.87 |" in text
+        and "| failed |" in text
+    )
+    assert "loss 9.00 before and 8.00 after 1 steps" in text
+    assert (
+        "| slices | all-to-all | 200 | 2.00 | 1 | 1.0 |" in context_parallel_tables.reshard_table()
+    )
+    text = context_parallel_tables.longest_table()
+    assert "| full causal, `ring` | 3,000 | 6,000 | 12,000 | 24,000 | 8.00 |" in text
+    assert (
+        "Trained on 2 x GPU: full causal, 6,000 events: 70.0 GiB at most, 71.0 by the compiler."
+        in text
+        and "A confirmation failed: OOM" in text
+    )
+    context_parallel_tables.context_parallel_figure()
+    assert (tmp_path / "context_parallel.png").stat().st_size > 10_000

@@ -1,0 +1,65 @@
+"""The benchmarks of layers and of long training steps, small and on a CPU."""
+
+import dataclasses
+
+import pytest
+
+from experiments.configs import long_ultra
+from scripts.bench import layer as bench_layer
+from scripts.bench import long as bench_long
+from ultra_hstu import flops
+from ultra_hstu.config import from_config_dict
+
+ROWS = 512
+SMALL = dict(
+    width=32,
+    heads=2,
+    qk_width=16,
+    v_width=16,
+    dtype="float32",
+    implementation="xla",
+    window=(16,),
+    full_rows=(16,),
+)
+
+
+def small_config(**model):
+    config = from_config_dict(long_ultra.get_config())
+    data = dataclasses.replace(config.data, max_history=128, batch_tokens=ROWS)
+    return dataclasses.replace(
+        config, data=data, model=dataclasses.replace(config.model, **SMALL, **model)
+    )
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 64])
+def test_memory_of_a_layer(chunk_rows):
+    """A layer keeps its input and its attention output, 4 x 32 bytes a row each, and the statistics; the compiled program holds little else."""
+    memory = {}
+    for depth in (1, 3):
+        config = small_config(
+            layers=depth, truncate_after=None, truncate_length=None, chunk_rows=chunk_rows
+        )
+        run, _ = bench_layer.stack_gradients(config, ROWS)
+        memory[depth] = run.memory_analysis().temp_size_in_bytes
+    assert 250 <= (memory[3] - memory[1]) / 2 / ROWS < 1.3 * (256 + 16)
+
+
+def test_a_long_step():
+    config = small_config(layers=2, truncate_after=1, truncate_length=32)
+    step = bench_long.Step(bench_long.with_model(config, bench_long.VARIANTS["fp8"]))
+    found = step.compile()
+    assert "error" not in found
+    found |= step.measure(0.01)
+    assert found["model"]["projection"] == "fp8" and found["step_ms"] > 0
+    counted = flops.count(config, 128, items=20000)
+    assert found["training_TFLOP_a_sample"] == pytest.approx(counted.training / 1e12)
+    assert (
+        counted.training
+        < flops.count(bench_long.with_model(config, bench_long.WHOLE), 128, items=20000).training
+    )
+
+
+def test_the_encoder_of_long_ultra_meets_the_published_operations():
+    config = from_config_dict(long_ultra.get_config())
+    counted = flops.count(config, long_ultra.HISTORY)
+    assert 0.43e12 < counted.projections + counted.attention < 0.45e12  # table 2: 0.436 TFLOP

@@ -1,0 +1,133 @@
+"""Tables of ranking runs, from records as `experiments.train --record` writes them."""
+
+import json
+
+import pytest
+
+from scripts.tables import ranking as ranking_tables
+from scripts.tables import tables
+
+
+def run(ne, auc=0.7, task="correct"):
+    return {
+        "best": {"ne": ne, f"ne/{task}": ne, f"auc/{task}": auc, f"log_loss/{task}": 0.5},
+        "seconds": 100.0,
+    }
+
+
+def record(runs, inference, **more):
+    flops = {"inference": inference, "training": 3 * inference}
+    best = {
+        "ne": 1.0,
+        "ne/correct": 1.0,
+        "auc/correct": 0.5,
+        "gauc/correct": 0.5,
+        "log_loss/correct": 0.69,
+    }
+    return {
+        "device": "1 x GPU",
+        "runs": runs,
+        "flops": flops,
+        "baselines": {"base rate": best, "item and user": best},
+    } | more
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    return lambda name, value: (tmp_path / f"{name}.json").write_text(json.dumps(value))
+
+
+def cells(table):
+    return [
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[2:]
+    ]
+
+
+def test_without_records_nothing_is_claimed(results):
+    assert {row[3] for row in cells(ranking_tables.ranking_table().replace("|  |", "| - |"))} == {
+        "not measured yet"
+    }
+    assert "not measured yet" in ranking_tables.ablation_table()
+    for table in (ranking_tables.ranking_table(), ranking_tables.ablation_table()):
+        assert not any(
+            character.isdigit()
+            for line in table.splitlines()[2:]
+            for character in line.replace("2017", "").replace("-1M", "").replace("ml1m", "")
+        )
+
+
+def test_ranking(results):
+    results("assistments_rank_hstu", record([run(0.9), run(0.91)], 4e9))
+    results("assistments_rank_ultra", record([run(0.88)], 2e9))
+    rows = cells(ranking_tables.ranking_table().replace("|  |", "| - |"))
+    assert rows[0][:3] == ["ASSISTments 2017", "correct", "base rate"] and rows[0][4:8] == [
+        "1.0000",
+        ".5000",
+        ".5000",
+        ".6900",
+    ]
+    assert rows[2] == [
+        "ASSISTments 2017",
+        "correct",
+        "HSTU",
+        "2",
+        ".9050 ± .0071",
+        ".7000 ± .0000",
+        "-",
+        ".5000 ± .0000",
+        "4",
+        "100 (1 x GPU)",
+    ]
+    assert rows[3][2:5] == ["ULTRA-HSTU", "1", ".8800"] and rows[3][8] == "2 (50 %)"
+    assert [row[2] for row in rows].count("base rate") == 1
+
+
+def variant(runs, inference):
+    return {
+        "runs": [run | {"epochs": 4} for run in runs],
+        "inference_gflop": inference,
+        "training_gflop": 3 * inference,
+    }
+
+
+def test_ablation(results):
+    variants = {
+        "baseline": variant([run(0.9)], 4.0),
+        "ultra": variant([run(0.88), run(0.9)], 2.0),
+        "full_attention": variant([run(0.885)], 2.5),
+    }
+    whole = {"config": "assistments_rank_ultra", "device": "1 x GPU", "variants": variants}
+    results("ablation_assistments", whole)
+    rows = cells(ranking_tables.ablation_table().replace("|  |", "| - |"))
+    assert rows[0][1:5] == ["baseline", "1", ".9000", "+0.0100"]
+    assert rows[1] == [
+        "assistments_rank_ultra",
+        "ultra",
+        "2",
+        ".8900 ± .0141",
+        "-",
+        ".7000 ± .0000",
+        "2",
+        "6",
+        "25.0",
+    ]
+    assert rows[2][1:5] == ["full attention", "1", ".8850", "-0.0050"] and rows[2][6:8] == [
+        "2.5",
+        "7.5",
+    ]
+    # Where a configuration has no record of its own, its part of the ablation is shown; what was not trained is no claim.
+    rows = cells(ranking_tables.ranking_table().replace("|  |", "| - |"))
+    assert (
+        rows[0][2:5] == ["HSTU", "1", ".9000"]
+        and rows[1][2:5] == ["ULTRA-HSTU", "2", ".8900 ± .0141"]
+        and rows[1][8] == "2 (50 %)"
+    )
+    assert rows[2][:4] == ["MovieLens-1M", "-", "HSTU", "not measured yet"]
+    del variants["ultra"]
+    results("ablation_assistments", whole)
+    assert cells(ranking_tables.ablation_table().replace("|  |", "| - |"))[0][4] == "-"
+    assert cells(ranking_tables.ranking_table().replace("|  |", "| - |"))[1][2:4] == [
+        "ULTRA-HSTU",
+        "not measured yet",
+    ]

@@ -1,0 +1,30 @@
+"""What any deployment must stand, whichever kind of run it serves."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts.load.serve import mixed
+
+
+def stands_good_and_bad_requests(served, requests, known, count):
+    """requests: the module of a kind of run that makes them and knows right answers."""
+    result = asyncio.run(mixed(served, requests, known, count))
+    assert (result["wrong_status"], result["wrong_answers"], result["hung"]) == (0, 0, 0)
+    assert (
+        result["requests"] == count
+        and result["bad"] == count // 5
+        and set(result["statuses"]) >= {"200", "400", "422"}
+    )
+
+
+def stands_fuzzing(served, folder, examples):
+    """Schemathesis makes requests inside and outside the schema. It cannot know that users and ids exist, so valid ones may be refused."""
+    done = subprocess.run(
+        [Path(sys.executable).parent / "schemathesis", "run", f"{served.url}/openapi.json", f"--max-examples={examples}", "--seed=1",
+         "--exclude-checks=positive_data_acceptance", "--generation-database=none"],
+        cwd=folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout

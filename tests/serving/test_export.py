@@ -1,0 +1,217 @@
+"""A scorer in a file: it runs where this code is not, says the same, and a damaged or foreign one is named."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from tests.serving.small_serving import built, full_pass
+from ultra_hstu.serving import artefact, export
+
+FORM = "mixture"  # with contextual tokens, interleaved
+READ = """
+import importlib.util, sys
+import numpy as np
+import artefact
+assert importlib.util.find_spec("ultra_hstu") is None and importlib.util.find_spec("kernels") is None
+scorer = artefact.Scorer(sys.argv[1])
+given = np.load(sys.argv[2])
+names = {name.split("/")[1] for name in given if name.startswith("channels/")}
+history = {"channels": {name: {key.split("/")[2]: given[key] for key in given if key.startswith(f"channels/{name}/")} for name in names},
+           "context_BC": given["context_BC"], "now_B": given["now_B"]}
+cache = scorer.encode(history)
+candidates = {key.removeprefix("candidates/"): given[key] for key in given if key.startswith("candidates/")}
+np.save(sys.argv[3], scorer.score(cache, candidates))
+assert not [name for name in sys.modules if name.startswith(("flax", "ultra_hstu", "kernels"))]
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "scorer.zip"
+    task, model, _ = built(FORM)
+    export.save(
+        path,
+        model,
+        config=task.config,
+        catalog=task.interactions.catalog,
+        users=8,
+        events=40,
+        candidates=30,
+        micro_batch=20,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def scorer(path):
+    return artefact.Scorer(path)
+
+
+def inputs():
+    history, candidates, _ = full_pass(FORM)
+    channels = {
+        name: {key: np.asarray(value) for key, value in vars(events).items()}
+        for name, events in history.channels.items()
+    }
+    asked = {key: np.asarray(value) for key, value in vars(candidates).items() if value is not None}
+    return {"channels": channels, "context_BC": history.context_BC, "now_B": history.now_B}, asked
+
+
+def test_runs_without_the_training_code(path, tmp_path):
+    history, candidates = inputs()
+    flat = {
+        f"channels/{name}/{key}": value
+        for name, events in history["channels"].items()
+        for key, value in events.items()
+    }
+    flat |= {f"candidates/{key}": value for key, value in candidates.items()}
+    np.savez(tmp_path / "in.npz", context_BC=history["context_BC"], now_B=history["now_B"], **flat)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "PYTHONPATH": str(path)
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(path), "in.npz", "out.npy"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    want = full_pass(FORM)[2]
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), want, atol=1e-5 * np.abs(want).max())
+
+
+def test_what_it_says_of_itself(scorer):
+    task, _, _ = built(FORM)
+    about = scorer.metadata
+    assert about["capacity"] == {
+        "users": 8,
+        "candidates": 40,
+        "events": {"consumption": 40, "engagement": 40},
+    }
+    assert (
+        about["config"]["name"] == task.config.name
+        and about["config"]["rank"]["targets"] == task.config.rank.targets
+    )
+    assert (about["tasks"], about["contextual"]) == (
+        ["rating_at_least_4", "rating"],
+        ["age", "region"],
+    )
+    assert scorer.items([1, 30]).tolist() == [1, 30]
+    with pytest.raises(ValueError, match="unknown item 31, and 0 more: the model has 30 items"):
+        scorer.items([1, 31])
+    with pytest.raises(ValueError, match="raw ids of this scorer are int64, got <U1"):
+        scorer.items(["1"])
+
+
+def test_a_truncated_file_is_named(path, tmp_path):
+    whole = path.read_bytes()
+    for size in (0, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "short.zip").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="short.zip is no scorer that can be read"):
+            artefact.Scorer(tmp_path / "short.zip")
+    with pytest.raises(ValueError, match="missing.zip is no scorer"):
+        artefact.Scorer(tmp_path / "missing.zip")
+    with zipfile.ZipFile(path) as file:
+        at = file.getinfo("params.npz").header_offset + 300
+    (tmp_path / "flipped.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(ValueError, match="flipped.zip is no scorer.*CRC"):
+        artefact.Scorer(tmp_path / "flipped.zip")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(version=2), "it has version 2, and this reader takes 1: export the model again"),
+        (dict(format="other"), "it holds a 'other', no 'ultra_hstu scorer'"),
+    ],
+)
+def test_another_version_is_named(path, tmp_path, change, message):
+    other = tmp_path / "other.zip"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w") as file:
+        for name in source.namelist():
+            content = source.read(name)
+            file.writestr(
+                name,
+                json.dumps(json.loads(content) | change) if name == "metadata.json" else content,
+            )
+    with pytest.raises(ValueError, match=message):
+        artefact.Scorer(other)
+
+
+def test_another_device_is_named(path, monkeypatch):
+    monkeypatch.setattr(artefact, "_platform", lambda: "cuda")
+    with pytest.raises(
+        ValueError, match="was made for cpu, and the device here is cuda: export it for cuda"
+    ):
+        artefact.Scorer(path)
+
+
+def test_bad_requests_are_named(scorer):
+    history, candidates = inputs()
+    for change, message in [
+        (dict(now_B=np.zeros(9, int)), "9 users are more than the 8 of this artefact"),
+        (dict(context_BC=np.full((7, 2), 99)), "context_BC holds 99, which is not in 0..5"),
+        (dict(channels={}), "channels .* must be"),
+        (
+            dict(
+                channels=history["channels"]
+                | {"engagement": history["channels"]["engagement"] | {"offsets": [0, 1]}}
+            ),
+            "offsets must have the shape",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            scorer.encode(history | change)
+    many = np.zeros(48, int)
+    events = {
+        "item_E": many + 1,
+        "time_E": many,
+        "signal_ES": np.zeros((48, 2), int),
+        "feature_EF": np.zeros((48, 1), int),
+    }
+    events["offsets"] = np.arange(9) * 6
+    wide = {
+        "channels": {name: events for name in history["channels"]},
+        "context_BC": np.zeros((8, 2), int),
+        "now_B": np.zeros(8, int),
+    }
+    with pytest.raises(
+        ValueError,
+        match="48 events of consumption are more than the 40 of this artefact: send fewer, or export",
+    ):
+        scorer.encode(wide)
+    for change, message in [
+        (dict(item_C=np.full(29, 31)), "item_C holds 31, which is not in 1..30"),
+        (dict(item_C=np.full(29, 1.0)), "item_C must hold integers, got float64"),
+        (dict(offsets=np.array([0, 41])), "41 candidates are more than the 40"),
+        (dict(offsets=np.array([1, 0])), "must start at 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            scorer.score([], candidates | change)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(candidates=0), "candidates=0 must be at least 1"),
+        (dict(candidates=5, kind="int2"), "kind='int2' must be one of"),
+    ],
+)
+def test_bad_exports_are_named(tmp_path, options, message):
+    task, model, _ = built(FORM)
+    with pytest.raises(ValueError, match=message):
+        export.save(
+            tmp_path / "x.zip",
+            model,
+            config=task.config,
+            catalog=task.interactions.catalog,
+            **options,
+        )
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,303 @@
+"""Requests for scores: answers are those of the model on the same events, what is refused and why, what is ignored, users kept encoded."""
+
+import json
+
+import jax
+import numpy as np
+import pydantic
+import pytest
+
+from tests.serving.small_serving import built, full_pass, requests
+from ultra_hstu import serving
+from ultra_hstu.serving import export
+from ultra_hstu.serving.schema import MAX_EVENTS, problem
+from ultra_hstu.serving.score_schema import ScoreRequest
+from ultra_hstu.serving.score_service import EMPTY, ScoreService
+from ultra_hstu.serving.scoring import MAX_CANDIDATES, MICRO_BATCH, ScoringModel
+from ultra_hstu.serving.services import open_service
+from ultra_hstu.serving.trained import RunData
+from ultra_hstu.serving.vocabulary import Vocabulary
+
+FORM = "mixture"  # two channels, contextual tokens, interleaved input, a feature, a probability and a value
+
+
+@pytest.fixture(scope="module")
+def model():
+    task, ranker, _ = built(FORM)
+    model = ScoringModel(
+        ranker,
+        task.config,
+        Vocabulary.of(task.config, task.interactions),
+        task.recipe.tasks,
+        max_users=8,
+    )
+    model.rooms = model.rooms[-1:]  # few programs
+    return model
+
+
+@pytest.fixture
+def service(model):
+    data = RunData.__new__(RunData)  # of data in memory
+    data.interactions = built(FORM)[0].interactions
+    return ScoreService(model, data)
+
+
+def answer(service, **request):
+    return service.answer([service.prepare(ScoreRequest(**request))])[0]
+
+
+def asked_of(number):
+    """One of the requests of the full pass, as JSON would hold it."""
+    task, _, _ = built(FORM)
+    columns, _ = requests(task)
+    data, contexts = task.interactions, task.interactions.context_values
+    user, target = int(columns["user"][number]), int(columns["target"][number])
+    past = slice(0, 0) if number == 1 else slice(int(data.offsets[user]), target)
+    targets = slice(target, target + int(columns["count"][number]))
+    words = {name: values[data.contexts[name][user]] for name, values in contexts.items()}
+    return {
+        "history": data.items[past].tolist(),
+        "times": data.timestamps[past].tolist(),
+        "actions": {name: values[past].tolist() for name, values in data.actions.items()},
+        "context": {name: word for name, word in words.items() if word},
+        "candidates": data.items[targets].tolist(),
+        "features": {"skill": data.actions["skill"][targets].tolist()},
+        "now": int(data.timestamps[target]),
+    }
+
+
+def scores_of(given):
+    return np.array([list(candidate.scores.values()) for candidate in given.candidates])
+
+
+def values_of(logit_CK):
+    """Of a binary task and of a value."""
+    return np.stack(
+        [1 / (1 + np.exp(-np.asarray(logit_CK, np.float64)[:, 0])), logit_CK[:, 1]], axis=1
+    )
+
+
+def test_scores_are_those_of_the_model(service):
+    """Users of different histories (one has none) and numbers of candidates in few calls: as `serving.score` and, where times agree, a full forward pass."""
+    history, candidates, logit_CK = full_pass(FORM)
+    counts = np.diff(candidates.offsets)
+    at_once = serving.Candidates(
+        candidates.item_C,
+        candidates.feature_CF,
+        np.repeat(history.now_B, counts),
+        candidates.offsets,
+        np.zeros_like(candidates.item_C),
+    )
+    ranker = service.model.ranker
+    cache = serving.encode_history(ranker, history, room=service.model.rooms[0])
+    want = values_of(
+        serving.score(ranker, cache, at_once, micro_batch=MICRO_BATCH, room=8 * MAX_CANDIDATES)
+    )
+    given = [ScoreRequest.model_validate_json(json.dumps(asked_of(number))) for number in range(7)]
+    prepared = [service.prepare(request) for request in given]
+    got = service.answer(prepared[:4]) + service.answer(prepared[4:])
+    np.testing.assert_allclose(np.concatenate([scores_of(one) for one in got]), want, atol=2e-5)
+    for one, whole in zip(
+        got, np.split(values_of(logit_CK), candidates.offsets[1:-1]), strict=True
+    ):
+        np.testing.assert_allclose(scores_of(one)[0], whole[0], atol=2e-5)
+    assert [EMPTY in one.warnings for one in got] == [number == 1 for number in range(7)]
+    assert [one.events == 0 for one in got] == [number == 1 for number in range(7)]
+    assert [[scored.item for scored in one.candidates] for one in got] == [
+        request.candidates for request in given
+    ]
+
+
+def test_an_exported_model_scores_the_same_and_knows_no_users(service, tmp_path):
+    task, ranker, _ = built(FORM)
+    path, options = (
+        str(tmp_path / "scorer.zip"),
+        dict(config=task.config, catalog=task.interactions.catalog, candidates=8, events=8),
+    )
+    export.save(path, ranker, vocabulary=service.model.vocabulary, **options)
+    served = open_service(path, max_users=8)
+    served.model.rooms = served.model.rooms[-1:]
+    for number in (0, 1):
+        assert answer(served, **asked_of(number)) == answer(service, **asked_of(number))
+    with pytest.raises(ValueError, match="an exported model: give a history"):
+        served.prepare(ScoreRequest(user=1, candidates=[1]))
+    export.save(path, ranker, **options)
+    with pytest.raises(ValueError, match="does not say what the values of its source mean"):
+        open_service(path)
+    (tmp_path / "scorer.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="no scorer that can be served"):
+        open_service(path)
+
+
+def test_users_are_kept_and_dropped(service):
+    """A known user costs no encoding, `now` makes no new one, memory is bounded, and what was dropped is encoded again."""
+    whole = [asked_of(number) for number in (0, 2, 4)]
+    first = [answer(service, **request) for request in whole]
+    assert (service.users.hits, service.users.misses, len(service.users)) == (0, 3, 3)
+    again = service.answer([service.prepare(ScoreRequest(**request)) for request in whole])
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_allclose(scores_of(one), scores_of(other), atol=1e-5)
+    later = answer(service, **whole[0] | {"now": whole[0]["now"] + 10**6})
+    assert (service.users.hits, service.users.misses) == (4, 3) and not np.allclose(
+        scores_of(later), scores_of(first[0])
+    )
+    other = answer(
+        service,
+        **whole[0] | {"actions": whole[0]["actions"] | {"rating": [1] * len(whole[0]["history"])}},
+    )
+    assert service.users.misses == 4 and not np.allclose(scores_of(other), scores_of(first[0]))
+    held = service.users.bytes
+    small = ScoreService(service.model, service.data, cache_bytes=held // 2)
+    for request in (*whole, whole[0]):
+        np.testing.assert_allclose(
+            scores_of(answer(small, **request)), scores_of(answer(service, **request)), atol=1e-5
+        )
+    assert 0 < len(small.users) < 3 and small.users.bytes <= held // 2 and small.users.misses == 4
+
+
+def test_nothing_is_compiled_after_the_warm_up(service):
+    service.warm_up()
+    programs = service.model.programs
+    for numbers, repeats in (([0], 1), ([2, 3], 40), ([0, 2, 4, 6], 3)):
+        some = [asked_of(number) for number in numbers]
+        for request in some:
+            request["candidates"], request["features"] = (
+                request["candidates"] * repeats,
+                {"skill": request["features"]["skill"] * repeats},
+            )
+        service.answer([service.prepare(ScoreRequest(**request)) for request in some])
+    assert service.model.programs == programs
+
+
+def test_histories_get_the_smallest_room(model):
+    task, ranker, _ = built(FORM)
+    whole = ScoringModel(ranker, task.config, model.vocabulary, model.kinds, max_users=8)
+    assert [room.events for room in whole.rooms] == [
+        {"consumption": 6 * fill, "engagement": 4 * fill} for fill in (1, 2, 4, 8)
+    ]
+    for events, room in (((0, 0), 0), ((6, 4), 0), ((6, 5), 1), ((25, 1), 3), ((48, 32), 3)):
+        assert (
+            whole._room(dict(zip(("consumption", "engagement"), events, strict=True)))
+            is whole.rooms[room]
+        )
+
+
+def test_a_user_of_the_data_is_the_whole_history(service):
+    data = service.data.interactions
+    events = data.history(2)
+    words = {name: data.context_values[name][codes[2]] for name, codes in data.contexts.items()}
+    told = {
+        "history": data.items[events].tolist(),
+        "times": data.timestamps[events].tolist(),
+        "context": words,
+    }
+    told["actions"] = {name: values[events].tolist() for name, values in data.actions.items()}
+    asked = {"candidates": [3, "4", 5], "features": {"skill": [5, 6, 7]}}
+    assert (
+        answer(service, user=2, **asked)
+        == answer(service, user="2", **asked)
+        == answer(service, **told, **asked)
+    )
+
+
+def test_the_same_candidate_gets_the_same_scores_and_an_unknown_one_none(service):
+    asked = {"user": 0, "candidates": [3, 777, 4, 3], "features": {"skill": [5, 5, 6, 5]}}
+    got = answer(service, **asked)
+    assert [one.item for one in got.candidates] == [3, 777, 4, 3] and got.candidates[
+        0
+    ] == got.candidates[3]
+    assert got.candidates[1].scores is None
+    assert got.warnings == [
+        "candidates: 1 of 4 items are not in the catalogue and were ignored: 777"
+    ]
+    alone = answer(service, user=0, candidates=[4], features={"skill": [6]})
+    assert list(alone.candidates[0].scores.values()) == pytest.approx(
+        list(got.candidates[2].scores.values()), abs=1e-5
+    )
+    nothing = answer(service, user=0, candidates=[777], features={"skill": [5]})
+    assert nothing.candidates[0].scores is None
+
+
+def test_what_is_ignored_or_missing_is_told(service):
+    got = answer(
+        service, history=[3, 999], actions={"rating": [5, 1], "mood": [1, 1]}, context={"age": "1", "region": "moon"}, candidates=[4],
+        features={"skill": [1e9], "colour": [1]},
+    )  # fmt: skip
+    assert got.warnings == [
+        "history: 1 of 2 items are not in the catalogue and were ignored: 999",
+        "actions 'mood' are not read by this run and were ignored",
+        "actions: this run reads 'is_click', 'skill', which was not given and counts as unknown",
+        "context: 'region': 'moon' is not known to this run and was ignored",
+        "features: 1 of 1 values of 'skill' are not in the data and were ignored",
+        "features 'colour' are not read by this run and were ignored",
+    ]
+    assert got.events == 1
+    assert answer(service, history=[], candidates=[4]).warnings[-1] == EMPTY
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('{"user": 1}', "candidates: Field required"),
+        ('{"user": 1, "candidates": []}', "candidates: List should have at least 1 item"),
+        ('{"candidates": [1]}', "give either user or history"),
+        ('{"user": 1, "history": [1], "candidates": [1]}', "give either user or history"),
+        ('{"user": 1, "candidates": [NaN]}', "candidates.0: Input should be a valid integer"),
+        ('{"user": 1, "candidates": 1}', "candidates: Input should be a valid array"),
+        (
+            json.dumps({"user": 1, "candidates": [1] * (MAX_CANDIDATES + 1)}),
+            "candidates: List should have at most 4096 items",
+        ),
+        (
+            json.dumps({"history": [1] * (MAX_EVENTS + 1), "candidates": [1]}),
+            "history: List should have at most 8192 items",
+        ),
+        (
+            '{"user": 1, "candidates": [1, 2], "features": {"skill": [1]}}',
+            "2 candidates but 1 values of 'skill'",
+        ),
+        (
+            '{"user": 1, "candidates": [1], "features": {"skill": [Infinity]}}',
+            "features.skill.0: Input should be",
+        ),
+        ('{"user": 1, "candidates": [1], "context": {"age": "1"}}', "context goes with a history"),
+        (
+            '{"history": [1], "candidates": [1], "context": {"age": 1}}',
+            "context.age: Input should be a valid string",
+        ),
+        ('{"user": 1, "candidates": [1], "k": 3}', "k: Extra inputs are not permitted"),
+    ],
+)
+def test_requests_outside_the_schema(body, message):
+    with pytest.raises(pydantic.ValidationError) as refused:
+        ScoreRequest.model_validate_json(body)
+    assert problem(refused.value.errors()).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"user": 9999}, "unknown user 9999"),
+        ({"history": ["nothing"]}, "item ids of this catalogue are whole numbers, not 'nothing'"),
+        (
+            {"history": [1], "candidates": ["nothing"]},
+            "item ids of this catalogue are whole numbers, not 'nothing'",
+        ),
+        ({"history": [1, 2], "times": [2, 1]}, "times go back from 2 to 1"),
+        ({"history": [1, 2], "times": [0, 2**31]}, "Give seconds, not milliseconds"),
+        ({"history": [1], "actions": {"rating": [9]}}, "ratings must lie in 0.5..5"),
+        (
+            {"history": [1], "actions": {"is_click": [0.5]}},
+            "is_click must be 0 or 1, but a value is 0.5",
+        ),
+    ],
+)
+def test_requests_that_cannot_be_answered(service, request_, message):
+    with pytest.raises(ValueError, match=message.replace(".", "[.]")):
+        service.prepare(ScoreRequest(**{"candidates": [1]} | request_))
+
+
+def test_no_logit_is_too_large_for_a_probability(model):
+    with jax.debug_nans(True):
+        value_CK = model._values(np.array([[-1e9, -1e9], [0, 3], [1e9, 1e9]], np.float32))
+    np.testing.assert_allclose(value_CK, [[0, -1e9], [0.5, 3], [1, 1e9]])

@@ -1,0 +1,160 @@
+"""The online deployment at small size, as users start it: answers, load, fuzzing, a killed replica, and that it ends."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import portpicker
+import psutil
+import pytest
+from rich.console import Console
+
+from scripts.load import requests as load_requests
+from scripts.load.loop import closed_loop, deployment
+from scripts.load.requests import Sent, bad, checked, right
+from scripts.load.serve import kill
+from tests.serving.served_checks import stands_fuzzing, stands_good_and_bad_requests
+from tests.small_run import small_config
+from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.serving.service import Service
+from ultra_hstu.serving.trained import RunData
+from ultra_hstu.train import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("serve")
+    train(small_config(root / "data", epochs=1), root / "run", console=Console(quiet=True))
+    return str(root / "run")
+
+
+@pytest.fixture(scope="module")
+def known(folder):
+    """Good requests and their answers by the model in this process."""
+    return checked(
+        Service(RecommendationModel(folder), RunData(folder)), count=60, events=10, seed=1
+    )
+
+
+def post(url, body, kind="application/json"):
+    request = urllib.request.Request(f"{url}/recommend", body, {"content-type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def an_answer_and_its_description(served, known, folder):
+    status, answer = post(served.url, known[0].body)
+    assert status == 200 and right(known[0], json.dumps(answer).encode())
+    with urllib.request.urlopen(f"{served.url}/openapi.json", timeout=60) as response:
+        described = json.loads(response.read())
+    assert set(described["paths"]) == {"/recommend"}
+    assert set(described["components"]["schemas"]["Request"]["properties"]) >= {
+        "user",
+        "history",
+        "times",
+        "k",
+        "block",
+    }
+
+
+REFUSED = [
+    (b'{"history": [NaN]}', 422, "history.0: Input should be a valid integer"),
+    (b'{"history": [1], "times": [2, 1]}', 422, "1 items but 2 values of 'times'"),
+    (b'{"user": 9999}', 422, "unknown user 9999"),
+    (b'{"\\ud800": 1, "history": [1]}', 422, "valid string"),
+    (b"{", 422, "JSON decode error"),
+    (b"\xff", 400, "There was an error parsing the body"),
+    (b" " * (2**20 + 1), 413, "Content Too Large"),
+]
+
+
+def what_is_refused_is_told_why(served, known, folder):
+    for body, status, message in REFUSED:
+        got = post(served.url, body)
+        assert got[0] == status and message in got[1]
+
+
+def only_loopback_answers(served, known, folder):
+    listening = {
+        c.laddr.ip
+        for c in psutil.net_connections("tcp")
+        if c.status == "LISTEN" and c.laddr.port == int(served.url.rsplit(":")[-1])
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def good_and_bad_requests_mixed(served, known, folder):
+    stands_good_and_bad_requests(served, load_requests, known, 500)
+
+
+def fuzzing_from_its_own_description(served, known, folder):
+    stands_fuzzing(served, folder, 60)
+
+
+def random_bytes(served, known, folder):
+    sent = [Sent(os.urandom(1 + 13 * i), good=False) for i in range(60)]
+    seen = asyncio.run(closed_loop(served.url, [*sent, *bad(60, seed=5)], 4))
+    assert all(400 <= one.status < 500 for one in seen)
+
+
+def a_killed_replica_loses_what_it_held_at_most(served, known, folder):
+    """Last, since it takes a while until the other replica is there again."""
+    result = asyncio.run(kill(served, load_requests, known * 5))
+    assert result["replicas"] == 2 and result["requests"] == 300
+    assert result["lost"] <= result["connections"] and result["lost_before_or_after"] == 0
+    assert (result["hung"], result["wrong_answers"], result["replicas_at_the_end"]) == (0, 0, 2)
+
+
+CHECKS = [
+    an_answer_and_its_description,
+    what_is_refused_is_told_why,
+    only_loopback_answers,
+    good_and_bad_requests_mixed,
+    fuzzing_from_its_own_description,
+    random_bytes,
+    a_killed_replica_loses_what_it_held_at_most,
+]
+
+
+def test_the_deployment(folder, known, subtests):
+    """One deployment of two replicas for all checks, in one test so that parallel test processes start it once. All it started must end."""
+    with deployment(
+        folder, "--replicas=2", "--cache_mib=1", port=portpicker.pick_unused_port()
+    ) as served:
+        started = psutil.Process(served.process.pid).children(recursive=True)
+        for check in CHECKS:
+            with subtests.test(check.__name__):
+                check(served, known, folder)
+        started += psutil.Process(served.process.pid).children(recursive=True)
+    assert served.process.returncode == 0
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not [process.name() for process in alive]
+
+
+def test_the_checks_of_answers_can_fail(known):
+    other = next(sent for sent in known[1:] if sent.expected.items != known[0].expected.items)
+    assert not right(known[0], other.expected.model_dump_json().encode())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir=nowhere"], "holds no run"),
+        (["--host=203.0.113.1"], "--host=203.0.113.1 --port=8000 cannot be listened on"),
+    ],
+)
+def test_what_cannot_start_is_named_at_once(folder, arguments, message):
+    command = [sys.executable, "-m", "experiments.serve", f"--workdir={folder}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

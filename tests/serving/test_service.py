@@ -1,0 +1,266 @@
+"""Requests: what is refused and why, what is ignored, users kept encoded, and files of requests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pydantic
+import pytest
+from rich.console import Console
+
+from tests.small_run import small_config, with_
+from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.serving.encoded_users import ENTRY_BYTES, EncodedUsers
+from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, problem
+from ultra_hstu.serving.service import Service
+from ultra_hstu.serving.trained import RunData
+from ultra_hstu.task import Task
+from ultra_hstu.train import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("service")
+    train(small_config(root / "data", epochs=1), root / "run", console=Console(quiet=True))
+    return str(root / "run")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return RecommendationModel(folder, max_users=4)
+
+
+@pytest.fixture
+def service(folder, model):
+    return Service(model, RunData(folder))
+
+
+def answer(service, **request):
+    return service.answer([service.prepare(Request(**request))])[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("{}", "give either user or history"),
+        ('{"user": 1, "history": [1]}', "give either user or history"),
+        ('{"user": null}', "give either user or history"),
+        ('{"history": [1.5]}', "history.0: Input should be a valid integer (and 1 more)"),
+        ('{"history": [true]}', "history.0: Input should be a valid integer (and 1 more)"),
+        ('{"history": [NaN]}', "history.0: Input should be a valid integer (and 1 more)"),
+        ('{"history": 5}', "history: Input should be a valid array"),
+        ('{"history": [1], "k": 0}', "k: Input should be greater than or equal to 1"),
+        ('{"history": [1], "k": "3"}', "k: Input should be a valid integer"),
+        (f'{{"history": [1], "k": {MAX_K + 1}}}', "k: Input should be less than or equal to 1000"),
+        ('{"history": [1], "times": [1, 2]}', "1 items but 2 values of 'times': give one an item"),
+        (
+            '{"history": [1], "actions": {"rating": []}}',
+            "1 items but 0 values of 'rating': give one an item",
+        ),
+        (
+            '{"history": [1], "actions": {"rating": [NaN]}}',
+            "actions.rating.0: Input should be a finite number",
+        ),
+        ('{"user": 1, "times": [1]}', "times and actions go with a history"),
+        ('{"history": [1], "colour": 1}', "colour: Extra inputs are not permitted"),
+        (
+            '{"history": [9223372036854775808]}',
+            "history.0: Input should be less than or equal to 9223372036854775807 (and 1 more)",
+        ),
+        (
+            json.dumps({"history": [1] * (MAX_EVENTS + 1)}),
+            "history: List should have at most 8192 items after validation, not 8193",
+        ),
+        ("[1]", "Input should be an object"),
+        ("{", "Invalid JSON: EOF while parsing an object at line 1 column 1"),
+    ],
+)
+def test_requests_outside_the_schema(body, message):
+    with pytest.raises(pydantic.ValidationError) as refused:
+        Request.model_validate_json(body)
+    assert problem(refused.value.errors()).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"user": 9999}, "unknown user 9999"),
+        ({"user": "nobody"}, "unknown user 'nobody'"),
+        ({"history": ["nothing"]}, "item ids of this catalogue are whole numbers, not 'nothing'"),
+        ({"history": [1], "k": 121}, "k=121 must be in 1..120"),
+        ({"history": [1, 2], "times": [2, 1]}, "times go back from 2 to 1"),
+        ({"history": [1], "times": [5], "now": 4}, "times go back from 5 to 4"),
+        ({"history": [1, 2], "times": [0, 2**31]}, "Give seconds, not milliseconds"),
+    ],
+)
+def test_requests_that_cannot_be_answered(service, request_, message):
+    with pytest.raises(ValueError, match=message.replace(".", "[.]")):
+        service.prepare(Request(**request_))
+
+
+def test_unknown_items_are_ignored_with_their_times_and_a_warning(service):
+    got = answer(service, history=[5, 777, 6, 888], times=[1, 2, 3, 4], block=[999], k=5)
+    assert got.warnings == [
+        "history: 2 of 4 items are not in the catalogue and were ignored: 777, 888",
+        "block: 1 of 1 items are not in the catalogue and were ignored: 999",
+    ]
+    assert got.items == answer(service, history=["5", 6], times=[1, 3], k=5).items
+
+
+def test_repeated_items_are_events_of_their_own(service):
+    assert answer(service, history=[5, 5, 5]).items != answer(service, history=[5]).items
+
+
+def test_without_a_history_the_most_popular_items(folder, service):
+    task = Task.load(service.model.config)
+    count_I = np.bincount(
+        task.interactions.items[
+            np.concatenate([np.arange(a, b + 1) for a, b in zip(*train_rows(task), strict=True)])
+        ]
+    )
+    got = answer(
+        service, history=[777], k=7, block=[service.model.catalog.raw_ids[count_I.argmax()].item()]
+    )
+    assert (
+        got.source == "popularity"
+        and got.warnings[1] == "the history is empty: these are the most popular items"
+    )
+    assert [item.score for item in got.items] == np.sort(count_I)[::-1][1:8].tolist()
+    assert answer(service, history=[5]).source == "model"
+
+
+def train_rows(task):
+    return task.splits.train.start, task.splits.train.stop
+
+
+def test_a_user_is_the_history_of_the_data(service):
+    interactions = service.data.interactions
+    events = interactions.history(7)
+    raw = interactions.catalog.decode(interactions.items[events]).tolist()
+    assert (
+        answer(service, user=7)
+        == answer(service, user="7")
+        == answer(service, history=raw, times=interactions.timestamps[events].tolist())
+    )
+
+
+def test_answers_keep_the_order_of_requests(service):
+    requests = [{"history": [3]}, {"history": []}, {"user": 7}, {"history": [3]}]
+    together = service.answer([service.prepare(Request(**request)) for request in requests])
+    assert [one.source for one in together] == ["model", "popularity", "model", "model"]
+    assert together[0] == together[3] and together[0].items == answer(service, history=[3]).items
+
+
+def test_a_known_user_gets_the_same_bits(service):
+    """Encoded once beside others, then looked up, alone and beside others."""
+    requests = [service.prepare(Request(history=list(range(1, 3 + i)))) for i in range(4)]
+    first = service.answer(requests)
+    assert (service.users.hits, service.users.misses, len(service.users)) == (0, 4, 4)
+    assert [service.answer([one])[0] for one in requests] == first
+    assert service.answer(requests[::-1]) == first[::-1]
+    assert (service.users.hits, service.users.misses) == (8, 4)
+    assert Service(service.model, service.data, cache_bytes=0).answer(requests) == first
+
+
+def test_all_that_is_encoded_is_in_the_key(folder, model):
+    base = dict(items=[3, 4], times=[10, 20])
+    key = model.query(**base).key
+    assert (
+        key == model.query([3, 4], [1010, 1020], k=3, block=[9]).key
+    )  # times count from the first
+    for other in (
+        dict(items=[4, 3]),
+        dict(times=[10, 21]),
+        dict(items=[3, 4, 4], times=[10, 20, 20]),
+        dict(now=21),
+    ):
+        assert model.query(**base | other).key != key
+    signalled = RecommendationModel(folder)
+    signalled.config = with_(model.config, rank__signals=("rating",))
+    keys = {signalled.query(**base, actions={"rating": [5, last]}).key for last in (3, 4)}
+    assert len(keys) == 2 and key not in keys
+
+
+def test_users_are_dropped_least_recently_used_first():
+    vector = np.ones(16, np.float32)
+    users = EncodedUsers(3 * (vector.nbytes + ENTRY_BYTES) + 10)
+    for name in (b"a", b"b", b"c"):
+        users.put(name, vector)
+    users.get(b"a")
+    users.put(b"c", vector)
+    users.put(b"d", vector)
+    assert [name in users for name in (b"a", b"b", b"c", b"d")] == [True, False, True, True]
+    assert users.bytes == 3 * (vector.nbytes + ENTRY_BYTES) <= users.max_bytes
+    with pytest.raises(KeyError):
+        users.get(b"b")
+
+
+def test_kept_vectors_hold_no_batch_alive():
+    users = EncodedUsers(10**6)
+    batch = np.ones((16, 16), np.float32)
+    users.put(b"a", batch[3])
+    assert users.get(b"a").base is None
+
+
+def test_actions_that_a_run_does_not_read(service):
+    got = answer(service, history=[3], actions={"rating": [5], "mood": [1]})
+    assert got.warnings == ["actions 'mood', 'rating' are not read by this run and were ignored"]
+    assert got.items == answer(service, history=[3]).items
+
+
+LINES = [
+    '{"user": 7, "k": 2}',
+    "nonsense",
+    '{"history": [3, 999], "k": 3}',
+    "",
+    '{"user": 9999}',
+    '{"history": []}',
+]
+
+
+def test_a_file_of_requests(folder, tmp_path, service):
+    path = tmp_path / "requests.jsonl"
+    many = [json.dumps({"history": [1 + i % 100], "k": 1}) for i in range(70)]
+    long = '{"history": [' + " " * MAX_BODY_BYTES + "3]}"
+    path.write_text("\n".join([*LINES, long, *many]))
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.recommend", f"--workdir={folder}", f"--requests={path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 77 and "77 requests, 4 refused" in done.stderr
+    assert answers[1]["error"].startswith("Invalid JSON") and answers[3]["error"].startswith(
+        "Invalid JSON"
+    )
+    assert (
+        answers[4]["error"].startswith("unknown user 9999")
+        and answers[6]["error"] == f"a request has at most {MAX_BODY_BYTES} bytes"
+    )
+    assert answers[5]["source"] == "popularity" and len(answers[2]["warnings"]) == 1
+    for given, line in zip(answers[7:], many, strict=True):
+        expected = answer(service, **json.loads(line))
+        assert given["items"][0]["item"] == expected.items[0].item
+        assert given["items"][0]["score"] == pytest.approx(expected.items[0].score, abs=1e-5)
+
+
+def test_a_program_may_wait_for_each_answer(folder):
+    command = [sys.executable, "-m", "experiments.recommend", f"--workdir={folder}", "--requests=-"]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for k in (1, 2):
+            process.stdin.write(json.dumps({"history": [3], "k": k}) + "\n")
+            process.stdin.flush()
+            assert len(json.loads(process.stdout.readline())["items"]) == k
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0

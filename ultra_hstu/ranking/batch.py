@@ -1,0 +1,258 @@
+"""Batches of the ranking task: requests laid out as sequences of tokens, in either form of input.
+
+A request becomes contextual tokens, history, targets. In the `merged` form (ULTRA-HSTU, arXiv 2602.16986) a history event is one token,
+item and signals together; in the `interleaved` form (HSTU, arXiv 2402.17152) it is two, the item and then the action. A target is the
+item alone in both, with its signals zeroed: that is what is to be predicted.
+
+With a mixture of transducers a batch holds several sequences of the same requests, one a channel, which share contextual tokens and
+targets and differ in the history.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultra_hstu.sequences import Sequences
+
+# Seconds between an event and the one before it, in steps of e^0.301, which is how HSTU's relative bias buckets time.
+GAP_EDGES = np.unique(np.floor(np.exp(0.301 * np.arange(72))).astype(np.int64)).astype(np.int32)
+GAP_SIZE = len(GAP_EDGES) + 2  # 0: no gap
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RankEvents:
+    """All events of a data set, users one after another, with everything that a token may hold."""
+
+    item_E: Any  # int32 [E]: 1..I
+    time_E: Any  # int32 [E]: seconds since the first event
+    signal_ES: Any  # int32 [E, S]: codes, 0 none
+    feature_EF: Any  # int32 [E, F]
+    label_EK: Any  # float32 [E, K]
+    weight_EK: Any  # float32 [E, K]: 0 where an event has no label
+    context_UC: Any  # int32 [U, C]: codes over all contextual features together, 1..
+    index: dict[
+        str, Any
+    ]  # of a channel that leaves events out: int32 [n], the events that it keeps
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The rows of one channel: B sequences in T rows, each of contextual tokens, history and targets; padding from `offsets[B]` on."""
+
+    item_T: Any  # int32 [T]: 0 on contextual, action and padding rows
+    signal_TS: Any  # int32 [T, S]: 0 on targets always, on items of the interleaved form and wherever else there is none
+    feature_TF: Any  # int32 [T, F]: of item rows, targets too
+    context_T: Any  # int32 [T]: 0 except on contextual rows
+    position_T: (
+        Any  # int32 [T]: of the event, see `RankGather.backwards`; an item and its action share it
+    )
+    gap_T: Any  # int32 [T]: bucket of the seconds since the event before, on item rows
+    time_T: Any  # int32 [T]: seconds
+    next_time_T: Any  # int32 [T]: when the row asks: an item's or target's own time, else that of the event after
+    offsets: Any  # int32 [B + 1]
+    num_targets: Any  # int32 [B]
+    num_contextual: Any  # int32 [B]
+    row_P: Any  # int32 [P]: rows that are predicted, the same events in every channel; 0 in empty places
+
+    @property
+    def sequences(self) -> Sequences:
+        real_T = jnp.arange(self.item_T.shape[0]) < self.offsets[-1]
+        return Sequences(
+            self.offsets,
+            real_T,
+            self.time_T,
+            self.next_time_T,
+            self.num_targets,
+            self.num_contextual,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RankBatch:
+    """B requests and the P events that they ask about."""
+
+    channels: dict[str, Tokens]
+    label_PK: Any  # float32 [P, K]
+    weight_PK: Any  # float32 [P, K]: 0 on what is not supervised
+    user_P: Any  # int32 [P]: row of the user
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How the requests of a model are laid out as tokens.
+
+    Attributes:
+      contextual: tokens in front of every history.
+      interleaved: two rows an event, item and action; else one.
+      backwards: positions count back from the targets: targets 0, the newest event 1; else forwards from 1.
+      max_history: by channel, the newest events that count.
+    """
+
+    contextual: int
+    interleaved: bool
+    backwards: bool
+    max_history: tuple[tuple[str, int], ...]
+
+    @property
+    def per_event(self) -> int:
+        """Rows of an event of a history."""
+        return 2 if self.interleaved else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RankGather:
+    """Makes the batches of a `Loader`: `xp=jax.numpy` on the device, in the compiled step, `xp=numpy` on the host.
+
+    Columns of a request: `user`; `target` and `count`, the first event that is asked about and how many; `start/NAME` and `stop/NAME` for
+    each channel, its history as a range of events, or of `RankEvents.index[NAME]` where there is one,
+    or of the batch's own `event/NAME`.
+    """
+
+    rows: tuple[int, ...]  # T of each channel
+    channels: tuple[str, ...]
+    targets: int  # most targets of a request
+    contextual: int  # tokens in front of every history
+    interleaved: bool
+    backwards: bool = True  # positions count back from the targets: targets 0, the newest event 1; else forwards from 1
+    supervise_history: bool = False  # predict every item of the history, not the targets: interleaved, one channel, forward positions
+    with_targets: bool = True  # False: no rows for targets, of which the first only says when the last event of the history asks
+
+    def __call__(self, data: RankEvents, columns_B: dict[str, Any], xp: Any = jnp) -> RankBatch:
+        column = {name: xp.asarray(values).astype(xp.int32) for name, values in columns_B.items()}
+        if self.supervise_history:
+            (name,) = self.channels
+            history_B = column[f"stop/{name}"] - column[f"start/{name}"]
+            user_P, place_P, real_P = _lay_out(xp, _offsets(xp, history_B), self.rows[0] // 2)
+            event_P, index = column[f"start/{name}"][user_P] + place_P, _index(data, column, name)
+            event_P = event_P if index is None else index[xp.where(real_P, event_P, 0)]
+        else:
+            slot_P = xp.arange(column["count"].shape[0] * self.targets, dtype=xp.int32)
+            user_P, place_P = slot_P // self.targets, slot_P % self.targets
+            real_P = place_P < column["count"][user_P]
+            event_P = column["target"][user_P] + place_P
+        event_P = xp.where(real_P, event_P, 0)
+        tokens = {
+            name: self._tokens(xp, data, column, name, rows, user_P, place_P, real_P)
+            for name, rows in zip(self.channels, self.rows, strict=True)
+        }
+        return RankBatch(
+            channels=tokens,
+            label_PK=data.label_EK[event_P],
+            weight_PK=data.weight_EK[event_P] * real_P.astype(xp.float32)[:, None],
+            user_P=xp.where(real_P, column["user"][user_P], 0),
+        )
+
+    def _tokens(
+        self,
+        xp: Any,
+        data: RankEvents,
+        column: dict[str, Any],
+        name: str,
+        rows: int,
+        user_P: Any,
+        place_P: Any,
+        real_P: Any,
+    ) -> Tokens:
+        """One channel. Letters: b the request of a row, c its contextual tokens, h its history events, p the place of a row in it."""
+        per_event = 2 if self.interleaved else 1
+        start_B, target_B, count_B = column[f"start/{name}"], column["target"], column["count"]
+        history_B = column[f"stop/{name}"] - start_B
+        used_B = (history_B + count_B) > 0
+        contextual_B = xp.where(used_B, self.contextual, 0).astype(xp.int32)
+        laid_B = count_B if self.with_targets else xp.zeros_like(count_B)
+        offsets = _offsets(xp, contextual_B + per_event * history_B + laid_B)
+        b_T, p_T, real_T = _lay_out(xp, offsets, rows)
+        c_T, h_T, start_T, target_T = contextual_B[b_T], history_B[b_T], start_B[b_T], target_B[b_T]
+        into_T = p_T - c_T
+        is_context_T = real_T & (into_T < 0)
+        is_target_T = real_T & (into_T >= per_event * h_T)
+        is_history_T = real_T & ~is_context_T & ~is_target_T
+        place_T = into_T // per_event  # of the event in the history
+        is_action_T = is_history_T & (into_T % per_event == 1)
+        is_item_T = (is_history_T | is_target_T) & ~is_action_T
+        has_signals_T = is_action_T if self.interleaved else is_history_T
+
+        def event(place: Any) -> Any:
+            """The event at a place of the history, the first target behind it; of a request without either, the first event of all."""
+            inside = (place >= 0) & (place < h_T)
+            here = xp.where(inside, start_T + place, 0)
+            index = _index(data, column, name)
+            if index is not None:
+                here = index[here] if len(index) else here
+            return xp.where(inside, here, xp.where(count_B[b_T] > 0, target_T, here))
+
+        event_T = xp.where(
+            is_history_T,
+            event(place_T),
+            xp.where(is_target_T, target_T + into_T - per_event * h_T, event(0 * place_T)),
+        )
+        event_T = xp.where(real_T, event_T, 0)
+        before_T = xp.where(real_T, xp.where(is_target_T, event(h_T - 1), event(place_T - 1)), 0)
+        has_before_T = is_item_T & (h_T > 0) & (is_target_T | (place_T > 0))
+        time_T = data.time_E[event_T]
+        asks_now_T = is_context_T | is_target_T | (is_item_T & self.interleaved)
+        after_T = xp.where(asks_now_T | ~real_T, event_T, event(place_T + 1))
+        # The last row of a supervised history has nothing after it: its own time.
+        next_time_T = xp.where(
+            asks_now_T | ((place_T + 1 >= h_T) & (count_B[b_T] == 0)), time_T, data.time_E[after_T]
+        )
+        gap_T = xp.searchsorted(
+            GAP_EDGES if xp is np else jnp.asarray(GAP_EDGES),
+            time_T - data.time_E[before_T],
+            side="right",
+        )
+        position_T = h_T - place_T if self.backwards else place_T + 1
+        at_target = xp.zeros_like(h_T) if self.backwards else h_T + 1
+        zero = xp.int32(0)
+
+        row_P = (
+            offsets[user_P]
+            + contextual_B[user_P]
+            + per_event * (place_P if self.supervise_history else history_B[user_P])
+        )
+        row_P = row_P if self.supervise_history else row_P + place_P
+        context_T = (
+            data.context_UC[column["user"][b_T], xp.clip(p_T, 0, self.contextual - 1)]
+            if self.contextual
+            else xp.zeros_like(p_T)
+        )
+        return Tokens(
+            item_T=xp.where(is_item_T, data.item_E[event_T], zero),
+            signal_TS=xp.where(has_signals_T[:, None], data.signal_ES[event_T], zero),
+            feature_TF=xp.where(is_item_T[:, None], data.feature_EF[event_T], zero),
+            context_T=xp.where(is_context_T, context_T, zero),
+            position_T=xp.where(
+                is_history_T, position_T, xp.where(is_target_T, at_target, zero)
+            ).astype(xp.int32),
+            gap_T=xp.where(has_before_T, gap_T + 1, zero).astype(xp.int32),
+            time_T=xp.where(real_T, time_T, zero),
+            next_time_T=xp.where(real_T, next_time_T, zero),
+            offsets=offsets,
+            num_targets=laid_B,
+            num_contextual=contextual_B,
+            row_P=xp.where(real_P, row_P, zero).astype(xp.int32),
+        )
+
+
+def _index(data: RankEvents, column: dict[str, Any], name: str) -> Any:
+    """The events that a channel's `start` and `stop` count; None if they count all events."""
+    return column.get(f"event/{name}", data.index.get(name))
+
+
+def _offsets(xp: Any, lengths_B: Any) -> Any:
+    return xp.concatenate([xp.zeros(1, xp.int32), xp.cumsum(lengths_B).astype(xp.int32)])
+
+
+def _lay_out(xp: Any, offsets: Any, rows: int) -> tuple[Any, Any, Any]:
+    """Of every row of a buffer: its sequence, its place in it, and whether it is one of a sequence at all."""
+    row_T = xp.arange(rows, dtype=xp.int32)
+    b_T = xp.clip(
+        xp.searchsorted(offsets, row_T, side="right").astype(xp.int32) - 1, 0, offsets.shape[0] - 2
+    )
+    return b_T, row_T - offsets[b_T], row_T < offsets[-1]

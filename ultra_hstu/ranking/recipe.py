@@ -1,0 +1,41 @@
+"""The pure functions of a ranking run: `recipe.Recipe`'s interface on requests."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ultra_hstu.data.signals import Kind
+from ultra_hstu.ranking.batch import RankBatch
+from ultra_hstu.ranking.loss import multitask_loss
+from ultra_hstu.ranking.model import Ranker
+from ultra_hstu.ranking.source import Sizes
+from ultra_hstu.step import Params, Steps
+
+
+@dataclasses.dataclass(frozen=True)
+class RankRecipe(Steps):
+    sizes: Sizes
+
+    @property
+    def tasks(self) -> dict[str, Kind]:
+        """Kind of each task, in the order of the logits."""
+        return dict(zip(self.config.rank.tasks, self.sizes.kinds, strict=True))
+
+    def build(self, seed: int) -> Ranker:
+        return Ranker(self.config, self.sizes, rngs=nnx.Rngs(seed))
+
+    def logits(
+        self, params: Params, batch: RankBatch, key: jax.Array | None = None
+    ) -> Float[Array, "P K"]:
+        """float32; `key` draws dropout, None leaves it out. Empty places (weight 0) hold anything. In a mesh: this device's part of the P."""
+        model = self.model(params)
+        return model.head(model.encode(batch, rngs=key))
+
+    def loss(self, params: Params, batch: RankBatch, key: jax.Array) -> Float[Array, ""]:
+        label_pK, weight_pK = self.shards.part((batch.label_PK, batch.weight_PK))
+        total_K = self.shards.total(weight_pK.sum(0))
+        return multitask_loss(
+            self.logits(params, batch, key), label_pK, weight_pK, self.sizes.kinds, total_K
+        )
