@@ -17,8 +17,8 @@ from ultra_hstu.config import ChannelConfig, Config, DataConfig, LossConfig, Mod
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.retrieval.batch import Events, gather_batch
+from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.sequences import Sequences
-from ultra_hstu.step import Recipe
 from ultra_hstu.task import Task
 
 ROWS, WIDTH = 256, 128

@@ -19,7 +19,7 @@ from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.interactions import ordered
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.evaluate import Evaluator
-from ultra_hstu.step import Recipe
+from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.task import Task
 from ultra_hstu.train import Interrupted, train
 from ultra_hstu.workdir import Workdir, write_json

@@ -17,8 +17,8 @@ from ultra_hstu.flops import Flops
 from ultra_hstu.ranking.recipe import RankRecipe
 from ultra_hstu.ranking.source import RankSource, channels
 from ultra_hstu.retrieval.batch import Events
+from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.retrieval.split import Split, split
-from ultra_hstu.step import Recipe
 from ultra_hstu.workdir import Workdir
 
 

@@ -15,7 +15,7 @@ from kernels.device import compiling_for
 from ultra_hstu.config import Config, ParallelConfig, from_config_dict
 from ultra_hstu.parallel.collectives import bytes_sent
 from ultra_hstu.retrieval.batch import Batch
-from ultra_hstu.step import Recipe
+from ultra_hstu.retrieval.recipe import Recipe
 
 ITEMS = 20000
 SEMI_LOCAL = 256  # window, and full rows

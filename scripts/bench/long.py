@@ -24,7 +24,7 @@ from experiments import command
 from ultra_hstu import flops, provenance, report, workdir
 from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.retrieval.batch import Batch
-from ultra_hstu.step import Recipe
+from ultra_hstu.retrieval.recipe import Recipe
 
 FLAGS = flags.FLAGS
 

@@ -3,7 +3,6 @@
 import pytest
 
 from kernels.hstu_attention.triton import attention as triton
-from tests.kernels import test_cached_triton_compiles, test_triton_compiles
 from tests.kernels.triton_compiler import OTHERS, triton_cache  # noqa: F401 - a fixture
 
 

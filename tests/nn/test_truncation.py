@@ -17,8 +17,8 @@ from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig
 from ultra_hstu.nn.truncation import Truncation
 from ultra_hstu.retrieval.batch import Events, gather_batch
 from ultra_hstu.retrieval.loss import full_softmax
+from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.sequences import Sequences
-from ultra_hstu.step import Recipe
 
 KEEP, EXTRA = 5, 5  # L', and the most contextual tokens and targets of a sequence
 LAYERS = 2

@@ -20,7 +20,8 @@ from ultra_hstu.ranking import evaluate as ranking_evaluate
 from ultra_hstu.ranking.evaluate import RankingEvaluator
 from ultra_hstu.retrieval import metrics
 from ultra_hstu.retrieval.batch import Batch
-from ultra_hstu.step import Params, Recipe
+from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.step import Params
 from ultra_hstu.task import RankTask, Task
 
 STEPS_PER_CALL = 8

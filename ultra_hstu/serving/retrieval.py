@@ -18,11 +18,12 @@ from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.retrieval.batch import ROW_MULTIPLE, Batch, Events, gather_batch
 from ultra_hstu.retrieval.metrics import best_items
+from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.serving.capacity import MAX_USERS
 from ultra_hstu.serving.encoded_users import key_of
 from ultra_hstu.serving.seconds import since_first
 from ultra_hstu.serving.trained import load_params
-from ultra_hstu.step import Params, Recipe
+from ultra_hstu.step import Params
 from ultra_hstu.workdir import Workdir
 
 SMALLEST_K, SMALLEST_HIDDEN = (
