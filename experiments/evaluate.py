@@ -84,11 +84,11 @@ def served(table_ID: np.ndarray, kind: str, max_history: int) -> dict[str, Any]:
     """Bytes of a table of this kind, of a row, and of the rows of a whole history, which go to the device for a request; and its error."""
     table = quantization.quantize(table_ID, kind)
     history = np.arange(max_history) % len(table_ID)
-    error_ID = (np.asarray(table) if kind == "float32" else np.asarray(table.dense())) - table_ID
+    error_ID = np.asarray(quantization.dense(table)) - table_ID
     return {
         "bytes": table.nbytes,
         "row_bytes": table.nbytes // len(table_ID),
-        "history_bytes": (table[history] if kind == "float32" else table.take(history)).nbytes,
+        "history_bytes": quantization.take(table, history).nbytes,
         "rms_error_over_rms_value": float(np.sqrt(np.mean(error_ID**2) / np.mean(table_ID**2))),
     }
 

@@ -3,14 +3,16 @@
 python -m experiments.export --workdir=runs/assistments_rank_ultra --out=scorer.zip --candidates=1024 [--users=1] [--raw_dir=PATH]
 """
 
+from typing import cast
+
 from absl import flags
 
 from experiments import command
 from ultra_hstu import report
-from ultra_hstu.nn.key_values import KINDS
+from ultra_hstu.nn.key_values import KINDS, CacheDtype
 from ultra_hstu.serving import export, load_params
-from ultra_hstu.serving.ranking import MICRO_BATCH
-from ultra_hstu.serving.vocabulary import Vocabulary
+from ultra_hstu.serving.score import MICRO_BATCH
+from ultra_hstu.serving.tokens import Vocabulary
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir
 
@@ -52,7 +54,7 @@ def main(_: list[str]) -> None:
         candidates=_CANDIDATES.value,
         users=_USERS.value,
         micro_batch=_MICRO_BATCH.value,
-        kind=_KIND.value,
+        kind=cast(CacheDtype, _KIND.value),
         platforms=_PLATFORMS.value,
     )
     report.make_console().print(

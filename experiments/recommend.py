@@ -6,22 +6,21 @@ python -m experiments.recommend --workdir=runs/ml1m_hstu --history="1,1193,914"
 python -m experiments.recommend --workdir=runs/ml1m_hstu --requests=FILE.jsonl > answers.jsonl      (or - for standard input)
 
 Ids are the source's own. --history needs no data, only the run's folder. A line of --requests is what the HTTP endpoint takes, and a line
-of the answer what it gives (`ultra_hstu/serving/schema.py`, `score_schema.py`); a bad line is answered with {"error": why}, in its place.
+of the answer what it gives (`ultra_hstu/serving/schema.py`); a bad line is answered with {"error": why}, in its place.
 """
 
 import sys
-from pathlib import Path
-from typing import Any
+from typing import cast
 
 from absl import flags
 
 from experiments import command
 from ultra_hstu import quantization, report
+from ultra_hstu.quantization import HostKind
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.lines import answer_lines
-from ultra_hstu.serving.service import Service
-from ultra_hstu.serving.services import open_service
-from ultra_hstu.serving.trained import RunData
+from ultra_hstu.serving.service import open_service
+from ultra_hstu.serving.users import RunData
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
 _USER = flags.DEFINE_string("user", None, "raw id of a user of the data: the whole history is used")
@@ -32,6 +31,12 @@ _REQUESTS = flags.DEFINE_string(
 _TABLES = flags.DEFINE_enum(
     "tables", "float32", quantization.KINDS, "what the item table is served from"
 )
+_HOST_TABLE = flags.DEFINE_enum(
+    "host_table",
+    None,
+    quantization.HOST_KINDS,
+    "keeps the item table of a ranking run in host memory, from where each request takes its rows",
+)
 _K = flags.DEFINE_integer("k", 10, "how many items, of --user and --history")
 _RAW_DIR = flags.DEFINE_string(
     "raw_dir", None, "where the raw data is now, if not where the run found it"
@@ -41,16 +46,18 @@ _RAW_DIR = flags.DEFINE_string(
 def main(_: list[str]) -> None:
     if sum(flag.value is not None for flag in (_USER, _HISTORY, _REQUESTS)) != 1:
         raise ValueError("give either --user=ID or --history=ID,ID,... or --requests=FILE")
-    source: Any = (
-        None
-        if _REQUESTS.value is None
-        else sys.stdin.buffer
-        if _REQUESTS.value == "-"
-        else Path(_REQUESTS.value).open("rb")
-    )
-    if source is not None:
-        answer_lines(open_service(_WORKDIR.value, _RAW_DIR.value, tables=_TABLES.value), source)
+    if _REQUESTS.value is not None:
+        service = open_service(
+            _WORKDIR.value,
+            _RAW_DIR.value,
+            tables=_TABLES.value,
+            host_table=cast(HostKind | None, _HOST_TABLE.value),
+        )
+        with sys.stdin.buffer if _REQUESTS.value == "-" else open(_REQUESTS.value, "rb") as source:
+            answer_lines(service, source)
         return
+    if _HOST_TABLE.value is not None:
+        raise ValueError("--host_table is for ranking runs, which score what --requests holds")
     model = RecommendationModel(_WORKDIR.value, tables=_TABLES.value)
     if _HISTORY.value is not None:
         wanted = [part.strip() for part in _HISTORY.value.split(",")]
@@ -61,11 +68,10 @@ def main(_: list[str]) -> None:
         answer = model.recommend(model.catalog.encode(wanted), k=_K.value)
         title = f"after {len(wanted)} items"
     else:
-        service = Service(model, RunData(_WORKDIR.value, _RAW_DIR.value))
-        query = service.of_user(str(_USER.value), k=_K.value)
-        answer = model.best(model.encode([query]), [query])[0]
-        events = service.data.interactions.history(str(_USER.value))
-        title = f"user {_USER.value}, after {events.stop - events.start} events"
+        data = RunData(_WORKDIR.value, _RAW_DIR.value)
+        items, times, actions = data.user(str(_USER.value))[:3]
+        answer = model.recommend(items, times, actions=actions, k=_K.value)
+        title = f"user {_USER.value}, after {len(items)} events"
     report.make_console().print(report.recommendations_table(title, answer))
 
 

@@ -6,7 +6,7 @@ python -m experiments.serve --workdir=runs/ml1m_hstu [--replicas=2] [--port=8000
     curl -s localhost:8000/recommend -H 'content-type: application/json' -d '{"user": 42, "k": 3}'                   a retrieval run
     curl -s localhost:8000/score -H 'content-type: application/json' -d '{"user": 42, "candidates": [608, 2858]}'       a ranking run
 
-Listens on loopback unless --host says otherwise; http://localhost:8000/docs describes requests and answers. docs/online_serving.md is about
+Listens on loopback unless --host says otherwise; http://localhost:8000/docs describes requests and answers. docs/http_service.md is about
 replicas, clusters, limits and metrics.
 """
 
@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import portpicker
 
@@ -48,10 +48,11 @@ from ray import serve  # noqa: E402
 
 from experiments import command  # noqa: E402
 from ultra_hstu import quantization  # noqa: E402
-from ultra_hstu.nn.key_values import KINDS  # noqa: E402
-from ultra_hstu.serving.capacity import MAX_USERS  # noqa: E402
-from ultra_hstu.serving.deployment import RECOMMEND, SCORE, Recommender, Scorer  # noqa: E402
-from ultra_hstu.serving.services import check_options, is_ranking  # noqa: E402
+from ultra_hstu.nn.key_values import KINDS, CacheDtype  # noqa: E402
+from ultra_hstu.quantization import HostKind  # noqa: E402
+from ultra_hstu.serving.http import RECOMMEND, SCORE, RecommendReplica, ScoreReplica  # noqa: E402
+from ultra_hstu.serving.inputs import MAX_USERS  # noqa: E402
+from ultra_hstu.serving.service import check_options, is_ranking  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -64,6 +65,12 @@ _RAW_DIR = flags.DEFINE_string(
 )
 _TABLES = flags.DEFINE_enum(
     "tables", "float32", quantization.KINDS, "what the item table is served from"
+)
+_HOST_TABLE = flags.DEFINE_enum(
+    "host_table",
+    None,
+    quantization.HOST_KINDS,
+    "keeps the item table of a ranking run in host memory, from where each request takes its rows",
 )
 _BLOCK = flags.DEFINE_string(
     "block", None, "file of raw item ids, one a line, that are recommended to nobody"
@@ -97,10 +104,18 @@ _ADDRESS = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     blocked = [] if _BLOCK.value is None else Path(_BLOCK.value).read_text().split()
-    options: dict[str, Any] = {"tables": _TABLES.value, "block": blocked, "kind": _KIND.value}
-    check_options(_WORKDIR.value, **options)
-    replica: Any
-    replica, path = (Scorer, SCORE) if is_ranking(_WORKDIR.value) else (Recommender, RECOMMEND)
+    kind = cast(CacheDtype, _KIND.value)
+    host_table = cast(HostKind | None, _HOST_TABLE.value)
+    check_options(
+        _WORKDIR.value,
+        tables=_TABLES.value,
+        block=blocked,
+        kind=kind,
+        host_table=host_table,
+    )
+    ranking = is_ranking(_WORKDIR.value)
+    path = SCORE if ranking else RECOMMEND
+    replica = cast(serve.Deployment, ScoreReplica if ranking else RecommendReplica)
     if _ADDRESS.value == "local":
         require_free(_HOST.value, _PORT.value)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -115,10 +130,13 @@ def main(_: list[str]) -> None:
         ).bind(
             str(Path(_WORKDIR.value).absolute()),
             raw_dir=_RAW_DIR.value,
+            tables=_TABLES.value,
+            block=blocked,
+            kind=kind,
+            host_table=host_table,
             cache_bytes=_CACHE.value * 2**20,
             max_users=_BATCH.value,
             wait_ms=_WAIT.value,
-            **options,
         )
         serve.run(application, name=path.strip("/"))
         print(

@@ -33,7 +33,7 @@ def test_half_the_bytes_of_int8():
     four, eight = quantize_int4(table()), quantize_int8(table())
     assert four.nbytes == 50 * (16 // 2 + 4) and eight.nbytes == 2 * four.nbytes
     assert four.shape == eight.shape == (50, 16)
-    assert four.take(np.array([3, 3, 7])).nbytes == 3 * 12
+    assert quantization.take(four, np.array([3, 3, 7])).nbytes == 3 * 12
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -82,7 +82,7 @@ def test_rows_of_ids_under_jit_and_of_a_request():
     dense = np.asarray(made.dense())
     fetch = jax.jit(lambda made, ids: made.rows(ids))
     np.testing.assert_array_equal(fetch(made, ids), dense[ids])
-    request = jax.device_put(made.take(ids.ravel()))
+    request = jax.device_put(quantization.take(made, ids.ravel()))
     np.testing.assert_array_equal(fetch(request, np.arange(4)), dense[ids.ravel()])
     assert made.rows(jnp.array(7)).shape == (16,)
     gathered = jax.make_jaxpr(lambda made, ids: made.rows(ids))(made, ids)
@@ -97,7 +97,7 @@ def test_rows_of_ids_under_jit_and_of_a_request():
 
 def test_ids_of_a_request_are_checked():
     with pytest.raises(ValueError, match=r"ids -1\.\.3 must be in 0\.\.49"):
-        quantize_int4(table()).take(np.array([3, -1]))
+        quantization.take(quantize_int4(table()), np.array([3, -1]))
 
 
 def test_odd_width_names_the_remedy():

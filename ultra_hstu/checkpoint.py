@@ -4,15 +4,17 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ultra_hstu.parallel import processes
 from ultra_hstu.parallel.embedding_sharding import Table
+from ultra_hstu.workdir import Workdir
 
 BEST_STEP = "best_step"
 ANSWER_SECONDS = 60  # after a process has read a checkpoint, the others have nearly done so
@@ -216,3 +218,34 @@ def abstract(tree: Any) -> Any:
         )
 
     return jax.tree.map(describe, tree)
+
+
+@runtime_checkable
+class MakesState(Protocol):
+    """What makes the initial state of a run, which has `params`: a recipe."""
+
+    def init(self, seed: int) -> Any: ...
+
+
+def load_params(folder: Workdir, recipe: MakesState) -> tuple[int, Any]:
+    """(step, parameters) of the best checkpoint of a run, or of the newest where none was evaluated.
+
+    Raises:
+      ValueError: if the run has no checkpoint, none that can be read, or parameters that are not
+        finite.
+    """
+    checkpoints = Checkpoints(folder.checkpoints, read_only=True)
+    restored = checkpoints.restore(abstract(jax.eval_shape(lambda: recipe.init(0))), best=True)
+    if restored is None:
+        raise ValueError(
+            f"{folder.path} has no checkpoint yet: train it first, "
+            f"with experiments.train --workdir={folder.path}"
+        )
+    step, params = restored[0], restored[1].params
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(leaf).all():
+            raise ValueError(
+                f"the checkpoint of step {step} in {folder.path} holds NaN or infinity in "
+                f"{jax.tree_util.keystr(path)}: train again"
+            )
+    return step, params

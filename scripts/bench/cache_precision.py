@@ -45,7 +45,7 @@ def main(_: list[str]) -> None:
         evaluator = RankingEvaluator(task, "test")
         record["full_pass"] = evaluator(params)
         record["kinds"] = {}
-        model = serving.FrozenRanker(task.recipe.model(params))
+        model = serving.CompiledRanker(task.recipe.model(params))
         requests = list(test_requests(task, model))
         exact: dict[str, Any] = {}
         for kind in KINDS:
@@ -57,7 +57,7 @@ def main(_: list[str]) -> None:
                 workdir.write_json(Path(FLAGS.record), record)
 
 
-def test_requests(task: RankTask, model: serving.FrozenRanker) -> Any:
+def test_requests(task: RankTask, model: serving.CompiledRanker) -> Any:
     """(history, candidates, labels) of `train.eval_users` test requests at a time, in the order of `RankingEvaluator.event_P`."""
     loader = task.loader("test", batch_users=task.config.train.eval_users, steps_per_call=1)
     plan = loader.plan(shuffle=False)
@@ -73,7 +73,7 @@ def test_requests(task: RankTask, model: serving.FrozenRanker) -> Any:
 
 def measure(
     task: RankTask,
-    model: serving.FrozenRanker,
+    model: serving.CompiledRanker,
     evaluator: RankingEvaluator,
     requests: list[Any],
     kind: Any,
@@ -87,7 +87,8 @@ def measure(
     for history, candidates, label_C in requests:
         cache = serving.encode_history(model, history, kind=kind)
         logits.append(serving.score(model, cache, candidates))
-        layers = [layer for channel in cache.channels.values() for layer in channel.encoded.layers]
+        parts = [part for channel in cache.channels.values() for part in channel]
+        layers = [layer for part in parts for layer in part.layers]
         size, rows = (
             size + sum(layer.nbytes for layer in layers),
             rows + sum(layer.k_SHK.shape[0] for layer in layers),

@@ -16,8 +16,8 @@ from absl import flags
 from rich.table import Table
 
 from experiments import command
-from ultra_hstu import provenance, report, workdir
-from ultra_hstu.serving import host_tables
+from ultra_hstu import provenance, quantization, report, workdir
+from ultra_hstu.quantization import HostKind
 
 FLAGS = flags.FLAGS
 
@@ -36,18 +36,18 @@ def main(_: list[str]) -> None:
     console.print(table(result["tables"]))
 
 
-def measure(kind: str, items: int, width: int, rows: int, repetitions: int) -> dict[str, Any]:
+def measure(kind: HostKind, items: int, width: int, rows: int, repetitions: int) -> dict[str, Any]:
     """Milliseconds of each part of one request, medians, and bytes."""
     rng = np.random.default_rng(0)
-    host = host_tables.HostTable.of(
+    host = quantization.host_table(
         rng.standard_normal((items, width), dtype=np.float32) * 0.02, kind
     )
-    unpack = jax.jit(host_tables.unpacked)
+    unpack = jax.jit(quantization.dense)
     times: dict[str, list[float]] = {"gather_ms": [], "transfer_ms": [], "unpack_ms": []}
     for repetition in range(repetitions + 1):
         ids = rng.choice(items, rows, replace=False).astype(np.int32)
         moments = [time.perf_counter()]
-        packed, _ = host.request(ids)
+        packed = quantization.take(host, np.unique(ids))
         moments.append(time.perf_counter())
         here = jax.block_until_ready(jax.device_put(packed))
         moments.append(time.perf_counter())
@@ -59,7 +59,7 @@ def measure(kind: str, items: int, width: int, rows: int, repetitions: int) -> d
     found: dict[str, Any] = {name: statistics.median(samples) for name, samples in times.items()}
     moved = sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
     return {
-        "row_bytes": host.row_bytes,
+        "row_bytes": quantization.row_bytes(host),
         "bytes": moved,
         **found,
         "gigabytes_a_second": moved / found["transfer_ms"] / 1e6,
@@ -85,6 +85,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("width", 512, "width of a row")
     flags.DEFINE_integer("rows", 16384, "different items of a request")
     flags.DEFINE_integer("repetitions", 20, "requests that are timed")
-    flags.DEFINE_list("kinds", list(host_tables.KINDS), "which kinds of table")
+    flags.DEFINE_list("kinds", list(quantization.HOST_KINDS), "which kinds of table")
     flags.DEFINE_string("record", None, "JSON file for the result")
     command.run(main)

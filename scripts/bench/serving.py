@@ -196,7 +196,7 @@ class Bench:
         )
         self.rng = np.random.default_rng(seed)
         self.model = Ranker(config, self.sizes, rngs=nnx.Rngs(seed))
-        self.frozen = serving.FrozenRanker(self.model)
+        self.frozen = serving.CompiledRanker(self.model)
         self.graphdef, self.params = nnx.split(self.model)[0], self.frozen.params
         self.full = jax.jit(self._full, static_argnames="count")
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ultra_hstu.data.interactions import Interactions
-from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Answer, Request
-from ultra_hstu.serving.service import Service, as_answer
+from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, Response
+from ultra_hstu.serving.service import RecommendService, Service, recommended
 
 SCORE_ERROR = 1e-5  # rounding: which histories share a device call differs
 JSON = "application/json"
@@ -71,7 +71,7 @@ def timed(interactions: Interactions, count: int, events: int, seed: int) -> lis
     ]
 
 
-def checked(service: Service, count: int, events: int, seed: int) -> list[Sent]:
+def checked(service: RecommendService, count: int, events: int, seed: int) -> list[Sent]:
     """Good requests of every kind, with their answers by the model in this process."""
     interactions = service.data.interactions
     rng = np.random.default_rng(seed)
@@ -99,7 +99,7 @@ def checked(service: Service, count: int, events: int, seed: int) -> list[Sent]:
     ]
 
 
-def answers(service: Any, requests: Sequence[dict]) -> list[Any]:
+def answers(service: Service, requests: Sequence[dict]) -> list[Any]:
     """Of the model in this process."""
     prepared = [
         service.prepare(service.request_type.model_validate_json(json.dumps(request)))
@@ -116,7 +116,7 @@ def right(sent: Sent, body: bytes) -> bool:
     """Whether an answer is the expected one, places of equal scores aside."""
     if sent.expected is None:
         return True
-    got, k = Answer.model_validate_json(body), json.loads(sent.body).get("k", 10)
+    got, k = Response.model_validate_json(body), json.loads(sent.body).get("k", 10)
     scores = {item.item: item.score for item in sent.expected.items}
     same = (got.source, got.warnings, len(got.items)) == (
         sent.expected.source,
@@ -160,14 +160,14 @@ def bad(count: int, seed: int, wrong: Sequence[str] = _WRONG, path: str = RECOMM
     return [*noise, *(made[i] for i in rng.integers(len(made), size=count - len(noise)))]
 
 
-def steps(service: Service) -> dict[str, Callable[[Any], Any]]:
+def steps(service: RecommendService) -> dict[str, Callable[[Any], Any]]:
     """The parts of a call, from bodies to answers."""
     return {
         "read": lambda bodies: [Request.model_validate(json.loads(body)) for body in bodies],
-        "prepare": lambda read: [service.prepare(request).query for request in read],
+        "prepare": lambda read: [service.prepare(request) for request in read],
         "encode": lambda queries: (queries, service.model.encode(queries)),
-        "best": lambda both: service.model.best(both[1], both[0]),
-        "write": lambda answers: [
-            as_answer(items, "model", ()).model_dump_json() for items in answers
+        "best": lambda both: (both[0], service.model.best(both[1], both[0])),
+        "write": lambda both: [
+            recommended(query, items).model_dump_json() for query, items in zip(*both, strict=True)
         ],
     }

@@ -9,10 +9,8 @@ import numpy as np
 from scripts.load import requests as load_requests
 from scripts.load.requests import Sent, stretches
 from ultra_hstu.data.interactions import Interactions
-from ultra_hstu.serving.schema import MAX_EVENTS
-from ultra_hstu.serving.score_schema import ScoreAnswer, ScoreRequest
-from ultra_hstu.serving.score_service import ScoreService
-from ultra_hstu.serving.scoring import MAX_CANDIDATES
+from ultra_hstu.serving.schema import MAX_CANDIDATES, MAX_EVENTS, ScoreRequest, ScoreResponse
+from ultra_hstu.serving.service import ScoreService
 
 CANDIDATES = 100  # of a request
 # Of scores, by the dtype of the layers: which users share a device call differs.
@@ -94,7 +92,7 @@ def right(sent: Sent, body: bytes) -> bool:
     """Whether an answer is the expected one."""
     if sent.expected is None:
         return True
-    got, wanted = ScoreAnswer.model_validate_json(body), sent.expected
+    got, wanted = ScoreResponse.model_validate_json(body), sent.expected
     if (got.events, got.warnings, len(got.candidates)) != (
         wanted.events,
         wanted.warnings,
@@ -138,10 +136,10 @@ def steps(service: ScoreService) -> dict[str, Callable[[Any], Any]]:
     return {
         "read": lambda bodies: [ScoreRequest.model_validate(json.loads(body)) for body in bodies],
         "prepare": lambda read: [service.prepare(request) for request in read],
-        "encode": lambda prepared: (prepared, model.encode([p.query for p in prepared])),
-        "score": lambda both: (both[0], model.score(both[1], [p.query for p in both[0]])),
+        "encode": lambda queries: (queries, model.encode(queries)),
+        "score": lambda both: (both[0], model.score(both[1], both[0])),
         "write": lambda both: [
-            service.as_answer(p, score_CK).model_dump_json()
-            for p, score_CK in zip(*both, strict=True)
+            service.scored(query, score_CK).model_dump_json()
+            for query, score_CK in zip(*both, strict=True)
         ],
     }

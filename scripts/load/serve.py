@@ -26,9 +26,7 @@ from scripts.load import scores as load_scores
 from scripts.load.loop import Seen, Served, closed_loop, deployment, speed
 from scripts.load.requests import Sent
 from ultra_hstu import provenance, report, workdir
-from ultra_hstu.serving.score_service import ScoreService
-from ultra_hstu.serving.service import Service
-from ultra_hstu.serving.services import open_service
+from ultra_hstu.serving.service import ScoreService, Service, open_service
 
 FLAGS = flags.FLAGS
 
@@ -78,7 +76,7 @@ def main(_: list[str]) -> None:
         raise ValueError("; ".join(failed))
 
 
-def asked_of(service: Service | ScoreService) -> Any:
+def asked_of(service: Service) -> Any:
     """The module of requests to this kind of run."""
     return load_scores if isinstance(service, ScoreService) else load_requests
 
@@ -98,7 +96,7 @@ def judge(result: dict[str, Any]) -> list[str]:
     return [name for name, holds in claims.items() if not holds]
 
 
-def stages(service: Service | ScoreService, requests: Sequence[Sent]) -> dict[str, float]:
+def stages(service: Service, requests: Sequence[Sent]) -> dict[str, float]:
     """Milliseconds of each part of a request in this process, with nothing else at work: medians over calls of 8 requests."""
     steps = asked_of(service).steps(service)
     took: dict[str, list[float]] = {name: [] for name in steps}

@@ -1,9 +1,11 @@
 """Ranking models small enough for tests of serving, their requests, and what a full forward pass says of them."""
 
+import contextlib
 import dataclasses
 import functools
 
 import jax
+import jaxtyping
 import numpy as np
 
 from tests.ranking import rank_data
@@ -36,6 +38,16 @@ FORMS = {
     "bfloat16, fp8": dict(rank=FORWARDS, model=dict(dtype="bfloat16", projection="fp8", window=(3,), chunk_rows=24)),
 }  # fmt: skip
 MAX_HISTORY = 12
+
+
+@contextlib.contextmanager
+def unchecked():
+    """Annotations are not checked, as outside of tests: what is wrong must be found by the code."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def task_of(form) -> RankTask:

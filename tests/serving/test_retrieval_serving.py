@@ -1,4 +1,4 @@
-"""Retrieval serving: batches, exact answers over chunks, hidden and blocked items, capacity classes, memory."""
+"""Retrieval serving: batches, exact answers over chunks, hidden and blocked items, buckets, memory."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from ultra_hstu.checkpoint import Checkpoints
 from ultra_hstu.quantization import KINDS, quantize, unpacked
 from ultra_hstu.retrieval.metrics import best_items
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.serving.retrieval import SMALLEST_HIDDEN, SMALLEST_K
+from ultra_hstu.serving.recommend import SMALLEST_HIDDEN, SMALLEST_K
 from ultra_hstu.train import train
 
 
@@ -110,7 +110,7 @@ def test_times_that_go_back_are_refused(model):
     with pytest.raises(ValueError, match="Give seconds, not milliseconds"):
         model.query([1, 2], [0, 2**31])
     assert (
-        len(model.query([1] * 11, [0] + [2**31] * 10).events.item_E) == 11
+        model.query([1] * 11, [0] + [2**31] * 10).num_events == 10
     )  # what is not encoded does not count
 
 
@@ -145,7 +145,7 @@ def test_rows_and_capacities(folder):
         896,
         1664,
     ]
-    assert model._classes_of([model.query([1])]) == (SMALLEST_K, 120)
+    assert model._sizes_of([model.query([1])]) == (SMALLEST_K, 120)
     assert SMALLEST_HIDDEN > 120
 
 

@@ -10,13 +10,11 @@ import pytest
 from tests.serving.small_serving import built, full_pass, requests
 from ultra_hstu import serving
 from ultra_hstu.serving import export
-from ultra_hstu.serving.schema import MAX_EVENTS, problem
-from ultra_hstu.serving.score_schema import ScoreRequest
-from ultra_hstu.serving.score_service import EMPTY, ScoreService
-from ultra_hstu.serving.scoring import MAX_CANDIDATES, MICRO_BATCH, ScoringModel
-from ultra_hstu.serving.services import open_service
-from ultra_hstu.serving.trained import RunData
-from ultra_hstu.serving.vocabulary import Vocabulary
+from ultra_hstu.serving.schema import MAX_CANDIDATES, MAX_EVENTS, ScoreRequest, problem
+from ultra_hstu.serving.scoring import MICRO_BATCH, ScoringModel
+from ultra_hstu.serving.service import EMPTY, ScoreService, open_service
+from ultra_hstu.serving.tokens import Vocabulary
+from ultra_hstu.serving.users import RunData
 
 FORM = "mixture"  # two channels, contextual tokens, interleaved input, a feature, a probability and a value
 
@@ -31,7 +29,7 @@ def model():
         task.recipe.tasks,
         max_users=8,
     )
-    model.rooms = model.rooms[-1:]  # few programs
+    model.buckets = model.buckets[-1:]  # few programs
     return model
 
 
@@ -89,9 +87,9 @@ def test_scores_are_those_of_the_model(service):
         np.zeros_like(candidates.item_C),
     )
     ranker = service.model.ranker
-    cache = serving.encode_history(ranker, history, room=service.model.rooms[0])
+    cache = serving.encode_history(ranker, history, bucket=service.model.buckets[0])
     want = values_of(
-        serving.score(ranker, cache, at_once, micro_batch=MICRO_BATCH, room=8 * MAX_CANDIDATES)
+        serving.score(ranker, cache, at_once, micro_batch=MICRO_BATCH, bucket=8 * MAX_CANDIDATES)
     )
     given = [ScoreRequest.model_validate_json(json.dumps(asked_of(number))) for number in range(7)]
     prepared = [service.prepare(request) for request in given]
@@ -116,7 +114,7 @@ def test_an_exported_model_scores_the_same_and_knows_no_users(service, tmp_path)
     )
     export.save(path, ranker, vocabulary=service.model.vocabulary, **options)
     served = open_service(path, max_users=8)
-    served.model.rooms = served.model.rooms[-1:]
+    served.model.buckets = served.model.buckets[-1:]
     for number in (0, 1):
         assert answer(served, **asked_of(number)) == answer(service, **asked_of(number))
     with pytest.raises(ValueError, match="an exported model: give a history"):
@@ -169,17 +167,17 @@ def test_nothing_is_compiled_after_the_warm_up(service):
     assert service.model.programs == programs
 
 
-def test_histories_get_the_smallest_room(model):
+def test_histories_get_the_smallest_bucket(model):
     task, ranker, _ = built(FORM)
     whole = ScoringModel(ranker, task.config, model.vocabulary, model.kinds, max_users=8)
-    assert [room.events for room in whole.rooms] == [
+    assert [bucket.events for bucket in whole.buckets] == [
         {"consumption": 6 * fill, "engagement": 4 * fill} for fill in (1, 2, 4, 8)
     ]
-    for events, room in (((0, 0), 0), ((6, 4), 0), ((6, 5), 1), ((25, 1), 3), ((48, 32), 3)):
-        assert (
-            whole._room(dict(zip(("consumption", "engagement"), events, strict=True)))
-            is whole.rooms[room]
-        )
+    for counts, bucket in (((0, 0), 0), ((6, 4), 0), ((6, 5), 1), ((25, 1), 3), ((48, 32), 3)):
+        events = [serving.Events.of([[1] * count]) for count in counts]
+        channels = dict(zip(("consumption", "engagement"), events, strict=True))
+        history = serving.History(channels, np.zeros((1, 0), int), np.zeros(1, int))
+        assert whole.bucket_of([history]) is whole.buckets[bucket]
 
 
 def test_a_user_of_the_data_is_the_whole_history(service):

@@ -21,8 +21,8 @@ from scripts.load.serve import kill
 from tests.serving.served_checks import stands_fuzzing, stands_good_and_bad_requests
 from tests.small_run import small_config
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.serving.service import Service
-from ultra_hstu.serving.trained import RunData
+from ultra_hstu.serving.service import RecommendService
+from ultra_hstu.serving.users import RunData
 from ultra_hstu.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 def known(folder):
     """Good requests and their answers by the model in this process."""
     return checked(
-        Service(RecommendationModel(folder), RunData(folder)), count=60, events=10, seed=1
+        RecommendService(RecommendationModel(folder), RunData(folder)), count=60, events=10, seed=1
     )
 
 

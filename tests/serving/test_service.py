@@ -12,10 +12,9 @@ from rich.console import Console
 
 from tests.small_run import small_config, with_
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.serving.encoded_users import ENTRY_BYTES, EncodedUsers
 from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, problem
-from ultra_hstu.serving.service import Service
-from ultra_hstu.serving.trained import RunData
+from ultra_hstu.serving.service import RecommendService
+from ultra_hstu.serving.users import ENTRY_BYTES, EncodedUsers, RunData
 from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
@@ -36,7 +35,7 @@ def model(folder):
 
 @pytest.fixture
 def service(folder, model):
-    return Service(model, RunData(folder))
+    return RecommendService(model, RunData(folder))
 
 
 def answer(service, **request):
@@ -163,7 +162,7 @@ def test_a_known_user_gets_the_same_bits(service):
     assert [service.answer([one])[0] for one in requests] == first
     assert service.answer(requests[::-1]) == first[::-1]
     assert (service.users.hits, service.users.misses) == (8, 4)
-    assert Service(service.model, service.data, cache_bytes=0).answer(requests) == first
+    assert RecommendService(service.model, service.data, cache_bytes=0).answer(requests) == first
 
 
 def test_all_that_is_encoded_is_in_the_key(folder, model):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from tests.serving.small_serving import DATA, FORMS, built, full_pass, requests, task_of
 from ultra_hstu import serving
-from ultra_hstu.serving import cache
+from ultra_hstu.serving import kv_cache
 from ultra_hstu.task import Task
 
 
@@ -32,13 +32,13 @@ def test_scores_are_those_of_a_full_pass(form):
 def test_micro_batches(micro_batch):
     """Also steps that straddle users, and a last one that is not full."""
     history, candidates, want = full_pass("ULTRA")
-    model = serving.FrozenRanker(built("ULTRA")[1])
+    model = serving.CompiledRanker(built("ULTRA")[1])
     encoded = serving.encode_history(model, history)
     close(serving.score(model, encoded, candidates, micro_batch=micro_batch), want, "ULTRA")
 
 
 def test_matrices_of_layers_are_rounded_once():
-    """A frozen ranker holds them in the dtype of its layers, and says the same to the bit. fp8 rounds the float32 ones."""
+    """A compiled ranker holds them in the dtype of its layers, and says the same to the bit. fp8 rounds the float32 ones."""
     config = task_of("merged").config
     task = Task.of(
         dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")), DATA
@@ -47,7 +47,7 @@ def test_matrices_of_layers_are_rounded_once():
         task.recipe.model(task.recipe.init(0).params),
         full_pass("merged"),
     )
-    rounded, plain = serving.FrozenRanker(ranker), serving.FrozenRanker(ranker)
+    rounded, plain = serving.CompiledRanker(ranker), serving.CompiledRanker(ranker)
     plain.params = nnx.split(ranker)[1]
 
     def dtypes(model):
@@ -77,7 +77,7 @@ def test_matrices_of_layers_are_rounded_once():
     assert held and not any(isinstance(leaf, jax.Array) for leaf in held), (
         "the float32 ones are not kept alive"
     )
-    assert {dtype for _, dtype in dtypes(serving.FrozenRanker(built("bfloat16, fp8")[1]))} == {
+    assert {dtype for _, dtype in dtypes(serving.CompiledRanker(built("bfloat16, fp8")[1]))} == {
         "float32"
     }
 
@@ -103,7 +103,7 @@ def histories(form, *left_B):
 def test_appended_events(form):
     """In two steps, different users growing by different numbers; the request's time moves too."""
     _, candidates, want = full_pass(form)
-    model = serving.FrozenRanker(built(form)[1])
+    model = serving.CompiledRanker(built(form)[1])
     first, *new = histories(form, np.array([3, 0, 2, 4, 5, 0, 1]), np.array([2, 0, 1, 0, 5, 0, 0]))
     encoded = serving.encode_history(
         model, dataclasses.replace(first, now_B=np.asarray(first.now_B) - 1000)
@@ -120,8 +120,8 @@ def test_what_stays_of_a_growing_cache():
     def grown(form, channel="events"):
         before, added = histories(form, left)
         model, (whole,) = built(form)[1], histories(form)
-        parts = (events.channels[channel] for events in (before, whole, added))
-        return cache.growth(model.encoders[channel], model.form, *parts)
+        parts = (events.channels[channel].lengths for events in (before, whole, added))
+        return kv_cache.growth(model.encoders[channel], model.form, *parts)
 
     added = left.sum()
     assert grown("bfloat16, fp8").new_rows == added, "a window alone: the new rows"

@@ -1,5 +1,6 @@
 """What a request may hold, what it must not, and that requests of a kind are compiled for once."""
 
+import copy
 import dataclasses
 
 import jax
@@ -8,19 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.serving.small_serving import MAX_HISTORY, built, full_pass
+from tests.serving.small_serving import MAX_HISTORY, built, full_pass, unchecked
 from ultra_hstu import quantization, serving
 from ultra_hstu.nn import key_values
-from ultra_hstu.serving import host_tables
-from ultra_hstu.serving.capacity import capacity
-from ultra_hstu.serving.host_tables import HostTable
+from ultra_hstu.serving.inputs import ROW_SIZES, bucket_size, bucket_sizes
 
 FORM = "ULTRA"
 
 
 @pytest.fixture(scope="module")
 def model():
-    return serving.FrozenRanker(built(FORM)[1])
+    return serving.CompiledRanker(built(FORM)[1])
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +172,7 @@ def test_nothing_is_compiled_twice(model, cache):
             name: np.asarray(getattr(candidates, name))[:end]
             for name in ("item_C", "feature_CF", "time_C")
         }
-        again = serving.FrozenRanker(built(FORM)[1])
+        again = serving.CompiledRanker(built(FORM)[1])
         encoded = serving.encode_history(
             again, dataclasses.replace(history, channels={"events": fewer})
         )
@@ -185,10 +184,11 @@ def test_nothing_is_compiled_twice(model, cache):
 
 
 def test_the_ladder():
-    sizes = sorted({capacity(n) for n in range(1, 5000)})
+    sizes = sorted({bucket_size(n) for n in range(1, 5000)})
     assert sizes[:10] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
-    assert all(capacity(n) >= n and 2 * capacity(n) <= 3 * n for n in range(2, 5000))
-    assert capacity(5, least=64) == 64
+    assert all(bucket_size(n) >= n and 2 * bucket_size(n) <= 3 * n for n in range(2, 5000))
+    assert bucket_size(0) == 1 and bucket_size(5, ROW_SIZES) == bucket_size(64, ROW_SIZES) == 64
+    assert bucket_sizes(16, 300, 8) == [16, 128, 300] and bucket_sizes(16, 9, 8) == [9]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_item_table_in_host_memory(model):
     """The scores of the rows that the table gives back, and the rows of a request alone go to the device."""
     history, candidates, _ = full_pass(FORM)
     ranker = built(FORM)[1]
-    served = serving.FrozenRanker(ranker, item_table="int4")
+    served = serving.CompiledRanker(ranker, host_table="int4")
     assert jax.tree.leaves(served.params["embedding"]["item_table"])[0].shape == (1, 8)
     graphdef, params = nnx.split(ranker)
     table = np.asarray(ranker.embedding.item_table[...])
@@ -251,24 +251,29 @@ def test_item_table_in_host_memory(model):
     assert np.abs(want - full_pass(FORM)[2]).max() > 1e-3
 
 
-def test_rows_of_a_request():
+def test_rows_of_a_request(model):
     table = np.random.default_rng(0).standard_normal((31, 8), dtype=np.float32)
     sizes = {"float32": 32, "bfloat16": 16, "int8": 8 + 8, "int4": 4 + 4}
     for kind, size in sizes.items():
-        host = HostTable.of(table, kind)
-        assert host.row_bytes == size
-        rows, (first, second) = host.request(
+        host = quantization.host_table(table, kind)
+        assert quantization.row_bytes(host) == size
+        served = copy.copy(model)
+        served.table = host
+        rows, (first, second) = served.take_items(
             np.array([7, 30, 7], np.int32), np.array([3], np.int32)
         )
         assert first.tolist() == [2, 3, 2] and second.tolist() == [1]
         assert all(len(leaf) == 64 for leaf in jax.tree.leaves(rows))
-        small = np.asarray(host_tables.unpacked(rows))
+        small = np.asarray(quantization.dense(rows))
         np.testing.assert_allclose(
-            small[1:4], table[[3, 7, 30]], atol=0.3 if kind == "int4" else 0.02
+            small[:3], table[[3, 7, 30]], atol=0.3 if kind == "int4" else 0.02
         )
-        assert not small[0].any()
-    with pytest.raises(ValueError, match="item_table='int2' must be 'device', or one of"):
-        HostTable.of(table, "int2")
+        params = model.params
+        filled = served.programs.model(params, rows).embedding.item_table[...]
+        assert filled.shape == (65, 8) and not filled[0].any()
+        np.testing.assert_array_equal(filled[1:4], small[:3])
+    with pytest.raises(ValueError, match="host_table='int2' must be one of"), unchecked():
+        quantization.host_table(table, "int2")
 
 
 def with_events(**changes):
@@ -287,7 +292,7 @@ def spoilt(values, place, value, dtype=None):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: "history", "history must be a serving.History, got str"),
+        (lambda h: "history", "history must be serving.UserHistory, got str"),
         (lambda h: dataclasses.replace(h, channels={}), r"has the channels \[\], the model \['events'\]"),
         (lambda h: dataclasses.replace(h, now_B=h.now_B[:0]), "holds no users"),
         (lambda h: dataclasses.replace(h, now_B=h.now_B.astype(np.int64) * 10**5), r"now_B\[0\] is .* not in -2147483648..2147483647"),
@@ -302,7 +307,7 @@ def spoilt(values, place, value, dtype=None):
     ],
 )  # fmt: skip
 def test_bad_histories_are_named(model, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message), unchecked():
         serving.encode_history(model, change(full_pass(FORM)[0]))
 
 
@@ -336,33 +341,42 @@ def test_bad_candidates_are_named(model, cache, change, options, message):
     changed = dataclasses.replace(
         candidates, **{name: spoil(getattr(candidates, name)) for name, spoil in change.items()}
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message), unchecked():
         serving.score(model, cache, changed, **options)
 
 
 def test_other_bad_calls_are_named(model, cache):
     history, candidates, _ = full_pass(FORM)
-    with pytest.raises(ValueError, match="k=0 must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="k=0 must be an integer of at least 1"), unchecked():
         serving.top_k(model, cache, candidates, k=0)
-    with pytest.raises(ValueError, match="weights must be 2 finite numbers"):
+    with pytest.raises(ValueError, match="weights must be 2 finite numbers"), unchecked():
         serving.top_k(model, cache, candidates, k=1, weights=(1.0,))
-    with pytest.raises(ValueError, match="candidates must be serving.Candidates, got list"):
+    with (
+        pytest.raises(ValueError, match="candidates must be serving.Candidates, got list"),
+        unchecked(),
+    ):
         serving.score(model, cache, [1, 2])
-    with pytest.raises(ValueError, match="kind='int2' must be one of same, bfloat16, int8, fp8"):
+    with (
+        pytest.raises(ValueError, match="kind='int2' must be one of same, bfloat16, int8, fp8"),
+        unchecked(),
+    ):
         serving.encode_history(model, history, kind="int2")
-    with pytest.raises(ValueError, match="model must be a Ranker or a FrozenRanker, got dict"):
+    with (
+        pytest.raises(ValueError, match="model must be a Ranker or a CompiledRanker, got dict"),
+        unchecked(),
+    ):
         serving.encode_history({}, history)
-    with pytest.raises(ValueError, match="cache must be a serving.Cache, got dict"):
+    with pytest.raises(ValueError, match="cache must be serving.Cache, got dict"), unchecked():
         serving.score(model, {}, candidates)
-    with pytest.raises(ValueError, match="new_events has 1 users, the cache 7"):
+    with pytest.raises(ValueError, match="new_events has 1 users, the cache 7"), unchecked():
         serving.append(model, cache, history_of(0))
-    with pytest.raises(ValueError, match="times of .1. events, but items of .2."):
+    with pytest.raises(ValueError, match="times of .1. events, but items of .2."), unchecked():
         serving.Events.of([[1, 2]], times=[[5]])
 
 
 def test_a_cache_of_another_model_is_refused(model, cache):
     _, candidates, _ = full_pass(FORM)
-    other = serving.FrozenRanker(built("merged")[1])
+    other = serving.CompiledRanker(built("merged")[1])
     with pytest.raises(ValueError, match="made by a model of another configuration"):
         serving.score(other, cache, candidates)
     task, _, _ = built(FORM)

@@ -1,48 +1,56 @@
-"""An HSTU stack over a history that is encoded once: its keys and values, what targets add to it, and how it grows.
+"""An HSTU stack over histories that are encoded once: their keys and values, what targets add to
+them, and how they grow.
 
-This is M-FALCON (HSTU, arXiv 2402.17152, algorithm 1). Nothing in a history depends on the targets behind it, and a target sees the history and
-itself: with the keys and values of every layer at hand, targets are rows of their own, in any order and as many at a time as one likes. A layer does not
-notice: it calls `attend`, as always.
+This is M-FALCON (HSTU, arXiv 2402.17152, algorithm 1). Nothing in a history depends on the targets
+behind it, and a target sees the history and itself. So with the keys and values of every layer at
+hand, targets are rows of their own, in any order and as many at a time as one likes. A layer does
+not notice: it calls `attend`, as always.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kernels.cached_attention import cached_attention
 from kernels.hstu_attention import RelativeBias
 from kernels.jagged import is_real, lengths_to_offsets, offsets_to_lengths, positions, segment_ids
 from kernels.mask import AttentionMask, KeyIntervals
+from kernels.typing import Leaf
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.nn.key_values import KeyValues, Kind, pack
+from ultra_hstu.nn.hstu_layer import Attend
+from ultra_hstu.nn.key_values import CacheDtype, KeyValues, pack
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.truncation import Truncation
 from ultra_hstu.sequences import Sequences
 
+Implementation = str | Sequence[str] | None  # of `kernels.cached_attention`
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class EncodedHistory:
-    """B histories, each its contextual tokens and its events, as a stack of layers keeps them. Flat and jagged; no targets.
+class CachedRows:
+    """Keys and values of B histories in layers that share their rows. Flat and jagged; no targets.
+
+    Encoded histories are a tuple of these: one without a truncation, else those below it and those
+    above it.
 
     Attributes:
-      layers: keys and values, one entry a layer: [T, H, width] below a truncation, [T', H, width] above it.
-      whole: the frame of the T rows.
-      kept: that of the T' rows that a truncation leaves; None without one.
-      residual_SD: what enters the first layer above a truncation: how a history grows there; None without one.
+      frame: whose each row is, and when it happened.
+      layers: keys and values, one entry a layer, [S, H, width].
+      input_SD: what enters the first layer, kept above a truncation, where a history grows from it.
     """
 
+    frame: Sequences
     layers: tuple[KeyValues, ...]
-    whole: Sequences
-    kept: Any
-    residual_SD: Any
+    input_SD: Leaf[Float[Array, "S D"] | None] = None
 
-    def unpacked(self, dtype: Any) -> "EncodedHistory":
-        """The same in a dtype to compute with."""
+    def unpacked(self, dtype: DTypeLike) -> "CachedRows":
+        """The rows in a dtype to compute with."""
         return dataclasses.replace(
             self, layers=tuple(KeyValues(*layer.unpacked(dtype)) for layer in self.layers)
         )
@@ -52,10 +60,8 @@ class TargetRows(NamedTuple):
     """Where targets stand: behind the history of a user. Padding may hold anything in range."""
 
     user_R: Int[Array, " R"]
-    slot_R: Int[
-        Array, " R"
-    ]  # place among the user's targets, from 0; only a relative bias reads it
-    time_R: Int[Array, " R"]  # seconds; only a relative bias reads it
+    slot_R: Int[Array, " R"]  # position among the user's targets; a relative bias alone reads it
+    time_R: Int[Array, " R"]  # seconds; a relative bias alone reads it
 
 
 def encode(
@@ -64,28 +70,30 @@ def encode(
     sequences: Sequences,
     *,
     contextual: int,
-    kind: Kind = "same",
-) -> EncodedHistory:
-    """Runs the stack over histories and keeps what targets will need; the last layer only makes its keys and values.
+    kind: CacheDtype = "same",
+) -> tuple[CachedRows, ...]:
+    """Runs the stack over histories and keeps what targets will need; the last layer only makes its
+    keys and values.
 
     Args:
       sequences: without targets; `num_contextual` None if there are none.
       contextual: most contextual tokens of a sequence.
-      kind: how keys and values are kept. They are rounded after use: each layer works on what the model computed.
+      kind: dtype of the cache. Keys and values are rounded after use: each layer works on what the
+        model computed.
     """
-    x_TD = jnp.where(
-        is_real(sequences.offsets, x_TD.shape[0])[:, None], x_TD, jnp.zeros((), x_TD.dtype)
-    )
+    real_T = is_real(sequences.offsets, x_TD.shape[0])
+    x_TD = jnp.where(real_T[:, None], x_TD, jnp.zeros((), x_TD.dtype))
     truncation = _truncation(encoder, contextual)
-    frames, residual = [sequences], None
-    attends: dict[AttentionMask, Any] = {}
-    layers = []
+    parts: list[CachedRows] = []
+    input_SD: Float[Array, "S D"] | None = None
+    layers: list[KeyValues] = []
+    attends: dict[AttentionMask, Attend] = {}
     for number, (layer, mask) in enumerate(zip(encoder.layers, encoder.layer_masks, strict=True)):
         if truncation is not None and number == truncation.after:
+            parts.append(CachedRows(sequences, tuple(layers)))
             cut = truncation.cut(sequences)
-            x_TD, sequences, attends = cut.take(x_TD), cut.sequences, {}
-            frames.append(sequences)
-            residual = x_TD
+            x_TD, sequences = cut.take(x_TD), cut.sequences
+            input_SD, layers, attends = x_TD, [], {}
         if number + 1 == len(encoder.layers):
             layers.append(pack(*layer.keys_and_values(x_TD), kind))
             break
@@ -93,157 +101,168 @@ def encode(
             attends[mask] = encoder.attend(sequences, mask, x_TD.dtype)
 
         def attend(
-            q: Array, k: Array, v: Array, *, alpha: float, bias: Any, inner: Any = attends[mask]
-        ) -> Array:
+            q: Float[Array, "T H K"],
+            k: Float[Array, "T H K"],
+            v: Float[Array, "T H V"],
+            *,
+            alpha: float,
+            bias: RelativeBiasTables | None,
+            inner: Attend = attends[mask],
+            layers: list[KeyValues] = layers,
+        ) -> Float[Array, "T H V"]:
             layers.append(pack(k, v, kind))
             return inner(q, k, v, alpha=alpha, bias=bias)
 
         x_TD = layer(x_TD, attend=attend)
-    return EncodedHistory(
-        tuple(layers), frames[0], frames[1] if residual is not None else None, residual
-    )
+    return (*parts, CachedRows(sequences, tuple(layers), input_SD))
 
 
 def targets(
     encoder: HSTU,
-    encoded: EncodedHistory,
+    encoded: tuple[CachedRows, ...],
     x_RD: Float[Array, "R D"],
     rows: TargetRows,
     *,
-    implementation: Any = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "R D"]:
-    """Targets after all layers: the same rows that a full pass over histories with these targets behind them gives, to rounding.
+    """Targets after all layers: the rows that a full pass over histories with these targets behind
+    them gives, to rounding.
 
     Args:
       encoded: unpacked in the dtype of x.
-      implementation: of `cached_attention`.
     """
-    attends: dict[tuple[bool, AttentionMask], Any] = {}
-    for number, (layer, mask, kv) in enumerate(
-        zip(encoder.layers, encoder.layer_masks, encoded.layers, strict=True)
-    ):
-        above = encoder.truncation is not None and number >= encoder.truncation.after
-        frame: Sequences = encoded.kept if above else encoded.whole
-        if (above, mask) not in attends:
-            start_R, contextual_R, history_R = _frame_of(frame, rows.user_R)
-            behind_R = contextual_R + history_R
-            keys = mask.keys_at(start_R, behind_R, contextual_R, history_R)
-            place_R = start_R + behind_R + rows.slot_R
-            attends[above, mask] = _attend_to(
-                keys, place_R, frame.time_T, rows.time_R, 1 / encoder.length, implementation
-            )
-        run = attends[above, mask]
+    layers = iter(zip(encoder.layers, encoder.layer_masks, strict=True))
+    for part in encoded:
+        start_R, contextual_R, history_R = _frame_of(part.frame, rows.user_R)
+        behind_R = contextual_R + history_R
+        position_R = start_R + behind_R + rows.slot_R
+        runs: dict[AttentionMask, _CachedAttention] = {}
+        for kv in part.layers:
+            layer, mask = next(layers)
+            if mask not in runs:
+                keys = mask.keys_at(start_R, behind_R, contextual_R, history_R)
+                runs[mask] = _CachedAttention(
+                    keys, position_R, part.frame.time_T, rows.time_R, encoder, implementation
+                )
 
-        def attend(
-            q: Array,
-            k: Array,
-            v: Array,
-            *,
-            alpha: float,
-            bias: Any,
-            run: Any = run,
-            kv: KeyValues = kv,
-        ) -> Array:
-            return run(q, kv.k_SHK, kv.v_SHV, (k, v), _tables(bias), alpha=alpha)
+            def attend(
+                q: Float[Array, "R H K"],
+                k: Float[Array, "R H K"],
+                v: Float[Array, "R H V"],
+                *,
+                alpha: float,
+                bias: RelativeBiasTables | None,
+                run: _CachedAttention = runs[mask],
+                kv: KeyValues = kv,
+            ) -> Float[Array, "R H V"]:
+                return run(q, kv.k_SHK, kv.v_SHV, (k, v), alpha=alpha, bias=bias)
 
-        x_RD = layer(x_RD, attend=attend)
+            x_RD = layer(x_RD, attend=attend)
     return x_RD
 
 
 def extend(
     encoder: HSTU,
-    old: EncodedHistory,
+    old: tuple[CachedRows, ...],
     whole: Sequences,
     x_RD: Float[Array, "R D"],
     keep_B: Int[Array, " B"],
     keep_kept_B: Int[Array, " B"],
     *,
     kept_rows: int,
-    kind: Kind = "same",
-    implementation: Any = None,
-) -> EncodedHistory:
-    """Longer histories: the first `keep_B` rows of each stay as they were, what follows is computed anew. No contextual tokens.
+    kind: CacheDtype = "same",
+    implementation: Implementation = None,
+) -> tuple[CachedRows, ...]:
+    """Longer histories: the first `keep_B` rows of each stay as they were, what follows is computed
+    anew. No contextual tokens.
 
-    Exact if nothing that the rows before `keep_B` saw has changed: see `serving.cache.growth`. Cost: the new rows of a layer, and a copy of what is kept.
+    Exact if nothing that the rows before `keep_B` saw has changed: see `serving.kv_cache.growth`.
+    It costs the new rows of a layer, and a copy of what is kept.
 
     Args:
       old: the histories before.
       whole: the frame of the longer histories.
       x_RD: input of the stack for the rows of `suffix_of(whole, keep_B, R)`.
-      keep_kept_B: the same above a truncation, counted among the rows that it keeps; 0 where the kept rows begin later than before.
-      kept_rows: room for the rows that are computed anew above a truncation.
+      keep_kept_B: the rows that stay above a truncation, counted among those that it keeps; 0 where
+        the kept rows begin later than before.
+      kept_rows: size of the buffer of rows that are computed anew above a truncation.
     """
     truncation = _truncation(encoder, 0)
-    edge = len(encoder.layers) if truncation is None else truncation.after
-    masks = encoder.layer_masks
+    layers = list(zip(encoder.layers, encoder.layer_masks, strict=True))
 
     def run(
-        part: slice, old_frame: Sequences, frame: Sequences, keep: Array, x: Array
-    ) -> tuple[Array, list[KeyValues], "Suffix"]:
-        suffix = suffix_of(frame, keep, x.shape[0])
-        source = _source(old_frame, frame, keep, suffix)
-        layers, ends = [], len(encoder.layers)
-        attends: dict[AttentionMask, Any] = {}
-        for number in range(*part.indices(ends)):
-            layer, mask = encoder.layers[number], masks[number]
+        number: int,
+        before: CachedRows,
+        frame: Sequences,
+        suffix: Suffix,
+        source: _Source,
+        x_RD: Float[Array, "R D"],
+    ) -> tuple[Float[Array, "R D"], tuple[KeyValues, ...]]:
+        """The layers from a number on that share the rows of `before`."""
+        grown: list[KeyValues] = []
+        runs: dict[AttentionMask, _CachedAttention] = {}
+        for (layer, mask), kv in zip(layers[number:], before.layers, strict=False):
 
-            def grown(k: Array, v: Array, before: KeyValues = old.layers[number]) -> KeyValues:
-                return jax.tree.map(source.merge, before, pack(k, v, kind))
+            def grow(
+                k: Float[Array, "R H K"], v: Float[Array, "R H V"], kv: KeyValues = kv
+            ) -> KeyValues:
+                grown.append(jax.tree.map(source.merge, kv, pack(k, v, kind)))
+                return grown[-1]
 
-            if number + 1 == ends:
-                layers.append(grown(*layer.keys_and_values(x)))
+            if number + len(grown) + 1 == len(layers):
+                grow(*layer.keys_and_values(x_RD))
                 break
-            if mask not in attends:
-                keys = _with_own(
-                    mask.keys_at(
-                        suffix.start_R,
-                        suffix.position_R,
-                        jnp.zeros_like(suffix.start_R),
-                        suffix.length_R,
-                    ),
-                    suffix,
-                )
-                place_R = suffix.start_R + suffix.position_R
-                time_R = jnp.asarray(frame.next_time_T)[suffix.row_R]
-                attends[mask] = _attend_to(
-                    keys, place_R, frame.time_T, time_R, 1 / encoder.length, implementation
+            if mask not in runs:
+                none_R = jnp.zeros_like(suffix.start_R)
+                keys = mask.keys_at(suffix.start_R, suffix.position_R, none_R, suffix.length_R)
+                runs[mask] = _CachedAttention(
+                    _with_own(keys, suffix),
+                    suffix.start_R + suffix.position_R,
+                    frame.time_T,
+                    jnp.asarray(frame.next_time_T)[suffix.row_R],
+                    encoder,
+                    implementation,
                 )
 
             def attend(
-                q: Array,
-                k: Array,
-                v: Array,
+                q: Float[Array, "R H K"],
+                k: Float[Array, "R H K"],
+                v: Float[Array, "R H V"],
                 *,
                 alpha: float,
-                bias: Any,
-                attend: Any = attends[mask],
-                grown: Any = grown,
-            ) -> Array:
-                layers.append(grown(k, v))
-                return attend(q, *layers[-1].unpacked(q.dtype), None, _tables(bias), alpha=alpha)
+                bias: RelativeBiasTables | None,
+                run: _CachedAttention = runs[mask],
+                grow: Callable[[Array, Array], KeyValues] = grow,
+            ) -> Float[Array, "R H V"]:
+                return run(q, *grow(k, v).unpacked(q.dtype), None, alpha=alpha, bias=bias)
 
-            x = layer(x, attend=attend)
-        return x, layers, suffix
+            x_RD = layer(x_RD, attend=attend)
+        return x_RD, tuple(grown)
 
-    x_RD, layers, suffix = run(slice(0, edge), old.whole, whole, keep_B, x_RD)
+    below = old[0]
+    suffix = suffix_of(whole, keep_B, x_RD.shape[0])
+    source = _source(below.frame, whole, keep_B, suffix)
+    x_RD, grown = run(0, below, whole, suffix, source, x_RD)
+    first = CachedRows(whole, grown)
     if truncation is None:
-        return EncodedHistory(tuple(layers), whole, None, None)
-    cut = truncation.cut(whole)
-    kept: Sequences = cut.sequences
-    # What enters the layers above: old rows from where they are kept, new ones from the layers below.
-    before_B = offsets_to_lengths(old.whole.offsets) - offsets_to_lengths(old.kept.offsets)
+        return (first,)
+    above, kept = old[1], truncation.cut(whole).sequences
+    # What enters the layers above: old rows from where they are kept, new ones from below.
+    before_B = offsets_to_lengths(below.frame.offsets) - offsets_to_lengths(above.frame.offsets)
     after_B = offsets_to_lengths(whole.offsets) - offsets_to_lengths(kept.offsets)
     segment_S = _segments(kept.offsets, kept.num_rows)
     position_S = positions(kept.offsets, kept.num_rows) + after_B[segment_S]
-    source = _Source(
+    entering = _Source(
         is_old_S=position_S < keep_B[segment_S],
-        old_S=jnp.asarray(old.kept.offsets)[segment_S] + position_S - before_B[segment_S],
+        old_S=jnp.asarray(above.frame.offsets)[segment_S] + position_S - before_B[segment_S],
         new_S=suffix.offsets[segment_S] + position_S - keep_B[segment_S],
     )
-    residual_SD = source.merge(old.residual_SD, x_RD)
+    assert above.input_SD is not None
+    input_SD = entering.merge(above.input_SD, x_RD)
     again = suffix_of(kept, keep_kept_B, kept_rows)
-    _, above, _ = run(slice(edge, None), old.kept, kept, keep_kept_B, residual_SD[again.row_R])
-    return EncodedHistory((*layers, *above), whole, kept, residual_SD)
+    source = _source(above.frame, kept, keep_kept_B, again)
+    _, grown = run(truncation.after, above, kept, again, source, input_SD[again.row_R])
+    return first, CachedRows(kept, grown, input_SD)
 
 
 class Suffix(NamedTuple):
@@ -259,16 +278,68 @@ class Suffix(NamedTuple):
 class _Source(NamedTuple):
     """Where each row of a new buffer comes from."""
 
-    is_old_S: Array
+    is_old_S: Bool[Array, " S"]
     old_S: Int[Array, " S"]
     new_S: Int[Array, " S"]
 
-    def merge(self, old: Array, new: Array) -> Array:
-        lead = (slice(None),) + (None,) * (old.ndim - 1)
-        take = lambda x, place: jnp.take(x, place, axis=0, mode="clip")  # noqa: E731
-        return jnp.where(
-            self.is_old_S[lead], take(old, self.old_S), take(new, self.new_S).astype(old.dtype)
-        )
+    def merge(
+        self, old: Shaped[Array, "Old ..."], new: Shaped[Array, "New ..."]
+    ) -> Shaped[Array, "S ..."]:
+        old_rows = jnp.take(old, self.old_S, axis=0, mode="clip")
+        new_rows = jnp.take(new, self.new_S, axis=0, mode="clip").astype(old.dtype)
+        is_old = jnp.expand_dims(self.is_old_S, tuple(range(1, old.ndim)))
+        return jnp.where(is_old, old_rows, new_rows)
+
+
+class _CachedAttention:
+    """Attention of given rows to a cache. It is traced and lowered once, not once a layer."""
+
+    def __init__(
+        self,
+        keys: KeyIntervals,
+        position_R: Int[Array, " R"],
+        time_S: Int[Array, " S"],
+        time_R: Int[Array, " R"],
+        encoder: HSTU,
+        implementation: Implementation,
+    ):
+        def run(
+            q: Float[Array, "R H K"],
+            k: Float[Array, "S H K"],
+            v: Float[Array, "S H V"],
+            own: tuple[Float[Array, "R H K"], Float[Array, "R H V"]] | None,
+            tables: tuple[Float[Array, " P"], Float[Array, " Q"]] | None,
+            *,
+            alpha: float,
+        ) -> Float[Array, "R H V"]:
+            bias = None if tables is None else RelativeBias(*tables, jnp.asarray(time_S), time_R)
+            return cached_attention(
+                q,
+                k,
+                v,
+                keys,
+                alpha=alpha,
+                scale=1 / encoder.length,
+                own=own,
+                bias=bias,
+                place_R=position_R,
+                implementation=implementation,
+            )
+
+        self._run = jax.jit(run, static_argnames="alpha")
+
+    def __call__(
+        self,
+        q: Float[Array, "R H K"],
+        k: Float[Array, "S H K"],
+        v: Float[Array, "S H V"],
+        own: tuple[Float[Array, "R H K"], Float[Array, "R H V"]] | None,
+        *,
+        alpha: float,
+        bias: RelativeBiasTables | None,
+    ) -> Float[Array, "R H V"]:
+        tables = None if bias is None else (bias.position_table[...], bias.time_table[...])
+        return self._run(q, k, v, own, tables, alpha=alpha)
 
 
 def suffix_of(frame: Sequences, keep_B: Int[Array, " B"], rows: int) -> Suffix:
@@ -281,11 +352,9 @@ def suffix_of(frame: Sequences, keep_B: Int[Array, " B"], rows: int) -> Suffix:
     return Suffix(offsets, start_R, position_R, length_R, start_R + position_R)
 
 
-def _source(old: Sequences, new: Sequences, keep_B: Array, suffix: Suffix) -> _Source:
-    segment_S, position_S = (
-        _segments(new.offsets, new.num_rows),
-        positions(new.offsets, new.num_rows),
-    )
+def _source(old: Sequences, new: Sequences, keep_B: Int[Array, " B"], suffix: Suffix) -> _Source:
+    segment_S = _segments(new.offsets, new.num_rows)
+    position_S = positions(new.offsets, new.num_rows)
     keep_S = keep_B[segment_S]
     old_S = jnp.asarray(old.offsets)[segment_S] + position_S
     return _Source(position_S < keep_S, old_S, suffix.offsets[segment_S] + position_S - keep_S)
@@ -297,33 +366,9 @@ def _with_own(keys: KeyIntervals, suffix: Suffix) -> KeyIntervals:
     return keys._replace(lo1=lo1, hi1=jnp.where(suffix.length_R > 0, suffix.row_R + 1, lo1))
 
 
-def _attend_to(
-    keys: KeyIntervals,
-    place_R: Array,
-    time_S: Any,
-    time_R: Array,
-    scale: float,
-    implementation: Any,
-) -> Callable[..., Array]:
-    """Attention of given rows; traced and lowered once, not once a layer."""
-
-    def run(
-        q: Array, k: Array, v: Array, own: Any, tables: tuple[Array, Array] | None, *, alpha: float
-    ) -> Array:
-        bias = None if tables is None else RelativeBias(*tables, jnp.asarray(time_S), time_R)
-        options: dict[str, Any] = dict(
-            own=own, bias=bias, place_R=place_R, implementation=implementation
-        )
-        return cached_attention(q, k, v, keys, alpha=alpha, scale=scale, **options)
-
-    return jax.jit(run, static_argnames="alpha")
-
-
-def _tables(bias: RelativeBiasTables | None) -> tuple[Array, Array] | None:
-    return None if bias is None else (bias.position_table[...], bias.time_table[...])
-
-
-def _frame_of(frame: Sequences, user_R: Array) -> tuple[Array, Array, Array]:
+def _frame_of(
+    frame: Sequences, user_R: Int[Array, " R"]
+) -> tuple[Int[Array, " R"], Int[Array, " R"], Int[Array, " R"]]:
     """Start, contextual tokens and history rows of the sequences of rows."""
     start_B, length_B = jnp.asarray(frame.offsets)[:-1], offsets_to_lengths(frame.offsets)
     contextual_B = (
@@ -335,7 +380,7 @@ def _frame_of(frame: Sequences, user_R: Array) -> tuple[Array, Array, Array]:
 
 
 def _truncation(encoder: HSTU, contextual: int) -> Truncation | None:
-    """That of the stack, with room for contextual tokens and none for targets."""
+    """The truncation of the stack, with rows for contextual tokens and none for targets."""
     return (
         None
         if encoder.truncation is None
@@ -343,6 +388,6 @@ def _truncation(encoder: HSTU, contextual: int) -> Truncation | None:
     )
 
 
-def _segments(offsets: Any, rows: int) -> Int[Array, " T"]:
+def _segments(offsets: Int[Array, " B1"], rows: int) -> Int[Array, " T"]:
     """The sequence of each row; on padding the last."""
     return jnp.minimum(segment_ids(offsets, rows), offsets.shape[0] - 2)

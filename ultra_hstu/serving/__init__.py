@@ -1,29 +1,32 @@
 """Serving: a trained run answers requests.
 
-Ranking: `encode_history` once a user, then `score` or `top_k` for any number of candidates, and `append` as events come in.
-Retrieval: `RecommendationModel`, a history in, the best unseen items of the catalogue out.
+Ranking: `encode_history` once a user, then `score` or `top_k` for any number of candidates, and `append`
+as events come in. Retrieval: `RecommendationModel`, a history in, the best unseen items of the
+catalogue out.
 """
 
-from ultra_hstu.serving.cache import Cache
-from ultra_hstu.serving.capacity import Room
-from ultra_hstu.serving.encoded_user import EncodedUser, join, split
-from ultra_hstu.serving.frozen import FrozenRanker
-from ultra_hstu.serving.inputs import Candidates, Events, History, from_source
-from ultra_hstu.serving.ranking import Best, append, encode_history, score, top_k
-from ultra_hstu.serving.retrieval import Recommendation, RecommendationModel
-from ultra_hstu.serving.trained import load_params
+from ultra_hstu.checkpoint import load_params
+from ultra_hstu.serving.compiled import CompiledRanker
+from ultra_hstu.serving.inputs import Bucket, Candidates, UserEvents, UserHistory
+from ultra_hstu.serving.inputs import UserEvents as Events  # the short names of callers
+from ultra_hstu.serving.inputs import UserHistory as History
+from ultra_hstu.serving.kv_cache import Cache, join, split
+from ultra_hstu.serving.recommend import Recommendation, RecommendationModel
+from ultra_hstu.serving.score import Best, append, encode_history, score, top_k
+from ultra_hstu.serving.tokens import from_source
 
 __all__ = [
     "Best",
+    "Bucket",
     "Cache",
     "Candidates",
-    "EncodedUser",
+    "CompiledRanker",
     "Events",
-    "FrozenRanker",
     "History",
     "Recommendation",
     "RecommendationModel",
-    "Room",
+    "UserEvents",
+    "UserHistory",
     "append",
     "encode_history",
     "from_source",

@@ -21,6 +21,7 @@ import jax.export
 import numpy as np
 
 FORMAT, VERSION = "ultra_hstu scorer", 1
+Arrays = dict[str, Any]  # arrays by name, those of channels in dicts of their own
 
 
 class Scorer:
@@ -42,12 +43,12 @@ class Scorer:
                     raise ValueError(
                         f"it has version {version}, and this reader takes {VERSION}: export the model again"
                     )
-                self.raw_ids = _arrays(file, "items.npz")["raw_ids"]
+                self.raw_ids = read_arrays(file, "items.npz")["raw_ids"]
                 programs = [
                     jax.export.deserialize(bytearray(file.read(f"{name}.bin")))
                     for name in ("encode", "score")
                 ]
-                params = _arrays(file, "params.npz")
+                params = read_arrays(file, "params.npz")
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{os.fspath(path)} is no scorer that can be read: {error}") from error
         platforms = {name for program in programs for name in program.platforms}
@@ -155,7 +156,7 @@ class Scorer:
         return np.asarray(self._score(self._params, cache, request))[:count]
 
 
-def _arrays(file: zipfile.ZipFile, name: str) -> dict[str, np.ndarray]:
+def read_arrays(file: zipfile.ZipFile, name: str) -> dict[str, np.ndarray]:
     # Read as a whole, which checks it as a whole.
     with np.load(io.BytesIO(file.read(name)), allow_pickle=False) as arrays:
         return {key: arrays[key] for key in arrays}

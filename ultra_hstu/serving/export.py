@@ -1,7 +1,10 @@
-"""Writes the cached scoring of a ranker as one file that runs without this code: `jax.export` programs, parameters, configuration and item map.
+"""Writes the cached scoring of a ranker as one file that runs without this code, and reads the ranker in
+it for an online deployment.
 
-The file is a zip: `metadata.json`, `encode.bin` and `score.bin` (serialised programs at one capacity class), `params.npz`, `items.npz`, and `artefact.py`,
-which reads all of it with JAX and NumPy alone. What JAX serialises is readable for at least six months of its versions.
+The file is a zip: `metadata.json`, `encode.bin` and `score.bin` (`jax.export` programs for one bucket),
+`params.npz`, `items.npz`, and `artefact.py`, which reads all of it with JAX and NumPy alone. What JAX
+serialises is readable for at least six months of its versions. A deployment leaves the programs unused:
+it compiles its own, for the device that is there.
 """
 
 import dataclasses
@@ -9,27 +12,32 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.export
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float32, Int, Int32, Shaped
 
-from ultra_hstu.config import Config
+from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.nn.key_values import KINDS
+from ultra_hstu.data.signals import Kind
+from ultra_hstu.nn.key_values import CacheDtype, require_kind
 from ultra_hstu.ranking.batch import Form
 from ultra_hstu.ranking.model import Ranker
+from ultra_hstu.ranking.recipe import RankRecipe
 from ultra_hstu.ranking.source import Sizes
-from ultra_hstu.serving import artefact, exported
-from ultra_hstu.serving.frozen import Channel, Programs
-from ultra_hstu.serving.inputs import Candidates, Events, History
-from ultra_hstu.serving.ranking import MICRO_BATCH
-from ultra_hstu.serving.tokens import PaddedHistory
-from ultra_hstu.serving.vocabulary import Vocabulary
+from ultra_hstu.serving import artefact
+from ultra_hstu.serving.compiled import Channels, Programs
+from ultra_hstu.serving.inputs import Bucket, Candidates, UserEvents, UserHistory
+from ultra_hstu.serving.score import MICRO_BATCH
+from ultra_hstu.serving.tokens import Vocabulary, bucket_rows
+from ultra_hstu.step import Params
+
+Leaves = list[Shaped[Array, "..."]]
 
 
 def save(
@@ -43,82 +51,94 @@ def save(
     users: int = 1,
     events: int | None = None,
     micro_batch: int = MICRO_BATCH,
-    kind: Any = "same",
+    kind: CacheDtype = "same",
     platforms: Sequence[str] | None = None,
 ) -> None:
-    """Writes `path`, whole or not at all. Attention is computed by `xla`, whatever the model names: its kernels are no part of what JAX can keep.
+    """Writes `path`, whole or not at all. Attention is computed by `xla`, whatever the model names: its
+    kernels are no part of what JAX can keep.
 
     Args:
       config, catalog: of the run.
       vocabulary: of the run, too, if `experiments.serve` shall serve the file.
-      candidates, users, events: the capacity: of all users together, `events` for each channel; None: users x the longest history.
+      candidates, users, events: the largest call: of all users together, `events` for each channel;
+        None: users x the longest history.
       micro_batch, kind: as in `score` and `encode_history`.
-      platforms: "cpu", "cuda", ...; None: that of this process.
+      platforms: "cpu", "cuda", ...; None: the platform of this process.
 
     Raises:
-      ValueError: a capacity or micro_batch below 1, a catalogue of another number of items, a kind that is none.
+      ValueError: a size or micro_batch below 1, a catalogue of another number of items, a kind that is
+        none.
     """
-    for name, value in {
-        "candidates": candidates,
-        "users": users,
-        "events": events,
-        "micro_batch": micro_batch,
-    }.items():
+    for name, value in (
+        ("candidates", candidates),
+        ("users", users),
+        ("events", events),
+        ("micro_batch", micro_batch),
+    ):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if kind not in KINDS:
-        raise ValueError(f"{kind=} must be one of {', '.join(KINDS)}")
-    if catalog.num_items != model.sizes.items:
-        raise ValueError(
-            f"the catalogue has {catalog.num_items} items, the model {model.sizes.items}: give the catalogue of this run"
-        )
+    require_kind(kind)
     form, sizes = model.form, model.sizes
+    if catalog.num_items != sizes.items:
+        raise ValueError(
+            f"the catalogue has {catalog.num_items} items, the model {sizes.items}: "
+            "give the catalogue of this run"
+        )
     step = min(micro_batch, candidates)
-    capacity: dict[str, Any] = {
-        "users": users,
-        "candidates": -(-candidates // step) * step,
-        "events": {name: events or users * longest for name, longest in form.max_history},
-    }
+    candidates = -(-candidates // step) * step
+    bucket = Bucket(users, {name: events or users * longest for name, longest in form.max_history})
     programs, params = _portable(model)
     leaves, tree = jax.tree.flatten(params)
 
-    def channels(params: Any, request: dict[str, Any]) -> dict[str, Channel]:
-        history = History(
-            {name: Events(**events) for name, events in request["channels"].items()},
+    def channels(params: Params, history: UserHistory, used_B: Int[Array, " B"]) -> Channels:
+        return {
+            name: programs.encode(
+                params,
+                history,
+                used_B,
+                None,
+                name=name,
+                rows=bucket_rows(form, bucket, name),
+                kind=kind,
+            )
+            for name in bucket.events
+        }
+
+    # Dicts and lists alone: what reads the file does not know the classes of this package.
+    def encode(params: Leaves, request: artefact.Arrays) -> Leaves:
+        history = UserHistory(
+            {name: UserEvents(**events) for name, events in request["channels"].items()},
             request["context_BC"],
             request["now_B"],
         )
-        padded = PaddedHistory(history, request["used_B"])
-        rows = {
-            name: users * form.contextual + form.per_event * count
-            for name, count in capacity["events"].items()
-        }
-        return {
-            name: programs.encode(params, padded, None, name=name, rows=rows[name], kind=kind)
-            for name in rows
-        }
+        encoded = channels(jax.tree.unflatten(tree, params), history, request["used_B"])
+        return jax.tree.leaves(encoded)
 
-    def encode(params: list[Any], request: dict[str, Any]) -> list[Any]:
-        return jax.tree.leaves(channels(jax.tree.unflatten(tree, params), request))
-
-    def score(params: list[Any], cache: list[Any], request: dict[str, Any]) -> jax.Array:
+    def score(params: Leaves, cache: Leaves, request: artefact.Arrays) -> Float32[Array, "C K"]:
         state, encoded = jax.tree.unflatten(tree, params), jax.tree.unflatten(cache_tree, cache)
         return programs.score(
             state, encoded, Candidates(**request), None, step=step, implementation="xla"
         )
 
-    history, asked = _inputs(capacity, form, sizes)
-    cache, cache_tree = jax.tree.flatten(jax.eval_shape(channels, params, history))
+    history, used_B, asked = _examples(bucket, candidates, form, sizes)
+    cache, cache_tree = jax.tree.flatten(jax.eval_shape(channels, params, history, used_B))
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    export = lambda function, *arguments: bytes(
-        jax.export.export(jax.jit(function), platforms=platforms)(*arguments).serialize()
-    )  # noqa: E731
+    request = {
+        "channels": {name: vars(events) for name, events in history.channels.items()},
+        "context_BC": history.context_BC,
+        "now_B": history.now_B,
+        "used_B": used_B,
+    }
+    export_encode = jax.export.export(jax.jit(encode), platforms=platforms)(shapes, request)
+    export_score = jax.export.export(jax.jit(score), platforms=platforms)(
+        shapes, cache, vars(asked)
+    )
     metadata = {
         "format": artefact.FORMAT,
         "version": artefact.VERSION,
         "jax": jax.__version__,
         "platforms": list(platforms or [artefact._platform()]),
-        "capacity": capacity,
+        "capacity": {"users": users, "candidates": candidates, "events": bucket.events},
         "micro_batch": step,
         "kind": kind,
         "channels": dict(form.max_history),
@@ -130,18 +150,25 @@ def save(
             name: getattr(sizes, name) for name in ("items", "signals", "features", "contextual")
         },
         "config": dataclasses.asdict(config),
-        "online": None if vocabulary is None else exported.about(model, vocabulary),
+        "online": None
+        if vocabulary is None
+        else {
+            "kinds": sizes.kinds,
+            "timestamps": sizes.timestamps,
+            "features": {name: values.tolist() for name, values in vocabulary.features.items()},
+            "contexts": vocabulary.contexts,
+        },
     }
+    items = {"raw_ids": catalog.raw_ids}
+    if catalog.titles is not None:
+        items["titles"] = np.array(catalog.titles)
     parts = {
         "metadata.json": json.dumps(metadata, indent=1).encode(),
         "artefact.py": Path(artefact.__file__).read_bytes(),
-        "items.npz": _npz(
-            {"raw_ids": catalog.raw_ids}
-            | ({} if catalog.titles is None else {"titles": np.array(catalog.titles)})
-        ),
+        "items.npz": _npz(items),
         "params.npz": _npz({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}),
-        "encode.bin": export(encode, shapes, history),
-        "score.bin": export(score, shapes, cache, asked),
+        "encode.bin": bytes(export_encode.serialize()),
+        "score.bin": bytes(export_score.serialize()),
     }
     part = f"{os.fspath(path)}.part"
     with zipfile.ZipFile(part, "w") as file:
@@ -150,39 +177,79 @@ def save(
     os.replace(part, path)
 
 
-def _inputs(
-    capacity: dict[str, Any], form: Form, sizes: Sizes
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shapes of a history and of candidates, as `artefact.Scorer` hands them over."""
+def load(path: str | os.PathLike) -> tuple[Ranker, Config, Vocabulary, dict[str, Kind]]:
+    """The ranker in a file, its configuration, what its values mean, and the kind of each task.
 
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, np.int32)
+    Raises:
+      ValueError: a file that is damaged, or was written without a vocabulary.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            metadata = json.loads(file.read("metadata.json"))
+            items = artefact.read_arrays(file, "items.npz")
+            params = artefact.read_arrays(file, "params.npz")
+        titles = tuple(items["titles"].tolist()) if "titles" in items else None
+        catalog = Catalog(items["raw_ids"], titles)
+        online, codes = metadata["online"], metadata["sizes"]
+        config = from_config_dict(metadata["config"])
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is no scorer that can be served: {error!r}. Write it with experiments.export"
+        ) from error
+    if online is None:
+        raise ValueError(
+            f"{path} does not say what the values of its source mean: write it with "
+            "experiments.export, or with a vocabulary"
+        )
+    sizes = Sizes(
+        items=catalog.num_items,
+        signals=tuple(codes["signals"]),
+        features=tuple(codes["features"]),
+        contextual=tuple(codes["contextual"]),
+        kinds=tuple(online["kinds"]),
+        timestamps=online["timestamps"],
+    )
+    recipe = RankRecipe(config, sizes)
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: recipe.init(0)).params)
+    given = [params[str(i)] for i in range(len(params))]
+    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in given]:
+        raise ValueError(
+            f"{path} holds parameters of another model than this version builds from its "
+            "configuration: export the run again"
+        )
+    ranker = recipe.model(jax.tree.unflatten(tree, jax.device_put(given)))
+    features = {name: np.array(values) for name, values in online["features"].items()}
+    contexts = {name: tuple(words) for name, words in online["contexts"].items()}
+    return ranker, config, Vocabulary(catalog, features, contexts), recipe.tasks
 
-    users, candidates = capacity["users"], capacity["candidates"]
+
+def _examples(
+    bucket: Bucket, candidates: int, form: Form, sizes: Sizes
+) -> tuple[UserHistory, Int32[np.ndarray, " B"], Candidates]:
+    """A history of the right sizes, the mark of its real users, and candidates."""
+
+    def ints(*shape: int) -> Int32[np.ndarray, "..."]:
+        return np.zeros(shape, np.int32)
+
+    signals, features, users = len(sizes.signals), len(sizes.features), bucket.users
     channels = {
-        name: {
-            "item_E": ints(count),
-            "time_E": ints(count),
-            "signal_ES": ints(count, len(sizes.signals)),
-            "feature_EF": ints(count, len(sizes.features)),
-            "offsets": ints(users + 1),
-        }
-        for name, count in capacity["events"].items()
+        name: UserEvents(
+            ints(count), ints(count), ints(count, signals), ints(count, features), ints(users + 1)
+        )
+        for name, count in bucket.events.items()
     }
-    history = {
-        "channels": channels,
-        "context_BC": ints(users, form.contextual),
-        "now_B": ints(users),
-        "used_B": ints(users),
-    }
-    columns = {name: ints(candidates) for name in ("item_C", "time_C", "slot_C")}
-    return history, columns | {
-        "feature_CF": ints(candidates, len(sizes.features)),
-        "offsets": ints(users + 1),
-    }
+    history = UserHistory(channels, ints(users, form.contextual), ints(users))
+    asked = Candidates(
+        ints(candidates),
+        ints(candidates, features),
+        ints(candidates),
+        ints(users + 1),
+        ints(candidates),
+    )
+    return history, ints(users), asked
 
 
-def _portable(model: Ranker) -> tuple[Programs, Any]:
+def _portable(model: Ranker) -> tuple[Programs, Params]:
     """The functions of the model with attention in plain XLA, and its parameters."""
     copy: Ranker = nnx.merge(*nnx.split(model))
     for encoder in copy.encoders.values():
@@ -191,7 +258,7 @@ def _portable(model: Ranker) -> tuple[Programs, Any]:
     return Programs(graphdef), params
 
 
-def _npz(arrays: dict[str, np.ndarray]) -> bytes:
+def _npz(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()

@@ -1,93 +1,198 @@
-"""What a request holds: events of users, and candidates to score; checked before anything is computed."""
+"""What a request holds: histories and candidates, checked before anything is computed.
 
+The sizes that programs are compiled for are here too: `Bucket`, and the ladder that it is chosen from.
+"""
+
+import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int, Int32, Shaped
 
+from kernels.typing import Leaf
 from ultra_hstu.ranking.batch import Form
-from ultra_hstu.ranking.source import RankSource, Sizes
+from ultra_hstu.ranking.source import Sizes
 
-_INT32 = np.iinfo(np.int32)
+MAX_USERS = 16  # requests of an online call, if nothing else is asked for
+# Two sizes an octave, so that a bucket is at most half as large again as it must be.
+LADDER = sorted({2**n for n in range(31)} | {3 * 2**n for n in range(29)})
+ROW_SIZES = LADDER[LADDER.index(64) :]
 COLUMNS = ("item_E", "time_E", "signal_ES", "feature_EF")  # of events
+AnyArray = Array | np.ndarray  # NumPy on the host, JAX in compiled functions
+Numbers = AnyArray | Sequence[int] | Sequence[Sequence[int]]
+_INT32 = np.iinfo(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Sizes that a program is compiled for: users, and events of each channel."""
+
+    users: int
+    events: dict[str, int]
+
+
+def bucket_size(count: int, sizes: Sequence[int] = LADDER) -> int:
+    """The smallest of ascending sizes that holds `count`."""
+    return sizes[bisect.bisect_left(sizes, count)]
+
+
+def bucket_sizes(least: int, most: int, factor: int) -> list[int]:
+    """Sizes from `least`, each `factor` times the one before, up to `most`, which is the last."""
+    sizes = [min(least, most)]
+    while sizes[-1] < most:
+        sizes.append(min(factor * sizes[-1], most))
+    return sizes
+
+
+def padded(x: Numbers, rows: int) -> Shaped[np.ndarray, "rows ..."]:
+    """The array with rows of zeros behind it."""
+    x = np.asarray(x)
+    return x if len(x) == rows else np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+
+
+def padded_offsets(offsets: Numbers, users: int) -> Int32[np.ndarray, " B1"]:
+    """Offsets of `users` users: those behind the given ones have nothing."""
+    offsets = np.asarray(offsets, np.int32)
+    return np.pad(offsets, (0, users + 1 - len(offsets)), mode="edge")
+
+
+def cumulative(lengths: Numbers) -> Int32[np.ndarray, " B1"]:
+    """Offsets of sequences of these lengths."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _no_ids() -> Int32[np.ndarray, " 0"]:
+    return np.zeros(0, np.int32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Events:
-    """Events of B users, oldest first, one user after another."""
+class UserEvents:
+    """Events of B users, oldest first, one user after another.
 
-    item_E: Any  # int32 [E]: dense ids 1..I
-    time_E: Any  # int32 [E]: seconds, from any origin that all requests share (Unix time is one)
-    signal_ES: Any  # int32 [E, S]: codes of the model's signals, 0 none
-    feature_EF: Any  # int32 [E, F]: codes of the model's features, 0 none
-    offsets: Any  # int32 [B + 1]
+    Attributes:
+      item_E: dense ids 1..I.
+      time_E: seconds, from any origin that all requests share (Unix time is one).
+      signal_ES, feature_EF: codes of the model's signals and features, 0 none.
+    """
+
+    item_E: Leaf[Int[AnyArray, " E"]]
+    time_E: Leaf[Int[AnyArray, " E"]]
+    signal_ES: Leaf[Int[AnyArray, "E S"]]
+    feature_EF: Leaf[Int[AnyArray, "E F"]]
+    offsets: Leaf[Int[AnyArray, " B1"]]
 
     @staticmethod
     def of(
-        items: Sequence[Any],
-        times: Sequence[Any] | None = None,
-        signals: Sequence[Any] | None = None,
-        features: Sequence[Any] | None = None,
-    ) -> "Events":
-        """From one entry a user: ids [n]; seconds [n], all 0 without them; codes [n, S] and [n, F], none without them.
+        items: Sequence[Numbers],
+        times: Sequence[Numbers] | None = None,
+        signals: Sequence[Numbers] | None = None,
+        features: Sequence[Numbers] | None = None,
+    ) -> "UserEvents":
+        """Events from one entry a user: ids [n]; seconds [n], all 0 without them; codes [n, S] and
+        [n, F], none without them.
 
         Raises:
           ValueError: entries of a user that differ in length.
         """
         item_of = [np.atleast_1d(np.asarray(user)) for user in items]
         lengths = [len(user) for user in item_of]
-
-        def column(name: str, given: Sequence[Any] | None, axes: int) -> np.ndarray:
-            parts = [np.asarray(user) for user in given or []]
-            shape = next((part.shape[1:] for part in parts if part.ndim == axes), (0,) * (axes - 1))
-            if given is None:
-                return np.zeros((sum(lengths), *shape), np.int32)
-            if [len(part) for part in parts] != lengths:
-                raise ValueError(
-                    f"{name} of {[len(part) for part in parts]} events, but items of {lengths}: give one an event"
-                )
-            nothing = np.zeros((0, *shape), np.int32)
-            return np.concatenate(
-                [
-                    nothing,
-                    *(
-                        part if part.ndim == axes else part.reshape(-1, *shape)
-                        for part in parts
-                        if len(part)
-                    ),
-                ]
-            )
-
-        return Events(
-            np.concatenate([np.zeros(0, np.int32), *item_of]),
-            column("times", times, 1),
-            column("signals", signals, 2),
-            column("features", features, 2),
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        return UserEvents(
+            np.concatenate([_no_ids(), *item_of]),
+            _column("times", times, lengths, 1),
+            _column("signals", signals, lengths, 2),
+            _column("features", features, lengths, 2),
+            cumulative(lengths),
         )
+
+    @staticmethod
+    def of_columns(
+        columns: Iterable[Shaped[AnyArray, "..."]], offsets: Int[AnyArray, " B1"]
+    ) -> "UserEvents":
+        """Events from columns in the order of COLUMNS."""
+        item_E, time_E, signal_ES, feature_EF = columns
+        return UserEvents(item_E, time_E, signal_ES, feature_EF, offsets)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " B"]:
+        return np.diff(np.asarray(self.offsets))
+
+    def take(self, row_E: Int[np.ndarray, " n"], lengths: Int[np.ndarray, " B"]) -> "UserEvents":
+        """Some of the events, in a given order, for users who then have `lengths` of them."""
+        columns = (np.asarray(getattr(self, name))[row_E] for name in COLUMNS)
+        return UserEvents.of_columns(columns, cumulative(lengths))
+
+    def newest(self, longest: int) -> "UserEvents":
+        """The newest `longest` events of each user."""
+        kept_B = np.minimum(self.lengths, longest)
+        if (kept_B == self.lengths).all():
+            return self
+        first_E = np.repeat(np.asarray(self.offsets)[1:] - kept_B, self.lengths)
+        return self.take(np.flatnonzero(np.arange(len(first_E)) >= first_E), kept_B)
+
+    def user(self, number: int) -> "UserEvents":
+        """The events of one user."""
+        span = slice(*np.asarray(self.offsets)[number : number + 2])
+        columns = (np.asarray(getattr(self, name))[span] for name in COLUMNS)
+        return UserEvents.of_columns(columns, np.array([0, span.stop - span.start], np.int32))
+
+    @staticmethod
+    def concatenate(parts: Sequence["UserEvents"]) -> "UserEvents":
+        """The users of all parts, one part after another."""
+        columns = (np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS)
+        lengths = np.concatenate([part.lengths for part in parts])
+        return UserEvents.of_columns(columns, cumulative(lengths))
+
+    def then(self, newer: "UserEvents") -> "UserEvents":
+        """The events of each user, and then the newer ones."""
+        user_E = np.concatenate(
+            [np.repeat(np.arange(len(x.lengths)), x.lengths) for x in (self, newer)]
+        )
+        order_E = np.argsort(user_E, kind="stable")
+        return UserEvents.concatenate([self, newer]).take(order_E, self.lengths + newer.lengths)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class History:
+class UserHistory:
     """Everything that stands in front of the candidates of B users.
 
     Attributes:
-      channels: the events of each of the model's channels; a model without a mixture has one, "events".
-      context_BC: int32 [B, C], the user's contextual features as codes over all features together (as `RankEvents.context_UC`).
-      now_B: int32 [B], when the request is made: the time of the first candidate. Only models with a relative bias read it.
+      channels: the events of each of the model's channels; a model without a mixture has one,
+        "events".
+      context_BC: the user's contextual features as codes over all features together
+        (as `RankEvents.context_UC`).
+      now_B: when the request is made: the time of the first candidate. Only models with a relative
+        bias read it.
     """
 
-    channels: dict[str, Events]
-    context_BC: Any
-    now_B: Any
+    channels: dict[str, UserEvents]
+    context_BC: Leaf[Int[AnyArray, "B C"]]
+    now_B: Leaf[Int[AnyArray, " B"]]
 
     @property
     def users(self) -> int:
         return len(self.now_B)
+
+    def user(self, number: int) -> "UserHistory":
+        """The history of one user."""
+        channels = {name: events.user(number) for name, events in self.channels.items()}
+        one = slice(number, number + 1)
+        return UserHistory(channels, self.context_BC[one], self.now_B[one])
+
+    @staticmethod
+    def concatenate(parts: Sequence["UserHistory"]) -> "UserHistory":
+        """The users of all parts, one part after another."""
+        return UserHistory(
+            {
+                name: UserEvents.concatenate([part.channels[name] for part in parts])
+                for name in parts[0].channels
+            },
+            np.concatenate([part.context_BC for part in parts]),
+            np.concatenate([part.now_B for part in parts]),
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -96,76 +201,92 @@ class Candidates:
     """Items to score for each of B users, one user after another. A candidate may occur twice.
 
     Attributes:
-      item_C: int32 [C], dense ids 1..I.
-      feature_CF: int32 [C, F], codes of the model's features.
-      time_C: int32 [C], seconds: when the user would act.
-      offsets: int32 [B + 1].
-      slot_C: int32 [C], the place of a candidate among the user's targets. Only a relative position bias reads it: 0, 1, 2, ... is what a full pass
-        does, and 0 for all makes a score independent of the others' number and order. None: 0, 1, 2, ...
+      item_C: dense ids 1..I.
+      feature_CF: codes of the model's features.
+      time_C: seconds, when the user would act.
+      slot_C: the position of a candidate among the user's targets. Only a relative position bias
+        reads it: 0, 1, 2, ... is what a full pass does, and 0 for all makes a score independent of
+        the others' number and order. None: 0, 1, 2, ...
     """
 
-    item_C: Any
-    feature_CF: Any
-    time_C: Any
-    offsets: Any
-    slot_C: Any = None
+    item_C: Leaf[Int[AnyArray, " C"]]
+    feature_CF: Leaf[Int[AnyArray, "C F"]]
+    time_C: Leaf[Int[AnyArray, " C"]]
+    offsets: Leaf[Int[AnyArray, " B1"]]
+    slot_C: Leaf[Int[AnyArray, " C"] | None] = None
 
     @staticmethod
     def of(
-        items: Sequence[Any], times: Any = None, features: Sequence[Any] | None = None
+        items: Sequence[Numbers],
+        times: Numbers | int = 0,
+        features: Sequence[Numbers] | None = None,
     ) -> "Candidates":
-        """From one entry a user: ids [m] and codes [m, F]; `times` are one number a user (or one for all), 0 without them."""
-        given = Events.of(items, features=features)
-        lengths = np.diff(given.offsets)
-        time_B = np.broadcast_to(np.asarray(0 if times is None else times), lengths.shape)
-        return Candidates(given.item_E, given.feature_EF, np.repeat(time_B, lengths), given.offsets)
+        """Candidates from one entry a user: ids [m] and codes [m, F]; `times` are one number a user,
+        or one for all."""
+        given = UserEvents.of(items, features=features)
+        time_B = np.broadcast_to(np.asarray(times), given.lengths.shape)
+        time_C = np.repeat(time_B, given.lengths)
+        return Candidates(given.item_E, given.feature_EF, time_C, given.offsets)
 
 
-def from_source(
-    source: RankSource, columns_B: Mapping[str, Any], form: Form
-) -> tuple[History, Candidates]:
-    """Requests of a data set, as columns of `RankSource.table`: their histories, and their targets as candidates."""
-    events = source.events
-    column = {name: np.asarray(values, np.int64) for name, values in columns_B.items()}
+@dataclasses.dataclass(frozen=True, eq=False)
+class Query:
+    """A checked request of one user, ready for the device.
 
-    def spans(start_B: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        offsets = np.concatenate([[0], np.cumsum(length_B)])
-        user_E = np.repeat(np.arange(len(length_B)), length_B)
-        return start_B[user_E] + np.arange(offsets[-1]) - offsets[user_E], offsets.astype(np.int32)
+    Attributes:
+      history: what the encoder sees.
+      key: a hash of all that the encoder reads.
+      k, hidden: of a retrieval run, how many items, and the distinct dense ids that must not be
+        among them: those of the whole history and the blocked ones.
+      candidates: of a ranking run, the items that the catalogue has.
+      raw_ids, known_C: the candidates as they were given, and their dense ids, 0 where the
+        catalogue lacks them.
+      warnings: what of the request was ignored or missing.
+    """
 
-    channels = {}
-    for name, _ in form.max_history:
-        start_B = column[f"start/{name}"]
-        event_E, offsets = spans(start_B, column[f"stop/{name}"] - start_B)
-        event_E = events.index[name][event_E] if name in events.index else event_E
-        channels[name] = Events(
-            events.item_E[event_E],
-            events.time_E[event_E],
-            events.signal_ES[event_E],
-            events.feature_EF[event_E],
-            offsets,
-        )
-    target_C, offsets = spans(column["target"], column["count"])
-    candidates = Candidates(
-        events.item_E[target_C], events.feature_EF[target_C], events.time_E[target_C], offsets
-    )
-    return History(
-        channels, events.context_UC[column["user"]], events.time_E[column["target"]]
-    ), candidates
+    history: UserHistory
+    key: bytes
+    k: int = 0
+    hidden: Int[np.ndarray, " h"] = dataclasses.field(default_factory=_no_ids)
+    candidates: Candidates = dataclasses.field(default_factory=lambda: Candidates.of([()]))
+    raw_ids: Sequence[int | str] = ()
+    known_C: Int[np.ndarray, " n"] = dataclasses.field(default_factory=_no_ids)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def num_events(self) -> int:
+        """How many events are encoded; of a mixture, those of its longest channel."""
+        return max(int(events.offsets[-1]) for events in self.history.channels.values())
 
 
-def check_history(history: Any, form: Form, sizes: Sizes, *, what: str = "history") -> History:
-    """The same as int32 NumPy arrays, the newest `max_history` events of each channel.
+def require[T](name: str, value: T, kind: type) -> T:
+    """The value, if it is of this class. Raises ValueError."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be serving.{kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def require_count(name: str, value: int) -> int:
+    """The value, if it is an integer of at least 1. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}={value} must be an integer of at least 1")
+    return int(value)
+
+
+def check_history(
+    history: UserHistory, form: Form, sizes: Sizes, *, what: str = "history"
+) -> UserHistory:
+    """The history as int32 NumPy arrays, the newest `max_history` events of each channel.
 
     Raises:
-      ValueError: wrong channels, shapes or dtypes, and ids or codes that the model does not know; with the value.
+      ValueError: wrong channels, shapes or dtypes, and ids or codes that the model does not know;
+        with the value.
     """
     known = [name for name, _ in form.max_history]
-    if not isinstance(history, History):
-        raise ValueError(f"{what} must be a serving.History, got {type(history).__name__}")
     if sorted(history.channels) != sorted(known):
         raise ValueError(
-            f"{what} has the channels {sorted(history.channels)}, the model {sorted(known)}: give each, an empty one too"
+            f"{what} has the channels {sorted(history.channels)}, the model {sorted(known)}: "
+            "give each, an empty one too"
         )
     now_B = _ints(f"{what}.now_B", history.now_B, (None,), _INT32.min, _INT32.max)
     users = len(now_B)
@@ -177,70 +298,60 @@ def check_history(history: Any, form: Form, sizes: Sizes, *, what: str = "histor
     )
     channels = {}
     for name, longest in form.max_history:
-        events, here = history.channels[name], f"{what}.channels[{name!r}]"
-        checked = _check_events(here, events, users, sizes)
-        channels[name] = newest(checked, longest)
-    return History(channels, context_BC, now_B)
+        here = f"{what}.channels[{name!r}]"
+        events = require(here, history.channels[name], UserEvents)
+        offsets = _offsets(f"{here}.offsets", events.offsets, users)
+        count = int(offsets[-1])
+        channels[name] = UserEvents(
+            _ids(f"{here}.item_E", events.item_E, count, sizes),
+            _ints(f"{here}.time_E", events.time_E, (count,), _INT32.min, _INT32.max),
+            _codes(f"{here}.signal_ES", events.signal_ES, count, sizes.signals),
+            _codes(f"{here}.feature_EF", events.feature_EF, count, sizes.features),
+            offsets,
+        ).newest(longest)
+    return UserHistory(channels, context_BC, now_B)
 
 
-def check_candidates(candidates: Any, users: int, sizes: Sizes) -> Candidates:
-    """The same as int32 NumPy arrays. Raises ValueError as `check_history`."""
-    if not isinstance(candidates, Candidates):
-        raise ValueError(f"candidates must be serving.Candidates, got {type(candidates).__name__}")
+def check_candidates(candidates: Candidates, users: int, sizes: Sizes) -> Candidates:
+    """The candidates as int32 NumPy arrays, with slots. Raises ValueError as `check_history`."""
     offsets = _offsets("candidates.offsets", candidates.offsets, users)
     count = int(offsets[-1])
-    item_C = _ids("candidates.item_C", candidates.item_C, count, sizes)
-    feature_CF = _codes("candidates.feature_CF", candidates.feature_CF, count, sizes.features)
-    time_C = _ints("candidates.time_C", candidates.time_C, (count,), _INT32.min, _INT32.max)
-    if candidates.slot_C is None:
-        slot_C = np.arange(count, dtype=np.int32) - np.repeat(offsets[:-1], np.diff(offsets))
-    else:
-        slot_C = _ints("candidates.slot_C", candidates.slot_C, (count,), 0, _INT32.max)
-    return Candidates(item_C, feature_CF, time_C, offsets, slot_C)
-
-
-def newest(events: Events, longest: int) -> Events:
-    """The newest `longest` events of each user."""
-    length_B = np.diff(events.offsets)
-    if length_B.max(initial=0) <= longest:
-        return events
-    left_B = np.minimum(length_B, longest)
-    keep_E = np.arange(events.offsets[-1]) >= np.repeat(events.offsets[1:] - left_B, length_B)
-    return _take(events, np.flatnonzero(keep_E), left_B)
-
-
-def joined(before: Events, after: Events) -> Events:
-    """The events of each user, and then their newer ones."""
-    first_B, second_B = np.diff(before.offsets), np.diff(after.offsets)
-    both = jax.tree.map(lambda *parts: np.concatenate(parts), before, after)
-    user_E = np.concatenate(
-        [np.repeat(np.arange(len(first_B)), first_B), np.repeat(np.arange(len(second_B)), second_B)]
-    )
-    return _take(both, np.argsort(user_E, kind="stable"), first_B + second_B)
-
-
-def _take(events: Events, place_E: np.ndarray, length_B: np.ndarray) -> Events:
-    offsets = np.concatenate([[0], np.cumsum(length_B)]).astype(np.int32)
-    return Events(**{name: getattr(events, name)[place_E] for name in COLUMNS}, offsets=offsets)
-
-
-def _check_events(name: str, events: Any, users: int, sizes: Sizes) -> Events:
-    if not isinstance(events, Events):
-        raise ValueError(f"{name} must be serving.Events, got {type(events).__name__}")
-    offsets = _offsets(f"{name}.offsets", events.offsets, users)
-    count = int(offsets[-1])
-    return Events(
-        _ids(f"{name}.item_E", events.item_E, count, sizes),
-        _ints(f"{name}.time_E", events.time_E, (count,), _INT32.min, _INT32.max),
-        _codes(f"{name}.signal_ES", events.signal_ES, count, sizes.signals),
-        _codes(f"{name}.feature_EF", events.feature_EF, count, sizes.features),
+    slot_C: Numbers | None = candidates.slot_C
+    if slot_C is None:
+        slot_C = np.arange(count) - np.repeat(offsets[:-1], np.diff(offsets))
+    return Candidates(
+        _ids("candidates.item_C", candidates.item_C, count, sizes),
+        _codes("candidates.feature_CF", candidates.feature_CF, count, sizes.features),
+        _ints("candidates.time_C", candidates.time_C, (count,), _INT32.min, _INT32.max),
         offsets,
+        _ints("candidates.slot_C", slot_C, (count,), 0, _INT32.max),
     )
+
+
+def _column(
+    name: str, given: Sequence[Numbers] | None, lengths: Sequence[int], axes: int
+) -> Shaped[np.ndarray, "E ..."]:
+    """The entries of all users, one after another, in one array of `axes` axes."""
+    parts = [np.asarray(user) for user in given or []]
+    shape = next((part.shape[1:] for part in parts if part.ndim == axes), (0,) * (axes - 1))
+    if given is None:
+        return np.zeros((sum(lengths), *shape), np.int32)
+    if [len(part) for part in parts] != lengths:
+        raise ValueError(
+            f"{name} of {[len(part) for part in parts]} events, but items of {lengths}: "
+            "give one an event"
+        )
+    shaped = [part.reshape(len(part), *shape) for part in parts if len(part)]
+    return np.concatenate([np.zeros((0, *shape), np.int32), *shaped])
 
 
 def _ints(
-    name: str, values: Any, shape: tuple[int | None, ...], least: Any, most: Any
-) -> np.ndarray:
+    name: str,
+    values: Numbers,
+    shape: tuple[int | None, ...],
+    least: Numbers | int,
+    most: Numbers | int,
+) -> Int32[np.ndarray, "..."]:
     """int32 of a shape (None: any size) with values in [least, most], numbers or one a column."""
     array = np.asarray(values)
     if array.ndim != len(shape) or any(
@@ -253,30 +364,35 @@ def _ints(
     least, most = np.broadcast_to(least, array.shape[1:]), np.broadcast_to(most, array.shape[1:])
     wrong = (array < least[None]) | (array > most[None])
     if wrong.any():
-        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
-            f"{name}[{', '.join(map(str, place))}] is {array[place]}, not in {least[place[1:]]}..{most[place[1:]]}"
+            f"{name}[{', '.join(map(str, index))}] is {array[index]}, "
+            f"not in {least[index[1:]]}..{most[index[1:]]}"
         )
     return array.astype(np.int32)
 
 
-def _ids(name: str, values: Any, count: int, sizes: Sizes) -> np.ndarray:
+def _ids(name: str, values: Numbers, count: int, sizes: Sizes) -> Int32[np.ndarray, " n"]:
     try:
         return _ints(name, values, (count,), 1, sizes.items)
     except ValueError as error:
         raise ValueError(
-            f"{error}: items are dense ids of the model's {sizes.items} items; leave unknown ones out"
+            f"{error}: items are dense ids of the model's {sizes.items} items; "
+            "leave unknown ones out"
         ) from None
 
 
-def _codes(name: str, values: Any, count: int, sizes: tuple[int, ...]) -> np.ndarray:
+def _codes(
+    name: str, values: Numbers, count: int, sizes: tuple[int, ...]
+) -> Int32[np.ndarray, "n codes"]:
     return _ints(name, values, (count, len(sizes)), 0, np.asarray(sizes, np.int64) - 1)
 
 
-def _offsets(name: str, values: Any, users: int) -> np.ndarray:
+def _offsets(name: str, values: Numbers, users: int) -> Int32[np.ndarray, " B1"]:
     offsets = _ints(name, values, (users + 1,), 0, _INT32.max)
     if offsets[0] != 0 or (np.diff(offsets) < 0).any():
         raise ValueError(
-            f"{name} must start at 0 and never fall, got {offsets.tolist()[:20]}: they are cumulative lengths"
+            f"{name} must start at 0 and never fall, got {offsets.tolist()[:20]}: "
+            "they are cumulative lengths"
         )
     return offsets

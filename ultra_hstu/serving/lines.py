@@ -1,32 +1,39 @@
-"""Requests as lines of JSON: one answer a line, in order, as they arrive."""
+"""Requests as lines of JSON: one response a line, in order, as they arrive."""
 
-import io
 import json
 import queue
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import pydantic
 
+from ultra_hstu.serving.inputs import Query
 from ultra_hstu.serving.schema import MAX_BODY_BYTES, problem
-from ultra_hstu.serving.score_service import ScoreService
-from ultra_hstu.serving.service import Prepared, Service
+from ultra_hstu.serving.service import Service
 
 
-def answer_lines(service: Service | ScoreService, source: io.BufferedIOBase) -> None:
-    """One line of JSON on standard output for every line of the source, in order. Lines that are there already share a device call."""
+@runtime_checkable
+class Lines(Protocol):
+    """A binary file or stream."""
+
+    def readline(self, size: int, /) -> bytes: ...
+
+
+def answer_lines(service: Service, source: Lines) -> None:
+    """One line of JSON on standard output for every line of the source, in order. Lines that are there
+    already share a device call."""
     done = refused = 0
     for lines in arrived(source, service.model.max_users):
-        read = [_prepared(service, line) for line in lines]
-        good = [found for found in read if isinstance(found, Prepared)]
-        answers = iter(service.answer(good) if good else [])
-        for found in read:
+        read = [_query(service, line) for line in lines]
+        good = [query for query in read if isinstance(query, Query)]
+        responses = iter(service.answer(good) if good else [])
+        for query in read:
             text = (
-                next(answers).model_dump_json()
-                if isinstance(found, Prepared)
-                else json.dumps({"error": found})
+                next(responses).model_dump_json()
+                if isinstance(query, Query)
+                else json.dumps({"error": query})
             )
             sys.stdout.write(text + "\n")
         sys.stdout.flush()
@@ -34,20 +41,22 @@ def answer_lines(service: Service | ScoreService, source: io.BufferedIOBase) -> 
     print(f"{done} requests, {refused} refused", file=sys.stderr)
 
 
-def _prepared(service: Service | ScoreService, line: bytes) -> Prepared | str:
+def _query(service: Service, line: bytes) -> Query | str:
+    """The query of a line, or what is wrong with it."""
     if len(line) > MAX_BODY_BYTES:
         return f"a request has at most {MAX_BODY_BYTES} bytes"
     try:
-        return service.prepare(service.request_type.model_validate_json(line))  # type: ignore[arg-type]
+        return service.prepare(service.request_type.model_validate_json(line))
     except pydantic.ValidationError as error:
         return problem(error.errors())
     except ValueError as error:
         return str(error)
 
 
-def arrived(source: io.BufferedIOBase, most: int) -> Iterator[list[bytes]]:
-    """Groups of up to `most` lines: those that have arrived, at least one, so that a program may wait for each answer. Longer lines are cut."""
-    lines: queue.Queue[Any] = queue.Queue(maxsize=4 * most)
+def arrived(source: Lines, most: int) -> Iterator[list[bytes]]:
+    """Groups of up to `most` lines: those that have arrived, at least one, so that a program may wait
+    for each response. Longer lines are cut."""
+    lines: queue.Queue[bytes | Exception | None] = queue.Queue(maxsize=4 * most)
 
     def read() -> None:
         try:
@@ -62,16 +71,16 @@ def arrived(source: io.BufferedIOBase, most: int) -> Iterator[list[bytes]]:
 
     threading.Thread(target=read, daemon=True).start()
     while True:
-        group = [lines.get()]
-        while len(group) < most and group[-1] is not None and not isinstance(group[-1], Exception):
-            try:
-                group.append(lines.get_nowait())
-            except queue.Empty:
+        group: list[bytes] = []
+        last = lines.get()
+        while isinstance(last, bytes):
+            group.append(last)
+            if len(group) == most or lines.empty():
                 break
-        end = group.pop() if not isinstance(group[-1], bytes) else b""
+            last = lines.get()
         if group:
             yield group
-        if isinstance(end, Exception):
-            raise end
-        if end is None:
+        if isinstance(last, Exception):
+            raise last
+        if last is None:
             return

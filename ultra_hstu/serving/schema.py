@@ -1,21 +1,32 @@
-"""Requests and answers as JSON: the schema of the HTTP endpoint and of `experiments.recommend --requests`.
+"""Requests and responses as JSON: the schema of HTTP and of `experiments.recommend --requests`.
 
-    {"user": 42}                                                   a user of the run's data: the whole history is used
+A retrieval run recommends:
+
+    {"user": 42}                                       a user of the run's data: the whole history
     {"history": [1193, 914], "times": [978300760, 978301968], "k": 5, "block": [2858]}
+    -> {"items": [{"item": 608, "title": "Fargo (1996)", "score": 0.71}, ...],
+        "source": "model", "warnings": []}
 
-An answer: {"items": [{"item": 608, "title": "Fargo (1996)", "score": 0.71}, ...], "source": "model", "warnings": []}
+A ranking run scores:
 
-Those of a ranking run are in `score_schema`; both tell of a user in the same way.
+    {"user": 42, "candidates": [608, 2858]}
+    {"history": [1193, 914], "times": [978300760, 978301968], "actions": {"rating": [5, 3]},
+     "context": {"gender": "F"}, "candidates": [608, 2858]}
+    -> {"candidates": [{"item": 608, "title": "Fargo (1996)",
+                        "scores": {"rating_at_least_4": 0.71}}, ...],
+        "events": 2, "warnings": []}
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import ErrorDetails
 
 MAX_BODY_BYTES = 2**20
-MAX_EVENTS, MAX_BLOCK = 8192, 8192  # of a request: hidden items together are one capacity class
+MAX_EVENTS, MAX_BLOCK = 8192, 8192  # of a request: hidden items together are one bucket
 MAX_K = 1000
+MAX_CANDIDATES = 4096
 _WIDEST = 2**63 - 1
 
 RawId = (
@@ -24,11 +35,12 @@ RawId = (
 )
 Seconds = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Action = Annotated[float, Field(ge=-1e9, le=1e9)]
+Text = Annotated[str, Field(max_length=256)]
 
 
-def only(given: str, *absent: str) -> dict[str, Any]:
+def only(given: str, *absent: str) -> dict[str, JsonValue]:
     """A schema: this field, and none of those."""
-    null = {"type": "null"}
+    null: JsonValue = {"type": "null"}
     return {
         "required": [given],
         "properties": {given: {"not": null}, **dict.fromkeys(absent, null)},
@@ -36,28 +48,30 @@ def only(given: str, *absent: str) -> dict[str, Any]:
 
 
 class AboutUser(BaseModel):
-    """Who asks: exactly one of `user` and `history`."""
+    """Whose request it is: exactly one of `user` and `history`."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     user: RawId | None = Field(None, description="a user of the run's data")
     history: Annotated[list[RawId], Field(max_length=MAX_EVENTS)] | None = Field(
         None,
-        description="item ids of the source, oldest first; repeats are allowed, ids that the catalogue lacks are ignored with a warning",
+        description="item ids of the source, oldest first; repeats are allowed, "
+        "ids that the catalogue lacks are ignored with a warning",
     )
     times: Annotated[list[Seconds], Field(max_length=MAX_EVENTS)] | None = Field(
         None, description="seconds, one an event, not decreasing"
     )
     actions: dict[str, Annotated[list[Action], Field(max_length=MAX_EVENTS)]] | None = Field(
         None,
-        description="what the user did with each item, by the names of the source, such as rating: one value an event",
+        description="what the user did with each item, by the names of the source, such as rating: "
+        "one value an event",
     )
     now: Seconds | None = Field(
         None, description="time of the request; without it the next event follows the last at once"
     )
 
     @model_validator(mode="after")
-    def _one_way_of_asking(self) -> "AboutUser":
+    def _user_or_history(self) -> "AboutUser":
         if (self.user is None) == (self.history is None):
             raise ValueError("give either user or history")
         if self.history is None:
@@ -66,12 +80,9 @@ class AboutUser(BaseModel):
                     "times and actions go with a history; those of a user are in the data"
                 )
             return self
-        columns = {"times": self.times} if self.times is not None else {}
-        for name, values in (columns | (self.actions or {})).items():
-            if len(values) != len(self.history):
-                raise ValueError(
-                    f"{len(self.history)} items but {len(values)} values of {name!r}: give one an item"
-                )
+        times: dict[str, list[Seconds]] = {} if self.times is None else {"times": self.times}
+        _require_lengths(times, len(self.history), "items", "an item")
+        _require_lengths(self.actions or {}, len(self.history), "items", "an item")
         return self
 
 
@@ -94,32 +105,111 @@ class Request(AboutUser):
     )
 
 
-class Item(BaseModel):
+class RecommendedItem(BaseModel):
     item: int | str = Field(description="id of the source")
     title: str | None
     score: float
 
 
-class Answer(BaseModel):
-    items: list[Item] = Field(description="best first; fewer than k where fewer are left")
+class Response(BaseModel):
+    items: list[RecommendedItem] = Field(
+        description="best first; fewer than k where fewer are left"
+    )
     source: Literal["model", "popularity"] = Field(
         description="popularity: the history was empty, and scores are counts of the training data"
     )
     warnings: list[str] = Field(description="what of the request was ignored")
 
 
+class ScoreRequest(AboutUser):
+    """What to score, and for whom. Exactly one of `user` and `history`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                only("user", "history", "times", "actions", "context"),
+                only("history", "user"),
+            ],
+            "examples": [
+                {"user": 42, "candidates": [608, 2858]},
+                {
+                    "history": [1193, 914],
+                    "times": [978300760, 978301968],
+                    "actions": {"rating": [5, 3]},
+                    "candidates": [608, 2858],
+                },
+            ],
+        },
+    )
+
+    candidates: list[RawId] = Field(
+        min_length=1,
+        max_length=MAX_CANDIDATES,
+        description="item ids of the source, in any order; one that comes twice is scored twice, "
+        "one that the catalogue lacks has no scores",
+    )
+    features: dict[str, Annotated[list[Action], Field(max_length=MAX_CANDIDATES)]] = Field(
+        {},
+        description="what is known of each candidate before the user acts, by the names of the "
+        "source, such as skill: one value a candidate",
+    )
+    context: dict[str, Text] | None = Field(
+        None,
+        description="what is known of the user, by the names of the source, such as gender, "
+        "in its words",
+    )
+
+    @model_validator(mode="after")
+    def _one_value_a_candidate(self) -> "ScoreRequest":
+        _require_lengths(self.features, len(self.candidates), "candidates", "a candidate")
+        if self.user is not None and self.context is not None:
+            raise ValueError("context goes with a history; that of a user is in the data")
+        return self
+
+
+class ScoredItem(BaseModel):
+    item: int | str = Field(description="id of the source")
+    title: str | None
+    scores: dict[str, float] | None = Field(
+        description="by task: a probability, or the value that is expected where the task is one; "
+        "null for an item that the catalogue lacks"
+    )
+
+
+class ScoreResponse(BaseModel):
+    candidates: list[ScoredItem] = Field(
+        description="one for each that was asked about, in the same order"
+    )
+    events: int = Field(
+        description="how many events of the history the scores were made from; "
+        "0: the history was empty"
+    )
+    warnings: list[str] = Field(description="what of the request was ignored or missing")
+
+
 class Problem(BaseModel):
     detail: str
 
 
-def problem(errors: Sequence[Any]) -> str:
-    """What is wrong with a request, in one line, from Pydantic's `errors()`; of what was sent it names fields, nothing else."""
+def problem(errors: Sequence[ErrorDetails]) -> str:
+    """What is wrong with a request, in one line, from Pydantic's `errors()`. It names fields, and
+    nothing else of what was sent."""
     first, *others = errors
-    # A request over HTTP has "body" in front, and members of a union bear names that mean nothing to a caller.
-    place = ".".join(
+    # A request over HTTP has "body" in front. Members of a union bear names that mean nothing to a
+    # caller.
+    field = ".".join(
         ascii(part).strip("'")[:80]
         for part in first["loc"]
         if part != "body" and not str(part).startswith("constrained-")
     )
     more = f" (and {len(others)} more)" if others else ""
-    return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}{more}"
+    return f"{field + ': ' if field else ''}{first['msg'].removeprefix('Value error, ')}{more}"
+
+
+def _require_lengths[T](columns: dict[str, list[T]], count: int, what: str, each: str) -> None:
+    """Raises ValueError where a column has not one value for each of `count`."""
+    for name, values in columns.items():
+        if len(values) != count:
+            raise ValueError(
+                f"{count} {what} but {len(values)} values of {name!r}: give one {each}"
+            )

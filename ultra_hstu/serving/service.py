@@ -1,98 +1,156 @@
-"""From requests to answers: raw ids and users to queries, encoded users kept, the popularity answer where there is no history."""
+"""From requests to responses: raw ids and users to queries, encoded users kept, and the most popular
+items where there is no history."""
 
+import abc
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from ultra_hstu.data import signals
 from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.serving.encoded_users import EncodedUsers
-from ultra_hstu.serving.retrieval import Query, Recommendation, RecommendationModel
-from ultra_hstu.serving.schema import MAX_BLOCK, MAX_EVENTS, MAX_K, Answer, Item, Request
-from ultra_hstu.serving.trained import RunData
+from ultra_hstu.nn.key_values import CacheDtype
+from ultra_hstu.quantization import HostKind
+from ultra_hstu.serving import export
+from ultra_hstu.serving.inputs import MAX_USERS, Query
+from ultra_hstu.serving.kv_cache import Cache
+from ultra_hstu.serving.recommend import Recommendation, RecommendationModel
+from ultra_hstu.serving.schema import (
+    MAX_BLOCK,
+    MAX_EVENTS,
+    MAX_K,
+    AboutUser,
+    RecommendedItem,
+    Request,
+    Response,
+    ScoredItem,
+    ScoreRequest,
+    ScoreResponse,
+)
+from ultra_hstu.serving.scoring import ScoringModel, load_ranker
+from ultra_hstu.serving.users import EncodedUsers, RunData, UserData
+from ultra_hstu.workdir import Workdir
+
+EMPTY = "the history is empty: these are the scores for somebody of whom no event is known"
+POPULAR = "the history is empty: these are the most popular items"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prepared:
-    """A request that is ready for the device."""
+class Service[R: AboutUser, A: Response | ScoreResponse](abc.ABC):
+    """Answers requests with a run. `prepare` may run anywhere; `answer` in one thread at a time."""
 
-    query: Any  # the model's
-    warnings: tuple[str, ...] = ()
-    asked: Any = None  # what the answer has to repeat
+    request_type: type[R]
+    model: RecommendationModel | ScoringModel
+    users: EncodedUsers[np.ndarray] | EncodedUsers[Cache]
+    reads: Sequence[str]  # the source's columns of events that the run reads
+
+    def __init__(self, catalog: Catalog, data: RunData | None):
+        """
+        Args:
+          data: of the run; None: users of the data are not known, and requests bring their histories.
+        """
+        self.catalog, self.data = catalog, data
+
+    @abc.abstractmethod
+    def prepare(self, request: R) -> Query:
+        """Looks up ids and users. Raises ValueError for what cannot be answered, with the reason."""
+
+    @abc.abstractmethod
+    def answer(self, queries: Sequence[Query]) -> list[A]:
+        """The responses, in the order of up to `model.max_users` queries."""
+
+    @abc.abstractmethod
+    def warm_up(self) -> int:
+        """Compiles all that requests can need. Returns the number of programs."""
+
+    @abc.abstractmethod
+    def check_health(self) -> None:
+        """Asks the device for something short."""
+
+    def user(self, user: int | str) -> UserData:
+        """A user of the data. Raises ValueError for an unknown one."""
+        if self.data is None:
+            raise ValueError(
+                "users of the data are not known here, since this is an exported model: "
+                "give a history"
+            )
+        return self.data.user(user)
+
+    def known_ids(
+        self, raw_ids: Sequence[int | str], field: str
+    ) -> tuple[Int[np.ndarray, " n"], list[str]]:
+        """Dense ids, 0 for those that the catalogue lacks, and a warning that counts these. Raises
+        ValueError for ids of another kind."""
+        dense = self.catalog.find(list(raw_ids))
+        unknown = [raw for raw, found in zip(raw_ids, dense, strict=True) if not found]
+        if not unknown:
+            return dense, []
+        return dense, [
+            f"{field}: {len(unknown)} of {len(raw_ids)} items are not in the catalogue and were "
+            f"ignored: {_shown(unknown)}{', ...' if len(unknown) > 5 else ''}"
+        ]
+
+    def events(self, request: R) -> tuple[UserData, list[str]]:
+        """The history of a request, without context, and what of it was ignored."""
+        given = request.actions or {}
+        found_E, warnings = self.known_ids(request.history or [], "history")
+        kept_E = found_E > 0
+        if unread := sorted(set(given) - set(self.reads)):
+            warnings.append(f"actions {_shown(unread)} are not read by this run and were ignored")
+        times = None if request.times is None else np.asarray(request.times, np.int64)[kept_E]
+        actions = {
+            name: np.asarray(values)[kept_E] for name, values in given.items() if name in self.reads
+        }
+        return (found_E[kept_E], times, actions, {}), warnings
 
 
-class Service:
-    """Answers requests with a retrieval run. `prepare` may run anywhere; `answer` in one thread at a time."""
+class RecommendService(Service[Request, Response]):
+    """Answers requests with a retrieval run."""
 
     request_type = Request
 
     def __init__(self, model: RecommendationModel, data: RunData, *, cache_bytes: int = 2**26):
-        self.model = model
-        self.data = data
-        self.users = EncodedUsers(cache_bytes)
+        super().__init__(model.catalog, data)
+        self.model: RecommendationModel = model
+        self.data: RunData = data
+        self.reads = signals.needs(model.config.rank.signals)
+        self.users: EncodedUsers[np.ndarray] = EncodedUsers(cache_bytes)
 
-    def prepare(self, request: Request) -> Prepared:
-        """Looks up ids and users. Raises ValueError for what cannot be answered, with the reason."""
-        blocked, warnings = known_ids(self.model.catalog, request.block, "block")
-        options: dict[str, Any] = {
-            "k": request.k,
-            "now": request.now,
-            "block": blocked[blocked > 0],
-            "allow_empty": True,
-        }
+    def prepare(self, request: Request) -> Query:
+        blocked, warnings = self.known_ids(request.block, "block")
         if request.user is not None:
-            return Prepared(self.of_user(request.user, **options), tuple(warnings))
-        found, more = known_ids(self.model.catalog, request.history or [], "history")
-        kept = found > 0
-        read = signals.needs(self.model.config.rank.signals)
-        ignored = unread_actions(request.actions or {}, read)
-        columns = {
-            name: np.asarray(values)[kept]
-            for name, values in (request.actions or {}).items()
-            if name in read
-        }
-        times = None if request.times is None else np.asarray(request.times, np.int64)[kept]
-        query = self.model.query(found[kept], times, actions=columns or None, **options)
-        return Prepared(query, (*more, *warnings, *ignored))
-
-    def of_user(self, user: int | str, **options: Any) -> Query:
-        """The query of a user of the data, by raw id: the whole history. Raises ValueError for an unknown one."""
-        interactions = self.data.interactions
-        events = interactions.history(user)
-        times = None if interactions.timestamps is None else interactions.timestamps[events]
-        actions = {name: values[events] for name, values in interactions.actions.items()}
-        return self.model.query(interactions.items[events], times, actions=actions, **options)
-
-    def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
-        """One device call for new histories and one for the catalogue, for up to `model.max_users` requests."""
-        queries = [p.query for p in prepared if p.query.length]
-        ranked = iter(
-            self.model.best(
-                np.stack(self.users.of(queries, lambda new: list(self.model.encode(new)))), queries
-            )
-            if queries
-            else []
+            (items, times, actions, _), ignored = self.user(request.user), list[str]()
+        else:
+            (items, times, actions, _), ignored = self.events(request)
+        query = self.model.query(
+            items,
+            times,
+            actions=actions or None,
+            now=request.now,
+            k=request.k,
+            block=blocked[blocked > 0],
+            allow_empty=True,
         )
-        empty = "the history is empty: these are the most popular items"
+        return dataclasses.replace(query, warnings=(*ignored, *warnings))
+
+    def answer(self, queries: Sequence[Query]) -> list[Response]:
+        """One device call for new histories and one for the catalogue."""
+        some = [query for query in queries if query.num_events]
+        vectors = self.users.of(some, lambda new: list(self.model.encode(new)))
+        ranked = iter(self.model.best(np.stack(vectors), some) if some else [])
         return [
-            as_answer(next(ranked), "model", p.warnings)
-            if p.query.length
-            else as_answer(self._popular(p.query), "popularity", (*p.warnings, empty))
-            for p in prepared
+            recommended(query, next(ranked)) if query.num_events else self._popular(query)
+            for query in queries
         ]
 
     def warm_up(self) -> int:
-        """Reads the data and compiles all that requests within the schema's limits can need. Returns the number of programs."""
         longest = max(MAX_EVENTS, int(self.data.interactions.lengths.max()))
         self._popularity  # noqa: B018
         return self.model.warm_up(max_k=MAX_K, max_hidden=longest + MAX_BLOCK)
 
-    def pulse(self) -> None:
-        """Asks the device for something short."""
+    def check_health(self) -> None:
         self.model.encode([self.model.query([1])])
 
     @functools.cached_property
@@ -101,45 +159,224 @@ class Service:
         order_I = np.argsort(-self.data.count_I[1:], kind="stable").astype(np.int32) + 1
         return order_I[~np.isin(order_I, self.model.blocked)]
 
-    def _popular(self, query: Query) -> list[Recommendation]:
+    def _popular(self, query: Query) -> Response:
         """The most frequent items that the query does not hide; scores are the counts."""
         candidates = self._popularity[: query.k + len(query.hidden)]
         best_K = candidates[~np.isin(candidates, query.hidden)][: query.k]
-        return self.model.decode(best_K, self.data.count_I[best_K])
+        query = dataclasses.replace(query, warnings=(*query.warnings, POPULAR))
+        items = self.model.decode(best_K, self.data.count_I[best_K])
+        return recommended(query, items).model_copy(update={"source": "popularity"})
 
 
-def known_ids(
-    catalog: Catalog, raw_ids: Sequence[int | str], name: str
-) -> tuple[Int[np.ndarray, " n"], list[str]]:
-    """Dense ids, 0 for those that the catalogue lacks, and a warning that counts these. Raises ValueError for ids of another kind."""
-    dense = catalog.find(list(raw_ids))
-    unknown = [raw for raw, found in zip(raw_ids, dense, strict=True) if not found]
-    if not unknown:
-        return dense, []
-    shown = ", ".join(repr(raw)[:40] for raw in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-    return dense, [
-        f"{name}: {len(unknown)} of {len(raw_ids)} items are not in the catalogue and were ignored: {shown}"
+class ScoreService(Service[ScoreRequest, ScoreResponse]):
+    """Answers requests with a ranking run."""
+
+    request_type = ScoreRequest
+
+    def __init__(self, model: ScoringModel, data: RunData | None, *, cache_bytes: int = 2**26):
+        super().__init__(model.vocabulary.catalog, data)
+        self.model: ScoringModel = model
+        self.users: EncodedUsers[Cache] = EncodedUsers(cache_bytes)
+        rank, mixture = model.config.rank, model.config.model.channels.values()
+        filters = [channel.signal for channel in mixture if channel.signal]
+        self.reads = list(dict.fromkeys([*signals.needs(rank.signals), *rank.features, *filters]))
+
+    def prepare(self, request: ScoreRequest) -> Query:
+        known_C, warnings = self.known_ids(request.candidates, "candidates")
+        feature_CF, more = self._features(request.features, len(known_C))
+        user, ignored = (
+            self._of_history(request) if request.user is None else (self.user(request.user), [])
+        )
+        kept_C = known_C > 0
+        query = self.model.query(
+            *user, candidates=known_C[kept_C], feature_CF=feature_CF[kept_C], now=request.now
+        )
+        empty = [] if query.num_events else [EMPTY]
+        return dataclasses.replace(
+            query,
+            raw_ids=request.candidates,
+            known_C=known_C,
+            warnings=(*ignored, *warnings, *more, *empty),
+        )
+
+    def answer(self, queries: Sequence[Query]) -> list[ScoreResponse]:
+        """One device call for new histories and one for all candidates."""
+        some = [query for query in queries if query.known_C.any()]
+        scores = iter(self.model.score(self.users.of(some, self.model.encode), some))
+        nothing = np.zeros((0, len(self.model.kinds)))
+        return [
+            self.scored(query, next(scores) if query.known_C.any() else nothing)
+            for query in queries
+        ]
+
+    def warm_up(self) -> int:
+        return self.model.warm_up()
+
+    def check_health(self) -> None:
+        self.model.check_health()
+
+    def scored(self, query: Query, score_CK: Float[np.ndarray, "C K"]) -> ScoreResponse:
+        """A response from the scores of the candidates that the catalogue has."""
+        known_C, titles, tasks = query.known_C, self.catalog.titles, list(self.model.kinds)
+        raw_ids = self.catalog.decode(known_C[known_C > 0]).tolist()
+        found = iter(zip(raw_ids, score_CK.tolist(), strict=True))
+        candidates = []
+        for given, dense in zip(query.raw_ids, known_C.tolist(), strict=True):
+            item, values = next(found) if dense else (given, None)
+            candidates.append(
+                ScoredItem.model_construct(
+                    item=item,
+                    title=titles[dense] if dense and titles is not None else None,
+                    scores=None if values is None else dict(zip(tasks, values, strict=True)),
+                )
+            )
+        return ScoreResponse.model_construct(
+            candidates=candidates, events=query.num_events, warnings=list(query.warnings)
+        )
+
+    def _of_history(self, request: ScoreRequest) -> tuple[UserData, list[str]]:
+        """The history and context of a request, and what of them was ignored or missing."""
+        (items, times, actions, _), warnings = self.events(request)
+        if len(items):
+            warnings += _missing("actions", self.reads, request.actions or {})
+        given, known = request.context or {}, self.model.vocabulary.contexts
+        context = {
+            name: known[name].index(text)
+            for name, text in given.items()
+            if text in known.get(name, ())[1:]
+        }
+        unknown = [f"{name!r:.40}: {given[name]!r:.40}" for name in given if name not in context]
+        if unknown:
+            warnings.append(
+                f"context: {', '.join(unknown[:5])} is not known to this run and was ignored"
+            )
+        return (items, times, actions, context), [*warnings, *_missing("context", known, given)]
+
+    def _features(
+        self, given: Mapping[str, Sequence[float]], count: int
+    ) -> tuple[Int[np.ndarray, "C F"], list[str]]:
+        """Codes of the candidates' features, and what of them was ignored or missing."""
+        names, warnings = self.model.config.rank.features, []
+        code_CF = self.model.vocabulary.features_of(given, count)
+        for name, code_C in zip(names, code_CF.T, strict=True):
+            if name in given and (unknown := int((code_C == 0).sum())):
+                warnings.append(
+                    f"features: {unknown} of {count} values of {name!r} are not in the data and "
+                    "were ignored"
+                )
+        if unread := sorted(set(given) - set(names)):
+            warnings.append(f"features {_shown(unread)} are not read by this run and were ignored")
+        return code_CF, [*warnings, *_missing("features", names, given)]
+
+
+def recommended(query: Query, items: Sequence[Recommendation]) -> Response:
+    """A response from what the model ranked."""
+    return Response(
+        items=[RecommendedItem.model_construct(**dataclasses.asdict(item)) for item in items],
+        source="model",
+        warnings=list(query.warnings),
+    )
+
+
+def _shown(names: Sequence[int | str]) -> str:
+    return ", ".join(repr(name)[:40] for name in names[:5])
+
+
+def _missing(
+    field: str, read: Iterable[str], given: Mapping[str, Sequence[float] | str]
+) -> list[str]:
+    """A warning of what a run reads and was not given."""
+    missing = [repr(name) for name in read if name not in given]
+    if not missing:
+        return []
+    return [
+        f"{field}: this run reads {', '.join(missing)}, which was not given and counts as unknown"
     ]
 
 
-def unread_actions(actions: Iterable[str], read: Iterable[str]) -> list[str]:
-    """A warning of actions that a run does not read, if there are such."""
-    unused = sorted(set(actions) - set(read))
-    return (
-        [
-            f"actions {', '.join(repr(name)[:40] for name in unused[:5])} are not read by this run and were ignored"
-        ]
-        if unused
-        else []
-    )
+def is_ranking(workdir: str) -> bool:
+    """Whether a run scores given items; else it recommends. A file is an exported ranker. Raises
+    ValueError for a folder without a run."""
+    return Path(workdir).is_file() or bool(Workdir(workdir).read_config().rank.tasks)
 
 
-def as_answer(
-    items: Sequence[Recommendation], source: Literal["model", "popularity"], warnings: Sequence[str]
-) -> Answer:
-    """An answer from what the model ranked."""
-    return Answer(
-        items=[Item.model_construct(**dataclasses.asdict(item)) for item in items],
-        source=source,
-        warnings=list(warnings),
-    )
+def check_options(
+    workdir: str,
+    *,
+    tables: str = "float32",
+    block: Sequence[int | str] = (),
+    kind: CacheDtype = "same",
+    host_table: HostKind | None = None,
+) -> None:
+    """Raises ValueError for options that this kind of run does not have."""
+    if is_ranking(workdir):
+        if tables != "float32":
+            raise ValueError(
+                f"tables={tables} is for retrieval runs, and {workdir} is a ranking run: leave it "
+                "out, or keep its table in host memory with host_table"
+            )
+        if block:
+            raise ValueError(
+                f"block hides items from recommendations, and {workdir} is a ranking run, which "
+                "scores what it is given: leave it out"
+            )
+    elif kind != "same":
+        raise ValueError(
+            f"cache_kind={kind} rounds the keys and values of ranking runs, and {workdir} is a "
+            "retrieval run: leave it out"
+        )
+    elif host_table is not None:
+        raise ValueError(
+            f"host_table={host_table} is for ranking runs, and {workdir} is a retrieval run, which "
+            "reads its whole table for every request: use tables=int8 or tables=int4"
+        )
+
+
+def open_service(
+    workdir: str,
+    raw_dir: str | None = None,
+    *,
+    tables: str = "float32",
+    block: Sequence[int | str] = (),
+    kind: CacheDtype = "same",
+    host_table: HostKind | None = None,
+    cache_bytes: int = 2**26,
+    max_users: int = MAX_USERS,
+) -> RecommendService | ScoreService:
+    """The service of a run, or of the file that `experiments.export` wrote of a ranking run.
+
+    Args:
+      raw_dir: where the raw data is now, if not where the run found it.
+      tables, block: of a retrieval run: what the item table is served from; raw ids that are recommended
+        to nobody.
+      kind: of a ranking run: dtype of the cache.
+      host_table: of a ranking run: keeps the item table in host memory, as one of
+        `quantization.HOST_KINDS`.
+      cache_bytes: memory for encoded users.
+      max_users: requests in one device call.
+
+    Raises:
+      ValueError: no run, one that cannot be served, or options of the other kind.
+    """
+    check_options(workdir, tables=tables, block=block, kind=kind, host_table=host_table)
+    if is_ranking(workdir):
+        data = None if Path(workdir).is_file() else RunData(workdir, raw_dir)
+        ranker, config, vocabulary, tasks = (
+            export.load(workdir) if data is None else load_ranker(data)
+        )
+        scoring = ScoringModel(
+            ranker,
+            config,
+            vocabulary,
+            tasks,
+            kind=kind,
+            max_users=max_users,
+            host_table=host_table,
+        )
+        return ScoreService(scoring, data, cache_bytes=cache_bytes)
+    model = RecommendationModel(workdir, tables=tables, max_users=max_users)
+    # Lists outlive items: an unknown id has nothing to block.
+    blocked = model.catalog.find(block)
+    if blocked.any():
+        model.block(blocked[blocked > 0])
+    return RecommendService(model, RunData(workdir, raw_dir), cache_bytes=cache_bytes)

@@ -1,95 +1,249 @@
-"""From requests to the tokens of a model: the same rows that training lays out, histories and targets apart."""
+"""From the values of a request to the tokens of a model: the rows that training lays out, histories
+and targets apart."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Int32, Shaped
 
+from ultra_hstu.config import Config
+from ultra_hstu.data import signals
+from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.ranking.batch import GAP_EDGES, Form, RankEvents, RankGather, Tokens
-from ultra_hstu.serving.capacity import LEAST_ROWS, Room, capacity, padded, padded_offsets
-from ultra_hstu.serving.inputs import COLUMNS, Candidates, Events, History
+from ultra_hstu.ranking.source import RankSource
+from ultra_hstu.retrieval.batch import SECONDS_RANGE
+from ultra_hstu.serving.inputs import (
+    COLUMNS,
+    LADDER,
+    ROW_SIZES,
+    AnyArray,
+    Bucket,
+    Candidates,
+    Numbers,
+    UserEvents,
+    UserHistory,
+    bucket_size,
+    cumulative,
+    padded,
+    padded_offsets,
+)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PaddedHistory:
-    """A `History` at the sizes of its capacity class; the users behind the real ones have no rows at all."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Features and contexts in the order of the model's columns.
 
-    history: Any
-    used_B: Any  # int32 [B]: 1 for a real user
+    Attributes:
+      features: by name, the values of the source, ascending: the first has code 1.
+      contexts: by name, the source's text for every code; slot 0 is "".
+    """
+
+    catalog: Catalog
+    features: dict[str, Shaped[np.ndarray, " n"]]
+    contexts: dict[str, tuple[str, ...]]
+
+    @staticmethod
+    def of(config: Config, interactions: Interactions) -> "Vocabulary":
+        """The vocabulary of a ranking run on its data."""
+        features = {name: np.unique(interactions.actions[name]) for name in config.rank.features}
+        contexts = {name: interactions.context_values[name] for name in config.rank.contextual}
+        return Vocabulary(interactions.catalog, features, contexts)
+
+    def feature(self, name: str, values: Numbers | Sequence[float]) -> Int32[np.ndarray, " n"]:
+        """Codes of the values of a feature, 0 for those that the source did not have."""
+        known, given = self.features[name], np.asarray(values)
+        index = np.minimum(np.searchsorted(known, given), len(known) - 1)
+        return np.where(known[index] == given, index + 1, 0).astype(np.int32)
+
+    def features_of(
+        self, columns: Mapping[str, Numbers | Sequence[float]], count: int
+    ) -> Int32[np.ndarray, "n F"]:
+        """Codes of all features of `count` events or candidates, 0 where a column is not given."""
+        codes = [
+            self.feature(name, columns[name]) if name in columns else np.zeros(count, np.int32)
+            for name in self.features
+        ]
+        return np.stack(codes, axis=1) if codes else np.zeros((count, 0), np.int32)
+
+    def context(self, codes: Mapping[str, int]) -> Int32[np.ndarray, " C"]:
+        """A user's codes by name, 0 where nothing is given, as one code over all contextual
+        features together."""
+        first, found = 0, []
+        for name, values in self.contexts.items():
+            code = codes.get(name, 0)
+            found.append(code + first if code else 0)
+            first += len(values) - 1
+        return np.array(found, np.int32)
+
+
+def signal_codes(
+    names: Sequence[str], actions: Mapping[str, Shaped[np.ndarray, " E"]], count: int
+) -> Int32[np.ndarray, "E S"]:
+    """The codes of signals of `count` events, 0 for signals whose actions were not given.
+
+    Raises:
+      ValueError: values that a signal cannot be made from.
+    """
+    codes = [
+        signals.signal(dict(actions), name).code
+        if set(signals.needs((name,))) <= set(actions)
+        else np.zeros(count, np.int32)
+        for name in names
+    ]
+    return np.stack(codes, axis=1) if codes else np.zeros((count, 0), np.int32)
+
+
+def since_first(
+    count: int, times: Numbers | None, now: int | None, *, first: int = 0
+) -> Int32[np.ndarray, " n"]:
+    """Seconds of the events from `first` on and of the request behind them, counted from the first
+    of these, so that what is encoded does not depend on when the world began.
+
+    Args:
+      count: how many events there are.
+      times: seconds, one an event, oldest first; None: all events are simultaneous.
+      now: time of the request; None: the time of the last event.
+
+    Raises:
+      ValueError: another number of times, times that go back or span more than 2^31 - 1 seconds.
+    """
+    time_E = np.zeros(count, np.int64) if times is None else np.asarray(times, np.int64)
+    if len(time_E) != count:
+        raise ValueError(f"{count} items but {len(time_E)} times: give one time an item")
+    if now is None:
+        now = int(time_E[-1]) if count else 0
+    time_E = np.append(time_E, np.int64(now))
+    if len(back := np.flatnonzero(time_E[1:] < time_E[:-1])):
+        raise ValueError(
+            f"times go back from {time_E[back[0]]} to {time_E[back[0] + 1]}: "
+            "give the history oldest first, and now not before its last event"
+        )
+    time_E = time_E[first:]
+    if int(time_E[-1]) - int(time_E[0]) > SECONDS_RANGE:
+        raise ValueError(
+            f"times run from {time_E[0]} to {time_E[-1]}: more than 2^31 - 1 seconds. "
+            "Give seconds, not milliseconds."
+        )
+    return (time_E - time_E[0]).astype(np.int32)
+
+
+def from_source(
+    source: RankSource, columns_B: Mapping[str, Numbers], form: Form
+) -> tuple[UserHistory, Candidates]:
+    """Requests of a data set, as columns of `RankSource.table`: their histories, and their targets
+    as candidates."""
+    events = source.events
+    column = {name: np.asarray(values, np.int64) for name, values in columns_B.items()}
+
+    def spans(
+        start_B: Int[np.ndarray, " B"], length_B: Int[np.ndarray, " B"]
+    ) -> tuple[Int[np.ndarray, " n"], Int32[np.ndarray, " B1"]]:
+        offsets = cumulative(length_B)
+        user_E = np.repeat(np.arange(len(length_B)), length_B)
+        return start_B[user_E] + np.arange(offsets[-1]) - offsets[user_E], offsets
+
+    channels = {}
+    for name, _ in form.max_history:
+        start_B = column[f"start/{name}"]
+        event_E, offsets = spans(start_B, column[f"stop/{name}"] - start_B)
+        event_E = events.index[name][event_E] if name in events.index else event_E
+        columns = (getattr(events, field)[event_E] for field in COLUMNS)
+        channels[name] = UserEvents.of_columns(columns, offsets)
+    target_C, offsets = spans(column["target"], column["count"])
+    candidates = Candidates(
+        events.item_E[target_C], events.feature_EF[target_C], events.time_E[target_C], offsets
+    )
+    now_B = events.time_E[column["target"]]
+    return UserHistory(channels, events.context_UC[column["user"]], now_B), candidates
 
 
 def pad_history(
-    history: History, form: Form, room: Room | None = None
-) -> tuple[PaddedHistory, dict[str, int]]:
-    """The history at the sizes of its class, or of `room`, and the rows of every channel there. Raises ValueError for a room that is too small."""
-    users = capacity(history.users) if room is None else room.users
+    history: UserHistory, form: Form, bucket: Bucket | None = None
+) -> tuple[UserHistory, Int32[np.ndarray, " B"], dict[str, int]]:
+    """The history at the sizes of `bucket` (None: the smallest that holds it), 1 for each real user
+    and 0 behind them, and the rows of every channel.
+
+    Raises:
+      ValueError: a bucket that is too small.
+    """
+    if bucket is None:
+        counts = {name: len(events.item_E) for name, events in history.channels.items()}
+        sizes = {name: bucket_size(count, ROW_SIZES) for name, count in counts.items()}
+        bucket, exact = Bucket(bucket_size(history.users), sizes), True
+    else:
+        exact = False
     channels, rows = {}, {}
     for name, events in history.channels.items():
-        count = len(events.item_E)
-        if room is not None and (history.users > users or count > room.events[name]):
+        count, size = len(events.item_E), bucket.events[name]
+        if history.users > bucket.users or count > size:
             raise ValueError(
-                f"{history.users} users with {count} events of {name!r} are more than {room} holds: encode fewer at a time"
+                f"{history.users} users with {count} events of {name!r} are more than {bucket} "
+                "holds: encode fewer at a time"
             )
-        size = capacity(count, LEAST_ROWS) if room is None else room.events[name]
-        columns = {column: padded(getattr(events, column), size) for column in COLUMNS}
-        channels[name] = Events(**columns, offsets=padded_offsets(events.offsets, users))
-        needed = int(row_counts(form, np.diff(events.offsets)).sum())
-        rows[name] = (
-            capacity(needed, LEAST_ROWS)
-            if room is None
-            else users * form.contextual + form.per_event * size
+        columns = (padded(getattr(events, column), size) for column in COLUMNS)
+        channels[name] = UserEvents.of_columns(
+            columns, padded_offsets(events.offsets, bucket.users)
         )
-    wide = History(channels, padded(history.context_BC, users), padded(history.now_B, users))
-    return PaddedHistory(wide, padded(np.ones(history.users, np.int32), users)), rows
+        needed = history.users * form.contextual + form.per_event * count
+        rows[name] = bucket_size(needed, ROW_SIZES) if exact else bucket_rows(form, bucket, name)
+    wide = UserHistory(
+        channels, padded(history.context_BC, bucket.users), padded(history.now_B, bucket.users)
+    )
+    return wide, padded(np.ones(history.users, np.int32), bucket.users), rows
 
 
-def row_counts(form: Form, events_B: Any) -> Any:
-    """Rows of histories with so many events."""
-    return form.contextual + form.per_event * events_B
+def bucket_rows(form: Form, bucket: Bucket, name: str) -> int:
+    """Rows of a channel in a bucket."""
+    return bucket.users * form.contextual + form.per_event * bucket.events[name]
 
 
 def pad_candidates(
-    candidates: Candidates, users: int, micro_batch: int, room: int | None = None
+    candidates: Candidates, users: int, micro_batch: int, bucket: int | None = None
 ) -> tuple[Candidates, int]:
-    """Candidates at the sizes of their class, or in a room for so many, and the candidates of a step: `micro_batch` of them, fewer if there are no more.
+    """Candidates at the size of a bucket for so many (None: the smallest), and the candidates of a
+    step: `micro_batch` of them, fewer if there are no more.
 
-    Raises ValueError for a room that is too small.
+    Raises:
+      ValueError: a bucket that is too small.
     """
     count = len(candidates.item_C)
-    if room is not None and count > room:
+    if bucket is not None and count > bucket:
         raise ValueError(
-            f"{count} candidates are more than the {room} that there is room for: score fewer at a time"
+            f"{count} candidates are more than the {bucket} of the bucket: score fewer at a time"
         )
-    step = min(micro_batch, capacity(count, LEAST_ROWS) if room is None else room)
-    size = step * (capacity(-(-count // step)) if room is None else -(-room // step))
-    arrays = {
-        name: padded(getattr(candidates, name), size)
+    step = min(micro_batch, bucket_size(count, ROW_SIZES) if bucket is None else bucket)
+    steps = bucket_size(-(-count // step), LADDER) if bucket is None else -(-bucket // step)
+    item_C, feature_CF, time_C, slot_C = (
+        padded(getattr(candidates, name), step * steps)
         for name in ("item_C", "feature_CF", "time_C", "slot_C")
-    }
-    return Candidates(**arrays, offsets=padded_offsets(candidates.offsets, users)), step
+    )
+    offsets = padded_offsets(candidates.offsets, users)
+    return Candidates(item_C, feature_CF, time_C, offsets, slot_C), step
 
 
-def history_tokens(form: Form, request: PaddedHistory, name: str, rows: int) -> Tokens:
-    """The rows of one channel, without targets: contextual tokens and history. The request itself stands in for the first target, for its time."""
-    history: History = request.history
-    events: Events = history.channels[name]
+def history_tokens(
+    form: Form, history: UserHistory, used_B: Int[Array, " B"], name: str, rows: int
+) -> Tokens:
+    """The rows of one channel, without targets: contextual tokens and history. The request itself
+    stands in for the first target, for its time.
+
+    Args:
+      used_B: 1 for a real user; others have no rows at all.
+    """
+    events = history.channels[name]
     users, count = history.now_B.shape[0], events.item_E.shape[0]
 
-    def with_request(column: Any, values: Any) -> Array:
-        return jnp.concatenate([jnp.asarray(column), jnp.asarray(values)])
+    def with_request(column: Shaped[AnyArray, "E ..."]) -> Shaped[Array, "EB ..."]:
+        return jnp.pad(column, [(0, users)] + [(0, 0)] * (jnp.ndim(column) - 1))
 
-    nothing = [
-        jnp.zeros((users, x.shape[1]), jnp.int32) for x in (events.signal_ES, events.feature_EF)
-    ]
     data = RankEvents(
-        item_E=with_request(events.item_E, jnp.zeros(users, jnp.int32)),
-        time_E=with_request(events.time_E, history.now_B),
-        signal_ES=with_request(events.signal_ES, nothing[0]),
-        feature_EF=with_request(events.feature_EF, nothing[1]),
+        item_E=with_request(events.item_E),
+        time_E=jnp.concatenate([events.time_E, history.now_B]),
+        signal_ES=with_request(events.signal_ES),
+        feature_EF=with_request(events.feature_EF),
         label_EK=jnp.zeros((count + users, 0)),
         weight_EK=jnp.zeros((count + users, 0)),
         context_UC=history.context_BC,
@@ -105,21 +259,17 @@ def history_tokens(form: Form, request: PaddedHistory, name: str, rows: int) -> 
         with_targets=False,
     )
     user_B = jnp.arange(users, dtype=jnp.int32)
-    span = {f"start/{name}": events.offsets[:-1], f"stop/{name}": events.offsets[1:]}
-    columns = {"user": user_B, "target": count + user_B, "count": request.used_B} | span
+    columns = {
+        "user": user_B,
+        "target": count + user_B,
+        "count": used_B,
+        f"start/{name}": events.offsets[:-1],
+        f"stop/{name}": events.offsets[1:],
+    }
     tokens = gather(data, columns, jnp).channels[name]
     return dataclasses.replace(
         tokens, num_targets=None, num_contextual=tokens.num_contextual if form.contextual else None
     )
-
-
-def last_event(request: PaddedHistory, name: str) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """How many events a channel has of each user, and the time of the newest, 0 without any."""
-    events: Events = request.history.channels[name]
-    offsets = jnp.asarray(events.offsets)
-    count_B = offsets[1:] - offsets[:-1]
-    newest_B = jnp.asarray(events.time_E)[jnp.maximum(offsets[1:] - 1, 0)]
-    return count_B, jnp.where(count_B > 0, newest_B, 0)
 
 
 def target_tokens(
@@ -131,22 +281,19 @@ def target_tokens(
     events_R: Int[Array, " R"],
     last_R: Int[Array, " R"],
 ) -> Tokens:
-    """Rows of targets behind histories of `events_R` events, of which the newest was at `last_R`. All rows count as real."""
+    """Rows of targets behind histories of `events_R` events, of which the newest was at `last_R`.
+    All rows count as real."""
     rows = item_R.shape[0]
     zero_R = jnp.zeros(rows, jnp.int32)
-    gap_R = (
-        jnp.searchsorted(
-            jnp.asarray(GAP_EDGES), time_R - last_R, side="right", method="compare_all"
-        ).astype(jnp.int32)
-        + 1
-    )
+    edges, gap_R = jnp.asarray(GAP_EDGES), time_R - last_R
+    bucket_R = 1 + jnp.searchsorted(edges, gap_R, side="right", method="compare_all")
     return Tokens(
         item_T=item_R,
         signal_TS=jnp.zeros((rows, signals), jnp.int32),
         feature_TF=feature_RF,
         context_T=zero_R,
         position_T=zero_R if form.backwards else events_R + 1,
-        gap_T=jnp.where(events_R > 0, gap_R, 0),
+        gap_T=jnp.where(events_R > 0, bucket_R.astype(jnp.int32), 0),
         time_T=time_R,
         next_time_T=time_R,
         offsets=jnp.array([0, rows], jnp.int32),
@@ -158,18 +305,21 @@ def target_tokens(
 
 def token_rows(tokens: Tokens, row_R: Int[Array, " R"], count: Int[Array, ""]) -> Tokens:
     """Some rows of tokens, the first `count` of them real, as one sequence: for the embedding."""
-    fields = (
-        "item_T",
-        "signal_TS",
-        "feature_TF",
-        "context_T",
-        "position_T",
-        "gap_T",
-        "time_T",
-        "next_time_T",
-    )
-    taken = {name: jnp.take(getattr(tokens, name), row_R, axis=0, mode="clip") for name in fields}
-    offsets = jnp.stack([jnp.zeros_like(count), count])
-    return dataclasses.replace(
-        tokens, **taken, offsets=offsets, num_targets=None, num_contextual=None
+
+    def take(column: Shaped[Array, "T ..."]) -> Shaped[Array, "R ..."]:
+        return jnp.take(column, row_R, axis=0, mode="clip")
+
+    return Tokens(
+        item_T=take(tokens.item_T),
+        signal_TS=take(tokens.signal_TS),
+        feature_TF=take(tokens.feature_TF),
+        context_T=take(tokens.context_T),
+        position_T=take(tokens.position_T),
+        gap_T=take(tokens.gap_T),
+        time_T=take(tokens.time_T),
+        next_time_T=take(tokens.next_time_T),
+        offsets=jnp.stack([jnp.zeros_like(count), count]),
+        num_targets=None,
+        num_contextual=None,
+        row_P=tokens.row_P,
     )

@@ -1,0 +1,263 @@
+"""M-FALCON (HSTU, arXiv 2402.17152, section 3.4): a user's history is encoded once, and any number of
+candidates are scored against it.
+
+Scores are those of one full forward pass with all candidates as its targets, to rounding, in whatever
+batches they are worked off. Every function takes a `Ranker`, or a `CompiledRanker` made of one
+beforehand. Arguments hold NumPy arrays or anything like it, and results are NumPy. Everything is
+checked here, with errors that name the value and the remedy.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from ultra_hstu.nn.cached import CachedRows, Implementation
+from ultra_hstu.nn.key_values import CacheDtype, require_kind
+from ultra_hstu.quantization import ItemTable
+from ultra_hstu.ranking.model import Ranker
+from ultra_hstu.serving.compiled import Channels, CompiledRanker, compiled
+from ultra_hstu.serving.inputs import (
+    ROW_SIZES,
+    Bucket,
+    Candidates,
+    UserHistory,
+    bucket_size,
+    check_candidates,
+    check_history,
+    padded,
+    padded_offsets,
+    require,
+    require_count,
+)
+from ultra_hstu.serving.kv_cache import Cache, check_cache, growth, part_rows
+from ultra_hstu.serving.tokens import pad_candidates, pad_history
+
+MICRO_BATCH = 2048
+Model = Ranker | CompiledRanker
+
+
+class Best(NamedTuple):
+    # Positions among the user's candidates, best first; -1 where a user has fewer.
+    place_BK: Int32[np.ndarray, "B k"]
+    score_BK: Float32[np.ndarray, "B k"]
+
+
+def encode_history(
+    model: Model, history: UserHistory, *, kind: CacheDtype = "same", bucket: Bucket | None = None
+) -> Cache:
+    """Keys and values of the histories of B users in every layer.
+
+    An empty history is a legal one: candidates then see the user's contextual tokens and themselves.
+    Of a longer one than the model takes, the newest events count, as in training.
+
+    Args:
+      kind: dtype of the cache: the model's ("same", exact), or rounded to "bfloat16", "int8", "fp8".
+      bucket: sizes to compile for; None: the smallest that hold the histories.
+
+    Raises:
+      ValueError: what `inputs.check_history` refuses; another kind; a bucket that is too small.
+    """
+    model = compiled(model)
+    require_kind(kind)
+    history = check_history(require("history", history, UserHistory), model.form, model.sizes)
+    request = _padded(model, history, bucket)
+    channels = {name: request.encode(model, name, kind) for name in model.encoders}
+    return Cache(channels, history, model.mark, model.signature, kind)
+
+
+def append(
+    model: Model, cache: Cache, new_events: UserHistory, *, implementation: Implementation = None
+) -> Cache:
+    """The cache after more events of its users; equal, to rounding, to a cache of the longer histories.
+
+    Only rows that can have changed are computed, see `kv_cache.growth`; where all have, the histories
+    are encoded anew. Under a rounded `kind` new rows work on rounded keys and values of the old ones,
+    which a new encoding would not.
+
+    Args:
+      new_events: of each user the events since, none for some; when the next request is made;
+        contextual features count if the model has such.
+      implementation: of `kernels.cached_attention`.
+
+    Raises:
+      ValueError: a cache of another model or of another number of users; what
+        `inputs.check_history` refuses.
+    """
+    model = compiled(model)
+    check_cache(require("cache", cache, Cache), model)
+    new_events = require("new_events", new_events, UserHistory)
+    added = check_history(new_events, model.form, model.sizes, what="new_events")
+    if added.users != cache.users:
+        raise ValueError(
+            f"new_events has {added.users} users, the cache {cache.users}: "
+            "give an entry for each, without events too"
+        )
+    channels = {
+        name: cache.history.channels[name].then(added.channels[name]).newest(longest)
+        for name, longest in model.form.max_history
+    }
+    history = UserHistory(channels, added.context_BC, added.now_B)
+    added_B = {name: events.lengths for name, events in added.channels.items()}
+    return grow(model, cache, history, added_B, implementation=implementation)
+
+
+def grow(
+    model: CompiledRanker,
+    cache: Cache,
+    history: UserHistory,
+    added_B: dict[str, Int[np.ndarray, " B"]],
+    *,
+    bucket: Bucket | None = None,
+    new_rows: int | None = None,
+    implementation: Implementation = None,
+) -> Cache:
+    """The cache of longer histories, of which the newest `added_B` events of each channel are new.
+
+    Args:
+      history: checked.
+      bucket, new_rows: sizes to compile for: of the histories, and of the rows that are computed anew;
+        None: the smallest that hold them.
+    """
+    context_stays = np.array_equal(history.context_BC, cache.history.context_BC)
+    request = _padded(model, history, bucket)
+    users = len(request.used_B)
+    channels: Channels = {}
+    for name, encoder in model.encoders.items():
+        before, after = cache.history.channels[name].lengths, history.channels[name].lengths
+        grown = growth(encoder, model.form, before, after, added_B[name])
+        if not context_stays or (grown.nothing_stays and not grown.all_stays):
+            channels[name] = request.encode(model, name, cache.kind)
+        elif grown.all_stays:
+            channels[name] = cache.channels[name]
+        else:
+            kept_rows = bucket_size(grown.kept_rows, ROW_SIZES)
+            channels[name] = model.programs.extend(
+                model.params,
+                cache.channels[name],
+                request.history,
+                request.used_B,
+                padded(grown.keep_B, users),
+                padded(grown.keep_kept_B, users),
+                request.table,
+                name=name,
+                rows=request.rows[name],
+                new_rows=new_rows or bucket_size(grown.new_rows, ROW_SIZES),
+                kept_rows=kept_rows if bucket is None else part_rows(model, name, bucket)[-1],
+                kind=cache.kind,
+                implementation=implementation,
+            )
+    return Cache(channels, history, model.mark, model.signature, cache.kind)
+
+
+def score(
+    model: Model,
+    cache: Cache,
+    candidates: Candidates,
+    *,
+    micro_batch: int = MICRO_BATCH,
+    implementation: Implementation = None,
+    bucket: int | None = None,
+) -> Float32[np.ndarray, "C K"]:
+    """Logits (values, in regressions) of every candidate for each task, in the order of the candidates.
+
+    Args:
+      micro_batch: candidates, of all users together, that are worked on at one time: memory grows with
+        it, results do not depend on it. With fewer candidates than that, all.
+      implementation: of `kernels.cached_attention`; None: the platform's.
+      bucket: candidates to compile for, which costs memory and no time; None: the smallest size that
+        holds them.
+
+    Raises:
+      ValueError: a cache of another model, candidates that `inputs.check_candidates` refuses,
+        micro_batch below 1, a bucket that is too small.
+    """
+    model = compiled(model)
+    candidates, logit_CK = _logits(model, cache, candidates, micro_batch, implementation, bucket)
+    return np.asarray(logit_CK)[: len(candidates.item_C)]
+
+
+def top_k(
+    model: Model,
+    cache: Cache,
+    candidates: Candidates,
+    *,
+    k: int,
+    weights: Sequence[float] | Float[np.ndarray, " K"] | None = None,
+    micro_batch: int = MICRO_BATCH,
+    implementation: Implementation = None,
+) -> Best:
+    """The k candidates of each user with the highest weighted sum of logits; of equal ones the first.
+
+    Args:
+      weights: one a task; None: 1 for the first task and 0 for others.
+
+    Raises:
+      ValueError: as `score`; k below 1, weights of another number.
+    """
+    model = compiled(model)
+    tasks = len(model.sizes.kinds)
+    k = require_count("k", k)
+    weight_K = np.asarray(np.eye(1, tasks)[0] if weights is None else weights, np.float32)
+    if weight_K.shape != (tasks,) or not np.isfinite(weight_K).all():
+        raise ValueError(f"weights must be {tasks} finite numbers, one a task, got {weights!r}")
+    candidates, logit_CK = _logits(model, cache, candidates, micro_batch, implementation)
+    offsets = padded_offsets(candidates.offsets, cache.bucket_users)
+    place_BK, score_BK = model.programs.best(
+        logit_CK, weight_K, offsets, k=min(k, logit_CK.shape[0])
+    )
+    return Best(np.asarray(place_BK)[: cache.users], np.asarray(score_BK)[: cache.users])
+
+
+def _logits(
+    model: CompiledRanker,
+    cache: Cache,
+    candidates: Candidates,
+    micro_batch: int,
+    implementation: Implementation,
+    bucket: int | None = None,
+) -> tuple[Candidates, Float32[Array, "wide K"]]:
+    """The checked candidates, and their logits at the size of their bucket."""
+    check_cache(require("cache", cache, Cache), model)
+    micro_batch = require_count("micro_batch", micro_batch)
+    candidates = require("candidates", candidates, Candidates)
+    candidates = check_candidates(candidates, cache.users, model.sizes)
+    table, (number_C,) = model.take_items(candidates.item_C)
+    numbered = dataclasses.replace(candidates, item_C=number_C)
+    wide, step = pad_candidates(numbered, cache.bucket_users, micro_batch, bucket)
+    return candidates, model.programs.score(
+        model.params, cache.channels, wide, table, step=step, implementation=implementation
+    )
+
+
+class _Padded(NamedTuple):
+    """Histories at the sizes of a bucket, and their item rows if these come from host memory."""
+
+    history: UserHistory
+    used_B: Int32[np.ndarray, " B"]
+    rows: dict[str, int]
+    table: ItemTable | None
+
+    def encode(self, model: CompiledRanker, name: str, kind: CacheDtype) -> tuple[CachedRows, ...]:
+        return model.programs.encode(
+            model.params,
+            self.history,
+            self.used_B,
+            self.table,
+            name=name,
+            rows=self.rows[name],
+            kind=kind,
+        )
+
+
+def _padded(model: CompiledRanker, history: UserHistory, bucket: Bucket | None) -> _Padded:
+    names = list(history.channels)
+    table, numbers = model.take_items(*(history.channels[name].item_E for name in names))
+    channels = {
+        name: dataclasses.replace(history.channels[name], item_E=number)
+        for name, number in zip(names, numbers, strict=True)
+    }
+    numbered = dataclasses.replace(history, channels=channels)
+    return _Padded(*pad_history(numbered, model.form, bucket), table)
