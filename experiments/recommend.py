@@ -19,8 +19,8 @@ from ultra_hstu import quantization, report
 from ultra_hstu.quantization import HostKind
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.lines import answer_lines
+from ultra_hstu.serving.scoring import RunData
 from ultra_hstu.serving.service import open_service
-from ultra_hstu.serving.users import RunData
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
 _USER = flags.DEFINE_string("user", None, "raw id of a user of the data: the whole history is used")

@@ -78,11 +78,26 @@ _BLOCK = flags.DEFINE_string(
 _KIND = flags.DEFINE_enum(
     "cache_kind", "same", KINDS, "how a ranking run keeps the keys and values of encoded users"
 )
+_HOST_KIND = flags.DEFINE_enum(
+    "host_cache_kind", None, KINDS, "the same in host memory, if not as on the device"
+)
+_DROP_BLOCKS = flags.DEFINE_bool(
+    "drop_blocks",
+    False,
+    "full histories of a ranking run drop their oldest events an eighth of max_history at a time, so "
+    "that their caches can be extended between two drops",
+)
 _REPLICAS = flags.DEFINE_integer("replicas", 1, "processes that hold the model", lower_bound=1)
 _CPUS = flags.DEFINE_float("cpus", 1, "cores that Ray reserves for a replica", lower_bound=0)
 _GPUS = flags.DEFINE_float("gpus", 0, "GPUs of a replica", lower_bound=0)
 _CACHE = flags.DEFINE_integer(
-    "cache_mib", 64, "memory of a replica for encoded users", lower_bound=0
+    "cache_mib", 64, "host memory of a replica for encoded users", lower_bound=0
+)
+_DEVICE_CACHE = flags.DEFINE_integer(
+    "device_cache_mib",
+    0,
+    "memory on the device for encoded users of a ranking run, who go to host memory when it is full",
+    lower_bound=0,
 )
 _BATCH = flags.DEFINE_integer(
     "batch", MAX_USERS, "requests in one device call: fewer are compiled for sooner", lower_bound=1
@@ -105,13 +120,17 @@ _ADDRESS = flags.DEFINE_string(
 def main(_: list[str]) -> None:
     blocked = [] if _BLOCK.value is None else Path(_BLOCK.value).read_text().split()
     kind = cast(CacheDtype, _KIND.value)
+    host_kind = cast(CacheDtype | None, _HOST_KIND.value)
     host_table = cast(HostKind | None, _HOST_TABLE.value)
     check_options(
         _WORKDIR.value,
         tables=_TABLES.value,
         block=blocked,
         kind=kind,
+        host_kind=host_kind,
         host_table=host_table,
+        device_bytes=_DEVICE_CACHE.value * 2**20,
+        drop_blocks=_DROP_BLOCKS.value,
     )
     ranking = is_ranking(_WORKDIR.value)
     path = SCORE if ranking else RECOMMEND
@@ -133,7 +152,10 @@ def main(_: list[str]) -> None:
             tables=_TABLES.value,
             block=blocked,
             kind=kind,
+            host_kind=host_kind,
             host_table=host_table,
+            device_bytes=_DEVICE_CACHE.value * 2**20,
+            drop_blocks=_DROP_BLOCKS.value,
             cache_bytes=_CACHE.value * 2**20,
             max_users=_BATCH.value,
             wait_ms=_WAIT.value,

@@ -11,10 +11,10 @@ from tests.serving.small_serving import built, full_pass, requests
 from ultra_hstu import serving
 from ultra_hstu.serving import export
 from ultra_hstu.serving.schema import MAX_CANDIDATES, MAX_EVENTS, ScoreRequest, problem
-from ultra_hstu.serving.scoring import MICRO_BATCH, ScoringModel
+from ultra_hstu.serving.scoring import MICRO_BATCH, RunData, ScoringModel
 from ultra_hstu.serving.service import EMPTY, ScoreService, open_service
 from ultra_hstu.serving.tokens import Vocabulary
-from ultra_hstu.serving.users import RunData
+from ultra_hstu.serving.users import CachedUsers
 
 FORM = "mixture"  # two channels, contextual tokens, interleaved input, a feature, a probability and a value
 
@@ -37,11 +37,16 @@ def model():
 def service(model):
     data = RunData.__new__(RunData)  # of data in memory
     data.interactions = built(FORM)[0].interactions
-    return ScoreService(model, data)
+    return ScoreService(model, data, CachedUsers(model))
 
 
 def answer(service, **request):
     return service.answer([service.prepare(ScoreRequest(**request))])[0]
+
+
+def counts(service):
+    metrics = service.users.metrics()
+    return metrics["hits"], metrics["misses"]
 
 
 def asked_of(number):
@@ -131,26 +136,25 @@ def test_users_are_kept_and_dropped(service):
     """A known user costs no encoding, `now` makes no new one, memory is bounded, and what was dropped is encoded again."""
     whole = [asked_of(number) for number in (0, 2, 4)]
     first = [answer(service, **request) for request in whole]
-    assert (service.users.hits, service.users.misses, len(service.users)) == (0, 3, 3)
+    assert counts(service) == (0, 3) and len(service.users) == 3
     again = service.answer([service.prepare(ScoreRequest(**request)) for request in whole])
     for one, other in zip(first, again, strict=True):
         np.testing.assert_allclose(scores_of(one), scores_of(other), atol=1e-5)
     later = answer(service, **whole[0] | {"now": whole[0]["now"] + 10**6})
-    assert (service.users.hits, service.users.misses) == (4, 3) and not np.allclose(
-        scores_of(later), scores_of(first[0])
-    )
+    assert counts(service) == (4, 3) and not np.allclose(scores_of(later), scores_of(first[0]))
     other = answer(
         service,
         **whole[0] | {"actions": whole[0]["actions"] | {"rating": [1] * len(whole[0]["history"])}},
     )
-    assert service.users.misses == 4 and not np.allclose(scores_of(other), scores_of(first[0]))
-    held = service.users.bytes
-    small = ScoreService(service.model, service.data, cache_bytes=held // 2)
+    assert counts(service) == (4, 4) and not np.allclose(scores_of(other), scores_of(first[0]))
+    held = service.users.host.bytes
+    users = CachedUsers(service.model, host_bytes=held // 2)
+    small = ScoreService(service.model, service.data, users)
     for request in (*whole, whole[0]):
         np.testing.assert_allclose(
             scores_of(answer(small, **request)), scores_of(answer(service, **request)), atol=1e-5
         )
-    assert 0 < len(small.users) < 3 and small.users.bytes <= held // 2 and small.users.misses == 4
+    assert 0 < len(users) < 3 and users.host.bytes <= held // 2 and counts(small) == (0, 4)
 
 
 def test_nothing_is_compiled_after_the_warm_up(service):

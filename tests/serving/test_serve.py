@@ -21,8 +21,8 @@ from scripts.load.serve import kill
 from tests.serving.served_checks import stands_fuzzing, stands_good_and_bad_requests
 from tests.small_run import small_config
 from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.serving.scoring import RunData
 from ultra_hstu.serving.service import RecommendService
-from ultra_hstu.serving.users import RunData
 from ultra_hstu.train import train
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,9 @@ from rich.console import Console
 from tests.small_run import small_config, with_
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, problem
+from ultra_hstu.serving.scoring import RunData
 from ultra_hstu.serving.service import RecommendService
-from ultra_hstu.serving.users import ENTRY_BYTES, EncodedUsers, RunData
+from ultra_hstu.serving.users import ENTRY_BYTES, EncodedUsers
 from ultra_hstu.task import Task
 from ultra_hstu.train import train
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -43,11 +44,13 @@ class CachedRows:
       frame: whose each row is, and when it happened.
       layers: keys and values, one entry a layer, [S, H, width].
       input_SD: what enters the first layer, kept above a truncation, where a history grows from it.
+      pool_S: of rows that a server keeps in a pool on the device, where they are; `layers` is then empty.
     """
 
     frame: Sequences
     layers: tuple[KeyValues, ...]
     input_SD: Leaf[Float[Array, "S D"] | None] = None
+    pool_S: Leaf[Int[np.ndarray, " S"] | None] = None
 
     def unpacked(self, dtype: DTypeLike) -> "CachedRows":
         """The rows in a dtype to compute with."""
@@ -176,7 +179,7 @@ def extend(
     """Longer histories: the first `keep_B` rows of each stay as they were, what follows is computed
     anew. No contextual tokens.
 
-    Exact if nothing that the rows before `keep_B` saw has changed: see `serving.kv_cache.growth`.
+    Exact if nothing that the rows before `keep_B` saw has changed: see `serving.score.growth`.
     It costs the new rows of a layer, and a copy of what is kept.
 
     Args:

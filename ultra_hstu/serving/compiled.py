@@ -57,7 +57,7 @@ class CompiledRanker:
                 f"model must be a Ranker or a CompiledRanker, got {type(model).__name__}: "
                 "candidates are scored by ranking runs"
             )
-        self.form, self.sizes = model.form, model.sizes
+        self.form, self.sizes, self.dtype = model.form, model.sizes, model.embedding.dtype
         graphdef, params = nnx.split(model)
         # Without arrays: they would be held beside the rounded ones.
         shapes: Ranker = nnx.merge(graphdef, jax.eval_shape(lambda: params))

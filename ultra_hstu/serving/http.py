@@ -85,8 +85,11 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
         tables: str = "float32",
         block: Sequence[int | str] = (),
         kind: CacheDtype = "same",
+        host_kind: CacheDtype | None = None,
         host_table: HostKind | None = None,
         cache_bytes: int = 2**26,
+        device_bytes: int = 0,
+        drop_blocks: bool = False,
         max_users: int = MAX_USERS,
     ):
         """Arguments are those of `open_service`.
@@ -100,8 +103,11 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
             tables=tables,
             block=block,
             kind=kind,
+            host_kind=host_kind,
             host_table=host_table,
             cache_bytes=cache_bytes,
+            device_bytes=device_bytes,
+            drop_blocks=drop_blocks,
             max_users=max_users,
         )
         self.service = cast(Service[R, A], service)
@@ -126,8 +132,8 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
     @serve.batch(max_batch_size=MAX_USERS)
     async def _answers(self, queries: list[Query]) -> list[A]:
         responses = await self._on_device(lambda: self.service.answer(queries))
-        for name, gauge in self._gauges.items():
-            gauge.set(getattr(self.service.users, name))
+        for name, value in self.service.users.metrics().items():
+            self._gauges[name].set(value)
         return responses
 
     async def check_health(self) -> None:

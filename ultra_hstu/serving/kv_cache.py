@@ -1,19 +1,20 @@
 """The KV cache of encoded histories: what it holds, which of its rows stay when events are added, and
 how users leave a batch and join another."""
 
+import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from kernels.typing import Leaf
 from ultra_hstu.nn.cached import CachedRows
-from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.nn.key_values import CacheDtype
-from ultra_hstu.ranking.batch import Form
-from ultra_hstu.serving.compiled import CompiledRanker
+from ultra_hstu.nn.key_values import CacheDtype, KeyValues, pack
+from ultra_hstu.serving.compiled import Channels, CompiledRanker
 from ultra_hstu.serving.inputs import Bucket, UserHistory, cumulative, padded, padded_offsets
 from ultra_hstu.serving.tokens import bucket_rows
 
@@ -33,7 +34,7 @@ class Cache:
       kind: dtype of the cache.
     """
 
-    channels: dict[str, tuple[CachedRows, ...]]
+    channels: Channels
     history: UserHistory
     mark: Leaf[Float32[Array, "..."]]
     signature: str = dataclasses.field(metadata={"static": True})
@@ -71,83 +72,6 @@ def check_cache(cache: Cache, model: CompiledRanker) -> None:
         raise ValueError(
             "the cache was made with other parameters of this model: encode the history again"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Growth:
-    """Which rows of a channel stay when its histories grow.
-
-    The first `keep_B` rows of each user do; above a truncation, the first `keep_kept_B` of the rows
-    that it keeps.
-    """
-
-    keep_B: Int32[np.ndarray, " B"]
-    keep_kept_B: Int32[np.ndarray, " B"]
-    new_rows: int  # computed anew
-    kept_rows: int  # computed anew above a truncation
-
-    @property
-    def nothing_stays(self) -> bool:
-        return not self.keep_B.any()
-
-    @property
-    def all_stays(self) -> bool:
-        return self.new_rows == 0 and self.kept_rows == 0
-
-
-def growth(
-    encoder: HSTU,
-    form: Form,
-    before_B: Int[np.ndarray, " B"],
-    after_B: Int[np.ndarray, " B"],
-    added_B: Int[np.ndarray, " B"],
-) -> Growth:
-    """What stays of a cache of `before_B` events a user when `added_B` are added and `after_B` are
-    left, the oldest ones gone where they are fewer.
-
-    A row stays if neither its own input nor anything that it sees has changed. Attention is causal:
-    without contextual tokens all rows before the first changed one stay, in every layer. Nothing of
-    a growing history stays if positions count from the targets, if there are contextual tokens (they
-    see the whole history, and all of it sees them), or if its oldest events are gone. Otherwise the
-    first changed row is
-
-    - the first new one;
-    - with full rows under a window, the first of those that were the newest: they lose the far keys
-      that they saw;
-    - with a relative bias, the last old one: it asked at the time of the request, and now does at
-      the time of the event after it. This one changes without new events too.
-
-    Rows above a truncation lose keys and move as soon as one of them is dropped: then none stays.
-    """
-    old_B, new_B = (form.contextual + form.per_event * count_B for count_B in (before_B, after_B))
-    grows_B = added_B > 0
-    biased = int(encoder.layers[0].bias is not None)
-    # The newest rows see more than others under a window alone.
-    full = max(
-        (mask.full_rows for mask in encoder.layer_masks if mask.window is not None), default=0
-    )
-    moves_B = np.full_like(grows_B, form.backwards) | (after_B < before_B + added_B)
-    changed_B = np.where(grows_B, np.where(moves_B, old_B, max(full, biased)), biased)
-    if form.contextual and (grows_B.any() or biased):
-        changed_B = old_B
-    stay_B = np.maximum(old_B - changed_B, 0)
-    if encoder.truncation is None:
-        left_B = kept_B = np.zeros_like(stay_B)
-    else:
-        longest = encoder.truncation.length + form.contextual
-        left_B = np.minimum(new_B, longest)
-        kept_B = np.where(grows_B & (new_B > longest), 0, np.maximum(left_B - (new_B - stay_B), 0))
-    return Growth(
-        stay_B.astype(np.int32),
-        kept_B.astype(np.int32),
-        int((new_B - stay_B).sum()),
-        int((left_B - kept_B).sum()),
-    )
-
-
-def grows(model: CompiledRanker) -> bool:
-    """Whether rows of a growing history can stay at all."""
-    return not model.form.backwards and not model.form.contextual
 
 
 def split(cache: Cache) -> list[Cache]:
@@ -195,6 +119,27 @@ def part_rows(model: CompiledRanker, name: str, bucket: Bucket) -> tuple[int, ..
     return rows, min(rows, bucket.users * (truncation.length + model.form.contextual))
 
 
+def repacked(model: CompiledRanker, cache: Cache, kind: CacheDtype) -> Cache:
+    """The cache in another dtype."""
+    if cache.kind == kind:
+        return cache
+    channels = _repack(cache.channels, kind=kind, dtype=model.dtype)
+    return dataclasses.replace(cache, channels=channels, kind=kind)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "dtype"))
+def _repack(channels: Channels, *, kind: CacheDtype, dtype: np.dtype) -> Channels:
+    return {
+        name: tuple(
+            dataclasses.replace(
+                part, layers=tuple(pack(*layer.unpacked(dtype), kind) for layer in part.layers)
+            )
+            for part in parts
+        )
+        for name, parts in channels.items()
+    }
+
+
 def _rows_of(part: CachedRows, user: int) -> CachedRows:
     """The rows of one user."""
     frame = part.frame
@@ -208,8 +153,8 @@ def _rows_of(part: CachedRows, user: int) -> CachedRows:
         next_time_T=frame.next_time_T[span],
         num_contextual=None if contextual_B is None else contextual_B[user : user + 1],
     )
-    layers, input_SD = jax.tree.map(lambda leaf: leaf[span], (part.layers, part.input_SD))
-    return CachedRows(own, layers, input_SD)
+    rows = (part.layers, part.input_SD, part.pool_S)
+    return CachedRows(own, *jax.tree.map(lambda leaf: leaf[span], rows))
 
 
 def _together(parts: Sequence[CachedRows], rows: int, users: int) -> CachedRows:
@@ -237,5 +182,169 @@ def _together(parts: Sequence[CachedRows], rows: int, users: int) -> CachedRows:
         next_time_T=stacked(*(frame.next_time_T for frame in frames)),
         num_contextual=contextual_B,
     )
-    layers, input_SD = jax.tree.map(stacked, *((part.layers, part.input_SD) for part in parts))
-    return CachedRows(frame, layers, input_SD)
+    columns = [(part.layers, part.input_SD, part.pool_S) for part in parts]
+    return CachedRows(frame, *jax.tree.map(stacked, *columns))
+
+
+# The rows of each channel and part, without their frames; and where they are in a pool.
+Rows = dict[str, tuple[tuple[tuple[KeyValues, ...], Float[Array, "S D"] | None], ...]]
+Indices = dict[str, list[Int32[np.ndarray, " S"]]]
+
+
+class DevicePool:
+    """The rows of users on the device: one buffer for each layer, of which every user has some rows.
+
+    Attributes:
+      users: by key, each a cache with B = 1 whose rows are in the pool; the least recently used first.
+      max_users: how many of the longest histories the budget holds.
+    """
+
+    def __init__(self, model: CompiledRanker, example: Cache, max_bytes: int):
+        """
+        Args:
+          example: an encoded history, for the sizes of a row.
+        """
+        self.users: collections.OrderedDict[bytes, Cache] = collections.OrderedDict()
+        self._model = model
+        rows = _rows(example)
+        self._row_bytes = {
+            name: [
+                sum(leaf.nbytes // len(leaf) for leaf in jax.tree.leaves(part)) for part in parts
+            ]
+            for name, parts in rows.items()
+        }
+        one = Bucket(1, dict(model.form.max_history))
+        longest = {name: list(part_rows(model, name, one)) for name in model.encoders}
+        self.max_users = max_bytes // self._bytes(longest)
+        self._free = {
+            name: [np.arange(self.max_users * count, dtype=np.int32) for count in parts]
+            for name, parts in longest.items()
+        }
+
+        self._pool: Rows = {
+            name: tuple(
+                jax.tree.map(
+                    lambda leaf, free=free: jnp.zeros((len(free), *leaf.shape[1:]), leaf.dtype),
+                    part,
+                )
+                for free, part in zip(self._free[name], parts, strict=True)
+            )
+            for name, parts in rows.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in use."""
+        return sum(self._bytes(_counts(user)) for user in self.users.values())
+
+    def leaving(self, batch: Cache) -> list[bytes]:
+        """The least recently used users, who must leave before a batch has room."""
+        short = {
+            name: [count - len(free) for count, free in zip(parts, self._free[name], strict=True)]
+            for name, parts in _counts(batch).items()
+        }
+        keys = []
+        for key, user in self.users.items():
+            if all(count <= 0 for parts in short.values() for count in parts):
+                break
+            keys.append(key)
+            for name, parts in _counts(user).items():
+                short[name] = [most - own for most, own in zip(short[name], parts, strict=True)]
+        return keys
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            for name, parts in self.users.pop(key).channels.items():
+                self._free[name] = [
+                    np.concatenate([free, part.pool_S])
+                    for free, part in zip(self._free[name], parts, strict=True)
+                ]
+
+    def put(self, keys: Sequence[bytes], batch: Cache) -> None:
+        """Copies the users of a batch into the pool, which has room for them."""
+        indices: Indices = {name: [] for name in batch.channels}
+        frames = dataclasses.replace(batch, channels=_frames(batch))
+        for name, parts in _counts(batch).items():
+            for number, (count, part) in enumerate(zip(parts, batch.channels[name], strict=True)):
+                free = self._free[name][number]
+                self._free[name][number] = free[count:]
+                # Padding is written nowhere.
+                index_S = np.full(len(part.frame.real_T), np.iinfo(np.int32).max, np.int32)
+                index_S[:count] = free[:count]
+                indices[name].append(index_S)
+        self._pool = _write(self._pool, _rows(batch), indices)
+        channels = {
+            name: tuple(
+                dataclasses.replace(part, pool_S=index_S)
+                for part, index_S in zip(parts, indices[name], strict=True)
+            )
+            for name, parts in frames.channels.items()
+        }
+        users = split(dataclasses.replace(frames, channels=channels))
+        self.users |= dict(zip(keys, users, strict=True))
+
+    def join(self, keys: Sequence[bytes], bucket: Bucket) -> Cache:
+        """One cache of users in the pool, as `join` of caches in host memory."""
+        joined = join(self._model, [self.users[key] for key in keys], bucket)
+        indices = {name: [part.pool_S for part in parts] for name, parts in joined.channels.items()}
+        rows = _read(self._pool, indices)
+        channels = {
+            name: tuple(
+                CachedRows(part.frame, layers, input_SD)
+                for part, (layers, input_SD) in zip(parts, rows[name], strict=True)
+            )
+            for name, parts in joined.channels.items()
+        }
+        return dataclasses.replace(joined, channels=channels)
+
+    def _bytes(self, counts: dict[str, list[int]]) -> int:
+        return sum(
+            count * size
+            for name, parts in counts.items()
+            for count, size in zip(parts, self._row_bytes[name], strict=True)
+        )
+
+
+def _rows(cache: Cache) -> Rows:
+    return {
+        name: tuple((part.layers, part.input_SD) for part in parts)
+        for name, parts in cache.channels.items()
+    }
+
+
+def _frames(cache: Cache) -> Channels:
+    """The channels without rows."""
+    return {
+        name: tuple(CachedRows(part.frame, ()) for part in parts)
+        for name, parts in cache.channels.items()
+    }
+
+
+def _counts(cache: Cache) -> dict[str, list[int]]:
+    """How many rows the users have, in each channel and part."""
+    return {
+        name: [int(part.frame.offsets[-1]) for part in parts]
+        for name, parts in cache.channels.items()
+    }
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(pool: Rows, rows: Rows, indices: Indices) -> Rows:
+    return {
+        name: tuple(
+            jax.tree.map(lambda leaf, x, i=index_S: leaf.at[i].set(x, mode="drop"), part, new)
+            for part, new, index_S in zip(pool[name], rows[name], indices[name], strict=True)
+        )
+        for name in pool
+    }
+
+
+@jax.jit
+def _read(pool: Rows, indices: Indices) -> Rows:
+    return {
+        name: tuple(
+            jax.tree.map(lambda leaf, i=index_S: leaf[i], part)
+            for part, index_S in zip(pool[name], indices[name], strict=True)
+        )
+        for name in pool
+    }

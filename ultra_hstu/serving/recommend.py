@@ -32,8 +32,7 @@ from ultra_hstu.serving.inputs import (
     bucket_size,
     bucket_sizes,
 )
-from ultra_hstu.serving.tokens import since_first
-from ultra_hstu.serving.users import key_of
+from ultra_hstu.serving.tokens import key_of, since_first
 from ultra_hstu.step import Params
 from ultra_hstu.workdir import Workdir
 

@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from ultra_hstu.nn.cached import CachedRows, Implementation
+from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.key_values import CacheDtype, require_kind
 from ultra_hstu.quantization import ItemTable
+from ultra_hstu.ranking.batch import Form
 from ultra_hstu.ranking.model import Ranker
 from ultra_hstu.serving.compiled import Channels, CompiledRanker, compiled
 from ultra_hstu.serving.inputs import (
@@ -32,7 +34,7 @@ from ultra_hstu.serving.inputs import (
     require,
     require_count,
 )
-from ultra_hstu.serving.kv_cache import Cache, check_cache, growth, part_rows
+from ultra_hstu.serving.kv_cache import Cache, check_cache, part_rows
 from ultra_hstu.serving.tokens import pad_candidates, pad_history
 
 MICRO_BATCH = 2048
@@ -43,6 +45,110 @@ class Best(NamedTuple):
     # Positions among the user's candidates, best first; -1 where a user has fewer.
     place_BK: Int32[np.ndarray, "B k"]
     score_BK: Float32[np.ndarray, "B k"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """Which rows of a channel stay when its histories grow.
+
+    The first `keep_B` rows of each user do; above a truncation, the first `keep_kept_B` of the rows
+    that it keeps.
+    """
+
+    keep_B: Int32[np.ndarray, " B"]
+    keep_kept_B: Int32[np.ndarray, " B"]
+    new_rows: int  # computed anew
+    kept_rows: int  # computed anew above a truncation
+
+    @property
+    def nothing_stays(self) -> bool:
+        return not self.keep_B.any()
+
+    @property
+    def all_stays(self) -> bool:
+        return self.new_rows == 0 and self.kept_rows == 0
+
+
+def growth(
+    encoder: HSTU,
+    form: Form,
+    before_B: Int[np.ndarray, " B"],
+    after_B: Int[np.ndarray, " B"],
+    added_B: Int[np.ndarray, " B"],
+    *,
+    context_stays: bool = True,
+) -> Growth:
+    """What stays of a cache of `before_B` events a user when `added_B` are added and `after_B` are
+    left, the oldest ones gone where they are fewer.
+
+    A row stays if neither its own input nor anything that it sees has changed. Attention is causal:
+    without contextual tokens all rows before the first changed one stay, in every layer. Nothing of
+    a growing history stays if positions count from the targets, if there are contextual tokens (they
+    see the whole history, and all of it sees them), or if its oldest events are gone. Otherwise the
+    first changed row is
+
+    - the first new one;
+    - with full rows under a window, the first of those that were the newest: they lose the far keys
+      that they saw;
+    - with a relative bias, the last old one: it asked at the time of the request, and now does at
+      the time of the event after it. This one changes without new events too.
+
+    Rows above a truncation lose keys and move as soon as one of them is dropped: then none stays.
+    """
+    old_B, new_B = (form.contextual + form.per_event * count_B for count_B in (before_B, after_B))
+    grows_B = added_B > 0
+    biased = int(encoder.layers[0].bias is not None)
+    moves_B = np.full_like(grows_B, form.backwards) | (after_B < before_B + added_B)
+    changed_B = np.where(grows_B, np.where(moves_B, old_B, changed_rows(encoder)), biased)
+    if form.contextual and (grows_B.any() or biased or not context_stays):
+        changed_B = old_B
+    stay_B = np.maximum(old_B - changed_B, 0)
+    if encoder.truncation is None:
+        left_B = kept_B = np.zeros_like(stay_B)
+    else:
+        longest = encoder.truncation.length + form.contextual
+        left_B = np.minimum(new_B, longest)
+        kept_B = np.where(grows_B & (new_B > longest), 0, np.maximum(left_B - (new_B - stay_B), 0))
+    return Growth(
+        stay_B.astype(np.int32),
+        kept_B.astype(np.int32),
+        int((new_B - stay_B).sum()),
+        int((left_B - kept_B).sum()),
+    )
+
+
+def changed_rows(encoder: HSTU) -> int:
+    """How many of a user's newest rows change when an event is added."""
+    biased = int(encoder.layers[0].bias is not None)
+    # The newest rows see more than others under a window alone.
+    full = (mask.full_rows for mask in encoder.layer_masks if mask.window is not None)
+    return max([biased, *full])
+
+
+def growths(
+    model: CompiledRanker,
+    before: UserHistory,
+    after: UserHistory,
+    added_B: dict[str, Int[np.ndarray, " B"]],
+) -> dict[str, Growth]:
+    """The growth of every channel from one history to another."""
+    context_stays = np.array_equal(before.context_BC, after.context_BC)
+    return {
+        name: growth(
+            encoder,
+            model.form,
+            before.channels[name].lengths,
+            after.channels[name].lengths,
+            added_B[name],
+            context_stays=context_stays,
+        )
+        for name, encoder in model.encoders.items()
+    }
+
+
+def grows(model: CompiledRanker) -> bool:
+    """Whether rows of a growing history can stay at all."""
+    return not model.form.backwards and not model.form.contextual
 
 
 def encode_history(
@@ -73,7 +179,7 @@ def append(
 ) -> Cache:
     """The cache after more events of its users; equal, to rounding, to a cache of the longer histories.
 
-    Only rows that can have changed are computed, see `kv_cache.growth`; where all have, the histories
+    Only rows that can have changed are computed, see `growth`; where all have, the histories
     are encoded anew. Under a rounded `kind` new rows work on rounded keys and values of the old ones,
     which a new encoding would not.
 
@@ -101,50 +207,48 @@ def append(
     }
     history = UserHistory(channels, added.context_BC, added.now_B)
     added_B = {name: events.lengths for name, events in added.channels.items()}
-    return grow(model, cache, history, added_B, implementation=implementation)
+    grown = growths(model, cache.history, history, added_B)
+    return grow(model, cache, history, grown, implementation=implementation)
 
 
 def grow(
     model: CompiledRanker,
     cache: Cache,
     history: UserHistory,
-    added_B: dict[str, Int[np.ndarray, " B"]],
+    grown: dict[str, Growth],
     *,
     bucket: Bucket | None = None,
-    new_rows: int | None = None,
+    new_rows: dict[str, int] | None = None,
     implementation: Implementation = None,
 ) -> Cache:
-    """The cache of longer histories, of which the newest `added_B` events of each channel are new.
+    """The cache of longer histories: what stays is copied, the other rows are computed.
 
     Args:
       history: checked.
-      bucket, new_rows: sizes to compile for: of the histories, and of the rows that are computed anew;
-        None: the smallest that hold them.
+      bucket, new_rows: sizes to compile for: of the histories, and of the rows of each channel that are
+        computed anew; None: the smallest that hold them.
     """
-    context_stays = np.array_equal(history.context_BC, cache.history.context_BC)
     request = _padded(model, history, bucket)
     users = len(request.used_B)
     channels: Channels = {}
-    for name, encoder in model.encoders.items():
-        before, after = cache.history.channels[name].lengths, history.channels[name].lengths
-        grown = growth(encoder, model.form, before, after, added_B[name])
-        if not context_stays or (grown.nothing_stays and not grown.all_stays):
+    for name, rows in grown.items():
+        if rows.nothing_stays and not rows.all_stays:
             channels[name] = request.encode(model, name, cache.kind)
-        elif grown.all_stays:
+        elif rows.all_stays:
             channels[name] = cache.channels[name]
         else:
-            kept_rows = bucket_size(grown.kept_rows, ROW_SIZES)
+            kept_rows = bucket_size(rows.kept_rows, ROW_SIZES)
             channels[name] = model.programs.extend(
                 model.params,
                 cache.channels[name],
                 request.history,
                 request.used_B,
-                padded(grown.keep_B, users),
-                padded(grown.keep_kept_B, users),
+                padded(rows.keep_B, users),
+                padded(rows.keep_kept_B, users),
                 request.table,
                 name=name,
                 rows=request.rows[name],
-                new_rows=new_rows or bucket_size(grown.new_rows, ROW_SIZES),
+                new_rows=new_rows[name] if new_rows else bucket_size(rows.new_rows, ROW_SIZES),
                 kept_rows=kept_rows if bucket is None else part_rows(model, name, bucket)[-1],
                 kind=cache.kind,
                 implementation=implementation,

@@ -2,13 +2,16 @@
 compiled programs serve every call."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
+from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.data.signals import Kind
 from ultra_hstu.nn.key_values import CacheDtype
 from ultra_hstu.quantization import HostKind
@@ -25,14 +28,64 @@ from ultra_hstu.serving.inputs import (
     bucket_sizes,
     cumulative,
 )
-from ultra_hstu.serving.kv_cache import Cache, join, split
+from ultra_hstu.serving.kv_cache import Cache
 from ultra_hstu.serving.schema import MAX_CANDIDATES
-from ultra_hstu.serving.score import encode_history, score
-from ultra_hstu.serving.tokens import Vocabulary, signal_codes, since_first
-from ultra_hstu.serving.users import RunData, key_of
+from ultra_hstu.serving.score import changed_rows, encode_history, grow, grows, growths, score
+from ultra_hstu.serving.tokens import (
+    Vocabulary,
+    bucket_rows,
+    kept_in_blocks,
+    key_of,
+    signal_codes,
+    since_first,
+)
 from ultra_hstu.task import RankTask, Task
+from ultra_hstu.workdir import Workdir
 
 MICRO_BATCH = 128  # a tile of attention on a CPU
+NEW_EVENTS = 32  # of each channel, by which a history is extended; with more it is encoded anew
+
+
+# Dense ids of events, seconds, actions by name, and the user's context as codes by name.
+UserData = tuple[
+    Int[np.ndarray, " E"],
+    Int[np.ndarray, " E"] | None,
+    dict[str, Shaped[np.ndarray, " E"]],
+    dict[str, int],
+]
+
+
+class RunData:
+    """The data that a run was trained on, read when it is first needed."""
+
+    def __init__(self, workdir: str, raw_dir: str | None = None):
+        self.folder = Workdir(workdir)
+        self.config: Config = self.folder.read_for_one_device(raw_dir)
+
+    @functools.cached_property
+    def interactions(self) -> Interactions:
+        """Raises ValueError where the data is not what the run was trained on, or cannot be read."""
+        interactions = load_interactions(self.config.data)
+        self.folder.check_data(interactions)
+        return interactions
+
+    @functools.cached_property
+    def count_I(self) -> Float[np.ndarray, " I1"]:
+        """How often each item occurs in the training data."""
+        task = Task.of(self.config, self.interactions)
+        assert isinstance(task, Task)
+        return np.ceil(task.popularity())
+
+    def user(self, user: int | str) -> UserData:
+        """The whole history of a user, by raw id. Raises ValueError for an unknown one."""
+        data = self.interactions
+        row, events = data.row(user), data.history(user)
+        return (
+            data.items[events],
+            None if data.timestamps is None else data.timestamps[events],
+            {name: values[events] for name, values in data.actions.items()},
+            {name: int(codes[row]) for name, codes in data.contexts.items()},
+        )
 
 
 class ScoringModel:
@@ -40,7 +93,6 @@ class ScoringModel:
 
     Users of different histories and numbers of candidates share a call. Its sizes are few: histories
     fill 1, 2, 4, ... of the longest; candidates come in one size, worked off `MICRO_BATCH` at a time.
-    `warm_up` compiles all that there are.
     """
 
     def __init__(
@@ -53,6 +105,7 @@ class ScoringModel:
         kind: CacheDtype = "same",
         max_users: int = MAX_USERS,
         host_table: HostKind | None = None,
+        drop_blocks: bool = False,
     ):
         """
         Args:
@@ -60,6 +113,8 @@ class ScoringModel:
           kind: dtype of the cache, as in `encode_history`.
           max_users: requests in one device call.
           host_table: None leaves the item table on the device; else as in `CompiledRanker`.
+          drop_blocks: a full history drops its oldest events an eighth of `max_history` at a time; else
+            one for each new one.
         """
         self.ranker = CompiledRanker(ranker, host_table=host_table)
         self.config, self.vocabulary, self.kinds, self.kind = config, vocabulary, dict(kinds), kind
@@ -70,9 +125,15 @@ class ScoringModel:
             Bucket(max_users, {name: fill * longest for name, longest in self._longest.items()})
             for fill in bucket_sizes(1, max_users, 2)
         ]
-        self._biased = any(
-            encoder.layers[0].bias is not None for encoder in self.ranker.encoders.values()
-        )
+        self.drop_blocks = drop_blocks
+        encoders = self.ranker.encoders
+        self._biased = any(encoder.layers[0].bias is not None for encoder in encoders.values())
+        # A history of which nothing stays is never extended.
+        self.grows = grows(self.ranker)
+        self._new_rows = {
+            name: self.ranker.form.per_event * NEW_EVENTS + changed_rows(encoder)
+            for name, encoder in encoders.items()
+        }
 
     def query(
         self,
@@ -128,39 +189,71 @@ class ScoringModel:
         # A relative bias alone reads when the request is made.
         return Query(history, key_of(history, with_now=self._biased), candidates=asked)
 
-    def encode(self, queries: Sequence[Query]) -> list[Cache]:
-        """Their users, each a cache with B = 1, encoded in one call for `max_users` of them."""
-        users: list[Cache] = []
-        for i in range(0, len(queries), self.max_users):
-            users += self._encode(queries[i : i + self.max_users])
-        return users
+    def encode(self, queries: Sequence[Query], bucket: Bucket | None = None) -> Cache:
+        """The users of up to `max_users` queries, encoded in one call."""
+        histories = [query.history for query in queries]
+        cache = encode_history(
+            self.ranker,
+            UserHistory.concatenate(histories),
+            kind=self.kind,
+            bucket=bucket or self.bucket_of(histories),
+        )
+        if self.grows:
+            return cache
+        channels = {
+            name: tuple(dataclasses.replace(part, input_SD=None) for part in parts)
+            for name, parts in cache.channels.items()
+        }
+        return dataclasses.replace(cache, channels=channels)
 
-    def score(
-        self, users: Sequence[Cache], queries: Sequence[Query]
-    ) -> list[Float[np.ndarray, "C K"]]:
+    def extend(self, cache: Cache, queries: Sequence[Query], bucket: Bucket) -> tuple[Cache, int]:
+        """The cache of the queries' histories, which continue those of `cache` by at most NEW_EVENTS
+        events in each channel; and how many of its rows stayed.
+
+        Args:
+          cache: joined at the sizes of `bucket`, which `bucket_of` gives for the queries and True.
+        """
+        after = UserHistory.concatenate([query.history for query in queries])
+        added_B = {
+            name: events.lengths - cache.history.channels[name].lengths
+            for name, events in after.channels.items()
+        }
+        grown = growths(self.ranker, cache.history, after, added_B)
+        extended = grow(
+            self.ranker, cache, after, grown, bucket=bucket, new_rows=self._new_rows_of(bucket)
+        )
+        return extended, sum(int(rows.keep_B.sum()) for rows in grown.values())
+
+    def score(self, cache: Cache, queries: Sequence[Query]) -> list[Float[np.ndarray, "C K"]]:
         """Scores of each query, in the order of its candidates: the probability of each binary task,
-        the value of others. One call for `max_users` queries."""
-        scores: list[Float[np.ndarray, "C K"]] = []
-        for i in range(0, len(queries), self.max_users):
-            some = users[i : i + self.max_users]
-            scores += self._score(some, queries[i : i + self.max_users])
-        return scores
+        the value of others. The users of `cache` are those of the queries, in their order."""
+        asked = [query.candidates for query in queries]
+        offsets = cumulative([len(candidates.item_C) for candidates in asked])
+        candidates = Candidates(
+            np.concatenate([candidates.item_C for candidates in asked]),
+            np.concatenate([candidates.feature_CF for candidates in asked]),
+            np.concatenate([candidates.time_C for candidates in asked]),
+            offsets,
+            np.zeros(offsets[-1], np.int32),  # a score does not depend on the candidate's position
+        )
+        logit_CK = score(
+            self.ranker,
+            cache,
+            candidates,
+            micro_batch=MICRO_BATCH,
+            bucket=self.max_users * MAX_CANDIDATES,
+        )
+        return np.split(self._values(logit_CK), offsets[1:-1])
 
     def check_health(self) -> None:
         """Encodes one short history: does the device answer?"""
-        self._encode([self._short()])
-
-    def warm_up(self) -> int:
-        """Compiles all that calls can need. Returns the number of programs."""
-        for bucket in self.buckets:
-            users = self._encode([self._short()], bucket)
-            self._score(users, [self._short()], bucket)
-        return self.programs
+        jax.block_until_ready(self.encode([self.short_query()]).channels)
 
     @property
     def programs(self) -> int:
         """How many programs have been compiled."""
-        return count_programs(self.ranker.programs.encode, self.ranker.programs.score)
+        programs = self.ranker.programs
+        return count_programs(programs.encode, programs.extend, programs.score)
 
     def _kept(
         self, whole: UserEvents, name: str, actions: Mapping[str, Shaped[np.ndarray, " E"]]
@@ -172,57 +265,42 @@ class ScoringModel:
             if channel.signal in actions:
                 keep_E = np.asarray(actions[channel.signal]) >= channel.at_least
             whole = whole.take(np.flatnonzero(keep_E), np.array([keep_E.sum()]))
-        return whole.newest(self._longest[name])
+        longest = self._longest[name]
+        count = len(whole.item_E)
+        return whole.newest(kept_in_blocks(count, longest) if self.drop_blocks else longest)
 
-    def bucket_of(self, histories: Sequence[UserHistory]) -> Bucket:
-        """The smallest bucket that holds these histories."""
+    def bucket_of(self, histories: Sequence[UserHistory], *, extended: bool = False) -> Bucket:
+        """The smallest bucket that holds these histories, and their new rows if they are extended."""
         events = {
             name: sum(len(history.channels[name].item_E) for history in histories)
             for name in self._longest
         }
+        if extended:  # room for the new rows of every user
+            events = {
+                name: max(count, len(histories) * self._longest[name])
+                for name, count in events.items()
+            }
         return next(
             bucket
             for bucket in self.buckets
             if all(count <= bucket.events[name] for name, count in events.items())
         )
 
-    def _short(self) -> Query:
+    def _new_rows_of(self, bucket: Bucket) -> dict[str, int]:
+        """Rows of each channel that are computed anew in a bucket, at most."""
+        return {
+            name: min(
+                bucket_rows(self.ranker.form, bucket, name),
+                rows * (bucket.events[name] // self._longest[name]),
+            )
+            for name, rows in self._new_rows.items()
+        }
+
+    def short_query(self, events: int = 1) -> Query:
         """A request about the first item, by a user who has met it."""
-        one = np.ones(1, np.int32)
+        ones = np.ones(events, np.int32)
         none_CF = np.zeros((1, len(self.config.rank.features)), np.int32)
-        return self.query(one, None, {}, {}, candidates=one, feature_CF=none_CF)
-
-    def _encode(self, queries: Sequence[Query], bucket: Bucket | None = None) -> list[Cache]:
-        histories = [query.history for query in queries]
-        cache = encode_history(
-            self.ranker,
-            UserHistory.concatenate(histories),
-            kind=self.kind,
-            bucket=bucket or self.bucket_of(histories),
-        )
-        return split(cache)
-
-    def _score(
-        self, users: Sequence[Cache], queries: Sequence[Query], bucket: Bucket | None = None
-    ) -> list[Float[np.ndarray, "C K"]]:
-        asked = [query.candidates for query in queries]
-        offsets = cumulative([len(candidates.item_C) for candidates in asked])
-        candidates = Candidates(
-            np.concatenate([candidates.item_C for candidates in asked]),
-            np.concatenate([candidates.feature_CF for candidates in asked]),
-            np.concatenate([candidates.time_C for candidates in asked]),
-            offsets,
-            np.zeros(offsets[-1], np.int32),  # a score does not depend on the candidate's position
-        )
-        bucket = bucket or self.bucket_of([user.history for user in users])
-        logit_CK = score(
-            self.ranker,
-            join(self.ranker, users, bucket),
-            candidates,
-            micro_batch=MICRO_BATCH,
-            bucket=self.max_users * MAX_CANDIDATES,
-        )
-        return np.split(self._values(logit_CK), offsets[1:-1])
+        return self.query(ones, None, {}, {}, candidates=ones[:1], feature_CF=none_CF)
 
     def _values(self, logit_CK: Float[np.ndarray, "C K"]) -> Float[np.ndarray, "C K"]:
         binary_K = np.array([kind == "binary" for kind in self.kinds.values()])

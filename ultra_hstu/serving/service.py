@@ -16,7 +16,6 @@ from ultra_hstu.nn.key_values import CacheDtype
 from ultra_hstu.quantization import HostKind
 from ultra_hstu.serving import export
 from ultra_hstu.serving.inputs import MAX_USERS, Query
-from ultra_hstu.serving.kv_cache import Cache
 from ultra_hstu.serving.recommend import Recommendation, RecommendationModel
 from ultra_hstu.serving.schema import (
     MAX_BLOCK,
@@ -30,8 +29,8 @@ from ultra_hstu.serving.schema import (
     ScoreRequest,
     ScoreResponse,
 )
-from ultra_hstu.serving.scoring import ScoringModel, load_ranker
-from ultra_hstu.serving.users import EncodedUsers, RunData, UserData
+from ultra_hstu.serving.scoring import RunData, ScoringModel, UserData, load_ranker
+from ultra_hstu.serving.users import CachedUsers, EncodedUsers
 from ultra_hstu.workdir import Workdir
 
 EMPTY = "the history is empty: these are the scores for somebody of whom no event is known"
@@ -43,7 +42,7 @@ class Service[R: AboutUser, A: Response | ScoreResponse](abc.ABC):
 
     request_type: type[R]
     model: RecommendationModel | ScoringModel
-    users: EncodedUsers[np.ndarray] | EncodedUsers[Cache]
+    users: EncodedUsers[np.ndarray] | CachedUsers
     reads: Sequence[str]  # the source's columns of events that the run reads
 
     def __init__(self, catalog: Catalog, data: RunData | None):
@@ -173,10 +172,10 @@ class ScoreService(Service[ScoreRequest, ScoreResponse]):
 
     request_type = ScoreRequest
 
-    def __init__(self, model: ScoringModel, data: RunData | None, *, cache_bytes: int = 2**26):
+    def __init__(self, model: ScoringModel, data: RunData | None, users: CachedUsers):
         super().__init__(model.vocabulary.catalog, data)
         self.model: ScoringModel = model
-        self.users: EncodedUsers[Cache] = EncodedUsers(cache_bytes)
+        self.users: CachedUsers = users
         rank, mixture = model.config.rank, model.config.model.channels.values()
         filters = [channel.signal for channel in mixture if channel.signal]
         self.reads = list(dict.fromkeys([*signals.needs(rank.signals), *rank.features, *filters]))
@@ -202,7 +201,7 @@ class ScoreService(Service[ScoreRequest, ScoreResponse]):
     def answer(self, queries: Sequence[Query]) -> list[ScoreResponse]:
         """One device call for new histories and one for all candidates."""
         some = [query for query in queries if query.known_C.any()]
-        scores = iter(self.model.score(self.users.of(some, self.model.encode), some))
+        scores = iter(self.model.score(self.users.of(some), some) if some else [])
         nothing = np.zeros((0, len(self.model.kinds)))
         return [
             self.scored(query, next(scores) if query.known_C.any() else nothing)
@@ -210,7 +209,7 @@ class ScoreService(Service[ScoreRequest, ScoreResponse]):
         ]
 
     def warm_up(self) -> int:
-        return self.model.warm_up()
+        return self.users.warm_up()
 
     def check_health(self) -> None:
         self.model.check_health()
@@ -306,30 +305,34 @@ def check_options(
     tables: str = "float32",
     block: Sequence[int | str] = (),
     kind: CacheDtype = "same",
+    host_kind: CacheDtype | None = None,
     host_table: HostKind | None = None,
+    device_bytes: int = 0,
+    drop_blocks: bool = False,
 ) -> None:
     """Raises ValueError for options that this kind of run does not have."""
-    if is_ranking(workdir):
-        if tables != "float32":
+    ranking = is_ranking(workdir)
+    kinds = {
+        "tables": tables if tables != "float32" else None,
+        "block": block,
+        "cache_kind": kind if kind != "same" else None,
+        "host_cache_kind": host_kind,
+        "host_table": host_table,
+        "device_cache_mib": device_bytes // 2**20,
+        "drop_blocks": drop_blocks,
+    }
+    reasons = {
+        "tables": "it scores the items of a request: keep its table in host memory with host_table",
+        "block": "it scores what it is given, and block hides items from recommendations",
+        "host_table": "it reads its whole table for every request: use tables=int8 or tables=int4",
+    }
+    for name, value in kinds.items():
+        if value and ranking == (name in ("tables", "block")):
+            other, this = ("retrieval", "ranking") if ranking else ("ranking", "retrieval")
             raise ValueError(
-                f"tables={tables} is for retrieval runs, and {workdir} is a ranking run: leave it "
-                "out, or keep its table in host memory with host_table"
+                f"{name}={value} is for {other} runs, and {workdir} is a {this} run. "
+                f"Leave it out: {reasons.get(name, 'it keeps no keys and values')}"
             )
-        if block:
-            raise ValueError(
-                f"block hides items from recommendations, and {workdir} is a ranking run, which "
-                "scores what it is given: leave it out"
-            )
-    elif kind != "same":
-        raise ValueError(
-            f"cache_kind={kind} rounds the keys and values of ranking runs, and {workdir} is a "
-            "retrieval run: leave it out"
-        )
-    elif host_table is not None:
-        raise ValueError(
-            f"host_table={host_table} is for ranking runs, and {workdir} is a retrieval run, which "
-            "reads its whole table for every request: use tables=int8 or tables=int4"
-        )
 
 
 def open_service(
@@ -339,8 +342,11 @@ def open_service(
     tables: str = "float32",
     block: Sequence[int | str] = (),
     kind: CacheDtype = "same",
+    host_kind: CacheDtype | None = None,
     host_table: HostKind | None = None,
     cache_bytes: int = 2**26,
+    device_bytes: int = 0,
+    drop_blocks: bool = False,
     max_users: int = MAX_USERS,
 ) -> RecommendService | ScoreService:
     """The service of a run, or of the file that `experiments.export` wrote of a ranking run.
@@ -352,13 +358,24 @@ def open_service(
       kind: of a ranking run: dtype of the cache.
       host_table: of a ranking run: keeps the item table in host memory, as one of
         `quantization.HOST_KINDS`.
-      cache_bytes: memory for encoded users.
+      host_kind: of a ranking run: dtype of the cache in host memory; None: `kind`.
+      cache_bytes, device_bytes: memory for encoded users, of the host and (of a ranking run) the device.
+      drop_blocks: of a ranking run: full histories drop their oldest events in blocks.
       max_users: requests in one device call.
 
     Raises:
       ValueError: no run, one that cannot be served, or options of the other kind.
     """
-    check_options(workdir, tables=tables, block=block, kind=kind, host_table=host_table)
+    check_options(
+        workdir,
+        tables=tables,
+        block=block,
+        kind=kind,
+        host_kind=host_kind,
+        host_table=host_table,
+        device_bytes=device_bytes,
+        drop_blocks=drop_blocks,
+    )
     if is_ranking(workdir):
         data = None if Path(workdir).is_file() else RunData(workdir, raw_dir)
         ranker, config, vocabulary, tasks = (
@@ -369,11 +386,15 @@ def open_service(
             config,
             vocabulary,
             tasks,
-            kind=kind,
+            kind=kind if device_bytes or host_kind is None else host_kind,
             max_users=max_users,
             host_table=host_table,
+            drop_blocks=drop_blocks,
         )
-        return ScoreService(scoring, data, cache_bytes=cache_bytes)
+        users = CachedUsers(
+            scoring, host_bytes=cache_bytes, host_kind=host_kind, device_bytes=device_bytes
+        )
+        return ScoreService(scoring, data, users)
     model = RecommendationModel(workdir, tables=tables, max_users=max_users)
     # Lists outlive items: an unknown id has nothing to block.
     blocked = model.catalog.find(block)

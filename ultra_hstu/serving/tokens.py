@@ -2,8 +2,10 @@
 and targets apart."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Int32, Shaped
@@ -130,6 +132,16 @@ def since_first(
     return (time_E - time_E[0]).astype(np.int32)
 
 
+def key_of(history: UserHistory, *, with_now: bool) -> bytes:
+    """A hash of a history, `now_B` in it or not. Shapes are hashed too: where one array ends and the
+    next begins."""
+    read = (history.channels, history.context_BC, history.now_B if with_now else None)
+    digest = hashlib.blake2b(digest_size=16)
+    for array in jax.tree.leaves(read):
+        digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    return digest.digest()
+
+
 def from_source(
     source: RankSource, columns_B: Mapping[str, Numbers], form: Form
 ) -> tuple[UserHistory, Candidates]:
@@ -158,6 +170,15 @@ def from_source(
     )
     now_B = events.time_E[column["target"]]
     return UserHistory(channels, events.context_UC[column["user"]], now_B), candidates
+
+
+def kept_in_blocks(count: int, longest: int) -> int:
+    """How many of the newest of `count` events are kept if the oldest are dropped in blocks.
+
+    A block is an eighth of `longest`. Between two drops a full history grows like another one.
+    """
+    block = max(1, longest // 8)
+    return count - block * -(-max(0, count - longest) // block)
 
 
 def pad_history(
