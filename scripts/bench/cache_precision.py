@@ -5,9 +5,13 @@ python -m scripts.bench.cache_precision --workdir=runs/assistments_rank_ultra/se
 Every test event is predicted as a candidate behind its encoded history. With --top_k, the first --requests of them are also answered with the best of all
 items, without features, as the exact cache and as the smaller one rank them: the share of answers that stay, and the hit rate of the requests' own items
 with a positive label.
+
+--drop_blocks adds what it costs that full histories drop their oldest events an eighth of `max_history` at a
+time (`experiments.serve --drop_blocks`): the same metrics, differences to the exact scores, and hit rates.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from experiments import command
 from ultra_hstu import provenance, report, serving, workdir
 from ultra_hstu.nn.key_values import KINDS
 from ultra_hstu.ranking.evaluate import RankingEvaluator
+from ultra_hstu.serving.tokens import kept_in_blocks
 from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir
 
@@ -55,15 +60,35 @@ def main(_: list[str]) -> None:
             console.print(kind, found)
             if FLAGS.record:
                 workdir.write_json(Path(FLAGS.record), record)
+        if FLAGS.drop_blocks:
+            requests = list(test_requests(task, model, drop_blocks=True))
+            record["drop_blocks"], _ = measure(task, model, evaluator, requests, "same", exact)
+            console.print("full histories in blocks", record["drop_blocks"])
+            if FLAGS.record:
+                workdir.write_json(Path(FLAGS.record), record)
 
 
-def test_requests(task: RankTask, model: serving.CompiledRanker) -> Any:
-    """(history, candidates, labels) of `train.eval_users` test requests at a time, in the order of `RankingEvaluator.event_P`."""
+def test_requests(
+    task: RankTask, model: serving.CompiledRanker, *, drop_blocks: bool = False
+) -> Iterator[tuple[serving.UserHistory, serving.Candidates, np.ndarray]]:
+    """(history, candidates, labels) of `train.eval_users` test requests at a time, in the order of
+    `RankingEvaluator.event_P`.
+
+    Args:
+      drop_blocks: full histories have dropped their oldest events in blocks, as a server drops them.
+    """
+    source = task.source
     loader = task.loader("test", batch_users=task.config.train.eval_users, steps_per_call=1)
     plan = loader.plan(shuffle=False)
     for step in range(len(plan)):
         columns = {name: column[0] for name, column in plan.columns(np.array([step])).items()}
-        history, candidates = serving.from_source(task.source, columns, model.form)
+        for name, longest in model.form.max_history if drop_blocks else ():
+            first = source.parts.first[columns["user"]]
+            first = source.kept[name][first] if name in source.kept else first
+            stop = columns[f"stop/{name}"]
+            kept = [kept_in_blocks(max(0, int(count)), longest) for count in stop - first]
+            columns[f"start/{name}"] = stop - np.array(kept)
+        history, candidates = serving.from_source(source, columns, model.form)
         first = np.asarray(columns["target"], np.int64)
         event_C = np.concatenate(
             [first[b] + np.arange(count) for b, count in enumerate(columns["count"])]
@@ -136,6 +161,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer(
         "requests", 256, "requests to answer from all items; rounded up to whole batches"
+    )
+    flags.DEFINE_bool(
+        "drop_blocks", False, "also with the oldest events of full histories dropped in blocks"
     )
     flags.DEFINE_string("record", None, "JSON file for the result")
     command.run(main)

@@ -9,6 +9,7 @@ The configuration gives the sizes of the encoder; `ultra` is its stack, `hstu` t
 A latency is that of a call from NumPy to NumPy, and of the functions of `ultra_hstu.serving` as they are called in service.
 
     encode        the history alone: `encode_history`
+    append        one event more, the history without it encoded already: `append`
     cached        `score`, the history encoded already
     one_batch     no cache: history and all candidates in one forward pass
     recompute     no cache: history and one micro-batch in one forward pass, which all micro-batches would repeat
@@ -176,6 +177,7 @@ def ranking_config(config: Config, model: dict[str, Any], *, longest: int, targe
             signals=("is_click",),
             targets=targets,
             head_width=config.model.width,
+            positions="forwards",  # so that caches can grow
         ),
     )
 
@@ -208,6 +210,8 @@ class Bench:
             cache = self.encoded(user)()
             encode = self.tflop(history, 0)
             yield self.cell("encode", history, 0, 0, encode, self.encoded(user))
+            step = encode - self.tflop(history - 1, 0)
+            yield self.cell("append", history, 0, 0, step, self.appended(user))
             for count in candidates:
                 asked = self.candidates(count)
                 once = self.tflop(history, count)
@@ -253,8 +257,19 @@ class Bench:
         """Of a full pass; without candidates of the history alone, whose last layer `encode_history` does only in part."""
         return flops.count(self.config, history, targets=count).inference / 1e12
 
-    def encoded(self, user: serving.History) -> Callable[[], serving.Cache]:
+    def encoded(self, user: serving.UserHistory) -> Callable[[], serving.Cache]:
         return lambda: serving.encode_history(self.frozen, user, kind=self.kind)
+
+    def appended(self, user: serving.UserHistory) -> Callable[[], serving.Cache]:
+        """The last event of a history, added to a cache of those before it."""
+        events, count = user.channels[EVERYTHING], len(user.channels[EVERYTHING].item_E)
+        one_B = np.array([1])
+        before, last = (
+            dataclasses.replace(user, channels={EVERYTHING: events.take(rows, one_B * len(rows))})
+            for rows in (np.arange(count - 1), np.array([count - 1]))
+        )
+        cache = self.encoded(before)()
+        return lambda: serving.append(self.frozen, cache, last, implementation=self.cached)
 
     def scored(
         self, cache: serving.Cache, asked: serving.Candidates, step: int
@@ -264,17 +279,17 @@ class Bench:
         )
 
     def passed(
-        self, user: serving.History, asked: serving.Candidates, count: int
+        self, user: serving.UserHistory, asked: serving.Candidates, count: int
     ) -> Callable[[], Any]:
         return lambda: np.asarray(self.full(self.params, user, asked, count=count))
 
-    def history(self, count: int) -> serving.History:
+    def history(self, count: int) -> serving.UserHistory:
         times = np.sort(self.rng.integers(0, 10**7, count))
         signals = self.rng.integers(1, 3, (count, 1))
-        events = serving.Events.of(
+        events = serving.UserEvents.of(
             [self.rng.integers(1, self.sizes.items + 1, count)], [times], [signals]
         )
-        return serving.History(
+        return serving.UserHistory(
             {EVERYTHING: events}, np.zeros((1, 0), np.int32), np.array([10**7], np.int32)
         )
 
@@ -282,11 +297,11 @@ class Bench:
         return serving.Candidates.of([self.rng.integers(1, self.sizes.items + 1, count)], 10**7)
 
     def _full(
-        self, params: Any, user: serving.History, asked: serving.Candidates, *, count: int
+        self, params: Any, user: serving.UserHistory, asked: serving.Candidates, *, count: int
     ) -> jax.Array:
         """Logits of the candidates as the targets of one sequence."""
         model: Ranker = nnx.merge(self.graphdef, params)
-        events: serving.Events = user.channels[EVERYTHING]
+        events: serving.UserEvents = user.channels[EVERYTHING]
         length = events.item_E.shape[0]
         both = lambda *parts: jnp.concatenate([jnp.asarray(part, jnp.int32) for part in parts])  # noqa: E731
         data = RankEvents(
@@ -299,8 +314,14 @@ class Bench:
             context_UC=user.context_BC,
             index={},
         )
-        options: dict[str, Any] = dict(targets=count, contextual=0, interleaved=False)
-        gather = RankGather(rows=(length + count,), channels=(EVERYTHING,), **options)
+        gather = RankGather(
+            rows=(length + count,),
+            channels=(EVERYTHING,),
+            targets=count,
+            contextual=0,
+            interleaved=False,
+            backwards=False,
+        )
         columns = {
             "user": 0,
             "target": length,

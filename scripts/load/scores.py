@@ -1,9 +1,12 @@
 """Requests to load a deployment of a ranking run with, good and bad, and what their answers must be."""
 
 import json
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from scripts.load import requests as load_requests
@@ -11,16 +14,20 @@ from scripts.load.requests import Sent, stretches
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.serving.schema import MAX_CANDIDATES, MAX_EVENTS, ScoreRequest, ScoreResponse
 from ultra_hstu.serving.service import ScoreService
+from ultra_hstu.serving.users import CachedUsers
 
 CANDIDATES = 100  # of a request
+ONE_EVENT = (100, 1024)  # candidates of a request by a known user with one new event
 # Of scores, by the dtype of the layers: which users share a device call differs.
 ROUNDING = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 SCORE = "/score"
 EXAMPLE = {"user": 42, "candidates": [608, 2858, 1193]}
 
 
-def told(interactions: Interactions, count: int, events: int, seed: int) -> list[dict]:
-    """All that the data says of random stretches of so many events, and `CANDIDATES` random items."""
+def told(
+    interactions: Interactions, count: int, events: int, seed: int, candidates: int = CANDIDATES
+) -> list[dict]:
+    """All that the data says of random stretches of so many events, and so many random items."""
     rng = np.random.default_rng((seed, 1))
     known = interactions.catalog.raw_ids[1:]
     requests = []
@@ -41,7 +48,7 @@ def told(interactions: Interactions, count: int, events: int, seed: int) -> list
                     name: values[span].tolist() for name, values in interactions.actions.items()
                 },
                 "context": {name: word for name, word in words.items() if word},
-                "candidates": rng.choice(known, CANDIDATES).tolist(),
+                "candidates": rng.choice(known, candidates).tolist(),
                 **times,
             }
         )
@@ -143,3 +150,39 @@ def steps(service: ScoreService) -> dict[str, Callable[[Any], Any]]:
             for query, score_CK in zip(*both, strict=True)
         ],
     }
+
+
+def one_event(service: ScoreService, count: int, events: int, seed: int) -> list[dict[str, Any]]:
+    """Milliseconds of a request by a known user with one new event, and of the same request where the
+    history is encoded anew: medians over `count` users, one request at a time, in this process.
+
+    `history_ms` is the part that makes the history's keys and values. Where the model's rows do not stay
+    (`extended_share` is 0) both are encoded.
+    """
+    assert service.data is not None
+    model, rows = service.model, []
+    remembers = ScoreService(model, service.data, CachedUsers(model))
+    anew = ScoreService(model, service.data, CachedUsers(model, host_bytes=0))
+    for candidates in ONE_EVENT:
+        took: dict[str, list[float]] = {}
+        requests = told(service.data.interactions, count + 1, events, seed, candidates)
+        for request in requests:
+            before = request | {
+                name: request[name][:-1] for name in ("history", "times") if name in request
+            }
+            before["actions"] = {name: column[:-1] for name, column in request["actions"].items()}
+            remembers.answer([remembers.prepare(ScoreRequest.model_validate(before))])
+            for name, asked in (("extended", remembers), ("anew", anew)):
+                query = asked.prepare(ScoreRequest.model_validate(request))
+                started = time.perf_counter()
+                cache = asked.users.of([query])
+                jax.block_until_ready(cache.channels)
+                middle = time.perf_counter()
+                scores = model.score(cache, [query])
+                asked.scored(query, scores[0])
+                ended = time.perf_counter()
+                took.setdefault(f"{name}_ms", []).append(1e3 * (ended - started))
+                took.setdefault(f"{name}_history_ms", []).append(1e3 * (middle - started))
+        medians = {name: statistics.median(values[1:]) for name, values in took.items()}
+        rows.append({"history": events, "candidates": candidates, **medians})
+    return [row | {"extended_share": remembers.users.metrics()["extended_share"]} for row in rows]

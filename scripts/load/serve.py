@@ -2,6 +2,7 @@
 
 python -m scripts.load.serve --workdir=runs/ml1m_hstu [--raw_dir=PATH] [--requests=10000] [--record=experiments/results/serve_load_cpu.json]
 python -m scripts.load.serve --workdir=runs/ml1m_rank_hstu [--record=experiments/results/serve_scores_cpu.json]
+    [--host_table=int4]
 
 Closed loop: each connection sends its next request when the last one is answered; the client runs on the same machine. Three parts, each with a
 deployment of its own: requests a second over connections, with histories that are new and then with the same ones again; good and bad requests
@@ -26,6 +27,7 @@ from scripts.load import scores as load_scores
 from scripts.load.loop import Seen, Served, closed_loop, deployment, speed
 from scripts.load.requests import Sent
 from ultra_hstu import provenance, report, workdir
+from ultra_hstu.quantization import HOST_KINDS
 from ultra_hstu.serving.service import ScoreService, Service, open_service
 
 FLAGS = flags.FLAGS
@@ -37,7 +39,12 @@ WARM_UP = 0.2  # share of the mixed requests before memory must be flat
 
 def main(_: list[str]) -> None:
     console = report.make_console()
-    service = open_service(FLAGS.workdir, FLAGS.raw_dir)
+    service = open_service(
+        FLAGS.workdir,
+        FLAGS.raw_dir,
+        cache_bytes=FLAGS.cache_mib * 2**20,
+        host_table=FLAGS.host_table,
+    )
     asked = asked_of(service)
     if service.data is None:
         raise ValueError(
@@ -55,7 +62,11 @@ def main(_: list[str]) -> None:
         "load_average_before": os.getloadavg(),
         "stages_ms": stages(service, asked.timed(interactions, 400, FLAGS.history, seed=4)),
     }
+    if isinstance(service, ScoreService):
+        result["one_event"] = load_scores.one_event(service, 40, FLAGS.history, seed=6)
     arguments = [*([f"--raw_dir={FLAGS.raw_dir}"] if FLAGS.raw_dir else []), *FLAGS.serve.split()]
+    if FLAGS.host_table:
+        arguments.append(f"--host_table={FLAGS.host_table}")
     with deployment(FLAGS.workdir, *arguments, port=FLAGS.port) as served:
         result["seconds_to_start"] = served.seconds
         alike = asked.timed(
@@ -220,6 +231,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("timed", 1500, "requests of each measurement of the rate")
     flags.DEFINE_list("connections", ["1", "4", "8", "16"], "connections of the closed loop")
     flags.DEFINE_integer("port", 8400, "port of the deployment")
+    flags.DEFINE_integer("cache_mib", 256, "host memory for encoded users, of this process")
+    flags.DEFINE_enum("host_table", None, HOST_KINDS, "item table of a ranking run, in host memory")
     flags.DEFINE_string("serve", "", "more arguments for experiments.serve, separated by blanks")
     flags.DEFINE_string("note", None, "what else the machine did, for the record")
     flags.DEFINE_string("record", None, "JSON file for the result")

@@ -430,9 +430,9 @@ PAGES = {
         "context_reshard",
         "context_balance",
     ),
-    "docs/online_serving.md": ("serve_load", "serve_stages", "score_load", "score_stages"),
+    "docs/http_service.md": ("serve_load", "serve_stages", "score_load", "score_stages"),
     "docs/sampling_and_precision.md": ("stochastic_length", "load_balance", "int4"),
-    "docs/serving.md": (
+    "docs/cached_scoring.md": (
         "serving_operations",
         "serving",
         "serving_micro_batches",

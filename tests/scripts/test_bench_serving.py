@@ -45,11 +45,13 @@ def cells():
 def test_scores_with_and_without_a_cache(cells):
     """The two ways that are compared say the same of 40 candidates."""
     bench, cells = cells
-    assert set(cells) == {"encode", "cached", "one_batch", "recompute", "one_by_one"}
+    assert set(cells) == {"encode", "append", "cached", "one_batch", "recompute", "one_by_one"}
     user, asked = bench.history(60), bench.candidates(40)
+    grown = serving.score(bench.frozen, bench.appended(user)(), asked)
     cache = bench.encoded(user)()
     cached, whole = bench.scored(cache, asked, 16)(), bench.passed(user, asked, 40)()
     np.testing.assert_allclose(cached, whole, atol=1e-5 * np.abs(whole).max())
+    np.testing.assert_allclose(grown, whole, atol=1e-5 * np.abs(whole).max())
     assert cells["cached"].call().shape == (40, 1)
     each = (
         flops.count(bench.config, 60, targets=1).inference
@@ -93,6 +95,11 @@ def test_metrics_under_a_small_cache(monkeypatch):
     same, answers = cache_precision.measure(task, model, evaluator, requests, "same", {})
     small, _ = cache_precision.measure(task, model, evaluator, requests, "int8", answers)
     np.testing.assert_allclose(answers["logits"], evaluator.predict(params), atol=1e-5)
+    in_blocks = list(cache_precision.test_requests(task, model, drop_blocks=True))
+    assert [len(one.now_B) for one, _, _ in in_blocks] == [len(one.now_B) for one, _, _ in requests]
+    for (one, _, _), (whole, _, _) in zip(in_blocks, requests, strict=True):
+        events, every = one.channels["events"].lengths, whole.channels["events"].lengths
+        assert (events <= every).all() and (events > every - 12 // 8).all()
     assert same["metrics"]["ne"] == pytest.approx(evaluator(params)["ne"], rel=1e-5)
     assert same["bytes_a_row_and_layer"] == 2 * 4 * (4 + 4) and small[
         "bytes_a_row_and_layer"

@@ -208,7 +208,7 @@ def test_host_memory_in_fewer_bits(kind):
     for host_kind in ("same", kind):
         service = service_of(model, device_bytes=budget(model, USERS), host_kind=host_kind)
         scores(service, asked(life, 12))
-        for seed in range(20, 24):
+        for seed in range(20, 28):
             scores(service, asked(history(seed), 12))
         sizes.append(service.users.host.bytes)
         got = scores(service, asked(life, 12))

@@ -15,7 +15,14 @@ from kernels.typing import Leaf
 from ultra_hstu.nn.cached import CachedRows
 from ultra_hstu.nn.key_values import CacheDtype, KeyValues, pack
 from ultra_hstu.serving.compiled import Channels, CompiledRanker
-from ultra_hstu.serving.inputs import Bucket, UserHistory, cumulative, padded, padded_offsets
+from ultra_hstu.serving.inputs import (
+    AnyArray,
+    Bucket,
+    UserHistory,
+    cumulative,
+    padded,
+    padded_offsets,
+)
 from ultra_hstu.serving.tokens import bucket_rows
 
 
@@ -187,8 +194,8 @@ def _together(parts: Sequence[CachedRows], rows: int, users: int) -> CachedRows:
 
 
 # The rows of each channel and part, without their frames; and where they are in a pool.
-Rows = dict[str, tuple[tuple[tuple[KeyValues, ...], Float[Array, "S D"] | None], ...]]
-Indices = dict[str, list[Int32[np.ndarray, " S"]]]
+Rows = dict[str, tuple[tuple[tuple[KeyValues, ...], Float[AnyArray, "..."] | None], ...]]
+Indices = dict[str, list[Int32[AnyArray, "..."]]]
 
 
 class DevicePool:

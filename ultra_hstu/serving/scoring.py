@@ -30,7 +30,15 @@ from ultra_hstu.serving.inputs import (
 )
 from ultra_hstu.serving.kv_cache import Cache
 from ultra_hstu.serving.schema import MAX_CANDIDATES
-from ultra_hstu.serving.score import changed_rows, encode_history, grow, grows, growths, score
+from ultra_hstu.serving.score import (
+    Growth,
+    changed_rows,
+    encode_history,
+    grow,
+    grows,
+    growths,
+    score,
+)
 from ultra_hstu.serving.tokens import (
     Vocabulary,
     bucket_rows,
@@ -219,10 +227,20 @@ class ScoringModel:
             for name, events in after.channels.items()
         }
         grown = growths(self.ranker, cache.history, after, added_B)
-        extended = grow(
-            self.ranker, cache, after, grown, bucket=bucket, new_rows=self._new_rows_of(bucket)
-        )
+        extended = self._grow(cache, after, grown, bucket)
         return extended, sum(int(rows.keep_B.sum()) for rows in grown.values())
+
+    def warm_up_extend(self, cache: Cache, bucket: Bucket) -> Cache:
+        """Compiles what `extend` can need. The rows of the result mean nothing."""
+        one_B = np.ones(cache.users, np.int32)
+        grown = dict.fromkeys(self._longest, Growth(one_B, 0 * one_B, new_rows=1, kept_rows=1))
+        return self._grow(cache, cache.history, grown, bucket)
+
+    def _grow(
+        self, cache: Cache, after: UserHistory, grown: dict[str, Growth], bucket: Bucket
+    ) -> Cache:
+        new_rows = self._new_rows_of(bucket)
+        return grow(self.ranker, cache, after, grown, bucket=bucket, new_rows=new_rows)
 
     def score(self, cache: Cache, queries: Sequence[Query]) -> list[Float[np.ndarray, "C K"]]:
         """Scores of each query, in the order of its candidates: the probability of each binary task,
@@ -296,11 +314,11 @@ class ScoringModel:
             for name, rows in self._new_rows.items()
         }
 
-    def short_query(self, events: int = 1) -> Query:
+    def short_query(self) -> Query:
         """A request about the first item, by a user who has met it."""
-        ones = np.ones(events, np.int32)
+        one = np.ones(1, np.int32)
         none_CF = np.zeros((1, len(self.config.rank.features)), np.int32)
-        return self.query(ones, None, {}, {}, candidates=ones[:1], feature_CF=none_CF)
+        return self.query(one, None, {}, {}, candidates=one, feature_CF=none_CF)
 
     def _values(self, logit_CK: Float[np.ndarray, "C K"]) -> Float[np.ndarray, "C K"]:
         binary_K = np.array([kind == "binary" for kind in self.kinds.values()])

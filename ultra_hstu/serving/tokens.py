@@ -95,7 +95,7 @@ def signal_codes(
         else np.zeros(count, np.int32)
         for name in names
     ]
-    return np.stack(codes, axis=1) if codes else np.zeros((count, 0), np.int32)
+    return np.stack(codes, axis=1).astype(np.int32) if codes else np.zeros((count, 0), np.int32)
 
 
 def since_first(

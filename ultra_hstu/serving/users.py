@@ -39,7 +39,7 @@ class EncodedUsers[T: (np.ndarray, Cache)]:
     def __len__(self) -> int:
         return len(self._values)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, int | float]:
         """The values of METRICS."""
         return {"hits": self.hits, "misses": self.misses, "bytes": self.bytes}
 
@@ -156,7 +156,7 @@ class CachedUsers:
     def __len__(self) -> int:
         return len(self.host) + (0 if self.pool is None else len(self.pool.users))
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, int | float]:
         """The values of METRICS."""
         count = self.counts
         hits = count["device_hits"] + count["host_hits"]
@@ -202,22 +202,21 @@ class CachedUsers:
 
     def warm_up(self) -> int:
         """Compiles all that calls can need. Returns the number of programs."""
-        model = self.model
-        short, longer = model.short_query(1), model.short_query(2)
+        model, short = self.model, self.model.short_query()
         for bucket in model.buckets:
             self._call = {}
             self._keep([short], model.encode([short], bucket))
-            joined = self._join([short.key], bucket)
+            cache = self._join([short.key], bucket)
             if model.grows:
-                extended, _ = model.extend(joined, [longer], bucket)
-                self._keep([longer], extended)
-            model.score(joined, [short])
-            if self.pool is not None:  # to host memory and back, as far as it is kept there
-                keys = list(self.pool.users)
-                self._evict(keys, bucket)
-                self._load([key for key in keys if key in self.host], bucket)
-            for key in (short.key, longer.key):
-                self.forget(key)
+                extended = model.warm_up_extend(cache, bucket)
+                self.forget(short.key)
+                self._keep([short], extended)
+            model.score(cache, [short])
+            if self.pool is not None:  # to host memory, and back from there
+                self._evict([short.key], bucket)
+                if short.key in self.host:
+                    self._load([short.key], bucket)
+            self.forget(short.key)
         return model.programs
 
     def forget(self, key: bytes) -> None:
