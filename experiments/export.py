@@ -1,6 +1,8 @@
-"""Writes a trained ranking run as one file that scores candidates without this code: see `ultra_hstu.serving.export`.
+"""Writes a trained ranking run as one file that scores candidates without this code: see
+`ultra_hstu.serving.export`.
 
-python -m experiments.export --workdir=runs/assistments_rank_ultra --out=scorer.zip --candidates=1024 [--users=1] [--raw_dir=PATH]
+python -m experiments.export --workdir=runs/assistments_rank_ultra --out=scorer.zip
+    --candidates=1024 [--users=1] [--raw_dir=PATH]
 """
 
 from typing import cast
@@ -58,7 +60,8 @@ def main(_: list[str]) -> None:
         platforms=_PLATFORMS.value,
     )
     report.make_console().print(
-        f"{_OUT.value}: {config.name}, step {step}, {_CANDIDATES.value} candidates of {_USERS.value} users"
+        f"{_OUT.value}: {config.name}, step {step}, "
+        f"{_CANDIDATES.value} candidates of {_USERS.value} users"
     )
 
 

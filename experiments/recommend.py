@@ -1,12 +1,15 @@
-"""Recommends items to a user of the data, for a history given on the command line, or for a file of requests. A ranking run scores the candidates of
-requests.
+"""Recommends items to a user of the data, for a history given on the command line, or for a file of
+requests. A ranking run scores the candidates of requests.
 
-python -m experiments.recommend --workdir=runs/ml1m_hstu --user=42 [--k=10] [--tables=int4] [--raw_dir=PATH]
-python -m experiments.recommend --workdir=runs/ml1m_hstu --history="1,1193,914"
-python -m experiments.recommend --workdir=runs/ml1m_hstu --requests=FILE.jsonl > answers.jsonl      (or - for standard input)
+python -m experiments.recommend --workdir=RUN --user=42 [--k=10] [--tables=int4] [--raw_dir=PATH]
+python -m experiments.recommend --workdir=RUN --history="1,1193,914"
+python -m experiments.recommend --workdir=RUN --requests=FILE.jsonl > answers.jsonl
 
-Ids are the source's own. --history needs no data, only the run's folder. A line of --requests is what the HTTP endpoint takes, and a line
-of the answer what it gives (`ultra_hstu/serving/schema.py`); a bad line is answered with {"error": why}, in its place.
+FILE may be - for standard input.
+
+Ids are the source's own. --history needs no data, only the run's folder. A line of --requests is
+what the HTTP endpoint takes, and a line of the answer what it gives
+(`ultra_hstu/serving/schema.py`); a bad line is answered with {"error": why}, in its place.
 """
 
 import sys
@@ -63,7 +66,8 @@ def main(_: list[str]) -> None:
         wanted = [part.strip() for part in _HISTORY.value.split(",")]
         if "" in wanted:
             raise ValueError(
-                f"--history={_HISTORY.value!r} has an empty place: give ids separated by single commas"
+                f"--history={_HISTORY.value!r} has an empty place: "
+                "give ids separated by single commas"
             )
         answer = model.recommend(model.catalog.encode(wanted), k=_K.value)
         title = f"after {len(wanted)} items"

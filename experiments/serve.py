@@ -1,13 +1,17 @@
-"""Serves a trained run over HTTP, on Ray Serve (pip install -r requirements-serve.txt -c constraints.txt): recommendations of a retrieval run, scores
-of a ranking run.
+"""Serves a trained run over HTTP, on Ray Serve (pip install -r requirements-serve.txt -c
+constraints.txt): recommendations of a retrieval run, scores of a ranking run.
 
-python -m experiments.serve --workdir=runs/ml1m_hstu [--replicas=2] [--port=8000] [--tables=int4] [--raw_dir=PATH] [--address=auto]
+python -m experiments.serve --workdir=runs/ml1m_hstu [--replicas=2] [--port=8000] [--tables=int4]
+    [--raw_dir=PATH] [--address=auto]
 
-    curl -s localhost:8000/recommend -H 'content-type: application/json' -d '{"user": 42, "k": 3}'                   a retrieval run
-    curl -s localhost:8000/score -H 'content-type: application/json' -d '{"user": 42, "candidates": [608, 2858]}'       a ranking run
+A request to a retrieval run, and one to a ranking run:
 
-Listens on loopback unless --host says otherwise; http://localhost:8000/docs describes requests and answers. docs/http_service.md is about
-replicas, clusters, limits and metrics.
+    curl -s localhost:8000/recommend -H 'content-type: application/json' -d '{"user": 42, "k": 3}'
+    curl -s localhost:8000/score -H 'content-type: application/json'
+        -d '{"user": 42, "candidates": [608, 2858]}'
+
+Listens on loopback unless --host says otherwise; http://localhost:8000/docs describes requests and
+answers. docs/http_service.md is about replicas, clusters, limits and metrics.
 """
 
 import contextlib
@@ -21,15 +25,21 @@ from typing import cast
 
 import portpicker
 
-# Read when Ray is imported, by every process of a local instance; a cluster sets them on its machines.
+# Read when Ray is imported, by every process of a local instance; a cluster sets them on its
+# machines.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing calls out
-    "RAY_worker_niceness": "0",  # 15 otherwise: replicas would wait for everything else on the machine
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy before the replicas, in place of a proxy in Python: five times the requests on two cores
+    # 15 otherwise: replicas would wait for everything else on the machine.
+    "RAY_worker_niceness": "0",
+    # HAProxy in front of the replicas, in place of a proxy in Python: five times the requests on
+    # two cores.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-    # A replica that dies loses no request that it held: nothing was changed by it, so another replica is asked.
+    # A replica that dies loses no request that it held: nothing was changed by it, so another
+    # replica is asked.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # at the end; a load balancer in front of a cluster wants 30
+    # At the end; a load balancer in front of a cluster wants 30.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
 }
 PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT",
@@ -84,8 +94,8 @@ _HOST_KIND = flags.DEFINE_enum(
 _DROP_BLOCKS = flags.DEFINE_bool(
     "drop_blocks",
     False,
-    "full histories of a ranking run drop their oldest events an eighth of max_history at a time, so "
-    "that their caches can be extended between two drops",
+    "full histories of a ranking run drop their oldest events an eighth of max_history at a time, "
+    "so that their caches can be extended between two drops",
 )
 _REPLICAS = flags.DEFINE_integer("replicas", 1, "processes that hold the model", lower_bound=1)
 _CPUS = flags.DEFINE_float("cpus", 1, "cores that Ray reserves for a replica", lower_bound=0)
@@ -96,7 +106,7 @@ _CACHE = flags.DEFINE_integer(
 _DEVICE_CACHE = flags.DEFINE_integer(
     "device_cache_mib",
     0,
-    "memory on the device for encoded users of a ranking run, who go to host memory when it is full",
+    "memory on the device for encoded users of a ranking run; in host memory when it is full",
     lower_bound=0,
 )
 _BATCH = flags.DEFINE_integer(
@@ -162,7 +172,8 @@ def main(_: list[str]) -> None:
         )
         serve.run(application, name=path.strip("/"))
         print(
-            f"requests to http://{_HOST.value}:{_PORT.value}{path}, its description at /docs; stop with Ctrl-C",
+            f"requests to http://{_HOST.value}:{_PORT.value}{path}, "
+            "its description at /docs; stop with Ctrl-C",
             flush=True,
         )
         threading.Event().wait()
@@ -198,12 +209,14 @@ def require_free(host: str, port: int) -> None:
             taken.bind((host, port))
         except OSError as error:
             raise ValueError(
-                f"--host={host} --port={port} cannot be listened on ({error.strerror}): choose another"
+                f"--host={host} --port={port} cannot be listened on ({error.strerror}): "
+                "choose another"
             ) from None
 
 
 def end_haproxy(node: str) -> None:
-    """Ends the HAProxy of a node that is gone: it outlives a Ray whose processes were killed before they could shut down."""
+    """Ends the HAProxy of a node that is gone: it outlives a Ray whose processes were killed before
+    they could shut down."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or [""]
         if words[0].endswith("haproxy") and any(node in word for word in words):

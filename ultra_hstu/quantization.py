@@ -1,5 +1,5 @@
-"""Item tables for serving, in 4 or 8 bits: on the device, or in host memory, from where the rows of a
-request leave packed and are unpacked on the device.
+"""Item tables for serving, in 4 or 8 bits: on the device, or in host memory, from where the rows of
+a request leave packed and are unpacked on the device.
 
 A row is quantised by itself: `value = offset + scale * code`, where the codes 0 .. 2^bits - 1 span
 the row from its smallest to its largest value. INT4 puts two codes in a byte, with scale and offset
@@ -66,7 +66,8 @@ class _RowwiseTable:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int4Table(_RowwiseTable):
-    """Byte x of a row holds column x in its low half and column x + D / 2 in its high half, so that unpacking is a concatenation."""
+    """Byte x of a row holds column x in its low half and column x + D / 2 in its high half, so that
+    unpacking is a concatenation."""
 
     BITS, SIDE = 4, np.float16
 
@@ -81,11 +82,11 @@ class Int8Table(_RowwiseTable):
 
 
 def quantize_int4(table_ID: Float[Array | np.ndarray, "I D"]) -> Int4Table:
-    """The table in 4 bits. An error is at most half a step, (largest - smallest) / 30 of its row, plus
-    the rounding of scale and offset to float16.
+    """The table in 4 bits. An error is at most half a step, (largest - smallest) / 30 of its row,
+    plus the rounding of scale and offset to float16.
 
-    Rows of one value are exact where float16 has the value (0, for one), and elsewhere off by at most
-    2^-21 of it, or 3e-8.
+    Rows of one value are exact where float16 has the value (0, for one), and elsewhere off by at
+    most 2^-21 of it, or 3e-8.
 
     Raises:
       ValueError: an odd width, a row with NaN or infinity, or values beyond float16 (65504).
@@ -102,8 +103,8 @@ def quantize_int4(table_ID: Float[Array | np.ndarray, "I D"]) -> Int4Table:
 
 
 def quantize_int8(table_ID: Float[Array | np.ndarray, "I D"]) -> Int8Table:
-    """The table in 8 bits; errors at most (largest - smallest) / 510 of a row, up to float32 rounding.
-    Raises ValueError as `quantize_int4`, for any width."""
+    """The table in 8 bits; errors at most (largest - smallest) / 510 of a row, up to float32
+    rounding. Raises ValueError as `quantize_int4`, for any width."""
     return Int8Table(*_quantize(np.asarray(table_ID), Int8Table))
 
 
@@ -127,9 +128,11 @@ def _quantize(
     offset_I = np.where(
         offset_I > least_I, np.nextafter(offset_I, kind.SIDE(-np.inf)), offset_I
     )  # rounded down: no code is below 0
-    # Codes are chosen for scale and offset as they are stored, so that their rounding costs next to nothing.
+    # Codes are chosen for scale and offset as they are stored, so that their rounding costs next to
+    # nothing.
     above_ID = table_ID - offset_I.astype(np.float32)[:, None]
-    # A row of one value needs one step only: of what the offset leaves of it, so that it comes back nearly exact.
+    # A row of one value needs one step only: of what the offset leaves of it, so that it comes back
+    # nearly exact.
     steps_I = np.where(table_ID.max(axis=1) > least_I, top, 1)
     scale_I = (above_ID.max(axis=1) / steps_I).astype(kind.SIDE)
     step_I1 = scale_I.astype(np.float32)[:, None]
@@ -182,8 +185,8 @@ def row_bytes(table: ItemTable) -> int:
 
 
 def packed[P](params: P, kind: str) -> P:
-    """Parameters with their item tables as tables of this kind: fewer bytes on their way to the device
-    and on it. `unpacked` is for the device."""
+    """Parameters with their item tables as tables of this kind: fewer bytes on their way to the
+    device and on it. `unpacked` is for the device."""
     if kind == "float32":
         return params
     return jax.tree_util.tree_map_with_path(
@@ -192,7 +195,8 @@ def packed[P](params: P, kind: str) -> P:
 
 
 def unpacked[P](params: P) -> P:
-    """`packed` parameters as the model takes them, float32 rows for every table; works under jit."""
+    """`packed` parameters as the model takes them, float32 rows for every table; works under
+    jit."""
     return jax.tree.map(
         lambda leaf: leaf.dense() if _is_packed(leaf) else leaf, params, is_leaf=_is_packed
     )
@@ -218,8 +222,8 @@ def with_item_table[P](params: P, table: ItemTable) -> P:
 
 
 def rows(table: ItemTable, ids: Int[Array, "*n"]) -> Float[Array, "*n D"]:
-    """float32 rows of a table of any kind, by ids in 0 .. I - 1; nothing of the size of the table is
-    made."""
+    """float32 rows of a table of any kind, by ids in 0 .. I - 1; nothing of the size of the table
+    is made."""
     if isinstance(table, _RowwiseTable):
         return table.rows(ids)
     return jnp.take(jnp.asarray(table), ids, axis=0, mode="clip")

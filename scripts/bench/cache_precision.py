@@ -1,13 +1,17 @@
-"""What a smaller cache costs: the test metrics of a trained ranking run, its candidates scored with keys and values kept in each way.
+"""What a smaller cache costs: the test metrics of a trained ranking run, its candidates scored with
+keys and values kept in each way.
 
-python -m scripts.bench.cache_precision --workdir=runs/assistments_rank_ultra/seed_42 [--record=experiments/results/cache_precision.json] [--top_k=10 --requests=256]
+python -m scripts.bench.cache_precision --workdir=runs/assistments_rank_ultra/seed_42
+    [--record=experiments/results/cache_precision.json] [--top_k=10 --requests=256] [--drop_blocks]
 
-Every test event is predicted as a candidate behind its encoded history. With --top_k, the first --requests of them are also answered with the best of all
-items, without features, as the exact cache and as the smaller one rank them: the share of answers that stay, and the hit rate of the requests' own items
-with a positive label.
+Every test event is predicted as a candidate behind its encoded history. With --top_k, the first
+--requests of them are also answered with the best of all items, without features, as the exact
+cache and as the smaller one rank them: the share of answers that stay, and the hit rate of the
+requests' own items with a positive label.
 
---drop_blocks adds what it costs that full histories drop their oldest events an eighth of `max_history` at a
-time (`experiments.serve --drop_blocks`): the same metrics, differences to the exact scores, and hit rates.
+--drop_blocks adds what it costs that full histories drop their oldest events an eighth of
+`max_history` at a time (`experiments.serve --drop_blocks`): the same metrics, differences to the
+exact scores, and hit rates.
 """
 
 import dataclasses
@@ -75,7 +79,8 @@ def test_requests(
     `RankingEvaluator.event_P`.
 
     Args:
-      drop_blocks: full histories have dropped their oldest events in blocks, as a server drops them.
+      drop_blocks: full histories have dropped their oldest events in blocks, as a server drops
+        them.
     """
     source = task.source
     loader = task.loader("test", batch_users=task.config.train.eval_users, steps_per_call=1)
@@ -104,7 +109,8 @@ def measure(
     kind: Any,
     exact: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics under one kind of cache, and its answers: logits, and the best items of each request."""
+    """Metrics under one kind of cache, and its answers: logits, and the best items of each
+    request."""
     logits: list[np.ndarray] = []
     best: list[np.ndarray] = []
     hits = asked = size = rows = 0

@@ -1,8 +1,11 @@
-"""Times the item rows of a request from host memory to the device, packed in each way: gathered on the host, moved, unpacked on the device.
+"""Times the item rows of a request from host memory to the device, packed in each way: gathered on
+the host, moved, unpacked on the device.
 
-python -m scripts.bench.host_tables [--items=200000] [--width=512] [--rows=16384] [--record=experiments/results/host_tables_h100.json]
+python -m scripts.bench.host_tables [--items=200000] [--width=512] [--rows=16384]
+    [--record=experiments/results/host_tables_h100.json]
 
-The rows are those of a history or of candidates, drawn uniformly without repetition: as little as a cache of the processor can help with.
+The rows are those of a history or of candidates, drawn uniformly without repetition: as little as a
+cache of the processor can help with.
 """
 
 import statistics

@@ -1,4 +1,5 @@
-"""A deployment of `experiments.serve` in a process of its own, and closed loops of requests to it."""
+"""A deployment of `experiments.serve` in a process of its own, and closed loops of requests to
+it."""
 
 import asyncio
 import contextlib
@@ -44,7 +45,8 @@ class Served:
 
 @contextlib.contextmanager
 def deployment(workdir: str, *arguments: str, port: int) -> Iterator[Served]:
-    """`experiments.serve` with these arguments, ended by an interrupt. Raises ValueError where it does not come up."""
+    """`experiments.serve` with these arguments, ended by an interrupt. Raises ValueError where it
+    does not come up."""
     started = time.monotonic()
     command = [
         sys.executable,
@@ -61,7 +63,8 @@ def deployment(workdir: str, *arguments: str, port: int) -> Iterator[Served]:
             assert process.stdout is not None
             if not any("its description at /docs" in line for line in process.stdout):
                 raise ValueError(
-                    f"{' '.join(command[1:])} ended with {process.wait()}: start it by hand to see why"
+                    f"{' '.join(command[1:])} ended with {process.wait()}: "
+                    "start it by hand to see why"
                 )
             yield Served(process, f"http://127.0.0.1:{port}", time.monotonic() - started)
         finally:

@@ -1,4 +1,5 @@
-"""Requests to load a deployment of a retrieval run with, good and bad, and what their answers must be."""
+"""Requests to load a deployment of a retrieval run with, good and bad, and what their answers must
+be."""
 
 import dataclasses
 import json
@@ -91,7 +92,8 @@ def checked(service: RecommendService, count: int, events: int, seed: int) -> li
             {"history": [*whole["history"][:length], absent]},
         ]
         requests.append(kinds[rng.choice(len(kinds), p=[0.4, 0.25, 0.15, 0.1, 0.05, 0.05])])
-    # More places than were asked for: two items whose scores differ by rounding may change places at the end, too.
+    # More places than were asked for: two items whose scores differ by rounding may change places
+    # at the end, too.
     wide = [request | {"k": request.get("k", 10) + 5} for request in requests]
     return [
         Sent(json.dumps(request).encode(), answer)
@@ -131,14 +133,39 @@ def right(sent: Sent, body: bytes) -> bool:
 
 
 _WRONG = (
-    "{}", "[]", "null", "not json", '{"history": [NaN]}', '{"history": [1], "times": [Infinity]}', '{"history": [1.5]}', '{"history": "1"}',
-    '{"history": [1], "k": 0}', f'{{"history": [1], "k": {MAX_K + 1}}}', '{"history": [1], "k": "10"}', '{"history": [1], "k": true}',
-    '{"history": [1], "user": 1}', '{"history": [1], "colour": "red"}', '{"history": [1, 2], "times": [1]}', '{"history": [1, 2], "times": [2, 1]}',
-    '{"history": [1, 2], "times": [0, 9007199254740992]}', '{"user": 987654321}', '{"user": null}', '{"user": {"$gt": 0}}', '{"history": [[1]]}',
-    '{"history": [99999999999999999999999]}', '{"user": "\\ud800"}', '{"\\ud800": 1}', '{"history": [1], "actions": {"rating": [1e400]}}',
-    '{"history": [1], "block": 5}', '{"history": [1]', '{"history": [1], "times": [1], "now": 0}', "[" * 5000, '{"history": ' + "[" * 5000,
-    json.dumps({"history": [1] * (MAX_EVENTS + 1)}), json.dumps({"history": [1], "block": [1] * (MAX_EVENTS + 1)}),
-)  # fmt: skip
+    "{}",
+    "[]",
+    "null",
+    "not json",
+    '{"history": [NaN]}',
+    '{"history": [1], "times": [Infinity]}',
+    '{"history": [1.5]}',
+    '{"history": "1"}',
+    '{"history": [1], "k": 0}',
+    f'{{"history": [1], "k": {MAX_K + 1}}}',
+    '{"history": [1], "k": "10"}',
+    '{"history": [1], "k": true}',
+    '{"history": [1], "user": 1}',
+    '{"history": [1], "colour": "red"}',
+    '{"history": [1, 2], "times": [1]}',
+    '{"history": [1, 2], "times": [2, 1]}',
+    '{"history": [1, 2], "times": [0, 9007199254740992]}',
+    '{"user": 987654321}',
+    '{"user": null}',
+    '{"user": {"$gt": 0}}',
+    '{"history": [[1]]}',
+    '{"history": [99999999999999999999999]}',
+    '{"user": "\\ud800"}',
+    '{"\\ud800": 1}',
+    '{"history": [1], "actions": {"rating": [1e400]}}',
+    '{"history": [1], "block": 5}',
+    '{"history": [1]',
+    '{"history": [1], "times": [1], "now": 0}',
+    "[" * 5000,
+    '{"history": ' + "[" * 5000,
+    json.dumps({"history": [1] * (MAX_EVENTS + 1)}),
+    json.dumps({"history": [1], "block": [1] * (MAX_EVENTS + 1)}),
+)
 
 
 def bad(count: int, seed: int, wrong: Sequence[str] = _WRONG, path: str = RECOMMEND) -> list[Sent]:

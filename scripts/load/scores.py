@@ -1,4 +1,5 @@
-"""Requests to load a deployment of a ranking run with, good and bad, and what their answers must be."""
+"""Requests to load a deployment of a ranking run with, good and bad, and what their answers must
+be."""
 
 import json
 import statistics
@@ -24,7 +25,7 @@ SCORE = "/score"
 EXAMPLE = {"user": 42, "candidates": [608, 2858, 1193]}
 
 
-def told(
+def whole_requests(
     interactions: Interactions, count: int, events: int, seed: int, candidates: int = CANDIDATES
 ) -> list[dict]:
     """All that the data says of random stretches of so many events, and so many random items."""
@@ -59,7 +60,7 @@ def timed(interactions: Interactions, count: int, events: int, seed: int) -> lis
     """Good requests that are all alike: a history of so many events, `CANDIDATES` candidates."""
     return [
         Sent(json.dumps(request).encode(), path=SCORE)
-        for request in told(interactions, count, events, seed)
+        for request in whole_requests(interactions, count, events, seed)
     ]
 
 
@@ -71,7 +72,7 @@ def checked(service: ScoreService, count: int, events: int, seed: int) -> list[S
     known = interactions.catalog.raw_ids[1:].tolist()
     absent = max(known) + 1 if interactions.catalog.raw_ids.dtype.kind == "i" else "absent"
     requests: list[dict] = []
-    for whole in told(interactions, count, events, seed):
+    for whole in whole_requests(interactions, count, events, seed):
         length = int(rng.integers(1, events + 1))
         cut = {name: whole[name][:length] for name in ("history", "times") if name in whole}
         cut["actions"] = {name: values[:length] for name, values in whole["actions"].items()}
@@ -118,18 +119,40 @@ def right(sent: Sent, body: bytes) -> bool:
 
 
 _WRONG: Sequence[str] = (
-    "{}", "[]", "null", "not json", '{"user": 1}', '{"candidates": [1]}', '{"history": [1], "candidates": []}', '{"history": [1], "candidates": [NaN]}',
-    '{"history": [1], "candidates": [1.5]}', '{"history": [1], "candidates": 1}', '{"history": [1], "candidates": [true]}',
-    '{"history": [1], "candidates": [[1]]}', '{"history": [1], "candidates": [null]}', '{"history": [1], "candidates": [1], "k": 3}',
-    '{"history": [1], "candidates": [1], "user": 1}', '{"user": 987654321, "candidates": [1]}', '{"history": [NaN], "candidates": [1]}',
-    '{"history": [1, 2], "times": [2, 1], "candidates": [1]}', '{"history": [1], "times": [1], "now": 0, "candidates": [1]}',
-    '{"history": [1, 2], "times": [0, 9007199254740992], "candidates": [1]}', '{"history": [1], "actions": {"x": [1, 2]}, "candidates": [1]}',
-    '{"history": [1], "actions": {"x": [1e400]}, "candidates": [1]}', '{"history": [1], "candidates": [1], "features": {"x": [1, 2]}}',
-    '{"history": [1], "candidates": [1], "features": {"x": ["a"]}}', '{"history": [1], "candidates": [1], "context": {"x": 1}}',
-    '{"user": 1, "candidates": [1], "context": {}}', '{"history": [1], "candidates": [99999999999999999999999]}', '{"history": [1], "candidates": ["\\ud800"]}',
-    '{"history": [1], "candidates": [1]', "[" * 5000, '{"candidates": ' + "[" * 5000,
-    json.dumps({"history": [1] * (MAX_EVENTS + 1), "candidates": [1]}), json.dumps({"history": [1], "candidates": [1] * (MAX_CANDIDATES + 1)}),
-)  # fmt: skip
+    "{}",
+    "[]",
+    "null",
+    "not json",
+    '{"user": 1}',
+    '{"candidates": [1]}',
+    '{"history": [1], "candidates": []}',
+    '{"history": [1], "candidates": [NaN]}',
+    '{"history": [1], "candidates": [1.5]}',
+    '{"history": [1], "candidates": 1}',
+    '{"history": [1], "candidates": [true]}',
+    '{"history": [1], "candidates": [[1]]}',
+    '{"history": [1], "candidates": [null]}',
+    '{"history": [1], "candidates": [1], "k": 3}',
+    '{"history": [1], "candidates": [1], "user": 1}',
+    '{"user": 987654321, "candidates": [1]}',
+    '{"history": [NaN], "candidates": [1]}',
+    '{"history": [1, 2], "times": [2, 1], "candidates": [1]}',
+    '{"history": [1], "times": [1], "now": 0, "candidates": [1]}',
+    '{"history": [1, 2], "times": [0, 9007199254740992], "candidates": [1]}',
+    '{"history": [1], "actions": {"x": [1, 2]}, "candidates": [1]}',
+    '{"history": [1], "actions": {"x": [1e400]}, "candidates": [1]}',
+    '{"history": [1], "candidates": [1], "features": {"x": [1, 2]}}',
+    '{"history": [1], "candidates": [1], "features": {"x": ["a"]}}',
+    '{"history": [1], "candidates": [1], "context": {"x": 1}}',
+    '{"user": 1, "candidates": [1], "context": {}}',
+    '{"history": [1], "candidates": [99999999999999999999999]}',
+    '{"history": [1], "candidates": ["\\ud800"]}',
+    '{"history": [1], "candidates": [1]',
+    "[" * 5000,
+    '{"candidates": ' + "[" * 5000,
+    json.dumps({"history": [1] * (MAX_EVENTS + 1), "candidates": [1]}),
+    json.dumps({"history": [1], "candidates": [1] * (MAX_CANDIDATES + 1)}),
+)
 
 
 def bad(count: int, seed: int) -> list[Sent]:
@@ -153,11 +176,11 @@ def steps(service: ScoreService) -> dict[str, Callable[[Any], Any]]:
 
 
 def one_event(service: ScoreService, count: int, events: int, seed: int) -> list[dict[str, Any]]:
-    """Milliseconds of a request by a known user with one new event, and of the same request where the
-    history is encoded anew: medians over `count` users, one request at a time, in this process.
+    """Milliseconds of a request by a known user with one new event, and of the same request where
+    the history is encoded anew: medians over `count` users, one request at a time, in this process.
 
-    `history_ms` is the part that makes the history's keys and values. Where the model's rows do not stay
-    (`extended_share` is 0) both are encoded.
+    `history_ms` is the part that makes the history's keys and values. Where the model's rows do not
+    stay (`extended_share` is 0) both are encoded.
     """
     assert service.data is not None
     model, rows = service.model, []
@@ -165,7 +188,7 @@ def one_event(service: ScoreService, count: int, events: int, seed: int) -> list
     anew = ScoreService(model, service.data, CachedUsers(model, host_bytes=0))
     for candidates in ONE_EVENT:
         took: dict[str, list[float]] = {}
-        requests = told(service.data.interactions, count + 1, events, seed, candidates)
+        requests = whole_requests(service.data.interactions, count + 1, events, seed, candidates)
         for request in requests:
             before = request | {
                 name: request[name][:-1] for name in ("history", "times") if name in request

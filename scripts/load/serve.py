@@ -1,12 +1,16 @@
-"""Loads a deployment of `experiments.serve` on this machine, checks every answer, and kills a replica under load.
+"""Loads a deployment of `experiments.serve` on this machine, checks every answer, and kills a
+replica under load.
 
-python -m scripts.load.serve --workdir=runs/ml1m_hstu [--raw_dir=PATH] [--requests=10000] [--record=experiments/results/serve_load_cpu.json]
-python -m scripts.load.serve --workdir=runs/ml1m_rank_hstu [--record=experiments/results/serve_scores_cpu.json]
-    [--host_table=int4]
+python -m scripts.load.serve --workdir=runs/ml1m_hstu [--raw_dir=PATH] [--requests=10000]
+    [--record=experiments/results/serve_load_cpu.json]
+python -m scripts.load.serve --workdir=runs/ml1m_rank_hstu [--host_table=int4]
+    [--record=experiments/results/serve_scores_cpu.json]
 
-Closed loop: each connection sends its next request when the last one is answered; the client runs on the same machine. Three parts, each with a
-deployment of its own: requests a second over connections, with histories that are new and then with the same ones again; good and bad requests
-mixed, answers compared with those of the model in this process, memory of the replica watched; two replicas, one of which is killed.
+Closed loop: each connection sends its next request when the last one is answered; the client runs
+on the same machine. Three parts, each with a deployment of its own: requests a second over
+connections, with histories that are new and then with the same ones again; good and bad requests
+mixed, answers compared with those of the model in this process, memory of the replica watched; two
+replicas, one of which is killed.
 """
 
 import asyncio
@@ -45,10 +49,10 @@ def main(_: list[str]) -> None:
         cache_bytes=FLAGS.cache_mib * 2**20,
         host_table=FLAGS.host_table,
     )
-    asked = asked_of(service)
+    module = requests_of(service)
     if service.data is None:
         raise ValueError(
-            f"{FLAGS.workdir} is an exported model: requests are made from the data of a run's folder"
+            f"{FLAGS.workdir} is an exported model: requests are made from a run's data"
         )
     interactions = service.data.interactions
     result: dict[str, Any] = {
@@ -56,11 +60,11 @@ def main(_: list[str]) -> None:
         "config": service.model.config.name,
         "items": interactions.num_items,
         "history": FLAGS.history,
-        **({"candidates": load_scores.CANDIDATES} if asked is load_scores else {}),
+        **({"candidates": load_scores.CANDIDATES} if module is load_scores else {}),
         **({"note": FLAGS.note} if FLAGS.note else {}),
         "serve": FLAGS.serve,
         "load_average_before": os.getloadavg(),
-        "stages_ms": stages(service, asked.timed(interactions, 400, FLAGS.history, seed=4)),
+        "stages_ms": stages(service, module.timed(interactions, 400, FLAGS.history, seed=4)),
     }
     if isinstance(service, ScoreService):
         result["one_event"] = load_scores.one_event(service, 40, FLAGS.history, seed=6)
@@ -69,16 +73,16 @@ def main(_: list[str]) -> None:
         arguments.append(f"--host_table={FLAGS.host_table}")
     with deployment(FLAGS.workdir, *arguments, port=FLAGS.port) as served:
         result["seconds_to_start"] = served.seconds
-        alike = asked.timed(
+        alike = module.timed(
             interactions, len(FLAGS.connections) * FLAGS.timed, FLAGS.history, seed=0
         )
-        result["example"] = asyncio.run(example(served, asked.EXAMPLE, alike[0].path))
+        result["example"] = asyncio.run(example(served, module.EXAMPLE, alike[0].path))
         result["rates"] = asyncio.run(rates(served, alike))
-    known = asked.checked(service, FLAGS.requests // 10, FLAGS.history, seed=1)
+    known = module.checked(service, FLAGS.requests // 10, FLAGS.history, seed=1)
     with deployment(FLAGS.workdir, *arguments, port=FLAGS.port) as served:
-        result["mixed"] = asyncio.run(mixed(served, asked, known, FLAGS.requests))
+        result["mixed"] = asyncio.run(mixed(served, module, known, FLAGS.requests))
     with deployment(FLAGS.workdir, "--replicas=2", *arguments, port=FLAGS.port) as served:
-        result["kill"] = asyncio.run(kill(served, asked, known * 3))
+        result["kill"] = asyncio.run(kill(served, module, known * 3))
     result["load_average_after"] = os.getloadavg()
     console.print(result)
     if FLAGS.record:
@@ -87,7 +91,7 @@ def main(_: list[str]) -> None:
         raise ValueError("; ".join(failed))
 
 
-def asked_of(service: Service) -> Any:
+def requests_of(service: Service) -> Any:
     """The module of requests to this kind of run."""
     return load_scores if isinstance(service, ScoreService) else load_requests
 
@@ -108,8 +112,9 @@ def judge(result: dict[str, Any]) -> list[str]:
 
 
 def stages(service: Service, requests: Sequence[Sent]) -> dict[str, float]:
-    """Milliseconds of each part of a request in this process, with nothing else at work: medians over calls of 8 requests."""
-    steps = asked_of(service).steps(service)
+    """Milliseconds of each part of a request in this process, with nothing else at work: medians
+    over calls of 8 requests."""
+    steps = requests_of(service).steps(service)
     took: dict[str, list[float]] = {name: [] for name in steps}
     for first in range(0, len(requests), CALL):
         value: Any = [sent.body for sent in requests[first : first + CALL]]
@@ -129,7 +134,8 @@ async def example(served: Served, request: dict[str, Any], path: str) -> dict[st
 
 
 async def rates(served: Served, good: Sequence[Sent]) -> list[dict[str, Any]]:
-    """Requests a second and latency over connections, with histories that the cache has not met, and with the same ones again."""
+    """Requests a second and latency over connections, with histories that the cache has not met,
+    and with the same ones again."""
     rows = []
     for number, connections in enumerate(map(int, FLAGS.connections)):
         for histories in ("new", "known"):
@@ -142,16 +148,18 @@ async def rates(served: Served, good: Sequence[Sent]) -> list[dict[str, Any]]:
             )
             if refused := [one.status for one in seen if one.status != 200]:
                 raise ValueError(
-                    f"{len(refused)} of {len(seen)} good requests were not answered, the first has status {refused[0]}"
+                    f"{len(refused)} of {len(seen)} good requests were not answered, "
+                    f"the first has status {refused[0]}"
                 )
             rows.append({"connections": connections, "histories": histories, **speed(seen)})
     return rows
 
 
-async def mixed(served: Served, asked: Any, known: Sequence[Sent], count: int) -> dict[str, Any]:
-    """Four good requests to one bad one in random order; the good ones are drawn from `known`, so that the cache is hit too."""
+async def mixed(served: Served, module: Any, known: Sequence[Sent], count: int) -> dict[str, Any]:
+    """Four good requests to one bad one in random order; the good ones are drawn from `known`, so
+    that the cache is hit too."""
     rng = np.random.default_rng(3)
-    wrong_ones = asked.bad(count // 5, seed=2)
+    wrong_ones = module.bad(count // 5, seed=2)
     requests = [
         *wrong_ones,
         *(known[i] for i in rng.integers(len(known), size=count - len(wrong_ones))),
@@ -180,7 +188,7 @@ async def mixed(served: Served, asked: Any, known: Sequence[Sent], count: int) -
             not (one.status == 200 if one.sent.good else 400 <= one.status < 500) for one in seen
         ),
         "wrong_answers": sum(
-            one.sent.good and one.status == 200 and not asked.right(one.sent, one.body)
+            one.sent.good and one.status == 200 and not module.right(one.sent, one.body)
             for one in seen
         ),
         "hung": sum(one.status == -1 for one in seen),
@@ -190,8 +198,9 @@ async def mixed(served: Served, asked: Any, known: Sequence[Sent], count: int) -
     }
 
 
-async def kill(served: Served, asked: Any, good: Sequence[Sent]) -> dict[str, Any]:
-    """One of two replicas ends by SIGKILL under load. Lost requests must have been under way at that moment."""
+async def kill(served: Served, module: Any, good: Sequence[Sent]) -> dict[str, Any]:
+    """One of two replicas ends by SIGKILL under load. Lost requests must have been under way at
+    that moment."""
     seen: list[Seen] = []
     loop = asyncio.create_task(closed_loop(served.url, good, IN_LOOP, seen, "a replica is killed"))
     while len(seen) < len(good) // 4 and not loop.done():
@@ -217,7 +226,7 @@ async def kill(served: Served, asked: Any, good: Sequence[Sent]) -> dict[str, An
         "slowest_answered_s": max(one.ended - one.began for one in seen if one.status == 200),
         "hung": sum(one.status == -1 for one in seen),
         "wrong_answers": sum(
-            one.status == 200 and not asked.right(one.sent, one.body) for one in seen
+            one.status == 200 and not module.right(one.sent, one.body) for one in seen
         ),
         "replicas_at_the_end": len(served.replicas()),
     }

@@ -1,11 +1,32 @@
 """What any deployment must stand, whichever kind of run it serves."""
 
 import asyncio
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from scripts.load.serve import mixed
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def readme_example(path):
+    """A request of the README, and what it says is the response."""
+    found = re.search(
+        rf"curl -s localhost:8000{path} .*-d '(.*)'\n\n```json\n(.*?)\n```",
+        README.read_text(),
+        re.S,
+    )
+    return json.loads(found[1]), json.loads(found[2])
+
+
+def shape(value):
+    """Names and types of a response, of lists the first entry."""
+    if isinstance(value, dict):
+        return {name: shape(part) for name, part in value.items()}
+    return [shape(part) for part in value[:1]] if isinstance(value, list) else type(value)
 
 
 def stands_good_and_bad_requests(served, requests, known, count):

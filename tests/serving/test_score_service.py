@@ -7,10 +7,17 @@ import numpy as np
 import pydantic
 import pytest
 
+from tests.serving.served_checks import readme_example, shape
 from tests.serving.small_serving import built, full_pass, requests
 from ultra_hstu import serving
 from ultra_hstu.serving import export
-from ultra_hstu.serving.schema import MAX_CANDIDATES, MAX_EVENTS, ScoreRequest, problem
+from ultra_hstu.serving.schema import (
+    MAX_CANDIDATES,
+    MAX_EVENTS,
+    ScoreRequest,
+    ScoreResponse,
+    problem,
+)
 from ultra_hstu.serving.scoring import MICRO_BATCH, RunData, ScoringModel
 from ultra_hstu.serving.service import EMPTY, ScoreService, open_service
 from ultra_hstu.serving.tokens import Vocabulary
@@ -218,6 +225,41 @@ def test_the_same_candidate_gets_the_same_scores_and_an_unknown_one_none(service
     )
     nothing = answer(service, user=0, candidates=[777], features={"skill": [5]})
     assert nothing.candidates[0].scores is None
+
+
+def test_the_request_of_the_readme(service):
+    """It is answered as it says: every candidate in its order, a score for each task."""
+    request, said = readme_example("/score")
+    asked = request | {"user": 2, "candidates": [1 + item % 30 for item in request["candidates"]]}
+    got = answer(service, **asked, features={"skill": [5, 6, 7]}).model_dump()
+    assert [one["item"] for one in got["candidates"]] == asked["candidates"]
+    assert [one["item"] for one in said["candidates"]] == request["candidates"]
+    told = said | {"candidates": [one | {"title": None} for one in said["candidates"]]}
+    assert shape(got) == shape(told)
+    assert ScoreResponse.model_validate(said).model_dump() == said
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_item_table_in_host_memory(service, kind):
+    """The scores of a table on the device, to rounding of the kind; also of users who are held."""
+    task, ranker, _ = built(FORM)
+    model = ScoringModel(
+        ranker,
+        task.config,
+        service.model.vocabulary,
+        task.recipe.tasks,
+        max_users=8,
+        host_table=kind,
+    )
+    model.buckets = model.buckets[-1:]
+    served = ScoreService(model, service.data, CachedUsers(model))
+    bound = {"float32": 2e-5, "bfloat16": 0.05, "int8": 0.05, "int4": 0.6}[kind]
+    for _ in range(2):
+        for number in (0, 2):
+            request = asked_of(number)
+            got, want = (scores_of(answer(one, **request)) for one in (served, service))
+            np.testing.assert_allclose(got, want, atol=bound * max(1, np.abs(want).max()))
+    assert counts(served) == (2, 2)
 
 
 def test_what_is_ignored_or_missing_is_told(service):

@@ -100,9 +100,15 @@ CHECKS = [
 
 
 def test_the_deployment(folder, known, subtests):
-    """One deployment for all checks, in one test so that parallel test processes start it once."""
+    """One deployment for all checks, in one test so that parallel test processes start it once. Its
+    item table is in host memory, and its users are in both tiers."""
     with deployment(
-        folder, "--cache_mib=1", "--batch=2", port=portpicker.pick_unused_port()
+        folder,
+        "--cache_mib=1",
+        "--device_cache_mib=1",
+        "--host_table=float32",
+        "--batch=2",
+        port=portpicker.pick_unused_port(),
     ) as served:
         for check in CHECKS:
             with subtests.test(check.__name__):

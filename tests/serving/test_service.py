@@ -10,11 +10,12 @@ import pydantic
 import pytest
 from rich.console import Console
 
+from tests.serving.served_checks import readme_example, shape
 from tests.small_run import small_config, with_
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, problem
+from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, Response, problem
 from ultra_hstu.serving.scoring import RunData
-from ultra_hstu.serving.service import RecommendService
+from ultra_hstu.serving.service import RecommendService, open_service
 from ultra_hstu.serving.users import ENTRY_BYTES, EncodedUsers
 from ultra_hstu.task import Task
 from ultra_hstu.train import train
@@ -210,6 +211,29 @@ def test_actions_that_a_run_does_not_read(service):
     got = answer(service, history=[3], actions={"rating": [5], "mood": [1]})
     assert got.warnings == ["actions 'mood', 'rating' are not read by this run and were ignored"]
     assert got.items == answer(service, history=[3]).items
+
+
+def test_the_request_of_the_readme(service):
+    """It is answered as it says: three items, in this form."""
+    request, said = readme_example("/recommend")
+    got = answer(service, **request | {"user": 7}).model_dump()
+    assert shape(got) == shape(said) and len(got["items"]) == len(said["items"]) == request["k"]
+    assert Response.model_validate(said).model_dump() == said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(host_table="int4"), "host_table=int4 is for ranking runs.*use tables=int8"),
+        (dict(kind="int8"), "cache_kind=int8 is for ranking runs"),
+        (dict(host_kind="fp8"), "host_cache_kind=fp8 is for ranking runs"),
+        (dict(device_bytes=2**21), "device_cache_mib=2 is for ranking runs"),
+        (dict(drop_blocks=True), "drop_blocks=True is for ranking runs"),
+    ],
+)
+def test_options_of_ranking_runs_are_named(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        open_service(folder, **options)
 
 
 LINES = [

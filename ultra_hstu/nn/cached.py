@@ -44,7 +44,8 @@ class CachedRows:
       frame: whose each row is, and when it happened.
       layers: keys and values, one entry a layer, [S, H, width].
       input_SD: what enters the first layer, kept above a truncation, where a history grows from it.
-      pool_S: of rows that a server keeps in a pool on the device, where they are; `layers` is then empty.
+      pool_S: of rows that a server keeps in a pool on the device, where they are; `layers` is then
+        empty.
     """
 
     frame: Sequences

@@ -1,8 +1,8 @@
 """Serving: a trained run answers requests.
 
-Ranking: `encode_history` once a user, then `score` or `top_k` for any number of candidates, and `append`
-as events come in. Retrieval: `RecommendationModel`, a history in, the best unseen items of the
-catalogue out.
+Ranking: `encode_history` once a user, then `score` or `top_k` for any number of candidates, and
+`append` as events come in. Retrieval: `RecommendationModel`, a history in, the best unseen items of
+the catalogue out.
 """
 
 from ultra_hstu.checkpoint import load_params

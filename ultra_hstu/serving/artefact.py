@@ -1,4 +1,5 @@
-"""Runs a scorer that `ultra_hstu.serving.export` wrote, with JAX and NumPy alone: a copy of this file travels in the artefact, which is a zip file.
+"""Runs a scorer that `ultra_hstu.serving.export` wrote, with JAX and NumPy alone: a copy of this
+file travels in the artefact, which is a zip file.
 
     PYTHONPATH=scorer.zip python
     >>> import artefact
@@ -25,15 +26,18 @@ Arrays = dict[str, Any]  # arrays by name, those of channels in dicts of their o
 
 
 class Scorer:
-    """A ranker's cached scoring at one capacity class.
+    """A ranker's cached scoring for one bucket.
 
     Attributes:
-      metadata: what the artefact says of itself: `config`, `tasks` (order of the logits), `signals`, `features`, `contextual` (names, in the order of their
-        columns) with their `sizes`, `channels` (longest history of each), and `capacity`: users, events of each channel, candidates.
+      metadata: what the artefact says of itself: `config`, `tasks` (order of the logits),
+        `signals`, `features`, `contextual` (names, in the order of their columns) with their
+        `sizes`, `channels` (longest history of each), and `capacity`: users, events of each
+        channel, candidates.
     """
 
     def __init__(self, path: str | os.PathLike):
-        """Raises ValueError for a file that is damaged, of another format or version, or made for other devices."""
+        """Raises ValueError for a file that is damaged, of another format or version, or made for
+        other devices."""
         try:
             with zipfile.ZipFile(path) as file:
                 self.metadata: dict[str, Any] = json.loads(file.read("metadata.json"))
@@ -41,7 +45,8 @@ class Scorer:
                     raise ValueError(f"it holds a {found!r}, no {FORMAT!r}")
                 if (version := self.metadata["version"]) != VERSION:
                     raise ValueError(
-                        f"it has version {version}, and this reader takes {VERSION}: export the model again"
+                        f"it has version {version}, and this reader takes {VERSION}: "
+                        "export the model again"
                     )
                 self.raw_ids = read_arrays(file, "items.npz")["raw_ids"]
                 programs = [
@@ -54,7 +59,8 @@ class Scorer:
         platforms = {name for program in programs for name in program.platforms}
         if (here := _platform()) not in platforms:
             raise ValueError(
-                f"{os.fspath(path)} was made for {', '.join(sorted(platforms))}, and the device here is {here}: export it for {here}"
+                f"{os.fspath(path)} was made for {', '.join(sorted(platforms))}, "
+                f"and the device here is {here}: export it for {here}"
             )
         self._params = jax.device_put([params[str(i)] for i in range(len(params))])
         self._encode, self._score = (jax.jit(program.call) for program in programs)
@@ -64,27 +70,29 @@ class Scorer:
         ids, known = np.atleast_1d(np.asarray(raw_ids)), self.raw_ids[1:]
         if ids.size and ids.dtype.kind != known.dtype.kind:
             raise ValueError(f"raw ids of this scorer are {known.dtype}, got {ids.dtype}")
-        place = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        if (unknown := ids[known[place] != ids] if ids.size else ids).size:
+        index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        if (unknown := ids[known[index] != ids] if ids.size else ids).size:
             raise ValueError(
-                f"unknown item {unknown[0].item()!r}, and {unknown.size - 1} more: the model has {len(known)} items"
+                f"unknown item {unknown[0].item()!r}, and {unknown.size - 1} more: "
+                f"the model has {len(known)} items"
             )
-        return place.astype(np.int32) + 1
+        return index.astype(np.int32) + 1
 
     def encode(self, history: dict[str, Any]) -> list[jax.Array]:
         """Keys and values of histories, to be handed to `score`.
 
         Args:
-          history: "channels": by name, "item_E" [E] dense ids, "time_E" [E] seconds, "signal_ES" [E, S] and "feature_EF" [E, F] codes, "offsets"
-            [B + 1]; "context_BC" [B, C] codes; "now_B" [B] seconds. Of a long history the newest events count.
+          history: "channels": by name, "item_E" [E] dense ids, "time_E" [E] seconds, "signal_ES"
+            [E, S] and "feature_EF" [E, F] codes, "offsets" [B + 1]; "context_BC" [B, C] codes;
+            "now_B" [B] seconds. Of a long history the newest events count.
 
         Raises:
-          ValueError: values, shapes or dtypes that do not fit, and more than the capacity holds.
+          ValueError: values, shapes or dtypes that do not fit, and more than the artefact takes.
         """
-        sizes, room = self.metadata["sizes"], self.metadata["capacity"]
+        sizes, largest = self.metadata["sizes"], self.metadata["capacity"]
         now_B = _ints("now_B", history["now_B"], (None,))
         users = len(now_B)
-        _fits("users", users, room["users"])
+        _fits("users", users, largest["users"])
         contextual = len(self.metadata["contextual"])
         context_BC = _ints(
             "context_BC",
@@ -95,11 +103,12 @@ class Scorer:
         )
         if sorted(history["channels"]) != sorted(self.metadata["channels"]):
             raise ValueError(
-                f"channels {sorted(history['channels'])} must be {sorted(self.metadata['channels'])}"
+                f"channels {sorted(history['channels'])} must be "
+                f"{sorted(self.metadata['channels'])}"
             )
         channels = {}
         for name, longest in self.metadata["channels"].items():
-            given, most = history["channels"][name], room["events"][name]
+            given, most = history["channels"][name], largest["events"][name]
             offsets = _offsets(f"{name}: offsets", given["offsets"], users)
             count = int(offsets[-1])
             columns = {
@@ -118,12 +127,12 @@ class Scorer:
             _fits(f"events of {name}", int(kept_B.sum()), most)
             kept_offsets = np.concatenate([[0], np.cumsum(kept_B)])
             channels[name] = {key: _padded(values[keep_E], most) for key, values in columns.items()}
-            channels[name]["offsets"] = _padded_offsets(kept_offsets, room["users"])
+            channels[name]["offsets"] = _padded_offsets(kept_offsets, largest["users"])
         request = {
             "channels": channels,
-            "context_BC": _padded(context_BC, room["users"]),
-            "now_B": _padded(now_B, room["users"]),
-            "used_B": _padded(np.ones(users, np.int32), room["users"]),
+            "context_BC": _padded(context_BC, largest["users"]),
+            "now_B": _padded(now_B, largest["users"]),
+            "used_B": _padded(np.ones(users, np.int32), largest["users"]),
         }
         return self._encode(self._params, request)
 
@@ -131,17 +140,18 @@ class Scorer:
         """Logits float32 [C, K] of candidates, in their order.
 
         Args:
-          candidates: "item_C" [C] dense ids, "feature_CF" [C, F] codes, "time_C" [C] seconds, "offsets" over the users that were encoded; "slot_C" [C] if
-            they are not 0, 1, 2, ... for each user.
+          candidates: "item_C" [C] dense ids, "feature_CF" [C, F] codes, "time_C" [C] seconds,
+            "offsets" over the users that were encoded; "slot_C" [C] if they are not 0, 1, 2, ...
+            for each user.
 
         Raises:
           ValueError: as `encode`.
         """
-        sizes, room = self.metadata["sizes"], self.metadata["capacity"]
+        sizes, largest = self.metadata["sizes"], self.metadata["capacity"]
         offsets = _offsets("offsets", candidates["offsets"], None)
-        _fits("users", len(offsets) - 1, room["users"])
+        _fits("users", len(offsets) - 1, largest["users"])
         count = int(offsets[-1])
-        _fits("candidates", count, room["candidates"])
+        _fits("candidates", count, largest["candidates"])
         slots = candidates.get(
             "slot_C", np.arange(count) - np.repeat(offsets[:-1], np.diff(offsets))
         )
@@ -151,8 +161,8 @@ class Scorer:
             "time_C": _ints("time_C", candidates["time_C"], (count,)),
             "slot_C": _ints("slot_C", slots, (count,), 0),
         }
-        request = {key: _padded(values, room["candidates"]) for key, values in columns.items()}
-        request["offsets"] = _padded_offsets(offsets, room["users"])
+        request = {key: _padded(values, largest["candidates"]) for key, values in columns.items()}
+        request["offsets"] = _padded_offsets(offsets, largest["users"])
         return np.asarray(self._score(self._params, cache, request))[:count]
 
 
@@ -169,10 +179,11 @@ def _platform() -> str:
     return "rocm" if "rocm" in str(jax.devices()[0].client.platform_version).lower() else "cuda"
 
 
-def _fits(what: str, count: int, room: int) -> None:
-    if count > room:
+def _fits(what: str, count: int, most: int) -> None:
+    if count > most:
         raise ValueError(
-            f"{count} {what} are more than the {room} of this artefact: send fewer, or export a larger capacity"
+            f"{count} {what} are more than the {most} of this artefact: "
+            "send fewer, or export for more"
         )
 
 

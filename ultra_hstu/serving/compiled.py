@@ -39,8 +39,8 @@ class CompiledRanker:
     """A `Ranker` as the functions of `ultra_hstu.serving` work with it.
 
     They take a `Ranker` too, and then make one of these at every call, which costs milliseconds.
-    Later changes of the ranker's parameters are not seen here. The ranker itself is not held: with a
-    table in host memory, drop it.
+    Later changes of the ranker's parameters are not seen here. The ranker itself is not held: with
+    a table in host memory, drop it.
     """
 
     def __init__(self, model: Ranker, *, host_table: HostKind | None = None):

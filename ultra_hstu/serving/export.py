@@ -1,10 +1,10 @@
-"""Writes the cached scoring of a ranker as one file that runs without this code, and reads the ranker in
-it for an online deployment.
+"""Writes the cached scoring of a ranker as one file that runs without this code, and reads the
+ranker in it for an online deployment.
 
-The file is a zip: `metadata.json`, `encode.bin` and `score.bin` (`jax.export` programs for one bucket),
-`params.npz`, `items.npz`, and `artefact.py`, which reads all of it with JAX and NumPy alone. What JAX
-serialises is readable for at least six months of its versions. A deployment leaves the programs unused:
-it compiles its own, for the device that is there.
+The file is a zip: `metadata.json`, `encode.bin` and `score.bin` (`jax.export` programs for one
+bucket), `params.npz`, `items.npz`, and `artefact.py`, which reads all of it with JAX and NumPy
+alone. What JAX serialises is readable for at least six months of its versions. A deployment leaves
+the programs unused: it compiles its own, for the device that is there.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ def save(
     kind: CacheDtype = "same",
     platforms: Sequence[str] | None = None,
 ) -> None:
-    """Writes `path`, whole or not at all. Attention is computed by `xla`, whatever the model names: its
-    kernels are no part of what JAX can keep.
+    """Writes `path`, whole or not at all. Attention is computed by `xla`, whatever the model names:
+    its kernels are no part of what JAX can keep.
 
     Args:
       config, catalog: of the run.
@@ -66,8 +66,8 @@ def save(
       platforms: "cpu", "cuda", ...; None: the platform of this process.
 
     Raises:
-      ValueError: a size or micro_batch below 1, a catalogue of another number of items, a kind that is
-        none.
+      ValueError: a size or micro_batch below 1, a catalogue of another number of items, a kind that
+        is none.
     """
     for name, value in (
         ("candidates", candidates),
@@ -120,7 +120,7 @@ def save(
             state, encoded, Candidates(**request), None, step=step, implementation="xla"
         )
 
-    history, used_B, asked = _examples(bucket, candidates, form, sizes)
+    history, used_B, wide = _examples(bucket, candidates, form, sizes)
     cache, cache_tree = jax.tree.flatten(jax.eval_shape(channels, params, history, used_B))
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     request = {
@@ -130,9 +130,7 @@ def save(
         "used_B": used_B,
     }
     export_encode = jax.export.export(jax.jit(encode), platforms=platforms)(shapes, request)
-    export_score = jax.export.export(jax.jit(score), platforms=platforms)(
-        shapes, cache, vars(asked)
-    )
+    export_score = jax.export.export(jax.jit(score), platforms=platforms)(shapes, cache, vars(wide))
     metadata = {
         "format": artefact.FORMAT,
         "version": artefact.VERSION,
@@ -239,14 +237,14 @@ def _examples(
         for name, count in bucket.events.items()
     }
     history = UserHistory(channels, ints(users, form.contextual), ints(users))
-    asked = Candidates(
+    wide = Candidates(
         ints(candidates),
         ints(candidates, features),
         ints(candidates),
         ints(users + 1),
         ints(candidates),
     )
-    return history, ints(users), asked
+    return history, ints(users), wide
 
 
 def _portable(model: Ranker) -> tuple[Programs, Params]:

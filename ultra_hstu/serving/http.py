@@ -1,5 +1,5 @@
-"""HTTP in front of a service, on Ray Serve, which brings the server, replicas, batching, health checks
-and metrics.
+"""HTTP in front of a service, on Ray Serve, which brings the server, replicas, batching, health
+checks and metrics.
 
 A retrieval run and a ranking run differ in one method, their endpoint.
 """
@@ -111,8 +111,8 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
             max_users=max_users,
         )
         self.service = cast(Service[R, A], service)
-        # One thread for all calls: with several, each has a heap of its own, and the memory of users
-        # who were dropped stays with the one that made it.
+        # One thread for all calls: with several, each has a heap of its own, and the memory of
+        # users who were dropped stays with the one that made it.
         self._thread = ThreadPoolExecutor(1)
         self.service.warm_up()
         self._answers.set_max_batch_size(max_users)  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """What a request holds: histories and candidates, checked before anything is computed.
 
-The sizes that programs are compiled for are here too: `Bucket`, and the ladder that it is chosen from.
+The sizes that programs are compiled for are here too: `Bucket`, and the ladder that it is chosen
+from.
 """
 
 import bisect
@@ -221,8 +222,8 @@ class Candidates:
         times: Numbers | int = 0,
         features: Sequence[Numbers] | None = None,
     ) -> "Candidates":
-        """Candidates from one entry a user: ids [m] and codes [m, F]; `times` are one number a user,
-        or one for all."""
+        """Candidates from one entry a user: ids [m] and codes [m, F]; `times` are one number a
+        user, or one for all."""
         given = UserEvents.of(items, features=features)
         time_B = np.broadcast_to(np.asarray(times), given.lengths.shape)
         time_C = np.repeat(time_B, given.lengths)

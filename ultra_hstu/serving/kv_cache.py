@@ -1,5 +1,5 @@
-"""The KV cache of encoded histories: what it holds, which of its rows stay when events are added, and
-how users leave a batch and join another."""
+"""The KV cache of encoded histories: what it holds, which of its rows stay when events are added,
+and how users leave a batch and join another."""
 
 import collections
 import dataclasses
@@ -58,8 +58,8 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, their frames and the events. A bucket may be half as large again as
-        its rows need."""
+        """Bytes of keys and values, their frames and the events. A bucket may be half as large
+        again as its rows need."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.channels, self.history)))
 
     def copy(self) -> "Cache":
@@ -98,8 +98,8 @@ def split(cache: Cache) -> list[Cache]:
 
 
 def join(model: CompiledRanker, users: Sequence[Cache], bucket: Bucket) -> Cache:
-    """One cache of these users, at the sizes that `encode_history` gives to a bucket. Scores against
-    it are the scores against the caches that the users are from.
+    """One cache of these users, at the sizes that `encode_history` gives to a bucket. Scores
+    against it are the scores against the caches that the users are from.
 
     Raises:
       ValueError: more users or rows than the bucket holds.
@@ -199,10 +199,12 @@ Indices = dict[str, list[Int32[AnyArray, "..."]]]
 
 
 class DevicePool:
-    """The rows of users on the device: one buffer for each layer, of which every user has some rows.
+    """The rows of users on the device: one buffer for each layer, of which every user has some
+    rows.
 
     Attributes:
-      users: by key, each a cache with B = 1 whose rows are in the pool; the least recently used first.
+      users: by key, each a cache with B = 1 whose rows are in the pool; the least recently used
+        first.
       max_users: how many of the longest histories the budget holds.
     """
 

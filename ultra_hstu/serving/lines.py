@@ -22,8 +22,8 @@ class Lines(Protocol):
 
 
 def answer_lines(service: Service, source: Lines) -> None:
-    """One line of JSON on standard output for every line of the source, in order. Lines that are there
-    already share a device call."""
+    """One line of JSON on standard output for every line of the source, in order. Lines that are
+    there already share a device call."""
     done = refused = 0
     for lines in arrived(source, service.model.max_users):
         read = [_query(service, line) for line in lines]
@@ -54,8 +54,8 @@ def _query(service: Service, line: bytes) -> Query | str:
 
 
 def arrived(source: Lines, most: int) -> Iterator[list[bytes]]:
-    """Groups of up to `most` lines: those that have arrived, at least one, so that a program may wait
-    for each response. Longer lines are cut."""
+    """Groups of up to `most` lines: those that have arrived, at least one, so that a program may
+    wait for each response. Longer lines are cut."""
     lines: queue.Queue[bytes | Exception | None] = queue.Queue(maxsize=4 * most)
 
     def read() -> None:

@@ -1,5 +1,5 @@
-"""Retrieval: histories in, user vectors out, and the best items of the whole catalogue that the user
-has not seen."""
+"""Retrieval: histories in, user vectors out, and the best items of the whole catalogue that the
+user has not seen."""
 
 import dataclasses
 import functools
@@ -50,20 +50,21 @@ class RecommendationModel:
     """A trained run, ready to recommend.
 
     Histories of different lengths share one flat buffer, and their vectors meet the catalogue in
-    chunks: beside the table itself nothing on the device grows with the number of items. Rows of the
-    buffer, hidden items and k come in few sizes; each is compiled once, when it is first met or by
-    `warm_up`.
+    chunks: beside the table itself nothing on the device grows with the number of items. Rows of
+    the buffer, hidden items and k come in few sizes; each is compiled once, when it is first met or
+    by `warm_up`.
     """
 
     def __init__(self, workdir: str, *, tables: str = "float32", max_users: int = MAX_USERS):
         """
         Args:
-          tables: how the item table goes to the device and stays there: one of `quantization.KINDS`.
+          tables: how the item table goes to the device and stays there: one of
+            `quantization.KINDS`.
           max_users: histories in one device call.
 
         Raises:
-          ValueError: a folder without a retrieval run, parameters that are not finite, a kind of table
-            that does not fit.
+          ValueError: a folder without a retrieval run, parameters that are not finite, a kind of
+            table that does not fit.
         """
         folder = Workdir(workdir)
         self.config: Config = folder.read_for_one_device()
@@ -98,8 +99,8 @@ class RecommendationModel:
         k: int = 10,
         block: ArrayLike | None = None,
     ) -> list[Recommendation]:
-        """The k unseen items with the highest scores, fewer where fewer remain. Arguments and errors
-        as in `query`."""
+        """The k unseen items with the highest scores, fewer where fewer remain. Arguments and
+        errors as in `query`."""
         query = self.query(items, times, actions=actions, now=now, k=k, block=block)
         return self.best(self.encode([query]), [query])[0]
 
@@ -120,18 +121,18 @@ class RecommendationModel:
           items: dense ids (`catalog.encode` makes them), oldest first; all are hidden from the
             response, the newest `max_history` are encoded.
           times: seconds, one an event; without them all events count as simultaneous.
-          actions: what the user did with each item, by the names of the source ("rating"), for a run
-            whose tokens hold signals; without them such a run sees items alone.
-          now: time of the request in the same seconds; None takes the next event to follow the last at
-            once.
+          actions: what the user did with each item, by the names of the source ("rating"), for a
+            run whose tokens hold signals; without them such a run sees items alone.
+          now: time of the request in the same seconds; None takes the next event to follow the last
+            at once.
           k: how many items.
           block: dense ids that this response must not hold.
           allow_empty: accept a history without items; it cannot be encoded.
 
         Raises:
-          ValueError: for an empty history, a wrong number of times or actions, times that go back or
-            span more than 2^31 - 1 seconds, actions that the run's signals cannot be made from, or k
-            outside 1..items.
+          ValueError: for an empty history, a wrong number of times or actions, times that go back
+            or span more than 2^31 - 1 seconds, actions that the run's signals cannot be made from,
+            or k outside 1..items.
         """
         item_E, blocked = (
             self._dense(items, "items"),
@@ -140,8 +141,8 @@ class RecommendationModel:
         count = len(item_E)
         if not count and not allow_empty:
             raise ValueError(
-                "the history is empty: give at least one item, or take the most popular items of the "
-                "training data"
+                "the history is empty: give at least one item, or take the most popular items of "
+                "the training data"
             )
         if not 1 <= k <= self.catalog.num_items:
             raise ValueError(f"k={k} must be in 1..{self.catalog.num_items}, the number of items")
@@ -159,15 +160,16 @@ class RecommendationModel:
         return Query(history, key_of(history, with_now=True), k, hidden)
 
     def encode(self, queries: Sequence[Query]) -> Float[np.ndarray, "n D"]:
-        """A vector for every query, on the host. Rounding may depend on which queries share a device
-        call.
+        """A vector for every query, on the host. Rounding may depend on which queries share a
+        device call.
 
         Raises:
           ValueError: for a query without events.
         """
         if empty := sum(not query.num_events for query in queries):
             raise ValueError(
-                f"{empty} of {len(queries)} queries have an empty history: there is nothing to encode"
+                f"{empty} of {len(queries)} queries have an empty history: "
+                "there is nothing to encode"
             )
         user_nD = [np.zeros((0, self.config.model.width), np.float32)]
         for i in range(0, len(queries), self.max_users):
@@ -179,8 +181,8 @@ class RecommendationModel:
     def best(
         self, user_nD: Float[np.ndarray, "n D"], queries: Sequence[Query]
     ) -> list[list[Recommendation]]:
-        """The best items of vectors that `encode` gave: a function of the vector and its query alone,
-        to the bit, whatever shares the call."""
+        """The best items of vectors that `encode` gave: a function of the vector and its query
+        alone, to the bit, whatever shares the call."""
         table = quantization.served_table(self.params)
         ranked: list[list[Recommendation]] = []
         for i in range(0, len(queries), self.max_users):
@@ -199,8 +201,8 @@ class RecommendationModel:
         return ranked
 
     def warm_up(self, *, max_k: int, max_hidden: int) -> int:
-        """Compiles for all sizes up to these, so that no request waits for it. Returns the number of
-        programs."""
+        """Compiles for all sizes up to these, so that no request waits for it. Returns the number
+        of programs."""
         items = self.catalog.num_items
         query = self.query([1] * self.config.data.max_history)
         for users in bucket_sizes(1, self.max_users, 2):
@@ -245,8 +247,8 @@ class RecommendationModel:
         return signals.signals(columns, names, count)
 
     def _batch(self, queries: Sequence[Query]) -> Batch:
-        """The flat buffer of up to `max_users` histories, at the smallest size that holds them: 1, 2,
-        4, ... whole histories."""
+        """The flat buffer of up to `max_users` histories, at the smallest size that holds them: 1,
+        2, 4, ... whole histories."""
         history = UserHistory.concatenate([query.history for query in queries])
         given, longest = history.channels[EVERYTHING], self.config.data.max_history
         # Each history gets one slot more, which carries the time of the request.
@@ -300,8 +302,8 @@ def require_retrieval(workdir: str, config: Config) -> None:
 
 
 def _encode(recipe: Recipe, params: Params, batch: Batch) -> Float[Array, "U D"]:
-    # The model meets a table of the batch's rows alone, so that a packed table is never unpacked as a
-    # whole.
+    # The model meets a table of the batch's rows alone, so that a packed table is never unpacked as
+    # a whole.
     row_TD = quantization.rows(quantization.served_table(params), batch.item_T)
     rows = row_TD.shape[0]
     local_TD = jnp.concatenate([jnp.zeros_like(row_TD[:1]), row_TD])

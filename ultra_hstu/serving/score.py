@@ -1,10 +1,10 @@
-"""M-FALCON (HSTU, arXiv 2402.17152, section 3.4): a user's history is encoded once, and any number of
-candidates are scored against it.
+"""M-FALCON (HSTU, arXiv 2402.17152, section 3.4): a user's history is encoded once, and any number
+of candidates are scored against it.
 
-Scores are those of one full forward pass with all candidates as its targets, to rounding, in whatever
-batches they are worked off. Every function takes a `Ranker`, or a `CompiledRanker` made of one
-beforehand. Arguments hold NumPy arrays or anything like it, and results are NumPy. Everything is
-checked here, with errors that name the value and the remedy.
+Scores are those of one full forward pass with all candidates as its targets, to rounding, in
+whatever batches they are worked off. Every function takes a `Ranker`, or a `CompiledRanker` made of
+one beforehand. Arguments hold NumPy arrays or anything like it, and results are NumPy. Everything
+is checked here, with errors that name the value and the remedy.
 """
 
 import dataclasses
@@ -83,9 +83,9 @@ def growth(
 
     A row stays if neither its own input nor anything that it sees has changed. Attention is causal:
     without contextual tokens all rows before the first changed one stay, in every layer. Nothing of
-    a growing history stays if positions count from the targets, if there are contextual tokens (they
-    see the whole history, and all of it sees them), or if its oldest events are gone. Otherwise the
-    first changed row is
+    a growing history stays if positions count from the targets, if there are contextual tokens
+    (they see the whole history, and all of it sees them), or if its oldest events are gone.
+    Otherwise the first changed row is
 
     - the first new one;
     - with full rows under a window, the first of those that were the newest: they lose the far keys
@@ -156,11 +156,12 @@ def encode_history(
 ) -> Cache:
     """Keys and values of the histories of B users in every layer.
 
-    An empty history is a legal one: candidates then see the user's contextual tokens and themselves.
-    Of a longer one than the model takes, the newest events count, as in training.
+    An empty history is a legal one: candidates then see the user's contextual tokens and
+    themselves. Of a longer one than the model takes, the newest events count, as in training.
 
     Args:
-      kind: dtype of the cache: the model's ("same", exact), or rounded to "bfloat16", "int8", "fp8".
+      kind: dtype of the cache: the model's ("same", exact), or rounded to "bfloat16", "int8",
+        "fp8".
       bucket: sizes to compile for; None: the smallest that hold the histories.
 
     Raises:
@@ -177,10 +178,11 @@ def encode_history(
 def append(
     model: Model, cache: Cache, new_events: UserHistory, *, implementation: Implementation = None
 ) -> Cache:
-    """The cache after more events of its users; equal, to rounding, to a cache of the longer histories.
+    """The cache after more events of its users; equal, to rounding, to a cache of the longer
+    histories.
 
-    Only rows that can have changed are computed, see `growth`; where all have, the histories
-    are encoded anew. Under a rounded `kind` new rows work on rounded keys and values of the old ones,
+    Only rows that can have changed are computed, see `growth`; where all have, the histories are
+    encoded anew. Under a rounded `kind` new rows work on rounded keys and values of the old ones,
     which a new encoding would not.
 
     Args:
@@ -225,8 +227,8 @@ def grow(
 
     Args:
       history: checked.
-      bucket, new_rows: sizes to compile for: of the histories, and of the rows of each channel that are
-        computed anew; None: the smallest that hold them.
+      bucket, new_rows: sizes to compile for: of the histories, and of the rows of each channel that
+        are computed anew; None: the smallest that hold them.
     """
     request = _padded(model, history, bucket)
     users = len(request.used_B)
@@ -265,14 +267,15 @@ def score(
     implementation: Implementation = None,
     bucket: int | None = None,
 ) -> Float32[np.ndarray, "C K"]:
-    """Logits (values, in regressions) of every candidate for each task, in the order of the candidates.
+    """Logits (values, in regressions) of every candidate for each task, in the order of the
+    candidates.
 
     Args:
-      micro_batch: candidates, of all users together, that are worked on at one time: memory grows with
-        it, results do not depend on it. With fewer candidates than that, all.
+      micro_batch: candidates, of all users together, that are worked on at one time: memory grows
+        with it, results do not depend on it. With fewer candidates than that, all.
       implementation: of `kernels.cached_attention`; None: the platform's.
-      bucket: candidates to compile for, which costs memory and no time; None: the smallest size that
-        holds them.
+      bucket: candidates to compile for, which costs memory and no time; None: the smallest size
+        that holds them.
 
     Raises:
       ValueError: a cache of another model, candidates that `inputs.check_candidates` refuses,
@@ -293,7 +296,8 @@ def top_k(
     micro_batch: int = MICRO_BATCH,
     implementation: Implementation = None,
 ) -> Best:
-    """The k candidates of each user with the highest weighted sum of logits; of equal ones the first.
+    """The k candidates of each user with the highest weighted sum of logits; of equal ones the
+    first.
 
     Args:
       weights: one a task; None: 1 for the first task and 0 for others.

@@ -1,5 +1,5 @@
-"""Scoring online: histories in, encoded users out, and a score of every candidate for each task. Few
-compiled programs serve every call."""
+"""Scoring online: histories in, encoded users out, and a score of every candidate for each task.
+Few compiled programs serve every call."""
 
 import dataclasses
 import functools
@@ -72,7 +72,8 @@ class RunData:
 
     @functools.cached_property
     def interactions(self) -> Interactions:
-        """Raises ValueError where the data is not what the run was trained on, or cannot be read."""
+        """Raises ValueError where the data is not what the run was trained on, or cannot be
+        read."""
         interactions = load_interactions(self.config.data)
         self.folder.check_data(interactions)
         return interactions
@@ -99,8 +100,9 @@ class RunData:
 class ScoringModel:
     """A trained ranker, ready to score.
 
-    Users of different histories and numbers of candidates share a call. Its sizes are few: histories
-    fill 1, 2, 4, ... of the longest; candidates come in one size, worked off `MICRO_BATCH` at a time.
+    Users of different histories and numbers of candidates share a call. Its sizes are few:
+    histories fill 1, 2, 4, ... of the longest; candidates come in one size, worked off
+    `MICRO_BATCH` at a time.
     """
 
     def __init__(
@@ -121,8 +123,8 @@ class ScoringModel:
           kind: dtype of the cache, as in `encode_history`.
           max_users: requests in one device call.
           host_table: None leaves the item table on the device; else as in `CompiledRanker`.
-          drop_blocks: a full history drops its oldest events an eighth of `max_history` at a time; else
-            one for each new one.
+          drop_blocks: a full history drops its oldest events an eighth of `max_history` at a time;
+            else one for each new one.
         """
         self.ranker = CompiledRanker(ranker, host_table=host_table)
         self.config, self.vocabulary, self.kinds, self.kind = config, vocabulary, dict(kinds), kind
@@ -158,11 +160,11 @@ class ScoringModel:
 
         Args:
           items, times: dense ids, oldest first, and seconds; None: simultaneous.
-          actions: the source's columns of the events, by name; signals and features of the run whose
-            column is missing are 0, none.
+          actions: the source's columns of the events, by name; signals and features of the run
+            whose column is missing are 0, none.
           context: the user's codes by name.
-          candidates, feature_CF: dense ids, in any order and number of repeats, and the codes of the
-            run's features.
+          candidates, feature_CF: dense ids, in any order and number of repeats, and the codes of
+            the run's features.
           now: when the user would act, in the same seconds; None: at once after the last event.
 
         Raises:
@@ -188,14 +190,14 @@ class ScoringModel:
             for name, events in kept.items()
         }
         history = UserHistory(kept, self.vocabulary.context(context)[None], now_B - np.int32(first))
-        asked = Candidates(
+        known = Candidates(
             candidates.astype(np.int32),
             feature_CF.astype(np.int32),
             np.repeat(history.now_B, len(candidates)),
             np.array([0, len(candidates)], np.int32),
         )
         # A relative bias alone reads when the request is made.
-        return Query(history, key_of(history, with_now=self._biased), candidates=asked)
+        return Query(history, key_of(history, with_now=self._biased), candidates=known)
 
     def encode(self, queries: Sequence[Query], bucket: Bucket | None = None) -> Cache:
         """The users of up to `max_users` queries, encoded in one call."""
@@ -215,8 +217,8 @@ class ScoringModel:
         return dataclasses.replace(cache, channels=channels)
 
     def extend(self, cache: Cache, queries: Sequence[Query], bucket: Bucket) -> tuple[Cache, int]:
-        """The cache of the queries' histories, which continue those of `cache` by at most NEW_EVENTS
-        events in each channel; and how many of its rows stayed.
+        """The cache of the queries' histories, which continue those of `cache` by at most
+        NEW_EVENTS events in each channel; and how many of its rows stayed.
 
         Args:
           cache: joined at the sizes of `bucket`, which `bucket_of` gives for the queries and True.
@@ -243,14 +245,14 @@ class ScoringModel:
         return grow(self.ranker, cache, after, grown, bucket=bucket, new_rows=new_rows)
 
     def score(self, cache: Cache, queries: Sequence[Query]) -> list[Float[np.ndarray, "C K"]]:
-        """Scores of each query, in the order of its candidates: the probability of each binary task,
-        the value of others. The users of `cache` are those of the queries, in their order."""
-        asked = [query.candidates for query in queries]
-        offsets = cumulative([len(candidates.item_C) for candidates in asked])
+        """Scores of each query, in the order of its candidates: the probability of each binary
+        task, the value of others. The users of `cache` are those of the queries, in their order."""
+        parts = [query.candidates for query in queries]
+        offsets = cumulative([len(candidates.item_C) for candidates in parts])
         candidates = Candidates(
-            np.concatenate([candidates.item_C for candidates in asked]),
-            np.concatenate([candidates.feature_CF for candidates in asked]),
-            np.concatenate([candidates.time_C for candidates in asked]),
+            np.concatenate([candidates.item_C for candidates in parts]),
+            np.concatenate([candidates.feature_CF for candidates in parts]),
+            np.concatenate([candidates.time_C for candidates in parts]),
             offsets,
             np.zeros(offsets[-1], np.int32),  # a score does not depend on the candidate's position
         )
@@ -288,12 +290,13 @@ class ScoringModel:
         return whole.newest(kept_in_blocks(count, longest) if self.drop_blocks else longest)
 
     def bucket_of(self, histories: Sequence[UserHistory], *, extended: bool = False) -> Bucket:
-        """The smallest bucket that holds these histories, and their new rows if they are extended."""
+        """The smallest bucket that holds these histories, and their new rows if they are
+        extended."""
         events = {
             name: sum(len(history.channels[name].item_E) for history in histories)
             for name in self._longest
         }
-        if extended:  # room for the new rows of every user
+        if extended:  # by the rows that are new of each user, at most
             events = {
                 name: max(count, len(histories) * self._longest[name])
                 for name, count in events.items()
@@ -327,12 +330,12 @@ class ScoringModel:
 
 
 def load_ranker(data: RunData) -> tuple[Ranker, Config, Vocabulary, dict[str, Kind]]:
-    """The ranker of a run on its data, the run's configuration, what its values mean, and the kind of
-    each task.
+    """The ranker of a run on its data, the run's configuration, what its values mean, and the kind
+    of each task.
 
     Raises:
-      ValueError: a retrieval run, one without a checkpoint or with one that is not finite, or data that
-        is not the run's.
+      ValueError: a retrieval run, one without a checkpoint or with one that is not finite, or data
+        that is not the run's.
     """
     task = Task.of(data.config, data.interactions)
     if not isinstance(task, RankTask):

@@ -1,5 +1,5 @@
-"""From requests to responses: raw ids and users to queries, encoded users kept, and the most popular
-items where there is no history."""
+"""From requests to responses: raw ids and users to queries, encoded users kept, and the most
+popular items where there is no history."""
 
 import abc
 import dataclasses
@@ -46,15 +46,13 @@ class Service[R: AboutUser, A: Response | ScoreResponse](abc.ABC):
     reads: Sequence[str]  # the source's columns of events that the run reads
 
     def __init__(self, catalog: Catalog, data: RunData | None):
-        """
-        Args:
-          data: of the run; None: users of the data are not known, and requests bring their histories.
-        """
+        # Without data, requests bring their histories: users of the data are not known.
         self.catalog, self.data = catalog, data
 
     @abc.abstractmethod
     def prepare(self, request: R) -> Query:
-        """Looks up ids and users. Raises ValueError for what cannot be answered, with the reason."""
+        """Looks up ids and users. Raises ValueError for what cannot be answered, with the
+        reason."""
 
     @abc.abstractmethod
     def answer(self, queries: Sequence[Query]) -> list[A]:
@@ -236,8 +234,7 @@ class ScoreService(Service[ScoreRequest, ScoreResponse]):
     def _of_history(self, request: ScoreRequest) -> tuple[UserData, list[str]]:
         """The history and context of a request, and what of them was ignored or missing."""
         (items, times, actions, _), warnings = self.events(request)
-        if len(items):
-            warnings += _missing("actions", self.reads, request.actions or {})
+        warnings += _missing("actions", self.reads if len(items) else (), request.actions or {})
         given, known = request.context or {}, self.model.vocabulary.contexts
         context = {
             name: known[name].index(text)
@@ -285,12 +282,9 @@ def _missing(
     field: str, read: Iterable[str], given: Mapping[str, Sequence[float] | str]
 ) -> list[str]:
     """A warning of what a run reads and was not given."""
-    missing = [repr(name) for name in read if name not in given]
-    if not missing:
-        return []
-    return [
-        f"{field}: this run reads {', '.join(missing)}, which was not given and counts as unknown"
-    ]
+    names = ", ".join(repr(name) for name in read if name not in given)
+    warning = f"{field}: this run reads {names}, which was not given and counts as unknown"
+    return [warning] if names else []
 
 
 def is_ranking(workdir: str) -> bool:
@@ -353,13 +347,14 @@ def open_service(
 
     Args:
       raw_dir: where the raw data is now, if not where the run found it.
-      tables, block: of a retrieval run: what the item table is served from; raw ids that are recommended
-        to nobody.
+      tables, block: of a retrieval run: what the item table is served from; raw ids that are
+        recommended to nobody.
       kind: of a ranking run: dtype of the cache.
       host_table: of a ranking run: keeps the item table in host memory, as one of
         `quantization.HOST_KINDS`.
       host_kind: of a ranking run: dtype of the cache in host memory; None: `kind`.
-      cache_bytes, device_bytes: memory for encoded users, of the host and (of a ranking run) the device.
+      cache_bytes, device_bytes: memory for encoded users, of the host and (of a ranking run) the
+        device.
       drop_blocks: of a ranking run: full histories drop their oldest events in blocks.
       max_users: requests in one device call.
 

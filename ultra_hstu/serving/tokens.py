@@ -133,8 +133,8 @@ def since_first(
 
 
 def key_of(history: UserHistory, *, with_now: bool) -> bytes:
-    """A hash of a history, `now_B` in it or not. Shapes are hashed too: where one array ends and the
-    next begins."""
+    """A hash of a history, `now_B` in it or not. Shapes are hashed too: where one array ends and
+    the next begins."""
     read = (history.channels, history.context_BC, history.now_B if with_now else None)
     digest = hashlib.blake2b(digest_size=16)
     for array in jax.tree.leaves(read):

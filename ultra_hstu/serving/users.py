@@ -1,5 +1,5 @@
-"""The users that were encoded, in stores that are bounded in bytes: vectors of a retrieval run, caches of a
-ranking run."""
+"""The users that were encoded, in stores that are bounded in bytes: vectors of a retrieval run,
+caches of a ranking run."""
 
 import collections
 import hashlib
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class EncodedUsers[T: (np.ndarray, Cache)]:
-    """What users were encoded to, by their keys, in host memory. The least recently used are dropped
-    first. Not thread safe."""
+    """What users were encoded to, by their keys, in host memory. The least recently used are
+    dropped first. Not thread safe."""
 
     METRICS: ClassVar = {
         "hits": "users who were held, since the start",
@@ -47,8 +47,9 @@ class EncodedUsers[T: (np.ndarray, Cache)]:
         return key in self._values
 
     def of(self, queries: Sequence[Query], encode: Callable[[list[Query]], Sequence[T]]) -> list[T]:
-        """The values of all queries; those that are not held are encoded in one call, each once, and
-        kept. A query's `key` is a hash of all that the encoder reads, so that nothing here is stale."""
+        """The values of all queries; those that are not held are encoded in one call, each once,
+        and kept. A query's `key` is a hash of all that the encoder reads, so that nothing here is
+        stale."""
         keys = [query.key for query in queries]
         new = {key: query for key, query in zip(keys, queries, strict=True) if key not in self}
         self.hits += len(keys) - len(new)
@@ -60,14 +61,14 @@ class EncodedUsers[T: (np.ndarray, Cache)]:
         return values
 
     def get(self, key: bytes, *, soon: bool = False) -> T:
-        """The value, which is then the last to be dropped, or with `soon` the first. Raises KeyError
-        where the key is not held."""
+        """The value, which is then the last to be dropped, or with `soon` the first. Raises
+        KeyError where the key is not held."""
         self._values.move_to_end(key, last=not soon)
         return self._values[key]
 
     def put(self, key: bytes, value: T) -> list[bytes]:
-        """Keeps a value, and returns the keys of those that are no longer held: of this one, too, if it
-        is larger than all the memory."""
+        """Keeps a value, and returns the keys of those that are no longer held: of this one, too,
+        if it is larger than all the memory."""
         size = value.nbytes + ENTRY_BYTES
         if size > self.max_bytes:
             return [] if key in self else [key]
@@ -93,11 +94,11 @@ class EncodedUsers[T: (np.ndarray, Cache)]:
 
 
 class CachedUsers:
-    """The caches of users in two tiers: on the device within a budget, then in host memory within another,
-    then forgotten. The least recently used leave first. Not thread safe.
+    """The caches of users in two tiers: on the device within a budget, then in host memory within
+    another, then forgotten. The least recently used leave first. Not thread safe.
 
-    A query whose history is held is not encoded. One that continues a history that is held, whoever it
-    belongs to, by a few events extends its cache by these alone, if rows of the model stay
+    A query whose history is held is not encoded. One that continues a history that is held, whoever
+    it belongs to, by a few events extends its cache by these alone, if rows of the model stay
     (`score.grows`). Any other is encoded. What is continued is compared event by event, so that no
     response depends on what a replica remembers, rounding aside.
     """
@@ -124,8 +125,8 @@ class CachedUsers:
     ):
         """
         Args:
-          host_bytes, device_bytes: budgets. The device must hold `max_users` of the longest histories,
-            else users are kept in host memory alone.
+          host_bytes, device_bytes: budgets. The device must hold `max_users` of the longest
+            histories, else users are kept in host memory alone.
           host_kind: dtype of the cache in host memory; None: the model's.
         """
         self.model = model
@@ -139,15 +140,16 @@ class CachedUsers:
                 self.pool = pool
             else:
                 log.warning(
-                    "%d bytes on the device hold %d of the longest histories, and a call may need %d: "
-                    "users are kept in host memory alone. Raise the budget, or lower max_users.",
+                    "%d bytes on the device hold %d of the longest histories, and a call may need "
+                    "%d: users are kept in host memory. Raise the budget, or lower max_users.",
                     device_bytes,
                     pool.max_users,
                     model.max_users,
                 )
         self.counts: collections.Counter[str] = collections.Counter()
         self._call: dict[bytes, Cache] = {}  # users of a call, where there is no pool
-        # Keys by a hash of the first 1, 2, 4, ... events of a history, which has less than twice as many.
+        # Keys by a hash of the first 1, 2, 4, ... events of a history, which has less than twice as
+        # many.
         self._starts: dict[bytes, list[bytes]] = {}
         self._start_of: dict[bytes, bytes] = {}
         longest = dict(model.ranker.form.max_history)
