@@ -66,7 +66,7 @@ def main(_: list[str]) -> None:
                 workdir.write_json(Path(FLAGS.record), record)
         if FLAGS.drop_blocks:
             requests = list(test_requests(task, model, drop_blocks=True))
-            record["drop_blocks"], _ = measure(task, model, evaluator, requests, "same", exact)
+            record["drop_blocks"] = measure(task, model, evaluator, requests, "same", exact)[0]
             console.print("full histories in blocks", record["drop_blocks"])
             if FLAGS.record:
                 workdir.write_json(Path(FLAGS.record), record)

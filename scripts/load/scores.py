@@ -184,9 +184,9 @@ def one_event(service: ScoreService, count: int, events: int, seed: int) -> list
     """
     assert service.data is not None
     model, rows = service.model, []
-    remembers = ScoreService(model, service.data, CachedUsers(model))
     anew = ScoreService(model, service.data, CachedUsers(model, host_bytes=0))
     for candidates in ONE_EVENT:
+        remembers = ScoreService(model, service.data, CachedUsers(model))
         took: dict[str, list[float]] = {}
         requests = whole_requests(service.data.interactions, count + 1, events, seed, candidates)
         for request in requests:
@@ -207,5 +207,9 @@ def one_event(service: ScoreService, count: int, events: int, seed: int) -> list
                 took.setdefault(f"{name}_ms", []).append(1e3 * (ended - started))
                 took.setdefault(f"{name}_history_ms", []).append(1e3 * (middle - started))
         medians = {name: statistics.median(values[1:]) for name, values in took.items()}
-        rows.append({"history": events, "candidates": candidates, **medians})
-    return [row | {"extended_share": remembers.users.metrics()["extended_share"]} for row in rows]
+        share = remembers.users.metrics()[
+            "extended_share"
+        ]  # at best .5: before and after the event
+        row = {"history": events, "candidates": candidates, **medians, "extended_share": share}
+        rows.append(row)
+    return rows

@@ -51,7 +51,7 @@ class CachedRows:
     frame: Sequences
     layers: tuple[KeyValues, ...]
     input_SD: Leaf[Float[Array, "S D"] | None] = None
-    pool_S: Leaf[Int[np.ndarray, " S"] | None] = None
+    pool_S: Leaf[Int[Array | np.ndarray, " S"] | None] = None
 
     def unpacked(self, dtype: DTypeLike) -> "CachedRows":
         """The rows in a dtype to compute with."""

@@ -195,10 +195,14 @@ class CachedUsers:
         tier = "host_hits" if self.pool is None else "device_hits"
         self.counts[tier] += len(queries) - len(different)
         self._load(on_host)
+        batch = None
         if continued:
-            self._extend(list(continued.values()), [different[key] for key in continued])
+            batch = self._extend(list(continued.values()), [different[key] for key in continued])
         if new:
-            self._keep(new, self.model.encode(new))
+            batch = self.model.encode(new)
+            self._keep(new, batch)
+        if batch is not None and batch.users == len(queries):  # all in one batch, in their order
+            return batch
         histories = [query.history for query in queries]
         return self._join([query.key for query in queries], self.model.bucket_of(histories))
 
@@ -207,12 +211,14 @@ class CachedUsers:
         model, short = self.model, self.model.short_query()
         for bucket in model.buckets:
             self._call = {}
-            self._keep([short], model.encode([short], bucket))
+            batch = model.encode([short], bucket)
+            self._keep([short], batch)
             cache = self._join([short.key], bucket)
             if model.grows:
                 extended = model.warm_up_extend(cache, bucket)
                 self.forget(short.key)
                 self._keep([short], extended)
+            model.score(batch, [short])
             model.score(cache, [short])
             if self.pool is not None:  # to host memory, and back from there
                 self._evict([short.key], bucket)
@@ -229,7 +235,7 @@ class CachedUsers:
             self.host.pop(key)
         self._forget([key])
 
-    def _extend(self, starts: Sequence[bytes], queries: Sequence[Query]) -> None:
+    def _extend(self, starts: Sequence[bytes], queries: Sequence[Query]) -> Cache:
         """Continues users who are held."""
         bucket = self.model.bucket_of([query.history for query in queries], extended=True)
         self._load([start for start in dict.fromkeys(starts) if start in self.host])
@@ -242,6 +248,7 @@ class CachedUsers:
             else:
                 self.host.get(start, soon=True)
         self._keep(queries, cache)
+        return cache
 
     def _continued(self, history: UserHistory) -> bytes | None:
         """The key of the longest history that is held and that this one continues."""
