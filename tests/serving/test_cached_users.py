@@ -186,6 +186,24 @@ def test_a_prefix_that_was_evicted_between_two_calls(device):
     assert len(service.users._start_of) == len(service.users)
 
 
+@pytest.mark.parametrize("device", [False, True])
+def test_a_call_of_a_history_and_of_those_that_continue_it(device):
+    """The budget just holds them: nobody who is in the call is evicted by it, from either tier."""
+    model = model_of("ULTRA")
+    options = dict(device_bytes=budget(model, USERS), host_bytes=budget(model, 2))
+    service = service_of(model, **options if device else dict(host_bytes=budget(model, 6)))
+    reference, life, other = anew(model), history(30), history(31)
+    for first in (life, other, history(32), history(33), history(34)):
+        scores(service, asked(first, 9))
+    for requests in (
+        [asked(life, 9), asked(life, 10), asked(life, 11)],
+        [asked(other, 10), asked(other, 9), asked(life, 11)],
+        [asked(life, 12), asked(life, 12), asked(other, 11)],
+    ):
+        close(scores(service, *requests), scores(reference, *requests))
+    assert service.users.metrics()["extended"] >= 3
+
+
 def test_a_budget_smaller_than_one_user(caplog):
     """Answers are exact; a device budget that a call may not fit into is named, and host memory is used."""
     model, life = model_of("ULTRA"), history(4)

@@ -194,10 +194,11 @@ class CachedUsers:
         # A history that comes twice in a call is computed once.
         tier = "host_hits" if self.pool is None else "device_hits"
         self.counts[tier] += len(queries) - len(different)
-        self._load(on_host)
+        on_host += [start for start in continued.values() if start in self.host]
+        self._load(list(dict.fromkeys(on_host)))
         batch = None
         if continued:
-            batch = self._extend(list(continued.values()), [different[key] for key in continued])
+            batch = self._extend(continued, different)
         if new:
             batch = self.model.encode(new)
             self._keep(new, batch)
@@ -235,14 +236,19 @@ class CachedUsers:
             self.host.pop(key)
         self._forget([key])
 
-    def _extend(self, starts: Sequence[bytes], queries: Sequence[Query]) -> Cache:
-        """Continues users who are held."""
+    def _extend(self, continued: dict[bytes, bytes], call: dict[bytes, Query]) -> Cache:
+        """Continues users who are held.
+
+        Args:
+          continued: by the key of a query, the key of the history that it continues.
+          call: all queries of the call.
+        """
+        queries, starts = [call[key] for key in continued], list(continued.values())
         bucket = self.model.bucket_of([query.history for query in queries], extended=True)
-        self._load([start for start in dict.fromkeys(starts) if start in self.host])
         cache, reused = self.model.extend(self._join(starts, bucket), queries, bucket)
         self.counts["reused_rows"] += reused
-        # Their users have moved on: these are the first to be forgotten.
-        for start in dict.fromkeys(starts):
+        # Their users have moved on: these are the first to be forgotten, unless they are in the call.
+        for start in set(starts) - set(call):
             if self.pool is not None:
                 self.pool.users.move_to_end(start, last=False)
             else:
