@@ -50,13 +50,14 @@ def bucket_sizes(least: int, most: int, factor: int) -> list[int]:
 def padded(x: Numbers, rows: int) -> Shaped[np.ndarray, "rows ..."]:
     """The array with rows of zeros behind it."""
     x = np.asarray(x)
-    return x if len(x) == rows else np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1))
+    wide = np.zeros((rows, *x.shape[1:]), x.dtype)
+    wide[: len(x)] = x
+    return wide
 
 
 def padded_offsets(offsets: Numbers, users: int) -> Int32[np.ndarray, " B1"]:
     """Offsets of `users` users: those behind the given ones have nothing."""
-    offsets = np.asarray(offsets, np.int32)
-    return np.pad(offsets, (0, users + 1 - len(offsets)), mode="edge")
+    return np.append(offsets, [offsets[-1]] * (users + 1 - len(offsets))).astype(np.int32)
 
 
 def cumulative(lengths: Numbers) -> Int32[np.ndarray, " B1"]:
