@@ -175,7 +175,9 @@ def steps(service: ScoreService) -> dict[str, Callable[[Any], Any]]:
     }
 
 
-def one_event(service: ScoreService, count: int, events: int, seed: int) -> list[dict[str, Any]]:
+def one_event(
+    service: ScoreService, count: int, events: int, seed: int, device_bytes: int = 0
+) -> list[dict[str, Any]]:
     """Milliseconds of a request by a known user with one new event, and of the same request where
     the history is encoded anew: medians over `count` users, one request at a time, in this process.
 
@@ -186,7 +188,8 @@ def one_event(service: ScoreService, count: int, events: int, seed: int) -> list
     model, rows = service.model, []
     anew = ScoreService(model, service.data, CachedUsers(model, host_bytes=0))
     for candidates in ONE_EVENT:
-        remembers = ScoreService(model, service.data, CachedUsers(model))
+        users = CachedUsers(model, device_bytes=device_bytes)
+        remembers = ScoreService(model, service.data, users)
         took: dict[str, list[float]] = {}
         requests = whole_requests(service.data.interactions, count + 1, events, seed, candidates)
         for request in requests:
@@ -195,21 +198,20 @@ def one_event(service: ScoreService, count: int, events: int, seed: int) -> list
             }
             before["actions"] = {name: column[:-1] for name, column in request["actions"].items()}
             remembers.answer([remembers.prepare(ScoreRequest.model_validate(before))])
-            for name, asked in (("extended", remembers), ("anew", anew)):
-                query = asked.prepare(ScoreRequest.model_validate(request))
+            for name, served in (("extended", remembers), ("anew", anew)):
+                query = served.prepare(ScoreRequest.model_validate(request))
                 started = time.perf_counter()
-                cache = asked.users.of([query])
+                cache = served.users.of([query])
                 jax.block_until_ready(cache.channels)
                 middle = time.perf_counter()
                 scores = model.score(cache, [query])
-                asked.scored(query, scores[0])
+                served.scored(query, scores[0])
                 ended = time.perf_counter()
                 took.setdefault(f"{name}_ms", []).append(1e3 * (ended - started))
                 took.setdefault(f"{name}_history_ms", []).append(1e3 * (middle - started))
         medians = {name: statistics.median(values[1:]) for name, values in took.items()}
-        share = remembers.users.metrics()[
-            "extended_share"
-        ]  # at best .5: before and after the event
+        # At best .5: each user comes before and after the event.
+        share = users.metrics()["extended_share"]
         row = {"history": events, "candidates": candidates, **medians, "extended_share": share}
         rows.append(row)
     return rows

@@ -67,10 +67,14 @@ def main(_: list[str]) -> None:
         "stages_ms": stages(service, module.timed(interactions, 400, FLAGS.history, seed=4)),
     }
     if isinstance(service, ScoreService):
-        result["one_event"] = load_scores.one_event(service, 40, FLAGS.history, seed=6)
+        result["one_event"] = load_scores.one_event(
+            service, 40, FLAGS.history, 6, FLAGS.device_cache_mib * 2**20
+        )
     arguments = [*([f"--raw_dir={FLAGS.raw_dir}"] if FLAGS.raw_dir else []), *FLAGS.serve.split()]
     if FLAGS.host_table:
         arguments.append(f"--host_table={FLAGS.host_table}")
+    if FLAGS.device_cache_mib:
+        arguments.append(f"--device_cache_mib={FLAGS.device_cache_mib}")
     with deployment(FLAGS.workdir, *arguments, port=FLAGS.port) as served:
         result["seconds_to_start"] = served.seconds
         alike = module.timed(
@@ -241,6 +245,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("connections", ["1", "4", "8", "16"], "connections of the closed loop")
     flags.DEFINE_integer("port", 8400, "port of the deployment")
     flags.DEFINE_integer("cache_mib", 256, "host memory for encoded users, of this process")
+    flags.DEFINE_integer("device_cache_mib", 0, "device memory for the users of a ranking run")
     flags.DEFINE_enum("host_table", None, HOST_KINDS, "item table of a ranking run, in host memory")
     flags.DEFINE_string("serve", "", "more arguments for experiments.serve, separated by blanks")
     flags.DEFINE_string("note", None, "what else the machine did, for the record")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.ranking import rank_data
 from tests.serving.small_serving import MAX_HISTORY, built, full_pass, unchecked
 from ultra_hstu import quantization, serving
 from ultra_hstu.nn import key_values
 from ultra_hstu.serving.inputs import ROW_SIZES, bucket_size, bucket_sizes
+from ultra_hstu.task import Task
 
 FORM = "ULTRA"
 
@@ -94,6 +97,7 @@ def test_events_from_one_entry_a_user():
     )
     assert (
         events.item_E.tolist() == [3, 4]
+        and events.item_E.dtype.kind == "i"
         and events.time_E.tolist() == [7, 8]
         and events.offsets.tolist() == [0, 0, 2]
     )
@@ -153,6 +157,18 @@ def test_only_the_newest_events_count(model):
     np.testing.assert_allclose(
         serving.score(model, grown, candidates), serving.score(model, newest, candidates), atol=1e-5
     )
+
+
+def test_the_example_of_the_docs():
+    """docs/cached_scoring.md, as it stands: two users, four candidates, an event more of the first."""
+    text = (Path(__file__).parents[2] / "docs" / "cached_scoring.md").read_text()
+    rank = dict(tasks=("is_click",), signals=("is_click",), features=())
+    task = Task.of(rank_data.config(data=dict(max_history=8), rank=rank), rank_data.interactions())
+    names = {"task": task, "params": task.recipe.init(0).params, "np": np}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert names["cache"].history.channels["events"].lengths.tolist() == [4, 1]
+    scores = serving.score(names["model"], names["cache"], names["candidates"])
+    assert scores.shape == (4, 1) and np.isfinite(scores).all()
 
 
 def test_nothing_is_compiled_twice(model, cache):

@@ -99,10 +99,9 @@ class UserEvents:
         Raises:
           ValueError: entries of a user that differ in length.
         """
-        item_of = [np.atleast_1d(np.asarray(user)) for user in items]
-        lengths = [len(user) for user in item_of]
+        lengths = [np.size(user) for user in items]
         return UserEvents(
-            np.concatenate([_no_ids(), *item_of]),
+            _column("items", [np.atleast_1d(user) for user in items], lengths, 1),
             _column("times", times, lengths, 1),
             _column("signals", signals, lengths, 2),
             _column("features", features, lengths, 2),
