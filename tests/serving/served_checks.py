@@ -15,7 +15,7 @@ README = Path(__file__).parents[2] / "README.md"
 def readme_example(path):
     """A request of the README, and what it says is the response."""
     found = re.search(
-        rf"curl -s localhost:8000{path} .*-d '(.*)'\n\n```json\n(.*?)\n```",
+        rf"curl -s localhost:8000{path} [^\n]*-d '([^\n]*)'\n\n```json\n(.*?)\n```",
         README.read_text(),
         re.S,
     )

@@ -9,7 +9,7 @@ from flax import nnx
 
 from tests.serving.small_serving import DATA, FORMS, built, full_pass, requests, task_of
 from ultra_hstu import serving
-from ultra_hstu.serving import kv_cache
+from ultra_hstu.serving.score import growth
 from ultra_hstu.task import Task
 
 
@@ -121,7 +121,7 @@ def test_what_stays_of_a_growing_cache():
         before, added = histories(form, left)
         model, (whole,) = built(form)[1], histories(form)
         parts = (events.channels[channel].lengths for events in (before, whole, added))
-        return kv_cache.growth(model.encoders[channel], model.form, *parts)
+        return growth(model.encoders[channel], model.form, *parts)
 
     added = left.sum()
     assert grown("bfloat16, fp8").new_rows == added, "a window alone: the new rows"

@@ -57,7 +57,8 @@ def padded(x: Numbers, rows: int) -> Shaped[np.ndarray, "rows ..."]:
 
 def padded_offsets(offsets: Numbers, users: int) -> Int32[np.ndarray, " B1"]:
     """Offsets of `users` users: those behind the given ones have nothing."""
-    return np.append(offsets, [offsets[-1]] * (users + 1 - len(offsets))).astype(np.int32)
+    offsets = np.asarray(offsets, np.int32)
+    return np.append(offsets, offsets[-1:].repeat(users + 1 - len(offsets)))
 
 
 def cumulative(lengths: Numbers) -> Int32[np.ndarray, " B1"]:
