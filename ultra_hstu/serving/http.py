@@ -131,8 +131,12 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
 
     @serve.batch(max_batch_size=MAX_USERS)
     async def _answers(self, queries: list[Query]) -> list[A]:
-        responses = await self._on_device(lambda: self.service.answer(queries))
-        for name, value in self.service.users.metrics().items():
+        service = self.service
+        # Both in the thread that changes what is counted.
+        responses, values = await self._on_device(
+            lambda: (service.answer(queries), service.users.metrics())
+        )
+        for name, value in values.items():
             self._gauges[name].set(value)
         return responses
 

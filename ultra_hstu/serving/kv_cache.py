@@ -230,6 +230,7 @@ class DevicePool:
             for name, parts in longest.items()
         }
 
+        self._size = self.max_users * self._bytes(longest)
         self._pool: Rows = {
             name: tuple(
                 jax.tree.map(
@@ -244,7 +245,8 @@ class DevicePool:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows in use."""
-        return sum(self._bytes(_counts(user)) for user in self.users.values())
+        free = {name: [len(free) for free in parts] for name, parts in self._free.items()}
+        return self._size - self._bytes(free)
 
     def leaving(self, batch: Cache) -> list[bytes]:
         """The least recently used users, who must leave before a batch has room."""
