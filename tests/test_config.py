@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import experiments.configs
-from ultra_hstu.config import Config, difference, from_config_dict, to_config_dict
+from ultra_hstu.config import Config, from_config_dict, to_config_dict
+from ultra_hstu.fields import difference
 
 FILES = [module.name for module in pkgutil.iter_modules(experiments.configs.__path__)]
 

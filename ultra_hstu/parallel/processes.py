@@ -24,7 +24,7 @@ from jax._src import (
 )  # the key-value store of the coordination service has no public name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ultra_hstu.config import difference
+from ultra_hstu.fields import difference
 from ultra_hstu.parallel.mesh import CONTEXT, DATA
 
 HEARTBEAT_SECONDS = 30  # JAX ends all processes when one has been silent for so long, in the middle of a collective too
