@@ -7,11 +7,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from experiments.configs import long_ultra  # noqa: E402
+from experiments import configs  # noqa: E402
 from scripts.bench import serving as bench_serving
 from scripts.tables.tables import FIGURES, NOT_MEASURED, load, markdown, short
 from ultra_hstu import flops  # noqa: E402
-from ultra_hstu.config import from_config_dict  # noqa: E402
 
 MODELS = {"hstu": "HSTU", "ultra": "ULTRA-HSTU"}
 PRECISION = {  # records of scripts.bench.cache_precision
@@ -119,7 +118,7 @@ def micro_batches_table() -> str:
 def operations_table() -> str:
     """What a cache can save, from operation counts of the models that scripts.bench.serving times: no time in it."""
     rows = []
-    config = from_config_dict(long_ultra.get_config())
+    config = configs.named("long_ultra")
     for history in (4096, 16384):
         for name, model in MODELS.items():
             ranking = bench_serving.ranking_config(
