@@ -12,7 +12,7 @@ from scripts.bench import cache_precision
 from scripts.bench import host_tables as bench_host_tables
 from scripts.bench import serving as bench_serving
 from scripts.tables import serving as serving_tables
-from scripts.tables import tables
+from scripts.tables import records
 from tests.serving.small_serving import built
 from tests.small_run import with_
 from ultra_hstu import flops, serving
@@ -104,8 +104,8 @@ def test_metrics_under_a_small_cache(monkeypatch):
 
 
 def test_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(serving_tables, "FIGURES", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "FIGURES", tmp_path)
     for table in (
         serving_tables.serving_table,
         serving_tables.micro_batches_table,
