@@ -167,7 +167,7 @@ def _draw_steps(axis: Axes, record: Json) -> None:
         for name, found in cases.items()
         if "speed_up" in found and name != "one device"
     ][::-1]
-    inside = {"va": "center", "ha": "right", "color": "white", "fontsize": 8}
+    inside: Json = {"va": "center", "ha": "right", "color": "white", "fontsize": 8}
     for place, (_, mask, value) in enumerate(bars):
         axis.barh(place, value, color=COLOURS[mask], height=0.7)
         axis.text(value - 0.02, place, f"{value:.2f}", **inside)

@@ -77,9 +77,9 @@ def serving_table(record: Json) -> str:
     header = ["model", "history", "candidates", "micro-batch", "p50 / p99, ms", "candidates/s"]
     header += ["TFLOP/s", "encoding, ms", "x history anew", "x one batch", "x one by one"]
     whole = ", ".join(
-        f"{name} {cell['tflop']:.3f} TFLOP in {cell['p50_ms']:.1f} ms"
+        f"{name} {longest['tflop']:.3f} TFLOP in {longest['p50_ms']:.1f} ms"
         for model, name in MODELS.items()
-        if (cell := cells.get((model, 16384, "encode", 0, 0)))
+        if (longest := cells.get((model, 16384, "encode", 0, 0)))
     )
     return markdown(
         header,
@@ -106,10 +106,10 @@ def micro_batches_table(record: Json) -> str:
     for history, model in sorted({(key[1], key[0]) for key in cached}):
         row = [MODELS[model], f"{history:,}"]
         for step in steps:
-            cell = cells.get((model, history, "cached", most, step))
+            found = cells.get((model, history, "cached", most, step))
             again = cells.get((model, history, "recompute", step, step))
-            text = "" if cell is None else f"{cell['candidates_per_s']:,.0f}"
-            row.append(f"{text} ({times(cell, again)})" if cell and again else text)
+            text = "" if found is None else f"{found['candidates_per_s']:,.0f}"
+            row.append(f"{text} ({times(found, again)})" if found and again else text)
         rows.append(row)
     return markdown(["model", "history", *(f"micro-batches of {step:,}" for step in steps)], rows)
 
