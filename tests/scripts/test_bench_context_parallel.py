@@ -8,8 +8,8 @@ import pytest
 from scripts.bench import context_parallel as bench
 from scripts.bench import context_parallel_longest
 from scripts.bench.context_parallel_balance import balance
-from scripts.bench.context_parallel_longest import GIB, USERS, longest
 from scripts.bench.context_parallel_case import Case
+from scripts.bench.context_parallel_longest import GIB, USERS, longest
 from scripts.bench.turns import one_by_one
 from scripts.tables import context_parallel as context_parallel_tables
 from scripts.tables import records

@@ -11,8 +11,8 @@ from experiments import configs
 from scripts.bench import cache_precision
 from scripts.bench import host_tables as bench_host_tables
 from scripts.bench import serving as bench_serving
-from scripts.tables import serving as serving_tables
 from scripts.tables import records
+from scripts.tables import serving as serving_tables
 from tests.serving.small_serving import built
 from tests.small_run import with_
 from ultra_hstu import flops, serving
