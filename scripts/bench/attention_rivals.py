@@ -89,7 +89,7 @@ class Arrays:
 
 
 def sampled_error(w: Json, x: Arrays, got: Outputs, samples: int = 8) -> float:
-    """Largest relative error of some rows of the output, or of keys for gradients, against float64."""
+    """Largest relative error of some rows of the output, or of keys for gradients; float64."""
     window = w["window"] if w["window"] is not None else w["max_length"]
     offsets, worst = x.offsets.tolist(), 0.0
     rows = torch.arange(offsets[-1], device="cuda")

@@ -347,7 +347,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool(
         "processes",
         True,
-        "a process for each model and history: all compile side by side, then measure one after another",
+        "a process for each model and history: all compile side by side, then measure in turn",
     )
     command.define_record()
     command.run(main)

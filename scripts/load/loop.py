@@ -1,4 +1,4 @@
-"""A deployment of `experiments.serve` in a process of its own, and closed loops of requests to it."""
+"""A deployment of `experiments.serve` in its own process, and closed loops of requests to it."""
 
 import asyncio
 import contextlib

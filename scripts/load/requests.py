@@ -1,4 +1,4 @@
-"""Requests to load a deployment of a retrieval run with, good and bad, and what their answers must be."""
+"""Requests to a deployment of a retrieval run, good and bad, and what their answers must be."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Loads a deployment of `experiments.serve` on this machine, checks every answer, and kills a replica under load.
+"""Loads a deployment of `experiments.serve`, checks every answer, and kills a replica.
 
 python -m scripts.load.serve --workdir=runs/ml1m_hstu [--raw_dir=PATH] [--requests=10000]
     [--record=experiments/results/serve_load_cpu.json]

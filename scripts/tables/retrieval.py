@@ -89,15 +89,15 @@ def speed_table() -> str:
             if not step:
                 continue
             place = step["device"] if device != "cpu" else f"{step['host_cores']} CPU cores"
-            streamed, evaluation = step["streamed_feed"], step["evaluation"]
             values = {
-                "one training step, batch 128": f"{step['device_feed']['step_ms_median']:.0f} ms",
-                "the same, data streamed": f"{streamed['step_ms_median']:.0f} ms",
-                "share of it waiting for data": f"{100 * streamed['input_wait_share']:.2f} %",
-                "ranking all test users": f"{evaluation['seconds']:.1f} s, "
-                f"{evaluation['peak_MiB']:.0f} MiB",
+                "one training step, batch 128": "{device_feed[step_ms_median]:.0f} ms",
+                "the same, data streamed": "{streamed_feed[step_ms_median]:.0f} ms",
+                "share of it waiting for data": "{streamed_feed[input_wait_share]:.2%}",
+                "ranking all test users": "{evaluation[seconds]:.1f} s, "
+                "{evaluation[peak_MiB]:.0f} MiB",
             }
-            rows += [[model, place, what, value] for what, value in values.items()]
+            for what, value in values.items():
+                rows.append([model, place, what, value.format(**step).replace("%", " %")])
     return markdown(["model", "device", "what", "value"], rows + REFERENCE_SPEED)
 
 
