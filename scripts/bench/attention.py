@@ -287,22 +287,12 @@ def rivals(
     return versions, records
 
 
-class Results:
-    """Records by the number of what was measured, which grow as they come."""
-
-    def __init__(self, record: Record):
-        self.record, self.found = record, dict[int, list[Json]]()
-
-    def add(self, number: int, records: list[Json], **parts: Json) -> None:
-        self.found[number] = records
-        for record in records:
-            value = record.get("reason") or (
-                f"{record['ms']:.3g} ms, {record['tflops']:.3g} TFLOP/s, error {record['error']}"
-            )
-            what = f"{record['workload']}, {record['implementation']}, {record.get('pass', '')}"
-            report.make_console().print(f"{what}: {value}")
-        everything = [record for number in sorted(self.found) for record in self.found[number]]
-        self.record.add(records=everything, **parts)
+def announce(record: Json) -> None:
+    value = record.get("reason") or (
+        "{ms:.3g} ms, {tflops:.3g} TFLOP/s, error {error}".format(**record)
+    )
+    what = f"{record['workload']}, {record['implementation']}, {record.get('pass', '')}"
+    report.make_console().print(f"{what}: {value}")
 
 
 def run(
@@ -319,22 +309,27 @@ def run(
     """
     matmul = matmul_tflops()
     record.values["matmul_tflops"] = matmul
-    results = Results(record)
     tasks = [
         functools.partial(measure, w, name, matmul)
         for w in workloads.values()
         for name in implementations
         if name in ("mosaic", "triton") or not w.name.startswith("length_")
     ]
+    found: list[list[Json]] = [[] for _ in tasks]
     for number, records in each(tasks, jobs):
-        results.add(number, records)
+        found[number] = records
+        for one in records:
+            announce(one)
+        record.add(records=sum(found, []))
     if rival is not None:
         versions, records = rival(matmul)
-        results.add(len(tasks), records, rivals=versions)
+        for one in records:
+            announce(one)
+        record.add(records=sum(found, []) + records, rivals=versions)
     rows = {
-        f"{r['workload']}, {r['implementation']}, {r['pass']}": r
-        for r in record.values["records"]
-        if "ms" in r
+        "{workload}, {implementation}, {pass}".format(**one): one
+        for one in record.values["records"]
+        if "ms" in one
     }
     show(rows, COLUMNS)
     report.make_console().print(f"bfloat16 matmul: {matmul:.0f} TFLOP/s")

@@ -45,7 +45,7 @@ def main(_: list[str]) -> None:
         evaluator = RankingEvaluator(task, "test")
         record.values["full_pass"] = evaluator(params)
         model = serving.FrozenRanker(task.recipe.model(params))
-        requests = list(test_requests(task, model))
+        requests = list(request_batches(task, model))
         kinds: dict[str, Json] = {}
         exact: Answers | None = None
         for kind in get_args(Kind):
@@ -62,10 +62,10 @@ class Answers(NamedTuple):
     best: list[np.ndarray]
 
 
-TestRequests = tuple[serving.History, serving.Candidates, np.ndarray]
+RequestBatch = tuple[serving.History, serving.Candidates, np.ndarray]
 
 
-def test_requests(task: RankTask, model: serving.FrozenRanker) -> Iterator[TestRequests]:
+def request_batches(task: RankTask, model: serving.FrozenRanker) -> Iterator[RequestBatch]:
     """(history, candidates, labels) of `train.eval_users` test requests at a time.
 
     They come in the order of `RankingEvaluator.event_P`.
@@ -86,7 +86,7 @@ def measure(
     task: RankTask,
     model: serving.FrozenRanker,
     evaluator: RankingEvaluator,
-    requests: list[TestRequests],
+    requests: list[RequestBatch],
     kind: Kind,
     exact: Answers | None,
 ) -> tuple[Json, Answers]:

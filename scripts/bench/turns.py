@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
 from multiprocessing.sharedctypes import Synchronized
+from typing import Any
 
 
 class Turns:
@@ -150,7 +151,7 @@ def _or_error[R](function: Callable[[], R]) -> R | Exception:
         return RuntimeError(f"{type(error).__name__}: {error}"[:2000])
 
 
-def _received(pipe: Connection):
+def _received(pipe: Connection) -> Any:
     try:
         return pipe.recv()
     except EOFError:

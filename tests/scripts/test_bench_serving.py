@@ -88,7 +88,7 @@ def test_metrics_under_a_small_cache(monkeypatch):
     task, ranker, params = built("merged")
     task = task.with_config(with_(task.config, train__eval_users=8))
     model, evaluator = serving.FrozenRanker(ranker), RankingEvaluator(task, "test")
-    requests = list(cache_precision.test_requests(task, model))
+    requests = list(cache_precision.request_batches(task, model))
     same, answers = cache_precision.measure(task, model, evaluator, requests, "same", None)
     small, _ = cache_precision.measure(task, model, evaluator, requests, "int8", answers)
     np.testing.assert_allclose(answers.logit_PK, evaluator.predict(params), atol=1e-5)
