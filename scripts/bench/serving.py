@@ -93,12 +93,12 @@ def main(_: list[str]) -> None:
         kind=FLAGS.kind,
     )
     cells = {place(cell): cell for cell in before(FLAGS.record, record.values)}
-    asked = {"implementation": FLAGS.implementation} if FLAGS.implementation else {}
+    named = {"implementation": FLAGS.implementation} if FLAGS.implementation else {}
     tasks = []
     for history in histories:
         for name in FLAGS.models:
             ranking = ranking_config(
-                config, MODELS[name] | asked, longest=max(histories), targets=max(candidates)
+                config, MODELS[name] | named, longest=max(histories), targets=max(candidates)
             )
             task = functools.partial(prepare, name, ranking, history, candidates, micro_batches)
             options = {"cached": FLAGS.cached, "kind": FLAGS.kind}
@@ -186,8 +186,8 @@ class Bench:
         )
         self.rng = np.random.default_rng(seed)
         self.model = Ranker(config, self.sizes, rngs=nnx.Rngs(seed))
-        self.frozen = serving.FrozenRanker(self.model)
-        self.graphdef, self.params = nnx.split(self.model)[0], self.frozen.params
+        self.compiled = serving.FrozenRanker(self.model)
+        self.graphdef, self.params = nnx.split(self.model)[0], self.compiled.params
         self.full = jax.jit(self._full, static_argnames="count")
 
     def cells(
@@ -202,12 +202,12 @@ class Bench:
             passed = functools.partial(self.passed, user)
             yield cell("encode", candidates=0, micro_batch=0, tflop=encode, call=self.encoded(user))
             for count in candidates:
-                asked, once = self.candidates(count), self.tflop(history, count)
+                batch, once = self.candidates(count), self.tflop(history, count)
                 of_all = functools.partial(cell, candidates=count)
                 for step in sorted({min(step, count) for step in micro_batches}):
-                    call = scored(asked, step)
+                    call = scored(batch, step)
                     yield of_all("cached", micro_batch=step, tflop=once - encode, call=call)
-                call = passed(asked, count)
+                call = passed(batch, count)
                 yield of_all("one_batch", micro_batch=count, tflop=once, call=call)
             for step in micro_batches:
                 # As many candidates as the micro-batch holds: the whole would be so many such
@@ -229,19 +229,19 @@ class Bench:
         return flops.count(self.config, history, targets=count).inference / 1e12
 
     def encoded(self, user: serving.History) -> Callable[[], serving.Cache]:
-        return lambda: serving.encode_history(self.frozen, user, kind=self.kind)
+        return lambda: serving.encode_history(self.compiled, user, kind=self.kind)
 
     def scored(
-        self, cache: serving.Cache, asked: serving.Candidates, step: int
+        self, cache: serving.Cache, candidates: serving.Candidates, step: int
     ) -> Callable[[], np.ndarray]:
         return lambda: serving.score(
-            self.frozen, cache, asked, micro_batch=step, implementation=self.cached
+            self.compiled, cache, candidates, micro_batch=step, implementation=self.cached
         )
 
     def passed(
-        self, user: serving.History, asked: serving.Candidates, count: int
+        self, user: serving.History, candidates: serving.Candidates, count: int
     ) -> Callable[[], np.ndarray]:
-        return lambda: np.asarray(self.full(self.params, user, asked, count=count))
+        return lambda: np.asarray(self.full(self.params, user, candidates, count=count))
 
     def history(self, count: int) -> serving.History:
         times = np.sort(self.rng.integers(0, 10**7, count))
@@ -257,7 +257,12 @@ class Bench:
         return serving.Candidates.of([self.rng.integers(1, self.sizes.items + 1, count)], 10**7)
 
     def _full(
-        self, params: nnx.State, user: serving.History, asked: serving.Candidates, *, count: int
+        self,
+        params: nnx.State,
+        user: serving.History,
+        candidates: serving.Candidates,
+        *,
+        count: int,
     ) -> jax.Array:
         """Logits of the candidates as the targets of one sequence."""
         model: Ranker = nnx.merge(self.graphdef, params)
@@ -268,10 +273,10 @@ class Bench:
             return jnp.concatenate([jnp.asarray(part, jnp.int32) for part in parts])
 
         data = RankEvents(
-            item_E=both(events.item_E, asked.item_C),
-            time_E=both(events.time_E, asked.time_C),
+            item_E=both(events.item_E, candidates.item_C),
+            time_E=both(events.time_E, candidates.time_C),
             signal_ES=both(events.signal_ES, np.zeros((count, 1))),
-            feature_EF=both(events.feature_EF, asked.feature_CF),
+            feature_EF=both(events.feature_EF, candidates.feature_CF),
             label_EK=jnp.zeros((length + count, 1)),
             weight_EK=jnp.zeros((length + count, 1)),
             context_UC=user.context_BC,
