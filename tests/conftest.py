@@ -1,4 +1,8 @@
-"""Strict numerics for every test, programs that compile fast, and one store of them for all test processes."""
+"""Settings of every test: strict numerics, programs that compile fast, one store of programs.
+
+This file is imported before all other test files, and makes no backend: a `conftest.py` of a folder
+may still set the backend's flags.
+"""
 
 import os
 import pathlib
@@ -6,8 +10,9 @@ import tempfile
 
 import jax
 
-# Environment variables, so that the commands that tests start share the store too. Its keys are the programs themselves.
-# Machine code is not optimised: tests compile for longer than they compute.
+# The commands that tests start get these settings too, as environment variables, and share the
+# store. A program is found there by its text, so the store never has to be emptied. Machine code is
+# not optimised: tests compile for longer than they compute.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
     tempfile.gettempdir(), "ultra_hstu_compiled_tests"
 )
@@ -21,5 +26,5 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Tests in `gpu` need a GPU; `make test-gpu` runs them.
+# The tests in `gpu` need a GPU; `make test-gpu` runs them.
 collect_ignore = [] if any(pathlib.Path("/dev").glob("nvidia[0-9]*")) else ["gpu"]
