@@ -118,7 +118,7 @@ class Checkpoints:
     def _require_agreement(self, step: int, problem: str | None) -> None:
         """Every process has read the checkpoint or none, else they would go on from different ones. Raises ValueError."""
         try:
-            all_problems = processes.of_all(problem, ANSWER_SECONDS)
+            all_problems = processes.all_gather(problem, ANSWER_SECONDS)
         except (
             TimeoutError
         ) as error:  # those that could read it wait, inside Orbax, for those that could not

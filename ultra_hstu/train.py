@@ -102,7 +102,7 @@ def train(
         processes.require_same(
             "data set", task.interactions.fingerprint() if processes.several() else {}
         )
-        processes.of_first(lambda: folder.claim_data(task.interactions))
+        processes.broadcast(lambda: folder.claim_data(task.interactions))
         with jax.default_matmul_precision(config.train.matmul_precision):
             run = _Run(task, folder, console)
             try:
@@ -136,8 +136,8 @@ def _claim(folder: Workdir, config: Config) -> Config:
         folder.claim(with_groups)
         return with_groups.parallel.batch_groups
 
-    groups = processes.of_first(claim)
-    seen = processes.of_all(folder.config.exists())
+    groups = processes.broadcast(claim)
+    seen = processes.all_gather(folder.config.exists())
     if not all(seen):
         folder.release()
         raise ValueError(
@@ -197,7 +197,7 @@ class _Run:
         )
         compiled = step.lower(self.state, group.feed, np.int32(group.steps)).compile()
         self.evaluator.compile(self.state.params)
-        processes.meet()
+        processes.barrier()
         self.position.compile_seconds += time.perf_counter() - started
         return compiled
 
@@ -217,7 +217,7 @@ class _Run:
                 if self.position.epoch % self.config.train.eval_every == 0 or last_epoch:
                     found = self.evaluator(self.state.params)
                     # Those of process 0, so that all decide alike about what follows from them.
-                    metrics = self.position.last = processes.of_first(
+                    metrics = self.position.last = processes.broadcast(
                         functools.partial(dict, found)
                     )
                     self.position.evaluated_epoch = self.position.epoch
@@ -261,7 +261,7 @@ class _Run:
 
     def _asked(self, stop: "_Stop") -> Callable[[], int]:
         """The signal that any of the processes was asked to stop by, or 0: all stop at the same step."""
-        return processes.largest(stop.requested, self.task.recipe.mesh)
+        return processes.all_reduce_max(stop.requested, self.task.recipe.mesh)
 
     def _interrupt(self, cause: int) -> None:
         self.checkpoints.wait()

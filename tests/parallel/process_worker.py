@@ -98,9 +98,9 @@ def main(folder):
         "data": error(good, folder / "run", Task.of(good, wrong)),
     }
     agreed = [
-        processes.of_all(me),
-        processes.of_first(lambda: me + 10),
-        processes.largest(me, on_mesh.recipe.mesh)(),
+        processes.all_gather(me),
+        processes.broadcast(lambda: me + 10),
+        processes.all_reduce_max(me, on_mesh.recipe.mesh)(),
     ]
     train_E = np.concatenate(
         [

@@ -60,7 +60,7 @@ class RankingEvaluator:
             return
         group = next(iter(self.loader.groups(self.plan)))
         self._predict = self._predict.lower(params, group.feed, np.int32(group.steps)).compile()
-        processes.meet()
+        processes.barrier()
 
     def predict(self, params: Params) -> Float32[np.ndarray, "P K"]:
         """The logits (values, in regressions) of the events `event_P`."""

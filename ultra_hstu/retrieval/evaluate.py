@@ -88,7 +88,7 @@ class Evaluator:
         self._rank = self._rank.lower(
             scored, group.feed, targets_SB, np.int32(group.steps)
         ).compile()
-        processes.meet()
+        processes.barrier()
 
     def ranks(self, scored: Params | Any) -> Int[np.ndarray, " n"]:
         """The 1-based rank of every example's target, in the order of the split; 2501 where it is not among the best 2500."""
