@@ -1,4 +1,6 @@
-"""One of the processes of tests/parallel/test_processes.py, as a SLURM task: what it reads of an epoch, and how bad input ends, as JSON in a file.
+"""One of the processes of tests/parallel/test_processes.py, as a SLURM task.
+
+It writes what it reads of an epoch, and how bad input ends, as JSON to a file.
 
 python -m tests.parallel.process_worker FOLDER, with SLURM's variables
 """
@@ -6,6 +8,7 @@ python -m tests.parallel.process_worker FOLDER, with SLURM's variables
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -110,6 +113,10 @@ def main(folder):
     )
     result = {"read": read, "errors": errors, "agreed": agreed, "events": train_E.tolist()}
     (folder / f"process_{me}.json").write_text(json.dumps(result))
+    # The thread that watches the others now asks without a pause, so it is in native code when Python
+    # ends. There a process would abort with signal 6.
+    pause, processes.POLL_SECONDS = processes.POLL_SECONDS, 0
+    time.sleep(pause)
     processes.end()
 
 

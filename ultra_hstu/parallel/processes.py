@@ -5,6 +5,7 @@ call the functions below in the same order, as they must start the same compiled
 of one process the functions cost nothing.
 """
 
+import atexit
 import contextlib
 import functools
 import itertools
@@ -33,13 +34,14 @@ from ultra_hstu.parallel.mesh import CONTEXT, DATA
 # JAX ends all processes when one sends no heartbeat for so long, in the middle of a collective too.
 HEARTBEAT_SECONDS = 30
 POLL_SECONDS = 0.5  # a process checks this often whether another has failed
-FAREWELL_SECONDS = 5  # process 0 waits at most this long for the others to print their errors
+FAREWELL_SECONDS = 5  # the longest wait at the end, for the others' errors or for a thread
 LOST = 4  # exit code of a process that ends since another failed or was lost
 # Preparing data may take hours. The heartbeats notice a process that dies meanwhile.
 _DAY_MS = 24 * 3600 * 1000
 _FAILED, _ENDED = "ultra_hstu/failed/", "ultra_hstu/ended/"
 _calls = itertools.count()
 _ending = threading.Event()  # set before the connection is closed at the end of a good run
+_ended = threading.Event()  # set when the interpreter ends
 
 
 def join(
@@ -93,7 +95,7 @@ def join(
         if process == 0:
             _require_free(int(port))
     _connect(coordinator, processes, process, detect, seconds)
-    threading.Thread(target=_watch, daemon=True).start()
+    _start_watching()
 
 
 def _require_free(port: int) -> None:
@@ -274,10 +276,23 @@ def fail(message: str, code: int) -> NoReturn:
     _leave(None, code)
 
 
+def _start_watching() -> None:
+    watcher = threading.Thread(target=_watch, daemon=True)
+
+    def stop() -> None:
+        _ended.set()
+        watcher.join(FAREWELL_SECONDS)
+
+    # A thread that returns from native code after Python's end is ended by Python in a way that
+    # aborts the whole process (signal 6), after work that was good.
+    atexit.register(stop)
+    watcher.start()
+
+
 def _watch() -> None:
     """Ends this process when another has failed, or when process 0 is gone too early."""
-    state, pause = distributed.global_state, threading.Event()
-    while not pause.wait(POLL_SECONDS):
+    state = distributed.global_state
+    while not _ended.wait(POLL_SECONDS):
         client = state.client
         if client is None:
             return
@@ -300,7 +315,7 @@ def _watch() -> None:
             if key != f"{_FAILED}{state.process_id}"
         ]
         if others:
-            pause.wait(2 * POLL_SECONDS)  # each process prints an error that all of them have
+            time.sleep(2 * POLL_SECONDS)  # each process prints an error that all of them have
             _leave(f"process {others[0][0]} has stopped: {others[0][1]}", LOST)
 
 
