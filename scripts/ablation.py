@@ -1,6 +1,6 @@
 """Trains a ranking configuration with each ULTRA-HSTU piece taken away, one at a time, and writes one JSON for the ablation table.
 
-python -m scripts.ablation --config=experiments/configs/assistments_rank_ultra.py --baseline=experiments/configs/assistments_rank_hstu.py
+python -m scripts.ablation --config=assistments_rank_ultra --baseline=assistments_rank_hstu
     --workdir=runs/ablation --seeds=42,43,44 --record=experiments/results/ablation_assistments.json [--only=ultra,no_truncation] [--list]
 
 Runs that are done already in --workdir are not trained again, so a killed ablation goes on where it was; the record is written after every run.

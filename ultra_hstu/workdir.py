@@ -16,8 +16,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ultra_hstu.config import Config, difference, from_config_dict
+from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.fields import difference
 
 # Fields that may change between two starts of the same run: they say where and how long, not what is computed.
 FREE_FIELDS = ("data.raw_dir", "data.data_dir", "train.epochs", "train.keep_checkpoints") + tuple(

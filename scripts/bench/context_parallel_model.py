@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from experiments.configs import long_mst
+from experiments import configs
 from kernels.device import compiling_for
-from ultra_hstu.config import Config, ParallelConfig, from_config_dict
+from ultra_hstu.config import Config, ParallelConfig
 from ultra_hstu.parallel.collectives import bytes_sent
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.recipe import Recipe
@@ -50,7 +50,7 @@ class Case:
 
     @functools.cached_property
     def config(self) -> Config:
-        config = from_config_dict(long_mst.get_config())
+        config = configs.named("long_mst")
         width = 16 if self.small else SEMI_LOCAL
         model: dict[str, Any] = dict(chunk_rows=None, remat=self.remat)
         model |= dict(window=(width,), full_rows=(width,)) if self.mask == "semi_local" else {}

@@ -1,6 +1,6 @@
 """What one layer of a configuration costs: bytes a token that are kept for the backward pass, and time, under each way of keeping and recomputing.
 
-python -m scripts.bench.layer --config=experiments/configs/long_ultra.py [--rows=65536] [--record=experiments/results/NAME.json]
+python -m scripts.bench.layer --config=long_ultra [--rows=65536] [--record=experiments/results/NAME.json]
 
 Two stacks of different depth are compiled, loss and gradients of input and parameters; a layer is their difference, divided. The sequences fill the buffer, as
 long as the configuration's histories, and there is no truncation. Memory is the compiler's count of temporaries.

@@ -1,6 +1,6 @@
 """Times training steps of a long configuration beside the same model with its pieces of ULTRA-HSTU off, one at a time.
 
-python -m scripts.bench.long --config=experiments/configs/long_ultra.py [--variants=ultra,plain_causal] [--record=experiments/results/NAME.json]
+python -m scripts.bench.long --config=long_ultra [--variants=ultra,plain_causal] [--record=experiments/results/NAME.json]
 
 A step is forward, loss, backward and optimizer, on a batch of `data.batch_users` histories of `data.max_history` events each, with random items, made on the
 device. Memory is the compiler's: temporaries of the step, and the state. FLOPs are those of `ultra_hstu.flops`; rates leave out what is computed twice.

@@ -1,6 +1,6 @@
 """Scores candidates for one user with a cached history, in micro-batches, beside doing without a cache and beside one candidate at a time.
 
-python -m scripts.bench.serving --config=experiments/configs/long_ultra.py --record=experiments/results/serving_h100.json
+python -m scripts.bench.serving --config=long_ultra --record=experiments/results/serving_h100.json
     [--models=ultra,hstu] [--histories=4096] [--candidates=16384] [--micro_batches=256,2048] [--implementation=triton] [--cached=triton] [--seconds=0.5]
 
 What --record holds of the same commit and device stays, beside what is measured anew: a grid may be measured in several calls.

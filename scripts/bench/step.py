@@ -1,6 +1,6 @@
 """Times whole training steps and an evaluation of one configuration, and says what the device waited for.
 
-python -m scripts.bench.step --config=experiments/configs/ml1m_hstu.py [--config.data.raw_dir=PATH] [--record=experiments/results/NAME.json]
+python -m scripts.bench.step --config=ml1m_hstu [--config.data.raw_dir=PATH] [--record=experiments/results/NAME.json]
 
 A step is batch assembly, forward, loss, backward and optimizer. Times are wall clock over compiled calls of `train.steps_per_call` steps,
 minimum and median over repetitions, once with the data on the device and once streamed from host threads. Peak memory is the process's

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from experiments.configs import long_mst
+from experiments import configs
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu.config import ChannelConfig, from_config_dict, to_config_dict
@@ -129,7 +129,7 @@ def test_other_runs_agree(name):
 
 def test_mini_sequences_over_ulysses():
     """The configuration file at a small size, local rows in chunks with a tail, against all rows at once on one device."""
-    written = from_config_dict(long_mst.get_config())
+    written = configs.named("long_mst")
     assert written.model.chunk_rows and (written.parallel.strategy, written.parallel.context) == (
         "ulysses",
         2,

@@ -1,7 +1,6 @@
 """Ranking runs from files in the publishers' formats to a result, by the command lines; and what a killed run goes on with."""
 
 import dataclasses
-import importlib
 import json
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments import configs
 from scripts import ablation
 from tests.data.data_files import (
     KUAIRAND_HEADER,
@@ -24,7 +24,6 @@ from tests.data.data_files import (
 from tests.ranking import rank_data
 from tests.small_run import with_
 from ultra_hstu.checkpoint import Checkpoints, abstract
-from ultra_hstu.config import from_config_dict
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.serving.artefact import Scorer
 from ultra_hstu.task import RankTask, Task
@@ -95,7 +94,7 @@ def kuairand(folder: Path) -> Path:
 
 def shrunk(name, tmp_path):
     """A configuration of the repository at a size for tests, on files of its source's format."""
-    config = from_config_dict(importlib.import_module(f"experiments.configs.{name}").get_config())
+    config = configs.named(name)
     make = {"assistments": assistments, "ml1m": ml1m, "kuairand": kuairand}[name.split("_")[0]]
     channels = {
         key: dataclasses.replace(channel, max_history=6, layers=2 + (channel.layers > 3))

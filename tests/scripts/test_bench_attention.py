@@ -8,6 +8,7 @@ from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.mask import AttentionMask
 from scripts.bench import attention as bench_attention
 from scripts.tables import attention as attention_tables
+from scripts.tables import records
 
 RIVAL = """
 import json, sys, time
@@ -173,8 +174,10 @@ def test_the_tables_take_a_record(tmp_path, monkeypatch):
         "records": rates,
     }
     record["rivals"] = {"revision": "fedcba"}
-    monkeypatch.setattr(attention_tables, "load", lambda name: record)
-    monkeypatch.setattr(attention_tables, "FIGURES", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "FIGURES", tmp_path)
+    assert attention_tables.attention_table() == "not measured yet"
+    (tmp_path / "attention_h100.json").write_text(json.dumps(record))
     text = attention_tables.attention_table()
     assert (
         "| `tiny` | 700 / 501 | - | 3.2 / - | 350 / - | - | - |" in text

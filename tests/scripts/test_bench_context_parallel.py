@@ -11,7 +11,7 @@ from scripts.bench.context_parallel_longest import GIB, USERS, longest
 from scripts.bench.context_parallel_model import Case
 from scripts.bench.turns import one_by_one
 from scripts.tables import context_parallel as context_parallel_tables
-from scripts.tables import tables
+from scripts.tables import records
 from ultra_hstu.parallel.collectives import collectives
 
 
@@ -111,8 +111,8 @@ def test_collectives_of_a_gpu_program():
 
 
 def test_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(context_parallel_tables, "FIGURES", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "FIGURES", tmp_path)
     every = (
         context_parallel_tables.longest_table,
         context_parallel_tables.steps_table,

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments.configs import long_ultra
+from experiments import configs
 from scripts.bench import cache_precision
 from scripts.bench import host_tables as bench_host_tables
 from scripts.bench import serving as bench_serving
 from scripts.tables import serving as serving_tables
-from scripts.tables import tables
+from scripts.tables import records
 from tests.serving.small_serving import built
 from tests.small_run import with_
 from ultra_hstu import flops, serving
-from ultra_hstu.config import from_config_dict
 from ultra_hstu.ranking.evaluate import RankingEvaluator
 
 SMALL = dict(
@@ -33,7 +32,7 @@ SMALL = dict(
 
 @pytest.fixture
 def cells():
-    config = from_config_dict(long_ultra.get_config())
+    config = configs.named("long_ultra")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **SMALL))
     changes = bench_serving.MODELS["ultra"] | dict(layers=2, truncate_after=1, truncate_length=24)
     bench = bench_serving.Bench(
@@ -105,8 +104,8 @@ def test_metrics_under_a_small_cache(monkeypatch):
 
 
 def test_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(serving_tables, "FIGURES", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "FIGURES", tmp_path)
     for table in (
         serving_tables.serving_table,
         serving_tables.micro_batches_table,

@@ -28,7 +28,7 @@ from jax._src.lib import _jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
-from ultra_hstu.config import difference
+from ultra_hstu.fields import difference
 from ultra_hstu.parallel.mesh import CONTEXT, DATA
 
 # JAX ends all processes when one sends no heartbeat for so long, in the middle of a collective too.
