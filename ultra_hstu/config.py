@@ -19,6 +19,7 @@ Source = Literal[
     "kuairand-pure", "kuairand-1k", "kuairand-27k",
 ]  # fmt: skip
 Protocol = Literal["published", "validated", "temporal", "chronological"]
+Kind = Literal["binary", "regression"]  # of a ranking task
 
 POSITIVE = """data.max_history data.batch_users data.batch_tokens data.recalibrate_every data.synthetic.users data.synthetic.items data.synthetic.categories
     data.synthetic.prior_categories     model.width model.layers model.heads model.qk_width model.v_width model.ffn_width model.time_buckets
