@@ -19,6 +19,7 @@ Source = Literal[
     "kuairand-pure", "kuairand-1k", "kuairand-27k",
 ]  # fmt: skip
 Protocol = Literal["published", "validated", "temporal", "chronological"]
+Kind = Literal["binary", "regression"]  # of a ranking task
 
 Rows = Annotated[
     tuple[int, ...], Limit(lambda values: all(value >= 0 for value in values), "at least 0")

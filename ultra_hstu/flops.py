@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels.mask import AttentionMask
+from kernels.mask import AttentionMask, layer_masks
 from ultra_hstu.config import Config, ModelConfig
-from ultra_hstu.nn.hstu import layer_masks
 from ultra_hstu.retrieval.loss import whole_table_is_cheaper
 
 
@@ -161,7 +160,9 @@ def _encoder(
     tokens = 2 if config.rank.tasks and config.rank.input == "interleaved" else 1
     projections = attention = backward = again = 0.0
     pairs: dict[tuple[AttentionMask, int | None], float] = {}
-    masks = layer_masks(model, layers) if model.kind == "hstu" else (AttentionMask(),) * layers
+    masks = (
+        layer_masks(vars(model), layers) if model.kind == "hstu" else (AttentionMask(),) * layers
+    )
     for layer, mask in enumerate(masks):
         truncated = model.truncate_after is not None and layer >= model.truncate_after
         limit = model.truncate_length if truncated else None

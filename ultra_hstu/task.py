@@ -14,8 +14,9 @@ from ultra_hstu.data.feed import WHOLE, Loader, Planner, history_loader
 from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
 from ultra_hstu.flops import Flops
+from ultra_hstu.ranking.form import channels
 from ultra_hstu.ranking.recipe import RankRecipe
-from ultra_hstu.ranking.source import RankSource, channels
+from ultra_hstu.ranking.source import RankSource
 from ultra_hstu.retrieval.batch import Events
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.retrieval.split import Split, split

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels import mask as masks
-from kernels.mask import AttentionMask, KeyIntervals, RowIntervals, TileBounds
+from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
+from kernels.tiles import TileBounds, tile_bounds
 
 
 @functools.partial(
@@ -63,15 +63,13 @@ class AttentionPlan:
     @property
     def rows_in_one_piece(self) -> bool:
         """Whether the rows that see a key are sure to be one interval, for every key."""
-        return self.plain and (
-            self.mask.window is None or not (self.mask.full_rows or self.mask.prefix)
-        )
+        return self.plain and self.mask.in_one_piece
 
     def tile_bounds(self, block_q: int, block_k: int) -> TileBounds:
         """Bounds for these tile sizes: the stored ones, else computed here, O(T) work."""
         found = self.stored.get(f"{block_q}x{block_k}")
         return (
-            masks.tile_bounds(
+            tile_bounds(
                 self.keys,
                 self.rows,
                 self.num_real if self.own_keys else 0,
@@ -105,6 +103,6 @@ def make_plan(
     offsets = jnp.asarray(offsets, jnp.int32)
     keys: KeyIntervals = mask.intervals(offsets, num_rows, num_targets, num_contextual)
     rows: RowIntervals = mask.row_intervals(offsets, num_rows, num_targets, num_contextual)
-    stored = {f"{bq}x{bk}": masks.tile_bounds(keys, rows, offsets[-1], bq, bk) for bq, bk in tiles}
+    stored = {f"{bq}x{bk}": tile_bounds(keys, rows, offsets[-1], bq, bk) for bq, bk in tiles}
     plain = num_targets is None and num_contextual is None
     return AttentionPlan(keys, rows, offsets[-1], stored, mask, offsets.shape[0] - 1, plain)

@@ -40,13 +40,12 @@ class Key(NamedTuple):
 def key(implementation: str, dtype: Any, k_width: int, v_width: int, plan: AttentionPlan) -> Key:
     """Of a call on the current device."""
     width = 1 << (max(k_width, v_width, 32) - 1).bit_length()
-    windowed = plan.mask.window is not None
     return Key(
         device.current().kind,
         implementation,
         jnp.dtype(dtype).itemsize,
         width,
-        MASKS[windowed],
+        MASKS[plan.mask.windowed],
         LENGTHS[not is_short(plan)],
     )
 

@@ -22,7 +22,7 @@ from kernels.hstu_attention.relative_bias import (
     position_bias,
     time_buckets,
 )
-from kernels.mask import TileBounds
+from kernels.tiles import TileBounds
 from kernels.zeros import zeros_after
 
 

@@ -38,8 +38,8 @@ from scripts.bench.turns import one_by_one
 from ultra_hstu import flops, provenance, report, serving, workdir
 from ultra_hstu.config import Config, RankConfig, from_config_dict
 from ultra_hstu.ranking.batch import RankEvents, RankGather
+from ultra_hstu.ranking.form import EVERYTHING, Sizes
 from ultra_hstu.ranking.model import Ranker
-from ultra_hstu.ranking.source import EVERYTHING, Sizes
 
 FLAGS = flags.FLAGS
 

@@ -86,7 +86,7 @@ def test_modules_hold_parameters_only(name):
 def test_causal_by_gradients(name):
     """The output of a row has a gradient of exactly 0 for the input of every later row and of every other sequence, and not of itself and those before."""
     built, b = model(name), batch()
-    x = built.embedding(b.item_T, b.offsets)
+    x = built.embedding(b.item_T, b.sequences)
     graph, params = nnx.split(built.encoder, nnx.Param)
     weight = jnp.asarray(np.random.default_rng(0).normal(size=x.shape[1]), jnp.float32)
     one_row = lambda x, t: (nnx.merge(graph, params)(x, b.sequences) @ weight)[t]  # noqa: E731
@@ -103,7 +103,7 @@ def test_causal_by_gradients(name):
 def test_softmax_ablation_is_not_causal():
     """As published: later rows stay in the denominator. Its output must not be read as that of a causal model."""
     built, b = model("softmax"), batch()
-    x = built.embedding(b.item_T, b.offsets)
+    x = built.embedding(b.item_T, b.sequences)
     grads = jax.grad(lambda x: jnp.sum(built.encoder(x, b.sequences)[2]))(x)
     assert np.any(np.asarray(grads[3:7]) != 0) and not np.any(np.asarray(grads[7:]) != 0)
 
@@ -163,7 +163,7 @@ def test_nan_in_padding_rows_of_the_encoder():
     for name in ("hstu", "sasrec"):
         built, b = model(name), batch()
         graph, params = nnx.split(built.encoder, nnx.Param)
-        x = built.embedding(b.item_T, b.offsets)
+        x = built.embedding(b.item_T, b.sequences)
         real = (jnp.arange(ROWS) < sum(LENGTHS))[:, None]
         grad = jax.jit(
             jax.value_and_grad(

@@ -15,7 +15,7 @@ from kernels.mask import AttentionMask
 from tests.golden import assert_close
 from tests.nn.small_encoder import ROWS, batch, encoder, inputs
 from ultra_hstu.nn.hstu_layer import ProductionLayer
-from ultra_hstu.nn.remat import checkpointed
+from ultra_hstu.nn.remat import policy_of, run_layer
 
 MODES = ["none", "selective", "full"]
 
@@ -115,7 +115,8 @@ def test_the_hopper_kernel_is_not_run_again():
         attend = lambda q, k, v, *, alpha, bias: mosaic_hopper.attend(
             q, k, v, plan, alpha=alpha, scale=scale
         )  # noqa: E731
-        run = checkpointed(lambda x: layer(x, attend), "selective")
+        policy = policy_of("selective")
+        run = lambda x: run_layer(lambda layer, x: layer(x, attend), layer, x, policy)  # noqa: E731
         return jnp.sum(run(run(x)).astype(jnp.float32))
 
     count = primitives(

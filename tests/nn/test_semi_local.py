@@ -9,20 +9,20 @@ import pytest
 from flax import nnx
 
 from kernels.hstu_attention.api import make_plan, prepare_plan
-from kernels.mask import AttentionMask
+from kernels.mask import AttentionMask, layer_masks
 from tests.nn.small_encoder import CONFIG, LENGTH, ROWS, SEQUENCES, batch, encoder, inputs
 from ultra_hstu.config import Config, DataConfig, ModelConfig
 from ultra_hstu.nn import hstu
-from ultra_hstu.nn.hstu import HSTU, layer_masks
+from ultra_hstu.nn.hstu import HSTU
 
 
 def test_masks_of_layers():
     plain = dataclasses.replace(CONFIG, layers=3)
-    assert layer_masks(plain, 3) == (AttentionMask(),) * 3
+    assert layer_masks(vars(plain), 3) == (AttentionMask(),) * 3
     one = dataclasses.replace(plain, window=(4,), full_rows=(2,), prefix=(1,))
-    assert layer_masks(one, 3) == (AttentionMask(4, 2, 1),) * 3
+    assert layer_masks(vars(one), 3) == (AttentionMask(4, 2, 1),) * 3
     each = dataclasses.replace(plain, window=(4, -1, 0), full_rows=(2,))
-    assert layer_masks(each, 3) == (
+    assert layer_masks(vars(each), 3) == (
         AttentionMask(4, 2),
         AttentionMask(None, 2),
         AttentionMask(0, 2),
@@ -79,7 +79,7 @@ def test_one_plan_for_each_mask(monkeypatch, truncate, plans):
         "make_plan",
         lambda mask, *args: made.append((mask, args[1])) or make_plan(mask, *args),
     )
-    encoder(extra_rows=5, layers=4, window=(3, -1, 3, -1), **truncate)(inputs(), batch())
+    encoder(layers=4, window=(3, -1, 3, -1), **truncate)(inputs(), batch())
     assert len(made) == len(set(made)) == plans
 
 
@@ -140,7 +140,7 @@ def test_targets_and_contextual_tokens_with_every_implementation():
         "truncate_after": 1,
         "truncate_length": 4,
     }
-    graph, params = nnx.split(encoder(extra_rows=5, **options), nnx.Param)
+    graph, params = nnx.split(encoder(**options), nnx.Param)
     sequences, count = batch(SEQUENCES), int(batch(SEQUENCES).offsets[-1])
     other = nnx.merge(graph, params)
     other.implementation = "xla"

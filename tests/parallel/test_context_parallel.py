@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kernels.hstu_attention import RelativeBias, hstu_attention
 from kernels.mask import AttentionMask
 from tests.parallel.dataflow import waiting
-from ultra_hstu.parallel import context_parallel_attention, frame, make_mesh
-from ultra_hstu.parallel.context_attention import heads_of_a_call
+from ultra_hstu.parallel import context_parallel_attention, make_mesh
+from ultra_hstu.parallel import strategy as strategies
+from ultra_hstu.parallel.context_attention import STRATEGIES
 from ultra_hstu.parallel.layout import Layout
 
 ROWS, HEADS, WIDTH = 256, 8, 8
@@ -31,7 +32,6 @@ MASKS = {
     "prefix": AttentionMask(window=9, prefix=6),
     "all": AttentionMask(window=20, full_rows=5, prefix=4, context_sink=False),
 }
-STRATEGIES = ("gather", "ring", "ulysses", "halo")
 
 
 @functools.cache
@@ -98,7 +98,7 @@ PAIRS = [
     (strategy, mask)
     for strategy in STRATEGIES
     for mask in MASKS
-    if strategy != "halo" or MASKS[mask].window is not None
+    if strategy != "halo" or MASKS[mask].windowed
 ]
 
 
@@ -116,8 +116,8 @@ def test_equals_one_device(strategy, mask):
 )
 def test_heads_in_turns(strategy, mask, monkeypatch):
     """Of many rows only some heads at a time: two of eight here."""
-    monkeypatch.setattr(frame, "ROWS_AT_A_TIME", 2 * ROWS // 4)
-    assert heads_of_a_call(strategy, Layout.contiguous(ROWS, 4), HEADS) == 2
+    monkeypatch.setattr(strategies, "ROWS_AT_A_TIME", 2 * ROWS // 4)
+    assert STRATEGIES[strategy].heads_of_a_call(Layout.contiguous(ROWS, 4), HEADS) == 2
     check(
         sharded(strategy, "mixed", mask, shards=4, implementation="reference"),
         expected("mixed", mask, True),
@@ -360,7 +360,7 @@ def test_layout(name):
     for shard in range(8):
         assert (np.diff(rows[shard]) > 0).all()
         for row in (0, 1, 31, 32, 100, 255, 256):
-            assert int(layout.rank(row, shard)) == (rows[shard] < row).sum()
+            assert int(layout.index(row, shard)) == (rows[shard] < row).sum()
 
 
 def test_bad_input():
@@ -406,3 +406,14 @@ def test_bad_input():
         attend(bias=RelativeBias(jnp.zeros(2 * ROWS - 1), None, None, None))
     with pytest.raises(ValueError, match="none is 'context'"):
         attend(mesh=jax.make_mesh((8,), ("data",)))
+
+
+def test_a_new_strategy_is_a_class_and_an_entry(monkeypatch):
+    class Again(STRATEGIES["gather"]):
+        pass
+
+    monkeypatch.setitem(STRATEGIES, "again", Again)
+    check(
+        sharded("again", "short", "causal", implementation="reference"),
+        expected("short", "causal", True),
+    )

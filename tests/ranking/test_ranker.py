@@ -16,7 +16,7 @@ from tests.small_run import with_
 from ultra_hstu.config import ChannelConfig, from_config_dict
 from ultra_hstu.nn.embeddings import CodeEmbedding
 from ultra_hstu.nn.heads import MultiTaskHead
-from ultra_hstu.ranking.source import EVERYTHING
+from ultra_hstu.ranking.form import EVERYTHING
 from ultra_hstu.task import RankTask, Task
 
 FORMS = {

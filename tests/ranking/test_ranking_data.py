@@ -12,9 +12,9 @@ from tests.ranking import rank_data
 from tests.ranking.rank_data import MIXTURE
 from ultra_hstu.config import ChannelConfig
 from ultra_hstu.data import signals
-from ultra_hstu.ranking import source as rank_source
 from ultra_hstu.ranking import split as requests
 from ultra_hstu.ranking.batch import GAP_EDGES
+from ultra_hstu.ranking.form import EVERYTHING
 from ultra_hstu.ranking.source import RankSource
 
 FORMS = {
@@ -371,8 +371,7 @@ def test_merged_and_interleaved_hold_the_same_events():
     assert len(batches[0]) == len(batches[1])
     for merged, interleaved in zip(*batches, strict=True):
         one, two = (
-            jax.tree.map(np.asarray, batch.channels[rank_source.EVERYTHING])
-            for batch in (merged, interleaved)
+            jax.tree.map(np.asarray, batch.channels[EVERYTHING]) for batch in (merged, interleaved)
         )
         np.testing.assert_array_equal(one.item_T[one.item_T > 0], two.item_T[two.item_T > 0])
         has_signal = lambda tokens: tokens.signal_TS.any(axis=1)  # noqa: E731

@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.ranking import rank_data
 from tests.ranking.rank_data import MIXTURE
-from ultra_hstu.ranking.source import channels
+from ultra_hstu.ranking.form import channels
 from ultra_hstu.serving import from_source
 from ultra_hstu.task import RankTask, Task
 

@@ -6,11 +6,11 @@ A *signal* is what a user did with an event, so it is known only afterwards. A *
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Int32, Shaped
 
+from ultra_hstu.config import Kind
 from ultra_hstu.data.interactions import Interactions
 
 FLAGS = (
@@ -27,7 +27,6 @@ _SIZES = {
     **dict.fromkeys(FLAGS, 3),
 }
 
-Kind = Literal["binary", "regression"]
 Actions = dict[str, np.ndarray]
 
 

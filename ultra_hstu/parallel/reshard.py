@@ -155,11 +155,11 @@ class _Trip:
         inside = jnp.minimum(edge_C1, layout.num_rows)
         self.number_t = (
             jnp.arange(layout.rows_per_shard, dtype=jnp.int32)
-            - layout.rank(inside[:-1], self.me)[self.source_t]
+            - layout.index(inside[:-1], self.me)[self.source_t]
         )
         # Of this device's own rows: the range of places that they take on every device.
         shard_C = jnp.arange(layout.shards)
-        place = jax.vmap(layout.rank, (None, 0))
+        place = jax.vmap(layout.index, (None, 0))
         self.first_C, self.last_C = (
             place(inside[self.me], shard_C),
             place(inside[self.me + 1], shard_C),

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.jagged import Rows, lengths_to_offsets
 from ultra_hstu.sequences import Sequences
 
 # Seconds between an event and the one before it, in steps of e^0.301, which is how HSTU's relative bias buckets time.
@@ -61,10 +62,9 @@ class Tokens:
 
     @property
     def sequences(self) -> Sequences:
-        real_T = jnp.arange(self.item_T.shape[0]) < self.offsets[-1]
         return Sequences(
             self.offsets,
-            real_T,
+            Rows.of(self.offsets, self.item_T.shape[0]).real,
             self.time_T,
             self.next_time_T,
             self.num_targets,
@@ -128,7 +128,8 @@ class RankGather:
         if self.supervise_history:
             (name,) = self.channels
             history_B = column[f"stop/{name}"] - column[f"start/{name}"]
-            user_P, place_P, real_P = _lay_out(xp, _offsets(xp, history_B), self.rows[0] // 2)
+            at_P = Rows.of(lengths_to_offsets(history_B, xp=xp), self.rows[0] // 2, xp=xp)
+            user_P, place_P, real_P = at_P.segment, at_P.position, at_P.real
             event_P, index = column[f"start/{name}"][user_P] + place_P, _index(data, column, name)
             event_P = event_P if index is None else index[xp.where(real_P, event_P, 0)]
         else:
@@ -166,8 +167,9 @@ class RankGather:
         used_B = (history_B + count_B) > 0
         contextual_B = xp.where(used_B, self.contextual, 0).astype(xp.int32)
         laid_B = count_B if self.with_targets else xp.zeros_like(count_B)
-        offsets = _offsets(xp, contextual_B + per_event * history_B + laid_B)
-        b_T, p_T, real_T = _lay_out(xp, offsets, rows)
+        offsets = lengths_to_offsets(contextual_B + per_event * history_B + laid_B, xp=xp)
+        at_T = Rows.of(offsets, rows, xp=xp)
+        b_T, p_T, real_T = at_T.segment, at_T.position, at_T.real
         c_T, h_T, start_T, target_T = contextual_B[b_T], history_B[b_T], start_B[b_T], target_B[b_T]
         into_T = p_T - c_T
         is_context_T = real_T & (into_T < 0)
@@ -243,16 +245,3 @@ class RankGather:
 def _index(data: RankEvents, column: dict[str, Any], name: str) -> Any:
     """The events that a channel's `start` and `stop` count; None if they count all events."""
     return column.get(f"event/{name}", data.index.get(name))
-
-
-def _offsets(xp: Any, lengths_B: Any) -> Any:
-    return xp.concatenate([xp.zeros(1, xp.int32), xp.cumsum(lengths_B).astype(xp.int32)])
-
-
-def _lay_out(xp: Any, offsets: Any, rows: int) -> tuple[Any, Any, Any]:
-    """Of every row of a buffer: its sequence, its place in it, and whether it is one of a sequence at all."""
-    row_T = xp.arange(rows, dtype=xp.int32)
-    b_T = xp.clip(
-        xp.searchsorted(offsets, row_T, side="right").astype(xp.int32) - 1, 0, offsets.shape[0] - 2
-    )
-    return b_T, row_T - offsets[b_T], row_T < offsets[-1]

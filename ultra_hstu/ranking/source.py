@@ -14,52 +14,10 @@ from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
 from ultra_hstu.parallel.mesh import DATA
 from ultra_hstu.ranking import split as requests
-from ultra_hstu.ranking.batch import Form, RankEvents, RankGather
+from ultra_hstu.ranking.batch import RankEvents, RankGather
+from ultra_hstu.ranking.form import Sizes, channels, form, num_rows
 from ultra_hstu.ranking.split import Parts, Requests
 from ultra_hstu.retrieval import batch as batching
-
-EVERYTHING = "events"  # the one channel of a run without a mixture of transducers
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What a ranking model must know of its data."""
-
-    items: int
-    signals: tuple[int, ...]  # codes of each, 0 (none) counted
-    features: tuple[int, ...]
-    contextual: tuple[int, ...]
-    kinds: tuple[signals.Kind, ...]  # of the tasks
-    timestamps: bool
-
-
-def channels(config: Config) -> dict[str, ChannelConfig]:
-    """The transducers of a run: those of `model.channels`, or one over all events."""
-    return dict(config.model.channels) or {
-        EVERYTHING: ChannelConfig(max_history=config.data.max_history, layers=config.model.layers)
-    }
-
-
-def form(config: Config) -> Form:
-    """How requests are laid out for serving: with `rank.supervise="all"` no item was trained with `max_history` events before it."""
-    everywhere = config.rank.supervise == "all"
-    return Form(
-        contextual=len(config.rank.contextual),
-        interleaved=config.rank.input == "interleaved",
-        backwards=config.rank.positions == "backwards" and not everywhere,
-        max_history=tuple(
-            (name, channel.max_history - everywhere) for name, channel in channels(config).items()
-        ),
-    )
-
-
-def rows(config: Config, history: Any, targets: Any) -> Any:
-    """Rows of a request with `history` events: contextual tokens, history (two rows an event if interleaved), targets."""
-    return (
-        len(config.rank.contextual)
-        + {"merged": 1, "interleaved": 2}[config.rank.input] * history
-        + targets
-    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,7 +161,7 @@ class RankSource:
             History(
                 channel.max_history,
                 f"/{name}",
-                rows(config, 1, 0) - rows(config, 0, 0),
+                num_rows(config, 1, 0) - num_rows(config, 0, 0),
                 self.events.index.get(name),
             )
             for name, channel in channels(config).items()
@@ -215,7 +173,7 @@ class RankSource:
     def longest(self, config: Config, channel: ChannelConfig) -> int:
         """No request of any part or epoch has more rows."""
         events = int((self.parts.last - self.parts.first).max()) if len(self.parts.first) else 0
-        return rows(config, min(channel.max_history, events), config.rank.targets)
+        return num_rows(config, min(channel.max_history, events), config.rank.targets)
 
     def table(self, of: Requests, config: Config) -> RankTable:
         """Requests with the history of every channel: of a mixture, the newest `max_history` of all earlier events that it keeps."""
@@ -227,7 +185,7 @@ class RankSource:
                 start, stop = self.kept[name][start], self.kept[name][stop]
             start = np.maximum(start, stop - channel.max_history)
             columns |= {f"start/{name}": start, f"stop/{name}": stop}
-            lengths.append(rows(config, stop - start, of.count))
+            lengths.append(num_rows(config, stop - start, of.count))
         return RankTable(columns, np.stack(lengths, axis=1))
 
 

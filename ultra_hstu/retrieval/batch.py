@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from kernels.jagged import Rows, lengths_to_offsets
 from ultra_hstu.sequences import Sequences
 
 ROW_MULTIPLE = (
@@ -153,19 +154,13 @@ def gather_batch(
       xp: `jax.numpy` or `numpy`.
     """
     lengths_B = (stop_B - start_B).astype(xp.int32)
-    num_users = lengths_B.shape[0]
-    ends_B = xp.cumsum(lengths_B).astype(xp.int32)
     if padded_length is None:
-        offsets = xp.concatenate([xp.zeros(1, xp.int32), ends_B])
+        offsets = lengths_to_offsets(lengths_B, xp=xp)
     else:
-        offsets = xp.arange(num_users + 1, dtype=xp.int32) * padded_length
-    row_T = xp.arange(rows, dtype=xp.int32)
-    user_T = xp.clip(
-        xp.searchsorted(offsets, row_T, side="right").astype(xp.int32) - 1, 0, num_users - 1
-    )
-    position_T = row_T - offsets[user_T]
-    real_T = position_T < lengths_B[user_T]
-    event_T = xp.where(real_T, start_B[user_T] + position_T, 0)
+        offsets = xp.arange(lengths_B.shape[0] + 1, dtype=xp.int32) * padded_length
+    place = Rows.of(offsets, rows, lengths=lengths_B, xp=xp)
+    real_T = place.real
+    event_T = xp.where(real_T, start_B[place.segment] + place.position, 0)
     event_T = event_T if index is None else xp.where(real_T, index[event_T], 0)
     next_T = xp.where(real_T, event_T + 1, 0)
     zero = xp.int32(0)

@@ -157,7 +157,7 @@ def popularity_metrics(task: Task, split: str) -> dict[str, float]:
 
 def _encode(recipe: Recipe, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     model = recipe.model(params)
-    return model.users(batch), model.all_items()
+    return model.users(batch, recipe.shards), model.all_items(recipe.shards)
 
 
 def _rank_steps(

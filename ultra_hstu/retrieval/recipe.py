@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from ultra_hstu.data import signals
 from ultra_hstu.nn.dropout import row_keys
+from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.retrieval import loss as losses
 from ultra_hstu.retrieval import negatives
 from ultra_hstu.retrieval.batch import Batch
@@ -28,24 +29,26 @@ class Recipe(Steps):
 
     def build(self, seed: int) -> Recommender:
         sizes = signals.sizes(self.config.rank.signals)
-        return Recommender(
+        model = Recommender(
             self.config.model,
             self.num_items,
             self.config.data.max_history,
             signals=sizes,
-            shards=self.shards,
             rngs=nnx.Rngs(seed),
         )
+        if self.shards.devices > 1:
+            model.encoder.run_layer = ShardedLayers(self.shards)
+        return model
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Float[Array, ""]:
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
         dropout_key, negative_key = jax.random.split(key)
         model = self.model(params)
-        h_TD, cut = model.encode_kept(batch, rngs=dropout_key)
+        h_TD, cut = model.encode_kept(batch, shards=self.shards, rngs=dropout_key)
         # Rows that a truncation dropped have no output to train on.
         labels = (x if cut is None else cut.take(x) for x in (batch.target_T, batch.weight_T))
         target_T, weight_T = self.shards.local(tuple(labels))
-        table_ID = model.all_items()
+        table_ID = model.all_items(self.shards)
         config, shards = self.config.loss, self.shards
         chunk_rows = (
             config.chunk_rows
@@ -58,9 +61,8 @@ class Recipe(Steps):
         if config.kind == "full":
             return losses.full_softmax(h_TD, table_ID, target_T, weight_T, **options)[0]
         rows, log_q = h_TD.shape[0], None
-        sequences = batch.sequences if cut is None else cut.sequences
-        first = shards.first_sequence(sequences.offsets.shape[0] - 1)
-        keys_T = row_keys(negative_key, sequences.offsets, shards.rows(sequences.num_rows), first)
+        sequences = batch.sequences.on(shards) if cut is None else cut.sequences
+        keys_T = row_keys(negative_key, sequences)
         if config.kind == "sampled":
             negative_TR = negatives.uniform_negatives(
                 keys_T, rows, config.negatives, self.num_items

@@ -22,8 +22,8 @@ from ultra_hstu.config import Config
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.nn.key_values import KINDS
 from ultra_hstu.ranking.batch import Form
+from ultra_hstu.ranking.form import Sizes
 from ultra_hstu.ranking.model import Ranker
-from ultra_hstu.ranking.source import Sizes
 from ultra_hstu.serving import artefact, exported
 from ultra_hstu.serving.frozen import Channel, Programs
 from ultra_hstu.serving.inputs import Candidates, Events, History

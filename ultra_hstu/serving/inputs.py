@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from ultra_hstu.ranking.batch import Form
-from ultra_hstu.ranking.source import RankSource, Sizes
+from ultra_hstu.ranking.form import Sizes
+from ultra_hstu.ranking.source import RankSource
 
 _INT32 = np.iinfo(np.int32)
 COLUMNS = ("item_E", "time_E", "signal_ES", "feature_EF")  # of events

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 from ultra_hstu.config import Config
+from ultra_hstu.ranking.form import channels
 from ultra_hstu.ranking.model import Ranker
-from ultra_hstu.ranking.source import channels
 from ultra_hstu.serving.capacity import MAX_USERS, Room
 from ultra_hstu.serving.encoded_user import EncodedUser, join, split
 from ultra_hstu.serving.encoded_users import key_of

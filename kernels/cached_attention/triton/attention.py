@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import mask as masks
+from kernels import tiles
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.hstu_attention.triton import attention as whole
 from kernels.mask import KeyIntervals
@@ -89,14 +89,14 @@ def blocks_of(keys: KeyIntervals, sizes: whole.Tiling) -> Blocks:
 
     lo0, hi0, lo1, hi1 = map(whole_tiles, keys)
     (first0, end0), (first1, end1) = (
-        masks.hull_blocks(lo0, hi0, tile, block),
-        masks.hull_blocks(lo1, hi1, tile, block),
+        tiles.hull_blocks(lo0, hi0, tile, block),
+        tiles.hull_blocks(lo1, hi1, tile, block),
     )
     joined = (end0 > first1) & (end1 > first0)  # they overlap: one range
     first1 = jnp.where(joined, jnp.minimum(first0, first1), first1)
     end1 = jnp.where(joined, jnp.maximum(end0, end1), end1)
-    full_first, full_end = masks.common_blocks(
-        lo1, whole_tiles(keys.hi1, masks.FAR), tile, block
+    full_first, full_end = tiles.common_blocks(
+        lo1, whole_tiles(keys.hi1, tiles.FAR), tile, block
     )  # rows of padding see everything
     full_first = jnp.clip(full_first, first1, end1)
     full_end = jnp.clip(full_end, full_first, end1)

@@ -44,9 +44,7 @@ def backward_config(
     """
     found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
     values: Any = {} if found is None else found["backward"]
-    passes = passes or values.get(
-        "passes", 2 if plan.mask.window is not None or tuning.is_short(plan) else 1
-    )
+    passes = passes or values.get("passes", 2 if plan.mask.windowed or tuning.is_short(plan) else 1)
     widest = max(k_width, v_width)
     if widest > 128:
         config = BackwardConfig(tile=64, block_q=64, stages=2)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from kernels import mask as masks
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.plan import AttentionPlan
+from kernels.tiles import common_blocks, hull_blocks
 from kernels.zeros import zeros_after
 
 COUNTERS = 8  # rows of zeros in front of the last tile's copy: whole tiles of shared memory
@@ -164,8 +164,8 @@ def _tiles_of(
     first = jnp.arange(3)[None, :] == 0
     lo = jnp.where(first & nothing[:, None], own[:, None], lo)
     hi = jnp.where(first & nothing[:, None], own[:, None] + 1, hi)
-    full = [x for begin, end in ranges for x in masks.common_blocks(begin, end, tile, block)]
-    other = [x for begin, end in ranges[1:] for x in masks.hull_blocks(begin, end, tile, block)]
+    full = [x for begin, end in ranges for x in common_blocks(begin, end, tile, block)]
+    other = [x for begin, end in ranges[1:] for x in hull_blocks(begin, end, tile, block)]
     return _Tiles(lo, hi, jnp.stack([*full, *other], axis=1)), jnp.stack(
         [x for pair in ranges for x in pair]
     )
@@ -250,8 +250,8 @@ def row_scales(scale: Array, plan: AttentionPlan, rows: int) -> Array:
 
 def may_split(plan: AttentionPlan) -> bool:
     """Whether some tile may be worth splitting. Where every row sees a window, or sequences are short, none is heavy, and nothing is to be summed."""
-    light = plan.mask.window is not None or tuning.is_short(plan)
-    return not (light and plan.plain and plan.mask.full_rows == plan.mask.prefix == 0)
+    light = plan.mask.windowed or tuning.is_short(plan)
+    return not (light and plan.rows_in_one_piece)
 
 
 def part_slots(plan: AttentionPlan, tile: int, heads: int, workers: int) -> int:
