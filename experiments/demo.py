@@ -11,11 +11,9 @@ from absl import flags
 
 from experiments import command
 from experiments.configs import synthetic
-from ultra_hstu import report
+from ultra_hstu import report, tasks
 from ultra_hstu.config import from_config_dict
-from ultra_hstu.retrieval.evaluate import baselines
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
@@ -37,7 +35,7 @@ def main(_: list[str]) -> None:
         hstu, name="synthetic_sasrec", model=dataclasses.replace(hstu.model, kind="sasrec")
     )
     rows, folders = {}, {}
-    task = Task.load(hstu)
+    task = tasks.load(hstu)
     console.print(
         f"{task.interactions.num_users:,} users, {task.interactions.num_items:,} items, {task.interactions.num_events:,} events: "
         "a Dirichlet process over categories whose vocabulary drifts (HSTU paper, appendix C, scaled down)"
@@ -47,7 +45,7 @@ def main(_: list[str]) -> None:
         shutil.rmtree(folders[name].path, ignore_errors=True)
         console.rule(name)
         rows[name] = train(config, folders[name].path, console=console, task=task)["best"]
-    rows |= baselines(task, "test")
+    rows |= task.baselines("test")
     console.print(report.metrics_table("Next item among all items, test users", rows))
 
     curves = root.absolute() / "curves.png"

@@ -14,10 +14,8 @@ import numpy as np
 from absl import flags
 
 from experiments import command
-from ultra_hstu import provenance, quantization, report
-from ultra_hstu.retrieval.evaluate import baselines, evaluator
+from ultra_hstu import provenance, quantization, report, tasks
 from ultra_hstu.serving import load_params
-from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
@@ -39,16 +37,16 @@ _RECORD = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     folder = Workdir(_WORKDIR.value)
-    task = Task.of_run(folder, _RAW_DIR.value)
+    task = tasks.of_run(folder, _RAW_DIR.value)
     config = task.config
     step, params = load_params(folder, task.recipe)
     with jax.default_matmul_precision(config.train.matmul_precision):
-        measure = evaluator(task, _SPLIT.value)
+        measure = task.evaluator(_SPLIT.value)
         metrics = {
             kind: measure(quantization.unpacked(quantization.packed(params, kind)))
             for kind in _TABLES.value
         }
-        others = baselines(task, _SPLIT.value)
+        others = task.baselines(_SPLIT.value)
     rows = {
         f"{config.name}, step {step}{'' if kind == 'float32' else f', {kind} table'}": values
         for kind, values in metrics.items()

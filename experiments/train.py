@@ -19,11 +19,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import command
-from ultra_hstu import provenance, report, workdir
+from ultra_hstu import provenance, report, tasks, workdir
 from ultra_hstu.config import from_config_dict
 from ultra_hstu.parallel import processes
-from ultra_hstu.retrieval.evaluate import baselines, criteria_of
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -95,8 +93,8 @@ def main(_: list[str]) -> None:
     if _RECORD.value and first:
         Path(_RECORD.value).parent.mkdir(parents=True, exist_ok=True)
     root = Path(str(_WORKDIR.value))
-    task = Task.load(config)
-    criteria = criteria_of(task)
+    task = tasks.load(config)
+    criteria = task.criteria
     results = []
     for seed in seeds or [config.train.seed]:
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
@@ -113,7 +111,7 @@ def main(_: list[str]) -> None:
             "mean": summary(results, statistics.mean),
             "standard deviation": summary(results, statistics.stdev),
         }
-    without_model = baselines(task, "test")
+    without_model = task.baselines("test")
     console.print(
         report.metrics_table(
             f"{config.name}: test, protocol {config.train.protocol}", rows | without_model, criteria

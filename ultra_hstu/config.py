@@ -14,12 +14,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import ml_collections
 from ml_collections import config_dict
 
-Source = Literal[
-    "synthetic", "ml-100k", "ml-1m", "ml-20m", "amazon-books", "amazon-beauty", "assistments-2017",
-    "kuairand-pure", "kuairand-1k", "kuairand-27k",
-]  # fmt: skip
-Protocol = Literal["published", "validated", "temporal", "chronological"]
-
 POSITIVE = """data.max_history data.batch_users data.batch_tokens data.recalibrate_every data.synthetic.users data.synthetic.items data.synthetic.categories
     data.synthetic.prior_categories     model.width model.layers model.heads model.qk_width model.v_width model.ffn_width model.time_buckets
     model.alpha model.truncate_after model.truncate_length model.chunk_rows     rank.targets rank.head_width
@@ -45,7 +39,7 @@ class SyntheticConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: Source = "synthetic"
+    source: str = "synthetic"  # a name of ultra_hstu.data.sources
     raw_dir: str | None = None  # a local copy in the publisher's format, read instead of a download
     data_dir: str = "data"  # prepared array_record files go here
     ties: Literal["stable", "random"] = "stable"  # order of a user's events with equal timestamps
@@ -177,7 +171,7 @@ class OptimConfig:
 class TrainConfig:
     epochs: int = 101
     seed: int = 42
-    protocol: Protocol = "published"
+    protocol: str = "published"  # one of the task's PROTOCOLS
     eval_every: int = 1  # epochs
     eval_users: int = 256  # users scored at one time
     patience: int | None = (

@@ -17,7 +17,6 @@ from tests.serving.small_serving import built
 from tests.small_run import with_
 from ultra_hstu import flops, serving
 from ultra_hstu.config import from_config_dict
-from ultra_hstu.ranking.evaluate import RankingEvaluator
 
 SMALL = dict(
     width=32,
@@ -88,7 +87,7 @@ def test_metrics_under_a_small_cache(monkeypatch):
     cache_precision.FLAGS(["test"])
     task, ranker, params = built("merged")
     task = task.with_config(with_(task.config, train__eval_users=8))
-    model, evaluator = serving.FrozenRanker(ranker), RankingEvaluator(task, "test")
+    model, evaluator = serving.FrozenRanker(ranker), task.evaluator("test")
     requests = list(cache_precision.test_requests(task, model))
     same, answers = cache_precision.measure(task, model, evaluator, requests, "same", {})
     small, _ = cache_precision.measure(task, model, evaluator, requests, "int8", answers)
