@@ -21,8 +21,7 @@ from experiments import command
 from ultra_hstu import provenance, report, workdir
 from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.interactions import Interactions, load_interactions
-from ultra_hstu.ranking.evaluate import baselines
-from ultra_hstu.task import RankTask, Task
+from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -84,7 +83,7 @@ def variants(config: Config) -> dict[str, Config]:
     return found
 
 
-def describe(task: RankTask) -> dict[str, float]:
+def describe(task: RankingTask) -> dict[str, float]:
     """Operations of one request, forward (mean over the test requests) and in training (mean over an epoch's), and parameters."""
     params = jax.eval_shape(lambda: task.recipe.init(0)).params
     return {
@@ -125,12 +124,9 @@ def main(_: list[str]) -> None:
     )
 
 
-def task_of(config: Config, interactions: Interactions) -> RankTask:
+def task_of(config: Config, interactions: Interactions) -> RankingTask:
     config.validate()
-    task = Task.of(config, interactions)
-    if not isinstance(task, RankTask):
-        raise ValueError(f"{config.name} has no rank.tasks: the ablation is one of ranking")
-    return task
+    return RankingTask.of(config, interactions)
 
 
 def run(
@@ -150,7 +146,7 @@ def run(
     }
     if ULTRA in chosen:
         record["config"] = chosen[ULTRA].name
-    record |= {"baselines": baselines(task_of(first, interactions), "test"), "variants": {}}
+    record |= {"baselines": task_of(first, interactions).baselines("test"), "variants": {}}
     for name, variant in chosen.items():
         task = task_of(variant, interactions)
         entry: dict[str, Any] = describe(task) | {"runs": []}

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import rich.box
 import tensorboardX
@@ -22,7 +22,6 @@ from rich.progress import (
 from rich.table import Table
 
 from ultra_hstu.criteria import RETRIEVAL, Criteria, display_name
-from ultra_hstu.serving import Recommendation
 from ultra_hstu.workdir import write_text
 
 
@@ -100,8 +99,22 @@ def metrics_table(
     return table
 
 
-def recommendations_table(title: str, answer: Sequence[Recommendation]) -> Table:
-    """Place, id, title and score of each recommended item."""
+@runtime_checkable
+class RecommendedItem(Protocol):
+    """One item of an answer, as a table shows it."""
+
+    @property
+    def item(self) -> int | str: ...
+
+    @property
+    def title(self) -> str | None: ...
+
+    @property
+    def score(self) -> float: ...
+
+
+def recommendations_table(title: str, answer: Sequence[RecommendedItem]) -> Table:
+    """Rank, id, title and score of each recommended item."""
     table = Table("#", "item", "title", "score", title=f"recommendations: {title}")
     for place, item in enumerate(answer, start=1):
         table.add_row(str(place), str(item.item), item.title or "", f"{item.score:.4f}")

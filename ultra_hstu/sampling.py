@@ -9,7 +9,7 @@ Host code in numpy. Every choice is a function of lengths, times and the random 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -89,18 +89,6 @@ def subsequence(
     return np.sort(np.lexsort([age, key])[:keep])
 
 
-def process_mean(value: float) -> float:
-    """The mean of a number over all JAX processes; itself where there is one. Every process must call it."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    return (
-        value
-        if jax.process_count() == 1
-        else float(np.mean(multihost_utils.process_allgather(np.float64(value))))
-    )
-
-
 @dataclasses.dataclass
 class LoadBalancer:
     """Load-balanced stochastic length of one rank.
@@ -122,7 +110,7 @@ class LoadBalancer:
     alpha: float
     gamma: float
     recalibrate_every: int = 100
-    mean: Callable[[float], float] = process_mean
+    mean: Callable[[float], float] = float
     target: float | None = None
     observed: float = 0.0  # sum of plain loads since the last mean
     step: int = 0
@@ -182,10 +170,3 @@ class LoadBalancer:
         whole = order[: int(np.argmin(np.abs(loads - self.target)))]
         kept[whole] = lengths[whole]
         return kept
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the choices depend on beside arguments and settings; JSON."""
-        return {"target": self.target, "observed": self.observed, "step": self.step}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.target, self.observed, self.step = state["target"], state["observed"], state["step"]

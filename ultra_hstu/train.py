@@ -21,14 +21,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from rich.console import Console
 
-from ultra_hstu import optim, report
+from ultra_hstu import optim, report, tasks
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.data.feed import Feed, Group
 from ultra_hstu.parallel import make_mesh, processes
-from ultra_hstu.retrieval.evaluate import evaluator
 from ultra_hstu.step import Steps, TrainState
-from ultra_hstu.task import RankTask, Task
+from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir, write_json
 
 VALIDATED_PATIENCE = (
@@ -80,7 +79,7 @@ def train(
     workdir: Path | str,
     *,
     console: Console | None = None,
-    task: Task | RankTask | None = None,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir`; returns its result, which `result.json` holds too.
 
@@ -94,11 +93,12 @@ def train(
       Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     config.validate()
+    tasks.check(config)
     console = (console or Console()) if processes.is_first() else Console(quiet=True)
     folder = Workdir(workdir)
     config = _claim(folder, config)
     try:
-        task = Task.load(config) if task is None else task.with_config(config)
+        task = tasks.load(config) if task is None else task.with_config(config)
         processes.require_same(
             "data set", task.interactions.fingerprint() if processes.several() else {}
         )
@@ -147,18 +147,16 @@ def _claim(folder: Workdir, config: Config) -> Config:
 
 
 class _Run:
-    def __init__(self, task: Task | RankTask, folder: Workdir, console: Console):
+    def __init__(self, task: Task, folder: Workdir, console: Console):
         self.task, self.config, self.folder, self.console = task, task.config, folder, console
         config = self.config.train
         self.loader = task.loader(
             "train", batch_users=self.config.data.batch_users, steps_per_call=config.steps_per_call
         )
         self.split = "test" if config.protocol == "published" else "validation"
-        self.evaluator = evaluator(task, self.split)
-        if self.split != "test":
-            evaluator(
-                task, "test"
-            )  # raises for data without test events now, and not after training
+        self.evaluator = task.evaluator(self.split)
+        # Made now, so that data without test events is an error before training.
+        self.test_evaluator = self.evaluator if self.split == "test" else task.evaluator("test")
         self.patience = config.patience or (
             None if config.protocol == "published" else VALIDATED_PATIENCE
         )
@@ -364,7 +362,7 @@ class _Run:
             # One look at the test items, with the parameters that did best on the validation items.
             result |= {
                 "validation": result.pop("best"),
-                "best": evaluator(self.task, "test")(params),
+                "best": self.test_evaluator(params),
             }
             result.pop("last")
         if processes.is_first():

@@ -25,9 +25,9 @@ from rich.table import Table
 from experiments import command
 from ultra_hstu import flops, provenance, report, workdir
 from ultra_hstu.config import Config, DataConfig, ModelConfig
+from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.retrieval.batch import ROW_MULTIPLE
 from ultra_hstu.sampling import LoadBalancer, stochastic_length
 from ultra_hstu.sequences import Sequences
 

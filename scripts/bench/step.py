@@ -23,10 +23,9 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import command
-from ultra_hstu import provenance, report, workdir
+from ultra_hstu import provenance, report, tasks, workdir
 from ultra_hstu.config import Config, from_config_dict
-from ultra_hstu.retrieval.evaluate import evaluator
-from ultra_hstu.task import RankTask, Task
+from ultra_hstu.task import Task
 from ultra_hstu.train import run_steps
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -42,7 +41,7 @@ def main(_: list[str]) -> None:
     config = from_config_dict(_CONFIG.value)
     result: dict[str, Any] = {"config": config.name, **provenance.provenance()}
     with jax.default_matmul_precision(config.train.matmul_precision):
-        result["evaluation"] = time_evaluation(Task.load(config))
+        result["evaluation"] = time_evaluation(tasks.load(config))
         for placement in ("device", "stream"):
             placed = dataclasses.replace(
                 config, data=dataclasses.replace(config.data, placement=placement)
@@ -59,7 +58,7 @@ def main(_: list[str]) -> None:
 
 def time_steps(config: Config, repeats: int) -> dict[str, float]:
     """Milliseconds a step, and the share of the time in which the next batches were not there yet."""
-    task = Task.load(config)
+    task = tasks.load(config)
     size = config.train.steps_per_call
     loader = task.loader("train", batch_users=config.data.batch_users, steps_per_call=size)
     state = jax.jit(task.recipe.init, static_argnums=0)(config.train.seed)
@@ -102,10 +101,10 @@ def time_steps(config: Config, repeats: int) -> dict[str, float]:
     }
 
 
-def time_evaluation(task: Task | RankTask) -> dict[str, float]:
+def time_evaluation(task: Task) -> dict[str, float]:
     """Seconds to rank every test user (ranking: to predict the targets of every test request), and the process's peak memory in MiB then."""
     params = jax.jit(task.recipe.init, static_argnums=0)(0).params
-    measure = evaluator(task, "test")
+    measure = task.evaluator("test")
     measure.compile(params)
     measure(params)
     started = time.perf_counter()

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ranking import rank_data
+from ultra_hstu import tasks
 from ultra_hstu.nn.mini_sequence import chunked
-from ultra_hstu.task import Task
 
 ROWS, WIDTH, HIDDEN = 23, 6, 40
 
@@ -128,7 +128,7 @@ def test_ranking_step_in_chunks():
         config = rank_data.config(
             model=dict(chunk_rows=chunk_rows, preset="research", implementation="reference")
         )
-        task = Task.of(config, rank_data.interactions())
+        task = tasks.of(config, rank_data.interactions())
         loader = task.loader("train", batch_users=4, steps_per_call=1)
         batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
         params = task.recipe.init(0).params

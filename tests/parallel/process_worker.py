@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 
 from tests.small_run import small_config, with_
-from ultra_hstu.data.feed import DeviceFeed
+from ultra_hstu import tasks
+from ultra_hstu.data.feed import DeviceFeed, EventStore
 from ultra_hstu.parallel import processes
 from ultra_hstu.retrieval.batch import Events
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
@@ -71,7 +71,7 @@ def main(folder):
         model__window=(4,),
         data__batch_tokens=256,
     )
-    task = Task.load(base)
+    task = tasks.load(base)
     read = {}
     for data, context in MESHES:
         for placement in ("stream", "device"):
@@ -84,7 +84,7 @@ def main(folder):
             )
             numbered = np.arange(task.interactions.num_events, dtype=np.int32)
             on_mesh = dataclasses.replace(
-                Task.of(config, task.interactions), events=Events(numbered, numbered)
+                tasks.of(config, task.interactions), store=EventStore(Events(numbered, numbered))
             )
             read[f"{data}x{context} {placement}"] = events_read(on_mesh)
     wrong = (
@@ -98,7 +98,7 @@ def main(folder):
         "mesh": error(with_(base, parallel__data=3, parallel__context=2), folder / "run"),
         "one device": error(base, folder / "run"),
         "folder": error(good, folder),
-        "data": error(good, folder / "run", Task.of(good, wrong)),
+        "data": error(good, folder / "run", tasks.of(good, wrong)),
     }
     agreed = [
         processes.all_gather(me),

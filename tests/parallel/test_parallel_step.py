@@ -12,13 +12,12 @@ from jax.sharding import PartitionSpec
 from experiments import configs
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
+from ultra_hstu import tasks
 from ultra_hstu.config import ChannelConfig, from_config_dict, to_config_dict
 from ultra_hstu.parallel.collectives import collectives
 from ultra_hstu.parallel.embedding_sharding import lookup
 from ultra_hstu.parallel.mesh import make_mesh
 from ultra_hstu.parallel.shards import Shards
-from ultra_hstu.retrieval.evaluate import evaluator
-from ultra_hstu.task import Task
 from ultra_hstu.train import run_steps
 
 STEPS, GROUPS = 3, 8
@@ -57,12 +56,12 @@ def run(config, data, context, evaluated=False):
     """Losses and gradient norms of the first steps, and metrics after them."""
     config = with_(config, parallel__data=data, parallel__context=context)
     config.validate()
-    task = Task.of(config, interactions(bool(config.rank.tasks)))
+    task = tasks.of(config, interactions(bool(config.rank.tasks)))
     loader = task.loader("train", batch_users=config.data.batch_users, steps_per_call=STEPS)
     group = next(iter(loader.groups(loader.plan(seed=1))))
     steps = jax.jit(functools.partial(run_steps, task.recipe), compiler_options=QUICK)
     state, history = steps(task.recipe.start(0), group.feed, np.int32(group.steps))
-    metrics = evaluator(task, "test")(state.params) if evaluated else {}
+    metrics = task.evaluator("test")(state.params) if evaluated else {}
     return {name: np.asarray(values)[: group.steps] for name, values in history.items()} | metrics
 
 
@@ -153,7 +152,7 @@ def test_mini_sequences_over_ulysses():
 
 def program(config, data, context):
     config = with_(config, parallel__data=data, parallel__context=context)
-    task = Task.of(config, interactions(False))
+    task = tasks.of(config, interactions(False))
     loader = task.loader("train", batch_users=config.data.batch_users, steps_per_call=1)
     feed = next(iter(loader.groups(loader.plan()))).feed
     step = jax.jit(task.recipe.feed_step).lower(

@@ -23,10 +23,11 @@ from tests.data.data_files import (
 )
 from tests.ranking import rank_data
 from tests.small_run import with_
+from ultra_hstu import tasks
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.serving.artefact import Scorer
-from ultra_hstu.task import RankTask, Task
 from ultra_hstu.train import Interrupted, train
 
 ROOT = Path(__file__).parents[2]
@@ -113,8 +114,8 @@ def shrunk(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_ranking_configuration_fits_its_data(name, tmp_path):
     """A step and a prediction are traced, with all the options of the file but its sizes."""
-    task = Task.load(shrunk(name, tmp_path))
-    assert isinstance(task, RankTask) and task.flops("test").inference > 0
+    task = tasks.load(shrunk(name, tmp_path))
+    assert isinstance(task, RankingTask) and task.flops("test").inference > 0
     loader = task.loader("train", batch_users=4, steps_per_call=2)
     batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
     state, metrics = jax.eval_shape(lambda: task.recipe.step(task.recipe.init(0), batch))
@@ -191,7 +192,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
         model=dict(layers=1),
         train=dict(epochs=2, protocol="chronological", steps_per_call=1),
     )
-    task = Task.of(config, rank_data.interactions((20, 18, 12)))
+    task = tasks.of(config, rank_data.interactions((20, 18, 12)))
     whole = train(config, tmp_path / "whole", console=Console(quiet=True), task=task)
     assert whole["steps"] > 5
     monkeypatch.setattr("ultra_hstu.train._Stop", StopAfterFiveLooks)
@@ -228,7 +229,7 @@ def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
     cost = {}
     for name, variant in found.items():
         variant.validate()
-        cost[name] = ablation.describe(Task.of(variant, interactions))["inference_gflop"]
+        cost[name] = ablation.describe(tasks.of(variant, interactions))["inference_gflop"]
     assert (
         cost["interleaved_input"] > cost["ultra"]
         and cost["no_truncation"] > cost["ultra"] > cost["one_transducer"]

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from tests.small_run import small_config
+from ultra_hstu import tasks
 from ultra_hstu.quantization import item_table, unpacked
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -45,11 +45,10 @@ def test_best_unseen_items_in_order(model):
 
 def test_the_same_scores_as_evaluation(run, model):
     """The rank that evaluation gives a test target is its place among the recommendations."""
-    from ultra_hstu.retrieval.evaluate import Evaluator
 
     config, _ = run
-    task = Task.load(config)
-    ranks = Evaluator(task, "test").ranks(model.params)
+    task = tasks.load(config)
+    ranks = task.evaluator("test").ranks(model.params)
     examples, interactions = task.splits.test, task.interactions
     targets = interactions.items[examples.stop]
     unseen = [

@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from tests.small_run import small_config, with_
+from ultra_hstu import tasks
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.encoded_users import ENTRY_BYTES, EncodedUsers
 from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, problem
 from ultra_hstu.serving.service import Service
 from ultra_hstu.serving.trained import RunData
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,7 @@ def test_repeated_items_are_events_of_their_own(service):
 
 
 def test_without_a_history_the_most_popular_items(folder, service):
-    task = Task.load(service.model.config)
+    task = tasks.load(service.model.config)
     count_I = np.bincount(
         task.interactions.items[
             np.concatenate([np.arange(a, b + 1) for a, b in zip(*train_rows(task), strict=True)])

@@ -7,7 +7,7 @@ import numpy as np
 from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.download import Download
-from ultra_hstu.data.events import Events
+from ultra_hstu.data.events import RawEvents
 from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integers, lines, read_table
 
 MIN_COUNT = 5
@@ -35,7 +35,7 @@ class AmazonBooks(InteractionsBuilder):
         )
     ]
 
-    def read(self) -> tuple[Events, Catalog]:
+    def read(self) -> tuple[RawEvents, Catalog]:
         columns = (
             Column("user", np.str_),
             Column("item", np.str_),
@@ -49,7 +49,7 @@ class AmazonBooks(InteractionsBuilder):
             table["user"], return_inverse=True
         )  # strings are sorted once, then all is integers
         items, item = np.unique(table["item"], return_inverse=True)
-        events = Events(
+        events = RawEvents(
             user, item, table["timestamp"], {"rating": table["rating"]}, where
         ).without_duplicates()
         often = (np.bincount(events.users) >= MIN_COUNT)[events.users]
@@ -87,7 +87,7 @@ class AmazonBeauty(InteractionsBuilder):
         )
     ]
 
-    def read(self) -> tuple[Events, Catalog]:
+    def read(self) -> tuple[RawEvents, Catalog]:
         path = self.raw_dir / "Beauty.txt"
         users: dict[int, int] = {}
         histories = []
@@ -107,4 +107,4 @@ class AmazonBeauty(InteractionsBuilder):
         repeated = np.repeat(
             np.array(list(users), np.int64), [len(history) for history in histories]
         )
-        return Events(repeated, items, None, {}), Catalog.from_ids(np.unique(items))
+        return RawEvents(repeated, items, None, {}), Catalog.from_ids(np.unique(items))

@@ -5,7 +5,7 @@ import numpy as np
 from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.download import Download
-from ultra_hstu.data.events import Events
+from ultra_hstu.data.events import RawEvents
 from ultra_hstu.data.text import bad_line, integers, lines
 
 _URL = "https://raw.githubusercontent.com/arghosh/AKT/01b7e8d7d7c862cabc9467108e3e7f2555653a88/data/assist2017_pid/"
@@ -47,7 +47,7 @@ class Assistments(InteractionsBuilder):
         )
     ]
 
-    def read(self) -> tuple[Events, Catalog]:
+    def read(self) -> tuple[RawEvents, Catalog]:
         learners: dict[int, str] = {}
         columns: dict[str, list[np.ndarray]] = {"problem": [], "skill": [], "correct": []}
         bounds = {"problem": (1, 2**63 - 1), "skill": (1, 2**31 - 1), "correct": (0, 1)}
@@ -91,4 +91,4 @@ class Assistments(InteractionsBuilder):
         )
         problem, skill, correct = (np.concatenate(parts) for parts in columns.values())
         actions = {"correct": correct.astype(np.int32), "skill": skill.astype(np.int32)}
-        return Events(users, problem, None, actions), Catalog.from_ids(np.unique(problem))
+        return RawEvents(users, problem, None, actions), Catalog.from_ids(np.unique(problem))

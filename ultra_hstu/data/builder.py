@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ultra_hstu.config import DataConfig, SyntheticConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download, checksums, obtain
-from ultra_hstu.data.events import Events
+from ultra_hstu.data.events import RawEvents
 
 _log = logging.getLogger(__name__)
 CATALOG = "catalog.npz"
@@ -65,7 +66,12 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
         )  # a generated source reads nothing
         super().__init__(file_format="array_record", **kwargs)
 
-    def read(self) -> tuple[Events, Catalog]:
+    @classmethod
+    def settings_of(cls, config: DataConfig) -> dict[str, SyntheticConfig]:
+        """Keyword arguments of the builder: what a generated source is made from."""
+        return {}
+
+    def read(self) -> tuple[RawEvents, Catalog]:
         """Reads `self.raw_dir` (checked: it holds the files of the configuration)."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is read")
 
@@ -97,7 +103,7 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
         return {"users": self._generate_examples(events, catalog)}
 
     def _generate_examples(
-        self, events: Events, catalog: Catalog
+        self, events: RawEvents, catalog: Catalog
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         events = dataclasses.replace(events, items=events.encode(catalog, self.ITEMS_FILE))
         users, codes = np.unique(events.users, return_inverse=True)
@@ -123,14 +129,10 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
             yield row, example
 
 
-def prepare(
-    builder: type[InteractionsBuilder],
-    variant: SourceConfig,
-    data_dir: Path,
-    raw_dir: str | None,
-    **settings: Any,
-) -> InteractionsBuilder:
-    """The builder of a prepared dataset: found in `data_dir`, or built there from `raw_dir` or a download.
+def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> InteractionsBuilder:
+    """The builder of a prepared dataset: found in `config.data_dir`, or built there.
+
+    It is built from `config.raw_dir`, or from a download where that is None.
 
     The folder is named after a fingerprint of the content of the raw files, the settings of a generated source and the
     builder's version, so that a changed file is prepared afresh. A build that is killed leaves nothing that is read.
@@ -139,6 +141,9 @@ def prepare(
         ValueError: files missing from raw_dir, or bad input in them.
         ConnectionError: the publisher cannot be reached.
     """
+    variant: SourceConfig = builder.builder_configs[config.source]
+    data_dir, raw_dir = Path(config.data_dir), config.raw_dir
+    settings = builder.settings_of(config)
     data_dir.mkdir(parents=True, exist_ok=True)
     with _locked(data_dir / f"{variant.name}.lock"):
         folder, sums = None, {}

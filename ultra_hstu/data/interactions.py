@@ -11,27 +11,15 @@ import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
 from ultra_hstu.config import DataConfig
-from ultra_hstu.data.amazon import AmazonBeauty, AmazonBooks
-from ultra_hstu.data.assistments import Assistments
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
-from ultra_hstu.data.kuairand import KuaiRand
-from ultra_hstu.data.movielens import MovieLens
-from ultra_hstu.data.synthetic import Synthetic
+from ultra_hstu.data.sources import builder_of
 
 __all__ = ["Catalog", "Interactions", "load_interactions"]
 _log = logging.getLogger(__name__)
 _BATCH = 4096  # users read at once: one by one, every user decompresses its neighbours too
 MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
-_BUILDERS: tuple[type[InteractionsBuilder], ...] = (
-    MovieLens,
-    AmazonBooks,
-    AmazonBeauty,
-    Assistments,
-    KuaiRand,
-    Synthetic,
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,24 +111,17 @@ class Interactions:
 def load_interactions(config: DataConfig) -> Interactions:
     """Loads a source, preparing it under `config.data_dir` first where that has not been done.
 
-    Events are sorted stably by (time, row of the file) within a user; without timestamps they keep the order of the
+    RawEvents are sorted stably by (time, row of the file) within a user; without timestamps they keep the order of the
     file. `ties="random"` puts events of a user with equal timestamps in an order drawn from `ties_seed` instead.
     Users with fewer than 3 events are dropped with a warning that counts them: the last two events are for testing and
     validation, and the same users serve all protocols. Their items stay in the catalogue.
 
     Raises:
-        ValueError: bad input (file, line and value), no user left, random ties without timestamps.
+        ValueError: an unknown source, bad input (file, line and value), no user left, random ties
+            without timestamps.
         ConnectionError: the source cannot be downloaded; says what to fetch by hand.
     """
-    for builder in _BUILDERS:
-        if config.source in builder.builder_configs:
-            break
-    else:
-        known = ", ".join(name for builder in _BUILDERS for name in builder.builder_configs)
-        raise ValueError(f"data.source must be one of {known}, not {config.source!r}")
-    variant: Any = builder.builder_configs[config.source]
-    settings = {"settings": config.synthetic} if builder is Synthetic else {}
-    prepared = prepare(builder, variant, Path(config.data_dir), config.raw_dir, **settings)
+    prepared = prepare(builder_of(config.source), config)
     return ordered(_read(prepared), ties=config.ties, seed=config.ties_seed)
 
 

@@ -8,7 +8,7 @@ from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download
-from ultra_hstu.data.events import Events
+from ultra_hstu.data.events import RawEvents
 from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integer, lines, read_table
 
 _INT32 = 2**31 - 1
@@ -87,7 +87,7 @@ class KuaiRand(InteractionsBuilder):
         for name, logs in _LOGS.items()
     ]
 
-    def read(self) -> tuple[Events, Catalog]:
+    def read(self) -> tuple[RawEvents, Catalog]:
         paths = [self.raw_dir / name for name in self.builder_config.files]
         tables = [read_table(path, _COLUMNS, header=True) for path in paths]
         where = tuple(
@@ -97,7 +97,7 @@ class KuaiRand(InteractionsBuilder):
             name: np.concatenate([table.pop(name) for table in tables]) for name in tuple(tables[0])
         }
         users, videos, times = (joined.pop(name) for name in ("user_id", "video_id", "time_ms"))
-        events = Events(users, videos, times, joined, where).without_duplicates()
+        events = RawEvents(users, videos, times, joined, where).without_duplicates()
         return events, Catalog.from_ids(np.unique(videos))
 
     def read_contexts(self) -> Contexts:

@@ -10,7 +10,7 @@ from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download
-from ultra_hstu.data.events import Events
+from ultra_hstu.data.events import RawEvents
 from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integer, lines, read_table
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class MovieLens(InteractionsBuilder):
         for name in _FORMATS
     ]
 
-    def read(self) -> tuple[Events, Catalog]:
+    def read(self) -> tuple[RawEvents, Catalog]:
         ratings, movies, delimiter, header = _FORMATS[self.builder_config.name]
         half_stars = self.builder_config.name == "ml-20m"
         columns = (
@@ -73,7 +73,7 @@ class MovieLens(InteractionsBuilder):
         table = read_table(path, columns, delimiter=delimiter, header=header)
         actions = {"rating": table["rating"].astype(np.float32)}
         where = ((str(path), 2 if header else 1, len(actions["rating"])),)
-        events = Events(table["userId"], table["movieId"], table["timestamp"], actions, where)
+        events = RawEvents(table["userId"], table["movieId"], table["timestamp"], actions, where)
         return events.without_duplicates(), read_movies(self.raw_dir / movies)
 
     def read_contexts(self) -> Contexts:

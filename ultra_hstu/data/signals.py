@@ -39,7 +39,7 @@ class Codes:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Task:
+class Labels:
     """What is to be predicted of every event; `weight_E` is 0 where an event has no label."""
 
     kind: Kind
@@ -83,9 +83,9 @@ def context(interactions: Interactions, name: str) -> Codes:
     return Codes(interactions.contexts[name], len(interactions.context_values[name]))
 
 
-def task(interactions: Interactions, name: str) -> Task:
+def task(interactions: Interactions, name: str) -> Labels:
     """The labels of a task. Raises ValueError for an unknown one, naming those of the source, and for binary labels outside {0, 1}."""
-    found: Task = _pick("task", _TASKS, interactions.actions, name)
+    found: Labels = _pick("task", _TASKS, interactions.actions, name)
     if found.kind == "binary" and np.isin(found.label_E, (0, 1), invert=True).any():
         wrong = found.label_E[np.isin(found.label_E, (0, 1), invert=True)][0]
         raise ValueError(
@@ -101,7 +101,7 @@ def distinct(values: Shaped[np.ndarray, " n"]) -> Codes:
 
 
 # A maker, and the actions that it reads.
-_Makers = dict[str, tuple[Callable[[Actions], Codes | Task], tuple[str, ...]]]
+_Makers = dict[str, tuple[Callable[[Actions], Codes | Labels], tuple[str, ...]]]
 
 
 def _pick(kind: str, makers: _Makers, actions: Actions, name: str):
@@ -161,17 +161,17 @@ def _share_codes(actions: Actions) -> Codes:
     return Codes(np.where(known, bucket, 0).astype(np.int32), _SIZES["watched_share"])
 
 
-def _share_task(actions: Actions) -> Task:
+def _share_task(actions: Actions) -> Labels:
     share, known = _share(actions)
-    return Task("regression", share.astype(np.float32), known.astype(np.float32))
+    return Labels("regression", share.astype(np.float32), known.astype(np.float32))
 
 
-def _everywhere(kind: Kind, values: Callable[[Actions], np.ndarray]) -> Callable[[Actions], Task]:
+def _everywhere(kind: Kind, values: Callable[[Actions], np.ndarray]) -> Callable[[Actions], Labels]:
     """A task that every event has a label of."""
 
-    def task(actions: Actions) -> Task:
+    def task(actions: Actions) -> Labels:
         label_E = values(actions).astype(np.float32)
-        return Task(kind, label_E, np.ones_like(label_E))
+        return Labels(kind, label_E, np.ones_like(label_E))
 
     return task
 

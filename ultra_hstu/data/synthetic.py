@@ -6,10 +6,10 @@ HSTU, arXiv 2402.17152, appendix C.
 import numpy as np
 from jaxtyping import Int
 
-from ultra_hstu.config import SyntheticConfig
+from ultra_hstu.config import DataConfig, SyntheticConfig
 from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.data.events import Events
+from ultra_hstu.data.events import RawEvents
 
 
 class Synthetic(InteractionsBuilder):
@@ -23,11 +23,15 @@ class Synthetic(InteractionsBuilder):
         self.settings = settings
         super().__init__(**kwargs)
 
-    def read(self) -> tuple[Events, Catalog]:
+    @classmethod
+    def settings_of(cls, config: DataConfig) -> dict[str, SyntheticConfig]:
+        return {"settings": config.synthetic}
+
+    def read(self) -> tuple[RawEvents, Catalog]:
         settings = self.settings
         items = draw_stream(settings) + 1
         users = np.repeat(np.arange(1, settings.users + 1), settings.length)
-        events = Events(users, items.ravel(), np.arange(items.size), {})
+        events = RawEvents(users, items.ravel(), np.arange(items.size), {})
         titles = [
             f"item {i + 1} of category {i % settings.categories + 1}" for i in range(settings.items)
         ]

@@ -1,4 +1,4 @@
-"""The pure functions of a ranking run: `recipe.Recipe`'s interface on requests."""
+"""The pure functions of a ranking run: `step.Steps` for requests."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from ultra_hstu.step import Params, Steps
 
 
 @dataclasses.dataclass(frozen=True)
-class RankRecipe(Steps):
+class RankRecipe(Steps[Ranker]):
     sizes: Sizes
 
     @property

@@ -28,6 +28,14 @@ class Requests:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class RequestTable:
+    """Requests as a `Loader` takes them: their columns, and their rows in every channel."""
+
+    columns: dict[str, Int64[np.ndarray, " n"]]
+    lengths: Int64[np.ndarray, "n channels"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
     """Where the parts of every user's events begin: train [first, validation), validation [validation, test), test [test, last)."""
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ultra_hstu.flops import whole_table_is_cheaper
 from ultra_hstu.nn.norms import l2_normalize as unit_rows
 
 COLLISION_LOGIT = -5e4  # of a negative that is the positive (published research code)
@@ -94,16 +95,6 @@ def full_softmax(
         chunk_rows,
         total,
     )
-
-
-def whole_table_is_cheaper(items: int, negatives: int) -> bool:
-    """Whether to score a row against every item and pick the sampled columns, instead of gathering the embeddings of its negatives.
-
-    The whole table costs work in proportion to I, in matrix products; gathering costs work in proportion to R, at random places. Measured, loss and
-    gradients on an H200, whole table against gathered: MovieLens-1M (I / R = 30) 1.2 and 1.4 ms, MovieLens-20M (213) 7.5 and 3.9 ms; on two CPU cores
-    MovieLens-1M takes 135 and 158 ms of processor time a core (chunks of 512 rows; 180 and 250 with 2048, which leave the cache).
-    """
-    return items <= 64 * negatives
 
 
 # --- one chunk of C rows ---

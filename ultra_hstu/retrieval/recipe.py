@@ -22,7 +22,7 @@ CHUNK_ROWS = {"cpu": 512, "accelerator": 4096}
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe(Steps):
+class Recipe(Steps[Recommender]):
     """Retrieval: every row predicts the item after it, among sampled or all items."""
 
     num_items: int

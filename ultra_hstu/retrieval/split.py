@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int64
 
-from ultra_hstu.config import Protocol
 from ultra_hstu.data.interactions import Interactions
+
+PROTOCOLS = ("published", "validated", "temporal")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -14,7 +15,7 @@ class Examples:
     """One example a row.
 
     Attributes:
-        user: the row of the user in `Interactions.users`.
+        user: the place of the user in `Interactions.users`.
         start, stop: the history, events start..stop-1, at most `max_history` of them, the newest.
 
     Every row of a training history predicts the event after it, the last row event `stop`; in a test only the last row does.
@@ -55,7 +56,7 @@ class Split:
 
 def split(
     interactions: Interactions,
-    protocol: Protocol,
+    protocol: str,
     max_history: int,
     temporal_test_fraction: float = 0.1,
 ) -> Split:
