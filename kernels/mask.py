@@ -174,16 +174,6 @@ class AttentionMask:
         """
         return self.keys_of(Rows.of(offsets, num_rows, num_targets, num_contextual))
 
-    def row_intervals(
-        self,
-        offsets: Offsets,
-        num_rows: int,
-        num_targets: Counts = None,
-        num_contextual: Counts = None,
-    ) -> RowIntervals:
-        """Rows that see each key: `intervals` transposed."""
-        return self.rows_of(Rows.of(offsets, num_rows, num_targets, num_contextual))
-
     def keys_of(self, rows: Rows) -> KeyIntervals:
         """Keys of given rows; positions behind a sequence count as targets."""
         return KeyIntervals(*map(jnp.asarray, _intervals(jnp, self, rows)))

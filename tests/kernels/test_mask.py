@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.hstu_attention.plan import make_plan
+from kernels.jagged import Rows
 from kernels.mask import AttentionMask, KeyIntervals
 
 
@@ -146,7 +147,8 @@ def test_traced_offsets_give_the_same_plan():
 
 def test_row_intervals_are_the_transpose():
     for mask in MASKS[::7]:
-        rows = [np.asarray(x) for x in mask.row_intervals(OFFSETS, ROWS, TARGETS, CONTEXTUAL)]
+        keys = Rows.of(OFFSETS, ROWS, TARGETS, CONTEXTUAL)
+        rows = [np.asarray(x) for x in mask.rows_of(keys)]
         seen = expand(np.stack(rows[0::2], 1), np.stack(rows[1::2], 1), ROWS) > 0
         want = np.asarray(mask.dense(OFFSETS, ROWS, TARGETS, CONTEXTUAL)).T
         np.testing.assert_array_equal(seen, want & ~np.diag(np.diag(want)), err_msg=str(mask))

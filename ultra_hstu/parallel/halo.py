@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.hstu_attention.api import RelativeBias
 from kernels.hstu_attention.partial import partial_plan
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask, KeyIntervals, Locality, RowIntervals
@@ -27,7 +26,7 @@ from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
 from ultra_hstu.parallel.strategy import (
     AttendPart,
-    Implementation,
+    Call,
     PartialSums,
     Prepare,
     ShardMask,
@@ -91,21 +90,11 @@ class Halo(PartialSums):
             )
 
     def attend(
-        self,
-        q_tHK: Array,
-        k_tHK: Array,
-        v_tHV: Array,
-        scale: Array,
-        *,
-        alpha: float,
-        bias: RelativeBias | None,
-        implementation: Implementation,
+        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: Call
     ) -> Float[Array, "t H V"]:
         # No sum that lacks a summand passes for a result.
         scale = jnp.where(self.overflow, jnp.nan, scale)
-        return super().attend(
-            q_tHK, k_tHK, v_tHV, scale, alpha=alpha, bias=bias, implementation=implementation
-        )
+        return super().attend(q_tHK, k_tHK, v_tHV, scale, call)
 
     def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: AttendPart) -> Array:
         rows_q, copies = self._everywhere(q, self.row_R), self._copies(k, v)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from ultra_hstu.parallel.embedding_sharding import Table
+from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
 from ultra_hstu.parallel.mesh import CONTEXT, DATA
 from ultra_hstu.parallel.shards import Shards
 
@@ -64,7 +64,7 @@ def specs(tree: Any, shards: Shards) -> Any:
     """
 
     def spec(path: Any, leaf: Any) -> PartitionSpec:
-        if isinstance(leaf, Table):
+        if isinstance(leaf, EmbeddingTable):
             return TABLE
         if not (shards.fsdp and is_matrix_of_layer(path, leaf)):
             return EVERYWHERE

@@ -3,7 +3,7 @@
 import abc
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,14 @@ Prepare = Callable[[AttentionPlan], AttentionPlan]
 # `partial_attention`, its constants filled in.
 AttendPart = Callable[..., Array]
 Implementation = str | Sequence[str] | None
+
+
+class Call(NamedTuple):
+    """What all shards' calls of `hstu_attention` share."""
+
+    alpha: float
+    bias: RelativeBias | None
+    implementation: Implementation
 
 
 class ShardMask:
@@ -109,15 +117,7 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def attend(
-        self,
-        q_tHK: Array,
-        k_tHK: Array,
-        v_tHV: Array,
-        scale: Array,
-        *,
-        alpha: float,
-        bias: RelativeBias | None,
-        implementation: Implementation,
+        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: Call
     ) -> Float[Array, "t H V"]:
         """Attention of this shard's rows; padding holds zeros, and zero scales."""
 
@@ -147,9 +147,7 @@ class Strategy(abc.ABC):
         )
         factor = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
         factor = jnp.where(real_t, factor, 0.0) if factor.ndim else factor
-        return self.attend(
-            q, k, v, factor, alpha=float(alpha), bias=bias, implementation=implementation
-        )
+        return self.attend(q, k, v, factor, Call(float(alpha), bias, implementation))
 
 
 class PartialSums(Strategy):
@@ -166,15 +164,7 @@ class PartialSums(Strategy):
         """Of q, k and v, from that of the output."""
 
     def attend(
-        self,
-        q_tHK: Array,
-        k_tHK: Array,
-        v_tHV: Array,
-        scale: Array,
-        *,
-        alpha: float,
-        bias: RelativeBias | None,
-        implementation: Implementation,
+        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: Call
     ) -> Float[Array, "t H V"]:
         """The sums of all heads, `heads_at_a_time`.
 
@@ -183,7 +173,9 @@ class PartialSums(Strategy):
         from XLA that what is sent again was there before: it would hold it from one to the other.
         """
 
-        part = functools.partial(partial_attention, alpha=alpha, implementation=implementation)
+        part = functools.partial(
+            partial_attention, alpha=call.alpha, implementation=call.implementation
+        )
 
         @jax.custom_vjp
         def kept(q: Array, k: Array, v: Array, scale: Array, plan: PartialSums) -> Array:
