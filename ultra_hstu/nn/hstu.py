@@ -1,4 +1,4 @@
-"""The stack of HSTU layers: on which rows each layer works, who sees whom, and what is recomputed."""
+"""The stack of HSTU layers: on which rows a layer works, who sees whom, and what is recomputed."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -64,8 +64,8 @@ class HSTU(Encoder):
 
         Args:
           length: N.
-          layers: depth, where it is not `config.layers`: options that hold a value a layer must hold
-            one for each of these.
+          layers: depth, where it is not `config.layers`: options that hold a value a layer must
+            hold one for each of these.
 
         Raises:
           ValueError: options that do not suit this depth.

@@ -43,7 +43,7 @@ class Attend(Protocol):
 
 
 class Layer(nnx.Module):
-    """What both layers share: a projection to u, v, q, k; attention; a gate and a projection back."""
+    """What both layers share: a projection to u, v, q, k, attention, a gate, a projection back."""
 
     output: nnx.Param  # [Z, D]
 
@@ -161,8 +161,8 @@ class ResearchLayer(Layer):
 class ProductionLayer(Layer):
     """The layer of the published production code ("STU").
 
-    It differs from the research layer in affine norms, a bias in uvqk, SiLU on u only, a scale on the
-    scores (alpha, 1/sqrt(qk_width) unless given), and an output without bias over more inputs:
+    It differs from the research layer in affine norms, a bias in uvqk, SiLU on u only, a scale on
+    the scores (alpha, 1/sqrt(qk_width) unless given), and an output without bias over more inputs:
 
         x' = x + dropout(concat[u, a, u * LN(a)]) @ output        a without norm in the middle
     """

@@ -24,19 +24,19 @@ def chunked(
 
     The backward pass recomputes a chunk from its input rows. Values and gradients are those of the
     plain call up to the order of sums. Rows behind the last whole chunk are one shorter chunk of
-    their own: none is padded, dropped or counted twice. Weights that `fn` closes over get the sum of
-    their chunks' gradients, added up in float32 even where the weights are bfloat16 or float16. A T
-    that is a multiple of `chunk_rows` saves a copy of the result.
+    their own: none is padded, dropped or counted twice. Weights that `fn` closes over get the sum
+    of their chunks' gradients, added up in float32 even where the weights are bfloat16 or float16.
+    A T that is a multiple of `chunk_rows` saves a copy of the result.
 
     Args:
-      fn: every row must depend on its own inputs alone. Random bits drawn inside would be the same in
-        every chunk, so pass them in (`more_T`) or draw them outside.
+      fn: every row must depend on its own inputs alone. Random bits drawn inside would be the same
+        in every chunk, so pass them in (`more_T`) or draw them outside.
       x_TD, more_T: arrays (or pytrees of them) of T rows.
       chunk_rows: rows of a chunk; None, or at least T, calls `fn` as it is.
 
     Raises:
-      ValueError: if `chunk_rows` is below 1 or no integer, arguments differ in their number of rows,
-        or `fn` does not keep that number.
+      ValueError: if `chunk_rows` is below 1 or no integer, arguments differ in their number of
+        rows, or `fn` does not keep that number.
     """
     if chunk_rows is not None and (
         isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1
@@ -78,8 +78,8 @@ def _write(buffers: PyTree, values: PyTree, number: Number) -> PyTree:
     return jax.tree.map(write, buffers, values)
 
 
-# A loop of our own instead of jax.lax.map: XLA would set up the result buffers of all loops of a model
-# at the start of the program, see zeros_after.
+# A loop of our own instead of jax.lax.map: XLA would set up the result buffers of all loops of a
+# model at the start of the program, see zeros_after.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loop(
     pure: TokenWise, chunk_rows: int, whole: int, inputs: tuple[PyTree, ...], weights: list[Array]

@@ -1,8 +1,8 @@
 """Selective rematerialisation (ULTRA-HSTU, arXiv 2602.16986): what a layer keeps for its backward.
 
-Kept are the layer's input, the statistics of its two norms and the attention output: 2 D + 2 H V bytes
-a row in bfloat16. Computed again are the normed input, u, v, q, k and the gated output: two norms, one
-projection and elementwise work, but no attention.
+Kept are the layer's input, the statistics of its two norms and the attention output: 2 D + 2 H V
+bytes a row in bfloat16. Computed again are the normed input, u, v, q, k and the gated output: two
+norms, one projection and elementwise work, but no attention.
 """
 
 import functools
@@ -48,9 +48,9 @@ def run_layer[Layer: nnx.Module](
 def policy_of(mode: Remat) -> Policy | None:
     """What the backward of a layer keeps; values and gradients are the same.
 
-    "none" keeps what differentiation asks for. "selective" keeps the named values alone. "full" keeps
-    the arguments alone and runs attention a second time, unless its kernel has side effects, which
-    JAX never runs twice: the output of `mosaic` is kept.
+    "none" keeps what differentiation asks for. "selective" keeps the named values alone. "full"
+    keeps the arguments alone and runs attention a second time, unless its kernel has side effects,
+    which JAX never runs twice: the output of `mosaic` is kept.
     """
     if mode == "none":
         return None

@@ -1,8 +1,8 @@
 """Attention truncation (ULTRA-HSTU, arXiv 2602.16986): upper layers work on the newest rows alone.
 
-From some layer on, a sequence is its contextual tokens, its newest history rows and its targets. What
-is left is a jagged batch of its own in a smaller buffer: the layers above cost what a batch of that
-size costs.
+From some layer on, a sequence is its contextual tokens, its newest history rows and its targets.
+What is left is a jagged batch of its own in a smaller buffer: the layers above cost what a batch of
+that size costs.
 """
 
 import dataclasses
@@ -79,13 +79,13 @@ class Truncation:
     def cut(self, sequences: Sequences, extra_rows: int | None = None) -> Cut:
         """The smaller batch, jagged even if the layout was padded.
 
-        It has T' = min(T, B * (L' + extra_rows)) rows, which B sequences in T rows never exceed; in a
-        mesh, the next number that its devices can divide. In a padded layout, padding is taken to
+        It has T' = min(T, B * (L' + extra_rows)) rows, which B sequences in T rows never exceed; in
+        a mesh, the next number that its devices can divide. In a padded layout, padding is taken to
         stand behind the real rows of a sequence.
 
         Args:
-          extra_rows: most contextual tokens and targets of a sequence, together; None: the bounds of
-            `sequences`.
+          extra_rows: most contextual tokens and targets of a sequence, together; None: the bounds
+            of `sequences`.
 
         Raises:
           ValueError: targets and contextual tokens that `extra_rows` leaves no room for. Where

@@ -1,4 +1,4 @@
-"""Embedding tables whose entries are divided among all devices, and the lookup that reaches them."""
+"""Embedding tables whose entries all devices divide, and the lookup that reaches them."""
 
 import functools
 
@@ -26,12 +26,12 @@ def lookup(
 ) -> Float[Array, "t D"]:
     """Entries of a table by their numbers; negative ones give zeros.
 
-    Inside `shard_map`, `table_XD` is this device's part. A table with no more entries than are looked
-    up is put together: one all-gather, and one reduce-scatter of its gradient. Of a longer one,
-    numbers go to the devices that hold the entries, and the entries come back: two all-to-alls of
-    about t entries (`SLACK`). Where more are wanted of a device than there is room for, as many
-    rounds follow as it takes: nothing is lost, whatever the numbers. The backward sends gradients the
-    same way.
+    Inside `shard_map`, `table_XD` is this device's part. A table with no more entries than are
+    looked up is put together: one all-gather, and one reduce-scatter of its gradient. Of a longer
+    one, numbers go to the devices that hold the entries, and the entries come back: two all-to-alls
+    of about t entries (`SLACK`). Where more are wanted of a device than there is room for, as many
+    rounds follow as it takes: nothing is lost, whatever the numbers. The backward sends gradients
+    the same way.
     """
     entries = shards.devices * table_XD.shape[0]
     if shards.devices > 1 and entries > SLACK * number_t.shape[0]:
@@ -97,7 +97,7 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class _Routes:
-    """Which request goes where and in which round: slot i * room + j of a round is the j-th to device i."""
+    """Which request goes where, and when: slot i * room + j of a round is the j-th to device i."""
 
     def __init__(self, devices: int, entries: int, number_t: Array):
         """`entries`: of each device's part of the table."""
@@ -123,7 +123,7 @@ class _Routes:
         return buffer.at[self._slot(turn)].set(x_t, mode="drop")
 
     def requests(self, turn: Array) -> Array:
-        """Entries wanted of the parts of other devices; `entries`, which is none, in unused slots."""
+        """Entries wanted of other devices' parts; `entries`, which is none, in unused slots."""
         unused = jnp.full(self.slots, self.entries, jnp.int32)
         return self._placed(unused, turn, self.number_t % self.entries)
 

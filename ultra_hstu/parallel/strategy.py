@@ -3,11 +3,11 @@
 import abc
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from kernels.hstu_attention.api import RelativeBias
 from kernels.hstu_attention.partial import partial_attention
@@ -181,10 +181,10 @@ class PartialSums(Strategy):
         def kept(q: Array, k: Array, v: Array, scale: Array, plan: PartialSums) -> Array:
             return in_turns(lambda q, k, v: (plan.sums(q, k, v, scale, part),), (v,), q, k, v)[0]
 
-        def forward(*inputs: Any) -> tuple[Array, tuple[Any, ...]]:
+        def forward(*inputs: PyTree) -> tuple[Array, tuple[PyTree, ...]]:
             return kept(*inputs), inputs
 
-        def backward(saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+        def backward(saved: tuple[PyTree, ...], g: Array) -> tuple[Array | None, ...]:
             q, k, v, scale, plan = saved
             q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))
             found = in_turns(

@@ -20,8 +20,8 @@ class Recommender(nnx.Module):
     """Embeds a batch and encodes it.
 
     Scores are dot products (or cosines) of its output with `item_table`; see `loss` and `metrics`.
-    The module holds parameters only: dropout takes its key at the call. The mesh comes with the call
-    too (`shards`); rows [T, D] are then those of this device.
+    The module holds parameters only: dropout takes its key at the call. The mesh comes with the
+    call too (`shards`); rows [T, D] are then those of this device.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Recommender(nnx.Module):
           num_items: I; ids are 1..I.
           max_history: rows of the longest sequence. N, which attention is divided by, is
             `max_history + config.output_slots`.
-          signals: how many codes each signal of a token has, 0 (none) counted; without any a token is
-            its item alone.
+          signals: how many codes each signal of a token has, 0 (none) counted; without any a token
+            is its item alone.
         """
         length = max_history + config.output_slots
         self.embedding = InputEmbedding(
@@ -81,8 +81,8 @@ class Recommender(nnx.Module):
         """The output of the encoder, before any L2 norm, in the dtype of the config.
 
         Args:
-          batch: flat rows, jagged or padded. What its rows of padding hold does not matter, nor does
-            what comes out there.
+          batch: flat rows, jagged or padded. What its rows of padding hold does not matter, nor
+            does what comes out there.
           rngs: a key turns dropout on and decides it; None leaves it out.
         """
         key, encoder_key = split_key(rngs, 2)
