@@ -240,12 +240,11 @@ class AttentionMask:
         self,
         lengths: Sequence[int] | Int[np.ndarray, " B"],
         num_rows: int,
-        num_targets: Counts = None,
-        num_contextual: Counts = None,
+        *counts: Counts,
     ) -> Int[np.ndarray, " T"]:
         """How many keys each row of a buffer sees, itself included, on the host; 0 on padding."""
         offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
-        rows = Rows.of(offsets, num_rows, num_targets, num_contextual, xp=np)
+        rows = Rows.of(offsets, num_rows, *counts, xp=np)
         lo0, hi0, lo1, hi1 = _intervals(np, self, rows)
         return np.asarray((hi0 - lo0) + (hi1 - lo1) + rows.real)
 

@@ -35,10 +35,10 @@ class ShardedLayers:
 
     shards: Shards
 
-    def __call__[Layer: nnx.Module](
+    def __call__(
         self,
-        call: Callable[[Layer, Array], Array],
-        layer: Layer,
+        call: Callable[[nnx.Module, Array], Array],
+        layer: nnx.Module,
         x_TD: Float[Array, "T D"],
         policy: Policy | None,
     ) -> Float[Array, "T D"]:
