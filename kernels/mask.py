@@ -84,7 +84,7 @@ class RowIntervals(NamedTuple):
 
 
 class Locality(NamedTuple):
-    """How a mask with a window divides the rows of a buffer, for keys that lie in several places.
+    """How a mask with a window divides the rows of a buffer, for keys that lie on several shards.
 
     A *local* row sees the `reach` history rows before it and *copied* keys, those that its sequence
     begins with. All other rows see keys anywhere in their sequence; they are few.

@@ -72,7 +72,7 @@ def batch(lengths=LENGTHS, *, seed=0, padded=False) -> Batch:
 def apply(built):
     """`encode` as a jitted pure function of (parameters, batch, key), and the parameters."""
     graph, params = nnx.split(built, nnx.Param)
-    return jax.jit(lambda params, b, key=None: nnx.merge(graph, params).encode(b, rngs=key)), params
+    return jax.jit(lambda params, b, key=None: nnx.merge(graph, params).encode(b, key=key)), params
 
 
 @pytest.mark.parametrize("name", MODELS)

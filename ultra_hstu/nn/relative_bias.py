@@ -33,11 +33,11 @@ class RelativeBiasTables(nnx.Module):
         self, time_BN: Int[Array, "B N"], next_time_BN: Int[Array, "B N"]
     ) -> Float[Array, "B N N"]:
         """The bias of every (query i, key j) of padded sequences, future and padding included."""
-        place = jnp.arange(time_BN.shape[1])
+        position = jnp.arange(time_BN.shape[1])
         bucket_BNN = time_buckets(
             next_time_BN[:, :, None] - time_BN[:, None, :], self.time_table.shape[0]
         )
         return (
-            position_bias(self.position_table[...], place[None, :] - place[:, None])[None]
+            position_bias(self.position_table[...], position[None, :] - position[:, None])[None]
             + self.time_table[bucket_BNN]
         )

@@ -20,8 +20,8 @@ Remat = Literal["none", "selective", "full"]
 Policy = Callable[..., Any]  # as `jax.checkpoint` takes it
 
 
-# How a stack runs a layer: `call(layer, x_TD)`, whose backward keeps what the policy says, or whatever
-# it needs. `parallel.parameters.ShardedLayers` is one for a mesh.
+# How a stack runs a layer: `call(layer, x_TD)`, whose backward keeps what the policy says, or
+# whatever it needs. `parallel.parameters.ShardedLayers` is one for a mesh.
 CallLayer = Callable[[nnx.Module, Array], Array]
 RunLayer = Callable[[CallLayer, nnx.Module, Array, Policy | None], Array]
 

@@ -104,12 +104,12 @@ class Truncation:
         kept_offsets = lengths_to_offsets(lengths_B - dropped_B)
 
         wanted = sequences.num_sequences * (self.length + extra_rows)
-        room = min(num_rows, sequences.shards.divisible(wanted))
-        kept = Rows.of(kept_offsets, room)
+        capacity = min(num_rows, sequences.shards.divisible(wanted))
+        kept = Rows.of(kept_offsets, capacity)
         in_front = kept.position < contextual_B[kept.segment]
         moved_S = jnp.where(in_front, 0, dropped_B[kept.segment])
         source_S = offsets[kept.segment] + kept.position + moved_S
-        nowhere_S = num_rows + jnp.arange(room, dtype=jnp.int32)
+        nowhere_S = num_rows + jnp.arange(capacity, dtype=jnp.int32)
         source_S = jnp.where(kept.real, source_S, nowhere_S)
 
         rows = Rows.of(offsets, num_rows)
@@ -118,8 +118,8 @@ class Truncation:
         kept_T = real_T & (in_front | (rows.position >= contextual_T + dropped_T))
         row_T = kept_offsets[rows.segment] + rows.position - jnp.where(in_front, 0, dropped_T)
 
-        row_T = jnp.where(kept_T, row_T, room)
-        cut = Cut(sequences, source_S, row_T, kept_offsets[-1] <= room)
+        row_T = jnp.where(kept_T, row_T, capacity)
+        cut = Cut(sequences, source_S, row_T, kept_offsets[-1] <= capacity)
         smaller = dataclasses.replace(
             sequences,
             offsets=kept_offsets,

@@ -52,7 +52,7 @@ def whole_table(
     return jax.lax.all_gather(table_XD, (DATA, CONTEXT), tiled=True)[:entries]
 
 
-def with_room(tree: PyTree, shards: Shards) -> PyTree:
+def padded_tables(tree: PyTree, shards: Shards) -> PyTree:
     """The tables of a pytree, filled up with zeros so that the devices can divide them."""
 
     def fill(leaf: PyTree) -> PyTree:
@@ -97,13 +97,13 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class _Routes:
-    """Which request goes where, and when: slot i * room + j of a round is the j-th to device i."""
+    """Which request goes where, and when: slot i * capacity + j is the j-th to device i."""
 
     def __init__(self, devices: int, entries: int, number_t: Array):
         """`entries`: of each device's part of the table."""
         self.entries, self.number_t = entries, number_t
-        self.room = max(1, -(-int(SLACK * number_t.shape[0]) // devices))
-        self.slots = devices * self.room
+        self.capacity = max(1, -(-int(SLACK * number_t.shape[0]) // devices))
+        self.slots = devices * self.capacity
         self.owner_t = jnp.where(number_t >= 0, number_t // entries, devices)
         to_tN = self.owner_t[:, None] == jnp.arange(devices)[None, :]
         count_tN = jnp.cumsum(to_tN, axis=0, dtype=jnp.int32)
@@ -111,13 +111,13 @@ class _Routes:
         # How many requests to the same device come before each one.
         self.before_t = jnp.take_along_axis(count_tN, owner_t1, axis=1)[:, 0] - 1
         most = jax.lax.pmax(jnp.max(count_tN[-1:], initial=0), (DATA, CONTEXT))
-        self.rounds = -(-most // self.room)
+        self.rounds = -(-most // self.capacity)
 
     def _slot(self, turn: Array) -> Array:
         """The slot of each request in a round; beyond the last one if it is not its turn."""
-        place_t = self.before_t - turn * self.room
-        now_t = (place_t >= 0) & (place_t < self.room) & (self.number_t >= 0)
-        return jnp.where(now_t, self.owner_t * self.room + place_t, self.slots)
+        index_t = self.before_t - turn * self.capacity
+        now_t = (index_t >= 0) & (index_t < self.capacity) & (self.number_t >= 0)
+        return jnp.where(now_t, self.owner_t * self.capacity + index_t, self.slots)
 
     def _placed(self, buffer: Array, turn: Array, x_t: Array) -> Array:
         return buffer.at[self._slot(turn)].set(x_t, mode="drop")

@@ -68,7 +68,7 @@ def reshard(
     if isinstance(lengths, jax.core.Tracer):
         if capacity is None:
             raise ValueError(
-                "lengths are traced, and what a device sends needs a fixed room: pass capacity=, "
+                "lengths are traced, and what a device sends needs a fixed bound: pass capacity=, "
                 "see needed_capacity"
             )
     else:
@@ -174,12 +174,12 @@ class _Trip:
             jnp.arange(layout.rows_per_shard, dtype=jnp.int32)
             - layout.index(inside[:-1], self.me)[self.source_t]
         )
-        # Of this device's own rows: the range of places that they take on every device.
+        # Of this device's own rows: the range that they take on every device.
         shard_C = jnp.arange(layout.shards)
-        place = jax.vmap(layout.index, (None, 0))
+        index = jax.vmap(layout.index, (None, 0))
         self.first_C, self.last_C = (
-            place(inside[self.me], shard_C),
-            place(inside[self.me + 1], shard_C),
+            index(inside[self.me], shard_C),
+            index(inside[self.me + 1], shard_C),
         )
         sent_C = jnp.where(shard_C == self.me, 0, self.last_C - self.first_C)
         self.most_sent = jax.lax.pmax(sent_C.max(), CONTEXT)
@@ -187,7 +187,7 @@ class _Trip:
     def local_rows(self, capacity: int) -> Array:
         """Rows of this device's own buffer for every device, [C * capacity].
 
-        Unused places hold a number far behind the last row.
+        Unused entries hold a number far behind the last row.
         """
         place_Cc = self.first_C[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None, :]
         used_Cc = (place_Cc < self.last_C[:, None]) & (

@@ -74,7 +74,7 @@ class ShardMask:
         return self.layout.index(row, self.shard)
 
     def keys_in(self, shard: int | Int[Array, ""]) -> KeyIntervals:
-        """Keys of another shard that this shard's rows see, in places of that shard."""
+        """Keys of another shard that this shard's rows see, as indices of that shard."""
         return KeyIntervals(*(self.layout.index(x[self.own_t], shard) for x in self.keys))
 
     def seers_of(self, shard: int | Int[Array, ""]) -> RowIntervals:
