@@ -154,6 +154,41 @@ def test_row_intervals_are_the_transpose():
         np.testing.assert_array_equal(seen, want & ~np.diag(np.diag(want)), err_msg=str(mask))
 
 
+def test_locality():
+    """A local row sees its window and copied keys, no more; other rows are as few as promised."""
+    for mask in (mask for mask in MASKS if mask.windowed):
+        dense = np.asarray(mask.dense(OFFSETS, ROWS, TARGETS, CONTEXTUAL))
+        rows = Rows.of(OFFSETS, ROWS, TARGETS, CONTEXTUAL)
+        local = mask.locality(rows, int(TARGETS.max()), int(CONTEXTUAL.max()))
+        row = np.arange(ROWS)
+        is_local = np.asarray(rows.real & ~local.is_far)
+        first, last = np.asarray(local.first), np.asarray(local.last)
+        np.testing.assert_array_equal(
+            is_local, (row >= first) & (row < last) & np.asarray(rows.real), err_msg=str(mask)
+        )
+        near = (row[None] >= row[:, None] - local.reach) & (row[None] >= first[:, None])
+        unseen = dense & ~near & ~np.asarray(local.is_copied)[None]
+        assert not unseen[is_local].any(), mask
+        for flags, most in ((local.is_far, local.most_far), (local.is_copied, local.most_copied)):
+            counts = np.add.reduceat(np.append(flags, False), OFFSETS[:-1]) * (LENGTHS > 0)
+            assert counts.max() <= most, mask
+    with pytest.raises(ValueError, match="has no window"):
+        AttentionMask().locality(rows, 0, 0)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_what_a_mask_says_of_itself(mask):
+    """Without targets and contextual tokens: rows of a key in one piece, and rows that narrow."""
+    length = 12
+    seen = brute_force(mask, [length], [0], [0], length)
+    longer = brute_force(mask, [length + 1], [0], [0], length + 1)[:length, :length]
+    if mask.in_one_piece:
+        assert (np.abs(np.diff(np.pad(seen.T, ((0, 0), (1, 1))).astype(int))).sum(1) == 2).all()
+    same = (seen == longer).all(1)
+    assert same[: length - mask.wider_rows].all()
+    assert mask.windowed or (seen == np.tril(np.ones_like(seen))).all()
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_mask_and_batch(data):

@@ -26,7 +26,7 @@ from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
 from ultra_hstu.parallel.strategy import (
     AttendPart,
-    Call,
+    AttentionCall,
     PartialSums,
     Prepare,
     ShardMask,
@@ -90,7 +90,7 @@ class Halo(PartialSums):
             )
 
     def attend(
-        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: Call
+        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
     ) -> Float[Array, "t H V"]:
         # No sum that lacks a summand passes for a result.
         scale = jnp.where(self.overflow, jnp.nan, scale)

@@ -29,7 +29,7 @@ AttendPart = Callable[..., Array]
 Implementation = str | Sequence[str] | None
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """What all shards' calls of `hstu_attention` share."""
 
     alpha: float
@@ -117,7 +117,7 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def attend(
-        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: Call
+        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
     ) -> Float[Array, "t H V"]:
         """Attention of this shard's rows; padding holds zeros, and zero scales."""
 
@@ -147,7 +147,7 @@ class Strategy(abc.ABC):
         )
         factor = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
         factor = jnp.where(real_t, factor, 0.0) if factor.ndim else factor
-        return self.attend(q, k, v, factor, Call(float(alpha), bias, implementation))
+        return self.attend(q, k, v, factor, AttentionCall(float(alpha), bias, implementation))
 
 
 class PartialSums(Strategy):
@@ -164,7 +164,7 @@ class PartialSums(Strategy):
         """Of q, k and v, from that of the output."""
 
     def attend(
-        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: Call
+        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
     ) -> Float[Array, "t H V"]:
         """The sums of all heads, `heads_at_a_time`.
 

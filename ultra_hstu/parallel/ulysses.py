@@ -12,7 +12,7 @@ from kernels.mask import AttentionMask
 from kernels.typing import Leaf
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
-from ultra_hstu.parallel.strategy import Call, Prepare, ShardMask, Strategy
+from ultra_hstu.parallel.strategy import AttentionCall, Prepare, ShardMask, Strategy
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +56,7 @@ class Ulysses(Strategy):
         return heads // layout.shards
 
     def attend(
-        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: Call
+        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
     ) -> Float[Array, "t H V"]:
         bias = call.bias
         if bias is not None and bias.time_table is not None:
