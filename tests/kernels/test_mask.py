@@ -14,7 +14,7 @@ from kernels.mask import AttentionMask, KeyIntervals
 
 
 def allowed(mask, p, k, c, h, m):
-    """May position p of a sequence of c contextual, h history and m target tokens see position k?"""
+    """May position p see position k, of c contextual, h history and m target tokens?"""
     if p == k:
         return True
     if p < c:
@@ -52,7 +52,8 @@ MASKS = [
     AttentionMask(window=w, full_rows=f, prefix=g, context_sink=s)
     for w, f, g, s in itertools.product(WINDOWS, [0, 2, 5], [0, 1, 4], [True, False])
 ]
-# (length, targets, contextual): empty, single, all target, all contextual, no history, and ordinary ones
+# (length, targets, contextual): empty, single, all target, all contextual, no history, and ordinary
+# ones
 SEQUENCES = [
     (0, 0, 0),
     (1, 0, 0),
