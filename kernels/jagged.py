@@ -59,7 +59,7 @@ class Rows(NamedTuple):
           offsets: int32[B+1], may be traced.
           row_T: numbers of the rows, or how many rows the buffer has: then all of them.
           num_targets, num_contextual: clamped where they exceed a sequence's length.
-          lengths: rows of each sequence in use, where its place is longer; None: all.
+          lengths: rows of each sequence in use, where its slot is longer; None: all.
           xp: `jax.numpy` or `numpy`.
         """
         offsets = xp.asarray(offsets)

@@ -84,7 +84,7 @@ class RowIntervals(NamedTuple):
 
 
 class Locality(NamedTuple):
-    """How a mask with a window divides the rows of a buffer, for keys that lie in several places.
+    """How a mask with a window divides the rows of a buffer, for keys that lie on several shards.
 
     A *local* row sees the `reach` history rows before it and *copied* keys, those that its sequence
     begins with. All other rows see keys anywhere in their sequence; they are few.
@@ -174,16 +174,6 @@ class AttentionMask:
         """
         return self.keys_of(Rows.of(offsets, num_rows, num_targets, num_contextual))
 
-    def row_intervals(
-        self,
-        offsets: Offsets,
-        num_rows: int,
-        num_targets: Counts = None,
-        num_contextual: Counts = None,
-    ) -> RowIntervals:
-        """Rows that see each key: `intervals` transposed."""
-        return self.rows_of(Rows.of(offsets, num_rows, num_targets, num_contextual))
-
     def keys_of(self, rows: Rows) -> KeyIntervals:
         """Keys of given rows; positions behind a sequence count as targets."""
         return KeyIntervals(*map(jnp.asarray, _intervals(jnp, self, rows)))
@@ -250,12 +240,11 @@ class AttentionMask:
         self,
         lengths: Sequence[int] | Int[np.ndarray, " B"],
         num_rows: int,
-        num_targets: Counts = None,
-        num_contextual: Counts = None,
+        *counts: Counts,
     ) -> Int[np.ndarray, " T"]:
         """How many keys each row of a buffer sees, itself included, on the host; 0 on padding."""
         offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
-        rows = Rows.of(offsets, num_rows, num_targets, num_contextual, xp=np)
+        rows = Rows.of(offsets, num_rows, *counts, xp=np)
         lo0, hi0, lo1, hi1 = _intervals(np, self, rows)
         return np.asarray((hi0 - lo0) + (hi1 - lo1) + rows.real)
 

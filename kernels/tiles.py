@@ -106,17 +106,21 @@ def _hull(
 
 
 def _disjoint(ranges: list[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Disjoint ranges with the union of ascending ones that may overlap or be empty (lo > hi).
+    """Ranges that may overlap or be empty (lo > hi), to ascending, disjoint ones that hold them.
 
     They are stacked on the last axis.
     """
-    out = []
+    ranges, out = list(ranges), []
     reached = jnp.zeros_like(ranges[0][1])
-    for i, (lo, hi) in enumerate(ranges):
-        # A later range that begins earlier holds this one's end. A cut at its beginning keeps what
-        # remains ascending.
-        for later_lo, later_hi in ranges[i + 1 :]:
-            hi = jnp.where(later_hi > later_lo, jnp.minimum(hi, jnp.maximum(later_lo, lo)), hi)
+    for i in range(len(ranges)):
+        lo, hi = ranges[i]
+        # Where a later range begins before this one's end, this one stops there, so that ranges
+        # ascend, and the later one takes the rest.
+        for j in range(i + 1, len(ranges)):
+            later_lo, later_hi = ranges[j]
+            meets = (hi > lo) & (later_hi > later_lo) & (later_lo < hi)
+            ranges[j] = later_lo, jnp.where(meets, jnp.maximum(later_hi, hi), later_hi)
+            hi = jnp.where(meets, jnp.maximum(later_lo, lo), hi)
         lo = jnp.maximum(lo, reached)
         some = hi > lo
         reached = jnp.where(some, hi, reached)

@@ -85,6 +85,21 @@ def test_no_gpu_package_and_no_tensorflow_on_cpu(module):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_models_load_no_data():
+    """Nor do the layers that they are built from."""
+    names = ["ultra_hstu.retrieval.model", "ultra_hstu.ranking.model"]
+    names += [f"ultra_hstu.nn.{path.stem}" for path in (ROOT / "ultra_hstu/nn").glob("[a-z]*.py")]
+    code = (
+        f"import sys, {', '.join(names)}\n"
+        "data = ('ultra_hstu.data', 'tensorflow_datasets', 'grain')\n"
+        "print([name for name in sys.modules if name.startswith(data)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_files_stay_small():
     """One idea per file: 400 lines, device kernels aside."""
     long = {

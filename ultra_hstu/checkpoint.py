@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ultra_hstu.parallel import processes
-from ultra_hstu.parallel.embedding_sharding import Table
+from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
 
 BEST_STEP = "best_step"
 ANSWER_SECONDS = 60  # after a process has read a checkpoint, the others have nearly done so
@@ -140,7 +140,7 @@ class Checkpoints:
         )
         changed = [name for name, shape in wanted.items() if stored.get(name) != shape]
         tables = {
-            name for name, _ in _named(abstract_state, is_leaf=lambda leaf: isinstance(leaf, Table))
+            name for name, _ in _named(abstract_state, is_leaf=lambda leaf: isinstance(leaf, EmbeddingTable))
         }
         return bool(changed) and all(
             name.removesuffix(".value") in tables and stored.get(name, ())[1:] == wanted[name][1:]

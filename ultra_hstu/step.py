@@ -17,7 +17,7 @@ from ultra_hstu import optim
 from ultra_hstu.config import Config
 from ultra_hstu.data.feed import Feed, Fixed, StepNumber, feed_specs
 from ultra_hstu.parallel import parameters
-from ultra_hstu.parallel.embedding_sharding import with_room
+from ultra_hstu.parallel.embedding_sharding import padded_tables
 from ultra_hstu.parallel.mesh import make_mesh
 from ultra_hstu.parallel.shards import Shards
 
@@ -94,7 +94,7 @@ class Steps[Model: nnx.Module](abc.ABC):
         )
 
     def init(self, seed: int) -> TrainState:
-        params = with_room(nnx.split(self.build(seed))[1], self.shards)
+        params = padded_tables(nnx.split(self.build(seed))[1], self.shards)
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def start(self, seed: int) -> TrainState:

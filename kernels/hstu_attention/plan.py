@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
+from kernels.jagged import Rows
+from kernels.mask import AttentionMask, KeyIntervals
 from kernels.tiles import TileBounds, tile_bounds
 
 
@@ -101,8 +102,8 @@ def make_plan(
       tiles: (block_q, block_k) sizes whose bounds are computed now; others are computed where they are asked for.
     """
     offsets = jnp.asarray(offsets, jnp.int32)
-    keys: KeyIntervals = mask.intervals(offsets, num_rows, num_targets, num_contextual)
-    rows: RowIntervals = mask.row_intervals(offsets, num_rows, num_targets, num_contextual)
+    where = Rows.of(offsets, num_rows, num_targets, num_contextual)
+    keys, rows = mask.keys_of(where), mask.rows_of(where)
     stored = {f"{bq}x{bk}": tile_bounds(keys, rows, offsets[-1], bq, bk) for bq, bk in tiles}
     plain = num_targets is None and num_contextual is None
     return AttentionPlan(keys, rows, offsets[-1], stored, mask, offsets.shape[0] - 1, plain)

@@ -10,6 +10,7 @@ from kernels.hstu_attention.mosaic import backward as mosaic_hopper_vjp
 from kernels.hstu_attention.mosaic import forward as mosaic_hopper
 from kernels.hstu_attention.mosaic import schedule
 from kernels.hstu_attention.partial import partial_attention, partial_plan
+from kernels.jagged import Rows
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
 from tests.kernels.mosaic_interpreter import interpreted
 
@@ -48,7 +49,7 @@ def test_rows_and_keys_of_two_buffers(passes, widths, own, num_keys, row_scale, 
         return seen, RowIntervals(
             *(
                 jnp.clip(x[:stop] - num_keys, 0, num_rows)
-                for x in MASK.row_intervals(offsets, LENGTH)
+                for x in MASK.rows_of(Rows.of(offsets, LENGTH))
             )
         )
 

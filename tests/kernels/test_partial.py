@@ -9,6 +9,7 @@ from kernels.hstu_attention import hstu_attention, make_plan
 from kernels.hstu_attention.mosaic import schedule
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
 from kernels.hstu_attention.partial import partial_attention, partial_plan
+from kernels.jagged import Rows
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
 
 ROWS, HEADS, WIDTH = 96, 2, 8
@@ -37,7 +38,8 @@ def between(bounds, first, size):
 def cut(mask):
     """Keys and rows intervals of the whole buffer."""
     counts = tuple(COUNTS.values())
-    return mask.intervals(OFFSETS, ROWS, *counts), mask.row_intervals(OFFSETS, ROWS, *counts)
+    rows = Rows.of(OFFSETS, ROWS, *counts)
+    return mask.keys_of(rows), mask.rows_of(rows)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

@@ -14,9 +14,16 @@ WIDTH, LENGTH, ROWS = 8, 20, 64
 # (contextual, history, targets)
 SEQUENCES = [(2, 13, 3), (0, 0, 0), (1, 5, 2), (0, 3, 0), (2, 0, 2)]
 CONFIG = ModelConfig(
-    width=WIDTH, layers=2, heads=2, qk_width=4, v_width=6, preset="production", relative_bias=False, linear_dropout=0.0,
+    width=WIDTH,
+    layers=2,
+    heads=2,
+    qk_width=4,
+    v_width=6,
+    preset="production",
+    relative_bias=False,
+    linear_dropout=0.0,
     implementation="reference",
-)  # fmt: skip
+)
 
 
 def batch(parts=SEQUENCES, rows=ROWS, extra_rows=5) -> Sequences:

@@ -92,7 +92,10 @@ def test_gradients_of_weights_add_up_in_float32(inside):
 
 
 def test_memory_falls_with_the_chunk():
-    """Bytes of temporaries in the compiled forward and backward of a wide hidden layer; inputs and gradients are the same."""
+    """Bytes of temporaries in the compiled forward and backward of a wide hidden layer.
+
+    Inputs and gradients are the same.
+    """
     rows, hidden = 4096, 512
     weights = {"in": jnp.zeros((8, hidden)), "out": jnp.zeros((hidden, 3))}
     args = (weights, jnp.zeros((rows, 8)), jnp.zeros(rows))
@@ -122,7 +125,9 @@ def test_bad_rows():
 
 
 def test_ranking_step_in_chunks():
-    """Loss and gradients of a whole ranking model whose layers and head work on 7 rows at a time, tails included."""
+    """Loss and gradients of a whole ranking model whose layers and head work on 7 rows at a time,
+    tails included.
+    """
     values = []
     for chunk_rows in (None, 7):
         config = rank_data.config(

@@ -1,4 +1,7 @@
-"""Parity with the public PyTorch implementation: the same weights and inputs give the same outputs and every gradient."""
+"""Parity with the public PyTorch implementation.
+
+The same weights and inputs give the same outputs and every gradient.
+"""
 
 from types import SimpleNamespace
 
@@ -49,7 +52,10 @@ def embedding(data: dict[str, np.ndarray]) -> InputEmbedding:
 
 
 def check_model(data, variant, module, batch, names):
-    """Compares x0, block0_out, out_pre, out and the gradients of `module(embedding, encoder)`; `names` maps golden names to (parameter, transform)."""
+    """Compares x0, block0_out, out_pre, out and the gradients of `module(embedding, encoder)`.
+
+    `names` maps golden names to (parameter, transform).
+    """
     lengths, g_TD = data["lengths"], jnp.asarray(golden.flatten(data["g"], data["lengths"], ROWS))
     graph, params = nnx.split(module, nnx.Param)
     count = int(lengths.sum())

@@ -1,4 +1,7 @@
-"""Masks of the layers of a stack: what each layer is given, how far a row reaches, and what is computed once."""
+"""Masks of the layers of a stack.
+
+What each layer is given, how far a row reaches, and what is computed once.
+"""
 
 import dataclasses
 
@@ -50,11 +53,14 @@ def test_window_larger_than_the_sequences():
 
 @pytest.mark.parametrize("full_rows", [0, 2])
 def test_reach_by_gradients(full_rows):
-    """Through a window of 2 and one of 3, a row depends on itself and 5 earlier ones, and on everything earlier if it is a full row."""
+    """Through a window of 2 and one of 3, a row depends on itself and 5 earlier ones, and on
+    everything earlier if it is a full row.
+    """
     built = encoder(window=(2, 3), full_rows=(full_rows,))
     graph, params = nnx.split(built, nnx.Param)
     sequences = batch([(0, 16, 0)], rows=16)
-    one_row = lambda x, t: jnp.sum(nnx.merge(graph, params)(x, sequences)[t] * jnp.arange(1.0, 9.0))  # noqa: E731
+    w_D = jnp.arange(1.0, 9.0)
+    one_row = lambda x, t: jnp.sum(nnx.merge(graph, params)(x, sequences)[t] * w_D)  # noqa: E731
     depends = np.any(
         np.asarray(
             jax.jit(jax.vmap(jax.grad(one_row), in_axes=(None, 0)))(inputs(rows=16), jnp.arange(16))

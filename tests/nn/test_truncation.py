@@ -1,4 +1,6 @@
-"""Attention truncation against a definition that works on one sequence at a time, and its properties on whole batches."""
+"""Attention truncation against a definition that works on one sequence at a time, and its
+properties on whole batches.
+"""
 
 import dataclasses
 
@@ -26,7 +28,7 @@ LAYERS = 2
 
 @pytest.fixture(autouse=True)
 def optimised():
-    """Without its optimisations LLVM adds up one by one, and rounds more than the tolerance leaves."""
+    """Without optimisations LLVM adds up one by one, and rounds more than the tolerance leaves."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -214,7 +216,10 @@ def test_gradients_flow_through_rows():
 
 
 def test_padding_may_hold_nan():
-    """Padding rows of NaN reach neither outputs nor gradients; nor do those of the smaller buffer."""
+    """Padding rows of NaN reach neither outputs nor gradients.
+
+    Nor do those of the smaller buffer.
+    """
     built, sequences = encoder(), batch(SEQUENCES)
     real_T1 = sequences.real_T[:, None]
     graph, params = nnx.split(built, nnx.Param)
@@ -238,7 +243,10 @@ def test_one_compilation_for_all_batches():
 
 
 def test_padded_layout():
-    """Real rows first, padding behind them in the sequence: the newest real rows are kept, and the smaller buffer is jagged."""
+    """Real rows first, padding behind them in the sequence.
+
+    The newest real rows are kept, and the smaller buffer is jagged.
+    """
     histories, place = [7, 0, 9, 4], 12
     built = encoder(truncate_length=3)
     jagged = batch([(0, h, 0) for h in histories])
@@ -280,9 +288,17 @@ def test_truncation_above_all_layers():
 def test_retrieval_trains_on_the_rows_that_are_left():
     """The loss of a truncated model is that of its outputs with weight 0 on dropped rows."""
     model = ModelConfig(
-        width=8, layers=2, heads=2, qk_width=4, v_width=4, relative_bias=False, truncate_after=1, truncate_length=3,
-        input_dropout=0.0, linear_dropout=0.0,
-    )  # fmt: skip
+        width=8,
+        layers=2,
+        heads=2,
+        qk_width=4,
+        v_width=4,
+        relative_bias=False,
+        truncate_after=1,
+        truncate_length=3,
+        input_dropout=0.0,
+        linear_dropout=0.0,
+    )
     config = Config(
         model=model, data=DataConfig(max_history=12), loss=LossConfig(kind="full", temperature=1.0)
     )

@@ -1,4 +1,7 @@
-"""Whole runs under a mesh: checkpoints go from one mesh to another, and a trained run is evaluated on one device."""
+"""Whole runs under a mesh.
+
+Checkpoints go from one mesh to another, and a trained run is evaluated on one device.
+"""
 
 import dataclasses
 
@@ -29,7 +32,10 @@ def config(folder, data, context, epochs=2, **fields):
 
 
 def test_a_run_goes_on_in_another_mesh(tmp_path):
-    """An epoch on 8 x 1, the next on 2 x 4 with another size of the tables: what is logged and found is that of one device."""
+    """An epoch on 8 x 1, the next on 2 x 4 with another size of the tables.
+
+    What is logged and found is that of one device.
+    """
     one = train(
         config(tmp_path / "data", 1, 1, parallel__groups=8), tmp_path / "one", console=QUIET
     )

@@ -27,7 +27,7 @@ def ranks_by_hand(task, params, examples):
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
     events, ranks = jax.device_put(task.events), []
     encode = jax.jit(
-        lambda start, stop: model.encode(gather_batch(events, start, stop, rows=10), rngs=None)[-1]
+        lambda start, stop: model.encode(gather_batch(events, start, stop, rows=10))[-1]
     )
     for start, stop in zip(examples.start, examples.stop, strict=True):
         scores = unit @ np.asarray(

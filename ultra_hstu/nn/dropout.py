@@ -1,4 +1,4 @@
-"""Dropout as a function of its key: modules hold no random state, so a training step is a pure function.
+"""Dropout as a function of its key: modules hold no random state, so a step is a pure function.
 
 What is dropped of a row depends on the key, the number of the row's sequence in the batch and the
 row's position in it: not on where the row lies in which buffer on which device.

@@ -40,8 +40,8 @@ class InputEmbedding(nnx.Module):
     """`dropout(sqrt(D) * item_table[id] + position_table[position])`, and 0 on padding.
 
     So does the HSTU research code. With signals, what the user did with the item is part of its
-    token, as in ULTRA-HSTU: `sqrt(D) * (item_table[id] + sum of signals)`. Entry 0 of `item_table` is
-    padding: it is never read into a result, so its gradient is 0.
+    token, as in ULTRA-HSTU: `sqrt(D) * (item_table[id] + sum of signals)`. Entry 0 of `item_table`
+    is padding: it is never read into a result, so its gradient is 0.
     """
 
     def __init__(

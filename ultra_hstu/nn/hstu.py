@@ -1,7 +1,7 @@
-"""The stack of HSTU layers: on which rows each layer works, who sees whom, and what is recomputed."""
+"""The stack of HSTU layers: on which rows a layer works, who sees whom, and what is recomputed."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels.hstu_attention.api import RelativeBias, hstu_attention, make_plan, prepare_plan
+from kernels.hstu_attention.api import hstu_attention, make_plan, prepare_plan
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask, layer_masks
 from ultra_hstu.config import ModelConfig
@@ -23,8 +23,6 @@ from ultra_hstu.nn.truncation import Cut, Truncation
 from ultra_hstu.parallel.context_attention import strategy_named
 from ultra_hstu.parallel.strategy import ShardMask
 from ultra_hstu.sequences import Sequences
-
-AttendFlat = Callable[..., Array]  # `Attend` with the bias in the form of the kernels
 
 
 class HSTU(Encoder):
@@ -64,15 +62,14 @@ class HSTU(Encoder):
 
         Args:
           length: N.
-          layers: depth, where it is not `config.layers`: options that hold a value a layer must hold
-            one for each of these.
+          layers: depth, where it is not `config.layers`: options that hold a value a layer must
+            hold one for each of these.
 
         Raises:
           ValueError: options that do not suit this depth.
         """
         depth = config.layers if layers is None else layers
-        production = functools.partial(ProductionLayer, alpha=config.alpha)
-        kind = ResearchLayer if config.preset == "research" else production
+        kind = ResearchLayer if config.preset == "research" else ProductionLayer
 
         def layer() -> ResearchLayer | ProductionLayer:
             bias = None
@@ -83,6 +80,7 @@ class HSTU(Encoder):
                 config.heads,
                 config.qk_width,
                 config.v_width,
+                alpha=config.alpha,
                 bias=bias,
                 dropout_rate=config.linear_dropout,
                 precision=config.projection,
@@ -144,11 +142,9 @@ class HSTU(Encoder):
                 q, k, v, sequences, bias=bias, length=self.length
             )
         several = sequences.shards.context > 1
-        attend_flat = (self._over_devices if several else self._on_one_device)(
-            sequences, mask, dtype
-        )
+        made = (self._over_devices if several else self._on_one_device)(sequences, mask, dtype)
         # Traced and lowered once, not once a layer.
-        run = jax.jit(attend_flat, static_argnames="alpha")
+        run = jax.jit(made, static_argnames="alpha")
         times_t = sequences.shards.local((sequences.time_T, sequences.next_time_T))
 
         def attend(
@@ -160,40 +156,29 @@ class HSTU(Encoder):
             bias: RelativeBiasTables | None,
         ) -> Array:
             flat = None if bias is None else bias.flat(*times_t)
-            return run(q_THK, k_THK, v_THV, flat, alpha=alpha)
+            return run(q_THK, k_THK, v_THV, alpha=alpha, bias=flat)
 
         return attend
 
     def _on_one_device(
         self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype
-    ) -> AttendFlat:
+    ) -> functools.partial[Array]:
         counts = (sequences.num_targets, sequences.num_contextual)
         plan = make_plan(mask, sequences.offsets, sequences.num_rows, *counts)
-        plan = self._prepare(plan, dtype, self.layers[0].heads)
-
-        def run(
-            q_THK: Array, k_THK: Array, v_THV: Array, bias: RelativeBias | None, *, alpha: float
-        ) -> Array:
-            return hstu_attention(
-                q_THK,
-                k_THK,
-                v_THV,
-                sequences.offsets,
-                mask=mask,
-                num_targets=sequences.num_targets,
-                num_contextual=sequences.num_contextual,
-                alpha=alpha,
-                scale=1.0 / self.length,
-                bias=bias,
-                implementation=self.implementation,
-                plan=plan,
-            )
-
-        return run
+        return functools.partial(
+            hstu_attention,
+            offsets=sequences.offsets,
+            mask=mask,
+            num_targets=sequences.num_targets,
+            num_contextual=sequences.num_contextual,
+            scale=1.0 / self.length,
+            implementation=self.implementation,
+            plan=self._prepare(plan, dtype, self.layers[0].heads),
+        )
 
     def _over_devices(
         self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype
-    ) -> AttendFlat:
+    ) -> functools.partial[Array]:
         shards, layer = sequences.shards, self.layers[0]
         strategy = strategy_named(shards.strategy_of(mask, layer.bias is not None))
         view = ShardMask(
@@ -206,24 +191,12 @@ class HSTU(Encoder):
             max_contextual=sequences.max_contextual,
         )
         heads = strategy.heads_of_a_call(view.layout, layer.heads)
-        plan = strategy.of(view, lambda plan: self._prepare(plan, dtype, heads))
-        real_t = view.real_t
-
-        def run(
-            q_tHK: Array, k_tHK: Array, v_tHV: Array, bias: RelativeBias | None, *, alpha: float
-        ) -> Array:
-            return plan(
-                q_tHK,
-                k_tHK,
-                v_tHV,
-                real_t=real_t,
-                alpha=alpha,
-                scale=1.0 / self.length,
-                bias=bias,
-                implementation=self.implementation,
-            )
-
-        return run
+        return functools.partial(
+            strategy.of(view, lambda plan: self._prepare(plan, dtype, heads)),
+            real_t=view.real_t,
+            scale=1.0 / self.length,
+            implementation=self.implementation,
+        )
 
     def _prepare(self, plan: AttentionPlan, dtype: jnp.dtype, heads: int) -> AttentionPlan:
         layer = self.layers[0]

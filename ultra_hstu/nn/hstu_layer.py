@@ -43,24 +43,40 @@ class Attend(Protocol):
 
 
 class Layer(nnx.Module):
-    """What both layers share: a projection to u, v, q, k; attention; a gate and a projection back."""
+    """What both layers share: a projection to u, v, q, k, attention, a gate, a projection back."""
 
     output: nnx.Param  # [Z, D]
 
     def __init__(
         self,
+        width: int,
         heads: int,
         qk_width: int,
         v_width: int,
-        alpha: float,
-        bias: RelativeBiasTables | None,
-        dropout_rate: float,
-        precision: Precision,
-        chunk_rows: int | None,
+        *,
+        alpha: float | None = None,
+        bias: RelativeBiasTables | None = None,
+        dropout_rate: float = 0.0,
+        precision: Precision = "same",
+        chunk_rows: int | None = None,
+        rngs: nnx.Rngs,
     ):
-        self.bias = bias
-        self.heads, self.qk_width, self.v_width, self.alpha = heads, qk_width, v_width, alpha
+        """
+        Args:
+          alpha: the factor on scores; None: the published one.
+          chunk_rows: rows that token-wise work is done for at one time; None: all.
+        """
+        self.heads, self.qk_width, self.v_width, self.bias = heads, qk_width, v_width, bias
+        self.alpha = self._default_alpha() if alpha is None else alpha
         self.dropout_rate, self.precision, self.chunk_rows = dropout_rate, precision, chunk_rows
+        self._draw(width, heads * v_width, 2 * heads * (v_width + qk_width), rngs)
+
+    @abc.abstractmethod
+    def _default_alpha(self) -> float: ...
+
+    @abc.abstractmethod
+    def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
+        """Initial parameters; `inner` is H * V, `joined` the width of u, v, q and k together."""
 
     def __call__(
         self, x_TD: Float[Array, "T D"], attend: Attend, key: KeysOrNone = None
@@ -119,24 +135,11 @@ class ResearchLayer(Layer):
     x'         = x + dropout(u * LN(a)) @ output + output_bias  LN over all heads together
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        qk_width: int,
-        v_width: int,
-        *,
-        bias: RelativeBiasTables | None = None,
-        dropout_rate: float = 0.0,
-        precision: Precision = "same",
-        chunk_rows: int | None = None,
-        rngs: nnx.Rngs,
-    ):
-        inner = heads * v_width
-        super().__init__(heads, qk_width, v_width, 1.0, bias, dropout_rate, precision, chunk_rows)
-        self.uvqk = initializers.param(
-            initializers.normal_002, rngs, width, 2 * inner + 2 * heads * qk_width
-        )
+    def _default_alpha(self) -> float:
+        return 1.0
+
+    def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
+        self.uvqk = initializers.param(initializers.normal_002, rngs, width, joined)
         self.output = initializers.param(initializers.xavier_uniform, rngs, inner, width)
         self.output_bias = initializers.param(initializers.linear_bias(inner), rngs, width)
 
@@ -161,39 +164,22 @@ class ResearchLayer(Layer):
 class ProductionLayer(Layer):
     """The layer of the published production code ("STU").
 
-    It differs from the research layer in affine norms, a bias in uvqk, SiLU on u only, a scale on the
-    scores (alpha, 1/sqrt(qk_width) unless given), and an output without bias over more inputs:
+    It differs from the research layer in affine norms, a bias in uvqk, SiLU on u only, a scale on
+    the scores (alpha, 1/sqrt(qk_width) unless given), and an output without bias over more inputs:
 
         x' = x + dropout(concat[u, a, u * LN(a)]) @ output        a without norm in the middle
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        qk_width: int,
-        v_width: int,
-        *,
-        bias: RelativeBiasTables | None = None,
-        alpha: float | None = None,
-        dropout_rate: float = 0.0,
-        precision: Precision = "same",
-        chunk_rows: int | None = None,
-        rngs: nnx.Rngs,
-    ):
-        inner, joined = heads * v_width, 2 * heads * (v_width + qk_width)
-        alpha = 1.0 / math.sqrt(qk_width) if alpha is None else alpha
-        super().__init__(heads, qk_width, v_width, alpha, bias, dropout_rate, precision, chunk_rows)
-        self.input_norm_weight, self.input_norm_bias = (
-            nnx.Param(jnp.ones(width)),
-            nnx.Param(jnp.zeros(width)),
-        )
+    def _default_alpha(self) -> float:
+        return 1.0 / math.sqrt(self.qk_width)
+
+    def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
+        self.input_norm_weight = nnx.Param(jnp.ones(width))
+        self.input_norm_bias = nnx.Param(jnp.zeros(width))
         self.uvqk = initializers.param(initializers.xavier_uniform, rngs, width, joined)
         self.uvqk_bias = nnx.Param(jnp.zeros(joined))
-        self.output_norm_weight, self.output_norm_bias = (
-            nnx.Param(jnp.ones(inner)),
-            nnx.Param(jnp.zeros(inner)),
-        )
+        self.output_norm_weight = nnx.Param(jnp.ones(inner))
+        self.output_norm_bias = nnx.Param(jnp.zeros(inner))
         self.output = initializers.param(initializers.xavier_uniform, rngs, 3 * inner, width)
 
     def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:

@@ -1,13 +1,13 @@
 """Selective rematerialisation (ULTRA-HSTU, arXiv 2602.16986): what a layer keeps for its backward.
 
-Kept are the layer's input, the statistics of its two norms and the attention output: 2 D + 2 H V bytes
-a row in bfloat16. Computed again are the normed input, u, v, q, k and the gated output: two norms, one
-projection and elementwise work, but no attention.
+Kept are the layer's input, the statistics of its two norms and the attention output: 2 D + 2 H V
+bytes a row in bfloat16. Computed again are the normed input, u, v, q, k and the gated output: two
+norms, one projection and elementwise work, but no attention.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -20,25 +20,14 @@ Remat = Literal["none", "selective", "full"]
 Policy = Callable[..., Any]  # as `jax.checkpoint` takes it
 
 
-@runtime_checkable
-class RunLayer(Protocol):
-    """How a stack runs a layer; `parallel.parameters.ShardedLayers` is one for a mesh."""
-
-    def __call__[Layer: nnx.Module](
-        self,
-        call: Callable[[Layer, Array], Array],
-        layer: Layer,
-        x_TD: Float[Array, "T D"],
-        policy: Policy | None,
-    ) -> Float[Array, "T D"]:
-        """`call(layer, x_TD)`; its backward keeps what the policy says, or whatever it needs."""
+# How a stack runs a layer: `call(layer, x_TD)`, whose backward keeps what the policy says, or
+# whatever it needs. `parallel.parameters.ShardedLayers` is one for a mesh.
+CallLayer = Callable[[nnx.Module, Array], Array]
+RunLayer = Callable[[CallLayer, nnx.Module, Array, Policy | None], Array]
 
 
-def run_layer[Layer: nnx.Module](
-    call: Callable[[Layer, Array], Array],
-    layer: Layer,
-    x_TD: Float[Array, "T D"],
-    policy: Policy | None,
+def run_layer(
+    call: CallLayer, layer: nnx.Module, x_TD: Float[Array, "T D"], policy: Policy | None
 ) -> Float[Array, "T D"]:
     """A `RunLayer` for one device."""
     run = functools.partial(call, layer)
@@ -48,9 +37,9 @@ def run_layer[Layer: nnx.Module](
 def policy_of(mode: Remat) -> Policy | None:
     """What the backward of a layer keeps; values and gradients are the same.
 
-    "none" keeps what differentiation asks for. "selective" keeps the named values alone. "full" keeps
-    the arguments alone and runs attention a second time, unless its kernel has side effects, which
-    JAX never runs twice: the output of `mosaic` is kept.
+    "none" keeps what differentiation asks for. "selective" keeps the named values alone. "full"
+    keeps the arguments alone and runs attention a second time, unless its kernel has side effects,
+    which JAX never runs twice: the output of `mosaic` is kept.
     """
     if mode == "none":
         return None

@@ -25,10 +25,11 @@ class SASRecLayer(nnx.Module):
     """Attention and a feed-forward net, each with a residual:
 
         Q  = LN(x)                                       without affine
-        y  = LN(Q + attention(Q Wq, x Wk, x Wv) Wo)      causal softmax; k and v from x, the residual from Q
+        y  = LN(Q + attention(Q Wq, x Wk, x Wv) Wo)      causal softmax; the residual is Q
         x' = y + relu(y W1) W2                           every product with a bias
 
-    Dropout acts on attention weights, on the hidden units and on the output of the feed-forward net.
+    Dropout acts on attention weights, on the hidden units and on the output of the feed-forward
+    net.
     """
 
     def __init__(

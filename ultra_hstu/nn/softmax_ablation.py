@@ -25,10 +25,10 @@ def softmax_attention(
 ) -> Float[Array, "T H V"]:
     """`a_i = sum_{j <= i} A_ij v_j` with `A = softmax((q_i . k_j + bias_ij) / sqrt(K))`.
 
-    The softmax is over ALL `length` columns of the padded sequence, so it is not causal: future rows
-    and padding (where q = k = 0, and the time is 0) stay in the denominator; their weights are zeroed
-    afterwards and the rest is not scaled up again. One softmax serves all heads: q . k runs over the
-    H * K values of all of them. Memory is O(B N^2).
+    The softmax is over ALL `length` columns of the padded sequence, so it is not causal: future
+    rows and padding (where q = k = 0, and the time is 0) stay in the denominator; their weights are
+    zeroed afterwards and the rest is not scaled up again. One softmax serves all heads: q . k runs
+    over the H * K values of all of them. Memory is O(B N^2).
     """
     (rows, _, width), offsets = q_THK.shape, sequences.offsets
     keep_T1 = sequences.real_T[:, None]  # a padded layout has padding inside its sequences

@@ -1,8 +1,8 @@
 """Attention truncation (ULTRA-HSTU, arXiv 2602.16986): upper layers work on the newest rows alone.
 
-From some layer on, a sequence is its contextual tokens, its newest history rows and its targets. What
-is left is a jagged batch of its own in a smaller buffer: the layers above cost what a batch of that
-size costs.
+From some layer on, a sequence is its contextual tokens, its newest history rows and its targets.
+What is left is a jagged batch of its own in a smaller buffer: the layers above cost what a batch of
+that size costs.
 """
 
 import dataclasses
@@ -79,13 +79,13 @@ class Truncation:
     def cut(self, sequences: Sequences, extra_rows: int | None = None) -> Cut:
         """The smaller batch, jagged even if the layout was padded.
 
-        It has T' = min(T, B * (L' + extra_rows)) rows, which B sequences in T rows never exceed; in a
-        mesh, the next number that its devices can divide. In a padded layout, padding is taken to
+        It has T' = min(T, B * (L' + extra_rows)) rows, which B sequences in T rows never exceed; in
+        a mesh, the next number that its devices can divide. In a padded layout, padding is taken to
         stand behind the real rows of a sequence.
 
         Args:
-          extra_rows: most contextual tokens and targets of a sequence, together; None: the bounds of
-            `sequences`.
+          extra_rows: most contextual tokens and targets of a sequence, together; None: the bounds
+            of `sequences`.
 
         Raises:
           ValueError: targets and contextual tokens that `extra_rows` leaves no room for. Where
@@ -104,12 +104,12 @@ class Truncation:
         kept_offsets = lengths_to_offsets(lengths_B - dropped_B)
 
         wanted = sequences.num_sequences * (self.length + extra_rows)
-        room = min(num_rows, sequences.shards.divisible(wanted))
-        kept = Rows.of(kept_offsets, room)
+        capacity = min(num_rows, sequences.shards.divisible(wanted))
+        kept = Rows.of(kept_offsets, capacity)
         in_front = kept.position < contextual_B[kept.segment]
         moved_S = jnp.where(in_front, 0, dropped_B[kept.segment])
         source_S = offsets[kept.segment] + kept.position + moved_S
-        nowhere_S = num_rows + jnp.arange(room, dtype=jnp.int32)
+        nowhere_S = num_rows + jnp.arange(capacity, dtype=jnp.int32)
         source_S = jnp.where(kept.real, source_S, nowhere_S)
 
         rows = Rows.of(offsets, num_rows)
@@ -118,8 +118,8 @@ class Truncation:
         kept_T = real_T & (in_front | (rows.position >= contextual_T + dropped_T))
         row_T = kept_offsets[rows.segment] + rows.position - jnp.where(in_front, 0, dropped_T)
 
-        row_T = jnp.where(kept_T, row_T, room)
-        cut = Cut(sequences, source_S, row_T, kept_offsets[-1] <= room)
+        row_T = jnp.where(kept_T, row_T, capacity)
+        cut = Cut(sequences, source_S, row_T, kept_offsets[-1] <= capacity)
         smaller = dataclasses.replace(
             sequences,
             offsets=kept_offsets,

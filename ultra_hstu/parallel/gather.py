@@ -23,7 +23,7 @@ class GatheredKeys(PartialSums):
 
     Attributes:
       plan: of the shard's rows and all keys.
-      order: places of the rows of the buffer in what is gathered; None: in order.
+      order: where the rows of the buffer are in what is gathered; None: in order.
     """
 
     plan: Leaf[AttentionPlan]

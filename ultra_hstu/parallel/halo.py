@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.hstu_attention.api import RelativeBias
 from kernels.hstu_attention.partial import partial_plan
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask, KeyIntervals, Locality, RowIntervals
@@ -27,7 +26,7 @@ from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
 from ultra_hstu.parallel.strategy import (
     AttendPart,
-    Implementation,
+    AttentionCall,
     PartialSums,
     Prepare,
     ShardMask,
@@ -43,7 +42,7 @@ class Halo(PartialSums):
       home: plan of [copies] and the shard's rows.
       edge: plan of [halo] and the shard's first rows; None: the window is 0.
       visit: plan of the shard's keys and the visiting rows; None: nothing visits.
-      row_R: rows of the buffer that visit, ascending, T in unused places.
+      row_R: rows of the buffer that visit, ascending, T in unused entries.
       copy_P: rows of the buffer whose keys are copied, likewise.
       overflow: whether traced counts exceed their bounds.
       shards: how many there are.
@@ -91,21 +90,11 @@ class Halo(PartialSums):
             )
 
     def attend(
-        self,
-        q_tHK: Array,
-        k_tHK: Array,
-        v_tHV: Array,
-        scale: Array,
-        *,
-        alpha: float,
-        bias: RelativeBias | None,
-        implementation: Implementation,
+        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
     ) -> Float[Array, "t H V"]:
         # No sum that lacks a summand passes for a result.
         scale = jnp.where(self.overflow, jnp.nan, scale)
-        return super().attend(
-            q_tHK, k_tHK, v_tHV, scale, alpha=alpha, bias=bias, implementation=implementation
-        )
+        return super().attend(q_tHK, k_tHK, v_tHV, scale, call)
 
     def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: AttendPart) -> Array:
         rows_q, copies = self._everywhere(q, self.row_R), self._copies(k, v)
@@ -166,10 +155,10 @@ class Halo(PartialSums):
     def _scale_of_visitors(self, scale: Array) -> Array:
         return self._everywhere(scale, self.row_R) if scale.ndim else scale
 
-    def _places(self, row_N: Array, size: int) -> tuple[Array, Array]:
-        """Which of some rows of the buffer are on this shard, and their places here.
+    def _local_rows(self, row_N: Array, size: int) -> tuple[Array, Array]:
+        """Which of some rows of the buffer are on this shard, and where they are here.
 
-        Places of the others are beyond the shard, and all different.
+        Indices of the others are beyond the shard, and all different.
         """
         local_N = row_N - jax.lax.axis_index(CONTEXT) * size
         mine_N = (local_N >= 0) & (local_N < size)
@@ -177,7 +166,7 @@ class Halo(PartialSums):
 
     def _everywhere(self, x: Array, row_N: Array) -> Array:
         """Some rows of the sharded buffer `x`, on every shard; zeros for row T."""
-        mine_N, local_N = self._places(row_N, x.shape[0])
+        mine_N, local_N = self._local_rows(row_N, x.shape[0])
         found = jnp.where(
             mine_N.reshape(-1, *(1,) * (x.ndim - 1)),
             x[jnp.minimum(local_N, x.shape[0] - 1)],
@@ -188,7 +177,9 @@ class Halo(PartialSums):
     def _add_home(self, x: Array, row_N: Array, parts: Array) -> Array:
         """`x` plus, in some rows of the buffer, the sum of all shards' `parts`, in place."""
         sums = jax.lax.psum(parts.astype(jnp.float32), CONTEXT).astype(x.dtype)
-        return x.at[self._places(row_N, x.shape[0])[1]].add(sums, mode="drop", unique_indices=True)
+        return x.at[self._local_rows(row_N, x.shape[0])[1]].add(
+            sums, mode="drop", unique_indices=True
+        )
 
     def _hops(self, size: int) -> list[tuple[int, int]]:
         """(shards onward, rows of each) that make up the halo, the nearest first."""
@@ -236,7 +227,7 @@ def _split(x: Array, width: int) -> tuple[Array, Array]:
 
 
 def _ascending(flag_T: Array, capacity: int) -> Array:
-    """Numbers of the rows that are flagged, ascending, T in unused places."""
+    """Numbers of the rows that are flagged, ascending, T in unused entries."""
     return jnp.nonzero(flag_T, size=capacity, fill_value=flag_T.shape[0])[0].astype(jnp.int32)
 
 

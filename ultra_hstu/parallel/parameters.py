@@ -1,7 +1,7 @@
 """Where parameters live, and how a stack of layers runs on them.
 
-Tables are divided among all devices by rows, matrices of layers by rows over `data` if asked (FSDP).
-The rest is on every device.
+Tables are divided among all devices by rows, matrices of layers by rows over `data` if asked
+(FSDP). The rest is on every device.
 """
 
 import dataclasses
@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jax.tree_util import KeyPath
+from jaxtyping import Array, Float, PyTree
 
-from ultra_hstu.parallel.embedding_sharding import Table
-from ultra_hstu.parallel.mesh import CONTEXT, DATA
+from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
+from ultra_hstu.parallel.mesh import CONTEXT, DATA, EVERYWHERE
 from ultra_hstu.parallel.shards import Shards
 
-EVERYWHERE, TABLE, MATRIX = PartitionSpec(), PartitionSpec((DATA, CONTEXT)), PartitionSpec(DATA)
+TABLE, MATRIX = PartitionSpec((DATA, CONTEXT)), PartitionSpec(DATA)
+
+Policy = Callable[..., Any]  # as `jax.checkpoint` takes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +35,12 @@ class ShardedLayers:
 
     shards: Shards
 
-    def __call__[Layer: nnx.Module](
+    def __call__(
         self,
-        call: Callable[[Layer, Array], Array],
-        layer: Layer,
+        call: Callable[[nnx.Module, Array], Array],
+        layer: nnx.Module,
         x_TD: Float[Array, "T D"],
-        policy: Callable[..., Any] | None,
+        policy: Policy | None,
     ) -> Float[Array, "T D"]:
         graphdef, params = nnx.split(layer)
         x_TD, params = _in_order(x_TD, params)
@@ -46,7 +49,7 @@ class ShardedLayers:
         def run(x_TD: Array) -> Array:
             return call(nnx.merge(graphdef, whole(x_TD.dtype) if gathers else params), x_TD)
 
-        def whole(dtype: jnp.dtype) -> Any:
+        def whole(dtype: jnp.dtype) -> PyTree:
             return jax.tree.map(lambda x: _gathered(dtype, x) if x.ndim == 2 else x, params)
 
         if policy is None and self.shards.fsdp:
@@ -54,7 +57,7 @@ class ShardedLayers:
         return run(x_TD) if policy is None else jax.checkpoint(run, policy=policy)(x_TD)
 
 
-def specs(tree: Any, shards: Shards) -> Any:
+def specs(tree: PyTree, shards: Shards) -> PyTree:
     """The PartitionSpec of every array of a pytree.
 
     It holds parameters, or whatever is made like them (an optimizer's state).
@@ -63,8 +66,8 @@ def specs(tree: Any, shards: Shards) -> Any:
       ValueError: a matrix that `fsdp` cannot divide.
     """
 
-    def spec(path: Any, leaf: Any) -> PartitionSpec:
-        if isinstance(leaf, Table):
+    def spec(path: KeyPath, leaf: PyTree) -> PartitionSpec:
+        if isinstance(leaf, EmbeddingTable):
             return TABLE
         if not (shards.fsdp and is_matrix_of_layer(path, leaf)):
             return EVERYWHERE
@@ -81,7 +84,7 @@ def specs(tree: Any, shards: Shards) -> Any:
     )
 
 
-def is_matrix_of_layer(path: Any, leaf: Any) -> bool:
+def is_matrix_of_layer(path: KeyPath, leaf: PyTree) -> bool:
     """Whether an entry of a pytree of parameters is a matrix that a layer multiplies with."""
     of_a_layer = any(
         getattr(entry, "key", getattr(entry, "name", None)) == "layers" for entry in path
@@ -90,12 +93,12 @@ def is_matrix_of_layer(path: Any, leaf: Any) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(dtype: Any, x: Array) -> Array:
+def _gathered(dtype: jnp.dtype, x: Array) -> Array:
     """All of a matrix. Rounded before it travels; its gradients are added up in float32."""
     return jax.lax.all_gather(x.astype(dtype), DATA, tiled=True)
 
 
-def _gathered_backward(dtype: Any, _: None, g: Array) -> tuple[Array]:
+def _gathered_backward(dtype: jnp.dtype, _: None, g: Array) -> tuple[Array]:
     return (jax.lax.psum_scatter(g.astype(jnp.float32), DATA, tiled=True),)
 
 
@@ -103,7 +106,7 @@ _gathered.defvjp(lambda dtype, x: (_gathered(dtype, x), None), _gathered_backwar
 
 
 @jax.custom_vjp
-def _in_order(x: Array, params: Any) -> tuple[Array, Any]:
+def _in_order(x: Array, params: PyTree) -> tuple[Array, PyTree]:
     """What it is given.
 
     In the backward, the gradients of `params` are complete before that of `x` goes on. Where there
@@ -126,10 +129,10 @@ def _keep_no_matrix(primitive: Any, *_: Any, **settings: Any) -> bool:
     return not primitives <= {"convert_element_type", "all_gather"}  # those of `_gathered`
 
 
-def summed(grads: Any, specs: Any) -> Any:
+def summed(grads: PyTree, specs: PyTree) -> PyTree:
     """Gradients of the sum of all devices' losses, from those of each. Inside `shard_map`."""
 
-    def add(spec: PartitionSpec, leaf: Any) -> Any:
+    def add(spec: PartitionSpec, leaf: PyTree) -> PyTree:
         # The transposes of a lookup and of an all-gather have added up over the axes that they use.
         axes = {TABLE: (), MATRIX: (CONTEXT,), EVERYWHERE: (DATA, CONTEXT)}[spec]
         return jax.tree.map(lambda g: jax.lax.psum(g, axes), leaf) if axes else leaf

@@ -3,11 +3,11 @@
 import abc
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from kernels.hstu_attention.api import RelativeBias
 from kernels.hstu_attention.partial import partial_attention
@@ -27,6 +27,14 @@ Prepare = Callable[[AttentionPlan], AttentionPlan]
 # `partial_attention`, its constants filled in.
 AttendPart = Callable[..., Array]
 Implementation = str | Sequence[str] | None
+
+
+class AttentionCall(NamedTuple):
+    """What all shards' calls of `hstu_attention` share."""
+
+    alpha: float
+    bias: RelativeBias | None
+    implementation: Implementation
 
 
 class ShardMask:
@@ -66,7 +74,7 @@ class ShardMask:
         return self.layout.index(row, self.shard)
 
     def keys_in(self, shard: int | Int[Array, ""]) -> KeyIntervals:
-        """Keys of another shard that this shard's rows see, in places of that shard."""
+        """Keys of another shard that this shard's rows see, as indices of that shard."""
         return KeyIntervals(*(self.layout.index(x[self.own_t], shard) for x in self.keys))
 
     def seers_of(self, shard: int | Int[Array, ""]) -> RowIntervals:
@@ -109,15 +117,7 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def attend(
-        self,
-        q_tHK: Array,
-        k_tHK: Array,
-        v_tHV: Array,
-        scale: Array,
-        *,
-        alpha: float,
-        bias: RelativeBias | None,
-        implementation: Implementation,
+        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
     ) -> Float[Array, "t H V"]:
         """Attention of this shard's rows; padding holds zeros, and zero scales."""
 
@@ -147,9 +147,7 @@ class Strategy(abc.ABC):
         )
         factor = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
         factor = jnp.where(real_t, factor, 0.0) if factor.ndim else factor
-        return self.attend(
-            q, k, v, factor, alpha=float(alpha), bias=bias, implementation=implementation
-        )
+        return self.attend(q, k, v, factor, AttentionCall(float(alpha), bias, implementation))
 
 
 class PartialSums(Strategy):
@@ -166,15 +164,7 @@ class PartialSums(Strategy):
         """Of q, k and v, from that of the output."""
 
     def attend(
-        self,
-        q_tHK: Array,
-        k_tHK: Array,
-        v_tHV: Array,
-        scale: Array,
-        *,
-        alpha: float,
-        bias: RelativeBias | None,
-        implementation: Implementation,
+        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
     ) -> Float[Array, "t H V"]:
         """The sums of all heads, `heads_at_a_time`.
 
@@ -183,16 +173,18 @@ class PartialSums(Strategy):
         from XLA that what is sent again was there before: it would hold it from one to the other.
         """
 
-        part = functools.partial(partial_attention, alpha=alpha, implementation=implementation)
+        part = functools.partial(
+            partial_attention, alpha=call.alpha, implementation=call.implementation
+        )
 
         @jax.custom_vjp
         def kept(q: Array, k: Array, v: Array, scale: Array, plan: PartialSums) -> Array:
             return in_turns(lambda q, k, v: (plan.sums(q, k, v, scale, part),), (v,), q, k, v)[0]
 
-        def forward(*inputs: Any) -> tuple[Array, tuple[Any, ...]]:
+        def forward(*inputs: PyTree) -> tuple[Array, tuple[PyTree, ...]]:
             return kept(*inputs), inputs
 
-        def backward(saved: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+        def backward(saved: tuple[PyTree, ...], g: Array) -> tuple[Array | None, ...]:
             q, k, v, scale, plan = saved
             q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))
             found = in_turns(

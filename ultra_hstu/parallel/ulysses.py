@@ -12,7 +12,7 @@ from kernels.mask import AttentionMask
 from kernels.typing import Leaf
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
-from ultra_hstu.parallel.strategy import Implementation, Prepare, ShardMask, Strategy
+from ultra_hstu.parallel.strategy import AttentionCall, Prepare, ShardMask, Strategy
 
 
 @jax.tree_util.register_dataclass
@@ -56,16 +56,9 @@ class Ulysses(Strategy):
         return heads // layout.shards
 
     def attend(
-        self,
-        q_tHK: Array,
-        k_tHK: Array,
-        v_tHV: Array,
-        scale: Array,
-        *,
-        alpha: float,
-        bias: RelativeBias | None,
-        implementation: Implementation,
+        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
     ) -> Float[Array, "t H V"]:
+        bias = call.bias
         if bias is not None and bias.time_table is not None:
             times = (bias.timestamps, bias.query_timestamps)
             bias = RelativeBias(bias.position_table, bias.time_table, *map(self._rows, times))
@@ -75,10 +68,10 @@ class Ulysses(Strategy):
             self._whole(v_tHV),
             self.offsets,
             mask=self.plan.mask,
-            alpha=alpha,
+            alpha=call.alpha,
             scale=self._rows(scale) if scale.ndim else scale,
             bias=bias,
-            implementation=implementation,
+            implementation=call.implementation,
             plan=self.plan,
         )
         out = out if self.order is None else out[self.order]

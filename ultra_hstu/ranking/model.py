@@ -60,7 +60,7 @@ class Ranker(nnx.Module):
         )
 
     def encode(
-        self, batch: RankBatch, *, shards: Shards = ONE, rngs: KeyOrNone = None
+        self, batch: RankBatch, *, shards: Shards = ONE, key: KeyOrNone = None
     ) -> Float[Array, "P D"]:
         """What the encoders say of each predicted row, the channels side by side; input of `head`.
 
@@ -68,13 +68,13 @@ class Ranker(nnx.Module):
         as `Shards.part` divides their labels.
 
         Args:
-          rngs: a key turns dropout on and decides it; None leaves it out.
+          key: turns dropout on and decides it; None leaves it out.
         """
         outputs = []
-        keys = split_key(rngs, len(self.encoders))
-        for (name, encoder), key in zip(sorted(self.encoders.items()), keys, strict=True):
+        keys = split_key(key, len(self.encoders))
+        for (name, encoder), channel_key in zip(sorted(self.encoders.items()), keys, strict=True):
             tokens = batch.channels[name]
-            embedding_key, encoder_key = split_key(key, 2)
+            embedding_key, encoder_key = split_key(channel_key, 2)
             x_TD = self.embedding(tokens, embedding_key, shards)
             sequences = dataclasses.replace(
                 tokens.sequences,

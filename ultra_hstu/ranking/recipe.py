@@ -36,7 +36,7 @@ class RankRecipe(Steps[Ranker]):
     ) -> Float[Array, "P K"]:
         """float32; `key` draws dropout, None leaves it out. Empty places (weight 0) hold anything. In a mesh: this device's part of the P."""
         model = self.model(params)
-        return model.head(model.encode(batch, shards=self.shards, rngs=key))
+        return model.head(model.encode(batch, shards=self.shards, key=key))
 
     def loss(self, params: Params, batch: RankBatch, key: jax.Array) -> Float[Array, ""]:
         label_pK, weight_pK = self.shards.part((batch.label_PK, batch.weight_PK))

@@ -19,10 +19,10 @@ from ultra_hstu.ranking.form import Sizes
 class TokenEmbedding(nnx.Module):
     """`dropout(sqrt(D) * (item + signals + features + contextual feature) + position + time gap)`.
 
-    Signals and features are summed. What a token does not have adds nothing: a target has no signals,
-    an action token no item. All channels of a mixture share the module. The sum of signals is the
-    heterogeneous action encoding of ULTRA-HSTU (arXiv 2602.16986), whose list of fields is not
-    published.
+    Signals and features are summed. What a token does not have adds nothing: a target has no
+    signals, an action token no item. All channels of a mixture share the module. The sum of signals
+    is the heterogeneous action encoding of ULTRA-HSTU (arXiv 2602.16986), whose list of fields is
+    not published.
     """
 
     def __init__(

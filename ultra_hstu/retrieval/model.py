@@ -20,8 +20,8 @@ class Recommender(nnx.Module):
     """Embeds a batch and encodes it.
 
     Scores are dot products (or cosines) of its output with `item_table`; see `loss` and `metrics`.
-    The module holds parameters only: dropout takes its key at the call. The mesh comes with the call
-    too (`shards`); rows [T, D] are then those of this device.
+    The module holds parameters only: dropout takes its key at the call. The mesh comes with the
+    call too (`shards`); rows [T, D] are then those of this device.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Recommender(nnx.Module):
           num_items: I; ids are 1..I.
           max_history: rows of the longest sequence. N, which attention is divided by, is
             `max_history + config.output_slots`.
-          signals: how many codes each signal of a token has, 0 (none) counted; without any a token is
-            its item alone.
+          signals: how many codes each signal of a token has, 0 (none) counted; without any a token
+            is its item alone.
         """
         length = max_history + config.output_slots
         self.embedding = InputEmbedding(
@@ -72,35 +72,34 @@ class Recommender(nnx.Module):
 
         In a mesh they are divided as `Shards.part` divides them.
         """
-        sequences = batch.sequences.on(shards)
-        return self.encoder.rows(self._embed(batch, sequences), sequences, batch.last_row_B)
+        x_TD, sequences, _ = self._input(batch, shards)
+        return self.encoder.rows(x_TD, sequences, batch.last_row_B)
 
     def encode(
-        self, batch: Batch, *, shards: Shards = ONE, rngs: KeyOrNone = None
+        self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None
     ) -> Float[Array, "T D"]:
         """The output of the encoder, before any L2 norm, in the dtype of the config.
 
         Args:
-          batch: flat rows, jagged or padded. What its rows of padding hold does not matter, nor does
-            what comes out there.
-          rngs: a key turns dropout on and decides it; None leaves it out.
+          batch: flat rows, jagged or padded. What its rows of padding hold does not matter, nor
+            does what comes out there.
+          key: turns dropout on and decides it; None leaves it out.
         """
-        key, encoder_key = split_key(rngs, 2)
-        sequences = batch.sequences.on(shards)
-        return self.encoder(self._embed(batch, sequences, key), sequences, encoder_key)
+        return self.encoder(*self._input(batch, shards, key))
 
     def encode_kept(
-        self, batch: Batch, *, shards: Shards = ONE, rngs: KeyOrNone = None
+        self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None
     ) -> tuple[Float[Array, "S D"], Cut | None]:
         """`encode` without the rows that an attention truncation drops, and which rows are left.
 
         None stands for all of them.
         """
-        key, encoder_key = split_key(rngs, 2)
-        sequences = batch.sequences.on(shards)
-        return self.encoder.encode_kept(self._embed(batch, sequences, key), sequences, encoder_key)
+        return self.encoder.encode_kept(*self._input(batch, shards, key))
 
-    def _embed(
-        self, batch: Batch, sequences: Sequences, key: KeyOrNone = None
-    ) -> Float[Array, "T D"]:
-        return self.embedding(batch.item_T, sequences, key, signal_TS=batch.signal_TS)
+    def _input(
+        self, batch: Batch, shards: Shards, key: KeyOrNone = None
+    ) -> tuple[Float[Array, "T D"], Sequences, KeyOrNone]:
+        embedding_key, encoder_key = split_key(key, 2)
+        sequences = batch.sequences.on(shards)
+        x_TD = self.embedding(batch.item_T, sequences, embedding_key, signal_TS=batch.signal_TS)
+        return x_TD, sequences, encoder_key

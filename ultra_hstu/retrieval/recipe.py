@@ -44,7 +44,7 @@ class Recipe(Steps[Recommender]):
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
         dropout_key, negative_key = jax.random.split(key)
         model = self.model(params)
-        h_TD, cut = model.encode_kept(batch, shards=self.shards, rngs=dropout_key)
+        h_TD, cut = model.encode_kept(batch, shards=self.shards, key=dropout_key)
         # Rows that a truncation dropped have no output to train on.
         labels = (x if cut is None else cut.take(x) for x in (batch.target_T, batch.weight_T))
         target_T, weight_T = self.shards.local(tuple(labels))
