@@ -56,7 +56,7 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Events:
-    """All events of a data set, users one after another."""
+    """All events of a data set, users one after another: arrays of the host, or of JAX."""
 
     item_E: Leaf[Int32[Array | np.ndarray, " E"]]
     time_E: Leaf[Int32[Array | np.ndarray, " E"]]  # seconds since the first event
