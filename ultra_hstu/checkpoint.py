@@ -1,4 +1,6 @@
-"""Checkpoints with Orbax: written in the background, whole or not at all; the newest ones and the best are kept."""
+"""Checkpoints with Orbax: written in the background, whole or not at all; the newest ones and the
+best are kept.
+"""
 
 import contextlib
 import logging
@@ -23,8 +25,9 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the best.
 
-    A checkpoint holds `state` (a pytree of arrays) and `position` (a JSON dict: where in the data and the run it was taken). Which step is
-    the best stands in every position, not in Orbax's own metrics, so that no damaged file can hide the others.
+    A checkpoint holds `state` (a pytree of arrays) and `position` (a JSON dict: where in the data
+    and the run it was taken). Which step is the best stands in every position, not in Orbax's own
+    metrics, so that no damaged file can hide the others.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False):
@@ -44,7 +47,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, position: dict[str, Any], *, best: bool = False) -> None:
-        """Starts writing; `best` says that no step so far did better. Errors of this or the save before it surface here or in `wait`.
+        """Starts writing; `best` says that no step so far did better.
+
+        Errors of this or the save before it surface here or in `wait`.
 
         Raises:
           OSError: if a checkpoint could not be written, naming the last good one.
@@ -73,7 +78,8 @@ class Checkpoints:
     def restore(
         self, abstract_state: Any, *, best: bool = False
     ) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, state, position) of the newest (or best) readable checkpoint; None if there has never been one.
+        """(step, state, position) of the newest (or best) readable checkpoint; None if there has
+        never been one.
 
         One that cannot be read is reported and passed over for the one before it.
 
@@ -116,7 +122,10 @@ class Checkpoints:
         return step, restored.state, restored.position
 
     def _require_agreement(self, step: int, problem: str | None) -> None:
-        """Every process has read the checkpoint or none, else they would go on from different ones. Raises ValueError."""
+        """Every process has read the checkpoint or none, else they would go on from different ones.
+
+        Raises ValueError.
+        """
         try:
             all_problems = processes.of_all(problem, ANSWER_SECONDS)
         except (
@@ -126,13 +135,15 @@ class Checkpoints:
         if len({one is None for one in all_problems}) > 1:
             found = next(one for one in all_problems if one is not None)
             raise ValueError(
-                f"some processes cannot read a checkpoint that others can ({found}): they must share its folder. If its files are damaged, delete "
+                f"some processes cannot read a checkpoint that others can ({found}): they must "
+                "share its folder. If its files are damaged, delete "
                 f"{self.directory / str(step)} to go on from the one before it."
             )
 
     def _other_room(self, step: int, abstract_state: Any) -> bool:
-        """Whether tables have other numbers of rows than stored, and all other shapes are the same: a mesh fills its tables up with rows of zeros, and
-        Orbax leaves them out or adds others where it is not strict.
+        """Whether tables have other numbers of rows than stored, and all other shapes are the same:
+        a mesh fills its tables up with rows of zeros, and Orbax leaves them out or adds others
+        where it is not strict.
         """
         stored, wanted = (
             _shapes(self._manager.item_metadata(step).state.tree),
@@ -148,7 +159,9 @@ class Checkpoints:
         )
 
     def drop_after(self, step: int) -> None:
-        """Removes checkpoints newer than `step`: those that `restore` could not read and that the run will write again."""
+        """Removes checkpoints newer than `step`: those that `restore` could not read and that the
+        run will write again.
+        """
         for newer in [other for other in self._manager.all_steps() if other > step]:
             self._manager.delete(newer)
 
@@ -157,7 +170,10 @@ class Checkpoints:
         self._manager.close()
 
     def let_go(self) -> None:
-        """Ends the background work, whatever its outcome: for a run that another error ends. With several processes that would need the others."""
+        """Ends the background work, whatever its outcome: for a run that another error ends.
+
+        With several processes that would need the others.
+        """
         if processes.several():
             return
         with contextlib.suppress(Exception):
@@ -182,7 +198,8 @@ class Checkpoints:
         ):  # not the disk: another process is missing
             return error
         return OSError(
-            f"a checkpoint could not be written to {self.directory} ({error}). {self.last_good()}. Make room and start the same command again."
+            f"a checkpoint could not be written to {self.directory} ({error}). {self.last_good()}. "
+            "Make room and start the same command again."
         )
 
 
@@ -207,7 +224,9 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a pytree of arrays, as `restore` wants them; what says nothing of its sharding goes to one device."""
+    """Shapes, dtypes and shardings of a pytree of arrays, as `restore` wants them; what says
+    nothing of its sharding goes to one device.
+    """
     here = SingleDeviceSharding(jax.local_devices()[0])
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:

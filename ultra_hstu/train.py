@@ -1,7 +1,8 @@
 """Training: epochs of compiled multi-step calls, evaluation, checkpoints, exact resume.
 
-A step is a pure function of (state, batch, key), the key a function of (seed, step) and the batch of (seed, epoch, number in the epoch).
-So the position is three integers, and a run that was killed and started again computes the same numbers as one that was not.
+A step is a pure function of (state, batch, key), the key a function of (seed, step) and the batch
+of (seed, epoch, number in the epoch). So the position is three integers, and a run that was killed
+and started again computes the same numbers as one that was not.
 """
 
 import dataclasses
@@ -30,9 +31,8 @@ from ultra_hstu.step import Steps, TrainState
 from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir, write_json
 
-VALIDATED_PATIENCE = (
-    10  # epochs; used by the protocols with a validation part when train.patience is None
-)
+# epochs; used by the protocols with a validation part when train.patience is None
+VALIDATED_PATIENCE = 10
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,8 @@ class Position:
     batch: int = 0  # of the epoch: the next one to train on
     loss_sum: float = 0.0  # over the epoch's batches so far
     best_epoch: int = 0
-    best_metric: float | None = (
-        None  # the evaluator's criteria say what it is; None: nothing was evaluated yet
-    )
+    # the evaluator's criteria say what it is; None: nothing was evaluated yet
+    best_metric: float | None = None
     evaluated_epoch: int = 0  # the newest epoch that was evaluated, and what came out
     last: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0  # spent training and evaluating, without compilation
@@ -61,7 +60,10 @@ class Interrupted(Exception):
 def run_steps(
     recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""]
 ) -> tuple[TrainState, dict[str, Float[Array, " S"]]]:
-    """The first `steps` batches of a feed, one update each. The trip count is traced: a shorter last call does not compile again."""
+    """The first `steps` batches of a feed, one update each.
+
+    The trip count is traced: a shorter last call does not compile again.
+    """
 
     def body(i: jax.Array, carry: Any) -> Any:
         state, history = carry
@@ -81,7 +83,8 @@ def train(
     console: Console | None = None,
     task: Task | None = None,
 ) -> dict[str, Any]:
-    """Trains, or goes on training, the run in `workdir`; returns its result, which `result.json` holds too.
+    """Trains, or goes on training, the run in `workdir`; returns its result, which `result.json`
+    holds too.
 
     Args:
       task: the loaded data of this configuration, where several runs share it.
@@ -116,14 +119,17 @@ def train(
 
 
 def _claim(folder: Workdir, config: Config) -> Config:
-    """Claims the folder for all processes, of which one writes in it; the configuration with its groups. Raises ValueError as `Workdir.claim`."""
+    """Claims the folder for all processes, of which one writes in it; the configuration with its
+    groups. Raises ValueError as `Workdir.claim`.
+    """
     settings = dataclasses.asdict(config)
     for name in ("raw_dir", "data_dir"):  # a host may have them elsewhere
         settings["data"].pop(name)
     processes.require_same("configuration", settings)
     if processes.several() and config.parallel.data * config.parallel.context == 1:
         raise ValueError(
-            f"parallel.data=1 x parallel.context=1 is a run of one device, but {jax.process_count()} processes with {jax.device_count()} devices are "
+            "parallel.data=1 x parallel.context=1 is a run of one device, but "
+            f"{jax.process_count()} processes with {jax.device_count()} devices are "
             "to share it: set --config.parallel.data and --config.parallel.context"
         )
 
@@ -141,7 +147,8 @@ def _claim(folder: Workdir, config: Config) -> Config:
     if not all(seen):
         folder.release()
         raise ValueError(
-            f"process {seen.index(False)} does not see {folder.config}, which process 0 has written: all processes must share --workdir"
+            f"process {seen.index(False)} does not see {folder.config}, which process 0 has "
+            "written: all processes must share --workdir"
         )
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, groups=groups))
 
@@ -168,7 +175,8 @@ class _Run:
             self.position = Position(**position)
             if self.position.epoch > config.epochs:
                 raise ValueError(
-                    f"train.epochs={config.epochs}, but this run has trained {self.position.epoch} epochs already: give at least as many"
+                    f"train.epochs={config.epochs}, but this run has trained {self.position.epoch} "
+                    "epochs already: give at least as many"
                 )
             self.checkpoints.drop_after(step)
             console.print(f"going on from step {step} (epoch {self.position.epoch + 1})")
@@ -258,13 +266,16 @@ class _Run:
         return self._finish()
 
     def _asked(self, stop: "_Stop") -> Callable[[], int]:
-        """The signal that any of the processes was asked to stop by, or 0: all stop at the same step."""
+        """The signal that any of the processes was asked to stop by, or 0: all stop at the same
+        step.
+        """
         return processes.largest(stop.requested, self.task.recipe.mesh)
 
     def _interrupt(self, cause: int) -> None:
         self.checkpoints.wait()
         raise Interrupted(
-            f"stopped by {signal.Signals(cause).name} at step {int(self.state.step)}, epoch {self.position.epoch + 1}; the same command goes on from there"
+            f"stopped by {signal.Signals(cause).name} at step {int(self.state.step)}, epoch "
+            f"{self.position.epoch + 1}; the same command goes on from there"
         )
 
     def _train_epoch(self, stop: "_Stop", show: Any) -> dict[str, float]:
@@ -275,9 +286,8 @@ class _Run:
             completed=position.epoch * len(plan) + position.batch,
         )
         waited, grad_norm = 0.0, 0.0
-        running: tuple[Group, int, dict[str, jax.Array]] | None = (
-            None  # the call before: read once the next is under way
-        )
+        # the call before: read once the next is under way
+        running: tuple[Group, int, dict[str, jax.Array]] | None = None
 
         def read(group: Group, first_step: int, history: dict[str, jax.Array]) -> None:
             nonlocal grad_norm
@@ -290,8 +300,10 @@ class _Run:
                 bad = int(np.argmin(finite))
                 self.checkpoints.wait()
                 raise FloatingPointError(
-                    f"the loss is {losses[bad]} at step {first_step + bad} (epoch {position.epoch + 1}, learning rate "
-                    f"{float(schedule(first_step + bad)):g}, gradient norm {norms[bad]:g}). {self.checkpoints.last_good()}. "
+                    f"the loss is {losses[bad]} at step {first_step + bad} (epoch "
+                    f"{position.epoch + 1}, learning rate "
+                    f"{float(schedule(first_step + bad)):g}, gradient norm {norms[bad]:g}). "
+                    f"{self.checkpoints.last_good()}. "
                     "Lower optim.learning_rate or set optim.clip_norm, in a new --workdir."
                 )
             position.loss_sum += float(np.sum(losses, dtype=np.float64))
@@ -342,7 +354,8 @@ class _Run:
         best = self.checkpoints.restore(abstract(self.state), best=True)
         if best is None or best[2]["epoch"] != self.position.best_epoch:
             raise ValueError(
-                f"the best checkpoint, of epoch {self.position.best_epoch}, cannot be read any more from {self.folder.checkpoints}: "
+                f"the best checkpoint, of epoch {self.position.best_epoch}, cannot be read any "
+                f"more from {self.folder.checkpoints}: "
                 "its result cannot be given. Train in a new --workdir."
             )
         params = best[1].params
@@ -380,7 +393,9 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """SIGTERM and SIGINT ask for a stop after the call in flight; a second one ends the process at once."""
+    """SIGTERM and SIGINT ask for a stop after the call in flight; a second one ends the process at
+    once.
+    """
     stop = _Stop()
     previous: dict[int, Any] = {}
 

@@ -329,7 +329,10 @@ class Loader:
         self.streamed = placement == "stream" or (placement == "auto" and size > DEVICE_BYTES)
 
     def plan(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> Plan:
-        """The batches of an epoch. Raises ValueError for no examples, or one longer than a batch."""
+        """The batches of an epoch.
+
+        Raises ValueError for no examples, or one longer than a batch.
+        """
         examples = self.examples(seed, epoch)
         require_some(examples)
         return self.planner.plan(examples, self.packing, seed=seed, epoch=epoch, shuffle=shuffle)

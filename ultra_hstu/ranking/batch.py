@@ -104,7 +104,8 @@ class Form:
     Attributes:
       contextual: tokens in front of every history.
       interleaved: two rows an event, item and action; else one.
-      backwards: positions count back from the targets: targets 0, the newest event 1; else forwards from 1.
+      backwards: positions count back from the targets: targets 0, the newest event 1; else forwards
+        from 1.
       max_history: by channel, the newest events that count.
     """
 
@@ -184,7 +185,10 @@ class RankGather:
         place_P: Int[AnyArray, " P"],
         real_P: Bool[AnyArray, " P"],
     ) -> Tokens:
-        """One channel. For a row's request b: c contextual tokens, h history events, place p in it."""
+        """One channel.
+
+        For a row's request b: c contextual tokens, h history events, place p in it.
+        """
         per_event = 2 if self.interleaved else 1
         start_B, target_B, count_B = column[f"start/{name}"], column["target"], column["count"]
         history_B = column[f"stop/{name}"] - start_B

@@ -1,4 +1,5 @@
-"""Evaluation of the ranking task: every event of a split predicted once, from requests as in serving.
+"""Evaluation of the ranking task: every event of a split predicted once, from requests as in
+serving.
 
 Base rates, which need no model, are measured on the same events.
 """

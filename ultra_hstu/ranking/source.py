@@ -30,7 +30,9 @@ def channels(config: Config) -> dict[str, ChannelConfig]:
 
 
 def form(config: Config) -> Form:
-    """How requests are laid out for serving: with `rank.supervise="all"` no item was trained with `max_history` events before it."""
+    """How requests are laid out for serving: with `rank.supervise="all"` no item was trained with
+    `max_history` events before it.
+    """
     everywhere = config.rank.supervise == "all"
     return Form(
         contextual=len(config.rank.contextual),
@@ -43,7 +45,9 @@ def form(config: Config) -> Form:
 
 
 def rows(config: Config, history: Any, targets: Any) -> Any:
-    """Rows of a request with `history` events: contextual tokens, history (two rows an event if interleaved), targets."""
+    """Rows of a request with `history` events: contextual tokens, history (two rows an event if
+    interleaved), targets.
+    """
     return (
         len(config.rank.contextual)
         + {"merged": 1, "interleaved": 2}[config.rank.input] * history

@@ -66,7 +66,10 @@ class Events:
     def from_arrays(
         items: Int[np.ndarray, " E"], timestamps: Int[np.ndarray, " E"] | None
     ) -> "Events":
-        """int32 arrays from ids and absolute seconds. Raises ValueError as `seconds_since_first`."""
+        """int32 arrays from ids and absolute seconds.
+
+        Raises ValueError as `seconds_since_first`.
+        """
         return Events(items.astype(np.int32), seconds_since_first(timestamps, len(items)))
 
 
@@ -123,7 +126,10 @@ def gather_batch(
 
 @dataclasses.dataclass(frozen=True)
 class HistoryGather:
-    """`gather_batch` for a `Loader`. Equal settings are equal objects, which share compiled steps."""
+    """`gather_batch` for a `Loader`.
+
+    Equal settings are equal objects, which share compiled steps.
+    """
 
     rows: int
     padded_length: int | None = None
