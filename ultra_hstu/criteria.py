@@ -1,4 +1,6 @@
-"""What a run is judged by: the metric that chooses its best epoch, and those that tables and curves show."""
+"""What a run is judged by: the metric that chooses its best epoch, and those that tables and curves
+show.
+"""
 
 import dataclasses
 import math
@@ -16,10 +18,13 @@ class Criteria:
     ]  # what the progress line, the curves and the history of a record show, beside the loss
     tasks: tuple[
         str, ...
-    ] = ()  # a table has one line for each, whose metrics are named METRIC/TASK; none: one line in all
+        # a table has one line for each, whose metrics are named METRIC/TASK; none: one line in all
+    ] = ()
 
     def better(self, value: float, best: float | None) -> bool:
-        """Whether `value` improves on the best so far; NaN never does, anything else improves on None."""
+        """Whether `value` improves on the best so far; NaN never does, anything else improves on
+        None.
+        """
         if best is None:
             return not math.isnan(value)
         return value > best if self.higher_is_better else value < best
@@ -35,7 +40,9 @@ RETRIEVAL = Criteria(
 
 
 def ranking(tasks: Mapping[str, str]) -> Criteria:
-    """Of tasks, name -> "binary" or "regression": the mean NE of the binary ones, or without any the mean squared error, is to be low."""
+    """Of tasks, name -> "binary" or "regression": the mean NE of the binary ones, or without any
+    the mean squared error, is to be low.
+    """
     binary = [name for name, kind in tasks.items() if kind == "binary"]
     regressions = len(binary) < len(tasks)
     columns = (("ne", "auc", "gauc", "log_loss") if binary else ()) + (

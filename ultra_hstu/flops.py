@@ -1,11 +1,16 @@
-"""Floating point operations of a configuration, counted from lengths and mask pairs: what its products need, whatever computes them.
+"""Floating point operations of a configuration, counted from lengths and mask pairs: what its
+products need, whatever computes them.
 
-A multiplication and an addition are two operations. Counted are matrix products: projections, attention over the allowed (row, key) pairs of each layer's
-mask (scores and weighted values), the head, and the scores of a retrieval loss. Not counted: norms, activations, the relative bias, embedding look-ups,
-dropout, the optimizer; none has a product over the width, and together they are a few per cent of a model of width 64 (see tests/test_flops.py).
+A multiplication and an addition are two operations. Counted are matrix products: projections,
+attention over the allowed (row, key) pairs of each layer's mask (scores and weighted values), the
+head, and the scores of a retrieval loss. Not counted: norms, activations, the relative bias,
+embedding look-ups, dropout, the optimizer; none has a product over the width, and together they are
+a few per cent of a model of width 64 (see tests/test_flops.py).
 
-The backward of a product is two products. Attention's backward is five over the pairs, since kernels compute the scores again instead of keeping them:
-2.5 times the forward where K = V, so training is 3 x projections + 3.5 x attention, plus what `model.remat` and `model.chunk_rows` compute a second time.
+The backward of a product is two products. Attention's backward is five over the pairs, since
+kernels compute the scores again instead of keeping them: 2.5 times the forward where K = V, so
+training is 3 x projections + 3.5 x attention, plus what `model.remat` and `model.chunk_rows`
+compute a second time.
 """
 
 import dataclasses
@@ -32,7 +37,9 @@ class Flops:
 
     @property
     def inference(self) -> float:
-        """One forward pass: of the encoder and the head, or of the encoder and the scores of every item."""
+        """One forward pass: of the encoder and the head, or of the encoder and the scores of every
+        item.
+        """
         return self.projections + self.attention + self.head + self.corpus
 
     @property
@@ -66,14 +73,17 @@ def count(
     """The mean over samples, one for each entry of `history`.
 
     Args:
-      history: events of each sample's history, an int or int[n]; an interleaved input makes two rows of each.
+      history: events of each sample's history, an int or int[n]; an interleaved input makes two
+        rows of each.
       targets: events that each sample asks about, an int or int[n]; 0 for retrieval.
       contextual: contextual tokens of each sample.
-      channels: of a mixture of transducers, each channel's history, by name, instead of `history` (whose values then only give n).
+      channels: of a mixture of transducers, each channel's history, by name, instead of `history`
+        (whose values then only give n).
       items: size of the catalogue, for the loss and the scores of retrieval.
 
     Raises:
-      ValueError: negative lengths, channels that are not those of the configuration, or lengths of different n.
+      ValueError: negative lengths, channels that are not those of the configuration, or lengths of
+        different n.
     """
     history, targets, contextual = _lengths(history=history, targets=targets, contextual=contextual)
     wanted = config.model.channels
@@ -100,9 +110,11 @@ def count(
 
 
 def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[float, float]:
-    """gamma and the largest relative error of `cost(l) = c * l^gamma` for the training operations of a sample with l events of history.
+    """gamma and the largest relative error of `cost(l) = c * l^gamma` for the training operations
+    of a sample with l events of history.
 
-    Fitted by least squares of log cost over log length at 64 lengths, equally spaced, up to `max_length`; with the targets of the configuration.
+    Fitted by least squares of log cost over log length at 64 lengths, equally spaced, up to
+    `max_length`; with the targets of the configuration.
 
     Raises:
       ValueError: if `max_length` is below 2.
@@ -228,10 +240,13 @@ def _loss(config: Config, history: np.ndarray, items: int) -> float:
 
 
 def whole_table_is_cheaper(items: int, negatives: int) -> bool:
-    """Whether to score a row against every item and pick the sampled columns, instead of gathering the embeddings of its negatives.
+    """Whether to score a row against every item and pick the sampled columns, instead of gathering
+    the embeddings of its negatives.
 
-    The whole table costs work in proportion to I, in matrix products; gathering costs work in proportion to R, at random places. Measured, loss and
-    gradients on an H200, whole table against gathered: MovieLens-1M (I / R = 30) 1.2 and 1.4 ms, MovieLens-20M (213) 7.5 and 3.9 ms; on two CPU cores
-    MovieLens-1M takes 135 and 158 ms of processor time a core (chunks of 512 rows; 180 and 250 with 2048, which leave the cache).
+    The whole table costs work in proportion to I, in matrix products; gathering costs work in
+    proportion to R, at random places. Measured, loss and gradients on an H200, whole table against
+    gathered: MovieLens-1M (I / R = 30) 1.2 and 1.4 ms, MovieLens-20M (213) 7.5 and 3.9 ms; on two
+    CPU cores MovieLens-1M takes 135 and 158 ms of processor time a core (chunks of 512 rows; 180
+    and 250 with 2048, which leave the cache).
     """
     return items <= 64 * negatives

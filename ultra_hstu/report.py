@@ -1,4 +1,6 @@
-"""What a run tells: `metrics.jsonl` and TensorBoard, a progress bar, tables, and a picture of the learning curves."""
+"""What a run tells: `metrics.jsonl` and TensorBoard, a progress bar, tables, and a picture of the
+learning curves.
+"""
 
 import contextlib
 import json
@@ -26,7 +28,9 @@ from ultra_hstu.workdir import write_text
 
 
 class MetricLog:
-    """Appends records to `metrics.jsonl` and TensorBoard; drops those after `resume_step`: their work is done again."""
+    """Appends records to `metrics.jsonl` and TensorBoard; drops those after `resume_step`: their
+    work is done again.
+    """
 
     def __init__(self, path: Path, tensorboard: Path, *, resume_step: int = 0):
         if path.exists():
@@ -41,7 +45,8 @@ class MetricLog:
             self._file.flush()
         except OSError as error:
             raise OSError(
-                f"{self._file.name} could not be written ({error}). Make room and start the same command again."
+                f"{self._file.name} could not be written ({error}). Make room and start the same "
+                "command again."
             ) from error
         for name, value in record.items():
             if isinstance(value, int | float):
@@ -65,7 +70,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """Standard output; wide enough for the tables where it is a file or a pipe. `quiet` prints nothing."""
+    """Standard output; wide enough for the tables where it is a file or a pipe.
+
+    `quiet` prints nothing.
+    """
     return Console(quiet=quiet, width=None if sys.stdout.isatty() else 120)
 
 
@@ -88,7 +96,10 @@ def metrics_table(
     criteria: Criteria = RETRIEVAL,
     columns: Sequence[str] | None = None,
 ) -> Table:
-    """One line a model, or a model and task: `rows` maps a model's name to its metrics. What has no value is left blank."""
+    """One line a model, or a model and task: `rows` maps a model's name to its metrics.
+
+    What has no value is left blank.
+    """
     columns = criteria.table if columns is None else columns
     table = Table("", *map(display_name, columns), title=title, box=rich.box.SIMPLE)
     for name, metrics in rows.items():
@@ -122,7 +133,9 @@ def recommendations_table(title: str, answer: Sequence[RecommendedItem]) -> Tabl
 
 
 def draw_curves(runs: Mapping[str, Path], picture: Path, criteria: Criteria = RETRIEVAL) -> None:
-    """Training loss and the metrics `criteria.curves` over epochs, one line a run; `runs` maps names to `metrics.jsonl` files."""
+    """Training loss and the metrics `criteria.curves` over epochs, one line a run; `runs` maps
+    names to `metrics.jsonl` files.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

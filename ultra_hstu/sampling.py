@@ -1,10 +1,13 @@
-"""Stochastic length (HSTU, arXiv 2402.17152, equation 4) and its load-balanced form (ULTRA-HSTU, arXiv 2602.16986): training on parts of long histories.
+"""Stochastic length (HSTU, arXiv 2402.17152, equation 4) and its load-balanced form (ULTRA-HSTU,
+arXiv 2602.16986): training on parts of long histories.
 
-A history of n events longer than the threshold N^(alpha/2) is trained on whole with probability N^alpha / n^2, and otherwise cut to the threshold.
-Each rank draws for itself, so some ranks draw more whole histories than others and all wait for the slowest. The load-balanced form lets a rank
+A history of n events longer than the threshold N^(alpha/2) is trained on whole with probability
+N^alpha / n^2, and otherwise cut to the threshold. Each rank draws for itself, so some ranks draw
+more whole histories than others and all wait for the slowest. The load-balanced form lets a rank
 keep as many whole ones as bring its load to the mean load of all ranks.
 
-Host code in numpy. Every choice is a function of lengths, times and the random numbers that are given: nothing is drawn from hidden state.
+Host code in numpy. Every choice is a function of lengths, times and the random numbers that are
+given: nothing is drawn from hidden state.
 """
 
 import dataclasses
@@ -36,14 +39,18 @@ def threshold(max_length: int, alpha: float) -> int:
 def keep_probability(
     lengths: Int[np.ndarray, "*n"], max_length: int, alpha: float
 ) -> Float[np.ndarray, "*n"]:
-    """`N^alpha / n^2`, the probability that a history above the threshold stays whole. Not clipped: 1 or more below the threshold."""
+    """`N^alpha / n^2`, the probability that a history above the threshold stays whole.
+
+    Not clipped: 1 or more below the threshold.
+    """
     return max_length**alpha / np.maximum(lengths, 1).astype(np.float64) ** 2
 
 
 def stochastic_length(
     lengths: Int[np.ndarray, "*n"], max_length: int, alpha: float, uniform: Float[np.ndarray, "*n"]
 ) -> Int[np.ndarray, "*n"]:
-    """Events kept of histories of these `lengths`, decided by `uniform` numbers in [0, 1), one each.
+    """Events kept of histories of these `lengths`, decided by `uniform` numbers in [0, 1), one
+    each.
 
     Raises:
       ValueError: as `threshold`.
@@ -65,8 +72,9 @@ def subsequence(
 
     - `recent`: the newest.
     - `random`: any, all equally likely.
-    - `weighted`: drawn one after another without replacement, event i with weight `1 - f_i / sum(f)`, f_i the time from it to the newest event;
-      without times, the number of events after it. Where the weights that are not 0 do not suffice, newer events come first.
+    - `weighted`: drawn one after another without replacement, event i with weight `1 - f_i /
+      sum(f)`, f_i the time from it to the newest event; without times, the number of events after
+      it. Where the weights that are not 0 do not suffice, newer events come first.
 
     Raises:
       ValueError: if `keep` is not in 0..length, times are not one an event, or the kind is unknown.
@@ -83,7 +91,8 @@ def subsequence(
         raise ValueError(f"data.subsequence must be recent, random or weighted, not {kind!r}")
     age = (np.arange(length)[::-1] if times is None else times[-1:] - times).astype(np.float64)
     weight = 1 - age / max(age.sum(), 1)
-    # Exponential races: the k smallest of Exp(1) / weight are k draws without replacement (Efraimidis and Spirakis, 2006).
+    # Exponential races: the k smallest of Exp(1) / weight are k draws without replacement
+    # (Efraimidis and Spirakis, 2006).
     draw = rng.exponential(size=length)
     key = np.divide(draw, weight, out=np.full(length, np.inf), where=weight > 0)
     return np.sort(np.lexsort([age, key])[:keep])
@@ -93,10 +102,12 @@ def subsequence(
 class LoadBalancer:
     """Load-balanced stochastic length of one rank.
 
-    The load of a batch is the sum of `length^gamma`. For the first `recalibrate_every` steps a rank draws plain stochastic lengths and watches their
-    load; the mean over ranks becomes the target. From then on it keeps whole as many long histories as bring its load closest to the target, those
-    first that a plain draw prefers (a smaller u / p of a uniform u and the probability p of staying whole, so at a draw whose load is the target the
-    choice is the plain one). Every `recalibrate_every` steps the target moves half-way to the newest mean.
+    The load of a batch is the sum of `length^gamma`. For the first `recalibrate_every` steps a rank
+    draws plain stochastic lengths and watches their load; the mean over ranks becomes the target.
+    From then on it keeps whole as many long histories as bring its load closest to the target,
+    those first that a plain draw prefers (a smaller u / p of a uniform u and the probability p of
+    staying whole, so at a draw whose load is the target the choice is the plain one). Every
+    `recalibrate_every` steps the target moves half-way to the newest mean.
 
     Attributes:
       max_length, alpha: of stochastic length.
@@ -126,7 +137,9 @@ class LoadBalancer:
         return float(np.sum(lengths.astype(np.float64) ** self.gamma))
 
     def calibrate(self, plain_loads: Sequence[float]) -> None:
-        """Sets the target to the mean, over ranks too, of the loads that plain draws would have: for a caller that knows its batches ahead."""
+        """Sets the target to the mean, over ranks too, of the loads that plain draws would have:
+        for a caller that knows its batches ahead.
+        """
         self.target = self.mean(float(np.mean(plain_loads)))
 
     def choose(
@@ -135,7 +148,9 @@ class LoadBalancer:
         uniform: Float[np.ndarray, " n"],
         capacity: int | None = None,
     ) -> Int[np.ndarray, " n"]:
-        """Events kept of each history of a step's batch, at most `capacity` together; counts the step."""
+        """Events kept of each history of a step's batch, at most `capacity` together; counts the
+        step.
+        """
         plain = stochastic_length(lengths, self.max_length, self.alpha, uniform)
         kept = plain if self.target is None else self._balanced(lengths, uniform, capacity)
         self.observed += self.load(plain)

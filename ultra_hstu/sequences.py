@@ -10,6 +10,8 @@ from kernels.jagged import Rows
 from kernels.typing import Leaf
 from ultra_hstu.parallel.shards import ONE, Shards
 
+Columns = dict[str, Int[Array | np.ndarray, "..."]]  # of the examples of a batch, by name
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

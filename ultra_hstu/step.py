@@ -71,7 +71,10 @@ class Steps[Model: nnx.Module](abc.ABC):
 
     @functools.cached_property
     def mesh(self) -> Mesh | None:
-        """None on one device. Raises ValueError if `config.parallel` is not the number of devices."""
+        """None on one device.
+
+        Raises ValueError if `config.parallel` is not the number of devices.
+        """
         parallel = self.config.parallel
         if self.shards.devices == 1:
             return None

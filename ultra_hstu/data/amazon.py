@@ -14,10 +14,12 @@ MIN_COUNT = 5
 
 
 class AmazonBooks(InteractionsBuilder):
-    """`ratings_Books.csv`: lines of user,item,rating,time without a header; users and items are strings.
+    """`ratings_Books.csv`: lines of user,item,rating,time without a header; users and items are
+    strings.
 
-    Filtered as in HSTU's published code: users and items with at least 5 ratings in the raw file (counted once, not
-    iterated), then users that still have 5. The catalogue is the items that the first filter leaves: 695,762.
+    Filtered as in HSTU's published code: users and items with at least 5 ratings in the raw file
+    (counted once, not iterated), then users that still have 5. The catalogue is the items that the
+    first filter leaves: 695,762.
     """
 
     STRING_USERS = True
@@ -57,7 +59,8 @@ class AmazonBooks(InteractionsBuilder):
         kept = (np.bincount(events.users) >= MIN_COUNT)[events.users]
         if not kept.any():
             raise ValueError(
-                f"{path}: no user with {MIN_COUNT} ratings of items with {MIN_COUNT} ratings is left"
+                f"{path}: no user with {MIN_COUNT} ratings of items with {MIN_COUNT} ratings is "
+                "left"
             )
         catalog = Catalog.from_ids(items[np.unique(events.items)])
         events = events.select(kept)
@@ -67,7 +70,8 @@ class AmazonBooks(InteractionsBuilder):
 
 
 class AmazonBeauty(InteractionsBuilder):
-    """`Beauty.txt`: a user a line, "user item item ...", in order of time but without times; 5-core, ids from 1.
+    """`Beauty.txt`: a user a line, "user item item ...", in order of time but without times;
+    5-core, ids from 1.
 
     An item that comes again is another event: without times it cannot be told from a repeated one.
     """

@@ -21,7 +21,8 @@ _SHA256 = (
 class Assistments(InteractionsBuilder):
     """Five disjoint folds, here joined; four lines a learner, each of integers separated by commas.
 
-    1. the learner, and a second number that is not used (the published files give another id of the learner)
+    1. the learner, and a second number that is not used (the published files give another id of the
+      learner)
     2. the problem of every step: the items. A problem that comes again is another attempt and stays
     3. the skill of every step (a problem may belong to several)
     4. 1 where the answer was right, 0 where it was wrong

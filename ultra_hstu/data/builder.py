@@ -1,4 +1,5 @@
-"""What all tfds builders share: raw files -> one array_record example a user, and a catalogue beside it.
+"""What all tfds builders share: raw files -> one array_record example a user, and a catalogue
+beside it.
 
 TensorFlow is never imported: tfds writes and reads array_record without it.
 """
@@ -35,7 +36,8 @@ class SourceConfig(tfds.core.BuilderConfig):
 
     Attributes:
         files: the publisher's files that are read; raw_dir must hold them.
-        context_files: those that describe the users; raw_dir may lack them, and the data then has no features of users.
+        context_files: those that describe the users; raw_dir may lack them, and the data then has
+            no features of users.
         downloads: where the publisher offers all of them.
     """
 
@@ -47,14 +49,16 @@ class SourceConfig(tfds.core.BuilderConfig):
 class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     """A source of interactions. Subclasses say which columns they have and read them.
 
-    An example is one user: `user` (raw id), `items` (dense ids, int32), `timestamps` (int64 seconds, where the source
-    has them) and one column an action, all in the order of the files. Users are in the order of their raw ids.
+    An example is one user: `user` (raw id), `items` (dense ids, int32), `timestamps` (int64
+    seconds, where the source has them) and one column an action, all in the order of the files.
+    Users are in the order of their raw ids.
     """
 
     VERSION = tfds.core.Version(
         "1.1.0"
     )  # 1.1.0 added the features of users; what an older version prepared is not read
-    code_path = None  # where tfds would look for its own kind of checksums, with a package that it does not install
+    # where tfds would look for its own kind of checksums, with a package that it does not install
+    code_path = None
     STRING_USERS: ClassVar[bool] = False
     TICKS: ClassVar[int] = 1  # a second in the unit of the source's timestamps; 0: it has none
     ACTIONS: ClassVar[dict[str, type[np.generic]]] = {}
@@ -76,7 +80,9 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
         raise NotImplementedError(f"{type(self).__name__} does not say how it is read")
 
     def read_contexts(self) -> Contexts:
-        """The features of users, from those of the configuration's `context_files` that `self.raw_dir` holds."""
+        """The features of users, from those of the configuration's `context_files` that
+        `self.raw_dir` holds.
+        """
         return Contexts()
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -134,8 +140,9 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
 
     It is built from `config.raw_dir`, or from a download where that is None.
 
-    The folder is named after a fingerprint of the content of the raw files, the settings of a generated source and the
-    builder's version, so that a changed file is prepared afresh. A build that is killed leaves nothing that is read.
+    The folder is named after a fingerprint of the content of the raw files, the settings of a
+    generated source and the builder's version, so that a changed file is prepared afresh. A build
+    that is killed leaves nothing that is read.
 
     Raises:
         ValueError: files missing from raw_dir, or bad input in them.
@@ -152,7 +159,8 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
             missing = [name for name in variant.files if not (folder / name).is_file()]
             if missing:
                 raise ValueError(
-                    f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from {', '.join(variant.files)}"
+                    f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from "
+                    f"{', '.join(variant.files)}"
                 )
             sums = checksums(
                 folder,

@@ -1,4 +1,6 @@
-"""What a source knows of the users themselves (age, activity, ...): a code for each user and feature, and what the codes stand for."""
+"""What a source knows of the users themselves (age, activity, ...): a code for each user and
+feature, and what the codes stand for.
+"""
 
 import dataclasses
 import os
@@ -42,11 +44,12 @@ class Contexts:
 
         Args:
             path, first_line: where the columns come from, for errors; the first user's line.
-            allowed: by feature, every value that the publisher documents, in the order of their codes. None: the values that occur, in order;
-                an empty one is unknown.
+            allowed: by feature, every value that the publisher documents, in the order of their
+                codes. None: the values that occur, in order; an empty one is unknown.
 
         Raises:
-            ValueError: a user that comes twice or a value that is not allowed; names file, line and value.
+            ValueError: a user that comes twice or a value that is not allowed; names file, line and
+                value.
         """
         order = np.argsort(users, kind="stable")
         again = np.flatnonzero(users[order][1:] == users[order][:-1])
@@ -102,7 +105,8 @@ class Contexts:
                 return cls(file["users"], {name: file[f"codes/{name}"] for name in names}, values)
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(
-                f"{os.fspath(path)} is not readable ({error}): delete its folder, and the data is prepared again"
+                f"{os.fspath(path)} is not readable ({error}): delete its folder, and the data is "
+                "prepared again"
             ) from error
 
 

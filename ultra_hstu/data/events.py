@@ -41,7 +41,8 @@ class RawEvents:
         items: raw item ids, int64 or str.
         timestamps: int64, seconds unless a reader says otherwise; None where the source has none.
         actions: what the user did, by name: float32 or int32.
-        where: for each file, its path, the line of its first event, and its number of events, in order.
+        where: for each file, its path, the line of its first event, and its number of events, in
+            order.
         rows: the place of each event among all those of the files; None: event i is the i-th.
     """
 
@@ -71,9 +72,11 @@ class RawEvents:
         raise IndexError(f"event {event} of {len(self.users)}")
 
     def without_duplicates(self) -> "RawEvents":
-        """Drops events that repeat an earlier one of the same user, item and time, with a warning that counts them.
+        """Drops events that repeat an earlier one of the same user, item and time, with a warning
+        that counts them.
 
-        The same item at another time is another event and stays: people rate, watch and solve things again.
+        The same item at another time is another event and stays: people rate, watch and solve
+        things again.
         """
         if self.timestamps is None:
             raise ValueError(
@@ -90,7 +93,8 @@ class RawEvents:
             again
         ]  # lexsort is stable: the first of equal events is the earliest in the files
         _log.warning(
-            "dropped %d events that repeat an earlier one of the same user, item and time; the first: %s",
+            "dropped %d events that repeat an earlier one of the same user, item and time; the "
+            "first: %s",
             len(duplicates), self.place(int(duplicates.min())),
         )  # fmt: skip
         return self.select(np.delete(np.arange(len(self.users)), duplicates))

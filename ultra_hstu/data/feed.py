@@ -28,6 +28,7 @@ from jaxtyping import Array, Int, PyTree
 
 from kernels.typing import Leaf
 from ultra_hstu.parallel.mesh import DATA, groups_here, put, put_groups
+from ultra_hstu.sequences import Columns
 
 # Capacities are rounded up to this many rows, a common tile height of the kernels.
 ROW_MULTIPLE = 128
@@ -36,7 +37,6 @@ STREAM_THREADS = 4
 STREAM_AHEAD = 4  # groups of batches packed before they are asked for
 
 HostColumns = dict[str, Int[np.ndarray, "..."]]
-Columns = dict[str, Int[Array | np.ndarray, "..."]]
 StepNumber = int | Int[Array, ""]
 
 
@@ -329,7 +329,10 @@ class Loader:
         self.streamed = placement == "stream" or (placement == "auto" and size > DEVICE_BYTES)
 
     def plan(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> Plan:
-        """The batches of an epoch. Raises ValueError for no examples, or one longer than a batch."""
+        """The batches of an epoch.
+
+        Raises ValueError for no examples, or one longer than a batch.
+        """
         examples = self.examples(seed, epoch)
         require_some(examples)
         return self.planner.plan(examples, self.packing, seed=seed, epoch=epoch, shuffle=shuffle)

@@ -24,7 +24,8 @@ MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Interactions:
-    """The events of every user, users one after the other, each user's events from oldest to newest.
+    """The events of every user, users one after the other, each user's events from oldest to
+    newest.
 
     Attributes:
         users: raw user ids, int64 or str, ascending.
@@ -33,8 +34,10 @@ class Interactions:
         timestamps: seconds, or None where the source has none.
         actions: what the user did with each item, by name: float32 or int32, one value an event.
         catalog: raw ids and titles of the items.
-        contexts: what is known of the users, by name: one code a user, 1..n, or 0 where it is unknown.
-        context_values: by the same names, the source's text for every code; slot 0 is "". Its length bounds the codes.
+        contexts: what is known of the users, by name: one code a user, 1..n, or 0 where it is
+            unknown.
+        context_values: by the same names, the source's text for every code; slot 0 is "". Its
+            length bounds the codes.
     """
 
     users: Shaped[np.ndarray, " users"]
@@ -63,7 +66,9 @@ class Interactions:
         return np.diff(self.offsets)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Counts and a hash of users, events, their order, times and actions, the catalogue and the users' features: the same for the same data."""
+        """Counts and a hash of users, events, their order, times and actions, the catalogue and the
+        users' features: the same for the same data.
+        """
         digest = hashlib.sha256()
         times = np.zeros(0, np.int64) if self.timestamps is None else self.timestamps
         for array in (self.users, self.offsets, self.items, times, self.catalog.raw_ids):
@@ -90,7 +95,8 @@ class Interactions:
         """The place of a raw user id among the users.
 
         Raises:
-            ValueError: a user that the source lacks (or that was dropped for having too few events).
+            ValueError: a user that the source lacks (or that was dropped for having too few
+                events).
         """
         numeric = self.users.dtype.kind == "i"
         if numeric and isinstance(user, str) and re.fullmatch(r"-?[0-9]+", user.strip()):
@@ -103,7 +109,8 @@ class Interactions:
         if row == self.num_users or self.users[row] != user:
             known = f"{self.users[0].item()!r} to {self.users[-1].item()!r}"
             raise ValueError(
-                f"unknown user {user!r}: there are {self.num_users} users with at least {MIN_EVENTS} events, {known}"
+                f"unknown user {user!r}: there are {self.num_users} users with at least "
+                f"{MIN_EVENTS} events, {known}"
             )
         return row
 
@@ -111,10 +118,11 @@ class Interactions:
 def load_interactions(config: DataConfig) -> Interactions:
     """Loads a source, preparing it under `config.data_dir` first where that has not been done.
 
-    RawEvents are sorted stably by (time, row of the file) within a user; without timestamps they keep the order of the
-    file. `ties="random"` puts events of a user with equal timestamps in an order drawn from `ties_seed` instead.
-    Users with fewer than 3 events are dropped with a warning that counts them: the last two events are for testing and
-    validation, and the same users serve all protocols. Their items stay in the catalogue.
+    RawEvents are sorted stably by (time, row of the file) within a user; without timestamps they
+    keep the order of the file. `ties="random"` puts events of a user with equal timestamps in an
+    order drawn from `ties_seed` instead. Users with fewer than 3 events are dropped with a warning
+    that counts them: the last two events are for testing and validation, and the same users serve
+    all protocols. Their items stay in the catalogue.
 
     Raises:
         ValueError: an unknown source, bad input (file, line and value), no user left, random ties
@@ -170,7 +178,8 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
         )  # fmt: skip
     if not kept:
         raise ValueError(
-            f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing to learn from"
+            f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing "
+            "to learn from"
         )
     users = np.array(
         [_text(example["user"]) for example in kept]

@@ -1,4 +1,6 @@
-"""KuaiRand (https://kuairand.com): short videos with many kinds of feedback; variants Pure, 1K and 27K."""
+"""KuaiRand (https://kuairand.com): short videos with many kinds of feedback; variants Pure, 1K and
+27K.
+"""
 
 import csv
 
@@ -50,7 +52,8 @@ _ARCHIVES = {
     "kuairand-1k": "KuaiRand-1K",
     "kuairand-27k": "KuaiRand-27K",
 }
-# The categorical columns of user_features_*.csv; the others are user_id and the numbers that the ranges are made from.
+# The categorical columns of user_features_*.csv; the others are user_id and the numbers that the
+# ranges are made from.
 CONTEXTS = (
     *("user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author"),
     *(
@@ -64,12 +67,14 @@ CONTEXTS = (
 
 
 class KuaiRand(InteractionsBuilder):
-    """The standard logs (`log_standard_*.csv`); the logs of randomly exposed videos are not part of the histories.
+    """The standard logs (`log_standard_*.csv`); the logs of randomly exposed videos are not part of
+    the histories.
 
-    Ids count from 0. Every event is kept, whatever the user did: its feedback are the actions, all int32 (flags 0 or
-    1, times in milliseconds, `tab` the scenario). Events are ordered by the millisecond; timestamps are whole seconds.
-    The catalogue is the videos of the logs. 27K has 322 million events: building it takes about 100 GB of memory.
-    The users' features are the categorical columns of `user_features_*.csv`; an empty field is unknown.
+    Ids count from 0. Every event is kept, whatever the user did: its feedback are the actions, all
+    int32 (flags 0 or 1, times in milliseconds, `tab` the scenario). Events are ordered by the
+    millisecond; timestamps are whole seconds. The catalogue is the videos of the logs. 27K has 322
+    million events: building it takes about 100 GB of memory. The users' features are the
+    categorical columns of `user_features_*.csv`; an empty field is unknown.
     """
 
     TICKS = 1000

@@ -15,7 +15,8 @@ from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integer, lines, 
 
 _log = logging.getLogger(__name__)
 _URL = "https://files.grouplens.org/datasets/movielens/"
-# The release's two files (ratings, movies), the delimiter of ratings, and whether a header comes first.
+# The release's two files (ratings, movies), the delimiter of ratings, and whether a header comes
+# first.
 _FORMATS = {
     "ml-100k": ("u.data", "u.item", "\t", False),
     "ml-1m": ("ratings.dat", "movies.dat", "::", False),
@@ -26,7 +27,8 @@ _MD5 = {  # published beside each archive (*.zip.md5)
     "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
     "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
 }
-# The features of ml-1m's users, and their values as the release documents them. Ages are the youngest of a group; occupations are numbered.
+# The features of ml-1m's users, and their values as the release documents them. Ages are the
+# youngest of a group; occupations are numbered.
 USERS_FILE = "users.dat"
 _CONTEXTS = {
     "gender": ("F", "M"),
@@ -36,13 +38,16 @@ _CONTEXTS = {
 
 
 class MovieLens(InteractionsBuilder):
-    """Ratings with times in seconds. The catalogue is every movie of the movies file, rated or not: 3,883 for ml-1m.
+    """Ratings with times in seconds.
+
+    The catalogue is every movie of the movies file, rated or not: 3,883 for ml-1m.
 
     ml-1m describes its users too: gender, age group and occupation, from `users.dat`.
 
     Raises (on building):
-        ValueError: names file, line and value of malformed lines, ids below 1, ratings outside the release's scale,
-            times outside 32 bits, rated movies that the movies file lacks, and features outside the documented values.
+        ValueError: names file, line and value of malformed lines, ids below 1, ratings outside the
+            release's scale, times outside 32 bits, rated movies that the movies file lacks, and
+            features outside the documented values.
     """
 
     ACTIONS = {"rating": np.float32}
@@ -92,9 +97,11 @@ class MovieLens(InteractionsBuilder):
 
 
 def read_movies(path: Path) -> Catalog:
-    """The catalogue of a movies file: `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv` (header, quotes).
+    """The catalogue of a movies file: `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv`
+    (header, quotes).
 
-    A title that was encoded twice ("AmÃ©lie") is repaired with a warning; one with lost characters is an error.
+    A title that was encoded twice ("AmÃ©lie") is repaired with a warning; one with lost characters
+    is an error.
     """
     numbered = ((number, line) for number, line in lines(path))
     ids: dict[int, int] = {}

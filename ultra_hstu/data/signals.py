@@ -1,7 +1,8 @@
 """What the actions of a source mean: signals and features to embed, tasks to predict, each by name.
 
-A *signal* is what a user did with an event, so it is known only afterwards. A *feature* is known of an event before the user acts. A
-*task* is a signal to predict. Codes are integers from 1; 0 says "none" and is what targets, padding and other tokens carry.
+A *signal* is what a user did with an event, so it is known only afterwards. A *feature* is known of
+an event before the user acts. A *task* is a signal to predict. Codes are integers from 1; 0 says
+"none" and is what targets, padding and other tokens carry.
 """
 
 import dataclasses
@@ -48,7 +49,10 @@ class Labels:
 
 
 def signal(actions: Actions, name: str) -> Codes:
-    """The codes of a signal, from actions by name. Raises ValueError for an unknown one, naming those known, and for flags outside {0, 1}."""
+    """The codes of a signal, from actions by name.
+
+    Raises ValueError for an unknown one, naming those known, and for flags outside {0, 1}.
+    """
     return _pick("signal", _SIGNALS, actions, name)
 
 
@@ -65,26 +69,39 @@ def needs(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def sizes(names: Sequence[str]) -> tuple[int, ...]:
-    """How many codes each signal has, 0 (none) counted; the same for every data set. Raises ValueError for an unknown one."""
+    """How many codes each signal has, 0 (none) counted; the same for every data set.
+
+    Raises ValueError for an unknown one.
+    """
     if unknown := [name for name in names if name not in _SIZES]:
         raise ValueError(f"unknown signal {unknown[0]!r}: there are {', '.join(sorted(_SIZES))}")
     return tuple(_SIZES[name] for name in names)
 
 
 def feature(interactions: Interactions, name: str) -> Codes:
-    """The codes of a feature of events: its distinct values in ascending order. Raises ValueError for an unknown one."""
+    """The codes of a feature of events: its distinct values in ascending order.
+
+    Raises ValueError for an unknown one.
+    """
     return _pick("feature", _FEATURES, interactions.actions, name)
 
 
 def context(interactions: Interactions, name: str) -> Codes:
-    """The codes of a feature of users, one a user, 0 where it is unknown. Raises ValueError for an unknown one, naming those of the source."""
+    """The codes of a feature of users, one a user, 0 where it is unknown.
+
+    Raises ValueError for an unknown one, naming those of the source.
+    """
     if name not in interactions.contexts:
         raise ValueError(f"unknown contextual feature {name!r}: {_listed(interactions.contexts)}")
     return Codes(interactions.contexts[name], len(interactions.context_values[name]))
 
 
 def task(interactions: Interactions, name: str) -> Labels:
-    """The labels of a task. Raises ValueError for an unknown one, naming those of the source, and for binary labels outside {0, 1}."""
+    """The labels of a task.
+
+    Raises ValueError for an unknown one, naming those of the source, and for binary labels outside
+    {0, 1}.
+    """
     found: Labels = _pick("task", _TASKS, interactions.actions, name)
     if found.kind == "binary" and np.isin(found.label_E, (0, 1), invert=True).any():
         wrong = found.label_E[np.isin(found.label_E, (0, 1), invert=True)][0]
@@ -122,7 +139,8 @@ def _flag(name: str) -> Callable[[Actions], Codes]:
         values = actions[name]
         if np.isin(values, (0, 1), invert=True).any():
             raise ValueError(
-                f"{name} must be 0 or 1, but a value is {values[np.isin(values, (0, 1), invert=True)][0]}"
+                f"{name} must be 0 or 1, but a value is "
+                f"{values[np.isin(values, (0, 1), invert=True)][0]}"
             )
         return Codes(values.astype(np.int32) + 1, _SIZES[name])
 
@@ -134,7 +152,8 @@ def _rating(actions: Actions) -> Codes:
     code = np.round(2 * actions["rating"]).astype(np.int32)
     if code.size and (code.min() < 1 or code.max() > 10):
         raise ValueError(
-            f"ratings must lie in 0.5..5, but they run from {actions['rating'].min():g} to {actions['rating'].max():g}"
+            f"ratings must lie in 0.5..5, but they run from {actions['rating'].min():g} to "
+            f"{actions['rating'].max():g}"
         )
     return Codes(code, _SIZES["rating"])
 

@@ -20,7 +20,10 @@ SOURCES = {name: builder for builder in BUILDERS for name in builder.builder_con
 
 
 def builder_of(source: str) -> type[InteractionsBuilder]:
-    """The builder of a source. Raises ValueError for an unknown one, naming those that there are."""
+    """The builder of a source.
+
+    Raises ValueError for an unknown one, naming those that there are.
+    """
     if source not in SOURCES:
         known = ", ".join(map(repr, SOURCES))
         raise ValueError(f"data.source={source!r} is not allowed: use {known}")

@@ -41,11 +41,12 @@ class Synthetic(InteractionsBuilder):
 def draw_stream(settings: SyntheticConfig) -> Int[np.ndarray, "users length"]:
     """Items 0..I-1 of every record of the stream, as int64.
 
-    Record r draws a concentration a ~ U(1, max_concentration), up to `prior_categories` categories and a flat random
-    distribution H over them. Position n takes, with probability a / (a + n - 1), a category from H, and otherwise the
-    category of a uniformly chosen earlier position; then an item uniformly among those of the category that are
-    released. Item i belongs to category i mod C. Items are released in order of id: `released_at_start` of them to the
-    first record, linearly more later.
+    Record r draws a concentration a ~ U(1, max_concentration), up to `prior_categories` categories
+    and a flat random distribution H over them. Position n takes, with probability a / (a + n - 1),
+    a category from H, and otherwise the category of a uniformly chosen earlier position; then an
+    item uniformly among those of the category that are released. Item i belongs to category i mod
+    C. Items are released in order of id: `released_at_start` of them to the first record, linearly
+    more later.
 
     Raises:
         ValueError: settings under which the first record lacks a released item in some category.
@@ -57,8 +58,10 @@ def draw_stream(settings: SyntheticConfig) -> Int[np.ndarray, "users length"]:
     released = np.floor(progress * settings.items).astype(np.int64)
     if released[0] < num_categories:
         raise ValueError(
-            f"only {released[0]} of {settings.items} items are released at the start, too few for {num_categories} "
-            f"categories: raise synthetic.items or synthetic.released_at_start, or lower synthetic.categories"
+            f"only {released[0]} of {settings.items} items are released at the start, too few for "
+            f"{num_categories} "
+            "categories: raise synthetic.items or synthetic.released_at_start, or lower "
+            "synthetic.categories"
         )
     rng = np.random.default_rng(settings.seed)
     concentration = rng.uniform(1, settings.max_concentration, users)

@@ -1,4 +1,6 @@
-"""Reads the publishers' text files: fast where the file is clean, and naming file, line and value where it is not."""
+"""Reads the publishers' text files: fast where the file is clean, and naming file, line and value
+where it is not.
+"""
 
 import dataclasses
 import math
@@ -26,7 +28,9 @@ def bad_line(path: str | os.PathLike, line: int, problem: str, value: object) ->
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One field of a line: its name, the numpy type it is read as (None: not read), and the range it must lie in."""
+    """One field of a line: its name, the numpy type it is read as (None: not read), and the range
+    it must lie in.
+    """
 
     name: str
     dtype: type[np.generic] | None
@@ -74,10 +78,11 @@ def integers(
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file with their numbers from 1, decoded as UTF-8, or as latin-1 where a file is not UTF-8.
+    """The lines of a file with their numbers from 1, decoded as UTF-8, or as latin-1 where a file
+    is not UTF-8.
 
-    MovieLens 100k and 1m are latin-1, later releases and most copies UTF-8. A latin-1 text with an accented letter is
-    practically never valid UTF-8, so trying UTF-8 first reads both right.
+    MovieLens 100k and 1m are latin-1, later releases and most copies UTF-8. A latin-1 text with an
+    accented letter is practically never valid UTF-8, so trying UTF-8 first reads both right.
 
     Raises:
         ValueError: an empty file.
@@ -96,10 +101,11 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 def read_table(
     path: Path, columns: Sequence[Column], *, delimiter: str = ",", header: bool = False
 ) -> dict[str, np.ndarray]:
-    """The columns of a file with one record a line and no quoting, in the order of the lines, without blank lines.
+    """The columns of a file with one record a line and no quoting, in the order of the lines,
+    without blank lines.
 
-    pyarrow reads clean files at more than a million lines a second. Whatever it stumbles over, and any value out of
-    range, sends the file through a slow pass that names the first bad line.
+    pyarrow reads clean files at more than a million lines a second. Whatever it stumbles over, and
+    any value out of range, sends the file through a slow pass that names the first bad line.
 
     Args:
         path: the file.
@@ -108,7 +114,8 @@ def read_table(
         header: whether the first line holds the names of the columns.
 
     Raises:
-        ValueError: file, line and value of the first malformed line; an empty file; a file cut off in its last line.
+        ValueError: file, line and value of the first malformed line; an empty file; a file cut off
+            in its last line.
     """
     with open(path, "rb") as file:
         first = file.readline().decode("utf-8-sig", "replace").rstrip("\r\n")
@@ -134,7 +141,9 @@ def _form(columns: Sequence[Column], delimiter: str) -> str:
 
 
 def _check_end(path: Path, delimiter: str) -> None:
-    """A file cut off inside the last field of its last line still parses: it is then shorter than all before."""
+    """A file cut off inside the last field of its last line still parses: it is then shorter than
+    all before.
+    """
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16)))
         tail = file.read().split(b"\n")

@@ -1,4 +1,5 @@
-"""Evaluation of the ranking task: every event of a split predicted once, from requests as in serving.
+"""Evaluation of the ranking task: every event of a split predicted once, from requests as in
+serving.
 
 Base rates, which need no model, are measured on the same events.
 """
@@ -48,6 +49,10 @@ class RequestEvaluator(Evaluator):
         self.user_P: Int[np.ndarray, " P"] = np.broadcast_to(
             columns["user"][:, :, None], real_SBM.shape
         )[real_SBM]
+        events: RankEvents = loader.store.host
+        self.item_E = np.asarray(events.item_E)
+        self.label_EK = np.asarray(events.label_EK)
+        self.weight_EK = np.asarray(events.weight_EK)
         chance = self.metrics(np.zeros((len(self.event_P), len(self.kinds)), np.float32))
         if criteria.selection not in chance:
             raise ValueError(
@@ -59,10 +64,6 @@ class RequestEvaluator(Evaluator):
     @property
     def used_SP(self) -> Bool[np.ndarray, "S P"]:
         return self._used_SP
-
-    @property
-    def events(self) -> RankEvents:
-        return self.loader.store.host
 
     def outputs(self, scored: PyTree, batch: RankBatch) -> Float32[Array, "p K"]:
         """The logits (values, in regressions) of the events `event_P`."""
@@ -85,9 +86,8 @@ class RequestEvaluator(Evaluator):
 
     def metrics(self, output_P: Float32[np.ndarray, "P K"]) -> dict[str, float]:
         """The metrics of any predictions of the events `event_P`."""
-        label_PK = self.events.label_EK[self.event_P]
-        weight_PK = self.events.weight_EK[self.event_P]
-        values = ranking_metrics(output_P, label_PK, weight_PK, self.user_P, self.kinds)
+        labels = (self.label_EK[self.event_P], self.weight_EK[self.event_P])
+        values = ranking_metrics(output_P, *labels, self.user_P, self.kinds)
         return {name: value for name, value in values.items() if not np.isnan(value)}
 
 
@@ -103,19 +103,19 @@ def base_rates(
     Args:
       user_E, train_E: whose each event of the data is, and whether it is a training event.
     """
-    events, target_P = evaluator.events, evaluator.event_P
+    target_P = evaluator.event_P
     predictions: dict[str, list[np.ndarray]] = {
         name: [] for name in ("base rate", "item's rate", "user's rate", "item and user")
     }
     for k, kind in enumerate(evaluator.kinds.values()):
-        weight_E = events.weight_EK[:, k] * train_E
-        hit_E = weight_E * np.where(weight_E > 0, events.label_EK[:, k], 0.0)
+        weight_E = evaluator.weight_EK[:, k] * train_E
+        hit_E = weight_E * np.where(weight_E > 0, evaluator.label_EK[:, k], 0.0)
         # One event of either class more, as a rate of 0 or 1 would be infinitely wrong once.
         extra, ones = (2.0, 1.0) if kind == "binary" else (1e-9, 0.0)
         rate = (hit_E.sum() + ones) / (weight_E.sum() + extra)
         item_P, user_P = (
             _rates_of_groups(group_E, weight_E, hit_E, rate)[group_E[target_P]]
-            for group_E in (events.item_E, user_E)
+            for group_E in (evaluator.item_E, user_E)
         )
         scale = _logit if kind == "binary" else np.asarray
         everything, item, user = scale(np.full(len(target_P), rate)), scale(item_P), scale(user_P)

@@ -1,7 +1,9 @@
-"""Metrics of the ranking task, exact, in float64 on the host: normalised entropy, AUC, grouped AUC, log loss, squared error.
+"""Metrics of the ranking task, exact, in float64 on the host: normalised entropy, AUC, grouped AUC,
+log loss, squared error.
 
-All take one value a prediction and a weight that is not negative; entries of weight 0 count nowhere and may hold anything. What has no value
-(no prediction, one class only, a logit that is NaN) is NaN, never 0.
+All take one value a prediction and a weight that is not negative; entries of weight 0 count nowhere
+and may hold anything. What has no value (no prediction, one class only, a logit that is NaN) is
+NaN, never 0.
 """
 
 import math
@@ -30,10 +32,12 @@ def normalized_entropy(
     label_P: Num[np.ndarray, " P"],
     weight_P: Num[np.ndarray, " P"],
 ) -> float:
-    """NE: the log loss over that of always predicting the base rate (He et al. 2014, Practical Lessons from Predicting Clicks on Ads).
+    """NE: the log loss over that of always predicting the base rate (He et al. 2014, Practical
+    Lessons from Predicting Clicks on Ads).
 
-    The base rate is `base_rate` of the same evaluated entries, not of the training data: NE below 1 beats the best constant in hindsight. With one
-    class only that constant's log loss is 0 and NE is NaN.
+    The base rate is `base_rate` of the same evaluated entries, not of the training data: NE below 1
+    beats the best constant in hindsight. With one class only that constant's log loss is 0 and NE
+    is NaN.
 
     Raises:
       ValueError: labels outside {0, 1}, a negative weight.
@@ -48,7 +52,10 @@ def normalized_entropy(
 
 
 def base_rate(label_P: Num[np.ndarray, " P"], weight_P: Num[np.ndarray, " P"]) -> float:
-    """The weighted share of ones. Raises ValueError for labels outside {0, 1} or a negative weight."""
+    """The weighted share of ones.
+
+    Raises ValueError for labels outside {0, 1} or a negative weight.
+    """
     label_P, _, weight_P = _used(label_P, label_P, weight_P, binary=True)
     return _mean(label_P, weight_P)
 
@@ -58,7 +65,9 @@ def auc(
     label_P: Num[np.ndarray, " P"],
     weight_P: Num[np.ndarray, " P"],
 ) -> float:
-    """The share of pairs (a one, a zero) in which the one has the higher logit; ties count half. NaN with one class only.
+    """The share of pairs (a one, a zero) in which the one has the higher logit; ties count half.
+
+    NaN with one class only.
 
     A pair weighs the product of its weights. Exact: from sorted order, no bins.
 
@@ -74,9 +83,11 @@ def grouped_auc(
     weight_P: Num[np.ndarray, " P"],
     group_P: Shaped[np.ndarray, " P"],
 ) -> float:
-    """GAUC: the mean of the groups' AUC (a group is a user), weighted by the groups' impressions (the sum of their weights).
+    """GAUC: the mean of the groups' AUC (a group is a user), weighted by the groups' impressions
+    (the sum of their weights).
 
-    A group with one class only has no AUC and is left out of both sums; NaN where every group is such (Zhou et al. 2018, Deep Interest Network).
+    A group with one class only has no AUC and is left out of both sums; NaN where every group is
+    such (Zhou et al. 2018, Deep Interest Network).
 
     Raises:
       ValueError: labels outside {0, 1}, a negative weight.
@@ -121,22 +132,26 @@ def ranking_metrics(
     user_P: Shaped[np.ndarray, " P"],
     tasks: Mapping[str, str],
 ) -> dict[str, float]:
-    """Every metric of every task, as "ne/correct", and the means over tasks, of which `criteria.ranking` says which chooses the best epoch.
+    """Every metric of every task, as "ne/correct", and the means over tasks, of which
+    `criteria.ranking` says which chooses the best epoch.
 
     Args:
       user_P: the groups of grouped AUC.
       tasks: name -> "binary" or "regression", in the order of the K columns.
 
     Returns:
-      Binary tasks: "ne/", "auc/", "gauc/", "log_loss/" and "base_rate/" with the task's name; regressions: "mse/". "ne" is the mean of the binary
-      tasks' NE, those with one class only left out; "mse" is the mean over the regressions.
+      Binary tasks: "ne/", "auc/", "gauc/", "log_loss/" and "base_rate/" with the task's name;
+      regressions: "mse/". "ne" is the mean of the binary tasks' NE, those with one class only left
+      out; "mse" is the mean over the regressions.
 
     Raises:
-      ValueError: an unknown kind, not one task a column, labels of a binary task outside {0, 1} (named).
+      ValueError: an unknown kind, not one task a column, labels of a binary task outside {0, 1}
+        (named).
     """
     if len(tasks) != logit_PK.shape[1] or not set(tasks.values()) <= {"binary", "regression"}:
         raise ValueError(
-            f"tasks={dict(tasks)} must say 'binary' or 'regression' for each of the {logit_PK.shape[1]} columns"
+            f"tasks={dict(tasks)} must say 'binary' or 'regression' for each of the "
+            f"{logit_PK.shape[1]} columns"
         )
     metrics: dict[str, float] = {}
     normalised, squared = [], []

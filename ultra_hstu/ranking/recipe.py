@@ -34,7 +34,10 @@ class RankRecipe(Steps[Ranker]):
     def logits(
         self, params: Params, batch: RankBatch, key: jax.Array | None = None
     ) -> Float[Array, "P K"]:
-        """float32; `key` draws dropout, None leaves it out. Empty places (weight 0) hold anything. In a mesh: this device's part of the P."""
+        """float32; `key` draws dropout, None leaves it out.
+
+        Empty places (weight 0) hold anything. In a mesh: this device's part of the P.
+        """
         model = self.model(params)
         return model.head(model.encode(batch, shards=self.shards, key=key))
 

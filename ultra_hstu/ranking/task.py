@@ -150,13 +150,13 @@ class RankingTask(Task):
         if sampling is None:
             return WHOLE
         per_event = form(config).per_event
+        index = {name: np.asarray(events) for name, events in self.events.index.items()}
         histories = tuple(
-            SampledHistory(channel.max_history, f"/{name}", per_event, self.events.index.get(name))
+            SampledHistory(channel.max_history, f"/{name}", per_event, index.get(name))
             for name, channel in channels(config).items()
         )
-        return SampledPlanner(
-            sampling, histories, self.events.time_E if self.sizes.timestamps else None
-        )
+        times_E = np.asarray(self.events.time_E) if self.sizes.timestamps else None
+        return SampledPlanner(sampling, histories, times_E)
 
     def _longest(self, channel: ChannelConfig) -> int:
         """No request of any part or epoch has more rows in this channel."""

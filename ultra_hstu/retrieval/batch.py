@@ -20,7 +20,6 @@ from kernels.typing import Leaf
 from ultra_hstu.data.events import seconds_since_first
 from ultra_hstu.data.feed import (
     WHOLE,
-    Columns,
     EventStore,
     Loader,
     Planner,
@@ -29,7 +28,7 @@ from ultra_hstu.data.feed import (
 )
 from ultra_hstu.parallel.mesh import DATA
 from ultra_hstu.retrieval.split import Examples
-from ultra_hstu.sequences import Sequences
+from ultra_hstu.sequences import Columns, Sequences
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +56,7 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Events:
-    """All events of a data set, users one after another."""
+    """All events of a data set, users one after another: arrays of the host, or of JAX."""
 
     item_E: Leaf[Int32[Array | np.ndarray, " E"]]
     time_E: Leaf[Int32[Array | np.ndarray, " E"]]  # seconds since the first event
@@ -67,7 +66,10 @@ class Events:
     def from_arrays(
         items: Int[np.ndarray, " E"], timestamps: Int[np.ndarray, " E"] | None
     ) -> "Events":
-        """int32 arrays from ids and absolute seconds. Raises ValueError as `seconds_since_first`."""
+        """int32 arrays from ids and absolute seconds.
+
+        Raises ValueError as `seconds_since_first`.
+        """
         return Events(items.astype(np.int32), seconds_since_first(timestamps, len(items)))
 
 
@@ -118,7 +120,10 @@ def gather_batch(
 
 @dataclasses.dataclass(frozen=True)
 class HistoryGather:
-    """`gather_batch` for a `Loader`. Equal settings are equal objects, which share compiled steps."""
+    """`gather_batch` for a `Loader`.
+
+    Equal settings are equal objects, which share compiled steps.
+    """
 
     rows: int
     padded_length: int | None = None

@@ -1,8 +1,9 @@
 """Softmax losses over the catalogue, sampled or full, that never hold the logits of all rows.
 
-Rows are worked off in chunks. The forward pass of a differentiated call computes loss and gradients of a chunk together, so every score is computed
-once and only the gradients themselves are kept; the backward pass multiplies them by the cotangent of the loss. Chunks behind the last row that
-counts (the padding at the end of a flat buffer) are not computed at all.
+Rows are worked off in chunks. The forward pass of a differentiated call computes loss and gradients
+of a chunk together, so every score is computed once and only the gradients themselves are kept; the
+backward pass multiplies them by the cotangent of the loss. Chunks behind the last row that counts
+(the padding at the end of a flat buffer) are not computed at all.
 
 Everything is in float32, whatever the dtype of the inputs.
 """
@@ -36,24 +37,31 @@ def sampled_softmax(
     log_q: Float[Array, " I1"] | None = None,
     total: Float[Array, ""] | None = None,
 ) -> Loss:
-    """Cross entropy of the positive among itself and R negatives, as in the published HSTU research code.
+    """Cross entropy of the positive among itself and R negatives, as in the published HSTU research
+    code.
 
-    With s = h . table / temperature, both sides first divided by max(norm, 1e-6) if `l2_normalize`: `loss_t = -log softmax([s_positive,
-    s_negatives])_0`, where a negative that equals the positive has the constant logit -5e4.
+    With s = h . table / temperature, both sides first divided by max(norm, 1e-6) if `l2_normalize`:
+    `loss_t = -log softmax([s_positive, s_negatives])_0`, where a negative that equals the positive
+    has the constant logit -5e4.
 
     Args:
-      h_TD: encoder output before any normalisation; rows of weight 0 may hold anything, NaN included.
+      h_TD: encoder output before any normalisation; rows of weight 0 may hold anything, NaN
+        included.
       table_ID: item embeddings [I + 1, D], row 0 is padding.
       positive_T: target ids 1..I; anything where the weight is 0.
       weight_T: weight of each row, not negative.
       negative_TR: ids 1..I.
       chunk_rows: rows whose logits exist at one time.
-      log_q: natural log of the probability that one draw gives an item, [I + 1]; not differentiated. A negative's logit becomes `s - log(R q)`,
-        so that the sum over negatives estimates the sum over the catalogue without bias: the loss tends to `full_softmax` as R grows.
-      total: the sum of the weights, where more rows than these have a part in it; then the losses of all parts add up to the mean.
+      log_q: natural log of the probability that one draw gives an item, [I + 1]; not
+        differentiated. A negative's logit becomes `s - log(R q)`, so that the sum over negatives
+        estimates the sum over the catalogue without bias: the loss tends to `full_softmax` as R
+        grows.
+      total: the sum of the weights, where more rows than these have a part in it; then the losses
+        of all parts add up to the mean.
 
     Returns:
-      `sum(w * loss) / sum(w)` (0 if no row counts), and the loss of each row, 0 where its weight is 0; no gradient flows through the latter.
+      `sum(w * loss) / sum(w)` (0 if no row counts), and the loss of each row, 0 where its weight is
+      0; no gradient flows through the latter.
 
     Raises:
       ValueError: if `chunk_rows` or `temperature` is not positive.
@@ -81,7 +89,9 @@ def full_softmax(
     chunk_rows: int,
     total: Float[Array, ""] | None = None,
 ) -> Loss:
-    """Cross entropy of the positive among the whole catalogue 1..I; arguments, results and errors as in `sampled_softmax`."""
+    """Cross entropy of the positive among the whole catalogue 1..I; arguments, results and errors
+    as in `sampled_softmax`.
+    """
     rows = (positive_T.astype(jnp.int32),)
     return _loss(
         _full_chunk,
@@ -117,7 +127,8 @@ def _scores_of_all(
     row_C1 = jnp.arange(q_CD.shape[0])[:, None]
 
     def backward(d_CX, de_ID):
-        # Equal ids of a row carry equal values (the positive, zeros), so the order of these additions does not change a bit of the sum.
+        # Equal ids of a row carry equal values (the positive, zeros), so the order of these
+        # additions does not change a bit of the sum.
         d_CI = (
             jnp.zeros((q_CD.shape[0], e_ID.shape[0]))
             .at[row_C1, id_CX]
@@ -131,7 +142,10 @@ def _scores_of_all(
 def _scores_of_gathered(
     q_CD: Float[Array, "C D"], e_ID: Float[Array, "I1 D"], id_CX: Int[Array, "C X"]
 ) -> tuple[Float[Array, "C X"], Backward]:
-    """q . e[id] from gathered embeddings. The order in which a GPU adds up the gradient of the table is not fixed."""
+    """q . e[id] from gathered embeddings.
+
+    The order in which a GPU adds up the gradient of the table is not fixed.
+    """
 
     e_CXD = e_ID.at[id_CX].get(mode="promise_in_bounds")
 
@@ -175,7 +189,9 @@ def _full_chunk(q_CD, e_ID, rows, _) -> _Chunk:
 
 
 def _times_table(d_CI: Float[Array, "C I1"], e_ID: Float[Array, "I1 D"]) -> Float[Array, "C D"]:
-    """d @ e, with the columns of e filled up to whole vectors of 16: a third faster on a CPU where D is small, as 50 is."""
+    """d @ e, with the columns of e filled up to whole vectors of 16: a third faster on a CPU where
+    D is small, as 50 is.
+    """
     width = e_ID.shape[1]
     return (d_CI @ jnp.pad(e_ID, ((0, 0), (0, -width % 16))))[:, :width]
 
@@ -239,7 +255,9 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 def _sweep(
     chunk, chunk_rows: int, q_TD, e_ID, weight_T, rows, shift_I, total, *, with_gradients: bool
 ) -> tuple[Loss, Any]:
-    """The loss, and its gradients for q, e, the weights and their total, chunk by chunk up to the last row that counts."""
+    """The loss, and its gradients for q, e, the weights and their total, chunk by chunk up to the
+    last row that counts.
+    """
     num_rows = q_TD.shape[0]
     counts_T: Bool[Array, " T"] = weight_T > 0
     total = jnp.where(total > 0, total, 1.0)

@@ -1,7 +1,7 @@
 """Ranking over the whole catalogue: the place of the target, hit rate, NDCG and reciprocal rank.
 
-The scores [U, I] never exist at once: the catalogue is passed in chunks, and a rank is a count of better items, which adds up.
-Products are at full float32 precision (`highest`): TF32 changes ranks.
+The scores [U, I] never exist at once: the catalogue is passed in chunks, and a rank is a count of
+better items, which adds up. Products are at full float32 precision (`highest`): TF32 changes ranks.
 """
 
 import functools
@@ -15,9 +15,8 @@ from ultra_hstu.nn.norms import l2_normalize as unit_rows
 from ultra_hstu.quantization import unpacked
 
 CUTOFFS = (1, 5, 10, 50, 100, 200)
-PUBLISHED_CUTOFF = (
-    2500  # the published code looks for the target among this many; further down it is not found
-)
+# the published code looks for the target among this many; further down it is not found
+PUBLISHED_CUTOFF = 2500
 
 
 def ranks(
@@ -33,14 +32,15 @@ def ranks(
 ) -> Int[Array, " U"]:
     """Place of each user's target among the items of the corpus, 1 is best.
 
-    An item that scores the same as the target, or NaN, counts as better, so that a broken model cannot look good; the target never counts
-    against itself, whatever the rounding.
+    An item that scores the same as the target, or NaN, counts as better, so that a broken model
+    cannot look good; the target never counts against itself, whatever the rounding.
 
     Args:
       h_UD: encoder output of the users. Its norm does not matter for the order.
       table_ID: item embeddings [I + 1, D]; row 0 is padding and never ranked.
       target_U: ids 1..I; 0 is not found.
-      seen_US: ids that are left out of the ranking, 0 for none, repeats allowed. A target among them is not found. None: nothing is left out.
+      seen_US: ids that are left out of the ranking, 0 for none, repeats allowed. A target among
+        them is not found. None: nothing is left out.
       l2_normalize: divide the items by max(norm, 1e-6), for models trained on cosines.
       corpus_I: the items that are ranked; None: all of 1..I.
       cutoff: a target behind this place is not found (published: 2500). None: no limit.
@@ -90,10 +90,12 @@ def best_items(
     corpus_I: Bool[Array, " I1"] | None = None,
     chunk_items: int = 4096,
 ) -> tuple[Int[Array, "U {k}"], Float[Array, "U {k}"]]:
-    """The k best items of each user and their scores, best first; id 0 and score -inf where fewer remain.
+    """The k best items of each user and their scores, best first; id 0 and score -inf where fewer
+    remain.
 
-    Of items with the same score the one with the lower id comes first. Arguments as in `ranks`; the table [I + 1, D] may also be one of
-    `quantization`, of which one chunk at a time is unpacked: what is made on the device does not grow with the catalogue.
+    Of items with the same score the one with the lower id comes first. Arguments as in `ranks`; the
+    table [I + 1, D] may also be one of `quantization`, of which one chunk at a time is unpacked:
+    what is made on the device does not grow with the catalogue.
     """
     if k < 1 or chunk_items < 1:
         raise ValueError(f"{k=} and {chunk_items=} must be at least 1")
@@ -118,7 +120,9 @@ def best_items(
 def _sweep(
     visit: Any, carry: Any, h_UD, table_ID, seen_US, corpus_I, prepare, chunk_items: int
 ) -> Any:
-    """Folds `visit(carry, ids [I], scores [U, I], allowed [U, I])` over chunks of the catalogue; each item is allowed in one chunk only."""
+    """Folds `visit(carry, ids [I], scores [U, I], allowed [U, I])` over chunks of the catalogue;
+    each item is allowed in one chunk only.
+    """
     items, users = table_ID.shape[0], h_UD.shape[0]
     size = min(chunk_items, items)
 
@@ -149,10 +153,12 @@ def _sweep(
 def ranking_metrics(
     rank_U: Int[Array, " U"], weight_U: Float[Array, " U"]
 ) -> dict[str, Float[Array, ""]]:
-    """Weighted sums over users of `hr@k`, `ndcg@k` (k in CUTOFFS) and `mrr`, and `users`, the sum of the weights.
+    """Weighted sums over users of `hr@k`, `ndcg@k` (k in CUTOFFS) and `mrr`, and `users`, the sum
+    of the weights.
 
-    Sums of batches add; `mean_metrics` divides. `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] / log2(rank + 1)`, `mrr = 1 / rank`: as in the published
-    code, a target that is not found adds 1 / 2501 to MRR and not 0. Weight 0 leaves out the empty places of a batch.
+    Sums of batches add; `mean_metrics` divides. `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] /
+    log2(rank + 1)`, `mrr = 1 / rank`: as in the published code, a target that is not found adds 1 /
+    2501 to MRR and not 0. Weight 0 leaves out the empty places of a batch.
     """
     rank_U = rank_U.astype(jnp.float32)
     gain_U = 1.0 / jnp.log2(rank_U + 1.0)

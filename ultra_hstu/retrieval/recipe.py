@@ -17,7 +17,8 @@ from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.model import Recommender
 from ultra_hstu.step import Params, Steps
 
-# Rows of logits at one time: what fits the cache of a CPU, what fills a GPU (measured on MovieLens-1M, 128 negatives).
+# Rows of logits at one time: what fits the cache of a CPU, what fills a GPU (measured on
+# MovieLens-1M, 128 negatives).
 CHUNK_ROWS = {"cpu": 512, "accelerator": 4096}
 
 

@@ -136,7 +136,8 @@ def from_source(
     for name, _ in form.max_history:
         start_B = column[f"start/{name}"]
         event_E, offsets = spans(start_B, column[f"stop/{name}"] - start_B)
-        event_E = events.index[name][event_E] if name in events.index else event_E
+        if name in events.index:
+            event_E = np.asarray(events.index[name])[event_E]
         channels[name] = Events(
             events.item_E[event_E],
             events.time_E[event_E],
