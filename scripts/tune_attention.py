@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.hstu_attention import make_plan, tuning
-from kernels.hstu_attention.mosaic import backward as mosaic_hopper_vjp
+from kernels.hstu_attention.mosaic import backward_one_pass as mosaic_hopper_vjp
 from kernels.hstu_attention.mosaic import backward_queries as mosaic_hopper_dq
 from kernels.hstu_attention.mosaic import forward as mosaic_hopper
 from kernels.hstu_attention.mosaic import schedule

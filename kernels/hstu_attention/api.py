@@ -26,7 +26,7 @@ __all__ = [
 
 _FILES = {
     "mosaic": "mosaic.forward",
-    "mosaic_fp8": "mosaic.fp8",
+    "mosaic_fp8": "mosaic_fp8.attention",
     "triton": "triton.attention",
     "xla": "xla",
     "reference": "reference",

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from kernels.hstu_attention import hstu_attention, make_plan
 from kernels.hstu_attention.mosaic import forward as mosaic_hopper
-from kernels.hstu_attention.mosaic import fp8 as mosaic_fp8
+from kernels.hstu_attention.mosaic_fp8 import attention as mosaic_fp8
 from kernels.hstu_attention.triton import attention as triton
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
-from kernels.hstu_attention.mosaic import backward as mosaic_hopper_vjp
 from kernels.hstu_attention.mosaic import backward_keys as mosaic_hopper_dkv
+from kernels.hstu_attention.mosaic import backward_one_pass as mosaic_hopper_vjp
 from kernels.hstu_attention.mosaic import backward_queries as mosaic_hopper_dq
+from kernels.hstu_attention.mosaic import backward_shared as mosaic_feed
 from kernels.hstu_attention.mosaic import backward_wide as mosaic_hopper_vjp_wide
-from kernels.hstu_attention.mosaic import device as mosaic_device
-from kernels.hstu_attention.mosaic import feed as mosaic_feed
 from kernels.hstu_attention.mosaic import forward as mosaic_hopper
-from kernels.hstu_attention.mosaic import parts as mosaic_parts
+from kernels.hstu_attention.mosaic import items as mosaic_device
+from kernels.hstu_attention.mosaic import split_tiles as mosaic_parts
 
 MODULES = (
     mosaic_device,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kernels.hstu_attention import hstu_attention, make_plan, reference
-from kernels.hstu_attention.mosaic import backward as mosaic_hopper_vjp
 from kernels.hstu_attention.mosaic import backward_keys as mosaic_hopper_dkv
+from kernels.hstu_attention.mosaic import backward_one_pass as mosaic_hopper_vjp
 from kernels.hstu_attention.mosaic import forward as mosaic_hopper
 from kernels.hstu_attention.mosaic import schedule
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kernels import device
-from kernels.hstu_attention.mosaic import backward as mosaic_hopper_vjp
+from kernels.hstu_attention.mosaic import backward_one_pass as mosaic_hopper_vjp
 from kernels.hstu_attention.mosaic import forward as mosaic_hopper
 from kernels.hstu_attention.mosaic import schedule
 from kernels.hstu_attention.partial import partial_attention, partial_plan

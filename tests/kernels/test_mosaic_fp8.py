@@ -7,8 +7,8 @@ import pytest
 
 from kernels import device
 from kernels.hstu_attention import hstu_attention, make_plan, reference
-from kernels.hstu_attention.mosaic import fp8 as mosaic_fp8
 from kernels.hstu_attention.mosaic import schedule
+from kernels.hstu_attention.mosaic_fp8 import attention as mosaic_fp8
 from kernels.mask import AttentionMask
 from tests.kernels import mosaic_interpreter
 from tests.kernels.mosaic_interpreter import interpreted

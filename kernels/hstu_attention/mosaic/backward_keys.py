@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.device import (
+from kernels.hstu_attention.mosaic.backward_shared import load_rows_and_gradients
+from kernels.hstu_attention.mosaic.items import (
     draw_items,
     feed_items,
     launch,
@@ -19,9 +20,8 @@ from kernels.hstu_attention.mosaic.device import (
     ring,
     swizzled,
 )
-from kernels.hstu_attention.mosaic.feed import load_rows_and_gradients
-from kernels.hstu_attention.mosaic.parts import write_sums
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
+from kernels.hstu_attention.mosaic.split_tiles import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
 RECORDS = 4  # of work items, in shared memory at a time

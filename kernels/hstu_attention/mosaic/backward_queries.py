@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.device import (
+from kernels.hstu_attention.mosaic.items import (
     draw_items,
     feed_items,
     launch,
@@ -22,8 +22,8 @@ from kernels.hstu_attention.mosaic.device import (
     ring,
     swizzled,
 )
-from kernels.hstu_attention.mosaic.parts import write_sums
 from kernels.hstu_attention.mosaic.schedule import WorkList
+from kernels.hstu_attention.mosaic.split_tiles import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
 TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64

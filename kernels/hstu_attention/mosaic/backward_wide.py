@@ -16,7 +16,8 @@ from jax import lax
 from jaxtyping import Array
 
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.device import (
+from kernels.hstu_attention.mosaic.backward_shared import RECORDS, feed
+from kernels.hstu_attention.mosaic.items import (
     draw_items,
     launch,
     open_rings,
@@ -24,9 +25,8 @@ from kernels.hstu_attention.mosaic.device import (
     ring,
     swizzled,
 )
-from kernels.hstu_attention.mosaic.feed import RECORDS, feed
-from kernels.hstu_attention.mosaic.parts import write_sums
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
+from kernels.hstu_attention.mosaic.split_tiles import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.zeros import zeros_after
 

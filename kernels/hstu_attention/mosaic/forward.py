@@ -18,10 +18,10 @@ from jaxtyping import Array, Float
 
 from kernels import device
 from kernels.hstu_attention import tuning
-from kernels.hstu_attention.mosaic import backward as vjp
+from kernels.hstu_attention.mosaic import backward_one_pass as vjp
 from kernels.hstu_attention.mosaic import backward_queries as dq
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.device import (
+from kernels.hstu_attention.mosaic.items import (
     ROW,
     Item,
     feed_items,
@@ -32,8 +32,8 @@ from kernels.hstu_attention.mosaic.device import (
     ring,
     swizzled,
 )
-from kernels.hstu_attention.mosaic.parts import write_sums
 from kernels.hstu_attention.mosaic.schedule import WorkList
+from kernels.hstu_attention.mosaic.split_tiles import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
 ROWS_APART = (

@@ -19,7 +19,8 @@ from kernels.hstu_attention.mosaic import backward_wide as wide
 from kernels.hstu_attention.mosaic import schedule
 from kernels.hstu_attention.mosaic.backward_keys import key_gradients
 from kernels.hstu_attention.mosaic.backward_queries import query_gradients
-from kernels.hstu_attention.mosaic.device import (
+from kernels.hstu_attention.mosaic.backward_shared import RECORDS, feed
+from kernels.hstu_attention.mosaic.items import (
     draw_items,
     launch,
     open_rings,
@@ -27,9 +28,8 @@ from kernels.hstu_attention.mosaic.device import (
     ring,
     swizzled,
 )
-from kernels.hstu_attention.mosaic.feed import RECORDS, feed
-from kernels.hstu_attention.mosaic.parts import write_sums
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
+from kernels.hstu_attention.mosaic.split_tiles import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.zeros import zeros_after
 

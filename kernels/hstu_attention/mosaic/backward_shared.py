@@ -5,7 +5,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels.hstu_attention.mosaic.device import feed_items, load_rows
+from kernels.hstu_attention.mosaic.items import feed_items, load_rows
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig
 
 RECORDS = 2  # of work items, in shared memory at a time

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from kernels import device
 from kernels.hstu_attention.mosaic import forward as mosaic_hopper
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.device import (
+from kernels.hstu_attention.mosaic.items import (
     ROW,
     draw_items,
     feed_items,
@@ -31,8 +31,8 @@ from kernels.hstu_attention.mosaic.device import (
     ring,
     swizzled,
 )
-from kernels.hstu_attention.mosaic.parts import write_sums
 from kernels.hstu_attention.mosaic.schedule import WorkList
+from kernels.hstu_attention.mosaic.split_tiles import write_sums
 from kernels.hstu_attention.plan import AttentionPlan
 
 FP8 = jnp.float8_e4m3fn
