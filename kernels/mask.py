@@ -363,13 +363,21 @@ def _hull(
 
 
 def _disjoint(ranges: list[tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Ascending ranges that may overlap or be empty (lo > hi), to disjoint ones with the same union, stacked on the last axis."""
-    out = []
+    """Ranges that may overlap or be empty (lo > hi), to ascending, disjoint ones that hold them.
+
+    They are stacked on the last axis.
+    """
+    ranges, out = list(ranges), []
     reached = jnp.zeros_like(ranges[0][1])
-    for i, (lo, hi) in enumerate(ranges):
-        # A later range that begins earlier holds this one's end; cut at its beginning so that what remains stays ascending.
-        for later_lo, later_hi in ranges[i + 1 :]:
-            hi = jnp.where(later_hi > later_lo, jnp.minimum(hi, jnp.maximum(later_lo, lo)), hi)
+    for i in range(len(ranges)):
+        lo, hi = ranges[i]
+        # Where a later range begins before this one's end, this one stops there, so that ranges
+        # ascend, and the later one takes the rest.
+        for j in range(i + 1, len(ranges)):
+            later_lo, later_hi = ranges[j]
+            meets = (hi > lo) & (later_hi > later_lo) & (later_lo < hi)
+            ranges[j] = later_lo, jnp.where(meets, jnp.maximum(later_hi, hi), later_hi)
+            hi = jnp.where(meets, jnp.maximum(later_lo, lo), hi)
         lo = jnp.maximum(lo, reached)
         some = hi > lo
         reached = jnp.where(some, hi, reached)

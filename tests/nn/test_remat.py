@@ -10,7 +10,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from kernels.hstu_attention import make_plan
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
+from kernels.hstu_attention.mosaic import attention as mosaic
 from kernels.mask import AttentionMask
 from tests.golden import assert_close
 from tests.nn.small_encoder import ROWS, batch, encoder, inputs
@@ -112,9 +112,9 @@ def test_the_hopper_kernel_is_not_run_again():
     )
 
     def loss(x, scale):
-        attend = lambda q, k, v, *, alpha, bias: mosaic_hopper.attend(
-            q, k, v, plan, alpha=alpha, scale=scale
-        )  # noqa: E731
+        def attend(q, k, v, *, alpha, bias):
+            return mosaic.attention(q, k, v, plan, alpha=alpha, scale=scale, bias=bias)
+
         run = checkpointed(lambda x: layer(x, attend), "selective")
         return jnp.sum(run(run(x)).astype(jnp.float32))
 

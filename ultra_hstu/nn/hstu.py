@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.hstu_attention.api import RelativeBias, hstu_attention, make_plan, prepare_plan
+from kernels.hstu_attention.api import (
+    AttentionSpec,
+    RelativeBias,
+    hstu_attention,
+    make_plan,
+    prepare_plan,
+)
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask
 from ultra_hstu.config import ModelConfig
@@ -278,12 +284,10 @@ class HSTU(nnx.Module):
 
     def _prepare(self, plan: AttentionPlan, dtype: Any, heads: int | None = None) -> AttentionPlan:
         layer = self.layers[0]
-        sizes: dict[str, int] = dict(
-            heads=heads or layer.heads, k_width=layer.qk_width, v_width=layer.v_width
+        spec = AttentionSpec(
+            dtype, heads or layer.heads, layer.qk_width, layer.v_width, layer.bias is not None
         )
-        return prepare_plan(
-            plan, self.implementation, dtype=dtype, biased=layer.bias is not None, **sizes
-        )
+        return prepare_plan(plan, spec, self.implementation)
 
 
 def layer_masks(config: ModelConfig, layers: int) -> tuple[AttentionMask, ...]:

@@ -1,92 +1,75 @@
-"""HSTU attention on Hopper, backward for head widths above 128.
+"""The backward of widths above 128 in one pass, and dK and dV alone there.
 
-Accumulators of dK and dV for 128 keys and 256 columns do not fit the registers. So a tile has 64 keys, and the two
-computing warpgroups share the work by gradient: one makes the weights P and the slopes dS, and sums dK; the other
-sums dV, and makes dQ of each row block and adds it to memory. Five products a pair, none of them twice.
+Accumulators of dK and dV for 128 keys and 256 columns do not fit the registers. So a tile has 64
+keys, and the two computing warpgroups share the work by gradient: one makes the weights P and the
+slopes dS, and sums dK; the other sums dV, and makes dQ of each row block and adds it to memory.
+Five products a pair, none of them twice.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.backward_shared import RECORDS, feed
-from kernels.hstu_attention.mosaic.items import (
-    draw_items,
-    launch,
-    open_rings,
-    record_scratch,
-    ring,
-    swizzled,
+from kernels.hstu_attention.mosaic.backward_shared import (
+    RECORDS,
+    BackwardInputs,
+    feed,
+    finished_dq,
+    launch_over_keys,
+    silu_slopes,
 )
-from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
-from kernels.hstu_attention.mosaic.split_tiles import write_sums
-from kernels.hstu_attention.plan import AttentionPlan
+from kernels.hstu_attention.mosaic.items import draw_items
+from kernels.hstu_attention.mosaic.launch import open_rings, ring, swizzled
+from kernels.hstu_attention.mosaic.schedule import BackwardConfig
 from kernels.zeros import zeros_after
 
 COLUMNS = 128  # of dQ that are made at a time
 SENT = 32  # of them added to memory at a time
 
 
-def one_pass(
-    q: Array,
-    k: Array,
-    v: Array,
-    do: Array,
-    tails: Any,
-    plan: AttentionPlan,
-    scale: Array,
-    alpha: float,
-    config: BackwardConfig,
-) -> Any:
-    """(dQ, dK, dV) of padded buffers (T a multiple of 128), widths 128 and 256; `scale` is one number."""
-    return _gradients(q, k, v, do, tails, plan, scale, alpha, config, with_dq=True)
+def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Array, "_ H _"], ...]:
+    """(dQ, dK, dV)."""
+    dq = jax.new_ref(zeros_after(x.do, x.q.shape))
+    dk, dv = _gradients(x, config, dq, with_dq=True)
+    return finished_dq(dq, x, x.factor), dk, dv
 
 
-def key_gradients(
-    q: Array,
-    k: Array,
-    v: Array,
-    do: Array,
-    tails: Any,
-    plan: AttentionPlan,
-    scale: Array,
-    alpha: float,
-    config: BackwardConfig,
-) -> Any:
+def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array, "S H _"]]:
     """(dK, dV) alone, the first pass of the two-pass backward."""
-    return _gradients(q, k, v, do, tails, plan, scale, alpha, config, with_dq=False)[1:]
+    return _gradients(x, config, jax.new_ref(zeros_after(x.do, (1, 1, 1))), with_dq=False)
 
 
 def _gradients(
-    q: Array,
-    k: Array,
-    v: Array,
-    do: Array,
-    tails: Any,
-    plan: AttentionPlan,
-    scale: Array,
-    alpha: float,
-    config: BackwardConfig,
-    *,
-    with_dq: bool,
-) -> Any:
-    _, heads, width = q.shape
-    width_v = v.shape[-1]
-    dtype, first_row = q.dtype, plan.first_row
+    x: BackwardInputs, config: BackwardConfig, dq: jax.Ref, *, with_dq: bool
+) -> list[Float[Array, "S H _"]]:
+    width, dtype, alpha = x.q.shape[2], x.q.dtype, x.alpha
+    width_v = x.v.shape[2]
     tile, block_q, stages = config.tile, config.block_q, config.stages
-    intervals = 1 if plan.rows_in_one_piece else 3
-    work = schedule.schedule_of(plan, WorkList.backward(heads, config))
-    factor = scale.reshape(1)
+    intervals = 1 if x.plan.rows_in_one_piece else 3
+    work = x.find_work(config)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
-               dq_gm, tails_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
+    def kernel(
+        q_gm,
+        k_gm,
+        v_gm,
+        do_gm,
+        bounds_gm,
+        factor_gm,
+        records_gm,
+        tail_first_gm,
+        dq_gm,
+        tails_gm,
+        dk_gm,
+        dv_gm,
+        dk_part_gm,
+        dv_part_gm,
+        s,
+    ):
         wg = lax.axis_index("wg")
 
         def write(item, slot, gradient, times, gm, part_gm):
@@ -120,7 +103,8 @@ def _gradients(
                         now = lax.rem(step + i, stages)
                         plgpu.barrier_wait(s["row_full"].at[now])
 
-                        # Computed anew in every step: kept from step to step it would take registers there are not.
+                        # Computed anew in every step: kept from step to step it would take
+                        # registers there are not.
                         keys = pl.ds(
                             pl.multiple_of(lax.optimization_barrier(jnp.int32(0)), tile), tile
                         )
@@ -151,10 +135,7 @@ def _gradients(
                             nearest,
                             intervals=intervals,
                         )
-                        half = score * (0.5 * alpha)
-                        t = jnp.tanh(half)
-                        w = t + 1.0
-                        ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
+                        half, w, ds = silu_slopes(score, dp, alpha)
                         plgpu.barrier_wait(s["weights_empty"])
                         s["p"][...] = (half * w).astype(dtype)
                         s["ds"][...] = ds.astype(dtype)
@@ -189,7 +170,7 @@ def _gradients(
                         plgpu.barrier_wait(s["weights_full"])
 
                         def dq_of(first, dq_acc, last):
-                            """dQ in some columns; dV of the block is summed while the first of them leave."""
+                            """dQ in some columns; dV is summed while the first of them leave."""
                             plgpu.wgmma(dq_acc, s["ds"].T, s["k"].at[:, pl.ds(first, COLUMNS)])
                             if first == 0:
                                 plgpu.wgmma(dv, s["p"], s["do"].at[now])
@@ -206,7 +187,7 @@ def _gradients(
                             plgpu.wgmma(dv, s["p"], s["do"].at[now])
                             release()
                             return
-                        place = pl.ds(item.block(i) * block_q - first_row, block_q)
+                        place = pl.ds(item.block(i) * block_q - x.plan.first_row, block_q)
                         for first in range(0, width, COLUMNS):
                             last = first > 0
                             dq = pl.run_scoped(
@@ -240,47 +221,20 @@ def _gradients(
         @pl.when(wg == 2)
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
-            feed(
-                q_gm,
-                k_gm,
-                v_gm,
-                do_gm,
-                tails_gm,
-                records_gm,
-                tail_first_gm[0],
-                config,
-                first_row,
-                s,
-            )
+            first = x.plan.first_row
+            feed(q_gm, k_gm, v_gm, do_gm, tails_gm, records_gm, tail_first_gm[0], config, first, s)
 
-    dq = jax.new_ref(zeros_after(do, q.shape if with_dq else (1, 1, 1)))
-    slots = schedule.part_slots(plan, tile, heads, config.workers)
-    dk, dv, dk_parts, dv_parts = launch(
+    sent = {"dq": swizzled((2, block_q, SENT), jnp.float32)} if with_dq else {}
+    return launch_over_keys(
         kernel,
         "hstu_backward_wide",
-        (q, k, v, do, work.bounds, factor, work.records, work.tail, dq),
-        tails,
-        scratch=dict(
-            k=swizzled((tile, width), dtype),
-            v=swizzled((tile, width_v), dtype),
-            q=swizzled((stages, block_q, width), dtype),
-            do=swizzled((stages, block_q, width_v), dtype),
-            p=swizzled((tile, block_q), dtype),
-            ds=swizzled((tile, block_q), dtype),
-            **({"dq": swizzled((2, block_q, SENT), jnp.float32)} if with_dq else {}),
-            **record_scratch(RECORDS),
-            **ring("kv", 1, filled=2),
-            **ring("row", stages, filled=2),
-            **ring("weights", 1, emptied=1),
+        x,
+        work,
+        x.factor,
+        config,
+        dq=(dq,),
+        buffers=dict(
+            p=swizzled((tile, block_q), dtype), ds=swizzled((tile, block_q), dtype), **sent
         ),
-        out_type=[
-            jax.ShapeDtypeStruct(k.shape, dtype),
-            jax.ShapeDtypeStruct(v.shape, dtype),
-            jax.ShapeDtypeStruct((slots, tile, width), jnp.float32),
-            jax.ShapeDtypeStruct((slots, tile, width_v), jnp.float32),
-        ],
-        workers=config.workers,
+        barriers=ring("weights", 1, emptied=1),
     )
-    dk, dv = write_sums(work.parts, [(dk_parts, dk), (dv_parts, dv)], heads)
-    dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if with_dq else None
-    return dq_THK, dk, dv

@@ -1,362 +1,98 @@
-"""HSTU attention with products in float8 (e4m3) on Hopper: the implementation `mosaic_fp8`, forward only, chosen by name.
+"""The implementation `mosaic_fp8` of `hstu_attention`: products in float8 on Hopper, by name only.
 
-The forward of `mosaic_hopper` with operands of 8 bits: Q and K with a scale for each row and head, V with one for each head,
-weights P with a constant one. Sums, and what leaves, are as in `mosaic`. Tensor cores transpose 16-bit operands only, so V
-comes transposed, made beforehand; and they want P's four neighbouring keys in a thread that has two pairs of keys, eight apart:
-since a sum may take its keys in any order, V's keys are permuted instead of P's.
+Q and K have a scale for each row and head, V one for each head, weights P a constant one. There is
+no gradient.
 """
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
-import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jaxtyping import Array, Float
 
-from kernels import device
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
-from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.items import (
-    ROW,
-    draw_items,
-    feed_items,
-    launch,
-    open_rings,
-    record_scratch,
-    ring,
-    swizzled,
+from kernels.hstu_attention.mosaic import attention as mosaic
+from kernels.hstu_attention.mosaic.padding import padded
+from kernels.hstu_attention.mosaic.schedule import make_schedules
+from kernels.hstu_attention.mosaic_fp8.forward import (
+    FP8,
+    ORDER,
+    Float8Operands,
+    forward,
+    work_list,
 )
-from kernels.hstu_attention.mosaic.schedule import WorkList
-from kernels.hstu_attention.mosaic.split_tiles import write_sums
-from kernels.hstu_attention.plan import AttentionPlan
+from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec
+from kernels.typing import THK, THV, Scale
 
-FP8 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
-WEIGHT_SCALE = 4.0  # of P: weights from 2 ** -8 to 112 keep three bits after the first; scores above 112 count as 112
-BLOCK_K = 128  # keys a step, and bytes of a row of transposed V in shared memory
-TILE, RECORDS = mosaic_hopper.TILE, mosaic_hopper.RECORDS
-COLUMN = plgpu.Layout.WGMMA.reduce(0)  # of one number for each key
-
-# Key that stands at each place of a group of 16: place 4 t + i is byte i of thread t's operand, made of the two pairs of
-# neighbours that thread t has of the scores.
-ORDER = np.array([2 * (place // 4) + place % 2 + 8 * (place % 4 // 2) for place in range(16)])
 
 
-class Operands(NamedTuple):
-    """What the kernel reads. T is padded to whole tiles; padding is zero throughout."""
+def unsupported(spec: AttentionSpec) -> str | None:
+    """Why these calls cannot run on the current device, or None: as `mosaic`."""
+    return mosaic.unsupported(spec, "mosaic_fp8")
 
-    q: Any  # e4m3[T, H, K]
-    k: Any  # e4m3[T, H, K]
-    v: Any  # e4m3[H, V, T], keys of each group of 16 in `ORDER`
-    q_scale: Any  # float32[H, T]: q = q_scale * operand
-    k_scale: Any  # float32[H, T]
-    v_scale: Any  # float32[H]
+
+def prepare(plan: AttentionPlan, spec: AttentionSpec) -> AttentionPlan:
+    """The plan with the list of work of these calls, made once for every layer."""
+    lists = [work_list(spec.heads)]
+    return plan.storing(lists, make_schedules(plan, lists))
 
 
 def attention(
-    q_THK: Float[Array, "T H K"],
-    k_THK: Float[Array, "T H K"],
-    v_THV: Float[Array, "T H V"],
+    q_THK: THK,
+    k_THK: THK,
+    v_THV: THV,
     plan: AttentionPlan,
     *,
     alpha: float,
-    scale: Any,
-    bias: Any,
+    scale: Scale,
+    bias: None,
     deterministic: bool = False,
-) -> Float[Array, "T H V"]:
-    """See `hstu_attention`: what `mosaic` takes, and no gradient. The output has the same bits on every run, whatever `deterministic` says."""
-    reason = mosaic_hopper.unsupported(q_THK.dtype, q_THK.shape[2], v_THV.shape[2], bias)
-    if reason is None and not device.current().is_hopper:
-        reason = (
-            f"needs a Hopper GPU (H100, H200), the device is {device.current().kind!r}; use 'xla'"
-        )
-    if reason is not None:
-        raise NotImplementedError(f"mosaic_fp8 {reason}")
-    return attend(q_THK, k_THK, v_THV, plan, alpha=alpha, scale=scale)
-
-
-def attend(q: Array, k: Array, v: Array, plan: AttentionPlan, *, alpha: float, scale: Any) -> Array:
-    """`attention` without asking what the device is: also lowers for CUDA on a machine that has no GPU."""
-    if q.shape[0] == 0:
-        return jnp.zeros_like(v)
-    return _attend((q, k, v), plan, jnp.asarray(scale, jnp.float32), alpha)
+) -> THV:
+    """See `hstu_attention`. The output has the same bits on every run."""
+    if q_THK.shape[0] == 0:
+        return jnp.zeros_like(v_THV)
+    scale = jnp.asarray(scale, jnp.float32)
+    return _without_gradient((q_THK, k_THK, v_THV), plan, scale, alpha)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(qkv, plan, scale, alpha):
+def _without_gradient(qkv, plan, scale, alpha):
     return forward(quantize(*qkv, plan), plan, scale, alpha, qkv[0].dtype)[: plan.num_rows]
 
 
-def _attend_fwd(qkv: Any, plan: AttentionPlan, scale: Array, alpha: float) -> Any:
+def _forward(qkv, plan, scale, alpha):
     raise NotImplementedError(
-        "mosaic_fp8 has no gradient: train with implementation='mosaic', which takes the same inputs"
+        "mosaic_fp8 has no gradient: train with implementation='mosaic', which takes the same "
+        "inputs"
     )
 
 
-_attend.defvjp(_attend_fwd, lambda alpha, saved, g: (None, None, None))
-
-
-def prepare(plan: AttentionPlan, heads: int) -> AttentionPlan:
-    """The plan with the list of work that this implementation needs: made once a batch, used by every layer."""
-    return schedule.with_schedules(plan, [WorkList.forward(heads, BLOCK_K, schedule.WORKERS)])
+_without_gradient.defvjp(_forward, lambda alpha, saved, g: (None, None, None))
 
 
 def quantize(
-    q: Float[Array, "T H K"],
-    k: Float[Array, "T H K"],
-    v: Float[Array, "T H V"],
+    q: THK,
+    k: THK,
+    v: THV,
     plan: AttentionPlan,
-) -> Operands:
-    """Operands in e4m3, each vector's (for V each head's) largest entry at the type's largest number."""
+) -> Float8Operands:
+    """Operands in e4m3: each vector's largest entry is at the type's largest number.
+
+    For V the largest entry is that of each head.
+    """
     rows = plan.num_rows
     real_T11 = (jnp.arange(rows) < plan.num_real)[:, None, None]
-    pad = ((0, schedule.rounded_up(rows) - rows), (0, 0), (0, 0))
-    q, k, v = (jnp.pad(jnp.where(real_T11, x.astype(jnp.float32), 0), pad) for x in (q, k, v))
+    q, k, v = (padded(jnp.where(real_T11, x.astype(jnp.float32), 0)) for x in (q, k, v))
 
-    def rounded(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    def rounded(
+        x: Float[Array, "T H _"], axes: tuple[int, ...]
+    ) -> tuple[Float[Array, "T H _"], Float[Array, "..."]]:
         largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
         scale = jnp.where(largest > 0, largest, 1) / LARGEST
         return (x / scale).astype(FP8), scale.squeeze(axes)
 
-    (q8, q_scale_TH), (k8, k_scale_TH), (v8, v_scale_H) = (
-        rounded(q, (2,)),
-        rounded(k, (2,)),
-        rounded(v, (0, 2)),
-    )
+    (q8, q_scale_TH), (k8, k_scale_TH) = rounded(q, (2,)), rounded(k, (2,))
+    v8, v_scale_H = rounded(v, (0, 2))
     v8 = v8.transpose(1, 2, 0)
     v8 = v8.reshape(*v8.shape[:2], -1, 16)[..., ORDER].reshape(v8.shape)
-    return Operands(q8, k8, v8, q_scale_TH.T, k_scale_TH.T, v_scale_H)
-
-
-def as_operand(weights):
-    """e4m3 scores' registers as a left operand: two neighbouring pairs of keys become four bytes in a row."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA,),
-        return_type=plgpu.ShapeDtypeStruct(
-            weights.shape, weights.dtype, layout=plgpu.Layout.WGMMA_8BIT
-        ),
-    )
-    def joined(_, x):
-        registers = np.empty(mgpu.WGMMA_LAYOUT_8BIT.registers_shape(x.shape), dtype=object)
-        for i in np.ndindex(registers.shape):
-            pair = [x.registers[i[0], 2 * i[1] + j, *i[2:]] for j in range(2)]
-            registers[i] = mgpu.utils.vector_concat(pair)
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=None
-        )
-
-    return joined(weights)
-
-
-def _tiled(shape):
-    """Shared memory of 8-bit numbers for TMA and wgmma; rows of 64 or 128 bytes."""
-    row = min(shape[-1], 128)
-    return plgpu.SMEM(
-        shape, FP8, transforms=(plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(row))
-    )
-
-
-def stages_of(k_width: int, v_width: int) -> tuple[int, int]:
-    """(depth of the rings of keys and values, slots of queries) that fit shared memory."""
-    return (2, 1) if max(k_width, v_width) > 128 else (4, 2)
-
-
-def forward(x: Operands, plan: AttentionPlan, scale: Array, alpha: float, dtype: Any) -> Array:
-    """Output, of whole tiles. Warps and barriers are those of `mosaic_hopper.forward`."""
-    rows, heads, width = x.q.shape
-    width_v = x.v.shape[1]
-    stages, q_slots = stages_of(width, width_v)
-    workers = schedule.WORKERS
-    work = schedule.schedule_of(plan, WorkList.forward(heads, BLOCK_K, workers))
-    scales = schedule.row_scales(scale, plan, rows)
-    v_scale = x.v_scale / WEIGHT_SCALE
-
-    def kernel(
-        q_gm,
-        k_gm,
-        v_gm,
-        q_scale_gm,
-        k_scale_gm,
-        v_scale_gm,
-        bounds_gm,
-        scale_gm,
-        records_gm,
-        counters_gm,
-        o_gm,
-        part_gm,
-        s,
-    ):
-        wg = lax.axis_index("wg")
-
-        @pl.when(wg < 2)
-        def _compute():
-            plgpu.set_max_registers(240, action="increase")
-            open_rings(s, q=q_slots, k=stages, v=stages, rec=RECORDS)
-            my_o = s["o"].at[wg]
-
-            def one_item(item, slot, step, begun, ahead):
-                row0 = item.tile * TILE + wg * 64
-                row_scale = plgpu.load(
-                    q_scale_gm.at[item.head, pl.ds(row0, 64)], layout=ROW, optimized=False
-                ) * (0.5 * alpha)
-                nearest = item.bounds(bounds_gm, row0)
-
-                def weights(scores, i):
-                    """P of block i, from scores of 8-bit operands."""
-                    key_scale = plgpu.load(
-                        s["k_scale"].at[lax.rem(step + i, stages)], layout=COLUMN
-                    )
-                    shape = (64, BLOCK_K)
-                    half = (
-                        scores
-                        * lax.broadcast_in_dim(row_scale, shape, [0])
-                        * lax.broadcast_in_dim(key_scale, shape, [1])
-                    )
-                    (half,) = item.masked(
-                        i, BLOCK_K, bounds_gm, row0, (half,), nearest
-                    )  # silu(0) = 0
-                    half = half.astype(jnp.float16)  # two to a register and an instruction
-                    scaled = half * WEIGHT_SCALE
-                    return as_operand((scaled * jnp.tanh(half) + scaled).astype(FP8))
-
-                q_slot = lax.rem(slot, q_slots)
-                my_q = s["q"].at[q_slot, pl.ds(wg * 64, 64)]
-                plgpu.barrier_wait(s["q_full"].at[q_slot])
-
-                def accumulate(acc):
-                    first = lax.rem(step, stages)
-                    plgpu.barrier_wait(s["k_full"].at[first])
-
-                    def first_scores(s_acc):
-                        plgpu.wgmma(s_acc, my_q, s["k"].at[first].T)
-                        return s_acc[...]
-
-                    p = weights(
-                        pl.run_scoped(first_scores, plgpu.ACC((64, BLOCK_K), jnp.float32)),
-                        jnp.int32(0),
-                    )
-                    plgpu.barrier_arrive(s["k_empty"].at[first])
-
-                    def one_block(i, p):
-                        """Scores of block i, while the weights of block i - 1 meet their values."""
-                        now, before = lax.rem(step + i, stages), lax.rem(step + i - 1, stages)
-                        plgpu.barrier_wait(s["k_full"].at[now])
-
-                        def products(s_acc):
-                            plgpu.wgmma(s_acc, my_q, s["k"].at[now].T)
-                            plgpu.barrier_wait(s["v_full"].at[before])
-                            plgpu.wgmma(acc, p, s["v"].at[before].T)
-                            return lax.optimization_barrier(
-                                plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                            )
-
-                        p_next = weights(
-                            pl.run_scoped(products, plgpu.ACC((64, BLOCK_K), jnp.float32)), i
-                        )
-                        plgpu.barrier_arrive(s["k_empty"].at[now])
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(s["v_empty"].at[before])
-                        return p_next
-
-                    count = item.count
-                    p = lax.fori_loop(1, count, one_block, p)
-                    plgpu.barrier_arrive(s["q_empty"].at[q_slot])
-                    last = lax.rem(step + count - 1, stages)
-                    plgpu.barrier_wait(s["v_full"].at[last])
-                    plgpu.wgmma(acc, p, s["v"].at[last].T)
-                    out = acc[...]
-                    plgpu.barrier_arrive(s["v_empty"].at[last])
-                    return out
-
-                out = pl.run_scoped(accumulate, plgpu.ACC((64, width_v), jnp.float32))
-                part, head = item.slot, item.head
-                plgpu.barrier_arrive(s["rec_empty"].at[slot])
-                factor = (
-                    plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False)
-                    * v_scale_gm[head]
-                )
-                factor = lax.broadcast_in_dim(factor, (64, 64), [0])
-                for c in range(width_v // 64):
-                    chunk = out[:, c * 64 : (c + 1) * 64] * factor
-
-                    @pl.when(part < 0)
-                    def _(chunk=chunk, c=c):
-                        stage = my_o.at[c % 2]
-                        plgpu.wait_smem_to_gmem(1 if width_v > 64 else 0, wait_read_only=True)
-                        stage[...] = chunk.astype(dtype)
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(
-                            stage, o_gm.at[pl.ds(row0, 64), head, pl.ds(c * 64, 64)]
-                        )
-
-                    @pl.when(part >= 0)
-                    def _(chunk=chunk, c=c):
-                        part_gm.at[part, pl.ds(wg * 64, 64), pl.ds(c * 64, 64)][...] = chunk
-
-                return ahead()
-
-            draw_items(s["rec"], s["rec_full"], one_item)
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == 2)
-        def _feed():
-            plgpu.set_max_registers(24, action="decrease")
-
-            def queries(item, slot):
-                q_slot = lax.rem(slot, q_slots)
-                plgpu.barrier_wait(s["q_empty"].at[q_slot])
-                q_rows = q_gm.at[pl.ds(item.tile * TILE, TILE), item.head]
-                plgpu.copy_gmem_to_smem(q_rows, s["q"].at[q_slot], s["q_full"].at[q_slot])
-
-            def keys_and_values(item, step, i):
-                keys, head = pl.ds(item.block(i) * BLOCK_K, BLOCK_K), item.head
-                now = lax.rem(step + i, stages)
-                plgpu.barrier_wait(s["k_empty"].at[now])
-                plgpu.copy_gmem_to_smem(k_gm.at[keys, head], s["k"].at[now], s["k_full"].at[now])
-                plgpu.copy_gmem_to_smem(
-                    k_scale_gm.at[head, keys], s["k_scale"].at[now], s["k_full"].at[now]
-                )
-                plgpu.barrier_wait(s["v_empty"].at[now])
-                plgpu.copy_gmem_to_smem(v_gm.at[head, :, keys], s["v"].at[now], s["v_full"].at[now])
-
-            feed_items(
-                records_gm,
-                counters_gm,
-                s,
-                keys_and_values,
-                queries,
-                ahead=mosaic_hopper.AHEAD,
-                workers=workers,
-            )
-
-    slots = schedule.part_slots(plan, TILE, heads, workers)
-    out, parts = launch(
-        kernel,
-        "hstu_forward_fp8",
-        (x.q, x.k, x.v, x.q_scale, x.k_scale, v_scale, work.bounds, scales, work.records),
-        jax.new_ref(jnp.zeros((1,), jnp.int32)),
-        scratch=dict(
-            q=_tiled((q_slots, TILE, width)),
-            k=_tiled((stages, BLOCK_K, width)),
-            v=_tiled((stages, width_v, BLOCK_K)),
-            k_scale=plgpu.SMEM((stages, BLOCK_K), jnp.float32),
-            o=swizzled((2, 2, 64, 64), dtype),
-            **record_scratch(RECORDS),
-            **ring("q", q_slots),
-            **ring("k", stages, filled=2),
-            **ring("v", stages),
-        ),
-        out_type=[
-            jax.ShapeDtypeStruct((rows, heads, width_v), dtype),
-            jax.ShapeDtypeStruct((slots, TILE, width_v), jnp.float32),
-        ],
-        workers=workers,
-    )
-    (out,) = write_sums(work.parts, [(parts, out)], heads)
-    return out
+    return Float8Operands(q8, k8, v8, q_scale_TH.T, k_scale_TH.T, v_scale_H)
