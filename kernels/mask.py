@@ -375,9 +375,8 @@ def _disjoint(ranges: list[tuple[Any, Any]]) -> tuple[Any, Any]:
         # ascend, and the later one takes the rest.
         for j in range(i + 1, len(ranges)):
             later_lo, later_hi = ranges[j]
-            meets = (hi > lo) & (later_hi > later_lo) & (later_lo < hi)
-            ranges[j] = later_lo, jnp.where(meets, jnp.maximum(later_hi, hi), later_hi)
-            hi = jnp.where(meets, jnp.maximum(later_lo, lo), hi)
+            ranges[j] = later_lo, jnp.where(later_lo < hi, jnp.maximum(later_hi, hi), later_hi)
+            hi = jnp.where(later_hi > later_lo, jnp.minimum(hi, jnp.maximum(later_lo, lo)), hi)
         lo = jnp.maximum(lo, reached)
         some = hi > lo
         reached = jnp.where(some, hi, reached)

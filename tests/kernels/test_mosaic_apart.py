@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from kernels import device
+from kernels.hstu_attention import AttentionSpec
 from kernels.hstu_attention.mosaic import schedule
+from kernels.hstu_attention.mosaic.backward import backward_config, gradients
+from kernels.hstu_attention.mosaic.forward import ForwardConfig, forward
+from kernels.hstu_attention.mosaic.padding import padded
 from kernels.hstu_attention.partial import partial_attention, partial_plan
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
 from tests.kernels.mosaic_interpreter import interpreted

@@ -18,7 +18,7 @@ PERMUTED = np.random.default_rng(0).permutation(ROWS // 8)
 MASKS = {
     "window to both sides": abs(ROW - KEY) <= 20,
     "prefix that sees itself": (KEY < 90) | (KEY <= ROW) & (ROW >= 90),
-    "own block and the first": (ROW // 32 == KEY // 32) | (KEY < 9),
+    "own block and the first": (ROW // 32 == KEY // 32) & (KEY <= ROW) | (KEY < 9),
     "later keys alone": (KEY > ROW + 40) & (KEY < 200),
     "some other block": PERMUTED[ROW // 8] == KEY // 8,
     "far block and newest keys": (PERMUTED[ROW // 8] == KEY // 8) & (KEY < ROW - 50)

@@ -14,10 +14,11 @@ from kernels.hstu_attention.mosaic.backward_shared import (
     BackwardInputs,
     launch_over_keys,
     load_rows_and_gradients,
+    loaded_pair,
     silu_slopes,
 )
 from kernels.hstu_attention.mosaic.items import draw_items, feed_items
-from kernels.hstu_attention.mosaic.launch import open_rings
+from kernels.hstu_attention.mosaic.launch import arrive, fill, open_rings, wait, with_sums
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig
 
 RECORDS = 4  # of work items, in shared memory at a time
@@ -60,13 +61,13 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
 
             def one_item(item, slot, step, nearest, ahead):
                 key_slot = lax.rem(slot, KEY_SLOTS)
-                plgpu.barrier_wait(s["kv_full"].at[key_slot])
+                wait(s, "kv_full", key_slot)
 
                 def accumulate(dk, dv):
                     @pl.loop(0, item.count)
                     def _(i):
                         now = lax.rem(step + i, stages)
-                        plgpu.barrier_wait(s["row_full"].at[now])
+                        wait(s, "row_full", now)
                         # Computed anew in every step: kept from step to step it would take
                         # registers there are not.
                         keys = pl.ds(
@@ -83,20 +84,15 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
 
                             @pl.when(i > 0)
                             def _():
-                                plgpu.barrier_arrive(
-                                    s["row_empty"].at[lax.rem(step + i + stages - 1, stages)]
-                                )
+                                arrive(s, "row_empty", lax.rem(step + i + stages - 1, stages))
 
                             def slopes(dp_acc):
                                 plgpu.wgmma(dp_acc, my_v, s["do"].at[now].T)
-                                score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
-                                return lax.optimization_barrier(
-                                    (score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
-                                )
+                                return loaded_pair(s_acc, dp_acc)
 
-                            return pl.run_scoped(slopes, plgpu.ACC((64, block_q), jnp.float32))
+                            return with_sums(slopes, (64, block_q))
 
-                        pair = pl.run_scoped(scores, plgpu.ACC((64, block_q), jnp.float32))
+                        pair = with_sums(scores, (64, block_q))
                         score, dp = item.masked(
                             i,
                             block_q,
@@ -111,17 +107,13 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
                         plgpu.wgmma(dk, ds.astype(dtype), s["q"].at[now])
 
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + item.count - 1, stages)])
+                    arrive(s, "row_empty", lax.rem(step + item.count - 1, stages))
                     return dk[...], dv[...]
 
-                dk, dv = pl.run_scoped(
-                    accumulate,
-                    plgpu.ACC((64, width), jnp.float32),
-                    plgpu.ACC((64, width_v), jnp.float32),
-                )
+                dk, dv = with_sums(accumulate, (64, width), (64, width_v))
                 keys, head, part = pl.ds(first_key(item), 64), item.head, item.slot
                 nearest_next = ahead()
-                plgpu.barrier_arrive(s["rec_empty"].at[slot])
+                arrive(s, "rec_empty", slot)
                 outputs = (
                     (dv, factor_gm[0], s["v"], dv_gm, dv_part_gm),
                     (dk, factor_gm[0] * (0.5 * alpha), s["k"], dk_gm, dk_part_gm),
@@ -140,12 +132,11 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
                         part_gm.at[part, mine][...] = grad * times
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(s["kv_empty"].at[key_slot])
+                arrive(s, "kv_empty", key_slot)
                 return nearest_next
 
             draw_items(
-                s["rec"],
-                s["rec_full"],
+                s,
                 one_item,
                 lambda item, slot, step: item.bounds(bounds_gm, first_key(item)),
             )
@@ -160,10 +151,9 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
 
             def keys_and_values(item, slot):
                 key_slot, keys = lax.rem(slot, KEY_SLOTS), pl.ds(item.tile * tile, tile)
-                full = s["kv_full"].at[key_slot]
-                plgpu.barrier_wait(s["kv_empty"].at[key_slot])
-                plgpu.copy_gmem_to_smem(k_gm.at[keys, item.head], s["k"].at[key_slot], full)
-                plgpu.copy_gmem_to_smem(v_gm.at[keys, item.head], s["v"].at[key_slot], full)
+                wait(s, "kv_empty", key_slot)
+                fill(s, "k", k_gm.at[keys, item.head], key_slot, "kv_full")
+                fill(s, "v", v_gm.at[keys, item.head], key_slot, "kv_full")
 
             feed_items(
                 records_gm,

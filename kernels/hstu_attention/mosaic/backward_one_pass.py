@@ -17,10 +17,20 @@ from kernels.hstu_attention.mosaic.backward_shared import (
     feed,
     finished_dq,
     launch_over_keys,
+    loaded_pair,
     silu_slopes,
 )
 from kernels.hstu_attention.mosaic.items import draw_items
-from kernels.hstu_attention.mosaic.launch import open_rings, ring, swizzled
+from kernels.hstu_attention.mosaic.launch import (
+    arrive,
+    loaded,
+    open_rings,
+    ring,
+    send,
+    swizzled,
+    wait,
+    with_sums,
+)
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig
 from kernels.zeros import zeros_after
 
@@ -71,7 +81,7 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
 
             def one_item(item, slot, step, begun, ahead):
                 nearest = item.bounds(bounds_gm, key_of(item))
-                plgpu.barrier_wait(s["kv_full"])
+                wait(s, "kv_full")
 
                 def send_dq(dq, i):
                     """Adds this warpgroup's part of dQ of block i to memory."""
@@ -79,15 +89,14 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     s["dq"].at[wg][...] = dq
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        s["dq"].at[wg], dq_gm.at[rows, item.head, my_columns], reduction_op="add"
-                    )
+                    target = dq_gm.at[rows, item.head, my_columns]
+                    plgpu.copy_smem_to_gmem(s["dq"].at[wg], target, reduction_op="add")
 
                 def accumulate(dk, dv):
                     def one(i, _):
                         now = lax.rem(step + i, stages)
                         ds_now = lax.rem(step + i, 2)
-                        plgpu.barrier_wait(s["row_full"].at[now])
+                        wait(s, "row_full", now)
 
                         # What depends on `here` is computed anew: kept from step to step it would
                         # take registers there are not.
@@ -95,12 +104,6 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
                         keys = pl.ds(pl.multiple_of(mine.start + here, 64), 64)
                         my_k, my_v = s["k"].at[keys], s["v"].at[keys]
                         columns = range(0, block_q, 64)
-
-                        def loaded(s_acc, dp_acc, pending):
-                            st = plgpu.wgmma_accumulator_load(s_acc, wait_n=pending)
-                            return lax.optimization_barrier(
-                                (st, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
-                            )
 
                         def weigh(c, pair):
                             score, dp = item.masked(
@@ -113,7 +116,7 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
 
                         def store_slopes(c, ds16):
                             if c == 0:
-                                plgpu.barrier_wait(s["ds_empty"].at[ds_now])
+                                wait(s, "ds_empty", ds_now)
                             my_slopes.at[:, pl.ds(c, 64)][...] = ds16
                             plgpu.commit_smem()
 
@@ -133,9 +136,7 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
 
                             @pl.when(i > 0)
                             def _():
-                                plgpu.barrier_arrive(
-                                    s["row_empty"].at[lax.rem(step + i + stages - 1, stages)]
-                                )
+                                arrive(s, "row_empty", lax.rem(step + i + stages - 1, stages))
 
                             def products(*accs):
                                 accs = [s_acc, *accs]
@@ -152,29 +153,25 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
                                     if c:
                                         store_slopes(c - 64, ds16)
                                         key_products(c - 64, p16)
-                                    pair = loaded(
-                                        *accs[c // 32 : c // 32 + 2], pending=2 * (len(columns) - 1)
-                                    )
+                                    accs_c = accs[c // 32 : c // 32 + 2]
+                                    pair = loaded_pair(*accs_c, pending=2 * (len(columns) - 1))
                                     if c == columns[-1]:
                                         return pair
                                     p16, ds16 = weigh(c, pair)
 
-                            return pl.run_scoped(
-                                products,
-                                *[plgpu.ACC((64, 64), jnp.float32)] * (2 * len(columns) - 1),
-                            )
+                            return with_sums(products, *[(64, 64)] * (2 * len(columns) - 1))
 
                         weights, slopes = weigh(
                             columns[-1],
-                            pl.run_scoped(first_scores, plgpu.ACC((64, 64), jnp.float32)),
+                            with_sums(first_scores, (64, 64)),
                         )
                         store_slopes(columns[-1], slopes)
-                        plgpu.barrier_arrive(s["ds_full"].at[ds_now])
+                        arrive(s, "ds_full", ds_now)
                         # The other warpgroup has its half of the block before by now, so dQ of that
                         # block is next. (There is none at first: what is computed then goes
                         # nowhere.)
                         ds_before = 1 - ds_now
-                        pl.when(i > 0)(lambda: plgpu.barrier_wait(s["ds_full"].at[ds_before]))
+                        pl.when(i > 0)(lambda: wait(s, "ds_full", ds_before))
 
                         def products_before(dq_acc):
                             all_keys = pl.ds(pl.multiple_of(here, 128), 128)
@@ -184,21 +181,19 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
                                 s["k"].at[all_keys, my_columns],
                             )
                             key_products(columns[-1], weights)
-                            return lax.optimization_barrier(
-                                plgpu.wgmma_accumulator_load(dq_acc, wait_n=2)
-                            )
+                            return loaded(dq_acc, 2)
 
-                        dq = pl.run_scoped(products_before, plgpu.ACC(dq_shape, jnp.float32))
+                        dq = with_sums(products_before, dq_shape)
 
                         @pl.when(i > 0)
                         def _():
-                            plgpu.barrier_arrive(s["ds_empty"].at[ds_before])
+                            arrive(s, "ds_empty", ds_before)
                             send_dq(dq, i - 1)
 
                     count = item.count
                     lax.fori_loop(0, count, one, None)
                     ds_last = lax.rem(step + count - 1, 2)
-                    plgpu.barrier_wait(s["ds_full"].at[ds_last])
+                    wait(s, "ds_full", ds_last)
 
                     def product(dq_acc):
                         plgpu.wgmma(
@@ -206,27 +201,23 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
                         )
                         return dq_acc[...]
 
-                    dq = pl.run_scoped(product, plgpu.ACC(dq_shape, jnp.float32))
-                    plgpu.barrier_arrive(s["ds_empty"].at[ds_last])
+                    dq = with_sums(product, dq_shape)
+                    arrive(s, "ds_empty", ds_last)
                     send_dq(dq, count - 1)
-                    plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + count - 1, stages)])
+                    arrive(s, "row_empty", lax.rem(step + count - 1, stages))
                     return dk[...], dv[...]
 
-                dk, dv = pl.run_scoped(
-                    accumulate,
-                    plgpu.ACC((64, width), jnp.float32),
-                    plgpu.ACC((64, width_v), jnp.float32),
-                )
-                plgpu.barrier_arrive(s["kv_empty"])
+                dk, dv = with_sums(accumulate, (64, width), (64, width_v))
+                arrive(s, "kv_empty")
                 key0, head, part = key_of(item), item.head, item.slot
                 ds_slot = lax.rem(step + item.count, 2)
-                plgpu.barrier_arrive(s["rec_empty"].at[slot])
+                arrive(s, "rec_empty", slot)
                 # dK and dV leave through buffers of their own, or through this warpgroup's part of
                 # a dS buffer
                 outs = [s["o"].at[wg, n] for n in range(out_slots)] or [s["ds"].at[ds_slot, mine]]
                 others = len(outs) - 1
                 if not out_slots:
-                    plgpu.barrier_wait(s["ds_empty"].at[ds_slot])
+                    wait(s, "ds_empty", ds_slot)
                 factor = factor_gm[0]
                 for grad, times, gm, part_gm in (
                     (dv, factor, dv_gm, dv_part_gm),
@@ -238,10 +229,7 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
 
                         @pl.when(part < 0)
                         def _(chunk=chunk, gm=gm, columns=columns, out=outs[-1]):
-                            plgpu.wait_smem_to_gmem(others, wait_read_only=True)
-                            out[...] = chunk.astype(dtype)
-                            plgpu.commit_smem()
-                            plgpu.copy_smem_to_gmem(out, gm.at[pl.ds(key0, 64), head, columns])
+                            send(out, chunk, gm.at[pl.ds(key0, 64), head, columns], others)
 
                         @pl.when(part >= 0)
                         def _(chunk=chunk, part_gm=part_gm, columns=columns):
@@ -249,10 +237,10 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
 
                 if not out_slots:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.barrier_arrive(s["ds_empty"].at[ds_slot])
+                    arrive(s, "ds_empty", ds_slot)
                 return ahead()
 
-            draw_items(s["rec"], s["rec_full"], one_item)
+            draw_items(s, one_item)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)

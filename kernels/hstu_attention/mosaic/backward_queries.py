@@ -10,9 +10,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.backward_shared import BackwardInputs, silu_slopes
+from kernels.hstu_attention.mosaic.backward_shared import BackwardInputs, loaded_pair, silu_slopes
 from kernels.hstu_attention.mosaic.items import draw_items, feed_items, record_scratch
-from kernels.hstu_attention.mosaic.launch import launch, load_rows, open_rings, ring, swizzled
+from kernels.hstu_attention.mosaic.launch import (
+    arrive,
+    fill,
+    launch,
+    load_rows,
+    open_rings,
+    ring,
+    swizzled,
+    wait,
+    with_sums,
+)
 from kernels.hstu_attention.mosaic.padding import TAIL
 from kernels.hstu_attention.mosaic.schedule import WorkList, part_slots
 from kernels.hstu_attention.mosaic.split_tiles import write_sums
@@ -76,8 +86,8 @@ def query_gradients(x: BackwardInputs) -> THK:
 
                 @pl.when(more)
                 def _():
-                    plgpu.barrier_wait(s["k_full"].at[now_k])
-                    plgpu.barrier_wait(s["v_full"].at[now_v])
+                    wait(s, "k_full", now_k)
+                    wait(s, "v_full", now_v)
 
                 # What depends on `here` is computed anew: kept from step to step it would take
                 # registers there are not.
@@ -89,14 +99,10 @@ def query_gradients(x: BackwardInputs) -> THK:
                     plgpu.wgmma(dp_acc, s["do"].at[row_slot, rows], s["v"].at[now_v].T)
                     if beside is not None:
                         beside()
-                    score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if beside is None else 1)
-                    return lax.optimization_barrier(
-                        (score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
-                    )
+                    return loaded_pair(s_acc, dp_acc, 0 if beside is None else 1)
 
-                block = plgpu.ACC((64, BLOCK), jnp.float32)
-                score, dp = pl.run_scoped(scores, block, block)
-                pl.when(more)(lambda: plgpu.barrier_arrive(s["v_empty"].at[now_v]))
+                score, dp = with_sums(scores, (64, BLOCK), (64, BLOCK))
+                pl.when(more)(lambda: arrive(s, "v_empty", now_v))
                 score, dp = item.masked(i, BLOCK, bounds_gm, first_row(item), (score, dp), nearest)
                 return silu_slopes(score, dp, alpha)[2].astype(dtype)
 
@@ -108,9 +114,7 @@ def query_gradients(x: BackwardInputs) -> THK:
                 if wide:  # no registers for that
                     return None
                 nearest, more = item.bounds(bounds_gm, first_row(item)), item.tile >= 0
-                pl.when(more)(
-                    lambda: plgpu.barrier_wait(s["row_full"].at[lax.rem(slot, row_slots)])
-                )
+                pl.when(more)(lambda: wait(s, "row_full", lax.rem(slot, row_slots)))
                 return nearest, slopes(item, slot, step, jnp.int32(0), nearest, beside, more)
 
             def one_item(item, slot, step, begun, ahead):
@@ -121,11 +125,11 @@ def query_gradients(x: BackwardInputs) -> THK:
                         plgpu.wgmma(dq, ds, s["k"].at[lax.rem(step + i, k_stages)])
 
                     def release(i):
-                        plgpu.barrier_arrive(s["k_empty"].at[lax.rem(step + i, k_stages)])
+                        arrive(s, "k_empty", lax.rem(step + i, k_stages))
 
                     if wide:
                         nearest = item.bounds(bounds_gm, first_row(item))
-                        plgpu.barrier_wait(s["row_full"].at[row_slot])
+                        wait(s, "row_full", row_slot)
 
                         @pl.loop(0, count)
                         def _(i):
@@ -151,9 +155,9 @@ def query_gradients(x: BackwardInputs) -> THK:
                     release(count - 1)
                     return out, begun_next
 
-                dq, begun_next = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))
+                dq, begun_next = with_sums(accumulate, (64, width))
                 place, part, head = pl.ds(first_row(item) - first, 64), item.slot, item.head
-                plgpu.barrier_arrive(s["rec_empty"].at[slot])
+                arrive(s, "rec_empty", slot)
                 times = factor_gm[0] * (0.5 * alpha)
                 stage = s["q"].at[row_slot, mine]  # nobody else reads these rows
 
@@ -174,10 +178,10 @@ def query_gradients(x: BackwardInputs) -> THK:
                     for columns, chunk in chunks():
                         part_gm.at[part, mine, columns][...] = chunk
 
-                plgpu.barrier_arrive(s["row_empty"].at[row_slot])
+                arrive(s, "row_empty", row_slot)
                 return begun_next
 
-            draw_items(s["rec"], s["rec_full"], one_item, begin)
+            draw_items(s, one_item, begin)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
@@ -187,21 +191,18 @@ def query_gradients(x: BackwardInputs) -> THK:
 
             def queries(item, slot):
                 place, row_slot = pl.ds(item.tile * TILE - first, TILE), lax.rem(slot, row_slots)
-                full = s["row_full"].at[row_slot]
-                plgpu.barrier_wait(s["row_empty"].at[row_slot])
-                plgpu.copy_gmem_to_smem(q_gm.at[place, item.head], s["q"].at[row_slot], full)
-                plgpu.copy_gmem_to_smem(do_gm.at[place, item.head], s["do"].at[row_slot], full)
+                wait(s, "row_empty", row_slot)
+                fill(s, "q", q_gm.at[place, item.head], row_slot, "row_full")
+                fill(s, "do", do_gm.at[place, item.head], row_slot, "row_full")
 
             def keys_and_values(item, step, i):
                 now_k, now_v = lax.rem(step + i, k_stages), lax.rem(step + i, v_stages)
                 row = item.block(i) * BLOCK
-                plgpu.barrier_wait(s["k_empty"].at[now_k])
+                wait(s, "k_empty", now_k)
                 into, full = s["k"].at[now_k], s["k_full"].at[now_k]
                 load_rows(k_gm, tails_gm, row, BLOCK, item.head, tail_first, into, full, width)
-                plgpu.barrier_wait(s["v_empty"].at[now_v])
-                plgpu.copy_gmem_to_smem(
-                    v_gm.at[pl.ds(row, BLOCK), item.head], s["v"].at[now_v], s["v_full"].at[now_v]
-                )
+                wait(s, "v_empty", now_v)
+                fill(s, "v", v_gm.at[pl.ds(row, BLOCK), item.head], now_v)
 
             feed_items(
                 records_gm,

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernels.hstu_attention.mosaic.items import feed_items, record_scratch
-from kernels.hstu_attention.mosaic.launch import launch, load_rows, ring, swizzled
+from kernels.hstu_attention.mosaic.launch import fill, launch, load_rows, ring, swizzled, wait
 from kernels.hstu_attention.mosaic.schedule import (
     BackwardConfig,
     Schedule,
@@ -57,6 +57,12 @@ def silu_slopes(score, dp, alpha):
     t = jnp.tanh(half)
     w = t + 1.0
     return half, w, dp * (w * (half - half * t) + w)
+
+
+def loaded_pair(s_acc, dp_acc, pending=0):
+    """Scores once so many products are pending, and dP, which is then there, too."""
+    score = plgpu.wgmma_accumulator_load(s_acc, wait_n=pending)
+    return lax.optimization_barrier((score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None)))
 
 
 def finished_dq(dq_ref: jax.Ref, x: BackwardInputs, factor: Float[Array, " 1"]) -> THK:
@@ -125,7 +131,7 @@ def load_rows_and_gradients(q_gm, do_gm, tails_gm, tail_first, config, first, s)
     def load_block(item, step, i):
         now = lax.rem(step + i, config.stages)
         row, full = item.block(i) * block_q, s["row_full"].at[now]
-        plgpu.barrier_wait(s["row_empty"].at[now])
+        wait(s, "row_empty", now)
         for gm, into, column in ((q_gm, s["q"], 0), (do_gm, s["do"], 2 * width)):
             load_rows(
                 gm, tails_gm, row, block_q, item.head, tail_first, into.at[now], full, column, first
@@ -143,9 +149,9 @@ def feed(q_gm, k_gm, v_gm, do_gm, tails_gm, records_gm, tail_first, config, firs
     load_block = load_rows_and_gradients(q_gm, do_gm, tails_gm, tail_first, config, first, s)
 
     def keys_and_values(item):
-        plgpu.barrier_wait(s["kv_empty"])
+        wait(s, "kv_empty")
         row = item.tile * tile
-        plgpu.copy_gmem_to_smem(v_gm.at[pl.ds(row, tile), item.head], s["v"], s["kv_full"])
+        fill(s, "v", v_gm.at[pl.ds(row, tile), item.head], full="kv_full")
         load_rows(k_gm, tails_gm, row, tile, item.head, tail_first, s["k"], s["kv_full"], width)
 
     def rows_and_gradients(item, step, i):

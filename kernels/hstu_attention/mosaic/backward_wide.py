@@ -21,10 +21,19 @@ from kernels.hstu_attention.mosaic.backward_shared import (
     feed,
     finished_dq,
     launch_over_keys,
+    loaded_pair,
     silu_slopes,
 )
 from kernels.hstu_attention.mosaic.items import draw_items
-from kernels.hstu_attention.mosaic.launch import open_rings, ring, swizzled
+from kernels.hstu_attention.mosaic.launch import (
+    arrive,
+    loaded,
+    open_rings,
+    ring,
+    swizzled,
+    wait,
+    with_sums,
+)
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig
 from kernels.zeros import zeros_after
 
@@ -75,7 +84,7 @@ def _gradients(
         def write(item, slot, gradient, times, gm, part_gm):
             """An item's gradient, from the registers to memory."""
             part, head, keys = item.slot, item.head, pl.ds(item.tile * tile, tile)
-            plgpu.barrier_arrive(s["rec_empty"].at[slot])
+            arrive(s, "rec_empty", slot)
             for c in range(0, gradient.shape[1], 64):
                 chunk, columns = gradient[:, c : c + 64] * times, pl.ds(c, 64)
 
@@ -95,13 +104,13 @@ def _gradients(
             def one_item(item, slot, step, begun, ahead):
                 key0 = item.tile * tile
                 nearest = item.bounds(bounds_gm, key0)
-                plgpu.barrier_wait(s["kv_full"])
+                wait(s, "kv_full")
 
                 def accumulate(dk):
                     @pl.loop(0, item.count)
                     def _(i):
                         now = lax.rem(step + i, stages)
-                        plgpu.barrier_wait(s["row_full"].at[now])
+                        wait(s, "row_full", now)
 
                         # Computed anew in every step: kept from step to step it would take
                         # registers there are not.
@@ -116,43 +125,37 @@ def _gradients(
 
                             @pl.when(i > 0)
                             def _():
-                                plgpu.barrier_arrive(
-                                    s["row_empty"].at[lax.rem(step + i + stages - 1, stages)]
-                                )
+                                arrive(s, "row_empty", lax.rem(step + i + stages - 1, stages))
 
-                            score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
-                            return lax.optimization_barrier(
-                                (score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
-                            )
+                            return loaded_pair(s_acc, dp_acc)
 
-                        block = plgpu.ACC((tile, block_q), jnp.float32)
                         score, dp = item.masked(
                             i,
                             block_q,
                             bounds_gm,
                             key0,
-                            pl.run_scoped(scores, block, block),
+                            with_sums(scores, (tile, block_q), (tile, block_q)),
                             nearest,
                             intervals=intervals,
                         )
                         half, w, ds = silu_slopes(score, dp, alpha)
-                        plgpu.barrier_wait(s["weights_empty"])
+                        wait(s, "weights_empty")
                         s["p"][...] = (half * w).astype(dtype)
                         s["ds"][...] = ds.astype(dtype)
                         plgpu.commit_smem()
-                        plgpu.barrier_arrive(s["weights_full"])
+                        arrive(s, "weights_full")
                         plgpu.wgmma(dk, s["ds"], s["q"].at[now])
 
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + item.count - 1, stages)])
+                    arrive(s, "row_empty", lax.rem(step + item.count - 1, stages))
                     return dk[...]
 
-                dk = pl.run_scoped(accumulate, plgpu.ACC((tile, width), jnp.float32))
-                plgpu.barrier_arrive(s["kv_empty"])
+                dk = with_sums(accumulate, (tile, width))
+                arrive(s, "kv_empty")
                 write(item, slot, dk, factor_gm[0] * (0.5 * alpha), dk_gm, dk_part_gm)
                 return ahead()
 
-            draw_items(s["rec"], s["rec_full"], one_item)
+            draw_items(s, one_item)
 
         @pl.when(wg == 1)
         def _sum():
@@ -160,28 +163,26 @@ def _gradients(
             open_rings(s, kv=1, row=stages, weights=1, rec=RECORDS)
 
             def one_item(item, slot, step, begun, ahead):
-                plgpu.barrier_wait(s["kv_full"])
+                wait(s, "kv_full")
 
                 def accumulate(dv):
                     @pl.loop(0, item.count)
                     def _(i):
                         now = lax.rem(step + i, stages)
-                        plgpu.barrier_wait(s["row_full"].at[now])
-                        plgpu.barrier_wait(s["weights_full"])
+                        wait(s, "row_full", now)
+                        wait(s, "weights_full")
 
                         def dq_of(first, dq_acc, last):
                             """dQ in some columns; dV is summed while the first of them leave."""
                             plgpu.wgmma(dq_acc, s["ds"].T, s["k"].at[:, pl.ds(first, COLUMNS)])
                             if first == 0:
                                 plgpu.wgmma(dv, s["p"], s["do"].at[now])
-                            return lax.optimization_barrier(
-                                plgpu.wgmma_accumulator_load(dq_acc, wait_n=0 if last else 1)
-                            )
+                            return loaded(dq_acc, 0 if last else 1)
 
                         def release():
                             plgpu.wgmma_wait(0)
-                            plgpu.barrier_arrive(s["weights_empty"])
-                            plgpu.barrier_arrive(s["row_empty"].at[now])
+                            arrive(s, "weights_empty")
+                            arrive(s, "row_empty", now)
 
                         if not with_dq:
                             plgpu.wgmma(dv, s["p"], s["do"].at[now])
@@ -190,9 +191,8 @@ def _gradients(
                         place = pl.ds(item.block(i) * block_q - x.plan.first_row, block_q)
                         for first in range(0, width, COLUMNS):
                             last = first > 0
-                            dq = pl.run_scoped(
-                                functools.partial(dq_of, first, last=last),
-                                plgpu.ACC((block_q, COLUMNS), jnp.float32),
+                            dq = with_sums(
+                                functools.partial(dq_of, first, last=last), (block_q, COLUMNS)
                             )
                             if last:
                                 release()
@@ -201,21 +201,19 @@ def _gradients(
                                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                                 stage[...] = dq[:, c : c + SENT]
                                 plgpu.commit_smem()
-                                columns = pl.ds(first + c, SENT)
-                                plgpu.copy_smem_to_gmem(
-                                    stage, dq_gm.at[place, item.head, columns], reduction_op="add"
-                                )
+                                target = dq_gm.at[place, item.head, pl.ds(first + c, SENT)]
+                                plgpu.copy_smem_to_gmem(stage, target, reduction_op="add")
                         if width == COLUMNS:
                             release()
 
                     return dv[...]
 
-                dv = pl.run_scoped(accumulate, plgpu.ACC((tile, width_v), jnp.float32))
-                plgpu.barrier_arrive(s["kv_empty"])
+                dv = with_sums(accumulate, (tile, width_v))
+                arrive(s, "kv_empty")
                 write(item, slot, dv, factor_gm[0], dv_gm, dv_part_gm)
                 return ahead()
 
-            draw_items(s["rec"], s["rec_full"], one_item)
+            draw_items(s, one_item)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)

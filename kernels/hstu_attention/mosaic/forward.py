@@ -18,11 +18,17 @@ from kernels.hstu_attention import tuning
 from kernels.hstu_attention.mosaic.items import WorkItem, feed_items, record_scratch
 from kernels.hstu_attention.mosaic.launch import (
     ROW,
+    arrive,
+    fill,
     launch,
     load_rows,
+    loaded,
     open_rings,
     ring,
+    send,
     swizzled,
+    wait,
+    with_sums,
 )
 from kernels.hstu_attention.mosaic.padding import TAIL, clean_tails, row_scales
 from kernels.hstu_attention.mosaic.schedule import WORKERS, WorkList, part_slots
@@ -120,18 +126,16 @@ def forward(
                         Meanwhile weights `p` meet the values of the block before.
                         """
                         before = lax.rem(now + stages - 1, stages)
-                        pl.when(more)(lambda: plgpu.barrier_wait(s["k_full"].at[now]))
+                        pl.when(more)(lambda: wait(s, "k_full", now))
 
                         def products(s_acc):
                             plgpu.wgmma(s_acc, my_q, s["k"].at[now].T)
-                            plgpu.barrier_wait(s["v_full"].at[before])
+                            wait(s, "v_full", before)
                             plgpu.wgmma(acc, p, s["v"].at[before])
-                            return lax.optimization_barrier(
-                                plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                            )
+                            return loaded(s_acc, 1)
 
-                        scores = pl.run_scoped(products, plgpu.ACC((64, block_k), jnp.float32))
-                        pl.when(more)(lambda: plgpu.barrier_arrive(s["k_empty"].at[now]))
+                        scores = with_sums(products, (64, block_k))
+                        pl.when(more)(lambda: arrive(s, "k_empty", now))
                         return scores, before
 
                     def one_block(i, p):
@@ -140,32 +144,28 @@ def forward(
                         )
                         p_next = weights(scores, item, i, nearest)
                         plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(s["v_empty"].at[before])
+                        arrive(s, "v_empty", before)
                         return p_next
 
                     last = lax.fori_loop(1, count, one_block, p)
-                    plgpu.barrier_arrive(s["q_empty"].at[lax.rem(slot, config.q_slots)])
+                    arrive(s, "q_empty", lax.rem(slot, config.q_slots))
                     # The next item begins while this one ends. Behind the last, what is computed
                     # goes nowhere.
-                    plgpu.barrier_wait(s["rec_full"].at[next_slot])
+                    wait(s, "rec_full", next_slot)
                     more = after.tile >= 0
-                    pl.when(more)(
-                        lambda: plgpu.barrier_wait(
-                            s["q_full"].at[lax.rem(next_slot, config.q_slots)]
-                        )
-                    )
+                    pl.when(more)(lambda: wait(s, "q_full", lax.rem(next_slot, config.q_slots)))
                     nearest_next = after.bounds(bounds_gm, first_row(after))
                     scores, before = scores_beside_values(
                         queries(next_slot), lax.rem(step + count, stages), more, last
                     )
                     p_next = weights(scores, after, jnp.int32(0), nearest_next)
                     out = acc[...]
-                    plgpu.barrier_arrive(s["v_empty"].at[before])
+                    arrive(s, "v_empty", before)
                     return out, p_next, nearest_next
 
-                out, p, nearest = pl.run_scoped(accumulate, plgpu.ACC((64, width_v), jnp.float32))
+                out, p, nearest = with_sums(accumulate, (64, width_v))
                 part, head, row0 = item.slot, item.head, first_row(item)
-                plgpu.barrier_arrive(s["rec_empty"].at[slot])
+                arrive(s, "rec_empty", slot)
                 if scale_in_rows:
                     scale = plgpu.load(
                         scale_gm.at[pl.ds(row0 - first, 64)], layout=ROW, optimized=False
@@ -178,13 +178,8 @@ def forward(
 
                     @pl.when(part < 0)
                     def _(chunk=chunk, c=c):
-                        stage = my_o.at[c % 2]
-                        plgpu.wait_smem_to_gmem(1 if width_v > 64 else 0, wait_read_only=True)
-                        stage[...] = chunk.astype(dtype)
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(
-                            stage, o_gm.at[pl.ds(row0 - first, 64), head, pl.ds(c * 64, 64)]
-                        )
+                        target = o_gm.at[pl.ds(row0 - first, 64), head, pl.ds(c * 64, 64)]
+                        send(my_o.at[c % 2], chunk, target, 1 if width_v > 64 else 0)
 
                     @pl.when(part >= 0)
                     def _(chunk=chunk, c=c):
@@ -193,20 +188,20 @@ def forward(
                 return next_slot, step + count, p, nearest
 
             item = WorkItem(s["rec"], 0)
-            plgpu.barrier_wait(s["rec_full"].at[0])
+            wait(s, "rec_full", 0)
 
             @pl.when(item.tile >= 0)
             def _all_items():
                 nearest = item.bounds(bounds_gm, first_row(item))
-                plgpu.barrier_wait(s["q_full"].at[0])
-                plgpu.barrier_wait(s["k_full"].at[0])
+                wait(s, "q_full", 0)
+                wait(s, "k_full", 0)
 
                 def first_scores(s_acc):
                     plgpu.wgmma(s_acc, queries(0), s["k"].at[0].T)
                     return s_acc[...]
 
-                scores = pl.run_scoped(first_scores, plgpu.ACC((64, block_k), jnp.float32))
-                plgpu.barrier_arrive(s["k_empty"].at[0])
+                scores = with_sums(first_scores, (64, block_k))
+                arrive(s, "k_empty", 0)
                 zero = jnp.int32(0)
                 lax.while_loop(
                     lambda carry: WorkItem(s["rec"], carry[0]).tile >= 0,
@@ -222,18 +217,16 @@ def forward(
 
             def queries(item, slot):
                 q_slot = lax.rem(slot, config.q_slots)
-                plgpu.barrier_wait(s["q_empty"].at[q_slot])
+                wait(s, "q_empty", q_slot)
                 q_rows = q_gm.at[pl.ds(item.tile * TILE - first, TILE), item.head]
-                plgpu.copy_gmem_to_smem(q_rows, s["q"].at[q_slot], s["q_full"].at[q_slot])
+                fill(s, "q", q_rows, q_slot)
 
             def keys_and_values(item, step, i):
                 row = item.block(i) * block_k
                 now = lax.rem(step + i, stages)
-                plgpu.barrier_wait(s["k_empty"].at[now])
-                plgpu.copy_gmem_to_smem(
-                    k_gm.at[pl.ds(row, block_k), item.head], s["k"].at[now], s["k_full"].at[now]
-                )
-                plgpu.barrier_wait(s["v_empty"].at[now])
+                wait(s, "k_empty", now)
+                fill(s, "k", k_gm.at[pl.ds(row, block_k), item.head], now)
+                wait(s, "v_empty", now)
                 into, full = s["v"].at[now], s["v_full"].at[now]
                 load_rows(v_gm, tails_gm, row, block_k, item.head, tail_first, into, full)
 

@@ -9,7 +9,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, memref
 
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.launch import ROW, ring
+from kernels.hstu_attention.mosaic.launch import ROW, fill, ring, wait
 from kernels.hstu_attention.mosaic.masking import keep_inside
 
 
@@ -116,9 +116,9 @@ def fetch_item(records_gm, counters_gm, s, slot, *, workers, which, first=False)
         if first
         else _draw_number(counters_gm, which, s["rec"].at[s["rec"].shape[0] - 1]) + workers
     )
-    plgpu.barrier_wait(s["rec_empty"].at[slot])
+    wait(s, "rec_empty", slot)
     number = jnp.minimum(number, records_gm.shape[0] - 1)
-    plgpu.copy_gmem_to_smem(records_gm.at[number], s["rec"].at[slot], s["rec_full"].at[slot])
+    fill(s, "rec", records_gm.at[number], slot)
 
 
 def feed_items(records_gm, counters_gm, s, load_block, begin, *, ahead, workers, which=0):
@@ -155,10 +155,10 @@ def feed_items(records_gm, counters_gm, s, load_block, begin, *, ahead, workers,
         return next_item()
 
     fetch_item(records_gm, counters_gm, s, 0, workers=workers, which=which, first=True)
-    draw_items(s["rec"], s["rec_full"], one_item)
+    draw_items(s, one_item)
 
 
-def draw_items(records_sm, full, body, begin=lambda item, slot, step: None):
+def draw_items(s, body, begin=lambda item, slot, step: None):
     """Runs `body(item, slot, step, begun, ahead)` for every item that the feeding warpgroup draws.
 
     `step` counts the blocks before the item. `begin(item, slot, step)` is what can be done for an
@@ -168,6 +168,7 @@ def draw_items(records_sm, full, body, begin=lambda item, slot, step: None):
     another, with tile -1.
     """
 
+    records_sm = s["rec"]
     slots = records_sm.shape[0] - 1
 
     def one(carry):
@@ -177,7 +178,7 @@ def draw_items(records_sm, full, body, begin=lambda item, slot, step: None):
 
         def ahead(*more):
             next_slot = lax.rem(slot + 1, slots)
-            plgpu.barrier_wait(full.at[next_slot])
+            wait(s, "rec_full", next_slot)
             after = WorkItem(records_sm, next_slot)
             begun = begin(after, next_slot, step + count, *more)
             return after.tile >= 0, next_slot, step + count, begun
@@ -185,7 +186,7 @@ def draw_items(records_sm, full, body, begin=lambda item, slot, step: None):
         return body(item, slot, step, begun, ahead)
 
     zero = jnp.int32(0)
-    plgpu.barrier_wait(full.at[0])
+    wait(s, "rec_full", 0)
     first = WorkItem(records_sm, 0)
     lax.while_loop(
         lambda carry: carry[0], one, (first.tile >= 0, zero, zero, begin(first, zero, zero))

@@ -57,11 +57,48 @@ def ring(name, slots, filled=1, emptied=2):
     }
 
 
+def wait(s, barrier, slot=None):
+    plgpu.barrier_wait(s[barrier] if slot is None else s[barrier].at[slot])
+
+
+def arrive(s, barrier, slot=None):
+    plgpu.barrier_arrive(s[barrier] if slot is None else s[barrier].at[slot])
+
+
 def open_rings(s, **slots):
     """What each reader of the named rings does first: all their buffers are empty."""
     for name, number in slots.items():
         for i in range(number):
-            plgpu.barrier_arrive(s[f"{name}_empty"].at[i])
+            arrive(s, f"{name}_empty", i)
+
+
+def fill(s, name, source, slot=None, full=None):
+    """Copies `source` to the buffer `name`, of a ring if there is a `slot`; `NAME_full` tells."""
+    into, full = s[name], s[full or f"{name}_full"]
+    if slot is not None:
+        into, full = into.at[slot], full.at[slot]
+    plgpu.copy_gmem_to_smem(source, into, full)
+
+
+def send(stage, values, target, pending):
+    """Copies `values` to memory through `stage`, once so many copies before it are pending."""
+    plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
+    stage[...] = values.astype(stage.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(stage, target)
+
+
+def with_sums(body, *shapes):
+    """Runs `body` with float32 accumulators, which begin with zeros."""
+    return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def loaded(acc, pending):
+    """An accumulator once so many products are pending.
+
+    The barrier keeps the compiler from using it before.
+    """
+    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=pending))
 
 
 def load_rows(gm, tails_gm, row, size, head, tail_first, into, full, column=0, first=0):

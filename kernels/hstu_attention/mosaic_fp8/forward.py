@@ -21,7 +21,19 @@ from jaxtyping import Array, Float
 from kernels.hstu_attention.mosaic import schedule
 from kernels.hstu_attention.mosaic.forward import AHEAD, RECORDS, TILE
 from kernels.hstu_attention.mosaic.items import draw_items, feed_items, record_scratch
-from kernels.hstu_attention.mosaic.launch import ROW, launch, open_rings, ring, swizzled
+from kernels.hstu_attention.mosaic.launch import (
+    ROW,
+    arrive,
+    fill,
+    launch,
+    loaded,
+    open_rings,
+    ring,
+    send,
+    swizzled,
+    wait,
+    with_sums,
+)
 from kernels.hstu_attention.mosaic.padding import row_scales
 from kernels.hstu_attention.mosaic.schedule import WorkList, part_slots
 from kernels.hstu_attention.mosaic.split_tiles import write_sums
@@ -156,56 +168,52 @@ def forward(
 
                 q_slot = lax.rem(slot, q_slots)
                 my_q = s["q"].at[q_slot, pl.ds(wg * 64, 64)]
-                plgpu.barrier_wait(s["q_full"].at[q_slot])
+                wait(s, "q_full", q_slot)
 
                 def accumulate(acc):
                     first = lax.rem(step, stages)
-                    plgpu.barrier_wait(s["k_full"].at[first])
+                    wait(s, "k_full", first)
 
                     def first_scores(s_acc):
                         plgpu.wgmma(s_acc, my_q, s["k"].at[first].T)
                         return s_acc[...]
 
                     p = weights(
-                        pl.run_scoped(first_scores, plgpu.ACC((64, BLOCK_K), jnp.float32)),
+                        with_sums(first_scores, (64, BLOCK_K)),
                         jnp.int32(0),
                     )
-                    plgpu.barrier_arrive(s["k_empty"].at[first])
+                    arrive(s, "k_empty", first)
 
                     def one_block(i, p):
                         """Scores of block i, while the weights of block i - 1 meet their values."""
                         now, before = lax.rem(step + i, stages), lax.rem(step + i - 1, stages)
-                        plgpu.barrier_wait(s["k_full"].at[now])
+                        wait(s, "k_full", now)
 
                         def products(s_acc):
                             plgpu.wgmma(s_acc, my_q, s["k"].at[now].T)
-                            plgpu.barrier_wait(s["v_full"].at[before])
+                            wait(s, "v_full", before)
                             plgpu.wgmma(acc, p, s["v"].at[before].T)
-                            return lax.optimization_barrier(
-                                plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                            )
+                            return loaded(s_acc, 1)
 
-                        p_next = weights(
-                            pl.run_scoped(products, plgpu.ACC((64, BLOCK_K), jnp.float32)), i
-                        )
-                        plgpu.barrier_arrive(s["k_empty"].at[now])
+                        p_next = weights(with_sums(products, (64, BLOCK_K)), i)
+                        arrive(s, "k_empty", now)
                         plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(s["v_empty"].at[before])
+                        arrive(s, "v_empty", before)
                         return p_next
 
                     count = item.count
                     p = lax.fori_loop(1, count, one_block, p)
-                    plgpu.barrier_arrive(s["q_empty"].at[q_slot])
+                    arrive(s, "q_empty", q_slot)
                     last = lax.rem(step + count - 1, stages)
-                    plgpu.barrier_wait(s["v_full"].at[last])
+                    wait(s, "v_full", last)
                     plgpu.wgmma(acc, p, s["v"].at[last].T)
                     out = acc[...]
-                    plgpu.barrier_arrive(s["v_empty"].at[last])
+                    arrive(s, "v_empty", last)
                     return out
 
-                out = pl.run_scoped(accumulate, plgpu.ACC((64, width_v), jnp.float32))
+                out = with_sums(accumulate, (64, width_v))
                 part, head = item.slot, item.head
-                plgpu.barrier_arrive(s["rec_empty"].at[slot])
+                arrive(s, "rec_empty", slot)
                 factor = (
                     plgpu.load(scale_gm.at[pl.ds(row0, 64)], layout=ROW, optimized=False)
                     * v_scale_gm[head]
@@ -216,13 +224,8 @@ def forward(
 
                     @pl.when(part < 0)
                     def _(chunk=chunk, c=c):
-                        stage = my_o.at[c % 2]
-                        plgpu.wait_smem_to_gmem(1 if width_v > 64 else 0, wait_read_only=True)
-                        stage[...] = chunk.astype(dtype)
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(
-                            stage, o_gm.at[pl.ds(row0, 64), head, pl.ds(c * 64, 64)]
-                        )
+                        target = o_gm.at[pl.ds(row0, 64), head, pl.ds(c * 64, 64)]
+                        send(my_o.at[c % 2], chunk, target, 1 if width_v > 64 else 0)
 
                     @pl.when(part >= 0)
                     def _(chunk=chunk, c=c):
@@ -230,7 +233,7 @@ def forward(
 
                 return ahead()
 
-            draw_items(s["rec"], s["rec_full"], one_item)
+            draw_items(s, one_item)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
@@ -239,20 +242,18 @@ def forward(
 
             def queries(item, slot):
                 q_slot = lax.rem(slot, q_slots)
-                plgpu.barrier_wait(s["q_empty"].at[q_slot])
+                wait(s, "q_empty", q_slot)
                 q_rows = q_gm.at[pl.ds(item.tile * TILE, TILE), item.head]
-                plgpu.copy_gmem_to_smem(q_rows, s["q"].at[q_slot], s["q_full"].at[q_slot])
+                fill(s, "q", q_rows, q_slot)
 
             def keys_and_values(item, step, i):
                 keys, head = pl.ds(item.block(i) * BLOCK_K, BLOCK_K), item.head
                 now = lax.rem(step + i, stages)
-                plgpu.barrier_wait(s["k_empty"].at[now])
-                plgpu.copy_gmem_to_smem(k_gm.at[keys, head], s["k"].at[now], s["k_full"].at[now])
-                plgpu.copy_gmem_to_smem(
-                    k_scale_gm.at[head, keys], s["k_scale"].at[now], s["k_full"].at[now]
-                )
-                plgpu.barrier_wait(s["v_empty"].at[now])
-                plgpu.copy_gmem_to_smem(v_gm.at[head, :, keys], s["v"].at[now], s["v_full"].at[now])
+                wait(s, "k_empty", now)
+                fill(s, "k", k_gm.at[keys, head], now)
+                fill(s, "k_scale", k_scale_gm.at[head, keys], now, "k_full")
+                wait(s, "v_empty", now)
+                fill(s, "v", v_gm.at[head, :, keys], now)
 
             load = (keys_and_values, queries)
             feed_items(records_gm, counters_gm, s, *load, ahead=AHEAD, workers=workers)
