@@ -8,6 +8,7 @@ Each kernel of each workload is timed with every candidate; the winner's output 
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable
@@ -16,13 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels import device
 from kernels.hstu_attention import make_plan, tuning
-from kernels.hstu_attention.mosaic import backward as mosaic_hopper_vjp
-from kernels.hstu_attention.mosaic import backward_queries as mosaic_hopper_dq
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
-from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.schedule import WorkList
+from kernels.hstu_attention.mosaic import attention as mosaic
+from kernels.hstu_attention.mosaic import backward as mosaic_backward
+from kernels.hstu_attention.mosaic import forward as mosaic_forward
+from kernels.hstu_attention.mosaic.schedule import WorkList, make_schedules
 from kernels.hstu_attention.triton import attention as triton
+from kernels.hstu_attention.triton.sizes import LaunchSizes, heuristic, padded
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
 from scripts.bench import attention as bench_attention
@@ -97,17 +99,20 @@ Made = tuple[
 def inputs(w: Workload) -> tuple[Any, dict[str, jax.Array], Any]:
     """(plan, arrays, bias) of a workload."""
     plan = jax.jit(lambda offsets: make_plan(w.mask, offsets, w.rows))(jnp.asarray(w.offsets()))
-    return plan, jax.jit(w.arrays)(), w.options().get("bias")
+    return plan, jax.jit(w.arrays)(), w.relative_bias()
 
 
 def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
     """For each kernel, its candidates."""
-    size, width = jnp.dtype(w.dtype).itemsize, triton.padded(max(w.k_width, w.v_width, 32))
-    default = triton.heuristic(triton.compute_capability(), w.dtype, w.k_width, w.v_width)
+    size, width = jnp.dtype(w.dtype).itemsize, padded(max(w.k_width, w.v_width, 32))
+    capability = device.current().compute_capability
+    assert capability is not None, "the tuner runs on a GPU"
+    default = heuristic(capability, w.spec)
 
-    def made(kernel: str, tiling: triton.Tiling) -> Made:
-        sizes = default._replace(**{kernel: tiling})
-        call = triton.Call(w.options()["alpha"], "tf32", sizes)
+    def made(kernel: str, launch: LaunchSizes) -> Made:
+        sizes = default._replace(**{kernel: launch})
+        call = triton.TritonCall(w.alpha, "tf32", sizes)
+        tables_and_rows = functools.partial(triton.tables_and_rows, scale=w.scale, bias=bias)
         kernels: dict[str, Callable[..., Any]] = {
             "forward": triton.forward,
             "queries": triton.query_gradients,
@@ -115,48 +120,37 @@ def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list
         }
 
         def run(plan: Any, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> Any:
-            arrays = (q, k, v) if kernel == "forward" else (q, k, v, g)
-            return kernels[kernel](
-                call, *arrays, *triton.bias_and_work(plan, w.options()["scale"], bias)
-            )
+            gradient = () if kernel == "forward" else (g,)
+            return kernels[kernel](call, (q, k, v), *tables_and_rows(plan), *gradient)
 
-        return tiling._asdict(), run, jax.jit(lambda: triton.prepared(plan, w.heads, sizes))()
+        return launch._asdict(), run, jax.jit(lambda: triton.prepare_for(plan, w.heads, sizes))()
 
     for kernel, candidates in TRITON[size, width].items():
-        yield kernel, [made(kernel, triton.Tiling(*c)) for c in candidates]
+        yield kernel, [made(kernel, LaunchSizes(*c)) for c in candidates]
 
 
 def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
-    width, scale, alpha = (
-        max(w.k_width, w.v_width),
-        jnp.float32(w.options()["scale"]),
-        w.options()["alpha"],
-    )
+    width, scale = max(w.k_width, w.v_width), jnp.float32(w.scale)
 
     def with_lists(*wanted: WorkList) -> Any:
-        return jax.jit(lambda: schedule.with_schedules(plan, wanted))()
+        return jax.jit(lambda: plan.storing(wanted, make_schedules(plan, wanted)))()
 
     def forward(sizes: Any) -> Made:
-        config = dataclasses.replace(
-            mosaic_hopper.forward_config(w.k_width, w.v_width, plan), **sizes
-        )
+        config = dataclasses.replace(mosaic_forward.forward_config(w.spec, plan), **sizes)
         ready = with_lists(WorkList.forward(w.heads, config.block_k, config.workers))
         return (
             sizes,
-            lambda plan, q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config),
+            lambda plan, q, k, v, g: mosaic_forward.forward(q, k, v, plan, scale, w.alpha, config),
             ready,
         )
 
     def backward(sizes: Any) -> Made:
-        config = mosaic_hopper_vjp.backward_config(w.k_width, w.v_width, plan, **sizes)
-        ready = with_lists(
-            WorkList.backward(w.heads, config),
-            *([mosaic_hopper_dq.work_list(w.heads)] if config.passes == 2 else []),
-        )
+        config = mosaic_backward.backward_config(w.spec, plan, **sizes)
+        ready = with_lists(*mosaic_backward.work_lists(w.heads, config))
         return (
             sizes,
-            lambda plan, q, k, v, g: mosaic_hopper_vjp.gradients(
-                q, k, v, g, plan, scale, alpha, False, config
+            lambda plan, q, k, v, g: mosaic_backward.gradients(
+                q, k, v, g, plan, scale, w.alpha, config
             ),
             ready,
         )
@@ -224,7 +218,7 @@ def tune(w: Workload, implementation: str) -> dict[str, Any]:
         kernel: fastest(f"{w.name} {implementation} {kernel}", made, tensors)
         for kernel, made in trials
     }
-    key = tuning.key(implementation, w.dtype, w.k_width, w.v_width, plan)
+    key = tuning.key(implementation, w.spec, plan)
     entry = key._asdict() | {
         "sizes": {kernel: sizes for kernel, (sizes, _) in chosen.items()},
         "microseconds": {kernel: round(micros, 1) for kernel, (_, micros) in chosen.items()},
@@ -265,9 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.workloads.split(","):
         w = WORKLOADS[name]
         for implementation in options.implementations.split(","):
-            if implementation != "mosaic" or not mosaic_hopper.unsupported(
-                jnp.dtype(w.dtype), w.k_width, w.v_width, w.bias or None
-            ):
+            if implementation != "mosaic" or not mosaic.unsupported(w.spec):
                 tasks.append((w, implementation))
     new: list[dict[str, Any]] = []
     for _, entry in each(tune, tasks, options.jobs):

@@ -25,10 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kernels.hstu_attention import hstu_attention, make_plan
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
-from kernels.hstu_attention.mosaic import fp8 as mosaic_fp8
-from kernels.hstu_attention.triton import attention as triton
+from kernels.hstu_attention import hstu_attention, make_plan, prepare_plan
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
 from scripts.bench.turns import each, preparing, turn
@@ -52,11 +49,7 @@ BRIEF, CALLS = (
     16,
 )  # kernels of fewer FLOPs are timed several to a program: their dispatch may take longer than they do
 
-PREPARE: dict[str, Callable[[Any, Workload], Any]] = {
-    "mosaic": lambda plan, w: mosaic_hopper.prepare(plan, w.heads, w.k_width, w.v_width),
-    "mosaic_fp8": lambda plan, w: mosaic_fp8.prepare(plan, w.heads),
-    "triton": lambda plan, w: triton.prepare(plan, w.heads, w.dtype, w.k_width, w.v_width, w.bias),
-}
+KERNELS = ("mosaic", "mosaic_fp8", "triton")
 Expected = dict[
     str, list[tuple[Any, np.ndarray]]
 ]  # of each array, (index, float64) of what is compared
@@ -139,10 +132,21 @@ def error(got: dict[str, jax.Array], want: Expected) -> float:
 
 def passes(w: Workload, implementation: str) -> dict[str, Callable[..., dict[str, jax.Array]]]:
     """Functions of (plan, q, k, v, g): forward, backward (which leaves the forward's output unused, so that XLA drops it), both."""
-    options, offsets = w.options(), jnp.asarray(w.offsets())
+    bias, offsets = w.relative_bias(), jnp.asarray(w.offsets())
 
     def attend(plan: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return hstu_attention(q, k, v, offsets, plan=plan, implementation=implementation, **options)
+        return hstu_attention(
+            q,
+            k,
+            v,
+            offsets,
+            mask=w.mask,
+            alpha=w.alpha,
+            scale=w.scale,
+            bias=bias,
+            plan=plan,
+            implementation=implementation,
+        )
 
     def forward(
         plan: Any, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array
@@ -167,8 +171,7 @@ def passes(w: Workload, implementation: str) -> dict[str, Callable[..., dict[str
 
 
 def planner(w: Workload, implementation: str) -> Callable[[Any], Any]:
-    prepare = PREPARE.get(implementation, lambda plan, w: plan)
-    return lambda offsets: prepare(make_plan(w.mask, offsets, w.rows), w)
+    return lambda offsets: prepare_plan(make_plan(w.mask, offsets, w.rows), w.spec, implementation)
 
 
 def abstract(tree: Any) -> Any:
@@ -202,7 +205,7 @@ def prepare(w: Workload, implementation: str) -> Prepared:
         inputs = (abstract(jax.eval_shape(make, offsets)), q, q, v, v)
         for name in ("forward", "backward"):
             run = passes(w, implementation)[name]
-            brief = implementation in PREPARE and w.forward_flops < BRIEF
+            brief = implementation in KERNELS and w.forward_flops < BRIEF
             programs[name] = [
                 jax.jit(f).lower(*inputs).compile()
                 for f in ((run, chained(run, CALLS)) if brief else (run,))

@@ -13,7 +13,7 @@ COMPILE = """
 import sys
 import jax, jax.numpy as jnp
 from kernels.hstu_attention import make_plan
-from kernels.hstu_attention.mosaic import forward as mosaic
+from kernels.hstu_attention.mosaic import attention as mosaic
 from kernels.mask import AttentionMask
 
 width, window, deterministic = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
@@ -22,9 +22,9 @@ rows = jax.ShapeDtypeStruct((4096, 2, width), jnp.bfloat16)
 
 def run(q, k, v, g, offsets):
     plan = make_plan(mask, offsets, 4096)
-    def attend(*qkv):
-        return mosaic.attend(*qkv, plan, alpha=0.1, scale=0.1, deterministic=deterministic)
-
+    attend = lambda *qkv: mosaic.attention(
+        *qkv, plan, alpha=0.1, scale=0.1, bias=None, deterministic=deterministic
+    )
     out, pull = jax.vjp(attend, q, k, v)
     return out, pull(g)
 

@@ -143,9 +143,7 @@ def test_xla_result_does_not_depend_on_the_tiling(tiling, monkeypatch):
     case = Case((0, 1, 7, 97, 40), 5, 2, 8, 4, "float32", "both")
     mask = AttentionMask(window=12, full_rows=5, prefix=3)
     want = case.out_and_gradients(case.inputs(), mask=mask, implementation="reference")
-    monkeypatch.setattr(
-        xla, "tiling", lambda rows: xla.Tiling(block, group, low_precision=True, scatter=scatter)
-    )
+    monkeypatch.setattr(xla, "loop_sizes", lambda rows: xla.PairLoop(block, group, True, scatter))
     got = case.out_and_gradients(case.inputs(), mask=mask, implementation="xla")
     for name in want:
         assert largest_error(got[name], want[name]) < 3e-6, name
@@ -186,7 +184,8 @@ def test_xla_memory_is_linear_in_rows():
 def test_xla_skips_tiles_that_do_not_meet():
     def pairs(mask, lengths, rows=8192, **counts):
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        return int(xla.num_tile_pairs(make_plan(mask, offsets, rows, **counts), 64))
+        bounds = make_plan(mask, offsets, rows, **counts).tile_bounds(64, 64)
+        return int((bounds.key_hi - bounds.key_lo).sum())
 
     assert pairs(AttentionMask(), [4096]) == 64 * 65 // 2  # as many rows of padding cost nothing
     assert pairs(AttentionMask(), [64] * 64) == 64  # sequences that fit tiles: the diagonal only
@@ -244,7 +243,14 @@ def test_workloads_are_what_the_kernels_take():
     assert sum(WORKLOADS["jagged_d128_65536"].lengths) == 65536
     small = dataclasses.replace(WORKLOADS["ml1m"], lengths=(5, 9), capacity=16, max_length=20)
     arrays = small.arrays()
-    out = hstu_attention(arrays["q"], arrays["k"], arrays["v"], small.offsets(), **small.options())
+    out = hstu_attention(
+        *(arrays[name] for name in "qkv"),
+        small.offsets(),
+        mask=small.mask,
+        alpha=small.alpha,
+        scale=small.scale,
+        bias=small.relative_bias(),
+    )
     assert (
         out.shape == arrays["g"].shape and np.isfinite(out).all() and not np.asarray(out[14:]).any()
     )
@@ -252,8 +258,7 @@ def test_workloads_are_what_the_kernels_take():
 
 def test_timing_is_a_median_and_rates_follow():
     timing = Timing((3.0, 1.0, 2.0))
-    assert timing.seconds == 2.0 and timing.tflops(4e12) == 2.0 and timing.gigabytes(6e9) == 3.0
-    assert timing.utilization(4e12, peak_tflops=8.0) == 0.25
+    assert timing.seconds == 2.0 and timing.tflops(4e12) == 2.0
     measured = device_time(
         jax.jit(lambda x: x + 1), jnp.zeros(8), repetitions=3, sample_seconds=0.001
     )

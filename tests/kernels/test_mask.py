@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.hstu_attention.plan import make_plan
+from kernels.hstu_attention.plan import TileSizes, make_plan
 from kernels.jagged import Rows
 from kernels.mask import AttentionMask, KeyIntervals
 
@@ -138,10 +138,15 @@ def test_known_answer():
 
 def test_traced_offsets_give_the_same_plan():
     mask = AttentionMask(window=3, full_rows=2, prefix=1)
-    eager = make_plan(mask, OFFSETS, ROWS, TARGETS, CONTEXTUAL, tiles=[(8, 4)])
-    traced = jax.jit(lambda o, t, c: make_plan(mask, o, ROWS, t, c, tiles=[(8, 4)]))(
-        OFFSETS, TARGETS, CONTEXTUAL
-    )
+    tiles = TileSizes(8, 4)
+
+    def planned(offsets, num_targets, num_contextual):
+        plan = make_plan(mask, offsets, ROWS, num_targets, num_contextual)
+        return plan.storing([tiles], [plan.find(tiles)])
+
+    eager = planned(OFFSETS, TARGETS, CONTEXTUAL)
+    traced = jax.jit(planned)(OFFSETS, TARGETS, CONTEXTUAL)
+    assert traced.stored_keys == (tiles,)
     jax.tree.map(np.testing.assert_array_equal, eager, traced)
     jax.tree.map(np.testing.assert_array_equal, traced.tile_bounds(8, 4), eager.tile_bounds(8, 4))
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from kernels.hstu_attention import hstu_attention, make_plan
-from kernels.hstu_attention.mosaic import schedule
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
 from kernels.hstu_attention.partial import partial_attention, partial_plan
 from kernels.jagged import Rows
@@ -117,15 +116,11 @@ def test_lists_of_the_hopper_kernels(mask):
     )
     size = plan.num_rows
     seen = np.asarray(plan.keys.dense(0))  # without the diagonal
-    for bounds, want in (
-        (
-            schedule.schedule_of(
-                plan, WorkList.backward(1, BackwardConfig(128, 64, 3, workers=4))
-            ).bounds,
-            seen.T[:edge],
-        ),
-        (schedule.schedule_of(plan, WorkList.forward(1, 64, 4)).bounds, seen),
+    for wanted, want in (
+        (WorkList.backward(1, BackwardConfig(128, 64, 3, workers=4)), seen.T[:edge]),
+        (WorkList.forward(1, 64, 4), seen),
     ):
+        bounds = plan.find(wanted).bounds
         lo, hi = np.asarray(bounds[0::2]), np.asarray(bounds[1::2])
         place = np.arange(size)
         got = ((place >= lo[:, :size, None]) & (place < hi[:, :size, None])).any(0)[: len(want)]

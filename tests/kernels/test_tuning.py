@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kernels import device
-from kernels.hstu_attention import make_plan, tuning
-from kernels.hstu_attention.triton import attention as triton
+from kernels.hstu_attention import AttentionSpec, make_plan, tuning
+from kernels.hstu_attention.triton import sizes as triton
 from kernels.hstu_attention.workloads import Workload
 from kernels.mask import AttentionMask
 from kernels.timing import chained, device_time
@@ -93,30 +93,29 @@ def test_an_entry_twice():
 
 def test_a_call_finds_its_entry_and_no_other(h200, table):
     table.update(tuning.parse(text(ENTRY), "sizes.json"))
-    found = triton.tilings((9, 0), jnp.bfloat16, 128, 100, plan(), False)
-    assert found == triton.Tilings(*(triton.Tiling(64, 64, 4, 3),) * 3)
-    heuristic = triton.heuristic((9, 0), jnp.bfloat16, 128, 128)
+    spec = AttentionSpec(jnp.bfloat16, 2, 128, 100)
+    found = triton.find_sizes(spec, plan())
+    assert found == triton.KernelSizes(*(triton.LaunchSizes(64, 64, 4, 3),) * 3)
+    heuristic = triton.heuristic((9, 0), spec)
     assert heuristic != found
-    fewer = triton.tilings((9, 0), jnp.bfloat16, 128, 100, plan(), True)
-    assert fewer == triton.Tilings(*(triton.Tiling(64, 64, 4, 2),) * 3), (
+    fewer = triton.find_sizes(spec._replace(biased=True), plan())
+    assert fewer == triton.KernelSizes(*(triton.LaunchSizes(64, 64, 4, 2),) * 3), (
         "a bias takes shared memory"
     )
-    assert (
-        triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(mask=AttentionMask(window=3)), False)
-        == heuristic
-    )
-    assert triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(sequences=17), False) == heuristic, (
-        "481 rows a sequence are short"
-    )
-    for arguments in ((jnp.float32, 128, 128), (jnp.bfloat16, 64, 64), (jnp.bfloat16, 129, 1)):
-        assert triton.tilings((9, 0), *arguments, plan(), False) == triton.heuristic(
-            (9, 0), *arguments
-        )
+    assert triton.find_sizes(spec, plan(mask=AttentionMask(window=3))) == heuristic
+    assert triton.find_sizes(spec, plan(sequences=17)) == heuristic, "481 rows a sequence are short"
+    for dtype, k_width, v_width in (
+        (jnp.float32, 128, 128),
+        (jnp.bfloat16, 64, 64),
+        (jnp.bfloat16, 129, 1),
+    ):
+        other = AttentionSpec(dtype, 2, k_width, v_width)
+        assert triton.find_sizes(other, plan()) == triton.heuristic((9, 0), other)
 
 
 def test_another_device_finds_nothing(table):
     table.update(tuning.parse(text(ENTRY), "sizes.json"))
-    assert tuning.find("triton", jnp.bfloat16, 128, 128, plan()) is None
+    assert tuning.find("triton", AttentionSpec(jnp.bfloat16, 2, 128, 128), plan()) is None
 
 
 def test_new_entries_replace_those_of_the_same_key():

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from kernels.hstu_attention import make_plan
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
+from kernels.hstu_attention.mosaic import attention as mosaic
 from kernels.mask import AttentionMask
 from tests.golden import assert_close
 from tests.nn.small_encoder import ROWS, batch, encoder, inputs
@@ -117,7 +117,7 @@ def test_the_hopper_kernel_is_not_run_again():
 
     def loss(x, scale):
         def attend(q, k, v, *, alpha, bias):
-            return mosaic_hopper.attend(q, k, v, plan, alpha=alpha, scale=scale)
+            return mosaic.attention(q, k, v, plan, alpha=alpha, scale=scale, bias=bias)
 
         def run(x):
             return run_layer(lambda layer, x: layer(x, attend), layer, x, policy_of("selective"))

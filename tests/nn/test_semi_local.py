@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels.hstu_attention.api import make_plan, prepare_plan
+from kernels import device
+from kernels.hstu_attention import AttentionSpec, make_plan, prepare_plan
 from kernels.mask import AttentionMask, layer_masks
 from tests.nn.small_encoder import CONFIG, LENGTH, ROWS, SEQUENCES, batch, encoder, inputs
 from ultra_hstu.config import Config, DataConfig, ModelConfig
@@ -156,16 +157,18 @@ def test_targets_and_contextual_tokens_with_every_implementation():
     )
 
 
-def test_lists_of_work_are_made_with_the_plan():
-    """For `mosaic` by name and sizes that it takes; other plans stay as they are."""
+def test_lists_of_work_are_made_with_the_plan(monkeypatch):
+    """For `mosaic`, where it can run such calls; other plans stay as they are."""
     sequences = batch()
     plan = make_plan(AttentionMask(window=3), sequences.offsets, ROWS)
-    sizes = dict(heads=2, k_width=64, v_width=64)
-    assert len(prepare_plan(plan, "mosaic", dtype="bfloat16", **sizes).stored) > len(plan.stored)
-    for name, dtype, biased in (
-        ("xla", "bfloat16", False),
-        (None, "bfloat16", False),
-        ("mosaic", "float32", False),
-        ("mosaic", "bfloat16", True),
+    spec = AttentionSpec("bfloat16", heads=2, k_width=64, v_width=64)
+    assert prepare_plan(plan, spec) is prepare_plan(plan, spec, "mosaic") is plan, "on a CPU"
+    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "a GPU", (9, 0)))
+    assert prepare_plan(plan, spec).stored_keys == prepare_plan(plan, spec, "mosaic").stored_keys
+    assert len(prepare_plan(plan, spec).stored) > len(plan.stored)
+    for name, other in (
+        ("xla", spec),
+        ("mosaic", spec._replace(dtype="float32")),
+        ("mosaic", spec._replace(biased=True)),
     ):
-        assert prepare_plan(plan, name, dtype=dtype, biased=biased, **sizes) is plan
+        assert prepare_plan(plan, other, name) is plan

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels.hstu_attention.api import hstu_attention, make_plan, prepare_plan
+from kernels.hstu_attention.api import (
+    AttentionSpec,
+    RelativeBias,
+    hstu_attention,
+    make_plan,
+    prepare_plan,
+)
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask, layer_masks
 from ultra_hstu.config import ModelConfig
@@ -200,12 +206,7 @@ class HSTU(Encoder):
 
     def _prepare(self, plan: AttentionPlan, dtype: jnp.dtype, heads: int) -> AttentionPlan:
         layer = self.layers[0]
-        return prepare_plan(
-            plan,
-            self.implementation,
-            dtype=dtype,
-            biased=layer.bias is not None,
-            heads=heads,
-            k_width=layer.qk_width,
-            v_width=layer.v_width,
+        spec = AttentionSpec(
+            dtype, heads or layer.heads, layer.qk_width, layer.v_width, layer.bias is not None
         )
+        return prepare_plan(plan, spec, self.implementation)
