@@ -90,7 +90,7 @@ def command(config, workdir, **overrides):
 
 
 def start(command):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         command,
         cwd=ROOT,

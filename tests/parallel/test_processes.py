@@ -34,7 +34,6 @@ FAST = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "2",
-    "XLA_FLAGS": "",
 }
 SAID_OF_LOST = (
     "another process was lost in the middle of the run",

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +12,7 @@ from rich.console import Console
 
 from experiments import configs
 from scripts import ablation
+from tests import commands
 from tests.data.data_files import (
     KUAIRAND_HEADER,
     KUAIRAND_USER_HEADER,
@@ -131,11 +130,14 @@ def test_the_command_line_trains_and_records(tmp_path):
         "model.channels.attempts.max_history": 16, "model.channels.right.layers": 2, "model.channels.right.max_history": 8, "model.layers": 2,
         "rank.targets": 2, "train.epochs": 1, "train.eval_users": 8,
     }  # fmt: skip
-    command = [
-        sys.executable, "-m", "experiments.train", f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py", f"--workdir={tmp_path / 'run'}",
-        "--seeds=1", f"--record={record}", *(f"--config.{name}={value}" for name, value in options.items()),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = commands.run(
+        "experiments.train",
+        f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--seeds=1",
+        f"--record={record}",
+        *(f"--config.{name}={value}" for name, value in options.items()),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(record.read_text())
     assert [run["seed"] for run in written["runs"]] == [1]
@@ -145,15 +147,8 @@ def test_the_command_line_trains_and_records(tmp_path):
     assert [epoch["epoch"] for epoch in written["runs"][0]["history"]] == [1]
     # What it learnt goes into a file that scores candidates by itself; tests/serving/test_export.py reads one where this code is not.
     out = tmp_path / "scorer.zip"
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.export",
-        f"--workdir={tmp_path / 'run' / 'seed_1'}",
-        f"--out={out}",
-        "--candidates=8",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    trained = f"--workdir={tmp_path / 'run' / 'seed_1'}"
+    done = commands.run("experiments.export", trained, f"--out={out}", "--candidates=8")
     assert done.returncode == 0, done.stdout + done.stderr
     scorer = Scorer(out)
     nothing = {
@@ -265,15 +260,17 @@ def test_ablation_writes_its_record(tmp_path):
 
 def test_ablation_lists_its_variants(tmp_path):
     command = [
-        sys.executable, "-m", "scripts.ablation", f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py", "--list",
-        f"--config.data.raw_dir={assistments(tmp_path / 'raw')}", f"--config.data.data_dir={tmp_path / 'data'}", "--only=no_truncation,ultra",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        "scripts.ablation",
+        f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py",
+        "--list",
+        f"--config.data.raw_dir={assistments(tmp_path / 'raw')}",
+        f"--config.data.data_dir={tmp_path / 'data'}",
+        "--only=no_truncation,ultra",
+    ]
+    done = commands.run(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["ultra", "no_truncation"]
-    done = subprocess.run(
-        [*command, "--only=nothing"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = commands.run(*command, "--only=nothing")
     assert (
         done.returncode == 1
         and "there is no variant 'nothing'; the variants are ultra, interleaved_input"

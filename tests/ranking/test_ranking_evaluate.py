@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tests import commands
 from tests.ranking.small_rank import rank_config, write_answers
 from tests.small_run import with_
 from ultra_hstu import flops, tasks
@@ -26,7 +24,6 @@ from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
 QUIET = Console(quiet=True)
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -205,14 +202,7 @@ def test_patience_waits_for_a_lower_ne(task, tmp_path, monkeypatch):
 
 def test_commands(folder, tmp_path):
     def call(module, *arguments):
-        command = [
-            sys.executable,
-            "-m",
-            f"experiments.{module}",
-            f"--workdir={tmp_path / 'run'}",
-            *arguments,
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = commands.run(f"experiments.{module}", f"--workdir={tmp_path / 'run'}", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

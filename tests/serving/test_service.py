@@ -10,6 +10,7 @@ import pydantic
 import pytest
 from rich.console import Console
 
+from tests import commands
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
 from ultra_hstu.serving import RecommendationModel
@@ -227,10 +228,7 @@ def test_a_file_of_requests(folder, tmp_path, service):
     many = [json.dumps({"history": [1 + i % 100], "k": 1}) for i in range(70)]
     long = '{"history": [' + " " * MAX_BODY_BYTES + "3]}"
     path.write_text("\n".join([*LINES, long, *many]))
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.recommend", f"--workdir={folder}", f"--requests={path}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = commands.run("experiments.recommend", f"--workdir={folder}", f"--requests={path}")
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 77 and "77 requests, 4 refused" in done.stderr
