@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 Offsets = Int[Array | np.ndarray, " B1"]
-# One a sequence; None: 0 in all of them.
-Counts = Int[Array | np.ndarray, " B"] | Sequence[int] | None
+Lengths = Int[Array | np.ndarray, " B"] | Sequence[int | np.integer]  # one a sequence
+Counts = Lengths | None  # None: 0 in all of them
 
 
 class Rows(NamedTuple):
@@ -119,9 +119,7 @@ def split_lengths(
     return contextual_B, length_B - targets_B - contextual_B, targets_B
 
 
-def lengths_to_offsets(
-    lengths: Int[Array | np.ndarray, " B"], *, xp: ModuleType = jnp
-) -> Int[Array | np.ndarray, " B1"]:
+def lengths_to_offsets(lengths: Lengths, *, xp: ModuleType = jnp) -> Offsets:
     """Lengths [B] to offsets int32[B+1], starting at 0."""
     ends_B = xp.cumsum(xp.asarray(lengths, xp.int32), dtype=xp.int32)
     return xp.concatenate([xp.zeros(1, xp.int32), ends_B])

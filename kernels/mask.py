@@ -7,7 +7,7 @@ backward its bounds. Whoever must know more of a mask asks it (`windowed`, `in_o
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from kernels.jagged import Counts, Offsets, Rows
+from kernels.jagged import Counts, Lengths, Offsets, Rows
 
 Ints = Int[Array | np.ndarray, " T"]
 
@@ -238,7 +238,7 @@ class AttentionMask:
 
     def row_pairs(
         self,
-        lengths: Sequence[int] | Int[np.ndarray, " B"],
+        lengths: Lengths,
         num_rows: int,
         *counts: Counts,
     ) -> Int[np.ndarray, " T"]:
@@ -250,7 +250,7 @@ class AttentionMask:
 
     def num_pairs(
         self,
-        lengths: Sequence[int] | Int[np.ndarray, " B"],
+        lengths: Lengths,
         num_targets: Counts = None,
         num_contextual: Counts = None,
     ) -> int:

@@ -1,14 +1,13 @@
 """Which rows of the flat buffer each context shard holds."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kernels.jagged import Counts
+from kernels.jagged import Counts, Lengths
 from kernels.mask import AttentionMask
 from kernels.typing import Leaf
 
@@ -63,7 +62,7 @@ class Layout:
 
     @staticmethod
     def balanced(
-        lengths: Sequence[int] | Int[np.ndarray, " B"],
+        lengths: Lengths,
         mask: AttentionMask,
         num_rows: int,
         shards: int,
