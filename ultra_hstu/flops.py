@@ -14,14 +14,17 @@ compute a second time.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from kernels.mask import AttentionMask
 from ultra_hstu.config import Config, ModelConfig
 from ultra_hstu.nn.hstu import layer_masks
+
+
+Lengths = int | Sequence[int] | Int[np.ndarray, "*n"]  # of all samples, or one each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +67,11 @@ class Flops:
 
 def count(
     config: Config,
-    history: Any,
+    history: Lengths,
     *,
-    targets: Any = 0,
-    contextual: Any = 0,
-    channels: Mapping[str, Any] | None = None,
+    targets: Lengths = 0,
+    contextual: Lengths = 0,
+    channels: Mapping[str, Lengths] | None = None,
     items: int = 0,
 ) -> Flops:
     """The mean over samples, one for each entry of `history`.
@@ -145,7 +148,7 @@ def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[f
     return float(gamma), float(error)
 
 
-def _lengths(**named: Any) -> list[np.ndarray]:
+def _lengths(**named: Lengths) -> list[np.ndarray]:
     arrays = {name: np.atleast_1d(np.asarray(value, np.int64)) for name, value in named.items()}
     for name, values in arrays.items():
         if (values < 0).any():

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ultra_hstu.config import Config, difference, from_config_dict
 from ultra_hstu.data.interactions import Interactions
@@ -37,7 +37,7 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.curves = self.path / "curves.png"
         self.result = self.path / "result.json"
-        self._lock: Any = None
+        self._lock: IO[str] | None = None
 
     def claim(self, config: Config) -> None:
         """Makes the folder this run's own, until `release` or the end of the process.

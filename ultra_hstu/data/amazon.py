@@ -8,7 +8,7 @@ from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import RawEvents
-from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integers, lines, read_table
+from ultra_hstu.data.text import MAX_SECONDS, Column, lines, read_table
 
 MIN_COUNT = 5
 
@@ -95,20 +95,15 @@ class AmazonBeauty(InteractionsBuilder):
         path = self.raw_dir / "Beauty.txt"
         users: dict[int, int] = {}
         histories = []
-        for number, line in lines(path):
-            user, *items = integers(line, " ", path, number, "user or item id", 1).tolist()
+        for line in lines(path):
+            user, *items = line.integers(" ", "user or item id", 1).tolist()
             if not items:
-                raise bad_line(
-                    path, number, "expected 'user item item ...' separated by single spaces", line
-                )
+                raise line.error("expected 'user item item ...' separated by single spaces")
             if user in users:
-                raise bad_line(
-                    path, number, f"user {user} was given on line {users[user]} already", line
-                )
-            users[user] = number
+                raise line.error(f"user {user} was given on line {users[user]} already")
+            users[user] = line.number
             histories.append(np.array(items, np.int64))
         items = np.concatenate(histories)
-        repeated = np.repeat(
-            np.array(list(users), np.int64), [len(history) for history in histories]
-        )
+        lengths = [len(history) for history in histories]
+        repeated = np.repeat(np.array(list(users), np.int64), lengths)
         return RawEvents(repeated, items, None, {}), Catalog.from_ids(np.unique(items))

@@ -11,7 +11,7 @@ from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import RawEvents
-from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integer, lines, read_table
+from ultra_hstu.data.text import MAX_SECONDS, Column, lines, read_table
 
 _INT32 = 2**31 - 1
 _COLUMNS = (
@@ -112,24 +112,21 @@ class KuaiRand(InteractionsBuilder):
         users: list[int] = []
         columns: dict[str, list[str]] = {name: [] for name in CONTEXTS}
         header: list[str] = []
-        for number, line in lines(path):
+        for line in lines(path):
             try:
-                fields = next(
-                    csv.reader([line], strict=True), []
-                )  # ranges hold commas, and stand in quotes
+                # Ranges hold commas, and stand in quotes.
+                fields = next(csv.reader([line.text], strict=True), [])
             except csv.Error as error:
-                raise bad_line(path, number, str(error), line) from None
-            if number == 1:
+                raise line.error(str(error)) from None
+            if line.number == 1:
                 header = fields
                 if missing := [name for name in ("user_id", *CONTEXTS) if name not in header]:
-                    raise bad_line(path, 1, f"the header lacks {', '.join(missing)}", line)
+                    raise line.error(f"the header lacks {', '.join(missing)}")
                 continue
             if len(fields) != len(header):
-                raise bad_line(
-                    path, number, f"expected {len(header)} fields, found {len(fields)}", line
-                )
+                raise line.error(f"expected {len(header)} fields, found {len(fields)}")
             row = dict(zip(header, fields, strict=True))
-            users.append(integer(row["user_id"], path, number, "user_id"))
+            users.append(line.integer(row["user_id"], "user_id"))
             for name in CONTEXTS:
                 columns[name].append(row[name])
         return Contexts.read(path, 2, np.array(users, np.int64), columns)
