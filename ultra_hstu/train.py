@@ -365,9 +365,7 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """SIGTERM and SIGINT ask for a stop after the call in flight; a second one ends the process at
-    once.
-    """
+    """SIGTERM and SIGINT ask for a stop after the call in flight; a second one ends the process."""
     stop = _Stop()
     previous: dict[int, Any] = {}
 

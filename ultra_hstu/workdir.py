@@ -64,8 +64,7 @@ class Workdir:
         write_json(self.config, dataclasses.asdict(config))
 
     def with_groups(self, config: Config) -> Config:
-        """The configuration with `parallel.groups` as the run in this folder has it, if it leaves
-        that open, so that the run can go on in another mesh.
+        """The configuration with `parallel.groups` as the run in this folder has it, if left open.
 
         Raises:
           ValueError: if the mesh does not suit those groups.
@@ -109,9 +108,7 @@ class Workdir:
             )
 
     def claim_data(self, interactions: Interactions) -> None:
-        """Writes down what the data is, with its catalogue, or checks that it is what the run has
-        trained on. Raises as `check_data`.
-        """
+        """Writes down what the data is, with its catalogue, or does as `check_data`."""
         if self.data.exists():
             self.check_data(interactions)
         else:
@@ -119,9 +116,7 @@ class Workdir:
             write_json(self.data, interactions.fingerprint())
 
     def check_data(self, interactions: Interactions) -> None:
-        """Raises ValueError if the data differs from what the run has trained on, with the
-        difference.
-        """
+        """Raises ValueError, with the difference, if the data is not what was trained on."""
         changed = difference(json.loads(self.data.read_text()), interactions.fingerprint())
         if changed:
             listed = "\n  ".join(changed)
@@ -157,9 +152,7 @@ class Workdir:
             raise ValueError(f"{self.config}: {error}") from None
 
     def read_for_one_device(self, raw_dir: str | None = None) -> Config:
-        """The same as one device computes it; `raw_dir`: where the raw data is now, if not where
-        the run found it.
-        """
+        """`read_config` as one device computes it; `raw_dir`: where the raw data is now, if moved."""
         config = self.read_config().on_one_device()
         return (
             dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=raw_dir))

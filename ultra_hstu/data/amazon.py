@@ -14,8 +14,7 @@ MIN_COUNT = 5
 
 
 class AmazonBooks(InteractionsBuilder):
-    """`ratings_Books.csv`: lines of user,item,rating,time without a header; users and items are
-    strings.
+    """`ratings_Books.csv`: lines of user,item,rating,time without a header; all ids are strings.
 
     Filtered as in HSTU's published code: users and items with at least 5 ratings in the raw file
     (counted once, not iterated), then users that still have 5. The catalogue is the items that the
@@ -47,9 +46,8 @@ class AmazonBooks(InteractionsBuilder):
         path = self.raw_dir / "ratings_Books.csv"
         table = read_table(path, columns)
         where = ((str(path), 1, len(table["user"])),)
-        users, user = np.unique(
-            table["user"], return_inverse=True
-        )  # strings are sorted once, then all is integers
+        # Strings are sorted once, then all is integers.
+        users, user = np.unique(table["user"], return_inverse=True)
         items, item = np.unique(table["item"], return_inverse=True)
         events = RawEvents(
             user, item, table["timestamp"], {"rating": table["rating"]}, where

@@ -1,6 +1,4 @@
-"""What a source knows of the users themselves (age, activity, ...): a code for each user and
-feature, and what the codes stand for.
-"""
+"""Features of the users themselves (age, activity, ...): codes, and what they stand for."""
 
 import dataclasses
 import os

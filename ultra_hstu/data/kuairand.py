@@ -1,6 +1,4 @@
-"""KuaiRand (https://kuairand.com): short videos with many kinds of feedback; variants Pure, 1K and
-27K.
-"""
+"""KuaiRand (https://kuairand.com), Pure, 1K and 27K: short videos with many kinds of feedback."""
 
 import csv
 
@@ -43,10 +41,10 @@ _COLUMNS = (
 _LOGS = {
     "kuairand-pure": ("4_08_to_4_21_pure", "4_22_to_5_08_pure"),
     "kuairand-1k": ("4_08_to_4_21_1k", "4_22_to_5_08_1k"),
-    "kuairand-27k": (
-        "4_08_to_4_21_27k_part1", "4_08_to_4_21_27k_part2", "4_22_to_5_08_27k_part1", "4_22_to_5_08_27k_part2"
+    "kuairand-27k": tuple(
+        f"{dates}_27k_part{part}" for dates in ("4_08_to_4_21", "4_22_to_5_08") for part in (1, 2)
     ),
-}  # fmt: skip
+}
 _ARCHIVES = {
     "kuairand-pure": "KuaiRand-Pure",
     "kuairand-1k": "KuaiRand-1K",
@@ -67,8 +65,7 @@ CONTEXTS = (
 
 
 class KuaiRand(InteractionsBuilder):
-    """The standard logs (`log_standard_*.csv`); the logs of randomly exposed videos are not part of
-    the histories.
+    """The standard logs (`log_standard_*.csv`), without those of randomly exposed videos.
 
     Ids count from 0. Every event is kept, whatever the user did: its feedback are the actions, all
     int32 (flags 0 or 1, times in milliseconds, `tab` the scenario). Events are ordered by the

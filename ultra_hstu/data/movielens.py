@@ -97,8 +97,7 @@ class MovieLens(InteractionsBuilder):
 
 
 def read_movies(path: Path) -> Catalog:
-    """The catalogue of a movies file: `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv`
-    (header, quotes).
+    """The catalogue of `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv` (header, quotes).
 
     A title that was encoded twice ("AmÃ©lie") is repaired with a warning; one with lost characters
     is an error.

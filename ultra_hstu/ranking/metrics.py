@@ -1,5 +1,4 @@
-"""Metrics of the ranking task, exact, in float64 on the host: normalised entropy, AUC, grouped AUC,
-log loss, squared error.
+"""Metrics of ranking, exact, in float64 on the host: NE, AUC, grouped AUC, log loss, squared error.
 
 All take one value a prediction and a weight that is not negative; entries of weight 0 count nowhere
 and may hold anything. What has no value (no prediction, one class only, a logit that is NaN) is
@@ -29,8 +28,7 @@ def log_loss(logit_P: Values, label_P: Numbers, weight_P: Numbers) -> float:
 
 
 def normalized_entropy(logit_P: Values, label_P: Numbers, weight_P: Numbers) -> float:
-    """NE: the log loss over that of always predicting the base rate (He et al. 2014, Practical
-    Lessons from Predicting Clicks on Ads).
+    """NE: the log loss over that of always predicting the base rate (He et al. 2014).
 
     The base rate is `base_rate` of the same evaluated entries, not of the training data: NE below 1
     beats the best constant in hindsight. With one class only that constant's log loss is 0 and NE
@@ -177,9 +175,8 @@ def _used(
 
 def _cross_entropy(logit_P: Values, label_P: Values) -> Values:
     wrong_P = np.where(label_P > 0, -logit_P, logit_P)
-    return np.maximum(wrong_P, 0.0) + np.log1p(
-        np.exp(-np.abs(wrong_P))
-    )  # log(1 + exp(wrong)), for infinite ones too
+    # log(1 + exp(wrong)), for infinite ones too.
+    return np.maximum(wrong_P, 0.0) + np.log1p(np.exp(-np.abs(wrong_P)))
 
 
 def _mean(value_P: Values, weight_P: Values) -> float:

@@ -37,8 +37,7 @@ def sampled_softmax(
     log_q: Float[Array, " I1"] | None = None,
     total: Float[Array, ""] | None = None,
 ) -> Loss:
-    """Cross entropy of the positive among itself and R negatives, as in the published HSTU research
-    code.
+    """Cross entropy of the positive among itself and R negatives, as in HSTU's research code.
 
     With s = h . table / temperature, both sides first divided by max(norm, 1e-6) if `l2_normalize`:
     `loss_t = -log softmax([s_positive, s_negatives])_0`, where a negative that equals the positive
@@ -87,9 +86,7 @@ def full_softmax(
     chunk_rows: int,
     total: Float[Array, ""] | None = None,
 ) -> Loss:
-    """Cross entropy of the positive among the whole catalogue 1..I; arguments, results and errors
-    as in `sampled_softmax`.
-    """
+    """Cross entropy of the positive among the whole catalogue; all else as in `sampled_softmax`."""
     ids = (positive_T.astype(jnp.int32),)
     inputs = _inputs(h_TD, table_ID, weight_T, ids, None, total, temperature, l2_normalize)
     return _softmax(_full_chunk, chunk_rows, inputs)

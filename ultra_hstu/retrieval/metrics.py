@@ -93,8 +93,7 @@ def best_items(
     corpus_I: Bool[Array, " I1"] | None = None,
     chunk_items: int = 4096,
 ) -> tuple[Int[Array, "U {k}"], Float[Array, "U {k}"]]:
-    """The k best items of each user and their scores, best first; id 0 and score -inf where fewer
-    remain.
+    """The k best items of each user and their scores, best first; then ids 0 with scores -inf.
 
     Of items with the same score the one with the lower id comes first. Arguments as in `ranks`; the
     table [I + 1, D] may also be one of `quantization`, of which one chunk at a time is unpacked:
@@ -158,8 +157,7 @@ def _prepared(e_XD: Float[Array, "X D"], l2_normalize: bool) -> Float[Array, "X 
 def ranking_metrics(
     rank_U: Int[Array, " U"], weight_U: Float[Array, " U"]
 ) -> dict[str, Float[Array, ""]]:
-    """Weighted sums over users of `hr@k`, `ndcg@k` (k in CUTOFFS) and `mrr`, and `users`, the sum
-    of the weights.
+    """Weighted sums over users of `hr@k`, `ndcg@k` and `mrr`; `users` is the sum of the weights.
 
     Sums of batches add; `mean_metrics` divides. `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] /
     log2(rank + 1)`, `mrr = 1 / rank`: as in the published code, a target that is not found adds 1 /
