@@ -16,7 +16,7 @@ class Criteria:
     tasks: tuple[str, ...] = ()
 
     def better(self, value: float, best: float | None) -> bool:
-        """Whether `value` improves on the best so far. NaN never does; any other improves on None."""
+        """Whether `value` improves on the best so far; NaN never does, others improve on None."""
         if best is None:
             return not math.isnan(value)
         return value > best if self.higher_is_better else value < best

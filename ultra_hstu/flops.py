@@ -22,7 +22,6 @@ from kernels.mask import AttentionMask
 from ultra_hstu.config import Config, ModelConfig
 from ultra_hstu.nn.hstu import layer_masks
 
-
 Lengths = int | Sequence[int] | Int[np.ndarray, "*n"]  # of all samples, or one each
 
 

@@ -152,7 +152,7 @@ class Workdir:
             raise ValueError(f"{self.config}: {error}") from None
 
     def read_for_one_device(self, raw_dir: str | None = None) -> Config:
-        """`read_config` as one device computes it; `raw_dir`: where the raw data is now, if moved."""
+        """`read_config` as one device computes it; `raw_dir`: where the raw data is, if moved."""
         config = self.read_config().on_one_device()
         return (
             dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=raw_dir))

@@ -30,7 +30,8 @@ class AmazonBooks(InteractionsBuilder):
             files=("ratings_Books.csv",),
             downloads=(
                 Download(
-                    "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/ratings_Books.csv"
+                    "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
+                    "ratings_Books.csv"
                 ),
             ),
         )
@@ -78,11 +79,12 @@ class AmazonBeauty(InteractionsBuilder):
     BUILDER_CONFIGS = [
         SourceConfig(
             name="amazon-beauty",
-            description="Amazon Beauty, 5-core: users and the products that they reviewed, in order",
+            description="Amazon Beauty, 5-core: users, and products that they reviewed, in order",
             files=("Beauty.txt",),
             downloads=(
                 Download(
-                    "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/2a81540ae18615d88ef88227b0c066e5b74781e5/data/Beauty.txt",
+                    "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/"
+                    "2a81540ae18615d88ef88227b0c066e5b74781e5/data/Beauty.txt",
                     "sha256:226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
                 ),
             ),

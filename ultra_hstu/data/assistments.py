@@ -10,7 +10,10 @@ from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import RawEvents
 from ultra_hstu.data.text import lines
 
-_URL = "https://raw.githubusercontent.com/arghosh/AKT/01b7e8d7d7c862cabc9467108e3e7f2555653a88/data/assist2017_pid/"
+_URL = (
+    "https://raw.githubusercontent.com/arghosh/AKT/01b7e8d7d7c862cabc9467108e3e7f2555653a88/"
+    "data/assist2017_pid/"
+)
 _SHA256 = (
     "32d1580467edb4b87ec9773fada2e3439c820c0640d5e618a80f49b2a9bcd582",
     "c40e2eb18e3079cedc92af1a0a9eeceebd3a5d43fc9da4df8f16009e96197857",

@@ -63,11 +63,13 @@ class Parts:
 def chronological(
     interactions: Interactions, validation_fraction: float, test_fraction: float
 ) -> Parts:
-    """The parts of every user's events by time, `floor(fraction * events)` each, the newest test."""
+    """The parts of every user's events by time, `floor(fraction * events)` each; test is last."""
     first, last = interactions.offsets[:-1], interactions.offsets[1:]
-    # A fraction such as 0.29 of 100 events is 28.999999999999996 in floating point.
-    # noqa: E731
-    share = lambda fraction: np.floor(np.round(interactions.lengths * fraction, 6)).astype(np.int64)
+
+    def share(fraction: float) -> Int64[np.ndarray, " users"]:
+        # A fraction such as 0.29 of 100 events is 28.999999999999996 in floating point.
+        return np.floor(np.round(interactions.lengths * fraction, 6)).astype(np.int64)
+
     test = last - share(test_fraction)
     return Parts(first, test - share(validation_fraction), test, last)
 
