@@ -1,4 +1,4 @@
-"""Ranking over the whole catalogue: the place of the target, hit rate, NDCG and reciprocal rank.
+"""Ranking over the whole catalogue: the rank of the target, hit rate, NDCG and reciprocal rank.
 
 The scores [U, I] never exist at once: the catalogue is passed in chunks, and a rank is a count of
 better items, which adds up. Products are at full float32 precision (`highest`): TF32 changes ranks.
@@ -42,7 +42,7 @@ def ranks(
     cutoff: int | None = PUBLISHED_CUTOFF,
     chunk_items: int = 4096,
 ) -> Int[Array, " U"]:
-    """Place of each user's target among the items of the corpus, 1 is best.
+    """Rank of each user's target among the items of the corpus, 1 is best.
 
     An item that scores the same as the target, or NaN, counts as better, so that a broken model
     cannot look good; the target never counts against itself, whatever the rounding.
@@ -55,7 +55,7 @@ def ranks(
         them is not found. None: nothing is left out.
       l2_normalize: divide the items by max(norm, 1e-6), for models trained on cosines.
       corpus_I: the items that are ranked; None: all of 1..I.
-      cutoff: a target behind this place is not found (published: 2500). None: no limit.
+      cutoff: a target of a higher rank is not found (published: 2500). None: no limit.
       chunk_items: items scored at one time.
 
     Returns:
