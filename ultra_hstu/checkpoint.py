@@ -127,9 +127,8 @@ class Checkpoints:
         """Raises ValueError if some processes have read the checkpoint and others have not."""
         try:
             all_problems = processes.all_gather(problem, ANSWER_SECONDS)
-        except (
-            TimeoutError
-        ) as error:  # those that could read it wait, inside Orbax, for those that could not
+        except TimeoutError as error:
+            # Those that could read it wait, inside Orbax, for those that could not.
             all_problems = [problem, str(error)]
         if len({one is None for one in all_problems}) > 1:
             found = next(one for one in all_problems if one is not None)

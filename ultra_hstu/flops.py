@@ -1,5 +1,4 @@
-"""Floating point operations of a configuration, counted from lengths and mask pairs: what its
-products need, whatever computes them.
+"""Floating point operations of a configuration's products, from lengths and mask pairs.
 
 A multiplication and an addition are two operations. Counted are matrix products: projections,
 attention over the allowed (row, key) pairs of each layer's mask (scores and weighted values), the
@@ -14,13 +13,15 @@ compute a second time.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from kernels.mask import AttentionMask, layer_masks
 from ultra_hstu.config import Config, ModelConfig
+
+Lengths = int | Sequence[int] | Int[np.ndarray, "*n"]  # of all samples, or one each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,7 @@ class Flops:
 
     @property
     def inference(self) -> float:
-        """One forward pass: of the encoder and the head, or of the encoder and the scores of every
-        item.
-        """
+        """One forward pass: the encoder, and the head or the scores of every item."""
         return self.projections + self.attention + self.head + self.corpus
 
     @property
@@ -63,11 +62,11 @@ class Flops:
 
 def count(
     config: Config,
-    history: Any,
+    history: Lengths,
     *,
-    targets: Any = 0,
-    contextual: Any = 0,
-    channels: Mapping[str, Any] | None = None,
+    targets: Lengths = 0,
+    contextual: Lengths = 0,
+    channels: Mapping[str, Lengths] | None = None,
     items: int = 0,
 ) -> Flops:
     """The mean over samples, one for each entry of `history`.
@@ -110,8 +109,7 @@ def count(
 
 
 def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[float, float]:
-    """gamma and the largest relative error of `cost(l) = c * l^gamma` for the training operations
-    of a sample with l events of history.
+    """gamma, and the largest relative error, of `cost(l) = c * l^gamma` for l events of history.
 
     Fitted by least squares of log cost over log length at 64 lengths, equally spaced, up to
     `max_length`; with the targets of the configuration.
@@ -144,7 +142,7 @@ def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[f
     return float(gamma), float(error)
 
 
-def _lengths(**named: Any) -> list[np.ndarray]:
+def _lengths(**named: Lengths) -> list[np.ndarray]:
     arrays = {name: np.atleast_1d(np.asarray(value, np.int64)) for name, value in named.items()}
     for name, values in arrays.items():
         if (values < 0).any():
@@ -228,9 +226,8 @@ def _head(
 
 def _loss(config: Config, history: np.ndarray, items: int) -> float:
     loss, limit = config.loss, config.model.truncate_length
-    history = (
-        history if limit is None else np.minimum(history, limit)
-    )  # only rows that reach the last layer are trained on
+    # Only rows that reach the last layer are trained on.
+    history = history if limit is None else np.minimum(history, limit)
     scored = (
         items + 1
         if loss.kind == "full" or whole_table_is_cheaper(items + 1, loss.negatives)
@@ -240,8 +237,7 @@ def _loss(config: Config, history: np.ndarray, items: int) -> float:
 
 
 def whole_table_is_cheaper(items: int, negatives: int) -> bool:
-    """Whether to score a row against every item and pick the sampled columns, instead of gathering
-    the embeddings of its negatives.
+    """Whether to score a row against all items, instead of gathering those of its negatives.
 
     The whole table costs work in proportion to I, in matrix products; gathering costs work in
     proportion to R, at random places. Measured, loss and gradients on an H200, whole table against

@@ -1,6 +1,4 @@
-"""What a run tells: `metrics.jsonl` and TensorBoard, a progress bar, tables, and a picture of the
-learning curves.
-"""
+"""What a run shows: `metrics.jsonl` and TensorBoard, a progress bar, tables, learning curves."""
 
 import contextlib
 import json
@@ -28,9 +26,7 @@ from ultra_hstu.workdir import write_text
 
 
 class MetricLog:
-    """Appends records to `metrics.jsonl` and TensorBoard; drops those after `resume_step`: their
-    work is done again.
-    """
+    """Appends records to `metrics.jsonl` and TensorBoard, and drops those after `resume_step`."""
 
     def __init__(self, path: Path, tensorboard: Path, *, resume_step: int = 0):
         if path.exists():
@@ -133,9 +129,7 @@ def recommendations_table(title: str, answer: Sequence[RecommendedItem]) -> Tabl
 
 
 def draw_curves(runs: Mapping[str, Path], picture: Path, criteria: Criteria = RETRIEVAL) -> None:
-    """Training loss and the metrics `criteria.curves` over epochs, one line a run; `runs` maps
-    names to `metrics.jsonl` files.
-    """
+    """Draws loss and `criteria.curves` over epochs; `runs` maps names to `metrics.jsonl` files."""
     import matplotlib
 
     matplotlib.use("Agg")

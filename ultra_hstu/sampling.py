@@ -1,10 +1,10 @@
-"""Stochastic length (HSTU, arXiv 2402.17152, equation 4) and its load-balanced form (ULTRA-HSTU,
-arXiv 2602.16986): training on parts of long histories.
+"""Stochastic length and its load-balanced form: training on parts of long histories.
 
-A history of n events longer than the threshold N^(alpha/2) is trained on whole with probability
-N^alpha / n^2, and otherwise cut to the threshold. Each rank draws for itself, so some ranks draw
-more whole histories than others and all wait for the slowest. The load-balanced form lets a rank
-keep as many whole ones as bring its load to the mean load of all ranks.
+Stochastic length (HSTU, arXiv 2402.17152, equation 4): a history of n events longer than the
+threshold N^(alpha/2) is trained on whole with probability N^alpha / n^2, and otherwise cut to the
+threshold. Devices draw for themselves, so some draw more whole histories than others and all wait
+for the slowest. The load-balanced form (ULTRA-HSTU, arXiv 2602.16986) lets a device keep as many
+whole ones as bring its load to the mean of all.
 
 Host code in numpy. Every choice is a function of lengths, times and the random numbers that are
 given: nothing is drawn from hidden state.
@@ -49,8 +49,7 @@ def keep_probability(
 def stochastic_length(
     lengths: Int[np.ndarray, "*n"], max_length: int, alpha: float, uniform: Float[np.ndarray, "*n"]
 ) -> Int[np.ndarray, "*n"]:
-    """Events kept of histories of these `lengths`, decided by `uniform` numbers in [0, 1), one
-    each.
+    """How many events of each history are kept, decided by `uniform` numbers in [0, 1).
 
     Raises:
       ValueError: as `threshold`.
@@ -148,9 +147,7 @@ class LoadBalancer:
         uniform: Float[np.ndarray, " n"],
         capacity: int | None = None,
     ) -> Int[np.ndarray, " n"]:
-        """Events kept of each history of a step's batch, at most `capacity` together; counts the
-        step.
-        """
+        """How many events of each history of a step are kept, at most `capacity` together."""
         plain = stochastic_length(lengths, self.max_length, self.alpha, uniform)
         kept = plain if self.target is None else self._balanced(lengths, uniform, capacity)
         self.observed += self.load(plain)

@@ -110,7 +110,7 @@ class Steps[Model: nnx.Module](abc.ABC):
     def step(
         self, state: TrainState, batch: PyTree
     ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        """One update on a batch; in a mesh, its arrays hold the groups' batches one after another."""
+        """One update on a batch; in a mesh, it holds the groups' batches one after another."""
         return self.feed_step(state, Fixed(batch), 0)
 
     def feed_step(

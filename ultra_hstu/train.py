@@ -222,7 +222,7 @@ class _Run:
                     self.log.write(self.step, head | record | metrics)
                 improved = position.best_epoch == position.epoch
                 due = position.epoch % config.checkpoint_every == 0 or self._out_of_patience()
-                cause = self._asked(stop)()
+                cause = self._stop_signal(stop)()
                 if improved or last_epoch or due or cause:
                     self._save(best=improved)
                 if cause:
@@ -242,8 +242,8 @@ class _Run:
         shown = [f"{name} {metrics[name]:.4f}" for name in criteria.curves if name in metrics]
         return metrics, "  ".join(shown)
 
-    def _asked(self, stop: "_Stop") -> Callable[[], int]:
-        """The signal that any of the processes was asked to stop by, or 0; all see the same."""
+    def _stop_signal(self, stop: "_Stop") -> Callable[[], int]:
+        """The signal that any of the processes was stopped by, or 0; all see the same."""
         return processes.all_reduce_max(stop.requested, self.task.recipe.mesh)
 
     def _interrupt(self, cause: int) -> None:
@@ -262,12 +262,12 @@ class _Run:
         bar.update(line, total=total, completed=before + position.batch)
         waited, grad_norm, step = 0.0, 0.0, self.step
         groups = iter(self.loader.groups(plan, first=position.batch))
-        running: _Call | None = None  # the call before: read once the next is under way
+        running: _StartedCall | None = None  # the call before: read once the next is under way
         while True:
             started = time.perf_counter()
             group = next(groups, None)
             waited += time.perf_counter() - started
-            asked = self._asked(stop)
+            signalled = self._stop_signal(stop)
             if group is not None:
                 self.state, history = self.run_steps(self.state, group.feed, np.int32(group.steps))
             if running is not None:
@@ -275,10 +275,10 @@ class _Run:
                 bar.update(line, completed=before + position.batch)
             if group is None:
                 break
-            running = _Call(group, step, history)
+            running = _StartedCall(group, step, history)
             step += group.steps
             # A stop behind the last call waits for the evaluation of the epoch.
-            if (cause := asked()) and group.first + group.steps < len(plan):
+            if (cause := signalled()) and group.first + group.steps < len(plan):
                 self._read(running)
                 self._save(best=False)
                 self._interrupt(cause)
@@ -289,7 +289,7 @@ class _Run:
             "input_wait_seconds": waited,
         }
 
-    def _read(self, call: "_Call") -> float:
+    def _read(self, call: "_StartedCall") -> float:
         """Adds the losses of a call to the epoch's; the gradient norm of its last step."""
         steps, position = call.group.steps, self.position
         losses, norms = (np.asarray(call.history[name])[:steps] for name in HISTORY)
@@ -351,7 +351,7 @@ class _Run:
         return result
 
 
-class _Call(NamedTuple):
+class _StartedCall(NamedTuple):
     """A compiled call that was started."""
 
     group: Group
@@ -365,9 +365,7 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """SIGTERM and SIGINT ask for a stop after the call in flight; a second one ends the process at
-    once.
-    """
+    """SIGTERM and SIGINT ask for a stop after the call in flight; a second one ends the process."""
     stop = _Stop()
     previous: dict[int, Any] = {}
 

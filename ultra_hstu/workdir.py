@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.interactions import Interactions
@@ -38,7 +38,7 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.curves = self.path / "curves.png"
         self.result = self.path / "result.json"
-        self._lock: Any = None
+        self._lock: IO[str] | None = None
 
     def claim(self, config: Config) -> None:
         """Makes the folder this run's own, until `release` or the end of the process.
@@ -65,8 +65,7 @@ class Workdir:
         write_json(self.config, dataclasses.asdict(config))
 
     def with_groups(self, config: Config) -> Config:
-        """The configuration with `parallel.groups` as the run in this folder has it, if it leaves
-        that open, so that the run can go on in another mesh.
+        """The configuration with `parallel.groups` as the run in this folder has it, if left open.
 
         Raises:
           ValueError: if the mesh does not suit those groups.
@@ -110,9 +109,7 @@ class Workdir:
             )
 
     def claim_data(self, interactions: Interactions) -> None:
-        """Writes down what the data is, with its catalogue, or checks that it is what the run has
-        trained on. Raises as `check_data`.
-        """
+        """Writes down what the data is, with its catalogue, or does as `check_data`."""
         if self.data.exists():
             self.check_data(interactions)
         else:
@@ -120,9 +117,7 @@ class Workdir:
             write_json(self.data, interactions.fingerprint())
 
     def check_data(self, interactions: Interactions) -> None:
-        """Raises ValueError if the data differs from what the run has trained on, with the
-        difference.
-        """
+        """Raises ValueError, with the difference, if the data is not what was trained on."""
         changed = difference(json.loads(self.data.read_text()), interactions.fingerprint())
         if changed:
             listed = "\n  ".join(changed)
@@ -158,9 +153,7 @@ class Workdir:
             raise ValueError(f"{self.config}: {error}") from None
 
     def read_for_one_device(self, raw_dir: str | None = None) -> Config:
-        """The same as one device computes it; `raw_dir`: where the raw data is now, if not where
-        the run found it.
-        """
+        """`read_config` as one device computes it; `raw_dir`: where the raw data is, if moved."""
         config = self.read_config().on_one_device()
         return (
             dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=raw_dir))

@@ -1,5 +1,4 @@
-"""What all tfds builders share: raw files -> one array_record example a user, and a catalogue
-beside it.
+"""What all tfds builders share: raw files -> one array_record example a user, and a catalogue.
 
 TensorFlow is never imported: tfds writes and reads array_record without it.
 """
@@ -54,9 +53,8 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     Users are in the order of their raw ids.
     """
 
-    VERSION = tfds.core.Version(
-        "1.1.0"
-    )  # 1.1.0 added the features of users; what an older version prepared is not read
+    # 1.1.0 added the features of users; what an older version prepared is not read.
+    VERSION = tfds.core.Version("1.1.0")
     # where tfds would look for its own kind of checksums, with a package that it does not install
     code_path = None
     STRING_USERS: ClassVar[bool] = False
@@ -65,9 +63,7 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     ITEMS_FILE: ClassVar[str] = "the catalogue"  # for the error about an item that it lacks
 
     def __init__(self, *, raw_dir: str | os.PathLike | None, **kwargs: Any):
-        self.raw_dir = (
-            Path() if raw_dir is None else Path(raw_dir)
-        )  # a generated source reads nothing
+        self.raw_dir = Path(raw_dir or "")  # a generated source reads nothing
         super().__init__(file_format="array_record", **kwargs)
 
     @classmethod
@@ -80,9 +76,7 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
         raise NotImplementedError(f"{type(self).__name__} does not say how it is read")
 
     def read_contexts(self) -> Contexts:
-        """The features of users, from those of the configuration's `context_files` that
-        `self.raw_dir` holds.
-        """
+        """The features of users, from the `context_files` that `self.raw_dir` holds."""
         return Contexts()
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -114,9 +108,8 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
         events = dataclasses.replace(events, items=events.encode(catalog, self.ITEMS_FILE))
         users, codes = np.unique(events.users, return_inverse=True)
         if events.timestamps is not None and self.TICKS > 1:
-            order = np.lexsort(
-                (events.timestamps, codes)
-            )  # the order within a second is known here for the last time
+            # The order within a second is known here for the last time.
+            order = np.lexsort((events.timestamps, codes))
         else:
             order = np.argsort(codes, kind="stable")
         columns: dict[str, Any] = {"items": events.items[order]}

@@ -1,6 +1,4 @@
-"""The catalogue: the dense ids of a model and the raw ids and titles of its source, saved beside
-the model.
-"""
+"""The catalogue: the dense ids of a model, and the raw ids and titles of its source."""
 
 import dataclasses
 import os
@@ -57,8 +55,7 @@ class Catalog:
         return len(self.raw_ids) - 1
 
     def encode(self, ids: Any) -> Int32[np.ndarray, " n"]:
-        """Dense ids of a sequence of raw ids; digits in a string stand for a numeric id (as typed
-        on a command line).
+        """Dense ids of raw ids; digits in a string stand for a numeric id, as on a command line.
 
         Raises:
             ValueError: ids that the catalogue does not have, or of another kind (a float is never

@@ -1,6 +1,4 @@
-"""Downloads: resumed where they were cut, checked against a checksum, and set aside where they are
-corrupt.
-"""
+"""Downloads: resumed where they were cut, checked, and set aside where they are corrupt."""
 
 import dataclasses
 import hashlib
@@ -58,8 +56,7 @@ class Download:
 def obtain(
     downloads: Sequence[Download], names: Sequence[str], folder: Path, *, pause: int | float = 1.0
 ) -> dict[str, str]:
-    """Makes sure that `folder` holds the files `names`, as downloaded and unpacked, and returns
-    their sha256.
+    """Downloads and unpacks the files `names` into `folder`; returns their sha256.
 
     The folder appears whole or not at all. A cut download continues with the next call.
 

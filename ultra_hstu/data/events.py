@@ -72,8 +72,7 @@ class RawEvents:
         raise IndexError(f"event {event} of {len(self.users)}")
 
     def without_duplicates(self) -> "RawEvents":
-        """Drops events that repeat an earlier one of the same user, item and time, with a warning
-        that counts them.
+        """Drops events that repeat an earlier one of the same user, item and time, and warns.
 
         The same item at another time is another event and stays: people rate, watch and solve
         things again.
@@ -89,14 +88,14 @@ class RawEvents:
         again = (users[1:] == users[:-1]) & (items[1:] == items[:-1]) & (times[1:] == times[:-1])
         if not again.any():
             return self
-        duplicates = order[1:][
-            again
-        ]  # lexsort is stable: the first of equal events is the earliest in the files
+        # lexsort is stable: the first of equal events is the earliest in the files.
+        duplicates = order[1:][again]
         _log.warning(
             "dropped %d events that repeat an earlier one of the same user, item and time; the "
             "first: %s",
-            len(duplicates), self.place(int(duplicates.min())),
-        )  # fmt: skip
+            len(duplicates),
+            self.place(int(duplicates.min())),
+        )
         return self.select(np.delete(np.arange(len(self.users)), duplicates))
 
     def encode(self, catalog: Catalog, file_with_items: str) -> np.ndarray:

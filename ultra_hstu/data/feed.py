@@ -6,7 +6,7 @@ ready batches that host threads packed while the device computed.
 
 The loader does not know what a batch is: examples are a table of integer columns, and a
 `BatchGather` makes a batch of the data and B lines of that table. Batches are packed by rows, not
-by users: B and T are fixed when a run starts, and one compiled step serves every batch.
+by users: B and T are fixed when a run starts, so that one compiled step serves every batch.
 
 In a mesh, a step's batch is that of all data groups: the columns of its B examples are divided
 among the groups, and each group makes its own batch of its part. Packing depends on the number of
@@ -56,7 +56,7 @@ class BatchGather(Protocol):
 
 @runtime_checkable
 class ExampleTable(Protocol):
-    """Integer columns of equal length, and the rows of each example ([n], or [n, R] for R buffers)."""
+    """Integer columns of equal length, and the rows of each example, [n] or [n, buffers]."""
 
     @property
     def columns(self) -> HostColumns: ...
@@ -329,10 +329,7 @@ class Loader:
         self.streamed = placement == "stream" or (placement == "auto" and size > DEVICE_BYTES)
 
     def plan(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> Plan:
-        """The batches of an epoch.
-
-        Raises ValueError for no examples, or one longer than a batch.
-        """
+        """The batches of an epoch. Raises ValueError for no examples, or one that is too long."""
         examples = self.examples(seed, epoch)
         require_some(examples)
         return self.planner.plan(examples, self.packing, seed=seed, epoch=epoch, shuffle=shuffle)

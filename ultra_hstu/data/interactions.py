@@ -24,8 +24,7 @@ MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Interactions:
-    """The events of every user, users one after the other, each user's events from oldest to
-    newest.
+    """All events, users one after the other, each user's events from oldest to newest.
 
     Attributes:
         users: raw user ids, int64 or str, ascending.
@@ -66,9 +65,7 @@ class Interactions:
         return np.diff(self.offsets)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Counts and a hash of users, events, their order, times and actions, the catalogue and the
-        users' features: the same for the same data.
-        """
+        """Counts and a hash of all that is here: the same for the same data."""
         digest = hashlib.sha256()
         times = np.zeros(0, np.int64) if self.timestamps is None else self.timestamps
         for array in (self.users, self.offsets, self.items, times, self.catalog.raw_ids):
@@ -174,8 +171,12 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
         dropped = [example["user"] for example in examples if len(example["items"]) < MIN_EVENTS]
         _log.warning(
             "dropped %d of %d users with fewer than %d events: %s%s",
-            len(dropped), len(examples), MIN_EVENTS, ", ".join(map(_text, dropped[:5])), ", ..." * (len(dropped) > 5),
-        )  # fmt: skip
+            len(dropped),
+            len(examples),
+            MIN_EVENTS,
+            ", ".join(map(_text, dropped[:5])),
+            ", ..." * (len(dropped) > 5),
+        )
     if not kept:
         raise ValueError(
             f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing "
@@ -191,9 +192,12 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
     if contexts.codes and (unknown := np.flatnonzero(~np.isin(users, contexts.users))).size:
         _log.warning(
             "%d of %d users have no line in %s, so that their features are unknown: %s%s",
-            len(unknown), len(users), ", ".join(prepared.builder_config.context_files),
-            ", ".join(map(str, users[unknown[:5]].tolist())), ", ..." * (len(unknown) > 5),
-        )  # fmt: skip
+            len(unknown),
+            len(users),
+            ", ".join(prepared.builder_config.context_files),
+            ", ".join(map(str, users[unknown[:5]].tolist())),
+            ", ..." * (len(unknown) > 5),
+        )
     return Interactions(
         users=users,
         items=np.concatenate([example["items"] for example in kept]),

@@ -11,7 +11,7 @@ from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import RawEvents
-from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integer, lines, read_table
+from ultra_hstu.data.text import MAX_SECONDS, Column, Line, lines, read_table
 
 _log = logging.getLogger(__name__)
 _URL = "https://files.grouplens.org/datasets/movielens/"
@@ -97,52 +97,46 @@ class MovieLens(InteractionsBuilder):
 
 
 def read_movies(path: Path) -> Catalog:
-    """The catalogue of a movies file: `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv`
-    (header, quotes).
+    """The catalogue of `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv` (header, quotes).
 
     A title that was encoded twice ("AmÃ©lie") is repaired with a warning; one with lost characters
     is an error.
     """
-    numbered = ((number, line) for number, line in lines(path))
     ids: dict[int, int] = {}
     titles = []
-    for number, line in numbered:
+    for line in lines(path):
+        text = line.text
         if path.suffix == ".csv":
-            fields = next(csv.reader([line], strict=True)) if line else []
-            if number == 1:
+            fields = next(csv.reader([text], strict=True)) if text else []
+            if line.number == 1:
                 if fields != ["movieId", "title", "genres"]:
-                    raise bad_line(path, number, "expected the header movieId,title,genres", line)
+                    raise line.error("expected the header movieId,title,genres")
                 continue
             whole = len(fields) == 3
         elif path.suffix == ".dat":  # a title may hold the delimiter, an id or genres may not
-            fields = [*line.split("::", 1)[:1], *line.split("::", 1)[-1].rsplit("::", 1)]
-            whole = len(fields) == 3 and line.count("::") >= 2
+            fields = [*text.split("::", 1)[:1], *text.split("::", 1)[-1].rsplit("::", 1)]
+            whole = len(fields) == 3 and text.count("::") >= 2
         else:
-            fields = line.split("|")
+            fields = text.split("|")
             whole = len(fields) == 24
         if not whole:
-            raise bad_line(path, number, "malformed movie", line)
-        movie = integer(fields[0], path, number, "movie id", 1)
+            raise line.error("malformed movie")
+        movie = line.integer(fields[0], "movie id", 1)
         if movie in ids:
-            raise bad_line(
-                path, number, f"movie {movie} was given on line {ids[movie]} already", line
-            )
-        ids[movie] = number
-        titles.append(_clean(fields[1], path, number))
+            raise line.error(f"movie {movie} was given on line {ids[movie]} already")
+        ids[movie] = line.number
+        titles.append(_clean(fields[1], line))
     return Catalog.from_ids(np.array(list(ids), np.int64), titles)
 
 
-def _clean(title: str, path: Path, line: int) -> str:
+def _clean(title: str, line: Line) -> str:
     if "\N{REPLACEMENT CHARACTER}" in title:
-        raise bad_line(
-            path, line, "the title has lost characters; fetch the publisher's file", title
-        )
+        raise line.error("the title has lost characters; fetch the publisher's file", title)
     try:
         repaired = title.encode("latin-1").decode("utf-8")
     except (UnicodeEncodeError, UnicodeDecodeError):
         return title
     if repaired != title:
-        _log.warning(
-            "%s, line %d: the title %r was encoded twice; read as %r", path, line, title, repaired
-        )
+        place = f"{line.path}, line {line.number}"
+        _log.warning("%s: the title %r was encoded twice; read as %r", place, title, repaired)
     return repaired

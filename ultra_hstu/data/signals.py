@@ -15,8 +15,16 @@ from ultra_hstu.config import Kind
 from ultra_hstu.data.interactions import Interactions
 
 FLAGS = (
-    "correct", "is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter",
-)  # fmt: skip
+    "correct",
+    "is_click",
+    "is_like",
+    "is_follow",
+    "is_comment",
+    "is_forward",
+    "is_hate",
+    "long_view",
+    "is_profile_enter",
+)
 FEATURES = ("skill", "tab")
 WATCH_BUCKETS = 16  # watch time in seconds: below 1, [1, 2), [2, 4), ..., 2^14 and more
 SHARE_BUCKETS = 10  # of the share of a video that was watched
@@ -102,7 +110,7 @@ def task(interactions: Interactions, name: str) -> Labels:
     Raises ValueError for an unknown one, naming those of the source, and for binary labels outside
     {0, 1}.
     """
-    found: Labels = _pick("task", _TASKS, interactions.actions, name)
+    found = _pick("task", _TASKS, interactions.actions, name)
     if found.kind == "binary" and np.isin(found.label_E, (0, 1), invert=True).any():
         wrong = found.label_E[np.isin(found.label_E, (0, 1), invert=True)][0]
         raise ValueError(
@@ -118,10 +126,12 @@ def distinct(values: Shaped[np.ndarray, " n"]) -> Codes:
 
 
 # A maker, and the actions that it reads.
-_Makers = dict[str, tuple[Callable[[Actions], Codes | Labels], tuple[str, ...]]]
+type _Makers[Made] = dict[str, tuple[Callable[[Actions], Made], tuple[str, ...]]]
 
 
-def _pick(kind: str, makers: _Makers, actions: Actions, name: str):
+def _pick[Made: Codes | Labels](
+    kind: str, makers: _Makers[Made], actions: Actions, name: str
+) -> Made:
     here = [
         known for known, (_, needs) in makers.items() if all(action in actions for action in needs)
     ]
@@ -199,17 +209,17 @@ def _column(name: str) -> Callable[[Actions], np.ndarray]:
     return lambda actions: actions[name]
 
 
-_SIGNALS: _Makers = {
+_SIGNALS: _Makers[Codes] = {
     "rating": (_rating, ("rating",)),
     "watch_time": (_watch_time, ("play_time_ms",)),
     "watched_share": (_share_codes, ("play_time_ms", "duration_ms")),
     **{name: (_flag(name), (name,)) for name in FLAGS},
 }
-_FEATURES: _Makers = {
+_FEATURES: _Makers[Codes] = {
     name: (lambda actions, name=name: distinct(actions[name]), (name,))  # type: ignore[misc]
     for name in FEATURES
 }
-_TASKS: _Makers = {
+_TASKS: _Makers[Labels] = {
     "rating_at_least_4": (
         _everywhere("binary", lambda actions: actions["rating"] >= 4),
         ("rating",),

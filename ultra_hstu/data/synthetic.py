@@ -72,9 +72,8 @@ def draw_stream(settings: SyntheticConfig) -> Int[np.ndarray, "users length"]:
     weight = rng.exponential(size=(users, most)) * (
         np.arange(most)[None] < rng.integers(1, most + 1, users)[:, None]
     )
-    cumulative = np.cumsum(
-        weight / weight.sum(1, keepdims=True), axis=1
-    )  # normalised exponentials: Dirichlet(1, ..., 1)
+    # Normalised exponentials: Dirichlet(1, ..., 1).
+    cumulative = np.cumsum(weight / weight.sum(1, keepdims=True), axis=1)
     categories = np.empty((users, length), np.int64)
     rows = np.arange(users)
     for n in range(length):

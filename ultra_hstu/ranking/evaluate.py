@@ -1,5 +1,4 @@
-"""Evaluation of the ranking task: every event of a split predicted once, from requests as in
-serving.
+"""Evaluation of ranking: every event of a split is predicted once, from requests.
 
 Base rates, which need no model, are measured on the same events.
 """

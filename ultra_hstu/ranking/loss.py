@@ -1,6 +1,4 @@
-"""The loss of the ranking task: one logit a task, binary cross entropy or squared error, averaged
-over what is supervised.
-"""
+"""The loss of ranking: binary cross entropy or squared error of one logit a task."""
 
 from collections.abc import Sequence
 

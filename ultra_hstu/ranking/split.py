@@ -41,9 +41,7 @@ class RequestTable:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
-    """Where the parts of every user's events begin: train [first, validation), validation
-    [validation, test), test [test, last).
-    """
+    """Where every user's events are cut: train, [validation, test) and [test, last)."""
 
     first: Int64[np.ndarray, " users"]
     validation: Int64[np.ndarray, " users"]
@@ -65,20 +63,19 @@ class Parts:
 def chronological(
     interactions: Interactions, validation_fraction: float, test_fraction: float
 ) -> Parts:
-    """The parts of every user's events, by time: `floor(fraction * events)` each for test (the
-    newest) and validation (before it).
-    """
+    """The parts of every user's events by time, `floor(fraction * events)` each; test is last."""
     first, last = interactions.offsets[:-1], interactions.offsets[1:]
-    # A fraction such as 0.29 of 100 events is 28.999999999999996 in floating point.
-    # noqa: E731
-    share = lambda fraction: np.floor(np.round(interactions.lengths * fraction, 6)).astype(np.int64)
+
+    def share(fraction: float) -> Int64[np.ndarray, " users"]:
+        # A fraction such as 0.29 of 100 events is 28.999999999999996 in floating point.
+        return np.floor(np.round(interactions.lengths * fraction, 6)).astype(np.int64)
+
     test = last - share(test_fraction)
     return Parts(first, test - share(validation_fraction), test, last)
 
 
 def training(parts: Parts, config: Config, seed: int, epoch: int) -> Requests:
-    """The training requests of an epoch, a function of (seed, epoch): segments begin at a random
-    place of every user.
+    """The training requests of an epoch: segments begin at a random place of every user.
 
     With `rank.supervise="all"` a request is a stretch of up to `data.max_history` training events
     without targets: each of its items is predicted from what lies before it in the stretch.
@@ -119,8 +116,7 @@ def segments(
     oldest: Int64[np.ndarray, " users"],
     max_history: int,
 ) -> Requests:
-    """Cuts events [first, last) of every user into segments: one of `head` events (1..size), then
-    of `size`, the last of what is left.
+    """Cuts events [first, last) of every user into segments: one of `head` events, then of `size`.
 
     The history of a segment is the newest `max_history` events before it, none from before
     `oldest`.

@@ -31,7 +31,7 @@ class CorpusEvaluator(Evaluator):
     def vectors(
         self, scored: PyTree, batch: Batch
     ) -> tuple[Float[Array, "b D"], Float[Array, "I1 D"]]:
-        """Vectors of the users that this device ranks for, and of the items: scores are products."""
+        """Vectors of the users that this device ranks for, and of all items."""
         model = self.recipe.model(scored)
         shards = self.recipe.shards
         return model.users(batch, shards), model.all_items(shards)

@@ -32,20 +32,12 @@ class InBatchPool:
     ]  # log of the share of the pool that is this item; -inf for one that cannot be drawn
 
 
-def in_batch_pool(item_P: Int[Array, " P"], num_items: int, *, dedup: bool = False) -> InBatchPool:
-    """The pool of a batch's items, padding (0) left out.
+def in_batch_pool(item_P: Int[Array, " P"], num_items: int) -> InBatchPool:
+    """The pool of a batch's items (usually its targets), padding (0) left out.
 
-    Args:
-      item_P: usually the targets of the batch.
-      dedup: keep each item once. Otherwise a popular item is drawn as often as it occurs, and the
-        loss should be told (`log_q_I`).
+    A popular item is drawn as often as it occurs, which the loss should be told (`log_q_I`).
     """
     count_I = jnp.zeros(num_items + 1, jnp.int32).at[item_P].add(1).at[0].set(0)
-    if dedup:
-        count_I = jnp.minimum(count_I, 1)
-        in_order_P = jnp.sort(item_P)
-        first_P = jnp.concatenate([jnp.ones(1, bool), in_order_P[1:] != in_order_P[:-1]])
-        item_P = jnp.where(first_P, in_order_P, 0)
     size = jnp.sum(count_I)
     (place_P,) = jnp.nonzero(item_P > 0, size=item_P.shape[0], fill_value=0)
     return InBatchPool(

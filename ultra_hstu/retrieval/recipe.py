@@ -1,7 +1,7 @@
 """The pure functions of a retrieval run: `step.Steps` for histories."""
 
 import dataclasses
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -51,16 +51,19 @@ class Recipe(Steps[Recommender]):
         target_T, weight_T = self.shards.local(tuple(labels))
         table_ID = model.all_items(self.shards)
         config, shards = self.config.loss, self.shards
-        chunk_rows = (
-            config.chunk_rows
-            or CHUNK_ROWS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+        softmax = functools.partial(
+            losses.full_softmax if config.kind == "full" else losses.sampled_softmax,
+            h_TD,
+            table_ID,
+            target_T,
+            weight_T,
+            temperature=config.temperature,
+            l2_normalize=config.l2_normalize,
+            chunk_rows=config.chunk_rows or _chunk_rows(),
+            total=shards.total(jnp.sum(weight_T)),
         )
-        options: dict[str, Any] = dict(
-            temperature=config.temperature, l2_normalize=config.l2_normalize, chunk_rows=chunk_rows
-        )
-        options["total"] = shards.total(jnp.sum(weight_T))
         if config.kind == "full":
-            return losses.full_softmax(h_TD, table_ID, target_T, weight_T, **options)[0]
+            return softmax()[0]
         rows, log_q = h_TD.shape[0], None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
         keys_T = row_keys(negative_key, sequences)
@@ -72,6 +75,8 @@ class Recipe(Steps[Recommender]):
             pool = negatives.in_batch_pool(shards.of_groups(batch.target_T), self.num_items)
             negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
             log_q = pool.log_q_I if config.log_q else None
-        return losses.sampled_softmax(
-            h_TD, table_ID, target_T, weight_T, negative_TR, log_q=log_q, **options
-        )[0]
+        return softmax(negative_TR, log_q=log_q)[0]
+
+
+def _chunk_rows() -> int:
+    return CHUNK_ROWS["cpu" if jax.default_backend() == "cpu" else "accelerator"]

@@ -1,6 +1,4 @@
-"""Which events are learned from, validated on and tested on: index arithmetic over the events, no
-copies.
-"""
+"""Which events are learned from, validated on and tested on: indices, no copies."""
 
 import dataclasses
 
