@@ -4,8 +4,8 @@
 without any mask code, and over the rest with it. Rows times keys is a sum over keys: with few rows
 the keys are split among programs, whose sums are added afterwards.
 
-Names in capitals are known when a kernel is compiled. Shapes: BR rows, BK keys, WK and WV the padded
-widths. `R`, `S`, `H`, `K`, `V` are those of the buffers [R or S, H, width].
+Names in capitals are known when a kernel is compiled. Shapes: BR rows, BK keys, WK and WV the
+padded widths. `R`, `S`, `H`, `K`, `V` are those of the buffers [R or S, H, width].
 """
 
 from typing import no_type_check
