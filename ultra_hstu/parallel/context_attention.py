@@ -176,7 +176,10 @@ def context_parallel_attention(
         )
 
     rows, everywhere = PartitionSpec(CONTEXT), PartitionSpec()
-    bias_specs = None if bias is None else RelativeBias(everywhere, everywhere, rows, rows)
+    # times have a row each, tables none
+    bias_specs = jax.tree.map(
+        lambda x: rows if jnp.issubdtype(x.dtype, jnp.integer) else everywhere, bias
+    )
     run = jax.shard_map(
         local,
         mesh=mesh,

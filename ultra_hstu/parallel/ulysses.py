@@ -60,12 +60,9 @@ class Ulysses:
         attend: Callable[..., Array],
     ) -> Array:
         """`attend` is `hstu_attention`, its constants filled in."""
-        if bias is not None and bias.time_table is not None:
-            bias = dataclasses.replace(
-                bias,
-                timestamps=self._rows(bias.timestamps),
-                query_timestamps=self._rows(bias.query_timestamps),
-            )
+        if bias is not None and bias.times is not None:
+            queries, keys = (self._rows(x) for x in bias.times)
+            bias = dataclasses.replace(bias, timestamps=keys, query_timestamps=queries)
         scale = self._rows(scale) if jnp.ndim(scale) else scale
         mask = self.plan.mask
         out = attend(
