@@ -1,7 +1,7 @@
 """Arrays by their axes, and the annotation of fields whose values JAX replaces.
 
-T rows, S keys, R rows beside a cache, Q rows beside the keys of another buffer; H heads, K and V the
-widths of a head.
+T rows, S keys, R rows beside a cache, Q rows beside the keys of another buffer; H heads, K and V
+the widths of a head.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar

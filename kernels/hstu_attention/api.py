@@ -10,26 +10,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from kernels import dispatch
-from kernels.hstu_attention.plan import (
-    AttentionPlan,
-    AttentionSpec,
-    make_plan,
-    plan_of_intervals,
-)
+from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec, make_plan
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import AttentionMask
 from kernels.typing import QHK, QHV, SHK, SHV, THV
-
-__all__ = [
-    "AttentionPlan",
-    "AttentionSpec",
-    "RelativeBias",
-    "hstu_attention",
-    "implementations",
-    "make_plan",
-    "plan_of_intervals",
-    "prepare_plan",
-]
 
 # `reference` runs only by name: its memory is O(T^2). So does `mosaic_fp8`: it rounds.
 _OP = dispatch.Op[AttentionSpec](

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
-from kernels.jagged import Rows
+from kernels.jagged import Counts, Rows
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
 from kernels.tiles import TileBounds, tile_bounds
 from kernels.typing import Leaf, Scalar
@@ -141,8 +141,8 @@ def make_plan(
     mask: AttentionMask,
     offsets: ArrayLike,
     num_rows: int,
-    num_targets: ArrayLike | None = None,
-    num_contextual: ArrayLike | None = None,
+    num_targets: ArrayLike | Counts = None,
+    num_contextual: ArrayLike | Counts = None,
 ) -> AttentionPlan:
     """The plan of a batch. Works under `jit` with traced offsets.
 
@@ -153,7 +153,8 @@ def make_plan(
       num_targets, num_contextual: int32[B] or None.
     """
     offsets = jnp.asarray(offsets, jnp.int32)
-    where = Rows.of(offsets, num_rows, num_targets, num_contextual)
+    counts = (None if x is None else jnp.asarray(x) for x in (num_targets, num_contextual))
+    where = Rows.of(offsets, num_rows, *counts)
     return AttentionPlan(
         keys=mask.keys_of(where),
         rows=mask.rows_of(where),

@@ -2,9 +2,9 @@
 
 The interpreter of this JAX has no accumulator registers, no wgmma with a register operand, no
 reductions to global memory and no inline code. This file, and no other, stands in for them:
-accumulators are shared memory, products are `jnp.dot`, sums to memory are plain (so one thread block
-at a time, as its interpreter would let them race), and items are drawn in turn. What it cannot show:
-alignment, register counts, races of the tensor cores, speed. Those need a GPU.
+accumulators are shared memory, products are `jnp.dot`, sums to memory are plain (so one thread
+block at a time, as its interpreter would let them race), and items are drawn in turn. What it
+cannot show: alignment, register counts, races of the tensor cores, speed. Those need a GPU.
 """
 
 import contextlib
@@ -140,7 +140,8 @@ def interpreted(monkeypatch):
             for name, stand_in in stand_ins.items():
                 if hasattr(module, name):
                     patch.setattr(module, name, stand_in)
-        # The kernels leave the barriers of emptied buffers armed at their end, which the hardware does not mind.
+        # The kernels leave the barriers of emptied buffers armed at their end, which the hardware
+        # does not mind.
         patch.setattr(
             shared_memory.Barrier,
             "deallocate",

@@ -1,4 +1,4 @@
-"""`reference` and `xla`: the contract, the golden numbers of the public implementation, memory, skipping, gradients of the bias."""
+"""`reference` and `xla`: the contract, the golden numbers, memory, skipping, bias gradients."""
 
 import dataclasses
 import pathlib
@@ -109,7 +109,10 @@ def test_time_buckets_are_exact():
 
 
 def test_bias_of_one_pair_by_hand():
-    """Row 1 sees key 0: position table entry N - 2, time bucket from row 1's next event to row 0's own time."""
+    """Row 1 sees key 0: position table entry N - 2, and a time bucket.
+
+    The bucket is that from row 1's next event to row 0's own time.
+    """
     position_table, time_table = (
         jnp.asarray([0.0, 0.5, 3.0, 9.0, 9.0]),
         jnp.asarray([0.0, 0.0, 0.0, 0.25, 9.0]),
@@ -193,7 +196,8 @@ def test_xla_skips_tiles_that_do_not_meet():
     assert pairs(AttentionMask(window=64), [8192]) == 2 * 128 - 1  # O(T)
     assert pairs(AttentionMask(window=64, full_rows=64), [4096]) == 2 * 64 - 1 + 62
     assert pairs(AttentionMask(window=64, prefix=64), [4096]) == 2 * 64 - 1 + 62
-    # targets far behind a windowed history: sink, window and the tile itself; and contextual rows see all of the history
+    # targets far behind a windowed history: sink, window and the tile itself; and contextual rows
+    # see all of the history
     targets = {"num_targets": np.array([2048]), "num_contextual": np.array([2])}
     assert pairs(AttentionMask(window=64), [4096], **targets) == (2 * 32 - 1 + 30 + 31) + 32 * 3
     assert pairs(AttentionMask(), []) == 0 and pairs(AttentionMask(), [0, 0]) == 0
@@ -213,7 +217,10 @@ def test_no_gradient_crosses_sequences_or_flows_from_the_future():
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_batch_and_mask(data):
-    """Random lengths, targets, contextual counts and masks; a fixed capacity, so that shapes compile few times."""
+    """Random lengths, targets, contextual counts and masks.
+
+    The capacity is fixed, so that shapes compile few times.
+    """
     count = st.integers(0, 8)
     lengths = data.draw(st.lists(st.integers(0, 40), min_size=4, max_size=4))
     mask = AttentionMask(

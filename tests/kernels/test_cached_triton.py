@@ -61,7 +61,10 @@ def test_heads_too_wide(h100, monkeypatch):
     ],
 )
 def test_few_rows_share_their_keys(rows, keys, shares):
-    """With four heads and 64 x 64 tiles: about two programs for each processor, and four blocks of keys at least for each."""
+    """With four heads and 64 x 64 tiles: about two programs for each processor.
+
+    Each has four blocks of keys at least.
+    """
     assert triton.key_shares(rows, keys, 4, LaunchSizes(64, 64, 4, 3)) == shares
 
 
@@ -83,8 +86,14 @@ def test_what_is_handed_to_the_kernel(h100, monkeypatch, dtype, shares, outs):
     rows, keys = int(request.target.sum()), int((~request.target).sum())
     block = triton.find_sizes(AttentionSpec(dtype, 2, 8, 4)).block_q
     assert [x.shape for x in handed["arrays"]] == [
-        (rows, 2, 8), (keys, 2, 8), (keys, 2, 4), (rows, 2, 8), (rows, 2, 4), (-(-rows // block), 6), *[(rows,)] * 4,
-    ]  # fmt: skip
+        (rows, 2, 8),
+        (keys, 2, 8),
+        (keys, 2, 4),
+        (rows, 2, 8),
+        (rows, 2, 4),
+        (-(-rows // block), 6),
+        *[(rows,)] * 4,
+    ]
     assert [(x.shape, x.dtype) for x in handed["outs"]] == [
         ((outs, rows, 2, 4), dtype if outs == 1 else jnp.float32)
     ]
@@ -106,7 +115,10 @@ def test_what_is_handed_to_the_kernel(h100, monkeypatch, dtype, shares, outs):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_blocks_hold_what_rows_see(seed):
-    """Every key that a row of a tile sees lies in the tile's blocks, in one range; blocks called full are seen whole by all of its rows."""
+    """Every key that a row of a tile sees lies in the tile's blocks, in one range.
+
+    All rows of the tile see the whole of the blocks that are called full.
+    """
     rng = np.random.default_rng(seed)
     rows, size, num_keys = 23, LaunchSizes(8, 4, 4, 1), 50
     bounds = [np.sort(rng.integers(0, num_keys + 1, (rows, 2)), axis=1) for _ in range(2)]

@@ -9,7 +9,7 @@ from kernels.cached_attention.triton import attention as triton
 from kernels.cached_attention.triton import kernels as triton_kernels
 from kernels.hstu_attention import AttentionSpec
 from kernels.hstu_attention.triton import sizes as triton_sizes
-from tests.kernels.triton_compiler import HOPPER, shared_memory, triton_cache  # noqa: F401 - a fixture
+from tests.kernels.triton_compiler import HOPPER, shared_memory, triton_cache  # noqa: F401
 
 WIDTHS = (25, 64, 128, 256)
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16"}

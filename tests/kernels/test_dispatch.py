@@ -1,4 +1,4 @@
-"""Who runs: names, order, the one error that tells why nothing fits; and inputs that no implementation takes."""
+"""Who runs: names, order, the error that tells why nothing fits; what no implementation takes."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""`mosaic` without a GPU: its kernels in the interpreter against `reference`, its lists of work, what it refuses."""
+"""`mosaic` without a GPU: kernels in the interpreter, lists of work, what it refuses."""
 
 import functools
 

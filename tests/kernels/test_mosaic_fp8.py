@@ -1,4 +1,4 @@
-"""`mosaic_fp8` without a GPU: its kernel in the interpreter against `reference`, its lowering, what it refuses."""
+"""`mosaic_fp8` without a GPU: its kernel in the interpreter, its lowering, what it refuses."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,10 @@ def test_operands_are_within_rounding_of_the_inputs():
     ids=["causal", "semi-local"],
 )
 def test_kernel(mask, monkeypatch):
-    """Against float32 attention of the same rounded operands: what is left is the rounding of the weights."""
+    """Against float32 attention of the same rounded operands.
+
+    What is left is the rounding of the weights.
+    """
     rng = np.random.default_rng(1)
     scale = rng.uniform(0.01, 1, ROWS).astype(np.float32)
     scale[OFFSETS[-1] :] = np.nan

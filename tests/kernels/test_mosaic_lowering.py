@@ -85,7 +85,7 @@ def kernels(text):
 
 
 def passes_of(mask):
-    """Forward and backward, which is two where there is a window, and after each the sums of split tiles."""
+    """Kernels: forward, backward (two where there is a window), and after each the sums."""
     return 4 if mask.window is None else 6
 
 

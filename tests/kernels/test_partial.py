@@ -1,4 +1,4 @@
-"""Attention to the keys of another buffer: the parts of a sequence add up to the whole, whatever is cut where."""
+"""Attention to the keys of another buffer: the parts of a sequence add up to the whole."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,10 @@ def cut(mask):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("edge", [7, 40])
 def test_parts_add_up(mask, edge, implementation):
-    """Every row against the keys before `edge`, plus every row against the keys from it on, one of the two with its own key."""
+    """Every row against the keys before `edge`, plus every row against the keys from it on.
+
+    One of the two has the rows' own keys.
+    """
     keys, rows = cut(MASKS[mask])
     scale = jnp.asarray(np.random.default_rng(1).uniform(0.1, 1, ROWS), jnp.float32)
     q, k, v, g = arrays()
@@ -104,7 +107,7 @@ def test_no_keys_at_all():
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_lists_of_the_hopper_kernels(mask):
-    """The three intervals that the backward masks with hold exactly the rows that see a key; those of the forward exactly the keys of a row."""
+    """What the kernels mask with holds exactly the rows that see a key, or the keys of a row."""
     keys, rows = cut(MASKS[mask])
     edge = 40
     plan = partial_plan(

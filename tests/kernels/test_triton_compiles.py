@@ -10,7 +10,7 @@ import pytest
 from kernels.hstu_attention import AttentionSpec, tuning
 from kernels.hstu_attention.triton import kernels as triton_kernels
 from kernels.hstu_attention.triton import sizes as triton
-from tests.kernels.triton_compiler import HOPPER, shared_memory, triton_cache  # noqa: F401 - a fixture
+from tests.kernels.triton_compiler import HOPPER, shared_memory, triton_cache  # noqa: F401
 
 DTYPES = {"float32": "*fp32", "bfloat16": "*bf16"}
 KERNELS = {"forward": "forward", "backward_queries": "queries", "backward_keys": "keys"}
@@ -37,7 +37,7 @@ def spec(dtype, width):
 
 
 def check(kernel, dtype, width, capability, sizes, *, row_scale=False, precision="tf32", both=True):
-    """both: 16-bit kernels with a bias, too, which has sizes of its own; in float32 it only adds."""
+    """both: 16-bit kernels with a bias, too, which has sizes of its own."""
     function = getattr(triton_kernels, kernel)
     pointers = dict.fromkeys(("q", "k", "v", "g", "out", "dq", "dk", "dv"), DTYPES[dtype])
     pointers |= dict.fromkeys(("scale", "position_table", "time_table", "d_tables"), "*fp32")

@@ -1,4 +1,4 @@
-"""The table of measured sizes: what it may hold, who finds what in it, and the tuner that fills it."""
+"""The table of measured sizes: what it may hold, who finds what, and the tuner that fills it."""
 
 import json
 import pathlib
@@ -62,7 +62,8 @@ def test_what_is_shipped_is_sound():
     [
         (
             {"implementation": "cuda"},
-            "entry 0: implementation is 'cuda', not one of triton, mosaic; make it with python -m scripts.tune_attention",
+            "entry 0: implementation is 'cuda', not one of triton, mosaic; make it with "
+            "python -m scripts.tune_attention",
         ),
         ({"mask": "full"}, "mask is 'full', not one of causal, windowed"),
         ({"length": 3}, "length is 3, not one of short, long"),
@@ -125,7 +126,7 @@ def test_new_entries_replace_those_of_the_same_key():
 
 
 def test_the_tuner_writes_the_fastest(h200, table, tmp_path, monkeypatch):
-    """The tuner, with trials that CPU can run: a product that is done once, fifty times, or not at all."""
+    """The tuner, with trials that CPU can run: a product, done once, fifty times, or not at all."""
     tiny = Workload("tiny", (40, 20), 2, 8, 8, dtype="float32")
 
     def work(times):

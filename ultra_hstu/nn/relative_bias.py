@@ -27,7 +27,8 @@ class RelativeBiasTables(nnx.Module):
 
         Times are in seconds: of the rows as keys, of the events after them as queries.
         """
-        return RelativeBias(self.position_table[...], self.time_table[...], time_T, next_time_T)
+        times = (jnp.asarray(time_T), jnp.asarray(next_time_T))
+        return RelativeBias(self.position_table[...], self.time_table[...], *times)
 
     def padded(
         self, time_BN: Int[Array, "B N"], next_time_BN: Int[Array, "B N"]

@@ -123,7 +123,10 @@ def context_parallel_attention(
         )
 
     sharded, everywhere = PartitionSpec(CONTEXT), PartitionSpec()
-    of_bias = None if bias is None else RelativeBias(everywhere, everywhere, sharded, sharded)
+    # Times have a row each, tables none.
+    of_bias = jax.tree.map(
+        lambda x: sharded if jnp.issubdtype(x.dtype, jnp.integer) else everywhere, bias
+    )
     of_scale = sharded if scale.ndim else everywhere
     run = jax.shard_map(
         local,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.hstu_attention.api import RelativeBias, hstu_attention
+from kernels.hstu_attention.api import hstu_attention
 from kernels.hstu_attention.plan import AttentionPlan, make_plan
 from kernels.mask import AttentionMask
 from kernels.typing import Leaf
@@ -59,9 +59,9 @@ class Ulysses(Strategy):
         self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
     ) -> Float[Array, "t H V"]:
         bias = call.bias
-        if bias is not None and bias.time_table is not None:
-            times = (bias.timestamps, bias.query_timestamps)
-            bias = RelativeBias(bias.position_table, bias.time_table, *map(self._rows, times))
+        if bias is not None and bias.times is not None:
+            queries, keys = (self._rows(x) for x in bias.times)
+            bias = dataclasses.replace(bias, timestamps=keys, query_timestamps=queries)
         out = hstu_attention(
             self._whole(q_tHK),
             self._whole(k_tHK),

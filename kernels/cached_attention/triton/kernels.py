@@ -4,8 +4,8 @@
 without any mask code, and over the rest with it. Rows times keys is a sum over keys: with few rows
 the keys are split among programs, whose sums are added afterwards.
 
-Names in capitals are known when a kernel is compiled. Shapes: BR rows, BK keys, WK and WV the padded
-widths. `R`, `S`, `H`, `K`, `V` are those of the buffers [R or S, H, width].
+Names in capitals are known when a kernel is compiled. Shapes: BR rows, BK keys, WK and WV the
+padded widths. `R`, `S`, `H`, `K`, `V` are those of the buffers [R or S, H, width].
 """
 
 from typing import no_type_check
@@ -41,43 +41,6 @@ def _rows(
     else:
         x = tl.load(pointers, mask=(start + near < ROWS)[:, None] & (width[None, :] < W), other=0.0)
     return x
-
-
-@triton.jit
-@no_type_check
-def _step(
-    sum_RV,
-    q_RK,
-    k,
-    v,
-    block,
-    near,
-    intervals,
-    BK,
-    S,
-    H,
-    K,
-    V,
-    WK,
-    WV,
-    ALPHA,
-    PRECISION,
-    APPROXIMATE,
-    FULL,
-):
-    start = block * BK
-    k_KK = _rows(k, start, near, tl.arange(0, WK), S, H, K, WK, FULL)
-    v_KV = _rows(v, start, near, tl.arange(0, WV), S, H, V, WV, FULL)
-    score = tl.dot(q_RK, tl.trans(k_KK), input_precision=PRECISION) * ALPHA
-    if not FULL:
-        lo0, hi0, lo1, hi1 = intervals
-        key = (start + near)[None, :]
-        seen = ((key >= lo0[:, None]) & (key < hi0[:, None])) | (
-            (key >= lo1[:, None]) & (key < hi1[:, None])
-        )
-        score = tl.where(seen, score, MASKED_SCORE)
-    weight = score * gate(score, APPROXIMATE)
-    return tl.dot(weight.to(v_KV.dtype), v_KV, sum_RV, input_precision=PRECISION)
 
 
 @triton.jit
@@ -148,26 +111,19 @@ def forward(
                 block = l0 + i
                 block = tl.where(block >= h0, block - h0 + l1, block)
                 block = tl.where((i >= h0 - l0) & (block >= f0), block - f0 + f1, block)
-            sum_RV = _step(
-                sum_RV,
-                q_RK,
-                k + head * K,
-                v + head * V,
-                block,
-                near,
-                intervals,
-                BK,
-                S,
-                H,
-                K,
-                V,
-                WK,
-                WV,
-                ALPHA,
-                PRECISION,
-                APPROXIMATE,
-                FULL,
-            )
+            start = block * BK
+            k_KK = _rows(k + head * K, start, near, tl.arange(0, WK), S, H, K, WK, FULL)
+            v_KV = _rows(v + head * V, start, near, tl.arange(0, WV), S, H, V, WV, FULL)
+            score = tl.dot(q_RK, tl.trans(k_KK), input_precision=PRECISION) * ALPHA
+            if not FULL:
+                lo0, hi0, lo1, hi1 = intervals
+                key = (start + near)[None, :]
+                seen = ((key >= lo0[:, None]) & (key < hi0[:, None])) | (
+                    (key >= lo1[:, None]) & (key < hi1[:, None])
+                )
+                score = tl.where(seen, score, MASKED_SCORE)
+            weight = score * gate(score, APPROXIMATE)
+            sum_RV = tl.dot(weight.to(v_KV.dtype), v_KV, sum_RV, input_precision=PRECISION)
     out_pointers = (
         out + ((split * R + row).to(tl.int64) * (H * V) + head * V)[:, None] + value_width[None, :]
     )

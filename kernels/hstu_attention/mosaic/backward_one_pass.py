@@ -25,8 +25,8 @@ from kernels.hstu_attention.mosaic.launch import (
     arrive,
     loaded,
     open_rings,
+    put,
     ring,
-    send,
     swizzled,
     wait,
     with_sums,
@@ -86,9 +86,7 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
                 def send_dq(dq, i):
                     """Adds this warpgroup's part of dQ of block i to memory."""
                     rows = pl.ds(item.block(i) * block_q + my_rows.start - first, my_rows.size)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    s["dq"].at[wg][...] = dq
-                    plgpu.commit_smem()
+                    put(s["dq"].at[wg], dq)
                     target = dq_gm.at[rows, item.head, my_columns]
                     plgpu.copy_smem_to_gmem(s["dq"].at[wg], target, reduction_op="add")
 
@@ -229,7 +227,8 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
 
                         @pl.when(part < 0)
                         def _(chunk=chunk, gm=gm, columns=columns, out=outs[-1]):
-                            send(out, chunk, gm.at[pl.ds(key0, 64), head, columns], others)
+                            put(out, chunk, others)
+                            plgpu.copy_smem_to_gmem(out, gm.at[pl.ds(key0, 64), head, columns])
 
                         @pl.when(part >= 0)
                         def _(chunk=chunk, part_gm=part_gm, columns=columns):

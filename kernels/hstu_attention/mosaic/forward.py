@@ -24,8 +24,8 @@ from kernels.hstu_attention.mosaic.launch import (
     load_rows,
     loaded,
     open_rings,
+    put,
     ring,
-    send,
     swizzled,
     wait,
     with_sums,
@@ -178,8 +178,10 @@ def forward(
 
                     @pl.when(part < 0)
                     def _(chunk=chunk, c=c):
+                        stage = my_o.at[c % 2]
+                        put(stage, chunk, 1 if width_v > 64 else 0)
                         target = o_gm.at[pl.ds(row0 - first, 64), head, pl.ds(c * 64, 64)]
-                        send(my_o.at[c % 2], chunk, target, 1 if width_v > 64 else 0)
+                        plgpu.copy_smem_to_gmem(stage, target)
 
                     @pl.when(part >= 0)
                     def _(chunk=chunk, c=c):

@@ -80,12 +80,11 @@ def fill(s, name, source, slot=None, full=None):
     plgpu.copy_gmem_to_smem(source, into, full)
 
 
-def send(stage, values, target, pending):
-    """Copies `values` to memory through `stage`, once so many copies before it are pending."""
+def put(stage, values, pending=0):
+    """Writes `values` for a copy to memory, once no more copies than `pending` are on their way."""
     plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
     stage[...] = values.astype(stage.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(stage, target)
 
 
 def with_sums(body, *shapes):

@@ -29,7 +29,7 @@ def tail_start(plan: AttentionPlan) -> Int[Array, " 1"]:
     return (plan.num_real // TAIL * TAIL).astype(jnp.int32).reshape(1)
 
 
-def clean_tails(plan: AttentionPlan, *arrays: Float[Array, "T H _"]) -> jax.Ref:
+def clean_tails(plan: AttentionPlan, *arrays: Float[Array, "_ H _"]) -> jax.Ref:
     """The last tile of each array that holds a real row, with padding rows zeroed.
 
     The tiles stand side by side: 0 * NaN would be NaN in a product. In front of them are rows of

@@ -217,52 +217,6 @@ def _begin_rows(
 
 @triton.jit
 @no_type_check
-def _forward_step(
-    sum_QV,
-    q_QK,
-    k,
-    v,
-    block,
-    near,
-    row,
-    row_time,
-    intervals,
-    num_real,
-    bias,
-    BK,
-    H,
-    K,
-    V,
-    WK,
-    WV,
-    ALPHA,
-    POSITIONS,
-    BUCKETS,
-    PRECISION,
-    APPROXIMATE,
-    FULL,
-):
-    position_table, time_table, starts, times = bias
-    key_width, value_width = tl.arange(0, WK), tl.arange(0, WV)
-    key = block * BK + near
-    k_KK = _load(k, block, near, key_width, num_real, BK, H, K, WK, FULL)
-    v_KV = _load(v, block, near, value_width, num_real, BK, H, V, WV, FULL)
-    score = tl.dot(q_QK, tl.trans(k_KK), input_precision=PRECISION) * ALPHA
-    if POSITIONS:
-        score += tl.load(position_table + _entry(row[:, None], key[None, :], POSITIONS))
-    if BUCKETS:
-        key_time = tl.load(times + key, mask=key < num_real, other=0)
-        bucket = _bucket(row_time[:, None], key_time[None, :], starts, BUCKETS)
-        score += tl.load(time_table + bucket)
-    if not FULL:
-        seen = _seen(row, key, intervals, num_real, 1)
-        score = tl.where(seen, score, MASKED_SCORE)
-    weight = score * gate(score, APPROXIMATE)
-    return tl.dot(weight.to(v_KV.dtype), v_KV, sum_QV, input_precision=PRECISION)
-
-
-@triton.jit
-@no_type_check
 def forward(
     q,
     k,
@@ -300,7 +254,6 @@ def forward(
 ):
     """out[T, H, V], zero on padding rows."""
     bounds, keys = (bounds_lo, bounds_hi), (keys_lo0, keys_hi0, keys_lo1, keys_hi1)
-    bias = (position_table, time_table, starts, times)
     tile, head, far, near, row, real, row_time, num_real, intervals, ranges = _begin_rows(
         order, num_real_ptr, bounds, keys, query_times, H, BQ, BK, ORDERED, BUCKETS
     )
@@ -309,96 +262,28 @@ def forward(
     for FULL in tl.static_range(2):
         for i in range(_count(ranges, FULL)):
             block = _pick(i, ranges, FULL)
-            sum_QV = _forward_step(
-                sum_QV,
-                q_QK,
-                k + head * K,
-                v + head * V,
-                block,
-                near,
-                row,
-                row_time,
-                intervals,
-                num_real,
-                bias,
-                BK,
-                H,
-                K,
-                V,
-                WK,
-                WV,
-                ALPHA,
-                POSITIONS,
-                BUCKETS,
-                PRECISION,
-                APPROXIMATE,
-                FULL,
-            )
+            key_width, value_width = tl.arange(0, WK), tl.arange(0, WV)
+            key = block * BK + near
+            k_KK = _load(k + head * K, block, near, key_width, num_real, BK, H, K, WK, FULL)
+            v_KV = _load(v + head * V, block, near, value_width, num_real, BK, H, V, WV, FULL)
+            score = tl.dot(q_QK, tl.trans(k_KK), input_precision=PRECISION) * ALPHA
+            if POSITIONS:
+                score += tl.load(position_table + _entry(row[:, None], key[None, :], POSITIONS))
+            if BUCKETS:
+                key_time = tl.load(times + key, mask=key < num_real, other=0)
+                bucket = _bucket(row_time[:, None], key_time[None, :], starts, BUCKETS)
+                score += tl.load(time_table + bucket)
+            if not FULL:
+                seen = _seen(row, key, intervals, num_real, 1)
+                score = tl.where(seen, score, MASKED_SCORE)
+            weight = score * gate(score, APPROXIMATE)
+            sum_QV = tl.dot(weight.to(v_KV.dtype), v_KV, sum_QV, input_precision=PRECISION)
     if ROW_SCALE:
         sum_QV *= tl.load(scale + row, mask=real, other=0.0)[:, None]
     else:
         sum_QV *= tl.load(scale)
     sum_QV = tl.where(real[:, None], sum_QV, 0.0)
     _store(out + head * V, sum_QV, tile, far, tl.arange(0, WV), BQ, T, H, V)
-
-
-@triton.jit
-@no_type_check
-def _query_step(
-    sum_QK,
-    q_QK,
-    g_QV,
-    k,
-    v,
-    block,
-    near,
-    row,
-    row_time,
-    row_scale,
-    intervals,
-    num_real,
-    bias,
-    d_tables,
-    BK,
-    H,
-    K,
-    V,
-    WK,
-    WV,
-    ALPHA,
-    POSITIONS,
-    BUCKETS,
-    PRECISION,
-    APPROXIMATE,
-    FULL,
-):
-    position_table, time_table, starts, times = bias
-    key_width, value_width = tl.arange(0, WK), tl.arange(0, WV)
-    key = block * BK + near
-    k_KK = _load(k, block, near, key_width, num_real, BK, H, K, WK, FULL)
-    v_KV = _load(v, block, near, value_width, num_real, BK, H, V, WV, FULL)
-    score = tl.dot(q_QK, tl.trans(k_KK), input_precision=PRECISION) * ALPHA
-    d_weight = tl.dot(g_QV, tl.trans(v_KV), input_precision=PRECISION)
-    seen = (row < num_real)[:, None] & (key < num_real)[None, :]
-    if POSITIONS:
-        entry = _entry(row[:, None], key[None, :], POSITIONS)
-        score += tl.load(position_table + entry)
-    if BUCKETS:
-        key_time = tl.load(times + key, mask=key < num_real, other=0)
-        bucket = _bucket(row_time[:, None], key_time[None, :], starts, BUCKETS)
-        score += tl.load(time_table + bucket)
-    if not FULL:
-        seen = _seen(row, key, intervals, num_real, 1)
-        score = tl.where(seen, score, MASKED_SCORE)
-    open_gate = gate(score, APPROXIMATE)
-    d_score = d_weight * (open_gate + score * open_gate * (1.0 - open_gate))
-    if POSITIONS or BUCKETS:
-        d_bias = d_score * row_scale[:, None]
-    if POSITIONS:
-        tl.atomic_add(d_tables + entry, d_bias, mask=seen, sem="relaxed")
-    if BUCKETS:
-        tl.atomic_add(d_tables + POSITIONS + bucket, d_bias, mask=seen, sem="relaxed")
-    return tl.dot(d_score.to(k_KK.dtype), k_KK, sum_QK, input_precision=PRECISION)
 
 
 @triton.jit
@@ -447,7 +332,6 @@ def backward_queries(
     one address are rare.
     """
     bounds, keys = (bounds_lo, bounds_hi), (keys_lo0, keys_hi0, keys_lo1, keys_hi1)
-    bias = (position_table, time_table, starts, times)
     tile, head, far, near, row, real, row_time, num_real, intervals, ranges = _begin_rows(
         order, num_real_ptr, bounds, keys, query_times, H, BQ, BK, ORDERED, BUCKETS
     )
@@ -462,96 +346,34 @@ def backward_queries(
     for FULL in tl.static_range(2):
         for i in range(_count(ranges, FULL)):
             block = _pick(i, ranges, FULL)
-            sum_QK = _query_step(
-                sum_QK,
-                q_QK,
-                g_QV,
-                k + head * K,
-                v + head * V,
-                block,
-                near,
-                row,
-                row_time,
-                row_scale,
-                intervals,
-                num_real,
-                bias,
-                d_tables,
-                BK,
-                H,
-                K,
-                V,
-                WK,
-                WV,
-                ALPHA,
-                POSITIONS,
-                BUCKETS,
-                PRECISION,
-                APPROXIMATE,
-                FULL,
-            )
+            key_width, value_width = tl.arange(0, WK), tl.arange(0, WV)
+            key = block * BK + near
+            k_KK = _load(k + head * K, block, near, key_width, num_real, BK, H, K, WK, FULL)
+            v_KV = _load(v + head * V, block, near, value_width, num_real, BK, H, V, WV, FULL)
+            score = tl.dot(q_QK, tl.trans(k_KK), input_precision=PRECISION) * ALPHA
+            d_weight = tl.dot(g_QV, tl.trans(v_KV), input_precision=PRECISION)
+            seen = (row < num_real)[:, None] & (key < num_real)[None, :]
+            if POSITIONS:
+                entry = _entry(row[:, None], key[None, :], POSITIONS)
+                score += tl.load(position_table + entry)
+            if BUCKETS:
+                key_time = tl.load(times + key, mask=key < num_real, other=0)
+                bucket = _bucket(row_time[:, None], key_time[None, :], starts, BUCKETS)
+                score += tl.load(time_table + bucket)
+            if not FULL:
+                seen = _seen(row, key, intervals, num_real, 1)
+                score = tl.where(seen, score, MASKED_SCORE)
+            open_gate = gate(score, APPROXIMATE)
+            d_score = d_weight * (open_gate + score * open_gate * (1.0 - open_gate))
+            if POSITIONS or BUCKETS:
+                d_bias = d_score * row_scale[:, None]
+            if POSITIONS:
+                tl.atomic_add(d_tables + entry, d_bias, mask=seen, sem="relaxed")
+            if BUCKETS:
+                tl.atomic_add(d_tables + POSITIONS + bucket, d_bias, mask=seen, sem="relaxed")
+            sum_QK = tl.dot(d_score.to(k_KK.dtype), k_KK, sum_QK, input_precision=PRECISION)
     sum_QK = tl.where(real[:, None], sum_QK * (row_scale * ALPHA)[:, None], 0.0)
     _store(dq + head * K, sum_QK, tile, far, tl.arange(0, WK), BQ, T, H, K)
-
-
-@triton.jit
-@no_type_check
-def _key_step(
-    dk_KK,
-    dv_KV,
-    k_KK,
-    v_KV,
-    q,
-    g,
-    scale,
-    block,
-    far,
-    key,
-    key_time,
-    num_real,
-    keys,
-    bias,
-    BQ,
-    H,
-    K,
-    V,
-    WK,
-    WV,
-    ALPHA,
-    ROW_SCALE,
-    POSITIONS,
-    BUCKETS,
-    PRECISION,
-    APPROXIMATE,
-    FULL,
-):
-    position_table, time_table, starts, query_times = bias
-    key_width, value_width = tl.arange(0, WK), tl.arange(0, WV)
-    row = block * BQ + far
-    real = row < num_real
-    q_QK = _load(q, block, far, key_width, num_real, BQ, H, K, WK, FULL)
-    g_QV = _load(g, block, far, value_width, num_real, BQ, H, V, WV, FULL)
-    score = tl.dot(k_KK, tl.trans(q_QK), input_precision=PRECISION) * ALPHA
-    d_weight = tl.dot(v_KV, tl.trans(g_QV), input_precision=PRECISION)
-    if POSITIONS:
-        score += tl.load(position_table + _entry(row[None, :], key[:, None], POSITIONS))
-    if BUCKETS:
-        row_time = tl.load(query_times + row, mask=real, other=0)
-        bucket = _bucket(row_time[None, :], key_time[:, None], starts, BUCKETS)
-        score += tl.load(time_table + bucket)
-    if not FULL:
-        seen = _seen(row, key, row_intervals(keys, row, real), num_real, 0)
-        score = tl.where(seen, score, MASKED_SCORE)
-    open_gate = gate(score, APPROXIMATE)
-    weight = score * open_gate
-    d_score = d_weight * (open_gate + weight * (1.0 - open_gate))
-    if ROW_SCALE:
-        row_scale = tl.load(scale + row, mask=real, other=0.0)[None, :]
-        weight *= row_scale
-        d_score *= row_scale
-    dv_KV = tl.dot(weight.to(g_QV.dtype), g_QV, dv_KV, input_precision=PRECISION)
-    dk_KK = tl.dot(d_score.to(q_QK.dtype), q_QK, dk_KK, input_precision=PRECISION)
-    return dk_KK, dv_KV
 
 
 @triton.jit
@@ -600,20 +422,19 @@ def backward_keys(
     Scores are kept transposed, keys in rows, so that both products take them as they are.
     """
     keys = (keys_lo0, keys_hi0, keys_lo1, keys_hi1)
-    bias = (position_table, time_table, starts, query_times)
     tile, head = tl.program_id(0) // H, tl.program_id(0) % H
     if ORDERED:
         tile = tl.load(order + tile)
     num_real = tl.load(num_real_ptr)
     far, near = tl.arange(0, BQ), tl.arange(0, BK)
     key = tile * BK + near
-    real = key < num_real
-    all_lo = tl.max(tl.load(near_lo + key, mask=real, other=0), 0)
-    all_hi = tl.min(tl.load(near_hi + key, mask=real, other=FAR), 0)
+    real_key = key < num_real
+    all_lo = tl.max(tl.load(near_lo + key, mask=real_key, other=0), 0)
+    all_hi = tl.min(tl.load(near_hi + key, mask=real_key, other=FAR), 0)
     ranges = _ranges(bounds_lo, bounds_hi, tile, all_lo, all_hi, BQ)
     key_time = key
     if BUCKETS:
-        key_time = tl.load(times + key, mask=real, other=0)
+        key_time = tl.load(times + key, mask=real_key, other=0)
     k_KK = _load(k + head * K, tile, near, tl.arange(0, WK), num_real, BK, H, K, WK, False)
     v_KV = _load(v + head * V, tile, near, tl.arange(0, WV), num_real, BK, H, V, WV, False)
     dk_KK = tl.zeros([BK, WK], tl.float32)
@@ -621,39 +442,35 @@ def backward_keys(
     for FULL in tl.static_range(2):
         for i in range(_count(ranges, FULL)):
             block = _pick(i, ranges, FULL)
-            dk_KK, dv_KV = _key_step(
-                dk_KK,
-                dv_KV,
-                k_KK,
-                v_KV,
-                q + head * K,
-                g + head * V,
-                scale,
-                block,
-                far,
-                key,
-                key_time,
-                num_real,
-                keys,
-                bias,
-                BQ,
-                H,
-                K,
-                V,
-                WK,
-                WV,
-                ALPHA,
-                ROW_SCALE,
-                POSITIONS,
-                BUCKETS,
-                PRECISION,
-                APPROXIMATE,
-                FULL,
-            )
+            key_width, value_width = tl.arange(0, WK), tl.arange(0, WV)
+            row = block * BQ + far
+            real = row < num_real
+            q_QK = _load(q + head * K, block, far, key_width, num_real, BQ, H, K, WK, FULL)
+            g_QV = _load(g + head * V, block, far, value_width, num_real, BQ, H, V, WV, FULL)
+            score = tl.dot(k_KK, tl.trans(q_QK), input_precision=PRECISION) * ALPHA
+            d_weight = tl.dot(v_KV, tl.trans(g_QV), input_precision=PRECISION)
+            if POSITIONS:
+                score += tl.load(position_table + _entry(row[None, :], key[:, None], POSITIONS))
+            if BUCKETS:
+                row_time = tl.load(query_times + row, mask=real, other=0)
+                bucket = _bucket(row_time[None, :], key_time[:, None], starts, BUCKETS)
+                score += tl.load(time_table + bucket)
+            if not FULL:
+                seen = _seen(row, key, row_intervals(keys, row, real), num_real, 0)
+                score = tl.where(seen, score, MASKED_SCORE)
+            open_gate = gate(score, APPROXIMATE)
+            weight = score * open_gate
+            d_score = d_weight * (open_gate + weight * (1.0 - open_gate))
+            if ROW_SCALE:
+                row_scale = tl.load(scale + row, mask=real, other=0.0)[None, :]
+                weight *= row_scale
+                d_score *= row_scale
+            dv_KV = tl.dot(weight.to(g_QV.dtype), g_QV, dv_KV, input_precision=PRECISION)
+            dk_KK = tl.dot(d_score.to(q_QK.dtype), q_QK, dk_KK, input_precision=PRECISION)
     factor = 1.0
     if not ROW_SCALE:
         factor = tl.load(scale)
-    dk_KK = tl.where(real[:, None], dk_KK * (factor * ALPHA), 0.0)
-    dv_KV = tl.where(real[:, None], dv_KV * factor, 0.0)
+    dk_KK = tl.where(real_key[:, None], dk_KK * (factor * ALPHA), 0.0)
+    dv_KV = tl.where(real_key[:, None], dv_KV * factor, 0.0)
     _store(dk + head * K, dk_KK, tile, near, tl.arange(0, WK), BK, T, H, K)
     _store(dv + head * V, dv_KV, tile, near, tl.arange(0, WV), BK, T, H, V)
