@@ -9,11 +9,9 @@ from pathlib import Path
 from absl import flags
 
 from experiments import command, configs
-from ultra_hstu import report
+from ultra_hstu import report, tasks
 from ultra_hstu.fields import changed
-from ultra_hstu.retrieval.evaluate import baselines
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
@@ -31,7 +29,7 @@ def main(_: list[str]) -> None:
         hstu = changed(hstu, train={"epochs": _EPOCHS.value})
     sasrec = changed(hstu, name="synthetic_sasrec", model={"kind": "sasrec"})
     rows, folders = {}, {}
-    task = Task.load(hstu)
+    task = tasks.load(hstu)
     data = task.interactions
     console.print(
         f"{data.num_users:,} users, {data.num_items:,} items, {data.num_events:,} events: a "
@@ -43,7 +41,7 @@ def main(_: list[str]) -> None:
         shutil.rmtree(folders[name].path, ignore_errors=True)
         console.rule(name)
         rows[name] = train(config, folders[name].path, console=console, task=task)["best"]
-    rows |= baselines(task, "test")
+    rows |= task.baselines("test")
     console.print(report.metrics_table("Next item among all items, test users", rows))
 
     curves = root.absolute() / "curves.png"

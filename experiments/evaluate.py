@@ -14,10 +14,8 @@ from jaxtyping import Float
 
 from experiments import command
 from experiments.record import Record
-from ultra_hstu import quantization, report
-from ultra_hstu.retrieval.evaluate import baselines, evaluator
+from ultra_hstu import quantization, report, tasks
 from ultra_hstu.serving import load_params
-from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir
 
 _WORKDIR, _RAW_DIR = command.define_run()
@@ -32,16 +30,16 @@ _RECORD = command.define_record()
 
 def main(_: list[str]) -> None:
     folder = Workdir(_WORKDIR.value)
-    task = Task.of_run(folder, _RAW_DIR.value)
+    task = tasks.of_run(folder, _RAW_DIR.value)
     config, console = task.config, report.make_console()
     step, params = load_params(folder, task.recipe)
     with jax.default_matmul_precision(config.train.matmul_precision):
-        measure = evaluator(task, _SPLIT.value)
+        measure = task.evaluator(_SPLIT.value)
         metrics = {
             kind: measure(quantization.unpacked(quantization.packed(params, kind)))
             for kind in _TABLES.value
         }
-        others = baselines(task, _SPLIT.value)
+        others = task.baselines(_SPLIT.value)
     rows = {
         f"{config.name}, step {step}{'' if kind == 'float32' else f', {kind} table'}": values
         for kind, values in metrics.items()

@@ -6,12 +6,11 @@ python -m experiments.export --workdir=runs/assistments_rank_ultra --out=scorer.
 from absl import flags
 
 from experiments import command
-from ultra_hstu import report
+from ultra_hstu import report, tasks
 from ultra_hstu.nn.key_values import KINDS
 from ultra_hstu.serving import export, load_params
 from ultra_hstu.serving.ranking import MICRO_BATCH
 from ultra_hstu.serving.vocabulary import Vocabulary
-from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained ranking run", required=True)
@@ -36,9 +35,9 @@ _RAW_DIR = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     folder = Workdir(_WORKDIR.value)
-    task = Task.of_run(folder, _RAW_DIR.value)
+    task = tasks.of_run(folder, _RAW_DIR.value)
     config = task.config
-    if not isinstance(task, RankTask):
+    if not config.rank.tasks:
         raise ValueError(
             f"{_WORKDIR.value} is a retrieval run: only ranking runs score given candidates"
         )

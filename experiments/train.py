@@ -19,12 +19,10 @@ from absl import flags
 
 from experiments import command
 from experiments.record import Json, Record
-from ultra_hstu import report, workdir
+from ultra_hstu import report, tasks, workdir
 from ultra_hstu.config import from_config_dict
 from ultra_hstu.fields import changed
 from ultra_hstu.parallel import processes
-from ultra_hstu.retrieval.evaluate import baselines, criteria_of
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
 _CONFIG = command.define_config()
@@ -78,8 +76,8 @@ def main(_: list[str]) -> None:
     )
     record = Record(_RECORD.value if first else None, config=config.name)
     root = Path(_WORKDIR.value)
-    task = Task.load(config)
-    criteria = criteria_of(task)
+    task = tasks.load(config)
+    criteria = task.criteria
     results = []
     for seed in seeds or [config.train.seed]:
         seeded = changed(config, train={"seed": seed})
@@ -97,7 +95,7 @@ def main(_: list[str]) -> None:
             "stdev": summary(results, statistics.stdev),
         }
         rows |= {"mean": record.values["mean"], "standard deviation": record.values["stdev"]}
-    without_model = baselines(task, "test")
+    without_model = task.baselines("test")
     title = f"{config.name}: test, protocol {config.train.protocol}"
     console.print(report.metrics_table(title, rows | without_model, criteria))
     console.print(

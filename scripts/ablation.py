@@ -19,12 +19,12 @@ from rich.console import Console
 
 from experiments import command
 from experiments.record import Json, Record
+from kernels.mask import layer_masks
 from ultra_hstu import report
 from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.fields import changed
-from ultra_hstu.ranking.evaluate import baselines
-from ultra_hstu.task import RankTask, Task
+from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.train import train
 
 FLAGS = flags.FLAGS
@@ -47,7 +47,7 @@ def variants(config: Config) -> dict[str, Config]:
             for name in ("window", "full_rows", "prefix")
         }
         found["interleaved_input"] = change(rank={"input": "interleaved"}, model=reach)
-    if model.window:
+    if any(mask.windowed for mask in layer_masks(vars(model))):
         found["full_attention"] = change(model={"window": (), "full_rows": (), "prefix": ()})
     if model.truncate_after is not None:
         found["no_truncation"] = change(model={"truncate_after": None, "truncate_length": None})
@@ -69,7 +69,7 @@ def variants(config: Config) -> dict[str, Config]:
     return found
 
 
-def describe(task: RankTask) -> dict[str, float]:
+def describe(task: RankingTask) -> dict[str, float]:
     """Operations of one request and parameters.
 
     Forward: the mean over the test requests; in training: over an epoch's.
@@ -108,12 +108,9 @@ def announce(name: str, cost: dict[str, float], console: Console) -> None:
     console.print(f"{name}: {inference:.4g} GFLOP a request, {training:.4g} in training")
 
 
-def task_of(config: Config, interactions: Interactions) -> RankTask:
+def task_of(config: Config, interactions: Interactions) -> RankingTask:
     config.validate()
-    task = Task.of(config, interactions)
-    if not isinstance(task, RankTask):
-        raise ValueError(f"{config.name} has no rank.tasks: the ablation is one of ranking")
-    return task
+    return RankingTask.of(config, interactions)
 
 
 def run(
@@ -130,7 +127,7 @@ def run(
         file,
         config=chosen.get(ULTRA, first).name,
         protocol=first.train.protocol,
-        baselines=baselines(task_of(first, interactions), "test"),
+        baselines=task_of(first, interactions).baselines("test"),
     )
     found: dict[str, Json] = {}
     for name, variant in chosen.items():

@@ -22,15 +22,16 @@ from jaxtyping import Array
 
 from experiments import command
 from experiments.record import Json
+from kernels import device
 from kernels.hstu_attention import make_plan, tuning
-from kernels.hstu_attention.mosaic import backward as mosaic_hopper_vjp
-from kernels.hstu_attention.mosaic import backward_queries as mosaic_hopper_dq
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
-from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.schedule import WorkList
+from kernels.hstu_attention.mosaic import attention as mosaic
+from kernels.hstu_attention.mosaic import backward as mosaic_backward
+from kernels.hstu_attention.mosaic import forward as mosaic_forward
+from kernels.hstu_attention.mosaic.schedule import WorkList, make_schedules
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.hstu_attention.triton import attention as triton
+from kernels.hstu_attention.triton.sizes import LaunchSizes, heuristic, padded
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
 from scripts.bench import attention as bench_attention
@@ -100,60 +101,56 @@ def triton_trials(
     w: Workload, plan: AttentionPlan, bias: RelativeBias | None
 ) -> Iterable[tuple[str, list[Trial]]]:
     """For each kernel, its candidates."""
-    size, width = jnp.dtype(w.dtype).itemsize, triton.padded(max(w.k_width, w.v_width, 32))
-    default = triton.heuristic(triton.compute_capability(), w.dtype, w.k_width, w.v_width)
+    size, width = jnp.dtype(w.dtype).itemsize, padded(max(w.k_width, w.v_width, 32))
+    capability = device.current().compute_capability
+    assert capability is not None, "the tuner runs on a GPU"
+    default = heuristic(capability, w.spec)
 
-    def made(kernel: str, tiling: triton.Tiling) -> Trial:
-        sizes = default._replace(**{kernel: tiling})
-        call = triton.Call(w.options()["alpha"], "tf32", sizes)
+    def made(kernel: str, launch: LaunchSizes) -> Trial:
+        sizes = default._replace(**{kernel: launch})
+        call = triton.TritonCall(w.alpha, "tf32", sizes)
 
         def run(plan: AttentionPlan, q: Array, k: Array, v: Array, g: Array) -> Any:
-            tables, work = triton.bias_and_work(plan, w.options()["scale"], bias)
+            tables, rows = triton.tables_and_rows(plan, w.scale, bias)
             if kernel == "forward":
-                return triton.forward(call, q, k, v, tables, work)
+                return triton.forward(call, (q, k, v), tables, rows)
             gradients = triton.query_gradients if kernel == "queries" else triton.key_gradients
-            return gradients(call, q, k, v, g, tables, work)
+            return gradients(call, (q, k, v), tables, rows, g)
 
-        ready = jax.jit(lambda: triton.prepared(plan, w.heads, sizes))()
-        return Trial(tiling._asdict(), run, ready)
+        ready = jax.jit(lambda: triton.prepare_for(plan, w.heads, sizes))()
+        return Trial(launch._asdict(), run, ready)
 
     for line in TRITON.strip().splitlines():
         of_size, of_width, kernel, *candidates = line.split()
         if (int(of_size), int(of_width)) == (size, width):
-            tilings = [triton.Tiling(*map(int, text.split(","))) for text in candidates]
-            yield kernel, [made(kernel, tiling) for tiling in tilings]
+            launches = [LaunchSizes(*map(int, text.split(","))) for text in candidates]
+            yield kernel, [made(kernel, launch) for launch in launches]
 
 
 def mosaic_trials(
     w: Workload, plan: AttentionPlan, bias: RelativeBias | None
 ) -> Iterable[tuple[str, list[Trial]]]:
-    width = max(w.k_width, w.v_width)
-    scale, alpha = jnp.float32(w.options()["scale"]), w.options()["alpha"]
+    width, scale = max(w.k_width, w.v_width), jnp.float32(w.scale)
 
     def with_lists(*wanted: WorkList) -> AttentionPlan:
-        return jax.jit(lambda: schedule.with_schedules(plan, wanted))()
+        return jax.jit(lambda: plan.storing(wanted, make_schedules(plan, wanted)))()
 
     def forward(sizes: Sizes) -> Trial:
-        config = dataclasses.replace(
-            mosaic_hopper.forward_config(w.k_width, w.v_width, plan), **sizes
-        )
+        config = dataclasses.replace(mosaic_forward.forward_config(w.spec, plan), **sizes)
         ready = with_lists(WorkList.forward(w.heads, config.block_k, config.workers))
         return Trial(
             sizes,
-            lambda plan, q, k, v, g: mosaic_hopper.forward(q, k, v, plan, scale, alpha, config),
+            lambda plan, q, k, v, g: mosaic_forward.forward(q, k, v, plan, scale, w.alpha, config),
             ready,
         )
 
     def backward(sizes: Sizes) -> Trial:
-        config = mosaic_hopper_vjp.backward_config(w.k_width, w.v_width, plan, **sizes)
-        ready = with_lists(
-            WorkList.backward(w.heads, config),
-            *([mosaic_hopper_dq.work_list(w.heads)] if config.passes == 2 else []),
-        )
+        config = mosaic_backward.backward_config(w.spec, plan, **sizes)
+        ready = with_lists(*mosaic_backward.work_lists(w.heads, config))
         return Trial(
             sizes,
-            lambda plan, q, k, v, g: mosaic_hopper_vjp.gradients(
-                q, k, v, g, plan, scale, alpha, False, config
+            lambda plan, q, k, v, g: mosaic_backward.gradients(
+                q, k, v, g, plan, scale, w.alpha, config
             ),
             ready,
         )
@@ -204,13 +201,13 @@ def tune(w: Workload, implementation: str) -> Json:
     with preparing():
         plan = jax.jit(lambda offsets: make_plan(w.mask, offsets, w.rows))(jnp.asarray(w.offsets()))
         arrays = jax.jit(w.arrays)()
-        trials = list(TRIALS[implementation](w, plan, w.options().get("bias")))
+        trials = list(TRIALS[implementation](w, plan, w.relative_bias()))
     tensors = [arrays[name] for name in "qkvg"]
     chosen = {
         kernel: fastest(f"{w.name} {implementation} {kernel}", candidates, tensors)
         for kernel, candidates in trials
     }
-    key = tuning.key(implementation, w.dtype, w.k_width, w.v_width, plan)
+    key = tuning.key(implementation, w.spec, plan)
     entry = key._asdict() | {
         "sizes": {kernel: sizes for kernel, (sizes, _) in chosen.items()},
         "microseconds": {kernel: round(micros, 1) for kernel, (_, micros) in chosen.items()},
@@ -242,9 +239,7 @@ def main(_: list[str]) -> None:
     for name in FLAGS.workloads:
         w = WORKLOADS[name]
         for implementation in FLAGS.implementations:
-            if implementation != "mosaic" or not mosaic_hopper.unsupported(
-                jnp.dtype(w.dtype), w.k_width, w.v_width, w.bias or None
-            ):
+            if implementation != "mosaic" or not mosaic.unsupported(w.spec):
                 tasks.append(functools.partial(tune, w, implementation))
     new: list[Json] = []
     for _number, entry in each(tasks, FLAGS.jobs):

@@ -101,7 +101,6 @@ def test_round_trip():
         ("model.kind", "transformer", "use 'hstu', 'sasrec'"),
         ("model.input_dropout", 1.0, r"model.input_dropout=1.0 must be in \[0, 1\)"),
         ("data.ties", "last", "use 'stable', 'random'"),
-        ("data.source", "ml-2m", "data.source='ml-2m'"),
         (
             "data.batch_tokens",
             50,
@@ -111,7 +110,6 @@ def test_round_trip():
         ("data.synthetic.length", 2, "synthetic.length=2 must be at least 3"),
         ("optim.learning_rate", float("nan"), "learning_rate=nan"),
         ("train.epochs", 2.5, "train.epochs=2.5 is not allowed: use int"),
-        ("train.protocol", "test", "use 'published', 'validated', 'temporal'"),
         ("train.seed", -1, "train.seed=-1 must be at least 0"),
         ("train.seed", 2**32, "must be below 2\\^32"),
         ("loss.temperature", float("inf"), "loss.temperature=inf is not allowed"),

@@ -14,11 +14,7 @@ import ml_collections
 from ultra_hstu import fields
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 
-Source = Literal[
-    "synthetic", "ml-100k", "ml-1m", "ml-20m", "amazon-books", "amazon-beauty", "assistments-2017",
-    "kuairand-pure", "kuairand-1k", "kuairand-27k",
-]  # fmt: skip
-Protocol = Literal["published", "validated", "temporal", "chronological"]
+Kind = Literal["binary", "regression"]  # of a ranking task
 
 Rows = Annotated[
     tuple[int, ...], Limit(lambda values: all(value >= 0 for value in values), "at least 0")
@@ -48,7 +44,7 @@ class SyntheticConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
-    source: Source = "synthetic"
+    source: str = "synthetic"  # a name of ultra_hstu.data.sources
     raw_dir: str | None = None  # a copy in the publisher's format, read instead of a download
     data_dir: str = "data"  # prepared array_record files go here
     ties: Literal["stable", "random"] = "stable"  # order of a user's events with equal timestamps
@@ -182,7 +178,7 @@ class TrainConfig(Section):
         NotNegative[int],
         Limit(lambda value: value < 2**32, "below 2^32: larger seeds would repeat smaller ones"),
     ] = 42
-    protocol: Protocol = "published"
+    protocol: str = "published"  # one of the PROTOCOLS of the task
     eval_every: Positive[int] = 1  # epochs
     eval_users: Positive[int] = 256  # users scored at one time
     # Epochs without a better NDCG@10 (ranking: NE) before stopping. None: 10; under `published`

@@ -29,7 +29,9 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The checked-out commit, "+" behind it where files differ; ULTRA_HSTU_COMMIT stands in where there is no git."""
+    """The checked-out commit, "+" behind it where files differ; ULTRA_HSTU_COMMIT stands in where
+    there is no git.
+    """
     if given := os.environ.get("ULTRA_HSTU_COMMIT"):
         return given
     try:

@@ -31,11 +31,8 @@ from jaxtyping import Array, Float, Int
 
 from experiments import command
 from experiments.record import Json, Record
-from kernels.hstu_attention import hstu_attention, make_plan
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
-from kernels.hstu_attention.mosaic import fp8 as mosaic_fp8
+from kernels.hstu_attention import hstu_attention, make_plan, prepare_plan
 from kernels.hstu_attention.plan import AttentionPlan
-from kernels.hstu_attention.triton import attention as triton
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
 from scripts.bench.terminal import show
@@ -48,11 +45,7 @@ LENGTHS = "1024,2048,4096,16384,32768"  # 8192 is one of the workloads
 # Kernels of fewer FLOPs are timed several to a program: their dispatch may take longer than they.
 BRIEF, CALLS = 1.5e11, 16
 
-PREPARE: dict[str, Callable[[AttentionPlan, Workload], AttentionPlan]] = {
-    "mosaic": lambda plan, w: mosaic_hopper.prepare(plan, w.heads, w.k_width, w.v_width),
-    "mosaic_fp8": lambda plan, w: mosaic_fp8.prepare(plan, w.heads),
-    "triton": lambda plan, w: triton.prepare(plan, w.heads, w.dtype, w.k_width, w.v_width, w.bias),
-}
+KERNELS = ("mosaic", "mosaic_fp8", "triton")
 # Of each array, (index, float64) of what is compared.
 Index = slice | tuple[int, int]
 Expected = dict[str, list[tuple[Index, np.ndarray]]]
@@ -91,7 +84,7 @@ def expected(w: Workload, arrays: Arrays, samples: int = 8) -> Expected:
             found = jax.jit(passes(w, "xla")["both"])(plan, *(arrays[name] for name in "qkvg"))
         return {name: [(slice(None), np.asarray(x, np.float64))] for name, x in found.items()}
     q, k, v, g = (np.asarray(arrays[name]) for name in "qkvg")
-    alpha, scale, offsets = w.k_width**-0.5, 1 / w.max_length, w.offsets()
+    alpha, scale, offsets = w.alpha, w.scale, w.offsets()
     lo0, hi0, lo1, hi1 = (np.asarray(x) for x in w.mask.intervals(offsets, w.rows))
     place = np.arange(w.rows)
     want: Expected = {name: [] for name in ("out", "dq", "dk", "dv")}
@@ -136,10 +129,21 @@ def error(got: Arrays, want: Expected) -> float:
 
 def passes(w: Workload, implementation: str) -> dict[str, Pass]:
     """Forward, backward (which leaves the output unused, so that XLA drops the forward), both."""
-    options, offsets = w.options(), jnp.asarray(w.offsets())
+    bias, offsets = w.relative_bias(), jnp.asarray(w.offsets())
 
     def attend(plan: AttentionPlan, q: Array, k: Array, v: Array) -> Array:
-        return hstu_attention(q, k, v, offsets, plan=plan, implementation=implementation, **options)
+        return hstu_attention(
+            q,
+            k,
+            v,
+            offsets,
+            mask=w.mask,
+            alpha=w.alpha,
+            scale=w.scale,
+            bias=bias,
+            plan=plan,
+            implementation=implementation,
+        )
 
     def forward(plan: AttentionPlan, q: Array, k: Array, v: Array, g: Array) -> Arrays:
         return {"out": attend(plan, q, k, v)}
@@ -157,8 +161,7 @@ def passes(w: Workload, implementation: str) -> dict[str, Pass]:
 
 
 def planner(w: Workload, implementation: str) -> Callable[[Int[Array, " B1"]], AttentionPlan]:
-    prepare = PREPARE.get(implementation, lambda plan, w: plan)
-    return lambda offsets: prepare(make_plan(w.mask, offsets, w.rows), w)
+    return lambda offsets: prepare_plan(make_plan(w.mask, offsets, w.rows), w.spec, implementation)
 
 
 class ReadyWorkload(NamedTuple):
@@ -183,7 +186,7 @@ def prepare(w: Workload, implementation: str) -> ReadyWorkload:
         for f in (make, chained(make, CALLS)):
             ready.planners.append(jax.jit(f).lower(offsets).compile())
         inputs = (jax.eval_shape(make, offsets), q, q, v, v)
-        brief = implementation in PREPARE and w.forward_flops < BRIEF
+        brief = implementation in KERNELS and w.forward_flops < BRIEF
         for name in ("forward", "backward"):
             run = passes(w, implementation)[name]
             ready.programs[name] = [
@@ -248,7 +251,7 @@ def rivals(
     It has a process of its own.
     """
     fields = ("name", "lengths", "heads", "k_width", "v_width", "max_length")
-    taken = {w.name: w for w in workloads if not w.bias and w.mask.full_rows == w.mask.prefix == 0}
+    taken = {w.name: w for w in workloads if not w.bias and w.mask.in_one_piece}
     wanted = [
         {field: getattr(w, field) for field in fields} | {"window": w.mask.window}
         for w in taken.values()

@@ -20,9 +20,10 @@ from absl import flags
 from experiments import command
 from experiments.record import Json, Record
 from ultra_hstu import report, serving
+from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.nn.key_values import Kind
-from ultra_hstu.ranking.evaluate import RankingEvaluator
-from ultra_hstu.task import RankTask, Task
+from ultra_hstu.ranking.evaluate import RequestEvaluator
+from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.workdir import Workdir
 
 FLAGS = flags.FLAGS
@@ -30,19 +31,16 @@ FLAGS = flags.FLAGS
 
 def main(_: list[str]) -> None:
     folder = Workdir(FLAGS.workdir)
-    task = Task.of_run(folder, FLAGS.raw_dir)
-    config = task.config
-    if not isinstance(task, RankTask):
-        raise ValueError(
-            f"{FLAGS.workdir} is a retrieval run, which scores no candidates: give a ranking run"
-        )
+    config = folder.read_for_one_device(FLAGS.raw_dir)
+    task = RankingTask.of(config, load_interactions(config.data))
+    folder.check_data(task.interactions)
     step, params = serving.load_params(folder, task.recipe)
     record = Record(
         FLAGS.record, config=config.name, model=dataclasses.asdict(config.model), step=step
     )
     console = report.make_console()
     with jax.default_matmul_precision(config.train.matmul_precision):
-        evaluator = RankingEvaluator(task, "test")
+        evaluator = task.evaluator("test")
         record.values["full_pass"] = evaluator(params)
         model = serving.FrozenRanker(task.recipe.model(params))
         requests = list(request_batches(task, model))
@@ -65,27 +63,27 @@ class Answers(NamedTuple):
 RequestBatch = tuple[serving.History, serving.Candidates, np.ndarray]
 
 
-def request_batches(task: RankTask, model: serving.FrozenRanker) -> Iterator[RequestBatch]:
+def request_batches(task: RankingTask, model: serving.FrozenRanker) -> Iterator[RequestBatch]:
     """(history, candidates, labels) of `train.eval_users` test requests at a time.
 
-    They come in the order of `RankingEvaluator.event_P`.
+    They come in the order of `RequestEvaluator.event_P`.
     """
     loader = task.loader("test", batch_users=task.config.train.eval_users, steps_per_call=1)
     plan = loader.plan(shuffle=False)
     for step in range(len(plan)):
         columns = {name: column[0] for name, column in plan.columns(np.array([step])).items()}
-        history, candidates = serving.from_source(task.source, columns, model.form)
+        history, candidates = serving.from_source(task.events, columns, model.form)
         first = np.asarray(columns["target"], np.int64)
         event_C = np.concatenate(
             [first[b] + np.arange(count) for b, count in enumerate(columns["count"])]
         ).astype(np.int64)
-        yield history, candidates, np.asarray(task.source.events.label_EK)[event_C, 0]
+        yield history, candidates, np.asarray(task.events.label_EK)[event_C, 0]
 
 
 def measure(
-    task: RankTask,
+    task: RankingTask,
     model: serving.FrozenRanker,
-    evaluator: RankingEvaluator,
+    evaluator: RequestEvaluator,
     requests: list[RequestBatch],
     kind: Kind,
     exact: Answers | None,

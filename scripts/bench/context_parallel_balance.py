@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from experiments.record import Json
+from kernels.jagged import Rows
 from kernels.mask import AttentionMask
 from scripts.bench.context_parallel_case import SEMI_LOCAL
 from ultra_hstu.parallel.layout import Layout
@@ -35,9 +36,8 @@ def balance(rows: int = 65536, shards: int = 8) -> Json:
     for kind in ("equal", "lognormal", "zipf", "one long, many short"):
         for seed in range(5):
             lengths = draw_lengths(np.random.default_rng(seed), kind, rows, rows // 2)
-            seen = semi_local.row_intervals(
-                np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), rows
-            )
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            seen = semi_local.rows_of(Rows.of(offsets, rows))
             by_key_T = (
                 sum(
                     np.asarray(hi) - np.asarray(lo)

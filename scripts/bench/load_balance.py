@@ -27,9 +27,9 @@ from experiments.record import Json, Record
 from scripts.bench.terminal import show
 from ultra_hstu import flops, report
 from ultra_hstu.config import Config, DataConfig, ModelConfig
+from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.retrieval.batch import ROW_MULTIPLE
 from ultra_hstu.sampling import LoadBalancer, stochastic_length
 from ultra_hstu.sequences import Sequences
 

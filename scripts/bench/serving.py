@@ -43,8 +43,8 @@ from ultra_hstu.config import Config, RankConfig, from_config_dict
 from ultra_hstu.fields import changed
 from ultra_hstu.nn.key_values import Kind
 from ultra_hstu.ranking.batch import RankEvents, RankGather
+from ultra_hstu.ranking.form import EVERYTHING, Sizes
 from ultra_hstu.ranking.model import Ranker
-from ultra_hstu.ranking.source import EVERYTHING, Sizes
 
 FLAGS = flags.FLAGS
 

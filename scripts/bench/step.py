@@ -25,12 +25,11 @@ from experiments import command
 from experiments.record import Record
 from scripts.bench.program import temporaries
 from scripts.bench.terminal import show
-from ultra_hstu import report
+from ultra_hstu import report, tasks
 from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.feed import Group
 from ultra_hstu.fields import changed
-from ultra_hstu.retrieval.evaluate import evaluator
-from ultra_hstu.task import RankTask, Task
+from ultra_hstu.task import Task
 from ultra_hstu.train import run_steps
 
 FLAGS = flags.FLAGS
@@ -41,7 +40,7 @@ def main(_: list[str]) -> None:
     config = from_config_dict(FLAGS.config)
     record = Record(FLAGS.record, config=config.name)
     with jax.default_matmul_precision(config.train.matmul_precision):
-        found = {"evaluation": time_evaluation(Task.load(config))}
+        found = {"evaluation": time_evaluation(tasks.load(config))}
         for placement, name in FEEDS.items():
             placed = changed(config, data={"placement": placement})
             found[name] = time_steps(placed, FLAGS.repeats)
@@ -52,7 +51,7 @@ def main(_: list[str]) -> None:
 
 def time_steps(config: Config, repeats: int) -> dict[str, float]:
     """Milliseconds a step, and the share of the time in which the next batches were awaited."""
-    task = Task.load(config)
+    task = tasks.load(config)
     size = config.train.steps_per_call
     loader = task.loader("train", batch_users=config.data.batch_users, steps_per_call=size)
     state = jax.jit(task.recipe.init, static_argnums=0)(config.train.seed)
@@ -91,13 +90,13 @@ def time_steps(config: Config, repeats: int) -> dict[str, float]:
     }
 
 
-def time_evaluation(task: Task | RankTask) -> dict[str, float]:
+def time_evaluation(task: Task) -> dict[str, float]:
     """Seconds to rank every test user, and the process's peak memory in MiB then.
 
     For ranking: seconds to predict the targets of every test request.
     """
     params = jax.jit(task.recipe.init, static_argnums=0)(0).params
-    measure = evaluator(task, "test")
+    measure = task.evaluator("test")
     measure.compile(params)
     measure(params)
     started = time.perf_counter()

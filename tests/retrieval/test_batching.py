@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultra_hstu.data.feed import history_loader
-from ultra_hstu.retrieval.batch import Events, choose_rows, gather_batch, plan_epoch
+from ultra_hstu.data.feed import EventStore, choose_rows, plan_epoch
+from ultra_hstu.retrieval.batch import Events, gather_batch, history_loader
 from ultra_hstu.retrieval.split import Examples
 
 
@@ -107,7 +107,7 @@ def test_streamed_and_device_feeds_give_the_same_batches(events, padded_length):
     examples = random_examples()
     loaders = [
         history_loader(
-            events,
+            EventStore(events),
             examples,
             batch_users=4,
             steps_per_call=3,
@@ -126,7 +126,7 @@ def test_streamed_and_device_feeds_give_the_same_batches(events, padded_length):
 
 
 def test_groups_have_one_shape(events):
-    loader = history_loader(events, random_examples(), batch_users=4, steps_per_call=3)
+    loader = history_loader(EventStore(events), random_examples(), batch_users=4, steps_per_call=3)
     shapes = {
         str([leaf.shape for leaf in jax.tree.leaves(group.feed)])
         for group in loader.groups(loader.plan(seed=0))
@@ -150,4 +150,4 @@ def test_times_that_do_not_fit_are_refused():
 def test_no_examples_is_refused(events):
     empty = Examples(*(np.zeros(0, int) for _ in range(3)))
     with pytest.raises(ValueError, match="no examples"):
-        history_loader(events, empty, batch_users=4, steps_per_call=3)
+        history_loader(EventStore(events), empty, batch_users=4, steps_per_call=3)

@@ -16,7 +16,6 @@ from scripts.tables import serving as serving_tables
 from tests.serving.small_serving import built
 from tests.small_run import with_
 from ultra_hstu import flops, serving
-from ultra_hstu.ranking.evaluate import RankingEvaluator
 
 SMALL = dict(
     width=32,
@@ -87,7 +86,7 @@ def test_metrics_under_a_small_cache(monkeypatch):
     cache_precision.FLAGS(["test"])
     task, ranker, params = built("merged")
     task = task.with_config(with_(task.config, train__eval_users=8))
-    model, evaluator = serving.FrozenRanker(ranker), RankingEvaluator(task, "test")
+    model, evaluator = serving.FrozenRanker(ranker), task.evaluator("test")
     requests = list(cache_precision.request_batches(task, model))
     same, answers = cache_precision.measure(task, model, evaluator, requests, "same", None)
     small, _ = cache_precision.measure(task, model, evaluator, requests, "int8", answers)

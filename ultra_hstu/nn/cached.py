@@ -15,12 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from kernels.cached_attention import cached_attention
 from kernels.hstu_attention import RelativeBias
-from kernels.jagged import is_real, lengths_to_offsets, offsets_to_lengths, positions, segment_ids
+from kernels.jagged import Rows, lengths_to_offsets, offsets_to_lengths
 from kernels.mask import AttentionMask, KeyIntervals
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.key_values import KeyValues, Kind, pack
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
-from ultra_hstu.nn.truncation import Truncation
 from ultra_hstu.sequences import Sequences
 
 
@@ -73,16 +72,14 @@ def encode(
       contextual: most contextual tokens of a sequence.
       kind: how keys and values are kept. They are rounded after use: each layer works on what the model computed.
     """
-    x_TD = jnp.where(
-        is_real(sequences.offsets, x_TD.shape[0])[:, None], x_TD, jnp.zeros((), x_TD.dtype)
-    )
-    truncation = _truncation(encoder, contextual)
+    x_TD = jnp.where(sequences.rows.real[:, None], x_TD, jnp.zeros((), x_TD.dtype))
+    truncation = encoder.truncation
     frames, residual = [sequences], None
     attends: dict[AttentionMask, Any] = {}
     layers = []
     for number, (layer, mask) in enumerate(zip(encoder.layers, encoder.layer_masks, strict=True)):
         if truncation is not None and number == truncation.after:
-            cut = truncation.cut(sequences)
+            cut = truncation.cut(sequences, extra_rows=contextual)
             x_TD, sequences, attends = cut.take(x_TD), cut.sequences, {}
             frames.append(sequences)
             residual = x_TD
@@ -125,10 +122,10 @@ def targets(
         above = encoder.truncation is not None and number >= encoder.truncation.after
         frame: Sequences = encoded.kept if above else encoded.whole
         if (above, mask) not in attends:
-            start_R, contextual_R, history_R = _frame_of(frame, rows.user_R)
-            behind_R = contextual_R + history_R
-            keys = mask.keys_at(start_R, behind_R, contextual_R, history_R)
-            place_R = start_R + behind_R + rows.slot_R
+            behind_R = offsets_to_lengths(frame.offsets)[rows.user_R]
+            at = Rows.at(frame.offsets, rows.user_R, behind_R, None, frame.num_contextual)
+            keys = mask.keys_of(at._replace(real=jnp.ones_like(at.real)))
+            place_R = at.start + behind_R + rows.slot_R
             attends[above, mask] = _attend_to(
                 keys, place_R, frame.time_T, rows.time_R, 1 / encoder.length, implementation
             )
@@ -173,7 +170,7 @@ def extend(
       keep_kept_B: the same above a truncation, counted among the rows that it keeps; 0 where the kept rows begin later than before.
       kept_rows: room for the rows that are computed anew above a truncation.
     """
-    truncation = _truncation(encoder, 0)
+    truncation = encoder.truncation
     edge = len(encoder.layers) if truncation is None else truncation.after
     masks = encoder.layer_masks
 
@@ -228,13 +225,13 @@ def extend(
     x_RD, layers, suffix = run(slice(0, edge), old.whole, whole, keep_B, x_RD)
     if truncation is None:
         return EncodedHistory(tuple(layers), whole, None, None)
-    cut = truncation.cut(whole)
+    cut = truncation.cut(whole, extra_rows=0)
     kept: Sequences = cut.sequences
     # What enters the layers above: old rows from where they are kept, new ones from the layers below.
     before_B = offsets_to_lengths(old.whole.offsets) - offsets_to_lengths(old.kept.offsets)
     after_B = offsets_to_lengths(whole.offsets) - offsets_to_lengths(kept.offsets)
-    segment_S = _segments(kept.offsets, kept.num_rows)
-    position_S = positions(kept.offsets, kept.num_rows) + after_B[segment_S]
+    segment_S = kept.rows.segment
+    position_S = kept.rows.position + after_B[segment_S]
     source = _Source(
         is_old_S=position_S < keep_B[segment_S],
         old_S=jnp.asarray(old.kept.offsets)[segment_S] + position_S - before_B[segment_S],
@@ -273,19 +270,16 @@ class _Source(NamedTuple):
 
 def suffix_of(frame: Sequences, keep_B: Int[Array, " B"], rows: int) -> Suffix:
     """The rows from `keep_B` on of every sequence, side by side in a buffer of `rows`."""
-    offsets = lengths_to_offsets(offsets_to_lengths(frame.offsets) - keep_B)
-    segment_R, real_R = _segments(offsets, rows), is_real(offsets, rows)
-    start_R = jnp.where(real_R, jnp.asarray(frame.offsets)[segment_R], 0)
-    position_R = jnp.where(real_R, positions(offsets, rows) + keep_B[segment_R], 0)
-    length_R = jnp.where(real_R, offsets_to_lengths(frame.offsets)[segment_R], 0)
+    offsets = jnp.asarray(lengths_to_offsets(offsets_to_lengths(frame.offsets) - keep_B))
+    at = Rows.of(offsets, rows)
+    start_R = jnp.where(at.real, jnp.asarray(frame.offsets)[at.segment], 0)
+    position_R = jnp.where(at.real, at.position + keep_B[at.segment], 0)
+    length_R = jnp.where(at.real, offsets_to_lengths(frame.offsets)[at.segment], 0)
     return Suffix(offsets, start_R, position_R, length_R, start_R + position_R)
 
 
 def _source(old: Sequences, new: Sequences, keep_B: Array, suffix: Suffix) -> _Source:
-    segment_S, position_S = (
-        _segments(new.offsets, new.num_rows),
-        positions(new.offsets, new.num_rows),
-    )
+    segment_S, position_S = new.rows.segment, new.rows.position
     keep_S = keep_B[segment_S]
     old_S = jnp.asarray(old.offsets)[segment_S] + position_S
     return _Source(position_S < keep_S, old_S, suffix.offsets[segment_S] + position_S - keep_S)
@@ -321,28 +315,3 @@ def _attend_to(
 
 def _tables(bias: RelativeBiasTables | None) -> tuple[Array, Array] | None:
     return None if bias is None else (bias.position_table[...], bias.time_table[...])
-
-
-def _frame_of(frame: Sequences, user_R: Array) -> tuple[Array, Array, Array]:
-    """Start, contextual tokens and history rows of the sequences of rows."""
-    start_B, length_B = jnp.asarray(frame.offsets)[:-1], offsets_to_lengths(frame.offsets)
-    contextual_B = (
-        jnp.zeros_like(length_B)
-        if frame.num_contextual is None
-        else jnp.minimum(jnp.asarray(frame.num_contextual), length_B)
-    )
-    return start_B[user_R], contextual_B[user_R], (length_B - contextual_B)[user_R]
-
-
-def _truncation(encoder: HSTU, contextual: int) -> Truncation | None:
-    """That of the stack, with room for contextual tokens and none for targets."""
-    return (
-        None
-        if encoder.truncation is None
-        else dataclasses.replace(encoder.truncation, extra_rows=contextual)
-    )
-
-
-def _segments(offsets: Any, rows: int) -> Int[Array, " T"]:
-    """The sequence of each row; on padding the last."""
-    return jnp.minimum(segment_ids(offsets, rows), offsets.shape[0] - 2)

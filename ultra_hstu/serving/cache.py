@@ -102,10 +102,7 @@ def growth(encoder: HSTU, form: Form, before: Events, after: Events, added: Even
     old_B, new_B = row_counts(form, events_B), row_counts(form, np.diff(after.offsets))
     grows_B = added_B > 0
     biased = int(encoder.layers[0].bias is not None)
-    # Under a window alone do the newest rows see more than others.
-    full = max(
-        (mask.full_rows for mask in encoder.layer_masks if mask.window is not None), default=0
-    )
+    full = max(mask.wider_rows for mask in encoder.layer_masks)
     moves_B = np.full_like(grows_B, form.backwards) | (np.diff(after.offsets) < events_B + added_B)
     changed_B = np.where(grows_B, np.where(moves_B, old_B, max(full, biased)), biased)
     if form.contextual and (grows_B.any() or biased):

@@ -105,7 +105,9 @@ def _channel_of(channel: Channel, edge: int, user: int) -> _ChannelOfUser:
 def _rows_of(layers: tuple[Any, ...], frame: Sequences, user: int) -> _Rows:
     span = slice(frame.offsets[user], frame.offsets[user + 1])
     contextual = None if frame.num_contextual is None else frame.num_contextual[user]
-    return _Rows(jax.tree.map(lambda leaf: leaf[span], layers), frame.time_T[span], contextual)
+    return _Rows(
+        jax.tree.map(lambda leaf: leaf[span], layers), np.asarray(frame.time_T)[span], contextual
+    )
 
 
 def _together(parts: Sequence[_Rows], rows: int, users: int) -> tuple[tuple[Any, ...], Sequences]:

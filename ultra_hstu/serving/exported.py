@@ -12,9 +12,9 @@ import numpy as np
 
 from ultra_hstu.config import from_config_dict
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.ranking.form import Sizes
 from ultra_hstu.ranking.model import Ranker
 from ultra_hstu.ranking.recipe import RankRecipe
-from ultra_hstu.ranking.source import Sizes
 from ultra_hstu.serving.scoring import ScoringModel
 from ultra_hstu.serving.vocabulary import Vocabulary
 

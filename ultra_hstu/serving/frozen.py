@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kernels.jagged import offsets_to_lengths, segment_ids
+from kernels.jagged import Rows, offsets_to_lengths
 from ultra_hstu.nn import cached
 from ultra_hstu.nn.cached import EncodedHistory, TargetRows
 from ultra_hstu.nn.hstu import HSTU
@@ -181,7 +181,7 @@ class Programs:
             for name, channel in channels.items()
         }
         size = candidates.item_C.shape[0]
-        user_C = jnp.minimum(segment_ids(candidates.offsets, size), candidates.offsets.shape[0] - 2)
+        user_C = Rows.of(candidates.offsets, size).segment
         rows_C = (
             candidates.item_C,
             candidates.feature_CF,
@@ -227,7 +227,9 @@ def _best(
     offsets = jnp.asarray(offsets)
     size, count_B = logit_CK.shape[0], offsets_to_lengths(offsets)
     value_C = logit_CK @ weight_K
-    order_C = jnp.lexsort((-value_C, segment_ids(offsets, size)))  # stable: of equal ones the first
+    # Padding comes behind all users; the order is stable: of equal ones the first.
+    at = Rows.of(offsets, size)
+    order_C = jnp.lexsort((-value_C, at.segment, ~at.real))
     place_BK = offsets[:-1, None] + jnp.arange(k, dtype=jnp.int32)[None, :]
     here_BK = jnp.arange(k)[None, :] < count_B[:, None]
     best_BK = order_C[jnp.minimum(place_BK, size - 1)].astype(jnp.int32)

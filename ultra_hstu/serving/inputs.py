@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ultra_hstu.ranking.batch import Form
-from ultra_hstu.ranking.source import RankSource, Sizes
+from ultra_hstu.ranking.batch import RankEvents
+from ultra_hstu.ranking.form import Form, Sizes
 
 _INT32 = np.iinfo(np.int32)
 COLUMNS = ("item_E", "time_E", "signal_ES", "feature_EF")  # of events
@@ -122,10 +122,9 @@ class Candidates:
 
 
 def from_source(
-    source: RankSource, columns_B: Mapping[str, Any], form: Form
+    events: RankEvents, columns_B: Mapping[str, Any], form: Form
 ) -> tuple[History, Candidates]:
-    """Requests of a data set, as columns of `RankSource.table`: their histories, and their targets as candidates."""
-    events = source.events
+    """Requests of a data set, as columns of `RankingTask.table`: their histories, and their targets as candidates."""
     column = {name: np.asarray(values, np.int64) for name, values in columns_B.items()}
 
     def spans(start_B: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +136,8 @@ def from_source(
     for name, _ in form.max_history:
         start_B = column[f"start/{name}"]
         event_E, offsets = spans(start_B, column[f"stop/{name}"] - start_B)
-        event_E = events.index[name][event_E] if name in events.index else event_E
+        if name in events.index:
+            event_E = np.asarray(events.index[name])[event_E]
         channels[name] = Events(
             events.item_E[event_E],
             events.time_E[event_E],

@@ -14,9 +14,10 @@ from numpy.typing import ArrayLike
 from ultra_hstu import quantization
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
+from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.nn.norms import l2_normalize
-from ultra_hstu.retrieval.batch import ROW_MULTIPLE, Batch, Events, gather_batch
+from ultra_hstu.retrieval.batch import Batch, Events, gather_batch
 from ultra_hstu.retrieval.metrics import best_items
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.serving.capacity import MAX_USERS
@@ -294,7 +295,7 @@ def _encode(recipe: Recipe, params: Params, batch: Batch) -> Float[Array, "U D"]
     local_TD = jnp.concatenate([jnp.zeros_like(row_TD[:1]), row_TD])
     local_T = jnp.where(batch.item_T > 0, jnp.arange(1, rows + 1, dtype=jnp.int32), 0)
     model = recipe.model(quantization.with_item_table(params, local_TD))
-    user_UD = model.encode(dataclasses.replace(batch, item_T=local_T), rngs=None)[batch.last_row_B]
+    user_UD = model.encode(dataclasses.replace(batch, item_T=local_T))[batch.last_row_B]
     return l2_normalize(user_UD) if recipe.config.loss.l2_normalize else user_UD.astype(jnp.float32)
 
 

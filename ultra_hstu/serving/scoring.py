@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 from ultra_hstu.config import Config
+from ultra_hstu.ranking.form import channels
 from ultra_hstu.ranking.model import Ranker
-from ultra_hstu.ranking.source import channels
+from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.serving.capacity import MAX_USERS, Room
 from ultra_hstu.serving.encoded_user import EncodedUser, join, split
 from ultra_hstu.serving.encoded_users import key_of
@@ -20,7 +21,6 @@ from ultra_hstu.serving.ranking import encode_history, score
 from ultra_hstu.serving.seconds import since_first
 from ultra_hstu.serving.trained import RunData, load_params
 from ultra_hstu.serving.vocabulary import Vocabulary, signal_codes
-from ultra_hstu.task import RankTask, Task
 
 MAX_CANDIDATES = 4096  # of a request
 MICRO_BATCH = 128  # a tile of attention on a CPU
@@ -82,11 +82,11 @@ class ScoringModel:
     @staticmethod
     def of_run(data: RunData, *, kind: Any = "same", max_users: int = MAX_USERS) -> "ScoringModel":
         """Raises ValueError for a retrieval run, one without a checkpoint or with one that is not finite, or data that is not the run's."""
-        task = Task.of(data.config, data.interactions)
-        if not isinstance(task, RankTask):
+        if not data.config.rank.tasks:
             raise ValueError(
                 f"{data.folder.path} is a retrieval run: candidates are scored by ranking runs, with rank.tasks"
             )
+        task = RankingTask.of(data.config, data.interactions)
         _, params = load_params(data.folder, task.recipe)
         vocabulary = Vocabulary.of(task.config, task.interactions)
         return ScoringModel(

@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.retrieval.task import RetrievalTask
 from ultra_hstu.step import Params, Steps
-from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir
 
 
@@ -56,8 +56,7 @@ class RunData:
     @functools.cached_property
     def count_I(self) -> Float[np.ndarray, " I1"]:
         """How often each item occurs in the training data."""
-        task: Any = Task.of(self.config, self.interactions)
-        return np.ceil(task.popularity())
+        return np.ceil(RetrievalTask.of(self.config, self.interactions).popularity())
 
 
 def _finite(leaf: Any) -> bool:

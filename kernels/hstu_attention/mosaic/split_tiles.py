@@ -1,5 +1,6 @@
-"""Sums the parts of split tiles: what their items left in float32 becomes rows of the result. In a fixed order, so the
-same bits every time.
+"""Sums the parts of split tiles: what their items left in float32 becomes rows of the result.
+
+The order is fixed, so the bits are the same every time.
 """
 
 from collections.abc import Sequence
@@ -8,21 +9,25 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 ROWS, COLUMNS = 64, 64  # of a thread block, one warpgroup
 
 
 def write_sums(
     parts: Int[Array, "splits 4"],
-    pairs: Sequence[tuple[Array, Array]],
+    pairs: Sequence[tuple[Float[Array, "slots tile _"], Float[Array, "T H _"]]],
     heads: int,
     first_row: int = 0,
-) -> list[Array]:
-    """Results [T, H, V] with the rows of split tiles filled in, for `pairs` of float32[slots, tile, V] and result, which begins with row `first_row`.
+) -> list[Float[Array, "T H _"]]:
+    """The results with the rows of split tiles filled in.
 
-    `parts` and the meaning of slots: `mosaic_schedule.Schedule`. One kernel for all pairs, which writes in place; none where no tile
-    may be split.
+    One kernel does this for all pairs, in place; there is none where no tile may be split.
+
+    Args:
+      parts: of `schedule.Schedule`, which also says what slots are.
+      pairs: slots and the result that they belong to.
+      first_row: the row that results begin with.
     """
     if not parts.shape[0]:
         return [result for _, result in pairs]
