@@ -140,7 +140,10 @@ class Checkpoints:
         )
         changed = [name for name, shape in wanted.items() if stored.get(name) != shape]
         tables = {
-            name for name, _ in _named(abstract_state, is_leaf=lambda leaf: isinstance(leaf, EmbeddingTable))
+            name
+            for name, _ in _named(
+                abstract_state, is_leaf=lambda leaf: isinstance(leaf, EmbeddingTable)
+            )
         }
         return bool(changed) and all(
             name.removesuffix(".value") in tables and stored.get(name, ())[1:] == wanted[name][1:]
