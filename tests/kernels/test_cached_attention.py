@@ -137,15 +137,15 @@ def test_only_blocks_that_are_seen_are_visited(mask):
         *(jnp.asarray(x) for x in request.counts[request.user, :2].T),
     )
     for rows in (slice(0, 5), slice(3, 9), slice(9, 39)):
-        tile = KeyIntervals(*(np.asarray(x[rows]) for x in keys))
+        tile = KeyIntervals(*(x[rows] for x in keys))
         first, count, (gap_start, gap_end) = jax.tree.map(int, xla.visited_blocks(tile, size))
         blocks = [first + i for i in range(count)]
         blocks = [int(b - gap_start + gap_end if b >= gap_start else b) for b in blocks]
         seen = {
             key // size
             for lo, hi in ((tile.lo0, tile.hi0), (tile.lo1, tile.hi1))
-            for first, stop in zip(lo, hi, strict=True)
-            for key in range(first, stop)
+            for start, stop in zip(lo.tolist(), hi.tolist(), strict=True)
+            for key in range(start, stop)
         }
         assert seen <= set(blocks) and len(set(blocks)) == len(blocks)
     far = AttentionMask(window=5, prefix=6).keys_at(*(jnp.asarray([x]) for x in (0, 998, 0, 1000)))
