@@ -31,7 +31,7 @@ demo: $(INSTALLED)  ## train a small HSTU beside SASRec, compare, draw, recommen
 	$(PY) -m experiments.demo
 
 test: $(INSTALLED)  ## the whole test suite on CPU
-	$(PY) -m pytest -q -n 2 --dist=worksteal
+	JAX_PLATFORMS=cpu $(PY) -m pytest -q -n 2 --dist=worksteal --ignore=tests/gpu
 
 test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU (after install-cuda)
 	$(PY) -m pytest -q -n 8 --dist=worksteal tests/gpu --record=experiments/results/test_gpu.json

@@ -1,40 +1,92 @@
-"""What every command line shares: clear errors instead of tracebacks, and exit codes that scripts can rely on. With several processes an error of one
-ends them all."""
+"""What all command lines share: their common flags, and errors as one line with an exit code."""
 
 import logging
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import ml_collections
 from absl import app, flags
+from ml_collections import config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 
+from experiments import configs
+from ultra_hstu.config import to_config_dict
 from ultra_hstu.parallel import processes
 from ultra_hstu.train import Interrupted
 
-LOST_WORDS = (
-    "Gloo",
-    "NCCL",
-    "coordination service",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-)  # in errors of JAX where another process is missing
+# In errors of JAX where another process is missing.
+LOST_WORDS = ("Gloo", "NCCL", "coordination service", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 LOST = (
-    "another process was lost in the middle of the run ({error}). Start the same command again in all processes, or in fewer or more of them with "
-    "another mesh: it goes on from the last checkpoint."
+    "another process was lost in the middle of the run ({error}). Start the same command again in "
+    "all processes, or in fewer or more of them with another mesh: it goes on from the last "
+    "checkpoint."
 )
 
 
+class ConfigParser(ConfigFileFlagParser):
+    """Reads the name of a configuration, or the path of a user's own file: `own.py[:argument]`.
+
+    `experiments/configs/NAME.py`, which records name, is the configuration NAME.
+    """
+
+    def parse(self, path: str) -> ml_collections.ConfigDict:
+        file = Path(path.partition(":")[0])
+        if file.is_file():
+            return super().parse(path)
+        recorded = file.suffix == ".py" and file.parts[-3:-1] == ("experiments", "configs")
+        return to_config_dict(configs.named(file.stem if recorded else path)).lock()
+
+
+def define_config(
+    name: str = "config", what: str = "the configuration", required: bool = True
+) -> flags.FlagHolder[ml_collections.ConfigDict]:
+    """--NAME, whose fields --NAME.FIELD overrides."""
+    text = f"{what}: a name of experiments/configs, or a file whose get_config() makes one"
+    holder = config_flags.DEFINE_config_file(name, None, text, lock_config=True)
+    flags.FLAGS[name].parser = ConfigParser(name)
+    if required:
+        flags.mark_flag_as_required(name)
+    return holder
+
+
+def define_run(
+    what: str = "folder of a trained run",
+) -> tuple[flags.FlagHolder[str], flags.FlagHolder[str | None]]:
+    """--workdir and --raw_dir, for a command on a run that is there."""
+    return (
+        flags.DEFINE_string("workdir", None, what, required=True),
+        flags.DEFINE_string(
+            "raw_dir", None, "where the raw data is now, if not where the run found it"
+        ),
+    )
+
+
+def define_record() -> flags.FlagHolder[str | None]:
+    """--record."""
+    return flags.DEFINE_string(
+        "record",
+        None,
+        "also write the result with device, versions, commit, command and date to this JSON file",
+    )
+
+
 def run(main: Callable[[list[str]], None]) -> None:
-    """Runs `main` as the program. Exit codes: 0 done, or stopped by a signal with its state saved; 1 bad input or disk; 3 a loss that is not finite; 4 another
-    process of the run failed or was lost."""
+    """Runs `main` as the program. With several processes an error of one ends them all.
+
+    Exit codes: 0 done, or stopped by a signal with its state saved; 1 bad input or disk; 3 a loss
+    that is not finite; 4 another process of the run failed or was lost.
+    """
 
     def wrapped(argv: list[str]) -> None:
         errors = Console(stderr=True)
         if argv[1:]:
             errors.print(
-                f"error: what is {' '.join(argv[1:])!r}? Options begin with --, and values with blanks need quotes.",
+                f"error: what is {' '.join(argv[1:])!r}? "
+                "Options begin with --, and values with blanks need quotes.",
                 markup=False,
             )
             sys.exit(1)
@@ -43,10 +95,9 @@ def run(main: Callable[[list[str]], None]) -> None:
             errors.print(f"error: {error}", markup=False, soft_wrap=True)
             processes.fail(str(error), code)
 
+        # Orbax reports every file that it touches; its errors reach us as exceptions.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger().setLevel(logging.WARNING)
-        logging.getLogger("absl").setLevel(
-            logging.CRITICAL
-        )  # Orbax reports every file that it touches; its errors reach us as exceptions
         try:
             main(argv)
             processes.end()
@@ -68,10 +119,10 @@ def run(main: Callable[[list[str]], None]) -> None:
             traceback.print_exc()
             fail(error, 1)
 
-    app.run(wrapped, flags_parser=_parse)
+    app.run(wrapped, flags_parser=parse)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
     """The flags, with a misspelt or misfitting --config.FIELD named like any other bad input."""
     try:
         return flags.FLAGS(argv)

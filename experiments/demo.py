@@ -1,21 +1,17 @@
-"""The two-minute tour: a small HSTU and SASRec on synthetic streaming data, compared, drawn, and asked for recommendations.
+"""The two-minute tour: HSTU and SASRec on synthetic data, compared, drawn, asked for items.
 
 python -m experiments.demo [--workdir=runs/demo]
 """
 
-import dataclasses
 import shutil
 from pathlib import Path
 
 from absl import flags
 
-from experiments import command
-from experiments.configs import synthetic
-from ultra_hstu import report
-from ultra_hstu.config import from_config_dict
-from ultra_hstu.retrieval.evaluate import baselines
+from experiments import command, configs
+from ultra_hstu import report, tasks
+from ultra_hstu.fields import changed
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
@@ -28,40 +24,35 @@ _EPOCHS = flags.DEFINE_integer(
 def main(_: list[str]) -> None:
     console = report.make_console()
     root = Path(_WORKDIR.value)
-    hstu = from_config_dict(synthetic.get_config())
+    hstu = configs.named("synthetic")
     if _EPOCHS.value is not None:
-        hstu = dataclasses.replace(
-            hstu, train=dataclasses.replace(hstu.train, epochs=_EPOCHS.value)
-        )
-    sasrec = dataclasses.replace(
-        hstu, name="synthetic_sasrec", model=dataclasses.replace(hstu.model, kind="sasrec")
-    )
+        hstu = changed(hstu, train={"epochs": _EPOCHS.value})
+    sasrec = changed(hstu, name="synthetic_sasrec", model={"kind": "sasrec"})
     rows, folders = {}, {}
-    task = Task.load(hstu)
+    task = tasks.load(hstu)
+    data = task.interactions
     console.print(
-        f"{task.interactions.num_users:,} users, {task.interactions.num_items:,} items, {task.interactions.num_events:,} events: "
-        "a Dirichlet process over categories whose vocabulary drifts (HSTU paper, appendix C, scaled down)"
+        f"{data.num_users:,} users, {data.num_items:,} items, {data.num_events:,} events: a "
+        "Dirichlet process over categories whose vocabulary drifts (HSTU paper, appendix C, "
+        "scaled down)"
     )
     for name, config in {"HSTU": hstu, "SASRec": sasrec}.items():
         folders[name] = Workdir(root / name.lower())
         shutil.rmtree(folders[name].path, ignore_errors=True)
         console.rule(name)
         rows[name] = train(config, folders[name].path, console=console, task=task)["best"]
-    rows |= baselines(task, "test")
+    rows |= task.baselines("test")
     console.print(report.metrics_table("Next item among all items, test users", rows))
 
     curves = root.absolute() / "curves.png"
     report.draw_curves({name: folder.metrics for name, folder in folders.items()}, curves)
-    user = task.interactions.users[0]
-    events = task.interactions.history(user)
+    user = data.users[0]
+    events = data.history(user)
     model = RecommendationModel(str(folders["HSTU"].path))
-    times = None if task.interactions.timestamps is None else task.interactions.timestamps[events]
-    answer = model.recommend(task.interactions.items[events], times, k=5)
-    console.print(
-        report.recommendations_table(
-            f"user {user}, after {events.stop - events.start} events", answer
-        )
-    )
+    times = None if data.timestamps is None else data.timestamps[events]
+    answer = model.recommend(data.items[events], times, k=5)
+    title = f"user {user}, after {events.stop - events.start} events"
+    console.print(report.recommendations_table(title, answer))
     for label, path in {
         "checkpoint": folders["HSTU"].checkpoints,
         "metrics": folders["HSTU"].metrics,

@@ -3,85 +3,76 @@
 python -m experiments.evaluate --workdir=runs/ml1m_hstu [--split=validation] [--raw_dir=PATH]
     [--tables=float32,int8,int4] [--record=experiments/results/NAME.json]
 
-`--tables` evaluates on the item table as each kind of serving table gives it back, and says how many bytes go to the device.
+`--tables` evaluates on the item table as each kind of serving table gives it back, and says how
+many bytes go to the device.
 """
-
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from jaxtyping import Float
 
 from experiments import command
-from ultra_hstu import provenance, quantization, report
-from ultra_hstu.retrieval.evaluate import baselines, evaluator
+from experiments.record import Record
+from ultra_hstu import quantization, report, tasks
 from ultra_hstu.serving import load_params
-from ultra_hstu.task import Task
-from ultra_hstu.workdir import Workdir, write_json
+from ultra_hstu.workdir import Workdir
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
+_WORKDIR, _RAW_DIR = command.define_run()
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "which part of the data")
-_RAW_DIR = flags.DEFINE_string(
-    "raw_dir", None, "where the raw data is now, if not where the run found it"
-)
 _TABLES = flags.DEFINE_list(
     "tables",
     ["float32"],
     f"what the item table is served from: {', '.join(quantization.KINDS)}, or several of them",
 )
-_RECORD = flags.DEFINE_string(
-    "record",
-    None,
-    "also write the metrics with device, versions, commit, command and date to this JSON file",
-)
+_RECORD = command.define_record()
 
 
 def main(_: list[str]) -> None:
     folder = Workdir(_WORKDIR.value)
-    task = Task.of_run(folder, _RAW_DIR.value)
-    config = task.config
+    task = tasks.of_run(folder, _RAW_DIR.value)
+    config, console = task.config, report.make_console()
     step, params = load_params(folder, task.recipe)
     with jax.default_matmul_precision(config.train.matmul_precision):
-        measure = evaluator(task, _SPLIT.value)
+        measure = task.evaluator(_SPLIT.value)
         metrics = {
             kind: measure(quantization.unpacked(quantization.packed(params, kind)))
             for kind in _TABLES.value
         }
-        others = baselines(task, _SPLIT.value)
+        others = task.baselines(_SPLIT.value)
     rows = {
         f"{config.name}, step {step}{'' if kind == 'float32' else f', {kind} table'}": values
         for kind, values in metrics.items()
     }
     title = f"{_SPLIT.value}, protocol {config.train.protocol}"
-    console = report.make_console()
     console.print(
         report.metrics_table(title, rows | others, measure.criteria, measure.criteria.details)
     )
-    tables = {
-        kind: served(quantization.item_table(params), kind, config.data.max_history)
-        for kind in metrics
-    }
+    table_ID = quantization.item_table(params)
+    tables = {kind: served(table_ID, kind, config.data.max_history) for kind in metrics}
     for kind, table in tables.items():
         console.print(
-            f"{kind:>8} table: {table['bytes']} bytes, {table['row_bytes']} a row, {table['history_bytes']} for a whole history"
+            f"{kind:>8} table: {table['bytes']} bytes, {table['row_bytes']} a row, "
+            f"{table['history_bytes']} for a whole history"
         )
-    if _RECORD.value:
-        runs = {
+    Record(
+        _RECORD.value,
+        config=config.name,
+        split=_SPLIT.value,
+        protocol=config.train.protocol,
+        step=step,
+    ).add(
+        tables={
             kind: {"metrics": values, "table": tables[kind]} for kind, values in metrics.items()
         }
-        record = {
-            "config": config.name,
-            "split": _SPLIT.value,
-            "protocol": config.train.protocol,
-            "step": step,
-            "tables": runs,
-        }
-        write_json(Path(_RECORD.value), provenance.provenance() | record)
+    )
 
 
-def served(table_ID: np.ndarray, kind: str, max_history: int) -> dict[str, Any]:
-    """Bytes of a table of this kind, of a row, and of the rows of a whole history, which go to the device for a request; and its error."""
+def served(table_ID: Float[np.ndarray, "I D"], kind: str, max_history: int) -> dict[str, float]:
+    """Bytes of a table of this kind, of a row, and of a request's history; and its error.
+
+    The rows of a whole history go to the device for a request.
+    """
     table = quantization.quantize(table_ID, kind)
     history = np.arange(max_history) % len(table_ID)
     error_ID = np.asarray(quantization.dense(table)) - table_ID

@@ -10,15 +10,14 @@ from typing import cast
 from absl import flags
 
 from experiments import command
-from ultra_hstu import report
+from ultra_hstu import report, tasks
 from ultra_hstu.nn.key_values import KINDS, CacheDtype
 from ultra_hstu.serving import export, load_params
 from ultra_hstu.serving.score import MICRO_BATCH
 from ultra_hstu.serving.tokens import Vocabulary
-from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained ranking run", required=True)
+_WORKDIR, _RAW_DIR = command.define_run("folder of a trained ranking run")
 _OUT = flags.DEFINE_string("out", None, "the file to write", required=True)
 _CANDIDATES = flags.DEFINE_integer(
     "candidates", None, "most candidates of a call, of all users together", required=True
@@ -33,16 +32,13 @@ _KIND = flags.DEFINE_enum(
 _PLATFORMS = flags.DEFINE_list(
     "platforms", None, "cpu, cuda or both; that of this machine without it"
 )
-_RAW_DIR = flags.DEFINE_string(
-    "raw_dir", None, "where the raw data is now, if not where the run found it"
-)
 
 
 def main(_: list[str]) -> None:
     folder = Workdir(_WORKDIR.value)
-    task = Task.of_run(folder, _RAW_DIR.value)
+    task = tasks.of_run(folder, _RAW_DIR.value)
     config = task.config
-    if not isinstance(task, RankTask):
+    if not config.rank.tasks:
         raise ValueError(
             f"{_WORKDIR.value} is a retrieval run: only ranking runs score given candidates"
         )

@@ -25,7 +25,7 @@ from ultra_hstu.serving.lines import answer_lines
 from ultra_hstu.serving.scoring import RunData
 from ultra_hstu.serving.service import open_service
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a trained run", required=True)
+_WORKDIR, _RAW_DIR = command.define_run()
 _USER = flags.DEFINE_string("user", None, "raw id of a user of the data: the whole history is used")
 _HISTORY = flags.DEFINE_string("history", None, "raw item ids, oldest first, separated by commas")
 _REQUESTS = flags.DEFINE_string(
@@ -41,9 +41,6 @@ _HOST_TABLE = flags.DEFINE_enum(
     "keeps the item table of a ranking run in host memory, from where each request takes its rows",
 )
 _K = flags.DEFINE_integer("k", 10, "how many items, of --user and --history")
-_RAW_DIR = flags.DEFINE_string(
-    "raw_dir", None, "where the raw data is now, if not where the run found it"
-)
 
 
 def main(_: list[str]) -> None:

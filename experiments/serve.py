@@ -64,14 +64,8 @@ from ultra_hstu.serving.http import RECOMMEND, SCORE, RecommendReplica, ScoreRep
 from ultra_hstu.serving.inputs import MAX_USERS  # noqa: E402
 from ultra_hstu.serving.service import check_options, is_ranking  # noqa: E402
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "folder of a trained run, or a ranking run in a file of experiments.export",
-    required=True,
-)
-_RAW_DIR = flags.DEFINE_string(
-    "raw_dir", None, "where the raw data is now, if not where the run found it"
+_WORKDIR, _RAW_DIR = command.define_run(
+    "folder of a trained run, or a ranking run in a file of experiments.export"
 )
 _TABLES = flags.DEFINE_enum(
     "tables", "float32", quantization.KINDS, "what the item table is served from"

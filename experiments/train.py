@@ -1,45 +1,40 @@
 """Trains one configuration.
 
-python -m experiments.train --config=experiments/configs/ml1m_hstu.py --workdir=runs/ml1m_hstu
+python -m experiments.train --config=ml1m_hstu --workdir=runs/ml1m_hstu
     [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--record=experiments/results/NAME.json]
     [--distributed | --coordinator=HOST:PORT --processes=N --process=I]
 
-Started again with the same arguments it goes on where it was. Any field can be overridden: --config.train.epochs=10. Many processes:
-docs/context_parallel.md.
+`experiments/configs` holds the configurations; a file of your own works as well. Any field can be
+overridden: --config.train.epochs=10. Started again with the same arguments it goes on where it was.
+Many processes: docs/context_parallel.md.
 """
 
-import dataclasses
 import logging
 import statistics
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import command
-from ultra_hstu import provenance, report, workdir
+from experiments.record import Json, Record
+from ultra_hstu import report, tasks, workdir
 from ultra_hstu.config import from_config_dict
+from ultra_hstu.fields import changed
 from ultra_hstu.parallel import processes
-from ultra_hstu.retrieval.evaluate import baselines, criteria_of
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "a file of experiments/configs", lock_config=True
+_CONFIG = command.define_config()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run; made if it does not exist", required=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; made if it does not exist")
 _SEEDS = flags.DEFINE_list(
     "seeds",
     [],
     "several seeds, each in WORKDIR/seed_N, with mean and standard deviation at the end",
 )
-_RECORD = flags.DEFINE_string(
-    "record",
-    None,
-    "also write the result with device, versions, commit, command and date to this JSON file",
-)
+_RECORD = command.define_record()
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -57,15 +52,9 @@ _PROCESS = flags.DEFINE_integer("process", None, "without a cluster: which of th
 _CONNECT_SECONDS = flags.DEFINE_integer(
     "connect_seconds", 60, "how long to wait for the other processes to start"
 )
-flags.mark_flags_as_required(["config", "workdir"])
 
-HISTORY = (
-    "epoch",
-    "step",
-    "loss",
-    "grad_norm",
-    "seconds",
-)  # what a record keeps of every epoch, beside the curves of its criteria
+# What a record keeps of every epoch, beside the curves of its criteria.
+HISTORY = ("epoch", "step", "loss", "grad_norm", "seconds")
 
 
 def main(_: list[str]) -> None:
@@ -78,72 +67,64 @@ def main(_: list[str]) -> None:
     )
     first = processes.is_first()
     if not first:
-        logging.getLogger("ultra_hstu").setLevel(logging.ERROR)  # a warning is told once
+        logging.getLogger("ultra_hstu").setLevel(logging.ERROR)  # one process warns for all
     console = report.make_console(quiet=not first)
     config = from_config_dict(_CONFIG.value)
-    try:
-        seeds = [int(seed) for seed in _SEEDS.value]
-    except ValueError:
-        raise ValueError(
-            f"--seeds={','.join(_SEEDS.value)} must be whole numbers, such as --seeds=42,43,44"
-        ) from None
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds={','.join(_SEEDS.value)} names a seed twice")
+    seeds = read_seeds(_SEEDS.value)
     processes.require_same(
         "command", {"--seeds": seeds, "--record": _RECORD.value, "version of jax": jax.__version__}
     )
-    if _RECORD.value and first:
-        Path(_RECORD.value).parent.mkdir(parents=True, exist_ok=True)
-    root = Path(str(_WORKDIR.value))
-    task = Task.load(config)
-    criteria = criteria_of(task)
+    record = Record(_RECORD.value if first else None, config=config.name)
+    root = Path(_WORKDIR.value)
+    task = tasks.load(config)
+    criteria = task.criteria
     results = []
     for seed in seeds or [config.train.seed]:
-        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-        folder = root / f"seed_{seed}" if seeds else root
-        result = train(seeded, folder, console=console, task=task)
+        seeded = changed(config, train={"seed": seed})
+        folder = workdir.Workdir(root / f"seed_{seed}" if seeds else root)
+        result = train(seeded, folder.path, console=console, task=task)
         history = [
-            {name: record[name] for name in (*HISTORY, *criteria.curves) if name in record}
-            for record in (report.read_metrics(workdir.Workdir(folder).metrics) if first else [])
+            {name: epoch[name] for name in (*HISTORY, *criteria.curves) if name in epoch}
+            for epoch in (report.read_metrics(folder.metrics) if first else [])
         ]
         results.append(result | {"history": history})
     rows = {f"{config.name}, seed {result['seed']}": result["best"] for result in results}
     if len(results) > 1:
-        rows |= {
+        record.values |= {
             "mean": summary(results, statistics.mean),
-            "standard deviation": summary(results, statistics.stdev),
+            "stdev": summary(results, statistics.stdev),
         }
-    without_model = baselines(task, "test")
+        rows |= {"mean": record.values["mean"], "standard deviation": record.values["stdev"]}
+    without_model = task.baselines("test")
+    title = f"{config.name}: test, protocol {config.train.protocol}"
+    console.print(report.metrics_table(title, rows | without_model, criteria))
     console.print(
-        report.metrics_table(
-            f"{config.name}: test, protocol {config.train.protocol}", rows | without_model, criteria
-        )
-    )
-    paths = workdir.Workdir(folder)
-    console.print(
-        f"checkpoints   {paths.checkpoints}\nmetrics       {paths.metrics}\nTensorBoard   {paths.tensorboard}\ncurves        {paths.curves}"
+        f"checkpoints   {folder.checkpoints}\nmetrics       {folder.metrics}\n"
+        f"TensorBoard   {folder.tensorboard}\ncurves        {folder.curves}"
     )
     if _RECORD.value and first:
-        record: dict[str, Any] = {
-            "config": config.name,
-            **provenance.provenance(),
-            "runs": results,
-            "baselines": without_model,
-        }
-        # Of a sample: for ranking, a request with up to rank.targets targets.
-        record["flops"] = {
+        # Operations of a sample; for ranking that is a request with up to rank.targets targets.
+        flops = {
             "training": task.flops("train").training,
             "inference": task.flops("test").inference,
         }
-        if len(results) > 1:
-            record |= {
-                "mean": summary(results, statistics.mean),
-                "stdev": summary(results, statistics.stdev),
-            }
-        workdir.write_json(Path(_RECORD.value), record)
+        record.add(runs=results, baselines=without_model, flops=flops)
 
 
-def summary(results: list[dict[str, Any]], statistic: Any) -> dict[str, float]:
+def read_seeds(given: list[str]) -> list[int]:
+    """Raises ValueError for what is no whole number, or stands twice."""
+    try:
+        seeds = [int(seed) for seed in given]
+    except ValueError:
+        raise ValueError(
+            f"--seeds={','.join(given)} must be whole numbers, such as --seeds=42,43,44"
+        ) from None
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds={','.join(given)} names a seed twice")
+    return seeds
+
+
+def summary(results: list[Json], statistic: Callable[[list[float]], float]) -> dict[str, float]:
     return {
         name: statistic([result["best"][name] for result in results]) for name in results[0]["best"]
     }

@@ -3,11 +3,13 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-_compiled_for: contextvars.ContextVar[Any] = contextvars.ContextVar("compiled_for", default=None)
+_compiled_for: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar(
+    "compiled_for", default=None
+)
 
 
 class Device(NamedTuple):
@@ -22,7 +24,10 @@ class Device(NamedTuple):
 
 @contextlib.contextmanager
 def compiling_for(device: jax.Device) -> Iterator[None]:
-    """Inside, `current` is this device, which need not be here (`jax.experimental.topologies`): for programs that are compiled and not run."""
+    """Inside, `current` is this device, for programs that are compiled and not run.
+
+    The device need not be here (`jax.experimental.topologies`).
+    """
     token = _compiled_for.set(device)
     try:
         yield
@@ -31,7 +36,10 @@ def compiling_for(device: jax.Device) -> Iterator[None]:
 
 
 def current() -> Device:
-    """The device that an un-placed computation runs on (`jax_default_device` respected), or is compiled for (`compiling_for`)."""
+    """The device that a computation runs on, or is compiled for (`compiling_for`).
+
+    It is that of `jax_default_device`, if set.
+    """
     default = jax.config.jax_default_device
     device = _compiled_for.get() or (
         default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]

@@ -2,10 +2,13 @@
 
 import contextlib
 import contextvars
+import dataclasses
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
+
+from kernels import device
 
 
 class Choice(NamedTuple):
@@ -20,7 +23,10 @@ _records: contextvars.ContextVar[tuple[list[Choice], ...]] = contextvars.Context
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Choice]]:
-    """Collects the choices made inside the block. Choices are made while tracing: a call that `jit` has cached makes none."""
+    """Collects the choices made inside the block.
+
+    Choices are made while tracing: a call that `jit` has cached makes none.
+    """
     choices: list[Choice] = []
     token = _records.set((*_records.get(), choices))
     try:
@@ -29,60 +35,81 @@ def record() -> Iterator[list[Choice]]:
         _records.reset(token)
 
 
-def installed(modules: Mapping[str, str]) -> dict[str, str]:
-    """Those of the named modules whose file exists; none is imported."""
-    return {
-        name: module
-        for name, module in modules.items()
-        if importlib.util.find_spec(module) is not None
-    }
+@dataclasses.dataclass(frozen=True)
+class Op[Spec]:
+    """An operation and its implementations.
 
+    An implementation is a module. `unsupported(spec)` says why it cannot take the calls that a spec
+    describes, or None; other functions of the module are the op's own business.
 
-def call(
-    op: str,
-    modules: Mapping[str, str],
-    order: Sequence[str],
-    implementation: str | Sequence[str] | None,
-    run: Callable[[Any], Any],
-) -> Any:
-    """Runs `run(module)` with the first implementation that can.
-
-    Args:
-      op: for messages and records.
+    Attributes:
+      name: for messages and records.
       modules: implementation names and the modules that hold them, imported at first use.
-      order: what `implementation=None` tries.
-      implementation: a name runs that implementation or raises what it raises; a sequence replaces `order`; None takes `order`.
-      run: called with the module; NotImplementedError, and nothing else, moves on to the next.
-
-    Raises:
-      ValueError: a name that does not exist.
-      NotImplementedError: none fits; the message has every reason.
+      order: what `implementation=None` tries, by platform; platforms not named take `xla`.
     """
-    named = isinstance(implementation, str)
-    names = (
-        [implementation]
-        if isinstance(implementation, str)
-        else list(order if implementation is None else implementation)
-    )
-    if not names:
-        raise ValueError(
-            f"{op}: implementation is an empty sequence; name at least one of {', '.join(modules)}"
-        )
-    for name in names:
-        if name not in modules:
+
+    name: str
+    modules: Mapping[str, str]
+    order: Mapping[str, Sequence[str]]
+
+    def call[R](
+        self,
+        implementation: str | Sequence[str] | None,
+        spec: Spec,
+        run: Callable[[ModuleType], R],
+    ) -> R:
+        """Runs `run(module)` with the first implementation that can.
+
+        Args:
+          implementation: a name runs that implementation or raises its reason; a sequence is tried
+            in order; None takes the order of the platform.
+          spec: what the implementations decide by.
+          run: NotImplementedError, and nothing else, moves on to the next implementation.
+
+        Raises:
+          ValueError: a name that does not exist.
+          NotImplementedError: none fits; the message has every reason.
+        """
+        reasons = []
+        for name in self._candidates(implementation):
+            module = importlib.import_module(self.modules[name])
+            try:
+                reason = module.unsupported(spec)
+                if reason is not None:
+                    raise NotImplementedError(reason)
+                result = run(module)
+            except NotImplementedError as error:
+                if isinstance(implementation, str):
+                    raise
+                reasons.append(f"  {name}: {error}")
+                continue
+            for choices in _records.get():
+                choices.append(Choice(self.name, name))
+            return result
+        raise NotImplementedError(f"{self.name}: no implementation fits:\n" + "\n".join(reasons))
+
+    def first_supported(
+        self, implementation: str | Sequence[str] | None, spec: Spec
+    ) -> ModuleType | None:
+        """The module that `call` would run first, if any can."""
+        for name in self._candidates(implementation):
+            module = importlib.import_module(self.modules[name])
+            if module.unsupported(spec) is None:
+                return module
+        return None
+
+    def _candidates(self, implementation: str | Sequence[str] | None) -> Sequence[str]:
+        if implementation is None:
+            return self.order.get(device.current().platform, ("xla",))
+        names = [implementation] if isinstance(implementation, str) else implementation
+        known = ", ".join(self.modules)
+        if not names:
             raise ValueError(
-                f"{op}: no implementation is called {name!r}; there are {', '.join(modules)}"
+                f"{self.name}: implementation is an empty sequence; name at least one of {known}"
             )
-    reasons = []
-    for name in names:
-        try:
-            result = run(importlib.import_module(modules[name]))
-        except NotImplementedError as error:
-            if named:
-                raise
-            reasons.append(f"  {name}: {error}")
-            continue
-        for choices in _records.get():
-            choices.append(Choice(op, name))
-        return result
-    raise NotImplementedError(f"{op}: no implementation fits:\n" + "\n".join(reasons))
+        for name in names:
+            if name not in self.modules:
+                raise ValueError(
+                    f"{self.name}: no implementation is called {name!r}; there are {known}"
+                )
+        return names

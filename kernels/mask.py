@@ -1,10 +1,13 @@
-"""The one definition of who attends to whom: every row sees at most two intervals of keys, plus itself.
+"""The one definition of who attends to whom: a row sees two intervals of keys at most, plus itself.
 
-`AttentionMask` names the rules; `intervals` turns them into flat coordinates, and kernels see nothing else. The same rules transposed
-(`RowIntervals`: which rows see a key) give a kernel's backward its bounds. Tile bounds are reductions of both, computed once a batch.
+`AttentionMask` names the rules; `intervals` turns them into flat coordinates, and kernels see
+nothing else. The same rules transposed (`RowIntervals`: which rows see a key) give a kernel's
+backward its bounds. Whoever must know more of a mask asks it (`windowed`, `in_one_piece`,
+`wider_rows`, `locality`) and does not read its options again.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,16 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from kernels.jagged import segment_ids
+from kernels.jagged import Counts, Lengths, Offsets, Rows
 
-FAR = 2**30  # behind all rows and keys
+Ints = Int[Array | np.ndarray, " T"]
 
 
 class KeyIntervals(NamedTuple):
-    """Keys of each row, half-open, flat coordinates, int32[T] each; the diagonal is in neither interval, and every real row adds it.
+    """Keys of each row, half-open, in flat coordinates, int32[T] each.
 
-    `near` intervals are in slot 1, detached ones (a prefix, a contextual sink) in slot 0. Contextual rows use both: keys before and after.
-    Empty intervals are (0, 0), on padding rows both.
+    The diagonal is in neither interval: every real row adds it. Slot 1 holds the near interval,
+    slot 0 a detached one (a prefix, a contextual sink). Contextual rows use both, for keys before
+    and after. Empty intervals are (0, 0), on padding rows both.
     """
 
     lo0: Int[Array, " T"]
@@ -29,18 +33,22 @@ class KeyIntervals(NamedTuple):
     lo1: Int[Array, " T"]
     hi1: Int[Array, " T"]
 
-    def dense(self, num_real: Any) -> Bool[Array, "T T"]:
-        """The mask as a matrix, diagonal of the first `num_real` rows included: for references and tests."""
+    def dense(self, num_real: int | Int[Array, ""] | np.integer) -> Bool[Array, "T T"]:
+        """The mask as a matrix, with the diagonal of the first `num_real` rows: for references."""
         rows = self.lo0.shape[0]
         key_1T = jnp.arange(rows)[None, :]
         seen = (key_1T >= self.lo0[:, None]) & (key_1T < self.hi0[:, None])
         seen |= (key_1T >= self.lo1[:, None]) & (key_1T < self.hi1[:, None])
         row_T1 = jnp.arange(rows)[:, None]
-        return seen | ((row_T1 == key_1T) & (row_T1 < num_real))
+        return seen | ((row_T1 == key_1T) & (row_T1 < jnp.asarray(num_real)))
 
     @classmethod
-    def from_dense(cls, mask_TT: Any) -> "KeyIntervals":
-        """Intervals of any boolean matrix (host only; its diagonal is ignored). ValueError names the first row that needs more than two."""
+    def from_dense(cls, mask_TT: Bool[Array | np.ndarray, "..."]) -> "KeyIntervals":
+        """Intervals of any boolean matrix, on the host; its diagonal is ignored.
+
+        Raises:
+          ValueError: no square matrix, or a row that needs more than two intervals.
+        """
         mask = np.array(mask_TT, bool)
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
             raise ValueError(f"a mask is a square matrix, got shape {mask.shape}")
@@ -51,7 +59,8 @@ class KeyIntervals(NamedTuple):
             lo, hi = np.flatnonzero(edge == 1), np.flatnonzero(edge == -1)
             if len(lo) > 2:
                 raise ValueError(
-                    f"row {row} attends to {len(lo)} intervals of keys besides itself; the kernels take two at most"
+                    f"row {row} attends to {len(lo)} intervals of keys besides itself; "
+                    "the kernels take two at most"
                 )
             slots = [0, 1] if len(lo) == 2 else [1]
             for slot, start, stop in zip(slots, lo, hi, strict=False):
@@ -60,9 +69,10 @@ class KeyIntervals(NamedTuple):
 
 
 class RowIntervals(NamedTuple):
-    """`KeyIntervals` transposed: the rows that see each key, int32[T] each, empty as (0, 0), the diagonal not included.
+    """`KeyIntervals` transposed: the rows that see each key, int32[T] each; empty ones are (0, 0).
 
-    `ctx`: contextual rows in front of the key. `near`: rows from key + 1 on, without a gap. `tail`: full rows and targets further on.
+    The diagonal is not included. `ctx`: contextual rows in front of the key. `near`: rows from
+    key + 1 on, without a gap. `tail`: full rows and targets further on.
     """
 
     ctx_lo: Int[Array, " T"]
@@ -73,35 +83,49 @@ class RowIntervals(NamedTuple):
     tail_hi: Int[Array, " T"]
 
 
-class TileBounds(NamedTuple):
-    """Which tiles meet, as half-open ranges of block numbers; ranges of a tile are ascending, disjoint, and (0, 0) where empty.
+class Locality(NamedTuple):
+    """How a mask with a window divides the rows of a buffer, for keys that lie on several shards.
 
-    `key_*[t, r]`: key blocks that rows of query tile t see: r = 0 detached (prefix, sink), 1 near, 2 the tile itself and what follows it.
-    `row_*[t, r]`: row blocks that see a key of key tile t: r = 0 contextual rows, 1 the tile itself and near rows, 2 the tail.
+    A *local* row sees the `reach` history rows before it and *copied* keys, those that its sequence
+    begins with. All other rows see keys anywhere in their sequence; they are few.
+
+    Attributes:
+      first, last: the local rows of the row's sequence are rows first..last-1 of the buffer.
+      is_far: real rows that are not local: contextual tokens, full rows, targets.
+      is_copied: keys that local rows may see from farther than `reach`.
+      reach: rows.
+      most_far, most_copied: how many of them a sequence has at most.
     """
 
-    key_lo: Int[Array, "Tq 3"]
-    key_hi: Int[Array, "Tq 3"]
-    row_lo: Int[Array, "Tk 3"]
-    row_hi: Int[Array, "Tk 3"]
+    first: Int[Array, " T"]
+    last: Int[Array, " T"]
+    is_far: Bool[Array, " T"]
+    is_copied: Bool[Array, " T"]
+    reach: int
+    most_far: int
+    most_copied: int
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
     """Who attends to whom inside a sequence of c contextual tokens, h history tokens and m targets.
 
-    Every row sees itself. A contextual row sees all contextual and history tokens. A history row sees earlier tokens, a target sees
-    contextual and history tokens, never another target; both limited as follows, i being the history index of the row (h for a target).
+    Every row sees itself. A contextual row sees all contextual and history tokens. A history row
+    sees earlier tokens, a target sees contextual and history tokens, never another target. Both are
+    limited as follows; i is the history index of the row (h for a target).
+
+    A contextual sink and a prefix both begin at the sequence's start, so they are one interval and
+    the window is the other: no combination of these options needs a third.
+    `KeyIntervals.from_dense` takes masks of other origin and rejects what does not fit.
 
     Attributes:
       window: None is plain causal; w sees the w newest earlier history tokens (`i - j <= w`).
-      full_rows: the newest `full_rows` history rows, and then every target, see everything earlier in spite of the window.
-      prefix: the oldest `prefix` tokens of the sequence, contextual ones counted, are seen by all later rows; then a target sees all
-        history.
-      context_sink: contextual tokens are seen by all later rows; else only where i + 1 <= window (they share one place before the history).
-
-    A contextual sink and a prefix both begin at the sequence's start, so they are one interval and the window is the other: no
-    combination of these options needs a third. Masks of other origin go through `KeyIntervals.from_dense`, which rejects what does not fit.
+      full_rows: the newest `full_rows` history rows, and then every target, see everything earlier
+        in spite of the window.
+      prefix: the oldest `prefix` tokens of the sequence, contextual ones counted, are seen by all
+        later rows; then a target sees all history.
+      context_sink: contextual tokens are seen by all later rows; else only where i + 1 <= window
+        (they share one position before the history).
     """
 
     window: int | None = None
@@ -118,129 +142,171 @@ class AttentionMask:
                 allowed = "None or an integer >= 0" if name == "window" else "an integer >= 0"
                 raise ValueError(f"AttentionMask.{name} must be {allowed}, got {value!r}")
 
+    @property
+    def windowed(self) -> bool:
+        """Whether there are rows that do not see everything earlier."""
+        return self.window is not None
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether the rows that see a key are one interval, of sequences that are history alone."""
+        return self.window is None or self.full_rows == self.prefix == 0
+
+    @property
+    def wider_rows(self) -> int:
+        """How many of the newest history rows see more than they will once newer rows follow."""
+        return 0 if self.window is None else self.full_rows
+
     def intervals(
-        self, offsets: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None
+        self,
+        offsets: Offsets,
+        num_rows: int,
+        num_targets: Counts = None,
+        num_contextual: Counts = None,
     ) -> KeyIntervals:
-        """Keys of every row, for jagged `offsets` int32[B+1] (may be traced) in a buffer of `num_rows` rows.
+        """Keys of every row of a buffer of `num_rows` rows.
 
-        `num_targets`, `num_contextual`: int32[B] or None (none of them). Where they exceed a sequence's length the result is
-        clamped, not checked; `hstu_attention` checks what is concrete.
+        Args:
+          offsets: int32[B+1], may be traced.
+          num_targets, num_contextual: int32[B] or None (none of them). Where they exceed a
+            sequence's length the result is clamped, not checked; `hstu_attention` checks what is
+            concrete.
         """
-        return KeyIntervals(
-            *_intervals(jnp, self, *_places(jnp, offsets, num_rows, num_targets, num_contextual))
-        )
+        return self.keys_of(Rows.of(offsets, num_rows, num_targets, num_contextual))
 
-    def row_intervals(
-        self, offsets: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None
-    ) -> RowIntervals:
-        """Rows that see each key: `intervals` transposed."""
-        return RowIntervals(
-            *_row_intervals(
-                jnp, self, *_places(jnp, offsets, num_rows, num_targets, num_contextual)
-            )
-        )
+    def keys_of(self, rows: Rows) -> KeyIntervals:
+        """Keys of given rows; positions behind a sequence count as targets."""
+        return KeyIntervals(*map(jnp.asarray, _intervals(jnp, self, rows)))
+
+    def rows_of(self, keys: Rows) -> RowIntervals:
+        """`keys_of` transposed: the rows that see the keys which these rows are."""
+        return RowIntervals(*map(jnp.asarray, _row_intervals(self, keys)))
 
     def keys_at(
-        self, start_R: Any, position_R: Any, contextual_R: Any, history_R: Any
+        self,
+        start_R: Int[Array, " R"],
+        position_R: Int[Array, " R"],
+        contextual_R: Int[Array, " R"],
+        history_R: Int[Array, " R"],
     ) -> KeyIntervals:
-        """Keys of rows given one by one: at `position_R` of a sequence whose first key is number `start_R`, with so many contextual and history
-        tokens; from position contextual + history on, targets. A row of a sequence without either sees nothing.
+        """Keys of rows given one by one.
+
+        Each stands at `position_R` of a sequence with so many contextual and history tokens, whose
+        first key is number `start_R`; from position contextual + history on, it is a target. A row
+        of a sequence without either sees nothing.
         """
-        real_R = jnp.ones_like(start_R, bool)
-        return KeyIntervals(
-            *_intervals(
-                jnp,
-                self,
-                real_R,
-                start_R,
-                position_R,
-                contextual_R,
-                history_R,
-                contextual_R + history_R,
-            )
+        zero_R = jnp.zeros_like(start_R)
+        counts = (contextual_R, history_R, zero_R)
+        return self.keys_of(Rows(zero_R == 0, zero_R, start_R, position_R, *counts))
+
+    def locality(self, rows: Rows, max_targets: int, max_contextual: int) -> Locality:
+        """What is local in all rows of a buffer.
+
+        Args:
+          max_targets, max_contextual: most of them in a sequence.
+
+        Raises:
+          ValueError: a mask without a window: no row is local.
+        """
+        if self.window is None:
+            raise ValueError(f"{self} has no window: all its rows see keys from anywhere")
+        last = jnp.maximum(rows.end - self.full_rows, rows.contextual)
+        copied = jnp.minimum(jnp.maximum(rows.contextual, self.prefix), last)
+        return Locality(
+            first=rows.start + rows.contextual,
+            last=rows.start + last,
+            is_far=rows.real & ((rows.position < rows.contextual) | (rows.position >= last)),
+            is_copied=rows.real & (rows.position < copied),
+            reach=self.window,
+            most_far=self.full_rows + max_targets + max_contextual,
+            most_copied=max(self.prefix, max_contextual),
         )
 
     def dense(
-        self, offsets: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None
+        self,
+        offsets: Offsets,
+        num_rows: int,
+        num_targets: Counts = None,
+        num_contextual: Counts = None,
     ) -> Bool[Array, "T T"]:
-        """The mask as a matrix, diagonal included; rows and columns of padding are False. Memory O(T^2): references and tests only."""
-        return self.intervals(offsets, num_rows, num_targets, num_contextual).dense(
-            jnp.asarray(offsets)[-1]
-        )
+        """The mask as a matrix, diagonal included; rows and columns of padding are False.
+
+        Memory is O(T^2): for references and tests.
+        """
+        keys = self.intervals(offsets, num_rows, num_targets, num_contextual)
+        return keys.dense(jnp.asarray(offsets)[-1])
 
     def row_pairs(
-        self, lengths: Any, num_rows: int, num_targets: Any = None, num_contextual: Any = None
+        self,
+        lengths: Lengths,
+        num_rows: int,
+        *counts: Counts,
     ) -> Int[np.ndarray, " T"]:
         """How many keys each row of a buffer sees, itself included, on the host; 0 on padding."""
         offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
-        lo0, hi0, lo1, hi1 = _intervals(
-            np, self, *_places(np, offsets, num_rows, num_targets, num_contextual)
-        )
-        return (hi0 - lo0) + (hi1 - lo1) + (np.arange(num_rows) < offsets[-1])
+        rows = Rows.of(offsets, num_rows, *counts, xp=np)
+        lo0, hi0, lo1, hi1 = _intervals(np, self, rows)
+        return np.asarray((hi0 - lo0) + (hi1 - lo1) + rows.real)
 
-    def num_pairs(self, lengths: Any, num_targets: Any = None, num_contextual: Any = None) -> int:
-        """Allowed (row, key) pairs of sequences of these `lengths`, exact, on the host: the unit of FLOP counts."""
-        offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
-        return int(self.row_pairs(lengths, int(offsets[-1]), num_targets, num_contextual).sum())
+    def num_pairs(
+        self,
+        lengths: Lengths,
+        num_targets: Counts = None,
+        num_contextual: Counts = None,
+    ) -> int:
+        """Allowed (row, key) pairs of sequences of these `lengths`: the unit of FLOP counts.
+
+        The number is exact and computed on the host.
+        """
+        total = int(np.sum(np.asarray(lengths, np.int64)))
+        return int(self.row_pairs(lengths, total, num_targets, num_contextual).sum())
 
 
-def _places(
-    xp: ModuleType, offsets: Any, num_rows: int, num_targets: Any, num_contextual: Any
-) -> tuple[Any, ...]:
-    """Per row of the buffer: is it real, its sequence's start, its position, and the sequence's contextual, history and total counts."""
-    offsets = xp.asarray(offsets)
-    batch = offsets.shape[0] - 1
-    row_T = xp.arange(num_rows, dtype=offsets.dtype)
-    real_T = row_T < offsets[-1]
-    if batch == 0:
-        zero_T = xp.zeros_like(row_T)
-        return real_T, zero_T, zero_T, zero_T, zero_T, zero_T
-    if xp is np:
-        segment_T = np.searchsorted(offsets[1:], row_T, side="right")
-    else:
-        segment_T = segment_ids(offsets, num_rows)
-    segment_T = xp.minimum(segment_T, batch - 1)
-    length_B = offsets[1:] - offsets[:-1]
-    zero_B = xp.zeros_like(length_B)
-    targets_B = (
-        zero_B
-        if num_targets is None
-        else xp.clip(xp.asarray(num_targets).astype(offsets.dtype), zero_B, length_B)
-    )
-    contextual_B = (
-        zero_B
-        if num_contextual is None
-        else xp.clip(xp.asarray(num_contextual).astype(offsets.dtype), zero_B, length_B - targets_B)
-    )
-    start_T = offsets[:-1][segment_T]
-    history_B = length_B - targets_B - contextual_B
-    return (
-        real_T,
-        start_T,
-        row_T - start_T,
-        contextual_B[segment_T],
-        history_B[segment_T],
-        length_B[segment_T],
+def layer_masks(options: Mapping[str, Any], layers: int | None = None) -> tuple[AttentionMask, ...]:
+    """The mask of every layer.
+
+    Args:
+      options: holds, by the names of the fields of `AttentionMask`, one value for all layers, one a
+        layer, or none; -1 stands for None. Other names are passed over.
+      layers: None: as many as values are given.
+
+    Raises:
+      ValueError: another number of values.
+    """
+    fields = [field.name for field in dataclasses.fields(AttentionMask) if field.name in options]
+    given = {name: options[name] for name in fields if options[name]}
+    layers = max([1, *map(len, given.values())]) if layers is None else layers
+    for name, values in given.items():
+        if len(values) not in (1, layers):
+            raise ValueError(
+                f"model.{name}={values} must hold one value, or one for each of {layers} layers"
+            )
+
+    def value(name: str, number: int) -> Any:
+        chosen = given[name][number % len(given[name])]
+        return None if chosen == -1 else chosen
+
+    return tuple(
+        AttentionMask(**{name: value(name, number) for name in given}) for number in range(layers)
     )
 
 
-def _tidy(xp: ModuleType, real_T: Any, start_T: Any, *ranges: tuple[Any, Any]) -> list[Any]:
-    """Ranges of positions to flat coordinates; empty ones and those of padding rows become (0, 0)."""
+def _tidy(
+    xp: ModuleType, rows: Rows, real: Bool[Array | np.ndarray, " T"], *ranges: tuple[Ints, Ints]
+) -> list[Ints]:
+    """Ranges of positions in flat coordinates; empty ones and those of padding become (0, 0)."""
     out = []
     for lo, hi in ranges:
-        some = real_T & (hi > lo)
-        out += [xp.where(some, start_T + lo, 0), xp.where(some, start_T + hi, 0)]
+        some = real & (hi > lo)
+        out += [xp.where(some, rows.start + lo, 0), xp.where(some, rows.start + hi, 0)]
     return out
 
 
-def _intervals(
-    xp: ModuleType, mask: AttentionMask, real: Any, start: Any, p: Any, c: Any, h: Any, n: Any
-) -> list[Any]:
-    end = c + h
+def _intervals(xp: ModuleType, mask: AttentionMask, rows: Rows) -> list[Ints]:
+    p, c, h, end = rows.position, rows.contextual, rows.history, rows.end
     contextual, target = p < c, p >= end
-    upper = xp.minimum(
-        p, end
-    )  # history rows stop before themselves, targets at the end of the history
+    # History rows stop before themselves, targets at the end of the history.
+    upper = xp.minimum(p, end)
     index = upper - c
     zero = xp.zeros_like(p)
     if mask.window is None:
@@ -258,137 +324,33 @@ def _intervals(
         near, sink = xp.where(merged, 0, near), xp.where(merged, 0, sink)
     lo0, hi0 = zero, xp.where(contextual, p, sink)
     lo1, hi1 = xp.where(contextual, p + 1, near), xp.where(contextual, end, upper)
-    return _tidy(xp, real, start, (lo0, hi0), (lo1, hi1))
+    return _tidy(xp, rows, rows.real, (lo0, hi0), (lo1, hi1))
 
 
-def _row_intervals(
-    xp: ModuleType, mask: AttentionMask, real: Any, start: Any, k: Any, c: Any, h: Any, n: Any
-) -> list[Any]:
-    end = c + h
-    real = real & (k < end)  # nobody but itself sees a target
-    zero = xp.zeros_like(k)
-    ctx = (zero, xp.minimum(k, c))
+def _row_intervals(mask: AttentionMask, keys: Rows) -> list[Ints]:
+    k, c, h, end, n = (
+        keys.position,
+        keys.contextual,
+        keys.history,
+        keys.end,
+        keys.end + keys.targets,
+    )
+    real = keys.real & (k < end)  # nobody but itself sees a target
+    ctx = (jnp.zeros_like(k), jnp.minimum(k, c))
     if mask.window is None:
         near, tail = n, n
     else:
         w = mask.window
         contextual = k < c
-        reach = xp.where(
-            contextual, c + w, k + w + 1
-        )  # first history row that the window has left behind
-        seen_by_targets = xp.where(contextual, h + 1 <= w, (k >= end - w) | (mask.prefix > 0))
+        # The first history row that the window has left behind.
+        reach = jnp.where(contextual, c + w, k + w + 1)
+        seen_by_targets = jnp.where(contextual, h + 1 <= w, (k >= end - w) | (mask.prefix > 0))
         always = (k < mask.prefix) | (contextual & mask.context_sink)
-        # between a contextual key and the history stand contextual rows, which see it
-        near = xp.where(
-            always, n, xp.minimum(xp.where(contextual, xp.maximum(reach, c), reach), end)
-        )
-        tail = xp.where(seen_by_targets, end, n)
+        # Between a contextual key and the history stand contextual rows, which see it.
+        limited = jnp.where(contextual, jnp.maximum(reach, c), reach)
+        near = jnp.where(always, n, jnp.minimum(limited, end))
+        tail = jnp.where(seen_by_targets, end, n)
         if mask.full_rows:
-            tail = c + xp.maximum(h - mask.full_rows, 0)
-        tail = xp.maximum(tail, near)
-    return _tidy(xp, real, start, ctx, (k + 1, near), (tail, n))
-
-
-def tile_bounds(
-    keys: KeyIntervals,
-    rows: RowIntervals,
-    num_real: Any,
-    block_q: int,
-    block_k: int,
-    first_real: int = 0,
-) -> TileBounds:
-    """Ranges of blocks that meet, for query tiles of `block_q` rows and key tiles of `block_k` keys; the last tile may be short.
-
-    A tile may straddle sequences: only its first sequence reaches before the tile and only its last beyond it, so
-    three ranges do.
-
-    Args:
-      first_real, num_real: the rows between them see themselves.
-    """
-    num_rows = keys.lo0.shape[0]
-    q_tiles, k_tiles = -(-num_rows // block_q), -(-num_rows // block_k)
-    row_T = jnp.arange(num_rows, dtype=jnp.int32)
-    sees_itself_T = (
-        row_T < num_real if first_real == 0 else (row_T >= first_real) & (row_T < num_real)
-    )
-    own = _only(row_T, row_T + 1, sees_itself_T)
-
-    first_T = row_T // block_q * block_q
-    near0_T = keys.hi0 == row_T  # slot 0 of a contextual row touches the row itself
-    far, before, around = [], [], [own]
-    for lo, hi, is_far in (
-        (keys.lo0, keys.hi0, ~near0_T),
-        (keys.lo1, keys.hi1, jnp.zeros_like(near0_T)),
-    ):
-        outside = lo < first_T
-        far.append(_only(lo, hi, outside & is_far))
-        before.append(_only(lo, hi, outside & ~is_far))
-        around.append(_only(lo, hi, ~outside))
-    key = [_hull(parts, num_rows, q_tiles, block_q, block_k) for parts in (far, before, around)]
-
-    first_T = row_T // block_k * block_k
-    end_T = jnp.minimum(first_T + block_k, num_rows)
-    touches = rows.near_lo <= end_T  # always, where rows and keys are those of one batch
-    front = [_only(rows.ctx_lo, rows.ctx_hi, rows.ctx_lo < first_T)]
-    beyond = [_only(rows.tail_lo, rows.tail_hi, rows.tail_hi > end_T)]
-    beyond += [
-        _only(rows.ctx_lo, rows.ctx_hi, rows.ctx_hi > end_T),
-        _only(rows.near_lo, rows.near_hi, ~touches),
-    ]
-    row = [
-        _hull(front, num_rows, k_tiles, block_k, block_q),
-        _hull(
-            [own, _only(rows.near_lo, rows.near_hi, touches)], num_rows, k_tiles, block_k, block_q
-        ),
-        _hull(beyond, num_rows, k_tiles, block_k, block_q),
-    ]
-    return TileBounds(*_disjoint(key), *_disjoint(row))
-
-
-def _only(lo: Any, hi: Any, keep: Any) -> tuple[Any, Any]:
-    return jnp.where(keep, lo, 0), jnp.where(keep, hi, 0)
-
-
-def _hull(
-    parts: list[tuple[Any, Any]], num_rows: int, tiles: int, block: int, other_block: int
-) -> tuple[Any, Any]:
-    """Smallest range of blocks of `other_block` that holds all intervals of each tile of `block`; (big, 0) where there is none."""
-    pad = (0, tiles * block - num_rows)
-    big = FAR
-    lo = jnp.stack([jnp.where(hi > lo, lo, big) for lo, hi in parts]).min(0)
-    hi = jnp.stack([hi for _, hi in parts]).max(0)
-    lo = jnp.pad(lo, pad, constant_values=big).reshape(tiles, block).min(1) // other_block
-    hi = -(-jnp.pad(hi, pad).reshape(tiles, block).max(1) // other_block)
-    return lo, hi
-
-
-def _disjoint(ranges: list[tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Ascending ranges that may overlap or be empty (lo > hi), to disjoint ones with the same union, stacked on the last axis."""
-    out = []
-    reached = jnp.zeros_like(ranges[0][1])
-    for i, (lo, hi) in enumerate(ranges):
-        # A later range that begins earlier holds this one's end; cut at its beginning so that what remains stays ascending.
-        for later_lo, later_hi in ranges[i + 1 :]:
-            hi = jnp.where(later_hi > later_lo, jnp.minimum(hi, jnp.maximum(later_lo, lo)), hi)
-        lo = jnp.maximum(lo, reached)
-        some = hi > lo
-        reached = jnp.where(some, hi, reached)
-        out.append((jnp.where(some, lo, 0), jnp.where(some, hi, 0)))
-    return (
-        jnp.stack([lo for lo, _ in out], axis=-1).astype(jnp.int32),
-        jnp.stack([hi for _, hi in out], axis=-1).astype(jnp.int32),
-    )
-
-
-def common_blocks(lo: Any, hi: Any, tile: int, block: int) -> tuple[Any, Any]:
-    """Range of blocks that lie in the interval [lo, hi) of every row of a tile, for each tile."""
-    begin = -(-lo.reshape(-1, tile).max(1) // block)
-    return begin, jnp.maximum(hi.reshape(-1, tile).min(1) // block, begin)
-
-
-def hull_blocks(lo: Any, hi: Any, tile: int, block: int) -> tuple[Any, Any]:
-    """Smallest range of blocks that holds the intervals [lo, hi) of all rows of a tile, for each tile."""
-    some = hi > lo
-    begin = jnp.where(some, lo, FAR).reshape(-1, tile).min(1) // block
-    end = -(-jnp.where(some, hi, 0).reshape(-1, tile).max(1) // block)
-    return jnp.minimum(begin, end), end
+            tail = c + jnp.maximum(h - mask.full_rows, 0)
+        tail = jnp.maximum(tail, near)
+    return _tidy(jnp, keys, real, ctx, (k + 1, near), (tail, n))

@@ -1,6 +1,27 @@
-"""The annotation of fields whose values JAX replaces."""
+"""Arrays by their axes, and the annotation of fields whose values JAX replaces.
+
+T rows, S keys, R rows beside a cache, Q rows beside the keys of another buffer; H heads, K and V
+the widths of a head.
+"""
 
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from jaxtyping import Array, Float, Int
+
+THK = Float[Array, "T H K"]
+THV = Float[Array, "T H V"]
+SHK = Float[Array, "S H K"]
+SHV = Float[Array, "S H V"]
+RHK = Float[Array, "R H K"]
+RHV = Float[Array, "R H V"]
+QHK = Float[Array, "Q H K"]
+QHV = Float[Array, "Q H V"]
+Scale = float | Float[Array, "..."]  # of outputs: a constant, or one a row
+PositionTable = Float[Array, " P"]  # of the relative bias; P = 2N - 1
+TimeTable = Float[Array, " buckets"]
+Scalar = Int[Array, ""]
+PerRow = Int[Array, " T"]
+PerTile = Int[Array, " tiles"]
 
 T = TypeVar("T")
 

@@ -1,32 +1,92 @@
 """Configurations: every file is valid, and every impossible value is named."""
 
 import dataclasses
-import importlib
-import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import experiments.configs
-from ultra_hstu.config import Config, difference, from_config_dict, to_config_dict
+from experiments import configs
+from experiments.command import ConfigParser
+from ultra_hstu.config import ChannelConfig, Config, from_config_dict, to_config_dict
+from ultra_hstu.fields import changed, difference
 
-FILES = [module.name for module in pkgutil.iter_modules(experiments.configs.__path__)]
+ROOT = Path(__file__).parent.parent
+NAMES = """
+    synthetic ml100k_hstu ml1m_sasrec ml1m_hstu ml1m_hstu_large ml1m_ultra ml20m_sasrec ml20m_hstu
+    ml20m_hstu_large books_sasrec books_hstu books_hstu_large beauty_sasrec beauty_hstu
+    assistments_rank_hstu assistments_rank_ultra ml1m_rank_hstu ml1m_rank_ultra kuairand_rank_hstu
+    kuairand_rank_ultra long_ultra long_mst
+""".split()
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_config_file(name):
-    module = importlib.import_module(f"experiments.configs.{name}")
-    config = from_config_dict(module.get_config())
+@pytest.mark.parametrize("name", configs.CONFIGS)
+def test_configurations_are_valid(name):
+    config = configs.named(name)
+    config.validate()
     assert config.name == name
-    assert f"--config=experiments/configs/{name}.py --workdir=runs/{name}" in module.__doc__
+    assert from_config_dict(to_config_dict(config)) == config
 
 
-def test_the_promised_files_exist():
-    promised = "synthetic ml100k_hstu ml1m_sasrec ml1m_hstu ml1m_hstu_large ml20m_sasrec ml20m_hstu ml20m_hstu_large"
-    promised += " books_sasrec books_hstu books_hstu_large beauty_sasrec beauty_hstu"
-    assert set(promised.split()) <= set(FILES)
+def test_the_promised_configurations_exist():
+    assert set(NAMES) == configs.CONFIGS.keys()
+
+
+def parsed(path):
+    return from_config_dict(ConfigParser("config").parse(path))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "ml1m_hstu",
+        "experiments/configs/ml1m_hstu.py",
+        "/any/where/experiments/configs/ml1m_hstu.py",
+    ],
+)
+def test_a_name_and_the_path_of_records_are_the_same(path):
+    assert parsed(path) == configs.named("ml1m_hstu")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # by ml_collections
+def test_own_files(tmp_path):
+    file = tmp_path / "ml1m_hstu.py"
+    file.write_text(
+        "from experiments import configs\n"
+        "from ultra_hstu.config import to_config_dict\n"
+        "def get_config(name='synthetic'): return to_config_dict(configs.named(name))\n"
+    )
+    assert parsed(str(file)).name == "synthetic"
+    assert parsed(f"{file}:ml20m_hstu").name == "ml20m_hstu"
+
+
+@pytest.mark.parametrize(
+    "path", ["ml2m_hstu", "experiments/configs/ml2m_hstu.py", "elsewhere/own.py:argument"]
+)
+def test_an_unknown_name_lists_the_known_ones(path):
+    with pytest.raises(ValueError, match="no configuration .*: give the path of a file, or one of"):
+        parsed(path)
+
+
+def documents():
+    yield ROOT / "README.md"
+    yield from (ROOT / "docs").glob("*.md")
+    yield from (ROOT / "experiments" / "results").glob("*.json")
+    for folder in ("experiments", "scripts"):
+        yield from (ROOT / folder).rglob("*.py")
+
+
+def test_every_configuration_that_a_page_or_a_record_names_exists():
+    named = {
+        path
+        for document in documents()
+        for path in re.findall(r"--(?:config|baseline)=([\w./]+)", document.read_text())
+    }
+    assert {"experiments/configs/ml1m_hstu.py", "experiments/configs/long_ultra.py"} <= named
+    for path in named - {"NAME", "..."}:
+        assert parsed(path).name in NAMES, path
 
 
 def test_round_trip():
@@ -41,7 +101,6 @@ def test_round_trip():
         ("model.kind", "transformer", "use 'hstu', 'sasrec'"),
         ("model.input_dropout", 1.0, r"model.input_dropout=1.0 must be in \[0, 1\)"),
         ("data.ties", "last", "use 'stable', 'random'"),
-        ("data.source", "ml-2m", "data.source='ml-2m'"),
         (
             "data.batch_tokens",
             50,
@@ -51,7 +110,6 @@ def test_round_trip():
         ("data.synthetic.length", 2, "synthetic.length=2 must be at least 3"),
         ("optim.learning_rate", float("nan"), "learning_rate=nan"),
         ("train.epochs", 2.5, "train.epochs=2.5 is not allowed: use int"),
-        ("train.protocol", "test", "use 'published', 'validated', 'temporal'"),
         ("train.seed", -1, "train.seed=-1 must be at least 0"),
         ("train.seed", 2**32, "must be below 2\\^32"),
         ("loss.temperature", float("inf"), "loss.temperature=inf is not allowed"),
@@ -78,6 +136,14 @@ def test_sasrec_heads_must_divide_width():
         from_config_dict(values)
 
 
+def test_limits_of_channels_are_checked():
+    channels = {"all": ChannelConfig(), "liked": ChannelConfig(layers=0)}
+    config = changed(Config(), model={"channels": channels}, train={"seed": 7})
+    assert (config.train.seed, config.train.epochs) == (7, Config().train.epochs)
+    with pytest.raises(ValueError, match="model.channels.liked.layers=0 must be greater than 0"):
+        config.validate()
+
+
 def test_difference_names_fields():
     old, new = dataclasses.asdict(Config()), dataclasses.asdict(Config())
     new["model"]["width"] = 64
@@ -93,21 +159,15 @@ def test_flags_override_every_field_even_none(tmp_path):
         "--config.data.batch_tokens=4096",
     ]
     code = (
-        "import sys; from absl import app, flags; from ml_collections import config_flags\n"
+        "from absl import app; from experiments import command\n"
         "from ultra_hstu.config import from_config_dict\n"
-        "config = config_flags.DEFINE_config_file('config', lock_config=True)\n"
+        "config = command.define_config()\n"
         "def main(_):\n"
         "    c = from_config_dict(config.value)\n"
-        "    print(c.data.raw_dir, c.train.patience, c.optim.clip_norm, c.data.batch_tokens, c.model.implementation)\n"
+        "    print(c.data.raw_dir, c.train.patience, c.optim.clip_norm, c.data.batch_tokens)\n"
+        "    print(c.model.implementation, c.name)\n"
         "app.run(main)"
     )
-    root = Path(__file__).parent.parent
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        f"--config={root}/experiments/configs/ml1m_hstu.py",
-        *flags,
-    ]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "here 3 0.5 4096 None", done.stdout + done.stderr
+    command = [sys.executable, "-c", code, "--config=ml1m_hstu", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["here", "3", "0.5", "4096", "None", "ml1m_hstu"], done.stderr

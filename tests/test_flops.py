@@ -12,14 +12,14 @@ from flax import nnx
 from kernels.mask import AttentionMask
 from tests.ranking import rank_data
 from tests.small_run import with_
-from ultra_hstu import flops
+from ultra_hstu import flops, tasks
 from ultra_hstu.config import ChannelConfig, Config, DataConfig, LossConfig, ModelConfig, RankConfig
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.retrieval.batch import Events, gather_batch
+from ultra_hstu.retrieval.batch import gather_batch
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.retrieval.task import events_of
 from ultra_hstu.sequences import Sequences
-from ultra_hstu.task import Task
 
 ROWS, WIDTH = 256, 128
 MODEL = ModelConfig(
@@ -86,7 +86,7 @@ def test_retrieval_loss_against_xla(negatives, items):
         loss=LossConfig(negatives=negatives, chunk_rows=ROWS),
     )
     recipe = Recipe(config, items)
-    events = Events.from_arrays(np.arange(ROWS + 1) % items + 1, None)
+    events = events_of(np.arange(ROWS + 1) % items + 1, None)
     batch = gather_batch(events, jnp.array([0]), jnp.array([ROWS]), rows=ROWS)
     params = nnx.split(nnx.eval_shape(lambda: recipe.build(0)))[1]
     step = xla_flops(
@@ -236,7 +236,7 @@ def test_ranking_model_against_its_program(form):
     }[form]
     sections["model"] = dict(implementation="reference") | sections.get("model", {})
     config = rank_data.config(**sections)
-    task = Task.of(config, rank_data.interactions())
+    task = tasks.of(config, rank_data.interactions())
     loader = task.loader("train", batch_users=4, steps_per_call=1)
     batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
     program = jax.make_jaxpr(lambda params: task.recipe.logits(params, batch))(

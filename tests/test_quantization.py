@@ -9,10 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tests.small_run import small_config
-from ultra_hstu import quantization
+from ultra_hstu import quantization, tasks
 from ultra_hstu.quantization import Int4Table, quantize_int4, quantize_int8
-from ultra_hstu.retrieval.evaluate import Evaluator
-from ultra_hstu.task import Task
 
 VALUES = st.floats(-3e4, 3e4, width=32, allow_subnormal=False)  # XLA takes subnormal float32 for 0
 
@@ -136,9 +134,9 @@ def test_unknown_kind():
 
 
 def test_a_model_is_evaluated_on_the_rows_that_its_table_gives_back(tmp_path):
-    task = Task.load(small_config(tmp_path))
+    task = tasks.load(small_config(tmp_path))
     params = task.recipe.init(3).params
-    evaluator = Evaluator(task, "test")
+    evaluator = task.evaluator("test")
     served = {
         kind: quantization.unpacked(quantization.packed(params, kind))
         for kind in quantization.KINDS

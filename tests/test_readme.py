@@ -3,23 +3,18 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import commands
 
 ROOT = Path(__file__).parent.parent
 RECORDS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 
 
 def test_tables_are_current():
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.tables.make", "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = commands.run("scripts.tables.make", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

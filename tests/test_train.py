@@ -15,12 +15,12 @@ import pytest
 from rich.console import Console
 
 from tests.small_run import small_config, with_
+from ultra_hstu import tasks
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.interactions import ordered
+from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.report import read_metrics
-from ultra_hstu.retrieval.evaluate import Evaluator
 from ultra_hstu.retrieval.recipe import Recipe
-from ultra_hstu.task import Task
 from ultra_hstu.train import Interrupted, train
 from ultra_hstu.workdir import Workdir, write_json
 
@@ -43,7 +43,7 @@ def finished(data_dir, tmp_path_factory):
 
 
 def final_state(config, workdir):
-    task = Task.load(config)
+    task = tasks.load(config)
     state = abstract(jax.eval_shape(lambda: task.recipe.init(0)))
     return Checkpoints(Path(workdir).absolute() / "checkpoints", read_only=True).restore(state)
 
@@ -69,7 +69,7 @@ def test_learns_and_writes_everything(finished):
 
 def test_one_compilation_for_all_batches(data_dir):
     """Every group of every epoch has the same shapes: for another one the compiled call of a run would raise, as it does not compile again."""
-    loader = Task.load(small_config(data_dir)).loader("train", batch_users=8, steps_per_call=3)
+    loader = tasks.load(small_config(data_dir)).loader("train", batch_users=8, steps_per_call=3)
     take = jax.jit(lambda feed, steps: steps)
     for epoch in range(3):
         groups = list(loader.groups(loader.plan(seed=1, epoch=epoch)))
@@ -90,7 +90,7 @@ def command(config, workdir, **overrides):
 
 
 def start(command):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -172,10 +172,10 @@ def test_a_stop_in_the_last_call_of_an_epoch_keeps_its_evaluation(finished, tmp_
 def test_other_data_is_refused_before_anything_is_written(finished, tmp_path):
     config, _, _ = finished
     train(with_(config, train__epochs=1), tmp_path, console=QUIET)
-    task = Task.load(config)
+    task = tasks.load(config)
     swapped = task.interactions.items.copy()
     swapped[:2] = swapped[1::-1]
-    other = Task.of(config, dataclasses.replace(task.interactions, items=swapped))
+    other = tasks.of(config, dataclasses.replace(task.interactions, items=swapped))
     before = (tmp_path / "catalog.npz").read_bytes()
     with pytest.raises(ValueError, match="the data is not what .* was trained on .*\n  sha256: "):
         train(config, tmp_path, console=QUIET, task=other)
@@ -248,11 +248,11 @@ def test_protocols_look_at_the_test_items_once(data_dir, tmp_path, protocol):
     )
     if protocol == "temporal":
         # Records of the synthetic stream follow one another in time: interleave them, so that users live on both sides of the cut.
-        task = Task.load(with_(config, train__protocol="published"))
+        task = tasks.load(with_(config, train__protocol="published"))
         times = np.tile(np.arange(12), 60) * 1000 + np.repeat(np.arange(60), 12)
-        task = Task.of(config, ordered(dataclasses.replace(task.interactions, timestamps=times)))
+        task = tasks.of(config, ordered(dataclasses.replace(task.interactions, timestamps=times)))
     else:
-        task = Task.load(config)
+        task = tasks.load(config)
     result = train(config, tmp_path, console=QUIET, task=task)
     assert result["split"] == "test" and result["best"].keys() == result["validation"].keys()
     assert "last" not in result
@@ -310,7 +310,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
 
 def test_recipe_step_is_pure(finished):
     config, _, _ = finished
-    task = Task.load(config)
+    task = tasks.load(config)
     loader = task.loader("train", batch_users=8, steps_per_call=1)
     group = next(iter(loader.groups(loader.plan())))
     recipe = Recipe(config, task.interactions.num_items)

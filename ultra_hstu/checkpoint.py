@@ -1,19 +1,20 @@
-"""Checkpoints with Orbax: written in the background, whole or not at all; the newest ones and the best are kept."""
+"""Checkpoints with Orbax, written in the background: the newest ones and the best are kept."""
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
+from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ultra_hstu.parallel import processes
-from ultra_hstu.parallel.embedding_sharding import Table
+from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
 from ultra_hstu.workdir import Workdir
 
 BEST_STEP = "best_step"
@@ -22,11 +23,18 @@ ANSWER_SECONDS = 60  # after a process has read a checkpoint, the others have ne
 log = logging.getLogger(__name__)
 
 
+class Restored(NamedTuple):
+    step: int
+    state: PyTree
+    position: dict[str, Any]
+
+
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the best.
 
-    A checkpoint holds `state` (a pytree of arrays) and `position` (a JSON dict: where in the data and the run it was taken). Which step is
-    the best stands in every position, not in Orbax's own metrics, so that no damaged file can hide the others.
+    A checkpoint holds `state` (a pytree of arrays) and `position` (a JSON dict: where in the data
+    and the run it was taken). Which step is the best stands in every position, not in Orbax's own
+    metrics, so that no damaged file can hide the others.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False):
@@ -45,8 +53,12 @@ class Checkpoints:
         }
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
-    def save(self, step: int, state: Any, position: dict[str, Any], *, best: bool = False) -> None:
-        """Starts writing; `best` says that no step so far did better. Errors of this or the save before it surface here or in `wait`.
+    def save(
+        self, step: int, state: PyTree, position: dict[str, Any], *, best: bool = False
+    ) -> None:
+        """Starts writing; `best` says that no step so far did better.
+
+        Errors of this or the save before it surface here or in `wait`.
 
         Raises:
           OSError: if a checkpoint could not be written, naming the last good one.
@@ -72,10 +84,8 @@ class Checkpoints:
         except Exception as error:
             raise self._not_written(error) from error
 
-    def restore(
-        self, abstract_state: Any, *, best: bool = False
-    ) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, state, position) of the newest (or best) readable checkpoint; None if there has never been one.
+    def restore(self, abstract_state: PyTree, *, best: bool = False) -> Restored | None:
+        """The newest (or best) readable checkpoint; None if there has never been one.
 
         One that cannot be read is reported and passed over for the one before it.
 
@@ -85,23 +95,20 @@ class Checkpoints:
         problems: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             if (found := self._read(step, abstract_state, problems)) is not None:
-                position = found[2]
-                self._best[:] = position.pop(BEST_STEP)
+                self._best[:] = found.position.pop(BEST_STEP)
                 if best and self._best and self._best != [step]:
                     better = self._read(self._best[0], abstract_state, problems)
                     if better is not None:
-                        better[2].pop(BEST_STEP)
+                        better.position.pop(BEST_STEP)
                         return better
                 return found
         if problems:
             raise ValueError("no checkpoint can be read:\n  " + "\n  ".join(problems))
         return None
 
-    def _read(
-        self, step: int, abstract_state: Any, problems: list[str]
-    ) -> tuple[int, Any, dict[str, Any]] | None:
+    def _read(self, step: int, abstract_state: PyTree, problems: list[str]) -> Restored | None:
         try:
-            strict = not self._other_room(step, abstract_state)
+            strict = not self._other_rows(step, abstract_state)
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract_state, strict=strict),
                 position=ocp.args.JsonRestore(),
@@ -109,32 +116,34 @@ class Checkpoints:
             restored = self._manager.restore(step, args=args)
             problem = None
         except Exception as error:  # whatever a damaged file makes Orbax raise
-            problem = f"{self.directory / str(step)}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+            message = (str(error) or "no message").splitlines()[0]
+            problem = f"{self.directory / str(step)}: {type(error).__name__}: {message}"
         self._require_agreement(step, problem)
         if problem is not None:
             problems.append(problem)
             log.warning("checkpoint cannot be read, trying the one before it: %s", problem)
             return None
-        return step, restored.state, restored.position
+        return Restored(step, restored.state, restored.position)
 
     def _require_agreement(self, step: int, problem: str | None) -> None:
-        """Every process has read the checkpoint or none, else they would go on from different ones. Raises ValueError."""
+        """Raises ValueError if some processes have read the checkpoint and others have not."""
         try:
-            all_problems = processes.of_all(problem, ANSWER_SECONDS)
-        except (
-            TimeoutError
-        ) as error:  # those that could read it wait, inside Orbax, for those that could not
+            all_problems = processes.all_gather(problem, ANSWER_SECONDS)
+        except TimeoutError as error:
+            # Those that could read it wait, inside Orbax, for those that could not.
             all_problems = [problem, str(error)]
         if len({one is None for one in all_problems}) > 1:
             found = next(one for one in all_problems if one is not None)
             raise ValueError(
-                f"some processes cannot read a checkpoint that others can ({found}): they must share its folder. If its files are damaged, delete "
+                f"some processes cannot read a checkpoint that others can ({found}): they must "
+                "share its folder. If its files are damaged, delete "
                 f"{self.directory / str(step)} to go on from the one before it."
             )
 
-    def _other_room(self, step: int, abstract_state: Any) -> bool:
-        """Whether tables have other numbers of rows than stored, and all other shapes are the same: a mesh fills its tables up with rows of zeros, and
-        Orbax leaves them out or adds others where it is not strict.
+    def _other_rows(self, step: int, abstract_state: PyTree) -> bool:
+        """Whether tables have other numbers of entries than stored, and nothing else differs.
+
+        A mesh fills its tables up with zeros; Orbax drops or adds them where it is not strict.
         """
         stored, wanted = (
             _shapes(self._manager.item_metadata(step).state.tree),
@@ -142,7 +151,10 @@ class Checkpoints:
         )
         changed = [name for name, shape in wanted.items() if stored.get(name) != shape]
         tables = {
-            name for name, _ in _named(abstract_state, is_leaf=lambda leaf: isinstance(leaf, Table))
+            name
+            for name, _ in _named(
+                abstract_state, is_leaf=lambda leaf: isinstance(leaf, EmbeddingTable)
+            )
         }
         return bool(changed) and all(
             name.removesuffix(".value") in tables and stored.get(name, ())[1:] == wanted[name][1:]
@@ -150,7 +162,7 @@ class Checkpoints:
         )
 
     def drop_after(self, step: int) -> None:
-        """Removes checkpoints newer than `step`: those that `restore` could not read and that the run will write again."""
+        """Removes checkpoints newer than `step`, which `restore` could not read."""
         for newer in [other for other in self._manager.all_steps() if other > step]:
             self._manager.delete(newer)
 
@@ -159,7 +171,10 @@ class Checkpoints:
         self._manager.close()
 
     def let_go(self) -> None:
-        """Ends the background work, whatever its outcome: for a run that another error ends. With several processes that would need the others."""
+        """Ends the background work of a run that another error ends, whatever its outcome.
+
+        With several processes that would need the others.
+        """
         if processes.several():
             return
         with contextlib.suppress(Exception):
@@ -184,7 +199,8 @@ class Checkpoints:
         ):  # not the disk: another process is missing
             return error
         return OSError(
-            f"a checkpoint could not be written to {self.directory} ({error}). {self.last_good()}. Make room and start the same command again."
+            f"a checkpoint could not be written to {self.directory} ({error}). {self.last_good()}. "
+            "Make room and start the same command again."
         )
 
 
@@ -199,20 +215,25 @@ class _NewestAndBest(preservation_policy.PreservationPolicy):
         ]
 
 
-def _named(tree: Any, is_leaf: Any = None) -> list[tuple[str, Any]]:
+def _named(
+    tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None
+) -> list[tuple[str, PyTree]]:
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in _named(tree)}
 
 
-def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a pytree of arrays, as `restore` wants them; what says nothing of its sharding goes to one device."""
+def abstract(tree: PyTree) -> PyTree:
+    """Shapes, dtypes and shardings of a pytree of arrays, as `restore` wants them.
+
+    What has no sharding goes to one device.
+    """
     here = SingleDeviceSharding(jax.local_devices()[0])
 
-    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+    def describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here
         )
@@ -241,7 +262,7 @@ def load_params(folder: Workdir, recipe: MakesState) -> tuple[int, Any]:
             f"{folder.path} has no checkpoint yet: train it first, "
             f"with experiments.train --workdir={folder.path}"
         )
-    step, params = restored[0], restored[1].params
+    step, params = restored.step, restored.state.params
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(leaf).all():
             raise ValueError(

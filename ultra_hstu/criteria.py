@@ -1,4 +1,4 @@
-"""What a run is judged by: the metric that chooses its best epoch, and those that tables and curves show."""
+"""What a run is judged by: the metric that chooses its best epoch, and those that are shown."""
 
 import dataclasses
 import math
@@ -11,15 +11,12 @@ class Criteria:
     higher_is_better: bool
     table: tuple[str, ...]  # columns at the end of a training run
     details: tuple[str, ...]  # columns of an evaluation
-    curves: tuple[
-        str, ...
-    ]  # what the progress line, the curves and the history of a record show, beside the loss
-    tasks: tuple[
-        str, ...
-    ] = ()  # a table has one line for each, whose metrics are named METRIC/TASK; none: one line in all
+    curves: tuple[str, ...]  # what progress line, curves and records show, beside the loss
+    # A table has one line for each, whose metrics are named METRIC/TASK; none: one line in all.
+    tasks: tuple[str, ...] = ()
 
     def better(self, value: float, best: float | None) -> bool:
-        """Whether `value` improves on the best so far; NaN never does, anything else improves on None."""
+        """Whether `value` improves on the best so far; NaN never does, others improve on None."""
         if best is None:
             return not math.isnan(value)
         return value > best if self.higher_is_better else value < best
@@ -35,7 +32,10 @@ RETRIEVAL = Criteria(
 
 
 def ranking(tasks: Mapping[str, str]) -> Criteria:
-    """Of tasks, name -> "binary" or "regression": the mean NE of the binary ones, or without any the mean squared error, is to be low."""
+    """The criteria of tasks, name -> "binary" or "regression".
+
+    The mean NE of the binary ones is to be low; without any, the mean squared error is.
+    """
     binary = [name for name, kind in tasks.items() if kind == "binary"]
     regressions = len(binary) < len(tasks)
     columns = (("ne", "auc", "gauc", "log_loss") if binary else ()) + (

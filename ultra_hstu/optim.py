@@ -6,7 +6,7 @@ from ultra_hstu.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
-    """Step -> learning rate: linear from 0 over `warmup_steps`, then constant, or half a cosine that reaches 0 at step `decay_steps`."""
+    """Step -> learning rate: linear warm-up, then constant or a cosine to `decay_steps`."""
     if config.decay_steps is None:
         constant = optax.constant_schedule(config.learning_rate)
         return (

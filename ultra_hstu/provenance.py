@@ -21,6 +21,7 @@ def provenance() -> dict[str, Any]:
         "host_cores": len(os.sched_getaffinity(0)),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
+        "xla_flags": os.environ.get("XLA_FLAGS"),
         "commit": _commit(),
         "command": " ".join(["python", *_module_command()]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -28,7 +29,9 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The checked-out commit, "+" behind it where files differ; ULTRA_HSTU_COMMIT stands in where there is no git."""
+    """The checked-out commit, "+" behind it where files differ; ULTRA_HSTU_COMMIT stands in where
+    there is no git.
+    """
     if given := os.environ.get("ULTRA_HSTU_COMMIT"):
         return given
     try:

@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl` and TensorBoard, a progress bar, tables, and a picture of the learning curves."""
+"""What a run shows: `metrics.jsonl` and TensorBoard, a progress bar, tables, learning curves."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import rich.box
 import tensorboardX
@@ -22,12 +22,11 @@ from rich.progress import (
 from rich.table import Table
 
 from ultra_hstu.criteria import RETRIEVAL, Criteria, display_name
-from ultra_hstu.serving import Recommendation
 from ultra_hstu.workdir import write_text
 
 
 class MetricLog:
-    """Appends records to `metrics.jsonl` and TensorBoard; drops those after `resume_step`: their work is done again."""
+    """Appends records to `metrics.jsonl` and TensorBoard, and drops those after `resume_step`."""
 
     def __init__(self, path: Path, tensorboard: Path, *, resume_step: int = 0):
         if path.exists():
@@ -42,7 +41,8 @@ class MetricLog:
             self._file.flush()
         except OSError as error:
             raise OSError(
-                f"{self._file.name} could not be written ({error}). Make room and start the same command again."
+                f"{self._file.name} could not be written ({error}). Make room and start the same "
+                "command again."
             ) from error
         for name, value in record.items():
             if isinstance(value, int | float):
@@ -66,7 +66,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """Standard output; wide enough for the tables where it is a file or a pipe. `quiet` prints nothing."""
+    """Standard output; wide enough for the tables where it is a file or a pipe.
+
+    `quiet` prints nothing.
+    """
     return Console(quiet=quiet, width=None if sys.stdout.isatty() else 120)
 
 
@@ -89,7 +92,10 @@ def metrics_table(
     criteria: Criteria = RETRIEVAL,
     columns: Sequence[str] | None = None,
 ) -> Table:
-    """One line a model, or a model and task: `rows` maps a model's name to its metrics. What has no value is left blank."""
+    """One line a model, or a model and task: `rows` maps a model's name to its metrics.
+
+    What has no value is left blank.
+    """
     columns = criteria.table if columns is None else columns
     table = Table("", *map(display_name, columns), title=title, box=rich.box.SIMPLE)
     for name, metrics in rows.items():
@@ -100,8 +106,22 @@ def metrics_table(
     return table
 
 
-def recommendations_table(title: str, answer: Sequence[Recommendation]) -> Table:
-    """Place, id, title and score of each recommended item."""
+@runtime_checkable
+class RecommendedItem(Protocol):
+    """One item of an answer, as a table shows it."""
+
+    @property
+    def item(self) -> int | str: ...
+
+    @property
+    def title(self) -> str | None: ...
+
+    @property
+    def score(self) -> float: ...
+
+
+def recommendations_table(title: str, answer: Sequence[RecommendedItem]) -> Table:
+    """Rank, id, title and score of each recommended item."""
     table = Table("#", "item", "title", "score", title=f"recommendations: {title}")
     for place, item in enumerate(answer, start=1):
         table.add_row(str(place), str(item.item), item.title or "", f"{item.score:.4f}")
@@ -109,7 +129,7 @@ def recommendations_table(title: str, answer: Sequence[Recommendation]) -> Table
 
 
 def draw_curves(runs: Mapping[str, Path], picture: Path, criteria: Criteria = RETRIEVAL) -> None:
-    """Training loss and the metrics `criteria.curves` over epochs, one line a run; `runs` maps names to `metrics.jsonl` files."""
+    """Draws loss and `criteria.curves` over epochs; `runs` maps names to `metrics.jsonl` files."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,15 +1,18 @@
-"""Stochastic length (HSTU, arXiv 2402.17152, equation 4) and its load-balanced form (ULTRA-HSTU, arXiv 2602.16986): training on parts of long histories.
+"""Stochastic length and its load-balanced form: training on parts of long histories.
 
-A history of n events longer than the threshold N^(alpha/2) is trained on whole with probability N^alpha / n^2, and otherwise cut to the threshold.
-Each rank draws for itself, so some ranks draw more whole histories than others and all wait for the slowest. The load-balanced form lets a rank
-keep as many whole ones as bring its load to the mean load of all ranks.
+Stochastic length (HSTU, arXiv 2402.17152, equation 4): a history of n events longer than the
+threshold N^(alpha/2) is trained on whole with probability N^alpha / n^2, and otherwise cut to the
+threshold. Devices draw for themselves, so some draw more whole histories than others and all wait
+for the slowest. The load-balanced form (ULTRA-HSTU, arXiv 2602.16986) lets a device keep as many
+whole ones as bring its load to the mean of all.
 
-Host code in numpy. Every choice is a function of lengths, times and the random numbers that are given: nothing is drawn from hidden state.
+Host code in numpy. Every choice is a function of lengths, times and the random numbers that are
+given: nothing is drawn from hidden state.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -36,14 +39,17 @@ def threshold(max_length: int, alpha: float) -> int:
 def keep_probability(
     lengths: Int[np.ndarray, "*n"], max_length: int, alpha: float
 ) -> Float[np.ndarray, "*n"]:
-    """`N^alpha / n^2`, the probability that a history above the threshold stays whole. Not clipped: 1 or more below the threshold."""
+    """`N^alpha / n^2`, the probability that a history above the threshold stays whole.
+
+    Not clipped: 1 or more below the threshold.
+    """
     return max_length**alpha / np.maximum(lengths, 1).astype(np.float64) ** 2
 
 
 def stochastic_length(
     lengths: Int[np.ndarray, "*n"], max_length: int, alpha: float, uniform: Float[np.ndarray, "*n"]
 ) -> Int[np.ndarray, "*n"]:
-    """Events kept of histories of these `lengths`, decided by `uniform` numbers in [0, 1), one each.
+    """How many events of each history are kept, decided by `uniform` numbers in [0, 1).
 
     Raises:
       ValueError: as `threshold`.
@@ -65,8 +71,9 @@ def subsequence(
 
     - `recent`: the newest.
     - `random`: any, all equally likely.
-    - `weighted`: drawn one after another without replacement, event i with weight `1 - f_i / sum(f)`, f_i the time from it to the newest event;
-      without times, the number of events after it. Where the weights that are not 0 do not suffice, newer events come first.
+    - `weighted`: drawn one after another without replacement, event i with weight `1 - f_i /
+      sum(f)`, f_i the time from it to the newest event; without times, the number of events after
+      it. Where the weights that are not 0 do not suffice, newer events come first.
 
     Raises:
       ValueError: if `keep` is not in 0..length, times are not one an event, or the kind is unknown.
@@ -83,32 +90,23 @@ def subsequence(
         raise ValueError(f"data.subsequence must be recent, random or weighted, not {kind!r}")
     age = (np.arange(length)[::-1] if times is None else times[-1:] - times).astype(np.float64)
     weight = 1 - age / max(age.sum(), 1)
-    # Exponential races: the k smallest of Exp(1) / weight are k draws without replacement (Efraimidis and Spirakis, 2006).
+    # Exponential races: the k smallest of Exp(1) / weight are k draws without replacement
+    # (Efraimidis and Spirakis, 2006).
     draw = rng.exponential(size=length)
     key = np.divide(draw, weight, out=np.full(length, np.inf), where=weight > 0)
     return np.sort(np.lexsort([age, key])[:keep])
-
-
-def process_mean(value: float) -> float:
-    """The mean of a number over all JAX processes; itself where there is one. Every process must call it."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    return (
-        value
-        if jax.process_count() == 1
-        else float(np.mean(multihost_utils.process_allgather(np.float64(value))))
-    )
 
 
 @dataclasses.dataclass
 class LoadBalancer:
     """Load-balanced stochastic length of one rank.
 
-    The load of a batch is the sum of `length^gamma`. For the first `recalibrate_every` steps a rank draws plain stochastic lengths and watches their
-    load; the mean over ranks becomes the target. From then on it keeps whole as many long histories as bring its load closest to the target, those
-    first that a plain draw prefers (a smaller u / p of a uniform u and the probability p of staying whole, so at a draw whose load is the target the
-    choice is the plain one). Every `recalibrate_every` steps the target moves half-way to the newest mean.
+    The load of a batch is the sum of `length^gamma`. For the first `recalibrate_every` steps a rank
+    draws plain stochastic lengths and watches their load; the mean over ranks becomes the target.
+    From then on it keeps whole as many long histories as bring its load closest to the target,
+    those first that a plain draw prefers (a smaller u / p of a uniform u and the probability p of
+    staying whole, so at a draw whose load is the target the choice is the plain one). Every
+    `recalibrate_every` steps the target moves half-way to the newest mean.
 
     Attributes:
       max_length, alpha: of stochastic length.
@@ -122,7 +120,7 @@ class LoadBalancer:
     alpha: float
     gamma: float
     recalibrate_every: int = 100
-    mean: Callable[[float], float] = process_mean
+    mean: Callable[[float], float] = float
     target: float | None = None
     observed: float = 0.0  # sum of plain loads since the last mean
     step: int = 0
@@ -138,7 +136,9 @@ class LoadBalancer:
         return float(np.sum(lengths.astype(np.float64) ** self.gamma))
 
     def calibrate(self, plain_loads: Sequence[float]) -> None:
-        """Sets the target to the mean, over ranks too, of the loads that plain draws would have: for a caller that knows its batches ahead."""
+        """Sets the target to the mean, over ranks too, of the loads that plain draws would have:
+        for a caller that knows its batches ahead.
+        """
         self.target = self.mean(float(np.mean(plain_loads)))
 
     def choose(
@@ -147,7 +147,7 @@ class LoadBalancer:
         uniform: Float[np.ndarray, " n"],
         capacity: int | None = None,
     ) -> Int[np.ndarray, " n"]:
-        """Events kept of each history of a step's batch, at most `capacity` together; counts the step."""
+        """How many events of each history of a step are kept, at most `capacity` together."""
         plain = stochastic_length(lengths, self.max_length, self.alpha, uniform)
         kept = plain if self.target is None else self._balanced(lengths, uniform, capacity)
         self.observed += self.load(plain)
@@ -182,10 +182,3 @@ class LoadBalancer:
         whole = order[: int(np.argmin(np.abs(loads - self.target)))]
         kept[whole] = lengths[whole]
         return kept
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the choices depend on beside arguments and settings; JSON."""
-        return {"target": self.target, "observed": self.observed, "step": self.step}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.target, self.observed, self.step = state["target"], state["observed"], state["step"]

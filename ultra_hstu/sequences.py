@@ -1,28 +1,65 @@
-"""The frame of a flat buffer of sequences: whose each row is, what kind it is, and when it happened. Encoders read this and nothing else of a batch."""
+"""What encoders read of a batch: its sequences, their times, and how the rows lie on the mesh."""
 
 import dataclasses
-from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from kernels.jagged import Rows
+from kernels.typing import Leaf
+from ultra_hstu.parallel.shards import ONE, Shards
+
+Columns = dict[str, Int[Array | np.ndarray, "..."]]  # of the examples of a batch, by name
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """B sequences in T rows, each: contextual tokens, history, targets. Rows from `offsets[B]` on are padding.
+    """B sequences in T rows; each is contextual tokens, history, targets.
 
-    Fields are `Any` because a pytree's leaves may also be shapes, shardings or stacks.
+    Arrays have all T rows. Of anything with a width a device of a mesh has its own rows alone.
+
+    Attributes:
+      offsets: rows from `offsets[B]` on are padding.
+      real_T: rows that hold something; a padded layout has others inside its sequences.
+      time_T: seconds.
+      next_time_T: time of the event after the row.
+      num_targets, num_contextual: None for none of them.
+      shards: how the rows lie on the mesh.
+      max_targets, max_contextual: most of them in a sequence, where something keeps room for them:
+        a truncation, or a strategy of context parallelism.
     """
 
-    offsets: Any  # int32 [B + 1]
-    real_T: (
-        Any  # bool [T]: rows that hold something; a padded layout has others inside its sequences
-    )
-    time_T: Any  # int32 [T]: seconds
-    next_time_T: Any  # int32 [T]: time of the event after the row
-    num_targets: Any = None  # int32 [B], or None for no targets
-    num_contextual: Any = None  # int32 [B], or None for no contextual tokens
+    offsets: Leaf[Int[Array | np.ndarray, " B1"]]
+    real_T: Leaf[Bool[Array | np.ndarray, " T"]]
+    time_T: Leaf[Int[Array | np.ndarray, " T"]]
+    next_time_T: Leaf[Int[Array | np.ndarray, " T"]]
+    num_targets: Leaf[Int[Array | np.ndarray, " B"]] | None = None
+    num_contextual: Leaf[Int[Array | np.ndarray, " B"]] | None = None
+    shards: Shards = dataclasses.field(default=ONE, metadata={"static": True})
+    max_targets: int = dataclasses.field(default=0, metadata={"static": True})
+    max_contextual: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def num_rows(self) -> int:
         return self.time_T.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def first(self) -> int | Int[Array, ""]:
+        """The number of the first sequence in the batch of all devices."""
+        return self.shards.first_sequence(self.num_sequences)
+
+    @property
+    def rows(self) -> Rows:
+        """Where this device's rows stand."""
+        counts = (self.num_targets, self.num_contextual)
+        return Rows.of(self.offsets, self.shards.rows(self.num_rows), *counts)
+
+    def on(self, shards: Shards) -> "Sequences":
+        """The same sequences on a mesh."""
+        return dataclasses.replace(self, shards=shards)

@@ -1,18 +1,18 @@
 """Training: epochs of compiled multi-step calls, evaluation, checkpoints, exact resume.
 
-A step is a pure function of (state, batch, key), the key a function of (seed, step) and the batch of (seed, epoch, number in the epoch).
-So the position is three integers, and a run that was killed and started again computes the same numbers as one that was not.
+A step is a pure function of (state, batch, key), the key a function of (seed, step) and the batch
+of (seed, epoch, number in the epoch). So the position is three integers, and a run that was killed
+and started again computes the same numbers as one that was not.
 """
 
 import dataclasses
 import functools
-import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +20,20 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from rich.console import Console
+from rich.progress import Progress
 
-from ultra_hstu import optim, report
+from ultra_hstu import optim, report, tasks
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.data.feed import Feed, Group
 from ultra_hstu.parallel import make_mesh, processes
-from ultra_hstu.retrieval.evaluate import evaluator
 from ultra_hstu.step import Steps, TrainState
-from ultra_hstu.task import RankTask, Task
+from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir, write_json
 
-VALIDATED_PATIENCE = (
-    10  # epochs; used by the protocols with a validation part when train.patience is None
-)
-
-log = logging.getLogger(__name__)
+# Epochs without a better metric where train.patience is None and the protocol has validation data.
+VALIDATED_PATIENCE = 10
+HISTORY = ("loss", "grad_norm")  # what a compiled call returns of each of its steps
 
 
 @dataclasses.dataclass
@@ -46,9 +44,7 @@ class Position:
     batch: int = 0  # of the epoch: the next one to train on
     loss_sum: float = 0.0  # over the epoch's batches so far
     best_epoch: int = 0
-    best_metric: float | None = (
-        None  # the evaluator's criteria say what it is; None: nothing was evaluated yet
-    )
+    best_metric: float | None = None  # the criteria say which; None: nothing was evaluated yet
     evaluated_epoch: int = 0  # the newest epoch that was evaluated, and what came out
     last: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0  # spent training and evaluating, without compilation
@@ -59,19 +55,21 @@ class Interrupted(Exception):
     """The run was asked to stop (SIGTERM, SIGINT); its state is saved."""
 
 
-def run_steps(
-    recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""]
-) -> tuple[TrainState, dict[str, Float[Array, " S"]]]:
-    """The first `steps` batches of a feed, one update each. The trip count is traced: a shorter last call does not compile again."""
+Carry = tuple[TrainState, dict[str, Float[Array, " S"]]]
 
-    def body(i: jax.Array, carry: Any) -> Any:
+
+def run_steps(recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""]) -> Carry:
+    """The first `steps` batches of a feed, one update each.
+
+    The trip count is traced: a shorter last call does not compile again.
+    """
+
+    def body(i: Array, carry: Carry) -> Carry:
         state, history = carry
         state, metrics = recipe.feed_step(state, feed, i)
         return state, {name: history[name].at[i].set(value) for name, value in metrics.items()}
 
-    history = {
-        name: jnp.zeros(recipe.config.train.steps_per_call) for name in ("loss", "grad_norm")
-    }
+    history = {name: jnp.zeros(recipe.config.train.steps_per_call) for name in HISTORY}
     return jax.lax.fori_loop(0, steps, body, (state, history))
 
 
@@ -80,9 +78,9 @@ def train(
     workdir: Path | str,
     *,
     console: Console | None = None,
-    task: Task | RankTask | None = None,
+    task: Task | None = None,
 ) -> dict[str, Any]:
-    """Trains, or goes on training, the run in `workdir`; returns its result, which `result.json` holds too.
+    """Trains, or goes on training, the run in `workdir`; its result, as `result.json` holds it.
 
     Args:
       task: the loaded data of this configuration, where several runs share it.
@@ -94,15 +92,16 @@ def train(
       Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     config.validate()
+    tasks.check(config)
     console = (console or Console()) if processes.is_first() else Console(quiet=True)
     folder = Workdir(workdir)
     config = _claim(folder, config)
     try:
-        task = Task.load(config) if task is None else task.with_config(config)
+        task = tasks.load(config) if task is None else task.with_config(config)
         processes.require_same(
             "data set", task.interactions.fingerprint() if processes.several() else {}
         )
-        processes.of_first(lambda: folder.claim_data(task.interactions))
+        processes.broadcast(lambda: folder.claim_data(task.interactions))
         with jax.default_matmul_precision(config.train.matmul_precision):
             run = _Run(task, folder, console)
             try:
@@ -116,264 +115,248 @@ def train(
 
 
 def _claim(folder: Workdir, config: Config) -> Config:
-    """Claims the folder for all processes, of which one writes in it; the configuration with its groups. Raises ValueError as `Workdir.claim`."""
+    """Claims the folder for all processes, one of which writes; the configuration with its groups.
+
+    Raises ValueError as `Workdir.claim`.
+    """
     settings = dataclasses.asdict(config)
     for name in ("raw_dir", "data_dir"):  # a host may have them elsewhere
         settings["data"].pop(name)
     processes.require_same("configuration", settings)
     if processes.several() and config.parallel.data * config.parallel.context == 1:
         raise ValueError(
-            f"parallel.data=1 x parallel.context=1 is a run of one device, but {jax.process_count()} processes with {jax.device_count()} devices are "
+            "parallel.data=1 x parallel.context=1 is a run of one device, but "
+            f"{jax.process_count()} processes with {jax.device_count()} devices are "
             "to share it: set --config.parallel.data and --config.parallel.context"
         )
 
     def claim() -> int:
         with_groups = folder.with_groups(config)
         if config.parallel.data * config.parallel.context > 1:
-            make_mesh(
-                config.parallel.data, config.parallel.context
-            )  # raises before the folder is this run's
+            # Raises before the folder is this run's.
+            make_mesh(config.parallel.data, config.parallel.context)
         folder.claim(with_groups)
         return with_groups.parallel.batch_groups
 
-    groups = processes.of_first(claim)
-    seen = processes.of_all(folder.config.exists())
+    groups = processes.broadcast(claim)
+    seen = processes.all_gather(folder.config.exists())
     if not all(seen):
         folder.release()
         raise ValueError(
-            f"process {seen.index(False)} does not see {folder.config}, which process 0 has written: all processes must share --workdir"
+            f"process {seen.index(False)} does not see {folder.config}, which process 0 has "
+            "written: all processes must share --workdir"
         )
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, groups=groups))
 
 
 class _Run:
-    def __init__(self, task: Task | RankTask, folder: Workdir, console: Console):
+    def __init__(self, task: Task, folder: Workdir, console: Console):
         self.task, self.config, self.folder, self.console = task, task.config, folder, console
-        config = self.config.train
+        config, published = self.config.train, self.config.train.protocol == "published"
         self.loader = task.loader(
             "train", batch_users=self.config.data.batch_users, steps_per_call=config.steps_per_call
         )
-        self.split = "test" if config.protocol == "published" else "validation"
-        self.evaluator = evaluator(task, self.split)
-        if self.split != "test":
-            evaluator(
-                task, "test"
-            )  # raises for data without test events now, and not after training
-        self.patience = config.patience or (
-            None if config.protocol == "published" else VALIDATED_PATIENCE
-        )
+        self.split = "test" if published else "validation"
+        self.evaluator = task.evaluator(self.split)
+        # Made now, so that data without test events is an error before training.
+        self.test_evaluator = self.evaluator if published else task.evaluator("test")
+        self.patience = config.patience or (None if published else VALIDATED_PATIENCE)
+        self.schedule = optim.learning_rate(self.config.optim)
         self.checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
-        self.state = task.recipe.start(config.seed)
-        self.position = Position()
+        self.state, self.position = task.recipe.start(config.seed), Position()
         if (restored := self.checkpoints.restore(abstract(self.state))) is not None:
             step, self.state, position = restored
             self.position = Position(**position)
             if self.position.epoch > config.epochs:
                 raise ValueError(
-                    f"train.epochs={config.epochs}, but this run has trained {self.position.epoch} epochs already: give at least as many"
+                    f"train.epochs={config.epochs}, but this run has trained "
+                    f"{self.position.epoch} epochs already: give at least as many"
                 )
             self.checkpoints.drop_after(step)
             console.print(f"going on from step {step} (epoch {self.position.epoch + 1})")
         self.run_steps = self._compile()
-        step = int(self.state.step)
-        self.log = (
-            report.MetricLog(folder.metrics, folder.tensorboard, resume_step=step)
-            if processes.is_first()
-            else None
-        )
+        self.log: report.MetricLog | None = None
+        if processes.is_first():
+            self.log = report.MetricLog(folder.metrics, folder.tensorboard, resume_step=self.step)
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
 
     def _compile(self) -> jax.stages.Compiled:
         """The training call, compiled for the shapes that all its calls have."""
         started = time.perf_counter()
         group = next(iter(self.loader.groups(self.loader.plan())))
         recipe = self.task.recipe
-        out_shardings = (
-            None
-            if recipe.mesh is None
-            else (recipe.shardings, NamedSharding(recipe.mesh, PartitionSpec()))
-        )
-        step = jax.jit(
+        out_shardings = None
+        if recipe.mesh is not None:
+            out_shardings = (recipe.shardings, NamedSharding(recipe.mesh, PartitionSpec()))
+        call = jax.jit(
             functools.partial(run_steps, recipe), donate_argnums=0, out_shardings=out_shardings
         )
-        compiled = step.lower(self.state, group.feed, np.int32(group.steps)).compile()
+        compiled = call.lower(self.state, group.feed, np.int32(group.steps)).compile()
         self.evaluator.compile(self.state.params)
-        processes.meet()
+        processes.barrier()
         self.position.compile_seconds += time.perf_counter() - started
         return compiled
 
     def to_the_end(self) -> dict[str, Any]:
+        config, position = self.config.train, self.position
         with _stop_signals() as stop, report.progress_bar(self.console) as bar:
             line = bar.add_task("training", total=None, status="")
-            while self.position.epoch < self.config.train.epochs and not self._out_of_patience():
+            while position.epoch < config.epochs and not self._out_of_patience():
                 started = time.perf_counter()
-                bar.update(
-                    line, description=f"epoch {self.position.epoch + 1}/{self.config.train.epochs}"
-                )
-                record = self._train_epoch(stop, lambda **fields: bar.update(line, **fields))
-                self.position.epoch += 1
-                self.position.batch, self.position.loss_sum = 0, 0.0
-                last_epoch = self.position.epoch == self.config.train.epochs
+                bar.update(line, description=f"epoch {position.epoch + 1}/{config.epochs}")
+                record = self._train_epoch(stop, bar)
+                position.epoch += 1
+                position.batch, position.loss_sum = 0, 0.0
+                last_epoch = position.epoch == config.epochs
                 metrics: dict[str, float] = {}
-                if self.position.epoch % self.config.train.eval_every == 0 or last_epoch:
-                    found = self.evaluator(self.state.params)
-                    # Those of process 0, so that all decide alike about what follows from them.
-                    metrics = self.position.last = processes.of_first(
-                        functools.partial(dict, found)
-                    )
-                    self.position.evaluated_epoch = self.position.epoch
-                    criteria = self.evaluator.criteria
-                    if criteria.better(metrics[criteria.selection], self.position.best_metric):
-                        self.position.best_metric, self.position.best_epoch = (
-                            metrics[criteria.selection],
-                            self.position.epoch,
-                        )
-                    shown = "  ".join(
-                        f"{name} {metrics[name]:.4f}" for name in criteria.curves if name in metrics
-                    )
+                if position.epoch % config.eval_every == 0 or last_epoch:
+                    metrics, shown = self._evaluate()
                     bar.update(line, status=f"loss {record['loss']:.3f}  {shown}")
                 seconds = time.perf_counter() - started
-                self.position.seconds += seconds
-                step = int(self.state.step)
+                position.seconds += seconds
                 if self.log is not None:
-                    self.log.write(
-                        step,
-                        {
-                            "epoch": self.position.epoch,
-                            "seconds": seconds,
-                            "split": self.split,
-                            **record,
-                            **metrics,
-                        },
-                    )
-                improved = self.position.best_epoch == self.position.epoch
-                due = (
-                    last_epoch
-                    or self.position.epoch % self.config.train.checkpoint_every == 0
-                    or self._out_of_patience()
-                )
-                cause = self._asked(stop)()
-                if improved or due or cause:
+                    head = {"epoch": position.epoch, "seconds": seconds, "split": self.split}
+                    self.log.write(self.step, head | record | metrics)
+                improved = position.best_epoch == position.epoch
+                due = position.epoch % config.checkpoint_every == 0 or self._out_of_patience()
+                cause = self._stop_signal(stop)()
+                if improved or last_epoch or due or cause:
                     self._save(best=improved)
                 if cause:
                     self._interrupt(cause)
             self.checkpoints.wait()
         return self._finish()
 
-    def _asked(self, stop: "_Stop") -> Callable[[], int]:
-        """The signal that any of the processes was asked to stop by, or 0: all stop at the same step."""
-        return processes.largest(stop.requested, self.task.recipe.mesh)
+    def _evaluate(self) -> tuple[dict[str, float], str]:
+        """The metrics of the epoch, and those of them that the progress line shows."""
+        position, criteria = self.position, self.evaluator.criteria
+        found = self.evaluator(self.state.params)
+        # Those of process 0, so that all decide alike about what follows from them.
+        metrics = position.last = processes.broadcast(functools.partial(dict, found))
+        position.evaluated_epoch = position.epoch
+        if criteria.better(value := metrics[criteria.selection], position.best_metric):
+            position.best_metric, position.best_epoch = value, position.epoch
+        shown = [f"{name} {metrics[name]:.4f}" for name in criteria.curves if name in metrics]
+        return metrics, "  ".join(shown)
+
+    def _stop_signal(self, stop: "_Stop") -> Callable[[], int]:
+        """The signal that any of the processes was stopped by, or 0; all see the same."""
+        return processes.all_reduce_max(stop.requested, self.task.recipe.mesh)
 
     def _interrupt(self, cause: int) -> None:
         self.checkpoints.wait()
         raise Interrupted(
-            f"stopped by {signal.Signals(cause).name} at step {int(self.state.step)}, epoch {self.position.epoch + 1}; the same command goes on from there"
+            f"stopped by {signal.Signals(cause).name} at step {self.step}, epoch "
+            f"{self.position.epoch + 1}; the same command goes on from there"
         )
 
-    def _train_epoch(self, stop: "_Stop", show: Any) -> dict[str, float]:
-        position, schedule = self.position, optim.learning_rate(self.config.optim)
+    def _train_epoch(self, stop: "_Stop", bar: Progress) -> dict[str, float]:
+        position = self.position
         plan = self.loader.plan(seed=self.config.train.seed, epoch=position.epoch)
-        show(
-            total=self.config.train.epochs * len(plan),
-            completed=position.epoch * len(plan) + position.batch,
-        )
-        waited, grad_norm = 0.0, 0.0
-        running: tuple[Group, int, dict[str, jax.Array]] | None = (
-            None  # the call before: read once the next is under way
-        )
-
-        def read(group: Group, first_step: int, history: dict[str, jax.Array]) -> None:
-            nonlocal grad_norm
-            losses, norms = (
-                np.asarray(history["loss"])[: group.steps],
-                np.asarray(history["grad_norm"])[: group.steps],
-            )
-            finite = np.isfinite(losses) & np.isfinite(norms)
-            if not finite.all():
-                bad = int(np.argmin(finite))
-                self.checkpoints.wait()
-                raise FloatingPointError(
-                    f"the loss is {losses[bad]} at step {first_step + bad} (epoch {position.epoch + 1}, learning rate "
-                    f"{float(schedule(first_step + bad)):g}, gradient norm {norms[bad]:g}). {self.checkpoints.last_good()}. "
-                    "Lower optim.learning_rate or set optim.clip_norm, in a new --workdir."
-                )
-            position.loss_sum += float(np.sum(losses, dtype=np.float64))
-            position.batch = group.first + group.steps
-            grad_norm = float(norms[-1])
-            show(completed=position.epoch * len(plan) + position.batch)
-
+        before = position.epoch * len(plan)
+        line = bar.task_ids[0]
+        total = self.config.train.epochs * len(plan)
+        bar.update(line, total=total, completed=before + position.batch)
+        waited, grad_norm, step = 0.0, 0.0, self.step
         groups = iter(self.loader.groups(plan, first=position.batch))
-        step = int(self.state.step)
+        running: _StartedCall | None = None  # the call before: read once the next is under way
         while True:
-            before = time.perf_counter()
+            started = time.perf_counter()
             group = next(groups, None)
-            waited += time.perf_counter() - before
-            asked = self._asked(stop)
+            waited += time.perf_counter() - started
+            signalled = self._stop_signal(stop)
             if group is not None:
                 self.state, history = self.run_steps(self.state, group.feed, np.int32(group.steps))
             if running is not None:
-                read(*running)
+                grad_norm = self._read(running)
+                bar.update(line, completed=before + position.batch)
             if group is None:
                 break
-            running = (group, step, history)
+            running = _StartedCall(group, step, history)
             step += group.steps
-            if (cause := asked()) and group.first + group.steps < len(
-                plan
-            ):  # else the epoch is done: evaluate it first
-                read(*running)
+            # A stop behind the last call waits for the evaluation of the epoch.
+            if (cause := signalled()) and group.first + group.steps < len(plan):
+                self._read(running)
                 self._save(best=False)
                 self._interrupt(cause)
         return {
             "loss": position.loss_sum / len(plan),
             "grad_norm": grad_norm,
-            "learning_rate": float(schedule(max(step - 1, 0))),
+            "learning_rate": float(self.schedule(max(step - 1, 0))),
             "input_wait_seconds": waited,
         }
 
+    def _read(self, call: "_StartedCall") -> float:
+        """Adds the losses of a call to the epoch's; the gradient norm of its last step."""
+        steps, position = call.group.steps, self.position
+        losses, norms = (np.asarray(call.history[name])[:steps] for name in HISTORY)
+        finite = np.isfinite(losses) & np.isfinite(norms)
+        if not finite.all():
+            bad = int(np.argmin(finite))
+            step = call.first_step + bad
+            self.checkpoints.wait()
+            raise FloatingPointError(
+                f"the loss is {losses[bad]} at step {step} (epoch {position.epoch + 1}, learning "
+                f"rate {float(self.schedule(step)):g}, gradient norm {norms[bad]:g}). "
+                f"{self.checkpoints.last_good()}. Lower optim.learning_rate or set "
+                "optim.clip_norm, in a new --workdir."
+            )
+        position.loss_sum += float(np.sum(losses, dtype=np.float64))
+        position.batch = call.group.first + steps
+        return float(norms[-1])
+
     def _save(self, *, best: bool) -> None:
-        self.checkpoints.save(
-            int(self.state.step), self.state, dataclasses.asdict(self.position), best=best
-        )
+        position = dataclasses.asdict(self.position)
+        self.checkpoints.save(self.step, self.state, position, best=best)
 
     def _out_of_patience(self) -> bool:
-        return (
-            self.patience is not None
-            and self.position.evaluated_epoch - self.position.best_epoch >= self.patience
-        )
+        waited = self.position.evaluated_epoch - self.position.best_epoch
+        return self.patience is not None and waited >= self.patience
 
     def _finish(self) -> dict[str, Any]:
+        position = self.position
         best = self.checkpoints.restore(abstract(self.state), best=True)
-        if best is None or best[2]["epoch"] != self.position.best_epoch:
+        if best is None or best.position["epoch"] != position.best_epoch:
             raise ValueError(
-                f"the best checkpoint, of epoch {self.position.best_epoch}, cannot be read any more from {self.folder.checkpoints}: "
-                "its result cannot be given. Train in a new --workdir."
+                f"the best checkpoint, of epoch {position.best_epoch}, cannot be read any more "
+                f"from {self.folder.checkpoints}: its result cannot be given. Train in a new "
+                "--workdir."
             )
-        params = best[1].params
+        params = best.state.params
         result: dict[str, Any] = {
             "protocol": self.config.train.protocol,
             "split": "test",
             "seed": self.config.train.seed,
-            "epochs": self.position.epoch,
-            "steps": int(self.state.step),
-            "seconds": self.position.seconds,
-            "compile_seconds": self.position.compile_seconds,
-            "best_epoch": self.position.best_epoch,
+            "epochs": position.epoch,
+            "steps": self.step,
+            "seconds": position.seconds,
+            "compile_seconds": position.compile_seconds,
+            "best_epoch": position.best_epoch,
             "best": self.evaluator(params),
-            "last": self.position.last,
+            "last": position.last,
         }
         if self.split != "test":
-            # One look at the test items, with the parameters that did best on the validation items.
-            result |= {
-                "validation": result.pop("best"),
-                "best": evaluator(self.task, "test")(params),
-            }
+            # One look at the test items, with the parameters that did best on validation.
+            validation = result.pop("best")
+            result |= {"validation": validation, "best": self.test_evaluator(params)}
             result.pop("last")
         if processes.is_first():
             write_json(self.folder.result, result)
-            report.draw_curves(
-                {self.config.name: self.folder.metrics}, self.folder.curves, self.evaluator.criteria
-            )
+            runs = {self.config.name: self.folder.metrics}
+            report.draw_curves(runs, self.folder.curves, self.evaluator.criteria)
         self.checkpoints.close()
         return result
+
+
+class _StartedCall(NamedTuple):
+    """A compiled call that was started."""
+
+    group: Group
+    first_step: int
+    history: dict[str, Array]
 
 
 class _Stop:
@@ -382,7 +365,7 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """SIGTERM and SIGINT ask for a stop after the call in flight; a second one ends the process at once."""
+    """SIGTERM and SIGINT ask for a stop after the call in flight; a second one ends the process."""
     stop = _Stop()
     previous: dict[int, Any] = {}
 

@@ -14,12 +14,14 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from ultra_hstu.config import Config, difference, from_config_dict
+from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.fields import difference
 
-# Fields that may change between two starts of the same run: they say where and how long, not what is computed.
+# Fields that may change between two starts of the same run: they say where and how long, not what
+# is computed.
 FREE_FIELDS = ("data.raw_dir", "data.data_dir", "train.epochs", "train.keep_checkpoints") + tuple(
     f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")
 )
@@ -36,14 +38,14 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.curves = self.path / "curves.png"
         self.result = self.path / "result.json"
-        self._lock: Any = None
+        self._lock: IO[str] | None = None
 
     def claim(self, config: Config) -> None:
         """Makes the folder this run's own, until `release` or the end of the process.
 
         Raises:
-          ValueError: if another process trains in it, if it belongs to a run with another configuration (the difference is shown), or if
-            it holds files of something else.
+          ValueError: if another process trains in it, if it belongs to a run with another
+            configuration (the difference is shown), or if it holds files of something else.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "a")
@@ -52,7 +54,8 @@ class Workdir:
         except BlockingIOError:
             self.release()
             raise ValueError(
-                f"another process is training in {self.path}: wait for it, or choose another --workdir"
+                f"another process is training in {self.path}: wait for it, or choose another "
+                "--workdir"
             ) from None
         try:
             self._check_owner(dataclasses.asdict(self.with_groups(config)))
@@ -62,7 +65,7 @@ class Workdir:
         write_json(self.config, dataclasses.asdict(config))
 
     def with_groups(self, config: Config) -> Config:
-        """The configuration with `parallel.groups` as the run in this folder has it, if it leaves that open, so that the run can go on in another mesh.
+        """The configuration with `parallel.groups` as the run in this folder has it, if left open.
 
         Raises:
           ValueError: if the mesh does not suit those groups.
@@ -73,8 +76,10 @@ class Workdir:
         groups = self.read_config().parallel.batch_groups if self.config.exists() else parallel.data
         if groups % parallel.data:
             raise ValueError(
-                f"{self.path} packs its batches in parallel.groups={groups}, which parallel.data={parallel.data} does not divide: choose another mesh. "
-                "A run that is to go on in larger ones must start with --config.parallel.groups at the largest data."
+                f"{self.path} packs its batches in parallel.groups={groups}, which "
+                f"parallel.data={parallel.data} does not divide: choose another mesh. "
+                "A run that is to go on in larger ones must start with --config.parallel.groups at "
+                "the largest data."
             )
         return dataclasses.replace(config, parallel=dataclasses.replace(parallel, groups=groups))
 
@@ -89,7 +94,8 @@ class Workdir:
             if changed:
                 listed = "\n  ".join(changed)
                 raise ValueError(
-                    f"{self.path} belongs to a run with another configuration (stored -> asked for):\n  {listed}\n"
+                    f"{self.path} belongs to a run with another configuration (stored -> asked "
+                    f"for):\n  {listed}\n"
                     "Choose another --workdir, or delete this one to start over."
                 )
         elif foreign := sorted(
@@ -98,11 +104,12 @@ class Workdir:
             if entry.name not in (".lock", "config.json.partial")
         ):
             raise ValueError(
-                f"{self.path} is no run's folder, yet it holds {foreign[0]!r}: choose an empty or new --workdir"
+                f"{self.path} is no run's folder, yet it holds {foreign[0]!r}: choose an empty or "
+                "new --workdir"
             )
 
     def claim_data(self, interactions: Interactions) -> None:
-        """Writes down what the data is, with its catalogue, or checks that it is what the run has trained on. Raises as `check_data`."""
+        """Writes down what the data is, with its catalogue, or does as `check_data`."""
         if self.data.exists():
             self.check_data(interactions)
         else:
@@ -110,7 +117,7 @@ class Workdir:
             write_json(self.data, interactions.fingerprint())
 
     def check_data(self, interactions: Interactions) -> None:
-        """Raises ValueError if the data differs from what the run has trained on, with the difference."""
+        """Raises ValueError, with the difference, if the data is not what was trained on."""
         changed = difference(json.loads(self.data.read_text()), interactions.fingerprint())
         if changed:
             listed = "\n  ".join(changed)
@@ -135,7 +142,8 @@ class Workdir:
             return from_config_dict(json.loads(self.config.read_text()))
         except FileNotFoundError:
             raise ValueError(
-                f"{self.path} holds no run (no config.json): train one with experiments.train --workdir={self.path}"
+                f"{self.path} holds no run (no config.json): train one with experiments.train "
+                f"--workdir={self.path}"
             ) from None
         except json.JSONDecodeError as error:
             raise ValueError(
@@ -145,7 +153,7 @@ class Workdir:
             raise ValueError(f"{self.config}: {error}") from None
 
     def read_for_one_device(self, raw_dir: str | None = None) -> Config:
-        """The same as one device computes it; `raw_dir`: where the raw data is now, if not where the run found it."""
+        """`read_config` as one device computes it; `raw_dir`: where the raw data is, if moved."""
         config = self.read_config().on_one_device()
         return (
             dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=raw_dir))

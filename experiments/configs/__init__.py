@@ -1,0 +1,19 @@
+"""The configurations of the repository, by name: `--config=NAME` of every command.
+
+python -m experiments.train --config=NAME --workdir=runs/NAME
+"""
+
+from experiments.configs import long, ranking, retrieval
+from ultra_hstu.config import Config
+
+CONFIGS = {run.name: run for run in (*retrieval.CONFIGS, *ranking.CONFIGS, *long.CONFIGS)}
+
+
+def named(name: str) -> Config:
+    """Raises ValueError, with all names, where there is no such configuration."""
+    if name not in CONFIGS:
+        raise ValueError(
+            f"there is no configuration {name!r}: give the path of a file, "
+            f"or one of {', '.join(CONFIGS)}"
+        )
+    return CONFIGS[name]

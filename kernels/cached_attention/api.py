@@ -1,67 +1,77 @@
-"""HSTU attention of new rows to keys that lie in a cache: the public function, its checks and its choice of implementation.
+"""HSTU attention of new rows to keys that lie in a cache: the public function and its checks.
 
-An output is a plain sum over keys, so what a row gets from a cache and what it gets from its own key simply add up, and several parts of the keys may be
-worked off side by side. Queries and keys are buffers of different length here, neither is copied, and nothing is planned for a batch beyond the ranges of
-keys that tiles of rows see. Forward only: nothing here has a gradient of its own.
+An output is a plain sum over keys, so what a row gets from a cache and what it gets from its own
+key simply add up, and several parts of the keys may be worked off side by side. Queries and keys
+are buffers of different length here, neither is copied, and nothing is planned for a batch beyond
+the ranges of keys that tiles of rows see. Forward only: nothing here has a gradient of its own.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Int, Shaped
 
-from kernels import device, dispatch
+from kernels import dispatch
+from kernels.hstu_attention.plan import AttentionSpec
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import KeyIntervals
+from kernels.typing import RHV
 
-_ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("triton", "xla")}
+_OP = dispatch.Op[AttentionSpec](
+    "cached_attention",
+    modules={
+        "triton": "kernels.cached_attention.triton.attention",
+        "xla": "kernels.cached_attention.xla",
+    },
+    order={"gpu": ("triton", "xla")},
+)
 
 
-@functools.cache
 def implementations() -> dict[str, str]:
-    """Names of the implementations that are here, with their modules."""
-    return dispatch.installed(
-        {
-            "triton": "kernels.cached_attention.triton.attention",
-            "xla": "kernels.cached_attention.xla",
-        }
-    )
+    """Names of the implementations, with their modules."""
+    return dict(_OP.modules)
 
 
 def cached_attention(
-    q_RHK: Shaped[
-        Any, "..."
-    ],  # shapes and dtypes are checked below, with errors that name the remedy
-    k_SHK: Shaped[Any, "..."],
-    v_SHV: Shaped[Any, "..."],
+    # Shapes and dtypes are checked below, with errors that name the remedy.
+    q_RHK: Shaped[Array, "..."],
+    k_SHK: Shaped[Array, "..."],
+    v_SHV: Shaped[Array, "..."],
     keys: KeyIntervals,
     *,
     alpha: float,
     scale: float,
-    own: tuple[Array, Array] | None = None,
+    own: tuple[Shaped[Array, "..."], Shaped[Array, "..."]] | None = None,
     bias: RelativeBias | None = None,
-    place_R: Any = None,
+    place_R: Int[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> Float[Array, "R H V"]:
-    """`o_r = scale * sum over the keys in the intervals of r of silu(alpha * q_r . k + bias) * v`, in the dtype of q; sums are in float32.
+) -> RHV:
+    """`o_r = scale * sum over the keys that r sees of silu(alpha * q_r . k + bias) * v`.
 
-    The buffers of keys and values must hold no NaN. Rows whose intervals are empty get 0, or what their own key gives.
+    The result has the dtype of q; sums are in float32. The buffers of keys and values must hold no
+    NaN. Rows whose intervals are empty get 0, or what their own key gives.
 
     Args:
-      q_RHK, k_SHK, v_SHV: [R, H, K], [S, H, K], [S, H, V] of one dtype: float32, bfloat16 or float16.
-      keys: two intervals of 0..S for each of the R rows. Where they overlap a key still counts once.
+      q_RHK, k_SHK, v_SHV: [R, H, K], [S, H, K], [S, H, V] of one dtype: float32, bfloat16 or
+        float16.
+      keys: two intervals of 0..S for each of the R rows. Where they overlap a key still counts
+        once.
       alpha, scale: as in `hstu_attention`.
-      own: key [R, H, K] and value [R, H, V] of each row itself, which it sees too. None: it sees none, or one that the intervals hold.
-      bias: relative bias: `timestamps` [S] of the keys, `query_timestamps` [R] of the rows. A row's own key is at distance 0 in place and in time.
-      place_R: int32[R], where a row would stand in the buffer of keys: what distances of the position table are counted from.
-      implementation: a name, which never falls back; a sequence, tried in order; None, the order of the platform.
+      own: key [R, H, K] and value [R, H, V] of each row itself, which it sees too. None: it sees
+        none, or one that the intervals hold.
+      bias: relative bias: `timestamps` [S] of the keys, `query_timestamps` [R] of the rows. A row's
+        own key is at distance 0 in position and in time.
+      place_R: int32[R], where a row would stand in the buffer of keys: distances of the position
+        table are counted from there.
+      implementation: a name, which never falls back; a sequence, tried in order; None, the order of
+        the platform.
 
     Raises:
       ValueError: inputs that no implementation could take.
-      NotImplementedError: the named implementation cannot take these inputs, or none can; with the reasons.
+      NotImplementedError: the named implementation cannot take these inputs, or none can; with the
+        reasons.
     """
     _check(q_RHK, k_SHK, v_SHV, keys, own, bias, place_R)
 
@@ -72,7 +82,7 @@ def cached_attention(
         if bias is not None and bias.timestamps is not None:
             bias = dataclasses.replace(bias, timestamps=jnp.zeros(1, jnp.int32))
 
-    def run(module: Any) -> Array:
+    def run(module: ModuleType) -> Array:
         return module.attention(
             q_RHK,
             k_SHK,
@@ -85,12 +95,9 @@ def cached_attention(
             place_R=place_R,
         )
 
-    order = [
-        name
-        for name in _ORDER.get(device.current().platform, ("xla",))
-        if name in implementations()
-    ]
-    return dispatch.call("cached_attention", implementations(), order, implementation, run)
+    _, heads, k_width = q_RHK.shape
+    spec = AttentionSpec(q_RHK.dtype, heads, k_width, v_SHV.shape[2], bias is not None)
+    return _OP.call(implementation, spec, run)
 
 
 def _check(
@@ -98,16 +105,17 @@ def _check(
     k: Array,
     v: Array,
     keys: KeyIntervals,
-    own: Any,
+    own: tuple[Array, Array] | None,
     bias: RelativeBias | None,
-    place: Any,
+    place: Array | None,
 ) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(f"{name} must be [rows, H, width], got shape {x.shape}")
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize not in (2, 4):
             raise ValueError(
-                f"{name} has dtype {x.dtype}; cast it to float32, bfloat16 or float16, and a quantised cache back to one of them"
+                f"{name} has dtype {x.dtype}; cast it to float32, bfloat16 or float16, "
+                "and a quantised cache back to one of them"
             )
     if q.shape[1:] != k.shape[1:] or k.shape[:2] != v.shape[:2]:
         raise ValueError(
@@ -118,22 +126,24 @@ def _check(
     rows = q.shape[0]
     if any(bound.shape != (rows,) for bound in keys):
         raise ValueError(
-            f"keys must be four int32[{rows}], one bound a row of q, got shapes {[bound.shape for bound in keys]}"
+            f"keys must be four int32[{rows}], one bound a row of q, "
+            f"got shapes {[bound.shape for bound in keys]}"
         )
     if own is not None and (own[0].shape != q.shape or own[1].shape != (*q.shape[:2], v.shape[2])):
         raise ValueError(
-            f"own must be a key {q.shape} and a value {(*q.shape[:2], v.shape[2])} a row, got {own[0].shape}, {own[1].shape}"
+            f"own must be a key {q.shape} and a value {(*q.shape[:2], v.shape[2])} a row, "
+            f"got {own[0].shape}, {own[1].shape}"
         )
     if bias is None:
         return
     if bias.position_table is not None and (place is None or place.shape != (rows,)):
         raise ValueError(
-            f"a position bias needs place_R, int32[{rows}]: where each row would stand among the keys"
+            f"a position bias needs place_R, int32[{rows}]: "
+            "where each row would stand among the keys"
         )
     if bias.time_table is not None:
         for name, size in (("timestamps", k.shape[0]), ("query_timestamps", rows)):
             times = getattr(bias, name)
             if times is None or times.shape != (size,):
-                raise ValueError(
-                    f"RelativeBias.{name} must be int32[{size}] seconds, got {None if times is None else times.shape}"
-                )
+                got = None if times is None else times.shape
+                raise ValueError(f"RelativeBias.{name} must be int32[{size}] seconds, got {got}")

@@ -1,56 +1,73 @@
-"""Attention to a cache in plain XLA: tiles of rows against blocks of keys, memory O(rows of a tile x keys of a block), any width, dtype and bias.
+"""Attention to a cache in plain XLA: tiles of rows against blocks of keys, any width and dtype.
 
-On a CPU a tile visits the blocks that its rows see. An accelerator takes all rows as one tile and visits every block, since a loop whose length the
-program computes would stop it at each step: what belongs to other users is then computed and masked, so name `triton` for many users at one time.
+Memory is O(rows of a tile x keys of a block). On a CPU a tile visits the blocks that its rows see.
+An accelerator takes all rows as one tile and visits every block, since a loop whose length the
+program computes would stop it at each step: keys of other users are then computed and masked, so
+name `triton` for many users at one time.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
 
 from kernels import device
-from kernels.hstu_attention.relative_bias import RelativeBias, position_bias, time_buckets
+from kernels.hstu_attention.plan import AttentionSpec
+from kernels.hstu_attention.relative_bias import RelativeBias, position_bias, time_bias
 from kernels.mask import KeyIntervals
+from kernels.tiles import FAR
+from kernels.typing import RHK, RHV, SHK, SHV, Scalar
 
 
-class Tiling(NamedTuple):
-    block_rows: int | None  # None: all
+class KeyLoop(NamedTuple):
+    """How the loop over blocks of keys runs.
+
+    Attributes:
+      block_rows: rows of a tile; None takes all.
+      block_keys: keys of a block.
+      skip: visit only the blocks that a tile sees.
+      low_precision: products of 16-bit inputs run in 16 bits (with float32 sums); else in float32.
+    """
+
+    block_rows: int | None
     block_keys: int
-    skip: bool  # visit only the blocks that a tile sees
-    low_precision: (
-        bool  # products of 16-bit inputs run in 16 bits (with float32 sums); otherwise in float32
-    )
+    skip: bool
+    low_precision: bool
 
 
-def tiling() -> Tiling:
+def loop_sizes() -> KeyLoop:
+    """Sizes for the current device."""
     if device.current().platform == "cpu":
-        return Tiling(128, 256, skip=True, low_precision=False)
-    return Tiling(None, 1024, skip=False, low_precision=True)
+        return KeyLoop(128, 256, skip=True, low_precision=False)
+    return KeyLoop(None, 1024, skip=False, low_precision=True)
 
 
-class _Rows(NamedTuple):
+class RowTile(NamedTuple):
     """What is known of the rows of a tile."""
 
-    q_RHK: Array
+    q_RHK: RHK
     keys: KeyIntervals
-    place_R: Any
-    time_R: Any
+    place_R: Int[Array, " R"] | None
+    time_R: Int[Array, " R"] | None
+
+
+def unsupported(spec: AttentionSpec) -> None:
+    """Nothing: any call is taken."""
 
 
 def attention(
-    q_RHK: Float[Array, "R H K"],
-    k_SHK: Float[Array, "S H K"],
-    v_SHV: Float[Array, "S H V"],
+    q_RHK: RHK,
+    k_SHK: SHK,
+    v_SHV: SHV,
     keys: KeyIntervals,
     *,
     alpha: float,
     scale: float,
-    own: tuple[Array, Array] | None,
+    own: tuple[RHK, RHV] | None,
     bias: RelativeBias | None,
-    place_R: Any,
-) -> Float[Array, "R H V"]:
+    place_R: Int[Array, " R"] | None,
+) -> RHV:
     """See `cached_attention`."""
     sum_RHV = _sums(q_RHK, k_SHK, v_SHV, keys, alpha, bias, place_R)
     if own is not None:
@@ -59,27 +76,27 @@ def attention(
 
 
 def _sums(
-    q_RHK: Array,
-    k_SHK: Array,
-    v_SHV: Array,
+    q_RHK: RHK,
+    k_SHK: SHK,
+    v_SHV: SHV,
     keys: KeyIntervals,
     alpha: float,
     bias: RelativeBias | None,
-    place_R: Any,
-) -> Float[Array, "R H V"]:
+    place_R: Int[Array, " R"] | None,
+) -> RHV:
     """What the cached keys give, float32."""
-    sizes, rows = tiling(), q_RHK.shape[0]
+    sizes, rows = loop_sizes(), q_RHK.shape[0]
     time_R = None if bias is None else bias.query_timestamps
-    all_rows = _Rows(q_RHK, keys, place_R, time_R)
+    all_rows = RowTile(q_RHK, keys, place_R, time_R)
 
-    def tile(part: _Rows) -> Array:
+    def tile(part: RowTile) -> Float[Array, "r H V"]:
         return _tile(sizes, part, k_SHK, v_SHV, alpha, bias)
 
     if sizes.block_rows is None or rows <= sizes.block_rows:
         return tile(all_rows)
     size = sizes.block_rows
 
-    def cut(x: Array) -> Array:
+    def cut(x: Shaped[Array, "R ..."]) -> Shaped[Array, "tiles r ..."]:
         x = jnp.pad(x, [(0, -rows % size)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(-1, size, *x.shape[1:])
 
@@ -87,8 +104,12 @@ def _sums(
 
 
 def _own(
-    q_RHK: Array, k_RHK: Array, v_RHV: Array, alpha: float, bias: RelativeBias | None
-) -> Float[Array, "R H V"]:
+    q_RHK: RHK,
+    k_RHK: RHK,
+    v_RHV: RHV,
+    alpha: float,
+    bias: RelativeBias | None,
+) -> RHV:
     """What each row's own key gives it, float32."""
     score_RH1 = alpha * jnp.sum(
         q_RHK.astype(jnp.float32) * k_RHK.astype(jnp.float32), axis=2, keepdims=True
@@ -101,18 +122,27 @@ def _own(
 
 
 def _tile(
-    sizes: Tiling, rows: _Rows, k_SHK: Array, v_SHV: Array, alpha: float, bias: RelativeBias | None
-) -> Array:
+    sizes: KeyLoop,
+    rows: RowTile,
+    k_SHK: SHK,
+    v_SHV: SHV,
+    alpha: float,
+    bias: RelativeBias | None,
+) -> RHV:
     """The sums of a tile's rows, float32."""
+    position, time, key_times = None, None, None
+    if bias is not None:
+        position, time, key_times = bias.position_table, bias.time_table, bias.timestamps
     num_keys, size = k_SHK.shape[0], min(sizes.block_keys, k_SHK.shape[0])
     q_RHK = rows.q_RHK if sizes.low_precision else rows.q_RHK.astype(jnp.float32)
-    first, blocks, gap = _blocks(rows.keys, size) if sizes.skip else (0, -(-num_keys // size), None)
+    every = (0, -(-num_keys // size), None)
+    first, blocks, gap = visited_blocks(rows.keys, size) if sizes.skip else every
 
-    def step(i: Array, sum_RHV: Array) -> Array:
+    def step(i: Scalar, sum_RHV: RHV) -> RHV:
         block = i + first
         if gap is not None:
             block = jnp.where(block >= gap[0], block - gap[0] + gap[1], block)
-        # The last block is moved to end with the buffer; what the one before has had already is masked.
+        # The last block is moved to end with the buffer; keys of the block before are masked.
         start = jnp.minimum(block * size, num_keys - size)
         k_bHK, v_bHV = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (k_SHK, v_SHV))
         if not sizes.low_precision:
@@ -124,14 +154,11 @@ def _tile(
         score_HRb = alpha * jnp.einsum(
             "rhd,khd->hrk", q_RHK, k_bHK, preferred_element_type=jnp.float32
         )
-        if bias is not None and bias.position_table is not None:
-            score_HRb += position_bias(bias.position_table, key_1b - rows.place_R[:, None])[None]
-        if bias is not None and bias.time_table is not None:
-            time_b = jax.lax.dynamic_slice_in_dim(bias.timestamps, start, size)
-            bucket_Rb = time_buckets(
-                rows.time_R[:, None] - time_b[None, :], bias.time_table.shape[0]
-            )
-            score_HRb += bias.time_table.astype(jnp.float32)[bucket_Rb][None]
+        if position is not None and rows.place_R is not None:
+            score_HRb += position_bias(position, key_1b - rows.place_R[:, None])[None]
+        if time is not None and key_times is not None and rows.time_R is not None:
+            time_b = jax.lax.dynamic_slice_in_dim(key_times, start, size)
+            score_HRb += time_bias(time, rows.time_R[:, None] - time_b[None, :])[None]
         weight_HRb = jnp.where(seen_Rb[None], jax.nn.silu(score_HRb), 0.0).astype(v_bHV.dtype)
         return sum_RHV + jnp.einsum(
             "hrk,khd->rhd", weight_HRb, v_bHV, preferred_element_type=jnp.float32
@@ -142,15 +169,16 @@ def _tile(
     )
 
 
-def _blocks(keys: KeyIntervals, size: int) -> tuple[Array, Array, tuple[Array, Array]]:
-    """The blocks that a tile sees: the first, how many, and the gap (start, end) between those of its two slots, empty where they meet or overlap."""
+def visited_blocks(keys: KeyIntervals, size: int) -> tuple[Scalar, Scalar, tuple[Scalar, Scalar]]:
+    """The blocks that a tile sees: the first, how many, and a gap (start, end).
 
-    def hull(lo: Array, hi: Array) -> tuple[Array, Array]:
+    The gap is between the blocks of the two slots; it is empty where they meet or overlap.
+    """
+
+    def hull(lo: Int[Array, " R"], hi: Int[Array, " R"]) -> tuple[Scalar, Scalar]:
         some = hi > lo
-        first, last = (
-            jnp.min(jnp.where(some, lo, 2**30)) // size,
-            -(-jnp.max(jnp.where(some, hi, 0)) // size),
-        )
+        first = jnp.min(jnp.where(some, lo, FAR)) // size
+        last = -(-jnp.max(jnp.where(some, hi, 0)) // size)
         return first, jnp.maximum(last, 0)
 
     (first0, last0), (first1, last1) = hull(keys.lo0, keys.hi0), hull(keys.lo1, keys.hi1)

@@ -1,11 +1,21 @@
 """HSTU attention over flat jagged buffers."""
 
-from kernels.hstu_attention.api import (
+from kernels.hstu_attention.api import hstu_attention, implementations, prepare_plan
+from kernels.hstu_attention.plan import (
     AttentionPlan,
-    RelativeBias,
-    hstu_attention,
-    implementations,
+    AttentionSpec,
     make_plan,
+    plan_of_intervals,
 )
+from kernels.hstu_attention.relative_bias import RelativeBias
 
-__all__ = ["AttentionPlan", "RelativeBias", "hstu_attention", "implementations", "make_plan"]
+__all__ = [
+    "AttentionPlan",
+    "AttentionSpec",
+    "RelativeBias",
+    "hstu_attention",
+    "implementations",
+    "make_plan",
+    "plan_of_intervals",
+    "prepare_plan",
+]

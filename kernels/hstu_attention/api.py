@@ -1,199 +1,178 @@
-"""HSTU attention over flat jagged buffers: the public function, its checks and its choice of implementation."""
+"""HSTU attention over flat jagged buffers: the public function, its checks, its implementations."""
 
-import functools
-import importlib
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from kernels import device, dispatch
-from kernels.hstu_attention.plan import AttentionPlan, make_plan
+from kernels import dispatch
+from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec, make_plan
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import AttentionMask
+from kernels.typing import QHK, QHV, SHK, SHV, THV
 
-__all__ = [
-    "AttentionPlan",
-    "RelativeBias",
+# `reference` runs only by name: its memory is O(T^2). So does `mosaic_fp8`: it rounds.
+_OP = dispatch.Op[AttentionSpec](
     "hstu_attention",
-    "implementations",
-    "make_plan",
-    "prepare_plan",
-]
-
-_FILES = {
-    "mosaic": "mosaic.forward",
-    "mosaic_fp8": "mosaic.fp8",
-    "triton": "triton.attention",
-    "xla": "xla",
-    "reference": "reference",
-}
-# Tried in this order where no implementation is named; `reference` runs only by name, its memory is O(T^2), and so does `mosaic_fp8`, it rounds.
-_ORDER = {"cpu": ("xla",), "tpu": ("xla",), "gpu": ("mosaic", "triton", "xla")}
+    modules={
+        "mosaic": "kernels.hstu_attention.mosaic.attention",
+        "mosaic_fp8": "kernels.hstu_attention.mosaic_fp8.attention",
+        "triton": "kernels.hstu_attention.triton.attention",
+        "xla": "kernels.hstu_attention.xla",
+        "reference": "kernels.hstu_attention.reference",
+    },
+    order={"gpu": ("mosaic", "triton", "xla")},
+)
 
 
-@functools.cache
 def implementations() -> dict[str, str]:
-    """Names of the implementations that are here, with their modules."""
-    return dispatch.installed(
-        {name: f"kernels.hstu_attention.{file}" for name, file in _FILES.items()}
-    )
+    """Names of the implementations, with their modules."""
+    return dict(_OP.modules)
 
 
 def hstu_attention(
-    q_THK: Shaped[
-        Any, "..."
-    ],  # shapes and dtypes are checked below, with errors that name the remedy
-    k_THK: Shaped[Any, "..."],
-    v_THV: Shaped[Any, "..."],
-    offsets: Int[Any, "..."],
+    # Shapes and dtypes are checked below, with errors that name the remedy.
+    q_THK: Shaped[Array | np.ndarray, "..."],
+    k_THK: Shaped[Array | np.ndarray, "..."],
+    v_THV: Shaped[Array | np.ndarray, "..."],
+    offsets: Int[ArrayLike, "..."],
     *,
     mask: AttentionMask = AttentionMask(),  # noqa: B008 - frozen
-    num_targets: Any = None,
-    num_contextual: Any = None,
+    num_targets: Int[ArrayLike, "..."] | None = None,
+    num_contextual: Int[ArrayLike, "..."] | None = None,
     alpha: float | int | np.generic | np.ndarray,
-    scale: Any,
+    scale: ArrayLike,
     bias: RelativeBias | None = None,
     implementation: str | Sequence[str] | None = None,
     plan: AttentionPlan | None = None,
     deterministic: bool = False,
-) -> Float[Array, "T H V"]:
-    """`o_t = scale_t * sum over allowed k of silu(alpha * q_t . k_k + bias_tk) * v_k` (HSTU, arXiv 2402.17152, equation 2; no softmax).
+) -> THV:
+    """`o_t = scale_t * sum over allowed k of silu(alpha * q_t . k_k + bias_tk) * v_k`.
 
-    Differentiable in q, k, v and the bias tables; sums are in float32 whatever the dtype of q, k, v, which the output has too.
-    Rows of padding come out 0, get zero gradients, and may hold NaN.
+    HSTU, arXiv 2402.17152, equation 2; there is no softmax. Differentiable in q, k, v and the bias
+    tables; sums are in float32 whatever the dtype of q, k, v, which the output has too. Rows of
+    padding come out 0, get zero gradients, and may hold NaN.
 
     Args:
-      q_THK, k_THK, v_THV: flat jagged buffers [T, H, K], [T, H, K], [T, H, V] of one dtype: float32, bfloat16 or float16.
-      offsets: int32[B+1], ascending from 0; sequence b owns rows offsets[b]:offsets[b+1]; offsets[B] <= T. Checked where concrete; a traced
-        value that breaks this gives undefined results.
+      q_THK, k_THK, v_THV: flat jagged buffers [T, H, K], [T, H, K], [T, H, V] of one dtype:
+        float32, bfloat16 or float16.
+      offsets: int32[B+1], ascending from 0; sequence b owns rows offsets[b]:offsets[b+1];
+        offsets[B] <= T. Checked where concrete; a traced value that breaks this gives undefined
+        results.
       mask: who attends to whom.
-      num_targets, num_contextual: int32[B] or None; their sum at most the sequence's length (checked where concrete, clamped where traced).
+      num_targets, num_contextual: int32[B] or None; their sum at most the sequence's length
+        (checked where concrete, clamped where traced).
       alpha: factor on the scores.
-      scale: factor on the outputs, a constant (1 / N) or float[T], one a row. No gradient flows to it.
+      scale: factor on the outputs, a constant (1 / N) or float[T], one a row. No gradient flows to
+        it.
       bias: relative bias, added to the scores inside the SiLU.
-      implementation: a name, which never falls back; a sequence, tried in order; None, the order of the platform.
-      plan: of `make_plan` with the same mask and batch; saves recomputing it in every layer.
-      deterministic: gradients with the same bits on every run. `mosaic` then makes that of q in a pass of its own; `triton` (with a bias) and `xla` on a
-        GPU cannot. Outputs of the kernels, and everything on CPU, have the same bits anyhow.
+      implementation: a name, which never falls back; a sequence, tried in order; None, the order
+        of the platform.
+      plan: of `make_plan` with the same mask and batch, which saves recomputing it in every layer;
+        or of `plan_of_intervals`, for a mask of your own.
+      deterministic: gradients with the same bits on every run. `mosaic` then makes that of q in a
+        pass of its own; `triton` (with a bias) and `xla` on a GPU cannot. Outputs of the kernels,
+        and everything on CPU, have the same bits anyhow.
 
     Raises:
       ValueError: inputs that no implementation could take.
-      NotImplementedError: the named implementation cannot take these inputs, or none can; with the reasons.
+      NotImplementedError: the named implementation cannot take these inputs, or none can; with the
+        reasons.
     """
     _check_arrays(q_THK, k_THK, v_THV)
-    rows = q_THK.shape[0]
+    rows, heads, k_width = q_THK.shape
     _check_batch(offsets, rows, num_targets, num_contextual)
-    scale = _check_scale(scale, rows)
+    factor = _checked_scale(scale, rows)
     if bias is not None:
         _check_bias(bias, rows)
     if plan is None:
         plan = make_plan(mask, offsets, rows, num_targets, num_contextual)
     elif plan.num_rows != rows:
         raise ValueError(
-            f"plan was made for {plan.num_rows} rows, q has {rows}; make it with make_plan(..., num_rows={rows})"
+            f"plan was made for {plan.num_rows} rows, q has {rows}; make it with "
+            f"make_plan(..., num_rows={rows})"
         )
     elif plan.mask != mask:
         raise ValueError(
             f"plan was made for {plan.mask}, the call names {mask}; pass the same mask to both"
         )
 
-    def run(module: Any) -> Array:
+    def run(module: ModuleType) -> Array:
         return module.attention(
             q_THK,
             k_THK,
             v_THV,
             plan,
             alpha=float(alpha),
-            scale=scale,
+            scale=factor,
             bias=bias,
             deterministic=deterministic,
         )
 
-    return dispatch.call(
-        "hstu_attention", implementations(), _platform_order(), implementation, run
+    spec = AttentionSpec(
+        q_THK.dtype, heads, k_width, v_THV.shape[2], bias is not None, deterministic
     )
+    return _OP.call(implementation, spec, run)
 
 
-def attend_apart(
-    q_QHK: Float[Array, "Q H K"],
-    k_SHK: Float[Array, "S H K"],
-    v_SHV: Float[Array, "S H V"],
+def attention_apart(
+    q_QHK: QHK,
+    k_SHK: SHK,
+    v_SHV: SHV,
     plan: AttentionPlan,
     *,
     alpha: float,
-    scale: Any,
+    scale: ArrayLike,
     implementation: str | Sequence[str] | None,
-) -> Float[Array, "Q H V"]:
-    """`hstu_attention` of the rows from `plan.first_row` on, for `plan.num_keys` keys. Kernels that cannot tell rows from keys get zeros for what is
-    missing.
+) -> QHV:
+    """`hstu_attention` of the rows from `plan.first_row` on, for `plan.num_keys` keys.
+
+    Kernels that cannot tell rows from keys get zeros for what is missing.
 
     Args:
       scale: a constant or one value a row, [Q].
     """
-    num_rows, first, missing = q_QHK.shape[0], plan.first_row, plan.num_rows - plan.num_keys
-    scale = _check_scale(scale, num_rows)
+    (num_rows, heads, k_width), first = q_QHK.shape, plan.first_row
+    factor = _checked_scale(scale, num_rows)
 
-    def run(module: Any) -> Array:
+    def run(module: ModuleType) -> Array:
         if getattr(module, "ROWS_APART", False):
-            return module.attention(q_QHK, k_SHK, v_SHV, plan, alpha=alpha, scale=scale, bias=None)
+            return module.attention(q_QHK, k_SHK, v_SHV, plan, alpha=alpha, scale=factor, bias=None)
+        missing = plan.num_rows - plan.num_keys
         q = jnp.pad(q_QHK, ((first, 0), (0, 0), (0, 0)))
         k, v = (jnp.pad(x, ((0, missing), (0, 0), (0, 0))) for x in (k_SHK, v_SHV))
-        factors = jnp.pad(scale, (first, 0)) if scale.ndim else scale
+        factors = jnp.pad(factor, (first, 0)) if factor.ndim else factor
         return module.attention(q, k, v, plan.joined, alpha=alpha, scale=factors, bias=None)[first:]
 
-    return dispatch.call(
-        "hstu_attention", implementations(), _platform_order(), implementation, run
-    )
+    spec = AttentionSpec(q_QHK.dtype, heads, k_width, v_SHV.shape[2])
+    return _OP.call(implementation, spec, run)
 
 
 def prepare_plan(
     plan: AttentionPlan,
-    implementation: Any,
-    *,
-    dtype: Any,
-    heads: int,
-    k_width: int,
-    v_width: int,
-    biased: bool = False,
+    spec: AttentionSpec,
+    implementation: str | Sequence[str] | None = None,
 ) -> AttentionPlan:
-    """The plan with the lists of work that `mosaic` would otherwise make again in every call, if it is the implementation of these calls.
+    """The plan with what the implementation of such calls would otherwise make in each of them.
 
     Args:
+      spec: of the calls.
       implementation: as in `hstu_attention`.
-      dtype, heads, k_width, v_width: of q, k and v.
-      biased: whether the calls have a relative bias.
     """
-    named = isinstance(implementation, str)
-    names = (
-        [implementation]
-        if named
-        else list(_platform_order() if implementation is None else implementation)
-    )
-    if names[:1] != ["mosaic"] or not (named or device.current().is_hopper):
-        return plan
-    mosaic = importlib.import_module(implementations()["mosaic"])
-    if mosaic.unsupported(jnp.dtype(dtype), k_width, v_width, biased or None) is not None:
-        return plan
-    return mosaic.prepare(plan, heads, k_width, v_width)
+    module = _OP.first_supported(implementation, spec)
+    return plan if module is None else module.prepare(plan, spec)
 
 
-def _platform_order() -> list[str]:
-    return [
-        name
-        for name in _ORDER.get(device.current().platform, ("xla",))
-        if name in implementations()
-    ]
-
-
-def _check_arrays(q: Array, k: Array, v: Array) -> None:
+def _check_arrays(q: Array | np.ndarray, k: Array | np.ndarray, v: Array | np.ndarray) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(
-                f"{name} must be [T, H, width], got shape {x.shape}; a flat jagged buffer has no batch axis"
+                f"{name} must be [T, H, width], got shape {x.shape}; "
+                "a flat jagged buffer has no batch axis"
             )
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize not in (2, 4):
             raise ValueError(f"{name} has dtype {x.dtype}; cast it to float32, bfloat16 or float16")
@@ -205,11 +184,16 @@ def _check_arrays(q: Array, k: Array, v: Array) -> None:
         raise ValueError(f"q, k, v mix dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
 
 
-def _concrete(x: Any) -> np.ndarray | None:
+def _concrete(x: ArrayLike | None) -> np.ndarray | None:
     return None if x is None or isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
-def _check_batch(offsets: Any, rows: int, num_targets: Any, num_contextual: Any) -> None:
+def _check_batch(
+    offsets: ArrayLike,
+    rows: int,
+    num_targets: ArrayLike | None,
+    num_contextual: ArrayLike | None,
+) -> None:
     if np.ndim(offsets) != 1 or np.shape(offsets)[0] < 1:
         raise ValueError(f"offsets must be int32[B+1], got shape {np.shape(offsets)}")
     batch = np.shape(offsets)[0] - 1
@@ -217,7 +201,8 @@ def _check_batch(offsets: Any, rows: int, num_targets: Any, num_contextual: Any)
     for name, count in counts.items():
         if count is not None and np.shape(count) != (batch,):
             raise ValueError(
-                f"{name} must be int32[B] with B = {batch} from offsets, got shape {np.shape(count)}"
+                f"{name} must be int32[B] with B = {batch} from offsets, "
+                f"got shape {np.shape(count)}"
             )
     known = _concrete(offsets)
     if known is None:
@@ -225,11 +210,13 @@ def _check_batch(offsets: Any, rows: int, num_targets: Any, num_contextual: Any)
     lengths = np.diff(known)
     if known[0] != 0 or (lengths < 0).any():
         raise ValueError(
-            f"offsets must start at 0 and never fall, got {known.tolist()[:20]}; they are cumulative lengths"
+            f"offsets must start at 0 and never fall, got {known.tolist()[:20]}; "
+            "they are cumulative lengths"
         )
     if known[-1] > rows:
         raise ValueError(
-            f"offsets end at {known[-1]} but the buffers have only {rows} rows; raise the capacity T or drop sequences"
+            f"offsets end at {known[-1]} but the buffers have only {rows} rows; "
+            "raise the capacity T or drop sequences"
         )
     total = np.zeros(batch, np.int64)
     for name, count in counts.items():
@@ -244,11 +231,12 @@ def _check_batch(offsets: Any, rows: int, num_targets: Any, num_contextual: Any)
     if over.size:
         b = over[0]
         raise ValueError(
-            f"sequence {b} has {lengths[b]} rows but {total[b]} targets and contextual tokens; lower num_targets or num_contextual"
+            f"sequence {b} has {lengths[b]} rows but {total[b]} targets and contextual tokens; "
+            "lower num_targets or num_contextual"
         )
 
 
-def _check_scale(scale: Any, rows: int) -> Any:
+def _checked_scale(scale: ArrayLike, rows: int) -> Float[Array, "..."]:
     if np.shape(scale) not in ((), (rows,)):
         raise ValueError(
             f"scale must be a constant or one value a row, [{rows}], got shape {np.shape(scale)}"
@@ -267,11 +255,13 @@ def _check_bias(bias: RelativeBias, rows: int) -> None:
             np.ndim(table) != 1 or not jnp.issubdtype(table.dtype, jnp.floating)
         ):
             raise ValueError(
-                f"RelativeBias.{name} must be one-dimensional and floating, got {table.dtype}{list(np.shape(table))}"
+                f"RelativeBias.{name} must be one-dimensional and floating, "
+                f"got {table.dtype}{list(np.shape(table))}"
             )
-    if bias.position_table is not None and np.shape(bias.position_table)[0] % 2 == 0:
+    position = bias.position_table
+    if position is not None and position.shape[0] % 2 == 0:
         raise ValueError(
-            f"RelativeBias.position_table has an odd length 2N - 1, got {np.shape(bias.position_table)[0]}"
+            f"RelativeBias.position_table has an odd length 2N - 1, got {position.shape[0]}"
         )
     if bias.time_table is not None:
         for name in ("timestamps", "query_timestamps"):

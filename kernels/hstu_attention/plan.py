@@ -1,51 +1,96 @@
-"""What a mask means for one batch: key intervals and tile bounds, computed once and shared by all layers."""
+"""A batch's plan: who sees whom, and what follows from that, made once and shared by all layers."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array
 
-from kernels import mask as masks
-from kernels.mask import AttentionMask, KeyIntervals, RowIntervals, TileBounds
+from kernels.jagged import Counts, Rows
+from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
+from kernels.tiles import TileBounds, tile_bounds
+from kernels.typing import Leaf, Scalar
+
+Arrays = Array | tuple[Array, ...]
+
+
+class AttentionSpec(NamedTuple):
+    """What is known of attention calls before their arrays are: kernels are chosen and sized by it.
+
+    Attributes:
+      dtype: of q, k and v.
+      heads, k_width, v_width: H, K and V.
+      biased: whether the calls have a relative bias.
+      deterministic: as in `hstu_attention`.
+    """
+
+    dtype: DTypeLike
+    heads: int
+    k_width: int
+    v_width: int
+    biased: bool = False
+    deterministic: bool = False
+
+
+class Derived[V: Arrays](abc.ABC):
+    """A key for arrays that follow from a plan. Subclasses are frozen dataclasses."""
+
+    @abc.abstractmethod
+    def make(self, plan: "AttentionPlan") -> V:
+        """Computes the arrays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSizes(Derived[TileBounds]):
+    """The bounds of tiles of `block_q` rows and of `block_k` keys. Making them is O(T) work."""
+
+    block_q: int
+    block_k: int
+
+    def make(self, plan: "AttentionPlan") -> TileBounds:
+        num_real = plan.num_real if plan.own_keys else 0
+        return tile_bounds(
+            plan.keys, plan.rows, num_real, self.block_q, self.block_k, plan.first_row
+        )
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["keys", "rows", "num_real", "stored"],
-    meta_fields=["mask", "sequences", "plain", "first_row", "own_keys"],
+    meta_fields=["mask", "sequences", "plain", "first_row", "own_keys", "stored_keys"],
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """A pytree; `make_plan` makes it, kernels read it.
+    """A pytree that kernels read. `make_plan` and `plan_of_intervals` make it.
 
     Attributes:
-      keys: which keys each row sees (`KeyIntervals`).
-      rows: which rows see each key (`RowIntervals`).
-      num_real: int32 scalar, rows in use; the rest is padding.
-      stored: tile bounds computed beforehand, by "block_q x block_k".
-      mask: the rules all this came from.
+      keys: which keys each row sees.
+      rows: which rows see each key.
+      num_real: rows in use; the rest is padding.
+      mask: the rules that keys and rows came from; kernels choose sizes by it.
       sequences: B, empty ones included.
       plain: no targets and no contextual tokens were named.
-      first_row: place of the first row that sees anything; before it there are only keys (see `partial`).
+      first_row: the first row that sees anything; before it there are only keys (see `partial`).
       own_keys: whether the rows are keys, too.
+      stored, stored_keys: what `find` need not make again.
     """
 
-    keys: Any
-    rows: Any
-    num_real: Any
-    stored: Any
+    keys: Leaf[KeyIntervals]
+    rows: Leaf[RowIntervals]
+    num_real: Leaf[Scalar]
     mask: AttentionMask
     sequences: int
     plain: bool
     first_row: int = 0
     own_keys: bool = True
-
-    @property
-    def intervals(self) -> KeyIntervals:
-        return self.keys
+    stored: Leaf[tuple[Arrays, ...]] = ()
+    stored_keys: tuple[Derived, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -53,8 +98,11 @@ class AttentionPlan:
 
     @property
     def joined(self) -> "AttentionPlan":
-        """The plan for kernels that want rows of zeros in the places before `first_row`, and as many keys as rows."""
-        return dataclasses.replace(self, first_row=0, own_keys=True, stored={})
+        """The plan for kernels that want as many keys as rows.
+
+        Rows of zeros take the places before `first_row`.
+        """
+        return dataclasses.replace(self, first_row=0, own_keys=True, stored=(), stored_keys=())
 
     @property
     def num_keys(self) -> int:
@@ -63,35 +111,38 @@ class AttentionPlan:
     @property
     def rows_in_one_piece(self) -> bool:
         """Whether the rows that see a key are sure to be one interval, for every key."""
-        return self.plain and (
-            self.mask.window is None or not (self.mask.full_rows or self.mask.prefix)
+        return self.plain and self.mask.in_one_piece
+
+    def find[V: Arrays](self, key: Derived[V]) -> V:
+        """What `key` stands for: stored, else made here."""
+        if key in self.stored_keys:
+            return cast(V, self.stored[self.stored_keys.index(key)])
+        return key.make(self)
+
+    def storing[V: Arrays](self, keys: Sequence[Derived[V]], made: Sequence[V]) -> "AttentionPlan":
+        """The plan with these arrays stored, so that every later call finds them."""
+        new = {
+            key: arrays
+            for key, arrays in zip(keys, made, strict=True)
+            if key not in self.stored_keys
+        }
+        return dataclasses.replace(
+            self,
+            stored=(*self.stored, *new.values()),
+            stored_keys=(*self.stored_keys, *new),
         )
 
     def tile_bounds(self, block_q: int, block_k: int) -> TileBounds:
-        """Bounds for these tile sizes: the stored ones, else computed here, O(T) work."""
-        found = self.stored.get(f"{block_q}x{block_k}")
-        return (
-            masks.tile_bounds(
-                self.keys,
-                self.rows,
-                self.num_real if self.own_keys else 0,
-                block_q,
-                block_k,
-                self.first_row,
-            )
-            if found is None
-            else found
-        )
+        """Bounds for these tile sizes."""
+        return self.find(TileSizes(block_q, block_k))
 
 
 def make_plan(
     mask: AttentionMask,
-    offsets: Any,
+    offsets: ArrayLike,
     num_rows: int,
-    num_targets: Any = None,
-    num_contextual: Any = None,
-    *,
-    tiles: Sequence[tuple[int, int]] = (),
+    num_targets: ArrayLike | Counts = None,
+    num_contextual: ArrayLike | Counts = None,
 ) -> AttentionPlan:
     """The plan of a batch. Works under `jit` with traced offsets.
 
@@ -100,11 +151,80 @@ def make_plan(
       offsets: int32[B+1].
       num_rows: T, the capacity of the buffer.
       num_targets, num_contextual: int32[B] or None.
-      tiles: (block_q, block_k) sizes whose bounds are computed now; others are computed where they are asked for.
     """
     offsets = jnp.asarray(offsets, jnp.int32)
-    keys: KeyIntervals = mask.intervals(offsets, num_rows, num_targets, num_contextual)
-    rows: RowIntervals = mask.row_intervals(offsets, num_rows, num_targets, num_contextual)
-    stored = {f"{bq}x{bk}": masks.tile_bounds(keys, rows, offsets[-1], bq, bk) for bq, bk in tiles}
-    plain = num_targets is None and num_contextual is None
-    return AttentionPlan(keys, rows, offsets[-1], stored, mask, offsets.shape[0] - 1, plain)
+    counts = (None if x is None else jnp.asarray(x) for x in (num_targets, num_contextual))
+    where = Rows.of(offsets, num_rows, *counts)
+    return AttentionPlan(
+        keys=mask.keys_of(where),
+        rows=mask.rows_of(where),
+        num_real=offsets[-1],
+        mask=mask,
+        sequences=offsets.shape[0] - 1,
+        plain=num_targets is None and num_contextual is None,
+    )
+
+
+def plan_of_intervals(
+    keys: KeyIntervals,
+    rows: RowIntervals | None = None,
+    num_real: int | Scalar | None = None,
+) -> AttentionPlan:
+    """The plan of a mask of your own, which no `AttentionMask` describes.
+
+    Pass it to `hstu_attention`, with the default `mask`:
+
+        keys = KeyIntervals.from_dense(allowed_TT)
+        hstu_attention(q, k, v, offsets, plan=plan_of_intervals(keys), alpha=..., scale=...)
+
+    Args:
+      keys: for each row two disjoint intervals of keys, which leave out the row itself; every real
+        row sees itself. `KeyIntervals.from_dense` makes them from a matrix.
+      rows: the same transposed, for batches that are traced. None derives them from `keys` on the
+        host, in O(T^2) memory, and checks both.
+      num_real: rows in use; the rest is padding. None: all.
+
+    Raises:
+      ValueError: intervals that overlap, hold their own row or touch padding; or a key whose rows
+        are no intervals as `RowIntervals` has them. The message names the first row or key.
+    """
+    num_real = keys.lo0.shape[0] if num_real is None else num_real
+    if rows is None:
+        rows = _transposed(keys, int(num_real))
+    return AttentionPlan(
+        keys=keys,
+        rows=rows,
+        num_real=jnp.asarray(num_real, jnp.int32),
+        mask=AttentionMask(),
+        sequences=1,
+        plain=False,
+    )
+
+
+def _transposed(keys: KeyIntervals, num_real: int) -> RowIntervals:
+    seen_TT = np.asarray(keys.dense(0))  # without the diagonal
+    row_T = np.arange(len(seen_TT))
+    lo0, hi0, lo1, hi1 = (np.asarray(x) for x in keys)
+    overlap_T = np.maximum(hi0 - lo0, 0) + np.maximum(hi1 - lo1, 0) > seen_TT.sum(1)
+    padding_T = np.where(row_T < num_real, seen_TT[:, num_real:].any(1), seen_TT.any(1))
+    for wrong_T, problem in (
+        (overlap_T, "are not disjoint intervals inside the buffer"),
+        (seen_TT.diagonal(), "hold the row itself, which sees itself anyhow; leave it out"),
+        (padding_T, f"touch padding, which begins at row {num_real}"),
+    ):
+        if wrong_T.any():
+            raise ValueError(f"the intervals of row {wrong_T.argmax()} {problem}")
+    edges = np.diff(np.pad(seen_TT.T.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    out = np.zeros((6, len(seen_TT)), np.int32)
+    for key, edge in enumerate(edges):
+        starts, ends = np.flatnonzero(edge == 1), np.flatnonzero(edge == -1)
+        for lo, hi in zip(starts, ends, strict=True):
+            slot = 0 if lo < key else 2 if lo == key + 1 else 4
+            if out[slot + 1, key]:
+                raise ValueError(
+                    f"key {key} is seen by {len(starts)} intervals of rows that begin at "
+                    f"{starts.tolist()}; the kernels take one before the key, one right behind "
+                    "it, and one later on"
+                )
+            out[slot : slot + 2, key] = lo, hi
+    return RowIntervals(*(jnp.asarray(x) for x in out))

@@ -1,17 +1,19 @@
-"""The relative bias of HSTU: a table over distances in position plus a table over log-time buckets, shared by the heads.
+"""The relative bias of HSTU: a table over distances in position plus one over log-time buckets.
 
-Source: the published research code of HSTU (arXiv 2402.17152): `bias[i, j] = position_table[N - 1 + j - i] + time_table[bucket(i, j)]`.
+Heads share the tables. Source: the published research code of HSTU (arXiv 2402.17152):
+`bias[i, j] = position_table[N - 1 + j - i] + time_table[bucket(i, j)]`.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from kernels.typing import Leaf, PerRow, PositionTable, TimeTable
 
 BUCKET_WIDTH = 0.301  # of natural log seconds; the published constant
 
@@ -23,40 +25,50 @@ BUCKET_WIDTH = 0.301  # of natural log seconds; the published constant
 )
 @dataclasses.dataclass(frozen=True)
 class RelativeBias:
-    """Added inside the SiLU. A pytree: fields are typed loosely because JAX rebuilds it around things that are no arrays.
+    """What is added to the scores, inside the SiLU. A pytree. One table at least is given.
 
     Attributes:
-      position_table: float[2N-1] or None; entry N - 1 + key position - query position. Distances beyond it read its ends.
-      time_table: float[n+1] or None; entry `time_buckets(query time - key time)`. One table at least is given.
-      timestamps: int32[T], seconds, of each row as a key; needed with `time_table`.
-      query_timestamps: int32[T], seconds, of each row as a query: the published code takes the time of the row's NEXT event.
+      position_table: entry N - 1 + key position - query position; the ends serve distances beyond.
+      time_table: entry `time_buckets(query time - key time)`.
+      timestamps: seconds, of each row as a key; needed with `time_table`.
+      query_timestamps: seconds, of each row as a query. The published code takes the time of the
+        row's NEXT event.
 
-    Seconds are int32 and so are their differences: all times must lie within 2^31 - 1 seconds (68 years) of one another, as Unix times
-    from 1970 to 2038 do; beyond, the difference wraps and the bucket is wrong.
+    Seconds are int32 and so are their differences. So all times must lie within 2^31 - 1 seconds
+    (68 years) of one another, as Unix times from 1970 to 2038 do; beyond, the difference wraps and
+    the bucket is wrong.
     """
 
-    position_table: Any = None
-    time_table: Any = None
-    timestamps: Any = None
-    query_timestamps: Any = None
+    position_table: Leaf[PositionTable | None] = None  # P = 2N - 1
+    time_table: Leaf[TimeTable | None] = None
+    timestamps: Leaf[PerRow | None] = None
+    query_timestamps: Leaf[PerRow | None] = None
+
+    @property
+    def times(self) -> tuple[Int[Array, " queries"], Int[Array, " keys"]] | None:
+        """Seconds of rows as queries and as keys, where a time table asks for them."""
+        if self.time_table is None or self.timestamps is None or self.query_timestamps is None:
+            return None
+        return self.query_timestamps, self.timestamps
 
     def dense(self, num_rows: int) -> Float[Array, "T T"]:
-        """float32 bias of every (query row, key row) of `num_rows` rows, O(T^2): for references and tests. Meaningless across sequences."""
+        """float32 bias of every (query row, key row), O(T^2): for references and tests.
+
+        It means nothing across sequences.
+        """
         parts = []
         if self.position_table is not None:
             rows = jnp.arange(num_rows)
             # within a sequence the difference of positions is the difference of rows
             parts.append(position_bias(self.position_table, rows[None, :] - rows[:, None]))
-        if self.time_table is not None:
-            gap_TT = self.query_timestamps[:, None] - self.timestamps[None, :]
-            parts.append(
-                self.time_table.astype(jnp.float32)[time_buckets(gap_TT, self.time_table.shape[0])]
-            )
+        if self.time_table is not None and self.times is not None:
+            query_T, key_T = self.times
+            parts.append(time_bias(self.time_table, query_T[:, None] - key_T[None, :]))
         return sum(parts[1:], start=parts[0])
 
 
 def position_bias(
-    position_table: Float[Array, " P"], distance: Int[Array, "..."]
+    position_table: PositionTable, distance: Int[Array, "..."]
 ) -> Float[Array, "..."]:
     """float32 entries of the table for key position - query position."""
     middle = position_table.shape[0] // 2
@@ -65,9 +77,17 @@ def position_bias(
     ]
 
 
+def time_bias(time_table: TimeTable, gap: Int[Array, "..."]) -> Float[Array, "..."]:
+    """float32 entries of the table for query time - key time, in seconds."""
+    return time_table.astype(jnp.float32)[time_buckets(gap, time_table.shape[0])]
+
+
 @functools.cache
 def bucket_starts(num_buckets: int) -> np.ndarray:
-    """int32: the smallest gap in seconds of bucket 0, 1, ...; of buckets that no int32 gap reaches, int32's largest value."""
+    """int32: the smallest gap in seconds of bucket 0, 1, ...
+
+    Buckets that no int32 gap reaches have int32's largest value.
+    """
     largest = int(np.iinfo(np.int32).max)
     starts = [0]
     for bucket in range(1, num_buckets):
@@ -85,7 +105,8 @@ def bucket_starts(num_buckets: int) -> np.ndarray:
 def time_buckets(gap: Int[Array, "..."], num_buckets: int) -> Int[Array, "..."]:
     """`min(floor(ln(max(|gap|, 1)) / 0.301), num_buckets - 1)` for gaps in int32 seconds, exact.
 
-    A float32 logarithm alone may round across an edge; it finds the nearest edge, and integers decide on which side the gap lies.
+    A float32 logarithm alone may round across an edge; it finds the nearest edge, and integers
+    decide on which side the gap lies.
     """
     size = jnp.abs(gap)
     nearest = jnp.round(

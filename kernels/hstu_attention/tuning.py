@@ -1,20 +1,22 @@
-"""Sizes of the GPU kernels, by measurement: `tuning.json`, filled by `python -m scripts.tune_attention`.
+"""Sizes of the GPU kernels, by measurement.
 
-An entry holds for a kind of device, an implementation, the bytes of an element, the head width (the wider of K and V, padded to a power of two), whether
-the mask is causal or windowed, and the length class. What has no entry takes its implementation's heuristic: `triton.heuristic`,
-`mosaic_hopper.forward_config`, `mosaic_hopper_vjp.backward_config`.
+`python -m scripts.tune_attention` fills `tuning.json`. An entry holds for a kind of device, an
+implementation, the bytes of an element, the head width (the wider of K and V, padded to a power of
+two), whether the mask is causal or windowed, and the length class. Calls without an entry take
+their implementation's heuristic: `triton.sizes.heuristic`, `mosaic.forward.forward_config`,
+`mosaic.backward.backward_config`.
 """
 
 import functools
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from kernels import device
-from kernels.hstu_attention.plan import AttentionPlan
+from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec
 
 PATH = pathlib.Path(__file__).with_name("tuning.json")
 KERNELS = {"triton": ("forward", "queries", "keys"), "mosaic": ("forward", "backward")}
@@ -23,9 +25,8 @@ LENGTHS = ("short", "long")
 LONG = 512  # rows of the buffer for each sequence, from which on it is long
 REMEDY = "; make it with python -m scripts.tune_attention"
 
-Sizes = Mapping[
-    str, Mapping[str, int]
-]  # of each kernel, by the names that its implementation gives them
+# By kernel, then by the names that the kernel's implementation gives its sizes.
+Sizes = Mapping[str, Mapping[str, int]]
 
 
 class Key(NamedTuple):
@@ -37,30 +38,27 @@ class Key(NamedTuple):
     length: str
 
 
-def key(implementation: str, dtype: Any, k_width: int, v_width: int, plan: AttentionPlan) -> Key:
-    """Of a call on the current device."""
-    width = 1 << (max(k_width, v_width, 32) - 1).bit_length()
-    windowed = plan.mask.window is not None
+def key(implementation: str, spec: AttentionSpec, plan: AttentionPlan) -> Key:
+    """The key of calls on the current device."""
+    width = 1 << (max(spec.k_width, spec.v_width, 32) - 1).bit_length()
     return Key(
         device.current().kind,
         implementation,
-        jnp.dtype(dtype).itemsize,
+        jnp.dtype(spec.dtype).itemsize,
         width,
-        MASKS[windowed],
+        MASKS[plan.mask.windowed],
         LENGTHS[not is_short(plan)],
     )
 
 
 def is_short(plan: AttentionPlan) -> bool:
-    """Whether the sequences of a batch are short, by the room that they have."""
+    """Whether the sequences of a batch are short, by the rows that there are for each."""
     return plan.num_rows < LONG * max(plan.sequences, 1)
 
 
-def find(
-    implementation: str, dtype: Any, k_width: int, v_width: int, plan: AttentionPlan
-) -> Sizes | None:
-    """Measured sizes for a call on the current device, or None: then the heuristic decides."""
-    return table().get(key(implementation, dtype, k_width, v_width, plan))
+def find(implementation: str, spec: AttentionSpec, plan: AttentionPlan) -> Sizes | None:
+    """Measured sizes for calls on the current device, or None: then the heuristic decides."""
+    return table().get(key(implementation, spec, plan))
 
 
 @functools.cache

@@ -1,12 +1,12 @@
 """Shapes that matter, shared by tests, tuning and benchmarks."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.hstu_attention.plan import AttentionSpec
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import AttentionMask
 
@@ -39,6 +39,20 @@ class Workload:
         return self.capacity or sum(self.lengths)
 
     @property
+    def alpha(self) -> float:
+        """Factor on the scores."""
+        return self.k_width**-0.5
+
+    @property
+    def scale(self) -> float:
+        """Factor on the outputs."""
+        return 1 / self.max_length
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec(self.dtype, self.heads, self.k_width, self.v_width, self.bias)
+
+    @property
     def forward_flops(self) -> float:
         """Useful ones: two products over unmasked pairs."""
         return 2.0 * self.mask.num_pairs(self.lengths) * self.heads * (self.k_width + self.v_width)
@@ -51,19 +65,18 @@ class Workload:
     @property
     def forward_bytes(self) -> int:
         """Read q, k, v and write the output once."""
-        return (
-            2
-            * self.rows
-            * self.heads
-            * (self.k_width + self.v_width)
-            * jnp.dtype(self.dtype).itemsize
-        )
+        entries = 2 * self.rows * self.heads * (self.k_width + self.v_width)
+        return entries * jnp.dtype(self.dtype).itemsize
 
     def offsets(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
 
     def arrays(self, seed: int = 0) -> dict[str, jax.Array]:
-        """Random q, k, v and output cotangent g; drawn in float32, since numbers drawn in bfloat16 are few and their roundings do not average out."""
+        """Random q, k, v and output cotangent g.
+
+        They are drawn in float32: numbers drawn in bfloat16 are few, and their roundings do not
+        average out.
+        """
         keys = jax.random.split(jax.random.key(seed), 4)
         widths = {"q": self.k_width, "k": self.k_width, "v": self.v_width, "g": self.v_width}
         return {
@@ -71,24 +84,16 @@ class Workload:
             for key, (name, width) in zip(keys, widths.items(), strict=True)
         }
 
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of `hstu_attention`."""
-        options: dict[str, Any] = {
-            "mask": self.mask,
-            "alpha": self.k_width**-0.5,
-            "scale": 1 / self.max_length,
-        }
-        if self.bias:
-            rng = np.random.default_rng(1)
-            times = np.cumsum(np.exp(rng.uniform(0, 11, self.rows + 1))).astype(np.int32)
-            tables = (
-                rng.standard_normal(n, dtype=np.float32) * 0.02
-                for n in (2 * self.max_length - 1, 129)
-            )
-            options["bias"] = RelativeBias(
-                *(jnp.asarray(x) for x in (*tables, times[:-1], times[1:]))
-            )
-        return options
+    def relative_bias(self) -> RelativeBias | None:
+        """Random tables and times, where the calls have a bias."""
+        if not self.bias:
+            return None
+        rng = np.random.default_rng(1)
+        times = np.cumsum(np.exp(rng.uniform(0, 11, self.rows + 1))).astype(np.int32)
+        tables = (
+            rng.standard_normal(n, dtype=np.float32) * 0.02 for n in (2 * self.max_length - 1, 129)
+        )
+        return RelativeBias(*(jnp.asarray(x) for x in (*tables, times[:-1], times[1:])))
 
 
 def _uniform_lengths(total: int, longest: int, seed: int) -> tuple[int, ...]:

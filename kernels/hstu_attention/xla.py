@@ -1,112 +1,135 @@
-"""Blockwise HSTU attention in plain XLA: O(T) memory, empty tiles skipped, any width, dtype and device, with the relative bias.
+"""Blockwise HSTU attention in plain XLA, for any width, dtype and device, with the relative bias.
 
-An output is a sum over keys, so the whole work is a flat list of (query tile, key tile) pairs that may be taken in any order. The
-list is never stored: pair number p belongs to the query tile where the running count of key tiles passes p. A loop takes `group`
-pairs a step as one batch of small matrix products; the backward is one more such loop that recomputes the scores (5 products a pair).
+Memory is O(T), and tiles that do not meet are skipped. An output is a sum over keys, so the whole
+work is a flat list of (query tile, key tile) pairs that may be taken in any order. The list is
+never stored: pair number p belongs to the query tile where the running count of key tiles passes p.
+A loop takes `group` pairs a step as one batch of small matrix products. The backward is one more
+such loop that recomputes the scores (5 products a pair).
 
-On CPU the same input gives the same bits. On a GPU partial sums of a tile are added atomically, in an order that varies from run to run.
+On CPU the same input gives the same bits. On a GPU partial sums of a tile are added atomically, in
+an order that varies from run to run.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kernels import device
-from kernels.hstu_attention.plan import AttentionPlan
+from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec
+from kernels.hstu_attention.reference import scaled_rows
 from kernels.hstu_attention.relative_bias import (
     RelativeBias,
     bucket_starts,
     position_bias,
     time_buckets,
 )
-from kernels.mask import TileBounds
+from kernels.tiles import TileBounds
+from kernels.typing import THK, THV, PositionTable, Scalar, Scale, TimeTable
 from kernels.zeros import zeros_after
 
-
-class Tiling(NamedTuple):
-    block: int  # rows and keys of a tile
-    group: int  # pairs of tiles a step
-    low_precision: (
-        bool  # products of 16-bit inputs run in 16 bits (with float32 sums); otherwise in float32
-    )
-    scatter: bool  # sums by bucket scatter; otherwise they compare and reduce
+Tensors = tuple[Float[Array, "n H b K"], Float[Array, "n H b K"], Float[Array, "n H b V"]]
+Tables = tuple[PositionTable | None, TimeTable | None]  # position, time
 
 
-def tiling(num_rows: int) -> Tiling:
-    """Sizes for the current device: on CPU a step's scores stay in cache, on accelerators a step fills the device."""
+class PairLoop(NamedTuple):
+    """How the loop over pairs of tiles runs.
+
+    Attributes:
+      block: rows and keys of a tile.
+      group: pairs of tiles a step.
+      low_precision: products of 16-bit inputs run in 16 bits (with float32 sums); else in float32.
+      scatter: sums by bucket scatter; else they compare and reduce.
+    """
+
+    block: int
+    group: int
+    low_precision: bool
+    scatter: bool
+
+
+def loop_sizes(num_rows: int) -> PairLoop:
+    """Sizes for the current device.
+
+    On CPU a step's scores stay in cache; on accelerators a step fills the device.
+    """
     if device.current().platform == "cpu":
-        return Tiling(block=64, group=16, low_precision=False, scatter=True)
-    return Tiling(
-        block=128, group=min(256, max(8, -(-num_rows // 32))), low_precision=True, scatter=False
-    )
+        return PairLoop(block=64, group=16, low_precision=False, scatter=True)
+    group = min(256, max(8, -(-num_rows // 32)))
+    return PairLoop(block=128, group=group, low_precision=True, scatter=False)
+
+
+def unsupported(spec: AttentionSpec) -> str | None:
+    """Why these calls cannot run on the current device, or None."""
+    if spec.deterministic and device.current().platform == "gpu":
+        return (
+            "xla adds up blocks in no fixed order on a GPU, deterministic=True asks for one; "
+            "use 'mosaic' or 'triton'"
+        )
+    return None
+
+
+def prepare(plan: AttentionPlan, spec: AttentionSpec) -> AttentionPlan:
+    """The plan as it is: bounds of tiles are cheap beside this implementation's products."""
+    return plan
 
 
 def attention(
-    q_THK: Float[Array, "T H K"],
-    k_THK: Float[Array, "T H K"],
-    v_THV: Float[Array, "T H V"],
+    q_THK: THK,
+    k_THK: THK,
+    v_THV: THV,
     plan: AttentionPlan,
     *,
     alpha: float,
-    scale: Any,
+    scale: Scale,
     bias: RelativeBias | None,
     deterministic: bool = False,
-) -> Float[Array, "T H V"]:
-    """See `hstu_attention`. No gradient flows to `scale`. NotImplementedError: `deterministic` on a GPU, where XLA's sums come in no fixed order."""
-    if deterministic and device.current().platform == "gpu":
-        raise NotImplementedError(
-            "xla adds up blocks in no fixed order on a GPU, deterministic=True asks for one; use 'mosaic' or 'triton'"
-        )
+) -> THV:
+    """See `hstu_attention`. No gradient flows to `scale`."""
     rows = q_THK.shape[0]
     if rows == 0:
         return jnp.zeros_like(v_THV)
-    sizes = tiling(rows)
+    sizes = loop_sizes(rows)
     bounds = plan.tile_bounds(sizes.block, sizes.block)
     tiled = functools.partial(_to_tiles, num_real=plan.num_real, block=sizes.block)
+    tables: Tables = (None, None)
     times = None
-    if bias is not None and bias.time_table is not None:
-        times = (tiled(bias.query_timestamps), tiled(bias.timestamps))
-    work = _Work(
+    if bias is not None:
+        tables = (bias.position_table, bias.time_table)
+        if bias.times is not None:
+            times = (tiled(bias.times[0]), tiled(bias.times[1]))
+    work = TileWork(
         bounds=bounds,
         pairs_before=_pairs_before(bounds),
         keys=jnp.stack([tiled(x) for x in plan.keys], axis=1),
         num_real=plan.num_real,
         times=times,
     )
-    tables = (None, None) if bias is None else (bias.position_table, bias.time_table)
-    heads_first = [jnp.swapaxes(tiled(x), 1, 2) for x in (q_THK, k_THK, v_THV)]
-    out_nHbV = _attend(sizes, alpha, *heads_first, tables, work)
+    q, k, v = (jnp.swapaxes(tiled(x), 1, 2) for x in (q_THK, k_THK, v_THV))
+    out_nHbV = _sums(sizes, alpha, (q, k, v), tables, work)
     out_THV = jnp.swapaxes(out_nHbV, 1, 2).reshape(-1, *v_THV.shape[1:])[:rows]
-    real_T11 = (jnp.arange(rows) < plan.num_real)[:, None, None]
-    scale_T11 = jnp.where(
-        real_T11, jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (rows,))[:, None, None], 0.0
-    )
-    return (out_THV * scale_T11).astype(v_THV.dtype)
+    return scaled_rows(out_THV, scale, plan).astype(v_THV.dtype)
 
 
-def num_tile_pairs(plan: AttentionPlan, block: int) -> Int[Array, ""]:
-    """How many (query tile, key tile) pairs the forward visits; the backward visits the same."""
-    return _pairs_before(plan.tile_bounds(block, block))[-1]
-
-
-class _Work(NamedTuple):
+class TileWork(NamedTuple):
     """What is not differentiated: n tiles of b rows."""
 
     bounds: TileBounds
     pairs_before: Int[Array, " n"]  # inclusive running count of pairs
     keys: Int[Array, "n 4 b"]  # key intervals of the rows
-    num_real: Int[Array, ""]
-    times: tuple[Int[Array, "n b"], Int[Array, "n b"]] | None  # of rows as queries, as keys
+    num_real: Scalar
+    times: tuple[Int[Array, "n b"], Int[Array, "n b"]] | None  # of queries, of keys
 
 
 def _pairs_before(bounds: TileBounds) -> Int[Array, " n"]:
     return jnp.cumsum((bounds.key_hi - bounds.key_lo).sum(1), dtype=jnp.int32)
 
 
-def _to_tiles(x: Array, *, num_real: Any, block: int) -> Array:
+def _to_tiles(
+    x: Shaped[Array, "T ..."], *, num_real: Scalar, block: int
+) -> Shaped[Array, "n b ..."]:
     """[T, ...] to [n, block, ...], padding rows zeroed: they may hold NaN, and 0 * NaN is NaN."""
     real = (jnp.arange(x.shape[0]) < num_real).reshape((-1,) + (1,) * (x.ndim - 1))
     x = jnp.where(real, x, jnp.zeros((), x.dtype))
@@ -114,16 +137,16 @@ def _to_tiles(x: Array, *, num_real: Any, block: int) -> Array:
     return x.reshape(-1, block, *x.shape[1:])
 
 
-class _Pairs(NamedTuple):
+class TilePairs(NamedTuple):
     """The g pairs of one step."""
 
     query: Int[Array, " g"]
     key: Int[Array, " g"]
-    mask: Array  # bool[g, b, b]
-    bucket: Array | None  # int32[g, b, b]
+    mask: Bool[Array, "g b b"]
+    bucket: Int[Array, "g b b"] | None
 
 
-def _pairs(step: Array, sizes: Tiling, work: _Work, tables: Any) -> _Pairs:
+def _pairs(step: Scalar, sizes: PairLoop, work: TileWork, tables: Tables) -> TilePairs:
     number_g = step * sizes.group + jnp.arange(sizes.group, dtype=jnp.int32)
     total = work.pairs_before[-1]
     tiles = work.pairs_before.shape[0]
@@ -143,7 +166,8 @@ def _pairs(step: Array, sizes: Tiling, work: _Work, tables: Any) -> _Pairs:
         ),
     )
     key_g = jnp.clip(key_g, 0, tiles - 1)  # numbers past the last pair
-    # Without the barrier XLA fuses the search into every gather that uses its result, and repeats it for every element.
+    # Without the barrier XLA fuses the search into every gather that uses its result, and repeats
+    # it for every element.
     query_g, key_g = jax.lax.optimization_barrier((query_g, key_g))
     inside = jnp.arange(sizes.block, dtype=jnp.int32)
     row_gb1 = (query_g[:, None] * sizes.block + inside[None, :])[:, :, None]
@@ -153,15 +177,20 @@ def _pairs(step: Array, sizes: Tiling, work: _Work, tables: Any) -> _Pairs:
     seen |= (key_g1b == row_gb1) & (row_gb1 < work.num_real)
     seen &= (number_g < total)[:, None, None]
     bucket = None
-    if work.times is not None:
+    if work.times is not None and tables[1] is not None:
         gap = work.times[0][query_g][:, :, None] - work.times[1][key_g][:, None, :]
         bucket = time_buckets(gap, tables[1].shape[0])
-    return _Pairs(query_g, key_g, seen, bucket)
+    return TilePairs(query_g, key_g, seen, bucket)
 
 
 def _scores(
-    q_gHbK: Array, k_gHbK: Array, alpha: float, tables: Any, pairs: _Pairs, block: int
-) -> Array:
+    q_gHbK: Float[Array, "g H b K"],
+    k_gHbK: Float[Array, "g H b K"],
+    alpha: float,
+    tables: Tables,
+    pairs: TilePairs,
+    block: int,
+) -> Float[Array, "g H b b"]:
     score = alpha * jnp.einsum(
         "ghqd,ghkd->ghqk", q_gHbK, k_gHbK, preferred_element_type=jnp.float32
     )
@@ -181,22 +210,22 @@ def _scores(
     return jax.lax.optimization_barrier(jnp.where(pairs.mask[:, None], score, -1e30))
 
 
-def _steps(sizes: Tiling, work: _Work) -> Array:
+def _steps(sizes: PairLoop, work: TileWork) -> Scalar:
     return -(-work.pairs_before[-1] // sizes.group)
 
 
-def _cast(sizes: Tiling, *arrays: Array) -> list[Array]:
+def _cast(sizes: PairLoop, *arrays: Float[Array, "..."]) -> list[Float[Array, "..."]]:
     return [x if sizes.low_precision else x.astype(jnp.float32) for x in arrays]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(
-    sizes: Tiling, alpha: float, q: Array, k: Array, v: Array, tables: Any, work: _Work
-) -> Array:
-    """Unscaled outputs, float32[n, H, b, V]."""
-    q, k, v = _cast(sizes, q, k, v)
+def _sums(
+    sizes: PairLoop, alpha: float, qkv: Tensors, tables: Tables, work: TileWork
+) -> Float[Array, "n H b V"]:
+    """Unscaled outputs, float32."""
+    q, k, v = _cast(sizes, *qkv)
 
-    def step(i: Array, out: Array) -> Array:
+    def step(i: Scalar, out: Float[Array, "n H b V"]) -> Float[Array, "n H b V"]:
         pairs = _pairs(i, sizes, work, tables)
         score = _scores(q[pairs.query], k[pairs.key], alpha, tables, pairs, sizes.block)
         weight = jax.nn.silu(score).astype(v.dtype)
@@ -208,21 +237,25 @@ def _attend(
     return jax.lax.fori_loop(0, _steps(sizes, work), step, jnp.zeros(v.shape, jnp.float32))
 
 
-def _attend_fwd(
-    sizes: Tiling, alpha: float, q: Array, k: Array, v: Array, tables: Any, work: _Work
-) -> Any:
-    return _attend(sizes, alpha, q, k, v, tables, work), (q, k, v, tables, work)
+def _sums_forward(
+    sizes: PairLoop, alpha: float, qkv: Tensors, tables: Tables, work: TileWork
+) -> tuple[Float[Array, "n H b V"], tuple[Tensors, Tables, TileWork]]:
+    return _sums(sizes, alpha, qkv, tables, work), (qkv, tables, work)
 
 
-def _attend_bwd(sizes: Tiling, alpha: float, saved: Any, g: Array) -> Any:
-    q_in, k_in, v_in, tables, work = saved
-    q, k, v = _cast(sizes, q_in, k_in, v_in)
+def _sums_backward(
+    sizes: PairLoop,
+    alpha: float,
+    saved: tuple[Tensors, Tables, TileWork],
+    g: Float[Array, "n H b V"],
+) -> tuple[Tensors, Tables, None]:
+    qkv, tables, work = saved
+    q, k, v = _cast(sizes, *qkv)
     g = g.astype(v.dtype)
-    position_table, time_table = tables
     block = sizes.block
 
-    def step(i: Array, sums: Any) -> Any:
-        dq, dk, dv, d_position, d_time = sums
+    def step(i: Scalar, sums: tuple[Tensors, Tables]) -> tuple[Tensors, Tables]:
+        (dq, dk, dv), (d_position, d_time) = sums
         pairs = _pairs(i, sizes, work, tables)
         q_g, k_g, v_g, g_g = q[pairs.query], k[pairs.key], v[pairs.key], g[pairs.query]
         score = _scores(q_g, k_g, alpha, tables, pairs, block)
@@ -246,31 +279,26 @@ def _attend_bwd(sizes: Tiling, alpha: float, saved: Any, g: Array) -> Any:
             )
         if d_time is not None:
             d_time = d_time + _bucket_sums(per_pair, bucket, d_time.shape[0], sizes.scatter)
-        return dq, dk, dv, d_position, d_time
+        return (dq, dk, dv), (d_position, d_time)
 
-    zeros = [zeros_after(g, x.shape) for x in (q, k, v)]
-    table_zeros = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in tables]
-    dq, dk, dv, *d_tables = jax.lax.fori_loop(0, _steps(sizes, work), step, (*zeros, *table_zeros))
-    d_tables = tuple(
-        None if x is None else x.astype(like.dtype)
-        for x, like in zip(d_tables, tables, strict=True)
-    )
-    return (
-        (alpha * dq).astype(q_in.dtype),
-        (alpha * dk).astype(k_in.dtype),
-        dv.astype(v_in.dtype),
-        d_tables,
-        None,
-    )
+    zeros = tuple(zeros_after(g, x.shape) for x in (q, k, v))
+    table_zeros = tuple(None if x is None else jnp.zeros(x.shape, jnp.float32) for x in tables)
+    (dq, dk, dv), d_tables = jax.lax.fori_loop(0, _steps(sizes, work), step, (zeros, table_zeros))
+    gradients = (alpha * dq, alpha * dk, dv), d_tables
+    like = (qkv, tables)
+    return *jax.tree.map(lambda x, y: x.astype(y.dtype), gradients, like), None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _diagonal_sums(x_gbb: Array, shift_g: Array, size: int) -> Array:
+def _diagonal_sums(
+    x_gbb: Float[Array, "g b b"], shift_g: Int[Array, " g"], size: int
+) -> PositionTable:
     """Gradient of a table read at `size // 2 + shift + j - i`: sums over diagonals.
 
-    Padding rows to 2b - 1 + 1 columns and reading the buffer with one column less moves row i by i places: diagonals become columns.
+    Padding rows to 2b - 1 + 1 columns and reading the buffer with one column less moves row i by i
+    columns: diagonals become columns.
     """
     group, block, _ = x_gbb.shape
     flipped = x_gbb[:, ::-1]  # row i moves right by i; flipped, so that j - i becomes i' + j
@@ -287,12 +315,15 @@ def _diagonal_sums(x_gbb: Array, shift_g: Array, size: int) -> Array:
     )
 
 
-def _bucket_sums(x_gbb: Array, bucket_gbb: Array, size: int, scatter: bool) -> Array:
+def _bucket_sums(
+    x_gbb: Float[Array, "g b b"], bucket_gbb: Int[Array, "g b b"], size: int, scatter: bool
+) -> TimeTable:
     """Gradient of a table read at `bucket`: its sums by bucket.
 
-    On CPU a scatter costs 2 ns an element. On accelerators it is millions of atomic additions to a few addresses (5 ms for a batch
-    of MovieLens-1M on an H200, where the comparison costs 0.15 ms); there every bucket that int32 gaps can reach takes part in one
-    fused comparison and reduction, first over a tile, then over the tiles.
+    On CPU a scatter costs 2 ns an element. On accelerators it is millions of atomic additions to a
+    few addresses (5 ms for a batch of MovieLens-1M on an H200, where the comparison costs 0.15 ms);
+    there every bucket that int32 gaps can reach takes part in one fused comparison and reduction,
+    first over a tile, then over the tiles.
     """
     if scatter:
         return jnp.zeros(size, jnp.float32).at[bucket_gbb].add(x_gbb, mode="promise_in_bounds")

@@ -1,5 +1,4 @@
-"""What a smaller cache costs: the test metrics of a trained ranking run, its candidates scored with
-keys and values kept in each way.
+"""What a smaller cache costs: test metrics of a ranking run, by how keys and values are kept.
 
 python -m scripts.bench.cache_precision --workdir=runs/assistments_rank_ultra/seed_42
     [--record=experiments/results/cache_precision.json] [--top_k=10 --requests=256] [--drop_blocks]
@@ -16,19 +15,20 @@ exact scores, and hit rates.
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 
 from experiments import command
-from ultra_hstu import provenance, report, serving, workdir
-from ultra_hstu.nn.key_values import KINDS
-from ultra_hstu.ranking.evaluate import RankingEvaluator
+from experiments.record import Json, Record
+from ultra_hstu import report, serving
+from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.nn.key_values import KINDS, CacheDtype
+from ultra_hstu.ranking.evaluate import RequestEvaluator
+from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.serving.tokens import kept_in_blocks
-from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir
 
 FLAGS = flags.FLAGS
@@ -36,94 +36,92 @@ FLAGS = flags.FLAGS
 
 def main(_: list[str]) -> None:
     folder = Workdir(FLAGS.workdir)
-    task = Task.of_run(folder, FLAGS.raw_dir)
-    config = task.config
-    if not isinstance(task, RankTask):
-        raise ValueError(
-            f"{FLAGS.workdir} is a retrieval run, which scores no candidates: give a ranking run"
-        )
+    config = folder.read_for_one_device(FLAGS.raw_dir)
+    task = RankingTask.of(config, load_interactions(config.data))
+    folder.check_data(task.interactions)
     step, params = serving.load_params(folder, task.recipe)
-    record = {
-        "config": config.name,
-        "model": dataclasses.asdict(config.model),
-        "step": step,
-        **provenance.provenance(),
-    }
+    record = Record(
+        FLAGS.record, config=config.name, model=dataclasses.asdict(config.model), step=step
+    )
     console = report.make_console()
     with jax.default_matmul_precision(config.train.matmul_precision):
-        evaluator = RankingEvaluator(task, "test")
-        record["full_pass"] = evaluator(params)
-        record["kinds"] = {}
+        evaluator = task.evaluator("test")
+        record.values["full_pass"] = evaluator(params)
         model = serving.CompiledRanker(task.recipe.model(params))
-        requests = list(test_requests(task, model))
-        exact: dict[str, Any] = {}
+        requests = list(request_batches(task, model))
+        kinds: dict[str, Json] = {}
+        exact: Answers | None = None
         for kind in KINDS:
-            found, answers = measure(task, model, evaluator, requests, kind, exact)
+            kinds[kind], answers = measure(task, model, evaluator, requests, kind, exact)
             exact = exact or answers
-            record["kinds"][kind] = found
-            console.print(kind, found)
-            if FLAGS.record:
-                workdir.write_json(Path(FLAGS.record), record)
+            console.print(kind, kinds[kind])
+            record.add(kinds=kinds)
         if FLAGS.drop_blocks:
-            requests = list(test_requests(task, model, drop_blocks=True))
-            record["drop_blocks"] = measure(task, model, evaluator, requests, "same", exact)[0]
-            console.print("full histories in blocks", record["drop_blocks"])
-            if FLAGS.record:
-                workdir.write_json(Path(FLAGS.record), record)
+            requests = list(request_batches(task, model, drop_blocks=True))
+            in_blocks = measure(task, model, evaluator, requests, "same", exact)[0]
+            console.print("full histories in blocks", in_blocks)
+            record.add(drop_blocks=in_blocks)
 
 
-def test_requests(
-    task: RankTask, model: serving.CompiledRanker, *, drop_blocks: bool = False
-) -> Iterator[tuple[serving.UserHistory, serving.Candidates, np.ndarray]]:
-    """(history, candidates, labels) of `train.eval_users` test requests at a time, in the order of
-    `RankingEvaluator.event_P`.
+class Answers(NamedTuple):
+    """Logits of all test events, and the best items of some requests, [B, K] a batch."""
+
+    logit_PK: np.ndarray
+    best: list[np.ndarray]
+
+
+RequestBatch = tuple[serving.UserHistory, serving.Candidates, np.ndarray]
+
+
+def request_batches(
+    task: RankingTask, model: serving.CompiledRanker, *, drop_blocks: bool = False
+) -> Iterator[RequestBatch]:
+    """(history, candidates, labels) of `train.eval_users` test requests at a time.
+
+    They come in the order of `RequestEvaluator.event_P`.
 
     Args:
       drop_blocks: full histories have dropped their oldest events in blocks, as a server drops
         them.
     """
-    source = task.source
     loader = task.loader("test", batch_users=task.config.train.eval_users, steps_per_call=1)
     plan = loader.plan(shuffle=False)
     for step in range(len(plan)):
         columns = {name: column[0] for name, column in plan.columns(np.array([step])).items()}
         for name, longest in model.form.max_history if drop_blocks else ():
-            first = source.parts.first[columns["user"]]
-            first = source.kept[name][first] if name in source.kept else first
+            first = task.parts.first[columns["user"]]
+            first = task.kept[name][first] if name in task.kept else first
             stop = columns[f"stop/{name}"]
             kept = [kept_in_blocks(max(0, int(count)), longest) for count in stop - first]
             columns[f"start/{name}"] = stop - np.array(kept)
-        history, candidates = serving.from_source(source, columns, model.form)
+        history, candidates = serving.from_source(task.events, columns, model.form)
         first = np.asarray(columns["target"], np.int64)
         event_C = np.concatenate(
             [first[b] + np.arange(count) for b, count in enumerate(columns["count"])]
         ).astype(np.int64)
-        yield history, candidates, np.asarray(task.source.events.label_EK)[event_C, 0]
+        yield history, candidates, np.asarray(task.events.label_EK)[event_C, 0]
 
 
 def measure(
-    task: RankTask,
+    task: RankingTask,
     model: serving.CompiledRanker,
-    evaluator: RankingEvaluator,
-    requests: list[Any],
-    kind: Any,
-    exact: dict[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics under one kind of cache, and its answers: logits, and the best items of each
-    request."""
+    evaluator: RequestEvaluator,
+    requests: list[RequestBatch],
+    kind: CacheDtype,
+    exact: Answers | None,
+) -> tuple[Json, Answers]:
+    """Metrics under one kind of cache, beside the answers of the exact one; and its answers."""
     logits: list[np.ndarray] = []
     best: list[np.ndarray] = []
-    hits = asked = size = rows = 0
+    hits = liked_items = size = rows = 0
     items = np.arange(1, task.interactions.num_items + 1)
     for history, candidates, label_C in requests:
         cache = serving.encode_history(model, history, kind=kind)
         logits.append(serving.score(model, cache, candidates))
         parts = [part for channel in cache.channels.values() for part in channel]
         layers = [layer for part in parts for layer in part.layers]
-        size, rows = (
-            size + sum(layer.nbytes for layer in layers),
-            rows + sum(layer.k_SHK.shape[0] for layer in layers),
-        )
+        size += sum(layer.nbytes for layer in layers)
+        rows += sum(layer.k_SHK.shape[0] for layer in layers)
         if len(best) < -(-FLAGS.requests // task.config.train.eval_users) and FLAGS.top_k:
             some = len(np.atleast_1d(history.now_B))
             features = [np.zeros((len(items), candidates.feature_CF.shape[1]), np.int32)] * some
@@ -134,34 +132,33 @@ def measure(
                 zip(candidates.offsets, candidates.offsets[1:], strict=False)
             ):
                 liked = candidates.item_C[start:stop][label_C[start:stop] > 0]
-                hits, asked = hits + int(np.isin(liked, top[user]).sum()), asked + len(liked)
+                hits += int(np.isin(liked, top[user]).sum())
+                liked_items += len(liked)
     logit_PK = np.concatenate(logits)
-    answers = {"logits": logit_PK, "best": best}
-    found: dict[str, Any] = {
+    found: Json = {
         "metrics": evaluator.metrics(logit_PK),
         "bytes_a_row_and_layer": size / rows,
     }
-    if exact:
-        error = logit_PK - exact["logits"]
+    if exact is not None:
+        error = logit_PK - exact.logit_PK
         found |= {
             "rms_logit_error": float(np.sqrt((error**2).mean())),
             "largest_logit_error": float(np.abs(error).max()),
         }
     if FLAGS.top_k:
-        found[f"hr@{FLAGS.top_k}"] = hits / max(asked, 1)
-        if exact:
+        found[f"hr@{FLAGS.top_k}"] = hits / max(liked_items, 1)
+        if exact is not None:
             same = [
                 np.isin(a, b).mean()
-                for mine, theirs in zip(best, exact["best"], strict=True)
+                for mine, theirs in zip(best, exact.best, strict=True)
                 for a, b in zip(mine, theirs, strict=True)
             ]
             found["answers_that_stay"] = float(np.mean(same))
-    return found, answers
+    return found, Answers(logit_PK, best)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of a trained ranking run", required=True)
-    flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
+    command.define_run("folder of a trained ranking run")
     flags.DEFINE_integer(
         "top_k", 0, "also rank all items for every request, and look at so many; 0: not"
     )
@@ -171,5 +168,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool(
         "drop_blocks", False, "also with the oldest events of full histories dropped in blocks"
     )
-    flags.DEFINE_string("record", None, "JSON file for the result")
+    command.define_record()
     command.run(main)

@@ -1,17 +1,17 @@
-"""Requests to load a deployment of a ranking run with, good and bad, and what their answers must
-be."""
+"""Requests to a deployment of a ranking run, good and bad, and what their answers must be."""
 
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.record import Json
 from scripts.load import requests as load_requests
-from scripts.load.requests import Sent, stretches
+from scripts.load.requests import Sent, histories, stretches
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.serving.schema import MAX_CANDIDATES, MAX_EVENTS, ScoreRequest, ScoreResponse
 from ultra_hstu.serving.service import ScoreService
@@ -19,40 +19,29 @@ from ultra_hstu.serving.users import CachedUsers
 
 CANDIDATES = 100  # of a request
 ONE_EVENT = (100, 1024)  # candidates of a request by a known user with one new event
-# Of scores, by the dtype of the layers: which users share a device call differs.
+# By how much scores may differ, by the dtype of layers: which users share a device call differs.
 ROUNDING = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 SCORE = "/score"
 EXAMPLE = {"user": 42, "candidates": [608, 2858, 1193]}
 
 
-def whole_requests(
+def whole(
     interactions: Interactions, count: int, events: int, seed: int, candidates: int = CANDIDATES
-) -> list[dict]:
-    """All that the data says of random stretches of so many events, and so many random items."""
+) -> list[Json]:
+    """All that the data holds of random stretches of events, and so many random items."""
     rng = np.random.default_rng((seed, 1))
     known = interactions.catalog.raw_ids[1:]
-    requests = []
-    for user, span in stretches(interactions, count, events, seed):
+    requests = histories(interactions, count, events, seed)
+    spans = stretches(interactions, count, events, seed)
+    for request, (user, span) in zip(requests, spans, strict=True):
         words = {
             name: interactions.context_values[name][codes[user]]
             for name, codes in interactions.contexts.items()
         }
-        times = (
-            {}
-            if interactions.timestamps is None
-            else {"times": interactions.timestamps[span].tolist()}
-        )
-        requests.append(
-            {
-                "history": interactions.catalog.decode(interactions.items[span]).tolist(),
-                "actions": {
-                    name: values[span].tolist() for name, values in interactions.actions.items()
-                },
-                "context": {name: word for name, word in words.items() if word},
-                "candidates": rng.choice(known, candidates).tolist(),
-                **times,
-            }
-        )
+        actions = interactions.actions.items()
+        request["actions"] = {name: values[span].tolist() for name, values in actions}
+        request["context"] = {name: word for name, word in words.items() if word}
+        request["candidates"] = rng.choice(known, candidates).tolist()
     return requests
 
 
@@ -60,7 +49,7 @@ def timed(interactions: Interactions, count: int, events: int, seed: int) -> lis
     """Good requests that are all alike: a history of so many events, `CANDIDATES` candidates."""
     return [
         Sent(json.dumps(request).encode(), path=SCORE)
-        for request in whole_requests(interactions, count, events, seed)
+        for request in whole(interactions, count, events, seed)
     ]
 
 
@@ -69,29 +58,28 @@ def checked(service: ScoreService, count: int, events: int, seed: int) -> list[S
     data: Any = service.data
     interactions = data.interactions
     rng = np.random.default_rng(seed)
-    known = interactions.catalog.raw_ids[1:].tolist()
-    absent = max(known) + 1 if interactions.catalog.raw_ids.dtype.kind == "i" else "absent"
-    requests: list[dict] = []
-    for whole in whole_requests(interactions, count, events, seed):
+    _, absent = load_requests.raw_ids(interactions)
+    requests: list[Json] = []
+    for request in whole(interactions, count, events, seed):
         length = int(rng.integers(1, events + 1))
-        cut = {name: whole[name][:length] for name in ("history", "times") if name in whole}
-        cut["actions"] = {name: values[:length] for name, values in whole["actions"].items()}
-        some = whole["candidates"][: int(rng.integers(1, CANDIDATES))]
+        cut: Json = {
+            name: request[name][:length] for name in ("history", "times") if name in request
+        }
+        cut["actions"] = {name: values[:length] for name, values in request["actions"].items()}
+        some = request["candidates"][: int(rng.integers(1, CANDIDATES))]
+        user = interactions.users[rng.integers(interactions.num_users)].item()
         kinds = [
-            whole,
-            whole | cut | {"candidates": some},
-            {
-                "user": interactions.users[rng.integers(interactions.num_users)].item(),
-                "candidates": some,
-            },
+            request,
+            request | cut | {"candidates": some},
+            {"user": user, "candidates": some},
             {"history": [], "candidates": some},
             {**cut, "candidates": [*some, absent, *some]},
         ]
         requests.append(kinds[rng.choice(len(kinds), p=[0.4, 0.25, 0.2, 0.05, 0.1])])
     expected = load_requests.answers(service, requests)
-    options: dict[str, Any] = dict(path=SCORE, rounding=ROUNDING[service.model.config.model.dtype])
+    rounding = ROUNDING[service.model.config.model.dtype]
     return [
-        Sent(json.dumps(request).encode(), answer, **options)
+        Sent(json.dumps(request).encode(), answer, path=SCORE, rounding=rounding)
         for request, answer in zip(requests, expected, strict=True)
     ]
 
@@ -101,57 +89,56 @@ def right(sent: Sent, body: bytes) -> bool:
     if sent.expected is None:
         return True
     got, wanted = ScoreResponse.model_validate_json(body), sent.expected
-    if (got.events, got.warnings, len(got.candidates)) != (
-        wanted.events,
-        wanted.warnings,
-        len(wanted.candidates),
-    ):
+    if (got.events, got.warnings) != (wanted.events, wanted.warnings):
         return False
-    for one, other in zip(got.candidates, wanted.candidates, strict=True):
-        if one.item != other.item or (one.scores or {}).keys() != (other.scores or {}).keys():
-            return False
-        if any(
-            abs(value - other.scores[task]) > sent.rounding
-            for task, value in (one.scores or {}).items()
-        ):
-            return False
-    return True
+    items, scores = ([(one.item, one.scores or {}) for one in x.candidates] for x in (got, wanted))
+    return len(items) == len(scores) and all(
+        item == other
+        and values.keys() == others.keys()
+        and all(abs(values[task] - others[task]) <= sent.rounding for task in values)
+        for (item, values), (other, others) in zip(items, scores, strict=True)
+    )
 
 
-_WRONG: Sequence[str] = (
-    "{}",
-    "[]",
-    "null",
-    "not json",
-    '{"user": 1}',
-    '{"candidates": [1]}',
-    '{"history": [1], "candidates": []}',
-    '{"history": [1], "candidates": [NaN]}',
-    '{"history": [1], "candidates": [1.5]}',
-    '{"history": [1], "candidates": 1}',
-    '{"history": [1], "candidates": [true]}',
-    '{"history": [1], "candidates": [[1]]}',
-    '{"history": [1], "candidates": [null]}',
-    '{"history": [1], "candidates": [1], "k": 3}',
-    '{"history": [1], "candidates": [1], "user": 1}',
-    '{"user": 987654321, "candidates": [1]}',
-    '{"history": [NaN], "candidates": [1]}',
-    '{"history": [1, 2], "times": [2, 1], "candidates": [1]}',
-    '{"history": [1], "times": [1], "now": 0, "candidates": [1]}',
-    '{"history": [1, 2], "times": [0, 9007199254740992], "candidates": [1]}',
-    '{"history": [1], "actions": {"x": [1, 2]}, "candidates": [1]}',
-    '{"history": [1], "actions": {"x": [1e400]}, "candidates": [1]}',
-    '{"history": [1], "candidates": [1], "features": {"x": [1, 2]}}',
-    '{"history": [1], "candidates": [1], "features": {"x": ["a"]}}',
-    '{"history": [1], "candidates": [1], "context": {"x": 1}}',
-    '{"user": 1, "candidates": [1], "context": {}}',
-    '{"history": [1], "candidates": [99999999999999999999999]}',
-    '{"history": [1], "candidates": ["\\ud800"]}',
-    '{"history": [1], "candidates": [1]',
-    "[" * 5000,
-    '{"candidates": ' + "[" * 5000,
-    json.dumps({"history": [1] * (MAX_EVENTS + 1), "candidates": [1]}),
-    json.dumps({"history": [1], "candidates": [1] * (MAX_CANDIDATES + 1)}),
+# Bodies that must be refused.
+_WRONG = (
+    r"""
+{}
+[]
+null
+not json
+{"user": 1}
+{"candidates": [1]}
+{"history": [1], "candidates": []}
+{"history": [1], "candidates": [NaN]}
+{"history": [1], "candidates": [1.5]}
+{"history": [1], "candidates": 1}
+{"history": [1], "candidates": [true]}
+{"history": [1], "candidates": [[1]]}
+{"history": [1], "candidates": [null]}
+{"history": [1], "candidates": [1], "k": 3}
+{"history": [1], "candidates": [1], "user": 1}
+{"user": 987654321, "candidates": [1]}
+{"history": [NaN], "candidates": [1]}
+{"history": [1, 2], "times": [2, 1], "candidates": [1]}
+{"history": [1], "times": [1], "now": 0, "candidates": [1]}
+{"history": [1, 2], "times": [0, 9007199254740992], "candidates": [1]}
+{"history": [1], "actions": {"x": [1, 2]}, "candidates": [1]}
+{"history": [1], "actions": {"x": [1e400]}, "candidates": [1]}
+{"history": [1], "candidates": [1], "features": {"x": [1, 2]}}
+{"history": [1], "candidates": [1], "features": {"x": ["a"]}}
+{"history": [1], "candidates": [1], "context": {"x": 1}}
+{"user": 1, "candidates": [1], "context": {}}
+{"history": [1], "candidates": [99999999999999999999999]}
+{"history": [1], "candidates": ["\ud800"]}
+{"history": [1], "candidates": [1]
+""".strip().splitlines()
+    + [
+        "[" * 5000,
+        '{"candidates": ' + "[" * 5000,
+        json.dumps({"history": [1] * (MAX_EVENTS + 1), "candidates": [1]}),
+        json.dumps({"history": [1], "candidates": [1] * (MAX_CANDIDATES + 1)}),
+    ]
 )
 
 
@@ -177,12 +164,12 @@ def steps(service: ScoreService) -> dict[str, Callable[[Any], Any]]:
 
 def one_event(
     service: ScoreService, count: int, events: int, seed: int, device_bytes: int = 0
-) -> list[dict[str, Any]]:
-    """Milliseconds of a request by a known user with one new event, and of the same request where
-    the history is encoded anew: medians over `count` users, one request at a time, in this process.
+) -> list[Json]:
+    """Milliseconds of a request by a known user with one new event, beside encoding anew.
 
-    `history_ms` is the part that makes the history's keys and values. Where the model's rows do not
-    stay (`extended_share` is 0) both are encoded.
+    Medians over `count` users, one request at a time, in this process. `history_ms` is the part
+    that makes the history's keys and values. Where the model's rows do not stay (`extended_share`
+    is 0) both are encoded.
     """
     assert service.data is not None
     model, rows = service.model, []
@@ -191,8 +178,7 @@ def one_event(
         users = CachedUsers(model, device_bytes=device_bytes)
         remembers = ScoreService(model, service.data, users)
         took: dict[str, list[float]] = {}
-        requests = whole_requests(service.data.interactions, count + 1, events, seed, candidates)
-        for request in requests:
+        for request in whole(service.data.interactions, count + 1, events, seed, candidates):
             before = request | {
                 name: request[name][:-1] for name in ("history", "times") if name in request
             }

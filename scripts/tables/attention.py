@@ -1,13 +1,7 @@
-"""The tables and the figure of attention: speed beside other people's kernels, and what the tests on a GPU said."""
+"""The tables and the figure of attention: speed beside other people's kernels, and GPU tests."""
 
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-from scripts.tables.tables import FIGURES, load, markdown
+from experiments.record import Json
+from scripts.tables.records import figure, load, markdown, measured, origin
 
 ATTENTION = {
     "mosaic": "`mosaic`",
@@ -16,197 +10,138 @@ ATTENTION = {
     "meta_triton": "Meta's Triton kernel [2]",
     "cudnn_sdpa": "cuDNN softmax [1]",
 }
+LINES = {
+    "mosaic": ("mosaic", "tab:red", "-"),
+    "triton": ("triton", "tab:orange", "-"),
+    "cudnn_sdpa": ("cuDNN softmax", "tab:green", "--"),
+    "meta_triton": ("Meta's Triton kernel", "tab:blue", "--"),
+}
 PASSES = ("forward", "backward")
 RECORD = "attention_h100"
 
 
-def attention_rates(record: dict[str, Any]) -> dict[tuple[str, str, str], float]:
-    """TFLOP/s by (workload, implementation, pass), of what ran."""
-    return {
-        (r["workload"], r["implementation"], r["pass"]): r["tflops"]
-        for r in record["records"]
-        if "tflops" in r
-    }
+def attention_rates(records: list[Json]) -> dict[tuple[str, str, str], float]:
+    """TFLOP/s by (workload, implementation, pass)."""
+    return {(r["workload"], r["implementation"], r["pass"]): r["tflops"] for r in records}
 
 
-def attention_table() -> str:
+def rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+@measured(RECORD)
+def attention_table(record: Json) -> str:
     """TFLOP/s of forward / backward; a dash where an implementation cannot."""
-    record = load(RECORD)
-    if record is None:
-        return "Not measured yet."
-    rates = attention_rates(record)
+    of_tables = [r for r in record["records"] if not r["workload"].startswith("length_")]
+    measured_ones = [r for r in of_tables if "tflops" in r]
+    rates = attention_rates(measured_ones)
+    plans = {
+        r["workload"]: str(round(r["plan_us"]))
+        for r in of_tables
+        if r["implementation"] == "mosaic" and "plan_us" in r
+    }
     rows = []
-
-    def cell(workload: str, name: str) -> str:
-        keys = [(workload, name, which) for which in PASSES]
-        both = [rates.get(key) for key in keys]
-        return (
-            "-"
-            if both == [None, None]
-            else " / ".join(
-                "-" if x is None else f"{x:.0f}" if x >= 10 else f"{x:.1f}" for x in both
-            )
-        )
-
-    for workload in dict.fromkeys(
-        r["workload"] for r in record["records"] if not r["workload"].startswith("length_")
-    ):
-        plan = {
-            round(r["plan_us"])
-            for r in record["records"]
-            if (r["workload"], r["implementation"]) == (workload, "mosaic") and "plan_us" in r
-        }
-        rows.append(
-            [
-                f"`{workload}`",
-                *(cell(workload, name) for name in ATTENTION),
-                "".join(map(str, plan)) or "-",
-            ]
-        )
+    for workload in dict.fromkeys(r["workload"] for r in of_tables):
+        row = [f"`{workload}`"]
+        for name in ATTENTION:
+            both = [rate(rates.get((workload, name, which))) for which in PASSES]
+            row.append("-" if both == ["-", "-"] else " / ".join(both))
+        rows.append([*row, plans.get(workload, "-")])
     product = record["matmul_tflops"]
+    reached = (
+        f"; a bfloat16 matrix product of 8192 reached {product:.0f} in the same run"
+        if product
+        else ""
+    )
     notes = [
-        f"Forward / backward, useful TFLOP/s (unmasked pairs, backward 2.5 times the forward), bfloat16 (`ml1m` float32 with relative bias), "
-        f"{record['device']}, commit {record['commit']}"
-        + (
-            f"; a bfloat16 matrix product of 8192 reached {product:.0f} in the same run."
-            if product
-            else "."
-        ),
-        "[1] Another function, softmax attention, with the same two products: what a vendor's kernel reaches.",
+        "Forward / backward, useful TFLOP/s (unmasked pairs, backward 2.5 times the forward), "
+        f"bfloat16 (`ml1m` float32 with relative bias), {record['device']}, "
+        f"commit {record['commit']}{reached}.",
+        "[1] Another function, softmax attention, with the same two products: "
+        "what a vendor's kernel reaches.",
     ]
     if rivals := record.get("rivals"):
-        default = [
-            r
-            for r in record["records"]
-            if r["implementation"] == "meta_triton_default" and "tflops" in r
-        ]
+        default = "".join(
+            " (`{workload}` without, its default: {tflops:.0f})".format(**r)
+            for r in measured_ones
+            if r["implementation"] == "meta_triton_default"
+        )
+        ended = " The time for it and cuDNN ended before all was measured."
         notes.append(
-            f"[2] generative-recommenders at {rivals['revision'][:12]}, in the same run, tuned by itself; its forward reads by TMA where lengths are equal"
-            + "".join(
-                f" (`{r['workload']}` without, its default: {r['tflops']:.0f})" for r in default
-            )
-            + (
-                ". The time for it and cuDNN ended before all was measured."
-                if "incomplete" in rivals
-                else "."
-            )
+            f"[2] generative-recommenders at {rivals['revision'][:12]}, in the same run, tuned by "
+            f"itself; its forward reads by TMA where lengths are equal{default}."
+            + (ended if "incomplete" in rivals else "")
         )
     notes.append(
-        "[3] Tile bounds and lists of work for `mosaic`, made once a batch for all layers, heads, forward and backward; not in the times."
+        "[3] Tile bounds and lists of work for `mosaic`, made once a batch for all layers, heads, "
+        "forward and backward; not in the times."
     )
-    fp8 = [
-        r
-        for r in record["records"]
-        if r["implementation"] == "mosaic_fp8"
-        and "tflops" in r
-        and not r["workload"].startswith("length_")
-    ]
-    if fp8:
+    if fp8 := [r for r in measured_ones if r["implementation"] == "mosaic_fp8"]:
         listed = "; ".join(
-            f"`{r['workload']}` {r['tflops']:.0f}, error {100 * r['error']:.1f} %" for r in fp8
+            "`{workload}` {tflops:.0f}, error {error:.1%}".format(**r).replace("%", " %")
+            for r in fp8
         )
         notes.append(f"`mosaic_fp8`, forward, rounding of the inputs included: {listed}.")
-    return "\n\n".join(
-        [
-            markdown(["workload", *ATTENTION.values(), "plan, us [3]"], rows),
-            *notes,
-            *record.get("notes", []),
-        ]
-    )
+    header = ["workload", *ATTENTION.values(), "plan, us [3]"]
+    return markdown(header, rows, *notes, *record.get("notes", []))
 
 
-def gpu_tests_table() -> str:
-    record = load("test_gpu")
-    if record is None:
-        return "Not run yet."
+@measured("test_gpu")
+def gpu_tests_table(record: Json) -> str:
     rows = []
     for suite, counts in record["suites"].items():
-        total = counts.get("collected", counts["passed"] + counts["failed"])
-        rows.append(
-            [
-                f"`{suite}`",
-                *(
-                    str(n)
-                    for n in (
-                        counts["passed"],
-                        counts["failed"],
-                        total - counts["passed"] - counts["failed"],
-                    )
-                ),
-            ]
-        )
-    where = f"{record['device']}, commit {record['commit']}, {record['date'][:10]}."
-    return "\n\n".join(
-        [
-            markdown(["GPU tests", "passed", "failed", "not reached"], rows),
-            where,
-            *record.get("notes", []),
-        ]
-    )
+        passed, failed = counts["passed"], counts["failed"]
+        left = counts.get("collected", passed + failed) - passed - failed
+        rows.append([f"`{suite}`", str(passed), str(failed), str(left)])
+    header = ["GPU tests", "passed", "failed", "not reached"]
+    return markdown(header, rows, origin(record), *record.get("notes", []))
 
 
 def attention_figure() -> None:
     """TFLOP/s over the length of causal sequences, 65536 rows in all, width 128."""
     record = load(RECORD)
-    if record is None:
+    if not record:
         return
     rates = {
-        (key[0].replace("causal_d128_8x8192", "length_8192"), *key[1:]): x
-        for key, x in attention_rates(record).items()
+        (workload.replace("causal_d128_8x8192", "length_8192"), *key): value
+        for (workload, *key), value in attention_rates(
+            [r for r in record["records"] if "tflops" in r]
+        ).items()
     }
-    looks = {
-        "mosaic": ("tab:red", "-"),
-        "triton": ("tab:orange", "-"),
-        "cudnn_sdpa": ("tab:green", "--"),
-        "meta_triton": ("tab:blue", "--"),
-    }
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, constrained_layout=True)
     lengths = sorted(
         {
             int(workload.removeprefix("length_"))
-            for workload, _, _ in rates
+            for workload, *_ in rates
             if workload.startswith("length_")
         }
     )
-    for axis, which in zip(axes, PASSES, strict=True):
-        for name, (colour, line) in looks.items():
-            points = [
-                (n, rates[f"length_{n}", name, which])
-                for n in lengths
-                if (f"length_{n}", name, which) in rates
-            ]
-            label = ATTENTION[name].replace("`", "").replace(" [1]", "").replace(" [2]", "")
-            axis.plot(
-                *zip(*points, strict=True),
-                color=colour,
-                linestyle=line,
-                marker="o",
-                markersize=4,
-                label=label,
-            ) if points else None
-        if record["matmul_tflops"]:
-            axis.axhline(
-                record["matmul_tflops"],
-                color="black",
-                linestyle=":",
-                linewidth=1,
-                label="bfloat16 matrix product",
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-        axis.minorticks_off()
-        axis.set(xlabel="length of each sequence", title=which, ylim=(0, None))
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("useful TFLOP/s")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        frameon=False,
-        loc="outside lower center",
-        ncols=5,
-        fontsize=8,
-    )
-    device = record["device"].removeprefix("1 x ")
-    figure.suptitle(f"Causal attention, 4 heads of 128, 65536 rows, {device}", fontsize=10)
-    figure.savefig(FIGURES / "attention.png", dpi=130)
-    plt.close(figure)
+    with figure("attention", 9, 3.8) as drawn:
+        axes = drawn.subplots(1, 2, sharey=True)
+        for axis, which in zip(axes, PASSES, strict=True):
+            for name, (label, colour, line) in LINES.items():
+                points = {n: rates.get((f"length_{n}", name, which)) for n in lengths}
+                known = {n: value for n, value in points.items() if value is not None}
+                if known:
+                    axis.plot(
+                        list(known),
+                        list(known.values()),
+                        color=colour,
+                        linestyle=line,
+                        marker="o",
+                        markersize=4,
+                        label=label,
+                    )
+            if product := record["matmul_tflops"]:
+                label = "bfloat16 matrix product"
+                axis.axhline(product, color="black", linestyle=":", linewidth=1, label=label)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+            axis.minorticks_off()
+            axis.set(xlabel="length of each sequence", title=which, ylim=(0, None))
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("useful TFLOP/s")
+        handles = axes[0].get_legend_handles_labels()
+        drawn.legend(*handles, frameon=False, loc="outside lower center", ncols=5, fontsize=8)
+        device = record["device"].removeprefix("1 x ")
+        title = f"Causal attention, 4 heads of 128, 65536 rows, {device}"
+        drawn.suptitle(title, fontsize=10)

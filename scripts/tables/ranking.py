@@ -1,9 +1,9 @@
-"""The tables of ranking runs: models beside what needs no model, and each piece of ULTRA-HSTU taken away."""
+"""The tables of ranking runs: models beside what needs no model, and pieces taken away."""
 
 import statistics
-from typing import Any
 
-from scripts.tables.tables import NOT_MEASURED, giga, load, markdown, mean_and_deviation
+from experiments.record import Json
+from scripts.tables.records import NOT_MEASURED, cells, load, markdown, mean_and_deviation
 
 RANKING = {  # records of experiments.train --record: data and model
     f"{prefix}_rank_{suffix}": (data, model)
@@ -14,78 +14,73 @@ RANKING = {  # records of experiments.train --record: data and model
     )
     for suffix, model in (("hstu", "HSTU"), ("ultra", "ULTRA-HSTU"))
 }
-RANKING_BASELINES = ("base rate", "item and user")
-RANKING_METRICS = ("ne", "auc", "gauc", "log_loss")
-ABLATIONS = {
-    "assistments_rank_ultra": "ablation_assistments"
-}  # configuration -> record of scripts.ablation
+BASELINES = ("base rate", "item and user")
+METRICS = ("ne", "auc", "gauc", "log_loss")
+# Records of scripts.ablation, by configuration.
+ABLATIONS = {"assistments_rank_ultra": "ablation_assistments"}
 SMALL_ABLATIONS = {"the same, small": "ablation_assistments_small"}
 
 
-def ranking_record(config: str) -> dict[str, Any] | None:
-    """The record of a configuration's own runs, or its part of an ablation."""
+def ranking_record(config: str) -> Json:
+    """The record of a configuration's own runs, or its part of an ablation; empty without both."""
     if record := load(config):
         return record
-    prefix, variant = (
-        config.removesuffix("_hstu").removesuffix("_ultra"),
-        "ultra" if config.endswith("_ultra") else "baseline",
-    )
+    prefix, _, model = config.rpartition("_")
     ablation = load(ABLATIONS.get(f"{prefix}_ultra", ""))
-    if not ablation or variant not in ablation["variants"]:
-        return None
-    found = ablation["variants"][variant]
-    flops = {name: 1e9 * found[f"{name}_gflop"] for name in ("inference", "training")}
+    found = ablation.get("variants", {}).get("ultra" if model == "ultra" else "baseline")
+    if not found:
+        return {}
     return {
         "device": ablation["device"],
         "runs": found["runs"],
-        "flops": flops,
+        "flops": {name: 1e9 * found[f"{name}_gflop"] for name in ("inference", "training")},
         "baselines": ablation.get("baselines", {}),
     }
 
 
 def ranking_table() -> str:
-    """One line a model and task, beside what needs no model; mean and standard deviation over seeds."""
+    """One line a model and task, beside what needs no model; mean and deviation over seeds."""
     header = [
         "data",
         "task",
         "model",
         "seeds",
-        *(name.replace("_", " ").upper() for name in RANKING_METRICS),
+        *(name.replace("_", " ").upper() for name in METRICS),
     ]
     rows: list[list[str]] = []
+    shown = set()  # data whose baselines stand in the table
     for config, (data, model) in RANKING.items():
         record = ranking_record(config)
         if not record:
-            rows.append([data, "", model, NOT_MEASURED, *[""] * (len(RANKING_METRICS) + 2)])
+            rows.append([data, "", model, NOT_MEASURED, *[""] * (len(METRICS) + 2)])
             continue
         runs = [run["best"] for run in record["runs"]]
         tasks = [name.removeprefix("ne/") for name in runs[0] if name.startswith("ne/")]
-        if not any(row[0] == data and row[2] in RANKING_BASELINES for row in rows):
-            known = [name for name in RANKING_BASELINES if name in record["baselines"]]
-            rows += [
-                [data, task, name, "", *metric_cells([record["baselines"][name]], task), "", ""]
-                for name in known
-                for task in tasks
-            ]
-        flops = giga(record["flops"]["inference"])
+        known = [name for name in BASELINES if name in record["baselines"] and data not in shown]
+        shown |= {data} if known else set()
+        for name in known:
+            for task in tasks:
+                values = metric_cells([record["baselines"][name]], task)
+                rows.append([data, task, name, "", *values, "", ""])
+        inference = record["flops"]["inference"]
+        flops = f"{inference / 1e9:.3g}"
         vanilla = ranking_record(config.removesuffix("_ultra") + "_hstu")
         if model != "HSTU" and vanilla:
-            flops += (
-                f" ({100 * record['flops']['inference'] / vanilla['flops']['inference']:.0f} %)"
-            )
-        alone = f"{statistics.median(run['seconds'] for run in record['runs']):.0f}"
-        seconds = (
-            f"{'device shared' if record.get('shared_device') else alone} ({record['device']})"
-        )
-        rows += [
-            [data, task, model, str(len(runs)), *metric_cells(runs, task), flops, seconds]
-            for task in tasks
-        ]
+            flops += f" ({100 * inference / vanilla['flops']['inference']:.0f} %)"
+        seconds = f"{statistics.median(run['seconds'] for run in record['runs']):.0f}"
+        if record.get("shared_device"):
+            seconds = "device shared"
+        last = [flops, f"{seconds} ({record['device']})"]
+        for task in tasks:
+            rows.append([data, task, model, str(len(runs)), *metric_cells(runs, task), *last])
     return markdown([*header, "inference GFLOP a request (of HSTU's)", "seconds a run"], rows)
 
 
 def ablation_table() -> str:
-    """One line a variant of a configuration, each with one piece changed, as scripts.ablation names them; NE against that of the whole."""
+    """One line a variant of a configuration, as scripts.ablation names them.
+
+    Each variant has one piece changed; its NE stands against that of the whole.
+    """
     rows, notes = [], []
     for config, name in (ABLATIONS | SMALL_ABLATIONS).items():
         record = load(name)
@@ -96,49 +91,38 @@ def ablation_table() -> str:
         for variant, found in record["variants"].items():
             runs = [run["best"] for run in found["runs"]]
             entropies = [run["ne"] for run in runs]
-            against = (
-                ""
-                if whole is None
-                else f"{statistics.mean(entropies) - statistics.mean(run['best']['ne'] for run in whole['runs']):+.4f}"
-            )
+            difference = ""
+            if whole is not None and found is not whole:
+                entropy = statistics.mean(run["best"]["ne"] for run in whole["runs"])
+                difference = f"{statistics.mean(entropies) - entropy:+.4f}"
             areas = [
                 statistics.mean(value for key, value in run.items() if key.startswith("auc/"))
                 for run in runs
             ]
+            seconds = ""
+            if not record.get("shared_device"):
+                each = [run["seconds"] / run["epochs"] for run in found["runs"]]
+                seconds = f"{statistics.median(each):.1f}"
             rows.append(
                 [
                     config,
                     variant.replace("_", " "),
                     str(len(runs)),
                     mean_and_deviation(entropies),
-                    "" if found is whole else against,
+                    difference,
                     mean_and_deviation(areas),
-                    f"{found['inference_gflop']:.3g}",
-                    f"{found['training_gflop']:.3g}",
-                    ""
-                    if record.get("shared_device")
-                    else f"{statistics.median(run['seconds'] / run['epochs'] for run in found['runs']):.1f}",
+                    *cells(found, "{inference_gflop:.3g}", "{training_gflop:.3g}"),
+                    seconds,
                 ]
             )
         notes += [record["note"]] if "note" in record else []
-    columns = [
-        "config",
-        "variant",
-        "seeds",
-        "NE",
-        "difference",
-        "AUC",
-        "inference GFLOP",
-        "training GFLOP",
-        "seconds an epoch",
-    ]
-    return "\n\n".join([markdown(columns, rows), *notes])
+    header = ["config", "variant", "seeds", "NE", "difference", "AUC"]
+    header += ["inference GFLOP", "training GFLOP", "seconds an epoch"]
+    return markdown(header, rows, *notes)
 
 
 def metric_cells(runs: list[dict[str, float]], task: str) -> list[str]:
     return [
-        mean_and_deviation([run[f"{name}/{task}"] for run in runs])
-        if f"{name}/{task}" in runs[0]
-        else ""
-        for name in RANKING_METRICS
+        mean_and_deviation([run[key] for run in runs]) if key in runs[0] else ""
+        for key in (f"{name}/{task}" for name in METRICS)
     ]

@@ -1,140 +1,128 @@
 """Tables of the online deployment, from what `scripts.load.serve` recorded."""
 
+import dataclasses
 import json
 
-import matplotlib.pyplot as plt
+from scripts.tables.records import NOT_MEASURED, cells, figure, load, markdown
 
-from scripts.tables.tables import FIGURES, NOT_MEASURED, load, markdown
 
-RECOMMEND, SCORE = (
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+    """The record of a retrieval or a ranking run under load."""
+
+    record: str
+    path: str
+    stages: dict[str, str]
+
+    def example(self) -> str:
+        """A request and its answer, over HTTP."""
+        if not (record := load(self.record)):
+            return NOT_MEASURED
+        example = record["example"]
+        address = f"curl -s localhost:8000/{self.path} -H 'content-type: application/json'"
+        response = json.dumps(example["answer"], indent=1, ensure_ascii=False)
+        request = json.dumps(example["request"])
+        return f"    {address} -d '{request}'\n\n```json\n{response}\n```"
+
+    def load_table(self) -> str:
+        """The rate over connections, the mixed load and the killed replica."""
+        if not (record := load(self.record)):
+            return NOT_MEASURED
+        rates = ("{per_second:.0f}", "{p50_ms:.0f}", "{p99_ms:.0f}", "{max_ms:.0f}")
+        rows = [cells(row, "{connections}", "{histories}", *rates) for row in record["rates"]]
+        mixed, kill = record["mixed"], record["kill"]
+        refused = ", ".join(
+            f"{count} x {status}" for status, count in mixed["statuses"].items() if status != "200"
+        )
+        what = f"top 10 of {record['items']:,} items"
+        if "candidates" in record:
+            what = f"{record['candidates']} candidates"
+        arguments = f" with {record['serve']}" if record["serve"] else ""
+        note = f"; {record['note']}" if "note" in record else ""
+        return markdown(
+            ["connections", "histories", "requests/s", "p50 ms", "p99 ms", "slowest ms"],
+            rows,
+            "{config}, history {history}, {what}, one replica{arguments} and the client on "
+            "{host_cores} CPU cores; load average {load_average_before[0]:.1f} before and "
+            "{load_average_after[0]:.1f} after{remark}.".format(
+                what=what, arguments=arguments, remark=note, **record
+            ),
+            "Mixed: {requests:,} requests, {bad:,} of them bad, over {connections} connections: "
+            "{per_second:.0f} a second, p99 {p99_ms:.0f} ms. {wrong_answers} wrong answers, {hung} "
+            "hung, refused: {refused}. Memory of the replica after the first fifth of the "
+            "requests: largest over smallest "
+            "{rss_after_warm_up_largest_over_smallest:.3f}.".format(refused=refused, **mixed),
+            "One of {replicas} replicas killed (SIGKILL) under load: {lost} of {requests:,} "
+            "requests lost, {hung} hung, slowest answer {slowest_answered_s:.2f} s.".format(**kill),
+        )
+
+    def stages_table(self) -> str:
+        """Where the time of a request goes, outside HTTP."""
+        if not (record := load(self.record)):
+            return NOT_MEASURED
+        times = record["stages_ms"]
+        rows = [[words, f"{times[stage]:.2f}"] for stage, words in self.stages.items()]
+        return markdown(["part of a request", "ms"], rows)
+
+
+RECOMMEND = Deployment(
     "serve_load_cpu",
-    "serve_scores_cpu",
-)  # records of a retrieval and of a ranking run
-STAGES = {
-    RECOMMEND: {
+    "recommend",
+    {
         "read": "reading the JSON",
         "prepare": "ids, times, hidden items",
         "encode": "the history's vector, in a call of 8",
         "best": "the catalogue and titles, in a call of 8",
         "write": "writing the JSON",
     },
-    SCORE: {
+)
+SCORE = Deployment(
+    "serve_scores_cpu",
+    "score",
+    {
         "read": "reading the JSON",
         "prepare": "ids, times, codes",
         "encode": "the history's keys and values, in a call of 8",
         "score": "the candidates, in a call of 8",
         "write": "titles, writing the JSON",
     },
-}
-
-
-def example(name: str) -> str:
-    """A request and its answer, over HTTP."""
-    record = load(name)
-    if not record:
-        return NOT_MEASURED
-    path = {RECOMMEND: "recommend", SCORE: "score"}[name]
-    sent = f"curl -s localhost:8000/{path} -H 'content-type: application/json' -d '{json.dumps(record['example']['request'])}'"
-    return f"    {sent}\n\n```json\n{json.dumps(record['example']['answer'], indent=1, ensure_ascii=False)}\n```"
-
-
-def load_table(name: str) -> str:
-    """The rate over connections, the mixed load and the killed replica."""
-    record = load(name)
-    if not record:
-        return NOT_MEASURED
-    rows = [
-        [
-            str(row["connections"]),
-            row["histories"],
-            *(f"{row[key]:.0f}" for key in ("per_second", "p50_ms", "p99_ms", "max_ms")),
-        ]
-        for row in record["rates"]
-    ]
-    mixed, kill = record["mixed"], record["kill"]
-    bad = ", ".join(
-        f"{count} x {status}" for status, count in mixed["statuses"].items() if status != "200"
-    )
-    before, after = (
-        load_average[0]
-        for load_average in (record["load_average_before"], record["load_average_after"])
-    )
-    what = (
-        f"{record['candidates']} candidates"
-        if name == SCORE
-        else f"top 10 of {record['items']:,} items"
-    )
-    return "\n\n".join(
-        [
-            markdown(
-                ["connections", "histories", "requests/s", "p50 ms", "p99 ms", "slowest ms"], rows
-            ),
-            f"{record['config']}, history {record['history']}, {what}, one replica{' with ' + record['serve'] if record['serve'] else ''} and the client "
-            f"on {record['host_cores']} CPU cores; load average {before:.1f} before and {after:.1f} after"
-            f"{'; ' + record['note'] if 'note' in record else ''}.",
-            f"Mixed: {mixed['requests']:,} requests, {mixed['bad']:,} of them bad, over {mixed['connections']} connections: "
-            f"{mixed['per_second']:.0f} a second, p99 {mixed['p99_ms']:.0f} ms. {mixed['wrong_answers']} wrong answers, {mixed['hung']} hung, "
-            f"refused: {bad}. Memory of the replica after the first fifth of the requests: largest over smallest "
-            f"{mixed['rss_after_warm_up_largest_over_smallest']:.3f}.",
-            f"One of {kill['replicas']} replicas killed (SIGKILL) under load: {kill['lost']} of {kill['requests']:,} requests lost, "
-            f"{kill['hung']} hung, slowest answer {kill['slowest_answered_s']:.2f} s.",
-        ]
-    )
-
-
-def stages_table(name: str) -> str:
-    """Where the time of a request goes, outside HTTP."""
-    record = load(name)
-    if not record:
-        return NOT_MEASURED
-    rows = [[words, f"{record['stages_ms'][stage]:.2f}"] for stage, words in STAGES[name].items()]
-    return markdown(["part of a request", "ms"], rows)
+)
 
 
 def serve_figure() -> None:
     """Requests a second against latency, and the memory of a replica under the mixed load."""
-    record = load(RECOMMEND)
+    record = load(RECOMMEND.record)
     if not record:
         return
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    for histories, colour in (("new", "tab:red"), ("known", "tab:blue")):
-        rows = [row for row in record["rates"] if row["histories"] == histories]
-        for quantile, line in (("p50_ms", ":"), ("p99_ms", "-")):
-            x, y = [row["per_second"] for row in rows], [row[quantile] for row in rows]
-            speed.plot(
-                x,
-                y,
-                line,
-                marker="o",
-                markersize=4,
-                color=colour,
-                label=f"{histories} histories, {quantile[:3]}",
-            )
-        for row in rows:
-            speed.annotate(
-                str(row["connections"]),
-                (row["per_second"], row["p99_ms"]),
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=8,
-            )
-    speed.set(
-        xlabel="requests/s",
-        ylabel="latency, ms",
-        title="closed loop, number of connections beside p99",
-        ylim=(0, None),
-        xlim=(0, None),
-    )
-    speed.legend(frameon=False, fontsize=8)
-    memory.plot(*zip(*record["mixed"]["rss_mib"], strict=True), color="tab:grey")
-    memory.set(
-        xlabel="good and bad requests answered",
-        ylabel="MiB",
-        title="memory of the replica",
-        ylim=(0, 1.2 * record["mixed"]["rss_mib"][-1][1]),
-    )
-    for axis in (speed, memory):
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(FIGURES / "serve_load.png", dpi=130)
-    plt.close(figure)
+    with figure("serve_load", 9, 3.4) as drawn:
+        speed, memory = drawn.subplots(1, 2)
+        for histories, colour in (("new", "tab:red"), ("known", "tab:blue")):
+            rows = [row for row in record["rates"] if row["histories"] == histories]
+            rates = [row["per_second"] for row in rows]
+            for quantile, line in (("p50_ms", ":"), ("p99_ms", "-")):
+                speed.plot(
+                    rates,
+                    [row[quantile] for row in rows],
+                    line,
+                    marker="o",
+                    markersize=4,
+                    color=colour,
+                    label=f"{histories} histories, {quantile[:3]}",
+                )
+            for row in rows:
+                speed.annotate(
+                    str(row["connections"]),
+                    (row["per_second"], row["p99_ms"]),
+                    xytext=(4, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+        speed.set(xlabel="requests/s", ylabel="latency, ms", xlim=(0, None), ylim=(0, None))
+        speed.set_title("closed loop, number of connections beside p99")
+        speed.legend(frameon=False, fontsize=8)
+        sizes = record["mixed"]["rss_mib"]
+        memory.plot(*zip(*sizes, strict=True), color="tab:grey")
+        memory.set(xlabel="good and bad requests answered", ylabel="MiB")
+        memory.set(title="memory of the replica", ylim=(0, 1.2 * sizes[-1][1]))
+        for axis in (speed, memory):
+            axis.grid(alpha=0.3)

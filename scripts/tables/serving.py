@@ -1,125 +1,123 @@
-"""The tables and the figure of serving, from the records of scripts.bench.serving, scripts.bench.host_tables and scripts.bench.cache_precision."""
+"""The tables and the figure of serving: cached scoring, smaller caches, item tables on the host."""
 
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-from experiments.configs import long_ultra  # noqa: E402
+from experiments import configs
+from experiments.record import Json
 from scripts.bench import serving as bench_serving
-from scripts.tables.tables import FIGURES, NOT_MEASURED, load, markdown, short
-from ultra_hstu import flops  # noqa: E402
-from ultra_hstu.config import from_config_dict  # noqa: E402
+from scripts.tables.records import NOT_MEASURED, cells, figure, load, markdown, measured, short
+from ultra_hstu import flops
 
+RECORD = "serving_h100"
 MODELS = {"hstu": "HSTU", "ultra": "ULTRA-HSTU"}
 PRECISION = {  # records of scripts.bench.cache_precision
     "cache_precision_assistments": "ASSISTments 2017",
     "cache_precision_ml100k": "MovieLens-100K",
 }
 KINDS = {"same": "the model's dtype", "bfloat16": "bfloat16", "int8": "int8", "fp8": "fp8 (e4m3)"}
-COLOURS = {
-    "cached": "tab:green",
-    "one_batch": "tab:orange",
-    "recompute": "tab:red",
-    "one_by_one": "tab:grey",
-}
-WORDS = {
-    "cached": "cached",
-    "one_batch": "one batch, no cache",
-    "recompute": "history anew for each micro-batch",
-    "one_by_one": "cached, one candidate at a time",
+LINES = {
+    "cached": ("cached", "tab:green"),
+    "one_batch": ("one batch, no cache", "tab:orange"),
+    "recompute": ("history anew for each micro-batch", "tab:red"),
+    "one_by_one": ("cached, one candidate at a time", "tab:grey"),
 }
 
-Cells = dict[tuple[str, int, str, int, int], dict[str, Any]]
+Cells = dict[tuple[str, int, str, int, int], Json]
 
 
-def serving_table() -> str:
-    """For each model, history and number of candidates: the fastest micro-batch, and how many times that is what does without a cache."""
-    record = load("serving_h100")
-    if not record:
-        return NOT_MEASURED
-    cells, rows = by_place(record), []
-    for model, history, count in sorted(
-        {(key[0], key[1], key[3]) for key in cells if key[2] == "cached"},
-        key=lambda key: (key[1], key[2], key[0]),
-    ):
-        steps = {
-            key[4]: cell
-            for key, cell in cells.items()
-            if key[:4] == (model, history, "cached", count)
-        }
-        step, cell = max(steps.items(), key=lambda item: item[1]["candidates_per_s"])
-        encode, once = (
-            cells.get((model, history, "encode", 0, 0)),
-            cells.get((model, history, "one_batch", count, count)),
-        )
-        again, alone = (
-            cells.get((model, history, "recompute", step, step)),
-            cells.get((model, history, "one_by_one", 64, 1)),
-        )
+def by_place(record: Json) -> Cells:
+    """The cells that were measured."""
+    return {
+        (
+            cell["model"],
+            cell["history"],
+            cell["what"],
+            cell["candidates"],
+            cell["micro_batch"],
+        ): cell
+        for cell in record["cells"]
+        if "error" not in cell
+    }
+
+
+def times(cell: Json, other: Json | None) -> str:
+    return "" if other is None else f"{cell['candidates_per_s'] / other['candidates_per_s']:.1f}"
+
+
+@measured(RECORD)
+def serving_table(record: Json) -> str:
+    """The fastest micro-batch of each model, history and number of candidates.
+
+    Its rate stands beside those of other ways.
+    """
+    places = by_place(record)
+    fastest: dict[tuple[int, int, str], tuple[int, Json]] = {}
+    for (model, history, what, count, step), cell in places.items():
+        best = fastest.get((history, count, model))
+        if what == "cached" and (
+            best is None or cell["candidates_per_s"] > best[1]["candidates_per_s"]
+        ):
+            fastest[history, count, model] = (step, cell)
+    rows = []
+    for (history, count, model), (step, cell) in sorted(fastest.items(), key=lambda item: item[0]):
+        encode = places.get((model, history, "encode", 0, 0))
         rows.append(
-            [MODELS[model], f"{history:,}", f"{count:,}", f"{step:,}", f"{cell['p50_ms']:.2f} / {cell['p99_ms']:.2f}", f"{cell['candidates_per_s']:,.0f}",
-             f"{cell['TFLOP_a_second']:.0f}", "" if encode is None else f"{encode['p50_ms']:.2f}", times(cell, again), times(cell, once), times(cell, alone)]
-        )  # fmt: skip
-    header = [
-        "model",
-        "history",
-        "candidates",
-        "micro-batch",
-        "p50 / p99, ms",
-        "candidates/s",
-        "TFLOP/s",
-        "encoding, ms",
-    ]
-    table = markdown([*header, "x history anew", "x one batch", "x one by one"], rows)
+            [
+                MODELS[model],
+                f"{history:,}",
+                f"{count:,}",
+                f"{step:,}",
+                *cells(cell, "{p50_ms:.2f} / {p99_ms:.2f}"),
+                *cells(cell, "{candidates_per_s:,.0f}", "{TFLOP_a_second:.0f}"),
+                "" if encode is None else f"{encode['p50_ms']:.2f}",
+                times(cell, places.get((model, history, "recompute", step, step))),
+                times(cell, places.get((model, history, "one_batch", count, count))),
+                times(cell, places.get((model, history, "one_by_one", 64, 1))),
+            ]
+        )
+    header = ["model", "history", "candidates", "micro-batch", "p50 / p99, ms", "candidates/s"]
+    header += ["TFLOP/s", "encoding, ms", "x history anew", "x one batch", "x one by one"]
     whole = ", ".join(
-        f"{MODELS[model]} {cells[model, 16384, 'encode', 0, 0]['tflop']:.3f} TFLOP in {cells[model, 16384, 'encode', 0, 0]['p50_ms']:.1f} ms"
-        for model in MODELS
-        if (model, 16384, "encode", 0, 0) in cells
+        f"{name} {longest['tflop']:.3f} TFLOP in {longest['p50_ms']:.1f} ms"
+        for model, name in MODELS.items()
+        if (longest := places.get((model, 16384, "encode", 0, 0)))
     )
-    where = f"{record['device']}, attention `{record['implementation']}`, to the cache `{record['cached']}`, commit {record['commit']}."
-    parts = [
-        table,
+    return markdown(
+        header,
+        rows,
         *([f"A history of 16,384 events: {whole}."] if whole else []),
-        where,
+        "{device}, attention `{implementation}`, to the cache `{cached}`, commit {commit}.".format(
+            **record
+        ),
         *record.get("notes", []),
-    ]
-    parts.append("![Candidates a second](figures/serving.png)")
-    return "\n\n".join(parts)
+        "![Candidates a second](figures/serving.png)",
+    )
 
 
-def micro_batches_table() -> str:
-    """For each model and history, what micro-batches do to the most candidates: candidates a second, and how many times those with the history anew."""
-    record = load("serving_h100")
-    if not record:
-        return NOT_MEASURED
-    cells = by_place(record)
-    most = max(key[3] for key in cells if key[2] == "cached")
-    cached = {key: cell for key, cell in cells.items() if key[2] == "cached" and key[3] == most}
-    steps, rows = sorted({key[4] for key in cached}), []
-    for model, history in sorted({key[:2] for key in cached}, key=lambda key: (key[1], key[0])):
+@measured(RECORD)
+def micro_batches_table(record: Json) -> str:
+    """What micro-batches do to the most candidates, for each model and history.
+
+    Candidates a second, and how many times those with the history encoded anew.
+    """
+    places = by_place(record)
+    most = max(key[3] for key in places if key[2] == "cached")
+    cached = [key for key in places if key[2:4] == ("cached", most)]
+    steps = sorted({key[4] for key in cached})
+    rows = []
+    for history, model in sorted({(key[1], key[0]) for key in cached}):
         row = [MODELS[model], f"{history:,}"]
         for step in steps:
-            cell, again = (
-                cached.get((model, history, "cached", most, step)),
-                cells.get((model, history, "recompute", step, step)),
-            )
-            row.append(
-                ""
-                if cell is None
-                else f"{cell['candidates_per_s']:,.0f}"
-                + (f" ({times(cell, again)})" if again else "")
-            )
+            found = places.get((model, history, "cached", most, step))
+            again = places.get((model, history, "recompute", step, step))
+            text = "" if found is None else f"{found['candidates_per_s']:,.0f}"
+            row.append(f"{text} ({times(found, again)})" if found and again else text)
         rows.append(row)
     return markdown(["model", "history", *(f"micro-batches of {step:,}" for step in steps)], rows)
 
 
 def operations_table() -> str:
-    """What a cache can save, from operation counts of the models that scripts.bench.serving times: no time in it."""
+    """What a cache can save, by operation counts of the models that scripts.bench.serving times."""
     rows = []
-    config = from_config_dict(long_ultra.get_config())
+    config = configs.named("long_ultra")
     for history in (4096, 16384):
         for name, model in MODELS.items():
             ranking = bench_serving.ranking_config(
@@ -135,71 +133,46 @@ def operations_table() -> str:
     return markdown([*header, "x for 64", "x for 256", "x for 1,024", "x for 16,384"], rows)
 
 
-def times(cell: dict[str, Any], other: dict[str, Any] | None) -> str:
-    return "" if other is None else f"{cell['candidates_per_s'] / other['candidates_per_s']:.1f}"
-
-
-def by_place(record: dict[str, Any]) -> Cells:
-    """The cells that were measured."""
-    names = ("model", "history", "what", "candidates", "micro_batch")
-    return {
-        tuple(cell[name] for name in names): cell for cell in record["cells"] if "error" not in cell
-    }
-
-
 def serving_figure() -> None:
-    """Candidates a second over the micro-batch, most candidates of the record, a panel a model and history."""
-    record = load("serving_h100")
+    """Candidates a second over the micro-batch, most candidates of the record.
+
+    Each model and history has a panel.
+    """
+    record = load(RECORD)
     if not record:
         return
-    cells = by_place(record)
-    count = max(key[3] for key in cells if key[2] == "cached")
-    steps = sorted({key[4] for key in cells if key[2] == "cached" and key[3] == count})
-    models, histories = sorted({key[0] for key in cells}), sorted({key[1] for key in cells})
-    panels, shape = (
-        [(model, history) for model in models for history in histories],
-        (len(models), len(histories)),
-    )
-    size = (2.7 * shape[1], 2.5 * shape[0] + 0.5)
-    figure, axes = plt.subplots(
-        *shape, figsize=size, sharex=True, sharey=True, squeeze=False, constrained_layout=True
-    )
-    for axis, (model, history) in zip(axes.flat, panels, strict=True):
-        for what, colour in COLOURS.items():
-            points = sorted(
-                (key[4], cell["candidates_per_s"])
-                for key, cell in cells.items()
-                if key[:3] == (model, history, what)
-                and (what in ("recompute", "one_by_one") or key[3] == count)
-            )
-            if what in ("one_batch", "one_by_one"):
-                for _, rate in points:
-                    axis.axhline(rate, color=colour, linestyle="--", linewidth=1, label=WORDS[what])
-            else:
-                axis.plot(
-                    *zip(*points, strict=True),
-                    color=colour,
-                    marker="o",
-                    markersize=3,
-                    label=WORDS[what],
-                ) if points else None
-        axis.set(xscale="log", yscale="log")
-        axis.set_title(f"{MODELS[model]}, history {history:,}", fontsize=10)
-        axis.set_xticks(steps, [str(step) for step in steps])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("micro-batch", fontsize=10)
-    figure.supylabel(f"candidates a second, of {count:,}", fontsize=10)
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(),
-        frameon=False,
-        loc="outside upper center",
-        ncols=4,
-        fontsize=8,
-    )
-    figure.savefig(FIGURES / "serving.png", dpi=130)
-    plt.close(figure)
+    places = by_place(record)
+    count = max(key[3] for key in places if key[2] == "cached")
+    steps = sorted({key[4] for key in places if key[2:4] == ("cached", count)})
+    models, histories = sorted({key[0] for key in places}), sorted({key[1] for key in places})
+    with figure("serving", 2.7 * len(histories), 2.5 * len(models) + 0.5) as drawn:
+        axes = drawn.subplots(len(models), len(histories), sharex=True, sharey=True, squeeze=False)
+        panels = [(model, history) for model in models for history in histories]
+        for axis, (model, history) in zip(axes.flat, panels, strict=True):
+            for what, (label, colour) in LINES.items():
+                rates = {
+                    key[4]: cell["candidates_per_s"]
+                    for key, cell in sorted(places.items())
+                    if key[:3] == (model, history, what)
+                    and (what in ("recompute", "one_by_one") or key[3] == count)
+                }
+                if what in ("one_batch", "one_by_one"):
+                    for rate in rates.values():
+                        axis.axhline(rate, color=colour, linestyle="--", linewidth=1, label=label)
+                elif rates:
+                    values = list(rates.values())
+                    axis.plot(
+                        list(rates), values, color=colour, marker="o", markersize=3, label=label
+                    )
+            axis.set(xscale="log", yscale="log")
+            axis.set_title(f"{MODELS[model]}, history {history:,}", fontsize=10)
+            axis.set_xticks(steps, [str(step) for step in steps])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        drawn.supxlabel("micro-batch", fontsize=10)
+        drawn.supylabel(f"candidates a second, of {count:,}", fontsize=10)
+        handles = axes[0][0].get_legend_handles_labels()
+        drawn.legend(*handles, frameon=False, loc="outside upper center", ncols=4, fontsize=8)
 
 
 def cache_precision_table() -> str:
@@ -210,63 +183,41 @@ def cache_precision_table() -> str:
         if not record:
             rows.append([data, NOT_MEASURED, *[""] * 6])
             continue
-        exact = record["kinds"]["same"]["metrics"]
-        hit = next((key for key in record["kinds"]["same"] if key.startswith("hr@")), None)
+        exact = record["kinds"]["same"]
+        hit = next((key for key in exact if key.startswith("hr@")), "")
         for kind, found in record["kinds"].items():
-            metrics = found["metrics"]
-            difference = "" if kind == "same" else f"{metrics['ne'] - exact['ne']:+.0e}"
-            error = f"{found['rms_logit_error']:.1e}" if "rms_logit_error" in found else ""
-            stay = (
-                f"{100 * found['answers_that_stay']:.1f} %" if "answers_that_stay" in found else ""
-            )
-            size = f"{found['bytes_a_row_and_layer']:.0f}"
+            entropy, stay = found["metrics"]["ne"], found.get("answers_that_stay")
+            error = found.get("rms_logit_error")
             rows.append(
                 [
                     data,
                     KINDS[kind],
-                    size,
-                    f"{metrics['ne']:.5f}",
-                    difference,
-                    error,
-                    short(found[hit]) if hit else "",
-                    stay,
+                    f"{found['bytes_a_row_and_layer']:.0f}",
+                    f"{entropy:.5f}",
+                    "" if kind == "same" else f"{entropy - exact['metrics']['ne']:+.0e}",
+                    "" if error is None else f"{error:.1e}",
+                    short(found.get(hit)),
+                    "" if stay is None else f"{100 * stay:.1f} %",
                 ]
             )
         notes += [record["note"]] if "note" in record else []
-    header = [
-        "data",
-        "keys and values",
-        "bytes a row and layer",
-        "NE",
-        "difference",
-        "RMS error of a logit",
-        "HR@10 of all items",
-        "top 10 that stay",
-    ]
-    return "\n\n".join([markdown(header, rows), *notes])
+    header = ["data", "keys and values", "bytes a row and layer", "NE", "difference"]
+    header += ["RMS error of a logit", "HR@10 of all items", "top 10 that stay"]
+    return markdown(header, rows, *notes)
 
 
-def host_tables_table() -> str:
+@measured("host_tables_h100")
+def host_tables_table(record: Json) -> str:
     """One line a kind of item table."""
-    record = load("host_tables_h100")
-    if not record:
-        return NOT_MEASURED
+    times = ("{gather_ms:.2f}", "{transfer_ms:.2f}", "{unpack_ms:.2f}")
     rows = [
-        [
-            kind,
-            str(found["row_bytes"]),
-            f"{found['bytes'] / 2**20:.1f}",
-            *(f"{found[name]:.2f}" for name in ("gather_ms", "transfer_ms", "unpack_ms")),
-        ]
+        [kind, str(found["row_bytes"]), f"{found['bytes'] / 2**20:.1f}", *cells(found, *times)]
         for kind, found in record["tables"].items()
     ]
-    header = [
-        "item table",
-        "bytes a row",
-        "MiB of a request",
-        "gathered on the host, ms",
-        "to the device, ms",
-        "unpacked there, ms",
-    ]
-    where = f"{record['device']}, {record['rows']:,} rows of width {record['width']} from {record['items']:,} items."
-    return "\n\n".join([markdown(header, rows), where, *record.get("notes", [])])
+    header = ["item table", "bytes a row", "MiB of a request", "gathered on the host, ms"]
+    return markdown(
+        [*header, "to the device, ms", "unpacked there, ms"],
+        rows,
+        "{device}, {rows:,} rows of width {width} from {items:,} items.".format(**record),
+        *record.get("notes", []),
+    )

@@ -9,25 +9,23 @@ from rich.console import Console
 
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
-from ultra_hstu.data.feed import history_loader
-from ultra_hstu.data.sampled import History, SampledPlanner, Sampling
-from ultra_hstu.retrieval.batch import Events
+from ultra_hstu import tasks
+from ultra_hstu.data.feed import EventStore
+from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
 from ultra_hstu.retrieval.split import Examples
+from ultra_hstu.retrieval.task import events_of, history_loader
 from ultra_hstu.sampling import threshold
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
 # --- retrieval ---
 
-LONG = History(60)
+LONG = SampledHistory(60)
 
 
 @pytest.fixture(scope="module")
 def events():
     rng = np.random.default_rng(0)
-    return Events.from_arrays(
-        rng.integers(1, 50, 3000), np.sort(rng.integers(10**9, 10**9 + 10**6, 3000))
-    )
+    return events_of(rng.integers(1, 50, 3000), np.sort(rng.integers(10**9, 10**9 + 10**6, 3000)))
 
 
 def loader(events, sampling, placement="device", padded_length=None, timed=True):
@@ -45,7 +43,7 @@ def loader(events, sampling, placement="device", padded_length=None, timed=True)
         padded_length=padded_length,
         planner=planner,
     )
-    return history_loader(events, examples, **options), examples
+    return history_loader(EventStore(events), examples, **options), examples
 
 
 def batches(loader, plan):
@@ -150,11 +148,11 @@ def test_training_is_cut_and_evaluation_whole(tmp_path):
         data__load_balance=True,
         data__recalibrate_every=2,
     )
-    task = Task.load(config)
+    task = tasks.load(config)
     options = dict(batch_users=8, steps_per_call=3)
     training = task.loader("train", **options).plan(seed=0, epoch=0)
     assert set(training.examples.lengths.ravel()) == {threshold(10, 1.2), 10}
-    whole = Task.of(
+    whole = tasks.of(
         with_(config, data__stochastic_length=None, data__load_balance=False), task.interactions
     )
     one, other = (t.loader("test", **options) for t in (task, whole))
@@ -174,7 +172,7 @@ def rank_loader(sampled, **sections):
     interactions = rank_data.interactions(lengths=(40, 3, 20, 31, 12, 7))
     config = rank_data.config(**sections)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **sampled))
-    task = Task.of(config, interactions)
+    task = tasks.of(config, interactions)
     return task, task.loader("train", batch_users=4, steps_per_call=2)
 
 
@@ -192,7 +190,7 @@ def test_ranking_histories_are_cut_and_targets_are_not(kind, form):
     sampled = dict(stochastic_length=1.3, subsequence=kind, load_balance=kind != "random")
     task, made = rank_loader(sampled, **FORMS[form])
     _, whole = rank_loader({}, **FORMS[form])
-    plan, data = made.plan(seed=1, epoch=2), task.source.events
+    plan, data = made.plan(seed=1, epoch=2), task.events
     table, full = plan.examples, whole.plan(seed=1, epoch=2).examples
     per_event = 2 if form in ("interleaved", "all") else 1
     cuts = 0

@@ -1,9 +1,6 @@
 """Stochastic length against golden numbers and definitions; the load balancer."""
 
 import itertools
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,6 @@ from ultra_hstu.sampling import (
     RECALIBRATION_WEIGHT,
     LoadBalancer,
     keep_probability,
-    process_mean,
     stochastic_length,
     subsequence,
     threshold,
@@ -243,46 +239,6 @@ def test_recalibration_is_the_only_communication():
     np.testing.assert_allclose(asked, [plain[:3].mean(), plain[3:6].mean()])
     moved = 1000.0 + RECALIBRATION_WEIGHT * 1000.0
     assert targets == [None, None, 1000.0, 1000.0, 1000.0, moved, moved]
-    assert process_mean(2.5) == 2.5  # one process
-
-
-def test_mean_over_two_processes():
-    """Each starts with another load; both get the mean."""
-    code = """
-import sys, jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from ultra_hstu.sampling import process_mean
-print("mean", process_mean(1e6 + 1000 * int(sys.argv[2])))
-"""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, address, str(rank)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in both]
-    assert all(float(text.split("mean ")[-1]) == 1000500.0 for text in said), said
-
-
-def test_a_restored_balancer_goes_on_alike():
-    length, uniform = draws(20, 1)
-    first, second = (LoadBalancer(N, ALPHA, GAMMA, 4) for _ in range(2))
-    for s in range(10):
-        first.choose(length[s, 0], uniform[s, 0])
-    second.restore(first.state())
-    for s in range(10, 20):
-        np.testing.assert_array_equal(
-            first.choose(length[s, 0], uniform[s, 0]), second.choose(length[s, 0], uniform[s, 0])
-        )
-    assert first.state() == second.state()
 
 
 @pytest.mark.parametrize("field, value", [("gamma", 0.0), ("recalibrate_every", 0)])

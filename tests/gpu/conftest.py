@@ -1,21 +1,28 @@
-"""Tests that need a GPU, run by `make test-gpu`: never in CI, where every one of them would be skipped. `--record=PATH` writes what came out."""
+"""Settings of the tests that need a GPU, and a record of their outcome (`--record=PATH`).
+
+`make test-gpu` runs them. They are not collected where there is no GPU, since all would be skipped.
+`tests/conftest.py` is imported before this file. It imports JAX, but makes no backend: the flags
+below are read when the first test uses a device.
+"""
 
 import collections
 import json
 import os
 import pathlib
 
-# Compiling takes most of the time: what is not under test needs neither the fastest algorithm nor the best code. And several processes share the GPU.
+import jax
+
+from ultra_hstu.provenance import provenance
+
+# Compiling takes most of the time: what is not under test needs neither the fastest algorithm nor
+# the best code. Several processes share the GPU.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import jax  # noqa: E402
-
-from ultra_hstu.provenance import provenance  # noqa: E402
-
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_default_matmul_precision", "highest")
+# Every program is compiled anew on a GPU: the record's durations compare, and a kernel that no
+# longer compiles cannot hide behind a stored program.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+jax.config.update("jax_enable_compilation_cache", False)
 
 
 def pytest_addoption(parser):
@@ -23,9 +30,8 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    if config.option.record is None or hasattr(
-        config, "workerinput"
-    ):  # an interrupted worker of xdist comes here, too
+    path = config.getoption("record", None)  # there is none where other folders are run, too
+    if path is None or hasattr(config, "workerinput"):  # an interrupted worker of xdist calls this
         return
     suites = collections.defaultdict(lambda: {"passed": 0, "failed": 0, "seconds": 0.0})
     failures = []
@@ -44,4 +50,4 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     record |= {
         count: sum(suite[count] for suite in suites.values()) for count in ("passed", "failed")
     }
-    config.option.record.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")

@@ -17,7 +17,7 @@ from tests.kernels.test_cached_attention import Request
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shares", [1, 4, 8])
 def test_targets_against_the_keys_of_their_history(monkeypatch, mask, dtype, shares):
-    monkeypatch.setattr(triton, "splits", lambda *_: shares)
+    monkeypatch.setattr(triton, "key_shares", lambda *_: shares)
     exact, request = np.asarray(Request().whole(MASKS[mask])), Request(dtype)
     with dispatch.record() as choices:
         got = request.cached(MASKS[mask], implementation="triton")

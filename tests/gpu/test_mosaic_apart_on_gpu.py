@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kernels.hstu_attention.partial import partial_attention
+from kernels.jagged import Rows
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
 
 MASK = AttentionMask(window=200, full_rows=90, prefix=40)
@@ -16,7 +17,8 @@ OFFSETS, LENGTH = np.array([0, 900, 901, 2990], np.int32), 3000
 @pytest.mark.parametrize("own", [False, True], ids=["apart", "own keys"])
 @pytest.mark.parametrize("num_keys", [1024, 1300])
 def test_rows_and_keys_of_two_buffers(widths, own, num_keys):
-    keys, rows = MASK.intervals(OFFSETS, LENGTH), MASK.row_intervals(OFFSETS, LENGTH)
+    where = Rows.of(OFFSETS, LENGTH)
+    keys, rows = MASK.keys_of(where), MASK.rows_of(where)
     num_rows, stop = LENGTH - num_keys, LENGTH if own else num_keys
     seen = KeyIntervals(*(jnp.clip(x[num_keys:], 0, stop) for x in keys))
     seen_by = RowIntervals(*(jnp.clip(x[:stop] - num_keys, 0, num_rows) for x in rows))

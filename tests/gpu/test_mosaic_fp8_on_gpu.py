@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels.hstu_attention import hstu_attention, make_plan, reference
-from kernels.hstu_attention.mosaic import fp8 as mosaic_fp8
+from kernels.hstu_attention.mosaic_fp8 import attention as mosaic_fp8
 from kernels.mask import AttentionMask
 from tests.kernels.attention_contract import BATCHES, MASKS, Case
 

@@ -1,8 +1,13 @@
-"""The Triton kernels, in every size of their heuristics, compile for the kinds of GPU that CI does not compile for, and fit their shared memory."""
+"""The Triton kernels compile for the kinds of GPU that CI does not compile for.
+
+They fit the shared memory in every size of their heuristics.
+"""
 
 import pytest
 
-from kernels.hstu_attention.triton import attention as triton
+from kernels.hstu_attention.triton import sizes as triton
+from tests.kernels import test_cached_triton_compiles as cached
+from tests.kernels import test_triton_compiles as whole
 from tests.kernels.triton_compiler import OTHERS, triton_cache  # noqa: F401 - a fixture
 
 
@@ -11,7 +16,9 @@ from tests.kernels.triton_compiler import OTHERS, triton_cache  # noqa: F401 - a
     ("capability", "dtype", "wide"), [(gpu, *case) for gpu in OTHERS for case in whole.cases(gpu)]
 )
 def test_sizes_fit(kernel, capability, dtype, wide):
-    whole.check(kernel, dtype, wide, capability, triton.heuristic(capability, dtype, wide, wide))
+    whole.check(
+        kernel, dtype, wide, capability, triton.heuristic(capability, whole.spec(dtype, wide))
+    )
 
 
 @pytest.mark.parametrize("shares", [1, 4])

@@ -1,6 +1,8 @@
-"""What every implementation of `hstu_attention` must do. A test file subclasses `AttentionContract` and declares what its kernel takes.
+"""What every implementation of `hstu_attention` must do.
 
-Tolerance: the error against float32 `reference` is at most twice that of a plain dense computation in the low precision, plus round-off.
+A test file subclasses `AttentionContract` and declares what its kernel takes. Tolerance: the error
+against float32 `reference` is at most twice that of a plain dense computation in the low precision,
+plus round-off.
 """
 
 import functools
@@ -25,8 +27,9 @@ BATCHES = {
     "one row each": ((1,) * 37, 0),
     "all padding": ((0, 0, 0), 64),
 }
+CAUSAL = AttentionMask()
 MASKS = {
-    "causal": AttentionMask(),
+    "causal": CAUSAL,
     "window": AttentionMask(window=5),
     "window 0": AttentionMask(window=0),
     "full rows": AttentionMask(window=9, full_rows=6),
@@ -72,7 +75,7 @@ class Case:
         scale[self.real :] = np.nan
         return jnp.asarray(scale, jnp.float32)
 
-    def run(self, inputs, *, mask=AttentionMask(), counts=True, scale=1 / 64, **options):  # noqa: B008
+    def run(self, inputs, *, mask=CAUSAL, counts=True, scale=1 / 64, **options):
         bias = None
         if "position_table" in inputs or "time_table" in inputs:
             bias = RelativeBias(
@@ -82,9 +85,16 @@ class Case:
                 self.query_timestamps,
             )
         return hstu_attention(
-            inputs["q"], inputs["k"], inputs["v"], self.offsets, mask=mask, alpha=0.3, scale=scale, bias=bias,
-            num_targets=self.num_targets if counts else None, num_contextual=self.num_contextual if counts else None, **options,
-        )  # fmt: skip
+            *(inputs[name] for name in "qkv"),
+            self.offsets,
+            mask=mask,
+            num_targets=self.num_targets if counts else None,
+            num_contextual=self.num_contextual if counts else None,
+            alpha=0.3,
+            scale=scale,
+            bias=bias,
+            **options,
+        )
 
     def out_and_gradients(self, inputs, **options):
         def weighted(inputs):
@@ -101,7 +111,10 @@ class Case:
 
 @functools.cache
 def expected(key, mask, dtype, rescale):
-    """(float32 reference, yardstick) of a case, computed once for all implementations; by the CPU, whose compiler is the quicker one."""
+    """(float32 reference, yardstick) of a case, computed once for all implementations.
+
+    The CPU does it, whose compiler is the quicker one.
+    """
     with jax.default_device(jax.devices("cpu")[0]):
         case = Case(*key)
         inputs = case.inputs()
@@ -156,7 +169,8 @@ class AttentionContract:
     widths = ((2, 8, 8), (1, 25, 50))  # (heads, K, V)
     supports_bias = True
     repeatable = True  # the same bits on every run: of the output,
-    repeatable_gradients = True  # and of the gradients; False where sums are by atomic additions, which the implementation documents
+    # and of the gradients; False where sums are by atomic additions, as the implementation says
+    repeatable_gradients = True
 
     @property
     def dtype(self):

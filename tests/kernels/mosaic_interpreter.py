@@ -1,10 +1,10 @@
 """Runs the Hopper kernels in Pallas's GPU interpreter, thread by thread, barriers and all.
 
-The interpreter of this JAX has no accumulator registers, no wgmma with a register operand, no reductions to global
-memory and no inline code.
-This file, and no other, stands in for them: accumulators are shared memory, products are `jnp.dot`, sums to memory
-are plain (so one thread block at a time, as its interpreter would let them race), and items are drawn in turn. What
-it cannot show: alignment, register counts, races of the tensor cores, speed. Those need a GPU.
+The interpreter of this JAX has no accumulator registers, no wgmma with a register operand, no
+reductions to global memory and no inline code. This file, and no other, stands in for them:
+accumulators are shared memory, products are `jnp.dot`, sums to memory are plain (so one thread
+block at a time, as its interpreter would let them race), and items are drawn in turn. What it
+cannot show: alignment, register counts, races of the tensor cores, speed. Those need a GPU.
 """
 
 import contextlib
@@ -18,24 +18,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
-from kernels.hstu_attention.mosaic import backward as mosaic_hopper_vjp
-from kernels.hstu_attention.mosaic import backward_keys as mosaic_hopper_dkv
-from kernels.hstu_attention.mosaic import backward_queries as mosaic_hopper_dq
-from kernels.hstu_attention.mosaic import backward_wide as mosaic_hopper_vjp_wide
-from kernels.hstu_attention.mosaic import device as mosaic_device
-from kernels.hstu_attention.mosaic import feed as mosaic_feed
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
-from kernels.hstu_attention.mosaic import parts as mosaic_parts
+from kernels.hstu_attention.mosaic import (
+    backward_keys,
+    backward_one_pass,
+    backward_queries,
+    backward_shared,
+    backward_wide,
+    forward,
+    items,
+    launch,
+    split_tiles,
+)
 
 MODULES = (
-    mosaic_device,
-    mosaic_feed,
-    mosaic_hopper,
-    mosaic_hopper_dkv,
-    mosaic_hopper_dq,
-    mosaic_hopper_vjp,
-    mosaic_hopper_vjp_wide,
-    mosaic_parts,
+    backward_keys,
+    backward_one_pass,
+    backward_queries,
+    backward_shared,
+    backward_wide,
+    forward,
+    items,
+    launch,
+    split_tiles,
 )
 ACCUMULATORS = 7  # that a warpgroup holds at a time, at most
 
@@ -136,7 +140,8 @@ def interpreted(monkeypatch):
             for name, stand_in in stand_ins.items():
                 if hasattr(module, name):
                     patch.setattr(module, name, stand_in)
-        # The kernels leave the barriers of emptied buffers armed at their end, which the hardware does not mind.
+        # The kernels leave the barriers of emptied buffers armed at their end, which the hardware
+        # does not mind.
         patch.setattr(
             shared_memory.Barrier,
             "deallocate",

@@ -1,4 +1,4 @@
-"""`reference` and `xla`: the contract, the golden numbers of the public implementation, memory, skipping, gradients of the bias."""
+"""`reference` and `xla`: the contract, the golden numbers, memory, skipping, bias gradients."""
 
 import dataclasses
 import pathlib
@@ -109,7 +109,10 @@ def test_time_buckets_are_exact():
 
 
 def test_bias_of_one_pair_by_hand():
-    """Row 1 sees key 0: position table entry N - 2, time bucket from row 1's next event to row 0's own time."""
+    """Row 1 sees key 0: position table entry N - 2, and a time bucket.
+
+    The bucket is that from row 1's next event to row 0's own time.
+    """
     position_table, time_table = (
         jnp.asarray([0.0, 0.5, 3.0, 9.0, 9.0]),
         jnp.asarray([0.0, 0.0, 0.0, 0.25, 9.0]),
@@ -143,9 +146,7 @@ def test_xla_result_does_not_depend_on_the_tiling(tiling, monkeypatch):
     case = Case((0, 1, 7, 97, 40), 5, 2, 8, 4, "float32", "both")
     mask = AttentionMask(window=12, full_rows=5, prefix=3)
     want = case.out_and_gradients(case.inputs(), mask=mask, implementation="reference")
-    monkeypatch.setattr(
-        xla, "tiling", lambda rows: xla.Tiling(block, group, low_precision=True, scatter=scatter)
-    )
+    monkeypatch.setattr(xla, "loop_sizes", lambda rows: xla.PairLoop(block, group, True, scatter))
     got = case.out_and_gradients(case.inputs(), mask=mask, implementation="xla")
     for name in want:
         assert largest_error(got[name], want[name]) < 3e-6, name
@@ -186,7 +187,8 @@ def test_xla_memory_is_linear_in_rows():
 def test_xla_skips_tiles_that_do_not_meet():
     def pairs(mask, lengths, rows=8192, **counts):
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        return int(xla.num_tile_pairs(make_plan(mask, offsets, rows, **counts), 64))
+        bounds = make_plan(mask, offsets, rows, **counts).tile_bounds(64, 64)
+        return int((bounds.key_hi - bounds.key_lo).sum())
 
     assert pairs(AttentionMask(), [4096]) == 64 * 65 // 2  # as many rows of padding cost nothing
     assert pairs(AttentionMask(), [64] * 64) == 64  # sequences that fit tiles: the diagonal only
@@ -194,7 +196,8 @@ def test_xla_skips_tiles_that_do_not_meet():
     assert pairs(AttentionMask(window=64), [8192]) == 2 * 128 - 1  # O(T)
     assert pairs(AttentionMask(window=64, full_rows=64), [4096]) == 2 * 64 - 1 + 62
     assert pairs(AttentionMask(window=64, prefix=64), [4096]) == 2 * 64 - 1 + 62
-    # targets far behind a windowed history: sink, window and the tile itself; and contextual rows see all of the history
+    # targets far behind a windowed history: sink, window and the tile itself; and contextual rows
+    # see all of the history
     targets = {"num_targets": np.array([2048]), "num_contextual": np.array([2])}
     assert pairs(AttentionMask(window=64), [4096], **targets) == (2 * 32 - 1 + 30 + 31) + 32 * 3
     assert pairs(AttentionMask(), []) == 0 and pairs(AttentionMask(), [0, 0]) == 0
@@ -214,7 +217,10 @@ def test_no_gradient_crosses_sequences_or_flows_from_the_future():
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_batch_and_mask(data):
-    """Random lengths, targets, contextual counts and masks; a fixed capacity, so that shapes compile few times."""
+    """Random lengths, targets, contextual counts and masks.
+
+    The capacity is fixed, so that shapes compile few times.
+    """
     count = st.integers(0, 8)
     lengths = data.draw(st.lists(st.integers(0, 40), min_size=4, max_size=4))
     mask = AttentionMask(
@@ -244,7 +250,14 @@ def test_workloads_are_what_the_kernels_take():
     assert sum(WORKLOADS["jagged_d128_65536"].lengths) == 65536
     small = dataclasses.replace(WORKLOADS["ml1m"], lengths=(5, 9), capacity=16, max_length=20)
     arrays = small.arrays()
-    out = hstu_attention(arrays["q"], arrays["k"], arrays["v"], small.offsets(), **small.options())
+    out = hstu_attention(
+        *(arrays[name] for name in "qkv"),
+        small.offsets(),
+        mask=small.mask,
+        alpha=small.alpha,
+        scale=small.scale,
+        bias=small.relative_bias(),
+    )
     assert (
         out.shape == arrays["g"].shape and np.isfinite(out).all() and not np.asarray(out[14:]).any()
     )
@@ -252,8 +265,7 @@ def test_workloads_are_what_the_kernels_take():
 
 def test_timing_is_a_median_and_rates_follow():
     timing = Timing((3.0, 1.0, 2.0))
-    assert timing.seconds == 2.0 and timing.tflops(4e12) == 2.0 and timing.gigabytes(6e9) == 3.0
-    assert timing.utilization(4e12, peak_tflops=8.0) == 0.25
+    assert timing.seconds == 2.0 and timing.tflops(4e12) == 2.0
     measured = device_time(
         jax.jit(lambda x: x + 1), jnp.zeros(8), repetitions=3, sample_seconds=0.001
     )

@@ -1,4 +1,7 @@
-"""Attention to a cache: the last rows of every sequence against its keys give what the whole batch gives, for every mask, and bad input is named."""
+"""Attention to a cache: the last rows of every sequence against its keys.
+
+They get what the whole batch gives, for every mask; and bad input is named.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +27,10 @@ class Request:
         self.counts = np.array(BATCH, np.int32)
         self.offsets = np.concatenate([[0], np.cumsum(self.counts.sum(1))]).astype(np.int32)
         rows = int(self.offsets[-1])
-        draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, dtype=np.float32)).astype(
-            dtype
-        )  # noqa: E731
+
+        def draw(*shape):
+            return jnp.asarray(rng.standard_normal(shape, dtype=np.float32)).astype(dtype)
+
         self.q, self.k, self.v = draw(rows, HEADS, K), draw(rows, HEADS, K), draw(rows, HEADS, V)
         self.bias = None
         if bias:
@@ -44,9 +48,18 @@ class Request:
 
     def whole(self, mask):
         return hstu_attention(
-            self.q, self.k, self.v, self.offsets, mask=mask, num_targets=self.counts[:, 2], num_contextual=self.counts[:, 0],
-            alpha=0.3, scale=1 / N, bias=self.bias, implementation="reference",
-        )[self.target]  # fmt: skip
+            self.q,
+            self.k,
+            self.v,
+            self.offsets,
+            mask=mask,
+            num_targets=self.counts[:, 2],
+            num_contextual=self.counts[:, 0],
+            alpha=0.3,
+            scale=1 / N,
+            bias=self.bias,
+            implementation="reference",
+        )[self.target]
 
     def cached(self, mask, **options):
         start = self.key_offsets[self.user]
@@ -81,12 +94,12 @@ class Request:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
     "sizes",
-    [xla.Tiling(16, 8, True, False), xla.Tiling(None, 32, False, True)],
+    [xla.KeyLoop(16, 8, True, False), xla.KeyLoop(None, 32, False, True)],
     ids=["skip", "whole"],
 )
 def test_targets_against_the_keys_of_their_history(mask, sizes, monkeypatch):
     """As small tiles, which straddle sequences, and as an accelerator does it."""
-    monkeypatch.setattr(xla, "tiling", lambda: sizes)
+    monkeypatch.setattr(xla, "loop_sizes", lambda: sizes)
     for bias in {mask in ("causal", "all"), False}:
         request = Request(bias=bias)
         want = request.whole(MASKS[mask])
@@ -112,7 +125,10 @@ def test_low_precision_inputs():
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_only_blocks_that_are_seen_are_visited(mask):
-    """The blocks of a tile hold all its keys; those of a window far from a prefix leave out what lies between."""
+    """The blocks of a tile hold all its keys.
+
+    The blocks of a window far from a prefix leave out what lies between.
+    """
     request, size = Request(), 8
     start = jnp.asarray(request.key_offsets[request.user])
     keys = MASKS[mask].keys_at(
@@ -121,15 +137,19 @@ def test_only_blocks_that_are_seen_are_visited(mask):
         *(jnp.asarray(x) for x in request.counts[request.user, :2].T),
     )
     for rows in (slice(0, 5), slice(3, 9), slice(9, 39)):
-        first, count, (gap_start, gap_end) = (np.asarray(x) if not isinstance(x, tuple) else x for x in xla._blocks(
-            KeyIntervals(*(x[rows] for x in keys)), size))  # fmt: skip
+        tile = KeyIntervals(*(x[rows] for x in keys))
+        first, count, (gap_start, gap_end) = jax.tree.map(int, xla.visited_blocks(tile, size))
         blocks = [first + i for i in range(count)]
         blocks = [int(b - gap_start + gap_end if b >= gap_start else b) for b in blocks]
-        seen = {key // size for lo, hi in ((keys.lo0, keys.hi0), (keys.lo1, keys.hi1))
-                for a, b in zip(lo[rows].tolist(), hi[rows].tolist(), strict=True) for key in range(a, b)}  # fmt: skip
+        seen = {
+            key // size
+            for lo, hi in ((tile.lo0, tile.hi0), (tile.lo1, tile.hi1))
+            for start, stop in zip(lo.tolist(), hi.tolist(), strict=True)
+            for key in range(start, stop)
+        }
         assert seen <= set(blocks) and len(set(blocks)) == len(blocks)
     far = AttentionMask(window=5, prefix=6).keys_at(*(jnp.asarray([x]) for x in (0, 998, 0, 1000)))
-    assert int(xla._blocks(far, size)[1]) == 2
+    assert int(xla.visited_blocks(far, size)[1]) == 2
 
 
 def test_no_keys_and_no_rows():
@@ -169,8 +189,15 @@ def test_no_keys_and_no_rows():
     ],
 )
 def test_bad_input_is_named(change, message):
-    arguments = dict(q_RHK=jnp.ones((3, 1, 4)), k_SHK=jnp.ones((5, 1, 4)), v_SHV=jnp.ones((5, 1, 2)),
-                     keys=KeyIntervals(*(jnp.zeros(3, jnp.int32) for _ in range(4))), alpha=1.0, scale=1.0) | change  # fmt: skip
+    arguments = {
+        "q_RHK": jnp.ones((3, 1, 4)),
+        "k_SHK": jnp.ones((5, 1, 4)),
+        "v_SHV": jnp.ones((5, 1, 2)),
+        "keys": KeyIntervals(*(jnp.zeros(3, jnp.int32) for _ in range(4))),
+        "alpha": 1.0,
+        "scale": 1.0,
+        **change,
+    }
     with pytest.raises(ValueError, match=message):
         cached_attention(**arguments)
 

@@ -1,22 +1,30 @@
-"""What of `triton` for cached keys a machine without GPU can check: what it refuses, how it shares the work, what it hands to its kernel.
+"""What of `triton` for cached keys a machine without GPU can check.
 
-The kernel is compiled and run by `make test-gpu`.
+What it refuses, how it shares the work, and what it hands to its kernel; `make test-gpu` runs that.
 """
+
+import importlib.util
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import device, triton_call
 from kernels.cached_attention.triton import attention as triton
-from kernels.hstu_attention.triton import attention as whole
+from kernels.hstu_attention import AttentionSpec
+from kernels.hstu_attention.triton import sizes
+from kernels.hstu_attention.triton.sizes import LaunchSizes
 from kernels.mask import AttentionMask, KeyIntervals
 from tests.kernels.test_cached_attention import Request
 
 
 @pytest.fixture
 def h100(monkeypatch):
-    monkeypatch.setattr(whole, "compute_capability", lambda: (9, 0))
-    monkeypatch.setattr(whole, "check_installed", lambda: None)
+    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H100", (9, 0)))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: name == "jax_triton" or find(name, *rest)
+    )
 
 
 def run(**options):
@@ -34,7 +42,7 @@ def test_no_bias(h100):
 
 
 def test_heads_too_wide(h100, monkeypatch):
-    monkeypatch.setattr(whole, "widest", lambda capability: 4)
+    monkeypatch.setattr(sizes, "widest", lambda capability: 4)
     with pytest.raises(NotImplementedError, match="1 to 4 here, got K = 8, V = 4"):
         run()
 
@@ -53,8 +61,11 @@ def test_heads_too_wide(h100, monkeypatch):
     ],
 )
 def test_few_rows_share_their_keys(rows, keys, shares):
-    """With four heads and 64 x 64 tiles: about two programs for each processor, and four blocks of keys at least for each."""
-    assert triton.splits(rows, keys, 4, whole.Tiling(64, 64, 4, 3)) == shares
+    """With four heads and 64 x 64 tiles: about two programs for each processor.
+
+    Each has four blocks of keys at least.
+    """
+    assert triton.key_shares(rows, keys, 4, LaunchSizes(64, 64, 4, 3)) == shares
 
 
 @pytest.mark.parametrize(
@@ -64,19 +75,25 @@ def test_few_rows_share_their_keys(rows, keys, shares):
 def test_what_is_handed_to_the_kernel(h100, monkeypatch, dtype, shares, outs):
     handed = {}
 
-    def call_kernel(arrays, outs, programs, warps, stages, constants):
+    def launch(kernel, arrays, outs, *, programs, warps, stages, constants):
         handed.update(constants, arrays=arrays, outs=outs, programs=programs)
         return [jnp.ones(x.shape, x.dtype) for x in outs]
 
-    monkeypatch.setattr(triton, "_call_kernel", call_kernel)
-    monkeypatch.setattr(triton, "splits", lambda *_: shares)
+    monkeypatch.setattr(triton_call, "launch", launch)
+    monkeypatch.setattr(triton, "key_shares", lambda *_: shares)
     request = Request(dtype)
     out = request.cached(AttentionMask(), implementation="triton")
     rows, keys = int(request.target.sum()), int((~request.target).sum())
-    block = triton.tiling((9, 0), dtype, 8, 4).block_q
+    block = triton.find_sizes(AttentionSpec(dtype, 2, 8, 4)).block_q
     assert [x.shape for x in handed["arrays"]] == [
-        (rows, 2, 8), (keys, 2, 8), (keys, 2, 4), (rows, 2, 8), (rows, 2, 4), (-(-rows // block), 6), *[(rows,)] * 4,
-    ]  # fmt: skip
+        (rows, 2, 8),
+        (keys, 2, 8),
+        (keys, 2, 4),
+        (rows, 2, 8),
+        (rows, 2, 4),
+        (-(-rows // block), 6),
+        *[(rows,)] * 4,
+    ]
     assert [(x.shape, x.dtype) for x in handed["outs"]] == [
         ((outs, rows, 2, 4), dtype if outs == 1 else jnp.float32)
     ]
@@ -98,9 +115,12 @@ def test_what_is_handed_to_the_kernel(h100, monkeypatch, dtype, shares, outs):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_blocks_hold_what_rows_see(seed):
-    """Every key that a row of a tile sees lies in the tile's blocks, in one range; blocks called full are seen whole by all of its rows."""
+    """Every key that a row of a tile sees lies in the tile's blocks, in one range.
+
+    All rows of the tile see the whole of the blocks that are called full.
+    """
     rng = np.random.default_rng(seed)
-    rows, size, num_keys = 23, whole.Tiling(8, 4, 4, 1), 50
+    rows, size, num_keys = 23, LaunchSizes(8, 4, 4, 1), 50
     bounds = [np.sort(rng.integers(0, num_keys + 1, (rows, 2)), axis=1) for _ in range(2)]
     if seed % 2:  # one user: far intervals before near ones
         bounds[0] //= 3

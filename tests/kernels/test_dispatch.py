@@ -1,4 +1,4 @@
-"""Who runs: names, order, the one error that tells why nothing fits; and inputs that no implementation takes."""
+"""Who runs: names, order, the error that tells why nothing fits; what no implementation takes."""
 
 import importlib
 import inspect
@@ -12,17 +12,18 @@ import pytest
 
 from kernels import device, dispatch
 from kernels.hstu_attention import RelativeBias, hstu_attention, implementations, make_plan
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
+from kernels.hstu_attention.mosaic import attention as mosaic
 from kernels.mask import AttentionMask
 
 
-def module(result):
+def module(result, **refuses):
     def run():
         if isinstance(result, Exception):
             raise result
         return result
 
     made = types.ModuleType("made")
+    made.unsupported = lambda spec: refuses.get(spec)
     made.run = run
     return made
 
@@ -30,7 +31,7 @@ def module(result):
 @pytest.fixture
 def modules(monkeypatch):
     made = {
-        "narrow": module(NotImplementedError("K = 50; it takes 64 or 128")),
+        "narrow": module(0, wide="K = 50; it takes 64 or 128"),
         "absent": module(NotImplementedError("no GPU")),
         "broken": module(RuntimeError("a bug")),
         "good": module(42),
@@ -42,7 +43,8 @@ def modules(monkeypatch):
 
 def call(modules, implementation, order=("narrow", "good")):
     with dispatch.record() as choices:
-        result = dispatch.call("op", modules, order, implementation, lambda m: m.run())
+        op = dispatch.Op("op", modules, {"cpu": order})
+        result = op.call(implementation, "wide", lambda m: m.run())
     return result, [choice.implementation for choice in choices]
 
 
@@ -84,10 +86,21 @@ def test_records_nest(modules):
     assert outer == [dispatch.Choice("op", "good")]
 
 
-def test_only_modules_that_exist_are_installed():
-    found = dispatch.installed({"a": "kernels.mask", "b": "kernels.no_such_file"})
-    assert found == {"a": "kernels.mask"}
-    assert {"reference", "xla"} <= set(implementations())
+def test_the_first_supported_module(modules):
+    """Nothing runs: what is made beforehand is made by the module that would."""
+    op = dispatch.Op("op", modules, {"cpu": ("narrow", "broken", "good")})
+    assert op.first_supported(None, "wide") is sys.modules["made_broken"]
+    assert op.first_supported("narrow", "wide") is None
+    assert op.first_supported("narrow", "slim") is sys.modules["made_narrow"]
+    with pytest.raises(ValueError, match="'fast'"):
+        op.first_supported("fast", "wide")
+
+
+def test_platforms_without_an_order_take_xla(monkeypatch):
+    monkeypatch.setattr(device, "current", lambda: device.Device("rocm", "a GPU", None))
+    with dispatch.record() as choices:
+        attend()
+    assert choices == [("hstu_attention", "xla")]
 
 
 def test_device_is_the_cpu_here():
@@ -199,8 +212,8 @@ def test_deterministic_reaches_the_implementation(monkeypatch):
     seen = []
     monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H200", (9, 0)))
     monkeypatch.setattr(
-        mosaic_hopper,
-        "attend",
+        mosaic,
+        "attention",
         lambda q, k, v, plan, **options: seen.append(options["deterministic"]) or v,
     )
     x, offsets = jnp.ones((4, 1, 64), "bfloat16"), np.array([0, 4], np.int32)

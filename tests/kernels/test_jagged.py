@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kernels import jagged
+from kernels.jagged import Rows
 
 LENGTHS = np.array([3, 0, 1, 5, 0], np.int32)
 OFFSETS = np.array([0, 3, 3, 4, 9, 9], np.int32)
@@ -21,18 +23,46 @@ def sequences(x, offsets):
     return [np.asarray(x)[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
 
-def test_offsets_segments_positions():
+def test_offsets_and_lengths():
     np.testing.assert_array_equal(jagged.lengths_to_offsets(LENGTHS), OFFSETS)
     np.testing.assert_array_equal(jagged.offsets_to_lengths(OFFSETS), LENGTHS)
-    np.testing.assert_array_equal(
-        jagged.segment_ids(OFFSETS, ROWS), [0, 0, 0, 2, 3, 3, 3, 3, 3, 5, 5, 5]
-    )
-    np.testing.assert_array_equal(
-        jagged.positions(OFFSETS, ROWS), [0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 0, 0]
-    )
-    np.testing.assert_array_equal(jagged.is_real(OFFSETS, ROWS), np.arange(ROWS) < 9)
-    jitted = jax.jit(jagged.positions, static_argnums=1)(OFFSETS, ROWS)
-    np.testing.assert_array_equal(jitted, jagged.positions(OFFSETS, ROWS))
+
+
+TARGETS, CONTEXTUAL = np.array([1, 0, 0, 2, 0], np.int32), np.array([1, 3, 4, 1, 0], np.int32)
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_rows(xp):
+    """Where each row stands, by hand; contextual tokens beyond a sequence's length are clamped."""
+    rows = Rows.of(OFFSETS, ROWS, TARGETS, CONTEXTUAL, xp=xp)
+    assert all(isinstance(x, jax.Array if xp is jnp else np.ndarray) for x in rows)
+    assert all(x.dtype == np.int32 for x in rows[1:])
+    np.testing.assert_array_equal(rows.real, np.arange(ROWS) < 9)
+    wanted = {
+        "segment": [0, 0, 0, 2, 3, 3, 3, 3, 3],
+        "start": [0, 0, 0, 3, 4, 4, 4, 4, 4],
+        "position": [0, 1, 2, 0, 0, 1, 2, 3, 4],
+        "contextual": [1, 1, 1, 1, 1, 1, 1, 1, 1],
+        "history": [1, 1, 1, 0, 2, 2, 2, 2, 2],
+        "targets": [1, 1, 1, 0, 2, 2, 2, 2, 2],
+        "end": [2, 2, 2, 1, 3, 3, 3, 3, 3],
+    }
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(getattr(rows, name)[:9], values, err_msg=name)
+    assert set(np.asarray(rows.segment[9:])) <= set(range(5)), "padding is in range"
+
+
+def test_rows_traced_chosen_and_padded():
+    every = Rows.of(OFFSETS, ROWS, TARGETS, CONTEXTUAL)
+    traced = jax.jit(Rows.of, static_argnums=1)(OFFSETS, ROWS, TARGETS, CONTEXTUAL)
+    jax.tree.map(np.testing.assert_array_equal, traced, every)
+    some = np.array([8, 2, 11], np.int32)
+    chosen = Rows.of(OFFSETS, jnp.asarray(some), TARGETS, CONTEXTUAL)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[some]), chosen, every)
+    padded = Rows.of(np.array([0, 4, 8], np.int32), 10, lengths=np.array([3, 1], np.int32))
+    np.testing.assert_array_equal(padded.real, [1, 1, 1, 0, 1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(padded.history, [3] * 4 + [1] * 6)
+    assert not Rows.of(np.zeros(1, np.int32), 3).real.any(), "no sequences at all"
 
 
 def test_pad_and_unpad():
@@ -62,27 +92,3 @@ def test_gradients_of_padding_are_zero():
     np.testing.assert_array_equal(
         gradient, np.where(np.arange(ROWS)[:, None] < 9, 2.0, 0.0) * np.ones((1, 2))
     )
-
-
-def test_concat_and_split():
-    right_lengths = np.array([1, 2, 0, 3, 0], np.int32)
-    right_offsets = np.array([0, 1, 3, 3, 6, 6], np.int32)
-    left, right = values(LENGTHS, ROWS), values(right_lengths, 7, seed=1)
-    joined, offsets = jagged.concat(
-        jnp.asarray(left), OFFSETS, jnp.asarray(right), right_offsets, 16
-    )
-    for got, a, b in zip(
-        sequences(joined, offsets),
-        sequences(left, OFFSETS),
-        sequences(right, right_offsets),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(got, np.concatenate([a, b]))
-    assert not np.asarray(joined)[15:].any()
-    got_left, got_offsets, got_right, got_right_offsets = jagged.split(
-        joined, offsets, right_lengths, ROWS, 7
-    )
-    np.testing.assert_array_equal(got_offsets, OFFSETS)
-    np.testing.assert_array_equal(got_right_offsets, right_offsets)
-    np.testing.assert_array_equal(got_left, np.nan_to_num(left))
-    np.testing.assert_array_equal(got_right, np.nan_to_num(right))

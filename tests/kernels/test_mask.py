@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.hstu_attention.plan import make_plan
+from kernels.hstu_attention.plan import TileSizes, make_plan
+from kernels.jagged import Rows
 from kernels.mask import AttentionMask, KeyIntervals
 
 
 def allowed(mask, p, k, c, h, m):
-    """May position p of a sequence of c contextual, h history and m target tokens see position k?"""
+    """May position p see position k, of c contextual, h history and m target tokens?"""
     if p == k:
         return True
     if p < c:
@@ -51,7 +52,8 @@ MASKS = [
     AttentionMask(window=w, full_rows=f, prefix=g, context_sink=s)
     for w, f, g, s in itertools.product(WINDOWS, [0, 2, 5], [0, 1, 4], [True, False])
 ]
-# (length, targets, contextual): empty, single, all target, all contextual, no history, and ordinary ones
+# (length, targets, contextual): empty, single, all target, all contextual, no history, and ordinary
+# ones
 SEQUENCES = [
     (0, 0, 0),
     (1, 0, 0),
@@ -136,20 +138,61 @@ def test_known_answer():
 
 def test_traced_offsets_give_the_same_plan():
     mask = AttentionMask(window=3, full_rows=2, prefix=1)
-    eager = make_plan(mask, OFFSETS, ROWS, TARGETS, CONTEXTUAL, tiles=[(8, 4)])
-    traced = jax.jit(lambda o, t, c: make_plan(mask, o, ROWS, t, c, tiles=[(8, 4)]))(
-        OFFSETS, TARGETS, CONTEXTUAL
-    )
+    tiles = TileSizes(8, 4)
+
+    def planned(offsets, num_targets, num_contextual):
+        plan = make_plan(mask, offsets, ROWS, num_targets, num_contextual)
+        return plan.storing([tiles], [plan.find(tiles)])
+
+    eager = planned(OFFSETS, TARGETS, CONTEXTUAL)
+    traced = jax.jit(planned)(OFFSETS, TARGETS, CONTEXTUAL)
+    assert traced.stored_keys == (tiles,)
     jax.tree.map(np.testing.assert_array_equal, eager, traced)
     jax.tree.map(np.testing.assert_array_equal, traced.tile_bounds(8, 4), eager.tile_bounds(8, 4))
 
 
 def test_row_intervals_are_the_transpose():
     for mask in MASKS[::7]:
-        rows = [np.asarray(x) for x in mask.row_intervals(OFFSETS, ROWS, TARGETS, CONTEXTUAL)]
+        keys = Rows.of(OFFSETS, ROWS, TARGETS, CONTEXTUAL)
+        rows = [np.asarray(x) for x in mask.rows_of(keys)]
         seen = expand(np.stack(rows[0::2], 1), np.stack(rows[1::2], 1), ROWS) > 0
         want = np.asarray(mask.dense(OFFSETS, ROWS, TARGETS, CONTEXTUAL)).T
         np.testing.assert_array_equal(seen, want & ~np.diag(np.diag(want)), err_msg=str(mask))
+
+
+def test_locality():
+    """A local row sees its window and copied keys, no more; other rows are as few as promised."""
+    for mask in (mask for mask in MASKS if mask.windowed):
+        dense = np.asarray(mask.dense(OFFSETS, ROWS, TARGETS, CONTEXTUAL))
+        rows = Rows.of(OFFSETS, ROWS, TARGETS, CONTEXTUAL)
+        local = mask.locality(rows, int(TARGETS.max()), int(CONTEXTUAL.max()))
+        row = np.arange(ROWS)
+        is_local = np.asarray(rows.real & ~local.is_far)
+        first, last = np.asarray(local.first), np.asarray(local.last)
+        np.testing.assert_array_equal(
+            is_local, (row >= first) & (row < last) & np.asarray(rows.real), err_msg=str(mask)
+        )
+        near = (row[None] >= row[:, None] - local.reach) & (row[None] >= first[:, None])
+        unseen = dense & ~near & ~np.asarray(local.is_copied)[None]
+        assert not unseen[is_local].any(), mask
+        for flags, most in ((local.is_far, local.most_far), (local.is_copied, local.most_copied)):
+            counts = np.add.reduceat(np.append(flags, False), OFFSETS[:-1]) * (LENGTHS > 0)
+            assert counts.max() <= most, mask
+    with pytest.raises(ValueError, match="has no window"):
+        AttentionMask().locality(rows, 0, 0)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_what_a_mask_says_of_itself(mask):
+    """Without targets and contextual tokens: rows of a key in one piece, and rows that narrow."""
+    length = 12
+    seen = brute_force(mask, [length], [0], [0], length)
+    longer = brute_force(mask, [length + 1], [0], [0], length + 1)[:length, :length]
+    if mask.in_one_piece:
+        assert (np.abs(np.diff(np.pad(seen.T, ((0, 0), (1, 1))).astype(int))).sum(1) == 2).all()
+    same = (seen == longer).all(1)
+    assert same[: length - mask.wider_rows].all()
+    assert mask.windowed or (seen == np.tril(np.ones_like(seen))).all()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -1,15 +1,20 @@
-"""`mosaic` without a GPU: its kernels in the interpreter against `reference`, its lists of work, what it refuses."""
+"""`mosaic` without a GPU: kernels in the interpreter, lists of work, what it refuses."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.hstu_attention import hstu_attention, make_plan, reference
-from kernels.hstu_attention.mosaic import backward as mosaic_hopper_vjp
-from kernels.hstu_attention.mosaic import backward_keys as mosaic_hopper_dkv
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
+from kernels.hstu_attention import AttentionSpec, hstu_attention, make_plan, reference
+from kernels.hstu_attention.mosaic import attention as mosaic
 from kernels.hstu_attention.mosaic import schedule
+from kernels.hstu_attention.mosaic.backward import backward_config, gradients
+from kernels.hstu_attention.mosaic.backward_keys import key_gradients
+from kernels.hstu_attention.mosaic.backward_shared import BackwardInputs
+from kernels.hstu_attention.mosaic.forward import ForwardConfig, forward
+from kernels.hstu_attention.mosaic.padding import clean_tails, padded, rounded_up
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
 from kernels.mask import AttentionMask
 from tests.kernels.mosaic_interpreter import interpreted
@@ -22,9 +27,19 @@ MASKS = {
 }
 
 
-# Compiled whole, as in a step: alone, hundreds of operations are compiled one by one. The kernels below are for the same reason.
-schedule_of = jax.jit(schedule.schedule_of, static_argnums=1)
+# Compiled whole, as in a step: alone, hundreds of operations are compiled one by one. The kernels
+# below are for the same reason.
 planned = jax.jit(make_plan, static_argnums=(0, 2))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def schedule_of(plan, wanted):
+    return plan.find(wanted)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def with_schedules(plan, wanted):
+    return plan.storing(wanted, schedule.make_schedules(plan, wanted))
 
 
 class Batch:
@@ -71,8 +86,7 @@ class Batch:
         )
 
     def padded(self):
-        pad = ((0, schedule.rounded_up(self.rows) - self.rows), (0, 0), (0, 0))
-        return tuple(jnp.pad(x, pad) for x in (self.q, self.k, self.v, self.g))
+        return tuple(padded(x) for x in (self.q, self.k, self.v, self.g))
 
     def check(self, got):
         for name, x in got.items():
@@ -84,10 +98,10 @@ class Batch:
 
 def test_forward(monkeypatch):
     batch = Batch(MASKS["prefix"], 128, 64, row_scale=True)
-    config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=2)
-    forward = jax.jit(lambda *of_batch: mosaic_hopper.forward(*of_batch, 0.1, config))
+    config = ForwardConfig(block_k=64, stages=2, workers=2)
+    run = jax.jit(lambda *of_batch: forward(*of_batch, 0.1, config))
     with interpreted(monkeypatch):
-        batch.check({"out": forward(*batch.padded()[:3], batch.plan, batch.scale)})
+        batch.check({"out": run(*batch.padded()[:3], batch.plan, batch.scale)})
 
 
 @pytest.mark.parametrize(
@@ -104,17 +118,12 @@ def test_forward(monkeypatch):
 )
 def test_gradients(passes, mask, widths, row_scale, monkeypatch):
     batch = Batch(MASKS[mask], *widths, row_scale)
-    monkeypatch.setattr(
-        schedule, "WORKERS", passes
-    )  # in one pass dQ is summed in memory, which the interpreter does not do atomically
-    config = mosaic_hopper_vjp.backward_config(*widths, batch.plan, passes)
-    gradients = jax.jit(
-        lambda *of_batch: mosaic_hopper_vjp.gradients(
-            *of_batch, 0.1, deterministic=passes == 2, config=config
-        )
-    )
+    # in one pass dQ is summed in memory, which the interpreter does not do atomically
+    monkeypatch.setattr(schedule, "WORKERS", passes)
+    config = backward_config(AttentionSpec("bfloat16", 1, *widths), batch.plan, passes)
+    run = jax.jit(lambda *of_batch: gradients(*of_batch, 0.1, config))
     with interpreted(monkeypatch):
-        got = gradients(*batch.padded(), batch.plan, batch.scale)
+        got = run(*batch.padded(), batch.plan, batch.scale)
     batch.check(dict(zip(("dq", "dk", "dv"), got, strict=True)))
 
 
@@ -129,15 +138,14 @@ def test_split_tiles(monkeypatch):
         )
     ]
     assert all((np.asarray(x)[:, 3] > 1).any() for x in parts)
-    config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, workers=8)
+    config = ForwardConfig(block_k=64, stages=2, workers=8)
     back = BackwardConfig(128, 64, 2, passes=2, workers=8)
 
     @jax.jit
     def kernels(q, k, v, do, plan, scale):
-        out = mosaic_hopper.forward(q, k, v, plan, scale, 0.1, config)
-        return out, *mosaic_hopper_dkv.key_gradients(
-            q, k, v, do, schedule.clean_tails(plan, q, k, do), plan, scale, 0.1, back
-        )
+        tails = clean_tails(plan, q, k, do)
+        out = forward(q, k, v, plan, scale, 0.1, config)
+        return out, *key_gradients(BackwardInputs(q, k, v, do, tails, plan, scale, 0.1), back)
 
     with interpreted(monkeypatch):
         got = kernels(*batch.padded(), batch.plan, batch.scale)
@@ -151,7 +159,7 @@ def test_lists_of_work_cover_the_mask_once(mask, num_workers):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     counts = (np.minimum(lengths // 4, 200), np.minimum(lengths // 5, 150))
     plan = planned(MASKS[mask], offsets, rows, *counts)
-    size = schedule.rounded_up(rows)
+    size = rounded_up(rows)
     dense = np.zeros((size, size), bool)
     dense[:rows, :rows] = np.asarray(MASKS[mask].dense(offsets, rows, *counts))
     back = [BackwardConfig(tile, block, 2, workers=num_workers) for tile in (64, 128)]
@@ -159,10 +167,11 @@ def test_lists_of_work_cover_the_mask_once(mask, num_workers):
         WorkList.forward(heads, block, num_workers),
         *(WorkList.backward(heads, config) for config in back),
     ]
-    together = jax.jit(schedule.with_schedules, static_argnums=1)(plan, tuple(wanted))
+    together = with_schedules(plan, tuple(wanted))
+    assert together.stored_keys == tuple(wanted)
     for each in wanted:
-        work = schedule.schedule_of(together, each)
-        check_work(plan, work, dense if each.name == "forward" else dense.T, each)
+        work = together.find(each)
+        check_work(plan, work, dense if each.kind == "forward" else dense.T, each)
         alone = schedule_of(plan, each)
         used = np.asarray(alone.records)[:, schedule.TILE] >= 0
         np.testing.assert_array_equal(
@@ -178,7 +187,7 @@ def test_no_tile_is_split_where_none_can_be_heavy():
         (AttentionMask(), np.r_[offsets, [900] * 9].astype(np.int32)),
     ):
         plan = planned(mask, sequences, rows)
-        size = schedule.rounded_up(rows)
+        size = rounded_up(rows)
         dense = np.zeros((size, size), bool)
         dense[:rows, :rows] = np.asarray(mask.dense(offsets, rows))
         wanted = WorkList.forward(2, 64, 132)
@@ -190,7 +199,7 @@ def test_no_tile_is_split_where_none_can_be_heavy():
 
 
 def check_work(plan, work, dense, wanted):
-    size, (_, tile, block, heads, num_workers) = dense.shape[0], wanted
+    size, tile, block, heads = dense.shape[0], wanted.tile, wanted.block, wanted.heads
     place = np.arange(size)[None, :]
     bounds = np.asarray(work.bounds)[:, :, None]
     seen = [(place >= bounds[2 * i]) & (place < bounds[2 * i + 1]) for i in range(3)]
@@ -230,9 +239,8 @@ def check_work(plan, work, dense, wanted):
         if n
     }
     assert {key: sorted(value) for key, value in slots.items()} == parts
-    assert max((max(x) for x in slots.values()), default=-1) < schedule.part_slots(
-        plan, tile, heads, num_workers
-    )
+    room = schedule.part_slots(plan, tile, heads, wanted.workers)
+    assert max((max(x) for x in slots.values()), default=-1) < room
 
 
 def inputs(width, dtype):
@@ -250,4 +258,4 @@ def test_refuses_with_a_reason():
             hstu_attention(
                 *inputs(width, dtype), offsets, alpha=0.1, scale=1.0, implementation="mosaic"
             )
-    assert "bias" in mosaic_hopper.unsupported(jnp.bfloat16, 64, 64, object())
+    assert "bias" in mosaic.unsupported(AttentionSpec("bfloat16", 1, 64, 64, biased=True))

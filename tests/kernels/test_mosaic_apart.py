@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from kernels import device
-from kernels.hstu_attention.mosaic import backward as mosaic_hopper_vjp
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
+from kernels.hstu_attention import AttentionSpec
 from kernels.hstu_attention.mosaic import schedule
+from kernels.hstu_attention.mosaic.backward import backward_config, gradients
+from kernels.hstu_attention.mosaic.forward import ForwardConfig, forward
+from kernels.hstu_attention.mosaic.padding import padded
 from kernels.hstu_attention.partial import partial_attention, partial_plan
+from kernels.jagged import Rows
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
 from tests.kernels.mosaic_interpreter import interpreted
 
@@ -48,7 +51,7 @@ def test_rows_and_keys_of_two_buffers(passes, widths, own, num_keys, row_scale, 
         return seen, RowIntervals(
             *(
                 jnp.clip(x[:stop] - num_keys, 0, num_rows)
-                for x in MASK.row_intervals(offsets, LENGTH)
+                for x in MASK.rows_of(Rows.of(offsets, LENGTH))
             )
         )
 
@@ -69,28 +72,21 @@ def test_rows_and_keys_of_two_buffers(passes, widths, own, num_keys, row_scale, 
     @jax.jit
     def computed(offsets, q, k, v, g):
         plan = partial_plan(*intervals(offsets), num_rows=num_rows, num_keys=num_keys, own=own)
-        gap, size = plan.first_row - num_keys, schedule.rounded_up(num_rows)
-        q, g = (jnp.pad(x, ((0, size - num_rows), (0, 0), (0, 0))) for x in (q, g))
-        k, v = (jnp.insert(x, np.full(gap, num_keys), 0, axis=0) for x in (k, v))
-        k, v = (
-            jnp.pad(x, ((0, schedule.rounded_up(x.shape[0]) - x.shape[0]), (0, 0), (0, 0)))
-            for x in (k, v)
-        )
-        config = mosaic_hopper.ForwardConfig(block_k=64, stages=2, q_slots=1, workers=workers)
-        back = mosaic_hopper_vjp.backward_config(
-            *mosaic_hopper_vjp.padded_widths(*widths), plan, passes
-        )
-        out = mosaic_hopper.forward(q, k, v, plan, scale, 0.1, config)
-        dq, *of_keys = mosaic_hopper_vjp.gradients(q, k, v, g, plan, scale, 0.1, passes == 2, back)
+        gap = plan.first_row - num_keys
+        q, g = padded(q), padded(g)
+        k, v = (padded(jnp.insert(x, np.full(gap, num_keys), 0, axis=0)) for x in (k, v))
+        config = ForwardConfig(block_k=64, stages=2, q_slots=1, workers=workers)
+        back = backward_config(AttentionSpec("bfloat16", 1, *widths), plan, passes)
+        out = forward(q, k, v, plan, scale, 0.1, config)
+        dq, *of_keys = gradients(q, k, v, g, plan, scale, 0.1, back)
         return (
             out,
             dq,
             *(jnp.delete(x, slice(num_keys, num_keys + gap), axis=0)[:stop] for x in of_keys),
         )
 
-    workers = (
-        1 if passes == 1 else 4
-    )  # in one pass dQ is summed in memory, which the interpreter does not do atomically
+    # in one pass dQ is summed in memory, which the interpreter does not do atomically
+    workers = 1 if passes == 1 else 4
     monkeypatch.setattr(schedule, "WORKERS", workers)
     with interpreted(monkeypatch):
         got = computed(OFFSETS, *arrays)
@@ -106,7 +102,10 @@ def test_rows_and_keys_of_two_buffers(passes, widths, own, num_keys, row_scale, 
     ("own", "width"), [(False, 64), (True, 256)], ids=["apart", "own keys, wide"]
 )
 def test_it_lowers(own, width, monkeypatch):
-    """Through the dispatcher, as on a Hopper GPU: forward and one-pass backward, and after each the sums of split tiles."""
+    """Through the dispatcher, as on a Hopper GPU.
+
+    Forward and one-pass backward, and after each the sums of split tiles.
+    """
     monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "some GPU", (9, 0)))
     num_rows, num_keys = 500, 300
 

@@ -1,4 +1,4 @@
-"""`mosaic_fp8` without a GPU: its kernel in the interpreter against `reference`, its lowering, what it refuses."""
+"""`mosaic_fp8` without a GPU: its kernel in the interpreter, its lowering, what it refuses."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,10 @@ import pytest
 
 from kernels import device
 from kernels.hstu_attention import hstu_attention, make_plan, reference
-from kernels.hstu_attention.mosaic import fp8 as mosaic_fp8
 from kernels.hstu_attention.mosaic import schedule
+from kernels.hstu_attention.mosaic.padding import rounded_up
+from kernels.hstu_attention.mosaic_fp8 import attention as mosaic_fp8
+from kernels.hstu_attention.mosaic_fp8 import forward as kernel
 from kernels.mask import AttentionMask
 from tests.kernels import mosaic_interpreter
 from tests.kernels.mosaic_interpreter import interpreted
@@ -49,7 +51,7 @@ def test_operands_are_within_rounding_of_the_inputs():
     plan = make_plan(AttentionMask(), OFFSETS, ROWS)
     q, k, v = inputs(64, 128)
     operands = mosaic_fp8.quantize(q, k, v, plan)
-    assert operands.q.shape[0] == operands.v.shape[2] == schedule.rounded_up(ROWS)
+    assert operands.q.shape[0] == operands.v.shape[2] == rounded_up(ROWS)
     for got, want in zip(dequantized(operands, ROWS), (q, k, v), strict=True):
         want = jnp.where((jnp.arange(ROWS) < OFFSETS[-1])[:, None, None], want, 0)
         assert error(got, want) < 0.03
@@ -62,7 +64,10 @@ def test_operands_are_within_rounding_of_the_inputs():
     ids=["causal", "semi-local"],
 )
 def test_kernel(mask, monkeypatch):
-    """Against float32 attention of the same rounded operands: what is left is the rounding of the weights."""
+    """Against float32 attention of the same rounded operands.
+
+    What is left is the rounding of the weights.
+    """
     rng = np.random.default_rng(1)
     scale = rng.uniform(0.01, 1, ROWS).astype(np.float32)
     scale[OFFSETS[-1] :] = np.nan
@@ -73,14 +78,12 @@ def test_kernel(mask, monkeypatch):
         *dequantized(operands, ROWS), plan, alpha=0.1, scale=scale, bias=None
     )
     monkeypatch.setattr(schedule, "WORKERS", 2)
-    monkeypatch.setattr(mosaic_interpreter, "MODULES", (*mosaic_interpreter.MODULES, mosaic_fp8))
+    monkeypatch.setattr(mosaic_interpreter, "MODULES", (*mosaic_interpreter.MODULES, kernel))
 
-    def as_operand(p):
-        return (
-            p.reshape(64, -1, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(p.shape)
-        )  # `ORDER`, without an array that kernels may not hold
+    def as_operand(p):  # `ORDER`, without an array that kernels may not hold
+        return p.reshape(64, -1, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(p.shape)
 
-    monkeypatch.setattr(mosaic_fp8, "as_operand", as_operand)
+    monkeypatch.setattr(kernel, "as_operand", as_operand)
     forward = jax.jit(lambda *of_batch: mosaic_fp8.forward(*of_batch, 0.1, jnp.bfloat16))
     with interpreted(monkeypatch):
         got = forward(operands, plan, scale)
@@ -96,7 +99,7 @@ def test_kernel(mask, monkeypatch):
 def test_lowers_to_cuda(k_width, v_width):
     def run(q, k, v, offsets):
         plan = make_plan(AttentionMask(window=100, full_rows=50), offsets, 1500)
-        return mosaic_fp8.attend(q, k, v, plan, alpha=0.1, scale=0.1)
+        return mosaic_fp8.attention(q, k, v, plan, alpha=0.1, scale=0.1, bias=None)
 
     shapes = [
         jax.ShapeDtypeStruct((1500, 2, width), jnp.bfloat16)

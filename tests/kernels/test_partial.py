@@ -1,4 +1,4 @@
-"""Attention to the keys of another buffer: the parts of a sequence add up to the whole, whatever is cut where."""
+"""Attention to the keys of another buffer: the parts of a sequence add up to the whole."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from kernels.hstu_attention import hstu_attention, make_plan
-from kernels.hstu_attention.mosaic import schedule
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
 from kernels.hstu_attention.partial import partial_attention, partial_plan
+from kernels.jagged import Rows
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
 
 ROWS, HEADS, WIDTH = 96, 2, 8
@@ -37,14 +37,18 @@ def between(bounds, first, size):
 def cut(mask):
     """Keys and rows intervals of the whole buffer."""
     counts = tuple(COUNTS.values())
-    return mask.intervals(OFFSETS, ROWS, *counts), mask.row_intervals(OFFSETS, ROWS, *counts)
+    rows = Rows.of(OFFSETS, ROWS, *counts)
+    return mask.keys_of(rows), mask.rows_of(rows)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("edge", [7, 40])
 def test_parts_add_up(mask, edge, implementation):
-    """Every row against the keys before `edge`, plus every row against the keys from it on, one of the two with its own key."""
+    """Every row against the keys before `edge`, plus every row against the keys from it on.
+
+    One of the two has the rows' own keys.
+    """
     keys, rows = cut(MASKS[mask])
     scale = jnp.asarray(np.random.default_rng(1).uniform(0.1, 1, ROWS), jnp.float32)
     q, k, v, g = arrays()
@@ -103,7 +107,7 @@ def test_no_keys_at_all():
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_lists_of_the_hopper_kernels(mask):
-    """The three intervals that the backward masks with hold exactly the rows that see a key; those of the forward exactly the keys of a row."""
+    """What the kernels mask with holds exactly the rows that see a key, or the keys of a row."""
     keys, rows = cut(MASKS[mask])
     edge = 40
     plan = partial_plan(
@@ -115,15 +119,11 @@ def test_lists_of_the_hopper_kernels(mask):
     )
     size = plan.num_rows
     seen = np.asarray(plan.keys.dense(0))  # without the diagonal
-    for bounds, want in (
-        (
-            schedule.schedule_of(
-                plan, WorkList.backward(1, BackwardConfig(128, 64, 3, workers=4))
-            ).bounds,
-            seen.T[:edge],
-        ),
-        (schedule.schedule_of(plan, WorkList.forward(1, 64, 4)).bounds, seen),
+    for wanted, want in (
+        (WorkList.backward(1, BackwardConfig(128, 64, 3, workers=4)), seen.T[:edge]),
+        (WorkList.forward(1, 64, 4), seen),
     ):
+        bounds = plan.find(wanted).bounds
         lo, hi = np.asarray(bounds[0::2]), np.asarray(bounds[1::2])
         place = np.arange(size)
         got = ((place >= lo[:, :size, None]) & (place < hi[:, :size, None])).any(0)[: len(want)]

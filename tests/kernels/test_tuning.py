@@ -1,4 +1,4 @@
-"""The table of measured sizes: what it may hold, who finds what in it, and the tuner that fills it."""
+"""The table of measured sizes: what it may hold, who finds what, and the tuner that fills it."""
 
 import json
 import pathlib
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kernels import device
-from kernels.hstu_attention import make_plan, tuning
-from kernels.hstu_attention.triton import attention as triton
+from kernels.hstu_attention import AttentionSpec, make_plan, tuning
+from kernels.hstu_attention.triton import sizes as triton
 from kernels.hstu_attention.workloads import Workload
 from kernels.mask import AttentionMask
 from kernels.timing import chained, device_time
@@ -62,7 +62,8 @@ def test_what_is_shipped_is_sound():
     [
         (
             {"implementation": "cuda"},
-            "entry 0: implementation is 'cuda', not one of triton, mosaic; make it with python -m scripts.tune_attention",
+            "entry 0: implementation is 'cuda', not one of triton, mosaic; make it with "
+            "python -m scripts.tune_attention",
         ),
         ({"mask": "full"}, "mask is 'full', not one of causal, windowed"),
         ({"length": 3}, "length is 3, not one of short, long"),
@@ -93,30 +94,29 @@ def test_an_entry_twice():
 
 def test_a_call_finds_its_entry_and_no_other(h200, table):
     table.update(tuning.parse(text(ENTRY), "sizes.json"))
-    found = triton.tilings((9, 0), jnp.bfloat16, 128, 100, plan(), False)
-    assert found == triton.Tilings(*(triton.Tiling(64, 64, 4, 3),) * 3)
-    heuristic = triton.heuristic((9, 0), jnp.bfloat16, 128, 128)
+    spec = AttentionSpec(jnp.bfloat16, 2, 128, 100)
+    found = triton.find_sizes(spec, plan())
+    assert found == triton.KernelSizes(*(triton.LaunchSizes(64, 64, 4, 3),) * 3)
+    heuristic = triton.heuristic((9, 0), spec)
     assert heuristic != found
-    fewer = triton.tilings((9, 0), jnp.bfloat16, 128, 100, plan(), True)
-    assert fewer == triton.Tilings(*(triton.Tiling(64, 64, 4, 2),) * 3), (
+    fewer = triton.find_sizes(spec._replace(biased=True), plan())
+    assert fewer == triton.KernelSizes(*(triton.LaunchSizes(64, 64, 4, 2),) * 3), (
         "a bias takes shared memory"
     )
-    assert (
-        triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(mask=AttentionMask(window=3)), False)
-        == heuristic
-    )
-    assert triton.tilings((9, 0), jnp.bfloat16, 128, 128, plan(sequences=17), False) == heuristic, (
-        "481 rows a sequence are short"
-    )
-    for arguments in ((jnp.float32, 128, 128), (jnp.bfloat16, 64, 64), (jnp.bfloat16, 129, 1)):
-        assert triton.tilings((9, 0), *arguments, plan(), False) == triton.heuristic(
-            (9, 0), *arguments
-        )
+    assert triton.find_sizes(spec, plan(mask=AttentionMask(window=3))) == heuristic
+    assert triton.find_sizes(spec, plan(sequences=17)) == heuristic, "481 rows a sequence are short"
+    for dtype, k_width, v_width in (
+        (jnp.float32, 128, 128),
+        (jnp.bfloat16, 64, 64),
+        (jnp.bfloat16, 129, 1),
+    ):
+        other = AttentionSpec(dtype, 2, k_width, v_width)
+        assert triton.find_sizes(other, plan()) == triton.heuristic((9, 0), other)
 
 
 def test_another_device_finds_nothing(table):
     table.update(tuning.parse(text(ENTRY), "sizes.json"))
-    assert tuning.find("triton", jnp.bfloat16, 128, 128, plan()) is None
+    assert tuning.find("triton", AttentionSpec(jnp.bfloat16, 2, 128, 128), plan()) is None
 
 
 def test_new_entries_replace_those_of_the_same_key():
@@ -126,7 +126,7 @@ def test_new_entries_replace_those_of_the_same_key():
 
 
 def test_the_tuner_writes_the_fastest(h200, table, tmp_path, monkeypatch):
-    """The tuner, with trials that CPU can run: a product that is done once, fifty times, or not at all."""
+    """The tuner, with trials that CPU can run: a product, done once, fifty times, or not at all."""
     tiny = Workload("tiny", (40, 20), 2, 8, 8, dtype="float32")
 
     def work(times):

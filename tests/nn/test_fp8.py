@@ -14,7 +14,10 @@ ROWS, IN, OUT = 24, 40, 16
 
 
 def e4m3_numbers():
-    """All finite values that are not negative: 4 bits of exponent with bias 7, 3 of mantissa, subnormals, and no infinity."""
+    """All finite values that are not negative.
+
+    4 bits of exponent with bias 7, 3 of mantissa, subnormals, and no infinity.
+    """
     exponent, mantissa = np.divmod(np.arange(127), 8)
     return np.where(
         exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0)
@@ -32,7 +35,10 @@ def to_e4m3(x):
 
 
 def emulated(x, w):
-    """The product in float64 of operands rounded by rows and columns; scales and quotients in float32, as on the device."""
+    """The product in float64 of operands rounded by rows and columns.
+
+    Scales and quotients in float32, as on the device.
+    """
     x, w = np.asarray(x, np.float32), np.asarray(w, np.float32)
     x_scale = np.maximum(np.abs(x).max(1, keepdims=True), np.float32(1e-12)) / np.float32(448)
     w_scale = np.maximum(np.abs(w).max(0, keepdims=True), np.float32(1e-12)) / np.float32(448)
@@ -63,7 +69,10 @@ def test_the_emulation_knows_the_format():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_product(dtype):
-    """The same roundings as the emulation, so that only float32 sums differ; and they do cost what e4m3 costs."""
+    """The same roundings as the emulation, so that only float32 sums differ.
+
+    And they do cost what e4m3 costs.
+    """
     x, w = operands(dtype)
     got, exact = (
         np.asarray(jax.jit(scaled_product)(x, w), np.float64),
@@ -126,7 +135,10 @@ def test_gradients_are_those_of_the_product_without_rounding():
 
 @pytest.mark.parametrize("preset", ["production", "research"])
 def test_stack(preset):
-    """A stack in bfloat16 with fp8 projections: near that without, not the same, with finite float32 gradients."""
+    """A stack in bfloat16 with fp8 projections.
+
+    Near that without, not the same, with finite float32 gradients.
+    """
     sequences = batch()
     real_T1 = sequences.real_T[:, None]
     built = {

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ranking import rank_data
+from ultra_hstu import tasks
 from ultra_hstu.nn.mini_sequence import chunked
-from ultra_hstu.task import Task
 
 ROWS, WIDTH, HIDDEN = 23, 6, 40
 
@@ -92,7 +92,10 @@ def test_gradients_of_weights_add_up_in_float32(inside):
 
 
 def test_memory_falls_with_the_chunk():
-    """Bytes of temporaries in the compiled forward and backward of a wide hidden layer; inputs and gradients are the same."""
+    """Bytes of temporaries in the compiled forward and backward of a wide hidden layer.
+
+    Inputs and gradients are the same.
+    """
     rows, hidden = 4096, 512
     weights = {"in": jnp.zeros((8, hidden)), "out": jnp.zeros((hidden, 3))}
     args = (weights, jnp.zeros((rows, 8)), jnp.zeros(rows))
@@ -122,13 +125,15 @@ def test_bad_rows():
 
 
 def test_ranking_step_in_chunks():
-    """Loss and gradients of a whole ranking model whose layers and head work on 7 rows at a time, tails included."""
+    """Loss and gradients of a whole ranking model whose layers and head work on 7 rows at a time,
+    tails included.
+    """
     values = []
     for chunk_rows in (None, 7):
         config = rank_data.config(
             model=dict(chunk_rows=chunk_rows, preset="research", implementation="reference")
         )
-        task = Task.of(config, rank_data.interactions())
+        task = tasks.of(config, rank_data.interactions())
         loader = task.loader("train", batch_users=4, steps_per_call=1)
         batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
         params = task.recipe.init(0).params

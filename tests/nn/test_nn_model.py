@@ -1,4 +1,7 @@
-"""Properties of the models: causality, layouts, padding, dropout, precision, and one compilation for all batches."""
+"""Properties of the models.
+
+Causality, layouts, padding, dropout, precision, and one compilation for all batches.
+"""
 
 import dataclasses
 
@@ -11,8 +14,9 @@ from flax import nnx
 from tests.golden import assert_close
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.retrieval.batch import Batch, Events, gather_batch
+from ultra_hstu.retrieval.batch import Batch, gather_batch
 from ultra_hstu.retrieval.model import Recommender
+from ultra_hstu.retrieval.task import events_of
 
 ITEMS, HISTORY, ROWS = 40, 12, 64
 SMALL = ModelConfig(
@@ -53,9 +57,7 @@ def batch(lengths=LENGTHS, *, seed=0, padded=False) -> Batch:
     lengths = np.asarray(lengths)
     events = int(lengths.sum() + len(lengths))  # one target each
     start = np.concatenate([[0], np.cumsum(lengths + 1)[:-1]]).astype(np.int32)
-    source = Events.from_arrays(
-        rng.integers(1, ITEMS + 1, events), np.sort(rng.integers(0, 10**6, events))
-    )
+    source = events_of(rng.integers(1, ITEMS + 1, events), np.sort(rng.integers(0, 10**6, events)))
     length = HISTORY + SMALL.output_slots
     rows, padded_length = (len(lengths) * length, length) if padded else (ROWS, None)
     made = gather_batch(
@@ -72,7 +74,7 @@ def batch(lengths=LENGTHS, *, seed=0, padded=False) -> Batch:
 def apply(built):
     """`encode` as a jitted pure function of (parameters, batch, key), and the parameters."""
     graph, params = nnx.split(built, nnx.Param)
-    return jax.jit(lambda params, b, key=None: nnx.merge(graph, params).encode(b, rngs=key)), params
+    return jax.jit(lambda params, b, key=None: nnx.merge(graph, params).encode(b, key=key)), params
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,9 +86,11 @@ def test_modules_hold_parameters_only(name):
 
 @pytest.mark.parametrize("name", ["hstu", "production", "no_bias", "sasrec"])
 def test_causal_by_gradients(name):
-    """The output of a row has a gradient of exactly 0 for the input of every later row and of every other sequence, and not of itself and those before."""
+    """The output of a row has a gradient of exactly 0 for the input of every later row and of every
+    other sequence, and not of itself and those before.
+    """
     built, b = model(name), batch()
-    x = built.embedding(b.item_T, b.offsets)
+    x = built.embedding(b.item_T, b.sequences)
     graph, params = nnx.split(built.encoder, nnx.Param)
     weight = jnp.asarray(np.random.default_rng(0).normal(size=x.shape[1]), jnp.float32)
     one_row = lambda x, t: (nnx.merge(graph, params)(x, b.sequences) @ weight)[t]  # noqa: E731
@@ -101,16 +105,21 @@ def test_causal_by_gradients(name):
 
 
 def test_softmax_ablation_is_not_causal():
-    """As published: later rows stay in the denominator. Its output must not be read as that of a causal model."""
+    """As published: later rows stay in the denominator.
+
+    Its output must not be read as that of a causal model.
+    """
     built, b = model("softmax"), batch()
-    x = built.embedding(b.item_T, b.offsets)
+    x = built.embedding(b.item_T, b.sequences)
     grads = jax.grad(lambda x: jnp.sum(built.encoder(x, b.sequences)[2]))(x)
     assert np.any(np.asarray(grads[3:7]) != 0) and not np.any(np.asarray(grads[7:]) != 0)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_padded_equals_jagged(name):
-    """The fixed-length layout of the published code gives the same outputs and gradients for the real rows."""
+    """The fixed-length layout of the published code gives the same outputs and gradients for the
+    real rows.
+    """
     run, params = apply(model(name))
     jagged, padded = batch(), batch(padded=True)
     real_j, real_p = np.asarray(jagged.weight_T) > 0, np.asarray(padded.weight_T) > 0
@@ -133,7 +142,9 @@ def test_padded_equals_jagged(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_may_hold_anything(name):
-    """Wild values in the rows of padding and NaN in the embedding of item 0 change no real row and no gradient."""
+    """Wild values in the rows of padding and NaN in the embedding of item 0 change no real row and
+    no gradient.
+    """
     run, params = apply(model(name))
     b = batch()
     pad = np.arange(ROWS) >= sum(LENGTHS)
@@ -158,29 +169,35 @@ def test_padding_may_hold_anything(name):
     assert np.all(np.asarray(clean[1]["embedding"]["item_table"][0]) == 0)
 
 
-def test_nan_in_padding_rows_of_the_encoder():
-    """The stack itself cleans its input: NaN rows of padding reach neither outputs nor gradients."""
-    for name in ("hstu", "sasrec"):
-        built, b = model(name), batch()
-        graph, params = nnx.split(built.encoder, nnx.Param)
-        x = built.embedding(b.item_T, b.offsets)
-        real = (jnp.arange(ROWS) < sum(LENGTHS))[:, None]
-        grad = jax.jit(
-            jax.value_and_grad(
-                lambda p, x: jnp.sum(jnp.where(real, nnx.merge(graph, p)(x, b.sequences), 0) ** 2)
-            )
-        )  # noqa: B023
-        for clean, dirty in zip(
-            jax.tree.leaves(grad(params, x)),
-            jax.tree.leaves(grad(params, jnp.where(real, x, jnp.nan))),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(clean, dirty)
+@pytest.mark.parametrize("name", ["hstu", "sasrec"])
+def test_nan_in_padding_rows_of_the_encoder(name):
+    """The stack itself cleans its input.
+
+    NaN rows of padding reach neither outputs nor gradients.
+    """
+    built, b = model(name), batch()
+    graph, params = nnx.split(built.encoder, nnx.Param)
+    x = built.embedding(b.item_T, b.sequences)
+    real = (jnp.arange(ROWS) < sum(LENGTHS))[:, None]
+    grad = jax.jit(
+        jax.value_and_grad(
+            lambda p, x: jnp.sum(jnp.where(real, nnx.merge(graph, p)(x, b.sequences), 0) ** 2)
+        )
+    )
+    for clean, dirty in zip(
+        jax.tree.leaves(grad(params, x)),
+        jax.tree.leaves(grad(params, jnp.where(real, x, jnp.nan))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(clean, dirty)
 
 
 @pytest.mark.parametrize("name", ["hstu", "sasrec"])
 def test_one_compilation_for_all_batches(name):
-    """Lengths are data: batches of any lengths, one of them empty, run the same compiled program."""
+    """Lengths are data.
+
+    Batches of any lengths, one of them empty, run the same compiled program.
+    """
     run, params = apply(model(name))
     for lengths in (LENGTHS, (12, 12, 12, 12, 12), (0, 0, 0, 0, 0), (1, 1, 1, 1, 1)):
         out = run(params, batch(lengths))
@@ -202,7 +219,10 @@ def test_dropout_is_a_function_of_its_key(name):
 
 @pytest.mark.parametrize("name", ["hstu", "production", "sasrec"])
 def test_bfloat16(name):
-    """Activations in bfloat16: close to float32, gradients in float32, and the default of the attention kernels."""
+    """Activations in bfloat16.
+
+    Close to float32, gradients in float32, and the default of the attention kernels.
+    """
     exact, params = apply(model(name, implementation=None))
     low, _ = apply(model(name, dtype="bfloat16", implementation=None))
     b, count = batch(), sum(LENGTHS)

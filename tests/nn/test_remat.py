@@ -1,4 +1,7 @@
-"""Rematerialisation and mini-sequences: the same values and gradients from less memory, and attention runs once."""
+"""Rematerialisation and mini-sequences.
+
+The same values and gradients from less memory, and attention runs once.
+"""
 
 import collections
 
@@ -10,12 +13,12 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from kernels.hstu_attention import make_plan
-from kernels.hstu_attention.mosaic import forward as mosaic_hopper
+from kernels.hstu_attention.mosaic import attention as mosaic
 from kernels.mask import AttentionMask
 from tests.golden import assert_close
 from tests.nn.small_encoder import ROWS, batch, encoder, inputs
 from ultra_hstu.nn.hstu_layer import ProductionLayer
-from ultra_hstu.nn.remat import checkpointed
+from ultra_hstu.nn.remat import policy_of, run_layer
 
 MODES = ["none", "selective", "full"]
 
@@ -92,7 +95,8 @@ def primitives(jaxpr):
     [
         # a loop over tiles forward and one backward; "full" runs the forward once more
         ("xla", "while", {"none": 4, "selective": 4, "full": 6}),
-        # forward 2 projections, scores, values; backward two products for each. Again: projection and scores ("full": values, too)
+        # forward 2 projections, scores, values; backward two products for each. Again: projection
+        # and scores ("full": values, too)
         ("reference", "dot_general", {"none": 24, "selective": 28, "full": 30}),
     ],
 )
@@ -112,10 +116,12 @@ def test_the_hopper_kernel_is_not_run_again():
     )
 
     def loss(x, scale):
-        attend = lambda q, k, v, *, alpha, bias: mosaic_hopper.attend(
-            q, k, v, plan, alpha=alpha, scale=scale
-        )  # noqa: E731
-        run = checkpointed(lambda x: layer(x, attend), "selective")
+        def attend(q, k, v, *, alpha, bias):
+            return mosaic.attention(q, k, v, plan, alpha=alpha, scale=scale, bias=bias)
+
+        def run(x):
+            return run_layer(lambda layer, x: layer(x, attend), layer, x, policy_of("selective"))
+
         return jnp.sum(run(run(x)).astype(jnp.float32))
 
     count = primitives(
@@ -127,7 +133,9 @@ def test_the_hopper_kernel_is_not_run_again():
 
 
 def residual_bytes(mode, layers, **options):
-    """Bytes of what the forward pass hands to the backward pass, parameters and what does not grow with depth left out by differences."""
+    """Bytes of what the forward pass hands to the backward pass, parameters and what does not grow
+    with depth left out by differences.
+    """
     graph, params = nnx.split(
         encoder(layers=layers, implementation="xla", remat=mode, **options), nnx.Param
     )
@@ -142,7 +150,10 @@ def residual_bytes(mode, layers, **options):
 
 
 def test_what_is_kept():
-    """Selective: the input and the attention output in bfloat16, and two float32 statistics of each of two norms."""
+    """Selective.
+
+    The input and the attention output in bfloat16, and two float32 statistics of each of two norms.
+    """
     each = {mode: (residual_bytes(mode, 5) - residual_bytes(mode, 3)) / 2 / ROWS for mode in MODES}
     assert each["selective"] == 2 * 8 + 2 * 12 + 4 * 4
     assert each["full"] == 2 * 8

@@ -1,4 +1,7 @@
-"""Masks of the layers of a stack: what each layer is given, how far a row reaches, and what is computed once."""
+"""Masks of the layers of a stack.
+
+What each layer is given, how far a row reaches, and what is computed once.
+"""
 
 import dataclasses
 
@@ -8,21 +11,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels.hstu_attention.api import make_plan, prepare_plan
-from kernels.mask import AttentionMask
+from kernels import device
+from kernels.hstu_attention import AttentionSpec, make_plan, prepare_plan
+from kernels.mask import AttentionMask, layer_masks
 from tests.nn.small_encoder import CONFIG, LENGTH, ROWS, SEQUENCES, batch, encoder, inputs
 from ultra_hstu.config import Config, DataConfig, ModelConfig
 from ultra_hstu.nn import hstu
-from ultra_hstu.nn.hstu import HSTU, layer_masks
+from ultra_hstu.nn.hstu import HSTU
 
 
 def test_masks_of_layers():
     plain = dataclasses.replace(CONFIG, layers=3)
-    assert layer_masks(plain, 3) == (AttentionMask(),) * 3
+    assert layer_masks(vars(plain), 3) == (AttentionMask(),) * 3
     one = dataclasses.replace(plain, window=(4,), full_rows=(2,), prefix=(1,))
-    assert layer_masks(one, 3) == (AttentionMask(4, 2, 1),) * 3
+    assert layer_masks(vars(one), 3) == (AttentionMask(4, 2, 1),) * 3
     each = dataclasses.replace(plain, window=(4, -1, 0), full_rows=(2,))
-    assert layer_masks(each, 3) == (
+    assert layer_masks(vars(each), 3) == (
         AttentionMask(4, 2),
         AttentionMask(None, 2),
         AttentionMask(0, 2),
@@ -50,11 +54,14 @@ def test_window_larger_than_the_sequences():
 
 @pytest.mark.parametrize("full_rows", [0, 2])
 def test_reach_by_gradients(full_rows):
-    """Through a window of 2 and one of 3, a row depends on itself and 5 earlier ones, and on everything earlier if it is a full row."""
+    """Through a window of 2 and one of 3, a row depends on itself and 5 earlier ones, and on
+    everything earlier if it is a full row.
+    """
     built = encoder(window=(2, 3), full_rows=(full_rows,))
     graph, params = nnx.split(built, nnx.Param)
     sequences = batch([(0, 16, 0)], rows=16)
-    one_row = lambda x, t: jnp.sum(nnx.merge(graph, params)(x, sequences)[t] * jnp.arange(1.0, 9.0))  # noqa: E731
+    w_D = jnp.arange(1.0, 9.0)
+    one_row = lambda x, t: jnp.sum(nnx.merge(graph, params)(x, sequences)[t] * w_D)  # noqa: E731
     depends = np.any(
         np.asarray(
             jax.jit(jax.vmap(jax.grad(one_row), in_axes=(None, 0)))(inputs(rows=16), jnp.arange(16))
@@ -79,7 +86,7 @@ def test_one_plan_for_each_mask(monkeypatch, truncate, plans):
         "make_plan",
         lambda mask, *args: made.append((mask, args[1])) or make_plan(mask, *args),
     )
-    encoder(extra_rows=5, layers=4, window=(3, -1, 3, -1), **truncate)(inputs(), batch())
+    encoder(layers=4, window=(3, -1, 3, -1), **truncate)(inputs(), batch())
     assert len(made) == len(set(made)) == plans
 
 
@@ -140,7 +147,7 @@ def test_targets_and_contextual_tokens_with_every_implementation():
         "truncate_after": 1,
         "truncate_length": 4,
     }
-    graph, params = nnx.split(encoder(extra_rows=5, **options), nnx.Param)
+    graph, params = nnx.split(encoder(**options), nnx.Param)
     sequences, count = batch(SEQUENCES), int(batch(SEQUENCES).offsets[-1])
     other = nnx.merge(graph, params)
     other.implementation = "xla"
@@ -150,16 +157,18 @@ def test_targets_and_contextual_tokens_with_every_implementation():
     )
 
 
-def test_lists_of_work_are_made_with_the_plan():
-    """For `mosaic` by name and sizes that it takes; other plans stay as they are."""
+def test_lists_of_work_are_made_with_the_plan(monkeypatch):
+    """For `mosaic`, where it can run such calls; other plans stay as they are."""
     sequences = batch()
     plan = make_plan(AttentionMask(window=3), sequences.offsets, ROWS)
-    sizes = dict(heads=2, k_width=64, v_width=64)
-    assert len(prepare_plan(plan, "mosaic", dtype="bfloat16", **sizes).stored) > len(plan.stored)
-    for name, dtype, biased in (
-        ("xla", "bfloat16", False),
-        (None, "bfloat16", False),
-        ("mosaic", "float32", False),
-        ("mosaic", "bfloat16", True),
+    spec = AttentionSpec("bfloat16", heads=2, k_width=64, v_width=64)
+    assert prepare_plan(plan, spec) is prepare_plan(plan, spec, "mosaic") is plan, "on a CPU"
+    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "a GPU", (9, 0)))
+    assert prepare_plan(plan, spec).stored_keys == prepare_plan(plan, spec, "mosaic").stored_keys
+    assert len(prepare_plan(plan, spec).stored) > len(plan.stored)
+    for name, other in (
+        ("xla", spec),
+        ("mosaic", spec._replace(dtype="float32")),
+        ("mosaic", spec._replace(biased=True)),
     ):
-        assert prepare_plan(plan, name, dtype=dtype, biased=biased, **sizes) is plan
+        assert prepare_plan(plan, other, name) is plan

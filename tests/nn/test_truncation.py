@@ -1,4 +1,6 @@
-"""Attention truncation against a definition that works on one sequence at a time, and its properties on whole batches."""
+"""Attention truncation against a definition that works on one sequence at a time, and its
+properties on whole batches.
+"""
 
 import dataclasses
 
@@ -15,28 +17,31 @@ from tests.nn import small_encoder
 from tests.nn.small_encoder import LENGTH, ROWS, SEQUENCES, WIDTH, batch, inputs
 from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig
 from ultra_hstu.nn.truncation import Truncation
-from ultra_hstu.retrieval.batch import Events, gather_batch
+from ultra_hstu.retrieval.batch import gather_batch
 from ultra_hstu.retrieval.loss import full_softmax
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.retrieval.task import events_of
 from ultra_hstu.sequences import Sequences
 
-KEEP, EXTRA = 5, 5  # L', and the most contextual tokens and targets of a sequence
+KEEP = 5  # L'
 LAYERS = 2
 
 
 @pytest.fixture(autouse=True)
 def optimised():
-    """Without its optimisations LLVM adds up one by one, and rounds more than the tolerance leaves."""
+    """Without optimisations LLVM adds up one by one, and rounds more than the tolerance leaves."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def encoder(extra_rows=EXTRA, **options):
-    return small_encoder.encoder(
-        extra_rows, **{"truncate_after": 1, "truncate_length": KEEP} | options
-    )
+def encoder(**options):
+    return small_encoder.encoder(**{"truncate_after": 1, "truncate_length": KEEP} | options)
+
+
+def kept_rows(cut):
+    return np.asarray(cut.row_T) < cut.sequences.num_rows
 
 
 def whole_encoder(**options):
@@ -145,7 +150,7 @@ def test_as_long_as_the_longest_history(keep):
     built, whole = encoder(truncate_length=keep, **masks), whole_encoder(**masks)
     sequences = batch(SEQUENCES)
     count = int(sequences.offsets[-1])
-    np.testing.assert_array_equal(built.kept(sequences), sequences.real_T)
+    np.testing.assert_array_equal(kept_rows(built.truncation.cut(sequences)), sequences.real_T)
     np.testing.assert_allclose(
         built(inputs(), sequences)[:count], whole(inputs(), sequences)[:count], rtol=1e-5, atol=1e-6
     )
@@ -154,19 +159,19 @@ def test_as_long_as_the_longest_history(keep):
 def test_kept_rows():
     """Written down by hand: contextual tokens and targets stay, of the history the newest rows."""
     parts = [(1, 4, 2), (0, 0, 0), (2, 1, 0)]
-    kept = Truncation(after=1, length=2, extra_rows=3).kept(batch(parts, rows=12))
-    np.testing.assert_array_equal(np.asarray(kept, int), [1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0])
+    cut = Truncation(after=1, length=2).cut(batch(parts, rows=12, extra_rows=3))
+    np.testing.assert_array_equal(kept_rows(cut), [1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0])
+    assert cut.sequences.num_rows == 12  # never more than there were
 
 
 def test_smaller_buffer():
-    truncation = Truncation(after=1, length=2, extra_rows=3)
-    cut = truncation.cut(batch([(1, 4, 2), (0, 0, 0), (2, 1, 0)], rows=20))
-    assert cut.sequences.num_rows == truncation.capacity(20, 3) == 15
-    assert truncation.capacity(12, 3) == 12  # never more than there were
+    whole = batch([(1, 4, 2), (0, 0, 0), (2, 1, 0)], rows=20, extra_rows=3)
+    cut = Truncation(after=1, length=2).cut(whole)
+    assert cut.sequences.num_rows == 15
     np.testing.assert_array_equal(cut.sequences.offsets, [0, 5, 5, 8])
     np.testing.assert_array_equal(cut.sequences.time_T[:8], np.array([0, 3, 4, 5, 6, 7, 8, 9]) * 50)
     np.testing.assert_array_equal(cut.sequences.real_T, np.arange(15) < 8)
-    np.testing.assert_array_equal(cut.place_T[:10], [0, 15, 15, 1, 2, 3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(cut.row_T[:10], [0, 15, 15, 1, 2, 3, 4, 5, 6, 7])
     np.testing.assert_array_equal(
         cut.restore(cut.take(jnp.arange(20.0))), [0, 0, 0, 3, 4, 5, 6, 7, 8, 9] + [0] * 10
     )
@@ -175,7 +180,7 @@ def test_smaller_buffer():
 def test_full_buffer():
     """Every sequence at its bounds: the smaller buffer is filled to the last row."""
     parts = [(2, 8, 3)] * 4
-    cut = Truncation(after=1, length=KEEP, extra_rows=5).cut(batch(parts, rows=60))
+    cut = Truncation(after=1, length=KEEP).cut(batch(parts, rows=60))
     assert int(cut.sequences.offsets[-1]) == cut.sequences.num_rows == 40
     x_TD = inputs(rows=60)
     np.testing.assert_array_equal(
@@ -195,9 +200,9 @@ def test_rows_are_those_of_the_whole_buffer(truncated):
     assert np.any(np.asarray(rows_PD[3])) == (
         not truncated
     )  # row 2 is the oldest event of its history
-    np.testing.assert_array_equal(
-        built.kept(sequences)[rows_P[:6]], [True, True, True, not truncated, True, True]
-    )
+    if truncated:
+        kept_T = kept_rows(built.truncation.cut(sequences))
+        np.testing.assert_array_equal(kept_T[rows_P[:6]], [True, True, True, False, True, True])
 
 
 def test_gradients_flow_through_rows():
@@ -212,7 +217,10 @@ def test_gradients_flow_through_rows():
 
 
 def test_padding_may_hold_nan():
-    """Padding rows of NaN reach neither outputs nor gradients; nor do those of the smaller buffer."""
+    """Padding rows of NaN reach neither outputs nor gradients.
+
+    Nor do those of the smaller buffer.
+    """
     built, sequences = encoder(), batch(SEQUENCES)
     real_T1 = sequences.real_T[:, None]
     graph, params = nnx.split(built, nnx.Param)
@@ -236,9 +244,12 @@ def test_one_compilation_for_all_batches():
 
 
 def test_padded_layout():
-    """Real rows first, padding behind them in the sequence: the newest real rows are kept, and the smaller buffer is jagged."""
+    """Real rows first, padding behind them in the sequence.
+
+    The newest real rows are kept, and the smaller buffer is jagged.
+    """
     histories, place = [7, 0, 9, 4], 12
-    built = encoder(extra_rows=0, truncate_length=3)
+    built = encoder(truncate_length=3)
     jagged = batch([(0, h, 0) for h in histories])
     offsets = jnp.arange(5, dtype=jnp.int32) * place
     real_T = np.concatenate([np.arange(place) < h for h in histories] + [np.zeros(16, bool)])
@@ -248,25 +259,25 @@ def test_padded_layout():
     jagged = dataclasses.replace(jagged, num_targets=None, num_contextual=None)
     count = sum(histories)
     x_TD = jnp.zeros((ROWS, WIDTH)).at[row_T].set(inputs()[:count])
-    np.testing.assert_array_equal(built.kept(padded)[row_T], built.kept(jagged)[:count])
+    kept_p, kept_j = (kept_rows(built.truncation.cut(x)) for x in (padded, jagged))
+    np.testing.assert_array_equal(kept_p[row_T], kept_j[:count])
     assert_close(
         built(x_TD, padded)[row_T], np.asarray(built(inputs(), jagged)[:count]), 1e-6, "out"
     )
 
 
 def test_room_for_targets_is_asked_for():
-    sequences = batch(SEQUENCES)
     with pytest.raises(ValueError, match="extra_rows=0 must be their number"):
-        encoder(extra_rows=0)(inputs(), sequences)
+        encoder()(inputs(), batch(SEQUENCES, extra_rows=0))
     with pytest.raises(ValueError, match="5 targets and contextual tokens, more than extra_rows=4"):
-        encoder(extra_rows=4)(inputs(), sequences)
+        encoder()(inputs(), batch(SEQUENCES, extra_rows=4))
 
 
 def test_rows_without_room_are_not_lost_in_silence():
     """Traced counts cannot be refused: what does not fit makes everything NaN."""
-    sequences = batch([(2, 8, 3)] * 4, rows=60)
     for extra_rows, fits in ((4, False), (5, True)):
-        out = jax.jit(encoder(extra_rows=extra_rows))(inputs(rows=60), sequences)
+        sequences = batch([(2, 8, 3)] * 4, rows=60, extra_rows=extra_rows)
+        out = jax.jit(encoder())(inputs(rows=60), sequences)
         assert np.isfinite(out[:52]).all() == fits and np.isnan(out[:52]).any() != fits
 
 
@@ -278,20 +289,28 @@ def test_truncation_above_all_layers():
 def test_retrieval_trains_on_the_rows_that_are_left():
     """The loss of a truncated model is that of its outputs with weight 0 on dropped rows."""
     model = ModelConfig(
-        width=8, layers=2, heads=2, qk_width=4, v_width=4, relative_bias=False, truncate_after=1, truncate_length=3,
-        input_dropout=0.0, linear_dropout=0.0,
-    )  # fmt: skip
+        width=8,
+        layers=2,
+        heads=2,
+        qk_width=4,
+        v_width=4,
+        relative_bias=False,
+        truncate_after=1,
+        truncate_length=3,
+        input_dropout=0.0,
+        linear_dropout=0.0,
+    )
     config = Config(
         model=model, data=DataConfig(max_history=12), loss=LossConfig(kind="full", temperature=1.0)
     )
     recipe = Recipe(config, num_items=30)
-    events = Events.from_arrays(np.random.default_rng(0).integers(1, 31, 40), np.arange(40))
+    events = events_of(np.random.default_rng(0).integers(1, 31, 40), np.arange(40))
     made = gather_batch(events, np.array([0, 12, 13]), np.array([9, 12, 24]), rows=32, xp=np)
     made = jax.tree.map(jnp.asarray, made)
     params = recipe.init(0).params
     loss = recipe.loss(params, made, jax.random.key(0))
     whole = recipe.model(params)
-    kept_T = whole.encoder.kept(made.sequences)
+    kept_T = kept_rows(whole.encoder.truncation.cut(made.sequences))
     assert int(kept_T.sum()) == 6
     options = dict(temperature=1.0, l2_normalize=True, chunk_rows=8)
     expected, _ = full_softmax(

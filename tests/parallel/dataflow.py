@@ -16,9 +16,12 @@ CALLS = {
 
 
 def waiting(function, *args, source, sink):
-    """For every `sink` in the order of the trace: whether any of its inputs comes from a `source`, however far back. Both are names of primitives.
+    """For every `sink` in the order of the trace.
 
-    Calls are looked into. A branch counts as one operation, which is what it holds; of a loop, one step is looked at by itself.
+    Whether any of its inputs comes from a `source`, however far back. Both are names of primitives.
+
+    Calls are looked into. A branch counts as one operation, which is what it holds; of a loop, one
+    step is looked at by itself.
     """
     found = []
 

@@ -1,4 +1,6 @@
-"""One of the processes of tests/parallel/test_processes.py, as a SLURM task: what it reads of an epoch, and how bad input ends, as JSON in a file.
+"""One of the processes of tests/parallel/test_processes.py, as a SLURM task.
+
+It writes what it reads of an epoch, and how bad input ends, as JSON to a file.
 
 python -m tests.parallel.process_worker FOLDER, with SLURM's variables
 """
@@ -6,6 +8,7 @@ python -m tests.parallel.process_worker FOLDER, with SLURM's variables
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -13,10 +16,10 @@ import numpy as np
 from rich.console import Console
 
 from tests.small_run import small_config, with_
-from ultra_hstu.data.feed import DeviceFeed
+from ultra_hstu import tasks
+from ultra_hstu.data.feed import DeviceFeed, EventStore
 from ultra_hstu.parallel import processes
 from ultra_hstu.retrieval.batch import Events
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
@@ -68,7 +71,7 @@ def main(folder):
         model__window=(4,),
         data__batch_tokens=256,
     )
-    task = Task.load(base)
+    task = tasks.load(base)
     read = {}
     for data, context in MESHES:
         for placement in ("stream", "device"):
@@ -81,7 +84,7 @@ def main(folder):
             )
             numbered = np.arange(task.interactions.num_events, dtype=np.int32)
             on_mesh = dataclasses.replace(
-                Task.of(config, task.interactions), events=Events(numbered, numbered)
+                tasks.of(config, task.interactions), store=EventStore(Events(numbered, numbered))
             )
             read[f"{data}x{context} {placement}"] = events_read(on_mesh)
     wrong = (
@@ -95,12 +98,12 @@ def main(folder):
         "mesh": error(with_(base, parallel__data=3, parallel__context=2), folder / "run"),
         "one device": error(base, folder / "run"),
         "folder": error(good, folder),
-        "data": error(good, folder / "run", Task.of(good, wrong)),
+        "data": error(good, folder / "run", tasks.of(good, wrong)),
     }
     agreed = [
-        processes.of_all(me),
-        processes.of_first(lambda: me + 10),
-        processes.largest(me, on_mesh.recipe.mesh)(),
+        processes.all_gather(me),
+        processes.broadcast(lambda: me + 10),
+        processes.all_reduce_max(me, on_mesh.recipe.mesh)(),
     ]
     train_E = np.concatenate(
         [
@@ -110,6 +113,10 @@ def main(folder):
     )
     result = {"read": read, "errors": errors, "agreed": agreed, "events": train_E.tolist()}
     (folder / f"process_{me}.json").write_text(json.dumps(result))
+    # The thread that watches the others now asks without a pause, so it is in native code when Python
+    # ends. There a process would abort with signal 6.
+    pause, processes.POLL_SECONDS = processes.POLL_SECONDS, 0
+    time.sleep(pause)
     processes.end()
 
 

@@ -1,4 +1,7 @@
-"""Attention over sharded rows equals that of one device: every strategy, mask and gradient, on 8 CPU devices."""
+"""Attention over sharded rows equals that of one device.
+
+Every strategy, mask and gradient, on 8 CPU devices.
+"""
 
 import functools
 import re
@@ -12,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kernels.hstu_attention import RelativeBias, hstu_attention
 from kernels.mask import AttentionMask
 from tests.parallel.dataflow import waiting
-from ultra_hstu.parallel import context_parallel_attention, frame, make_mesh
-from ultra_hstu.parallel.context_attention import heads_of_a_call
+from ultra_hstu.parallel import context_parallel_attention, make_mesh
+from ultra_hstu.parallel import strategy as strategies
+from ultra_hstu.parallel.context_attention import STRATEGIES
 from ultra_hstu.parallel.layout import Layout
 
 ROWS, HEADS, WIDTH = 256, 8, 8
@@ -31,7 +35,6 @@ MASKS = {
     "prefix": AttentionMask(window=9, prefix=6),
     "all": AttentionMask(window=20, full_rows=5, prefix=4, context_sink=False),
 }
-STRATEGIES = ("gather", "ring", "ulysses", "halo")
 
 
 @functools.cache
@@ -87,9 +90,16 @@ def sharded(strategy, name, mask, *, shards=8, layout=None, counted=True, **opti
     arrays, offsets, counts = case(name)
     order = np.arange(ROWS) if layout is None else np.asarray(layout.permutation())
     attend = functools.partial(
-        context_parallel_attention, offsets=offsets, mesh=make_mesh(8 // shards, shards), strategy=strategy, mask=MASKS[mask],
-        alpha=0.3, layout=layout, **(counts if counted else {}), **({"scale": 1 / 64} | options),
-    )  # fmt: skip
+        context_parallel_attention,
+        offsets=offsets,
+        mesh=make_mesh(8 // shards, shards),
+        strategy=strategy,
+        mask=MASKS[mask],
+        alpha=0.3,
+        layout=layout,
+        **(counts if counted else {}),
+        **({"scale": 1 / 64} | options),
+    )
     got = results(attend, {x: array[order] for x, array in arrays.items()})
     return [x[np.argsort(order)] for x in got]
 
@@ -98,14 +108,18 @@ PAIRS = [
     (strategy, mask)
     for strategy in STRATEGIES
     for mask in MASKS
-    if strategy != "halo" or MASKS[mask].window is not None
+    if strategy != "halo" or MASKS[mask].windowed
 ]
 
 
 @pytest.mark.parametrize("strategy, mask", PAIRS)
 def test_equals_one_device(strategy, mask):
-    """Eight shards of 32 rows: empty sequences, sequences longer than a shard, a window that reaches over two neighbours."""
-    # the dense implementation compiles several times faster than the blockwise one, which the other tests run
+    """Eight shards of 32 rows.
+
+    Empty sequences, sequences longer than a shard, a window that reaches over two neighbours.
+    """
+    # the dense implementation compiles several times faster than the blockwise one, which the other
+    # tests run
     check(
         sharded(strategy, "mixed", mask, implementation="reference"), expected("mixed", mask, True)
     )
@@ -116,8 +130,8 @@ def test_equals_one_device(strategy, mask):
 )
 def test_heads_in_turns(strategy, mask, monkeypatch):
     """Of many rows only some heads at a time: two of eight here."""
-    monkeypatch.setattr(frame, "ROWS_AT_A_TIME", 2 * ROWS // 4)
-    assert heads_of_a_call(strategy, Layout.contiguous(ROWS, 4), HEADS) == 2
+    monkeypatch.setattr(strategies, "ROWS_AT_A_TIME", 2 * ROWS // 4)
+    assert STRATEGIES[strategy].heads_of_a_call(Layout.contiguous(ROWS, 4), HEADS) == 2
     check(
         sharded(strategy, "mixed", mask, shards=4, implementation="reference"),
         expected("mixed", mask, True),
@@ -235,14 +249,15 @@ def test_counts_may_be_traced():
 
 
 COLLECTIVE = re.compile(
-    r"= (\([^)]*\)|\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    r"= (\([^)]*\)|\S+) "
+    r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
 SHAPE = re.compile(r"\b(f32|bf16|s32|pred)\[([0-9,]*)\]")
 BYTES = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1}
 
 
 def bytes_moved(rows, strategy, length=None):
-    """What the collectives of forward and backward put out on a shard, from the compiled program."""
+    """What collectives of forward and backward put out on a shard, from the compiled program."""
     mesh = make_mesh(context=8)
     inputs = [
         jax.ShapeDtypeStruct(
@@ -273,7 +288,10 @@ def bytes_moved(rows, strategy, length=None):
 
 
 def test_halo_moves_what_does_not_depend_on_length():
-    """Window 16 and B * full_rows = 16 rows, each with q or k and v of 8 x 16 floats: forward and backward move a few times that."""
+    """Window 16 and B * full_rows = 16 rows, each with q or k and v of 8 x 16 floats.
+
+    Forward and backward move a few times that.
+    """
     short, long = bytes_moved(1024, "halo"), bytes_moved(8192, "halo")
     assert 0 < short == long
     row = 8 * 16 * 4
@@ -284,9 +302,15 @@ def test_halo_moves_what_does_not_depend_on_length():
 
 def order(strategy, mask, backward=False, **names):
     attend = functools.partial(
-        context_parallel_attention, offsets=np.array([0, ROWS], np.int32), mesh=make_mesh(context=8), strategy=strategy, mask=MASKS[mask],
-        alpha=1.0, scale=1.0, implementation="reference",
-    )  # fmt: skip
+        context_parallel_attention,
+        offsets=np.array([0, ROWS], np.int32),
+        mesh=make_mesh(context=8),
+        strategy=strategy,
+        mask=MASKS[mask],
+        alpha=1.0,
+        scale=1.0,
+        implementation="reference",
+    )
     x = jnp.ones((ROWS, HEADS, WIDTH))
     return waiting(
         (lambda *a: jax.vjp(attend, *a)[1](a[0])) if backward else attend, x, x, x, **names
@@ -294,11 +318,15 @@ def order(strategy, mask, backward=False, **names):
 
 
 def test_ring_sends_before_it_computes():
-    """No transfer of keys and values waits for a product; of the backward's, only the gradients do."""
+    """No transfer of keys and values waits for a product.
+
+    Of the backward's, only the gradients do.
+    """
     transfers = {"source": "dot_general", "sink": "ppermute"}
     # The first transfer, and that of a step of the loop, each of keys and of values.
     assert order("ring", "causal", **transfers) == [False] * 4
-    # The backward's first two and that of its loop; beside the latter gradients, of the step before. Behind the loop gradients wait for its last step, and those
+    # The backward's first two and that of its loop; beside the latter gradients, of the step
+    # before. Behind the loop gradients wait for its last step, and those
     # that go home for the one that follows it.
     both = order("ring", "causal", backward=True, **transfers)
     assert (both.count(False), both.count(True)) == (12, 4)
@@ -306,7 +334,9 @@ def test_ring_sends_before_it_computes():
 
 @pytest.mark.parametrize("mask", ["window", "full rows"])
 def test_halo_computes_while_it_receives(mask):
-    """Scores and sums at home wait for nothing, those at the edge for the halo, those of visiting rows for them."""
+    """Scores and sums at home wait for nothing, those at the edge for the halo, those of visiting
+    rows for them.
+    """
     products = {"sink": "dot_general"}
     home, visit, edge = [0, 0], [1, 1] if mask == "full rows" else [], [2, 2]
     assert order("halo", mask, source="ppermute", **products) == [
@@ -321,7 +351,10 @@ def test_halo_computes_while_it_receives(mask):
 
 
 def busiest(lengths, mask, layout):
-    """Allowed (row, key) pairs of the busiest shard over the mean; ring and gather compute a pair where its row is."""
+    """Allowed (row, key) pairs of the busiest shard over the mean.
+
+    Ring and gather compute a pair where its row is.
+    """
     pairs = (
         mask.row_pairs(lengths, layout.num_rows)[np.asarray(layout.permutation())]
         .reshape(layout.shards, -1)
@@ -332,7 +365,11 @@ def busiest(lengths, mask, layout):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_balance(seed):
-    """Skewed lengths (Zipf): with balanced blocks the busiest shard has at most 5 % more than the mean; contiguous slices do not come near."""
+    """Skewed lengths (Zipf).
+
+    With balanced blocks the busiest shard has at most 5 % more than the mean; contiguous slices do
+    not come near.
+    """
     rows, shards, rng, lengths = 65536, 8, np.random.default_rng(seed), []
     while sum(lengths) < rows:
         lengths.append(min(int(200 * rng.zipf(1.3)), 32768, rows - sum(lengths)))
@@ -360,7 +397,7 @@ def test_layout(name):
     for shard in range(8):
         assert (np.diff(rows[shard]) > 0).all()
         for row in (0, 1, 31, 32, 100, 255, 256):
-            assert int(layout.rank(row, shard)) == (rows[shard] < row).sum()
+            assert int(layout.index(row, shard)) == (rows[shard] < row).sum()
 
 
 def test_bad_input():
@@ -406,3 +443,14 @@ def test_bad_input():
         attend(bias=RelativeBias(jnp.zeros(2 * ROWS - 1), None, None, None))
     with pytest.raises(ValueError, match="none is 'context'"):
         attend(mesh=jax.make_mesh((8,), ("data",)))
+
+
+def test_a_new_strategy_is_a_class_and_an_entry(monkeypatch):
+    class Again(STRATEGIES["gather"]):
+        pass
+
+    monkeypatch.setitem(STRATEGIES, "again", Again)
+    check(
+        sharded("again", "short", "causal", implementation="reference"),
+        expected("short", "causal", True),
+    )

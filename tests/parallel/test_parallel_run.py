@@ -1,4 +1,7 @@
-"""Whole runs under a mesh: checkpoints go from one mesh to another, and a trained run is evaluated on one device."""
+"""Whole runs under a mesh.
+
+Checkpoints go from one mesh to another, and a trained run is evaluated on one device.
+"""
 
 import dataclasses
 
@@ -7,10 +10,9 @@ import pytest
 from rich.console import Console
 
 from tests.small_run import small_config, with_
+from ultra_hstu import tasks
 from ultra_hstu.report import read_metrics
-from ultra_hstu.retrieval.evaluate import Evaluator
 from ultra_hstu.serving import load_params
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
@@ -30,12 +32,15 @@ def config(folder, data, context, epochs=2, **fields):
 
 
 def test_a_run_goes_on_in_another_mesh(tmp_path):
-    """An epoch on 8 x 1, the next on 2 x 4 with another size of the tables: what is logged and found is that of one device."""
+    """An epoch on 8 x 1, the next on 2 x 4 with another size of the tables.
+
+    What is logged and found is that of one device.
+    """
     one = train(
         config(tmp_path / "data", 1, 1, parallel__groups=8), tmp_path / "one", console=QUIET
     )
     first = config(tmp_path / "data", 8, 1, epochs=1)
-    task = Task.load(first)
+    task = tasks.load(first)
     train(first, tmp_path / "run", console=QUIET, task=task)
     assert Workdir(tmp_path / "run").read_config().parallel.groups == 8
     many = train(
@@ -61,10 +66,10 @@ def test_a_run_goes_on_in_another_mesh(tmp_path):
 
     alone = Workdir(tmp_path / "run").read_config().on_one_device()
     assert alone.parallel == dataclasses.replace(alone.parallel, data=1, context=1, groups=8)
-    task = Task.of(alone, task.interactions)
+    task = tasks.of(alone, task.interactions)
     _, params = load_params(Workdir(tmp_path / "run"), task.recipe)
     assert params["embedding"]["item_table"].shape == (121, 16)
-    found = Evaluator(task, "test")(params)
+    found = task.evaluator("test")(params)
     assert {name: found[name] for name in ("hr@10", "mrr")} == pytest.approx(
         {name: many["best"][name] for name in ("hr@10", "mrr")}, rel=1e-5
     )

@@ -1,4 +1,7 @@
-"""A training step under a mesh is that of one device: losses, gradients, evaluation, for every kind of run; on 8 CPU devices."""
+"""A training step under a mesh is that of one device.
+
+Losses, gradients, evaluation, for every kind of run; on 8 CPU devices.
+"""
 
 import dataclasses
 import functools
@@ -9,24 +12,26 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from experiments.configs import long_mst
+from experiments import configs
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
+from ultra_hstu import tasks
 from ultra_hstu.config import ChannelConfig, from_config_dict, to_config_dict
 from ultra_hstu.parallel.collectives import collectives
 from ultra_hstu.parallel.embedding_sharding import lookup
 from ultra_hstu.parallel.mesh import make_mesh
 from ultra_hstu.parallel.shards import Shards
-from ultra_hstu.retrieval.evaluate import evaluator
-from ultra_hstu.task import Task
 from ultra_hstu.train import run_steps
 
 STEPS, GROUPS = 3, 8
 QUICK = {"xla_backend_optimization_level": 0}  # half the time to compile
 RETRIEVAL = with_(
     small_config("unused", steps_per_call=STEPS),
-    data__batch_tokens=128, model__implementation="reference", model__relative_bias=False, parallel__groups=GROUPS,
-)  # fmt: skip
+    data__batch_tokens=128,
+    model__implementation="reference",
+    model__relative_bias=False,
+    parallel__groups=GROUPS,
+)
 RANKING = rank_data.config(
     data=dict(batch_users=8, batch_tokens=256),
     model=dict(implementation="reference", input_dropout=0.2, linear_dropout=0.2),
@@ -57,12 +62,12 @@ def run(config, data, context, evaluated=False):
     """Losses and gradient norms of the first steps, and metrics after them."""
     config = with_(config, parallel__data=data, parallel__context=context)
     config.validate()
-    task = Task.of(config, interactions(bool(config.rank.tasks)))
+    task = tasks.of(config, interactions(bool(config.rank.tasks)))
     loader = task.loader("train", batch_users=config.data.batch_users, steps_per_call=STEPS)
     group = next(iter(loader.groups(loader.plan(seed=1))))
     steps = jax.jit(functools.partial(run_steps, task.recipe), compiler_options=QUICK)
     state, history = steps(task.recipe.start(0), group.feed, np.int32(group.steps))
-    metrics = evaluator(task, "test")(state.params) if evaluated else {}
+    metrics = task.evaluator("test")(state.params) if evaluated else {}
     return {name: np.asarray(values)[: group.steps] for name, values in history.items()} | metrics
 
 
@@ -88,7 +93,10 @@ def on_one_device():
 
 @pytest.mark.parametrize("data, context", [(8, 1), (1, 8), (2, 4), (4, 2)])
 def test_meshes_agree(data, context):
-    """Dropout, negatives, windows, full rows and a truncation: the same losses, then the same metrics."""
+    """Dropout, negatives, windows, full rows and a truncation.
+
+    The same losses, then the same metrics.
+    """
     evaluated = (data, context) == (2, 4)
     want = on_one_device()
     check(
@@ -98,26 +106,53 @@ def test_meshes_agree(data, context):
 
 
 OTHERS = {
-    "ring over blocks, fsdp, in-batch negatives": (2, 4, with_(RETRIEVAL, model__layers=1, loss__kind="in_batch", parallel__fsdp=True)),
+    "ring over blocks, fsdp, in-batch negatives": (
+        2,
+        4,
+        with_(RETRIEVAL, model__layers=1, loss__kind="in_batch", parallel__fsdp=True),
+    ),
     "ulysses, relative bias, full softmax, streamed": (
-        4, 2, with_(RETRIEVAL, model__layers=1, model__relative_bias=True, loss__kind="full", data__placement="stream"),
+        4,
+        2,
+        with_(
+            RETRIEVAL,
+            model__layers=1,
+            model__relative_bias=True,
+            loss__kind="full",
+            data__placement="stream",
+        ),
     ),
     "sasrec": (8, 1, with_(RETRIEVAL, model__kind="sasrec", model__ffn_width=16, model__layers=1)),
     "mixture of transducers": (
-        2, 4,
+        2,
+        4,
         with_(
-            RANKING, model__channels=MIXTURE, model__window=(2,), model__full_rows=(1,), model__prefix=(2,), model__truncate_after=1,
+            RANKING,
+            model__channels=MIXTURE,
+            model__window=(2,),
+            model__full_rows=(1,),
+            model__prefix=(2,),
+            model__truncate_after=1,
             model__truncate_length=3,
         ),
     ),
-    "interleaved input, every item supervised, gather, chunks, clipped gradients, stochastic length": (
-        1, 8,
+    "interleaved, every item supervised, gather, chunks, clipped gradients, stochastic length": (
+        1,
+        8,
         with_(
-            RANKING, rank__input="interleaved", rank__supervise="all", rank__contextual=(), parallel__strategy="gather", model__chunk_rows=10,
-            model__layers=1, optim__clip_norm=1.0, data__stochastic_length=1.5, data__subsequence="random",
+            RANKING,
+            rank__input="interleaved",
+            rank__supervise="all",
+            rank__contextual=(),
+            parallel__strategy="gather",
+            model__chunk_rows=10,
+            model__layers=1,
+            optim__clip_norm=1.0,
+            data__stochastic_length=1.5,
+            data__subsequence="random",
         ),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -128,8 +163,10 @@ def test_other_runs_agree(name):
 
 
 def test_mini_sequences_over_ulysses():
-    """The configuration file at a small size, local rows in chunks with a tail, against all rows at once on one device."""
-    written = from_config_dict(long_mst.get_config())
+    """The configuration file at a small size, local rows in chunks with a tail, against all rows at
+    once on one device.
+    """
+    written = configs.named("long_mst")
     assert written.model.chunk_rows and (written.parallel.strategy, written.parallel.context) == (
         "ulysses",
         2,
@@ -144,16 +181,22 @@ def test_mini_sequences_over_ulysses():
         chunk_rows=10,
     )
     config = with_(
-        written, **{f"model__{name}": value for name, value in small.items()}, data__max_history=10, data__batch_users=8, data__batch_tokens=128,
-        train__steps_per_call=STEPS, loss__negatives=16, parallel__groups=4,
-    )  # fmt: skip
+        written,
+        **{f"model__{name}": value for name, value in small.items()},
+        data__max_history=10,
+        data__batch_users=8,
+        data__batch_tokens=128,
+        train__steps_per_call=STEPS,
+        loss__negatives=16,
+        parallel__groups=4,
+    )
     plain = with_(config, model__chunk_rows=None, model__remat="none", parallel__strategy="auto")
     check(run(config, 4, 2), run(plain, 1, 1))
 
 
 def program(config, data, context):
     config = with_(config, parallel__data=data, parallel__context=context)
-    task = Task.of(config, interactions(False))
+    task = tasks.of(config, interactions(False))
     loader = task.loader("train", batch_users=config.data.batch_users, steps_per_call=1)
     feed = next(iter(loader.groups(loader.plan()))).feed
     step = jax.jit(task.recipe.feed_step).lower(
@@ -163,7 +206,11 @@ def program(config, data, context):
 
 
 def test_what_a_step_sends():
-    """No activations are put together: four times the rows, and nothing more is sent, where a device looks up as many rows as the tables have."""
+    """No activations are put together.
+
+    Four times the rows, and nothing more is sent, where a device looks up as many rows as the
+    tables have.
+    """
     config = with_(RETRIEVAL, model__window=(3,), model__full_rows=(2,), model__layers=1)
     short, long = (program(with_(config, data__batch_tokens=rows), 1, 8) for rows in (1024, 4096))
     assert sum(one.bytes for one in long) == sum(one.bytes for one in short)
@@ -174,7 +221,7 @@ def test_what_a_step_sends():
 
 
 def test_what_a_lookup_sends():
-    """Of a long table the numbers of rows and the rows that are looked up, of a short one itself."""
+    """A long table sends numbers and the entries that are looked up, a short one itself."""
     spread, width = PartitionSpec(("data", "context")), 4
 
     def sent(rows, count):
@@ -215,7 +262,10 @@ def test_fsdp_gathers_a_layer_at_a_time():
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
 def test_lookup(shape):
-    """Any row numbers, all of them of one device's part too: rows and gradients are those of the whole table."""
+    """Any row numbers, all of them of one device's part too.
+
+    Rows and gradients are those of the whole table.
+    """
     rng, shards, rows = np.random.default_rng(0), Shards(*shape), 64
     table_XD = rng.standard_normal((rows, 4), dtype=np.float32)
     spread = PartitionSpec(("data", "context"))

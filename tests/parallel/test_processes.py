@@ -7,11 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
+from jax._src import distributed
 from rich.console import Console
 
 from tests.small_run import small_config, with_
@@ -31,7 +34,6 @@ FAST = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "2",
-    "XLA_FLAGS": "",
 }
 SAID_OF_LOST = (
     "another process was lost in the middle of the run",
@@ -293,18 +295,48 @@ def test_a_checkpoint_that_only_some_can_read_is_an_error(tmp_path, monkeypatch,
     checkpoints.save(1, {"x": jnp.zeros(3)}, {"epoch": 1})
     checkpoints.close()
 
-    def of_all(*_):
+    def all_gather(*_):
         if isinstance(answer, Exception):
             raise answer
         return answer()
 
-    monkeypatch.setattr(processes, "of_all", of_all)
+    monkeypatch.setattr(processes, "all_gather", all_gather)
     reader = Checkpoints(tmp_path / "c", read_only=True)
     with pytest.raises(
         ValueError,
         match=r"some processes cannot read a checkpoint.*(torn|did not answer).*delete .*/c/1",
     ):
         reader.restore({"x": jnp.zeros(3)})
+
+
+class ServiceWithoutProcess0:
+    """Stands in for the connection of a process to a coordination service that has ended."""
+
+    def key_value_dir_get(self, folder):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_process_0_may_leave_first_at_the_end_of_a_good_run(monkeypatch, ending):
+    """Where a process closes its connection a little later, it must not report a lost process."""
+    state = distributed.State()
+    state.client, state.coordinator_address = ServiceWithoutProcess0(), "localhost:7000"
+    state.process_id, state.num_processes = 1, 2
+    monkeypatch.setattr(distributed, "global_state", state)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(processes, "_ending", threading.Event())
+
+    def leave(message, code):
+        assert "process 0 at localhost:7000 is gone" in message
+        sys.exit(code)
+
+    monkeypatch.setattr(processes, "_leave", leave)
+    monkeypatch.setattr(jax.distributed, "shutdown", processes._watch)
+    if ending:
+        processes.end()
+    else:
+        with pytest.raises(SystemExit, match=str(processes.LOST)):
+            processes._watch()
 
 
 def test_a_port_that_is_taken():

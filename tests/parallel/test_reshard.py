@@ -1,4 +1,7 @@
-"""Batches read by each device become one shared buffer: the same rows and gradients as putting them in a row, few bytes, and nothing lost in silence."""
+"""Batches read by each device become one shared buffer.
+
+The same rows and gradients as putting them in a row, few bytes, and nothing lost in silence.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +37,10 @@ LAYOUTS = {"slices": Layout.contiguous(ROWS, SHARDS), "blocks": Layout.striped(R
 
 
 def own_rows(name):
-    """What every device read: floats and integers, NaN behind its last row; and the rows that the shared buffer should hold."""
+    """What every device read: floats and integers, NaN behind its last row.
+
+    And the rows that the shared buffer should hold.
+    """
     lengths = LENGTHS[name]
     rng = np.random.default_rng(0)
     x, ids = (
@@ -102,7 +108,10 @@ def test_gradients_and_the_baseline(layout):
 
 
 def test_bytes():
-    """Over slices a device sends what sticks out, here at most an eighth of its rows to one other; the baseline sends all rows to all."""
+    """Over slices a device sends what sticks out, here at most an eighth of its rows to one other.
+
+    The baseline sends all rows to all.
+    """
     rows, width, where = 8 * 1024, 64, Layout.contiguous(8 * 1024, SHARDS)
     lengths = np.array([1024, 960, 1024, 1088, 1024, 1024, 960, 1088])
     capacity = needed_capacity(lengths, where)

@@ -1,11 +1,8 @@
 """Ranking runs from files in the publishers' formats to a result, by the command lines; and what a killed run goes on with."""
 
 import dataclasses
-import importlib
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,7 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments import configs
 from scripts import ablation
+from tests import commands
 from tests.data.data_files import (
     KUAIRAND_HEADER,
     KUAIRAND_USER_HEADER,
@@ -23,11 +22,11 @@ from tests.data.data_files import (
 )
 from tests.ranking import rank_data
 from tests.small_run import with_
+from ultra_hstu import tasks
 from ultra_hstu.checkpoint import Checkpoints, abstract
-from ultra_hstu.config import from_config_dict
 from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.serving.artefact import Scorer
-from ultra_hstu.task import RankTask, Task
 from ultra_hstu.train import Interrupted, train
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +94,7 @@ def kuairand(folder: Path) -> Path:
 
 def shrunk(name, tmp_path):
     """A configuration of the repository at a size for tests, on files of its source's format."""
-    config = from_config_dict(importlib.import_module(f"experiments.configs.{name}").get_config())
+    config = configs.named(name)
     make = {"assistments": assistments, "ml1m": ml1m, "kuairand": kuairand}[name.split("_")[0]]
     channels = {
         key: dataclasses.replace(channel, max_history=6, layers=2 + (channel.layers > 3))
@@ -114,8 +113,8 @@ def shrunk(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_ranking_configuration_fits_its_data(name, tmp_path):
     """A step and a prediction are traced, with all the options of the file but its sizes."""
-    task = Task.load(shrunk(name, tmp_path))
-    assert isinstance(task, RankTask) and task.flops("test").inference > 0
+    task = tasks.load(shrunk(name, tmp_path))
+    assert isinstance(task, RankingTask) and task.flops("test").inference > 0
     loader = task.loader("train", batch_users=4, steps_per_call=2)
     batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
     state, metrics = jax.eval_shape(lambda: task.recipe.step(task.recipe.init(0), batch))
@@ -131,11 +130,14 @@ def test_the_command_line_trains_and_records(tmp_path):
         "model.channels.attempts.max_history": 16, "model.channels.right.layers": 2, "model.channels.right.max_history": 8, "model.layers": 2,
         "rank.targets": 2, "train.epochs": 1, "train.eval_users": 8,
     }  # fmt: skip
-    command = [
-        sys.executable, "-m", "experiments.train", f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py", f"--workdir={tmp_path / 'run'}",
-        "--seeds=1", f"--record={record}", *(f"--config.{name}={value}" for name, value in options.items()),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = commands.run(
+        "experiments.train",
+        f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--seeds=1",
+        f"--record={record}",
+        *(f"--config.{name}={value}" for name, value in options.items()),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(record.read_text())
     assert [run["seed"] for run in written["runs"]] == [1]
@@ -145,15 +147,8 @@ def test_the_command_line_trains_and_records(tmp_path):
     assert [epoch["epoch"] for epoch in written["runs"][0]["history"]] == [1]
     # What it learnt goes into a file that scores candidates by itself; tests/serving/test_export.py reads one where this code is not.
     out = tmp_path / "scorer.zip"
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.export",
-        f"--workdir={tmp_path / 'run' / 'seed_1'}",
-        f"--out={out}",
-        "--candidates=8",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    trained = f"--workdir={tmp_path / 'run' / 'seed_1'}"
+    done = commands.run("experiments.export", trained, f"--out={out}", "--candidates=8")
     assert done.returncode == 0, done.stdout + done.stderr
     scorer = Scorer(out)
     nothing = {
@@ -192,7 +187,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
         model=dict(layers=1),
         train=dict(epochs=2, protocol="chronological", steps_per_call=1),
     )
-    task = Task.of(config, rank_data.interactions((20, 18, 12)))
+    task = tasks.of(config, rank_data.interactions((20, 18, 12)))
     whole = train(config, tmp_path / "whole", console=Console(quiet=True), task=task)
     assert whole["steps"] > 5
     monkeypatch.setattr("ultra_hstu.train._Stop", StopAfterFiveLooks)
@@ -229,7 +224,7 @@ def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
     cost = {}
     for name, variant in found.items():
         variant.validate()
-        cost[name] = ablation.describe(Task.of(variant, interactions))["inference_gflop"]
+        cost[name] = ablation.describe(tasks.of(variant, interactions))["inference_gflop"]
     assert (
         cost["interleaved_input"] > cost["ultra"]
         and cost["no_truncation"] > cost["ultra"] > cost["one_transducer"]
@@ -265,15 +260,17 @@ def test_ablation_writes_its_record(tmp_path):
 
 def test_ablation_lists_its_variants(tmp_path):
     command = [
-        sys.executable, "-m", "scripts.ablation", f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py", "--list",
-        f"--config.data.raw_dir={assistments(tmp_path / 'raw')}", f"--config.data.data_dir={tmp_path / 'data'}", "--only=no_truncation,ultra",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        "scripts.ablation",
+        f"--config={ROOT}/experiments/configs/assistments_rank_ultra.py",
+        "--list",
+        f"--config.data.raw_dir={assistments(tmp_path / 'raw')}",
+        f"--config.data.data_dir={tmp_path / 'data'}",
+        "--only=no_truncation,ultra",
+    ]
+    done = commands.run(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["ultra", "no_truncation"]
-    done = subprocess.run(
-        [*command, "--only=nothing"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = commands.run(*command, "--only=nothing")
     assert (
         done.returncode == 1
         and "there is no variant 'nothing'; the variants are ultra, interleaved_input"

@@ -13,11 +13,12 @@ from flax import nnx
 from tests.ranking import rank_data
 from tests.ranking.rank_data import MIXTURE
 from tests.small_run import with_
+from ultra_hstu import tasks
 from ultra_hstu.config import ChannelConfig, from_config_dict
 from ultra_hstu.nn.embeddings import CodeEmbedding
 from ultra_hstu.nn.heads import MultiTaskHead
-from ultra_hstu.ranking.source import EVERYTHING
-from ultra_hstu.task import RankTask, Task
+from ultra_hstu.ranking.form import EVERYTHING
+from ultra_hstu.ranking.task import RankingTask
 
 FORMS = {
     "merged": {},
@@ -49,8 +50,8 @@ DATA = dataclasses.replace(
 )
 
 
-def task_of(form, data=DATA) -> RankTask:
-    return Task.of(rank_data.config(**FORMS[form]), data)
+def task_of(form, data=DATA) -> RankingTask:
+    return tasks.of(rank_data.config(**FORMS[form]), data)
 
 
 @functools.cache
@@ -76,7 +77,7 @@ def predictions(form, data=DATA, part="train", epoch=0):
     for step in range(len(plan)):
         columns = plan.columns(np.array([step]))
         batch = loader.gather(
-            task.source.events, {name: column[0] for name, column in columns.items()}, np
+            task.events, {name: column[0] for name, column in columns.items()}, np
         )
         logit_PK = np.asarray(logits(params, batch))
         if loader.gather.supervise_history:

@@ -12,10 +12,10 @@ from tests.ranking import rank_data
 from tests.ranking.rank_data import MIXTURE
 from ultra_hstu.config import ChannelConfig
 from ultra_hstu.data import signals
-from ultra_hstu.ranking import source as rank_source
 from ultra_hstu.ranking import split as requests
 from ultra_hstu.ranking.batch import GAP_EDGES
-from ultra_hstu.ranking.source import RankSource
+from ultra_hstu.ranking.form import EVERYTHING
+from ultra_hstu.ranking.task import RankingTask
 
 FORMS = {
     "merged": {},
@@ -132,7 +132,7 @@ def test_a_channel_of_an_unknown_action_is_refused():
         ValueError,
         match="channels.some.signal='loved' is no action of this source, which has is_click, rating, skill",
     ):
-        RankSource.of(config, rank_data.interactions())
+        RankingTask.of(config, rank_data.interactions())
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -292,8 +292,8 @@ def test_batches_against_loops(form, part):
         config, rank=dataclasses.replace(config.rank, contextual=("gender", "age"))
     )
     data = with_contexts()
-    source = RankSource.of(config, data)
-    loader = source.loader(config, part, batch_users=4, steps_per_call=2)
+    source = RankingTask.of(config, data)
+    loader = source.loader(part, batch_users=4, steps_per_call=2)
     plan = loader.plan(seed=3, epoch=1)
     found = (
         requests.training(source.parts, config, 3, 1)
@@ -362,8 +362,8 @@ def test_merged_and_interleaved_hold_the_same_events():
     batches = []
     for form in ("merged", "interleaved"):
         config = rank_data.config(**FORMS[form])
-        source = RankSource.of(config, rank_data.interactions())
-        loader = source.loader(config, "train", batch_users=4, steps_per_call=1)
+        task = RankingTask.of(config, rank_data.interactions())
+        loader = task.loader("train", batch_users=4, steps_per_call=1)
         plan = loader.plan(seed=5, epoch=2)
         batches.append(
             [next(iter(loader.groups(plan, step))).feed.batch(0) for step in range(len(plan))]
@@ -371,8 +371,7 @@ def test_merged_and_interleaved_hold_the_same_events():
     assert len(batches[0]) == len(batches[1])
     for merged, interleaved in zip(*batches, strict=True):
         one, two = (
-            jax.tree.map(np.asarray, batch.channels[rank_source.EVERYTHING])
-            for batch in (merged, interleaved)
+            jax.tree.map(np.asarray, batch.channels[EVERYTHING]) for batch in (merged, interleaved)
         )
         np.testing.assert_array_equal(one.item_T[one.item_T > 0], two.item_T[two.item_T > 0])
         has_signal = lambda tokens: tokens.signal_TS.any(axis=1)  # noqa: E731
@@ -397,8 +396,8 @@ def test_streamed_and_device_feeds_give_the_same_batches(form):
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, placement=placement)
         )
-        loader = RankSource.of(config, rank_data.interactions()).loader(
-            config, "train", batch_users=4, steps_per_call=2
+        loader = RankingTask.of(config, rank_data.interactions()).loader(
+            "train", batch_users=4, steps_per_call=2
         )
         assert loader.streamed == (placement == "stream")
         plan = loader.plan(seed=1, epoch=2)
@@ -416,8 +415,8 @@ def test_streamed_and_device_feeds_give_the_same_batches(form):
 
 def test_every_epoch_has_its_own_requests_and_one_shape():
     config = rank_data.config()
-    loader = RankSource.of(config, rank_data.interactions()).loader(
-        config, "train", batch_users=4, steps_per_call=2
+    loader = RankingTask.of(config, rank_data.interactions()).loader(
+        "train", batch_users=4, steps_per_call=2
     )
     shapes, starts = set(), set()
     for epoch in range(6):
@@ -435,6 +434,6 @@ def test_a_part_without_events_is_refused():
     with pytest.raises(
         ValueError, match="no user has validation events: raise rank.validation_fraction"
     ):
-        RankSource.of(config, rank_data.interactions()).loader(
-            config, "validation", batch_users=4, steps_per_call=2
+        RankingTask.of(config, rank_data.interactions()).loader(
+            "validation", batch_users=4, steps_per_call=2
         )

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +10,20 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tests import commands
 from tests.ranking.small_rank import rank_config, write_answers
 from tests.small_run import with_
-from ultra_hstu import flops
+from ultra_hstu import flops, tasks
 from ultra_hstu.criteria import RETRIEVAL, display_name, ranking
-from ultra_hstu.ranking.evaluate import PRIOR_EVENTS, RankingEvaluator, baselines
+from ultra_hstu.ranking.evaluate import PRIOR_EVENTS, RequestEvaluator
 from ultra_hstu.ranking.recipe import RankRecipe
+from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.report import draw_curves, metrics_table, read_metrics
-from ultra_hstu.retrieval.evaluate import evaluator
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.task import RankTask, Task
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
 QUIET = Console(quiet=True)
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(folder):
-    return Task.load(rank_config(folder))
+    return tasks.load(rank_config(folder))
 
 
 def events_of(task, part):
@@ -64,15 +60,15 @@ class Oracle(RankRecipe):
         return params["sharpness"] * (2 * batch.label_PK - 1) + 0.001 * batch.user_P[:, None]
 
 
-class OracleTask(RankTask):
+class OracleTask(RankingTask):
     @property
     def recipe(self):
-        return Oracle(self.config, self.source.sizes)
+        return Oracle(self.config, self.sizes)
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])
 def test_every_event_once_and_in_its_place(task, part):
-    evaluator = RankingEvaluator(OracleTask(task.config, task.interactions, task.source), part)
+    evaluator = OracleTask.of(task.config, task.interactions).evaluator(part)
     assert sorted(
         zip(evaluator.user_P.tolist(), evaluator.event_P.tolist(), strict=True)
     ) == events_of(task, part)
@@ -87,16 +83,14 @@ def test_every_event_once_and_in_its_place(task, part):
 
 def test_no_batching_changes_a_prediction(task):
     params = task.recipe.init(3).params
-    evaluator = RankingEvaluator(task, "test")
+    evaluator = task.evaluator("test")
     together = evaluator.predict(params)
     assert len(evaluator.plan) > 8, "several calls, the last one not full"
-    assert evaluator._predict._cache_size() == 1
-    alone = RankingEvaluator(
-        Task.of(with_(task.config, train__eval_users=1), task.interactions), "test"
-    )
+    assert evaluator._run._cache_size() == 1
+    alone = tasks.of(with_(task.config, train__eval_users=1), task.interactions).evaluator("test")
     np.testing.assert_array_equal(alone.event_P, evaluator.event_P)
     np.testing.assert_allclose(alone.predict(params), together, atol=1e-5)
-    compiled = RankingEvaluator(task, "test")
+    compiled = task.evaluator("test")
     compiled.compile(params)
     np.testing.assert_array_equal(compiled.predict(params), together)
     assert compiled(params) == evaluator(params)
@@ -123,7 +117,7 @@ def test_baselines_by_loops(task):
             losses, (logit(rate), logit(item_rate), logit(user_rate), both), strict=True
         ):
             losses[name].append(math.log(1 + math.exp(-x if correct[event] else x)))
-    found = baselines(task, "test")
+    found = task.baselines("test")
     assert {name: values["log_loss/correct"] for name, values in found.items()} == pytest.approx(
         {name: np.mean(values) for name, values in losses.items()}, rel=1e-5
     )
@@ -134,7 +128,7 @@ def with_answers(task, correct):
     interactions = dataclasses.replace(
         task.interactions, actions=task.interactions.actions | {"correct": correct.astype(np.int32)}
     )
-    return Task.of(task.config, interactions)
+    return tasks.of(task.config, interactions)
 
 
 def test_what_cannot_be_measured_is_said_before_training(task, tmp_path):
@@ -147,14 +141,14 @@ def test_what_cannot_be_measured_is_said_before_training(task, tmp_path):
     ):
         train(task.config, tmp_path / "one_class", console=QUIET, task=always_right)
     assert not Workdir(tmp_path / "one_class").metrics.exists()
-    nothing = Task.of(with_(task.config, rank__test_fraction=0.0), task.interactions)
+    nothing = tasks.of(with_(task.config, rank__test_fraction=0.0), task.interactions)
     with pytest.raises(ValueError, match="no user has test events"):
         train(nothing.config, tmp_path / "no_test", console=QUIET, task=nothing)
 
 
 def test_a_prediction_that_is_not_finite_is_an_error(task):
     params = jax.tree.map(lambda leaf: leaf * jnp.nan, task.recipe.init(0).params)
-    evaluator = RankingEvaluator(task, "validation")
+    evaluator = task.evaluator("validation")
     predictions = len(evaluator.event_P)
     with pytest.raises(
         FloatingPointError, match=f"{predictions} of {predictions} predictions are not finite"
@@ -167,9 +161,9 @@ def test_a_prediction_that_is_not_finite_is_an_error(task):
 
 def test_the_epoch_with_the_lowest_validation_ne_is_tested_once(task, tmp_path, monkeypatch):
     looked_at = []
-    measure = RankingEvaluator.__call__
+    measure = RequestEvaluator.__call__
     monkeypatch.setattr(
-        RankingEvaluator,
+        RequestEvaluator,
         "__call__",
         lambda self, params: looked_at.append(len(self.event_P)) or measure(self, params),
     )
@@ -200,7 +194,7 @@ def test_the_epoch_with_the_lowest_validation_ne_is_tested_once(task, tmp_path, 
 
 def test_patience_waits_for_a_lower_ne(task, tmp_path, monkeypatch):
     scores = iter([0.9, 0.8, 0.85, 0.81, 0.8, 0.7])
-    monkeypatch.setattr(RankingEvaluator, "__call__", lambda self, params: {"ne": next(scores)})
+    monkeypatch.setattr(RequestEvaluator, "__call__", lambda self, params: {"ne": next(scores)})
     config = with_(task.config, train__epochs=9, train__patience=2)
     result = train(config, tmp_path, console=QUIET, task=task.with_config(config))
     assert (result["epochs"], result["best_epoch"]) == (4, 2)
@@ -208,14 +202,7 @@ def test_patience_waits_for_a_lower_ne(task, tmp_path, monkeypatch):
 
 def test_commands(folder, tmp_path):
     def call(module, *arguments):
-        command = [
-            sys.executable,
-            "-m",
-            f"experiments.{module}",
-            f"--workdir={tmp_path / 'run'}",
-            *arguments,
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = commands.run(f"experiments.{module}", f"--workdir={tmp_path / 'run'}", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -301,4 +288,4 @@ def test_a_table_has_a_line_for_each_task(tmp_path):
 
 
 def test_the_kind_of_a_task_decides_its_evaluator(task):
-    assert isinstance(task, RankTask) and isinstance(evaluator(task, "test"), RankingEvaluator)
+    assert isinstance(task, RankingTask) and isinstance(task.evaluator("test"), RequestEvaluator)

@@ -5,17 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultra_hstu.data.feed import history_loader
-from ultra_hstu.retrieval.batch import Events, choose_rows, gather_batch, plan_epoch
+from ultra_hstu.data.feed import EventStore, choose_rows, plan_epoch
+from ultra_hstu.retrieval.batch import gather_batch
 from ultra_hstu.retrieval.split import Examples
+from ultra_hstu.retrieval.task import events_of, history_loader
 
 
 @pytest.fixture
 def events():
     rng = np.random.default_rng(0)
-    return Events.from_arrays(
-        rng.integers(1, 50, 400), np.sort(rng.integers(10**9, 10**9 + 10**6, 400))
-    )
+    return events_of(rng.integers(1, 50, 400), np.sort(rng.integers(10**9, 10**9 + 10**6, 400)))
 
 
 def random_examples(n=37, seed=1):
@@ -107,7 +106,7 @@ def test_streamed_and_device_feeds_give_the_same_batches(events, padded_length):
     examples = random_examples()
     loaders = [
         history_loader(
-            events,
+            EventStore(events),
             examples,
             batch_users=4,
             steps_per_call=3,
@@ -126,7 +125,7 @@ def test_streamed_and_device_feeds_give_the_same_batches(events, padded_length):
 
 
 def test_groups_have_one_shape(events):
-    loader = history_loader(events, random_examples(), batch_users=4, steps_per_call=3)
+    loader = history_loader(EventStore(events), random_examples(), batch_users=4, steps_per_call=3)
     shapes = {
         str([leaf.shape for leaf in jax.tree.leaves(group.feed)])
         for group in loader.groups(loader.plan(seed=0))
@@ -144,10 +143,10 @@ def test_choose_rows_nearly_always_fits():
 
 def test_times_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="Give seconds, not milliseconds"):
-        Events.from_arrays(np.ones(2, int), np.array([0, 2**31]))
+        events_of(np.ones(2, int), np.array([0, 2**31]))
 
 
 def test_no_examples_is_refused(events):
     empty = Examples(*(np.zeros(0, int) for _ in range(3)))
     with pytest.raises(ValueError, match="no examples"):
-        history_loader(events, empty, batch_users=4, steps_per_call=3)
+        history_loader(EventStore(events), empty, batch_users=4, steps_per_call=3)

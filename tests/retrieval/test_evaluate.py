@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from tests.small_run import small_config, with_
+from ultra_hstu import tasks
 from ultra_hstu.retrieval.batch import gather_batch
-from ultra_hstu.retrieval.evaluate import Evaluator, popularity_metrics
-from ultra_hstu.task import Task
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    return Task.load(with_(small_config(tmp_path_factory.mktemp("data")), train__eval_users=7))
+    return tasks.load(with_(small_config(tmp_path_factory.mktemp("data")), train__eval_users=7))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def ranks_by_hand(task, params, examples):
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
     events, ranks = jax.device_put(task.events), []
     encode = jax.jit(
-        lambda start, stop: model.encode(gather_batch(events, start, stop, rows=10), rngs=None)[-1]
+        lambda start, stop: model.encode(gather_batch(events, start, stop, rows=10))[-1]
     )
     for start, stop in zip(examples.start, examples.stop, strict=True):
         scores = unit @ np.asarray(
@@ -50,12 +49,12 @@ def test_ranks_against_loops(task, params):
         len(examples) == 60 and (examples.lengths == 10).all()
     )  # 11 events before the target, of which the newest 10 are kept
     np.testing.assert_array_equal(
-        Evaluator(task, "test").ranks(params), ranks_by_hand(task, params, examples)
+        task.evaluator("test").ranks(params), ranks_by_hand(task, params, examples)
     )
 
 
 def test_metrics_are_means_over_users(task, params):
-    evaluator = Evaluator(task, "test")
+    evaluator = task.evaluator("test")
     ranks = evaluator.ranks(params)
     metrics = evaluator(params)
     assert metrics["hr@10"] == pytest.approx(np.mean(ranks <= 10))
@@ -64,9 +63,9 @@ def test_metrics_are_means_over_users(task, params):
 
 
 def test_padded_layout_gives_the_same_ranks(task, params):
-    padded = Task.of(with_(task.config, data__layout="padded"), task.interactions)
+    padded = tasks.of(with_(task.config, data__layout="padded"), task.interactions)
     np.testing.assert_array_equal(
-        Evaluator(padded, "test").ranks(params), Evaluator(task, "test").ranks(params)
+        padded.evaluator("test").ranks(params), task.evaluator("test").ranks(params)
     )
 
 
@@ -76,16 +75,16 @@ def test_popularity_counts_the_training_events_only(task):
     for items in task.interactions.items.reshape(60, 12):
         np.add.at(counts, items[:11], 1)
     np.testing.assert_array_equal(np.ceil(task.popularity()), counts)
-    metrics = popularity_metrics(task, "test")
+    metrics = task.baselines("test")["popularity"]
     assert 0 <= metrics["hr@10"] <= metrics["hr@50"] <= 1
 
 
 def test_published_has_no_validation_items(task):
     with pytest.raises(ValueError, match="protocol 'published' has no validation items"):
-        Evaluator(task, "validation")
+        task.evaluator("validation")
 
 
 def test_validation_and_test_items_differ(tmp_path):
-    task = Task.load(small_config(tmp_path, protocol="validated"))
+    task = tasks.load(small_config(tmp_path, protocol="validated"))
     assert (task.splits.validation.stop + 1 == task.splits.test.stop).all()
     assert (task.splits.train.stop + 1 == task.splits.validation.stop).all()

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
+from ultra_hstu import tasks
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
 DATA = rank_data.interactions((12, 9, 10))
@@ -18,11 +18,11 @@ DATA = rank_data.interactions((12, 9, 10))
 
 def task_of(data=DATA, signals=("rating", "is_click")):
     config = with_(small_config("unused"), rank__signals=signals, model__relative_bias=False)
-    return Task.of(config, data)
+    return tasks.of(config, data)
 
 
 def outputs(task, params, placement):
-    task = Task.of(with_(task.config, data__placement=placement), task.interactions)
+    task = tasks.of(with_(task.config, data__placement=placement), task.interactions)
     loader = task.loader("test", batch_users=4, steps_per_call=1)
     batch = next(iter(loader.groups(loader.plan(shuffle=False)))).feed.batch(0)
     return np.asarray(
@@ -62,7 +62,7 @@ def test_unknown_signals_are_refused():
 
 def test_recommendations_take_actions(tmp_path):
     config = with_(small_config("unused", epochs=1), rank__signals=("rating",))
-    train(config, tmp_path, console=Console(quiet=True), task=Task.of(config, DATA))
+    train(config, tmp_path, console=Console(quiet=True), task=tasks.of(config, DATA))
     model = RecommendationModel(str(tmp_path))
     scores = [
         [answer.score for answer in model.recommend([3, 4, 5], actions=actions)]

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from experiments.record import Record
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.mask import AttentionMask
 from scripts.bench import attention as bench_attention
 from scripts.tables import attention as attention_tables
+from scripts.tables import records
 
 RIVAL = """
 import json, sys, time
@@ -55,9 +57,8 @@ def tiny(monkeypatch):
 
 def test_writes_what_it_measured(tiny, tmp_path, capsys):
     output = tmp_path / "attention.json"
-    bench_attention.main(
-        ["--implementations", "xla,mosaic", "--workloads", "tiny,biased", "--output", str(output)]
-    )
+    workloads = {name: WORKLOADS[name] for name in ("tiny", "biased")}
+    bench_attention.run(["xla", "mosaic"], workloads, Record(output))
     result = json.loads(output.read_text())
     measured = [r for r in result["records"] if "ms" in r]
     assert [(r["workload"], r["implementation"], r["pass"]) for r in measured] == [
@@ -173,8 +174,10 @@ def test_the_tables_take_a_record(tmp_path, monkeypatch):
         "records": rates,
     }
     record["rivals"] = {"revision": "fedcba"}
-    monkeypatch.setattr(attention_tables, "load", lambda name: record)
-    monkeypatch.setattr(attention_tables, "FIGURES", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "FIGURES", tmp_path)
+    assert attention_tables.attention_table() == "not measured yet"
+    (tmp_path / "attention_h100.json").write_text(json.dumps(record))
     text = attention_tables.attention_table()
     assert (
         "| `tiny` | 700 / 501 | - | 3.2 / - | 350 / - | - | - |" in text

@@ -1,5 +1,6 @@
 """The benchmark of context parallelism, at a size that CPU devices can do; and what becomes of its records."""
 
+import functools
 import json
 
 import pytest
@@ -7,16 +8,16 @@ import pytest
 from scripts.bench import context_parallel as bench
 from scripts.bench import context_parallel_longest
 from scripts.bench.context_parallel_balance import balance
+from scripts.bench.context_parallel_case import Case
 from scripts.bench.context_parallel_longest import GIB, USERS, longest
-from scripts.bench.context_parallel_model import Case
 from scripts.bench.turns import one_by_one
 from scripts.tables import context_parallel as context_parallel_tables
-from scripts.tables import tables
+from scripts.tables import records
 from ultra_hstu.parallel.collectives import collectives
 
 
 def measured(cases):
-    tasks = [(bench.prepare_step, (case, 1, 0.001)) for case in cases.values()]
+    tasks = [functools.partial(bench.prepare_step, case, 1, 0.001) for case in cases.values()]
     return bench.with_speed_up(dict(zip(cases, one_by_one(tasks, processes=False), strict=True)))
 
 
@@ -111,8 +112,8 @@ def test_collectives_of_a_gpu_program():
 
 
 def test_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(context_parallel_tables, "FIGURES", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "FIGURES", tmp_path)
     every = (
         context_parallel_tables.longest_table,
         context_parallel_tables.steps_table,

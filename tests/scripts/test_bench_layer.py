@@ -4,11 +4,10 @@ import dataclasses
 
 import pytest
 
-from experiments.configs import long_ultra
+from experiments import configs
 from scripts.bench import layer as bench_layer
 from scripts.bench import long as bench_long
 from ultra_hstu import flops
-from ultra_hstu.config import from_config_dict
 
 ROWS = 512
 SMALL = dict(
@@ -24,7 +23,7 @@ SMALL = dict(
 
 
 def small_config(**model):
-    config = from_config_dict(long_ultra.get_config())
+    config = configs.named("long_ultra")
     data = dataclasses.replace(config.data, max_history=128, batch_tokens=ROWS)
     return dataclasses.replace(
         config, data=data, model=dataclasses.replace(config.model, **SMALL, **model)
@@ -60,6 +59,6 @@ def test_a_long_step():
 
 
 def test_the_encoder_of_long_ultra_meets_the_published_operations():
-    config = from_config_dict(long_ultra.get_config())
-    counted = flops.count(config, long_ultra.HISTORY)
+    config = configs.named("long_ultra")
+    counted = flops.count(config, config.data.max_history)
     assert 0.43e12 < counted.projections + counted.attention < 0.45e12  # table 2: 0.436 TFLOP

@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments.configs import long_ultra
+from experiments import configs
 from scripts.bench import cache_precision
 from scripts.bench import host_tables as bench_host_tables
 from scripts.bench import serving as bench_serving
+from scripts.tables import records
 from scripts.tables import serving as serving_tables
-from scripts.tables import tables
 from tests.serving.small_serving import built
 from tests.small_run import with_
 from ultra_hstu import flops, serving
-from ultra_hstu.config import from_config_dict
-from ultra_hstu.ranking.evaluate import RankingEvaluator
 
 SMALL = dict(
     width=32,
@@ -33,7 +31,7 @@ SMALL = dict(
 
 @pytest.fixture
 def cells():
-    config = from_config_dict(long_ultra.get_config())
+    config = configs.named("long_ultra")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **SMALL))
     changes = bench_serving.MODELS["ultra"] | dict(layers=2, truncate_after=1, truncate_length=24)
     bench = bench_serving.Bench(
@@ -47,7 +45,7 @@ def test_scores_with_and_without_a_cache(cells):
     bench, cells = cells
     assert set(cells) == {"encode", "append", "cached", "one_batch", "recompute", "one_by_one"}
     user, asked = bench.history(60), bench.candidates(40)
-    grown = serving.score(bench.frozen, bench.appended(user)(), asked)
+    grown = serving.score(bench.compiled, bench.appended(user)(), asked)
     cache = bench.encoded(user)()
     cached, whole = bench.scored(cache, asked, 16)(), bench.passed(user, asked, 40)()
     np.testing.assert_allclose(cached, whole, atol=1e-5 * np.abs(whole).max())
@@ -90,12 +88,12 @@ def test_metrics_under_a_small_cache(monkeypatch):
     cache_precision.FLAGS(["test"])
     task, ranker, params = built("merged")
     task = task.with_config(with_(task.config, train__eval_users=8))
-    model, evaluator = serving.CompiledRanker(ranker), RankingEvaluator(task, "test")
-    requests = list(cache_precision.test_requests(task, model))
-    same, answers = cache_precision.measure(task, model, evaluator, requests, "same", {})
+    model, evaluator = serving.CompiledRanker(ranker), task.evaluator("test")
+    requests = list(cache_precision.request_batches(task, model))
+    same, answers = cache_precision.measure(task, model, evaluator, requests, "same", None)
     small, _ = cache_precision.measure(task, model, evaluator, requests, "int8", answers)
-    np.testing.assert_allclose(answers["logits"], evaluator.predict(params), atol=1e-5)
-    in_blocks = list(cache_precision.test_requests(task, model, drop_blocks=True))
+    np.testing.assert_allclose(answers.logit_PK, evaluator.predict(params), atol=1e-5)
+    in_blocks = list(cache_precision.request_batches(task, model, drop_blocks=True))
     assert [len(one.now_B) for one, _, _ in in_blocks] == [len(one.now_B) for one, _, _ in requests]
     for (one, _, _), (whole, _, _) in zip(in_blocks, requests, strict=True):
         events, every = one.channels["events"].lengths, whole.channels["events"].lengths
@@ -112,8 +110,8 @@ def test_metrics_under_a_small_cache(monkeypatch):
 
 
 def test_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(serving_tables, "FIGURES", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "FIGURES", tmp_path)
     for table in (
         serving_tables.serving_table,
         serving_tables.micro_batches_table,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scripts.tables import ranking as ranking_tables
-from scripts.tables import tables
+from scripts.tables import records
 
 
 def run(ne, auc=0.7, task="correct"):
@@ -34,7 +34,7 @@ def record(runs, inference, **more):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     return lambda name, value: (tmp_path / f"{name}.json").write_text(json.dumps(value))
 
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from tests.ranking import rank_data
 from tests.ranking.rank_data import MIXTURE
-from ultra_hstu.ranking.source import channels
+from ultra_hstu import tasks
+from ultra_hstu.ranking.form import channels
+from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.serving import from_source
-from ultra_hstu.task import RankTask, Task
 
 DATA = dataclasses.replace(
     rank_data.interactions((20, 3, 34, 9, 2)),
@@ -50,11 +51,11 @@ def unchecked():
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def task_of(form) -> RankTask:
+def task_of(form) -> RankingTask:
     sections = FORMS[form]
     rank = dict(targets=7, test_fraction=0.45, validation_fraction=0.1) | sections.get("rank", {})
     model = dict(implementation="reference") | sections.get("model", {})
-    return Task.of(
+    return tasks.of(
         rank_data.config(data=dict(max_history=MAX_HISTORY), rank=rank, model=model), DATA
     )
 
@@ -80,7 +81,7 @@ def requests(task, part="test"):
     columns = {name: column[0].copy() for name, column in plan.columns(np.array([0])).items()}
     for name in channels(task.config):
         columns[f"start/{name}"][1] = columns[f"stop/{name}"][1]  # a user without history
-    return columns, loader.gather(task.source.events, columns, np)
+    return columns, loader.gather(task.events, columns, np)
 
 
 @functools.cache
@@ -88,7 +89,7 @@ def full_pass(form, part="test"):
     """The requests of a part as a history and candidates, and the logits of one full pass with the candidates as targets."""
     task, model, params = built(form)
     columns, batch = requests(task, part)
-    history, candidates = from_source(task.source, columns, model.form)
+    history, candidates = from_source(task.events, columns, model.form)
     logit_PK = np.asarray(jax.jit(task.recipe.logits)(params, batch))
     real_P = np.arange(task.config.rank.targets)[None] < np.asarray(columns["count"])[:, None]
     return history, candidates, logit_PK[real_P.reshape(-1)]

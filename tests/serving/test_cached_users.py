@@ -8,12 +8,12 @@ import pytest
 
 from tests.serving.small_serving import MAX_HISTORY, built
 from tests.small_run import with_
+from ultra_hstu import tasks
 from ultra_hstu.serving.schema import ScoreRequest
 from ultra_hstu.serving.scoring import ScoringModel
 from ultra_hstu.serving.service import ScoreService
 from ultra_hstu.serving.tokens import Vocabulary, kept_in_blocks
 from ultra_hstu.serving.users import CachedUsers
-from ultra_hstu.task import Task
 
 USERS = 3  # of a call
 # Forms whose rows stay, in their ways, and one whose rows do not.
@@ -266,7 +266,7 @@ def test_full_histories_drop_their_oldest_events_in_blocks():
     assert [kept_in_blocks(count, 5) for count in (5, 6, 7)] == [5, 5, 5]
     task, _, _ = built("ULTRA")
     config = with_(task.config, data__max_history=24, model__truncate_length=9)
-    task = Task.of(config, task.interactions)
+    task = tasks.of(config, task.interactions)
     ranker, life = task.recipe.model(task.recipe.init(0).params), history(8)
     extended = []
     for blocks in (False, True):

@@ -1,22 +1,18 @@
 """Recommendations and the command lines around them."""
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
+from tests import commands
 from tests.small_run import small_config
+from ultra_hstu import tasks
 from ultra_hstu.quantization import item_table, unpacked
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +41,10 @@ def test_best_unseen_items_in_order(model):
 
 def test_the_same_scores_as_evaluation(run, model):
     """The rank that evaluation gives a test target is its place among the recommendations."""
-    from ultra_hstu.retrieval.evaluate import Evaluator
 
     config, _ = run
-    task = Task.load(config)
-    ranks = Evaluator(task, "test").ranks(model.params)
+    task = tasks.load(config)
+    ranks = task.evaluator("test").ranks(model.params)
     examples, interactions = task.splits.test, task.interactions
     targets = interactions.items[examples.stop]
     unseen = [
@@ -118,13 +113,7 @@ def test_bad_requests_are_named(model, history, options, message):
 
 
 def call(module, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return commands.run(f"experiments.{module}", *arguments)
 
 
 def test_recommend_command(run):

@@ -3,11 +3,8 @@
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import portpicker
 import psutil
@@ -18,14 +15,13 @@ from scripts.load import requests as load_requests
 from scripts.load.loop import closed_loop, deployment
 from scripts.load.requests import Sent, bad, checked, right
 from scripts.load.serve import kill
+from tests import commands
 from tests.serving.served_checks import stands_fuzzing, stands_good_and_bad_requests
 from tests.small_run import small_config
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.scoring import RunData
 from ultra_hstu.serving.service import RecommendService
 from ultra_hstu.train import train
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +151,5 @@ def test_the_checks_of_answers_can_fail(known):
     ],
 )
 def test_what_cannot_start_is_named_at_once(folder, arguments, message):
-    command = [sys.executable, "-m", "experiments.serve", f"--workdir={folder}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = commands.run("experiments.serve", f"--workdir={folder}", *arguments)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -10,14 +10,15 @@ import pydantic
 import pytest
 from rich.console import Console
 
+from tests import commands
 from tests.serving.served_checks import readme_example, shape
 from tests.small_run import small_config, with_
+from ultra_hstu import tasks
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, Response, problem
 from ultra_hstu.serving.scoring import RunData
 from ultra_hstu.serving.service import RecommendService, open_service
 from ultra_hstu.serving.users import ENTRY_BYTES, EncodedUsers
-from ultra_hstu.task import Task
 from ultra_hstu.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +118,7 @@ def test_repeated_items_are_events_of_their_own(service):
 
 
 def test_without_a_history_the_most_popular_items(folder, service):
-    task = Task.load(service.model.config)
+    task = tasks.load(service.model.config)
     count_I = np.bincount(
         task.interactions.items[
             np.concatenate([np.arange(a, b + 1) for a, b in zip(*train_rows(task), strict=True)])
@@ -251,10 +252,7 @@ def test_a_file_of_requests(folder, tmp_path, service):
     many = [json.dumps({"history": [1 + i % 100], "k": 1}) for i in range(70)]
     long = '{"history": [' + " " * MAX_BODY_BYTES + "3]}"
     path.write_text("\n".join([*LINES, long, *many]))
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.recommend", f"--workdir={folder}", f"--requests={path}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = commands.run("experiments.recommend", f"--workdir={folder}", f"--requests={path}")
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == 77 and "77 requests, 4 refused" in done.stderr

@@ -8,9 +8,8 @@ import pytest
 from flax import nnx
 
 from tests.serving.small_serving import DATA, FORMS, built, full_pass, requests, task_of
-from ultra_hstu import serving
+from ultra_hstu import serving, tasks
 from ultra_hstu.serving.score import growth
-from ultra_hstu.task import Task
 
 
 def close(got, want, form, bound=1e-5):
@@ -40,7 +39,7 @@ def test_micro_batches(micro_batch):
 def test_matrices_of_layers_are_rounded_once():
     """A compiled ranker holds them in the dtype of its layers, and says the same to the bit. fp8 rounds the float32 ones."""
     config = task_of("merged").config
-    task = Task.of(
+    task = tasks.of(
         dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")), DATA
     )
     ranker, (history, candidates, _) = (
@@ -95,7 +94,7 @@ def histories(form, *left_B):
             piece[f"stop/{name}"] = done[name] = np.maximum(
                 columns[f"stop/{name}"] - left, done[name]
             )
-        pieces.append(serving.from_source(task.source, piece, model.form)[0])
+        pieces.append(serving.from_source(task.events, piece, model.form)[0])
     return pieces
 
 

@@ -12,10 +12,9 @@ from flax import nnx
 
 from tests.ranking import rank_data
 from tests.serving.small_serving import MAX_HISTORY, built, full_pass, unchecked
-from ultra_hstu import quantization, serving
+from ultra_hstu import quantization, serving, tasks
 from ultra_hstu.nn import key_values
 from ultra_hstu.serving.inputs import ROW_SIZES, bucket_size, bucket_sizes
-from ultra_hstu.task import Task
 
 FORM = "ULTRA"
 
@@ -163,7 +162,7 @@ def test_the_example_of_the_docs():
     """docs/cached_scoring.md, as it stands: two users, four candidates, an event more of the first."""
     text = (Path(__file__).parents[2] / "docs" / "cached_scoring.md").read_text()
     rank = dict(tasks=("is_click",), signals=("is_click",), features=())
-    task = Task.of(rank_data.config(data=dict(max_history=8), rank=rank), rank_data.interactions())
+    task = tasks.of(rank_data.config(data=dict(max_history=8), rank=rank), rank_data.interactions())
     names = {"task": task, "params": task.recipe.init(0).params, "np": np}
     exec(text.split("```python\n")[1].split("```")[0], names)
     assert names["cache"].history.channels["events"].lengths.tolist() == [4, 1]

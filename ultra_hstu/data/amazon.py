@@ -7,17 +7,18 @@ import numpy as np
 from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.download import Download
-from ultra_hstu.data.events import Events
-from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integers, lines, read_table
+from ultra_hstu.data.events import RawEvents
+from ultra_hstu.data.text import MAX_SECONDS, Column, lines, read_table
 
 MIN_COUNT = 5
 
 
 class AmazonBooks(InteractionsBuilder):
-    """`ratings_Books.csv`: lines of user,item,rating,time without a header; users and items are strings.
+    """`ratings_Books.csv`: lines of user,item,rating,time without a header; all ids are strings.
 
-    Filtered as in HSTU's published code: users and items with at least 5 ratings in the raw file (counted once, not
-    iterated), then users that still have 5. The catalogue is the items that the first filter leaves: 695,762.
+    Filtered as in HSTU's published code: users and items with at least 5 ratings in the raw file
+    (counted once, not iterated), then users that still have 5. The catalogue is the items that the
+    first filter leaves: 695,762.
     """
 
     STRING_USERS = True
@@ -29,13 +30,14 @@ class AmazonBooks(InteractionsBuilder):
             files=("ratings_Books.csv",),
             downloads=(
                 Download(
-                    "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/ratings_Books.csv"
+                    "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
+                    "ratings_Books.csv"
                 ),
             ),
         )
     ]
 
-    def read(self) -> tuple[Events, Catalog]:
+    def read(self) -> tuple[RawEvents, Catalog]:
         columns = (
             Column("user", np.str_),
             Column("item", np.str_),
@@ -45,11 +47,10 @@ class AmazonBooks(InteractionsBuilder):
         path = self.raw_dir / "ratings_Books.csv"
         table = read_table(path, columns)
         where = ((str(path), 1, len(table["user"])),)
-        users, user = np.unique(
-            table["user"], return_inverse=True
-        )  # strings are sorted once, then all is integers
+        # Strings are sorted once, then all is integers.
+        users, user = np.unique(table["user"], return_inverse=True)
         items, item = np.unique(table["item"], return_inverse=True)
-        events = Events(
+        events = RawEvents(
             user, item, table["timestamp"], {"rating": table["rating"]}, where
         ).without_duplicates()
         often = (np.bincount(events.users) >= MIN_COUNT)[events.users]
@@ -57,7 +58,8 @@ class AmazonBooks(InteractionsBuilder):
         kept = (np.bincount(events.users) >= MIN_COUNT)[events.users]
         if not kept.any():
             raise ValueError(
-                f"{path}: no user with {MIN_COUNT} ratings of items with {MIN_COUNT} ratings is left"
+                f"{path}: no user with {MIN_COUNT} ratings of items with {MIN_COUNT} ratings is "
+                "left"
             )
         catalog = Catalog.from_ids(items[np.unique(events.items)])
         events = events.select(kept)
@@ -67,7 +69,8 @@ class AmazonBooks(InteractionsBuilder):
 
 
 class AmazonBeauty(InteractionsBuilder):
-    """`Beauty.txt`: a user a line, "user item item ...", in order of time but without times; 5-core, ids from 1.
+    """`Beauty.txt`: a user a line, "user item item ...", in order of time but without times;
+    5-core, ids from 1.
 
     An item that comes again is another event: without times it cannot be told from a repeated one.
     """
@@ -76,35 +79,31 @@ class AmazonBeauty(InteractionsBuilder):
     BUILDER_CONFIGS = [
         SourceConfig(
             name="amazon-beauty",
-            description="Amazon Beauty, 5-core: users and the products that they reviewed, in order",
+            description="Amazon Beauty, 5-core: users, and products that they reviewed, in order",
             files=("Beauty.txt",),
             downloads=(
                 Download(
-                    "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/2a81540ae18615d88ef88227b0c066e5b74781e5/data/Beauty.txt",
+                    "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/"
+                    "2a81540ae18615d88ef88227b0c066e5b74781e5/data/Beauty.txt",
                     "sha256:226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
                 ),
             ),
         )
     ]
 
-    def read(self) -> tuple[Events, Catalog]:
+    def read(self) -> tuple[RawEvents, Catalog]:
         path = self.raw_dir / "Beauty.txt"
         users: dict[int, int] = {}
         histories = []
-        for number, line in lines(path):
-            user, *items = integers(line, " ", path, number, "user or item id", 1).tolist()
+        for line in lines(path):
+            user, *items = line.integers(" ", "user or item id", 1).tolist()
             if not items:
-                raise bad_line(
-                    path, number, "expected 'user item item ...' separated by single spaces", line
-                )
+                raise line.error("expected 'user item item ...' separated by single spaces")
             if user in users:
-                raise bad_line(
-                    path, number, f"user {user} was given on line {users[user]} already", line
-                )
-            users[user] = number
+                raise line.error(f"user {user} was given on line {users[user]} already")
+            users[user] = line.number
             histories.append(np.array(items, np.int64))
         items = np.concatenate(histories)
-        repeated = np.repeat(
-            np.array(list(users), np.int64), [len(history) for history in histories]
-        )
-        return Events(repeated, items, None, {}), Catalog.from_ids(np.unique(items))
+        lengths = [len(history) for history in histories]
+        repeated = np.repeat(np.array(list(users), np.int64), lengths)
+        return RawEvents(repeated, items, None, {}), Catalog.from_ids(np.unique(items))

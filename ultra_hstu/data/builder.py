@@ -1,4 +1,4 @@
-"""What all tfds builders share: raw files -> one array_record example a user, and a catalogue beside it.
+"""What all tfds builders share: raw files -> one array_record example a user, and a catalogue.
 
 TensorFlow is never imported: tfds writes and reads array_record without it.
 """
@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ultra_hstu.config import DataConfig, SyntheticConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download, checksums, obtain
-from ultra_hstu.data.events import Events
+from ultra_hstu.data.events import RawEvents
 
 _log = logging.getLogger(__name__)
 CATALOG = "catalog.npz"
@@ -34,7 +35,8 @@ class SourceConfig(tfds.core.BuilderConfig):
 
     Attributes:
         files: the publisher's files that are read; raw_dir must hold them.
-        context_files: those that describe the users; raw_dir may lack them, and the data then has no features of users.
+        context_files: those that describe the users; raw_dir may lack them, and the data then has
+            no features of users.
         downloads: where the publisher offers all of them.
     """
 
@@ -46,31 +48,35 @@ class SourceConfig(tfds.core.BuilderConfig):
 class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     """A source of interactions. Subclasses say which columns they have and read them.
 
-    An example is one user: `user` (raw id), `items` (dense ids, int32), `timestamps` (int64 seconds, where the source
-    has them) and one column an action, all in the order of the files. Users are in the order of their raw ids.
+    An example is one user: `user` (raw id), `items` (dense ids, int32), `timestamps` (int64
+    seconds, where the source has them) and one column an action, all in the order of the files.
+    Users are in the order of their raw ids.
     """
 
-    VERSION = tfds.core.Version(
-        "1.1.0"
-    )  # 1.1.0 added the features of users; what an older version prepared is not read
-    code_path = None  # where tfds would look for its own kind of checksums, with a package that it does not install
+    # 1.1.0 added the features of users; what an older version prepared is not read.
+    VERSION = tfds.core.Version("1.1.0")
+    # where tfds would look for its own kind of checksums, with a package that it does not install
+    code_path = None
     STRING_USERS: ClassVar[bool] = False
     TICKS: ClassVar[int] = 1  # a second in the unit of the source's timestamps; 0: it has none
     ACTIONS: ClassVar[dict[str, type[np.generic]]] = {}
     ITEMS_FILE: ClassVar[str] = "the catalogue"  # for the error about an item that it lacks
 
     def __init__(self, *, raw_dir: str | os.PathLike | None, **kwargs: Any):
-        self.raw_dir = (
-            Path() if raw_dir is None else Path(raw_dir)
-        )  # a generated source reads nothing
+        self.raw_dir = Path(raw_dir or "")  # a generated source reads nothing
         super().__init__(file_format="array_record", **kwargs)
 
-    def read(self) -> tuple[Events, Catalog]:
+    @classmethod
+    def settings_of(cls, config: DataConfig) -> dict[str, SyntheticConfig]:
+        """Keyword arguments of the builder: what a generated source is made from."""
+        return {}
+
+    def read(self) -> tuple[RawEvents, Catalog]:
         """Reads `self.raw_dir` (checked: it holds the files of the configuration)."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is read")
 
     def read_contexts(self) -> Contexts:
-        """The features of users, from those of the configuration's `context_files` that `self.raw_dir` holds."""
+        """The features of users, from the `context_files` that `self.raw_dir` holds."""
         return Contexts()
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -97,14 +103,13 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
         return {"users": self._generate_examples(events, catalog)}
 
     def _generate_examples(
-        self, events: Events, catalog: Catalog
+        self, events: RawEvents, catalog: Catalog
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         events = dataclasses.replace(events, items=events.encode(catalog, self.ITEMS_FILE))
         users, codes = np.unique(events.users, return_inverse=True)
         if events.timestamps is not None and self.TICKS > 1:
-            order = np.lexsort(
-                (events.timestamps, codes)
-            )  # the order within a second is known here for the last time
+            # The order within a second is known here for the last time.
+            order = np.lexsort((events.timestamps, codes))
         else:
             order = np.argsort(codes, kind="stable")
         columns: dict[str, Any] = {"items": events.items[order]}
@@ -123,22 +128,22 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
             yield row, example
 
 
-def prepare(
-    builder: type[InteractionsBuilder],
-    variant: SourceConfig,
-    data_dir: Path,
-    raw_dir: str | None,
-    **settings: Any,
-) -> InteractionsBuilder:
-    """The builder of a prepared dataset: found in `data_dir`, or built there from `raw_dir` or a download.
+def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> InteractionsBuilder:
+    """The builder of a prepared dataset: found in `config.data_dir`, or built there.
 
-    The folder is named after a fingerprint of the content of the raw files, the settings of a generated source and the
-    builder's version, so that a changed file is prepared afresh. A build that is killed leaves nothing that is read.
+    It is built from `config.raw_dir`, or from a download where that is None.
+
+    The folder is named after a fingerprint of the content of the raw files, the settings of a
+    generated source and the builder's version, so that a changed file is prepared afresh. A build
+    that is killed leaves nothing that is read.
 
     Raises:
         ValueError: files missing from raw_dir, or bad input in them.
         ConnectionError: the publisher cannot be reached.
     """
+    variant: SourceConfig = builder.builder_configs[config.source]
+    data_dir, raw_dir = Path(config.data_dir), config.raw_dir
+    settings = builder.settings_of(config)
     data_dir.mkdir(parents=True, exist_ok=True)
     with _locked(data_dir / f"{variant.name}.lock"):
         folder, sums = None, {}
@@ -147,7 +152,8 @@ def prepare(
             missing = [name for name in variant.files if not (folder / name).is_file()]
             if missing:
                 raise ValueError(
-                    f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from {', '.join(variant.files)}"
+                    f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from "
+                    f"{', '.join(variant.files)}"
                 )
             sums = checksums(
                 folder,

@@ -1,4 +1,4 @@
-"""The catalogue: the dense ids of a model and the raw ids and titles of its source, saved beside the model."""
+"""The catalogue: the dense ids of a model, and the raw ids and titles of its source."""
 
 import dataclasses
 import os
@@ -17,7 +17,8 @@ class Catalog:
     """Maps raw item ids to dense ids 1..I and back. Dense id 0 is padding and has no raw id.
 
     Attributes:
-        raw_ids: the raw id of every dense id, int64 or str, ascending from slot 1 on; slot 0 holds -1 or "".
+        raw_ids: the raw id of every dense id, int64 or str, ascending from slot 1 on; slot 0 holds
+            -1 or "".
         titles: one title a slot ("" for slot 0), or None where the source has none.
     """
 
@@ -31,7 +32,8 @@ class Catalog:
         """The catalogue of these raw ids (int64 or str, distinct, any order) and their titles.
 
         Raises:
-            ValueError: an id that occurs twice, no ids at all, or ids that are neither integers nor strings.
+            ValueError: an id that occurs twice, no ids at all, or ids that are neither integers nor
+                strings.
         """
         if ids.dtype.kind not in "iuU":
             raise ValueError(f"item ids must be integers or strings, not {ids.dtype}")
@@ -53,10 +55,11 @@ class Catalog:
         return len(self.raw_ids) - 1
 
     def encode(self, ids: Any) -> Int32[np.ndarray, " n"]:
-        """Dense ids of a sequence of raw ids; digits in a string stand for a numeric id (as typed on a command line).
+        """Dense ids of raw ids; digits in a string stand for a numeric id, as on a command line.
 
         Raises:
-            ValueError: ids that the catalogue does not have, or of another kind (a float is never rounded to an id).
+            ValueError: ids that the catalogue does not have, or of another kind (a float is never
+                rounded to an id).
         """
         ids = np.atleast_1d(np.asarray(ids))
         dense = self.find(ids)
@@ -64,12 +67,16 @@ class Catalog:
             known = self.raw_ids[1:]
             example = f"{known[0].item()!r} to {known[-1].item()!r}"
             raise ValueError(
-                f"unknown item ids {_some(ids[dense == 0])}: the catalogue has {len(known)} items, {example}"
+                f"unknown item ids {_some(ids[dense == 0])}: the catalogue has {len(known)} items, "
+                f"{example}"
             )
         return dense
 
     def find(self, ids: Any) -> Int32[np.ndarray, " n"]:
-        """As `encode`, with 0 for ids that the catalogue does not have. Raises ValueError for ids of another kind."""
+        """As `encode`, with 0 for ids that the catalogue does not have.
+
+        Raises ValueError for ids of another kind.
+        """
         ids = np.atleast_1d(np.asarray(ids))
         known = self.raw_ids[1:]
         if not ids.size:
@@ -113,7 +120,10 @@ class Catalog:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Catalog":
-        """The catalogue that `save` wrote. Raises ValueError naming the file if it is missing or damaged."""
+        """The catalogue that `save` wrote.
+
+        Raises ValueError naming the file if it is missing or damaged.
+        """
         try:
             with np.load(path, allow_pickle=False) as file:
                 titles = tuple(file["titles"].tolist()) if "titles" in file else None

@@ -1,4 +1,4 @@
-"""What a source knows of the users themselves (age, activity, ...): a code for each user and feature, and what the codes stand for."""
+"""Features of the users themselves (age, activity, ...): codes, and what they stand for."""
 
 import dataclasses
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32, Shaped
 
-from ultra_hstu.data.text import bad_line
+from ultra_hstu.data.text import Line
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,37 +42,34 @@ class Contexts:
 
         Args:
             path, first_line: where the columns come from, for errors; the first user's line.
-            allowed: by feature, every value that the publisher documents, in the order of their codes. None: the values that occur, in order;
-                an empty one is unknown.
+            allowed: by feature, every value that the publisher documents, in the order of their
+                codes. None: the values that occur, in order; an empty one is unknown.
 
         Raises:
-            ValueError: a user that comes twice or a value that is not allowed; names file, line and value.
+            ValueError: a user that comes twice or a value that is not allowed; names file, line and
+                value.
         """
         order = np.argsort(users, kind="stable")
         again = np.flatnonzero(users[order][1:] == users[order][:-1])
         if len(again):
-            second, first = (
-                int(order[again + 1].min()),
-                int(order[again[np.argmin(order[again + 1])]]),
-            )
-            raise bad_line(
-                path,
-                first_line + second,
-                f"user was given on line {first_line + first} already",
-                users[second].item(),
-            )
+            second = order[again + 1].min()
+            first = order[again[np.argmin(order[again + 1])]]
+            line = Line(path, first_line + int(second), "")
+            problem = f"user was given on line {first_line + first} already"
+            raise line.error(problem, users[second].item())
         codes, values = {}, {}
         for name, column in columns.items():
-            known = _in_order(set(column) - {""}) if allowed is None else tuple(allowed[name])
-            place = {text: code for code, text in enumerate(known, start=1)} | (
-                {"": 0} if allowed is None else {}
-            )
+            if allowed is None:
+                known = _in_order(set(column) - {""})
+                codes_of = {text: code for code, text in enumerate(("", *known))}
+            else:
+                known = tuple(allowed[name])
+                codes_of = {text: code for code, text in enumerate(known, start=1)}
             for row, text in enumerate(column):
-                if text not in place:
-                    raise bad_line(
-                        path, first_line + row, f"{name} must be one of {', '.join(known)}", text
-                    )
-            codes[name] = np.array([place[text] for text in column], np.int32)[order]
+                if text not in codes_of:
+                    line = Line(path, first_line + row, text)
+                    raise line.error(f"{name} must be one of {', '.join(known)}")
+            codes[name] = np.array([codes_of[text] for text in column], np.int32)[order]
             values[name] = ("", *known)
         return cls(users[order], codes, values)
 
@@ -102,7 +99,8 @@ class Contexts:
                 return cls(file["users"], {name: file[f"codes/{name}"] for name in names}, values)
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(
-                f"{os.fspath(path)} is not readable ({error}): delete its folder, and the data is prepared again"
+                f"{os.fspath(path)} is not readable ({error}): delete its folder, and the data is "
+                "prepared again"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Downloads: resumed where they were cut, checked against a checksum, and set aside where they are corrupt."""
+"""Downloads: resumed where they were cut, checked, and set aside where they are corrupt."""
 
 import dataclasses
 import hashlib
@@ -37,9 +37,11 @@ class Download:
 
     Attributes:
         url: where it is.
-        checksum: "md5:..." or "sha256:..." as published, or None where the publisher gives none: the checksums of the
-            files are then recorded at the first download and verified at every later use.
-        name: the name to keep it under; None: the last part of the URL. A .zip or .tar.gz is unpacked.
+        checksum: "md5:..." or "sha256:..." as published, or None where the publisher gives none:
+            the checksums of the files are then recorded at the first download and verified at every
+            later use.
+        name: the name to keep it under; None: the last part of the URL. A .zip or .tar.gz is
+            unpacked.
     """
 
     url: str
@@ -54,14 +56,14 @@ class Download:
 def obtain(
     downloads: Sequence[Download], names: Sequence[str], folder: Path, *, pause: int | float = 1.0
 ) -> dict[str, str]:
-    """Makes sure that `folder` holds the files `names`, as downloaded and unpacked, and returns their sha256.
+    """Downloads and unpacks the files `names` into `folder`; returns their sha256.
 
     The folder appears whole or not at all. A cut download continues with the next call.
 
     Raises:
         ConnectionError: a URL cannot be reached; says what to fetch by hand.
-        ValueError: a corrupt download or a file that has changed since; the file is set aside under "*.corrupt", so
-            that the next call starts over.
+        ValueError: a corrupt download or a file that has changed since; the file is set aside under
+            "*.corrupt", so that the next call starts over.
     """
     expected = json.loads((folder / _SUMS).read_text()) if folder.is_dir() else {}
     if folder.is_dir() and set(names) <= set(
@@ -72,7 +74,8 @@ def obtain(
             if found[name] != expected[name]:
                 aside = set_aside(folder)
                 raise ValueError(
-                    f"{folder / name} has changed since it was downloaded: expected sha256 {expected[name]}, found "
+                    f"{folder / name} has changed since it was downloaded: expected sha256 "
+                    f"{expected[name]}, found "
                     f"{found[name]}. It was moved to {aside}; run again to download it afresh"
                 )
         return found
@@ -85,8 +88,10 @@ def obtain(
                 path = fetch(download, folder.parent, pause=pause)
             except ConnectionError as error:
                 raise ConnectionError(
-                    f"{error}. On a machine without this access, fetch {', '.join(d.url for d in downloads)} by hand, "
-                    f"and point raw_dir (--config.data.raw_dir=...) at a folder with the files {', '.join(names)}"
+                    f"{error}. On a machine without this access, fetch "
+                    f"{', '.join(d.url for d in downloads)} by hand, "
+                    "and point raw_dir (--config.data.raw_dir=...) at a folder with the files "
+                    f"{', '.join(names)}"
                 ) from error
             _unpack(path, names, fresh)
         found = checksums(fresh, names)
@@ -102,10 +107,13 @@ def obtain(
 
 
 def fetch(download: Download, folder: Path, *, attempts: int = 5, pause: int | float = 1.0) -> Path:
-    """Downloads one file into `folder`, continuing a partial one (*.part), and checks it. Returns its path.
+    """Downloads one file into `folder`, continuing a partial one (*.part), and checks it.
+
+    Returns its path.
 
     Raises:
-        ConnectionError: unreachable, or cut `attempts` times; what was received is kept for the next call.
+        ConnectionError: unreachable, or cut `attempts` times; what was received is kept for the
+            next call.
         ValueError: the checksum is wrong; the file is set aside.
     """
     path = folder / download.filename
@@ -142,7 +150,9 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a bad file or folder to "*.corrupt" (in place of an older one) and returns the new path."""
+    """Renames a bad file or folder to "*.corrupt" (in place of an older one) and returns the new
+    path.
+    """
     aside = path.with_name(path.name + ".corrupt")
     if aside.is_dir():
         shutil.rmtree(aside)
@@ -197,7 +207,8 @@ def _check(path: Path, download: Download) -> None:
     if found != expected:
         aside = set_aside(path)
         raise ValueError(
-            f"{path} is corrupt: expected {kind} {expected}, found {found}. It was moved to {aside}; run again to "
+            f"{path} is corrupt: expected {kind} {expected}, found {found}. It was moved to "
+            f"{aside}; run again to "
             f"download it afresh from {download.url}"
         )
 

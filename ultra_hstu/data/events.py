@@ -4,15 +4,36 @@ import dataclasses
 import logging
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Int32, Int64, Shaped
 
 from ultra_hstu.data.catalog import Catalog
 
 _log = logging.getLogger(__name__)
+SECONDS_RANGE = 2**31 - 1  # batches hold times as int32
+
+
+def seconds_since_first(
+    timestamps: Int64[np.ndarray, " E"] | None, count: int
+) -> Int32[np.ndarray, " E"]:
+    """The times of `count` events as a batch holds them; without timestamps every time is 0.
+
+    Raises:
+        ValueError: timestamps that span more than 2^31 - 1 seconds (68 years), which usually means
+            milliseconds.
+    """
+    if timestamps is None or not len(timestamps):
+        return np.zeros(count, np.int32)
+    first, last = int(timestamps.min()), int(timestamps.max())
+    if last - first > SECONDS_RANGE:
+        raise ValueError(
+            f"timestamps run from {first} to {last}: more than 2^31 - 1 seconds. "
+            "Give seconds, not milliseconds."
+        )
+    return (timestamps - first).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
-class Events:
+class RawEvents:
     """Columns of equal length.
 
     Attributes:
@@ -20,7 +41,8 @@ class Events:
         items: raw item ids, int64 or str.
         timestamps: int64, seconds unless a reader says otherwise; None where the source has none.
         actions: what the user did, by name: float32 or int32.
-        where: for each file, its path, the line of its first event, and its number of events, in order.
+        where: for each file, its path, the line of its first event, and its number of events, in
+            order.
         rows: the place of each event among all those of the files; None: event i is the i-th.
     """
 
@@ -31,12 +53,14 @@ class Events:
     where: tuple[tuple[str, int, int], ...] = ()
     rows: Int64[np.ndarray, " events"] | None = None
 
-    def select(self, chosen: np.ndarray) -> "Events":
+    def select(self, chosen: np.ndarray) -> "RawEvents":
         """These events (a bool mask or indices)."""
         timestamps = None if self.timestamps is None else self.timestamps[chosen]
         actions = {name: values[chosen] for name, values in self.actions.items()}
         rows = (np.arange(len(self.users)) if self.rows is None else self.rows)[chosen]
-        return Events(self.users[chosen], self.items[chosen], timestamps, actions, self.where, rows)
+        return RawEvents(
+            self.users[chosen], self.items[chosen], timestamps, actions, self.where, rows
+        )
 
     def place(self, event: int) -> str:
         """File and line of an event."""
@@ -47,10 +71,11 @@ class Events:
             row -= count
         raise IndexError(f"event {event} of {len(self.users)}")
 
-    def without_duplicates(self) -> "Events":
-        """Drops events that repeat an earlier one of the same user, item and time, with a warning that counts them.
+    def without_duplicates(self) -> "RawEvents":
+        """Drops events that repeat an earlier one of the same user, item and time, and warns.
 
-        The same item at another time is another event and stays: people rate, watch and solve things again.
+        The same item at another time is another event and stays: people rate, watch and solve
+        things again.
         """
         if self.timestamps is None:
             raise ValueError(
@@ -63,13 +88,14 @@ class Events:
         again = (users[1:] == users[:-1]) & (items[1:] == items[:-1]) & (times[1:] == times[:-1])
         if not again.any():
             return self
-        duplicates = order[1:][
-            again
-        ]  # lexsort is stable: the first of equal events is the earliest in the files
+        # lexsort is stable: the first of equal events is the earliest in the files.
+        duplicates = order[1:][again]
         _log.warning(
-            "dropped %d events that repeat an earlier one of the same user, item and time; the first: %s",
-            len(duplicates), self.place(int(duplicates.min())),
-        )  # fmt: skip
+            "dropped %d events that repeat an earlier one of the same user, item and time; the "
+            "first: %s",
+            len(duplicates),
+            self.place(int(duplicates.min())),
+        )
         return self.select(np.delete(np.arange(len(self.users)), duplicates))
 
     def encode(self, catalog: Catalog, file_with_items: str) -> np.ndarray:

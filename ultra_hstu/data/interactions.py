@@ -11,32 +11,20 @@ import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
 from ultra_hstu.config import DataConfig
-from ultra_hstu.data.amazon import AmazonBeauty, AmazonBooks
-from ultra_hstu.data.assistments import Assistments
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
-from ultra_hstu.data.kuairand import KuaiRand
-from ultra_hstu.data.movielens import MovieLens
-from ultra_hstu.data.synthetic import Synthetic
+from ultra_hstu.data.sources import builder_of
 
 __all__ = ["Catalog", "Interactions", "load_interactions"]
 _log = logging.getLogger(__name__)
 _BATCH = 4096  # users read at once: one by one, every user decompresses its neighbours too
 MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
-_BUILDERS: tuple[type[InteractionsBuilder], ...] = (
-    MovieLens,
-    AmazonBooks,
-    AmazonBeauty,
-    Assistments,
-    KuaiRand,
-    Synthetic,
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Interactions:
-    """The events of every user, users one after the other, each user's events from oldest to newest.
+    """All events, users one after the other, each user's events from oldest to newest.
 
     Attributes:
         users: raw user ids, int64 or str, ascending.
@@ -45,8 +33,10 @@ class Interactions:
         timestamps: seconds, or None where the source has none.
         actions: what the user did with each item, by name: float32 or int32, one value an event.
         catalog: raw ids and titles of the items.
-        contexts: what is known of the users, by name: one code a user, 1..n, or 0 where it is unknown.
-        context_values: by the same names, the source's text for every code; slot 0 is "". Its length bounds the codes.
+        contexts: what is known of the users, by name: one code a user, 1..n, or 0 where it is
+            unknown.
+        context_values: by the same names, the source's text for every code; slot 0 is "". Its
+            length bounds the codes.
     """
 
     users: Shaped[np.ndarray, " users"]
@@ -75,7 +65,7 @@ class Interactions:
         return np.diff(self.offsets)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Counts and a hash of users, events, their order, times and actions, the catalogue and the users' features: the same for the same data."""
+        """Counts and a hash of all that is here: the same for the same data."""
         digest = hashlib.sha256()
         times = np.zeros(0, np.int64) if self.timestamps is None else self.timestamps
         for array in (self.users, self.offsets, self.items, times, self.catalog.raw_ids):
@@ -102,7 +92,8 @@ class Interactions:
         """The place of a raw user id among the users.
 
         Raises:
-            ValueError: a user that the source lacks (or that was dropped for having too few events).
+            ValueError: a user that the source lacks (or that was dropped for having too few
+                events).
         """
         numeric = self.users.dtype.kind == "i"
         if numeric and isinstance(user, str) and re.fullmatch(r"-?[0-9]+", user.strip()):
@@ -115,7 +106,8 @@ class Interactions:
         if row == self.num_users or self.users[row] != user:
             known = f"{self.users[0].item()!r} to {self.users[-1].item()!r}"
             raise ValueError(
-                f"unknown user {user!r}: there are {self.num_users} users with at least {MIN_EVENTS} events, {known}"
+                f"unknown user {user!r}: there are {self.num_users} users with at least "
+                f"{MIN_EVENTS} events, {known}"
             )
         return row
 
@@ -123,24 +115,18 @@ class Interactions:
 def load_interactions(config: DataConfig) -> Interactions:
     """Loads a source, preparing it under `config.data_dir` first where that has not been done.
 
-    Events are sorted stably by (time, row of the file) within a user; without timestamps they keep the order of the
-    file. `ties="random"` puts events of a user with equal timestamps in an order drawn from `ties_seed` instead.
-    Users with fewer than 3 events are dropped with a warning that counts them: the last two events are for testing and
-    validation, and the same users serve all protocols. Their items stay in the catalogue.
+    RawEvents are sorted stably by (time, row of the file) within a user; without timestamps they
+    keep the order of the file. `ties="random"` puts events of a user with equal timestamps in an
+    order drawn from `ties_seed` instead. Users with fewer than 3 events are dropped with a warning
+    that counts them: the last two events are for testing and validation, and the same users serve
+    all protocols. Their items stay in the catalogue.
 
     Raises:
-        ValueError: bad input (file, line and value), no user left, random ties without timestamps.
+        ValueError: an unknown source, bad input (file, line and value), no user left, random ties
+            without timestamps.
         ConnectionError: the source cannot be downloaded; says what to fetch by hand.
     """
-    for builder in _BUILDERS:
-        if config.source in builder.builder_configs:
-            break
-    else:
-        known = ", ".join(name for builder in _BUILDERS for name in builder.builder_configs)
-        raise ValueError(f"data.source must be one of {known}, not {config.source!r}")
-    variant: Any = builder.builder_configs[config.source]
-    settings = {"settings": config.synthetic} if builder is Synthetic else {}
-    prepared = prepare(builder, variant, Path(config.data_dir), config.raw_dir, **settings)
+    prepared = prepare(builder_of(config.source), config)
     return ordered(_read(prepared), ties=config.ties, seed=config.ties_seed)
 
 
@@ -185,11 +171,16 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
         dropped = [example["user"] for example in examples if len(example["items"]) < MIN_EVENTS]
         _log.warning(
             "dropped %d of %d users with fewer than %d events: %s%s",
-            len(dropped), len(examples), MIN_EVENTS, ", ".join(map(_text, dropped[:5])), ", ..." * (len(dropped) > 5),
-        )  # fmt: skip
+            len(dropped),
+            len(examples),
+            MIN_EVENTS,
+            ", ".join(map(_text, dropped[:5])),
+            ", ..." * (len(dropped) > 5),
+        )
     if not kept:
         raise ValueError(
-            f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing to learn from"
+            f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing "
+            "to learn from"
         )
     users = np.array(
         [_text(example["user"]) for example in kept]
@@ -201,9 +192,12 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
     if contexts.codes and (unknown := np.flatnonzero(~np.isin(users, contexts.users))).size:
         _log.warning(
             "%d of %d users have no line in %s, so that their features are unknown: %s%s",
-            len(unknown), len(users), ", ".join(prepared.builder_config.context_files),
-            ", ".join(map(str, users[unknown[:5]].tolist())), ", ..." * (len(unknown) > 5),
-        )  # fmt: skip
+            len(unknown),
+            len(users),
+            ", ".join(prepared.builder_config.context_files),
+            ", ".join(map(str, users[unknown[:5]].tolist())),
+            ", ..." * (len(unknown) > 5),
+        )
     return Interactions(
         users=users,
         items=np.concatenate([example["items"] for example in kept]),

@@ -1,4 +1,4 @@
-"""KuaiRand (https://kuairand.com): short videos with many kinds of feedback; variants Pure, 1K and 27K."""
+"""KuaiRand (https://kuairand.com), Pure, 1K and 27K: short videos with many kinds of feedback."""
 
 import csv
 
@@ -8,8 +8,8 @@ from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download
-from ultra_hstu.data.events import Events
-from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integer, lines, read_table
+from ultra_hstu.data.events import RawEvents
+from ultra_hstu.data.text import MAX_SECONDS, Column, lines, read_table
 
 _INT32 = 2**31 - 1
 _COLUMNS = (
@@ -41,16 +41,17 @@ _COLUMNS = (
 _LOGS = {
     "kuairand-pure": ("4_08_to_4_21_pure", "4_22_to_5_08_pure"),
     "kuairand-1k": ("4_08_to_4_21_1k", "4_22_to_5_08_1k"),
-    "kuairand-27k": (
-        "4_08_to_4_21_27k_part1", "4_08_to_4_21_27k_part2", "4_22_to_5_08_27k_part1", "4_22_to_5_08_27k_part2"
+    "kuairand-27k": tuple(
+        f"{dates}_27k_part{part}" for dates in ("4_08_to_4_21", "4_22_to_5_08") for part in (1, 2)
     ),
-}  # fmt: skip
+}
 _ARCHIVES = {
     "kuairand-pure": "KuaiRand-Pure",
     "kuairand-1k": "KuaiRand-1K",
     "kuairand-27k": "KuaiRand-27K",
 }
-# The categorical columns of user_features_*.csv; the others are user_id and the numbers that the ranges are made from.
+# The categorical columns of user_features_*.csv; the others are user_id and the numbers that the
+# ranges are made from.
 CONTEXTS = (
     *("user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author"),
     *(
@@ -64,12 +65,13 @@ CONTEXTS = (
 
 
 class KuaiRand(InteractionsBuilder):
-    """The standard logs (`log_standard_*.csv`); the logs of randomly exposed videos are not part of the histories.
+    """The standard logs (`log_standard_*.csv`), without those of randomly exposed videos.
 
-    Ids count from 0. Every event is kept, whatever the user did: its feedback are the actions, all int32 (flags 0 or
-    1, times in milliseconds, `tab` the scenario). Events are ordered by the millisecond; timestamps are whole seconds.
-    The catalogue is the videos of the logs. 27K has 322 million events: building it takes about 100 GB of memory.
-    The users' features are the categorical columns of `user_features_*.csv`; an empty field is unknown.
+    Ids count from 0. Every event is kept, whatever the user did: its feedback are the actions, all
+    int32 (flags 0 or 1, times in milliseconds, `tab` the scenario). Events are ordered by the
+    millisecond; timestamps are whole seconds. The catalogue is the videos of the logs. 27K has 322
+    million events: building it takes about 100 GB of memory. The users' features are the
+    categorical columns of `user_features_*.csv`; an empty field is unknown.
     """
 
     TICKS = 1000
@@ -87,7 +89,7 @@ class KuaiRand(InteractionsBuilder):
         for name, logs in _LOGS.items()
     ]
 
-    def read(self) -> tuple[Events, Catalog]:
+    def read(self) -> tuple[RawEvents, Catalog]:
         paths = [self.raw_dir / name for name in self.builder_config.files]
         tables = [read_table(path, _COLUMNS, header=True) for path in paths]
         where = tuple(
@@ -97,7 +99,7 @@ class KuaiRand(InteractionsBuilder):
             name: np.concatenate([table.pop(name) for table in tables]) for name in tuple(tables[0])
         }
         users, videos, times = (joined.pop(name) for name in ("user_id", "video_id", "time_ms"))
-        events = Events(users, videos, times, joined, where).without_duplicates()
+        events = RawEvents(users, videos, times, joined, where).without_duplicates()
         return events, Catalog.from_ids(np.unique(videos))
 
     def read_contexts(self) -> Contexts:
@@ -107,24 +109,21 @@ class KuaiRand(InteractionsBuilder):
         users: list[int] = []
         columns: dict[str, list[str]] = {name: [] for name in CONTEXTS}
         header: list[str] = []
-        for number, line in lines(path):
+        for line in lines(path):
             try:
-                fields = next(
-                    csv.reader([line], strict=True), []
-                )  # ranges hold commas, and stand in quotes
+                # Ranges hold commas, and stand in quotes.
+                fields = next(csv.reader([line.text], strict=True), [])
             except csv.Error as error:
-                raise bad_line(path, number, str(error), line) from None
-            if number == 1:
+                raise line.error(str(error)) from None
+            if line.number == 1:
                 header = fields
                 if missing := [name for name in ("user_id", *CONTEXTS) if name not in header]:
-                    raise bad_line(path, 1, f"the header lacks {', '.join(missing)}", line)
+                    raise line.error(f"the header lacks {', '.join(missing)}")
                 continue
             if len(fields) != len(header):
-                raise bad_line(
-                    path, number, f"expected {len(header)} fields, found {len(fields)}", line
-                )
+                raise line.error(f"expected {len(header)} fields, found {len(fields)}")
             row = dict(zip(header, fields, strict=True))
-            users.append(integer(row["user_id"], path, number, "user_id"))
+            users.append(line.integer(row["user_id"], "user_id"))
             for name in CONTEXTS:
                 columns[name].append(row[name])
         return Contexts.read(path, 2, np.array(users, np.int64), columns)

@@ -10,12 +10,13 @@ from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download
-from ultra_hstu.data.events import Events
-from ultra_hstu.data.text import MAX_SECONDS, Column, bad_line, integer, lines, read_table
+from ultra_hstu.data.events import RawEvents
+from ultra_hstu.data.text import MAX_SECONDS, Column, Line, lines, read_table
 
 _log = logging.getLogger(__name__)
 _URL = "https://files.grouplens.org/datasets/movielens/"
-# The release's two files (ratings, movies), the delimiter of ratings, and whether a header comes first.
+# The release's two files (ratings, movies), the delimiter of ratings, and whether a header comes
+# first.
 _FORMATS = {
     "ml-100k": ("u.data", "u.item", "\t", False),
     "ml-1m": ("ratings.dat", "movies.dat", "::", False),
@@ -26,7 +27,8 @@ _MD5 = {  # published beside each archive (*.zip.md5)
     "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
     "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
 }
-# The features of ml-1m's users, and their values as the release documents them. Ages are the youngest of a group; occupations are numbered.
+# The features of ml-1m's users, and their values as the release documents them. Ages are the
+# youngest of a group; occupations are numbered.
 USERS_FILE = "users.dat"
 _CONTEXTS = {
     "gender": ("F", "M"),
@@ -36,13 +38,16 @@ _CONTEXTS = {
 
 
 class MovieLens(InteractionsBuilder):
-    """Ratings with times in seconds. The catalogue is every movie of the movies file, rated or not: 3,883 for ml-1m.
+    """Ratings with times in seconds.
+
+    The catalogue is every movie of the movies file, rated or not: 3,883 for ml-1m.
 
     ml-1m describes its users too: gender, age group and occupation, from `users.dat`.
 
     Raises (on building):
-        ValueError: names file, line and value of malformed lines, ids below 1, ratings outside the release's scale,
-            times outside 32 bits, rated movies that the movies file lacks, and features outside the documented values.
+        ValueError: names file, line and value of malformed lines, ids below 1, ratings outside the
+            release's scale, times outside 32 bits, rated movies that the movies file lacks, and
+            features outside the documented values.
     """
 
     ACTIONS = {"rating": np.float32}
@@ -58,7 +63,7 @@ class MovieLens(InteractionsBuilder):
         for name in _FORMATS
     ]
 
-    def read(self) -> tuple[Events, Catalog]:
+    def read(self) -> tuple[RawEvents, Catalog]:
         ratings, movies, delimiter, header = _FORMATS[self.builder_config.name]
         half_stars = self.builder_config.name == "ml-20m"
         columns = (
@@ -73,7 +78,7 @@ class MovieLens(InteractionsBuilder):
         table = read_table(path, columns, delimiter=delimiter, header=header)
         actions = {"rating": table["rating"].astype(np.float32)}
         where = ((str(path), 2 if header else 1, len(actions["rating"])),)
-        events = Events(table["userId"], table["movieId"], table["timestamp"], actions, where)
+        events = RawEvents(table["userId"], table["movieId"], table["timestamp"], actions, where)
         return events.without_duplicates(), read_movies(self.raw_dir / movies)
 
     def read_contexts(self) -> Contexts:
@@ -92,50 +97,46 @@ class MovieLens(InteractionsBuilder):
 
 
 def read_movies(path: Path) -> Catalog:
-    """The catalogue of a movies file: `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv` (header, quotes).
+    """The catalogue of `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv` (header, quotes).
 
-    A title that was encoded twice ("AmÃ©lie") is repaired with a warning; one with lost characters is an error.
+    A title that was encoded twice ("AmÃ©lie") is repaired with a warning; one with lost characters
+    is an error.
     """
-    numbered = ((number, line) for number, line in lines(path))
     ids: dict[int, int] = {}
     titles = []
-    for number, line in numbered:
+    for line in lines(path):
+        text = line.text
         if path.suffix == ".csv":
-            fields = next(csv.reader([line], strict=True)) if line else []
-            if number == 1:
+            fields = next(csv.reader([text], strict=True)) if text else []
+            if line.number == 1:
                 if fields != ["movieId", "title", "genres"]:
-                    raise bad_line(path, number, "expected the header movieId,title,genres", line)
+                    raise line.error("expected the header movieId,title,genres")
                 continue
             whole = len(fields) == 3
         elif path.suffix == ".dat":  # a title may hold the delimiter, an id or genres may not
-            fields = [*line.split("::", 1)[:1], *line.split("::", 1)[-1].rsplit("::", 1)]
-            whole = len(fields) == 3 and line.count("::") >= 2
+            fields = [*text.split("::", 1)[:1], *text.split("::", 1)[-1].rsplit("::", 1)]
+            whole = len(fields) == 3 and text.count("::") >= 2
         else:
-            fields = line.split("|")
+            fields = text.split("|")
             whole = len(fields) == 24
         if not whole:
-            raise bad_line(path, number, "malformed movie", line)
-        movie = integer(fields[0], path, number, "movie id", 1)
+            raise line.error("malformed movie")
+        movie = line.integer(fields[0], "movie id", 1)
         if movie in ids:
-            raise bad_line(
-                path, number, f"movie {movie} was given on line {ids[movie]} already", line
-            )
-        ids[movie] = number
-        titles.append(_clean(fields[1], path, number))
+            raise line.error(f"movie {movie} was given on line {ids[movie]} already")
+        ids[movie] = line.number
+        titles.append(_clean(fields[1], line))
     return Catalog.from_ids(np.array(list(ids), np.int64), titles)
 
 
-def _clean(title: str, path: Path, line: int) -> str:
+def _clean(title: str, line: Line) -> str:
     if "\N{REPLACEMENT CHARACTER}" in title:
-        raise bad_line(
-            path, line, "the title has lost characters; fetch the publisher's file", title
-        )
+        raise line.error("the title has lost characters; fetch the publisher's file", title)
     try:
         repaired = title.encode("latin-1").decode("utf-8")
     except (UnicodeEncodeError, UnicodeDecodeError):
         return title
     if repaired != title:
-        _log.warning(
-            "%s, line %d: the title %r was encoded twice; read as %r", path, line, title, repaired
-        )
+        place = f"{line.path}, line {line.number}"
+        _log.warning("%s: the title %r was encoded twice; read as %r", place, title, repaired)
     return repaired

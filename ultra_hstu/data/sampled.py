@@ -1,24 +1,22 @@
-"""Stochastic length in the loader: every epoch trains on its own parts of the long histories, a function of (seed, epoch).
+"""Stochastic length in the loader: every epoch trains on its own parts of the long histories.
 
-The plan of an epoch is made with the lengths that are kept. Where the newest events stay, only the start of a history moves; otherwise the
-events of a batch's histories travel with it, as int32 [T], and `start` and `stop` point into them. Targets are never cut, and a row of a
-retrieval batch predicts the event that followed it, kept or not.
+The plan of an epoch is made with the lengths that are kept, a function of (seed, epoch). Where the
+newest events stay, only the start of a history moves. Otherwise the events of a batch's histories
+travel with it, as int32 [T], and `start` and `stop` point into them. Targets are never cut, and a
+row of a retrieval batch predicts the event that followed it, kept or not.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from ultra_hstu.config import DataConfig
-from ultra_hstu.data.feed import Plan, Planner, Table
+from ultra_hstu.data.feed import ExampleTable, HostColumns, Packing, Plan, Planner
 from ultra_hstu.sampling import LoadBalancer, Subsequence, stochastic_length, subsequence
 
-_LENGTHS, _EVENTS = (
-    2,
-    3,
-)  # streams of random numbers beside the loader's own, which shuffles with (seed, epoch)
+# Streams of random numbers beside the loader's own, which shuffles with (seed, epoch).
+_LENGTHS, _EVENTS = 2, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +25,7 @@ class Sampling:
 
     alpha: float
     subsequence: Subsequence = "recent"
-    gamma: float | None = (
-        None  # cost of a history is length^gamma, for load balance; None: no balance
-    )
+    gamma: float | None = None  # a history costs length^gamma, for load balance; None: no balance
     recalibrate_every: int = 100
 
     @staticmethod
@@ -46,27 +42,28 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class History:
-    """One of the histories of an example, of which a mixture of transducers has several: columns `start{suffix}` and `stop{suffix}`."""
+class SampledHistory:
+    """One of the histories of an example, in the columns `start{suffix}` and `stop{suffix}`.
+
+    An example of a mixture of transducers has several.
+    """
 
     max_length: int  # N of stochastic length
     suffix: str = ""
     rows_per_event: int = 1
-    index: Int[np.ndarray, " n"] | None = (
-        None  # events that the columns count, where they do not count all events
-    )
+    index: Int[np.ndarray, " n"] | None = None  # events that the columns count; None: all events
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CutTable:
-    """Examples of which `kept` events a history stay, the newest until something else is chosen."""
+    """Examples that keep `kept_nR` events of each history, the newest until others are chosen."""
 
-    whole: Any  # Table
-    histories: tuple[History, ...]
+    whole: ExampleTable
+    histories: tuple[SampledHistory, ...]
     kept_nR: Int[np.ndarray, "n R"]
 
     @property
-    def columns(self) -> dict[str, np.ndarray]:
+    def columns(self) -> HostColumns:
         starts = {
             f"start{history.suffix}": self.stop(r) - self.kept_nR[:, r]
             for r, history in enumerate(self.histories)
@@ -75,9 +72,8 @@ class CutTable:
 
     @property
     def lengths(self) -> Int[np.ndarray, "n *R"]:
-        return self.whole.lengths - (
-            self.rows_per_event_R * (self.whole_nR - self.kept_nR)
-        ).reshape(self.whole.lengths.shape)
+        dropped_nR = self.rows_per_event_R * (self.whole_nR - self.kept_nR)
+        return self.whole.lengths - dropped_nR.reshape(self.whole.lengths.shape)
 
     @property
     def rows_per_event_R(self) -> Int[np.ndarray, " R"]:
@@ -87,10 +83,10 @@ class CutTable:
     def whole_nR(self) -> Int[np.ndarray, "n R"]:
         return np.stack([self.stop(r) - self.start(r) for r in range(len(self.histories))], axis=1)
 
-    def start(self, r: int) -> np.ndarray:
+    def start(self, r: int) -> Int[np.ndarray, " n"]:
         return self.whole.columns[f"start{self.histories[r].suffix}"]
 
-    def stop(self, r: int) -> np.ndarray:
+    def stop(self, r: int) -> Int[np.ndarray, " n"]:
         return self.whole.columns[f"stop{self.histories[r].suffix}"]
 
 
@@ -98,25 +94,25 @@ class CutTable:
 class ChosenPlan(Plan):
     """A plan whose batches name the events of their histories: columns `event{suffix}`, [S, T]."""
 
+    examples: CutTable
     sampling: Sampling
-    times_E: np.ndarray | None
-    rows_R: tuple[int, ...]  # of a data group's buffer
-    shards: int  # data groups, side by side in the columns
+    times_E: Int[np.ndarray, " E"] | None
+    packing: Packing
     seed: int
     epoch: int
 
-    def columns(self, steps_S: Int[np.ndarray, " S"]) -> dict[str, np.ndarray]:
+    def columns(self, steps_S: Int[np.ndarray, " S"]) -> HostColumns:
         columns, table = super().columns(steps_S), self.examples
-        place_SGb = self.place_SB[steps_S].reshape(len(steps_S), self.shards, -1)
-        for r, (history, rows) in enumerate(zip(table.histories, self.rows_R, strict=True)):
+        shards = self.packing.groups // self.packing.buffers  # data groups, side by side
+        place_SGb = self.place_SB[steps_S].reshape(len(steps_S), shards, -1)
+        for r, (history, rows) in enumerate(zip(table.histories, self.packing.rows, strict=True)):
             kept_SGb = np.where(place_SGb >= 0, table.kept_nR[place_SGb, r], 0)
             stop_SGb = np.cumsum(kept_SGb, axis=2)
-            event_SGT = np.zeros((len(steps_S), self.shards, rows), np.int32)
+            event_SGT = np.zeros((len(steps_S), shards, self.packing.buffers * rows), np.int32)
             for s, g, b in zip(*np.nonzero(kept_SGb), strict=True):
                 stop = stop_SGb[s, g, b]
-                event_SGT[s, g, stop - kept_SGb[s, g, b] : stop] = self._events(
-                    r, int(place_SGb[s, g, b])
-                )
+                events_n = self._events(r, int(place_SGb[s, g, b]))
+                event_SGT[s, g, stop - kept_SGb[s, g, b] : stop] = events_n
             parts = {"start": stop_SGb - kept_SGb, "stop": stop_SGb, "event": event_SGT}
             columns |= {
                 name + history.suffix: part.reshape(len(steps_S), -1).astype(np.int32)
@@ -124,13 +120,10 @@ class ChosenPlan(Plan):
             }
         return columns
 
-    def _events(self, r: int, example: int) -> np.ndarray:
+    def _events(self, r: int, example: int) -> Int[np.ndarray, " k"]:
         table, index = self.examples, self.examples.histories[r].index
-        start, stop, keep = (
-            table.start(r)[example],
-            table.stop(r)[example],
-            table.kept_nR[example, r],
-        )
+        start, stop = table.start(r)[example], table.stop(r)[example]
+        keep = table.kept_nR[example, r]
         event_n = np.arange(start, stop) if index is None else index[start:stop]
         if keep == len(event_n):
             return event_n
@@ -145,66 +138,45 @@ class SampledPlanner(Planner):
 
     Attributes:
       histories: of an example, in the order of the buffers of a batch.
-      times_E: seconds of every event, for `weighted` subsequences; None where the data has no times: then places count.
+      times_E: seconds of every event, for `weighted` subsequences; None where the data has no
+        times: then places count.
     """
 
     sampling: Sampling
-    histories: tuple[History, ...]
+    histories: tuple[SampledHistory, ...]
     times_E: Int[np.ndarray, " E"] | None
 
-    def taken(self, examples: Table, seed: int, epoch: int) -> CutTable:
+    def taken(self, examples: ExampleTable, seed: int, epoch: int) -> CutTable:
         return plain_cut(examples, self.histories, self.sampling, seed, epoch)
 
     def plan(
-        self,
-        examples: Table,
-        *,
-        batch_users: int,
-        rows: int | tuple[int, ...],
-        seed: int,
-        epoch: int,
-        shuffle: bool,
-        groups: int = 1,
-        buffers: int = 1,
+        self, examples: ExampleTable, packing: Packing, *, seed: int, epoch: int, shuffle: bool
     ) -> Plan:
-        packing: dict[str, Any] = dict(
-            batch_users=batch_users, rows=rows, groups=groups, buffers=buffers
-        )
-        plan = super().plan(examples, seed=seed, epoch=epoch, shuffle=shuffle, **packing)
-        rows_R = rows if isinstance(rows, tuple) else (rows,)
+        plan = super().plan(examples, packing, seed=seed, epoch=epoch, shuffle=shuffle)
+        cut = plan.examples
+        assert isinstance(cut, CutTable)  # that is what `taken` gave
         if self.sampling.gamma is not None:
-            place_GB = plan.place_SB.reshape(
-                -1, batch_users // groups
-            )  # all groups of all steps get the same load
-            plan = Plan(
-                plan.place_SB,
-                balanced_cut(plan.examples, place_GB, rows_R, self.sampling, seed, epoch),
-            )
+            # All groups of all steps get the same load.
+            place_GB = plan.place_SB.reshape(-1, packing.batch_users // packing.groups)
+            cut = balanced_cut(cut, place_GB, packing.rows, self.sampling, seed, epoch)
         if self.sampling.subsequence == "recent":
-            return plan
-        buffer_R = tuple(buffers * rows for rows in rows_R)
-        return ChosenPlan(
-            plan.place_SB,
-            plan.examples,
-            self.sampling,
-            self.times_E,
-            buffer_R,
-            groups // buffers,
-            seed,
-            epoch,
-        )
+            return Plan(plan.place_SB, cut)
+        return ChosenPlan(plan.place_SB, cut, self.sampling, self.times_E, packing, seed, epoch)
 
 
 def plain_cut(
-    table: Table, histories: tuple[History, ...], sampling: Sampling, seed: int, epoch: int
+    table: ExampleTable,
+    histories: tuple[SampledHistory, ...],
+    sampling: Sampling,
+    seed: int,
+    epoch: int,
 ) -> CutTable:
-    """Every history by its own draw."""
-    whole = CutTable(
-        table, histories, np.zeros((len(table.lengths), len(histories)), np.int64)
-    ).whole_nR
-    uniform_nR = _uniform(whole.shape, seed, epoch)
+    """Cuts every history by its own draw."""
+    nothing_nR = np.zeros((len(table.lengths), len(histories)), np.int64)
+    whole_nR = CutTable(table, histories, nothing_nR).whole_nR
+    uniform_nR = _uniform(whole_nR.shape, seed, epoch)
     kept = [
-        stochastic_length(whole[:, r], history.max_length, sampling.alpha, uniform_nR[:, r])
+        stochastic_length(whole_nR[:, r], history.max_length, sampling.alpha, uniform_nR[:, r])
         for r, history in enumerate(histories)
     ]
     return CutTable(table, histories, np.stack(kept, axis=1))
@@ -218,29 +190,24 @@ def balanced_cut(
     seed: int,
     epoch: int,
 ) -> CutTable:
-    """The same batches with their whole histories chosen anew, so that all have nearly the same load; none outgrows its rows.
+    """The same batches with their whole histories chosen anew, so that all have nearly one load.
 
-    An epoch is planned before it begins, so the load of the first `recalibrate_every` batches under plain draws is known without training on
-    them: nothing is carried from one epoch to the next, and a plan is a function of (seed, epoch).
+    No batch outgrows its rows. An epoch is planned before it begins, so the load of the first
+    `recalibrate_every` batches under plain draws is known without training on them: nothing is
+    carried from one epoch to the next, and a plan is a function of (seed, epoch).
     """
     assert sampling.gamma is not None
     uniform_nR = _uniform(cut.kept_nR.shape, seed, epoch)
-    fixed_nR = (
-        cut.lengths.reshape(cut.kept_nR.shape) - cut.rows_per_event_R * cut.kept_nR
-    )  # contextual tokens and targets
+    # Contextual tokens and targets are never cut.
+    fixed_nR = cut.lengths.reshape(cut.kept_nR.shape) - cut.rows_per_event_R * cut.kept_nR
     kept_nR, whole_nR = cut.kept_nR.copy(), cut.whole_nR
     batches = [places[places >= 0] for places in place_SB]
     for r, history in enumerate(cut.histories):
-        settings = (history.max_length, sampling.alpha, sampling.gamma, sampling.recalibrate_every)
         balancer = LoadBalancer(
-            *settings, mean=float
-        )  # the plan holds the batches of all ranks, and every process makes the whole plan
-        balancer.calibrate(
-            [
-                balancer.load(cut.kept_nR[places, r])
-                for places in batches[: sampling.recalibrate_every]
-            ]
+            history.max_length, sampling.alpha, sampling.gamma, sampling.recalibrate_every
         )
+        first = batches[: sampling.recalibrate_every]
+        balancer.calibrate([balancer.load(cut.kept_nR[places, r]) for places in first])
         for places in batches:
             capacity = (rows_R[r] - int(fixed_nR[places, r].sum())) // history.rows_per_event
             kept_nR[places, r] = balancer.choose(
@@ -249,5 +216,5 @@ def balanced_cut(
     return dataclasses.replace(cut, kept_nR=kept_nR)
 
 
-def _uniform(shape: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
+def _uniform(shape: tuple[int, ...], seed: int, epoch: int) -> Float[np.ndarray, "n R"]:
     return np.random.default_rng((seed, epoch, _LENGTHS)).random(shape)

@@ -1,21 +1,30 @@
 """What the actions of a source mean: signals and features to embed, tasks to predict, each by name.
 
-A *signal* is what a user did with an event, so it is known only afterwards. A *feature* is known of an event before the user acts. A
-*task* is a signal to predict. Codes are integers from 1; 0 says "none" and is what targets, padding and other tokens carry.
+A *signal* is what a user did with an event, so it is known only afterwards. A *feature* is known of
+an event before the user acts. A *task* is a signal to predict. Codes are integers from 1; 0 says
+"none" and is what targets, padding and other tokens carry.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Int32, Shaped
 
+from ultra_hstu.config import Kind
 from ultra_hstu.data.interactions import Interactions
 
 FLAGS = (
-    "correct", "is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view", "is_profile_enter",
-)  # fmt: skip
+    "correct",
+    "is_click",
+    "is_like",
+    "is_follow",
+    "is_comment",
+    "is_forward",
+    "is_hate",
+    "long_view",
+    "is_profile_enter",
+)
 FEATURES = ("skill", "tab")
 WATCH_BUCKETS = 16  # watch time in seconds: below 1, [1, 2), [2, 4), ..., 2^14 and more
 SHARE_BUCKETS = 10  # of the share of a video that was watched
@@ -27,7 +36,6 @@ _SIZES = {
     **dict.fromkeys(FLAGS, 3),
 }
 
-Kind = Literal["binary", "regression"]
 Actions = dict[str, np.ndarray]
 
 
@@ -40,7 +48,7 @@ class Codes:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Task:
+class Labels:
     """What is to be predicted of every event; `weight_E` is 0 where an event has no label."""
 
     kind: Kind
@@ -49,7 +57,10 @@ class Task:
 
 
 def signal(actions: Actions, name: str) -> Codes:
-    """The codes of a signal, from actions by name. Raises ValueError for an unknown one, naming those known, and for flags outside {0, 1}."""
+    """The codes of a signal, from actions by name.
+
+    Raises ValueError for an unknown one, naming those known, and for flags outside {0, 1}.
+    """
     return _pick("signal", _SIGNALS, actions, name)
 
 
@@ -66,27 +77,40 @@ def needs(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def sizes(names: Sequence[str]) -> tuple[int, ...]:
-    """How many codes each signal has, 0 (none) counted; the same for every data set. Raises ValueError for an unknown one."""
+    """How many codes each signal has, 0 (none) counted; the same for every data set.
+
+    Raises ValueError for an unknown one.
+    """
     if unknown := [name for name in names if name not in _SIZES]:
         raise ValueError(f"unknown signal {unknown[0]!r}: there are {', '.join(sorted(_SIZES))}")
     return tuple(_SIZES[name] for name in names)
 
 
 def feature(interactions: Interactions, name: str) -> Codes:
-    """The codes of a feature of events: its distinct values in ascending order. Raises ValueError for an unknown one."""
+    """The codes of a feature of events: its distinct values in ascending order.
+
+    Raises ValueError for an unknown one.
+    """
     return _pick("feature", _FEATURES, interactions.actions, name)
 
 
 def context(interactions: Interactions, name: str) -> Codes:
-    """The codes of a feature of users, one a user, 0 where it is unknown. Raises ValueError for an unknown one, naming those of the source."""
+    """The codes of a feature of users, one a user, 0 where it is unknown.
+
+    Raises ValueError for an unknown one, naming those of the source.
+    """
     if name not in interactions.contexts:
         raise ValueError(f"unknown contextual feature {name!r}: {_listed(interactions.contexts)}")
     return Codes(interactions.contexts[name], len(interactions.context_values[name]))
 
 
-def task(interactions: Interactions, name: str) -> Task:
-    """The labels of a task. Raises ValueError for an unknown one, naming those of the source, and for binary labels outside {0, 1}."""
-    found: Task = _pick("task", _TASKS, interactions.actions, name)
+def task(interactions: Interactions, name: str) -> Labels:
+    """The labels of a task.
+
+    Raises ValueError for an unknown one, naming those of the source, and for binary labels outside
+    {0, 1}.
+    """
+    found = _pick("task", _TASKS, interactions.actions, name)
     if found.kind == "binary" and np.isin(found.label_E, (0, 1), invert=True).any():
         wrong = found.label_E[np.isin(found.label_E, (0, 1), invert=True)][0]
         raise ValueError(
@@ -102,10 +126,12 @@ def distinct(values: Shaped[np.ndarray, " n"]) -> Codes:
 
 
 # A maker, and the actions that it reads.
-_Makers = dict[str, tuple[Callable[[Actions], Codes | Task], tuple[str, ...]]]
+type _Makers[Made] = dict[str, tuple[Callable[[Actions], Made], tuple[str, ...]]]
 
 
-def _pick(kind: str, makers: _Makers, actions: Actions, name: str):
+def _pick[Made: Codes | Labels](
+    kind: str, makers: _Makers[Made], actions: Actions, name: str
+) -> Made:
     here = [
         known for known, (_, needs) in makers.items() if all(action in actions for action in needs)
     ]
@@ -123,7 +149,8 @@ def _flag(name: str) -> Callable[[Actions], Codes]:
         values = actions[name]
         if np.isin(values, (0, 1), invert=True).any():
             raise ValueError(
-                f"{name} must be 0 or 1, but a value is {values[np.isin(values, (0, 1), invert=True)][0]}"
+                f"{name} must be 0 or 1, but a value is "
+                f"{values[np.isin(values, (0, 1), invert=True)][0]}"
             )
         return Codes(values.astype(np.int32) + 1, _SIZES[name])
 
@@ -135,7 +162,8 @@ def _rating(actions: Actions) -> Codes:
     code = np.round(2 * actions["rating"]).astype(np.int32)
     if code.size and (code.min() < 1 or code.max() > 10):
         raise ValueError(
-            f"ratings must lie in 0.5..5, but they run from {actions['rating'].min():g} to {actions['rating'].max():g}"
+            f"ratings must lie in 0.5..5, but they run from {actions['rating'].min():g} to "
+            f"{actions['rating'].max():g}"
         )
     return Codes(code, _SIZES["rating"])
 
@@ -162,17 +190,17 @@ def _share_codes(actions: Actions) -> Codes:
     return Codes(np.where(known, bucket, 0).astype(np.int32), _SIZES["watched_share"])
 
 
-def _share_task(actions: Actions) -> Task:
+def _share_task(actions: Actions) -> Labels:
     share, known = _share(actions)
-    return Task("regression", share.astype(np.float32), known.astype(np.float32))
+    return Labels("regression", share.astype(np.float32), known.astype(np.float32))
 
 
-def _everywhere(kind: Kind, values: Callable[[Actions], np.ndarray]) -> Callable[[Actions], Task]:
+def _everywhere(kind: Kind, values: Callable[[Actions], np.ndarray]) -> Callable[[Actions], Labels]:
     """A task that every event has a label of."""
 
-    def task(actions: Actions) -> Task:
+    def task(actions: Actions) -> Labels:
         label_E = values(actions).astype(np.float32)
-        return Task(kind, label_E, np.ones_like(label_E))
+        return Labels(kind, label_E, np.ones_like(label_E))
 
     return task
 
@@ -181,17 +209,17 @@ def _column(name: str) -> Callable[[Actions], np.ndarray]:
     return lambda actions: actions[name]
 
 
-_SIGNALS: _Makers = {
+_SIGNALS: _Makers[Codes] = {
     "rating": (_rating, ("rating",)),
     "watch_time": (_watch_time, ("play_time_ms",)),
     "watched_share": (_share_codes, ("play_time_ms", "duration_ms")),
     **{name: (_flag(name), (name,)) for name in FLAGS},
 }
-_FEATURES: _Makers = {
+_FEATURES: _Makers[Codes] = {
     name: (lambda actions, name=name: distinct(actions[name]), (name,))  # type: ignore[misc]
     for name in FEATURES
 }
-_TASKS: _Makers = {
+_TASKS: _Makers[Labels] = {
     "rating_at_least_4": (
         _everywhere("binary", lambda actions: actions["rating"] >= 4),
         ("rating",),

@@ -19,14 +19,13 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kernels.cached_attention import cached_attention
 from kernels.hstu_attention import RelativeBias
-from kernels.jagged import is_real, lengths_to_offsets, offsets_to_lengths, positions, segment_ids
+from kernels.jagged import Rows, lengths_to_offsets, offsets_to_lengths
 from kernels.mask import AttentionMask, KeyIntervals
 from kernels.typing import Leaf
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.hstu_layer import Attend
 from ultra_hstu.nn.key_values import CacheDtype, KeyValues, pack
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
-from ultra_hstu.nn.truncation import Truncation
 from ultra_hstu.sequences import Sequences
 
 Implementation = str | Sequence[str] | None  # of `kernels.cached_attention`
@@ -85,9 +84,8 @@ def encode(
       kind: dtype of the cache. Keys and values are rounded after use: each layer works on what the
         model computed.
     """
-    real_T = is_real(sequences.offsets, x_TD.shape[0])
-    x_TD = jnp.where(real_T[:, None], x_TD, jnp.zeros((), x_TD.dtype))
-    truncation = _truncation(encoder, contextual)
+    x_TD = jnp.where(sequences.rows.real[:, None], x_TD, jnp.zeros((), x_TD.dtype))
+    truncation = encoder.truncation
     parts: list[CachedRows] = []
     input_SD: Float[Array, "S D"] | None = None
     layers: list[KeyValues] = []
@@ -95,7 +93,7 @@ def encode(
     for number, (layer, mask) in enumerate(zip(encoder.layers, encoder.layer_masks, strict=True)):
         if truncation is not None and number == truncation.after:
             parts.append(CachedRows(sequences, tuple(layers)))
-            cut = truncation.cut(sequences)
+            cut = truncation.cut(sequences, extra_rows=contextual)
             x_TD, sequences = cut.take(x_TD), cut.sequences
             input_SD, layers, attends = x_TD, [], {}
         if number + 1 == len(encoder.layers):
@@ -137,16 +135,18 @@ def targets(
     """
     layers = iter(zip(encoder.layers, encoder.layer_masks, strict=True))
     for part in encoded:
-        start_R, contextual_R, history_R = _frame_of(part.frame, rows.user_R)
-        behind_R = contextual_R + history_R
-        position_R = start_R + behind_R + rows.slot_R
+        frame = part.frame
+        behind_R = offsets_to_lengths(frame.offsets)[rows.user_R]
+        at = Rows.at(frame.offsets, rows.user_R, behind_R, None, frame.num_contextual)
+        at = at._replace(real=jnp.ones_like(at.real))
+        position_R = at.start + behind_R + rows.slot_R
         runs: dict[AttentionMask, _CachedAttention] = {}
         for kv in part.layers:
             layer, mask = next(layers)
             if mask not in runs:
-                keys = mask.keys_at(start_R, behind_R, contextual_R, history_R)
+                keys = mask.keys_of(at)
                 runs[mask] = _CachedAttention(
-                    keys, position_R, part.frame.time_T, rows.time_R, encoder, implementation
+                    keys, position_R, frame.time_T, rows.time_R, encoder, implementation
                 )
 
             def attend(
@@ -191,7 +191,7 @@ def extend(
         the kept rows begin later than before.
       kept_rows: size of the buffer of rows that are computed anew above a truncation.
     """
-    truncation = _truncation(encoder, 0)
+    truncation = encoder.truncation
     layers = list(zip(encoder.layers, encoder.layer_masks, strict=True))
 
     def run(
@@ -250,12 +250,12 @@ def extend(
     first = CachedRows(whole, grown)
     if truncation is None:
         return (first,)
-    above, kept = old[1], truncation.cut(whole).sequences
+    above, kept = old[1], truncation.cut(whole, extra_rows=0).sequences
     # What enters the layers above: old rows from where they are kept, new ones from below.
     before_B = offsets_to_lengths(below.frame.offsets) - offsets_to_lengths(above.frame.offsets)
     after_B = offsets_to_lengths(whole.offsets) - offsets_to_lengths(kept.offsets)
-    segment_S = _segments(kept.offsets, kept.num_rows)
-    position_S = positions(kept.offsets, kept.num_rows) + after_B[segment_S]
+    segment_S = kept.rows.segment
+    position_S = kept.rows.position + after_B[segment_S]
     entering = _Source(
         is_old_S=position_S < keep_B[segment_S],
         old_S=jnp.asarray(above.frame.offsets)[segment_S] + position_S - before_B[segment_S],
@@ -302,7 +302,7 @@ class _CachedAttention:
         self,
         keys: KeyIntervals,
         position_R: Int[Array, " R"],
-        time_S: Int[Array, " S"],
+        time_S: Int[Array | np.ndarray, " S"],
         time_R: Int[Array, " R"],
         encoder: HSTU,
         implementation: Implementation,
@@ -348,17 +348,16 @@ class _CachedAttention:
 
 def suffix_of(frame: Sequences, keep_B: Int[Array, " B"], rows: int) -> Suffix:
     """The rows from `keep_B` on of every sequence, side by side in a buffer of `rows`."""
-    offsets = lengths_to_offsets(offsets_to_lengths(frame.offsets) - keep_B)
-    segment_R, real_R = _segments(offsets, rows), is_real(offsets, rows)
-    start_R = jnp.where(real_R, jnp.asarray(frame.offsets)[segment_R], 0)
-    position_R = jnp.where(real_R, positions(offsets, rows) + keep_B[segment_R], 0)
-    length_R = jnp.where(real_R, offsets_to_lengths(frame.offsets)[segment_R], 0)
+    offsets = jnp.asarray(lengths_to_offsets(offsets_to_lengths(frame.offsets) - keep_B))
+    at = Rows.of(offsets, rows)
+    start_R = jnp.where(at.real, jnp.asarray(frame.offsets)[at.segment], 0)
+    position_R = jnp.where(at.real, at.position + keep_B[at.segment], 0)
+    length_R = jnp.where(at.real, offsets_to_lengths(frame.offsets)[at.segment], 0)
     return Suffix(offsets, start_R, position_R, length_R, start_R + position_R)
 
 
 def _source(old: Sequences, new: Sequences, keep_B: Int[Array, " B"], suffix: Suffix) -> _Source:
-    segment_S = _segments(new.offsets, new.num_rows)
-    position_S = positions(new.offsets, new.num_rows)
+    segment_S, position_S = new.rows.segment, new.rows.position
     keep_S = keep_B[segment_S]
     old_S = jnp.asarray(old.offsets)[segment_S] + position_S
     return _Source(position_S < keep_S, old_S, suffix.offsets[segment_S] + position_S - keep_S)
@@ -368,30 +367,3 @@ def _with_own(keys: KeyIntervals, suffix: Suffix) -> KeyIntervals:
     """Intervals of history rows that hold the row itself: the near one ends just before it."""
     lo1 = jnp.where(keys.hi1 > keys.lo1, keys.lo1, suffix.row_R)
     return keys._replace(lo1=lo1, hi1=jnp.where(suffix.length_R > 0, suffix.row_R + 1, lo1))
-
-
-def _frame_of(
-    frame: Sequences, user_R: Int[Array, " R"]
-) -> tuple[Int[Array, " R"], Int[Array, " R"], Int[Array, " R"]]:
-    """Start, contextual tokens and history rows of the sequences of rows."""
-    start_B, length_B = jnp.asarray(frame.offsets)[:-1], offsets_to_lengths(frame.offsets)
-    contextual_B = (
-        jnp.zeros_like(length_B)
-        if frame.num_contextual is None
-        else jnp.minimum(jnp.asarray(frame.num_contextual), length_B)
-    )
-    return start_B[user_R], contextual_B[user_R], (length_B - contextual_B)[user_R]
-
-
-def _truncation(encoder: HSTU, contextual: int) -> Truncation | None:
-    """The truncation of the stack, with rows for contextual tokens and none for targets."""
-    return (
-        None
-        if encoder.truncation is None
-        else dataclasses.replace(encoder.truncation, extra_rows=contextual)
-    )
-
-
-def _segments(offsets: Int[Array, " B1"], rows: int) -> Int[Array, " T"]:
-    """The sequence of each row; on padding the last."""
-    return jnp.minimum(segment_ids(offsets, rows), offsets.shape[0] - 2)

@@ -1,49 +1,52 @@
-"""Dropout as a function of its key: modules hold no random state, so a training step is a pure function and a resumed run is exact.
+"""Dropout as a function of its key: modules hold no random state, so a step is a pure function.
 
-What is dropped of a row depends on the key, the number of the row's sequence in the batch and the row's place in it: not on where the row lies in which
-buffer on which device.
+What is dropped of a row depends on the key, the number of the row's sequence in the batch and the
+row's position in it: not on where the row lies in which buffer on which device.
 """
 
-from typing import Any
+from typing import overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Key
+
+from ultra_hstu.sequences import Sequences
 
 KeyOrNone = Key[Array, ""] | None
 KeysOrNone = Key[Array, "*rows"] | None  # one for all rows, or one a row
 
 
-def row_keys(
-    key: KeyOrNone, offsets: Int[Any, " B1"], row_t: Int[Array, " t"], first_sequence: Any = 0
-) -> Any:
-    """A key for each of some rows of a buffer of sequences, the first of which has the number `first_sequence`; None without a key."""
+@overload
+def row_keys(key: Key[Array, ""], sequences: Sequences) -> Key[Array, " t"]: ...
+@overload
+def row_keys(key: None, sequences: Sequences) -> None: ...
+def row_keys(key: KeyOrNone, sequences: Sequences) -> Key[Array, " t"] | None:
+    """A key for each of this device's rows; None without a key."""
     if key is None:
         return None
-    offsets = jnp.asarray(offsets)
-    segment_t = jnp.clip(
-        jnp.searchsorted(offsets, row_t, side="right", method="scan_unrolled") - 1,
-        0,
-        offsets.shape[0] - 2,
-    )
-    return jax.vmap(jax.random.fold_in)(
-        sequence_keys(key, offsets.shape[0] - 1, first_sequence)[segment_t],
-        row_t - offsets[segment_t],
-    )
+    rows = sequences.rows
+    return jax.vmap(jax.random.fold_in)(sequence_keys(key, sequences)[rows.segment], rows.position)
 
 
-def sequence_keys(key: Key[Array, ""], batch: int, first_sequence: Any = 0) -> Key[Array, " B"]:
-    """A key for each of `batch` sequences."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, first_sequence + jnp.arange(batch))
+def sequence_keys(key: Key[Array, ""], sequences: Sequences) -> Key[Array, " B"]:
+    """A key for each sequence."""
+    number_B = sequences.first + jnp.arange(sequences.num_sequences)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, number_B)
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: KeysOrNone) -> Float[Array, "..."]:
-    """Zeroes entries with probability `rate` and divides the others by 1 - rate; x itself if `key` is None (evaluation)."""
+    """Zeroes entries with probability `rate` and divides the others by 1 - rate.
+
+    Without a key (evaluation) it is x itself.
+    """
     return apply_dropout(x, dropout_mask(key, rate, x.shape), rate)
 
 
 def dropout_mask(key: KeysOrNone, rate: float, shape: tuple[int, ...]) -> Bool[Array, "..."] | None:
-    """True with probability 1 - rate; None where nothing is dropped. Keys of rows each draw one entry of the first axis."""
+    """True with probability 1 - rate; None where nothing is dropped.
+
+    Keys of rows each draw one entry of the first axis.
+    """
     if key is None or rate == 0.0:
         return None
     if key.ndim == 0:

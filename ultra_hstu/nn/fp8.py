@@ -1,4 +1,7 @@
-"""Projections whose forward product runs in float8 (ULTRA-HSTU, arXiv 2602.16986): e4m3 with one scale a row of the activations and one a column of the weights."""
+"""Projections whose forward product runs in float8 (ULTRA-HSTU, arXiv 2602.16986).
+
+Values are e4m3, with one scale a row of the activations and one a column of the weights.
+"""
 
 from typing import Literal
 
@@ -22,8 +25,9 @@ def linear(
 ) -> Float[Array, "T Y"]:
     """`residual + x @ w + bias` in the dtype of x.
 
-    "same" works in the dtype of x. "fp8" rounds x and w to e4m3, sums products in float32, where scales, bias and residual follow, and rounds to the
-    dtype of x once; its gradients are those of the product without the rounding, computed in the dtype of x (bfloat16 in training).
+    "same" works in the dtype of x. "fp8" rounds x and w to e4m3 and sums products in float32, where
+    scales, bias and residual follow; one rounding to the dtype of x ends it. Its gradients are
+    those of the product without the rounding, in the dtype of x (bfloat16 in training).
     """
     if precision == "same":
         y_TY = x_TX @ w_XY.astype(x_TX.dtype)
@@ -38,7 +42,10 @@ def linear(
 
 
 def quantize(x: Float[Array, "*shape"], axis: int) -> tuple[Array, Float[Array, "..."]]:
-    """e4m3 values and float32 scales, `x = values * scale`, one scale for all entries along `axis`: its largest magnitude becomes 448."""
+    """e4m3 values and float32 scales, `x = values * scale`.
+
+    All entries along `axis` share one scale: the largest magnitude becomes 448.
+    """
     x32 = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x32), axis=axis, keepdims=True), SMALLEST) / E4M3_MAX
     return (x32 / scale).astype(jnp.float8_e4m3fn), scale

@@ -13,9 +13,10 @@ EPS = 1e-6
 
 
 class MultiTaskHead(nnx.Module):
-    """`silu(LN(h) @ hidden + b) @ output + b'`: one hidden layer that the tasks share, one output a task, in float32.
+    """`silu(LN(h) @ hidden + b) @ output + b'`, in float32.
 
-    An output is the logit of a binary task, or the value of a regression.
+    The tasks share one hidden layer; each has one output: it is the logit of a binary task, or the
+    value of a regression.
     """
 
     def __init__(

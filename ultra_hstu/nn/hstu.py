@@ -1,35 +1,40 @@
-"""The stack of HSTU layers: which rows each layer works on, who sees whom in it, and what its backward recomputes."""
+"""The stack of HSTU layers: on which rows a layer works, who sees whom, and what is recomputed."""
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from kernels.hstu_attention.api import RelativeBias, hstu_attention, make_plan, prepare_plan
+from kernels.hstu_attention.api import (
+    AttentionSpec,
+    hstu_attention,
+    make_plan,
+    prepare_plan,
+)
 from kernels.hstu_attention.plan import AttentionPlan
-from kernels.mask import AttentionMask
+from kernels.mask import AttentionMask, layer_masks
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.dropout import KeyOrNone, row_keys, split_key
-from ultra_hstu.nn.hstu_layer import Attend, ProductionLayer, ResearchLayer
+from ultra_hstu.nn.encoder import Encoder
+from ultra_hstu.nn.hstu_layer import Attend, Layer, ProductionLayer, ResearchLayer
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
-from ultra_hstu.nn.remat import Remat, checkpointed
+from ultra_hstu.nn.remat import Remat, RunLayer, policy_of, run_layer
 from ultra_hstu.nn.softmax_ablation import softmax_attention
 from ultra_hstu.nn.truncation import Cut, Truncation
-from ultra_hstu.parallel import frame, parameters
-from ultra_hstu.parallel.context_attention import attend_context, heads_of_a_call, plan_context
-from ultra_hstu.parallel.mesh import CONTEXT
-from ultra_hstu.parallel.shards import ONE, Shards
+from ultra_hstu.parallel.context_attention import strategy_named
+from ultra_hstu.parallel.strategy import ShardMask
 from ultra_hstu.sequences import Sequences
 
 
-class HSTU(nnx.Module):
-    """A stack of layers over flat jagged sequences of at most `length` rows; attention is divided by `length` (N), after a truncation too.
+class HSTU(Encoder):
+    """A stack of layers over sequences of at most `length` rows.
 
-    In a mesh (`shards`), `x_TD` of the methods is this device's rows of the T, and so is what comes out.
+    Attention is divided by `length` (N), above a truncation too. `run_layer` says how a layer runs:
+    a recipe puts another in its place for a mesh.
     """
 
     def __init__(
@@ -42,163 +47,87 @@ class HSTU(nnx.Module):
         attention: Literal["silu", "softmax"] = "silu",
         implementation: str | None = None,
         remat: Remat = "none",
-        shards: Shards = ONE,
-        most: tuple[int, int] = (0, 0),
     ):
         """
         Args:
           masks: one for all layers, or one a layer.
           truncation: the layers from `truncation.after` on work on the rows that it keeps.
           remat: see `ultra_hstu.nn.remat`.
-          most: targets and contextual tokens of a sequence, at most, where its rows lie on several devices.
         """
         self.layers = nnx.List(layers)
         self.length, self.masks, self.truncation = length, tuple(masks), truncation
         self.attention, self.implementation, self.remat = attention, implementation, remat
-        self.shards, self.most = shards, most
+        self.run_layer: RunLayer = run_layer
 
     @staticmethod
     def from_config(
-        config: ModelConfig,
-        length: int,
-        *,
-        layers: int | None = None,
-        extra_rows: int = 0,
-        contextual: int = 0,
-        shards: Shards = ONE,
-        rngs: nnx.Rngs,
+        config: ModelConfig, length: int, *, layers: int | None = None, rngs: nnx.Rngs
     ) -> "HSTU":
         """The stack of a configuration.
 
         Args:
           length: N.
-          layers: depth, where it is not `config.layers`: options that hold a value a layer must hold one for each of these.
-          extra_rows: most contextual tokens and targets of a sequence, together; truncation keeps room for them.
-          contextual: most contextual tokens among them.
+          layers: depth, where it is not `config.layers`: options that hold a value a layer must
+            hold one for each of these.
 
         Raises:
           ValueError: options that do not suit this depth.
         """
         depth = config.layers if layers is None else layers
-        options: dict[str, Any] = dict(
-            bias=None,
-            dropout_rate=config.linear_dropout,
-            precision=config.projection,
-            chunk_rows=config.chunk_rows,
-            rngs=rngs,
-        )
-        if config.preset == "production":
-            options["alpha"] = config.alpha
+        kind = ResearchLayer if config.preset == "research" else ProductionLayer
 
         def layer() -> ResearchLayer | ProductionLayer:
+            bias = None
             if config.relative_bias:
-                options["bias"] = RelativeBiasTables(length, config.time_buckets, rngs=rngs)
-            kind = ResearchLayer if config.preset == "research" else ProductionLayer
-            return kind(config.width, config.heads, config.qk_width, config.v_width, **options)
+                bias = RelativeBiasTables(length, config.time_buckets, rngs=rngs)
+            return kind(
+                config.width,
+                config.heads,
+                config.qk_width,
+                config.v_width,
+                alpha=config.alpha,
+                bias=bias,
+                dropout_rate=config.linear_dropout,
+                precision=config.projection,
+                chunk_rows=config.chunk_rows,
+                rngs=rngs,
+            )
 
         truncation = None
         if config.truncate_after is not None and config.truncate_length is not None:
             if config.truncate_after >= depth:
                 raise ValueError(
-                    f"model.truncate_after={config.truncate_after} must be below the number of layers, {depth}"
+                    f"model.truncate_after={config.truncate_after} must be below the number of "
+                    f"layers, {depth}"
                 )
-            truncation = Truncation(
-                config.truncate_after, config.truncate_length, extra_rows, shards
-            )
+            truncation = Truncation(config.truncate_after, config.truncate_length)
         return HSTU(
             [layer() for _ in range(depth)],
             length,
-            masks=layer_masks(config, depth),
+            masks=layer_masks(vars(config), depth),
             truncation=truncation,
             attention=config.attention,
             implementation=config.implementation,
             remat=config.remat,
-            shards=shards,
-            most=(extra_rows - contextual, contextual),
-        )
-
-    def __call__(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
-    ) -> Float[Array, "T D"]:
-        """The sequences after all layers; rows of padding may hold anything, and what comes out there means nothing.
-
-        With a truncation, rows that it dropped come out 0: leave them out of losses, see `kept`.
-
-        Raises:
-          NotImplementedError: a truncation of rows that lie on several devices: `rows` gives those that are needed.
-        """
-        x_SD, cut = self.encode_kept(x_TD, sequences, key)
-        if cut is not None and self.shards.context > 1:
-            raise NotImplementedError(
-                f"all {cut.place_T.shape[0]} rows behind a truncation, over several devices: ask for some with `rows`"
-            )
-        return x_SD if cut is None else cut.restore(x_SD)
-
-    def rows(
-        self,
-        x_TD: Float[Array, "T D"],
-        sequences: Sequences,
-        rows_P: Int[Array, " P"],
-        key: KeyOrNone = None,
-    ) -> Float[Array, "p D"]:
-        """The rows `rows_P` of `__call__`, without a buffer of T rows above a truncation; numbers of T and more give zeros.
-
-        In a mesh the P rows are divided among the devices, as `Shards.part` divides what belongs to them.
-        """
-        x_SD, cut = self.encode_kept(x_TD, sequences, key)
-        num_rows = sequences.num_rows if cut is None else cut.sequences.num_rows
-        place_P = (
-            rows_P if cut is None else cut.place_T.at[rows_P].get(mode="fill", fill_value=num_rows)
-        )
-        return self.shards.take(x_SD, place_P, num_rows)
-
-    def kept(self, sequences: Sequences) -> Bool[Array, " T"]:
-        """The real rows that reach the last layer: contextual tokens, targets and the newest history rows; all, without a truncation."""
-        return (
-            jnp.asarray(sequences.real_T)
-            if self.truncation is None
-            else self.truncation.kept(sequences)
         )
 
     def encode_kept(
         self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
     ) -> tuple[Float[Array, "S D"], Cut | None]:
-        """The rows that reach the last layer, after it, in a buffer of their own, and which they are (None: all)."""
-        shards = self.shards
-        x_TD = jnp.where(
-            shards.real(sequences.offsets, sequences.num_rows)[:, None],
-            x_TD,
-            jnp.zeros((), x_TD.dtype),
-        )
+        x_TD = jnp.where(sequences.rows.real[:, None], x_TD, jnp.zeros((), x_TD.dtype))
         cut: Cut | None = None
         attends: dict[AttentionMask, Attend] = {}
-        for number, (layer, layer_key) in enumerate(
-            zip(self.layers, split_key(key, len(self.layers)), strict=True)
-        ):
+        policy = policy_of(self.remat)
+        keys = split_key(key, len(self.layers))
+        for number, (layer, mask) in enumerate(zip(self.layers, self.layer_masks, strict=True)):
             if self.truncation is not None and number == self.truncation.after:
                 cut = self.truncation.cut(sequences)
-                x_TD, sequences, attends = cut.move(x_TD, shards), cut.sequences, {}
-            mask = self.layer_masks[number]
+                x_TD, sequences, attends = cut.move(x_TD), cut.sequences, {}
             if mask not in attends:
                 attends[mask] = self.attend(sequences, mask, x_TD.dtype)
-            row_T = shards.rows(sequences.num_rows)
-            keys_T = row_keys(
-                layer_key,
-                sequences.offsets,
-                row_T,
-                shards.first_sequence(sequences.offsets.shape[0] - 1),
-            )
-
-            if shards.devices > 1:
-                graph, params = nnx.split(layer)
-                x_TD, params = parameters.in_order(x_TD, params)
-                layer = nnx.merge(graph, params)
-
-            def run(x_TD: Array, layer: Any, keys_T: Any, attend: Attend) -> Array:
-                return parameters.whole(layer, x_TD.dtype, shards)(x_TD, attend, keys_T)
-
-            run = functools.partial(run, layer=layer, keys_T=keys_T, attend=attends[mask])
-            x_TD = checkpointed(run, self.remat, forget_weights=shards.fsdp)(x_TD)
+            keys_T = row_keys(keys[number], sequences)
+            call = functools.partial(Layer.__call__, attend=attends[mask], key=keys_T)
+            x_TD = self.run_layer(call, layer, x_TD, policy)
         return x_TD, cut
 
     @property
@@ -208,104 +137,75 @@ class HSTU(nnx.Module):
             self.masks[min(number, len(self.masks) - 1)] for number in range(len(self.layers))
         )
 
-    def attend(self, sequences: Sequences, mask: AttentionMask, dtype: Any) -> Attend:
-        """Attention over the sequences of a batch; its plan is computed here, once for all layers of this mask."""
+    def attend(self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype) -> Attend:
+        """Attention over the sequences of a batch.
+
+        Its plan is computed here, once for all layers of this mask.
+        """
         if self.attention == "softmax":
             return lambda q, k, v, *, alpha, bias: softmax_attention(
                 q, k, v, sequences, bias=bias, length=self.length
             )
-        if self.shards.context > 1:
-            return self._attend_over_devices(sequences, mask, dtype)
+        several = sequences.shards.context > 1
+        made = (self._over_devices if several else self._on_one_device)(sequences, mask, dtype)
+        # Traced and lowered once, not once a layer.
+        run = jax.jit(made, static_argnames="alpha")
+        times_t = sequences.shards.local((sequences.time_T, sequences.next_time_T))
+
+        def attend(
+            q_THK: Array,
+            k_THK: Array,
+            v_THV: Array,
+            *,
+            alpha: float,
+            bias: RelativeBiasTables | None,
+        ) -> Array:
+            flat = None if bias is None else bias.flat(*times_t)
+            return run(q_THK, k_THK, v_THV, alpha=alpha, bias=flat)
+
+        return attend
+
+    def _on_one_device(
+        self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype
+    ) -> functools.partial[Array]:
         counts = (sequences.num_targets, sequences.num_contextual)
-        plan = self._prepare(make_plan(mask, sequences.offsets, sequences.num_rows, *counts), dtype)
-
-        @functools.partial(
-            jax.jit, static_argnames="alpha"
-        )  # traced and lowered once, not once a layer
-        def run(
-            q_THK: Array, k_THK: Array, v_THV: Array, bias: RelativeBias | None, *, alpha: float
-        ) -> Array:
-            return hstu_attention(
-                q_THK,
-                k_THK,
-                v_THV,
-                sequences.offsets,
-                mask=mask,
-                num_targets=sequences.num_targets,
-                num_contextual=sequences.num_contextual,
-                alpha=alpha,
-                scale=1.0 / self.length,
-                bias=bias,
-                implementation=self.implementation,
-                plan=plan,
-            )
-
-        def attend(
-            q: Array, k: Array, v: Array, *, alpha: float, bias: RelativeBiasTables | None
-        ) -> Array:
-            flat = None if bias is None else bias.flat(sequences.time_T, sequences.next_time_T)
-            return run(q, k, v, flat, alpha=alpha)
-
-        return attend
-
-    def _attend_over_devices(self, sequences: Sequences, mask: AttentionMask, dtype: Any) -> Attend:
-        """The same where the rows lie on several devices."""
-        shards, biased = self.shards, self.layers[0].bias is not None
-        whole = frame.Sequences(
-            sequences.offsets, sequences.num_targets, sequences.num_contextual, *self.most
+        plan = make_plan(mask, sequences.offsets, sequences.num_rows, *counts)
+        return functools.partial(
+            hstu_attention,
+            offsets=sequences.offsets,
+            mask=mask,
+            num_targets=sequences.num_targets,
+            num_contextual=sequences.num_contextual,
+            scale=1.0 / self.length,
+            implementation=self.implementation,
+            plan=self._prepare(plan, dtype, self.layers[0].heads),
         )
-        strategy = shards.strategy_of(mask, biased)
-        view = frame.Frame(whole, mask, shards.layout(sequences.num_rows), CONTEXT)
-        heads = heads_of_a_call(strategy, view.layout, self.layers[0].heads)
-        plan = plan_context(strategy, view, lambda plan: self._prepare(plan, dtype, heads))
-        real_t, times_t = view.is_real(), shards.local((sequences.time_T, sequences.next_time_T))
 
-        @functools.partial(jax.jit, static_argnames="alpha")
-        def run(
-            q_tHK: Array, k_tHK: Array, v_tHV: Array, bias: RelativeBias | None, *, alpha: float
-        ) -> Array:
-            options: dict[str, Any] = dict(
-                real_t=real_t, scale=1.0 / self.length, implementation=self.implementation
-            )
-            return attend_context(plan, q_tHK, k_tHK, v_tHV, alpha=alpha, bias=bias, **options)
+    def _over_devices(
+        self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype
+    ) -> functools.partial[Array]:
+        shards, layer = sequences.shards, self.layers[0]
+        strategy = strategy_named(shards.strategy_of(mask, layer.bias is not None))
+        view = ShardMask(
+            mask,
+            shards.layout(sequences.num_rows),
+            sequences.offsets,
+            sequences.num_targets,
+            sequences.num_contextual,
+            max_targets=sequences.max_targets,
+            max_contextual=sequences.max_contextual,
+        )
+        heads = strategy.heads_of_a_call(view.layout, layer.heads)
+        return functools.partial(
+            strategy.of(view, lambda plan: self._prepare(plan, dtype, heads)),
+            real_t=view.real_t,
+            scale=1.0 / self.length,
+            implementation=self.implementation,
+        )
 
-        def attend(
-            q: Array, k: Array, v: Array, *, alpha: float, bias: RelativeBiasTables | None
-        ) -> Array:
-            return run(q, k, v, None if bias is None else bias.flat(*times_t), alpha=alpha)
-
-        return attend
-
-    def _prepare(self, plan: AttentionPlan, dtype: Any, heads: int | None = None) -> AttentionPlan:
+    def _prepare(self, plan: AttentionPlan, dtype: jnp.dtype, heads: int) -> AttentionPlan:
         layer = self.layers[0]
-        sizes: dict[str, int] = dict(
-            heads=heads or layer.heads, k_width=layer.qk_width, v_width=layer.v_width
+        spec = AttentionSpec(
+            dtype, heads or layer.heads, layer.qk_width, layer.v_width, layer.bias is not None
         )
-        return prepare_plan(
-            plan, self.implementation, dtype=dtype, biased=layer.bias is not None, **sizes
-        )
-
-
-def layer_masks(config: ModelConfig, layers: int) -> tuple[AttentionMask, ...]:
-    """The mask of every layer, from `window`, `full_rows` and `prefix`: one value for all layers, or one a layer.
-
-    A window longer than the sequences is a legal one: plain causal attention.
-
-    Raises:
-      ValueError: another number of values.
-    """
-    values = {name: getattr(config, name) for name in ("window", "full_rows", "prefix")}
-    for name, given in values.items():
-        if len(given) not in (0, 1, layers):
-            raise ValueError(
-                f"model.{name}={given} must hold one value, or one for each of {layers} layers"
-            )
-
-    def mask(number: int) -> AttentionMask:
-        window, full_rows, prefix = (
-            given[number % len(given)] if given else default
-            for given, default in zip(values.values(), (-1, 0, 0), strict=True)
-        )
-        return AttentionMask(None if window == -1 else window, full_rows, prefix)
-
-    return tuple(mask(number) for number in range(layers))
+        return prepare_plan(plan, spec, self.implementation)

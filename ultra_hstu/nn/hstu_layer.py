@@ -1,13 +1,13 @@
-"""One HSTU layer: that of the published research code, and that of the published production code.
+"""One HSTU layer, in two forms: of the published research code and of the production code.
 
-A layer knows nothing of batches or masks: it calls `attend(q, k, v, alpha=, bias=)`, which the stack makes once for a batch and a mask. What is before
-and after attention works on each row alone, and so in chunks of rows if `chunk_rows` says so.
+A layer knows nothing of batches or masks: it calls `attend`, which the stack makes once for a batch
+and a mask. What is before and after attention works on each row alone, and so in chunks of rows if
+`chunk_rows` says so.
 """
 
 import abc
 import math
-from collections.abc import Callable
-from typing import Literal
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,35 +25,63 @@ from ultra_hstu.nn.remat import ATTENTION_OUTPUT, LAYER_INPUT
 
 EPS = 1e-6
 
-Attend = Callable[
-    ..., Array
-]  # (q_THK, k_THK, v_THV, *, alpha: float, bias: RelativeBiasTables | None) -> a_THV
+
+@runtime_checkable
+class Attend(Protocol):
+    """Attention over the sequences of a batch under one mask."""
+
+    def __call__(
+        self,
+        q_THK: Float[Array, "T H K"],
+        k_THK: Float[Array, "T H K"],
+        v_THV: Float[Array, "T H V"],
+        /,
+        *,
+        alpha: float,
+        bias: RelativeBiasTables | None,
+    ) -> Float[Array, "T H V"]: ...
 
 
 class Layer(nnx.Module):
-    """What both layers share: a projection to u, v, q, k; attention; a gate and a projection back."""
+    """What both layers share: a projection to u, v, q, k, attention, a gate, a projection back."""
 
     output: nnx.Param  # [Z, D]
 
     def __init__(
         self,
+        width: int,
         heads: int,
         qk_width: int,
         v_width: int,
-        alpha: float,
-        bias: RelativeBiasTables | None,
-        dropout_rate: float,
-        precision: Precision,
-        chunk_rows: int | None,
+        *,
+        alpha: float | None = None,
+        bias: RelativeBiasTables | None = None,
+        dropout_rate: float = 0.0,
+        precision: Precision = "same",
+        chunk_rows: int | None = None,
+        rngs: nnx.Rngs,
     ):
-        self.bias = bias
-        self.heads, self.qk_width, self.v_width, self.alpha = heads, qk_width, v_width, alpha
+        """
+        Args:
+          alpha: the factor on scores; None: the published one.
+          chunk_rows: rows that token-wise work is done for at one time; None: all.
+        """
+        self.heads, self.qk_width, self.v_width, self.bias = heads, qk_width, v_width, bias
+        self.alpha = self._default_alpha() if alpha is None else alpha
         self.dropout_rate, self.precision, self.chunk_rows = dropout_rate, precision, chunk_rows
+        self._draw(width, heads * v_width, 2 * heads * (v_width + qk_width), rngs)
+
+    @abc.abstractmethod
+    def _default_alpha(self) -> float: ...
+
+    @abc.abstractmethod
+    def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
+        """Initial parameters; `inner` is H * V, `joined` the width of u, v, q and k together."""
 
     def __call__(
         self, x_TD: Float[Array, "T D"], attend: Attend, key: KeysOrNone = None
     ) -> Float[Array, "T D"]:
-        """x plus what the layer adds to it, in the dtype of x: the residual stream has that of the activations. `key`: one, or one a row."""
+        """x plus what the layer adds to it, in the dtype of x. `key`: one, or one a row."""
         x_TD = checkpoint_name(x_TD, LAYER_INPUT)
         u_TY, v_THV, q_THK, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
         a_THV = attend(q_THK, k_THK, v_THV, alpha=self.alpha, bias=self.bias)
@@ -77,10 +105,16 @@ class Layer(nnx.Module):
     def _finish(
         self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None
     ) -> Float[Array, "T D"]:
-        """The layer's output from its input, the gate and the attention output; `mask_TZ` of dropout, of the inputs of `output`."""
+        """The layer's output from its input, the gate and the attention output.
+
+        `mask_TZ` is the dropout mask of what `output` multiplies.
+        """
 
     def _split(self, uvqk_TX: Float[Array, "T X"]) -> tuple[Array, Array, Array, Array]:
-        """Columns u, v, q, k, in each a block per head; u stays joined [T, H * V], the others become [T, H, width]."""
+        """Columns u, v, q, k, in each a block per head.
+
+        u stays joined [T, H * V], the others become [T, H, width].
+        """
         rows, inner = uvqk_TX.shape[0], self.heads * self.v_width
         u_TY, v_TY, qk_TX = jnp.split(uvqk_TX, [inner, 2 * inner], axis=1)
         q_TX, k_TX = jnp.split(qk_TX, 2, axis=1)
@@ -96,36 +130,18 @@ class Layer(nnx.Module):
 class ResearchLayer(Layer):
     """HSTU, arXiv 2402.17152, equations 1 to 3, with the choices of its published research code:
 
-        u, v, q, k = split(silu(LN(x) @ uvqk))                      LN without affine, uvqk without bias
-        a          = sum over earlier keys of silu(q . k + bias) / N * v
-        x'         = x + dropout(u * LN(a)) @ output + output_bias  LN over all heads together
-
-    `concat_ua` replaces `u * LN(a)` by `concat[u, LN(a), u * LN(a)]`.
+    u, v, q, k = split(silu(LN(x) @ uvqk))                      LN without affine, uvqk without bias
+    a          = sum over earlier keys of silu(q . k + bias) / N * v
+    x'         = x + dropout(u * LN(a)) @ output + output_bias  LN over all heads together
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        qk_width: int,
-        v_width: int,
-        *,
-        bias: RelativeBiasTables | None = None,
-        concat_ua: bool = False,
-        dropout_rate: float = 0.0,
-        precision: Precision = "same",
-        chunk_rows: int | None = None,
-        rngs: nnx.Rngs,
-    ):
-        inner = heads * v_width
-        fan_in = 3 * inner if concat_ua else inner
-        super().__init__(heads, qk_width, v_width, 1.0, bias, dropout_rate, precision, chunk_rows)
-        self.uvqk = initializers.param(
-            initializers.normal_002, rngs, width, 2 * inner + 2 * heads * qk_width
-        )
-        self.output = initializers.param(initializers.xavier_uniform, rngs, fan_in, width)
-        self.output_bias = initializers.param(initializers.linear_bias(fan_in), rngs, width)
-        self.concat_ua = concat_ua
+    def _default_alpha(self) -> float:
+        return 1.0
+
+    def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
+        self.uvqk = initializers.param(initializers.normal_002, rngs, width, joined)
+        self.output = initializers.param(initializers.xavier_uniform, rngs, inner, width)
+        self.output_bias = initializers.param(initializers.linear_bias(inner), rngs, width)
 
     def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:
         return self._split(
@@ -135,9 +151,7 @@ class ResearchLayer(Layer):
     def _finish(
         self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None
     ) -> Float[Array, "T D"]:
-        a_TY = layer_norm(a_TY, eps=EPS)
-        y_TZ = jnp.concatenate([u_TY, a_TY, u_TY * a_TY], axis=1) if self.concat_ua else u_TY * a_TY
-        y_TZ = self._drop(y_TZ, mask_TZ)
+        y_TZ = self._drop(u_TY * layer_norm(a_TY, eps=EPS), mask_TZ)
         return linear(
             y_TZ,
             self.output[...],
@@ -148,45 +162,25 @@ class ResearchLayer(Layer):
 
 
 class ProductionLayer(Layer):
-    """The layer of the published production code ("STU"), which differs from the research layer in affine norms, a bias in uvqk, SiLU on u only, a scale on
+    """The layer of the published production code ("STU").
+
+    It differs from the research layer in affine norms, a bias in uvqk, SiLU on u only, a scale on
     the scores (alpha, 1/sqrt(qk_width) unless given), and an output without bias over more inputs:
 
-        x' = x + dropout(concat[u, a, u * norm(a)]) @ output        a without norm in the middle
-
-    `norm` is a layer norm over all heads together, or a group norm, one group and one scalar weight and bias a head.
+        x' = x + dropout(concat[u, a, u * LN(a)]) @ output        a without norm in the middle
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        qk_width: int,
-        v_width: int,
-        *,
-        bias: RelativeBiasTables | None = None,
-        norm: Literal["layer_norm", "group_norm"] = "layer_norm",
-        alpha: float | None = None,
-        dropout_rate: float = 0.0,
-        precision: Precision = "same",
-        chunk_rows: int | None = None,
-        rngs: nnx.Rngs,
-    ):
-        inner, joined = heads * v_width, 2 * heads * (v_width + qk_width)
-        per_norm = inner if norm == "layer_norm" else heads
-        alpha = 1.0 / math.sqrt(qk_width) if alpha is None else alpha
-        super().__init__(heads, qk_width, v_width, alpha, bias, dropout_rate, precision, chunk_rows)
-        self.input_norm_weight, self.input_norm_bias = (
-            nnx.Param(jnp.ones(width)),
-            nnx.Param(jnp.zeros(width)),
-        )
+    def _default_alpha(self) -> float:
+        return 1.0 / math.sqrt(self.qk_width)
+
+    def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
+        self.input_norm_weight = nnx.Param(jnp.ones(width))
+        self.input_norm_bias = nnx.Param(jnp.zeros(width))
         self.uvqk = initializers.param(initializers.xavier_uniform, rngs, width, joined)
         self.uvqk_bias = nnx.Param(jnp.zeros(joined))
-        self.output_norm_weight, self.output_norm_bias = (
-            nnx.Param(jnp.ones(per_norm)),
-            nnx.Param(jnp.zeros(per_norm)),
-        )
+        self.output_norm_weight = nnx.Param(jnp.ones(inner))
+        self.output_norm_bias = nnx.Param(jnp.zeros(inner))
         self.output = initializers.param(initializers.xavier_uniform, rngs, 3 * inner, width)
-        self.norm = norm
 
     def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:
         normed_TD = layer_norm(
@@ -201,12 +195,6 @@ class ProductionLayer(Layer):
         self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None
     ) -> Float[Array, "T D"]:
         weight, bias = self.output_norm_weight[...], self.output_norm_bias[...]
-        if self.norm == "layer_norm":
-            n_TY = layer_norm(a_TY, weight, bias, eps=EPS)
-        else:
-            a_THV = a_TY.reshape(a_TY.shape[0], self.heads, self.v_width)
-            n_TY = layer_norm(a_THV, weight[None, :, None], bias[None, :, None], eps=EPS).reshape(
-                a_TY.shape
-            )
+        n_TY = layer_norm(a_TY, weight, bias, eps=EPS)
         y_TZ = self._drop(jnp.concatenate([u_TY, a_TY, u_TY * n_TY], axis=1), mask_TZ)
         return linear(y_TZ, self.output[...], residual_TY=x_TD, precision=self.precision)

@@ -1,36 +1,42 @@
-"""Mini-sequences (arXiv 2407.15892): a token-wise function over chunks of rows, so that its intermediate values exist for one chunk at a time.
+"""Mini-sequences (arXiv 2407.15892): a token-wise function over chunks of rows.
 
-Attention mixes rows and stays whole; projections, heads and gates do not. The losses in `ultra_hstu.retrieval.loss` have chunks of their own.
+Its intermediate values then exist for one chunk at a time. Attention mixes rows and stays whole;
+projections, heads and gates do not. The losses of retrieval have chunks of their own.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, PyTree, Shaped
 
 from kernels.zeros import zeros_after
 
+TokenWise = Callable[..., PyTree]  # (rows of x, rows of more...) -> arrays of as many rows
+Number = int | Int[Array, ""]
+
 
 def chunked(
-    fn: Callable[..., Any], x_TD: Shaped[Array, "T ..."], *more_T: Any, chunk_rows: int | None
-) -> Any:
-    """`fn(x_TD, *more_T)`, worked off `chunk_rows` rows at a time; the backward pass recomputes a chunk from its input rows.
+    fn: TokenWise, x_TD: Shaped[Array, "T ..."], *more_T: PyTree, chunk_rows: int | None
+) -> PyTree:
+    """`fn(x_TD, *more_T)`, worked off `chunk_rows` rows at a time.
 
-    Values and gradients are those of the plain call up to the order of sums. Rows behind the last whole chunk are one shorter chunk of their own:
-    none is padded, dropped or counted twice. Weights that `fn` closes over get the sum of their chunks' gradients, added up in float32 even where the
-    weights are bfloat16 or float16. A T that is a multiple of `chunk_rows` saves a copy of the result.
+    The backward pass recomputes a chunk from its input rows. Values and gradients are those of the
+    plain call up to the order of sums. Rows behind the last whole chunk are one shorter chunk of
+    their own: none is padded, dropped or counted twice. Weights that `fn` closes over get the sum
+    of their chunks' gradients, added up in float32 even where the weights are bfloat16 or float16.
+    A T that is a multiple of `chunk_rows` saves a copy of the result.
 
     Args:
-      fn: (rows of x, rows of more...) -> a pytree of arrays, each with one row a row of x. Every row must depend on its own inputs alone: random bits
-        drawn inside would be the same in every chunk, so pass them in (`more_T`) or draw them outside.
+      fn: every row must depend on its own inputs alone. Random bits drawn inside would be the same
+        in every chunk, so pass them in (`more_T`) or draw them outside.
       x_TD, more_T: arrays (or pytrees of them) of T rows.
       chunk_rows: rows of a chunk; None, or at least T, calls `fn` as it is.
 
     Raises:
-      ValueError: if `chunk_rows` is below 1 or no integer, arguments differ in their number of rows, or `fn` does not keep that number.
+      ValueError: if `chunk_rows` is below 1 or no integer, arguments differ in their number of
+        rows, or `fn` does not keep that number.
     """
     if chunk_rows is not None and (
         isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1
@@ -40,9 +46,10 @@ def chunked(
         )
     rows = x_TD.shape[0]
     inputs = (x_TD, *more_T)
-    if any(leaf.shape[:1] != (rows,) for leaf in jax.tree.leaves(inputs)):
+    shapes = [leaf.shape for leaf in jax.tree.leaves(inputs)]
+    if any(shape[:1] != (rows,) for shape in shapes):
         raise ValueError(
-            f"arguments of a chunked function need the same number of rows, got {[leaf.shape for leaf in jax.tree.leaves(inputs)]}"
+            f"arguments of a chunked function need the same number of rows, got {shapes}"
         )
     if chunk_rows is None or chunk_rows >= rows:
         return fn(*inputs)
@@ -56,13 +63,13 @@ def chunked(
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), y, last)
 
 
-def _chunk(values: Any, number: Any, chunk_rows: int) -> Any:
+def _chunk(values: PyTree, number: Number, chunk_rows: int) -> PyTree:
     return jax.tree.map(
         lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number * chunk_rows, chunk_rows), values
     )
 
 
-def _write(buffers: Any, values: Any, number: Any) -> Any:
+def _write(buffers: PyTree, values: PyTree, number: Number) -> PyTree:
     """Chunk `number` of the buffers; not in place in Python, but in the compiled loop."""
 
     def write(buffer: Array, value: Array) -> Array:
@@ -71,21 +78,19 @@ def _write(buffers: Any, values: Any, number: Any) -> Any:
     return jax.tree.map(write, buffers, values)
 
 
-# A loop of our own instead of jax.lax.map: XLA would set up the result buffers of all loops of a model at the start of the program, see zeros_after.
+# A loop of our own instead of jax.lax.map: XLA would set up the result buffers of all loops of a
+# model at the start of the program, see zeros_after.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loop(
-    pure: Callable[..., Any],
-    chunk_rows: int,
-    whole: int,
-    inputs: tuple[Any, ...],
-    weights: list[Array],
-) -> Any:
+    pure: TokenWise, chunk_rows: int, whole: int, inputs: tuple[PyTree, ...], weights: list[Array]
+) -> PyTree:
     """The whole chunks of all rows."""
     shapes = jax.eval_shape(lambda: pure(*_chunk(inputs, 0, chunk_rows), *weights))
     if any(leaf.shape[:1] != (chunk_rows,) for leaf in jax.tree.leaves(shapes)):
         shapes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
         raise ValueError(
-            f"a chunked function must return a row for each of its {chunk_rows} rows, got shapes {shapes}"
+            f"a chunked function must return a row for each of its {chunk_rows} rows, "
+            f"got shapes {shapes}"
         )
     buffers = jax.tree.map(
         lambda leaf: zeros_after(inputs[0], (whole * chunk_rows, *leaf.shape[1:]), leaf.dtype),
@@ -97,57 +102,47 @@ def _loop(
 
 
 def _loop_fwd(
-    pure: Callable[..., Any], chunk_rows: int, whole: int, inputs: Any, weights: Any
-) -> Any:
+    pure: TokenWise, chunk_rows: int, whole: int, inputs: PyTree, weights: list[Array]
+) -> tuple[PyTree, PyTree]:
     return _loop(pure, chunk_rows, whole, inputs, weights), (inputs, weights)
 
 
-def _loop_bwd(pure: Callable[..., Any], chunk_rows: int, whole: int, saved: Any, g: Any) -> Any:
+def _loop_bwd(
+    pure: TokenWise, chunk_rows: int, whole: int, saved: PyTree, g: PyTree
+) -> tuple[PyTree, list[Array]]:
     inputs, weights = saved
     leaves, tree = jax.tree.flatten(inputs)
     smooth = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
     after = jax.tree.leaves(g)[0]
 
-    def step(i: Array, sums: Any) -> Any:
+    def smooth_of(values: list[Array]) -> list[Array]:
+        return [value for value, is_smooth in zip(values, smooth, strict=True) if is_smooth]
+
+    def joined(parts: list[Array], others: list[Array] | list[None]) -> PyTree:
+        """The inputs, or their gradients, from those of smooth leaves and those of others."""
+        rest = iter(parts)
+        pairs = zip(smooth, others, strict=True)
+        return jax.tree.unflatten(
+            tree, [next(rest) if is_smooth else other for is_smooth, other in pairs]
+        )
+
+    def step(i: Array, sums: PyTree) -> PyTree:
         d_x, d_w = sums
         parts = jax.tree.leaves(_chunk(inputs, i, chunk_rows))
 
-        def of_smooth(values: list[Array], weights: list[Array]) -> Any:
-            rest = iter(values)
-            return pure(
-                *jax.tree.unflatten(
-                    tree,
-                    [
-                        next(rest) if is_smooth else part
-                        for is_smooth, part in zip(smooth, parts, strict=True)
-                    ],
-                ),
-                *weights,
-            )
+        def of_smooth(values: list[Array], weights: list[Array]) -> PyTree:
+            return pure(*joined(values, parts), *weights)
 
-        _, pull = jax.vjp(
-            of_smooth,
-            [part for is_smooth, part in zip(smooth, parts, strict=True) if is_smooth],
-            weights,
-        )
+        _, pull = jax.vjp(of_smooth, smooth_of(parts), weights)
         part_x, part_w = pull(_chunk(g, i, chunk_rows))
-        return _write(d_x, part_x, i), [
-            total + part.astype(jnp.float32) for total, part in zip(d_w, part_w, strict=True)
-        ]
+        d_w = [a + b.astype(jnp.float32) for a, b in zip(d_w, part_w, strict=True)]
+        return _write(d_x, part_x, i), d_w
 
-    zeros = [
-        zeros_after(after, leaf.shape, leaf.dtype)
-        for is_smooth, leaf in zip(smooth, leaves, strict=True)
-        if is_smooth
-    ]
-    d_x, d_w = jax.lax.fori_loop(
-        0, whole, step, (zeros, [zeros_after(after, weight.shape) for weight in weights])
-    )
-    rest = iter(d_x)
-    d_inputs = jax.tree.unflatten(tree, [next(rest) if is_smooth else None for is_smooth in smooth])
-    return d_inputs, [
-        total.astype(weight.dtype) for total, weight in zip(d_w, weights, strict=True)
-    ]
+    zeros = [zeros_after(after, leaf.shape, leaf.dtype) for leaf in smooth_of(leaves)]
+    zero_sums = [zeros_after(after, weight.shape) for weight in weights]
+    d_x, d_w = jax.lax.fori_loop(0, whole, step, (zeros, zero_sums))
+    d_weights = [total.astype(weight.dtype) for total, weight in zip(d_w, weights, strict=True)]
+    return joined(d_x, [None] * len(leaves)), d_weights
 
 
 _loop.defvjp(_loop_fwd, _loop_bwd)

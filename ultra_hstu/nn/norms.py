@@ -13,7 +13,8 @@ L2_EPS = 1e-6  # the published code's clamp of a norm
 def l2_normalize(x: Float[Array, "*rows D"], eps: float = L2_EPS) -> Float[Array, "*rows D"]:
     """x / max(||x||_2, eps) over the last axis, in float32.
 
-    The clamp acts on the squared norm, so that a row of zeros has a finite gradient (the square root of zero has none).
+    The clamp acts on the squared norm, so that a row of zeros has a finite gradient: the square
+    root of zero has none.
     """
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps * eps))
@@ -21,14 +22,14 @@ def l2_normalize(x: Float[Array, "*rows D"], eps: float = L2_EPS) -> Float[Array
 
 def layer_norm(
     x: Float[Array, "*rows D"],
-    weight: Float[Array, "*affine"] | None = None,
-    bias: Float[Array, "*affine"] | None = None,
+    weight: Float[Array, " D"] | None = None,
+    bias: Float[Array, " D"] | None = None,
     *,
     eps: float,
 ) -> Float[Array, "*rows D"]:
-    """(x - mean) / sqrt(biased variance + eps) over the last axis, then `* weight + bias` where given; in the dtype of x.
+    """(x - mean) / sqrt(biased variance + eps) over the last axis, in the dtype of x.
 
-    `weight` and `bias` must have the rank of x or be of shape [D].
+    Then comes `* weight + bias`, where given.
     """
     x32 = x.astype(jnp.float32)
     centred = x32 - checkpoint_name(jnp.mean(x32, axis=-1, keepdims=True), NORM_STATS)
@@ -37,7 +38,7 @@ def layer_norm(
     )
     lead = (1,) * (x.ndim - 1)
     if weight is not None:
-        y = y * (weight if weight.ndim == x.ndim else weight.reshape(lead + weight.shape))
+        y = y * weight.reshape(lead + weight.shape)
     if bias is not None:
-        y = y + (bias if bias.ndim == x.ndim else bias.reshape(lead + bias.shape))
+        y = y + bias.reshape(lead + bias.shape)
     return y.astype(x.dtype)

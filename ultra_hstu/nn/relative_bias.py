@@ -1,8 +1,7 @@
 """The trained tables of HSTU's relative bias, one pair a layer, shared by its heads."""
 
-from typing import Any
-
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -12,25 +11,34 @@ from ultra_hstu.nn import initializers
 
 
 class RelativeBiasTables(nnx.Module):
-    """`bias[i, j] = position_table[N - 1 + j - i] + time_table[bucket]`, bucket = min(floor(ln(max(|t_(i+1) - t_j|, 1)) / 0.301), time_buckets)."""
+    """`bias[i, j] = position_table[N - 1 + j - i] + time_table[bucket]`.
+
+    The bucket is `min(floor(ln(max(|t_(i+1) - t_j|, 1)) / 0.301), time_buckets)`.
+    """
 
     def __init__(self, length: int, time_buckets: int, *, rngs: nnx.Rngs):
         self.position_table = initializers.param(initializers.normal_002, rngs, 2 * length - 1)
         self.time_table = initializers.param(initializers.normal_002, rngs, time_buckets + 1)
 
-    def flat(self, time_T: Int[Any, " T"], next_time_T: Int[Any, " T"]) -> RelativeBias:
-        """The bias in the form of the attention kernels: times of the rows as keys, and of the events after them as queries, in seconds."""
-        return RelativeBias(self.position_table[...], self.time_table[...], time_T, next_time_T)
+    def flat(
+        self, time_T: Int[Array | np.ndarray, " T"], next_time_T: Int[Array | np.ndarray, " T"]
+    ) -> RelativeBias:
+        """The bias in the form of the attention kernels.
+
+        Times are in seconds: of the rows as keys, of the events after them as queries.
+        """
+        times = (jnp.asarray(time_T), jnp.asarray(next_time_T))
+        return RelativeBias(self.position_table[...], self.time_table[...], *times)
 
     def padded(
         self, time_BN: Int[Array, "B N"], next_time_BN: Int[Array, "B N"]
     ) -> Float[Array, "B N N"]:
         """The bias of every (query i, key j) of padded sequences, future and padding included."""
-        place = jnp.arange(time_BN.shape[1])
+        position = jnp.arange(time_BN.shape[1])
         bucket_BNN = time_buckets(
             next_time_BN[:, :, None] - time_BN[:, None, :], self.time_table.shape[0]
         )
         return (
-            position_bias(self.position_table[...], place[None, :] - place[:, None])[None]
+            position_bias(self.position_table[...], position[None, :] - position[:, None])[None]
             + self.time_table[bucket_BNN]
         )

@@ -1,36 +1,47 @@
-"""Selective rematerialisation (ULTRA-HSTU, arXiv 2602.16986): what a layer keeps for its backward pass, and what is computed again.
+"""Selective rematerialisation (ULTRA-HSTU, arXiv 2602.16986): what a layer keeps for its backward.
 
-Kept are the layer's input, the statistics of its two norms and the attention output: 2 D + 2 H V bytes a row in bfloat16. Computed again are the normed
-input, u, v, q, k and the gated output: two norms, one projection and elementwise work, but no attention.
+Kept are the layer's input, the statistics of its two norms and the attention output: 2 D + 2 H V
+bytes a row in bfloat16. Computed again are the normed input, u, v, q, k and the gated output: two
+norms, one projection and elementwise work, but no attention.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
-
-from ultra_hstu.parallel.parameters import keep_no_matrix
+from flax import nnx
+from jaxtyping import Array, Float
 
 # Names of values, given with jax.ad_checkpoint.checkpoint_name.
 LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT = "layer_input", "norm_stats", "attention_output"
 
 Remat = Literal["none", "selective", "full"]
+Policy = Callable[..., Any]  # as `jax.checkpoint` takes it
 
 
-def checkpointed(
-    run: Callable[..., jax.Array], mode: Remat, *, forget_weights: bool = False
-) -> Callable[..., jax.Array]:
-    """`run` with another trade of memory against time in its backward pass; values and gradients are the same.
+# How a stack runs a layer: `call(layer, x_TD)`, whose backward keeps what the policy says, or
+# whatever it needs. `parallel.parameters.ShardedLayers` is one for a mesh.
+CallLayer = Callable[[nnx.Module, Array], Array]
+RunLayer = Callable[[CallLayer, nnx.Module, Array, Policy | None], Array]
 
-    "none" keeps what differentiation asks for. "selective" keeps the named values alone. "full" keeps the arguments alone and runs attention a second time,
-    unless its kernel has side effects, which JAX never runs twice: the output of `mosaic` is kept.
 
-    Args:
-      forget_weights: under "none" too, matrices that were put together from shards are put together again.
+def run_layer(
+    call: CallLayer, layer: nnx.Module, x_TD: Float[Array, "T D"], policy: Policy | None
+) -> Float[Array, "T D"]:
+    """A `RunLayer` for one device."""
+    run = functools.partial(call, layer)
+    return run(x_TD) if policy is None else jax.checkpoint(run, policy=policy)(x_TD)
+
+
+def policy_of(mode: Remat) -> Policy | None:
+    """What the backward of a layer keeps; values and gradients are the same.
+
+    "none" keeps what differentiation asks for. "selective" keeps the named values alone. "full"
+    keeps the arguments alone and runs attention a second time, unless its kernel has side effects,
+    which JAX never runs twice: the output of `mosaic` is kept.
     """
-    if mode == "none" and forget_weights:
-        return jax.checkpoint(run, policy=keep_no_matrix)
     if mode == "none":
-        return run
+        return None
     names = (LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT) if mode == "selective" else ()
-    return jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(*names))
+    return jax.checkpoint_policies.save_only_these_names(*names)

@@ -1,34 +1,35 @@
-"""SASRec (arXiv 1808.09781) as the published HSTU research code builds it for its baseline, with its quirks."""
+"""SASRec (arXiv 1808.09781), as the published HSTU research code builds it for its baseline."""
 
+import functools
 import math
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from kernels.jagged import is_real, pad, unpad
+from kernels.jagged import Offsets, pad, unpad
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn import initializers
 from ultra_hstu.nn.dropout import KeyOrNone, KeysOrNone, dropout, row_keys, sequence_keys, split_key
+from ultra_hstu.nn.encoder import Encoder
 from ultra_hstu.nn.norms import layer_norm
-from ultra_hstu.parallel import parameters
-from ultra_hstu.parallel.shards import ONE, Shards
+from ultra_hstu.nn.remat import RunLayer, run_layer
+from ultra_hstu.nn.truncation import Cut
 from ultra_hstu.sequences import Sequences
 
 EPS = 1e-8
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
 
 
 class SASRecLayer(nnx.Module):
     """Attention and a feed-forward net, each with a residual:
 
         Q  = LN(x)                                       without affine
-        y  = LN(Q + attention(Q Wq, x Wk, x Wv) Wo)      causal softmax; k and v from x, the residual from Q
-        x' = y + act(y W1) W2                            every product with a bias
+        y  = LN(Q + attention(Q Wq, x Wk, x Wv) Wo)      causal softmax; the residual is Q
+        x' = y + relu(y W1) W2                           every product with a bias
 
-    Dropout acts on attention weights, on the hidden units and on the output of the feed-forward net.
+    Dropout acts on attention weights, on the hidden units and on the output of the feed-forward
+    net.
     """
 
     def __init__(
@@ -38,7 +39,6 @@ class SASRecLayer(nnx.Module):
         ffn_width: int,
         length: int,
         *,
-        activation: Literal["relu", "gelu"] = "relu",
         dropout_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
@@ -59,38 +59,28 @@ class SASRecLayer(nnx.Module):
         self.ffn1_bias = initializers.param(initializers.linear_bias(width), rngs, ffn_width)
         self.ffn2 = initializers.param(xavier, rngs, ffn_width, width)
         self.ffn2_bias = initializers.param(initializers.linear_bias(ffn_width), rngs, width)
-        self.heads, self.length, self.activation, self.dropout_rate = (
-            heads,
-            length,
-            activation,
-            dropout_rate,
-        )
+        self.heads, self.length, self.dropout_rate = heads, length, dropout_rate
 
     def __call__(
-        self,
-        x_TD: Float[Array, "T D"],
-        offsets: Int[Array, " B1"],
-        key: KeyOrNone = None,
-        first_sequence: Any = 0,
+        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
     ) -> Float[Array, "T D"]:
-        """`first_sequence`: the number of the first one in the batch of all devices."""
         attention_key, *row_key = split_key(key, 3)
-        if attention_key is not None:
-            attention_key = sequence_keys(attention_key, offsets.shape[0] - 1, first_sequence)
-        row_T = jnp.arange(x_TD.shape[0], dtype=jnp.int32)
-        hidden_key, output_key = (row_keys(one, offsets, row_T, first_sequence) for one in row_key)
+        keys_B = None if attention_key is None else sequence_keys(attention_key, sequences)
+        hidden_key, output_key = (row_keys(one, sequences) for one in row_key)
         query_TD = layer_norm(x_TD, eps=EPS)
-        y_TD = layer_norm(
-            query_TD + self._attention(query_TD, x_TD, offsets, attention_key), eps=EPS
-        )
-        hidden_TF = ACTIVATIONS[self.activation](_linear(y_TD, self.ffn1[...], self.ffn1_bias[...]))
+        attended_TD = self._attention(query_TD, x_TD, sequences.offsets, keys_B)
+        y_TD = layer_norm(query_TD + attended_TD, eps=EPS)
+        hidden_TF = jax.nn.relu(_linear(y_TD, self.ffn1[...], self.ffn1_bias[...]))
         hidden_TF = dropout(hidden_TF, self.dropout_rate, hidden_key)
-        return y_TD + dropout(
-            _linear(hidden_TF, self.ffn2[...], self.ffn2_bias[...]), self.dropout_rate, output_key
-        )
+        z_TD = _linear(hidden_TF, self.ffn2[...], self.ffn2_bias[...])
+        return y_TD + dropout(z_TD, self.dropout_rate, output_key)
 
     def _attention(
-        self, query_TD: Array, x_TD: Array, offsets: Array, key: KeysOrNone
+        self,
+        query_TD: Float[Array, "T D"],
+        x_TD: Float[Array, "T D"],
+        offsets: Offsets,
+        keys_B: KeysOrNone,
     ) -> Float[Array, "T D"]:
         rows, width = x_TD.shape
         weight, bias = self.qkv[...], self.qkv_bias[...]
@@ -104,13 +94,12 @@ class SASRecLayer(nnx.Module):
         score_BHNN = jnp.einsum(
             "bqhk,bshk->bhqs", q_BNHK, k_BNHK, preferred_element_type=jnp.float32
         ) / math.sqrt(heads[1])
-        causal_NN: Bool[Array, "N N"] = jnp.tri(
-            self.length, dtype=bool
-        )  # hides the padding too: it lies behind the rows
+        # This hides the padding too: it lies behind the rows.
+        causal_NN: Bool[Array, "N N"] = jnp.tri(self.length, dtype=bool)
         weight_BHNN = jax.nn.softmax(
             jnp.where(causal_NN[None, None], score_BHNN, -jnp.inf), axis=-1
         )
-        weight_BHNN = dropout(weight_BHNN, self.dropout_rate, key).astype(x_TD.dtype)
+        weight_BHNN = dropout(weight_BHNN, self.dropout_rate, keys_B).astype(x_TD.dtype)
         a_TD = unpad(jnp.einsum("bhqs,bshk->bqhk", weight_BHNN, v_BNHK), offsets, rows).reshape(
             rows, width
         )
@@ -123,35 +112,34 @@ def _linear(
     return x_TX @ weight_XY.astype(x_TX.dtype) + bias_Y.astype(x_TX.dtype)[None]
 
 
-class SASRec(nnx.Module):
+class SASRec(Encoder):
     """A stack of layers; rows of item 0 are zeroed after each. There is no final norm."""
 
-    def __init__(self, layers: list[SASRecLayer], shards: Shards = ONE):
-        self.layers, self.shards = nnx.List(layers), shards
+    def __init__(self, layers: list[SASRecLayer]):
+        self.layers = nnx.List(layers)
+        self.run_layer: RunLayer = run_layer
 
     @staticmethod
-    def from_config(
-        config: ModelConfig, length: int, *, shards: Shards = ONE, rngs: nnx.Rngs
-    ) -> "SASRec":
-        make = lambda: SASRecLayer(
-            config.width,
-            config.heads,
-            config.ffn_width,
-            length,
-            dropout_rate=config.linear_dropout,
-            rngs=rngs,
-        )  # noqa: E731
-        return SASRec([make() for _ in range(config.layers)], shards)
-
-    def __call__(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
-    ) -> Float[Array, "T D"]:
-        keep_T1 = (sequences.real_T & is_real(sequences.offsets, x_TD.shape[0]))[:, None]
-        x_TD = jnp.where(keep_T1, x_TD, jnp.zeros((), x_TD.dtype))
-        for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
-            layer = parameters.whole(layer, x_TD.dtype, self.shards)
-            first = self.shards.first_sequence(sequences.offsets.shape[0] - 1)
-            x_TD = jnp.where(
-                keep_T1, layer(x_TD, sequences.offsets, layer_key, first), jnp.zeros((), x_TD.dtype)
+    def from_config(config: ModelConfig, length: int, *, rngs: nnx.Rngs) -> "SASRec":
+        def layer() -> SASRecLayer:
+            return SASRecLayer(
+                config.width,
+                config.heads,
+                config.ffn_width,
+                length,
+                dropout_rate=config.linear_dropout,
+                rngs=rngs,
             )
-        return x_TD
+
+        return SASRec([layer() for _ in range(config.layers)])
+
+    def encode_kept(
+        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
+    ) -> tuple[Float[Array, "T D"], Cut | None]:
+        keep_T1 = (sequences.real_T & sequences.rows.real)[:, None]
+        zero = jnp.zeros((), x_TD.dtype)
+        x_TD = jnp.where(keep_T1, x_TD, zero)
+        for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
+            call = functools.partial(SASRecLayer.__call__, sequences=sequences, key=layer_key)
+            x_TD = jnp.where(keep_T1, self.run_layer(call, layer, x_TD, None), zero)
+        return x_TD, None

@@ -1,4 +1,7 @@
-"""The paper's softmax ablation of HSTU, as the published research code computes it: dense, on padded sequences, with its quirks."""
+"""The paper's softmax ablation of HSTU, as the published research code computes it.
+
+It is dense and works on padded sequences, with the quirks of that code.
+"""
 
 import math
 
@@ -20,13 +23,15 @@ def softmax_attention(
     bias: RelativeBiasTables | None,
     length: int,
 ) -> Float[Array, "T H V"]:
-    """`a_i = sum_{j <= i} A_ij v_j`, A = softmax((q_i . k_j + bias_ij) / sqrt(K)) over ALL `length` columns of the padded sequence.
+    """`a_i = sum_{j <= i} A_ij v_j` with `A = softmax((q_i . k_j + bias_ij) / sqrt(K))`.
 
-    Not a causal softmax: future rows and padding (where q = k = 0, and the time is 0) stay in the denominator; their weights are zeroed afterwards and
-    the rest is not scaled up again. One softmax serves all heads: q . k runs over the H * K values of all of them. Memory O(B N^2).
+    The softmax is over ALL `length` columns of the padded sequence, so it is not causal: future
+    rows and padding (where q = k = 0, and the time is 0) stay in the denominator; their weights are
+    zeroed afterwards and the rest is not scaled up again. One softmax serves all heads: q . k runs
+    over the H * K values of all of them. Memory is O(B N^2).
     """
     (rows, _, width), offsets = q_THK.shape, sequences.offsets
-    keep_T1 = (sequences.real_T)[:, None]  # a padded layout has padding inside its sequences, too
+    keep_T1 = sequences.real_T[:, None]  # a padded layout has padding inside its sequences
     q_BNX, k_BNX = (
         pad(jnp.where(keep_T1, x_THK.reshape(rows, -1), 0.0), offsets, length)
         for x_THK in (q_THK, k_THK)
@@ -34,7 +39,8 @@ def softmax_attention(
     score_BNN = jnp.einsum("bqx,bkx->bqk", q_BNX, k_BNX, preferred_element_type=jnp.float32)
     if bias is not None:
         next_time_BN = pad(sequences.next_time_T, offsets, length)
-        # The slot behind a history holds the target's time, which only the row before it knows; further slots hold 0.
+        # The slot behind a history holds the target's time, which only the row before it knows.
+        # Further slots hold 0.
         time_BN = jnp.concatenate(
             [pad(sequences.time_T, offsets, length)[:, :1], next_time_BN[:, :-1]], axis=1
         )

@@ -25,7 +25,7 @@ class Collective(NamedTuple):
 
 
 def collectives(program: str, devices: int) -> list[Collective]:
-    """Every collective of an optimized HLO program on `devices` devices; those inside a loop once, however often it runs."""
+    """Every collective of an optimized HLO program; one inside a loop counts once."""
     found = []
     for match in _LINE.finditer(program):
         kind, shapes = (
@@ -35,7 +35,8 @@ def collectives(program: str, devices: int) -> list[Collective]:
         if match["start"] and (
             kind in ("all-gather", "collective-permute") or match["shapes"].startswith("((")
         ):
-            # Operands stand before the results; of a permutation, handles of the hardware may stand behind.
+            # Operands stand before the results; of a permutation, handles of the hardware may stand
+            # behind.
             shapes = shapes[1:2] if kind == "collective-permute" else shapes[len(shapes) // 2 :]
         elements, size = (
             sum(count for _, count in shapes),

@@ -1,45 +1,46 @@
 """Which rows of the flat buffer each context shard holds."""
 
 import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from kernels.jagged import Counts, Lengths
 from kernels.mask import AttentionMask
+from kernels.typing import Leaf
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["owner"],
-    meta_fields=["num_rows", "shards", "block"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """T rows over C shards, T / C each, in ascending order within a shard; made by one of
 
-    - `contiguous`: slices. Balanced for semi-local masks, whose work is the same for nearly all rows; what `halo` needs.
-    - `striped`: blocks of `block` rows dealt out in turns, 0, 1, .., C-1, C-1, .., 1, 0: an early block for every late one. Needs no lengths.
-    - `balanced`: blocks dealt out by their work, the heaviest first: for full causal masks over any lengths.
+    - `contiguous`: slices. They are balanced for semi-local masks, whose work is the same for
+      nearly all rows, and `halo` needs them.
+    - `striped`: blocks of `block` rows dealt out in turns, 0, 1, .., C-1, C-1, .., 1, 0: an early
+      block for every late one. It needs no lengths.
+    - `balanced`: blocks dealt out by their work, the heaviest first: for full causal masks over any
+      lengths.
 
-    Since a shard's rows ascend, an interval of the buffer is an interval of every shard: `rank` gives its ends. The owners of blocks may be traced,
-    so that one compiled step serves all layouts of a size.
+    Since a shard's rows ascend, an interval of the buffer is an interval of every shard: `index`
+    gives its ends. The owners of blocks may be traced, so that one compiled step serves all layouts
+    of a size.
     """
 
-    num_rows: int
-    shards: int
-    block: int
-    owner: Any  # int32 [T / block]: shard of each block
+    num_rows: int = dataclasses.field(metadata={"static": True})
+    shards: int = dataclasses.field(metadata={"static": True})
+    block: int = dataclasses.field(metadata={"static": True})
+    owner: Leaf[Int[Array | np.ndarray, " blocks"]]  # shard of each block
 
     @staticmethod
     def contiguous(num_rows: int, shards: int) -> "Layout":
         """Raises ValueError where T is not divisible by the shards."""
         if num_rows % shards:
             raise ValueError(
-                f"T={num_rows} rows cannot be divided among {shards} context shards: make T a multiple of {shards}"
+                f"T={num_rows} rows cannot be divided among {shards} context shards: "
+                f"make T a multiple of {shards}"
             )
         return Layout(num_rows, shards, num_rows // shards, np.arange(shards, dtype=np.int32))
 
@@ -48,7 +49,8 @@ class Layout:
         """Raises ValueError where T is not a multiple of 2 * C * block."""
         if block < 1 or num_rows % (2 * shards * block):
             raise ValueError(
-                f"T={num_rows} rows are not a multiple of 2 * {shards} context shards * {block=}: choose another T or block"
+                f"T={num_rows} rows are not a multiple of 2 * {shards} context shards * {block=}: "
+                "choose another T or block"
             )
         turn = np.concatenate([np.arange(shards), np.arange(shards)[::-1]])
         return Layout(
@@ -60,34 +62,34 @@ class Layout:
 
     @staticmethod
     def balanced(
-        lengths: Any,
+        lengths: Lengths,
         mask: AttentionMask,
         num_rows: int,
         shards: int,
         block: int = 128,
-        num_targets: Any = None,
-        num_contextual: Any = None,
+        num_targets: Counts = None,
+        num_contextual: Counts = None,
     ) -> "Layout":
-        """On the host, from the lengths of a batch. `block` should be a multiple of the kernels' tiles (128 rows).
+        """Blocks dealt out on the host, by the lengths of a batch.
 
-        Raises ValueError where T is not a multiple of C * block.
+        `block` should be a multiple of the kernels' tiles (128 rows). Raises ValueError where T is
+        not a multiple of C * block.
         """
         if block < 1 or num_rows % (shards * block):
             raise ValueError(
-                f"T={num_rows} rows are not a multiple of {shards} context shards * {block=}: choose another T or block"
+                f"T={num_rows} rows are not a multiple of {shards} context shards * {block=}: "
+                "choose another T or block"
             )
         pairs = (
             mask.row_pairs(lengths, num_rows, num_targets, num_contextual).reshape(-1, block).sum(1)
         )
-        load, room = np.zeros(shards, np.int64), np.full(shards, num_rows // (shards * block))
+        load, left = np.zeros(shards, np.int64), np.full(shards, num_rows // (shards * block))
         owner = np.zeros(len(pairs), np.int32)
         for number in np.argsort(-pairs, kind="stable"):
-            shard = int(np.argmin(np.where(room > 0, load, np.iinfo(np.int64).max)))
-            owner[number], load[shard], room[shard] = (
-                shard,
-                load[shard] + pairs[number],
-                room[shard] - 1,
-            )
+            shard = int(np.argmin(np.where(left > 0, load, np.iinfo(np.int64).max)))
+            owner[number] = shard
+            load[shard] += pairs[number]
+            left[shard] -= 1
         return Layout(num_rows, shards, block, owner)
 
     @property
@@ -98,7 +100,7 @@ class Layout:
     def rows_per_shard(self) -> int:
         return self.num_rows // self.shards
 
-    def rows(self, shard: Any) -> Int[Array, " t"]:
+    def rows(self, shard: int | Int[Array, ""]) -> Int[Array, " t"]:
         """The rows of a shard (its number may be traced), ascending, int32[T / C]."""
         inside = jnp.arange(self.block, dtype=jnp.int32)
         blocks = jnp.nonzero(
@@ -106,15 +108,18 @@ class Layout:
         )[0].astype(jnp.int32)
         return (blocks[:, None] * self.block + inside[None, :]).reshape(-1)
 
-    def rank(self, row: Any, shard: Any) -> Any:
-        """How many rows of a shard come before `row` of the buffer (0..T): where `row` is, or would be, in the shard."""
+    def index(self, row: int | Int[Array, "*n"], shard: int | Int[Array, ""]) -> Int[Array, "*n"]:
+        """How many rows of a shard come before `row` of the buffer (0..T).
+
+        This is where `row` is, or would be, in the shard.
+        """
         mine = jnp.pad((jnp.asarray(self.owner) == shard).astype(jnp.int32), (0, 1))
         before = jnp.cumsum(mine) - mine
         block = row // self.block
         return before[block] * self.block + mine[block] * (row % self.block)
 
     def permutation(self) -> Int[Array, " T"]:
-        """`x[permutation]` of a buffer in its natural order is the buffer as the shards hold it, one after another."""
+        """`x[permutation]` of a buffer in order is the buffer as the shards hold it, in turn."""
         blocks = jnp.argsort(jnp.asarray(self.owner), stable=True).astype(jnp.int32)
         return (
             blocks[:, None] * self.block + jnp.arange(self.block, dtype=jnp.int32)[None, :]

@@ -1,4 +1,7 @@
-"""The mesh of a run: `data` counts groups with batches of their own, `context` the devices that share the rows of one batch."""
+"""The mesh of a run.
+
+`data` counts groups with batches of their own, `context` the devices that share a batch's rows.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,14 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 DATA, CONTEXT = "data", "context"
+EVERYWHERE = PartitionSpec()
 
 
 def make_mesh(
     data: int = 1, context: int = 1, *, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh of `data` x `context` devices; neighbours along `context` are neighbours in `devices`, where links are fastest.
+    """A mesh of `data` x `context` devices.
+
+    Neighbours along `context` are neighbours in `devices`, where links are fastest.
 
     Args:
       devices: None takes all devices of all processes.
@@ -24,7 +31,8 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     if data < 1 or context < 1 or data * context != len(devices):
         raise ValueError(
-            f"data={data} x context={context} must be the number of devices, {len(devices)}: change one of them, or pass devices="
+            f"data={data} x context={context} must be the number of devices, {len(devices)}: "
+            "change one of them, or pass devices="
         )
     return Mesh(
         np.asarray(devices).reshape(data, context),
@@ -42,8 +50,10 @@ def groups_here(mesh: Mesh) -> list[int]:
     ]
 
 
-def put(tree: Any, mesh: Mesh | None, spec: PartitionSpec = PartitionSpec()) -> Any:  # noqa: B008 - immutable
-    """Arrays of the host on the devices, divided as `spec` says; without a mesh, on the default device.
+def put(tree: PyTree, mesh: Mesh | None, spec: PartitionSpec = EVERYWHERE) -> PyTree:
+    """Arrays of the host on the devices, divided as `spec` says.
+
+    Without a mesh they are on the default device.
 
     Of several processes each holds the whole arrays and puts its own devices' parts.
     """
@@ -58,16 +68,19 @@ def put(tree: Any, mesh: Mesh | None, spec: PartitionSpec = PartitionSpec()) -> 
     )
 
 
-def put_groups(tree: Any, mesh: Mesh) -> Any:
-    """Arrays [S, ...] of this process's data groups, side by side on their second axis, as arrays of all groups, divided over `data`."""
+def put_groups(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays of all data groups, divided over `data`, from those of this process's groups.
+
+    Arrays are [S, ...] with the groups side by side on the second axis.
+    """
     here, sharding = groups_here(mesh), NamedSharding(mesh, PartitionSpec(None, DATA))
 
     def join(x: np.ndarray) -> jax.Array:
         size = x.shape[1] // len(here)
 
         def of_group(index: Any) -> np.ndarray:
-            place = here.index((index[1].start or 0) // size) * size
-            return x[:, place : place + size]
+            first = here.index((index[1].start or 0) // size) * size
+            return x[:, first : first + size]
 
         return jax.make_array_from_callback(
             (x.shape[0], size * len(mesh.devices), *x.shape[2:]), sharding, of_group

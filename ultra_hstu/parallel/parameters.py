@@ -1,37 +1,81 @@
-"""Where parameters live: tables on all devices by rows, matrices of layers by rows over `data` if asked (FSDP), the rest on every device."""
+"""Where parameters live, and how a stack of layers runs on them.
 
+Tables are divided among all devices by rows, matrices of layers by rows over `data` if asked
+(FSDP). The rest is on every device.
+"""
+
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
+from jax.tree_util import KeyPath
+from jaxtyping import Array, Float, PyTree
 
-from ultra_hstu.parallel.embedding_sharding import Table
-from ultra_hstu.parallel.mesh import CONTEXT, DATA
+from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
+from ultra_hstu.parallel.mesh import CONTEXT, DATA, EVERYWHERE
 from ultra_hstu.parallel.shards import Shards
 
-EVERYWHERE, TABLE, MATRIX = PartitionSpec(), PartitionSpec((DATA, CONTEXT)), PartitionSpec(DATA)
+TABLE, MATRIX = PartitionSpec((DATA, CONTEXT)), PartitionSpec(DATA)
+
+Policy = Callable[..., Any]  # as `jax.checkpoint` takes it
 
 
-def specs(tree: Any, shards: Shards) -> Any:
-    """The PartitionSpec of every array of a pytree: parameters, and whatever is made like them (an optimizer's state).
+@dataclasses.dataclass(frozen=True)
+class ShardedLayers:
+    """Runs layers of a stack inside `shard_map`: put it in the place of `run_layer` of an encoder.
+
+    Matrices are put together (FSDP), once more in the backward. Gradients of a layer are complete
+    before the backward goes on.
+    """
+
+    shards: Shards
+
+    def __call__(
+        self,
+        call: Callable[[nnx.Module, Array], Array],
+        layer: nnx.Module,
+        x_TD: Float[Array, "T D"],
+        policy: Policy | None,
+    ) -> Float[Array, "T D"]:
+        graphdef, params = nnx.split(layer)
+        x_TD, params = _in_order(x_TD, params)
+        gathers = self.shards.fsdp and self.shards.data > 1
+
+        def run(x_TD: Array) -> Array:
+            return call(nnx.merge(graphdef, whole(x_TD.dtype) if gathers else params), x_TD)
+
+        def whole(dtype: jnp.dtype) -> PyTree:
+            return jax.tree.map(lambda x: _gathered(dtype, x) if x.ndim == 2 else x, params)
+
+        if policy is None and self.shards.fsdp:
+            policy = _keep_no_matrix
+        return run(x_TD) if policy is None else jax.checkpoint(run, policy=policy)(x_TD)
+
+
+def specs(tree: PyTree, shards: Shards) -> PyTree:
+    """The PartitionSpec of every array of a pytree.
+
+    It holds parameters, or whatever is made like them (an optimizer's state).
 
     Raises:
       ValueError: a matrix that `fsdp` cannot divide.
     """
 
-    def spec(path: Any, leaf: Any) -> PartitionSpec:
-        if isinstance(leaf, Table):
+    def spec(path: KeyPath, leaf: PyTree) -> PartitionSpec:
+        if isinstance(leaf, EmbeddingTable):
             return TABLE
         if not (shards.fsdp and is_matrix_of_layer(path, leaf)):
             return EVERYWHERE
         if leaf.shape[0] % shards.data:
             raise ValueError(
-                f"parallel.fsdp=True divides the matrices of layers by their rows over parallel.data={shards.data}, but "
-                f"{jax.tree_util.keystr(path)} has {leaf.shape[0]}: choose widths that it divides, or fsdp=False"
+                "parallel.fsdp=True divides the matrices of layers by their rows over "
+                f"parallel.data={shards.data}, but {jax.tree_util.keystr(path)} has "
+                f"{leaf.shape[0]}: choose widths that it divides, or fsdp=False"
             )
         return MATRIX
 
@@ -40,7 +84,7 @@ def specs(tree: Any, shards: Shards) -> Any:
     )
 
 
-def is_matrix_of_layer(path: Any, leaf: Any) -> bool:
+def is_matrix_of_layer(path: KeyPath, leaf: PyTree) -> bool:
     """Whether an entry of a pytree of parameters is a matrix that a layer multiplies with."""
     of_a_layer = any(
         getattr(entry, "key", getattr(entry, "name", None)) == "layers" for entry in path
@@ -48,23 +92,13 @@ def is_matrix_of_layer(path: Any, leaf: Any) -> bool:
     return of_a_layer and isinstance(leaf, nnx.Variable) and leaf.ndim == 2
 
 
-def whole(layer: Any, dtype: Any, shards: Shards) -> Any:
-    """A layer with its matrices put together (FSDP), in the dtype that it computes in. Inside `shard_map`."""
-    if not shards.fsdp or shards.data == 1:
-        return layer
-    graphdef, params = nnx.split(layer)
-    return nnx.merge(
-        graphdef, jax.tree.map(lambda x: _gathered(dtype, x) if x.ndim == 2 else x, params)
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(dtype: Any, x: Array) -> Array:
+def _gathered(dtype: jnp.dtype, x: Array) -> Array:
     """All of a matrix. Rounded before it travels; its gradients are added up in float32."""
     return jax.lax.all_gather(x.astype(dtype), DATA, tiled=True)
 
 
-def _gathered_backward(dtype: Any, _: None, g: Array) -> tuple[Array]:
+def _gathered_backward(dtype: jnp.dtype, _: None, g: Array) -> tuple[Array]:
     return (jax.lax.psum_scatter(g.astype(jnp.float32), DATA, tiled=True),)
 
 
@@ -72,32 +106,33 @@ _gathered.defvjp(lambda dtype, x: (_gathered(dtype, x), None), _gathered_backwar
 
 
 @jax.custom_vjp
-def in_order(x: Array, params: Any) -> tuple[Array, Any]:
-    """What it is given; in the backward, the gradients of `params` are complete before that of `x` goes on.
+def _in_order(x: Array, params: PyTree) -> tuple[Array, PyTree]:
+    """What it is given.
 
-    Where there are collectives to hide, XLA puts off the products that give a layer's parameters their gradients, and holds the operands of all layers'
-    until then: more than all activations.
+    In the backward, the gradients of `params` are complete before that of `x` goes on. Where there
+    are collectives to hide, XLA puts off the products that give a layer's parameters their
+    gradients and holds the operands of all layers' until then: more than all activations.
     """
     return x, params
 
 
-in_order.defvjp(lambda x, params: ((x, params), None), lambda _, g: jax.lax.optimization_barrier(g))
+_in_order.defvjp(
+    lambda x, params: ((x, params), None), lambda _, g: jax.lax.optimization_barrier(g)
+)
 
 
-def keep_no_matrix(primitive: Any, *_: Any, **settings: Any) -> bool:
-    """A policy of `jax.checkpoint`: the backward puts matrices together again, and keeps everything else."""
+def _keep_no_matrix(primitive: Any, *_: Any, **settings: Any) -> bool:
+    """A policy of `jax.checkpoint`: the backward puts matrices together again, keeps the rest."""
     if primitive.name != "custom_vjp_call":
         return True
-    return not {eqn.primitive.name for eqn in settings["call_jaxpr"].eqns} <= {
-        "convert_element_type",
-        "all_gather",
-    }  # that of `_gathered`
+    primitives = {eqn.primitive.name for eqn in settings["call_jaxpr"].eqns}
+    return not primitives <= {"convert_element_type", "all_gather"}  # those of `_gathered`
 
 
-def summed(grads: Any, specs: Any) -> Any:
-    """Gradients of the sum of all devices' losses, from those of each and their `specs`. Inside `shard_map`."""
+def summed(grads: PyTree, specs: PyTree) -> PyTree:
+    """Gradients of the sum of all devices' losses, from those of each. Inside `shard_map`."""
 
-    def add(spec: PartitionSpec, leaf: Any) -> Any:
+    def add(spec: PartitionSpec, leaf: PyTree) -> PyTree:
         # The transposes of a lookup and of an all-gather have added up over the axes that they use.
         axes = {TABLE: (), MATRIX: (CONTEXT,), EVERYWHERE: (DATA, CONTEXT)}[spec]
         return jax.tree.map(lambda g: jax.lax.psum(g, axes), leaf) if axes else leaf

@@ -1,9 +1,11 @@
-"""Several processes of one run: they find each other, agree on what one of them knows, and end together.
+"""Several processes of one run find each other, exchange values on the host, and end together.
 
-All of it goes through JAX's coordination service, which lives in process 0. Every process must call the functions below in the same order, as it must
-start the same compiled programs. In a run of one process they cost nothing.
+Everything goes through JAX's coordination service, which lives in process 0. All processes must
+call the functions below in the same order, as they must start the same compiled programs. In a run
+of one process the functions cost nothing.
 """
 
+import atexit
 import contextlib
 import functools
 import itertools
@@ -14,28 +16,32 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import (
-    distributed,
-)  # the key-value store of the coordination service has no public name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ultra_hstu.config import difference
+# The key-value store of the coordination service has no public name.
+from jax._src import distributed
+from jax._src.lib import _jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32
+
+from ultra_hstu.fields import difference
 from ultra_hstu.parallel.mesh import CONTEXT, DATA
 
-HEARTBEAT_SECONDS = 30  # JAX ends all processes when one has been silent for so long, in the middle of a collective too
-POLL_SECONDS = 0.5  # how often a process looks whether another has failed
-FAREWELL_SECONDS = 5  # process 0 stays so long for the others' last words
-LOST = 4  # exit code where another process failed or was lost
-_DAY = (
-    24 * 3600 * 1000
-)  # others may prepare data for hours; one that dies is noticed by its heartbeats
+# JAX ends all processes when one sends no heartbeat for so long, in the middle of a collective too.
+HEARTBEAT_SECONDS = 30
+POLL_SECONDS = 0.5  # a process checks this often whether another has failed
+FAREWELL_SECONDS = 5  # the longest wait at the end, for the others' errors or for a thread
+LOST = 4  # exit code of a process that ends since another failed or was lost
+# Preparing data may take hours. The heartbeats notice a process that dies meanwhile.
+_DAY_MS = 24 * 3600 * 1000
 _FAILED, _ENDED = "ultra_hstu/failed/", "ultra_hstu/ended/"
 _calls = itertools.count()
+_ending = threading.Event()  # set before the connection is closed at the end of a good run
+_ended = threading.Event()  # set when the interpreter ends
 
 
 def join(
@@ -46,27 +52,34 @@ def join(
     detect: bool,
     seconds: int,
 ) -> None:
-    """Makes this process one of a run's; before anything that uses a device. Without arguments the run has this one process.
+    """Connects this process to the others of its run. Without arguments the run has one process.
+
+    Call it before anything that uses a device.
 
     Args:
-      coordinator: HOST:PORT where process 0 listens, the same in all processes; with `processes`, how many there are, and `process`, which this is.
-      detect: JAX asks SLURM, Kubernetes (GKE) or Open MPI instead.
-      seconds: how long to wait for the others; then the process ends with exit code 1.
+      coordinator: HOST:PORT where process 0 listens. All processes give the same one.
+      processes: the number of processes.
+      process: the index of this process, from 0.
+      detect: JAX asks SLURM, Kubernetes (GKE) or Open MPI for these three instead.
+      seconds: the longest wait for the others; then the process ends with exit code 1.
 
     Raises:
-      ValueError: arguments that do not fit together, no cluster where one was to be detected, a coordinator's address that cannot be used.
+      ValueError: the arguments do not fit together, no cluster was detected, or the coordinator's
+        address cannot be used.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
     if detect and len(missing) < len(given):
         raise ValueError(
-            "--distributed asks the cluster for what --coordinator, --processes and --process say: give the one or the others"
+            "--distributed asks the cluster for what --coordinator, --processes and --process say: "
+            "give the one or the others"
         )
     if not detect and len(missing) == len(given):
         return
     if not detect and missing:
         raise ValueError(
-            f"{' and '.join(missing)} must be given too: --coordinator=HOST:PORT --processes=N --process=I, with I from 0 to N - 1"
+            f"{' and '.join(missing)} must be given too: "
+            "--coordinator=HOST:PORT --processes=N --process=I, with I from 0 to N - 1"
         )
     if seconds < 1:
         raise ValueError(f"--connect_seconds={seconds} must be at least 1")
@@ -76,37 +89,43 @@ def join(
             raise ValueError(f"--coordinator={coordinator} must be HOST:PORT, such as node1:7000")
         if not 0 <= process < processes:
             raise ValueError(
-                f"--process={process} must be from 0 to {processes - 1}, below --processes={processes}"
+                f"--process={process} must be from 0 to {processes - 1}, "
+                f"below --processes={processes}"
             )
         if process == 0:
             _require_free(int(port))
     _connect(coordinator, processes, process, detect, seconds)
-    threading.Thread(target=_watch, daemon=True).start()
+    _start_watching()
 
 
 def _require_free(port: int) -> None:
-    """JAX would share a port that another program listens on, and the processes of two runs would meet."""
+    """Raises ValueError if another program listens on the port.
+
+    JAX would share the port with it, and the processes of two runs would connect to each other.
+    """
     try:
         with socket.create_server(("", port)):
             return
     except OSError as error:
         raise ValueError(
-            f"process 0 cannot listen on port {port} ({error.strerror}): choose another for --coordinator"
+            f"process 0 cannot listen on port {port} ({error.strerror}): "
+            "choose another for --coordinator"
         ) from None
 
 
 def _connect(
     coordinator: str | None, processes: int | None, process: int | None, detect: bool, seconds: int
 ) -> None:
-    """JAX's own limit aborts without a word about the address; so ours comes first."""
+    """Connects within `seconds`: JAX's own limit, which is later, aborts without an address."""
 
     def give_up() -> None:
         state = distributed.global_state
         where = coordinator or state.coordinator_address or "the address that the cluster names"
         me = f"process {state.process_id}{'' if processes is None else f' of {processes}'}"
         _exit(
-            f"the processes did not all meet at {where} within {seconds} s (this is {me}). Is process 0 running there and the port open to the "
-            "others, and have all been started? --connect_seconds=N waits longer.",
+            f"the processes did not all meet at {where} within {seconds} s (this is {me}). "
+            "Is process 0 running there and the port open to the others, and have all been "
+            "started? --connect_seconds=N waits longer.",
             1,
         )
 
@@ -127,31 +146,35 @@ def _connect(
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         if detect and isinstance(error, ValueError):
             raise ValueError(
-                f"--distributed found no cluster ({error}): neither SLURM's variables (start with srun inside a job), nor Kubernetes (needs the package "
-                "`kubernetes`), nor Open MPI's. Without one, give --coordinator=HOST:PORT --processes=N --process=I."
+                f"--distributed found no cluster ({error}): neither SLURM's variables (start with "
+                "srun inside a job), nor Kubernetes (needs the package `kubernetes`), nor Open "
+                "MPI's. Without one, give --coordinator=HOST:PORT --processes=N --process=I."
             ) from None
         raise ValueError(
-            f"the processes could not meet at {coordinator or 'the address that the cluster names'}: {error}"
+            "the processes could not meet at "
+            f"{coordinator or 'the address that the cluster names'}: {error}"
         ) from error
     finally:
         timer.cancel()
-    jax.devices()  # here, since all processes do it together
+    jax.devices()  # all processes make their backends together
 
 
 def several() -> bool:
     """Whether this process is one of several."""
-    return (
-        distributed.global_state.client is not None and distributed.global_state.num_processes > 1
-    )
+    state = distributed.global_state
+    return state.client is not None and state.num_processes > 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what one process writes."""
+    """Whether this is process 0, which writes the files that one process writes."""
     return not several() or distributed.global_state.process_id == 0
 
 
-def of_first[T](make: Callable[[], T]) -> T:
-    """What process 0 makes, a JSON value, for all of them; its ValueError or OSError, too."""
+def broadcast[T](make: Callable[[], T]) -> T:
+    """Calls `make` in process 0 alone and returns its JSON value in every process.
+
+    A ValueError or OSError of `make` is raised in every process, too.
+    """
     if not several():
         return make()
     key = f"ultra_hstu/{next(_calls)}"
@@ -159,83 +182,92 @@ def of_first[T](make: Callable[[], T]) -> T:
         try:
             value = make()
         except (ValueError, OSError) as error:
-            _store().key_value_set(
-                key, json.dumps({"error": str(error), "disk": isinstance(error, OSError)})
-            )
+            answer = {"error": str(error), "disk": isinstance(error, OSError)}
+            _store().key_value_set(key, json.dumps(answer))
             raise
         _store().key_value_set(key, json.dumps({"value": value}))
         return value
-    answer = json.loads(_store().blocking_key_value_get(key, _DAY))
+    answer = json.loads(_store().blocking_key_value_get(key, _DAY_MS))
     if "error" in answer:
         raise (OSError if answer["disk"] else ValueError)(answer["error"])
     return answer["value"]
 
 
-def of_all(value: Any, seconds: int | None = None) -> list[Any]:
-    """The JSON values of all processes.
+def all_gather[T](value: T, seconds: int | None = None) -> list[T]:
+    """Returns the JSON values of all processes, in the order of their indices.
 
     Raises:
-      TimeoutError: after `seconds`, with the process that said nothing.
+      TimeoutError: after `seconds`, with the index of a process that gave no value.
     """
     if not several():
         return [value]
     state, call = distributed.global_state, next(_calls)
+    timeout_ms = _DAY_MS if seconds is None else seconds * 1000
     _store().key_value_set(f"ultra_hstu/{call}/{state.process_id}", json.dumps(value))
     values = []
-    for number in range(state.num_processes):
+    for index in range(state.num_processes):
         try:
-            found = _store().blocking_key_value_get(
-                f"ultra_hstu/{call}/{number}", _DAY if seconds is None else seconds * 1000
-            )
+            found = _store().blocking_key_value_get(f"ultra_hstu/{call}/{index}", timeout_ms)
         except jax.errors.JaxRuntimeError as error:
-            raise TimeoutError(f"process {number} did not answer within {seconds} s") from error
+            raise TimeoutError(f"process {index} did not answer within {seconds} s") from error
         values.append(json.loads(found))
     return values
 
 
-def meet() -> None:
-    """Waits until all processes are here. Before a new program runs: one that compiles for longer than the others must not keep them waiting in it,
-    where some collectives give up after 30 seconds."""
-    of_all(None)
+def barrier() -> None:
+    """Waits until all processes are here.
+
+    Call it before a new program runs. Some collectives give up after 30 seconds, so a process that
+    compiles for longer than the others must not keep them waiting inside the program.
+    """
+    all_gather(None)
 
 
-def require_same(what: str, value: dict[str, Any]) -> None:
-    """Raises ValueError, in every process, if a process has another value than process 0, with the difference."""
-    values = of_all(value)
-    for number, other in enumerate(values):
+def require_same[T](what: str, value: dict[str, T]) -> None:
+    """Raises ValueError in every process, with the difference, if one has another value."""
+    values = all_gather(value)
+    for index, other in enumerate(values):
         if changed := difference(values[0], other):
             listed = "\n  ".join(changed)
             raise ValueError(
-                f"process {number} has another {what} than process 0 (process 0 -> process {number}):\n  {listed}"
+                f"process {index} has another {what} than process 0 "
+                f"(process 0 -> process {index}):\n  {listed}"
             )
 
 
-def largest(number: int, mesh: Mesh | None) -> Callable[[], int]:
-    """The largest of the processes' numbers, asked for between two programs of the devices; the answer is read later, without keeping the devices
-    waiting."""
+def all_reduce_max(number: int, mesh: Mesh | None) -> Callable[[], int]:
+    """Starts a reduction of the processes' numbers on the devices of the mesh.
+
+    Returns a function that waits for the largest number. The devices run the reduction between two
+    other programs, and do not wait for the host to read it.
+    """
     if not several() or mesh is None:
         return lambda: number
     devices = NamedSharding(mesh, PartitionSpec((DATA, CONTEXT)))
     number_D = jax.make_array_from_callback(
         (mesh.size,), devices, lambda _: np.full(1, number, np.int32)
     )
-    most = _maximum(mesh)(number_D)
-    return lambda: int(most)
+    maximum = _maximum(mesh)(number_D)
+    return lambda: int(maximum)
 
 
 @functools.cache
-def _maximum(mesh: Mesh) -> Any:
+def _maximum(mesh: Mesh) -> Callable[[Int32[Array, " D"]], Int32[Array, ""]]:
     return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def end() -> None:
-    """Waits for the other processes at the end of a run that went well."""
+    """Waits for the other processes at the end of a good run, and closes the connection."""
     if several():
+        _ending.set()
         jax.distributed.shutdown()
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Ends this process and, with its message, all others. Nothing is waited for: what the devices and the checkpoints' threads do needs the others."""
+    """Ends this process, and all others with its message.
+
+    It waits neither for the devices nor for the checkpoints' threads: their work needs the others.
+    """
     if not several():
         sys.exit(code)
     state = distributed.global_state
@@ -244,21 +276,37 @@ def fail(message: str, code: int) -> NoReturn:
     _leave(None, code)
 
 
+def _start_watching() -> None:
+    watcher = threading.Thread(target=_watch, daemon=True)
+
+    def stop() -> None:
+        _ended.set()
+        watcher.join(FAREWELL_SECONDS)
+
+    # A thread that returns from native code after Python's end is ended by Python in a way that
+    # aborts the whole process (signal 6), after work that was good.
+    atexit.register(stop)
+    watcher.start()
+
+
 def _watch() -> None:
-    """Ends this process when another has failed."""
-    state, pause = distributed.global_state, threading.Event()
-    while not pause.wait(POLL_SECONDS):
+    """Ends this process when another has failed, or when process 0 is gone too early."""
+    state = distributed.global_state
+    while not _ended.wait(POLL_SECONDS):
         client = state.client
         if client is None:
             return
         try:
             failed = client.key_value_dir_get(_FAILED)
         except jax.errors.JaxRuntimeError:
-            if state.client is None:
-                return  # the end of the run
+            # In a good run process 0 leaves once all processes have called `end`, which may return
+            # later in this one.
+            if _ending.is_set():
+                return
             _leave(
-                f"process 0 at {state.coordinator_address} is gone, which the others cannot do without. Start the same command again in all "
-                "processes: it goes on from the last checkpoint.",
+                f"process 0 at {state.coordinator_address} is gone, which the others cannot do "
+                "without. Start the same command again in all processes: it goes on from the last "
+                "checkpoint.",
                 LOST,
             )
         others = [
@@ -267,20 +315,19 @@ def _watch() -> None:
             if key != f"{_FAILED}{state.process_id}"
         ]
         if others:
-            pause.wait(2 * POLL_SECONDS)  # an error that all have is told by each of them
+            time.sleep(2 * POLL_SECONDS)  # each process prints an error that all of them have
             _leave(f"process {others[0][0]} has stopped: {others[0][1]}", LOST)
 
 
 def _leave(message: str | None, code: int) -> NoReturn:
-    """The end of the process at once, whatever its threads wait for."""
+    """Ends the process at once, whatever its threads wait for."""
     state = distributed.global_state
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         if state.service is None:
             _store().key_value_set(f"{_ENDED}{state.process_id}", "")
+        # The service ends with process 0, and without it the others would not learn the reason.
         deadline = time.monotonic() + FAREWELL_SECONDS
-        while (
-            state.service is not None and time.monotonic() < deadline
-        ):  # with this process the service ends, and what the others would say
+        while state.service is not None and time.monotonic() < deadline:
             if len(_store().key_value_dir_get(_ENDED)) == state.num_processes - 1:
                 break
             time.sleep(0.1)
@@ -295,5 +342,7 @@ def _exit(message: str | None, code: int) -> NoReturn:
     os._exit(code)
 
 
-def _store() -> Any:
-    return distributed.global_state.client
+def _store() -> _jax.DistributedRuntimeClient:
+    client = distributed.global_state.client
+    assert client is not None
+    return client

@@ -1,40 +1,47 @@
-"""From batches that every device of a context group read for itself to one flat buffer that they share, by all-to-all (arXiv 2508.04711).
+"""From batches that the devices of a group read for themselves to one flat buffer that they share.
 
-The shared buffer holds the sequences of device 0, then those of device 1, and so on; it lies in slices or blocks of rows (`Layout`). A device sends each
-other one the rows that are to lie there and nothing else: over slices, where the devices read about the same number of rows, only what sticks out at the
-edges; over blocks, all but 1 / C of its rows. Room for it is fixed (`capacity`).
+This is the all-to-all of arXiv 2508.04711. The shared buffer holds the sequences of device 0, then
+those of device 1, and so on; it lies in slices or blocks of rows (`Layout`). A device sends each
+other one the rows that are to lie there and nothing else. Over slices, where the devices read about
+the same number of rows, these are what sticks out at the edges; over blocks, all but 1 / C of its
+rows. Room for them is fixed (`capacity`).
 
-`gather_then_slice` gives the same by putting the rows of all devices together on each and cutting: C times the rows on the wire and in memory. It is
-what the paper starts from, and here to be compared with.
+`gather_then_slice` gives the same by putting the rows of all devices together on each and cutting:
+C times the rows on the wire and in memory. The paper starts from it; here it is for comparison.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
 
-LOST = np.iinfo(
-    np.int32
-).min  # stands for every integer of a batch that did not fit, as NaN does for every float
+# Stands for every integer of a batch that did not fit, as NaN does for every float.
+LOST = np.iinfo(np.int32).min
 
 
 class Shared(NamedTuple):
-    """The buffer of a group."""
+    """The buffer of a group.
 
-    values: Any  # arrays [T, ...]; inside `shard_map` this device's [T / C, ...]; zeros on padding
-    offsets: Int[Array, " B1"]  # of the sequences of all devices, int32
-    fits: Bool[Array, ""]  # if not, all values are NaN (integers: LOST)
+    Attributes:
+      values: arrays [T, ...], inside `shard_map` this device's [T / C, ...]; zeros on padding.
+      offsets: of the sequences of all devices.
+      fits: if not, all values are NaN (integers: LOST).
+    """
+
+    values: PyTree
+    offsets: Int[Array, " B1"]
+    fits: Bool[Array, ""]
 
 
 def reshard(
-    values: Any,
-    lengths: Int[Any, " B"],
+    values: PyTree,
+    lengths: Int[Array | np.ndarray, " B"],
     *,
     num_rows: int,
     mesh: Mesh,
@@ -44,31 +51,36 @@ def reshard(
     """The shared buffer of `num_rows` rows, sharded over `context`, from the devices' own ones.
 
     Args:
-      values: arrays (a pytree) [C * L, ...], sharded on rows: L rows of each of the C devices, its sequences one after another, then padding.
+      values: arrays (a pytree) [C * L, ...], sharded on rows: L rows of each of the C devices, its
+        sequences one after another, then padding.
       lengths: of each device's B / C sequences, one device's after another's; 0 for none.
       num_rows: T.
-      capacity: rows that a device may send to one other; needed where lengths are traced, otherwise what this batch needs.
+      capacity: rows that a device may send to one other; needed where lengths are traced, otherwise
+        what this batch needs.
       layout: None: contiguous slices.
 
     Raises:
-      ValueError: rows or capacity that are too few for these lengths, with the numbers that would do; traced lengths without a capacity.
+      ValueError: rows or capacity that are too few for these lengths, with the numbers that would
+        do; traced lengths without a capacity.
     """
     shards = mesh.shape[CONTEXT]
     layout = Layout.contiguous(num_rows, shards) if layout is None else layout
     if isinstance(lengths, jax.core.Tracer):
         if capacity is None:
             raise ValueError(
-                "lengths are traced, and what a device sends needs a fixed room: pass capacity=, see needed_capacity"
+                "lengths are traced, and what a device sends needs a fixed bound: pass capacity=, "
+                "see needed_capacity"
             )
     else:
         needed = needed_capacity(lengths, layout)
         if capacity is not None and capacity < needed:
             raise ValueError(
-                f"{capacity=} rows from one device to another, but this batch needs {needed}: raise it"
+                f"{capacity=} rows from one device to another, but this batch needs {needed}: "
+                "raise it"
             )
         capacity = needed if capacity is None else capacity
 
-    def run(values: Any, lengths: Array) -> Shared:
+    def run(values: PyTree, lengths: Array) -> Shared:
         return to_shared(values, lengths, layout, capacity)
 
     rows, everywhere = PartitionSpec(CONTEXT), PartitionSpec()
@@ -79,7 +91,7 @@ def reshard(
     return jax.jit(program)(values, jnp.asarray(lengths, jnp.int32))
 
 
-def needed_capacity(lengths: Int[Any, " B"], layout: Layout) -> int:
+def needed_capacity(lengths: Int[Array | np.ndarray, " B"], layout: Layout) -> int:
     """The most rows that one device sends to one other. On the host.
 
     Raises:
@@ -89,7 +101,8 @@ def needed_capacity(lengths: Int[Any, " B"], layout: Layout) -> int:
     edges = np.concatenate([[0], np.cumsum(totals)])
     if edges[-1] > layout.num_rows:
         raise ValueError(
-            f"these sequences have {edges[-1]} rows together, more than the shared buffer's {layout.num_rows}: raise num_rows"
+            f"these sequences have {edges[-1]} rows together, more than the shared buffer's "
+            f"{layout.num_rows}: raise num_rows"
         )
     owner = np.repeat(np.asarray(layout.owner), layout.block)
     sent = [
@@ -99,7 +112,7 @@ def needed_capacity(lengths: Int[Any, " B"], layout: Layout) -> int:
     return int(np.max(np.stack(sent) * ~np.eye(layout.shards, dtype=bool), initial=0))
 
 
-def to_shared(values: Any, lengths_b: Int[Array, " b"], layout: Layout, capacity: int) -> Shared:
+def to_shared(values: PyTree, lengths_b: Int[Array, " b"], layout: Layout, capacity: int) -> Shared:
     """`reshard` for code that runs inside `shard_map` already."""
     trip = _Trip(lengths_b, layout)
     fits = trip.fits & (trip.most_sent <= capacity)
@@ -119,8 +132,8 @@ def to_shared(values: Any, lengths_b: Int[Array, " b"], layout: Layout, capacity
     return Shared(jax.tree.map(move, values), trip.offsets, fits)
 
 
-def gather_then_slice(values: Any, lengths_b: Int[Array, " b"], layout: Layout) -> Shared:
-    """What `to_shared` gives, by an all-gather of everything; the baseline of the comparison. Inside `shard_map`."""
+def gather_then_slice(values: PyTree, lengths_b: Int[Array, " b"], layout: Layout) -> Shared:
+    """What `to_shared` gives, by an all-gather of everything. Inside `shard_map`."""
     trip = _Trip(lengths_b, layout)
 
     def move(x: Array) -> Array:
@@ -132,7 +145,10 @@ def gather_then_slice(values: Any, lengths_b: Int[Array, " b"], layout: Layout) 
 
 
 class _Trip:
-    """Which row goes where. Rows of one device that are to lie on one other lie there side by side, in the same order."""
+    """Which row goes where.
+
+    Rows that one device sends to one other lie there side by side, in the same order.
+    """
 
     def __init__(self, lengths_b: Array, layout: Layout):
         self.layout, self.me = layout, jax.lax.axis_index(CONTEXT)
@@ -144,7 +160,8 @@ class _Trip:
         )
         self.start_C = edge_C1[:-1]
         self.fits = edge_C1[-1] <= layout.num_rows
-        # Of this device's rows of the shared buffer: whose they are, and which of those that come from there.
+        # Whose this device's rows of the shared buffer are, and which of those that come from
+        # there.
         self.row_t = layout.rows(self.me)
         self.source_t = jnp.clip(
             jnp.searchsorted(edge_C1, self.row_t, side="right", method="scan_unrolled") - 1,
@@ -155,20 +172,23 @@ class _Trip:
         inside = jnp.minimum(edge_C1, layout.num_rows)
         self.number_t = (
             jnp.arange(layout.rows_per_shard, dtype=jnp.int32)
-            - layout.rank(inside[:-1], self.me)[self.source_t]
+            - layout.index(inside[:-1], self.me)[self.source_t]
         )
-        # Of this device's own rows: the range of places that they take on every device.
+        # Of this device's own rows: the range that they take on every device.
         shard_C = jnp.arange(layout.shards)
-        place = jax.vmap(layout.rank, (None, 0))
+        index = jax.vmap(layout.index, (None, 0))
         self.first_C, self.last_C = (
-            place(inside[self.me], shard_C),
-            place(inside[self.me + 1], shard_C),
+            index(inside[self.me], shard_C),
+            index(inside[self.me + 1], shard_C),
         )
         sent_C = jnp.where(shard_C == self.me, 0, self.last_C - self.first_C)
         self.most_sent = jax.lax.pmax(sent_C.max(), CONTEXT)
 
     def local_rows(self, capacity: int) -> Array:
-        """Of this device's own buffer, the rows for every device, [C * capacity]; far behind the last in unused places."""
+        """Rows of this device's own buffer for every device, [C * capacity].
+
+        Unused entries hold a number far behind the last row.
+        """
         place_Cc = self.first_C[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None, :]
         used_Cc = (place_Cc < self.last_C[:, None]) & (
             jnp.arange(self.layout.shards)[:, None] != self.me

@@ -1,21 +1,24 @@
-"""How a step is divided among devices, for code that runs on each of them: which rows it has, and how to reach what others have.
+"""How a step is divided among devices: which rows a device has, how it reaches what others have.
 
-Inside `shard_map` a device has the integers of its group's whole batch (ids, times, offsets: a few bytes a row) and of everything with a width,
-activations above all, its own rows alone. On one device (`ONE`) every method returns what it is given.
+Inside `shard_map` a device has the integers of its group's whole batch (ids, times, offsets: a few
+bytes a row). Of everything with a width, activations above all, it has its own rows alone. On one
+device (`ONE`) every method returns what it is given.
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
-from kernels.mask import AttentionMask
+from kernels.mask import AttentionMask, layer_masks
 from ultra_hstu.config import Config
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT, DATA
+
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +33,13 @@ class Shards:
 
     @staticmethod
     def of(config: Config) -> "Shards":
-        """What `config.parallel` says. Layout "auto" deals out blocks where every layer's mask is a full causal one."""
-        parallel, windows = config.parallel, config.model.window
+        """What `config.parallel` says.
+
+        Layout "auto" deals out blocks where every layer's mask is a full causal one.
+        """
+        parallel = config.parallel
         causal = (
-            all(window == -1 for window in windows)
+            not any(mask.windowed for mask in layer_masks(vars(config.model)))
             and parallel.strategy in ("auto", "gather", "ring")
             and not config.model.relative_bias
         )
@@ -51,10 +57,13 @@ class Shards:
         return self.data * self.context
 
     def strategy_of(self, mask: AttentionMask, biased: bool) -> str:
-        """Of "auto": `ulysses` for a relative bias, `halo` for a window, `ring` for a full mask."""
+        """The strategy of a layer.
+
+        "auto" takes `ulysses` for a relative bias, `halo` for a window, `ring` for a full mask.
+        """
         if self.strategy != "auto":
             return self.strategy
-        return "ulysses" if biased else "ring" if mask.window is None else "halo"
+        return "ulysses" if biased else "halo" if mask.windowed else "ring"
 
     # --- rows of a flat buffer over `context` ---
 
@@ -62,14 +71,14 @@ class Shards:
         """Raises ValueError where the rows cannot be divided."""
         if not self.striped:
             return Layout.contiguous(num_rows, self.context)
-        return Layout.striped(
-            num_rows,
-            self.context,
-            math.gcd(num_rows // (2 * self.context), 128) if num_rows >= 2 * self.context else 1,
-        )
+        block = math.gcd(num_rows // (2 * self.context), 128) or 1
+        return Layout.striped(num_rows, self.context, block)
 
-    def room(self, num_rows: int) -> int:
-        """The next number of rows that can be divided; in blocks of up to 128 rows, so long as that adds no more than an eighth."""
+    def divisible(self, num_rows: int) -> int:
+        """The next number of rows that can be divided.
+
+        Blocks have up to 128 rows, so long as that adds no more than an eighth.
+        """
         if self.context == 1:
             return num_rows
         multiple = 2 * self.context * 128
@@ -83,15 +92,11 @@ class Shards:
             return jnp.arange(num_rows, dtype=jnp.int32)
         return self.layout(num_rows).rows(jax.lax.axis_index(CONTEXT))
 
-    def local(self, x_T: Any) -> Any:
+    def local(self, x_T: Tree) -> Tree:
         """This device's rows of arrays (a pytree) that it has whole."""
         if self.context == 1:
             return x_T
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[self.rows(leaf.shape[0])], x_T)
-
-    def real(self, offsets: Int[Any, " B1"], num_rows: int) -> Bool[Array, " t"]:
-        """Which of this device's rows belong to a sequence."""
-        return self.rows(num_rows) < jnp.asarray(offsets)[-1]
 
     def take(
         self,
@@ -101,47 +106,44 @@ class Shards:
         *,
         layout: Layout | None = None,
     ) -> Shaped[Array, "p ..."]:
-        """Rows of a sharded buffer of `num_rows` rows by their numbers, zeros for numbers beyond it. The P rows are sharded in turn: slices of P / C,
-        the last ones filled up with zeros, or the rows of `layout`. One reduce-scatter of P rows.
+        """Rows of a sharded buffer of `num_rows` rows by number; zeros for numbers beyond it.
+
+        The P rows are sharded in turn: slices of P / C, the last ones filled up with zeros, or the
+        rows of `layout`. The cost is one reduce-scatter of P rows.
         """
         if self.context == 1:
             return x_tD.at[row_P].get(mode="fill", fill_value=0)
         here, me = self.layout(num_rows), jax.lax.axis_index(CONTEXT)
-        row_P = (
-            jnp.pad(row_P, (0, -row_P.shape[0] % self.context), constant_values=num_rows)
-            if layout is None
-            else row_P[layout.permutation()]
-        )
+        if layout is None:
+            row_P = jnp.pad(row_P, (0, -row_P.shape[0] % self.context), constant_values=num_rows)
+        else:
+            row_P = row_P[layout.permutation()]
         owner_P = jnp.asarray(here.owner).at[row_P // here.block].get(mode="fill", fill_value=-1)
-        place_P = jnp.where(
-            owner_P == me, here.rank(jnp.minimum(row_P, num_rows), me), x_tD.shape[0]
-        )
-        return jax.lax.psum_scatter(
-            x_tD.at[place_P].get(mode="fill", fill_value=0), CONTEXT, tiled=True
-        )
+        index_P = here.index(jnp.minimum(row_P, num_rows), me)
+        index_P = jnp.where(owner_P == me, index_P, x_tD.shape[0])
+        found_PD = x_tD.at[index_P].get(mode="fill", fill_value=0)
+        return jax.lax.psum_scatter(found_PD, CONTEXT, tiled=True)
 
-    def part(self, x_P: Any) -> Any:
+    def part(self, x_P: Tree) -> Tree:
         """This device's slices of arrays of P rows, as `take` cuts them."""
         if self.context == 1:
             return x_P
 
         def cut(leaf: Array) -> Array:
-            size = -(-leaf.shape[0] // self.context)
-            leaf = jnp.pad(
-                leaf, ((0, size * self.context - leaf.shape[0]), *((0, 0) for _ in leaf.shape[1:]))
-            )
+            size, missing = -(-leaf.shape[0] // self.context), -leaf.shape[0] % self.context
+            leaf = jnp.pad(leaf, ((0, missing), *((0, 0) for _ in leaf.shape[1:])))
             return jax.lax.dynamic_slice_in_dim(leaf, jax.lax.axis_index(CONTEXT) * size, size)
 
         return jax.tree.map(cut, x_P)
 
     # --- the whole mesh ---
 
-    def total(self, x: Any) -> Any:
+    def total(self, x: Tree) -> Tree:
         """Sums over all devices."""
         return x if self.devices == 1 else jax.lax.psum(x, (DATA, CONTEXT))
 
-    def first_sequence(self, batch: int) -> Any:
-        """The number, in the batch of all groups, of a group's first sequence, where each has `batch`."""
+    def first_sequence(self, batch: int) -> int | Int[Array, ""]:
+        """The number, in the batch of all groups, of a group's first of `batch` sequences."""
         return 0 if self.data == 1 else jax.lax.axis_index(DATA) * batch
 
     def of_groups(self, x_T: Shaped[Array, "T ..."]) -> Shaped[Array, "T2 ..."]:
@@ -149,7 +151,7 @@ class Shards:
         return x_T if self.data == 1 else jax.lax.all_gather(x_T, DATA, tiled=True)
 
     def collect(self, x_p: Shaped[Array, "p ..."], count: int) -> Shaped[Array, "P ..."]:
-        """The inverse of `part` for a group's `count` rows, then `of_groups`: what all devices found, on each."""
+        """What all devices found, on each: the inverse of `part` for `count` rows, `of_groups`."""
         whole = x_p if self.context == 1 else jax.lax.all_gather(x_p, CONTEXT, tiled=True)[:count]
         return self.of_groups(whole)
 

@@ -1,70 +1,83 @@
 """Batches of the ranking task: requests laid out as sequences of tokens, in either form of input.
 
-A request becomes contextual tokens, history, targets. In the `merged` form (ULTRA-HSTU, arXiv 2602.16986) a history event is one token,
-item and signals together; in the `interleaved` form (HSTU, arXiv 2402.17152) it is two, the item and then the action. A target is the
-item alone in both, with its signals zeroed: that is what is to be predicted.
+A request becomes contextual tokens, history, targets. In the `merged` form (ULTRA-HSTU, arXiv
+2602.16986) a history event is one token, item and signals together. In the `interleaved` form
+(HSTU, arXiv 2402.17152) it is two, the item and then the action. In both a target is the item
+alone: its signals are zero, since they are to be predicted.
 
-With a mixture of transducers a batch holds several sequences of the same requests, one a channel, which share contextual tokens and
-targets and differ in the history.
+With a mixture of transducers a batch holds several sequences of the same requests, one a channel,
+which share contextual tokens and targets and differ in the history.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
-from ultra_hstu.sequences import Sequences
+from kernels.jagged import Rows, lengths_to_offsets
+from kernels.typing import Leaf
+from ultra_hstu.sequences import Columns, Sequences
 
-# Seconds between an event and the one before it, in steps of e^0.301, which is how HSTU's relative bias buckets time.
+# Seconds between an event and the one before it, in steps of e^0.301, as HSTU's relative bias has.
 GAP_EDGES = np.unique(np.floor(np.exp(0.301 * np.arange(72))).astype(np.int64)).astype(np.int32)
 GAP_SIZE = len(GAP_EDGES) + 2  # 0: no gap
+
+
+AnyArray = Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RankEvents:
-    """All events of a data set, users one after another, with everything that a token may hold."""
+    """All events of a data set, users one after another, with everything that a token may hold.
 
-    item_E: Any  # int32 [E]: 1..I
-    time_E: Any  # int32 [E]: seconds since the first event
-    signal_ES: Any  # int32 [E, S]: codes, 0 none
-    feature_EF: Any  # int32 [E, F]
-    label_EK: Any  # float32 [E, K]
-    weight_EK: Any  # float32 [E, K]: 0 where an event has no label
-    context_UC: Any  # int32 [U, C]: codes over all contextual features together, 1..
-    index: dict[
-        str, Any
-    ]  # of a channel that leaves events out: int32 [n], the events that it keeps
+    Arrays of the host, and of JAX once they are placed.
+    """
+
+    item_E: Leaf[Int32[AnyArray, " E"]]  # 1..I
+    time_E: Leaf[Int32[AnyArray, " E"]]  # seconds since the first event
+    signal_ES: Leaf[Int32[AnyArray, "E S"]]  # codes, 0 none
+    feature_EF: Leaf[Int32[AnyArray, "E F"]]
+    label_EK: Leaf[Float32[AnyArray, "E K"]]
+    weight_EK: Leaf[Float32[AnyArray, "E K"]]  # 0 where an event has no label
+    context_UC: Leaf[Int32[AnyArray, "U C"]]  # codes over all contextual features together, 1..
+    # The events that a channel keeps, for channels that leave some out.
+    index: Mapping[str, Leaf[Int32[AnyArray, " n"]]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The rows of one channel: B sequences in T rows, each of contextual tokens, history and targets; padding from `offsets[B]` on."""
+    """The rows of one channel: B sequences in T rows, of contextual tokens, history and targets.
 
-    item_T: Any  # int32 [T]: 0 on contextual, action and padding rows
-    signal_TS: Any  # int32 [T, S]: 0 on targets always, on items of the interleaved form and wherever else there is none
-    feature_TF: Any  # int32 [T, F]: of item rows, targets too
-    context_T: Any  # int32 [T]: 0 except on contextual rows
-    position_T: (
-        Any  # int32 [T]: of the event, see `RankGather.backwards`; an item and its action share it
-    )
-    gap_T: Any  # int32 [T]: bucket of the seconds since the event before, on item rows
-    time_T: Any  # int32 [T]: seconds
-    next_time_T: Any  # int32 [T]: when the row asks: an item's or target's own time, else that of the event after
-    offsets: Any  # int32 [B + 1]
-    num_targets: Any  # int32 [B]
-    num_contextual: Any  # int32 [B]
-    row_P: Any  # int32 [P]: rows that are predicted, the same events in every channel; 0 in empty places
+    Rows from `offsets[B]` on are padding.
+    """
+
+    item_T: Leaf[Int32[Array, " T"]]  # 0 on contextual, action and padding rows
+    signal_TS: Leaf[Int32[Array, "T S"]]  # 0 on targets, on items of the interleaved form, ...
+    feature_TF: Leaf[Int32[Array, "T F"]]  # of item rows, targets too
+    context_T: Leaf[Int32[Array, " T"]]  # 0 except on contextual rows
+    # Of the event, see `RankGather.backwards`; an item and its action share it.
+    position_T: Leaf[Int32[Array, " T"]]
+    gap_T: Leaf[Int32[Array, " T"]]  # bucket of the seconds since the last event, on item rows
+    time_T: Leaf[Int32[Array, " T"]]  # seconds
+    # When the row asks: the time of an item or target itself, else that of the event after.
+    next_time_T: Leaf[Int32[Array, " T"]]
+    offsets: Leaf[Int32[Array, " B1"]]
+    num_targets: Leaf[Int32[Array, " B"] | None]  # None: no targets
+    num_contextual: Leaf[Int32[Array, " B"] | None]
+    # Rows that are predicted, the same events in every channel; 0 in empty places.
+    row_P: Leaf[Int32[Array, " P"]]
 
     @property
     def sequences(self) -> Sequences:
-        real_T = jnp.arange(self.item_T.shape[0]) < self.offsets[-1]
         return Sequences(
             self.offsets,
-            real_T,
+            Rows.of(self.offsets, self.item_T.shape[0]).real,
             self.time_T,
             self.next_time_T,
             self.num_targets,
@@ -78,9 +91,9 @@ class RankBatch:
     """B requests and the P events that they ask about."""
 
     channels: dict[str, Tokens]
-    label_PK: Any  # float32 [P, K]
-    weight_PK: Any  # float32 [P, K]: 0 on what is not supervised
-    user_P: Any  # int32 [P]: row of the user
+    label_PK: Leaf[Float32[Array, "P K"]]
+    weight_PK: Leaf[Float32[Array, "P K"]]  # 0 on what is not supervised
+    user_P: Leaf[Int32[Array, " P"]]  # place of the user in the data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +103,8 @@ class Form:
     Attributes:
       contextual: tokens in front of every history.
       interleaved: two rows an event, item and action; else one.
-      backwards: positions count back from the targets: targets 0, the newest event 1; else forwards from 1.
+      backwards: positions count back from the targets: targets 0, the newest event 1; else forwards
+        from 1.
       max_history: by channel, the newest events that count.
     """
 
@@ -107,28 +121,40 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class RankGather:
-    """Makes the batches of a `Loader`: `xp=jax.numpy` on the device, in the compiled step, `xp=numpy` on the host.
+    """Makes the batches of a `Loader`: `xp=jax.numpy` in the compiled step, `xp=numpy` on the host.
 
-    Columns of a request: `user`; `target` and `count`, the first event that is asked about and how many; `start/NAME` and `stop/NAME` for
-    each channel, its history as a range of events, or of `RankEvents.index[NAME]` where there is one,
-    or of the batch's own `event/NAME`.
+    Columns of a request: `user`; `target` and `count`, the first event that is asked about and how
+    many are; `start/NAME` and `stop/NAME` for each channel, its history as a range of events, or of
+    `RankEvents.index[NAME]` where there is one, or of the batch's own `event/NAME`.
+
+    Attributes:
+      rows: T of each channel.
+      targets: most targets of a request.
+      contextual: tokens in front of every history.
+      backwards: positions count back from the targets: targets 0, the newest event 1; else forwards
+        from 1.
+      supervise_history: predicts every item of the history, not the targets; interleaved, one
+        channel, forward positions.
+      with_targets: False leaves the targets without rows; the first of them only says when the last
+        event of the history asks.
     """
 
-    rows: tuple[int, ...]  # T of each channel
+    rows: tuple[int, ...]
     channels: tuple[str, ...]
-    targets: int  # most targets of a request
-    contextual: int  # tokens in front of every history
+    targets: int
+    contextual: int
     interleaved: bool
-    backwards: bool = True  # positions count back from the targets: targets 0, the newest event 1; else forwards from 1
-    supervise_history: bool = False  # predict every item of the history, not the targets: interleaved, one channel, forward positions
-    with_targets: bool = True  # False: no rows for targets, of which the first only says when the last event of the history asks
+    backwards: bool = True
+    supervise_history: bool = False
+    with_targets: bool = True
 
-    def __call__(self, data: RankEvents, columns_B: dict[str, Any], xp: Any = jnp) -> RankBatch:
+    def __call__(self, data: RankEvents, columns_B: Columns, xp: ModuleType = jnp) -> RankBatch:
         column = {name: xp.asarray(values).astype(xp.int32) for name, values in columns_B.items()}
         if self.supervise_history:
             (name,) = self.channels
             history_B = column[f"stop/{name}"] - column[f"start/{name}"]
-            user_P, place_P, real_P = _lay_out(xp, _offsets(xp, history_B), self.rows[0] // 2)
+            at_P = Rows.of(lengths_to_offsets(history_B, xp=xp), self.rows[0] // 2, xp=xp)
+            user_P, place_P, real_P = at_P.segment, at_P.position, at_P.real
             event_P, index = column[f"start/{name}"][user_P] + place_P, _index(data, column, name)
             event_P = event_P if index is None else index[xp.where(real_P, event_P, 0)]
         else:
@@ -150,24 +176,28 @@ class RankGather:
 
     def _tokens(
         self,
-        xp: Any,
+        xp: ModuleType,
         data: RankEvents,
-        column: dict[str, Any],
+        column: Columns,
         name: str,
         rows: int,
-        user_P: Any,
-        place_P: Any,
-        real_P: Any,
+        user_P: Int[AnyArray, " P"],
+        place_P: Int[AnyArray, " P"],
+        real_P: Bool[AnyArray, " P"],
     ) -> Tokens:
-        """One channel. Letters: b the request of a row, c its contextual tokens, h its history events, p the place of a row in it."""
+        """One channel.
+
+        For a row's request b: c contextual tokens, h history events, place p in it.
+        """
         per_event = 2 if self.interleaved else 1
         start_B, target_B, count_B = column[f"start/{name}"], column["target"], column["count"]
         history_B = column[f"stop/{name}"] - start_B
         used_B = (history_B + count_B) > 0
         contextual_B = xp.where(used_B, self.contextual, 0).astype(xp.int32)
         laid_B = count_B if self.with_targets else xp.zeros_like(count_B)
-        offsets = _offsets(xp, contextual_B + per_event * history_B + laid_B)
-        b_T, p_T, real_T = _lay_out(xp, offsets, rows)
+        offsets = lengths_to_offsets(contextual_B + per_event * history_B + laid_B, xp=xp)
+        at_T = Rows.of(offsets, rows, xp=xp)
+        b_T, p_T, real_T = at_T.segment, at_T.position, at_T.real
         c_T, h_T, start_T, target_T = contextual_B[b_T], history_B[b_T], start_B[b_T], target_B[b_T]
         into_T = p_T - c_T
         is_context_T = real_T & (into_T < 0)
@@ -178,8 +208,11 @@ class RankGather:
         is_item_T = (is_history_T | is_target_T) & ~is_action_T
         has_signals_T = is_action_T if self.interleaved else is_history_T
 
-        def event(place: Any) -> Any:
-            """The event at a place of the history, the first target behind it; of a request without either, the first event of all."""
+        def event(place: Int[AnyArray, " T"]) -> Int[AnyArray, " T"]:
+            """The event at a place of the history, the first target behind it.
+
+            In a request that has neither it is the first event of all.
+            """
             inside = (place >= 0) & (place < h_T)
             here = xp.where(inside, start_T + place, 0)
             index = _index(data, column, name)
@@ -233,26 +266,13 @@ class RankGather:
             gap_T=xp.where(has_before_T, gap_T + 1, zero).astype(xp.int32),
             time_T=xp.where(real_T, time_T, zero),
             next_time_T=xp.where(real_T, next_time_T, zero),
-            offsets=offsets,
-            num_targets=laid_B,
+            offsets=xp.asarray(offsets),
+            num_targets=xp.asarray(laid_B),
             num_contextual=contextual_B,
             row_P=xp.where(real_P, row_P, zero).astype(xp.int32),
         )
 
 
-def _index(data: RankEvents, column: dict[str, Any], name: str) -> Any:
+def _index(data: RankEvents, column: Columns, name: str) -> Int[AnyArray, " n"] | None:
     """The events that a channel's `start` and `stop` count; None if they count all events."""
     return column.get(f"event/{name}", data.index.get(name))
-
-
-def _offsets(xp: Any, lengths_B: Any) -> Any:
-    return xp.concatenate([xp.zeros(1, xp.int32), xp.cumsum(lengths_B).astype(xp.int32)])
-
-
-def _lay_out(xp: Any, offsets: Any, rows: int) -> tuple[Any, Any, Any]:
-    """Of every row of a buffer: its sequence, its place in it, and whether it is one of a sequence at all."""
-    row_T = xp.arange(rows, dtype=xp.int32)
-    b_T = xp.clip(
-        xp.searchsorted(offsets, row_T, side="right").astype(xp.int32) - 1, 0, offsets.shape[0] - 2
-    )
-    return b_T, row_T - offsets[b_T], row_T < offsets[-1]

@@ -10,84 +10,77 @@ from ultra_hstu.config import Config
 from ultra_hstu.nn.dropout import KeyOrNone, split_key
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.parallel.shards import Shards
-from ultra_hstu.ranking import source as rank_source
+from ultra_hstu.parallel.shards import ONE, Shards
+from ultra_hstu.ranking import form
 from ultra_hstu.ranking.batch import RankBatch
-from ultra_hstu.ranking.source import Sizes
 from ultra_hstu.ranking.tokens import TokenEmbedding
 
 
 class Ranker(nnx.Module):
-    """Embeds the tokens of every channel, encodes each channel with its own transducer, and joins what they say of a target in one head.
+    """Embeds the tokens of every channel, encodes each channel, and joins the outputs in one head.
 
-    With `model.channels` this is the mixture of transducers of ULTRA-HSTU (arXiv 2602.16986): each signal type has its own history, length
-    and depth; candidates, contextual tokens and embedding tables are shared; the candidate's outputs are concatenated. Without it there is
-    one channel, of all events. Holds parameters only: dropout takes its key at the call.
+    With `model.channels` this is the mixture of transducers of ULTRA-HSTU (arXiv 2602.16986): each
+    signal type has its own history, length and depth; candidates, contextual tokens and embedding
+    tables are shared; the candidate's outputs are concatenated. Without it there is one channel, of
+    all events. The module holds parameters only: dropout takes its key at the call.
     """
 
-    def __init__(self, config: Config, sizes: Sizes, *, rngs: nnx.Rngs):
-        model, channels = config.model, rank_source.channels(config)
-        self.form, self.sizes = rank_source.form(config), sizes
+    def __init__(self, config: Config, sizes: form.Sizes, *, rngs: nnx.Rngs):
+        model, rank, channels = config.model, config.rank, form.channels(config)
+        self.form, self.sizes = form.form(config), sizes
+        self.max_targets, self.max_contextual = rank.targets, len(rank.contextual)
         if model.truncate_length is not None:  # events, and the encoder counts rows
-            model = dataclasses.replace(
-                model,
-                truncate_length=rank_source.rows(
-                    config, model.truncate_length, -len(config.rank.contextual)
-                ),
-            )
-        self.shards = shards = Shards.of(config)
-        positions = max(channel.max_history for channel in channels.values()) + 1
+            rows = form.num_rows(config, model.truncate_length, -self.max_contextual)
+            model = dataclasses.replace(model, truncate_length=rows)
         self.embedding = TokenEmbedding(
             sizes,
             model.width,
-            positions,
+            positions=max(channel.max_history for channel in channels.values()) + 1,
             dropout_rate=model.input_dropout,
             dtype=jnp.dtype(model.dtype),
-            shards=shards,
             rngs=rngs,
         )
+
+        def encoder(history: int, layers: int) -> HSTU:
+            length = form.num_rows(config, history, self.max_targets)
+            return HSTU.from_config(model, length, layers=layers, rngs=rngs)
+
         self.encoders = nnx.Dict(
             {
-                name: HSTU.from_config(
-                    model,
-                    rank_source.rows(config, channel.max_history, config.rank.targets),
-                    layers=channel.layers,
-                    extra_rows=rank_source.rows(config, 0, config.rank.targets),
-                    contextual=len(config.rank.contextual),
-                    shards=shards,
-                    rngs=rngs,
-                )
+                name: encoder(channel.max_history, channel.layers)
                 for name, channel in channels.items()
             }
         )
         self.head = MultiTaskHead(
             len(channels) * model.width,
-            config.rank.head_width,
+            rank.head_width,
             len(sizes.kinds),
             chunk_rows=model.chunk_rows,
             rngs=rngs,
         )
 
-    def encode(self, batch: RankBatch, *, rngs: KeyOrNone = None) -> Float[Array, "P D"]:
-        """What the encoders say of each predicted row, the channels side by side; input of `head`. Empty places hold anything.
+    def encode(
+        self, batch: RankBatch, *, shards: Shards = ONE, key: KeyOrNone = None
+    ) -> Float[Array, "P D"]:
+        """What the encoders say of each predicted row, the channels side by side; input of `head`.
 
-        In a mesh: of this device's part of the predicted rows, as `Shards.part` divides their labels.
+        Empty places hold anything. In a mesh the rows are this device's part of the predicted ones,
+        as `Shards.part` divides their labels.
 
         Args:
-          rngs: a key turns dropout on and decides it; None leaves it out.
+          key: turns dropout on and decides it; None leaves it out.
         """
         outputs = []
-        for (name, encoder), key in zip(
-            sorted(self.encoders.items()), split_key(rngs, len(self.encoders)), strict=True
-        ):
+        keys = split_key(key, len(self.encoders))
+        for (name, encoder), channel_key in zip(sorted(self.encoders.items()), keys, strict=True):
             tokens = batch.channels[name]
-            embedding_key, encoder_key = split_key(key, 2)
-            outputs.append(
-                encoder.rows(
-                    self.embedding(tokens, embedding_key),
-                    tokens.sequences,
-                    tokens.row_P,
-                    encoder_key,
-                )
+            embedding_key, encoder_key = split_key(channel_key, 2)
+            x_TD = self.embedding(tokens, embedding_key, shards)
+            sequences = dataclasses.replace(
+                tokens.sequences,
+                shards=shards,
+                max_targets=self.max_targets,
+                max_contextual=self.max_contextual,
             )
+            outputs.append(encoder.rows(x_TD, sequences, tokens.row_P, encoder_key))
         return jnp.concatenate(outputs, axis=1)

@@ -1,4 +1,4 @@
-"""The pure functions of a ranking run: `recipe.Recipe`'s interface on requests."""
+"""The pure functions of a ranking run: `step.Steps` for requests."""
 
 import dataclasses
 
@@ -6,16 +6,17 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ultra_hstu.data.signals import Kind
+from ultra_hstu.config import Kind
+from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.ranking.batch import RankBatch
+from ultra_hstu.ranking.form import Sizes
 from ultra_hstu.ranking.loss import multitask_loss
 from ultra_hstu.ranking.model import Ranker
-from ultra_hstu.ranking.source import Sizes
 from ultra_hstu.step import Params, Steps
 
 
 @dataclasses.dataclass(frozen=True)
-class RankRecipe(Steps):
+class RankRecipe(Steps[Ranker]):
     sizes: Sizes
 
     @property
@@ -24,14 +25,21 @@ class RankRecipe(Steps):
         return dict(zip(self.config.rank.tasks, self.sizes.kinds, strict=True))
 
     def build(self, seed: int) -> Ranker:
-        return Ranker(self.config, self.sizes, rngs=nnx.Rngs(seed))
+        model = Ranker(self.config, self.sizes, rngs=nnx.Rngs(seed))
+        if self.shards.devices > 1:
+            for encoder in model.encoders.values():
+                encoder.run_layer = ShardedLayers(self.shards)
+        return model
 
     def logits(
         self, params: Params, batch: RankBatch, key: jax.Array | None = None
     ) -> Float[Array, "P K"]:
-        """float32; `key` draws dropout, None leaves it out. Empty places (weight 0) hold anything. In a mesh: this device's part of the P."""
+        """float32; `key` draws dropout, None leaves it out.
+
+        Empty places (weight 0) hold anything. In a mesh: this device's part of the P.
+        """
         model = self.model(params)
-        return model.head(model.encode(batch, rngs=key))
+        return model.head(model.encode(batch, shards=self.shards, key=key))
 
     def loss(self, params: Params, batch: RankBatch, key: jax.Array) -> Float[Array, ""]:
         label_pK, weight_pK = self.shards.part((batch.label_PK, batch.weight_PK))

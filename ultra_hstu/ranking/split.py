@@ -1,8 +1,12 @@
-"""Requests: which events are asked about together, with what history. Index arithmetic over the events, no copies.
+"""Requests: which events are asked about together, with what history.
 
-A request holds the history `[start, stop)` of a user and the targets `[stop, stop + count)`. Every user's events are split in time: the
-newest `test_fraction` are test, those before them validation, the rest training events. A part is cut into consecutive segments of
-`targets` events, so that the requests of a part ask about each of its events exactly once; the history may reach back over all parts.
+Index arithmetic over the events, no copies.
+
+A request holds the history `[start, stop)` of a user and the targets `[stop, stop + count)`. Every
+user's events are split in time: the newest `test_fraction` are test, those before them validation,
+the rest training events. A part is cut into consecutive segments of `targets` events, so that the
+requests of a part ask about each of its events exactly once; the history may reach back over all
+parts.
 """
 
 import dataclasses
@@ -28,8 +32,16 @@ class Requests:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class RequestTable:
+    """Requests as a `Loader` takes them: their columns, and their rows in every channel."""
+
+    columns: dict[str, Int64[np.ndarray, " n"]]
+    lengths: Int64[np.ndarray, "n channels"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
-    """Where the parts of every user's events begin: train [first, validation), validation [validation, test), test [test, last)."""
+    """Where every user's events are cut: train, [validation, test) and [test, last)."""
 
     first: Int64[np.ndarray, " users"]
     validation: Int64[np.ndarray, " users"]
@@ -51,19 +63,22 @@ class Parts:
 def chronological(
     interactions: Interactions, validation_fraction: float, test_fraction: float
 ) -> Parts:
-    """The parts of every user's events, by time: `floor(fraction * events)` each for test (the newest) and validation (before it)."""
+    """The parts of every user's events by time, `floor(fraction * events)` each; test is last."""
     first, last = interactions.offsets[:-1], interactions.offsets[1:]
-    # A fraction such as 0.29 of 100 events is 28.999999999999996 in floating point.
-    share = lambda fraction: np.floor(np.round(interactions.lengths * fraction, 6)).astype(np.int64)  # noqa: E731
+
+    def share(fraction: float) -> Int64[np.ndarray, " users"]:
+        # A fraction such as 0.29 of 100 events is 28.999999999999996 in floating point.
+        return np.floor(np.round(interactions.lengths * fraction, 6)).astype(np.int64)
+
     test = last - share(test_fraction)
     return Parts(first, test - share(validation_fraction), test, last)
 
 
 def training(parts: Parts, config: Config, seed: int, epoch: int) -> Requests:
-    """The training requests of an epoch, a function of (seed, epoch): segments begin at a random place of every user.
+    """The training requests of an epoch: segments begin at a random place of every user.
 
-    With `rank.supervise="all"` a request is a stretch of up to `data.max_history` training events without targets: each of its items is
-    predicted from what lies before it in the stretch.
+    With `rank.supervise="all"` a request is a stretch of up to `data.max_history` training events
+    without targets: each of its items is predicted from what lies before it in the stretch.
     """
     first, last = parts.bounds("train")
     rng = np.random.default_rng((seed, epoch, 1))  # the loader shuffles with (seed, epoch)
@@ -85,8 +100,8 @@ def training(parts: Parts, config: Config, seed: int, epoch: int) -> Requests:
 def evaluation(parts: Parts, part: str, config: Config) -> Requests:
     """The requests of the validation or test events; the same in every epoch.
 
-    With `rank.supervise="all"` histories are one event shorter: no item of a training stretch has had more before it, so that a target's position is
-    one that was trained.
+    With `rank.supervise="all"` histories are one event shorter: no item of a training stretch has
+    had more before it, so that a target's position is one that was trained.
     """
     size = config.rank.targets
     longest = config.data.max_history - (config.rank.supervise == "all")
@@ -101,9 +116,10 @@ def segments(
     oldest: Int64[np.ndarray, " users"],
     max_history: int,
 ) -> Requests:
-    """Cuts events [first, last) of every user into segments: one of `head` events (1..size), then of `size`, the last of what is left.
+    """Cuts events [first, last) of every user into segments: one of `head` events, then of `size`.
 
-    The history of a segment is the newest `max_history` events before it, none from before `oldest`.
+    The history of a segment is the newest `max_history` events before it, none from before
+    `oldest`.
     """
     length = last - first
     head_U = np.minimum(np.broadcast_to(head, length.shape), length)

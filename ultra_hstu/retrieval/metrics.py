@@ -1,23 +1,34 @@
-"""Ranking over the whole catalogue: the place of the target, hit rate, NDCG and reciprocal rank.
+"""Ranking over the whole catalogue: the rank of the target, hit rate, NDCG and reciprocal rank.
 
-The scores [U, I] never exist at once: the catalogue is passed in chunks, and a rank is a count of better items, which adds up.
-Products are at full float32 precision (`highest`): TF32 changes ranks.
+The scores [U, I] never exist at once: the catalogue is passed in chunks, and a rank is a count of
+better items, which adds up. Products are at full float32 precision (`highest`): TF32 changes ranks.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, SupportsFloat
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ultra_hstu.nn.norms import l2_normalize as unit_rows
 from ultra_hstu.quantization import unpacked
 
 CUTOFFS = (1, 5, 10, 50, 100, 200)
-PUBLISHED_CUTOFF = (
-    2500  # the published code looks for the target among this many; further down it is not found
-)
+# the published code looks for the target among this many; further down it is not found
+PUBLISHED_CUTOFF = 2500
+
+
+Best = tuple[Int[Array, "U K"], Float[Array, "U K"]]
+
+
+class CorpusChunk(NamedTuple):
+    """Some items of the catalogue, with the scores of all users."""
+
+    item_I: Int[Array, " I"]
+    score_UI: Float[Array, "U I"]
+    allowed_UI: Bool[Array, "U I"]
 
 
 def ranks(
@@ -31,19 +42,20 @@ def ranks(
     cutoff: int | None = PUBLISHED_CUTOFF,
     chunk_items: int = 4096,
 ) -> Int[Array, " U"]:
-    """Place of each user's target among the items of the corpus, 1 is best.
+    """Rank of each user's target among the items of the corpus, 1 is best.
 
-    An item that scores the same as the target, or NaN, counts as better, so that a broken model cannot look good; the target never counts
-    against itself, whatever the rounding.
+    An item that scores the same as the target, or NaN, counts as better, so that a broken model
+    cannot look good; the target never counts against itself, whatever the rounding.
 
     Args:
       h_UD: encoder output of the users. Its norm does not matter for the order.
       table_ID: item embeddings [I + 1, D]; row 0 is padding and never ranked.
       target_U: ids 1..I; 0 is not found.
-      seen_US: ids that are left out of the ranking, 0 for none, repeats allowed. A target among them is not found. None: nothing is left out.
+      seen_US: ids that are left out of the ranking, 0 for none, repeats allowed. A target among
+        them is not found. None: nothing is left out.
       l2_normalize: divide the items by max(norm, 1e-6), for models trained on cosines.
       corpus_I: the items that are ranked; None: all of 1..I.
-      cutoff: a target behind this place is not found (published: 2500). None: no limit.
+      cutoff: a target of a higher rank is not found (published: 2500). None: no limit.
       chunk_items: items scored at one time.
 
     Returns:
@@ -52,25 +64,16 @@ def ranks(
     if chunk_items < 1:
         raise ValueError(f"{chunk_items=} must be at least 1")
     items = table_ID.shape[0]
-    prepare = unit_rows if l2_normalize else (lambda e_XD: e_XD.astype(jnp.float32))
-    h_UD = h_UD.astype(jnp.float32)
-    target_U1 = target_U[:, None]
-    goal_U1 = jnp.sum(h_UD * prepare(table_ID[target_U]), axis=1, keepdims=True)
+    h_UD, target_U1 = h_UD.astype(jnp.float32), target_U[:, None]
+    target_UD = _prepared(table_ID[target_U], l2_normalize)
+    goal_U1 = jnp.sum(h_UD * target_UD, axis=1, keepdims=True)
 
-    def count(ahead_U, chunk_I, score_UI, allowed_UI):
-        better_UI = ~(score_UI < goal_U1) & allowed_UI & (chunk_I[None, :] != target_U1)
-        return ahead_U + jnp.sum(better_UI, axis=1, dtype=jnp.int32)
+    def count(ahead_U: Int[Array, " U"], chunk: CorpusChunk) -> Int[Array, " U"]:
+        better_UI = ~(chunk.score_UI < goal_U1) & (chunk.item_I[None, :] != target_U1)
+        return ahead_U + jnp.sum(better_UI & chunk.allowed_UI, axis=1, dtype=jnp.int32)
 
-    ahead_U = _sweep(
-        count,
-        jnp.zeros(target_U.shape, jnp.int32),
-        h_UD,
-        table_ID,
-        seen_US,
-        corpus_I,
-        prepare,
-        chunk_items,
-    )
+    none_U = jnp.zeros(target_U.shape, jnp.int32)
+    ahead_U = _sweep(count, none_U, h_UD, table_ID, seen_US, corpus_I, l2_normalize, chunk_items)
     found_U = target_U > 0
     if corpus_I is not None:
         found_U &= corpus_I[target_U]
@@ -82,7 +85,7 @@ def ranks(
 
 def best_items(
     h_UD: Float[Array, "U D"],
-    table_ID: Any,
+    table_ID: PyTree,
     seen_US: Int[Array, "U S"] | None = None,
     *,
     k: int,
@@ -90,69 +93,75 @@ def best_items(
     corpus_I: Bool[Array, " I1"] | None = None,
     chunk_items: int = 4096,
 ) -> tuple[Int[Array, "U {k}"], Float[Array, "U {k}"]]:
-    """The k best items of each user and their scores, best first; id 0 and score -inf where fewer remain.
+    """The k best items of each user and their scores, best first; then ids 0 with scores -inf.
 
-    Of items with the same score the one with the lower id comes first. Arguments as in `ranks`; the table [I + 1, D] may also be one of
-    `quantization`, of which one chunk at a time is unpacked: what is made on the device does not grow with the catalogue.
+    Of items with the same score the one with the lower id comes first. Arguments as in `ranks`; the
+    table [I + 1, D] may also be one of `quantization`, of which one chunk at a time is unpacked:
+    what is made on the device does not grow with the catalogue.
     """
     if k < 1 or chunk_items < 1:
         raise ValueError(f"{k=} and {chunk_items=} must be at least 1")
-    prepare = unit_rows if l2_normalize else (lambda e_XD: e_XD.astype(jnp.float32))
 
-    def merge(best, chunk_I, score_UI, allowed_UI):
-        id_UX = jnp.concatenate(
-            [best[0], jnp.broadcast_to(chunk_I[None, :], score_UI.shape)], axis=1
-        )
-        score_UX = jnp.concatenate([best[1], jnp.where(allowed_UI, score_UI, -jnp.inf)], axis=1)
+    def merge(best: Best, chunk: CorpusChunk) -> Best:
+        id_UC = jnp.broadcast_to(chunk.item_I[None, :], chunk.score_UI.shape)
+        id_UX = jnp.concatenate([best[0], id_UC], axis=1)
+        allowed_UC = jnp.where(chunk.allowed_UI, chunk.score_UI, -jnp.inf)
+        score_UX = jnp.concatenate([best[1], allowed_UC], axis=1)
         score_UK, place_UK = jax.lax.top_k(score_UX, k)
-        return jnp.where(
-            score_UK > -jnp.inf, jnp.take_along_axis(id_UX, place_UK, axis=1), 0
-        ), score_UK
+        id_UK = jnp.take_along_axis(id_UX, place_UK, axis=1)
+        return jnp.where(score_UK > -jnp.inf, id_UK, 0), score_UK
 
     none = (jnp.zeros((h_UD.shape[0], k), jnp.int32), jnp.full((h_UD.shape[0], k), -jnp.inf))
-    return _sweep(
-        merge, none, h_UD.astype(jnp.float32), table_ID, seen_US, corpus_I, prepare, chunk_items
-    )
+    h_UD = h_UD.astype(jnp.float32)
+    return _sweep(merge, none, h_UD, table_ID, seen_US, corpus_I, l2_normalize, chunk_items)
 
 
-def _sweep(
-    visit: Any, carry: Any, h_UD, table_ID, seen_US, corpus_I, prepare, chunk_items: int
-) -> Any:
-    """Folds `visit(carry, ids [I], scores [U, I], allowed [U, I])` over chunks of the catalogue; each item is allowed in one chunk only."""
+def _sweep[Carry](
+    visit: Callable[[Carry, CorpusChunk], Carry],
+    carry: Carry,
+    h_UD: Float[Array, "U D"],
+    table_ID: PyTree,
+    seen_US: Int[Array, "U S"] | None,
+    corpus_I: Bool[Array, " I1"] | None,
+    l2_normalize: bool,
+    chunk_items: int,
+) -> Carry:
+    """Folds `visit` over chunks of the catalogue; each item is allowed in one chunk only."""
     items, users = table_ID.shape[0], h_UD.shape[0]
     size = min(chunk_items, items)
 
-    def step(i, carry):
+    def step(i: Array, carry: Carry) -> Carry:
         first = jnp.minimum(i * size, items - size)  # the last chunk may overlap the one before it
         take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
         chunk_I = first + jnp.arange(size, dtype=jnp.int32)
-        chunk_ID = unpacked(jax.tree.map(take, table_ID))
-        score_UI = jnp.matmul(h_UD, prepare(chunk_ID).T, precision="highest")
-        allowed_I = (
-            (chunk_I >= jnp.maximum(i * size, 1))
-            if corpus_I is None
-            else take(corpus_I) & (chunk_I >= jnp.maximum(i * size, 1))
-        )
+        chunk_ID = _prepared(unpacked(jax.tree.map(take, table_ID)), l2_normalize)
+        score_UI = jnp.matmul(h_UD, chunk_ID.T, precision="highest")
+        allowed_I = chunk_I >= jnp.maximum(i * size, 1)
+        if corpus_I is not None:
+            allowed_I &= take(corpus_I)
         allowed_UI = jnp.broadcast_to(allowed_I[None, :], score_UI.shape)
         if seen_US is not None:
-            column_US = jnp.where(
-                seen_US >= first, seen_US - first, size
-            )  # out of the chunk on either side: dropped
-            allowed_UI = allowed_UI.at[jnp.arange(users)[:, None], column_US].set(
-                False, mode="drop"
-            )
-        return visit(carry, chunk_I, score_UI, allowed_UI)
+            # Items out of the chunk on either side are dropped.
+            column_US = jnp.where(seen_US >= first, seen_US - first, size)
+            user_U1 = jnp.arange(users)[:, None]
+            allowed_UI = allowed_UI.at[user_U1, column_US].set(False, mode="drop")
+        return visit(carry, CorpusChunk(chunk_I, score_UI, allowed_UI))
 
     return jax.lax.fori_loop(0, -(-items // size), step, carry)
+
+
+def _prepared(e_XD: Float[Array, "X D"], l2_normalize: bool) -> Float[Array, "X D"]:
+    return unit_rows(e_XD) if l2_normalize else e_XD.astype(jnp.float32)
 
 
 def ranking_metrics(
     rank_U: Int[Array, " U"], weight_U: Float[Array, " U"]
 ) -> dict[str, Float[Array, ""]]:
-    """Weighted sums over users of `hr@k`, `ndcg@k` (k in CUTOFFS) and `mrr`, and `users`, the sum of the weights.
+    """Weighted sums over users of `hr@k`, `ndcg@k` and `mrr`; `users` is the sum of the weights.
 
-    Sums of batches add; `mean_metrics` divides. `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] / log2(rank + 1)`, `mrr = 1 / rank`: as in the published
-    code, a target that is not found adds 1 / 2501 to MRR and not 0. Weight 0 leaves out the empty places of a batch.
+    Sums of batches add; `mean_metrics` divides. `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] /
+    log2(rank + 1)`, `mrr = 1 / rank`: as in the published code, a target that is not found adds 1 /
+    2501 to MRR and not 0. Weight 0 leaves out the empty places of a batch.
     """
     rank_U = rank_U.astype(jnp.float32)
     gain_U = 1.0 / jnp.log2(rank_U + 1.0)
@@ -162,7 +171,7 @@ def ranking_metrics(
     return sums | {"mrr": jnp.sum(weight_U / rank_U), "users": jnp.sum(weight_U)}
 
 
-def mean_metrics(sums: dict[str, Any]) -> dict[str, float]:
+def mean_metrics(sums: Mapping[str, SupportsFloat]) -> dict[str, float]:
     """Means over users from sums of `ranking_metrics`.
 
     Raises:

@@ -1,7 +1,5 @@
 """The whole model of a run: item ids of a batch in, one vector a row out."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -15,12 +13,15 @@ from ultra_hstu.nn.truncation import Cut
 from ultra_hstu.parallel.embedding_sharding import whole_table
 from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.retrieval.batch import Batch
+from ultra_hstu.sequences import Sequences
 
 
 class Recommender(nnx.Module):
-    """Embeds a batch and encodes it. Scores are dot products (or cosines) of its output with `item_table`; see `losses` and `metrics`.
+    """Embeds a batch and encodes it.
 
-    Holds parameters only: dropout takes its key at the call.
+    Scores are dot products (or cosines) of its output with `item_table`; see `loss` and `metrics`.
+    The module holds parameters only: dropout takes its key at the call. The mesh comes with the
+    call too (`shards`); rows [T, D] are then those of this device.
     """
 
     def __init__(
@@ -30,64 +31,75 @@ class Recommender(nnx.Module):
         max_history: int,
         *,
         signals: tuple[int, ...] = (),
-        shards: Shards = ONE,
         rngs: nnx.Rngs,
     ):
         """
         Args:
           num_items: I; ids are 1..I.
-          signals: how many codes each signal of a token has, 0 (none) counted; without any a token is its item alone.
-          max_history: rows of the longest sequence. N, which attention is divided by, is `max_history + config.output_slots`.
-          shards: the mesh in which it runs; rows [T, D] are then those of this device.
+          max_history: rows of the longest sequence. N, which attention is divided by, is
+            `max_history + config.output_slots`.
+          signals: how many codes each signal of a token has, 0 (none) counted; without any a token
+            is its item alone.
         """
         length = max_history + config.output_slots
-        options: dict[str, Any] = dict(
+        self.embedding = InputEmbedding(
+            num_items,
+            config.width,
+            length,
+            signals=signals,
             dropout_rate=config.input_dropout,
             dtype=jnp.dtype(config.dtype),
-            shards=shards,
             rngs=rngs,
         )
-        self.embedding = InputEmbedding(num_items, config.width, length, signals=signals, **options)
         build = HSTU.from_config if config.kind == "hstu" else SASRec.from_config
-        self.encoder = build(config, length, shards=shards, rngs=rngs)
-        self.num_items, self.shards = num_items, shards
+        self.encoder = build(config, length, rngs=rngs)
+        self.num_items = num_items
 
     @property
     def item_table(self) -> nnx.Param:
-        """Item embeddings [I + 1, D], float32; row 0 is padding. In a mesh this device's part of them, see `all_items`."""
+        """Item embeddings [I + 1, D], float32; entry 0 is padding.
+
+        In a mesh this is the device's part of them, see `all_items`.
+        """
         return self.embedding.item_table
 
-    def all_items(self) -> Float[Array, "I1 D"]:
+    def all_items(self, shards: Shards = ONE) -> Float[Array, "I1 D"]:
         """The item embeddings of all devices."""
-        return whole_table(self.item_table[...], self.num_items + 1, self.shards)
+        return whole_table(self.item_table[...], self.num_items + 1, shards)
 
-    def users(self, batch: Batch) -> Float[Array, "b D"]:
-        """The vectors of the batch's users, as `Shards.part` divides them: the output of each one's last row."""
-        if isinstance(self.encoder, SASRec):
-            return self.encode(batch)[batch.last_row_B]
-        return self.encoder.rows(self.embed(batch), batch.sequences, batch.last_row_B)
+    def users(self, batch: Batch, shards: Shards = ONE) -> Float[Array, "b D"]:
+        """The vectors of the batch's users, the output of each one's last row.
 
-    def encode(self, batch: Batch, *, rngs: KeyOrNone = None) -> Float[Array, "T D"]:
+        In a mesh they are divided as `Shards.part` divides them.
+        """
+        x_TD, sequences, _ = self._input(batch, shards)
+        return self.encoder.rows(x_TD, sequences, batch.last_row_B)
+
+    def encode(
+        self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None
+    ) -> Float[Array, "T D"]:
         """The output of the encoder, before any L2 norm, in the dtype of the config.
 
         Args:
-          batch: flat rows, jagged or padded; what its rows of padding hold does not matter, nor does what comes out there.
-          rngs: a key turns dropout on and decides it; None leaves it out.
+          batch: flat rows, jagged or padded. What its rows of padding hold does not matter, nor
+            does what comes out there.
+          key: turns dropout on and decides it; None leaves it out.
         """
-        embedding_key, encoder_key = split_key(rngs, 2)
-        return self.encoder(self.embed(batch, embedding_key), batch.sequences, encoder_key)
-
-    def embed(self, batch: Batch, key: KeyOrNone = None) -> Float[Array, "T D"]:
-        """The input of the encoder."""
-        return self.embedding(batch.item_T, batch.offsets, key, signal_TS=batch.signal_TS)
+        return self.encoder(*self._input(batch, shards, key))
 
     def encode_kept(
-        self, batch: Batch, *, rngs: KeyOrNone = None
+        self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None
     ) -> tuple[Float[Array, "S D"], Cut | None]:
-        """`encode` without the rows that an attention truncation drops, and which rows are left (None: all)."""
-        if isinstance(self.encoder, SASRec):
-            return self.encode(batch, rngs=rngs), None
-        embedding_key, encoder_key = split_key(rngs, 2)
-        return self.encoder.encode_kept(
-            self.embed(batch, embedding_key), batch.sequences, encoder_key
-        )
+        """`encode` without the rows that an attention truncation drops, and which rows are left.
+
+        None stands for all of them.
+        """
+        return self.encoder.encode_kept(*self._input(batch, shards, key))
+
+    def _input(
+        self, batch: Batch, shards: Shards, key: KeyOrNone = None
+    ) -> tuple[Float[Array, "T D"], Sequences, KeyOrNone]:
+        embedding_key, encoder_key = split_key(key, 2)
+        sequences = batch.sequences.on(shards)
+        x_TD = self.embedding(batch.item_T, sequences, embedding_key, signal_TS=batch.signal_TS)
+        return x_TD, sequences, encoder_key

@@ -1,4 +1,7 @@
-"""Negative items of a batch: uniform over the catalogue, or drawn from the batch itself. All are pure functions of a key."""
+"""Negative items of a batch: uniform over the catalogue, or drawn from the batch itself.
+
+All are pure functions of a key.
+"""
 
 import dataclasses
 
@@ -10,7 +13,10 @@ from jaxtyping import Array, Float, Int, Key, UInt
 def uniform_negatives(
     key: Key[Array, "*rows"], rows: int, count: int, num_items: int
 ) -> Int[Array, "{rows} {count}"]:
-    """`count` ids for each row, uniform over 1..num_items, independent and with replacement. `key`: one for all rows, or one a row."""
+    """`count` ids for each row, uniform over 1..num_items, independent and with replacement.
+
+    `key`: one for all rows, or one a row.
+    """
     return 1 + _below(key, rows, count, jnp.uint32(num_items))
 
 
@@ -26,19 +32,12 @@ class InBatchPool:
     ]  # log of the share of the pool that is this item; -inf for one that cannot be drawn
 
 
-def in_batch_pool(item_P: Int[Array, " P"], num_items: int, *, dedup: bool = False) -> InBatchPool:
-    """The pool of a batch's items, padding (0) left out.
+def in_batch_pool(item_P: Int[Array, " P"], num_items: int) -> InBatchPool:
+    """The pool of a batch's items (usually its targets), padding (0) left out.
 
-    Args:
-      item_P: usually the targets of the batch.
-      dedup: keep each item once. Otherwise a popular item is drawn as often as it occurs, and the loss should be told (`log_q_I`).
+    A popular item is drawn as often as it occurs, which the loss should be told (`log_q_I`).
     """
     count_I = jnp.zeros(num_items + 1, jnp.int32).at[item_P].add(1).at[0].set(0)
-    if dedup:
-        count_I = jnp.minimum(count_I, 1)
-        in_order_P = jnp.sort(item_P)
-        first_P = jnp.concatenate([jnp.ones(1, bool), in_order_P[1:] != in_order_P[:-1]])
-        item_P = jnp.where(first_P, in_order_P, 0)
     size = jnp.sum(count_I)
     (place_P,) = jnp.nonzero(item_P > 0, size=item_P.shape[0], fill_value=0)
     return InBatchPool(
@@ -51,7 +50,10 @@ def in_batch_pool(item_P: Int[Array, " P"], num_items: int, *, dedup: bool = Fal
 def in_batch_negatives(
     key: Key[Array, "*rows"], pool: InBatchPool, rows: int, count: int
 ) -> Int[Array, "{rows} {count}"]:
-    """`count` ids for each row from the pool, independent and with replacement. A row's own positive may be among them: the loss removes it."""
+    """`count` ids for each row from the pool, independent and with replacement.
+
+    A row's own positive may be among them: the loss removes it.
+    """
     return pool.id_P[_below(key, rows, count, jnp.maximum(pool.size, 1).astype(jnp.uint32))]
 
 
@@ -60,8 +62,9 @@ def _below(
 ) -> Int[Array, "{rows} {count}"]:
     """Uniform integers 0..bound-1 as the remainder of one 32-bit word.
 
-    The probability of an id is off by at most bound / 2^32 of itself: 1e-6 for MovieLens, 2e-4 for 700,000 items. `jax.random.randint` spends two words to
-    remove even that and takes six times as long (62 ms against 10 ms for 18,432 x 128 draws on two cores, most of a cheap loss).
+    The probability of an id is off by at most bound / 2^32 of itself: 1e-6 for MovieLens, 2e-4 for
+    700,000 items. `jax.random.randint` spends two words to remove even that and takes six times as
+    long (62 ms against 10 ms for 18,432 x 128 draws on two cores, most of a cheap loss).
     """
     if key.ndim:
         bits_RC = jax.vmap(lambda row_key: jax.random.bits(row_key, (count,), jnp.uint32))(key)

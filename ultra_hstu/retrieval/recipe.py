@@ -1,7 +1,7 @@
 """The pure functions of a retrieval run: `step.Steps` for histories."""
 
 import dataclasses
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,57 +10,63 @@ from jaxtyping import Array, Float
 
 from ultra_hstu.data import signals
 from ultra_hstu.nn.dropout import row_keys
+from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.retrieval import loss as losses
 from ultra_hstu.retrieval import negatives
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.model import Recommender
 from ultra_hstu.step import Params, Steps
 
-# Rows of logits at one time: what fits the cache of a CPU, what fills a GPU (measured on MovieLens-1M, 128 negatives).
+# Rows of logits at one time: what fits the cache of a CPU, what fills a GPU (measured on
+# MovieLens-1M, 128 negatives).
 CHUNK_ROWS = {"cpu": 512, "accelerator": 4096}
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe(Steps):
+class Recipe(Steps[Recommender]):
     """Retrieval: every row predicts the item after it, among sampled or all items."""
 
     num_items: int
 
     def build(self, seed: int) -> Recommender:
         sizes = signals.sizes(self.config.rank.signals)
-        return Recommender(
+        model = Recommender(
             self.config.model,
             self.num_items,
             self.config.data.max_history,
             signals=sizes,
-            shards=self.shards,
             rngs=nnx.Rngs(seed),
         )
+        if self.shards.devices > 1:
+            model.encoder.run_layer = ShardedLayers(self.shards)
+        return model
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Float[Array, ""]:
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
         dropout_key, negative_key = jax.random.split(key)
         model = self.model(params)
-        h_TD, cut = model.encode_kept(batch, rngs=dropout_key)
+        h_TD, cut = model.encode_kept(batch, shards=self.shards, key=dropout_key)
         # Rows that a truncation dropped have no output to train on.
         labels = (x if cut is None else cut.take(x) for x in (batch.target_T, batch.weight_T))
         target_T, weight_T = self.shards.local(tuple(labels))
-        table_ID = model.all_items()
+        table_ID = model.all_items(self.shards)
         config, shards = self.config.loss, self.shards
-        chunk_rows = (
-            config.chunk_rows
-            or CHUNK_ROWS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+        softmax = functools.partial(
+            losses.full_softmax if config.kind == "full" else losses.sampled_softmax,
+            h_TD,
+            table_ID,
+            target_T,
+            weight_T,
+            temperature=config.temperature,
+            l2_normalize=config.l2_normalize,
+            chunk_rows=config.chunk_rows or _chunk_rows(),
+            total=shards.total(jnp.sum(weight_T)),
         )
-        options: dict[str, Any] = dict(
-            temperature=config.temperature, l2_normalize=config.l2_normalize, chunk_rows=chunk_rows
-        )
-        options["total"] = shards.total(jnp.sum(weight_T))
         if config.kind == "full":
-            return losses.full_softmax(h_TD, table_ID, target_T, weight_T, **options)[0]
+            return softmax()[0]
         rows, log_q = h_TD.shape[0], None
-        sequences = batch.sequences if cut is None else cut.sequences
-        first = shards.first_sequence(sequences.offsets.shape[0] - 1)
-        keys_T = row_keys(negative_key, sequences.offsets, shards.rows(sequences.num_rows), first)
+        sequences = batch.sequences.on(shards) if cut is None else cut.sequences
+        keys_T = row_keys(negative_key, sequences)
         if config.kind == "sampled":
             negative_TR = negatives.uniform_negatives(
                 keys_T, rows, config.negatives, self.num_items
@@ -69,6 +75,8 @@ class Recipe(Steps):
             pool = negatives.in_batch_pool(shards.of_groups(batch.target_T), self.num_items)
             negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
             log_q = pool.log_q_I if config.log_q else None
-        return losses.sampled_softmax(
-            h_TD, table_ID, target_T, weight_T, negative_TR, log_q=log_q, **options
-        )[0]
+        return softmax(negative_TR, log_q=log_q)[0]
+
+
+def _chunk_rows() -> int:
+    return CHUNK_ROWS["cpu" if jax.default_backend() == "cpu" else "accelerator"]

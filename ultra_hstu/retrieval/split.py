@@ -1,12 +1,13 @@
-"""Which events are learned from, validated on and tested on: index arithmetic over the events, no copies."""
+"""Which events are learned from, validated on and tested on: indices, no copies."""
 
 import dataclasses
 
 import numpy as np
 from jaxtyping import Int64
 
-from ultra_hstu.config import Protocol
 from ultra_hstu.data.interactions import Interactions
+
+PROTOCOLS = ("published", "validated", "temporal")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -14,10 +15,11 @@ class Examples:
     """One example a row.
 
     Attributes:
-        user: the row of the user in `Interactions.users`.
+        user: the place of the user in `Interactions.users`.
         start, stop: the history, events start..stop-1, at most `max_history` of them, the newest.
 
-    Every row of a training history predicts the event after it, the last row event `stop`; in a test only the last row does.
+    Every row of a training history predicts the event after it, the last row event `stop`; in a
+    test only the last row does.
     """
 
     user: Int64[np.ndarray, " examples"]
@@ -55,21 +57,24 @@ class Split:
 
 def split(
     interactions: Interactions,
-    protocol: Protocol,
+    protocol: str,
     max_history: int,
     temporal_test_fraction: float = 0.1,
 ) -> Split:
     """Splits every user's events e_0 .. e_{n-1}.
 
-    - `published`: train on e_0 .. e_{n-2}, test e_{n-1}. No validation: the reference picks the best epoch on test.
-    - `validated`: train on e_0 .. e_{n-3}, validation e_{n-2}, test e_{n-1} with e_{n-2} in its history.
-    - `temporal`: the newest `temporal_test_fraction` of all events, from the cut on, is never trained or validated on.
-      Of a user's k events before the cut, train on e_0 .. e_{k-2} and validate e_{k-1} (users with k >= 2); test e_k,
-      the first event from the cut on (users with k >= 1 that have one). Events at the time of the cut belong to test.
+    - `published`: train on e_0 .. e_{n-2}, test e_{n-1}. No validation: the reference picks the
+        best epoch on test.
+    - `validated`: train on e_0 .. e_{n-3}, validation e_{n-2}, test e_{n-1} with e_{n-2} in its
+        history.
+    - `temporal`: the newest `temporal_test_fraction` of all events, from the cut on, is never
+      trained or validated on. Of a user's k events before the cut, train on e_0 .. e_{k-2} and
+      validate e_{k-1} (users with k >= 2); test e_k, the first event from the cut on (users with k
+      >= 1 that have one). Events at the time of the cut belong to test.
 
     Raises:
-        ValueError: an unknown protocol, `temporal` without timestamps or with nothing on one side of the cut,
-            max_history below 1.
+        ValueError: an unknown protocol, `temporal` without timestamps or with nothing on one side
+            of the cut, max_history below 1.
     """
     if max_history < 1:
         raise ValueError(f"data.max_history must be at least 1, not {max_history}")

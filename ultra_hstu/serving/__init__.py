@@ -11,7 +11,8 @@ from ultra_hstu.serving.inputs import Bucket, Candidates, UserEvents, UserHistor
 from ultra_hstu.serving.inputs import UserEvents as Events  # the short names of callers
 from ultra_hstu.serving.inputs import UserHistory as History
 from ultra_hstu.serving.kv_cache import Cache, join, split
-from ultra_hstu.serving.recommend import Recommendation, RecommendationModel
+from ultra_hstu.serving.recommend import RecommendationModel
+from ultra_hstu.serving.schema import Recommendation
 from ultra_hstu.serving.score import Best, append, encode_history, score, top_k
 from ultra_hstu.serving.tokens import from_source
 

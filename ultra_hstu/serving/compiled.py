@@ -11,7 +11,7 @@ from flax import nnx
 from jax.tree_util import KeyPath
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from kernels.jagged import offsets_to_lengths, segment_ids
+from kernels.jagged import Rows, offsets_to_lengths
 from ultra_hstu import quantization
 from ultra_hstu.nn import cached
 from ultra_hstu.nn.cached import CachedRows, Implementation, TargetRows
@@ -19,7 +19,7 @@ from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.key_values import CacheDtype
 from ultra_hstu.parallel.parameters import is_matrix_of_layer
 from ultra_hstu.quantization import HostKind, ItemTable
-from ultra_hstu.ranking.batch import Form
+from ultra_hstu.ranking.form import Form
 from ultra_hstu.ranking.model import Ranker
 from ultra_hstu.serving import tokens
 from ultra_hstu.serving.inputs import (
@@ -197,8 +197,7 @@ class Programs:
         }
         behind = {name: events_behind(model.form, parts[0]) for name, parts in channels.items()}
         size, signals = candidates.item_C.shape[0], len(model.sizes.signals)
-        users = candidates.offsets.shape[0] - 1
-        user_C = jnp.minimum(segment_ids(candidates.offsets, size), users - 1)
+        user_C = Rows.of(candidates.offsets, size).segment
         rows_C = (
             candidates.item_C,
             candidates.feature_CF,
@@ -258,7 +257,9 @@ def _best(
     their weighted logits."""
     size, count_B = logit_CK.shape[0], offsets_to_lengths(offsets)
     value_C = logit_CK @ weight_K
-    order_C = jnp.lexsort((-value_C, segment_ids(offsets, size)))  # stable: of equal ones the first
+    # Padding comes behind all users; the order is stable: of equal ones the first.
+    at = Rows.of(offsets, size)
+    order_C = jnp.lexsort((-value_C, at.segment, ~at.real))
     position_BK = offsets[:-1, None] + jnp.arange(k, dtype=jnp.int32)[None, :]
     here_BK = jnp.arange(k)[None, :] < count_B[:, None]
     best_BK = order_C[jnp.minimum(position_BK, size - 1)].astype(jnp.int32)

@@ -22,14 +22,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int, Int32, Shaped
 
-from ultra_hstu.config import Config, from_config_dict
+from ultra_hstu.config import Config, Kind, from_config_dict
 from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.data.signals import Kind
 from ultra_hstu.nn.key_values import CacheDtype, require_kind
-from ultra_hstu.ranking.batch import Form
+from ultra_hstu.ranking.form import Form, Sizes
 from ultra_hstu.ranking.model import Ranker
 from ultra_hstu.ranking.recipe import RankRecipe
-from ultra_hstu.ranking.source import Sizes
 from ultra_hstu.serving import artefact
 from ultra_hstu.serving.compiled import Channels, Programs
 from ultra_hstu.serving.inputs import Bucket, Candidates, UserEvents, UserHistory

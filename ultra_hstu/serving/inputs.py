@@ -13,8 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int, Int32, Shaped
 
 from kernels.typing import Leaf
-from ultra_hstu.ranking.batch import Form
-from ultra_hstu.ranking.source import Sizes
+from ultra_hstu.ranking.form import Form, Sizes
 
 MAX_USERS = 16  # requests of an online call, if nothing else is asked for
 # Two sizes an octave, so that a bucket is at most half as large again as it must be.

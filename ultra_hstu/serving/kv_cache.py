@@ -170,7 +170,7 @@ def _together(parts: Sequence[CachedRows], rows: int, users: int) -> CachedRows:
     if (count := int(offsets[-1])) > rows:
         raise ValueError(f"{count} rows are more than the {rows} of the bucket: join fewer users")
 
-    def stacked(*leaves: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "rows ..."]:
+    def stacked(*leaves: Shaped[AnyArray, "..."]) -> Shaped[np.ndarray, "rows ..."]:
         whole = np.zeros((rows, *leaves[0].shape[1:]), leaves[0].dtype)
         np.concatenate(leaves, out=whole[:count])
         return whole

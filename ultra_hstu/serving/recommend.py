@@ -15,11 +15,12 @@ from ultra_hstu import quantization
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
+from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.quantization import ItemTable
-from ultra_hstu.ranking.source import EVERYTHING
-from ultra_hstu.retrieval.batch import ROW_MULTIPLE, Batch, Events, gather_batch
+from ultra_hstu.ranking.form import EVERYTHING
+from ultra_hstu.retrieval.batch import Batch, Events, gather_batch
 from ultra_hstu.retrieval.metrics import best_items
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.serving.compiled import count_programs
@@ -32,18 +33,12 @@ from ultra_hstu.serving.inputs import (
     bucket_size,
     bucket_sizes,
 )
+from ultra_hstu.serving.schema import Recommendation
 from ultra_hstu.serving.tokens import key_of, since_first
 from ultra_hstu.step import Params
 from ultra_hstu.workdir import Workdir
 
 SMALLEST_K, SMALLEST_HIDDEN = 16, 256  # smallest buckets; each holds 8 times the one before
-
-
-@dataclasses.dataclass(frozen=True)
-class Recommendation:
-    item: int | str  # raw id, as in the source
-    title: str | None
-    score: float
 
 
 class RecommendationModel:
@@ -286,7 +281,9 @@ class RecommendationModel:
         found, titles = best_K[best_K > 0], self.catalog.titles
         raw_ids = self.catalog.decode(found).tolist()
         return [
-            Recommendation(raw, None if titles is None else titles[item], score)
+            Recommendation.model_construct(
+                item=raw, title=None if titles is None else titles[item], score=score
+            )
             for raw, item, score in zip(raw_ids, found, score_K.tolist(), strict=False)
         ]
 
@@ -309,7 +306,7 @@ def _encode(recipe: Recipe, params: Params, batch: Batch) -> Float[Array, "U D"]
     local_TD = jnp.concatenate([jnp.zeros_like(row_TD[:1]), row_TD])
     local_T = jnp.where(batch.item_T > 0, jnp.arange(1, rows + 1, dtype=jnp.int32), 0)
     model = recipe.model(quantization.with_item_table(params, local_TD))
-    user_UD = model.encode(dataclasses.replace(batch, item_T=local_T), rngs=None)[batch.last_row_B]
+    user_UD = model.encode(dataclasses.replace(batch, item_T=local_T))[batch.last_row_B]
     return l2_normalize(user_UD) if recipe.config.loss.l2_normalize else user_UD.astype(jnp.float32)
 
 

@@ -105,16 +105,14 @@ class Request(AboutUser):
     )
 
 
-class RecommendedItem(BaseModel):
+class Recommendation(BaseModel):
     item: int | str = Field(description="id of the source")
     title: str | None
     score: float
 
 
 class Response(BaseModel):
-    items: list[RecommendedItem] = Field(
-        description="best first; fewer than k where fewer are left"
-    )
+    items: list[Recommendation] = Field(description="best first; fewer than k where fewer are left")
     source: Literal["model", "popularity"] = Field(
         description="popularity: the history was empty, and scores are counts of the training data"
     )

@@ -18,7 +18,7 @@ from ultra_hstu.nn.cached import CachedRows, Implementation
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.key_values import CacheDtype, require_kind
 from ultra_hstu.quantization import ItemTable
-from ultra_hstu.ranking.batch import Form
+from ultra_hstu.ranking.form import Form
 from ultra_hstu.ranking.model import Ranker
 from ultra_hstu.serving.compiled import Channels, CompiledRanker, compiled
 from ultra_hstu.serving.inputs import (
@@ -120,9 +120,7 @@ def growth(
 def changed_rows(encoder: HSTU) -> int:
     """How many of a user's newest rows change when an event is added."""
     biased = int(encoder.layers[0].bias is not None)
-    # The newest rows see more than others under a window alone.
-    full = (mask.full_rows for mask in encoder.layer_masks if mask.window is not None)
-    return max([biased, *full])
+    return max(biased, *(mask.wider_rows for mask in encoder.layer_masks))
 
 
 def growths(

@@ -10,13 +10,14 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from ultra_hstu.checkpoint import load_params
-from ultra_hstu.config import Config
+from ultra_hstu.config import Config, Kind
 from ultra_hstu.data.interactions import Interactions, load_interactions
-from ultra_hstu.data.signals import Kind
 from ultra_hstu.nn.key_values import CacheDtype
 from ultra_hstu.quantization import HostKind
+from ultra_hstu.ranking.form import channels
 from ultra_hstu.ranking.model import Ranker
-from ultra_hstu.ranking.source import channels
+from ultra_hstu.ranking.task import RankingTask
+from ultra_hstu.retrieval.task import RetrievalTask
 from ultra_hstu.serving.compiled import CompiledRanker, count_programs
 from ultra_hstu.serving.inputs import (
     MAX_USERS,
@@ -47,7 +48,6 @@ from ultra_hstu.serving.tokens import (
     signal_codes,
     since_first,
 )
-from ultra_hstu.task import RankTask, Task
 from ultra_hstu.workdir import Workdir
 
 MICRO_BATCH = 128  # a tile of attention on a CPU
@@ -81,9 +81,7 @@ class RunData:
     @functools.cached_property
     def count_I(self) -> Float[np.ndarray, " I1"]:
         """How often each item occurs in the training data."""
-        task = Task.of(self.config, self.interactions)
-        assert isinstance(task, Task)
-        return np.ceil(task.popularity())
+        return np.ceil(RetrievalTask.of(self.config, self.interactions).popularity())
 
     def user(self, user: int | str) -> UserData:
         """The whole history of a user, by raw id. Raises ValueError for an unknown one."""
@@ -337,12 +335,12 @@ def load_ranker(data: RunData) -> tuple[Ranker, Config, Vocabulary, dict[str, Ki
       ValueError: a retrieval run, one without a checkpoint or with one that is not finite, or data
         that is not the run's.
     """
-    task = Task.of(data.config, data.interactions)
-    if not isinstance(task, RankTask):
+    if not data.config.rank.tasks:
         raise ValueError(
             f"{data.folder.path} is a retrieval run: candidates are scored by ranking runs, with "
             "rank.tasks"
         )
+    task = RankingTask.of(data.config, data.interactions)
     _, params = load_params(data.folder, task.recipe)
     vocabulary = Vocabulary.of(task.config, task.interactions)
     return task.recipe.model(params), task.config, vocabulary, task.recipe.tasks

@@ -16,13 +16,13 @@ from ultra_hstu.nn.key_values import CacheDtype
 from ultra_hstu.quantization import HostKind
 from ultra_hstu.serving import export
 from ultra_hstu.serving.inputs import MAX_USERS, Query
-from ultra_hstu.serving.recommend import Recommendation, RecommendationModel
+from ultra_hstu.serving.recommend import RecommendationModel
 from ultra_hstu.serving.schema import (
     MAX_BLOCK,
     MAX_EVENTS,
     MAX_K,
     AboutUser,
-    RecommendedItem,
+    Recommendation,
     Request,
     Response,
     ScoredItem,
@@ -267,11 +267,7 @@ class ScoreService(Service[ScoreRequest, ScoreResponse]):
 
 def recommended(query: Query, items: Sequence[Recommendation]) -> Response:
     """A response from what the model ranked."""
-    return Response(
-        items=[RecommendedItem.model_construct(**dataclasses.asdict(item)) for item in items],
-        source="model",
-        warnings=list(query.warnings),
-    )
+    return Response(items=list(items), source="model", warnings=list(query.warnings))
 
 
 def _shown(names: Sequence[int | str]) -> str:

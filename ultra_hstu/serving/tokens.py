@@ -13,10 +13,10 @@ from jaxtyping import Array, Int, Int32, Shaped
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.events import SECONDS_RANGE
 from ultra_hstu.data.interactions import Interactions
-from ultra_hstu.ranking.batch import GAP_EDGES, Form, RankEvents, RankGather, Tokens
-from ultra_hstu.ranking.source import RankSource
-from ultra_hstu.retrieval.batch import SECONDS_RANGE
+from ultra_hstu.ranking.batch import GAP_EDGES, RankEvents, RankGather, Tokens
+from ultra_hstu.ranking.form import Form
 from ultra_hstu.serving.inputs import (
     COLUMNS,
     LADDER,
@@ -143,11 +143,10 @@ def key_of(history: UserHistory, *, with_now: bool) -> bytes:
 
 
 def from_source(
-    source: RankSource, columns_B: Mapping[str, Numbers], form: Form
+    events: RankEvents, columns_B: Mapping[str, Numbers], form: Form
 ) -> tuple[UserHistory, Candidates]:
-    """Requests of a data set, as columns of `RankSource.table`: their histories, and their targets
+    """Requests of a data set, as columns of `RankingTask.table`: their histories, and their targets
     as candidates."""
-    events = source.events
     column = {name: np.asarray(values, np.int64) for name, values in columns_B.items()}
 
     def spans(
@@ -161,7 +160,8 @@ def from_source(
     for name, _ in form.max_history:
         start_B = column[f"start/{name}"]
         event_E, offsets = spans(start_B, column[f"stop/{name}"] - start_B)
-        event_E = events.index[name][event_E] if name in events.index else event_E
+        if name in events.index:
+            event_E = np.asarray(events.index[name])[event_E]
         columns = (getattr(events, field)[event_E] for field in COLUMNS)
         channels[name] = UserEvents.of_columns(columns, offsets)
     target_C, offsets = spans(column["target"], column["count"])

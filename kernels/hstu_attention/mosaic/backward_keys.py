@@ -1,56 +1,53 @@
-"""HSTU attention on Hopper: dK and dV alone, the first pass of the two-pass backward, for widths up to 128. Keys stay, rows stream past them."""
+"""dK and dV alone, for widths up to 128: the first pass of the two-pass backward.
 
-from typing import Any
+A tile of keys stays, and blocks of rows stream past it.
+"""
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.device import (
-    draw_items,
-    feed_items,
-    launch,
-    open_rings,
-    record_scratch,
-    ring,
-    swizzled,
+from kernels.hstu_attention.mosaic.backward_shared import (
+    AHEAD,
+    BackwardInputs,
+    launch_over_keys,
+    load_rows_and_gradients,
+    loaded_pair,
+    silu_slopes,
 )
-from kernels.hstu_attention.mosaic.feed import load_rows_and_gradients
-from kernels.hstu_attention.mosaic.parts import write_sums
-from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
-from kernels.hstu_attention.plan import AttentionPlan
+from kernels.hstu_attention.mosaic.items import draw_items, feed_items
+from kernels.hstu_attention.mosaic.launch import arrive, fill, open_rings, wait, with_sums
+from kernels.hstu_attention.mosaic.schedule import BackwardConfig
 
 RECORDS = 4  # of work items, in shared memory at a time
-AHEAD = 2  # blocks before the end of an item at which the next one is drawn
 KEY_SLOTS = 2  # tiles of keys and values in shared memory: the next ones load early
 
 
-def key_gradients(
-    q: Array,
-    k: Array,
-    v: Array,
-    do: Array,
-    tails: Any,
-    plan: AttentionPlan,
-    scale: Array,
-    alpha: float,
-    config: BackwardConfig,
-) -> Any:
-    """(dK, dV) of padded buffers (T a multiple of 128), widths 64 or 128; `scale` is one number. `tails`: of q, k, do."""
-    _, heads, width = q.shape
-    width_v = v.shape[-1]
-    dtype = q.dtype
+def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array, "S H _"]]:
+    """(dK, dV)."""
+    width, dtype, alpha = x.q.shape[2], x.q.dtype, x.alpha
+    width_v = x.v.shape[2]
     tile, block_q, stages = config.tile, config.block_q, config.stages
-    intervals = 1 if plan.rows_in_one_piece else None
-    work = schedule.schedule_of(plan, WorkList.backward(heads, config))
-    factor = scale.reshape(1)
+    intervals = 1 if x.plan.rows_in_one_piece else None
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, bounds_gm, factor_gm, records_gm, tail_first_gm, tails_gm,
-               dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
+    def kernel(
+        q_gm,
+        k_gm,
+        v_gm,
+        do_gm,
+        bounds_gm,
+        factor_gm,
+        records_gm,
+        tail_first_gm,
+        tails_gm,
+        dk_gm,
+        dv_gm,
+        dk_part_gm,
+        dv_part_gm,
+        s,
+    ):
         wg = lax.axis_index("wg")
 
         @pl.when(wg < 2)
@@ -64,14 +61,15 @@ def key_gradients(
 
             def one_item(item, slot, step, nearest, ahead):
                 key_slot = lax.rem(slot, KEY_SLOTS)
-                plgpu.barrier_wait(s["kv_full"].at[key_slot])
+                wait(s, "kv_full", key_slot)
 
                 def accumulate(dk, dv):
                     @pl.loop(0, item.count)
                     def _(i):
                         now = lax.rem(step + i, stages)
-                        plgpu.barrier_wait(s["row_full"].at[now])
-                        # Computed anew in every step: kept from step to step it would take registers there are not.
+                        wait(s, "row_full", now)
+                        # Computed anew in every step: kept from step to step it would take
+                        # registers there are not.
                         keys = pl.ds(
                             pl.multiple_of(mine.start + lax.optimization_barrier(jnp.int32(0)), 64),
                             64,
@@ -80,26 +78,21 @@ def key_gradients(
 
                         def scores(s_acc):
                             plgpu.wgmma(s_acc, my_k, s["q"].at[now].T)
-                            plgpu.wgmma_wait(
-                                1
-                            )  # dV and dK of the last block: their operands leave the registers that dP needs
+                            # dV and dK of the last block: their operands leave the registers that
+                            # dP needs
+                            plgpu.wgmma_wait(1)
 
                             @pl.when(i > 0)
                             def _():
-                                plgpu.barrier_arrive(
-                                    s["row_empty"].at[lax.rem(step + i + stages - 1, stages)]
-                                )
+                                arrive(s, "row_empty", lax.rem(step + i + stages - 1, stages))
 
                             def slopes(dp_acc):
                                 plgpu.wgmma(dp_acc, my_v, s["do"].at[now].T)
-                                score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
-                                return lax.optimization_barrier(
-                                    (score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
-                                )
+                                return loaded_pair(s_acc, dp_acc)
 
-                            return pl.run_scoped(slopes, plgpu.ACC((64, block_q), jnp.float32))
+                            return with_sums(slopes, (64, block_q))
 
-                        pair = pl.run_scoped(scores, plgpu.ACC((64, block_q), jnp.float32))
+                        pair = with_sums(scores, (64, block_q))
                         score, dp = item.masked(
                             i,
                             block_q,
@@ -109,36 +102,24 @@ def key_gradients(
                             nearest,
                             intervals=intervals,
                         )
-                        half = score * (0.5 * alpha)
-                        t = jnp.tanh(half)
-                        w = t + 1.0
-                        ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
+                        half, w, ds = silu_slopes(score, dp, alpha)
                         plgpu.wgmma(dv, (half * w).astype(dtype), s["do"].at[now])
                         plgpu.wgmma(dk, ds.astype(dtype), s["q"].at[now])
 
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + item.count - 1, stages)])
+                    arrive(s, "row_empty", lax.rem(step + item.count - 1, stages))
                     return dk[...], dv[...]
 
-                dk, dv = pl.run_scoped(
-                    accumulate,
-                    plgpu.ACC((64, width), jnp.float32),
-                    plgpu.ACC((64, width_v), jnp.float32),
-                )
+                dk, dv = with_sums(accumulate, (64, width), (64, width_v))
                 keys, head, part = pl.ds(first_key(item), 64), item.head, item.slot
                 nearest_next = ahead()
-                plgpu.barrier_arrive(s["rec_empty"].at[slot])
+                arrive(s, "rec_empty", slot)
                 outputs = (
-                    (dv, factor_gm[0], s["v"].at[key_slot, mine], dv_gm, dv_part_gm),
-                    (
-                        dk,
-                        factor_gm[0] * (0.5 * alpha),
-                        s["k"].at[key_slot, mine],
-                        dk_gm,
-                        dk_part_gm,
-                    ),
+                    (dv, factor_gm[0], s["v"], dv_gm, dv_part_gm),
+                    (dk, factor_gm[0] * (0.5 * alpha), s["k"], dk_gm, dk_part_gm),
                 )
-                for grad, times, stage, gm, part_gm in outputs:
+                for grad, times, buffer, gm, part_gm in outputs:
+                    stage = buffer.at[key_slot, mine]
 
                     @pl.when(part < 0)
                     def _(grad=grad, times=times, stage=stage, gm=gm):
@@ -151,12 +132,11 @@ def key_gradients(
                         part_gm.at[part, mine][...] = grad * times
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(s["kv_empty"].at[key_slot])
+                arrive(s, "kv_empty", key_slot)
                 return nearest_next
 
             draw_items(
-                s["rec"],
-                s["rec_full"],
+                s,
                 one_item,
                 lambda item, slot, step: item.bounds(bounds_gm, first_key(item)),
             )
@@ -166,15 +146,14 @@ def key_gradients(
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
             rows_and_gradients = load_rows_and_gradients(
-                q_gm, do_gm, tails_gm, tail_first_gm[0], config, plan.first_row, s
+                q_gm, do_gm, tails_gm, tail_first_gm[0], config, x.plan.first_row, s
             )
 
             def keys_and_values(item, slot):
                 key_slot, keys = lax.rem(slot, KEY_SLOTS), pl.ds(item.tile * tile, tile)
-                full = s["kv_full"].at[key_slot]
-                plgpu.barrier_wait(s["kv_empty"].at[key_slot])
-                plgpu.copy_gmem_to_smem(k_gm.at[keys, item.head], s["k"].at[key_slot], full)
-                plgpu.copy_gmem_to_smem(v_gm.at[keys, item.head], s["v"].at[key_slot], full)
+                wait(s, "kv_empty", key_slot)
+                fill(s, "k", k_gm.at[keys, item.head], key_slot, "kv_full")
+                fill(s, "v", v_gm.at[keys, item.head], key_slot, "kv_full")
 
             feed_items(
                 records_gm,
@@ -186,27 +165,15 @@ def key_gradients(
                 workers=config.workers,
             )
 
-    slots = schedule.part_slots(plan, tile, heads, config.workers)
-    dk, dv, dk_parts, dv_parts = launch(
+    return launch_over_keys(
         kernel,
         "hstu_backward_dkv",
-        (q, k, v, do, work.bounds, factor, work.records, work.tail),
-        tails,
-        scratch=dict(
-            k=swizzled((KEY_SLOTS, tile, width), dtype),
-            v=swizzled((KEY_SLOTS, tile, width_v), dtype),
-            q=swizzled((stages, block_q, width), dtype),
-            do=swizzled((stages, block_q, width_v), dtype),
-            **record_scratch(RECORDS),
-            **ring("kv", KEY_SLOTS, filled=2),
-            **ring("row", stages, filled=2),
-        ),
-        out_type=[
-            jax.ShapeDtypeStruct(k.shape, dtype),
-            jax.ShapeDtypeStruct(v.shape, dtype),
-            jax.ShapeDtypeStruct((slots, tile, width), jnp.float32),
-            jax.ShapeDtypeStruct((slots, tile, width_v), jnp.float32),
-        ],
-        workers=config.workers,
+        x,
+        x.find_work(config),
+        x.factor,
+        config,
+        key_slots=KEY_SLOTS,
+        records=RECORDS,
+        buffers={},
+        barriers={},
     )
-    return write_sums(work.parts, [(dk_parts, dk), (dv_parts, dv)], heads)

@@ -1,32 +1,34 @@
-"""HSTU attention on Hopper: dQ alone, the second pass of the deterministic backward. Built like the forward: rows
-stay, keys stream past them.
-"""
+"""dQ alone: the second pass of the deterministic backward.
 
-from typing import Any
+It is built like the forward: rows stay, keys stream past them.
+"""
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
 
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.device import (
-    draw_items,
-    feed_items,
+from kernels.hstu_attention.mosaic.backward_shared import BackwardInputs, loaded_pair, silu_slopes
+from kernels.hstu_attention.mosaic.items import draw_items, feed_items, record_scratch
+from kernels.hstu_attention.mosaic.launch import (
+    arrive,
+    fill,
     launch,
     load_rows,
     open_rings,
-    record_scratch,
     ring,
     swizzled,
+    wait,
+    with_sums,
 )
-from kernels.hstu_attention.mosaic.parts import write_sums
-from kernels.hstu_attention.mosaic.schedule import WorkList
-from kernels.hstu_attention.plan import AttentionPlan
+from kernels.hstu_attention.mosaic.padding import TAIL
+from kernels.hstu_attention.mosaic.schedule import WorkList, part_slots
+from kernels.hstu_attention.mosaic.split_tiles import write_sums
+from kernels.typing import THK
 
-TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
+TILE = TAIL  # query rows of a work item: two warpgroups of 64
 BLOCK = 64  # keys a step
 RECORDS = 4  # of work items, in shared memory at a time
 AHEAD = 4  # blocks before the end of an item at which the next one is drawn
@@ -36,26 +38,17 @@ def work_list(heads: int) -> WorkList:
     return WorkList.forward(heads, BLOCK, schedule.WORKERS)
 
 
-def query_gradients(
-    q: Array,
-    k: Array,
-    v: Array,
-    do: Array,
-    tails: Any,
-    plan: AttentionPlan,
-    scale: Array,
-    alpha: float,
-) -> Any:
-    """dQ of padded buffers (T a multiple of 128); `scale` is one number. `tails`: of q, k, do; the first pass has used their first counter."""
-    _, heads, width = q.shape
+def query_gradients(x: BackwardInputs) -> THK:
+    """dQ. The first pass has used the first counter of `x.tails`."""
+    plan, alpha, (_, heads, width) = x.plan, x.alpha, x.q.shape
     workers = work_list(heads).workers
-    width_v = v.shape[-1]
-    dtype, first = q.dtype, plan.first_row
-    # Tiles of rows, blocks of keys and of values that shared memory holds: the next tile begins before the last one has left, a block of keys is
-    # needed for a step more than its values.
+    width_v = x.v.shape[2]
+    dtype, first = x.q.dtype, plan.first_row
+    # Tiles of rows, blocks of keys and of values that shared memory holds: the next tile begins
+    # before the last one has left, and a block of keys is needed for a step more than its values.
     wide = max(width, width_v) > 128
     row_slots, k_stages, v_stages = (1, 2, 1) if wide else (2, 3, 2)
-    work = schedule.schedule_of(plan, work_list(heads))
+    work = plan.find(work_list(heads))
 
     def kernel(
         q_gm,
@@ -83,22 +76,21 @@ def query_gradients(
                 return jnp.maximum(item.tile, 0) * TILE + wg * 64
 
             def slopes(item, slot, step, i, nearest, beside=None, more=True):
-                """dS of an item's block i; the product that `beside` starts runs during the elementwise work.
+                """dS of an item's block i.
 
-                more: False behind the last item, where what is computed goes nowhere.
+                The product that `beside` starts runs during the elementwise work. `more` is False
+                behind the last item, where what is computed goes nowhere.
                 """
-                row_slot, now_k, now_v = (
-                    lax.rem(slot, row_slots),
-                    lax.rem(step + i, k_stages),
-                    lax.rem(step + i, v_stages),
-                )
+                row_slot = lax.rem(slot, row_slots)
+                now_k, now_v = lax.rem(step + i, k_stages), lax.rem(step + i, v_stages)
 
                 @pl.when(more)
                 def _():
-                    plgpu.barrier_wait(s["k_full"].at[now_k])
-                    plgpu.barrier_wait(s["v_full"].at[now_v])
+                    wait(s, "k_full", now_k)
+                    wait(s, "v_full", now_v)
 
-                # What depends on `here` is computed anew: kept from step to step it would take registers there are not.
+                # What depends on `here` is computed anew: kept from step to step it would take
+                # registers there are not.
                 here = lax.optimization_barrier(jnp.int32(0)) if wide else 0
                 rows = pl.ds(pl.multiple_of(mine.start + here, 64), 64)
 
@@ -107,29 +99,22 @@ def query_gradients(
                     plgpu.wgmma(dp_acc, s["do"].at[row_slot, rows], s["v"].at[now_v].T)
                     if beside is not None:
                         beside()
-                    score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0 if beside is None else 1)
-                    return lax.optimization_barrier(
-                        (score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
-                    )
+                    return loaded_pair(s_acc, dp_acc, 0 if beside is None else 1)
 
-                block = plgpu.ACC((64, BLOCK), jnp.float32)
-                score, dp = pl.run_scoped(scores, block, block)
-                pl.when(more)(lambda: plgpu.barrier_arrive(s["v_empty"].at[now_v]))
+                score, dp = with_sums(scores, (64, BLOCK), (64, BLOCK))
+                pl.when(more)(lambda: arrive(s, "v_empty", now_v))
                 score, dp = item.masked(i, BLOCK, bounds_gm, first_row(item), (score, dp), nearest)
-                half = score * (0.5 * alpha)
-                t = jnp.tanh(half)
-                w = t + 1.0
-                ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
-                return ds.astype(dtype)
+                return silu_slopes(score, dp, alpha)[2].astype(dtype)
 
             def begin(item, slot, step, beside=None):
-                """(the bounds of its rows, dS of its first block): the next item begins while this one ends."""
+                """(the bounds of its rows, dS of its first block).
+
+                The next item begins while this one ends.
+                """
                 if wide:  # no registers for that
                     return None
                 nearest, more = item.bounds(bounds_gm, first_row(item)), item.tile >= 0
-                pl.when(more)(
-                    lambda: plgpu.barrier_wait(s["row_full"].at[lax.rem(slot, row_slots)])
-                )
+                pl.when(more)(lambda: wait(s, "row_full", lax.rem(slot, row_slots)))
                 return nearest, slopes(item, slot, step, jnp.int32(0), nearest, beside, more)
 
             def one_item(item, slot, step, begun, ahead):
@@ -140,11 +125,11 @@ def query_gradients(
                         plgpu.wgmma(dq, ds, s["k"].at[lax.rem(step + i, k_stages)])
 
                     def release(i):
-                        plgpu.barrier_arrive(s["k_empty"].at[lax.rem(step + i, k_stages)])
+                        arrive(s, "k_empty", lax.rem(step + i, k_stages))
 
                     if wide:
                         nearest = item.bounds(bounds_gm, first_row(item))
-                        plgpu.barrier_wait(s["row_full"].at[row_slot])
+                        wait(s, "row_full", row_slot)
 
                         @pl.loop(0, count)
                         def _(i):
@@ -170,9 +155,9 @@ def query_gradients(
                     release(count - 1)
                     return out, begun_next
 
-                dq, begun_next = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))
+                dq, begun_next = with_sums(accumulate, (64, width))
                 place, part, head = pl.ds(first_row(item) - first, 64), item.slot, item.head
-                plgpu.barrier_arrive(s["rec_empty"].at[slot])
+                arrive(s, "rec_empty", slot)
                 times = factor_gm[0] * (0.5 * alpha)
                 stage = s["q"].at[row_slot, mine]  # nobody else reads these rows
 
@@ -193,10 +178,10 @@ def query_gradients(
                     for columns, chunk in chunks():
                         part_gm.at[part, mine, columns][...] = chunk
 
-                plgpu.barrier_arrive(s["row_empty"].at[row_slot])
+                arrive(s, "row_empty", row_slot)
                 return begun_next
 
-            draw_items(s["rec"], s["rec_full"], one_item, begin)
+            draw_items(s, one_item, begin)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
@@ -206,30 +191,18 @@ def query_gradients(
 
             def queries(item, slot):
                 place, row_slot = pl.ds(item.tile * TILE - first, TILE), lax.rem(slot, row_slots)
-                full = s["row_full"].at[row_slot]
-                plgpu.barrier_wait(s["row_empty"].at[row_slot])
-                plgpu.copy_gmem_to_smem(q_gm.at[place, item.head], s["q"].at[row_slot], full)
-                plgpu.copy_gmem_to_smem(do_gm.at[place, item.head], s["do"].at[row_slot], full)
+                wait(s, "row_empty", row_slot)
+                fill(s, "q", q_gm.at[place, item.head], row_slot, "row_full")
+                fill(s, "do", do_gm.at[place, item.head], row_slot, "row_full")
 
             def keys_and_values(item, step, i):
                 now_k, now_v = lax.rem(step + i, k_stages), lax.rem(step + i, v_stages)
                 row = item.block(i) * BLOCK
-                plgpu.barrier_wait(s["k_empty"].at[now_k])
-                load_rows(
-                    k_gm,
-                    tails_gm,
-                    row,
-                    BLOCK,
-                    item.head,
-                    tail_first,
-                    s["k"].at[now_k],
-                    s["k_full"].at[now_k],
-                    width,
-                )
-                plgpu.barrier_wait(s["v_empty"].at[now_v])
-                plgpu.copy_gmem_to_smem(
-                    v_gm.at[pl.ds(row, BLOCK), item.head], s["v"].at[now_v], s["v_full"].at[now_v]
-                )
+                wait(s, "k_empty", now_k)
+                into, full = s["k"].at[now_k], s["k_full"].at[now_k]
+                load_rows(k_gm, tails_gm, row, BLOCK, item.head, tail_first, into, full, width)
+                wait(s, "v_empty", now_v)
+                fill(s, "v", v_gm.at[pl.ds(row, BLOCK), item.head], now_v)
 
             feed_items(
                 records_gm,
@@ -242,12 +215,12 @@ def query_gradients(
                 which=1,
             )
 
-    slots = schedule.part_slots(plan, TILE, heads, workers)
+    slots = part_slots(plan, TILE, heads, workers)
     dq, parts = launch(
         kernel,
         "hstu_backward_dq",
-        (q, k, v, do, work.bounds, scale.reshape(1), work.records, work.tail),
-        tails,
+        (x.q, x.k, x.v, x.do, work.bounds, x.factor, work.records, work.tail),
+        x.tails,
         scratch=dict(
             q=swizzled((row_slots, TILE, width), dtype),
             do=swizzled((row_slots, TILE, width_v), dtype),
@@ -259,7 +232,7 @@ def query_gradients(
             **ring("v", v_stages),
         ),
         out_type=[
-            jax.ShapeDtypeStruct(q.shape, dtype),
+            jax.ShapeDtypeStruct(x.q.shape, dtype),
             jax.ShapeDtypeStruct((slots, TILE, width), jnp.float32),
         ],
         workers=workers,

@@ -1,98 +1,90 @@
-"""HSTU attention on Hopper, backward for head widths above 128.
+"""The backward of widths above 128 in one pass, and dK and dV alone there.
 
-Accumulators of dK and dV for 128 keys and 256 columns do not fit the registers. So a tile has 64 keys, and the two
-computing warpgroups share the work by gradient: one makes the weights P and the slopes dS, and sums dK; the other
-sums dV, and makes dQ of each row block and adds it to memory. Five products a pair, none of them twice.
+Accumulators of dK and dV for 128 keys and 256 columns do not fit the registers. So a tile has 64
+keys, and the two computing warpgroups share the work by gradient: one makes the weights P and the
+slopes dS, and sums dK; the other sums dV, and makes dQ of each row block and adds it to memory.
+Five products a pair, none of them twice.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.device import (
-    draw_items,
-    launch,
+from kernels.hstu_attention.mosaic.backward_shared import (
+    RECORDS,
+    BackwardInputs,
+    feed,
+    finished_dq,
+    launch_over_keys,
+    loaded_pair,
+    silu_slopes,
+)
+from kernels.hstu_attention.mosaic.items import draw_items
+from kernels.hstu_attention.mosaic.launch import (
+    arrive,
+    loaded,
     open_rings,
-    record_scratch,
     ring,
     swizzled,
+    wait,
+    with_sums,
 )
-from kernels.hstu_attention.mosaic.feed import RECORDS, feed
-from kernels.hstu_attention.mosaic.parts import write_sums
-from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
-from kernels.hstu_attention.plan import AttentionPlan
+from kernels.hstu_attention.mosaic.schedule import BackwardConfig
 from kernels.zeros import zeros_after
 
 COLUMNS = 128  # of dQ that are made at a time
 SENT = 32  # of them added to memory at a time
 
 
-def one_pass(
-    q: Array,
-    k: Array,
-    v: Array,
-    do: Array,
-    tails: Any,
-    plan: AttentionPlan,
-    scale: Array,
-    alpha: float,
-    config: BackwardConfig,
-) -> Any:
-    """(dQ, dK, dV) of padded buffers (T a multiple of 128), widths 128 and 256; `scale` is one number."""
-    return _gradients(q, k, v, do, tails, plan, scale, alpha, config, with_dq=True)
+def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Array, "_ H _"], ...]:
+    """(dQ, dK, dV)."""
+    dq = jax.new_ref(zeros_after(x.do, x.q.shape))
+    dk, dv = _gradients(x, config, dq, with_dq=True)
+    return finished_dq(dq, x, x.factor), dk, dv
 
 
-def key_gradients(
-    q: Array,
-    k: Array,
-    v: Array,
-    do: Array,
-    tails: Any,
-    plan: AttentionPlan,
-    scale: Array,
-    alpha: float,
-    config: BackwardConfig,
-) -> Any:
+def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array, "S H _"]]:
     """(dK, dV) alone, the first pass of the two-pass backward."""
-    return _gradients(q, k, v, do, tails, plan, scale, alpha, config, with_dq=False)[1:]
+    return _gradients(x, config, jax.new_ref(zeros_after(x.do, (1, 1, 1))), with_dq=False)
 
 
 def _gradients(
-    q: Array,
-    k: Array,
-    v: Array,
-    do: Array,
-    tails: Any,
-    plan: AttentionPlan,
-    scale: Array,
-    alpha: float,
-    config: BackwardConfig,
-    *,
-    with_dq: bool,
-) -> Any:
-    _, heads, width = q.shape
-    width_v = v.shape[-1]
-    dtype, first_row = q.dtype, plan.first_row
+    x: BackwardInputs, config: BackwardConfig, dq: jax.Ref, *, with_dq: bool
+) -> list[Float[Array, "S H _"]]:
+    width, dtype, alpha = x.q.shape[2], x.q.dtype, x.alpha
+    width_v = x.v.shape[2]
     tile, block_q, stages = config.tile, config.block_q, config.stages
-    intervals = 1 if plan.rows_in_one_piece else 3
-    work = schedule.schedule_of(plan, WorkList.backward(heads, config))
-    factor = scale.reshape(1)
+    intervals = 1 if x.plan.rows_in_one_piece else 3
+    work = x.find_work(config)
 
-    def kernel(q_gm, k_gm, v_gm, do_gm, bounds_gm, factor_gm, records_gm, tail_first_gm,
-               dq_gm, tails_gm, dk_gm, dv_gm, dk_part_gm, dv_part_gm, s):  # fmt: skip
+    def kernel(
+        q_gm,
+        k_gm,
+        v_gm,
+        do_gm,
+        bounds_gm,
+        factor_gm,
+        records_gm,
+        tail_first_gm,
+        dq_gm,
+        tails_gm,
+        dk_gm,
+        dv_gm,
+        dk_part_gm,
+        dv_part_gm,
+        s,
+    ):
         wg = lax.axis_index("wg")
 
         def write(item, slot, gradient, times, gm, part_gm):
             """An item's gradient, from the registers to memory."""
             part, head, keys = item.slot, item.head, pl.ds(item.tile * tile, tile)
-            plgpu.barrier_arrive(s["rec_empty"].at[slot])
+            arrive(s, "rec_empty", slot)
             for c in range(0, gradient.shape[1], 64):
                 chunk, columns = gradient[:, c : c + 64] * times, pl.ds(c, 64)
 
@@ -112,15 +104,16 @@ def _gradients(
             def one_item(item, slot, step, begun, ahead):
                 key0 = item.tile * tile
                 nearest = item.bounds(bounds_gm, key0)
-                plgpu.barrier_wait(s["kv_full"])
+                wait(s, "kv_full")
 
                 def accumulate(dk):
                     @pl.loop(0, item.count)
                     def _(i):
                         now = lax.rem(step + i, stages)
-                        plgpu.barrier_wait(s["row_full"].at[now])
+                        wait(s, "row_full", now)
 
-                        # Computed anew in every step: kept from step to step it would take registers there are not.
+                        # Computed anew in every step: kept from step to step it would take
+                        # registers there are not.
                         keys = pl.ds(
                             pl.multiple_of(lax.optimization_barrier(jnp.int32(0)), tile), tile
                         )
@@ -132,46 +125,37 @@ def _gradients(
 
                             @pl.when(i > 0)
                             def _():
-                                plgpu.barrier_arrive(
-                                    s["row_empty"].at[lax.rem(step + i + stages - 1, stages)]
-                                )
+                                arrive(s, "row_empty", lax.rem(step + i + stages - 1, stages))
 
-                            score = plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
-                            return lax.optimization_barrier(
-                                (score, plgpu.wgmma_accumulator_load(dp_acc, wait_n=None))
-                            )
+                            return loaded_pair(s_acc, dp_acc)
 
-                        block = plgpu.ACC((tile, block_q), jnp.float32)
                         score, dp = item.masked(
                             i,
                             block_q,
                             bounds_gm,
                             key0,
-                            pl.run_scoped(scores, block, block),
+                            with_sums(scores, (tile, block_q), (tile, block_q)),
                             nearest,
                             intervals=intervals,
                         )
-                        half = score * (0.5 * alpha)
-                        t = jnp.tanh(half)
-                        w = t + 1.0
-                        ds = dp * (w * (half - half * t) + w)  # twice the derivative of silu
-                        plgpu.barrier_wait(s["weights_empty"])
+                        half, w, ds = silu_slopes(score, dp, alpha)
+                        wait(s, "weights_empty")
                         s["p"][...] = (half * w).astype(dtype)
                         s["ds"][...] = ds.astype(dtype)
                         plgpu.commit_smem()
-                        plgpu.barrier_arrive(s["weights_full"])
+                        arrive(s, "weights_full")
                         plgpu.wgmma(dk, s["ds"], s["q"].at[now])
 
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(s["row_empty"].at[lax.rem(step + item.count - 1, stages)])
+                    arrive(s, "row_empty", lax.rem(step + item.count - 1, stages))
                     return dk[...]
 
-                dk = pl.run_scoped(accumulate, plgpu.ACC((tile, width), jnp.float32))
-                plgpu.barrier_arrive(s["kv_empty"])
+                dk = with_sums(accumulate, (tile, width))
+                arrive(s, "kv_empty")
                 write(item, slot, dk, factor_gm[0] * (0.5 * alpha), dk_gm, dk_part_gm)
                 return ahead()
 
-            draw_items(s["rec"], s["rec_full"], one_item)
+            draw_items(s, one_item)
 
         @pl.when(wg == 1)
         def _sum():
@@ -179,39 +163,36 @@ def _gradients(
             open_rings(s, kv=1, row=stages, weights=1, rec=RECORDS)
 
             def one_item(item, slot, step, begun, ahead):
-                plgpu.barrier_wait(s["kv_full"])
+                wait(s, "kv_full")
 
                 def accumulate(dv):
                     @pl.loop(0, item.count)
                     def _(i):
                         now = lax.rem(step + i, stages)
-                        plgpu.barrier_wait(s["row_full"].at[now])
-                        plgpu.barrier_wait(s["weights_full"])
+                        wait(s, "row_full", now)
+                        wait(s, "weights_full")
 
                         def dq_of(first, dq_acc, last):
-                            """dQ in some columns; dV of the block is summed while the first of them leave."""
+                            """dQ in some columns; dV is summed while the first of them leave."""
                             plgpu.wgmma(dq_acc, s["ds"].T, s["k"].at[:, pl.ds(first, COLUMNS)])
                             if first == 0:
                                 plgpu.wgmma(dv, s["p"], s["do"].at[now])
-                            return lax.optimization_barrier(
-                                plgpu.wgmma_accumulator_load(dq_acc, wait_n=0 if last else 1)
-                            )
+                            return loaded(dq_acc, 0 if last else 1)
 
                         def release():
                             plgpu.wgmma_wait(0)
-                            plgpu.barrier_arrive(s["weights_empty"])
-                            plgpu.barrier_arrive(s["row_empty"].at[now])
+                            arrive(s, "weights_empty")
+                            arrive(s, "row_empty", now)
 
                         if not with_dq:
                             plgpu.wgmma(dv, s["p"], s["do"].at[now])
                             release()
                             return
-                        place = pl.ds(item.block(i) * block_q - first_row, block_q)
+                        place = pl.ds(item.block(i) * block_q - x.plan.first_row, block_q)
                         for first in range(0, width, COLUMNS):
                             last = first > 0
-                            dq = pl.run_scoped(
-                                functools.partial(dq_of, first, last=last),
-                                plgpu.ACC((block_q, COLUMNS), jnp.float32),
+                            dq = with_sums(
+                                functools.partial(dq_of, first, last=last), (block_q, COLUMNS)
                             )
                             if last:
                                 release()
@@ -220,67 +201,38 @@ def _gradients(
                                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                                 stage[...] = dq[:, c : c + SENT]
                                 plgpu.commit_smem()
-                                columns = pl.ds(first + c, SENT)
-                                plgpu.copy_smem_to_gmem(
-                                    stage, dq_gm.at[place, item.head, columns], reduction_op="add"
-                                )
+                                target = dq_gm.at[place, item.head, pl.ds(first + c, SENT)]
+                                plgpu.copy_smem_to_gmem(stage, target, reduction_op="add")
                         if width == COLUMNS:
                             release()
 
                     return dv[...]
 
-                dv = pl.run_scoped(accumulate, plgpu.ACC((tile, width_v), jnp.float32))
-                plgpu.barrier_arrive(s["kv_empty"])
+                dv = with_sums(accumulate, (tile, width_v))
+                arrive(s, "kv_empty")
                 write(item, slot, dv, factor_gm[0], dv_gm, dv_part_gm)
                 return ahead()
 
-            draw_items(s["rec"], s["rec_full"], one_item)
+            draw_items(s, one_item)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
         def _feed():
             plgpu.set_max_registers(24, action="decrease")
-            feed(
-                q_gm,
-                k_gm,
-                v_gm,
-                do_gm,
-                tails_gm,
-                records_gm,
-                tail_first_gm[0],
-                config,
-                first_row,
-                s,
-            )
+            first = x.plan.first_row
+            feed(q_gm, k_gm, v_gm, do_gm, tails_gm, records_gm, tail_first_gm[0], config, first, s)
 
-    dq = jax.new_ref(zeros_after(do, q.shape if with_dq else (1, 1, 1)))
-    slots = schedule.part_slots(plan, tile, heads, config.workers)
-    dk, dv, dk_parts, dv_parts = launch(
+    sent = {"dq": swizzled((2, block_q, SENT), jnp.float32)} if with_dq else {}
+    return launch_over_keys(
         kernel,
         "hstu_backward_wide",
-        (q, k, v, do, work.bounds, factor, work.records, work.tail, dq),
-        tails,
-        scratch=dict(
-            k=swizzled((tile, width), dtype),
-            v=swizzled((tile, width_v), dtype),
-            q=swizzled((stages, block_q, width), dtype),
-            do=swizzled((stages, block_q, width_v), dtype),
-            p=swizzled((tile, block_q), dtype),
-            ds=swizzled((tile, block_q), dtype),
-            **({"dq": swizzled((2, block_q, SENT), jnp.float32)} if with_dq else {}),
-            **record_scratch(RECORDS),
-            **ring("kv", 1, filled=2),
-            **ring("row", stages, filled=2),
-            **ring("weights", 1, emptied=1),
+        x,
+        work,
+        x.factor,
+        config,
+        dq=(dq,),
+        buffers=dict(
+            p=swizzled((tile, block_q), dtype), ds=swizzled((tile, block_q), dtype), **sent
         ),
-        out_type=[
-            jax.ShapeDtypeStruct(k.shape, dtype),
-            jax.ShapeDtypeStruct(v.shape, dtype),
-            jax.ShapeDtypeStruct((slots, tile, width), jnp.float32),
-            jax.ShapeDtypeStruct((slots, tile, width_v), jnp.float32),
-        ],
-        workers=config.workers,
+        barriers=ring("weights", 1, emptied=1),
     )
-    dk, dv = write_sums(work.parts, [(dk_parts, dk), (dv_parts, dv)], heads)
-    dq_THK = (dq[...] * (0.5 * alpha * factor)[:, None, None]).astype(dtype) if with_dq else None
-    return dq_THK, dk, dv

@@ -1,13 +1,11 @@
-"""HSTU attention on Hopper (Pallas Mosaic GPU): the implementation `mosaic`, and its forward kernel.
+"""The forward kernel on Hopper.
 
-A thread block stays on its SM and draws work items until none is left. Two warpgroups compute 64 query rows each, a
-third feeds them by TMA. The backward is in `mosaic_hopper_vjp`, the lists of work in `mosaic_schedule`;
-docs/attention_kernel.md explains warps, barriers and buffers.
+A thread block stays on its SM and draws work items until none is left. Two warpgroups compute 64
+query rows each, a third feeds them by TMA. docs/attention_kernel.md explains warps, barriers and
+buffers.
 """
 
 import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,175 +14,80 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels import device
 from kernels.hstu_attention import tuning
-from kernels.hstu_attention.mosaic import backward as vjp
-from kernels.hstu_attention.mosaic import backward_queries as dq
-from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.device import (
+from kernels.hstu_attention.mosaic.items import WorkItem, feed_items, record_scratch
+from kernels.hstu_attention.mosaic.launch import (
     ROW,
-    Item,
-    feed_items,
+    arrive,
+    fill,
     launch,
     load_rows,
+    loaded,
     open_rings,
-    record_scratch,
+    put,
     ring,
     swizzled,
+    wait,
+    with_sums,
 )
-from kernels.hstu_attention.mosaic.parts import write_sums
-from kernels.hstu_attention.mosaic.schedule import WorkList
-from kernels.hstu_attention.plan import AttentionPlan
+from kernels.hstu_attention.mosaic.padding import TAIL, clean_tails, row_scales
+from kernels.hstu_attention.mosaic.schedule import WORKERS, WorkList, part_slots
+from kernels.hstu_attention.mosaic.split_tiles import write_sums
+from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec
+from kernels.typing import SHK, SHV, THK, THV
 
-ROWS_APART = (
-    True  # of `plan.first_row`: the queries come without the places of the keys before them
-)
-TILE = schedule.TAIL  # query rows of a work item: two warpgroups of 64
-WIDTHS = (64, 128, 256)
-
+TILE = TAIL  # query rows of a work item: two warpgroups of 64
 RECORDS = 4  # of work items, in shared memory at a time
-AHEAD = 4  # blocks before the end of an item at which the next one is drawn: late, or the last ones are shared badly
+# Blocks before the end of an item at which the next one is drawn: late, or the last ones are shared
+# badly.
+AHEAD = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
-    """block_k: keys a step. stages: depth of the rings of keys and values. q_slots: with 2 the next tile's queries
-    load early. workers: thread blocks, one an SM.
+    """Sizes of the forward.
+
+    Attributes:
+      block_k: keys a step.
+      stages: depth of the rings of keys and values.
+      q_slots: with 2 the next tile's queries load early.
+      workers: thread blocks, one an SM.
     """
 
     block_k: int
     stages: int
     q_slots: int = 2
-    workers: int = schedule.WORKERS
+    workers: int = WORKERS
 
 
-def forward_config(k_width: int, v_width: int, plan: AttentionPlan) -> ForwardConfig:
-    """Of the table of measurements where it has this call, else what fits shared memory."""
-    if max(k_width, v_width) > 128:
+def forward_config(spec: AttentionSpec, plan: AttentionPlan) -> ForwardConfig:
+    """Sizes from the table of measurements where it has this call, else what fits shared memory."""
+    widest = max(spec.k_width, spec.v_width)
+    if widest > 128:
         config = ForwardConfig(block_k=64, stages=2, q_slots=1)
     else:
-        config = ForwardConfig(block_k=128, stages=2 if max(k_width, v_width) > 64 else 4)
-    found = tuning.find("mosaic", jnp.bfloat16, k_width, v_width, plan)
-    values: Any = {} if found is None else found["forward"]
-    return dataclasses.replace(config, **values)
-
-
-def attention(
-    q_THK: Float[Array, "T H K"],
-    k_SHK: Float[Array, "S H K"],
-    v_SHV: Float[Array, "S H V"],
-    plan: AttentionPlan,
-    *,
-    alpha: float,
-    scale: Any,
-    bias: Any,
-    deterministic: bool = False,
-) -> Float[Array, "T H V"]:
-    """See `hstu_attention`. bfloat16 or float16, K and V in {64, 128, 256}, no bias; Hopper only. S is T, or `plan.num_keys` (see `partial`).
-
-    deterministic: gradients with the same bits on every run, by a second pass for dQ. Otherwise dQ is summed in
-    memory in no fixed order.
-    """
-    reason = unsupported(q_THK.dtype, q_THK.shape[2], v_SHV.shape[2], bias)
-    if reason is None and not device.current().is_hopper:
-        reason = (
-            f"needs a Hopper GPU (H100, H200), the device is {device.current().kind!r}; use 'xla'"
-        )
-    if reason is not None:
-        raise NotImplementedError(reason)
-    return attend(q_THK, k_SHK, v_SHV, plan, alpha=alpha, scale=scale, deterministic=deterministic)
-
-
-def prepare(
-    plan: AttentionPlan, heads: int, k_width: int, v_width: int, deterministic: bool = False
-) -> AttentionPlan:
-    """The plan with the lists of work that this implementation needs for these sizes: made once a batch, used by
-    every layer.
-
-    deterministic: with that of the second backward pass.
-    """
-    config = forward_config(k_width, v_width, plan)
-    back = vjp.backward_config(
-        *vjp.padded_widths(k_width, v_width), plan, 2 if deterministic else None
-    )
-    lists = [
-        WorkList.forward(heads, config.block_k, config.workers),
-        WorkList.backward(heads, back),
-    ]
-    if back.passes == 2:
-        lists.append(dq.work_list(heads))
-    return schedule.with_schedules(plan, list(dict.fromkeys(lists)))
-
-
-def unsupported(dtype: Any, k_width: int, v_width: int, bias: Any) -> str | None:
-    """Why this implementation cannot, or None."""
-    if bias is not None:
-        return "takes no relative bias; use 'triton' or 'xla', or bias=None"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 or float16, got {jnp.dtype(dtype).name}; cast q, k, v or use 'xla'"
-    for name, width in (("K", k_width), ("V", v_width)):
-        if width not in WIDTHS:
-            return f"takes head widths {WIDTHS}, got {name} = {width}; pad q, k, v with zeros or use 'xla'"
-    return None
-
-
-def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    plan: AttentionPlan,
-    *,
-    alpha: float,
-    scale: Any,
-    deterministic: bool = False,
-) -> Array:
-    """`attention` without asking what the device is: also lowers for CUDA on a machine that has no GPU."""
-    rows = q.shape[0]
-    if rows == 0:
-        return jnp.zeros((0, *v.shape[1:]), v.dtype)
-    q, k, v = (
-        jnp.pad(x, ((0, schedule.rounded_up(x.shape[0]) - x.shape[0]), (0, 0), (0, 0)))
-        for x in (q, k, v)
-    )
-    out = _attend((q, k, v), plan, jnp.asarray(scale, jnp.float32), alpha, deterministic)
-    return out[:rows]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(qkv, plan, scale, alpha, deterministic):
-    return forward(*qkv, plan, scale, alpha)
-
-
-def _attend_fwd(qkv, plan, scale, alpha, deterministic):
-    return forward(*qkv, plan, scale, alpha), (qkv, plan, scale)
-
-
-def _attend_bwd(alpha, deterministic, saved, g):
-    qkv, plan, scale = saved
-    return vjp.gradients(*qkv, g, plan, scale, alpha, deterministic), None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+        config = ForwardConfig(block_k=128, stages=2 if widest > 64 else 4)
+    found = tuning.find("mosaic", spec, plan)
+    return config if found is None else dataclasses.replace(config, **found["forward"])
 
 
 def forward(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: THK,
+    k: SHK,
+    v: SHV,
     plan: AttentionPlan,
-    scale: Array,
+    scale: Float[Array, "..."],
     alpha: float,
-    config: ForwardConfig | None = None,
-) -> Array:
+    config: ForwardConfig,
+) -> THV:
     """Output of padded buffers (lengths a multiple of 128)."""
     rows, heads, width = q.shape
     width_v = v.shape[-1]
     dtype, first = q.dtype, plan.first_row
-    config = config or forward_config(width, width_v, plan)
     block_k, stages = config.block_k, config.stages
-    work = schedule.schedule_of(plan, WorkList.forward(heads, block_k, config.workers))
+    work = plan.find(WorkList.forward(heads, block_k, config.workers))
     scale_in_rows = scale.ndim == 1
-    scales = schedule.row_scales(scale, plan, rows) if scale_in_rows else scale.reshape(1)
+    scales = row_scales(scale, plan, rows) if scale_in_rows else scale.reshape(1)
 
     def kernel(
         q_gm, k_gm, v_gm, bounds_gm, scale_gm, records_gm, tail_first_gm, tails_gm, o_gm, part_gm, s
@@ -211,27 +114,28 @@ def forward(
                 return jnp.maximum(item.tile, 0) * TILE + wg * 64
 
             def one_item(slot, step, p, nearest):
-                """From the weights `p` of the item's first block to those of the next item's first block."""
-                item, count = Item(s["rec"], slot), Item(s["rec"], slot).count
+                """From the weights `p` of the item's first block to those of the next item's."""
+                item, count = WorkItem(s["rec"], slot), WorkItem(s["rec"], slot).count
                 next_slot = lax.rem(slot + 1, RECORDS)
-                after = Item(s["rec"], next_slot)
+                after = WorkItem(s["rec"], next_slot)
 
                 def accumulate(acc):
                     def scores_beside_values(my_q, now, more, p):
-                        """Scores of block `now` of the ring, while weights `p` meet the values of the block before."""
+                        """Scores of block `now` of the ring.
+
+                        Meanwhile weights `p` meet the values of the block before.
+                        """
                         before = lax.rem(now + stages - 1, stages)
-                        pl.when(more)(lambda: plgpu.barrier_wait(s["k_full"].at[now]))
+                        pl.when(more)(lambda: wait(s, "k_full", now))
 
                         def products(s_acc):
                             plgpu.wgmma(s_acc, my_q, s["k"].at[now].T)
-                            plgpu.barrier_wait(s["v_full"].at[before])
+                            wait(s, "v_full", before)
                             plgpu.wgmma(acc, p, s["v"].at[before])
-                            return lax.optimization_barrier(
-                                plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                            )
+                            return loaded(s_acc, 1)
 
-                        scores = pl.run_scoped(products, plgpu.ACC((64, block_k), jnp.float32))
-                        pl.when(more)(lambda: plgpu.barrier_arrive(s["k_empty"].at[now]))
+                        scores = with_sums(products, (64, block_k))
+                        pl.when(more)(lambda: arrive(s, "k_empty", now))
                         return scores, before
 
                     def one_block(i, p):
@@ -240,31 +144,28 @@ def forward(
                         )
                         p_next = weights(scores, item, i, nearest)
                         plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(s["v_empty"].at[before])
+                        arrive(s, "v_empty", before)
                         return p_next
 
                     last = lax.fori_loop(1, count, one_block, p)
-                    plgpu.barrier_arrive(s["q_empty"].at[lax.rem(slot, config.q_slots)])
-                    # The next item begins while this one ends. Behind the last, what is computed goes nowhere.
-                    plgpu.barrier_wait(s["rec_full"].at[next_slot])
+                    arrive(s, "q_empty", lax.rem(slot, config.q_slots))
+                    # The next item begins while this one ends. Behind the last, what is computed
+                    # goes nowhere.
+                    wait(s, "rec_full", next_slot)
                     more = after.tile >= 0
-                    pl.when(more)(
-                        lambda: plgpu.barrier_wait(
-                            s["q_full"].at[lax.rem(next_slot, config.q_slots)]
-                        )
-                    )
+                    pl.when(more)(lambda: wait(s, "q_full", lax.rem(next_slot, config.q_slots)))
                     nearest_next = after.bounds(bounds_gm, first_row(after))
                     scores, before = scores_beside_values(
                         queries(next_slot), lax.rem(step + count, stages), more, last
                     )
                     p_next = weights(scores, after, jnp.int32(0), nearest_next)
                     out = acc[...]
-                    plgpu.barrier_arrive(s["v_empty"].at[before])
+                    arrive(s, "v_empty", before)
                     return out, p_next, nearest_next
 
-                out, p, nearest = pl.run_scoped(accumulate, plgpu.ACC((64, width_v), jnp.float32))
+                out, p, nearest = with_sums(accumulate, (64, width_v))
                 part, head, row0 = item.slot, item.head, first_row(item)
-                plgpu.barrier_arrive(s["rec_empty"].at[slot])
+                arrive(s, "rec_empty", slot)
                 if scale_in_rows:
                     scale = plgpu.load(
                         scale_gm.at[pl.ds(row0 - first, 64)], layout=ROW, optimized=False
@@ -278,12 +179,9 @@ def forward(
                     @pl.when(part < 0)
                     def _(chunk=chunk, c=c):
                         stage = my_o.at[c % 2]
-                        plgpu.wait_smem_to_gmem(1 if width_v > 64 else 0, wait_read_only=True)
-                        stage[...] = chunk.astype(dtype)
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(
-                            stage, o_gm.at[pl.ds(row0 - first, 64), head, pl.ds(c * 64, 64)]
-                        )
+                        put(stage, chunk, 1 if width_v > 64 else 0)
+                        target = o_gm.at[pl.ds(row0 - first, 64), head, pl.ds(c * 64, 64)]
+                        plgpu.copy_smem_to_gmem(stage, target)
 
                     @pl.when(part >= 0)
                     def _(chunk=chunk, c=c):
@@ -291,31 +189,26 @@ def forward(
 
                 return next_slot, step + count, p, nearest
 
-            item = Item(s["rec"], 0)
-            plgpu.barrier_wait(s["rec_full"].at[0])
+            item = WorkItem(s["rec"], 0)
+            wait(s, "rec_full", 0)
 
             @pl.when(item.tile >= 0)
             def _all_items():
                 nearest = item.bounds(bounds_gm, first_row(item))
-                plgpu.barrier_wait(s["q_full"].at[0])
-                plgpu.barrier_wait(s["k_full"].at[0])
+                wait(s, "q_full", 0)
+                wait(s, "k_full", 0)
 
                 def first_scores(s_acc):
                     plgpu.wgmma(s_acc, queries(0), s["k"].at[0].T)
                     return s_acc[...]
 
-                scores = pl.run_scoped(first_scores, plgpu.ACC((64, block_k), jnp.float32))
-                plgpu.barrier_arrive(s["k_empty"].at[0])
-                start = (
-                    jnp.int32(0),
-                    jnp.int32(0),
-                    weights(scores, item, jnp.int32(0), nearest),
-                    nearest,
-                )
+                scores = with_sums(first_scores, (64, block_k))
+                arrive(s, "k_empty", 0)
+                zero = jnp.int32(0)
                 lax.while_loop(
-                    lambda carry: Item(s["rec"], carry[0]).tile >= 0,
+                    lambda carry: WorkItem(s["rec"], carry[0]).tile >= 0,
                     lambda carry: one_item(*carry),
-                    start,
+                    (zero, zero, weights(scores, item, zero, nearest), nearest),
                 )
                 plgpu.wait_smem_to_gmem(0)
 
@@ -326,45 +219,28 @@ def forward(
 
             def queries(item, slot):
                 q_slot = lax.rem(slot, config.q_slots)
-                plgpu.barrier_wait(s["q_empty"].at[q_slot])
+                wait(s, "q_empty", q_slot)
                 q_rows = q_gm.at[pl.ds(item.tile * TILE - first, TILE), item.head]
-                plgpu.copy_gmem_to_smem(q_rows, s["q"].at[q_slot], s["q_full"].at[q_slot])
+                fill(s, "q", q_rows, q_slot)
 
             def keys_and_values(item, step, i):
                 row = item.block(i) * block_k
                 now = lax.rem(step + i, stages)
-                plgpu.barrier_wait(s["k_empty"].at[now])
-                plgpu.copy_gmem_to_smem(
-                    k_gm.at[pl.ds(row, block_k), item.head], s["k"].at[now], s["k_full"].at[now]
-                )
-                plgpu.barrier_wait(s["v_empty"].at[now])
-                load_rows(
-                    v_gm,
-                    tails_gm,
-                    row,
-                    block_k,
-                    item.head,
-                    tail_first,
-                    s["v"].at[now],
-                    s["v_full"].at[now],
-                )
+                wait(s, "k_empty", now)
+                fill(s, "k", k_gm.at[pl.ds(row, block_k), item.head], now)
+                wait(s, "v_empty", now)
+                into, full = s["v"].at[now], s["v_full"].at[now]
+                load_rows(v_gm, tails_gm, row, block_k, item.head, tail_first, into, full)
 
-            feed_items(
-                records_gm,
-                tails_gm,
-                s,
-                keys_and_values,
-                queries,
-                ahead=AHEAD,
-                workers=config.workers,
-            )
+            load = (keys_and_values, queries)
+            feed_items(records_gm, tails_gm, s, *load, ahead=AHEAD, workers=config.workers)
 
-    slots = schedule.part_slots(plan, TILE, heads, config.workers)
+    slots = part_slots(plan, TILE, heads, config.workers)
     out, parts = launch(
         kernel,
         "hstu_forward",
         (q, k, v, work.bounds, scales, work.records, work.tail),
-        schedule.clean_tails(plan, v),
+        clean_tails(plan, v),
         scratch=dict(
             q=swizzled((config.q_slots, TILE, width), dtype),
             k=swizzled((stages, block_k, width), dtype),

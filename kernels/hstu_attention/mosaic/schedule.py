@@ -1,32 +1,28 @@
-"""Work lists of the Hopper kernels: which tile meets which blocks, split where one tile would outlast the rest,
-heaviest first.
+"""Work lists of the Hopper kernels: which tile meets which blocks, heaviest first.
 
-A list is an int32 array of records, one a work item; thread blocks draw items from a counter, so the order is all
-the scheduling there is. The same code makes the forward's list (tiles of query rows, blocks of keys) and the
+A list is an int32 array of records, one a work item; thread blocks draw items from a counter, so
+the order is all the scheduling there is. A tile that would outlast the rest is split into several
+items. The same code makes the forward's list (tiles of query rows, blocks of keys) and the
 backward's (tiles of keys, blocks of query rows).
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Int
 
-from kernels import mask as masks
 from kernels.hstu_attention import tuning
-from kernels.hstu_attention.plan import AttentionPlan
-from kernels.zeros import zeros_after
+from kernels.hstu_attention.mosaic.padding import TAIL, rounded_up, tail_start
+from kernels.hstu_attention.plan import AttentionPlan, Derived
+from kernels.tiles import common_blocks, hull_blocks
+from kernels.typing import PerRow
 
-COUNTERS = 8  # rows of zeros in front of the last tile's copy: whole tiles of shared memory
-TAIL = (
-    128  # rows of the last, partly filled tile that are passed separately, with padding rows zeroed
-)
 WORKERS = 132  # thread blocks that run at a time: one on each SM of an H100 or H200
-RECORD = 32  # int32 in a record: 128 bytes, the alignment that a tensor copy wants of each slot in shared memory
+RECORD = 32  # int32 in a record: 128 bytes, the alignment of a tensor copy into shared memory
 (
     TILE,
     HEAD,
@@ -49,20 +45,24 @@ RECORD = 32  # int32 in a record: 128 bytes, the alignment that a tensor copy wa
     OTHER_END1,
 ) = range(19)
 
+Interval = tuple[PerRow, PerRow]  # begins and ends
+
 
 class Schedule(NamedTuple):
-    """Attributes:
-    records: `[items, 32]`, unused ones with tile -1 at the end, at least one.
-      Block i of the COUNT blocks of an item is block `i + SHIFT0` of the buffer, from CUT1 on `i + SHIFT1`, from
-      CUT2 on `i + SHIFT2`; It needs no mask inside [FULL, FULL_END) of any of the three, and of `bounds` only the
-      first interval outside both [OTHER, OTHER_END). SLOT is where a partial sum goes, -1 for a tile that is not split.
-    parts: `[splits, 4]`: tile, head, first slot and number of slots of each split tile, unused ones with no slots.
-    The slots of a tile are
-      one number of heads apart.
-    bounds: what the kernel masks with, `[6, T]`, T rounded up to whole tiles: for each row (or key) the ends of
-    three disjoint intervals of
-      keys (or rows). Its own place is in one of them, in the first wherever that joins something.
-    tail: `[1]`, first row of the last tile that holds a real row: where NaN may stand beside numbers.
+    """A list of work, and what its kernel masks with.
+
+    Attributes:
+      records: one an item, unused ones with tile -1 at the end, at least one. Block i of the COUNT
+        blocks of an item is block `i + SHIFT0` of the buffer, from CUT1 on `i + SHIFT1`, from CUT2
+        on `i + SHIFT2`. It needs no mask inside [FULL, FULL_END) of any of the three, and only the
+        first interval of `bounds` outside both [OTHER, OTHER_END). SLOT is where a partial sum
+        goes, -1 for a tile that is not split.
+      parts: of each split tile its number, head, first slot and number of slots; unused ones have
+        no slots. The slots of a tile are as far apart as there are heads.
+      bounds: for each row (or key) the ends of three disjoint intervals of keys (or rows); T is
+        rounded up to whole tiles. The row itself is in one of them, in the first wherever that
+        joins something.
+      tail: first row of the last tile that holds a real row: NaN may stand beside numbers there.
     """
 
     records: Int[Array, "items 32"]
@@ -73,12 +73,15 @@ class Schedule(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig:
-    """Attributes:
-    tile: keys of a work item.
-    block_q: rows a step.
-    stages: of the ring of rows and their gradients.
-    passes: 1 adds up dQ in memory while dK and dV are made; 2 makes it in a pass of its own, deterministic.
-    workers: thread blocks, one an SM.
+    """Sizes of the backward.
+
+    Attributes:
+      tile: keys of a work item.
+      block_q: rows a step.
+      stages: of the ring of rows and their gradients.
+      passes: 1 adds up dQ in memory while dK and dV are made; 2 makes it in a pass of its own,
+        deterministic.
+      workers: thread blocks, one an SM.
     """
 
     tile: int
@@ -88,14 +91,15 @@ class BackwardConfig:
     workers: int = WORKERS
 
 
-def rounded_up(rows: int) -> int:
-    return -(-rows // TAIL) * TAIL
+@dataclasses.dataclass(frozen=True)
+class WorkList(Derived[Schedule]):
+    """The schedule of a kernel, for a number of heads and of thread blocks.
 
+    `forward` lists tiles of query rows over blocks of keys, `backward` tiles of keys over blocks of
+    query rows.
+    """
 
-class WorkList(NamedTuple):
-    """What a list of work is made for: `forward(block_k)` or `backward(tile, block_q)`, for a number of heads and of thread blocks."""
-
-    name: str
+    kind: Literal["forward", "backward"]
     tile: int
     block: int
     heads: int
@@ -103,80 +107,83 @@ class WorkList(NamedTuple):
 
     @staticmethod
     def forward(heads: int, block_k: int, workers: int) -> "WorkList":
-        """Tiles of 128 query rows over blocks of keys."""
         return WorkList("forward", TAIL, block_k, heads, workers)
 
     @staticmethod
     def backward(heads: int, config: BackwardConfig) -> "WorkList":
-        """Tiles of keys over blocks of query rows."""
         return WorkList("backward", config.tile, config.block_q, heads, config.workers)
 
-    def __str__(self) -> str:
-        return f"mosaic {self.name}, {self.heads} heads, {self.tile} x {self.block}, {self.workers} workers"
+    def make(self, plan: AttentionPlan) -> Schedule:
+        return make_schedules(plan, [self])[0]
 
 
-def schedule_of(plan: AttentionPlan, wanted: WorkList) -> Schedule:
-    """A list of work: from `plan.stored` if it is there (see `with_schedules`), else made here."""
-    stored = plan.stored.get(str(wanted))
-    return _schedules(plan, [wanted])[0] if stored is None else stored
-
-
-def with_schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> AttentionPlan:
-    """The plan with these lists of work. They are made together, in fewer kernels than one after another."""
-    made = zip(wanted, _schedules(plan, wanted), strict=True)
-    return dataclasses.replace(
-        plan, stored={**plan.stored, **{str(name): schedule for name, schedule in made}}
-    )
-
-
-def _schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> list[Schedule]:
+def make_schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> list[Schedule]:
+    """Lists for the same heads and workers, made in fewer operations than one after another."""
     met = [
-        (_forward_tiles if each.name == "forward" else _backward_tiles)(plan, each)
+        (_forward_tiles if each.kind == "forward" else _backward_tiles)(plan, each)
         for each in wanted
     ]
     heads, workers = wanted[0].heads, wanted[0].workers
     rows, keys = (plan.first_row, rounded_up(plan.num_rows)), (0, rounded_up(plan.num_keys))
-    ends = [(rows if each.name == "forward" else keys, each.tile) for each in wanted]
+    ends = [(rows if each.kind == "forward" else keys, each.tile) for each in wanted]
     ranges = [(first // tile, end // tile) for (first, end), tile in ends]
-    items = make_items([tiles for tiles, _ in met], ranges, heads, workers, may_split(plan))
+    items = _make_items([tiles for tiles, _ in met], ranges, heads, workers, may_split(plan))
     return [
-        Schedule(*item, bounds, _tail(plan)) for item, (_, bounds) in zip(items, met, strict=True)
+        Schedule(*item, bounds, tail_start(plan))
+        for item, (_, bounds) in zip(items, met, strict=True)
     ]
 
 
-class _Tiles(NamedTuple):
-    """Which blocks each tile meets: three ascending, disjoint ranges, and the ranges of blocks that need no mask (FULL) or more than one interval (OTHER)."""
+class MetBlocks(NamedTuple):
+    """Which blocks each tile meets.
+
+    Attributes:
+      lo, hi: three ascending, disjoint ranges of blocks.
+      classes: the ranges of blocks that need no mask (FULL) or more than one interval (OTHER).
+    """
 
     lo: Int[Array, "tiles 3"]
     hi: Int[Array, "tiles 3"]
     classes: Int[Array, "tiles 10"]
 
 
-def _tiles_of(
-    lo: Array, hi: Array, ranges: Any, tile: int, block: int, blocks: range
-) -> tuple[_Tiles, Array]:
-    """(tiles, bounds), from three intervals `(lo [T], hi [T])` for each row of the tiles. `blocks`: those that there are."""
-    tiles = ranges[0][0].shape[0] // tile
+def _met_blocks(
+    lo: Int[Array, "tiles 3"],
+    hi: Int[Array, "tiles 3"],
+    intervals: tuple[Interval, Interval, Interval],
+    wanted: WorkList,
+    blocks: range,
+) -> tuple[MetBlocks, Int[Array, "6 T"]]:
+    """The blocks of all tiles, and the bounds of `Schedule`.
+
+    Args:
+      lo, hi: ranges of blocks of each tile.
+      intervals: of each row of the tiles.
+      blocks: those that there are.
+    """
+    tile, block = wanted.tile, wanted.block
+    tiles = intervals[0][0].shape[0] // tile
     lo, hi = (jnp.pad(x, ((0, tiles - x.shape[0]), (0, 0))) for x in (lo, hi))
-    # A tile that meets nothing takes a block all the same, of its own rows where it is padding, masked: its result is written, as zeros.
+    # A tile that meets nothing takes a block all the same, of its own rows where it is padding,
+    # masked: its result is written, as zeros.
     own = jnp.clip(jnp.arange(tiles, dtype=jnp.int32) * tile // block, blocks[0], blocks[-1])
     nothing = (hi <= lo).all(1)
     first = jnp.arange(3)[None, :] == 0
     lo = jnp.where(first & nothing[:, None], own[:, None], lo)
     hi = jnp.where(first & nothing[:, None], own[:, None] + 1, hi)
-    full = [x for begin, end in ranges for x in masks.common_blocks(begin, end, tile, block)]
-    other = [x for begin, end in ranges[1:] for x in masks.hull_blocks(begin, end, tile, block)]
-    return _Tiles(lo, hi, jnp.stack([*full, *other], axis=1)), jnp.stack(
-        [x for pair in ranges for x in pair]
+    full = [x for begin, end in intervals for x in common_blocks(begin, end, tile, block)]
+    other = [x for begin, end in intervals[1:] for x in hull_blocks(begin, end, tile, block)]
+    return MetBlocks(lo, hi, jnp.stack([*full, *other], axis=1)), jnp.stack(
+        [x for pair in intervals for x in pair]
     )
 
 
-def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array]:
+def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Int[Array, "6 T"]]:
     rows = rounded_up(plan.num_rows)
     lo0, hi0, lo1, hi1 = (jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.keys)
-    row = (
-        jnp.arange(rows, dtype=jnp.int32) if plan.own_keys else jnp.full(rows, -2, jnp.int32)
-    )  # no interval ends or begins there
+    row = jnp.arange(rows, dtype=jnp.int32)
+    if not plan.own_keys:
+        row = jnp.full(rows, -2, jnp.int32)  # no interval ends or begins there
     real = (row >= 0) & (row < plan.num_real)
     some0, some1 = hi0 > lo0, hi1 > lo1
     joins0, left, right = some0 & (hi0 == row), some1 & (hi1 == row), some1 & (lo1 == row + 1)
@@ -185,7 +192,7 @@ def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array
     near_lo = jnp.where(left, lo1, jnp.where(joins0, lo0, own_lo))
     near_hi = jnp.where(right, hi1, own_hi)
     alone = ~joined & some1  # a target: its history comes first, itself last
-    ranges = (
+    intervals = (
         (jnp.where(alone, lo1, near_lo), jnp.where(alone, hi1, near_hi)),
         (jnp.where(joins0, 0, lo0), jnp.where(joins0, 0, hi0)),
         (
@@ -195,10 +202,10 @@ def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array
     )
     bounds = plan.tile_bounds(wanted.tile, wanted.block)
     blocks = range(-(-plan.num_keys // wanted.block))
-    return _tiles_of(bounds.key_lo, bounds.key_hi, ranges, wanted.tile, wanted.block, blocks)
+    return _met_blocks(bounds.key_lo, bounds.key_hi, intervals, wanted, blocks)
 
 
-def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Array]:
+def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Int[Array, "6 T"]]:
     rows = rounded_up(plan.num_rows)
     ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (
         jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.rows
@@ -212,73 +219,52 @@ def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[_Tiles, Arra
     near_lo = jnp.where(apart, near_lo, jnp.where(real, key_T, 0))
     near_hi = jnp.where(apart, near_hi, jnp.where(real, jnp.maximum(near_hi, key_T + 1), 0))
     bounds = plan.tile_bounds(wanted.block, wanted.tile)
-    ranges = ((near_lo, near_hi), (ctx_lo, ctx_hi), (tail_lo, tail_hi))
+    intervals = ((near_lo, near_hi), (ctx_lo, ctx_hi), (tail_lo, tail_hi))
     blocks = range(plan.first_row // wanted.block, rows // wanted.block)
-    return _tiles_of(bounds.row_lo, bounds.row_hi, ranges, wanted.tile, wanted.block, blocks)
-
-
-def _tail(plan: AttentionPlan) -> Array:
-    if plan.first_row:  # rows and keys that stand apart hold no NaN
-        return jnp.full(1, rounded_up(plan.num_rows), jnp.int32)
-    return (plan.num_real // TAIL * TAIL).astype(jnp.int32).reshape(1)
-
-
-def clean_tails(plan: AttentionPlan, *arrays: Array) -> Any:
-    """The last tile of `arrays` [T, H, *] that holds a real row, side by side, padding rows zeroed: 0 * NaN would be NaN in a product.
-
-    A reference, with rows of zeros in front: the counters of the kernels that read it, so that no other operation has to make them.
-    """
-    if plan.first_row:
-        width = sum(x.shape[2] for x in arrays)
-        return jax.new_ref(
-            zeros_after(arrays[0], (COUNTERS + TAIL, arrays[0].shape[1], width), arrays[0].dtype)
-        )
-    first = jnp.minimum(_tail(plan)[0], arrays[0].shape[0] - TAIL)
-    rows = jnp.concatenate([lax.dynamic_slice_in_dim(x, first, TAIL) for x in arrays], axis=2)
-    real = (first + jnp.arange(TAIL) < plan.num_real)[:, None, None]
-    return jax.new_ref(
-        jnp.pad(jnp.where(real, rows, jnp.zeros((), rows.dtype)), ((COUNTERS, 0), (0, 0), (0, 0)))
-    )
-
-
-def row_scales(scale: Array, plan: AttentionPlan, rows: int) -> Array:
-    """float32[rows]: the factor of each row, 0 in padding, where the caller's may be NaN."""
-    given = plan.num_rows - plan.first_row
-    scale_T = jnp.pad(jnp.broadcast_to(scale, (given,)), (0, rows - given))
-    return jnp.where(jnp.arange(rows) < plan.num_real - plan.first_row, scale_T, 0.0)
+    return _met_blocks(bounds.row_lo, bounds.row_hi, intervals, wanted, blocks)
 
 
 def may_split(plan: AttentionPlan) -> bool:
-    """Whether some tile may be worth splitting. Where every row sees a window, or sequences are short, none is heavy, and nothing is to be summed."""
-    light = plan.mask.window is not None or tuning.is_short(plan)
-    return not (light and plan.plain and plan.mask.full_rows == plan.mask.prefix == 0)
+    """Whether some tile may be worth splitting.
+
+    Where every row sees a window, or sequences are short, none is heavy and nothing is to be
+    summed.
+    """
+    light = plan.mask.windowed or tuning.is_short(plan)
+    return not (light and plan.rows_in_one_piece)
 
 
 def part_slots(plan: AttentionPlan, tile: int, heads: int, workers: int) -> int:
-    """Room for partial sums, of all heads."""
-    return capacity(rounded_up(plan.num_rows) // tile, heads, workers, may_split(plan))[1] * heads
+    """How many slots for partial sums there are, for all heads together."""
+    return _capacity(rounded_up(plan.num_rows) // tile, heads, workers, may_split(plan))[1] * heads
 
 
-def capacity(tiles: int, heads: int, workers: int, split: bool) -> tuple[int, int]:
-    """(tiles that may be split, slots for their partial sums) for each head: what `make_items` can need at most, at least one slot."""
+def _capacity(tiles: int, heads: int, workers: int, split: bool) -> tuple[int, int]:
+    """What `_make_items` can need for each head, at most: (split tiles, slots for their sums).
+
+    There is at least one slot.
+    """
     if not split:
         return 0, 1
     splits = min(tiles, 4 * workers // (3 * heads) + 1)
     return splits, 7 * workers // (2 * heads) + 1 + splits
 
 
-def make_items(
-    lists: Sequence[_Tiles],
+def _make_items(
+    lists: Sequence[MetBlocks],
     ranges: Sequence[tuple[int, int]],
     heads: int,
     workers: int,
     split: bool,
-) -> list[tuple[Array, Array]]:
-    """(records, parts) of each list, for `workers` thread blocks; every tile in its range is done once a head, in pieces if it is heavy and `split`."""
-    sizes = [tiles.lo.shape[0] for tiles in lists]
+) -> list[tuple[Int[Array, "items 32"], Int[Array, "splits 4"]]]:
+    """(records, parts) of each list, for `workers` thread blocks.
+
+    Every tile in its range is done once a head, in pieces if it is heavy and `split`.
+    """
+    sizes = [met.lo.shape[0] for met in lists]
     padded = [
-        jax.tree.map(lambda x: jnp.pad(x, ((0, max(sizes) - x.shape[0]), (0, 0))), tiles)
-        for tiles in lists
+        jax.tree.map(lambda x: jnp.pad(x, ((0, max(sizes) - x.shape[0]), (0, 0))), met)
+        for met in lists
     ]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *padded)
     records, parts = jax.vmap(
@@ -288,18 +274,18 @@ def make_items(
 
 
 def _pack(
-    x: _Tiles, some: Array, *, heads: int, workers: int, may_split: bool
-) -> tuple[Array, Array]:
-    tiles, (first_tile, end_tile) = x.lo.shape[0], some
-    splits, slots = capacity(tiles, heads, workers, may_split)
+    x: MetBlocks, tile_range: Int[Array, " 2"], *, heads: int, workers: int, may_split: bool
+) -> tuple[Int[Array, "items 32"], Int[Array, "splits 4"]]:
+    tiles, (first_tile, end_tile) = x.lo.shape[0], tile_range
+    splits, slots = _capacity(tiles, heads, workers, may_split)
     exists = (jnp.arange(tiles) >= first_tile) & (jnp.arange(tiles) < end_tile)
     size = x.hi - x.lo
     count = size.sum(1)
     overhead = 2  # what beginning and ending an item costs, in blocks
-    share = (
-        jnp.where(exists, count + overhead, 0).sum() * heads
-    ) // workers  # blocks that each worker should do
-    # A tile is split when it alone is most of a worker's share, into pieces small enough to be packed.
+    # blocks that each worker should do
+    share = (jnp.where(exists, count + overhead, 0).sum() * heads) // workers
+    # A tile is split when it alone is most of a worker's share, into pieces small enough to be
+    # packed.
     piece = jnp.maximum(share // 3, 4 * overhead)
     pieces = jnp.where(4 * count > 3 * jnp.maximum(share, 4 * overhead), -(-count // piece), 1)
     pieces = jnp.where(exists, pieces if may_split else 1, 0)
@@ -318,20 +304,17 @@ def _pack(
     slot = jnp.where(split[tile], first_slot[tile] + part, -1)
     cut1 = size[:, 0]
     cut2 = cut1 + size[:, 1]
-    of_tile = jnp.stack([cut1, cut2, x.lo[:, 0], x.lo[:, 1] - cut1, x.lo[:, 2] - cut2], axis=1)[
-        tile
-    ]
-    moved = of_tile + jnp.stack(
-        [-begin, -begin, begin, begin, begin], axis=1
-    )  # CUT1, CUT2, SHIFT0, SHIFT1, SHIFT2
-    own = jnp.stack(
-        [jnp.where(used, tile, -1), jnp.zeros_like(tile), end - begin, slot], axis=1
-    )  # TILE, HEAD, COUNT, SLOT
+    # CUT1, CUT2, SHIFT0, SHIFT1, SHIFT2: of the tile, then of its piece
+    shifts = jnp.stack([cut1, cut2, x.lo[:, 0], x.lo[:, 1] - cut1, x.lo[:, 2] - cut2], axis=1)[tile]
+    moved = shifts + jnp.stack([-begin, -begin, begin, begin, begin], axis=1)
+    # TILE, HEAD, COUNT, SLOT
+    own = jnp.stack([jnp.where(used, tile, -1), jnp.zeros_like(tile), end - begin, slot], axis=1)
     table = jnp.concatenate([own, moved, x.classes[tile]], axis=1)
     table = jnp.pad(table, ((0, 0), (0, RECORD - table.shape[1]))).astype(jnp.int32)
 
     order = jnp.argsort(jnp.where(used, begin - end, 1), stable=True)
-    # Head after head: what runs at a time then reads keys and values of one or two heads, which the L2 cache holds.
+    # Head after head: what runs at a time then reads keys and values of one or two heads, which
+    # the L2 cache holds.
     number = jnp.arange(item.shape[0] * heads + 1, dtype=jnp.int32)
     head, at = (number // num_items)[:, None], order[number % num_items]
     column = jnp.arange(RECORD)[None, :]
@@ -342,8 +325,8 @@ def _pack(
     records = jnp.where((column == SLOT) & (records >= 0), records * heads + head, records)
 
     number = jnp.arange(splits * heads, dtype=jnp.int32)
-    head, rank = number % heads, number // heads
-    tile = _count_up_to(_sum_before(split.astype(jnp.int32)) + split, rank)  # the rank-th split one
+    head, nth = number % heads, number // heads  # split tile
+    tile = _count_up_to(_sum_before(split.astype(jnp.int32)) + split, nth)
     there = tile < tiles
     tile = jnp.where(there, tile, 0)
     parts = jnp.stack(
@@ -352,18 +335,20 @@ def _pack(
     return records, parts.astype(jnp.int32)
 
 
-SMALL = 2048  # numbers up to which comparing each with each, one kernel, is faster than a scan or a search, which are several
+# Up to so many numbers, comparing each with each, one kernel, is faster than a scan or a search,
+# which are several.
+SMALL = 2048
 
 
-def _sum_before(x: Array) -> Array:
+def _sum_before(x: Int[Array, " n"]) -> Int[Array, " n"]:
     """Sum of the numbers before each."""
     if x.shape[0] > SMALL:
         return jnp.cumsum(x) - x
-    place = jnp.arange(x.shape[0])
-    return jnp.where(place[None, :] < place[:, None], x[None, :], 0).sum(1)
+    index = jnp.arange(x.shape[0])
+    return jnp.where(index[None, :] < index[:, None], x[None, :], 0).sum(1)
 
 
-def _count_up_to(ascending: Array, values: Array) -> Array:
+def _count_up_to(ascending: Int[Array, " n"], values: Int[Array, " m"]) -> Int[Array, " m"]:
     """How many of `ascending` are at most each of `values`, which ascend too."""
     if ascending.shape[0] > SMALL:
         return jnp.searchsorted(ascending, values, side="right", method="scan_unrolled").astype(

@@ -1,0 +1,58 @@
+"""The tables of long histories: a training step with pieces of ULTRA-HSTU off, and a layer."""
+
+from experiments.record import Json
+from scripts.tables.records import cells, markdown, measured
+
+VARIANTS = {  # of scripts.bench.long
+    "ultra": "`long_ultra`",
+    "plain_causal": "plain causal attention, no truncation",
+    "no_truncation": "no truncation",
+    "no_window": "no window",
+    "keeps_activations": '`remat="none"`',
+    "fp8": '`projection="fp8"`',
+}
+
+
+def remark(record: Json) -> str:
+    return f"; {record['note']}" if "note" in record else ""
+
+
+@measured("long_ultra_h200")
+def long_ultra_table(record: Json) -> str:
+    """A training step of long_ultra, and of the same model with pieces off."""
+    rows = [
+        [
+            VARIANTS.get(name, name),
+            f"{found['step_ms']:.0f}",
+            f"{found['events_a_second'] / 1e6:.2f}",
+            *cells(
+                found,
+                "{temporary_GiB:.1f}",
+                "{encoder_inference_TFLOP_a_sample:.3f}",
+                "{training_TFLOP_a_sample:.2f}",
+                "{TFLOP_a_second:.0f}",
+            ),
+        ]
+        for name, found in record["variants"].items()
+        if "step_ms" in found
+    ]
+    header = ["", "step, ms", "million events/s", "temporaries, GiB"]
+    header += ["encoder, forward: TFLOP a sample", "training: TFLOP a sample", "TFLOP/s"]
+    where = "{device}, commit {commit}, attention `{implementation}`".format(**record)
+    return markdown(header, rows, f"{where}{remark(record)}.")
+
+
+@measured("layer_h200")
+def layer_memory_table(record: Json) -> str:
+    """Bytes a token and layer that each way of keeping and recomputing holds."""
+    rows = [
+        [name, f"{found['bytes_a_token']:.0f}", f"{found['ms']:.2f}" if "ms" in found else ""]
+        for name, found in record["modes"].items()
+    ]
+    depths = " and ".join(map(str, record["depths"]))
+    where = "{device}, commit {commit}, {rows:,} tokens".format(**record)
+    return markdown(
+        ["model.remat", "bytes a token and layer", "forward and backward, ms a layer"],
+        rows,
+        f"{where}, {depths} layers{remark(record)}.",
+    )

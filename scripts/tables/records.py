@@ -1,0 +1,79 @@
+"""Records of measurements, and what tables and figures of them share."""
+
+import contextlib
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from experiments.record import Json, read
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results"
+FIGURES = ROOT / "docs" / "figures"
+NOT_MEASURED = "not measured yet"
+
+
+def load(name: str) -> Json:
+    """The record of this name, empty where there is none."""
+    return read(RESULTS / f"{name}.json")
+
+
+def measured(*names: str, part: str = "") -> Callable[[Callable[[Json], str]], Callable[[], str]]:
+    """Makes a table of a record into one that needs no argument: the first of `names` that exists.
+
+    Args:
+      part: what the record must hold; without it, as without a record, nothing is claimed.
+    """
+
+    def of_record(table: Callable[[Json], str]) -> Callable[[], str]:
+        @functools.wraps(table)
+        def made() -> str:
+            record = first(*names)
+            return table(record) if record and (not part or part in record) else NOT_MEASURED
+
+        return made
+
+    return of_record
+
+
+def first(*names: str) -> Json:
+    """The first of these records that exists."""
+    return next((record for name in names if (record := load(name))), {})
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) -> str:
+    """A table, and notes below it."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    table = "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return "\n\n".join([table, *notes])
+
+
+def cells(values: Json, *templates: str) -> list[str]:
+    """What stands in a row: `cells(found, "{step_ms:.0f}", "{p50_ms:.1f} / {p99_ms:.1f}")`."""
+    return [template.format(**values) for template in templates]
+
+
+def short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}".removeprefix("0")
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    mean = short(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {short(statistics.stdev(values))}"
+
+
+def origin(record: Json) -> str:
+    return "{device}, commit {commit}, {date:.10}.".format(**record)
+
+
+@contextlib.contextmanager
+def figure(name: str, width: float, height: float) -> Iterator[Figure]:
+    """A figure to draw into, which is then saved under this name."""
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    yield drawn
+    for axis in drawn.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    drawn.savefig(FIGURES / f"{name}.png", dpi=130)

@@ -1,0 +1,111 @@
+"""The tables and the figure of stochastic length, load balance and item tables of few bits."""
+
+import numpy as np
+
+from experiments.record import Json
+from scripts.tables.records import figure, load, markdown, mean_and_deviation, measured, short
+from scripts.tables.retrieval import METRICS
+
+SUBSEQUENCES = {  # file suffix -> what the runs were trained on
+    "sl_whole": "whole histories",
+    "sl_recent": "alpha 1.6, newest events",
+    "sl_random": "alpha 1.6, random events",
+    "sl_weighted": "alpha 1.6, recency-weighted events",
+}
+POLICIES = {"plain": ("stochastic length", "tab:grey"), "balanced": ("load-balanced", "tab:blue")}
+
+
+def stochastic_length_table() -> str:
+    """HSTU on MovieLens-100K, trained on whole histories and on parts of them."""
+    rows = []
+    for suffix, label in SUBSEQUENCES.items():
+        record = load(f"ml100k_hstu_{suffix}")
+        if record:
+            runs = [run["best"] for run in record["runs"]]
+            cells = [mean_and_deviation([run[name] for run in runs]) for name in METRICS]
+            flops = f"{record['flops']['training'] / 1e6:.1f}" if "flops" in record else ""
+            rows.append([label, str(len(runs)), *cells, flops])
+    metrics = [name.upper() for name in METRICS]
+    return markdown(["trained on", "seeds", *metrics, "training MFLOP a sample"], rows)
+
+
+@measured("load_balance_cpu")
+def load_balance_table(record: Json) -> str:
+    """Spread of the load over ranks, and step times, under plain and balanced stochastic length."""
+    rows = []
+    for name, values in record["sets"].items():
+        for policy in POLICIES:
+            loads = [values["load"][ranks][policy] for ranks in ("8", "64")]
+            step = values["step"][policy]
+            rows.append(
+                [
+                    name,
+                    policy,
+                    f"{values['gamma']:.2f}",
+                    f"{100 * values['kept_share_of_events'][policy]:.0f} %",
+                    f"{loads[0]['mean'] / values['load']['8']['plain']['mean']:.2f}",
+                    *(
+                        f"{load['max_over_mean']:.2f} / {load['std_over_mean']:.2f}"
+                        for load in loads
+                    ),
+                    str(step["rows"]),
+                    *(f"{1e3 * step[key]:.0f}" for key in ("slowest", "slowest_predicted", "mean")),
+                ]
+            )
+    header = ["lengths", "draws", "gamma", "events kept", "load / plain"]
+    header += ["8 ranks: max / mean, std / mean", "64 ranks", "rows of the buffer"]
+    return markdown([*header, "slowest of 8, ms", "predicted", "mean of 8, ms"], rows)
+
+
+def load_balance_figure() -> None:
+    """Left: how the loads of 64 ranks spread. Right: the step time of each of 8 ranks.
+
+    Ranks are sorted by time in every step; then the mean over steps is taken.
+    """
+    record = load("load_balance_cpu")
+    if not record:
+        return
+    with figure("load_balance", 9, 5.6) as drawn:
+        axes = drawn.subplots(len(record["sets"]), 2, squeeze=False)
+        for (left, right), (name, values) in zip(axes, record["sets"].items(), strict=True):
+            for number, (policy, (words, colour)) in enumerate(POLICIES.items()):
+                row = values["load"]["64"][policy]
+                histogram = row["histogram"]
+                counts = np.array(histogram["counts"])
+                left.stairs(
+                    counts / (counts.sum() + histogram["beyond"]),
+                    np.array(histogram["edges"]),
+                    color=colour,
+                    fill=not number,
+                    alpha=0.5 + 0.5 * number,
+                    label=f"{words}: max / mean {row['max_over_mean']:.2f}",
+                )
+                seconds_R = np.sort(values["step"][policy]["seconds"], axis=1).mean(0)
+                right.bar(
+                    np.arange(len(seconds_R)) + 0.4 * number - 0.2,
+                    seconds_R,
+                    0.4,
+                    color=colour,
+                    label=f"{words}: slowest {seconds_R[-1]:.2f} s",
+                )
+            left.set(title=f"{name}, 64 ranks", xlabel="load of a rank / mean", xlim=(0, 4))
+            left.set_ylabel("share of ranks and steps")
+            right.set(title=f"{name}, 8 ranks, mean of steps", xlabel="rank, by time")
+            right.set_ylabel("processor seconds")
+            for axis, place in ((left, "upper right"), (right, "upper left")):
+                axis.set_ylim(0, 1.35 * axis.get_ylim()[1])  # space for the legend
+                axis.legend(frameon=False, loc=place)
+
+
+@measured("int4_tables")
+def int4_table(record: Json) -> str:
+    """The metrics of a trained run, served from each kind of item table."""
+    names = ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr")
+    rows = []
+    for kind, values in record["tables"].items():
+        table = values["table"]
+        sizes = [str(table[size]) for size in ("row_bytes", "history_bytes", "bytes")]
+        error = f"{100 * table['rms_error_over_rms_value']:.1f} %"
+        rows.append([kind, *sizes, error, *(short(values["metrics"][name]) for name in names)])
+    header = ["item table", "bytes a row", "of a request's history", "of all"]
+    return markdown([*header, "RMS error / RMS value", *(name.upper() for name in names)], rows)

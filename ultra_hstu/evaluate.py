@@ -1,0 +1,98 @@
+"""The loop of an evaluation, which all tasks share: one split through one compiled call."""
+
+import abc
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Int, PyTree, Shaped
+
+from ultra_hstu.criteria import Criteria
+from ultra_hstu.data.feed import Feed, Loader, feed_specs
+from ultra_hstu.parallel import processes
+from ultra_hstu.step import Steps
+
+STEPS_PER_CALL = 8
+
+
+class Evaluator(abc.ABC):
+    """Measures one split. It compiles once, and peak memory does not depend on the number of users.
+
+    A subclass says what a batch gives (`outputs`) and what all of it means (`metrics`). In a mesh
+    every device computes the outputs of its part of a batch, and each receives those of all parts.
+
+    Args:
+      loader: batches of the split, `STEPS_PER_CALL` a call.
+      like: shape and dtype of the outputs of one step, [P, ...].
+    """
+
+    criteria: Criteria
+    scores_model: ClassVar[bool] = True  # what is scored are the parameters of the recipe's model
+
+    def __init__(self, recipe: Steps, loader: Loader, like: jax.ShapeDtypeStruct):
+        self.recipe, self.loader, self.plan = recipe, loader, loader.plan(shuffle=False)
+        self._like = like
+        self._run: jax.stages.Wrapped | jax.stages.Compiled = jax.jit(self._over_devices)
+
+    @abc.abstractmethod
+    def outputs(self, scored: PyTree, batch: PyTree) -> Shaped[Array, "p ..."]:
+        """What a batch gives, this device's part as `Shards.part` divides it."""
+
+    @property
+    def used_SP(self) -> Bool[np.ndarray, "S P"]:
+        """The places of every step's outputs that belong to an example."""
+        return self.plan.place_SB >= 0
+
+    @abc.abstractmethod
+    def metrics(self, output_P: Shaped[np.ndarray, "P ..."]) -> dict[str, float]:
+        """The metrics of the outputs of a whole split, as `predict` orders them."""
+
+    def compile(self, scored: PyTree) -> None:
+        """Compiles for the shapes that all calls have; without it the first call does so."""
+        if isinstance(self._run, jax.stages.Compiled):
+            return
+        group = next(iter(self.loader.groups(self.plan)))
+        self._run = self._run.lower(scored, group.feed, np.int32(group.steps)).compile()
+        processes.barrier()
+
+    def predict(self, scored: PyTree) -> Shaped[np.ndarray, "P ..."]:
+        """The outputs of every example, in the order of the split."""
+        if processes.several():
+            self.compile(scored)  # the others would wait in the first call
+        pending = [
+            (group.first, group.steps, self._run(scored, group.feed, np.int32(group.steps)))
+            for group in self.loader.groups(self.plan)
+        ]
+        used_SP = self.used_SP
+        return np.concatenate(
+            [
+                np.asarray(output_SP)[:steps][used_SP[first : first + steps]]
+                for first, steps, output_SP in pending
+            ]
+        )
+
+    def __call__(self, scored: PyTree) -> dict[str, float]:
+        return self.metrics(self.predict(scored))
+
+    def _over_devices(
+        self, scored: PyTree, feed: Feed, steps: Int[Array, ""]
+    ) -> Shaped[Array, "S P ..."]:
+        everywhere = PartitionSpec()
+        sharded = self.scores_model and self.recipe.mesh is not None
+        of_scored = self.recipe.specs.params if sharded else everywhere
+        run = self.recipe.over_devices(
+            self._steps, (of_scored, feed_specs(feed), everywhere), everywhere
+        )
+        return run(scored, feed, steps)
+
+    def _steps(self, scored: PyTree, feed: Feed, steps: Int[Array, ""]) -> Shaped[Array, "S P ..."]:
+        shards, count = self.recipe.shards, self._like.shape[0]
+
+        def step(number: Array, output_SP: Array) -> Array:
+            output_p = self.outputs(scored, feed.batch(number))
+            return output_SP.at[number].set(shards.collect(output_p, count // shards.data))
+
+        zeros_SP = jnp.zeros((STEPS_PER_CALL, *self._like.shape), self._like.dtype)
+        return jax.lax.fori_loop(0, steps, step, zeros_SP)

@@ -1,0 +1,50 @@
+"""The registry of tasks: the one that a configuration asks for, on its data."""
+
+from ultra_hstu.config import Config
+from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.data.sources import builder_of
+from ultra_hstu.ranking.task import RankingTask
+from ultra_hstu.retrieval.task import RetrievalTask
+from ultra_hstu.task import Task
+from ultra_hstu.workdir import Workdir
+
+TASKS: dict[str, type[Task]] = {"retrieval": RetrievalTask, "ranking": RankingTask}
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for a source or a protocol that is not there; reads nothing."""
+    builder_of(config.data.source)
+    known = [protocol for task in TASKS.values() for protocol in task.PROTOCOLS]
+    if config.train.protocol not in known:
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"train.protocol={config.train.protocol!r} is not allowed: use {names}")
+
+
+def of(config: Config, interactions: Interactions) -> Task:
+    """The task on data that is in memory: ranking where `rank.tasks` names some, else retrieval."""
+    check(config)
+    return TASKS["ranking" if config.rank.tasks else "retrieval"].of(config, interactions)
+
+
+def load(config: Config) -> Task:
+    """Reads the data, and prepares it the first time.
+
+    Raises:
+      ValueError: bad data, or a configuration that does not suit it.
+    """
+    check(config)
+    return of(config, load_interactions(config.data))
+
+
+def of_run(folder: Workdir, raw_dir: str | None = None) -> Task:
+    """The task of a run, as one device computes it.
+
+    Args:
+      raw_dir: where the raw data is now, if not where the run found it.
+
+    Raises:
+      ValueError: no run, or data that is not what it was trained on.
+    """
+    task = load(folder.read_for_one_device(raw_dir))
+    folder.check_data(task.interactions)
+    return task
