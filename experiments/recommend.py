@@ -23,7 +23,7 @@ from ultra_hstu.quantization import HostKind
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.lines import answer_lines
 from ultra_hstu.serving.scoring import RunData
-from ultra_hstu.serving.service import open_service
+from ultra_hstu.serving.service import ServingOptions, open_service
 
 _WORKDIR, _RAW_DIR = command.define_run()
 _USER = flags.DEFINE_string("user", None, "raw id of a user of the data: the whole history is used")
@@ -47,12 +47,10 @@ def main(_: list[str]) -> None:
     if sum(flag.value is not None for flag in (_USER, _HISTORY, _REQUESTS)) != 1:
         raise ValueError("give either --user=ID or --history=ID,ID,... or --requests=FILE")
     if _REQUESTS.value is not None:
-        service = open_service(
-            _WORKDIR.value,
-            _RAW_DIR.value,
-            tables=_TABLES.value,
-            host_table=cast(HostKind | None, _HOST_TABLE.value),
+        options = ServingOptions(
+            tables=_TABLES.value, host_table=cast(HostKind | None, _HOST_TABLE.value)
         )
+        service = open_service(_WORKDIR.value, _RAW_DIR.value, options)
         with sys.stdin.buffer if _REQUESTS.value == "-" else open(_REQUESTS.value, "rb") as source:
             answer_lines(service, source)
         return

@@ -62,7 +62,7 @@ from ultra_hstu.nn.key_values import KINDS, CacheDtype  # noqa: E402
 from ultra_hstu.quantization import HostKind  # noqa: E402
 from ultra_hstu.serving.http import RECOMMEND, SCORE, RecommendReplica, ScoreReplica  # noqa: E402
 from ultra_hstu.serving.inputs import MAX_USERS  # noqa: E402
-from ultra_hstu.serving.service import check_options, is_ranking  # noqa: E402
+from ultra_hstu.serving.service import ServingOptions, is_ranking  # noqa: E402
 
 _WORKDIR, _RAW_DIR = command.define_run(
     "folder of a trained run, or a ranking run in a file of experiments.export"
@@ -123,19 +123,18 @@ _ADDRESS = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     blocked = [] if _BLOCK.value is None else Path(_BLOCK.value).read_text().split()
-    kind = cast(CacheDtype, _KIND.value)
-    host_kind = cast(CacheDtype | None, _HOST_KIND.value)
-    host_table = cast(HostKind | None, _HOST_TABLE.value)
-    check_options(
-        _WORKDIR.value,
+    options = ServingOptions(
         tables=_TABLES.value,
         block=blocked,
-        kind=kind,
-        host_kind=host_kind,
-        host_table=host_table,
+        kind=cast(CacheDtype, _KIND.value),
+        host_kind=cast(CacheDtype | None, _HOST_KIND.value),
+        host_table=cast(HostKind | None, _HOST_TABLE.value),
+        cache_bytes=_CACHE.value * 2**20,
         device_bytes=_DEVICE_CACHE.value * 2**20,
         drop_blocks=_DROP_BLOCKS.value,
+        max_users=_BATCH.value,
     )
+    options.check(_WORKDIR.value)
     ranking = is_ranking(_WORKDIR.value)
     path = SCORE if ranking else RECOMMEND
     replica = cast(serve.Deployment, ScoreReplica if ranking else RecommendReplica)
@@ -152,16 +151,8 @@ def main(_: list[str]) -> None:
             ray_actor_options={"num_cpus": _CPUS.value, "num_gpus": _GPUS.value},
         ).bind(
             str(Path(_WORKDIR.value).absolute()),
-            raw_dir=_RAW_DIR.value,
-            tables=_TABLES.value,
-            block=blocked,
-            kind=kind,
-            host_kind=host_kind,
-            host_table=host_table,
-            device_bytes=_DEVICE_CACHE.value * 2**20,
-            drop_blocks=_DROP_BLOCKS.value,
-            cache_bytes=_CACHE.value * 2**20,
-            max_users=_BATCH.value,
+            _RAW_DIR.value,
+            options,
             wait_ms=_WAIT.value,
         )
         serve.run(application, name=path.strip("/"))

@@ -249,7 +249,7 @@ class MakesState(Protocol):
 
 
 def load_params(folder: Workdir, recipe: MakesState) -> tuple[int, Any]:
-    """(step, parameters) of the best checkpoint of a run, or of the newest where none was evaluated.
+    """(step, parameters) of a run's best checkpoint, or of the newest where none was evaluated.
 
     Raises:
       ValueError: if the run has no checkpoint, none that can be read, or parameters that are not

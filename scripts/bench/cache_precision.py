@@ -118,8 +118,7 @@ def measure(
     for history, candidates, label_C in requests:
         cache = serving.encode_history(model, history, kind=kind)
         logits.append(serving.score(model, cache, candidates))
-        parts = [part for channel in cache.channels.values() for part in channel]
-        layers = [layer for part in parts for layer in part.layers]
+        layers = [layer for part in cache.parts for layer in part.layers]
         size += sum(layer.nbytes for layer in layers)
         rows += sum(layer.k_SHK.shape[0] for layer in layers)
         if len(best) < -(-FLAGS.requests // task.config.train.eval_users) and FLAGS.top_k:

@@ -32,7 +32,7 @@ from scripts.load.requests import Sent
 from ultra_hstu import report
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.quantization import HOST_KINDS
-from ultra_hstu.serving.service import RecommendService, ScoreService, open_service
+from ultra_hstu.serving.service import RecommendService, ScoreService, ServingOptions, open_service
 
 FLAGS = flags.FLAGS
 
@@ -56,12 +56,8 @@ class Traffic(Protocol):
 
 
 def main(_: list[str]) -> None:
-    service = open_service(
-        FLAGS.workdir,
-        FLAGS.raw_dir,
-        cache_bytes=FLAGS.cache_mib * 2**20,
-        host_table=FLAGS.host_table,
-    )
+    options = ServingOptions(cache_bytes=FLAGS.cache_mib * 2**20, host_table=FLAGS.host_table)
+    service = open_service(FLAGS.workdir, FLAGS.raw_dir, options)
     if service.data is None:
         raise ValueError(
             f"{FLAGS.workdir} is an exported model: requests are made from the data of a run's "

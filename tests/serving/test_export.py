@@ -157,7 +157,7 @@ def test_bad_requests_are_named(scorer):
     history, candidates = inputs()
     for change, message in [
         (dict(now_B=np.zeros(9, int)), "9 users are more than the 8 of this artefact"),
-        (dict(context_BC=np.full((7, 2), 99)), "context_BC holds 99, which is not in 0..5"),
+        (dict(context_BC=np.full((7, 2), 99)), r"context_BC\[0, 0\] is 99, not in 0..5"),
         (dict(channels={}), "channels .* must be"),
         (
             dict(
@@ -188,7 +188,7 @@ def test_bad_requests_are_named(scorer):
     ):
         scorer.encode(wide)
     for change, message in [
-        (dict(item_C=np.full(29, 31)), "item_C holds 31, which is not in 1..30"),
+        (dict(item_C=np.full(29, 31)), r"item_C\[0\] is 31, not in 1..30"),
         (dict(item_C=np.full(29, 1.0)), "item_C must hold integers, got float64"),
         (dict(offsets=np.array([0, 41])), "41 candidates are more than the 40"),
         (dict(offsets=np.array([1, 0])), "must start at 0"),

@@ -19,7 +19,7 @@ from ultra_hstu.serving.schema import (
     problem,
 )
 from ultra_hstu.serving.scoring import MICRO_BATCH, RunData, ScoringModel
-from ultra_hstu.serving.service import EMPTY, ScoreService, open_service
+from ultra_hstu.serving.service import EMPTY, ScoreService, ServingOptions, open_service
 from ultra_hstu.serving.tokens import Vocabulary
 from ultra_hstu.serving.users import CachedUsers
 
@@ -125,7 +125,7 @@ def test_an_exported_model_scores_the_same_and_knows_no_users(service, tmp_path)
         dict(config=task.config, catalog=task.interactions.catalog, candidates=8, events=8),
     )
     export.save(path, ranker, vocabulary=service.model.vocabulary, **options)
-    served = open_service(path, max_users=8)
+    served = open_service(path, options=ServingOptions(max_users=8))
     served.model.buckets = served.model.buckets[-1:]
     for number in (0, 1):
         assert answer(served, **asked_of(number)) == answer(service, **asked_of(number))

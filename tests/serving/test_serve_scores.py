@@ -15,7 +15,7 @@ from scripts.load.requests import Sent
 from tests.ranking.small_rank import rank_config, write_answers
 from tests.serving.served_checks import stands_fuzzing, stands_good_and_bad_requests
 from ultra_hstu.serving.lines import answer_lines
-from ultra_hstu.serving.service import open_service
+from ultra_hstu.serving.service import ServingOptions, open_service
 from ultra_hstu.train import train
 
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service(folder):
-    return open_service(folder, max_users=2)  # few programs
+    return open_service(folder, options=ServingOptions(max_users=2))  # few programs
 
 
 @pytest.fixture(scope="module")
@@ -149,4 +149,4 @@ def test_a_file_of_requests(service, known, capsys):
 )
 def test_options_of_retrieval_runs_are_named(folder, options, message):
     with pytest.raises(ValueError, match=message):
-        open_service(folder, **options)
+        open_service(folder, options=ServingOptions(**options))

@@ -17,7 +17,7 @@ from ultra_hstu import tasks
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, Response, problem
 from ultra_hstu.serving.scoring import RunData
-from ultra_hstu.serving.service import RecommendService, open_service
+from ultra_hstu.serving.service import RecommendService, ServingOptions, open_service
 from ultra_hstu.serving.users import ENTRY_BYTES, EncodedUsers
 from ultra_hstu.train import train
 
@@ -234,7 +234,7 @@ def test_the_request_of_the_readme(service):
 )
 def test_options_of_ranking_runs_are_named(folder, options, message):
     with pytest.raises(ValueError, match=message):
-        open_service(folder, **options)
+        open_service(folder, options=ServingOptions(**options))
 
 
 LINES = [

@@ -21,7 +21,7 @@ from kernels.cached_attention import cached_attention
 from kernels.hstu_attention import RelativeBias
 from kernels.jagged import Rows, lengths_to_offsets, offsets_to_lengths
 from kernels.mask import AttentionMask, KeyIntervals
-from kernels.typing import Leaf
+from kernels.typing import RHK, RHV, SHK, SHV, THK, THV, Leaf, PositionTable, TimeTable
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.hstu_layer import Attend
 from ultra_hstu.nn.key_values import CacheDtype, KeyValues, pack
@@ -103,15 +103,15 @@ def encode(
             attends[mask] = encoder.attend(sequences, mask, x_TD.dtype)
 
         def attend(
-            q: Float[Array, "T H K"],
-            k: Float[Array, "T H K"],
-            v: Float[Array, "T H V"],
+            q: THK,
+            k: THK,
+            v: THV,
             *,
             alpha: float,
             bias: RelativeBiasTables | None,
             inner: Attend = attends[mask],
             layers: list[KeyValues] = layers,
-        ) -> Float[Array, "T H V"]:
+        ) -> THV:
             layers.append(pack(k, v, kind))
             return inner(q, k, v, alpha=alpha, bias=bias)
 
@@ -150,15 +150,15 @@ def targets(
                 )
 
             def attend(
-                q: Float[Array, "R H K"],
-                k: Float[Array, "R H K"],
-                v: Float[Array, "R H V"],
+                q: RHK,
+                k: RHK,
+                v: RHV,
                 *,
                 alpha: float,
                 bias: RelativeBiasTables | None,
                 run: _CachedAttention = runs[mask],
                 kv: KeyValues = kv,
-            ) -> Float[Array, "R H V"]:
+            ) -> RHV:
                 return run(q, kv.k_SHK, kv.v_SHV, (k, v), alpha=alpha, bias=bias)
 
             x_RD = layer(x_RD, attend=attend)
@@ -207,9 +207,7 @@ def extend(
         runs: dict[AttentionMask, _CachedAttention] = {}
         for (layer, mask), kv in zip(layers[number:], before.layers, strict=False):
 
-            def grow(
-                k: Float[Array, "R H K"], v: Float[Array, "R H V"], kv: KeyValues = kv
-            ) -> KeyValues:
+            def grow(k: RHK, v: RHV, kv: KeyValues = kv) -> KeyValues:
                 grown.append(jax.tree.map(source.merge, kv, pack(k, v, kind)))
                 return grown[-1]
 
@@ -217,11 +215,9 @@ def extend(
                 grow(*layer.keys_and_values(x_RD))
                 break
             if mask not in runs:
-                none_R = jnp.zeros_like(suffix.start_R)
-                keys = mask.keys_at(suffix.start_R, suffix.position_R, none_R, suffix.length_R)
                 runs[mask] = _CachedAttention(
-                    _with_own(keys, suffix),
-                    suffix.start_R + suffix.position_R,
+                    _with_own(mask.keys_of(suffix.rows), suffix),
+                    suffix.row_R,
                     frame.time_T,
                     jnp.asarray(frame.next_time_T)[suffix.row_R],
                     encoder,
@@ -229,15 +225,15 @@ def extend(
                 )
 
             def attend(
-                q: Float[Array, "R H K"],
-                k: Float[Array, "R H K"],
-                v: Float[Array, "R H V"],
+                q: RHK,
+                k: RHK,
+                v: RHV,
                 *,
                 alpha: float,
                 bias: RelativeBiasTables | None,
                 run: _CachedAttention = runs[mask],
                 grow: Callable[[Array, Array], KeyValues] = grow,
-            ) -> Float[Array, "R H V"]:
+            ) -> RHV:
                 return run(q, *grow(k, v).unpacked(q.dtype), None, alpha=alpha, bias=bias)
 
             x_RD = layer(x_RD, attend=attend)
@@ -245,7 +241,8 @@ def extend(
 
     below = old[0]
     suffix = suffix_of(whole, keep_B, x_RD.shape[0])
-    source = _source(below.frame, whole, keep_B, suffix)
+    none_B = jnp.zeros_like(keep_B)
+    source = _source(below.frame, whole, keep_B, suffix, none_B, none_B)
     x_RD, grown = run(0, below, whole, suffix, source, x_RD)
     first = CachedRows(whole, grown)
     if truncation is None:
@@ -254,17 +251,11 @@ def extend(
     # What enters the layers above: old rows from where they are kept, new ones from below.
     before_B = offsets_to_lengths(below.frame.offsets) - offsets_to_lengths(above.frame.offsets)
     after_B = offsets_to_lengths(whole.offsets) - offsets_to_lengths(kept.offsets)
-    segment_S = kept.rows.segment
-    position_S = kept.rows.position + after_B[segment_S]
-    entering = _Source(
-        is_old_S=position_S < keep_B[segment_S],
-        old_S=jnp.asarray(above.frame.offsets)[segment_S] + position_S - before_B[segment_S],
-        new_S=suffix.offsets[segment_S] + position_S - keep_B[segment_S],
-    )
+    entering = _source(above.frame, kept, keep_B, suffix, before_B, after_B)
     assert above.input_SD is not None
     input_SD = entering.merge(above.input_SD, x_RD)
     again = suffix_of(kept, keep_kept_B, kept_rows)
-    source = _source(above.frame, kept, keep_kept_B, again)
+    source = _source(above.frame, kept, keep_kept_B, again, none_B, none_B)
     _, grown = run(truncation.after, above, kept, again, source, input_SD[again.row_R])
     return first, CachedRows(kept, grown, input_SD)
 
@@ -273,10 +264,8 @@ class Suffix(NamedTuple):
     """The R rows of longer histories that are computed anew."""
 
     offsets: Int[Array, " B1"]
-    start_R: Int[Array, " R"]  # of the row's sequence in the frame
-    position_R: Int[Array, " R"]
-    length_R: Int[Array, " R"]  # of the row's sequence; 0 on padding
-    row_R: Int[Array, " R"]  # in the frame
+    rows: Rows  # in the frame
+    row_R: Int[Array, " R"]  # their numbers in the frame, 0 on padding
 
 
 class _Source(NamedTuple):
@@ -308,14 +297,14 @@ class _CachedAttention:
         implementation: Implementation,
     ):
         def run(
-            q: Float[Array, "R H K"],
-            k: Float[Array, "S H K"],
-            v: Float[Array, "S H V"],
-            own: tuple[Float[Array, "R H K"], Float[Array, "R H V"]] | None,
-            tables: tuple[Float[Array, " P"], Float[Array, " Q"]] | None,
+            q: RHK,
+            k: SHK,
+            v: SHV,
+            own: tuple[RHK, RHV] | None,
+            tables: tuple[PositionTable, TimeTable] | None,
             *,
             alpha: float,
-        ) -> Float[Array, "R H V"]:
+        ) -> RHV:
             bias = None if tables is None else RelativeBias(*tables, jnp.asarray(time_S), time_R)
             return cached_attention(
                 q,
@@ -334,14 +323,14 @@ class _CachedAttention:
 
     def __call__(
         self,
-        q: Float[Array, "R H K"],
-        k: Float[Array, "S H K"],
-        v: Float[Array, "S H V"],
-        own: tuple[Float[Array, "R H K"], Float[Array, "R H V"]] | None,
+        q: RHK,
+        k: SHK,
+        v: SHV,
+        own: tuple[RHK, RHV] | None,
         *,
         alpha: float,
         bias: RelativeBiasTables | None,
-    ) -> Float[Array, "R H V"]:
+    ) -> RHV:
         tables = None if bias is None else (bias.position_table[...], bias.time_table[...])
         return self._run(q, k, v, own, tables, alpha=alpha)
 
@@ -349,21 +338,32 @@ class _CachedAttention:
 def suffix_of(frame: Sequences, keep_B: Int[Array, " B"], rows: int) -> Suffix:
     """The rows from `keep_B` on of every sequence, side by side in a buffer of `rows`."""
     offsets = jnp.asarray(lengths_to_offsets(offsets_to_lengths(frame.offsets) - keep_B))
-    at = Rows.of(offsets, rows)
-    start_R = jnp.where(at.real, jnp.asarray(frame.offsets)[at.segment], 0)
-    position_R = jnp.where(at.real, at.position + keep_B[at.segment], 0)
-    length_R = jnp.where(at.real, offsets_to_lengths(frame.offsets)[at.segment], 0)
-    return Suffix(offsets, start_R, position_R, length_R, start_R + position_R)
+    own = Rows.of(offsets, rows)
+    at = Rows.at(frame.offsets, own.segment, own.position + keep_B[own.segment])
+    return Suffix(offsets, at, jnp.where(at.real, at.start + at.position, 0))
 
 
-def _source(old: Sequences, new: Sequences, keep_B: Int[Array, " B"], suffix: Suffix) -> _Source:
-    segment_S, position_S = new.rows.segment, new.rows.position
+def _source(
+    old: Sequences,
+    new: Sequences,
+    keep_B: Int[Array, " B"],
+    suffix: Suffix,
+    old_first_B: Int[Array, " B"],
+    new_first_B: Int[Array, " B"],
+) -> _Source:
+    """Where the rows of `new` come from: the first `keep_B` of each sequence from `old`.
+
+    Args:
+      old_first_B, new_first_B: position of the first row that a frame holds of each sequence.
+    """
+    segment_S = new.rows.segment
+    position_S = new.rows.position + new_first_B[segment_S]
     keep_S = keep_B[segment_S]
-    old_S = jnp.asarray(old.offsets)[segment_S] + position_S
+    old_S = jnp.asarray(old.offsets)[segment_S] + position_S - old_first_B[segment_S]
     return _Source(position_S < keep_S, old_S, suffix.offsets[segment_S] + position_S - keep_S)
 
 
 def _with_own(keys: KeyIntervals, suffix: Suffix) -> KeyIntervals:
     """Intervals of history rows that hold the row itself: the near one ends just before it."""
     lo1 = jnp.where(keys.hi1 > keys.lo1, keys.lo1, suffix.row_R)
-    return keys._replace(lo1=lo1, hi1=jnp.where(suffix.length_R > 0, suffix.row_R + 1, lo1))
+    return keys._replace(lo1=lo1, hi1=jnp.where(suffix.rows.real, suffix.row_R + 1, lo1))

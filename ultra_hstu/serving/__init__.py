@@ -8,13 +8,14 @@ the catalogue out.
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.serving.compiled import CompiledRanker
 from ultra_hstu.serving.inputs import Bucket, Candidates, UserEvents, UserHistory
-from ultra_hstu.serving.inputs import UserEvents as Events  # the short names of callers
-from ultra_hstu.serving.inputs import UserHistory as History
 from ultra_hstu.serving.kv_cache import Cache, join, split
 from ultra_hstu.serving.recommend import RecommendationModel
 from ultra_hstu.serving.schema import Recommendation
 from ultra_hstu.serving.score import Best, append, encode_history, score, top_k
 from ultra_hstu.serving.tokens import from_source
+
+# The short names of callers, and older ones.
+Events, History, Room, FrozenRanker = UserEvents, UserHistory, Bucket, CompiledRanker
 
 __all__ = [
     "Best",
@@ -23,9 +24,11 @@ __all__ = [
     "Candidates",
     "CompiledRanker",
     "Events",
+    "FrozenRanker",
     "History",
     "Recommendation",
     "RecommendationModel",
+    "Room",
     "UserEvents",
     "UserHistory",
     "append",

@@ -8,6 +8,7 @@ file travels in the artefact, which is a zip file.
     >>> scorer.score(cache, candidates)
 
 Inputs are plain dicts of arrays, users one after another: see `Scorer.encode` and `Scorer.score`.
+The checks of arrays and their padding are those of `ultra_hstu.serving` itself.
 """
 
 import io
@@ -15,6 +16,7 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ import jax.export
 import numpy as np
 
 FORMAT, VERSION = "ultra_hstu scorer", 1
+Numbers = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
 Arrays = dict[str, Any]  # arrays by name, those of channels in dicts of their own
 
 
@@ -90,11 +93,11 @@ class Scorer:
           ValueError: values, shapes or dtypes that do not fit, and more than the artefact takes.
         """
         sizes, largest = self.metadata["sizes"], self.metadata["capacity"]
-        now_B = _ints("now_B", history["now_B"], (None,))
+        now_B = check_ints("now_B", history["now_B"], (None,))
         users = len(now_B)
         _fits("users", users, largest["users"])
         contextual = len(self.metadata["contextual"])
-        context_BC = _ints(
+        context_BC = check_ints(
             "context_BC",
             history["context_BC"],
             (users, contextual),
@@ -109,15 +112,17 @@ class Scorer:
         channels = {}
         for name, longest in self.metadata["channels"].items():
             given, most = history["channels"][name], largest["events"][name]
-            offsets = _offsets(f"{name}: offsets", given["offsets"], users)
+            offsets = check_offsets(f"{name}: offsets", given["offsets"], users)
             count = int(offsets[-1])
             columns = {
-                "item_E": _ints(f"{name}: item_E", given["item_E"], (count,), 1, sizes["items"]),
-                "time_E": _ints(f"{name}: time_E", given["time_E"], (count,)),
-                "signal_ES": _codes(
+                "item_E": check_ints(
+                    f"{name}: item_E", given["item_E"], (count,), 1, sizes["items"]
+                ),
+                "time_E": check_ints(f"{name}: time_E", given["time_E"], (count,)),
+                "signal_ES": check_codes(
                     f"{name}: signal_ES", given["signal_ES"], count, sizes["signals"]
                 ),
-                "feature_EF": _codes(
+                "feature_EF": check_codes(
                     f"{name}: feature_EF", given["feature_EF"], count, sizes["features"]
                 ),
             }
@@ -126,13 +131,13 @@ class Scorer:
             keep_E = np.arange(count) >= np.repeat(offsets[1:] - kept_B, length_B)
             _fits(f"events of {name}", int(kept_B.sum()), most)
             kept_offsets = np.concatenate([[0], np.cumsum(kept_B)])
-            channels[name] = {key: _padded(values[keep_E], most) for key, values in columns.items()}
-            channels[name]["offsets"] = _padded_offsets(kept_offsets, largest["users"])
+            channels[name] = {key: padded(values[keep_E], most) for key, values in columns.items()}
+            channels[name]["offsets"] = padded_offsets(kept_offsets, largest["users"])
         request = {
             "channels": channels,
-            "context_BC": _padded(context_BC, largest["users"]),
-            "now_B": _padded(now_B, largest["users"]),
-            "used_B": _padded(np.ones(users, np.int32), largest["users"]),
+            "context_BC": padded(context_BC, largest["users"]),
+            "now_B": padded(now_B, largest["users"]),
+            "used_B": padded(np.ones(users, np.int32), largest["users"]),
         }
         return self._encode(self._params, request)
 
@@ -148,7 +153,7 @@ class Scorer:
           ValueError: as `encode`.
         """
         sizes, largest = self.metadata["sizes"], self.metadata["capacity"]
-        offsets = _offsets("offsets", candidates["offsets"], None)
+        offsets = check_offsets("offsets", candidates["offsets"], None)
         _fits("users", len(offsets) - 1, largest["users"])
         count = int(offsets[-1])
         _fits("candidates", count, largest["candidates"])
@@ -156,13 +161,15 @@ class Scorer:
             "slot_C", np.arange(count) - np.repeat(offsets[:-1], np.diff(offsets))
         )
         columns = {
-            "item_C": _ints("item_C", candidates["item_C"], (count,), 1, sizes["items"]),
-            "feature_CF": _codes("feature_CF", candidates["feature_CF"], count, sizes["features"]),
-            "time_C": _ints("time_C", candidates["time_C"], (count,)),
-            "slot_C": _ints("slot_C", slots, (count,), 0),
+            "item_C": check_ints("item_C", candidates["item_C"], (count,), 1, sizes["items"]),
+            "feature_CF": check_codes(
+                "feature_CF", candidates["feature_CF"], count, sizes["features"]
+            ),
+            "time_C": check_ints("time_C", candidates["time_C"], (count,)),
+            "slot_C": check_ints("slot_C", slots, (count,), 0),
         }
-        request = {key: _padded(values, largest["candidates"]) for key, values in columns.items()}
-        request["offsets"] = _padded_offsets(offsets, largest["users"])
+        request = {key: padded(values, largest["candidates"]) for key, values in columns.items()}
+        request["offsets"] = padded_offsets(offsets, largest["users"])
         return np.asarray(self._score(self._params, cache, request))[:count]
 
 
@@ -187,41 +194,58 @@ def _fits(what: str, count: int, most: int) -> None:
         )
 
 
-def _ints(
+def check_ints(
     name: str,
-    values: Any,
+    values: Numbers,
     shape: tuple[int | None, ...],
-    least: Any = -(2**31),
-    most: Any = 2**31 - 1,
+    least: Numbers | int = -(2**31),
+    most: Numbers | int = 2**31 - 1,
 ) -> np.ndarray:
+    """int32 of a shape (None: any size) with values in [least, most], numbers or one a column."""
     array = np.asarray(values)
     if array.ndim != len(shape) or any(
         want not in (None, got) for want, got in zip(shape, array.shape, strict=True)
     ):
-        raise ValueError(f"{name} must have the shape {list(shape)}, got {list(array.shape)}")
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have the shape [{wanted}], got {list(array.shape)}")
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name} must hold integers, got {array.dtype}")
-    if array.size and ((wrong := (array < least) | (array > most)).any()):
-        raise ValueError(f"{name} holds {array[wrong][0]}, which is not in {least}..{most}")
+    least, most = np.broadcast_to(least, array.shape[1:]), np.broadcast_to(most, array.shape[1:])
+    wrong = (array < least[None]) | (array > most[None])
+    if wrong.any():
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"{name}[{', '.join(map(str, index))}] is {array[index]}, "
+            f"not in {least[index[1:]]}..{most[index[1:]]}"
+        )
     return array.astype(np.int32)
 
 
-def _codes(name: str, values: Any, count: int, sizes: list[int]) -> np.ndarray:
-    return _ints(
-        name, values, (count, len(sizes)), 0, np.asarray(sizes, np.int64) - 1 if sizes else 0
-    )
+def check_codes(name: str, values: Numbers, count: int, sizes: Sequence[int]) -> np.ndarray:
+    """int32 [count, codes] with values below the sizes, one a column."""
+    return check_ints(name, values, (count, len(sizes)), 0, np.asarray(sizes, np.int64) - 1)
 
 
-def _offsets(name: str, values: Any, users: int | None) -> np.ndarray:
-    offsets = _ints(name, values, (None if users is None else users + 1,), 0)
+def check_offsets(name: str, values: Numbers, users: int | None) -> np.ndarray:
+    """Offsets of `users` users (None: any number), int32 [B + 1]."""
+    offsets = check_ints(name, values, (None if users is None else users + 1,), 0)
     if not len(offsets) or offsets[0] != 0 or (np.diff(offsets) < 0).any():
-        raise ValueError(f"{name} must start at 0 and never fall, got {offsets.tolist()[:20]}")
+        raise ValueError(
+            f"{name} must start at 0 and never fall, got {offsets.tolist()[:20]}: "
+            "they are cumulative lengths"
+        )
     return offsets
 
 
-def _padded(values: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(values, [(0, rows - len(values))] + [(0, 0)] * (values.ndim - 1))
+def padded(x: Numbers, rows: int) -> np.ndarray:
+    """The array with rows of zeros behind it."""
+    x = np.asarray(x)
+    wide = np.zeros((rows, *x.shape[1:]), x.dtype)
+    wide[: len(x)] = x
+    return wide
 
 
-def _padded_offsets(offsets: np.ndarray, users: int) -> np.ndarray:
-    return np.pad(offsets, (0, users + 1 - len(offsets)), mode="edge").astype(np.int32)
+def padded_offsets(offsets: Numbers, users: int) -> np.ndarray:
+    """Offsets of `users` users: those behind the given ones have nothing."""
+    offsets = np.asarray(offsets, np.int32)
+    return np.append(offsets, offsets[-1:].repeat(users + 1 - len(offsets)))

@@ -22,13 +22,13 @@ from ultra_hstu.quantization import HostKind, ItemTable
 from ultra_hstu.ranking.form import Form
 from ultra_hstu.ranking.model import Ranker
 from ultra_hstu.serving import tokens
+from ultra_hstu.serving.artefact import padded
 from ultra_hstu.serving.inputs import (
     ROW_SIZES,
     AnyArray,
     Candidates,
     UserHistory,
     bucket_size,
-    padded,
 )
 from ultra_hstu.step import Params
 
@@ -109,10 +109,10 @@ class Programs:
 
     def __init__(self, graphdef: nnx.GraphDef):
         self._graphdef = graphdef
-        self.encode = jax.jit(self._encode, static_argnames=("name", "rows", "kind"))
+        self.encode = jax.jit(self._encode, static_argnames=("name", "kind"))
         self.extend = jax.jit(
             self._extend,
-            static_argnames=("name", "rows", "new_rows", "kept_rows", "kind", "implementation"),
+            static_argnames=("name", "new_rows", "kept_rows", "kind", "implementation"),
         )
         self.score = jax.jit(self._score, static_argnames=("step", "implementation"))
         self.best = jax.jit(_best, static_argnames="k")
@@ -134,11 +134,10 @@ class Programs:
         table: ItemTable | None,
         *,
         name: str,
-        rows: int,
         kind: CacheDtype,
     ) -> tuple[CachedRows, ...]:
         model = self.model(params, table)
-        rows_of = tokens.history_tokens(model.form, history, used_B, name, rows)
+        rows_of = tokens.history_tokens(model.form, history, used_B, name)
         return cached.encode(
             model.encoders[name],
             model.embedding(rows_of),
@@ -158,14 +157,13 @@ class Programs:
         table: ItemTable | None,
         *,
         name: str,
-        rows: int,
         new_rows: int,
         kept_rows: int,
         kind: CacheDtype,
         implementation: Implementation,
     ) -> tuple[CachedRows, ...]:
         model = self.model(params, table)
-        rows_of = tokens.history_tokens(model.form, history, used_B, name, rows)
+        rows_of = tokens.history_tokens(model.form, history, used_B, name)
         suffix = cached.suffix_of(rows_of.sequences, keep_B, new_rows)
         return cached.extend(
             model.encoders[name],

@@ -32,7 +32,7 @@ from ultra_hstu.serving import artefact
 from ultra_hstu.serving.compiled import Channels, Programs
 from ultra_hstu.serving.inputs import Bucket, Candidates, UserEvents, UserHistory
 from ultra_hstu.serving.score import MICRO_BATCH
-from ultra_hstu.serving.tokens import Vocabulary, bucket_rows
+from ultra_hstu.serving.tokens import Vocabulary, pad_candidates, pad_history
 from ultra_hstu.step import Params
 
 Leaves = list[Shaped[Array, "..."]]
@@ -96,7 +96,6 @@ def save(
                 used_B,
                 None,
                 name=name,
-                rows=bucket_rows(form, bucket, name),
                 kind=kind,
             )
             for name in bucket.events
@@ -227,22 +226,12 @@ def _examples(
     def ints(*shape: int) -> Int32[np.ndarray, "..."]:
         return np.zeros(shape, np.int32)
 
-    signals, features, users = len(sizes.signals), len(sizes.features), bucket.users
-    channels = {
-        name: UserEvents(
-            ints(count), ints(count), ints(count, signals), ints(count, features), ints(users + 1)
-        )
-        for name, count in bucket.events.items()
-    }
-    history = UserHistory(channels, ints(users, form.contextual), ints(users))
-    wide = Candidates(
-        ints(candidates),
-        ints(candidates, features),
-        ints(candidates),
-        ints(users + 1),
-        ints(candidates),
-    )
-    return history, ints(users), wide
+    signals, features = ints(0, len(sizes.signals)), ints(0, len(sizes.features))
+    none = UserEvents.of([()], signals=[signals], features=[features])
+    history = UserHistory(dict.fromkeys(bucket.events, none), ints(1, form.contextual), ints(1))
+    asked = Candidates(none.item_E, none.feature_EF, none.time_E, none.offsets, none.item_E)
+    wide, _ = pad_candidates(asked, bucket.users, candidates, candidates)
+    return *pad_history(history, bucket), wide
 
 
 def _portable(model: Ranker) -> tuple[Programs, Params]:

@@ -5,7 +5,7 @@ A retrieval run and a ranking run differ in one method, their endpoint.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -17,8 +17,6 @@ from pydantic import JsonValue
 from ray import serve
 from ray.serve import metrics
 
-from ultra_hstu.nn.key_values import CacheDtype
-from ultra_hstu.quantization import HostKind
 from ultra_hstu.serving import schema
 from ultra_hstu.serving.inputs import MAX_USERS, Query
 from ultra_hstu.serving.schema import (
@@ -29,7 +27,7 @@ from ultra_hstu.serving.schema import (
     ScoreRequest,
     ScoreResponse,
 )
-from ultra_hstu.serving.service import Service, open_service
+from ultra_hstu.serving.service import Service, ServingOptions, open_service
 
 QUEUED = 256  # requests that wait in a replica; more are refused with 503
 _TEXT: JsonValue = {"text/plain": {"schema": {"type": "string"}}}
@@ -77,45 +75,18 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
     name: str  # in metrics
 
     def __init__(
-        self,
-        workdir: str,
-        *,
-        wait_ms: float,
-        raw_dir: str | None = None,
-        tables: str = "float32",
-        block: Sequence[int | str] = (),
-        kind: CacheDtype = "same",
-        host_kind: CacheDtype | None = None,
-        host_table: HostKind | None = None,
-        cache_bytes: int = 2**26,
-        device_bytes: int = 0,
-        drop_blocks: bool = False,
-        max_users: int = MAX_USERS,
+        self, workdir: str, raw_dir: str | None, options: ServingOptions, *, wait_ms: float
     ):
-        """Arguments are those of `open_service`.
-
+        """
         Args:
           wait_ms: how long a batch waits for more requests than are there.
         """
-        service = open_service(
-            workdir,
-            raw_dir,
-            tables=tables,
-            block=block,
-            kind=kind,
-            host_kind=host_kind,
-            host_table=host_table,
-            cache_bytes=cache_bytes,
-            device_bytes=device_bytes,
-            drop_blocks=drop_blocks,
-            max_users=max_users,
-        )
-        self.service = cast(Service[R, A], service)
+        self.service = cast(Service[R, A], open_service(workdir, raw_dir, options))
         # One thread for all calls: with several, each has a heap of its own, and the memory of
         # users who were dropped stays with the one that made it.
         self._thread = ThreadPoolExecutor(1)
         self.service.warm_up()
-        self._answers.set_max_batch_size(max_users)  # type: ignore[attr-defined]
+        self._answers.set_max_batch_size(options.max_users)  # type: ignore[attr-defined]
         self._answers.set_batch_wait_timeout_s(wait_ms / 1000)  # type: ignore[attr-defined]
         self._gauges = {
             name: metrics.Gauge(f"{self.name}_cache_{name}", description)

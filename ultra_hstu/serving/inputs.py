@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, Int32, Shaped
 
 from kernels.typing import Leaf
 from ultra_hstu.ranking.form import Form, Sizes
+from ultra_hstu.serving.artefact import Numbers, check_codes, check_ints, check_offsets
 
 MAX_USERS = 16  # requests of an online call, if nothing else is asked for
 # Two sizes an octave, so that a bucket is at most half as large again as it must be.
@@ -21,8 +22,6 @@ LADDER = sorted({2**n for n in range(31)} | {3 * 2**n for n in range(29)})
 ROW_SIZES = LADDER[LADDER.index(64) :]
 COLUMNS = ("item_E", "time_E", "signal_ES", "feature_EF")  # of events
 AnyArray = Array | np.ndarray  # NumPy on the host, JAX in compiled functions
-Numbers = AnyArray | Sequence[int] | Sequence[Sequence[int]]
-_INT32 = np.iinfo(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +43,6 @@ def bucket_sizes(least: int, most: int, factor: int) -> list[int]:
     while sizes[-1] < most:
         sizes.append(min(factor * sizes[-1], most))
     return sizes
-
-
-def padded(x: Numbers, rows: int) -> Shaped[np.ndarray, "rows ..."]:
-    """The array with rows of zeros behind it."""
-    x = np.asarray(x)
-    wide = np.zeros((rows, *x.shape[1:]), x.dtype)
-    wide[: len(x)] = x
-    return wide
-
-
-def padded_offsets(offsets: Numbers, users: int) -> Int32[np.ndarray, " B1"]:
-    """Offsets of `users` users: those behind the given ones have nothing."""
-    offsets = np.asarray(offsets, np.int32)
-    return np.append(offsets, offsets[-1:].repeat(users + 1 - len(offsets)))
 
 
 def cumulative(lengths: Numbers) -> Int32[np.ndarray, " B1"]:
@@ -135,9 +120,8 @@ class UserEvents:
 
     def user(self, number: int) -> "UserEvents":
         """The events of one user."""
-        span = slice(*np.asarray(self.offsets)[number : number + 2])
-        columns = (np.asarray(getattr(self, name))[span] for name in COLUMNS)
-        return UserEvents.of_columns(columns, np.array([0, span.stop - span.start], np.int32))
+        first, last = np.asarray(self.offsets)[number : number + 2]
+        return self.take(np.arange(first, last), np.array([last - first]))
 
     @staticmethod
     def concatenate(parts: Sequence["UserEvents"]) -> "UserEvents":
@@ -289,25 +273,25 @@ def check_history(
             f"{what} has the channels {sorted(history.channels)}, the model {sorted(known)}: "
             "give each, an empty one too"
         )
-    now_B = _ints(f"{what}.now_B", history.now_B, (None,), _INT32.min, _INT32.max)
+    now_B = check_ints(f"{what}.now_B", history.now_B, (None,))
     users = len(now_B)
     if users == 0:
         raise ValueError(f"{what} holds no users: give at least one, who may have no events")
     highest = sum(size - 1 for size in sizes.contextual)
-    context_BC = _ints(
+    context_BC = check_ints(
         f"{what}.context_BC", history.context_BC, (users, form.contextual), 0, highest
     )
     channels = {}
     for name, longest in form.max_history:
         here = f"{what}.channels[{name!r}]"
         events = require(here, history.channels[name], UserEvents)
-        offsets = _offsets(f"{here}.offsets", events.offsets, users)
+        offsets = check_offsets(f"{here}.offsets", events.offsets, users)
         count = int(offsets[-1])
         channels[name] = UserEvents(
             _ids(f"{here}.item_E", events.item_E, count, sizes),
-            _ints(f"{here}.time_E", events.time_E, (count,), _INT32.min, _INT32.max),
-            _codes(f"{here}.signal_ES", events.signal_ES, count, sizes.signals),
-            _codes(f"{here}.feature_EF", events.feature_EF, count, sizes.features),
+            check_ints(f"{here}.time_E", events.time_E, (count,)),
+            check_codes(f"{here}.signal_ES", events.signal_ES, count, sizes.signals),
+            check_codes(f"{here}.feature_EF", events.feature_EF, count, sizes.features),
             offsets,
         ).newest(longest)
     return UserHistory(channels, context_BC, now_B)
@@ -315,17 +299,17 @@ def check_history(
 
 def check_candidates(candidates: Candidates, users: int, sizes: Sizes) -> Candidates:
     """The candidates as int32 NumPy arrays, with slots. Raises ValueError as `check_history`."""
-    offsets = _offsets("candidates.offsets", candidates.offsets, users)
+    offsets = check_offsets("candidates.offsets", candidates.offsets, users)
     count = int(offsets[-1])
     slot_C: Numbers | None = candidates.slot_C
     if slot_C is None:
         slot_C = np.arange(count) - np.repeat(offsets[:-1], np.diff(offsets))
     return Candidates(
         _ids("candidates.item_C", candidates.item_C, count, sizes),
-        _codes("candidates.feature_CF", candidates.feature_CF, count, sizes.features),
-        _ints("candidates.time_C", candidates.time_C, (count,), _INT32.min, _INT32.max),
+        check_codes("candidates.feature_CF", candidates.feature_CF, count, sizes.features),
+        check_ints("candidates.time_C", candidates.time_C, (count,)),
         offsets,
-        _ints("candidates.slot_C", slot_C, (count,), 0, _INT32.max),
+        check_ints("candidates.slot_C", slot_C, (count,), 0),
     )
 
 
@@ -346,54 +330,11 @@ def _column(
     return np.concatenate([np.zeros((0, *shape), np.int32), *shaped])
 
 
-def _ints(
-    name: str,
-    values: Numbers,
-    shape: tuple[int | None, ...],
-    least: Numbers | int,
-    most: Numbers | int,
-) -> Int32[np.ndarray, "..."]:
-    """int32 of a shape (None: any size) with values in [least, most], numbers or one a column."""
-    array = np.asarray(values)
-    if array.ndim != len(shape) or any(
-        want not in (None, got) for want, got in zip(shape, array.shape, strict=True)
-    ):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have the shape [{wanted}], got {list(array.shape)}")
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must hold integers, got {array.dtype}")
-    least, most = np.broadcast_to(least, array.shape[1:]), np.broadcast_to(most, array.shape[1:])
-    wrong = (array < least[None]) | (array > most[None])
-    if wrong.any():
-        index = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"{name}[{', '.join(map(str, index))}] is {array[index]}, "
-            f"not in {least[index[1:]]}..{most[index[1:]]}"
-        )
-    return array.astype(np.int32)
-
-
 def _ids(name: str, values: Numbers, count: int, sizes: Sizes) -> Int32[np.ndarray, " n"]:
     try:
-        return _ints(name, values, (count,), 1, sizes.items)
+        return check_ints(name, values, (count,), 1, sizes.items)
     except ValueError as error:
         raise ValueError(
             f"{error}: items are dense ids of the model's {sizes.items} items; "
             "leave unknown ones out"
         ) from None
-
-
-def _codes(
-    name: str, values: Numbers, count: int, sizes: tuple[int, ...]
-) -> Int32[np.ndarray, "n codes"]:
-    return _ints(name, values, (count, len(sizes)), 0, np.asarray(sizes, np.int64) - 1)
-
-
-def _offsets(name: str, values: Numbers, users: int) -> Int32[np.ndarray, " B1"]:
-    offsets = _ints(name, values, (users + 1,), 0, _INT32.max)
-    if offsets[0] != 0 or (np.diff(offsets) < 0).any():
-        raise ValueError(
-            f"{name} must start at 0 and never fall, got {offsets.tolist()[:20]}: "
-            "they are cumulative lengths"
-        )
-    return offsets

@@ -4,24 +4,24 @@ and how users leave a batch and join another."""
 import collections
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from kernels.typing import Leaf
 from ultra_hstu.nn.cached import CachedRows
 from ultra_hstu.nn.key_values import CacheDtype, KeyValues, pack
+from ultra_hstu.serving.artefact import padded, padded_offsets
 from ultra_hstu.serving.compiled import Channels, CompiledRanker
 from ultra_hstu.serving.inputs import (
     AnyArray,
     Bucket,
     UserHistory,
     cumulative,
-    padded,
-    padded_offsets,
 )
 from ultra_hstu.serving.tokens import bucket_rows
 
@@ -54,7 +54,21 @@ class Cache:
     @property
     def bucket_users(self) -> int:
         """Users that the bucket holds."""
-        return len(next(iter(self.channels.values()))[0].frame.offsets) - 1
+        return self.parts[0].frame.num_sequences
+
+    @property
+    def parts(self) -> list[CachedRows]:
+        """The rows of all channels, below a truncation and above it, channels by name."""
+        return [part for name in sorted(self.channels) for part in self.channels[name]]
+
+    def with_parts(self, parts: Iterable[CachedRows]) -> "Cache":
+        """The cache with other rows, in the order of `parts`."""
+        left = iter(parts)
+        channels = {
+            name: tuple(itertools.islice(left, len(self.channels[name])))
+            for name in sorted(self.channels)
+        }
+        return dataclasses.replace(self, channels=channels)
 
     @property
     def nbytes(self) -> int:
@@ -83,17 +97,12 @@ def check_cache(cache: Cache, model: CompiledRanker) -> None:
 
 def split(cache: Cache) -> list[Cache]:
     """The users of a cache, each a cache with B = 1: views of one copy in host memory."""
-    channels = jax.device_get(cache.channels)
+    parts = jax.device_get(cache.parts)
+    users = (
+        cache.with_parts(_rows_of(part, user) for part in parts) for user in range(cache.users)
+    )
     return [
-        dataclasses.replace(
-            cache,
-            channels={
-                name: tuple(_rows_of(part, user) for part in parts)
-                for name, parts in channels.items()
-            },
-            history=cache.history.user(user),
-        )
-        for user in range(cache.users)
+        dataclasses.replace(own, history=cache.history.user(user)) for user, own in enumerate(users)
     ]
 
 
@@ -106,45 +115,41 @@ def join(model: CompiledRanker, users: Sequence[Cache], bucket: Bucket) -> Cache
     """
     if len(users) > bucket.users:
         raise ValueError(f"{len(users)} users are more than {bucket} holds: join fewer")
-    channels = {}
-    for name in model.encoders:
-        parts = zip(*(user.channels[name] for user in users), strict=True)
-        sizes = part_rows(model, name, bucket)
-        channels[name] = tuple(
-            _together(part, rows, bucket.users) for part, rows in zip(parts, sizes, strict=True)
-        )
+    parts = zip(*(user.parts for user in users), strict=True)
+    sizes = jax.tree.leaves(part_rows(model, bucket))
+    joined = (_together(part, rows, bucket.users) for part, rows in zip(parts, sizes, strict=True))
     history = UserHistory.concatenate([user.history for user in users])
-    return dataclasses.replace(users[0], channels=channels, history=history)
+    return dataclasses.replace(users[0].with_parts(joined), history=history)
 
 
-def part_rows(model: CompiledRanker, name: str, bucket: Bucket) -> tuple[int, ...]:
-    """Rows of a channel in a bucket: below a truncation, and above it where there is one."""
-    rows = bucket_rows(model.form, bucket, name)
-    truncation = model.encoders[name].truncation
-    if truncation is None:
-        return (rows,)
-    return rows, min(rows, bucket.users * (truncation.length + model.form.contextual))
+def part_rows(model: CompiledRanker, bucket: Bucket) -> dict[str, tuple[int, ...]]:
+    """Rows of each channel in a bucket: below a truncation, and above it where there is one."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name, encoder in model.encoders.items():
+        rows = bucket_rows(model.form, bucket, name)
+        sizes[name] = (rows,)
+        if encoder.truncation is not None:
+            longest = encoder.truncation.length + model.form.contextual
+            sizes[name] = (rows, min(rows, bucket.users * longest))
+    return sizes
 
 
 def repacked(model: CompiledRanker, cache: Cache, kind: CacheDtype) -> Cache:
     """The cache in another dtype."""
     if cache.kind == kind:
         return cache
-    channels = _repack(cache.channels, kind=kind, dtype=model.dtype)
-    return dataclasses.replace(cache, channels=channels, kind=kind)
+    parts = _repack(cache.parts, kind=kind, dtype=model.dtype)
+    return dataclasses.replace(cache.with_parts(parts), kind=kind)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "dtype"))
-def _repack(channels: Channels, *, kind: CacheDtype, dtype: np.dtype) -> Channels:
-    return {
-        name: tuple(
-            dataclasses.replace(
-                part, layers=tuple(pack(*layer.unpacked(dtype), kind) for layer in part.layers)
-            )
-            for part in parts
+def _repack(parts: list[CachedRows], *, kind: CacheDtype, dtype: np.dtype) -> list[CachedRows]:
+    return [
+        dataclasses.replace(
+            part, layers=tuple(pack(*layer.unpacked(dtype), kind) for layer in part.layers)
         )
-        for name, parts in channels.items()
-    }
+        for part in parts
+    ]
 
 
 def _rows_of(part: CachedRows, user: int) -> CachedRows:
@@ -193,9 +198,8 @@ def _together(parts: Sequence[CachedRows], rows: int, users: int) -> CachedRows:
     return CachedRows(frame, *jax.tree.map(stacked, *columns))
 
 
-# The rows of each channel and part, without their frames; and where they are in a pool.
-Rows = dict[str, tuple[tuple[tuple[KeyValues, ...], Float[AnyArray, "..."] | None], ...]]
-Indices = dict[str, list[Int32[AnyArray, "..."]]]
+# Keys and values of a part and what enters it: its rows without their frame.
+PartRows = tuple[tuple[KeyValues, ...], Float[AnyArray, "..."] | None]
 
 
 class DevicePool:
@@ -215,147 +219,92 @@ class DevicePool:
         """
         self.users: collections.OrderedDict[bytes, Cache] = collections.OrderedDict()
         self._model = model
-        rows = _rows(example)
-        self._row_bytes = {
-            name: [
-                sum(leaf.nbytes // len(leaf) for leaf in jax.tree.leaves(part)) for part in parts
-            ]
-            for name, parts in rows.items()
-        }
-        one = Bucket(1, dict(model.form.max_history))
-        longest = {name: list(part_rows(model, name, one)) for name in model.encoders}
-        self.max_users = max_bytes // self._bytes(longest)
-        self._free = {
-            name: [np.arange(self.max_users * count, dtype=np.int32) for count in parts]
-            for name, parts in longest.items()
-        }
-
-        self._size = self.max_users * self._bytes(longest)
-        self._pool: Rows = {
-            name: tuple(
-                jax.tree.map(
-                    lambda leaf, free=free: jnp.zeros((len(free), *leaf.shape[1:]), leaf.dtype),
-                    part,
-                )
-                for free, part in zip(self._free[name], parts, strict=True)
+        rows = [_rows(part) for part in example.parts]
+        self._row_bytes = [
+            sum(leaf.nbytes // len(leaf) for leaf in jax.tree.leaves(part)) for part in rows
+        ]
+        longest = jax.tree.leaves(part_rows(model, Bucket(1, dict(model.form.max_history))))
+        self.max_users = max_bytes // int(np.dot(longest, self._row_bytes))
+        self._sizes = self.max_users * np.array(longest)
+        # For each part, the rows that no user has.
+        self._free = [np.arange(size, dtype=np.int32) for size in self._sizes]
+        self._pool: list[PartRows] = [
+            jax.tree.map(
+                lambda leaf, size=size: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), part
             )
-            for name, parts in rows.items()
-        }
+            for size, part in zip(self._sizes, rows, strict=True)
+        ]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows in use."""
-        free = {name: [len(free) for free in parts] for name, parts in self._free.items()}
-        return self._size - self._bytes(free)
+        free = [len(free) for free in self._free]
+        return int(np.dot(self._sizes - free, self._row_bytes))
 
     def leaving(self, batch: Cache) -> list[bytes]:
         """The least recently used users, who must leave before a batch has room."""
-        short = {
-            name: [count - len(free) for count, free in zip(parts, self._free[name], strict=True)]
-            for name, parts in _counts(batch).items()
-        }
+        missing = _counts(batch) - np.array([len(free) for free in self._free])
         keys = []
         for key, user in self.users.items():
-            if all(count <= 0 for parts in short.values() for count in parts):
+            if (missing <= 0).all():
                 break
             keys.append(key)
-            for name, parts in _counts(user).items():
-                short[name] = [most - own for most, own in zip(short[name], parts, strict=True)]
+            missing = missing - _counts(user)
         return keys
 
     def remove(self, keys: Sequence[bytes]) -> None:
         for key in keys:
-            for name, parts in self.users.pop(key).channels.items():
-                self._free[name] = [
-                    np.concatenate([free, part.pool_S])
-                    for free, part in zip(self._free[name], parts, strict=True)
-                ]
+            self._free = [
+                np.concatenate([free, part.pool_S])
+                for free, part in zip(self._free, self.users.pop(key).parts, strict=True)
+            ]
 
     def put(self, keys: Sequence[bytes], batch: Cache) -> None:
         """Copies the users of a batch into the pool, which has room for them."""
-        indices: Indices = {name: [] for name in batch.channels}
-        frames = dataclasses.replace(batch, channels=_frames(batch))
-        for name, parts in _counts(batch).items():
-            for number, (count, part) in enumerate(zip(parts, batch.channels[name], strict=True)):
-                free = self._free[name][number]
-                self._free[name][number] = free[count:]
-                # Padding is written nowhere.
-                index_S = np.full(len(part.frame.real_T), np.iinfo(np.int32).max, np.int32)
-                index_S[:count] = free[:count]
-                indices[name].append(index_S)
-        self._pool = _write(self._pool, _rows(batch), indices)
-        channels = {
-            name: tuple(
-                dataclasses.replace(part, pool_S=index_S)
-                for part, index_S in zip(parts, indices[name], strict=True)
-            )
-            for name, parts in frames.channels.items()
-        }
-        users = split(dataclasses.replace(frames, channels=channels))
-        self.users |= dict(zip(keys, users, strict=True))
+        parts, indices = batch.parts, []
+        for number, (count, part) in enumerate(zip(_counts(batch), parts, strict=True)):
+            # Padding is written nowhere.
+            index_S = np.full(part.frame.num_rows, np.iinfo(np.int32).max, np.int32)
+            index_S[:count], self._free[number] = np.split(self._free[number], [count])
+            indices.append(index_S)
+        self._pool = _write(self._pool, [_rows(part) for part in parts], indices)
+        in_pool = (
+            CachedRows(part.frame, (), pool_S=index_S)
+            for part, index_S in zip(parts, indices, strict=True)
+        )
+        self.users |= dict(zip(keys, split(batch.with_parts(in_pool)), strict=True))
 
     def join(self, keys: Sequence[bytes], bucket: Bucket) -> Cache:
         """One cache of users in the pool, as `join` of caches in host memory."""
         joined = join(self._model, [self.users[key] for key in keys], bucket)
-        indices = {name: [part.pool_S for part in parts] for name, parts in joined.channels.items()}
-        rows = _read(self._pool, indices)
-        channels = {
-            name: tuple(
-                CachedRows(part.frame, layers, input_SD)
-                for part, (layers, input_SD) in zip(parts, rows[name], strict=True)
-            )
-            for name, parts in joined.channels.items()
-        }
-        return dataclasses.replace(joined, channels=channels)
-
-    def _bytes(self, counts: dict[str, list[int]]) -> int:
-        return sum(
-            count * size
-            for name, parts in counts.items()
-            for count, size in zip(parts, self._row_bytes[name], strict=True)
+        rows = _read(self._pool, [part.pool_S for part in joined.parts])
+        return joined.with_parts(
+            CachedRows(part.frame, *own) for part, own in zip(joined.parts, rows, strict=True)
         )
 
 
-def _rows(cache: Cache) -> Rows:
-    return {
-        name: tuple((part.layers, part.input_SD) for part in parts)
-        for name, parts in cache.channels.items()
-    }
+def _rows(part: CachedRows) -> PartRows:
+    return part.layers, part.input_SD
 
 
-def _frames(cache: Cache) -> Channels:
-    """The channels without rows."""
-    return {
-        name: tuple(CachedRows(part.frame, ()) for part in parts)
-        for name, parts in cache.channels.items()
-    }
-
-
-def _counts(cache: Cache) -> dict[str, list[int]]:
-    """How many rows the users have, in each channel and part."""
-    return {
-        name: [int(part.frame.offsets[-1]) for part in parts]
-        for name, parts in cache.channels.items()
-    }
+def _counts(cache: Cache) -> Int[np.ndarray, " parts"]:
+    """How many rows the users have, in each part."""
+    return np.array([int(part.frame.offsets[-1]) for part in cache.parts])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(pool: Rows, rows: Rows, indices: Indices) -> Rows:
-    return {
-        name: tuple(
-            jax.tree.map(lambda leaf, x, i=index_S: leaf.at[i].set(x, mode="drop"), part, new)
-            for part, new, index_S in zip(pool[name], rows[name], indices[name], strict=True)
-        )
-        for name in pool
-    }
+def _write(
+    pool: list[PartRows], rows: list[PartRows], indices: list[Int32[AnyArray, " S"]]
+) -> list[PartRows]:
+    return [
+        jax.tree.map(lambda leaf, x, i=index_S: leaf.at[i].set(x, mode="drop"), part, new)
+        for part, new, index_S in zip(pool, rows, indices, strict=True)
+    ]
 
 
 @jax.jit
-def _read(pool: Rows, indices: Indices) -> Rows:
-    return {
-        name: tuple(
-            jax.tree.map(lambda leaf, i=index_S: leaf[i], part)
-            for part, index_S in zip(pool[name], indices[name], strict=True)
-        )
-        for name in pool
-    }
+def _read(pool: list[PartRows], indices: list[Int32[AnyArray, " S"]]) -> list[PartRows]:
+    return [
+        jax.tree.map(lambda leaf, i=index_S: leaf[i], part)
+        for part, index_S in zip(pool, indices, strict=True)
+    ]

@@ -23,10 +23,10 @@ from ultra_hstu.ranking.form import EVERYTHING
 from ultra_hstu.retrieval.batch import Batch, Events, gather_batch
 from ultra_hstu.retrieval.metrics import best_items
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.serving.artefact import Numbers
 from ultra_hstu.serving.compiled import count_programs
 from ultra_hstu.serving.inputs import (
     MAX_USERS,
-    Numbers,
     Query,
     UserEvents,
     UserHistory,

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from ultra_hstu.nn.cached import CachedRows, Implementation
+from ultra_hstu.nn.cached import Implementation
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.key_values import CacheDtype, require_kind
 from ultra_hstu.quantization import ItemTable
 from ultra_hstu.ranking.form import Form
 from ultra_hstu.ranking.model import Ranker
+from ultra_hstu.serving.artefact import padded, padded_offsets
 from ultra_hstu.serving.compiled import Channels, CompiledRanker, compiled
 from ultra_hstu.serving.inputs import (
     ROW_SIZES,
@@ -29,8 +30,6 @@ from ultra_hstu.serving.inputs import (
     bucket_size,
     check_candidates,
     check_history,
-    padded,
-    padded_offsets,
     require,
     require_count,
 )
@@ -150,7 +149,12 @@ def grows(model: CompiledRanker) -> bool:
 
 
 def encode_history(
-    model: Model, history: UserHistory, *, kind: CacheDtype = "same", bucket: Bucket | None = None
+    model: Model,
+    history: UserHistory,
+    *,
+    kind: CacheDtype = "same",
+    bucket: Bucket | None = None,
+    room: Bucket | None = None,
 ) -> Cache:
     """Keys and values of the histories of B users in every layer.
 
@@ -160,7 +164,8 @@ def encode_history(
     Args:
       kind: dtype of the cache: the model's ("same", exact), or rounded to "bfloat16", "int8",
         "fp8".
-      bucket: sizes to compile for; None: the smallest that hold the histories.
+      bucket: sizes to compile for; None: the smallest that hold the histories. `room` is its
+        older name.
 
     Raises:
       ValueError: what `inputs.check_history` refuses; another kind; a bucket that is too small.
@@ -168,8 +173,11 @@ def encode_history(
     model = compiled(model)
     require_kind(kind)
     history = check_history(require("history", history, UserHistory), model.form, model.sizes)
-    request = _padded(model, history, bucket)
-    channels = {name: request.encode(model, name, kind) for name in model.encoders}
+    wide, used_B, table = _padded(model, history, bucket or room)
+    channels = {
+        name: model.programs.encode(model.params, wide, used_B, table, name=name, kind=kind)
+        for name in model.encoders
+    }
     return Cache(channels, history, model.mark, model.signature, kind)
 
 
@@ -228,12 +236,14 @@ def grow(
       bucket, new_rows: sizes to compile for: of the histories, and of the rows of each channel that
         are computed anew; None: the smallest that hold them.
     """
-    request = _padded(model, history, bucket)
-    users = len(request.used_B)
+    wide, used_B, table = _padded(model, history, bucket)
+    users = len(used_B)
     channels: Channels = {}
     for name, rows in grown.items():
         if rows.nothing_stays and not rows.all_stays:
-            channels[name] = request.encode(model, name, cache.kind)
+            channels[name] = model.programs.encode(
+                model.params, wide, used_B, table, name=name, kind=cache.kind
+            )
         elif rows.all_stays:
             channels[name] = cache.channels[name]
         else:
@@ -241,15 +251,14 @@ def grow(
             channels[name] = model.programs.extend(
                 model.params,
                 cache.channels[name],
-                request.history,
-                request.used_B,
+                wide,
+                used_B,
                 padded(rows.keep_B, users),
                 padded(rows.keep_kept_B, users),
-                request.table,
+                table,
                 name=name,
-                rows=request.rows[name],
                 new_rows=new_rows[name] if new_rows else bucket_size(rows.new_rows, ROW_SIZES),
-                kept_rows=kept_rows if bucket is None else part_rows(model, name, bucket)[-1],
+                kept_rows=kept_rows if bucket is None else part_rows(model, bucket)[name][-1],
                 kind=cache.kind,
                 implementation=implementation,
             )
@@ -264,6 +273,7 @@ def score(
     micro_batch: int = MICRO_BATCH,
     implementation: Implementation = None,
     bucket: int | None = None,
+    room: int | None = None,
 ) -> Float32[np.ndarray, "C K"]:
     """Logits (values, in regressions) of every candidate for each task, in the order of the
     candidates.
@@ -273,14 +283,15 @@ def score(
         with it, results do not depend on it. With fewer candidates than that, all.
       implementation: of `kernels.cached_attention`; None: the platform's.
       bucket: candidates to compile for, which costs memory and no time; None: the smallest size
-        that holds them.
+        that holds them. `room` is its older name.
 
     Raises:
       ValueError: a cache of another model, candidates that `inputs.check_candidates` refuses,
         micro_batch below 1, a bucket that is too small.
     """
     model = compiled(model)
-    candidates, logit_CK = _logits(model, cache, candidates, micro_batch, implementation, bucket)
+    size = room if bucket is None else bucket
+    candidates, logit_CK = _logits(model, cache, candidates, micro_batch, implementation, size)
     return np.asarray(logit_CK)[: len(candidates.item_C)]
 
 
@@ -338,27 +349,11 @@ def _logits(
     )
 
 
-class _Padded(NamedTuple):
-    """Histories at the sizes of a bucket, and their item rows if these come from host memory."""
-
-    history: UserHistory
-    used_B: Int32[np.ndarray, " B"]
-    rows: dict[str, int]
-    table: ItemTable | None
-
-    def encode(self, model: CompiledRanker, name: str, kind: CacheDtype) -> tuple[CachedRows, ...]:
-        return model.programs.encode(
-            model.params,
-            self.history,
-            self.used_B,
-            self.table,
-            name=name,
-            rows=self.rows[name],
-            kind=kind,
-        )
-
-
-def _padded(model: CompiledRanker, history: UserHistory, bucket: Bucket | None) -> _Padded:
+def _padded(
+    model: CompiledRanker, history: UserHistory, bucket: Bucket | None
+) -> tuple[UserHistory, Int32[np.ndarray, " B"], ItemTable | None]:
+    """The history at the sizes of a bucket, 1 for each real user, and the history's item rows if
+    these come from host memory."""
     names = list(history.channels)
     table, numbers = model.take_items(*(history.channels[name].item_E for name in names))
     channels = {
@@ -366,4 +361,4 @@ def _padded(model: CompiledRanker, history: UserHistory, bucket: Bucket | None) 
         for name, number in zip(names, numbers, strict=True)
     }
     numbered = dataclasses.replace(history, channels=channels)
-    return _Padded(*pad_history(numbered, model.form, bucket), table)
+    return *pad_history(numbered, bucket), table

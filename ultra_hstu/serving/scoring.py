@@ -208,11 +208,7 @@ class ScoringModel:
         )
         if self.grows:
             return cache
-        channels = {
-            name: tuple(dataclasses.replace(part, input_SD=None) for part in parts)
-            for name, parts in cache.channels.items()
-        }
-        return dataclasses.replace(cache, channels=channels)
+        return cache.with_parts(dataclasses.replace(part, input_SD=None) for part in cache.parts)
 
     def extend(self, cache: Cache, queries: Sequence[Query], bucket: Bucket) -> tuple[Cache, int]:
         """The cache of the queries' histories, which continue those of `cache` by at most

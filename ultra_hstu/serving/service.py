@@ -90,7 +90,10 @@ class Service[R: AboutUser, A: Response | ScoreResponse](abc.ABC):
         ]
 
     def events(self, request: R) -> tuple[UserData, list[str]]:
-        """The history of a request, without context, and what of it was ignored."""
+        """The history of a request, and what of it was ignored. Context comes with a user of the
+        data alone."""
+        if request.user is not None:
+            return self.user(request.user), []
         given = request.actions or {}
         found_E, warnings = self.known_ids(request.history or [], "history")
         kept_E = found_E > 0
@@ -117,10 +120,7 @@ class RecommendService(Service[Request, Response]):
 
     def prepare(self, request: Request) -> Query:
         blocked, warnings = self.known_ids(request.block, "block")
-        if request.user is not None:
-            (items, times, actions, _), ignored = self.user(request.user), list[str]()
-        else:
-            (items, times, actions, _), ignored = self.events(request)
+        (items, times, actions, _), ignored = self.events(request)
         query = self.model.query(
             items,
             times,
@@ -181,9 +181,7 @@ class ScoreService(Service[ScoreRequest, ScoreResponse]):
     def prepare(self, request: ScoreRequest) -> Query:
         known_C, warnings = self.known_ids(request.candidates, "candidates")
         feature_CF, more = self._features(request.features, len(known_C))
-        user, ignored = (
-            self._of_history(request) if request.user is None else (self.user(request.user), [])
-        )
+        user, ignored = self._user_and_context(request)
         kept_C = known_C > 0
         query = self.model.query(
             *user, candidates=known_C[kept_C], feature_CF=feature_CF[kept_C], now=request.now
@@ -231,9 +229,12 @@ class ScoreService(Service[ScoreRequest, ScoreResponse]):
             candidates=candidates, events=query.num_events, warnings=list(query.warnings)
         )
 
-    def _of_history(self, request: ScoreRequest) -> tuple[UserData, list[str]]:
+    def _user_and_context(self, request: ScoreRequest) -> tuple[UserData, list[str]]:
         """The history and context of a request, and what of them was ignored or missing."""
-        (items, times, actions, _), warnings = self.events(request)
+        user, warnings = self.events(request)
+        if request.user is not None:
+            return user, warnings
+        items, times, actions, _ = user
         warnings += _missing("actions", self.reads if len(items) else (), request.actions or {})
         given, known = request.context or {}, self.model.vocabulary.contexts
         context = {
@@ -289,106 +290,98 @@ def is_ranking(workdir: str) -> bool:
     return Path(workdir).is_file() or bool(Workdir(workdir).read_config().rank.tasks)
 
 
-def check_options(
-    workdir: str,
-    *,
-    tables: str = "float32",
-    block: Sequence[int | str] = (),
-    kind: CacheDtype = "same",
-    host_kind: CacheDtype | None = None,
-    host_table: HostKind | None = None,
-    device_bytes: int = 0,
-    drop_blocks: bool = False,
-) -> None:
-    """Raises ValueError for options that this kind of run does not have."""
-    ranking = is_ranking(workdir)
-    kinds = {
-        "tables": tables if tables != "float32" else None,
-        "block": block,
-        "cache_kind": kind if kind != "same" else None,
-        "host_cache_kind": host_kind,
-        "host_table": host_table,
-        "device_cache_mib": device_bytes // 2**20,
-        "drop_blocks": drop_blocks,
-    }
-    reasons = {
-        "tables": "it scores the items of a request: keep its table in host memory with host_table",
-        "block": "it scores what it is given, and block hides items from recommendations",
-        "host_table": "it reads its whole table for every request: use tables=int8 or tables=int4",
-    }
-    for name, value in kinds.items():
-        if value and ranking == (name in ("tables", "block")):
-            other, this = ("retrieval", "ranking") if ranking else ("ranking", "retrieval")
-            raise ValueError(
-                f"{name}={value} is for {other} runs, and {workdir} is a {this} run. "
-                f"Leave it out: {reasons.get(name, 'it keeps no keys and values')}"
-            )
+@dataclasses.dataclass(frozen=True)
+class ServingOptions:
+    """How a run is served.
+
+    Attributes:
+      tables, block: of a retrieval run: what the item table is served from; raw ids that are
+        recommended to nobody.
+      kind: of a ranking run: dtype of the cache.
+      host_kind: of a ranking run: dtype of the cache in host memory; None: `kind`.
+      host_table: of a ranking run: keeps the item table in host memory, as one of
+        `quantization.HOST_KINDS`.
+      cache_bytes, device_bytes: memory for encoded users, of the host and (of a ranking run) the
+        device.
+      drop_blocks: of a ranking run: full histories drop their oldest events in blocks.
+      max_users: requests in one device call.
+    """
+
+    tables: str = "float32"
+    block: Sequence[int | str] = ()
+    kind: CacheDtype = "same"
+    host_kind: CacheDtype | None = None
+    host_table: HostKind | None = None
+    cache_bytes: int = 2**26
+    device_bytes: int = 0
+    drop_blocks: bool = False
+    max_users: int = MAX_USERS
+
+    def check(self, workdir: str) -> None:
+        """Raises ValueError for options that this kind of run does not have."""
+        ranking = is_ranking(workdir)
+        given = {
+            "tables": self.tables if self.tables != "float32" else None,
+            "block": self.block,
+            "cache_kind": self.kind if self.kind != "same" else None,
+            "host_cache_kind": self.host_kind,
+            "host_table": self.host_table,
+            "device_cache_mib": self.device_bytes // 2**20,
+            "drop_blocks": self.drop_blocks,
+        }
+        reasons = {
+            "tables": "it scores the items of a request: keep its table in host memory with "
+            "host_table",
+            "block": "it scores what it is given, and block hides items from recommendations",
+            "host_table": "it reads its whole table for every request: use tables=int8 or "
+            "tables=int4",
+        }
+        for name, value in given.items():
+            if value and ranking == (name in ("tables", "block")):
+                other, this = ("retrieval", "ranking") if ranking else ("ranking", "retrieval")
+                raise ValueError(
+                    f"{name}={value} is for {other} runs, and {workdir} is a {this} run. "
+                    f"Leave it out: {reasons.get(name, 'it keeps no keys and values')}"
+                )
 
 
 def open_service(
-    workdir: str,
-    raw_dir: str | None = None,
-    *,
-    tables: str = "float32",
-    block: Sequence[int | str] = (),
-    kind: CacheDtype = "same",
-    host_kind: CacheDtype | None = None,
-    host_table: HostKind | None = None,
-    cache_bytes: int = 2**26,
-    device_bytes: int = 0,
-    drop_blocks: bool = False,
-    max_users: int = MAX_USERS,
+    workdir: str, raw_dir: str | None = None, options: ServingOptions | None = None
 ) -> RecommendService | ScoreService:
     """The service of a run, or of the file that `experiments.export` wrote of a ranking run.
 
     Args:
       raw_dir: where the raw data is now, if not where the run found it.
-      tables, block: of a retrieval run: what the item table is served from; raw ids that are
-        recommended to nobody.
-      kind: of a ranking run: dtype of the cache.
-      host_table: of a ranking run: keeps the item table in host memory, as one of
-        `quantization.HOST_KINDS`.
-      host_kind: of a ranking run: dtype of the cache in host memory; None: `kind`.
-      cache_bytes, device_bytes: memory for encoded users, of the host and (of a ranking run) the
-        device.
-      drop_blocks: of a ranking run: full histories drop their oldest events in blocks.
-      max_users: requests in one device call.
 
     Raises:
       ValueError: no run, one that cannot be served, or options of the other kind.
     """
-    check_options(
-        workdir,
-        tables=tables,
-        block=block,
-        kind=kind,
-        host_kind=host_kind,
-        host_table=host_table,
-        device_bytes=device_bytes,
-        drop_blocks=drop_blocks,
+    options = options or ServingOptions()
+    options.check(workdir)
+    if not is_ranking(workdir):
+        model = RecommendationModel(workdir, tables=options.tables, max_users=options.max_users)
+        # Lists outlive items: an unknown id has nothing to block.
+        blocked = model.catalog.find(options.block)
+        if blocked.any():
+            model.block(blocked[blocked > 0])
+        return RecommendService(model, RunData(workdir, raw_dir), cache_bytes=options.cache_bytes)
+    data = None if Path(workdir).is_file() else RunData(workdir, raw_dir)
+    ranker, config, vocabulary, tasks = export.load(workdir) if data is None else load_ranker(data)
+    scoring = ScoringModel(
+        ranker,
+        config,
+        vocabulary,
+        tasks,
+        # Users are kept in host memory alone where the device has none for them.
+        kind=options.kind if options.device_bytes else options.host_kind or options.kind,
+        max_users=options.max_users,
+        host_table=options.host_table,
+        drop_blocks=options.drop_blocks,
     )
-    if is_ranking(workdir):
-        data = None if Path(workdir).is_file() else RunData(workdir, raw_dir)
-        ranker, config, vocabulary, tasks = (
-            export.load(workdir) if data is None else load_ranker(data)
-        )
-        scoring = ScoringModel(
-            ranker,
-            config,
-            vocabulary,
-            tasks,
-            kind=kind if device_bytes or host_kind is None else host_kind,
-            max_users=max_users,
-            host_table=host_table,
-            drop_blocks=drop_blocks,
-        )
-        users = CachedUsers(
-            scoring, host_bytes=cache_bytes, host_kind=host_kind, device_bytes=device_bytes
-        )
-        return ScoreService(scoring, data, users)
-    model = RecommendationModel(workdir, tables=tables, max_users=max_users)
-    # Lists outlive items: an unknown id has nothing to block.
-    blocked = model.catalog.find(block)
-    if blocked.any():
-        model.block(blocked[blocked > 0])
-    return RecommendService(model, RunData(workdir, raw_dir), cache_bytes=cache_bytes)
+    users = CachedUsers(
+        scoring,
+        host_bytes=options.cache_bytes,
+        host_kind=options.host_kind,
+        device_bytes=options.device_bytes,
+    )
+    return ScoreService(scoring, data, users)

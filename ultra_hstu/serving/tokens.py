@@ -17,6 +17,7 @@ from ultra_hstu.data.events import SECONDS_RANGE
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.ranking.batch import GAP_EDGES, RankEvents, RankGather, Tokens
 from ultra_hstu.ranking.form import Form
+from ultra_hstu.serving.artefact import Numbers, padded, padded_offsets
 from ultra_hstu.serving.inputs import (
     COLUMNS,
     LADDER,
@@ -24,13 +25,10 @@ from ultra_hstu.serving.inputs import (
     AnyArray,
     Bucket,
     Candidates,
-    Numbers,
     UserEvents,
     UserHistory,
     bucket_size,
     cumulative,
-    padded,
-    padded_offsets,
 )
 
 
@@ -182,10 +180,10 @@ def kept_in_blocks(count: int, longest: int) -> int:
 
 
 def pad_history(
-    history: UserHistory, form: Form, bucket: Bucket | None = None
-) -> tuple[UserHistory, Int32[np.ndarray, " B"], dict[str, int]]:
-    """The history at the sizes of `bucket` (None: the smallest that holds it), 1 for each real user
-    and 0 behind them, and the rows of every channel.
+    history: UserHistory, bucket: Bucket | None = None
+) -> tuple[UserHistory, Int32[np.ndarray, " B"]]:
+    """The history at the sizes of `bucket` (None: the smallest that holds it), and 1 for each real
+    user and 0 behind them.
 
     Raises:
       ValueError: a bucket that is too small.
@@ -193,10 +191,8 @@ def pad_history(
     if bucket is None:
         counts = {name: len(events.item_E) for name, events in history.channels.items()}
         sizes = {name: bucket_size(count, ROW_SIZES) for name, count in counts.items()}
-        bucket, exact = Bucket(bucket_size(history.users), sizes), True
-    else:
-        exact = False
-    channels, rows = {}, {}
+        bucket = Bucket(bucket_size(history.users), sizes)
+    channels = {}
     for name, events in history.channels.items():
         count, size = len(events.item_E), bucket.events[name]
         if history.users > bucket.users or count > size:
@@ -208,12 +204,10 @@ def pad_history(
         channels[name] = UserEvents.of_columns(
             columns, padded_offsets(events.offsets, bucket.users)
         )
-        needed = history.users * form.contextual + form.per_event * count
-        rows[name] = bucket_size(needed, ROW_SIZES) if exact else bucket_rows(form, bucket, name)
     wide = UserHistory(
         channels, padded(history.context_BC, bucket.users), padded(history.now_B, bucket.users)
     )
-    return wide, padded(np.ones(history.users, np.int32), bucket.users), rows
+    return wide, padded(np.ones(history.users, np.int32), bucket.users)
 
 
 def bucket_rows(form: Form, bucket: Bucket, name: str) -> int:
@@ -245,11 +239,9 @@ def pad_candidates(
     return Candidates(item_C, feature_CF, time_C, offsets, slot_C), step
 
 
-def history_tokens(
-    form: Form, history: UserHistory, used_B: Int[Array, " B"], name: str, rows: int
-) -> Tokens:
-    """The rows of one channel, without targets: contextual tokens and history. The request itself
-    stands in for the first target, for its time.
+def history_tokens(form: Form, history: UserHistory, used_B: Int[Array, " B"], name: str) -> Tokens:
+    """The rows of one channel, without targets: contextual tokens and history, as many as a bucket
+    of this size has. The request itself stands in for the first target, for its time.
 
     Args:
       used_B: 1 for a real user; others have no rows at all.
@@ -271,7 +263,7 @@ def history_tokens(
         index={},
     )
     gather = RankGather(
-        rows=(rows,),
+        rows=(bucket_rows(form, Bucket(users, {name: count}), name),),
         channels=(name,),
         targets=1,
         contextual=form.contextual,

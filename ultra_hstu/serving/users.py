@@ -156,7 +156,7 @@ class CachedUsers:
         self._main = max(longest, key=lambda name: longest[name])  # the channel that is hashed
 
     def __len__(self) -> int:
-        return len(self.host) + (0 if self.pool is None else len(self.pool.users))
+        return len(self.host) + len(self._on_device)
 
     def metrics(self) -> dict[str, int | float]:
         """The values of METRICS."""
@@ -179,8 +179,8 @@ class CachedUsers:
         continued: dict[bytes, bytes] = {}
         new: list[Query] = []
         for key, query in different.items():
-            if self.pool is not None and key in self.pool.users:
-                self.pool.users.move_to_end(key)
+            if key in self._on_device:
+                self._on_device.move_to_end(key)
                 self.counts["device_hits"] += 1
             elif key in self.host:
                 on_host.append(key)
@@ -247,7 +247,7 @@ class CachedUsers:
         bucket = self.model.bucket_of([query.history for query in queries], extended=True)
         cache, reused = self.model.extend(self._join(starts, bucket), queries, bucket)
         self.counts["reused_rows"] += reused
-        # Their users have moved on: these are the first to be forgotten, unless they are in the call.
+        # Their users have moved on: they are the first to be forgotten, if not in the call.
         for start in set(starts) - set(call):
             if self.pool is not None:
                 self.pool.users.move_to_end(start, last=False)
@@ -268,15 +268,17 @@ class CachedUsers:
             }
             if found:
                 key = max(found, key=lambda key: found[key])
-                if self.pool is not None and key in self.pool.users:
-                    self.pool.users.move_to_end(key)
+                if key in self._on_device:
+                    self._on_device.move_to_end(key)
                 return key
         return None
 
     def _held(self, key: bytes) -> Cache:
-        if self.pool is not None and key in self.pool.users:
-            return self.pool.users[key]
-        return self.host.peek(key)
+        return self._on_device[key] if key in self._on_device else self.host.peek(key)
+
+    @property
+    def _on_device(self) -> collections.OrderedDict[bytes, Cache]:
+        return collections.OrderedDict() if self.pool is None else self.pool.users
 
     def _join(self, keys: Sequence[bytes], bucket: Bucket) -> Cache:
         """One cache of users of this call."""
