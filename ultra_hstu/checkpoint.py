@@ -262,7 +262,8 @@ def load_params(folder: Workdir, recipe: MakesState) -> tuple[int, Any]:
             f"{folder.path} has no checkpoint yet: train it first, "
             f"with experiments.train --workdir={folder.path}"
         )
-    step, params = restored.step, restored.state.params
+    step, state, _ = restored
+    params = state.params
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(leaf).all():
             raise ValueError(

@@ -16,7 +16,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -92,52 +92,23 @@ class Scorer:
         Raises:
           ValueError: values, shapes or dtypes that do not fit, and more than the artefact takes.
         """
-        sizes, largest = self.metadata["sizes"], self.metadata["capacity"]
-        now_B = check_ints("now_B", history["now_B"], (None,))
-        users = len(now_B)
-        _fits("users", users, largest["users"])
-        contextual = len(self.metadata["contextual"])
-        context_BC = check_ints(
-            "context_BC",
-            history["context_BC"],
-            (users, contextual),
-            0,
-            sum(size - 1 for size in sizes["contextual"]),
-        )
-        if sorted(history["channels"]) != sorted(self.metadata["channels"]):
-            raise ValueError(
-                f"channels {sorted(history['channels'])} must be "
-                f"{sorted(self.metadata['channels'])}"
-            )
+        longest, largest = self.metadata["channels"], self.metadata["capacity"]
+        _fits("users", np.size(history["now_B"]), largest["users"])
+        checked = check_history(history, longest, self.metadata["sizes"], "history")
         channels = {}
-        for name, longest in self.metadata["channels"].items():
-            given, most = history["channels"][name], largest["events"][name]
-            offsets = check_offsets(f"{name}: offsets", given["offsets"], users)
-            count = int(offsets[-1])
-            columns = {
-                "item_E": check_ints(
-                    f"{name}: item_E", given["item_E"], (count,), 1, sizes["items"]
-                ),
-                "time_E": check_ints(f"{name}: time_E", given["time_E"], (count,)),
-                "signal_ES": check_codes(
-                    f"{name}: signal_ES", given["signal_ES"], count, sizes["signals"]
-                ),
-                "feature_EF": check_codes(
-                    f"{name}: feature_EF", given["feature_EF"], count, sizes["features"]
-                ),
-            }
-            length_B = np.diff(offsets)
-            kept_B = np.minimum(length_B, longest)
-            keep_E = np.arange(count) >= np.repeat(offsets[1:] - kept_B, length_B)
+        for name, columns in checked["channels"].items():
+            offsets, most = columns.pop("offsets"), largest["events"][name]
+            keep_E, kept_B = newest_events(offsets, longest[name])
             _fits(f"events of {name}", int(kept_B.sum()), most)
-            kept_offsets = np.concatenate([[0], np.cumsum(kept_B)])
             channels[name] = {key: padded(values[keep_E], most) for key, values in columns.items()}
+            kept_offsets = np.append(0, np.cumsum(kept_B))
             channels[name]["offsets"] = padded_offsets(kept_offsets, largest["users"])
+        now_B = checked["now_B"]
         request = {
             "channels": channels,
-            "context_BC": padded(context_BC, largest["users"]),
+            "context_BC": padded(checked["context_BC"], largest["users"]),
             "now_B": padded(now_B, largest["users"]),
-            "used_B": padded(np.ones(users, np.int32), largest["users"]),
+            "used_B": padded(np.ones_like(now_B), largest["users"]),
         }
         return self._encode(self._params, request)
 
@@ -152,22 +123,11 @@ class Scorer:
         Raises:
           ValueError: as `encode`.
         """
-        sizes, largest = self.metadata["sizes"], self.metadata["capacity"]
-        offsets = check_offsets("offsets", candidates["offsets"], None)
+        largest = self.metadata["capacity"]
+        columns = check_candidates(candidates, None, self.metadata["sizes"])
+        offsets, count = columns.pop("offsets"), len(columns["item_C"])
         _fits("users", len(offsets) - 1, largest["users"])
-        count = int(offsets[-1])
         _fits("candidates", count, largest["candidates"])
-        slots = candidates.get(
-            "slot_C", np.arange(count) - np.repeat(offsets[:-1], np.diff(offsets))
-        )
-        columns = {
-            "item_C": check_ints("item_C", candidates["item_C"], (count,), 1, sizes["items"]),
-            "feature_CF": check_codes(
-                "feature_CF", candidates["feature_CF"], count, sizes["features"]
-            ),
-            "time_C": check_ints("time_C", candidates["time_C"], (count,)),
-            "slot_C": check_ints("slot_C", slots, (count,), 0),
-        }
         request = {key: padded(values, largest["candidates"]) for key, values in columns.items()}
         request["offsets"] = padded_offsets(offsets, largest["users"])
         return np.asarray(self._score(self._params, cache, request))[:count]
@@ -192,6 +152,83 @@ def _fits(what: str, count: int, most: int) -> None:
             f"{count} {what} are more than the {most} of this artefact: "
             "send fewer, or export for more"
         )
+
+
+def check_history(history: Arrays, channels: Collection[str], sizes: Arrays, what: str) -> Arrays:
+    """A history as int32 arrays: see `Scorer.encode`.
+
+    Args:
+      channels: names of the model's channels.
+      sizes: "items", and the codes of each of "signals", "features" and "contextual".
+
+    Raises:
+      ValueError: wrong channels, shapes or dtypes, and ids or codes that the model does not know;
+        with the value.
+    """
+    given = history["channels"]
+    if sorted(given) != sorted(channels):
+        raise ValueError(
+            f"{what} has the channels {sorted(given)}, the model {sorted(channels)}: "
+            "give each, an empty one too"
+        )
+    now_B = check_ints(f"{what}.now_B", history["now_B"], (None,))
+    users, contextual = len(now_B), sizes["contextual"]
+    if users == 0:
+        raise ValueError(f"{what} holds no users: give at least one, who may have no events")
+    context_BC = check_ints(
+        f"{what}.context_BC",
+        history["context_BC"],
+        (users, len(contextual)),
+        0,
+        sum(size - 1 for size in contextual),
+    )
+    checked = {}
+    for name in channels:
+        here, events = f"{what}.channels[{name!r}]", given[name]
+        offsets = check_offsets(f"{here}.offsets", events["offsets"], users)
+        count = int(offsets[-1])
+        checked[name] = {
+            "item_E": check_ids(f"{here}.item_E", events["item_E"], count, sizes),
+            "time_E": check_ints(f"{here}.time_E", events["time_E"], (count,)),
+            "signal_ES": check_codes(
+                f"{here}.signal_ES", events["signal_ES"], count, sizes["signals"]
+            ),
+            "feature_EF": check_codes(
+                f"{here}.feature_EF", events["feature_EF"], count, sizes["features"]
+            ),
+            "offsets": offsets,
+        }
+    return {"channels": checked, "context_BC": context_BC, "now_B": now_B}
+
+
+def check_candidates(candidates: Arrays, users: int | None, sizes: Arrays) -> Arrays:
+    """Candidates as int32 arrays, with slots: see `Scorer.score`. Raises ValueError as
+    `check_history`."""
+    offsets = check_offsets("candidates.offsets", candidates["offsets"], users)
+    count = int(offsets[-1])
+    slot_C = candidates.get("slot_C")
+    if slot_C is None:
+        slot_C = np.arange(count) - np.repeat(offsets[:-1], np.diff(offsets))
+    return {
+        "item_C": check_ids("candidates.item_C", candidates["item_C"], count, sizes),
+        "feature_CF": check_codes(
+            "candidates.feature_CF", candidates["feature_CF"], count, sizes["features"]
+        ),
+        "time_C": check_ints("candidates.time_C", candidates["time_C"], (count,)),
+        "offsets": offsets,
+        "slot_C": check_ints("candidates.slot_C", slot_C, (count,), 0),
+    }
+
+
+def check_ids(name: str, values: Numbers, count: int, sizes: Arrays) -> np.ndarray:
+    """int32 [count], dense ids of the model's items."""
+    try:
+        return check_ints(name, values, (count,), 1, sizes["items"])
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: items are dense ids of the model's {sizes['items']} items; "
+            "leave unknown ones out"
+        ) from None
 
 
 def check_ints(
@@ -249,3 +286,11 @@ def padded_offsets(offsets: Numbers, users: int) -> np.ndarray:
     """Offsets of `users` users: those behind the given ones have nothing."""
     offsets = np.asarray(offsets, np.int32)
     return np.append(offsets, offsets[-1:].repeat(users + 1 - len(offsets)))
+
+
+def newest_events(offsets: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which events are among the newest `longest` of their user, and how many each user has."""
+    length_B = np.diff(offsets)
+    kept_B = np.minimum(length_B, longest)
+    keep_E = np.arange(offsets[-1]) >= np.repeat(offsets[1:] - kept_B, length_B)
+    return keep_E, kept_B

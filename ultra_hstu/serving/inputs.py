@@ -14,7 +14,8 @@ from jaxtyping import Array, Int, Int32, Shaped
 
 from kernels.typing import Leaf
 from ultra_hstu.ranking.form import Form, Sizes
-from ultra_hstu.serving.artefact import Numbers, check_codes, check_ints, check_offsets
+from ultra_hstu.serving import artefact
+from ultra_hstu.serving.artefact import Numbers
 
 MAX_USERS = 16  # requests of an online call, if nothing else is asked for
 # Two sizes an octave, so that a bucket is at most half as large again as it must be.
@@ -112,11 +113,8 @@ class UserEvents:
 
     def newest(self, longest: int) -> "UserEvents":
         """The newest `longest` events of each user."""
-        kept_B = np.minimum(self.lengths, longest)
-        if (kept_B == self.lengths).all():
-            return self
-        first_E = np.repeat(np.asarray(self.offsets)[1:] - kept_B, self.lengths)
-        return self.take(np.flatnonzero(np.arange(len(first_E)) >= first_E), kept_B)
+        keep_E, kept_B = artefact.newest_events(np.asarray(self.offsets), longest)
+        return self if keep_E.all() else self.take(np.flatnonzero(keep_E), kept_B)
 
     def user(self, number: int) -> "UserEvents":
         """The events of one user."""
@@ -264,53 +262,26 @@ def check_history(
     """The history as int32 NumPy arrays, the newest `max_history` events of each channel.
 
     Raises:
-      ValueError: wrong channels, shapes or dtypes, and ids or codes that the model does not know;
-        with the value.
+      ValueError: what `artefact.check_history` refuses.
     """
-    known = [name for name, _ in form.max_history]
-    if sorted(history.channels) != sorted(known):
-        raise ValueError(
-            f"{what} has the channels {sorted(history.channels)}, the model {sorted(known)}: "
-            "give each, an empty one too"
-        )
-    now_B = check_ints(f"{what}.now_B", history.now_B, (None,))
-    users = len(now_B)
-    if users == 0:
-        raise ValueError(f"{what} holds no users: give at least one, who may have no events")
-    highest = sum(size - 1 for size in sizes.contextual)
-    context_BC = check_ints(
-        f"{what}.context_BC", history.context_BC, (users, form.contextual), 0, highest
+    longest = dict(form.max_history)
+    given = {
+        name: vars(require(f"{what}.channels[{name!r}]", events, UserEvents))
+        for name, events in history.channels.items()
+    }
+    checked = artefact.check_history(
+        vars(history) | {"channels": given}, longest, vars(sizes), what
     )
-    channels = {}
-    for name, longest in form.max_history:
-        here = f"{what}.channels[{name!r}]"
-        events = require(here, history.channels[name], UserEvents)
-        offsets = check_offsets(f"{here}.offsets", events.offsets, users)
-        count = int(offsets[-1])
-        channels[name] = UserEvents(
-            _ids(f"{here}.item_E", events.item_E, count, sizes),
-            check_ints(f"{here}.time_E", events.time_E, (count,)),
-            check_codes(f"{here}.signal_ES", events.signal_ES, count, sizes.signals),
-            check_codes(f"{here}.feature_EF", events.feature_EF, count, sizes.features),
-            offsets,
-        ).newest(longest)
-    return UserHistory(channels, context_BC, now_B)
+    channels = {
+        name: UserEvents(**columns).newest(longest[name])
+        for name, columns in checked.pop("channels").items()
+    }
+    return UserHistory(channels, **checked)
 
 
 def check_candidates(candidates: Candidates, users: int, sizes: Sizes) -> Candidates:
     """The candidates as int32 NumPy arrays, with slots. Raises ValueError as `check_history`."""
-    offsets = check_offsets("candidates.offsets", candidates.offsets, users)
-    count = int(offsets[-1])
-    slot_C: Numbers | None = candidates.slot_C
-    if slot_C is None:
-        slot_C = np.arange(count) - np.repeat(offsets[:-1], np.diff(offsets))
-    return Candidates(
-        _ids("candidates.item_C", candidates.item_C, count, sizes),
-        check_codes("candidates.feature_CF", candidates.feature_CF, count, sizes.features),
-        check_ints("candidates.time_C", candidates.time_C, (count,)),
-        offsets,
-        check_ints("candidates.slot_C", slot_C, (count,), 0),
-    )
+    return Candidates(**artefact.check_candidates(vars(candidates), users, vars(sizes)))
 
 
 def _column(
@@ -328,13 +299,3 @@ def _column(
         )
     shaped = [part.reshape(len(part), *shape) for part in parts if len(part)]
     return np.concatenate([np.zeros((0, *shape), np.int32), *shaped])
-
-
-def _ids(name: str, values: Numbers, count: int, sizes: Sizes) -> Int32[np.ndarray, " n"]:
-    try:
-        return check_ints(name, values, (count,), 1, sizes.items)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}: items are dense ids of the model's {sizes.items} items; "
-            "leave unknown ones out"
-        ) from None
