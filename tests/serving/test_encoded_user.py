@@ -55,6 +55,12 @@ def test_users_of_different_calls_score_as_in_a_full_pass(form):
             lambda: serving.score(model, joined, candidates, bucket=3),
             "candidates are more than the 3 of the bucket",
         ),
+        # The older name of the keyword.
+        (
+            lambda: serving.encode_history(model, history, room=serving.Room(3, bucket.events)),
+            "7 users with .* are more than",
+        ),
+        (lambda: serving.score(model, joined, candidates, room=3), "more than the 3 of the bucket"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -294,7 +294,7 @@ def _counts(cache: Cache) -> Int[np.ndarray, " parts"]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(
-    pool: list[PartRows], rows: list[PartRows], indices: list[Int32[AnyArray, " S"]]
+    pool: list[PartRows], rows: list[PartRows], indices: list[Int32[AnyArray, "..."]]
 ) -> list[PartRows]:
     return [
         jax.tree.map(lambda leaf, x, i=index_S: leaf.at[i].set(x, mode="drop"), part, new)
@@ -303,7 +303,7 @@ def _write(
 
 
 @jax.jit
-def _read(pool: list[PartRows], indices: list[Int32[AnyArray, " S"]]) -> list[PartRows]:
+def _read(pool: list[PartRows], indices: list[Int32[AnyArray, "..."]]) -> list[PartRows]:
     return [
         jax.tree.map(lambda leaf, i=index_S: leaf[i], part)
         for part, index_S in zip(pool, indices, strict=True)
