@@ -137,7 +137,8 @@ def context_parallel_attention(
         check_vma=False,
     )
     q, k, v = (jnp.asarray(x) for x in (q_THK, k_THK, v_THV))
-    return run(q, k, v, scale, batch, layout, bias)
+    # Outside `jit`, JAX maps over all axes of a mesh or none.
+    return jax.jit(run)(q, k, v, scale, batch, layout, bias)
 
 
 def _most(name: str, counts: Counts, bound: int | None, needed: bool) -> int:
