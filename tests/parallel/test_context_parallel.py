@@ -318,24 +318,22 @@ def order(strategy, mask, backward=False, **names):
 
 
 def test_ring_sends_before_it_computes():
-    """No transfer of keys and values waits for a product.
-
-    Of the backward's, only the gradients do.
-    """
+    """No transfer of keys and values waits for a product; transfers of gradients do."""
     transfers = {"source": "dot_general", "sink": "ppermute"}
-    # The first transfer, and that of a step of the loop, each of keys and of values.
+    # The first transfer and the transfer of a loop step, each of keys and of values.
     assert order("ring", "causal", **transfers) == [False] * 4
-    # The backward's first two and that of its loop; beside the latter gradients, of the step
-    # before. Behind the loop gradients wait for its last step, and those
-    # that go home for the one that follows it.
+    # The backward has two transfers before its loop and one in it, beside which the gradients of the
+    # step before are sent. Behind the loop, gradients wait for its last step, and gradients that go
+    # home wait for the step after it.
     both = order("ring", "causal", backward=True, **transfers)
     assert (both.count(False), both.count(True)) == (12, 4)
 
 
 @pytest.mark.parametrize("mask", ["window", "full rows"])
 def test_halo_computes_while_it_receives(mask):
-    """Scores and sums at home wait for nothing, those at the edge for the halo, those of visiting
-    rows for them.
+    """Scores and sums at home wait for nothing.
+
+    Those at the edge wait for the halo, those of visiting rows for the rows.
     """
     products = {"sink": "dot_general"}
     home, visit, edge = [0, 0], [1, 1] if mask == "full rows" else [], [2, 2]

@@ -1,4 +1,4 @@
-"""A training step under a mesh is that of one device.
+"""A training step under a mesh equals the step of one device.
 
 Losses, gradients, evaluation, for every kind of run; on 8 CPU devices.
 """

@@ -1,6 +1,6 @@
 """Batches read by each device become one shared buffer.
 
-The same rows and gradients as putting them in a row, few bytes, and nothing lost in silence.
+Rows and gradients are those of a concatenation, bytes are few, nothing is lost in silence.
 """
 
 import jax

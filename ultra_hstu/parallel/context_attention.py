@@ -57,7 +57,8 @@ def context_parallel_attention(
 ) -> Float[Array, "T H V"]:
     """`hstu_attention` of rows that lie on several devices.
 
-    It takes the same arguments and gives, to rounding, the same result and gradients.
+    It takes the same arguments and gives, to rounding, the same result and gradients. Call it under
+    `jax.jit`: outside, JAX maps over all axes of a mesh or none.
 
     | strategy | how | bytes a shard and layer |
     |---|---|---|
@@ -137,8 +138,7 @@ def context_parallel_attention(
         check_vma=False,
     )
     q, k, v = (jnp.asarray(x) for x in (q_THK, k_THK, v_THV))
-    # Outside `jit`, JAX maps over all axes of a mesh or none.
-    return jax.jit(run)(q, k, v, scale, batch, layout, bias)
+    return run(q, k, v, scale, batch, layout, bias)
 
 
 def _most(name: str, counts: Counts, bound: int | None, needed: bool) -> int:
