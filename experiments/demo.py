@@ -3,7 +3,6 @@
 python -m experiments.demo [--workdir=runs/demo]
 """
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from absl import flags
 
 from experiments import command, configs
 from ultra_hstu import report, tasks
+from ultra_hstu.fields import changed
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
@@ -26,12 +26,8 @@ def main(_: list[str]) -> None:
     root = Path(_WORKDIR.value)
     hstu = configs.named("synthetic")
     if _EPOCHS.value is not None:
-        hstu = dataclasses.replace(
-            hstu, train=dataclasses.replace(hstu.train, epochs=_EPOCHS.value)
-        )
-    sasrec = dataclasses.replace(
-        hstu, name="synthetic_sasrec", model=dataclasses.replace(hstu.model, kind="sasrec")
-    )
+        hstu = changed(hstu, train={"epochs": _EPOCHS.value})
+    sasrec = changed(hstu, name="synthetic_sasrec", model={"kind": "sasrec"})
     rows, folders = {}, {}
     task = tasks.load(hstu)
     data = task.interactions

@@ -9,7 +9,6 @@ overridden: --config.train.epochs=10. Started again with the same arguments it g
 Many processes: docs/context_parallel.md.
 """
 
-import dataclasses
 import logging
 import statistics
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from experiments import command
 from experiments.record import Json, Record
 from ultra_hstu import report, tasks, workdir
 from ultra_hstu.config import from_config_dict
+from ultra_hstu.fields import changed
 from ultra_hstu.parallel import processes
 from ultra_hstu.train import train
 
@@ -80,7 +80,7 @@ def main(_: list[str]) -> None:
     criteria = task.criteria
     results = []
     for seed in seeds or [config.train.seed]:
-        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        seeded = changed(config, train={"seed": seed})
         folder = workdir.Workdir(root / f"seed_{seed}" if seeds else root)
         result = train(seeded, folder.path, console=console, task=task)
         history = [

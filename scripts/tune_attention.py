@@ -1,28 +1,35 @@
-"""Measures sizes of the attention kernels on this machine's GPU and writes the fastest to the table that they read.
+"""Finds the fastest sizes of the attention kernels on this GPU, for the table that they read.
 
-    python -m scripts.tune_attention --implementations triton,mosaic --workloads causal_d128_4x8192,ml1m
+    python -m scripts.tune_attention --implementations=triton,mosaic
+        --workloads=causal_d128_4x8192,ml1m
 
-Each kernel of each workload is timed with every candidate; the winner's output and gradients are checked before the table
-(`kernels/hstu_attention/tuning.json`) is written. An entry replaces the one of the same key; others stay.
+Each kernel of each workload is timed with every candidate; the winner's output and gradients are
+checked before the table (`kernels/hstu_attention/tuning.json`) is written. An entry replaces the
+one of the same key; others stay.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import flags
+from jaxtyping import Array
 
+from experiments import command
+from experiments.record import Json
 from kernels import device
 from kernels.hstu_attention import make_plan, tuning
 from kernels.hstu_attention.mosaic import attention as mosaic
 from kernels.hstu_attention.mosaic import backward as mosaic_backward
 from kernels.hstu_attention.mosaic import forward as mosaic_forward
 from kernels.hstu_attention.mosaic.schedule import WorkList, make_schedules
+from kernels.hstu_attention.plan import AttentionPlan
+from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.hstu_attention.triton import attention as triton
 from kernels.hstu_attention.triton.sizes import LaunchSizes, heuristic, padded
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
@@ -31,51 +38,44 @@ from scripts.bench import attention as bench_attention
 from scripts.bench.turns import each, preparing, turn
 from ultra_hstu.provenance import provenance
 
-NAMES = "causal_d64_4x8192,causal_d128_4x8192,causal_d256_4x8192,window_d128_2x16384,short_d64_512x100,ml1m,ml1m_large"
+FLAGS = flags.FLAGS
+NAMES = (
+    "causal_d64_4x8192",
+    "causal_d128_4x8192",
+    "causal_d256_4x8192",
+    "window_d128_2x16384",
+    "short_d64_512x100",
+    "ml1m",
+    "ml1m_large",
+)
 CALLS = 10  # in one program: kernels of the short workloads take less time than their dispatch
-ALLOWED = {
-    2: 2e-2,
-    4: 5e-3,
-}  # error of the winner by bytes of an element; float32 products are TF32
+# Error of the winner by bytes of an element; float32 products are TF32.
+ALLOWED = {2: 2e-2, 4: 5e-3}
 
-# block_q, block_k, warps, stages
-TRITON = {
-    (2, 64): {
-        "forward": [
-            (128, 64, 4, 3),
-            (64, 64, 4, 3),
-            (64, 64, 4, 4),
-            (128, 64, 4, 4),
-            (128, 128, 8, 3),
-        ],
-        "queries": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3)],
-        "keys": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (32, 64, 4, 3)],
-    },
-    (2, 128): {
-        "forward": [(64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 4), (64, 128, 4, 2)],
-        "queries": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3)],
-        "keys": [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 3)],
-    },
-    (2, 256): {
-        "forward": [(128, 64, 8, 2), (64, 32, 4, 3), (128, 32, 8, 3)],
-        "queries": [(64, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 1), (64, 64, 4, 1)],
-        "keys": [(32, 64, 8, 2), (32, 128, 8, 1), (32, 128, 8, 2), (64, 128, 8, 1), (64, 64, 4, 1)],
-    },
-    (4, 32): {
-        "forward": [(32, 32, 2, 2), (32, 32, 4, 2), (16, 32, 2, 2), (16, 32, 1, 2), (32, 32, 1, 2)],
-        "queries": [(32, 32, 2, 2), (32, 32, 4, 2), (16, 32, 2, 2), (16, 32, 1, 2)],
-        "keys": [(32, 32, 2, 2), (32, 32, 4, 2), (32, 16, 2, 2), (32, 16, 1, 2)],
-    },
-    (4, 64): {
-        "forward": [(32, 32, 4, 2), (16, 32, 2, 2), (32, 32, 2, 2), (16, 16, 2, 2)],
-        "queries": [(32, 32, 4, 2), (16, 32, 2, 2), (32, 16, 4, 2), (16, 16, 2, 2)],
-        "keys": [(32, 32, 4, 2), (32, 16, 2, 2), (16, 32, 4, 2), (16, 16, 2, 2)],
-    },
-}
-MOSAIC = {
+Sizes = dict[str, int]
+# Candidates: block_q, block_k, warps, stages, by bytes of an element, width and kernel.
+TRITON = """
+2  64 forward 128,64,4,3  64,64,4,3  64,64,4,4  128,64,4,4  128,128,8,3
+2  64 queries 64,64,4,2   64,64,4,3  64,128,4,2 128,64,8,3
+2  64 keys    64,64,4,2   64,64,4,3  128,64,4,2 32,64,4,3
+2 128 forward 64,64,4,3   128,64,8,3 64,64,4,4  64,128,4,2
+2 128 queries 64,64,4,2   64,64,4,3  128,64,8,3
+2 128 keys    64,64,4,2   64,64,4,3  32,64,4,3  64,128,8,3
+2 256 forward 128,64,8,2  64,32,4,3  128,32,8,3
+2 256 queries 64,32,4,2   128,32,8,2 128,64,8,1 64,64,4,1
+2 256 keys    32,64,8,2   32,128,8,1 32,128,8,2 64,128,8,1  64,64,4,1
+4  32 forward 32,32,2,2   32,32,4,2  16,32,2,2  16,32,1,2   32,32,1,2
+4  32 queries 32,32,2,2   32,32,4,2  16,32,2,2  16,32,1,2
+4  32 keys    32,32,2,2   32,32,4,2  32,16,2,2  32,16,1,2
+4  64 forward 32,32,4,2   16,32,2,2  32,32,2,2  16,16,2,2
+4  64 queries 32,32,4,2   16,32,2,2  32,16,4,2  16,16,2,2
+4  64 keys    32,32,4,2   32,16,2,2  16,32,4,2  16,16,2,2
+"""
+PASSES: list[Sizes] = [{"passes": 1}, {"passes": 2}]
+MOSAIC: dict[int, dict[str, list[Sizes]]] = {
     64: {
         "forward": [{"block_k": 128, "stages": 4}, {"block_k": 64, "stages": 4}],
-        "backward": [{"passes": 1}, {"passes": 2}],
+        "backward": PASSES,
     },
     128: {
         "forward": [
@@ -83,71 +83,71 @@ MOSAIC = {
             {"block_k": 64, "stages": 4},
             {"block_k": 64, "stages": 3},
         ],
-        "backward": [{"passes": 1}, {"passes": 2}],
+        "backward": PASSES,
     },
-    256: {
-        "forward": [{"block_k": 64, "stages": 2, "q_slots": 1}],
-        "backward": [{"passes": 1}, {"passes": 2}],
-    },
+    256: {"forward": [{"block_k": 64, "stages": 2, "q_slots": 1}], "backward": PASSES},
 }
 
-Made = tuple[
-    dict[str, int], Callable[..., Any], Any
-]  # a candidate, a function of (plan, q, k, v, g) that runs it, the plan it wants
+
+class Trial(NamedTuple):
+    """A candidate: its sizes, a function of (plan, q, k, v, g) that runs it, the plan it wants."""
+
+    sizes: Sizes
+    run: Callable[[AttentionPlan, Array, Array, Array, Array], Any]
+    plan: AttentionPlan
 
 
-def inputs(w: Workload) -> tuple[Any, dict[str, jax.Array], Any]:
-    """(plan, arrays, bias) of a workload."""
-    plan = jax.jit(lambda offsets: make_plan(w.mask, offsets, w.rows))(jnp.asarray(w.offsets()))
-    return plan, jax.jit(w.arrays)(), w.relative_bias()
-
-
-def triton_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
+def triton_trials(
+    w: Workload, plan: AttentionPlan, bias: RelativeBias | None
+) -> Iterable[tuple[str, list[Trial]]]:
     """For each kernel, its candidates."""
     size, width = jnp.dtype(w.dtype).itemsize, padded(max(w.k_width, w.v_width, 32))
     capability = device.current().compute_capability
     assert capability is not None, "the tuner runs on a GPU"
     default = heuristic(capability, w.spec)
 
-    def made(kernel: str, launch: LaunchSizes) -> Made:
+    def made(kernel: str, launch: LaunchSizes) -> Trial:
         sizes = default._replace(**{kernel: launch})
         call = triton.TritonCall(w.alpha, "tf32", sizes)
-        tables_and_rows = functools.partial(triton.tables_and_rows, scale=w.scale, bias=bias)
-        kernels: dict[str, Callable[..., Any]] = {
-            "forward": triton.forward,
-            "queries": triton.query_gradients,
-            "keys": triton.key_gradients,
-        }
 
-        def run(plan: Any, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> Any:
-            gradient = () if kernel == "forward" else (g,)
-            return kernels[kernel](call, (q, k, v), *tables_and_rows(plan), *gradient)
+        def run(plan: AttentionPlan, q: Array, k: Array, v: Array, g: Array) -> Any:
+            tables, rows = triton.tables_and_rows(plan, w.scale, bias)
+            if kernel == "forward":
+                return triton.forward(call, (q, k, v), tables, rows)
+            gradients = triton.query_gradients if kernel == "queries" else triton.key_gradients
+            return gradients(call, (q, k, v), tables, rows, g)
 
-        return launch._asdict(), run, jax.jit(lambda: triton.prepare_for(plan, w.heads, sizes))()
+        ready = jax.jit(lambda: triton.prepare_for(plan, w.heads, sizes))()
+        return Trial(launch._asdict(), run, ready)
 
-    for kernel, candidates in TRITON[size, width].items():
-        yield kernel, [made(kernel, LaunchSizes(*c)) for c in candidates]
+    for line in TRITON.strip().splitlines():
+        of_size, of_width, kernel, *candidates = line.split()
+        if (int(of_size), int(of_width)) == (size, width):
+            launches = [LaunchSizes(*map(int, text.split(","))) for text in candidates]
+            yield kernel, [made(kernel, launch) for launch in launches]
 
 
-def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list[Made]]]:
+def mosaic_trials(
+    w: Workload, plan: AttentionPlan, bias: RelativeBias | None
+) -> Iterable[tuple[str, list[Trial]]]:
     width, scale = max(w.k_width, w.v_width), jnp.float32(w.scale)
 
-    def with_lists(*wanted: WorkList) -> Any:
+    def with_lists(*wanted: WorkList) -> AttentionPlan:
         return jax.jit(lambda: plan.storing(wanted, make_schedules(plan, wanted)))()
 
-    def forward(sizes: Any) -> Made:
+    def forward(sizes: Sizes) -> Trial:
         config = dataclasses.replace(mosaic_forward.forward_config(w.spec, plan), **sizes)
         ready = with_lists(WorkList.forward(w.heads, config.block_k, config.workers))
-        return (
+        return Trial(
             sizes,
             lambda plan, q, k, v, g: mosaic_forward.forward(q, k, v, plan, scale, w.alpha, config),
             ready,
         )
 
-    def backward(sizes: Any) -> Made:
+    def backward(sizes: Sizes) -> Trial:
         config = mosaic_backward.backward_config(w.spec, plan, **sizes)
         ready = with_lists(*mosaic_backward.work_lists(w.heads, config))
-        return (
+        return Trial(
             sizes,
             lambda plan, q, k, v, g: mosaic_backward.gradients(
                 q, k, v, g, plan, scale, w.alpha, config
@@ -162,61 +162,50 @@ def mosaic_trials(w: Workload, plan: Any, bias: Any) -> Iterable[tuple[str, list
 TRIALS = {"triton": triton_trials, "mosaic": mosaic_trials}
 
 
-def fastest(
-    name: str, made: list[Made], arrays: tuple[jax.Array, ...]
-) -> tuple[dict[str, int], float]:
-    """(sizes, microseconds) of the winner. A candidate that does not compile, or does not fit, is out."""
+def fastest(name: str, trials: list[Trial], arrays: list[Array]) -> tuple[Sizes, float]:
+    """(sizes, microseconds) of the winner. What does not compile, or does not fit, is out."""
 
-    def attempt(sizes: dict[str, int], run: Callable[[], Any]) -> Any:
+    def attempt[R](trial: Trial, action: Callable[[], R]) -> R | None:
         try:
-            return run()
+            return action()
         except (RuntimeError, ValueError) as error:
-            print(f"{name} {sizes}: {str(error).splitlines()[0][:120]}", flush=True)
+            print(f"{name} {trial.sizes}: {str(error).splitlines()[0][:120]}", flush=True)
             return None
 
+    def compiled(trial: Trial) -> jax.stages.Compiled:
+        return jax.jit(chained(trial.run, CALLS)).lower(trial.plan, *arrays).compile()
+
+    def timed(trial: Trial, program: jax.stages.Compiled) -> float:
+        timing = device_time(program, trial.plan, *arrays, repetitions=5, sample_seconds=0.01)
+        micros = 1e6 * timing.seconds / CALLS
+        print(f"{name} {trial.sizes}: {micros:.1f} us", flush=True)
+        return micros
+
     with preparing():
-        programs = [
-            attempt(sizes, lambda: jax.jit(chained(run, CALLS)).lower(plan, *arrays).compile())
-            for sizes, run, plan in made
-        ]  # noqa: B023
+        programs = [attempt(trial, functools.partial(compiled, trial)) for trial in trials]
     times = []
     with turn():
-        for (sizes, _, plan), program in zip(made, programs, strict=True):
-            if program is None:
-                continue
-            timing = attempt(
-                sizes,
-                lambda: device_time(program, plan, *arrays, repetitions=5, sample_seconds=0.01),
-            )  # noqa: B023
-            if timing is not None:
-                micros = 1e6 * timing.seconds / CALLS
-                print(f"{name} {sizes}: {micros:.1f} us", flush=True)
-                times.append((micros, sizes))
+        for trial, program in zip(trials, programs, strict=True):
+            if program is not None:
+                micros = attempt(trial, functools.partial(timed, trial, program))
+                times += [] if micros is None else [(trial.sizes, micros)]
     if not times:
         raise RuntimeError(
             f"{name}: no candidate ran; add some to TRITON or MOSAIC in scripts/tune_attention.py"
         )
-    micros, sizes = min(times, key=lambda pair: pair[0])
-    return sizes, micros
+    return min(times, key=lambda pair: pair[1])
 
 
-def error_of(w: Workload, implementation: str, plan: Any, arrays: dict[str, jax.Array]) -> float:
-    """Of output and gradients, with the sizes that the table now gives."""
-    run = jax.jit(bench_attention.passes(w, implementation)["both"])
-    return bench_attention.error(
-        run(plan, *(arrays[name] for name in "qkvg")), bench_attention.expected(w, arrays)
-    )
-
-
-def tune(w: Workload, implementation: str) -> dict[str, Any]:
-    """The entry of a workload, put into the table that the kernels of this process read, and checked."""
+def tune(w: Workload, implementation: str) -> Json:
+    """The entry of a workload, put into the table that this process's kernels read, and checked."""
     with preparing():
-        plan, arrays, bias = inputs(w)
-        trials = list(TRIALS[implementation](w, plan, bias))
-    tensors = tuple(arrays[name] for name in "qkvg")
+        plan = jax.jit(lambda offsets: make_plan(w.mask, offsets, w.rows))(jnp.asarray(w.offsets()))
+        arrays = jax.jit(w.arrays)()
+        trials = list(TRIALS[implementation](w, plan, w.relative_bias()))
+    tensors = [arrays[name] for name in "qkvg"]
     chosen = {
-        kernel: fastest(f"{w.name} {implementation} {kernel}", made, tensors)
-        for kernel, made in trials
+        kernel: fastest(f"{w.name} {implementation} {kernel}", candidates, tensors)
+        for kernel, candidates in trials
     }
     key = tuning.key(implementation, w.spec, plan)
     entry = key._asdict() | {
@@ -225,49 +214,48 @@ def tune(w: Workload, implementation: str) -> dict[str, Any]:
         "workload": w.name,
     }
     tuning.use(tuning.parse(json.dumps({"entries": [entry]}), w.name))
-    with preparing():
-        entry["error"] = error_of(w, implementation, plan, arrays)
+    with preparing():  # output and gradients, with the sizes that the table now gives
+        run = jax.jit(bench_attention.passes(w, implementation)["both"])
+        want = bench_attention.expected(w, arrays)
+        entry["error"] = bench_attention.error(run(plan, *tensors), want)
     if not entry["error"] <= ALLOWED[key.bytes]:
         raise RuntimeError(
-            f"{w.name}: {implementation} has error {entry['error']:.1e} with {entry['sizes']}, allowed {ALLOWED[key.bytes]}"
+            f"{w.name}: {implementation} has error {entry['error']:.1e} with {entry['sizes']}, "
+            f"allowed {ALLOWED[key.bytes]}"
         )
     return entry | {"made": {name: provenance()[name] for name in ("versions", "commit", "date")}}
 
 
-def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged(old: list[Json], new: list[Json]) -> list[Json]:
     """Entries by key, new ones in place of old ones, sorted."""
     by_key = {tuple(entry[name] for name in tuning.Key._fields): entry for entry in [*old, *new]}
     return [by_key[key] for key in sorted(by_key)]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--implementations", default="triton,mosaic")
-    parser.add_argument("--workloads", default=NAMES)
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        help="processes that compile side by side; XLA_PYTHON_CLIENT_PREALLOCATE=false with more than 1",
-    )
-    parser.add_argument("--output", type=pathlib.Path, default=tuning.PATH)
-    options = parser.parse_args(arguments)
-    old = json.loads(options.output.read_text())["entries"] if options.output.exists() else []
+def main(_: list[str]) -> None:
+    path = Path(FLAGS.output)
+    old = json.loads(path.read_text())["entries"] if path.exists() else []
     tasks = []
-    for name in options.workloads.split(","):
+    for name in FLAGS.workloads:
         w = WORKLOADS[name]
-        for implementation in options.implementations.split(","):
+        for implementation in FLAGS.implementations:
             if implementation != "mosaic" or not mosaic.unsupported(w.spec):
-                tasks.append((w, implementation))
-    new: list[dict[str, Any]] = []
-    for _, entry in each(tune, tasks, options.jobs):
+                tasks.append(functools.partial(tune, w, implementation))
+    new: list[Json] = []
+    for _number, entry in each(tasks, FLAGS.jobs):
         new.append(entry)
         text = json.dumps({"entries": merged(old, new)}, indent=1) + "\n"
-        tuning.parse(text, str(options.output))
-        options.output.write_text(text)
+        tuning.parse(text, str(path))
+        path.write_text(text)
 
 
 if __name__ == "__main__":
-    main()
+    flags.DEFINE_list("implementations", ["triton", "mosaic"], "names")
+    flags.DEFINE_list("workloads", list(NAMES), "names of kernels.hstu_attention.workloads")
+    flags.DEFINE_integer(
+        "jobs",
+        1,
+        "processes that compile side by side; more than 1 need XLA_PYTHON_CLIENT_PREALLOCATE=false",
+    )
+    flags.DEFINE_string("output", str(tuning.PATH), "the table")
+    command.run(main)

@@ -10,8 +10,8 @@ import pytest
 
 from experiments import configs
 from experiments.command import ConfigParser
-from ultra_hstu.config import Config, from_config_dict, to_config_dict
-from ultra_hstu.fields import difference
+from ultra_hstu.config import ChannelConfig, Config, from_config_dict, to_config_dict
+from ultra_hstu.fields import changed, difference
 
 ROOT = Path(__file__).parent.parent
 NAMES = """
@@ -134,6 +134,14 @@ def test_sasrec_heads_must_divide_width():
     values["model"] |= {"kind": "sasrec", "heads": 3}
     with pytest.raises(ValueError, match="model.width=50 must be a multiple of model.heads=3"):
         from_config_dict(values)
+
+
+def test_limits_of_channels_are_checked():
+    channels = {"all": ChannelConfig(), "liked": ChannelConfig(layers=0)}
+    config = changed(Config(), model={"channels": channels}, train={"seed": 7})
+    assert (config.train.seed, config.train.epochs) == (7, Config().train.epochs)
+    with pytest.raises(ValueError, match="model.channels.liked.layers=0 must be greater than 0"):
+        config.validate()
 
 
 def test_difference_names_fields():

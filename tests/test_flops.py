@@ -16,8 +16,9 @@ from ultra_hstu import flops, tasks
 from ultra_hstu.config import ChannelConfig, Config, DataConfig, LossConfig, ModelConfig, RankConfig
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.retrieval.batch import Events, gather_batch
+from ultra_hstu.retrieval.batch import gather_batch
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.retrieval.task import events_of
 from ultra_hstu.sequences import Sequences
 
 ROWS, WIDTH = 256, 128
@@ -85,7 +86,7 @@ def test_retrieval_loss_against_xla(negatives, items):
         loss=LossConfig(negatives=negatives, chunk_rows=ROWS),
     )
     recipe = Recipe(config, items)
-    events = Events.from_arrays(np.arange(ROWS + 1) % items + 1, None)
+    events = events_of(np.arange(ROWS + 1) % items + 1, None)
     batch = gather_batch(events, jnp.array([0]), jnp.array([ROWS]), rows=ROWS)
     params = nnx.split(nnx.eval_shape(lambda: recipe.build(0)))[1]
     step = xla_flops(

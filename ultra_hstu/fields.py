@@ -21,6 +21,7 @@ T = TypeVar("T")
 Values = dict[str, Any]  # a section as plain data: values, and sections as dicts, by field
 
 
+@dataclasses.dataclass(frozen=True)
 class Section:
     """A dataclass whose fields are values, other sections, or dicts of sections."""
 
@@ -71,7 +72,7 @@ def to_values(section: Section) -> Values:
     return values
 
 
-def build[S: Section](cls: type[S], values: Values, prefix: str = "") -> S:
+def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
     """The section whose fields have these values. Lists become tuples: JSON has no tuples.
 
     Raises:
@@ -122,6 +123,16 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, float | int) and math.isfinite(value)
     return isinstance(value, hint)
+
+
+def changed[S: Section](section: S, **fields: Any) -> S:
+    """The section with other values: `changed(config, train={"seed": 1})`, not validated."""
+    values: Values = {}
+    for name, value in fields.items():
+        old = getattr(section, name)
+        nested = isinstance(old, Section) and isinstance(value, dict)
+        values[name] = changed(old, **value) if nested else value
+    return dataclasses.replace(section, **values)
 
 
 def difference(old: Values, new: Values, prefix: str = "") -> list[str]:

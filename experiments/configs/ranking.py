@@ -17,6 +17,7 @@ from ultra_hstu.config import (
     RankConfig,
     TrainConfig,
 )
+from ultra_hstu.fields import changed
 
 
 def hstu(
@@ -65,20 +66,19 @@ def ultra(
         everything: ChannelConfig(max_history=baseline.data.max_history, layers=5),
         part: ChannelConfig(signal, at_least, max_history=newest, layers=3),
     }
-    return dataclasses.replace(
+    return changed(
         baseline,
         name=baseline.name.replace("hstu", "ultra"),
-        data=dataclasses.replace(baseline.data, stochastic_length=1.8),
-        model=dataclasses.replace(
-            baseline.model,
-            layers=5,
-            window=(window,),
-            full_rows=(full_rows,),
-            truncate_after=2,
-            truncate_length=newest,
-            channels=channels,
-        ),
-        rank=dataclasses.replace(baseline.rank, input="merged"),
+        data={"stochastic_length": 1.8},
+        model={
+            "layers": 5,
+            "window": (window,),
+            "full_rows": (full_rows,),
+            "truncate_after": 2,
+            "truncate_length": newest,
+            "channels": channels,
+        },
+        rank={"input": "merged"},
     )
 
 

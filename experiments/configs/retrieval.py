@@ -12,9 +12,9 @@ from ultra_hstu.config import (
     DataConfig,
     LossConfig,
     ModelConfig,
-    RankConfig,
     TrainConfig,
 )
+from ultra_hstu.fields import Values, changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,10 @@ def of_grid(name: str, layers: int, heads: int) -> Config:
     """A cell of the grid: DATA_sasrec, DATA_hstu or DATA_hstu_large."""
     data, _, kind = name.partition("_")
     shared = GRID[data]
+    each = shared.width // heads
+    own: Values = {"qk_width": each, "v_width": each}
+    if kind == "sasrec":
+        own = {"kind": "sasrec", "ffn_width": shared.width}
     model = ModelConfig(
         width=shared.width,
         layers=layers,
@@ -54,15 +58,10 @@ def of_grid(name: str, layers: int, heads: int) -> Config:
         input_dropout=shared.dropout,
         linear_dropout=shared.dropout,
     )
-    if kind == "sasrec":
-        model = dataclasses.replace(model, kind="sasrec", ffn_width=shared.width)
-    else:
-        each = shared.width // heads
-        model = dataclasses.replace(model, qk_width=each, v_width=each)
     return Config(
         name=name,
         data=shared.data,
-        model=model,
+        model=changed(model, **own),
         loss=LossConfig(negatives=shared.negatives),
         train=shared.train,
     )
@@ -94,11 +93,11 @@ CONFIGS = (
     of_grid("beauty_sasrec", 2, 2),
     # ULTRA-HSTU for retrieval: rating and movie in one token, semi-local attention. A row reads the
     # 64 events before it instead of up to 199, the newest 16 rows read everything.
-    dataclasses.replace(
+    changed(
         ML1M_HSTU,
         name="ml1m_ultra",
-        model=dataclasses.replace(ML1M_HSTU.model, window=(64,), full_rows=(16,)),
-        rank=RankConfig(signals=("rating",)),
+        model={"window": (64,), "full_rows": (16,)},
+        rank={"signals": ("rating",)},
     ),
     # The streaming data of the HSTU paper's appendix C, scaled down; what `make demo` trains.
     # About a minute on two CPU cores.

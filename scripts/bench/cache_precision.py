@@ -1,24 +1,27 @@
-"""What a smaller cache costs: the test metrics of a trained ranking run, its candidates scored with keys and values kept in each way.
+"""What a smaller cache costs: test metrics of a ranking run, by how keys and values are kept.
 
-python -m scripts.bench.cache_precision --workdir=runs/assistments_rank_ultra/seed_42 [--record=experiments/results/cache_precision.json] [--top_k=10 --requests=256]
+python -m scripts.bench.cache_precision --workdir=runs/assistments_rank_ultra/seed_42
+    [--record=experiments/results/cache_precision.json] [--top_k=10 --requests=256]
 
-Every test event is predicted as a candidate behind its encoded history. With --top_k, the first --requests of them are also answered with the best of all
-items, without features, as the exact cache and as the smaller one rank them: the share of answers that stay, and the hit rate of the requests' own items
-with a positive label.
+Every test event is predicted as a candidate behind its encoded history. With --top_k, the first
+--requests of them are also answered with the best of all items, without features, as the exact
+cache and as the smaller one rank them: the share of answers that stay, and the hit rate of the
+requests' own items with a positive label.
 """
 
 import dataclasses
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple, get_args
 
 import jax
 import numpy as np
 from absl import flags
 
 from experiments import command
-from ultra_hstu import provenance, report, serving, workdir
+from experiments.record import Json, Record
+from ultra_hstu import report, serving
 from ultra_hstu.data.interactions import load_interactions
-from ultra_hstu.nn.key_values import KINDS
+from ultra_hstu.nn.key_values import Kind
 from ultra_hstu.ranking.evaluate import RequestEvaluator
 from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.workdir import Workdir
@@ -32,31 +35,39 @@ def main(_: list[str]) -> None:
     task = RankingTask.of(config, load_interactions(config.data))
     folder.check_data(task.interactions)
     step, params = serving.load_params(folder, task.recipe)
-    record = {
-        "config": config.name,
-        "model": dataclasses.asdict(config.model),
-        "step": step,
-        **provenance.provenance(),
-    }
+    record = Record(
+        FLAGS.record, config=config.name, model=dataclasses.asdict(config.model), step=step
+    )
     console = report.make_console()
     with jax.default_matmul_precision(config.train.matmul_precision):
         evaluator = task.evaluator("test")
-        record["full_pass"] = evaluator(params)
-        record["kinds"] = {}
+        record.values["full_pass"] = evaluator(params)
         model = serving.FrozenRanker(task.recipe.model(params))
-        requests = list(test_requests(task, model))
-        exact: dict[str, Any] = {}
-        for kind in KINDS:
-            found, answers = measure(task, model, evaluator, requests, kind, exact)
+        requests = list(request_batches(task, model))
+        kinds: dict[str, Json] = {}
+        exact: Answers | None = None
+        for kind in get_args(Kind):
+            kinds[kind], answers = measure(task, model, evaluator, requests, kind, exact)
             exact = exact or answers
-            record["kinds"][kind] = found
-            console.print(kind, found)
-            if FLAGS.record:
-                workdir.write_json(Path(FLAGS.record), record)
+            console.print(kind, kinds[kind])
+            record.add(kinds=kinds)
 
 
-def test_requests(task: RankingTask, model: serving.FrozenRanker) -> Any:
-    """(history, candidates, labels) of `train.eval_users` test requests at a time, in the order of `RequestEvaluator.event_P`."""
+class Answers(NamedTuple):
+    """Logits of all test events, and the best items of some requests, [B, K] a batch."""
+
+    logit_PK: np.ndarray
+    best: list[np.ndarray]
+
+
+RequestBatch = tuple[serving.History, serving.Candidates, np.ndarray]
+
+
+def request_batches(task: RankingTask, model: serving.FrozenRanker) -> Iterator[RequestBatch]:
+    """(history, candidates, labels) of `train.eval_users` test requests at a time.
+
+    They come in the order of `RequestEvaluator.event_P`.
+    """
     loader = task.loader("test", batch_users=task.config.train.eval_users, steps_per_call=1)
     plan = loader.plan(shuffle=False)
     for step in range(len(plan)):
@@ -73,23 +84,21 @@ def measure(
     task: RankingTask,
     model: serving.FrozenRanker,
     evaluator: RequestEvaluator,
-    requests: list[Any],
-    kind: Any,
-    exact: dict[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics under one kind of cache, and its answers: logits, and the best items of each request."""
+    requests: list[RequestBatch],
+    kind: Kind,
+    exact: Answers | None,
+) -> tuple[Json, Answers]:
+    """Metrics under one kind of cache, beside the answers of the exact one; and its answers."""
     logits: list[np.ndarray] = []
     best: list[np.ndarray] = []
-    hits = asked = size = rows = 0
+    hits = liked_items = size = rows = 0
     items = np.arange(1, task.interactions.num_items + 1)
     for history, candidates, label_C in requests:
         cache = serving.encode_history(model, history, kind=kind)
         logits.append(serving.score(model, cache, candidates))
         layers = [layer for channel in cache.channels.values() for layer in channel.encoded.layers]
-        size, rows = (
-            size + sum(layer.nbytes for layer in layers),
-            rows + sum(layer.k_SHK.shape[0] for layer in layers),
-        )
+        size += sum(layer.nbytes for layer in layers)
+        rows += sum(layer.k_SHK.shape[0] for layer in layers)
         if len(best) < -(-FLAGS.requests // task.config.train.eval_users) and FLAGS.top_k:
             some = len(np.atleast_1d(history.now_B))
             features = [np.zeros((len(items), candidates.feature_CF.shape[1]), np.int32)] * some
@@ -100,39 +109,38 @@ def measure(
                 zip(candidates.offsets, candidates.offsets[1:], strict=False)
             ):
                 liked = candidates.item_C[start:stop][label_C[start:stop] > 0]
-                hits, asked = hits + int(np.isin(liked, top[user]).sum()), asked + len(liked)
+                hits += int(np.isin(liked, top[user]).sum())
+                liked_items += len(liked)
     logit_PK = np.concatenate(logits)
-    answers = {"logits": logit_PK, "best": best}
-    found: dict[str, Any] = {
+    found: Json = {
         "metrics": evaluator.metrics(logit_PK),
         "bytes_a_row_and_layer": size / rows,
     }
-    if exact:
-        error = logit_PK - exact["logits"]
+    if exact is not None:
+        error = logit_PK - exact.logit_PK
         found |= {
             "rms_logit_error": float(np.sqrt((error**2).mean())),
             "largest_logit_error": float(np.abs(error).max()),
         }
     if FLAGS.top_k:
-        found[f"hr@{FLAGS.top_k}"] = hits / max(asked, 1)
-        if exact:
+        found[f"hr@{FLAGS.top_k}"] = hits / max(liked_items, 1)
+        if exact is not None:
             same = [
                 np.isin(a, b).mean()
-                for mine, theirs in zip(best, exact["best"], strict=True)
+                for mine, theirs in zip(best, exact.best, strict=True)
                 for a, b in zip(mine, theirs, strict=True)
             ]
             found["answers_that_stay"] = float(np.mean(same))
-    return found, answers
+    return found, Answers(logit_PK, best)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of a trained ranking run", required=True)
-    flags.DEFINE_string("raw_dir", None, "where the raw data is now, if not where the run found it")
+    command.define_run("folder of a trained ranking run")
     flags.DEFINE_integer(
         "top_k", 0, "also rank all items for every request, and look at so many; 0: not"
     )
     flags.DEFINE_integer(
         "requests", 256, "requests to answer from all items; rounded up to whole batches"
     )
-    flags.DEFINE_string("record", None, "JSON file for the result")
+    command.define_record()
     command.run(main)

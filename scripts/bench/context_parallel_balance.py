@@ -1,13 +1,13 @@
-"""How evenly attention lies on the shards of a context group, by the lengths of its sequences and the layout of their rows."""
+"""How evenly attention lies on the shards of a context group, by lengths and layout of rows."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from experiments.record import Json
 from kernels.jagged import Rows
 from kernels.mask import AttentionMask
-from scripts.bench.context_parallel_model import SEMI_LOCAL
+from scripts.bench.context_parallel_case import SEMI_LOCAL
 from ultra_hstu.parallel.layout import Layout
 
 
@@ -25,10 +25,11 @@ def draw_lengths(rng: np.random.Generator, kind: str, rows: int, longest: int) -
     return lengths
 
 
-def balance(rows: int = 65536, shards: int = 8) -> dict[str, Any]:
-    """Attention FLOPs of the busiest shard over the mean, the worst of several draws, by lengths and layout; FLOPs go with (row, key) pairs.
+def balance(rows: int = 65536, shards: int = 8) -> Json:
+    """Attention FLOPs of the busiest shard over the mean, the worst of several draws.
 
-    `ring` and `gather` compute a pair where its row is, `halo` where its key is, for the rows that visit other shards; it lies in slices.
+    FLOPs go with (row, key) pairs. `ring` and `gather` compute a pair where its row is, `halo`
+    where its key is, for the rows that visit other shards; it lies in slices.
     """
     causal, semi_local = AttentionMask(), AttentionMask(window=SEMI_LOCAL, full_rows=SEMI_LOCAL)
     found: dict[str, dict[str, float]] = {}
@@ -55,9 +56,8 @@ def balance(rows: int = 65536, shards: int = 8) -> dict[str, Any]:
             }
             for mask, layouts in loads.items():
                 worst = found.setdefault(f"{kind}/{mask}", {})
-                worst.update(
-                    {name: max(worst.get(name, 0.0), load) for name, load in layouts.items()}
-                )
+                for name, load in layouts.items():
+                    worst[name] = max(worst.get(name, 0.0), load)
     return {"rows": rows, "shards": shards, "block": 128, "draws": 5, "busiest_over_mean": found}
 
 

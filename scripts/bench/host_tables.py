@@ -1,22 +1,23 @@
-"""Times the item rows of a request from host memory to the device, packed in each way: gathered on the host, moved, unpacked on the device.
+"""Times the item rows of a request from host memory to the device, packed in each way.
 
-python -m scripts.bench.host_tables [--items=200000] [--width=512] [--rows=16384] [--record=experiments/results/host_tables_h100.json]
+python -m scripts.bench.host_tables [--items=200000] [--width=512] [--rows=16384]
+    [--record=experiments/results/host_tables_h100.json]
 
-The rows are those of a history or of candidates, drawn uniformly without repetition: as little as a cache of the processor can help with.
+They are gathered on the host, moved, and unpacked on the device. The rows are those of a history or
+of candidates, drawn uniformly without repetition: as little as a cache of the processor can help
+with.
 """
 
 import statistics
 import time
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from rich.table import Table
 
 from experiments import command
-from ultra_hstu import provenance, report, workdir
+from experiments.record import Json, Record
+from scripts.bench.terminal import show
 from ultra_hstu.serving import host_tables
 
 FLAGS = flags.FLAGS
@@ -26,17 +27,16 @@ def main(_: list[str]) -> None:
     items, width, rows = FLAGS.items, FLAGS.width, FLAGS.rows
     if not 1 <= rows <= items:
         raise ValueError(f"--rows={rows} must be in 1..{items}, the number of items")
-    console = report.make_console()
-    result = {**provenance.provenance(), "items": items, "width": width, "rows": rows, "tables": {}}
+    record = Record(FLAGS.record, items=items, width=width, rows=rows)
+    tables = {}
     for kind in FLAGS.kinds:
-        result["tables"][kind] = measure(kind, items, width, rows, FLAGS.repetitions)
-        console.print(kind, result["tables"][kind])
-        if FLAGS.record:
-            workdir.write_json(Path(FLAGS.record), result)
-    console.print(table(result["tables"]))
+        tables[kind] = measure(kind, items, width, rows, FLAGS.repetitions)
+        record.add(tables=tables)
+    times = ("gather_ms", "transfer_ms", "unpack_ms")
+    show(tables, ("row_bytes", "bytes", *times, "gigabytes_a_second"), "table")
 
 
-def measure(kind: str, items: int, width: int, rows: int, repetitions: int) -> dict[str, Any]:
+def measure(kind: str, items: int, width: int, rows: int, repetitions: int) -> Json:
     """Milliseconds of each part of one request, medians, and bytes."""
     rng = np.random.default_rng(0)
     host = host_tables.HostTable.of(
@@ -56,7 +56,7 @@ def measure(kind: str, items: int, width: int, rows: int, repetitions: int) -> d
         if repetition:  # the first one compiles
             for name, start, stop in zip(times, moments, moments[1:], strict=False):
                 times[name].append(1e3 * (stop - start))
-    found: dict[str, Any] = {name: statistics.median(samples) for name, samples in times.items()}
+    found = {name: statistics.median(samples) for name, samples in times.items()}
     moved = sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
     return {
         "row_bytes": host.row_bytes,
@@ -66,25 +66,11 @@ def measure(kind: str, items: int, width: int, rows: int, repetitions: int) -> d
     }
 
 
-def table(tables: dict[str, Any]) -> Table:
-    columns = ("row_bytes", "bytes", "gather_ms", "transfer_ms", "unpack_ms", "gigabytes_a_second")
-    out = Table("table", *columns)
-    for kind, found in tables.items():
-        out.add_row(
-            kind,
-            *(
-                f"{found[name]:.4g}" if isinstance(found[name], float) else str(found[name])
-                for name in columns
-            ),
-        )
-    return out
-
-
 if __name__ == "__main__":
     flags.DEFINE_integer("items", 200_000, "rows of the table")
     flags.DEFINE_integer("width", 512, "width of a row")
     flags.DEFINE_integer("rows", 16384, "different items of a request")
     flags.DEFINE_integer("repetitions", 20, "requests that are timed")
     flags.DEFINE_list("kinds", list(host_tables.KINDS), "which kinds of table")
-    flags.DEFINE_string("record", None, "JSON file for the result")
+    command.define_record()
     command.run(main)

@@ -1,29 +1,31 @@
-"""Load of data-parallel ranks under plain and load-balanced stochastic length: its spread, and the step time of the slowest rank.
+"""Load of data-parallel ranks under plain and load-balanced stochastic length.
 
-python -m scripts.bench.load_balance [--raw_dir=PATH] [--record=experiments/results/load_balance_cpu.json] [--figure=docs/figures/load_balance.png]
-python -m scripts.bench.load_balance --draw=RECORD --figure=PICTURE
+python -m scripts.bench.load_balance [--raw_dir=PATH]
+    [--record=experiments/results/load_balance_cpu.json]
 
-Two sets of lengths: ASSISTments 2017, and a Zipf law (exponent 1.2, up to 4096). A rank draws its users at random every step. The load is the sum of
-length^gamma, gamma fitted to the model's own operations. Times are of real forward and backward passes over each rank's batch, one after another on
-this machine, as processor time over all cores, the smaller of two repetitions: other work on the machine would show in wall clock.
+Its spread, and the step time of the slowest rank. Two sets of lengths: ASSISTments 2017, and a Zipf
+law (exponent 1.2, up to 4096). A rank draws its users at random every step. The load is the sum of
+length^gamma, gamma fitted to the model's own operations. Times are of real forward and backward
+passes over each rank's batch, one after another on this machine, as processor time over all cores,
+the smaller of two repetitions: other work on the machine would show in wall clock.
 """
 
 import functools
-import json
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
+from jaxtyping import Int
 from rich.progress import track
-from rich.table import Table
 
 from experiments import command
-from ultra_hstu import flops, provenance, report, workdir
+from experiments.record import Json, Record
+from scripts.bench.terminal import show
+from ultra_hstu import flops, report
 from ultra_hstu.config import Config, DataConfig, ModelConfig
 from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.data.interactions import load_interactions
@@ -36,66 +38,37 @@ ALPHA, USERS, STEPS, RECALIBRATE, TIMED_RANKS = 1.6, 32, 200, 50, 8
 MODEL = ModelConfig(width=32, layers=2, heads=1, qk_width=32, v_width=32, relative_bias=False)
 ZIPF_LENGTH, ZIPF_EXPONENT = 4096, 1.2
 POLICIES = ("plain", "balanced")
+Pass = Callable[[nnx.State, jax.Array], tuple[nnx.State, jax.Array]]
 
 
 def main(_: list[str]) -> None:
-    if FLAGS.draw:
-        draw(json.loads(Path(FLAGS.draw).read_text()), Path(str(FLAGS.figure)))
-        return
-    result: dict[str, Any] = {
-        **provenance.provenance(),
-        "settings": {
+    record = Record(
+        FLAGS.record,
+        settings={
             "alpha": ALPHA,
             "users_per_rank": USERS,
             "steps": STEPS,
             "recalibrate_every": RECALIBRATE,
         },
-        "model": {
-            "width": MODEL.width,
-            "layers": MODEL.layers,
-            "heads": MODEL.heads,
-            "qk_width": MODEL.qk_width,
-            "v_width": MODEL.v_width,
+        model={
+            name: getattr(MODEL, name)
+            for name in ("width", "layers", "heads", "qk_width", "v_width")
         },
-        "sets": {
-            name: measure(length_U, FLAGS.timed_steps) for name, length_U in length_sets().items()
-        },
-    }
-    console = report.make_console()
-    table = Table("lengths", "ranks", "policy", "load max / mean", "load std / mean", "mean load")
-    for name, record in result["sets"].items():
-        for ranks, policies in record["load"].items():
-            for policy in POLICIES:
-                row = policies[policy]
-                table.add_row(
-                    name,
-                    ranks,
-                    policy,
-                    f"{row['max_over_mean']:.3f}",
-                    f"{row['std_over_mean']:.3f}",
-                    f"{row['mean']:.3g}",
-                )
-    console.print(table)
-    table = Table(
-        "lengths", "policy", "rows of the buffer", "slowest rank, s", "predicted, s", "mean rank, s"
     )
-    for name, record in result["sets"].items():
-        for policy in POLICIES:
-            row = record["step"][policy]
-            table.add_row(
-                name,
-                policy,
-                str(row["rows"]),
-                *(f"{row[key]:.3f}" for key in ("slowest", "slowest_predicted", "mean")),
-            )
-    console.print(table)
-    if FLAGS.record:
-        workdir.write_json(Path(FLAGS.record), result)
-    if FLAGS.figure:
-        draw(result, Path(FLAGS.figure))
+    sets = {name: measure(length_U, FLAGS.timed_steps) for name, length_U in length_sets().items()}
+    for name, found in sets.items():
+        loads = {
+            f"{ranks} ranks, {policy}": found["load"][ranks][policy]
+            for ranks in found["load"]
+            for policy in POLICIES
+        }
+        show(loads, ("max_over_mean", "std_over_mean", "mean"), f"load: {name}")
+        steps = {policy: found["step"][policy] for policy in POLICIES}
+        show(steps, ("rows", "slowest", "slowest_predicted", "mean"), f"seconds: {name}")
+    record.add(sets=sets)
 
 
-def length_sets() -> dict[str, np.ndarray]:
+def length_sets() -> dict[str, Int[np.ndarray, " U"]]:
     """Lengths of users, one entry each."""
     data = load_interactions(
         DataConfig(source="assistments-2017", raw_dir=FLAGS.raw_dir, data_dir=FLAGS.data_dir)
@@ -106,11 +79,11 @@ def length_sets() -> dict[str, np.ndarray]:
     return {"ASSISTments 2017": data.lengths, f"Zipf({ZIPF_EXPONENT}) to {ZIPF_LENGTH}": zipf}
 
 
-def measure(length_U: np.ndarray, timed_steps: int) -> dict[str, Any]:
+def measure(length_U: Int[np.ndarray, " U"], timed_steps: int) -> Json:
     longest = int(length_U.max())
     config = Config(data=DataConfig(max_history=longest), model=MODEL)
     gamma, error = flops.cost_exponent(config, longest)
-    record: dict[str, Any] = {
+    record: Json = {
         "users": len(length_U),
         "mean_length": float(length_U.mean()),
         "longest": longest,
@@ -135,9 +108,12 @@ def measure(length_U: np.ndarray, timed_steps: int) -> dict[str, Any]:
 
 
 def simulate(
-    length_U: np.ndarray, longest: int, gamma: float, ranks: int
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Kept lengths [S, R, users] of every rank and step. The ranks of one process agree on means as an all-reduce would."""
+    length_U: Int[np.ndarray, " U"], longest: int, gamma: float, ranks: int
+) -> tuple[Int[np.ndarray, "S R U"], dict[str, Int[np.ndarray, "S R U"]]]:
+    """(lengths, kept lengths by policy) of every step, rank and user.
+
+    The ranks of this process agree on means as an all-reduce would.
+    """
     rng = np.random.default_rng((1, ranks))
     length_SRU = rng.choice(length_U, (STEPS, ranks, USERS))
     uniform_SRU = rng.random(length_SRU.shape)
@@ -156,12 +132,15 @@ def simulate(
     return length_SRU, {"plain": plain_SRU, "balanced": balanced_SRU}
 
 
-def _next_mean(means: Any, own: float) -> float:
+def _next_mean(means: Iterator[float], own: float) -> float:
     return next(means)
 
 
-def spread(kept_SRU: np.ndarray, gamma: float) -> dict[str, Any]:
-    """Of the load over ranks, the mean over steps after the warm-up; and the loads of all ranks and steps, relative to the mean, in 40 bins."""
+def spread(kept_SRU: Int[np.ndarray, "S R U"], gamma: float) -> Json:
+    """How the load spreads over ranks: means over steps after the warm-up, and a histogram.
+
+    That has the loads of all ranks and steps, relative to the mean, in 40 bins.
+    """
     load_SR = (kept_SRU[RECALIBRATE:].astype(np.float64) ** gamma).sum(2)
     mean_S = load_SR.mean(1)
     counts, edges = np.histogram(load_SR / mean_S.mean(), bins=np.linspace(0, 4, 41))
@@ -177,20 +156,19 @@ def spread(kept_SRU: np.ndarray, gamma: float) -> dict[str, Any]:
     }
 
 
-def time_ranks(config: Config, kept: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Processor seconds of a forward and backward pass over the batch of each rank, in a buffer that holds the largest batch of its policy."""
-    record: dict[str, Any] = {}
+def time_ranks(config: Config, kept: dict[str, Int[np.ndarray, "S R U"]]) -> Json:
+    """Processor seconds of a forward and backward pass over the batch of each rank.
+
+    Its buffer holds the largest batch of its policy.
+    """
+    record: Json = {}
     for policy, kept_SRU in kept.items():
         rows = -(-int(kept_SRU.sum(2).max()) // ROW_MULTIPLE) * ROW_MULTIPLE
         step, params = training_pass(config, rows)
         seconds_SR = np.zeros(kept_SRU.shape[:2])
         flops_SR = np.zeros_like(seconds_SR)
-        for place in track(
-            list(np.ndindex(seconds_SR.shape)),
-            f"{policy:>9}",
-            console=report.make_console(),
-            transient=True,
-        ):
+        places, console = list(np.ndindex(seconds_SR.shape)), report.make_console()
+        for place in track(places, f"{policy:>9}", console=console, transient=True):
             offsets = jnp.asarray(np.concatenate([[0], np.cumsum(kept_SRU[place])]), jnp.int32)
             flops_SR[place] = USERS * flops.count(config, kept_SRU[place]).training
             seconds_SR[place] = min(processor_seconds(step, params, offsets) for _ in range(2))
@@ -205,15 +183,15 @@ def time_ranks(config: Config, kept: dict[str, np.ndarray]) -> dict[str, Any]:
         record[policy] |= {
             "slowest": float(seconds_SR.max(1).mean()),
             "mean": float(seconds_SR.mean()),
-            "slowest_predicted": float(
-                flops_SR.max(1).mean() * per_flop
-            ),  # by operations, at the mean speed of all batches
+            # by operations, at the mean speed of all batches
+            "slowest_predicted": float(flops_SR.max(1).mean() * per_flop),
         }
     record["correlation_of_seconds_and_flops"] = float(np.corrcoef(np.stack(every))[0, 1])
     return record
 
 
-def training_pass(config: Config, rows: int) -> tuple[Any, Any]:
+def training_pass(config: Config, rows: int) -> tuple[Pass, nnx.State]:
+    """A compiled forward and backward pass over a buffer of so many rows, and parameters."""
     graphdef, params = nnx.split(
         HSTU.from_config(config.model, config.padded_length, rngs=nnx.Rngs(0))
     )
@@ -221,8 +199,8 @@ def training_pass(config: Config, rows: int) -> tuple[Any, Any]:
     zero_T = jnp.zeros(rows, jnp.int32)
 
     @jax.jit
-    def step(params: Any, offsets: jax.Array) -> Any:
-        def loss(params: Any, x_TD: jax.Array) -> jax.Array:
+    def step(params: nnx.State, offsets: jax.Array) -> tuple[nnx.State, jax.Array]:
+        def loss(params: nnx.State, x_TD: jax.Array) -> jax.Array:
             real_T = jnp.arange(rows) < offsets[-1]
             h_TD = nnx.merge(graphdef, params)(x_TD, Sequences(offsets, real_T, zero_T, zero_T))
             return jnp.sum(jnp.where(real_T[:, None], jnp.sin(h_TD), 0.0))
@@ -233,73 +211,15 @@ def training_pass(config: Config, rows: int) -> tuple[Any, Any]:
     return step, params
 
 
-def processor_seconds(step: Any, params: Any, offsets: jax.Array) -> float:
+def processor_seconds(step: Pass, params: nnx.State, offsets: jax.Array) -> float:
     started = time.process_time()
     jax.block_until_ready(step(params, offsets))
     return time.process_time() - started
 
 
-def draw(record: dict[str, Any], picture: Path) -> None:
-    """Left: how the loads of 64 ranks spread. Right: the step time of each of 8 ranks, forward and backward: ranks sorted by time in every step, then the mean over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = {"plain": "tab:grey", "balanced": "tab:blue"}
-    words = {"plain": "stochastic length", "balanced": "load-balanced"}
-    figure, axes = plt.subplots(
-        len(record["sets"]), 2, figsize=(9, 5.6), constrained_layout=True, squeeze=False
-    )
-    for (left, right), (name, values) in zip(axes, record["sets"].items(), strict=True):
-        for number, policy in enumerate(POLICIES):
-            row = values["load"]["64"][policy]
-            edges, counts = (
-                np.array(row["histogram"]["edges"]),
-                np.array(row["histogram"]["counts"]),
-            )
-            label = f"{words[policy]}: max / mean {row['max_over_mean']:.2f}"
-            left.stairs(
-                counts / (counts.sum() + row["histogram"]["beyond"]),
-                edges,
-                color=colours[policy],
-                fill=not number,
-                alpha=0.5 + 0.5 * number,
-                label=label,
-            )
-            seconds_R = np.sort(values["step"][policy]["seconds"], axis=1).mean(0)
-            right.bar(
-                np.arange(len(seconds_R)) + 0.4 * number - 0.2,
-                seconds_R,
-                0.4,
-                color=colours[policy],
-                label=f"{words[policy]}: slowest {seconds_R[-1]:.2f} s",
-            )
-        left.set(
-            title=f"{name}, 64 ranks",
-            xlabel="load of a rank / mean",
-            ylabel="share of ranks and steps",
-            xlim=(0, 4),
-        )
-        right.set(
-            title=f"{name}, 8 ranks, mean of steps",
-            xlabel="rank, by time",
-            ylabel="processor seconds",
-        )
-        for axis in (left, right):
-            axis.set_ylim(0, 1.35 * axis.get_ylim()[1])  # room for the legend
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.legend(frameon=False, loc="upper right" if axis is left else "upper left")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=130)
-    plt.close(figure)
-
-
 if __name__ == "__main__":
     flags.DEFINE_string("raw_dir", None, "a local copy of ASSISTments 2017")
     flags.DEFINE_string("data_dir", "data", "prepared files go here")
-    flags.DEFINE_string("record", None, "JSON file for the result")
-    flags.DEFINE_string("figure", None, "picture drawn from the result")
-    flags.DEFINE_string("draw", None, "only draw the picture of this JSON file")
     flags.DEFINE_integer("timed_steps", 2, "steps whose ranks are timed")
+    command.define_record()
     command.run(main)

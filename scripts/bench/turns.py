@@ -1,27 +1,37 @@
-"""Measurements in several processes: they prepare side by side, which takes most of the time, and take turns on the devices.
+"""Measurements in several processes: they prepare side by side, and take turns on the devices.
 
-`each`: many short measurements, whose processes stay. `one_by_one`: few long ones, each in a process that ends with it. What prepares (compiles, which may try algorithms on the device; computes what is expected) and what measures never run at the same time. With
-XLA_PYTHON_CLIENT_PREALLOCATE=false, so that the device's memory is enough for all.
+`each`: many short measurements, whose processes stay. `one_by_one`: few long ones, each in a
+process that ends with it. Preparing takes most of the time: it compiles, which may try algorithms
+on the device, and computes what is expected. Nothing prepares while something measures. With
+XLA_PYTHON_CLIENT_PREALLOCATE=false the device's memory is enough for all.
 """
 
 import concurrent.futures
 import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 
 class Turns:
-    """Many may prepare, or one may measure. Who waits to measure goes before who wants to prepare: the processes prepare, then measure one by one."""
+    """Many may prepare, or one may measure.
 
-    def __init__(self, context: Any):
+    Who waits to measure goes before who wants to prepare: the processes prepare, then measure one
+    by one.
+    """
+
+    def __init__(self, context: SpawnContext):
         self._changed = context.Condition()
         self._preparing, self._waiting, self._measuring = (
             context.Value("i", 0, lock=False) for _ in range(3)
         )
 
     @contextlib.contextmanager
-    def _counted(self, count: Any) -> Iterator[None]:
+    def _counted(self, count: "Synchronized[int]") -> Iterator[None]:
         count.value += 1
         try:
             with self._released():
@@ -67,53 +77,50 @@ def _share(turns: Turns) -> None:
     _turns = turns
 
 
-def preparing() -> Any:
+def preparing() -> AbstractContextManager[None]:
     """A context in which no other process of `each` measures."""
     return contextlib.nullcontext() if _turns is None else _turns.preparing()
 
 
-def turn() -> Any:
+def turn() -> AbstractContextManager[None]:
     """A context in which no other process of `each` measures or prepares."""
     return contextlib.nullcontext() if _turns is None else _turns.measuring()
 
 
-def each(
-    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int
-) -> Iterator[tuple[int, Any]]:
-    """(number, result) of `function(*task)` for every task, as they come; with one job in this process, else in `jobs` new ones."""
+def each[R](tasks: Sequence[Callable[[], R]], jobs: int) -> Iterator[tuple[int, R]]:
+    """(number, result) of every task, as they come; in this process, or in `jobs` new ones."""
     if jobs <= 1:
-        yield from ((number, function(*task)) for number, task in enumerate(tasks))
+        yield from ((number, task()) for number, task in enumerate(tasks))
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         jobs, context, initializer=_share, initargs=(Turns(context),)
     ) as pool:
-        numbers = {pool.submit(function, *task): number for number, task in enumerate(tasks)}
+        numbers = {pool.submit(task): number for number, task in enumerate(tasks)}
         for done in concurrent.futures.as_completed(numbers):
             yield numbers[done], done.result()
 
 
-Prepare = Callable[..., Callable[[], Any]]
+def one_by_one[R](
+    tasks: Sequence[Callable[[], Callable[[], R]]], processes: bool = True
+) -> Iterator[R | Exception]:
+    """The result of what every task returns, in order; an exception is a result.
 
-
-def one_by_one(
-    tasks: Sequence[tuple[Prepare, tuple[Any, ...]]], processes: bool = True
-) -> Iterator[Any]:
-    """The result of `prepare(*arguments)()` for every (prepare, arguments), in order; an exception is a result.
-
-    All prepare at the same time, each in a process of its own. Then one after another does its work and ends: it has host and devices to itself, and
-    what it took of the devices' memory is free for the next. Without `processes` all is done here, for work that is small.
+    A task prepares, and returns the function that measures. All prepare at the same time, each in a
+    process of its own. Then one after another measures and ends: it has host and devices to itself,
+    and what it took of the devices' memory is free for the next. Without `processes` all is done
+    here, for work that is small.
     """
     if not processes:
-        for prepare, arguments in tasks:
-            work = _or_error(prepare, *arguments)
+        for task in tasks:
+            work = _or_error(task)
             yield work if isinstance(work, Exception) else _or_error(work)
         return
     context = multiprocessing.get_context("spawn")
     started = []
     for task in tasks:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_prepare_and_wait, args=(theirs, *task), daemon=True)
+        process = context.Process(target=_prepare_and_wait, args=(theirs, task), daemon=True)
         process.start()
         theirs.close()
         started.append((process, ours))
@@ -126,8 +133,8 @@ def one_by_one(
         yield result
 
 
-def _prepare_and_wait(pipe: Any, prepare: Prepare, arguments: tuple[Any, ...]) -> None:
-    work = _or_error(prepare, *arguments)
+def _prepare_and_wait[R](pipe: Connection, task: Callable[[], Callable[[], R]]) -> None:
+    work = _or_error(task)
     if isinstance(work, Exception):
         pipe.send(work)
         return
@@ -136,15 +143,15 @@ def _prepare_and_wait(pipe: Any, prepare: Prepare, arguments: tuple[Any, ...]) -
     pipe.send(_or_error(work))
 
 
-def _or_error(function: Callable[..., Any], *arguments: Any) -> Any:
+def _or_error[R](function: Callable[[], R]) -> R | Exception:
     """What it returns, or its error, of a kind that goes through a pipe."""
     try:
-        return function(*arguments)
+        return function()
     except Exception as error:
         return RuntimeError(f"{type(error).__name__}: {error}"[:2000])
 
 
-def _received(pipe: Any) -> Any:
+def _received(pipe: Connection) -> Any:
     try:
         return pipe.recv()
     except EOFError:

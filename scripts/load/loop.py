@@ -1,4 +1,4 @@
-"""A deployment of `experiments.serve` in a process of its own, and closed loops of requests to it."""
+"""A deployment of `experiments.serve` in its own process, and closed loops of requests to it."""
 
 import asyncio
 import contextlib
@@ -24,6 +24,8 @@ STOP_S = 120
 
 @dataclasses.dataclass(frozen=True)
 class Served:
+    """A deployment that runs."""
+
     process: subprocess.Popen
     url: str
     seconds: float  # from the start of the command to its first answer
@@ -33,9 +35,8 @@ class Served:
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found += (
-                    [process] if " ".join(process.cmdline()).startswith("ray::ServeReplica") else []
-                )
+                if " ".join(process.cmdline()).startswith("ray::ServeReplica"):
+                    found.append(process)
         return found
 
     def rss_mib(self) -> float:
@@ -44,25 +45,21 @@ class Served:
 
 @contextlib.contextmanager
 def deployment(workdir: str, *arguments: str, port: int) -> Iterator[Served]:
-    """`experiments.serve` with these arguments, ended by an interrupt. Raises ValueError where it does not come up."""
+    """`experiments.serve` with these arguments, ended by an interrupt.
+
+    Raises ValueError where it does not come up.
+    """
     started = time.monotonic()
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.serve",
-        f"--workdir={workdir}",
-        f"--port={port}",
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "experiments.serve", f"--workdir={workdir}"]
+    command += [f"--port={port}", *arguments]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         try:
             assert process.stdout is not None
             if not any("its description at /docs" in line for line in process.stdout):
-                raise ValueError(
-                    f"{' '.join(command[1:])} ended with {process.wait()}: start it by hand to see why"
-                )
+                ended = f"{' '.join(command[1:])} ended with {process.wait()}"
+                raise ValueError(f"{ended}: start it by hand to see why")
             yield Served(process, f"http://127.0.0.1:{port}", time.monotonic() - started)
         finally:
             process.send_signal(signal.SIGINT)
@@ -95,9 +92,9 @@ async def closed_loop(
         for sent in turns:
             began = time.perf_counter()
             try:
-                body = io.BytesIO(sent.body)
+                body, headers = io.BytesIO(sent.body), {"content-type": sent.kind}
                 async with session.request(
-                    sent.method, sent.path, data=body, headers={"content-type": sent.kind}
+                    sent.method, sent.path, data=body, headers=headers
                 ) as response:
                     status, answer = response.status, await response.read()
             except TimeoutError:

@@ -1,13 +1,14 @@
-"""Requests to load a deployment of a ranking run with, good and bad, and what their answers must be."""
+"""Requests to a deployment of a ranking run, good and bad, and what their answers must be."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from experiments.record import Json
 from scripts.load import requests as load_requests
-from scripts.load.requests import Sent, stretches
+from scripts.load.requests import Sent, histories, stretches
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.serving.schema import MAX_EVENTS
 from ultra_hstu.serving.score_schema import ScoreAnswer, ScoreRequest
@@ -15,38 +16,27 @@ from ultra_hstu.serving.score_service import ScoreService
 from ultra_hstu.serving.scoring import MAX_CANDIDATES
 
 CANDIDATES = 100  # of a request
-# Of scores, by the dtype of the layers: which users share a device call differs.
+# By how much scores may differ, by the dtype of layers: which users share a device call differs.
 ROUNDING = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 SCORE = "/score"
 EXAMPLE = {"user": 42, "candidates": [608, 2858, 1193]}
 
 
-def told(interactions: Interactions, count: int, events: int, seed: int) -> list[dict]:
-    """All that the data says of random stretches of so many events, and `CANDIDATES` random items."""
+def whole(interactions: Interactions, count: int, events: int, seed: int) -> list[Json]:
+    """All that the data holds of random stretches of events, and `CANDIDATES` random items."""
     rng = np.random.default_rng((seed, 1))
     known = interactions.catalog.raw_ids[1:]
-    requests = []
-    for user, span in stretches(interactions, count, events, seed):
+    requests = histories(interactions, count, events, seed)
+    spans = stretches(interactions, count, events, seed)
+    for request, (user, span) in zip(requests, spans, strict=True):
         words = {
             name: interactions.context_values[name][codes[user]]
             for name, codes in interactions.contexts.items()
         }
-        times = (
-            {}
-            if interactions.timestamps is None
-            else {"times": interactions.timestamps[span].tolist()}
-        )
-        requests.append(
-            {
-                "history": interactions.catalog.decode(interactions.items[span]).tolist(),
-                "actions": {
-                    name: values[span].tolist() for name, values in interactions.actions.items()
-                },
-                "context": {name: word for name, word in words.items() if word},
-                "candidates": rng.choice(known, CANDIDATES).tolist(),
-                **times,
-            }
-        )
+        actions = interactions.actions.items()
+        request["actions"] = {name: values[span].tolist() for name, values in actions}
+        request["context"] = {name: word for name, word in words.items() if word}
+        request["candidates"] = rng.choice(known, CANDIDATES).tolist()
     return requests
 
 
@@ -54,7 +44,7 @@ def timed(interactions: Interactions, count: int, events: int, seed: int) -> lis
     """Good requests that are all alike: a history of so many events, `CANDIDATES` candidates."""
     return [
         Sent(json.dumps(request).encode(), path=SCORE)
-        for request in told(interactions, count, events, seed)
+        for request in whole(interactions, count, events, seed)
     ]
 
 
@@ -63,29 +53,28 @@ def checked(service: ScoreService, count: int, events: int, seed: int) -> list[S
     data: Any = service.data
     interactions = data.interactions
     rng = np.random.default_rng(seed)
-    known = interactions.catalog.raw_ids[1:].tolist()
-    absent = max(known) + 1 if interactions.catalog.raw_ids.dtype.kind == "i" else "absent"
-    requests: list[dict] = []
-    for whole in told(interactions, count, events, seed):
+    _, absent = load_requests.raw_ids(interactions)
+    requests: list[Json] = []
+    for request in whole(interactions, count, events, seed):
         length = int(rng.integers(1, events + 1))
-        cut = {name: whole[name][:length] for name in ("history", "times") if name in whole}
-        cut["actions"] = {name: values[:length] for name, values in whole["actions"].items()}
-        some = whole["candidates"][: int(rng.integers(1, CANDIDATES))]
+        cut: Json = {
+            name: request[name][:length] for name in ("history", "times") if name in request
+        }
+        cut["actions"] = {name: values[:length] for name, values in request["actions"].items()}
+        some = request["candidates"][: int(rng.integers(1, CANDIDATES))]
+        user = interactions.users[rng.integers(interactions.num_users)].item()
         kinds = [
-            whole,
-            whole | cut | {"candidates": some},
-            {
-                "user": interactions.users[rng.integers(interactions.num_users)].item(),
-                "candidates": some,
-            },
+            request,
+            request | cut | {"candidates": some},
+            {"user": user, "candidates": some},
             {"history": [], "candidates": some},
             {**cut, "candidates": [*some, absent, *some]},
         ]
         requests.append(kinds[rng.choice(len(kinds), p=[0.4, 0.25, 0.2, 0.05, 0.1])])
     expected = load_requests.answers(service, requests)
-    options: dict[str, Any] = dict(path=SCORE, rounding=ROUNDING[service.model.config.model.dtype])
+    rounding = ROUNDING[service.model.config.model.dtype]
     return [
-        Sent(json.dumps(request).encode(), answer, **options)
+        Sent(json.dumps(request).encode(), answer, path=SCORE, rounding=rounding)
         for request, answer in zip(requests, expected, strict=True)
     ]
 
@@ -95,36 +84,57 @@ def right(sent: Sent, body: bytes) -> bool:
     if sent.expected is None:
         return True
     got, wanted = ScoreAnswer.model_validate_json(body), sent.expected
-    if (got.events, got.warnings, len(got.candidates)) != (
-        wanted.events,
-        wanted.warnings,
-        len(wanted.candidates),
-    ):
+    if (got.events, got.warnings) != (wanted.events, wanted.warnings):
         return False
-    for one, other in zip(got.candidates, wanted.candidates, strict=True):
-        if one.item != other.item or (one.scores or {}).keys() != (other.scores or {}).keys():
-            return False
-        if any(
-            abs(value - other.scores[task]) > sent.rounding
-            for task, value in (one.scores or {}).items()
-        ):
-            return False
-    return True
+    items, scores = ([(one.item, one.scores or {}) for one in x.candidates] for x in (got, wanted))
+    return len(items) == len(scores) and all(
+        item == other
+        and values.keys() == others.keys()
+        and all(abs(values[task] - others[task]) <= sent.rounding for task in values)
+        for (item, values), (other, others) in zip(items, scores, strict=True)
+    )
 
 
-_WRONG: Sequence[str] = (
-    "{}", "[]", "null", "not json", '{"user": 1}', '{"candidates": [1]}', '{"history": [1], "candidates": []}', '{"history": [1], "candidates": [NaN]}',
-    '{"history": [1], "candidates": [1.5]}', '{"history": [1], "candidates": 1}', '{"history": [1], "candidates": [true]}',
-    '{"history": [1], "candidates": [[1]]}', '{"history": [1], "candidates": [null]}', '{"history": [1], "candidates": [1], "k": 3}',
-    '{"history": [1], "candidates": [1], "user": 1}', '{"user": 987654321, "candidates": [1]}', '{"history": [NaN], "candidates": [1]}',
-    '{"history": [1, 2], "times": [2, 1], "candidates": [1]}', '{"history": [1], "times": [1], "now": 0, "candidates": [1]}',
-    '{"history": [1, 2], "times": [0, 9007199254740992], "candidates": [1]}', '{"history": [1], "actions": {"x": [1, 2]}, "candidates": [1]}',
-    '{"history": [1], "actions": {"x": [1e400]}, "candidates": [1]}', '{"history": [1], "candidates": [1], "features": {"x": [1, 2]}}',
-    '{"history": [1], "candidates": [1], "features": {"x": ["a"]}}', '{"history": [1], "candidates": [1], "context": {"x": 1}}',
-    '{"user": 1, "candidates": [1], "context": {}}', '{"history": [1], "candidates": [99999999999999999999999]}', '{"history": [1], "candidates": ["\\ud800"]}',
-    '{"history": [1], "candidates": [1]', "[" * 5000, '{"candidates": ' + "[" * 5000,
-    json.dumps({"history": [1] * (MAX_EVENTS + 1), "candidates": [1]}), json.dumps({"history": [1], "candidates": [1] * (MAX_CANDIDATES + 1)}),
-)  # fmt: skip
+# Bodies that must be refused.
+_WRONG = (
+    r"""
+{}
+[]
+null
+not json
+{"user": 1}
+{"candidates": [1]}
+{"history": [1], "candidates": []}
+{"history": [1], "candidates": [NaN]}
+{"history": [1], "candidates": [1.5]}
+{"history": [1], "candidates": 1}
+{"history": [1], "candidates": [true]}
+{"history": [1], "candidates": [[1]]}
+{"history": [1], "candidates": [null]}
+{"history": [1], "candidates": [1], "k": 3}
+{"history": [1], "candidates": [1], "user": 1}
+{"user": 987654321, "candidates": [1]}
+{"history": [NaN], "candidates": [1]}
+{"history": [1, 2], "times": [2, 1], "candidates": [1]}
+{"history": [1], "times": [1], "now": 0, "candidates": [1]}
+{"history": [1, 2], "times": [0, 9007199254740992], "candidates": [1]}
+{"history": [1], "actions": {"x": [1, 2]}, "candidates": [1]}
+{"history": [1], "actions": {"x": [1e400]}, "candidates": [1]}
+{"history": [1], "candidates": [1], "features": {"x": [1, 2]}}
+{"history": [1], "candidates": [1], "features": {"x": ["a"]}}
+{"history": [1], "candidates": [1], "context": {"x": 1}}
+{"user": 1, "candidates": [1], "context": {}}
+{"history": [1], "candidates": [99999999999999999999999]}
+{"history": [1], "candidates": ["\ud800"]}
+{"history": [1], "candidates": [1]
+""".strip().splitlines()
+    + [
+        "[" * 5000,
+        '{"candidates": ' + "[" * 5000,
+        json.dumps({"history": [1] * (MAX_EVENTS + 1), "candidates": [1]}),
+        json.dumps({"history": [1], "candidates": [1] * (MAX_CANDIDATES + 1)}),
+    ]
+)
 
 
 def bad(count: int, seed: int) -> list[Sent]:

@@ -62,7 +62,7 @@ def attention_table(record: Json) -> str:
     ]
     if rivals := record.get("rivals"):
         default = "".join(
-            f" (`{r['workload']}` without, its default: {r['tflops']:.0f})"
+            " (`{workload}` without, its default: {tflops:.0f})".format(**r)
             for r in measured_ones
             if r["implementation"] == "meta_triton_default"
         )
@@ -78,7 +78,8 @@ def attention_table(record: Json) -> str:
     )
     if fp8 := [r for r in measured_ones if r["implementation"] == "mosaic_fp8"]:
         listed = "; ".join(
-            f"`{r['workload']}` {r['tflops']:.0f}, error {100 * r['error']:.1f} %" for r in fp8
+            "`{workload}` {tflops:.0f}, error {error:.1%}".format(**r).replace("%", " %")
+            for r in fp8
         )
         notes.append(f"`mosaic_fp8`, forward, rounding of the inputs included: {listed}.")
     header = ["workload", *ATTENTION.values(), "plan, us [3]"]

@@ -5,6 +5,7 @@ from matplotlib.axes import Axes
 from experiments.record import Json
 from scripts.tables.records import (
     NOT_MEASURED,
+    cells,
     figure,
     first,
     load,
@@ -40,15 +41,15 @@ def longest_table() -> str:
         found = record["variants"].get(variant, {})
         lengths = {int(context): values["longest"] for context, values in found.items()}
         if lengths:
-            cells = [f"{lengths[c]:,}" if c in lengths else "" for c in PUBLISHED]
+            known = [f"{lengths[c]:,}" if c in lengths else "" for c in PUBLISHED]
             ratio = f"{lengths[8] / lengths[1]:.2f}" if {1, 8} <= lengths.keys() else ""
-            rows.append([label, *cells, ratio])
-    notes = [
-        f"Events of each of {record['users']} histories of a group, by the group's devices; "
-        f"{record['budget_GiB']:.0f} GiB a device, by the compiler's count of a whole training "
-        f"step, compiled for {record['compiled_for']}. Commit {record['commit']}, "
-        f"{record['date'][:10]}."
-    ]
+            rows.append([label, *known, ratio])
+    notes = cells(
+        record,
+        "Events of each of {users} histories of a group, by the group's devices; {budget_GiB:.0f} "
+        "GiB a device, by the compiler's count of a whole training step, compiled for "
+        "{compiled_for}. Commit {commit}, {date:.10}.",
+    )
     confirmed = record.get("confirmed", {"runs": []})
     for run in confirmed["runs"]:
         if "error" in run:
@@ -72,17 +73,16 @@ def steps_table(record: Json) -> str:
     rows = []
     for mask, cases in record["steps"].items():
         for name, found in cases.items():
-            cells = ["-"] * 5 + ["failed"]
+            values = ["-"] * 5 + ["failed"]
             if "error" not in found:
-                cells = [
-                    f"{found['users']} x {found['length']:,}",
-                    f"{found['step_ms']:.1f}",
+                values = [
+                    *cells(found, "{users} x {length:,}", "{step_ms:.1f}"),
                     f"{found['tokens_a_second'] / 1e6:.2f}",
                     f"{found['bytes_sent_a_step'] / 1e6:,.0f}",
                     f"{found['bytes_a_device'] / GIB:.1f}",
-                    f"{found['speed_up']:.2f}" if "speed_up" in found else "",
+                    *(cells(found, "{speed_up:.2f}") if "speed_up" in found else [""]),
                 ]
-            rows.append([MASKS[mask], _case(name), *cells])
+            rows.append([MASKS[mask], _case(name), *values])
     header = ["mask", "devices share", "batch", "ms a step", "million tokens a second"]
     header += ["MB a device sends", "GiB a device", "speed-up"]
     notes = [
@@ -126,7 +126,7 @@ def reshard_table(record: Json) -> str:
             )
     header = ["rows lie in", "by", "batches a second", "of all-gather's"]
     header += ["temporary MiB a device", "MB a device sends"]
-    size = f"{found['rows']:,} rows of width {found['width']} over {found['devices']} devices"
+    size = cells(found, "{rows:,} rows of width {width} over {devices} devices")[0]
     return markdown(header, rows, f"{size}; {origin(record)}")
 
 
@@ -136,14 +136,13 @@ def balance_table(record: Json) -> str:
     rows = []
     for key, values in record["busiest_over_mean"].items():
         lengths, mask = key.split("/")
-        cells = [f"{values[layout]:.3f}" if layout in values else "" for layout in layouts]
-        rows.append([lengths, MASKS[mask], *cells])
-    return markdown(
-        ["lengths", "mask", *layouts],
-        rows,
-        f"{record['rows']:,} rows over {record['shards']} shards, blocks of {record['block']} "
-        f"rows, the worst of {record['draws']} draws of lengths.",
+        loads = [f"{values[layout]:.3f}" if layout in values else "" for layout in layouts]
+        rows.append([lengths, MASKS[mask], *loads])
+    note = (
+        "{rows:,} rows over {shards} shards, blocks of {block} rows, the worst of {draws} draws "
+        "of lengths."
     )
+    return markdown(["lengths", "mask", *layouts], rows, *cells(record, note))
 
 
 def context_parallel_figure() -> None:
@@ -167,7 +166,7 @@ def _draw_steps(axis: Axes, record: Json) -> None:
         for name, found in cases.items()
         if "speed_up" in found and name != "one device"
     ][::-1]
-    inside = {"va": "center", "ha": "right", "color": "white", "fontsize": 8}
+    inside: Json = {"va": "center", "ha": "right", "color": "white", "fontsize": 8}
     for place, (_, mask, value) in enumerate(bars):
         axis.barh(place, value, color=COLOURS[mask], height=0.7)
         axis.text(value - 0.02, place, f"{value:.2f}", **inside)

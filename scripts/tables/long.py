@@ -1,7 +1,7 @@
 """The tables of long histories: a training step with pieces of ULTRA-HSTU off, and a layer."""
 
 from experiments.record import Json
-from scripts.tables.records import markdown, measured
+from scripts.tables.records import cells, markdown, measured
 
 VARIANTS = {  # of scripts.bench.long
     "ultra": "`long_ultra`",
@@ -25,20 +25,21 @@ def long_ultra_table(record: Json) -> str:
             VARIANTS.get(name, name),
             f"{found['step_ms']:.0f}",
             f"{found['events_a_second'] / 1e6:.2f}",
-            f"{found['temporary_GiB']:.1f}",
-            f"{found['encoder_inference_TFLOP_a_sample']:.3f}",
-            f"{found['training_TFLOP_a_sample']:.2f}",
-            f"{found['TFLOP_a_second']:.0f}",
+            *cells(
+                found,
+                "{temporary_GiB:.1f}",
+                "{encoder_inference_TFLOP_a_sample:.3f}",
+                "{training_TFLOP_a_sample:.2f}",
+                "{TFLOP_a_second:.0f}",
+            ),
         ]
         for name, found in record["variants"].items()
         if "step_ms" in found
     ]
     header = ["", "step, ms", "million events/s", "temporaries, GiB"]
     header += ["encoder, forward: TFLOP a sample", "training: TFLOP a sample", "TFLOP/s"]
-    where = f"{record['device']}, commit {record['commit']}"
-    return markdown(
-        header, rows, f"{where}, attention `{record['implementation']}`{remark(record)}."
-    )
+    where = "{device}, commit {commit}, attention `{implementation}`".format(**record)
+    return markdown(header, rows, f"{where}{remark(record)}.")
 
 
 @measured("layer_h200")
@@ -49,7 +50,7 @@ def layer_memory_table(record: Json) -> str:
         for name, found in record["modes"].items()
     ]
     depths = " and ".join(map(str, record["depths"]))
-    where = f"{record['device']}, commit {record['commit']}, {record['rows']:,} tokens"
+    where = "{device}, commit {commit}, {rows:,} tokens".format(**record)
     return markdown(
         ["model.remat", "bytes a token and layer", "forward and backward, ms a layer"],
         rows,

@@ -3,7 +3,7 @@
 import statistics
 
 from experiments.record import Json
-from scripts.tables.records import NOT_MEASURED, load, markdown, mean_and_deviation
+from scripts.tables.records import NOT_MEASURED, cells, load, markdown, mean_and_deviation
 
 RANKING = {  # records of experiments.train --record: data and model
     f"{prefix}_rank_{suffix}": (data, model)
@@ -59,8 +59,9 @@ def ranking_table() -> str:
         known = [name for name in BASELINES if name in record["baselines"] and data not in shown]
         shown |= {data} if known else set()
         for name in known:
-            cells = {task: metric_cells([record["baselines"][name]], task) for task in tasks}
-            rows += [[data, task, name, "", *cells[task], "", ""] for task in tasks]
+            for task in tasks:
+                values = metric_cells([record["baselines"][name]], task)
+                rows.append([data, task, name, "", *values, "", ""])
         inference = record["flops"]["inference"]
         flops = f"{inference / 1e9:.3g}"
         vanilla = ranking_record(config.removesuffix("_ultra") + "_hstu")
@@ -110,8 +111,7 @@ def ablation_table() -> str:
                     mean_and_deviation(entropies),
                     difference,
                     mean_and_deviation(areas),
-                    f"{found['inference_gflop']:.3g}",
-                    f"{found['training_gflop']:.3g}",
+                    *cells(found, "{inference_gflop:.3g}", "{training_gflop:.3g}"),
                     seconds,
                 ]
             )

@@ -51,6 +51,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) 
     return "\n\n".join([table, *notes])
 
 
+def cells(values: Json, *templates: str) -> list[str]:
+    """What stands in a row: `cells(found, "{step_ms:.0f}", "{p50_ms:.1f} / {p99_ms:.1f}")`."""
+    return [template.format(**values) for template in templates]
+
+
 def short(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}".removeprefix("0")
 
@@ -61,7 +66,7 @@ def mean_and_deviation(values: list[float]) -> str:
 
 
 def origin(record: Json) -> str:
-    return f"{record['device']}, commit {record['commit']}, {record['date'][:10]}."
+    return "{device}, commit {commit}, {date:.10}.".format(**record)
 
 
 @contextlib.contextmanager

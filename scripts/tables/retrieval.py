@@ -1,5 +1,6 @@
 """The tables and the figure of retrieval on MovieLens-1M: metrics beside others', and speed."""
 
+from experiments.record import Json
 from scripts.tables.records import figure, load, markdown, mean_and_deviation, short
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "mrr")
@@ -15,11 +16,11 @@ MODELS = {
 # order), and measured with it on the true order of the same data (one seed, last of 101 epochs).
 # These are other people's numbers, so they stand here and not under results.
 TRUE_ORDER = "public PyTorch code, true order"
-REFERENCE = {
+REFERENCE: dict[str, dict[str, tuple[float, ...]]] = {
     "published table": {
-        "ml1m_sasrec": (0.2853, 0.1603, 0.5474, 0.2185, 0.7528, None),
-        "ml1m_hstu": (0.3097, 0.1720, 0.5754, 0.2307, 0.7716, None),
-        "ml1m_hstu_large": (0.3294, 0.1893, 0.5935, 0.2481, 0.7839, None),
+        "ml1m_sasrec": (0.2853, 0.1603, 0.5474, 0.2185, 0.7528),
+        "ml1m_hstu": (0.3097, 0.1720, 0.5754, 0.2307, 0.7716),
+        "ml1m_hstu_large": (0.3294, 0.1893, 0.5935, 0.2481, 0.7839),
     },
     TRUE_ORDER: {
         "ml1m_sasrec": (0.2925, 0.1670, 0.5568, 0.2255, 0.7556, 0.1439),
@@ -47,9 +48,10 @@ def ml1m_table() -> str:
     """One line a model and condition; ours with mean and standard deviation over seeds."""
     rows, notes = [], []
     for config, model in MODELS.items():
-        for source, published in REFERENCE.items():
-            if config in published:
-                rows.append([model, source, "", *map(short, published[config])])
+        for source, values in REFERENCE.items():
+            if config in values:
+                cells = [short(value) for value in values[config]]
+                rows.append([model, source, "", *cells, *[""] * (len(METRICS) - len(cells))])
         for suffix, label in VARIANTS.items():
             record = load(f"{config}_{suffix}")
             if not record:
@@ -87,15 +89,15 @@ def speed_table() -> str:
             if not step:
                 continue
             place = step["device"] if device != "cpu" else f"{step['host_cores']} CPU cores"
-            streamed, evaluation = step["streamed_feed"], step["evaluation"]
             values = {
-                "one training step, batch 128": f"{step['device_feed']['step_ms_median']:.0f} ms",
-                "the same, data streamed": f"{streamed['step_ms_median']:.0f} ms",
-                "share of it waiting for data": f"{100 * streamed['input_wait_share']:.2f} %",
-                "ranking all test users": f"{evaluation['seconds']:.1f} s, "
-                f"{evaluation['peak_MiB']:.0f} MiB",
+                "one training step, batch 128": "{device_feed[step_ms_median]:.0f} ms",
+                "the same, data streamed": "{streamed_feed[step_ms_median]:.0f} ms",
+                "share of it waiting for data": "{streamed_feed[input_wait_share]:.2%}",
+                "ranking all test users": "{evaluation[seconds]:.1f} s, "
+                "{evaluation[peak_MiB]:.0f} MiB",
             }
-            rows += [[model, place, what, value] for what, value in values.items()]
+            for what, value in values.items():
+                rows.append([model, place, what, value.format(**step).replace("%", " %")])
     return markdown(["model", "device", "what", "value"], rows + REFERENCE_SPEED)
 
 
@@ -103,7 +105,7 @@ def ml1m_figure() -> None:
     """HR@10 over epochs, first seed of each model, beside the reference's last epoch."""
     with figure("ml1m", 7, 3.8) as drawn:
         axis = drawn.subplots()
-        dotted = {"linestyle": ":", "linewidth": 1}
+        dotted: Json = {"linestyle": ":", "linewidth": 1}
         for config, colour in CURVES.items():
             if record := load(f"{config}_published"):
                 history = record["runs"][0]["history"]

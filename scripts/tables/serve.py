@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from scripts.tables.records import NOT_MEASURED, figure, load, markdown
+from scripts.tables.records import NOT_MEASURED, cells, figure, load, markdown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,8 @@ class Deployment:
         """The rate over connections, the mixed load and the killed replica."""
         if not (record := load(self.record)):
             return NOT_MEASURED
-        columns = ("per_second", "p50_ms", "p99_ms", "max_ms")
-        rows = [
-            [str(row["connections"]), row["histories"], *(f"{row[key]:.0f}" for key in columns)]
-            for row in record["rates"]
-        ]
+        rates = ("{per_second:.0f}", "{p50_ms:.0f}", "{p99_ms:.0f}", "{max_ms:.0f}")
+        rows = [cells(row, "{connections}", "{histories}", *rates) for row in record["rates"]]
         mixed, kill = record["mixed"], record["kill"]
         refused = ", ".join(
             f"{count} x {status}" for status, count in mixed["statuses"].items() if status != "200"
@@ -45,19 +42,18 @@ class Deployment:
         return markdown(
             ["connections", "histories", "requests/s", "p50 ms", "p99 ms", "slowest ms"],
             rows,
-            f"{record['config']}, history {record['history']}, {what}, one replica{arguments} and "
-            f"the client on {record['host_cores']} CPU cores; load average "
-            f"{record['load_average_before'][0]:.1f} before and "
-            f"{record['load_average_after'][0]:.1f} after{note}.",
-            f"Mixed: {mixed['requests']:,} requests, {mixed['bad']:,} of them bad, over "
-            f"{mixed['connections']} connections: {mixed['per_second']:.0f} a second, p99 "
-            f"{mixed['p99_ms']:.0f} ms. {mixed['wrong_answers']} wrong answers, {mixed['hung']} "
-            f"hung, refused: {refused}. Memory of the replica after the first fifth of the "
+            "{config}, history {history}, {what}, one replica{arguments} and the client on "
+            "{host_cores} CPU cores; load average {load_average_before[0]:.1f} before and "
+            "{load_average_after[0]:.1f} after{remark}.".format(
+                what=what, arguments=arguments, remark=note, **record
+            ),
+            "Mixed: {requests:,} requests, {bad:,} of them bad, over {connections} connections: "
+            "{per_second:.0f} a second, p99 {p99_ms:.0f} ms. {wrong_answers} wrong answers, {hung} "
+            "hung, refused: {refused}. Memory of the replica after the first fifth of the "
             "requests: largest over smallest "
-            f"{mixed['rss_after_warm_up_largest_over_smallest']:.3f}.",
-            f"One of {kill['replicas']} replicas killed (SIGKILL) under load: {kill['lost']} of "
-            f"{kill['requests']:,} requests lost, {kill['hung']} hung, slowest answer "
-            f"{kill['slowest_answered_s']:.2f} s.",
+            "{rss_after_warm_up_largest_over_smallest:.3f}.".format(refused=refused, **mixed),
+            "One of {replicas} replicas killed (SIGKILL) under load: {lost} of {requests:,} "
+            "requests lost, {hung} hung, slowest answer {slowest_answered_s:.2f} s.".format(**kill),
         )
 
     def stages_table(self) -> str:

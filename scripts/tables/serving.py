@@ -3,7 +3,7 @@
 from experiments import configs
 from experiments.record import Json
 from scripts.bench import serving as bench_serving
-from scripts.tables.records import NOT_MEASURED, figure, load, markdown, measured, short
+from scripts.tables.records import NOT_MEASURED, cells, figure, load, markdown, measured, short
 from ultra_hstu import flops
 
 RECORD = "serving_h100"
@@ -48,9 +48,9 @@ def serving_table(record: Json) -> str:
 
     Its rate stands beside those of other ways.
     """
-    cells = by_place(record)
+    places = by_place(record)
     fastest: dict[tuple[int, int, str], tuple[int, Json]] = {}
-    for (model, history, what, count, step), cell in cells.items():
+    for (model, history, what, count, step), cell in places.items():
         best = fastest.get((history, count, model))
         if what == "cached" and (
             best is None or cell["candidates_per_s"] > best[1]["candidates_per_s"]
@@ -58,35 +58,35 @@ def serving_table(record: Json) -> str:
             fastest[history, count, model] = (step, cell)
     rows = []
     for (history, count, model), (step, cell) in sorted(fastest.items(), key=lambda item: item[0]):
-        encode = cells.get((model, history, "encode", 0, 0))
+        encode = places.get((model, history, "encode", 0, 0))
         rows.append(
             [
                 MODELS[model],
                 f"{history:,}",
                 f"{count:,}",
                 f"{step:,}",
-                f"{cell['p50_ms']:.2f} / {cell['p99_ms']:.2f}",
-                f"{cell['candidates_per_s']:,.0f}",
-                f"{cell['TFLOP_a_second']:.0f}",
+                *cells(cell, "{p50_ms:.2f} / {p99_ms:.2f}"),
+                *cells(cell, "{candidates_per_s:,.0f}", "{TFLOP_a_second:.0f}"),
                 "" if encode is None else f"{encode['p50_ms']:.2f}",
-                times(cell, cells.get((model, history, "recompute", step, step))),
-                times(cell, cells.get((model, history, "one_batch", count, count))),
-                times(cell, cells.get((model, history, "one_by_one", 64, 1))),
+                times(cell, places.get((model, history, "recompute", step, step))),
+                times(cell, places.get((model, history, "one_batch", count, count))),
+                times(cell, places.get((model, history, "one_by_one", 64, 1))),
             ]
         )
     header = ["model", "history", "candidates", "micro-batch", "p50 / p99, ms", "candidates/s"]
     header += ["TFLOP/s", "encoding, ms", "x history anew", "x one batch", "x one by one"]
     whole = ", ".join(
-        f"{name} {cell['tflop']:.3f} TFLOP in {cell['p50_ms']:.1f} ms"
+        f"{name} {longest['tflop']:.3f} TFLOP in {longest['p50_ms']:.1f} ms"
         for model, name in MODELS.items()
-        if (cell := cells.get((model, 16384, "encode", 0, 0)))
+        if (longest := places.get((model, 16384, "encode", 0, 0)))
     )
     return markdown(
         header,
         rows,
         *([f"A history of 16,384 events: {whole}."] if whole else []),
-        f"{record['device']}, attention `{record['implementation']}`, to the cache "
-        f"`{record['cached']}`, commit {record['commit']}.",
+        "{device}, attention `{implementation}`, to the cache `{cached}`, commit {commit}.".format(
+            **record
+        ),
         *record.get("notes", []),
         "![Candidates a second](figures/serving.png)",
     )
@@ -98,18 +98,18 @@ def micro_batches_table(record: Json) -> str:
 
     Candidates a second, and how many times those with the history encoded anew.
     """
-    cells = by_place(record)
-    most = max(key[3] for key in cells if key[2] == "cached")
-    cached = [key for key in cells if key[2:4] == ("cached", most)]
+    places = by_place(record)
+    most = max(key[3] for key in places if key[2] == "cached")
+    cached = [key for key in places if key[2:4] == ("cached", most)]
     steps = sorted({key[4] for key in cached})
     rows = []
     for history, model in sorted({(key[1], key[0]) for key in cached}):
         row = [MODELS[model], f"{history:,}"]
         for step in steps:
-            cell = cells.get((model, history, "cached", most, step))
-            again = cells.get((model, history, "recompute", step, step))
-            text = "" if cell is None else f"{cell['candidates_per_s']:,.0f}"
-            row.append(f"{text} ({times(cell, again)})" if cell and again else text)
+            found = places.get((model, history, "cached", most, step))
+            again = places.get((model, history, "recompute", step, step))
+            text = "" if found is None else f"{found['candidates_per_s']:,.0f}"
+            row.append(f"{text} ({times(found, again)})" if found and again else text)
         rows.append(row)
     return markdown(["model", "history", *(f"micro-batches of {step:,}" for step in steps)], rows)
 
@@ -141,10 +141,10 @@ def serving_figure() -> None:
     record = load(RECORD)
     if not record:
         return
-    cells = by_place(record)
-    count = max(key[3] for key in cells if key[2] == "cached")
-    steps = sorted({key[4] for key in cells if key[2:4] == ("cached", count)})
-    models, histories = sorted({key[0] for key in cells}), sorted({key[1] for key in cells})
+    places = by_place(record)
+    count = max(key[3] for key in places if key[2] == "cached")
+    steps = sorted({key[4] for key in places if key[2:4] == ("cached", count)})
+    models, histories = sorted({key[0] for key in places}), sorted({key[1] for key in places})
     with figure("serving", 2.7 * len(histories), 2.5 * len(models) + 0.5) as drawn:
         axes = drawn.subplots(len(models), len(histories), sharex=True, sharey=True, squeeze=False)
         panels = [(model, history) for model in models for history in histories]
@@ -152,7 +152,7 @@ def serving_figure() -> None:
             for what, (label, colour) in LINES.items():
                 rates = {
                     key[4]: cell["candidates_per_s"]
-                    for key, cell in sorted(cells.items())
+                    for key, cell in sorted(places.items())
                     if key[:3] == (model, history, what)
                     and (what in ("recompute", "one_by_one") or key[3] == count)
                 }
@@ -209,21 +209,15 @@ def cache_precision_table() -> str:
 @measured("host_tables_h100")
 def host_tables_table(record: Json) -> str:
     """One line a kind of item table."""
-    columns = ("gather_ms", "transfer_ms", "unpack_ms")
+    times = ("{gather_ms:.2f}", "{transfer_ms:.2f}", "{unpack_ms:.2f}")
     rows = [
-        [
-            kind,
-            str(found["row_bytes"]),
-            f"{found['bytes'] / 2**20:.1f}",
-            *(f"{found[name]:.2f}" for name in columns),
-        ]
+        [kind, str(found["row_bytes"]), f"{found['bytes'] / 2**20:.1f}", *cells(found, *times)]
         for kind, found in record["tables"].items()
     ]
     header = ["item table", "bytes a row", "MiB of a request", "gathered on the host, ms"]
     return markdown(
         [*header, "to the device, ms", "unpacked there, ms"],
         rows,
-        f"{record['device']}, {record['rows']:,} rows of width {record['width']} from "
-        f"{record['items']:,} items.",
+        "{device}, {rows:,} rows of width {width} from {items:,} items.".format(**record),
         *record.get("notes", []),
     )

@@ -12,8 +12,8 @@ from tests.small_run import small_config, with_
 from ultra_hstu import tasks
 from ultra_hstu.data.feed import EventStore
 from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
-from ultra_hstu.retrieval.batch import Events, history_loader
 from ultra_hstu.retrieval.split import Examples
+from ultra_hstu.retrieval.task import events_of, history_loader
 from ultra_hstu.sampling import threshold
 from ultra_hstu.train import train
 
@@ -25,9 +25,7 @@ LONG = SampledHistory(60)
 @pytest.fixture(scope="module")
 def events():
     rng = np.random.default_rng(0)
-    return Events.from_arrays(
-        rng.integers(1, 50, 3000), np.sort(rng.integers(10**9, 10**9 + 10**6, 3000))
-    )
+    return events_of(rng.integers(1, 50, 3000), np.sort(rng.integers(10**9, 10**9 + 10**6, 3000)))
 
 
 def loader(events, sampling, placement="device", padded_length=None, timed=True):

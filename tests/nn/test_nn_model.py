@@ -14,8 +14,9 @@ from flax import nnx
 from tests.golden import assert_close
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.retrieval.batch import Batch, Events, gather_batch
+from ultra_hstu.retrieval.batch import Batch, gather_batch
 from ultra_hstu.retrieval.model import Recommender
+from ultra_hstu.retrieval.task import events_of
 
 ITEMS, HISTORY, ROWS = 40, 12, 64
 SMALL = ModelConfig(
@@ -56,9 +57,7 @@ def batch(lengths=LENGTHS, *, seed=0, padded=False) -> Batch:
     lengths = np.asarray(lengths)
     events = int(lengths.sum() + len(lengths))  # one target each
     start = np.concatenate([[0], np.cumsum(lengths + 1)[:-1]]).astype(np.int32)
-    source = Events.from_arrays(
-        rng.integers(1, ITEMS + 1, events), np.sort(rng.integers(0, 10**6, events))
-    )
+    source = events_of(rng.integers(1, ITEMS + 1, events), np.sort(rng.integers(0, 10**6, events)))
     length = HISTORY + SMALL.output_slots
     rows, padded_length = (len(lengths) * length, length) if padded else (ROWS, None)
     made = gather_batch(

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 
 from ultra_hstu.data.feed import EventStore, choose_rows, plan_epoch
-from ultra_hstu.retrieval.batch import Events, gather_batch, history_loader
+from ultra_hstu.retrieval.batch import gather_batch
 from ultra_hstu.retrieval.split import Examples
+from ultra_hstu.retrieval.task import events_of, history_loader
 
 
 @pytest.fixture
 def events():
     rng = np.random.default_rng(0)
-    return Events.from_arrays(
-        rng.integers(1, 50, 400), np.sort(rng.integers(10**9, 10**9 + 10**6, 400))
-    )
+    return events_of(rng.integers(1, 50, 400), np.sort(rng.integers(10**9, 10**9 + 10**6, 400)))
 
 
 def random_examples(n=37, seed=1):
@@ -144,7 +143,7 @@ def test_choose_rows_nearly_always_fits():
 
 def test_times_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="Give seconds, not milliseconds"):
-        Events.from_arrays(np.ones(2, int), np.array([0, 2**31]))
+        events_of(np.ones(2, int), np.array([0, 2**31]))
 
 
 def test_no_examples_is_refused(events):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from experiments.record import Record
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.mask import AttentionMask
 from scripts.bench import attention as bench_attention
@@ -56,9 +57,8 @@ def tiny(monkeypatch):
 
 def test_writes_what_it_measured(tiny, tmp_path, capsys):
     output = tmp_path / "attention.json"
-    bench_attention.main(
-        ["--implementations", "xla,mosaic", "--workloads", "tiny,biased", "--output", str(output)]
-    )
+    workloads = {name: WORKLOADS[name] for name in ("tiny", "biased")}
+    bench_attention.run(["xla", "mosaic"], workloads, Record(output))
     result = json.loads(output.read_text())
     measured = [r for r in result["records"] if "ms" in r]
     assert [(r["workload"], r["implementation"], r["pass"]) for r in measured] == [

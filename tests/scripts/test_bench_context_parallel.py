@@ -1,5 +1,6 @@
 """The benchmark of context parallelism, at a size that CPU devices can do; and what becomes of its records."""
 
+import functools
 import json
 
 import pytest
@@ -7,8 +8,8 @@ import pytest
 from scripts.bench import context_parallel as bench
 from scripts.bench import context_parallel_longest
 from scripts.bench.context_parallel_balance import balance
+from scripts.bench.context_parallel_case import Case
 from scripts.bench.context_parallel_longest import GIB, USERS, longest
-from scripts.bench.context_parallel_model import Case
 from scripts.bench.turns import one_by_one
 from scripts.tables import context_parallel as context_parallel_tables
 from scripts.tables import records
@@ -16,7 +17,7 @@ from ultra_hstu.parallel.collectives import collectives
 
 
 def measured(cases):
-    tasks = [(bench.prepare_step, (case, 1, 0.001)) for case in cases.values()]
+    tasks = [functools.partial(bench.prepare_step, case, 1, 0.001) for case in cases.values()]
     return bench.with_speed_up(dict(zip(cases, one_by_one(tasks, processes=False), strict=True)))
 
 

@@ -87,10 +87,10 @@ def test_metrics_under_a_small_cache(monkeypatch):
     task, ranker, params = built("merged")
     task = task.with_config(with_(task.config, train__eval_users=8))
     model, evaluator = serving.FrozenRanker(ranker), task.evaluator("test")
-    requests = list(cache_precision.test_requests(task, model))
-    same, answers = cache_precision.measure(task, model, evaluator, requests, "same", {})
+    requests = list(cache_precision.request_batches(task, model))
+    same, answers = cache_precision.measure(task, model, evaluator, requests, "same", None)
     small, _ = cache_precision.measure(task, model, evaluator, requests, "int8", answers)
-    np.testing.assert_allclose(answers["logits"], evaluator.predict(params), atol=1e-5)
+    np.testing.assert_allclose(answers.logit_PK, evaluator.predict(params), atol=1e-5)
     assert same["metrics"]["ne"] == pytest.approx(evaluator(params)["ne"], rel=1e-5)
     assert same["bytes_a_row_and_layer"] == 2 * 4 * (4 + 4) and small[
         "bytes_a_row_and_layer"

@@ -1,6 +1,7 @@
 """Measurements in several processes. They import this file, so it imports little."""
 
 import collections
+import functools
 import os
 import time
 
@@ -25,9 +26,8 @@ def prepared_and_measured(log, number):
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_nobody_prepares_while_somebody_measures(tmp_path, jobs):
     log = tmp_path / "log"
-    assert sorted(turns.each(prepared_and_measured, [(log, n) for n in range(5)], jobs)) == [
-        (n, n**2) for n in range(5)
-    ]
+    tasks = [functools.partial(prepared_and_measured, log, n) for n in range(5)]
+    assert sorted(turns.each(tasks, jobs)) == [(n, n**2) for n in range(5)]
     running = collections.Counter()
     for line in log.read_text().splitlines():
         kind, event = line.split()
@@ -52,7 +52,8 @@ def of_a_process(answer):
 
 
 def test_one_by_one():
-    tasks = [(of_a_process, (answer,)) for answer in ("unprepared", "failed", "killed", "good")]
+    answers = ("unprepared", "failed", "killed", "good")
+    tasks = [functools.partial(of_a_process, answer) for answer in answers]
     *errors, process = turns.one_by_one(tasks)
     assert process != os.getpid()
     for error, message in zip(

@@ -12,22 +12,10 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int, Int32
 
 from kernels.jagged import Rows, lengths_to_offsets
 from kernels.typing import Leaf
-from ultra_hstu.data.events import seconds_since_first
-from ultra_hstu.data.feed import (
-    WHOLE,
-    EventStore,
-    Loader,
-    Planner,
-    choose_rows,
-    require_some,
-)
-from ultra_hstu.parallel.mesh import DATA
-from ultra_hstu.retrieval.split import Examples
 from ultra_hstu.sequences import Columns, Sequences
 
 
@@ -61,16 +49,6 @@ class Events:
     item_E: Leaf[Int32[Array | np.ndarray, " E"]]
     time_E: Leaf[Int32[Array | np.ndarray, " E"]]  # seconds since the first event
     signal_ES: Leaf[Int32[Array | np.ndarray, "E S"] | None] = None  # codes; None: no signals
-
-    @staticmethod
-    def from_arrays(
-        items: Int[np.ndarray, " E"], timestamps: Int[np.ndarray, " E"] | None
-    ) -> "Events":
-        """int32 arrays from ids and absolute seconds.
-
-        Raises ValueError as `seconds_since_first`.
-        """
-        return Events(items.astype(np.int32), seconds_since_first(timestamps, len(items)))
 
 
 def gather_batch(
@@ -138,50 +116,3 @@ class HistoryGather:
             index=columns_B.get("event"),
             xp=xp,
         )
-
-
-def history_loader(
-    store: EventStore[Events],
-    examples: Examples,
-    *,
-    batch_users: int,
-    steps_per_call: int,
-    rows: int | None = None,
-    padded_length: int | None = None,
-    placement: str = "auto",
-    planner: Planner = WHOLE,
-    mesh: Mesh | None = None,
-    groups: int | None = None,
-) -> Loader:
-    """Batches of histories.
-
-    Args:
-      rows: T of all groups together, or None to choose it from the lengths.
-      padded_length: N of the padded layout (T becomes B * N), or None for the jagged one.
-      placement, planner, mesh, groups: as in `Loader`.
-    """
-    shards = 1 if mesh is None else mesh.shape[DATA]
-    groups = shards if groups is None else groups
-    require_some(examples)
-    longest = int(examples.lengths.max())
-    if padded_length is not None:
-        if longest > padded_length:
-            raise ValueError(
-                f"a history of {longest} events does not fit the padded length {padded_length}: "
-                "lower data.max_history"
-            )
-        rows = batch_users * padded_length
-    if rows is None:
-        lengths_n = planner.taken(examples, 0, 0).lengths
-        rows = groups * choose_rows(lengths_n, batch_users // groups, longest)
-    return Loader(
-        store,
-        examples,
-        HistoryGather(rows // shards, padded_length),
-        batch_users=batch_users,
-        steps_per_call=steps_per_call,
-        placement=placement,
-        planner=planner,
-        mesh=mesh,
-        groups=groups,
-    )

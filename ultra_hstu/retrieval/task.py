@@ -6,20 +6,30 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jax.sharding import Mesh
+from jaxtyping import Float32, Int
 
 from ultra_hstu import flops
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import RETRIEVAL, Criteria
 from ultra_hstu.data import signals
-from ultra_hstu.data.feed import WHOLE, EventStore, Loader, Planner
+from ultra_hstu.data.events import seconds_since_first
+from ultra_hstu.data.feed import (
+    WHOLE,
+    EventStore,
+    Loader,
+    Planner,
+    choose_rows,
+    require_some,
+)
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
 from ultra_hstu.flops import Flops
-from ultra_hstu.retrieval.batch import Events, history_loader
+from ultra_hstu.parallel.mesh import DATA
+from ultra_hstu.retrieval.batch import Events, HistoryGather
 from ultra_hstu.retrieval.evaluate import CorpusEvaluator, PopularityEvaluator
 from ultra_hstu.retrieval.recipe import Recipe
-from ultra_hstu.retrieval.split import PROTOCOLS, Split, split
+from ultra_hstu.retrieval.split import PROTOCOLS, Examples, Split, split
 from ultra_hstu.task import Task
 
 
@@ -38,7 +48,7 @@ class RetrievalTask(Task):
             config.data.max_history,
             config.data.temporal_test_fraction,
         )
-        events = Events.from_arrays(interactions.items, interactions.timestamps)
+        events = events_of(interactions.items, interactions.timestamps)
         if names := config.rank.signals:
             codes_ES = signals.signals(interactions.actions, names, interactions.num_events)
             events = dataclasses.replace(events, signal_ES=codes_ES)
@@ -114,3 +124,58 @@ class RetrievalTask(Task):
         num_items = self.interactions.num_items
         counts_I1 = np.bincount(items[used_E], minlength=num_items + 1).astype(np.float32)
         return counts_I1 - np.arange(num_items + 1, dtype=np.float32) / (num_items + 2)
+
+
+def events_of(items: Int[np.ndarray, " E"], timestamps: Int[np.ndarray, " E"] | None) -> Events:
+    """int32 arrays from ids and absolute seconds.
+
+    Raises ValueError as `seconds_since_first`.
+    """
+    return Events(items.astype(np.int32), seconds_since_first(timestamps, len(items)))
+
+
+def history_loader(
+    store: EventStore[Events],
+    examples: Examples,
+    *,
+    batch_users: int,
+    steps_per_call: int,
+    rows: int | None = None,
+    padded_length: int | None = None,
+    placement: str = "auto",
+    planner: Planner = WHOLE,
+    mesh: Mesh | None = None,
+    groups: int | None = None,
+) -> Loader:
+    """Batches of histories.
+
+    Args:
+      rows: T of all groups together, or None to choose it from the lengths.
+      padded_length: N of the padded layout (T becomes B * N), or None for the jagged one.
+      placement, planner, mesh, groups: as in `Loader`.
+    """
+    shards = 1 if mesh is None else mesh.shape[DATA]
+    groups = shards if groups is None else groups
+    require_some(examples)
+    longest = int(examples.lengths.max())
+    if padded_length is not None:
+        if longest > padded_length:
+            raise ValueError(
+                f"a history of {longest} events does not fit the padded length {padded_length}: "
+                "lower data.max_history"
+            )
+        rows = batch_users * padded_length
+    if rows is None:
+        lengths_n = planner.taken(examples, 0, 0).lengths
+        rows = groups * choose_rows(lengths_n, batch_users // groups, longest)
+    return Loader(
+        store,
+        examples,
+        HistoryGather(rows // shards, padded_length),
+        batch_users=batch_users,
+        steps_per_call=steps_per_call,
+        placement=placement,
+        planner=planner,
+        mesh=mesh,
+        groups=groups,
+    )

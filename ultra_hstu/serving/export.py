@@ -110,9 +110,10 @@ def save(
     history, asked = _inputs(capacity, form, sizes)
     cache, cache_tree = jax.tree.flatten(jax.eval_shape(channels, params, history))
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    export = lambda function, *arguments: bytes(
-        jax.export.export(jax.jit(function), platforms=platforms)(*arguments).serialize()
-    )  # noqa: E731
+
+    def serialized(function: jax.stages.Wrapped, *arguments: Any) -> bytes:
+        return bytes(jax.export.export(function, platforms=platforms)(*arguments).serialize())
+
     metadata = {
         "format": artefact.FORMAT,
         "version": artefact.VERSION,
@@ -140,8 +141,8 @@ def save(
             | ({} if catalog.titles is None else {"titles": np.array(catalog.titles)})
         ),
         "params.npz": _npz({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}),
-        "encode.bin": export(encode, shapes, history),
-        "score.bin": export(score, shapes, cache, asked),
+        "encode.bin": serialized(jax.jit(encode), shapes, history),
+        "score.bin": serialized(jax.jit(score), shapes, cache, asked),
     }
     part = f"{os.fspath(path)}.part"
     with zipfile.ZipFile(part, "w") as file:
