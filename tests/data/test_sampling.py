@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.bench import load_balance as bench_load_balance
+from scripts.tables import records
+from scripts.tables import sampling as sampling_tables
 from tests import golden
 from ultra_hstu.sampling import (
     RECALIBRATION_WEIGHT,
@@ -248,7 +250,7 @@ def test_bad_settings(field, value):
 
 
 def test_benchmark_at_a_small_size(monkeypatch, tmp_path):
-    """The loads of devices are the definition's; the script draws them."""
+    """The loads of devices are those of the definitions; a picture comes out."""
     for name, value in {"STEPS": 20, "RECALIBRATE": 10, "USERS": 6}.items():
         monkeypatch.setattr(bench_load_balance, name, value)
     length_U = np.random.default_rng(0).integers(1, 300, 50)
@@ -269,5 +271,7 @@ def test_benchmark_at_a_small_size(monkeypatch, tmp_path):
         found["load"]["8"]["balanced"]["std_over_mean"]
         < found["load"]["8"]["plain"]["std_over_mean"]
     )
-    bench_load_balance.draw({"sets": {"small": found}}, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(sampling_tables, "load", lambda name: {"sets": {"small": found}})
+    monkeypatch.setattr(records, "FIGURES", tmp_path)
+    sampling_tables.load_balance_figure()
+    assert (tmp_path / "load_balance.png").read_bytes().startswith(b"\x89PNG")

@@ -318,11 +318,11 @@ def order(strategy, mask, backward=False, **names):
 
 
 def test_ring_sends_before_it_computes():
-    """No transfer of keys and values waits for a product; transfers of gradients do."""
+    """Transfers of keys and values wait for no product; transfers of gradients do."""
     transfers = {"source": "dot_general", "sink": "ppermute"}
     # The first transfer and the transfer of a loop step, each of keys and of values.
     assert order("ring", "causal", **transfers) == [False] * 4
-    # The backward has two transfers before its loop and one in it, beside which the gradients of the
+    # The backward has two transfers before its loop and one in it, beside which gradients of the
     # step before are sent. Behind the loop, gradients wait for its last step, and gradients that go
     # home wait for the step after it.
     both = order("ring", "causal", backward=True, **transfers)
