@@ -274,7 +274,7 @@ def test_ranking_model_against_its_program(form):
         encoders = [
             full(loader.gather.rows[0], 1),
             full(4 * (2 + config.rank.targets), 1),
-        ]  # room for 2 events and the targets of 4 requests
+        ]  # capacity for 2 events and the targets of 4 requests
     else:
         encoders = [full(loader.gather.rows[0], config.model.layers)]
     assert products(program.jaxpr) == head + sum(

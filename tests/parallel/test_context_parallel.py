@@ -129,7 +129,7 @@ def test_equals_one_device(strategy, mask):
     "strategy, mask", [("gather", "causal"), ("ring", "causal"), ("halo", "full rows")]
 )
 def test_heads_in_turns(strategy, mask, monkeypatch):
-    """Of many rows only some heads at a time: two of eight here."""
+    """Attention to many rows takes some heads at a time: two of eight here."""
     monkeypatch.setattr(strategies, "ROWS_AT_A_TIME", 2 * ROWS // 4)
     assert STRATEGIES[strategy].heads_of_a_call(Layout.contiguous(ROWS, 4), HEADS) == 2
     check(
@@ -153,7 +153,7 @@ def test_other_batches_without_targets(strategy, mask, batch):
 
 @pytest.mark.parametrize("strategy", ["gather", "ring", "ulysses"])
 def test_balanced_layout(strategy):
-    """Rows dealt out in blocks: the same sums in another place."""
+    """Rows dealt out in blocks give the same sums elsewhere."""
     layout = Layout.balanced(BATCHES["mixed"], MASKS["full rows"], ROWS, 4, 8)
     check(
         sharded(
@@ -236,7 +236,7 @@ def test_counts_may_be_traced():
         jax.jit(attend)(*inputs)
     got = jax.jit(functools.partial(attend, max_targets=5, max_contextual=3))(*inputs)
     np.testing.assert_allclose(got, expected("mixed", "all", True)[0], atol=1e-6)
-    # more than there is room for: no silent loss
+    # more than the bound: no silent loss
     for bounds in (
         {"max_targets": 0, "max_contextual": 3},
         {"max_targets": 5, "max_contextual": 0},
@@ -363,10 +363,9 @@ def busiest(lengths, mask, layout):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_balance(seed):
-    """Skewed lengths (Zipf).
+    """Under skewed lengths (Zipf) the busiest shard of balanced blocks has at most 5 % too much.
 
-    With balanced blocks the busiest shard has at most 5 % more than the mean; contiguous slices do
-    not come near.
+    Contiguous slices do not come near.
     """
     rows, shards, rng, lengths = 65536, 8, np.random.default_rng(seed), []
     while sum(lengths) < rows:

@@ -52,7 +52,7 @@ def free_port():
 
 
 class Processes:
-    """Started together, each with a file of what it says."""
+    """Processes started together, each with a file of what it prints."""
 
     def __init__(self, folder, commands, environments=None):
         clean = {
@@ -77,7 +77,7 @@ class Processes:
         return [output.read_text() for output in self.outputs]
 
     def wait(self, seconds):
-        """Exit codes. Of processes that do not end in time nothing is left."""
+        """Exit codes; processes that do not end in time are killed."""
         deadline = time.monotonic() + seconds
         try:
             return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in self.all]
@@ -218,7 +218,7 @@ def workers(tmp_path_factory):
 
 
 def test_every_event_is_read_once(workers):
-    """In all meshes, also where processes share a group: then they read the same."""
+    """Every mesh reads every event; processes that share a group read the same."""
     for mesh, first in workers[0]["read"].items():
         groups = {}
         for worker in workers:
