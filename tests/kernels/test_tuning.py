@@ -127,7 +127,7 @@ def test_new_entries_replace_those_of_the_same_key():
 
 
 def test_the_tuner_writes_the_fastest(h200, table, tmp_path, monkeypatch):
-    """The tuner, with trials that CPU can run: a product, done once, fifty times, or not at all."""
+    """Runs the tuner on trials for a CPU: a product, done once, fifty times, or not at all."""
     tiny = Workload("tiny", (40, 20), 2, 8, 8, dtype="float32")
 
     def work(times):
