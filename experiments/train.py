@@ -6,7 +6,7 @@ python -m experiments.train --config=ml1m_hstu --workdir=runs/ml1m_hstu
 
 `experiments/configs` holds the configurations; a file of your own works as well. Any field can be
 overridden: --config.train.epochs=10. Started again with the same arguments it goes on where it was.
-Many processes: docs/context_parallel.md.
+Many processes: docs/many_processes.md.
 """
 
 import logging

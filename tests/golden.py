@@ -1,4 +1,4 @@
-"""Reads the golden files of tests/testdata: numbers computed with the public PyTorch implementation."""
+"""Reads the golden files of tests/testdata: numbers of the public PyTorch implementation."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""The configuration of tests.small_run as a config file: `--config=tests/small_config.py:DATA_DIR`."""
+"""The configuration of tests.small_run as a file: `--config=tests/small_config.py:DATA_DIR`."""
 
 from tests.small_run import small_config
 from ultra_hstu.config import to_config_dict

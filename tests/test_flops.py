@@ -1,4 +1,4 @@
-"""FLOP counts against XLA's own, against loops over masks, and against arithmetic on small cases."""
+"""FLOP counts against XLA's own, loops over masks, and arithmetic on small cases."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def xla_flops(function, *args):
 
 
 def encoder(model):
-    """One sequence of contextual tokens only: the mask is full, so that the dense products of `reference` are those that the mask allows."""
+    """One sequence of contextual tokens: its mask is full, as the dense `reference` is."""
     graphdef, params = nnx.split(
         nnx.eval_shape(lambda: HSTU.from_config(model, ROWS, rngs=nnx.Rngs(0)))
     )
@@ -79,7 +79,7 @@ def test_encoder_against_xla(preset, widths):
     "negatives, items", [(16, 200), (16, 5000)], ids=["whole table", "gathered"]
 )
 def test_retrieval_loss_against_xla(negatives, items):
-    """The step without the encoder: what is left of the loss when the encoder's count is taken off. Chunks are one, which XLA counts once."""
+    """The loss is a step without the encoder's count. One chunk: XLA counts a loop once."""
     config = Config(
         data=DataConfig(max_history=ROWS, stochastic_length=None),
         model=dataclasses.replace(MODEL, layers=1, output_slots=1),
@@ -189,7 +189,7 @@ def test_channels_add_up_and_share_one_head():
 
 
 def products(jaxpr):
-    """Operations of the matrix products of a program, those of loops as often as they run."""
+    """Operations of a program's matrix products; a loop counts as often as it runs."""
     total = 0
     needed = {var for var in jaxpr.outvars if not isinstance(var, jax.extend.core.Literal)}
     for eqn in reversed(jaxpr.eqns):
@@ -212,7 +212,7 @@ def products(jaxpr):
 @pytest.mark.parametrize("chunk_rows", [None, 100], ids=["whole", "chunks and a tail"])
 @pytest.mark.parametrize("remat", ["none", "selective", "full"])
 def test_recomputation(remat, chunk_rows):
-    """Exact, in the traced program: the reference keeps its scores unless it is told to forget them, kernels never do."""
+    """Exact, in the traced program: kernels keep no scores, `reference` does unless told not to."""
     model = dataclasses.replace(MODEL, remat=remat, chunk_rows=chunk_rows, preset="production")
     run, params, x_TD = encoder(model)
     step = jax.make_jaxpr(
@@ -227,7 +227,10 @@ def test_recomputation(remat, chunk_rows):
 
 @pytest.mark.parametrize("form", ["merged", "interleaved", "truncated", "mixture"])
 def test_ranking_model_against_its_program(form):
-    """Every product of a forward pass of the real model. Its dense attention takes the square of a buffer's rows, padding too: so do the counts here."""
+    """Every product of a forward pass of the real model.
+
+    Dense attention computes the square of a buffer's rows, padding included: so do the counts here.
+    """
     sections = {
         "merged": {},
         "interleaved": dict(rank=dict(input="interleaved")),
@@ -244,7 +247,7 @@ def test_ranking_model_against_its_program(form):
     )
 
     def full(rows, layers):
-        """One stack of this depth on so many rows, of which each sees all."""
+        """A stack of this depth on so many rows; each row sees all."""
         whole = with_(
             config,
             model__truncate_after=None,
@@ -271,7 +274,7 @@ def test_ranking_model_against_its_program(form):
         encoders = [
             full(loader.gather.rows[0], 1),
             full(4 * (2 + config.rank.targets), 1),
-        ]  # room for 2 events and the targets of 4 requests
+        ]  # capacity for 2 events and the targets of 4 requests
     else:
         encoders = [full(loader.gather.rows[0], config.model.layers)]
     assert products(program.jaxpr) == head + sum(
@@ -316,7 +319,10 @@ def test_training_is_three_projections_and_three_and_a_half_attentions():
 
 
 def test_cost_exponent():
-    """Between that of projections, 1, and that of attention, 2; windows take the squares away; an exact power law is found exactly."""
+    """The exponent is between that of projections, 1, and that of attention, 2.
+
+    A window takes the squares away; an exact power law is found exactly.
+    """
     causal, error = flops.cost_exponent(Config(model=MODEL), 2000)
     local, _ = flops.cost_exponent(Config(model=dataclasses.replace(MODEL, window=(16,))), 2000)
     short, _ = flops.cost_exponent(Config(model=MODEL), 50)
@@ -334,9 +340,10 @@ def test_bad_lengths():
 
 
 def test_paper_scale():
-    """Table 2 of ULTRA-HSTU has inference at length 16384 fall from 4.692 to 0.436 TFLOP, 10.8 times; widths and truncation are not published.
+    """ULTRA-HSTU's Table 2: inference at length 16384 falls from 4.692 to 0.436 TFLOP, 10.8 times.
 
-    The published layer sizes of its open configurations (D = 512, H = 4, K = V = 128) put the same order of magnitude on both models: see
+    Widths and truncation are not published. With the layer sizes of its open configurations (D =
+    512, H = 4, K = V = 128) both models have the same order of magnitude, see
     docs/sampling_and_precision.md.
     """
     model = ModelConfig(

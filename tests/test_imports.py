@@ -17,7 +17,7 @@ LAYERS = [
     ["ultra_hstu.sequences"],
     ["ultra_hstu.nn"],
     ["ultra_hstu.sampling", "ultra_hstu.data"],
-    ["ultra_hstu.optim", "ultra_hstu.checkpoint", "ultra_hstu.workdir", "ultra_hstu.criteria", "ultra_hstu.quantization"],
+    [f"ultra_hstu.{name}" for name in "optim checkpoint workdir criteria quantization".split()],
     ["ultra_hstu.step", "ultra_hstu.evaluate", "ultra_hstu.flops", "ultra_hstu.task"],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
     ["ultra_hstu.tasks", "ultra_hstu.report"],
@@ -78,7 +78,8 @@ def test_the_rule_can_fail():
     "module", ["experiments.train", "experiments.recommend", "kernels.hstu_attention.api"]
 )
 def test_no_gpu_package_and_no_tensorflow_on_cpu(module):
-    code = f"import sys, {module}; print([name for name in ('tensorflow', 'triton', 'jax_triton', 'torch') if name in sys.modules])"
+    names = ("tensorflow", "triton", "jax_triton", "torch")
+    code = f"import sys, {module}; print([name for name in {names} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -86,7 +87,7 @@ def test_no_gpu_package_and_no_tensorflow_on_cpu(module):
 
 
 def test_models_load_no_data():
-    """Nor do the layers that they are built from."""
+    """The layers that they are built from load none, either."""
     names = ["ultra_hstu.retrieval.model", "ultra_hstu.ranking.model"]
     names += [f"ultra_hstu.nn.{path.stem}" for path in (ROOT / "ultra_hstu/nn").glob("[a-z]*.py")]
     code = (

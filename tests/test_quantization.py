@@ -1,4 +1,4 @@
-"""INT4 and INT8 tables: bytes, errors, packing by hand, and what they do to the ranks of a model."""
+"""INT4 and INT8 tables: bytes, errors, packing by hand, and the ranks of a model with them."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the README says stands: tables come from the records, commands exist, records say where they come from."""
+"""The README is true: tables come from records, records name their origin, commands exist."""
 
 import json
 import re

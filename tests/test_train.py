@@ -1,4 +1,4 @@
-"""Training: exact resume after any kind of death, protocols, clear stops. Runs are tiny but real."""
+"""Training: exact resume after any death, protocols, clear stops. Runs are tiny but real."""
 
 import dataclasses
 import json
@@ -68,7 +68,10 @@ def test_learns_and_writes_everything(finished):
 
 
 def test_one_compilation_for_all_batches(data_dir):
-    """Every group of every epoch has the same shapes: for another one the compiled call of a run would raise, as it does not compile again."""
+    """Every group of every epoch has the same shapes.
+
+    For another one the compiled call of a run would raise: it does not compile again.
+    """
     loader = tasks.load(small_config(data_dir)).loader("train", batch_users=8, steps_per_call=3)
     take = jax.jit(lambda feed, steps: steps)
     for epoch in range(3):
@@ -143,7 +146,10 @@ def test_killed_and_terminated_runs_end_with_the_same_bits(data_dir, tmp_path):
 
 
 def test_a_stop_in_the_last_call_of_an_epoch_keeps_its_evaluation(finished, tmp_path, monkeypatch):
-    """All 8 batches of an epoch in one call, so that the stop is always in the last one; in calls of 3 they give the same bits."""
+    """All 8 batches of an epoch in one call, so that the stop is always in the last one.
+
+    Calls of 3 give the same bits.
+    """
     config, undisturbed, expected = with_(finished[0], train__steps_per_call=16), *finished[1:]
     calls = []
     evaluate = Evaluator.__call__
@@ -247,7 +253,8 @@ def test_protocols_look_at_the_test_items_once(data_dir, tmp_path, protocol):
         data__temporal_test_fraction=0.5,
     )
     if protocol == "temporal":
-        # Records of the synthetic stream follow one another in time: interleave them, so that users live on both sides of the cut.
+        # Records of the synthetic stream follow one another in time: interleave them, so that users
+        # live on both sides of the cut.
         task = tasks.load(with_(config, train__protocol="published"))
         times = np.tile(np.arange(12), 60) * 1000 + np.repeat(np.arange(60), 12)
         task = tasks.of(config, ordered(dataclasses.replace(task.interactions, timestamps=times)))

@@ -1,4 +1,4 @@
-"""A run's folder is its own: another configuration, another process or another folder is refused."""
+"""A run has its folder for itself: another configuration, process or folder is refused."""
 
 import json
 import os
@@ -100,7 +100,8 @@ checkpoints = Checkpoints(Path(sys.argv[1]))
 noise = np.random.default_rng(0).random(200_000).astype(np.float32)
 checkpoints.save(1, {"x": jnp.asarray(noise)}, {"epoch": 1})
 checkpoints.wait()
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # files cannot grow beyond: as on a full disk
+# Files cannot grow beyond: as on a full disk.
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
     checkpoints.save(2, {"x": jnp.asarray(noise + 1)}, {"epoch": 2})
     checkpoints.wait()

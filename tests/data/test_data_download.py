@@ -16,7 +16,7 @@ from ultra_hstu.data.movielens import MovieLens
 
 
 class Server:
-    """Serves `files` by path with byte ranges; cuts a connection after `cut` bytes as long as `cuts` lasts."""
+    """Serves `files` by path with byte ranges; cuts `cuts` connections, each after `cut` bytes."""
 
     def __init__(self):
         self.files: dict[str, bytes] = {}

@@ -89,8 +89,8 @@ def test_ids_survive_exactly(tmp_path):
 
 
 def test_amazon_books_is_filtered_as_in_hstu(tmp_path):
-    # u1..u5 rate b1..b5 (all kept). u6 rates 4 kept books and one rare: counted 5 on raw data, then left with 4.
-    # u7 has too few. b6 gets its 5 ratings from u7 and others that do not count, so it stays for u1 alone.
+    # u1..u5 rate b1..b5 (all kept). u6 rates 4 kept books and a rare one: first 5, then 4.
+    # b6 gets its 5 ratings from u1 and from four users with too few, so it stays for u1 alone.
     rows = [(f"u{u}", f"b{b}", 5.0, 10 * u + b) for u in range(1, 6) for b in range(1, 6)]
     rows += [("u6", f"b{b}", 4.0, b) for b in range(1, 5)] + [("u6", "rare", 4.0, 9)]
     rows += [("u1", "b6", 1.0, 99)] + [(f"few{k}", "b6", 2.0, k) for k in range(4)]
@@ -201,7 +201,7 @@ def test_synthetic_stream():
 
 
 def test_synthetic_follows_the_dirichlet_process():
-    """With one prior draw a = 1 the category of position 2 repeats that of position 1 with probability 1/2 and more."""
+    """With a = 1, position 2 repeats the category of position 1 with probability 1/2 or more."""
     settings = SyntheticConfig(20_000, 2, 200, 20, 20, released_at_start=1.0, max_concentration=1.0)
     kinds = draw_stream(settings) % 20
     same = (kinds[:, 0] == kinds[:, 1]).mean()
@@ -250,7 +250,8 @@ def killed(self, *arguments):
     yield next(whole(self, *arguments))
     os.kill(os.getpid(), signal.SIGKILL)
 MovieLens._generate_examples = killed
-load_interactions(DataConfig(source="ml-1m", raw_dir={str(raw)!r}, data_dir={str(tmp_path / "prepared")!r}))
+prepared = {str(tmp_path / "prepared")!r}
+load_interactions(DataConfig(source="ml-1m", raw_dir={str(raw)!r}, data_dir=prepared))
 """
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -signal.SIGKILL
     assert list((tmp_path / "prepared").glob("**/incomplete.*"))
@@ -263,8 +264,9 @@ def test_tensorflow_is_never_imported(tmp_path):
 import sys
 from ultra_hstu.config import DataConfig, SyntheticConfig
 from ultra_hstu.data.interactions import load_interactions
-config = DataConfig(data_dir={str(tmp_path)!r}, synthetic=SyntheticConfig(users=4, length=4, items=20, categories=4))
-print(load_interactions(config).num_events, load_interactions(config).num_events, "tensorflow" in sys.modules)
+stream = SyntheticConfig(users=4, length=4, items=20, categories=4)
+config = DataConfig(data_dir={str(tmp_path)!r}, synthetic=stream)
+print(*(load_interactions(config).num_events for _ in range(2)), "tensorflow" in sys.modules)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Stochastic length in the loaders of retrieval and ranking: what is cut, what stays, and that a plan is a function of (seed, epoch)."""
+"""Stochastic length in loaders: what is cut, what stays; a plan is a function of (seed, epoch)."""
 
 import dataclasses
 

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.bench import load_balance as bench_load_balance
+from scripts.tables import records
+from scripts.tables import sampling as sampling_tables
 from tests import golden
 from ultra_hstu.sampling import (
     RECALIBRATION_WEIGHT,
@@ -43,7 +45,7 @@ def test_thresholds_of_the_paper():
 
 
 def test_expected_cost_is_the_one_of_the_paper():
-    """A history of N events keeps N^(alpha - 2) of its attention's cost whole, and the cut ones have N^alpha pairs."""
+    """N events stay whole with probability N^(alpha - 2); a cut history has N^alpha pairs."""
     rng = np.random.default_rng(0)
     kept = stochastic_length(np.full(200_000, 1000), 1000, 1.7, rng.random(200_000))
     assert np.mean(kept == 1000) == pytest.approx(1000 ** (1.7 - 2), rel=0.02)
@@ -137,14 +139,14 @@ N, ALPHA, GAMMA = 400, 1.6, 1.5
 
 
 def draws(steps, ranks, users=24, seed=0):
-    """Histories of which half are long, as in industrial data, and a uniform number for each."""
+    """Histories, half of them long as in industrial data, and a uniform number for each."""
     rng = np.random.default_rng(seed)
     length = np.minimum(rng.lognormal(4.6, 1.0, (steps, ranks, users)).astype(np.int64) + 1, N)
     return length, rng.random(length.shape)
 
 
 class AllReduce:
-    """The means that all ranks agree on, one a call."""
+    """The means that all devices agree on, one a call."""
 
     def __init__(self, means):
         self.left = list(means)
@@ -154,7 +156,7 @@ class AllReduce:
 
 
 def loads(steps=40, ranks=8):
-    """Load of every rank at every step, plain and balanced; ranks share means as an all-reduce would give them."""
+    """Load of every device at every step, plain and balanced; devices share the mean of all."""
     length, uniform = draws(steps, ranks)
     plain = stochastic_length(length, N, ALPHA, uniform)
     means = (
@@ -187,7 +189,7 @@ def test_spread_of_the_load_falls():
 
 
 def test_no_choice_is_closer_in_order_of_preference():
-    """Whole histories are the first ones in order of u / p, and one more or one less would be further from the target."""
+    """The first histories in order of u / p stay whole; one more or less would miss by more."""
     length, uniform = (x[0, 0] for x in draws(1, 1))
     balancer = LoadBalancer(
         N,
@@ -248,7 +250,7 @@ def test_bad_settings(field, value):
 
 
 def test_benchmark_at_a_small_size(monkeypatch, tmp_path):
-    """Loads of the ranks are those of the definitions; a picture comes out."""
+    """The loads of devices are those of the definitions; a picture comes out."""
     for name, value in {"STEPS": 20, "RECALIBRATE": 10, "USERS": 6}.items():
         monkeypatch.setattr(bench_load_balance, name, value)
     length_U = np.random.default_rng(0).integers(1, 300, 50)
@@ -269,5 +271,7 @@ def test_benchmark_at_a_small_size(monkeypatch, tmp_path):
         found["load"]["8"]["balanced"]["std_over_mean"]
         < found["load"]["8"]["plain"]["std_over_mean"]
     )
-    bench_load_balance.draw({"sets": {"small": found}}, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(sampling_tables, "load", lambda name: {"sets": {"small": found}})
+    monkeypatch.setattr(records, "FIGURES", tmp_path)
+    sampling_tables.load_balance_figure()
+    assert (tmp_path / "load_balance.png").read_bytes().startswith(b"\x89PNG")

@@ -30,7 +30,7 @@ def test_targets_against_the_keys_of_their_history(monkeypatch, mask, dtype, sha
 @pytest.mark.parametrize("width", [25, 64, 128, 256])
 @pytest.mark.parametrize("rows", [1, 64, 1000])
 def test_long_histories(width, rows):
-    """One user among others, in bfloat16: rows of the middle one against 3,001 keys, as `xla` has them in float32."""
+    """Rows of the middle of three users against 3,001 keys, bfloat16, beside `xla` in float32."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, dtype=np.float32))  # noqa: E731
     q, k, v = draw(rows, 2, width), draw(4500, 2, width), draw(4500, 2, width)

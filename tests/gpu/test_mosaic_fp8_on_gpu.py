@@ -1,4 +1,4 @@
-"""`mosaic_fp8` on a Hopper GPU: against float32 attention of the rounded operands, and of the inputs themselves."""
+"""`mosaic_fp8` on a Hopper GPU, beside float32 attention of its rounded operands and its inputs."""
 
 import functools
 
@@ -31,7 +31,7 @@ def dequantized(operands, rows):
 
 
 def expected(key, mask, scale):
-    """(float32 attention of the rounded operands, of the inputs), by the CPU, whose compiler is the quicker one."""
+    """float32 attention of the rounded operands and of the inputs, on the CPU."""
     with jax.default_device(jax.devices("cpu")[0]):
         case = Case(*key)
 
@@ -96,7 +96,7 @@ def test_same_bits_on_a_second_run():
 
 
 def test_65536_rows():
-    """Some rows in float64 on the host: sums of e4m3 products over 16384 keys keep their precision."""
+    """Some rows in float64 on the host: sums of e4m3 products over 16384 keys stay precise."""
     rows, length, width, alpha, scale = 65536, 16384, 128, 128**-0.5, 1 / 16384
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (

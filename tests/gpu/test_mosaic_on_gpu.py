@@ -1,4 +1,4 @@
-"""`mosaic` on a Hopper GPU: the attention contract, repeatable gradients, a buffer of 65536 rows."""
+"""`mosaic` on a Hopper GPU: the attention contract, repeatable gradients, 65536 rows."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def distance(got, want):
     ids=["causal", "semi-local"],
 )
 def test_65536_rows(mask):
-    """Some rows and keys in float64 on the host: hazards of the compiler show at length, if at all."""
+    """Some rows and keys in float64 on the host: the compiler's hazards show in long buffers."""
     rows, length, width, alpha, scale = 65536, 16384, 128, 128**-0.5, 1 / 16384
     q, k, v, g = random_inputs(rows, 1, width)
     offsets = np.arange(0, rows + 1, length, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""`triton` on a GPU: the contract, the golden numbers of the public implementation, TF32, long buffers, wide and odd heads."""
+"""`triton` on a GPU: the contract, golden numbers, TF32, long buffers, wide and odd heads."""
 
 import pathlib
 

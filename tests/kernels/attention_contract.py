@@ -113,7 +113,7 @@ class Case:
 def expected(key, mask, dtype, rescale):
     """(float32 reference, yardstick) of a case, computed once for all implementations.
 
-    The CPU does it, whose compiler is the quicker one.
+    The CPU does it: it compiles faster.
     """
     with jax.default_device(jax.devices("cpu")[0]):
         case = Case(*key)

@@ -1,4 +1,4 @@
-"""What of `triton` for cached keys a machine without GPU can check.
+"""`triton` for cached keys, as far as a machine without a GPU can check it.
 
 What it refuses, how it shares the work, and what it hands to its kernel; `make test-gpu` runs that.
 """

@@ -33,7 +33,7 @@ TARGETS, CONTEXTUAL = np.array([1, 0, 0, 2, 0], np.int32), np.array([1, 3, 4, 1,
 
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_rows(xp):
-    """Where each row stands, by hand; contextual tokens beyond a sequence's length are clamped."""
+    """Positions of rows, by hand; contextual tokens beyond a sequence's length are clamped."""
     rows = Rows.of(OFFSETS, ROWS, TARGETS, CONTEXTUAL, xp=xp)
     assert all(isinstance(x, jax.Array if xp is jnp else np.ndarray) for x in rows)
     assert all(x.dtype == np.int32 for x in rows[1:])

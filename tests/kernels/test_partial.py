@@ -30,7 +30,7 @@ def arrays():
 
 
 def between(bounds, first, size):
-    """Intervals of the buffer as places of its rows [first, first + size)."""
+    """Intervals of the buffer as indices of its rows [first, first + size)."""
     return type(bounds)(*(jnp.clip(x - first, 0, size) for x in bounds))
 
 

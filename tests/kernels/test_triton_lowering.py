@@ -1,4 +1,4 @@
-"""What of `triton` a machine without GPU can check.
+"""`triton`, as far as a machine without a GPU can check it.
 
 It refuses with reason and remedy, its table covers all it takes, and what it hands to a kernel.
 `test_triton_compiles.py` compiles its kernels, `make test-gpu` runs them: jax-triton is no

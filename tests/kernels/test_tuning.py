@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def test_new_entries_replace_those_of_the_same_key():
 
 
 def test_the_tuner_writes_the_fastest(h200, table, tmp_path, monkeypatch):
-    """The tuner, with trials that CPU can run: a product, done once, fifty times, or not at all."""
+    """Runs the tuner on trials for a CPU: a product, done once, fifty times, or not at all."""
     tiny = Workload("tiny", (40, 20), 2, 8, 8, dtype="float32")
 
     def work(times):
@@ -146,9 +147,9 @@ def test_the_tuner_writes_the_fastest(h200, table, tmp_path, monkeypatch):
             yield (
                 kernel,
                 [
-                    ({"warps": 1}, work(50), plan),
-                    ({"warps": 2}, work(1), plan),
-                    ({"warps": 4}, fails, plan),
+                    tune_attention.Trial({"warps": 1}, work(50), plan),
+                    tune_attention.Trial({"warps": 2}, work(1), plan),
+                    tune_attention.Trial({"warps": 4}, fails, plan),
                 ],
             )
 
@@ -157,8 +158,11 @@ def test_the_tuner_writes_the_fastest(h200, table, tmp_path, monkeypatch):
     errors = iter([1e-4, 1.0])
     monkeypatch.setattr(tune_attention, "error_of", lambda *_: next(errors))
     output = pathlib.Path(tmp_path / "sizes.json")
-    arguments = ["--implementations", "triton", "--workloads", "tiny", "--output", str(output)]
-    tune_attention.main(arguments)
+    given = SimpleNamespace(
+        implementations=["triton"], workloads=["tiny"], output=str(output), jobs=1
+    )
+    monkeypatch.setattr(tune_attention, "FLAGS", given)
+    tune_attention.main([])
     (entry,) = json.loads(output.read_text())["entries"]
     assert entry["sizes"] == {kernel: {"warps": 2} for kernel in ("forward", "queries", "keys")}
     assert (entry["device"], entry["bytes"], entry["width"], entry["mask"], entry["length"]) == (
@@ -170,7 +174,7 @@ def test_the_tuner_writes_the_fastest(h200, table, tmp_path, monkeypatch):
     )
     assert entry["error"] == 1e-4 and entry["made"].keys() == {"versions", "commit", "date"}
     with pytest.raises(RuntimeError, match="tiny: triton has error 1.0e"):
-        tune_attention.main(arguments)
+        tune_attention.main([])
 
 
 def test_no_candidate_runs():
@@ -178,7 +182,7 @@ def test_no_candidate_runs():
         raise ValueError("does not fit")
 
     with pytest.raises(RuntimeError, match="no candidate ran"):
-        tune_attention.fastest("x", [({"warps": 1}, fails, 0)], (jnp.zeros(3),))
+        tune_attention.fastest("x", [tune_attention.Trial({"warps": 1}, fails, 0)], [jnp.zeros(3)])
 
 
 def test_chained_calls_all_happen():

@@ -25,7 +25,7 @@ def e4m3_numbers():
 
 
 def to_e4m3(x):
-    """The nearest e4m3 number, of two equally near ones that with an even last bit."""
+    """The nearest e4m3 number; where two are equally near, the one with an even last bit."""
     table = e4m3_numbers()
     above = np.clip(np.searchsorted(table, np.abs(x)), 1, 126)
     low, high = table[above - 1], table[above]
@@ -69,9 +69,9 @@ def test_the_emulation_knows_the_format():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_product(dtype):
-    """The same roundings as the emulation, so that only float32 sums differ.
+    """The roundings are those of the emulation, so that only float32 sums differ.
 
-    And they do cost what e4m3 costs.
+    The error is that of e4m3, so operands are rounded at all.
     """
     x, w = operands(dtype)
     got, exact = (
@@ -135,9 +135,9 @@ def test_gradients_are_those_of_the_product_without_rounding():
 
 @pytest.mark.parametrize("preset", ["production", "research"])
 def test_stack(preset):
-    """A stack in bfloat16 with fp8 projections.
+    """A stack with fp8 projections is near the stack without them, and not equal to it.
 
-    Near that without, not the same, with finite float32 gradients.
+    Gradients are finite float32.
     """
     sequences = batch()
     real_T1 = sequences.real_T[:, None]

@@ -125,9 +125,7 @@ def test_bad_rows():
 
 
 def test_ranking_step_in_chunks():
-    """Loss and gradients of a whole ranking model whose layers and head work on 7 rows at a time,
-    tails included.
-    """
+    """A ranking model works on 7 rows at a time: the same loss and gradients, tails included."""
     values = []
     for chunk_rows in (None, 7):
         config = rank_data.config(

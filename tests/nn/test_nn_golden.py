@@ -16,7 +16,8 @@ from kernels.hstu_attention.relative_bias import time_buckets
 from kernels.mask import AttentionMask
 from tests import golden
 from ultra_hstu.nn.embeddings import InputEmbedding
-from ultra_hstu.nn.hstu import HSTU, ProductionLayer, ResearchLayer
+from ultra_hstu.nn.hstu import HSTU
+from ultra_hstu.nn.hstu_layer import ProductionLayer, ResearchLayer
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.sasrec import SASRec, SASRecLayer

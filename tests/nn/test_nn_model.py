@@ -86,8 +86,9 @@ def test_modules_hold_parameters_only(name):
 
 @pytest.mark.parametrize("name", ["hstu", "production", "no_bias", "sasrec"])
 def test_causal_by_gradients(name):
-    """The output of a row has a gradient of exactly 0 for the input of every later row and of every
-    other sequence, and not of itself and those before.
+    """A row's output depends on its own row and those before it in its sequence.
+
+    Its gradient is exactly 0 for later rows and other sequences.
     """
     built, b = model(name), batch()
     x = built.embedding(b.item_T, b.sequences)
@@ -105,10 +106,7 @@ def test_causal_by_gradients(name):
 
 
 def test_softmax_ablation_is_not_causal():
-    """As published: later rows stay in the denominator.
-
-    Its output must not be read as that of a causal model.
-    """
+    """As published, later rows stay in the denominator: the ablation is no causal model."""
     built, b = model("softmax"), batch()
     x = built.embedding(b.item_T, b.sequences)
     grads = jax.grad(lambda x: jnp.sum(built.encoder(x, b.sequences)[2]))(x)
@@ -194,10 +192,7 @@ def test_nan_in_padding_rows_of_the_encoder(name):
 
 @pytest.mark.parametrize("name", ["hstu", "sasrec"])
 def test_one_compilation_for_all_batches(name):
-    """Lengths are data.
-
-    Batches of any lengths, one of them empty, run the same compiled program.
-    """
+    """Batches of any lengths, one of them empty, run the same compiled program."""
     run, params = apply(model(name))
     for lengths in (LENGTHS, (12, 12, 12, 12, 12), (0, 0, 0, 0, 0), (1, 1, 1, 1, 1)):
         out = run(params, batch(lengths))
@@ -219,9 +214,9 @@ def test_dropout_is_a_function_of_its_key(name):
 
 @pytest.mark.parametrize("name", ["hstu", "production", "sasrec"])
 def test_bfloat16(name):
-    """Activations in bfloat16.
+    """Activations in bfloat16 stay close to float32; gradients are float32.
 
-    Close to float32, gradients in float32, and the default of the attention kernels.
+    Attention runs by its default implementation.
     """
     exact, params = apply(model(name, implementation=None))
     low, _ = apply(model(name, dtype="bfloat16", implementation=None))

@@ -133,9 +133,7 @@ def test_the_hopper_kernel_is_not_run_again():
 
 
 def residual_bytes(mode, layers, **options):
-    """Bytes of what the forward pass hands to the backward pass, parameters and what does not grow
-    with depth left out by differences.
-    """
+    """Bytes kept for the backward pass; differences of depths leave out what does not grow."""
     graph, params = nnx.split(
         encoder(layers=layers, implementation="xla", remat=mode, **options), nnx.Param
     )
@@ -150,10 +148,7 @@ def residual_bytes(mode, layers, **options):
 
 
 def test_what_is_kept():
-    """Selective.
-
-    The input and the attention output in bfloat16, and two float32 statistics of each of two norms.
-    """
+    """Selective keeps input and attention output in bfloat16, and two float32 statistics a norm."""
     each = {mode: (residual_bytes(mode, 5) - residual_bytes(mode, 3)) / 2 / ROWS for mode in MODES}
     assert each["selective"] == 2 * 8 + 2 * 12 + 4 * 4
     assert each["full"] == 2 * 8

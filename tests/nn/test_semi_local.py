@@ -54,9 +54,7 @@ def test_window_larger_than_the_sequences():
 
 @pytest.mark.parametrize("full_rows", [0, 2])
 def test_reach_by_gradients(full_rows):
-    """Through a window of 2 and one of 3, a row depends on itself and 5 earlier ones, and on
-    everything earlier if it is a full row.
-    """
+    """Two layers of windows 2 and 3: a row depends on 5 earlier ones, a full row on all."""
     built = encoder(window=(2, 3), full_rows=(full_rows,))
     graph, params = nnx.split(built, nnx.Param)
     sequences = batch([(0, 16, 0)], rows=16)

@@ -145,7 +145,7 @@ def test_against_one_sequence_at_a_time(name):
 
 @pytest.mark.parametrize("keep", [13, 1000])
 def test_as_long_as_the_longest_history(keep):
-    """Then everything stays: the result is that without a truncation."""
+    """Then everything stays, as without a truncation."""
     masks = {"window": (2,), "full_rows": (3,)}
     built, whole = encoder(truncate_length=keep, **masks), whole_encoder(**masks)
     sequences = batch(SEQUENCES)
@@ -157,7 +157,7 @@ def test_as_long_as_the_longest_history(keep):
 
 
 def test_kept_rows():
-    """Written down by hand: contextual tokens and targets stay, of the history the newest rows."""
+    """By hand: contextual tokens, targets and the newest history rows stay."""
     parts = [(1, 4, 2), (0, 0, 0), (2, 1, 0)]
     cut = Truncation(after=1, length=2).cut(batch(parts, rows=12, extra_rows=3))
     np.testing.assert_array_equal(kept_rows(cut), [1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0])
@@ -217,10 +217,7 @@ def test_gradients_flow_through_rows():
 
 
 def test_padding_may_hold_nan():
-    """Padding rows of NaN reach neither outputs nor gradients.
-
-    Nor do those of the smaller buffer.
-    """
+    """Padding rows of NaN, in either buffer, reach neither outputs nor gradients."""
     built, sequences = encoder(), batch(SEQUENCES)
     real_T1 = sequences.real_T[:, None]
     graph, params = nnx.split(built, nnx.Param)
@@ -287,7 +284,7 @@ def test_truncation_above_all_layers():
 
 
 def test_retrieval_trains_on_the_rows_that_are_left():
-    """The loss of a truncated model is that of its outputs with weight 0 on dropped rows."""
+    """A truncated model's loss equals the loss of all its outputs with weight 0 on dropped rows."""
     model = ModelConfig(
         width=8,
         layers=2,

@@ -16,12 +16,10 @@ CALLS = {
 
 
 def waiting(function, *args, source, sink):
-    """For every `sink` in the order of the trace.
+    """Whether an input of a `sink` comes from a `source`, however far back, for each sink in order.
 
-    Whether any of its inputs comes from a `source`, however far back. Both are names of primitives.
-
-    Calls are looked into. A branch counts as one operation, which is what it holds; of a loop, one
-    step is looked at by itself.
+    Both are names of primitives. Calls are looked into. A branch counts as one operation, which is
+    what it holds. One step of a loop is looked at by itself.
     """
     found = []
 

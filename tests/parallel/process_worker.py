@@ -26,7 +26,7 @@ MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
 
 
 def events_read(task):
-    """Events that an epoch brings to this process's devices, by the place of their group among all groups: [[place, events], ...]."""
+    """Events that an epoch brings to this process's devices, by the index of their group."""
     loader = task.loader("train", batch_users=16, steps_per_call=3)
     found = {}
     for group in loader.groups(loader.plan(seed=1, epoch=2)):
@@ -113,8 +113,8 @@ def main(folder):
     )
     result = {"read": read, "errors": errors, "agreed": agreed, "events": train_E.tolist()}
     (folder / f"process_{me}.json").write_text(json.dumps(result))
-    # The thread that watches the others now asks without a pause, so it is in native code when Python
-    # ends. There a process would abort with signal 6.
+    # The thread that watches the others now asks without a pause, so it is in native code when
+    # Python ends. There a process would abort with signal 6.
     pause, processes.POLL_SECONDS = processes.POLL_SECONDS, 0
     time.sleep(pause)
     processes.end()

@@ -129,7 +129,7 @@ def test_equals_one_device(strategy, mask):
     "strategy, mask", [("gather", "causal"), ("ring", "causal"), ("halo", "full rows")]
 )
 def test_heads_in_turns(strategy, mask, monkeypatch):
-    """Of many rows only some heads at a time: two of eight here."""
+    """Attention to many rows takes some heads at a time: two of eight here."""
     monkeypatch.setattr(strategies, "ROWS_AT_A_TIME", 2 * ROWS // 4)
     assert STRATEGIES[strategy].heads_of_a_call(Layout.contiguous(ROWS, 4), HEADS) == 2
     check(
@@ -153,7 +153,7 @@ def test_other_batches_without_targets(strategy, mask, batch):
 
 @pytest.mark.parametrize("strategy", ["gather", "ring", "ulysses"])
 def test_balanced_layout(strategy):
-    """Rows dealt out in blocks: the same sums in another place."""
+    """Rows dealt out in blocks give the same sums elsewhere."""
     layout = Layout.balanced(BATCHES["mixed"], MASKS["full rows"], ROWS, 4, 8)
     check(
         sharded(
@@ -236,7 +236,7 @@ def test_counts_may_be_traced():
         jax.jit(attend)(*inputs)
     got = jax.jit(functools.partial(attend, max_targets=5, max_contextual=3))(*inputs)
     np.testing.assert_allclose(got, expected("mixed", "all", True)[0], atol=1e-6)
-    # more than there is room for: no silent loss
+    # more than the bound: no silent loss
     for bounds in (
         {"max_targets": 0, "max_contextual": 3},
         {"max_targets": 5, "max_contextual": 0},
@@ -318,24 +318,22 @@ def order(strategy, mask, backward=False, **names):
 
 
 def test_ring_sends_before_it_computes():
-    """No transfer of keys and values waits for a product.
-
-    Of the backward's, only the gradients do.
-    """
+    """Transfers of keys and values wait for no product; transfers of gradients do."""
     transfers = {"source": "dot_general", "sink": "ppermute"}
-    # The first transfer, and that of a step of the loop, each of keys and of values.
+    # The first transfer and the transfer of a loop step, each of keys and of values.
     assert order("ring", "causal", **transfers) == [False] * 4
-    # The backward's first two and that of its loop; beside the latter gradients, of the step
-    # before. Behind the loop gradients wait for its last step, and those
-    # that go home for the one that follows it.
+    # The backward has two transfers before its loop and one in it, beside which gradients of the
+    # step before are sent. Behind the loop, gradients wait for its last step, and gradients that go
+    # home wait for the step after it.
     both = order("ring", "causal", backward=True, **transfers)
     assert (both.count(False), both.count(True)) == (12, 4)
 
 
 @pytest.mark.parametrize("mask", ["window", "full rows"])
 def test_halo_computes_while_it_receives(mask):
-    """Scores and sums at home wait for nothing, those at the edge for the halo, those of visiting
-    rows for them.
+    """Scores and sums at home wait for nothing.
+
+    Those at the edge wait for the halo, those of visiting rows for the rows.
     """
     products = {"sink": "dot_general"}
     home, visit, edge = [0, 0], [1, 1] if mask == "full rows" else [], [2, 2]
@@ -365,10 +363,9 @@ def busiest(lengths, mask, layout):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_balance(seed):
-    """Skewed lengths (Zipf).
+    """Under skewed lengths (Zipf) the busiest shard of balanced blocks has at most 5 % too much.
 
-    With balanced blocks the busiest shard has at most 5 % more than the mean; contiguous slices do
-    not come near.
+    Contiguous slices do not come near.
     """
     rows, shards, rng, lengths = 65536, 8, np.random.default_rng(seed), []
     while sum(lengths) < rows:

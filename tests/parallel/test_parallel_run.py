@@ -34,7 +34,7 @@ def config(folder, data, context, epochs=2, **fields):
 def test_a_run_goes_on_in_another_mesh(tmp_path):
     """An epoch on 8 x 1, the next on 2 x 4 with another size of the tables.
 
-    What is logged and found is that of one device.
+    Logs and metrics equal those of one device.
     """
     one = train(
         config(tmp_path / "data", 1, 1, parallel__groups=8), tmp_path / "one", console=QUIET

@@ -1,4 +1,4 @@
-"""A training step under a mesh is that of one device.
+"""A training step under a mesh equals the step of one device.
 
 Losses, gradients, evaluation, for every kind of run; on 8 CPU devices.
 """
@@ -93,10 +93,7 @@ def on_one_device():
 
 @pytest.mark.parametrize("data, context", [(8, 1), (1, 8), (2, 4), (4, 2)])
 def test_meshes_agree(data, context):
-    """Dropout, negatives, windows, full rows and a truncation.
-
-    The same losses, then the same metrics.
-    """
+    """Losses, then metrics, are the same, with dropout, negatives, full rows and a truncation."""
     evaluated = (data, context) == (2, 4)
     want = on_one_device()
     check(
@@ -163,9 +160,7 @@ def test_other_runs_agree(name):
 
 
 def test_mini_sequences_over_ulysses():
-    """The configuration file at a small size, local rows in chunks with a tail, against all rows at
-    once on one device.
-    """
+    """The configuration at a small size, in chunks with a tail, equals all rows on one device."""
     written = configs.named("long_mst")
     assert written.model.chunk_rows and (written.parallel.strategy, written.parallel.context) == (
         "ulysses",
@@ -206,10 +201,9 @@ def program(config, data, context):
 
 
 def test_what_a_step_sends():
-    """No activations are put together.
+    """No activations are gathered: four times the rows, and nothing more is sent.
 
-    Four times the rows, and nothing more is sent, where a device looks up as many rows as the
-    tables have.
+    Here a device looks up as many rows as the tables have entries.
     """
     config = with_(RETRIEVAL, model__window=(3,), model__full_rows=(2,), model__layers=1)
     short, long = (program(with_(config, data__batch_tokens=rows), 1, 8) for rows in (1024, 4096))
@@ -221,7 +215,7 @@ def test_what_a_step_sends():
 
 
 def test_what_a_lookup_sends():
-    """A long table sends numbers and the entries that are looked up, a short one itself."""
+    """Devices exchange the looked-up entries of a long table, and the whole of a short one."""
     spread, width = PartitionSpec(("data", "context")), 4
 
     def sent(rows, count):
@@ -246,7 +240,7 @@ def test_what_a_lookup_sends():
 
 
 def test_fsdp_gathers_a_layer_at_a_time():
-    """Each of the two matrices of a layer once forward and once backward."""
+    """Each of a layer's two matrices is gathered once forward and once backward."""
     config = with_(RETRIEVAL, parallel__fsdp=True, model__layers=1)
 
     def gathered(config):
@@ -262,9 +256,9 @@ def test_fsdp_gathers_a_layer_at_a_time():
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
 def test_lookup(shape):
-    """Any row numbers, all of them of one device's part too.
+    """Entries and gradients are those of the whole table, for any numbers of entries.
 
-    Rows and gradients are those of the whole table.
+    All numbers may belong to one device.
     """
     rng, shards, rows = np.random.default_rng(0), Shards(*shape), 64
     table_XD = rng.standard_normal((rows, 4), dtype=np.float32)

@@ -1,4 +1,7 @@
-"""Real processes of two CPU devices each train one run: the same losses as one process, no event lost, and an end when one of them is lost."""
+"""Real processes of two CPU devices each train one run.
+
+It has the losses of one process and loses no event, and it ends when one of the processes dies.
+"""
 
 import json
 import os
@@ -27,7 +30,8 @@ from ultra_hstu.workdir import Workdir
 ROOT = Path(__file__).parents[2]
 EPOCHS = 6
 FIELDS = dict(
-    data__batch_tokens=128, data__placement="stream", model__layers=1, model__relative_bias=False, model__implementation="reference",
+    data__batch_tokens=128, data__placement="stream",
+    model__layers=1, model__relative_bias=False, model__implementation="reference",
     loss__negatives=4, parallel__strategy="gather", parallel__groups=4, train__steps_per_call=2,
 )  # fmt: skip
 FAST = {
@@ -48,7 +52,7 @@ def free_port():
 
 
 class Processes:
-    """Started together, each with a file of what it says."""
+    """Processes started together, each with a file of what it prints."""
 
     def __init__(self, folder, commands, environments=None):
         clean = {
@@ -73,7 +77,7 @@ class Processes:
         return [output.read_text() for output in self.outputs]
 
     def wait(self, seconds):
-        """Exit codes. Of processes that do not end in time nothing is left."""
+        """Exit codes; processes that do not end in time are killed."""
         deadline = time.monotonic() + seconds
         try:
             return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in self.all]
@@ -120,7 +124,7 @@ def config(folder, data, context):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of a run in this process, 2 x 4 devices, and that of the same run in four processes, of which one was killed."""
+    """Folders of a run: in this process, 2 x 4 devices; in four processes, one of them killed."""
     root = tmp_path_factory.mktemp("processes")
     alone, killed = Workdir(root / "alone"), Workdir(root / "killed")
     train(config(root / "data", 2, 4), alone.path, console=Console(quiet=True))
@@ -214,7 +218,7 @@ def workers(tmp_path_factory):
 
 
 def test_every_event_is_read_once(workers):
-    """In all meshes, also where processes share a group: then they read the same."""
+    """Every mesh reads every event; processes that share a group read the same."""
     for mesh, first in workers[0]["read"].items():
         groups = {}
         for worker in workers:
@@ -290,7 +294,10 @@ def test_flags_that_do_not_fit(flags, message):
     [lambda *_: [None, "c/1: OSError: torn"], TimeoutError("process 1 did not answer within 60 s")],
 )
 def test_a_checkpoint_that_only_some_can_read_is_an_error(tmp_path, monkeypatch, answer):
-    """Else they would go on from different ones. Those that can wait inside Orbax for the others, which then hear nothing from them."""
+    """Else they would go on from different ones.
+
+    Processes that can read it wait inside Orbax for the others, which hear nothing from them.
+    """
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(1, {"x": jnp.zeros(3)}, {"epoch": 1})
     checkpoints.close()

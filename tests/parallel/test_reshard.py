@@ -1,6 +1,6 @@
 """Batches read by each device become one shared buffer.
 
-The same rows and gradients as putting them in a row, few bytes, and nothing lost in silence.
+Rows and gradients are those of a concatenation, bytes are few, nothing is lost in silence.
 """
 
 import jax
@@ -37,10 +37,7 @@ LAYOUTS = {"slices": Layout.contiguous(ROWS, SHARDS), "blocks": Layout.striped(R
 
 
 def own_rows(name):
-    """What every device read: floats and integers, NaN behind its last row.
-
-    And the rows that the shared buffer should hold.
-    """
+    """What every device read, NaN behind its last row, and what the shared buffer should hold."""
     lengths = LENGTHS[name]
     rng = np.random.default_rng(0)
     x, ids = (
@@ -108,7 +105,7 @@ def test_gradients_and_the_baseline(layout):
 
 
 def test_bytes():
-    """Over slices a device sends what sticks out, here at most an eighth of its rows to one other.
+    """A device sends what sticks out of its slice, here an eighth of its rows at most.
 
     The baseline sends all rows to all.
     """

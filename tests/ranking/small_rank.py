@@ -1,4 +1,7 @@
-"""A ranking run small enough for tests: learners who answer problems, right or wrong, by their ability and the problem's difficulty."""
+"""A ranking run small enough for tests.
+
+Learners answer problems right or wrong, by their ability and the problem's difficulty.
+"""
 
 import numpy as np
 

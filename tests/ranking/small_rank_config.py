@@ -1,4 +1,7 @@
-"""The configuration of tests.ranking.small_rank as a config file: `--config=tests/ranking/small_rank_config.py:FOLDER`."""
+"""The configuration of tests.ranking.small_rank as a config file.
+
+--config=tests/ranking/small_rank_config.py:FOLDER
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Ranking runs from files in the publishers' formats to a result, by the command lines; and what a killed run goes on with."""
+"""Ranking runs by the command lines, from files in the publishers' formats to a result.
+
+A killed run goes on as if it had not been killed.
+"""
 
 import dataclasses
 import json
@@ -74,8 +77,10 @@ def kuairand(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     lines = [
         kuairand_line(
-            u, int(rng.integers(0, 9)), 10**6 * (100 * u + i), is_click=int(rng.integers(0, 2)), long_view=int(rng.integers(0, 2)),
-            is_like=int(rng.integers(0, 2)), play_time_ms=int(rng.integers(0, 9000)), duration_ms=int(rng.integers(0, 3)) * 4000, tab=u % 2,
+            u, int(rng.integers(0, 9)), 10**6 * (100 * u + i),
+            is_click=int(rng.integers(0, 2)), long_view=int(rng.integers(0, 2)),
+            is_like=int(rng.integers(0, 2)), play_time_ms=int(rng.integers(0, 9000)),
+            duration_ms=int(rng.integers(0, 3)) * 4000, tab=u % 2,
         )
         for u in range(1, 9)
         for i in range(12)
@@ -100,13 +105,17 @@ def shrunk(name, tmp_path):
         key: dataclasses.replace(channel, max_history=6, layers=2 + (channel.layers > 3))
         for key, channel in config.model.channels.items()
     }
+    shorter = {"model__truncate_after": 1, "model__truncate_length": 3}
+    shorter |= {"model__window": (2,), "model__full_rows": (1,)}
     return with_(
         config,
-        data__raw_dir=str(make(tmp_path / "raw")), data__data_dir=str(tmp_path / "data"), data__max_history=6, data__batch_users=4,
-        model__width=8, model__qk_width=4, model__v_width=4, model__layers=2, model__dtype="float32", model__channels=channels,
+        data__raw_dir=str(make(tmp_path / "raw")), data__data_dir=str(tmp_path / "data"),
+        data__max_history=6, data__batch_users=4,
+        model__width=8, model__qk_width=4, model__v_width=4, model__layers=2,
+        model__dtype="float32", model__channels=channels,
         rank__targets=2, rank__head_width=8, rank__test_fraction=0.2, rank__validation_fraction=0.2,
         train__epochs=1, train__eval_users=8, train__steps_per_call=2,
-        **({"model__truncate_after": 1, "model__truncate_length": 3, "model__window": (2,), "model__full_rows": (1,)} if config.model.channels else {}),
+        **(shorter if config.model.channels else {}),
     )  # fmt: skip
 
 
@@ -125,9 +134,12 @@ def test_every_ranking_configuration_fits_its_data(name, tmp_path):
 def test_the_command_line_trains_and_records(tmp_path):
     raw, record = assistments(tmp_path / "raw"), tmp_path / "record.json"
     options = {
-        "data.raw_dir": raw, "data.data_dir": tmp_path / "data", "data.max_history": 16, "data.batch_users": 4, "model.width": 8, "model.qk_width": 4,
-        "model.v_width": 4, "model.dtype": "float32", "model.truncate_after": 1, "model.truncate_length": 4, "model.channels.attempts.layers": 2,
-        "model.channels.attempts.max_history": 16, "model.channels.right.layers": 2, "model.channels.right.max_history": 8, "model.layers": 2,
+        "data.raw_dir": raw, "data.data_dir": tmp_path / "data",
+        "data.max_history": 16, "data.batch_users": 4,
+        "model.width": 8, "model.qk_width": 4, "model.v_width": 4, "model.dtype": "float32",
+        "model.truncate_after": 1, "model.truncate_length": 4, "model.layers": 2,
+        "model.channels.attempts.layers": 2, "model.channels.attempts.max_history": 16,
+        "model.channels.right.layers": 2, "model.channels.right.max_history": 8,
         "rank.targets": 2, "train.epochs": 1, "train.eval_users": 8,
     }  # fmt: skip
     done = commands.run(
@@ -145,7 +157,8 @@ def test_the_command_line_trains_and_records(tmp_path):
         "best"
     ].keys()
     assert [epoch["epoch"] for epoch in written["runs"][0]["history"]] == [1]
-    # What it learnt goes into a file that scores candidates by itself; tests/serving/test_export.py reads one where this code is not.
+    # What it learnt goes into a file that scores candidates by itself; tests/serving/test_export.py
+    # reads one where this code is not.
     out = tmp_path / "scorer.zip"
     trained = f"--workdir={tmp_path / 'run' / 'seed_1'}"
     done = commands.run("experiments.export", trained, f"--out={out}", "--candidates=8")
@@ -168,7 +181,7 @@ def test_the_command_line_trains_and_records(tmp_path):
 
 
 class StopAfterFiveLooks:
-    """Stands in for `train._Stop`: a stop is asked for at the sixth look, which is in the middle of an epoch."""
+    """Stands in for `train._Stop`: it stops at the sixth look, in the middle of an epoch."""
 
     def __init__(self):
         self.looks = 0
@@ -180,7 +193,7 @@ class StopAfterFiveLooks:
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
-    """Stopped in the middle of epochs, the run goes on there, with requests that are drawn anew from (seed, epoch)."""
+    """A run stopped within an epoch goes on there; requests are drawn again from (seed, epoch)."""
     config = rank_data.config(
         tmp_path,
         data=dict(batch_users=3),
@@ -218,7 +231,8 @@ def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
     config = shrunk("kuairand_rank_ultra", tmp_path)
     found = ablation.variants(config)
     assert list(found) == [
-        "ultra", "interleaved_input", "full_attention", "no_truncation", "one_transducer", "fewer_signals", "whole_histories", "fp8_projections",
+        "ultra", "interleaved_input", "full_attention", "no_truncation", "one_transducer",
+        "fewer_signals", "whole_histories", "fp8_projections",
     ]  # fmt: skip
     interactions = load_interactions(config.data)
     cost = {}

@@ -1,4 +1,7 @@
-"""The ranking model leaks nothing: no prediction reads its own action or another target, by gradients and by changing the data."""
+"""The ranking model leaks nothing: no prediction reads its own action or another target.
+
+Gradients show it, and so does changing the data.
+"""
 
 import dataclasses
 import functools
@@ -56,7 +59,7 @@ def task_of(form, data=DATA) -> RankingTask:
 
 @functools.cache
 def built(form):
-    """A task, initial parameters whose tables are large enough to matter, and its compiled logits."""
+    """A task, initial parameters with tables large enough to matter, and its compiled logits."""
     task = task_of(form)
     params = task.recipe.init(0).params
     for table in (
@@ -119,9 +122,9 @@ def with_changed(data, event, **changes):
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "clicks"])
 def test_no_prediction_reads_its_own_action(form):
-    """Another action of an event leaves its own prediction as it is, bit for bit, and those before it; some later ones change.
+    """Another action leaves predictions up to its own the same, by bits; some later ones change.
 
-    In a mixture, a click decides what is in a channel, so that other rows move in the buffers: equal up to rounding.
+    In a mixture a click decides what is in a channel, so rows move: equal up to rounding.
     """
     for part, event in (("train", 4), ("train", 24), ("validation", 14)):
         other = with_changed(
@@ -139,7 +142,10 @@ def test_no_prediction_reads_its_own_action(form):
 
 @pytest.mark.parametrize("form", ["merged", "interleaved", "mixture"])
 def test_targets_do_not_see_one_another(form):
-    """Another item as a target changes its own prediction alone, among those of its request; validation targets are 12, 13, 14 and 15."""
+    """Another item as a target changes no other prediction of its request.
+
+    Validation targets are 12, 13, 14 and 15.
+    """
     other = with_changed(
         DATA,
         13,
@@ -152,7 +158,7 @@ def test_targets_do_not_see_one_another(form):
 
 @pytest.mark.parametrize("form", ["merged", "interleaved", "supervise all", "mixture"])
 def test_signals_reach_only_later_predictions_by_gradients(form):
-    """d logit_p / d (weight of row t's signals) is not 0 exactly where t's action lies before p in the same request."""
+    """d logit_p / d (weight of row t's signals) is nonzero exactly where t's action precedes p."""
     task, params, _ = built(form)
     model = task.recipe.model(params)
     loader = task.loader("train", batch_users=4, steps_per_call=1)
@@ -187,7 +193,7 @@ def test_signals_reach_only_later_predictions_by_gradients(form):
 
 
 def test_a_mixture_reads_each_channel_by_its_signal():
-    """Of a channel of clicks, an event that was not clicked is no part: its rating changes no prediction, a clicked one's does."""
+    """A channel of clicks: the rating of an event without a click changes no prediction."""
     before, clicked = predictions("clicks"), DATA.actions["is_click"][:8] == 1
     for event in (int(np.argmax(clicked)), int(np.argmin(clicked))):
         after = predictions(

@@ -1,4 +1,4 @@
-"""Ranking data against plain loops: what signals mean, which events a request asks about, and what every token holds."""
+"""Ranking data against plain loops: what signals mean, targets of requests, contents of tokens."""
 
 import dataclasses
 
@@ -130,7 +130,8 @@ def test_a_channel_of_an_unknown_action_is_refused():
     config = rank_data.config(model=dict(channels={"some": ChannelConfig(signal="loved")}))
     with pytest.raises(
         ValueError,
-        match="channels.some.signal='loved' is no action of this source, which has is_click, rating, skill",
+        match="channels.some.signal='loved' is no action of this source, "
+        "which has is_click, rating, skill",
     ):
         RankingTask.of(config, rank_data.interactions())
 
@@ -148,7 +149,7 @@ def test_a_channel_of_an_unknown_action_is_refused():
 def test_requests_partition_every_part(
     lengths, targets, max_history, fractions, seed, epoch, supervise
 ):
-    """Each event of a part is asked about exactly once, after at most `max_history` earlier events of its user, the newest."""
+    """Each event of a part is a target once, after the newest `max_history` events before it."""
     validation, test = fractions
     config = rank_data.config(
         data=dict(max_history=max_history),
@@ -286,7 +287,7 @@ def history_of(channel, data, user, stop, start):
 @pytest.mark.parametrize("part", ["train", "validation"])
 @pytest.mark.parametrize("form", FORMS)
 def test_batches_against_loops(form, part):
-    """Every token of every batch, gathered on the device and on the host; users with targets and without history are among them."""
+    """Every token of every batch, made on the device and on the host; some users lack a history."""
     config = rank_data.config(**FORMS[form])
     config = dataclasses.replace(
         config, rank=dataclasses.replace(config.rank, contextual=("gender", "age"))
@@ -358,7 +359,7 @@ def test_batches_against_loops(form, part):
 
 
 def test_merged_and_interleaved_hold_the_same_events():
-    """The same items in the same order, and the signals of each event in its own token or in the one behind."""
+    """Items in the same order; the signals of an event in its own token or in the one behind."""
     batches = []
     for form in ("merged", "interleaved"):
         config = rank_data.config(**FORMS[form])

@@ -1,4 +1,4 @@
-"""Evaluation of ranking runs: every event of a split once, in its place, against loops; training that is judged by it."""
+"""Evaluation of ranking runs: every event of a split once, in order; training judged by it."""
 
 import dataclasses
 import json
@@ -39,15 +39,17 @@ def task(folder):
 
 
 def events_of(task, part):
-    """(user, event) of every event of a part, from the definition: the newest fifth is test, the fifth before it validation."""
+    """(user, event) of a part, by definition: the newest fifth is test, the next one validation."""
     found = []
     for user, (first, last) in enumerate(
         zip(task.interactions.offsets[:-1], task.interactions.offsets[1:], strict=True)
     ):
         fifth = (last - first) // 5
         start, stop = {
-            "train": (first, last - 2 * fifth), "validation": (last - 2 * fifth, last - fifth), "test": (last - fifth, last)
-        }[part]  # fmt: skip
+            "train": (first, last - 2 * fifth),
+            "validation": (last - 2 * fifth, last - fifth),
+            "test": (last - fifth, last),
+        }[part]
         found += [(user, int(event)) for event in range(start, stop)]
     return found
 
@@ -137,7 +139,8 @@ def test_what_cannot_be_measured_is_said_before_training(task, tmp_path):
     always_right = with_answers(task, correct)
     with pytest.raises(
         ValueError,
-        match="the test events give correct no labels of both classes .* NE has no value: raise rank.test_fraction",
+        match="the test events give correct no labels of both classes .* NE has no value: "
+        "raise rank.test_fraction",
     ):
         train(task.config, tmp_path / "one_class", console=QUIET, task=always_right)
     assert not Workdir(tmp_path / "one_class").metrics.exists()
@@ -279,8 +282,13 @@ def test_a_table_has_a_line_for_each_task(tmp_path):
         "MSE",
     ]
     assert [list(column.cells) for column in table.columns] == [
-        ["model: like", "model: share"], ["0.7500", ""], ["0.6000", ""], ["", ""], ["0.5000", ""], ["", "0.1250"]
-    ]  # fmt: skip
+        ["model: like", "model: share"],
+        ["0.7500", ""],
+        ["0.6000", ""],
+        ["", ""],
+        ["0.5000", ""],
+        ["", "0.1250"],
+    ]
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(json.dumps({"step": 1, "epoch": 1, "loss": 1.0, "ne": 0.9}) + "\n")
     draw_curves({"run": metrics}, tmp_path / "curves.png", criteria)

@@ -136,7 +136,8 @@ def test_known_values():
     assert normalized_entropy(rate, np.array([1, 0, 0, 0] * 2), np.ones(8)) == pytest.approx(
         1.0, rel=1e-12
     )
-    # Two users, each in perfect order, the second on a lower level: AUC sees the levels, grouped AUC does not.
+    # Two users, each in perfect order, the second on a lower level: AUC sees the levels, grouped
+    # AUC does not.
     logit, label, group = (
         np.array([5.0, 4.0, 1.0, 0.0]),
         np.array([1, 0, 1, 0]),

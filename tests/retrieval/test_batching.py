@@ -1,4 +1,4 @@
-"""Batches: nothing lost, nothing repeated, order a function of (seed, epoch), device and host agree."""
+"""Batches: no event lost or repeated, an order by (seed, epoch), the same on device and host."""
 
 import jax
 import jax.numpy as jnp

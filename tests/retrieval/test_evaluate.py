@@ -1,4 +1,4 @@
-"""Evaluation against plain loops: one user at a time, every item scored, history removed, place counted."""
+"""Evaluation against plain loops: a user at a time, all items scored, history removed, ranked."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def params(task):
 
 
 def ranks_by_hand(task, params, examples):
-    """The place of every target, from scores of single histories without any padding."""
+    """The rank of every target, from scores of single histories without any padding."""
     model = task.recipe.model(params)
     table = np.asarray(model.item_table[...])
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
@@ -70,7 +70,7 @@ def test_padded_layout_gives_the_same_ranks(task, params):
 
 
 def test_popularity_counts_the_training_events_only(task):
-    """Training uses, of each user's 12 events, the newest 11 before the last (10 rows and the target of the last row)."""
+    """Training uses events 1 to 11 of each user's 12: 10 rows and the target of the last row."""
     counts = np.zeros(121)
     for items in task.interactions.items.reshape(60, 12):
         np.add.at(counts, items[:11], 1)

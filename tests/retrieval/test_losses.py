@@ -1,4 +1,4 @@
-"""Losses: parity with the public implementation, chunking, memory, padding, and the meaning of log_q."""
+"""Losses: parity with the public implementation, chunks, memory, padding, what log_q means."""
 
 import functools
 
@@ -18,7 +18,7 @@ PATHS = {"whole table": True, "gathered": False}
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    """Runs a test with both ways to score negatives; the rule that chooses between them is tested by itself."""
+    """Runs a test with both ways to score negatives; another test has the rule that chooses."""
     monkeypatch.setattr(
         losses, "whole_table_is_cheaper", lambda items, negatives: PATHS[request.param]
     )
@@ -108,7 +108,7 @@ def problem(seed=0):
 @pytest.mark.parametrize("chunk_rows", [1, 7, 16, 30, 37, 1000])
 @pytest.mark.parametrize("kind", ["whole table", "gathered", "log_q", "full"])
 def test_chunked_equals_unchunked(kind, chunk_rows, monkeypatch):
-    """Values and gradients (weights included) do not depend on the chunk, tails included, and are those of the definition."""
+    """Values and gradients, of weights too, are those of the definition for any chunk and tail."""
     monkeypatch.setattr(losses, "whole_table_is_cheaper", lambda *_: kind != "gathered")
     h, table, positive, weight, negative = problem()
     log_q = jnp.log(jnp.arange(1.0, ITEMS + 2) / 300) if kind == "log_q" else None
@@ -194,7 +194,7 @@ def test_zero_rows_have_finite_gradients():
 
 
 def test_log_q_makes_sampled_tend_to_full():
-    """Negatives from a skewed distribution, corrected, estimate the full softmax; uncorrected they do not."""
+    """Negatives of a skewed distribution estimate the full softmax with log_q, and not without."""
     rng = np.random.default_rng(1)
     h, table, positive, _, _ = problem()
     h, positive = h[:8], positive[:8]
@@ -234,7 +234,7 @@ def shapes_of(jaxpr):
 
 @pytest.mark.parametrize("kind", ["whole table", "gathered", "full"])
 def test_logits_never_exist_at_full_size(kind, monkeypatch):
-    """No float array of the gradient's program has T rows of R or I columns, and its temporary memory does not grow with T."""
+    """The gradient's program has no float array [T, R] or [T, I]; memory does not grow with T."""
     monkeypatch.setattr(losses, "whole_table_is_cheaper", lambda *_: kind == "whole table")
     negatives, items, width, chunk = 32, 200, 4, 64
 

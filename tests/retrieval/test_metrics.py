@@ -1,4 +1,4 @@
-"""Ranking: parity with the public implementation, a brute-force definition, and what must never help a model."""
+"""Ranks: parity with the public implementation, a plain definition, and what may help no model."""
 
 import functools
 
@@ -74,7 +74,7 @@ def test_sums_of_batches_add():
 @pytest.mark.parametrize("chunk_items", [1, 13, 64, 100])
 @pytest.mark.parametrize("l2_normalize", [True, False])
 def test_against_sorting(chunk_items, l2_normalize):
-    """Every chunk size, repeated and foreign seen ids; places counted by sorting."""
+    """Every chunk size, repeated and foreign seen ids; ranks found by sorting."""
     rng = np.random.default_rng(5)
     users, items, width = 30, 63, 5
     h, table = (
@@ -111,7 +111,7 @@ def test_against_sorting(chunk_items, l2_normalize):
 
 
 def test_ties_and_nan_count_against_the_target():
-    """A model that gives every item one score, or NaN, is last and not first; the target never counts against itself."""
+    """One score for every item, or NaN, ranks last; the target never counts against itself."""
     table = jnp.ones((11, 3))
     target = jnp.asarray([1, 5, 10])
     np.testing.assert_array_equal(ranks(jnp.ones((3, 3)), table, target), 10)
@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_catalogue():
 
 
 def test_ranking_asks_for_full_precision():
-    """TF32 changes ranks: every product of the ranking names the highest precision, whatever the default."""
+    """TF32 changes ranks: products of scores name the highest precision, whatever the default."""
     args = (jnp.ones((2, 3)), jnp.ones((5, 3)), jnp.asarray([1, 2]))
     with jax.default_matmul_precision("bfloat16"):
         text = str(jax.make_jaxpr(ranks)(*args))

@@ -1,4 +1,4 @@
-"""Retrieval with signals: what the user did with an item is part of its token, and reaches that row and later ones only."""
+"""Retrieval with signals: an action is part of its item's token, for that row and later ones."""
 
 import dataclasses
 

@@ -20,7 +20,7 @@ from kernels.mask import AttentionMask, layer_masks
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.dropout import KeyOrNone, row_keys, split_key
 from ultra_hstu.nn.encoder import Encoder
-from ultra_hstu.nn.hstu_layer import Attend, Layer, ProductionLayer, ResearchLayer
+from ultra_hstu.nn.hstu_layer import LAYERS, Attend, Layer
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import Remat, RunLayer, policy_of, run_layer
 from ultra_hstu.nn.softmax_ablation import softmax_attention
@@ -39,7 +39,7 @@ class HSTU(Encoder):
 
     def __init__(
         self,
-        layers: Sequence[ResearchLayer | ProductionLayer],
+        layers: Sequence[Layer],
         length: int,
         *,
         masks: Sequence[AttentionMask] = (AttentionMask(),),
@@ -74,9 +74,9 @@ class HSTU(Encoder):
           ValueError: options that do not suit this depth.
         """
         depth = config.layers if layers is None else layers
-        kind = ResearchLayer if config.preset == "research" else ProductionLayer
+        kind = LAYERS[config.preset]
 
-        def layer() -> ResearchLayer | ProductionLayer:
+        def layer() -> Layer:
             bias = None
             if config.relative_bias:
                 bias = RelativeBiasTables(length, config.time_buckets, rngs=rngs)

@@ -198,3 +198,7 @@ class ProductionLayer(Layer):
         n_TY = layer_norm(a_TY, weight, bias, eps=EPS)
         y_TZ = self._drop(jnp.concatenate([u_TY, a_TY, u_TY * n_TY], axis=1), mask_TZ)
         return linear(y_TZ, self.output[...], residual_TY=x_TD, precision=self.precision)
+
+
+# By `ModelConfig.preset`.
+LAYERS: dict[str, type[Layer]] = {"research": ResearchLayer, "production": ProductionLayer}

@@ -57,7 +57,8 @@ def context_parallel_attention(
 ) -> Float[Array, "T H V"]:
     """`hstu_attention` of rows that lie on several devices.
 
-    It takes the same arguments and gives, to rounding, the same result and gradients.
+    It takes the same arguments and gives, to rounding, the same result and gradients. Call it under
+    `jax.jit`: outside, JAX maps over all axes of a mesh or none.
 
     | strategy | how | bytes a shard and layer |
     |---|---|---|
