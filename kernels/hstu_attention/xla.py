@@ -260,8 +260,7 @@ def _sums_backward(
         dv = dv.at[pairs.key].add(add("ghqk,ghqd->ghkd", weight, g_g), mode="promise_in_bounds")
         dk = dk.at[pairs.key].add(add("ghqk,ghqd->ghkd", low, q_g), mode="promise_in_bounds")
         dq = dq.at[pairs.query].add(add("ghqk,ghkd->ghqd", low, k_g), mode="promise_in_bounds")
-        if d_position is not None or d_time is not None:
-            per_pair = d_score.sum(1)
+        per_pair = d_score.sum(1)
         if d_position is not None:
             d_position = d_position + _diagonal_sums(
                 per_pair, (pairs.key - pairs.query) * block, d_position.shape[0]
@@ -271,7 +270,7 @@ def _sums_backward(
         return (dq, dk, dv), (d_position, d_time)
 
     zeros = tuple(zeros_after(g, x.shape) for x in (q, k, v))
-    table_zeros = tuple(None if x is None else jnp.zeros(x.shape, jnp.float32) for x in tables)
+    table_zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tables)
     (dq, dk, dv), d_tables = jax.lax.fori_loop(0, _steps(sizes, work), step, (zeros, table_zeros))
     gradients = (alpha * dq, alpha * dk, dv), d_tables
     like = (qkv, tables)
