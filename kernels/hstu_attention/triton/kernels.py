@@ -165,8 +165,8 @@ def _seen(row, key, intervals, num_real, AXIS):
 def _begin_rows(order, num_real_ptr, bounds, keys, query_times, H, BQ, BK, ORDERED, BUCKETS):
     """What both kernels over query tiles know of a tile.
 
-    (tile, head, near, row, real, row_time, num_real, its intervals, its ranges of blocks); `near` is
-    an arange over keys.
+    (tile, head, near, row, real, row_time, num_real, its intervals, its ranges of blocks);
+    `near` is an arange over keys.
     """
     tile, head = tl.program_id(0) // H, tl.program_id(0) % H
     if ORDERED:
