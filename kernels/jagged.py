@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
+from kernels.typing import PerRow
+
 Offsets = Int[Array | np.ndarray, " B1"]
-Lengths = Int[Array | np.ndarray, " B"] | Sequence[int | np.integer]  # one a sequence
+PerSequence = Int[Array | np.ndarray, " B"]
+Lengths = PerSequence | Sequence[int | np.integer]
 Counts = Lengths | None  # None: 0 in all of them
 
 
@@ -31,12 +34,12 @@ class Rows(NamedTuple):
     """
 
     real: Bool[Array, " T"]
-    segment: Int[Array, " T"]
-    start: Int[Array, " T"]
-    position: Int[Array, " T"]
-    contextual: Int[Array, " T"]
-    history: Int[Array, " T"]
-    targets: Int[Array, " T"]
+    segment: PerRow
+    start: PerRow
+    position: PerRow
+    contextual: PerRow
+    history: PerRow
+    targets: PerRow
 
     @property
     def end(self) -> Int[Array | np.ndarray, " T"]:
@@ -91,25 +94,23 @@ class Rows(NamedTuple):
     ) -> "Rows":
         """Rows by sequence and position; a position may lie behind its sequence."""
         offsets, segment, position = (xp.asarray(x) for x in (offsets, segment_R, position_R))
-        length_B = offsets[1:] - offsets[:-1] if lengths is None else xp.asarray(lengths)
+        length_B = xp.diff(offsets) if lengths is None else xp.asarray(lengths)
         parts = split_lengths(length_B, num_targets, num_contextual, xp=xp)
         real, start = position < length_B[segment], offsets[:-1][segment]
         return Rows(real, segment, start, position, *(part[segment] for part in parts))
 
 
 def split_lengths(
-    length_B: Int[Array | np.ndarray, " B"],
+    length_B: PerSequence,
     num_targets: Counts = None,
     num_contextual: Counts = None,
     *,
     xp: ModuleType = jnp,
-) -> tuple[Int[Array | np.ndarray, " B"], ...]:
+) -> tuple[PerSequence, ...]:
     """How many contextual tokens, history rows and targets each sequence has, in this order."""
     zero_B = xp.zeros_like(length_B)
 
-    def clamped(
-        counts: Counts, most_B: Int[Array | np.ndarray, " B"]
-    ) -> Int[Array | np.ndarray, " B"]:
+    def clamped(counts: Counts, most_B: PerSequence) -> PerSequence:
         if counts is None:
             return zero_B
         return xp.clip(xp.asarray(counts).astype(length_B.dtype), zero_B, most_B)
@@ -121,14 +122,12 @@ def split_lengths(
 
 def lengths_to_offsets(lengths: Lengths, *, xp: ModuleType = jnp) -> Offsets:
     """Lengths [B] to offsets int32[B+1], starting at 0."""
-    ends_B = xp.cumsum(xp.asarray(lengths, xp.int32), dtype=xp.int32)
-    return xp.concatenate([xp.zeros(1, xp.int32), ends_B])
+    return xp.pad(xp.cumsum(xp.asarray(lengths, xp.int32), dtype=xp.int32), (1, 0))
 
 
 def offsets_to_lengths(offsets: Offsets) -> Int[Array, " B"]:
     """Offsets int32[B+1] to lengths int32[B]."""
-    offsets = jnp.asarray(offsets)
-    return offsets[1:] - offsets[:-1]
+    return jnp.diff(jnp.asarray(offsets))
 
 
 def pad(

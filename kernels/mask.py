@@ -7,7 +7,7 @@ backward its bounds. Whoever must know more of a mask asks it (`windowed`, `in_o
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from kernels.jagged import Counts, Lengths, Offsets, Rows
+from kernels.typing import PerQuery, PerRow
 
 Ints = Int[Array | np.ndarray, " T"]
 
@@ -28,17 +29,16 @@ class KeyIntervals(NamedTuple):
     and after. Empty intervals are (0, 0), on padding rows both.
     """
 
-    lo0: Int[Array, " T"]
-    hi0: Int[Array, " T"]
-    lo1: Int[Array, " T"]
-    hi1: Int[Array, " T"]
+    lo0: PerRow
+    hi0: PerRow
+    lo1: PerRow
+    hi1: PerRow
 
     def dense(self, num_real: int | Int[Array, ""] | np.integer) -> Bool[Array, "T T"]:
         """The mask as a matrix, with the diagonal of the first `num_real` rows: for references."""
         rows = self.lo0.shape[0]
         key_1T = jnp.arange(rows)[None, :]
-        seen = (key_1T >= self.lo0[:, None]) & (key_1T < self.hi0[:, None])
-        seen |= (key_1T >= self.lo1[:, None]) & (key_1T < self.hi1[:, None])
+        seen = inside(key_1T, (bound[:, None] for bound in self))
         row_T1 = jnp.arange(rows)[:, None]
         return seen | ((row_T1 == key_1T) & (row_T1 < jnp.asarray(num_real)))
 
@@ -53,10 +53,8 @@ class KeyIntervals(NamedTuple):
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
             raise ValueError(f"a mask is a square matrix, got shape {mask.shape}")
         np.fill_diagonal(mask, False)
-        edges = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)
         out = np.zeros((4, mask.shape[0]), np.int32)
-        for row, edge in enumerate(edges):
-            lo, hi = np.flatnonzero(edge == 1), np.flatnonzero(edge == -1)
+        for row, (lo, hi) in enumerate(runs(mask)):
             if len(lo) > 2:
                 raise ValueError(
                     f"row {row} attends to {len(lo)} intervals of keys besides itself; "
@@ -68,6 +66,18 @@ class KeyIntervals(NamedTuple):
         return cls(*(jnp.asarray(x) for x in out))
 
 
+def inside(key: Int[Array, "..."], ends: Iterable[Int[Array, "..."]]) -> Bool[Array, "..."]:
+    """Whether keys lie in one of two intervals, by the four ends of `KeyIntervals`."""
+    lo0, hi0, lo1, hi1 = ends
+    return ((key >= lo0) & (key < hi0)) | ((key >= lo1) & (key < hi1))
+
+
+def runs(mask: Bool[np.ndarray, "rows columns"]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each row of a matrix, where its runs of True begin and end."""
+    for edge in np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1):
+        yield np.flatnonzero(edge == 1), np.flatnonzero(edge == -1)
+
+
 class RowIntervals(NamedTuple):
     """`KeyIntervals` transposed: the rows that see each key, int32[T] each; empty ones are (0, 0).
 
@@ -75,12 +85,12 @@ class RowIntervals(NamedTuple):
     key + 1 on, without a gap. `tail`: full rows and targets further on.
     """
 
-    ctx_lo: Int[Array, " T"]
-    ctx_hi: Int[Array, " T"]
-    near_lo: Int[Array, " T"]
-    near_hi: Int[Array, " T"]
-    tail_lo: Int[Array, " T"]
-    tail_hi: Int[Array, " T"]
+    ctx_lo: PerRow
+    ctx_hi: PerRow
+    near_lo: PerRow
+    near_hi: PerRow
+    tail_lo: PerRow
+    tail_hi: PerRow
 
 
 class Locality(NamedTuple):
@@ -97,8 +107,8 @@ class Locality(NamedTuple):
       most_far, most_copied: how many of them a sequence has at most.
     """
 
-    first: Int[Array, " T"]
-    last: Int[Array, " T"]
+    first: PerRow
+    last: PerRow
     is_far: Bool[Array, " T"]
     is_copied: Bool[Array, " T"]
     reach: int
@@ -184,10 +194,10 @@ class AttentionMask:
 
     def keys_at(
         self,
-        start_R: Int[Array, " R"],
-        position_R: Int[Array, " R"],
-        contextual_R: Int[Array, " R"],
-        history_R: Int[Array, " R"],
+        start_R: PerQuery,
+        position_R: PerQuery,
+        contextual_R: PerQuery,
+        history_R: PerQuery,
     ) -> KeyIntervals:
         """Keys of rows given one by one.
 
@@ -243,7 +253,7 @@ class AttentionMask:
         *counts: Counts,
     ) -> Int[np.ndarray, " T"]:
         """How many keys each row of a buffer sees, itself included, on the host; 0 on padding."""
-        offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
+        offsets = np.pad(np.cumsum(np.asarray(lengths, np.int64)), (1, 0))
         rows = Rows.of(offsets, num_rows, *counts, xp=np)
         lo0, hi0, lo1, hi1 = _intervals(np, self, rows)
         return np.asarray((hi0 - lo0) + (hi1 - lo1) + rows.real)
@@ -328,13 +338,8 @@ def _intervals(xp: ModuleType, mask: AttentionMask, rows: Rows) -> list[Ints]:
 
 
 def _row_intervals(mask: AttentionMask, keys: Rows) -> list[Ints]:
-    k, c, h, end, n = (
-        keys.position,
-        keys.contextual,
-        keys.history,
-        keys.end,
-        keys.end + keys.targets,
-    )
+    k, c, h, end = keys.position, keys.contextual, keys.history, keys.end
+    n = end + keys.targets
     real = keys.real & (k < end)  # nobody but itself sees a target
     ctx = (jnp.zeros_like(k), jnp.minimum(k, c))
     if mask.window is None:

@@ -9,6 +9,8 @@ from kernels.mask import KeyIntervals, RowIntervals
 
 FAR = 2**30  # behind all rows and keys
 
+Range = tuple[Array, Array]  # begins and ends
+
 
 class TileBounds(NamedTuple):
     """Which tiles meet, as half-open ranges of block numbers.
@@ -46,12 +48,8 @@ def tile_bounds(
       first_real, num_real: the rows between them see themselves.
     """
     num_rows = keys.lo0.shape[0]
-    q_tiles, k_tiles = -(-num_rows // block_q), -(-num_rows // block_k)
     row_T = jnp.arange(num_rows, dtype=jnp.int32)
-    sees_itself_T = (
-        row_T < num_real if first_real == 0 else (row_T >= first_real) & (row_T < num_real)
-    )
-    own = _only(row_T, row_T + 1, sees_itself_T)
+    own = _only(row_T, row_T + 1, (row_T >= first_real) & (row_T < num_real))
 
     first_T = row_T // block_q * block_q
     near0_T = keys.hi0 == row_T  # slot 0 of a contextual row touches the row itself
@@ -64,56 +62,47 @@ def tile_bounds(
         far.append(_only(lo, hi, outside & is_far))
         before.append(_only(lo, hi, outside & ~is_far))
         around.append(_only(lo, hi, ~outside))
-    key = [_hull(parts, num_rows, q_tiles, block_q, block_k) for parts in (far, before, around)]
+    key = [_hull(parts, block_q, block_k) for parts in (far, before, around)]
 
     first_T = row_T // block_k * block_k
     end_T = jnp.minimum(first_T + block_k, num_rows)
     touches = rows.near_lo <= end_T  # always, where rows and keys are those of one batch
     front = [_only(rows.ctx_lo, rows.ctx_hi, rows.ctx_lo < first_T)]
-    beyond = [_only(rows.tail_lo, rows.tail_hi, rows.tail_hi > end_T)]
-    beyond += [
+    around = [own, _only(rows.near_lo, rows.near_hi, touches)]
+    beyond = [
+        _only(rows.tail_lo, rows.tail_hi, rows.tail_hi > end_T),
         _only(rows.ctx_lo, rows.ctx_hi, rows.ctx_hi > end_T),
         _only(rows.near_lo, rows.near_hi, ~touches),
     ]
-    row = [
-        _hull(front, num_rows, k_tiles, block_k, block_q),
-        _hull(
-            [own, _only(rows.near_lo, rows.near_hi, touches)], num_rows, k_tiles, block_k, block_q
-        ),
-        _hull(beyond, num_rows, k_tiles, block_k, block_q),
-    ]
+    row = [_hull(parts, block_k, block_q) for parts in (front, around, beyond)]
     return TileBounds(*_disjoint(key), *_disjoint(row))
 
 
-def _only(lo: Array, hi: Array, keep: Array) -> tuple[Array, Array]:
+def _only(lo: Array, hi: Array, keep: Array) -> Range:
     return jnp.where(keep, lo, 0), jnp.where(keep, hi, 0)
 
 
-def _hull(
-    parts: list[tuple[Array, Array]], num_rows: int, tiles: int, block: int, other_block: int
-) -> tuple[Array, Array]:
+def _hull(parts: list[Range], block: int, other_block: int) -> Range:
     """The smallest range of blocks of `other_block` that holds all intervals of each tile.
 
-    It is (big, 0) where there is none.
+    It ends at 0 where there is none.
     """
-    pad = (0, tiles * block - num_rows)
-    big = FAR
-    lo = jnp.stack([jnp.where(hi > lo, lo, big) for lo, hi in parts]).min(0)
+    lo = jnp.stack([jnp.where(hi > lo, lo, FAR) for lo, hi in parts]).min(0)
     hi = jnp.stack([hi for _, hi in parts]).max(0)
-    lo = jnp.pad(lo, pad, constant_values=big).reshape(tiles, block).min(1) // other_block
-    hi = -(-jnp.pad(hi, pad).reshape(tiles, block).max(1) // other_block)
+    pad = (0, -lo.shape[0] % block)
+    lo = jnp.pad(lo, pad, constant_values=FAR).reshape(-1, block).min(1) // other_block
+    hi = -(-jnp.pad(hi, pad).reshape(-1, block).max(1) // other_block)
     return lo, hi
 
 
-def _disjoint(ranges: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+def _disjoint(ranges: list[Range]) -> tuple[Array, ...]:
     """Ranges that may overlap or be empty (lo > hi), to ascending, disjoint ones that hold them.
 
     They are stacked on the last axis.
     """
     ranges, out = list(ranges), []
     reached = jnp.zeros_like(ranges[0][1])
-    for i in range(len(ranges)):
-        lo, hi = ranges[i]
+    for i, (lo, hi) in enumerate(ranges):
         # Where a later range begins before this one's end, this one stops there, so that ranges
         # ascend, and the later one takes the rest.
         for j in range(i + 1, len(ranges)):
@@ -125,19 +114,16 @@ def _disjoint(ranges: list[tuple[Array, Array]]) -> tuple[Array, Array]:
         some = hi > lo
         reached = jnp.where(some, hi, reached)
         out.append((jnp.where(some, lo, 0), jnp.where(some, hi, 0)))
-    return (
-        jnp.stack([lo for lo, _ in out], axis=-1).astype(jnp.int32),
-        jnp.stack([hi for _, hi in out], axis=-1).astype(jnp.int32),
-    )
+    return tuple(jnp.stack(ends, axis=-1).astype(jnp.int32) for ends in zip(*out, strict=True))
 
 
-def common_blocks(lo: Array, hi: Array, tile: int, block: int) -> tuple[Array, Array]:
+def common_blocks(lo: Array, hi: Array, tile: int, block: int) -> Range:
     """The range of blocks that lie in [lo, hi) of every row of a tile, for each tile."""
     begin = -(-lo.reshape(-1, tile).max(1) // block)
     return begin, jnp.maximum(hi.reshape(-1, tile).min(1) // block, begin)
 
 
-def hull_blocks(lo: Array, hi: Array, tile: int, block: int) -> tuple[Array, Array]:
+def hull_blocks(lo: Array, hi: Array, tile: int, block: int) -> Range:
     """The smallest range of blocks that holds [lo, hi) of all rows of a tile, for each tile."""
     some = hi > lo
     begin = jnp.where(some, lo, FAR).reshape(-1, tile).min(1) // block

@@ -6,7 +6,8 @@ the widths of a head.
 
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
 
 THK = Float[Array, "T H K"]
 THV = Float[Array, "T H V"]
@@ -19,8 +20,10 @@ QHV = Float[Array, "Q H V"]
 Scale = float | Float[Array, "..."]  # of outputs: a constant, or one a row
 PositionTable = Float[Array, " P"]  # of the relative bias; P = 2N - 1
 TimeTable = Float[Array, " buckets"]
+Unchecked = Shaped[Array | np.ndarray, "..."]  # until the function names the remedy
 Scalar = Int[Array, ""]
 PerRow = Int[Array, " T"]
+PerQuery = Int[Array, " R"]
 PerTile = Int[Array, " tiles"]
 
 T = TypeVar("T")

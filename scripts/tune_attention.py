@@ -137,7 +137,7 @@ def mosaic_trials(
 
     def forward(sizes: Sizes) -> Trial:
         config = dataclasses.replace(mosaic_forward.forward_config(w.spec, plan), **sizes)
-        ready = with_lists(WorkList.forward(w.heads, config.block_k, config.workers))
+        ready = with_lists(WorkList.forward(w.heads, config.block_k))
         return Trial(
             sizes,
             lambda plan, q, k, v, g: mosaic_forward.forward(q, k, v, plan, scale, w.alpha, config),

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int
 
 from kernels import dispatch
+from kernels.hstu_attention.api import check_tensors, check_times
 from kernels.hstu_attention.plan import AttentionSpec
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import KeyIntervals
-from kernels.typing import RHV
+from kernels.typing import RHV, Unchecked
 
 _OP = dispatch.Op[AttentionSpec](
     "cached_attention",
@@ -35,15 +36,14 @@ def implementations() -> dict[str, str]:
 
 
 def cached_attention(
-    # Shapes and dtypes are checked below, with errors that name the remedy.
-    q_RHK: Shaped[Array, "..."],
-    k_SHK: Shaped[Array, "..."],
-    v_SHV: Shaped[Array, "..."],
+    q_RHK: Unchecked,
+    k_SHK: Unchecked,
+    v_SHV: Unchecked,
     keys: KeyIntervals,
     *,
     alpha: float,
     scale: float,
-    own: tuple[Shaped[Array, "..."], Shaped[Array, "..."]] | None = None,
+    own: tuple[Unchecked, Unchecked] | None = None,
     bias: RelativeBias | None = None,
     place_R: Int[Array, "..."] | None = None,
     implementation: str | Sequence[str] | None = None,
@@ -101,28 +101,19 @@ def cached_attention(
 
 
 def _check(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Unchecked,
+    k: Unchecked,
+    v: Unchecked,
     keys: KeyIntervals,
-    own: tuple[Array, Array] | None,
+    own: tuple[Unchecked, Unchecked] | None,
     bias: RelativeBias | None,
     place: Array | None,
 ) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 3:
-            raise ValueError(f"{name} must be [rows, H, width], got shape {x.shape}")
-        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize not in (2, 4):
-            raise ValueError(
-                f"{name} has dtype {x.dtype}; cast it to float32, bfloat16 or float16, "
-                "and a quantised cache back to one of them"
-            )
+    check_tensors(q, k, v)
     if q.shape[1:] != k.shape[1:] or k.shape[:2] != v.shape[:2]:
         raise ValueError(
             f"q {q.shape}, k {k.shape} and v {v.shape} must be [R, H, K], [S, H, K] and [S, H, V]"
         )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v mix dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
     rows = q.shape[0]
     if any(bound.shape != (rows,) for bound in keys):
         raise ValueError(
@@ -141,9 +132,4 @@ def _check(
             f"a position bias needs place_R, int32[{rows}]: "
             "where each row would stand among the keys"
         )
-    if bias.time_table is not None:
-        for name, size in (("timestamps", k.shape[0]), ("query_timestamps", rows)):
-            times = getattr(bias, name)
-            if times is None or times.shape != (size,):
-                got = None if times is None else times.shape
-                raise ValueError(f"RelativeBias.{name} must be int32[{size}] seconds, got {got}")
+    check_times(bias, keys=k.shape[0], queries=rows)

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from kernels import device
 from kernels.hstu_attention.plan import AttentionSpec
-from kernels.hstu_attention.relative_bias import RelativeBias, position_bias, time_bias
-from kernels.mask import KeyIntervals
+from kernels.hstu_attention.relative_bias import RelativeBias
+from kernels.mask import KeyIntervals, inside
 from kernels.tiles import FAR
-from kernels.typing import RHK, RHV, SHK, SHV, Scalar
+from kernels.typing import RHK, RHV, SHK, SHV, PerQuery, Scalar
 
 
 class KeyLoop(NamedTuple):
@@ -48,8 +48,8 @@ class RowTile(NamedTuple):
 
     q_RHK: RHK
     keys: KeyIntervals
-    place_R: Int[Array, " R"] | None
-    time_R: Int[Array, " R"] | None
+    place_R: PerQuery | None
+    time_R: PerQuery | None
 
 
 def unsupported(spec: AttentionSpec) -> None:
@@ -66,41 +66,29 @@ def attention(
     scale: float,
     own: tuple[RHK, RHV] | None,
     bias: RelativeBias | None,
-    place_R: Int[Array, " R"] | None,
+    place_R: PerQuery | None,
 ) -> RHV:
     """See `cached_attention`."""
-    sum_RHV = _sums(q_RHK, k_SHK, v_SHV, keys, alpha, bias, place_R)
-    if own is not None:
-        sum_RHV += _own(q_RHK, *own, alpha, bias)
-    return (scale * sum_RHV).astype(q_RHK.dtype)
-
-
-def _sums(
-    q_RHK: RHK,
-    k_SHK: SHK,
-    v_SHV: SHV,
-    keys: KeyIntervals,
-    alpha: float,
-    bias: RelativeBias | None,
-    place_R: Int[Array, " R"] | None,
-) -> RHV:
-    """What the cached keys give, float32."""
     sizes, rows = loop_sizes(), q_RHK.shape[0]
     time_R = None if bias is None else bias.query_timestamps
     all_rows = RowTile(q_RHK, keys, place_R, time_R)
+    size = sizes.block_rows or rows
 
     def tile(part: RowTile) -> Float[Array, "r H V"]:
         return _tile(sizes, part, k_SHK, v_SHV, alpha, bias)
-
-    if sizes.block_rows is None or rows <= sizes.block_rows:
-        return tile(all_rows)
-    size = sizes.block_rows
 
     def cut(x: Shaped[Array, "R ..."]) -> Shaped[Array, "tiles r ..."]:
         x = jnp.pad(x, [(0, -rows % size)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(-1, size, *x.shape[1:])
 
-    return jax.lax.map(tile, jax.tree.map(cut, all_rows)).reshape(-1, *v_SHV.shape[1:])[:rows]
+    if rows <= size:
+        sum_RHV = tile(all_rows)
+    else:
+        tiles = jax.lax.map(tile, jax.tree.map(cut, all_rows))
+        sum_RHV = tiles.reshape(-1, *v_SHV.shape[1:])[:rows]
+    if own is not None:
+        sum_RHV += _own(q_RHK, *own, alpha, bias)
+    return (scale * sum_RHV).astype(q_RHK.dtype)
 
 
 def _own(
@@ -114,10 +102,8 @@ def _own(
     score_RH1 = alpha * jnp.sum(
         q_RHK.astype(jnp.float32) * k_RHK.astype(jnp.float32), axis=2, keepdims=True
     )
-    if bias is not None and bias.position_table is not None:
-        score_RH1 += position_bias(bias.position_table, jnp.zeros((1, 1, 1), jnp.int32))
-    if bias is not None and bias.time_table is not None:
-        score_RH1 += bias.time_table[0].astype(jnp.float32)
+    if bias is not None:
+        score_RH1 = bias.added_to(score_RH1, *[jnp.zeros((1, 1, 1), jnp.int32)] * 2)
     return jax.nn.silu(score_RH1) * v_RHV.astype(jnp.float32)
 
 
@@ -130,9 +116,6 @@ def _tile(
     bias: RelativeBias | None,
 ) -> RHV:
     """The sums of a tile's rows, float32."""
-    position, time, key_times = None, None, None
-    if bias is not None:
-        position, time, key_times = bias.position_table, bias.time_table, bias.timestamps
     num_keys, size = k_SHK.shape[0], min(sizes.block_keys, k_SHK.shape[0])
     q_RHK = rows.q_RHK if sizes.low_precision else rows.q_RHK.astype(jnp.float32)
     every = (0, -(-num_keys // size), None)
@@ -148,17 +131,17 @@ def _tile(
         if not sizes.low_precision:
             k_bHK, v_bHV = k_bHK.astype(jnp.float32), v_bHV.astype(jnp.float32)
         key_1b = (start + jnp.arange(size, dtype=jnp.int32))[None, :]
-        lo0, hi0, lo1, hi1 = (x[:, None] for x in rows.keys)
-        seen_Rb = ((key_1b >= lo0) & (key_1b < hi0)) | ((key_1b >= lo1) & (key_1b < hi1))
-        seen_Rb &= key_1b >= block * size
+        seen_Rb = inside(key_1b, (bound[:, None] for bound in rows.keys)) & (key_1b >= block * size)
         score_HRb = alpha * jnp.einsum(
             "rhd,khd->hrk", q_RHK, k_bHK, preferred_element_type=jnp.float32
         )
-        if position is not None and rows.place_R is not None:
-            score_HRb += position_bias(position, key_1b - rows.place_R[:, None])[None]
-        if time is not None and key_times is not None and rows.time_R is not None:
-            time_b = jax.lax.dynamic_slice_in_dim(key_times, start, size)
-            score_HRb += time_bias(time, rows.time_R[:, None] - time_b[None, :])[None]
+        if bias is not None:
+            distance = None if rows.place_R is None else (key_1b - rows.place_R[:, None])[None]
+            elapsed = None
+            if bias.timestamps is not None and rows.time_R is not None:
+                time_b = jax.lax.dynamic_slice_in_dim(bias.timestamps, start, size)
+                elapsed = (rows.time_R[:, None] - time_b[None, :])[None]
+            score_HRb = bias.added_to(score_HRb, distance, elapsed)
         weight_HRb = jnp.where(seen_Rb[None], jax.nn.silu(score_HRb), 0.0).astype(v_bHV.dtype)
         return sum_RHV + jnp.einsum(
             "hrk,khd->rhd", weight_HRb, v_bHV, preferred_element_type=jnp.float32
@@ -175,7 +158,7 @@ def visited_blocks(keys: KeyIntervals, size: int) -> tuple[Scalar, Scalar, tuple
     The gap is between the blocks of the two slots; it is empty where they meet or overlap.
     """
 
-    def hull(lo: Int[Array, " R"], hi: Int[Array, " R"]) -> tuple[Scalar, Scalar]:
+    def hull(lo: PerQuery, hi: PerQuery) -> tuple[Scalar, Scalar]:
         some = hi > lo
         first = jnp.min(jnp.where(some, lo, FAR)) // size
         last = -(-jnp.max(jnp.where(some, hi, 0)) // size)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
 from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec, make_plan
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import AttentionMask
-from kernels.typing import QHK, QHV, SHK, SHV, THV
+from kernels.typing import QHK, QHV, SHK, SHV, THV, Unchecked
 
 # `reference` runs only by name: its memory is O(T^2). So does `mosaic_fp8`: it rounds.
 _OP = dispatch.Op[AttentionSpec](
@@ -35,10 +35,9 @@ def implementations() -> dict[str, str]:
 
 
 def hstu_attention(
-    # Shapes and dtypes are checked below, with errors that name the remedy.
-    q_THK: Shaped[Array | np.ndarray, "..."],
-    k_THK: Shaped[Array | np.ndarray, "..."],
-    v_THV: Shaped[Array | np.ndarray, "..."],
+    q_THK: Unchecked,
+    k_THK: Unchecked,
+    v_THV: Unchecked,
     offsets: Int[ArrayLike, "..."],
     *,
     mask: AttentionMask = AttentionMask(),  # noqa: B008 - frozen
@@ -83,7 +82,11 @@ def hstu_attention(
       NotImplementedError: the named implementation cannot take these inputs, or none can; with the
         reasons.
     """
-    _check_arrays(q_THK, k_THK, v_THV)
+    check_tensors(q_THK, k_THK, v_THV)
+    if q_THK.shape != k_THK.shape:
+        raise ValueError(f"q {q_THK.shape} and k {k_THK.shape} must have the same shape [T, H, K]")
+    if q_THK.shape[:2] != v_THV.shape[:2]:
+        raise ValueError(f"v {v_THV.shape} must share rows and heads with q {q_THK.shape}")
     rows, heads, k_width = q_THK.shape
     _check_batch(offsets, rows, num_targets, num_contextual)
     factor = _checked_scale(scale, rows)
@@ -167,19 +170,19 @@ def prepare_plan(
     return plan if module is None else module.prepare(plan, spec)
 
 
-def _check_arrays(q: Array | np.ndarray, k: Array | np.ndarray, v: Array | np.ndarray) -> None:
+def check_tensors(q: Unchecked, k: Unchecked, v: Unchecked) -> None:
+    """ValueError where they are no heads of one dtype that attention takes."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(
-                f"{name} must be [T, H, width], got shape {x.shape}; "
+                f"{name} must be [rows, H, width], got shape {x.shape}; "
                 "a flat jagged buffer has no batch axis"
             )
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize not in (2, 4):
-            raise ValueError(f"{name} has dtype {x.dtype}; cast it to float32, bfloat16 or float16")
-    if q.shape != k.shape:
-        raise ValueError(f"q {q.shape} and k {k.shape} must have the same shape [T, H, K]")
-    if q.shape[:2] != v.shape[:2]:
-        raise ValueError(f"v {v.shape} must share rows and heads with q {q.shape}")
+            raise ValueError(
+                f"{name} has dtype {x.dtype}; cast it to float32, bfloat16 or float16, "
+                "and a quantised cache back to one of them"
+            )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v mix dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
 
@@ -263,9 +266,14 @@ def _check_bias(bias: RelativeBias, rows: int) -> None:
         raise ValueError(
             f"RelativeBias.position_table has an odd length 2N - 1, got {position.shape[0]}"
         )
+    check_times(bias, keys=rows, queries=rows)
+
+
+def check_times(bias: RelativeBias, *, keys: int, queries: int) -> None:
+    """ValueError where a table of times lacks the times of so many keys and queries."""
     if bias.time_table is not None:
-        for name in ("timestamps", "query_timestamps"):
+        for name, size in (("timestamps", keys), ("query_timestamps", queries)):
             times = getattr(bias, name)
-            if times is None or np.shape(times) != (rows,) or times.dtype != jnp.int32:
+            if times is None or np.shape(times) != (size,) or times.dtype != jnp.int32:
                 got = "None" if times is None else f"{times.dtype}{list(np.shape(times))}"
-                raise ValueError(f"RelativeBias.{name} must be int32[{rows}] seconds, got {got}")
+                raise ValueError(f"RelativeBias.{name} must be int32[{size}] seconds, got {got}")

@@ -118,14 +118,8 @@ def _past_gap(
     bounds: Sequence[Int[Array, " Q"]], num_keys: int, gap: int
 ) -> list[Int[Array, " Q"]]:
     """Ends of intervals of keys; own keys come `gap` later. Keys in the gap are zeros."""
-    if not gap:
-        return list(bounds)
-    pairs = zip(bounds[::2], bounds[1::2], strict=True)
-    return [
-        x
-        for lo, hi in pairs
-        for x in (jnp.where(lo >= num_keys, lo + gap, lo), jnp.where(hi > num_keys, hi + gap, hi))
-    ]
+    first_moved = (num_keys, num_keys + 1) * 2  # a begin that is an own key, an end behind one
+    return [jnp.where(x >= first, x + gap, x) for first, x in zip(first_moved, bounds, strict=True)]
 
 
 def _tidy(bounds: Sequence[Int[Array, "..."]], shift: int) -> list[Int[Array, "..."]]:

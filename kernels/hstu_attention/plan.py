@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from kernels.jagged import Counts, Rows
-from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
+from kernels.mask import AttentionMask, KeyIntervals, RowIntervals, runs
 from kernels.tiles import TileBounds, tile_bounds
-from kernels.typing import Leaf, Scalar
+from kernels.typing import Leaf, Scalar, Scale
 
 Arrays = Array | tuple[Array, ...]
 
@@ -132,6 +132,12 @@ class AttentionPlan:
             stored_keys=(*self.stored_keys, *new),
         )
 
+    def row_scales(self, scale: Scale, rows: int) -> Float[Array, " rows"]:
+        """The factor of each of `rows` rows; 0 in padding, where the caller's may be NaN."""
+        given = self.num_rows - self.first_row
+        scale_T = jnp.pad(jnp.broadcast_to(scale, (given,)), (0, rows - given))
+        return jnp.where(jnp.arange(rows) < self.num_real - self.first_row, scale_T, 0.0)
+
     def tile_bounds(self, block_q: int, block_k: int) -> TileBounds:
         """Bounds for these tile sizes."""
         return self.find(TileSizes(block_q, block_k))
@@ -214,10 +220,8 @@ def _transposed(keys: KeyIntervals, num_real: int) -> RowIntervals:
     ):
         if wrong_T.any():
             raise ValueError(f"the intervals of row {wrong_T.argmax()} {problem}")
-    edges = np.diff(np.pad(seen_TT.T.astype(np.int8), ((0, 0), (1, 1))), axis=1)
     out = np.zeros((6, len(seen_TT)), np.int32)
-    for key, edge in enumerate(edges):
-        starts, ends = np.flatnonzero(edge == 1), np.flatnonzero(edge == -1)
+    for key, (starts, ends) in enumerate(runs(seen_TT.T)):
         for lo, hi in zip(starts, ends, strict=True):
             slot = 0 if lo < key else 2 if lo == key + 1 else 4
             if out[slot + 1, key]:

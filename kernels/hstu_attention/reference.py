@@ -41,12 +41,4 @@ def attention(
         score_HTT += jnp.where(mask_TT, bias.dense(rows), 0.0)[None]
     weight_HTT = jnp.where(mask_TT[None], jax.nn.silu(score_HTT), 0.0)
     out_THV = jnp.einsum("hqk,khd->qhd", weight_HTT, v, precision="highest")
-    return scaled_rows(out_THV, scale, plan).astype(q_THK.dtype)
-
-
-def scaled_rows(out_THV: THV, scale: Scale, plan: AttentionPlan) -> THV:
-    """Outputs times the constant or the factors of their rows, in float32; 0 on padding."""
-    rows = out_THV.shape[0]
-    real_T11 = (jnp.arange(rows) < plan.num_real)[:, None, None]
-    scale_T = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (rows,))
-    return out_THV * jnp.where(real_T11, scale_T[:, None, None], 0.0)
+    return (out_THV * plan.row_scales(scale, rows)[:, None, None]).astype(q_THK.dtype)

@@ -18,11 +18,7 @@ from kernels.typing import Leaf, PerRow, PositionTable, TimeTable
 BUCKET_WIDTH = 0.301  # of natural log seconds; the published constant
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["position_table", "time_table", "timestamps", "query_timestamps"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RelativeBias:
     """What is added to the scores, inside the SiLU. A pytree. One table at least is given.
@@ -56,15 +52,30 @@ class RelativeBias:
 
         It means nothing across sequences.
         """
-        parts = []
-        if self.position_table is not None:
-            rows = jnp.arange(num_rows)
-            # within a sequence the difference of positions is the difference of rows
-            parts.append(position_bias(self.position_table, rows[None, :] - rows[:, None]))
-        if self.time_table is not None and self.times is not None:
-            query_T, key_T = self.times
-            parts.append(time_bias(self.time_table, query_T[:, None] - key_T[None, :]))
-        return sum(parts[1:], start=parts[0])
+        rows = jnp.arange(num_rows)
+        # within a sequence the difference of positions is the difference of rows
+        distance = rows[None, :] - rows[:, None]
+        gap = None if self.times is None else self.times[0][:, None] - self.times[1][None, :]
+        return self.added_to(jnp.zeros((num_rows, num_rows)), distance, gap)
+
+    def added_to(
+        self,
+        scores: Float[Array, "..."],
+        distance: Int[Array, "..."] | None,
+        gap: Int[Array, "..."] | None,
+    ) -> Float[Array, "..."]:
+        """float32 scores of pairs, with their bias.
+
+        Args:
+          distance: key position - query position, where there is a table of positions.
+          gap: query time - key time in seconds, where there is a table of times.
+        """
+        if self.position_table is not None and distance is not None:
+            scores = scores + position_bias(self.position_table, distance)
+        if self.time_table is not None and gap is not None:
+            table = self.time_table.astype(jnp.float32)
+            scores = scores + table[time_buckets(gap, table.shape[0])]
+        return scores
 
 
 def position_bias(
@@ -75,11 +86,6 @@ def position_bias(
     return position_table.astype(jnp.float32)[
         jnp.clip(middle + distance, 0, position_table.shape[0] - 1)
     ]
-
-
-def time_bias(time_table: TimeTable, gap: Int[Array, "..."]) -> Float[Array, "..."]:
-    """float32 entries of the table for query time - key time, in seconds."""
-    return time_table.astype(jnp.float32)[time_buckets(gap, time_table.shape[0])]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import numpy as np
 
 from kernels.hstu_attention.plan import AttentionSpec
 from kernels.hstu_attention.relative_bias import RelativeBias
+from kernels.jagged import lengths_to_offsets
 from kernels.mask import AttentionMask
 
 
@@ -69,7 +70,7 @@ class Workload:
         return entries * jnp.dtype(self.dtype).itemsize
 
     def offsets(self) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
+        return np.asarray(lengths_to_offsets(self.lengths, xp=np))
 
     def arrays(self, seed: int = 0) -> dict[str, jax.Array]:
         """Random q, k, v and output cotangent g.
@@ -96,18 +97,18 @@ class Workload:
         return RelativeBias(*(jnp.asarray(x) for x in (*tables, times[:-1], times[1:])))
 
 
-def _uniform_lengths(total: int, longest: int, seed: int) -> tuple[int, ...]:
+def _uniform_lengths(total: int, longest: int) -> tuple[int, ...]:
     """Uniform in [0, longest], until they sum to `total`."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     lengths: list[int] = []
     while sum(lengths) < total:
         lengths.append(min(int(rng.integers(0, longest + 1)), total - sum(lengths)))
     return tuple(lengths)
 
 
-def _movielens_lengths(users: int, capacity: int, seed: int) -> tuple[int, ...]:
+def _movielens_lengths(users: int, capacity: int) -> tuple[int, ...]:
     """About the histories of MovieLens-1M: log-normal, cut at 200, mean 115."""
-    lengths = np.exp(np.random.default_rng(seed).normal(4.6, 0.8, users)).clip(5, 200).astype(int)
+    lengths = np.exp(np.random.default_rng(0).normal(4.6, 0.8, users)).clip(5, 200).astype(int)
     while lengths.sum() > capacity:
         lengths[lengths.argmax()] = 5
     return tuple(int(n) for n in lengths)
@@ -115,7 +116,7 @@ def _movielens_lengths(users: int, capacity: int, seed: int) -> tuple[int, ...]:
 
 _WINDOW = AttentionMask(window=256)
 _SEMI_LOCAL = AttentionMask(window=256, full_rows=256)
-_ML1M = _movielens_lengths(128, 18432, seed=0)
+_ML1M = _movielens_lengths(128, 18432)
 
 WORKLOADS = {
     w.name: w
@@ -128,7 +129,7 @@ WORKLOADS = {
         Workload(
             "semi_local_d128_2x16384", (16384,) * 2, 4, 128, 128, _SEMI_LOCAL, max_length=16384
         ),
-        Workload("jagged_d128_65536", _uniform_lengths(65536, 8192, seed=0), 4, 128, 128),
+        Workload("jagged_d128_65536", _uniform_lengths(65536, 8192), 4, 128, 128),
         Workload("short_d64_512x100", (100,) * 512, 4, 64, 64, max_length=128),
         Workload(
             "ml1m", _ML1M, 1, 50, 50, max_length=211, capacity=18432, dtype="float32", bias=True

@@ -19,18 +19,19 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kernels import device
 from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec
-from kernels.hstu_attention.reference import scaled_rows
 from kernels.hstu_attention.relative_bias import (
     RelativeBias,
     bucket_starts,
     position_bias,
     time_buckets,
 )
+from kernels.mask import inside
 from kernels.tiles import TileBounds
 from kernels.typing import THK, THV, PositionTable, Scalar, Scale, TimeTable
 from kernels.zeros import zeros_after
 
-Tensors = tuple[Float[Array, "n H b K"], Float[Array, "n H b K"], Float[Array, "n H b V"]]
+Outputs = Float[Array, "n H b V"]  # n tiles of b rows
+Tensors = tuple[Float[Array, "n H b K"], Float[Array, "n H b K"], Outputs]
 Tables = tuple[PositionTable | None, TimeTable | None]  # position, time
 
 
@@ -102,7 +103,7 @@ def attention(
             times = (tiled(bias.times[0]), tiled(bias.times[1]))
     work = TileWork(
         bounds=bounds,
-        pairs_before=_pairs_before(bounds),
+        pairs_before=jnp.cumsum((bounds.key_hi - bounds.key_lo).sum(1), dtype=jnp.int32),
         keys=jnp.stack([tiled(x) for x in plan.keys], axis=1),
         num_real=plan.num_real,
         times=times,
@@ -110,7 +111,7 @@ def attention(
     q, k, v = (jnp.swapaxes(tiled(x), 1, 2) for x in (q_THK, k_THK, v_THV))
     out_nHbV = _sums(sizes, alpha, (q, k, v), tables, work)
     out_THV = jnp.swapaxes(out_nHbV, 1, 2).reshape(-1, *v_THV.shape[1:])[:rows]
-    return scaled_rows(out_THV, scale, plan).astype(v_THV.dtype)
+    return (out_THV * plan.row_scales(scale, rows)[:, None, None]).astype(v_THV.dtype)
 
 
 class TileWork(NamedTuple):
@@ -121,10 +122,6 @@ class TileWork(NamedTuple):
     keys: Int[Array, "n 4 b"]  # key intervals of the rows
     num_real: Scalar
     times: tuple[Int[Array, "n b"], Int[Array, "n b"]] | None  # of queries, of keys
-
-
-def _pairs_before(bounds: TileBounds) -> Int[Array, " n"]:
-    return jnp.cumsum((bounds.key_hi - bounds.key_lo).sum(1), dtype=jnp.int32)
 
 
 def _to_tiles(
@@ -158,22 +155,16 @@ def _pairs(step: Scalar, sizes: PairLoop, work: TileWork, tables: Tables) -> Til
     count_g3 = hi_g3 - lo_g3
     place_g = number_g - (work.pairs_before[query_g] - count_g3.sum(1))
     first_g, second_g = count_g3[:, 0], count_g3[:, 0] + count_g3[:, 1]
-    key_g = jnp.where(
-        place_g < first_g,
-        lo_g3[:, 0] + place_g,
-        jnp.where(
-            place_g < second_g, lo_g3[:, 1] + place_g - first_g, lo_g3[:, 2] + place_g - second_g
-        ),
-    )
+    later_g = jnp.where(place_g < second_g, lo_g3[:, 1] - first_g, lo_g3[:, 2] - second_g)
+    key_g = place_g + jnp.where(place_g < first_g, lo_g3[:, 0], later_g)
     key_g = jnp.clip(key_g, 0, tiles - 1)  # numbers past the last pair
     # Without the barrier XLA fuses the search into every gather that uses its result, and repeats
     # it for every element.
     query_g, key_g = jax.lax.optimization_barrier((query_g, key_g))
-    inside = jnp.arange(sizes.block, dtype=jnp.int32)
-    row_gb1 = (query_g[:, None] * sizes.block + inside[None, :])[:, :, None]
-    key_g1b = (key_g[:, None] * sizes.block + inside[None, :])[:, None, :]
-    lo0, hi0, lo1, hi1 = (work.keys[query_g, i][:, :, None] for i in range(4))
-    seen = ((key_g1b >= lo0) & (key_g1b < hi0)) | ((key_g1b >= lo1) & (key_g1b < hi1))
+    place = jnp.arange(sizes.block, dtype=jnp.int32)
+    row_gb1 = (query_g[:, None] * sizes.block + place[None, :])[:, :, None]
+    key_g1b = (key_g[:, None] * sizes.block + place[None, :])[:, None, :]
+    seen = inside(key_g1b, (work.keys[query_g, i][:, :, None] for i in range(4)))
     seen |= (key_g1b == row_gb1) & (row_gb1 < work.num_real)
     seen &= (number_g < total)[:, None, None]
     bucket = None
@@ -219,13 +210,11 @@ def _cast(sizes: PairLoop, *arrays: Float[Array, "..."]) -> list[Float[Array, ".
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(
-    sizes: PairLoop, alpha: float, qkv: Tensors, tables: Tables, work: TileWork
-) -> Float[Array, "n H b V"]:
+def _sums(sizes: PairLoop, alpha: float, qkv: Tensors, tables: Tables, work: TileWork) -> Outputs:
     """Unscaled outputs, float32."""
     q, k, v = _cast(sizes, *qkv)
 
-    def step(i: Scalar, out: Float[Array, "n H b V"]) -> Float[Array, "n H b V"]:
+    def step(i: Scalar, out: Outputs) -> Outputs:
         pairs = _pairs(i, sizes, work, tables)
         score = _scores(q[pairs.query], k[pairs.key], alpha, tables, pairs, sizes.block)
         weight = jax.nn.silu(score).astype(v.dtype)
@@ -239,7 +228,7 @@ def _sums(
 
 def _sums_forward(
     sizes: PairLoop, alpha: float, qkv: Tensors, tables: Tables, work: TileWork
-) -> tuple[Float[Array, "n H b V"], tuple[Tensors, Tables, TileWork]]:
+) -> tuple[Outputs, tuple[Tensors, Tables, TileWork]]:
     return _sums(sizes, alpha, qkv, tables, work), (qkv, tables, work)
 
 
@@ -247,7 +236,7 @@ def _sums_backward(
     sizes: PairLoop,
     alpha: float,
     saved: tuple[Tensors, Tables, TileWork],
-    g: Float[Array, "n H b V"],
+    g: Outputs,
 ) -> tuple[Tensors, Tables, None]:
     qkv, tables, work = saved
     q, k, v = _cast(sizes, *qkv)
@@ -271,8 +260,7 @@ def _sums_backward(
         dv = dv.at[pairs.key].add(add("ghqk,ghqd->ghkd", weight, g_g), mode="promise_in_bounds")
         dk = dk.at[pairs.key].add(add("ghqk,ghqd->ghkd", low, q_g), mode="promise_in_bounds")
         dq = dq.at[pairs.query].add(add("ghqk,ghkd->ghqd", low, k_g), mode="promise_in_bounds")
-        if d_position is not None or d_time is not None:
-            per_pair = d_score.sum(1)
+        per_pair = d_score.sum(1)
         if d_position is not None:
             d_position = d_position + _diagonal_sums(
                 per_pair, (pairs.key - pairs.query) * block, d_position.shape[0]
@@ -282,7 +270,7 @@ def _sums_backward(
         return (dq, dk, dv), (d_position, d_time)
 
     zeros = tuple(zeros_after(g, x.shape) for x in (q, k, v))
-    table_zeros = tuple(None if x is None else jnp.zeros(x.shape, jnp.float32) for x in tables)
+    table_zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tables)
     (dq, dk, dv), d_tables = jax.lax.fori_loop(0, _steps(sizes, work), step, (zeros, table_zeros))
     gradients = (alpha * dq, alpha * dk, dv), d_tables
     like = (qkv, tables)

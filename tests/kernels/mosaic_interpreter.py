@@ -27,6 +27,7 @@ from kernels.hstu_attention.mosaic import (
     forward,
     items,
     launch,
+    schedule,
     split_tiles,
 )
 
@@ -90,13 +91,13 @@ def _copy_smem_to_gmem(source, target, reduction_op=None):
         target[...] += source[...]
 
 
-def _fetch_item(records_gm, counters_gm, s, slot, *, workers, which, first=False):
-    box = s["rec"].at[s["rec"].shape[0] - 1]
-    number = lax.axis_index("worker") if first else box[0] + workers
+def _fetch_item(gm, s, slot, *, which, first=False):
+    box = s.rec.at[s.rec.shape[0] - 1]
+    number = lax.axis_index("worker") if first else box[0] + schedule.WORKERS
     box[0] = number
-    plgpu.barrier_wait(s["rec_empty"].at[slot])
-    number = jnp.minimum(number, records_gm.shape[0] - 1)
-    plgpu.copy_gmem_to_smem(records_gm.at[number], s["rec"].at[slot], s["rec_full"].at[slot])
+    plgpu.barrier_wait(s.rec_empty.at[slot])
+    number = jnp.minimum(number, gm.records.shape[0] - 1)
+    plgpu.copy_gmem_to_smem(gm.records.at[number], s.rec.at[slot], s.rec_full.at[slot])
 
 
 def _keep_inside(arrays, intervals):

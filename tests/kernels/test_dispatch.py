@@ -132,7 +132,7 @@ BAD = {
     "dtype mix": ({"dtypes": {"v": "bfloat16"}}, "mix dtypes float32, float32, bfloat16"),
     "no head axis": (
         {"shapes": {"q": (ROWS, 4)}},
-        r"q must be \[T, H, width\], got shape \(6, 4\)",
+        r"q must be \[rows, H, width\], got shape \(6, 4\)",
     ),
     "integers": ({"dtypes": {"k": "int32"}}, "k has dtype int32; cast it"),
     "widths": (

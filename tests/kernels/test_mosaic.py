@@ -32,13 +32,21 @@ MASKS = {
 planned = jax.jit(make_plan, static_argnums=(0, 2))
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def schedule_of(plan, wanted):
+    return _schedule_of(plan, wanted, schedule.WORKERS)
+
+
+def with_schedules(plan, wanted):
+    return _with_schedules(plan, wanted, schedule.WORKERS)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _schedule_of(plan, wanted, workers):
     return plan.find(wanted)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def with_schedules(plan, wanted):
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _with_schedules(plan, wanted, workers):
     return plan.storing(wanted, schedule.make_schedules(plan, wanted))
 
 
@@ -98,7 +106,8 @@ class Batch:
 
 def test_forward(monkeypatch):
     batch = Batch(MASKS["prefix"], 128, 64, row_scale=True)
-    config = ForwardConfig(block_k=64, stages=2, workers=2)
+    monkeypatch.setattr(schedule, "WORKERS", 2)
+    config = ForwardConfig(block_k=64, stages=2)
     run = jax.jit(lambda *of_batch: forward(*of_batch, 0.1, config))
     with interpreted(monkeypatch):
         batch.check({"out": run(*batch.padded()[:3], batch.plan, batch.scale)})
@@ -133,19 +142,19 @@ def test_split_tiles(monkeypatch):
     parts = [
         schedule_of(batch.plan, wanted).parts
         for wanted in (
-            WorkList.forward(1, 64, 8),
-            WorkList.backward(1, BackwardConfig(128, 64, 2, workers=8)),
+            WorkList.forward(1, 64),
+            WorkList.backward(1, BackwardConfig(128, 64, 2)),
         )
     ]
     assert all((np.asarray(x)[:, 3] > 1).any() for x in parts)
-    config = ForwardConfig(block_k=64, stages=2, workers=8)
-    back = BackwardConfig(128, 64, 2, passes=2, workers=8)
+    config = ForwardConfig(block_k=64, stages=2)
+    back = BackwardConfig(128, 64, 2, passes=2)
 
     @jax.jit
     def kernels(q, k, v, do, plan, scale):
-        tails = clean_tails(plan, q, k, do)
+        tails, factor = clean_tails(plan, q, k, do), scale.reshape(1)
         out = forward(q, k, v, plan, scale, 0.1, config)
-        return out, *key_gradients(BackwardInputs(q, k, v, do, tails, plan, scale, 0.1), back)
+        return out, *key_gradients(BackwardInputs(q, k, v, do, tails, plan, factor, 0.1), back)
 
     with interpreted(monkeypatch):
         got = kernels(*batch.padded(), batch.plan, batch.scale)
@@ -154,7 +163,8 @@ def test_split_tiles(monkeypatch):
 
 @pytest.mark.parametrize("num_workers", [10, 132])
 @pytest.mark.parametrize("mask", MASKS)
-def test_lists_of_work_cover_the_mask_once(mask, num_workers):
+def test_lists_of_work_cover_the_mask_once(mask, num_workers, monkeypatch):
+    monkeypatch.setattr(schedule, "WORKERS", num_workers)
     lengths, rows, heads, block = np.array([300, 0, 1, 97, 625, 130]), 1200, 2, 64
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     counts = (np.minimum(lengths // 4, 200), np.minimum(lengths // 5, 150))
@@ -162,9 +172,9 @@ def test_lists_of_work_cover_the_mask_once(mask, num_workers):
     size = rounded_up(rows)
     dense = np.zeros((size, size), bool)
     dense[:rows, :rows] = np.asarray(MASKS[mask].dense(offsets, rows, *counts))
-    back = [BackwardConfig(tile, block, 2, workers=num_workers) for tile in (64, 128)]
+    back = [BackwardConfig(tile, block, 2) for tile in (64, 128)]
     wanted = [
-        WorkList.forward(heads, block, num_workers),
+        WorkList.forward(heads, block),
         *(WorkList.backward(heads, config) for config in back),
     ]
     together = with_schedules(plan, tuple(wanted))
@@ -190,7 +200,7 @@ def test_no_tile_is_split_where_none_can_be_heavy():
         size = rounded_up(rows)
         dense = np.zeros((size, size), bool)
         dense[:rows, :rows] = np.asarray(mask.dense(offsets, rows))
-        wanted = WorkList.forward(2, 64, 132)
+        wanted = WorkList.forward(2, 64)
         work = schedule_of(plan, wanted)
         check_work(plan, work, dense, wanted)
         assert not work.parts.size and (np.asarray(work.records)[:, schedule.SLOT] < 0).all()
@@ -239,7 +249,7 @@ def check_work(plan, work, dense, wanted):
         if n
     }
     assert {key: sorted(value) for key, value in slots.items()} == parts
-    room = schedule.part_slots(plan, tile, heads, wanted.workers)
+    room = schedule.part_slots(plan, wanted)
     assert max((max(x) for x in slots.values()), default=-1) < room
 
 

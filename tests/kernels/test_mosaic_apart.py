@@ -75,7 +75,7 @@ def test_rows_and_keys_of_two_buffers(passes, widths, own, num_keys, row_scale, 
         gap = plan.first_row - num_keys
         q, g = padded(q), padded(g)
         k, v = (padded(jnp.insert(x, np.full(gap, num_keys), 0, axis=0)) for x in (k, v))
-        config = ForwardConfig(block_k=64, stages=2, q_slots=1, workers=workers)
+        config = ForwardConfig(block_k=64, stages=2, q_slots=1)
         back = backward_config(AttentionSpec("bfloat16", 1, *widths), plan, passes)
         out = forward(q, k, v, plan, scale, 0.1, config)
         dq, *of_keys = gradients(q, k, v, g, plan, scale, 0.1, back)
@@ -86,8 +86,7 @@ def test_rows_and_keys_of_two_buffers(passes, widths, own, num_keys, row_scale, 
         )
 
     # in one pass dQ is summed in memory, which the interpreter does not do atomically
-    workers = 1 if passes == 1 else 4
-    monkeypatch.setattr(schedule, "WORKERS", workers)
+    monkeypatch.setattr(schedule, "WORKERS", 1 if passes == 1 else 4)
     with interpreted(monkeypatch):
         got = computed(OFFSETS, *arrays)
     for name, x, want in zip(

@@ -120,8 +120,8 @@ def test_lists_of_the_hopper_kernels(mask):
     size = plan.num_rows
     seen = np.asarray(plan.keys.dense(0))  # without the diagonal
     for wanted, want in (
-        (WorkList.backward(1, BackwardConfig(128, 64, 3, workers=4)), seen.T[:edge]),
-        (WorkList.forward(1, 64, 4), seen),
+        (WorkList.backward(1, BackwardConfig(128, 64, 3)), seen.T[:edge]),
+        (WorkList.forward(1, 64), seen),
     ):
         bounds = plan.find(wanted).bounds
         lo, hi = np.asarray(bounds[0::2]), np.asarray(bounds[1::2])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kernels.hstu_attention import hstu_attention, plan_of_intervals
+from kernels.hstu_attention.mosaic import schedule
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
 from kernels.mask import KeyIntervals, RowIntervals
 from tests.kernels.test_mosaic import check_work
@@ -67,7 +68,7 @@ def test_attention_follows_the_mask(name):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_tile_bounds_and_lists_of_work_hold_the_mask(name):
+def test_tile_bounds_and_lists_of_work_hold_the_mask(name, monkeypatch):
     """What `triton` walks over, and what `mosaic` walks over and masks with."""
     plan, dense = plan_of(name), allowed(name)
     for block_q, block_k in ((16, 16), (32, 64), (128, 32)):
@@ -81,7 +82,8 @@ def test_tile_bounds_and_lists_of_work_hold_the_mask(name):
             inside = (block >= np.asarray(lo)[..., None]) & (block < np.asarray(hi)[..., None])
             assert (inside.sum(1) <= 1).all(), "ranges are disjoint"
             assert inside.any(1)[want].all()
-    for wanted in (WorkList.forward(2, 64, 10), WorkList.backward(2, BackwardConfig(64, 64, 2))):
+    monkeypatch.setattr(schedule, "WORKERS", 10)
+    for wanted in (WorkList.forward(2, 64), WorkList.backward(2, BackwardConfig(64, 64, 2))):
         work = jax.jit(plan.find, static_argnums=0)(wanted)
         check_work(plan, work, dense if wanted.kind == "forward" else dense.T, wanted)
 

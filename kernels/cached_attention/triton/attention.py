@@ -14,7 +14,7 @@ from kernels.hstu_attention.plan import AttentionSpec
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.hstu_attention.triton.sizes import LaunchSizes, heuristic, padded, refusal
 from kernels.mask import KeyIntervals
-from kernels.typing import RHK, RHV, SHK, SHV, PerTile
+from kernels.typing import RHK, RHV, SHK, SHV, PerQuery, PerTile
 
 PROGRAMS = 264  # that run at one time: two for each processor of a Hopper GPU
 LEAST_BLOCKS = 4  # of keys, for a program
@@ -71,7 +71,7 @@ def blocks_of(keys: KeyIntervals, sizes: LaunchSizes) -> KeyBlocks:
     """
     tile, block = sizes.block_q, sizes.block_k
 
-    def whole_tiles(x: Int[Array, " R"], padding: int = 0) -> Int[Array, " rows"]:
+    def whole_tiles(x: PerQuery, padding: int = 0) -> Int[Array, " rows"]:
         return jnp.pad(x, (0, -x.shape[0] % tile), constant_values=padding)
 
     lo0, hi0, lo1, hi1 = map(whole_tiles, keys)
@@ -99,7 +99,7 @@ def attention(
     scale: float,
     own: tuple[RHK, RHV] | None,
     bias: RelativeBias | None,
-    place_R: Int[Array, " R"] | None,
+    place_R: PerQuery | None,
 ) -> RHV:
     """See `cached_attention`."""
     dtype = q_RHK.dtype

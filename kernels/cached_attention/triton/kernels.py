@@ -12,10 +12,11 @@ from typing import no_type_check
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
 from kernels.hstu_attention.triton.kernels import gate, row_intervals
 
-MASKED_SCORE = tl.constexpr(-1e30)  # silu is exactly 0 here
+MASKED_SCORE = constexpr(-1e30)  # silu is exactly 0 here
 
 
 @triton.jit
@@ -57,22 +58,22 @@ def forward(
     keys_lo1,
     keys_hi1,
     out,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    WK: tl.constexpr,
-    WV: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    OUTS: tl.constexpr,
-    OWN: tl.constexpr,
-    ALPHA: tl.constexpr,
-    SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
+    R: constexpr,
+    S: constexpr,
+    H: constexpr,
+    K: constexpr,
+    V: constexpr,
+    WK: constexpr,
+    WV: constexpr,
+    BR: constexpr,
+    BK: constexpr,
+    SPLITS: constexpr,
+    OUTS: constexpr,
+    OWN: constexpr,
+    ALPHA: constexpr,
+    SCALE: constexpr,
+    PRECISION: constexpr,
+    APPROXIMATE: constexpr,
 ):
     """out[OUTS, R, H, V]: what each of SPLITS shares of the keys gives.
 

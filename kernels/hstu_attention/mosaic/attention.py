@@ -43,7 +43,7 @@ def prepare(plan: AttentionPlan, spec: AttentionSpec) -> AttentionPlan:
     """The plan with the lists of work of these calls, made once for every layer."""
     config = forward_config(spec, plan)
     lists = [
-        WorkList.forward(spec.heads, config.block_k, config.workers),
+        WorkList.forward(spec.heads, config.block_k),
         *work_lists(spec.heads, backward_config(spec, plan)),
     ]
     lists = list(dict.fromkeys(lists))

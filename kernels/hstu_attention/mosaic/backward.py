@@ -11,10 +11,9 @@ from kernels.hstu_attention.mosaic import (
     backward_one_pass,
     backward_queries,
     backward_wide,
-    schedule,
 )
 from kernels.hstu_attention.mosaic.backward_shared import BackwardInputs
-from kernels.hstu_attention.mosaic.padding import clean_tails, row_scales
+from kernels.hstu_attention.mosaic.padding import clean_tails
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
 from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec
 from kernels.typing import SHK, SHV, THK, THV
@@ -48,7 +47,7 @@ def backward_config(
         config = BackwardConfig(tile=128, block_q=64, stages=3)
     else:
         config = BackwardConfig(tile=128, block_q=128, stages=2)
-    return dataclasses.replace(config, passes=passes, workers=schedule.WORKERS)
+    return dataclasses.replace(config, passes=passes)
 
 
 def work_lists(heads: int, config: BackwardConfig) -> list[WorkList]:
@@ -82,8 +81,8 @@ def gradients(
     q, k = (jnp.pad(x, ((0, 0), (0, 0), (0, k_wide - k_width))) for x in (q, k))
     v, do = (jnp.pad(x, ((0, 0), (0, 0), (0, v_wide - v_width))) for x in (v, do))
     if scale.ndim == 1:
-        do, scale = _scaled_rows(do, row_scales(scale, plan, q.shape[0]))
-    inputs = BackwardInputs(q, k, v, do, clean_tails(plan, q, k, do), plan, scale, alpha)
+        do, scale = _scaled_rows(do, plan.row_scales(scale, q.shape[0]))
+    inputs = BackwardInputs(q, k, v, do, clean_tails(plan, q, k, do), plan, scale.reshape(1), alpha)
     is_wide = max(k_wide, v_wide) > 128
     if config.passes == 1:
         one_pass = backward_wide if is_wide else backward_one_pass

@@ -18,7 +18,15 @@ from kernels.hstu_attention.mosaic.backward_shared import (
     silu_slopes,
 )
 from kernels.hstu_attention.mosaic.items import draw_items, feed_items
-from kernels.hstu_attention.mosaic.launch import arrive, fill, open_rings, wait, with_sums
+from kernels.hstu_attention.mosaic.launch import (
+    arrive,
+    computing,
+    feeding,
+    fill,
+    open_rings,
+    wait,
+    with_sums,
+)
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig
 
 RECORDS = 4  # of work items, in shared memory at a time
@@ -32,27 +40,9 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
     tile, block_q, stages = config.tile, config.block_q, config.stages
     intervals = 1 if x.plan.rows_in_one_piece else None
 
-    def kernel(
-        q_gm,
-        k_gm,
-        v_gm,
-        do_gm,
-        bounds_gm,
-        factor_gm,
-        records_gm,
-        tail_first_gm,
-        tails_gm,
-        dk_gm,
-        dv_gm,
-        dk_part_gm,
-        dv_part_gm,
-        s,
-    ):
-        wg = lax.axis_index("wg")
-
-        @pl.when(wg < 2)
+    def kernel(wg, gm, s):
+        @computing(wg < 2)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
             open_rings(s, kv=KEY_SLOTS, row=stages, rec=RECORDS)
             mine = pl.ds(wg * 64, 64)  # keys of the tile
 
@@ -61,33 +51,33 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
 
             def one_item(item, slot, step, nearest, ahead):
                 key_slot = lax.rem(slot, KEY_SLOTS)
-                wait(s, "kv_full", key_slot)
+                wait(s.kv_full, key_slot)
 
                 def accumulate(dk, dv):
                     @pl.loop(0, item.count)
                     def _(i):
                         now = lax.rem(step + i, stages)
-                        wait(s, "row_full", now)
+                        wait(s.row_full, now)
                         # Computed anew in every step: kept from step to step it would take
                         # registers there are not.
                         keys = pl.ds(
                             pl.multiple_of(mine.start + lax.optimization_barrier(jnp.int32(0)), 64),
                             64,
                         )
-                        my_k, my_v = s["k"].at[key_slot, keys], s["v"].at[key_slot, keys]
+                        my_k, my_v = s.k.at[key_slot, keys], s.v.at[key_slot, keys]
 
                         def scores(s_acc):
-                            plgpu.wgmma(s_acc, my_k, s["q"].at[now].T)
+                            plgpu.wgmma(s_acc, my_k, s.q.at[now].T)
                             # dV and dK of the last block: their operands leave the registers that
                             # dP needs
                             plgpu.wgmma_wait(1)
 
                             @pl.when(i > 0)
                             def _():
-                                arrive(s, "row_empty", lax.rem(step + i + stages - 1, stages))
+                                arrive(s.row_empty, lax.rem(step + i + stages - 1, stages))
 
                             def slopes(dp_acc):
-                                plgpu.wgmma(dp_acc, my_v, s["do"].at[now].T)
+                                plgpu.wgmma(dp_acc, my_v, s.do.at[now].T)
                                 return loaded_pair(s_acc, dp_acc)
 
                             return with_sums(slopes, (64, block_q))
@@ -96,81 +86,68 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
                         score, dp = item.masked(
                             i,
                             block_q,
-                            bounds_gm,
                             first_key(item),
                             pair,
                             nearest,
                             intervals=intervals,
                         )
                         half, w, ds = silu_slopes(score, dp, alpha)
-                        plgpu.wgmma(dv, (half * w).astype(dtype), s["do"].at[now])
-                        plgpu.wgmma(dk, ds.astype(dtype), s["q"].at[now])
+                        plgpu.wgmma(dv, (half * w).astype(dtype), s.do.at[now])
+                        plgpu.wgmma(dk, ds.astype(dtype), s.q.at[now])
 
                     plgpu.wgmma_wait(0)
-                    arrive(s, "row_empty", lax.rem(step + item.count - 1, stages))
+                    arrive(s.row_empty, lax.rem(step + item.count - 1, stages))
                     return dk[...], dv[...]
 
                 dk, dv = with_sums(accumulate, (64, width), (64, width_v))
                 keys, head, part = pl.ds(first_key(item), 64), item.head, item.slot
                 nearest_next = ahead()
-                arrive(s, "rec_empty", slot)
+                arrive(s.rec_empty, slot)
                 outputs = (
-                    (dv, factor_gm[0], s["v"], dv_gm, dv_part_gm),
-                    (dk, factor_gm[0] * (0.5 * alpha), s["k"], dk_gm, dk_part_gm),
+                    (dv, gm.factor[0], s.v, gm.dv, gm.dv_part),
+                    (dk, gm.factor[0] * (0.5 * alpha), s.k, gm.dk, gm.dk_part),
                 )
-                for grad, times, buffer, gm, part_gm in outputs:
+                for grad, times, buffer, out_gm, part_gm in outputs:
                     stage = buffer.at[key_slot, mine]
 
                     @pl.when(part < 0)
-                    def _(grad=grad, times=times, stage=stage, gm=gm):
+                    def _(grad=grad, times=times, stage=stage, out_gm=out_gm):
                         stage[...] = (grad * times).astype(dtype)  # nobody else reads these keys
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(stage, gm.at[keys, head])
+                        plgpu.copy_smem_to_gmem(stage, out_gm.at[keys, head])
 
                     @pl.when(part >= 0)
                     def _(grad=grad, times=times, part_gm=part_gm):
                         part_gm.at[part, mine][...] = grad * times
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                arrive(s, "kv_empty", key_slot)
+                arrive(s.kv_empty, key_slot)
                 return nearest_next
 
             draw_items(
+                gm,
                 s,
                 one_item,
-                lambda item, slot, step: item.bounds(bounds_gm, first_key(item)),
+                lambda item, slot, step: item.bounds(first_key(item)),
             )
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == 2)
+        @feeding(wg == 2)
         def _feed():
-            plgpu.set_max_registers(24, action="decrease")
-            rows_and_gradients = load_rows_and_gradients(
-                q_gm, do_gm, tails_gm, tail_first_gm[0], config, x.plan.first_row, s
-            )
+            rows_and_gradients = load_rows_and_gradients(gm, s, config, x.plan.first_row)
 
             def keys_and_values(item, slot):
                 key_slot, keys = lax.rem(slot, KEY_SLOTS), pl.ds(item.tile * tile, tile)
-                wait(s, "kv_empty", key_slot)
-                fill(s, "k", k_gm.at[keys, item.head], key_slot, "kv_full")
-                fill(s, "v", v_gm.at[keys, item.head], key_slot, "kv_full")
+                wait(s.kv_empty, key_slot)
+                fill(s, "k", gm.k.at[keys, item.head], key_slot, "kv_full")
+                fill(s, "v", gm.v.at[keys, item.head], key_slot, "kv_full")
 
-            feed_items(
-                records_gm,
-                tails_gm,
-                s,
-                rows_and_gradients,
-                keys_and_values,
-                ahead=AHEAD,
-                workers=config.workers,
-            )
+            feed_items(gm, s, rows_and_gradients, keys_and_values, ahead=AHEAD)
 
     return launch_over_keys(
         kernel,
         "hstu_backward_dkv",
         x,
-        x.find_work(config),
-        x.factor,
         config,
         key_slots=KEY_SLOTS,
         records=RECORDS,

@@ -4,6 +4,8 @@ A tile of keys stays, and blocks of rows stream past it. Each computing warpgrou
 keys of a tile, and of dQ half of the columns (of the rows, at width 64).
 """
 
+import itertools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -23,6 +25,8 @@ from kernels.hstu_attention.mosaic.backward_shared import (
 from kernels.hstu_attention.mosaic.items import draw_items
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
+    computing,
+    feeding,
     loaded,
     open_rings,
     put,
@@ -30,6 +34,7 @@ from kernels.hstu_attention.mosaic.launch import (
     swizzled,
     wait,
     with_sums,
+    write_chunks,
 )
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig
 from kernels.zeros import zeros_after
@@ -43,31 +48,10 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
     dq_shape = (block_q // 2, width) if width == 64 else (block_q, 64)
     intervals = 1 if x.plan.rows_in_one_piece else 3
     out_slots = 2 if block_q == 128 else 0
-    work, factor = x.find_work(config), x.factor
 
-    def kernel(
-        q_gm,
-        k_gm,
-        v_gm,
-        do_gm,
-        bounds_gm,
-        factor_gm,
-        records_gm,
-        tail_first_gm,
-        dq_gm,
-        tails_gm,
-        dk_gm,
-        dv_gm,
-        dk_part_gm,
-        dv_part_gm,
-        s,
-    ):
-        wg = lax.axis_index("wg")
-
-        @pl.when(wg < 2)
+    def kernel(wg, gm, s):
+        @computing(wg < 2)
         def _compute():
-            # 2 x 240 + 24 = 504: what a launch of three warpgroups has
-            plgpu.set_max_registers(240, action="increase")
             open_rings(s, kv=1, row=stages, ds=2, rec=RECORDS)
             mine = pl.ds(wg * 64, 64)  # keys of the tile
             my_rows, my_columns = pl.ds(0, block_q), pl.ds(0, width)
@@ -80,71 +64,71 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
                 return item.tile * tile + wg * 64
 
             def one_item(item, slot, step, begun, ahead):
-                nearest = item.bounds(bounds_gm, key_of(item))
-                wait(s, "kv_full")
+                nearest = item.bounds(key_of(item))
+                wait(s.kv_full)
 
                 def send_dq(dq, i):
                     """Adds this warpgroup's part of dQ of block i to memory."""
                     rows = pl.ds(item.block(i) * block_q + my_rows.start - first, my_rows.size)
-                    put(s["dq"].at[wg], dq)
-                    target = dq_gm.at[rows, item.head, my_columns]
-                    plgpu.copy_smem_to_gmem(s["dq"].at[wg], target, reduction_op="add")
+                    put(s.dq.at[wg], dq)
+                    target = gm.dq.at[rows, item.head, my_columns]
+                    plgpu.copy_smem_to_gmem(s.dq.at[wg], target, reduction_op="add")
 
                 def accumulate(dk, dv):
                     def one(i, _):
                         now = lax.rem(step + i, stages)
                         ds_now = lax.rem(step + i, 2)
-                        wait(s, "row_full", now)
+                        wait(s.row_full, now)
 
                         # What depends on `here` is computed anew: kept from step to step it would
                         # take registers there are not.
                         here = lax.optimization_barrier(jnp.int32(0))
                         keys = pl.ds(pl.multiple_of(mine.start + here, 64), 64)
-                        my_k, my_v = s["k"].at[keys], s["v"].at[keys]
+                        my_k, my_v = s.k.at[keys], s.v.at[keys]
                         columns = range(0, block_q, 64)
 
                         def weigh(c, pair):
                             score, dp = item.masked(
-                                i, block_q, bounds_gm, key_of(item), pair, nearest, c, intervals
+                                i, block_q, key_of(item), pair, nearest, c, intervals
                             )
                             half, w, ds = silu_slopes(score, dp, alpha)
                             return (half * w).astype(dtype), ds.astype(dtype)
 
-                        my_slopes = s["ds"].at[ds_now, mine]
+                        my_slopes = s.ds.at[ds_now, mine]
 
                         def store_slopes(c, ds16):
                             if c == 0:
-                                wait(s, "ds_empty", ds_now)
+                                wait(s.ds_empty, ds_now)
                             my_slopes.at[:, pl.ds(c, 64)][...] = ds16
                             plgpu.commit_smem()
 
                         def key_products(c, p16):
-                            plgpu.wgmma(dv, p16, s["do"].at[now, pl.ds(c, 64)])
+                            plgpu.wgmma(dv, p16, s.do.at[now, pl.ds(c, 64)])
                             # From memory, where it lies for dQ anyhow: as an operand in registers
                             # it takes 16 that there are not.
                             plgpu.wgmma(
-                                dk, my_slopes.at[:, pl.ds(c, 64)], s["q"].at[now, pl.ds(c, 64)]
+                                dk, my_slopes.at[:, pl.ds(c, 64)], s.q.at[now, pl.ds(c, 64)]
                             )
 
                         def first_scores(s_acc):
-                            plgpu.wgmma(s_acc, my_k, s["q"].at[now, pl.ds(0, 64)].T)
+                            plgpu.wgmma(s_acc, my_k, s.q.at[now, pl.ds(0, 64)].T)
                             # dV and dK of the last block: their operands leave the registers that
                             # dP needs
                             plgpu.wgmma_wait(1)
 
                             @pl.when(i > 0)
                             def _():
-                                arrive(s, "row_empty", lax.rem(step + i + stages - 1, stages))
+                                arrive(s.row_empty, lax.rem(step + i + stages - 1, stages))
 
                             def products(*accs):
                                 accs = [s_acc, *accs]
                                 for c in columns:
                                     if c:
                                         plgpu.wgmma(
-                                            accs[c // 32], my_k, s["q"].at[now, pl.ds(c, 64)].T
+                                            accs[c // 32], my_k, s.q.at[now, pl.ds(c, 64)].T
                                         )
                                     plgpu.wgmma(
-                                        accs[c // 32 + 1], my_v, s["do"].at[now, pl.ds(c, 64)].T
+                                        accs[c // 32 + 1], my_v, s.do.at[now, pl.ds(c, 64)].T
                                     )
                                 # the elementwise work of a half beside the products of the other
                                 for c in columns:
@@ -164,19 +148,19 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
                             with_sums(first_scores, (64, 64)),
                         )
                         store_slopes(columns[-1], slopes)
-                        arrive(s, "ds_full", ds_now)
+                        arrive(s.ds_full, ds_now)
                         # The other warpgroup has its half of the block before by now, so dQ of that
                         # block is next. (There is none at first: what is computed then goes
                         # nowhere.)
                         ds_before = 1 - ds_now
-                        pl.when(i > 0)(lambda: wait(s, "ds_full", ds_before))
+                        pl.when(i > 0)(lambda: wait(s.ds_full, ds_before))
 
                         def products_before(dq_acc):
                             all_keys = pl.ds(pl.multiple_of(here, 128), 128)
                             plgpu.wgmma(
                                 dq_acc,
-                                s["ds"].at[ds_before, :, my_rows].T,
-                                s["k"].at[all_keys, my_columns],
+                                s.ds.at[ds_before, :, my_rows].T,
+                                s.k.at[all_keys, my_columns],
                             )
                             key_products(columns[-1], weights)
                             return loaded(dq_acc, 2)
@@ -185,67 +169,61 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
 
                         @pl.when(i > 0)
                         def _():
-                            arrive(s, "ds_empty", ds_before)
+                            arrive(s.ds_empty, ds_before)
                             send_dq(dq, i - 1)
 
                     count = item.count
                     lax.fori_loop(0, count, one, None)
                     ds_last = lax.rem(step + count - 1, 2)
-                    wait(s, "ds_full", ds_last)
+                    wait(s.ds_full, ds_last)
 
                     def product(dq_acc):
-                        plgpu.wgmma(
-                            dq_acc, s["ds"].at[ds_last, :, my_rows].T, s["k"].at[:, my_columns]
-                        )
+                        plgpu.wgmma(dq_acc, s.ds.at[ds_last, :, my_rows].T, s.k.at[:, my_columns])
                         return dq_acc[...]
 
                     dq = with_sums(product, dq_shape)
-                    arrive(s, "ds_empty", ds_last)
+                    arrive(s.ds_empty, ds_last)
                     send_dq(dq, count - 1)
-                    arrive(s, "row_empty", lax.rem(step + count - 1, stages))
+                    arrive(s.row_empty, lax.rem(step + count - 1, stages))
                     return dk[...], dv[...]
 
                 dk, dv = with_sums(accumulate, (64, width), (64, width_v))
-                arrive(s, "kv_empty")
+                arrive(s.kv_empty)
                 key0, head, part = key_of(item), item.head, item.slot
                 ds_slot = lax.rem(step + item.count, 2)
-                arrive(s, "rec_empty", slot)
+                arrive(s.rec_empty, slot)
                 # dK and dV leave through buffers of their own, or through this warpgroup's part of
                 # a dS buffer
-                outs = [s["o"].at[wg, n] for n in range(out_slots)] or [s["ds"].at[ds_slot, mine]]
-                others = len(outs) - 1
+                outs = [s.o.at[wg, n] for n in range(out_slots)] or [s.ds.at[ds_slot, mine]]
+                buffers, others = itertools.cycle(outs), len(outs) - 1
                 if not out_slots:
-                    wait(s, "ds_empty", ds_slot)
-                factor = factor_gm[0]
-                for grad, times, gm, part_gm in (
-                    (dv, factor, dv_gm, dv_part_gm),
-                    (dk, factor * (0.5 * alpha), dk_gm, dk_part_gm),
+                    wait(s.ds_empty, ds_slot)
+                factor = gm.factor[0]
+                for grad, times, out_gm, part_gm in (
+                    (dv, factor, gm.dv, gm.dv_part),
+                    (dk, factor * (0.5 * alpha), gm.dk, gm.dk_part),
                 ):
-                    for c in range(0, grad.shape[1], 64):
-                        chunk, columns = grad[:, c : c + 64] * times, pl.ds(c, 64)
-                        outs = [*outs[1:], outs[0]]
-
-                        @pl.when(part < 0)
-                        def _(chunk=chunk, gm=gm, columns=columns, out=outs[-1]):
-                            put(out, chunk, others)
-                            plgpu.copy_smem_to_gmem(out, gm.at[pl.ds(key0, 64), head, columns])
-
-                        @pl.when(part >= 0)
-                        def _(chunk=chunk, part_gm=part_gm, columns=columns):
-                            part_gm.at[part, mine, columns][...] = chunk
+                    write_chunks(
+                        grad,
+                        times,
+                        part,
+                        buffers,
+                        others,
+                        lambda columns, gm=out_gm: gm.at[pl.ds(key0, 64), head, columns],
+                        lambda columns, gm=part_gm: gm.at[part, mine, columns],
+                    )
 
                 if not out_slots:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    arrive(s, "ds_empty", ds_slot)
+                    arrive(s.ds_empty, ds_slot)
                 return ahead()
 
-            draw_items(s, one_item)
+            draw_items(gm, s, one_item)
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == 2)
+        @feeding(wg == 2)
         def _feed():
-            plgpu.set_max_registers(24, action="decrease")
-            feed(q_gm, k_gm, v_gm, do_gm, tails_gm, records_gm, tail_first_gm[0], config, first, s)
+            feed(gm, s, config, first)
 
     dq = jax.new_ref(zeros_after(x.do, x.q.shape))
     out = {"o": swizzled((2, out_slots, 64, 64), dtype)} if out_slots else {}
@@ -253,10 +231,8 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
         kernel,
         "hstu_backward",
         x,
-        work,
-        factor,
         config,
-        dq=(dq,),
+        dq=dq,
         buffers=dict(
             ds=swizzled((2, tile, block_q), dtype),
             dq=swizzled((2, *dq_shape), jnp.float32),
@@ -264,4 +240,4 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
         ),
         barriers=ring("ds", 2, filled=2),
     )
-    return finished_dq(dq, x, factor), dk, dv
+    return finished_dq(dq, x), dk, dv

@@ -9,11 +9,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels.hstu_attention.mosaic import schedule
 from kernels.hstu_attention.mosaic.backward_shared import BackwardInputs, loaded_pair, silu_slopes
 from kernels.hstu_attention.mosaic.items import draw_items, feed_items, record_scratch
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
+    computing,
+    feeding,
     fill,
     launch,
     load_rows,
@@ -24,8 +25,7 @@ from kernels.hstu_attention.mosaic.launch import (
     with_sums,
 )
 from kernels.hstu_attention.mosaic.padding import TAIL
-from kernels.hstu_attention.mosaic.schedule import WorkList, part_slots
-from kernels.hstu_attention.mosaic.split_tiles import write_sums
+from kernels.hstu_attention.mosaic.schedule import WorkList
 from kernels.typing import THK
 
 TILE = TAIL  # query rows of a work item: two warpgroups of 64
@@ -35,40 +35,22 @@ AHEAD = 4  # blocks before the end of an item at which the next one is drawn
 
 
 def work_list(heads: int) -> WorkList:
-    return WorkList.forward(heads, BLOCK, schedule.WORKERS)
+    return WorkList.forward(heads, BLOCK)
 
 
 def query_gradients(x: BackwardInputs) -> THK:
     """dQ. The first pass has used the first counter of `x.tails`."""
     plan, alpha, (_, heads, width) = x.plan, x.alpha, x.q.shape
-    workers = work_list(heads).workers
     width_v = x.v.shape[2]
     dtype, first = x.q.dtype, plan.first_row
     # Tiles of rows, blocks of keys and of values that shared memory holds: the next tile begins
     # before the last one has left, and a block of keys is needed for a step more than its values.
     wide = max(width, width_v) > 128
     row_slots, k_stages, v_stages = (1, 2, 1) if wide else (2, 3, 2)
-    work = plan.find(work_list(heads))
 
-    def kernel(
-        q_gm,
-        k_gm,
-        v_gm,
-        do_gm,
-        bounds_gm,
-        factor_gm,
-        records_gm,
-        tail_first_gm,
-        tails_gm,
-        dq_gm,
-        part_gm,
-        s,
-    ):
-        wg = lax.axis_index("wg")
-
-        @pl.when(wg < 2)
+    def kernel(wg, gm, s):
+        @computing(wg < 2)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
             open_rings(s, row=row_slots, k=k_stages, v=v_stages, rec=RECORDS)
             mine = pl.ds(wg * 64, 64)
 
@@ -86,8 +68,8 @@ def query_gradients(x: BackwardInputs) -> THK:
 
                 @pl.when(more)
                 def _():
-                    wait(s, "k_full", now_k)
-                    wait(s, "v_full", now_v)
+                    wait(s.k_full, now_k)
+                    wait(s.v_full, now_v)
 
                 # What depends on `here` is computed anew: kept from step to step it would take
                 # registers there are not.
@@ -95,15 +77,15 @@ def query_gradients(x: BackwardInputs) -> THK:
                 rows = pl.ds(pl.multiple_of(mine.start + here, 64), 64)
 
                 def scores(s_acc, dp_acc):
-                    plgpu.wgmma(s_acc, s["q"].at[row_slot, rows], s["k"].at[now_k].T)
-                    plgpu.wgmma(dp_acc, s["do"].at[row_slot, rows], s["v"].at[now_v].T)
+                    plgpu.wgmma(s_acc, s.q.at[row_slot, rows], s.k.at[now_k].T)
+                    plgpu.wgmma(dp_acc, s.do.at[row_slot, rows], s.v.at[now_v].T)
                     if beside is not None:
                         beside()
                     return loaded_pair(s_acc, dp_acc, 0 if beside is None else 1)
 
                 score, dp = with_sums(scores, (64, BLOCK), (64, BLOCK))
-                pl.when(more)(lambda: arrive(s, "v_empty", now_v))
-                score, dp = item.masked(i, BLOCK, bounds_gm, first_row(item), (score, dp), nearest)
+                pl.when(more)(lambda: arrive(s.v_empty, now_v))
+                score, dp = item.masked(i, BLOCK, first_row(item), (score, dp), nearest)
                 return silu_slopes(score, dp, alpha)[2].astype(dtype)
 
             def begin(item, slot, step, beside=None):
@@ -113,8 +95,8 @@ def query_gradients(x: BackwardInputs) -> THK:
                 """
                 if wide:  # no registers for that
                     return None
-                nearest, more = item.bounds(bounds_gm, first_row(item)), item.tile >= 0
-                pl.when(more)(lambda: wait(s, "row_full", lax.rem(slot, row_slots)))
+                nearest, more = item.bounds(first_row(item)), item.tile >= 0
+                pl.when(more)(lambda: wait(s.row_full, lax.rem(slot, row_slots)))
                 return nearest, slopes(item, slot, step, jnp.int32(0), nearest, beside, more)
 
             def one_item(item, slot, step, begun, ahead):
@@ -122,14 +104,14 @@ def query_gradients(x: BackwardInputs) -> THK:
 
                 def accumulate(dq):
                     def add(ds, i):
-                        plgpu.wgmma(dq, ds, s["k"].at[lax.rem(step + i, k_stages)])
+                        plgpu.wgmma(dq, ds, s.k.at[lax.rem(step + i, k_stages)])
 
                     def release(i):
-                        arrive(s, "k_empty", lax.rem(step + i, k_stages))
+                        arrive(s.k_empty, lax.rem(step + i, k_stages))
 
                     if wide:
-                        nearest = item.bounds(bounds_gm, first_row(item))
-                        wait(s, "row_full", row_slot)
+                        nearest = item.bounds(first_row(item))
+                        wait(s.row_full, row_slot)
 
                         @pl.loop(0, count)
                         def _(i):
@@ -157,9 +139,9 @@ def query_gradients(x: BackwardInputs) -> THK:
 
                 dq, begun_next = with_sums(accumulate, (64, width))
                 place, part, head = pl.ds(first_row(item) - first, 64), item.slot, item.head
-                arrive(s, "rec_empty", slot)
-                times = factor_gm[0] * (0.5 * alpha)
-                stage = s["q"].at[row_slot, mine]  # nobody else reads these rows
+                arrive(s.rec_empty, slot)
+                times = gm.factor[0] * (0.5 * alpha)
+                stage = s.q.at[row_slot, mine]  # nobody else reads these rows
 
                 def chunks():
                     for c in range(0, width, 64):
@@ -170,57 +152,49 @@ def query_gradients(x: BackwardInputs) -> THK:
                     for columns, chunk in chunks():
                         stage.at[:, columns][...] = chunk.astype(dtype)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(stage, dq_gm.at[place, head])
+                    plgpu.copy_smem_to_gmem(stage, gm.dq.at[place, head])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 @pl.when(part >= 0)
                 def _():
                     for columns, chunk in chunks():
-                        part_gm.at[part, mine, columns][...] = chunk
+                        gm.dq_part.at[part, mine, columns][...] = chunk
 
-                arrive(s, "row_empty", row_slot)
+                arrive(s.row_empty, row_slot)
                 return begun_next
 
-            draw_items(s, one_item, begin)
+            draw_items(gm, s, one_item, begin)
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == 2)
+        @feeding(wg == 2)
         def _feed():
-            plgpu.set_max_registers(24, action="decrease")
-            tail_first = tail_first_gm[0]
+            tail_first = gm.tail_first[0]
 
             def queries(item, slot):
                 place, row_slot = pl.ds(item.tile * TILE - first, TILE), lax.rem(slot, row_slots)
-                wait(s, "row_empty", row_slot)
-                fill(s, "q", q_gm.at[place, item.head], row_slot, "row_full")
-                fill(s, "do", do_gm.at[place, item.head], row_slot, "row_full")
+                wait(s.row_empty, row_slot)
+                fill(s, "q", gm.q.at[place, item.head], row_slot, "row_full")
+                fill(s, "do", gm.do.at[place, item.head], row_slot, "row_full")
 
             def keys_and_values(item, step, i):
                 now_k, now_v = lax.rem(step + i, k_stages), lax.rem(step + i, v_stages)
                 row = item.block(i) * BLOCK
-                wait(s, "k_empty", now_k)
-                into, full = s["k"].at[now_k], s["k_full"].at[now_k]
-                load_rows(k_gm, tails_gm, row, BLOCK, item.head, tail_first, into, full, width)
-                wait(s, "v_empty", now_v)
-                fill(s, "v", v_gm.at[pl.ds(row, BLOCK), item.head], now_v)
+                wait(s.k_empty, now_k)
+                into, full = s.k.at[now_k], s.k_full.at[now_k]
+                load_rows(gm.k, gm.tails, row, BLOCK, item.head, tail_first, into, full, width)
+                wait(s.v_empty, now_v)
+                fill(s, "v", gm.v.at[pl.ds(row, BLOCK), item.head], now_v)
 
-            feed_items(
-                records_gm,
-                tails_gm,
-                s,
-                keys_and_values,
-                queries,
-                ahead=AHEAD,
-                workers=workers,
-                which=1,
-            )
+            feed_items(gm, s, keys_and_values, queries, ahead=AHEAD, which=1)
 
-    slots = part_slots(plan, TILE, heads, workers)
-    dq, parts = launch(
+    (dq,) = launch(
         kernel,
         "hstu_backward_dq",
-        (x.q, x.k, x.v, x.do, work.bounds, x.factor, work.records, work.tail),
-        x.tails,
+        plan,
+        work_list(heads),
+        x.tensors,
+        x.factor,
+        tails=x.tails,
         scratch=dict(
             q=swizzled((row_slots, TILE, width), dtype),
             do=swizzled((row_slots, TILE, width_v), dtype),
@@ -231,11 +205,6 @@ def query_gradients(x: BackwardInputs) -> THK:
             **ring("k", k_stages),
             **ring("v", v_stages),
         ),
-        out_type=[
-            jax.ShapeDtypeStruct(x.q.shape, dtype),
-            jax.ShapeDtypeStruct((slots, TILE, width), jnp.float32),
-        ],
-        workers=workers,
+        results={"dq": jax.ShapeDtypeStruct(x.q.shape, dtype)},
     )
-    (dq,) = write_sums(work.parts, [(parts, dq)], heads, first)
     return dq

@@ -27,6 +27,8 @@ from kernels.hstu_attention.mosaic.backward_shared import (
 from kernels.hstu_attention.mosaic.items import draw_items
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
+    computing,
+    feeding,
     loaded,
     open_rings,
     ring,
@@ -45,7 +47,7 @@ def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Arra
     """(dQ, dK, dV)."""
     dq = jax.new_ref(zeros_after(x.do, x.q.shape))
     dk, dv = _gradients(x, config, dq, with_dq=True)
-    return finished_dq(dq, x, x.factor), dk, dv
+    return finished_dq(dq, x), dk, dv
 
 
 def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array, "S H _"]]:
@@ -60,57 +62,37 @@ def _gradients(
     width_v = x.v.shape[2]
     tile, block_q, stages = config.tile, config.block_q, config.stages
     intervals = 1 if x.plan.rows_in_one_piece else 3
-    work = x.find_work(config)
 
-    def kernel(
-        q_gm,
-        k_gm,
-        v_gm,
-        do_gm,
-        bounds_gm,
-        factor_gm,
-        records_gm,
-        tail_first_gm,
-        dq_gm,
-        tails_gm,
-        dk_gm,
-        dv_gm,
-        dk_part_gm,
-        dv_part_gm,
-        s,
-    ):
-        wg = lax.axis_index("wg")
-
-        def write(item, slot, gradient, times, gm, part_gm):
+    def kernel(wg, gm, s):
+        def write(item, slot, gradient, times, out_gm, part_gm):
             """An item's gradient, from the registers to memory."""
             part, head, keys = item.slot, item.head, pl.ds(item.tile * tile, tile)
-            arrive(s, "rec_empty", slot)
+            arrive(s.rec_empty, slot)
             for c in range(0, gradient.shape[1], 64):
                 chunk, columns = gradient[:, c : c + 64] * times, pl.ds(c, 64)
 
                 @pl.when(part < 0)
                 def _(chunk=chunk, columns=columns):
-                    gm.at[keys, head, columns][...] = chunk.astype(dtype)
+                    out_gm.at[keys, head, columns][...] = chunk.astype(dtype)
 
                 @pl.when(part >= 0)
                 def _(chunk=chunk, columns=columns):
                     part_gm.at[part, :, columns][...] = chunk
 
-        @pl.when(wg == 0)
+        @computing(wg == 0)
         def _weigh():
-            plgpu.set_max_registers(240, action="increase")
             open_rings(s, kv=1, row=stages, rec=RECORDS)
 
             def one_item(item, slot, step, begun, ahead):
                 key0 = item.tile * tile
-                nearest = item.bounds(bounds_gm, key0)
-                wait(s, "kv_full")
+                nearest = item.bounds(key0)
+                wait(s.kv_full)
 
                 def accumulate(dk):
                     @pl.loop(0, item.count)
                     def _(i):
                         now = lax.rem(step + i, stages)
-                        wait(s, "row_full", now)
+                        wait(s.row_full, now)
 
                         # Computed anew in every step: kept from step to step it would take
                         # registers there are not.
@@ -119,73 +101,71 @@ def _gradients(
                         )
 
                         def scores(s_acc, dp_acc):
-                            plgpu.wgmma(s_acc, s["k"].at[keys], s["q"].at[now].T)
-                            plgpu.wgmma(dp_acc, s["v"].at[keys], s["do"].at[now].T)
+                            plgpu.wgmma(s_acc, s.k.at[keys], s.q.at[now].T)
+                            plgpu.wgmma(dp_acc, s.v.at[keys], s.do.at[now].T)
                             plgpu.wgmma_wait(2)  # dK of the block before has read its rows
 
                             @pl.when(i > 0)
                             def _():
-                                arrive(s, "row_empty", lax.rem(step + i + stages - 1, stages))
+                                arrive(s.row_empty, lax.rem(step + i + stages - 1, stages))
 
                             return loaded_pair(s_acc, dp_acc)
 
                         score, dp = item.masked(
                             i,
                             block_q,
-                            bounds_gm,
                             key0,
                             with_sums(scores, (tile, block_q), (tile, block_q)),
                             nearest,
                             intervals=intervals,
                         )
                         half, w, ds = silu_slopes(score, dp, alpha)
-                        wait(s, "weights_empty")
-                        s["p"][...] = (half * w).astype(dtype)
-                        s["ds"][...] = ds.astype(dtype)
+                        wait(s.weights_empty)
+                        s.p[...] = (half * w).astype(dtype)
+                        s.ds[...] = ds.astype(dtype)
                         plgpu.commit_smem()
-                        arrive(s, "weights_full")
-                        plgpu.wgmma(dk, s["ds"], s["q"].at[now])
+                        arrive(s.weights_full)
+                        plgpu.wgmma(dk, s.ds, s.q.at[now])
 
                     plgpu.wgmma_wait(0)
-                    arrive(s, "row_empty", lax.rem(step + item.count - 1, stages))
+                    arrive(s.row_empty, lax.rem(step + item.count - 1, stages))
                     return dk[...]
 
                 dk = with_sums(accumulate, (tile, width))
-                arrive(s, "kv_empty")
-                write(item, slot, dk, factor_gm[0] * (0.5 * alpha), dk_gm, dk_part_gm)
+                arrive(s.kv_empty)
+                write(item, slot, dk, gm.factor[0] * (0.5 * alpha), gm.dk, gm.dk_part)
                 return ahead()
 
-            draw_items(s, one_item)
+            draw_items(gm, s, one_item)
 
-        @pl.when(wg == 1)
+        @computing(wg == 1)
         def _sum():
-            plgpu.set_max_registers(240, action="increase")
             open_rings(s, kv=1, row=stages, weights=1, rec=RECORDS)
 
             def one_item(item, slot, step, begun, ahead):
-                wait(s, "kv_full")
+                wait(s.kv_full)
 
                 def accumulate(dv):
                     @pl.loop(0, item.count)
                     def _(i):
                         now = lax.rem(step + i, stages)
-                        wait(s, "row_full", now)
-                        wait(s, "weights_full")
+                        wait(s.row_full, now)
+                        wait(s.weights_full)
 
                         def dq_of(first, dq_acc, last):
                             """dQ in some columns; dV is summed while the first of them leave."""
-                            plgpu.wgmma(dq_acc, s["ds"].T, s["k"].at[:, pl.ds(first, COLUMNS)])
+                            plgpu.wgmma(dq_acc, s.ds.T, s.k.at[:, pl.ds(first, COLUMNS)])
                             if first == 0:
-                                plgpu.wgmma(dv, s["p"], s["do"].at[now])
+                                plgpu.wgmma(dv, s.p, s.do.at[now])
                             return loaded(dq_acc, 0 if last else 1)
 
                         def release():
                             plgpu.wgmma_wait(0)
-                            arrive(s, "weights_empty")
-                            arrive(s, "row_empty", now)
+                            arrive(s.weights_empty)
+                            arrive(s.row_empty, now)
 
                         if not with_dq:
-                            plgpu.wgmma(dv, s["p"], s["do"].at[now])
+                            plgpu.wgmma(dv, s.p, s.do.at[now])
                             release()
                             return
                         place = pl.ds(item.block(i) * block_q - x.plan.first_row, block_q)
@@ -197,11 +177,11 @@ def _gradients(
                             if last:
                                 release()
                             for c in range(0, COLUMNS, SENT):
-                                stage = s["dq"].at[c // SENT % 2]
+                                stage = s.dq.at[c // SENT % 2]
                                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                                 stage[...] = dq[:, c : c + SENT]
                                 plgpu.commit_smem()
-                                target = dq_gm.at[place, item.head, pl.ds(first + c, SENT)]
+                                target = gm.dq.at[place, item.head, pl.ds(first + c, SENT)]
                                 plgpu.copy_smem_to_gmem(stage, target, reduction_op="add")
                         if width == COLUMNS:
                             release()
@@ -209,28 +189,24 @@ def _gradients(
                     return dv[...]
 
                 dv = with_sums(accumulate, (tile, width_v))
-                arrive(s, "kv_empty")
-                write(item, slot, dv, factor_gm[0], dv_gm, dv_part_gm)
+                arrive(s.kv_empty)
+                write(item, slot, dv, gm.factor[0], gm.dv, gm.dv_part)
                 return ahead()
 
-            draw_items(s, one_item)
+            draw_items(gm, s, one_item)
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == 2)
+        @feeding(wg == 2)
         def _feed():
-            plgpu.set_max_registers(24, action="decrease")
-            first = x.plan.first_row
-            feed(q_gm, k_gm, v_gm, do_gm, tails_gm, records_gm, tail_first_gm[0], config, first, s)
+            feed(gm, s, config, x.plan.first_row)
 
     sent = {"dq": swizzled((2, block_q, SENT), jnp.float32)} if with_dq else {}
     return launch_over_keys(
         kernel,
         "hstu_backward_wide",
         x,
-        work,
-        x.factor,
         config,
-        dq=(dq,),
+        dq=dq,
         buffers=dict(
             p=swizzled((tile, block_q), dtype), ds=swizzled((tile, block_q), dtype), **sent
         ),

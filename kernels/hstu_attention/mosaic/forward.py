@@ -6,6 +6,7 @@ buffers.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,22 +18,23 @@ from jaxtyping import Array, Float
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.mosaic.items import WorkItem, feed_items, record_scratch
 from kernels.hstu_attention.mosaic.launch import (
-    ROW,
     arrive,
+    computing,
+    feeding,
     fill,
     launch,
     load_rows,
     loaded,
     open_rings,
-    put,
     ring,
+    row_values,
     swizzled,
     wait,
     with_sums,
+    write_chunks,
 )
-from kernels.hstu_attention.mosaic.padding import TAIL, clean_tails, row_scales
-from kernels.hstu_attention.mosaic.schedule import WORKERS, WorkList, part_slots
-from kernels.hstu_attention.mosaic.split_tiles import write_sums
+from kernels.hstu_attention.mosaic.padding import TAIL, clean_tails
+from kernels.hstu_attention.mosaic.schedule import WorkList
 from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec
 from kernels.typing import SHK, SHV, THK, THV
 
@@ -51,13 +53,11 @@ class ForwardConfig:
       block_k: keys a step.
       stages: depth of the rings of keys and values.
       q_slots: with 2 the next tile's queries load early.
-      workers: thread blocks, one an SM.
     """
 
     block_k: int
     stages: int
     q_slots: int = 2
-    workers: int = WORKERS
 
 
 def forward_config(spec: AttentionSpec, plan: AttentionPlan) -> ForwardConfig:
@@ -85,29 +85,22 @@ def forward(
     width_v = v.shape[-1]
     dtype, first = q.dtype, plan.first_row
     block_k, stages = config.block_k, config.stages
-    work = plan.find(WorkList.forward(heads, block_k, config.workers))
     scale_in_rows = scale.ndim == 1
-    scales = row_scales(scale, plan, rows) if scale_in_rows else scale.reshape(1)
 
-    def kernel(
-        q_gm, k_gm, v_gm, bounds_gm, scale_gm, records_gm, tail_first_gm, tails_gm, o_gm, part_gm, s
-    ):
-        wg = lax.axis_index("wg")
-
-        @pl.when(wg < 2)
+    def kernel(wg, gm, s):
+        @computing(wg < 2)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
             open_rings(s, q=config.q_slots, k=stages, v=stages, rec=RECORDS)
-            my_o = s["o"].at[wg]
+            my_o = s.o.at[wg]
 
             def queries(slot):
-                return s["q"].at[lax.rem(slot, config.q_slots), pl.ds(wg * 64, 64)]
+                return s.q.at[lax.rem(slot, config.q_slots), pl.ds(wg * 64, 64)]
 
             def weights(scores, item, i, nearest):
                 half = scores * (0.5 * alpha)
                 # silu(x) = h tanh(h) + h with h = x / 2: one special-function instruction
                 p = half * jnp.tanh(half) + half
-                (p,) = item.masked(i, block_k, bounds_gm, first_row(item), (p,), nearest)
+                (p,) = item.masked(i, block_k, first_row(item), (p,), nearest)
                 return p.astype(dtype)
 
             def first_row(item):  # the record behind the last has tile -1
@@ -115,9 +108,9 @@ def forward(
 
             def one_item(slot, step, p, nearest):
                 """From the weights `p` of the item's first block to those of the next item's."""
-                item, count = WorkItem(s["rec"], slot), WorkItem(s["rec"], slot).count
+                item, count = WorkItem(gm, s, slot), WorkItem(gm, s, slot).count
                 next_slot = lax.rem(slot + 1, RECORDS)
-                after = WorkItem(s["rec"], next_slot)
+                after = WorkItem(gm, s, next_slot)
 
                 def accumulate(acc):
                     def scores_beside_values(my_q, now, more, p):
@@ -126,16 +119,16 @@ def forward(
                         Meanwhile weights `p` meet the values of the block before.
                         """
                         before = lax.rem(now + stages - 1, stages)
-                        pl.when(more)(lambda: wait(s, "k_full", now))
+                        pl.when(more)(lambda: wait(s.k_full, now))
 
                         def products(s_acc):
-                            plgpu.wgmma(s_acc, my_q, s["k"].at[now].T)
-                            wait(s, "v_full", before)
-                            plgpu.wgmma(acc, p, s["v"].at[before])
+                            plgpu.wgmma(s_acc, my_q, s.k.at[now].T)
+                            wait(s.v_full, before)
+                            plgpu.wgmma(acc, p, s.v.at[before])
                             return loaded(s_acc, 1)
 
                         scores = with_sums(products, (64, block_k))
-                        pl.when(more)(lambda: arrive(s, "k_empty", now))
+                        pl.when(more)(lambda: arrive(s.k_empty, now))
                         return scores, before
 
                     def one_block(i, p):
@@ -144,103 +137,96 @@ def forward(
                         )
                         p_next = weights(scores, item, i, nearest)
                         plgpu.wgmma_wait(0)
-                        arrive(s, "v_empty", before)
+                        arrive(s.v_empty, before)
                         return p_next
 
                     last = lax.fori_loop(1, count, one_block, p)
-                    arrive(s, "q_empty", lax.rem(slot, config.q_slots))
+                    arrive(s.q_empty, lax.rem(slot, config.q_slots))
                     # The next item begins while this one ends. Behind the last, what is computed
                     # goes nowhere.
-                    wait(s, "rec_full", next_slot)
+                    wait(s.rec_full, next_slot)
                     more = after.tile >= 0
-                    pl.when(more)(lambda: wait(s, "q_full", lax.rem(next_slot, config.q_slots)))
-                    nearest_next = after.bounds(bounds_gm, first_row(after))
+                    pl.when(more)(lambda: wait(s.q_full, lax.rem(next_slot, config.q_slots)))
+                    nearest_next = after.bounds(first_row(after))
                     scores, before = scores_beside_values(
                         queries(next_slot), lax.rem(step + count, stages), more, last
                     )
                     p_next = weights(scores, after, jnp.int32(0), nearest_next)
                     out = acc[...]
-                    arrive(s, "v_empty", before)
+                    arrive(s.v_empty, before)
                     return out, p_next, nearest_next
 
                 out, p, nearest = with_sums(accumulate, (64, width_v))
                 part, head, row0 = item.slot, item.head, first_row(item)
-                arrive(s, "rec_empty", slot)
+                arrive(s.rec_empty, slot)
                 if scale_in_rows:
-                    scale = plgpu.load(
-                        scale_gm.at[pl.ds(row0 - first, 64)], layout=ROW, optimized=False
-                    )
+                    scale = row_values(gm.factor, pl.ds(row0 - first, 64))
                     scale = lax.broadcast_in_dim(scale, (64, 64), [0])
                 else:
-                    scale = scale_gm[0]
-                for c in range(width_v // 64):
-                    chunk = out[:, c * 64 : (c + 1) * 64] * scale
-
-                    @pl.when(part < 0)
-                    def _(chunk=chunk, c=c):
-                        stage = my_o.at[c % 2]
-                        put(stage, chunk, 1 if width_v > 64 else 0)
-                        target = o_gm.at[pl.ds(row0 - first, 64), head, pl.ds(c * 64, 64)]
-                        plgpu.copy_smem_to_gmem(stage, target)
-
-                    @pl.when(part >= 0)
-                    def _(chunk=chunk, c=c):
-                        part_gm.at[part, pl.ds(wg * 64, 64), pl.ds(c * 64, 64)][...] = chunk
-
+                    scale = gm.factor[0]
+                write_chunks(
+                    out,
+                    scale,
+                    part,
+                    itertools.cycle([my_o.at[0], my_o.at[1]]),
+                    1 if width_v > 64 else 0,
+                    lambda columns: gm.o.at[pl.ds(row0 - first, 64), head, columns],
+                    lambda columns: gm.o_part.at[part, pl.ds(wg * 64, 64), columns],
+                )
                 return next_slot, step + count, p, nearest
 
-            item = WorkItem(s["rec"], 0)
-            wait(s, "rec_full", 0)
+            item = WorkItem(gm, s, 0)
+            wait(s.rec_full, 0)
 
             @pl.when(item.tile >= 0)
             def _all_items():
-                nearest = item.bounds(bounds_gm, first_row(item))
-                wait(s, "q_full", 0)
-                wait(s, "k_full", 0)
+                nearest = item.bounds(first_row(item))
+                wait(s.q_full, 0)
+                wait(s.k_full, 0)
 
                 def first_scores(s_acc):
-                    plgpu.wgmma(s_acc, queries(0), s["k"].at[0].T)
+                    plgpu.wgmma(s_acc, queries(0), s.k.at[0].T)
                     return s_acc[...]
 
                 scores = with_sums(first_scores, (64, block_k))
-                arrive(s, "k_empty", 0)
+                arrive(s.k_empty, 0)
                 zero = jnp.int32(0)
                 lax.while_loop(
-                    lambda carry: WorkItem(s["rec"], carry[0]).tile >= 0,
+                    lambda carry: WorkItem(gm, s, carry[0]).tile >= 0,
                     lambda carry: one_item(*carry),
                     (zero, zero, weights(scores, item, zero, nearest), nearest),
                 )
                 plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == 2)
+        @feeding(wg == 2)
         def _feed():
-            plgpu.set_max_registers(24, action="decrease")
-            tail_first = tail_first_gm[0]
+            tail_first = gm.tail_first[0]
 
             def queries(item, slot):
                 q_slot = lax.rem(slot, config.q_slots)
-                wait(s, "q_empty", q_slot)
-                q_rows = q_gm.at[pl.ds(item.tile * TILE - first, TILE), item.head]
+                wait(s.q_empty, q_slot)
+                q_rows = gm.q.at[pl.ds(item.tile * TILE - first, TILE), item.head]
                 fill(s, "q", q_rows, q_slot)
 
             def keys_and_values(item, step, i):
                 row = item.block(i) * block_k
                 now = lax.rem(step + i, stages)
-                wait(s, "k_empty", now)
-                fill(s, "k", k_gm.at[pl.ds(row, block_k), item.head], now)
-                wait(s, "v_empty", now)
-                into, full = s["v"].at[now], s["v_full"].at[now]
-                load_rows(v_gm, tails_gm, row, block_k, item.head, tail_first, into, full)
+                wait(s.k_empty, now)
+                fill(s, "k", gm.k.at[pl.ds(row, block_k), item.head], now)
+                wait(s.v_empty, now)
+                into, full = s.v.at[now], s.v_full.at[now]
+                load_rows(gm.v, gm.tails, row, block_k, item.head, tail_first, into, full)
 
-            load = (keys_and_values, queries)
-            feed_items(records_gm, tails_gm, s, *load, ahead=AHEAD, workers=config.workers)
+            feed_items(gm, s, keys_and_values, queries, ahead=AHEAD)
 
-    slots = part_slots(plan, TILE, heads, config.workers)
-    out, parts = launch(
+    (out,) = launch(
         kernel,
         "hstu_forward",
-        (q, k, v, work.bounds, scales, work.records, work.tail),
-        clean_tails(plan, v),
+        plan,
+        WorkList.forward(heads, block_k),
+        dict(q=q, k=k, v=v),
+        plan.row_scales(scale, rows) if scale_in_rows else scale.reshape(1),
+        tails=clean_tails(plan, v),
         scratch=dict(
             q=swizzled((config.q_slots, TILE, width), dtype),
             k=swizzled((stages, block_k, width), dtype),
@@ -251,11 +237,6 @@ def forward(
             **ring("k", stages),
             **ring("v", stages),
         ),
-        out_type=[
-            jax.ShapeDtypeStruct((rows, heads, width_v), dtype),
-            jax.ShapeDtypeStruct((slots, TILE, width_v), jnp.float32),
-        ],
-        workers=config.workers,
+        results={"o": jax.ShapeDtypeStruct((rows, heads, width_v), dtype)},
     )
-    (out,) = write_sums(work.parts, [(parts, out)], heads, first)
     return out

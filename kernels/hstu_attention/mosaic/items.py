@@ -9,15 +9,15 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, memref
 
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.launch import ROW, fill, ring, wait
+from kernels.hstu_attention.mosaic.launch import fill, ring, row_values, wait
 from kernels.hstu_attention.mosaic.masking import keep_inside
 
 
 class WorkItem:
     """A work item's record, read from shared memory where it is needed: registers are scarce."""
 
-    def __init__(self, records_sm, slot):
-        self._get = lambda name: records_sm[slot, name]
+    def __init__(self, gm, s, slot):
+        self._bounds, self._get = gm.bounds, lambda name: s.rec[slot, name]
 
     def __getattr__(self, name):
         return self._get(getattr(schedule, name.upper()))
@@ -39,15 +39,12 @@ class WorkItem:
         other = (block >= self.other0) & (block < self.other_end0)
         return ~(other | ((block >= self.other1) & (block < self.other_end1)))
 
-    def bounds(self, bounds_gm, first, which=0):
+    def bounds(self, first, which=0):
         """One of the three intervals of 64 rows (or keys) from `first` on."""
         place = pl.ds(first, 64)
-        return tuple(
-            plgpu.load(bounds_gm.at[2 * which + end, place], layout=ROW, optimized=False)
-            for end in range(2)
-        )
+        return tuple(row_values(self._bounds, 2 * which + end, place) for end in range(2))
 
-    def masked(self, i, size, bounds_gm, first, arrays, nearest, begin=0, intervals=None):
+    def masked(self, i, size, first, arrays, nearest, begin=0, intervals=None):
         """Scores with 0 where a row (or key) does not see.
 
         Args:
@@ -63,7 +60,7 @@ class WorkItem:
         left = block * size + begin
 
         def partly(*arrays):
-            closest = self.bounds(bounds_gm, first) if nearest is None else nearest
+            closest = self.bounds(first) if nearest is None else nearest
 
             def mask(*others):
                 return keep_inside(
@@ -71,7 +68,7 @@ class WorkItem:
                 )
 
             def mask_all():
-                return mask(*(self.bounds(bounds_gm, first, which) for which in (1, 2)))
+                return mask(*(self.bounds(first, which) for which in (1, 2)))
 
             if intervals is None:
                 return lax.cond(self.simple(block), mask, mask_all)
@@ -106,7 +103,7 @@ def _draw_number(counters_gm, which, box_sm):
     return box_sm[0]
 
 
-def fetch_item(records_gm, counters_gm, s, slot, *, workers, which, first=False):
+def fetch_item(gm, s, slot, *, which, first=False):
     """Starts the copy of the next item's record into `slot`.
 
     The first item of a thread block is the one of its own number.
@@ -114,14 +111,14 @@ def fetch_item(records_gm, counters_gm, s, slot, *, workers, which, first=False)
     number = (
         lax.axis_index("worker")
         if first
-        else _draw_number(counters_gm, which, s["rec"].at[s["rec"].shape[0] - 1]) + workers
+        else _draw_number(gm.tails, which, s.rec.at[s.rec.shape[0] - 1]) + schedule.WORKERS
     )
-    wait(s, "rec_empty", slot)
-    number = jnp.minimum(number, records_gm.shape[0] - 1)
-    fill(s, "rec", records_gm.at[number], slot)
+    wait(s.rec_empty, slot)
+    number = jnp.minimum(number, gm.records.shape[0] - 1)
+    fill(s, "rec", gm.records.at[number], slot)
 
 
-def feed_items(records_gm, counters_gm, s, load_block, begin, *, ahead, workers, which=0):
+def feed_items(gm, s, load_block, begin, *, ahead, which=0):
     """What the feeding warpgroup does: for every item `begin`, then `load_block` for its blocks.
 
     Args:
@@ -132,7 +129,7 @@ def feed_items(records_gm, counters_gm, s, load_block, begin, *, ahead, workers,
       which: a counter, of those that are zero when the kernel begins.
     """
 
-    slots = s["rec"].shape[0] - 1
+    slots = s.rec.shape[0] - 1
 
     def one_item(item, slot, step, begun, next_item):
         begin(item, slot)
@@ -143,22 +140,15 @@ def feed_items(records_gm, counters_gm, s, load_block, begin, *, ahead, workers,
 
             @pl.when(i == jnp.maximum(item.count - ahead, 0))
             def _():
-                fetch_item(
-                    records_gm,
-                    counters_gm,
-                    s,
-                    lax.rem(slot + 1, slots),
-                    workers=workers,
-                    which=which,
-                )
+                fetch_item(gm, s, lax.rem(slot + 1, slots), which=which)
 
         return next_item()
 
-    fetch_item(records_gm, counters_gm, s, 0, workers=workers, which=which, first=True)
-    draw_items(s, one_item)
+    fetch_item(gm, s, 0, which=which, first=True)
+    draw_items(gm, s, one_item)
 
 
-def draw_items(s, body, begin=lambda item, slot, step: None):
+def draw_items(gm, s, body, begin=lambda item, slot, step: None):
     """Runs `body(item, slot, step, begun, ahead)` for every item that the feeding warpgroup draws.
 
     `step` counts the blocks before the item. `begin(item, slot, step)` is what can be done for an
@@ -168,26 +158,25 @@ def draw_items(s, body, begin=lambda item, slot, step: None):
     another, with tile -1.
     """
 
-    records_sm = s["rec"]
-    slots = records_sm.shape[0] - 1
+    slots = s.rec.shape[0] - 1
 
     def one(carry):
         _, slot, step, begun = carry
-        item = WorkItem(records_sm, slot)
+        item = WorkItem(gm, s, slot)
         count = item.count
 
         def ahead(*more):
             next_slot = lax.rem(slot + 1, slots)
-            wait(s, "rec_full", next_slot)
-            after = WorkItem(records_sm, next_slot)
+            wait(s.rec_full, next_slot)
+            after = WorkItem(gm, s, next_slot)
             begun = begin(after, next_slot, step + count, *more)
             return after.tile >= 0, next_slot, step + count, begun
 
         return body(item, slot, step, begun, ahead)
 
     zero = jnp.int32(0)
-    wait(s, "rec_full", 0)
-    first = WorkItem(records_sm, 0)
+    wait(s.rec_full, 0)
+    first = WorkItem(gm, s, 0)
     lax.while_loop(
         lambda carry: carry[0], one, (first.tile >= 0, zero, zero, begin(first, zero, zero))
     )

@@ -47,12 +47,3 @@ def clean_tails(plan: AttentionPlan, *arrays: Float[Array, "_ H _"]) -> jax.Ref:
     return jax.new_ref(
         jnp.pad(jnp.where(real, rows, jnp.zeros((), rows.dtype)), ((COUNTERS, 0), (0, 0), (0, 0)))
     )
-
-
-def row_scales(
-    scale: Float[Array, "..."], plan: AttentionPlan, rows: int
-) -> Float[Array, " padded"]:
-    """The factor of each of `rows` rows; 0 in padding, where the caller's may be NaN."""
-    given = plan.num_rows - plan.first_row
-    scale_T = jnp.pad(jnp.broadcast_to(scale, (given,)), (0, rows - given))
-    return jnp.where(jnp.arange(rows) < plan.num_real - plan.first_row, scale_T, 0.0)

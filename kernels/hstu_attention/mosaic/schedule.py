@@ -45,6 +45,10 @@ RECORD = 32  # int32 in a record: 128 bytes, the alignment of a tensor copy into
     OTHER_END1,
 ) = range(19)
 
+Records = Int[Array, "items 32"]
+Parts = Int[Array, "splits 4"]
+Bounds = Int[Array, "6 T"]
+TileRanges = Int[Array, "tiles 3"]
 Interval = tuple[PerRow, PerRow]  # begins and ends
 
 
@@ -65,9 +69,9 @@ class Schedule(NamedTuple):
       tail: first row of the last tile that holds a real row: NaN may stand beside numbers there.
     """
 
-    records: Int[Array, "items 32"]
-    parts: Int[Array, "splits 4"]
-    bounds: Int[Array, "6 T"]
+    records: Records
+    parts: Parts
+    bounds: Bounds
     tail: Int[Array, " 1"]
 
 
@@ -81,19 +85,17 @@ class BackwardConfig:
       stages: of the ring of rows and their gradients.
       passes: 1 adds up dQ in memory while dK and dV are made; 2 makes it in a pass of its own,
         deterministic.
-      workers: thread blocks, one an SM.
     """
 
     tile: int
     block_q: int
     stages: int
     passes: int = 1
-    workers: int = WORKERS
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkList(Derived[Schedule]):
-    """The schedule of a kernel, for a number of heads and of thread blocks.
+    """The schedule of a kernel, for a number of heads.
 
     `forward` lists tiles of query rows over blocks of keys, `backward` tiles of keys over blocks of
     query rows.
@@ -103,31 +105,37 @@ class WorkList(Derived[Schedule]):
     tile: int
     block: int
     heads: int
-    workers: int
 
     @staticmethod
-    def forward(heads: int, block_k: int, workers: int) -> "WorkList":
-        return WorkList("forward", TAIL, block_k, heads, workers)
+    def forward(heads: int, block_k: int) -> "WorkList":
+        return WorkList("forward", TAIL, block_k, heads)
 
     @staticmethod
     def backward(heads: int, config: BackwardConfig) -> "WorkList":
-        return WorkList("backward", config.tile, config.block_q, heads, config.workers)
+        return WorkList("backward", config.tile, config.block_q, heads)
 
     def make(self, plan: AttentionPlan) -> Schedule:
         return make_schedules(plan, [self])[0]
 
 
 def make_schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> list[Schedule]:
-    """Lists for the same heads and workers, made in fewer operations than one after another."""
+    """Lists for the same heads, made in fewer operations than one after another."""
     met = [
         (_forward_tiles if each.kind == "forward" else _backward_tiles)(plan, each)
         for each in wanted
     ]
-    heads, workers = wanted[0].heads, wanted[0].workers
     rows, keys = (plan.first_row, rounded_up(plan.num_rows)), (0, rounded_up(plan.num_keys))
-    ends = [(rows if each.kind == "forward" else keys, each.tile) for each in wanted]
-    ranges = [(first // tile, end // tile) for (first, end), tile in ends]
-    items = _make_items([tiles for tiles, _ in met], ranges, heads, workers, may_split(plan))
+    ranges = [
+        [end // each.tile for end in (rows if each.kind == "forward" else keys)] for each in wanted
+    ]
+    most = max(blocks.lo.shape[0] for blocks, _ in met)
+    padded = [
+        jax.tree.map(lambda x: jnp.pad(x, ((0, most - x.shape[0]), (0, 0))), blocks)
+        for blocks, _ in met
+    ]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *padded)
+    pack = functools.partial(_pack, heads=wanted[0].heads, may_split=may_split(plan))
+    items = zip(*jax.vmap(pack)(stacked, jnp.asarray(ranges, jnp.int32)), strict=True)
     return [
         Schedule(*item, bounds, tail_start(plan))
         for item, (_, bounds) in zip(items, met, strict=True)
@@ -142,18 +150,18 @@ class MetBlocks(NamedTuple):
       classes: the ranges of blocks that need no mask (FULL) or more than one interval (OTHER).
     """
 
-    lo: Int[Array, "tiles 3"]
-    hi: Int[Array, "tiles 3"]
+    lo: TileRanges
+    hi: TileRanges
     classes: Int[Array, "tiles 10"]
 
 
 def _met_blocks(
-    lo: Int[Array, "tiles 3"],
-    hi: Int[Array, "tiles 3"],
+    lo: TileRanges,
+    hi: TileRanges,
     intervals: tuple[Interval, Interval, Interval],
     wanted: WorkList,
     blocks: range,
-) -> tuple[MetBlocks, Int[Array, "6 T"]]:
+) -> tuple[MetBlocks, Bounds]:
     """The blocks of all tiles, and the bounds of `Schedule`.
 
     Args:
@@ -178,7 +186,7 @@ def _met_blocks(
     )
 
 
-def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Int[Array, "6 T"]]:
+def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Bounds]:
     rows = rounded_up(plan.num_rows)
     lo0, hi0, lo1, hi1 = (jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.keys)
     row = jnp.arange(rows, dtype=jnp.int32)
@@ -205,7 +213,7 @@ def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, In
     return _met_blocks(bounds.key_lo, bounds.key_hi, intervals, wanted, blocks)
 
 
-def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Int[Array, "6 T"]]:
+def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Bounds]:
     rows = rounded_up(plan.num_rows)
     ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (
         jnp.pad(x, (0, rows - plan.num_rows)) for x in plan.rows
@@ -234,56 +242,35 @@ def may_split(plan: AttentionPlan) -> bool:
     return not (light and plan.rows_in_one_piece)
 
 
-def part_slots(plan: AttentionPlan, tile: int, heads: int, workers: int) -> int:
+def part_slots(plan: AttentionPlan, wanted: WorkList) -> int:
     """How many slots for partial sums there are, for all heads together."""
-    return _capacity(rounded_up(plan.num_rows) // tile, heads, workers, may_split(plan))[1] * heads
+    tiles = rounded_up(plan.num_rows) // wanted.tile
+    return _capacity(tiles, wanted.heads, may_split(plan))[1] * wanted.heads
 
 
-def _capacity(tiles: int, heads: int, workers: int, split: bool) -> tuple[int, int]:
-    """What `_make_items` can need for each head, at most: (split tiles, slots for their sums).
+def _capacity(tiles: int, heads: int, split: bool) -> tuple[int, int]:
+    """What `_pack` can need for each head, at most: (split tiles, slots for their sums).
 
     There is at least one slot.
     """
     if not split:
         return 0, 1
-    splits = min(tiles, 4 * workers // (3 * heads) + 1)
-    return splits, 7 * workers // (2 * heads) + 1 + splits
-
-
-def _make_items(
-    lists: Sequence[MetBlocks],
-    ranges: Sequence[tuple[int, int]],
-    heads: int,
-    workers: int,
-    split: bool,
-) -> list[tuple[Int[Array, "items 32"], Int[Array, "splits 4"]]]:
-    """(records, parts) of each list, for `workers` thread blocks.
-
-    Every tile in its range is done once a head, in pieces if it is heavy and `split`.
-    """
-    sizes = [met.lo.shape[0] for met in lists]
-    padded = [
-        jax.tree.map(lambda x: jnp.pad(x, ((0, max(sizes) - x.shape[0]), (0, 0))), met)
-        for met in lists
-    ]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *padded)
-    records, parts = jax.vmap(
-        functools.partial(_pack, heads=heads, workers=workers, may_split=split)
-    )(stacked, jnp.asarray(ranges, jnp.int32))
-    return [(records[i], parts[i]) for i in range(len(lists))]
+    splits = min(tiles, 4 * WORKERS // (3 * heads) + 1)
+    return splits, 7 * WORKERS // (2 * heads) + 1 + splits
 
 
 def _pack(
-    x: MetBlocks, tile_range: Int[Array, " 2"], *, heads: int, workers: int, may_split: bool
-) -> tuple[Int[Array, "items 32"], Int[Array, "splits 4"]]:
+    x: MetBlocks, tile_range: Int[Array, " 2"], *, heads: int, may_split: bool
+) -> tuple[Records, Parts]:
+    """Every tile in its range is done once a head, in pieces if it is heavy and `may_split`."""
     tiles, (first_tile, end_tile) = x.lo.shape[0], tile_range
-    splits, slots = _capacity(tiles, heads, workers, may_split)
+    splits, slots = _capacity(tiles, heads, may_split)
     exists = (jnp.arange(tiles) >= first_tile) & (jnp.arange(tiles) < end_tile)
     size = x.hi - x.lo
     count = size.sum(1)
     overhead = 2  # what beginning and ending an item costs, in blocks
     # blocks that each worker should do
-    share = (jnp.where(exists, count + overhead, 0).sum() * heads) // workers
+    share = (jnp.where(exists, count + overhead, 0).sum() * heads) // WORKERS
     # A tile is split when it alone is most of a worker's share, into pieces small enough to be
     # packed.
     piece = jnp.maximum(share // 3, 4 * overhead)

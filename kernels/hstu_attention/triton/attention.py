@@ -21,7 +21,13 @@ from jaxtyping import Array, Float
 from kernels import triton_call
 from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec, Derived, TileSizes
 from kernels.hstu_attention.relative_bias import RelativeBias, bucket_starts
-from kernels.hstu_attention.triton.sizes import KernelSizes, find_sizes, padded, refusal
+from kernels.hstu_attention.triton.sizes import (
+    KernelSizes,
+    LaunchSizes,
+    find_sizes,
+    padded,
+    refusal,
+)
 from kernels.typing import THK, THV, PerRow, PerTile, PositionTable, Scale, TimeTable
 
 TABLE_COPIES = 64
@@ -205,11 +211,7 @@ def _launch(
       copies: of the tables' gradients, which are the second output.
     """
     plan, keys = rows.plan, kernel == "backward_keys"
-    sizes = {
-        "forward": call.sizes.forward,
-        "backward_queries": call.sizes.queries,
-        "backward_keys": call.sizes.keys,
-    }[kernel]
+    sizes: LaunchSizes = getattr(call.sizes, kernel.removeprefix("backward_"))
     bounds = plan.find(sizes.tiles)
     plan = plan.storing([sizes.tiles], [bounds])
     lo, hi = (bounds.row_lo, bounds.row_hi) if keys else (bounds.key_lo, bounds.key_hi)

@@ -16,10 +16,11 @@ from typing import no_type_check
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
-FAR = tl.constexpr(2**30)
-MASKED_SCORE = tl.constexpr(-1e30)  # silu and its derivative are exactly 0 here
-BUCKETS_PER_OCTAVE = tl.constexpr(0.6931471805599453 / 0.301)
+FAR = constexpr(2**30)
+MASKED_SCORE = constexpr(-1e30)  # silu and its derivative are exactly 0 here
+BUCKETS_PER_OCTAVE = constexpr(0.6931471805599453 / 0.301)
 
 
 @triton.jit
@@ -58,22 +59,9 @@ def _bucket(row_time, key_time, starts, BUCKETS):
 
 @triton.jit
 @no_type_check
-def _load(
-    base,
-    block,
-    offset,
-    width,
-    num_real,
-    BLOCK,
-    H,
-    W,
-    WIDE,
-    FULL,
-):
-    """Rows [block * BLOCK, ...) of one head, zero beyond the real rows and the head's width.
-
-    `offset`, `width`: aranges over both.
-    """
+def _load(base, block, num_real, BLOCK, H, W, WIDE, FULL):
+    """Rows [block * BLOCK, ...) of one head, zero beyond the real rows and the head's width."""
+    offset, width = tl.arange(0, BLOCK), tl.arange(0, WIDE)
     pointers = (
         base + block.to(tl.int64) * (BLOCK * H * W) + (offset[:, None] * (H * W) + width[None, :])
     )
@@ -84,30 +72,22 @@ def _load(
             x = tl.load(pointers, mask=width[None, :] < W, other=0.0)
     else:
         inside = (block * BLOCK + offset < num_real)[:, None]
-        if W == WIDE:
-            x = tl.load(pointers, mask=inside, other=0.0)
-        else:
-            x = tl.load(pointers, mask=inside & (width[None, :] < W), other=0.0)
+        if W != WIDE:
+            inside = inside & (width[None, :] < W)
+        x = tl.load(pointers, mask=inside, other=0.0)
     return x
 
 
 @triton.jit
 @no_type_check
-def _store(
-    base,
-    x,
-    block,
-    offset,
-    width,
-    BLOCK,
-    T,
-    H,
-    W,
-):
+def _store(base, x, block, T, H, W):
+    offset, width = tl.arange(0, x.shape[0]), tl.arange(0, x.shape[1])
     pointers = (
-        base + block.to(tl.int64) * (BLOCK * H * W) + (offset[:, None] * (H * W) + width[None, :])
+        base
+        + block.to(tl.int64) * (x.shape[0] * H * W)
+        + (offset[:, None] * (H * W) + width[None, :])
     )
-    inside = (block * BLOCK + offset < T)[:, None] & (width[None, :] < W)
+    inside = (block * x.shape[0] + offset < T)[:, None] & (width[None, :] < W)
     tl.store(pointers, x.to(base.dtype.element_ty), mask=inside)
 
 
@@ -182,29 +162,18 @@ def _seen(row, key, intervals, num_real, AXIS):
 
 @triton.jit
 @no_type_check
-def _begin_rows(
-    order,
-    num_real_ptr,
-    bounds,
-    keys,
-    query_times,
-    H,
-    BQ,
-    BK,
-    ORDERED,
-    BUCKETS,
-):
+def _begin_rows(order, num_real_ptr, bounds, keys, query_times, H, BQ, BK, ORDERED, BUCKETS):
     """What both kernels over query tiles know of a tile.
 
-    (tile, head, far, near, row, real, row_time, num_real, its intervals, its ranges of blocks);
-    `far` and `near` are aranges over rows and keys.
+    (tile, head, near, row, real, row_time, num_real, its intervals, its ranges of blocks);
+    `near` is an arange over keys.
     """
     tile, head = tl.program_id(0) // H, tl.program_id(0) % H
     if ORDERED:
         tile = tl.load(order + tile)
     num_real = tl.load(num_real_ptr)
-    far, near = tl.arange(0, BQ), tl.arange(0, BK)
-    row = tile * BQ + far
+    near = tl.arange(0, BK)
+    row = tile * BQ + tl.arange(0, BQ)
     real = row < num_real
     intervals = row_intervals(keys, row, real)
     all_lo, all_hi = tl.max(intervals[2], 0), tl.min(tl.where(real, intervals[3], FAR), 0)
@@ -212,7 +181,7 @@ def _begin_rows(
     row_time = row
     if BUCKETS:
         row_time = tl.load(query_times + row, mask=real, other=0)
-    return tile, head, far, near, row, real, row_time, num_real, intervals, ranges
+    return tile, head, near, row, real, row_time, num_real, intervals, ranges
 
 
 @triton.jit
@@ -236,36 +205,35 @@ def forward(
     times,
     query_times,
     out,
-    T: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    WK: tl.constexpr,
-    WV: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
-    ALPHA: tl.constexpr,
-    ROW_SCALE: tl.constexpr,
-    ORDERED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    BUCKETS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
+    T: constexpr,
+    H: constexpr,
+    K: constexpr,
+    V: constexpr,
+    WK: constexpr,
+    WV: constexpr,
+    BQ: constexpr,
+    BK: constexpr,
+    ALPHA: constexpr,
+    ROW_SCALE: constexpr,
+    ORDERED: constexpr,
+    POSITIONS: constexpr,
+    BUCKETS: constexpr,
+    PRECISION: constexpr,
+    APPROXIMATE: constexpr,
 ):
     """out[T, H, V], zero on padding rows."""
     bounds, keys = (bounds_lo, bounds_hi), (keys_lo0, keys_hi0, keys_lo1, keys_hi1)
-    tile, head, far, near, row, real, row_time, num_real, intervals, ranges = _begin_rows(
+    tile, head, near, row, real, row_time, num_real, intervals, ranges = _begin_rows(
         order, num_real_ptr, bounds, keys, query_times, H, BQ, BK, ORDERED, BUCKETS
     )
-    q_QK = _load(q + head * K, tile, far, tl.arange(0, WK), num_real, BQ, H, K, WK, False)
+    q_QK = _load(q + head * K, tile, num_real, BQ, H, K, WK, False)
     sum_QV = tl.zeros([BQ, WV], tl.float32)
     for FULL in tl.static_range(2):
         for i in range(_count(ranges, FULL)):
             block = _pick(i, ranges, FULL)
-            key_width, value_width = tl.arange(0, WK), tl.arange(0, WV)
             key = block * BK + near
-            k_KK = _load(k + head * K, block, near, key_width, num_real, BK, H, K, WK, FULL)
-            v_KV = _load(v + head * V, block, near, value_width, num_real, BK, H, V, WV, FULL)
+            k_KK = _load(k + head * K, block, num_real, BK, H, K, WK, FULL)
+            v_KV = _load(v + head * V, block, num_real, BK, H, V, WV, FULL)
             score = tl.dot(q_QK, tl.trans(k_KK), input_precision=PRECISION) * ALPHA
             if POSITIONS:
                 score += tl.load(position_table + _entry(row[:, None], key[None, :], POSITIONS))
@@ -283,7 +251,7 @@ def forward(
     else:
         sum_QV *= tl.load(scale)
     sum_QV = tl.where(real[:, None], sum_QV, 0.0)
-    _store(out + head * V, sum_QV, tile, far, tl.arange(0, WV), BQ, T, H, V)
+    _store(out + head * V, sum_QV, tile, T, H, V)
 
 
 @triton.jit
@@ -309,22 +277,22 @@ def backward_queries(
     query_times,
     dq,
     d_tables,
-    T: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    WK: tl.constexpr,
-    WV: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
-    ALPHA: tl.constexpr,
-    ROW_SCALE: tl.constexpr,
-    ORDERED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    BUCKETS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-    COPIES: tl.constexpr,
+    T: constexpr,
+    H: constexpr,
+    K: constexpr,
+    V: constexpr,
+    WK: constexpr,
+    WV: constexpr,
+    BQ: constexpr,
+    BK: constexpr,
+    ALPHA: constexpr,
+    ROW_SCALE: constexpr,
+    ORDERED: constexpr,
+    POSITIONS: constexpr,
+    BUCKETS: constexpr,
+    PRECISION: constexpr,
+    APPROXIMATE: constexpr,
+    COPIES: constexpr,
 ):
     """dq[T, H, K], and gradients of the tables.
 
@@ -332,7 +300,7 @@ def backward_queries(
     one address are rare.
     """
     bounds, keys = (bounds_lo, bounds_hi), (keys_lo0, keys_hi0, keys_lo1, keys_hi1)
-    tile, head, far, near, row, real, row_time, num_real, intervals, ranges = _begin_rows(
+    tile, head, near, row, real, row_time, num_real, intervals, ranges = _begin_rows(
         order, num_real_ptr, bounds, keys, query_times, H, BQ, BK, ORDERED, BUCKETS
     )
     if ROW_SCALE:
@@ -340,16 +308,15 @@ def backward_queries(
     else:
         row_scale = tl.where(real, tl.load(scale), 0.0)
     d_tables += tl.program_id(0) % COPIES * (POSITIONS + BUCKETS)
-    q_QK = _load(q + head * K, tile, far, tl.arange(0, WK), num_real, BQ, H, K, WK, False)
-    g_QV = _load(g + head * V, tile, far, tl.arange(0, WV), num_real, BQ, H, V, WV, False)
+    q_QK = _load(q + head * K, tile, num_real, BQ, H, K, WK, False)
+    g_QV = _load(g + head * V, tile, num_real, BQ, H, V, WV, False)
     sum_QK = tl.zeros([BQ, WK], tl.float32)
     for FULL in tl.static_range(2):
         for i in range(_count(ranges, FULL)):
             block = _pick(i, ranges, FULL)
-            key_width, value_width = tl.arange(0, WK), tl.arange(0, WV)
             key = block * BK + near
-            k_KK = _load(k + head * K, block, near, key_width, num_real, BK, H, K, WK, FULL)
-            v_KV = _load(v + head * V, block, near, value_width, num_real, BK, H, V, WV, FULL)
+            k_KK = _load(k + head * K, block, num_real, BK, H, K, WK, FULL)
+            v_KV = _load(v + head * V, block, num_real, BK, H, V, WV, FULL)
             score = tl.dot(q_QK, tl.trans(k_KK), input_precision=PRECISION) * ALPHA
             d_weight = tl.dot(g_QV, tl.trans(v_KV), input_precision=PRECISION)
             seen = (row < num_real)[:, None] & (key < num_real)[None, :]
@@ -373,7 +340,7 @@ def backward_queries(
                 tl.atomic_add(d_tables + POSITIONS + bucket, d_bias, mask=seen, sem="relaxed")
             sum_QK = tl.dot(d_score.to(k_KK.dtype), k_KK, sum_QK, input_precision=PRECISION)
     sum_QK = tl.where(real[:, None], sum_QK * (row_scale * ALPHA)[:, None], 0.0)
-    _store(dq + head * K, sum_QK, tile, far, tl.arange(0, WK), BQ, T, H, K)
+    _store(dq + head * K, sum_QK, tile, T, H, K)
 
 
 @triton.jit
@@ -401,21 +368,21 @@ def backward_keys(
     query_times,
     dk,
     dv,
-    T: tl.constexpr,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    WK: tl.constexpr,
-    WV: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
-    ALPHA: tl.constexpr,
-    ROW_SCALE: tl.constexpr,
-    ORDERED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    BUCKETS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
+    T: constexpr,
+    H: constexpr,
+    K: constexpr,
+    V: constexpr,
+    WK: constexpr,
+    WV: constexpr,
+    BQ: constexpr,
+    BK: constexpr,
+    ALPHA: constexpr,
+    ROW_SCALE: constexpr,
+    ORDERED: constexpr,
+    POSITIONS: constexpr,
+    BUCKETS: constexpr,
+    PRECISION: constexpr,
+    APPROXIMATE: constexpr,
 ):
     """dk[T, H, K] and dv[T, H, V].
 
@@ -435,18 +402,17 @@ def backward_keys(
     key_time = key
     if BUCKETS:
         key_time = tl.load(times + key, mask=real_key, other=0)
-    k_KK = _load(k + head * K, tile, near, tl.arange(0, WK), num_real, BK, H, K, WK, False)
-    v_KV = _load(v + head * V, tile, near, tl.arange(0, WV), num_real, BK, H, V, WV, False)
+    k_KK = _load(k + head * K, tile, num_real, BK, H, K, WK, False)
+    v_KV = _load(v + head * V, tile, num_real, BK, H, V, WV, False)
     dk_KK = tl.zeros([BK, WK], tl.float32)
     dv_KV = tl.zeros([BK, WV], tl.float32)
     for FULL in tl.static_range(2):
         for i in range(_count(ranges, FULL)):
             block = _pick(i, ranges, FULL)
-            key_width, value_width = tl.arange(0, WK), tl.arange(0, WV)
             row = block * BQ + far
             real = row < num_real
-            q_QK = _load(q + head * K, block, far, key_width, num_real, BQ, H, K, WK, FULL)
-            g_QV = _load(g + head * V, block, far, value_width, num_real, BQ, H, V, WV, FULL)
+            q_QK = _load(q + head * K, block, num_real, BQ, H, K, WK, FULL)
+            g_QV = _load(g + head * V, block, num_real, BQ, H, V, WV, FULL)
             score = tl.dot(k_KK, tl.trans(q_QK), input_precision=PRECISION) * ALPHA
             d_weight = tl.dot(v_KV, tl.trans(g_QV), input_precision=PRECISION)
             if POSITIONS:
@@ -472,5 +438,5 @@ def backward_keys(
         factor = tl.load(scale)
     dk_KK = tl.where(real_key[:, None], dk_KK * (factor * ALPHA), 0.0)
     dv_KV = tl.where(real_key[:, None], dv_KV * factor, 0.0)
-    _store(dk + head * K, dk_KK, tile, near, tl.arange(0, WK), BK, T, H, K)
-    _store(dv + head * V, dv_KV, tile, near, tl.arange(0, WV), BK, T, H, V)
+    _store(dk + head * K, dk_KK, tile, T, H, K)
+    _store(dv + head * V, dv_KV, tile, T, H, V)

@@ -41,42 +41,20 @@ class KernelSizes(NamedTuple):
 # `tests/kernels/test_triton_compiles.py` compiles all of them, and the table's, for each kind of
 # GPU, with and without a bias.
 SIZES = {
-    (2, 32): KernelSizes(
-        LaunchSizes(64, 64, 4, 3), LaunchSizes(64, 64, 4, 2), LaunchSizes(64, 64, 4, 2)
-    ),
-    (2, 64): KernelSizes(
-        LaunchSizes(64, 64, 4, 3), LaunchSizes(64, 64, 4, 3), LaunchSizes(64, 64, 4, 3)
-    ),
-    (2, 128): KernelSizes(
-        LaunchSizes(64, 64, 4, 3), LaunchSizes(128, 64, 8, 3), LaunchSizes(64, 64, 4, 2)
-    ),
-    (2, 256): KernelSizes(
-        LaunchSizes(128, 64, 8, 2), LaunchSizes(64, 32, 4, 2), LaunchSizes(32, 64, 8, 2)
-    ),
-    (4, 32): KernelSizes(
-        LaunchSizes(32, 32, 2, 2), LaunchSizes(32, 32, 2, 2), LaunchSizes(32, 32, 2, 2)
-    ),
-    (4, 64): KernelSizes(
-        LaunchSizes(32, 32, 4, 2), LaunchSizes(32, 32, 4, 2), LaunchSizes(32, 32, 4, 2)
-    ),
-    (4, 128): KernelSizes(
-        LaunchSizes(32, 32, 4, 2), LaunchSizes(32, 32, 4, 2), LaunchSizes(32, 32, 4, 2)
-    ),
-    (4, 256): KernelSizes(
-        LaunchSizes(32, 32, 8, 1), LaunchSizes(32, 32, 8, 1), LaunchSizes(32, 32, 8, 1)
-    ),
+    (2, 32): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    (2, 128): ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
+    (2, 256): ((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+    (4, 32): ((32, 32, 2, 2), (32, 32, 2, 2), (32, 32, 2, 2)),
+    (4, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    (4, 128): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    (4, 256): ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
 }
 # Sizes where shared memory is scarcer, not measured.
 SMALLER_SIZES = SIZES | {
-    (2, 64): KernelSizes(
-        LaunchSizes(64, 64, 4, 3), LaunchSizes(64, 64, 4, 2), LaunchSizes(64, 64, 4, 2)
-    ),
-    (2, 128): KernelSizes(
-        LaunchSizes(64, 64, 4, 2), LaunchSizes(64, 32, 4, 2), LaunchSizes(32, 64, 4, 2)
-    ),
-    (2, 256): KernelSizes(
-        LaunchSizes(64, 32, 8, 2), LaunchSizes(64, 32, 8, 2), LaunchSizes(32, 64, 8, 1)
-    ),
+    (2, 64): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    (2, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    (2, 256): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 1)),
 }
 
 
@@ -123,7 +101,9 @@ def heuristic(compute_capability: tuple[int, int], spec: AttentionSpec) -> Kerne
     """Sizes for a kind of GPU and head widths up to `widest`, where nothing was measured."""
     table = SIZES if shared_kib(compute_capability) >= 227 else SMALLER_SIZES
     width = max(32, padded(spec.k_width), padded(spec.v_width))
-    return table[jnp.dtype(spec.dtype).itemsize, width]
+    return KernelSizes(
+        *(LaunchSizes(*sizes) for sizes in table[jnp.dtype(spec.dtype).itemsize, width])
+    )
 
 
 def find_sizes(spec: AttentionSpec, plan: AttentionPlan) -> KernelSizes:
