@@ -1,5 +1,6 @@
 """From item ids and codes to the input of the encoder."""
 
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -21,9 +22,10 @@ class CodeEmbedding(nnx.Module):
 
     def __init__(self, sizes: tuple[int, ...], width: int, *, rngs: nnx.Rngs):
         # Code 1 of column i is entry firsts[i].
-        self.firsts = tuple(sum(size - 1 for size in sizes[:i]) for i in range(len(sizes)))
+        *firsts, entries = itertools.accumulate((size - 1 for size in sizes), initial=0)
+        self.firsts = tuple(firsts)
         self.table = initializers.param(
-            initializers.truncated_normal_002, rngs, max(1, sum(size - 1 for size in sizes)), width
+            initializers.truncated_normal_002, rngs, max(1, entries), width
         )
 
     def __call__(self, code_TS: Int[Array, "T S"]) -> Float[Array, "T D"]:

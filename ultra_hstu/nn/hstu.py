@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 
 from kernels.hstu_attention.api import (
     AttentionSpec,
-    RelativeBias,
     hstu_attention,
     make_plan,
     prepare_plan,

@@ -97,7 +97,7 @@ class Truncation:
         _check_room([count for count in counts if count is not None], extra_rows)
         offsets, num_rows = jnp.asarray(sequences.offsets, jnp.int32), sequences.num_rows
         real_T = jnp.asarray(sequences.real_T) & (jnp.arange(num_rows) < offsets[-1])
-        before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(real_T, dtype=jnp.int32)])
+        before = lengths_to_offsets(real_T)
         lengths_B = before[offsets[1:]] - before[offsets[:-1]]
         contextual_B, history_B, _ = split_lengths(lengths_B, *counts)
         dropped_B = jnp.maximum(history_B - self.length, 0)
@@ -105,20 +105,13 @@ class Truncation:
 
         wanted = sequences.num_sequences * (self.length + extra_rows)
         capacity = min(num_rows, sequences.shards.divisible(wanted))
-        kept = Rows.of(kept_offsets, capacity)
+        kept, row_S = Rows.of(kept_offsets, capacity), jnp.arange(capacity, dtype=jnp.int32)
         in_front = kept.position < contextual_B[kept.segment]
         moved_S = jnp.where(in_front, 0, dropped_B[kept.segment])
         source_S = offsets[kept.segment] + kept.position + moved_S
-        nowhere_S = num_rows + jnp.arange(capacity, dtype=jnp.int32)
-        source_S = jnp.where(kept.real, source_S, nowhere_S)
-
-        rows = Rows.of(offsets, num_rows)
-        contextual_T, dropped_T = contextual_B[rows.segment], dropped_B[rows.segment]
-        in_front = rows.position < contextual_T
-        kept_T = real_T & (in_front | (rows.position >= contextual_T + dropped_T))
-        row_T = kept_offsets[rows.segment] + rows.position - jnp.where(in_front, 0, dropped_T)
-
-        row_T = jnp.where(kept_T, row_T, capacity)
+        source_S = jnp.where(kept.real, source_S, num_rows + row_S)
+        row_T = jnp.full(num_rows, capacity, jnp.int32)
+        row_T = row_T.at[source_S].set(row_S, mode="drop", unique_indices=True)
         cut = Cut(sequences, source_S, row_T, kept_offsets[-1] <= capacity)
         smaller = dataclasses.replace(
             sequences,
