@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ultra_hstu.nn.dropout import KeyOrNone
 from ultra_hstu.nn.truncation import Cut
-from ultra_hstu.sequences import Sequences
+from ultra_hstu.sequences import Activations, Sequences
 
 
 class Encoder(nnx.Module):
@@ -18,7 +18,7 @@ class Encoder(nnx.Module):
 
     @abc.abstractmethod
     def encode_kept(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
+        self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None
     ) -> tuple[Float[Array, "S D"], Cut | None]:
         """The rows that reach the last layer, after it, and which they are (None: all).
 
@@ -26,8 +26,8 @@ class Encoder(nnx.Module):
         """
 
     def __call__(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
-    ) -> Float[Array, "T D"]:
+        self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None
+    ) -> Activations:
         """The sequences after all layers; what comes out on padding means nothing.
 
         Rows that a truncation dropped come out 0: leave them out of losses.
@@ -48,7 +48,7 @@ class Encoder(nnx.Module):
 
     def rows(
         self,
-        x_TD: Float[Array, "T D"],
+        x_TD: Activations,
         sequences: Sequences,
         rows_P: Int[Array, " P"],
         key: KeyOrNone = None,

@@ -17,6 +17,7 @@ from kernels.hstu_attention.api import (
 )
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask, layer_masks
+from kernels.typing import THK, THV
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.dropout import KeyOrNone, row_keys, split_key
 from ultra_hstu.nn.encoder import Encoder
@@ -27,7 +28,7 @@ from ultra_hstu.nn.softmax_ablation import softmax_attention
 from ultra_hstu.nn.truncation import Cut, Truncation
 from ultra_hstu.parallel.context_attention import strategy_named
 from ultra_hstu.parallel.strategy import ShardMask
-from ultra_hstu.sequences import Sequences
+from ultra_hstu.sequences import Activations, Sequences
 
 
 class HSTU(Encoder):
@@ -55,7 +56,8 @@ class HSTU(Encoder):
           remat: see `ultra_hstu.nn.remat`.
         """
         self.layers = nnx.List(layers)
-        self.length, self.masks, self.truncation = length, tuple(masks), truncation
+        self.length, self.truncation = length, truncation
+        self.layer_masks = tuple(masks) * (len(layers) if len(masks) == 1 else 1)
         self.attention, self.implementation, self.remat = attention, implementation, remat
         self.run_layer: RunLayer = run_layer
 
@@ -77,16 +79,15 @@ class HSTU(Encoder):
         kind = ResearchLayer if config.preset == "research" else ProductionLayer
 
         def layer() -> ResearchLayer | ProductionLayer:
-            bias = None
-            if config.relative_bias:
-                bias = RelativeBiasTables(length, config.time_buckets, rngs=rngs)
             return kind(
                 config.width,
                 config.heads,
                 config.qk_width,
                 config.v_width,
                 alpha=config.alpha,
-                bias=bias,
+                bias=RelativeBiasTables(length, config.time_buckets, rngs=rngs)
+                if config.relative_bias
+                else None,
                 dropout_rate=config.linear_dropout,
                 precision=config.projection,
                 chunk_rows=config.chunk_rows,
@@ -112,9 +113,9 @@ class HSTU(Encoder):
         )
 
     def encode_kept(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
+        self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None
     ) -> tuple[Float[Array, "S D"], Cut | None]:
-        x_TD = jnp.where(sequences.rows.real[:, None], x_TD, jnp.zeros((), x_TD.dtype))
+        x_TD = jnp.where(sequences.rows.real[:, None], x_TD, 0)
         cut: Cut | None = None
         attends: dict[AttentionMask, Attend] = {}
         policy = policy_of(self.remat)
@@ -130,13 +131,6 @@ class HSTU(Encoder):
             x_TD = self.run_layer(call, layer, x_TD, policy)
         return x_TD, cut
 
-    @property
-    def layer_masks(self) -> tuple[AttentionMask, ...]:
-        """The mask of every layer."""
-        return tuple(
-            self.masks[min(number, len(self.masks) - 1)] for number in range(len(self.layers))
-        )
-
     def attend(self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype) -> Attend:
         """Attention over the sequences of a batch.
 
@@ -148,18 +142,14 @@ class HSTU(Encoder):
             )
         several = sequences.shards.context > 1
         made = (self._over_devices if several else self._on_one_device)(sequences, mask, dtype)
+        made = functools.partial(made, scale=1.0 / self.length, implementation=self.implementation)
         # Traced and lowered once, not once a layer.
         run = jax.jit(made, static_argnames="alpha")
         times_t = sequences.shards.local((sequences.time_T, sequences.next_time_T))
 
         def attend(
-            q_THK: Array,
-            k_THK: Array,
-            v_THV: Array,
-            *,
-            alpha: float,
-            bias: RelativeBiasTables | None,
-        ) -> Array:
+            q_THK: THK, k_THK: THK, v_THV: THV, *, alpha: float, bias: RelativeBiasTables | None
+        ) -> THV:
             flat = None if bias is None else bias.flat(*times_t)
             return run(q_THK, k_THK, v_THV, alpha=alpha, bias=flat)
 
@@ -176,8 +166,6 @@ class HSTU(Encoder):
             mask=mask,
             num_targets=sequences.num_targets,
             num_contextual=sequences.num_contextual,
-            scale=1.0 / self.length,
-            implementation=self.implementation,
             plan=self._prepare(plan, dtype, self.layers[0].heads),
         )
 
@@ -199,13 +187,9 @@ class HSTU(Encoder):
         return functools.partial(
             strategy.of(view, lambda plan: self._prepare(plan, dtype, heads)),
             real_t=view.real_t,
-            scale=1.0 / self.length,
-            implementation=self.implementation,
         )
 
     def _prepare(self, plan: AttentionPlan, dtype: jnp.dtype, heads: int) -> AttentionPlan:
         layer = self.layers[0]
-        spec = AttentionSpec(
-            dtype, heads or layer.heads, layer.qk_width, layer.v_width, layer.bias is not None
-        )
+        spec = AttentionSpec(dtype, heads, layer.qk_width, layer.v_width, layer.bias is not None)
         return prepare_plan(plan, spec, self.implementation)

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
+
+from ultra_hstu.sequences import Activations
 
 # Names of values, given with jax.ad_checkpoint.checkpoint_name.
 LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT = "layer_input", "norm_stats", "attention_output"
@@ -27,8 +29,8 @@ RunLayer = Callable[[CallLayer, nnx.Module, Array, Policy | None], Array]
 
 
 def run_layer(
-    call: CallLayer, layer: nnx.Module, x_TD: Float[Array, "T D"], policy: Policy | None
-) -> Float[Array, "T D"]:
+    call: CallLayer, layer: nnx.Module, x_TD: Activations, policy: Policy | None
+) -> Activations:
     """A `RunLayer` for one device."""
     run = functools.partial(call, layer)
     return run(x_TD) if policy is None else jax.checkpoint(run, policy=policy)(x_TD)

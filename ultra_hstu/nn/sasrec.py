@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from kernels.jagged import Offsets, pad, unpad
 from ultra_hstu.config import ModelConfig
@@ -17,7 +17,7 @@ from ultra_hstu.nn.fp8 import linear
 from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.remat import RunLayer, run_layer
 from ultra_hstu.nn.truncation import Cut
-from ultra_hstu.sequences import Sequences
+from ultra_hstu.sequences import Activations, Sequences
 
 EPS = 1e-8
 
@@ -59,8 +59,8 @@ class SASRecLayer(nnx.Module):
         self.heads, self.length, self.dropout_rate = heads, length, dropout_rate
 
     def __call__(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
-    ) -> Float[Array, "T D"]:
+        self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None
+    ) -> Activations:
         attention_key, *row_key = split_key(key, 3)
         keys_B = None if attention_key is None else sequence_keys(attention_key, sequences)
         hidden_key, output_key = (row_keys(one, sequences) for one in row_key)
@@ -74,11 +74,11 @@ class SASRecLayer(nnx.Module):
 
     def _attention(
         self,
-        query_TD: Float[Array, "T D"],
-        x_TD: Float[Array, "T D"],
+        query_TD: Activations,
+        x_TD: Activations,
         offsets: Offsets,
         keys_B: KeysOrNone,
-    ) -> Float[Array, "T D"]:
+    ) -> Activations:
         rows, width = x_TD.shape
         weight, bias = self.qkv[...], self.qkv_bias[...]
         q_TD = linear(query_TD, weight[:, :width], bias[:width])
@@ -125,8 +125,8 @@ class SASRec(Encoder):
         )
 
     def encode_kept(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
-    ) -> tuple[Float[Array, "T D"], Cut | None]:
+        self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None
+    ) -> tuple[Activations, Cut | None]:
         keep_T1 = (sequences.real_T & sequences.rows.real)[:, None]
         x_TD = jnp.where(keep_T1, x_TD, 0)
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):

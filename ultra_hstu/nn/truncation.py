@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kernels.jagged import Rows, lengths_to_offsets, split_lengths
-from ultra_hstu.sequences import Sequences
+from kernels.typing import PerRow
+from ultra_hstu.sequences import PerSequence, Sequences
 
 
 class Cut(NamedTuple):
@@ -29,7 +30,7 @@ class Cut(NamedTuple):
 
     sequences: Sequences
     source_S: Int[Array, " S"]
-    row_T: Int[Array, " T"]
+    row_T: PerRow
     fits: Bool[Array, ""]
 
     def take(self, x_TD: Shaped[Array, "T *D"]) -> Shaped[Array, "S *D"]:
@@ -123,7 +124,7 @@ class Truncation:
         return cut._replace(sequences=smaller)
 
 
-def _check_room(counts: list[Int[Array | np.ndarray, " B"]], extra_rows: int) -> None:
+def _check_room(counts: list[PerSequence], extra_rows: int) -> None:
     if counts and extra_rows == 0:
         raise ValueError(
             "truncating sequences with targets or contextual tokens needs room to keep them: "

@@ -3,8 +3,8 @@
 `data` counts groups with batches of their own, `context` the devices that share a batch's rows.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -73,17 +73,5 @@ def put_groups(tree: PyTree, mesh: Mesh) -> PyTree:
 
     Arrays are [S, ...] with the groups side by side on the second axis.
     """
-    here, sharding = groups_here(mesh), NamedSharding(mesh, PartitionSpec(None, DATA))
-
-    def join(x: np.ndarray) -> jax.Array:
-        size = x.shape[1] // len(here)
-
-        def of_group(index: Any) -> np.ndarray:
-            first = here.index((index[1].start or 0) // size) * size
-            return x[:, first : first + size]
-
-        return jax.make_array_from_callback(
-            (x.shape[0], size * len(mesh.devices), *x.shape[2:]), sharding, of_group
-        )
-
-    return jax.tree.map(join, tree)
+    sharding = NamedSharding(mesh, PartitionSpec(None, DATA))
+    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, sharding), tree)
