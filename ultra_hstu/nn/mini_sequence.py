@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
+from kernels.typing import Scalar
 from kernels.zeros import zeros_after
 
 TokenWise = Callable[..., PyTree]  # (rows of x, rows of more...) -> arrays of as many rows
-Number = int | Int[Array, ""]
+Number = int | Scalar
 
 
 def chunked(

@@ -192,7 +192,7 @@ class Halo(PartialSums):
                 CONTEXT,
                 [(i + hop, i) for i in range(self.shards - hop)],
             )
-            total = total + jnp.pad(sent, ((most - taken, 0), (0, 0), (0, 0)))
+            total = _add_rows(total, sent, most - taken)
             end -= taken
         return total
 

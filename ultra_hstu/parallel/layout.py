@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from kernels.jagged import Counts, Lengths
 from kernels.mask import AttentionMask
-from kernels.typing import Leaf
+from kernels.typing import Leaf, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -85,14 +85,14 @@ class Layout:
     def rows_per_shard(self) -> int:
         return self.num_rows // self.shards
 
-    def rows(self, shard: int | Int[Array, ""]) -> Int[Array, " t"]:
+    def rows(self, shard: int | Scalar) -> Int[Array, " t"]:
         """The rows of a shard (its number may be traced), ascending, int32[T / C]."""
         inside = jnp.arange(self.block, dtype=jnp.int32)
         own = jnp.asarray(self.owner) == shard
         blocks = jnp.nonzero(own, size=self.rows_per_shard // self.block)[0].astype(jnp.int32)
         return (blocks[:, None] * self.block + inside[None, :]).reshape(-1)
 
-    def index(self, row: int | Int[Array, "*n"], shard: int | Int[Array, ""]) -> Int[Array, "*n"]:
+    def index(self, row: int | Int[Array, "*n"], shard: int | Scalar) -> Int[Array, "*n"]:
         """How many rows of a shard come before `row` of the buffer (0..T).
 
         This is where `row` is, or would be, in the shard.

@@ -22,6 +22,7 @@ from ultra_hstu.parallel.shards import Shards
 
 TABLE, MATRIX = PartitionSpec((DATA, CONTEXT)), PartitionSpec(DATA)
 
+CallLayer = Callable[[nnx.Module, Array], Array]
 Policy = Callable[..., Any]  # as `jax.checkpoint` takes it
 
 
@@ -37,7 +38,7 @@ class ShardedLayers:
 
     def __call__(
         self,
-        call: Callable[[nnx.Module, Array], Array],
+        call: CallLayer,
         layer: nnx.Module,
         x_TD: Float[Array, "T D"],
         policy: Policy | None,

@@ -13,7 +13,7 @@ from kernels.hstu_attention.partial import partial_attention
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.jagged import Counts, Offsets, Rows
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
-from kernels.typing import Scale
+from kernels.typing import Scalar, Scale
 from kernels.zeros import zeros_after
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
@@ -98,11 +98,11 @@ class ShardMask:
         """How many rows of this shard come before rows of the buffer."""
         return self.layout.index(row, self.shard)
 
-    def keys_in(self, shard: int | Int[Array, ""]) -> KeyIntervals:
+    def keys_in(self, shard: int | Scalar) -> KeyIntervals:
         """Keys of another shard that this shard's rows see, as indices of that shard."""
         return KeyIntervals(*(self.layout.index(x[self.own_t], shard) for x in self.keys))
 
-    def seers_of(self, shard: int | Int[Array, ""]) -> RowIntervals:
+    def seers_of(self, shard: int | Scalar) -> RowIntervals:
         """`keys_in` transposed: rows of this shard that see the other one's keys."""
         key = self.layout.rows(shard)
         return RowIntervals(*(self.here(x[key]) for x in self.seen_by))

@@ -42,16 +42,17 @@ class TokenEmbedding(nnx.Module):
         self.item_table = initializers.table(
             initializers.truncated_normal_002, rngs, sizes.items + 1, width
         )
-        self.signals = CodeEmbedding(sizes.signals, width, rngs=rngs) if sizes.signals else None
-        self.features = CodeEmbedding(sizes.features, width, rngs=rngs) if sizes.features else None
+
+        def codes(*columns: int) -> CodeEmbedding | None:
+            return CodeEmbedding(columns, width, rngs=rngs) if columns else None
+
+        self.signals, self.features = codes(*sizes.signals), codes(*sizes.features)
         all_contextual = 1 + sum(size - 1 for size in sizes.contextual)
-        self.contextual = (
-            CodeEmbedding((all_contextual,), width, rngs=rngs) if sizes.contextual else None
-        )
+        self.contextual = codes(all_contextual) if sizes.contextual else None
         self.position_table = initializers.table(
             initializers.truncated_normal_002, rngs, positions + 1, width
         )
-        self.gaps = CodeEmbedding((GAP_SIZE,), width, rngs=rngs) if sizes.timestamps else None
+        self.gaps = codes(GAP_SIZE) if sizes.timestamps else None
         self.dropout_rate, self.dtype = dropout_rate, dtype
 
     def __call__(
