@@ -23,6 +23,8 @@ Scalar = Int[Array, ""]
 PerRow = Int[Array, " T"]
 PerTile = Int[Array, " tiles"]
 
+STATIC = {"static": True}  # metadata of fields of a pytree dataclass that are no leaves
+
 T = TypeVar("T")
 
 if TYPE_CHECKING:

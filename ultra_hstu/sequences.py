@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.jagged import Offsets, Rows
-from kernels.typing import Leaf, Scalar
+from kernels.typing import STATIC, Leaf, Scalar
 from ultra_hstu.parallel.shards import ONE, Shards
 
 Activations = Float[Array, "T D"]  # a vector for each row
@@ -40,9 +40,9 @@ class Sequences:
     next_time_T: Leaf[Times]
     num_targets: Leaf[PerSequence] | None = None
     num_contextual: Leaf[PerSequence] | None = None
-    shards: Shards = dataclasses.field(default=ONE, metadata={"static": True})
-    max_targets: int = dataclasses.field(default=0, metadata={"static": True})
-    max_contextual: int = dataclasses.field(default=0, metadata={"static": True})
+    shards: Shards = dataclasses.field(default=ONE, metadata=STATIC)
+    max_targets: int = dataclasses.field(default=0, metadata=STATIC)
+    max_contextual: int = dataclasses.field(default=0, metadata=STATIC)
 
     @property
     def num_rows(self) -> int:

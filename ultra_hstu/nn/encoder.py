@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ultra_hstu.nn.dropout import KeyOrNone
-from ultra_hstu.nn.truncation import Cut
+from ultra_hstu.nn.truncation import Kept
 from ultra_hstu.sequences import Activations, Sequences
 
 
@@ -17,13 +17,8 @@ class Encoder(nnx.Module):
     """
 
     @abc.abstractmethod
-    def encode_kept(
-        self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None
-    ) -> tuple[Float[Array, "S D"], Cut | None]:
-        """The rows that reach the last layer, after it, and which they are (None: all).
-
-        They are in a buffer of their own.
-        """
+    def encode_kept(self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None) -> Kept:
+        """The rows that reach the last layer, in a buffer of their own."""
 
     def __call__(
         self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None

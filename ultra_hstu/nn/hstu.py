@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from kernels.hstu_attention.api import (
     AttentionSpec,
@@ -25,7 +25,7 @@ from ultra_hstu.nn.hstu_layer import Attend, Layer, ProductionLayer, ResearchLay
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import Remat, RunLayer, policy_of, run_layer
 from ultra_hstu.nn.softmax_ablation import softmax_attention
-from ultra_hstu.nn.truncation import Cut, Truncation
+from ultra_hstu.nn.truncation import Cut, Kept, Truncation
 from ultra_hstu.parallel.context_attention import strategy_named
 from ultra_hstu.parallel.strategy import ShardMask
 from ultra_hstu.sequences import Activations, Sequences
@@ -112,9 +112,7 @@ class HSTU(Encoder):
             remat=config.remat,
         )
 
-    def encode_kept(
-        self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None
-    ) -> tuple[Float[Array, "S D"], Cut | None]:
+    def encode_kept(self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None) -> Kept:
         x_TD = jnp.where(sequences.rows.real[:, None], x_TD, 0)
         cut: Cut | None = None
         attends: dict[AttentionMask, Attend] = {}

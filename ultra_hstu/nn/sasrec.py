@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool
 
 from kernels.jagged import Offsets, pad, unpad
 from ultra_hstu.config import ModelConfig
@@ -16,7 +15,7 @@ from ultra_hstu.nn.encoder import Encoder
 from ultra_hstu.nn.fp8 import linear
 from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.remat import RunLayer, run_layer
-from ultra_hstu.nn.truncation import Cut
+from ultra_hstu.nn.truncation import Kept
 from ultra_hstu.sequences import Activations, Sequences
 
 EPS = 1e-8
@@ -91,7 +90,7 @@ class SASRecLayer(nnx.Module):
             "bqhk,bshk->bhqs", q_BNHK, k_BNHK, preferred_element_type=jnp.float32
         ) / math.sqrt(width // self.heads)
         # This hides the padding too: it lies behind the rows.
-        causal_NN: Bool[Array, "N N"] = jnp.tri(self.length, dtype=bool)
+        causal_NN = jnp.tri(self.length, dtype=bool)
         weight_BHNN = jax.nn.softmax(
             jnp.where(causal_NN[None, None], score_BHNN, -jnp.inf), axis=-1
         )
@@ -124,9 +123,7 @@ class SASRec(Encoder):
             ]
         )
 
-    def encode_kept(
-        self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None
-    ) -> tuple[Activations, Cut | None]:
+    def encode_kept(self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None) -> Kept:
         keep_T1 = (sequences.real_T & sequences.rows.real)[:, None]
         x_TD = jnp.where(keep_T1, x_TD, 0)
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):

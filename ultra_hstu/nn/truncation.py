@@ -64,6 +64,10 @@ class Cut(NamedTuple):
         return jnp.where(self.fits, x_SD, jnp.nan)
 
 
+# The rows that reach a stack's last layer, after it, and which they are (None: all).
+Kept = tuple[Float[Array, "S D"], Cut | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Truncation:
     """What is kept.

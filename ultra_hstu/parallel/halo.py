@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Int
 from kernels.hstu_attention.partial import partial_plan
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask, KeyIntervals, Locality, RowIntervals
-from kernels.typing import Leaf
+from kernels.typing import STATIC, Leaf
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
 from ultra_hstu.parallel.strategy import AttentionCall, Output, PartialSums, Prepare, ShardMask
@@ -50,8 +50,8 @@ class Halo(PartialSums):
     row_R: Leaf[Int[Array, " R"]]
     copy_P: Leaf[Int[Array, " P"]]
     overflow: Leaf[Bool[Array, ""]]
-    shards: int = dataclasses.field(metadata={"static": True})
-    reach: int = dataclasses.field(metadata={"static": True})
+    shards: int = dataclasses.field(metadata=STATIC)
+    reach: int = dataclasses.field(metadata=STATIC)
 
     @staticmethod
     def of(view: ShardMask, prepare: Prepare) -> "Halo":

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from kernels.jagged import Counts, Lengths
 from kernels.mask import AttentionMask
-from kernels.typing import Leaf, Scalar
+from kernels.typing import STATIC, Leaf, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -29,9 +29,9 @@ class Layout:
     of a size.
     """
 
-    num_rows: int = dataclasses.field(metadata={"static": True})
-    shards: int = dataclasses.field(metadata={"static": True})
-    block: int = dataclasses.field(metadata={"static": True})
+    num_rows: int = dataclasses.field(metadata=STATIC)
+    shards: int = dataclasses.field(metadata=STATIC)
+    block: int = dataclasses.field(metadata=STATIC)
     owner: Leaf[Int[Array | np.ndarray, " blocks"]]  # shard of each block
 
     @staticmethod

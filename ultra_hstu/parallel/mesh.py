@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 DATA, CONTEXT = "data", "context"
@@ -34,11 +34,7 @@ def make_mesh(
             f"data={data} x context={context} must be the number of devices, {len(devices)}: "
             "change one of them, or pass devices="
         )
-    return Mesh(
-        np.asarray(devices).reshape(data, context),
-        (DATA, CONTEXT),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-    )
+    return Mesh(np.asarray(devices).reshape(data, context), (DATA, CONTEXT))
 
 
 def groups_here(mesh: Mesh) -> list[int]:
@@ -46,7 +42,7 @@ def groups_here(mesh: Mesh) -> list[int]:
     return [
         group
         for group, devices in enumerate(mesh.devices)
-        if any(device.process_index == jax.process_index() for device in devices)
+        if not set(devices).isdisjoint(mesh.local_devices)
     ]
 
 

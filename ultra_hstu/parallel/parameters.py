@@ -48,10 +48,10 @@ class ShardedLayers:
         gathers = self.shards.fsdp and self.shards.data > 1
 
         def run(x_TD: Array) -> Array:
-            return call(nnx.merge(graphdef, whole(x_TD.dtype) if gathers else params), x_TD)
+            def whole(x: Array) -> Array:
+                return _gathered(x_TD.dtype, x) if gathers and x.ndim == 2 else x
 
-        def whole(dtype: jnp.dtype) -> PyTree:
-            return jax.tree.map(lambda x: _gathered(dtype, x) if x.ndim == 2 else x, params)
+            return call(nnx.merge(graphdef, jax.tree.map(whole, params)), x_TD)
 
         if policy is None and self.shards.fsdp:
             policy = _keep_no_matrix

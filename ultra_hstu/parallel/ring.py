@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from kernels.hstu_attention.partial import partial_plan
 from kernels.hstu_attention.plan import AttentionPlan
-from kernels.typing import Leaf, Scalar
+from kernels.typing import STATIC, Leaf, Scalar
 from ultra_hstu.parallel.mesh import CONTEXT
 from ultra_hstu.parallel.strategy import AttentionCall, PartialSums, Prepare, ShardMask
 
@@ -39,7 +39,7 @@ class Ring(PartialSums):
 
     own: Leaf[AttentionPlan]
     others: Leaf[AttentionPlan]
-    shards: int = dataclasses.field(metadata={"static": True})
+    shards: int = dataclasses.field(metadata=STATIC)
 
     @staticmethod
     def of(view: ShardMask, prepare: Prepare) -> "Ring":

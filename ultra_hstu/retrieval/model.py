@@ -9,7 +9,7 @@ from ultra_hstu.nn.dropout import KeyOrNone, split_key
 from ultra_hstu.nn.embeddings import InputEmbedding
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.sasrec import SASRec
-from ultra_hstu.nn.truncation import Cut
+from ultra_hstu.nn.truncation import Kept
 from ultra_hstu.parallel.embedding_sharding import whole_table
 from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.retrieval.batch import Batch
@@ -85,9 +85,7 @@ class Recommender(nnx.Module):
         """
         return self.encoder(*self._input(batch, shards, key))
 
-    def encode_kept(
-        self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None
-    ) -> tuple[Float[Array, "S D"], Cut | None]:
+    def encode_kept(self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None) -> Kept:
         """`encode` without the rows that an attention truncation drops, and which rows are left.
 
         None stands for all of them.
