@@ -45,6 +45,11 @@ class Sequences:
     max_contextual: int = dataclasses.field(default=0, metadata=STATIC)
 
     @property
+    def counts(self) -> tuple[PerSequence | None, PerSequence | None]:
+        """Targets and contextual tokens of each sequence."""
+        return self.num_targets, self.num_contextual
+
+    @property
     def num_rows(self) -> int:
         return self.time_T.shape[0]
 
@@ -60,8 +65,7 @@ class Sequences:
     @property
     def rows(self) -> Rows:
         """Where this device's rows stand."""
-        counts = (self.num_targets, self.num_contextual)
-        return Rows.of(self.offsets, self.shards.rows(self.num_rows), *counts)
+        return Rows.of(self.offsets, self.shards.rows(self.num_rows), *self.counts)
 
     def on(self, shards: Shards) -> "Sequences":
         """The same sequences on a mesh."""

@@ -15,7 +15,6 @@ from kernels.hstu_attention.api import (
     make_plan,
     prepare_plan,
 )
-from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask, layer_masks
 from kernels.typing import THK, THV
 from ultra_hstu.config import ModelConfig
@@ -138,8 +137,10 @@ class HSTU(Encoder):
             return lambda q, k, v, *, alpha, bias: softmax_attention(
                 q, k, v, sequences, bias=bias, length=self.length
             )
-        several = sequences.shards.context > 1
-        made = (self._over_devices if several else self._on_one_device)(sequences, mask, dtype)
+        layer, several = self.layers[0], sequences.shards.context > 1
+        biased = layer.bias is not None
+        spec = AttentionSpec(dtype, layer.heads, layer.qk_width, layer.v_width, biased)
+        made = (self._over_devices if several else self._on_one_device)(sequences, mask, spec)
         made = functools.partial(made, scale=1.0 / self.length, implementation=self.implementation)
         # Traced and lowered once, not once a layer.
         run = jax.jit(made, static_argnames="alpha")
@@ -154,40 +155,31 @@ class HSTU(Encoder):
         return attend
 
     def _on_one_device(
-        self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype
+        self, sequences: Sequences, mask: AttentionMask, spec: AttentionSpec
     ) -> functools.partial[Array]:
-        counts = (sequences.num_targets, sequences.num_contextual)
-        plan = make_plan(mask, sequences.offsets, sequences.num_rows, *counts)
+        plan = make_plan(mask, sequences.offsets, sequences.num_rows, *sequences.counts)
         return functools.partial(
             hstu_attention,
             offsets=sequences.offsets,
             mask=mask,
             num_targets=sequences.num_targets,
             num_contextual=sequences.num_contextual,
-            plan=self._prepare(plan, dtype, self.layers[0].heads),
+            plan=prepare_plan(plan, spec, self.implementation),
         )
 
     def _over_devices(
-        self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype
+        self, sequences: Sequences, mask: AttentionMask, spec: AttentionSpec
     ) -> functools.partial[Array]:
-        shards, layer = sequences.shards, self.layers[0]
-        strategy = strategy_named(shards.strategy_of(mask, layer.bias is not None))
+        shards = sequences.shards
+        strategy = strategy_named(shards.strategy_of(mask, spec.biased))
         view = ShardMask(
             mask,
             shards.layout(sequences.num_rows),
             sequences.offsets,
-            sequences.num_targets,
-            sequences.num_contextual,
+            *sequences.counts,
             max_targets=sequences.max_targets,
             max_contextual=sequences.max_contextual,
         )
-        heads = strategy.heads_of_a_call(view.layout, layer.heads)
-        return functools.partial(
-            strategy.of(view, lambda plan: self._prepare(plan, dtype, heads)),
-            real_t=view.real_t,
-        )
-
-    def _prepare(self, plan: AttentionPlan, dtype: jnp.dtype, heads: int) -> AttentionPlan:
-        layer = self.layers[0]
-        spec = AttentionSpec(dtype, heads, layer.qk_width, layer.v_width, layer.bias is not None)
-        return prepare_plan(plan, spec, self.implementation)
+        spec = spec._replace(heads=strategy.heads_of_a_call(view.layout, spec.heads))
+        made = strategy.of(view, lambda plan: prepare_plan(plan, spec, self.implementation))
+        return functools.partial(made, real_t=view.real_t)

@@ -98,13 +98,12 @@ class Truncation:
         """
         if extra_rows is None:
             extra_rows = sequences.max_targets + sequences.max_contextual
-        counts = (sequences.num_targets, sequences.num_contextual)
-        _check_room([count for count in counts if count is not None], extra_rows)
+        _check_room([count for count in sequences.counts if count is not None], extra_rows)
         offsets, num_rows = jnp.asarray(sequences.offsets, jnp.int32), sequences.num_rows
         real_T = jnp.asarray(sequences.real_T) & (jnp.arange(num_rows) < offsets[-1])
         before = lengths_to_offsets(real_T)
         lengths_B = before[offsets[1:]] - before[offsets[:-1]]
-        contextual_B, history_B, _ = split_lengths(lengths_B, *counts)
+        contextual_B, history_B, _ = split_lengths(lengths_B, *sequences.counts)
         dropped_B = jnp.maximum(history_B - self.length, 0)
         kept_offsets = lengths_to_offsets(lengths_B - dropped_B)
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from kernels.hstu_attention.partial import partial_plan
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import KeyIntervals, RowIntervals
-from kernels.typing import Leaf
+from kernels.typing import Leaf, PerRow
 from ultra_hstu.parallel.mesh import CONTEXT
 from ultra_hstu.parallel.strategy import AttentionCall, PartialSums, Prepare, ShardMask
 
@@ -27,7 +27,7 @@ class GatheredKeys(PartialSums):
     """
 
     plan: Leaf[AttentionPlan]
-    order: Leaf[Int[Array, " T"]] | None
+    order: Leaf[PerRow] | None
 
     @staticmethod
     def of(view: ShardMask, prepare: Prepare) -> "GatheredKeys":

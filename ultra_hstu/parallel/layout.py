@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from kernels.jagged import Counts, Lengths
 from kernels.mask import AttentionMask
-from kernels.typing import STATIC, Leaf, Scalar
+from kernels.typing import STATIC, Leaf, PerRow, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +102,7 @@ class Layout:
         block = row // self.block
         return before[block] * self.block + mine[block] * (row % self.block)
 
-    def permutation(self) -> Int[Array, " T"]:
+    def permutation(self) -> PerRow:
         """`x[permutation]` of a buffer in order is the buffer as the shards hold it, in turn."""
         return jax.vmap(self.rows)(jnp.arange(self.shards)).reshape(-1)
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
-from kernels.jagged import Offsets, lengths_to_offsets
+from kernels.jagged import Lengths, Offsets, lengths_to_offsets
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
 
@@ -42,7 +42,7 @@ class Shared(NamedTuple):
 
 def reshard(
     values: PyTree,
-    lengths: Int[Array | np.ndarray, " B"],
+    lengths: Lengths,
     *,
     num_rows: int,
     mesh: Mesh,
@@ -92,7 +92,7 @@ def reshard(
     return jax.jit(program)(values, jnp.asarray(lengths, jnp.int32))
 
 
-def needed_capacity(lengths: Int[Array | np.ndarray, " B"], layout: Layout) -> int:
+def needed_capacity(lengths: Lengths, layout: Layout) -> int:
     """The most rows that one device sends to one other. On the host.
 
     Raises:

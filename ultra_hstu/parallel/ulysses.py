@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 from kernels.hstu_attention.api import hstu_attention
 from kernels.hstu_attention.plan import AttentionPlan, make_plan
 from kernels.mask import AttentionMask
-from kernels.typing import Leaf
+from kernels.typing import Leaf, PerRow
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
 from ultra_hstu.parallel.strategy import AttentionCall, Output, Prepare, ShardMask, Strategy
@@ -29,8 +29,8 @@ class Ulysses(Strategy):
 
     plan: Leaf[AttentionPlan]
     offsets: Leaf[Int[Array, " B1"]]
-    order: Leaf[Int[Array, " T"]] | None
-    back: Leaf[Int[Array, " T"]] | None
+    order: Leaf[PerRow] | None
+    back: Leaf[PerRow] | None
 
     takes_bias = True
 
