@@ -54,8 +54,8 @@ class Encoder(nnx.Module):
         `Shards.part` divides what belongs to them.
         """
         x_SD, cut = self.encode_kept(x_TD, sequences, key)
-        if cut is None:
-            return sequences.shards.take(x_SD, rows_P, sequences.num_rows)
-        num_rows = cut.sequences.num_rows
-        row_P = cut.row_T.at[rows_P].get(mode="fill", fill_value=num_rows)
-        return sequences.shards.take(x_SD, row_P, num_rows)
+        num_rows = sequences.num_rows
+        if cut is not None:
+            num_rows = cut.sequences.num_rows
+            rows_P = cut.row_T.at[rows_P].get(mode="fill", fill_value=num_rows)
+        return sequences.shards.take(x_SD, rows_P, num_rows)

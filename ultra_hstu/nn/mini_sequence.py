@@ -89,11 +89,11 @@ def _chunk(values: PyTree, number: Number, chunk_rows: int) -> PyTree:
 
 def _write(buffers: PyTree, values: PyTree, number: Number) -> PyTree:
     """Chunk `number` of the buffers; not in place in Python, but in the compiled loop."""
-
-    def write(buffer: Array, value: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, value, number * value.shape[0], 0)
-
-    return jax.tree.map(write, buffers, values)
+    return jax.tree.map(
+        lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, number * y.shape[0], 0),
+        buffers,
+        values,
+    )
 
 
 # A loop of our own instead of jax.lax.map: XLA would set up the result buffers of all loops of a

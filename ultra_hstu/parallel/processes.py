@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from ultra_hstu.fields import difference
-from ultra_hstu.parallel.mesh import CONTEXT, DATA
+from ultra_hstu.parallel.mesh import CONTEXT, DATA, EVERYWHERE, put
 
 # JAX ends all processes when one sends no heartbeat for so long, in the middle of a collective too.
 HEARTBEAT_SECONDS = 30
@@ -243,17 +243,14 @@ def all_reduce_max(number: int, mesh: Mesh | None) -> Callable[[], int]:
     """
     if not several() or mesh is None:
         return lambda: number
-    devices = NamedSharding(mesh, PartitionSpec((DATA, CONTEXT)))
-    number_D = jax.make_array_from_callback(
-        (mesh.size,), devices, lambda _: np.full(1, number, np.int32)
-    )
+    number_D = put(np.full(mesh.size, number, np.int32), mesh, PartitionSpec((DATA, CONTEXT)))
     maximum = _maximum(mesh)(number_D)
     return lambda: int(maximum)
 
 
 @functools.cache
 def _maximum(mesh: Mesh) -> Callable[[Int32[Array, " D"]], Int32[Array, ""]]:
-    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, EVERYWHERE))
 
 
 def end() -> None:

@@ -70,11 +70,11 @@ class ShardMask:
         mask: AttentionMask,
         layout: Layout,
         offsets: Offsets,
-        num_targets: Counts = None,
-        num_contextual: Counts = None,
+        num_targets: Counts,
+        num_contextual: Counts,
         *,
-        max_targets: int = 0,
-        max_contextual: int = 0,
+        max_targets: int,
+        max_contextual: int,
     ):
         """
         Args:
@@ -153,8 +153,8 @@ class Strategy(abc.ABC):
         real_t: Bool[Array, " t"],
         alpha: float,
         scale: Scale,
-        bias: RelativeBias | None = None,
-        implementation: Implementation = None,
+        bias: RelativeBias | None,
+        implementation: Implementation,
     ) -> Output:
         """Attention of this shard's rows, once a layer. Inside `shard_map`.
 
