@@ -76,23 +76,6 @@ class HSTU(Encoder):
         """
         depth = config.layers if layers is None else layers
         kind = ResearchLayer if config.preset == "research" else ProductionLayer
-
-        def layer() -> ResearchLayer | ProductionLayer:
-            return kind(
-                config.width,
-                config.heads,
-                config.qk_width,
-                config.v_width,
-                alpha=config.alpha,
-                bias=RelativeBiasTables(length, config.time_buckets, rngs=rngs)
-                if config.relative_bias
-                else None,
-                dropout_rate=config.linear_dropout,
-                precision=config.projection,
-                chunk_rows=config.chunk_rows,
-                rngs=rngs,
-            )
-
         truncation = None
         if config.truncate_after is not None and config.truncate_length is not None:
             if config.truncate_after >= depth:
@@ -102,7 +85,23 @@ class HSTU(Encoder):
                 )
             truncation = Truncation(config.truncate_after, config.truncate_length)
         return HSTU(
-            [layer() for _ in range(depth)],
+            [
+                kind(
+                    config.width,
+                    config.heads,
+                    config.qk_width,
+                    config.v_width,
+                    alpha=config.alpha,
+                    bias=RelativeBiasTables(length, config.time_buckets, rngs=rngs)
+                    if config.relative_bias
+                    else None,
+                    dropout_rate=config.linear_dropout,
+                    precision=config.projection,
+                    chunk_rows=config.chunk_rows,
+                    rngs=rngs,
+                )
+                for _ in range(depth)
+            ],
             length,
             masks=layer_masks(vars(config), depth),
             truncation=truncation,

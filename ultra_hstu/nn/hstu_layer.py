@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernels.typing import THK, THV
-from ultra_hstu.nn import initializers
 from ultra_hstu.nn.dropout import KeysOrNone, apply_dropout, dropout_mask
 from ultra_hstu.nn.fp8 import Precision, linear
+from ultra_hstu.nn.initializers import linear_bias, normal_002, param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
 from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
@@ -128,9 +128,9 @@ class ResearchLayer(Layer):
     """
 
     def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
-        self.uvqk = initializers.param(initializers.normal_002, rngs, width, joined)
-        self.output = initializers.param(initializers.xavier_uniform, rngs, inner, width)
-        self.output_bias = initializers.param(initializers.linear_bias(inner), rngs, width)
+        self.uvqk = param(normal_002, rngs, width, joined)
+        self.output = param(xavier_uniform, rngs, inner, width)
+        self.output_bias = param(linear_bias(inner), rngs, width)
 
     def _project(self, x_TD: Activations) -> Projected:
         return self._split(
@@ -163,11 +163,11 @@ class ProductionLayer(Layer):
     def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
         self.input_norm_weight = nnx.Param(jnp.ones(width))
         self.input_norm_bias = nnx.Param(jnp.zeros(width))
-        self.uvqk = initializers.param(initializers.xavier_uniform, rngs, width, joined)
+        self.uvqk = param(xavier_uniform, rngs, width, joined)
         self.uvqk_bias = nnx.Param(jnp.zeros(joined))
         self.output_norm_weight = nnx.Param(jnp.ones(inner))
         self.output_norm_bias = nnx.Param(jnp.zeros(inner))
-        self.output = initializers.param(initializers.xavier_uniform, rngs, 3 * inner, width)
+        self.output = param(xavier_uniform, rngs, 3 * inner, width)
 
     def _project(self, x_TD: Activations) -> Projected:
         normed_TD = layer_norm(

@@ -9,10 +9,10 @@ from flax import nnx
 
 from kernels.jagged import Offsets, pad, unpad
 from ultra_hstu.config import ModelConfig
-from ultra_hstu.nn import initializers
 from ultra_hstu.nn.dropout import KeyOrNone, KeysOrNone, dropout, row_keys, sequence_keys, split_key
 from ultra_hstu.nn.encoder import Encoder
 from ultra_hstu.nn.fp8 import linear
+from ultra_hstu.nn.initializers import linear_bias, param, xavier_normal
 from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.remat import RunLayer, run_layer
 from ultra_hstu.nn.truncation import Kept
@@ -46,15 +46,14 @@ class SASRecLayer(nnx.Module):
             raise ValueError(
                 f"{heads=} must divide {width=}: SASRec splits the width over the heads"
             )
-        xavier = initializers.xavier_normal
-        self.qkv = initializers.param(xavier, rngs, width, 3 * width)
+        self.qkv = param(xavier_normal, rngs, width, 3 * width)
         self.qkv_bias = nnx.Param(jnp.zeros(3 * width))
-        self.output = initializers.param(xavier, rngs, width, width)
+        self.output = param(xavier_normal, rngs, width, width)
         self.output_bias = nnx.Param(jnp.zeros(width))
-        self.ffn1 = initializers.param(xavier, rngs, width, ffn_width)
-        self.ffn1_bias = initializers.param(initializers.linear_bias(width), rngs, ffn_width)
-        self.ffn2 = initializers.param(xavier, rngs, ffn_width, width)
-        self.ffn2_bias = initializers.param(initializers.linear_bias(ffn_width), rngs, width)
+        self.ffn1 = param(xavier_normal, rngs, width, ffn_width)
+        self.ffn1_bias = param(linear_bias(width), rngs, ffn_width)
+        self.ffn2 = param(xavier_normal, rngs, ffn_width, width)
+        self.ffn2_bias = param(linear_bias(ffn_width), rngs, width)
         self.heads, self.length, self.dropout_rate = heads, length, dropout_rate
 
     def __call__(

@@ -173,14 +173,14 @@ class Halo(PartialSums):
 
     def _before(self, x: Array) -> Array:
         """The `reach` rows in front of a shard, from its neighbours; zeros before the buffer."""
-        size, parts = x.shape[0], [x[:0]]
-        for hop, taken in self._hops(size):
-            parts.append(
-                jax.lax.ppermute(
-                    x[size - taken :], CONTEXT, [(i, i + hop) for i in range(self.shards - hop)]
-                )
+        size = x.shape[0]
+        parts = [
+            jax.lax.ppermute(
+                x[size - taken :], CONTEXT, [(i, i + hop) for i in range(self.shards - hop)]
             )
-        return jnp.concatenate(parts[::-1])
+            for hop, taken in self._hops(size)
+        ]
+        return jnp.concatenate([*parts[::-1], x[:0]])
 
     def _back(self, parts: Array, size: int) -> Array:
         """`_before` transposed: the sum of what later shards have for the last rows of this one."""
