@@ -49,6 +49,7 @@ class Layer(nnx.Module):
     """What both layers share: a projection to u, v, q, k, attention, a gate, a projection back."""
 
     output: nnx.Param  # [Z, D]
+    output_bias: nnx.Param | None = None
 
     def __init__(
         self,
@@ -101,11 +102,14 @@ class Layer(nnx.Module):
         """u [T, H * V], v [T, H, V], q and k [T, H, K] of each row."""
 
     @abc.abstractmethod
-    def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Activations:
-        """The layer's output from its input, the gate and the attention output.
+    def _gated(self, u_TY: Array, a_TY: Array) -> Float[Array, "T Z"]:
+        """What `output` multiplies, from the gate and the attention output."""
 
-        `mask_TZ` is the dropout mask of what `output` multiplies.
-        """
+    def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Activations:
+        """The layer's output; `mask_TZ` is the dropout mask of what `output` multiplies."""
+        bias = None if self.output_bias is None else self.output_bias[...]
+        y_TZ = apply_dropout(self._gated(u_TY, a_TY), mask_TZ, self.dropout_rate)
+        return linear(y_TZ, self.output[...], bias, residual_TY=x_TD, precision=self.precision)
 
     def _split(self, uvqk_TX: Float[Array, "T X"]) -> Projected:
         """Columns u, v, q, k, in each a block per head.
@@ -137,15 +141,8 @@ class ResearchLayer(Layer):
             jax.nn.silu(linear(layer_norm(x_TD, eps=EPS), self.uvqk[...], precision=self.precision))
         )
 
-    def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Activations:
-        y_TZ = u_TY * layer_norm(a_TY, eps=EPS)
-        return linear(
-            apply_dropout(y_TZ, mask_TZ, self.dropout_rate),
-            self.output[...],
-            self.output_bias[...],
-            residual_TY=x_TD,
-            precision=self.precision,
-        )
+    def _gated(self, u_TY: Array, a_TY: Array) -> Array:
+        return u_TY * layer_norm(a_TY, eps=EPS)
 
 
 class ProductionLayer(Layer):
@@ -178,9 +175,7 @@ class ProductionLayer(Layer):
         )
         return jax.nn.silu(u_TY), v_THV, q_THK, k_THK
 
-    def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Activations:
+    def _gated(self, u_TY: Array, a_TY: Array) -> Array:
         weight, bias = self.output_norm_weight[...], self.output_norm_bias[...]
         n_TY = layer_norm(a_TY, weight, bias, eps=EPS)
-        y_TZ = jnp.concatenate([u_TY, a_TY, u_TY * n_TY], axis=1)
-        y_TZ = apply_dropout(y_TZ, mask_TZ, self.dropout_rate)
-        return linear(y_TZ, self.output[...], residual_TY=x_TD, precision=self.precision)
+        return jnp.concatenate([u_TY, a_TY, u_TY * n_TY], axis=1)

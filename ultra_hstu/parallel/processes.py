@@ -69,14 +69,15 @@ def join(
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
-    if detect and len(missing) < len(given):
-        raise ValueError(
-            "--distributed asks the cluster for what --coordinator, --processes and --process say: "
-            "give the one or the others"
-        )
-    if not detect and len(missing) == len(given):
+    if detect:
+        if len(missing) < len(given):
+            raise ValueError(
+                "--distributed asks the cluster for what --coordinator, --processes and --process "
+                "say: give the one or the others"
+            )
+    elif len(missing) == len(given):
         return
-    if not detect and missing:
+    elif missing:
         raise ValueError(
             f"{' and '.join(missing)} must be given too: "
             "--coordinator=HOST:PORT --processes=N --process=I, with I from 0 to N - 1"

@@ -121,13 +121,10 @@ def to_shared(values: PyTree, lengths_b: Int[Array, " b"], layout: Layout, capac
         out_CcX = x.at[trip.local_rows(capacity)].get(mode="fill", fill_value=0)
         in_CcX = jax.lax.all_to_all(out_CcX, CONTEXT, split_axis=0, concat_axis=0, tiled=True)
         slot_t = trip.source_t * capacity + trip.number_t
-        received = in_CcX.reshape(-1, *x.shape[1:]).at[
-            jnp.where(trip.number_t < capacity, slot_t, layout.shards * capacity)
-        ]
+        slot_t = jnp.where(trip.number_t < capacity, slot_t, layout.shards * capacity)
+        came = in_CcX.reshape(-1, *x.shape[1:]).at[slot_t].get(mode="fill", fill_value=0)
         own = x.at[trip.row_t - trip.start_C[trip.me]].get(mode="fill", fill_value=0)
-        received = received.get(mode="fill", fill_value=0)
-        found = jax.vmap(jnp.where)(trip.source_t == trip.me, own, received)
-        return trip.checked(found, fits)
+        return trip.checked(jax.vmap(jnp.where)(trip.source_t == trip.me, own, came), fits)
 
     return Shared(jax.tree.map(move, values), trip.offsets, fits)
 
