@@ -56,16 +56,20 @@ class Ring(PartialSums):
         return Ring(plan(0, 0), others, shards)
 
     def sums(self, q: Array, k: Array, v: Array, call: AttentionCall) -> Array:
-        def step(number: Index, carry: tuple[Array, KeysAndValues]) -> tuple[Array, KeysAndValues]:
+        def add(number: Index, out: Array, here: KeysAndValues) -> Array:
+            return out + self._part(number, call)(q, *here).astype(jnp.float32)
+
+        def step(number: Array, carry: tuple[Array, KeysAndValues]) -> tuple[Array, KeysAndValues]:
             out, here = carry
             coming = self._send(here)
-            return out + self._part(number, call)(q, *here).astype(jnp.float32), coming
+            return add(number, out, here), coming
 
         out = self._part(None, call)(q, k, v).astype(jnp.float32)
         if self.shards > 1:
             # In a loop, no more keys are in memory than what is here and what is coming.
-            carry = jax.lax.fori_loop(0, self.shards - 2, step, (out, self._send((k, v))))
-            out, _ = step(self.shards - 2, carry)  # nothing more is sent: it would not be used
+            start = (out, self._send((k, v)))
+            out, here = jax.lax.fori_loop(0, self.shards - 2, step, start)
+            out = add(self.shards - 2, out, here)
         return out.astype(v.dtype)
 
     def gradients(
@@ -75,13 +79,16 @@ class Ring(PartialSums):
             found = jax.vjp(self._part(number, call), q, *here)[1](g)
             return [x.astype(jnp.float32) for x in found]
 
+        def add(number: Index, sums: list[Array], here: KeysAndValues) -> list[Array]:
+            """The sums; those of keys and values have come with them."""
+            return jax.tree.map(jnp.add, [sums[0], *self._send(sums[1:])], parts(number, here))
+
         def step(
-            number: Index, carry: tuple[list[Array], KeysAndValues]
+            number: Array, carry: tuple[list[Array], KeysAndValues]
         ) -> tuple[list[Array], KeysAndValues]:
-            (dq, *dkv), here = carry
+            sums, here = carry
             coming = self._send(here)
-            # The gradients of keys and values have come with them.
-            return jax.tree.map(jnp.add, [dq, *self._send(dkv)], parts(number, here)), coming
+            return add(number, sums, here), coming
 
         kv = (k, v)
         if self.shards == 1:
@@ -89,8 +96,9 @@ class Ring(PartialSums):
         here = self._send(kv)
         sums = parts(0, here)
         if self.shards > 2:
-            carry = jax.lax.fori_loop(1, self.shards - 2, step, (sums, self._send(here)))
-            sums, _ = step(self.shards - 2, carry)
+            start = (sums, self._send(here))
+            sums, here = jax.lax.fori_loop(1, self.shards - 2, step, start)
+            sums = add(self.shards - 2, sums, here)
         home = (sums[0], *self._send(_as(kv, sums[1:])))
         return _as((q, *kv), jax.tree.map(jnp.add, home, tuple(parts(None, kv))))
 
