@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels.jagged import Offsets, Rows
-from kernels.typing import STATIC, Leaf, Scalar
+from kernels.typing import STATIC, Leaf
 from ultra_hstu.parallel.shards import ONE, Shards
 
 Activations = Float[Array, "T D"]  # a vector for each row
@@ -56,11 +56,6 @@ class Sequences:
     @property
     def num_sequences(self) -> int:
         return self.offsets.shape[0] - 1
-
-    @property
-    def first(self) -> int | Scalar:
-        """The number of the first sequence in the batch of all devices."""
-        return self.shards.first_sequence(self.num_sequences)
 
     @property
     def rows(self) -> Rows:
