@@ -55,8 +55,7 @@ class HSTU(Encoder):
           remat: see `ultra_hstu.nn.remat`.
         """
         self.layers = nnx.List(layers)
-        self.length, self.truncation = length, truncation
-        self.layer_masks = tuple(masks) * (len(layers) if len(masks) == 1 else 1)
+        self.length, self.masks, self.truncation = length, tuple(masks), truncation
         self.attention, self.implementation, self.remat = attention, implementation, remat
         self.run_layer: RunLayer = run_layer
 
@@ -126,6 +125,13 @@ class HSTU(Encoder):
             call = functools.partial(Layer.__call__, attend=attends[mask], key=keys_T)
             x_TD = self.run_layer(call, layer, x_TD, policy)
         return x_TD, cut
+
+    @property
+    def layer_masks(self) -> tuple[AttentionMask, ...]:
+        """The mask of every layer."""
+        return tuple(
+            self.masks[min(number, len(self.masks) - 1)] for number in range(len(self.layers))
+        )
 
     def attend(self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype) -> Attend:
         """Attention over the sequences of a batch.
