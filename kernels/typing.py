@@ -26,6 +26,8 @@ PerRow = Int[Array, " T"]
 PerQuery = Int[Array, " R"]
 PerTile = Int[Array, " tiles"]
 
+STATIC = {"static": True}  # metadata of fields of a pytree dataclass that are no leaves
+
 T = TypeVar("T")
 
 if TYPE_CHECKING:

@@ -4,12 +4,15 @@ import dataclasses
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from kernels.jagged import Rows
-from kernels.typing import Leaf
+from kernels.jagged import Offsets, Rows
+from kernels.typing import STATIC, Leaf
 from ultra_hstu.parallel.shards import ONE, Shards
 
+Activations = Float[Array, "T D"]  # a vector for each row
+PerSequence = Int[Array | np.ndarray, " B"]  # a number for each sequence
+Times = Int[Array | np.ndarray, " T"]  # of each row, seconds
 Columns = dict[str, Int[Array | np.ndarray, "..."]]  # of the examples of a batch, by name
 
 
@@ -31,15 +34,20 @@ class Sequences:
         a truncation, or a strategy of context parallelism.
     """
 
-    offsets: Leaf[Int[Array | np.ndarray, " B1"]]
+    offsets: Leaf[Offsets]
     real_T: Leaf[Bool[Array | np.ndarray, " T"]]
-    time_T: Leaf[Int[Array | np.ndarray, " T"]]
-    next_time_T: Leaf[Int[Array | np.ndarray, " T"]]
-    num_targets: Leaf[Int[Array | np.ndarray, " B"]] | None = None
-    num_contextual: Leaf[Int[Array | np.ndarray, " B"]] | None = None
-    shards: Shards = dataclasses.field(default=ONE, metadata={"static": True})
-    max_targets: int = dataclasses.field(default=0, metadata={"static": True})
-    max_contextual: int = dataclasses.field(default=0, metadata={"static": True})
+    time_T: Leaf[Times]
+    next_time_T: Leaf[Times]
+    num_targets: Leaf[PerSequence] | None = None
+    num_contextual: Leaf[PerSequence] | None = None
+    shards: Shards = dataclasses.field(default=ONE, metadata=STATIC)
+    max_targets: int = dataclasses.field(default=0, metadata=STATIC)
+    max_contextual: int = dataclasses.field(default=0, metadata=STATIC)
+
+    @property
+    def counts(self) -> tuple[PerSequence | None, PerSequence | None]:
+        """Targets and contextual tokens of each sequence."""
+        return self.num_targets, self.num_contextual
 
     @property
     def num_rows(self) -> int:
@@ -50,15 +58,9 @@ class Sequences:
         return self.offsets.shape[0] - 1
 
     @property
-    def first(self) -> int | Int[Array, ""]:
-        """The number of the first sequence in the batch of all devices."""
-        return self.shards.first_sequence(self.num_sequences)
-
-    @property
     def rows(self) -> Rows:
         """Where this device's rows stand."""
-        counts = (self.num_targets, self.num_contextual)
-        return Rows.of(self.offsets, self.shards.rows(self.num_rows), *counts)
+        return Rows.of(self.offsets, self.shards.rows(self.num_rows), *self.counts)
 
     def on(self, shards: Shards) -> "Sequences":
         """The same sequences on a mesh."""

@@ -30,7 +30,8 @@ def row_keys(key: KeyOrNone, sequences: Sequences) -> Key[Array, " t"] | None:
 
 def sequence_keys(key: Key[Array, ""], sequences: Sequences) -> Key[Array, " B"]:
     """A key for each sequence."""
-    number_B = sequences.first + jnp.arange(sequences.num_sequences)
+    batch = sequences.num_sequences
+    number_B = sequences.shards.first_sequence(batch) + jnp.arange(batch)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, number_B)
 
 

@@ -1,5 +1,6 @@
 """From item ids and codes to the input of the encoder."""
 
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -7,8 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ultra_hstu.nn import initializers
 from ultra_hstu.nn.dropout import KeyOrNone, dropout, row_keys
+from ultra_hstu.nn.initializers import param, table, truncated_normal_002, xavier_normal
 from ultra_hstu.parallel.embedding_sharding import lookup
 from ultra_hstu.sequences import Sequences
 
@@ -21,10 +22,9 @@ class CodeEmbedding(nnx.Module):
 
     def __init__(self, sizes: tuple[int, ...], width: int, *, rngs: nnx.Rngs):
         # Code 1 of column i is entry firsts[i].
-        self.firsts = tuple(sum(size - 1 for size in sizes[:i]) for i in range(len(sizes)))
-        self.table = initializers.param(
-            initializers.truncated_normal_002, rngs, max(1, sum(size - 1 for size in sizes)), width
-        )
+        *firsts, entries = itertools.accumulate((size - 1 for size in sizes), initial=0)
+        self.firsts = tuple(firsts)
+        self.table = param(truncated_normal_002, rngs, max(1, entries), width)
 
     def __call__(self, code_TS: Int[Array, "T S"]) -> Float[Array, "T D"]:
         x_TD = jnp.zeros((code_TS.shape[0], self.table.shape[1]))
@@ -59,10 +59,8 @@ class InputEmbedding(nnx.Module):
         Args:
           signals: how many codes each signal has, 0 (none) counted.
         """
-        self.item_table = initializers.table(
-            initializers.truncated_normal_002, rngs, num_items + 1, width
-        )
-        self.position_table = initializers.table(initializers.xavier_normal, rngs, length, width)
+        self.item_table = table(truncated_normal_002, rngs, num_items + 1, width)
+        self.position_table = table(xavier_normal, rngs, length, width)
         self.signals = CodeEmbedding(signals, width, rngs=rngs) if signals else None
         self.length, self.dropout_rate, self.dtype = length, dropout_rate, dtype
 

@@ -6,8 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ultra_hstu.nn.dropout import KeyOrNone
-from ultra_hstu.nn.truncation import Cut
-from ultra_hstu.sequences import Sequences
+from ultra_hstu.nn.truncation import Kept
+from ultra_hstu.sequences import Activations, Sequences
 
 
 class Encoder(nnx.Module):
@@ -17,17 +17,12 @@ class Encoder(nnx.Module):
     """
 
     @abc.abstractmethod
-    def encode_kept(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
-    ) -> tuple[Float[Array, "S D"], Cut | None]:
-        """The rows that reach the last layer, after it, and which they are (None: all).
-
-        They are in a buffer of their own.
-        """
+    def encode_kept(self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None) -> Kept:
+        """The rows that reach the last layer, in a buffer of their own."""
 
     def __call__(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
-    ) -> Float[Array, "T D"]:
+        self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None
+    ) -> Activations:
         """The sequences after all layers; what comes out on padding means nothing.
 
         Rows that a truncation dropped come out 0: leave them out of losses.
@@ -48,7 +43,7 @@ class Encoder(nnx.Module):
 
     def rows(
         self,
-        x_TD: Float[Array, "T D"],
+        x_TD: Activations,
         sequences: Sequences,
         rows_P: Int[Array, " P"],
         key: KeyOrNone = None,
@@ -59,8 +54,8 @@ class Encoder(nnx.Module):
         `Shards.part` divides what belongs to them.
         """
         x_SD, cut = self.encode_kept(x_TD, sequences, key)
-        if cut is None:
-            return sequences.shards.take(x_SD, rows_P, sequences.num_rows)
-        num_rows = cut.sequences.num_rows
-        row_P = cut.row_T.at[rows_P].get(mode="fill", fill_value=num_rows)
-        return sequences.shards.take(x_SD, row_P, num_rows)
+        num_rows = sequences.num_rows
+        if cut is not None:
+            num_rows = cut.sequences.num_rows
+            rows_P = cut.row_T.at[rows_P].get(mode="fill", fill_value=num_rows)
+        return sequences.shards.take(x_SD, rows_P, num_rows)

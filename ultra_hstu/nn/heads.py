@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ultra_hstu.nn import initializers
+from ultra_hstu.nn.initializers import param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
 from ultra_hstu.nn.norms import layer_norm
 
@@ -33,9 +33,9 @@ class MultiTaskHead(nnx.Module):
           chunk_rows: rows whose hidden layer exists at one time; None: all.
         """
         self.norm_weight, self.norm_bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
-        self.hidden = initializers.param(initializers.xavier_uniform, rngs, width, hidden_width)
+        self.hidden = param(xavier_uniform, rngs, width, hidden_width)
         self.hidden_bias = nnx.Param(jnp.zeros(hidden_width))
-        self.output = initializers.param(initializers.xavier_uniform, rngs, hidden_width, tasks)
+        self.output = param(xavier_uniform, rngs, hidden_width, tasks)
         self.output_bias = nnx.Param(jnp.zeros(tasks))
         self.chunk_rows = chunk_rows
 

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from kernels.hstu_attention.api import (
     AttentionSpec,
@@ -15,8 +15,8 @@ from kernels.hstu_attention.api import (
     make_plan,
     prepare_plan,
 )
-from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask, layer_masks
+from kernels.typing import THK, THV
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.dropout import KeyOrNone, row_keys, split_key
 from ultra_hstu.nn.encoder import Encoder
@@ -24,10 +24,10 @@ from ultra_hstu.nn.hstu_layer import LAYERS, Attend, Layer
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import Remat, RunLayer, policy_of, run_layer
 from ultra_hstu.nn.softmax_ablation import softmax_attention
-from ultra_hstu.nn.truncation import Cut, Truncation
+from ultra_hstu.nn.truncation import Cut, Kept, Truncation
 from ultra_hstu.parallel.context_attention import strategy_named
 from ultra_hstu.parallel.strategy import ShardMask
-from ultra_hstu.sequences import Sequences
+from ultra_hstu.sequences import Activations, Sequences
 
 
 class HSTU(Encoder):
@@ -75,24 +75,6 @@ class HSTU(Encoder):
         """
         depth = config.layers if layers is None else layers
         kind = LAYERS[config.preset]
-
-        def layer() -> Layer:
-            bias = None
-            if config.relative_bias:
-                bias = RelativeBiasTables(length, config.time_buckets, rngs=rngs)
-            return kind(
-                config.width,
-                config.heads,
-                config.qk_width,
-                config.v_width,
-                alpha=config.alpha,
-                bias=bias,
-                dropout_rate=config.linear_dropout,
-                precision=config.projection,
-                chunk_rows=config.chunk_rows,
-                rngs=rngs,
-            )
-
         truncation = None
         if config.truncate_after is not None and config.truncate_length is not None:
             if config.truncate_after >= depth:
@@ -102,7 +84,23 @@ class HSTU(Encoder):
                 )
             truncation = Truncation(config.truncate_after, config.truncate_length)
         return HSTU(
-            [layer() for _ in range(depth)],
+            [
+                kind(
+                    config.width,
+                    config.heads,
+                    config.qk_width,
+                    config.v_width,
+                    alpha=config.alpha,
+                    bias=RelativeBiasTables(length, config.time_buckets, rngs=rngs)
+                    if config.relative_bias
+                    else None,
+                    dropout_rate=config.linear_dropout,
+                    precision=config.projection,
+                    chunk_rows=config.chunk_rows,
+                    rngs=rngs,
+                )
+                for _ in range(depth)
+            ],
             length,
             masks=layer_masks(vars(config), depth),
             truncation=truncation,
@@ -111,10 +109,8 @@ class HSTU(Encoder):
             remat=config.remat,
         )
 
-    def encode_kept(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
-    ) -> tuple[Float[Array, "S D"], Cut | None]:
-        x_TD = jnp.where(sequences.rows.real[:, None], x_TD, jnp.zeros((), x_TD.dtype))
+    def encode_kept(self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None) -> Kept:
+        x_TD = jnp.where(sequences.rows.real[:, None], x_TD, 0)
         cut: Cut | None = None
         attends: dict[AttentionMask, Attend] = {}
         policy = policy_of(self.remat)
@@ -146,66 +142,49 @@ class HSTU(Encoder):
             return lambda q, k, v, *, alpha, bias: softmax_attention(
                 q, k, v, sequences, bias=bias, length=self.length
             )
-        several = sequences.shards.context > 1
-        made = (self._over_devices if several else self._on_one_device)(sequences, mask, dtype)
+        layer, several = self.layers[0], sequences.shards.context > 1
+        biased = layer.bias is not None
+        spec = AttentionSpec(dtype, layer.heads, layer.qk_width, layer.v_width, biased)
+        made = (self._over_devices if several else self._on_one_device)(sequences, mask, spec)
+        made = functools.partial(made, scale=1.0 / self.length, implementation=self.implementation)
         # Traced and lowered once, not once a layer.
         run = jax.jit(made, static_argnames="alpha")
         times_t = sequences.shards.local((sequences.time_T, sequences.next_time_T))
 
         def attend(
-            q_THK: Array,
-            k_THK: Array,
-            v_THV: Array,
-            *,
-            alpha: float,
-            bias: RelativeBiasTables | None,
-        ) -> Array:
+            q_THK: THK, k_THK: THK, v_THV: THV, *, alpha: float, bias: RelativeBiasTables | None
+        ) -> THV:
             flat = None if bias is None else bias.flat(*times_t)
             return run(q_THK, k_THK, v_THV, alpha=alpha, bias=flat)
 
         return attend
 
     def _on_one_device(
-        self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype
+        self, sequences: Sequences, mask: AttentionMask, spec: AttentionSpec
     ) -> functools.partial[Array]:
-        counts = (sequences.num_targets, sequences.num_contextual)
-        plan = make_plan(mask, sequences.offsets, sequences.num_rows, *counts)
+        plan = make_plan(mask, sequences.offsets, sequences.num_rows, *sequences.counts)
         return functools.partial(
             hstu_attention,
             offsets=sequences.offsets,
             mask=mask,
             num_targets=sequences.num_targets,
             num_contextual=sequences.num_contextual,
-            scale=1.0 / self.length,
-            implementation=self.implementation,
-            plan=self._prepare(plan, dtype, self.layers[0].heads),
+            plan=prepare_plan(plan, spec, self.implementation),
         )
 
     def _over_devices(
-        self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype
+        self, sequences: Sequences, mask: AttentionMask, spec: AttentionSpec
     ) -> functools.partial[Array]:
-        shards, layer = sequences.shards, self.layers[0]
-        strategy = strategy_named(shards.strategy_of(mask, layer.bias is not None))
+        shards = sequences.shards
+        strategy = strategy_named(shards.strategy_of(mask, spec.biased))
         view = ShardMask(
             mask,
             shards.layout(sequences.num_rows),
             sequences.offsets,
-            sequences.num_targets,
-            sequences.num_contextual,
+            *sequences.counts,
             max_targets=sequences.max_targets,
             max_contextual=sequences.max_contextual,
         )
-        heads = strategy.heads_of_a_call(view.layout, layer.heads)
-        return functools.partial(
-            strategy.of(view, lambda plan: self._prepare(plan, dtype, heads)),
-            real_t=view.real_t,
-            scale=1.0 / self.length,
-            implementation=self.implementation,
-        )
-
-    def _prepare(self, plan: AttentionPlan, dtype: jnp.dtype, heads: int) -> AttentionPlan:
-        layer = self.layers[0]
-        spec = AttentionSpec(
-            dtype, heads or layer.heads, layer.qk_width, layer.v_width, layer.bias is not None
-        )
-        return prepare_plan(plan, spec, self.implementation)
+        spec = spec._replace(heads=strategy.heads_of_a_call(view.layout, spec.heads))
+        made = strategy.of(view, lambda plan: prepare_plan(plan, spec, self.implementation))
+        return functools.partial(made, real_t=view.real_t)

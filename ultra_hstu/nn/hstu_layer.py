@@ -13,17 +13,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from ultra_hstu.nn import initializers
+from kernels.typing import THK, THV
 from ultra_hstu.nn.dropout import KeysOrNone, apply_dropout, dropout_mask
 from ultra_hstu.nn.fp8 import Precision, linear
+from ultra_hstu.nn.initializers import linear_bias, normal_002, param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
 from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import ATTENTION_OUTPUT, LAYER_INPUT
+from ultra_hstu.sequences import Activations
 
 EPS = 1e-6
+Projected = tuple[Array, Array, Array, Array]  # u, v, q, k
 
 
 @runtime_checkable
@@ -32,20 +35,21 @@ class Attend(Protocol):
 
     def __call__(
         self,
-        q_THK: Float[Array, "T H K"],
-        k_THK: Float[Array, "T H K"],
-        v_THV: Float[Array, "T H V"],
+        q_THK: THK,
+        k_THK: THK,
+        v_THV: THV,
         /,
         *,
         alpha: float,
         bias: RelativeBiasTables | None,
-    ) -> Float[Array, "T H V"]: ...
+    ) -> THV: ...
 
 
 class Layer(nnx.Module):
     """What both layers share: a projection to u, v, q, k, attention, a gate, a projection back."""
 
     output: nnx.Param  # [Z, D]
+    output_bias: nnx.Param | None = None
 
     def __init__(
         self,
@@ -71,16 +75,14 @@ class Layer(nnx.Module):
         self.dropout_rate, self.precision, self.chunk_rows = dropout_rate, precision, chunk_rows
         self._draw(width, heads * v_width, 2 * heads * (v_width + qk_width), rngs)
 
-    @abc.abstractmethod
-    def _default_alpha(self) -> float: ...
+    def _default_alpha(self) -> float:
+        return 1.0
 
     @abc.abstractmethod
     def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
         """Initial parameters; `inner` is H * V, `joined` the width of u, v, q and k together."""
 
-    def __call__(
-        self, x_TD: Float[Array, "T D"], attend: Attend, key: KeysOrNone = None
-    ) -> Float[Array, "T D"]:
+    def __call__(self, x_TD: Activations, attend: Attend, key: KeysOrNone = None) -> Activations:
         """x plus what the layer adds to it, in the dtype of x. `key`: one, or one a row."""
         x_TD = checkpoint_name(x_TD, LAYER_INPUT)
         u_TY, v_THV, q_THK, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
@@ -90,27 +92,26 @@ class Layer(nnx.Module):
         mask_TZ = dropout_mask(key, self.dropout_rate, (x_TD.shape[0], self.output.shape[0]))
         return chunked(self._finish, x_TD, u_TY, a_TY, mask_TZ, chunk_rows=self.chunk_rows)
 
-    def keys_and_values(
-        self, x_TD: Float[Array, "T D"]
-    ) -> tuple[Float[Array, "T H K"], Float[Array, "T H V"]]:
+    def keys_and_values(self, x_TD: Activations) -> tuple[THK, THV]:
         """What other rows see of these: all that a cache needs of the last layer."""
         _, v_THV, _, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
         return k_THK, v_THV
 
     @abc.abstractmethod
-    def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:
+    def _project(self, x_TD: Activations) -> Projected:
         """u [T, H * V], v [T, H, V], q and k [T, H, K] of each row."""
 
     @abc.abstractmethod
-    def _finish(
-        self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None
-    ) -> Float[Array, "T D"]:
-        """The layer's output from its input, the gate and the attention output.
+    def _gated(self, u_TY: Array, a_TY: Array) -> Float[Array, "T Z"]:
+        """What `output` multiplies, from the gate and the attention output."""
 
-        `mask_TZ` is the dropout mask of what `output` multiplies.
-        """
+    def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Activations:
+        """The layer's output; `mask_TZ` is the dropout mask of what `output` multiplies."""
+        bias = None if self.output_bias is None else self.output_bias[...]
+        y_TZ = apply_dropout(self._gated(u_TY, a_TY), mask_TZ, self.dropout_rate)
+        return linear(y_TZ, self.output[...], bias, residual_TY=x_TD, precision=self.precision)
 
-    def _split(self, uvqk_TX: Float[Array, "T X"]) -> tuple[Array, Array, Array, Array]:
+    def _split(self, uvqk_TX: Float[Array, "T X"]) -> Projected:
         """Columns u, v, q, k, in each a block per head.
 
         u stays joined [T, H * V], the others become [T, H, width].
@@ -121,11 +122,6 @@ class Layer(nnx.Module):
         v_THV, q_THK, k_THK = (part.reshape(rows, self.heads, -1) for part in (v_TY, q_TX, k_TX))
         return u_TY, v_THV, q_THK, k_THK
 
-    def _drop(
-        self, y_TZ: Float[Array, "T Z"], mask_TZ: Bool[Array, "T Z"] | None
-    ) -> Float[Array, "T Z"]:
-        return apply_dropout(y_TZ, mask_TZ, self.dropout_rate)
-
 
 class ResearchLayer(Layer):
     """HSTU, arXiv 2402.17152, equations 1 to 3, with the choices of its published research code:
@@ -135,30 +131,18 @@ class ResearchLayer(Layer):
     x'         = x + dropout(u * LN(a)) @ output + output_bias  LN over all heads together
     """
 
-    def _default_alpha(self) -> float:
-        return 1.0
-
     def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
-        self.uvqk = initializers.param(initializers.normal_002, rngs, width, joined)
-        self.output = initializers.param(initializers.xavier_uniform, rngs, inner, width)
-        self.output_bias = initializers.param(initializers.linear_bias(inner), rngs, width)
+        self.uvqk = param(normal_002, rngs, width, joined)
+        self.output = param(xavier_uniform, rngs, inner, width)
+        self.output_bias = param(linear_bias(inner), rngs, width)
 
-    def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:
+    def _project(self, x_TD: Activations) -> Projected:
         return self._split(
             jax.nn.silu(linear(layer_norm(x_TD, eps=EPS), self.uvqk[...], precision=self.precision))
         )
 
-    def _finish(
-        self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None
-    ) -> Float[Array, "T D"]:
-        y_TZ = self._drop(u_TY * layer_norm(a_TY, eps=EPS), mask_TZ)
-        return linear(
-            y_TZ,
-            self.output[...],
-            self.output_bias[...],
-            residual_TY=x_TD,
-            precision=self.precision,
-        )
+    def _gated(self, u_TY: Array, a_TY: Array) -> Array:
+        return u_TY * layer_norm(a_TY, eps=EPS)
 
 
 class ProductionLayer(Layer):
@@ -176,13 +160,13 @@ class ProductionLayer(Layer):
     def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
         self.input_norm_weight = nnx.Param(jnp.ones(width))
         self.input_norm_bias = nnx.Param(jnp.zeros(width))
-        self.uvqk = initializers.param(initializers.xavier_uniform, rngs, width, joined)
+        self.uvqk = param(xavier_uniform, rngs, width, joined)
         self.uvqk_bias = nnx.Param(jnp.zeros(joined))
         self.output_norm_weight = nnx.Param(jnp.ones(inner))
         self.output_norm_bias = nnx.Param(jnp.zeros(inner))
-        self.output = initializers.param(initializers.xavier_uniform, rngs, 3 * inner, width)
+        self.output = param(xavier_uniform, rngs, 3 * inner, width)
 
-    def _project(self, x_TD: Float[Array, "T D"]) -> tuple[Array, Array, Array, Array]:
+    def _project(self, x_TD: Activations) -> Projected:
         normed_TD = layer_norm(
             x_TD, self.input_norm_weight[...], self.input_norm_bias[...], eps=EPS
         )
@@ -191,13 +175,10 @@ class ProductionLayer(Layer):
         )
         return jax.nn.silu(u_TY), v_THV, q_THK, k_THK
 
-    def _finish(
-        self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None
-    ) -> Float[Array, "T D"]:
+    def _gated(self, u_TY: Array, a_TY: Array) -> Array:
         weight, bias = self.output_norm_weight[...], self.output_norm_bias[...]
         n_TY = layer_norm(a_TY, weight, bias, eps=EPS)
-        y_TZ = self._drop(jnp.concatenate([u_TY, a_TY, u_TY * n_TY], axis=1), mask_TZ)
-        return linear(y_TZ, self.output[...], residual_TY=x_TD, precision=self.precision)
+        return jnp.concatenate([u_TY, a_TY, u_TY * n_TY], axis=1)
 
 
 # By `ModelConfig.preset`.

@@ -1,7 +1,8 @@
 """Initial values as the published research code draws them (in PyTorch)."""
 
+import functools
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -9,11 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
 
-
-@runtime_checkable
-class Initializer(Protocol):
-    def __call__(self, key: Key[Array, ""], shape: tuple[int, ...], /) -> Float[Array, "..."]: ...
-
+Initializer = Callable[[Key[Array, ""], tuple[int, ...]], Float[Array, "..."]]
 
 normal_002 = jax.nn.initializers.normal(0.02)
 truncated_normal_002 = jax.nn.initializers.truncated_normal(0.02, lower=-2.0, upper=2.0)
@@ -24,7 +21,7 @@ xavier_normal = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
 def linear_bias(fan_in: int) -> Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as PyTorch's linear and convolution layers have it."""
     bound = 1.0 / math.sqrt(fan_in)
-    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
 
 
 def param(init: Initializer, rngs: nnx.Rngs, *shape: int) -> nnx.Param:

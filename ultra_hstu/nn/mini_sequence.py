@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
+from kernels.typing import Scalar
 from kernels.zeros import zeros_after
 
 TokenWise = Callable[..., PyTree]  # (rows of x, rows of more...) -> arrays of as many rows
-Number = int | Int[Array, ""]
+Number = int | Scalar
 
 
 def chunked(
@@ -56,11 +57,28 @@ def chunked(
 
     whole, tail = divmod(rows, chunk_rows)
     pure, weights = jax.closure_convert(fn, *_chunk(inputs, 0, chunk_rows))
-    y = _loop(pure, chunk_rows, whole, inputs, weights)
+    y = _loop(pure, chunk_rows, whole, *_parted(inputs), weights)
     if not tail:
         return y
     last = jax.checkpoint(fn)(*jax.tree.map(lambda leaf: leaf[whole * chunk_rows :], inputs))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), y, last)
+
+
+def _parted(inputs: PyTree) -> tuple[PyTree, PyTree]:
+    """The leaves that have gradients, and the others; None in place of what is in the other."""
+
+    def those(smooth: bool) -> PyTree:
+        return jax.tree.map(
+            lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) == smooth else None, inputs
+        )
+
+    return those(True), those(False)
+
+
+def _joined(smooth: PyTree, others: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda x, y: y if x is None else x, smooth, others, is_leaf=lambda leaf: leaf is None
+    )
 
 
 def _chunk(values: PyTree, number: Number, chunk_rows: int) -> PyTree:
@@ -71,21 +89,31 @@ def _chunk(values: PyTree, number: Number, chunk_rows: int) -> PyTree:
 
 def _write(buffers: PyTree, values: PyTree, number: Number) -> PyTree:
     """Chunk `number` of the buffers; not in place in Python, but in the compiled loop."""
-
-    def write(buffer: Array, value: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, value, number * value.shape[0], 0)
-
-    return jax.tree.map(write, buffers, values)
+    return jax.tree.map(
+        lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, number * y.shape[0], 0),
+        buffers,
+        values,
+    )
 
 
 # A loop of our own instead of jax.lax.map: XLA would set up the result buffers of all loops of a
 # model at the start of the program, see zeros_after.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _loop(
-    pure: TokenWise, chunk_rows: int, whole: int, inputs: tuple[PyTree, ...], weights: list[Array]
+    pure: TokenWise,
+    chunk_rows: int,
+    whole: int,
+    smooth: PyTree,
+    others: PyTree,
+    weights: list[Array],
 ) -> PyTree:
     """The whole chunks of all rows."""
-    shapes = jax.eval_shape(lambda: pure(*_chunk(inputs, 0, chunk_rows), *weights))
+    inputs = _joined(smooth, others)
+
+    def of_chunk(number: Number) -> PyTree:
+        return pure(*_chunk(inputs, number, chunk_rows), *weights)
+
+    shapes = jax.eval_shape(lambda: of_chunk(0))
     if any(leaf.shape[:1] != (chunk_rows,) for leaf in jax.tree.leaves(shapes)):
         shapes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
         raise ValueError(
@@ -96,53 +124,33 @@ def _loop(
         lambda leaf: zeros_after(inputs[0], (whole * chunk_rows, *leaf.shape[1:]), leaf.dtype),
         shapes,
     )
-    return jax.lax.fori_loop(
-        0, whole, lambda i, y: _write(y, pure(*_chunk(inputs, i, chunk_rows), *weights), i), buffers
-    )
+    return jax.lax.fori_loop(0, whole, lambda i, y: _write(y, of_chunk(i), i), buffers)
 
 
 def _loop_fwd(
-    pure: TokenWise, chunk_rows: int, whole: int, inputs: PyTree, weights: list[Array]
-) -> tuple[PyTree, PyTree]:
-    return _loop(pure, chunk_rows, whole, inputs, weights), (inputs, weights)
+    pure: TokenWise, chunk_rows: int, whole: int, *saved: PyTree
+) -> tuple[PyTree, tuple[PyTree, ...]]:
+    return _loop(pure, chunk_rows, whole, *saved), saved
 
 
 def _loop_bwd(
-    pure: TokenWise, chunk_rows: int, whole: int, saved: PyTree, g: PyTree
-) -> tuple[PyTree, list[Array]]:
-    inputs, weights = saved
-    leaves, tree = jax.tree.flatten(inputs)
-    smooth = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    pure: TokenWise, chunk_rows: int, whole: int, saved: tuple[PyTree, ...], g: PyTree
+) -> tuple[PyTree, None, list[Array]]:
+    smooth, others, weights = saved
     after = jax.tree.leaves(g)[0]
-
-    def smooth_of(values: list[Array]) -> list[Array]:
-        return [value for value, is_smooth in zip(values, smooth, strict=True) if is_smooth]
-
-    def joined(parts: list[Array], others: list[Array] | list[None]) -> PyTree:
-        """The inputs, or their gradients, from those of smooth leaves and those of others."""
-        rest = iter(parts)
-        pairs = zip(smooth, others, strict=True)
-        return jax.tree.unflatten(
-            tree, [next(rest) if is_smooth else other for is_smooth, other in pairs]
-        )
 
     def step(i: Array, sums: PyTree) -> PyTree:
         d_x, d_w = sums
-        parts = jax.tree.leaves(_chunk(inputs, i, chunk_rows))
-
-        def of_smooth(values: list[Array], weights: list[Array]) -> PyTree:
-            return pure(*joined(values, parts), *weights)
-
-        _, pull = jax.vjp(of_smooth, smooth_of(parts), weights)
+        part, rest = _chunk((smooth, others), i, chunk_rows)
+        _, pull = jax.vjp(lambda x, weights: pure(*_joined(x, rest), *weights), part, weights)
         part_x, part_w = pull(_chunk(g, i, chunk_rows))
         d_w = [a + b.astype(jnp.float32) for a, b in zip(d_w, part_w, strict=True)]
         return _write(d_x, part_x, i), d_w
 
-    zeros = [zeros_after(after, leaf.shape, leaf.dtype) for leaf in smooth_of(leaves)]
+    zeros = jax.tree.map(lambda leaf: zeros_after(after, leaf.shape, leaf.dtype), smooth)
     zero_sums = [zeros_after(after, weight.shape) for weight in weights]
     d_x, d_w = jax.lax.fori_loop(0, whole, step, (zeros, zero_sums))
-    d_weights = [total.astype(weight.dtype) for total, weight in zip(d_w, weights, strict=True)]
-    return joined(d_x, [None] * len(leaves)), d_weights
+    return d_x, None, [x.astype(weight.dtype) for x, weight in zip(d_w, weights, strict=True)]
 
 
 _loop.defvjp(_loop_fwd, _loop_bwd)

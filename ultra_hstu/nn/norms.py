@@ -36,9 +36,8 @@ def layer_norm(
     y = centred * checkpoint_name(
         jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps), NORM_STATS
     )
-    lead = (1,) * (x.ndim - 1)
     if weight is not None:
-        y = y * weight.reshape(lead + weight.shape)
+        y = y * weight[None]
     if bias is not None:
-        y = y + bias.reshape(lead + bias.shape)
+        y = y + bias[None]
     return y.astype(x.dtype)

@@ -1,13 +1,13 @@
 """The trained tables of HSTU's relative bias, one pair a layer, shared by its heads."""
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kernels.hstu_attention.api import RelativeBias
 from kernels.hstu_attention.relative_bias import position_bias, time_buckets
-from ultra_hstu.nn import initializers
+from ultra_hstu.nn.initializers import normal_002, param
+from ultra_hstu.sequences import Times
 
 
 class RelativeBiasTables(nnx.Module):
@@ -17,12 +17,10 @@ class RelativeBiasTables(nnx.Module):
     """
 
     def __init__(self, length: int, time_buckets: int, *, rngs: nnx.Rngs):
-        self.position_table = initializers.param(initializers.normal_002, rngs, 2 * length - 1)
-        self.time_table = initializers.param(initializers.normal_002, rngs, time_buckets + 1)
+        self.position_table = param(normal_002, rngs, 2 * length - 1)
+        self.time_table = param(normal_002, rngs, time_buckets + 1)
 
-    def flat(
-        self, time_T: Int[Array | np.ndarray, " T"], next_time_T: Int[Array | np.ndarray, " T"]
-    ) -> RelativeBias:
+    def flat(self, time_T: Times, next_time_T: Times) -> RelativeBias:
         """The bias in the form of the attention kernels.
 
         Times are in seconds: of the rows as keys, of the events after them as queries.

@@ -7,28 +7,28 @@ norms, one projection and elementwise work, but no attention.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
+
+from ultra_hstu.parallel.parameters import CallLayer, Policy
+from ultra_hstu.sequences import Activations
 
 # Names of values, given with jax.ad_checkpoint.checkpoint_name.
 LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT = "layer_input", "norm_stats", "attention_output"
 
 Remat = Literal["none", "selective", "full"]
-Policy = Callable[..., Any]  # as `jax.checkpoint` takes it
-
 
 # How a stack runs a layer: `call(layer, x_TD)`, whose backward keeps what the policy says, or
 # whatever it needs. `parallel.parameters.ShardedLayers` is one for a mesh.
-CallLayer = Callable[[nnx.Module, Array], Array]
 RunLayer = Callable[[CallLayer, nnx.Module, Array, Policy | None], Array]
 
 
 def run_layer(
-    call: CallLayer, layer: nnx.Module, x_TD: Float[Array, "T D"], policy: Policy | None
-) -> Float[Array, "T D"]:
+    call: CallLayer, layer: nnx.Module, x_TD: Activations, policy: Policy | None
+) -> Activations:
     """A `RunLayer` for one device."""
     run = functools.partial(call, layer)
     return run(x_TD) if policy is None else jax.checkpoint(run, policy=policy)(x_TD)

@@ -6,17 +6,17 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
 
 from kernels.jagged import Offsets, pad, unpad
 from ultra_hstu.config import ModelConfig
-from ultra_hstu.nn import initializers
 from ultra_hstu.nn.dropout import KeyOrNone, KeysOrNone, dropout, row_keys, sequence_keys, split_key
 from ultra_hstu.nn.encoder import Encoder
+from ultra_hstu.nn.fp8 import linear
+from ultra_hstu.nn.initializers import linear_bias, param, xavier_normal
 from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.remat import RunLayer, run_layer
-from ultra_hstu.nn.truncation import Cut
-from ultra_hstu.sequences import Sequences
+from ultra_hstu.nn.truncation import Kept
+from ultra_hstu.sequences import Activations, Sequences
 
 EPS = 1e-8
 
@@ -46,70 +46,57 @@ class SASRecLayer(nnx.Module):
             raise ValueError(
                 f"{heads=} must divide {width=}: SASRec splits the width over the heads"
             )
-        xavier = initializers.xavier_normal
-        self.qkv, self.qkv_bias = (
-            initializers.param(xavier, rngs, width, 3 * width),
-            nnx.Param(jnp.zeros(3 * width)),
-        )
-        self.output, self.output_bias = (
-            initializers.param(xavier, rngs, width, width),
-            nnx.Param(jnp.zeros(width)),
-        )
-        self.ffn1 = initializers.param(xavier, rngs, width, ffn_width)
-        self.ffn1_bias = initializers.param(initializers.linear_bias(width), rngs, ffn_width)
-        self.ffn2 = initializers.param(xavier, rngs, ffn_width, width)
-        self.ffn2_bias = initializers.param(initializers.linear_bias(ffn_width), rngs, width)
+        self.qkv = param(xavier_normal, rngs, width, 3 * width)
+        self.qkv_bias = nnx.Param(jnp.zeros(3 * width))
+        self.output = param(xavier_normal, rngs, width, width)
+        self.output_bias = nnx.Param(jnp.zeros(width))
+        self.ffn1 = param(xavier_normal, rngs, width, ffn_width)
+        self.ffn1_bias = param(linear_bias(width), rngs, ffn_width)
+        self.ffn2 = param(xavier_normal, rngs, ffn_width, width)
+        self.ffn2_bias = param(linear_bias(ffn_width), rngs, width)
         self.heads, self.length, self.dropout_rate = heads, length, dropout_rate
 
     def __call__(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
-    ) -> Float[Array, "T D"]:
+        self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None
+    ) -> Activations:
         attention_key, *row_key = split_key(key, 3)
         keys_B = None if attention_key is None else sequence_keys(attention_key, sequences)
         hidden_key, output_key = (row_keys(one, sequences) for one in row_key)
         query_TD = layer_norm(x_TD, eps=EPS)
         attended_TD = self._attention(query_TD, x_TD, sequences.offsets, keys_B)
         y_TD = layer_norm(query_TD + attended_TD, eps=EPS)
-        hidden_TF = jax.nn.relu(_linear(y_TD, self.ffn1[...], self.ffn1_bias[...]))
+        hidden_TF = jax.nn.relu(linear(y_TD, self.ffn1[...], self.ffn1_bias[...]))
         hidden_TF = dropout(hidden_TF, self.dropout_rate, hidden_key)
-        z_TD = _linear(hidden_TF, self.ffn2[...], self.ffn2_bias[...])
+        z_TD = linear(hidden_TF, self.ffn2[...], self.ffn2_bias[...])
         return y_TD + dropout(z_TD, self.dropout_rate, output_key)
 
     def _attention(
         self,
-        query_TD: Float[Array, "T D"],
-        x_TD: Float[Array, "T D"],
+        query_TD: Activations,
+        x_TD: Activations,
         offsets: Offsets,
         keys_B: KeysOrNone,
-    ) -> Float[Array, "T D"]:
+    ) -> Activations:
         rows, width = x_TD.shape
         weight, bias = self.qkv[...], self.qkv_bias[...]
-        q_TD = _linear(query_TD, weight[:, :width], bias[:width])
-        kv_TX = _linear(x_TD, weight[:, width:], bias[width:])
-        heads = (self.heads, width // self.heads)
+        q_TD = linear(query_TD, weight[:, :width], bias[:width])
+        k_TD, v_TD = jnp.split(linear(x_TD, weight[:, width:], bias[width:]), 2, axis=1)
         q_BNHK, k_BNHK, v_BNHK = (
-            pad(y.reshape(rows, *heads), offsets, self.length)
-            for y in (q_TD, kv_TX[:, :width], kv_TX[:, width:])
+            pad(y_TD.reshape(rows, self.heads, -1), offsets, self.length)
+            for y_TD in (q_TD, k_TD, v_TD)
         )
         score_BHNN = jnp.einsum(
             "bqhk,bshk->bhqs", q_BNHK, k_BNHK, preferred_element_type=jnp.float32
-        ) / math.sqrt(heads[1])
+        ) / math.sqrt(width // self.heads)
         # This hides the padding too: it lies behind the rows.
-        causal_NN: Bool[Array, "N N"] = jnp.tri(self.length, dtype=bool)
+        causal_NN = jnp.tri(self.length, dtype=bool)
         weight_BHNN = jax.nn.softmax(
             jnp.where(causal_NN[None, None], score_BHNN, -jnp.inf), axis=-1
         )
         weight_BHNN = dropout(weight_BHNN, self.dropout_rate, keys_B).astype(x_TD.dtype)
-        a_TD = unpad(jnp.einsum("bhqs,bshk->bqhk", weight_BHNN, v_BNHK), offsets, rows).reshape(
-            rows, width
-        )
-        return _linear(a_TD, self.output[...], self.output_bias[...])
-
-
-def _linear(
-    x_TX: Float[Array, "T X"], weight_XY: Float[Array, "X Y"], bias_Y: Float[Array, " Y"]
-) -> Float[Array, "T Y"]:
-    return x_TX @ weight_XY.astype(x_TX.dtype) + bias_Y.astype(x_TX.dtype)[None]
+        a_BNHK = jnp.einsum("bhqs,bshk->bqhk", weight_BHNN, v_BNHK)
+        a_TD = unpad(a_BNHK, offsets, rows).reshape(rows, width)
+        return linear(a_TD, self.output[...], self.output_bias[...])
 
 
 class SASRec(Encoder):
@@ -121,25 +108,24 @@ class SASRec(Encoder):
 
     @staticmethod
     def from_config(config: ModelConfig, length: int, *, rngs: nnx.Rngs) -> "SASRec":
-        def layer() -> SASRecLayer:
-            return SASRecLayer(
-                config.width,
-                config.heads,
-                config.ffn_width,
-                length,
-                dropout_rate=config.linear_dropout,
-                rngs=rngs,
-            )
+        return SASRec(
+            [
+                SASRecLayer(
+                    config.width,
+                    config.heads,
+                    config.ffn_width,
+                    length,
+                    dropout_rate=config.linear_dropout,
+                    rngs=rngs,
+                )
+                for _ in range(config.layers)
+            ]
+        )
 
-        return SASRec([layer() for _ in range(config.layers)])
-
-    def encode_kept(
-        self, x_TD: Float[Array, "T D"], sequences: Sequences, key: KeyOrNone = None
-    ) -> tuple[Float[Array, "T D"], Cut | None]:
+    def encode_kept(self, x_TD: Activations, sequences: Sequences, key: KeyOrNone = None) -> Kept:
         keep_T1 = (sequences.real_T & sequences.rows.real)[:, None]
-        zero = jnp.zeros((), x_TD.dtype)
-        x_TD = jnp.where(keep_T1, x_TD, zero)
+        x_TD = jnp.where(keep_T1, x_TD, 0)
         for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
             call = functools.partial(SASRecLayer.__call__, sequences=sequences, key=layer_key)
-            x_TD = jnp.where(keep_T1, self.run_layer(call, layer, x_TD, None), zero)
+            x_TD = jnp.where(keep_T1, self.run_layer(call, layer, x_TD, None), 0)
         return x_TD, None

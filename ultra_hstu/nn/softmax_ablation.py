@@ -7,22 +7,22 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from kernels.jagged import pad, unpad
+from kernels.typing import THK, THV
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.sequences import Sequences
 
 
 def softmax_attention(
-    q_THK: Float[Array, "T H K"],
-    k_THK: Float[Array, "T H K"],
-    v_THV: Float[Array, "T H V"],
+    q_THK: THK,
+    k_THK: THK,
+    v_THV: THV,
     sequences: Sequences,
     *,
     bias: RelativeBiasTables | None,
     length: int,
-) -> Float[Array, "T H V"]:
+) -> THV:
     """`a_i = sum_{j <= i} A_ij v_j` with `A = softmax((q_i . k_j + bias_ij) / sqrt(K))`.
 
     The softmax is over ALL `length` columns of the padded sequence, so it is not causal: future

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kernels.jagged import Rows, lengths_to_offsets, split_lengths
-from ultra_hstu.sequences import Sequences
+from kernels.typing import PerRow
+from ultra_hstu.sequences import PerSequence, Sequences
 
 
 class Cut(NamedTuple):
@@ -29,7 +30,7 @@ class Cut(NamedTuple):
 
     sequences: Sequences
     source_S: Int[Array, " S"]
-    row_T: Int[Array, " T"]
+    row_T: PerRow
     fits: Bool[Array, ""]
 
     def take(self, x_TD: Shaped[Array, "T *D"]) -> Shaped[Array, "S *D"]:
@@ -63,6 +64,10 @@ class Cut(NamedTuple):
         return jnp.where(self.fits, x_SD, jnp.nan)
 
 
+# The rows that reach a stack's last layer, after it, and which they are (None: all).
+Kept = tuple[Float[Array, "S D"], Cut | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Truncation:
     """What is kept.
@@ -93,32 +98,24 @@ class Truncation:
         """
         if extra_rows is None:
             extra_rows = sequences.max_targets + sequences.max_contextual
-        counts = (sequences.num_targets, sequences.num_contextual)
-        _check_room([count for count in counts if count is not None], extra_rows)
+        _check_room([count for count in sequences.counts if count is not None], extra_rows)
         offsets, num_rows = jnp.asarray(sequences.offsets, jnp.int32), sequences.num_rows
         real_T = jnp.asarray(sequences.real_T) & (jnp.arange(num_rows) < offsets[-1])
-        before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(real_T, dtype=jnp.int32)])
+        before = lengths_to_offsets(real_T.astype(jnp.int32))
         lengths_B = before[offsets[1:]] - before[offsets[:-1]]
-        contextual_B, history_B, _ = split_lengths(lengths_B, *counts)
+        contextual_B, history_B, _ = split_lengths(lengths_B, *sequences.counts)
         dropped_B = jnp.maximum(history_B - self.length, 0)
         kept_offsets = lengths_to_offsets(lengths_B - dropped_B)
 
         wanted = sequences.num_sequences * (self.length + extra_rows)
         capacity = min(num_rows, sequences.shards.divisible(wanted))
-        kept = Rows.of(kept_offsets, capacity)
+        kept, row_S = Rows.of(kept_offsets, capacity), jnp.arange(capacity, dtype=jnp.int32)
         in_front = kept.position < contextual_B[kept.segment]
         moved_S = jnp.where(in_front, 0, dropped_B[kept.segment])
         source_S = offsets[kept.segment] + kept.position + moved_S
-        nowhere_S = num_rows + jnp.arange(capacity, dtype=jnp.int32)
-        source_S = jnp.where(kept.real, source_S, nowhere_S)
-
-        rows = Rows.of(offsets, num_rows)
-        contextual_T, dropped_T = contextual_B[rows.segment], dropped_B[rows.segment]
-        in_front = rows.position < contextual_T
-        kept_T = real_T & (in_front | (rows.position >= contextual_T + dropped_T))
-        row_T = kept_offsets[rows.segment] + rows.position - jnp.where(in_front, 0, dropped_T)
-
-        row_T = jnp.where(kept_T, row_T, capacity)
+        source_S = jnp.where(kept.real, source_S, num_rows + row_S)
+        row_T = jnp.full(num_rows, capacity, jnp.int32)
+        row_T = row_T.at[source_S].set(row_S, mode="drop", unique_indices=True)
         cut = Cut(sequences, source_S, row_T, kept_offsets[-1] <= capacity)
         smaller = dataclasses.replace(
             sequences,
@@ -130,7 +127,7 @@ class Truncation:
         return cut._replace(sequences=smaller)
 
 
-def _check_room(counts: list[Int[Array | np.ndarray, " B"]], extra_rows: int) -> None:
+def _check_room(counts: list[PerSequence], extra_rows: int) -> None:
     if counts and extra_rows == 0:
         raise ValueError(
             "truncating sequences with targets or contextual tokens needs room to keep them: "

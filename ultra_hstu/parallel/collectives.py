@@ -1,9 +1,8 @@
 """What a compiled program sends from device to device, read from its text."""
 
+import math
 import re
 from typing import NamedTuple
-
-import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # The result's shapes, the kind, whether it is the start of an asynchronous one, and its attributes.
@@ -28,20 +27,15 @@ def collectives(program: str, devices: int) -> list[Collective]:
     """Every collective of an optimized HLO program; one inside a loop counts once."""
     found = []
     for match in _LINE.finditer(program):
-        kind, shapes = (
-            match["kind"],
-            [(name, _count(dims)) for name, dims in _SHAPE.findall(match["shapes"])],
-        )
+        kind = match["kind"]
+        shapes = [(_width(name), _count(dims)) for name, dims in _SHAPE.findall(match["shapes"])]
         if match["start"] and (
             kind in ("all-gather", "collective-permute") or match["shapes"].startswith("((")
         ):
             # Operands stand before the results; of a permutation, handles of the hardware may stand
             # behind.
             shapes = shapes[1:2] if kind == "collective-permute" else shapes[len(shapes) // 2 :]
-        elements, size = (
-            sum(count for _, count in shapes),
-            sum(count * _width(name) for name, count in shapes),
-        )
+        size = sum(width * count for width, count in shapes)
         members = _members(match["rest"], devices)
         others = (members - 1) / members
         sent = {
@@ -51,6 +45,7 @@ def collectives(program: str, devices: int) -> list[Collective]:
             "all-to-all": size * others,
             "collective-permute": size,
         }
+        elements = sum(count for _, count in shapes)
         found.append(Collective(kind, elements, round(sent[kind])))
     return found
 
@@ -68,12 +63,12 @@ def _members(attributes: str, devices: int) -> int:
         return int(counted[1])
     if axes := _AXES.search(attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
-        return int(np.prod([int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2])]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2]))
     return devices
 
 
 def _count(dims: str) -> int:
-    return int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64))
+    return math.prod(int(n) for n in dims.split(",") if n)
 
 
 def _width(name: str) -> float:

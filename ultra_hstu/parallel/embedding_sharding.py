@@ -68,29 +68,25 @@ def _lookup(devices: int, table_XD: Array, number_t: Array) -> Array:
     routes = _Routes(devices, table_XD.shape[0], number_t)
 
     def answer(turn: Array, out_tD: Array) -> Array:
-        wanted = routes.exchange(routes.requests(turn))
-        found = table_XD.at[wanted].get(mode="fill", fill_value=0)
+        found = table_XD.at[routes.wanted(turn)].get(mode="fill", fill_value=0)
         return routes.received(turn, routes.exchange(found), out_tD)
 
     zeros_tD = jnp.zeros((number_t.shape[0], table_XD.shape[1]), table_XD.dtype)
     return jax.lax.fori_loop(0, routes.rounds, answer, zeros_tD)
 
 
-def _lookup_forward(
-    devices: int, table_XD: Array, number_t: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    return _lookup(devices, table_XD, number_t), (jnp.zeros_like(table_XD), number_t)
+def _lookup_forward(devices: int, *saved: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _lookup(devices, *saved), saved
 
 
-def _lookup_backward(devices: int, saved: tuple[Array, Array], g_tD: Array) -> tuple[Array, None]:
-    zeros_XD, number_t = saved
-    routes = _Routes(devices, zeros_XD.shape[0], number_t)
+def _lookup_backward(devices: int, saved: tuple[Array, ...], g_tD: Array) -> tuple[Array, None]:
+    table_XD, number_t = saved
+    routes = _Routes(devices, table_XD.shape[0], number_t)
 
     def add(turn: Array, sum_XD: Array) -> Array:
-        wanted = routes.exchange(routes.requests(turn))
-        return sum_XD.at[wanted].add(routes.exchange(routes.sent(turn, g_tD)), mode="drop")
+        return sum_XD.at[routes.wanted(turn)].add(routes.sent(turn, g_tD, 0), mode="drop")
 
-    return jax.lax.fori_loop(0, routes.rounds, add, zeros_XD), None
+    return jax.lax.fori_loop(0, routes.rounds, add, jnp.zeros_like(table_XD)), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
@@ -119,16 +115,14 @@ class _Routes:
         now_t = (index_t >= 0) & (index_t < self.capacity) & (self.number_t >= 0)
         return jnp.where(now_t, self.owner_t * self.capacity + index_t, self.slots)
 
-    def _placed(self, buffer: Array, turn: Array, x_t: Array) -> Array:
-        return buffer.at[self._slot(turn)].set(x_t, mode="drop")
+    def wanted(self, turn: Array) -> Array:
+        """Entries of this device's part; `entries`, which is none, in unused slots."""
+        return self.sent(turn, self.number_t % self.entries, self.entries)
 
-    def requests(self, turn: Array) -> Array:
-        """Entries wanted of other devices' parts; `entries`, which is none, in unused slots."""
-        unused = jnp.full(self.slots, self.entries, jnp.int32)
-        return self._placed(unused, turn, self.number_t % self.entries)
-
-    def sent(self, turn: Array, g_tD: Array) -> Array:
-        return self._placed(jnp.zeros((self.slots, g_tD.shape[1]), g_tD.dtype), turn, g_tD)
+    def sent(self, turn: Array, x_t: Array, unused: int) -> Array:
+        """What all devices send to this one of what they have for each request."""
+        slots = jnp.full((self.slots, *x_t.shape[1:]), unused, x_t.dtype)
+        return self.exchange(slots.at[self._slot(turn)].set(x_t, mode="drop"))
 
     def received(self, turn: Array, answers: Array, out_tD: Array) -> Array:
         slot_t = self._slot(turn)

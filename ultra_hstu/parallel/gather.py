@@ -4,14 +4,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from kernels.hstu_attention.partial import partial_plan
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import KeyIntervals, RowIntervals
-from kernels.typing import Leaf
+from kernels.typing import Leaf, PerRow
 from ultra_hstu.parallel.mesh import CONTEXT
-from ultra_hstu.parallel.strategy import AttendPart, PartialSums, Prepare, ShardMask
+from ultra_hstu.parallel.strategy import AttentionCall, PartialSums, Prepare, ShardMask
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +27,7 @@ class GatheredKeys(PartialSums):
     """
 
     plan: Leaf[AttentionPlan]
-    order: Leaf[Int[Array, " T"]] | None
+    order: Leaf[PerRow] | None
 
     @staticmethod
     def of(view: ShardMask, prepare: Prepare) -> "GatheredKeys":
@@ -42,13 +42,8 @@ class GatheredKeys(PartialSums):
         order = None if layout.is_contiguous else jnp.argsort(layout.permutation())
         return GatheredKeys(prepare(plan), order)
 
-    def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: AttendPart) -> Array:
-        return attend(q, self._whole(k), self._whole(v), plan=self.plan, scale=scale, own=(k, v))
-
-    def gradients(
-        self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: AttendPart
-    ) -> tuple[Array, ...]:
-        return jax.vjp(lambda q, k, v: self.sums(q, k, v, scale, attend), q, k, v)[1](g)
+    def sums(self, q: Array, k: Array, v: Array, call: AttentionCall) -> Array:
+        return call.part(q, self._whole(k), self._whole(v), plan=self.plan, own=(k, v))
 
     def _whole(self, x: Array) -> Array:
         x = jax.lax.all_gather(x, CONTEXT, tiled=True)

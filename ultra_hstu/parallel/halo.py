@@ -13,24 +13,19 @@ size of a shard, and the transfers have all the time that the sum at home takes.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from kernels.hstu_attention.partial import partial_plan
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import AttentionMask, KeyIntervals, Locality, RowIntervals
-from kernels.typing import Leaf
+from kernels.typing import STATIC, Leaf
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
-from ultra_hstu.parallel.strategy import (
-    AttendPart,
-    AttentionCall,
-    PartialSums,
-    Prepare,
-    ShardMask,
-)
+from ultra_hstu.parallel.strategy import AttentionCall, Output, PartialSums, Prepare, ShardMask
 
 
 @jax.tree_util.register_dataclass
@@ -55,8 +50,8 @@ class Halo(PartialSums):
     row_R: Leaf[Int[Array, " R"]]
     copy_P: Leaf[Int[Array, " P"]]
     overflow: Leaf[Bool[Array, ""]]
-    shards: int = dataclasses.field(metadata={"static": True})
-    reach: int = dataclasses.field(metadata={"static": True})
+    shards: int = dataclasses.field(metadata=STATIC)
+    reach: int = dataclasses.field(metadata=STATIC)
 
     @staticmethod
     def of(view: ShardMask, prepare: Prepare) -> "Halo":
@@ -89,54 +84,44 @@ class Halo(PartialSums):
                 f"of {layout.block} rows: use 'ring', 'ulysses' or 'gather' for full masks"
             )
 
-    def attend(
-        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
-    ) -> Float[Array, "t H V"]:
+    def attend(self, q_tHK: Array, k_tHK: Array, v_tHV: Array, call: AttentionCall) -> Output:
         # No sum that lacks a summand passes for a result.
-        scale = jnp.where(self.overflow, jnp.nan, scale)
-        return super().attend(q_tHK, k_tHK, v_tHV, scale, call)
+        call = call._replace(scale=jnp.where(self.overflow, jnp.nan, call.scale))
+        return super().attend(q_tHK, k_tHK, v_tHV, call)
 
-    def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: AttendPart) -> Array:
-        rows_q, copies = self._everywhere(q, self.row_R), self._copies(k, v)
-        halo = self._before(jnp.concatenate([k, v], axis=2))
-        out = attend(q, *copies, plan=self.home, scale=scale, own=(k, v))
+    def sums(self, q: Array, k: Array, v: Array, call: AttentionCall) -> Array:
+        home, edge, visit = self._parts(call)
+        rows_q, copies = self._visiting(q), _joined(self._copied, k, v)
+        halo = _joined(self._before, k, v)
+        out = home(q, k, v, copies)
         if self.visit is not None:
-            visiting = attend(rows_q, k, v, plan=self.visit, scale=self._scale_of_visitors(scale))
-            out = self._add_home(out, self.row_R, visiting)
+            out = self._add_home(out, self.row_R, visit(rows_q, k, v))
         if self.edge is not None:
-            edge = self._edge_of(scale, attend)(q[: self.reach], *_split(halo, k.shape[2]))
-            out = _add_rows(out, edge, 0)
+            out = _add_rows(out, edge(q[: self.reach], *halo), 0)
         return out
 
     def gradients(
-        self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: AttendPart
+        self, q: Array, k: Array, v: Array, g: Array, call: AttentionCall
     ) -> tuple[Array, ...]:
         """What is of the size of a shard is added up once.
 
         The rest goes where it came from and is added in place.
         """
-        size, width = q.shape[0], k.shape[2]
-        rows_q, rows_g = _split(
-            self._everywhere(jnp.concatenate([q, g], axis=2), self.row_R), q.shape[2]
-        )
-        copies = self._copies(k, v)
-        halo = self._before(jnp.concatenate([k, v], axis=2))
-
-        def home(q: Array, k: Array, v: Array, copies: tuple[Array, Array]) -> Array:
-            return attend(q, *copies, plan=self.home, scale=scale, own=(k, v))
-
+        home, edge, visit = self._parts(call)
+        size = q.shape[0]
+        rows_q, rows_g = _joined(self._visiting, q, g)
+        copies, halo = _joined(self._copied, k, v), _joined(self._before, k, v)
         dq, dk, dv, d_copies = jax.vjp(home, q, k, v, copies)[1](g)
         if self.visit is not None:
-            visit = functools.partial(attend, plan=self.visit, scale=self._scale_of_visitors(scale))
             rows_dq, more_dk, more_dv = jax.vjp(visit, rows_q, k, v)[1](rows_g)
             dk, dv = dk + more_dk, dv + more_dv
         if self.edge is not None:
-            edge = self._edge_of(scale, attend)
-            first_q, first_g = q[: self.reach], g[: self.reach]
-            edge_dq, *d_halo = jax.vjp(edge, first_q, *_split(halo, width))[1](first_g)
+            edge_dq, *d_halo = jax.vjp(edge, q[: self.reach], *halo)[1](g[: self.reach])
             dq = _add_rows(dq, edge_dq, 0)
-            back_dk, back_dv = _split(self._back(jnp.concatenate(d_halo, axis=2), size), width)
-            dk, dv = (_add_rows(x, y, size - y.shape[0]) for x, y in ((dk, back_dk), (dv, back_dv)))
+            back = _joined(lambda parts: self._back(parts, size), *d_halo)
+            dk, dv = (
+                _add_rows(x, y, size - y.shape[0]) for x, y in zip((dk, dv), back, strict=True)
+            )
         if self.visit is not None:
             dq = self._add_home(dq, self.row_R, rows_dq)
         if self.copy_P.shape[0]:
@@ -145,41 +130,39 @@ class Halo(PartialSums):
             )
         return dq, dk, dv
 
-    def _copies(self, k: Array, v: Array) -> tuple[Array, Array]:
-        return _split(self._everywhere(jnp.concatenate([k, v], axis=2), self.copy_P), k.shape[2])
+    def _parts(self, call: AttentionCall) -> tuple[Callable[..., Array], ...]:
+        """The three sums: at home, at the edge, and of the visiting rows."""
 
-    def _edge_of(self, scale: Array, attend: AttendPart) -> AttendPart:
-        first = scale[: self.reach] if scale.ndim else scale
-        return functools.partial(attend, plan=self.edge, scale=first)
+        def home(q: Array, k: Array, v: Array, copies: tuple[Array, Array]) -> Array:
+            return call.part(q, *copies, plan=self.home, own=(k, v))
 
-    def _scale_of_visitors(self, scale: Array) -> Array:
-        return self._everywhere(scale, self.row_R) if scale.ndim else scale
+        edge = functools.partial(call.of_rows(lambda x: x[: self.reach]).part, plan=self.edge)
+        return home, edge, functools.partial(call.of_rows(self._visiting).part, plan=self.visit)
 
-    def _local_rows(self, row_N: Array, size: int) -> tuple[Array, Array]:
-        """Which of some rows of the buffer are on this shard, and where they are here.
+    def _visiting(self, x: Array) -> Array:
+        return self._everywhere(x, self.row_R)
+
+    def _copied(self, x: Array) -> Array:
+        return self._everywhere(x, self.copy_P)
+
+    def _local_rows(self, row_N: Array, size: int) -> Array:
+        """Where some rows of the buffer are on this shard.
 
         Indices of the others are beyond the shard, and all different.
         """
         local_N = row_N - jax.lax.axis_index(CONTEXT) * size
         mine_N = (local_N >= 0) & (local_N < size)
-        return mine_N, jnp.where(mine_N, local_N, size + jnp.arange(row_N.shape[0]))
+        return jnp.where(mine_N, local_N, size + jnp.arange(row_N.shape[0]))
 
     def _everywhere(self, x: Array, row_N: Array) -> Array:
         """Some rows of the sharded buffer `x`, on every shard; zeros for row T."""
-        mine_N, local_N = self._local_rows(row_N, x.shape[0])
-        found = jnp.where(
-            mine_N.reshape(-1, *(1,) * (x.ndim - 1)),
-            x[jnp.minimum(local_N, x.shape[0] - 1)],
-            jnp.zeros((), x.dtype),
-        )
+        found = x.at[self._local_rows(row_N, x.shape[0])].get(mode="fill", fill_value=0)
         return jax.lax.psum(found, CONTEXT) if row_N.shape[0] else found
 
     def _add_home(self, x: Array, row_N: Array, parts: Array) -> Array:
         """`x` plus, in some rows of the buffer, the sum of all shards' `parts`, in place."""
         sums = jax.lax.psum(parts.astype(jnp.float32), CONTEXT).astype(x.dtype)
-        return x.at[self._local_rows(row_N, x.shape[0])[1]].add(
-            sums, mode="drop", unique_indices=True
-        )
+        return x.at[self._local_rows(row_N, x.shape[0])].add(sums, mode="drop", unique_indices=True)
 
     def _hops(self, size: int) -> list[tuple[int, int]]:
         """(shards onward, rows of each) that make up the halo, the nearest first."""
@@ -190,14 +173,14 @@ class Halo(PartialSums):
 
     def _before(self, x: Array) -> Array:
         """The `reach` rows in front of a shard, from its neighbours; zeros before the buffer."""
-        size, parts = x.shape[0], [x[:0]]
-        for hop, taken in self._hops(size):
-            parts.append(
-                jax.lax.ppermute(
-                    x[size - taken :], CONTEXT, [(i, i + hop) for i in range(self.shards - hop)]
-                )
+        size = x.shape[0]
+        parts = [
+            jax.lax.ppermute(
+                x[size - taken :], CONTEXT, [(i, i + hop) for i in range(self.shards - hop)]
             )
-        return jnp.concatenate(parts[::-1])
+            for hop, taken in self._hops(size)
+        ]
+        return jnp.concatenate([*parts[::-1], x[:0]])
 
     def _back(self, parts: Array, size: int) -> Array:
         """`_before` transposed: the sum of what later shards have for the last rows of this one."""
@@ -209,7 +192,7 @@ class Halo(PartialSums):
                 CONTEXT,
                 [(i + hop, i) for i in range(self.shards - hop)],
             )
-            total = total + jnp.pad(sent, ((most - taken, 0), (0, 0), (0, 0)))
+            total = _add_rows(total, sent, most - taken)
             end -= taken
         return total
 
@@ -222,8 +205,10 @@ def _add_rows(x: Array, y: Array, first: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, x[first : first + y.shape[0]] + y, first, axis=0)
 
 
-def _split(x: Array, width: int) -> tuple[Array, Array]:
-    return x[..., :width], x[..., width:]
+def _joined(move: Callable[[Array], Array], x: Array, y: Array) -> tuple[Array, Array]:
+    """`move` of both, with one transfer in the place of two."""
+    both, width = move(jnp.concatenate([x, y], axis=2)), x.shape[2]
+    return both[..., :width], both[..., width:]
 
 
 def _ascending(flag_T: Array, capacity: int) -> Array:
@@ -236,18 +221,17 @@ def _home(view: ShardMask, local: Locality, copy_P: Array) -> AttentionPlan:
     own, num_rows, num_copies = view.own_t, view.layout.num_rows, copy_P.shape[0]
     first_t = local.first[own]
     is_local_t = view.real_t & ~local.is_far[own]
-    near_t = jnp.maximum(own - local.reach, first_t)
-    none_t = jnp.zeros_like(own)
-    far_t = [none_t, none_t]
+    window_t = jnp.maximum(own - local.reach, first_t)
+    far_t = [jnp.zeros_like(own)] * 2
     if num_copies:
         # What a row sees before its window. Where both are one interval, it is in slot 1.
         lo0, hi0, lo1, hi1 = (x[own] for x in view.keys)
-        joined_t = (hi1 > lo1) & (lo1 < near_t)
+        joined_t = (hi1 > lo1) & (lo1 < window_t)
         far_t = [
             jnp.searchsorted(copy_P, x, method="scan_unrolled").astype(jnp.int32)
-            for x in (jnp.where(joined_t, lo1, lo0), jnp.where(joined_t, near_t, hi0))
+            for x in (jnp.where(joined_t, lo1, lo0), jnp.where(joined_t, window_t, hi0))
         ]
-    seen = (*far_t, *(num_copies + view.here(x) for x in (near_t, own)))
+    seen = (*far_t, *(num_copies + view.here(x) for x in (window_t, own)))
     keys = KeyIntervals(*(jnp.where(is_local_t, x, 0) for x in seen))
 
     # Transposed. Of a copy: the local rows that see it, from behind its window on, so that it is
@@ -259,15 +243,11 @@ def _home(view: ShardMask, local: Locality, copy_P: Array) -> AttentionPlan:
     tail_P = tuple(jnp.where(copy_P < num_rows, view.here(x), 0) for x in (from_P, to_P))
     stop_t = jnp.minimum(own + local.reach + 1, local.last[own])
     seen_t = view.real_t & (own >= first_t)
-    near_t2 = [jnp.where(seen_t, view.here(x), 0) for x in (own + 1, stop_t)]
-    none_P = jnp.zeros_like(copy_P)
-    none = jnp.concatenate([none_P, none_t])
-    rows = RowIntervals(
-        none,
-        none,
-        *(jnp.concatenate([none_P, x]) for x in near_t2),
-        *(jnp.concatenate([x, none_t]) for x in tail_P),
-    )
+    near_t = [jnp.where(seen_t, view.here(x), 0) for x in (own + 1, stop_t)]
+    none = jnp.zeros(num_copies + own.shape[0], jnp.int32)
+    near = (jnp.pad(x, (num_copies, 0)) for x in near_t)
+    tail = (jnp.pad(x, (0, own.shape[0])) for x in tail_P)
+    rows = RowIntervals(none, none, *near, *tail)
     return partial_plan(
         keys,
         rows,

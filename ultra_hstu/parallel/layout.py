@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from kernels.jagged import Counts, Lengths
 from kernels.mask import AttentionMask
-from kernels.typing import Leaf
+from kernels.typing import STATIC, Leaf, PerRow, Scalar
 
 
 @jax.tree_util.register_dataclass
@@ -29,9 +29,9 @@ class Layout:
     of a size.
     """
 
-    num_rows: int = dataclasses.field(metadata={"static": True})
-    shards: int = dataclasses.field(metadata={"static": True})
-    block: int = dataclasses.field(metadata={"static": True})
+    num_rows: int = dataclasses.field(metadata=STATIC)
+    shards: int = dataclasses.field(metadata=STATIC)
+    block: int = dataclasses.field(metadata=STATIC)
     owner: Leaf[Int[Array | np.ndarray, " blocks"]]  # shard of each block
 
     @staticmethod
@@ -47,18 +47,9 @@ class Layout:
     @staticmethod
     def striped(num_rows: int, shards: int, block: int = 128) -> "Layout":
         """Raises ValueError where T is not a multiple of 2 * C * block."""
-        if block < 1 or num_rows % (2 * shards * block):
-            raise ValueError(
-                f"T={num_rows} rows are not a multiple of 2 * {shards} context shards * {block=}: "
-                "choose another T or block"
-            )
-        turn = np.concatenate([np.arange(shards), np.arange(shards)[::-1]])
-        return Layout(
-            num_rows,
-            shards,
-            block,
-            np.tile(turn, num_rows // (2 * shards * block)).astype(np.int32),
-        )
+        _require_turns(num_rows, 2 * shards, block, f"2 * {shards}")
+        turn = np.concatenate([np.arange(shards), np.arange(shards)[::-1]]).astype(np.int32)
+        return Layout(num_rows, shards, block, np.tile(turn, num_rows // (2 * shards * block)))
 
     @staticmethod
     def balanced(
@@ -75,19 +66,13 @@ class Layout:
         `block` should be a multiple of the kernels' tiles (128 rows). Raises ValueError where T is
         not a multiple of C * block.
         """
-        if block < 1 or num_rows % (shards * block):
-            raise ValueError(
-                f"T={num_rows} rows are not a multiple of {shards} context shards * {block=}: "
-                "choose another T or block"
-            )
-        pairs = (
-            mask.row_pairs(lengths, num_rows, num_targets, num_contextual).reshape(-1, block).sum(1)
-        )
+        _require_turns(num_rows, shards, block, f"{shards}")
+        pairs_T = mask.row_pairs(lengths, num_rows, num_targets, num_contextual)
+        pairs = pairs_T.reshape(-1, block).sum(1)
         load, left = np.zeros(shards, np.int64), np.full(shards, num_rows // (shards * block))
         owner = np.zeros(len(pairs), np.int32)
         for number in np.argsort(-pairs, kind="stable"):
-            shard = int(np.argmin(np.where(left > 0, load, np.iinfo(np.int64).max)))
-            owner[number] = shard
+            owner[number] = shard = np.argmin(np.where(left > 0, load, np.iinfo(np.int64).max))
             load[shard] += pairs[number]
             left[shard] -= 1
         return Layout(num_rows, shards, block, owner)
@@ -100,15 +85,14 @@ class Layout:
     def rows_per_shard(self) -> int:
         return self.num_rows // self.shards
 
-    def rows(self, shard: int | Int[Array, ""]) -> Int[Array, " t"]:
+    def rows(self, shard: int | Scalar) -> Int[Array, " t"]:
         """The rows of a shard (its number may be traced), ascending, int32[T / C]."""
         inside = jnp.arange(self.block, dtype=jnp.int32)
-        blocks = jnp.nonzero(
-            jnp.asarray(self.owner) == shard, size=self.rows_per_shard // self.block
-        )[0].astype(jnp.int32)
+        own = jnp.asarray(self.owner) == shard
+        blocks = jnp.nonzero(own, size=self.rows_per_shard // self.block)[0].astype(jnp.int32)
         return (blocks[:, None] * self.block + inside[None, :]).reshape(-1)
 
-    def index(self, row: int | Int[Array, "*n"], shard: int | Int[Array, ""]) -> Int[Array, "*n"]:
+    def index(self, row: int | Int[Array, "*n"], shard: int | Scalar) -> Int[Array, "*n"]:
         """How many rows of a shard come before `row` of the buffer (0..T).
 
         This is where `row` is, or would be, in the shard.
@@ -118,9 +102,14 @@ class Layout:
         block = row // self.block
         return before[block] * self.block + mine[block] * (row % self.block)
 
-    def permutation(self) -> Int[Array, " T"]:
+    def permutation(self) -> PerRow:
         """`x[permutation]` of a buffer in order is the buffer as the shards hold it, in turn."""
-        blocks = jnp.argsort(jnp.asarray(self.owner), stable=True).astype(jnp.int32)
-        return (
-            blocks[:, None] * self.block + jnp.arange(self.block, dtype=jnp.int32)[None, :]
-        ).reshape(-1)
+        return jax.vmap(self.rows)(jnp.arange(self.shards)).reshape(-1)
+
+
+def _require_turns(num_rows: int, blocks: int, block: int, words: str) -> None:
+    if block < 1 or num_rows % (blocks * block):
+        raise ValueError(
+            f"T={num_rows} rows are not a multiple of {words} context shards * {block=}: "
+            "choose another T or block"
+        )

@@ -3,12 +3,12 @@
 `data` counts groups with batches of their own, `context` the devices that share a batch's rows.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 DATA, CONTEXT = "data", "context"
@@ -34,11 +34,7 @@ def make_mesh(
             f"data={data} x context={context} must be the number of devices, {len(devices)}: "
             "change one of them, or pass devices="
         )
-    return Mesh(
-        np.asarray(devices).reshape(data, context),
-        (DATA, CONTEXT),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-    )
+    return Mesh(np.asarray(devices).reshape(data, context), (DATA, CONTEXT))
 
 
 def groups_here(mesh: Mesh) -> list[int]:
@@ -46,7 +42,7 @@ def groups_here(mesh: Mesh) -> list[int]:
     return [
         group
         for group, devices in enumerate(mesh.devices)
-        if any(device.process_index == jax.process_index() for device in devices)
+        if not set(devices).isdisjoint(mesh.local_devices)
     ]
 
 
@@ -73,17 +69,5 @@ def put_groups(tree: PyTree, mesh: Mesh) -> PyTree:
 
     Arrays are [S, ...] with the groups side by side on the second axis.
     """
-    here, sharding = groups_here(mesh), NamedSharding(mesh, PartitionSpec(None, DATA))
-
-    def join(x: np.ndarray) -> jax.Array:
-        size = x.shape[1] // len(here)
-
-        def of_group(index: Any) -> np.ndarray:
-            first = here.index((index[1].start or 0) // size) * size
-            return x[:, first : first + size]
-
-        return jax.make_array_from_callback(
-            (x.shape[0], size * len(mesh.devices), *x.shape[2:]), sharding, of_group
-        )
-
-    return jax.tree.map(join, tree)
+    sharding = NamedSharding(mesh, PartitionSpec(None, DATA))
+    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, sharding), tree)

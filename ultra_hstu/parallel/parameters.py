@@ -22,6 +22,7 @@ from ultra_hstu.parallel.shards import Shards
 
 TABLE, MATRIX = PartitionSpec((DATA, CONTEXT)), PartitionSpec(DATA)
 
+CallLayer = Callable[[nnx.Module, Array], Array]
 Policy = Callable[..., Any]  # as `jax.checkpoint` takes it
 
 
@@ -37,7 +38,7 @@ class ShardedLayers:
 
     def __call__(
         self,
-        call: Callable[[nnx.Module, Array], Array],
+        call: CallLayer,
         layer: nnx.Module,
         x_TD: Float[Array, "T D"],
         policy: Policy | None,
@@ -47,10 +48,10 @@ class ShardedLayers:
         gathers = self.shards.fsdp and self.shards.data > 1
 
         def run(x_TD: Array) -> Array:
-            return call(nnx.merge(graphdef, whole(x_TD.dtype) if gathers else params), x_TD)
+            def whole(x: Array) -> Array:
+                return _gathered(x_TD.dtype, x) if gathers and x.ndim == 2 else x
 
-        def whole(dtype: jnp.dtype) -> PyTree:
-            return jax.tree.map(lambda x: _gathered(dtype, x) if x.ndim == 2 else x, params)
+            return call(nnx.merge(graphdef, jax.tree.map(whole, params)), x_TD)
 
         if policy is None and self.shards.fsdp:
             policy = _keep_no_matrix

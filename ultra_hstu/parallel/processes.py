@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from ultra_hstu.fields import difference
-from ultra_hstu.parallel.mesh import CONTEXT, DATA
+from ultra_hstu.parallel.mesh import CONTEXT, DATA, EVERYWHERE, put
 
 # JAX ends all processes when one sends no heartbeat for so long, in the middle of a collective too.
 HEARTBEAT_SECONDS = 30
@@ -69,14 +69,15 @@ def join(
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
-    if detect and len(missing) < len(given):
-        raise ValueError(
-            "--distributed asks the cluster for what --coordinator, --processes and --process say: "
-            "give the one or the others"
-        )
-    if not detect and len(missing) == len(given):
+    if detect:
+        if len(missing) < len(given):
+            raise ValueError(
+                "--distributed asks the cluster for what --coordinator, --processes and --process "
+                "say: give the one or the others"
+            )
+    elif len(missing) == len(given):
         return
-    if not detect and missing:
+    elif missing:
         raise ValueError(
             f"{' and '.join(missing)} must be given too: "
             "--coordinator=HOST:PORT --processes=N --process=I, with I from 0 to N - 1"
@@ -243,17 +244,14 @@ def all_reduce_max(number: int, mesh: Mesh | None) -> Callable[[], int]:
     """
     if not several() or mesh is None:
         return lambda: number
-    devices = NamedSharding(mesh, PartitionSpec((DATA, CONTEXT)))
-    number_D = jax.make_array_from_callback(
-        (mesh.size,), devices, lambda _: np.full(1, number, np.int32)
-    )
+    number_D = put(np.full(mesh.size, number, np.int32), mesh, PartitionSpec((DATA, CONTEXT)))
     maximum = _maximum(mesh)(number_D)
     return lambda: int(maximum)
 
 
 @functools.cache
 def _maximum(mesh: Mesh) -> Callable[[Int32[Array, " D"]], Int32[Array, ""]]:
-    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, EVERYWHERE))
 
 
 def end() -> None:

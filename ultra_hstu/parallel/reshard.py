@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
+from kernels.jagged import Lengths, Offsets, lengths_to_offsets
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
 
@@ -35,13 +36,13 @@ class Shared(NamedTuple):
     """
 
     values: PyTree
-    offsets: Int[Array, " B1"]
+    offsets: Offsets
     fits: Bool[Array, ""]
 
 
 def reshard(
     values: PyTree,
-    lengths: Int[Array | np.ndarray, " B"],
+    lengths: Lengths,
     *,
     num_rows: int,
     mesh: Mesh,
@@ -91,25 +92,23 @@ def reshard(
     return jax.jit(program)(values, jnp.asarray(lengths, jnp.int32))
 
 
-def needed_capacity(lengths: Int[Array | np.ndarray, " B"], layout: Layout) -> int:
+def needed_capacity(lengths: Lengths, layout: Layout) -> int:
     """The most rows that one device sends to one other. On the host.
 
     Raises:
       ValueError: more rows than the buffer has.
     """
     totals = np.asarray(lengths, np.int64).reshape(layout.shards, -1).sum(1)
-    edges = np.concatenate([[0], np.cumsum(totals)])
-    if edges[-1] > layout.num_rows:
+    if totals.sum() > layout.num_rows:
         raise ValueError(
-            f"these sequences have {edges[-1]} rows together, more than the shared buffer's "
+            f"these sequences have {totals.sum()} rows together, more than the shared buffer's "
             f"{layout.num_rows}: raise num_rows"
         )
-    owner = np.repeat(np.asarray(layout.owner), layout.block)
-    sent = [
-        np.bincount(owner[edges[r] : edges[r + 1]], minlength=layout.shards)
-        for r in range(layout.shards)
-    ]
-    return int(np.max(np.stack(sent) * ~np.eye(layout.shards, dtype=bool), initial=0))
+    source = np.repeat(np.arange(layout.shards), totals)
+    owner = np.repeat(np.asarray(layout.owner), layout.block)[: len(source)]
+    sent = np.zeros((layout.shards, layout.shards), np.int64)
+    np.add.at(sent, (source, owner), source != owner)
+    return int(sent.max())
 
 
 def to_shared(values: PyTree, lengths_b: Int[Array, " b"], layout: Layout, capacity: int) -> Shared:
@@ -122,12 +121,10 @@ def to_shared(values: PyTree, lengths_b: Int[Array, " b"], layout: Layout, capac
         out_CcX = x.at[trip.local_rows(capacity)].get(mode="fill", fill_value=0)
         in_CcX = jax.lax.all_to_all(out_CcX, CONTEXT, split_axis=0, concat_axis=0, tiled=True)
         slot_t = trip.source_t * capacity + trip.number_t
-        received = in_CcX.reshape(-1, *x.shape[1:]).at[
-            jnp.where(trip.number_t < capacity, slot_t, layout.shards * capacity)
-        ]
-        mine_t = (trip.source_t == trip.me).reshape(-1, *(1,) * (x.ndim - 1))
+        slot_t = jnp.where(trip.number_t < capacity, slot_t, layout.shards * capacity)
+        came = in_CcX.reshape(-1, *x.shape[1:]).at[slot_t].get(mode="fill", fill_value=0)
         own = x.at[trip.row_t - trip.start_C[trip.me]].get(mode="fill", fill_value=0)
-        return trip.checked(jnp.where(mine_t, own, received.get(mode="fill", fill_value=0)), fits)
+        return trip.checked(jax.vmap(jnp.where)(trip.source_t == trip.me, own, came), fits)
 
     return Shared(jax.tree.map(move, values), trip.offsets, fits)
 
@@ -154,20 +151,14 @@ class _Trip:
         self.layout, self.me = layout, jax.lax.axis_index(CONTEXT)
         lengths_B = jax.lax.all_gather(lengths_b, CONTEXT, tiled=True)
         total_C = lengths_B.reshape(layout.shards, -1).sum(1)
-        edge_C1 = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(total_C, dtype=jnp.int32)])
-        self.offsets = jnp.concatenate(
-            [jnp.zeros(1, jnp.int32), jnp.cumsum(lengths_B, dtype=jnp.int32)]
-        )
+        edge_C1, self.offsets = lengths_to_offsets(total_C), lengths_to_offsets(lengths_B)
         self.start_C = edge_C1[:-1]
         self.fits = edge_C1[-1] <= layout.num_rows
         # Whose this device's rows of the shared buffer are, and which of those that come from
         # there.
         self.row_t = layout.rows(self.me)
-        self.source_t = jnp.clip(
-            jnp.searchsorted(edge_C1, self.row_t, side="right", method="scan_unrolled") - 1,
-            0,
-            layout.shards - 1,
-        ).astype(jnp.int32)
+        before_t = jnp.searchsorted(edge_C1, self.row_t, side="right", method="scan_unrolled")
+        self.source_t = jnp.clip(before_t - 1, 0, layout.shards - 1).astype(jnp.int32)
         self.real_t = self.row_t < edge_C1[-1]
         inside = jnp.minimum(edge_C1, layout.num_rows)
         self.number_t = (
@@ -176,10 +167,9 @@ class _Trip:
         )
         # Of this device's own rows: the range that they take on every device.
         shard_C = jnp.arange(layout.shards)
-        index = jax.vmap(layout.index, (None, 0))
         self.first_C, self.last_C = (
-            index(inside[self.me], shard_C),
-            index(inside[self.me + 1], shard_C),
+            jax.vmap(layout.index, (None, 0))(inside[edge], shard_C)
+            for edge in (self.me, self.me + 1)
         )
         sent_C = jnp.where(shard_C == self.me, 0, self.last_C - self.first_C)
         self.most_sent = jax.lax.pmax(sent_C.max(), CONTEXT)
@@ -193,16 +183,12 @@ class _Trip:
         used_Cc = (place_Cc < self.last_C[:, None]) & (
             jnp.arange(self.layout.shards)[:, None] != self.me
         )
-        rows_Ct = jax.vmap(self.layout.rows)(jnp.arange(self.layout.shards))
-        row_Cc = jnp.take_along_axis(
-            rows_Ct, jnp.minimum(place_Cc, self.layout.rows_per_shard - 1), axis=1
-        )
+        rows_Ct = self.layout.permutation().reshape(self.layout.shards, -1)
+        row_Cc = jnp.take_along_axis(rows_Ct, place_Cc, axis=1, mode="clip")
         return jnp.where(used_Cc, row_Cc - self.start_C[self.me], 2**30).reshape(-1)
 
     def checked(self, x_t: Array, fits: Array) -> Array:
         """Zeros on padding; no buffer that lacks rows passes for a whole one."""
-        x_t = jnp.where(
-            self.real_t.reshape(-1, *(1,) * (x_t.ndim - 1)), x_t, jnp.zeros((), x_t.dtype)
-        )
+        x_t = jax.vmap(jnp.where)(self.real_t, x_t, jnp.zeros_like(x_t))
         lost = jnp.nan if jnp.issubdtype(x_t.dtype, jnp.inexact) else LOST
         return jnp.where(fits, x_t, jnp.asarray(lost, x_t.dtype))

@@ -2,21 +2,21 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from kernels.hstu_attention.partial import partial_plan
 from kernels.hstu_attention.plan import AttentionPlan
-from kernels.typing import Leaf
+from kernels.typing import STATIC, Leaf, Scalar
 from ultra_hstu.parallel.mesh import CONTEXT
-from ultra_hstu.parallel.strategy import AttendPart, PartialSums, Prepare, ShardMask
+from ultra_hstu.parallel.strategy import AttentionCall, PartialSums, Prepare, ShardMask
 
 Tree = TypeVar("Tree")
-Index = int | Int[Array, ""]
+Index = int | Scalar
 KeysAndValues = tuple[Array, Array]
 
 
@@ -39,7 +39,7 @@ class Ring(PartialSums):
 
     own: Leaf[AttentionPlan]
     others: Leaf[AttentionPlan]
-    shards: int = dataclasses.field(metadata={"static": True})
+    shards: int = dataclasses.field(metadata=STATIC)
 
     @staticmethod
     def of(view: ShardMask, prepare: Prepare) -> "Ring":
@@ -55,16 +55,16 @@ class Ring(PartialSums):
         others = jax.lax.map(lambda distance: plan(distance, size), jnp.arange(1, shards))
         return Ring(plan(0, 0), others, shards)
 
-    def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: AttendPart) -> Array:
+    def sums(self, q: Array, k: Array, v: Array, call: AttentionCall) -> Array:
         def add(number: Index, out: Array, here: KeysAndValues) -> Array:
-            return out + self._part(number, scale, attend)(q, *here).astype(jnp.float32)
+            return out + self._part(number, call)(q, *here).astype(jnp.float32)
 
         def step(number: Array, carry: tuple[Array, KeysAndValues]) -> tuple[Array, KeysAndValues]:
             out, here = carry
             coming = self._send(here)
             return add(number, out, here), coming
 
-        out = self._part(None, scale, attend)(q, k, v).astype(jnp.float32)
+        out = self._part(None, call)(q, k, v).astype(jnp.float32)
         if self.shards > 1:
             # In a loop, no more keys are in memory than what is here and what is coming.
             start = (out, self._send((k, v)))
@@ -73,16 +73,15 @@ class Ring(PartialSums):
         return out.astype(v.dtype)
 
     def gradients(
-        self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: AttendPart
+        self, q: Array, k: Array, v: Array, g: Array, call: AttentionCall
     ) -> tuple[Array, ...]:
         def parts(number: Index | None, here: KeysAndValues) -> list[Array]:
-            found = jax.vjp(self._part(number, scale, attend), q, *here)[1](g)
+            found = jax.vjp(self._part(number, call), q, *here)[1](g)
             return [x.astype(jnp.float32) for x in found]
 
         def add(number: Index, sums: list[Array], here: KeysAndValues) -> list[Array]:
             """The sums; those of keys and values have come with them."""
-            arrived = (sums[0], *self._send(sums[1:]))
-            return [a + b for a, b in zip(arrived, parts(number, here), strict=True)]
+            return jax.tree.map(jnp.add, [sums[0], *self._send(sums[1:])], parts(number, here))
 
         def step(
             number: Array, carry: tuple[list[Array], KeysAndValues]
@@ -91,32 +90,31 @@ class Ring(PartialSums):
             coming = self._send(here)
             return add(number, sums, here), coming
 
-        likes, kv = (q, k, v), (k, v)
+        kv = (k, v)
         if self.shards == 1:
-            return tuple(
-                x.astype(like.dtype) for x, like in zip(parts(None, kv), likes, strict=True)
-            )
+            return _as((q, *kv), parts(None, kv))
         here = self._send(kv)
         sums = parts(0, here)
         if self.shards > 2:
             start = (sums, self._send(here))
             sums, here = jax.lax.fori_loop(1, self.shards - 2, step, start)
             sums = add(self.shards - 2, sums, here)
-        home = self._send([x.astype(like.dtype) for x, like in zip(sums[1:], kv, strict=True)])
-        own = parts(None, kv)
-        return tuple(
-            (a + b).astype(like.dtype)
-            for a, b, like in zip((sums[0], *home), own, likes, strict=True)
-        )
+        home = (sums[0], *self._send(_as(kv, sums[1:])))
+        return _as((q, *kv), jax.tree.map(jnp.add, home, tuple(parts(None, kv))))
 
-    def _part(self, number: Index | None, scale: Array, attend: AttendPart) -> Callable[..., Array]:
+    def _part(self, number: Index | None, call: AttentionCall) -> Callable[..., Array]:
         """What rows get from the keys of another shard or of their own (None), given q, k, v."""
         if number is None:
-            return lambda q, k, v: attend(q, k[:0], v[:0], plan=self.own, scale=scale, own=(k, v))
+            return lambda q, k, v: call.part(q, k[:0], v[:0], plan=self.own, own=(k, v))
         plan = jax.tree.map(lambda leaf: leaf[number], self.others)
-        return functools.partial(attend, plan=plan, scale=scale)
+        return functools.partial(call.part, plan=plan)
 
     def _send(self, x: Tree) -> Tree:
         """To the next shard; what comes in is the shard's before."""
         onward = [(i, (i + 1) % self.shards) for i in range(self.shards)]
         return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, CONTEXT, onward), x)
+
+
+def _as(likes: tuple[Array, ...], found: Iterable[Array]) -> tuple[Array, ...]:
+    """What was found, in the dtypes of `likes`."""
+    return tuple(x.astype(like.dtype) for x, like in zip(found, likes, strict=True))

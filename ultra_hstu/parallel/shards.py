@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 from kernels.mask import AttentionMask, layer_masks
+from kernels.typing import Scalar
 from ultra_hstu.config import Config
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT, DATA
@@ -130,9 +131,9 @@ class Shards:
             return x_P
 
         def cut(leaf: Array) -> Array:
-            size, missing = -(-leaf.shape[0] // self.context), -leaf.shape[0] % self.context
-            leaf = jnp.pad(leaf, ((0, missing), *((0, 0) for _ in leaf.shape[1:])))
-            return jax.lax.dynamic_slice_in_dim(leaf, jax.lax.axis_index(CONTEXT) * size, size)
+            size = -(-leaf.shape[0] // self.context)
+            row_p = jax.lax.axis_index(CONTEXT) * size + jnp.arange(size)
+            return jnp.asarray(leaf).at[row_p].get(mode="fill", fill_value=0)
 
         return jax.tree.map(cut, x_P)
 
@@ -142,7 +143,7 @@ class Shards:
         """Sums over all devices."""
         return x if self.devices == 1 else jax.lax.psum(x, (DATA, CONTEXT))
 
-    def first_sequence(self, batch: int) -> int | Int[Array, ""]:
+    def first_sequence(self, batch: int) -> int | Scalar:
         """The number, in the batch of all groups, of a group's first of `batch` sequences."""
         return 0 if self.data == 1 else jax.lax.axis_index(DATA) * batch
 

@@ -1,7 +1,6 @@
 """What every strategy builds on: the mask as a shard sees it, and sums over parts of the keys."""
 
 import abc
-import functools
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -14,6 +13,7 @@ from kernels.hstu_attention.partial import partial_attention
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.jagged import Counts, Offsets, Rows
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals
+from kernels.typing import Scalar, Scale
 from kernels.zeros import zeros_after
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
@@ -24,17 +24,42 @@ ROWS_AT_A_TIME = 2**20
 
 # `prepare_plan`, its constants filled in: adds an implementation's own lists to a plan.
 Prepare = Callable[[AttentionPlan], AttentionPlan]
-# `partial_attention`, its constants filled in.
-AttendPart = Callable[..., Array]
 Implementation = str | Sequence[str] | None
+Output = Float[Array, "t H V"]  # of attention, for the rows of a shard
 
 
 class AttentionCall(NamedTuple):
-    """What all shards' calls of `hstu_attention` share."""
+    """What the attention of a layer is called with, besides q, k and v."""
 
     alpha: float
+    scale: Array  # a constant, or one a row of the shard
     bias: RelativeBias | None
     implementation: Implementation
+
+    def part(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        plan: AttentionPlan | None,
+        own: tuple[Array, Array] | None = None,
+    ) -> Array:
+        """What rows get from some keys, see `partial_attention`."""
+        return partial_attention(
+            q,
+            k,
+            v,
+            alpha=self.alpha,
+            scale=self.scale,
+            own=own,
+            implementation=self.implementation,
+            plan=plan,
+        )
+
+    def of_rows(self, pick: Callable[[Array], Array]) -> "AttentionCall":
+        """The call for rows that `pick` takes from those of the shard."""
+        return self._replace(scale=pick(self.scale)) if self.scale.ndim else self
 
 
 class ShardMask:
@@ -45,11 +70,11 @@ class ShardMask:
         mask: AttentionMask,
         layout: Layout,
         offsets: Offsets,
-        num_targets: Counts = None,
-        num_contextual: Counts = None,
+        num_targets: Counts,
+        num_contextual: Counts,
         *,
-        max_targets: int = 0,
-        max_contextual: int = 0,
+        max_targets: int,
+        max_contextual: int,
     ):
         """
         Args:
@@ -73,11 +98,11 @@ class ShardMask:
         """How many rows of this shard come before rows of the buffer."""
         return self.layout.index(row, self.shard)
 
-    def keys_in(self, shard: int | Int[Array, ""]) -> KeyIntervals:
+    def keys_in(self, shard: int | Scalar) -> KeyIntervals:
         """Keys of another shard that this shard's rows see, as indices of that shard."""
         return KeyIntervals(*(self.layout.index(x[self.own_t], shard) for x in self.keys))
 
-    def seers_of(self, shard: int | Int[Array, ""]) -> RowIntervals:
+    def seers_of(self, shard: int | Scalar) -> RowIntervals:
         """`keys_in` transposed: rows of this shard that see the other one's keys."""
         key = self.layout.rows(shard)
         return RowIntervals(*(self.here(x[key]) for x in self.seen_by))
@@ -116,9 +141,7 @@ class Strategy(abc.ABC):
         return heads_at_a_time(layout.rows_per_shard, heads)
 
     @abc.abstractmethod
-    def attend(
-        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
-    ) -> Float[Array, "t H V"]:
+    def attend(self, q_tHK: Array, k_tHK: Array, v_tHV: Array, call: AttentionCall) -> Output:
         """Attention of this shard's rows; padding holds zeros, and zero scales."""
 
     def __call__(
@@ -129,10 +152,10 @@ class Strategy(abc.ABC):
         *,
         real_t: Bool[Array, " t"],
         alpha: float,
-        scale: float | Float[Array, "..."],
-        bias: RelativeBias | None = None,
-        implementation: Implementation = None,
-    ) -> Float[Array, "t H V"]:
+        scale: Scale,
+        bias: RelativeBias | None,
+        implementation: Implementation,
+    ) -> Output:
         """Attention of this shard's rows, once a layer. Inside `shard_map`.
 
         Args:
@@ -141,31 +164,26 @@ class Strategy(abc.ABC):
           alpha, scale, bias, implementation: as in `hstu_attention`; the bias takes times of the t
             rows.
         """
-        q, k, v = (
-            jnp.where(real_t[:, None, None], x, jnp.zeros((), x.dtype))
-            for x in (q_tHK, k_tHK, v_tHV)
-        )
-        factor = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
-        factor = jnp.where(real_t, factor, 0.0) if factor.ndim else factor
-        return self.attend(q, k, v, factor, AttentionCall(float(alpha), bias, implementation))
+        q, k, v = (jnp.where(real_t[:, None, None], x, 0) for x in (q_tHK, k_tHK, v_tHV))
+        scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
+        call = AttentionCall(float(alpha), scale, bias, implementation)
+        return self.attend(q, k, v, call.of_rows(lambda scale: jnp.where(real_t, scale, 0.0)))
 
 
 class PartialSums(Strategy):
     """A strategy whose output is a sum of attention to parts of the keys."""
 
     @abc.abstractmethod
-    def sums(self, q: Array, k: Array, v: Array, scale: Array, attend: AttendPart) -> Array:
+    def sums(self, q: Array, k: Array, v: Array, call: AttentionCall) -> Array:
         """The output of some heads."""
 
-    @abc.abstractmethod
     def gradients(
-        self, q: Array, k: Array, v: Array, g: Array, scale: Array, attend: AttendPart
+        self, q: Array, k: Array, v: Array, g: Array, call: AttentionCall
     ) -> tuple[Array, ...]:
         """Of q, k and v, from that of the output."""
+        return jax.vjp(lambda q, k, v: self.sums(q, k, v, call), q, k, v)[1](g)
 
-    def attend(
-        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
-    ) -> Float[Array, "t H V"]:
+    def attend(self, q_tHK: Array, k_tHK: Array, v_tHV: Array, call: AttentionCall) -> Output:
         """The sums of all heads, `heads_at_a_time`.
 
         The backward keeps the inputs and nothing else: what came from other shards is sent again.
@@ -173,13 +191,10 @@ class PartialSums(Strategy):
         from XLA that what is sent again was there before: it would hold it from one to the other.
         """
 
-        part = functools.partial(
-            partial_attention, alpha=call.alpha, implementation=call.implementation
-        )
-
         @jax.custom_vjp
         def kept(q: Array, k: Array, v: Array, scale: Array, plan: PartialSums) -> Array:
-            return in_turns(lambda q, k, v: (plan.sums(q, k, v, scale, part),), (v,), q, k, v)[0]
+            here = call._replace(scale=scale)
+            return in_turns(lambda q, k, v: (plan.sums(q, k, v, here),), (v,), q, k, v)[0]
 
         def forward(*inputs: PyTree) -> tuple[Array, tuple[PyTree, ...]]:
             return kept(*inputs), inputs
@@ -187,18 +202,12 @@ class PartialSums(Strategy):
         def backward(saved: tuple[PyTree, ...], g: Array) -> tuple[Array | None, ...]:
             q, k, v, scale, plan = saved
             q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))
-            found = in_turns(
-                lambda *heads: plan.gradients(*heads, scale=scale, attend=part),
-                (q, k, v),
-                q,
-                k,
-                v,
-                g,
-            )
+            here = call._replace(scale=scale)
+            found = in_turns(lambda *heads: plan.gradients(*heads, here), (q, k, v), q, k, v, g)
             return *found, None, None
 
         kept.defvjp(forward, backward)
-        return kept(q_tHK, k_tHK, v_tHV, scale, self)
+        return kept(q_tHK, k_tHK, v_tHV, call.scale, self)
 
 
 def heads_at_a_time(rows: int, heads: int) -> int:

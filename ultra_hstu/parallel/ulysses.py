@@ -4,15 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from kernels.hstu_attention.api import hstu_attention
 from kernels.hstu_attention.plan import AttentionPlan, make_plan
 from kernels.mask import AttentionMask
-from kernels.typing import Leaf
+from kernels.typing import Leaf, PerRow
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
-from ultra_hstu.parallel.strategy import AttentionCall, Prepare, ShardMask, Strategy
+from ultra_hstu.parallel.strategy import AttentionCall, Output, Prepare, ShardMask, Strategy
 
 
 @jax.tree_util.register_dataclass
@@ -29,8 +29,8 @@ class Ulysses(Strategy):
 
     plan: Leaf[AttentionPlan]
     offsets: Leaf[Int[Array, " B1"]]
-    order: Leaf[Int[Array, " T"]] | None
-    back: Leaf[Int[Array, " T"]] | None
+    order: Leaf[PerRow] | None
+    back: Leaf[PerRow] | None
 
     takes_bias = True
 
@@ -55,9 +55,7 @@ class Ulysses(Strategy):
     def heads_of_a_call(layout: Layout, heads: int) -> int:
         return heads // layout.shards
 
-    def attend(
-        self, q_tHK: Array, k_tHK: Array, v_tHV: Array, scale: Array, call: AttentionCall
-    ) -> Float[Array, "t H V"]:
+    def attend(self, q_tHK: Array, k_tHK: Array, v_tHV: Array, call: AttentionCall) -> Output:
         bias = call.bias
         if bias is not None and bias.times is not None:
             queries, keys = (self._rows(x) for x in bias.times)
@@ -69,7 +67,7 @@ class Ulysses(Strategy):
             self.offsets,
             mask=self.plan.mask,
             alpha=call.alpha,
-            scale=self._rows(scale) if scale.ndim else scale,
+            scale=call.of_rows(self._rows).scale,
             bias=bias,
             implementation=call.implementation,
             plan=self.plan,

@@ -46,10 +46,7 @@ class Ranker(nnx.Module):
             return HSTU.from_config(model, length, layers=layers, rngs=rngs)
 
         self.encoders = nnx.Dict(
-            {
-                name: encoder(channel.max_history, channel.layers)
-                for name, channel in channels.items()
-            }
+            {name: encoder(one.max_history, one.layers) for name, one in channels.items()}
         )
         self.head = MultiTaskHead(
             len(channels) * model.width,

@@ -7,9 +7,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ultra_hstu.nn import initializers
 from ultra_hstu.nn.dropout import KeyOrNone, dropout, row_keys
 from ultra_hstu.nn.embeddings import CodeEmbedding
+from ultra_hstu.nn.initializers import table, truncated_normal_002
 from ultra_hstu.parallel.embedding_sharding import lookup
 from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.ranking.batch import GAP_SIZE, Tokens
@@ -39,19 +39,16 @@ class TokenEmbedding(nnx.Module):
         Args:
           positions: the highest position of a token; it counts events.
         """
-        self.item_table = initializers.table(
-            initializers.truncated_normal_002, rngs, sizes.items + 1, width
-        )
-        self.signals = CodeEmbedding(sizes.signals, width, rngs=rngs) if sizes.signals else None
-        self.features = CodeEmbedding(sizes.features, width, rngs=rngs) if sizes.features else None
+        self.item_table = table(truncated_normal_002, rngs, sizes.items + 1, width)
+
+        def codes(*columns: int) -> CodeEmbedding | None:
+            return CodeEmbedding(columns, width, rngs=rngs) if columns else None
+
+        self.signals, self.features = codes(*sizes.signals), codes(*sizes.features)
         all_contextual = 1 + sum(size - 1 for size in sizes.contextual)
-        self.contextual = (
-            CodeEmbedding((all_contextual,), width, rngs=rngs) if sizes.contextual else None
-        )
-        self.position_table = initializers.table(
-            initializers.truncated_normal_002, rngs, positions + 1, width
-        )
-        self.gaps = CodeEmbedding((GAP_SIZE,), width, rngs=rngs) if sizes.timestamps else None
+        self.contextual = codes(all_contextual) if sizes.contextual else None
+        self.position_table = table(truncated_normal_002, rngs, positions + 1, width)
+        self.gaps = codes(GAP_SIZE) if sizes.timestamps else None
         self.dropout_rate, self.dtype = dropout_rate, dtype
 
     def __call__(

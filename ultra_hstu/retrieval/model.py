@@ -9,11 +9,11 @@ from ultra_hstu.nn.dropout import KeyOrNone, split_key
 from ultra_hstu.nn.embeddings import InputEmbedding
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.sasrec import SASRec
-from ultra_hstu.nn.truncation import Cut
+from ultra_hstu.nn.truncation import Kept
 from ultra_hstu.parallel.embedding_sharding import whole_table
 from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.retrieval.batch import Batch
-from ultra_hstu.sequences import Sequences
+from ultra_hstu.sequences import Activations, Sequences
 
 
 class Recommender(nnx.Module):
@@ -75,9 +75,7 @@ class Recommender(nnx.Module):
         x_TD, sequences, _ = self._input(batch, shards)
         return self.encoder.rows(x_TD, sequences, batch.last_row_B)
 
-    def encode(
-        self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None
-    ) -> Float[Array, "T D"]:
+    def encode(self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None) -> Activations:
         """The output of the encoder, before any L2 norm, in the dtype of the config.
 
         Args:
@@ -87,9 +85,7 @@ class Recommender(nnx.Module):
         """
         return self.encoder(*self._input(batch, shards, key))
 
-    def encode_kept(
-        self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None
-    ) -> tuple[Float[Array, "S D"], Cut | None]:
+    def encode_kept(self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None) -> Kept:
         """`encode` without the rows that an attention truncation drops, and which rows are left.
 
         None stands for all of them.
@@ -98,7 +94,7 @@ class Recommender(nnx.Module):
 
     def _input(
         self, batch: Batch, shards: Shards, key: KeyOrNone = None
-    ) -> tuple[Float[Array, "T D"], Sequences, KeyOrNone]:
+    ) -> tuple[Activations, Sequences, KeyOrNone]:
         embedding_key, encoder_key = split_key(key, 2)
         sequences = batch.sequences.on(shards)
         x_TD = self.embedding(batch.item_T, sequences, embedding_key, signal_TS=batch.signal_TS)
