@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import rich.progress
+from rich.progress import Progress
+from tensorflow_datasets.core.download import ExtractMethod, iter_archive
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 18
@@ -66,9 +68,8 @@ def obtain(
             "*.corrupt", so that the next call starts over.
     """
     expected = json.loads((folder / _SUMS).read_text()) if folder.is_dir() else {}
-    if folder.is_dir() and set(names) <= set(
-        expected
-    ):  # else downloaded when fewer of the publisher's files were read
+    # A folder may be of a time when fewer of the publisher's files were read.
+    if expected and set(names) <= set(expected):
         found = checksums(folder, names)
         for name in names:
             if found[name] != expected[name]:
@@ -181,14 +182,12 @@ def _receive(url: str, part: Path) -> None:
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         columns = (
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
+            *Progress.get_default_columns(),
             rich.progress.DownloadColumn(),
             rich.progress.TransferSpeedColumn(),
-            rich.progress.TimeRemainingColumn(),
         )
         with (
-            rich.progress.Progress(*columns) as progress,
+            Progress(*columns) as progress,
             open(part, "ab" if start else "wb") as file,
         ):
             task = progress.add_task(url.rsplit("/", 1)[-1], total=total, completed=start)
@@ -216,26 +215,15 @@ def _check(path: Path, download: Download) -> None:
 def _unpack(path: Path, names: Sequence[str], folder: Path) -> None:
     """Puts the files `names` of an archive, or the file itself, into `folder`."""
     try:
-        if path.name.endswith(".zip"):
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.namelist():
-                    if os.path.basename(member) in names:
-                        with (
-                            archive.open(member) as source,
-                            open(folder / os.path.basename(member), "wb") as target,
-                        ):
-                            shutil.copyfileobj(source, target)
-        elif path.name.endswith(".tar.gz"):
-            with tarfile.open(path) as archive:
-                for info in archive:
-                    if os.path.basename(info.name) in names and (
-                        content := archive.extractfile(info)
-                    ):
-                        with open(folder / os.path.basename(info.name), "wb") as target:
-                            shutil.copyfileobj(content, target)
-        else:
+        if not path.name.endswith((".zip", ".tar.gz")):
             shutil.copyfile(path, folder / path.name)
             return
+        kind = ExtractMethod.ZIP if path.suffix == ".zip" else ExtractMethod.TAR_GZ_STREAM
+        with open(path, "rb") as archive:  # a path would be opened with TensorFlow
+            for member, content in iter_archive(archive, kind):
+                if (name := os.path.basename(member)) in names:
+                    with open(folder / name, "wb") as target:
+                        shutil.copyfileobj(content, target)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
         aside = set_aside(path)
         raise ValueError(

@@ -104,12 +104,11 @@ class RawEvents:
         Raises:
             ValueError: an item that the catalogue lacks; names the file, line and value.
         """
-        known = catalog.raw_ids[1:]
-        index = np.minimum(np.searchsorted(known, self.items), len(known) - 1)
-        unknown = np.flatnonzero(known[index] != self.items)
+        dense = catalog.find(self.items)
+        unknown = np.flatnonzero(dense == 0)
         if len(unknown):
             item = self.items[unknown[0]].item()
             raise ValueError(
                 f"{self.place(int(unknown[0]))}: item {item!r} is not in {file_with_items}"
             )
-        return (index + 1).astype(np.int32)
+        return dense

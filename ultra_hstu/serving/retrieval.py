@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike
 from ultra_hstu import quantization
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
+from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.feed import ROW_MULTIPLE
-from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.retrieval.batch import Batch, Events, gather_batch
 from ultra_hstu.retrieval.metrics import best_items
