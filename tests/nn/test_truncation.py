@@ -18,7 +18,7 @@ from tests.nn.small_encoder import LENGTH, ROWS, SEQUENCES, WIDTH, batch, inputs
 from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig
 from ultra_hstu.nn.truncation import Truncation
 from ultra_hstu.retrieval.batch import Events, gather_batch
-from ultra_hstu.retrieval.loss import full_softmax
+from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.sequences import Sequences
 
@@ -312,7 +312,7 @@ def test_retrieval_trains_on_the_rows_that_are_left():
     kept_T = kept_rows(whole.encoder.truncation.cut(made.sequences))
     assert int(kept_T.sum()) == 6
     options = dict(temperature=1.0, l2_normalize=True, chunk_rows=8)
-    expected, _ = full_softmax(
+    expected, _ = softmax_loss(
         whole.encode(made), whole.item_table[...], made.target_T, made.weight_T * kept_T, **options
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
