@@ -16,7 +16,7 @@ from ultra_hstu import flops, tasks
 from ultra_hstu.config import ChannelConfig, Config, DataConfig, LossConfig, ModelConfig, RankConfig
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.retrieval.batch import Events, gather_batch
+from ultra_hstu.retrieval.batch import Events, HistoryGather
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.sequences import Sequences
 
@@ -86,7 +86,8 @@ def test_retrieval_loss_against_xla(negatives, items):
     )
     recipe = Recipe(config, items)
     events = Events.from_arrays(np.arange(ROWS + 1) % items + 1, None)
-    batch = gather_batch(events, jnp.array([0]), jnp.array([ROWS]), rows=ROWS)
+    columns = {"start": jnp.array([0]), "stop": jnp.array([ROWS])}
+    batch = HistoryGather(ROWS)(events, columns)
     params = nnx.split(nnx.eval_shape(lambda: recipe.build(0)))[1]
     step = xla_flops(
         lambda params, key: jax.value_and_grad(recipe.loss)(params, batch, key),

@@ -33,17 +33,14 @@ class Evaluator(abc.ABC):
 
     def __init__(self, recipe: Steps, loader: Loader, like: jax.ShapeDtypeStruct):
         self.recipe, self.loader, self.plan = recipe, loader, loader.plan(shuffle=False)
+        # The places of every step's outputs that belong to an example.
+        self.used_SP: Bool[np.ndarray, "S P"] = self.plan.place_SB >= 0
         self._like = like
         self._run: jax.stages.Wrapped | jax.stages.Compiled = jax.jit(self._over_devices)
 
     @abc.abstractmethod
     def outputs(self, scored: PyTree, batch: PyTree) -> Shaped[Array, "p ..."]:
         """What a batch gives, this device's part as `Shards.part` divides it."""
-
-    @property
-    def used_SP(self) -> Bool[np.ndarray, "S P"]:
-        """The places of every step's outputs that belong to an example."""
-        return self.plan.place_SB >= 0
 
     @abc.abstractmethod
     def metrics(self, output_P: Shaped[np.ndarray, "P ..."]) -> dict[str, float]:
@@ -62,16 +59,11 @@ class Evaluator(abc.ABC):
         if processes.several():
             self.compile(scored)  # the others would wait in the first call
         pending = [
-            (group.first, group.steps, self._run(scored, group.feed, np.int32(group.steps)))
+            (group.steps, self._run(scored, group.feed, np.int32(group.steps)))
             for group in self.loader.groups(self.plan)
         ]
-        used_SP = self.used_SP
-        return np.concatenate(
-            [
-                np.asarray(output_SP)[:steps][used_SP[first : first + steps]]
-                for first, steps, output_SP in pending
-            ]
-        )
+        outputs = [np.asarray(output_SP)[:steps] for steps, output_SP in pending]
+        return np.concatenate(outputs)[self.used_SP]
 
     def __call__(self, scored: PyTree) -> dict[str, float]:
         return self.metrics(self.predict(scored))

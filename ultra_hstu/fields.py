@@ -71,7 +71,7 @@ def to_values(section: Section) -> Values:
     return values
 
 
-def build[S: Section](cls: type[S], values: Values, prefix: str = "") -> S:
+def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
     """The section whose fields have these values. Lists become tuples: JSON has no tuples.
 
     Raises:

@@ -1,6 +1,7 @@
 """What encoders read of a batch: its sequences, their times, and how the rows lie on the mesh."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from kernels.jagged import Rows
 from kernels.typing import Leaf
 from ultra_hstu.parallel.shards import ONE, Shards
 
-Columns = dict[str, Int[Array | np.ndarray, "..."]]  # of the examples of a batch, by name
+Columns = Mapping[str, Int[Array | np.ndarray, "..."]]  # of the examples of a batch, by name
 
 
 @jax.tree_util.register_dataclass

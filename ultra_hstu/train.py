@@ -335,14 +335,12 @@ class _Run:
             "seconds": position.seconds,
             "compile_seconds": position.compile_seconds,
             "best_epoch": position.best_epoch,
-            "best": self.evaluator(params),
-            "last": position.last,
         }
-        if self.split != "test":
+        if self.split == "test":
+            result |= {"best": self.evaluator(params), "last": position.last}
+        else:
             # One look at the test items, with the parameters that did best on validation.
-            validation = result.pop("best")
-            result |= {"validation": validation, "best": self.test_evaluator(params)}
-            result.pop("last")
+            result |= {"validation": self.evaluator(params), "best": self.test_evaluator(params)}
         if processes.is_first():
             write_json(self.folder.result, result)
             runs = {self.config.name: self.folder.metrics}

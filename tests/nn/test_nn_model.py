@@ -14,7 +14,7 @@ from flax import nnx
 from tests.golden import assert_close
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.retrieval.batch import Batch, Events, gather_batch
+from ultra_hstu.retrieval.batch import Batch, Events, HistoryGather
 from ultra_hstu.retrieval.model import Recommender
 
 ITEMS, HISTORY, ROWS = 40, 12, 64
@@ -61,14 +61,8 @@ def batch(lengths=LENGTHS, *, seed=0, padded=False) -> Batch:
     )
     length = HISTORY + SMALL.output_slots
     rows, padded_length = (len(lengths) * length, length) if padded else (ROWS, None)
-    made = gather_batch(
-        source,
-        start,
-        start + lengths.astype(np.int32),
-        rows=rows,
-        padded_length=padded_length,
-        xp=np,
-    )
+    columns = {"start": start, "stop": start + lengths.astype(np.int32)}
+    made = HistoryGather(rows, padded_length)(source, columns, np)
     return jax.tree.map(jnp.asarray, made)
 
 

@@ -17,7 +17,7 @@ from tests.nn import small_encoder
 from tests.nn.small_encoder import LENGTH, ROWS, SEQUENCES, WIDTH, batch, inputs
 from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig
 from ultra_hstu.nn.truncation import Truncation
-from ultra_hstu.retrieval.batch import Events, gather_batch
+from ultra_hstu.retrieval.batch import Events, HistoryGather
 from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.sequences import Sequences
@@ -304,7 +304,8 @@ def test_retrieval_trains_on_the_rows_that_are_left():
     )
     recipe = Recipe(config, num_items=30)
     events = Events.from_arrays(np.random.default_rng(0).integers(1, 31, 40), np.arange(40))
-    made = gather_batch(events, np.array([0, 12, 13]), np.array([9, 12, 24]), rows=32, xp=np)
+    columns = {"start": np.array([0, 12, 13]), "stop": np.array([9, 12, 24])}
+    made = HistoryGather(32)(events, columns, np)
     made = jax.tree.map(jnp.asarray, made)
     params = recipe.init(0).params
     loss = recipe.loss(params, made, jax.random.key(0))

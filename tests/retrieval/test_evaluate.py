@@ -7,7 +7,7 @@ import pytest
 
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
-from ultra_hstu.retrieval.batch import gather_batch
+from ultra_hstu.retrieval.batch import HistoryGather
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,9 @@ def ranks_by_hand(task, params, examples):
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
     events, ranks = jax.device_put(task.events), []
     encode = jax.jit(
-        lambda start, stop: model.encode(gather_batch(events, start, stop, rows=10))[-1]
+        lambda start, stop: model.encode(HistoryGather(10)(events, {"start": start, "stop": stop}))[
+            -1
+        ]
     )
     for start, stop in zip(examples.start, examples.stop, strict=True):
         scores = unit @ np.asarray(

@@ -15,7 +15,8 @@ examples in every step.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Protocol, runtime_checkable
 
@@ -126,13 +127,15 @@ class Packing:
         )
 
 
-def choose_rows(lengths: Int[np.ndarray, " n"], batch_users: int, longest: int = 0) -> int:
+def choose_rows(
+    lengths: Int[np.ndarray, " n"], batch_users: int, longest: int | np.integer = 0
+) -> int:
     """T such that `batch_users` random histories nearly always fit.
 
     It is the mean and 4 standard deviations of the sum of their lengths, at least the longest, and
     `longest`, which a history may reach in another epoch. `plan_epoch` closes batches early.
     """
-    users, longest = min(batch_users, len(lengths)), max(longest, int(lengths.max()))
+    users, longest = min(batch_users, len(lengths)), max(int(longest), int(lengths.max()))
     expected = users * lengths.mean() + 4 * np.sqrt(users) * lengths.std()
     rows = max(longest, min(int(np.ceil(expected)), users * longest), 1)
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -292,8 +295,11 @@ class Loader:
     Args:
       store: the arrays that batches are gathered from.
       examples: a table, or a function (seed, epoch) -> table where every epoch has its own.
-      gather: what makes a batch of a data group; its `rows` bound that batch.
+      gather: what makes a batch of a data group, from the rows of each of its buffers and the most
+        examples that it holds; its `rows` bound that batch.
       batch_users: B, examples of a step, those of all groups.
+      rows: of all groups together; None: chosen for each buffer from the lengths.
+      longest: rows in each buffer that no example exceeds in any epoch; None: as in the first.
       placement: "device", "stream", or "auto" by the size of the data.
       planner: what makes the batches of an epoch.
       mesh: where batches go; None: one device.
@@ -301,37 +307,51 @@ class Loader:
         None: as many.
 
     Raises:
-      ValueError: examples or rows that cannot be divided among the groups.
+      ValueError: no examples, or examples or rows that cannot be divided among the groups.
     """
 
     def __init__(
         self,
         store: EventStore,
         examples: ExampleTable | Callable[[int, int], ExampleTable],
-        gather: BatchGather,
+        gather: Callable[[tuple[int, ...], int], BatchGather],
         *,
         batch_users: int,
         steps_per_call: int,
+        rows: int | None = None,
+        longest: Sequence[int] | None = None,
         placement: str = "auto",
         planner: Planner = WHOLE,
         mesh: Mesh | None = None,
         groups: int | None = None,
     ):
         self.batch_users, self.steps_per_call = batch_users, steps_per_call
-        self.store, self.gather, self.planner, self.mesh = store, gather, planner, mesh
+        self.store, self.planner, self.mesh = store, planner, mesh
         self.shards = 1 if mesh is None else mesh.shape[DATA]
         groups = self.shards if groups is None else groups
-        self.packing = Packing.of(gather.rows, batch_users, groups, self.shards)
         self.examples: Callable[[int, int], ExampleTable] = (
             examples if callable(examples) else lambda seed, epoch: examples
         )
+        whole = self.examples(0, 0)
+        if len(whole.lengths) == 0:
+            raise ValueError(
+                "no examples: every user of this split has too few events for a history and a "
+                "target"
+            )
+        kept = planner.taken(whole, 0, 0)
+        kept_nR, whole_nR = (one.lengths.reshape(len(one.lengths), -1) for one in (kept, whole))
+        chosen = tuple(
+            (rows or groups * choose_rows(lengths_n, batch_users // groups, most)) // self.shards
+            for lengths_n, most in zip(kept_nR.T, longest or whole_nR.max(axis=0), strict=True)
+        )
+        self.gather = gather(chosen, batch_users // self.shards)
+        self.packing = Packing.of(self.gather.rows, batch_users, groups, self.shards)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(store.host))
         self.streamed = placement == "stream" or (placement == "auto" and size > DEVICE_BYTES)
 
     def plan(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> Plan:
-        """The batches of an epoch. Raises ValueError for no examples, or one that is too long."""
+        """The batches of an epoch. Raises ValueError for an example that is too long."""
         examples = self.examples(seed, epoch)
-        require_some(examples)
         return self.planner.plan(examples, self.packing, seed=seed, epoch=epoch, shuffle=shuffle)
 
     def groups(self, plan: Plan, first: int = 0) -> Iterator[Group]:
@@ -377,23 +397,15 @@ class Loader:
             .map(lambda first: (first, *self._pack(plan, first)))
             .to_iter_dataset(options)
         )
-        ready: Group | None = None
-        for first, batches_S, steps in packed:
-            # One group ahead: its copy to the device runs while the caller computes on the last.
-            ahead = (
-                jax.device_put(batches_S) if self.mesh is None else put_groups(batches_S, self.mesh)
-            )
-            moving = Group(StreamedFeed(ahead), int(steps), int(first))
-            if ready is not None:
-                yield ready
-            ready = moving
-        if ready is not None:
-            yield ready
-
-
-def require_some(examples: ExampleTable) -> None:
-    """Raises ValueError if there are no examples."""
-    if len(examples.lengths) == 0:
-        raise ValueError(
-            "no examples: every user of this split has too few events for a history and a target"
+        mesh = self.mesh
+        put = jax.device_put if mesh is None else functools.partial(put_groups, mesh=mesh)
+        moving = (
+            Group(StreamedFeed(put(batches_S)), int(steps), int(first))
+            for first, batches_S, steps in packed
         )
+        ready = next(moving, None)
+        while ready is not None:
+            # One group ahead: its copy to the device runs while the caller computes on the last.
+            ahead = next(moving, None)
+            yield ready
+            ready = ahead

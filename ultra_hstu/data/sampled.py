@@ -7,16 +7,17 @@ row of a retrieval batch predicts the event that followed it, kept or not.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from ultra_hstu.config import DataConfig
 from ultra_hstu.data.feed import ExampleTable, HostColumns, Packing, Plan, Planner
 from ultra_hstu.sampling import LoadBalancer, Subsequence, stochastic_length, subsequence
 
 # Streams of random numbers beside the loader's own, which shuffles with (seed, epoch).
 _LENGTHS, _EVENTS = 2, 3
+PerHistory = Int[np.ndarray, "n R"]  # of n examples with R histories each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +28,6 @@ class Sampling:
     subsequence: Subsequence = "recent"
     gamma: float | None = None  # a history costs length^gamma, for load balance; None: no balance
     recalibrate_every: int = 100
-
-    @staticmethod
-    def of(config: DataConfig, gamma: float) -> "Sampling | None":
-        """What a configuration asks for; None where histories stay whole."""
-        if config.stochastic_length is None:
-            return None
-        return Sampling(
-            config.stochastic_length,
-            config.subsequence,
-            gamma if config.load_balance else None,
-            config.recalibrate_every,
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,14 +49,12 @@ class CutTable:
 
     whole: ExampleTable
     histories: tuple[SampledHistory, ...]
-    kept_nR: Int[np.ndarray, "n R"]
+    kept_nR: PerHistory
 
     @property
     def columns(self) -> HostColumns:
-        starts = {
-            f"start{history.suffix}": self.stop(r) - self.kept_nR[:, r]
-            for r, history in enumerate(self.histories)
-        }
+        start_nR = self.stop_nR - self.kept_nR
+        starts = {f"start{one.suffix}": start_nR[:, r] for r, one in enumerate(self.histories)}
         return self.whole.columns | starts
 
     @property
@@ -79,15 +66,17 @@ class CutTable:
     def rows_per_event_R(self) -> Int[np.ndarray, " R"]:
         return np.array([history.rows_per_event for history in self.histories])
 
-    @property
-    def whole_nR(self) -> Int[np.ndarray, "n R"]:
-        return np.stack([self.stop(r) - self.start(r) for r in range(len(self.histories))], axis=1)
+    @functools.cached_property
+    def whole_nR(self) -> PerHistory:
+        return self.stop_nR - self._columns_nR("start")
 
-    def start(self, r: int) -> Int[np.ndarray, " n"]:
-        return self.whole.columns[f"start{self.histories[r].suffix}"]
+    @functools.cached_property
+    def stop_nR(self) -> PerHistory:
+        return self._columns_nR("stop")
 
-    def stop(self, r: int) -> Int[np.ndarray, " n"]:
-        return self.whole.columns[f"stop{self.histories[r].suffix}"]
+    def _columns_nR(self, name: str) -> PerHistory:
+        columns = [self.whole.columns[name + history.suffix] for history in self.histories]
+        return np.stack(columns, axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,9 +111,9 @@ class ChosenPlan(Plan):
 
     def _events(self, r: int, example: int) -> Int[np.ndarray, " k"]:
         table, index = self.examples, self.examples.histories[r].index
-        start, stop = table.start(r)[example], table.stop(r)[example]
-        keep = table.kept_nR[example, r]
-        event_n = np.arange(start, stop) if index is None else index[start:stop]
+        stop, keep = table.stop_nR[example, r], table.kept_nR[example, r]
+        event_n = np.arange(stop - table.whole_nR[example, r], stop)
+        event_n = event_n if index is None else index[event_n]
         if keep == len(event_n):
             return event_n
         rng = np.random.default_rng((self.seed, self.epoch, _EVENTS, r, example))

@@ -16,7 +16,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Float32, Int, Int32
 
 from kernels.jagged import Rows, lengths_to_offsets
 from kernels.typing import Leaf
@@ -152,26 +152,25 @@ class RankGather:
         column = {name: xp.asarray(values).astype(xp.int32) for name, values in columns_B.items()}
         if self.supervise_history:
             (name,) = self.channels
-            history_B = column[f"stop/{name}"] - column[f"start/{name}"]
-            at_P = Rows.of(lengths_to_offsets(history_B, xp=xp), self.rows[0] // 2, xp=xp)
-            user_P, place_P, real_P = at_P.segment, at_P.position, at_P.real
-            event_P, index = column[f"start/{name}"][user_P] + place_P, _index(data, column, name)
-            event_P = event_P if index is None else index[xp.where(real_P, event_P, 0)]
+            start_B, index = column[f"start/{name}"], _index(data, column, name)
+            length_B, places = column[f"stop/{name}"] - start_B, self.rows[0] // 2
+            offsets = lengths_to_offsets(length_B, xp=xp)
         else:
-            slot_P = xp.arange(column["count"].shape[0] * self.targets, dtype=xp.int32)
-            user_P, place_P = slot_P // self.targets, slot_P % self.targets
-            real_P = place_P < column["count"][user_P]
-            event_P = column["target"][user_P] + place_P
-        event_P = xp.where(real_P, event_P, 0)
+            start_B, index, length_B = column["target"], None, column["count"]
+            places = len(length_B) * self.targets
+            offsets = xp.arange(0, places + 1, self.targets, dtype=xp.int32)
+        at_P = Rows.of(offsets, places, lengths=length_B, xp=xp)
+        event_P = xp.where(at_P.real, start_B[at_P.segment] + at_P.position, 0)
+        event_P = event_P if index is None else xp.where(at_P.real, index[event_P], 0)
         tokens = {
-            name: self._tokens(xp, data, column, name, rows, user_P, place_P, real_P)
+            name: self._tokens(xp, data, column, name, rows, at_P)
             for name, rows in zip(self.channels, self.rows, strict=True)
         }
         return RankBatch(
             channels=tokens,
             label_PK=data.label_EK[event_P],
-            weight_PK=data.weight_EK[event_P] * real_P.astype(xp.float32)[:, None],
-            user_P=xp.where(real_P, column["user"][user_P], 0),
+            weight_PK=data.weight_EK[event_P] * at_P.real.astype(xp.float32)[:, None],
+            user_P=xp.where(at_P.real, column["user"][at_P.segment], 0),
         )
 
     def _tokens(
@@ -181,11 +180,9 @@ class RankGather:
         column: Columns,
         name: str,
         rows: int,
-        user_P: Int[AnyArray, " P"],
-        place_P: Int[AnyArray, " P"],
-        real_P: Bool[AnyArray, " P"],
+        at_P: Rows,
     ) -> Tokens:
-        """One channel.
+        """One channel; `at_P` are the predicted events by request.
 
         For a row's request b: c contextual tokens, h history events, place p in it.
         """
@@ -244,12 +241,11 @@ class RankGather:
         at_target = xp.zeros_like(h_T) if self.backwards else h_T + 1
         zero = xp.int32(0)
 
-        row_P = (
-            offsets[user_P]
-            + contextual_B[user_P]
-            + per_event * (place_P if self.supervise_history else history_B[user_P])
-        )
-        row_P = row_P if self.supervise_history else row_P + place_P
+        behind_B = offsets[:-1] + contextual_B
+        if self.supervise_history:
+            row_P = behind_B[at_P.segment] + per_event * at_P.position
+        else:
+            row_P = (behind_B + per_event * history_B)[at_P.segment] + at_P.position
         context_T = (
             data.context_UC[column["user"][b_T], xp.clip(p_T, 0, self.contextual - 1)]
             if self.contextual
@@ -269,7 +265,7 @@ class RankGather:
             offsets=xp.asarray(offsets),
             num_targets=xp.asarray(laid_B),
             num_contextual=contextual_B,
-            row_P=xp.where(real_P, row_P, zero).astype(xp.int32),
+            row_P=xp.where(at_P.real, row_P, zero).astype(xp.int32),
         )
 
 

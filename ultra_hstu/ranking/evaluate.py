@@ -41,13 +41,10 @@ class RequestEvaluator(Evaluator):
         # The order of `RankGather`: request after request, each with `targets` places.
         place_M = np.arange(targets)
         real_SBM = place_M < columns["count"][:, :, None]
-        self._used_SP = real_SBM.reshape(len(self.plan), places)
-        self.event_P: Int[np.ndarray, " P"] = (
-            columns["target"][:, :, None].astype(np.int64) + place_M
-        )[real_SBM]
-        self.user_P: Int[np.ndarray, " P"] = np.broadcast_to(
-            columns["user"][:, :, None], real_SBM.shape
-        )[real_SBM]
+        self.used_SP = real_SBM.reshape(len(self.plan), places)
+        event_SBM = columns["target"][:, :, None].astype(np.int64) + place_M
+        user_SBM = np.broadcast_to(columns["user"][:, :, None], real_SBM.shape)
+        self.event_P, self.user_P = event_SBM[real_SBM], user_SBM[real_SBM]
         events: RankEvents = loader.store.host
         self.item_E = np.asarray(events.item_E)
         self.label_EK = np.asarray(events.label_EK)
@@ -59,10 +56,6 @@ class RequestEvaluator(Evaluator):
                 f"(regressions: none at all), so that {criteria.selection.upper()} has no value: "
                 f"raise rank.{split}_fraction, or choose other rank.tasks"
             )
-
-    @property
-    def used_SP(self) -> Bool[np.ndarray, "S P"]:
-        return self._used_SP
 
     def outputs(self, scored: PyTree, batch: RankBatch) -> Float32[Array, "p K"]:
         """The logits (values, in regressions) of the events `event_P`."""
@@ -103,9 +96,7 @@ def base_rates(
       user_E, train_E: whose each event of the data is, and whether it is a training event.
     """
     target_P = evaluator.event_P
-    predictions: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("base rate", "item's rate", "user's rate", "item and user")
-    }
+    columns = []
     for k, kind in enumerate(evaluator.kinds.values()):
         weight_E = evaluator.weight_EK[:, k] * train_E
         hit_E = weight_E * np.where(weight_E > 0, evaluator.label_EK[:, k], 0.0)
@@ -118,12 +109,12 @@ def base_rates(
         )
         scale = _logit if kind == "binary" else np.asarray
         everything, item, user = scale(np.full(len(target_P), rate)), scale(item_P), scale(user_P)
-        found = (everything, item, user, item + user - everything)
-        for name, logit_P in zip(predictions, found, strict=True):
-            predictions[name].append(logit_P)
+        columns.append((everything, item, user, item + user - everything))
+    names = ("base rate", "item's rate", "user's rate", "item and user")
+    predictions = np.stack(columns, axis=-1).astype(np.float32)  # [4, P, K]
     return {
-        name: evaluator.metrics(np.stack(logits, axis=1).astype(np.float32))
-        for name, logits in predictions.items()
+        name: evaluator.metrics(output_PK)
+        for name, output_PK in zip(names, predictions, strict=True)
     }
 
 

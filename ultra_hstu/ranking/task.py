@@ -2,21 +2,21 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int, Int64, Num
 
 from ultra_hstu import criteria, flops
-from ultra_hstu.config import ChannelConfig, Config
+from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria
 from ultra_hstu.data import signals
 from ultra_hstu.data.events import seconds_since_first
-from ultra_hstu.data.feed import WHOLE, EventStore, Loader, Planner, choose_rows
+from ultra_hstu.data.feed import EventStore
 from ultra_hstu.data.interactions import Interactions
-from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
+from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
-from ultra_hstu.parallel.mesh import DATA
 from ultra_hstu.ranking import evaluate
 from ultra_hstu.ranking import split as requests
 from ultra_hstu.ranking.batch import RankEvents, RankGather
@@ -28,7 +28,7 @@ from ultra_hstu.task import Task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RankingTask(Task):
+class RankingTask(Task[RankEvents]):
     """Requests about the events of a data set.
 
     Attributes:
@@ -39,7 +39,6 @@ class RankingTask(Task):
 
     PROTOCOLS: ClassVar[tuple[str, ...]] = ("chronological",)
 
-    store: EventStore[RankEvents]
     sizes: Sizes
     parts: Parts
     kept: dict[str, Int64[np.ndarray, " E1"]]
@@ -81,10 +80,6 @@ class RankingTask(Task):
         parts = requests.chronological(interactions, rank.validation_fraction, rank.test_fraction)
         return cls(config, interactions, EventStore(store), sizes, parts, kept)
 
-    @property
-    def events(self) -> RankEvents:
-        return self.store.host
-
     @functools.cached_property
     def recipe(self) -> RankRecipe:
         return RankRecipe(self.config, self.sizes)
@@ -98,34 +93,24 @@ class RankingTask(Task):
         same_channels = config.model.channels == self.config.model.channels
         return task if same_channels else RankingTask.of(config, self.interactions)
 
-    def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
-        """As `Task.loader`; `batch_users` counts requests. Every epoch has its own requests."""
-        config, mesh, training = self.config, self.recipe.mesh, part == "train"
-        planner = self._planner() if training else WHOLE
-
-        def of_epoch(seed: int, epoch: int) -> RequestTable:
-            return self.table(requests.training(self.parts, config, seed, epoch))
-
-        examples = (
-            of_epoch if training else self.table(requests.evaluation(self.parts, part, config))
-        )
-        first = examples(0, 0) if callable(examples) else examples
-        lengths_nR = planner.taken(first, 0, 0).lengths
-        if len(lengths_nR) == 0:
-            raise ValueError(
-                "no user has training events"
-                if training
-                else f"no user has {part} events: raise rank.{part}_fraction"
+    def examples(self, part: str) -> RequestTable | Callable[[int, int], RequestTable]:
+        """Every epoch of training has its own requests."""
+        first_U, last_U = self.parts.bounds(part)
+        if not (first_U < last_U).any():
+            remedy = (
+                "lower the other fractions" if part == "train" else f"raise rank.{part}_fraction"
             )
-        shards = 1 if mesh is None else mesh.shape[DATA]
-        groups = config.parallel.batch_groups if training else shards
-        given, layout = config.data.batch_tokens if training else None, form(config)
-        chosen = [
-            groups * choose_rows(lengths_n, batch_users // groups, self._longest(channel))
-            for lengths_n, channel in zip(lengths_nR.T, channels(config).values(), strict=True)
-        ]
-        gather = RankGather(
-            rows=tuple((given or rows_of_channel) // shards for rows_of_channel in chosen),
+            raise ValueError(f"no user has {part} events: {remedy}")
+        if part != "train":
+            return self.table(requests.evaluation(self.parts, part, self.config))
+        return lambda seed, epoch: self.table(
+            requests.training(self.parts, self.config, seed, epoch)
+        )
+
+    def gather(self, training: bool, rows: tuple[int, ...], examples: int) -> RankGather:
+        config, layout = self.config, form(self.config)
+        return RankGather(
+            rows=rows,
             channels=tuple(channels(config)),
             targets=config.rank.targets,
             contextual=layout.contextual,
@@ -133,35 +118,23 @@ class RankingTask(Task):
             backwards=layout.backwards,
             supervise_history=training and config.rank.supervise == "all",
         )
-        return Loader(
-            self.store,
-            examples,
-            gather,
-            batch_users=batch_users,
-            steps_per_call=steps_per_call,
-            placement=config.data.placement,
-            planner=planner,
-            mesh=mesh,
-            groups=groups,
-        )
 
-    def _planner(self) -> Planner:
-        config, sampling = self.config, Sampling.of(self.config.data, self.gamma)
-        if sampling is None:
-            return WHOLE
-        per_event = form(config).per_event
-        index = {name: np.asarray(events) for name, events in self.events.index.items()}
-        histories = tuple(
+    @property
+    def histories(self) -> tuple[SampledHistory, ...]:
+        index = {name: np.asarray(kept_n) for name, kept_n in self.events.index.items()}
+        per_event = form(self.config).per_event
+        return tuple(
             SampledHistory(channel.max_history, f"/{name}", per_event, index.get(name))
-            for name, channel in channels(config).items()
+            for name, channel in channels(self.config).items()
         )
-        times_E = np.asarray(self.events.time_E) if self.sizes.timestamps else None
-        return SampledPlanner(sampling, histories, times_E)
 
-    def _longest(self, channel: ChannelConfig) -> int:
-        """No request of any part or epoch has more rows in this channel."""
-        events = int((self.parts.last - self.parts.first).max()) if len(self.parts.first) else 0
-        return num_rows(self.config, min(channel.max_history, events), self.config.rank.targets)
+    @property
+    def longest(self) -> tuple[int, ...]:
+        events, config = int((self.parts.last - self.parts.first).max()), self.config
+        return tuple(
+            num_rows(config, min(channel.max_history, events), config.rank.targets)
+            for channel in channels(config).values()
+        )
 
     def table(self, of: Requests) -> RequestTable:
         """Requests with the history of every channel.

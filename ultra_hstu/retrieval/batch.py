@@ -2,7 +2,7 @@
 
 An *example* is a slice `[start, stop)` of the event arrays: rows `start .. stop-1` are the history,
 and each row should predict the event after it, so the event at `stop` is the target of the last
-row. The same `gather_batch` runs on the device (`xp=jax.numpy`, in the compiled step) and on the
+row. The same `HistoryGather` runs on the device (`xp=jax.numpy`, in the compiled step) and on the
 host (`xp=numpy`, for streamed data).
 """
 
@@ -12,22 +12,11 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int, Int32
 
 from kernels.jagged import Rows, lengths_to_offsets
 from kernels.typing import Leaf
 from ultra_hstu.data.events import seconds_since_first
-from ultra_hstu.data.feed import (
-    WHOLE,
-    EventStore,
-    Loader,
-    Planner,
-    choose_rows,
-    require_some,
-)
-from ultra_hstu.parallel.mesh import DATA
-from ultra_hstu.retrieval.split import Examples
 from ultra_hstu.sequences import Columns, Sequences
 
 
@@ -73,115 +62,54 @@ class Events:
         return Events(items.astype(np.int32), seconds_since_first(timestamps, len(items)))
 
 
-def gather_batch(
-    events: Events,
-    start_B: Int[Array | np.ndarray, " B"],
-    stop_B: Int[Array | np.ndarray, " B"],
-    *,
-    rows: int,
-    padded_length: int | None = None,
-    index: Int[Array | np.ndarray, " n"] | None = None,
-    xp: ModuleType = jnp,
-) -> Batch:
-    """The flat batch of B examples; `start == stop` makes an empty history.
+@dataclasses.dataclass(frozen=True)
+class HistoryGather:
+    """Makes flat batches of B examples, columns `start` and `stop`; where they are equal the
+    history is empty. With a column `event`, `start` and `stop` are places in it.
 
-    Args:
+    Equal settings are equal objects, which share compiled steps.
+
+    Attributes:
       rows: T.
       padded_length: None packs the histories without gaps; a number N puts each at a multiple of N
         (the padded layout of the published research code), and T must be B * N.
-      index: events that `start` and `stop` count, where histories are not all events from one to
-        another; None: the events themselves.
-      xp: `jax.numpy` or `numpy`.
-    """
-    lengths_B = (stop_B - start_B).astype(xp.int32)
-    if padded_length is None:
-        offsets = lengths_to_offsets(lengths_B, xp=xp)
-    else:
-        offsets = xp.arange(lengths_B.shape[0] + 1, dtype=xp.int32) * padded_length
-    place = Rows.of(offsets, rows, lengths=lengths_B, xp=xp)
-    real_T = place.real
-    event_T = xp.where(real_T, start_B[place.segment] + place.position, 0)
-    event_T = event_T if index is None else xp.where(real_T, index[event_T], 0)
-    next_T = xp.where(real_T, event_T + 1, 0)
-    zero = xp.int32(0)
-    return Batch(
-        item_T=xp.where(real_T, events.item_E[event_T], zero),
-        time_T=xp.where(real_T, events.time_E[event_T], zero),
-        next_time_T=xp.where(real_T, events.time_E[next_T], zero),
-        target_T=xp.where(real_T, events.item_E[next_T], zero),
-        weight_T=real_T.astype(xp.float32),
-        offsets=offsets,
-        last_row_B=xp.where(lengths_B > 0, offsets[:-1] + lengths_B - 1, zero),
-        signal_TS=None
-        if events.signal_ES is None
-        else xp.where(real_T[:, None], events.signal_ES[event_T], zero),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class HistoryGather:
-    """`gather_batch` for a `Loader`.
-
-    Equal settings are equal objects, which share compiled steps.
     """
 
     rows: int
     padded_length: int | None = None
 
-    def __call__(self, data: Events, columns_B: Columns, xp: ModuleType = jnp) -> Batch:
-        return gather_batch(
-            data,
-            columns_B["start"],
-            columns_B["stop"],
-            rows=self.rows,
-            padded_length=self.padded_length,
-            index=columns_B.get("event"),
-            xp=xp,
+    @staticmethod
+    def of(
+        rows: tuple[int, ...], examples: int, *, padded_length: int | None = None
+    ) -> "HistoryGather":
+        """For a `Loader`; padded histories need the same rows whatever their lengths."""
+        (packed,) = rows
+        return HistoryGather(
+            packed if padded_length is None else examples * padded_length, padded_length
         )
 
-
-def history_loader(
-    store: EventStore[Events],
-    examples: Examples,
-    *,
-    batch_users: int,
-    steps_per_call: int,
-    rows: int | None = None,
-    padded_length: int | None = None,
-    placement: str = "auto",
-    planner: Planner = WHOLE,
-    mesh: Mesh | None = None,
-    groups: int | None = None,
-) -> Loader:
-    """Batches of histories.
-
-    Args:
-      rows: T of all groups together, or None to choose it from the lengths.
-      padded_length: N of the padded layout (T becomes B * N), or None for the jagged one.
-      placement, planner, mesh, groups: as in `Loader`.
-    """
-    shards = 1 if mesh is None else mesh.shape[DATA]
-    groups = shards if groups is None else groups
-    require_some(examples)
-    longest = int(examples.lengths.max())
-    if padded_length is not None:
-        if longest > padded_length:
-            raise ValueError(
-                f"a history of {longest} events does not fit the padded length {padded_length}: "
-                "lower data.max_history"
-            )
-        rows = batch_users * padded_length
-    if rows is None:
-        lengths_n = planner.taken(examples, 0, 0).lengths
-        rows = groups * choose_rows(lengths_n, batch_users // groups, longest)
-    return Loader(
-        store,
-        examples,
-        HistoryGather(rows // shards, padded_length),
-        batch_users=batch_users,
-        steps_per_call=steps_per_call,
-        placement=placement,
-        planner=planner,
-        mesh=mesh,
-        groups=groups,
-    )
+    def __call__(self, data: Events, columns_B: Columns, xp: ModuleType = jnp) -> Batch:
+        start_B, index = columns_B["start"], columns_B.get("event")
+        lengths_B = (columns_B["stop"] - start_B).astype(xp.int32)
+        if self.padded_length is None:
+            offsets = lengths_to_offsets(lengths_B, xp=xp)
+        else:
+            offsets = xp.arange(len(lengths_B) + 1, dtype=xp.int32) * self.padded_length
+        place = Rows.of(offsets, self.rows, lengths=lengths_B, xp=xp)
+        real_T, zero = place.real, xp.int32(0)
+        event_T = xp.where(real_T, start_B[place.segment] + place.position, 0)
+        event_T = event_T if index is None else xp.where(real_T, index[event_T], 0)
+        next_T = xp.where(real_T, event_T + 1, 0)
+        signal_TS = None
+        if data.signal_ES is not None:
+            signal_TS = xp.where(real_T[:, None], data.signal_ES[event_T], zero)
+        return Batch(
+            item_T=xp.where(real_T, data.item_E[event_T], zero),
+            time_T=xp.where(real_T, data.time_E[event_T], zero),
+            next_time_T=xp.where(real_T, data.time_E[next_T], zero),
+            target_T=xp.where(real_T, data.item_E[next_T], zero),
+            weight_T=real_T.astype(xp.float32),
+            offsets=offsets,
+            last_row_B=xp.where(lengths_B > 0, offsets[:-1] + lengths_B - 1, zero),
+            signal_TS=signal_TS,
+        )

@@ -10,8 +10,10 @@ from ultra_hstu.criteria import RETRIEVAL
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.retrieval.batch import Batch
-from ultra_hstu.retrieval.metrics import mean_metrics, ranking_metrics, ranks
+from ultra_hstu.retrieval.metrics import mean_metrics, ranks
 from ultra_hstu.retrieval.recipe import Recipe
+
+Vectors = tuple[Float[Array, "b D"], Float[Array, "I1 D"]]  # of users, and of all items
 
 
 class CorpusEvaluator(Evaluator):
@@ -28,9 +30,7 @@ class CorpusEvaluator(Evaluator):
         self.longest = int(self.plan.examples.lengths.max())
         self.l2_normalize = recipe.config.loss.l2_normalize
 
-    def vectors(
-        self, scored: PyTree, batch: Batch
-    ) -> tuple[Float[Array, "b D"], Float[Array, "I1 D"]]:
+    def vectors(self, scored: PyTree, batch: Batch) -> Vectors:
         """Vectors of the users that this device ranks for, and of all items."""
         model = self.recipe.model(scored)
         shards = self.recipe.shards
@@ -50,8 +50,7 @@ class CorpusEvaluator(Evaluator):
 
     def metrics(self, output_P: Int[np.ndarray, " n"]) -> dict[str, float]:
         """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split."""
-        ranks_U = jnp.asarray(output_P)
-        return mean_metrics(ranking_metrics(ranks_U, jnp.ones(ranks_U.shape)))
+        return mean_metrics(jnp.asarray(output_P))
 
 
 class PopularityEvaluator(CorpusEvaluator):
@@ -63,8 +62,6 @@ class PopularityEvaluator(CorpusEvaluator):
         super().__init__(recipe, loader)
         self.l2_normalize = False
 
-    def vectors(
-        self, scored: PyTree, batch: Batch
-    ) -> tuple[Float[Array, "b D"], Float[Array, "I1 D"]]:
+    def vectors(self, scored: PyTree, batch: Batch) -> Vectors:
         users = self.recipe.shards.part(batch.last_row_B).shape[0]
         return jnp.ones((users, 1)), scored

@@ -80,7 +80,8 @@ def softmax_loss(
     weight_T = weight_T.astype(jnp.float32)
     if total is None:
         total = jnp.sum(jnp.where(counts_T, weight_T, 0.0))
-    chunk, ids, shift_I = _full_chunk, (positive_T.astype(jnp.int32),), None
+    ids: PyTree = (positive_T.astype(jnp.int32),)
+    chunk, shift_I = _full_chunk, None
     if negative_TR is not None:
         negatives = negative_TR.shape[1]
         whole = whole_table_is_cheaper(len(table_ID), negatives)

@@ -3,7 +3,7 @@
 All are pure functions of a key.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,13 @@ def uniform_negatives(
     return 1 + _below(key, rows, count, jnp.uint32(num_items))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class InBatchPool:
+class InBatchPool(NamedTuple):
     """The ids that negatives are drawn from, and the log probability of each."""
 
     id_P: Int[Array, " P"]  # the first `size` are drawn from with equal probability
     size: Int[Array, ""]
-    log_q_I: Float[
-        Array, " I1"
-    ]  # log of the share of the pool that is this item; -inf for one that cannot be drawn
+    # Log of the share of the pool that is this item; -inf for one that cannot be drawn.
+    log_q_I: Float[Array, " I1"]
 
 
 def in_batch_pool(item_P: Int[Array, " P"], num_items: int) -> InBatchPool:
@@ -40,11 +37,8 @@ def in_batch_pool(item_P: Int[Array, " P"], num_items: int) -> InBatchPool:
     count_I = jnp.zeros(num_items + 1, jnp.int32).at[item_P].add(1).at[0].set(0)
     size = jnp.sum(count_I)
     (place_P,) = jnp.nonzero(item_P > 0, size=item_P.shape[0], fill_value=0)
-    return InBatchPool(
-        item_P[place_P],
-        size,
-        jnp.log(count_I.astype(jnp.float32)) - jnp.log(jnp.maximum(size, 1).astype(jnp.float32)),
-    )
+    log_size = jnp.log(jnp.maximum(size, 1).astype(jnp.float32))
+    return InBatchPool(item_P[place_P], size, jnp.log(count_I.astype(jnp.float32)) - log_size)
 
 
 def in_batch_negatives(

@@ -12,23 +12,22 @@ from ultra_hstu import flops
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import RETRIEVAL, Criteria
 from ultra_hstu.data import signals
-from ultra_hstu.data.feed import WHOLE, EventStore, Loader, Planner
+from ultra_hstu.data.feed import EventStore
 from ultra_hstu.data.interactions import Interactions
-from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
+from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
-from ultra_hstu.retrieval.batch import Events, history_loader
+from ultra_hstu.retrieval.batch import Events, HistoryGather
 from ultra_hstu.retrieval.evaluate import CorpusEvaluator, PopularityEvaluator
 from ultra_hstu.retrieval.recipe import Recipe
-from ultra_hstu.retrieval.split import PROTOCOLS, Split, split
+from ultra_hstu.retrieval.split import PROTOCOLS, Examples, Split, split
 from ultra_hstu.task import Task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RetrievalTask(Task):
+class RetrievalTask(Task[Events]):
     PROTOCOLS: ClassVar[tuple[str, ...]] = PROTOCOLS
 
     splits: Split
-    store: EventStore[Events]
 
     @classmethod
     def of(cls, config: Config, interactions: Interactions) -> "RetrievalTask":
@@ -42,11 +41,7 @@ class RetrievalTask(Task):
         if names := config.rank.signals:
             codes_ES = signals.signals(interactions.actions, names, interactions.num_events)
             events = dataclasses.replace(events, signal_ES=codes_ES)
-        return cls(config, interactions, splits, EventStore(events))
-
-    @property
-    def events(self) -> Events:
-        return self.store.host
+        return cls(config, interactions, EventStore(events), splits)
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -56,37 +51,22 @@ class RetrievalTask(Task):
     def criteria(self) -> Criteria:
         return RETRIEVAL
 
-    def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
-        config, training = self.config, part == "train"
+    def examples(self, part: str) -> Examples:
         examples = getattr(self.splits, part)
         if examples is None:
             raise ValueError(
-                f"protocol {config.train.protocol!r} has no {part} items: "
+                f"protocol {self.config.train.protocol!r} has no {part} items: "
                 "train under 'validated' or 'temporal' for them"
             )
-        return history_loader(
-            self.store,
-            examples,
-            batch_users=batch_users,
-            steps_per_call=steps_per_call,
-            rows=config.data.batch_tokens if training else None,
-            padded_length=config.padded_length if config.data.layout == "padded" else None,
-            placement=config.data.placement,
-            planner=self._planner() if training else WHOLE,
-            mesh=self.recipe.mesh,
-            groups=config.parallel.batch_groups if training else None,
-        )
+        return examples
 
-    def _planner(self) -> Planner:
-        """Training sees parts of histories under stochastic length; evaluation sees whole ones."""
-        sampling = Sampling.of(self.config.data, self.gamma)
-        if sampling is None:
-            return WHOLE
-        times_E = (
-            np.asarray(self.events.time_E) if self.interactions.timestamps is not None else None
-        )
-        histories = (SampledHistory(self.config.data.max_history),)
-        return SampledPlanner(sampling, histories, times_E)
+    def gather(self, training: bool, rows: tuple[int, ...], examples: int) -> HistoryGather:
+        padded = self.config.padded_length if self.config.data.layout == "padded" else None
+        return HistoryGather.of(rows, examples, padded_length=padded)
+
+    @property
+    def histories(self) -> tuple[SampledHistory, ...]:
+        return (SampledHistory(self.config.data.max_history),)
 
     def evaluator(self, split: str) -> CorpusEvaluator:
         return CorpusEvaluator(self.recipe, self.evaluation_loader(split))

@@ -17,7 +17,7 @@ from ultra_hstu.data import signals
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.nn.norms import l2_normalize
-from ultra_hstu.retrieval.batch import Batch, Events, gather_batch
+from ultra_hstu.retrieval.batch import Batch, Events, HistoryGather
 from ultra_hstu.retrieval.metrics import best_items
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.serving.capacity import MAX_USERS
@@ -255,7 +255,8 @@ class RecommendationModel:
         events = jax.tree.map(
             lambda *parts: np.concatenate(parts), *(query.events for query in queries)
         )
-        return gather_batch(events, start_U, start_U + length_U, rows=rows, xp=np)
+        columns = {"start": start_U, "stop": start_U + length_U}
+        return HistoryGather(rows)(events, columns, np)
 
     def _classes_of(self, queries: Sequence[Query]) -> tuple[int, int]:
         """k and hidden items of a call. Neither needs more than there are items."""
