@@ -176,9 +176,8 @@ def test_channels_add_up_and_share_one_head():
         one, model__channels={"long": ChannelConfig(layers=1), "short": ChannelConfig(layers=2)}
     )
     counted = flops.count(two, [0, 0], targets=4, channels={"long": [50, 70], "short": [5, 9]})
-    parts = flops.count(with_(one, model__layers=1), [50, 70], targets=4) + flops.count(
-        one, [5, 9], targets=4
-    )
+    long = flops.count(with_(one, model__layers=1), [50, 70], targets=4)
+    parts = flops.Flops(*np.add(long, flops.count(one, [5, 9], targets=4)))
     assert (counted.projections, counted.attention) == (parts.projections, parts.attention)
     assert counted.head == 4 * 2 * 32 * (2 * WIDTH + 1)
     with pytest.raises(

@@ -230,6 +230,10 @@ class Config(Section):
         """N: the constant that attention is divided by, and a user's rows in the padded layout."""
         return self.data.max_history + self.model.output_slots
 
+    def in_groups(self, groups: int) -> "Config":
+        """The same with `parallel.groups`."""
+        return dataclasses.replace(self, parallel=dataclasses.replace(self.parallel, groups=groups))
+
     def on_one_device(self) -> "Config":
         """The same run as one device computes it."""
         return dataclasses.replace(self, parallel=ParallelConfig(groups=self.parallel.batch_groups))

@@ -15,6 +15,8 @@ from ultra_hstu.parallel import processes
 from ultra_hstu.step import Steps
 
 STEPS_PER_CALL = 8
+Outputs = Shaped[np.ndarray, "P ..."]  # of a whole split
+StepOutputs = Shaped[Array, "S P ..."]
 
 
 class Evaluator(abc.ABC):
@@ -43,7 +45,7 @@ class Evaluator(abc.ABC):
         """What a batch gives, this device's part as `Shards.part` divides it."""
 
     @abc.abstractmethod
-    def metrics(self, output_P: Shaped[np.ndarray, "P ..."]) -> dict[str, float]:
+    def metrics(self, output_P: Outputs) -> dict[str, float]:
         """The metrics of the outputs of a whole split, as `predict` orders them."""
 
     def compile(self, scored: PyTree) -> None:
@@ -54,7 +56,7 @@ class Evaluator(abc.ABC):
         self._run = self._run.lower(scored, group.feed, np.int32(group.steps)).compile()
         processes.barrier()
 
-    def predict(self, scored: PyTree) -> Shaped[np.ndarray, "P ..."]:
+    def predict(self, scored: PyTree) -> Outputs:
         """The outputs of every example, in the order of the split."""
         if processes.several():
             self.compile(scored)  # the others would wait in the first call
@@ -68,9 +70,7 @@ class Evaluator(abc.ABC):
     def __call__(self, scored: PyTree) -> dict[str, float]:
         return self.metrics(self.predict(scored))
 
-    def _over_devices(
-        self, scored: PyTree, feed: Feed, steps: Int[Array, ""]
-    ) -> Shaped[Array, "S P ..."]:
+    def _over_devices(self, scored: PyTree, feed: Feed, steps: Int[Array, ""]) -> StepOutputs:
         everywhere = PartitionSpec()
         sharded = self.scores_model and self.recipe.mesh is not None
         of_scored = self.recipe.specs.params if sharded else everywhere
@@ -79,7 +79,7 @@ class Evaluator(abc.ABC):
         )
         return run(scored, feed, steps)
 
-    def _steps(self, scored: PyTree, feed: Feed, steps: Int[Array, ""]) -> Shaped[Array, "S P ..."]:
+    def _steps(self, scored: PyTree, feed: Feed, steps: Int[Array, ""]) -> StepOutputs:
         shards, count = self.recipe.shards, self._like.shape[0]
 
         def step(number: Array, output_SP: Array) -> Array:

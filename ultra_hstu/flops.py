@@ -75,20 +75,20 @@ def count(
       ValueError: negative lengths, channels that are not those of the configuration, or lengths of
         different n.
     """
-    history, targets, contextual = _lengths(history=history, targets=targets, contextual=contextual)
-    wanted = config.model.channels
-    if set(channels or {}) != set(wanted):
+    wanted, channels = config.model.channels, channels or {}
+    if set(channels) != set(wanted):
         raise ValueError(
-            f"channels {sorted(channels or {})} are not those of model.channels, {sorted(wanted)}"
+            f"channels {sorted(channels)} are not those of model.channels, {sorted(wanted)}"
         )
-    parts = {
-        name: _lengths(**{name: value}, history=history)[0]
-        for name, value in (channels or {}).items()
-    }
+    of_channels = {f"channels.{name}": lengths for name, lengths in channels.items()}
+    history, targets, contextual, *parts = _lengths(
+        history=history, targets=targets, contextual=contextual, **of_channels
+    )
+    layers = [wanted[name].layers for name in channels] or [config.model.layers]
     encoders = [
-        _encoder(config, parts[name], targets, contextual, channel.layers)
-        for name, channel in wanted.items()
-    ] or [_encoder(config, history, targets, contextual, config.model.layers)]
+        _encoder(config, lengths, targets, contextual, depth)
+        for lengths, depth in zip(parts or [history], layers, strict=True)
+    ]
     total = Flops(*map(sum, zip(*encoders, strict=True)))
     if config.rank.tasks:
         hidden, output = _head(config, history, targets, len(encoders))

@@ -96,7 +96,7 @@ def metrics_table(
 
     What has no value is left blank.
     """
-    columns = criteria.table if columns is None else columns
+    columns = columns or criteria.table
     table = Table("", *map(display_name, columns), title=title, box=rich.box.SIMPLE)
     for name, metrics in rows.items():
         for task in criteria.tasks or ("",):

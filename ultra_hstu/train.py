@@ -146,7 +146,7 @@ def _claim(folder: Workdir, config: Config) -> Config:
             f"process {seen.index(False)} does not see {folder.config}, which process 0 has "
             "written: all processes must share --workdir"
         )
-    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, groups=groups))
+    return config.in_groups(groups)
 
 
 class _Run:

@@ -51,13 +51,13 @@ def test_ranks_against_loops(task, params):
         len(examples) == 60 and (examples.lengths == 10).all()
     )  # 11 events before the target, of which the newest 10 are kept
     np.testing.assert_array_equal(
-        task.evaluator("test").ranks(params), ranks_by_hand(task, params, examples)
+        task.evaluator("test").predict(params), ranks_by_hand(task, params, examples)
     )
 
 
 def test_metrics_are_means_over_users(task, params):
     evaluator = task.evaluator("test")
-    ranks = evaluator.ranks(params)
+    ranks = evaluator.predict(params)
     metrics = evaluator(params)
     assert metrics["hr@10"] == pytest.approx(np.mean(ranks <= 10))
     assert metrics["ndcg@10"] == pytest.approx(np.mean((ranks <= 10) / np.log2(ranks + 1)))
@@ -67,7 +67,7 @@ def test_metrics_are_means_over_users(task, params):
 def test_padded_layout_gives_the_same_ranks(task, params):
     padded = tasks.of(with_(task.config, data__layout="padded"), task.interactions)
     np.testing.assert_array_equal(
-        padded.evaluator("test").ranks(params), task.evaluator("test").ranks(params)
+        padded.evaluator("test").predict(params), task.evaluator("test").predict(params)
     )
 
 

@@ -80,15 +80,16 @@ class Catalog:
         known = self.raw_ids[1:]
         if not ids.size:
             return np.zeros(0, np.int32)
-        if known.dtype.kind == "i" and ids.dtype.kind == "U":
+        kind = known.dtype.kind
+        if kind == "i" and ids.dtype.kind == "U":
             if not all(re.fullmatch(r"-?[0-9]{1,18}", text.strip()) for text in ids):
                 raise ValueError(f"item ids of this catalogue are whole numbers, not {few(ids)}")
             ids = np.array([int(text) for text in ids], np.int64)
-        numeric = ids.dtype.kind in "iu"
-        if numeric != (known.dtype.kind == "i") or not (numeric or ids.dtype.kind == "U"):
-            kind = "whole numbers" if known.dtype.kind == "i" else "strings"
-            raise ValueError(f"item ids of this catalogue are {kind}, not {ids.dtype}: {few(ids)}")
-        ids = ids.astype(np.int64) if numeric else ids
+        if ids.dtype.kind == "u":
+            ids = ids.astype(np.int64)
+        if ids.dtype.kind != kind:
+            kinds = "whole numbers" if kind == "i" else "strings"
+            raise ValueError(f"item ids of this catalogue are {kinds}, not {ids.dtype}: {few(ids)}")
         index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
         return np.where(known[index] == ids, index + 1, 0).astype(np.int32)
 

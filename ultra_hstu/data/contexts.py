@@ -10,6 +10,8 @@ from jaxtyping import Int32, Shaped
 from ultra_hstu.data import npz
 from ultra_hstu.data.text import Line
 
+UserIds = Shaped[np.ndarray, " users"]  # raw, int64 or str
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Contexts:
@@ -21,9 +23,7 @@ class Contexts:
         values: by feature, the source's text for every code; slot 0 is "".
     """
 
-    users: Shaped[np.ndarray, " users"] = dataclasses.field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )
+    users: UserIds = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     codes: dict[str, Int32[np.ndarray, " users"]] = dataclasses.field(default_factory=dict)
     values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -32,7 +32,7 @@ class Contexts:
         cls,
         path: Path,
         first_line: int,
-        users: Shaped[np.ndarray, " users"],
+        users: UserIds,
         columns: Mapping[str, Sequence[str]],
         allowed: Mapping[str, Sequence[str]] | None = None,
     ) -> "Contexts":

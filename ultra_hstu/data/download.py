@@ -73,11 +73,10 @@ def obtain(
         found = checksums(folder, names)
         for name in names:
             if found[name] != expected[name]:
-                aside = set_aside(folder)
-                raise ValueError(
+                raise _set_aside(
+                    folder,
                     f"{folder / name} has changed since it was downloaded: expected sha256 "
-                    f"{expected[name]}, found "
-                    f"{found[name]}. It was moved to {aside}; run again to download it afresh"
+                    f"{expected[name]}, found {found[name]}",
                 )
         return found
     fresh = folder.with_name(folder.name + ".incomplete")
@@ -150,15 +149,13 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: _digest(folder / name, "sha256") for name in names}
 
 
-def set_aside(path: Path) -> Path:
-    """Renames a bad file or folder to "*.corrupt" (in place of an older one) and returns the new
-    path.
-    """
+def _set_aside(path: Path, problem: str) -> ValueError:
+    """Renames a bad file or folder to "*.corrupt" (in place of an older one); the error for it."""
     aside = path.with_name(path.name + ".corrupt")
     if aside.is_dir():
         shutil.rmtree(aside)
     os.replace(path, aside)
-    return aside
+    return ValueError(f"{problem}. It was moved to {aside}; run again to download it afresh")
 
 
 def _receive(url: str, part: Path) -> None:
@@ -204,11 +201,9 @@ def _check(path: Path, download: Download) -> None:
     kind, expected = download.checksum.split(":")
     found = _digest(path, kind)
     if found != expected:
-        aside = set_aside(path)
-        raise ValueError(
-            f"{path} is corrupt: expected {kind} {expected}, found {found}. It was moved to "
-            f"{aside}; run again to "
-            f"download it afresh from {download.url}"
+        raise _set_aside(
+            path,
+            f"{path} is corrupt: expected {kind} {expected}, found {found}, from {download.url}",
         )
 
 
@@ -225,10 +220,7 @@ def _unpack(path: Path, names: Sequence[str], folder: Path) -> None:
                     with open(folder / name, "wb") as target:
                         shutil.copyfileobj(content, target)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-        aside = set_aside(path)
-        raise ValueError(
-            f"{path} is no whole archive ({error}). It was moved to {aside}; run again"
-        ) from error
+        raise _set_aside(path, f"{path} is no whole archive ({error})") from error
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: it is not the publisher's archive")

@@ -31,13 +31,14 @@ from kernels.typing import Leaf
 from ultra_hstu.parallel.mesh import DATA, groups_here, put, put_groups
 from ultra_hstu.sequences import Columns
 
-# Capacities are rounded up to this many rows, a common tile height of the kernels.
-ROW_MULTIPLE = 128
+ROW_MULTIPLE = 128  # capacities are rounded up to it; a common tile height of the kernels
 DEVICE_BYTES = 2**30  # placement "auto": data up to this size lives on the device
 STREAM_THREADS = 4
 STREAM_AHEAD = 4  # groups of batches packed before they are asked for
 
 HostColumns = dict[str, Int[np.ndarray, "..."]]
+Places = Int[np.ndarray, "S B"]  # of a batch's examples in their table, -1 in empty places
+Lengths = Int[np.ndarray, "n *buffers"]  # rows of each example
 StepNumber = int | Int[Array, ""]
 
 
@@ -63,7 +64,7 @@ class ExampleTable(Protocol):
     def columns(self) -> HostColumns: ...
 
     @property
-    def lengths(self) -> Int[np.ndarray, "n *buffers"]: ...
+    def lengths(self) -> Lengths: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,41 +116,36 @@ class Packing:
                 "batch (data.batch_users, train.eval_users)"
             )
         buffers = groups // shards
-        rows = rows if isinstance(rows, tuple) else (rows,)
-        for capacity in rows:
-            if capacity % buffers:
-                raise ValueError(
-                    f"{capacity} rows cannot be divided among {buffers} of the "
-                    f"parallel.groups={groups}: change data.batch_tokens"
-                )
-        return Packing(
-            batch_users, tuple(capacity // buffers for capacity in rows), groups, buffers
-        )
+        rows_R = np.atleast_1d(rows)
+        if (rows_R % buffers).any():
+            raise ValueError(
+                f"{rows} rows cannot be divided among {buffers} of the parallel.groups={groups}: "
+                "change data.batch_tokens"
+            )
+        return Packing(batch_users, tuple((rows_R // buffers).tolist()), groups, buffers)
 
 
-def choose_rows(
-    lengths: Int[np.ndarray, " n"], batch_users: int, longest: int | np.integer = 0
-) -> int:
+def choose_rows(lengths: Int[np.ndarray, " n"], batch_users: int, longest: int = 0) -> int:
     """T such that `batch_users` random histories nearly always fit.
 
     It is the mean and 4 standard deviations of the sum of their lengths, at least the longest, and
     `longest`, which a history may reach in another epoch. `plan_epoch` closes batches early.
     """
-    users, longest = min(batch_users, len(lengths)), max(int(longest), int(lengths.max()))
+    users, longest = min(batch_users, len(lengths)), max(longest, int(lengths.max()))
     expected = users * lengths.mean() + 4 * np.sqrt(users) * lengths.std()
     rows = max(longest, min(int(np.ceil(expected)), users * longest), 1)
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def plan_epoch(
-    lengths: Int[np.ndarray, "n *buffers"],
+    lengths: Lengths,
     *,
     batch_users: int,
     rows: int | tuple[int, ...],
     seed: int,
     epoch: int,
     shuffle: bool = True,
-) -> Int[np.ndarray, "S B"]:
+) -> Places:
     """Which examples each batch holds: int32 [S, B] of example numbers, -1 in empty places.
 
     The order is a function of (seed, epoch) alone. A batch closes at `batch_users` examples, or
@@ -158,8 +154,6 @@ def plan_epoch(
     Raises:
       ValueError: if a history is longer than `rows`.
     """
-    if len(lengths) == 0:
-        return np.zeros((0, batch_users), np.int32)
     n = len(lengths)
     lengths_nR, rows_R = lengths.reshape(n, -1), np.atleast_1d(rows)
     for longest, capacity in zip(lengths_nR.max(axis=0), rows_R, strict=True):
@@ -188,7 +182,7 @@ def plan_epoch(
 class Plan:
     """The batches of an epoch."""
 
-    place_SB: Int[np.ndarray, "S B"]  # lines of the table, -1 in empty places
+    place_SB: Places  # lines of the table, -1 in empty places
     examples: ExampleTable
 
     def __len__(self) -> int:
@@ -295,16 +289,14 @@ class Loader:
     Args:
       store: the arrays that batches are gathered from.
       examples: a table, or a function (seed, epoch) -> table where every epoch has its own.
-      gather: what makes a batch of a data group, from the rows of each of its buffers and the most
-        examples that it holds; its `rows` bound that batch.
+      gather: what makes the batches of a data group of so many rows (of each buffer) and examples.
       batch_users: B, examples of a step, those of all groups.
       rows: of all groups together; None: chosen for each buffer from the lengths.
       longest: rows in each buffer that no example exceeds in any epoch; None: as in the first.
       placement: "device", "stream", or "auto" by the size of the data.
       planner: what makes the batches of an epoch.
       mesh: where batches go; None: one device.
-      groups: parts of a batch that are packed by themselves, a multiple of the mesh's data groups;
-        None: as many.
+      groups: parts of a batch that are packed by themselves; None: the mesh's data groups.
 
     Raises:
       ValueError: no examples, or examples or rows that cannot be divided among the groups.
@@ -329,20 +321,17 @@ class Loader:
         self.store, self.planner, self.mesh = store, planner, mesh
         self.shards = 1 if mesh is None else mesh.shape[DATA]
         groups = self.shards if groups is None else groups
-        self.examples: Callable[[int, int], ExampleTable] = (
-            examples if callable(examples) else lambda seed, epoch: examples
-        )
+        self.examples = examples if callable(examples) else lambda seed, epoch: examples
         whole = self.examples(0, 0)
         if len(whole.lengths) == 0:
-            raise ValueError(
-                "no examples: every user of this split has too few events for a history and a "
-                "target"
-            )
-        kept = planner.taken(whole, 0, 0)
-        kept_nR, whole_nR = (one.lengths.reshape(len(one.lengths), -1) for one in (kept, whole))
+            too_few = "every user of this split has too few events for a history and a target"
+            raise ValueError(f"no examples: {too_few}")
+        most_R = whole.lengths.reshape(len(whole.lengths), -1).max(axis=0)
+        kept_nR = planner.taken(whole, 0, 0).lengths.reshape(len(whole.lengths), -1)
         chosen = tuple(
-            (rows or groups * choose_rows(lengths_n, batch_users // groups, most)) // self.shards
-            for lengths_n, most in zip(kept_nR.T, longest or whole_nR.max(axis=0), strict=True)
+            (rows or groups * choose_rows(lengths_n, batch_users // groups, int(most)))
+            // self.shards
+            for lengths_n, most in zip(kept_nR.T, longest or most_R, strict=True)
         )
         self.gather = gather(chosen, batch_users // self.shards)
         self.packing = Packing.of(self.gather.rows, batch_users, groups, self.shards)
@@ -360,33 +349,34 @@ class Loader:
         The last group repeats its last batch to keep the shape; `steps` says how many count.
         """
         starts = list(range(first, len(plan), self.steps_per_call))
-        return self._stream(plan, starts) if self.streamed else self._on_device(plan, starts)
+        if self.streamed:
+            return self._stream(plan, starts)
+        return (self._on_device(plan, start) for start in starts)
 
     def _columns(self, plan: Plan, first: int) -> tuple[HostColumns, int]:
         steps = min(self.steps_per_call, len(plan) - first)
         steps_S = np.minimum(np.arange(first, first + self.steps_per_call), first + steps - 1)
         return plan.columns(steps_S), steps
 
-    def _on_device(self, plan: Plan, starts: list[int]) -> Iterator[Group]:
-        for first in starts:
-            columns_SB, steps = self._columns(plan, first)
-            columns_SB = put(columns_SB, self.mesh, OF_GROUPS)
-            yield Group(DeviceFeed(self.store.on(self.mesh), columns_SB, self.gather), steps, first)
+    def _on_device(self, plan: Plan, first: int) -> Group:
+        columns_SB, steps = self._columns(plan, first)
+        columns_SB = put(columns_SB, self.mesh, OF_GROUPS)
+        return Group(DeviceFeed(self.store.on(self.mesh), columns_SB, self.gather), steps, first)
 
     def _pack(self, plan: Plan, first: int) -> tuple[PyTree, int]:
         columns_SB, steps = self._columns(plan, first)
+        groups = range(1) if self.mesh is None else groups_here(self.mesh)
         batches = []
-        for group in range(1) if self.mesh is None else groups_here(self.mesh):
-            of_group = {
-                name: np.split(column_SB, self.shards, axis=1)[group]
-                for name, column_SB in columns_SB.items()
+        for step in range(self.steps_per_call):
+            parts_B = {
+                name: np.split(column[step], self.shards) for name, column in columns_SB.items()
             }
-            batches_of_group = []
-            for step in range(self.steps_per_call):
-                columns_B = {name: column_SB[step] for name, column_SB in of_group.items()}
-                batches_of_group.append(self.gather(self.store.host, columns_B, np))
-            batches.append(jax.tree.map(lambda *leaves: np.stack(leaves), *batches_of_group))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *batches), steps
+            of_groups = [
+                {name: parts[group] for name, parts in parts_B.items()} for group in groups
+            ]
+            made = [self.gather(self.store.host, columns_B, np) for columns_B in of_groups]
+            batches.append(jax.tree.map(lambda *leaves: np.concatenate(leaves), *made))
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), steps
 
     def _stream(self, plan: Plan, starts: list[int]) -> Iterator[Group]:
         if not starts:
@@ -400,8 +390,7 @@ class Loader:
         mesh = self.mesh
         put = jax.device_put if mesh is None else functools.partial(put_groups, mesh=mesh)
         moving = (
-            Group(StreamedFeed(put(batches_S)), int(steps), int(first))
-            for first, batches_S, steps in packed
+            Group(StreamedFeed(put(batches)), int(steps), int(at)) for at, batches, steps in packed
         )
         ready = next(moving, None)
         while ready is not None:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Num
 
 from ultra_hstu.config import Kind
 from ultra_hstu.data.interactions import Interactions
@@ -92,8 +92,14 @@ def signal(actions: Actions, name: str) -> Codes:
 
 def signals(actions: Actions, names: Sequence[str], count: int) -> Int32[np.ndarray, "E S"]:
     """The codes of several signals of `count` events, side by side."""
-    codes = [signal(actions, name).code for name in names]
-    return np.stack(codes, axis=1) if codes else np.zeros((count, 0), np.int32)
+    return side_by_side([signal(actions, name).code for name in names], count, np.int32)
+
+
+def side_by_side(
+    columns: list[Num[np.ndarray, " n"]], length: int, dtype: type[np.generic]
+) -> Num[np.ndarray, "n c"]:
+    """Columns of a length as one array, which may have none."""
+    return np.stack(columns, axis=1).astype(dtype) if columns else np.zeros((length, 0), dtype)
 
 
 def needs(names: Sequence[str]) -> tuple[str, ...]:

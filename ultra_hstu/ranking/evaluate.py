@@ -45,10 +45,7 @@ class RequestEvaluator(Evaluator):
         event_SBM = columns["target"][:, :, None].astype(np.int64) + place_M
         user_SBM = np.broadcast_to(columns["user"][:, :, None], real_SBM.shape)
         self.event_P, self.user_P = event_SBM[real_SBM], user_SBM[real_SBM]
-        events: RankEvents = loader.store.host
-        self.item_E = np.asarray(events.item_E)
-        self.label_EK = np.asarray(events.label_EK)
-        self.weight_EK = np.asarray(events.weight_EK)
+        self.events: RankEvents = loader.store.host
         chance = self.metrics(np.zeros((len(self.event_P), len(self.kinds)), np.float32))
         if criteria.selection not in chance:
             raise ValueError(
@@ -78,8 +75,9 @@ class RequestEvaluator(Evaluator):
 
     def metrics(self, output_P: Float32[np.ndarray, "P K"]) -> dict[str, float]:
         """The metrics of any predictions of the events `event_P`."""
-        labels = (self.label_EK[self.event_P], self.weight_EK[self.event_P])
-        values = ranking_metrics(output_P, *labels, self.user_P, self.kinds)
+        columns = (self.events.label_EK, self.events.weight_EK)
+        label_PK, weight_PK = (np.asarray(column_EK)[self.event_P] for column_EK in columns)
+        values = ranking_metrics(output_P, label_PK, weight_PK, self.user_P, self.kinds)
         return {name: value for name, value in values.items() if not np.isnan(value)}
 
 
@@ -95,17 +93,20 @@ def base_rates(
     Args:
       user_E, train_E: whose each event of the data is, and whether it is a training event.
     """
-    target_P = evaluator.event_P
+    target_P, events = evaluator.event_P, evaluator.events
+    item_E, label_EK, weight_EK = map(
+        np.asarray, (events.item_E, events.label_EK, events.weight_EK)
+    )
     columns = []
     for k, kind in enumerate(evaluator.kinds.values()):
-        weight_E = evaluator.weight_EK[:, k] * train_E
-        hit_E = weight_E * np.where(weight_E > 0, evaluator.label_EK[:, k], 0.0)
+        weight_E = weight_EK[:, k] * train_E
+        hit_E = weight_E * np.where(weight_E > 0, label_EK[:, k], 0.0)
         # One event of either class more, as a rate of 0 or 1 would be infinitely wrong once.
         extra, ones = (2.0, 1.0) if kind == "binary" else (1e-9, 0.0)
         rate = (hit_E.sum() + ones) / (weight_E.sum() + extra)
         item_P, user_P = (
             _rates_of_groups(group_E, weight_E, hit_E, rate)[group_E[target_P]]
-            for group_E in (evaluator.item_E, user_E)
+            for group_E in (item_E, user_E)
         )
         scale = _logit if kind == "binary" else np.asarray
         everything, item, user = scale(np.full(len(target_P), rate)), scale(item_P), scale(user_P)

@@ -18,6 +18,7 @@ from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import Interactions
 
 PerUser = Int64[np.ndarray, " users"]
+PARTS = ("train", "validation", "test")
 PerRequest = Int64[np.ndarray, " n"]
 
 
@@ -49,15 +50,11 @@ class Parts:
     last: PerUser
 
     def bounds(self, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """First and last of a part; "train", "validation" or "test"."""
-        edges = {
-            "train": (self.first, self.validation),
-            "validation": (self.validation, self.test),
-            "test": (self.test, self.last),
-        }
-        if part not in edges:
-            raise ValueError(f"unknown part {part!r}: use {', '.join(edges)}")
-        return edges[part]
+        """First and last of one of `PARTS`."""
+        if part not in PARTS:
+            raise ValueError(f"unknown part {part!r}: use {', '.join(PARTS)}")
+        edges, place = (self.first, self.validation, self.test, self.last), PARTS.index(part)
+        return edges[place], edges[place + 1]
 
 
 def chronological(

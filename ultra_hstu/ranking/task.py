@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Int, Int64, Num
+from jaxtyping import Int32
 
 from ultra_hstu import criteria, flops
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria
 from ultra_hstu.data import signals
-from ultra_hstu.data.events import seconds_since_first
 from ultra_hstu.data.feed import EventStore
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.sampled import SampledHistory
@@ -24,6 +23,7 @@ from ultra_hstu.ranking.evaluate import RequestEvaluator
 from ultra_hstu.ranking.form import Sizes, channels, form, num_rows
 from ultra_hstu.ranking.recipe import RankRecipe
 from ultra_hstu.ranking.split import Parts, Requests, RequestTable
+from ultra_hstu.sequences import seconds_since_first
 from ultra_hstu.task import Task
 
 
@@ -34,14 +34,12 @@ class RankingTask(Task[RankEvents]):
     Attributes:
       sizes: what the model must know of the data.
       parts: where each user's training, validation and test events are.
-      kept: for each channel that leaves events out, how many it keeps of those before each event.
     """
 
     PROTOCOLS: ClassVar[tuple[str, ...]] = ("chronological",)
 
     sizes: Sizes
     parts: Parts
-    kept: dict[str, Int64[np.ndarray, " E1"]]
 
     @classmethod
     def of(cls, config: Config, interactions: Interactions) -> "RankingTask":
@@ -52,7 +50,6 @@ class RankingTask(Task[RankEvents]):
         labels = [signals.task(interactions, name) for name in rank.tasks]
         features = [signals.feature(interactions, name) for name in rank.features]
         contexts = [signals.context(interactions, name) for name in rank.contextual]
-        index, kept = _channels_of_signals(config, interactions)
         first_code = np.cumsum([0, *(context.size - 1 for context in contexts)])
         context_codes = [
             np.where(codes.code > 0, codes.code + before, 0)
@@ -63,11 +60,13 @@ class RankingTask(Task[RankEvents]):
             item_E=interactions.items.astype(np.int32),
             time_E=seconds_since_first(interactions.timestamps, events),
             signal_ES=signals.signals(interactions.actions, rank.signals, events),
-            feature_EF=_side_by_side([codes.code for codes in features], events, np.int32),
-            label_EK=_side_by_side([label.label_E for label in labels], events, np.float32),
-            weight_EK=_side_by_side([label.weight_E for label in labels], events, np.float32),
-            context_UC=_side_by_side(context_codes, users, np.int32),
-            index=index,
+            feature_EF=signals.side_by_side([codes.code for codes in features], events, np.int32),
+            label_EK=signals.side_by_side([label.label_E for label in labels], events, np.float32),
+            weight_EK=signals.side_by_side(
+                [label.weight_E for label in labels], events, np.float32
+            ),
+            context_UC=signals.side_by_side(context_codes, users, np.int32),
+            index=_kept_events(config, interactions),
         )
         sizes = Sizes(
             items=interactions.num_items,
@@ -78,7 +77,7 @@ class RankingTask(Task[RankEvents]):
             timestamps=interactions.timestamps is not None,
         )
         parts = requests.chronological(interactions, rank.validation_fraction, rank.test_fraction)
-        return cls(config, interactions, EventStore(store), sizes, parts, kept)
+        return cls(config, interactions, EventStore(store), sizes, parts)
 
     @functools.cached_property
     def recipe(self) -> RankRecipe:
@@ -147,8 +146,8 @@ class RankingTask(Task[RankEvents]):
         lengths = []
         for name, channel in channels(config).items():
             start, stop = self.parts.first[of.user] if config.model.channels else of.start, of.stop
-            if name in self.kept:
-                start, stop = self.kept[name][start], self.kept[name][stop]
+            if name in self.events.index:
+                start, stop = np.searchsorted(self.events.index[name], (start, stop))
             start = np.maximum(start, stop - channel.max_history)
             columns |= {f"start/{name}": start, f"stop/{name}": stop}
             lengths.append(num_rows(config, stop - start, of.count))
@@ -180,11 +179,9 @@ class RankingTask(Task[RankEvents]):
         )
 
 
-def _channels_of_signals(
-    config: Config, interactions: Interactions
-) -> tuple[dict[str, Int[np.ndarray, " n"]], dict[str, Int64[np.ndarray, " E1"]]]:
-    """`RankEvents.index` and `RankingTask.kept` of the channels that leave events out."""
-    index, kept = {}, {}
+def _kept_events(config: Config, interactions: Interactions) -> dict[str, Int32[np.ndarray, " n"]]:
+    """The events of each channel that leaves some out."""
+    index = {}
     for name, channel in channels(config).items():
         if not channel.signal:
             continue
@@ -196,11 +193,4 @@ def _channels_of_signals(
             )
         keep_E = interactions.actions[channel.signal] >= channel.at_least
         index[name] = np.flatnonzero(keep_E).astype(np.int32)
-        kept[name] = np.concatenate([[0], np.cumsum(keep_E)])
-    return index, kept
-
-
-def _side_by_side(
-    columns: list[Num[np.ndarray, " n"]], length: int, dtype: type[np.generic]
-) -> Num[np.ndarray, "n c"]:
-    return np.stack(columns, axis=1).astype(dtype) if columns else np.zeros((length, 0), dtype)
+    return index

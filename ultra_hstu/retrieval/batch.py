@@ -15,23 +15,22 @@ import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
 
 from kernels.jagged import Rows, lengths_to_offsets
-from kernels.typing import Leaf
-from ultra_hstu.data.events import seconds_since_first
-from ultra_hstu.sequences import Columns, Sequences
+from kernels.typing import Leaf, PerRow
+from ultra_hstu.sequences import Columns, Sequences, seconds_since_first
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """B histories in T rows. Rows from `offsets[B]` on are padding.
+    """B histories in T rows; integers are int32. Rows from `offsets[B]` on are padding.
 
     A padded layout has offsets `0, N, 2N, ...` and item 0 behind every history.
     """
 
-    item_T: Leaf[Int32[Array, " T"]]  # item ids 1..I, 0 on padding
-    time_T: Leaf[Int32[Array, " T"]]  # seconds since the first event of the data
-    next_time_T: Leaf[Int32[Array, " T"]]  # time of the event after the row, a target's too
-    target_T: Leaf[Int32[Array, " T"]]  # the item after the row, 0 where nothing is predicted
+    item_T: Leaf[PerRow]  # item ids 1..I, 0 on padding
+    time_T: Leaf[PerRow]  # seconds since the first event of the data
+    next_time_T: Leaf[PerRow]  # time of the event after the row, a target's too
+    target_T: Leaf[PerRow]  # the item after the row, 0 where nothing is predicted
     weight_T: Leaf[Float32[Array, " T"]]  # 1 where a row is trained on, 0 elsewhere
     offsets: Leaf[Int32[Array | np.ndarray, " B1"]]
     last_row_B: Leaf[Int32[Array, " B"]]  # the user's row; of an empty history, row 0
@@ -53,13 +52,17 @@ class Events:
 
     @staticmethod
     def from_arrays(
-        items: Int[np.ndarray, " E"], timestamps: Int[np.ndarray, " E"] | None
+        items: Int[np.ndarray, " E"],
+        timestamps: Int[np.ndarray, " E"] | None,
+        signal_ES: Int32[np.ndarray, "E S"] | None = None,
     ) -> "Events":
-        """int32 arrays from ids and absolute seconds.
+        """From ids, absolute seconds and codes.
 
         Raises ValueError as `seconds_since_first`.
         """
-        return Events(items.astype(np.int32), seconds_since_first(timestamps, len(items)))
+        return Events(
+            items.astype(np.int32), seconds_since_first(timestamps, len(items)), signal_ES
+        )
 
 
 @dataclasses.dataclass(frozen=True)

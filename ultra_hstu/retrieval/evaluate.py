@@ -37,16 +37,13 @@ class CorpusEvaluator(Evaluator):
         return model.users(batch, shards), model.all_items(shards)
 
     def outputs(self, scored: PyTree, batch: Batch) -> Int[Array, " b"]:
+        """Ranks from 1; 2501 where a target is not among the best 2500."""
         users_bD, table_ID = self.vectors(scored, batch)
         # The item after a history's last row is the target of the example.
         target_B = batch.target_T[batch.last_row_B]
         seen_BN = jagged.pad(batch.item_T, batch.offsets, self.longest)
         target_b, seen_bN = self.recipe.shards.part((target_B, seen_BN))
         return ranks(users_bD, table_ID, target_b, seen_bN, l2_normalize=self.l2_normalize)
-
-    def ranks(self, scored: PyTree) -> Int[np.ndarray, " n"]:
-        """The 1-based rank of every example's target; 2501 where it is not among the best 2500."""
-        return self.predict(scored)
 
     def metrics(self, output_P: Int[np.ndarray, " n"]) -> dict[str, float]:
         """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split."""

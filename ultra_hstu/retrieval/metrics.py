@@ -20,6 +20,7 @@ CUTOFFS = (1, 5, 10, 50, 100, 200)
 PUBLISHED_CUTOFF = 2500
 
 
+PerUser = Int[Array, " U"]
 Users = Float[Array, "U D"]
 Seen = Int[Array, "U S"] | None
 Corpus = Bool[Array, " I1"] | None
@@ -37,14 +38,14 @@ class CorpusChunk(NamedTuple):
 def ranks(
     h_UD: Users,
     table_ID: Float[Array, "I1 D"],
-    target_U: Int[Array, " U"],
+    target_U: PerUser,
     seen_US: Seen = None,
     *,
     l2_normalize: bool = True,
     corpus_I: Corpus = None,
     cutoff: int | None = PUBLISHED_CUTOFF,
     chunk_items: int = 4096,
-) -> Int[Array, " U"]:
+) -> PerUser:
     """Rank of each user's target among the items of the corpus, 1 is best.
 
     An item that scores the same as the target, or NaN, counts as better, so that a broken model
@@ -71,7 +72,7 @@ def ranks(
     target_UD = _prepared(table_ID[target_U], l2_normalize)
     goal_U1 = jnp.sum(h_UD * target_UD, axis=1, keepdims=True)
 
-    def count(ahead_U: Int[Array, " U"], chunk: CorpusChunk) -> Int[Array, " U"]:
+    def count(ahead_U: PerUser, chunk: CorpusChunk) -> PerUser:
         better_UI = ~(chunk.score_UI < goal_U1) & (chunk.item_I[None, :] != target_U1)
         return ahead_U + jnp.sum(better_UI & chunk.allowed_UI, axis=1, dtype=jnp.int32)
 
@@ -157,7 +158,7 @@ def _prepared(e_XD: Float[Array, "X D"], l2_normalize: bool) -> Float[Array, "X 
     return unit_rows(e_XD) if l2_normalize else e_XD.astype(jnp.float32)
 
 
-def mean_metrics(rank_U: Int[Array, " U"]) -> dict[str, float]:
+def mean_metrics(rank_U: PerUser) -> dict[str, float]:
     """The means over users of `hr@k`, `ndcg@k` and `mrr`.
 
     `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] / log2(rank + 1)`, `mrr = 1 / rank`: as in the

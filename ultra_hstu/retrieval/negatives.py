@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt
 
+RowKeys = Key[Array, "*rows"]  # one for all rows, or one a row
+Drawn = Int[Array, "{rows} {count}"]
 
-def uniform_negatives(
-    key: Key[Array, "*rows"], rows: int, count: int, num_items: int
-) -> Int[Array, "{rows} {count}"]:
-    """`count` ids for each row, uniform over 1..num_items, independent and with replacement.
 
-    `key`: one for all rows, or one a row.
-    """
+def uniform_negatives(key: RowKeys, rows: int, count: int, num_items: int) -> Drawn:
+    """`count` ids for each row, uniform over 1..num_items, independent and with replacement."""
     return 1 + _below(key, rows, count, jnp.uint32(num_items))
 
 
@@ -41,9 +39,7 @@ def in_batch_pool(item_P: Int[Array, " P"], num_items: int) -> InBatchPool:
     return InBatchPool(item_P[place_P], size, jnp.log(count_I.astype(jnp.float32)) - log_size)
 
 
-def in_batch_negatives(
-    key: Key[Array, "*rows"], pool: InBatchPool, rows: int, count: int
-) -> Int[Array, "{rows} {count}"]:
+def in_batch_negatives(key: RowKeys, pool: InBatchPool, rows: int, count: int) -> Drawn:
     """`count` ids for each row from the pool, independent and with replacement.
 
     A row's own positive may be among them: the loss removes it.
@@ -51,9 +47,7 @@ def in_batch_negatives(
     return pool.id_P[_below(key, rows, count, jnp.maximum(pool.size, 1).astype(jnp.uint32))]
 
 
-def _below(
-    key: Key[Array, "*rows"], rows: int, count: int, bound: UInt[Array, ""]
-) -> Int[Array, "{rows} {count}"]:
+def _below(key: RowKeys, rows: int, count: int, bound: UInt[Array, ""]) -> Drawn:
     """Uniform integers 0..bound-1 as the remainder of one 32-bit word.
 
     The probability of an id is off by at most bound / 2^32 of itself: 1e-6 for MovieLens, 2e-4 for

@@ -37,10 +37,10 @@ class RetrievalTask(Task[Events]):
             config.data.max_history,
             config.data.temporal_test_fraction,
         )
-        events = Events.from_arrays(interactions.items, interactions.timestamps)
+        items, signal_ES = interactions.items, None
         if names := config.rank.signals:
-            codes_ES = signals.signals(interactions.actions, names, interactions.num_events)
-            events = dataclasses.replace(events, signal_ES=codes_ES)
+            signal_ES = signals.signals(interactions.actions, names, len(items))
+        events = Events.from_arrays(items, interactions.timestamps, signal_ES)
         return cls(config, interactions, EventStore(events), splits)
 
     @functools.cached_property

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy.typing import ArrayLike
 
-from ultra_hstu.data.events import SECONDS_RANGE
+from ultra_hstu.sequences import SECONDS_RANGE
 
 
 def since_first(
