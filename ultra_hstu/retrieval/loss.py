@@ -1,8 +1,9 @@
 """Softmax losses over the catalogue, sampled or full, that never hold the logits of all rows.
 
 Rows are worked off in chunks. The forward pass computes loss and gradients of a chunk together, so
-every score is computed once and only the gradients themselves are kept; the backward pass multiplies them by the cotangent of the loss. Chunks behind the last row that counts
-(the padding at the end of a flat buffer) are not computed at all.
+every score is computed once and only the gradients themselves are kept; the backward pass
+multiplies them by the cotangent of the loss. Chunks behind the last row that counts (the padding at
+the end of a flat buffer) are not computed at all.
 
 Everything is in float32, whatever the dtype of the inputs.
 """
