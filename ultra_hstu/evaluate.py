@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
-from ultra_hstu.criteria import Criteria
+from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data.feed import Feed, Loader, feed_specs
 from ultra_hstu.parallel import processes
 from ultra_hstu.step import Steps
@@ -45,7 +45,7 @@ class Evaluator(abc.ABC):
         """What a batch gives, this device's part as `Shards.part` divides it."""
 
     @abc.abstractmethod
-    def metrics(self, output_P: Outputs) -> dict[str, float]:
+    def metrics(self, output_P: Outputs) -> Metrics:
         """The metrics of the outputs of a whole split, as `predict` orders them."""
 
     def compile(self, scored: PyTree) -> None:
@@ -67,7 +67,7 @@ class Evaluator(abc.ABC):
         outputs = [np.asarray(output_SP)[:steps] for steps, output_SP in pending]
         return np.concatenate(outputs)[self.used_SP]
 
-    def __call__(self, scored: PyTree) -> dict[str, float]:
+    def __call__(self, scored: PyTree) -> Metrics:
         return self.metrics(self.predict(scored))
 
     def _over_devices(self, scored: PyTree, feed: Feed, steps: Int[Array, ""]) -> StepOutputs:

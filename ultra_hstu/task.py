@@ -11,10 +11,11 @@ from typing import ClassVar
 
 from ultra_hstu import flops
 from ultra_hstu.config import Config
-from ultra_hstu.criteria import Criteria
+from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data.feed import (
     WHOLE,
     BatchGather,
+    BufferRows,
     EventStore,
     ExampleTable,
     HostColumns,
@@ -66,7 +67,7 @@ class Task[Events](abc.ABC):
         """
 
     @abc.abstractmethod
-    def gather(self, training: bool, rows: tuple[int, ...], examples: int) -> BatchGather:
+    def gather(self, training: bool, rows: BufferRows, examples: int) -> BatchGather:
         """What makes batches of so many examples in buffers of so many rows."""
 
     @property
@@ -120,7 +121,7 @@ class Task[Events](abc.ABC):
         """
 
     @abc.abstractmethod
-    def baselines(self, split: str) -> dict[str, dict[str, float]]:
+    def baselines(self, split: str) -> dict[str, Metrics]:
         """The metrics of what needs no model, by name."""
 
     @abc.abstractmethod

@@ -36,6 +36,7 @@ DEVICE_BYTES = 2**30  # placement "auto": data up to this size lives on the devi
 STREAM_THREADS = 4
 STREAM_AHEAD = 4  # groups of batches packed before they are asked for
 
+BufferRows = tuple[int, ...]  # capacity of each buffer of a batch
 HostColumns = dict[str, Int[np.ndarray, "..."]]
 Places = Int[np.ndarray, "S B"]  # of a batch's examples in their table, -1 in empty places
 Lengths = Int[np.ndarray, "n *buffers"]  # rows of each example
@@ -47,9 +48,8 @@ class BatchGather(Protocol):
     """Makes a batch. Hashable and equal where its settings are: it is static in compiled steps."""
 
     @property
-    def rows(self) -> int | tuple[int, ...]:
+    def rows(self) -> int | BufferRows:
         """Capacity of a batch, or of each of its buffers."""
-        ...
 
     def __call__(self, data: PyTree, columns_B: Columns, xp: ModuleType = jnp, /) -> PyTree:
         """The batch of B examples; a line of zeros in all columns is an empty place."""
@@ -98,12 +98,12 @@ class Packing:
     """
 
     batch_users: int
-    rows: tuple[int, ...]
+    rows: BufferRows
     groups: int = 1
     buffers: int = 1
 
     @staticmethod
-    def of(rows: int | tuple[int, ...], batch_users: int, groups: int, shards: int) -> "Packing":
+    def of(rows: int | BufferRows, batch_users: int, groups: int, shards: int) -> "Packing":
         """The packing of `groups` parts into the buffers, of `rows`, of the mesh's data groups.
 
         Raises:
@@ -141,7 +141,7 @@ def plan_epoch(
     lengths: Lengths,
     *,
     batch_users: int,
-    rows: int | tuple[int, ...],
+    rows: int | BufferRows,
     seed: int,
     epoch: int,
     shuffle: bool = True,
@@ -306,7 +306,7 @@ class Loader:
         self,
         store: EventStore,
         examples: ExampleTable | Callable[[int, int], ExampleTable],
-        gather: Callable[[tuple[int, ...], int], BatchGather],
+        gather: Callable[[BufferRows, int], BatchGather],
         *,
         batch_users: int,
         steps_per_call: int,

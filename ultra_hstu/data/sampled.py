@@ -12,7 +12,7 @@ import functools
 import numpy as np
 from jaxtyping import Float, Int
 
-from ultra_hstu.data.feed import ExampleTable, HostColumns, Packing, Plan, Planner
+from ultra_hstu.data.feed import BufferRows, ExampleTable, HostColumns, Packing, Plan, Planner
 from ultra_hstu.sampling import LoadBalancer, Subsequence, stochastic_length, subsequence
 
 # Streams of random numbers beside the loader's own, which shuffles with (seed, epoch).
@@ -164,7 +164,7 @@ class SampledPlanner(Planner):
         self,
         cut: CutTable,
         place_SB: Int[np.ndarray, "S B"],
-        rows_R: tuple[int, ...],
+        rows_R: BufferRows,
         gamma: float,
         seed: int,
         epoch: int,

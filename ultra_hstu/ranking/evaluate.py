@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
-from ultra_hstu.criteria import Criteria
+from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.ranking.batch import RankBatch, RankEvents
@@ -58,7 +58,7 @@ class RequestEvaluator(Evaluator):
         """The logits (values, in regressions) of the events `event_P`."""
         return self.recipe.logits(scored, batch)
 
-    def __call__(self, scored: PyTree) -> dict[str, float]:
+    def __call__(self, scored: PyTree) -> Metrics:
         """The metrics of `ranking_metrics`, without those that have no value here.
 
         Raises:
@@ -73,7 +73,7 @@ class RequestEvaluator(Evaluator):
             )
         return self.metrics(logit_PK)
 
-    def metrics(self, output_P: Float32[np.ndarray, "P K"]) -> dict[str, float]:
+    def metrics(self, output_P: Float32[np.ndarray, "P K"]) -> Metrics:
         """The metrics of any predictions of the events `event_P`."""
         columns = (self.events.label_EK, self.events.weight_EK)
         label_PK, weight_PK = (np.asarray(column_EK)[self.event_P] for column_EK in columns)
@@ -83,7 +83,7 @@ class RequestEvaluator(Evaluator):
 
 def base_rates(
     evaluator: RequestEvaluator, user_E: Int[np.ndarray, " E"], train_E: Bool[np.ndarray, " E"]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Metrics]:
     """The metrics of rates of the training events: of everything, of the item, the user, and both.
 
     A rate is a mean of labels. Those of an item or user are drawn to the rate of all with the

@@ -10,9 +10,9 @@ from jaxtyping import Int32
 
 from ultra_hstu import criteria, flops
 from ultra_hstu.config import Config
-from ultra_hstu.criteria import Criteria
+from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data import signals
-from ultra_hstu.data.feed import EventStore
+from ultra_hstu.data.feed import BufferRows, EventStore
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
@@ -106,7 +106,7 @@ class RankingTask(Task[RankEvents]):
             requests.training(self.parts, self.config, seed, epoch)
         )
 
-    def gather(self, training: bool, rows: tuple[int, ...], examples: int) -> RankGather:
+    def gather(self, training: bool, rows: BufferRows, examples: int) -> RankGather:
         config, layout = self.config, form(self.config)
         return RankGather(
             rows=rows,
@@ -156,7 +156,7 @@ class RankingTask(Task[RankEvents]):
     def evaluator(self, split: str) -> RequestEvaluator:
         return RequestEvaluator(self.recipe, self.evaluation_loader(split), self.criteria, split)
 
-    def baselines(self, split: str) -> dict[str, dict[str, float]]:
+    def baselines(self, split: str) -> dict[str, Metrics]:
         """Predicts the base rates of everything, of the item, of the user, and of both."""
         first_U, last_U = self.parts.bounds("train")
         user_E = np.repeat(np.arange(self.interactions.num_users), self.interactions.lengths)

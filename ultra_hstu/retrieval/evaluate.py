@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from kernels import jagged
-from ultra_hstu.criteria import RETRIEVAL
+from ultra_hstu.criteria import RETRIEVAL, Metrics
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.retrieval.batch import Batch
@@ -45,7 +45,7 @@ class CorpusEvaluator(Evaluator):
         target_b, seen_bN = self.recipe.shards.part((target_B, seen_BN))
         return ranks(users_bD, table_ID, target_b, seen_bN, l2_normalize=self.l2_normalize)
 
-    def metrics(self, output_P: Int[np.ndarray, " n"]) -> dict[str, float]:
+    def metrics(self, output_P: Int[np.ndarray, " n"]) -> Metrics:
         """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split."""
         return mean_metrics(jnp.asarray(output_P))
 

@@ -10,9 +10,9 @@ from jaxtyping import Float32
 
 from ultra_hstu import flops
 from ultra_hstu.config import Config
-from ultra_hstu.criteria import RETRIEVAL, Criteria
+from ultra_hstu.criteria import RETRIEVAL, Criteria, Metrics
 from ultra_hstu.data import signals
-from ultra_hstu.data.feed import EventStore
+from ultra_hstu.data.feed import BufferRows, EventStore
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
@@ -60,7 +60,7 @@ class RetrievalTask(Task[Events]):
             )
         return examples
 
-    def gather(self, training: bool, rows: tuple[int, ...], examples: int) -> HistoryGather:
+    def gather(self, training: bool, rows: BufferRows, examples: int) -> HistoryGather:
         padded = self.config.padded_length if self.config.data.layout == "padded" else None
         return HistoryGather.of(rows, examples, padded_length=padded)
 
@@ -71,7 +71,7 @@ class RetrievalTask(Task[Events]):
     def evaluator(self, split: str) -> CorpusEvaluator:
         return CorpusEvaluator(self.recipe, self.evaluation_loader(split))
 
-    def baselines(self, split: str) -> dict[str, dict[str, float]]:
+    def baselines(self, split: str) -> dict[str, Metrics]:
         """Recommends what is popular in the training data."""
         popular = PopularityEvaluator(self.recipe, self.evaluation_loader(split))
         return {"popularity": popular(jnp.asarray(self.popularity()[:, None]))}
