@@ -68,6 +68,43 @@ def softmax_loss(
     Raises:
       ValueError: if `chunk_rows` or `temperature` is not positive.
     """
+    ids: PyTree = (positive_T.astype(jnp.int32),)
+    chunk, shift_I = _full_chunk, None
+    if negative_TR is not None:
+        negatives = negative_TR.shape[1]
+        whole = whole_table_is_cheaper(len(table_ID), negatives)
+        chunk = functools.partial(_sampled_chunk, _scores_of_all if whole else _scores_of_gathered)
+        ids = (*ids, negative_TR.astype(jnp.int32))
+        if log_q is not None:
+            shift_I = jax.lax.stop_gradient(log_q) + jnp.log(jnp.float32(negatives))
+    return chunked_loss(
+        chunk,
+        ids,
+        h_TD,
+        table_ID,
+        weight_T,
+        temperature=temperature,
+        l2_normalize=l2_normalize,
+        chunk_rows=chunk_rows,
+        shift_I=shift_I,
+        total=total,
+    )
+
+
+def chunked_loss(
+    chunk: "Chunk",
+    ids: PyTree,
+    h_TD: Rows,
+    table_ID: Table,
+    weight_T: Float[Array, " T"],
+    *,
+    temperature: float,
+    l2_normalize: bool,
+    chunk_rows: int,
+    shift_I: PerItem | None = None,
+    total: Float[Array, ""] | None = None,
+) -> Loss:
+    """A loss from that of a chunk of rows; the arguments and the results of `softmax_loss`."""
     if not temperature > 0:
         raise ValueError(f"{temperature=} must be positive")
     if chunk_rows < 1:
@@ -81,15 +118,6 @@ def softmax_loss(
     weight_T = weight_T.astype(jnp.float32)
     if total is None:
         total = jnp.sum(jnp.where(counts_T, weight_T, 0.0))
-    ids: PyTree = (positive_T.astype(jnp.int32),)
-    chunk, shift_I = _full_chunk, None
-    if negative_TR is not None:
-        negatives = negative_TR.shape[1]
-        whole = whole_table_is_cheaper(len(table_ID), negatives)
-        chunk = functools.partial(_sampled_chunk, _scores_of_all if whole else _scores_of_gathered)
-        ids += (negative_TR.astype(jnp.int32),)
-        if log_q is not None:
-            shift_I = jax.lax.stop_gradient(log_q) + jnp.log(jnp.float32(negatives))
     inputs = _Inputs(q_TD / temperature, e_ID, weight_T, ids, shift_I, total)
     loss, loss_T = _chunked(chunk, min(chunk_rows, len(q_TD)), inputs)
     return loss, jax.lax.stop_gradient(loss_T)
