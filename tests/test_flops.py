@@ -16,9 +16,8 @@ from ultra_hstu import flops, tasks
 from ultra_hstu.config import ChannelConfig, Config, DataConfig, LossConfig, ModelConfig, RankConfig
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.retrieval.batch import gather_batch
+from ultra_hstu.retrieval.batch import Events, HistoryGather
 from ultra_hstu.retrieval.recipe import Recipe
-from ultra_hstu.retrieval.task import events_of
 from ultra_hstu.sequences import Sequences
 
 ROWS, WIDTH = 256, 128
@@ -86,8 +85,9 @@ def test_retrieval_loss_against_xla(negatives, items):
         loss=LossConfig(negatives=negatives, chunk_rows=ROWS),
     )
     recipe = Recipe(config, items)
-    events = events_of(np.arange(ROWS + 1) % items + 1, None)
-    batch = gather_batch(events, jnp.array([0]), jnp.array([ROWS]), rows=ROWS)
+    events = Events.from_arrays(np.arange(ROWS + 1) % items + 1, None)
+    columns = {"start": jnp.array([0]), "stop": jnp.array([ROWS])}
+    batch = HistoryGather(ROWS)(events, columns)
     params = nnx.split(nnx.eval_shape(lambda: recipe.build(0)))[1]
     step = xla_flops(
         lambda params, key: jax.value_and_grad(recipe.loss)(params, batch, key),
@@ -176,9 +176,8 @@ def test_channels_add_up_and_share_one_head():
         one, model__channels={"long": ChannelConfig(layers=1), "short": ChannelConfig(layers=2)}
     )
     counted = flops.count(two, [0, 0], targets=4, channels={"long": [50, 70], "short": [5, 9]})
-    parts = flops.count(with_(one, model__layers=1), [50, 70], targets=4) + flops.count(
-        one, [5, 9], targets=4
-    )
+    long = flops.count(with_(one, model__layers=1), [50, 70], targets=4)
+    parts = flops.Flops(*np.add(long, flops.count(one, [5, 9], targets=4)))
     assert (counted.projections, counted.attention) == (parts.projections, parts.attention)
     assert counted.head == 4 * 2 * 32 * (2 * WIDTH + 1)
     with pytest.raises(

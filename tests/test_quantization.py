@@ -149,7 +149,7 @@ def test_a_model_is_evaluated_on_the_rows_that_its_table_gives_back(tmp_path):
     }
     assert 0 < error["int8"] < error["int4"] < 0.01
     changed = {
-        kind: np.mean(evaluator.ranks(served[kind]) != evaluator.ranks(params))
+        kind: np.mean(evaluator.predict(served[kind]) != evaluator.predict(params))
         for kind in quantization.KINDS
     }
     assert changed["float32"] == 0 < changed["int8"] < changed["int4"]

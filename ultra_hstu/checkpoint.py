@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from ultra_hstu.parallel import processes
 from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
@@ -40,9 +40,8 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False):
         self.directory = directory
         self._best: list[int] = []  # at most one step
-        policy = _NewestAndBest(keep, self._best)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
+            preservation_policy=_NewestAndBest(keep, self._best),
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
@@ -145,17 +144,10 @@ class Checkpoints:
 
         A mesh fills its tables up with zeros; Orbax drops or adds them where it is not strict.
         """
-        stored, wanted = (
-            _shapes(self._manager.item_metadata(step).state.tree),
-            _shapes(abstract_state),
-        )
+        stored = _shapes(self._manager.item_metadata(step).state.tree)
+        wanted = _shapes(abstract_state)
         changed = [name for name, shape in wanted.items() if stored.get(name) != shape]
-        tables = {
-            name
-            for name, _ in _named(
-                abstract_state, is_leaf=lambda leaf: isinstance(leaf, EmbeddingTable)
-            )
-        }
+        tables = dict(_named(abstract_state, lambda leaf: isinstance(leaf, EmbeddingTable)))
         return bool(changed) and all(
             name.removesuffix(".value") in tables and stored.get(name, ())[1:] == wanted[name][1:]
             for name in changed
@@ -163,8 +155,9 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`, which `restore` could not read."""
-        for newer in [other for other in self._manager.all_steps() if other > step]:
-            self._manager.delete(newer)
+        for newer in self._manager.all_steps():
+            if newer > step:
+                self._manager.delete(newer)
 
     def close(self) -> None:
         self.wait()
@@ -184,35 +177,26 @@ class Checkpoints:
 
     def last_good(self) -> str:
         """A sentence that names the newest whole checkpoint."""
-        whole = [
-            step for step in self._manager.all_steps() if (self.directory / str(step)).is_dir()
-        ]
-        return (
-            f"The last good checkpoint is {self.directory / str(max(whole))}"
-            if whole
-            else "There is no checkpoint yet"
-        )
+        folders = [self.directory / str(step) for step in sorted(self._manager.all_steps())]
+        whole = [folder for folder in folders if folder.is_dir()]
+        return f"The last good checkpoint is {whole[-1]}" if whole else "There is no checkpoint yet"
 
     def _not_written(self, error: Exception) -> Exception:
-        if processes.several() and isinstance(
-            error, jax.errors.JaxRuntimeError
-        ):  # not the disk: another process is missing
-            return error
+        if processes.several() and isinstance(error, jax.errors.JaxRuntimeError):
+            return error  # not the disk: another process is missing
         return OSError(
             f"a checkpoint could not be written to {self.directory} ({error}). {self.last_good()}. "
             "Make room and start the same command again."
         )
 
 
-class _NewestAndBest(preservation_policy.PreservationPolicy):
+class _NewestAndBest(PreservationPolicy):
     def __init__(self, keep: int, best: list[int]):
         self.keep, self.best = keep, best
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        return [
-            number >= len(checkpoints) - self.keep or info.step in self.best
-            for number, info in enumerate(checkpoints)
-        ]
+        newest = [info.step for info in checkpoints[-self.keep :]]
+        return [info.step in (*newest, *self.best) for info in checkpoints]
 
 
 def _named(

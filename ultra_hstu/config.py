@@ -16,6 +16,7 @@ from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 
 Kind = Literal["binary", "regression"]  # of a ranking task
 
+Count = Positive[int]
 Rows = Annotated[
     tuple[int, ...], Limit(lambda values: all(value >= 0 for value in values), "at least 0")
 ]
@@ -28,14 +29,14 @@ Windows = Annotated[
 class SyntheticConfig(Section):
     """Streaming data of HSTU appendix C: a Dirichlet process over categories that drift."""
 
-    users: Positive[int] = 4000  # records of the stream; the paper has 1,000,000
+    users: Count = 4000  # records of the stream; the paper has 1,000,000
     # Events a record; the paper has 128.
     length: Annotated[
         int, Limit(lambda value: value >= 3, "at least 3: history, validation, test")
     ] = 64
-    items: Positive[int] = 2000  # ids released over the stream; the paper has 20,000
-    categories: Positive[int] = 50  # the paper has 100
-    prior_categories: Positive[int] = 5  # at most this many in a record's own prior
+    items: Count = 2000  # ids released over the stream; the paper has 20,000
+    categories: Count = 50  # the paper has 100
+    prior_categories: Count = 5  # at most this many in a record's own prior
     released_at_start: BelowOne[float] = 0.4  # share of the ids available to the first record
     # a ~ U(1, this)
     max_concentration: Annotated[float, Limit(lambda value: value >= 1, "at least 1")] = 500.0
@@ -49,10 +50,10 @@ class DataConfig(Section):
     data_dir: str = "data"  # prepared array_record files go here
     ties: Literal["stable", "random"] = "stable"  # order of a user's events with equal timestamps
     ties_seed: NotNegative[int] = 0
-    max_history: Positive[int] = 200  # newest events kept in front of a target
-    batch_users: Positive[int] = 128  # B, most users in a batch
+    max_history: Count = 200  # newest events kept in front of a target
+    batch_users: Count = 128  # B, most users in a batch
     # T, rows of the flat buffer. None: chosen from the lengths so that a batch nearly always fits.
-    batch_tokens: Positive[int] | None = None
+    batch_tokens: Count | None = None
     layout: Literal["jagged", "padded"] = "jagged"
     # auto: on the device below 1 GiB of events
     placement: Literal["auto", "device", "stream"] = "auto"
@@ -69,7 +70,7 @@ class DataConfig(Section):
     subsequence: Literal["recent", "random", "weighted"] = "recent"
     # Choose which long histories stay whole so that every device has the same load.
     load_balance: bool = False
-    recalibrate_every: Positive[int] = 100  # steps between two estimates of that load
+    recalibrate_every: Count = 100  # steps between two estimates of that load
     synthetic: SyntheticConfig = SyntheticConfig()
 
 
@@ -82,24 +83,24 @@ class ChannelConfig(Section):
 
     signal: str = ""  # an action of the data; "": every event
     at_least: float = 1.0
-    max_history: Positive[int] = 200
-    layers: Positive[int] = 2
+    max_history: Count = 200
+    layers: Count = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
     kind: Literal["hstu", "sasrec"] = "hstu"
-    width: Positive[int] = 50  # D
-    layers: Positive[int] = 2
-    heads: Positive[int] = 1
-    qk_width: Positive[int] = 50  # K, per head
-    v_width: Positive[int] = 50  # V, per head
-    ffn_width: Positive[int] = 50  # SASRec only
+    width: Count = 50  # D
+    layers: Count = 2
+    heads: Count = 1
+    qk_width: Count = 50  # K, per head
+    v_width: Count = 50  # V, per head
+    ffn_width: Count = 50  # SASRec only
     # The HSTU layer of the published research code, or the production layer.
     preset: Literal["research", "production"] = "research"
     attention: Literal["silu", "softmax"] = "silu"  # softmax: the paper's ablation
     relative_bias: bool = True  # position and time-bucket bias inside the SiLU
-    time_buckets: Positive[int] = 128
+    time_buckets: Count = 128
     # The published padding behind the history: N = max_history + output_slots divides attention.
     output_slots: NotNegative[int] = 11
     input_dropout: BelowOne[float] = 0.2
@@ -114,8 +115,8 @@ class ModelConfig(Section):
     prefix: Rows = ()
     # Attention truncation: so many layers work on the whole sequence, the others on the newest
     # `truncate_length` events.
-    truncate_after: Positive[int] | None = None
-    truncate_length: Positive[int] | None = None
+    truncate_after: Count | None = None
+    truncate_length: Count | None = None
     # Mixture of transducers, by name; empty: one transducer over all events, with `layers`.
     channels: dict[str, ChannelConfig] = dataclasses.field(default_factory=dict)
     # Precision of the uvqk and output projections in the forward; "same" follows dtype.
@@ -123,18 +124,18 @@ class ModelConfig(Section):
     # What the backward computes again instead of keeping it.
     remat: Literal["none", "selective", "full"] = "none"
     # Mini-sequences: rows that token-wise parts work on at one time; None: all.
-    chunk_rows: Positive[int] | None = None
+    chunk_rows: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig(Section):
     kind: Literal["sampled", "in_batch", "full"] = "sampled"
-    negatives: Positive[int] = 128  # per position
+    negatives: Count = 128  # per position
     temperature: Positive[float] = 0.05
     l2_normalize: bool = True
     log_q: bool = True  # in_batch: correct for how often an item is drawn
     # Rows whose logits exist at one time. None: 512 on a CPU (its cache), 4096 on an accelerator.
-    chunk_rows: Positive[int] | None = None
+    chunk_rows: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +149,13 @@ class RankConfig(Section):
     signals: tuple[str, ...] = ()
     features: tuple[str, ...] = ()  # known of an event before the user acts; kept on targets
     contextual: tuple[str, ...] = ()  # features of the user, one token each before the history
-    targets: Positive[int] = 16  # events a request asks about, which do not see one another
+    targets: Count = 16  # events a request asks about, which do not see one another
     # The end that positions count from: the targets, or the oldest event. A cached history grows
     # without being encoded anew only under "forwards".
     positions: Literal["backwards", "forwards"] = "backwards"
     # all: every history item too (interleaved only; positions are forwards)
     supervise: Literal["targets", "all"] = "targets"
-    head_width: Positive[int] = 128  # hidden width of the multi-task head
+    head_width: Count = 128  # hidden width of the multi-task head
     validation_fraction: NotNegative[float] = 0.1  # of a user's events, before the test events
     test_fraction: NotNegative[float] = 0.1  # of a user's events, the newest
 
@@ -167,27 +168,27 @@ class OptimConfig(Section):
     weight_decay: NotNegative[float] = 0.0
     warmup_steps: NotNegative[int] = 0
     # The learning rate falls to 0 at this step, on a cosine; None: it stays.
-    decay_steps: Positive[int] | None = None
+    decay_steps: Count | None = None
     clip_norm: Positive[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Section):
-    epochs: Positive[int] = 101
+    epochs: Count = 101
     seed: Annotated[
         NotNegative[int],
         Limit(lambda value: value < 2**32, "below 2^32: larger seeds would repeat smaller ones"),
     ] = 42
     protocol: str = "published"  # one of the PROTOCOLS of the task
-    eval_every: Positive[int] = 1  # epochs
-    eval_users: Positive[int] = 256  # users scored at one time
+    eval_every: Count = 1  # epochs
+    eval_users: Count = 256  # users scored at one time
     # Epochs without a better NDCG@10 (ranking: NE) before stopping. None: 10; under `published`
     # all epochs are run.
-    patience: Positive[int] | None = None
-    checkpoint_every: Positive[int] = 1  # epochs
-    keep_checkpoints: Positive[int] = 2  # newest kept, beside the best
+    patience: Count | None = None
+    checkpoint_every: Count = 1  # epochs
+    keep_checkpoints: Count = 2  # newest kept, beside the best
     # Steps in one compiled scan; progress, signals and metrics are looked at between calls.
-    steps_per_call: Positive[int] = 16
+    steps_per_call: Count = 16
     matmul_precision: Literal["default", "tensorfloat32", "highest"] = "default"
 
 
@@ -198,11 +199,11 @@ class ParallelConfig(Section):
     What is computed depends on `groups` alone.
     """
 
-    data: Positive[int] = 1  # groups of devices, each with users of its own
-    context: Positive[int] = 1  # devices of a group, which share the rows of its users
+    data: Count = 1  # groups of devices, each with users of its own
+    context: Count = 1  # devices of a group, which share the rows of its users
     # A batch is packed in so many parts, a multiple of data. None: those of the run; of a new one,
     # `data`.
-    groups: Positive[int] | None = None
+    groups: Count | None = None
     # Of attention over context.
     strategy: Literal["auto", "gather", "ring", "ulysses", "halo"] = "auto"
     # Slices, or blocks in turns, which balance full causal masks.
@@ -229,6 +230,10 @@ class Config(Section):
     def padded_length(self) -> int:
         """N: the constant that attention is divided by, and a user's rows in the padded layout."""
         return self.data.max_history + self.model.output_slots
+
+    def in_groups(self, groups: int) -> "Config":
+        """The same with `parallel.groups`."""
+        return dataclasses.replace(self, parallel=dataclasses.replace(self.parallel, groups=groups))
 
     def on_one_device(self) -> "Config":
         """The same run as one device computes it."""

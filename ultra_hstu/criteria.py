@@ -4,6 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+Metrics = dict[str, float]  # by name
+
 
 @dataclasses.dataclass(frozen=True)
 class Criteria:

@@ -9,12 +9,14 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
-from ultra_hstu.criteria import Criteria
+from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data.feed import Feed, Loader, feed_specs
 from ultra_hstu.parallel import processes
 from ultra_hstu.step import Steps
 
 STEPS_PER_CALL = 8
+Outputs = Shaped[np.ndarray, "P ..."]  # of a whole split
+StepOutputs = Shaped[Array, "S P ..."]
 
 
 class Evaluator(abc.ABC):
@@ -33,6 +35,8 @@ class Evaluator(abc.ABC):
 
     def __init__(self, recipe: Steps, loader: Loader, like: jax.ShapeDtypeStruct):
         self.recipe, self.loader, self.plan = recipe, loader, loader.plan(shuffle=False)
+        # The places of every step's outputs that belong to an example.
+        self.used_SP: Bool[np.ndarray, "S P"] = self.plan.place_SB >= 0
         self._like = like
         self._run: jax.stages.Wrapped | jax.stages.Compiled = jax.jit(self._over_devices)
 
@@ -40,13 +44,8 @@ class Evaluator(abc.ABC):
     def outputs(self, scored: PyTree, batch: PyTree) -> Shaped[Array, "p ..."]:
         """What a batch gives, this device's part as `Shards.part` divides it."""
 
-    @property
-    def used_SP(self) -> Bool[np.ndarray, "S P"]:
-        """The places of every step's outputs that belong to an example."""
-        return self.plan.place_SB >= 0
-
     @abc.abstractmethod
-    def metrics(self, output_P: Shaped[np.ndarray, "P ..."]) -> dict[str, float]:
+    def metrics(self, output_P: Outputs) -> Metrics:
         """The metrics of the outputs of a whole split, as `predict` orders them."""
 
     def compile(self, scored: PyTree) -> None:
@@ -57,28 +56,21 @@ class Evaluator(abc.ABC):
         self._run = self._run.lower(scored, group.feed, np.int32(group.steps)).compile()
         processes.barrier()
 
-    def predict(self, scored: PyTree) -> Shaped[np.ndarray, "P ..."]:
+    def predict(self, scored: PyTree) -> Outputs:
         """The outputs of every example, in the order of the split."""
         if processes.several():
             self.compile(scored)  # the others would wait in the first call
         pending = [
-            (group.first, group.steps, self._run(scored, group.feed, np.int32(group.steps)))
+            (group.steps, self._run(scored, group.feed, np.int32(group.steps)))
             for group in self.loader.groups(self.plan)
         ]
-        used_SP = self.used_SP
-        return np.concatenate(
-            [
-                np.asarray(output_SP)[:steps][used_SP[first : first + steps]]
-                for first, steps, output_SP in pending
-            ]
-        )
+        outputs = [np.asarray(output_SP)[:steps] for steps, output_SP in pending]
+        return np.concatenate(outputs)[self.used_SP]
 
-    def __call__(self, scored: PyTree) -> dict[str, float]:
+    def __call__(self, scored: PyTree) -> Metrics:
         return self.metrics(self.predict(scored))
 
-    def _over_devices(
-        self, scored: PyTree, feed: Feed, steps: Int[Array, ""]
-    ) -> Shaped[Array, "S P ..."]:
+    def _over_devices(self, scored: PyTree, feed: Feed, steps: Int[Array, ""]) -> StepOutputs:
         everywhere = PartitionSpec()
         sharded = self.scores_model and self.recipe.mesh is not None
         of_scored = self.recipe.specs.params if sharded else everywhere
@@ -87,7 +79,7 @@ class Evaluator(abc.ABC):
         )
         return run(scored, feed, steps)
 
-    def _steps(self, scored: PyTree, feed: Feed, steps: Int[Array, ""]) -> Shaped[Array, "S P ..."]:
+    def _steps(self, scored: PyTree, feed: Feed, steps: Int[Array, ""]) -> StepOutputs:
         shards, count = self.recipe.shards, self._like.shape[0]
 
         def step(number: Array, output_SP: Array) -> Array:

@@ -12,8 +12,8 @@ training is 3 x projections + 3.5 x attention, plus what `model.remat` and `mode
 compute a second time.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -24,17 +24,16 @@ from ultra_hstu.config import Config, ModelConfig
 Lengths = int | Sequence[int] | Int[np.ndarray, "*n"]  # of all samples, or one each
 
 
-@dataclasses.dataclass(frozen=True)
-class Flops:
+class Flops(NamedTuple):
     """Operations of one sample, the mean over the samples that were counted."""
 
     projections: float  # forward, of all layers
     attention: float  # forward
     attention_backward: float
-    head: float  # ranking: forward of the multi-task head
-    loss: float  # retrieval: scores of the loss, forward
-    corpus: float  # retrieval: scores of the whole catalogue for one user, at inference
     recomputed: float  # forward work that training does again
+    head: float = 0.0  # ranking: forward of the multi-task head
+    loss: float = 0.0  # retrieval: scores of the loss, forward
+    corpus: float = 0.0  # retrieval: scores of the whole catalogue for one user, at inference
 
     @property
     def inference(self) -> float:
@@ -49,14 +48,6 @@ class Flops:
             + self.attention
             + self.attention_backward
             + self.recomputed
-        )
-
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(
-            *(
-                a + b
-                for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-            )
         )
 
 
@@ -84,28 +75,27 @@ def count(
       ValueError: negative lengths, channels that are not those of the configuration, or lengths of
         different n.
     """
-    history, targets, contextual = _lengths(history=history, targets=targets, contextual=contextual)
-    wanted = config.model.channels
-    if set(channels or {}) != set(wanted):
+    wanted, channels = config.model.channels, channels or {}
+    if set(channels) != set(wanted):
         raise ValueError(
-            f"channels {sorted(channels or {})} are not those of model.channels, {sorted(wanted)}"
+            f"channels {sorted(channels)} are not those of model.channels, {sorted(wanted)}"
         )
-    parts = {
-        name: _lengths(**{name: value}, history=history)[0]
-        for name, value in (channels or {}).items()
-    }
+    of_channels = {f"channels.{name}": lengths for name, lengths in channels.items()}
+    history, targets, contextual, *parts = _lengths(
+        history=history, targets=targets, contextual=contextual, **of_channels
+    )
+    layers = [wanted[name].layers for name in channels] or [config.model.layers]
     encoders = [
-        _encoder(config, parts[name], targets, contextual, channel.layers)
-        for name, channel in wanted.items()
-    ] or [_encoder(config, history, targets, contextual, config.model.layers)]
-    total = sum(encoders[1:], encoders[0])
+        _encoder(config, lengths, targets, contextual, depth)
+        for lengths, depth in zip(parts or [history], layers, strict=True)
+    ]
+    total = Flops(*map(sum, zip(*encoders, strict=True)))
     if config.rank.tasks:
         hidden, output = _head(config, history, targets, len(encoders))
         again = hidden if config.model.chunk_rows is not None else 0.0
-        return dataclasses.replace(total, head=hidden + output, recomputed=total.recomputed + again)
-    return dataclasses.replace(
-        total, loss=_loss(config, history, items), corpus=2.0 * items * config.model.width
-    )
+        return total._replace(head=hidden + output, recomputed=total.recomputed + again)
+    corpus = 2.0 * items * config.model.width
+    return total._replace(loss=_loss(config, history, items), corpus=corpus)
 
 
 def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[float, float]:
@@ -121,7 +111,7 @@ def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[f
         raise ValueError(f"{max_length=} must be at least 2: an exponent needs two lengths")
     length_N = np.unique(np.linspace(max(max_length // 64, 1), max_length, 64).astype(np.int64))
     targets = config.rank.targets if config.rank.tasks else 0
-    channels = {name: 0 for name in config.model.channels}
+    channels = config.model.channels.items()
     cost_N = np.array(
         [
             count(
@@ -129,9 +119,7 @@ def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[f
                 int(n),
                 targets=targets,
                 contextual=len(config.rank.contextual),
-                channels={
-                    name: min(int(n), config.model.channels[name].max_history) for name in channels
-                },
+                channels={name: min(int(n), one.max_history) for name, one in channels},
                 items=items,
             ).training
             for n in length_N
@@ -195,7 +183,7 @@ def _encoder(
             again += first * ((model.remat != "none") + (model.chunk_rows is not None)) + (
                 score + value
             ) * (model.remat == "full")
-    return Flops(projections, attention, backward, 0.0, 0.0, 0.0, again)
+    return Flops(projections, attention, backward, again)
 
 
 def _projection_widths(model: ModelConfig) -> tuple[int, int]:

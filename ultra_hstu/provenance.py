@@ -23,7 +23,7 @@ def provenance() -> dict[str, Any]:
         | {"python": platform.python_version()},
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "commit": _commit(),
-        "command": " ".join(["python", *_module_command()]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -34,21 +34,8 @@ def _commit() -> str:
     """
     if given := os.environ.get("ULTRA_HSTU_COMMIT"):
         return given
+    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + ("+" if changed else "")
-
-
-def _module_command() -> list[str]:
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    return (
-        ["-m", spec.name, *sys.argv[1:]] if spec else [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-    )

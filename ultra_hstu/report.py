@@ -96,7 +96,7 @@ def metrics_table(
 
     What has no value is left blank.
     """
-    columns = criteria.table if columns is None else columns
+    columns = columns or criteria.table
     table = Table("", *map(display_name, columns), title=title, box=rich.box.SIMPLE)
     for name, metrics in rows.items():
         for task in criteria.tasks or ("",):
@@ -139,15 +139,13 @@ def draw_curves(runs: Mapping[str, Path], picture: Path, criteria: Criteria = RE
     figure, axes = plt.subplots(
         1, len(shown), figsize=(4 * len(shown), 3.6), constrained_layout=True
     )
-    for name, path in runs.items():
-        records = read_metrics(path)
-        for axis, key in zip(axes, shown, strict=True):
-            points = [(record["epoch"], record[key]) for record in records if key in record]
+    records = {name: read_metrics(path) for name, path in runs.items()}
+    for axis, key in zip(axes, shown, strict=True):
+        for name, of_run in records.items():
+            points = [(record["epoch"], record[key]) for record in of_run if key in record]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    for axis, title in zip(
-        axes, ("training loss", *map(display_name, criteria.curves)), strict=True
-    ):
+        title = "training loss" if key == "loss" else display_name(key)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

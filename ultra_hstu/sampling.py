@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 Subsequence = Literal["recent", "random", "weighted"]
+Lengths = Int[np.ndarray, "*n"]  # events of each history
+Uniform = Float[np.ndarray, "*n"]  # random numbers in [0, 1), one a history
 RECALIBRATION_WEIGHT = 0.5  # of the newest estimate in the target load
 
 
@@ -36,9 +38,7 @@ def threshold(max_length: int, alpha: float) -> int:
     return int(max_length ** (alpha / 2))
 
 
-def keep_probability(
-    lengths: Int[np.ndarray, "*n"], max_length: int, alpha: float
-) -> Float[np.ndarray, "*n"]:
+def keep_probability(lengths: Lengths, max_length: int, alpha: float) -> Float[np.ndarray, "*n"]:
     """`N^alpha / n^2`, the probability that a history above the threshold stays whole.
 
     Not clipped: 1 or more below the threshold.
@@ -46,9 +46,7 @@ def keep_probability(
     return max_length**alpha / np.maximum(lengths, 1).astype(np.float64) ** 2
 
 
-def stochastic_length(
-    lengths: Int[np.ndarray, "*n"], max_length: int, alpha: float, uniform: Float[np.ndarray, "*n"]
-) -> Int[np.ndarray, "*n"]:
+def stochastic_length(lengths: Lengths, max_length: int, alpha: float, uniform: Uniform) -> Lengths:
     """How many events of each history are kept, decided by `uniform` numbers in [0, 1).
 
     Raises:
@@ -132,7 +130,7 @@ class LoadBalancer:
         if self.recalibrate_every < 1:
             raise ValueError(f"recalibrate_every={self.recalibrate_every} must be at least 1")
 
-    def load(self, lengths: Int[np.ndarray, " n"]) -> float:
+    def load(self, lengths: Lengths) -> float:
         return float(np.sum(lengths.astype(np.float64) ** self.gamma))
 
     def calibrate(self, plain_loads: Sequence[float]) -> None:
@@ -143,10 +141,10 @@ class LoadBalancer:
 
     def choose(
         self,
-        lengths: Int[np.ndarray, " n"],
-        uniform: Float[np.ndarray, " n"],
+        lengths: Lengths,
+        uniform: Uniform,
         capacity: int | None = None,
-    ) -> Int[np.ndarray, " n"]:
+    ) -> Lengths:
         """How many events of each history of a step are kept, at most `capacity` together."""
         plain = stochastic_length(lengths, self.max_length, self.alpha, uniform)
         kept = plain if self.target is None else self._balanced(lengths, uniform, capacity)
@@ -162,9 +160,7 @@ class LoadBalancer:
             self.observed = 0.0
         return kept
 
-    def _balanced(
-        self, lengths: np.ndarray, uniform: np.ndarray, capacity: int | None
-    ) -> np.ndarray:
+    def _balanced(self, lengths: Lengths, uniform: Uniform, capacity: int | None) -> Lengths:
         assert self.target is not None
         cut = threshold(self.max_length, self.alpha)
         long: Bool[np.ndarray, " n"] = lengths > cut

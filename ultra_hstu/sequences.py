@@ -1,19 +1,22 @@
 """What encoders read of a batch: its sequences, their times, and how the rows lie on the mesh."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int32, Int64
 
 from kernels.jagged import Offsets, Rows
 from kernels.typing import STATIC, Leaf
 from ultra_hstu.parallel.shards import ONE, Shards
 
+SECONDS_RANGE = 2**31 - 1  # batches hold times as int32
+
 Activations = Float[Array, "T D"]  # a vector for each row
 PerSequence = Int[Array | np.ndarray, " B"]  # a number for each sequence
 Times = Int[Array | np.ndarray, " T"]  # of each row, seconds
-Columns = dict[str, Int[Array | np.ndarray, "..."]]  # of the examples of a batch, by name
+Columns = Mapping[str, Int[Array | np.ndarray, "..."]]  # of the examples of a batch, by name
 
 
 @jax.tree_util.register_dataclass
@@ -65,3 +68,23 @@ class Sequences:
     def on(self, shards: Shards) -> "Sequences":
         """The same sequences on a mesh."""
         return dataclasses.replace(self, shards=shards)
+
+
+def seconds_since_first(
+    timestamps: Int64[np.ndarray, " E"] | None, count: int
+) -> Int32[np.ndarray, " E"]:
+    """The times of `count` events as a batch holds them; without timestamps every time is 0.
+
+    Raises:
+        ValueError: timestamps that span more than 2^31 - 1 seconds (68 years), which usually means
+            milliseconds.
+    """
+    if timestamps is None or not len(timestamps):
+        return np.zeros(count, np.int32)
+    first, last = int(timestamps.min()), int(timestamps.max())
+    if last - first > SECONDS_RANGE:
+        raise ValueError(
+            f"timestamps run from {first} to {last}: more than 2^31 - 1 seconds. "
+            "Give seconds, not milliseconds."
+        )
+    return (timestamps - first).astype(np.int32)

@@ -32,6 +32,9 @@ class TrainState:
     step: Leaf[Int32[Array, ""]]  # steps taken, over all epochs
 
 
+Updated = tuple[TrainState, dict[str, Float[Array, ""]]]  # and `loss` and `grad_norm` of the step
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps[Model: nnx.Module](abc.ABC):
     """What every recipe shares; a subclass says how its model is built and what is minimised.
@@ -107,15 +110,11 @@ class Steps[Model: nnx.Module](abc.ABC):
     def model(self, params: Params) -> Model:
         return nnx.merge(self.graphdef, params)
 
-    def step(
-        self, state: TrainState, batch: PyTree
-    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    def step(self, state: TrainState, batch: PyTree) -> Updated:
         """One update on a batch; in a mesh, it holds the groups' batches one after another."""
         return self.feed_step(state, Fixed(batch), 0)
 
-    def feed_step(
-        self, state: TrainState, feed: Feed, number: StepNumber
-    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    def feed_step(self, state: TrainState, feed: Feed, number: StepNumber) -> Updated:
         """One update on a batch of a feed; its key is a function of (seed, step)."""
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
         specs = self.specs.params if self.mesh is not None else None

@@ -5,26 +5,43 @@ A task is one folder and its line in `ultra_hstu.tasks`.
 
 import abc
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 from ultra_hstu import flops
 from ultra_hstu.config import Config
-from ultra_hstu.criteria import Criteria
-from ultra_hstu.data.feed import HostColumns, Loader
+from ultra_hstu.criteria import Criteria, Metrics
+from ultra_hstu.data.feed import (
+    WHOLE,
+    BatchGather,
+    BufferRows,
+    EventStore,
+    ExampleTable,
+    HostColumns,
+    Loader,
+    Planner,
+)
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
 from ultra_hstu.evaluate import STEPS_PER_CALL, Evaluator
 from ultra_hstu.flops import Flops
 from ultra_hstu.step import Steps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Task(abc.ABC):
+class Task[Events](abc.ABC):
     """What a run works on: data, split, model and measures, all from the configuration."""
 
     PROTOCOLS: ClassVar[tuple[str, ...]]  # the values of `train.protocol` that it has
 
     config: Config
     interactions: Interactions
+    store: EventStore[Events]
+
+    @property
+    def events(self) -> Events:
+        return self.store.host
 
     @classmethod
     @abc.abstractmethod
@@ -42,12 +59,58 @@ class Task(abc.ABC):
         """What a run is judged by."""
 
     @abc.abstractmethod
-    def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
-        """Batches of one part of the split: "train", "validation" or "test".
+    def examples(self, part: str) -> ExampleTable | Callable[[int, int], ExampleTable]:
+        """The examples of one part of the split: "train", "validation" or "test".
 
         Raises:
           ValueError: if the split has no such part.
         """
+
+    @abc.abstractmethod
+    def gather(self, training: bool, rows: BufferRows, examples: int) -> BatchGather:
+        """What makes batches of so many examples in buffers of so many rows."""
+
+    @property
+    @abc.abstractmethod
+    def histories(self) -> tuple[SampledHistory, ...]:
+        """The histories of an example that stochastic length may cut, one a buffer."""
+
+    @property
+    def longest(self) -> tuple[int, ...] | None:
+        """As of a `Loader`."""
+        return None
+
+    def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
+        """Batches of `batch_users` examples of one part of the split.
+
+        Raises:
+          ValueError: if the split has no such part, or nothing in it.
+        """
+        config, training = self.config, part == "train"
+        return Loader(
+            self.store,
+            self.examples(part),
+            functools.partial(self.gather, training),
+            batch_users=batch_users,
+            steps_per_call=steps_per_call,
+            rows=config.data.batch_tokens if training else None,
+            longest=self.longest,
+            placement=config.data.placement,
+            planner=self.planner() if training else WHOLE,
+            mesh=self.recipe.mesh,
+            groups=config.parallel.batch_groups if training else None,
+        )
+
+    def planner(self) -> Planner:
+        """Training sees parts of histories under stochastic length; evaluation sees whole ones."""
+        data, gamma = self.config.data, None
+        if data.stochastic_length is None:
+            return WHOLE
+        if data.load_balance:  # a history's cost, from the model's own operations
+            items = self.interactions.num_items
+            gamma, _ = flops.cost_exponent(self.config, data.max_history, items=items)
+        sampling = Sampling(data.stochastic_length, data.subsequence, gamma, data.recalibrate_every)
+        return SampledPlanner(sampling, self.histories, self.interactions.timestamps)
 
     @abc.abstractmethod
     def evaluator(self, split: str) -> Evaluator:
@@ -58,7 +121,7 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def baselines(self, split: str) -> dict[str, dict[str, float]]:
+    def baselines(self, split: str) -> dict[str, Metrics]:
         """The metrics of what needs no model, by name."""
 
     @abc.abstractmethod
@@ -88,11 +151,3 @@ class Task(abc.ABC):
         users = config.data.batch_users if training else config.train.eval_users
         loader = self.loader(part, batch_users=users, steps_per_call=1)
         return loader.plan(seed=config.train.seed, shuffle=training).examples.columns
-
-    @property
-    def gamma(self) -> float:
-        """The exponent of a history's cost for load balance, from the model's own operations."""
-        if not self.config.data.load_balance:
-            return 1.0
-        longest = self.config.data.max_history
-        return flops.cost_exponent(self.config, longest, items=self.interactions.num_items)[0]

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from ultra_hstu import optim, report, tasks
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.config import Config
+from ultra_hstu.criteria import Metrics
 from ultra_hstu.data.feed import Feed, Group
 from ultra_hstu.parallel import make_mesh, processes
 from ultra_hstu.step import Steps, TrainState
@@ -46,7 +47,7 @@ class Position:
     best_epoch: int = 0
     best_metric: float | None = None  # the criteria say which; None: nothing was evaluated yet
     evaluated_epoch: int = 0  # the newest epoch that was evaluated, and what came out
-    last: dict[str, float] = dataclasses.field(default_factory=dict)
+    last: Metrics = dataclasses.field(default_factory=dict)
     seconds: float = 0.0  # spent training and evaluating, without compilation
     compile_seconds: float = 0.0  # over all starts
 
@@ -146,7 +147,7 @@ def _claim(folder: Workdir, config: Config) -> Config:
             f"process {seen.index(False)} does not see {folder.config}, which process 0 has "
             "written: all processes must share --workdir"
         )
-    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, groups=groups))
+    return config.in_groups(groups)
 
 
 class _Run:
@@ -211,7 +212,7 @@ class _Run:
                 position.epoch += 1
                 position.batch, position.loss_sum = 0, 0.0
                 last_epoch = position.epoch == config.epochs
-                metrics: dict[str, float] = {}
+                metrics: Metrics = {}
                 if position.epoch % config.eval_every == 0 or last_epoch:
                     metrics, shown = self._evaluate()
                     bar.update(line, status=f"loss {record['loss']:.3f}  {shown}")
@@ -230,7 +231,7 @@ class _Run:
             self.checkpoints.wait()
         return self._finish()
 
-    def _evaluate(self) -> tuple[dict[str, float], str]:
+    def _evaluate(self) -> tuple[Metrics, str]:
         """The metrics of the epoch, and those of them that the progress line shows."""
         position, criteria = self.position, self.evaluator.criteria
         found = self.evaluator(self.state.params)
@@ -253,7 +254,7 @@ class _Run:
             f"{self.position.epoch + 1}; the same command goes on from there"
         )
 
-    def _train_epoch(self, stop: "_Stop", bar: Progress) -> dict[str, float]:
+    def _train_epoch(self, stop: "_Stop", bar: Progress) -> Metrics:
         position = self.position
         plan = self.loader.plan(seed=self.config.train.seed, epoch=position.epoch)
         before = position.epoch * len(plan)
@@ -335,14 +336,12 @@ class _Run:
             "seconds": position.seconds,
             "compile_seconds": position.compile_seconds,
             "best_epoch": position.best_epoch,
-            "best": self.evaluator(params),
-            "last": position.last,
         }
-        if self.split != "test":
+        if self.split == "test":
+            result |= {"best": self.evaluator(params), "last": position.last}
+        else:
             # One look at the test items, with the parameters that did best on validation.
-            validation = result.pop("best")
-            result |= {"validation": validation, "best": self.test_evaluator(params)}
-            result.pop("last")
+            result |= {"validation": self.evaluator(params), "best": self.test_evaluator(params)}
         if processes.is_first():
             write_json(self.folder.result, result)
             runs = {self.config.name: self.folder.metrics}

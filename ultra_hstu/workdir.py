@@ -51,14 +51,13 @@ class Workdir:
         self._lock = open(self.path / ".lock", "a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check_owner(dataclasses.asdict(self.with_groups(config)))
         except BlockingIOError:
             self.release()
             raise ValueError(
                 f"another process is training in {self.path}: wait for it, or choose another "
                 "--workdir"
             ) from None
-        try:
-            self._check_owner(dataclasses.asdict(self.with_groups(config)))
         except ValueError:
             self.release()
             raise
@@ -81,28 +80,22 @@ class Workdir:
                 "A run that is to go on in larger ones must start with --config.parallel.groups at "
                 "the largest data."
             )
-        return dataclasses.replace(config, parallel=dataclasses.replace(parallel, groups=groups))
+        return config.in_groups(groups)
 
     def _check_owner(self, new: dict[str, Any]) -> None:
         if self.config.exists():
             stored = self.with_groups(self.read_config())  # of a run from before there were meshes
-            changed = [
-                line
-                for line in difference(dataclasses.asdict(stored), new)
-                if not line.startswith(FREE_FIELDS)
-            ]
-            if changed:
+            lines = difference(dataclasses.asdict(stored), new)
+            if changed := [line for line in lines if not line.startswith(FREE_FIELDS)]:
                 listed = "\n  ".join(changed)
                 raise ValueError(
                     f"{self.path} belongs to a run with another configuration (stored -> asked "
                     f"for):\n  {listed}\n"
                     "Choose another --workdir, or delete this one to start over."
                 )
-        elif foreign := sorted(
-            entry.name
-            for entry in self.path.iterdir()
-            if entry.name not in (".lock", "config.json.partial")
-        ):
+            return
+        entries = {entry.name for entry in self.path.iterdir()}
+        if foreign := sorted(entries - {".lock", "config.json.partial"}):
             raise ValueError(
                 f"{self.path} is no run's folder, yet it holds {foreign[0]!r}: choose an empty or "
                 "new --workdir"
@@ -155,11 +148,8 @@ class Workdir:
     def read_for_one_device(self, raw_dir: str | None = None) -> Config:
         """`read_config` as one device computes it; `raw_dir`: where the raw data is, if moved."""
         config = self.read_config().on_one_device()
-        return (
-            dataclasses.replace(config, data=dataclasses.replace(config.data, raw_dir=raw_dir))
-            if raw_dir
-            else config
-        )
+        data = dataclasses.replace(config.data, raw_dir=raw_dir or config.data.raw_dir)
+        return dataclasses.replace(config, data=data)
 
 
 def write_json(path: Path, value: Any) -> None:

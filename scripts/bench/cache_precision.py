@@ -90,7 +90,8 @@ def request_batches(
         columns = {name: column[0] for name, column in plan.columns(np.array([step])).items()}
         for name, longest in model.form.max_history if drop_blocks else ():
             first = task.parts.first[columns["user"]]
-            first = task.kept[name][first] if name in task.kept else first
+            if name in task.events.index:
+                first = np.searchsorted(task.events.index[name], first)
             stop = columns[f"stop/{name}"]
             kept = [kept_in_blocks(max(0, int(count)), longest) for count in stop - first]
             columns[f"start/{name}"] = stop - np.array(kept)

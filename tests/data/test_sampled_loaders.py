@@ -1,6 +1,7 @@
 """Stochastic length in loaders: what is cut, what stays; a plan is a function of (seed, epoch)."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -10,10 +11,10 @@ from rich.console import Console
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
-from ultra_hstu.data.feed import EventStore
+from ultra_hstu.data.feed import EventStore, Loader
 from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
+from ultra_hstu.retrieval.batch import Events, HistoryGather
 from ultra_hstu.retrieval.split import Examples
-from ultra_hstu.retrieval.task import events_of, history_loader
 from ultra_hstu.sampling import threshold
 from ultra_hstu.train import train
 
@@ -25,7 +26,9 @@ LONG = SampledHistory(60)
 @pytest.fixture(scope="module")
 def events():
     rng = np.random.default_rng(0)
-    return events_of(rng.integers(1, 50, 3000), np.sort(rng.integers(10**9, 10**9 + 10**6, 3000)))
+    return Events.from_arrays(
+        rng.integers(1, 50, 3000), np.sort(rng.integers(10**9, 10**9 + 10**6, 3000))
+    )
 
 
 def loader(events, sampling, placement="device", padded_length=None, timed=True):
@@ -40,10 +43,10 @@ def loader(events, sampling, placement="device", padded_length=None, timed=True)
         batch_users=6,
         steps_per_call=3,
         placement=placement,
-        padded_length=padded_length,
         planner=planner,
     )
-    return history_loader(EventStore(events), examples, **options), examples
+    gather = functools.partial(HistoryGather.of, padded_length=padded_length)
+    return Loader(EventStore(events), examples, gather, **options), examples
 
 
 def batches(loader, plan):

@@ -14,9 +14,8 @@ from flax import nnx
 from tests.golden import assert_close
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.retrieval.batch import Batch, gather_batch
+from ultra_hstu.retrieval.batch import Batch, Events, HistoryGather
 from ultra_hstu.retrieval.model import Recommender
-from ultra_hstu.retrieval.task import events_of
 
 ITEMS, HISTORY, ROWS = 40, 12, 64
 SMALL = ModelConfig(
@@ -57,17 +56,13 @@ def batch(lengths=LENGTHS, *, seed=0, padded=False) -> Batch:
     lengths = np.asarray(lengths)
     events = int(lengths.sum() + len(lengths))  # one target each
     start = np.concatenate([[0], np.cumsum(lengths + 1)[:-1]]).astype(np.int32)
-    source = events_of(rng.integers(1, ITEMS + 1, events), np.sort(rng.integers(0, 10**6, events)))
+    source = Events.from_arrays(
+        rng.integers(1, ITEMS + 1, events), np.sort(rng.integers(0, 10**6, events))
+    )
     length = HISTORY + SMALL.output_slots
     rows, padded_length = (len(lengths) * length, length) if padded else (ROWS, None)
-    made = gather_batch(
-        source,
-        start,
-        start + lengths.astype(np.int32),
-        rows=rows,
-        padded_length=padded_length,
-        xp=np,
-    )
+    columns = {"start": start, "stop": start + lengths.astype(np.int32)}
+    made = HistoryGather(rows, padded_length)(source, columns, np)
     return jax.tree.map(jnp.asarray, made)
 
 

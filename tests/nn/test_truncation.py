@@ -17,10 +17,9 @@ from tests.nn import small_encoder
 from tests.nn.small_encoder import LENGTH, ROWS, SEQUENCES, WIDTH, batch, inputs
 from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig
 from ultra_hstu.nn.truncation import Truncation
-from ultra_hstu.retrieval.batch import gather_batch
-from ultra_hstu.retrieval.loss import full_softmax
+from ultra_hstu.retrieval.batch import Events, HistoryGather
+from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.recipe import Recipe
-from ultra_hstu.retrieval.task import events_of
 from ultra_hstu.sequences import Sequences
 
 KEEP = 5  # L'
@@ -301,8 +300,9 @@ def test_retrieval_trains_on_the_rows_that_are_left():
         model=model, data=DataConfig(max_history=12), loss=LossConfig(kind="full", temperature=1.0)
     )
     recipe = Recipe(config, num_items=30)
-    events = events_of(np.random.default_rng(0).integers(1, 31, 40), np.arange(40))
-    made = gather_batch(events, np.array([0, 12, 13]), np.array([9, 12, 24]), rows=32, xp=np)
+    events = Events.from_arrays(np.random.default_rng(0).integers(1, 31, 40), np.arange(40))
+    columns = {"start": np.array([0, 12, 13]), "stop": np.array([9, 12, 24])}
+    made = HistoryGather(32)(events, columns, np)
     made = jax.tree.map(jnp.asarray, made)
     params = recipe.init(0).params
     loss = recipe.loss(params, made, jax.random.key(0))
@@ -310,7 +310,7 @@ def test_retrieval_trains_on_the_rows_that_are_left():
     kept_T = kept_rows(whole.encoder.truncation.cut(made.sequences))
     assert int(kept_T.sum()) == 6
     options = dict(temperature=1.0, l2_normalize=True, chunk_rows=8)
-    expected, _ = full_softmax(
+    expected, _ = softmax_loss(
         whole.encode(made), whole.item_table[...], made.target_T, made.weight_T * kept_T, **options
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-6)

@@ -1,20 +1,23 @@
 """Batches: no event lost or repeated, an order by (seed, epoch), the same on device and host."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultra_hstu.data.feed import EventStore, choose_rows, plan_epoch
-from ultra_hstu.retrieval.batch import gather_batch
+from ultra_hstu.data.feed import EventStore, Loader, choose_rows, plan_epoch
+from ultra_hstu.retrieval.batch import Events, HistoryGather
 from ultra_hstu.retrieval.split import Examples
-from ultra_hstu.retrieval.task import events_of, history_loader
 
 
 @pytest.fixture
 def events():
     rng = np.random.default_rng(0)
-    return events_of(rng.integers(1, 50, 400), np.sort(rng.integers(10**9, 10**9 + 10**6, 400)))
+    return Events.from_arrays(
+        rng.integers(1, 50, 400), np.sort(rng.integers(10**9, 10**9 + 10**6, 400))
+    )
 
 
 def random_examples(n=37, seed=1):
@@ -77,19 +80,19 @@ def by_hand(events, start, stop, rows, padded_length=None):
 
 @pytest.mark.parametrize("padded_length", [None, 45])
 @pytest.mark.parametrize("xp", [np, jnp])
-def test_gather_batch_against_loops(events, padded_length, xp):
+def test_batches_against_loops(events, padded_length, xp):
     start, stop = np.array([5, 100, 7, 60, 0]), np.array([9, 140, 7, 61, 0])
     rows = 5 * 45 if padded_length else 64
     data = events if xp is np else jax.device_put(events)
-    batch = gather_batch(
-        data, xp.asarray(start), xp.asarray(stop), rows=rows, padded_length=padded_length, xp=xp
-    )
+    columns = {"start": xp.asarray(start), "stop": xp.asarray(stop)}
+    batch = HistoryGather(rows, padded_length)(data, columns, xp)
     for name, value in by_hand(events, start, stop, rows, padded_length).items():
         np.testing.assert_array_equal(getattr(batch, name), value, err_msg=name)
 
 
 def test_all_empty_batch(events):
-    batch = gather_batch(events, np.zeros(4, np.int32), np.zeros(4, np.int32), rows=16, xp=np)
+    columns = {name: np.zeros(4, np.int32) for name in ("start", "stop")}
+    batch = HistoryGather(16)(events, columns, np)
     assert not batch.item_T.any() and not batch.weight_T.any() and not batch.offsets.any()
 
 
@@ -105,12 +108,12 @@ def collect(loader, plan, first=0):
 def test_streamed_and_device_feeds_give_the_same_batches(events, padded_length):
     examples = random_examples()
     loaders = [
-        history_loader(
+        Loader(
             EventStore(events),
             examples,
+            functools.partial(HistoryGather.of, padded_length=padded_length),
             batch_users=4,
             steps_per_call=3,
-            padded_length=padded_length,
             placement=placement,
         )
         for placement in ("device", "stream")
@@ -125,7 +128,9 @@ def test_streamed_and_device_feeds_give_the_same_batches(events, padded_length):
 
 
 def test_groups_have_one_shape(events):
-    loader = history_loader(EventStore(events), random_examples(), batch_users=4, steps_per_call=3)
+    loader = Loader(
+        EventStore(events), random_examples(), HistoryGather.of, batch_users=4, steps_per_call=3
+    )
     shapes = {
         str([leaf.shape for leaf in jax.tree.leaves(group.feed)])
         for group in loader.groups(loader.plan(seed=0))
@@ -143,10 +148,10 @@ def test_choose_rows_nearly_always_fits():
 
 def test_times_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="Give seconds, not milliseconds"):
-        events_of(np.ones(2, int), np.array([0, 2**31]))
+        Events.from_arrays(np.ones(2, int), np.array([0, 2**31]))
 
 
 def test_no_examples_is_refused(events):
     empty = Examples(*(np.zeros(0, int) for _ in range(3)))
     with pytest.raises(ValueError, match="no examples"):
-        history_loader(EventStore(events), empty, batch_users=4, steps_per_call=3)
+        Loader(EventStore(events), empty, HistoryGather.of, batch_users=4, steps_per_call=3)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
-from ultra_hstu.retrieval.batch import gather_batch
+from ultra_hstu.retrieval.batch import HistoryGather
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,9 @@ def ranks_by_hand(task, params, examples):
     unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
     events, ranks = jax.device_put(task.events), []
     encode = jax.jit(
-        lambda start, stop: model.encode(gather_batch(events, start, stop, rows=10))[-1]
+        lambda start, stop: model.encode(HistoryGather(10)(events, {"start": start, "stop": stop}))[
+            -1
+        ]
     )
     for start, stop in zip(examples.start, examples.stop, strict=True):
         scores = unit @ np.asarray(
@@ -49,13 +51,13 @@ def test_ranks_against_loops(task, params):
         len(examples) == 60 and (examples.lengths == 10).all()
     )  # 11 events before the target, of which the newest 10 are kept
     np.testing.assert_array_equal(
-        task.evaluator("test").ranks(params), ranks_by_hand(task, params, examples)
+        task.evaluator("test").predict(params), ranks_by_hand(task, params, examples)
     )
 
 
 def test_metrics_are_means_over_users(task, params):
     evaluator = task.evaluator("test")
-    ranks = evaluator.ranks(params)
+    ranks = evaluator.predict(params)
     metrics = evaluator(params)
     assert metrics["hr@10"] == pytest.approx(np.mean(ranks <= 10))
     assert metrics["ndcg@10"] == pytest.approx(np.mean((ranks <= 10) / np.log2(ranks + 1)))
@@ -65,7 +67,7 @@ def test_metrics_are_means_over_users(task, params):
 def test_padded_layout_gives_the_same_ranks(task, params):
     padded = tasks.of(with_(task.config, data__layout="padded"), task.interactions)
     np.testing.assert_array_equal(
-        padded.evaluator("test").ranks(params), task.evaluator("test").ranks(params)
+        padded.evaluator("test").predict(params), task.evaluator("test").predict(params)
     )
 
 

@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from tests import golden
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.retrieval import loss as losses
-from ultra_hstu.retrieval.loss import full_softmax, sampled_softmax
+from ultra_hstu.retrieval.loss import softmax_loss
 
 PATHS = {"whole table": True, "gathered": False}
 
@@ -41,7 +41,7 @@ def test_golden(case, path):
     )
 
     def run(h, table, weight):
-        return sampled_softmax(
+        return softmax_loss(
             h,
             table,
             jnp.asarray(positive),
@@ -116,8 +116,8 @@ def test_chunked_equals_unchunked(kind, chunk_rows, monkeypatch):
 
     def ours(h, table, weight):
         if kind == "full":
-            return full_softmax(h, table, positive, weight, **options)[0]
-        return sampled_softmax(h, table, positive, weight, negative, log_q=log_q, **options)[0]
+            return softmax_loss(h, table, positive, weight, **options)[0]
+        return softmax_loss(h, table, positive, weight, negative, log_q=log_q, **options)[0]
 
     def definition(h, table, weight):
         if kind == "full":
@@ -155,10 +155,10 @@ def test_padding_may_hold_anything(kind, monkeypatch):
         options = dict(temperature=0.1, l2_normalize=True, chunk_rows=8)
         if kind == "full":
             return jax.value_and_grad(
-                lambda h, e: full_softmax(h, e, positive, weight, **options)[0], argnums=(0, 1)
+                lambda h, e: softmax_loss(h, e, positive, weight, **options)[0], argnums=(0, 1)
             )(h, table)
         return jax.value_and_grad(
-            lambda h, e: sampled_softmax(h, e, positive, weight, negative, **options)[0],
+            lambda h, e: softmax_loss(h, e, positive, weight, negative, **options)[0],
             argnums=(0, 1),
         )(h, table)
 
@@ -176,7 +176,7 @@ def test_no_row_counts():
     h, table, positive, weight, negative = problem()
     options = dict(temperature=0.1, l2_normalize=True, chunk_rows=8)
     loss, grads = jax.value_and_grad(
-        lambda h: sampled_softmax(h, table, positive, 0 * weight, negative, **options)[0]
+        lambda h: softmax_loss(h, table, positive, 0 * weight, negative, **options)[0]
     )(h)
     assert loss == 0 and np.all(np.asarray(grads) == 0)
 
@@ -188,7 +188,7 @@ def test_zero_rows_have_finite_gradients():
     h, table, positive, weight, negative = problem()
     options = dict(temperature=0.1, l2_normalize=True, chunk_rows=8)
     grads = jax.grad(
-        lambda h, e: sampled_softmax(h, e, positive, weight, negative, **options)[0], argnums=(0, 1)
+        lambda h, e: softmax_loss(h, e, positive, weight, negative, **options)[0], argnums=(0, 1)
     )(h.at[0].set(0), table.at[3].set(0))
     assert all(np.all(np.isfinite(g)) for g in grads)
 
@@ -203,11 +203,9 @@ def test_log_q_makes_sampled_tend_to_full():
     negative = jnp.asarray(rng.choice(ITEMS, size=(8, 100_000), p=q) + 1, jnp.int32)
     log_q = jnp.asarray(np.log(np.concatenate([[1.0], q])), jnp.float32)
     options = dict(temperature=0.5, l2_normalize=True, chunk_rows=4)
-    full = full_softmax(h, table, positive, jnp.ones(8), **options)[1]
-    corrected = sampled_softmax(h, table, positive, jnp.ones(8), negative, log_q=log_q, **options)[
-        1
-    ]
-    plain = sampled_softmax(h, table, positive, jnp.ones(8), negative, **options)[1]
+    full = softmax_loss(h, table, positive, jnp.ones(8), **options)[1]
+    corrected = softmax_loss(h, table, positive, jnp.ones(8), negative, log_q=log_q, **options)[1]
+    plain = softmax_loss(h, table, positive, jnp.ones(8), negative, **options)[1]
     np.testing.assert_allclose(corrected, full, atol=0.02)
     assert np.min(np.abs(plain - full)) > 1
 
@@ -215,7 +213,7 @@ def test_log_q_makes_sampled_tend_to_full():
 def test_low_precision_inputs():
     h, table, positive, weight, negative = problem()
     options = dict(temperature=0.3, l2_normalize=True, chunk_rows=8)
-    run = lambda h, table: sampled_softmax(h, table, positive, weight, negative, **options)[0]  # noqa: E731
+    run = lambda h, table: softmax_loss(h, table, positive, weight, negative, **options)[0]  # noqa: E731
     rounded = h.astype(jnp.bfloat16)
     loss, (dh, dtable) = jax.value_and_grad(run, argnums=(0, 1))(rounded, table)
     assert loss.dtype == jnp.float32 and dh.dtype == jnp.bfloat16 and dtable.dtype == jnp.float32
@@ -242,8 +240,8 @@ def test_logits_never_exist_at_full_size(kind, monkeypatch):
         def loss(h, table, positive, weight, negative):
             options = dict(temperature=0.1, l2_normalize=False, chunk_rows=chunk)
             if kind == "full":
-                return full_softmax(h, table, positive, weight, **options)[0]
-            return sampled_softmax(h, table, positive, weight, negative, **options)[0]
+                return softmax_loss(h, table, positive, weight, **options)[0]
+            return softmax_loss(h, table, positive, weight, negative, **options)[0]
 
         def spec(dtype, *shape):
             return jax.ShapeDtypeStruct(shape, dtype)
@@ -282,6 +280,6 @@ def test_bad_options(bad):
     h, table, positive, weight, negative = problem()
     options = dict(temperature=0.1, l2_normalize=True, chunk_rows=8) | bad
     with pytest.raises(ValueError, match=next(iter(bad))):
-        sampled_softmax(h, table, positive, weight, negative, **options)
+        softmax_loss(h, table, positive, weight, negative, **options)
     with pytest.raises(ValueError, match=next(iter(bad))):
-        full_softmax(h, table, positive, weight, **options)
+        softmax_loss(h, table, positive, weight, **options)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import golden
-from ultra_hstu.retrieval.metrics import CUTOFFS, best_items, mean_metrics, ranking_metrics, ranks
+from ultra_hstu.retrieval.metrics import CUTOFFS, best_items, mean_metrics, ranks
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,11 @@ def test_golden(name, chunk_items, corpus):
     )
     np.testing.assert_array_equal(found, data[f"{name}/ranks"])
 
-    sums = ranking_metrics(found, jnp.ones(24))
-    assert set(sums) == {"mrr", "users"} | {
-        f"{kind}@{k}" for kind in ("hr", "ndcg") for k in CUTOFFS
-    }
-    means = mean_metrics(sums)
+    means = mean_metrics(found)
+    assert set(means) == {"mrr"} | {f"{kind}@{k}" for kind in ("hr", "ndcg") for k in CUTOFFS}
     for metric in set(means) - {"hr@5", "ndcg@5"}:
         assert abs(means[metric] - data[f"{name}/mean/{metric}"]) <= 1e-6, metric
-    rated = jnp.asarray(data["target_ratings"][:, 0] >= 4, jnp.float32)
-    means = mean_metrics(ranking_metrics(found, rated))
+    means = mean_metrics(found[data["target_ratings"][:, 0] >= 4])
     for metric in ("ndcg@10", "hr@10", "hr@50", "mrr"):
         assert abs(means[metric] - data[f"{name}/mean/{metric}_>=4"]) <= 1e-6, metric
 
@@ -51,24 +47,15 @@ def test_golden(name, chunk_items, corpus):
     assert np.all(np.diff(scores, axis=1) < 0)
 
 
-def test_sums_of_batches_add():
-    rng = np.random.default_rng(0)
-    all_ranks, weights = rng.integers(1, 300, 50), rng.integers(0, 2, 50)
-    whole = ranking_metrics(jnp.asarray(all_ranks), jnp.asarray(weights, jnp.float32))
-    parts = [
-        ranking_metrics(jnp.asarray(all_ranks[s]), jnp.asarray(weights[s], jnp.float32))
-        for s in (slice(20), slice(20, 50))
-    ]
-    for name, value in whole.items():
-        np.testing.assert_allclose(parts[0][name] + parts[1][name], value, rtol=1e-6)
-    hit = (all_ranks <= 5) & (weights > 0)
+def test_means_by_their_definition():
+    all_ranks = np.random.default_rng(0).integers(1, 300, 50)
     np.testing.assert_allclose(
-        mean_metrics(whole)["ndcg@5"],
-        np.sum(hit / np.log2(all_ranks + 1)) / weights.sum(),
+        mean_metrics(jnp.asarray(all_ranks))["ndcg@5"],
+        np.mean((all_ranks <= 5) / np.log2(all_ranks + 1)),
         rtol=1e-6,
     )
     with pytest.raises(ValueError, match="no user"):
-        mean_metrics(ranking_metrics(jnp.asarray(all_ranks), jnp.zeros(50)))
+        mean_metrics(jnp.zeros(0, jnp.int32))
 
 
 @pytest.mark.parametrize("chunk_items", [1, 13, 64, 100])

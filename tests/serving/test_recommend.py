@@ -44,7 +44,7 @@ def test_the_same_scores_as_evaluation(run, model):
 
     config, _ = run
     task = tasks.load(config)
-    ranks = task.evaluator("test").ranks(model.params)
+    ranks = task.evaluator("test").predict(model.params)
     examples, interactions = task.splits.test, task.interactions
     targets = interactions.items[examples.stop]
     unseen = [

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Bool, Int64
 
 from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
@@ -53,9 +54,8 @@ class AmazonBooks(InteractionsBuilder):
         events = RawEvents(
             user, item, table["timestamp"], {"rating": table["rating"]}, where
         ).without_duplicates()
-        often = (np.bincount(events.users) >= MIN_COUNT)[events.users]
-        events = events.select(often & (np.bincount(events.items) >= MIN_COUNT)[events.items])
-        kept = (np.bincount(events.users) >= MIN_COUNT)[events.users]
+        events = events.select(_often(events.users) & _often(events.items))
+        kept = _often(events.users)
         if not kept.any():
             raise ValueError(
                 f"{path}: no user with {MIN_COUNT} ratings of items with {MIN_COUNT} ratings is "
@@ -66,6 +66,11 @@ class AmazonBooks(InteractionsBuilder):
         return dataclasses.replace(
             events, users=users[events.users], items=items[events.items]
         ), catalog
+
+
+def _often(ids: Int64[np.ndarray, " events"]) -> Bool[np.ndarray, " events"]:
+    """Which events are of an id with at least `MIN_COUNT` of them."""
+    return (np.bincount(ids) >= MIN_COUNT)[ids]
 
 
 class AmazonBeauty(InteractionsBuilder):

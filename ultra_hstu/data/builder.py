@@ -86,12 +86,11 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
         features: dict[str, Any] = {
             "user": tfds.features.Text() if self.STRING_USERS else np.int64,
             "items": column(np.int32),
-            "actions": {name: column(dtype) for name, dtype in self.ACTIONS.items()},
         }
         if self.TICKS:
             features["timestamps"] = column(np.int64)
-        if not self.ACTIONS:
-            del features["actions"]
+        if self.ACTIONS:
+            features["actions"] = {name: column(dtype) for name, dtype in self.ACTIONS.items()}
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
@@ -112,20 +111,20 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
             order = np.lexsort((events.timestamps, codes))
         else:
             order = np.argsort(codes, kind="stable")
-        columns: dict[str, Any] = {"items": events.items[order]}
+        bounds = np.cumsum(np.bincount(codes))[:-1]
+
+        def by_user(column: np.ndarray) -> list[np.ndarray]:
+            return np.split(column[order], bounds)
+
+        columns = {"items": by_user(events.items)}
         if events.timestamps is not None:
-            columns["timestamps"] = events.timestamps[order] // self.TICKS
-        actions = {name: values[order] for name, values in events.actions.items()}
-        stops = np.cumsum(np.bincount(codes, minlength=len(users)))
-        for row, (user, stop) in enumerate(zip(users, stops, strict=True)):
-            span = slice(int(stops[row - 1]) if row else 0, int(stop))
-            example = {
-                "user": user.item(),
-                **{name: values[span] for name, values in columns.items()},
-            }
+            columns["timestamps"] = by_user(events.timestamps // self.TICKS)
+        actions = {name: by_user(values) for name, values in events.actions.items()}
+        for row, user in enumerate(users):
+            example: dict[str, Any] = {name: parts[row] for name, parts in columns.items()}
             if actions:
-                example["actions"] = {name: values[span] for name, values in actions.items()}
-            yield row, example
+                example["actions"] = {name: parts[row] for name, parts in actions.items()}
+            yield row, {"user": user.item(), **example}
 
 
 def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> InteractionsBuilder:
@@ -149,17 +148,14 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
         folder, sums = None, {}
         if variant.files and raw_dir is not None:
             folder = Path(raw_dir)
-            missing = [name for name in variant.files if not (folder / name).is_file()]
-            if missing:
+            wanted = variant.files + variant.context_files
+            there = [name for name in wanted if (folder / name).is_file()]
+            if missing := [name for name in variant.files if name not in there]:
                 raise ValueError(
                     f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from "
                     f"{', '.join(variant.files)}"
                 )
-            sums = checksums(
-                folder,
-                variant.files
-                + tuple(name for name in variant.context_files if (folder / name).is_file()),
-            )
+            sums = checksums(folder, there)
         elif variant.files:
             folder = data_dir / "raw" / variant.name
             sums = obtain(variant.downloads, variant.files + variant.context_files, folder)
@@ -167,17 +163,17 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
             raise ValueError(
                 f"{variant.name} is generated: it reads no raw_dir, so {raw_dir!r} must be None"
             )
-        key = hashlib.sha256(
-            repr(
-                (variant.name, str(builder.VERSION), sorted(sums.items()), sorted(settings.items()))
-            ).encode()
+        made_from = (
+            variant.name,
+            str(builder.VERSION),
+            sorted(sums.items()),
+            sorted(settings.items()),
         )
-        home = data_dir / f"{variant.name}-{key.hexdigest()[:16]}"
+        key = hashlib.sha256(repr(made_from).encode()).hexdigest()
+        home = data_dir / f"{variant.name}-{key[:16]}"
         made = builder(raw_dir=folder, data_dir=home, config=variant.name, **settings)
-        for leftover in Path(made.data_path).parent.glob(
-            "incomplete.*"
-        ):  # of a build that was killed
-            shutil.rmtree(leftover)
+        for killed in Path(made.data_path).parent.glob("incomplete.*"):
+            shutil.rmtree(killed)
         if not Path(made.data_path).exists():
             _log.info("preparing %s in %s", variant.name, made.data_path)
             with _quiet():

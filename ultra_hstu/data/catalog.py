@@ -1,15 +1,14 @@
 """The catalogue: the dense ids of a model, and the raw ids and titles of its source."""
 
 import dataclasses
-import os
 import re
-import zipfile
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Integer, Shaped
+
+from ultra_hstu.data import npz
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +66,7 @@ class Catalog:
             known = self.raw_ids[1:]
             example = f"{known[0].item()!r} to {known[-1].item()!r}"
             raise ValueError(
-                f"unknown item ids {_some(ids[dense == 0])}: the catalogue has {len(known)} items, "
+                f"unknown item ids {few(ids[dense == 0])}: the catalogue has {len(known)} items, "
                 f"{example}"
             )
         return dense
@@ -81,17 +80,16 @@ class Catalog:
         known = self.raw_ids[1:]
         if not ids.size:
             return np.zeros(0, np.int32)
-        if known.dtype.kind == "i" and ids.dtype.kind == "U":
+        kind = known.dtype.kind
+        if kind == "i" and ids.dtype.kind == "U":
             if not all(re.fullmatch(r"-?[0-9]{1,18}", text.strip()) for text in ids):
-                raise ValueError(f"item ids of this catalogue are whole numbers, not {_some(ids)}")
+                raise ValueError(f"item ids of this catalogue are whole numbers, not {few(ids)}")
             ids = np.array([int(text) for text in ids], np.int64)
-        numeric = ids.dtype.kind in "iu"
-        if numeric != (known.dtype.kind == "i") or not (numeric or ids.dtype.kind == "U"):
-            kind = "whole numbers" if known.dtype.kind == "i" else "strings"
-            raise ValueError(
-                f"item ids of this catalogue are {kind}, not {ids.dtype}: {_some(ids)}"
-            )
-        ids = ids.astype(np.int64) if numeric else ids
+        if ids.dtype.kind == "u":
+            ids = ids.astype(np.int64)
+        if ids.dtype.kind != kind:
+            kinds = "whole numbers" if kind == "i" else "strings"
+            raise ValueError(f"item ids of this catalogue are {kinds}, not {ids.dtype}: {few(ids)}")
         index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
         return np.where(known[index] == ids, index + 1, 0).astype(np.int32)
 
@@ -104,37 +102,27 @@ class Catalog:
         outside = (dense < 1) | (dense > self.num_items)
         if outside.any():
             raise ValueError(
-                f"dense item ids must lie in 1..{self.num_items}, not {_some(dense[outside])}"
+                f"dense item ids must lie in 1..{self.num_items}, not {few(dense[outside])}"
             )
         return self.raw_ids[dense]
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the catalogue to `path` (npz, no pickle), whole or not at all."""
-        arrays = {"raw_ids": self.raw_ids}
-        if self.titles is not None:
-            arrays["titles"] = np.array(self.titles)
-        part = f"{os.fspath(path)}.part"
-        with open(part, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-        os.replace(part, path)
+    def save(self, path: npz.Path) -> None:
+        """Writes the catalogue to `path`, whole or not at all."""
+        titles = {} if self.titles is None else {"titles": np.array(self.titles)}
+        npz.save(path, {"raw_ids": self.raw_ids} | titles)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Catalog":
+    def load(cls, path: npz.Path) -> "Catalog":
         """The catalogue that `save` wrote.
 
         Raises ValueError naming the file if it is missing or damaged.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                titles = tuple(file["titles"].tolist()) if "titles" in file else None
-                return cls(file["raw_ids"], titles)
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"{os.fspath(path)} is not a readable catalogue ({error}): train in a new folder"
-            ) from error
+        with npz.reading(path, "a readable catalogue", "train in a new folder") as file:
+            titles = tuple(file["titles"].tolist()) if "titles" in file else None
+            return cls(file["raw_ids"], titles)
 
 
-def _some(values: np.ndarray) -> str:
-    """The first few of many offending values."""
+def few(values: np.ndarray) -> str:
+    """The first few of many values, for messages."""
     shown = ", ".join(repr(value) for value in values.ravel()[:5].tolist())
     return f"{shown}, ... ({values.size} in all)" if values.size > 5 else shown

@@ -1,16 +1,16 @@
 """Features of the users themselves (age, activity, ...): codes, and what they stand for."""
 
 import dataclasses
-import os
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, Shaped
 
+from ultra_hstu.data import npz
 from ultra_hstu.data.text import Line
+
+UserIds = Shaped[np.ndarray, " users"]  # raw, int64 or str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,9 +23,7 @@ class Contexts:
         values: by feature, the source's text for every code; slot 0 is "".
     """
 
-    users: Shaped[np.ndarray, " users"] = dataclasses.field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )
+    users: UserIds = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     codes: dict[str, Int32[np.ndarray, " users"]] = dataclasses.field(default_factory=dict)
     values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -34,7 +32,7 @@ class Contexts:
         cls,
         path: Path,
         first_line: int,
-        users: Shaped[np.ndarray, " users"],
+        users: UserIds,
         columns: Mapping[str, Sequence[str]],
         allowed: Mapping[str, Sequence[str]] | None = None,
     ) -> "Contexts":
@@ -54,21 +52,18 @@ class Contexts:
         if len(again):
             second = order[again + 1].min()
             first = order[again[np.argmin(order[again + 1])]]
-            line = Line(path, first_line + int(second), "")
             problem = f"user was given on line {first_line + first} already"
-            raise line.error(problem, users[second].item())
+            raise Line(path, first_line + int(second), "").error(problem, users[second].item())
         codes, values = {}, {}
         for name, column in columns.items():
+            known = _in_order(set(column) - {""}) if allowed is None else tuple(allowed[name])
+            codes_of = {text: code for code, text in enumerate(known, start=1)}
             if allowed is None:
-                known = _in_order(set(column) - {""})
-                codes_of = {text: code for code, text in enumerate(("", *known))}
-            else:
-                known = tuple(allowed[name])
-                codes_of = {text: code for code, text in enumerate(known, start=1)}
-            for row, text in enumerate(column):
+                codes_of[""] = 0
+            for row, text in enumerate(column, start=first_line):
                 if text not in codes_of:
-                    line = Line(path, first_line + row, text)
-                    raise line.error(f"{name} must be one of {', '.join(known)}")
+                    problem = f"{name} must be one of {', '.join(known)}"
+                    raise Line(path, row, text).error(problem)
             codes[name] = np.array([codes_of[text] for text in column], np.int32)[order]
             values[name] = ("", *known)
         return cls(users[order], codes, values)
@@ -83,25 +78,20 @@ class Contexts:
             for name, codes in self.codes.items()
         }
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes an npz file without pickle."""
+    def save(self, path: npz.Path) -> None:
+        """Writes an npz file."""
         arrays = {f"codes/{name}": codes for name, codes in self.codes.items()}
         arrays |= {f"values/{name}": np.array(values) for name, values in self.values.items()}
-        np.savez_compressed(path, allow_pickle=False, users=self.users, **arrays)
+        npz.save(path, arrays | {"users": self.users})
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Contexts":
+    def load(cls, path: npz.Path) -> "Contexts":
         """What `save` wrote. Raises ValueError naming the file if it is missing or damaged."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                names = [key.removeprefix("codes/") for key in file if key.startswith("codes/")]
-                values = {name: tuple(file[f"values/{name}"].tolist()) for name in names}
-                return cls(file["users"], {name: file[f"codes/{name}"] for name in names}, values)
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"{os.fspath(path)} is not readable ({error}): delete its folder, and the data is "
-                "prepared again"
-            ) from error
+        remedy = "delete its folder, and the data is prepared again"
+        with npz.reading(path, "readable", remedy) as file:
+            names = [key.removeprefix("codes/") for key in file if key.startswith("codes/")]
+            values = {name: tuple(file[f"values/{name}"].tolist()) for name in names}
+            return cls(file["users"], {name: file[f"codes/{name}"] for name in names}, values)
 
 
 def _in_order(values: set[str]) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import rich.progress
+from rich.progress import Progress
+from tensorflow_datasets.core.download import ExtractMethod, iter_archive
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 18
@@ -66,17 +68,15 @@ def obtain(
             "*.corrupt", so that the next call starts over.
     """
     expected = json.loads((folder / _SUMS).read_text()) if folder.is_dir() else {}
-    if folder.is_dir() and set(names) <= set(
-        expected
-    ):  # else downloaded when fewer of the publisher's files were read
+    # A folder may be of a time when fewer of the publisher's files were read.
+    if expected and set(names) <= set(expected):
         found = checksums(folder, names)
         for name in names:
             if found[name] != expected[name]:
-                aside = set_aside(folder)
-                raise ValueError(
+                raise _set_aside(
+                    folder,
                     f"{folder / name} has changed since it was downloaded: expected sha256 "
-                    f"{expected[name]}, found "
-                    f"{found[name]}. It was moved to {aside}; run again to download it afresh"
+                    f"{expected[name]}, found {found[name]}",
                 )
         return found
     fresh = folder.with_name(folder.name + ".incomplete")
@@ -149,15 +149,13 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: _digest(folder / name, "sha256") for name in names}
 
 
-def set_aside(path: Path) -> Path:
-    """Renames a bad file or folder to "*.corrupt" (in place of an older one) and returns the new
-    path.
-    """
+def _set_aside(path: Path, problem: str) -> ValueError:
+    """Renames a bad file or folder to "*.corrupt" (in place of an older one); the error for it."""
     aside = path.with_name(path.name + ".corrupt")
     if aside.is_dir():
         shutil.rmtree(aside)
     os.replace(path, aside)
-    return aside
+    return ValueError(f"{problem}. It was moved to {aside}; run again to download it afresh")
 
 
 def _receive(url: str, part: Path) -> None:
@@ -181,14 +179,12 @@ def _receive(url: str, part: Path) -> None:
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         columns = (
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
+            *Progress.get_default_columns(),
             rich.progress.DownloadColumn(),
             rich.progress.TransferSpeedColumn(),
-            rich.progress.TimeRemainingColumn(),
         )
         with (
-            rich.progress.Progress(*columns) as progress,
+            Progress(*columns) as progress,
             open(part, "ab" if start else "wb") as file,
         ):
             task = progress.add_task(url.rsplit("/", 1)[-1], total=total, completed=start)
@@ -205,42 +201,26 @@ def _check(path: Path, download: Download) -> None:
     kind, expected = download.checksum.split(":")
     found = _digest(path, kind)
     if found != expected:
-        aside = set_aside(path)
-        raise ValueError(
-            f"{path} is corrupt: expected {kind} {expected}, found {found}. It was moved to "
-            f"{aside}; run again to "
-            f"download it afresh from {download.url}"
+        raise _set_aside(
+            path,
+            f"{path} is corrupt: expected {kind} {expected}, found {found}, from {download.url}",
         )
 
 
 def _unpack(path: Path, names: Sequence[str], folder: Path) -> None:
     """Puts the files `names` of an archive, or the file itself, into `folder`."""
     try:
-        if path.name.endswith(".zip"):
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.namelist():
-                    if os.path.basename(member) in names:
-                        with (
-                            archive.open(member) as source,
-                            open(folder / os.path.basename(member), "wb") as target,
-                        ):
-                            shutil.copyfileobj(source, target)
-        elif path.name.endswith(".tar.gz"):
-            with tarfile.open(path) as archive:
-                for info in archive:
-                    if os.path.basename(info.name) in names and (
-                        content := archive.extractfile(info)
-                    ):
-                        with open(folder / os.path.basename(info.name), "wb") as target:
-                            shutil.copyfileobj(content, target)
-        else:
+        if not path.name.endswith((".zip", ".tar.gz")):
             shutil.copyfile(path, folder / path.name)
             return
+        kind = ExtractMethod.ZIP if path.suffix == ".zip" else ExtractMethod.TAR_GZ_STREAM
+        with open(path, "rb") as archive:  # a path would be opened with TensorFlow
+            for member, content in iter_archive(archive, kind):
+                if (name := os.path.basename(member)) in names:
+                    with open(folder / name, "wb") as target:
+                        shutil.copyfileobj(content, target)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-        aside = set_aside(path)
-        raise ValueError(
-            f"{path} is no whole archive ({error}). It was moved to {aside}; run again"
-        ) from error
+        raise _set_aside(path, f"{path} is no whole archive ({error})") from error
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: it is not the publisher's archive")

@@ -15,7 +15,8 @@ examples in every step.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Protocol, runtime_checkable
 
@@ -30,13 +31,15 @@ from kernels.typing import Leaf
 from ultra_hstu.parallel.mesh import DATA, groups_here, put, put_groups
 from ultra_hstu.sequences import Columns
 
-# Capacities are rounded up to this many rows, a common tile height of the kernels.
-ROW_MULTIPLE = 128
+ROW_MULTIPLE = 128  # capacities are rounded up to it; a common tile height of the kernels
 DEVICE_BYTES = 2**30  # placement "auto": data up to this size lives on the device
 STREAM_THREADS = 4
 STREAM_AHEAD = 4  # groups of batches packed before they are asked for
 
+BufferRows = tuple[int, ...]  # capacity of each buffer of a batch
 HostColumns = dict[str, Int[np.ndarray, "..."]]
+Places = Int[np.ndarray, "S B"]  # of a batch's examples in their table, -1 in empty places
+Lengths = Int[np.ndarray, "n *buffers"]  # rows of each example
 StepNumber = int | Int[Array, ""]
 
 
@@ -45,9 +48,8 @@ class BatchGather(Protocol):
     """Makes a batch. Hashable and equal where its settings are: it is static in compiled steps."""
 
     @property
-    def rows(self) -> int | tuple[int, ...]:
+    def rows(self) -> int | BufferRows:
         """Capacity of a batch, or of each of its buffers."""
-        ...
 
     def __call__(self, data: PyTree, columns_B: Columns, xp: ModuleType = jnp, /) -> PyTree:
         """The batch of B examples; a line of zeros in all columns is an empty place."""
@@ -62,7 +64,7 @@ class ExampleTable(Protocol):
     def columns(self) -> HostColumns: ...
 
     @property
-    def lengths(self) -> Int[np.ndarray, "n *buffers"]: ...
+    def lengths(self) -> Lengths: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,12 +98,12 @@ class Packing:
     """
 
     batch_users: int
-    rows: tuple[int, ...]
+    rows: BufferRows
     groups: int = 1
     buffers: int = 1
 
     @staticmethod
-    def of(rows: int | tuple[int, ...], batch_users: int, groups: int, shards: int) -> "Packing":
+    def of(rows: int | BufferRows, batch_users: int, groups: int, shards: int) -> "Packing":
         """The packing of `groups` parts into the buffers, of `rows`, of the mesh's data groups.
 
         Raises:
@@ -114,16 +116,13 @@ class Packing:
                 "batch (data.batch_users, train.eval_users)"
             )
         buffers = groups // shards
-        rows = rows if isinstance(rows, tuple) else (rows,)
-        for capacity in rows:
-            if capacity % buffers:
-                raise ValueError(
-                    f"{capacity} rows cannot be divided among {buffers} of the "
-                    f"parallel.groups={groups}: change data.batch_tokens"
-                )
-        return Packing(
-            batch_users, tuple(capacity // buffers for capacity in rows), groups, buffers
-        )
+        rows_R = np.atleast_1d(rows)
+        if (rows_R % buffers).any():
+            raise ValueError(
+                f"{rows} rows cannot be divided among {buffers} of the parallel.groups={groups}: "
+                "change data.batch_tokens"
+            )
+        return Packing(batch_users, tuple((rows_R // buffers).tolist()), groups, buffers)
 
 
 def choose_rows(lengths: Int[np.ndarray, " n"], batch_users: int, longest: int = 0) -> int:
@@ -139,14 +138,14 @@ def choose_rows(lengths: Int[np.ndarray, " n"], batch_users: int, longest: int =
 
 
 def plan_epoch(
-    lengths: Int[np.ndarray, "n *buffers"],
+    lengths: Lengths,
     *,
     batch_users: int,
-    rows: int | tuple[int, ...],
+    rows: int | BufferRows,
     seed: int,
     epoch: int,
     shuffle: bool = True,
-) -> Int[np.ndarray, "S B"]:
+) -> Places:
     """Which examples each batch holds: int32 [S, B] of example numbers, -1 in empty places.
 
     The order is a function of (seed, epoch) alone. A batch closes at `batch_users` examples, or
@@ -155,8 +154,6 @@ def plan_epoch(
     Raises:
       ValueError: if a history is longer than `rows`.
     """
-    if len(lengths) == 0:
-        return np.zeros((0, batch_users), np.int32)
     n = len(lengths)
     lengths_nR, rows_R = lengths.reshape(n, -1), np.atleast_1d(rows)
     for longest, capacity in zip(lengths_nR.max(axis=0), rows_R, strict=True):
@@ -185,7 +182,7 @@ def plan_epoch(
 class Plan:
     """The batches of an epoch."""
 
-    place_SB: Int[np.ndarray, "S B"]  # lines of the table, -1 in empty places
+    place_SB: Places  # lines of the table, -1 in empty places
     examples: ExampleTable
 
     def __len__(self) -> int:
@@ -292,46 +289,58 @@ class Loader:
     Args:
       store: the arrays that batches are gathered from.
       examples: a table, or a function (seed, epoch) -> table where every epoch has its own.
-      gather: what makes a batch of a data group; its `rows` bound that batch.
+      gather: what makes the batches of a data group of so many rows (of each buffer) and examples.
       batch_users: B, examples of a step, those of all groups.
+      rows: of all groups together; None: chosen for each buffer from the lengths.
+      longest: rows in each buffer that no example exceeds in any epoch; None: as in the first.
       placement: "device", "stream", or "auto" by the size of the data.
       planner: what makes the batches of an epoch.
       mesh: where batches go; None: one device.
-      groups: parts of a batch that are packed by themselves, a multiple of the mesh's data groups;
-        None: as many.
+      groups: parts of a batch that are packed by themselves; None: the mesh's data groups.
 
     Raises:
-      ValueError: examples or rows that cannot be divided among the groups.
+      ValueError: no examples, or examples or rows that cannot be divided among the groups.
     """
 
     def __init__(
         self,
         store: EventStore,
         examples: ExampleTable | Callable[[int, int], ExampleTable],
-        gather: BatchGather,
+        gather: Callable[[BufferRows, int], BatchGather],
         *,
         batch_users: int,
         steps_per_call: int,
+        rows: int | None = None,
+        longest: Sequence[int] | None = None,
         placement: str = "auto",
         planner: Planner = WHOLE,
         mesh: Mesh | None = None,
         groups: int | None = None,
     ):
         self.batch_users, self.steps_per_call = batch_users, steps_per_call
-        self.store, self.gather, self.planner, self.mesh = store, gather, planner, mesh
+        self.store, self.planner, self.mesh = store, planner, mesh
         self.shards = 1 if mesh is None else mesh.shape[DATA]
         groups = self.shards if groups is None else groups
-        self.packing = Packing.of(gather.rows, batch_users, groups, self.shards)
-        self.examples: Callable[[int, int], ExampleTable] = (
-            examples if callable(examples) else lambda seed, epoch: examples
+        self.examples = examples if callable(examples) else lambda seed, epoch: examples
+        whole = self.examples(0, 0)
+        if len(whole.lengths) == 0:
+            too_few = "every user of this split has too few events for a history and a target"
+            raise ValueError(f"no examples: {too_few}")
+        most_R = whole.lengths.reshape(len(whole.lengths), -1).max(axis=0)
+        kept_nR = planner.taken(whole, 0, 0).lengths.reshape(len(whole.lengths), -1)
+        chosen = tuple(
+            (rows or groups * choose_rows(lengths_n, batch_users // groups, int(most)))
+            // self.shards
+            for lengths_n, most in zip(kept_nR.T, longest or most_R, strict=True)
         )
+        self.gather = gather(chosen, batch_users // self.shards)
+        self.packing = Packing.of(self.gather.rows, batch_users, groups, self.shards)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(store.host))
         self.streamed = placement == "stream" or (placement == "auto" and size > DEVICE_BYTES)
 
     def plan(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> Plan:
-        """The batches of an epoch. Raises ValueError for no examples, or one that is too long."""
+        """The batches of an epoch. Raises ValueError for an example that is too long."""
         examples = self.examples(seed, epoch)
-        require_some(examples)
         return self.planner.plan(examples, self.packing, seed=seed, epoch=epoch, shuffle=shuffle)
 
     def groups(self, plan: Plan, first: int = 0) -> Iterator[Group]:
@@ -340,33 +349,34 @@ class Loader:
         The last group repeats its last batch to keep the shape; `steps` says how many count.
         """
         starts = list(range(first, len(plan), self.steps_per_call))
-        return self._stream(plan, starts) if self.streamed else self._on_device(plan, starts)
+        if self.streamed:
+            return self._stream(plan, starts)
+        return (self._on_device(plan, start) for start in starts)
 
     def _columns(self, plan: Plan, first: int) -> tuple[HostColumns, int]:
         steps = min(self.steps_per_call, len(plan) - first)
         steps_S = np.minimum(np.arange(first, first + self.steps_per_call), first + steps - 1)
         return plan.columns(steps_S), steps
 
-    def _on_device(self, plan: Plan, starts: list[int]) -> Iterator[Group]:
-        for first in starts:
-            columns_SB, steps = self._columns(plan, first)
-            columns_SB = put(columns_SB, self.mesh, OF_GROUPS)
-            yield Group(DeviceFeed(self.store.on(self.mesh), columns_SB, self.gather), steps, first)
+    def _on_device(self, plan: Plan, first: int) -> Group:
+        columns_SB, steps = self._columns(plan, first)
+        columns_SB = put(columns_SB, self.mesh, OF_GROUPS)
+        return Group(DeviceFeed(self.store.on(self.mesh), columns_SB, self.gather), steps, first)
 
     def _pack(self, plan: Plan, first: int) -> tuple[PyTree, int]:
         columns_SB, steps = self._columns(plan, first)
+        groups = range(1) if self.mesh is None else groups_here(self.mesh)
         batches = []
-        for group in range(1) if self.mesh is None else groups_here(self.mesh):
-            of_group = {
-                name: np.split(column_SB, self.shards, axis=1)[group]
-                for name, column_SB in columns_SB.items()
+        for step in range(self.steps_per_call):
+            parts_B = {
+                name: np.split(column[step], self.shards) for name, column in columns_SB.items()
             }
-            batches_of_group = []
-            for step in range(self.steps_per_call):
-                columns_B = {name: column_SB[step] for name, column_SB in of_group.items()}
-                batches_of_group.append(self.gather(self.store.host, columns_B, np))
-            batches.append(jax.tree.map(lambda *leaves: np.stack(leaves), *batches_of_group))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *batches), steps
+            of_groups = [
+                {name: parts[group] for name, parts in parts_B.items()} for group in groups
+            ]
+            made = [self.gather(self.store.host, columns_B, np) for columns_B in of_groups]
+            batches.append(jax.tree.map(lambda *leaves: np.concatenate(leaves), *made))
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), steps
 
     def _stream(self, plan: Plan, starts: list[int]) -> Iterator[Group]:
         if not starts:
@@ -377,23 +387,14 @@ class Loader:
             .map(lambda first: (first, *self._pack(plan, first)))
             .to_iter_dataset(options)
         )
-        ready: Group | None = None
-        for first, batches_S, steps in packed:
-            # One group ahead: its copy to the device runs while the caller computes on the last.
-            ahead = (
-                jax.device_put(batches_S) if self.mesh is None else put_groups(batches_S, self.mesh)
-            )
-            moving = Group(StreamedFeed(ahead), int(steps), int(first))
-            if ready is not None:
-                yield ready
-            ready = moving
-        if ready is not None:
-            yield ready
-
-
-def require_some(examples: ExampleTable) -> None:
-    """Raises ValueError if there are no examples."""
-    if len(examples.lengths) == 0:
-        raise ValueError(
-            "no examples: every user of this split has too few events for a history and a target"
+        mesh = self.mesh
+        put = jax.device_put if mesh is None else functools.partial(put_groups, mesh=mesh)
+        moving = (
+            Group(StreamedFeed(put(batches)), int(steps), int(at)) for at, batches, steps in packed
         )
+        ready = next(moving, None)
+        while ready is not None:
+            # One group ahead: its copy to the device runs while the caller computes on the last.
+            ahead = next(moving, None)
+            yield ready
+            ready = ahead

@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,10 @@ from jaxtyping import Int32, Int64, Shaped
 
 from ultra_hstu.config import DataConfig
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
-from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.catalog import Catalog, few
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.sources import builder_of
 
-__all__ = ["Catalog", "Interactions", "load_interactions"]
 _log = logging.getLogger(__name__)
 _BATCH = 4096  # users read at once: one by one, every user decompresses its neighbours too
 MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
@@ -166,53 +167,48 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
     examples = [
         example for i in rows[::_BATCH] for example in source.__getitems__(rows[i : i + _BATCH])
     ]
-    kept = [example for example in examples if len(example["items"]) >= MIN_EVENTS]
-    if len(kept) < len(examples):
-        dropped = [example["user"] for example in examples if len(example["items"]) < MIN_EVENTS]
+    users = np.array([example["user"] for example in examples])
+    if prepared.STRING_USERS:
+        users = np.char.decode(users, "utf-8")
+    lengths = np.array([len(example["items"]) for example in examples])
+    enough = lengths >= MIN_EVENTS
+    if not enough.all():
         _log.warning(
-            "dropped %d of %d users with fewer than %d events: %s%s",
-            len(dropped),
-            len(examples),
+            "dropped %d of %d users with fewer than %d events: %s",
+            (~enough).sum(),
+            len(users),
             MIN_EVENTS,
-            ", ".join(map(_text, dropped[:5])),
-            ", ..." * (len(dropped) > 5),
+            few(users[~enough]),
         )
-    if not kept:
+    if not enough.any():
         raise ValueError(
             f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing "
             "to learn from"
         )
-    users = np.array(
-        [_text(example["user"]) for example in kept]
-        if prepared.STRING_USERS
-        else [e["user"] for e in kept]
-    )
-    lengths = [len(example["items"]) for example in kept]
+    users, kept = users[enough], list(itertools.compress(examples, enough))
     contexts = Contexts.load(Path(prepared.data_path) / CONTEXTS)
-    if contexts.codes and (unknown := np.flatnonzero(~np.isin(users, contexts.users))).size:
+    unknown = ~np.isin(users, contexts.users)
+    if contexts.codes and unknown.any():
         _log.warning(
-            "%d of %d users have no line in %s, so that their features are unknown: %s%s",
-            len(unknown),
+            "%d of %d users have no line in %s, so that their features are unknown: %s",
+            unknown.sum(),
             len(users),
             ", ".join(prepared.builder_config.context_files),
-            ", ".join(map(str, users[unknown[:5]].tolist())),
-            ", ..." * (len(unknown) > 5),
+            few(users[unknown]),
         )
+
+    def joined(columns: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate(list(columns))
+
     return Interactions(
         users=users,
-        items=np.concatenate([example["items"] for example in kept]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        timestamps=np.concatenate([example["timestamps"] for example in kept])
-        if prepared.TICKS
-        else None,
+        items=joined(example["items"] for example in kept),
+        offsets=np.concatenate([[0], np.cumsum(lengths[enough])]),
+        timestamps=joined(example["timestamps"] for example in kept) if prepared.TICKS else None,
         actions={
-            name: np.concatenate([e["actions"][name] for e in kept]) for name in prepared.ACTIONS
+            name: joined(example["actions"][name] for example in kept) for name in prepared.ACTIONS
         },
         catalog=Catalog.load(Path(prepared.data_path) / CATALOG),
         contexts=contexts.of(users),
         context_values=contexts.values,
     )
-
-
-def _text(user: Any) -> str:
-    return user.decode() if isinstance(user, bytes) else str(user)

@@ -38,28 +38,19 @@ _COLUMNS = (
     Column("is_rand", np.int32, 0, 1),
     Column("tab", np.int32, 0, _INT32),
 )
-_LOGS = {
-    "kuairand-pure": ("4_08_to_4_21_pure", "4_22_to_5_08_pure"),
-    "kuairand-1k": ("4_08_to_4_21_1k", "4_22_to_5_08_1k"),
-    "kuairand-27k": tuple(
-        f"{dates}_27k_part{part}" for dates in ("4_08_to_4_21", "4_22_to_5_08") for part in (1, 2)
-    ),
-}
-_ARCHIVES = {
-    "kuairand-pure": "KuaiRand-Pure",
-    "kuairand-1k": "KuaiRand-1K",
-    "kuairand-27k": "KuaiRand-27K",
-}
+_DATES = ("4_08_to_4_21", "4_22_to_5_08")
+_PARTS = {"Pure": ("",), "1K": ("",), "27K": ("_part1", "_part2")}  # of the logs of some dates
 # The categorical columns of user_features_*.csv; the others are user_id and the numbers that the
 # ranges are made from.
 CONTEXTS = (
-    *("user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author"),
-    *(
-        "follow_user_num_range",
-        "fans_user_num_range",
-        "friend_user_num_range",
-        "register_days_range",
-    ),
+    "user_active_degree",
+    "is_lowactive_period",
+    "is_live_streamer",
+    "is_video_author",
+    "follow_user_num_range",
+    "fans_user_num_range",
+    "friend_user_num_range",
+    "register_days_range",
     *(f"onehot_feat{k}" for k in range(18)),
 )
 
@@ -78,15 +69,19 @@ class KuaiRand(InteractionsBuilder):
     ACTIONS = {column.name: np.int32 for column in _COLUMNS[5:]}
     BUILDER_CONFIGS = [
         SourceConfig(
-            name=name,
-            description=f"{_ARCHIVES[name]}: users, videos, feedback, times",
-            files=tuple(f"log_standard_{log}.csv" for log in logs),
-            context_files=(f"user_features_{name.removeprefix('kuairand-')}.csv",),
+            name=f"kuairand-{size.lower()}",
+            description=f"KuaiRand-{size}: users, videos, feedback, times",
+            files=tuple(
+                f"log_standard_{dates}_{size.lower()}{part}.csv"
+                for dates in _DATES
+                for part in parts
+            ),
+            context_files=(f"user_features_{size.lower()}.csv",),
             downloads=(
-                Download(f"https://zenodo.org/records/10439422/files/{_ARCHIVES[name]}.tar.gz"),
+                Download(f"https://zenodo.org/records/10439422/files/KuaiRand-{size}.tar.gz"),
             ),
         )
-        for name, logs in _LOGS.items()
+        for size, parts in _PARTS.items()
     ]
 
     def read(self) -> tuple[RawEvents, Catalog]:

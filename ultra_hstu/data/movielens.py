@@ -114,8 +114,9 @@ def read_movies(path: Path) -> Catalog:
                 continue
             whole = len(fields) == 3
         elif path.suffix == ".dat":  # a title may hold the delimiter, an id or genres may not
-            fields = [*text.split("::", 1)[:1], *text.split("::", 1)[-1].rsplit("::", 1)]
-            whole = len(fields) == 3 and text.count("::") >= 2
+            parts = text.split("::")
+            fields = [parts[0], "::".join(parts[1:-1])]
+            whole = len(parts) >= 3
         else:
             fields = text.split("|")
             whole = len(fields) == 24

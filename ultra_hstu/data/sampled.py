@@ -7,16 +7,17 @@ row of a retrieval batch predicts the event that followed it, kept or not.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from ultra_hstu.config import DataConfig
-from ultra_hstu.data.feed import ExampleTable, HostColumns, Packing, Plan, Planner
+from ultra_hstu.data.feed import BufferRows, ExampleTable, HostColumns, Packing, Plan, Planner
 from ultra_hstu.sampling import LoadBalancer, Subsequence, stochastic_length, subsequence
 
 # Streams of random numbers beside the loader's own, which shuffles with (seed, epoch).
 _LENGTHS, _EVENTS = 2, 3
+PerHistory = Int[np.ndarray, "n R"]  # of n examples with R histories each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +28,6 @@ class Sampling:
     subsequence: Subsequence = "recent"
     gamma: float | None = None  # a history costs length^gamma, for load balance; None: no balance
     recalibrate_every: int = 100
-
-    @staticmethod
-    def of(config: DataConfig, gamma: float) -> "Sampling | None":
-        """What a configuration asks for; None where histories stay whole."""
-        if config.stochastic_length is None:
-            return None
-        return Sampling(
-            config.stochastic_length,
-            config.subsequence,
-            gamma if config.load_balance else None,
-            config.recalibrate_every,
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,14 +49,12 @@ class CutTable:
 
     whole: ExampleTable
     histories: tuple[SampledHistory, ...]
-    kept_nR: Int[np.ndarray, "n R"]
+    kept_nR: PerHistory
 
     @property
     def columns(self) -> HostColumns:
-        starts = {
-            f"start{history.suffix}": self.stop(r) - self.kept_nR[:, r]
-            for r, history in enumerate(self.histories)
-        }
+        start_nR = self.stop_nR - self.kept_nR
+        starts = {f"start{one.suffix}": start_nR[:, r] for r, one in enumerate(self.histories)}
         return self.whole.columns | starts
 
     @property
@@ -79,15 +66,17 @@ class CutTable:
     def rows_per_event_R(self) -> Int[np.ndarray, " R"]:
         return np.array([history.rows_per_event for history in self.histories])
 
-    @property
-    def whole_nR(self) -> Int[np.ndarray, "n R"]:
-        return np.stack([self.stop(r) - self.start(r) for r in range(len(self.histories))], axis=1)
+    @functools.cached_property
+    def whole_nR(self) -> PerHistory:
+        return self.stop_nR - self._columns_nR("start")
 
-    def start(self, r: int) -> Int[np.ndarray, " n"]:
-        return self.whole.columns[f"start{self.histories[r].suffix}"]
+    @functools.cached_property
+    def stop_nR(self) -> PerHistory:
+        return self._columns_nR("stop")
 
-    def stop(self, r: int) -> Int[np.ndarray, " n"]:
-        return self.whole.columns[f"stop{self.histories[r].suffix}"]
+    def _columns_nR(self, name: str) -> PerHistory:
+        columns = [self.whole.columns[name + history.suffix] for history in self.histories]
+        return np.stack(columns, axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,9 +111,9 @@ class ChosenPlan(Plan):
 
     def _events(self, r: int, example: int) -> Int[np.ndarray, " k"]:
         table, index = self.examples, self.examples.histories[r].index
-        start, stop = table.start(r)[example], table.stop(r)[example]
-        keep = table.kept_nR[example, r]
-        event_n = np.arange(start, stop) if index is None else index[start:stop]
+        stop, keep = table.stop_nR[example, r], table.kept_nR[example, r]
+        event_n = np.arange(stop - table.whole_nR[example, r], stop)
+        event_n = event_n if index is None else index[event_n]
         if keep == len(event_n):
             return event_n
         rng = np.random.default_rng((self.seed, self.epoch, _EVENTS, r, example))
@@ -147,7 +136,15 @@ class SampledPlanner(Planner):
     times_E: Int[np.ndarray, " E"] | None
 
     def taken(self, examples: ExampleTable, seed: int, epoch: int) -> CutTable:
-        return plain_cut(examples, self.histories, self.sampling, seed, epoch)
+        """Cuts every history by its own draw."""
+        nothing_nR = np.zeros((len(examples.lengths), len(self.histories)), np.int64)
+        whole = CutTable(examples, self.histories, nothing_nR)
+        uniform_nR, alpha = _uniform(nothing_nR.shape, seed, epoch), self.sampling.alpha
+        kept = [
+            stochastic_length(whole.whole_nR[:, r], history.max_length, alpha, uniform_nR[:, r])
+            for r, history in enumerate(self.histories)
+        ]
+        return CutTable(examples, self.histories, np.stack(kept, axis=1))
 
     def plan(
         self, examples: ExampleTable, packing: Packing, *, seed: int, epoch: int, shuffle: bool
@@ -155,65 +152,46 @@ class SampledPlanner(Planner):
         plan = super().plan(examples, packing, seed=seed, epoch=epoch, shuffle=shuffle)
         cut = plan.examples
         assert isinstance(cut, CutTable)  # that is what `taken` gave
-        if self.sampling.gamma is not None:
+        if (gamma := self.sampling.gamma) is not None:
             # All groups of all steps get the same load.
             place_GB = plan.place_SB.reshape(-1, packing.batch_users // packing.groups)
-            cut = balanced_cut(cut, place_GB, packing.rows, self.sampling, seed, epoch)
+            cut = self._balanced(cut, place_GB, packing.rows, gamma, seed, epoch)
         if self.sampling.subsequence == "recent":
             return Plan(plan.place_SB, cut)
         return ChosenPlan(plan.place_SB, cut, self.sampling, self.times_E, packing, seed, epoch)
 
+    def _balanced(
+        self,
+        cut: CutTable,
+        place_SB: Int[np.ndarray, "S B"],
+        rows_R: BufferRows,
+        gamma: float,
+        seed: int,
+        epoch: int,
+    ) -> CutTable:
+        """The same batches, whole histories chosen anew, so that all have nearly one load.
 
-def plain_cut(
-    table: ExampleTable,
-    histories: tuple[SampledHistory, ...],
-    sampling: Sampling,
-    seed: int,
-    epoch: int,
-) -> CutTable:
-    """Cuts every history by its own draw."""
-    nothing_nR = np.zeros((len(table.lengths), len(histories)), np.int64)
-    whole_nR = CutTable(table, histories, nothing_nR).whole_nR
-    uniform_nR = _uniform(whole_nR.shape, seed, epoch)
-    kept = [
-        stochastic_length(whole_nR[:, r], history.max_length, sampling.alpha, uniform_nR[:, r])
-        for r, history in enumerate(histories)
-    ]
-    return CutTable(table, histories, np.stack(kept, axis=1))
-
-
-def balanced_cut(
-    cut: CutTable,
-    place_SB: Int[np.ndarray, "S B"],
-    rows_R: tuple[int, ...],
-    sampling: Sampling,
-    seed: int,
-    epoch: int,
-) -> CutTable:
-    """The same batches with their whole histories chosen anew, so that all have nearly one load.
-
-    No batch outgrows its rows. An epoch is planned before it begins, so the load of the first
-    `recalibrate_every` batches under plain draws is known without training on them: nothing is
-    carried from one epoch to the next, and a plan is a function of (seed, epoch).
-    """
-    assert sampling.gamma is not None
-    uniform_nR = _uniform(cut.kept_nR.shape, seed, epoch)
-    # Contextual tokens and targets are never cut.
-    fixed_nR = cut.lengths.reshape(cut.kept_nR.shape) - cut.rows_per_event_R * cut.kept_nR
-    kept_nR, whole_nR = cut.kept_nR.copy(), cut.whole_nR
-    batches = [places[places >= 0] for places in place_SB]
-    for r, history in enumerate(cut.histories):
-        balancer = LoadBalancer(
-            history.max_length, sampling.alpha, sampling.gamma, sampling.recalibrate_every
-        )
-        first = batches[: sampling.recalibrate_every]
-        balancer.calibrate([balancer.load(cut.kept_nR[places, r]) for places in first])
-        for places in batches:
-            capacity = (rows_R[r] - int(fixed_nR[places, r].sum())) // history.rows_per_event
-            kept_nR[places, r] = balancer.choose(
-                whole_nR[places, r], uniform_nR[places, r], capacity
+        No batch outgrows its rows. An epoch is planned before it begins, so the load of the first
+        `recalibrate_every` batches under plain draws is known without training on them: nothing is
+        carried from one epoch to the next, and a plan is a function of (seed, epoch).
+        """
+        uniform_nR = _uniform(cut.kept_nR.shape, seed, epoch)
+        # Contextual tokens and targets are never cut.
+        fixed_nR = cut.lengths.reshape(cut.kept_nR.shape) - cut.rows_per_event_R * cut.kept_nR
+        kept_nR, whole_nR = cut.kept_nR.copy(), cut.whole_nR
+        batches = [places[places >= 0] for places in place_SB]
+        for r, history in enumerate(cut.histories):
+            balancer = LoadBalancer(
+                history.max_length, self.sampling.alpha, gamma, self.sampling.recalibrate_every
             )
-    return dataclasses.replace(cut, kept_nR=kept_nR)
+            first = batches[: self.sampling.recalibrate_every]
+            balancer.calibrate([balancer.load(cut.kept_nR[places, r]) for places in first])
+            for places in batches:
+                capacity = (rows_R[r] - int(fixed_nR[places, r].sum())) // history.rows_per_event
+                kept_nR[places, r] = balancer.choose(
+                    whole_nR[places, r], uniform_nR[places, r], capacity
+                )
+        return dataclasses.replace(cut, kept_nR=kept_nR)
 
 
 def _uniform(shape: tuple[int, ...], seed: int, epoch: int) -> Float[np.ndarray, "n R"]:

@@ -6,10 +6,10 @@ an event before the user acts. A *task* is a signal to predict. Codes are intege
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int32, Shaped
+from jaxtyping import Float32, Int32, Num
 
 from ultra_hstu.config import Kind
 from ultra_hstu.data.interactions import Interactions
@@ -36,6 +36,15 @@ _SIZES = {
     **dict.fromkeys(FLAGS, 3),
 }
 
+# The actions that a name is made from, where they are not the one action of the same name.
+_MADE_FROM = {
+    "watch_time": ("play_time_ms",),
+    "watched_share": ("play_time_ms", "duration_ms"),
+    "rating_at_least_4": ("rating",),
+}
+_REGRESSIONS = ("rating", "watched_share")
+_TASKS = ("rating_at_least_4", *_REGRESSIONS, *FLAGS)
+
 Actions = dict[str, np.ndarray]
 
 
@@ -61,19 +70,42 @@ def signal(actions: Actions, name: str) -> Codes:
 
     Raises ValueError for an unknown one, naming those known, and for flags outside {0, 1}.
     """
-    return _pick("signal", _SIGNALS, actions, name)
+    _require("signal", _SIZES, actions, name)
+    if name == "rating":  # half stars: 0.5 is 1, 5 is 10
+        code_E = np.round(2 * actions[name])
+        if code_E.size and (code_E.min() < 1 or code_E.max() > 10):
+            low, high = actions[name].min(), actions[name].max()
+            raise ValueError(f"ratings must lie in 0.5..5, but they run from {low:g} to {high:g}")
+    elif name == "watch_time":
+        edges = 2.0 ** np.arange(WATCH_BUCKETS - 1)
+        code_E = np.searchsorted(edges, actions["play_time_ms"] / 1000, side="right") + 1
+    elif name == "watched_share":
+        share_E, known_E = _share(actions)
+        bucket_E = np.minimum((share_E * SHARE_BUCKETS).astype(np.int32), SHARE_BUCKETS - 1) + 1
+        code_E = np.where(known_E, bucket_E, 0)
+    else:
+        if (wrong := _not_flags(actions[name])).size:
+            raise ValueError(f"{name} must be 0 or 1, but a value is {wrong[0]}")
+        code_E = actions[name] + 1
+    return Codes(code_E.astype(np.int32), _SIZES[name])
 
 
 def signals(actions: Actions, names: Sequence[str], count: int) -> Int32[np.ndarray, "E S"]:
     """The codes of several signals of `count` events, side by side."""
-    codes = [signal(actions, name).code for name in names]
-    return np.stack(codes, axis=1) if codes else np.zeros((count, 0), np.int32)
+    return side_by_side([signal(actions, name).code for name in names], count, np.int32)
+
+
+def side_by_side(
+    columns: list[Num[np.ndarray, " n"]], length: int, dtype: type[np.generic]
+) -> Num[np.ndarray, "n c"]:
+    """Columns of a length as one array, which may have none."""
+    return np.stack(columns, axis=1).astype(dtype) if columns else np.zeros((length, 0), dtype)
 
 
 def needs(names: Sequence[str]) -> tuple[str, ...]:
     """The actions that signals are made from. Raises ValueError for an unknown one."""
     sizes(names)
-    return tuple(dict.fromkeys(action for name in names for action in _SIGNALS[name][1]))
+    return tuple(dict.fromkeys(action for name in names for action in _made_from(name)))
 
 
 def sizes(names: Sequence[str]) -> tuple[int, ...]:
@@ -91,7 +123,9 @@ def feature(interactions: Interactions, name: str) -> Codes:
 
     Raises ValueError for an unknown one.
     """
-    return _pick("feature", _FEATURES, interactions.actions, name)
+    _require("feature", FEATURES, interactions.actions, name)
+    known, code_E = np.unique(interactions.actions[name], return_inverse=True)
+    return Codes((code_E + 1).astype(np.int32), len(known) + 1)
 
 
 def context(interactions: Interactions, name: str) -> Codes:
@@ -110,121 +144,45 @@ def task(interactions: Interactions, name: str) -> Labels:
     Raises ValueError for an unknown one, naming those of the source, and for binary labels outside
     {0, 1}.
     """
-    found = _pick("task", _TASKS, interactions.actions, name)
-    if found.kind == "binary" and np.isin(found.label_E, (0, 1), invert=True).any():
-        wrong = found.label_E[np.isin(found.label_E, (0, 1), invert=True)][0]
+    actions = interactions.actions
+    _require("task", _TASKS, actions, name)
+    known_E = np.ones(interactions.num_events)
+    if name == "watched_share":
+        label_E, known_E = _share(actions)
+    elif name == "rating_at_least_4":
+        label_E = actions["rating"] >= 4
+    else:
+        label_E = actions[name]
+    regression = name in _REGRESSIONS
+    if not regression and (wrong := _not_flags(label_E)).size:
         raise ValueError(
-            f"task {name!r} is binary, but a label is {wrong:g}: labels must be 0 or 1"
+            f"task {name!r} is binary, but a label is {wrong[0]:g}: labels must be 0 or 1"
         )
-    return found
+    kind: Kind = "regression" if regression else "binary"
+    return Labels(kind, label_E.astype(np.float32), known_E.astype(np.float32))
 
 
-def distinct(values: Shaped[np.ndarray, " n"]) -> Codes:
-    """Codes of arbitrary values: 1 for the smallest."""
-    known, code = np.unique(values, return_inverse=True)
-    return Codes((code + 1).astype(np.int32), len(known) + 1)
+def _made_from(name: str) -> tuple[str, ...]:
+    return _MADE_FROM.get(name, (name,))
 
 
-# A maker, and the actions that it reads.
-type _Makers[Made] = dict[str, tuple[Callable[[Actions], Made], tuple[str, ...]]]
-
-
-def _pick[Made: Codes | Labels](
-    kind: str, makers: _Makers[Made], actions: Actions, name: str
-) -> Made:
-    here = [
-        known for known, (_, needs) in makers.items() if all(action in actions for action in needs)
-    ]
+def _require(kind: str, known: Iterable[str], actions: Actions, name: str) -> None:
+    """Raises ValueError for a name that is unknown, or whose actions the source lacks."""
+    here = [one for one in known if set(_made_from(one)) <= set(actions)]
     if name not in here:
         raise ValueError(f"unknown {kind} {name!r}: {_listed(here)}")
-    return makers[name][0](actions)
 
 
 def _listed(names: Iterable[str]) -> str:
     return f"this source has {', '.join(sorted(names)) or 'none'}"
 
 
-def _flag(name: str) -> Callable[[Actions], Codes]:
-    def codes(actions: Actions) -> Codes:
-        values = actions[name]
-        if np.isin(values, (0, 1), invert=True).any():
-            raise ValueError(
-                f"{name} must be 0 or 1, but a value is "
-                f"{values[np.isin(values, (0, 1), invert=True)][0]}"
-            )
-        return Codes(values.astype(np.int32) + 1, _SIZES[name])
-
-    return codes
-
-
-def _rating(actions: Actions) -> Codes:
-    """Half stars: 0.5 is 1, 5 is 10."""
-    code = np.round(2 * actions["rating"]).astype(np.int32)
-    if code.size and (code.min() < 1 or code.max() > 10):
-        raise ValueError(
-            f"ratings must lie in 0.5..5, but they run from {actions['rating'].min():g} to "
-            f"{actions['rating'].max():g}"
-        )
-    return Codes(code, _SIZES["rating"])
-
-
-def _watch_time(actions: Actions) -> Codes:
-    edges = 2.0 ** np.arange(WATCH_BUCKETS - 1)
-    return Codes(
-        (np.searchsorted(edges, actions["play_time_ms"] / 1000, side="right") + 1).astype(np.int32),
-        _SIZES["watch_time"],
-    )
+def _not_flags(values: np.ndarray) -> np.ndarray:
+    return values[~np.isin(values, (0, 1))]
 
 
 def _share(actions: Actions) -> tuple[np.ndarray, np.ndarray]:
     """The share of a video that was watched, in [0, 1], and where it has a length."""
     known = actions["duration_ms"] > 0
-    return np.clip(
-        actions["play_time_ms"] / np.where(known, actions["duration_ms"], 1), 0, 1
-    ), known
-
-
-def _share_codes(actions: Actions) -> Codes:
-    share, known = _share(actions)
-    bucket = np.minimum((share * SHARE_BUCKETS).astype(np.int32), SHARE_BUCKETS - 1) + 1
-    return Codes(np.where(known, bucket, 0).astype(np.int32), _SIZES["watched_share"])
-
-
-def _share_task(actions: Actions) -> Labels:
-    share, known = _share(actions)
-    return Labels("regression", share.astype(np.float32), known.astype(np.float32))
-
-
-def _everywhere(kind: Kind, values: Callable[[Actions], np.ndarray]) -> Callable[[Actions], Labels]:
-    """A task that every event has a label of."""
-
-    def task(actions: Actions) -> Labels:
-        label_E = values(actions).astype(np.float32)
-        return Labels(kind, label_E, np.ones_like(label_E))
-
-    return task
-
-
-def _column(name: str) -> Callable[[Actions], np.ndarray]:
-    return lambda actions: actions[name]
-
-
-_SIGNALS: _Makers[Codes] = {
-    "rating": (_rating, ("rating",)),
-    "watch_time": (_watch_time, ("play_time_ms",)),
-    "watched_share": (_share_codes, ("play_time_ms", "duration_ms")),
-    **{name: (_flag(name), (name,)) for name in FLAGS},
-}
-_FEATURES: _Makers[Codes] = {
-    name: (lambda actions, name=name: distinct(actions[name]), (name,))  # type: ignore[misc]
-    for name in FEATURES
-}
-_TASKS: _Makers[Labels] = {
-    "rating_at_least_4": (
-        _everywhere("binary", lambda actions: actions["rating"] >= 4),
-        ("rating",),
-    ),
-    "rating": (_everywhere("regression", _column("rating")), ("rating",)),
-    "watched_share": (_share_task, ("play_time_ms", "duration_ms")),
-    **{name: (_everywhere("binary", _column(name)), (name,)) for name in FLAGS},
-}
+    share = actions["play_time_ms"] / np.where(known, actions["duration_ms"], 1)
+    return np.clip(share, 0, 1), known

@@ -1,6 +1,7 @@
 """Reads the publishers' text files, fast where they are clean; errors name file, line and value."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -163,19 +164,13 @@ def _check_end(path: Path, delimiter: str) -> None:
 def _read_fast(
     path: Path, columns: Sequence[Column], delimiter: str, header: bool
 ) -> dict[str, np.ndarray]:
-    names: list[str] = []
-    types: dict[str, pyarrow.DataType] = {}
-    for i, column in enumerate(columns):
-        if i and len(delimiter) == 2:  # "a::b" is a, nothing, b when split at ":"
-            names.append(f"gap {i}")
-            types[names[-1]] = pyarrow.null()
-        names.append(column.name)
-        if column.dtype is not None:
-            types[column.name] = (
-                pyarrow.string()
-                if column.dtype is np.str_
-                else pyarrow.from_numpy_dtype(column.dtype)
-            )
+    read = {column.name: column.dtype for column in columns if column.dtype is not None}
+    types = {name: pyarrow.from_numpy_dtype(dtype) for name, dtype in read.items()}
+    names = [column.name for column in columns]
+    if len(delimiter) == 2:  # "a::b" is a, nothing, b when split at ":"
+        gaps = [f"gap before {name}" for name in names[1:]]
+        types |= dict.fromkeys(gaps, pyarrow.null())
+        names[1:] = itertools.chain(*zip(gaps, names[1:], strict=True))
     table = pyarrow.csv.read_csv(
         path,
         read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=int(header)),
@@ -189,15 +184,9 @@ def _read_fast(
             strings_can_be_null=True,
         ),
     )
-    wanted = [column.name for column in columns if column.dtype is not None]
-    if any(table[name].null_count for name in wanted):
+    if any(table[name].null_count for name in read):
         raise pyarrow.ArrowInvalid("an empty field")
-    return {
-        name: table[name].to_numpy().astype(str)
-        if types[name] == pyarrow.string()
-        else table[name].to_numpy()
-        for name in wanted
-    }
+    return {name: table[name].to_numpy().astype(dtype, copy=False) for name, dtype in read.items()}
 
 
 def _read_carefully(

@@ -16,10 +16,10 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Float32, Int, Int32
 
 from kernels.jagged import Rows, lengths_to_offsets
-from kernels.typing import Leaf
+from kernels.typing import Leaf, PerRow
 from ultra_hstu.sequences import Columns, Sequences
 
 # Seconds between an event and the one before it, in steps of e^0.301, as HSTU's relative bias has.
@@ -54,19 +54,19 @@ class RankEvents:
 class Tokens:
     """The rows of one channel: B sequences in T rows, of contextual tokens, history and targets.
 
-    Rows from `offsets[B]` on are padding.
+    Integers are int32. Rows from `offsets[B]` on are padding.
     """
 
-    item_T: Leaf[Int32[Array, " T"]]  # 0 on contextual, action and padding rows
+    item_T: Leaf[PerRow]  # 0 on contextual, action and padding rows
     signal_TS: Leaf[Int32[Array, "T S"]]  # 0 on targets, on items of the interleaved form, ...
     feature_TF: Leaf[Int32[Array, "T F"]]  # of item rows, targets too
-    context_T: Leaf[Int32[Array, " T"]]  # 0 except on contextual rows
+    context_T: Leaf[PerRow]  # 0 except on contextual rows
     # Of the event, see `RankGather.backwards`; an item and its action share it.
-    position_T: Leaf[Int32[Array, " T"]]
-    gap_T: Leaf[Int32[Array, " T"]]  # bucket of the seconds since the last event, on item rows
-    time_T: Leaf[Int32[Array, " T"]]  # seconds
+    position_T: Leaf[PerRow]
+    gap_T: Leaf[PerRow]  # bucket of the seconds since the last event, on item rows
+    time_T: Leaf[PerRow]  # seconds
     # When the row asks: the time of an item or target itself, else that of the event after.
-    next_time_T: Leaf[Int32[Array, " T"]]
+    next_time_T: Leaf[PerRow]
     offsets: Leaf[Int32[Array, " B1"]]
     num_targets: Leaf[Int32[Array, " B"] | None]  # None: no targets
     num_contextual: Leaf[Int32[Array, " B"] | None]
@@ -152,26 +152,25 @@ class RankGather:
         column = {name: xp.asarray(values).astype(xp.int32) for name, values in columns_B.items()}
         if self.supervise_history:
             (name,) = self.channels
-            history_B = column[f"stop/{name}"] - column[f"start/{name}"]
-            at_P = Rows.of(lengths_to_offsets(history_B, xp=xp), self.rows[0] // 2, xp=xp)
-            user_P, place_P, real_P = at_P.segment, at_P.position, at_P.real
-            event_P, index = column[f"start/{name}"][user_P] + place_P, _index(data, column, name)
-            event_P = event_P if index is None else index[xp.where(real_P, event_P, 0)]
+            start_B, index = column[f"start/{name}"], _index(data, column, name)
+            length_B, places = column[f"stop/{name}"] - start_B, self.rows[0] // 2
+            offsets = lengths_to_offsets(length_B, xp=xp)
         else:
-            slot_P = xp.arange(column["count"].shape[0] * self.targets, dtype=xp.int32)
-            user_P, place_P = slot_P // self.targets, slot_P % self.targets
-            real_P = place_P < column["count"][user_P]
-            event_P = column["target"][user_P] + place_P
-        event_P = xp.where(real_P, event_P, 0)
+            start_B, index, length_B = column["target"], None, column["count"]
+            places = len(length_B) * self.targets
+            offsets = xp.arange(0, places + 1, self.targets, dtype=xp.int32)
+        at_P = Rows.of(offsets, places, lengths=length_B, xp=xp)
+        event_P = xp.where(at_P.real, start_B[at_P.segment] + at_P.position, 0)
+        event_P = event_P if index is None else xp.where(at_P.real, index[event_P], 0)
         tokens = {
-            name: self._tokens(xp, data, column, name, rows, user_P, place_P, real_P)
+            name: self._tokens(xp, data, column, name, rows, at_P)
             for name, rows in zip(self.channels, self.rows, strict=True)
         }
         return RankBatch(
             channels=tokens,
             label_PK=data.label_EK[event_P],
-            weight_PK=data.weight_EK[event_P] * real_P.astype(xp.float32)[:, None],
-            user_P=xp.where(real_P, column["user"][user_P], 0),
+            weight_PK=data.weight_EK[event_P] * at_P.real.astype(xp.float32)[:, None],
+            user_P=xp.where(at_P.real, column["user"][at_P.segment], 0),
         )
 
     def _tokens(
@@ -181,11 +180,9 @@ class RankGather:
         column: Columns,
         name: str,
         rows: int,
-        user_P: Int[AnyArray, " P"],
-        place_P: Int[AnyArray, " P"],
-        real_P: Bool[AnyArray, " P"],
+        at_P: Rows,
     ) -> Tokens:
-        """One channel.
+        """One channel; `at_P` are the predicted events by request.
 
         For a row's request b: c contextual tokens, h history events, place p in it.
         """
@@ -203,31 +200,31 @@ class RankGather:
         is_context_T = real_T & (into_T < 0)
         is_target_T = real_T & (into_T >= per_event * h_T)
         is_history_T = real_T & ~is_context_T & ~is_target_T
-        place_T = into_T // per_event  # of the event in the history
+        # Of the row's event among history and targets.
+        place_T = xp.where(is_target_T, into_T - (per_event - 1) * h_T, into_T // per_event)
+        place_T = xp.where(is_context_T, 0, place_T)
         is_action_T = is_history_T & (into_T % per_event == 1)
         is_item_T = (is_history_T | is_target_T) & ~is_action_T
         has_signals_T = is_action_T if self.interleaved else is_history_T
 
         def event(place: Int[AnyArray, " T"]) -> Int[AnyArray, " T"]:
-            """The event at a place of the history, the first target behind it.
+            """The event at a place, that of the first target before place 0.
 
-            In a request that has neither it is the first event of all.
+            In a request that has neither history nor targets it is the first event of all.
             """
             inside = (place >= 0) & (place < h_T)
             here = xp.where(inside, start_T + place, 0)
             index = _index(data, column, name)
             if index is not None:
                 here = index[here] if len(index) else here
-            return xp.where(inside, here, xp.where(count_B[b_T] > 0, target_T, here))
+            asked = target_T + xp.maximum(place - h_T, 0)
+            return xp.where(inside, here, xp.where(count_B[b_T] > 0, asked, here))
 
-        event_T = xp.where(
-            is_history_T,
-            event(place_T),
-            xp.where(is_target_T, target_T + into_T - per_event * h_T, event(0 * place_T)),
-        )
-        event_T = xp.where(real_T, event_T, 0)
-        before_T = xp.where(real_T, xp.where(is_target_T, event(h_T - 1), event(place_T - 1)), 0)
-        has_before_T = is_item_T & (h_T > 0) & (is_target_T | (place_T > 0))
+        event_T = xp.where(real_T, event(place_T), 0)
+        # Behind the history all targets stand at one place.
+        seen_T = xp.minimum(place_T, h_T)
+        before_T = xp.where(real_T, event(seen_T - 1), 0)
+        has_before_T = is_item_T & (seen_T > 0)
         time_T = data.time_E[event_T]
         asks_now_T = is_context_T | is_target_T | (is_item_T & self.interleaved)
         after_T = xp.where(asks_now_T | ~real_T, event_T, event(place_T + 1))
@@ -240,16 +237,13 @@ class RankGather:
             time_T - data.time_E[before_T],
             side="right",
         )
-        position_T = h_T - place_T if self.backwards else place_T + 1
-        at_target = xp.zeros_like(h_T) if self.backwards else h_T + 1
+        position_T = h_T - seen_T if self.backwards else seen_T + 1
         zero = xp.int32(0)
-
-        row_P = (
-            offsets[user_P]
-            + contextual_B[user_P]
-            + per_event * (place_P if self.supervise_history else history_B[user_P])
-        )
-        row_P = row_P if self.supervise_history else row_P + place_P
+        behind_B = offsets[:-1] + contextual_B
+        if self.supervise_history:
+            row_P = behind_B[at_P.segment] + per_event * at_P.position
+        else:
+            row_P = (behind_B + per_event * history_B)[at_P.segment] + at_P.position
         context_T = (
             data.context_UC[column["user"][b_T], xp.clip(p_T, 0, self.contextual - 1)]
             if self.contextual
@@ -260,16 +254,14 @@ class RankGather:
             signal_TS=xp.where(has_signals_T[:, None], data.signal_ES[event_T], zero),
             feature_TF=xp.where(is_item_T[:, None], data.feature_EF[event_T], zero),
             context_T=xp.where(is_context_T, context_T, zero),
-            position_T=xp.where(
-                is_history_T, position_T, xp.where(is_target_T, at_target, zero)
-            ).astype(xp.int32),
+            position_T=xp.where(is_history_T | is_target_T, position_T, zero).astype(xp.int32),
             gap_T=xp.where(has_before_T, gap_T + 1, zero).astype(xp.int32),
             time_T=xp.where(real_T, time_T, zero),
             next_time_T=xp.where(real_T, next_time_T, zero),
             offsets=xp.asarray(offsets),
             num_targets=xp.asarray(laid_B),
             num_contextual=contextual_B,
-            row_P=xp.where(real_P, row_P, zero).astype(xp.int32),
+            row_P=xp.where(at_P.real, row_P, zero).astype(xp.int32),
         )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
-from ultra_hstu.criteria import Criteria
+from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.ranking.batch import RankBatch, RankEvents
@@ -41,17 +41,11 @@ class RequestEvaluator(Evaluator):
         # The order of `RankGather`: request after request, each with `targets` places.
         place_M = np.arange(targets)
         real_SBM = place_M < columns["count"][:, :, None]
-        self._used_SP = real_SBM.reshape(len(self.plan), places)
-        self.event_P: Int[np.ndarray, " P"] = (
-            columns["target"][:, :, None].astype(np.int64) + place_M
-        )[real_SBM]
-        self.user_P: Int[np.ndarray, " P"] = np.broadcast_to(
-            columns["user"][:, :, None], real_SBM.shape
-        )[real_SBM]
-        events: RankEvents = loader.store.host
-        self.item_E = np.asarray(events.item_E)
-        self.label_EK = np.asarray(events.label_EK)
-        self.weight_EK = np.asarray(events.weight_EK)
+        self.used_SP = real_SBM.reshape(len(self.plan), places)
+        event_SBM = columns["target"][:, :, None].astype(np.int64) + place_M
+        user_SBM = np.broadcast_to(columns["user"][:, :, None], real_SBM.shape)
+        self.event_P, self.user_P = event_SBM[real_SBM], user_SBM[real_SBM]
+        self.events: RankEvents = loader.store.host
         chance = self.metrics(np.zeros((len(self.event_P), len(self.kinds)), np.float32))
         if criteria.selection not in chance:
             raise ValueError(
@@ -60,15 +54,11 @@ class RequestEvaluator(Evaluator):
                 f"raise rank.{split}_fraction, or choose other rank.tasks"
             )
 
-    @property
-    def used_SP(self) -> Bool[np.ndarray, "S P"]:
-        return self._used_SP
-
     def outputs(self, scored: PyTree, batch: RankBatch) -> Float32[Array, "p K"]:
         """The logits (values, in regressions) of the events `event_P`."""
         return self.recipe.logits(scored, batch)
 
-    def __call__(self, scored: PyTree) -> dict[str, float]:
+    def __call__(self, scored: PyTree) -> Metrics:
         """The metrics of `ranking_metrics`, without those that have no value here.
 
         Raises:
@@ -83,16 +73,17 @@ class RequestEvaluator(Evaluator):
             )
         return self.metrics(logit_PK)
 
-    def metrics(self, output_P: Float32[np.ndarray, "P K"]) -> dict[str, float]:
+    def metrics(self, output_P: Float32[np.ndarray, "P K"]) -> Metrics:
         """The metrics of any predictions of the events `event_P`."""
-        labels = (self.label_EK[self.event_P], self.weight_EK[self.event_P])
-        values = ranking_metrics(output_P, *labels, self.user_P, self.kinds)
+        columns = (self.events.label_EK, self.events.weight_EK)
+        label_PK, weight_PK = (np.asarray(column_EK)[self.event_P] for column_EK in columns)
+        values = ranking_metrics(output_P, label_PK, weight_PK, self.user_P, self.kinds)
         return {name: value for name, value in values.items() if not np.isnan(value)}
 
 
 def base_rates(
     evaluator: RequestEvaluator, user_E: Int[np.ndarray, " E"], train_E: Bool[np.ndarray, " E"]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Metrics]:
     """The metrics of rates of the training events: of everything, of the item, the user, and both.
 
     A rate is a mean of labels. Those of an item or user are drawn to the rate of all with the
@@ -102,28 +93,29 @@ def base_rates(
     Args:
       user_E, train_E: whose each event of the data is, and whether it is a training event.
     """
-    target_P = evaluator.event_P
-    predictions: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("base rate", "item's rate", "user's rate", "item and user")
-    }
+    target_P, events = evaluator.event_P, evaluator.events
+    item_E, label_EK, weight_EK = map(
+        np.asarray, (events.item_E, events.label_EK, events.weight_EK)
+    )
+    columns = []
     for k, kind in enumerate(evaluator.kinds.values()):
-        weight_E = evaluator.weight_EK[:, k] * train_E
-        hit_E = weight_E * np.where(weight_E > 0, evaluator.label_EK[:, k], 0.0)
+        weight_E = weight_EK[:, k] * train_E
+        hit_E = weight_E * np.where(weight_E > 0, label_EK[:, k], 0.0)
         # One event of either class more, as a rate of 0 or 1 would be infinitely wrong once.
         extra, ones = (2.0, 1.0) if kind == "binary" else (1e-9, 0.0)
         rate = (hit_E.sum() + ones) / (weight_E.sum() + extra)
         item_P, user_P = (
             _rates_of_groups(group_E, weight_E, hit_E, rate)[group_E[target_P]]
-            for group_E in (evaluator.item_E, user_E)
+            for group_E in (item_E, user_E)
         )
         scale = _logit if kind == "binary" else np.asarray
         everything, item, user = scale(np.full(len(target_P), rate)), scale(item_P), scale(user_P)
-        found = (everything, item, user, item + user - everything)
-        for name, logit_P in zip(predictions, found, strict=True):
-            predictions[name].append(logit_P)
+        columns.append((everything, item, user, item + user - everything))
+    names = ("base rate", "item's rate", "user's rate", "item and user")
+    predictions = np.stack(columns, axis=-1).astype(np.float32)  # [4, P, K]
     return {
-        name: evaluator.metrics(np.stack(logits, axis=1).astype(np.float32))
-        for name, logits in predictions.items()
+        name: evaluator.metrics(output_PK)
+        for name, output_PK in zip(names, predictions, strict=True)
     }
 
 

@@ -55,8 +55,5 @@ def num_rows[Count: (int, np.ndarray)](
 
     They are contextual tokens, history (two rows an event if interleaved) and targets.
     """
-    return (
-        len(config.rank.contextual)
-        + {"merged": 1, "interleaved": 2}[config.rank.input] * history
-        + targets
-    )
+    layout = form(config)
+    return layout.contextual + layout.per_event * history + targets

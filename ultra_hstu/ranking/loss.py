@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+PerTask = Float[Array, "P K"]  # one value a prediction and task
 KINDS = ("binary", "regression")
 
 
 def multitask_loss(
-    logit_PK: Float[Array, "P K"],
-    label_PK: Float[Array, "P K"],
-    weight_PK: Float[Array, "P K"],
+    logit_PK: PerTask,
+    label_PK: PerTask,
+    weight_PK: PerTask,
     kinds: Sequence[str],
     total_K: Float[Array, " K"] | None = None,
 ) -> Float[Array, ""]:

@@ -17,25 +17,26 @@ from jaxtyping import Int64
 from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import Interactions
 
+PerUser = Int64[np.ndarray, " users"]
+PARTS = ("train", "validation", "test")
+PerRequest = Int64[np.ndarray, " n"]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Requests:
     """One request a row; `start == stop` is a user without history, which is legal."""
 
-    user: Int64[np.ndarray, " n"]  # row of the user
-    start: Int64[np.ndarray, " n"]
-    stop: Int64[np.ndarray, " n"]
-    count: Int64[np.ndarray, " n"]
-
-    def __len__(self) -> int:
-        return len(self.user)
+    user: PerRequest  # row of the user
+    start: PerRequest
+    stop: PerRequest
+    count: PerRequest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RequestTable:
     """Requests as a `Loader` takes them: their columns, and their rows in every channel."""
 
-    columns: dict[str, Int64[np.ndarray, " n"]]
+    columns: dict[str, PerRequest]
     lengths: Int64[np.ndarray, "n channels"]
 
 
@@ -43,21 +44,17 @@ class RequestTable:
 class Parts:
     """Where every user's events are cut: train, [validation, test) and [test, last)."""
 
-    first: Int64[np.ndarray, " users"]
-    validation: Int64[np.ndarray, " users"]
-    test: Int64[np.ndarray, " users"]
-    last: Int64[np.ndarray, " users"]
+    first: PerUser
+    validation: PerUser
+    test: PerUser
+    last: PerUser
 
     def bounds(self, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """First and last of a part; "train", "validation" or "test"."""
-        edges = {
-            "train": (self.first, self.validation),
-            "validation": (self.validation, self.test),
-            "test": (self.test, self.last),
-        }
-        if part not in edges:
-            raise ValueError(f"unknown part {part!r}: use {', '.join(edges)}")
-        return edges[part]
+        """First and last of one of `PARTS`."""
+        if part not in PARTS:
+            raise ValueError(f"unknown part {part!r}: use {', '.join(PARTS)}")
+        edges, place = (self.first, self.validation, self.test, self.last), PARTS.index(part)
+        return edges[place], edges[place + 1]
 
 
 def chronological(
@@ -66,7 +63,7 @@ def chronological(
     """The parts of every user's events by time, `floor(fraction * events)` each; test is last."""
     first, last = interactions.offsets[:-1], interactions.offsets[1:]
 
-    def share(fraction: float) -> Int64[np.ndarray, " users"]:
+    def share(fraction: float) -> PerUser:
         # A fraction such as 0.29 of 100 events is 28.999999999999996 in floating point.
         return np.floor(np.round(interactions.lengths * fraction, 6)).astype(np.int64)
 
@@ -82,19 +79,14 @@ def training(parts: Parts, config: Config, seed: int, epoch: int) -> Requests:
     """
     first, last = parts.bounds("train")
     rng = np.random.default_rng((seed, epoch, 1))  # the loader shuffles with (seed, epoch)
-    size = config.data.max_history if config.rank.supervise == "all" else config.rank.targets
+    everywhere, longest = config.rank.supervise == "all", config.data.max_history
+    size = longest if everywhere else config.rank.targets
     head = rng.integers(1, size + 1, len(first))
-    if config.rank.supervise == "all":
-        head = np.where(last - first > size, head, size)
-    requests = segments(first, last, size, head, parts.first, config.data.max_history)
-    if config.rank.supervise == "all":
-        return Requests(
-            requests.user,
-            requests.stop,
-            requests.stop + requests.count,
-            np.zeros_like(requests.count),
-        )
-    return requests
+    if not everywhere:
+        return segments(first, last, size, head, parts.first, longest)
+    head = np.where(last - first > size, head, size)
+    of = segments(first, last, size, head, parts.first, longest)
+    return Requests(of.user, of.stop, of.stop + of.count, np.zeros_like(of.count))
 
 
 def evaluation(parts: Parts, part: str, config: Config) -> Requests:
@@ -109,11 +101,11 @@ def evaluation(parts: Parts, part: str, config: Config) -> Requests:
 
 
 def segments(
-    first: Int64[np.ndarray, " users"],
-    last: Int64[np.ndarray, " users"],
+    first: PerUser,
+    last: PerUser,
     size: int,
-    head: Int64[np.ndarray, " users"] | int,
-    oldest: Int64[np.ndarray, " users"],
+    head: PerUser | int,
+    oldest: PerUser,
     max_history: int,
 ) -> Requests:
     """Cuts events [first, last) of every user into segments: one of `head` events, then of `size`.
@@ -125,9 +117,8 @@ def segments(
     head_U = np.minimum(np.broadcast_to(head, length.shape), length)
     number = np.where(length > 0, 1 + -(-(length - head_U) // size), 0)
     user = np.repeat(np.arange(len(first)), number)
-    place = np.arange(len(user)) - np.repeat(
-        np.cumsum(number) - number, number
-    )  # number of the segment of its user
+    # The number of the segment among those of its user.
+    place = np.arange(len(user)) - np.repeat(np.cumsum(number) - number, number)
     stop = first[user] + np.where(place > 0, head_U[user] + (place - 1) * size, 0)
     count = np.minimum(np.where(place > 0, size, head_U[user]), last[user] - stop)
     return Requests(user, np.maximum(oldest[user], stop - max_history), stop, count)

@@ -2,21 +2,20 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Int, Int64, Num
+from jaxtyping import Int32
 
 from ultra_hstu import criteria, flops
-from ultra_hstu.config import ChannelConfig, Config
-from ultra_hstu.criteria import Criteria
+from ultra_hstu.config import Config
+from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data import signals
-from ultra_hstu.data.events import seconds_since_first
-from ultra_hstu.data.feed import WHOLE, EventStore, Loader, Planner, choose_rows
+from ultra_hstu.data.feed import BufferRows, EventStore
 from ultra_hstu.data.interactions import Interactions
-from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
+from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
-from ultra_hstu.parallel.mesh import DATA
 from ultra_hstu.ranking import evaluate
 from ultra_hstu.ranking import split as requests
 from ultra_hstu.ranking.batch import RankEvents, RankGather
@@ -24,25 +23,23 @@ from ultra_hstu.ranking.evaluate import RequestEvaluator
 from ultra_hstu.ranking.form import Sizes, channels, form, num_rows
 from ultra_hstu.ranking.recipe import RankRecipe
 from ultra_hstu.ranking.split import Parts, Requests, RequestTable
+from ultra_hstu.sequences import seconds_since_first
 from ultra_hstu.task import Task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RankingTask(Task):
+class RankingTask(Task[RankEvents]):
     """Requests about the events of a data set.
 
     Attributes:
       sizes: what the model must know of the data.
       parts: where each user's training, validation and test events are.
-      kept: for each channel that leaves events out, how many it keeps of those before each event.
     """
 
     PROTOCOLS: ClassVar[tuple[str, ...]] = ("chronological",)
 
-    store: EventStore[RankEvents]
     sizes: Sizes
     parts: Parts
-    kept: dict[str, Int64[np.ndarray, " E1"]]
 
     @classmethod
     def of(cls, config: Config, interactions: Interactions) -> "RankingTask":
@@ -53,7 +50,6 @@ class RankingTask(Task):
         labels = [signals.task(interactions, name) for name in rank.tasks]
         features = [signals.feature(interactions, name) for name in rank.features]
         contexts = [signals.context(interactions, name) for name in rank.contextual]
-        index, kept = _channels_of_signals(config, interactions)
         first_code = np.cumsum([0, *(context.size - 1 for context in contexts)])
         context_codes = [
             np.where(codes.code > 0, codes.code + before, 0)
@@ -64,11 +60,13 @@ class RankingTask(Task):
             item_E=interactions.items.astype(np.int32),
             time_E=seconds_since_first(interactions.timestamps, events),
             signal_ES=signals.signals(interactions.actions, rank.signals, events),
-            feature_EF=_side_by_side([codes.code for codes in features], events, np.int32),
-            label_EK=_side_by_side([label.label_E for label in labels], events, np.float32),
-            weight_EK=_side_by_side([label.weight_E for label in labels], events, np.float32),
-            context_UC=_side_by_side(context_codes, users, np.int32),
-            index=index,
+            feature_EF=signals.side_by_side([codes.code for codes in features], events, np.int32),
+            label_EK=signals.side_by_side([label.label_E for label in labels], events, np.float32),
+            weight_EK=signals.side_by_side(
+                [label.weight_E for label in labels], events, np.float32
+            ),
+            context_UC=signals.side_by_side(context_codes, users, np.int32),
+            index=_kept_events(config, interactions),
         )
         sizes = Sizes(
             items=interactions.num_items,
@@ -79,11 +77,7 @@ class RankingTask(Task):
             timestamps=interactions.timestamps is not None,
         )
         parts = requests.chronological(interactions, rank.validation_fraction, rank.test_fraction)
-        return cls(config, interactions, EventStore(store), sizes, parts, kept)
-
-    @property
-    def events(self) -> RankEvents:
-        return self.store.host
+        return cls(config, interactions, EventStore(store), sizes, parts)
 
     @functools.cached_property
     def recipe(self) -> RankRecipe:
@@ -98,34 +92,24 @@ class RankingTask(Task):
         same_channels = config.model.channels == self.config.model.channels
         return task if same_channels else RankingTask.of(config, self.interactions)
 
-    def loader(self, part: str, *, batch_users: int, steps_per_call: int) -> Loader:
-        """As `Task.loader`; `batch_users` counts requests. Every epoch has its own requests."""
-        config, mesh, training = self.config, self.recipe.mesh, part == "train"
-        planner = self._planner() if training else WHOLE
-
-        def of_epoch(seed: int, epoch: int) -> RequestTable:
-            return self.table(requests.training(self.parts, config, seed, epoch))
-
-        examples = (
-            of_epoch if training else self.table(requests.evaluation(self.parts, part, config))
-        )
-        first = examples(0, 0) if callable(examples) else examples
-        lengths_nR = planner.taken(first, 0, 0).lengths
-        if len(lengths_nR) == 0:
-            raise ValueError(
-                "no user has training events"
-                if training
-                else f"no user has {part} events: raise rank.{part}_fraction"
+    def examples(self, part: str) -> RequestTable | Callable[[int, int], RequestTable]:
+        """Every epoch of training has its own requests."""
+        first_U, last_U = self.parts.bounds(part)
+        if not (first_U < last_U).any():
+            remedy = (
+                "lower the other fractions" if part == "train" else f"raise rank.{part}_fraction"
             )
-        shards = 1 if mesh is None else mesh.shape[DATA]
-        groups = config.parallel.batch_groups if training else shards
-        given, layout = config.data.batch_tokens if training else None, form(config)
-        chosen = [
-            groups * choose_rows(lengths_n, batch_users // groups, self._longest(channel))
-            for lengths_n, channel in zip(lengths_nR.T, channels(config).values(), strict=True)
-        ]
-        gather = RankGather(
-            rows=tuple((given or rows_of_channel) // shards for rows_of_channel in chosen),
+            raise ValueError(f"no user has {part} events: {remedy}")
+        if part != "train":
+            return self.table(requests.evaluation(self.parts, part, self.config))
+        return lambda seed, epoch: self.table(
+            requests.training(self.parts, self.config, seed, epoch)
+        )
+
+    def gather(self, training: bool, rows: BufferRows, examples: int) -> RankGather:
+        config, layout = self.config, form(self.config)
+        return RankGather(
+            rows=rows,
             channels=tuple(channels(config)),
             targets=config.rank.targets,
             contextual=layout.contextual,
@@ -133,35 +117,23 @@ class RankingTask(Task):
             backwards=layout.backwards,
             supervise_history=training and config.rank.supervise == "all",
         )
-        return Loader(
-            self.store,
-            examples,
-            gather,
-            batch_users=batch_users,
-            steps_per_call=steps_per_call,
-            placement=config.data.placement,
-            planner=planner,
-            mesh=mesh,
-            groups=groups,
-        )
 
-    def _planner(self) -> Planner:
-        config, sampling = self.config, Sampling.of(self.config.data, self.gamma)
-        if sampling is None:
-            return WHOLE
-        per_event = form(config).per_event
-        index = {name: np.asarray(events) for name, events in self.events.index.items()}
-        histories = tuple(
+    @property
+    def histories(self) -> tuple[SampledHistory, ...]:
+        index = {name: np.asarray(kept_n) for name, kept_n in self.events.index.items()}
+        per_event = form(self.config).per_event
+        return tuple(
             SampledHistory(channel.max_history, f"/{name}", per_event, index.get(name))
-            for name, channel in channels(config).items()
+            for name, channel in channels(self.config).items()
         )
-        times_E = np.asarray(self.events.time_E) if self.sizes.timestamps else None
-        return SampledPlanner(sampling, histories, times_E)
 
-    def _longest(self, channel: ChannelConfig) -> int:
-        """No request of any part or epoch has more rows in this channel."""
-        events = int((self.parts.last - self.parts.first).max()) if len(self.parts.first) else 0
-        return num_rows(self.config, min(channel.max_history, events), self.config.rank.targets)
+    @property
+    def longest(self) -> tuple[int, ...]:
+        events, config = int((self.parts.last - self.parts.first).max()), self.config
+        return tuple(
+            num_rows(config, min(channel.max_history, events), config.rank.targets)
+            for channel in channels(config).values()
+        )
 
     def table(self, of: Requests) -> RequestTable:
         """Requests with the history of every channel.
@@ -174,8 +146,8 @@ class RankingTask(Task):
         lengths = []
         for name, channel in channels(config).items():
             start, stop = self.parts.first[of.user] if config.model.channels else of.start, of.stop
-            if name in self.kept:
-                start, stop = self.kept[name][start], self.kept[name][stop]
+            if name in self.events.index:
+                start, stop = np.searchsorted(self.events.index[name], (start, stop))
             start = np.maximum(start, stop - channel.max_history)
             columns |= {f"start/{name}": start, f"stop/{name}": stop}
             lengths.append(num_rows(config, stop - start, of.count))
@@ -184,7 +156,7 @@ class RankingTask(Task):
     def evaluator(self, split: str) -> RequestEvaluator:
         return RequestEvaluator(self.recipe, self.evaluation_loader(split), self.criteria, split)
 
-    def baselines(self, split: str) -> dict[str, dict[str, float]]:
+    def baselines(self, split: str) -> dict[str, Metrics]:
         """Predicts the base rates of everything, of the item, of the user, and of both."""
         first_U, last_U = self.parts.bounds("train")
         user_E = np.repeat(np.arange(self.interactions.num_users), self.interactions.lengths)
@@ -207,11 +179,9 @@ class RankingTask(Task):
         )
 
 
-def _channels_of_signals(
-    config: Config, interactions: Interactions
-) -> tuple[dict[str, Int[np.ndarray, " n"]], dict[str, Int64[np.ndarray, " E1"]]]:
-    """`RankEvents.index` and `RankingTask.kept` of the channels that leave events out."""
-    index, kept = {}, {}
+def _kept_events(config: Config, interactions: Interactions) -> dict[str, Int32[np.ndarray, " n"]]:
+    """The events of each channel that leaves some out."""
+    index = {}
     for name, channel in channels(config).items():
         if not channel.signal:
             continue
@@ -223,11 +193,4 @@ def _channels_of_signals(
             )
         keep_E = interactions.actions[channel.signal] >= channel.at_least
         index[name] = np.flatnonzero(keep_E).astype(np.int32)
-        kept[name] = np.concatenate([[0], np.cumsum(keep_E)])
-    return index, kept
-
-
-def _side_by_side(
-    columns: list[Num[np.ndarray, " n"]], length: int, dtype: type[np.generic]
-) -> Num[np.ndarray, "n c"]:
-    return np.stack(columns, axis=1).astype(dtype) if columns else np.zeros((length, 0), dtype)
+    return index

@@ -6,12 +6,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from kernels import jagged
-from ultra_hstu.criteria import RETRIEVAL
+from ultra_hstu.criteria import RETRIEVAL, Metrics
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.retrieval.batch import Batch
-from ultra_hstu.retrieval.metrics import mean_metrics, ranking_metrics, ranks
+from ultra_hstu.retrieval.metrics import mean_metrics, ranks
 from ultra_hstu.retrieval.recipe import Recipe
+
+Vectors = tuple[Float[Array, "b D"], Float[Array, "I1 D"]]  # of users, and of all items
 
 
 class CorpusEvaluator(Evaluator):
@@ -28,15 +30,14 @@ class CorpusEvaluator(Evaluator):
         self.longest = int(self.plan.examples.lengths.max())
         self.l2_normalize = recipe.config.loss.l2_normalize
 
-    def vectors(
-        self, scored: PyTree, batch: Batch
-    ) -> tuple[Float[Array, "b D"], Float[Array, "I1 D"]]:
+    def vectors(self, scored: PyTree, batch: Batch) -> Vectors:
         """Vectors of the users that this device ranks for, and of all items."""
         model = self.recipe.model(scored)
         shards = self.recipe.shards
         return model.users(batch, shards), model.all_items(shards)
 
     def outputs(self, scored: PyTree, batch: Batch) -> Int[Array, " b"]:
+        """Ranks from 1; 2501 where a target is not among the best 2500."""
         users_bD, table_ID = self.vectors(scored, batch)
         # The item after a history's last row is the target of the example.
         target_B = batch.target_T[batch.last_row_B]
@@ -44,14 +45,9 @@ class CorpusEvaluator(Evaluator):
         target_b, seen_bN = self.recipe.shards.part((target_B, seen_BN))
         return ranks(users_bD, table_ID, target_b, seen_bN, l2_normalize=self.l2_normalize)
 
-    def ranks(self, scored: PyTree) -> Int[np.ndarray, " n"]:
-        """The 1-based rank of every example's target; 2501 where it is not among the best 2500."""
-        return self.predict(scored)
-
-    def metrics(self, output_P: Int[np.ndarray, " n"]) -> dict[str, float]:
+    def metrics(self, output_P: Int[np.ndarray, " n"]) -> Metrics:
         """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split."""
-        ranks_U = jnp.asarray(output_P)
-        return mean_metrics(ranking_metrics(ranks_U, jnp.ones(ranks_U.shape)))
+        return mean_metrics(jnp.asarray(output_P))
 
 
 class PopularityEvaluator(CorpusEvaluator):
@@ -63,8 +59,6 @@ class PopularityEvaluator(CorpusEvaluator):
         super().__init__(recipe, loader)
         self.l2_normalize = False
 
-    def vectors(
-        self, scored: PyTree, batch: Batch
-    ) -> tuple[Float[Array, "b D"], Float[Array, "I1 D"]]:
+    def vectors(self, scored: PyTree, batch: Batch) -> Vectors:
         users = self.recipe.shards.part(batch.last_row_B).shape[0]
         return jnp.ones((users, 1)), scored

@@ -1,9 +1,9 @@
 """Softmax losses over the catalogue, sampled or full, that never hold the logits of all rows.
 
-Rows are worked off in chunks. The forward pass of a differentiated call computes loss and gradients
-of a chunk together, so every score is computed once and only the gradients themselves are kept; the
-backward pass multiplies them by the cotangent of the loss. Chunks behind the last row that counts
-(the padding at the end of a flat buffer) are not computed at all.
+Rows are worked off in chunks. The forward pass computes loss and gradients of a chunk together, so
+every score is computed once and only the gradients themselves are kept; the backward pass
+multiplies them by the cotangent of the loss. Chunks behind the last row that counts (the padding at
+the end of a flat buffer) are not computed at all.
 
 Everything is in float32, whatever the dtype of the inputs.
 """
@@ -21,27 +21,30 @@ from ultra_hstu.nn.norms import l2_normalize as unit_rows
 
 COLLISION_LOGIT = -5e4  # of a negative that is the positive (published research code)
 
+Rows = Float[Array, "T D"]
+Table = Float[Array, "I1 D"]
+PerItem = Float[Array, " I1"]
 Loss = tuple[Float[Array, ""], Float[Array, " T"]]
 
 
-def sampled_softmax(
-    h_TD: Float[Array, "T D"],
-    table_ID: Float[Array, "I1 D"],
+def softmax_loss(
+    h_TD: Rows,
+    table_ID: Table,
     positive_T: Int[Array, " T"],
     weight_T: Float[Array, " T"],
-    negative_TR: Int[Array, "T R"],
+    negative_TR: Int[Array, "T R"] | None = None,
     *,
     temperature: float,
     l2_normalize: bool,
     chunk_rows: int,
-    log_q: Float[Array, " I1"] | None = None,
+    log_q: PerItem | None = None,
     total: Float[Array, ""] | None = None,
 ) -> Loss:
-    """Cross entropy of the positive among itself and R negatives, as in HSTU's research code.
+    """Cross entropy of the positive among itself and R negatives, or among the whole catalogue.
 
     With s = h . table / temperature, both sides first divided by max(norm, 1e-6) if `l2_normalize`:
     `loss_t = -log softmax([s_positive, s_negatives])_0`, where a negative that equals the positive
-    has the constant logit -5e4.
+    has the constant logit -5e4, as in HSTU's research code.
 
     Args:
       h_TD: encoder output before any normalisation; rows of weight 0 may hold anything, NaN
@@ -49,12 +52,12 @@ def sampled_softmax(
       table_ID: item embeddings [I + 1, D], row 0 is padding.
       positive_T: target ids 1..I; anything where the weight is 0.
       weight_T: weight of each row, not negative.
-      negative_TR: ids 1..I.
+      negative_TR: ids 1..I; None: all other items are negatives.
       chunk_rows: rows whose logits exist at one time.
       log_q: natural log of the probability that one draw gives an item, [I + 1]; not
         differentiated. A negative's logit becomes `s - log(R q)`, so that the sum over negatives
-        estimates the sum over the catalogue without bias: the loss tends to `full_softmax` as R
-        grows.
+        estimates the sum over the catalogue without bias: the loss tends to that of the whole
+        catalogue as R grows.
       total: the sum of the weights, where more rows than these have a part in it; then the losses
         of all parts add up to the mean.
 
@@ -65,56 +68,47 @@ def sampled_softmax(
     Raises:
       ValueError: if `chunk_rows` or `temperature` is not positive.
     """
-    negatives, items = negative_TR.shape[1], table_ID.shape[0]
-    shift_I = None
-    if log_q is not None:
-        shift_I = jax.lax.stop_gradient(log_q) + jnp.log(jnp.float32(negatives))
-    scores = _scores_of_all if whole_table_is_cheaper(items, negatives) else _scores_of_gathered
-    ids = (positive_T.astype(jnp.int32), negative_TR.astype(jnp.int32))
-    inputs = _inputs(h_TD, table_ID, weight_T, ids, shift_I, total, temperature, l2_normalize)
-    return _softmax(functools.partial(_sampled_chunk, scores), chunk_rows, inputs)
+    ids: PyTree = (positive_T.astype(jnp.int32),)
+    chunk, shift_I = _full_chunk, None
+    if negative_TR is not None:
+        negatives = negative_TR.shape[1]
+        whole = whole_table_is_cheaper(len(table_ID), negatives)
+        chunk = functools.partial(_sampled_chunk, _scores_of_all if whole else _scores_of_gathered)
+        ids = (*ids, negative_TR.astype(jnp.int32))
+        if log_q is not None:
+            shift_I = jax.lax.stop_gradient(log_q) + jnp.log(jnp.float32(negatives))
+    return chunked_loss(
+        chunk,
+        ids,
+        h_TD,
+        table_ID,
+        weight_T,
+        temperature=temperature,
+        l2_normalize=l2_normalize,
+        chunk_rows=chunk_rows,
+        shift_I=shift_I,
+        total=total,
+    )
 
 
-def full_softmax(
-    h_TD: Float[Array, "T D"],
-    table_ID: Float[Array, "I1 D"],
-    positive_T: Int[Array, " T"],
+def chunked_loss(
+    chunk: "Chunk",
+    ids: PyTree,
+    h_TD: Rows,
+    table_ID: Table,
     weight_T: Float[Array, " T"],
     *,
     temperature: float,
     l2_normalize: bool,
     chunk_rows: int,
+    shift_I: PerItem | None = None,
     total: Float[Array, ""] | None = None,
 ) -> Loss:
-    """Cross entropy of the positive among the whole catalogue; all else as in `sampled_softmax`."""
-    ids = (positive_T.astype(jnp.int32),)
-    inputs = _inputs(h_TD, table_ID, weight_T, ids, None, total, temperature, l2_normalize)
-    return _softmax(_full_chunk, chunk_rows, inputs)
-
-
-class _Inputs(NamedTuple):
-    """What a loss is a function of, in float32."""
-
-    q_TD: Float[Array, "T D"]  # outputs over the temperature
-    e_ID: Float[Array, "I1 D"]
-    weight_T: Float[Array, " T"]
-    ids: PyTree  # int32 [T], the positive of each row, and its negatives [T, R]
-    shift_I: Float[Array, " I1"] | None  # what a negative's logit is lowered by
-    total: Float[Array, ""]
-
-
-def _inputs(
-    h_TD: Float[Array, "T D"],
-    table_ID: Float[Array, "I1 D"],
-    weight_T: Float[Array, " T"],
-    ids: PyTree,
-    shift_I: Float[Array, " I1"] | None,
-    total: Float[Array, ""] | None,
-    temperature: float,
-    l2_normalize: bool,
-) -> _Inputs:
+    """A loss from that of a chunk of rows; the arguments and the results of `softmax_loss`."""
     if not temperature > 0:
         raise ValueError(f"{temperature=} must be positive")
+    if chunk_rows < 1:
+        raise ValueError(f"{chunk_rows=} must be at least 1")
     counts_T = weight_T > 0
     # Before the norm: a NaN must not meet a product, not even times 0.
     q_TD = jnp.where(counts_T[:, None], h_TD.astype(jnp.float32), 0.0)
@@ -122,19 +116,33 @@ def _inputs(
     if l2_normalize:
         q_TD, e_ID = unit_rows(q_TD), unit_rows(e_ID)
     weight_T = weight_T.astype(jnp.float32)
-    total = jnp.sum(jnp.where(counts_T, weight_T, 0.0)) if total is None else total
-    return _Inputs(q_TD / temperature, e_ID, weight_T, ids, shift_I, total)
+    if total is None:
+        total = jnp.sum(jnp.where(counts_T, weight_T, 0.0))
+    inputs = _Inputs(q_TD / temperature, e_ID, weight_T, ids, shift_I, total)
+    loss, loss_T = _chunked(chunk, min(chunk_rows, len(q_TD)), inputs)
+    return loss, jax.lax.stop_gradient(loss_T)
+
+
+class _Inputs(NamedTuple):
+    """What a loss is a function of, in float32."""
+
+    q_TD: Rows  # outputs over the temperature
+    e_ID: Table
+    weight_T: Float[Array, " T"]
+    ids: PyTree  # int32 [T], the positive of each row, and its negatives [T, R]
+    shift_I: PerItem | None  # what a negative's logit is lowered by
+    total: Float[Array, ""]
 
 
 # --- one chunk of C rows ---
 
 Logits = Float[Array, "C X"]
-Gradients = tuple[Float[Array, "C D"], Float[Array, "I1 D"]]
+Queries = Float[Array, "C D"]
+Ids = Int[Array, "C X"]
+Gradients = tuple[Queries, Table]
 # (d scores, gradient of the table so far) -> (d q, gradient of the table)
-Backward = Callable[[Logits, Float[Array, "I1 D"]], Gradients]
-Scores = Callable[
-    [Float[Array, "C D"], Float[Array, "I1 D"], Int[Array, "C X"]], tuple[Logits, Backward]
-]
+Backward = Callable[[Logits, Table], Gradients]
+Scores = Callable[[Queries, Table, Ids], tuple[Logits, Backward]]
 
 
 class _Chunk(NamedTuple):
@@ -146,32 +154,28 @@ class _Chunk(NamedTuple):
 Chunk = Callable[[_Inputs], _Chunk]  # of the inputs of C rows
 
 
-def _scores_of_all(
-    q_CD: Float[Array, "C D"], e_ID: Float[Array, "I1 D"], id_CX: Int[Array, "C X"]
-) -> tuple[Logits, Backward]:
+def _scores_of_all(q_CD: Queries, e_ID: Table, id_CX: Ids) -> tuple[Logits, Backward]:
     """q . e[id] by one product with the whole table; its gradient for the table is one too."""
-    row_C1 = jnp.arange(q_CD.shape[0])[:, None]
+    row_C1 = jnp.arange(len(q_CD))[:, None]
 
-    def backward(d_CX: Logits, de_ID: Float[Array, "I1 D"]) -> Gradients:
+    def backward(d_CX: Logits, de_ID: Table) -> Gradients:
         # Equal ids of a row carry equal values (the positive, zeros), so the order of these
         # additions does not change a bit of the sum.
-        zeros_CI = jnp.zeros((q_CD.shape[0], e_ID.shape[0]))
+        zeros_CI = jnp.zeros((len(q_CD), len(e_ID)))
         d_CI = zeros_CI.at[row_C1, id_CX].add(d_CX, mode="promise_in_bounds")
-        return _times_table(d_CI, e_ID), de_ID + (q_CD.T @ d_CI).T
+        return _product_backward(q_CD, e_ID, d_CI, de_ID)
 
     return (q_CD @ e_ID.T).at[row_C1, id_CX].get(mode="promise_in_bounds"), backward
 
 
-def _scores_of_gathered(
-    q_CD: Float[Array, "C D"], e_ID: Float[Array, "I1 D"], id_CX: Int[Array, "C X"]
-) -> tuple[Logits, Backward]:
+def _scores_of_gathered(q_CD: Queries, e_ID: Table, id_CX: Ids) -> tuple[Logits, Backward]:
     """q . e[id] from gathered embeddings.
 
     The order in which a GPU adds up the gradient of the table is not fixed.
     """
     e_CXD = e_ID.at[id_CX].get(mode="promise_in_bounds")
 
-    def backward(d_CX: Logits, de_ID: Float[Array, "I1 D"]) -> Gradients:
+    def backward(d_CX: Logits, de_ID: Table) -> Gradients:
         de_ID = de_ID.at[id_CX].add(d_CX[:, :, None] * q_CD[:, None, :], mode="promise_in_bounds")
         return jnp.sum(d_CX[:, :, None] * e_CXD, axis=1), de_ID
 
@@ -202,54 +206,37 @@ def _full_chunk(rows: _Inputs) -> _Chunk:
     dlogit_CI = share_CI.at[row_C, positive_C].add(-1.0, mode="promise_in_bounds")
     loss_C = log_sum_C - logit_CI.at[row_C, positive_C].get(mode="promise_in_bounds")
 
-    def backward(d_CI: Logits, de_ID: Float[Array, "I1 D"]) -> Gradients:
-        return _times_table(d_CI, e_ID), de_ID + (q_CD.T @ d_CI).T
-
-    return _Chunk(loss_C, dlogit_CI, backward)
+    return _Chunk(loss_C, dlogit_CI, functools.partial(_product_backward, q_CD, e_ID))
 
 
-def _times_table(d_CI: Float[Array, "C I1"], e_ID: Float[Array, "I1 D"]) -> Float[Array, "C D"]:
-    """d @ e, with the columns of e filled up to whole vectors of 16.
+def _product_backward(
+    q_CD: Queries, e_ID: Table, d_CI: Float[Array, "C I1"], de_ID: Table
+) -> Gradients:
+    """The backward of q @ e.T.
 
-    That is a third faster on a CPU where D is small, as 50 is.
+    The columns of e are filled up to whole vectors of 16: a third faster on a CPU where D is small,
+    as 50 is.
     """
     width = e_ID.shape[1]
-    return (d_CI @ jnp.pad(e_ID, ((0, 0), (0, -width % 16))))[:, :width]
+    dq_CD = d_CI @ jnp.pad(e_ID, ((0, 0), (0, -width % 16)))
+    return dq_CD[:, :width], de_ID + (q_CD.T @ d_CI).T
 
 
 # --- the loop over chunks ---
 
 
-def _softmax(chunk: Chunk, chunk_rows: int, inputs: _Inputs) -> Loss:
-    if chunk_rows < 1:
-        raise ValueError(f"{chunk_rows=} must be at least 1")
-    loss, loss_T = _chunked(chunk, min(chunk_rows, inputs.q_TD.shape[0]), inputs)
-    return loss, jax.lax.stop_gradient(loss_T)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(chunk: Chunk, chunk_rows: int, inputs: _Inputs) -> Loss:
-    return _sweep(chunk, chunk_rows, inputs, with_gradients=False)[0]
+    return _sweep(chunk, chunk_rows, inputs)[0]
 
 
-def _chunked_forward(chunk: Chunk, chunk_rows: int, inputs: _Inputs) -> tuple[Loss, PyTree]:
-    return _sweep(chunk, chunk_rows, inputs, with_gradients=True)
-
-
-def _chunked_backward(
-    chunk: Chunk, chunk_rows: int, gradients: PyTree, cotangents: Loss
-) -> tuple[_Inputs]:
+def _backward(chunk: Chunk, chunk_rows: int, gradients: PyTree, cotangents: Loss) -> tuple[_Inputs]:
     g, _ = cotangents  # the losses of single rows carry no gradient
     dq_TD, de_ID, dweight_T, dtotal = (g * gradient for gradient in gradients)
     return (_Inputs(dq_TD, de_ID, dweight_T, None, None, dtotal),)
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
-
-
-def _sweep(
-    chunk: Chunk, chunk_rows: int, inputs: _Inputs, *, with_gradients: bool
-) -> tuple[Loss, PyTree]:
+def _sweep(chunk: Chunk, chunk_rows: int, inputs: _Inputs) -> tuple[Loss, PyTree]:
     """The loss, and its gradients for q, e, the weights and their total.
 
     Goes chunk by chunk up to the last row that counts.
@@ -273,16 +260,15 @@ def _sweep(
         rows = inputs._replace(q_TD=take(q_TD), ids=jax.tree.map(take, ids))
         loss_C, dlogit_CX, backward = chunk(rows)
         loss_T = put(loss_T, jnp.where(mine_C, loss_C, take(loss_T)))
-        if with_gradients:
-            share_C = jnp.where(mine_C, take(share_T), 0.0)
-            dq_CD, de_ID = backward(share_C[:, None] * dlogit_CX, de_ID)
-            dq_TD = put(dq_TD, take(dq_TD) + dq_CD)
-        return loss_T, dq_TD, de_ID
+        share_C = jnp.where(mine_C, take(share_T), 0.0)
+        dq_CD, de_ID = backward(share_C[:, None] * dlogit_CX, de_ID)
+        return loss_T, put(dq_TD, take(dq_TD) + dq_CD), de_ID
 
-    zeros: PyTree = (jnp.zeros(num_rows), None, None)
-    if with_gradients:
-        zeros = (jnp.zeros(num_rows), jnp.zeros_like(q_TD), jnp.zeros_like(e_ID))
+    zeros = (jnp.zeros(num_rows), jnp.zeros_like(q_TD), jnp.zeros_like(e_ID))
     chunks = (end + chunk_rows - 1) // chunk_rows
     loss_T, dq_TD, de_ID = jax.lax.fori_loop(0, chunks, step, zeros)
     loss = jnp.sum(share_T * loss_T)
     return (loss, loss_T), (dq_TD, de_ID, jnp.where(counts_T, loss_T / total, 0.0), -loss / total)
+
+
+_chunked.defvjp(_sweep, _backward)

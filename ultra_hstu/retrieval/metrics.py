@@ -5,8 +5,8 @@ better items, which adds up. Products are at full float32 precision (`highest`):
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, SupportsFloat
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,10 @@ CUTOFFS = (1, 5, 10, 50, 100, 200)
 PUBLISHED_CUTOFF = 2500
 
 
+PerUser = Int[Array, " U"]
+Users = Float[Array, "U D"]
+Seen = Int[Array, "U S"] | None
+Corpus = Bool[Array, " I1"] | None
 Best = tuple[Int[Array, "U K"], Float[Array, "U K"]]
 
 
@@ -32,16 +36,16 @@ class CorpusChunk(NamedTuple):
 
 
 def ranks(
-    h_UD: Float[Array, "U D"],
+    h_UD: Users,
     table_ID: Float[Array, "I1 D"],
-    target_U: Int[Array, " U"],
-    seen_US: Int[Array, "U S"] | None = None,
+    target_U: PerUser,
+    seen_US: Seen = None,
     *,
     l2_normalize: bool = True,
-    corpus_I: Bool[Array, " I1"] | None = None,
+    corpus_I: Corpus = None,
     cutoff: int | None = PUBLISHED_CUTOFF,
     chunk_items: int = 4096,
-) -> Int[Array, " U"]:
+) -> PerUser:
     """Rank of each user's target among the items of the corpus, 1 is best.
 
     An item that scores the same as the target, or NaN, counts as better, so that a broken model
@@ -68,7 +72,7 @@ def ranks(
     target_UD = _prepared(table_ID[target_U], l2_normalize)
     goal_U1 = jnp.sum(h_UD * target_UD, axis=1, keepdims=True)
 
-    def count(ahead_U: Int[Array, " U"], chunk: CorpusChunk) -> Int[Array, " U"]:
+    def count(ahead_U: PerUser, chunk: CorpusChunk) -> PerUser:
         better_UI = ~(chunk.score_UI < goal_U1) & (chunk.item_I[None, :] != target_U1)
         return ahead_U + jnp.sum(better_UI & chunk.allowed_UI, axis=1, dtype=jnp.int32)
 
@@ -84,13 +88,13 @@ def ranks(
 
 
 def best_items(
-    h_UD: Float[Array, "U D"],
+    h_UD: Users,
     table_ID: PyTree,
-    seen_US: Int[Array, "U S"] | None = None,
+    seen_US: Seen = None,
     *,
     k: int,
     l2_normalize: bool = True,
-    corpus_I: Bool[Array, " I1"] | None = None,
+    corpus_I: Corpus = None,
     chunk_items: int = 4096,
 ) -> tuple[Int[Array, "U {k}"], Float[Array, "U {k}"]]:
     """The k best items of each user and their scores, best first; then ids 0 with scores -inf.
@@ -103,7 +107,7 @@ def best_items(
         raise ValueError(f"{k=} and {chunk_items=} must be at least 1")
 
     def merge(best: Best, chunk: CorpusChunk) -> Best:
-        id_UC = jnp.broadcast_to(chunk.item_I[None, :], chunk.score_UI.shape)
+        id_UC = jnp.broadcast_to(chunk.item_I, chunk.score_UI.shape)
         id_UX = jnp.concatenate([best[0], id_UC], axis=1)
         allowed_UC = jnp.where(chunk.allowed_UI, chunk.score_UI, -jnp.inf)
         score_UX = jnp.concatenate([best[1], allowed_UC], axis=1)
@@ -119,10 +123,10 @@ def best_items(
 def _sweep[Carry](
     visit: Callable[[Carry, CorpusChunk], Carry],
     carry: Carry,
-    h_UD: Float[Array, "U D"],
+    h_UD: Users,
     table_ID: PyTree,
-    seen_US: Int[Array, "U S"] | None,
-    corpus_I: Bool[Array, " I1"] | None,
+    seen_US: Seen,
+    corpus_I: Corpus,
     l2_normalize: bool,
     chunk_items: int,
 ) -> Carry:
@@ -139,7 +143,7 @@ def _sweep[Carry](
         allowed_I = chunk_I >= jnp.maximum(i * size, 1)
         if corpus_I is not None:
             allowed_I &= take(corpus_I)
-        allowed_UI = jnp.broadcast_to(allowed_I[None, :], score_UI.shape)
+        allowed_UI = jnp.broadcast_to(allowed_I, score_UI.shape)
         if seen_US is not None:
             # Items out of the chunk on either side are dropped.
             column_US = jnp.where(seen_US >= first, seen_US - first, size)
@@ -154,30 +158,20 @@ def _prepared(e_XD: Float[Array, "X D"], l2_normalize: bool) -> Float[Array, "X 
     return unit_rows(e_XD) if l2_normalize else e_XD.astype(jnp.float32)
 
 
-def ranking_metrics(
-    rank_U: Int[Array, " U"], weight_U: Float[Array, " U"]
-) -> dict[str, Float[Array, ""]]:
-    """Weighted sums over users of `hr@k`, `ndcg@k` and `mrr`; `users` is the sum of the weights.
+def mean_metrics(rank_U: PerUser) -> dict[str, float]:
+    """The means over users of `hr@k`, `ndcg@k` and `mrr`.
 
-    Sums of batches add; `mean_metrics` divides. `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] /
-    log2(rank + 1)`, `mrr = 1 / rank`: as in the published code, a target that is not found adds 1 /
-    2501 to MRR and not 0. Weight 0 leaves out the empty places of a batch.
-    """
-    rank_U = rank_U.astype(jnp.float32)
-    gain_U = 1.0 / jnp.log2(rank_U + 1.0)
-    hits = {k: weight_U * (rank_U <= k) for k in CUTOFFS}
-    sums = {f"hr@{k}": jnp.sum(hit_U) for k, hit_U in hits.items()}
-    sums |= {f"ndcg@{k}": jnp.sum(hit_U * gain_U) for k, hit_U in hits.items()}
-    return sums | {"mrr": jnp.sum(weight_U / rank_U), "users": jnp.sum(weight_U)}
-
-
-def mean_metrics(sums: Mapping[str, SupportsFloat]) -> dict[str, float]:
-    """Means over users from sums of `ranking_metrics`.
+    `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] / log2(rank + 1)`, `mrr = 1 / rank`: as in the
+    published code, a target that is not found adds 1 / 2501 to MRR and not 0.
 
     Raises:
-      ValueError: if there was no user.
+      ValueError: if there is no user.
     """
-    users = float(sums["users"])
-    if users <= 0:
-        raise ValueError(f"no user to average over: the weights sum to {users}")
-    return {name: float(value) / users for name, value in sums.items() if name != "users"}
+    if not rank_U.size:
+        raise ValueError("no user to average over")
+    rank_U = rank_U.astype(jnp.float32)
+    gain_U = 1.0 / jnp.log2(rank_U + 1.0)
+    values = {f"hr@{k}": rank_U <= k for k in CUTOFFS}
+    values |= {f"ndcg@{k}": (rank_U <= k) * gain_U for k in CUTOFFS}
+    values |= {"mrr": 1.0 / rank_U}
+    return {name: float(jnp.sum(value_U)) / rank_U.size for name, value_U in values.items()}

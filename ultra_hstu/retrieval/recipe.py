@@ -1,7 +1,6 @@
 """The pure functions of a retrieval run: `step.Steps` for histories."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,9 @@ from jaxtyping import Array, Float
 from ultra_hstu.data import signals
 from ultra_hstu.nn.dropout import row_keys
 from ultra_hstu.parallel.parameters import ShardedLayers
-from ultra_hstu.retrieval import loss as losses
 from ultra_hstu.retrieval import negatives
 from ultra_hstu.retrieval.batch import Batch
+from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.model import Recommender
 from ultra_hstu.step import Params, Steps
 
@@ -51,31 +50,29 @@ class Recipe(Steps[Recommender]):
         target_T, weight_T = self.shards.local(tuple(labels))
         table_ID = model.all_items(self.shards)
         config, shards = self.config.loss, self.shards
-        softmax = functools.partial(
-            losses.full_softmax if config.kind == "full" else losses.sampled_softmax,
-            h_TD,
-            table_ID,
-            target_T,
-            weight_T,
-            temperature=config.temperature,
-            l2_normalize=config.l2_normalize,
-            chunk_rows=config.chunk_rows or _chunk_rows(),
-            total=shards.total(jnp.sum(weight_T)),
-        )
-        if config.kind == "full":
-            return softmax()[0]
-        rows, log_q = h_TD.shape[0], None
+        rows, negative_TR, log_q = h_TD.shape[0], None, None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
         keys_T = row_keys(negative_key, sequences)
         if config.kind == "sampled":
             negative_TR = negatives.uniform_negatives(
                 keys_T, rows, config.negatives, self.num_items
             )
-        else:
+        elif config.kind == "in_batch":
             pool = negatives.in_batch_pool(shards.of_groups(batch.target_T), self.num_items)
             negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
             log_q = pool.log_q_I if config.log_q else None
-        return softmax(negative_TR, log_q=log_q)[0]
+        return softmax_loss(
+            h_TD,
+            table_ID,
+            target_T,
+            weight_T,
+            negative_TR,
+            temperature=config.temperature,
+            l2_normalize=config.l2_normalize,
+            chunk_rows=config.chunk_rows or _chunk_rows(),
+            log_q=log_q,
+            total=shards.total(jnp.sum(weight_T)),
+        )[0]
 
 
 def _chunk_rows() -> int:

@@ -7,6 +7,7 @@ from jaxtyping import Int64
 
 from ultra_hstu.data.interactions import Interactions
 
+PerExample = Int64[np.ndarray, " examples"]
 PROTOCOLS = ("published", "validated", "temporal")
 
 
@@ -22,15 +23,15 @@ class Examples:
     test only the last row does.
     """
 
-    user: Int64[np.ndarray, " examples"]
-    start: Int64[np.ndarray, " examples"]
-    stop: Int64[np.ndarray, " examples"]
+    user: PerExample
+    start: PerExample
+    stop: PerExample
 
     def __len__(self) -> int:
         return len(self.user)
 
     @property
-    def lengths(self) -> Int64[np.ndarray, " examples"]:
+    def lengths(self) -> PerExample:
         return self.stop - self.start
 
     @property
@@ -79,13 +80,11 @@ def split(
     if max_history < 1:
         raise ValueError(f"data.max_history must be at least 1, not {max_history}")
     first, last = interactions.offsets[:-1], interactions.offsets[1:]
+    newest, second, third = (_examples(first, last - back, max_history) for back in (1, 2, 3))
     if protocol == "published":
-        return Split(
-            _examples(first, last - 2, max_history), None, _examples(first, last - 1, max_history)
-        )
+        return Split(second, None, newest)
     if protocol == "validated":
-        train, validation, test = (_examples(first, last - back, max_history) for back in (3, 2, 1))
-        return Split(train, validation, test)
+        return Split(third, second, newest)
     if protocol != "temporal":
         raise ValueError(f"protocol must be published, validated or temporal, not {protocol!r}")
     if interactions.timestamps is None:
@@ -100,18 +99,15 @@ def split(
     rank = min(int(len(times) * (1 - temporal_test_fraction)), len(times) - 1)
     cut = int(np.partition(times, rank)[rank])
     before = np.concatenate([[0], np.cumsum(times < cut)])
-    middle = (
-        first + before[last] - before[first]
-    )  # the first event from the cut on; events are in order of time
+    # The first event from the cut on; events are in order of time.
+    middle = first + before[last] - before[first]
     train = _examples(first, middle - 2, max_history)
     test = _examples(first, middle, max_history, where=middle < last)
     if not len(train) or not len(test):
-        problem = (
-            "no user has two events before"
-            if not len(train)
-            else "no user has events on both sides of"
+        lacking = "events on both sides of" if len(train) else "two events before"
+        raise ValueError(
+            f"protocol 'temporal': no user has {lacking} time {cut} ({temporal_test_fraction=})"
         )
-        raise ValueError(f"protocol 'temporal': {problem} time {cut} ({temporal_test_fraction=})")
     return Split(train, _examples(first, middle - 1, max_history), test, cut)
 
 

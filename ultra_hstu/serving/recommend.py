@@ -15,12 +15,12 @@ from ultra_hstu import quantization
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
+from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.feed import ROW_MULTIPLE
-from ultra_hstu.data.interactions import Catalog
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.quantization import ItemTable
 from ultra_hstu.ranking.form import EVERYTHING
-from ultra_hstu.retrieval.batch import Batch, Events, gather_batch
+from ultra_hstu.retrieval.batch import Batch, Events, HistoryGather
 from ultra_hstu.retrieval.metrics import best_items
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.serving.artefact import Numbers
@@ -260,7 +260,8 @@ class RecommendationModel:
         sizes = bucket_sizes(1, self.max_users, 2)
         users = bucket_size(-(-int(length_U.sum()) // longest), sizes)
         rows = -(-users * longest // ROW_MULTIPLE) * ROW_MULTIPLE
-        return gather_batch(events, start_U, start_U + length_U, rows=rows, xp=np)
+        columns = {"start": start_U, "stop": start_U + length_U}
+        return HistoryGather(rows)(events, columns, np)
 
     def _sizes(self, smallest: int, needed: int) -> list[int]:
         """The sizes up to the one that holds `needed`. None needs more than there are items."""

@@ -13,10 +13,10 @@ from jaxtyping import Array, Int, Int32, Shaped
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
 from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.data.events import SECONDS_RANGE
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.ranking.batch import GAP_EDGES, RankEvents, RankGather, Tokens
 from ultra_hstu.ranking.form import Form
+from ultra_hstu.sequences import SECONDS_RANGE
 from ultra_hstu.serving.artefact import Numbers, padded, padded_offsets
 from ultra_hstu.serving.inputs import (
     COLUMNS,
