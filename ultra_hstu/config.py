@@ -1,9 +1,8 @@
 """The configuration of a run: frozen dataclasses, checked before any work.
 
-`experiments/configs` holds configurations by name, and a user's own file may return one. A command
-takes either as an `ml_collections.ConfigDict`, so that `--config.model.width=64` overrides any
-field; `from_config_dict` turns it back into the dataclasses and validates it. Every error names the
-field, its value and what is allowed.
+`experiments/configs` holds configurations by name; a file of a user may return one, too. Commands
+take an `ml_collections.ConfigDict`, so that `--config.model.width=64` overrides any field;
+`from_config_dict` makes the dataclasses and validates them. Errors name field, value and remedy.
 """
 
 import dataclasses

@@ -75,8 +75,8 @@ CONFIGS = (
     # Published .3097, .1720; public code .3252, .1868; ours .3265, .1911 (three seeds).
     # 18 s on an H200 after compilation, about 35 minutes on two CPU cores.
     ML1M_HSTU,
-    # Published .3294, .1893; public code .3581, .2132; ours .3603, .2123 (one seed, after 67
-    # epochs). Meant for a GPU.
+    # Published .3294, .1893; public code .3581, .2132; ours .3655, .2172 (two seeds).
+    # Meant for a GPU.
     of_grid("ml1m_hstu_large", 8, 2),
     # MovieLens-20M and Books are meant for a GPU, and not measured here.
     of_grid("ml20m_sasrec", 4, 4),  # published .2889, .1621

@@ -53,6 +53,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "serving": serving_tables.serving_table,
         "serving_micro_batches": serving_tables.micro_batches_table,
         "cache_precision": serving_tables.cache_precision_table,
+        "rank_positions": ranking.positions_table,
         "host_tables": serving_tables.host_tables_table,
     },
 }

@@ -3,7 +3,15 @@
 import statistics
 
 from experiments.record import Json
-from scripts.tables.records import NOT_MEASURED, cells, load, markdown, mean_and_deviation
+from scripts.tables.records import (
+    NOT_MEASURED,
+    cells,
+    load,
+    markdown,
+    mean_and_deviation,
+    measured,
+    origin,
+)
 
 RANKING = {  # records of experiments.train --record: data and model
     f"{prefix}_rank_{suffix}": (data, model)
@@ -126,3 +134,24 @@ def metric_cells(runs: list[dict[str, float]], task: str) -> list[str]:
         mean_and_deviation([run[key] for run in runs]) if key in runs[0] else ""
         for key in (f"{name}/{task}" for name in METRICS)
     ]
+
+
+@measured("rank_positions")
+def positions_table(record: Json) -> str:
+    """The test metrics of both ways to count positions, for each configuration."""
+    rows = []
+    for config, (data, model) in RANKING.items():
+        for positions in ("backwards", "forwards"):
+            best = [
+                run["best"]
+                for run in record["runs"]
+                if (run["config"], run["positions"]) == (config, positions)
+            ]
+            if best:
+                found = [
+                    mean_and_deviation([values[name] for values in best]) if name in best[0] else ""
+                    for name in ("ne", "mse")
+                ]
+                rows.append([data, model, positions, str(len(best)), *found])
+    header = ["data", "model", "positions", "seeds", "NE", "squared error of stars"]
+    return markdown(header, rows, origin(record))

@@ -175,6 +175,8 @@ def test_locality():
         near = (row[None] >= row[:, None] - local.reach) & (row[None] >= first[:, None])
         unseen = dense & ~near & ~np.asarray(local.is_copied)[None]
         assert not unseen[is_local].any(), mask
+        window = near & (row[None] < row[:, None])
+        assert (dense | ~window)[is_local].all(), mask
         for flags, most in ((local.is_far, local.most_far), (local.is_copied, local.most_copied)):
             counts = np.add.reduceat(np.append(flags, False), OFFSETS[:-1]) * (LENGTHS > 0)
             assert counts.max() <= most, mask
