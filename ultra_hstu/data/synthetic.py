@@ -3,6 +3,8 @@
 HSTU, arXiv 2402.17152, appendix C.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Int
 
@@ -19,7 +21,7 @@ class Synthetic(InteractionsBuilder):
         SourceConfig(name="synthetic", description="A Dirichlet process over categories")
     ]
 
-    def __init__(self, *, settings: SyntheticConfig, **kwargs):
+    def __init__(self, *, settings: SyntheticConfig, **kwargs: Any):
         self.settings = settings
         super().__init__(**kwargs)
 
