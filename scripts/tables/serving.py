@@ -38,8 +38,8 @@ def by_place(record: Json) -> Cells:
     }
 
 
-def times(cell: Json, other: Json | None) -> str:
-    return "" if other is None else f"{cell['candidates_per_s'] / other['candidates_per_s']:.1f}"
+def times(cell: Json, other: Json | None, empty: str = "") -> str:
+    return empty if other is None else f"{cell['candidates_per_s'] / other['candidates_per_s']:.1f}"
 
 
 @measured(RECORD)
@@ -59,6 +59,7 @@ def serving_table(record: Json) -> str:
     rows = []
     for (history, count, model), (step, cell) in sorted(fastest.items(), key=lambda item: item[0]):
         encode = places.get((model, history, "encode", 0, 0))
+        others = (("recompute", step, step), ("one_batch", count, count), ("one_by_one", 64, 1))
         rows.append(
             [
                 MODELS[model],
@@ -66,15 +67,13 @@ def serving_table(record: Json) -> str:
                 f"{count:,}",
                 f"{step:,}",
                 *cells(cell, "{p50_ms:.2f} / {p99_ms:.2f}"),
-                *cells(cell, "{candidates_per_s:,.0f}", "{TFLOP_a_second:.0f}"),
+                *cells(cell, "{candidates_per_s:,.0f}"),
                 "" if encode is None else f"{encode['p50_ms']:.2f}",
-                times(cell, places.get((model, history, "recompute", step, step))),
-                times(cell, places.get((model, history, "one_batch", count, count))),
-                times(cell, places.get((model, history, "one_by_one", 64, 1))),
+                " / ".join(times(cell, places.get((model, history, *way)), "-") for way in others),
             ]
         )
     header = ["model", "history", "candidates", "micro-batch", "p50 / p99, ms", "candidates/s"]
-    header += ["TFLOP/s", "encoding, ms", "x history anew", "x one batch", "x one by one"]
+    header += ["encoding, ms", "x history anew / one batch / one by one"]
     whole = ", ".join(
         f"{name} {longest['tflop']:.3f} TFLOP in {longest['p50_ms']:.1f} ms"
         for model, name in MODELS.items()

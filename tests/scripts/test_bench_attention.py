@@ -18,7 +18,8 @@ names = [w["name"] for w in request["workloads"]]
 print("a line of somebody else's")
 print("RECORD", json.dumps({"versions": {"torch": "9"}, "seen": request["workloads"][0]["window"]}))
 for name in names:
-    print("RECORD", json.dumps({"workload": name, "implementation": "meta_triton", "pass": "backward", "ms": 2.0}), flush=True)
+    cell = {"workload": name, "implementation": "meta_triton", "pass": "backward", "ms": 2.0}
+    print("RECORD", json.dumps(cell), flush=True)
 time.sleep(TAKES)
 """
 

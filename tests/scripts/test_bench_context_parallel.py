@@ -1,4 +1,4 @@
-"""The benchmark of context parallelism, at a size that CPU devices can do; and what becomes of its records."""
+"""The benchmark of context parallelism on CPU devices, and what becomes of its records."""
 
 import functools
 import json
@@ -100,7 +100,8 @@ def test_collectives_of_a_gpu_program():
   %b = ((bf16[64]{{0}}), bf16[64]{{0}}) all-reduce-start(%x), {group}, to_apply=%add
   %c = ((f32[64,8]{{1,0}}), f32[32,8]{{1,0}}) reduce-scatter-start(%x), {group}, dimensions={{0}}
   %d = ((f32[32,8]{{1,0}}), f32[64,8]{{1,0}}) all-gather-start(%x), {group}, dimensions={{0}}
-  %e = ((bf16[16]{{0}}), bf16[16]{{0}}) collective-permute-start(%x), source_target_pairs={{{{0,1}}}}
+  %e = ((bf16[16]{{0}}), bf16[16]{{0}}) collective-permute-start(%x), \
+source_target_pairs={{{{0,1}}}}
 """
     assert [one.bytes for one in collectives(program, 2)] == [
         64 * 8 * 2,

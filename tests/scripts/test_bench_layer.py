@@ -32,7 +32,10 @@ def small_config(**model):
 
 @pytest.mark.parametrize("chunk_rows", [None, 64])
 def test_memory_of_a_layer(chunk_rows):
-    """A layer keeps its input and its attention output, 4 x 32 bytes a row each, and the statistics; the compiled program holds little else."""
+    """A layer keeps its input, its attention output, 4 x 32 bytes a row each, and the statistics.
+
+    The compiled program holds little else.
+    """
     memory = {}
     for depth in (1, 3):
         config = small_config(

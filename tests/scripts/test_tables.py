@@ -116,7 +116,8 @@ def test_ablation(results):
         "2.5",
         "7.5",
     ]
-    # Where a configuration has no record of its own, its part of the ablation is shown; what was not trained is no claim.
+    # Where a configuration has no record of its own, its part of the ablation is shown; what was
+    # not trained is no claim.
     rows = cells(ranking_tables.ranking_table().replace("|  |", "| - |"))
     assert (
         rows[0][2:5] == ["HSTU", "1", ".9000"]

@@ -37,7 +37,10 @@ def test_nobody_prepares_while_somebody_measures(tmp_path, jobs):
 
 
 def of_a_process(answer):
-    """What `one_by_one` prepares: an answer from a process of its own, an error before or after the wait, or no answer."""
+    """What `one_by_one` prepares: an answer from a process of its own, or an error, or no answer.
+
+    The error comes before or after the wait.
+    """
     if answer == "unprepared":
         raise ValueError(answer)
 

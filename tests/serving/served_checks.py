@@ -41,11 +41,24 @@ def stands_good_and_bad_requests(served, requests, known, count):
 
 
 def stands_fuzzing(served, folder, examples):
-    """Schemathesis makes requests inside and outside the schema. It cannot know that users and ids exist, so valid ones may be refused."""
+    """Schemathesis makes requests inside and outside the schema.
+
+    It cannot know that users and ids exist, so valid ones may be refused.
+    """
     done = subprocess.run(
-        [Path(sys.executable).parent / "schemathesis", "run", f"{served.url}/openapi.json", f"--max-examples={examples}", "--seed=1",
-         "--exclude-checks=positive_data_acceptance", "--generation-database=none"],
-        cwd=folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            Path(sys.executable).parent / "schemathesis",
+            "run",
+            f"{served.url}/openapi.json",
+            f"--max-examples={examples}",
+            "--seed=1",
+            "--exclude-checks=positive_data_acceptance",
+            "--generation-database=none",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout

@@ -1,4 +1,7 @@
-"""Ranking models small enough for tests of serving, their requests, and what a full forward pass says of them."""
+"""Ranking models small enough for tests of serving, and their requests.
+
+Also what a full forward pass says of these requests.
+"""
 
 import contextlib
 import dataclasses
@@ -27,17 +30,28 @@ SEMI_LOCAL = dict(window=(3,), full_rows=(2,))
 TRUNCATED = dict(truncate_after=1, truncate_length=5, layers=3)
 FORWARDS = dict(positions="forwards")
 BIASED = dict(preset="research", relative_bias=True)
-# Attention over whole sequences is the dense one, which compiles fast, unless a form says otherwise.
+# Attention over whole sequences is the dense one, which compiles fast, unless a form says
+# otherwise.
 FORMS = {
     "merged": {},
     "interleaved, biased": dict(rank=dict(input="interleaved", supervise="all"), model=BIASED),
     "biased, truncated": dict(rank=FORWARDS, model=BIASED | TRUNCATED),
-    "a mask a layer": dict(rank=FORWARDS, model=dict(window=(-1, 2, 3), full_rows=(0, 3, 0), prefix=(0, 0, 2), layers=3)),
+    "a mask a layer": dict(
+        rank=FORWARDS,
+        model=dict(window=(-1, 2, 3), full_rows=(0, 3, 0), prefix=(0, 0, 2), layers=3),
+    ),
     "ULTRA": dict(rank=FORWARDS, model=SEMI_LOCAL | TRUNCATED | dict(implementation="xla")),
-    "contextual": dict(rank=dict(contextual=("age", "region"), **FORWARDS), model=SEMI_LOCAL | TRUNCATED | dict(prefix=(3,))),
-    "mixture": dict(rank=dict(contextual=("age", "region"), input="interleaved"), model=dict(channels=MIXTURE)),
-    "bfloat16, fp8": dict(rank=FORWARDS, model=dict(dtype="bfloat16", projection="fp8", window=(3,), chunk_rows=24)),
-}  # fmt: skip
+    "contextual": dict(
+        rank=dict(contextual=("age", "region"), **FORWARDS),
+        model=SEMI_LOCAL | TRUNCATED | dict(prefix=(3,)),
+    ),
+    "mixture": dict(
+        rank=dict(contextual=("age", "region"), input="interleaved"), model=dict(channels=MIXTURE)
+    ),
+    "bfloat16, fp8": dict(
+        rank=FORWARDS, model=dict(dtype="bfloat16", projection="fp8", window=(3,), chunk_rows=24)
+    ),
+}
 MAX_HISTORY = 12
 
 
@@ -86,7 +100,10 @@ def requests(task, part="test"):
 
 @functools.cache
 def full_pass(form, part="test"):
-    """The requests of a part as a history and candidates, and the logits of one full pass with the candidates as targets."""
+    """The requests of a part as a history and candidates, and the logits of one full pass.
+
+    The candidates are the targets of that pass.
+    """
     task, model, params = built(form)
     columns, batch = requests(task, part)
     history, candidates = from_source(task.events, columns, model.form)

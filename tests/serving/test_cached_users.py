@@ -1,4 +1,7 @@
-"""Users who are kept encoded, in two tiers, and extended by their new events: always the scores of encoding them anew."""
+"""Users who are kept encoded, in two tiers, and extended by their new events.
+
+Their scores are always those of encoding them anew.
+"""
 
 import functools
 import logging
@@ -83,7 +86,10 @@ def budget(model, users):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tiers", ["host", "small host", "device", "device alone"])
 def test_random_streams_of_events(form, tiers):
-    """Users come back with none, some or many new events, in any mixture, evictions and restarts between them."""
+    """Users come back with none, some or many new events, in any mixture.
+
+    Evictions and restarts lie between them.
+    """
     model = model_of(form)
     fits = budget(model, USERS)
     options = {
@@ -120,7 +126,10 @@ def test_random_streams_of_events(form, tiers):
 
 
 def test_an_event_costs_one_row():
-    """A known user with one new event: all rows but those that change are reused; ten at once come in one call."""
+    """A known user with one new event: all rows but those that change are reused.
+
+    Ten such users at once come in one call.
+    """
     model, life = model_of("ULTRA"), history(0)
     service = service_of(model)
     scores(service, asked(life, 8))
@@ -207,7 +216,10 @@ def test_a_call_of_a_history_and_of_those_that_continue_it(device):
 
 
 def test_a_budget_smaller_than_one_user(caplog):
-    """Answers are exact; a device budget that a call may not fit into is named, and host memory is used."""
+    """Answers are exact.
+
+    A device budget that a call may not fit into is named, and host memory is used.
+    """
     model, life = model_of("ULTRA"), history(4)
     with caplog.at_level(logging.WARNING):
         service = service_of(model, device_bytes=budget(model, 1), host_bytes=300)
@@ -254,7 +266,10 @@ def test_nothing_is_compiled_after_the_warm_up(tiers):
 
 
 def test_full_histories_drop_their_oldest_events_in_blocks():
-    """A full history is extended until the next block is dropped; without blocks it is encoded anew."""
+    """A full history is extended until the next block is dropped.
+
+    Without blocks it is encoded anew.
+    """
     assert [kept_in_blocks(count, 80) for count in (0, 79, 80, 81, 90, 91)] == [
         0,
         79,

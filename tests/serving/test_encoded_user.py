@@ -23,7 +23,10 @@ def taken(candidates, users):
 
 @pytest.mark.parametrize("form", ["contextual", "mixture"])
 def test_users_of_different_calls_score_as_in_a_full_pass(form):
-    """Joined in other orders, one of them twice, one without history among them; one program for all, and what does not fit is named."""
+    """Joined in other orders, one of them twice, one without history among them.
+
+    One program serves all, and what does not fit is named.
+    """
     history, candidates, want = full_pass(form)
     model = serving.CompiledRanker(built(form)[1])
     bucket = serving.Bucket(8, {name: 8 * longest for name, longest in model.form.max_history})

@@ -1,4 +1,7 @@
-"""A scorer in a file: it runs where this code is not, says the same, and a damaged or foreign one is named."""
+"""A scorer in a file: it runs where this code is not, and says the same.
+
+A damaged or foreign one is named.
+"""
 
 import json
 import os
@@ -17,14 +20,19 @@ READ = """
 import importlib.util, sys
 import numpy as np
 import artefact
-assert importlib.util.find_spec("ultra_hstu") is None and importlib.util.find_spec("kernels") is None
+assert importlib.util.find_spec("ultra_hstu") is None
+assert importlib.util.find_spec("kernels") is None
 scorer = artefact.Scorer(sys.argv[1])
 given = np.load(sys.argv[2])
 names = {name.split("/")[1] for name in given if name.startswith("channels/")}
-history = {"channels": {name: {key.split("/")[2]: given[key] for key in given if key.startswith(f"channels/{name}/")} for name in names},
-           "context_BC": given["context_BC"], "now_B": given["now_B"]}
+channels = {
+    name: {key.split("/")[2]: given[key] for key in given if key.startswith(f"channels/{name}/")}
+    for name in names
+}
+history = {"channels": channels, "context_BC": given["context_BC"], "now_B": given["now_B"]}
 cache = scorer.encode(history)
-candidates = {key.removeprefix("candidates/"): given[key] for key in given if key.startswith("candidates/")}
+prefix = "candidates/"
+candidates = {key.removeprefix(prefix): given[key] for key in given if key.startswith(prefix)}
 np.save(sys.argv[3], scorer.score(cache, candidates))
 assert not [name for name in sys.modules if name.startswith(("flax", "ultra_hstu", "kernels"))]
 """
@@ -184,7 +192,8 @@ def test_bad_requests_are_named(scorer):
     }
     with pytest.raises(
         ValueError,
-        match="48 events of consumption are more than the 40 of this artefact: send fewer, or export",
+        match="48 events of consumption are more than the 40 of this artefact: "
+        "send fewer, or export",
     ):
         scorer.encode(wide)
     many = dict(

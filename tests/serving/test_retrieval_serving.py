@@ -1,4 +1,4 @@
-"""Retrieval serving: batches, exact answers over chunks, hidden and blocked items, buckets, memory."""
+"""Retrieval serving: batches, exact answers over chunks, hidden items, buckets, memory."""
 
 import copy
 import dataclasses
@@ -124,7 +124,8 @@ def test_neighbours_times_do_not_matter(model):
 def test_no_program_is_compiled_after_the_warm_up(folder):
     model = RecommendationModel(str(folder), max_users=4)
     assert model.programs == 0
-    # Rows for 1, 2 and 4 histories of 10 fit one class of 128; k and hidden items: 16 and all 120, all 120.
+    # Rows for 1, 2 and 4 histories of 10 fit one class of 128; k and hidden items: 16 and all 120,
+    # all 120.
     assert model.warm_up(max_k=120, max_hidden=1000) == model.programs == 1 + 2
     for seed in range(4):
         queries = [
@@ -159,7 +160,10 @@ def test_a_vector_and_its_query_decide_every_bit(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_does_not_grow_with_the_catalogue(kind):
-    """Temporaries of the compiled program, at one size and at sixteen times that: no dense table, no row of scores."""
+    """Temporaries of the compiled program, at one size and at sixteen times that.
+
+    They hold no dense table and no row of scores.
+    """
 
     def temporaries(items):
         table = quantize(np.zeros((items, 16), np.float32), kind)

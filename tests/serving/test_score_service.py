@@ -1,4 +1,7 @@
-"""Requests for scores: answers are those of the model on the same events, what is refused and why, what is ignored, users kept encoded."""
+"""Requests for scores: answers are those of the model on the same events.
+
+Also what is refused and why, what is ignored, and users who are kept encoded.
+"""
 
 import json
 
@@ -23,7 +26,8 @@ from ultra_hstu.serving.service import EMPTY, ScoreService, ServingOptions, open
 from ultra_hstu.serving.tokens import Vocabulary
 from ultra_hstu.serving.users import CachedUsers
 
-FORM = "mixture"  # two channels, contextual tokens, interleaved input, a feature, a probability and a value
+# Two channels, contextual tokens, interleaved input, a feature, a probability and a value.
+FORM = "mixture"
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,10 @@ def values_of(logit_CK):
 
 
 def test_scores_are_those_of_the_model(service):
-    """Users of different histories (one has none) and numbers of candidates in few calls: as `serving.score` and, where times agree, a full forward pass."""
+    """Users of different histories (one has none) and numbers of candidates in few calls.
+
+    Scores are those of `serving.score` and, where times agree, of a full forward pass.
+    """
     history, candidates, logit_CK = full_pass(FORM)
     counts = np.diff(candidates.offsets)
     at_once = serving.Candidates(
@@ -140,7 +147,10 @@ def test_an_exported_model_scores_the_same_and_knows_no_users(service, tmp_path)
 
 
 def test_users_are_kept_and_dropped(service):
-    """A known user costs no encoding, `now` makes no new one, memory is bounded, and what was dropped is encoded again."""
+    """A known user costs no encoding, `now` makes no new one, and memory is bounded.
+
+    What was dropped is encoded again.
+    """
     whole = [asked_of(number) for number in (0, 2, 4)]
     first = [answer(service, **request) for request in whole]
     assert counts(service) == (0, 3) and len(service.users) == 3
@@ -264,9 +274,13 @@ def test_item_table_in_host_memory(service, kind):
 
 def test_what_is_ignored_or_missing_is_told(service):
     got = answer(
-        service, history=[3, 999], actions={"rating": [5, 1], "mood": [1, 1]}, context={"age": "1", "region": "moon"}, candidates=[4],
+        service,
+        history=[3, 999],
+        actions={"rating": [5, 1], "mood": [1, 1]},
+        context={"age": "1", "region": "moon"},
+        candidates=[4],
         features={"skill": [1e9], "colour": [1]},
-    )  # fmt: skip
+    )
     assert got.warnings == [
         "history: 1 of 2 items are not in the catalogue and were ignored: 999",
         "actions 'mood' are not read by this run and were ignored",

@@ -1,4 +1,7 @@
-"""The online deployment at small size, as users start it: answers, load, fuzzing, a killed replica, and that it ends."""
+"""The online deployment at small size, as users start it.
+
+Answers, load, fuzzing, a killed replica, and that it ends.
+"""
 
 import asyncio
 import json
@@ -124,7 +127,10 @@ CHECKS = [
 
 
 def test_the_deployment(folder, known, subtests):
-    """One deployment of two replicas for all checks, in one test so that parallel test processes start it once. All it started must end."""
+    """One deployment of two replicas for all checks. All it started must end.
+
+    It is one test so that parallel test processes start the deployment once.
+    """
     with deployment(
         folder, "--replicas=2", "--cache_mib=1", port=portpicker.pick_unused_port()
     ) as served:

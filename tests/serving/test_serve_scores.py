@@ -1,4 +1,7 @@
-"""A deployment of a ranking run at small size, and its requests from a file: what `test_serve` does not show of the parts that both share."""
+"""A deployment of a ranking run at small size, and its requests from a file.
+
+These tests show what `test_serve` does not show of the parts that both share.
+"""
 
 import asyncio
 import io

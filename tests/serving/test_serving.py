@@ -1,4 +1,7 @@
-"""Cached scoring says what one full forward pass says, for every form of model, whatever the batches; and a growing cache what a new one would."""
+"""Cached scoring says what one full forward pass says, for every form of model and any batches.
+
+A growing cache says what a new one would.
+"""
 
 import dataclasses
 
@@ -37,7 +40,10 @@ def test_micro_batches(micro_batch):
 
 
 def test_matrices_of_layers_are_rounded_once():
-    """A compiled ranker holds them in the dtype of its layers, and says the same to the bit. fp8 rounds the float32 ones."""
+    """A compiled ranker holds them in the dtype of its layers, and says the same to the bit.
+
+    fp8 rounds the float32 ones.
+    """
     config = task_of("merged").config
     task = tasks.of(
         dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")), DATA
@@ -82,7 +88,11 @@ def test_matrices_of_layers_are_rounded_once():
 
 
 def histories(form, *left_B):
-    """The histories of `full_pass` in pieces: without the newest left_B[0] events of each user, then up to left_B[1], ..., then the rest."""
+    """The histories of `full_pass` in pieces.
+
+    The first leaves out the newest left_B[0] events of each user, the next goes up to left_B[1],
+    ..., the last has the rest.
+    """
     task, model, _ = built(form)
     columns = requests(task)[0]
     names = [name.removeprefix("start/") for name in columns if name.startswith("start/")]
@@ -113,7 +123,10 @@ def test_appended_events(form):
 
 
 def test_what_stays_of_a_growing_cache():
-    """Rows computed anew, of histories of 11, 0, 2, 12, 12, 12 and 5 events without the newest 3, 0, 2, 4, 5, 0 and 1."""
+    """Rows computed anew.
+
+    Histories of 11, 0, 2, 12, 12, 12 and 5 events come without the newest 3, 0, 2, 4, 5, 0 and 1.
+    """
     left = np.array([3, 0, 2, 4, 5, 0, 1])
 
     def grown(form, channel="events"):

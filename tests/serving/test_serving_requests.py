@@ -134,11 +134,18 @@ def test_equal_candidates_rank_in_their_order(model, cache):
 
 
 def test_only_the_newest_events_count(model):
-    """Of a history that is too long, and of one that grows too long: it moves, and is encoded anew."""
+    """Of a history that is too long, and of one that grows too long.
+
+    Such a history moves, and is encoded anew.
+    """
     rng = np.random.default_rng(0)
     count = MAX_HISTORY + 5
-    columns = dict(item_E=rng.integers(1, 31, count), time_E=np.arange(count) * 100, signal_ES=rng.integers(0, 3, (count, 2)),
-                   feature_EF=rng.integers(0, 5, (count, 1)))  # fmt: skip
+    columns = dict(
+        item_E=rng.integers(1, 31, count),
+        time_E=np.arange(count) * 100,
+        signal_ES=rng.integers(0, 3, (count, 2)),
+        feature_EF=rng.integers(0, 5, (count, 1)),
+    )
 
     def of(span):
         part = {name: values[span] for name, values in columns.items()}
@@ -159,7 +166,10 @@ def test_only_the_newest_events_count(model):
 
 
 def test_the_example_of_the_docs():
-    """docs/cached_scoring.md, as it stands: two users, four candidates, an event more of the first."""
+    """docs/cached_scoring.md, as it stands.
+
+    It has two users, four candidates and one more event of the first user.
+    """
     text = (Path(__file__).parents[2] / "docs" / "cached_scoring.md").read_text()
     rank = dict(tasks=("is_click",), signals=("is_click",), features=())
     task = tasks.of(rank_data.config(data=dict(max_history=8), rank=rank), rank_data.interactions())
@@ -171,7 +181,10 @@ def test_the_example_of_the_docs():
 
 
 def test_nothing_is_compiled_twice(model, cache):
-    """Other histories and other numbers of candidates of the same class: the compiled programs are those that there are."""
+    """Other histories and other numbers of candidates of the same class.
+
+    The compiled programs are those that there are.
+    """
     history, candidates, _ = full_pass(FORM)
     serving.score(model, cache, candidates)
     programs = (model.programs.encode, model.programs.score)
@@ -216,7 +229,10 @@ def test_the_ladder():
     ],
 )
 def test_kinds_of_keys_and_values(kind, bytes_a_row, error):
-    """Errors of a row are at most those of its rounding: relative to the value, in int8 to the largest of its row."""
+    """Errors of a row are at most those of its rounding.
+
+    They are relative to the value, in int8 to the largest value of its row.
+    """
     rng = np.random.default_rng(0)
     k, v = (
         jnp.asarray(
@@ -251,7 +267,10 @@ def test_a_small_cache(model, cache):
 
 
 def test_item_table_in_host_memory(model):
-    """The scores of the rows that the table gives back, and the rows of a request alone go to the device."""
+    """Scores are those of the rows that the table gives back.
+
+    The rows of a request alone go to the device.
+    """
     history, candidates, _ = full_pass(FORM)
     ranker = built(FORM)[1]
     served = serving.CompiledRanker(ranker, host_table="int4")
@@ -308,19 +327,49 @@ def spoilt(values, place, value, dtype=None):
     ("change", "message"),
     [
         (lambda h: "history", "history must be serving.UserHistory, got str"),
-        (lambda h: dataclasses.replace(h, channels={}), r"has the channels \[\], the model \['events'\]"),
+        (
+            lambda h: dataclasses.replace(h, channels={}),
+            r"has the channels \[\], the model \['events'\]",
+        ),
         (lambda h: dataclasses.replace(h, now_B=h.now_B[:0]), "holds no users"),
-        (lambda h: dataclasses.replace(h, now_B=h.now_B.astype(np.int64) * 10**5), r"now_B\[0\] is .* not in -2147483648..2147483647"),
-        (lambda h: dataclasses.replace(h, context_BC=np.zeros((7, 2), int)), r"context_BC must have the shape \[7, 0\], got \[7, 2\]"),
-        (lambda h: with_events(item_E=spoilt(h.channels["events"].item_E, 4, 31)), r"item_E\[4\] is 31, not in 1..30: .*leave unknown ones out"),
-        (lambda h: with_events(item_E=spoilt(h.channels["events"].item_E, 2, 0)), r"item_E\[2\] is 0, not in 1..30"),
-        (lambda h: with_events(item_E=h.channels["events"].item_E.astype(float)), "item_E must hold integers, got float64"),
-        (lambda h: with_events(item_E=h.channels["events"].item_E[1:]), r"item_E must have the shape \[\d+\]"),
-        (lambda h: with_events(signal_ES=spoilt(h.channels["events"].signal_ES, (1, 1), 3)), r"signal_ES\[1, 1\] is 3, not in 0..2"),
-        (lambda h: with_events(feature_EF=h.channels["events"].signal_ES), r"feature_EF must have the shape \[\d+, 1\]"),
-        (lambda h: with_events(offsets=h.channels["events"].offsets[::-1]), "offsets must start at 0 and never fall"),
+        (
+            lambda h: dataclasses.replace(h, now_B=h.now_B.astype(np.int64) * 10**5),
+            r"now_B\[0\] is .* not in -2147483648..2147483647",
+        ),
+        (
+            lambda h: dataclasses.replace(h, context_BC=np.zeros((7, 2), int)),
+            r"context_BC must have the shape \[7, 0\], got \[7, 2\]",
+        ),
+        (
+            lambda h: with_events(item_E=spoilt(h.channels["events"].item_E, 4, 31)),
+            r"item_E\[4\] is 31, not in 1..30: .*leave unknown ones out",
+        ),
+        (
+            lambda h: with_events(item_E=spoilt(h.channels["events"].item_E, 2, 0)),
+            r"item_E\[2\] is 0, not in 1..30",
+        ),
+        (
+            lambda h: with_events(item_E=h.channels["events"].item_E.astype(float)),
+            "item_E must hold integers, got float64",
+        ),
+        (
+            lambda h: with_events(item_E=h.channels["events"].item_E[1:]),
+            r"item_E must have the shape \[\d+\]",
+        ),
+        (
+            lambda h: with_events(signal_ES=spoilt(h.channels["events"].signal_ES, (1, 1), 3)),
+            r"signal_ES\[1, 1\] is 3, not in 0..2",
+        ),
+        (
+            lambda h: with_events(feature_EF=h.channels["events"].signal_ES),
+            r"feature_EF must have the shape \[\d+, 1\]",
+        ),
+        (
+            lambda h: with_events(offsets=h.channels["events"].offsets[::-1]),
+            "offsets must start at 0 and never fall",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_histories_are_named(model, change, message):
     with pytest.raises(ValueError, match=message), unchecked():
         serving.encode_history(model, change(full_pass(FORM)[0]))
