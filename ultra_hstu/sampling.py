@@ -97,20 +97,20 @@ def subsequence(
 
 @dataclasses.dataclass
 class LoadBalancer:
-    """Load-balanced stochastic length of one rank.
+    """Load-balanced stochastic length of one device.
 
-    The load of a batch is the sum of `length^gamma`. For the first `recalibrate_every` steps a rank
-    draws plain stochastic lengths and watches their load; the mean over ranks becomes the target.
-    From then on it keeps whole as many long histories as bring its load closest to the target,
-    those first that a plain draw prefers (a smaller u / p of a uniform u and the probability p of
-    staying whole, so at a draw whose load is the target the choice is the plain one). Every
-    `recalibrate_every` steps the target moves half-way to the newest mean.
+    The load of a batch is the sum of `length^gamma`. For the first `recalibrate_every` steps a
+    device draws plain stochastic lengths and watches their load; the mean over devices becomes the
+    target. From then on it keeps whole as many long histories as bring its load closest to the
+    target, those first that a plain draw prefers (a smaller u / p of a uniform u and the
+    probability p of staying whole, so at a draw whose load is the target the choice is the plain
+    one). Every `recalibrate_every` steps the target moves half-way to the newest mean.
 
     Attributes:
       max_length, alpha: of stochastic length.
       gamma: exponent of a sequence's cost, see `flops.cost_exponent`.
-      recalibrate_every: steps between two means over ranks, which are the only communication.
-      mean: the mean of a number over ranks.
+      recalibrate_every: steps between two means over devices, which are the only communication.
+      mean: the mean of a number over devices.
       target, observed, step: the state; see `state`.
     """
 
@@ -134,7 +134,7 @@ class LoadBalancer:
         return float(np.sum(lengths.astype(np.float64) ** self.gamma))
 
     def calibrate(self, plain_loads: Sequence[float]) -> None:
-        """Sets the target to the mean, over ranks too, of the loads that plain draws would have:
+        """Sets the target to the mean, over devices too, of the loads that plain draws would have:
         for a caller that knows its batches ahead.
         """
         self.target = self.mean(float(np.mean(plain_loads)))

@@ -90,7 +90,7 @@ class Steps[Model: nnx.Module](abc.ABC):
 
     @functools.cached_property
     def shardings(self) -> TrainState | None:
-        """The same as shardings; None on one device."""
+        """Where every array of a state lives, as shardings; None on one device."""
         if self.mesh is None:
             return None
         return jax.tree.map(

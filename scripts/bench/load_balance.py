@@ -1,13 +1,13 @@
-"""Load of data-parallel ranks under plain and load-balanced stochastic length.
+"""Load of data-parallel devices under plain and load-balanced stochastic length.
 
 python -m scripts.bench.load_balance [--raw_dir=PATH]
     [--record=experiments/results/load_balance_cpu.json]
 
-Its spread, and the step time of the slowest rank. Two sets of lengths: ASSISTments 2017, and a Zipf
-law (exponent 1.2, up to 4096). A rank draws its users at random every step. The load is the sum of
-length^gamma, gamma fitted to the model's own operations. Times are of real forward and backward
-passes over each rank's batch, one after another on this machine, as processor time over all cores,
-the smaller of two repetitions: other work on the machine would show in wall clock.
+Its spread, and the step time of the slowest device. Two sets of lengths: ASSISTments 2017, and a
+Zipf law (exponent 1.2, up to 4096). A device draws its users at random every step. The load is the
+sum of length^gamma, gamma fitted to the model's own operations. Times are of real forward and
+backward passes over each device's batch, one after another on this machine, as processor time over
+all cores, the smaller of two repetitions: other work on the machine would show in wall clock.
 """
 
 import functools
@@ -34,7 +34,7 @@ from ultra_hstu.sampling import LoadBalancer, stochastic_length
 from ultra_hstu.sequences import Sequences
 
 FLAGS = flags.FLAGS
-ALPHA, USERS, STEPS, RECALIBRATE, TIMED_RANKS = 1.6, 32, 200, 50, 8
+ALPHA, USERS, STEPS, RECALIBRATE, TIMED_DEVICES = 1.6, 32, 200, 50, 8
 MODEL = ModelConfig(width=32, layers=2, heads=1, qk_width=32, v_width=32, relative_bias=False)
 ZIPF_LENGTH, ZIPF_EXPONENT = 4096, 1.2
 POLICIES = ("plain", "balanced")
@@ -58,8 +58,8 @@ def main(_: list[str]) -> None:
     sets = {name: measure(length_U, FLAGS.timed_steps) for name, length_U in length_sets().items()}
     for name, found in sets.items():
         loads = {
-            f"{ranks} ranks, {policy}": found["load"][ranks][policy]
-            for ranks in found["load"]
+            f"{devices} devices, {policy}": found["load"][devices][policy]
+            for devices in found["load"]
             for policy in POLICIES
         }
         show(loads, ("max_over_mean", "std_over_mean", "mean"), f"load: {name}")
@@ -91,13 +91,13 @@ def measure(length_U: Int[np.ndarray, " U"], timed_steps: int) -> Json:
         "gamma_largest_error": error,
         "load": {},
     }
-    for ranks in (8, 64):
-        length_SRU, kept = simulate(length_U, longest, gamma, ranks)
-        record["load"][str(ranks)] = {
+    for devices in (8, 64):
+        length_SRU, kept = simulate(length_U, longest, gamma, devices)
+        record["load"][str(devices)] = {
             policy: spread(kept_SRU, gamma) for policy, kept_SRU in kept.items()
         }
-        if ranks == TIMED_RANKS:
-            record["step"] = time_ranks(
+        if devices == TIMED_DEVICES:
+            record["step"] = time_devices(
                 config, {policy: kept_SRU[-timed_steps:] for policy, kept_SRU in kept.items()}
             )
             record["kept_share_of_events"] = {
@@ -108,26 +108,26 @@ def measure(length_U: Int[np.ndarray, " U"], timed_steps: int) -> Json:
 
 
 def simulate(
-    length_U: Int[np.ndarray, " U"], longest: int, gamma: float, ranks: int
+    length_U: Int[np.ndarray, " U"], longest: int, gamma: float, devices: int
 ) -> tuple[Int[np.ndarray, "S R U"], dict[str, Int[np.ndarray, "S R U"]]]:
-    """(lengths, kept lengths by policy) of every step, rank and user.
+    """(lengths, kept lengths by policy) of every step, device and user.
 
-    The ranks of this process agree on means as an all-reduce would.
+    The devices of this process agree on means as an all-reduce would.
     """
-    rng = np.random.default_rng((1, ranks))
-    length_SRU = rng.choice(length_U, (STEPS, ranks, USERS))
+    rng = np.random.default_rng((1, devices))
+    length_SRU = rng.choice(length_U, (STEPS, devices, USERS))
     uniform_SRU = rng.random(length_SRU.shape)
     plain_SRU = stochastic_length(length_SRU, longest, ALPHA, uniform_SRU)
     mean_load_S = (plain_SRU.astype(np.float64) ** gamma).sum(2).mean(1)
     means = mean_load_S.reshape(-1, RECALIBRATE).mean(1).tolist()
     balanced_SRU = np.zeros_like(plain_SRU)
-    for rank in range(ranks):
+    for device in range(devices):
         balancer = LoadBalancer(
             longest, ALPHA, gamma, RECALIBRATE, mean=functools.partial(_next_mean, iter(means))
         )
         for step in range(STEPS):
-            balanced_SRU[step, rank] = balancer.choose(
-                length_SRU[step, rank], uniform_SRU[step, rank]
+            balanced_SRU[step, device] = balancer.choose(
+                length_SRU[step, device], uniform_SRU[step, device]
             )
     return length_SRU, {"plain": plain_SRU, "balanced": balanced_SRU}
 
@@ -137,9 +137,9 @@ def _next_mean(means: Iterator[float], own: float) -> float:
 
 
 def spread(kept_SRU: Int[np.ndarray, "S R U"], gamma: float) -> Json:
-    """How the load spreads over ranks: means over steps after the warm-up, and a histogram.
+    """How the load spreads over devices: means over steps after the warm-up, and a histogram.
 
-    That has the loads of all ranks and steps, relative to the mean, in 40 bins.
+    That has the loads of all devices and steps, relative to the mean, in 40 bins.
     """
     load_SR = (kept_SRU[RECALIBRATE:].astype(np.float64) ** gamma).sum(2)
     mean_S = load_SR.mean(1)
@@ -156,8 +156,8 @@ def spread(kept_SRU: Int[np.ndarray, "S R U"], gamma: float) -> Json:
     }
 
 
-def time_ranks(config: Config, kept: dict[str, Int[np.ndarray, "S R U"]]) -> Json:
-    """Processor seconds of a forward and backward pass over the batch of each rank.
+def time_devices(config: Config, kept: dict[str, Int[np.ndarray, "S R U"]]) -> Json:
+    """Processor seconds of a forward and backward pass over the batch of each device.
 
     Its buffer holds the largest batch of its policy.
     """
@@ -220,6 +220,6 @@ def processor_seconds(step: Pass, params: nnx.State, offsets: jax.Array) -> floa
 if __name__ == "__main__":
     flags.DEFINE_string("raw_dir", None, "a local copy of ASSISTments 2017")
     flags.DEFINE_string("data_dir", "data", "prepared files go here")
-    flags.DEFINE_integer("timed_steps", 2, "steps whose ranks are timed")
+    flags.DEFINE_integer("timed_steps", 2, "steps whose devices are timed")
     command.define_record()
     command.run(main)

@@ -35,7 +35,7 @@ def load_balance_table(record: Json) -> str:
     spread, times = [], []
     for name, values in record["sets"].items():
         for policy in POLICIES:
-            loads = [values["load"][ranks][policy] for ranks in ("8", "64")]
+            loads = [values["load"][devices][policy] for devices in ("8", "64")]
             step = values["step"][policy]
             spread.append(
                 [
@@ -62,9 +62,9 @@ def load_balance_table(record: Json) -> str:
 
 
 def load_balance_figure() -> None:
-    """Left: how the loads of 64 ranks spread. Right: the step time of each of 8 ranks.
+    """Left: how the loads of 64 devices spread. Right: the step time of each of 8 devices.
 
-    Ranks are sorted by time in every step; then the mean over steps is taken.
+    Devices are sorted by time in every step; then the mean over steps is taken.
     """
     record = load("load_balance_cpu")
     if not record:
@@ -92,9 +92,9 @@ def load_balance_figure() -> None:
                     color=colour,
                     label=f"{words}: slowest {seconds_R[-1]:.2f} s",
                 )
-            left.set(title=f"{name}, 64 ranks", xlabel="load of a rank / mean", xlim=(0, 4))
-            left.set_ylabel("share of ranks and steps")
-            right.set(title=f"{name}, 8 ranks, mean of steps", xlabel="rank, by time")
+            left.set(title=f"{name}, 64 devices", xlabel="load of a device / mean", xlim=(0, 4))
+            left.set_ylabel("share of devices and steps")
+            right.set(title=f"{name}, 8 devices, mean of steps", xlabel="device, by time")
             right.set_ylabel("processor seconds")
             for axis, place in ((left, "upper right"), (right, "upper left")):
                 axis.set_ylim(0, 1.35 * axis.get_ylim()[1])  # space for the legend

@@ -21,8 +21,8 @@ def multitask_loss(
 
     `loss_k = sum_p w l / sum_p w`, where l is `-log sigmoid(x)` for label 1 and `-log sigmoid(-x)`
     for label 0 in a binary task (x is the logit, a label between them is a mixture of both), `(x -
-    y)^2` in a regression. The loss is `sum_k loss_k / K`; a task of which the batch supervises
-    nothing adds 0.
+    y)^2` in a regression. The loss is `sum_k loss_k / K`; a task without a label in the
+    batch adds 0.
 
     Args:
       logit_PK: the head's output for each predicted row and task; entries of weight 0 may hold

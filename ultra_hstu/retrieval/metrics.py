@@ -100,8 +100,8 @@ def best_items(
     """The k best items of each user and their scores, best first; then ids 0 with scores -inf.
 
     Of items with the same score the one with the lower id comes first. Arguments as in `ranks`; the
-    table [I + 1, D] may also be one of `quantization`, of which one chunk at a time is unpacked:
-    what is made on the device does not grow with the catalogue.
+    table [I + 1, D] may also be one of `quantization`. One chunk of it is unpacked at a time, so
+    that what is made on the device does not grow with the catalogue.
     """
     if k < 1 or chunk_items < 1:
         raise ValueError(f"{k=} and {chunk_items=} must be at least 1")

@@ -203,8 +203,7 @@ PartRows = tuple[tuple[KeyValues, ...], Float[AnyArray, "..."] | None]
 
 
 class DevicePool:
-    """The rows of users on the device: one buffer for each layer, of which every user has some
-    rows.
+    """The rows of users on the device: one buffer for each layer, in which every user has rows.
 
     Attributes:
       users: by key, each a cache with B = 1 whose rows are in the pool; the least recently used

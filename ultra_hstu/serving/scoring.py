@@ -136,7 +136,7 @@ class ScoringModel:
         self.drop_blocks = drop_blocks
         encoders = self.ranker.encoders
         self._biased = any(encoder.layers[0].bias is not None for encoder in encoders.values())
-        # A history of which nothing stays is never extended.
+        # A history is never extended where none of its rows stays.
         self.grows = grows(self.ranker)
         self._new_rows = {
             name: self.ranker.form.per_event * NEW_EVENTS + changed_rows(encoder)

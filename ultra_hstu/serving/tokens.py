@@ -294,7 +294,7 @@ def target_tokens(
     events_R: Int[Array, " R"],
     last_R: Int[Array, " R"],
 ) -> Tokens:
-    """Rows of targets behind histories of `events_R` events, of which the newest was at `last_R`.
+    """Rows of targets behind histories of `events_R` events, the newest one at `last_R`.
     All rows count as real."""
     rows = item_R.shape[0]
     zero_R = jnp.zeros(rows, jnp.int32)
