@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from kernels.jagged import Counts, Lengths, Offsets, Rows
-from kernels.typing import PerQuery, PerRow
+from kernels.typing import PerRow
 
 Ints = Int[Array | np.ndarray, " T"]
 
@@ -191,23 +191,6 @@ class AttentionMask:
     def rows_of(self, keys: Rows) -> RowIntervals:
         """`keys_of` transposed: the rows that see the keys which these rows are."""
         return RowIntervals(*map(jnp.asarray, _row_intervals(self, keys)))
-
-    def keys_at(
-        self,
-        start_R: PerQuery,
-        position_R: PerQuery,
-        contextual_R: PerQuery,
-        history_R: PerQuery,
-    ) -> KeyIntervals:
-        """Keys of rows given one by one.
-
-        Each stands at `position_R` of a sequence with so many contextual and history tokens, whose
-        first key is number `start_R`; from position contextual + history on, it is a target. A row
-        of a sequence without either sees nothing.
-        """
-        zero_R = jnp.zeros_like(start_R)
-        counts = (contextual_R, history_R, zero_R)
-        return self.keys_of(Rows(zero_R == 0, zero_R, start_R, position_R, *counts))
 
     def locality(self, rows: Rows, max_targets: int, max_contextual: int) -> Locality:
         """What is local in all rows of a buffer.

@@ -9,7 +9,7 @@ from kernels import dispatch
 from kernels.cached_attention import cached_attention
 from kernels.cached_attention.triton import attention as triton
 from kernels.mask import AttentionMask, KeyIntervals
-from tests.kernels.attention_contract import MASKS, ROUND_OFF
+from tests.kernels.attention_contract import MASKS, ROUND_OFF, keys_at
 from tests.kernels.test_cached_attention import Request
 
 
@@ -37,7 +37,7 @@ def test_long_histories(width, rows):
     start, length = (jnp.full(rows, x, jnp.int32) for x in (700, 3001))
     options = dict(alpha=width**-0.5, scale=1 / 3001)
     for mask in (AttentionMask(), AttentionMask(window=256), AttentionMask(window=100, prefix=70)):
-        keys: KeyIntervals = mask.keys_at(start, length, jnp.zeros_like(length), length)
+        keys: KeyIntervals = keys_at(mask, start, length, jnp.zeros_like(length), length)
         want = np.asarray(cached_attention(q, k, v, keys, implementation="xla", **options))
         half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
         got = np.asarray(

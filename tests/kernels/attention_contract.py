@@ -14,6 +14,7 @@ import pytest
 
 from kernels import dispatch
 from kernels.hstu_attention import RelativeBias, hstu_attention, make_plan
+from kernels.jagged import Rows
 from kernels.mask import AttentionMask
 
 GRADIENTS = ("q", "k", "v", "position_table", "time_table")
@@ -292,3 +293,12 @@ class AttentionContract:
         with dispatch.record() as choices:
             case.run(case.inputs(), implementation=self.implementation)
         assert choices == [("hstu_attention", self.implementation)]
+
+
+def keys_at(mask, start, position, contextual, history):
+    """Keys of rows given one by one, each at a position of a sequence that begins with key `start`.
+
+    The sequence has so many contextual and history tokens; behind them a row is a target.
+    """
+    zero = jnp.zeros_like(start)
+    return mask.keys_of(Rows(zero == 0, zero, start, position, contextual, history, zero))

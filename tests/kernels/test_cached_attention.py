@@ -12,7 +12,7 @@ from kernels import dispatch
 from kernels.cached_attention import api, cached_attention, xla
 from kernels.hstu_attention import RelativeBias, hstu_attention
 from kernels.mask import AttentionMask, KeyIntervals
-from tests.kernels.attention_contract import MASKS, ROUND_OFF
+from tests.kernels.attention_contract import MASKS, ROUND_OFF, keys_at
 
 HEADS, K, V, N = 2, 8, 4, 64
 # (contextual, history, targets) of each sequence
@@ -63,8 +63,8 @@ class Request:
 
     def cached(self, mask, **options):
         start = self.key_offsets[self.user]
-        keys = mask.keys_at(
-            *(jnp.asarray(x) for x in (start, self.position, *self.counts[self.user, :2].T))
+        keys = keys_at(
+            mask, *(jnp.asarray(x) for x in (start, self.position, *self.counts[self.user, :2].T))
         )
         bias = self.bias
         if bias is not None:
@@ -131,7 +131,8 @@ def test_only_blocks_that_are_seen_are_visited(mask):
     """
     request, size = Request(), 8
     start = jnp.asarray(request.key_offsets[request.user])
-    keys = MASKS[mask].keys_at(
+    keys = keys_at(
+        MASKS[mask],
         start,
         jnp.asarray(request.position),
         *(jnp.asarray(x) for x in request.counts[request.user, :2].T),
@@ -148,7 +149,7 @@ def test_only_blocks_that_are_seen_are_visited(mask):
             for key in range(start, stop)
         }
         assert seen <= set(blocks) and len(set(blocks)) == len(blocks)
-    far = AttentionMask(window=5, prefix=6).keys_at(*(jnp.asarray([x]) for x in (0, 998, 0, 1000)))
+    far = keys_at(AttentionMask(window=5, prefix=6), *(jnp.asarray([x]) for x in (0, 998, 0, 1000)))
     assert int(xla.visited_blocks(far, size)[1]) == 2
 
 
