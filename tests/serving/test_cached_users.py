@@ -250,11 +250,15 @@ def test_host_memory_in_fewer_bits(kind):
     assert sizes[1] < sizes[0] and error > 0
 
 
-@pytest.mark.parametrize("tiers", [{}, dict(device_bytes=10**6)])
-def test_nothing_is_compiled_after_the_warm_up(tiers):
+@pytest.mark.parametrize(
+    ("tiers", "host_table"), [({}, None), (dict(device_bytes=10**6), None), ({}, "int4")]
+)
+def test_nothing_is_compiled_after_the_warm_up(tiers, host_table):
     task, ranker, _ = built("a mask a layer")
     vocabulary = Vocabulary.of(task.config, task.interactions)
-    model = ScoringModel(ranker, task.config, vocabulary, task.recipe.tasks, max_users=2)
+    model = ScoringModel(
+        ranker, task.config, vocabulary, task.recipe.tasks, max_users=2, host_table=host_table
+    )
     service = service_of(model, **tiers)
     programs = service.warm_up()
     assert len(service.users) == 0 and not service.users._starts

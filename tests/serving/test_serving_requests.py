@@ -286,7 +286,7 @@ def test_item_table_in_host_memory(model):
 
 
 def test_rows_of_a_request(model):
-    table = np.random.default_rng(0).standard_normal((31, 8), dtype=np.float32)
+    table = np.random.default_rng(0).standard_normal((300, 8), dtype=np.float32)
     sizes = {"float32": 32, "bfloat16": 16, "int8": 8 + 8, "int4": 4 + 4}
     for kind, size in sizes.items():
         host = quantization.host_table(table, kind)
@@ -297,15 +297,19 @@ def test_rows_of_a_request(model):
             np.array([7, 30, 7], np.int32), np.array([3], np.int32)
         )
         assert first.tolist() == [2, 3, 2] and second.tolist() == [1]
-        assert all(len(leaf) == 64 for leaf in jax.tree.leaves(rows))
-        small = np.asarray(quantization.dense(rows))
-        np.testing.assert_allclose(
-            small[:3], table[[3, 7, 30]], atol=0.3 if kind == "int4" else 0.02
-        )
-        params = model.params
-        filled = served.programs.model(params, rows).embedding.item_table[...]
+        filled = np.asarray(rows)
+        # Row 0 is padding.
         assert filled.shape == (65, 8) and not filled[0].any()
-        np.testing.assert_array_equal(filled[1:4], small[:3])
+        np.testing.assert_allclose(
+            filled[1:4], table[[3, 7, 30]], atol=0.3 if kind == "int4" else 0.02
+        )
+        many = np.arange(3, 90, dtype=np.int32)
+        assert served.take_items(many)[0].shape == (97, 8)
+        served.reserve_items(10**6)
+        for ids in (many, np.array([7, 30, 7, 3], np.int32)):  # of one size: nothing is compiled
+            again, _ = served.take_items(ids)
+            assert again.shape == (385, 8)  # as many as the table has
+        np.testing.assert_array_equal(again[1:4], filled[1:4])
     with pytest.raises(ValueError, match="host_table='int2' must be one of"), unchecked():
         quantization.host_table(table, "int2")
 

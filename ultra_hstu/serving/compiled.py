@@ -66,6 +66,7 @@ class CompiledRanker:
         }
         self.params = _rounded(params, model)
         self.table: ItemTable | None = None
+        self._device_rows: Float32[Array, "R D"] | None = None
         if host_table is not None:
             self.table = quantization.host_table(model.embedding.item_table[...], host_table)
             self.params = _with_first_item_alone(self.params)
@@ -76,16 +77,50 @@ class CompiledRanker:
 
     def take_items(
         self, *ids: Int32[AnyArray, "..."]
-    ) -> tuple[ItemTable | None, list[Int32[AnyArray, "..."]]]:
-        """The rows of the items that a request names, each once, at the size of a bucket, and the
-        ids as numbers of these rows, from 1. With the table on the device: None, and the ids."""
+    ) -> tuple[Float32[Array, "R D"] | None, list[Int32[AnyArray, "..."]]]:
+        """The rows of the items that a request names, each once, behind a row of padding, on the
+        device, and the ids as numbers of these rows, from 1. With the whole table on the device:
+        None, and the ids."""
         if self.table is None:
             return None, list(ids)
         item_R, number_T = np.unique(np.concatenate(ids), return_inverse=True)
-        size = bucket_size(len(item_R), ROW_SIZES)
-        rows = jax.tree.map(lambda leaf: padded(leaf, size), quantization.take(self.table, item_R))
         numbers_T = number_T.reshape(-1).astype(np.int32) + 1
-        return rows, np.split(numbers_T, np.cumsum([len(part) for part in ids])[:-1])
+        parts = np.split(numbers_T, np.cumsum([len(part) for part in ids])[:-1])
+        return self._on_device(item_R), [*parts]
+
+    def reserve_items(self, rows: int) -> None:
+        """From now on requests name at most so many different items: their rows travel to one
+        buffer on the device, so that nothing but the copy is compiled for their number. Compiles
+        the copies. Without a table in host memory nothing is done."""
+        if self.table is None:
+            return
+        size = bucket_size(min(rows, self.table.shape[0]), ROW_SIZES)
+        self._device_rows = self._no_rows(size)
+        count = 1
+        while count <= size:
+            wide = bucket_size(count, ROW_SIZES)
+            self._on_device(np.zeros(wide, np.int64))
+            count = wide + 1
+
+    def _on_device(self, item_N: Int[np.ndarray, " N"]) -> Float32[Array, "R D"]:
+        assert self.table is not None
+        size = bucket_size(len(item_N), ROW_SIZES)
+        packed = quantization.take(self.table, item_N)
+        rows = jax.tree.map(lambda leaf: padded(leaf, size), packed)
+        if self._device_rows is None:
+            return _filled(self._no_rows(size), rows)
+        self._device_rows = _filled(self._device_rows, rows)
+        return self._device_rows
+
+    def _no_rows(self, size: int) -> Float32[Array, "R D"]:
+        assert self.table is not None
+        return jnp.zeros((size + 1, self.table.shape[1]))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _filled(table_RD: Float32[Array, "R D"], rows: ItemTable) -> Float32[Array, "R D"]:
+    """The table with other rows behind row 0, which is padding."""
+    return jax.lax.dynamic_update_slice(table_RD, quantization.dense(rows), (1, 0))
 
 
 def compiled(model: Ranker | CompiledRanker) -> CompiledRanker:
@@ -117,13 +152,11 @@ class Programs:
         self.score = jax.jit(self._score, static_argnames=("step", "implementation"))
         self.best = jax.jit(_best, static_argnames="k")
 
-    def model(self, params: Params, table: ItemTable | None) -> Ranker:
+    def model(self, params: Params, table_RD: Float32[Array, "R D"] | None) -> Ranker:
         """The ranker, with the item rows of a request for a table if there are such."""
         model = nnx.merge(self._graphdef, params)
-        if table is not None:
-            dense_RD = quantization.dense(table)
-            # Row 0 is padding.
-            model.embedding.item_table = nnx.Param(jnp.pad(dense_RD, ((1, 0), (0, 0))))
+        if table_RD is not None:
+            model.embedding.item_table = nnx.Param(table_RD)
         return model
 
     def _encode(
@@ -131,12 +164,12 @@ class Programs:
         params: Params,
         history: UserHistory,
         used_B: Int[Array, " B"],
-        table: ItemTable | None,
+        table_RD: Float32[Array, "R D"] | None,
         *,
         name: str,
         kind: CacheDtype,
     ) -> tuple[CachedRows, ...]:
-        model = self.model(params, table)
+        model = self.model(params, table_RD)
         rows_of = tokens.history_tokens(model.form, history, used_B, name)
         return cached.encode(
             model.encoders[name],
@@ -154,7 +187,7 @@ class Programs:
         used_B: Int[Array, " B"],
         keep_B: Int[Array, " B"],
         keep_kept_B: Int[Array, " B"],
-        table: ItemTable | None,
+        table_RD: Float32[Array, "R D"] | None,
         *,
         name: str,
         new_rows: int,
@@ -162,7 +195,7 @@ class Programs:
         kind: CacheDtype,
         implementation: Implementation,
     ) -> tuple[CachedRows, ...]:
-        model = self.model(params, table)
+        model = self.model(params, table_RD)
         rows_of = tokens.history_tokens(model.form, history, used_B, name)
         suffix = cached.suffix_of(rows_of.sequences, keep_B, new_rows)
         return cached.extend(
@@ -182,13 +215,13 @@ class Programs:
         params: Params,
         channels: Channels,
         candidates: Candidates,
-        table: ItemTable | None,
+        table_RD: Float32[Array, "R D"] | None,
         *,
         step: int,
         implementation: Implementation,
     ) -> Float32[Array, "C K"]:
         """Logits of all candidates, `step` of them at a time; rows of padding hold anything."""
-        model = self.model(params, table)
+        model = self.model(params, table_RD)
         dense = {
             name: tuple(part.unpacked(model.embedding.dtype) for part in parts)
             for name, parts in channels.items()

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from ultra_hstu.nn.cached import Implementation
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.key_values import CacheDtype, require_kind
-from ultra_hstu.quantization import ItemTable
 from ultra_hstu.ranking.form import Form
 from ultra_hstu.ranking.model import Ranker
 from ultra_hstu.serving.artefact import padded, padded_offsets
@@ -173,9 +172,9 @@ def encode_history(
     model = compiled(model)
     require_kind(kind)
     history = check_history(require("history", history, UserHistory), model.form, model.sizes)
-    wide, used_B, table = _padded(model, history, bucket or room)
+    wide, used_B, table_RD = _padded(model, history, bucket or room)
     channels = {
-        name: model.programs.encode(model.params, wide, used_B, table, name=name, kind=kind)
+        name: model.programs.encode(model.params, wide, used_B, table_RD, name=name, kind=kind)
         for name in model.encoders
     }
     return Cache(channels, history, model.mark, model.signature, kind)
@@ -236,13 +235,13 @@ def grow(
       bucket, new_rows: sizes to compile for: of the histories, and of the rows of each channel that
         are computed anew; None: the smallest that hold them.
     """
-    wide, used_B, table = _padded(model, history, bucket)
+    wide, used_B, table_RD = _padded(model, history, bucket)
     users = len(used_B)
     channels: Channels = {}
     for name, rows in grown.items():
         if rows.nothing_stays and not rows.all_stays:
             channels[name] = model.programs.encode(
-                model.params, wide, used_B, table, name=name, kind=cache.kind
+                model.params, wide, used_B, table_RD, name=name, kind=cache.kind
             )
         elif rows.all_stays:
             channels[name] = cache.channels[name]
@@ -255,7 +254,7 @@ def grow(
                 used_B,
                 padded(rows.keep_B, users),
                 padded(rows.keep_kept_B, users),
-                table,
+                table_RD,
                 name=name,
                 new_rows=new_rows[name] if new_rows else bucket_size(rows.new_rows, ROW_SIZES),
                 kept_rows=kept_rows if bucket is None else part_rows(model, bucket)[name][-1],
@@ -341,24 +340,24 @@ def _logits(
     micro_batch = require_count("micro_batch", micro_batch)
     candidates = require("candidates", candidates, Candidates)
     candidates = check_candidates(candidates, cache.users, model.sizes)
-    table, (number_C,) = model.take_items(candidates.item_C)
+    table_RD, (number_C,) = model.take_items(candidates.item_C)
     numbered = dataclasses.replace(candidates, item_C=number_C)
     wide, step = pad_candidates(numbered, cache.bucket_users, micro_batch, bucket)
     return candidates, model.programs.score(
-        model.params, cache.channels, wide, table, step=step, implementation=implementation
+        model.params, cache.channels, wide, table_RD, step=step, implementation=implementation
     )
 
 
 def _padded(
     model: CompiledRanker, history: UserHistory, bucket: Bucket | None
-) -> tuple[UserHistory, Int32[np.ndarray, " B"], ItemTable | None]:
+) -> tuple[UserHistory, Int32[np.ndarray, " B"], Float32[Array, "R D"] | None]:
     """The history at the sizes of a bucket, 1 for each real user, and the history's item rows if
     these come from host memory."""
     names = list(history.channels)
-    table, numbers = model.take_items(*(history.channels[name].item_E for name in names))
+    table_RD, numbers = model.take_items(*(history.channels[name].item_E for name in names))
     channels = {
         name: dataclasses.replace(history.channels[name], item_E=number)
         for name, number in zip(names, numbers, strict=True)
     }
     numbered = dataclasses.replace(history, channels=channels)
-    return *pad_history(numbered, bucket), table
+    return *pad_history(numbered, bucket), table_RD

@@ -133,6 +133,8 @@ class ScoringModel:
             Bucket(max_users, {name: fill * longest for name, longest in self._longest.items()})
             for fill in bucket_sizes(1, max_users, 2)
         ]
+        histories = sum(max_users * longest for longest in self._longest.values())
+        self.ranker.reserve_items(max(histories, max_users * MAX_CANDIDATES))
         self.drop_blocks = drop_blocks
         encoders = self.ranker.encoders
         self._biased = any(encoder.layers[0].bias is not None for encoder in encoders.values())
