@@ -1,7 +1,7 @@
 """Scores candidates with a cached history, beside doing without a cache and one by one.
 
 python -m scripts.bench.serving --config=long_ultra
-    --record=experiments/results/serving_h100.json [--models=ultra,hstu] [--histories=4096]
+    --record=experiments/results/serving_h200.json [--models=ultra,hstu] [--histories=4096]
     [--candidates=16384] [--micro_batches=256,2048] [--implementation=triton] [--cached=triton]
     [--seconds=0.5]
 

@@ -42,6 +42,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "serve_stages": serve_tables.RECOMMEND.stages_table,
         "score_load": serve_tables.SCORE.load_table,
         "score_stages": serve_tables.SCORE.stages_table,
+        "host_table_load": serve_tables.host_table_load,
     },
     "docs/sampling_and_precision.md": {
         "stochastic_length": sampling.stochastic_length_table,
@@ -54,6 +55,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "serving_micro_batches": serving_tables.micro_batches_table,
         "cache_precision": serving_tables.cache_precision_table,
         "rank_positions": ranking.positions_table,
+        "one_event": serving_tables.one_event_table,
+        "drop_blocks": serving_tables.drop_blocks_table,
         "host_tables": serving_tables.host_tables_table,
     },
 }

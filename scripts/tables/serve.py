@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+from experiments import configs
 from scripts.tables.records import NOT_MEASURED, cells, figure, load, markdown
 
 
@@ -87,6 +88,27 @@ SCORE = Deployment(
         "write": "titles, writing the JSON",
     },
 )
+
+
+def host_table_load() -> str:
+    """The rate with the item table in host memory, beside that with the table on the device."""
+    device, host = load(SCORE.record), load("serve_scores_int4_cpu")
+    if not (device and host):
+        return NOT_MEASURED
+    rows = [
+        [*cells(on_device, "{connections}", "{histories}", "{per_second:.0f}", "{p99_ms:.0f}")]
+        + [*cells(on_host, "{per_second:.0f}", "{p99_ms:.0f}")]
+        for on_device, on_host in zip(device["rates"], host["rates"], strict=True)
+    ]
+    header = ["connections", "histories", "requests/s", "p99 ms"]
+    return markdown(
+        [*header, "with --host_table=int4, requests/s", "p99 ms"],
+        rows,
+        "{config}, history {history}, {candidates} candidates, {items:,} items of width {width}, "
+        "{host_cores} CPU cores, where a copy to the device saves nothing.".format(
+            width=configs.named(host["config"]).model.width, **host
+        ),
+    )
 
 
 def serve_figure() -> None:

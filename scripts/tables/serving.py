@@ -6,7 +6,7 @@ from scripts.bench import serving as bench_serving
 from scripts.tables.records import NOT_MEASURED, cells, figure, load, markdown, measured, short
 from ultra_hstu import flops
 
-RECORD = "serving_h100"
+RECORD = "serving_h200"
 MODELS = {"hstu": "HSTU", "ultra": "ULTRA-HSTU"}
 PRECISION = {  # records of scripts.bench.cache_precision
     "cache_precision_assistments": "ASSISTments 2017",
@@ -203,6 +203,59 @@ def cache_precision_table() -> str:
     header = ["data", "keys and values", "bytes a row and layer", "NE", "difference"]
     header += ["RMS error of a logit", "HR@10 of all items", "top 10 that stay"]
     return markdown(header, rows, *notes)
+
+
+def one_event_table() -> str:
+    """A request by a user who is held and has one new event, beside encoding the history anew."""
+    rows = []
+    if record := load("serve_scores_cpu"):
+        for found in record["one_event"]:
+            place = [record["device"], record["config"], f"{found['history']:,}"]
+            spans = [
+                (found[f"{way}_history_ms"], found[f"{way}_ms"]) for way in ("extended", "anew")
+            ]
+            rows.append([*place, f"{found['candidates']:,}", *one_event(*spans)])
+    if record := load(RECORD):
+        places = by_place(record)
+        for model, history in sorted({key[:2] for key in places if key[2] == "append"}):
+            scored = [
+                cell["p50_ms"]
+                for key, cell in places.items()
+                if key[:4] == (model, history, "cached", 1024)
+            ]
+            if not scored:
+                continue
+            ways = [places[model, history, way, 0, 0]["p50_ms"] for way in ("append", "encode")]
+            spans = [(way, way + min(scored)) for way in ways]
+            place = [record["device"], f"{record['config']}, {MODELS[model]}", f"{history:,}"]
+            rows.append([*place, "1,024", *one_event(*spans)])
+    header = ["device", "model", "history", "candidates", "extended, ms (history alone)"]
+    return markdown([*header, "anew, ms (history alone)", "times faster"], rows)
+
+
+def one_event(extended: tuple[float, float], anew: tuple[float, float]) -> list[str]:
+    """Cells of (history, whole request) in milliseconds, and how many times faster the first is."""
+    spans = [f"{whole:.2f} ({history:.2f})" for history, whole in (extended, anew)]
+    return [*spans, f"{anew[1] / extended[1]:.2f}"]
+
+
+@measured("drop_blocks")
+def drop_blocks_table(record: Json) -> str:
+    """What it costs that full histories drop their oldest events in blocks, by seed."""
+    rows = []
+    for run in record["runs"]:
+        exact, blocks = run["kinds"]["same"], run["drop_blocks"]
+        row = [run["positions"], str(run["seed"])]
+        for metric in ("ne", "mse"):
+            row += [f"{exact['metrics'][metric]:.4f}", f"{blocks['metrics'][metric]:.4f}"]
+        row.append(f"{short(exact['hr@10'])} / {short(blocks['hr@10'])}")
+        rows.append([*row, f"{100 * blocks['answers_that_stay']:.1f} %"])
+    header = ["positions", "seed", "NE", "in blocks", "squared error of stars", "in blocks"]
+    return markdown(
+        [*header, "HR@10 of all items, without / with", "top 10 that stay"],
+        rows,
+        "`{config}`, {device}, commit {commit}.".format(**record),
+    )
 
 
 @measured("host_tables_h100")

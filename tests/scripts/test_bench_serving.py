@@ -152,14 +152,14 @@ def test_tables(tmp_path, monkeypatch):
         "commit": "c",
         "cells": cells,
     }
-    (tmp_path / "serving_h100.json").write_text(json.dumps(record))
+    (tmp_path / "serving_h200.json").write_text(json.dumps(record))
     conditions = {
         key: record.get(key)
         for key in ("config", "device", "commit", "implementation", "cached", "kind", "xla_flags")
     }
-    assert bench_serving.before(str(tmp_path / "serving_h100.json"), conditions) == cells
+    assert bench_serving.before(str(tmp_path / "serving_h200.json"), conditions) == cells
     assert (
-        bench_serving.before(str(tmp_path / "serving_h100.json"), conditions | {"commit": "d"})
+        bench_serving.before(str(tmp_path / "serving_h200.json"), conditions | {"commit": "d"})
         == []
     )
     row = [
