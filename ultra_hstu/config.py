@@ -12,7 +12,7 @@ import ml_collections
 
 from ultra_hstu import fields
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
-from ultra_hstu.sections import Count, OptimConfig, SyntheticConfig
+from ultra_hstu.sections import Count, EvalConfig, OptimConfig, SyntheticConfig
 
 Kind = Literal["binary", "regression"]  # of a ranking task
 
@@ -194,6 +194,13 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def evaluation(self) -> dict[str, str]:
+        """How a run is evaluated, as records name it: the fields of `eval` that its task reads."""
+        names = ("time",) if self.rank.tasks else ("hide", "repeats", "time")
+        return {name: getattr(self.eval, name) for name in names}
 
     @property
     def padded_length(self) -> int:
@@ -235,6 +242,11 @@ class Config(Section):
             raise ValueError(
                 f"rank.validation_fraction={rank.validation_fraction!r} and "
                 f"rank.test_fraction={rank.test_fraction!r}: their sum must be in (0, 1)"
+            )
+        if self.eval.time == "request" and not rank.tasks:
+            raise ValueError(
+                "eval.time='request' is for ranking, whose requests have several targets: "
+                "use 'target', or 'last'"
             )
         protocol, channels = self.train.protocol, self.model.channels
         if not rank.tasks and (channels or protocol == "chronological"):
@@ -333,6 +345,9 @@ class Config(Section):
             "model.kind": (model.kind, "hstu"),
             # The softmax ablation lets targets see one another.
             "model.attention": (model.attention, "silu"),
+            # Nothing of a history is hidden: the targets of a request are given.
+            "eval.hide": (self.eval.hide, "window"),
+            "eval.repeats": (self.eval.repeats, "hide"),
         }
         for name, (value, only) in needed.items():
             if value != only:

@@ -1,7 +1,7 @@
 """Sections of a configuration that no other section refers to; `config` has the others."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 
@@ -36,3 +36,22 @@ class OptimConfig(Section):
     # The learning rate falls to 0 at this step, on a cosine; None: it stays.
     decay_steps: Count | None = None
     clip_norm: Positive[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(Section):
+    """What an evaluation hides, and what time it tells the model: docs/evaluation.md.
+
+    Steps of training do not read it; the choice of the best epoch does.
+    """
+
+    # Retrieval: whose items are left out of the ranking, those of the newest data.max_history
+    # events (as in the public code) or those of all earlier events of the user (as in serving).
+    hide: Literal["window", "all"] = "window"
+    # Retrieval: whether such items are left out at all. hide: a target among them is not found.
+    # rank: every item of the catalogue is ranked, and `hide` only says what counts as a repeat.
+    repeats: Literal["hide", "rank"] = "hide"
+    # When the model is asked. target: at the time of each target, which lies ahead of the request;
+    # request (ranking): about all targets of a request at the time of its first; last: at the time
+    # of the user's last event, as in serving without `now`.
+    time: Literal["target", "request", "last"] = "target"
