@@ -29,6 +29,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/evaluation.md": {
         "evaluation": retrieval.evaluation_table,
+        "evaluation_ranking": ranking.evaluation_table,
     },
     "docs/ultra_hstu.md": {
         "long_ultra": long.long_ultra_table,

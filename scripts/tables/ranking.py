@@ -13,6 +13,7 @@ from scripts.tables.records import (
     mean_and_deviation,
     measured,
     origin,
+    short,
 )
 
 RANKING = {  # records of experiments.train --record: data and model
@@ -86,6 +87,22 @@ def ranking_table() -> str:
             rows.append([data, task, model, str(len(runs)), *metric_cells(runs, task), *last])
     header += ["inference GFLOP a request (of HSTU's)", "seconds a run", "time"]
     return markdown(header, rows)
+
+
+@measured("ml100k_rank_hstu")
+def evaluation_table(trained: Json) -> str:
+    """One run of MovieLens-100K, its test events predicted under each choice of `eval.time`."""
+    records = [load(f"ml100k_rank_hstu_{name}") for name in ("request", "last")]
+    found = [(trained["runs"][0], trained["runs"][0]["best"])] + [
+        (record, record["tables"]["float32"]["metrics"]) for record in records if record
+    ]
+    task = "rating_at_least_4"
+    rows = [
+        [f"`{evaluation(record)['time']}`", *metric_cells([metrics], task), short(metrics["mse"])]
+        for record, metrics in found
+    ]
+    names = [name.replace("_", " ").upper() for name in METRICS]
+    return markdown(["`eval.time`", *names, "squared error of stars"], rows)
 
 
 def ablation_table() -> str:
