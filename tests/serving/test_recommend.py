@@ -141,6 +141,7 @@ def test_recommend_command(run):
     done = call("recommend", f"--workdir={run[1]}", "--history=5,17, 3", "--k=3")
     assert done.returncode == 0, done.stderr
     assert "after 3 items" in done.stdout and "of category" in done.stdout
+    assert "every item of the history is hidden" in done.stdout
     done = call("recommend", f"--workdir={run[1]}", "--user=7", "--k=3")
     assert done.returncode == 0 and "user 7, after 12 events" in done.stdout, done.stderr
 
