@@ -1,6 +1,7 @@
 """Fields of a configuration's sections: limits of their values, and plain data from and to them."""
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Callable
@@ -23,7 +24,26 @@ Values = dict[str, Any]  # a section as plain data: values, and sections as dict
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A dataclass whose fields are values, other sections, or dicts of sections."""
+    """A dataclass whose fields are values, other sections, or dicts of sections.
+
+    Raises:
+      ValueError: a choice by name that is not there, however the section is made.
+    """
+
+    def __post_init__(self) -> None:
+        for name, allowed in _choices(type(self)).items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(
+                    f"{type(self).__name__}.{name}={value!r} is not allowed: use "
+                    f"{', '.join(map(repr, allowed))}"
+                )
+
+
+@functools.cache
+def _choices(section: type[Section]) -> dict[str, tuple[Any, ...]]:
+    """The values of each field that is a choice by name."""
+    hints = get_type_hints(section)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 @dataclasses.dataclass(frozen=True)
