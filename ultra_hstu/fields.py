@@ -1,7 +1,6 @@
 """Fields of a configuration's sections: limits of their values, and plain data from and to them."""
 
 import dataclasses
-import functools
 import math
 import types
 from collections.abc import Callable
@@ -31,19 +30,10 @@ class Section:
     """
 
     def __post_init__(self) -> None:
-        for name, allowed in _choices(type(self)).items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(
-                    f"{type(self).__name__}.{name}={value!r} is not allowed: use "
-                    f"{', '.join(map(repr, allowed))}"
-                )
-
-
-@functools.cache
-def _choices(section: type[Section]) -> dict[str, tuple[Any, ...]]:
-    """The values of each field that is a choice by name."""
-    hints = get_type_hints(section)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and (value := getattr(self, name)) not in get_args(hint):
+                where, names = f"{type(self).__name__}.{name}", map(repr, get_args(hint))
+                raise ValueError(f"{where}={value!r} is not allowed: use {', '.join(names)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -176,7 +176,7 @@ def mean_metrics(rank_U: Int[Array | np.ndarray, " U"]) -> dict[str, float]:
         raise ValueError("no user to average over")
     rank = np.asarray(rank_U, np.float64)
     gain_U = 1 / np.log2(rank + 1)
-    values = {f"hr@{k}": rank <= k for k in CUTOFFS}
+    values: dict[str, np.ndarray] = {f"hr@{k}": rank <= k for k in CUTOFFS}
     values |= {f"ndcg@{k}": (rank <= k) * gain_U for k in CUTOFFS}
     values |= {"mrr": 1 / rank}
     return {name: float(np.mean(value_U)) for name, value_U in values.items()}
