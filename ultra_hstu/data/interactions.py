@@ -27,6 +27,8 @@ MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
 class Interactions:
     """All events, users one after the other, each user's events from oldest to newest.
 
+    Raises ValueError for items that the catalogue does not have.
+
     Attributes:
         users: raw user ids, int64 or str, ascending.
         items: dense item ids 1..I.
@@ -48,6 +50,16 @@ class Interactions:
     catalog: Catalog
     contexts: dict[str, Int32[np.ndarray, " users"]] = dataclasses.field(default_factory=dict)
     context_values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        outside = (self.items < 1) | (self.items > self.num_items)
+        if outside.any():
+            event = int(np.argmax(outside))
+            raise ValueError(
+                f"items[{event}]={self.items[event]} is no item of the catalogue, whose dense ids "
+                f"are 1..{self.num_items} ({outside.sum()} events have such ids): Catalog.encode "
+                "makes dense ids of raw ones"
+            )
 
     @property
     def num_users(self) -> int:
