@@ -14,6 +14,7 @@ from jaxtyping import Int32, Int64, Shaped
 from numpy.typing import ArrayLike
 
 from ultra_hstu.config import DataConfig
+from ultra_hstu.data import npz
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
 from ultra_hstu.data.catalog import Catalog, few
 from ultra_hstu.data.contexts import Contexts
@@ -23,6 +24,8 @@ from ultra_hstu.table_config import TableConfig
 _log = logging.getLogger(__name__)
 _BATCH = 4096  # users read at once: one by one, every user decompresses its neighbours too
 MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
+# The `data.source` of events that a program had in memory: `data.raw_dir` is a file of them.
+ARRAYS = "arrays"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,6 +121,46 @@ class Interactions:
             "sha256": digest.hexdigest(),
         }
 
+    def save(self, path: npz.Path) -> None:
+        """Writes the file, whole or not at all."""
+        catalog = self.catalog
+        arrays = {
+            "users": self.users,
+            "items": self.items,
+            "offsets": self.offsets,
+            "raw_ids": catalog.raw_ids,
+            **{f"actions/{name}": values for name, values in self.actions.items()},
+            **{f"contexts/{name}": codes for name, codes in self.contexts.items()},
+            **{f"words/{name}": np.array(words) for name, words in self.context_values.items()},
+        }
+        if self.timestamps is not None:
+            arrays["timestamps"] = self.timestamps
+        if catalog.titles is not None:
+            arrays["titles"] = np.array(catalog.titles)
+        npz.save(path, arrays)
+
+    @classmethod
+    def load(cls, path: npz.Path) -> "Interactions":
+        """What `save` wrote. Raises ValueError naming the file if it is missing or damaged."""
+        remedy = "name it by --raw_dir if it was moved, or train in a new folder"
+        with npz.reading(path, "the data of a run that was trained on arrays", remedy) as file:
+
+            def columns(part: str) -> dict[str, np.ndarray]:
+                return {key.removeprefix(part): file[key] for key in file if key.startswith(part)}
+
+            words, titles = columns("words/"), columns("titles").get("")
+            named = None if titles is None else tuple(titles.tolist())
+            return cls(
+                users=file["users"],
+                items=file["items"],
+                offsets=file["offsets"],
+                timestamps=columns("timestamps").get(""),
+                actions=columns("actions/"),
+                catalog=Catalog(file["raw_ids"], named),
+                contexts=columns("contexts/"),
+                context_values={name: tuple(text.tolist()) for name, text in words.items()},
+            )
+
     def history(self, user: int | str) -> slice:
         """The events of a raw user id. Raises ValueError as `row`."""
         row = self.row(user)
@@ -161,6 +204,8 @@ def load_interactions(config: DataConfig) -> Interactions:
             without timestamps.
         ConnectionError: the source cannot be downloaded; says what to fetch by hand.
     """
+    if config.source == ARRAYS:
+        return Interactions.load(config.raw_dir or "")
     prepared = prepare(builder_of(config.source), config)
     return ordered(_read(prepared), ties=config.ties, seed=config.ties_seed)
 
