@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.12 || { command -v pyenv >/dev/null && pyenv which python3.12; } 2>/dev/null || echo python3)
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 INSTALLED_CUDA := $(VENV)/.installed-cuda
 export PYTHONDONTWRITEBYTECODE := 1
@@ -15,14 +16,16 @@ $(VENV)/bin/python:
 		{ echo "Python 3.12 is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1): install it (pyenv install 3.12, or uv python install 3.12), or name it: make PYTHON=/path/to/python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): requirements.txt requirements-serve.txt requirements-dev.txt constraints.txt | $(VENV)/bin/python
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+REQUIREMENTS := requirements.txt requirements-serve.txt requirements-dev.txt
+$(INSTALLED): $(REQUIREMENTS) constraints.txt pyproject.toml | $(VENV)/bin/python
+	$(PIP) --quiet $(REQUIREMENTS:%=-r %) -c constraints.txt
+	$(PIP) --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-install: $(INSTALLED)  ## make .venv with everything for CPU, tests and lint
+install: $(INSTALLED)  ## make .venv with the package itself and everything for CPU, tests and lint
 
 $(INSTALLED_CUDA): requirements-cuda.txt $(INSTALLED)
-	$(PY) -m pip install --disable-pip-version-check -r requirements-cuda.txt -c constraints.txt
+	$(PIP) -r requirements-cuda.txt -c constraints.txt
 	@touch $@
 
 install-cuda: $(INSTALLED_CUDA)  ## the same for NVIDIA GPUs (CUDA 13), with jax-triton
@@ -36,6 +39,9 @@ test: $(INSTALLED)  ## the whole test suite on CPU
 test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU (after install-cuda)
 	$(PY) -m pytest -q -n 8 --dist=worksteal tests/gpu --record=experiments/results/test_gpu.json
 
+package: $(INSTALLED)  ## build the wheel, install it elsewhere, call attention and a command there
+	$(PY) -m pytest -q tests/test_package.py
+
 lint: $(INSTALLED)  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -44,7 +50,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 tables: $(INSTALLED)  ## write the README's tables and figures anew from experiments/results
 	$(PY) -m scripts.tables.make
 
-clean:  ## remove .venv, prepared data and runs
-	rm -rf $(VENV) data runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  ## remove .venv, builds, prepared data and runs
+	rm -rf $(VENV) build *.egg-info data runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-.PHONY: help install install-cuda demo test test-gpu lint tables clean
+.PHONY: help install install-cuda demo test test-gpu package lint tables clean

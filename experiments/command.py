@@ -16,10 +16,12 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 
 from experiments import configs
-from ultra_hstu import fields
+from ultra_hstu import compilation_cache, fields
 from ultra_hstu.config import EvalConfig, to_config_dict
 from ultra_hstu.parallel import processes
 from ultra_hstu.train import Interrupted
+
+flags.disclaim_key_flags()  # flags defined here are those of the program that asks for them
 
 # In errors of JAX where another process is missing.
 LOST_WORDS = ("Gloo", "NCCL", "coordination service", "UNAVAILABLE", "DEADLINE_EXCEEDED")
@@ -102,6 +104,12 @@ def run(main: Callable[[list[str]], None]) -> None:
     Exit codes: 0 done, or stopped by a signal with its state saved; 1 bad input or disk; 3 a loss
     that is not finite; 4 another process of the run failed or was lost.
     """
+    cache = flags.DEFINE_string(
+        "compilation_cache",
+        None,
+        "folder of compiled programs, by which a second start is faster, or off; by default in the "
+        "cache of the user",
+    )
 
     def wrapped(argv: list[str]) -> None:
         errors = Console(stderr=True)
@@ -120,6 +128,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         # Orbax reports every file that it touches; its errors reach us as exceptions.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger().setLevel(logging.WARNING)
+        compilation_cache.use(cache.value)
         try:
             main(argv)
             processes.end()

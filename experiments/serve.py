@@ -23,7 +23,13 @@ import threading
 from pathlib import Path
 from typing import cast
 
-import portpicker
+try:
+    import portpicker
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: serving needs {error.name}: install the extra `serve`, such as by "
+        "pip install -e '.[serve]' -c constraints.txt"
+    )
 
 # Read when Ray is imported, by every process of a local instance; a cluster sets them on its
 # machines.

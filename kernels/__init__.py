@@ -1,0 +1,3 @@
+"""HSTU attention, its mask and its jagged batches; imports JAX and nothing above it."""
+
+DISTRIBUTION = "ultra-hstu"  # whose package this is: other distributions use the name, too

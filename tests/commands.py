@@ -20,14 +20,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run(module: str, *arguments: object, seconds: int = 300) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run` returns for `python -m module *arguments` in the repository's root."""
-    with tempfile.TemporaryDirectory() as folder:
+def run(
+    module: str, *arguments: object, seconds: int = 300, folder: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """What `subprocess.run` returns for `python -m module *arguments` in a folder."""
+    with tempfile.TemporaryDirectory() as files:
         request = {
             "command": [module, *map(str, arguments)],
-            "stdout": f"{folder}/stdout",
-            "stderr": f"{folder}/stderr",
+            "stdout": f"{files}/stdout",
+            "stderr": f"{files}/stderr",
             "seconds": seconds,
+            "folder": str(folder),
         }
         server = _server()
         server.stdin.write(json.dumps(request) + "\n")
@@ -63,6 +66,7 @@ def _next_command() -> dict[str, object] | None:
 
 def _become(request: dict[str, object]) -> None:
     signal.alarm(request["seconds"])
+    os.chdir(request["folder"])
     for number, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.argv = request["command"]

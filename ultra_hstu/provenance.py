@@ -23,9 +23,17 @@ def provenance() -> dict[str, Any]:
         | {"python": platform.python_version()},
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "commit": _commit(),
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": _command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _command() -> str:
+    """The command line of this process; a script, as `ultra-hstu` is, without its folder."""
+    program, *arguments = ["python", *sys.orig_argv[1:]]
+    if arguments and os.path.isabs(arguments[0]):
+        program, *arguments = [os.path.basename(arguments[0]), *arguments[1:]]
+    return " ".join([program, *arguments])
 
 
 def _commit() -> str:

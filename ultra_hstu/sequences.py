@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Int64
+from numpy.typing import ArrayLike
 
-from kernels.jagged import Offsets, Rows
+from kernels.jagged import Offsets, Rows, lengths_to_offsets
 from kernels.typing import STATIC, Leaf
 from ultra_hstu.parallel.shards import ONE, Shards
 
@@ -47,6 +48,74 @@ class Sequences:
     max_targets: int = dataclasses.field(default=0, metadata=STATIC)
     max_contextual: int = dataclasses.field(default=0, metadata=STATIC)
 
+    @staticmethod
+    def of(
+        lengths: ArrayLike,
+        times: ArrayLike | None = None,
+        *,
+        num_rows: int | None = None,
+        num_targets: ArrayLike | None = None,
+        num_contextual: ArrayLike | None = None,
+    ) -> "Sequences":
+        """Sequences of these lengths, one behind the other, made on the host.
+
+        Args:
+          lengths: rows of each sequence, [B]; 0 is a legal one.
+          times: whole seconds of all these rows, oldest first within a sequence; None: all the
+            same.
+          num_rows: T, the capacity of the buffer. A compiled program serves all batches of one T
+            and one B; None: the sum of the lengths.
+          num_targets, num_contextual: how many rows of each sequence are such, [B]. Most of them
+            become `max_targets` and `max_contextual`, which are static.
+
+        Raises:
+          ValueError: lengths or counts that are not whole numbers from 0 on, more rows than
+            `num_rows`, more targets and contextual tokens than rows, or times of another number,
+            that go back within a sequence or span more than 2^31 - 1 seconds.
+        """
+        length_B = _counts("lengths", lengths)
+        offsets = lengths_to_offsets(length_B, xp=np)
+        used, batch = int(offsets[-1]), len(length_B)
+        rows = used if num_rows is None else num_rows
+        if used > rows:
+            raise ValueError(
+                f"the lengths add up to {used} rows, more than num_rows={rows}: raise it"
+            )
+        targets_B, contextual_B = (
+            None if counts is None else _counts(name, counts, batch)
+            for name, counts in (("num_targets", num_targets), ("num_contextual", num_contextual))
+        )
+        special_B = sum(x for x in (targets_B, contextual_B) if x is not None)
+        if (over := np.flatnonzero(special_B > length_B)).size:
+            raise ValueError(
+                f"sequence {over[0]} has {length_B[over[0]]} rows, fewer than its targets and "
+                "contextual tokens: they are among the rows"
+            )
+        time_T = np.zeros(rows, np.int32)
+        if times is not None:
+            given = np.asarray(times)
+            if given.shape != (used,) or (used and given.dtype.kind not in "iu"):
+                raise ValueError(
+                    f"times must be whole seconds, one a row of the sequences, [{used}]; got "
+                    f"{given.dtype}{list(given.shape)}"
+                )
+            time_T[:used] = seconds_since_first(given.astype(np.int64), used)
+        last_b = offsets[1:][length_B > 0] - 1
+        next_time_T = np.append(time_T[1:], time_T[-1:])
+        next_time_T[last_b] = time_T[last_b]
+        if (back := np.flatnonzero(next_time_T[:used] < time_T[:used])).size:
+            raise ValueError(f"times go back behind row {back[0]}: give each sequence oldest first")
+        return Sequences(
+            offsets,
+            np.arange(rows) < used,
+            time_T,
+            next_time_T,
+            targets_B,
+            contextual_B,
+            max_targets=_most(targets_B),
+            max_contextual=_most(contextual_B),
+        )
+
     @property
     def counts(self) -> tuple[PerSequence | None, PerSequence | None]:
         """Targets and contextual tokens of each sequence."""
@@ -68,6 +137,19 @@ class Sequences:
     def on(self, shards: Shards) -> "Sequences":
         """The same sequences on a mesh."""
         return dataclasses.replace(self, shards=shards)
+
+
+def _counts(name: str, values: ArrayLike, batch: int | None = None) -> Int32[np.ndarray, " B"]:
+    """Numbers of rows as int32 [B]. Raises ValueError for what is none."""
+    count_B = np.asarray(values)
+    wrong = count_B.ndim != 1 or batch not in (None, len(count_B))
+    if wrong or (count_B.size and (count_B.dtype.kind not in "iu" or count_B.min() < 0)):
+        raise ValueError(f"{name} must be whole numbers from 0 on, one a sequence, got {values!r}")
+    return count_B.astype(np.int32)
+
+
+def _most(count_B: Int32[np.ndarray, " B"] | None) -> int:
+    return 0 if count_B is None else int(count_B.max(initial=0))
 
 
 def seconds_since_first(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ultra_hstu.config import Config
-from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
 from ultra_hstu.data.sources import builder_of
 from ultra_hstu.fields import changed
 from ultra_hstu.ranking.task import RankingTask
@@ -16,7 +16,8 @@ TASKS: dict[str, type[Task]] = {"retrieval": RetrievalTask, "ranking": RankingTa
 
 def check(config: Config) -> None:
     """Raises ValueError for a source or a protocol that is not there; reads nothing."""
-    builder_of(config.data.source)
+    if config.data.source != ARRAYS:
+        builder_of(config.data.source)
     known = [protocol for task in TASKS.values() for protocol in task.PROTOCOLS]
     if config.train.protocol not in known:
         names = ", ".join(map(repr, known))

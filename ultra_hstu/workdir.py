@@ -2,6 +2,7 @@
 
 config.json      the configuration; a run that differs from it is refused
 catalog.npz      item ids and titles (the reverse map)
+interactions.npz the events of a run that was trained on arrays
 checkpoints/     Orbax, newest and best
 metrics.jsonl    one line a record, the same values as TensorBoard's
 tensorboard/
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ultra_hstu.config import Config, from_config_dict
-from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.interactions import ARRAYS, Interactions
 from ultra_hstu.fields import difference
 
 # Fields that may change between two starts of the same run: they say where and how long, not what
@@ -33,6 +34,7 @@ class Workdir:
         self.config = self.path / "config.json"
         self.data = self.path / "data.json"
         self.catalog = self.path / "catalog.npz"
+        self.interactions = self.path / "interactions.npz"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
@@ -107,6 +109,8 @@ class Workdir:
             self.check_data(interactions)
         else:
             interactions.catalog.save(self.catalog)
+            if self.read_config().data.source == ARRAYS:
+                interactions.save(self.interactions)
             write_json(self.data, interactions.fingerprint())
 
     def check_data(self, interactions: Interactions) -> None:

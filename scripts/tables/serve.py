@@ -23,7 +23,7 @@ class Deployment:
         address = f"curl -s localhost:8000/{self.path} -H 'content-type: application/json'"
         response = json.dumps(example["answer"], indent=1, ensure_ascii=False)
         request = json.dumps(example["request"])
-        return f"    {address} -d '{request}'\n\n```json\n{response}\n```"
+        return f"```sh\n{address} -d '{request}'\n```\n\n```json\n{response}\n```"
 
     def load_table(self) -> str:
         """The rate over connections, the mixed load and the killed replica."""

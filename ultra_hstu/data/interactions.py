@@ -5,22 +5,27 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64, Shaped
+from numpy.typing import ArrayLike
 
 from ultra_hstu.config import DataConfig
+from ultra_hstu.data import npz
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
 from ultra_hstu.data.catalog import Catalog, few
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.sources import builder_of
+from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
 _BATCH = 4096  # users read at once: one by one, every user decompresses its neighbours too
 MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
+# The `data.source` of events that a program had in memory: `data.raw_dir` is a file of them.
+ARRAYS = "arrays"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +66,38 @@ class Interactions:
                 "makes dense ids of raw ones"
             )
 
+    @classmethod
+    def from_arrays(
+        cls,
+        users: ArrayLike,
+        items: ArrayLike,
+        times: ArrayLike | None,
+        *,
+        actions: Mapping[str, ArrayLike] | None = None,
+        titles: Mapping[int, str] | Mapping[str, str] | None = None,
+    ) -> "Interactions":
+        """Events in any order, one entry an event, [E] each.
+
+        Each user's events are sorted by time, ties in the order that they are given in. Events that
+        repeat an earlier one of the same user, item and time are dropped, and users with fewer than
+        3 events; a warning counts both.
+
+        Args:
+            users, items: ids, whole numbers or strings.
+            times: seconds since 1970 (1901 to 2106), or datetime64; None: events of a user are in
+                order.
+            actions: what the user did, by name, as numbers: integers become int32, floats float32.
+            titles: of items, by id. The catalogue is the items of the events that are left.
+
+        Raises:
+            ValueError: arrays of unequal lengths, ids or times of another kind (a value is shown),
+                nothing left.
+        """
+        from ultra_hstu.data import grouping  # which makes objects of this class
+
+        columns = grouping.event_columns(users, items, times, actions or {})
+        return grouping.group(columns, TableConfig(), titles)[0]
+
     @property
     def num_users(self) -> int:
         return len(self.users)
@@ -95,6 +132,46 @@ class Interactions:
             "events": self.num_events,
             "sha256": digest.hexdigest(),
         }
+
+    def save(self, path: npz.Path) -> None:
+        """Writes the file, whole or not at all."""
+        catalog = self.catalog
+        arrays = {
+            "users": self.users,
+            "items": self.items,
+            "offsets": self.offsets,
+            "raw_ids": catalog.raw_ids,
+            **{f"actions/{name}": values for name, values in self.actions.items()},
+            **{f"contexts/{name}": codes for name, codes in self.contexts.items()},
+            **{f"words/{name}": np.array(words) for name, words in self.context_values.items()},
+        }
+        if self.timestamps is not None:
+            arrays["timestamps"] = self.timestamps
+        if catalog.titles is not None:
+            arrays["titles"] = np.array(catalog.titles)
+        npz.save(path, arrays)
+
+    @classmethod
+    def load(cls, path: npz.Path) -> "Interactions":
+        """What `save` wrote. Raises ValueError naming the file if it is missing or damaged."""
+        remedy = "name it by --raw_dir if it was moved, or train in a new folder"
+        with npz.reading(path, "the data of a run that was trained on arrays", remedy) as file:
+
+            def columns(part: str) -> dict[str, np.ndarray]:
+                return {key.removeprefix(part): file[key] for key in file if key.startswith(part)}
+
+            words, titles = columns("words/"), columns("titles").get("")
+            named = None if titles is None else tuple(titles.tolist())
+            return cls(
+                users=file["users"],
+                items=file["items"],
+                offsets=file["offsets"],
+                timestamps=columns("timestamps").get(""),
+                actions=columns("actions/"),
+                catalog=Catalog(file["raw_ids"], named),
+                contexts=columns("contexts/"),
+                context_values={name: tuple(text.tolist()) for name, text in words.items()},
+            )
 
     def history(self, user: int | str) -> slice:
         """The events of a raw user id. Raises ValueError as `row`."""
@@ -139,6 +216,8 @@ def load_interactions(config: DataConfig) -> Interactions:
             without timestamps.
         ConnectionError: the source cannot be downloaded; says what to fetch by hand.
     """
+    if config.source == ARRAYS:
+        return Interactions.load(config.raw_dir or "")
     prepared = prepare(builder_of(config.source), config)
     return ordered(_read(prepared), ties=config.ties, seed=config.ties_seed)
 

@@ -17,6 +17,7 @@ from pydantic import JsonValue
 from ray import serve
 from ray.serve import metrics
 
+from ultra_hstu import compilation_cache
 from ultra_hstu.serving import schema
 from ultra_hstu.serving.inputs import MAX_USERS, Query
 from ultra_hstu.serving.schema import (
@@ -81,6 +82,7 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
         Args:
           wait_ms: how long a batch waits for more requests than are there.
         """
+        compilation_cache.use()
         self.service = cast(Service[R, A], open_service(workdir, raw_dir, options))
         # One thread for all calls: with several, each has a heap of its own, and the memory of
         # users who were dropped stays with the one that made it.
