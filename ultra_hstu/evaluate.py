@@ -1,7 +1,6 @@
 """The loop of an evaluation, which all tasks share: one split through one compiled call."""
 
 import abc
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,6 @@ class Evaluator(abc.ABC):
     """
 
     criteria: Criteria
-    scores_model: ClassVar[bool] = True  # what is scored are the parameters of the recipe's model
 
     def __init__(self, recipe: Steps, loader: Loader, like: jax.ShapeDtypeStruct):
         self.recipe, self.loader, self.plan = recipe, loader, loader.plan(shuffle=False)
@@ -72,8 +70,7 @@ class Evaluator(abc.ABC):
 
     def _over_devices(self, scored: PyTree, feed: Feed, steps: Int[Array, ""]) -> StepOutputs:
         everywhere = PartitionSpec()
-        sharded = self.scores_model and self.recipe.mesh is not None
-        of_scored = self.recipe.specs.params if sharded else everywhere
+        of_scored = everywhere if self.recipe.mesh is None else self.recipe.specs.params
         run = self.recipe.over_devices(
             self._steps, (of_scored, feed_specs(feed), everywhere), everywhere
         )

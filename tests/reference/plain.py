@@ -119,6 +119,56 @@ def retrieval_metrics(ranks) -> dict[str, float]:
     return metrics
 
 
+# --- what needs no model; all orders are (score, popularity, lower id) ---
+
+
+def by_popularity(train, catalogue) -> list[int]:
+    """The catalogue, the most popular item of the training events first."""
+    seen = [event.item for _, history, target in train for event in (*history, target)]
+    return sorted(catalogue, key=lambda item: (-seen.count(item), item))
+
+
+def strongest(scores, order, neighbours) -> dict[int, dict[int, float]]:
+    """The best neighbours of each item, from scores by (item, neighbour)."""
+    found = {}
+    for item in order:
+        near = [other for other in order if scores.get((item, other), 0) > 0]
+        near.sort(key=lambda other: -scores[item, other])  # a stable sort keeps `order` in ties
+        found[item] = {other: scores[item, other] for other in near[:neighbours]}
+    return found
+
+
+def followers(train) -> dict[tuple[int, int], int]:
+    """How often an item came directly after another."""
+    pairs: dict[tuple[int, int], int] = {}
+    for _, history, target in train:
+        items = [event.item for event in (*history, target)]
+        for pair in zip(items, items[1:], strict=False):
+            pairs[pair] = pairs.get(pair, 0) + 1
+    return pairs
+
+
+def cosines(train, recent) -> dict[tuple[int, int], float]:
+    """Of the sets of users who met two items among their newest events."""
+    met = [{event.item for event in [*history, target][-recent:]} for _, history, target in train]
+    shared: dict[tuple[int, int], int] = {}
+    for items in met:
+        for pair in ((item, other) for item in items for other in items):
+            shared[pair] = shared.get(pair, 0) + 1
+    return {
+        (item, other): count / math.sqrt(shared[item, item] * shared[other, other])
+        for (item, other), count in shared.items()
+    }
+
+
+def rank_in_order(scores, order, target, hidden) -> int:
+    """The target's rank among the items that are not hidden, those without a score last."""
+    if target in hidden:
+        return NOT_FOUND
+    ranked = sorted(order, key=lambda item: -scores.get(item, 0))
+    return 1 + [item for item in ranked if item not in hidden].index(target)
+
+
 # --- ranking; predictions are (user, logit, label), of weight 1 ---
 
 

@@ -10,6 +10,7 @@ from tests.data.data_files import ml1m
 from tests.reference import plain
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
+from ultra_hstu.retrieval import baselines
 from ultra_hstu.retrieval.batch import Events, HistoryGather
 
 LONGEST = 8  # of a history, in events
@@ -104,23 +105,53 @@ def test_metrics(raw, config, histories):
     assert plain.NOT_FOUND in ranks  # a movie that was seen before is hidden, target or not
     evaluator = task.evaluator("test")
     assert evaluator.predict(params).tolist() == ranks
-    assert evaluator(params) == pytest.approx(plain.retrieval_metrics(ranks), rel=1e-12)
+    repeats = ranks.count(plain.NOT_FOUND) / len(ranks)
+    expected = plain.retrieval_metrics(ranks) | {"repeats": repeats}
+    assert evaluator(params) == pytest.approx(expected, rel=1e-12)
 
 
-def test_popularity(config, histories):
-    """Items by how often they occur in training, the lower id first among equals."""
+@pytest.mark.parametrize(
+    ("neighbours", "recent", "hide", "repeats"),
+    [(100, 100, "window", "hide"), (3, 5, "all", "hide"), (3, 5, "window", "rank")],
+)
+def test_baselines(neighbours, recent, hide, repeats, config, histories, monkeypatch):
+    for name, value in {"NEIGHBOURS": neighbours, "RECENT": recent}.items():
+        monkeypatch.setattr(baselines, name, value)
+    for name in ("BLOCK_EVENTS", "BLOCK_USERS"):
+        monkeypatch.setattr(baselines, name, 7)
+    task = tasks.load(with_(config, eval__hide=hide, eval__repeats=repeats))
     train = plain.examples(histories, "validated", "train", LONGEST)
-    seen = [event.item for _, history, target in train for event in (*history, target)]
-    task = tasks.load(config)
-    movies = task.interactions.catalog.raw_ids[1:].tolist()
-    order = sorted(movies, key=lambda movie: (-seen.count(movie), movie))
-    scores = {movie: -place for place, movie in enumerate(order)}
-    ranks = [
-        plain.rank(scores, target.item, {event.item for event in history})
-        for _, history, target in plain.examples(histories, "validated", "test", LONGEST)
-    ]
-    expected = pytest.approx(plain.retrieval_metrics(ranks), rel=1e-12)
-    assert task.baselines("test")["popularity"] == expected
+    order = plain.by_popularity(train, task.interactions.catalog.raw_ids[1:].tolist())
+    followers, similar = (
+        plain.strongest(scores, order, neighbours)
+        for scores in (plain.followers(train), plain.cosines(train, recent))
+    )
+    ranks = {"popularity": [], "last item's neighbours": [], "item-item": []}
+    chances, met_before = [], 0  # the metrics of a random order, a user's mean over all of them
+    for user, history, target in plain.examples(histories, "validated", "test", LONGEST):
+        met = {event.item for event in (history if hide == "window" else histories[user][:-1])}
+        hidden = met if repeats == "hide" else set()
+        known = sorted({event.item for event in history[-recent:]}, key=order.index)
+        summed = {}
+        for item in known:
+            for other, score in similar[item].items():
+                summed[other] = summed.get(other, 0.0) + score
+        for name, scores in zip(ranks, ({}, followers[history[-1].item], summed), strict=True):
+            ranks[name].append(plain.rank_in_order(scores, order, target.item, hidden))
+        places = range(1, 1 + len(order) - len(hidden))
+        lost = target.item in hidden
+        chances.append(plain.retrieval_metrics([plain.NOT_FOUND] if lost else places))
+        met_before += target.item in met
+    expected = {name: plain.retrieval_metrics(found) for name, found in ranks.items()}
+    expected["random"] = {
+        name: sum(chance[name] for chance in chances) / len(chances) for name in chances[0]
+    }
+    share = met_before / len(chances)
+    assert 0 < share < 1
+    found = task.baselines("test")
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values | {"repeats": share}, rel=1e-12), name
 
 
 def test_kept_lengths_of_stochastic_length(config, histories):

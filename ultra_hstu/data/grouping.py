@@ -194,9 +194,7 @@ def _order(
     whole = len(user_E) <= 4 * BLOCK
     for first, last in _user_blocks(offsets):
         event_n = (
-            np.arange(len(user_E))
-            if whole
-            else np.flatnonzero((user_E >= first) & (user_E < last))
+            np.arange(len(user_E)) if whole else np.flatnonzero((user_E >= first) & (user_E < last))
         )
         key_n = (user_E[event_n] - first).astype(np.int64) * span
         if time_E is not None:
@@ -214,9 +212,7 @@ def _gather(
     return ordered
 
 
-def _counts(
-    code_E: Codes, size: int, where_E: Mask | None = None
-) -> Int64[np.ndarray, " size"]:
+def _counts(code_E: Codes, size: int, where_E: Mask | None = None) -> Int64[np.ndarray, " size"]:
     """How often each code occurs."""
     count = np.zeros(size, np.int64)
     for block in _blocks(len(code_E)):

@@ -163,8 +163,10 @@ def _sweep[Carry](
     return jax.lax.fori_loop(0, -(-items // size), step, carry)
 
 
-def mean_metrics(rank_U: Int[Array | np.ndarray, " U"]) -> dict[str, float]:
-    """The means over users of `hr@k`, `ndcg@k` and `mrr`, in float64 on the host.
+def mean_metrics(
+    rank_U: Int[Array | np.ndarray, " U"], weight_U: Float[np.ndarray, " U"] | None = None
+) -> dict[str, float]:
+    """The means over users of `hr@k`, `ndcg@k` and `mrr`, in float64 on the host; weighted.
 
     `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] / log2(rank + 1)`, `mrr = 1 / rank`: as in the
     published code, a target that is not found adds 1 / 2501 to MRR and not 0.
@@ -179,4 +181,4 @@ def mean_metrics(rank_U: Int[Array | np.ndarray, " U"]) -> dict[str, float]:
     values: dict[str, np.ndarray] = {f"hr@{k}": rank <= k for k in CUTOFFS}
     values |= {f"ndcg@{k}": (rank <= k) * gain_U for k in CUTOFFS}
     values |= {"mrr": 1 / rank}
-    return {name: float(np.mean(value_U)) for name, value_U in values.items()}
+    return {name: float(np.average(value_U, weights=weight_U)) for name, value_U in values.items()}

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int64
 
@@ -16,8 +15,9 @@ from ultra_hstu.data.feed import BufferRows, EventStore
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
+from ultra_hstu.retrieval.baselines import baselines
 from ultra_hstu.retrieval.batch import Events, HistoryGather
-from ultra_hstu.retrieval.evaluate import CorpusEvaluator, PopularityEvaluator
+from ultra_hstu.retrieval.evaluate import CorpusEvaluator
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.retrieval.split import PROTOCOLS, Examples, Split, split
 from ultra_hstu.task import Task
@@ -84,13 +84,10 @@ class RetrievalTask(Task[Events]):
         return CorpusEvaluator(self.recipe, self.evaluation_loader(split))
 
     def baselines(self, split: str) -> dict[str, Metrics]:
-        """Recommends what is popular in the training data; of equal items the lower id comes first,
-        as in serving."""
-        best_first_I1 = np.argsort(-self.popularity(), kind="stable")
-        score_I1 = np.empty(len(best_first_I1), np.float32)  # exact for up to 2^24 items
-        score_I1[best_first_I1] = np.arange(len(best_first_I1))[::-1]
-        popular = PopularityEvaluator(self.recipe, self.evaluation_loader(split))
-        return {"popularity": popular(jnp.asarray(score_I1[:, None]))}
+        """Random, popularity, the last item's neighbours, item-item: from training events alone."""
+        train, test = self.splits.train, self.examples(split)
+        hides = self.config.eval.repeats == "hide"
+        return baselines(self.interactions.items, self.popularity(), train, test, hides=hides)
 
     def flops(self, part: str) -> Flops:
         columns = self.columns(part)
