@@ -16,6 +16,7 @@ from ultra_hstu.sampling import (
     RECALIBRATION_WEIGHT,
     LoadBalancer,
     keep_probability,
+    moved_probability,
     stochastic_length,
     subsequence,
     threshold,
@@ -188,43 +189,74 @@ def test_spread_of_the_load_falls():
     assert set(np.unique(kept[kept != length])) == {threshold(N, ALPHA)}
 
 
-def test_no_choice_is_closer_in_order_of_preference():
-    """The first histories in order of u / p stay whole; one more or less would miss by more."""
-    length, uniform = (x[0, 0] for x in draws(1, 1))
-    balancer = LoadBalancer(
-        N,
-        ALPHA,
-        GAMMA,
-        target=LoadBalancer(N, ALPHA, GAMMA).load(stochastic_length(length, N, ALPHA, uniform))
-        * 1.3,
-    )
-    kept = balancer.choose(length, uniform)
-    cut = threshold(N, ALPHA)
+LENGTHS = {
+    # A thousand learners of ASSISTments 2017 or more have hundreds of steps, few thousands.
+    "like ASSISTments": lambda rng, n: rng.gamma(2.0, 280.0, n).astype(np.int64).clip(1, 3000),
+    "lognormal": lambda rng, n: rng.lognormal(4.6, 1.0, n).astype(np.int64).clip(1, 400),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_histories_of_any_length_stay_whole_as_often_as_equation_4_says(name):
+    """By sixths of length, over many batches; and the load spreads less all the same."""
+    steps, users = 1000, 32
+    rng = np.random.default_rng(0)
+    length_SU = LENGTHS[name](rng, (steps, users))
+    longest, uniform_SU = int(length_SU.max()), rng.random(length_SU.shape)
+    plain_SU = stochastic_length(length_SU, longest, ALPHA, uniform_SU)
+    balancer = LoadBalancer(longest, ALPHA, 1.8, recalibrate_every=steps)
+    balancer.calibrate([balancer.load(plain_U) for plain_U in plain_SU])
+    kept_SU = np.array([balancer.choose(*both) for both in zip(length_SU, uniform_SU, strict=True)])
+    probability_SU = np.minimum(keep_probability(length_SU, longest, ALPHA), 1)
+    sixth_SU = np.searchsorted(np.quantile(length_SU, np.arange(1, 6) / 6), length_SU)
+    for sixth in range(6):
+        here = sixth_SU == sixth
+        whole, law = (kept_SU == length_SU)[here].mean(), probability_SU[here].mean()
+        assert whole == pytest.approx(law, rel=0.1), (sixth, whole, law)
+    loads = [(kept.astype(float) ** 1.8).sum(1) for kept in (plain_SU, kept_SU)]
+    assert loads[1].std() < 0.5 * loads[0].std()
+    assert loads[1].mean() == pytest.approx(loads[0].mean(), rel=0.02)
+
+
+def test_draws_move_each_other_and_no_probability():
+    """In one batch: each history as often as its moved probability says, and little spread."""
+    length, _ = (x[0, 0] for x in draws(1, 1))
+    balancer, cut = LoadBalancer(N, ALPHA, GAMMA, 10**6), threshold(N, ALPHA)
     long = np.flatnonzero(length > cut)
-    order = sorted(long, key=lambda i: (1 - uniform[i]) * length[i] ** 2 / N**ALPHA)
-    distance = []
-    for count in range(len(order) + 1):
-        trial = np.where(length > cut, cut, length)
-        trial[order[:count]] = length[order[:count]]
-        distance.append((abs(balancer.load(trial) - balancer.target), trial))
-    np.testing.assert_array_equal(kept, min(distance, key=lambda pair: pair[0])[1])
+    law = keep_probability(length[long], N, ALPHA)
+    more = length[long].astype(float) ** GAMMA - float(cut) ** GAMMA
+    wanted = 1.2 * float(law @ more)
+    balancer.target = balancer.load(np.minimum(length, cut)) + wanted
+    probability = moved_probability(law, more, wanted)
+    assert probability @ more == pytest.approx(wanted) and (probability > law).all()
+    rng, tries, kept = np.random.default_rng(0), 2000, []
+    for _ in range(tries):
+        balancer.behind = 0.0
+        kept.append(balancer.choose(length, rng.random(len(length))))
+    whole = (np.array(kept) == length)[:, long].mean(0)
+    np.testing.assert_allclose(whole, probability, atol=4.5 * np.sqrt(0.25 / tries))
+    independent = np.sqrt((probability * (1 - probability) * more**2).sum())
+    assert (np.array(kept, float) ** GAMMA).sum(1).std() < 0.4 * independent
 
 
-def test_at_the_load_of_a_plain_draw_the_choice_is_plain():
-    length, uniform = (x[0, 0] for x in draws(1, 1, seed=3))
-    plain = stochastic_length(length, N, ALPHA, uniform)
-    balancer = LoadBalancer(N, ALPHA, GAMMA)
-    balancer.calibrate([balancer.load(plain)])
-    np.testing.assert_array_equal(balancer.choose(length, uniform), plain)
+@pytest.mark.parametrize("wanted, c", [(-1e9, -1), (1e9, 1)])
+def test_loads_out_of_reach(wanted, c):
+    p, load = np.array([0.1, 0.5]), np.array([5.0, 2.0])
+    np.testing.assert_allclose(moved_probability(p, load, wanted), p + c * p * (1 - p))
+    assert moved_probability(p[:0], load[:0], wanted).shape == (0,)
 
 
 def test_capacity_bounds_the_choice():
     length, uniform = (x[0, 0] for x in draws(1, 1))
-    balancer = LoadBalancer(N, ALPHA, GAMMA, target=1e12)
-    assert balancer.choose(length, uniform).sum() == length.sum()
     cut = np.minimum(length, threshold(N, ALPHA)).sum()
-    assert cut < balancer.choose(length, uniform, capacity=int(cut) + 300).sum() <= cut + 300
-    assert balancer.choose(length, uniform, capacity=0).sum() == cut  # nothing further can be cut
+
+    def events(capacity):
+        balancer = LoadBalancer(N, ALPHA, GAMMA, target=1e12)
+        return balancer.choose(length, uniform, capacity).sum()
+
+    free = events(None)
+    assert events(int(free)) == free > events(int(free) - 1) > cut
+    assert events(0) == cut  # nothing further can be cut
 
 
 def test_recalibration_is_the_only_communication():
