@@ -136,9 +136,12 @@ def simulate(
 def longest_sixth(
     length_SRU: Int[np.ndarray, "S R U"], kept: dict[str, Int[np.ndarray, "S R U"]], longest: int
 ) -> dict[str, float]:
-    """How often the longest sixth of the histories stays whole: by the law, and by each policy."""
+    """How often histories of the longest sixth stay whole: by the law, and by each policy.
+
+    They are those of more than 5 / 6 of the longest length.
+    """
     lengths = length_SRU[RECALIBRATE:]
-    long = lengths >= np.quantile(lengths, 5 / 6)
+    long = lengths > longest * 5 / 6
     law = np.minimum(keep_probability(lengths[long], longest, ALPHA), 1).mean()
     shares = {
         policy: float((kept_SRU[RECALIBRATE:] == lengths)[long].mean())

@@ -189,33 +189,32 @@ def test_spread_of_the_load_falls():
     assert set(np.unique(kept[kept != length])) == {threshold(N, ALPHA)}
 
 
-LENGTHS = {
-    # A thousand learners of ASSISTments 2017 or more have hundreds of steps, few thousands.
-    "like ASSISTments": lambda rng, n: rng.gamma(2.0, 280.0, n).astype(np.int64).clip(1, 3000),
-    "lognormal": lambda rng, n: rng.lognormal(4.6, 1.0, n).astype(np.int64).clip(1, 400),
+LENGTHS = {  # of users, up to a longest one
+    "like ASSISTments": (3000, lambda rng, shape: rng.gamma(2.0, 280.0, shape)),
+    "lognormal": (400, lambda rng, shape: rng.lognormal(4.6, 1.0, shape)),
 }
 
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_histories_of_any_length_stay_whole_as_often_as_equation_4_says(name):
-    """By sixths of length, over many batches; and the load spreads less all the same."""
-    steps, users = 1000, 32
-    rng = np.random.default_rng(0)
-    length_SU = LENGTHS[name](rng, (steps, users))
-    longest, uniform_SU = int(length_SU.max()), rng.random(length_SU.shape)
+    """By sixths of the longest length, over many batches; and yet the load spreads less."""
+    rng, (longest, draw) = np.random.default_rng(0), LENGTHS[name]
+    length_SU = np.clip(draw(rng, (4000, 32)).astype(np.int64), 1, longest)
+    uniform_SU = rng.random(length_SU.shape)
     plain_SU = stochastic_length(length_SU, longest, ALPHA, uniform_SU)
-    balancer = LoadBalancer(longest, ALPHA, 1.8, recalibrate_every=steps)
+    balancer = LoadBalancer(longest, ALPHA, GAMMA, recalibrate_every=10**6)
     balancer.calibrate([balancer.load(plain_U) for plain_U in plain_SU])
     kept_SU = np.array([balancer.choose(*both) for both in zip(length_SU, uniform_SU, strict=True)])
-    probability_SU = np.minimum(keep_probability(length_SU, longest, ALPHA), 1)
-    sixth_SU = np.searchsorted(np.quantile(length_SU, np.arange(1, 6) / 6), length_SU)
+    law_SU = np.minimum(keep_probability(length_SU, longest, ALPHA), 1)
+    sixth_SU = (length_SU - 1) * 6 // longest
     for sixth in range(6):
         here = sixth_SU == sixth
-        whole, law = (kept_SU == length_SU)[here].mean(), probability_SU[here].mean()
-        assert whole == pytest.approx(law, rel=0.1), (sixth, whole, law)
-    loads = [(kept.astype(float) ** 1.8).sum(1) for kept in (plain_SU, kept_SU)]
-    assert loads[1].std() < 0.5 * loads[0].std()
-    assert loads[1].mean() == pytest.approx(loads[0].mean(), rel=0.02)
+        whole, law = (kept_SU == length_SU)[here].mean(), law_SU[here].mean()
+        error = np.sqrt(law * (1 - law) / here.sum())
+        assert whole == pytest.approx(law, abs=3 * error + 0.03 * law), sixth
+    before, after = ((kept.astype(float) ** GAMMA).sum(1) for kept in (plain_SU, kept_SU))
+    assert after.std() < 0.6 * before.std()
+    assert after.mean() == pytest.approx(before.mean(), rel=0.01)
 
 
 def test_draws_move_each_other_and_no_probability():
