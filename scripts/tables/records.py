@@ -68,7 +68,11 @@ def mean_and_deviation(values: list[float]) -> str:
 
 def of_commit(record: Json) -> str:
     """The commit of a measurement, marked where the kernels have changed since."""
-    older = " (before the present kernels)" if record["date"] < KERNELS_CHANGED else ""
+    older = (
+        " (before the present kernels)"
+        if record.get("date", KERNELS_CHANGED) < KERNELS_CHANGED
+        else ""
+    )
     return f"commit {record['commit']}{older}"
 
 
