@@ -104,7 +104,7 @@ def measure(length_U: Int[np.ndarray, " U"], timed_steps: int) -> Json:
                 policy: float(k[RECALIBRATE:].sum() / length_SRU[RECALIBRATE:].sum())
                 for policy, k in kept.items()
             }
-            record["longest_sixth_whole"] = longest_sixth(length_SRU, kept, longest)
+    record["longest_sixth_whole"] = longest_sixth(length_SRU, kept, longest)  # of most devices
     return record
 
 
