@@ -69,7 +69,8 @@ def main(_: list[str]) -> None:
     ).add(
         tables={
             kind: {"metrics": values, "table": tables[kind]} for kind, values in metrics.items()
-        }
+        },
+        baselines=others,
     )
 
 
