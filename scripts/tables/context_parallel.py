@@ -37,7 +37,7 @@ def longest_table() -> str:
     published = [f"{length:,}" for length in PUBLISHED.values()]
     rows = [[PUBLISHED_BY, *published, f"{PUBLISHED[8] / PUBLISHED[1]:.1f}"]]
     if not record:
-        return markdown(header, [*rows, ["ours", *[NOT_MEASURED] * len(PUBLISHED), ""]])
+        return markdown(header, rows)
     for variant, label in VARIANTS.items():
         found = record["variants"].get(variant, {})
         lengths = {int(context): values["longest"] for context, values in found.items()}

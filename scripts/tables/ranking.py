@@ -63,7 +63,6 @@ def ranking_table() -> str:
     for config, (data, model) in RANKING.items():
         record = ranking_record(config)
         if not record:
-            rows.append([data, "", model, NOT_MEASURED, *[""] * (len(METRICS) + 3)])
             continue
         runs = [run["best"] for run in record["runs"]]
         tasks = [name.removeprefix("ne/") for name in runs[0] if name.startswith("ne/")]
@@ -86,7 +85,7 @@ def ranking_table() -> str:
         for task in tasks:
             rows.append([data, task, model, str(len(runs)), *metric_cells(runs, task), *last])
     header += ["inference GFLOP a request (of HSTU's)", "seconds a run", "time"]
-    return markdown(header, rows)
+    return markdown(header, rows) if rows else NOT_MEASURED
 
 
 @measured("ml100k_rank_hstu")
@@ -114,7 +113,6 @@ def ablation_table() -> str:
     for config, name in (ABLATIONS | SMALL_ABLATIONS).items():
         record = load(name)
         if not record:
-            rows.append([config, NOT_MEASURED, *[""] * 7])
             continue
         whole = record["variants"].get("ultra")
         for variant, found in record["variants"].items():
@@ -149,7 +147,7 @@ def ablation_table() -> str:
         notes += [f"{config}: evaluated with {evaluated(runs[0], 'time')}."] if runs else []
     header = ["config", "variant", "seeds", "NE", "difference", "AUC"]
     header += ["inference GFLOP", "training GFLOP", "seconds an epoch"]
-    return markdown(header, rows, *notes)
+    return markdown(header, rows, *notes) if rows else NOT_MEASURED
 
 
 def metric_cells(runs: list[dict[str, float]], task: str) -> list[str]:

@@ -1,19 +1,21 @@
-"""The tables and the figure of retrieval on MovieLens-1M: metrics beside others', and speed."""
+"""The tables and the figure of retrieval on MovieLens: metrics beside others', and speed."""
 
 import statistics
 
 from experiments.record import Json
 from scripts.tables.records import (
+    NOT_MEASURED,
     evaluation,
     figure,
     load,
     markdown,
     mean_and_deviation,
-    measured,
     short,
 )
+from ultra_hstu.criteria import Metrics
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "mrr")
+HEADER = ("model", "condition", "hidden", "time", "seeds", *(name.upper() for name in METRICS))
 CURVES = {"ml1m_sasrec": "tab:grey", "ml1m_hstu": "tab:blue", "ml1m_hstu_large": "tab:red"}
 MODELS = {
     "ml1m_sasrec": "SASRec",
@@ -83,27 +85,60 @@ def ml1m_table() -> str:
                 cells = [mean_and_deviation([run[name] for run in runs]) for name in METRICS]
                 rows.append([model, label + words, *told, seeds, *cells])
     return markdown(
-        ["model", "condition", "hidden", "time", "seeds", *(name.upper() for name in METRICS)],
-        rows,
+        HEADER,
+        baseline_rows("ml1m_baselines") + rows,
         *(f"[{number}] {note}" for number, note in enumerate(notes, start=1)),
         QUOTED,
         *ties_note(),
     )
 
 
-@measured("ml100k_hstu_validated")
-def evaluation_table(trained: Json) -> str:
-    """One run of MovieLens-100K, its test items ranked under each choice of `eval`."""
-    records = [load(f"ml100k_hstu_validated_{name}") for name in ("all", "last", "served")]
-    found = [(trained["runs"][0], trained["runs"][0]["best"])] + [
-        (record, record["tables"]["float32"]["metrics"]) for record in records if record
-    ]
-    rows = []
-    for record, metrics in found:
-        told = evaluation(record)
+def ml100k_table() -> str:
+    """HSTU and what needs no model on MovieLens-100K, under both values of `eval.hide`."""
+    rows = baseline_rows("ml100k_baselines")
+    for told, metrics in ml100k_run("all"):
         cells = [short(metrics[name]) for name in METRICS]
-        rows.append([f"`{told['hide']}`", f"`{told['time']}`", *cells])
-    return markdown(["`eval.hide`", "`eval.time`", *(name.upper() for name in METRICS)], rows)
+        rows.append(["HSTU", "ours, `validated`", told["hidden"], told["time"], "1", *cells])
+    return markdown(HEADER, rows) if rows else NOT_MEASURED
+
+
+def ml100k_run(*others: str) -> list[tuple[dict[str, str], Metrics]]:
+    """What `eval` said and the test metrics, of one run as it was trained and evaluated again."""
+    found = []
+    if record := load("ml100k_hstu_validated"):
+        (run,) = record["runs"]
+        found.append((evaluation(run), run["best"]))
+    for name in others:
+        if record := load(f"ml100k_hstu_validated_{name}"):
+            found.append((evaluation(record), record["tables"]["float32"]["metrics"]))
+    return found
+
+
+def baseline_rows(name: str) -> list[list[str]]:
+    """One line a baseline and value of `eval.hide`; none without the record."""
+    record = load(name)
+    return [
+        [
+            baseline,
+            f"no model, `{record['protocol']}`",
+            evaluation(run)["hidden"],
+            "",
+            "",
+            *(short(metrics[metric]) for metric in METRICS),
+        ]
+        for run in record.get("runs", [])
+        for baseline, metrics in run["baselines"].items()
+    ]
+
+
+def evaluation_table() -> str:
+    """One run of MovieLens-100K, its test items ranked under each choice of `eval`."""
+    rows = [
+        [f"`{told['hide']}`", f"`{told['time']}`", *(short(metrics[name]) for name in METRICS)]
+        for told, metrics in ml100k_run("all", "last", "served")
+    ]
+    header = ["`eval.hide`", "`eval.time`", *(name.upper() for name in METRICS)]
+    return markdown(header, rows) if rows else NOT_MEASURED
 
 
 def ties_note() -> list[str]:

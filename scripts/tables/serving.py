@@ -4,7 +4,6 @@ from experiments import configs
 from experiments.record import Json
 from scripts.bench import serving as bench_serving
 from scripts.tables.records import (
-    NOT_MEASURED,
     cells,
     evaluated,
     figure,
@@ -190,7 +189,6 @@ def cache_precision_table() -> str:
     for name, data in PRECISION.items():
         record = load(name)
         if not record:
-            rows.append([data, NOT_MEASURED, *[""] * 6])
             continue
         exact = record["kinds"]["same"]
         hit = next((key for key in exact if key.startswith("hr@")), "")

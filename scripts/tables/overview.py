@@ -1,0 +1,133 @@
+"""The tables of the README: six results, each linked to its page, and a walk through a small set."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+
+from experiments.record import Json
+from scripts.tables import attention, context_parallel, retrieval, serving
+from scripts.tables.records import NOT_MEASURED, load, markdown, mean_and_deviation, measured, short
+
+WORKLOAD = "causal_d128_8x8192"
+HISTORY, CANDIDATES = 16384, 1024
+HEADER = ["", "here", "beside", "on", "measured"]
+
+
+def overview_table() -> str:
+    """One line a result; what has no record is left out."""
+    rows = [row for name, result in RESULTS.items() if (row := result(load(name)))]
+    return markdown(HEADER, rows) if rows else NOT_MEASURED
+
+
+def accuracy(record: Json) -> list[str]:
+    if not record:
+        return []
+    found = mean_and_deviation([run["best"]["hr@10"] for run in record["runs"]])
+    public = retrieval.REFERENCE[retrieval.TRUE_ORDER]["ml1m_hstu"][0]
+    what = f"HR@10 of HSTU on MovieLens-1M, {len(record['runs'])} seeds"
+    beside = f"{short(public)}, public PyTorch code (quoted)"
+    return [what, found, beside, record["device"], "[results](docs/results.md#movielens-1m)"]
+
+
+def kernel(record: Json) -> list[str]:
+    rates = attention.attention_rates([r for r in record.get("records", []) if "tflops" in r])
+    both = [
+        " / ".join(attention.rate(rates[WORKLOAD, name, which]) for which in attention.PASSES)
+        for name in ("mosaic", "meta_triton")
+        if (WORKLOAD, name, "backward") in rates
+    ]
+    if len(both) < 2:
+        return []
+    what = "causal attention, 8 sequences of 8,192 rows, forward / backward, TFLOP/s"
+    beside = f"{both[1]}, Meta's Triton kernel"
+    return [what, both[0], beside, record["device"], "[results](docs/results.md#attention)"]
+
+
+def layer(record: Json) -> list[str]:
+    modes = record.get("modes", {})
+    if not {"selective", "none"} <= modes.keys():
+        return []
+    kept, whole = (f"{modes[name]['bytes_a_token']:,.0f}" for name in ("selective", "none"))
+    link = "[encoder](docs/ultra_hstu.md#selective-rematerialisation)"
+    what = "bytes that a layer keeps of a token for its backward pass"
+    return [what, kept, f"{whole} without rematerialisation", record["device"], link]
+
+
+def step(record: Json) -> list[str]:
+    variants = record.get("variants", {})
+    if not {"ultra", "plain_causal"} <= variants.keys():
+        return []
+    ultra, plain = (variants[name] for name in ("ultra", "plain_causal"))
+    events = round(ultra["events_a_second"] * ultra["step_ms"] / 1000)
+    link = "[encoder](docs/ultra_hstu.md)"
+    what = f"training step, {events // HISTORY} histories of {HISTORY:,} events, ms"
+    beside = f"{plain['step_ms']:.0f}, plain HSTU"
+    return [what, f"{ultra['step_ms']:.0f}", beside, record["device"], link]
+
+
+def length(record: Json) -> list[str]:
+    found = record.get("variants", {}).get("causal/none", {})
+    if not {"1", "8"} <= found.keys():
+        return []
+    ratio = f"{found['8']['longest'] / found['1']['longest']:.2f}"
+    published = context_parallel.PUBLISHED
+    beside = f"{published[8] / published[1]:.1f} (quoted from arXiv 2508.04711)"
+    what = "longest sequence that fits 8 devices, over that of one"
+    link = "[context parallelism](docs/context_parallel.md#the-longest-sequence)"
+    return [what, ratio, beside, record["compiled_for"].split(" (")[0], link]
+
+
+def served(record: Json) -> list[str]:
+    if not record:
+        return []
+    cells = serving.by_place(record)
+    cached = cells.get(("ultra", HISTORY, "cached", CANDIDATES, CANDIDATES))
+    alone = cells.get(("ultra", HISTORY, "one_batch", CANDIDATES, CANDIDATES))
+    if not (cached and alone):
+        return []
+    what = f"{CANDIDATES:,} candidates for a cached history of {HISTORY:,} events, ms"
+    beside = f"{alone['p50_ms']:.1f} without the cache"
+    link = "[cached scoring](docs/cached_scoring.md#what-it-costs)"
+    return [what, f"{cached['p50_ms']:.1f}", beside, record["device"], link]
+
+
+RESULTS: dict[str, Callable[[Json], list[str]]] = {
+    "ml1m_hstu_published": accuracy,
+    attention.RECORD: kernel,
+    "layer_h200": layer,
+    "long_ultra_h200": step,
+    "context_parallel_longest": length,
+    serving.RECORD: served,
+}
+
+
+@measured("walkthrough")
+def walkthrough(record: Json) -> str:
+    """The commands that follow each other, and what they print."""
+    return "\n\n".join(_blocks(record))
+
+
+def _blocks(record: Json) -> Iterator[str]:
+    for ran in record["steps"]:
+        yield _fence("sh", ran["command"])
+        yield _fence("text", "\n".join(shown(ran["prints"])))
+    yield _fence("sh", f"{record['serve']}  # and in another terminal:\n{_curl(record['request'])}")
+    response = json.dumps(record["response"], ensure_ascii=False)
+    yield _fence("json", response.replace('{"item"', '\n {"item"'))
+
+
+def shown(prints: list[str]) -> list[str]:
+    """The last table that a command printed, without empty lines and what it says below."""
+    titles = [n for n, line in enumerate(prints) if re.search("protocol|recommendations:", line)]
+    return [line for line in prints[max(titles) :] if line and not line[0].isalnum()]
+
+
+def _curl(request: Json) -> str:
+    return (
+        "curl -s localhost:8000/recommend -H 'content-type: application/json' "
+        f"-d '{json.dumps(request)}'"
+    )
+
+
+def _fence(kind: str, text: str) -> str:
+    return f"```{kind}\n{text}\n```"
