@@ -16,6 +16,7 @@ answers. docs/http_service.md is about replicas, clusters, limits and metrics.
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -182,7 +183,7 @@ def main(_: list[str]) -> None:
             wait_ms=_WAIT.value,
         )
         with saying(f"loading {workdir} and compiling; requests get 503 until it is done"):
-            serve.run(application, name=name)
+            deploy(application, name)
         say(
             f"requests to http://{_HOST.value}:{_PORT.value}{path}, "
             "its description at /docs; stop with Ctrl-C"
@@ -190,6 +191,18 @@ def main(_: list[str]) -> None:
         threading.Event().wait()
     finally:
         end(name)
+
+
+def deploy(application: serve.Application, name: str) -> None:
+    """Returns when the application answers. Raises ValueError with the reason of a replica that
+    cannot start."""
+    try:
+        serve.run(application, name=name)
+    except RuntimeError as error:
+        deployments = serve.status().applications[name].deployments.values()
+        said = "\n".join(deployment.message for deployment in deployments)
+        reasons = re.findall(r"^\w*Error: (.*)", said, re.M)
+        raise ValueError(reasons[-1] if reasons else f"{error}\n{said}") from error
 
 
 def end(application: str) -> None:

@@ -50,8 +50,8 @@ class Scorer:
     """
 
     def __init__(self, path: str | os.PathLike):
-        """Raises ValueError for a file that is damaged, of another format or version, or made for
-        other devices, and names the part of it."""
+        """Raises ValueError for a file with a part that is damaged, of another version, or made for
+        other devices."""
         whole = f"{os.fspath(path)} is no scorer that can be read"
         with naming(whole), zipfile.ZipFile(path) as file:
             self.metadata, items, params = read(file)
@@ -213,7 +213,8 @@ def _read_program(file: zipfile.ZipFile, name: str) -> Program:
 def require_form(value: Any, form: Any, name: str) -> None:
     """Raises ValueError where JSON has not this form: see METADATA. Integers are counts."""
     kind = form if isinstance(form, type) else type(form)
-    if type(value) is not kind or (kind is int and value < 0):
+    right = type(value) is kind
+    if not right or (kind is int and value < 0):
         raise ValueError(f"{name} is {value!r:.40}, no {kind.__name__}")
     if isinstance(form, list):
         for number, one in enumerate(value):
