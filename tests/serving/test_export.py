@@ -197,7 +197,7 @@ ODD = [
     (dict(params=with_array("3", npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}"))),
      "params.npz: 3.npy: Object arrays cannot be loaded"),
     (dict(params=with_array("3", npy("__import__('os')"))), "params.npz: 3.npy: malformed"),
-    (dict(params=with_array("3", b"no array at all")), "params.npz: 3.npy: the magic string is not correct"),
+    (dict(params=with_array("3", b"no array at all")), "3.npy: the magic string is not correct"),
     (dict(params=with_array("2", np.float32([1, np.nan]))), "array 2 holds NaN or infinity: train"),
     (dict(params=with_array("2", np.float32([-np.inf]))), "array 2 holds NaN or infinity"),
     (dict(params=b"no zip"), "params.npz: File is not a zip file"),

@@ -212,9 +212,8 @@ def _read_program(file: zipfile.ZipFile, name: str) -> Program:
 
 def require_form(value: Any, form: Any, name: str) -> None:
     """Raises ValueError where JSON has not this form: see METADATA. Integers are counts."""
-    kind = form if isinstance(form, type) else type(form)
-    right = type(value) is kind
-    if not right or (kind is int and value < 0):
+    kind: Any = form if isinstance(form, type) else type(form)
+    if type(value) is not kind or (kind is int and value < 0):
         raise ValueError(f"{name} is {value!r:.40}, no {kind.__name__}")
     if isinstance(form, list):
         for number, one in enumerate(value):
