@@ -99,6 +99,24 @@ def test_runs_without_the_training_code(path, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), want, atol=1e-5 * np.abs(want).max())
 
 
+def test_raw_ids_stand_for_dense_ones(scorer, monkeypatch):
+    history, candidates = inputs()
+    want = scorer.score(scorer.encode(history), candidates)
+    raw = np.array(["", *(f"item {number:02}" for number in range(30))])
+    monkeypatch.setattr(scorer, "raw_ids", raw)
+
+    def with_raw(columns, name):
+        rest = {key: value for key, value in columns.items() if key != name}
+        return rest | {"items": raw[columns[name]].tolist()}
+
+    channels = {name: with_raw(one, "item_E") for name, one in history["channels"].items()}
+    cache = scorer.encode(history | {"channels": channels})
+    np.testing.assert_array_equal(scorer.score(cache, with_raw(candidates, "item_C")), want)
+    assert scorer.items([]).shape == (0,)
+    with pytest.raises(ValueError, match="unknown item 'item 99', and 0 more"):
+        scorer.score(cache, with_raw(candidates, "item_C") | {"items": ["item 99"]})
+
+
 def test_what_it_says_of_itself(scorer):
     task, _, _ = built(FORM)
     about = scorer.metadata

@@ -7,8 +7,8 @@ file travels in the artefact, which is a zip file.
     >>> cache = scorer.encode(history)
     >>> scorer.score(cache, candidates)
 
-Inputs are plain dicts of arrays, users one after another: see `Scorer.encode` and `Scorer.score`.
-The checks of arrays and their padding are those of `ultra_hstu.serving` itself.
+Inputs are plain dicts of arrays, users one after another, with raw ids of items: see
+`Scorer.encode` and `Scorer.score`.
 The copy of this file and the programs in the artefact are code: whoever runs them trusts whoever
 wrote them. An online deployment runs neither.
 """
@@ -70,29 +70,37 @@ class Scorer:
     def items(self, raw_ids: Any) -> np.ndarray:
         """Dense ids of raw ones. Raises ValueError for ids that the model does not know."""
         ids, known = np.atleast_1d(np.asarray(raw_ids)), self.raw_ids[1:]
-        if ids.size and ids.dtype.kind != known.dtype.kind:
+        if not ids.size:
+            return np.zeros(0, np.int32)
+        if ids.dtype.kind != known.dtype.kind:
             raise ValueError(f"raw ids of this scorer are {known.dtype}, got {ids.dtype}")
         index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        if (unknown := ids[known[index] != ids] if ids.size else ids).size:
+        if (unknown := ids[known[index] != ids]).size:
             raise ValueError(
                 f"unknown item {unknown[0].item()!r}, and {unknown.size - 1} more: "
                 f"the model has {len(known)} items"
             )
         return index.astype(np.int32) + 1
 
+    def _dense(self, columns: Arrays, name: str) -> Arrays:
+        """The columns with dense ids for the raw ones in "items", if it is there."""
+        return columns | {name: self.items(columns["items"])} if "items" in columns else columns
+
     def encode(self, history: dict[str, Any]) -> list[jax.Array]:
         """Keys and values of histories, to be handed to `score`.
 
         Args:
-          history: "channels": by name, "item_E" [E] dense ids, "time_E" [E] seconds, "signal_ES"
-            [E, S] and "feature_EF" [E, F] codes, "offsets" [B + 1]; "context_BC" [B, C] codes;
-            "now_B" [B] seconds. Of a long history the newest events count.
+          history: "channels": by name, "items" [E] raw ids (or "item_E" dense ones), "time_E" [E]
+            seconds, "signal_ES" [E, S] and "feature_EF" [E, F] codes, "offsets" [B + 1];
+            "context_BC" [B, C] codes; "now_B" [B] seconds. The newest events count.
 
         Raises:
           ValueError: values, shapes or dtypes that do not fit, and more than the artefact takes.
         """
         longest, largest = self.metadata["channels"], self.metadata["capacity"]
         _fits("users", np.size(history["now_B"]), largest["users"])
+        given = {name: self._dense(one, "item_E") for name, one in history["channels"].items()}
+        history = history | {"channels": given}
         checked = check_history(history, longest, self.metadata["sizes"], "history")
         channels = {}
         for name, columns in checked["channels"].items():
@@ -115,14 +123,15 @@ class Scorer:
         """Logits float32 [C, K] of candidates, in their order.
 
         Args:
-          candidates: "item_C" [C] dense ids, "feature_CF" [C, F] codes, "time_C" [C] seconds,
-            "offsets" over the users that were encoded; "slot_C" [C] if they are not 0, 1, 2, ...
-            for each user.
+          candidates: "items" [C] raw ids (or "item_C" dense ones), "feature_CF" [C, F] codes,
+            "time_C" [C] seconds, "offsets" over the users that were encoded; "slot_C" [C] if they
+            are not 0, 1, 2, ... for each user.
 
         Raises:
           ValueError: as `encode`.
         """
         largest = self.metadata["capacity"]
+        candidates = self._dense(candidates, "item_C")
         columns = check_candidates(candidates, None, self.metadata["sizes"])
         offsets, count = columns.pop("offsets"), len(columns["item_C"])
         _fits("users", len(offsets) - 1, largest["users"])
@@ -279,13 +288,8 @@ def check_history(history: Arrays, channels: Collection[str], sizes: Arrays, wha
     users, contextual = len(now_B), sizes["contextual"]
     if users == 0:
         raise ValueError(f"{what} holds no users: give at least one, who may have no events")
-    context_BC = check_ints(
-        f"{what}.context_BC",
-        history["context_BC"],
-        (users, len(contextual)),
-        0,
-        sum(size - 1 for size in contextual),
-    )
+    shape, most = (users, len(contextual)), sum(contextual) - len(contextual)
+    context_BC = check_ints(f"{what}.context_BC", history["context_BC"], shape, 0, most)
     checked = {}
     for name in channels:
         here, events = f"{what}.channels[{name!r}]", given[name]
@@ -294,14 +298,10 @@ def check_history(history: Arrays, channels: Collection[str], sizes: Arrays, wha
         checked[name] = {
             "item_E": check_ids(f"{here}.item_E", events["item_E"], count, sizes),
             "time_E": check_ints(f"{here}.time_E", events["time_E"], (count,)),
-            "signal_ES": check_codes(
-                f"{here}.signal_ES", events["signal_ES"], count, sizes["signals"]
-            ),
-            "feature_EF": check_codes(
-                f"{here}.feature_EF", events["feature_EF"], count, sizes["features"]
-            ),
             "offsets": offsets,
         }
+        for key, kind in (("signal_ES", "signals"), ("feature_EF", "features")):
+            checked[name][key] = check_codes(f"{here}.{key}", events[key], count, sizes[kind])
     return {"channels": checked, "context_BC": context_BC, "now_B": now_B}
 
 
