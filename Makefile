@@ -30,7 +30,7 @@ $(INSTALLED_CUDA): requirements-cuda.txt $(INSTALLED)
 
 install-cuda: $(INSTALLED_CUDA)  ## the same for NVIDIA GPUs (CUDA 13), with jax-triton
 
-demo: $(INSTALLED)  ## train a small HSTU beside SASRec, compare, draw, recommend (under 3 minutes on 2 cores)
+demo: $(INSTALLED)  ## train a small HSTU beside SASRec, compare, draw, recommend (a few minutes on 2 cores)
 	$(PY) -m experiments.demo
 
 test: $(INSTALLED)  ## the whole test suite on CPU

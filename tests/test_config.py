@@ -109,6 +109,7 @@ def test_round_trip():
         ("data.temporal_test_fraction", 1.0, "temporal_test_fraction=1.0"),
         ("data.synthetic.length", 2, "synthetic.length=2 must be at least 3"),
         ("optim.learning_rate", float("nan"), "learning_rate=nan"),
+        ("model.remat", "full", "model.remat='full' is not allowed: use 'none', 'selective'"),
         ("train.epochs", 2.5, "train.epochs=2.5 is not allowed: use int"),
         ("train.seed", -1, "train.seed=-1 must be at least 0"),
         ("train.seed", 2**32, "must be below 2\\^32"),

@@ -209,7 +209,7 @@ def products(jaxpr):
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 100], ids=["whole", "chunks and a tail"])
-@pytest.mark.parametrize("remat", ["none", "selective", "full"])
+@pytest.mark.parametrize("remat", ["none", "selective"])
 def test_recomputation(remat, chunk_rows):
     """Exact, in the traced program: kernels keep no scores, `reference` does unless told not to."""
     model = dataclasses.replace(MODEL, remat=remat, chunk_rows=chunk_rows, preset="production")

@@ -121,7 +121,7 @@ class ModelConfig(Section):
     # Precision of the uvqk and output projections in the forward; "same" follows dtype.
     projection: Literal["same", "fp8"] = "same"
     # What the backward computes again instead of keeping it.
-    remat: Literal["none", "selective", "full"] = "none"
+    remat: Literal["none", "selective"] = "none"
     # Mini-sequences: rows that token-wise parts work on at one time; None: all.
     chunk_rows: Count | None = None
 

@@ -180,9 +180,7 @@ def _encoder(
         backward += 3 * score + 2 * value
         # The output projection is never computed again: nothing in the backward needs its result.
         if model.kind == "hstu":
-            again += first * ((model.remat != "none") + (model.chunk_rows is not None)) + (
-                score + value
-            ) * (model.remat == "full")
+            again += first * ((model.remat != "none") + (model.chunk_rows is not None))
     return Flops(projections, attention, backward, again)
 
 
@@ -228,9 +226,8 @@ def whole_table_is_cheaper(items: int, negatives: int) -> bool:
     """Whether to score a row against all items, instead of gathering those of its negatives.
 
     The whole table costs work in proportion to I, in matrix products; gathering costs work in
-    proportion to R, at random places. Measured, loss and gradients on an H200, whole table against
-    gathered: MovieLens-1M (I / R = 30) 1.2 and 1.4 ms, MovieLens-20M (213) 7.5 and 3.9 ms; on two
-    CPU cores MovieLens-1M takes 135 and 158 ms of processor time a core (chunks of 512 rows; 180
-    and 250 with 2048, which leave the cache).
+    proportion to R, at random places. The limit lies between MovieLens-1M (I / R = 30), whose loss
+    and gradients took less time over the whole table, on a GPU and on a CPU, and MovieLens-20M
+    (213), whose took less gathered.
     """
     return items <= 64 * negatives

@@ -86,10 +86,11 @@ def quantize_int4(table_ID: Float[Array | np.ndarray, "I D"]) -> Int4Table:
     plus the rounding of scale and offset to float16.
 
     Rows of one value are exact where float16 has the value (0, for one), and elsewhere off by at
-    most 2^-21 of it, or 3e-8.
+    most 2^-21 of it, or 3e-8, whichever is larger.
 
     Raises:
-      ValueError: an odd width, a row with NaN or infinity, or values beyond float16 (65504).
+      ValueError: an odd width, a row with NaN or infinity, or values beyond 32752 (half of
+        float16's largest).
     """
     if table_ID.shape[1] % 2:
         width = table_ID.shape[1]

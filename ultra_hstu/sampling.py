@@ -3,8 +3,8 @@
 Stochastic length (HSTU, arXiv 2402.17152, equation 4): a history of n events longer than the
 threshold N^(alpha/2) is trained on whole with probability N^alpha / n^2, and otherwise cut to the
 threshold. Devices draw for themselves, so some draw more whole histories than others and all wait
-for the slowest. The load-balanced form (ULTRA-HSTU, arXiv 2602.16986) lets a device keep as many
-whole ones as bring its load to the mean of all.
+for the slowest. The load-balanced form (ULTRA-HSTU, arXiv 2602.16986) keeps the probabilities, but
+the draws of a device depend on each other and bring its load close to the mean of all.
 
 Host code in numpy. Every choice is a function of lengths, times and the random numbers that are
 given: nothing is drawn from hidden state.
@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 Subsequence = Literal["recent", "random", "weighted"]
 Lengths = Int[np.ndarray, "*n"]  # events of each history
 Uniform = Float[np.ndarray, "*n"]  # random numbers in [0, 1), one a history
 RECALIBRATION_WEIGHT = 0.5  # of the newest estimate in the target load
+MADE_UP = 0.1  # share of what the batches are behind that a batch makes up for
 
 
 def threshold(max_length: int, alpha: float) -> int:
@@ -101,17 +102,27 @@ class LoadBalancer:
 
     The load of a batch is the sum of `length^gamma`. For the first `recalibrate_every` steps a
     device draws plain stochastic lengths and watches their load; the mean over devices becomes the
-    target. From then on it keeps whole as many long histories as bring its load closest to the
-    target, those first that a plain draw prefers (a smaller u / p of a uniform u and the
-    probability p of staying whole, so at a draw whose load is the target the choice is the plain
-    one). Every `recalibrate_every` steps the target moves half-way to the newest mean.
+    target. From then on the draws of a batch depend on each other, so that the load comes close to
+    the target. Every `recalibrate_every` steps the target moves half-way to the newest mean.
+
+    The law: over many batches, a history of n events stays whole as often as equation 4 says,
+    N^alpha / n^2, whatever its length. Three steps keep it:
+
+    1. The probabilities of a batch move up or down together, so that its expected load is the
+       target (`moved_probability`).
+    2. Histories are drawn one by one, the longest first. Every draw moves the probabilities of
+       those that are left against it, by as much load as it differs from its expectation, each in
+       proportion to what is free of it (correlated Poisson sampling, Bondesson and Thorburn, 2008).
+       These moves are 0 in expectation: no history is drawn more or less often for them.
+    3. A target can be out of a batch's reach. By how much the batches are behind the law, in
+       expected load, later ones aim higher or lower.
 
     Attributes:
       max_length, alpha: of stochastic length.
       gamma: exponent of a sequence's cost, see `flops.cost_exponent`.
       recalibrate_every: steps between two means over devices, which are the only communication.
       mean: the mean of a number over devices.
-      target, observed, step: the state; see `state`.
+      target, observed, behind, step: the state.
     """
 
     max_length: int
@@ -121,6 +132,7 @@ class LoadBalancer:
     mean: Callable[[float], float] = float
     target: float | None = None
     observed: float = 0.0  # sum of plain loads since the last mean
+    behind: float = 0.0  # what the law expects beyond the expected loads of the batches so far
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -145,7 +157,13 @@ class LoadBalancer:
         uniform: Uniform,
         capacity: int | None = None,
     ) -> Lengths:
-        """How many events of each history of a step are kept, at most `capacity` together."""
+        """How many events of each history of a step are kept.
+
+        Args:
+          uniform: random numbers in [0, 1), one a history.
+          capacity: events that are kept together, at most; None: any number. What is cut already
+            cannot be cut further.
+        """
         plain = stochastic_length(lengths, self.max_length, self.alpha, uniform)
         kept = plain if self.target is None else self._balanced(lengths, uniform, capacity)
         self.observed += self.load(plain)
@@ -163,18 +181,42 @@ class LoadBalancer:
     def _balanced(self, lengths: Lengths, uniform: Uniform, capacity: int | None) -> Lengths:
         assert self.target is not None
         cut = threshold(self.max_length, self.alpha)
-        long: Bool[np.ndarray, " n"] = lengths > cut
-        kept = np.where(long, cut, lengths)
-        wait = (1 - uniform) / keep_probability(
-            lengths, self.max_length, self.alpha
-        )  # a plain draw keeps whole what has at most 1
-        order = np.flatnonzero(long)[np.argsort(wait[long], kind="stable")]
-        added = lengths[order].astype(np.float64) ** self.gamma - float(cut) ** self.gamma
-        loads = self.load(kept) + np.concatenate([[0.0], np.cumsum(added)])
-        if capacity is not None:
-            rows = kept.sum() + np.concatenate([[0], np.cumsum(lengths[order] - cut)])
-            loads = np.where(rows <= capacity, loads, np.inf)
-            loads[0] = min(loads[0], self.target)  # what is cut already cannot be cut further
-        whole = order[: int(np.argmin(np.abs(loads - self.target)))]
-        kept[whole] = lengths[whole]
+        kept = np.minimum(lengths, cut)
+        (long,) = np.nonzero(lengths > cut)
+        order = long[np.argsort(-lengths[long], kind="stable")]  # the longest first
+        more = lengths[order] - cut  # events that a whole history has beyond the threshold
+        load = lengths[order].astype(np.float64) ** self.gamma - float(cut) ** self.gamma
+        law = keep_probability(lengths[order], self.max_length, self.alpha)
+        wanted = self.target - self.load(kept) + MADE_UP * self.behind
+        probability = moved_probability(law, load, wanted)
+        self.behind += float((law - probability) @ load)
+        free = np.inf if capacity is None else capacity - int(kept.sum())
+        for i, history in enumerate(order):
+            p, left = probability[i], probability[i + 1 :]
+            whole = uniform[history] >= 1 - p and more[i] <= free
+            if whole:
+                kept[history] = lengths[history]
+                free -= more[i]
+            if 0 < p < 1:
+                # How far each may move, for the two outcomes alike in proportion.
+                range_ = np.minimum(left / (1 - p), (1 - left) / p)
+                share = load[i] / max(load[i], float(range_ @ load[i + 1 :]))
+                probability[i + 1 :] = np.clip(left - (whole - p) * share * range_, 0, 1)
         return kept
+
+
+def moved_probability(
+    probability: Float[np.ndarray, " n"], load: Float[np.ndarray, " n"], wanted: float
+) -> Float[np.ndarray, " n"]:
+    """`p + c p (1 - p)`, with the c in -1..1 that comes closest to the wanted load.
+
+    Probabilities move in proportion to their variance, and none leaves 0..1. Over batches, in which
+    c is positive as often as negative, all keep their means.
+
+    Args:
+      load: of each history, if it is drawn.
+      wanted: the expected load, the sum of the products of the two.
+    """
+    free = probability * (1 - probability)
+    c = (wanted - float(probability @ load)) / max(float(free @ load), 1e-9)
+    return probability + np.clip(c, -1.0, 1.0) * free

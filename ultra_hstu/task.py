@@ -110,7 +110,8 @@ class Task[Events](abc.ABC):
             items = self.interactions.num_items
             gamma, _ = flops.cost_exponent(self.config, data.max_history, items=items)
         sampling = Sampling(data.stochastic_length, data.subsequence, gamma, data.recalibrate_every)
-        return SampledPlanner(sampling, self.histories, self.interactions.timestamps)
+        timestamps, mesh = self.interactions.timestamps, self.recipe.mesh
+        return SampledPlanner(sampling, self.histories, timestamps, mesh)
 
     @abc.abstractmethod
     def evaluator(self, split: str) -> Evaluator:
@@ -146,8 +147,9 @@ class Task[Events](abc.ABC):
         return self.loader(split, batch_users=users, steps_per_call=STEPS_PER_CALL)
 
     def columns(self, part: str) -> HostColumns:
-        """The examples of a part as columns (training: those of the first epoch)."""
+        """The examples of a part as columns (training: the first epoch, by plain draws)."""
         config, training = self.config, part == "train"
         users = config.data.batch_users if training else config.train.eval_users
         loader = self.loader(part, batch_users=users, steps_per_call=1)
-        return loader.plan(seed=config.train.seed, shuffle=training).examples.columns
+        seed = config.train.seed
+        return loader.planner.taken(loader.examples(seed, 0), seed, 0).columns

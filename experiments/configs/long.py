@@ -60,8 +60,9 @@ CONFIGS = (
     # for two GPUs of one host, or as many as divide the four heads
     # (--config.parallel.context=4). Attention is whole and full causal: two all-to-alls give every
     # device all rows of its heads and take them back. Everything else works on the device's own
-    # rows, 4,096 at a time, and is computed again in the backward: of a layer's wide activations no
-    # more than one such piece exists.
+    # rows, 4,096 at a time, and is computed again in the backward. So the normed input and the
+    # input of the output projection exist for one such piece. u, v, q and k stand around attention
+    # for all of the device's rows, of one layer at a time.
     Config(
         name="long_mst",
         data=events(65536, users=64, batch_users=1),

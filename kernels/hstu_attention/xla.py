@@ -308,10 +308,9 @@ def _bucket_sums(
 ) -> TimeTable:
     """Gradient of a table read at `bucket`: its sums by bucket.
 
-    On CPU a scatter costs 2 ns an element. On accelerators it is millions of atomic additions to a
-    few addresses (5 ms for a batch of MovieLens-1M on an H200, where the comparison costs 0.15 ms);
-    there every bucket that int32 gaps can reach takes part in one fused comparison and reduction,
-    first over a tile, then over the tiles.
+    On CPU a scatter is cheap. On accelerators it is millions of atomic additions to a few
+    addresses; there every bucket that int32 gaps can reach takes part in one fused comparison
+    and reduction, first over a tile, then over the tiles.
     """
     if scatter:
         return jnp.zeros(size, jnp.float32).at[bucket_gbb].add(x_gbb, mode="promise_in_bounds")

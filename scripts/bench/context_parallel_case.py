@@ -37,7 +37,7 @@ class Case:
     data: int = 1
     context: int = 1
     strategy: Literal["auto", "gather", "ring", "ulysses", "halo"] = "auto"
-    remat: Literal["none", "selective", "full"] = "none"
+    remat: Literal["none", "selective"] = "none"
     small: bool = False
 
     @property

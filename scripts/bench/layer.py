@@ -43,7 +43,6 @@ def main(_: list[str]) -> None:
         "none": {"remat": "none"},
         "selective": {"remat": "selective"},
         f"selective {CHUNKS} chunks": {"remat": "selective", "chunk_rows": rows // CHUNKS},
-        "full": {"remat": "full"},
         "fp8": {"remat": "none", "projection": "fp8"},
     }
     record = Record(FLAGS.record, config=config.name, rows=rows, depths=depths)

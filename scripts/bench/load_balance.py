@@ -30,7 +30,7 @@ from ultra_hstu.config import Config, DataConfig, ModelConfig
 from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.nn.hstu import HSTU
-from ultra_hstu.sampling import LoadBalancer, stochastic_length
+from ultra_hstu.sampling import LoadBalancer, keep_probability, stochastic_length
 from ultra_hstu.sequences import Sequences
 
 FLAGS = flags.FLAGS
@@ -104,6 +104,7 @@ def measure(length_U: Int[np.ndarray, " U"], timed_steps: int) -> Json:
                 policy: float(k[RECALIBRATE:].sum() / length_SRU[RECALIBRATE:].sum())
                 for policy, k in kept.items()
             }
+    record["longest_sixth_whole"] = longest_sixth(length_SRU, kept, longest)  # of most devices
     return record
 
 
@@ -130,6 +131,23 @@ def simulate(
                 length_SRU[step, device], uniform_SRU[step, device]
             )
     return length_SRU, {"plain": plain_SRU, "balanced": balanced_SRU}
+
+
+def longest_sixth(
+    length_SRU: Int[np.ndarray, "S R U"], kept: dict[str, Int[np.ndarray, "S R U"]], longest: int
+) -> dict[str, float]:
+    """How often histories of the longest sixth stay whole: by the law, and by each policy.
+
+    They are those of more than 5 / 6 of the longest length.
+    """
+    lengths = length_SRU[RECALIBRATE:]
+    long = lengths > longest * 5 / 6
+    law = np.minimum(keep_probability(lengths[long], longest, ALPHA), 1).mean()
+    shares = {
+        policy: float((kept_SRU[RECALIBRATE:] == lengths)[long].mean())
+        for policy, kept_SRU in kept.items()
+    }
+    return {"law": float(law)} | shares
 
 
 def _next_mean(means: Iterator[float], own: float) -> float:

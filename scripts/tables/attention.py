@@ -1,7 +1,7 @@
 """The tables and the figure of attention: speed beside other people's kernels, and GPU tests."""
 
 from experiments.record import Json
-from scripts.tables.records import figure, load, markdown, measured, origin
+from scripts.tables.records import figure, load, markdown, measured, of_commit, origin
 
 ATTENTION = {
     "mosaic": "`mosaic`",
@@ -56,7 +56,7 @@ def attention_table(record: Json) -> str:
     notes = [
         "Forward / backward, useful TFLOP/s (unmasked pairs, backward 2.5 times the forward), "
         f"bfloat16 (`ml1m` float32 with relative bias), {record['device']}, "
-        f"commit {record['commit']}{reached}.",
+        f"{of_commit(record)}{reached}.",
         "[1] Another function, softmax attention, with the same two products: "
         "what a vendor's kernel reaches.",
     ]
@@ -143,5 +143,5 @@ def attention_figure() -> None:
         handles = axes[0].get_legend_handles_labels()
         drawn.legend(*handles, frameon=False, loc="outside lower center", ncols=5, fontsize=8)
         device = record["device"].removeprefix("1 x ")
-        title = f"Causal attention, 4 heads of 128, 65536 rows, {device}"
+        title = f"Causal attention, 4 heads of 128, 65536 rows, {device}, {of_commit(record)}"
         drawn.suptitle(title, fontsize=10)

@@ -11,13 +11,14 @@ from scripts.tables.records import (
     load,
     markdown,
     measured,
+    of_commit,
     origin,
 )
 
 GIB = 2**30
-# arXiv 2508.04711, one H100 of 80 GB a shard, no rematerialisation
+# Quoted from arXiv 2508.04711: one H100 of 80 GB a shard, no rematerialisation.
 PUBLISHED = {1: 3072, 2: 4096, 4: 7168, 8: 16384}
-PUBLISHED_BY = "published (arXiv 2508.04711)"
+PUBLISHED_BY = "quoted from arXiv 2508.04711"
 VARIANTS = {
     "causal/none": "full causal, `ring`",
     "semi_local/none": "semi-local, `halo`",
@@ -45,10 +46,10 @@ def longest_table() -> str:
             ratio = f"{lengths[8] / lengths[1]:.2f}" if {1, 8} <= lengths.keys() else ""
             rows.append([label, *known, ratio])
     notes = cells(
-        record,
+        record | {"origin": of_commit(record)},
         "Events of each of {users} histories of a group, by the group's devices; {budget_GiB:.0f} "
         "GiB a device, by the compiler's count of a whole training step, compiled for "
-        "{compiled_for}. Commit {commit}, {date:.10}.",
+        "{compiled_for}; {origin}, {date:.10}.",
     )
     confirmed = record.get("confirmed", {"runs": []})
     for run in confirmed["runs"]:
@@ -176,7 +177,8 @@ def _draw_steps(axis: Axes, record: Json) -> None:
         axis.barh(0, 0, color=colour, label=MASKS[mask])
     axis.set(xlabel="tokens a second, over one device", xlim=(0, record["devices"] * 1.1))
     device = record["device"].split(" x ")[-1]
-    axis.set_title(f"training step, {record['devices']} x {device}", fontsize=10)
+    title = f"training step, {record['devices']} x {device}\n{of_commit(record)}"
+    axis.set_title(title, fontsize=10)
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
@@ -203,7 +205,7 @@ def _draw_longest(axis: Axes, record: Json) -> None:
     axis.set_xticks(contexts, [str(c) for c in contexts])
     axis.minorticks_off()
     axis.set(xlabel="devices that share the rows", ylabel="events of each history")
-    budget = f" in {record['budget_GiB']:.0f} GiB a device" if record else ""
+    budget = f" in {record['budget_GiB']:.0f} GiB a device\n{of_commit(record)}" if record else ""
     axis.set_title(f"longest sequence{budget}", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=7)

@@ -1,7 +1,7 @@
 """The tables of long histories: a training step with pieces of ULTRA-HSTU off, and a layer."""
 
 from experiments.record import Json
-from scripts.tables.records import cells, markdown, measured
+from scripts.tables.records import cells, markdown, measured, of_commit
 
 VARIANTS = {  # of scripts.bench.long
     "ultra": "`long_ultra`",
@@ -11,6 +11,8 @@ VARIANTS = {  # of scripts.bench.long
     "keeps_activations": '`remat="none"`',
     "fp8": '`projection="fp8"`',
 }
+
+MODES = ("none", "selective", "selective 8 chunks", "fp8")  # of scripts.bench.layer
 
 
 def remark(record: Json) -> str:
@@ -38,7 +40,7 @@ def long_ultra_table(record: Json) -> str:
     ]
     header = ["", "step, ms", "million events/s", "temporaries, GiB"]
     header += ["encoder, forward: TFLOP a sample", "training: TFLOP a sample", "TFLOP/s"]
-    where = "{device}, commit {commit}, attention `{implementation}`".format(**record)
+    where = f"{record['device']}, {of_commit(record)}, attention `{record['implementation']}`"
     return markdown(header, rows, f"{where}{remark(record)}.")
 
 
@@ -48,9 +50,10 @@ def layer_memory_table(record: Json) -> str:
     rows = [
         [name, f"{found['bytes_a_token']:.0f}", f"{found['ms']:.2f}" if "ms" in found else ""]
         for name, found in record["modes"].items()
+        if name in MODES
     ]
     depths = " and ".join(map(str, record["depths"]))
-    where = "{device}, commit {commit}, {rows:,} tokens".format(**record)
+    where = f"{record['device']}, {of_commit(record)}, {record['rows']:,} tokens"
     return markdown(
         ["model.remat", "bytes a token and layer", "forward and backward, ms a layer"],
         rows,

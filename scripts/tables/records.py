@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "docs" / "figures"
 NOT_MEASURED = "not measured yet"
+KERNELS_CHANGED = "2026-11-30T13:35"  # when the code of the kernels was last changed
 
 
 def load(name: str) -> Json:
@@ -65,8 +66,18 @@ def mean_and_deviation(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {short(statistics.stdev(values))}"
 
 
+def of_commit(record: Json) -> str:
+    """The commit of a measurement, marked where the kernels have changed since."""
+    older = (
+        " (before the present kernels)"
+        if record.get("date", KERNELS_CHANGED) < KERNELS_CHANGED
+        else ""
+    )
+    return f"commit {record['commit']}{older}"
+
+
 def origin(record: Json) -> str:
-    return "{device}, commit {commit}, {date:.10}.".format(**record)
+    return f"{record['device']}, {of_commit(record)}, {record['date']:.10}."
 
 
 @contextlib.contextmanager

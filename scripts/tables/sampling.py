@@ -3,7 +3,15 @@
 import numpy as np
 
 from experiments.record import Json
-from scripts.tables.records import figure, load, markdown, mean_and_deviation, measured, short
+from scripts.tables.records import (
+    figure,
+    load,
+    markdown,
+    mean_and_deviation,
+    measured,
+    origin,
+    short,
+)
 from scripts.tables.retrieval import METRICS
 
 SUBSEQUENCES = {  # file suffix -> what the runs were trained on
@@ -43,6 +51,7 @@ def load_balance_table(record: Json) -> str:
                     policy,
                     f"{values['gamma']:.2f}",
                     f"{100 * values['kept_share_of_events'][policy]:.0f} %",
+                    _whole(values, policy),
                     f"{loads[0]['mean'] / values['load']['8']['plain']['mean']:.2f}",
                     *(
                         f"{load['max_over_mean']:.2f} / {load['std_over_mean']:.2f}"
@@ -53,12 +62,17 @@ def load_balance_table(record: Json) -> str:
             keys = ("slowest", "slowest_predicted", "mean")
             milliseconds = [f"{1e3 * step[key]:.0f}" for key in keys]
             times.append([name, policy, str(step["rows"]), *milliseconds])
-    header = ["lengths", "draws", "gamma", "events kept", "load / plain"]
+    header = ["lengths", "draws", "gamma", "events kept", "longest sixth whole / by the law"]
+    header += ["load / plain"]
     header += ["8 devices: max / mean, std / mean", "64 devices"]
     timed = ["slowest of 8, ms", "predicted", "mean of 8, ms"]
-    return markdown(
-        header, spread, markdown(["lengths", "draws", "rows of the buffer", *timed], times)
-    )
+    steps = markdown(["lengths", "draws", "rows of the buffer", *timed], times)
+    return markdown(header, spread, steps, origin(record))
+
+
+def _whole(values: Json, policy: str) -> str:
+    shares = values["longest_sixth_whole"]
+    return f"{100 * shares[policy]:.1f} % / {100 * shares['law']:.1f} %"
 
 
 def load_balance_figure() -> None:

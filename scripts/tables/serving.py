@@ -3,7 +3,16 @@
 from experiments import configs
 from experiments.record import Json
 from scripts.bench import serving as bench_serving
-from scripts.tables.records import NOT_MEASURED, cells, figure, load, markdown, measured, short
+from scripts.tables.records import (
+    NOT_MEASURED,
+    cells,
+    figure,
+    load,
+    markdown,
+    measured,
+    of_commit,
+    short,
+)
 from ultra_hstu import flops
 
 RECORD = "serving_h100"
@@ -83,8 +92,8 @@ def serving_table(record: Json) -> str:
         header,
         rows,
         *([f"A history of 16,384 events: {whole}."] if whole else []),
-        "{device}, attention `{implementation}`, to the cache `{cached}`, commit {commit}.".format(
-            **record
+        "{device}, attention `{implementation}`, to the cache `{cached}`, {origin}.".format(
+            origin=of_commit(record), **record
         ),
         *record.get("notes", []),
         "![Candidates a second](figures/serving.png)",
@@ -168,7 +177,7 @@ def serving_figure() -> None:
             axis.set_xticks(steps, [str(step) for step in steps])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-        drawn.supxlabel("micro-batch", fontsize=10)
+        drawn.supxlabel(f"micro-batch ({of_commit(record)})", fontsize=10)
         drawn.supylabel(f"candidates a second, of {count:,}", fontsize=10)
         handles = axes[0][0].get_legend_handles_labels()
         drawn.legend(*handles, frameon=False, loc="outside upper center", ncols=4, fontsize=8)
@@ -217,6 +226,8 @@ def host_tables_table(record: Json) -> str:
     return markdown(
         [*header, "to the device, ms", "unpacked there, ms"],
         rows,
-        "{device}, {rows:,} rows of width {width} from {items:,} items.".format(**record),
+        "{device}, {rows:,} rows of width {width} from {items:,} items, commit {commit}.".format(
+            **record
+        ),
         *record.get("notes", []),
     )

@@ -16,6 +16,7 @@ from ultra_hstu.sampling import (
     RECALIBRATION_WEIGHT,
     LoadBalancer,
     keep_probability,
+    moved_probability,
     stochastic_length,
     subsequence,
     threshold,
@@ -188,43 +189,73 @@ def test_spread_of_the_load_falls():
     assert set(np.unique(kept[kept != length])) == {threshold(N, ALPHA)}
 
 
-def test_no_choice_is_closer_in_order_of_preference():
-    """The first histories in order of u / p stay whole; one more or less would miss by more."""
-    length, uniform = (x[0, 0] for x in draws(1, 1))
-    balancer = LoadBalancer(
-        N,
-        ALPHA,
-        GAMMA,
-        target=LoadBalancer(N, ALPHA, GAMMA).load(stochastic_length(length, N, ALPHA, uniform))
-        * 1.3,
-    )
-    kept = balancer.choose(length, uniform)
-    cut = threshold(N, ALPHA)
+LENGTHS = {  # of users, up to a longest one
+    "like ASSISTments": (3000, lambda rng, shape: rng.gamma(2.0, 280.0, shape)),
+    "lognormal": (400, lambda rng, shape: rng.lognormal(4.6, 1.0, shape)),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_histories_of_any_length_stay_whole_as_often_as_equation_4_says(name):
+    """By sixths of the longest length, over many batches; and yet the load spreads less."""
+    rng, (longest, draw) = np.random.default_rng(0), LENGTHS[name]
+    length_SU = np.clip(draw(rng, (4000, 32)).astype(np.int64), 1, longest)
+    uniform_SU = rng.random(length_SU.shape)
+    plain_SU = stochastic_length(length_SU, longest, ALPHA, uniform_SU)
+    balancer = LoadBalancer(longest, ALPHA, GAMMA, recalibrate_every=10**6)
+    balancer.calibrate([balancer.load(plain_U) for plain_U in plain_SU])
+    kept_SU = np.array([balancer.choose(*both) for both in zip(length_SU, uniform_SU, strict=True)])
+    law_SU = np.minimum(keep_probability(length_SU, longest, ALPHA), 1)
+    sixth_SU = (length_SU - 1) * 6 // longest
+    for sixth in range(6):
+        here = sixth_SU == sixth
+        whole, law = (kept_SU == length_SU)[here].mean(), law_SU[here].mean()
+        error = np.sqrt(law * (1 - law) / here.sum())
+        assert whole == pytest.approx(law, abs=3 * error + 0.03 * law), sixth
+    before, after = ((kept.astype(float) ** GAMMA).sum(1) for kept in (plain_SU, kept_SU))
+    assert after.std() < 0.6 * before.std()
+    assert after.mean() == pytest.approx(before.mean(), rel=0.01)
+
+
+def test_draws_move_each_other_and_no_probability():
+    """In one batch: each history as often as its moved probability says, and little spread."""
+    length, _ = (x[0, 0] for x in draws(1, 1))
+    balancer, cut = LoadBalancer(N, ALPHA, GAMMA, 10**6), threshold(N, ALPHA)
     long = np.flatnonzero(length > cut)
-    order = sorted(long, key=lambda i: (1 - uniform[i]) * length[i] ** 2 / N**ALPHA)
-    distance = []
-    for count in range(len(order) + 1):
-        trial = np.where(length > cut, cut, length)
-        trial[order[:count]] = length[order[:count]]
-        distance.append((abs(balancer.load(trial) - balancer.target), trial))
-    np.testing.assert_array_equal(kept, min(distance, key=lambda pair: pair[0])[1])
+    law = keep_probability(length[long], N, ALPHA)
+    more = length[long].astype(float) ** GAMMA - float(cut) ** GAMMA
+    wanted = 1.2 * float(law @ more)
+    balancer.target = balancer.load(np.minimum(length, cut)) + wanted
+    probability = moved_probability(law, more, wanted)
+    assert probability @ more == pytest.approx(wanted) and (probability > law).all()
+    rng, tries, kept = np.random.default_rng(0), 2000, []
+    for _ in range(tries):
+        balancer.behind = 0.0
+        kept.append(balancer.choose(length, rng.random(len(length))))
+    whole = (np.array(kept) == length)[:, long].mean(0)
+    np.testing.assert_allclose(whole, probability, atol=4.5 * np.sqrt(0.25 / tries))
+    independent = np.sqrt((probability * (1 - probability) * more**2).sum())
+    assert (np.array(kept, float) ** GAMMA).sum(1).std() < 0.4 * independent
 
 
-def test_at_the_load_of_a_plain_draw_the_choice_is_plain():
-    length, uniform = (x[0, 0] for x in draws(1, 1, seed=3))
-    plain = stochastic_length(length, N, ALPHA, uniform)
-    balancer = LoadBalancer(N, ALPHA, GAMMA)
-    balancer.calibrate([balancer.load(plain)])
-    np.testing.assert_array_equal(balancer.choose(length, uniform), plain)
+@pytest.mark.parametrize("wanted, c", [(-1e9, -1), (1e9, 1)])
+def test_loads_out_of_reach(wanted, c):
+    p, load = np.array([0.1, 0.5]), np.array([5.0, 2.0])
+    np.testing.assert_allclose(moved_probability(p, load, wanted), p + c * p * (1 - p))
+    assert moved_probability(p[:0], load[:0], wanted).shape == (0,)
 
 
 def test_capacity_bounds_the_choice():
     length, uniform = (x[0, 0] for x in draws(1, 1))
-    balancer = LoadBalancer(N, ALPHA, GAMMA, target=1e12)
-    assert balancer.choose(length, uniform).sum() == length.sum()
     cut = np.minimum(length, threshold(N, ALPHA)).sum()
-    assert cut < balancer.choose(length, uniform, capacity=int(cut) + 300).sum() <= cut + 300
-    assert balancer.choose(length, uniform, capacity=0).sum() == cut  # nothing further can be cut
+
+    def events(capacity):
+        balancer = LoadBalancer(N, ALPHA, GAMMA, target=1e12)
+        return balancer.choose(length, uniform, capacity).sum()
+
+    free = events(None)
+    assert events(int(free)) == free > events(int(free) - 1) > cut
+    assert events(0) == cut  # nothing further can be cut
 
 
 def test_recalibration_is_the_only_communication():

@@ -7,6 +7,7 @@ import collections
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,7 +21,7 @@ from tests.nn.small_encoder import ROWS, batch, encoder, inputs
 from ultra_hstu.nn.hstu_layer import ProductionLayer
 from ultra_hstu.nn.remat import policy_of, run_layer
 
-MODES = ["none", "selective", "full"]
+MODES = ["none", "selective"]
 
 
 def loss_and_gradients(key=None, **options):
@@ -64,6 +65,15 @@ def test_mini_sequences(chunk_rows):
         compare(run(*args), whole(*args), 1e-5)
 
 
+def test_other_modes_are_refused():
+    jaxtyping.config.update("jaxtyping_disable", True)  # as outside of tests
+    try:
+        with pytest.raises(ValueError, match="remat='full' must be one of none, selective"):
+            policy_of("full")
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def test_mini_sequences_shrink_the_temporaries():
     """The widest value of a layer exists for one chunk at a time."""
     sizes = {}
@@ -93,11 +103,11 @@ def primitives(jaxpr):
 @pytest.mark.parametrize(
     ("implementation", "primitive", "expected"),
     [
-        # a loop over tiles forward and one backward; "full" runs the forward once more
-        ("xla", "while", {"none": 4, "selective": 4, "full": 6}),
+        # a loop over tiles forward and one backward
+        ("xla", "while", {"none": 4, "selective": 4}),
         # forward 2 projections, scores, values; backward two products for each. Again: projection
-        # and scores ("full": values, too)
-        ("reference", "dot_general", {"none": 24, "selective": 28, "full": 30}),
+        # and scores
+        ("reference", "dot_general", {"none": 24, "selective": 28}),
     ],
 )
 def test_attention_is_not_run_again(implementation, primitive, expected):
@@ -151,5 +161,4 @@ def test_what_is_kept():
     """Selective keeps input and attention output in bfloat16, and two float32 statistics a norm."""
     each = {mode: (residual_bytes(mode, 5) - residual_bytes(mode, 3)) / 2 / ROWS for mode in MODES}
     assert each["selective"] == 2 * 8 + 2 * 12 + 4 * 4
-    assert each["full"] == 2 * 8
     assert each["none"] > 4 * each["selective"]

@@ -19,6 +19,7 @@ from ultra_hstu.parallel import context_parallel_attention, make_mesh
 from ultra_hstu.parallel import strategy as strategies
 from ultra_hstu.parallel.context_attention import STRATEGIES
 from ultra_hstu.parallel.layout import Layout
+from ultra_hstu.parallel.reshard import reshard
 
 ROWS, HEADS, WIDTH = 256, 8, 8
 BATCHES = {  # lengths: empty ones, ones longer than a shard of 32 rows, padding behind
@@ -248,6 +249,26 @@ def test_counts_may_be_traced():
         ).all()
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_outside_jit(strategy):
+    """Output and gradients, on a mesh with two axes."""
+    arrays, offsets, counts = case("mixed")
+    attend = functools.partial(
+        context_parallel_attention,
+        offsets=offsets,
+        mesh=make_mesh(data=2, context=4),
+        strategy=strategy,
+        mask=MASKS["full rows"],
+        alpha=0.3,
+        scale=1 / 64,
+        implementation=["reference"],
+        num_targets=counts["num_targets"].tolist(),
+        num_contextual=counts["num_contextual"].tolist(),
+    )
+    out, pull = jax.vjp(attend, *(jnp.asarray(arrays[x]) for x in "qkv"))
+    check([out, *pull(jnp.asarray(arrays["g"]))], expected("mixed", "full rows", True))
+
+
 COLLECTIVE = re.compile(
     r"= (\([^)]*\)|\S+) "
     r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -395,6 +416,27 @@ def test_layout(name):
         assert (np.diff(rows[shard]) > 0).all()
         for row in (0, 1, 31, 32, 100, 255, 256):
             assert int(layout.index(row, shard)) == (rows[shard] < row).sum()
+
+
+@pytest.mark.parametrize(
+    "layout, message",
+    [
+        (Layout(ROWS, 8, 8, np.arange(32) // 3 % 8), "must hold the same number, 4"),
+        (Layout(ROWS, 8, 8, np.arange(8)), "each of 32 blocks"),
+        (Layout(ROWS, 8, 8, np.arange(32) % 9), "0 to 7"),
+        (Layout(ROWS, 8, 24, np.arange(8)), "block=24 cannot be divided"),
+        (Layout(ROWS, 8, 32, np.arange(8)[::-1]), "another order"),
+    ],
+)
+def test_layouts_by_hand(layout, message):
+    """What the strategies cannot use is refused, not computed into something else."""
+    arrays, offsets, _ = case("mixed")
+    mesh = make_mesh(context=8)
+    options = dict(mesh=mesh, strategy="ring", alpha=1.0, scale=1.0, layout=layout)
+    with pytest.raises(ValueError, match=message):
+        context_parallel_attention(*(arrays[x] for x in "qkv"), offsets, **options)
+    with pytest.raises(ValueError, match=message):
+        reshard(arrays["q"], np.full(8, 32), num_rows=ROWS, mesh=mesh, layout=layout)
 
 
 def test_bad_input():

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 EPOCHS = 6
 FIELDS = dict(
     data__batch_tokens=128, data__placement="stream",
+    data__stochastic_length=1.2, data__load_balance=True, data__recalibrate_every=2,
     model__layers=1, model__relative_bias=False, model__implementation="reference",
     loss__negatives=4, parallel__strategy="gather", parallel__groups=4, train__steps_per_call=2,
 )  # fmt: skip

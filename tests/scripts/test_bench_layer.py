@@ -7,6 +7,7 @@ import pytest
 from experiments import configs
 from scripts.bench import layer as bench_layer
 from scripts.bench import long as bench_long
+from scripts.bench.program import temporaries
 from ultra_hstu import flops
 
 ROWS = 512
@@ -26,24 +27,29 @@ def small_config(**model):
     config = configs.named("long_ultra")
     data = dataclasses.replace(config.data, max_history=128, batch_tokens=ROWS)
     return dataclasses.replace(
-        config, data=data, model=dataclasses.replace(config.model, **SMALL, **model)
+        config, data=data, model=dataclasses.replace(config.model, **SMALL | model)
     )
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 64])
-def test_memory_of_a_layer(chunk_rows):
-    """A layer keeps its input, its attention output, 4 x 32 bytes a row each, and the statistics.
+@pytest.mark.parametrize("v_width, chunk_rows", [(16, None), (32, None), (16, 64)])
+def test_memory_of_a_layer(v_width, chunk_rows):
+    """By the compiler's count: input and attention output, and the statistics of two norms.
 
-    The compiled program holds little else.
+    They are float32, and the statistics two a row and norm.
     """
     memory = {}
     for depth in (1, 3):
         config = small_config(
-            layers=depth, truncate_after=None, truncate_length=None, chunk_rows=chunk_rows
+            layers=depth,
+            truncate_after=None,
+            truncate_length=None,
+            chunk_rows=chunk_rows,
+            v_width=v_width,
         )
         run, _ = bench_layer.stack_gradients(config, ROWS)
-        memory[depth] = run.memory_analysis().temp_size_in_bytes
-    assert 250 <= (memory[3] - memory[1]) / 2 / ROWS < 1.3 * (256 + 16)
+        memory[depth] = temporaries(run)
+    kept = 4 * (32 + 2 * v_width) + 4 * 4
+    assert (memory[3] - memory[1]) / 2 / ROWS == pytest.approx(kept, rel=0.08)
 
 
 def test_a_long_step():

@@ -61,7 +61,7 @@ class KuaiRand(InteractionsBuilder):
     Ids count from 0. Every event is kept, whatever the user did: its feedback are the actions, all
     int32 (flags 0 or 1, times in milliseconds, `tab` the scenario). Events are ordered by the
     millisecond; timestamps are whole seconds. The catalogue is the videos of the logs. 27K has 322
-    million events: building it takes about 100 GB of memory. The users' features are the
+    million events, which are all in memory while it is built. The users' features are the
     categorical columns of `user_features_*.csv`; an empty field is unknown.
     """
 

@@ -8,11 +8,15 @@ row of a retrieval batch predicts the event that followed it, kept or not.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from ultra_hstu.data.feed import BufferRows, ExampleTable, HostColumns, Packing, Plan, Planner
+from ultra_hstu.data.feed import ExampleTable, HostColumns, Packing, Plan, Planner
+from ultra_hstu.parallel import processes
+from ultra_hstu.parallel.mesh import groups_here
 from ultra_hstu.sampling import LoadBalancer, Subsequence, stochastic_length, subsequence
 
 # Streams of random numbers beside the loader's own, which shuffles with (seed, epoch).
@@ -129,11 +133,13 @@ class SampledPlanner(Planner):
       histories: of an example, in the order of the buffers of a batch.
       times_E: seconds of every event, for `weighted` subsequences; None where the data has no
         times: then places count.
+      mesh: of the batches, as of a `Loader`.
     """
 
     sampling: Sampling
     histories: tuple[SampledHistory, ...]
     times_E: Int[np.ndarray, " E"] | None
+    mesh: Mesh | None = None
 
     def taken(self, examples: ExampleTable, seed: int, epoch: int) -> CutTable:
         """Cuts every history by its own draw."""
@@ -153,9 +159,8 @@ class SampledPlanner(Planner):
         cut = plan.examples
         assert isinstance(cut, CutTable)  # that is what `taken` gave
         if (gamma := self.sampling.gamma) is not None:
-            # All groups of all steps get the same load.
-            place_GB = plan.place_SB.reshape(-1, packing.batch_users // packing.groups)
-            cut = self._balanced(cut, place_GB, packing.rows, gamma, seed, epoch)
+            place_SGb = plan.place_SB.reshape(len(plan), packing.groups, -1)
+            cut = self._balanced(cut, place_SGb, packing, gamma, seed, epoch)
         if self.sampling.subsequence == "recent":
             return Plan(plan.place_SB, cut)
         return ChosenPlan(plan.place_SB, cut, self.sampling, self.times_E, packing, seed, epoch)
@@ -163,35 +168,67 @@ class SampledPlanner(Planner):
     def _balanced(
         self,
         cut: CutTable,
-        place_SB: Int[np.ndarray, "S B"],
-        rows_R: BufferRows,
+        place_SGb: Int[np.ndarray, "S G b"],
+        packing: Packing,
         gamma: float,
         seed: int,
         epoch: int,
     ) -> CutTable:
         """The same batches, whole histories chosen anew, so that all have nearly one load.
 
-        No batch outgrows its rows. An epoch is planned before it begins, so the load of the first
-        `recalibrate_every` batches under plain draws is known without training on them: nothing is
-        carried from one epoch to the next, and a plan is a function of (seed, epoch).
+        No batch outgrows its rows. A process chooses for the groups whose batches it makes. An
+        epoch is planned before it begins, so the loads of plain draws, whose means over all groups
+        are the targets, are known without training: nothing is carried from one epoch to the next,
+        and a plan is a function of (seed, epoch).
         """
         uniform_nR = _uniform(cut.kept_nR.shape, seed, epoch)
         # Contextual tokens and targets are never cut.
         fixed_nR = cut.lengths.reshape(cut.kept_nR.shape) - cut.rows_per_event_R * cut.kept_nR
         kept_nR, whole_nR = cut.kept_nR.copy(), cut.whole_nR
-        batches = [places[places >= 0] for places in place_SB]
+        every = min(self.sampling.recalibrate_every, len(place_SGb))
+        own = self._own_groups(packing)
         for r, history in enumerate(cut.histories):
-            balancer = LoadBalancer(
-                history.max_length, self.sampling.alpha, gamma, self.sampling.recalibrate_every
-            )
-            first = batches[: self.sampling.recalibrate_every]
-            balancer.calibrate([balancer.load(cut.kept_nR[places, r]) for places in first])
-            for places in batches:
-                capacity = (rows_R[r] - int(fixed_nR[places, r].sum())) // history.rows_per_event
-                kept_nR[places, r] = balancer.choose(
-                    whole_nR[places, r], uniform_nR[places, r], capacity
+            kept_SGb = np.where(place_SGb >= 0, cut.kept_nR[place_SGb, r], 0)[:, own]
+            load_SG = (kept_SGb.astype(np.float64) ** gamma).sum(axis=2)
+            means = _means_over_groups(load_SG, own, every)
+            for group in own:
+                agreed = functools.partial(_next, iter([means[0], *means]))
+                balancer = LoadBalancer(
+                    history.max_length, self.sampling.alpha, gamma, every, mean=agreed
                 )
+                balancer.calibrate([means[0]])
+                for place_b in place_SGb[:, group]:
+                    places = place_b[place_b >= 0]
+                    rows = packing.rows[r] - int(fixed_nR[places, r].sum())
+                    kept_nR[places, r] = balancer.choose(
+                        whole_nR[places, r], uniform_nR[places, r], rows // history.rows_per_event
+                    )
         return dataclasses.replace(cut, kept_nR=kept_nR)
+
+    def _own_groups(self, packing: Packing) -> list[int]:
+        """Numbers of the groups whose batches this process makes."""
+        shards = range(1) if self.mesh is None else groups_here(self.mesh)
+        return [shard * packing.buffers + i for shard in shards for i in range(packing.buffers)]
+
+
+def _means_over_groups(
+    load_SG: Float[np.ndarray, "S G"], own: list[int], every: int
+) -> list[float]:
+    """The mean of each `every` steps over the groups of all processes, which call this together.
+
+    Args:
+      own: numbers of the groups that this process has the loads of.
+    """
+    windows = len(load_SG) // every
+    load_WG = load_SG[: windows * every].reshape(windows, every, len(own)).mean(axis=1)
+    given = {str(group): load_W.tolist() for group, load_W in zip(own, load_WG.T, strict=True)}
+    known = {name: load for one in processes.all_gather(given) for name, load in one.items()}
+    # In the order of the groups, so that the bits do not depend on who has which.
+    return np.mean([known[name] for name in sorted(known, key=int)], axis=0).tolist()
+
+
+def _next(means: Iterator[float], own: float) -> float:
+    return next(means)
 
 
 def _uniform(shape: tuple[int, ...], seed: int, epoch: int) -> Float[np.ndarray, "n R"]:

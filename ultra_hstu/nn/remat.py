@@ -7,7 +7,7 @@ norms, one projection and elementwise work, but no attention.
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 from flax import nnx
@@ -19,7 +19,7 @@ from ultra_hstu.sequences import Activations
 # Names of values, given with jax.ad_checkpoint.checkpoint_name.
 LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT = "layer_input", "norm_stats", "attention_output"
 
-Remat = Literal["none", "selective", "full"]
+Remat = Literal["none", "selective"]
 
 # How a stack runs a layer: `call(layer, x_TD)`, whose backward keeps what the policy says, or
 # whatever it needs. `parallel.parameters.ShardedLayers` is one for a mesh.
@@ -37,11 +37,12 @@ def run_layer(
 def policy_of(mode: Remat) -> Policy | None:
     """What the backward of a layer keeps; values and gradients are the same.
 
-    "none" keeps what differentiation asks for. "selective" keeps the named values alone. "full"
-    keeps the arguments alone and runs attention a second time, unless its kernel has side effects,
-    which JAX never runs twice: the output of `mosaic` is kept.
+    "none" keeps what differentiation asks for. "selective" keeps the named values alone. Raises
+    ValueError for another mode.
     """
+    if mode not in (modes := get_args(Remat)):
+        raise ValueError(f"remat={mode!r} must be one of {', '.join(modes)}")
     if mode == "none":
         return None
-    names = (LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT) if mode == "selective" else ()
+    names = (LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT)
     return jax.checkpoint_policies.save_only_these_names(*names)

@@ -4,6 +4,8 @@
 looks a strategy up, calls its `of` once a batch and the result once a layer.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from kernels.hstu_attention.api import RelativeBias
 from kernels.jagged import Counts
 from kernels.mask import AttentionMask
+from kernels.typing import THK, THV
 from ultra_hstu.parallel.gather import GatheredKeys
 from ultra_hstu.parallel.halo import Halo
 from ultra_hstu.parallel.layout import Layout
@@ -57,8 +60,8 @@ def context_parallel_attention(
 ) -> Float[Array, "T H V"]:
     """`hstu_attention` of rows that lie on several devices.
 
-    It takes the same arguments and gives, to rounding, the same result and gradients. Call it under
-    `jax.jit`: outside, JAX maps over all axes of a mesh or none.
+    It takes the same arguments and gives, to rounding, the same result and gradients, under
+    `jax.jit` and outside.
 
     | strategy | how | bytes a shard and layer |
     |---|---|---|
@@ -78,7 +81,8 @@ def context_parallel_attention(
 
     Raises:
       ValueError: an unknown strategy, T not divisible by the shards, heads not by them (`ulysses`),
-        `halo` with a mask without window, a bound that is too small.
+        `halo` with a mask without window, a bound that is too small, a layout whose shards do not
+        hold the same number of rows.
       NotImplementedError: a relative bias with any strategy but `ulysses`.
     """
     if CONTEXT not in mesh.shape:
@@ -93,18 +97,65 @@ def context_parallel_attention(
             f"the layout is for {layout.num_rows} rows and {layout.shards} shards, but there are "
             f"{rows} and {shards}"
         )
+    layout.check()
     kind.check(mask, layout, q_THK.shape[1], bias is not None)
     max_targets = _most("targets", num_targets, max_targets, kind.bounded)
     max_contextual = _most("contextual", num_contextual, max_contextual, kind.bounded)
-    batch = (jnp.asarray(offsets, jnp.int32), num_targets, num_contextual)
-    scale = jnp.asarray(scale, jnp.float32)
+    return _sharded_attention(
+        *(jnp.asarray(x) for x in (q_THK, k_THK, v_THV)),
+        jnp.asarray(scale, jnp.float32),
+        tuple(
+            None if x is None else jnp.asarray(x, jnp.int32)
+            for x in (offsets, num_targets, num_contextual)
+        ),
+        layout,
+        bias,
+        mesh=mesh,
+        kind=kind,
+        mask=mask,
+        alpha=float(alpha),
+        implementation=_hashable(implementation),
+        max_targets=max_targets,
+        max_contextual=max_contextual,
+    )
 
+
+# Compiled, since outside `jit` JAX maps over all axes of a mesh or none, and this over one.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "mesh",
+        "kind",
+        "mask",
+        "alpha",
+        "implementation",
+        "max_targets",
+        "max_contextual",
+    ),
+)
+def _sharded_attention(
+    q_THK: THK,
+    k_THK: THK,
+    v_THV: THV,
+    scale: Array,
+    batch: tuple[Array, Array | None, Array | None],
+    layout: Layout,
+    bias: RelativeBias | None,
+    *,
+    mesh: Mesh,
+    kind: type[Strategy],
+    mask: AttentionMask,
+    alpha: float,
+    implementation: Implementation,
+    max_targets: int,
+    max_contextual: int,
+) -> THV:
     def local(
         q: Array,
         k: Array,
         v: Array,
         scale: Array,
-        batch: tuple[Array, Counts, Counts],
+        batch: tuple[Array, Array | None, Array | None],
         layout: Layout,
         bias: RelativeBias | None,
     ) -> Array:
@@ -137,8 +188,13 @@ def context_parallel_attention(
         axis_names={CONTEXT},
         check_vma=False,
     )
-    q, k, v = (jnp.asarray(x) for x in (q_THK, k_THK, v_THV))
-    return run(q, k, v, scale, batch, layout, bias)
+    return run(q_THK, k_THK, v_THV, scale, batch, layout, bias)
+
+
+def _hashable(implementation: Implementation) -> Implementation:
+    if implementation is None or isinstance(implementation, str):
+        return implementation
+    return tuple(implementation)
 
 
 def _most(name: str, counts: Counts, bound: int | None, needed: bool) -> int:

@@ -77,6 +77,39 @@ class Layout:
             left[shard] -= 1
         return Layout(num_rows, shards, block, owner)
 
+    def check(self) -> None:
+        """Raises ValueError where shards do not hold T / C rows each, in the order of `index`.
+
+        A traced `owner` is not looked at.
+        """
+        blocks = self.num_rows // max(self.block, 1)
+        if self.shards < 1 or blocks % self.shards or blocks * self.block != self.num_rows:
+            raise ValueError(
+                f"a layout of num_rows={self.num_rows} in blocks of block={self.block} cannot be "
+                f"divided among shards={self.shards}: choose a block that divides T / shards"
+            )
+        if isinstance(self.owner, jax.core.Tracer):
+            return
+        owner = np.asarray(self.owner)
+        known = owner.dtype.kind in "iu" and np.isin(owner, np.arange(self.shards)).all()
+        if owner.shape != (blocks,) or not known:
+            raise ValueError(
+                f"owner={owner.tolist()} must be the number of a shard, 0 to {self.shards - 1}, "
+                f"for each of {blocks} blocks"
+            )
+        held = np.bincount(owner, minlength=self.shards)
+        if (held != blocks // self.shards).any():
+            raise ValueError(
+                f"owner gives the shards {held.tolist()} blocks of {self.block} rows, but all "
+                f"shards must hold the same number, {blocks // self.shards}: Layout.balanced "
+                "and Layout.striped deal them out so"
+            )
+        if self.is_contiguous and (np.diff(owner) < 0).any():
+            raise ValueError(
+                f"owner={owner.tolist()} deals out one block a shard in another order than the "
+                "shards': take smaller blocks, or Layout.contiguous"
+            )
+
     @property
     def is_contiguous(self) -> bool:
         return self.block == self.rows_per_shard

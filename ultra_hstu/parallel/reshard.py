@@ -66,6 +66,7 @@ def reshard(
     """
     shards = mesh.shape[CONTEXT]
     layout = Layout.contiguous(num_rows, shards) if layout is None else layout
+    layout.check()
     if isinstance(lengths, jax.core.Tracer):
         if capacity is None:
             raise ValueError(

@@ -18,8 +18,8 @@ from kernels.zeros import zeros_after
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
 
-# Rows times heads of an attention call, at most: work enough for a GPU, and 256 MiB of bfloat16 of
-# width 128.
+# Rows times heads of an attention call, at most: work enough for a GPU, and 2^28 bytes of bfloat16
+# of width 128.
 ROWS_AT_A_TIME = 2**20
 
 # `prepare_plan`, its constants filled in: adds an implementation's own lists to a plan.
@@ -200,7 +200,7 @@ class PartialSums(Strategy):
             return kept(*inputs), inputs
 
         def backward(saved: tuple[PyTree, ...], g: Array) -> tuple[Array | None, ...]:
-            q, k, v, scale, plan = saved
+            q, k, v, scale, plan = jax.tree.map(jnp.asarray, saved)  # constants come as NumPy's
             q, k, v, g = jax.lax.optimization_barrier((q, k, v, g))
             here = call._replace(scale=scale)
             found = in_turns(lambda *heads: plan.gradients(*heads, here), (q, k, v), q, k, v, g)

@@ -51,8 +51,8 @@ def _below(key: RowKeys, rows: int, count: int, bound: UInt[Array, ""]) -> Drawn
     """Uniform integers 0..bound-1 as the remainder of one 32-bit word.
 
     The probability of an id is off by at most bound / 2^32 of itself: 1e-6 for MovieLens, 2e-4 for
-    700,000 items. `jax.random.randint` spends two words to remove even that and takes six times as
-    long (62 ms against 10 ms for 18,432 x 128 draws on two cores, most of a cheap loss).
+    700,000 items. `jax.random.randint` spends two words to remove even that, and takes several
+    times as long: most of a cheap loss.
     """
     if key.ndim:
         bits_RC = jax.vmap(lambda row_key: jax.random.bits(row_key, (count,), jnp.uint32))(key)
