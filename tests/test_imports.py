@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 # A module may import from its own layer or from those before it.
 LAYERS = [
     ["kernels"],
-    ["ultra_hstu.fields", "ultra_hstu.config", "ultra_hstu.provenance"],
+    ["ultra_hstu.fields"],
+    ["ultra_hstu.table_config"],
+    ["ultra_hstu.config", "ultra_hstu.provenance"],
     ["ultra_hstu.parallel"],
     ["ultra_hstu.sequences"],
     ["ultra_hstu.nn"],

@@ -5,18 +5,20 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64, Shaped
+from numpy.typing import ArrayLike
 
 from ultra_hstu.config import DataConfig
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
 from ultra_hstu.data.catalog import Catalog, few
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.sources import builder_of
+from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
 _BATCH = 4096  # users read at once: one by one, every user decompresses its neighbours too
@@ -48,6 +50,38 @@ class Interactions:
     catalog: Catalog
     contexts: dict[str, Int32[np.ndarray, " users"]] = dataclasses.field(default_factory=dict)
     context_values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        users: ArrayLike,
+        items: ArrayLike,
+        times: ArrayLike | None,
+        *,
+        actions: Mapping[str, ArrayLike] | None = None,
+        titles: Mapping[int, str] | Mapping[str, str] | None = None,
+    ) -> "Interactions":
+        """Events in any order, one entry an event, [E] each.
+
+        Each user's events are sorted by time, ties in the order that they are given in. Events that
+        repeat an earlier one of the same user, item and time are dropped, and users with fewer than
+        3 events; a warning counts both.
+
+        Args:
+            users, items: ids, whole numbers or strings.
+            times: seconds since 1970 (1901 to 2106), or datetime64; None: events of a user are in
+                order.
+            actions: what the user did, by name, as numbers: integers become int32, floats float32.
+            titles: of items, by id. The catalogue is the items of the events that are left.
+
+        Raises:
+            ValueError: arrays of unequal lengths, ids or times of another kind (a value is shown),
+                nothing left.
+        """
+        from ultra_hstu.data import grouping  # which makes objects of this class
+
+        columns = grouping.event_columns(users, items, times, actions or {})
+        return grouping.group(columns, TableConfig(), titles)[0]
 
     @property
     def num_users(self) -> int:
