@@ -25,7 +25,15 @@ def main() -> None:
     if name not in COMMANDS:
         sys.exit(f"error: there is no command {name!r}: use one of {', '.join(COMMANDS)}")
     sys.argv[1:] = arguments
-    runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as error:
+        if name != "serve":
+            raise
+        sys.exit(
+            f"error: serving needs {error.name}, of the extra `serve`: "
+            "pip install -e '.[serve]' -c constraints.txt"
+        )
 
 
 if __name__ == "__main__":

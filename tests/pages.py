@@ -20,6 +20,7 @@ from experiments.__main__ import COMMANDS
 from tests import commands
 from tests.data import data_files
 from ultra_hstu.config import Config
+from ultra_hstu.library import respond
 from ultra_hstu.serving.schema import Request, ScoreRequest
 from ultra_hstu.serving.service import open_service
 
@@ -166,7 +167,7 @@ class Page:
         if (Path(self.served) / "result.json").exists():
             service = open_service(self.served)
             if service.request_type is schema:
-                assert service.respond(request).model_dump_json()
+                assert respond(service, request).model_dump_json()
                 self.ran.append("curl")
 
 

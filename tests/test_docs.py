@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from tests.pages import FENCE, PAGES, ROOT, Page
@@ -21,6 +22,23 @@ def test_blocks_run_in_order(name, tmp_path, monkeypatch):
     page = Page(name, tmp_path)
     page.follow()
     assert set(page.ran) >= MUST_RUN.get(name, set())
+    HOLDS.get(name, lambda names: None)(page.names)
+
+
+def attention_of_all_devices(names):
+    assert names["o_THV"].shape == (64, 4, 16) and np.isfinite(names["o_THV"]).all()
+    assert len(names["o_THV"].devices()) == 8
+
+
+def scores_of_four_candidates(names):
+    scores = names["serving"].score(names["model"], names["cache"], names["candidates"])
+    assert scores.shape == (4, 1) and np.isfinite(scores).all()
+
+
+HOLDS = {
+    "docs/context_parallel.md": attention_of_all_devices,
+    "docs/cached_scoring.md": scores_of_four_candidates,
+}
 
 
 @pytest.mark.parametrize("name", PAGES)

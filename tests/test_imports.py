@@ -28,8 +28,9 @@ LAYERS = [
     ["ultra_hstu.step", "ultra_hstu.evaluate", "ultra_hstu.flops", "ultra_hstu.task"],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
     ["ultra_hstu.tasks", "ultra_hstu.report"],
-    ["ultra_hstu.train", "ultra_hstu.library"],
+    ["ultra_hstu.train"],
     ["ultra_hstu.serving"],
+    ["ultra_hstu.library"],
     ["experiments", "scripts"],
     ["tests"],
 ]  # fmt: skip

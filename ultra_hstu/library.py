@@ -1,14 +1,18 @@
-"""Training on data that a program has in memory."""
+"""What a program calls: training on data in memory, and answers to single requests."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
 from rich.console import Console
 
 from ultra_hstu import tasks
 from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import ARRAYS, Interactions, ordered
 from ultra_hstu.fields import changed
+from ultra_hstu.serving.schema import AboutUser, Response, ScoreResponse
+from ultra_hstu.serving.service import Service
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
@@ -44,3 +48,19 @@ def fit(
     config.validate()
     events = ordered(interactions, ties=config.data.ties, seed=config.data.ties_seed)
     return train(config, workdir, console=console, task=tasks.of(config, events))
+
+
+def respond[R: AboutUser, A: Response | ScoreResponse](
+    service: Service[R, A], request: Mapping[str, JsonValue]
+) -> A:
+    """What HTTP would answer: raw ids in, raw ids and titles out.
+
+    Args:
+      service: of `open_service`: a run, or a file of `experiments.export`.
+      request: as in `ultra_hstu.serving.schema`, such as {"history": [1193, 914], "k": 5}.
+
+    Raises:
+      ValueError: what cannot be answered, with the reason.
+    """
+    checked = service.request_type.model_validate(request)
+    return service.answer([service.prepare(checked)])[0]

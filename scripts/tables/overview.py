@@ -1,4 +1,4 @@
-"""The tables of the README: six results, each linked to its page, and a walk through a small set."""
+"""What the README shows: six results, each linked to its page, and a walk through a small set."""
 
 import json
 import re
