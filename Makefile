@@ -47,7 +47,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-tables: $(INSTALLED)  ## write the README's tables and figures anew from experiments/results
+tables: $(INSTALLED)  ## write the tables and figures of README and docs anew from experiments/results
 	$(PY) -m scripts.tables.make
 
 clean:  ## remove .venv, builds, prepared data and runs

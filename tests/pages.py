@@ -5,7 +5,8 @@ namespace; one that begins with the path of a file has the names of that file. `
 the text of its files, and the block behind it has the names of the changed files. Each command of
 `sh` runs, on a small file in the publisher's format in place of the download, if what it needs is
 there: its data, or a run that the page has trained. Of all others (clusters, GPUs, hours) the flags
-must exist. Other fences (json, text, yaml) are shown.
+must exist. `console` shows commands behind `$ `, which run alike, and what they print. Other fences
+(json, text, yaml) are shown.
 """
 
 import functools
@@ -52,7 +53,7 @@ def publisher_files(source: str, folder: Path) -> Path | None:
     if source == "ml-100k":
         data_files.write(folder / "u.data", ["\t".join(map(str, event)) for event in events])
         flags = "|0" * 19
-        lines = [f"{item}|Film {item} (1999)|01-Jan-1999||{flags[1:]}" for item in sorted(items)]
+        lines = [f"{item}|Film {item} (1999)|01-Jan-1999||{flags}" for item in sorted(items)]
         data_files.write(folder / "u.item", lines, "latin-1")
         return folder
     return None
@@ -82,7 +83,8 @@ class Page:
 
     def follow(self) -> None:
         for kind, block in FENCE.findall(PAGES[self.name].read_text()):
-            {"python": self.python, "diff": self.diff, "sh": self.shell}.get(kind, str)(block)
+            kinds = {"python": self.python, "diff": self.diff, "sh": self.shell}
+            (kinds | {"console": self.console}).get(kind, str)(block)
 
     def python(self, block: str) -> None:
         file = re.match(r"# (\S+)\.py\n", block)
@@ -115,8 +117,13 @@ class Page:
             if len(words) == 1 and re.match(r"\w+=", words[0]):
                 name, _, self.variables[name] = words[0].partition("=")
                 continue
-            for started in " ".join(map(shlex.quote, words)).split(" '&'"):
+            for started in re.split(" '&&?'", " ".join(map(shlex.quote, words))):
                 self.command(shlex.split(started), line)
+
+    def console(self, block: str) -> None:
+        """Commands behind `$ `, and what they print."""
+        lines = [line[2:] for line in block.splitlines() if line.startswith("$ ")]
+        self.shell("\n".join(lines))
 
     def command(self, words: list[str], line: str) -> None:
         while words and (words[0] == "srun" or re.match(r"\w+=|--", words[0])):

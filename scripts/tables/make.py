@@ -11,21 +11,24 @@ from collections.abc import Callable
 from absl import flags
 
 from experiments import command
-from scripts.tables import attention, context_parallel, long, ranking, retrieval, sampling
+from scripts.tables import attention, context_parallel, long, overview, ranking, retrieval, sampling
 from scripts.tables import serve as serve_tables
 from scripts.tables import serving as serving_tables
 from scripts.tables.records import ROOT
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
+        "overview": overview.overview_table,
+        "walkthrough": overview.walkthrough,
+    },
+    "docs/results.md": {
         "ml1m": retrieval.ml1m_table,
         "speed": retrieval.speed_table,
-        "attention": attention.attention_table,
-        "test_gpu": attention.gpu_tests_table,
+        "ml100k": retrieval.ml100k_table,
         "ranking": ranking.ranking_table,
         "ablation": ranking.ablation_table,
-        "serve_example": serve_tables.RECOMMEND.example,
-        "score_example": serve_tables.SCORE.example,
+        "attention": attention.attention_table,
+        "test_gpu": attention.gpu_tests_table,
     },
     "docs/evaluation.md": {
         "evaluation": retrieval.evaluation_table,
@@ -42,6 +45,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "context_balance": context_parallel.balance_table,
     },
     "docs/http_service.md": {
+        "serve_example": serve_tables.RECOMMEND.example,
+        "score_example": serve_tables.SCORE.example,
         "serve_load": serve_tables.RECOMMEND.load_table,
         "serve_stages": serve_tables.RECOMMEND.stages_table,
         "score_load": serve_tables.SCORE.load_table,

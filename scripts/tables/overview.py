@@ -1,8 +1,9 @@
 """What the README shows: six results, each linked to its page, and a walk through a small set."""
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from experiments.record import Json
 from scripts.tables import attention, context_parallel, retrieval, serving
@@ -104,30 +105,21 @@ RESULTS: dict[str, Callable[[Json], list[str]]] = {
 @measured("walkthrough")
 def walkthrough(record: Json) -> str:
     """The commands that follow each other, and what they print."""
-    return "\n\n".join(_blocks(record))
-
-
-def _blocks(record: Json) -> Iterator[str]:
+    lines = []
     for ran in record["steps"]:
-        yield _fence("sh", ran["command"])
-        yield _fence("text", "\n".join(shown(ran["prints"])))
-    yield _fence("sh", f"{record['serve']}  # and in another terminal:\n{_curl(record['request'])}")
+        table = shown(ran["prints"])
+        baselines = "evaluate" in ran["command"]  # training has shown them
+        lines += [f"$ {ran['command']}", *(table[:5] if baselines else table)]
+    address = "curl -s localhost:8000/recommend -H 'content-type: application/json'"
+    lines.append(f"$ {record['serve']}  # and in another terminal:")
+    lines.append(f"$ {address} -d '{json.dumps(record['request'])}'")
     response = json.dumps(record["response"], ensure_ascii=False)
-    yield _fence("json", response.replace('{"item"', '\n {"item"'))
+    lines.append(response.replace(' {"item"', '\n {"item"').replace('[{"item"', '[\n {"item"'))
+    return "\n".join(["```console", *lines, "```"])
 
 
 def shown(prints: list[str]) -> list[str]:
-    """The last table that a command printed, without empty lines and what it says below."""
-    titles = [n for n, line in enumerate(prints) if re.search("protocol|recommendations:", line)]
-    return [line for line in prints[max(titles) :] if line and not line[0].isalnum()]
-
-
-def _curl(request: Json) -> str:
-    return (
-        "curl -s localhost:8000/recommend -H 'content-type: application/json' "
-        f"-d '{json.dumps(request)}'"
-    )
-
-
-def _fence(kind: str, text: str) -> str:
-    return f"```{kind}\n{text}\n```"
+    """The last table that a command printed, without empty lines and what stands below it."""
+    first = max(n for n, line in enumerate(prints) if re.search("protocol|recommendations:", line))
+    lines = [line for line in prints[first:] if line]
+    return list(itertools.takewhile(lambda line: not re.match(r" ?\w", line), lines))

@@ -13,14 +13,14 @@ from scripts.load.loop import closed_loop
 from scripts.load.requests import Sent
 from scripts.load.serve import mixed
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "http_service.md"
 
 
-def readme_example(path):
-    """A request of the README, and what it says is the response."""
+def page_example(path):
+    """A request of the page, and what it says is the response."""
     found = re.search(
-        rf"curl -s localhost:8000{path} [^\n]*-d '([^\n]*)'\n\n```json\n(.*?)\n```",
-        README.read_text(),
+        rf"curl -s localhost:8000{path} [^\n]*-d '([^\n]*)'\n```\n\n```json\n(.*?)\n```",
+        PAGE.read_text(),
         re.S,
     )
     return json.loads(found[1]), json.loads(found[2])

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 
 from tests.serving import fuzzed
-from tests.serving.served_checks import readme_example, shape
+from tests.serving.served_checks import page_example, shape
 from tests.serving.small_serving import built, full_pass, requests
 from tests.small_run import with_
 from ultra_hstu import serving
@@ -263,7 +263,7 @@ def test_the_same_candidate_gets_the_same_scores_and_an_unknown_one_none(service
 
 def test_the_request_of_the_readme(service):
     """It is answered as it says: every candidate in its order, a score for each task."""
-    request, said = readme_example("/score")
+    request, said = page_example("/score")
     asked = request | {"user": 2, "candidates": [1 + item % 30 for item in request["candidates"]]}
     got = answer(service, **asked, features={"skill": [5, 6, 7]}).model_dump()
     assert [one["item"] for one in got["candidates"]] == asked["candidates"]

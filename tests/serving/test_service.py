@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tests import commands
 from tests.serving import fuzzed
-from tests.serving.served_checks import readme_example, shape
+from tests.serving.served_checks import page_example, shape
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
 from ultra_hstu.quantization import served_table
@@ -221,7 +221,7 @@ def test_actions_that_a_run_does_not_read(service):
 
 def test_the_request_of_the_readme(service):
     """It is answered as it says: three items, in this form."""
-    request, said = readme_example("/recommend")
+    request, said = page_example("/recommend")
     got = answer(service, **request | {"user": 7}).model_dump()
     assert shape(got) == shape(said) and len(got["items"]) == len(said["items"]) == request["k"]
     assert Response.model_validate(said).model_dump() == said
