@@ -9,9 +9,10 @@
 They know training events alone, and order the whole catalogue by (score, popularity, lower id), so
 that no two items tie: an item without a score stands behind those that have one.
 
-No array grows with the square of the catalogue. An item keeps its 100 best neighbours, and of a
+No array grows with the square of the catalogue. An item keeps its 50 best neighbours, and of a
 user the newest 100 events are read, in training and before a target. So pairs of items cost at most
-100 additions a training event, and scores 10,000 a target, in blocks, on one core of the host.
+100 additions a training event, and scores 5,000 a target, in blocks, on one core of the host; the
+neighbours of an item take at most 600 bytes.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from ultra_hstu.criteria import Metrics
 from ultra_hstu.retrieval.metrics import PUBLISHED_CUTOFF, mean_metrics
 from ultra_hstu.retrieval.split import Examples
 
-NEIGHBOURS = 100  # of an item
+NEIGHBOURS = 50  # of an item
 RECENT = 100  # events of a user
 BLOCK_EVENTS = 50_000  # training events of the items whose pairs are counted at one time
 BLOCK_USERS = 256  # users who are scored at one time
