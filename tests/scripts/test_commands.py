@@ -13,7 +13,9 @@ SOURCES = [
     path for folder in ("experiments", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 # A command, and lines of it that begin with a flag.
-COMMAND = re.compile(r"(?:python|\$\(PY\)) -m ([a-z_]+(?:\.[a-z_]+)+)([^`#\n]*(?:\n +\[?--[^`#\n]*)*)")
+COMMAND = re.compile(
+    r"(?:python|\$\(PY\)) -m ([a-z_]+(?:\.[a-z_]+)+)([^`#\n]*(?:\n +\[?--[^`#\n]*)*)"
+)
 FLAG = re.compile(r"(--[\w.]+)(=\"[^\"]*\"|=[^\s\]\"]+)?")
 PLACEHOLDERS = {"=...": "=ml1m_hstu", "=NAME": "=ml1m_hstu", "=N": "=2", "=I": "=0"}
 

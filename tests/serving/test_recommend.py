@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import jax
 import numpy as np
@@ -186,6 +187,10 @@ def test_evaluate_command_takes_other_semantics_and_names_them(run, tmp_path):
     task = tasks.load(with_(config, eval__hide="all", eval__time="last"))
     want = task.evaluator("test")(load_params(Workdir(workdir), task.recipe)[1])
     assert record["tables"]["float32"]["metrics"] == pytest.approx(want)
+    assert record["baselines"] == task.baselines("test")
+    assert len(record["baselines"]) == 4 and set(record["baselines"]) <= set(
+        re.findall(r"^  (\S.*?)  ", done.stdout, re.M)
+    )
     assert Workdir(workdir).read_config().eval.hide == "window"
 
 
