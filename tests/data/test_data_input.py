@@ -15,7 +15,7 @@ from tests.data.data_files import (
     ml1m,
     write,
 )
-from ultra_hstu.data.text import Column, _read_carefully, _read_fast, read_table
+from ultra_hstu.data.delimited import Column, _read_carefully, _read_fast, read_table
 
 BAD_RATINGS = {
     "1::20::4": ("expected 4 fields, userId::movieId::rating::timestamp, found 3", "1::20::4"),

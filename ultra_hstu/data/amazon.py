@@ -9,7 +9,8 @@ from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import RawEvents
-from ultra_hstu.data.text import MAX_SECONDS, Column, lines, read_table
+from ultra_hstu.data.delimited import Column, read_table
+from ultra_hstu.data.text import MAX_SECONDS, lines
 
 MIN_COUNT = 5
 

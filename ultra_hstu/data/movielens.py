@@ -11,7 +11,8 @@ from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import RawEvents
-from ultra_hstu.data.text import MAX_SECONDS, Column, Line, lines, read_table
+from ultra_hstu.data.delimited import Column, read_table
+from ultra_hstu.data.text import MAX_SECONDS, Line, lines
 
 _log = logging.getLogger(__name__)
 _URL = "https://files.grouplens.org/datasets/movielens/"
