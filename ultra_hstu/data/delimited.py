@@ -2,15 +2,34 @@
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.csv
 
-from ultra_hstu.data.text import MAX_ID, Line, lines
+from ultra_hstu.data.strings import STRINGS
+from ultra_hstu.data.text import (
+    BLANKS,
+    CONTROL,
+    MAX_ID,
+    MAX_ID_LENGTH,
+    Line,
+    TextFile,
+    examine,
+    lines,
+    records,
+)
+from ultra_hstu.data.times import Unit, check_times
+
+_log = logging.getLogger(__name__)
+_ROWS = 1 << 16  # that the careful pass holds as Python objects
+# pyarrow takes hexadecimal integers, and text behind a closing quote.
+_HEXADECIMAL = re.compile(rb"(?:^|[\s,:])-?0[xX]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,20 +37,26 @@ class Column:
     """One field of a line.
 
     Attributes:
-        dtype: the numpy type that it is read as; None: it is not read.
-        low, high: the range that it must lie in.
+        dtype: the NumPy type that it is read as; None: it is not read.
+        low, high: the range that a number must lie in.
+        unit: of a time; its range then follows from the unit.
     """
 
     name: str
     dtype: type[np.generic] | None
     low: int | float = 0
     high: int | float = MAX_ID
+    unit: Unit | None = None
+
+    @staticmethod
+    def time(name: str, unit: Unit) -> "Column":
+        return Column(name, np.int64, -MAX_ID, MAX_ID, unit)
 
 
 def read_table(
     path: Path, columns: Sequence[Column], *, delimiter: str = ",", header: bool = False
 ) -> dict[str, np.ndarray]:
-    """The columns of a file with one record a line, without quotes and blank lines, in its order.
+    """The columns of a file with one record a line.
 
     pyarrow reads clean files at more than a million lines a second. Whatever it stumbles over, and
     any value out of range, sends the file through a slow pass that names the first bad line.
@@ -39,110 +64,192 @@ def read_table(
     Args:
         path: the file.
         columns: every field of a line, in order; those with dtype None are skipped.
-        delimiter: one character, or one character twice ("::").
-        header: whether the first line holds the names of the columns.
+        delimiter: one character, or one character twice ("::"). Fields may stand in quotes where it
+            is a comma.
+        header: whether the first line holds the names of the columns, in any order.
+
+    Returns:
+        by name, arrays of the columns' types; strings have the dtype STRINGS.
 
     Raises:
-        ValueError: file, line and value of the first malformed line; an empty file; a file cut off
-            in its last line.
+        ValueError: file, line and value of the first malformed line; times in another unit; an
+            empty file, and one that is not text.
     """
-    with open(path, "rb") as file:
-        first = file.readline().decode("utf-8-sig", "replace").rstrip("\r\n")
-        if not first.strip() or (header and not file.read(1)):
-            raise ValueError(f"{path} is empty: expected lines of {_form(columns, delimiter)}")
-    if header and first != delimiter.join(column.name for column in columns):
-        raise Line(path, 1, first).error(f"expected the header {_form(columns, delimiter)}")
-    _check_end(path, delimiter)
-    try:
-        table = _read_fast(path, columns, delimiter, header)
-    except pyarrow.ArrowInvalid:
-        return _read_carefully(path, columns, delimiter, header)
+    file = examine(path)
+    form = delimiter.join(column.name for column in columns)
+    if header:
+        line, names = next(_records(file, delimiter))
+        by_name = {column.name: column for column in columns}
+        if sorted(names) != sorted(by_name):
+            raise line.error(f"expected the header {form}")
+        columns = [by_name[name] for name in names]
+    table = _read_fast(file, columns, delimiter, header)
+    if table is None:
+        table = _read_carefully(file, columns, delimiter, header)
+    if not all(len(values) for values in table.values()):
+        raise ValueError(f"{path} is empty: expected lines of {form}")
+    first = 2 if header else 1
     for column in columns:
-        if column.dtype is not None and column.dtype is not np.str_:
+        if column.unit is not None:
             values = table[column.name]
-            if not (values.min() >= column.low and values.max() <= column.high):
-                return _read_carefully(path, columns, delimiter, header)
+            check_times(values, column.unit, _place(path, first, column.name))
+    if not file.newline and columns[-1].dtype is not None:
+        _warn_of_a_cut(path, delimiter)
     return table
 
 
-def _value(line: Line, text: str, column: Column) -> int | float | str:
-    """A field as its column says. Raises ValueError where it is not like that."""
-    if column.dtype is np.str_:
-        if not text:
-            raise line.error(f"{column.name} is empty")
-        return text
-    if column.dtype is not None and issubclass(column.dtype, np.integer):
-        return line.integer(text, column.name, column.low, column.high)
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not column.low <= value <= column.high:
-        bounds = f"{column.low:g}..{column.high:g}"
-        raise line.error(f"{column.name} must be a number in {bounds}", text)
-    return value
+def _place(path: Path, first: int, name: str) -> Callable[[int], str]:
+    return lambda row: f"{path}, line {first + row}: {name}"
 
 
-def _form(columns: Sequence[Column], delimiter: str) -> str:
-    return delimiter.join(column.name for column in columns)
+def _warn_of_a_cut(path: Path, delimiter: str) -> None:
+    """Warns of a file without a newline at its end whose last field is the shortest.
 
-
-def _check_end(path: Path, delimiter: str) -> None:
-    """Finds a file that was cut off in its last field: it parses, but the field is the shortest."""
+    It may have been cut off within that field.
+    """
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16)))
-        tail = file.read().split(b"\n")
-    fields = [line.split(delimiter.encode())[-1] for line in tail]
-    earlier = [len(field) for field in fields[1:-1]]
-    if fields[-1] and len(fields) > 3 and len(fields[-1]) < min(earlier):
-        with open(path, "rb") as file:
-            number = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) + 1
-        last = Line(path, number, tail[-1].decode("utf-8", "replace"))
-        raise last.error("the file ends in the middle of its last line")
+        tail = file.read().splitlines()
+    *earlier, last = (line.split(delimiter.encode())[-1] for line in tail)
+    # The first of them may have been cut here.
+    if len(earlier) > 1 and len(last) < min(len(field) for field in earlier[1:]):
+        _log.warning(
+            "%s has no newline at its end, and its last field, %r, is shorter than all before it: "
+            "was the file cut off?",
+            path,
+            last.decode("utf-8", "replace"),
+        )
 
 
 def _read_fast(
-    path: Path, columns: Sequence[Column], delimiter: str, header: bool
-) -> dict[str, np.ndarray]:
-    read = {column.name: column.dtype for column in columns if column.dtype is not None}
-    types = {name: pyarrow.from_numpy_dtype(dtype) for name, dtype in read.items()}
+    file: TextFile, columns: Sequence[Column], delimiter: str, header: bool
+) -> dict[str, np.ndarray] | None:
+    """None for a file that only the careful pass can judge."""
+    read = {column.name: column for column in columns if column.dtype is not None}
+    types = {name: _arrow_type(column) for name, column in read.items()}
     names = [column.name for column in columns]
+    if not _is_plain(file.path, delimiter):
+        return None
     if len(delimiter) == 2:  # "a::b" is a, nothing, b when split at ":"
         gaps = [f"gap before {name}" for name in names[1:]]
         types |= dict.fromkeys(gaps, pyarrow.null())
         names[1:] = itertools.chain(*zip(gaps, names[1:], strict=True))
-    table = pyarrow.csv.read_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=int(header)),
-        parse_options=pyarrow.csv.ParseOptions(
-            delimiter=delimiter[0], quote_char=False, ignore_empty_lines=False
-        ),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=types,
-            include_columns=list(types),
-            null_values=[""],
-            strings_can_be_null=True,
-        ),
-    )
-    if any(table[name].null_count for name in read):
-        raise pyarrow.ArrowInvalid("an empty field")
-    return {name: table[name].to_numpy().astype(dtype, copy=False) for name, dtype in read.items()}
+    try:
+        table = pyarrow.csv.read_csv(
+            file.path if not file.blank_lines else _head(file),
+            read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=int(header)),
+            parse_options=pyarrow.csv.ParseOptions(
+                delimiter=delimiter[0], quote_char=False, ignore_empty_lines=False
+            ),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=types,
+                include_columns=list(types),
+                null_values=[""],
+                strings_can_be_null=True,
+            ),
+        )
+    except pyarrow.ArrowInvalid:
+        return None
+    values: dict[str, np.ndarray] = {}
+    for name, column in read.items():
+        arrow = table[name]
+        table = table.drop_columns(name)  # its memory is free when it has been converted
+        converted = None if arrow.null_count else _converted(arrow, column)
+        if converted is None:
+            return None
+        values[name] = converted
+    return values
+
+
+def _is_plain(path: Path, delimiter: str) -> bool:
+    """Whether pyarrow would take nothing in the file that the careful pass refuses."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20) + file.readline():
+            if delimiter == "," and b'"' in block:
+                return False
+            # A single byte is found a hundred times faster than a pattern.
+            if (b"x" in block or b"X" in block) and _HEXADECIMAL.search(block):
+                return False
+    return True
+
+
+def _head(file: TextFile) -> pyarrow.BufferReader:
+    """The file without its blank last lines."""
+    with open(file.path, "rb") as content:
+        return pyarrow.BufferReader(content.read(file.end))
+
+
+def _arrow_type(column: Column) -> pyarrow.DataType:
+    assert column.dtype is not None
+    if column.dtype is np.str_:
+        return pyarrow.string()
+    return pyarrow.int64() if issubclass(column.dtype, np.integer) else pyarrow.float64()
+
+
+def _converted(arrow: pyarrow.ChunkedArray, column: Column) -> np.ndarray | None:
+    """None where a value is not as its column says."""
+    compute = pyarrow.compute
+    if column.dtype is np.str_:
+        coded = arrow.dictionary_encode().combine_chunks()
+        words = compute.utf8_trim(coded.dictionary, BLANKS)
+        if len(words):
+            size = compute.min_max(compute.utf8_length(words)).as_py()
+            if size["min"] < 1 or size["max"] > MAX_ID_LENGTH:
+                return None
+            if compute.any(compute.match_substring_regex(words, CONTROL)).as_py():
+                return None
+        return np.array(words.to_pylist(), STRINGS)[coded.indices.to_numpy()]
+    values = arrow.to_numpy()
+    if len(values) and not (values.min() >= column.low and values.max() <= column.high):
+        return None
+    return values.astype(column.dtype, copy=False)
+
+
+def _records(file: TextFile, delimiter: str) -> Iterator[tuple[Line, list[str]]]:
+    if delimiter == ",":
+        yield from records(file)
+    else:
+        for line in lines(file):
+            yield line, [field.strip(BLANKS) for field in line.text.split(delimiter)]
 
 
 def _read_carefully(
-    path: Path, columns: Sequence[Column], delimiter: str, header: bool
+    file: TextFile, columns: Sequence[Column], delimiter: str, header: bool
 ) -> dict[str, np.ndarray]:
     """The definition of what `read_table` accepts, one line at a time."""
     read = [column for column in columns if column.dtype is not None]
-    values: dict[str, list[int | float | str]] = {column.name: [] for column in read}
-    for line in lines(path):
-        if header and line.number == 1:
-            continue
-        fields = line.text.split(delimiter)
-        if len(fields) != len(columns):
-            form = _form(columns, delimiter)
-            raise line.error(f"expected {len(columns)} fields, {form}, found {len(fields)}")
-        for field, column in zip(fields, columns, strict=True):
-            if column.dtype is not None:
-                values[column.name].append(_value(line, field, column))
-    return {column.name: np.array(values[column.name], column.dtype) for column in read}
+    parts: dict[str, list[np.ndarray]] = {column.name: [] for column in read}
+    form = delimiter.join(column.name for column in columns)
+    for some in itertools.batched(itertools.islice(_records(file, delimiter), header, None), _ROWS):
+        values: dict[str, list[int | float | str]] = {column.name: [] for column in read}
+        for line, fields in some:
+            if len(fields) != len(columns):
+                raise line.error(f"expected {len(columns)} fields, {form}, found {len(fields)}")
+            try:
+                for field, column in zip(fields, columns, strict=True):
+                    if column.dtype is not None:
+                        values[column.name].append(_value(line, field, column))
+            except ValueError as error:
+                if line.number > 1:
+                    raise
+                raise ValueError(f"{error}. The columns must be {form}") from None
+        for column in read:
+            parts[column.name].append(np.array(values[column.name], _dtype(column)))
+    return {
+        column.name: np.concatenate(parts[column.name] or [np.zeros(0, _dtype(column))])
+        for column in read
+    }
+
+
+def _dtype(column: Column) -> np.dtype:
+    return STRINGS if column.dtype is np.str_ else np.dtype(column.dtype)
+
+
+def _value(line: Line, text: str, column: Column) -> int | float | str:
+    """A field as its column says. Raises ValueError where it is not like that."""
+    assert column.dtype is not None
+    if column.dtype is np.str_:
+        return line.identifier(text, column.name)
+    if issubclass(column.dtype, np.integer):
+        return line.integer(text, column.name, column.low, column.high)
+    return line.number_in(text, column.name, column.low, column.high)
