@@ -159,14 +159,18 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
         ConnectionError: the publisher cannot be reached.
     """
     variant: SourceConfig = builder.builder_configs[config.source]
-    raw = _raw(variant, config)
-    if raw is not None and (made := _intact(builder, config, raw)) is not None:
-        return made
-    with locked(Path(config.data_dir) / f"{variant.name}.lock"):
+    raw, problem = _raw(variant, config), "its files must be downloaded"
+    if raw is not None:
+        if (damage := sums.damage(_home(builder, config, raw))) is None:
+            return _opened(builder, config, raw)
+        problem = damage
+    with locked(Path(config.data_dir) / f"{variant.name}.lock", problem):
         if raw is None:
             folder = _downloads(variant, config)
             raw = folder, obtain(variant.downloads, variant.files + variant.context_files, folder)
-        return _intact(builder, config, raw) or _built(builder, config, raw)
+        if sums.damage(_home(builder, config, raw)) is None:  # prepared by another run meanwhile
+            return _opened(builder, config, raw)
+        return _built(builder, config, raw)
 
 
 def _downloads(variant: SourceConfig, config: DataConfig) -> Path:
@@ -225,15 +229,6 @@ def _opened(
     )
 
 
-def _intact(
-    builder: type[InteractionsBuilder], config: DataConfig, raw: Raw
-) -> InteractionsBuilder | None:
-    """The prepared dataset; None where it is not there or was damaged."""
-    if sums.damage(_home(builder, config, raw)) is not None:
-        return None
-    return _opened(builder, config, raw)
-
-
 def _built(builder: type[InteractionsBuilder], config: DataConfig, raw: Raw) -> InteractionsBuilder:
     home = _home(builder, config, raw)
     if (home / sums.SUMS).exists():
@@ -250,18 +245,18 @@ def _built(builder: type[InteractionsBuilder], config: DataConfig, raw: Raw) -> 
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, why: str = "the data must be prepared") -> Iterator[None]:
     """Two runs never build the same source at once. The folder of the lock is made.
 
-    Raises ValueError where it cannot be written.
+    Raises ValueError where it cannot be written, which says why it has to be.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")
     except OSError as error:
         raise ValueError(
-            f"the data must be prepared in {path.parent}, since it is not there or not intact, but "
-            f"that folder cannot be written ({error}): choose another with --config.data.data_dir"
+            f"{why}, and {path.parent} cannot be written ({error}): choose another folder with "
+            "--config.data.data_dir"
         ) from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -69,8 +69,8 @@ def obtain(
     known = sums.read(folder) or {}
     # A folder may be of a time when fewer of the publisher's files were read.
     if known and set(names) <= set(known):
-        if problem := sums.damage(folder, names):
-            raise _set_aside(folder, f"{problem}, since it was downloaded")
+        if problem := sums.damage(folder, names, "downloaded"):
+            raise _set_aside(folder, problem)
         return {name: known[name] for name in names}
     fresh = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(fresh, ignore_errors=True)

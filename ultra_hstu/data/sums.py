@@ -37,7 +37,7 @@ def read(folder: Path) -> Sums | None:
     return sums if whole and sums else None
 
 
-def damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
+def damage(folder: Path, names: Iterable[str] | None = None, since: str = "written") -> str | None:
     """What is wrong with a folder, or some files of it, whose sums were kept; None: nothing."""
     if (expected := read(folder)) is None:
         return f"{folder / SUMS} is missing or damaged"
@@ -46,5 +46,8 @@ def damage(folder: Path, names: Iterable[str] | None = None) -> str | None:
         if not path.is_file():
             return f"{path} is missing"
         if (found := digest(path)) != expected[name]:
-            return f"{path} has changed: expected sha256 {expected[name]}, found {found}"
+            known = expected[name]
+            return (
+                f"{path} has changed since it was {since}: expected sha256 {known}, found {found}"
+            )
     return None
