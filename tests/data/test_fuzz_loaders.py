@@ -3,16 +3,20 @@ slow definition reads, or an error names the file."""
 
 import gzip
 import re
+import resource
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data import slow_readers
 from tests.data.official_files import OFFICIAL, official, read
+from ultra_hstu.data.catalog import Catalog
 
 Change = Callable[[bytes, int, int], bytes]  # a file and two numbers give another file
 BYTES = [b'"', b"'", b",", b":", b"\t", b"\n", b"\r", b" ", b"0", b"9", b"-", b".", b"e", b"x"]
@@ -93,7 +97,7 @@ def test_the_official_files_are_read(tmp_path, source):
 
 
 @pytest.mark.parametrize("source", OFFICIAL)
-@settings(max_examples=80, derandomize=True, deadline=None, database=None)
+@settings(max_examples=80, derandomize=True, deadline=timedelta(seconds=20), database=None)
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), NUMBER, NUMBER), min_size=1, max_size=2),
     st.integers(0, 9),
@@ -103,6 +107,7 @@ def test_changed_files(source, changes, which):
         folder = official(source, Path(name) / "raw")
         file = folder / sorted(OFFICIAL[source])[which % len(OFFICIAL[source])]
         data = file.read_bytes()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for change, i, j in changes:
             data = CHANGES[change](data or b"\n", i, j)
         file.write_bytes(data)
@@ -117,3 +122,30 @@ def test_changed_files(source, changes, which):
             assert str(folder) in str(error) and len(str(error)) < 1000
         else:
             assert found == expected
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < 256 * 2**10, f"{grown} KiB"
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory):
+    path = tmp_path_factory.mktemp("catalogue") / "catalog.npz"
+    titles = ["A", "東京", "x" * 300, ""]
+    Catalog.from_ids(np.array(["b", "0a", "ü" * 40, "zz"]), titles).save(path)
+    return path, path.read_bytes(), Catalog.load(path)
+
+
+@settings(max_examples=300, derandomize=True, deadline=timedelta(seconds=20), database=None)
+@given(st.sampled_from(["bit", "cut", "byte put in", "bytes lost"]), NUMBER, NUMBER)
+def test_a_damaged_catalogue(catalogue, damage, i, j):
+    path, data, whole = catalogue
+    if damage == "bit":
+        i %= len(data)
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1 << j % 8]) + data[i + 1 :])
+    else:
+        path.write_bytes(CHANGES[damage](data, i, j))
+    try:
+        found = Catalog.load(path)
+    except ValueError as error:
+        assert str(path) in str(error) and "train in a new folder" in str(error)
+    else:  # what was hit says nothing: a date, say
+        assert found.raw_ids.tolist() == whole.raw_ids.tolist() and found.titles == whole.titles

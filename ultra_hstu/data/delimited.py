@@ -69,7 +69,7 @@ def read_table(
         header: whether the first line holds the names of the columns, in any order.
 
     Returns:
-        by name, arrays of the columns' types; strings have the dtype STRINGS.
+        by name, in the order of `columns`, arrays of their types; strings have the dtype STRINGS.
 
     Raises:
         ValueError: file, line and value of the first malformed line; times in another unit; an
@@ -77,15 +77,16 @@ def read_table(
     """
     file = examine(path)
     form = delimiter.join(column.name for column in columns)
+    in_file = columns
     if header:
         line, names = next(_records(file, delimiter))
         by_name = {column.name: column for column in columns}
         if sorted(names) != sorted(by_name):
             raise line.error(f"expected the header {form}")
-        columns = [by_name[name] for name in names]
-    table = _read_fast(file, columns, delimiter, header)
+        in_file = [by_name[name] for name in names]
+    table = _read_fast(file, in_file, delimiter, header)
     if table is None:
-        table = _read_carefully(file, columns, delimiter, header)
+        table = _read_carefully(file, in_file, delimiter, header)
     if not all(len(values) for values in table.values()):
         raise ValueError(f"{path} is empty: expected lines of {form}")
     first = 2 if header else 1
@@ -93,9 +94,9 @@ def read_table(
         if column.unit is not None:
             values = table[column.name]
             check_times(values, column.unit, _place(path, first, column.name))
-    if not file.newline and columns[-1].dtype is not None:
+    if not file.newline and in_file[-1].dtype is not None:
         _warn_of_a_cut(path, delimiter)
-    return table
+    return {column.name: table[column.name] for column in columns if column.dtype is not None}
 
 
 def _place(path: Path, first: int, name: str) -> Callable[[int], str]:

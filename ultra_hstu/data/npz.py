@@ -29,8 +29,8 @@ def reading(path: Path, what: str, remedy: str) -> Iterator[dict[str, np.ndarray
     Raises ValueError, saying that the file is not `what`, for whatever fails inside, too.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            yield unpacked(dict(file))
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            yield unpacked(dict(arrays))
     except Exception as error:  # a damaged file makes zipfile, zlib and NumPy raise anything
         raise ValueError(f"{os.fspath(path)} is not {what} ({error}): {remedy}") from error
 
