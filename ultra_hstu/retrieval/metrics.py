@@ -120,8 +120,8 @@ def best_items(
         id_UK = jnp.take_along_axis(id_UX, place_UK, axis=1)
         return jnp.where(score_UK > -jnp.inf, id_UK, 0), score_UK
 
-    none = (jnp.zeros((h_UD.shape[0], k), jnp.int32), jnp.full((h_UD.shape[0], k), -jnp.inf))
-    h = digits(h_UD)
+    h, shape = digits(h_UD), (h_UD.shape[0], k)
+    none = (jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32))
     return _sweep(merge, none, h, table_ID, seen_US, corpus_I, l2_normalize, chunk_items)
 
 
