@@ -13,7 +13,7 @@ import pytest
 
 from ultra_hstu.quantization import KINDS, dense, quantize
 from ultra_hstu.retrieval.metrics import best_items, ranks
-from ultra_hstu.retrieval.scores import all_scores, digits, paired_scores
+from ultra_hstu.retrieval.scores import all_scores, digits, factors, paired_scores
 
 ITEMS, USERS = 101, 40
 # width, chunk_items, l2_normalize, jit: chunks that divide the table, that do not, and a whole one
@@ -137,16 +137,15 @@ def test_scores_are_as_exact_as_float32(width):
             for rows, seed in ((30, 0), (40, 1))
         )
         h, e = h.astype(np.float32), e.astype(np.float32)
-        made = digits(jnp.asarray(h)), digits(jnp.asarray(e), unit=unit)
-        score_UI = np.asarray(all_scores(*made))
+        pairs = list(itertools.islice(itertools.product(range(30), range(40)), 0, 1200, 37))
+        users, items = map(list, zip(*pairs, strict=True))
+        made = [digits(jnp.asarray(x)) for x in (h, e, h[users], e[items])]
+        factor_I, factor_P = factors(made[1], made[3], l2_normalize=unit)
+        score_UI = np.asarray(all_scores(*made[:2], factor_I))
         want_UI = exact_scores(h, e, unit)
         size_UI = np.linalg.norm(h, axis=1)[:, None] * (1 if unit else np.linalg.norm(e, axis=1))
         assert (np.abs(score_UI - want_UI) <= 2.0**-21 * size_UI).all()
-        pairs = list(itertools.islice(itertools.product(range(30), range(40)), 0, 1200, 37))
-        users, items = map(list, zip(*pairs, strict=True))
-        alone = paired_scores(
-            digits(jnp.asarray(h[users])), digits(jnp.asarray(e[items]), unit=unit)
-        )
+        alone = paired_scores(*made[2:], factor_P)
         np.testing.assert_array_equal(alone, score_UI[users, items])
 
 
@@ -157,7 +156,5 @@ def test_digits_add_up_to_the_vector():
     back = np.zeros(x.shape)
     for s, digit in enumerate(made.digit_XD):
         assert (digit == np.round(digit)).all() and np.abs(digit).max() <= 2**9
-        back += (
-            np.asarray(made.factor_X, np.float64)[:, None] * np.asarray(digit) * 2.0 ** (-10 * s)
-        )
+        back += np.asarray(made.scale_X, np.float64)[:, None] * np.asarray(digit) * 2.0 ** (-10 * s)
     np.testing.assert_allclose(back, x, rtol=0, atol=2.0**-29 * np.abs(x).max())
