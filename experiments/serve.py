@@ -75,6 +75,7 @@ from ray import serve  # noqa: E402
 from experiments import command  # noqa: E402
 from ultra_hstu import quantization  # noqa: E402
 from ultra_hstu.data.catalog import Catalog  # noqa: E402
+from ultra_hstu.data.text import listed  # noqa: E402
 from ultra_hstu.nn.key_values import KINDS, CacheDtype  # noqa: E402
 from ultra_hstu.quantization import HostKind  # noqa: E402
 from ultra_hstu.serving.http import RECOMMEND, SCORE, RecommendReplica, ScoreReplica  # noqa: E402
@@ -149,7 +150,7 @@ def main(_: list[str]) -> None:
     workdir, local = _WORKDIR.value, _ADDRESS.value == "local"
     options = ServingOptions(
         tables=_TABLES.value,
-        block=[] if _BLOCK.value is None else read_block(_BLOCK.value),
+        block=[line.text for line in listed(Path(_BLOCK.value))] if _BLOCK.value else [],
         kind=cast(CacheDtype, _KIND.value),
         host_kind=cast(CacheDtype | None, _HOST_KIND.value),
         host_table=cast(HostKind | None, _HOST_TABLE.value),
@@ -257,17 +258,6 @@ def stop(*_: object) -> None:
 def leave(number: int, *_: object) -> None:
     _FOLDER.cleanup()
     os._exit(128 + number)
-
-
-def read_block(path: str) -> list[str]:
-    """The raw ids of a file, one a line. Raises ValueError for a file that is not text."""
-    try:
-        lines = Path(path).read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--block={path} is no text in UTF-8 ({error}): save it as UTF-8"
-        ) from None
-    return [line.strip() for line in lines if line.strip()]
 
 
 def say_blocked(options: ServingOptions, workdir: str) -> None:

@@ -20,6 +20,7 @@ from ultra_hstu.fields import Section, changed, difference
 from ultra_hstu.nn import fp8
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.remat import policy_of
+from ultra_hstu.serving.scoring import ScoringModel
 
 ROOT = Path(__file__).parent.parent
 NAMES = """
@@ -244,6 +245,10 @@ def test_a_choice_that_is_not_there_is_refused_however_it_is_made(section, name)
         ),
         (lambda: policy_of("some"), "remat='some' must be one of none, selective"),
         (lambda: HSTU([], 1, attention="relu"), "attention='relu' must be 'silu' or 'softmax'"),
+        (
+            lambda: ScoringModel(None, None, None, {"like": "ordinal"}),
+            "a task is one of binary, regression, not 'ordinal'",
+        ),
         (lambda: criteria.ranking({"like": "ordinal"}), "'binary' or 'regression', not 'ordinal'"),
         (lambda: configs.retrieval.of_grid("ml1m_gru", 2, 1), "ml1m_gru: the grid has DATA_sasrec"),
     ],

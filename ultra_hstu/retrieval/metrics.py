@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ultra_hstu import quantization
-from ultra_hstu.retrieval.scores import Digits, all_scores, digits, paired_scores
+from ultra_hstu.retrieval.scores import Digits, all_scores, digits, factors, paired_scores
 
 CUTOFFS = (1, 5, 10, 50, 100, 200)
 # the published code looks for the target among this many; further down it is not found
@@ -30,10 +30,11 @@ Best = tuple[Int[Array, "U K"], Float[Array, "U K"]]
 
 
 class CorpusChunk(NamedTuple):
-    """Some items of the catalogue, with the scores of all users."""
+    """Some items of the catalogue, with the scores of all users and those of their targets."""
 
     item_I: Int[Array, " I"]
     score_UI: Float[Array, "U I"]
+    target_U: Float[Array, " U"] | None  # made with the chunk's, so that equal ones are equal
     allowed_UI: Bool[Array, "U I"]
 
 
@@ -72,15 +73,25 @@ def ranks(
     """
     items = table_ID.shape[0]
     target_U1, known_U = target_U[:, None], jnp.clip(target_U, 0, items - 1)
-    h, target = digits(h_UD), digits(quantization.rows(table_ID, known_U), unit=l2_normalize)
-    goal_U1 = paired_scores(h, target)[:, None]
+    target = digits(quantization.rows(table_ID, known_U))
 
     def count(ahead_U: PerUser, chunk: CorpusChunk) -> PerUser:
-        better_UI = ~(chunk.score_UI < goal_U1) & (chunk.item_I[None, :] != target_U1)
-        return ahead_U + jnp.sum(better_UI & chunk.allowed_UI, axis=1, dtype=jnp.int32)
+        assert chunk.target_U is not None
+        better_UI = ~(chunk.score_UI < chunk.target_U[:, None])
+        better_UI &= chunk.allowed_UI & (chunk.item_I[None, :] != target_U1)
+        return ahead_U + jnp.sum(better_UI, axis=1, dtype=jnp.int32)
 
-    none_U = jnp.zeros(target_U.shape, jnp.int32)
-    ahead_U = _sweep(count, none_U, h, table_ID, seen_US, corpus_I, l2_normalize, chunk_items)
+    ahead_U = _sweep(
+        count,
+        jnp.zeros(target_U.shape, jnp.int32),
+        digits(h_UD),
+        table_ID,
+        seen_US,
+        corpus_I,
+        l2_normalize,
+        chunk_items,
+        target,
+    )
     found_U = (target_U > 0) & (target_U < items)
     if corpus_I is not None:
         found_U &= corpus_I[known_U]
@@ -120,8 +131,8 @@ def best_items(
         id_UK = jnp.take_along_axis(id_UX, place_UK, axis=1)
         return jnp.where(score_UK > -jnp.inf, id_UK, 0), score_UK
 
-    none = (jnp.zeros((h_UD.shape[0], k), jnp.int32), jnp.full((h_UD.shape[0], k), -jnp.inf))
-    h = digits(h_UD)
+    h, shape = digits(h_UD), (h_UD.shape[0], k)
+    none = (jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32))
     return _sweep(merge, none, h, table_ID, seen_US, corpus_I, l2_normalize, chunk_items)
 
 
@@ -134,9 +145,10 @@ def _sweep[Carry](
     corpus_I: Corpus,
     l2_normalize: bool,
     chunk_items: int | None,
+    target: Digits | None = None,
 ) -> Carry:
     """Folds `visit` over chunks of the catalogue; each item is allowed in one chunk only."""
-    items, users = table_ID.shape[0], h.factor_X.shape[0]
+    items, users = table_ID.shape[0], h.scale_X.shape[0]
     if chunk_items is None:
         chunk_items = CHUNK_ITEMS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
     if chunk_items < 1:
@@ -147,8 +159,11 @@ def _sweep[Carry](
         first = jnp.minimum(i * size, items - size)  # the last chunk may overlap the one before it
         take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
         chunk_I = first + jnp.arange(size, dtype=jnp.int32)
-        chunk_ID = quantization.unpacked(jax.tree.map(take, table_ID))
-        score_UI = all_scores(h, digits(chunk_ID, unit=l2_normalize))
+        chunk = digits(quantization.unpacked(jax.tree.map(take, table_ID)))
+        both = (chunk,) if target is None else (chunk, target)
+        factor_I, *of_targets = factors(*both, l2_normalize=l2_normalize)
+        score_UI = all_scores(h, chunk, factor_I)
+        goal_U = None if target is None else paired_scores(h, target, *of_targets)
         allowed_I = chunk_I >= jnp.maximum(i * size, 1)
         if corpus_I is not None:
             allowed_I &= take(corpus_I)
@@ -158,7 +173,7 @@ def _sweep[Carry](
             column_US = jnp.where(seen_US >= first, seen_US - first, size)
             user_U1 = jnp.arange(users)[:, None]
             allowed_UI = allowed_UI.at[user_U1, column_US].set(False, mode="drop")
-        return visit(carry, CorpusChunk(chunk_I, score_UI, allowed_UI))
+        return visit(carry, CorpusChunk(chunk_I, score_UI, goal_U, allowed_UI))
 
     return jax.lax.fori_loop(0, -(-items // size), step, carry)
 
