@@ -23,8 +23,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import cast
 
 import portpicker
@@ -168,8 +169,7 @@ def main(_: list[str]) -> None:
     if local:
         require_free(_HOST.value, _PORT.value)
         haproxy.write_launcher(_FOLDER.name, _HAPROXY, _CLIENT_CONNECTIONS.value)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    catch_signals(stop)
     try:
         with saying("starting Ray"):
             start()
@@ -240,16 +240,20 @@ def saying(what: str) -> Iterator[None]:
         thread.join()
 
 
+def catch_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
 def stop(*_: object) -> None:
     """Handles the first signal; a second one ends the process at once, and Ray with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+    catch_signals(leave)
     # Not by print, which may be at work.
     os.write(1, b"stopping: requests that are under way are answered; once more to leave at once\n")
     sys.exit(0)
 
 
-def leave(number: int, *_: object) -> None:
+def leave(number: int, _: FrameType | None) -> None:
     _FOLDER.cleanup()
     os._exit(128 + number)
 
@@ -287,6 +291,7 @@ def start() -> None:
         )
     else:
         ray.init(_ADDRESS.value, log_to_driver=False)
+    catch_signals(stop)  # again: Ray has its own handler, which prints a stack
     serve.start(
         proxy_location="EveryNode",
         http_options={"host": _HOST.value, "port": _PORT.value, "request_timeout_s": 30},
