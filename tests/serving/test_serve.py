@@ -101,7 +101,7 @@ def slow_clients_keep_nobody_waiting(served, known, folder):
 
 def only_its_user_may_stop_the_proxy(served, known, folder):
     """Its admin socket is in a folder of nobody else."""
-    [proxy] = [
+    proxy, *_ = [
         process
         for process in psutil.Process(served.process.pid).children(recursive=True)
         if process.name() == "haproxy"
