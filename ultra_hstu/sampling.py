@@ -21,7 +21,7 @@ Subsequence = Literal["recent", "random", "weighted"]
 Lengths = Int[np.ndarray, "*n"]  # events of each history
 Uniform = Float[np.ndarray, "*n"]  # random numbers in [0, 1), one a history
 RECALIBRATION_WEIGHT = 0.5  # of the newest estimate in the target load
-MADE_UP = 0.1  # share of what the batches are behind that a batch makes up for
+MADE_UP = 0.3  # share of what the batches are behind that a batch makes up for
 
 
 def threshold(max_length: int, alpha: float) -> int:
