@@ -12,12 +12,13 @@ ROOT = Path(__file__).parent.parent
 # A module may import from its own layer or from those before it.
 LAYERS = [
     ["kernels"],
-    ["ultra_hstu.fields", "ultra_hstu.config", "ultra_hstu.provenance"],
+    [f"ultra_hstu.{name}" for name in "fields paths config provenance".split()],
     ["ultra_hstu.parallel"],
     ["ultra_hstu.sequences"],
     ["ultra_hstu.nn"],
     ["ultra_hstu.sampling", "ultra_hstu.data"],
-    [f"ultra_hstu.{name}" for name in "optim checkpoint workdir criteria quantization".split()],
+    [f"ultra_hstu.{name}"
+     for name in "optim digests checkpoint workdir criteria quantization".split()],
     ["ultra_hstu.step", "ultra_hstu.evaluate", "ultra_hstu.flops", "ultra_hstu.task"],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
     ["ultra_hstu.tasks", "ultra_hstu.report"],

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ultra_hstu import paths
 from ultra_hstu.config import DataConfig, SyntheticConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
@@ -141,7 +142,8 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
         ConnectionError: the publisher cannot be reached.
     """
     variant: SourceConfig = builder.builder_configs[config.source]
-    data_dir, raw_dir = Path(config.data_dir), config.raw_dir
+    data_dir = paths.local(config.data_dir)
+    raw_dir = None if config.raw_dir is None else str(paths.local(config.raw_dir))
     settings = builder.settings_of(config)
     data_dir.mkdir(parents=True, exist_ok=True)
     with _locked(data_dir / f"{variant.name}.lock"):
