@@ -1,18 +1,26 @@
 """A run has its folder for itself: another configuration, process or folder is refused."""
 
+import dataclasses
+import errno
 import json
 import os
 import resource
 import subprocess
 import sys
+import warnings
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from experiments.command import ConfigParser, PathParser
+from experiments.record import Record
 from tests.small_run import small_config, with_
 from ultra_hstu.checkpoint import Checkpoints
-from ultra_hstu.report import MetricLog, read_metrics
-from ultra_hstu.workdir import Workdir, write_json
+from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.report import MetricLog, draw_curves, read_metrics
+from ultra_hstu.workdir import Workdir, remedy_of, write_json
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path):
@@ -145,7 +153,179 @@ def test_a_folder_whose_first_write_was_killed_is_no_stranger(tmp_path):
     folder.release()
 
 
-def test_config_of_the_wrong_shape_names_the_file(tmp_path):
-    (tmp_path / "config.json").write_text('{"model": 3}')
-    with pytest.raises(ValueError, match=r"config.json: config section model is 3"):
+def damaged(path, text):
+    path.write_bytes(text)
+    return path
+
+
+WHOLE = {"name": "a"} | {name: {} for name in ("data", "model", "loss", "optim", "train")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "line 1: not JSON"),
+        (b"[]", "line 1: [] is not a JSON object"),
+        (b"{}", "line 1: 'name' is None, not str"),
+        (b"null", "line 1: None is not a JSON object"),
+        (b'{\n"name": "\xff"}', "line 2: not UTF-8"),
+        (b"[" * 100_000, "line 1: not JSON"),
+        (b"1" * 5000, "line 1: not JSON"),
+        (json.dumps(WHOLE | {"model": 3}).encode(), "line 1: 'model' is 3, not dict"),
+        (json.dumps(WHOLE | {"model": {"channels": []}}).encode(), "model.channels=[] is not"),
+        (json.dumps(WHOLE | {"loss": {"temperature": 10**400}}).encode(), "loss.temperature=100"),
+    ],
+)
+def test_a_damaged_configuration_is_named(tmp_path, text, message):
+    file = damaged(tmp_path / "config.json", text)
+    with pytest.raises(ValueError) as error:
         Workdir(tmp_path).read_config()
+    assert str(error.value).startswith(str(file)) and message in str(error.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"users": 1}', b'{"users": "1"}', b"\xff", None])
+def test_a_damaged_file_about_the_data_is_named(tmp_path, text):
+    if text is not None:
+        damaged(tmp_path / "data.json", text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/data.json.*: delete it, and the same train"):
+        Workdir(tmp_path).read_data()
+
+
+GOOD = b'{"step": 1, "epoch": 1, "loss": 2.0, "hr@10": null}\n'
+
+
+@pytest.mark.parametrize("line", [b"null", b"[]", b"\xff", b'{"loss": 1}', b'{"step": 1', b"{}"])
+def test_damaged_metrics_are_named(tmp_path, caplog, line):
+    file = damaged(tmp_path / "metrics.jsonl", GOOD + line + b"\n" + GOOD + b'{"step": 2, "lo')
+    with pytest.raises(ValueError, match=f"{file}, line 2: .*: delete this line"):
+        read_metrics(file)
+    log = MetricLog(file, tmp_path / "tb", resume_step=1)
+    log.close()
+    assert "metrics.jsonl, line 2: " in caplog.text and "line 4" not in caplog.text
+    assert file.read_bytes() == 2 * GOOD and len(read_metrics(file)) == 2
+    draw_curves({"run": file}, tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?", "back\\slash"])
+def test_paths_that_orbax_cannot_read_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="checkpoints cannot be read from a path with .*: choose"):
+        Workdir(tmp_path / name / "run")
+
+
+@pytest.mark.parametrize("path", ["gs://b/run", "s3://b/run", "file:///tmp/run", "gs:/b/run"])
+def test_urls_are_refused(tmp_path, path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = small_config("data")
+    for refused in (
+        lambda: Workdir(path),
+        lambda: Record(path),
+        lambda: PathParser().parse(path),
+        lambda: with_(config, data__raw_dir=path).validate(),
+        lambda: with_(config, data__data_dir=path).validate(),
+        lambda: load_interactions(dataclasses.replace(config.data, data_dir=path)),
+        lambda: load_interactions(dataclasses.replace(config.data, source="ml-1m", raw_dir=path)),
+    ):
+        with pytest.raises(ValueError, match="must be a path of this machine, not a URL"):
+            refused()
+    with pytest.raises(ValueError, match="/gs/b/run: checkpoints cannot be read .* with gs"):
+        Workdir("/gs/b/run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert Workdir("~/run").path == tmp_path / "run"
+    assert PathParser().parse("~/run") == f"{tmp_path}/run" and PathParser().parse("-") == "-"
+    Record("~/record.json").add(done=True)
+    config = dataclasses.replace(small_config("~/data").data, data_dir="~/data")
+    load_interactions(config)
+    (tmp_path / "own.py").write_text("def get_config(): return {'name': 'mine'}")
+    with warnings.catch_warnings(action="ignore"):  # of ml_collections: load_module
+        assert ConfigParser("config").parse("~/own.py").name == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "own.py", "record.json"]
+    with pytest.raises(ValueError, match="~no_such_user_/run: .* Write the folder out"):
+        Workdir("~no_such_user_/run")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "Make room and start the same command again."),
+        (errno.EACCES, "Make the folder writable and start the same command again."),
+        (errno.EIO, "Mend that and start the same command again."),
+    ],
+)
+def test_the_remedy_follows_from_the_error(tmp_path, monkeypatch, number, remedy):
+    def fails(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=f"could not be written .*{os.strerror(number)}.*{remedy}"):
+        write_json(tmp_path / "a.json", {})
+    wrapped = RuntimeError("no cause is named here")
+    wrapped.__cause__ = OSError(number, os.strerror(number))
+    assert remedy_of(wrapped) == remedy
+
+
+def test_a_full_disk_is_one_error(tmp_path):
+    """Neither a thread of TensorBoard nor the end of the program say more."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from ultra_hstu.report import MetricLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = Path(sys.argv[1])
+log = MetricLog(folder / "m.jsonl", folder / "tb")
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    for step in range(100):
+        log.write(step, {"loss": 1.0, "hr@10": 0.5})
+except OSError as error:
+    print(error)
+log.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert "m.jsonl could not be written ([Errno 27] File too large)" in done.stdout, done.stderr
+    assert not done.stderr
+
+
+def test_a_lost_catalogue_is_written_again(tmp_path, caplog):
+    config = small_config(tmp_path / "data")
+    data = load_interactions(config.data)
+    folder = Workdir(tmp_path)
+    folder.claim_data(data)
+    whole = folder.catalog.read_bytes()
+    for damage in (whole[:100], b"", whole.replace(b"raw_ids", b"raw_idz"), None):
+        if damage is None:
+            dataclasses.replace(data.catalog, raw_ids=data.catalog.raw_ids[:-1]).save(
+                folder.catalog
+            )
+        else:
+            folder.catalog.write_bytes(damage)
+        with pytest.raises(ValueError, match="catalog.npz"):
+            folder.read_catalog()
+        caplog.clear()
+        folder.claim_data(data)
+        assert "the catalogue is written again from the data: " in caplog.text
+        assert folder.read_catalog().num_items == data.num_items
+
+
+def test_every_flipped_bit_of_a_catalogue_is_noticed(tmp_path):
+    """The titles too, which a reader could take for absent."""
+    catalog = Catalog.from_ids(np.arange(1, 40), [f"title {i}" for i in range(39)])
+    catalog.save(tmp_path / "c.npz")
+    whole, rng = (tmp_path / "c.npz").read_bytes(), np.random.default_rng(0)
+    for bit in rng.choice(8 * len(whole), 300, replace=False):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "c.npz").write_bytes(flipped)
+        try:
+            found = Catalog.load(tmp_path / "c.npz")
+        except ValueError as error:
+            assert "c.npz" in str(error)
+        else:  # a date in the headers, say
+            assert found.titles == catalog.titles
+            assert np.array_equal(found.raw_ids, catalog.raw_ids)

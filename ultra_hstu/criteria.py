@@ -14,6 +14,7 @@ class Criteria:
     table: tuple[str, ...]  # columns at the end of a training run
     details: tuple[str, ...]  # columns of an evaluation
     curves: tuple[str, ...]  # what progress line, curves and records show, beside the loss
+    floor: str  # the baseline that any model beats once it has learnt something
     # A table has one line for each, whose metrics are named METRIC/TASK; none: one line in all.
     tasks: tuple[str, ...] = ()
 
@@ -30,6 +31,7 @@ RETRIEVAL = Criteria(
     table=("hr@10", "hr@50", "ndcg@10", "mrr"),
     details=("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr"),
     curves=("hr@10", "ndcg@10"),
+    floor="popularity",
 )
 
 
@@ -49,6 +51,7 @@ def ranking(tasks: Mapping[str, str]) -> Criteria:
         table=columns,
         details=columns + (("base_rate",) if binary else ()),
         curves=("ne", f"auc/{binary[0]}") if binary else ("mse",),
+        floor="base rate",
         tasks=tuple(tasks),
     )
 

@@ -7,6 +7,7 @@ and started again computes the same numbers as one that was not.
 
 import dataclasses
 import functools
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,9 @@ from ultra_hstu.workdir import Workdir, write_json
 # Epochs without a better metric where train.patience is None and the protocol has validation data.
 VALIDATED_PATIENCE = 10
 HISTORY = ("loss", "grad_norm")  # what a compiled call returns of each of its steps
+LARGEST_WEIGHT = 1e6  # beyond it, float32 loses updates of less than 0.06
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -50,6 +54,16 @@ class Position:
     last: Metrics = dataclasses.field(default_factory=dict)
     seconds: float = 0.0  # spent training and evaluating, without compilation
     compile_seconds: float = 0.0  # over all starts
+
+    @classmethod
+    def of(cls, values: dict[str, Any], where: str) -> "Position":
+        """The position that a checkpoint holds. Raises ValueError for one of another version."""
+        if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(cls)}):
+            raise ValueError(
+                f"{where} holds {', '.join(unknown)}, which this version does not know: go on with "
+                "the version that wrote it, or delete it to go on from the one before it"
+            )
+        return cls(**values)
 
 
 class Interrupted(Exception):
@@ -167,7 +181,7 @@ class _Run:
         self.state, self.position = task.recipe.start(config.seed), Position()
         if (restored := self.checkpoints.restore(abstract(self.state))) is not None:
             step, self.state, position = restored
-            self.position = Position(**position)
+            self.position = Position.of(position, f"checkpoint {folder.checkpoints / str(step)}")
             if self.position.epoch > config.epochs:
                 raise ValueError(
                     f"train.epochs={config.epochs}, but this run has trained "
@@ -175,6 +189,8 @@ class _Run:
                 )
             self.checkpoints.drop_after(step)
             console.print(f"going on from step {step} (epoch {self.position.epoch + 1})")
+        else:
+            self.state = self.checkpoints.try_out(self.state)
         self.run_steps = self._compile()
         self.log: report.MetricLog | None = None
         if processes.is_first():
@@ -309,6 +325,20 @@ class _Run:
         position.batch = call.group.first + steps
         return float(norms[-1])
 
+    def _warn_if_exploded(self) -> None:
+        weights = jax.tree.leaves(self.state.params)
+        largest = max(
+            float(np.abs(shard.data).max(initial=0))
+            for weight in weights
+            for shard in weight.addressable_shards
+        )
+        if largest > LARGEST_WEIGHT:
+            log.warning(
+                "a parameter has grown to %.3g: the run has diverged. Lower optim.learning_rate "
+                "or set optim.clip_norm, in a new --workdir.",
+                largest,
+            )
+
     def _save(self, *, best: bool) -> None:
         position = dataclasses.asdict(self.position)
         self.checkpoints.save(self.step, self.state, position, best=best)
@@ -326,6 +356,7 @@ class _Run:
                 f"from {self.folder.checkpoints}: its result cannot be given. Train in a new "
                 "--workdir."
             )
+        self._warn_if_exploded()
         params = best.state.params
         result: dict[str, Any] = {
             "protocol": self.config.train.protocol,

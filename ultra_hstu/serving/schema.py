@@ -192,7 +192,8 @@ class Problem(BaseModel):
 def problem(errors: Sequence[ErrorDetails]) -> str:
     """What is wrong with a request, in one line, from Pydantic's `errors()`. It names fields, and
     nothing else of what was sent."""
-    first, *others = errors
+    # An id that is a string is no integer, and is not to become one.
+    first, *others = [error for error in errors if not _of_other_member(error)] or errors
     # A request over HTTP has "body" in front. Members of a union bear names that mean nothing to a
     # caller.
     field = ".".join(
@@ -202,6 +203,12 @@ def problem(errors: Sequence[ErrorDetails]) -> str:
     )
     more = f" (and {len(others)} more)" if others else ""
     return f"{field + ': ' if field else ''}{first['msg'].removeprefix('Value error, ')}{more}"
+
+
+def _of_other_member(error: ErrorDetails) -> bool:
+    """Whether the integer of a union speaks about a string."""
+    integer = error["type"] == "int_type" and str(error["loc"][-1]).startswith("constrained-")
+    return integer and isinstance(error["input"], str)
 
 
 def _require_lengths[T](columns: dict[str, list[T]], count: int, what: str, each: str) -> None:
