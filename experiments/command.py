@@ -19,6 +19,7 @@ from experiments import configs
 from ultra_hstu import fields, paths
 from ultra_hstu.config import Config, to_config_dict
 from ultra_hstu.parallel import processes
+from ultra_hstu.step import require_jit
 from ultra_hstu.train import Interrupted
 
 flags.disclaim_key_flags()  # the flags below are those of the command that asks for them
@@ -144,6 +145,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger().setLevel(logging.WARNING)
         try:
+            require_jit()
             main(argv)
             processes.end()
         except Interrupted as stop:

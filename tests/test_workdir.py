@@ -2,24 +2,32 @@
 
 import dataclasses
 import errno
+import functools
+import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import command
 from experiments.command import ConfigParser, PathParser
 from experiments.record import Record
 from tests.small_run import small_config, with_
-from ultra_hstu.checkpoint import Checkpoints
+from ultra_hstu import provenance
+from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import load_interactions
-from ultra_hstu.report import MetricLog, draw_curves, read_metrics
+from ultra_hstu.digests import digests
+from ultra_hstu.report import MetricLog, draw_curves, make_console, read_metrics
 from ultra_hstu.workdir import Workdir, remedy_of, write_json
 
 
@@ -102,7 +110,8 @@ FULL_DISK = """
 import resource, signal, sys
 import numpy as np, jax.numpy as jnp
 from pathlib import Path
-from ultra_hstu.checkpoint import Checkpoints
+from ultra_hstu import provenance
+from ultra_hstu.checkpoint import Checkpoints, abstract
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 checkpoints = Checkpoints(Path(sys.argv[1]))
 noise = np.random.default_rng(0).random(200_000).astype(np.float32)
@@ -329,3 +338,148 @@ def test_every_flipped_bit_of_a_catalogue_is_noticed(tmp_path):
         else:  # a date in the headers, say
             assert found.titles == catalog.titles
             assert np.array_equal(found.raw_ids, catalog.raw_ids)
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """Checkpoints of steps 1 and 2 with noise in them, and the state of each."""
+    folder, rng = tmp_path_factory.mktemp("two_steps") / "c", np.random.default_rng(0)
+    noise = [jnp.asarray(rng.normal(size=(40, 30)), jnp.float32) for _ in range(2)]
+    states = [{"x": one, "step": jnp.int32(number)} for number, one in enumerate(noise, start=1)]
+    checkpoints = Checkpoints(folder)
+    for step, state in enumerate(states, start=1):
+        checkpoints.save(step, state, {"epoch": step, "loss": 0.1 * step}, best=step == 1)
+    checkpoints.close()
+    return folder, states
+
+
+def restored(folder):
+    empty = {"x": jnp.zeros((40, 30)), "step": jnp.int32(0)}
+    return Checkpoints(folder, read_only=True).restore(abstract(empty))
+
+
+def assert_intact(found, states):
+    """Whatever was read is what was written at that step."""
+    assert found.position == {"epoch": found.step, "loss": 0.1 * found.step}
+    jax.tree.map(np.testing.assert_array_equal, found.state, states[found.step - 1])
+
+
+def test_flipped_bits_are_never_restored(two_steps, tmp_path, caplog):
+    folder, states = two_steps
+    shutil.copytree(folder, tmp_path / "c")
+    files = [path for path in (tmp_path / "c" / "2").rglob("*") if path.is_file()]
+    largest, rng = max(files, key=lambda path: path.stat().st_size), np.random.default_rng(0)
+    steps = []
+    for file in [*files, *[largest] * 12]:
+        whole = file.read_bytes()
+        flipped, bit = bytearray(whole), rng.integers(8 * max(1, len(whole)))
+        if whole:
+            flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        found = restored(tmp_path / "c")
+        file.write_bytes(whole)
+        assert_intact(found, states)
+        steps.append(found.step)
+    assert steps[-12:].count(1) >= 10 and "x changed since" in caplog.text  # two were in no array
+
+
+def test_a_position_that_changed_is_not_restored(two_steps, tmp_path, caplog):
+    folder, states = two_steps
+    shutil.copytree(folder, tmp_path / "c")
+    file = tmp_path / "c" / "2" / "position" / "metadata"
+    whole = json.loads(file.read_text())
+    for name, value in {
+        "epoch": 3,
+        "epocs": 2,
+        "hashes": {},
+        "best_step": [2],
+        "sha256": "",
+    }.items():
+        file.write_text(json.dumps(whole | {name: value}))
+        assert_intact(restored(tmp_path / "c"), states)
+        assert "its position changed since it was written" in caplog.text
+        caplog.clear()
+    for text in ("[]", "", "{}", "null"):
+        file.write_text(text)
+        assert restored(tmp_path / "c").step == 1 and "trying the one before it" in caplog.text
+    for name in ("hashes", "sha256"):
+        del whole[name]
+    file.write_text(json.dumps(whole))
+    assert restored(tmp_path / "c").step == 2
+    assert "of an older version, without hashes" in caplog.text
+
+
+def test_hashes_are_the_same_on_every_mesh():
+    rng, mesh = np.random.default_rng(0), jax.make_mesh((2, 4), ("a", "b"))
+    x = rng.normal(size=(8, 16)).astype(np.float32)
+    place = functools.partial(jax.sharding.NamedSharding, mesh)
+    spec = jax.sharding.PartitionSpec
+    expected = digests({"x": jnp.asarray(x)})
+    for where in (spec(), spec("a"), spec("b", "a"), spec(None, ("a", "b")), spec(("b", "a"))):
+        assert digests({"x": jax.device_put(x, place(where))}) == expected
+    assert digests({"x": jnp.pad(jnp.asarray(x), [(0, 5), (0, 0)])}) == expected
+    swapped = x.copy()
+    swapped[3, [1, 2]] = x[3, [2, 1]]
+    moved = np.roll(x, 1, axis=0)
+    assert len({digests({"x": jnp.asarray(one)})["x"] for one in (x, swapped, moved)}) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5), (0, 3)])
+def test_every_bit_counts(dtype, shape):
+    x = np.random.default_rng(0).integers(0, 2, shape).astype(jnp.dtype(dtype))
+    whole = digests({"x": jnp.asarray(x)})
+    assert whole == digests({"x": jnp.asarray(x)}) and len(whole["x"]) == 16
+    for i in range(x.size):
+        changed = x.copy()
+        changed.reshape(-1)[i] = not changed.reshape(-1)[i]
+        assert digests({"x": jnp.asarray(changed)}) != whole
+
+
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    def git(*arguments, cwd):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(
+            ["git", *identity, *arguments], cwd=cwd, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    git("init", "-q", cwd=tmp_path)
+    (tmp_path / ".gitignore").write_text("installed")
+    git("add", ".", cwd=tmp_path)
+    git("commit", "-qm", "another project", cwd=tmp_path)
+    monkeypatch.delenv("ULTRA_HSTU_COMMIT", raising=False)
+    source = Path(provenance.__file__)
+    here = git("rev-parse", "--short=12", "HEAD", cwd=source.parent)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert provenance.provenance()["commit"].rstrip("+") == here
+    (tmp_path / "installed").mkdir()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "installed" / "provenance.py"))
+    shutil.copy(source, tmp_path / "installed")
+    assert provenance.provenance()["commit"] == "unknown"
+
+
+def test_output_may_be_closed_or_narrow(monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    monkeypatch.setattr(sys, "stderr", None)
+    command.prepare_output()
+    make_console().print("Am\u00e9lie")
+    narrow.flush()
+    assert narrow.buffer.getvalue() == b"Am\\xe9lie\n"
+    print("nowhere", file=sys.stderr)
+    sys.stderr.close()
+
+
+def test_a_reader_that_closes_the_output_is_named(monkeypatch, capfd):
+    """Rich would end the program without a word."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    console = make_console()
+    console.file = Closed()
+    with pytest.raises(BrokenPipeError):
+        console.print("loss 0.5")

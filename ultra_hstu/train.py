@@ -84,7 +84,7 @@ def run_steps(recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""
         state, metrics = recipe.feed_step(state, feed, i)
         return state, {name: history[name].at[i].set(value) for name, value in metrics.items()}
 
-    history = {name: jnp.zeros(recipe.config.train.steps_per_call) for name in HISTORY}
+    history = {name: jnp.zeros(recipe.config.train.steps_per_call, jnp.float32) for name in HISTORY}
     return jax.lax.fori_loop(0, steps, body, (state, history))
 
 

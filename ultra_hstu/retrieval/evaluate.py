@@ -61,4 +61,4 @@ class PopularityEvaluator(CorpusEvaluator):
 
     def vectors(self, scored: PyTree, batch: Batch) -> Vectors:
         users = self.recipe.shards.part(batch.last_row_B).shape[0]
-        return jnp.ones((users, 1)), scored
+        return jnp.ones((users, 1), jnp.float32), scored

@@ -115,7 +115,10 @@ def best_items(
         id_UK = jnp.take_along_axis(id_UX, place_UK, axis=1)
         return jnp.where(score_UK > -jnp.inf, id_UK, 0), score_UK
 
-    none = (jnp.zeros((h_UD.shape[0], k), jnp.int32), jnp.full((h_UD.shape[0], k), -jnp.inf))
+    none = (
+        jnp.zeros((h_UD.shape[0], k), jnp.int32),
+        jnp.full((h_UD.shape[0], k), -jnp.inf, jnp.float32),
+    )
     h_UD = h_UD.astype(jnp.float32)
     return _sweep(merge, none, h_UD, table_ID, seen_US, corpus_I, l2_normalize, chunk_items)
 
@@ -147,7 +150,7 @@ def _sweep[Carry](
         if seen_US is not None:
             # Items out of the chunk on either side are dropped.
             column_US = jnp.where(seen_US >= first, seen_US - first, size)
-            user_U1 = jnp.arange(users)[:, None]
+            user_U1 = jnp.arange(users, dtype=jnp.int32)[:, None]
             allowed_UI = allowed_UI.at[user_U1, column_US].set(False, mode="drop")
         return visit(carry, CorpusChunk(chunk_I, score_UI, allowed_UI))
 
