@@ -101,7 +101,7 @@ def main(_: list[str]) -> None:
         }
         rows |= {"mean": record.values["mean"], "standard deviation": record.values["stdev"]}
     without_model = task.baselines("test")
-    for result in results:
+    for result in results if first else ():
         warn_below_floor(result, without_model, criteria)
     title = f"{config.name}: test, protocol {config.train.protocol}"
     console.print(report.metrics_table(title, rows | without_model, criteria))
@@ -133,6 +133,7 @@ def warn_below_floor(result: Json, baselines: dict[str, Metrics], criteria: Crit
                 floor[metric],
                 criteria.floor,
             )
+            return
 
 
 def read_seeds(given: list[str]) -> list[int]:
