@@ -20,7 +20,7 @@ from experiments.train import warn_below_floor
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
-from ultra_hstu.checkpoint import Checkpoints, abstract
+from ultra_hstu.checkpoint import Checkpoints, abstract, load_params
 from ultra_hstu.criteria import RETRIEVAL, ranking
 from ultra_hstu.data.interactions import ordered
 from ultra_hstu.evaluate import Evaluator
@@ -338,6 +338,16 @@ def test_what_cannot_be_read_back_is_known_before_the_first_step(data_dir, tmp_p
         train(small_config(data_dir), tmp_path, console=QUIET)
     assert not Workdir(tmp_path).metrics.exists()
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_a_run_killed_before_its_first_step_is_not_trained(finished, tmp_path):
+    """Its folder may hold the checkpoint that was written to try it out."""
+    recipe = Recipe(finished[0], 10)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(0, recipe.init(0), {})
+    checkpoints.close()
+    with pytest.raises(ValueError, match="has no checkpoint yet: train it first"):
+        load_params(Workdir(tmp_path), recipe)
 
 
 def test_a_position_of_another_version_is_named():

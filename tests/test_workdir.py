@@ -353,9 +353,9 @@ def two_steps(tmp_path_factory):
     return folder, states
 
 
-def restored(folder):
+def restored(folder, **options):
     empty = {"x": jnp.zeros((40, 30)), "step": jnp.int32(0)}
-    return Checkpoints(folder, read_only=True).restore(abstract(empty))
+    return Checkpoints(folder, read_only=True).restore(abstract(empty), **options)
 
 
 def assert_intact(found, states):
@@ -381,6 +381,15 @@ def test_flipped_bits_are_never_restored(two_steps, tmp_path, caplog):
         assert_intact(found, states)
         steps.append(found.step)
     assert steps[-12:].count(1) >= 10 and "x changed since" in caplog.text  # two were in no array
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_newest(two_steps, tmp_path, caplog):
+    folder, states = two_steps
+    shutil.copytree(folder, tmp_path / "c")
+    assert restored(tmp_path / "c", best=True).step == 1
+    (tmp_path / "c" / "1" / "position" / "metadata").write_text("{}")
+    assert_intact(restored(tmp_path / "c", best=True)._replace(step=2), states)
+    assert "taking the newest, of step 2, in place of the best: " in caplog.text
 
 
 def test_a_position_that_changed_is_not_restored(two_steps, tmp_path, caplog):

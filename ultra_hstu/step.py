@@ -57,7 +57,7 @@ class Steps[Model: nnx.Module](abc.ABC):
         default=None, kw_only=True
     )  # of the mesh; None: all of all processes
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_jit()
 
     @abc.abstractmethod
