@@ -20,14 +20,14 @@ from experiments.train import warn_below_floor
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
-from ultra_hstu.checkpoint import Checkpoints, abstract, load_params
+from ultra_hstu.checkpoint import Checkpoints, Position, abstract, load_params
 from ultra_hstu.criteria import RETRIEVAL, ranking
 from ultra_hstu.data.interactions import ordered
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.train import Interrupted, Position, run_steps, train
+from ultra_hstu.train import Interrupted, run_steps, train
 from ultra_hstu.workdir import Workdir, write_json
 
 QUIET = Console(quiet=True)

@@ -7,6 +7,7 @@ the state to the host for that.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from ultra_hstu.criteria import Metrics
 from ultra_hstu.digests import digests
 from ultra_hstu.parallel import processes
 from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
@@ -31,6 +33,31 @@ ANSWER_SECONDS = 60  # after a process has read a checkpoint, the others have ne
 UNTRAINED = 0  # the step of `try_out`
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands; saved with every checkpoint."""
+
+    epoch: int = 0
+    batch: int = 0  # of the epoch: the next one to train on
+    loss_sum: float = 0.0  # over the epoch's batches so far
+    best_epoch: int = 0
+    best_metric: float | None = None  # the criteria say which; None: nothing was evaluated yet
+    evaluated_epoch: int = 0  # the newest epoch that was evaluated, and what came out
+    last: Metrics = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0  # spent training and evaluating, without compilation
+    compile_seconds: float = 0.0  # over all starts
+
+    @classmethod
+    def of(cls, values: dict[str, Any], where: str) -> "Position":
+        """The position that a checkpoint holds. Raises ValueError for one of another version."""
+        if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(cls)}):
+            raise ValueError(
+                f"{where} holds {', '.join(unknown)}, which this version does not know: go on with "
+                "the version that wrote it, or delete it to go on from the one before it"
+            )
+        return cls(**values)
 
 
 class Restored(NamedTuple):

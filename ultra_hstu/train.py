@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ultra_hstu import optim, report, tasks
-from ultra_hstu.checkpoint import Checkpoints, abstract
+from ultra_hstu.checkpoint import Checkpoints, Position, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Metrics
 from ultra_hstu.data.feed import Feed, Group
@@ -39,31 +39,6 @@ HISTORY = ("loss", "grad_norm")  # what a compiled call returns of each of its s
 LARGEST_WEIGHT = 1e6  # beyond it, float32 loses updates of less than 0.06
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a run stands; saved with every checkpoint."""
-
-    epoch: int = 0
-    batch: int = 0  # of the epoch: the next one to train on
-    loss_sum: float = 0.0  # over the epoch's batches so far
-    best_epoch: int = 0
-    best_metric: float | None = None  # the criteria say which; None: nothing was evaluated yet
-    evaluated_epoch: int = 0  # the newest epoch that was evaluated, and what came out
-    last: Metrics = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0  # spent training and evaluating, without compilation
-    compile_seconds: float = 0.0  # over all starts
-
-    @classmethod
-    def of(cls, values: dict[str, Any], where: str) -> "Position":
-        """The position that a checkpoint holds. Raises ValueError for one of another version."""
-        if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(cls)}):
-            raise ValueError(
-                f"{where} holds {', '.join(unknown)}, which this version does not know: go on with "
-                "the version that wrote it, or delete it to go on from the one before it"
-            )
-        return cls(**values)
 
 
 class Interrupted(Exception):
