@@ -1,12 +1,14 @@
 """What all command lines share: their common flags, and errors as one line with an exit code."""
 
+import dataclasses
+import io
 import logging
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import jax
 import ml_collections
@@ -16,9 +18,10 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 
 from experiments import configs
-from ultra_hstu import compilation_cache, fields
-from ultra_hstu.config import EvalConfig, to_config_dict
+from ultra_hstu import compilation_cache, fields, paths
+from ultra_hstu.config import Config, EvalConfig, to_config_dict
 from ultra_hstu.parallel import processes
+from ultra_hstu.step import require_jit
 from ultra_hstu.train import Interrupted
 
 flags.disclaim_key_flags()  # flags defined here are those of the program that asks for them
@@ -32,27 +35,70 @@ LOST = (
 )
 
 
+class OrNone(flags.ArgumentParser):
+    """Parses "None", which an optional field of a configuration may be, and other values."""
+
+    def __init__(self, values: flags.ArgumentParser):
+        self.values = values
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument == "None" else self.values.parse(argument)
+
+
+for optional, values in (
+    (int | None, flags.IntegerParser()),
+    (float | None, flags.FloatParser()),
+    (str | None, flags.ArgumentParser()),
+):
+    config_flags.register_flag_parser_for_type(optional, OrNone(values))
+
+
 class ConfigParser(ConfigFileFlagParser):
     """Reads the name of a configuration, or the path of a user's own file: `own.py[:argument]`.
 
-    `experiments/configs/NAME.py`, which records name, is the configuration NAME. An override of a
+    `experiments/configs/NAME.py`, which records name, is the configuration NAME. The `get_config`
+    of a file returns a `Config`, or some of its fields as a ConfigDict or a dict. An override of a
     field that the configuration lacks is a `flags.Error` with the near names.
     """
 
     def parse(self, path: str) -> ml_collections.ConfigDict:
-        file = Path(path.partition(":")[0])
+        name, colon, argument = path.partition(":")
+        file = paths.local(name)
         if file.is_file():
-            config = super().parse(path)
+            found = self._of_file(str(file), colon + argument)
         else:
             recorded = file.suffix == ".py" and file.parts[-3:-1] == ("experiments", "configs")
-            config = to_config_dict(configs.named(file.stem if recorded else path)).lock()
-        values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-        known = list(fields.paths(values))
-        for argument in sys.argv[1:]:
-            field = re.match(rf"--?(?:no)?{self.name}\.([\w.]+)(?:=|$)", argument)
+            found = configs.named(file.stem if recorded else path)
+        known = list(fields.paths(dataclasses.asdict(found)))
+        for given in sys.argv[1:]:
+            field = re.match(rf"--?(?:no)?{self.name}\.([\w.]+)(?:=|$)", given)
             if field and field[1] not in known:
                 raise flags.Error(fields.unknown(field[1], known))
-        return config
+        return to_config_dict(found).lock()
+
+    def _of_file(self, file: str, argument: str) -> Config:
+        found = super().parse(file + argument)
+        if isinstance(found, ml_collections.ConfigDict):
+            found = found.to_dict()
+        if isinstance(found, dict):
+            found = fields.build(Config, found)
+        if not isinstance(found, Config):
+            problem = getattr(found, "_error", f"get_config() returned {found!r:.60}")
+            raise ValueError(f"{file} makes no configuration: {problem}")
+        return found
+
+
+class PathParser(flags.ArgumentParser):
+    """Parses a local path: `~` stands for the home folder, and URLs are refused."""
+
+    def parse(self, argument: str) -> str:
+        return str(paths.local(argument))
+
+
+def as_path[V](flag: flags.FlagHolder[V]) -> flags.FlagHolder[V]:
+    """The flag, whose value is a local path from now on."""
+    flags.FLAGS[flag.name].parser = PathParser()
+    return flag
 
 
 def define_config(
@@ -81,21 +127,17 @@ def define_run(
     what: str = "folder of a trained run",
 ) -> tuple[flags.FlagHolder[str], flags.FlagHolder[str | None]]:
     """--workdir and --raw_dir, for a command on a run that is there."""
+    raw_dir = "where the raw data is now, if not where the run found it"
     return (
-        flags.DEFINE_string("workdir", None, what, required=True),
-        flags.DEFINE_string(
-            "raw_dir", None, "where the raw data is now, if not where the run found it"
-        ),
+        as_path(flags.DEFINE_string("workdir", None, what, required=True)),
+        as_path(flags.DEFINE_string("raw_dir", None, raw_dir)),
     )
 
 
 def define_record() -> flags.FlagHolder[str | None]:
     """--record."""
-    return flags.DEFINE_string(
-        "record",
-        None,
-        "also write the result with device, versions, commit, command and date to this JSON file",
-    )
+    what = "also write the result with device, versions, commit, command and date to this JSON file"
+    return as_path(flags.DEFINE_string("record", None, what))
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -130,12 +172,17 @@ def run(main: Callable[[list[str]], None]) -> None:
         logging.getLogger().setLevel(logging.WARNING)
         compilation_cache.use(cache.value)
         try:
+            require_jit()
             main(argv)
             processes.end()
         except Interrupted as stop:
             if processes.is_first():
                 errors.print(str(stop), markup=False)
             processes.end()
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:  # where Python's last flush goes
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            fail(OSError("what read the output of this command has closed it"), 1)
         except FloatingPointError as error:
             fail(error, 3)
         except (ValueError, NotImplementedError, OSError) as error:
@@ -150,7 +197,18 @@ def run(main: Callable[[list[str]], None]) -> None:
             traceback.print_exc()
             fail(error, 1)
 
+    prepare_output()
     app.run(wrapped, flags_parser=parse)
+
+
+def prepare_output() -> None:
+    """Closed output (`>&-`) goes nowhere; what other output cannot encode is written as escapes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -15,7 +15,9 @@ from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder of the two runs; emptied first")
+_WORKDIR = command.as_path(
+    flags.DEFINE_string("workdir", "runs/demo", "folder of the two runs; emptied first")
+)
 _EPOCHS = flags.DEFINE_integer(
     "epochs", None, "fewer epochs than the configuration's, for a quick look"
 )

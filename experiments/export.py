@@ -18,7 +18,7 @@ from ultra_hstu.serving.tokens import Vocabulary
 from ultra_hstu.workdir import Workdir
 
 _WORKDIR, _RAW_DIR = command.define_run("folder of a trained ranking run")
-_OUT = flags.DEFINE_string("out", None, "the file to write", required=True)
+_OUT = command.as_path(flags.DEFINE_string("out", None, "the file to write", required=True))
 _CANDIDATES = flags.DEFINE_integer(
     "candidates", None, "most candidates of a call, of all users together", required=True
 )

@@ -28,8 +28,10 @@ from ultra_hstu.serving.service import ServingOptions, open_service
 _WORKDIR, _RAW_DIR = command.define_run()
 _USER = flags.DEFINE_string("user", None, "raw id of a user of the data: the whole history is used")
 _HISTORY = flags.DEFINE_string("history", None, "raw item ids, oldest first, separated by commas")
-_REQUESTS = flags.DEFINE_string(
-    "requests", None, "file of requests, one JSON object a line; - for standard input"
+_REQUESTS = command.as_path(
+    flags.DEFINE_string(
+        "requests", None, "file of requests, one JSON object a line; - for standard input"
+    )
 )
 _TABLES = flags.DEFINE_enum(
     "tables", "float32", quantization.KINDS, "what the item table is served from"

@@ -1,11 +1,9 @@
 """What a command measured, as a JSON file that says where its numbers come from."""
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
-from ultra_hstu import provenance, workdir
+from ultra_hstu import paths, provenance, workdir
 
 Json = dict[str, Any]  # a JSON object
 
@@ -22,7 +20,7 @@ class Record:
     def __init__(
         self, path: str | os.PathLike[str] | None, *, grows: bool = False, **conditions: Any
     ):
-        self.path = Path(path) if path else None
+        self.path = paths.local(path) if path else None
         self.values = (read(path) if grows else {}) | provenance.provenance() | conditions
         if self.path:  # a folder that cannot be made fails before any work
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,5 +33,7 @@ class Record:
 
 
 def read(path: str | os.PathLike[str] | None) -> Json:
-    """What the file holds; nothing where there is none."""
-    return json.loads(Path(path).read_text()) if path and Path(path).exists() else {}
+    """What the file holds; nothing where there is none. Raises ValueError for no JSON object."""
+    if not path or not (file := paths.local(path)).exists():
+        return {}
+    return workdir.read_object(file, {}, "delete it, or put a whole one there")

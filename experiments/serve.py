@@ -97,8 +97,10 @@ _HOST_TABLE = flags.DEFINE_enum(
     quantization.HOST_KINDS,
     "keeps the item table of a ranking run in host memory, from where each request takes its rows",
 )
-_BLOCK = flags.DEFINE_string(
-    "block", None, "file of raw item ids, one a line, that are recommended to nobody"
+_BLOCK = command.as_path(
+    flags.DEFINE_string(
+        "block", None, "file of raw item ids, one a line, that are recommended to nobody"
+    )
 )
 _KIND = flags.DEFINE_enum(
     "cache_kind", "same", KINDS, "how a ranking run keeps the keys and values of encoded users"

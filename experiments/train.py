@@ -21,13 +21,16 @@ from experiments import command
 from experiments.record import Json, Record
 from ultra_hstu import report, tasks, workdir
 from ultra_hstu.config import from_config_dict
+from ultra_hstu.criteria import Criteria, Metrics, display_name
 from ultra_hstu.fields import changed
 from ultra_hstu.parallel import processes
 from ultra_hstu.train import train
 
 _CONFIG = command.define_config()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "folder of the run; made if it does not exist", required=True
+_WORKDIR = command.as_path(
+    flags.DEFINE_string(
+        "workdir", None, "folder of the run; made if it does not exist", required=True
+    )
 )
 _SEEDS = flags.DEFINE_list(
     "seeds",
@@ -55,6 +58,8 @@ _CONNECT_SECONDS = flags.DEFINE_integer(
 
 # What a record keeps of every epoch, beside the curves of its criteria.
 HISTORY = ("epoch", "step", "loss", "grad_norm", "seconds")
+
+log = logging.getLogger(__name__)
 
 
 def main(_: list[str]) -> None:
@@ -96,6 +101,8 @@ def main(_: list[str]) -> None:
         }
         rows |= {"mean": record.values["mean"], "standard deviation": record.values["stdev"]}
     without_model = task.baselines("test")
+    for result in results if first else ():
+        warn_below_floor(result, without_model, criteria)
     title = f"{config.name}: test, {report.conditions(config)}"
     console.print(report.metrics_table(title, rows | without_model, criteria))
     console.print(
@@ -109,6 +116,24 @@ def main(_: list[str]) -> None:
             "inference": task.flops("test").inference,
         }
         record.add(runs=results, baselines=without_model, flops=flops)
+
+
+def warn_below_floor(result: Json, baselines: dict[str, Metrics], criteria: Criteria) -> None:
+    """Says so where a run ended with less than needs no model, as one that diverged does."""
+    metric, floor = criteria.selection, baselines[criteria.floor]
+    for part in ("best", "last"):
+        if part in result and not criteria.better(result[part][metric], floor[metric]):
+            log.warning(
+                "seed %d, %s epoch: %s is %.4f, no better than %.4f of %s. The run has diverged, "
+                "or has learnt nothing: lower optim.learning_rate or set optim.clip_norm",
+                result["seed"],
+                part,
+                display_name(metric),
+                result[part][metric],
+                floor[metric],
+                criteria.floor,
+            )
+            return
 
 
 def read_seeds(given: list[str]) -> list[int]:

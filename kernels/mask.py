@@ -37,9 +37,9 @@ class KeyIntervals(NamedTuple):
     def dense(self, num_real: int | Int[Array, ""] | np.integer) -> Bool[Array, "T T"]:
         """The mask as a matrix, with the diagonal of the first `num_real` rows: for references."""
         rows = self.lo0.shape[0]
-        key_1T = jnp.arange(rows)[None, :]
+        key_1T = jnp.arange(rows, dtype=jnp.int32)[None, :]
         seen = inside(key_1T, (bound[:, None] for bound in self))
-        row_T1 = jnp.arange(rows)[:, None]
+        row_T1 = jnp.arange(rows, dtype=jnp.int32)[:, None]
         return seen | ((row_T1 == key_1T) & (row_T1 < jnp.asarray(num_real)))
 
     @classmethod

@@ -2,19 +2,19 @@
 
 import dataclasses
 import re
-import subprocess
 import sys
 from pathlib import Path
-from typing import Literal, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 from absl import flags
+from ml_collections import config_flags
 
 from experiments import configs
 from experiments.command import ConfigParser
 from tests.serving.small_serving import unchecked
-from ultra_hstu import criteria
+from ultra_hstu import criteria, fields
 from ultra_hstu.config import ChannelConfig, Config, from_config_dict, to_config_dict
 from ultra_hstu.fields import Section, changed, difference
 from ultra_hstu.nn import fp8
@@ -150,7 +150,7 @@ def test_impossible_values_are_named(field, value, message):
         ("--config.eval.hid", "eval.hid: did you mean eval.hide"),
         ("--config.model.max_history=9", "did you mean .*data.max_history"),
         ("--noconfig.data.load_ballance", "did you mean data.load_balance"),
-        ("--config.colour=red", "colour: there are data, eval, loss, model, name,"),
+        ("--config.colour=red", "colour: there are name, data, model, loss,"),
         ("--config.eval.hide=all", None),
         ("--config.eval=1", None),  # a value of the wrong type, which its own parser names
     ],
@@ -195,27 +195,54 @@ def test_difference_names_fields():
     assert difference(old, new) == ["model.width: 50 -> 64"]
 
 
-def test_flags_override_every_field_even_none(tmp_path):
-    """Through the flag parser itself: a field that is None by default takes a value of its type."""
-    flags = [
-        "--config.data.raw_dir=here",
-        "--config.train.patience=3",
-        "--config.optim.clip_norm=0.5",
-        "--config.data.batch_tokens=4096",
-    ]
-    code = (
-        "from absl import app; from experiments import command\n"
-        "from ultra_hstu.config import from_config_dict\n"
-        "config = command.define_config()\n"
-        "def main(_):\n"
-        "    c = from_config_dict(config.value)\n"
-        "    print(c.data.raw_dir, c.train.patience, c.optim.clip_norm, c.data.batch_tokens)\n"
-        "    print(c.model.implementation, c.name)\n"
-        "app.run(main)"
+def with_flags(path, overrides):
+    """The configuration that a command makes of --config and --config.FIELD, not validated."""
+    argv = ["command", f"--config={path}"]
+    argv += [f"--config.{name}={value}" for name, value in overrides.items()]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", None, "", values, sys_argv=argv)
+    values["config"].parser = ConfigParser("config")
+    values(argv)
+    return fields.build(Config, holder.value.to_dict())
+
+
+def leaves(section, prefix=""):
+    """(name, type, value) of every field of a configuration, those of channels too."""
+    for name, hint in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        parts = value if isinstance(value, dict) else {"": value}
+        for key, part in parts.items():
+            path = f"{prefix}{name}{key and '.' + key}"
+            if isinstance(part, fields.Section):
+                yield from leaves(part, f"{path}.")
+            else:
+                yield path, hint, part
+
+
+def another(hint, value):
+    """A value of the type, written as on a command line, and as it is."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)[-1], get_args(hint)[-1]
+    if get_origin(hint) is tuple:
+        values = (3, 4) if get_args(hint)[0] is int else ("a", "b")
+        return values, values
+    kind = hint if isinstance(hint, type) else get_args(hint)[0]
+    return {bool: (not value, not value), int: ("5", 5), float: ("2", 2.0), str: ("x", "x")}[kind]
+
+
+@pytest.mark.parametrize("name", configs.CONFIGS)
+def test_flags_set_every_field(name):
+    """Through the flag parser itself: with a value of its type, and None where the type has it."""
+    fields_of = {path: (hint, value) for path, hint, value in leaves(configs.named(name))}
+    texts = {path: another(*field)[0] for path, field in fields_of.items()}
+    found = {path: value for path, _, value in leaves(with_flags(name, texts))}
+    assert found == {path: another(*field)[1] for path, field in fields_of.items()}
+    optional = [path for path, (hint, _) in fields_of.items() if type(None) in get_args(hint)]
+    nothing = {path: value for path, _, value in leaves(with_flags(name, dict.fromkeys(optional)))}
+    assert {"data.raw_dir", "optim.clip_norm", "train.patience"} <= set(optional)
+    assert nothing == {path: value for path, (_, value) in fields_of.items()} | dict.fromkeys(
+        optional
     )
-    command = [sys.executable, "-c", code, "--config=ml1m_hstu", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["here", "3", "0.5", "4096", "None", "ml1m_hstu"], done.stderr
 
 
 def choices(section):
@@ -256,3 +283,85 @@ def test_a_choice_that_is_not_there_is_refused_however_it_is_made(section, name)
 def test_names_outside_the_configuration(make, message):
     with pytest.raises(ValueError, match=message), unchecked():
         make()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # by ml_collections
+@pytest.mark.parametrize(
+    "returned",
+    [
+        "Config(name='own', model=ModelConfig(channels=channels))",
+        "to_config_dict(Config(name='own', model=ModelConfig(channels=channels)))",
+        "{'name': 'own', 'model': {'channels': {name: {} for name in channels}}}",
+    ],
+)
+def test_own_files_and_names_of_methods(tmp_path, returned):
+    """Channels may have the names of ConfigDict's methods, as the field `items` has."""
+    channels = ["items", "get", "update", "values", "keys"]
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from ultra_hstu.config import ChannelConfig, Config, ModelConfig, to_config_dict\n"
+        f"channels = dict.fromkeys({channels}, ChannelConfig())\n"
+        f"def get_config(): return {returned}\n"
+    )
+    overrides = {f"model.channels.{name}.layers": 7 for name in channels}
+    found = with_flags(str(file), overrides | {"data.synthetic.items": 50, "optim.clip_norm": 3})
+    assert (found.name, found.data.synthetic.items, found.optim.clip_norm) == ("own", 50, 3.0)
+    assert {name: one.layers for name, one in found.model.channels.items()} == dict.fromkeys(
+        channels, 7
+    )
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # by ml_collections
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return None", "own.py makes no configuration: get_config.. returned None"),
+        ("return 3", "own.py makes no configuration: get_config.. returned 3"),
+        ("return open('/no/such/file')", "own.py makes no configuration: .*/no/such/file"),
+        ("return {'train': 3}", "config section train is 3"),
+    ],
+)
+def test_own_files_that_make_no_configuration(tmp_path, body, message):
+    file = tmp_path / "own.py"
+    file.write_text(f"def get_config(): {body}\n")
+    with pytest.raises(ValueError, match=message):
+        parsed(str(file))
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits(fields.Section):
+    sizes: tuple[fields.Positive[int], ...] = ()
+    share: fields.BelowOne[float] | Literal["auto"] = "auto"
+    steps: fields.Positive[int] | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sizes": (3, 0)}, r"sizes=\(3, 0\) must be greater than 0"),
+        ({"share": 1.5}, r"share=1.5 must be in \[0, 1\)"),
+        ({"steps": -1}, "steps=-1 must be greater than 0"),
+    ],
+)
+def test_limits_inside_types(values, message):
+    assert fields.check_limits(Limits(sizes=(1, 2), share=0.5, steps=3)) is None
+    assert fields.check_limits(Limits()) is None
+    with pytest.raises(ValueError, match=message):
+        fields.check_limits(Limits(**values))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"truncate_after": 2}, "model.truncate_after=2 must be below model.channels.b.layers=1"),
+        ({"window": (3, 3)}, "one for each of model.channels.b.layers=1"),
+    ],
+)
+def test_depths_of_channels_are_named(model, message):
+    channels = {"a": ChannelConfig(layers=3), "b": ChannelConfig(layers=1)}
+    model = {"channels": channels, "truncate_length": 4, "truncate_after": 1} | model
+    if "window" in model:
+        model |= {"truncate_length": None, "truncate_after": None}
+        channels["a"] = ChannelConfig(layers=2)
+    with pytest.raises(ValueError, match=message):
+        changed(Config(), model=model, rank={"tasks": ("like",)}).validate()

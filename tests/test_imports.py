@@ -14,6 +14,7 @@ LAYERS = [
     ["kernels"],
     ["ultra_hstu.fields"],
     ["ultra_hstu.table_config"],
+    ["ultra_hstu.paths"],
     [
         "ultra_hstu.sections",
         "ultra_hstu.config",
@@ -24,7 +25,8 @@ LAYERS = [
     ["ultra_hstu.sequences"],
     ["ultra_hstu.nn"],
     ["ultra_hstu.sampling", "ultra_hstu.data"],
-    [f"ultra_hstu.{name}" for name in "optim checkpoint workdir criteria quantization".split()],
+    [f"ultra_hstu.{name}"
+     for name in "optim digests checkpoint workdir criteria quantization".split()],
     ["ultra_hstu.step", "ultra_hstu.evaluate", "ultra_hstu.flops", "ultra_hstu.task"],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
     ["ultra_hstu.tasks", "ultra_hstu.report"],

@@ -1,8 +1,10 @@
 """Training: exact resume after any death, protocols, clear stops. Runs are tiny but real."""
 
 import dataclasses
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +16,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.train import warn_below_floor
+from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
-from ultra_hstu.checkpoint import Checkpoints, abstract
+from ultra_hstu.checkpoint import Checkpoints, Position, abstract, load_params
+from ultra_hstu.criteria import RETRIEVAL, ranking
 from ultra_hstu.data.interactions import ordered
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.recipe import Recipe
-from ultra_hstu.train import Interrupted, train
+from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.train import Interrupted, run_steps, train
 from ultra_hstu.workdir import Workdir, write_json
 
 QUIET = Console(quiet=True)
@@ -326,3 +332,73 @@ def test_recipe_step_is_pure(finished):
     state = recipe.init(0)
     step = jax.jit(recipe.step)
     assert_same_bits(step(state, group.feed.batch(0)), step(state, group.feed.batch(0)))
+
+
+def test_what_cannot_be_read_back_is_known_before_the_first_step(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoints, "_other_rows", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match="just written cannot be read back: choose another --work"):
+        train(small_config(data_dir), tmp_path, console=QUIET)
+    assert not Workdir(tmp_path).metrics.exists()
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_a_run_killed_before_its_first_step_is_not_trained(finished, tmp_path):
+    """Its folder may hold the checkpoint that was written to try it out."""
+    recipe = Recipe(finished[0], 10)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(0, recipe.init(0), {})
+    checkpoints.close()
+    with pytest.raises(ValueError, match="has no checkpoint yet: train it first"):
+        load_params(Workdir(tmp_path), recipe)
+
+
+def test_a_position_of_another_version_is_named():
+    assert Position.of({"epoch": 3}, "checkpoint 7").epoch == 3
+    with pytest.raises(ValueError, match="checkpoint 7 holds epochs, which this version does not"):
+        Position.of({"epochs": 3}, "checkpoint 7")
+
+
+def test_exploded_weights_are_reported(data_dir, tmp_path, caplog):
+    config = with_(small_config(data_dir, epochs=1), optim__learning_rate=1e20)
+    result = train(config, tmp_path, console=QUIET)
+    assert re.search(r"a parameter has grown to .*e\+20: the run has diverged", caplog.text)
+    caplog.clear()
+    baselines = {"popularity": {"ndcg@10": 0.1}, "last": {"ndcg@10": 0.9}}
+    poor = result | {"best": {"ndcg@10": 0.2}, "last": {"ndcg@10": 0.05}}
+    warn_below_floor(poor, baselines, RETRIEVAL)
+    assert "last epoch: NDCG@10 is 0.0500, no better than 0.1000 of popularity" in caplog.text
+    assert "best epoch" not in caplog.text
+    caplog.clear()
+    nothing = {"seed": 1, "best": {"ne": float("nan")}}
+    warn_below_floor(nothing, {"base rate": {"ne": 1.0}}, ranking({"like": "binary"}))
+    assert "seed 1, best epoch: NE is nan" in caplog.text
+
+
+def test_without_jit_a_recipe_is_refused(finished):
+    with jax.disable_jit(), pytest.raises(ValueError, match="JAX_DISABLE_JIT is set, but compiled"):
+        Recipe(finished[0], 10)
+
+
+def test_with_64_bits_the_numbers_are_the_same(finished, tmp_path):
+    """JAX_ENABLE_X64 changes what an array without a dtype is: every one has a dtype."""
+    config, workdir, expected = finished
+    with jax.enable_x64(True):
+        result = train(config, tmp_path / "run", console=QUIET)
+        answer = RecommendationModel(str(tmp_path / "run")).recommend([3, 5], k=4)
+    clocks = {"seconds": 0, "compile_seconds": 0}
+    assert result | clocks == expected | clocks
+    assert_same_bits(final_state(config, tmp_path / "run")[1], final_state(config, workdir)[1])
+    assert answer == RecommendationModel(str(workdir)).recommend([3, 5], k=4)
+
+
+def test_with_64_bits_ranking_is_the_same():
+    task = tasks.of(rank_data.config(), rank_data.interactions())
+    loader = task.loader("train", batch_users=4, steps_per_call=2)
+    group = next(iter(loader.groups(loader.plan())))
+    found = []
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            run = jax.jit(functools.partial(run_steps, task.recipe))
+            state, history = run(task.recipe.start(0), group.feed, np.int32(group.steps))
+            found.append((state, history, task.evaluator("test").predict(state.params)))
+    assert_same_bits(*found)

@@ -1,18 +1,34 @@
 """A run has its folder for itself: another configuration, process or folder is refused."""
 
+import dataclasses
+import errno
+import functools
+import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from experiments import command
+from experiments.command import ConfigParser, PathParser
+from experiments.record import Record
 from tests.small_run import small_config, with_
-from ultra_hstu.checkpoint import Checkpoints
-from ultra_hstu.report import MetricLog, read_metrics
-from ultra_hstu.workdir import Workdir, write_json
+from ultra_hstu import provenance
+from ultra_hstu.checkpoint import Checkpoints, abstract
+from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.digests import digests
+from ultra_hstu.report import MetricLog, draw_curves, make_console, read_metrics
+from ultra_hstu.workdir import Workdir, remedy_of, write_json
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path):
@@ -110,7 +126,8 @@ FULL_DISK = """
 import resource, signal, sys
 import numpy as np, jax.numpy as jnp
 from pathlib import Path
-from ultra_hstu.checkpoint import Checkpoints
+from ultra_hstu import provenance
+from ultra_hstu.checkpoint import Checkpoints, abstract
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 checkpoints = Checkpoints(Path(sys.argv[1]))
 noise = np.random.default_rng(0).random(200_000).astype(np.float32)
@@ -161,7 +178,333 @@ def test_a_folder_whose_first_write_was_killed_is_no_stranger(tmp_path):
     folder.release()
 
 
-def test_config_of_the_wrong_shape_names_the_file(tmp_path):
-    (tmp_path / "config.json").write_text('{"model": 3}')
-    with pytest.raises(ValueError, match=r"config.json: config section model is 3"):
+def damaged(path, text):
+    path.write_bytes(text)
+    return path
+
+
+WHOLE = {"name": "a"} | {name: {} for name in ("data", "model", "loss", "optim", "train")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "line 1: not JSON"),
+        (b"[]", "line 1: [] is not a JSON object"),
+        (b"{}", "line 1: 'name' is None, not str"),
+        (b"null", "line 1: None is not a JSON object"),
+        (b'{\n"name": "\xff"}', "line 2: not UTF-8"),
+        (b"[" * 100_000, "line 1: not JSON"),
+        (b"1" * 5000, "line 1: not JSON"),
+        (json.dumps(WHOLE | {"model": 3}).encode(), "line 1: 'model' is 3, not dict"),
+        (json.dumps(WHOLE | {"model": {"channels": []}}).encode(), "model.channels=[] is not"),
+        (json.dumps(WHOLE | {"loss": {"temperature": 10**400}}).encode(), "loss.temperature=100"),
+    ],
+)
+def test_a_damaged_configuration_is_named(tmp_path, text, message):
+    file = damaged(tmp_path / "config.json", text)
+    with pytest.raises(ValueError) as error:
         Workdir(tmp_path).read_config()
+    assert str(error.value).startswith(str(file)) and message in str(error.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"users": 1}', b'{"users": "1"}', b"\xff", None])
+def test_a_damaged_file_about_the_data_is_named(tmp_path, text):
+    if text is not None:
+        damaged(tmp_path / "data.json", text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/data.json.*: delete it, and the same train"):
+        Workdir(tmp_path).read_data()
+
+
+GOOD = b'{"step": 1, "epoch": 1, "loss": 2.0, "hr@10": null}\n'
+
+
+@pytest.mark.parametrize("line", [b"null", b"[]", b"\xff", b'{"loss": 1}', b'{"step": 1', b"{}"])
+def test_damaged_metrics_are_named(tmp_path, caplog, line):
+    file = damaged(tmp_path / "metrics.jsonl", GOOD + line + b"\n" + GOOD + b'{"step": 2, "lo')
+    with pytest.raises(ValueError, match=f"{file}, line 2: .*: delete this line"):
+        read_metrics(file)
+    log = MetricLog(file, tmp_path / "tb", resume_step=1)
+    log.close()
+    assert "metrics.jsonl, line 2: " in caplog.text and "line 4" not in caplog.text
+    assert file.read_bytes() == 2 * GOOD and len(read_metrics(file)) == 2
+    draw_curves({"run": file}, tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?", "back\\slash"])
+def test_paths_that_orbax_cannot_read_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="checkpoints cannot be read from a path with .*: choose"):
+        Workdir(tmp_path / name / "run")
+
+
+@pytest.mark.parametrize("path", ["gs://b/run", "s3://b/run", "file:///tmp/run", "gs:/b/run"])
+def test_urls_are_refused(tmp_path, path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = small_config("data")
+    for refused in (
+        lambda: Workdir(path),
+        lambda: Record(path),
+        lambda: PathParser().parse(path),
+        lambda: with_(config, data__raw_dir=path).validate(),
+        lambda: with_(config, data__data_dir=path).validate(),
+        lambda: load_interactions(dataclasses.replace(config.data, data_dir=path)),
+        lambda: load_interactions(dataclasses.replace(config.data, source="ml-1m", raw_dir=path)),
+    ):
+        with pytest.raises(ValueError, match="must be a path of this machine, not a URL"):
+            refused()
+    with pytest.raises(ValueError, match="/gs/b/run: checkpoints cannot be read .* with gs"):
+        Workdir("/gs/b/run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert Workdir("~/run").path == tmp_path / "run"
+    assert PathParser().parse("~/run") == f"{tmp_path}/run" and PathParser().parse("-") == "-"
+    Record("~/record.json").add(done=True)
+    config = dataclasses.replace(small_config("~/data").data, data_dir="~/data")
+    load_interactions(config)
+    (tmp_path / "own.py").write_text("def get_config(): return {'name': 'mine'}")
+    with warnings.catch_warnings(action="ignore"):  # of ml_collections: load_module
+        assert ConfigParser("config").parse("~/own.py").name == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "own.py", "record.json"]
+    with pytest.raises(ValueError, match="~no_such_user_/run: .* Write the folder out"):
+        Workdir("~no_such_user_/run")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "Make room and start the same command again."),
+        (errno.EACCES, "Make the folder writable and start the same command again."),
+        (errno.EIO, "Mend that and start the same command again."),
+    ],
+)
+def test_the_remedy_follows_from_the_error(tmp_path, monkeypatch, number, remedy):
+    def fails(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=f"could not be written .*{os.strerror(number)}.*{remedy}"):
+        write_json(tmp_path / "a.json", {})
+    wrapped = RuntimeError("no cause is named here")
+    wrapped.__cause__ = OSError(number, os.strerror(number))
+    assert remedy_of(wrapped) == remedy
+
+
+def test_a_full_disk_is_one_error(tmp_path):
+    """Neither a thread of TensorBoard nor the end of the program say more."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from ultra_hstu.report import MetricLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = Path(sys.argv[1])
+log = MetricLog(folder / "m.jsonl", folder / "tb")
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    for step in range(100):
+        log.write(step, {"loss": 1.0, "hr@10": 0.5})
+except OSError as error:
+    print(error)
+log.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert "m.jsonl could not be written ([Errno 27] File too large)" in done.stdout, done.stderr
+    assert not done.stderr
+
+
+def test_a_lost_catalogue_is_written_again(tmp_path, caplog):
+    config = small_config(tmp_path / "data")
+    data = load_interactions(config.data)
+    folder = Workdir(tmp_path)
+    folder.claim_data(data)
+    whole = folder.catalog.read_bytes()
+    for damage in (whole[:100], b"", whole.replace(b"raw_ids", b"raw_idz"), None):
+        if damage is None:
+            dataclasses.replace(data.catalog, raw_ids=data.catalog.raw_ids[:-1]).save(
+                folder.catalog
+            )
+        else:
+            folder.catalog.write_bytes(damage)
+        with pytest.raises(ValueError, match="catalog.npz"):
+            folder.read_catalog()
+        caplog.clear()
+        folder.claim_data(data)
+        assert "the catalogue is written again from the data: " in caplog.text
+        assert folder.read_catalog().num_items == data.num_items
+
+
+def test_every_flipped_bit_of_a_catalogue_is_noticed(tmp_path):
+    """The titles too, which a reader could take for absent."""
+    catalog = Catalog.from_ids(np.arange(1, 40), [f"title {i}" for i in range(39)])
+    catalog.save(tmp_path / "c.npz")
+    whole, rng = (tmp_path / "c.npz").read_bytes(), np.random.default_rng(0)
+    for bit in rng.choice(8 * len(whole), 300, replace=False):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "c.npz").write_bytes(flipped)
+        try:
+            found = Catalog.load(tmp_path / "c.npz")
+        except ValueError as error:
+            assert "c.npz" in str(error)
+        else:  # a date in the headers, say
+            assert found.titles == catalog.titles
+            assert np.array_equal(found.raw_ids, catalog.raw_ids)
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """Checkpoints of steps 1 and 2 with noise in them, and the state of each."""
+    folder, rng = tmp_path_factory.mktemp("two_steps") / "c", np.random.default_rng(0)
+    noise = [jnp.asarray(rng.normal(size=(40, 30)), jnp.float32) for _ in range(2)]
+    states = [{"x": one, "step": jnp.int32(number)} for number, one in enumerate(noise, start=1)]
+    checkpoints = Checkpoints(folder)
+    for step, state in enumerate(states, start=1):
+        checkpoints.save(step, state, {"epoch": step, "loss": 0.1 * step}, best=step == 1)
+    checkpoints.close()
+    return folder, states
+
+
+def restored(folder, **options):
+    empty = {"x": jnp.zeros((40, 30)), "step": jnp.int32(0)}
+    return Checkpoints(folder, read_only=True).restore(abstract(empty), **options)
+
+
+def assert_intact(found, states):
+    """Whatever was read is what was written at that step."""
+    assert found.position == {"epoch": found.step, "loss": 0.1 * found.step}
+    jax.tree.map(np.testing.assert_array_equal, found.state, states[found.step - 1])
+
+
+def test_flipped_bits_are_never_restored(two_steps, tmp_path, caplog):
+    folder, states = two_steps
+    shutil.copytree(folder, tmp_path / "c")
+    files = [path for path in (tmp_path / "c" / "2").rglob("*") if path.is_file()]
+    largest, rng = max(files, key=lambda path: path.stat().st_size), np.random.default_rng(0)
+    steps = []
+    for file in [*files, *[largest] * 12]:
+        whole = file.read_bytes()
+        flipped, bit = bytearray(whole), rng.integers(8 * max(1, len(whole)))
+        if whole:
+            flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        found = restored(tmp_path / "c")
+        file.write_bytes(whole)
+        assert_intact(found, states)
+        steps.append(found.step)
+    assert steps[-12:].count(1) >= 10 and "x changed since" in caplog.text  # two were in no array
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_newest(two_steps, tmp_path, caplog):
+    folder, states = two_steps
+    shutil.copytree(folder, tmp_path / "c")
+    assert restored(tmp_path / "c", best=True).step == 1
+    (tmp_path / "c" / "1" / "position" / "metadata").write_text("{}")
+    assert_intact(restored(tmp_path / "c", best=True)._replace(step=2), states)
+    assert "taking the newest, of step 2, in place of the best: " in caplog.text
+
+
+def test_a_position_that_changed_is_not_restored(two_steps, tmp_path, caplog):
+    folder, states = two_steps
+    shutil.copytree(folder, tmp_path / "c")
+    file = tmp_path / "c" / "2" / "position" / "metadata"
+    whole = json.loads(file.read_text())
+    for name, value in {
+        "epoch": 3,
+        "epocs": 2,
+        "hashes": {},
+        "best_step": [2],
+        "sha256": "",
+    }.items():
+        file.write_text(json.dumps(whole | {name: value}))
+        assert_intact(restored(tmp_path / "c"), states)
+        assert "its position changed since it was written" in caplog.text
+        caplog.clear()
+    for text in ("[]", "", "{}", "null"):
+        file.write_text(text)
+        assert restored(tmp_path / "c").step == 1 and "trying the one before it" in caplog.text
+    for name in ("hashes", "sha256"):
+        del whole[name]
+    file.write_text(json.dumps(whole))
+    assert restored(tmp_path / "c").step == 2
+    assert "of an older version, without hashes" in caplog.text
+
+
+def test_hashes_are_the_same_on_every_mesh():
+    rng, mesh = np.random.default_rng(0), jax.make_mesh((2, 4), ("a", "b"))
+    x = rng.normal(size=(8, 16)).astype(np.float32)
+    place = functools.partial(jax.sharding.NamedSharding, mesh)
+    spec = jax.sharding.PartitionSpec
+    expected = digests({"x": jnp.asarray(x)})
+    for where in (spec(), spec("a"), spec("b", "a"), spec(None, ("a", "b")), spec(("b", "a"))):
+        assert digests({"x": jax.device_put(x, place(where))}) == expected
+    assert digests({"x": jnp.pad(jnp.asarray(x), [(0, 5), (0, 0)])}) == expected
+    swapped = x.copy()
+    swapped[3, [1, 2]] = x[3, [2, 1]]
+    moved = np.roll(x, 1, axis=0)
+    assert len({digests({"x": jnp.asarray(one)})["x"] for one in (x, swapped, moved)}) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5), (0, 3)])
+def test_every_bit_counts(dtype, shape):
+    x = np.random.default_rng(0).integers(0, 2, shape).astype(jnp.dtype(dtype))
+    whole = digests({"x": jnp.asarray(x)})
+    assert whole == digests({"x": jnp.asarray(x)}) and len(whole["x"]) == 16
+    for i in range(x.size):
+        changed = x.copy()
+        changed.reshape(-1)[i] = not changed.reshape(-1)[i]
+        assert digests({"x": jnp.asarray(changed)}) != whole
+
+
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    def git(*arguments, cwd):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(
+            ["git", *identity, *arguments], cwd=cwd, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    git("init", "-q", cwd=tmp_path)
+    (tmp_path / ".gitignore").write_text("installed")
+    git("add", ".", cwd=tmp_path)
+    git("commit", "-qm", "another project", cwd=tmp_path)
+    monkeypatch.delenv("ULTRA_HSTU_COMMIT", raising=False)
+    source = Path(provenance.__file__)
+    here = git("rev-parse", "--short=12", "HEAD", cwd=source.parent)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert provenance.provenance()["commit"].rstrip("+") == here
+    (tmp_path / "installed").mkdir()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "installed" / "provenance.py"))
+    shutil.copy(source, tmp_path / "installed")
+    assert provenance.provenance()["commit"] == "unknown"
+
+
+def test_output_may_be_closed_or_narrow(monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    monkeypatch.setattr(sys, "stderr", None)
+    command.prepare_output()
+    make_console().print("Am\u00e9lie")
+    narrow.flush()
+    assert narrow.buffer.getvalue() == b"Am\\xe9lie\n"
+    print("nowhere", file=sys.stderr)
+    sys.stderr.close()
+
+
+def test_a_reader_that_closes_the_output_is_named(monkeypatch, capfd):
+    """Rich would end the program without a word."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    console = make_console()
+    console.file = Closed()
+    with pytest.raises(BrokenPipeError):
+        console.print("loss 0.5")

@@ -1,6 +1,15 @@
-"""Checkpoints with Orbax, written in the background: the newest ones and the best are kept."""
+"""Checkpoints with Orbax, written in the background: the newest ones and the best are kept.
+
+Orbax restores flipped bits in silence, so a checkpoint holds a hash of each of its arrays and one
+of its position. They are made before a checkpoint is written and compared after it is read, which
+takes one core of the host about 2 ns an array element; Orbax takes longer. An accelerator copies
+the state to the host for that.
+"""
 
 import contextlib
+import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,14 +22,42 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from ultra_hstu.criteria import Metrics
+from ultra_hstu.digests import digests
 from ultra_hstu.parallel import processes
 from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
-from ultra_hstu.workdir import Workdir
+from ultra_hstu.workdir import Workdir, remedy_of
 
-BEST_STEP = "best_step"
+BEST_STEP, HASHES, SHA256 = "best_step", "hashes", "sha256"  # beside the position itself
 ANSWER_SECONDS = 60  # after a process has read a checkpoint, the others have nearly done so
+UNTRAINED = 0  # the step of `try_out`
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands; saved with every checkpoint."""
+
+    epoch: int = 0
+    batch: int = 0  # of the epoch: the next one to train on
+    loss_sum: float = 0.0  # over the epoch's batches so far
+    best_epoch: int = 0
+    best_metric: float | None = None  # the criteria say which; None: nothing was evaluated yet
+    evaluated_epoch: int = 0  # the newest epoch that was evaluated, and what came out
+    last: Metrics = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0  # spent training and evaluating, without compilation
+    compile_seconds: float = 0.0  # over all starts
+
+    @classmethod
+    def of(cls, values: dict[str, Any], where: str) -> "Position":
+        """The position that a checkpoint holds. Raises ValueError for one of another version."""
+        if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(cls)}):
+            raise ValueError(
+                f"{where} holds {', '.join(unknown)}, which this version does not know: go on with "
+                "the version that wrote it, or delete it to go on from the one before it"
+            )
+        return cls(**values)
 
 
 class Restored(NamedTuple):
@@ -34,7 +71,7 @@ class Checkpoints:
 
     A checkpoint holds `state` (a pytree of arrays) and `position` (a JSON dict: where in the data
     and the run it was taken). Which step is the best stands in every position, not in Orbax's own
-    metrics, so that no damaged file can hide the others.
+    metrics, so that no damaged file can hide the others. The hashes stand there, too.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False):
@@ -66,7 +103,8 @@ class Checkpoints:
             return
         if best:
             self._best[:] = [step]
-        saved_position = position | {BEST_STEP: list(self._best)}
+        saved_position = position | {BEST_STEP: list(self._best), HASHES: digests(state)}
+        saved_position[SHA256] = _sha256(saved_position)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(saved_position)
         )
@@ -83,20 +121,43 @@ class Checkpoints:
         except Exception as error:
             raise self._not_written(error) from error
 
-    def restore(self, abstract_state: PyTree, *, best: bool = False) -> Restored | None:
-        """The newest (or best) readable checkpoint; None if there has never been one.
+    def try_out(self, state: PyTree) -> PyTree:
+        """The state, written, read back, and deleted: what cannot be restored shows early.
 
-        One that cannot be read is reported and passed over for the one before it.
+        Raises:
+          ValueError: if it cannot be read back.
+          OSError: as `save`.
+        """
+        self.save(UNTRAINED, state, {})
+        self.wait()
+        try:
+            if (restored := self.restore(abstract(state))) is None:
+                raise ValueError("it is not there")
+            return restored.state
+        except ValueError as error:
+            raise ValueError(
+                f"a checkpoint that was just written cannot be read back: choose another --workdir "
+                f"({error})"
+            ) from error
+        finally:
+            self._manager.delete(UNTRAINED)
+
+    def restore(self, abstract_state: PyTree, *, best: bool = False) -> Restored | None:
+        """The newest (or best) intact checkpoint; None if there has never been one.
+
+        One that is damaged is reported and passed over for the one before it.
 
         Raises:
           ValueError: if there are checkpoints and none can be read.
         """
         problems: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            if (found := self._read(step, abstract_state, problems)) is not None:
+            found = self._read(step, abstract_state, problems, "trying the one before it")
+            if found is not None:
                 self._best[:] = found.position.pop(BEST_STEP)
                 if best and self._best and self._best != [step]:
-                    better = self._read(self._best[0], abstract_state, problems)
+                    newest = f"taking the newest, of step {step}, in place of the best"
+                    better = self._read(self._best[0], abstract_state, problems, newest)
                     if better is not None:
                         better.position.pop(BEST_STEP)
                         return better
@@ -105,7 +166,10 @@ class Checkpoints:
             raise ValueError("no checkpoint can be read:\n  " + "\n  ".join(problems))
         return None
 
-    def _read(self, step: int, abstract_state: PyTree, problems: list[str]) -> Restored | None:
+    def _read(
+        self, step: int, abstract_state: PyTree, problems: list[str], then: str
+    ) -> Restored | None:
+        folder, hashes = self.directory / str(step), None
         try:
             strict = not self._other_rows(step, abstract_state)
             args = ocp.args.Composite(
@@ -113,15 +177,23 @@ class Checkpoints:
                 position=ocp.args.JsonRestore(),
             )
             restored = self._manager.restore(step, args=args)
+            hashes = _checked(restored.position)
             problem = None
         except Exception as error:  # whatever a damaged file makes Orbax raise
             message = (str(error) or "no message").splitlines()[0]
-            problem = f"{self.directory / str(step)}: {type(error).__name__}: {message}"
+            problem = f"{folder}: {type(error).__name__}: {message}"
         self._require_agreement(step, problem)
+        if problem is None and hashes is not None:
+            found = digests(restored.state)
+            changed = [name for name in found if found[name] != hashes.get(name)]
+            if changed:
+                problem = f"{folder}: {', '.join(changed[:3])} changed since they were written"
         if problem is not None:
             problems.append(problem)
-            log.warning("checkpoint cannot be read, trying the one before it: %s", problem)
+            log.warning("checkpoint cannot be read, %s: %s", then, problem)
             return None
+        if hashes is None:
+            log.warning("%s is of an older version, without hashes that would show damage", folder)
         return Restored(step, restored.state, restored.position)
 
     def _require_agreement(self, step: int, problem: str | None) -> None:
@@ -186,7 +258,7 @@ class Checkpoints:
             return error  # not the disk: another process is missing
         return OSError(
             f"a checkpoint could not be written to {self.directory} ({error}). {self.last_good()}. "
-            "Make room and start the same command again."
+            f"{remedy_of(error)}"
         )
 
 
@@ -197,6 +269,27 @@ class _NewestAndBest(PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         newest = [info.step for info in checkpoints[-self.keep :]]
         return [info.step in (*newest, *self.best) for info in checkpoints]
+
+
+def _checked(position: dict[str, Any]) -> dict[str, str] | None:
+    """Takes the hashes of the arrays out of a position; None in a checkpoint of an older version.
+
+    Raises ValueError if the position is not what was written.
+    """
+    if HASHES not in position and SHA256 not in position:
+        hashes = None
+    else:
+        sha256 = position.pop(SHA256, None)
+        if sha256 != _sha256(position):
+            raise ValueError("its position changed since it was written")
+        hashes = position.pop(HASHES)
+    if not isinstance(position.get(BEST_STEP), list):
+        raise ValueError(f"its position has no {BEST_STEP}")
+    return hashes
+
+
+def _sha256(position: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()
 
 
 def _named(
@@ -241,7 +334,7 @@ def load_params(folder: Workdir, recipe: MakesState) -> tuple[int, Any]:
     """
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
     restored = checkpoints.restore(abstract(jax.eval_shape(lambda: recipe.init(0))), best=True)
-    if restored is None:
+    if restored is None or restored.step == UNTRAINED:
         raise ValueError(
             f"{folder.path} has no checkpoint yet: train it first, "
             f"with experiments.train --workdir={folder.path}"

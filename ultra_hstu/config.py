@@ -12,23 +12,20 @@ import ml_collections
 
 from ultra_hstu import fields
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
+from ultra_hstu.paths import LocalPath
 from ultra_hstu.sections import Count, EvalConfig, OptimConfig, SyntheticConfig
 
 Kind = Literal["binary", "regression"]  # of a ranking task
 
-Rows = Annotated[
-    tuple[int, ...], Limit(lambda values: all(value >= 0 for value in values), "at least 0")
-]
-Windows = Annotated[
-    tuple[int, ...], Limit(lambda values: all(value >= -1 for value in values), "at least -1")
-]
+Rows = tuple[NotNegative[int], ...]
+Windows = tuple[Annotated[int, Limit(lambda value: value >= -1, "at least -1")], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
     source: str = "synthetic"  # a name of ultra_hstu.data.sources
-    raw_dir: str | None = None  # a copy in the publisher's format, read instead of a download
-    data_dir: str = "data"  # prepared array_record files go here
+    raw_dir: LocalPath | None = None  # a copy in the publisher's format, read instead of a download
+    data_dir: LocalPath = "data"  # prepared array_record files go here
     ties: Literal["stable", "random"] = "stable"  # order of a user's events with equal timestamps
     ties_seed: NotNegative[int] = 0
     max_history: Count = 200  # newest events kept in front of a target
@@ -258,24 +255,25 @@ class Config(Section):
     def _validate_encoder(self) -> None:
         """Options of layers that do not fit together, or that only some encoders have."""
         model, default = self.model, ModelConfig()
-        width, heads, layers = model.width, model.heads, model.layers
+        width, heads = model.width, model.heads
         after, length = model.truncate_after, model.truncate_length
         if model.kind == "sasrec" and width % heads:
             raise ValueError(
                 f"model.width={width} must be a multiple of model.heads={heads} for SASRec"
             )
         masks, cuts = ("window", "full_rows", "prefix"), ("truncate_after", "truncate_length")
-        for name in masks:
-            if len(values := getattr(model, name)) not in (0, 1, layers):
-                raise ValueError(
-                    f"model.{name}={values} must hold one value, or one for each of "
-                    f"model.layers={layers}"
-                )
         if (after is None) != (length is None):
             cut = f"model.truncate_after={after} and model.truncate_length={length}"
             raise ValueError(f"{cut}: give both, or neither")
-        if after is not None and after >= layers:
-            raise ValueError(f"model.truncate_after={after} must be below model.layers={layers}")
+        channels = {f"channels.{name}.layers": one.layers for name, one in model.channels.items()}
+        for depth, layers in (channels or {"layers": model.layers}).items():
+            for name in masks:
+                if len(values := getattr(model, name)) not in (0, 1, layers):
+                    each = f"one value, or one for each of model.{depth}={layers}"
+                    raise ValueError(f"model.{name}={values} must hold {each}")
+            if after is not None and after >= layers:
+                below = f"must be below model.{depth}={layers}"
+                raise ValueError(f"model.truncate_after={after} {below}")
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
             lacks = (*masks, *cuts, "alpha", "projection", "remat", "chunk_rows")
@@ -370,7 +368,7 @@ class Config(Section):
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     """The configuration as flags override it: every field, those that are None too."""
-    return ml_collections.ConfigDict(fields.to_values(config))
+    return fields.overridable(config)
 
 
 def from_config_dict(values: ml_collections.ConfigDict | fields.Values) -> Config:
@@ -379,7 +377,7 @@ def from_config_dict(values: ml_collections.ConfigDict | fields.Values) -> Confi
     Raises:
       ValueError: naming an unknown field, a value of the wrong type or a value that cannot work.
     """
-    plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values)
+    plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values
     config = fields.build(Config, plain)
     config.validate()
     return config

@@ -14,6 +14,7 @@ class Criteria:
     table: tuple[str, ...]  # columns at the end of a training run
     details: tuple[str, ...]  # columns of an evaluation
     curves: tuple[str, ...]  # what progress line, curves and records show, beside the loss
+    floor: str  # the baseline that any model beats once it has learnt something
     # A table has one line for each, whose metrics are named METRIC/TASK; none: one line in all.
     tasks: tuple[str, ...] = ()
 
@@ -41,6 +42,7 @@ RETRIEVAL = Criteria(
         "repeats",
     ),
     curves=("hr@10", "ndcg@10"),
+    floor="popularity",
 )
 
 
@@ -65,6 +67,7 @@ def ranking(tasks: Mapping[str, str]) -> Criteria:
         table=columns,
         details=columns + (("base_rate",) if binary else ()),
         curves=("ne", f"auc/{binary[0]}") if binary else ("mse",),
+        floor="base rate",
         tasks=tuple(tasks),
     )
 

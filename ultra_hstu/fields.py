@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 from collections.abc import Callable, Collection, Iterator
 from typing import (
@@ -62,25 +62,54 @@ def check_limits(section: Section, prefix: str = "") -> None:
         if isinstance(value, dict):
             for key, part in value.items():
                 check_limits(part, f"{prefix}{name}.{key}.")
-        for part in (hint, *get_args(hint)):
-            for limit in getattr(part, "__metadata__", ()):
-                if value is not None and not limit.holds(value):
-                    raise ValueError(f"{prefix}{name}={value!r} must be {limit.words}")
+        for words in _exceeded(value, hint):
+            raise ValueError(f"{prefix}{name}={value!r} must be {words}")
 
 
-def to_values(section: Section) -> Values:
-    """A section as plain data. A typed placeholder stands for None: flags can override it, too."""
+def _exceeded(value: Any, hint: Any) -> Iterator[str]:
+    """The words of the limits that a value exceeds; those of a tuple's items hold for each item."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if value is None:
+        return
+    if origin is Annotated:
+        yield from _exceeded(value, parts[0])
+        yield from (limit.words for limit in parts[1:] if not limit.holds(value))
+    elif origin in (Union, types.UnionType):
+        for part in parts:
+            if _fits(value, part):
+                yield from _exceeded(value, part)
+    elif origin is tuple:
+        for item in value:
+            yield from _exceeded(item, parts[0])
+
+
+class Overridable(config_dict.ConfigDict):
+    """A section as flags override it: a field hides the method of ConfigDict of the same name."""
+
+    def __getattribute__(self, name: str) -> Any:
+        fields = super().__getattribute__("__dict__").get("_fields", ())
+        return self[name] if name in fields else super().__getattribute__(name)
+
+
+def overridable(section: Section) -> Overridable:
+    """A section whose every field a flag can set. `build` checks what flags have made of it.
+
+    An optional field refers to its type, so that a flag can give it a value, or None again.
+    """
     values: Values = {}
     for name, hint in get_type_hints(type(section)).items():
         value = getattr(section, name)
         if isinstance(value, Section):
-            value = to_values(value)
+            value = overridable(value)
         elif isinstance(value, dict):
-            value = {key: to_values(part) for key, part in value.items()}
-        elif value is None:
-            value = config_dict.placeholder(get_args(hint)[0])
+            parts = {key: overridable(part) for key, part in value.items()}
+            value = Overridable(parts, type_safe=False)
+        elif type(None) in get_args(hint):
+            reference = config_dict.FieldReference(None, field_type=hint)
+            reference.set(value, type_safe=False)
+            value = reference
         values[name] = value
-    return values
+    return Overridable(values, type_safe=False)
 
 
 def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
@@ -109,7 +138,8 @@ def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
             built[name] = tuple(value)
         elif _fits(value, hint):
             # Flags may give 1 where 1.0 is meant; nothing else is converted.
-            built[name] = float(value) if hint is float and type(value) is int else value
+            floats = float in (hint, *get_args(hint))
+            built[name] = float(value) if floats and type(value) is int else value
         else:
             allowed = getattr(hint, "__name__", str(hint))
             if get_origin(hint) is Literal:
@@ -120,6 +150,8 @@ def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _fits(value, parts[0])
     if origin is Literal:
         return value in parts
     if origin in (Union, types.UnionType):
@@ -129,8 +161,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     if hint is float:
-        return isinstance(value, float | int) and math.isfinite(value)
-    return isinstance(value, hint)
+        return isinstance(value, float | int) and abs(value) <= sys.float_info.max
+    return isinstance(value, origin or hint)
 
 
 def paths(values: Values, prefix: str = "") -> Iterator[str]:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,13 +38,31 @@ def _command() -> str:
 
 
 def _commit() -> str:
-    """The checked-out commit, "+" behind it where files differ; ULTRA_HSTU_COMMIT stands in where
-    there is no git.
+    """The checked-out commit of this code, "+" behind it where files differ.
+
+    ULTRA_HSTU_COMMIT stands in where this file is in no git repository, or an installed copy that
+    another project's repository happens to surround.
     """
     if given := os.environ.get("ULTRA_HSTU_COMMIT"):
         return given
-    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
+    described = _git("describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+")
+    return described if tracked and described else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the folder of this file; nothing where it fails."""
+    # Hooks have these set, for another repository.
+    others = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX")
+    environment = {name: value for name, value in os.environ.items() if name not in others}
     try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return ""

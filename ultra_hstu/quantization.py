@@ -60,7 +60,7 @@ class _RowwiseTable:
 
     def dense(self) -> Float[Array, "I D"]:
         """All rows, float32."""
-        return self.rows(jnp.arange(self.shape[0]))
+        return self.rows(jnp.arange(self.shape[0], dtype=jnp.int32))
 
     def _unpack(self, code: UInt8[Array, "*n X"]) -> UInt8[Array, "*n D"]:
         return code

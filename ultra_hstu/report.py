@@ -1,15 +1,17 @@
 """What a run shows: `metrics.jsonl` and TensorBoard, a progress bar, tables, learning curves."""
 
 import contextlib
+import errno
 import json
-import math
+import logging
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import rich.box
-import tensorboardX
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,50 +22,85 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import RETRIEVAL, Criteria, display_name
-from ultra_hstu.workdir import write_text
+from ultra_hstu.workdir import not_written, parse_object, write_text
+
+RECORD_FIELDS = {"step": int}  # of every line of `metrics.jsonl`
+
+log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Appends records to `metrics.jsonl` and TensorBoard, and drops those after `resume_step`."""
+    """Appends records to `metrics.jsonl` and TensorBoard.
+
+    Records after `resume_step` are dropped, since they come again. A warning names damaged ones,
+    which are dropped too.
+    """
 
     def __init__(self, path: Path, tensorboard: Path, *, resume_step: int = 0):
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            write_text(path, "".join(line + "\n" for line in kept))
+            kept = []
+            for number, line in enumerate(_lines(path), start=1):
+                try:
+                    if parse_object(line, RECORD_FIELDS, number)["step"] <= resume_step:
+                        kept.append(line.decode() + "\n")
+                except ValueError as error:
+                    log.warning("%s, %s: this record is dropped", path, error)
+            write_text(path, "".join(kept))
         self._file = open(path, "a")
-        self._writer = tensorboardX.SummaryWriter(str(tensorboard), purge_step=resume_step + 1)
+        tensorboard.mkdir(exist_ok=True)
+        # Without the thread of its SummaryWriter, whose errors nobody sees.
+        self._events = EventsWriter(str(tensorboard / "events"))
+        restart = SessionLog(status=SessionLog.START)  # drops what follows
+        self._events.write_event(Event(step=resume_step + 1, session_log=restart))
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
+        """Raises OSError naming the file that could not be written."""
+        values = {name: one for name, one in record.items() if isinstance(one, int | float)}
         try:
             self._file.write(json.dumps({"step": step, **record}) + "\n")
             self._file.flush()
+            for name, value in values.items():
+                summary = scalar(name.replace("@", "_"), value)
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._events.flush()
         except OSError as error:
-            raise OSError(
-                f"{self._file.name} could not be written ({error}). Make room and start the same "
-                "command again."
-            ) from error
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name.replace("@", "_"), value, step)
+            raise not_written(self._file.name, error) from error
 
     def close(self) -> None:
-        for end in (self._file.close, self._writer.close):
+        for end in (self._file.close, self._events.close):
             with contextlib.suppress(OSError):  # a full disk was reported by the write that met it
                 end()
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return math.inf  # the torn last line of a killed run
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, without the torn last one of a killed run."""
+    *whole, _ = path.read_bytes().split(b"\n")
+    yield from whole
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < math.inf]
+    """The records of a run. Raises ValueError naming file and line of a damaged one."""
+    try:
+        return [
+            parse_object(line, RECORD_FIELDS, number)
+            for number, line in enumerate(_lines(path), start=1)
+        ]
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}: delete this line") from None
+
+
+class _Output(Console):
+    """Standard output. A closed one is an error like any other: Rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def make_console(*, quiet: bool = False) -> Console:
@@ -71,7 +108,7 @@ def make_console(*, quiet: bool = False) -> Console:
 
     `quiet` prints nothing.
     """
-    return Console(quiet=quiet, width=None if sys.stdout.isatty() else 120)
+    return _Output(quiet=quiet, width=None if sys.stdout.isatty() else 120)
 
 
 def progress_bar(console: Console) -> Progress:
@@ -150,7 +187,8 @@ def draw_curves(runs: Mapping[str, Path], picture: Path, criteria: Criteria = RE
     records = {name: read_metrics(path) for name, path in runs.items()}
     for axis, key in zip(axes, shown, strict=True):
         for name, of_run in records.items():
-            points = [(record["epoch"], record[key]) for record in of_run if key in record]
+            pairs = [(record.get("epoch"), record.get(key)) for record in of_run]
+            points = [pair for pair in pairs if all(isinstance(one, int | float) for one in pair)]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         title = "training loss" if key == "loss" else display_name(key)

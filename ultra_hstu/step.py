@@ -35,6 +35,15 @@ class TrainState:
 Updated = tuple[TrainState, dict[str, Float[Array, ""]]]  # and `loss` and `grad_norm` of the step
 
 
+def require_jit() -> None:
+    """Raises ValueError where JAX_DISABLE_JIT is set."""
+    if jax.config.jax_disable_jit:
+        raise ValueError(
+            "JAX_DISABLE_JIT is set, but compiled programs train, evaluate and serve: unset it. "
+            "(jax.debug.print shows what is inside of them.)"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps[Model: nnx.Module](abc.ABC):
     """What every recipe shares; a subclass says how its model is built and what is minimised.
@@ -47,6 +56,9 @@ class Steps[Model: nnx.Module](abc.ABC):
     devices: Sequence[jax.Device] | None = dataclasses.field(
         default=None, kw_only=True
     )  # of the mesh; None: all of all processes
+
+    def __post_init__(self) -> None:
+        require_jit()
 
     @abc.abstractmethod
     def build(self, seed: int) -> Model:
@@ -132,7 +144,8 @@ class Steps[Model: nnx.Module](abc.ABC):
             loss_and_grads, (specs, feed_specs(feed), everywhere, everywhere), (everywhere, specs)
         )
         loss, grads = run(state.params, feed, number, key)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        with jax.enable_x64(False):  # Optax computes its corrections in the widest floats there are
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
         if self.mesh is not None:
             new = jax.lax.with_sharding_constraint(new, self.shardings)

@@ -7,6 +7,7 @@ and started again computes the same numbers as one that was not.
 
 import dataclasses
 import functools
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ultra_hstu import optim, report, tasks
-from ultra_hstu.checkpoint import Checkpoints, abstract
+from ultra_hstu.checkpoint import Checkpoints, Position, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Metrics
 from ultra_hstu.data.feed import Feed, Group
@@ -35,21 +36,9 @@ from ultra_hstu.workdir import Workdir, write_json
 # Epochs without a better metric where train.patience is None and the protocol has validation data.
 VALIDATED_PATIENCE = 10
 HISTORY = ("loss", "grad_norm")  # what a compiled call returns of each of its steps
+LARGEST_WEIGHT = 1e6  # beyond it, float32 loses updates of less than 0.06
 
-
-@dataclasses.dataclass
-class Position:
-    """Where a run stands; saved with every checkpoint."""
-
-    epoch: int = 0
-    batch: int = 0  # of the epoch: the next one to train on
-    loss_sum: float = 0.0  # over the epoch's batches so far
-    best_epoch: int = 0
-    best_metric: float | None = None  # the criteria say which; None: nothing was evaluated yet
-    evaluated_epoch: int = 0  # the newest epoch that was evaluated, and what came out
-    last: Metrics = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0  # spent training and evaluating, without compilation
-    compile_seconds: float = 0.0  # over all starts
+log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
@@ -70,7 +59,7 @@ def run_steps(recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""
         state, metrics = recipe.feed_step(state, feed, i)
         return state, {name: history[name].at[i].set(value) for name, value in metrics.items()}
 
-    history = {name: jnp.zeros(recipe.config.train.steps_per_call) for name in HISTORY}
+    history = {name: jnp.zeros(recipe.config.train.steps_per_call, jnp.float32) for name in HISTORY}
     return jax.lax.fori_loop(0, steps, body, (state, history))
 
 
@@ -167,7 +156,7 @@ class _Run:
         self.state, self.position = task.recipe.start(config.seed), Position()
         if (restored := self.checkpoints.restore(abstract(self.state))) is not None:
             step, self.state, position = restored
-            self.position = Position(**position)
+            self.position = Position.of(position, f"checkpoint {folder.checkpoints / str(step)}")
             if self.position.epoch > config.epochs:
                 raise ValueError(
                     f"train.epochs={config.epochs}, but this run has trained "
@@ -175,6 +164,8 @@ class _Run:
                 )
             self.checkpoints.drop_after(step)
             console.print(f"going on from step {step} (epoch {self.position.epoch + 1})")
+        else:
+            self.state = self.checkpoints.try_out(self.state)
         self.run_steps = self._compile()
         self.log: report.MetricLog | None = None
         if processes.is_first():
@@ -309,6 +300,20 @@ class _Run:
         position.batch = call.group.first + steps
         return float(norms[-1])
 
+    def _warn_if_exploded(self) -> None:
+        weights = jax.tree.leaves(self.state.params)
+        largest = max(
+            float(np.abs(shard.data).max(initial=0))
+            for weight in weights
+            for shard in weight.addressable_shards
+        )
+        if largest > LARGEST_WEIGHT:
+            log.warning(
+                "a parameter has grown to %.3g: the run has diverged. Lower optim.learning_rate "
+                "or set optim.clip_norm, in a new --workdir.",
+                largest,
+            )
+
     def _save(self, *, best: bool) -> None:
         position = dataclasses.asdict(self.position)
         self.checkpoints.save(self.step, self.state, position, best=best)
@@ -326,6 +331,7 @@ class _Run:
                 f"from {self.folder.checkpoints}: its result cannot be given. Train in a new "
                 "--workdir."
             )
+        self._warn_if_exploded()
         params = best.state.params
         result: dict[str, Any] = {
             "protocol": self.config.train.protocol,

@@ -1,6 +1,7 @@
 """A run's folder: what lies where, and whose it is.
 
 config.json      the configuration; a run that differs from it is refused
+data.json        counts and a hash of the data
 catalog.npz      item ids and titles (the reverse map)
 interactions.npz the events of a run that was trained on arrays
 checkpoints/     Orbax, newest and best
@@ -11,13 +12,20 @@ result.json      the numbers of a finished run
 """
 
 import dataclasses
+import errno
 import fcntl
 import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
+import numpy as np
+
+from ultra_hstu import paths
 from ultra_hstu.config import Config, from_config_dict
+from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import ARRAYS, Interactions
 from ultra_hstu.fields import difference
 
@@ -26,11 +34,40 @@ from ultra_hstu.fields import difference
 FREE_FIELDS = ("data.raw_dir", "data.data_dir", "train.epochs", "train.keep_checkpoints") + tuple(
     f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")
 )
+# Orbax finds the files of a checkpoint by patterns that begin with its path, and takes /gs/NAME for
+# gs://NAME.
+PATTERN_CHARACTERS, BUCKET_FOLDERS = set("*?[\\"), {"gs", "s3", "az", "hf"}
+# What these files hold at least. (Sections that came later are missing in older folders.)
+CONFIG_FIELDS = {"name": str} | dict.fromkeys(("data", "model", "loss", "optim", "train"), dict)
+DATA_FIELDS = {"users": int, "items": int, "events": int, "sha256": str}
+# What to do about a write that failed.
+REMEDIES = {
+    errno.ENOSPC: "Make room",
+    errno.EDQUOT: "Make room",
+    errno.EACCES: "Make the folder writable",
+    errno.EPERM: "Make the folder writable",
+    errno.EROFS: "Make the folder writable, or choose another",
+    errno.ENAMETOOLONG: "Choose a shorter path",
+}
+
+log = logging.getLogger(__name__)
 
 
 class Workdir:
+    """The files of a run.
+
+    Raises:
+      ValueError: a path that is not local, or from which checkpoints could not be read.
+    """
+
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).absolute()
+        self.path = paths.local(path).absolute()
+        unfit = PATTERN_CHARACTERS & set(str(self.path)) | BUCKET_FOLDERS & {*self.path.parts[1:2]}
+        if unfit:
+            raise ValueError(
+                f"{self.path}: checkpoints cannot be read from a path with "
+                f"{' '.join(sorted(unfit))} in it: choose another --workdir, or rename the folder"
+            )
         self.config = self.path / "config.json"
         self.data = self.path / "data.json"
         self.catalog = self.path / "catalog.npz"
@@ -104,18 +141,32 @@ class Workdir:
             )
 
     def claim_data(self, interactions: Interactions) -> None:
-        """Writes down what the data is, with its catalogue, or does as `check_data`."""
-        if self.data.exists():
+        """Writes down what the data is, or does as `check_data`, and its catalogue if it is not
+        there.
+
+        Raises:
+          OSError: if it cannot be written.
+        """
+        is_new = not self.data.exists()
+        if not is_new:
             self.check_data(interactions)
-        else:
+            try:
+                if np.array_equal(self.read_catalog().raw_ids, interactions.catalog.raw_ids):
+                    return
+            except ValueError as error:
+                log.warning("the catalogue is written again from the data: %s", error)
+        try:
             interactions.catalog.save(self.catalog)
             if self.read_config().data.source == ARRAYS:
                 interactions.save(self.interactions)
+        except OSError as error:
+            raise not_written(self.catalog, error) from error
+        if is_new:
             write_json(self.data, interactions.fingerprint())
 
     def check_data(self, interactions: Interactions) -> None:
         """Raises ValueError, with the difference, if the data is not what was trained on."""
-        changed = difference(json.loads(self.data.read_text()), interactions.fingerprint())
+        changed = difference(self.read_data(), interactions.fingerprint())
         if changed:
             listed = "\n  ".join(changed)
             raise ValueError(
@@ -135,25 +186,78 @@ class Workdir:
         Raises:
           ValueError: if the folder holds no run, or its config.json cannot be read.
         """
-        try:
-            return from_config_dict(json.loads(self.config.read_text()))
-        except FileNotFoundError:
+        if not self.config.exists():
             raise ValueError(
                 f"{self.path} holds no run (no config.json): train one with experiments.train "
                 f"--workdir={self.path}"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{self.config}, line {error.lineno}: not JSON ({error.msg})"
-            ) from None
+            )
+        values = read_object(self.config, CONFIG_FIELDS, "put this run's own file back")
+        try:
+            return from_config_dict(values)
         except ValueError as error:
             raise ValueError(f"{self.config}: {error}") from None
+
+    def read_data(self) -> dict[str, Any]:
+        """Counts and a hash of the data that was trained on. Raises ValueError naming the file."""
+        remedy = "delete it, and the same training command writes it again from the data"
+        return read_object(self.data, DATA_FIELDS, remedy)
+
+    def read_catalog(self) -> Catalog:
+        """The catalogue that was trained on.
+
+        Raises ValueError naming the file if it is missing, damaged, or another one.
+        """
+        catalog, items = Catalog.load(self.catalog), self.read_data()["items"]
+        if catalog.num_items != items:
+            raise ValueError(
+                f"{self.catalog} has {catalog.num_items} items, the run was trained on {items}: "
+                "the same training command writes it again from the data"
+            )
+        return catalog
 
     def read_for_one_device(self, raw_dir: str | None = None) -> Config:
         """`read_config` as one device computes it; `raw_dir`: where the raw data is, if moved."""
         config = self.read_config().on_one_device()
         data = dataclasses.replace(config.data, raw_dir=raw_dir or config.data.raw_dir)
         return dataclasses.replace(config, data=data)
+
+
+def read_object(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str, Any]:
+    """The JSON object in a file of a run.
+
+    Args:
+      fields: names that the object must have, and the type of each value.
+
+    Raises:
+      ValueError: naming the file, the line and the remedy.
+    """
+    try:
+        return parse_object(path.read_bytes(), fields)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}: {remedy}") from None
+
+
+def parse_object(text: bytes, fields: Mapping[str, type], first_line: int = 1) -> dict[str, Any]:
+    """The JSON object in a text. Raises ValueError ("line 3: not JSON ...") as `read_object`."""
+    try:
+        value = json.loads(text.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(f"line {line}: not JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        line = first_line + text.count(b"\n", 0, error.start)
+        raise ValueError(f"line {line}: not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {first_line}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"line {first_line}: {value!r:.60} is not a JSON object")
+    for name, kind in fields.items():
+        if not isinstance(value.get(name), kind):
+            found = f"{value.get(name)!r:.60}"
+            raise ValueError(f"line {first_line}: {name!r} is {found}, not {kind.__name__}")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -172,6 +276,18 @@ def write_text(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} could not be written ({error}). Make room and start the same command again."
-        ) from error
+        raise not_written(path, error) from error
+
+
+def not_written(what: str | os.PathLike[str], error: BaseException) -> OSError:
+    """The error to raise for a failed write; it says what to do."""
+    return OSError(f"{os.fspath(what)} could not be written ({error}). {remedy_of(error)}")
+
+
+def remedy_of(error: BaseException) -> str:
+    """What to do about a failed write, from the words of the operating system."""
+    said, seen = "", cast(BaseException | None, error)
+    while seen is not None:
+        said, seen = f"{said} {seen}", seen.__cause__ or seen.__context__
+    known = (todo for number, todo in REMEDIES.items() if os.strerror(number) in said)
+    return f"{next(known, 'Mend that')} and start the same command again."

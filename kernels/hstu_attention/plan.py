@@ -136,7 +136,8 @@ class AttentionPlan:
         """The factor of each of `rows` rows; 0 in padding, where the caller's may be NaN."""
         given = self.num_rows - self.first_row
         scale_T = jnp.pad(jnp.broadcast_to(scale, (given,)), (0, rows - given))
-        return jnp.where(jnp.arange(rows) < self.num_real - self.first_row, scale_T, 0.0)
+        row_T = jnp.arange(rows, dtype=jnp.int32)
+        return jnp.where(row_T < self.num_real - self.first_row, scale_T, 0.0)
 
     def tile_bounds(self, block_q: int, block_k: int) -> TileBounds:
         """Bounds for these tile sizes."""

@@ -34,7 +34,7 @@ def attention(
     rows = q_THK.shape[0]
     mask_TT = plan.keys.dense(plan.num_real)
     # Padding may hold NaN, and 0 * NaN is NaN: it is replaced before any product.
-    real_T11 = (jnp.arange(rows) < plan.num_real)[:, None, None]
+    real_T11 = (jnp.arange(rows, dtype=jnp.int32) < plan.num_real)[:, None, None]
     q, k, v = (jnp.where(real_T11, x.astype(jnp.float32), 0.0) for x in (q_THK, k_THK, v_THV))
     score_HTT = alpha * jnp.einsum("qhd,khd->hqk", q, k, precision="highest")
     if bias is not None:

@@ -52,11 +52,11 @@ class RelativeBias:
 
         It means nothing across sequences.
         """
-        rows = jnp.arange(num_rows)
+        rows = jnp.arange(num_rows, dtype=jnp.int32)
         # within a sequence the difference of positions is the difference of rows
         distance = rows[None, :] - rows[:, None]
         gap = None if self.times is None else self.times[0][:, None] - self.times[1][None, :]
-        return self.added_to(jnp.zeros((num_rows, num_rows)), distance, gap)
+        return self.added_to(jnp.zeros((num_rows, num_rows), jnp.float32), distance, gap)
 
     def added_to(
         self,

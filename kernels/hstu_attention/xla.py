@@ -128,7 +128,7 @@ def _to_tiles(
     x: Shaped[Array, "T ..."], *, num_real: Scalar, block: int
 ) -> Shaped[Array, "n b ..."]:
     """[T, ...] to [n, block, ...], padding rows zeroed: they may hold NaN, and 0 * NaN is NaN."""
-    real = (jnp.arange(x.shape[0]) < num_real).reshape((-1,) + (1,) * (x.ndim - 1))
+    real = (jnp.arange(x.shape[0], dtype=jnp.int32) < num_real).reshape((-1,) + (1,) * (x.ndim - 1))
     x = jnp.where(real, x, jnp.zeros((), x.dtype))
     x = jnp.pad(x, [(0, -x.shape[0] % block)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, block, *x.shape[1:])

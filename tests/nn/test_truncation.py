@@ -278,7 +278,7 @@ def test_rows_without_room_are_not_lost_in_silence():
 
 
 def test_truncation_above_all_layers():
-    with pytest.raises(ValueError, match="truncate_after=1 must be below the number of layers, 1"):
+    with pytest.raises(ValueError, match="truncate_after=1 must be below model.layers=1"):
         encoder(layers=1)
 
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
+from ultra_hstu import paths
 from ultra_hstu.config import DataConfig, SyntheticConfig
 from ultra_hstu.data import sums
 from ultra_hstu.data.catalog import Catalog, first
@@ -159,6 +160,11 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
         ConnectionError: the publisher cannot be reached.
     """
     variant: SourceConfig = builder.builder_configs[config.source]
+    config = dataclasses.replace(
+        config,
+        data_dir=str(paths.local(config.data_dir)),
+        raw_dir=None if config.raw_dir is None else str(paths.local(config.raw_dir)),
+    )
     raw, problem = _raw(variant, config), f"the files of {variant.name} must be downloaded"
     if raw is not None:
         if (damage := sums.damage(_home(builder, config, raw))) is None:

@@ -31,7 +31,7 @@ def row_keys(key: KeyOrNone, sequences: Sequences) -> Key[Array, " t"] | None:
 def sequence_keys(key: Key[Array, ""], sequences: Sequences) -> Key[Array, " B"]:
     """A key for each sequence."""
     batch = sequences.num_sequences
-    number_B = sequences.shards.first_sequence(batch) + jnp.arange(batch)
+    number_B = sequences.shards.first_sequence(batch) + jnp.arange(batch, dtype=jnp.int32)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, number_B)
 
 
@@ -50,9 +50,10 @@ def dropout_mask(key: KeysOrNone, rate: float, shape: tuple[int, ...]) -> Bool[A
     """
     if key is None or rate == 0.0:
         return None
+    keep = jnp.float32(1.0 - rate)  # its dtype is that of the draws
     if key.ndim == 0:
-        return jax.random.bernoulli(key, 1.0 - rate, shape)
-    return jax.vmap(lambda row_key: jax.random.bernoulli(row_key, 1.0 - rate, shape[1:]))(key)
+        return jax.random.bernoulli(key, keep, shape)
+    return jax.vmap(lambda row_key: jax.random.bernoulli(row_key, keep, shape[1:]))(key)
 
 
 def apply_dropout(

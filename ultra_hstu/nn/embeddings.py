@@ -27,7 +27,7 @@ class CodeEmbedding(nnx.Module):
         self.table = param(truncated_normal_002, rngs, max(1, entries), width)
 
     def __call__(self, code_TS: Int[Array, "T S"]) -> Float[Array, "T D"]:
-        x_TD = jnp.zeros((code_TS.shape[0], self.table.shape[1]))
+        x_TD = jnp.zeros((code_TS.shape[0], self.table.shape[1]), jnp.float32)
         for column, first in enumerate(self.firsts):
             code_T = code_TS[:, column]
             x_TD += jnp.where(

@@ -32,11 +32,14 @@ class MultiTaskHead(nnx.Module):
         Args:
           chunk_rows: rows whose hidden layer exists at one time; None: all.
         """
-        self.norm_weight, self.norm_bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
+        self.norm_weight, self.norm_bias = (
+            nnx.Param(jnp.ones(width, jnp.float32)),
+            nnx.Param(jnp.zeros(width, jnp.float32)),
+        )
         self.hidden = param(xavier_uniform, rngs, width, hidden_width)
-        self.hidden_bias = nnx.Param(jnp.zeros(hidden_width))
+        self.hidden_bias = nnx.Param(jnp.zeros(hidden_width, jnp.float32))
         self.output = param(xavier_uniform, rngs, hidden_width, tasks)
-        self.output_bias = nnx.Param(jnp.zeros(tasks))
+        self.output_bias = nnx.Param(jnp.zeros(tasks, jnp.float32))
         self.chunk_rows = chunk_rows
 
     def __call__(self, h_PD: Float[Array, "P D"]) -> Float[Array, "P K"]:

@@ -83,9 +83,9 @@ class HSTU(Encoder):
         truncation = None
         if config.truncate_after is not None and config.truncate_length is not None:
             if config.truncate_after >= depth:
+                whose = "model.layers" if layers is None else "layers"
                 raise ValueError(
-                    f"model.truncate_after={config.truncate_after} must be below the number of "
-                    f"layers, {depth}"
+                    f"model.truncate_after={config.truncate_after} must be below {whose}={depth}"
                 )
             truncation = Truncation(config.truncate_after, config.truncate_length)
         return HSTU(

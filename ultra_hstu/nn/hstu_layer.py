@@ -158,12 +158,12 @@ class ProductionLayer(Layer):
         return 1.0 / math.sqrt(self.qk_width)
 
     def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
-        self.input_norm_weight = nnx.Param(jnp.ones(width))
-        self.input_norm_bias = nnx.Param(jnp.zeros(width))
+        self.input_norm_weight = nnx.Param(jnp.ones(width, jnp.float32))
+        self.input_norm_bias = nnx.Param(jnp.zeros(width, jnp.float32))
         self.uvqk = param(xavier_uniform, rngs, width, joined)
-        self.uvqk_bias = nnx.Param(jnp.zeros(joined))
-        self.output_norm_weight = nnx.Param(jnp.ones(inner))
-        self.output_norm_bias = nnx.Param(jnp.zeros(inner))
+        self.uvqk_bias = nnx.Param(jnp.zeros(joined, jnp.float32))
+        self.output_norm_weight = nnx.Param(jnp.ones(inner, jnp.float32))
+        self.output_norm_bias = nnx.Param(jnp.zeros(inner, jnp.float32))
         self.output = param(xavier_uniform, rngs, 3 * inner, width)
 
     def _project(self, x_TD: Activations) -> Projected:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -12,16 +13,18 @@ from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
 
 Initializer = Callable[[Key[Array, ""], tuple[int, ...]], Float[Array, "..."]]
 
-normal_002 = jax.nn.initializers.normal(0.02)
-truncated_normal_002 = jax.nn.initializers.truncated_normal(0.02, lower=-2.0, upper=2.0)
-xavier_uniform = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-xavier_normal = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
+normal_002 = jax.nn.initializers.normal(0.02, jnp.float32)
+truncated_normal_002 = jax.nn.initializers.truncated_normal(
+    0.02, jnp.float32, lower=-2.0, upper=2.0
+)
+xavier_uniform = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", dtype=jnp.float32)
+xavier_normal = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "normal", dtype=jnp.float32)
 
 
 def linear_bias(fan_in: int) -> Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as PyTorch's linear and convolution layers have it."""
     bound = 1.0 / math.sqrt(fan_in)
-    return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+    return functools.partial(jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound)
 
 
 def param(init: Initializer, rngs: nnx.Rngs, *shape: int) -> nnx.Param:

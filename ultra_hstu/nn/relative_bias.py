@@ -32,7 +32,7 @@ class RelativeBiasTables(nnx.Module):
         self, time_BN: Int[Array, "B N"], next_time_BN: Int[Array, "B N"]
     ) -> Float[Array, "B N N"]:
         """The bias of every (query i, key j) of padded sequences, future and padding included."""
-        position = jnp.arange(time_BN.shape[1])
+        position = jnp.arange(time_BN.shape[1], dtype=jnp.int32)
         bucket_BNN = time_buckets(
             next_time_BN[:, :, None] - time_BN[:, None, :], self.time_table.shape[0]
         )

@@ -47,9 +47,9 @@ class SASRecLayer(nnx.Module):
                 f"{heads=} must divide {width=}: SASRec splits the width over the heads"
             )
         self.qkv = param(xavier_normal, rngs, width, 3 * width)
-        self.qkv_bias = nnx.Param(jnp.zeros(3 * width))
+        self.qkv_bias = nnx.Param(jnp.zeros(3 * width, jnp.float32))
         self.output = param(xavier_normal, rngs, width, width)
-        self.output_bias = nnx.Param(jnp.zeros(width))
+        self.output_bias = nnx.Param(jnp.zeros(width, jnp.float32))
         self.ffn1 = param(xavier_normal, rngs, width, ffn_width)
         self.ffn1_bias = param(linear_bias(width), rngs, ffn_width)
         self.ffn2 = param(xavier_normal, rngs, ffn_width, width)

@@ -45,7 +45,10 @@ def softmax_attention(
             [pad(sequences.time_T, offsets, length)[:, :1], next_time_BN[:, :-1]], axis=1
         )
         score_BNN = score_BNN + bias.padded(time_BN, next_time_BN)
-    weight_BNN = jax.nn.softmax(score_BNN / math.sqrt(width), axis=-1) * jnp.tri(length)[None]
+    weight_BNN = (
+        jax.nn.softmax(score_BNN / math.sqrt(width), axis=-1)
+        * jnp.tri(length, dtype=jnp.float32)[None]
+    )
     return unpad(
         jnp.einsum("bqk,bkhv->bqhv", weight_BNN.astype(v_THV.dtype), pad(v_THV, offsets, length)),
         offsets,

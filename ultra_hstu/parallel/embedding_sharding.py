@@ -101,7 +101,7 @@ class _Routes:
         self.capacity = max(1, -(-int(SLACK * number_t.shape[0]) // devices))
         self.slots = devices * self.capacity
         self.owner_t = jnp.where(number_t >= 0, number_t // entries, devices)
-        to_tN = self.owner_t[:, None] == jnp.arange(devices)[None, :]
+        to_tN = self.owner_t[:, None] == jnp.arange(devices, dtype=jnp.int32)[None, :]
         count_tN = jnp.cumsum(to_tN, axis=0, dtype=jnp.int32)
         owner_t1 = jnp.minimum(self.owner_t, devices - 1)[:, None]
         # How many requests to the same device come before each one.

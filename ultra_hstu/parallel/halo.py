@@ -152,7 +152,7 @@ class Halo(PartialSums):
         """
         local_N = row_N - jax.lax.axis_index(CONTEXT) * size
         mine_N = (local_N >= 0) & (local_N < size)
-        return jnp.where(mine_N, local_N, size + jnp.arange(row_N.shape[0]))
+        return jnp.where(mine_N, local_N, size + jnp.arange(row_N.shape[0], dtype=jnp.int32))
 
     def _everywhere(self, x: Array, row_N: Array) -> Array:
         """Some rows of the sharded buffer `x`, on every shard; zeros for row T."""

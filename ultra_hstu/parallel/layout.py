@@ -137,7 +137,7 @@ class Layout:
 
     def permutation(self) -> PerRow:
         """`x[permutation]` of a buffer in order is the buffer as the shards hold it, in turn."""
-        return jax.vmap(self.rows)(jnp.arange(self.shards)).reshape(-1)
+        return jax.vmap(self.rows)(jnp.arange(self.shards, dtype=jnp.int32)).reshape(-1)
 
 
 def _require_turns(num_rows: int, blocks: int, block: int, words: str) -> None:

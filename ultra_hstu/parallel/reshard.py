@@ -167,7 +167,7 @@ class _Trip:
             - layout.index(inside[:-1], self.me)[self.source_t]
         )
         # Of this device's own rows: the range that they take on every device.
-        shard_C = jnp.arange(layout.shards)
+        shard_C = jnp.arange(layout.shards, dtype=jnp.int32)
         self.first_C, self.last_C = (
             jax.vmap(layout.index, (None, 0))(inside[edge], shard_C)
             for edge in (self.me, self.me + 1)
@@ -182,7 +182,7 @@ class _Trip:
         """
         place_Cc = self.first_C[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None, :]
         used_Cc = (place_Cc < self.last_C[:, None]) & (
-            jnp.arange(self.layout.shards)[:, None] != self.me
+            jnp.arange(self.layout.shards, dtype=jnp.int32)[:, None] != self.me
         )
         rows_Ct = self.layout.permutation().reshape(self.layout.shards, -1)
         row_Cc = jnp.take_along_axis(rows_Ct, place_Cc, axis=1, mode="clip")

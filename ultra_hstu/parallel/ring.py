@@ -52,7 +52,9 @@ class Ring(PartialSums):
                 partial_plan(*intervals, num_rows=size, num_keys=num_keys, own=not num_keys)
             )
 
-        others = jax.lax.map(lambda distance: plan(distance, size), jnp.arange(1, shards))
+        others = jax.lax.map(
+            lambda distance: plan(distance, size), jnp.arange(1, shards, dtype=jnp.int32)
+        )
         return Ring(plan(0, 0), others, shards)
 
     def sums(self, q: Array, k: Array, v: Array, call: AttentionCall) -> Array:

@@ -132,7 +132,7 @@ class Shards:
 
         def cut(leaf: Array) -> Array:
             size = -(-leaf.shape[0] // self.context)
-            row_p = jax.lax.axis_index(CONTEXT) * size + jnp.arange(size)
+            row_p = jax.lax.axis_index(CONTEXT) * size + jnp.arange(size, dtype=jnp.int32)
             return jnp.asarray(leaf).at[row_p].get(mode="fill", fill_value=0)
 
         return jax.tree.map(cut, x_P)

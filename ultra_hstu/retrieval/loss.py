@@ -156,12 +156,12 @@ Chunk = Callable[[_Inputs], _Chunk]  # of the inputs of C rows
 
 def _scores_of_all(q_CD: Queries, e_ID: Table, id_CX: Ids) -> tuple[Logits, Backward]:
     """q . e[id] by one product with the whole table; its gradient for the table is one too."""
-    row_C1 = jnp.arange(len(q_CD))[:, None]
+    row_C1 = jnp.arange(len(q_CD), dtype=jnp.int32)[:, None]
 
     def backward(d_CX: Logits, de_ID: Table) -> Gradients:
         # Equal ids of a row carry equal values (the positive, zeros), so the order of these
         # additions does not change a bit of the sum.
-        zeros_CI = jnp.zeros((len(q_CD), len(e_ID)))
+        zeros_CI = jnp.zeros((len(q_CD), len(e_ID)), jnp.float32)
         d_CI = zeros_CI.at[row_C1, id_CX].add(d_CX, mode="promise_in_bounds")
         return _product_backward(q_CD, e_ID, d_CI, de_ID)
 
@@ -185,7 +185,7 @@ def _scores_of_gathered(q_CD: Queries, e_ID: Table, id_CX: Ids) -> tuple[Logits,
 def _sampled_chunk(scores: Scores, rows: _Inputs) -> _Chunk:
     positive_C, negative_CR = rows.ids
     id_CX = jnp.concatenate([positive_C[:, None], negative_CR], axis=1)
-    first_1X = jnp.arange(id_CX.shape[1])[None, :] == 0
+    first_1X = jnp.arange(id_CX.shape[1], dtype=jnp.int32)[None, :] == 0
     collision_CX = (id_CX == positive_C[:, None]) & ~first_1X
     logit_CX, backward = scores(rows.q_TD, rows.e_ID, id_CX)
     if rows.shift_I is not None:
@@ -201,7 +201,7 @@ def _full_chunk(rows: _Inputs) -> _Chunk:
     (positive_C,), q_CD, e_ID = rows.ids, rows.q_TD, rows.e_ID
     logit_CI = (q_CD @ e_ID.T).at[:, 0].set(-jnp.inf)  # padding is no item
     log_sum_C = jax.nn.logsumexp(logit_CI, axis=1)
-    row_C = jnp.arange(positive_C.shape[0])
+    row_C = jnp.arange(positive_C.shape[0], dtype=jnp.int32)
     share_CI = jnp.exp(logit_CI - log_sum_C[:, None])
     dlogit_CI = share_CI.at[row_C, positive_C].add(-1.0, mode="promise_in_bounds")
     loss_C = log_sum_C - logit_CI.at[row_C, positive_C].get(mode="promise_in_bounds")
@@ -246,7 +246,7 @@ def _sweep(chunk: Chunk, chunk_rows: int, inputs: _Inputs) -> tuple[Loss, PyTree
     counts_T: Bool[Array, " T"] = weight_T > 0
     total = jnp.where(total > 0, total, 1.0)
     share_T = weight_T / total
-    end = jnp.max(jnp.where(counts_T, jnp.arange(num_rows) + 1, 0))
+    end = jnp.max(jnp.where(counts_T, jnp.arange(num_rows, dtype=jnp.int32) + 1, 0))
 
     def step(i: Array, carry: PyTree) -> PyTree:
         loss_T, dq_TD, de_ID = carry
@@ -256,7 +256,9 @@ def _sweep(chunk: Chunk, chunk_rows: int, inputs: _Inputs) -> tuple[Loss, PyTree
             jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=chunk_rows
         )
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
-        mine_C = take(counts_T) & (first + jnp.arange(chunk_rows) >= i * chunk_rows)
+        mine_C = take(counts_T) & (
+            first + jnp.arange(chunk_rows, dtype=jnp.int32) >= i * chunk_rows
+        )
         rows = inputs._replace(q_TD=take(q_TD), ids=jax.tree.map(take, ids))
         loss_C, dlogit_CX, backward = chunk(rows)
         loss_T = put(loss_T, jnp.where(mine_C, loss_C, take(loss_T)))
@@ -264,7 +266,7 @@ def _sweep(chunk: Chunk, chunk_rows: int, inputs: _Inputs) -> tuple[Loss, PyTree
         dq_CD, de_ID = backward(share_C[:, None] * dlogit_CX, de_ID)
         return loss_T, put(dq_TD, take(dq_TD) + dq_CD), de_ID
 
-    zeros = (jnp.zeros(num_rows), jnp.zeros_like(q_TD), jnp.zeros_like(e_ID))
+    zeros = (jnp.zeros(num_rows, jnp.float32), jnp.zeros_like(q_TD), jnp.zeros_like(e_ID))
     chunks = (end + chunk_rows - 1) // chunk_rows
     loss_T, dq_TD, de_ID = jax.lax.fori_loop(0, chunks, step, zeros)
     loss = jnp.sum(share_T * loss_T)

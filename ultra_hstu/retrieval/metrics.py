@@ -171,7 +171,7 @@ def _sweep[Carry](
         if seen_US is not None:
             # Items out of the chunk on either side are dropped.
             column_US = jnp.where(seen_US >= first, seen_US - first, size)
-            user_U1 = jnp.arange(users)[:, None]
+            user_U1 = jnp.arange(users, dtype=jnp.int32)[:, None]
             allowed_UI = allowed_UI.at[user_U1, column_US].set(False, mode="drop")
         return visit(carry, CorpusChunk(chunk_I, score_UI, goal_U, allowed_UI))
 

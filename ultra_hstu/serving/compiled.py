@@ -259,7 +259,7 @@ class Programs:
             logit_RK = model.head(jnp.concatenate(outputs, axis=1))
             return jax.lax.dynamic_update_slice_in_dim(logit_CK, logit_RK, i * step, 0)
 
-        logit_CK = jnp.zeros((size, len(model.sizes.kinds)))
+        logit_CK = jnp.zeros((size, len(model.sizes.kinds)), jnp.float32)
         if size == step:
             return score(jnp.int32(0), logit_CK)
         # As many steps as there are candidates for: a bucket costs memory, not time.
@@ -293,7 +293,7 @@ def _best(
     at = Rows.of(offsets, size)
     order_C = jnp.lexsort((-value_C, at.segment, ~at.real))
     position_BK = offsets[:-1, None] + jnp.arange(k, dtype=jnp.int32)[None, :]
-    here_BK = jnp.arange(k)[None, :] < count_B[:, None]
+    here_BK = jnp.arange(k, dtype=jnp.int32)[None, :] < count_B[:, None]
     best_BK = order_C[jnp.minimum(position_BK, size - 1)].astype(jnp.int32)
     return (
         jnp.where(here_BK, best_BK - offsets[:-1, None], -1),

@@ -25,6 +25,8 @@ class Lines(Protocol):
 def answer_lines(service: Service, source: Lines) -> None:
     """One line of JSON on standard output for every line of the source, blank ones aside, in order.
     Lines that are there already share a device call."""
+    # JSON is UTF-8, whatever the encoding of standard output is.
+    output = sys.stdout.buffer
     done = refused = 0
     for lines in arrived(source, service.model.max_users):
         read = [_query(service, line) for line in lines]
@@ -36,8 +38,8 @@ def answer_lines(service: Service, source: Lines) -> None:
                 if isinstance(query, Query)
                 else json.dumps({"error": query})
             )
-            sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+            output.write(text.encode() + b"\n")
+        output.flush()
         done, refused = done + len(read), refused + len(read) - len(good)
     print(f"{done} requests, {refused} refused", file=sys.stderr)
 

@@ -15,7 +15,6 @@ from ultra_hstu import quantization
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
-from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.quantization import ItemTable
@@ -64,7 +63,7 @@ class RecommendationModel:
         folder = Workdir(workdir)
         self.config: Config = folder.read_for_one_device()
         require_retrieval(workdir, self.config)
-        self.catalog = Catalog.load(folder.catalog)
+        self.catalog = folder.read_catalog()
         self.recipe = Recipe(self.config, self.catalog.num_items)
         self.max_users = max_users
         _, params = load_params(folder, self.recipe)

@@ -199,7 +199,7 @@ class Problem(BaseModel):
 def problem(errors: Sequence[ErrorDetails]) -> str:
     """What is wrong with a request, in one line, from Pydantic's `errors()`. It names fields, and a
     time, but nothing else of what was sent."""
-    first, *others = errors
+    first, *others = [error for error in errors if not _of_other_member(error)] or errors
     # A request over HTTP has "body" in front. Members of a union bear names that mean nothing to a
     # caller.
     parts = [
@@ -212,6 +212,12 @@ def problem(errors: Sequence[ErrorDetails]) -> str:
         message += f", not {first['input']!r:.40}: give whole seconds since 1970"
     more = f" (and {len(others)} more)" if others else ""
     return f"{'.'.join(parts) + ': ' if parts else ''}{message}{more}"
+
+
+def _of_other_member(error: ErrorDetails) -> bool:
+    """Whether the integer of a union speaks about a string."""
+    integer = error["type"] == "int_type" and str(error["loc"][-1]).startswith("constrained-")
+    return integer and isinstance(error["input"], str)
 
 
 def _require_lengths[T](columns: dict[str, list[T]], count: int, what: str, each: str) -> None:

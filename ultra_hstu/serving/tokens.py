@@ -259,8 +259,8 @@ def history_tokens(form: Form, history: UserHistory, used_B: Int[Array, " B"], n
         time_E=jnp.concatenate([events.time_E, history.now_B]),
         signal_ES=with_request(events.signal_ES),
         feature_EF=with_request(events.feature_EF),
-        label_EK=jnp.zeros((count + users, 0)),
-        weight_EK=jnp.zeros((count + users, 0)),
+        label_EK=jnp.zeros((count + users, 0), jnp.float32),
+        weight_EK=jnp.zeros((count + users, 0), jnp.float32),
         context_UC=history.context_BC,
         index={},
     )
