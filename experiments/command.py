@@ -1,6 +1,7 @@
 """What all command lines share: their common flags, and errors as one line with an exit code."""
 
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,13 +42,26 @@ class ConfigParser(ConfigFileFlagParser):
         return to_config_dict(configs.named(file.stem if recorded else path)).lock()
 
 
+class TaskParser(ConfigParser):
+    """Lets flags add tasks of own data: --config.data.table.tasks.NAME=RULE."""
+
+    def parse(self, path: str) -> ml_collections.ConfigDict:
+        config = super().parse(path)
+        flag = re.compile(rf"--?{self.name}\.data\.table\.tasks\.([^.=]+)(=|$)")
+        with config.unlocked():
+            for argument in sys.argv:
+                if found := flag.match(argument):
+                    config.data.table.tasks[found[1]] = ""
+        return config
+
+
 def define_config(
     name: str = "config", what: str = "the configuration", required: bool = True
 ) -> flags.FlagHolder[ml_collections.ConfigDict]:
     """--NAME, whose fields --NAME.FIELD overrides."""
     text = f"{what}: a name of experiments/configs, or a file whose get_config() makes one"
     holder = config_flags.DEFINE_config_file(name, None, text, lock_config=True)
-    flags.FLAGS[name].parser = ConfigParser(name)
+    flags.FLAGS[name].parser = TaskParser(name)
     if required:
         flags.mark_flag_as_required(name)
     return holder
@@ -98,6 +112,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         # Orbax reports every file that it touches; its errors reach us as exceptions.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger().setLevel(logging.WARNING)
+        _show_progress()
         try:
             main(argv)
             processes.end()
@@ -120,6 +135,16 @@ def run(main: Callable[[list[str]], None]) -> None:
             fail(error, 1)
 
     app.run(wrapped, flags_parser=parse)
+
+
+def _show_progress() -> None:
+    """What loading says of the data goes to standard error, as it is."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("ultra_hstu")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ import ml_collections
 
 from ultra_hstu import fields
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
+from ultra_hstu.table_config import TableConfig
 
 Kind = Literal["binary", "regression"]  # of a ranking task
 
@@ -71,6 +72,7 @@ class DataConfig(Section):
     load_balance: bool = False
     recalibrate_every: Count = 100  # steps between two estimates of that load
     synthetic: SyntheticConfig = SyntheticConfig()
+    table: TableConfig = TableConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +240,25 @@ class Config(Section):
         """The same run as one device computes it."""
         return dataclasses.replace(self, parallel=ParallelConfig(groups=self.parallel.batch_groups))
 
+    def of_table(self) -> "Config":
+        """The same with what `data.table` and `rank` say of each other.
+
+        Tasks of the table are those of the run, unless it names some of them; such a run is split
+        as ranking runs are. What signals and features are made from is read.
+        """
+        rank, table, train = self.rank, self.data.table, self.train
+        if self.data.source != "table":
+            return self
+        if table.tasks and not rank.tasks:
+            rank = dataclasses.replace(rank, tasks=tuple(table.tasks))
+            train = dataclasses.replace(train, protocol="chronological")
+        mixture = [channel.signal for channel in self.model.channels.values() if channel.signal]
+        table = table.with_columns(
+            rank.features, [*rank.tasks, *rank.signals, *rank.features, *mixture]
+        )
+        data = dataclasses.replace(self.data, table=table)
+        return dataclasses.replace(self, data=data, rank=rank, train=train)
+
     def validate(self) -> None:
         """Raises ValueError naming the first field whose value cannot work, and what would."""
         fields.check_limits(self)
@@ -266,6 +287,9 @@ class Config(Section):
                 f"rank.validation_fraction={rank.validation_fraction!r} and "
                 f"rank.test_fraction={rank.test_fraction!r}: their sum must be in (0, 1)"
             )
+        if data.source != "table" and data.table != TableConfig():
+            raise ValueError(f"data.table does nothing under data.source={data.source!r}")
+        data.table.check([*rank.signals, *rank.tasks])
         protocol, channels = self.train.protocol, self.model.channels
         if not rank.tasks and (channels or protocol == "chronological"):
             raise ValueError(
@@ -395,6 +419,6 @@ def from_config_dict(values: ml_collections.ConfigDict | fields.Values) -> Confi
       ValueError: naming an unknown field, a value of the wrong type or a value that cannot work.
     """
     plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values)
-    config = fields.build(Config, plain)
+    config = fields.build(Config, plain).of_table()
     config.validate()
     return config

@@ -1,8 +1,8 @@
 """The registry of tasks: the one that a configuration asks for, on its data."""
 
 from ultra_hstu.config import Config
+from ultra_hstu.data import sources
 from ultra_hstu.data.interactions import Interactions, load_interactions
-from ultra_hstu.data.sources import builder_of
 from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.retrieval.task import RetrievalTask
 from ultra_hstu.task import Task
@@ -13,7 +13,7 @@ TASKS: dict[str, type[Task]] = {"retrieval": RetrievalTask, "ranking": RankingTa
 
 def check(config: Config) -> None:
     """Raises ValueError for a source or a protocol that is not there; reads nothing."""
-    builder_of(config.data.source)
+    sources.check(config.data.source)
     known = [protocol for task in TASKS.values() for protocol in task.PROTOCOLS]
     if config.train.protocol not in known:
         names = ", ".join(map(repr, known))

@@ -143,8 +143,7 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
     variant: SourceConfig = builder.builder_configs[config.source]
     data_dir, raw_dir = Path(config.data_dir), config.raw_dir
     settings = builder.settings_of(config)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(data_dir / f"{variant.name}.lock"):
+    with locked(data_dir, variant.name):
         folder, sums = None, {}
         if variant.files and raw_dir is not None:
             folder = Path(raw_dir)
@@ -182,9 +181,10 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Two runs never build the same source at once."""
-    with open(path, "w") as file:
+def locked(data_dir: Path, source: str) -> Iterator[None]:
+    """Two runs never build the same source at once. Makes the folder."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with open(data_dir / f"{source}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -39,6 +39,13 @@ class Coded:
         distinct, code_E = np.unique(raw_ids(name, ids), return_inverse=True)
         return cls(distinct, code_E.astype(np.int32))
 
+    def used(self) -> "Coded":
+        """The same without ids that no event has."""
+        used = np.zeros(len(self.ids), bool)
+        used[self.code_E] = True
+        code = np.cumsum(used, dtype=np.int32) - np.int32(1)
+        return Coded(self.ids[used], code[self.code_E])
+
 
 def raw_ids(name: str, ids: ArrayLike) -> Shaped[np.ndarray, " n"]:
     """Ids as int64 or str. Raises ValueError for others: floats, empty strings, long ones."""
@@ -78,7 +85,7 @@ def raw_ids(name: str, ids: ArrayLike) -> Shaped[np.ndarray, " n"]:
     return array
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class EventColumns:
     """Events in the order of their source; `group` takes the columns apart.
 
@@ -91,6 +98,13 @@ class EventColumns:
     item: Coded
     time_E: Int64[np.ndarray, " E"] | None
     actions: dict[str, Num[np.ndarray, " E"]]
+
+    def select(self, keep_E: Mask) -> None:
+        """Leaves these events alone."""
+        self.user = Coded(self.user.ids, self.user.code_E[keep_E]).used()
+        self.item = Coded(self.item.ids, self.item.code_E[keep_E]).used()
+        self.time_E = None if self.time_E is None else self.time_E[keep_E]
+        self.actions = {name: values[keep_E] for name, values in self.actions.items()}
 
 
 def group(
@@ -135,7 +149,7 @@ def group(
         time_E = None if time_E is None else time_E[keep_E]
         actions = {name: actions.pop(name)[keep_E] for name in list(actions)}
     dense_I = np.cumsum(kept_I, dtype=np.int32)
-    for block in _blocks(len(item_E)):
+    for block in blocks(len(item_E)):
         item_E[block] = dense_I[item_E[block]]
     interactions = Interactions(
         users=users[count_U > 0],
@@ -169,7 +183,7 @@ def _catalog(ids: Shaped[np.ndarray, " n"], titles: Titles | None) -> Catalog:
 # --- order ---
 
 
-def _blocks(count: int) -> Iterator[slice]:
+def blocks(count: int) -> Iterator[slice]:
     return (slice(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))
 
 
@@ -194,9 +208,7 @@ def _order(
     whole = len(user_E) <= 4 * BLOCK
     for first, last in _user_blocks(offsets):
         event_n = (
-            np.arange(len(user_E))
-            if whole
-            else np.flatnonzero((user_E >= first) & (user_E < last))
+            np.arange(len(user_E)) if whole else np.flatnonzero((user_E >= first) & (user_E < last))
         )
         key_n = (user_E[event_n] - first).astype(np.int64) * span
         if time_E is not None:
@@ -209,17 +221,15 @@ def _gather(
     column: Num[np.ndarray, " E"], order: Integer[np.ndarray, " E"]
 ) -> Num[np.ndarray, " E"]:
     ordered = np.empty_like(column)
-    for block in _blocks(len(order)):
+    for block in blocks(len(order)):
         ordered[block] = column[order[block]]
     return ordered
 
 
-def _counts(
-    code_E: Codes, size: int, where_E: Mask | None = None
-) -> Int64[np.ndarray, " size"]:
+def _counts(code_E: Codes, size: int, where_E: Mask | None = None) -> Int64[np.ndarray, " size"]:
     """How often each code occurs."""
     count = np.zeros(size, np.int64)
-    for block in _blocks(len(code_E)):
+    for block in blocks(len(code_E)):
         codes = code_E[block]
         count += np.bincount(codes if where_E is None else codes[where_E[block]], minlength=size)
     return count
@@ -248,9 +258,9 @@ def _kept(
     def often(counts_U: Int64[np.ndarray, " U"], least: int) -> Mask:
         return np.repeat(counts_U >= least, lengths_U)
 
-    def at_items(keep_I: Mask) -> Mask:
+    def at_items(keep_I: Bool[np.ndarray, " I"]) -> Mask:
         keep_E = np.empty(len(item_E), bool)
-        for block in _blocks(len(item_E)):
+        for block in blocks(len(item_E)):
             keep_E[block] = keep_I[item_E[block]]
         return keep_E
 

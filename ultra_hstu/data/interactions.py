@@ -17,7 +17,7 @@ from ultra_hstu.config import DataConfig
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
 from ultra_hstu.data.catalog import Catalog, few
 from ultra_hstu.data.contexts import Contexts
-from ultra_hstu.data.sources import builder_of
+from ultra_hstu.data.sources import TABLE, builder_of
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Interactions:
     catalog: Catalog
     contexts: dict[str, Int32[np.ndarray, " users"]] = dataclasses.field(default_factory=dict)
     context_values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    features: tuple[str, ...] = ()
 
     @classmethod
     def from_arrays(
@@ -82,6 +83,27 @@ class Interactions:
 
         columns = grouping.event_columns(users, items, times, actions or {})
         return grouping.group(columns, TableConfig(), titles)[0]
+
+    @classmethod
+    def from_table(
+        cls,
+        frame: object,
+        config: TableConfig | None = None,
+        *,
+        titles: Mapping[int, str] | Mapping[str, str] | None = None,
+    ) -> "Interactions":
+        """Events of a frame of pandas, polars or pyarrow, one row an event.
+
+        Args:
+            config: which columns are read, and what is left out, as for files; None: what is usual.
+            titles: of items, by id.
+
+        Raises:
+            ValueError: names row, column, value and remedy.
+        """
+        from ultra_hstu.data import table  # which makes objects of this class
+
+        return table.from_frame(frame, config or TableConfig(), titles)
 
     @property
     def num_users(self) -> int:
@@ -161,6 +183,10 @@ def load_interactions(config: DataConfig) -> Interactions:
             without timestamps.
         ConnectionError: the source cannot be downloaded; says what to fetch by hand.
     """
+    if config.source == TABLE:
+        from ultra_hstu.data import table  # which makes objects of this class
+
+        return table.load(config)
     prepared = prepare(builder_of(config.source), config)
     return ordered(_read(prepared), ties=config.ties, seed=config.ties_seed)
 

@@ -12,11 +12,12 @@ from numpy.lib.npyio import NpzFile
 Path = str | os.PathLike
 
 
-def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def save(path: Path, arrays: dict[str, np.ndarray], *, compress: bool = True) -> None:
     """Writes the whole file or nothing."""
     part = f"{os.fspath(path)}.part"
     with open(part, "wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+        write = np.savez_compressed if compress else np.savez
+        write(file, allow_pickle=False, **arrays)
     os.replace(part, path)
 
 
