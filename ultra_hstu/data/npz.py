@@ -25,7 +25,7 @@ def save(path: Path, arrays: dict[str, np.ndarray], *, compress: bool = True) ->
 def reading(path: Path, what: str, remedy: str) -> Iterator[NpzFile]:
     """The arrays of a file. Raises ValueError, saying that it is not `what`, for a damaged one."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             yield file
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{os.fspath(path)} is not {what} ({error}): {remedy}") from error

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,26 +28,17 @@ from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.grouping import Coded, EventColumns, Titles
 from ultra_hstu.data.interactions import Interactions, ordered
 from ultra_hstu.data.table_columns import Columns, Comparison
-from ultra_hstu.data.table_files import TableFile, Types, find_files
+from ultra_hstu.data.table_files import TableFile, Types, find_files, is_date
 from ultra_hstu.data.table_ids import BadId, TextColumn, ids, texts
 from ultra_hstu.data.table_sides import read_titles, read_users
-from ultra_hstu.data.times import FIRST_SECOND, LAST_SECOND, TICKS
+from ultra_hstu.data.times import EARLY, FIRST_SECOND, LAST_SECOND, TICKS
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
 _VERSION = 1  # of what is prepared
 _EVENTS, _READING = "interactions.npz", "reading.json"
 _SILENCE = 5.0  # seconds between two lines of progress
-_REMEDY = "delete its folder, and the data is prepared again"
-
-
-class Source(Protocol):
-    """Rows in batches: a file, or a frame in memory."""
-
-    @property
-    def types(self) -> Types: ...
-    def batches(self, wanted: Types) -> Iterable[pa.RecordBatch]: ...
-    def place(self, row: int) -> str: ...
+_REMEDY = "its folder can be deleted"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,6 +59,9 @@ class Frame:
 
     def __str__(self) -> str:
         return "the frame"
+
+
+Source = TableFile | Frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +100,21 @@ class Reading:
 def load(config: DataConfig) -> Interactions:
     """The events of `config.raw_dir`, prepared under `config.data_dir` where they are not yet.
 
+    What was prepared and is damaged now is prepared again, with a warning.
+
     Raises:
         ValueError: bad input; names file, line (row group), column, value and remedy.
     """
     folder = prepare(config)
+    try:
+        return _read(folder, config)
+    except ValueError as error:
+        _log.warning("%s: the data is prepared again", error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return _read(prepare(config), config)
+
+
+def _read(folder: Path, config: DataConfig) -> Interactions:
     reading = read_reading(folder)
     for line in reading.lines():
         _log.info(line)
@@ -173,6 +178,9 @@ def prepare(config: DataConfig) -> Path:
     with locked(data_dir, "table"):
         if folder.is_dir():  # made by another run meanwhile
             return folder
+        count = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        named = ", ".join(f"{name} ({files[0].types[name]})" for name in columns.names)
+        _log.info("preparing %s%s: %s", files[0].path, count, named)
         part = folder.with_name(folder.name + ".incomplete")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -277,8 +285,9 @@ class _Reader:
         self.unit: str | None = None  # None: to be found by range
         self.numbers: dict[str, list[Num[np.ndarray, " n"]]] = {}
         self.texts: dict[str, TextColumn] = {}
+        self.titles = TextColumn()
         self.pieces: list[_Piece] = []
-        self.events = self.missing = 0
+        self.events = self.kept = self.missing = 0
 
     def add(self, source: Source) -> None:
         """All rows of a source."""
@@ -328,10 +337,13 @@ class _Reader:
         kept = count if chosen is None else len(chosen)
         self.pieces.append(_Piece(source, row, kept, chosen))
         self.events += count
+        self.kept += kept
         for part, name in (("user", columns.user), ("item", columns.item)):
             self._add_text(self.ids[part], name, of[name], source)
         if columns.time is not None:
             self._add_times(columns.time, of[columns.time], source)
+        if columns.title is not None:
+            self._add_text(self.titles, columns.title, of[columns.title], source)
         for name in columns.actions:
             self._add_action(name, of[name], source)
 
@@ -351,7 +363,7 @@ class _Reader:
             values = values.cast(values.type.value_type)
         kind, stated = values.type, self.config.time_unit
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            values, kind = self._dates(name, values, source)
+            values, kind = self._dates(name, values)
         unit = None if stated == "auto" else stated
         if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
             if stated != "auto":
@@ -380,18 +392,19 @@ class _Reader:
         self.unit = unit
         self.times.append(_compact(array))
 
-    def _dates(self, name: str, values: pa.Array, source: Source) -> tuple[pa.Array, pa.DataType]:
+    def _dates(self, name: str, values: pa.Array) -> tuple[pa.Array, pa.DataType]:
         """Text as numbers, or as dates, without or with a time zone."""
         for kind in (pa.int64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
             try:
                 return values.cast(kind), kind
             except pa.ArrowInvalid:
                 continue
-        example = values[0].as_py()
+        of_values = values.to_pylist()
+        bad = next((n for n, text in enumerate(of_values) if not is_date(text)), 0)
         raise ValueError(
-            f"{_name(source)}: column {name!r} holds text that is not all dates such as "
-            f"2020-01-31 23:59:59 (or all with a time zone), for example {example!r}: write it so, "
-            "or as seconds since 1970"
+            f"{self.place(self.kept - len(values) + bad)}: column {name!r} holds "
+            f"{of_values[bad][:80]!r}, among text that is not all dates such as 2020-01-31 "
+            "23:59:59 (or all with a time zone): write it so, or as seconds since 1970"
         )
 
     def _add_action(self, name: str, values: pa.Array, source: Source) -> None:
@@ -439,6 +452,8 @@ class _Reader:
             )
         ticks_E, unit, span = self._ticks()
         dropped = {"that miss a value": self.missing} if self.missing else {}
+        if columns.title is not None:
+            titles = self._titles(item)
         events = EventColumns(user, item, ticks_E, actions)
         del user, item, ticks_E, actions
         if config.items_file is not None:
@@ -450,7 +465,12 @@ class _Reader:
                 seconds[block] //= TICKS[unit]
         rules = (f"{task} ({rule})" for task, rule in config.tasks.items())
         reading = Reading(
-            columns={"user": columns.user, "item": columns.item, "time": columns.time},
+            columns={
+                "user": columns.user,
+                "item": columns.item,
+                "time": columns.time,
+                "title": columns.title,
+            },
             actions=(*columns.actions, *rules),
             unread=tuple(name for name in first.types if name not in columns.names)[:100],
             unit=self.unit or "none",
@@ -495,7 +515,14 @@ class _Reader:
         values = _joined(self.times, np.int64 if whole else np.float64)
         low, high = values.min(), values.max()
         if self.unit is None:
-            self.unit = meaning.unit_by_range(low.item(), high.item(), name, self.config)
+            self.unit = unit = meaning.unit_by_range(low.item(), high.item(), name, self.config)
+            if unit != "s" and low < EARLY * TICKS[unit]:
+                raise ValueError(
+                    f"{self.place(int(np.argmin(values)))}: column {name!r}: {low} among times in "
+                    f"{meaning.unit_words(unit)} would be "
+                    f"{meaning.day(int(meaning.seconds(np.array([low]), unit)[0]))}: are two units "
+                    f"mixed? If not, say so by --config.data.table.time_unit={unit}"
+                )
         unit = self.unit
         try:
             span = tuple(int(meaning.seconds(np.array([v]), unit)[0]) for v in (low, high))
@@ -515,6 +542,14 @@ class _Reader:
         if unit == "s":  # fractions order what is in one second
             return np.floor(values * TICKS["us"]).astype(np.int64), "us", span
         return np.floor(values).astype(np.int64), unit, span
+
+    def _titles(self, item: Coded) -> dict[int | str, str]:
+        """Of every item, what its first event has."""
+        title = self.titles.take(texts)
+        _, first = np.unique(item.code_E, return_index=True)
+        known = [*title.ids.tolist(), ""]  # the last where there is none
+        of_item = (known[code] for code in title.code_E[first].tolist())
+        return dict(zip(item.ids.tolist(), of_item, strict=True))
 
     def _without_unlisted(self, events: EventColumns, titles: Titles) -> dict[str, int]:
         """Sees to items that the items table lacks; how many events are dropped."""

@@ -24,7 +24,8 @@ ITEMS = (
 TIMES = (
     "timestamp time ts unixreviewtime timems timestampms eventtime datetime unixtime createdat date"
 ).split()
-TITLES = "title name itemname productname movietitle".split()
+EVENT_TITLES = "title itemtitle itemname producttitle productname movietitle".split()
+TITLES = [*EVENT_TITLES, "name"]
 ACTIONS = (
     "rating ratings stars star score overall click clicks isclick clicked like liked islike "
     "watchtime watchratio playtimems durationms longview dwelltime event eventtype action "
@@ -49,10 +50,12 @@ class Columns:
     item: str
     time: str | None
     actions: tuple[str, ...]
+    title: str | None = None  # of the item, where events have it
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.user, self.item, *([self.time] if self.time else []), *self.actions)
+        some = (self.user, self.item, self.time, self.title, *self.actions)
+        return tuple(dict.fromkeys(name for name in some if name is not None))
 
 
 def choose(names: Sequence[str], config: TableConfig, where: object) -> Columns:
@@ -91,8 +94,13 @@ def choose(names: Sequence[str], config: TableConfig, where: object) -> Columns:
     for task, rule in config.tasks.items():
         asked.append(require(Comparison.of(rule).column, f"data.table.tasks.{task}"))
     usual = [name for name in names if simple(name) in ACTIONS]
-    actions = tuple(name for name in dict.fromkeys(usual + asked) if name not in (user, item, time))
-    return Columns(user, item, time, actions)
+    title = None
+    if config.items_file is None:
+        title = config.item_title and require(config.item_title, "data.table.item_title")
+        title = title or find(names, EVENT_TITLES)
+    known = (user, item, time, title)
+    actions = tuple(name for name in dict.fromkeys(usual + asked) if name not in known)
+    return Columns(user, item, time, actions, title)
 
 
 def find(names: Sequence[str], usual: Sequence[str]) -> str | None:
@@ -188,7 +196,7 @@ def unit_by_range(low: int | float, high: int | float, column: str, config: Tabl
     readings = []
     for name in (*UNITS, "days", "yyyymmdd"):
         try:
-            first, last = (seconds(np.array([int(v)]), name)[0] for v in (low, high))
+            first, last = (int(seconds(np.array([int(v)]), name)[0]) for v in (low, high))
         except ValueError:
             continue
         if FIRST_SECOND <= first <= last <= LAST_SECOND:

@@ -13,7 +13,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -231,7 +231,7 @@ def _text(path: Path, compression: str | None) -> Iterator[io.TextIOWrapper]:
 
 
 def _records(
-    path: Path, file: io.TextIOWrapper, delimiter: str
+    path: Path, file: Iterable[str], delimiter: str
 ) -> Iterator[tuple[Line, Sequence[str]]]:
     """The records of CSV, blank lines left out, with the line that each begins on."""
     csv.field_size_limit(2**31 - 1)
@@ -260,7 +260,7 @@ def _csv_file(
     if delimiter is None:
         tab = path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv")
         delimiter = "\t" if tab else max(",\t;|", key=first.count)
-    rows = _records(path, _chain(first, file), delimiter)
+    rows = _records(path, itertools.chain([first], file), delimiter)
     header, names = next(rows)
     names = [name.strip() for name in names]
     numbers = [name for name in names if _INTEGER.fullmatch(name) or _DATE.fullmatch(name)]
@@ -284,27 +284,25 @@ def _csv_file(
     return TableFile(path, "csv", compression, types, delimiter, tuple(names))
 
 
-def _chain(first: str, file: io.TextIOWrapper) -> io.TextIOWrapper:
-    # csv.reader takes any iterator of lines.
-    return itertools.chain([first], file)  # type: ignore[return-value]
-
-
 def _type_of_texts(values: Sequence[str]) -> pa.DataType:
-    """What all values look like; text, where nothing else."""
+    """What most of the values look like, so that a stray one is found as a fault; else text."""
+
+    def most(fits: Callable[[str], object]) -> bool:
+        return 2 * sum(bool(fits(value)) for value in values) > len(values)
+
     if not values:
         return pa.null()
-    if all(_INTEGER.fullmatch(value.strip()) for value in values):
-        return pa.int64()
-    if all(_is_number(value) for value in values):
-        return pa.float64()
-    if all(value.lower() in ("true", "false") for value in values):
+    if most(_is_number):
+        whole = all(_INTEGER.fullmatch(one.strip()) for one in values if _is_number(one))
+        return pa.int64() if whole else pa.float64()
+    if most(lambda value: value.lower() in ("true", "false")):
         return pa.bool_()
-    dates = [_DATE.fullmatch(value.strip()) for value in values]
-    if all(dates):
-        zones = {bool(date["zone"]) for date in dates if date}
+    if most(is_date):
+        dates = [_DATE.fullmatch(value.strip()) for value in values if is_date(value)]
+        zones = sum(bool(date["zone"]) for date in dates if date)
         fine = any(len(date[4] or "") > 6 for date in dates if date)
-        if len(zones) == 1:
-            return pa.timestamp("ns" if fine else "us", tz="UTC" if zones == {True} else None)
+        zone = "UTC" if 2 * zones > len(dates) else None
+        return pa.timestamp("ns" if fine else "us", tz=zone)
     return pa.string()
 
 
@@ -434,12 +432,12 @@ def _fits(value: object, kind: pa.DataType) -> bool:
         pa.types.is_integer: lambda text: _INTEGER.fullmatch(text.strip()) is not None,
         pa.types.is_floating: _is_number,
         pa.types.is_boolean: lambda text: text.lower() in ("true", "false", "0", "1"),
-        pa.types.is_timestamp: _is_date,
+        pa.types.is_timestamp: is_date,
     }
     return all(fits(value) for is_kind, fits in checks.items() if is_kind(kind))
 
 
-def _is_date(value: str) -> bool:
+def is_date(value: str) -> bool:
     try:
         datetime.datetime.fromisoformat(value.strip())
     except ValueError:

@@ -16,7 +16,7 @@ from ultra_hstu.table_config import TableConfig
 _log = logging.getLogger(__name__)
 MAX_CODES = 1000  # distinct values of a feature of users
 
-Ids = Shaped[np.ndarray, " n"]
+Ids = Shaped[np.ndarray, " _"]
 
 
 def read_titles(config: TableConfig, item: str, known: Ids) -> dict[int | str, str]:
