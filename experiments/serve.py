@@ -58,6 +58,7 @@ from ray import serve  # noqa: E402
 
 from experiments import command  # noqa: E402
 from ultra_hstu import quantization  # noqa: E402
+from ultra_hstu.data.text import listed  # noqa: E402
 from ultra_hstu.nn.key_values import KINDS, CacheDtype  # noqa: E402
 from ultra_hstu.quantization import HostKind  # noqa: E402
 from ultra_hstu.serving.http import RECOMMEND, SCORE, RecommendReplica, ScoreReplica  # noqa: E402
@@ -122,7 +123,7 @@ _ADDRESS = flags.DEFINE_string(
 
 
 def main(_: list[str]) -> None:
-    blocked = [] if _BLOCK.value is None else Path(_BLOCK.value).read_text().split()
+    blocked = [] if _BLOCK.value is None else [line.text for line in listed(Path(_BLOCK.value))]
     options = ServingOptions(
         tables=_TABLES.value,
         block=blocked,

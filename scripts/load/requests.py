@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.record import Json
+from ultra_hstu.data.catalog import first
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, Response
 from ultra_hstu.serving.service import RecommendService, Service, recommended
@@ -84,7 +85,7 @@ def checked(service: RecommendService, count: int, events: int, seed: int) -> li
     for whole in histories(interactions, count, events, seed):
         length = int(rng.integers(1, events + 1))
         cut = {name: values[:length] for name, values in whole.items()}
-        user = interactions.users[rng.integers(interactions.num_users)].item()
+        user = first(interactions.users[rng.integers(interactions.num_users) :])
         kinds = [
             whole,
             cut | {"k": int(rng.integers(1, 50))},

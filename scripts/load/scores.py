@@ -12,6 +12,7 @@ import numpy as np
 from experiments.record import Json
 from scripts.load import requests as load_requests
 from scripts.load.requests import Sent, histories, stretches
+from ultra_hstu.data.catalog import first
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.serving.schema import MAX_CANDIDATES, MAX_EVENTS, ScoreRequest, ScoreResponse
 from ultra_hstu.serving.service import ScoreService
@@ -67,7 +68,7 @@ def checked(service: ScoreService, count: int, events: int, seed: int) -> list[S
         }
         cut["actions"] = {name: values[:length] for name, values in request["actions"].items()}
         some = request["candidates"][: int(rng.integers(1, CANDIDATES))]
-        user = interactions.users[rng.integers(interactions.num_users)].item()
+        user = first(interactions.users[rng.integers(interactions.num_users) :])
         kinds = [
             request,
             request | cut | {"candidates": some},

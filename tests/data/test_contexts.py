@@ -18,7 +18,6 @@ from tests.data.data_files import (
     ml1m_zip,
     write,
 )
-from ultra_hstu.data.builder import CONTEXTS
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download, obtain
 from ultra_hstu.data.movielens import MovieLens
@@ -207,10 +206,6 @@ def test_what_an_older_version_prepared_is_not_read(tmp_path, monkeypatch):
         patch.setattr(MovieLens, "read_contexts", lambda self: Contexts())
         assert load(tmp_path, "ml-1m", raw).contexts == {}
     assert load(tmp_path, "ml-1m", raw).contexts["age"].tolist() == [1, 7]
-    for path in (tmp_path / "prepared").glob(f"**/{CONTEXTS}"):
-        path.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=f"{CONTEXTS} is not readable .* delete its folder"):
-        load(tmp_path, "ml-1m", raw)
 
 
 def test_a_download_from_before_is_completed(tmp_path):

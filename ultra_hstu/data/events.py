@@ -6,10 +6,11 @@ import logging
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.catalog import Catalog, first
+from ultra_hstu.data.strings import is_strings
 
 _log = logging.getLogger(__name__)
-RawIds = Shaped[np.ndarray, " events"]  # int64 or str, one an event
+RawIds = Shaped[np.ndarray, " events"]  # int64 or strings, one an event
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +48,9 @@ class RawEvents:
     def place(self, event: int) -> str:
         """File and line of an event."""
         row = event if self.rows is None else int(self.rows[event])
-        for path, first, count in self.where:
+        for path, line, count in self.where:
             if row < count:
-                return f"{path}, line {first + row}"
+                return f"{path}, line {line + row}"
             row -= count
         raise IndexError(f"event {event} of {len(self.users)}")
 
@@ -64,10 +65,16 @@ class RawEvents:
                 "without timestamps, an item that comes again cannot be told from a repeated line"
             )
         # Ids as numbers, which sort faster than strings.
-        users, items = (np.unique(ids, return_inverse=True)[1] for ids in (self.users, self.items))
-        keys = np.stack([self.timestamps, items, users])
+        users, items = (
+            np.unique(ids, return_inverse=True)[1] if is_strings(ids) else ids
+            for ids in (self.users, self.items)
+        )
+        keys = (self.timestamps, items, users)
         order = np.lexsort(keys)
-        again = (np.diff(keys[:, order]) == 0).all(axis=0)
+        again = np.ones(max(0, len(order) - 1), bool)
+        for key in keys:
+            ordered = key[order]
+            again &= ordered[1:] == ordered[:-1]
         if not again.any():
             return self
         # lexsort is stable: the first of equal events is the earliest in the files.
@@ -89,7 +96,7 @@ class RawEvents:
         dense = catalog.find(self.items)
         unknown = np.flatnonzero(dense == 0)
         if len(unknown):
-            item = self.items[unknown[0]].item()
+            item = first(self.items[unknown])
             raise ValueError(
                 f"{self.place(int(unknown[0]))}: item {item!r} is not in {file_with_items}"
             )

@@ -168,7 +168,7 @@ def _catalog(ids: Shaped[np.ndarray, " n"], titles: Titles | None) -> Catalog:
     known: dict[int | str, str] = dict(titles)
     found = [known.get(raw) for raw in ids.tolist()]
     if without := [raw for raw, title in zip(ids.tolist(), found, strict=True) if title is None]:
-        kind = type(next(iter(known), ids[0].item())).__name__
+        kind = type(next(iter(known), ids.tolist()[0])).__name__
         if len(without) == len(ids):
             raise ValueError(
                 f"no item has a title: ids of items are such as {few(ids[:1])}, those of titles "

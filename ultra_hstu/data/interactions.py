@@ -2,10 +2,9 @@
 
 import dataclasses
 import hashlib
-import itertools
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from numpy.typing import ArrayLike
 
 from ultra_hstu.config import DataConfig
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
-from ultra_hstu.data.catalog import Catalog, few
+from ultra_hstu.data.catalog import Catalog, few, first
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.sources import TABLE, builder_of
+from ultra_hstu.data.strings import STRINGS, is_strings, pack
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Interactions:
     """All events, users one after the other, each user's events from oldest to newest.
 
     Attributes:
-        users: raw user ids, int64 or str, ascending.
+        users: raw user ids, int64 or strings of variable width, ascending.
         items: dense item ids 1..I.
         offsets: user u owns events offsets[u]:offsets[u + 1].
         timestamps: seconds, or None where the source has none.
@@ -40,6 +40,8 @@ class Interactions:
             unknown.
         context_values: by the same names, the source's text for every code; slot 0 is "". Its
             length bounds the codes.
+        features: actions that are known before the user acts; others are known afterwards.
+        missing_files: of the source, which would describe the users.
     """
 
     users: Shaped[np.ndarray, " users"]
@@ -51,6 +53,11 @@ class Interactions:
     contexts: dict[str, Int32[np.ndarray, " users"]] = dataclasses.field(default_factory=dict)
     context_values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     features: tuple[str, ...] = ()
+    missing_files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.users.dtype.kind == "U":
+            object.__setattr__(self, "users", self.users.astype(STRINGS))
 
     @classmethod
     def from_arrays(
@@ -126,7 +133,8 @@ class Interactions:
         digest = hashlib.sha256()
         times = np.zeros(0, np.int64) if self.timestamps is None else self.timestamps
         for array in (self.users, self.offsets, self.items, times, self.catalog.raw_ids):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            for part in pack(array) if is_strings(array) else (array,):
+                digest.update(np.ascontiguousarray(part).tobytes())
         for columns in (self.actions, self.contexts):
             for name in sorted(columns):
                 digest.update(
@@ -152,7 +160,7 @@ class Interactions:
             ValueError: a user that the source lacks (or that was dropped for having too few
                 events).
         """
-        numeric = self.users.dtype.kind == "i"
+        numeric = not is_strings(self.users)
         if numeric and isinstance(user, str) and re.fullmatch(r"-?[0-9]+", user.strip()):
             user = int(user)
         row = (
@@ -161,7 +169,7 @@ class Interactions:
             else self.num_users
         )
         if row == self.num_users or self.users[row] != user:
-            known = f"{self.users[0].item()!r} to {self.users[-1].item()!r}"
+            known = f"{first(self.users)!r} to {first(self.users[::-1])!r}"
             raise ValueError(
                 f"unknown user {user!r}: there are {self.num_users} users with at least "
                 f"{MIN_EVENTS} events, {known}"
@@ -224,13 +232,12 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
     """Reads every user with enough events."""
     source = prepared.as_data_source("users")
     rows = range(len(source))
-    examples = [
-        example for i in rows[::_BATCH] for example in source.__getitems__(rows[i : i + _BATCH])
-    ]
-    users = np.array([example["user"] for example in examples])
-    if prepared.STRING_USERS:
-        users = np.char.decode(users, "utf-8")
-    lengths = np.array([len(example["items"]) for example in examples])
+    batches = [_batch(prepared, source.__getitems__(rows[i : i + _BATCH])) for i in rows[::_BATCH]]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([batch.pop(name) for batch in batches])
+
+    users, lengths = joined("users"), joined("lengths")
     enough = lengths >= MIN_EVENTS
     if not enough.all():
         _log.warning(
@@ -245,30 +252,48 @@ def _read(prepared: InteractionsBuilder) -> Interactions:
             f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing "
             "to learn from"
         )
-    users, kept = users[enough], list(itertools.compress(examples, enough))
+    users = users[enough]
     contexts = Contexts.load(Path(prepared.data_path) / CONTEXTS)
-    unknown = ~np.isin(users, contexts.users)
-    if contexts.codes and unknown.any():
+    described_in = prepared.builder_config.context_files
+    if contexts.codes and (unknown := ~np.isin(users, contexts.users)).any():
         _log.warning(
             "%d of %d users have no line in %s, so that their features are unknown: %s",
             unknown.sum(),
             len(users),
-            ", ".join(prepared.builder_config.context_files),
+            ", ".join(described_in),
             few(users[unknown]),
         )
-
-    def joined(columns: Iterable[np.ndarray]) -> np.ndarray:
-        return np.concatenate(list(columns))
-
     return Interactions(
         users=users,
-        items=joined(example["items"] for example in kept),
+        items=joined("items"),
         offsets=np.concatenate([[0], np.cumsum(lengths[enough])]),
-        timestamps=joined(example["timestamps"] for example in kept) if prepared.TICKS else None,
-        actions={
-            name: joined(example["actions"][name] for example in kept) for name in prepared.ACTIONS
-        },
+        timestamps=joined("timestamps") if prepared.TICKS else None,
+        actions={name: joined(f"actions/{name}") for name in prepared.ACTIONS},
         catalog=Catalog.load(Path(prepared.data_path) / CATALOG),
         contexts=contexts.of(users),
         context_values=contexts.values,
+        missing_files=tuple(
+            name for name in described_in if not (prepared.raw_dir / name).is_file()
+        ),
     )
+
+
+def _batch(
+    prepared: InteractionsBuilder, examples: Sequence[dict[str, Any]]
+) -> dict[str, np.ndarray]:
+    """All users of these examples, the number of their events, and the events of those with
+    enough."""
+    users = [example["user"] for example in examples]
+    batch = {
+        "users": np.array([user.decode() for user in users], STRINGS)
+        if prepared.STRING_USERS
+        else np.array(users, np.int64),
+        "lengths": np.array([len(example["items"]) for example in examples], np.int64),
+    }
+    columns = {"items": [example["items"] for example in examples]}
+    if prepared.TICKS:
+        columns["timestamps"] = [example["timestamps"] for example in examples]
+    for name in prepared.ACTIONS:
+        columns[f"actions/{name}"] = [example["actions"][name] for example in examples]
+    kept_E = np.repeat(batch["lengths"] >= MIN_EVENTS, batch["lengths"])
+    return batch | {name: np.concatenate(parts)[kept_E] for name, parts in columns.items()}

@@ -1,15 +1,14 @@
 """KuaiRand (https://kuairand.com), Pure, 1K and 27K: short videos with many kinds of feedback."""
 
-import csv
-
 import numpy as np
 
 from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
+from ultra_hstu.data.delimited import Column, read_table
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import RawEvents
-from ultra_hstu.data.text import MAX_SECONDS, Column, lines, read_table
+from ultra_hstu.data.text import records
 
 _INT32 = 2**31 - 1
 _COLUMNS = (
@@ -17,7 +16,7 @@ _COLUMNS = (
     Column("video_id", np.int64),
     Column("date", None),
     Column("hourmin", None),
-    Column("time_ms", np.int64, 0, MAX_SECONDS * 1000),
+    Column.time("time_ms", "ms"),
     *(
         Column(name, np.int32, 0, 1)
         for name in (
@@ -104,12 +103,7 @@ class KuaiRand(InteractionsBuilder):
         users: list[int] = []
         columns: dict[str, list[str]] = {name: [] for name in CONTEXTS}
         header: list[str] = []
-        for line in lines(path):
-            try:
-                # Ranges hold commas, and stand in quotes.
-                fields = next(csv.reader([line.text], strict=True), [])
-            except csv.Error as error:
-                raise line.error(str(error)) from None
+        for line, fields in records(path):  # ranges hold commas, and stand in quotes
             if line.number == 1:
                 header = fields
                 if missing := [name for name in ("user_id", *CONTEXTS) if name not in header]:

@@ -1,7 +1,7 @@
 """MovieLens 100k, 1m and 20m (https://grouplens.org/datasets/movielens)."""
 
-import csv
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,10 @@ import numpy as np
 from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
+from ultra_hstu.data.delimited import Column, read_table
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import RawEvents
-from ultra_hstu.data.text import MAX_SECONDS, Column, Line, lines, read_table
+from ultra_hstu.data.text import Line, lines, records
 
 _log = logging.getLogger(__name__)
 _URL = "https://files.grouplens.org/datasets/movielens/"
@@ -22,11 +23,13 @@ _FORMATS = {
     "ml-1m": ("ratings.dat", "movies.dat", "::", False),
     "ml-20m": ("ratings.csv", "movies.csv", ",", True),
 }
+_MOVIES_HEADER = ("movieId", "title", "genres")
 _MD5 = {  # published beside each archive (*.zip.md5)
     "ml-100k": "0e33842e24a9c977be4e0107933c0723",
     "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
     "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
 }
+_NUM_USERS = {"ml-100k": 943, "ml-1m": 6040}  # 1, 2, 3, ... of them
 # The features of ml-1m's users, and their values as the release documents them. Ages are the
 # youngest of a group; occupations are numbered.
 USERS_FILE = "users.dat"
@@ -46,12 +49,12 @@ class MovieLens(InteractionsBuilder):
 
     Raises (on building):
         ValueError: names file, line and value of malformed lines, ids below 1, ratings outside the
-            release's scale, times outside 32 bits, rated movies that the movies file lacks, and
-            features outside the documented values.
+            release's scale, times outside 1901 to 2106, rated movies that the movies file lacks,
+            and features outside the documented values.
     """
 
     ACTIONS = {"rating": np.float32}
-    ITEMS_FILE = "the movies file"
+    ITEMS_FILE = "the movies file (a line holds user, movie, rating, time)"
     BUILDER_CONFIGS = [
         SourceConfig(
             name=name,
@@ -72,13 +75,14 @@ class MovieLens(InteractionsBuilder):
             Column("rating", np.float64, 0.5, 5)
             if half_stars
             else Column("rating", np.int64, 1, 5),
-            Column("timestamp", np.int64, 0, MAX_SECONDS),
+            Column.time("timestamp", "s"),
         )
         path = self.raw_dir / ratings
         table = read_table(path, columns, delimiter=delimiter, header=header)
         actions = {"rating": table["rating"].astype(np.float32)}
         where = ((str(path), 2 if header else 1, len(actions["rating"])),)
         events = RawEvents(table["userId"], table["movieId"], table["timestamp"], actions, where)
+        _warn_of_the_order(path, self.builder_config.name, events)
         return events.without_duplicates(), read_movies(self.raw_dir / movies)
 
     def read_contexts(self) -> Contexts:
@@ -96,6 +100,21 @@ class MovieLens(InteractionsBuilder):
         )
 
 
+def _warn_of_the_order(path: Path, release: str, events: RawEvents) -> None:
+    """Warns where movies seem to stand in the place of users: both are small integers."""
+    users = _NUM_USERS.get(release)
+    if users is not None and events.users.max() > users >= events.items.max():
+        _log.warning(
+            "%s: users go up to %d and movies to %d, but %s has %d users: a line must hold user, "
+            "movie, rating, time, in this order",
+            path,
+            events.users.max(),
+            events.items.max(),
+            release,
+            users,
+        )
+
+
 def read_movies(path: Path) -> Catalog:
     """The catalogue of `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv` (header, quotes).
 
@@ -104,30 +123,35 @@ def read_movies(path: Path) -> Catalog:
     """
     ids: dict[int, int] = {}
     titles = []
-    for line in lines(path):
-        text = line.text
-        if path.suffix == ".csv":
-            fields = next(csv.reader([text], strict=True)) if text else []
-            if line.number == 1:
-                if fields != ["movieId", "title", "genres"]:
-                    raise line.error("expected the header movieId,title,genres")
-                continue
-            whole = len(fields) == 3
-        elif path.suffix == ".dat":  # a title may hold the delimiter, an id or genres may not
-            parts = text.split("::")
-            fields = [parts[0], "::".join(parts[1:-1])]
-            whole = len(parts) >= 3
-        else:
-            fields = text.split("|")
-            whole = len(fields) == 24
-        if not whole:
-            raise line.error("malformed movie")
-        movie = line.integer(fields[0], "movie id", 1)
+    for line, text, title in _movies(path):
+        movie = line.integer(text, "movie id", 1)
         if movie in ids:
             raise line.error(f"movie {movie} was given on line {ids[movie]} already")
         ids[movie] = line.number
-        titles.append(_clean(fields[1], line))
+        titles.append(_clean(title, line))
+    if not ids:
+        raise ValueError(f"{path} has no movies behind its header")
     return Catalog.from_ids(np.array(list(ids), np.int64), titles)
+
+
+def _movies(path: Path) -> Iterator[tuple[Line, str, str]]:
+    """The line of each movie, its id and its title."""
+    if path.suffix == ".csv":
+        rows = records(path)
+        line, names = next(rows)
+        if sorted(names) != sorted(_MOVIES_HEADER):
+            raise line.error(f"expected the header {','.join(_MOVIES_HEADER)}")
+        for line, fields in rows:
+            if len(fields) != len(names):
+                raise line.error("malformed movie")
+            yield line, fields[names.index("movieId")], fields[names.index("title")]
+        return
+    many = path.suffix == ".dat"  # a title may hold this delimiter, an id or genres may not
+    for line in lines(path):
+        fields = line.text.split("::" if many else "|")
+        if len(fields) < 3 if many else len(fields) != 24:
+            raise line.error("malformed movie")
+        yield line, fields[0], "::".join(fields[1:-1]) if many else fields[1]
 
 
 def _clean(title: str, line: Line) -> str:

@@ -175,7 +175,10 @@ def context(interactions: Interactions, name: str) -> Codes:
     Raises ValueError for an unknown one, naming those of the source.
     """
     if name not in interactions.contexts:
-        raise ValueError(f"unknown contextual feature {name!r}: {_listed(interactions.contexts)}")
+        missing = ", ".join(interactions.missing_files)
+        remedy = f"; raw_dir lacks {missing}, which describes its users" if missing else ""
+        here = _listed(interactions.contexts)
+        raise ValueError(f"unknown contextual feature {name!r}: {here}{remedy}")
     return Codes(interactions.contexts[name], len(interactions.context_values[name]))
 
 

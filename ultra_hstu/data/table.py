@@ -20,7 +20,7 @@ import pyarrow.interchange
 from jaxtyping import Bool, Int64, Num
 
 from ultra_hstu.config import DataConfig
-from ultra_hstu.data import grouping, npz
+from ultra_hstu.data import grouping, npz, sums
 from ultra_hstu.data import table_columns as meaning
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, locked
 from ultra_hstu.data.catalog import Catalog
@@ -100,21 +100,10 @@ class Reading:
 def load(config: DataConfig) -> Interactions:
     """The events of `config.raw_dir`, prepared under `config.data_dir` where they are not yet.
 
-    What was prepared and is damaged now is prepared again, with a warning.
-
     Raises:
         ValueError: bad input; names file, line (row group), column, value and remedy.
     """
     folder = prepare(config)
-    try:
-        return _read(folder, config)
-    except ValueError as error:
-        _log.warning("%s: the data is prepared again", error)
-        shutil.rmtree(folder, ignore_errors=True)
-        return _read(prepare(config), config)
-
-
-def _read(folder: Path, config: DataConfig) -> Interactions:
     reading = read_reading(folder)
     for line in reading.lines():
         _log.info(line)
@@ -158,7 +147,8 @@ def read_reading(folder: Path) -> Reading:
 def prepare(config: DataConfig) -> Path:
     """The folder of the prepared events, made where it is not there: whole, or not at all.
 
-    It is named after the content of the files and the settings that they are read with.
+    It is named after the content of the files and the settings that they are read with. What was
+    damaged since is prepared again, with a warning.
     """
     table, data_dir = config.table, Path(config.data_dir).expanduser()
     if config.raw_dir is None:
@@ -169,34 +159,37 @@ def prepare(config: DataConfig) -> Path:
     sides = (table.items_file, table.users_file)
     files = find_files(config.raw_dir, sides, table.delimiter)
     named = [*(file.path for file in files), *(Path(s).expanduser() for s in sides if s)]
-    made_from = (_VERSION, dataclasses.asdict(table), [_digest(path) for path in named])
+    made_from = (_VERSION, dataclasses.asdict(table), [_sum(path) for path in named])
     key = hashlib.sha256(repr(made_from).encode()).hexdigest()
     folder = data_dir / f"table-{key[:16]}"
-    if folder.is_dir():
+    if (damage := sums.damage(folder)) is None:
         return folder
     columns = meaning.choose(list(files[0].types), table, files[0].path)
-    with locked(data_dir, "table"):
-        if folder.is_dir():  # made by another run meanwhile
+    with locked(data_dir / "table.lock", damage):
+        if sums.damage(folder) is None:  # made by another run meanwhile
             return folder
+        if folder.exists():
+            _log.warning("%s: the data is prepared again", damage)
         count = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        named = ", ".join(f"{name} ({files[0].types[name]})" for name in columns.names)
-        _log.info("preparing %s%s: %s", files[0].path, count, named)
+        read = ", ".join(f"{name} ({files[0].types[name]})" for name in columns.names)
+        _log.info("preparing %s%s: %s", files[0].path, count, read)
         part = folder.with_name(folder.name + ".incomplete")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
             _write(part, files, columns, table)
+            sums.write(part, sums.checksums(part, [path.name for path in part.iterdir()]))
+            shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
-def _digest(path: Path) -> str:
+def _sum(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sums.digest(path)
 
 
 def _write(folder: Path, files: Sequence[TableFile], columns: Columns, config: TableConfig) -> None:
@@ -563,7 +556,7 @@ class _Reader:
             event = int(np.argmin(keep_E))
             raise ValueError(
                 f"{self.place(event)}: column {self.columns.item!r}: the item "
-                f"{events.item.ids[events.item.code_E[event]].item()!r} is not in "
+                f"{events.item.ids.tolist()[events.item.code_E[event]]!r} is not in "
                 f"{self.config.items_file}, which lacks {int((~listed_I).sum())} of "
                 f"{len(listed_I)} items: add them, or choose --config.data.table.unlisted_items="
                 "keep (without a title) or drop"

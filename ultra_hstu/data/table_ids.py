@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from jaxtyping import Int32, Shaped
 
 from ultra_hstu.data.grouping import MAX_ID_LETTERS, Coded
+from ultra_hstu.data.strings import STRINGS
 
 _INTEGER = r"^-?(0|[1-9][0-9]{0,17})$"
 _INTEGRAL = r"^-?(0|[1-9][0-9]{0,14})\.0+$"  # as a table of numbers with gaps is written
@@ -91,7 +92,7 @@ def _indices(chunk: pa.DictionaryArray) -> Int32[np.ndarray, " n"]:
 
 def _to_numpy(values: pa.Array) -> Shaped[np.ndarray, " n"]:
     if pa.types.is_string(values.type):
-        return np.array(values.to_pylist(), dtype=np.str_) if len(values) else np.zeros(0, "U1")
+        return np.array(values.to_pylist(), STRINGS)
     return values.to_numpy()
 
 

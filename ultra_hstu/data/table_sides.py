@@ -9,6 +9,7 @@ from jaxtyping import Shaped
 from ultra_hstu.data import table_columns as meaning
 from ultra_hstu.data.catalog import few
 from ultra_hstu.data.contexts import Contexts, in_order
+from ultra_hstu.data.strings import STRINGS, is_strings
 from ultra_hstu.data.table_files import TableFile, open_file
 from ultra_hstu.data.table_ids import BadId, TextColumn, ids, texts
 from ultra_hstu.table_config import TableConfig
@@ -70,7 +71,7 @@ def read_users(config: TableConfig, user: str, users: Ids) -> Contexts:
     if len(again):
         row = int(order[again + 1].min())
         raise ValueError(
-            f"{file.place(row)}: user {of_row[row].item()!r} comes a second time: leave one row"
+            f"{file.place(row)}: user {of_row.tolist()[row]!r} comes a second time: leave one row"
         )
     codes, values = {}, {}
     for name, (code_U, known) in columns.items():
@@ -136,6 +137,6 @@ def _read(
         raise ValueError(
             f"{file.place(bad.event)}: column {column!r}: {bad.problem}: {str(bad.value)[:80]!r}"
         ) from None
-    distinct = of.ids.astype(str) if known.dtype.kind == "U" else of.ids
+    distinct = of.ids.astype(STRINGS) if is_strings(known) else of.ids
     coded = {name: one.take(texts) for name, one in gathered.items()}
     return distinct[of.code_E], {n: (c.code_E, c.ids.tolist()) for n, c in coded.items()}

@@ -1,36 +1,35 @@
-"""Reads the publishers' text files, fast where they are clean; errors name file, line and value."""
+"""Reads text files that people and publishers write; errors name file, line and value.
 
+UTF-8 with or without a byte-order mark, or latin-1; any line ends; blank lines at the end count for
+nothing.
+"""
+
+import codecs
+import csv
 import dataclasses
-import itertools
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.csv
 from jaxtyping import Int64
 
 MAX_ID = 2**63 - 1
-MAX_SECONDS = 2**31 - 1  # batches hold times as int32 seconds
-_INTEGER = re.compile(r"-?[0-9]+")
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """One field of a line.
-
-    Attributes:
-        dtype: the numpy type that it is read as; None: it is not read.
-        low, high: the range that it must lie in.
-    """
-
-    name: str
-    dtype: type[np.generic] | None
-    low: int | float = 0
-    high: int | float = MAX_ID
+MAX_ID_LENGTH = 256  # characters; requests have the same limit
+BLANKS = " \t"  # around fields, they count for nothing
+CONTROL = "[\\x00-\\x1f\\x7f]"  # characters that no id holds
+_BLOCK = 1 << 20
+INTEGER = re.compile(r"-?[0-9]{1,256}")
+_NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?")
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1": "Parquet",
+}
 
 
 class Line(NamedTuple):
@@ -40,18 +39,18 @@ class Line(NamedTuple):
     number: int
     text: str
 
-    def error(self, problem: str, value: str | int | None = None) -> ValueError:
+    def error(self, problem: str, value: str | int | None = None, remedy: str = "") -> ValueError:
         """The error for a bad line; `value` is what is bad in it, the whole line if not given."""
-        text = repr(self.text if value is None else value)
-        text = text if len(text) <= 200 else text[:200] + "..."
-        return ValueError(f"{self.path}, line {self.number}: {problem}: {text}")
+        bad = self.text if value is None else value
+        shown = repr(bad if isinstance(bad, int) or len(bad) <= 200 else bad[:200] + "...")
+        return ValueError(f"{self.path}, line {self.number}: {problem}: {shown}{remedy}")
 
     def integer(
         self, text: str, name: str, low: int | float = 0, high: int | float = MAX_ID
     ) -> int:
         """`text` as an integer in low..high. Raises ValueError for anything else."""
-        if not _INTEGER.fullmatch(text.strip(" ")):
-            raise self.error(f"{name} must be a whole number", text)
+        if not INTEGER.fullmatch(text.strip(BLANKS)):
+            raise self._unlike(f"{name} must be a whole number", text)
         value = int(text)
         if not low <= value <= high:
             raise self.error(f"{name} must lie in {low:g}..{high:.12g}", text)
@@ -60,149 +59,180 @@ class Line(NamedTuple):
     def integers(
         self, separator: str, name: str, low: int = 0, high: int = MAX_ID
     ) -> Int64[np.ndarray, " n"]:
-        """The integers of the line, checked as by `integer`. Fast when all is well."""
-        fields = self.text.split(separator)
-        if re.fullmatch(rf"[0-9]{{1,18}}(?:{separator}[0-9]{{1,18}})*", self.text):
+        """The integers of the line, checked as by `integer`. Fast when all is well.
+
+        Args:
+            separator: what stands between them, a regular expression.
+        """
+        text = self.text.strip(BLANKS)
+        fields = re.split(separator, text)
+        if re.fullmatch(rf"[0-9]{{1,18}}(?:{separator}[0-9]{{1,18}})*", text):
             values = np.array([int(field) for field in fields], np.int64)
             if low <= values.min() and values.max() <= high:
                 return values
         return np.array([self.integer(field, name, low, high) for field in fields], np.int64)
 
-    def value(self, text: str, column: Column) -> int | float | str:
-        """A field as its column says. Raises ValueError where it is not like that."""
-        if column.dtype is np.str_:
-            if not text:
-                raise self.error(f"{column.name} is empty")
-            return text
-        if column.dtype is not None and issubclass(column.dtype, np.integer):
-            return self.integer(text, column.name, column.low, column.high)
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not column.low <= value <= column.high:
-            bounds = f"{column.low:g}..{column.high:g}"
-            raise self.error(f"{column.name} must be a number in {bounds}", text)
+    def number_in(self, text: str, name: str, low: int | float, high: int | float) -> float:
+        """`text` as a number in low..high. Raises ValueError for anything else."""
+        problem = f"{name} must be a number in {low:g}..{high:g}"
+        if not _NUMBER.fullmatch(text.strip(BLANKS)):
+            raise self._unlike(problem, text)
+        if not low <= (value := float(text)) <= high:
+            raise self.error(problem, text)
         return value
 
+    def identifier(self, text: str, name: str) -> str:
+        """`text`, without the blanks around it, as an id. Raises ValueError for what is none."""
+        text = text.strip(BLANKS)
+        if not text:
+            raise self.error(f"{name} is empty")
+        if len(text) > MAX_ID_LENGTH:
+            problem = f"{name} has {len(text)} characters, and may have {MAX_ID_LENGTH}"
+            raise self.error(problem, text)
+        if re.search(CONTROL, text):
+            raise self.error(f"{name} holds a control character", text)
+        return text
 
-def lines(path: Path) -> Iterator[Line]:
-    """The lines of a file, decoded as UTF-8, or as latin-1 where a file is not UTF-8.
+    def _unlike(self, problem: str, text: str) -> ValueError:
+        header = self.number == 1 and re.search("[A-Za-z]", text)
+        remedy = ". If line 1 is a header, delete it: this file has none"
+        return self.error(problem, text, remedy if header else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFile:
+    """What a look through a whole file has shown.
+
+    Attributes:
+        encoding: "utf-8-sig", or "latin-1" where the file is not UTF-8.
+        end: bytes in front of the line ends at its end.
+        newline: whether there are any.
+        blank_lines: whether there are more than one.
+    """
+
+    path: Path
+    encoding: str
+    end: int
+    newline: bool
+    blank_lines: bool
+
+
+def examine(path: Path) -> TextFile:
+    """Looks through a file, a block at a time.
 
     MovieLens 100k and 1m are latin-1, later releases and most copies UTF-8. A latin-1 text with an
     accented letter is practically never valid UTF-8, so trying UTF-8 first reads both right.
 
     Raises:
-        ValueError: an empty file.
+        ValueError: a file that is not text: compressed, UTF-16, with NUL bytes, or marked as UTF-8
+            without being that.
     """
-    data = path.read_bytes()
-    if not data.strip():
-        raise ValueError(f"{path} is empty")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        yield Line(path, number, line.removesuffix("\r"))
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    encoding, tail, end, size = "utf-8-sig", b"", 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            if not size:
+                _require_text(path, block)
+            if b"\0" in block:
+                raise ValueError(f"{path} holds NUL bytes: it is no text, or not in UTF-8")
+            if encoding != "latin-1":
+                try:
+                    decoder.decode(block)
+                except UnicodeDecodeError as error:
+                    encoding = _latin(path, error)
+            if content := block.rstrip(b"\r\n"):
+                end = size + len(content)
+            size, tail = size + len(block), (tail + block)[-2:]
+    if encoding != "latin-1":
+        try:
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            encoding = _latin(path, error)
+    newline = b"\r\n" if tail == b"\r\n" else tail[-1:]
+    return TextFile(path, encoding, end, size > end, size > end + len(newline))
 
 
-def read_table(
-    path: Path, columns: Sequence[Column], *, delimiter: str = ",", header: bool = False
-) -> dict[str, np.ndarray]:
-    """The columns of a file with one record a line, without quotes and blank lines, in its order.
+def _require_text(path: Path, start: bytes) -> None:
+    for magic, name in _MAGIC.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is a {name} file: unpack it to text first")
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is in UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
 
-    pyarrow reads clean files at more than a million lines a second. Whatever it stumbles over, and
-    any value out of range, sends the file through a slow pass that names the first bad line.
 
-    Args:
-        path: the file.
-        columns: every field of a line, in order; those with dtype None are skipped.
-        delimiter: one character, or one character twice ("::").
-        header: whether the first line holds the names of the columns.
+def _latin(path: Path, error: UnicodeDecodeError) -> str:
+    with open(path, "rb") as file:
+        if file.read(3) == codecs.BOM_UTF8:
+            raise ValueError(
+                f"{path} is marked as UTF-8 but is not ({error.reason}): save it as UTF-8"
+            ) from None
+    return "latin-1"
+
+
+def lines(file: Path | TextFile) -> Iterator[Line]:
+    """The lines of a file, up to the last that is not blank.
 
     Raises:
-        ValueError: file, line and value of the first malformed line; an empty file; a file cut off
-            in its last line.
+        ValueError: a file without any, and as `examine`.
     """
-    with open(path, "rb") as file:
-        first = file.readline().decode("utf-8-sig", "replace").rstrip("\r\n")
-        if not first.strip() or (header and not file.read(1)):
-            raise ValueError(f"{path} is empty: expected lines of {_form(columns, delimiter)}")
-    if header and first != delimiter.join(column.name for column in columns):
-        raise Line(path, 1, first).error(f"expected the header {_form(columns, delimiter)}")
-    _check_end(path, delimiter)
-    try:
-        table = _read_fast(path, columns, delimiter, header)
-    except pyarrow.ArrowInvalid:
-        return _read_carefully(path, columns, delimiter, header)
-    for column in columns:
-        if column.dtype is not None and column.dtype is not np.str_:
-            values = table[column.name]
-            if not (values.min() >= column.low and values.max() <= column.high):
-                return _read_carefully(path, columns, delimiter, header)
-    return table
+    file = examine(file) if isinstance(file, Path) else file
+    empty = True
+    for line in _lines(file):
+        empty = False
+        yield line
+    if empty:
+        raise ValueError(f"{file.path} is empty")
 
 
-def _form(columns: Sequence[Column], delimiter: str) -> str:
-    return delimiter.join(column.name for column in columns)
+def _lines(file: TextFile) -> Iterator[Line]:
+    blank: list[Line] = []
+    with open(file.path, encoding=file.encoding) as texts:
+        for number, text in enumerate(texts, 1):
+            line = Line(file.path, number, text.removesuffix("\n"))
+            if not line.text.strip(BLANKS):
+                blank.append(line)
+                continue
+            yield from blank
+            yield line
+            blank.clear()
 
 
-def _check_end(path: Path, delimiter: str) -> None:
-    """Finds a file that was cut off in its last field: it parses, but the field is the shortest."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - (1 << 16)))
-        tail = file.read().split(b"\n")
-    fields = [line.split(delimiter.encode())[-1] for line in tail]
-    earlier = [len(field) for field in fields[1:-1]]
-    if fields[-1] and len(fields) > 3 and len(fields[-1]) < min(earlier):
-        with open(path, "rb") as file:
-            number = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) + 1
-        last = Line(path, number, tail[-1].decode("utf-8", "replace"))
-        raise last.error("the file ends in the middle of its last line")
+def records(file: Path | TextFile) -> Iterator[tuple[Line, list[str]]]:
+    """The records of a comma-separated file, and the line on which each begins.
+
+    Fields may stand in quotes, where quotes are doubled and line breaks are legal. Blanks around
+    fields are dropped.
+
+    Raises:
+        ValueError: names file and line of a record that cannot be parsed; and as `lines`.
+    """
+    begun: list[Line] = []
+
+    def read() -> Iterator[str]:
+        for line in lines(file):
+            begun.append(line)
+            yield line.text + "\n"
+
+    reader = csv.reader(read(), strict=True, skipinitialspace=True)
+    while True:
+        begun.clear()
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problem = f"the record that begins here cannot be read ({error})"
+            remedy = ". Quotes enclose a whole field, and those inside it are doubled"
+            raise begun[0].error(problem, remedy=remedy) from None
+        yield begun[0], [field.strip(BLANKS) for field in fields]
 
 
-def _read_fast(
-    path: Path, columns: Sequence[Column], delimiter: str, header: bool
-) -> dict[str, np.ndarray]:
-    read = {column.name: column.dtype for column in columns if column.dtype is not None}
-    types = {name: pyarrow.from_numpy_dtype(dtype) for name, dtype in read.items()}
-    names = [column.name for column in columns]
-    if len(delimiter) == 2:  # "a::b" is a, nothing, b when split at ":"
-        gaps = [f"gap before {name}" for name in names[1:]]
-        types |= dict.fromkeys(gaps, pyarrow.null())
-        names[1:] = itertools.chain(*zip(gaps, names[1:], strict=True))
-    table = pyarrow.csv.read_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=int(header)),
-        parse_options=pyarrow.csv.ParseOptions(
-            delimiter=delimiter[0], quote_char=False, ignore_empty_lines=False
-        ),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=types,
-            include_columns=list(types),
-            null_values=[""],
-            strings_can_be_null=True,
-        ),
-    )
-    if any(table[name].null_count for name in read):
-        raise pyarrow.ArrowInvalid("an empty field")
-    return {name: table[name].to_numpy().astype(dtype, copy=False) for name, dtype in read.items()}
+def listed(path: Path) -> list[Line]:
+    """The ids of a file with one on each line, without blanks around them; blank lines, and a file
+    without any ids, are legal.
 
-
-def _read_carefully(
-    path: Path, columns: Sequence[Column], delimiter: str, header: bool
-) -> dict[str, np.ndarray]:
-    """The definition of what `read_table` accepts, one line at a time."""
-    read = [column for column in columns if column.dtype is not None]
-    values: dict[str, list[int | float | str]] = {column.name: [] for column in read}
-    for line in lines(path):
-        if header and line.number == 1:
-            continue
-        fields = line.text.split(delimiter)
-        if len(fields) != len(columns):
-            form = _form(columns, delimiter)
-            raise line.error(f"expected {len(columns)} fields, {form}, found {len(fields)}")
-        for field, column in zip(fields, columns, strict=True):
-            if column.dtype is not None:
-                values[column.name].append(line.value(field, column))
-    return {column.name: np.array(values[column.name], column.dtype) for column in read}
+    Raises:
+        ValueError: names file and line of what is no id; and as `examine`.
+    """
+    found = [line for line in _lines(examine(path)) if line.text.strip(BLANKS)]
+    return [line._replace(text=line.identifier(line.text, "the id")) for line in found]

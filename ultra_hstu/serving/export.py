@@ -154,7 +154,7 @@ def save(
             "contexts": vocabulary.contexts,
         },
     }
-    items = {"raw_ids": catalog.raw_ids}
+    items = {"raw_ids": np.array(catalog.raw_ids.tolist())}  # of fixed width, as the reader takes
     if catalog.titles is not None:
         items["titles"] = np.array(catalog.titles)
     parts = {
