@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import jax
 import ml_collections
@@ -15,7 +16,8 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 
 from experiments import configs
-from ultra_hstu.config import to_config_dict
+from ultra_hstu import fields
+from ultra_hstu.config import EvalConfig, to_config_dict
 from ultra_hstu.parallel import processes
 from ultra_hstu.train import Interrupted
 
@@ -31,15 +33,24 @@ LOST = (
 class ConfigParser(ConfigFileFlagParser):
     """Reads the name of a configuration, or the path of a user's own file: `own.py[:argument]`.
 
-    `experiments/configs/NAME.py`, which records name, is the configuration NAME.
+    `experiments/configs/NAME.py`, which records name, is the configuration NAME. An override of a
+    field that the configuration lacks is a `flags.Error` with the near names.
     """
 
     def parse(self, path: str) -> ml_collections.ConfigDict:
         file = Path(path.partition(":")[0])
         if file.is_file():
-            return super().parse(path)
-        recorded = file.suffix == ".py" and file.parts[-3:-1] == ("experiments", "configs")
-        return to_config_dict(configs.named(file.stem if recorded else path)).lock()
+            config = super().parse(path)
+        else:
+            recorded = file.suffix == ".py" and file.parts[-3:-1] == ("experiments", "configs")
+            config = to_config_dict(configs.named(file.stem if recorded else path)).lock()
+        values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+        known = list(fields.paths(values))
+        for argument in sys.argv[1:]:
+            field = re.match(rf"--?(?:no)?{self.name}\.([\w.]+)(?:=|$)", argument)
+            if field and field[1] not in known:
+                raise flags.Error(fields.unknown(field[1], known))
+        return config
 
 
 class TaskParser(ConfigParser):
@@ -65,6 +76,16 @@ def define_config(
     if required:
         flags.mark_flag_as_required(name)
     return holder
+
+
+def define_eval() -> dict[str, flags.FlagHolder[str | None]]:
+    """--config.eval.FIELD, by field, for a command on a run that is there: instead of the run's."""
+    return {
+        name: flags.DEFINE_enum(
+            f"config.eval.{name}", None, get_args(hint), f"instead of the run's eval.{name}"
+        )
+        for name, hint in get_type_hints(EvalConfig).items()
+    }
 
 
 def define_run(

@@ -42,7 +42,8 @@ def main(_: list[str]) -> None:
         console.rule(name)
         rows[name] = train(config, folders[name].path, console=console, task=task)["best"]
     rows |= task.baselines("test")
-    console.print(report.metrics_table("Next item among all items, test users", rows))
+    title = f"Next item among all items, test users, {report.conditions(hstu)}"
+    console.print(report.metrics_table(title, rows))
 
     curves = root.absolute() / "curves.png"
     report.draw_curves({name: folder.metrics for name, folder in folders.items()}, curves)

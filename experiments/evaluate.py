@@ -1,10 +1,12 @@
 """Evaluates the best checkpoint of a run on its test (or validation) part.
 
 python -m experiments.evaluate --workdir=runs/ml1m_hstu [--split=validation] [--raw_dir=PATH]
+    [--config.eval.hide=all] [--config.eval.repeats=rank] [--config.eval.time=last]
     [--tables=float32,int8,int4] [--record=experiments/results/NAME.json]
 
-`--tables` evaluates on the item table as each kind of serving table gives it back, and says how
-many bytes go to the device.
+What is hidden and what time is told to the model (docs/evaluation.md) may differ from the run's own
+configuration. `--tables` evaluates on the item table as each kind of serving table gives it back,
+and says how many bytes go to the device.
 """
 
 import jax
@@ -25,12 +27,14 @@ _TABLES = flags.DEFINE_list(
     ["float32"],
     f"what the item table is served from: {', '.join(quantization.KINDS)}, or several of them",
 )
+_EVAL = command.define_eval()
 _RECORD = command.define_record()
 
 
 def main(_: list[str]) -> None:
     folder = Workdir(_WORKDIR.value)
-    task = tasks.of_run(folder, _RAW_DIR.value)
+    given = {name: flag.value for name, flag in _EVAL.items() if flag.value is not None}
+    task = tasks.of_run(folder, _RAW_DIR.value, given)
     config, console = task.config, report.make_console()
     step, params = load_params(folder, task.recipe)
     with jax.default_matmul_precision(config.train.matmul_precision):
@@ -44,7 +48,7 @@ def main(_: list[str]) -> None:
         f"{config.name}, step {step}{'' if kind == 'float32' else f', {kind} table'}": values
         for kind, values in metrics.items()
     }
-    title = f"{_SPLIT.value}, protocol {config.train.protocol}"
+    title = f"{_SPLIT.value}, {report.conditions(config)}"
     console.print(
         report.metrics_table(title, rows | others, measure.criteria, measure.criteria.details)
     )
@@ -60,6 +64,7 @@ def main(_: list[str]) -> None:
         config=config.name,
         split=_SPLIT.value,
         protocol=config.train.protocol,
+        eval=config.evaluation,
         step=step,
     ).add(
         tables={

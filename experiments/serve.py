@@ -157,9 +157,14 @@ def main(_: list[str]) -> None:
             wait_ms=_WAIT.value,
         )
         serve.run(application, name=path.strip("/"))
+        says = (
+            "all candidates are asked about at the time of the request, whatever eval.time is"
+            if ranking
+            else "all items of a history are hidden, whatever eval.hide and eval.repeats are"
+        )
         print(
             f"requests to http://{_HOST.value}:{_PORT.value}{path}, "
-            "its description at /docs; stop with Ctrl-C",
+            f"its description at /docs; {says}; stop with Ctrl-C",
             flush=True,
         )
         threading.Event().wait()

@@ -74,7 +74,7 @@ def main(_: list[str]) -> None:
     processes.require_same(
         "command", {"--seeds": seeds, "--record": _RECORD.value, "version of jax": jax.__version__}
     )
-    record = Record(_RECORD.value if first else None, config=config.name)
+    record = Record(_RECORD.value if first else None, config=config.name, eval=config.evaluation)
     root = Path(_WORKDIR.value)
     task = tasks.load(config)
     criteria = task.criteria
@@ -96,7 +96,7 @@ def main(_: list[str]) -> None:
         }
         rows |= {"mean": record.values["mean"], "standard deviation": record.values["stdev"]}
     without_model = task.baselines("test")
-    title = f"{config.name}: test, protocol {config.train.protocol}"
+    title = f"{config.name}: test, {report.conditions(config)}"
     console.print(report.metrics_table(title, rows | without_model, criteria))
     console.print(
         f"checkpoints   {folder.checkpoints}\nmetrics       {folder.metrics}\n"

@@ -127,6 +127,7 @@ def run(
         file,
         config=chosen.get(ULTRA, first).name,
         protocol=first.train.protocol,
+        eval=first.evaluation,
         baselines=task_of(first, interactions).baselines("test"),
     )
     found: dict[str, Json] = {}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from experiments import configs
 from experiments.command import ConfigParser
@@ -115,7 +116,11 @@ def test_round_trip():
         ("loss.temperature", float("inf"), "loss.temperature=inf is not allowed"),
         ("data.synthetic.prior_categories", 0, "prior_categories=0 must be greater than 0"),
         ("data.synthetic.max_concentration", 0.5, "max_concentration=0.5 must be at least 1"),
-        ("train.sed", 1, "unknown config field train.sed"),
+        ("train.sed", 1, "unknown config field train.sed: did you mean train.seed"),
+        ("evl", {}, "unknown config field evl: did you mean eval"),
+        ("colour", 1, "unknown config field colour: there are name, data, model, .*, eval"),
+        ("eval.hide", "some", "eval.hide='some' is not allowed: use 'window', 'all'"),
+        ("eval.time", "request", "eval.time='request' is for ranking"),
     ],
 )
 def test_impossible_values_are_named(field, value, message):
@@ -127,6 +132,37 @@ def test_impossible_values_are_named(field, value, message):
     target[name] = value
     with pytest.raises(ValueError, match=message):
         from_config_dict(values)
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.evl.hide=all", "unknown config field evl.hide: did you mean eval.hide"),
+        ("--config.eval.hid", "eval.hid: did you mean eval.hide"),
+        ("--config.model.max_history=9", "did you mean .*data.max_history"),
+        ("--noconfig.data.load_ballance", "did you mean data.load_balance"),
+        ("--config.colour=red", "colour: there are data, eval, loss, model, name,"),
+        ("--config.eval.hide=all", None),
+        ("--config.eval=1", None),  # a value of the wrong type, which its own parser names
+    ],
+)
+def test_overrides_of_unknown_fields_are_refused_with_near_names(monkeypatch, argument, message):
+    monkeypatch.setattr(sys, "argv", ["train", "--config=ml1m_hstu", argument, "all"])
+    if message is None:
+        assert parsed("ml1m_hstu") == configs.named("ml1m_hstu")
+        return
+    with pytest.raises(flags.Error, match=message):
+        parsed("ml1m_hstu")
+
+
+@pytest.mark.parametrize("field, value", [("hide", "all"), ("repeats", "rank")])
+def test_ranking_hides_nothing(field, value):
+    config = changed(configs.named("ml1m_rank_hstu"), eval={field: value})
+    with pytest.raises(ValueError, match=f"eval.{field}='{value}' cannot be used for ranking"):
+        config.validate()
+    assert changed(config, eval={field: "window" if field == "hide" else "hide"}).evaluation == {
+        "time": "target"
+    }
 
 
 def test_sasrec_heads_must_divide_width():

@@ -61,6 +61,8 @@ def test_learns_and_writes_everything(finished):
     assert [record["epoch"] for record in records] == [1, 2, 3]
     assert records[-1]["loss"] < records[0]["loss"]
     assert json.loads(folder.result.read_text()) == result
+    assert result["eval"] == {"hide": "window", "repeats": "hide", "time": "target"}
+    assert all(record["repeats"] == result["best"]["repeats"] for record in records)
     assert result["best"]["ndcg@10"] == max(record["ndcg@10"] for record in records)
     assert result["last"] == {name: records[-1][name] for name in result["last"]}
     assert folder.curves.read_bytes().startswith(b"\x89PNG")

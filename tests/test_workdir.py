@@ -24,6 +24,22 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path):
         Workdir(tmp_path / "run").claim(with_(config, model__width=32))
 
 
+def test_a_run_is_evaluated_in_one_way(tmp_path):
+    """Its best epoch was chosen so; runs from before there was a choice have the defaults."""
+    config = small_config("data")
+    first = Workdir(tmp_path)
+    first.claim(config)
+    first.release()
+    with pytest.raises(ValueError, match="eval.hide: 'window' -> 'all'"):
+        Workdir(tmp_path).claim(with_(config, eval__hide="all"))
+    values = json.loads(first.config.read_text())
+    del values["eval"]
+    write_json(first.config, values)
+    second = Workdir(tmp_path)
+    second.claim(config)
+    second.release()
+
+
 def test_epochs_and_places_may_change(tmp_path):
     config = small_config("data")
     first = Workdir(tmp_path)

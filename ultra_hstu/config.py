@@ -12,35 +12,17 @@ import ml_collections
 
 from ultra_hstu import fields
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
+from ultra_hstu.sections import Count, EvalConfig, OptimConfig, SyntheticConfig
 from ultra_hstu.table_config import TableConfig
 
 Kind = Literal["binary", "regression"]  # of a ranking task
 
-Count = Positive[int]
 Rows = Annotated[
     tuple[int, ...], Limit(lambda values: all(value >= 0 for value in values), "at least 0")
 ]
 Windows = Annotated[
     tuple[int, ...], Limit(lambda values: all(value >= -1 for value in values), "at least -1")
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class SyntheticConfig(Section):
-    """Streaming data of HSTU appendix C: a Dirichlet process over categories that drift."""
-
-    users: Count = 4000  # records of the stream; the paper has 1,000,000
-    # Events a record; the paper has 128.
-    length: Annotated[
-        int, Limit(lambda value: value >= 3, "at least 3: history, validation, test")
-    ] = 64
-    items: Count = 2000  # ids released over the stream; the paper has 20,000
-    categories: Count = 50  # the paper has 100
-    prior_categories: Count = 5  # at most this many in a record's own prior
-    released_at_start: BelowOne[float] = 0.4  # share of the ids available to the first record
-    # a ~ U(1, this)
-    max_concentration: Annotated[float, Limit(lambda value: value >= 1, "at least 1")] = 500.0
-    seed: NotNegative[int] = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,18 +144,6 @@ class RankConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig(Section):
-    learning_rate: Positive[float] = 1e-3
-    beta1: BelowOne[float] = 0.9
-    beta2: BelowOne[float] = 0.98
-    weight_decay: NotNegative[float] = 0.0
-    warmup_steps: NotNegative[int] = 0
-    # The learning rate falls to 0 at this step, on a cosine; None: it stays.
-    decay_steps: Count | None = None
-    clip_norm: Positive[float] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig(Section):
     epochs: Count = 101
     seed: Annotated[
@@ -226,6 +196,13 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def evaluation(self) -> dict[str, str]:
+        """How a run is evaluated, as records name it: the fields of `eval` that its task reads."""
+        names = ("time",) if self.rank.tasks else ("hide", "repeats", "time")
+        return {name: getattr(self.eval, name) for name in names}
 
     @property
     def padded_length(self) -> int:
@@ -290,6 +267,11 @@ class Config(Section):
         if data.source != "table" and data.table != TableConfig():
             raise ValueError(f"data.table does nothing under data.source={data.source!r}")
         data.table.check([*rank.signals, *rank.tasks])
+        if self.eval.time == "request" and not rank.tasks:
+            raise ValueError(
+                "eval.time='request' is for ranking, whose requests have several targets: "
+                "use 'target', or 'last'"
+            )
         protocol, channels = self.train.protocol, self.model.channels
         if not rank.tasks and (channels or protocol == "chronological"):
             raise ValueError(
@@ -387,6 +369,9 @@ class Config(Section):
             "model.kind": (model.kind, "hstu"),
             # The softmax ablation lets targets see one another.
             "model.attention": (model.attention, "silu"),
+            # Nothing of a history is hidden: the targets of a request are given.
+            "eval.hide": (self.eval.hide, "window"),
+            "eval.repeats": (self.eval.repeats, "hide"),
         }
         for name, (value, only) in needed.items():
             if value != only:

@@ -27,8 +27,19 @@ class Criteria:
 RETRIEVAL = Criteria(
     selection="ndcg@10",
     higher_is_better=True,
-    table=("hr@10", "hr@50", "ndcg@10", "mrr"),
-    details=("hr@1", "hr@10", "hr@50", "hr@200", "ndcg@10", "ndcg@50", "ndcg@200", "mrr"),
+    # repeats: share of the targets that the user has met before
+    table=("hr@10", "hr@50", "ndcg@10", "mrr", "repeats"),
+    details=(
+        "hr@1",
+        "hr@10",
+        "hr@50",
+        "hr@200",
+        "ndcg@10",
+        "ndcg@50",
+        "ndcg@200",
+        "mrr",
+        "repeats",
+    ),
     curves=("hr@10", "ndcg@10"),
 )
 

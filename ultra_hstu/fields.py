@@ -1,9 +1,10 @@
 """Fields of a configuration's sections: limits of their values, and plain data from and to them."""
 
 import dataclasses
+import difflib
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import (
     Annotated,
     Any,
@@ -82,11 +83,8 @@ def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
         where = prefix.rstrip(".") or "(root)"
         raise ValueError(f"config section {where} is {values!r}, not a mapping of fields")
     hints = get_type_hints(cls)
-    if unknown := sorted(values.keys() - hints.keys()):
-        raise ValueError(
-            f"unknown config field {prefix}{unknown[0]!s}; "
-            f"{prefix or 'the config '}has {', '.join(hints)}"
-        )
+    if others := sorted(values.keys() - hints.keys(), key=str):
+        raise ValueError(unknown(f"{prefix}{others[0]}", [f"{prefix}{name}" for name in hints]))
     built: Values = {}
     for name, value in values.items():
         hint = hints[name]
@@ -130,6 +128,27 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, float | int) and math.isfinite(value)
     return isinstance(value, hint)
+
+
+def paths(values: Values, prefix: str = "") -> Iterator[str]:
+    """The names of all fields and sections of nested values: "train", "train.seed", ..."""
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from paths(value, f"{prefix}{name}.")
+
+
+def unknown(path: str, known: Collection[str]) -> str:
+    """What to say of a field that is none of those known: those of near names, else the outer ones.
+
+    Args:
+      known: as `paths` gives them.
+    """
+    near = difflib.get_close_matches(path, known)
+    outer = min(name.count(".") for name in known)
+    names = ", ".join(near or (name for name in known if name.count(".") == outer))
+    advice = f"did you mean {names}?" if near else f"there are {names}"
+    return f"unknown config field {path}: {advice}"
 
 
 def changed[S: Section](section: S, **fields: Any) -> S:

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ultra_hstu.config import Config
 from ultra_hstu.criteria import RETRIEVAL, Criteria, display_name
 from ultra_hstu.workdir import write_text
 
@@ -86,6 +87,12 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
+def conditions(config: Config) -> str:
+    """How metrics were measured, at the end of a title: the protocol, and what `eval` says."""
+    fields = ", ".join(f"eval.{name}={value}" for name, value in config.evaluation.items())
+    return f"protocol {config.train.protocol}\n{fields}"
+
+
 def metrics_table(
     title: str,
     rows: Mapping[str, Mapping[str, float]],
@@ -122,7 +129,8 @@ class RecommendedItem(Protocol):
 
 def recommendations_table(title: str, answer: Sequence[RecommendedItem]) -> Table:
     """Rank, id, title and score of each recommended item."""
-    table = Table("#", "item", "title", "score", title=f"recommendations: {title}")
+    caption = "every item of the history is hidden"
+    table = Table("#", "item", "title", "score", title=f"recommendations: {title}", caption=caption)
     for place, item in enumerate(answer, start=1):
         table.add_row(str(place), str(item.item), item.title or "", f"{item.score:.4f}")
     return table

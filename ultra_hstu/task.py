@@ -39,6 +39,13 @@ class Task[Events](abc.ABC):
     interactions: Interactions
     store: EventStore[Events]
 
+    def __post_init__(self) -> None:
+        if self.config.eval.time != "target" and self.interactions.timestamps is None:
+            raise ValueError(
+                f"eval.time={self.config.eval.time!r} needs times, and the source "
+                f"{self.config.data.source!r} has none: leave it out"
+            )
+
     @property
     def events(self) -> Events:
         return self.store.host

@@ -1,8 +1,11 @@
 """The registry of tasks: the one that a configuration asks for, on its data."""
 
+from collections.abc import Mapping
+
 from ultra_hstu.config import Config
 from ultra_hstu.data import sources
 from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.fields import changed
 from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.retrieval.task import RetrievalTask
 from ultra_hstu.task import Task
@@ -36,15 +39,21 @@ def load(config: Config) -> Task:
     return of(config, load_interactions(config.data))
 
 
-def of_run(folder: Workdir, raw_dir: str | None = None) -> Task:
+def of_run(
+    folder: Workdir, raw_dir: str | None = None, evaluation: Mapping[str, str] | None = None
+) -> Task:
     """The task of a run, as one device computes it.
 
     Args:
       raw_dir: where the raw data is now, if not where the run found it.
+      evaluation: fields of `eval` that replace the run's own.
 
     Raises:
-      ValueError: no run, or data that is not what it was trained on.
+      ValueError: no run, values that its task does not take, or data that is not what it was
+        trained on.
     """
-    task = load(folder.read_for_one_device(raw_dir))
+    config = changed(folder.read_for_one_device(raw_dir), eval=dict(evaluation or {}))
+    config.validate()
+    task = load(config)
     folder.check_data(task.interactions)
     return task

@@ -330,6 +330,7 @@ class _Run:
         result: dict[str, Any] = {
             "protocol": self.config.train.protocol,
             "split": "test",
+            "eval": self.config.evaluation,
             "seed": self.config.train.seed,
             "epochs": position.epoch,
             "steps": self.step,

@@ -41,7 +41,11 @@ def main(_: list[str]) -> None:
     folder.check_data(task.interactions)
     step, params = serving.load_params(folder, task.recipe)
     record = Record(
-        FLAGS.record, config=config.name, model=dataclasses.asdict(config.model), step=step
+        FLAGS.record,
+        config=config.name,
+        model=dataclasses.asdict(config.model),
+        eval=config.evaluation,
+        step=step,
     )
     console = report.make_console()
     with jax.default_matmul_precision(config.train.matmul_precision):

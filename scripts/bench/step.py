@@ -38,7 +38,7 @@ FEEDS = {"device": "device_feed", "stream": "streamed_feed"}
 
 def main(_: list[str]) -> None:
     config = from_config_dict(FLAGS.config)
-    record = Record(FLAGS.record, config=config.name)
+    record = Record(FLAGS.record, config=config.name, eval=config.evaluation)
     with jax.default_matmul_precision(config.train.matmul_precision):
         found = {"evaluation": time_evaluation(tasks.load(config))}
         for placement, name in FEEDS.items():

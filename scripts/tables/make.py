@@ -27,6 +27,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "serve_example": serve_tables.RECOMMEND.example,
         "score_example": serve_tables.SCORE.example,
     },
+    "docs/evaluation.md": {
+        "evaluation": retrieval.evaluation_table,
+        "evaluation_ranking": ranking.evaluation_table,
+    },
     "docs/ultra_hstu.md": {
         "long_ultra": long.long_ultra_table,
         "layer_memory": long.layer_memory_table,

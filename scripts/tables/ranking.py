@@ -6,11 +6,14 @@ from experiments.record import Json
 from scripts.tables.records import (
     NOT_MEASURED,
     cells,
+    evaluated,
+    evaluation,
     load,
     markdown,
     mean_and_deviation,
     measured,
     origin,
+    short,
 )
 
 RANKING = {  # records of experiments.train --record: data and model
@@ -60,16 +63,17 @@ def ranking_table() -> str:
     for config, (data, model) in RANKING.items():
         record = ranking_record(config)
         if not record:
-            rows.append([data, "", model, NOT_MEASURED, *[""] * (len(METRICS) + 2)])
+            rows.append([data, "", model, NOT_MEASURED, *[""] * (len(METRICS) + 3)])
             continue
         runs = [run["best"] for run in record["runs"]]
         tasks = [name.removeprefix("ne/") for name in runs[0] if name.startswith("ne/")]
         known = [name for name in BASELINES if name in record["baselines"] and data not in shown]
         shown |= {data} if known else set()
+        time = evaluation(record["runs"][0])["time"]
         for name in known:
             for task in tasks:
                 values = metric_cells([record["baselines"][name]], task)
-                rows.append([data, task, name, "", *values, "", ""])
+                rows.append([data, task, name, "", *values, "", "", ""])
         inference = record["flops"]["inference"]
         flops = f"{inference / 1e9:.3g}"
         vanilla = ranking_record(config.removesuffix("_ultra") + "_hstu")
@@ -78,10 +82,27 @@ def ranking_table() -> str:
         seconds = f"{statistics.median(run['seconds'] for run in record['runs']):.0f}"
         if record.get("shared_device"):
             seconds = "device shared"
-        last = [flops, f"{seconds} ({record['device']})"]
+        last = [flops, f"{seconds} ({record['device']})", time]
         for task in tasks:
             rows.append([data, task, model, str(len(runs)), *metric_cells(runs, task), *last])
-    return markdown([*header, "inference GFLOP a request (of HSTU's)", "seconds a run"], rows)
+    header += ["inference GFLOP a request (of HSTU's)", "seconds a run", "time"]
+    return markdown(header, rows)
+
+
+@measured("ml100k_rank_hstu")
+def evaluation_table(trained: Json) -> str:
+    """One run of MovieLens-100K, its test events predicted under each choice of `eval.time`."""
+    records = [load(f"ml100k_rank_hstu_{name}") for name in ("request", "last")]
+    found = [(trained["runs"][0], trained["runs"][0]["best"])] + [
+        (record, record["tables"]["float32"]["metrics"]) for record in records if record
+    ]
+    task = "rating_at_least_4"
+    rows = [
+        [f"`{evaluation(record)['time']}`", *metric_cells([metrics], task), short(metrics["mse"])]
+        for record, metrics in found
+    ]
+    names = [name.replace("_", " ").upper() for name in METRICS]
+    return markdown(["`eval.time`", *names, "squared error of stars"], rows)
 
 
 def ablation_table() -> str:
@@ -124,6 +145,8 @@ def ablation_table() -> str:
                 ]
             )
         notes += [record["note"]] if "note" in record else []
+        runs = [run for found in record["variants"].values() for run in found["runs"]]
+        notes += [f"{config}: evaluated with {evaluated(runs[0], 'time')}."] if runs else []
     header = ["config", "variant", "seeds", "NE", "difference", "AUC"]
     header += ["inference GFLOP", "training GFLOP", "seconds an epoch"]
     return markdown(header, rows, *notes)
@@ -154,4 +177,5 @@ def positions_table(record: Json) -> str:
                 ]
                 rows.append([data, model, positions, str(len(best)), *found])
     header = ["data", "model", "positions", "seeds", "NE", "squared error of stars"]
-    return markdown(header, rows, origin(record))
+    told = f"Evaluated with {evaluated(record['runs'][0], 'time')}."
+    return markdown(header, rows, told, origin(record))

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "docs" / "figures"
 NOT_MEASURED = "not measured yet"
+# `eval` of records that do not name it: they are older than its fields.
+EVALUATION = {"hide": "window", "repeats": "hide", "time": "target"}
 
 
 def load(name: str) -> Json:
@@ -54,6 +56,18 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) 
 def cells(values: Json, *templates: str) -> list[str]:
     """What stands in a row: `cells(found, "{step_ms:.0f}", "{p50_ms:.1f} / {p99_ms:.1f}")`."""
     return [template.format(**values) for template in templates]
+
+
+def evaluation(record: Json) -> dict[str, str]:
+    """What `eval` said when a record, or one of its runs, was measured; `hidden` in one word."""
+    found = EVALUATION | record.get("eval", {})
+    return found | {"hidden": "nothing" if found["repeats"] == "rank" else found["hide"]}
+
+
+def evaluated(record: Json, *names: str) -> str:
+    """What these fields of `eval` said, for a note."""
+    found = evaluation(record)
+    return ", ".join(f"`eval.{name}={found[name]}`" for name in names)
 
 
 def short(value: float | None) -> str:

@@ -1,7 +1,15 @@
 """The tables and the figure of retrieval on MovieLens-1M: metrics beside others', and speed."""
 
 from experiments.record import Json
-from scripts.tables.records import figure, load, markdown, mean_and_deviation, short
+from scripts.tables.records import (
+    evaluation,
+    figure,
+    load,
+    markdown,
+    mean_and_deviation,
+    measured,
+    short,
+)
 
 METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "mrr")
 CURVES = {"ml1m_sasrec": "tab:grey", "ml1m_hstu": "tab:blue", "ml1m_hstu_large": "tab:red"}
@@ -28,6 +36,7 @@ REFERENCE: dict[str, dict[str, tuple[float, ...]]] = {
         "ml1m_hstu_large": (0.3581, 0.2132, 0.6108, 0.2694, 0.7894, 0.1833),
     },
 }
+PUBLIC = evaluation({})  # The public code does as records did from the beginning.
 # The public PyTorch code at its best on the same kinds of machine: forward, loss, backward and
 # optimizer alone.
 WHOLE_RUN = "public PyTorch code: the steps of 101 epochs, no evaluation"
@@ -51,7 +60,8 @@ def ml1m_table() -> str:
         for source, values in REFERENCE.items():
             if config in values:
                 cells = [short(value) for value in values[config]]
-                rows.append([model, source, "", *cells, *[""] * (len(METRICS) - len(cells))])
+                told = [PUBLIC[name] for name in ("hidden", "time")]
+                rows.append([model, source, *told, "", *cells, *[""] * (len(METRICS) - len(cells))])
         for suffix, label in VARIANTS.items():
             record = load(f"{config}_{suffix}")
             if not record:
@@ -60,16 +70,32 @@ def ml1m_table() -> str:
             if note := record.get("note"):
                 notes += [] if note in notes else [note]
                 seeds += f" [{notes.index(note) + 1}]"
+            told = [evaluation(record["runs"][0])[name] for name in ("hidden", "time")]
             epochs = {"best": "", "last": ", last epoch"} if suffix == "published" else {"best": ""}
             for which, words in epochs.items():
                 runs = [run[which] for run in record["runs"]]
                 cells = [mean_and_deviation([run[name] for run in runs]) for name in METRICS]
-                rows.append([model, label + words, seeds, *cells])
+                rows.append([model, label + words, *told, seeds, *cells])
     return markdown(
-        ["model", "condition", "seeds", *(name.upper() for name in METRICS)],
+        ["model", "condition", "hidden", "time", "seeds", *(name.upper() for name in METRICS)],
         rows,
         *(f"[{number}] {note}" for number, note in enumerate(notes, start=1)),
     )
+
+
+@measured("ml100k_hstu_validated")
+def evaluation_table(trained: Json) -> str:
+    """One run of MovieLens-100K, its test items ranked under each choice of `eval`."""
+    records = [load(f"ml100k_hstu_validated_{name}") for name in ("all", "last", "served")]
+    found = [(trained["runs"][0], trained["runs"][0]["best"])] + [
+        (record, record["tables"]["float32"]["metrics"]) for record in records if record
+    ]
+    rows = []
+    for record, metrics in found:
+        told = evaluation(record)
+        cells = [short(metrics[name]) for name in METRICS]
+        rows.append([f"`{told['hide']}`", f"`{told['time']}`", *cells])
+    return markdown(["`eval.hide`", "`eval.time`", *(name.upper() for name in METRICS)], rows)
 
 
 def speed_table() -> str:

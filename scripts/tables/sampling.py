@@ -3,7 +3,16 @@
 import numpy as np
 
 from experiments.record import Json
-from scripts.tables.records import figure, load, markdown, mean_and_deviation, measured, short
+from scripts.tables.records import (
+    evaluated,
+    evaluation,
+    figure,
+    load,
+    markdown,
+    mean_and_deviation,
+    measured,
+    short,
+)
 from scripts.tables.retrieval import METRICS
 
 SUBSEQUENCES = {  # file suffix -> what the runs were trained on
@@ -24,9 +33,11 @@ def stochastic_length_table() -> str:
             runs = [run["best"] for run in record["runs"]]
             cells = [mean_and_deviation([run[name] for run in runs]) for name in METRICS]
             flops = f"{record['flops']['training'] / 1e6:.1f}" if "flops" in record else ""
-            rows.append([label, *cells, flops])
+            told = [evaluation(record["runs"][0])[name] for name in ("hidden", "time")]
+            rows.append([label, *told, *cells, flops])
     metrics = [name.upper() for name in METRICS]
-    return markdown(["trained on", *metrics, "training MFLOP a sample"], rows)
+    header = ["trained on", "hidden", "time", *metrics, "training MFLOP a sample"]
+    return markdown(header, rows)
 
 
 @measured("load_balance_cpu")
@@ -112,4 +123,6 @@ def int4_table(record: Json) -> str:
         error = f"{100 * table['rms_error_over_rms_value']:.1f} %"
         rows.append([kind, *sizes, error, *(short(values["metrics"][name]) for name in names)])
     header = ["item table", "bytes a row", "of a request's history", "of all"]
-    return markdown([*header, "RMS error / RMS value", *(name.upper() for name in names)], rows)
+    header += ["RMS error / RMS value", *(name.upper() for name in names)]
+    told = f"Evaluated with {evaluated(record, 'hide', 'repeats', 'time')}."
+    return markdown(header, rows, told)

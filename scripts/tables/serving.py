@@ -3,7 +3,16 @@
 from experiments import configs
 from experiments.record import Json
 from scripts.bench import serving as bench_serving
-from scripts.tables.records import NOT_MEASURED, cells, figure, load, markdown, measured, short
+from scripts.tables.records import (
+    NOT_MEASURED,
+    cells,
+    evaluated,
+    figure,
+    load,
+    markdown,
+    measured,
+    short,
+)
 from ultra_hstu import flops
 
 RECORD = "serving_h100"
@@ -200,6 +209,7 @@ def cache_precision_table() -> str:
                 ]
             )
         notes += [record["note"]] if "note" in record else []
+        notes.append(f"{data}: evaluated with {evaluated(record, 'time')}.")
     header = ["data", "keys and values", "bytes a row and layer", "NE", "difference"]
     header += ["RMS error of a logit", "HR@10 of all items", "top 10 that stay"]
     return markdown(header, rows, *notes)

@@ -83,6 +83,7 @@ ULTRA = dict(
     model__truncate_after=1,
     model__truncate_length=5,
     model__remat="selective",
+    eval__hide="all",
 )
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.ranking import rank_data
 from tests.ranking.rank_data import MIXTURE
+from tests.small_run import with_
 from ultra_hstu.config import ChannelConfig
 from ultra_hstu.data import signals
 from ultra_hstu.ranking import split as requests
@@ -438,3 +439,36 @@ def test_a_part_without_events_is_refused():
         RankingTask.of(config, rank_data.interactions()).loader(
             "validation", batch_users=4, steps_per_call=2
         )
+
+
+@pytest.mark.parametrize("form", ["merged", "interleaved", "mixture", "interleaved mixture"])
+@pytest.mark.parametrize("time", ["request", "last"])
+def test_all_targets_of_a_request_are_asked_about_at_one_time(form, time):
+    """As if they had happened then: at the time of the first, or of the event before it."""
+    sections = FORMS[form]
+    rank = dict(targets=6, test_fraction=0.3) | sections.get("rank", {})
+    config = rank_data.config(rank=rank, model=sections.get("model", {}))
+    data = rank_data.interactions()
+    tests = RankingTask.of(config, data)
+    moments = data.timestamps.copy()
+    first_U, last_U = tests.parts.bounds("test")
+    for first, last in zip(first_U, last_U, strict=True):
+        moments[first:last] = moments[first if time == "request" else first - 1]
+    assert (moments != data.timestamps).any()
+
+    def batch(task):
+        table = task.examples("test")
+        gather = task.gather(False, (256,) * table.lengths.shape[1], len(table.lengths))
+        return gather(task.events, table.columns, np)
+
+    then = batch(RankingTask.of(config, dataclasses.replace(data, timestamps=moments)))
+    now = batch(RankingTask.of(with_(config, eval__time=time), data))
+    jax.tree.map(np.testing.assert_array_equal, now, then)
+
+
+def test_training_asks_about_each_target_at_its_own_time():
+    config, data = rank_data.config(), rank_data.interactions()
+    for time in ("target", "request", "last"):
+        task = RankingTask.of(with_(config, eval__time=time), data)
+        assert "now" not in task.examples("train")(0, 0).columns
+        assert ("now" in task.examples("validation").columns) == (time != "target")

@@ -187,6 +187,7 @@ def test_the_epoch_with_the_lowest_validation_ne_is_tested_once(task, tmp_path, 
         "best"
     ].keys()
     assert json.loads(Workdir(tmp_path).result.read_text()) == result
+    assert result["eval"] == {"time": "target"}
     assert Workdir(tmp_path).curves.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(
         ValueError,
@@ -220,6 +221,7 @@ def test_commands(folder, tmp_path):
     written = json.loads(record.read_text())
     assert written["baselines"]["base rate"]["auc/correct"] == 0.5
     assert written["flops"]["training"] > written["flops"]["inference"] > 0
+    assert written["eval"] == written["runs"][0]["eval"] == {"time": "target"}
     assert written["runs"][0]["history"][0].keys() >= {"epoch", "loss", "ne", "auc/correct"}
     shown = call("evaluate", "--split=validation")
     assert "BASE RATE" in shown and f"{written['runs'][0]['validation']['ne/correct']:.4f}" in shown

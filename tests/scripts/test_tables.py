@@ -1,11 +1,11 @@
-"""Tables of ranking runs, from records as `experiments.train --record` writes them."""
+"""Tables of runs, from records as `experiments.train --record` writes them."""
 
 import json
 
 import pytest
 
 from scripts.tables import ranking as ranking_tables
-from scripts.tables import records
+from scripts.tables import records, retrieval, sampling
 
 
 def run(ne, auc=0.7, task="correct"):
@@ -78,6 +78,7 @@ def test_ranking(results):
         ".5000 ± .0000",
         "4",
         "100 (1 x GPU)",
+        "target",
     ]
     assert rows[3][2:5] == ["ULTRA-HSTU", "1", ".8800"] and rows[3][8] == "2 (50 %)"
     assert [row[2] for row in rows].count("base rate") == 1
@@ -132,3 +133,36 @@ def test_ablation(results):
         "ULTRA-HSTU",
         "not measured yet",
     ]
+
+
+def test_tables_of_retrieval_name_what_was_hidden_and_told(results):
+    """Records from before that was a choice: the newest events, the target's time."""
+    metrics = dict.fromkeys(retrieval.METRICS, 0.25)
+    old = {"best": metrics, "last": metrics}
+
+    def told(hide, repeats, time):
+        return {"eval": {"hide": hide, "repeats": repeats, "time": time}}
+
+    results("ml1m_hstu_published", {"runs": [old]})
+    results("ml1m_hstu_validated", {"runs": [old | told("all", "hide", "last")]})
+    results("ml1m_hstu_temporal", {"runs": [old | told("all", "rank", "target")]})
+    rows = {tuple(row[:2]): row[2:4] for row in cells(retrieval.ml1m_table())}
+    assert rows["HSTU", "public PyTorch code, true order"] == ["window", "target"]
+    assert rows["HSTU", "ours, `published`, last epoch"] == ["window", "target"]
+    assert rows["HSTU", "ours, `validated`"] == ["all", "last"]
+    assert rows["HSTU", "ours, `temporal`"] == ["nothing", "target"]
+
+    assert retrieval.evaluation_table() == records.NOT_MEASURED
+    results("ml100k_hstu_validated", {"runs": [old]})
+    served = told("all", "hide", "last") | {"tables": {"float32": {"metrics": metrics}}}
+    results("ml100k_hstu_validated_served", served)
+    assert [row[:3] for row in cells(retrieval.evaluation_table())] == [
+        ["`window`", "`target`", ".2500"],
+        ["`all`", "`last`", ".2500"],
+    ]
+
+    table = {"row_bytes": 1, "history_bytes": 1, "bytes": 1, "rms_error_over_rms_value": 0.0}
+    kinds = {"tables": {"int8": {"table": table, "metrics": metrics}}}
+    results("int4_tables", kinds | told("all", "rank", "last"))
+    want = "Evaluated with `eval.hide=all`, `eval.repeats=rank`, `eval.time=last`."
+    assert sampling.int4_table().endswith(want)

@@ -1,6 +1,7 @@
 """Recommendations and the command lines around them."""
 
 import copy
+import json
 
 import jax
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 from rich.console import Console
 
 from tests import commands
-from tests.small_run import small_config
+from tests.small_run import small_config, with_
 from ultra_hstu import tasks
 from ultra_hstu.quantization import item_table, unpacked
-from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.retrieval.metrics import PUBLISHED_CUTOFF
+from ultra_hstu.serving import RecommendationModel, load_params
 from ultra_hstu.train import train
+from ultra_hstu.workdir import Workdir
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,24 @@ def test_the_same_scores_as_evaluation(run, model):
         assert [item.item for item in answer].index(
             model.catalog.decode(np.array([target]))[0]
         ) + 1 == ranks[user]
+
+
+def test_an_evaluation_that_hides_all_and_tells_no_future_ranks_as_serving_does(run, model):
+    """The whole history is given, without the time of the request."""
+    config = with_(run[0], eval__hide="all", eval__time="last")
+    task = tasks.load(config)
+    ranks = task.evaluator("test").predict(model.params)
+    examples, interactions = task.splits.test, task.interactions
+    served = []
+    for user, stop in zip(examples.user[:8], examples.stop[:8], strict=True):
+        events = slice(int(interactions.offsets[user]), int(stop))
+        answer = model.recommend(
+            interactions.items[events], interactions.timestamps[events], k=interactions.num_items
+        )
+        listed = [item.item for item in answer]
+        target = model.catalog.decode(interactions.items[stop : stop + 1])[0]
+        served.append(listed.index(target) + 1 if target in listed else PUBLISHED_CUTOFF + 1)
+    assert served == ranks[:8].tolist() and max(served) > PUBLISHED_CUTOFF > min(served)
 
 
 @pytest.mark.parametrize("tables", ["int8", "int4"])
@@ -120,6 +141,7 @@ def test_recommend_command(run):
     done = call("recommend", f"--workdir={run[1]}", "--history=5,17, 3", "--k=3")
     assert done.returncode == 0, done.stderr
     assert "after 3 items" in done.stdout and "of category" in done.stdout
+    assert "every item of the history is hidden" in done.stdout
     done = call("recommend", f"--workdir={run[1]}", "--user=7", "--k=3")
     assert done.returncode == 0 and "user 7, after 12 events" in done.stdout, done.stderr
 
@@ -150,3 +172,32 @@ def test_evaluate_command(run):
     done = call("evaluate", f"--workdir={run[1]}")
     assert done.returncode == 0, done.stderr
     assert "HR@200" in done.stdout and "popularity" in done.stdout
+    assert "eval.hide=window, eval.repeats=hide, eval.time=target" in done.stdout
+
+
+def test_evaluate_command_takes_other_semantics_and_names_them(run, tmp_path):
+    config, workdir = run
+    given = ["--config.eval.hide=all", "--config.eval.time", "last"]
+    done = call("evaluate", f"--workdir={workdir}", *given, f"--record={tmp_path / 'all.json'}")
+    assert done.returncode == 0, done.stderr
+    assert "eval.hide=all, eval.repeats=hide, eval.time=last" in done.stdout
+    record = json.loads((tmp_path / "all.json").read_text())
+    assert record["eval"] == {"hide": "all", "repeats": "hide", "time": "last"}
+    task = tasks.load(with_(config, eval__hide="all", eval__time="last"))
+    want = task.evaluator("test")(load_params(Workdir(workdir), task.recipe)[1])
+    assert record["tables"]["float32"]["metrics"] == pytest.approx(want)
+    assert Workdir(workdir).read_config().eval.hide == "window"
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.eval.hid=all", "Did you mean: config.eval.hide"),
+        ("--config.eval.hide=every", "value should be one of <window|all>"),
+        ("--config.eval.time=request", "eval.time='request' is for ranking"),
+        ("--config.model.width=8", "Unknown command line flag 'config.model.width'"),
+    ],
+)
+def test_evaluate_command_refuses_other_fields_and_values(run, argument, message):
+    done = call("evaluate", f"--workdir={run[1]}", argument)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

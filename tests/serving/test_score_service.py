@@ -3,6 +3,7 @@
 Also what is refused and why, what is ignored, and users who are kept encoded.
 """
 
+import itertools
 import json
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 from tests.serving.served_checks import readme_example, shape
 from tests.serving.small_serving import built, full_pass, requests
+from tests.small_run import with_
 from ultra_hstu import serving
 from ultra_hstu.serving import export
 from ultra_hstu.serving.schema import (
@@ -123,6 +125,26 @@ def test_scores_are_those_of_the_model(service):
     assert [[scored.item for scored in one.candidates] for one in got] == [
         request.candidates for request in given
     ]
+
+
+def test_evaluation_at_the_time_of_the_request_scores_as_serving_does(service):
+    """At `now`, and without it at the time of the last event."""
+    task, _, params = built(FORM)
+    logits, seen = jax.jit(task.recipe.logits), []
+    for time in ("target", "request", "last"):
+        columns, batch = requests(task.with_config(with_(task.config, eval__time=time)))
+        place_M = np.arange(task.config.rank.targets)
+        real_P = (place_M < np.asarray(columns["count"])[:, None]).reshape(-1)
+        seen.append(values_of(np.asarray(logits(params, batch))[real_P]))
+    served = []
+    for time in ("request", "last"):
+        asked = [asked_of(number) for number in range(7)]
+        given = [one if time == "request" else one | {"now": None} for one in asked]
+        prepared = [service.prepare(ScoreRequest(**one)) for one in given]
+        served.append(np.concatenate([scores_of(one) for one in service.answer(prepared)]))
+    np.testing.assert_allclose(served, seen[1:], atol=2e-5)
+    for one, other in itertools.combinations(seen, 2):
+        assert np.abs(one - other).max() > 1e-3
 
 
 def test_an_exported_model_scores_the_same_and_knows_no_users(service, tmp_path):

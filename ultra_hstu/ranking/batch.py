@@ -125,7 +125,8 @@ class RankGather:
 
     Columns of a request: `user`; `target` and `count`, the first event that is asked about and how
     many are; `start/NAME` and `stop/NAME` for each channel, its history as a range of events, or of
-    `RankEvents.index[NAME]` where there is one, or of the batch's own `event/NAME`.
+    `RankEvents.index[NAME]` where there is one, or of the batch's own `event/NAME`. With `now`, all
+    targets are asked about at the time of that event; without it, each at its own.
 
     Attributes:
       rows: T of each channel.
@@ -232,6 +233,11 @@ class RankGather:
         next_time_T = xp.where(
             asks_now_T | ((place_T + 1 >= h_T) & (count_B[b_T] == 0)), time_T, data.time_E[after_T]
         )
+        if "now" in column:
+            now_T = data.time_E[column["now"][b_T]]
+            before_targets_T = is_history_T & ~asks_now_T & (place_T + 1 >= h_T)
+            time_T = xp.where(is_target_T, now_T, time_T)
+            next_time_T = xp.where(is_target_T | before_targets_T, now_T, next_time_T)
         gap_T = xp.searchsorted(
             GAP_EDGES if xp is np else jnp.asarray(GAP_EDGES),
             time_T - data.time_E[before_T],

@@ -101,7 +101,8 @@ class RankingTask(Task[RankEvents]):
             )
             raise ValueError(f"no user has {part} events: {remedy}")
         if part != "train":
-            return self.table(requests.evaluation(self.parts, part, self.config))
+            asked = requests.evaluation(self.parts, part, self.config)
+            return self.table(asked, self.config.eval.time)
         return lambda seed, epoch: self.table(
             requests.training(self.parts, self.config, seed, epoch)
         )
@@ -135,14 +136,18 @@ class RankingTask(Task[RankEvents]):
             for channel in channels(config).values()
         )
 
-    def table(self, of: Requests) -> RequestTable:
-        """Requests with the history of every channel.
+    def table(self, of: Requests, time: str = "target") -> RequestTable:
+        """Requests with the history of every channel, asked at a time that `eval.time` names.
 
         Of a mixture, a channel's history is the newest `max_history` of all earlier events that it
         keeps.
         """
         config = self.config
         columns: dict[str, np.ndarray] = {"user": of.user, "target": of.stop, "count": of.count}
+        if time == "request":
+            columns["now"] = of.stop
+        elif time == "last":  # the first target's, where there is no event before it
+            columns["now"] = np.maximum(of.stop - 1, self.parts.first[of.user])
         lengths = []
         for name, channel in channels(config).items():
             start, stop = self.parts.first[of.user] if config.model.channels else of.start, of.stop

@@ -35,6 +35,8 @@ class Batch:
     offsets: Leaf[Int32[Array | np.ndarray, " B1"]]
     last_row_B: Leaf[Int32[Array, " B"]]  # the user's row; of an empty history, row 0
     signal_TS: Leaf[Int32[Array, "T S"] | None] = None  # codes, 0 none; None: no signals
+    # What an evaluation leaves out, 0 behind it; None: the items of the history, or nothing.
+    hidden_BN: Leaf[Int32[Array, "B N"] | None] = None
 
     @property
     def sequences(self) -> Sequences:
@@ -68,7 +70,8 @@ class Events:
 @dataclasses.dataclass(frozen=True)
 class HistoryGather:
     """Makes flat batches of B examples, columns `start` and `stop`; where they are equal the
-    history is empty. With a column `event`, `start` and `stop` are places in it.
+    history is empty. With a column `event`, `start` and `stop` are places in it. Where `hidden` is
+    not 0, the items of events `hide_from` to `stop - 1` are those that an evaluation leaves out.
 
     Equal settings are equal objects, which share compiled steps.
 
@@ -76,20 +79,29 @@ class HistoryGather:
       rows: T.
       padded_length: None packs the histories without gaps; a number N puts each at a multiple of N
         (the padded layout of the published research code), and T must be B * N.
+      hidden: N of `Batch.hidden_BN`, at least the most events from `hide_from` to `stop`.
+      target_time: the last row of a history asks at the time of its target, as every row asks at
+        that of the event after it; else at its own time.
     """
 
     rows: int
     padded_length: int | None = None
+    hidden: int = 0
+    target_time: bool = True
 
     @staticmethod
     def of(
-        rows: tuple[int, ...], examples: int, *, padded_length: int | None = None
+        rows: tuple[int, ...],
+        examples: int,
+        *,
+        padded_length: int | None = None,
+        hidden: int = 0,
+        target_time: bool = True,
     ) -> "HistoryGather":
         """For a `Loader`; padded histories need the same rows whatever their lengths."""
         (packed,) = rows
-        return HistoryGather(
-            packed if padded_length is None else examples * padded_length, padded_length
-        )
+        wanted = packed if padded_length is None else examples * padded_length
+        return HistoryGather(wanted, padded_length, hidden, target_time)
 
     def __call__(self, data: Events, columns_B: Columns, xp: ModuleType = jnp) -> Batch:
         start_B, index = columns_B["start"], columns_B.get("event")
@@ -103,16 +115,25 @@ class HistoryGather:
         event_T = xp.where(real_T, start_B[place.segment] + place.position, 0)
         event_T = event_T if index is None else xp.where(real_T, index[event_T], 0)
         next_T = xp.where(real_T, event_T + 1, 0)
-        signal_TS = None
+        asks_T = next_T
+        if not self.target_time:
+            last_T = place.position + 1 == lengths_B[place.segment]
+            asks_T = xp.where(real_T & last_T, event_T, next_T)
+        signal_TS, hidden_BN = None, None
         if data.signal_ES is not None:
             signal_TS = xp.where(real_T[:, None], data.signal_ES[event_T], zero)
+        if self.hidden:
+            hide_BN = columns_B["hide_from"][:, None] + xp.arange(self.hidden, dtype=xp.int32)[None]
+            inside_BN = hide_BN < columns_B["stop"][:, None]
+            hidden_BN = xp.where(inside_BN, data.item_E[xp.where(inside_BN, hide_BN, 0)], zero)
         return Batch(
             item_T=xp.where(real_T, data.item_E[event_T], zero),
             time_T=xp.where(real_T, data.time_E[event_T], zero),
-            next_time_T=xp.where(real_T, data.time_E[next_T], zero),
+            next_time_T=xp.where(real_T, data.time_E[asks_T], zero),
             target_T=xp.where(real_T, data.item_E[next_T], zero),
             weight_T=real_T.astype(xp.float32),
             offsets=offsets,
             last_row_B=xp.where(lengths_B > 0, offsets[:-1] + lengths_B - 1, zero),
             signal_TS=signal_TS,
+            hidden_BN=hidden_BN,
         )

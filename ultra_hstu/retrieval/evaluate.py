@@ -1,4 +1,6 @@
-"""Full-corpus evaluation: every user's target against every item, seen items removed."""
+"""Full-corpus evaluation: every user's target against every item, but those that `eval` hides."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,7 @@ class CorpusEvaluator(Evaluator):
         super().__init__(recipe, loader, jax.ShapeDtypeStruct((loader.batch_users,), jnp.int32))
         self.longest = int(self.plan.examples.lengths.max())
         self.l2_normalize = recipe.config.loss.l2_normalize
+        self.hides = recipe.config.eval.repeats == "hide"
 
     def vectors(self, scored: PyTree, batch: Batch) -> Vectors:
         """Vectors of the users that this device ranks for, and of all items."""
@@ -41,13 +44,25 @@ class CorpusEvaluator(Evaluator):
         users_bD, table_ID = self.vectors(scored, batch)
         # The item after a history's last row is the target of the example.
         target_B = batch.target_T[batch.last_row_B]
-        seen_BN = jagged.pad(batch.item_T, batch.offsets, self.longest)
-        target_b, seen_bN = self.recipe.shards.part((target_B, seen_BN))
-        return ranks(users_bD, table_ID, target_b, seen_bN, l2_normalize=self.l2_normalize)
+        hidden_BN = batch.hidden_BN
+        if self.hides and hidden_BN is None:
+            hidden_BN = jagged.pad(batch.item_T, batch.offsets, self.longest)
+        target_b, hidden_bN = self.recipe.shards.part((target_B, hidden_BN))
+        return ranks(users_bD, table_ID, target_b, hidden_bN, l2_normalize=self.l2_normalize)
+
+    @functools.cached_property
+    def repeats(self) -> float:
+        """Share of the targets that stand in the events whose items `eval.hide` names."""
+        columns, item_E = self.plan.examples.columns, self.loader.store.host.item_E
+        spans = zip(columns.get("hide_from", columns["start"]), columns["stop"], strict=True)
+        return float(np.mean([item_E[stop] in item_E[first:stop] for first, stop in spans]))
 
     def metrics(self, output_P: Int[np.ndarray, " n"]) -> Metrics:
-        """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split."""
-        return mean_metrics(jnp.asarray(output_P))
+        """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split; `repeats`.
+
+        A target that `repeats` counts is not found, unless `eval.repeats` is "rank".
+        """
+        return mean_metrics(jnp.asarray(output_P)) | {"repeats": self.repeats}
 
 
 class PopularityEvaluator(CorpusEvaluator):

@@ -18,6 +18,8 @@ class Examples:
     Attributes:
         user: the place of the user in `Interactions.users`.
         start, stop: the history, events start..stop-1, at most `max_history` of them, the newest.
+        hide_from: where events hide_from..stop-1, and not the history, are those whose items an
+            evaluation leaves out: the first of them.
 
     Every row of a training history predicts the event after it, the last row event `stop`; in a
     test only the last row does.
@@ -26,6 +28,7 @@ class Examples:
     user: PerExample
     start: PerExample
     stop: PerExample
+    hide_from: PerExample | None = None
 
     def __len__(self) -> int:
         return len(self.user)
@@ -36,7 +39,8 @@ class Examples:
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        return {"start": self.start, "stop": self.stop}
+        columns = {"start": self.start, "stop": self.stop}
+        return columns if self.hide_from is None else columns | {"hide_from": self.hide_from}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

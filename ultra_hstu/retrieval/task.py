@@ -58,11 +58,21 @@ class RetrievalTask(Task[Events]):
                 f"protocol {self.config.train.protocol!r} has no {part} items: "
                 "train under 'validated' or 'temporal' for them"
             )
-        return examples
+        if part == "train" or self.config.eval.hide == "window":
+            return examples
+        first_U = self.interactions.offsets[:-1]
+        return dataclasses.replace(examples, hide_from=first_U[examples.user])
 
     def gather(self, training: bool, rows: BufferRows, examples: int) -> HistoryGather:
-        padded = self.config.padded_length if self.config.data.layout == "padded" else None
-        return HistoryGather.of(rows, examples, padded_length=padded)
+        config = self.config
+        hides_all = not training and config.eval.hide == "all" and config.eval.repeats == "hide"
+        return HistoryGather.of(
+            rows,
+            examples,
+            padded_length=config.padded_length if config.data.layout == "padded" else None,
+            hidden=int(self.interactions.lengths.max()) if hides_all else 0,
+            target_time=training or config.eval.time == "target",
+        )
 
     @property
     def histories(self) -> tuple[SampledHistory, ...]:

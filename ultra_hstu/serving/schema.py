@@ -112,7 +112,10 @@ class Recommendation(BaseModel):
 
 
 class Response(BaseModel):
-    items: list[Recommendation] = Field(description="best first; fewer than k where fewer are left")
+    items: list[Recommendation] = Field(
+        description="best first, none of the history's or of block; fewer than k where fewer are "
+        "left"
+    )
     source: Literal["model", "popularity"] = Field(
         description="popularity: the history was empty, and scores are counts of the training data"
     )

@@ -144,7 +144,7 @@ def from_source(
     events: RankEvents, columns_B: Mapping[str, Numbers], form: Form
 ) -> tuple[UserHistory, Candidates]:
     """Requests of a data set, as columns of `RankingTask.table`: their histories, and their targets
-    as candidates."""
+    as candidates, at the times that the columns say."""
     column = {name: np.asarray(values, np.int64) for name, values in columns_B.items()}
 
     def spans(
@@ -163,10 +163,9 @@ def from_source(
         columns = (getattr(events, field)[event_E] for field in COLUMNS)
         channels[name] = UserEvents.of_columns(columns, offsets)
     target_C, offsets = spans(column["target"], column["count"])
-    candidates = Candidates(
-        events.item_E[target_C], events.feature_EF[target_C], events.time_E[target_C], offsets
-    )
-    now_B = events.time_E[column["target"]]
+    now_B = events.time_E[column.get("now", column["target"])]
+    time_C = np.repeat(now_B, column["count"]) if "now" in column else events.time_E[target_C]
+    candidates = Candidates(events.item_E[target_C], events.feature_EF[target_C], time_C, offsets)
     return UserHistory(channels, events.context_UC[column["user"]], now_B), candidates
 
 

@@ -1,0 +1,57 @@
+"""Sections of a configuration that no other section refers to; `config` has the others."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
+
+Count = Positive[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticConfig(Section):
+    """Streaming data of HSTU appendix C: a Dirichlet process over categories that drift."""
+
+    users: Count = 4000  # records of the stream; the paper has 1,000,000
+    # Events a record; the paper has 128.
+    length: Annotated[
+        int, Limit(lambda value: value >= 3, "at least 3: history, validation, test")
+    ] = 64
+    items: Count = 2000  # ids released over the stream; the paper has 20,000
+    categories: Count = 50  # the paper has 100
+    prior_categories: Count = 5  # at most this many in a record's own prior
+    released_at_start: BelowOne[float] = 0.4  # share of the ids available to the first record
+    # a ~ U(1, this)
+    max_concentration: Annotated[float, Limit(lambda value: value >= 1, "at least 1")] = 500.0
+    seed: NotNegative[int] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig(Section):
+    learning_rate: Positive[float] = 1e-3
+    beta1: BelowOne[float] = 0.9
+    beta2: BelowOne[float] = 0.98
+    weight_decay: NotNegative[float] = 0.0
+    warmup_steps: NotNegative[int] = 0
+    # The learning rate falls to 0 at this step, on a cosine; None: it stays.
+    decay_steps: Count | None = None
+    clip_norm: Positive[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(Section):
+    """What an evaluation hides, and what time it tells the model: docs/evaluation.md.
+
+    Steps of training do not read it; the choice of the best epoch does.
+    """
+
+    # Retrieval: whose items are left out of the ranking, those of the newest data.max_history
+    # events (as in the public code) or those of all earlier events of the user (as in serving).
+    hide: Literal["window", "all"] = "window"
+    # Retrieval: whether such items are left out at all. hide: a target among them is not found.
+    # rank: every item of the catalogue is ranked, and `hide` only says what counts as a repeat.
+    repeats: Literal["hide", "rank"] = "hide"
+    # When the model is asked. target: at the time of each target, which lies ahead of the request;
+    # request (ranking): about all targets of a request at the time of its first; last: at the time
+    # of the user's last event, as in serving without `now`.
+    time: Literal["target", "request", "last"] = "target"
