@@ -218,22 +218,15 @@ class Config(Section):
         return dataclasses.replace(self, parallel=ParallelConfig(groups=self.parallel.batch_groups))
 
     def of_table(self) -> "Config":
-        """The same with what `data.table` and `rank` say of each other.
-
-        Tasks of the table are those of the run, unless it names some of them; such a run is split
-        as ranking runs are. What signals and features are made from is read.
-        """
+        """The same with the tasks of own data, reading what signals and features are made from."""
         rank, table, train = self.rank, self.data.table, self.train
         if self.data.source != "table":
             return self
-        if table.tasks and not rank.tasks:
+        if table.tasks and not rank.tasks:  # ranking has one protocol
             rank = dataclasses.replace(rank, tasks=tuple(table.tasks))
             train = dataclasses.replace(train, protocol="chronological")
-        mixture = [channel.signal for channel in self.model.channels.values() if channel.signal]
-        table = table.with_columns(
-            rank.features, [*rank.tasks, *rank.signals, *rank.features, *mixture]
-        )
-        data = dataclasses.replace(self.data, table=table)
+        names = [*rank.tasks, *rank.signals, *(one.signal for one in self.model.channels.values())]
+        data = dataclasses.replace(self.data, table=table.with_columns(rank.features, names))
         return dataclasses.replace(self, data=data, rank=rank, train=train)
 
     def validate(self) -> None:
@@ -264,9 +257,7 @@ class Config(Section):
                 f"rank.validation_fraction={rank.validation_fraction!r} and "
                 f"rank.test_fraction={rank.test_fraction!r}: their sum must be in (0, 1)"
             )
-        if data.source != "table" and data.table != TableConfig():
-            raise ValueError(f"data.table does nothing under data.source={data.source!r}")
-        data.table.check([*rank.signals, *rank.tasks])
+        data.table.check(data.source, [*rank.signals, *rank.tasks])
         if self.eval.time == "request" and not rank.tasks:
             raise ValueError(
                 "eval.time='request' is for ranking, whose requests have several targets: "

@@ -68,7 +68,7 @@ class TableConfig(Section):
 
     def with_columns(self, features: Sequence[str], names: Sequence[str]) -> "TableConfig":
         """The same, reading also the columns that these names of `rank` are made from."""
-        columns = dict.fromkeys(column for name in names for column in made_from(name))
+        columns = dict.fromkeys(column for name in names if name for column in made_from(name))
         more = [name for name in columns if name not in (*self.tasks, *self.features, *features)]
         return dataclasses.replace(
             self,
@@ -76,11 +76,13 @@ class TableConfig(Section):
             actions=tuple(dict.fromkeys((*self.actions, *more))),
         )
 
-    def check(self, names: Sequence[str]) -> None:
+    def check(self, source: str, names: Sequence[str]) -> None:
         """Raises ValueError for rules that are none, and for features that are known too late.
 
-        `names` are the signals and tasks of the run.
+        `names` are the signals and tasks of the run. Another source than `table` has no settings.
         """
+        if source != "table" and self != TableConfig():
+            raise ValueError(f"data.table does nothing under data.source={source!r}: use 'table'")
         for task, rule in self.tasks.items():
             if not (found := COMPARISON.fullmatch(rule)):
                 raise ValueError(f"data.table.tasks.{task}={rule!r} must name a column")

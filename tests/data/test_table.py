@@ -13,8 +13,9 @@ import pyarrow.parquet
 import pytest
 
 from ultra_hstu.config import Config, DataConfig, from_config_dict
-from ultra_hstu.data import signals, table_columns
+from ultra_hstu.data import signals
 from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.data.table import columns
 from ultra_hstu.table_config import TableConfig
 
 START = 1_600_000_000
@@ -158,10 +159,10 @@ def test_integer_ids(tmp_path):
 
 def test_usual_names_and_named_ones(tmp_path, caplog):
     names = ["price", "visitorid", "asin", "parent_asin", "unixReviewTime", "date"]
-    chosen = table_columns.choose(names, TableConfig(), "x")
-    assert chosen == table_columns.Columns("visitorid", "asin", "unixReviewTime", ())
+    chosen = columns.choose(names, TableConfig(), "x")
+    assert chosen == columns.Columns("visitorid", "asin", "unixReviewTime", ())
     own = TableConfig(user="price", item="parent_asin", time="date", tasks={"t": "asin==1"})
-    chosen = table_columns.choose(names, own, "x")
+    chosen = columns.choose(names, own, "x")
     assert chosen.names == ("price", "parent_asin", "date", "asin")
     with caplog.at_level(logging.INFO):
         load(tmp_path, write(tmp_path / "x.csv", csv_text()), actions=("rating",))

@@ -22,7 +22,7 @@ BLOCK = 1 << 22  # events that are worked on at one time
 
 Codes = Int32[np.ndarray, " E"]
 Mask = Bool[np.ndarray, " E"]
-Titles = Mapping[int, str] | Mapping[str, str]
+Titles = Mapping[int, str] | Mapping[str, str] | Mapping[int | str, str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,7 +165,7 @@ def group(
 def _catalog(ids: Shaped[np.ndarray, " n"], titles: Titles | None) -> Catalog:
     if titles is None:
         return Catalog.from_ids(ids)
-    known: dict[int | str, str] = dict(titles)
+    known: dict[int | str, str] = {raw: title for raw, title in titles.items()}
     found = [known.get(raw) for raw in ids.tolist()]
     if without := [raw for raw, title in zip(ids.tolist(), found, strict=True) if title is None]:
         kind = type(next(iter(known), ids.tolist()[0])).__name__
@@ -246,7 +246,8 @@ def _kept(
     rules: TableConfig,
 ) -> tuple[Mask, dict[str, int]]:
     """Which events stay, and how many go for which reason."""
-    keep_E, dropped, lengths_U = np.ones(len(item_E), bool), {}, np.diff(offsets)
+    keep_E, lengths_U = np.ones(len(item_E), bool), np.diff(offsets)
+    dropped: dict[str, int] = {}
 
     def drop(reason: str, keep: Mask) -> None:
         nonlocal keep_E
@@ -284,7 +285,7 @@ def _kept(
     if (least := rules.min_user_events) > MIN_EVENTS:
         drop(f"of users with fewer than {least} events", often(of_users(), least))
     before = -1
-    while (core := rules.k_core) > 1 and before != (before := np.count_nonzero(keep_E)):
+    while (core := rules.k_core) > 1 and before != (before := int(np.count_nonzero(keep_E))):
         drop(f"outside the {core}-core", at_items(of_items() >= core))
         drop(f"outside the {core}-core", often(of_users(), core))
     drop(f"of users with fewer than {MIN_EVENTS} events", often(of_users(), MIN_EVENTS))

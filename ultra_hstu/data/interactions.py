@@ -108,9 +108,9 @@ class Interactions:
         Raises:
             ValueError: names row, column, value and remedy.
         """
-        from ultra_hstu.data import table  # which makes objects of this class
+        from ultra_hstu.data.table import frames  # which makes objects of this class
 
-        return table.from_frame(frame, config or TableConfig(), titles)
+        return frames.from_frame(frame, config or TableConfig(), titles)
 
     @property
     def num_users(self) -> int:
@@ -192,9 +192,9 @@ def load_interactions(config: DataConfig) -> Interactions:
         ConnectionError: the source cannot be downloaded; says what to fetch by hand.
     """
     if config.source == TABLE:
-        from ultra_hstu.data import table  # which makes objects of this class
+        from ultra_hstu.data.table import prepared  # which makes objects of this class
 
-        return table.load(config)
+        return prepared.load(config)
     prepared = prepare(builder_of(config.source), config)
     return ordered(_read(prepared), ties=config.ties, seed=config.ties_seed)
 

@@ -158,9 +158,10 @@ def feature(interactions: Interactions, name: str) -> Codes:
         raise ValueError(
             f"unknown feature {name!r}: {_listed(set(known) & set(interactions.actions))}"
         )
-    column, known = interactions.actions[name], values(interactions, name)
-    code_E = np.searchsorted(known, column) + 1  # behind the last where there is no value
-    return Codes(np.where(code_E > len(known), 0, code_E).astype(np.int32), len(known) + 1)
+    ascending = values(interactions, name)
+    code_E = np.searchsorted(ascending, interactions.actions[name]) + 1
+    known_E = code_E <= len(ascending)  # NaN stands behind the last
+    return Codes(np.where(known_E, code_E, 0).astype(np.int32), len(ascending) + 1)
 
 
 def values(interactions: Interactions, name: str) -> Num[np.ndarray, " n"]:

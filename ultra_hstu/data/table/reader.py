@@ -1,44 +1,37 @@
-"""The source `table`: anybody's own events, from files or frames, as `Interactions`.
-
-Files are read once, in batches, and prepared under `data_dir`: arrays in one npz file, the
-catalogue, the features of users, and how the columns were read.
-"""
+"""Reads own events, batch by batch, and groups them."""
 
 import dataclasses
-import hashlib
-import json
 import logging
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.interchange
-from jaxtyping import Bool, Int64, Num
+from jaxtyping import Int64, Num
 
-from ultra_hstu.config import DataConfig
-from ultra_hstu.data import grouping, npz, sums
-from ultra_hstu.data import table_columns as meaning
-from ultra_hstu.data.builder import CATALOG, CONTEXTS, locked
-from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.data.contexts import Contexts
+from ultra_hstu.data import grouping
 from ultra_hstu.data.grouping import Coded, EventColumns, Titles
-from ultra_hstu.data.interactions import Interactions, ordered
-from ultra_hstu.data.table_columns import Columns, Comparison
-from ultra_hstu.data.table_files import TableFile, Types, find_files, is_date
-from ultra_hstu.data.table_ids import BadId, TextColumn, ids, texts
-from ultra_hstu.data.table_sides import read_titles, read_users
-from ultra_hstu.data.times import EARLY, FIRST_SECOND, LAST_SECOND, TICKS
+from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.table import columns as meaning
+from ultra_hstu.data.table.chunks import (
+    BadId,
+    TextColumn,
+    compact,
+    gaps,
+    ids,
+    joined,
+    narrow,
+    texts,
+)
+from ultra_hstu.data.table.columns import TICKS, Columns, Comparison, Reading
+from ultra_hstu.data.table.files import TableFile, Types
+from ultra_hstu.data.table.sides import read_titles
+from ultra_hstu.data.table.values import is_date
+from ultra_hstu.data.times import EARLY, FIRST_SECOND, LAST_SECOND
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
-_VERSION = 1  # of what is prepared
-_EVENTS, _READING = "interactions.npz", "reading.json"
 _SILENCE = 5.0  # seconds between two lines of progress
-_REMEDY = "its folder can be deleted"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,187 +55,6 @@ class Frame:
 
 
 Source = TableFile | Frame
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How a table was read, to be shown: the columns, the unit of the times and their range, and
-    how many events there were and were dropped, by reason."""
-
-    columns: dict[str, str | None]
-    actions: tuple[str, ...]
-    unread: tuple[str, ...]
-    unit: str
-    times: tuple[int, int] | None
-    events: int
-    dropped: dict[str, int]
-
-    def lines(self) -> list[str]:
-        """What a user must see before anything is made from the data."""
-        named = [f"{part} = {name}" for part, name in self.columns.items() if name]
-        lines = [f"columns: {', '.join(named)}; actions: {', '.join(self.actions) or 'none'}"]
-        if self.unread:
-            lines.append(
-                f"not read: {meaning.listed(self.unread)} "
-                "(--config.data.table.actions=NAME reads more)"
-            )
-        if self.times is None:
-            lines.append("times: none, rows are in order")
-        else:
-            first, last = map(meaning.day, self.times)
-            lines.append(f"times: {meaning.unit_words(self.unit)}, {first} to {last}")
-        return lines
-
-
-# --- prepared data ---
-
-
-def load(config: DataConfig) -> Interactions:
-    """The events of `config.raw_dir`, prepared under `config.data_dir` where they are not yet.
-
-    Raises:
-        ValueError: bad input; names file, line (row group), column, value and remedy.
-    """
-    folder = prepare(config)
-    reading = read_reading(folder)
-    for line in reading.lines():
-        _log.info(line)
-    for reason, count in reading.dropped.items():
-        _log.info("dropped: %d of %d events %s", count, reading.events, reason)
-    contexts = Contexts.load(folder / CONTEXTS)
-    with npz.reading(folder / _EVENTS, "readable", _REMEDY) as file:
-        arrays = {name: file[name] for name in file}
-    interactions = Interactions(
-        users=arrays["users"],
-        items=arrays["items"],
-        offsets=arrays["offsets"],
-        timestamps=arrays.get("timestamps"),
-        actions={
-            name.removeprefix("actions/"): values
-            for name, values in arrays.items()
-            if name.startswith("actions/")
-        },
-        catalog=Catalog.load(folder / CATALOG),
-        contexts=contexts.of(arrays["users"]),
-        context_values=contexts.values,
-        features=config.table.features,
-    )
-    if config.ties == "stable":  # as they are
-        return interactions
-    return ordered(interactions, ties=config.ties, seed=config.ties_seed)
-
-
-def read_reading(folder: Path) -> Reading:
-    """How the data in a prepared folder was read. Raises ValueError where that is damaged."""
-    try:
-        values = json.loads((folder / _READING).read_text())
-        tuples = ("actions", "unread", "times")
-        return Reading(
-            **{k: tuple(v) if k in tuples and v is not None else v for k, v in values.items()}
-        )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / _READING} is not readable ({error}): {_REMEDY}") from None
-
-
-def prepare(config: DataConfig) -> Path:
-    """The folder of the prepared events, made where it is not there: whole, or not at all.
-
-    It is named after the content of the files and the settings that they are read with. What was
-    damaged since is prepared again, with a warning.
-    """
-    table, data_dir = config.table, Path(config.data_dir).expanduser()
-    if config.raw_dir is None:
-        raise ValueError(
-            "data.raw_dir is not set: name your events, such as "
-            "--config.data.raw_dir=events.parquet (a file, a folder or a pattern)"
-        )
-    sides = (table.items_file, table.users_file)
-    files = find_files(config.raw_dir, sides, table.delimiter)
-    named = [*(file.path for file in files), *(Path(s).expanduser() for s in sides if s)]
-    made_from = (_VERSION, dataclasses.asdict(table), [_sum(path) for path in named])
-    key = hashlib.sha256(repr(made_from).encode()).hexdigest()
-    folder = data_dir / f"table-{key[:16]}"
-    if (damage := sums.damage(folder)) is None:
-        return folder
-    columns = meaning.choose(list(files[0].types), table, files[0].path)
-    with locked(data_dir / "table.lock", damage):
-        if sums.damage(folder) is None:  # made by another run meanwhile
-            return folder
-        if folder.exists():
-            _log.warning("%s: the data is prepared again", damage)
-        count = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        read = ", ".join(f"{name} ({files[0].types[name]})" for name in columns.names)
-        _log.info("preparing %s%s: %s", files[0].path, count, read)
-        part = folder.with_name(folder.name + ".incomplete")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        try:
-            _write(part, files, columns, table)
-            sums.write(part, sums.checksums(part, [path.name for path in part.iterdir()]))
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-
-def _sum(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    return sums.digest(path)
-
-
-def _write(folder: Path, files: Sequence[TableFile], columns: Columns, config: TableConfig) -> None:
-    """Reads the files and writes all that is prepared."""
-    started = time.perf_counter()
-    interactions, reading = from_sources(files, columns, config)
-    if config.users_file is not None:
-        contexts = read_users(config, columns.user, interactions.users)
-    else:
-        contexts = Contexts()
-    arrays = {
-        "users": interactions.users,
-        "items": interactions.items,
-        "offsets": interactions.offsets,
-        **{f"actions/{name}": values for name, values in interactions.actions.items()},
-    }
-    if interactions.timestamps is not None:
-        arrays["timestamps"] = interactions.timestamps
-    npz.save(folder / _EVENTS, arrays, compress=False)
-    interactions.catalog.save(folder / CATALOG)
-    contexts.save(folder / CONTEXTS)
-    (folder / _READING).write_text(json.dumps(dataclasses.asdict(reading), indent=1))
-    _log.info("prepared in %.1f s", time.perf_counter() - started)
-
-
-# --- frames ---
-
-
-def from_frame(frame: object, config: TableConfig, titles: Titles | None) -> Interactions:
-    """Events of a frame in memory; see `Interactions.from_table`."""
-    table = _arrow(frame)
-    names = [name for name in table.column_names if table.column_names.count(name) == 1]
-    columns = meaning.choose(names, config, "the frame")
-    interactions, reading = from_sources([Frame(table)], columns, config, titles)
-    for line in reading.lines():
-        _log.info(line)
-    return interactions
-
-
-def _arrow(frame: object) -> pa.Table:
-    if isinstance(frame, pa.Table):
-        return frame
-    if hasattr(frame, "__arrow_c_stream__"):
-        return pa.table(frame)
-    if hasattr(frame, "__dataframe__"):
-        return pa.interchange.from_dataframe(frame)
-    raise ValueError(
-        f"{type(frame).__name__} is no frame that can be read: give one of pandas, polars or "
-        "pyarrow, or use Interactions.from_arrays"
-    )
-
-
-# --- reading ---
 
 
 def from_sources(
@@ -313,7 +125,7 @@ class _Reader:
         columns, count = self.columns, batch.num_rows
         of = dict(zip(self.columns.names, batch.columns, strict=True))
         needed = [name for name in (columns.user, columns.item, columns.time) if name]
-        gaps = {name: _gaps(of[name]) for name in needed}
+        gaps = {name: gaps(of[name]) for name in needed}
         missing = np.logical_or.reduce(list(gaps.values()))
         chosen = None
         if missing.any():
@@ -383,7 +195,7 @@ class _Reader:
                 "times in one way in all of them"
             )
         self.unit = unit
-        self.times.append(_compact(array))
+        self.times.append(compact(array))
 
     def _dates(self, name: str, values: pa.Array) -> tuple[pa.Array, pa.DataType]:
         """Text as numbers, or as dates, without or with a time zone."""
@@ -407,7 +219,7 @@ class _Reader:
                 number = values.cast(pa.int8()) if pa.types.is_boolean(kind) else values
                 values = number.cast(pa.float64(), safe=False)
             other = name in self.texts
-            numbers = _narrow(values.to_numpy(zero_copy_only=False))
+            numbers = narrow(values.to_numpy(zero_copy_only=False))
             self.numbers.setdefault(name, []).append(numbers)
         elif pa.types.is_nested(kind) or pa.types.is_temporal(kind) or pa.types.is_binary(kind):
             raise ValueError(
@@ -450,8 +262,8 @@ class _Reader:
         events = EventColumns(user, item, ticks_E, actions)
         del user, item, ticks_E, actions
         if config.items_file is not None:
-            titles = read_titles(config, columns.item, events.item.ids)
-            dropped |= self._without_unlisted(events, titles)
+            titles = known = read_titles(config, columns.item, events.item.ids)
+            dropped |= self._without_unlisted(events, known)
         interactions, more = grouping.group(events, config, titles)
         if (seconds := interactions.timestamps) is not None:
             for block in grouping.blocks(len(seconds)):
@@ -489,7 +301,7 @@ class _Reader:
             if name in self.numbers:
                 parts = self.numbers.pop(name)
                 whole = all(part.dtype == np.int32 for part in parts)
-                actions[name] = _joined(parts, np.int32 if whole else np.float32)
+                actions[name] = joined(parts, np.int32 if whole else np.float32)
             else:
                 coded = self.texts.pop(name).take(texts)
                 texts_of[name] = coded.ids.tolist()
@@ -505,7 +317,7 @@ class _Reader:
         if name is None:
             return None, "s", None
         whole = all(part.dtype.kind == "i" for part in self.times)
-        values = _joined(self.times, np.int64 if whole else np.float64)
+        values = joined(self.times, np.int64 if whole else np.float64)
         low, high = values.min(), values.max()
         if self.unit is None:
             self.unit = unit = meaning.unit_by_range(low.item(), high.item(), name, self.config)
@@ -518,9 +330,10 @@ class _Reader:
                 )
         unit = self.unit
         try:
-            span = tuple(int(meaning.seconds(np.array([v]), unit)[0]) for v in (low, high))
+            first, last = (int(meaning.seconds(np.array([v]), unit)[0]) for v in (low, high))
         except (ValueError, OverflowError) as error:
             raise ValueError(f"column {name!r}: {error}") from None
+        span = first, last
         for second, event in zip(span, (np.argmin(values), np.argmax(values)), strict=True):
             if not FIRST_SECOND <= second <= LAST_SECOND:
                 raise ValueError(
@@ -544,9 +357,10 @@ class _Reader:
         of_item = (known[code] for code in title.code_E[first].tolist())
         return dict(zip(item.ids.tolist(), of_item, strict=True))
 
-    def _without_unlisted(self, events: EventColumns, titles: Titles) -> dict[str, int]:
+    def _without_unlisted(
+        self, events: EventColumns, known: Mapping[int | str, str]
+    ) -> dict[str, int]:
         """Sees to items that the items table lacks; how many events are dropped."""
-        known: Mapping[Any, str] = titles
         listed_I = np.array([raw in known for raw in events.item.ids.tolist()])
         if listed_I.all() or self.config.unlisted_items == "keep":
             return {}
@@ -568,39 +382,3 @@ class _Reader:
 
 def _name(source: Source) -> str:
     return str(source.path) if isinstance(source, TableFile) else str(source)
-
-
-def _gaps(values: pa.Array) -> Bool[np.ndarray, " n"]:
-    """Where a value is missing, or no number."""
-    number = pa.types.is_floating(values.type)
-    if not number and not values.null_count:
-        return np.zeros(len(values), bool)
-    return values.is_null(nan_is_null=number).to_numpy(zero_copy_only=False)
-
-
-def _compact(times: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
-    """Integers in as few bytes as they need while a file is read."""
-    if times.dtype.kind not in "iu":
-        return times.astype(np.float64, copy=False)
-    small = not times.size or (times.min() >= -(2**31) and times.max() < 2**31)
-    return times.astype(np.int32 if small else np.int64)
-
-
-def _narrow(numbers: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
-    """int32 where nothing is lost by it, else float32."""
-    if numbers.dtype.kind == "b":
-        return numbers.astype(np.int32)
-    with np.errstate(invalid="ignore"):
-        whole = numbers.astype(np.int32)
-    return whole if np.array_equal(whole, numbers) else numbers.astype(np.float32)
-
-
-def _joined(parts: list[Num[np.ndarray, " n"]], dtype: type[np.generic]) -> Num[np.ndarray, " E"]:
-    """One array of all parts, which are given up one by one."""
-    joined, at = np.empty(sum(map(len, parts)), dtype), 0
-    parts.reverse()
-    while parts:
-        part = parts.pop()
-        joined[at : at + len(part)] = part
-        at += len(part)
-    return joined

@@ -7,13 +7,12 @@ that errors name file, line (row group) and value.
 import contextlib
 import csv
 import dataclasses
-import datetime
 import glob
 import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,15 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from ultra_hstu.data.table.values import (
+    DATE,
+    INTEGER,
+    MISSING,
+    fits,
+    type_of_json,
+    type_of_texts,
+    words,
+)
 from ultra_hstu.data.text import Line
 
 Format = Literal["csv", "json", "parquet"]
@@ -37,16 +45,9 @@ _FORMATS: dict[str, Format] = {
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _KNOWN = f"{', '.join(_FORMATS)}, also with {' or '.join(_COMPRESSIONS)} where they are text"
-# Fields that are no values.
-MISSING = ("", "NULL", "null", "NA", "N/A", "NaN", "nan", "None")
 _BLOCK_BYTES = 1 << 24
 _BATCH_ROWS = 1 << 20
 _SAMPLE_ROWS, _SAMPLE_CELLS = 1000, 100_000
-_SHOWN = 20  # columns that an error names
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
-_DATE = re.compile(
-    r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.(\d{1,9}))?)?)?(?P<zone>Z|[-+]\d\d:?(\d\d)?)?"
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,8 +118,8 @@ class TableFile:
                 value = values.get(name)
                 if value is None or (isinstance(value, str) and value in MISSING):
                     continue
-                if not _fits(value, kind):
-                    problem = f"column {name!r} holds {_words(kind)} in the lines before, here"
+                if not fits(value, kind):
+                    problem = f"column {name!r} holds {words(kind)} in the lines before, here"
                     raise line.error(problem, value if isinstance(value, str | int) else str(value))
 
 
@@ -185,12 +186,6 @@ def open_file(path: str | Path, delimiter: str | None = None) -> TableFile:
         raise ValueError(f"{path} cannot be read ({error}): {_AGAIN}") from None
 
 
-def shown(names: Sequence[str]) -> str:
-    """The names of columns, for errors."""
-    more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
-    return ", ".join(name[:40] for name in itertools.islice(names, _SHOWN)) + more or "none"
-
-
 # --- opening ---
 
 
@@ -234,7 +229,6 @@ def _records(
     path: Path, file: Iterable[str], delimiter: str
 ) -> Iterator[tuple[Line, Sequence[str]]]:
     """The records of CSV, blank lines left out, with the line that each begins on."""
-    csv.field_size_limit(2**31 - 1)
     reader, number = csv.reader(file, delimiter=delimiter, strict=True), 1
     while True:
         try:
@@ -263,7 +257,7 @@ def _csv_file(
     rows = _records(path, itertools.chain([first], file), delimiter)
     header, names = next(rows)
     names = [name.strip() for name in names]
-    numbers = [name for name in names if _INTEGER.fullmatch(name) or _DATE.fullmatch(name)]
+    numbers = [name for name in names if INTEGER.fullmatch(name) or DATE.fullmatch(name)]
     if numbers:
         raise header.error(
             f"the header holds {numbers[0]!r}, which is no name: the first line must name the "
@@ -280,37 +274,8 @@ def _csv_file(
     for index, name in enumerate(names):
         if name not in twice:
             values = [fields[index] for fields in sample if len(fields) > index]
-            types[name] = _type_of_texts([value for value in values if value not in MISSING])
+            types[name] = type_of_texts([value for value in values if value not in MISSING])
     return TableFile(path, "csv", compression, types, delimiter, tuple(names))
-
-
-def _type_of_texts(values: Sequence[str]) -> pa.DataType:
-    """What most of the values look like, so that a stray one is found as a fault; else text."""
-
-    def most(fits: Callable[[str], object]) -> bool:
-        return 2 * sum(bool(fits(value)) for value in values) > len(values)
-
-    if not values:
-        return pa.null()
-    if most(_is_number):
-        whole = all(_INTEGER.fullmatch(one.strip()) for one in values if _is_number(one))
-        return pa.int64() if whole else pa.float64()
-    if most(lambda value: value.lower() in ("true", "false")):
-        return pa.bool_()
-    if most(is_date):
-        dates = [_DATE.fullmatch(value.strip()) for value in values if is_date(value)]
-        zones = sum(bool(date["zone"]) for date in dates if date)
-        fine = any(len(date[4] or "") > 6 for date in dates if date)
-        zone = "UTC" if 2 * zones > len(dates) else None
-        return pa.timestamp("ns" if fine else "us", tz=zone)
-    return pa.string()
-
-
-def _is_number(value: str) -> bool:
-    try:
-        return "_" not in value and float(value) is not None
-    except ValueError:
-        return False
 
 
 def _csv_batches(file: TableFile, types: Types) -> Iterator[pa.RecordBatch]:
@@ -372,20 +337,7 @@ def _json_types(path: Path, file: io.TextIOWrapper) -> Types:
                 values.setdefault(name, []).append(value)
     if not values:
         raise ValueError(f"{path} is empty: expected one JSON object a line")
-    return {name: _type_of_json(of_name) for name, of_name in values.items()}
-
-
-def _type_of_json(values: Sequence[object]) -> pa.DataType:
-    kinds = {type(value) for value in values if value is not None}
-    if not kinds:
-        return pa.null()
-    if kinds == {bool}:
-        return pa.bool_()
-    if kinds == {int}:
-        return pa.int64()
-    if kinds <= {int, float}:
-        return pa.float64()
-    return pa.string() if kinds == {str} else pa.struct([])  # nested or mixed: not read
+    return {name: type_of_json(of_name) for name, of_name in values.items()}
 
 
 def _json_batches(file: TableFile, types: Types) -> Iterator[pa.RecordBatch]:
@@ -419,38 +371,3 @@ def _encoded(values: pa.Array) -> pa.Array:
     if pa.types.is_string_view(values.type) or pa.types.is_large_string(values.type):
         values = values.cast(pa.string())
     return values.dictionary_encode() if _is_text(values.type) else values
-
-
-# --- looking for the fault ---
-
-
-def _fits(value: object, kind: pa.DataType) -> bool:
-    """Whether pyarrow would take this value of a text file."""
-    if not isinstance(value, str):
-        return _type_of_json([value]) == kind or (pa.types.is_floating(kind) and type(value) is int)
-    checks: dict[Callable[[pa.DataType], bool], Callable[[str], bool]] = {
-        pa.types.is_integer: lambda text: _INTEGER.fullmatch(text.strip()) is not None,
-        pa.types.is_floating: _is_number,
-        pa.types.is_boolean: lambda text: text.lower() in ("true", "false", "0", "1"),
-        pa.types.is_timestamp: is_date,
-    }
-    return all(fits(value) for is_kind, fits in checks.items() if is_kind(kind))
-
-
-def is_date(value: str) -> bool:
-    try:
-        datetime.datetime.fromisoformat(value.strip())
-    except ValueError:
-        return False
-    return _DATE.fullmatch(value.strip()) is not None
-
-
-def _words(kind: pa.DataType) -> str:
-    if pa.types.is_timestamp(kind):
-        return "dates with a time zone" if kind.tz else "dates such as 2020-01-31 23:59:59"
-    names: dict[Callable[[pa.DataType], bool], str] = {
-        pa.types.is_integer: "whole numbers",
-        pa.types.is_floating: "numbers",
-        pa.types.is_boolean: "true or false",
-    }
-    return next((words for is_kind, words in names.items() if is_kind(kind)), "text")

@@ -4,12 +4,13 @@ import dataclasses
 import datetime
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Int32, Num, Shaped
 
-from ultra_hstu.data.times import FIRST_SECOND, LAST_SECOND, TICKS, UNITS, WORDS, unit_of
+from ultra_hstu.data.times import FIRST_SECOND, LAST_SECOND, UNITS, WORDS, unit_of
+from ultra_hstu.data.times import TICKS as UNIT_TICKS
 from ultra_hstu.table_config import COMPARISON, TableConfig
 
 # Usual names, lower case and without anything but letters and digits; earlier ones first.
@@ -32,6 +33,7 @@ ACTIONS = (
     "behavior behaviortype correct purchase purchased quantity"
 ).split()
 _DAY = 86_400
+TICKS: dict[str, int] = {str(unit): ticks for unit, ticks in UNIT_TICKS.items()}
 _COMPARE: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     ">=": np.greater_equal,
     "<=": np.less_equal,
@@ -230,5 +232,36 @@ def day(second: int) -> str:
 
 
 def unit_words(unit: str) -> str:
-    words: Mapping[str, str] = WORDS
-    return words.get(unit, unit)
+    return next((words for name, words in WORDS.items() if name == unit), unit)
+
+
+# --- what was read ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a table was read, to be shown: the columns, the unit of the times and their range, and
+    how many events there were and were dropped, by reason."""
+
+    columns: dict[str, str | None]
+    actions: tuple[str, ...]
+    unread: tuple[str, ...]
+    unit: str
+    times: tuple[int, int] | None
+    events: int
+    dropped: dict[str, int]
+
+    def lines(self) -> list[str]:
+        """What a user must see before anything is made from the data."""
+        named = [f"{part} = {name}" for part, name in self.columns.items() if name]
+        lines = [f"columns: {', '.join(named)}; actions: {', '.join(self.actions) or 'none'}"]
+        if self.unread:
+            lines.append(
+                f"not read: {listed(self.unread)} (--config.data.table.actions=NAME reads more)"
+            )
+        if self.times is None:
+            lines.append("times: none, rows are in order")
+        else:
+            first, last = map(day, self.times)
+            lines.append(f"times: {unit_words(self.unit)}, {first} to {last}")
+        return lines

@@ -1,11 +1,11 @@
-"""Columns of ids and of text, gathered in chunks and coded at the end."""
+"""Columns gathered in chunks: ids and text, coded at the end; numbers and times."""
 
 from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Int32, Shaped
+from jaxtyping import Bool, Int32, Num, Shaped
 
 from ultra_hstu.data.grouping import MAX_ID_LETTERS, Coded
 from ultra_hstu.data.strings import STRINGS
@@ -138,3 +138,39 @@ def ids(values: pa.Array, first_event: Callable[[int], int]) -> pa.Array:
 def texts(values: pa.Array, first_event: Callable[[int], int]) -> pa.Array:
     """Distinct values as they stand, without blanks around."""
     return pc.utf8_trim_whitespace(values.cast(pa.string()))
+
+
+def gaps(values: pa.Array) -> Bool[np.ndarray, " n"]:
+    """Where a value is missing, or no number."""
+    number = pa.types.is_floating(values.type)
+    if not number and not values.null_count:
+        return np.zeros(len(values), bool)
+    return values.is_null(nan_is_null=number).to_numpy(zero_copy_only=False)
+
+
+def compact(times: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
+    """Integers in as few bytes as they need while a file is read."""
+    if times.dtype.kind not in "iu":
+        return times.astype(np.float64, copy=False)
+    small = not times.size or (times.min() >= -(2**31) and times.max() < 2**31)
+    return times.astype(np.int32 if small else np.int64)
+
+
+def narrow(numbers: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
+    """int32 where nothing is lost by it, else float32."""
+    if numbers.dtype.kind == "b":
+        return numbers.astype(np.int32)
+    with np.errstate(invalid="ignore"):
+        whole = numbers.astype(np.int32)
+    return whole if np.array_equal(whole, numbers) else numbers.astype(np.float32)
+
+
+def joined(parts: list[Num[np.ndarray, " n"]], dtype: type[np.generic]) -> Num[np.ndarray, " E"]:
+    """One array of all parts, which are given up one by one."""
+    joined, at = np.empty(sum(map(len, parts)), dtype), 0
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        joined[at : at + len(part)] = part
+        at += len(part)
+    return joined

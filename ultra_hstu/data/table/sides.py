@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Shaped
 
-from ultra_hstu.data import table_columns as meaning
 from ultra_hstu.data.catalog import few
 from ultra_hstu.data.contexts import Contexts, in_order
 from ultra_hstu.data.strings import STRINGS, is_strings
-from ultra_hstu.data.table_files import TableFile, open_file
-from ultra_hstu.data.table_ids import BadId, TextColumn, ids, texts
+from ultra_hstu.data.table import columns as meaning
+from ultra_hstu.data.table.chunks import BadId, TextColumn, ids, texts
+from ultra_hstu.data.table.files import TableFile, open_file
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
