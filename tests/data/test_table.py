@@ -170,7 +170,7 @@ def test_usual_names_and_named_ones(tmp_path, caplog):
         caplog.text
     )
     assert "times: seconds, 2020-09-13 to 2020-09-13" in caplog.text
-    assert caplog.text.index("preparing") < caplog.text.index("prepared")
+    assert caplog.text.index("preparing") < caplog.text.index("prepared in")
 
 
 def test_titles_and_users(tmp_path):

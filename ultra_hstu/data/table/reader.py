@@ -125,13 +125,13 @@ class _Reader:
         columns, count = self.columns, batch.num_rows
         of = dict(zip(self.columns.names, batch.columns, strict=True))
         needed = [name for name in (columns.user, columns.item, columns.time) if name]
-        gaps = {name: gaps(of[name]) for name in needed}
-        missing = np.logical_or.reduce(list(gaps.values()))
+        lacks = {name: gaps(of[name]) for name in needed}
+        missing = np.logical_or.reduce(list(lacks.values()))
         chosen = None
         if missing.any():
             if self.config.missing == "refuse":
                 first = int(np.argmax(missing))
-                name = next(name for name in needed if gaps[name][first])
+                name = next(name for name in needed if lacks[name][first])
                 raise ValueError(
                     f"{source.place(row + first)}: column {name!r} is missing a value: fill it "
                     "in, or leave such rows out by --config.data.table.missing=drop"
