@@ -30,11 +30,15 @@ LOST = (
 )
 
 
+_TASKS = "data.table.tasks."
+
+
 class ConfigParser(ConfigFileFlagParser):
     """Reads the name of a configuration, or the path of a user's own file: `own.py[:argument]`.
 
     `experiments/configs/NAME.py`, which records name, is the configuration NAME. An override of a
-    field that the configuration lacks is a `flags.Error` with the near names.
+    field that the configuration lacks is a `flags.Error` with the near names; a task of own data,
+    --config.data.table.tasks.NAME=RULE, is a field that its flag makes.
     """
 
     def parse(self, path: str) -> ml_collections.ConfigDict:
@@ -48,31 +52,27 @@ class ConfigParser(ConfigFileFlagParser):
         known = list(fields.paths(values))
         for argument in sys.argv[1:]:
             field = re.match(rf"--?(?:no)?{self.name}\.([\w.]+)(?:=|$)", argument)
-            if field and field[1] not in known:
+            if field and field[1].startswith(_TASKS):
+                with config.unlocked():
+                    config.data.table.tasks[field[1].removeprefix(_TASKS)] = ""
+            elif field and field[1] not in known:
                 raise flags.Error(fields.unknown(field[1], known))
         return config
 
 
-class TaskParser(ConfigParser):
-    """Lets flags add tasks of own data: --config.data.table.tasks.NAME=RULE."""
-
-    def parse(self, path: str) -> ml_collections.ConfigDict:
-        config = super().parse(path)
-        flag = re.compile(rf"--?{self.name}\.data\.table\.tasks\.([^.=]+)(=|$)")
-        with config.unlocked():
-            for argument in sys.argv:
-                if found := flag.match(argument):
-                    config.data.table.tasks[found[1]] = ""
-        return config
-
-
 def define_config(
-    name: str = "config", what: str = "the configuration", required: bool = True
+    name: str = "config",
+    what: str = "the configuration",
+    required: bool = True,
+    default: str | None = None,
 ) -> flags.FlagHolder[ml_collections.ConfigDict]:
     """--NAME, whose fields --NAME.FIELD overrides."""
     text = f"{what}: a name of experiments/configs, or a file whose get_config() makes one"
     holder = config_flags.DEFINE_config_file(name, None, text, lock_config=True)
-    flags.FLAGS[name].parser = TaskParser(name)
+    flags.FLAGS[name].parser = ConfigParser(name)
+    given = any(re.match(rf"--?{name}(=|$)", argument) for argument in sys.argv[1:])
+    if default is not None and not given:  # as if it were: overrides need it
+        sys.argv.insert(1, f"--{name}={default}")
     if required:
         flags.mark_flag_as_required(name)
     return holder
