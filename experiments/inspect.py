@@ -158,19 +158,28 @@ def draw(interactions: Interactions, picture: Path, name: str) -> None:
     timed = interactions.timestamps is not None
     figure, axes = plt.subplots(1, 2 + timed, figsize=(5 * (2 + timed), 3.8), layout="constrained")
     lengths = interactions.lengths
-    bins = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 40).astype(int))
-    axes[0].hist(lengths, bins=bins if len(bins) > 1 else 10, color="#4477aa")
+    low, high = int(lengths.min()), int(lengths.max())
+    wide = high > 10 * low
+    bins = np.unique((np.geomspace if wide else np.linspace)(low, high + 1, 40).astype(int))
+    axes[0].hist(lengths, bins=bins - 0.5, color="#4477aa")
     median = float(np.median(lengths))
     axes[0].axvline(median, color="black", linewidth=1)
     axes[0].text(median, axes[0].get_ylim()[1], f" median {median:g}", va="top")
     axes[0].set(title="How long are histories?", xlabel="events of a user", ylabel="users")
-    axes[0].set_xscale("log")
+    if wide:
+        axes[0].set_xscale("log")
+    axes[0].xaxis.set_major_formatter("{x:g}")
     count = np.sort(np.bincount(interactions.items)[1:])[::-1]
     share = np.cumsum(count) / count.sum()
     axes[1].plot(np.arange(1, len(count) + 1) / len(count), share, color="#4477aa")
     tenth = share[max(len(count) // 10 - 1, 0)]
     axes[1].plot([0.1], [tenth], "o", color="black")
-    axes[1].text(0.13, tenth, f"the top 10 % of items\nhave {tenth:.0%} of events", va="top")
+    axes[1].text(
+        0.13,
+        max(tenth - 0.03, 0.15),
+        f"the top 10 % of items\nhave {100 * tenth:.0f} % of events",
+        va="top",
+    )
     axes[1].set(
         title="Do few items have most events?",
         xlabel="share of items, most frequent first",
@@ -187,8 +196,8 @@ def draw(interactions: Interactions, picture: Path, name: str) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{name}: {interactions.num_events:,} events of {interactions.num_users:,} users and "
-        f"{interactions.num_items:,} items, as kept"
+        f"{Path(name).name}: {interactions.num_events:,} events of {interactions.num_users:,} "
+        f"users and {interactions.num_items:,} items, as kept"
     )
     figure.savefig(picture, dpi=120)
     plt.close(figure)
