@@ -21,7 +21,6 @@ import json
 import sys
 from typing import IO, cast
 
-import numpy as np
 from absl import flags
 
 from experiments import command
@@ -105,7 +104,7 @@ def _history(catalog: Catalog) -> list[int | str]:
     given: list[int | str] = []
     if _HISTORY.value is not None:
         given += _ids("history", _HISTORY.value)
-    return given + [by_title(catalog, title) for title in _TITLES.value]
+    return given + [catalog.by_title(title) for title in _TITLES.value]
 
 
 def _ids(name: str, value: str) -> list[str]:
@@ -115,26 +114,6 @@ def _ids(name: str, value: str) -> list[str]:
             f"--{name}={value!r} has an empty place: give ids separated by single commas"
         )
     return wanted
-
-
-def by_title(catalog: Catalog, title: str) -> int | str:
-    """The raw id of the item with this title, or with the only one that holds it; case is nothing.
-
-    Raises ValueError where there is none, or several: with some of them.
-    """
-    titles, wanted = catalog.titles, title.casefold().strip()
-    if titles is None:
-        raise ValueError("the items of this run have no titles: give ids, by --history")
-    known = [one.casefold() for one in titles]
-    found = [place for place, one in enumerate(known) if place and one.strip() == wanted]
-    found = found or [place for place, one in enumerate(known) if place and wanted in one]
-    if len(found) != 1:
-        some = "; ".join(f"{catalog.raw_ids[n]} {titles[n]!r}" for n in found[:10])
-        raise ValueError(
-            f"--title={title!r} is the title of "
-            + (f"{len(found)} items: name one by --history=ID: {some}" if found else "no item")
-        )
-    return catalog.decode(np.array(found)).tolist()[0]
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def group(
     actions = {name: _gather(columns.actions.pop(name), order) for name in list(columns.actions)}
     del order
     keep_E, dropped = _kept(offsets, item_E, time_E, len(items), rules)
-    count_U = np.add.reduceat(keep_E, offsets[:-1], dtype=np.int64)
+    count_U = _of_users(keep_E, offsets)
     kept_I = _counts(item_E, len(items), keep_E) > 0
     if not keep_E.any():
         raise ValueError(
@@ -191,7 +191,7 @@ def _user_blocks(offsets: Int64[np.ndarray, " U1"]) -> Iterator[tuple[int, int]]
     """Ranges of whole users with about so many events: first user, and the one after the last."""
     first = 0
     while first < len(offsets) - 1:
-        beyond = int(np.searchsorted(offsets, offsets[first] + 4 * BLOCK, side="right")) - 1
+        beyond = int(np.searchsorted(offsets, offsets[first] + BLOCK, side="right")) - 1
         last = max(beyond, first + 1)
         yield first, last
         first = last
@@ -202,10 +202,10 @@ def _order(
 ) -> Integer[np.ndarray, " E"]:
     """The events by (user, time), ties as they come."""
     order = np.empty(len(user_E), np.int32 if len(user_E) < 2**31 else np.int64)
-    # Fewer than 2^33 seconds, and at most 2^24 users in a block of several: their product fits.
+    # Fewer than 2^33 seconds, and at most BLOCK users in a block of several: their product fits.
     first_time = 0 if time_E is None else int(time_E.min())
     span = 1 if time_E is None else int(time_E.max()) - first_time + 1
-    whole = len(user_E) <= 4 * BLOCK
+    whole = len(user_E) <= BLOCK
     for first, last in _user_blocks(offsets):
         event_n = (
             np.arange(len(user_E)) if whole else np.flatnonzero((user_E >= first) & (user_E < last))
@@ -233,6 +233,16 @@ def _counts(code_E: Codes, size: int, where_E: Mask | None = None) -> Int64[np.n
         codes = code_E[block]
         count += np.bincount(codes if where_E is None else codes[where_E[block]], minlength=size)
     return count
+
+
+def _of_users(keep_E: Mask, offsets: Int64[np.ndarray, " U1"]) -> Int64[np.ndarray, " U"]:
+    """How many events of each user are kept."""
+    count_U = np.empty(len(offsets) - 1, np.int64)
+    for first, last in _user_blocks(offsets):
+        low, high = int(offsets[first]), int(offsets[last])
+        starts = offsets[first:last] - low
+        count_U[first:last] = np.add.reduceat(keep_E[low:high], starts, dtype=np.int64)
+    return count_U
 
 
 # --- what is left out ---
@@ -266,7 +276,7 @@ def _kept(
         return keep_E
 
     def of_users() -> Int64[np.ndarray, " U"]:
-        return np.add.reduceat(keep_E, offsets[:-1], dtype=np.int64)
+        return _of_users(keep_E, offsets)
 
     def of_items() -> Int64[np.ndarray, " I"]:
         return _counts(item_E, num_items, keep_E)

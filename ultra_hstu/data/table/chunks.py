@@ -72,6 +72,8 @@ class TextColumn:
             index_n = _indices(self._chunks.pop())
             code_E[at : at + len(index_n)] = rank[index_n]
             at += len(index_n)
+        del one
+        pa.default_memory_pool().release_unused()
         return Coded(ids, code_E)
 
     def _first_event(self, value: int) -> int:
