@@ -14,12 +14,12 @@ from ultra_hstu.config import (
 from ultra_hstu.fields import changed
 
 # The next item of every user, the epoch chosen on the item before the test item. Small batches give
-# a small table enough steps; training stops once ten evaluations bring nothing better.
+# a small table enough steps; training stops once five epochs bring nothing better.
 TABLE = Config(
     name="table",
     data=DataConfig(source="table", batch_users=64),
     model=ModelConfig(width=64, qk_width=64, v_width=64),
-    train=TrainConfig(epochs=50, protocol="validated"),
+    train=TrainConfig(epochs=50, protocol="validated", patience=5),
 )
 # What a user does with given items. Tasks are rules about columns:
 # --config.data.table.tasks.like='rating>=4'.

@@ -430,11 +430,11 @@ def test_no_files(tmp_path, raw, message, monkeypatch):
 
 
 def test_many_columns(tmp_path):
-    names = [*NAMES[:3], *(f"c{n}" for n in range(3000))]
-    rows = [[*row[:3], *(["1"] * 3000)] for row in ROWS]
+    names = [*NAMES[:3], *(f"c{n}" for n in range(500))]
+    rows = [[*row[:3], *(["1"] * 500)] for row in ROWS]
     raw = write(tmp_path / "a.csv", csv_text(rows, names))
     assert load(tmp_path, raw).num_events == 6
-    with pytest.raises(ValueError, match="there are 'user_id', .*3003 in all"):
+    with pytest.raises(ValueError, match="there are 'user_id', .*503 in all"):
         load(tmp_path, raw, item="item")
 
 
