@@ -143,11 +143,12 @@ def texts(values: pa.Array, first_event: Callable[[int], int]) -> pa.Array:
 
 
 def gaps(values: pa.Array) -> Bool[np.ndarray, " n"]:
-    """Where a value is missing, or no number."""
-    number = pa.types.is_floating(values.type)
-    if not number and not values.null_count:
+    """Where a value is missing, or no finite number."""
+    if pa.types.is_floating(values.type):
+        return ~np.isfinite(values.to_numpy(zero_copy_only=False))
+    if not values.null_count:
         return np.zeros(len(values), bool)
-    return values.is_null(nan_is_null=number).to_numpy(zero_copy_only=False)
+    return values.is_null().to_numpy(zero_copy_only=False)
 
 
 def compact(times: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
@@ -159,12 +160,16 @@ def compact(times: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
 
 
 def narrow(numbers: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
-    """int32 where nothing is lost by it, else float32."""
+    """int32 where nothing is lost by it, else float32, with NaN for what is not finite there."""
     if numbers.dtype.kind == "b":
         return numbers.astype(np.int32)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         whole = numbers.astype(np.int32)
-    return whole if np.array_equal(whole, numbers) else numbers.astype(np.float32)
+        narrowed = numbers.astype(np.float32)
+    if np.array_equal(whole, numbers):
+        return whole
+    narrowed[~np.isfinite(narrowed)] = np.nan
+    return narrowed
 
 
 def joined(parts: list[Num[np.ndarray, " n"]], dtype: type[np.generic]) -> Num[np.ndarray, " E"]:
