@@ -1,5 +1,6 @@
 """Amazon reviews: Books as published by the SNAP group, Beauty as one user a line."""
 
+import array
 import dataclasses
 import logging
 import re
@@ -135,16 +136,16 @@ class AmazonBeauty(InteractionsBuilder):
     def read(self) -> tuple[RawEvents, Catalog]:
         path = self.raw_dir / "Beauty.txt"
         users: dict[int, int] = {}
-        histories = []
+        items, lengths = array.array("q"), []
         for line in lines(path):
-            user, *items = line.integers("[ \t]+", "user or item id", 1).tolist()
-            if not items:
+            user, *history = line.integers("[ \t]+", "user or item id", 1).tolist()
+            if not history:
                 raise line.error("expected 'user item item ...' separated by blanks")
             if user in users:
                 raise line.error(f"user {user} was given on line {users[user]} already")
             users[user] = line.number
-            histories.append(np.array(items, np.int64))
-        items = np.concatenate(histories)
-        lengths = [len(history) for history in histories]
+            items.extend(history)
+            lengths.append(len(history))
         repeated = np.repeat(np.array(list(users), np.int64), lengths)
-        return RawEvents(repeated, items, None, {}), Catalog.from_ids(np.unique(items))
+        found = np.frombuffer(items, np.int64)
+        return RawEvents(repeated, found, None, {}), Catalog.from_ids(np.unique(found))

@@ -159,11 +159,11 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
         ConnectionError: the publisher cannot be reached.
     """
     variant: SourceConfig = builder.builder_configs[config.source]
-    raw, problem = _raw(variant, config), "its files must be downloaded"
+    raw, problem = _raw(variant, config), f"the files of {variant.name} must be downloaded"
     if raw is not None:
         if (damage := sums.damage(_home(builder, config, raw))) is None:
             return _opened(builder, config, raw)
-        problem = damage
+        problem = f"the data must be prepared ({damage})"
     with locked(Path(config.data_dir) / f"{variant.name}.lock", problem):
         if raw is None:
             folder = _downloads(variant, config)

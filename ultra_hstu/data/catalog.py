@@ -93,7 +93,7 @@ class Catalog:
         if is_strings(ids) != is_strings(known) or ids.dtype.kind not in "iTU":
             kinds = "strings" if is_strings(known) else "whole numbers"
             raise ValueError(f"item ids of this catalogue are {kinds}, not {ids.dtype}: {few(ids)}")
-        ids = ids.astype(known.dtype)
+        ids = ids.astype(known.dtype, copy=False)
         index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
         return np.where(known[index] == ids, index + 1, 0).astype(np.int32)
 

@@ -50,6 +50,7 @@ class Column:
 
     @staticmethod
     def time(name: str, unit: Unit) -> "Column":
+        """A column of times, checked by their range in this unit."""
         return Column(name, np.int64, -MAX_ID, MAX_ID, unit)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,16 +10,19 @@ import numpy as np
 from ultra_hstu.data import strings
 
 Path = str | os.PathLike
+NAMES = "names"  # a member that names the others: a damaged directory may hide some
 # An array of strings is two in the file, under its name and these.
 _TEXT, _ENDS = "/text", "/ends"
 
 
 def save(path: Path, arrays: dict[str, np.ndarray], *, compress: bool = True) -> None:
     """Writes the whole file or nothing."""
+    plain = packed(arrays)
+    names = {NAMES: np.array(list(plain))}
     write = np.savez_compressed if compress else np.savez
     part = f"{os.fspath(path)}.part"
     with open(part, "wb") as file:
-        write(file, allow_pickle=False, **packed(arrays))
+        write(file, allow_pickle=False, **names | plain)
     os.replace(part, path)
 
 
@@ -29,8 +33,15 @@ def reading(path: Path, what: str, remedy: str) -> Iterator[dict[str, np.ndarray
     Raises ValueError, saying that the file is not `what`, for whatever fails inside, too.
     """
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            yield unpacked(dict(arrays))
+        with zipfile.ZipFile(path) as members:  # NumPy reads no further than an array: no sum
+            if (damaged := members.testzip()) is not None:
+                raise ValueError(f"{damaged} is not what was written")
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as members:
+            plain = dict(members)
+        names = plain.pop(NAMES, np.array(list(plain))).tolist()  # older files do not name them
+        if set(names) != set(plain):
+            raise ValueError(f"it lacks some of {', '.join(names)}")
+        yield unpacked(plain)
     except Exception as error:  # a damaged file makes zipfile, zlib and NumPy raise anything
         raise ValueError(f"{os.fspath(path)} is not {what} ({error}): {remedy}") from error
 

@@ -74,8 +74,8 @@ def _refusal(values: Times, i: int, unit: Unit, place: Place) -> ValueError:
     value = int(values[i])
     seems = unit_of(value)
     guess = "" if seems in (None, unit) else f", and seems to be in {WORDS[seems]}"
-    early = FIRST_SECOND * TICKS[unit] <= value < (LAST_SECOND + 1) * TICKS[unit]
-    when = "between 1966 and 1973, as all here do" if early else "outside 1901 to 2106"
+    legal = FIRST_SECOND * TICKS[unit] <= value < (LAST_SECOND + 1) * TICKS[unit]
+    when = "between 1966 and 1973, as all here do" if legal else "outside 1901 to 2106"
     return ValueError(
         f"{_words(place, i)} must be {WORDS[unit]} since 1970: {value} would lie {when}{guess}. "
         f"Give {WORDS[unit]}"
