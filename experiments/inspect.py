@@ -168,7 +168,9 @@ def draw(interactions: Interactions, picture: Path, name: str) -> None:
     axes[0].set(title="How long are histories?", xlabel="events of a user", ylabel="users")
     if wide:
         axes[0].set_xscale("log")
-    axes[0].xaxis.set_major_formatter("{x:g}")
+        steps = [step * 10**power for power in range(10) for step in (1, 2, 5)]
+        axes[0].set_xticks(ticks := [step for step in steps if low <= step <= high], ticks)
+        axes[0].minorticks_off()
     count = np.sort(np.bincount(interactions.items)[1:])[::-1]
     share = np.cumsum(count) / count.sum()
     axes[1].plot(np.arange(1, len(count) + 1) / len(count), share, color="#4477aa")
