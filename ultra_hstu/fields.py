@@ -59,7 +59,7 @@ def check_limits(section: Section, prefix: str = "") -> None:
         value = getattr(section, name)
         if isinstance(value, Section):
             check_limits(value, f"{prefix}{name}.")
-        if isinstance(value, dict):
+        if _of_sections(hint):
             for key, part in value.items():
                 check_limits(part, f"{prefix}{name}.{key}.")
         for part in (hint, *get_args(hint)):
@@ -75,7 +75,7 @@ def to_values(section: Section) -> Values:
         value = getattr(section, name)
         if isinstance(value, Section):
             value = to_values(value)
-        elif isinstance(value, dict):
+        elif _of_sections(hint):
             value = {key: to_values(part) for key, part in value.items()}
         elif value is None:
             value = config_dict.placeholder(get_args(hint)[0])
@@ -100,7 +100,7 @@ def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
         hint = hints[name]
         if isinstance(hint, type) and issubclass(hint, Section):
             built[name] = build(hint, value, f"{prefix}{name}.")
-        elif get_origin(hint) is dict and isinstance(value, dict):
+        elif isinstance(value, dict) and _of_sections(hint):
             built[name] = {
                 key: build(get_args(hint)[1], part, f"{prefix}{name}.{key}.")
                 for key, part in value.items()
@@ -118,6 +118,11 @@ def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
     return cls(**built)
 
 
+def _of_sections(hint: Any) -> bool:
+    """Whether a field is a dict of sections."""
+    return get_origin(hint) is dict and issubclass(get_args(hint)[1], Section)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -126,6 +131,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in parts)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(part, parts[1]) for part in value.values())
     if isinstance(value, bool):
         return hint is bool
     if hint is float:
