@@ -53,12 +53,16 @@ for optional, values in (
     config_flags.register_flag_parser_for_type(optional, OrNone(values))
 
 
+_TASKS = "data.table.tasks."
+
+
 class ConfigParser(ConfigFileFlagParser):
     """Reads the name of a configuration, or the path of a user's own file: `own.py[:argument]`.
 
     `experiments/configs/NAME.py`, which records name, is the configuration NAME. The `get_config`
     of a file returns a `Config`, or some of its fields as a ConfigDict or a dict. An override of a
-    field that the configuration lacks is a `flags.Error` with the near names.
+    field that the configuration lacks is a `flags.Error` with the near names; a task of own data,
+    --config.data.table.tasks.NAME=RULE, is a field that its flag makes.
     """
 
     def parse(self, path: str) -> ml_collections.ConfigDict:
@@ -69,12 +73,16 @@ class ConfigParser(ConfigFileFlagParser):
         else:
             recorded = file.suffix == ".py" and file.parts[-3:-1] == ("experiments", "configs")
             found = configs.named(file.stem if recorded else path)
+        config = to_config_dict(found).lock()
         known = list(fields.paths(dataclasses.asdict(found)))
         for given in sys.argv[1:]:
             field = re.match(rf"--?(?:no)?{self.name}\.([\w.]+)(?:=|$)", given)
-            if field and field[1] not in known:
+            if field and field[1].startswith(_TASKS):
+                with config.unlocked():
+                    config.data.table.tasks[field[1].removeprefix(_TASKS)] = ""
+            elif field and field[1] not in known:
                 raise flags.Error(fields.unknown(field[1], known))
-        return to_config_dict(found).lock()
+        return config
 
     def _of_file(self, file: str, argument: str) -> Config:
         found = super().parse(file + argument)
@@ -102,12 +110,18 @@ def as_path[V](flag: flags.FlagHolder[V]) -> flags.FlagHolder[V]:
 
 
 def define_config(
-    name: str = "config", what: str = "the configuration", required: bool = True
+    name: str = "config",
+    what: str = "the configuration",
+    required: bool = True,
+    default: str | None = None,
 ) -> flags.FlagHolder[ml_collections.ConfigDict]:
     """--NAME, whose fields --NAME.FIELD overrides."""
     text = f"{what}: a name of experiments/configs, or a file whose get_config() makes one"
     holder = config_flags.DEFINE_config_file(name, None, text, lock_config=True)
     flags.FLAGS[name].parser = ConfigParser(name)
+    given = any(re.match(rf"--?{name}(=|$)", argument) for argument in sys.argv[1:])
+    if default is not None and not given:  # as if it were: overrides need it
+        sys.argv.insert(1, f"--{name}={default}")
     if required:
         flags.mark_flag_as_required(name)
     return holder
@@ -171,6 +185,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger().setLevel(logging.WARNING)
         compilation_cache.use(cache.value)
+        _show_progress()
         try:
             require_jit()
             main(argv)
@@ -209,6 +224,16 @@ def prepare_output() -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _show_progress() -> None:
+    """What loading says of the data goes to standard error, as it is."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("ultra_hstu")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -13,14 +13,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["kernels"],
     ["ultra_hstu.fields"],
-    ["ultra_hstu.table_config"],
     ["ultra_hstu.paths"],
-    [
-        "ultra_hstu.sections",
-        "ultra_hstu.config",
-        "ultra_hstu.provenance",
-        "ultra_hstu.compilation_cache",
-    ],
+    ["ultra_hstu.sections", "ultra_hstu.table_config"],
+    ["ultra_hstu.config", "ultra_hstu.provenance", "ultra_hstu.compilation_cache"],
     ["ultra_hstu.parallel"],
     ["ultra_hstu.sequences"],
     ["ultra_hstu.nn"],

@@ -14,6 +14,7 @@ from ultra_hstu import fields
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 from ultra_hstu.paths import LocalPath
 from ultra_hstu.sections import Count, EvalConfig, OptimConfig, SyntheticConfig
+from ultra_hstu.table_config import TableConfig
 
 Kind = Literal["binary", "regression"]  # of a ranking task
 
@@ -50,6 +51,7 @@ class DataConfig(Section):
     load_balance: bool = False
     recalibrate_every: Count = 100  # steps between two estimates of that load
     synthetic: SyntheticConfig = SyntheticConfig()
+    table: TableConfig = TableConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +214,18 @@ class Config(Section):
         """The same run as one device computes it."""
         return dataclasses.replace(self, parallel=ParallelConfig(groups=self.parallel.batch_groups))
 
+    def of_table(self) -> "Config":
+        """The same with the tasks of own data, reading what signals and features are made from."""
+        rank, table, train = self.rank, self.data.table, self.train
+        if self.data.source != "table":
+            return self
+        if table.tasks and not rank.tasks:  # ranking has one protocol
+            rank = dataclasses.replace(rank, tasks=tuple(table.tasks))
+            train = dataclasses.replace(train, protocol="chronological")
+        names = [*rank.tasks, *rank.signals, *(one.signal for one in self.model.channels.values())]
+        data = dataclasses.replace(self.data, table=table.with_columns(rank.features, names))
+        return dataclasses.replace(self, data=data, rank=rank, train=train)
+
     def validate(self) -> None:
         """Raises ValueError naming the first field whose value cannot work, and what would."""
         fields.check_limits(self)
@@ -240,6 +254,7 @@ class Config(Section):
                 f"rank.validation_fraction={rank.validation_fraction!r} and "
                 f"rank.test_fraction={rank.test_fraction!r}: their sum must be in (0, 1)"
             )
+        data.table.check(data.source, [*rank.signals, *rank.tasks])
         if self.eval.time == "request" and not rank.tasks:
             raise ValueError(
                 "eval.time='request' is for ranking, whose requests have several targets: "
@@ -378,6 +393,6 @@ def from_config_dict(values: ml_collections.ConfigDict | fields.Values) -> Confi
       ValueError: naming an unknown field, a value of the wrong type or a value that cannot work.
     """
     plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values
-    config = fields.build(Config, plain)
+    config = fields.build(Config, plain).of_table()
     config.validate()
     return config

@@ -59,7 +59,7 @@ def check_limits(section: Section, prefix: str = "") -> None:
         value = getattr(section, name)
         if isinstance(value, Section):
             check_limits(value, f"{prefix}{name}.")
-        if isinstance(value, dict):
+        if _of_sections(hint):
             for key, part in value.items():
                 check_limits(part, f"{prefix}{name}.{key}.")
         for words in _exceeded(value, hint):
@@ -102,7 +102,10 @@ def overridable(section: Section) -> Overridable:
         if isinstance(value, Section):
             value = overridable(value)
         elif isinstance(value, dict):
-            parts = {key: overridable(part) for key, part in value.items()}
+            parts = {
+                key: overridable(part) if isinstance(part, Section) else part
+                for key, part in value.items()
+            }
             value = Overridable(parts, type_safe=False)
         elif type(None) in get_args(hint):
             reference = config_dict.FieldReference(None, field_type=hint)
@@ -129,7 +132,7 @@ def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
         hint = hints[name]
         if isinstance(hint, type) and issubclass(hint, Section):
             built[name] = build(hint, value, f"{prefix}{name}.")
-        elif get_origin(hint) is dict and isinstance(value, dict):
+        elif isinstance(value, dict) and _of_sections(hint):
             built[name] = {
                 key: build(get_args(hint)[1], part, f"{prefix}{name}.{key}.")
                 for key, part in value.items()
@@ -148,6 +151,11 @@ def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
     return cls(**built)
 
 
+def _of_sections(hint: Any) -> bool:
+    """Whether a field is a dict of sections."""
+    return get_origin(hint) is dict and issubclass(get_args(hint)[1], Section)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -158,6 +166,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in parts)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(part, parts[1]) for part in value.values())
     if isinstance(value, bool):
         return hint is bool
     if hint is float:

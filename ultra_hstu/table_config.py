@@ -1,11 +1,31 @@
 """The section `data.table`: how own files are read, and which of their events are kept."""
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from ultra_hstu.fields import Limit, NotNegative, Positive, Section
 
 Share = Annotated[float, Limit(lambda value: 0 < value <= 1, "in (0, 1]")]
+# Of a rule: a column, and what it is compared with.
+COMPARISON = re.compile(r"\s*(.+?)\s*(?:(>=|<=|==|!=|>|<)\s*(\S.*?))?\s*")
+
+# What a name of rank.signals or rank.tasks is made from, where it is not the column of that name.
+MADE_FROM = {
+    "watch_time": ("play_time_ms",),
+    "watched_share": ("play_time_ms", "duration_ms"),
+    "rating_at_least_4": ("rating",),
+}
+# A signal that says where its buckets end: price[10,20,50].
+BUCKETS = re.compile(r"(.+)\[([^\[\]]*)\]")
+
+
+def made_from(name: str) -> tuple[str, ...]:
+    """The columns that a signal, a feature or a task is made from."""
+    if found := BUCKETS.fullmatch(name):
+        return (found[1],)
+    return MADE_FROM.get(name, (name,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +44,8 @@ class TableConfig(Section):
     # Further columns to read, beside those of usual names and those that tasks, signals and
     # features are made from.
     actions: tuple[str, ...] = ()
+    # Columns that are known of an event before the user acts, which `rank.features` may name.
+    features: tuple[str, ...] = ()
     # What to predict, by name: a comparison of a column, such as rating>=4 or event==buy.
     tasks: dict[str, str] = dataclasses.field(default_factory=dict)
     delimiter: str | None = None  # of CSV; None: from the header
@@ -43,3 +65,35 @@ class TableConfig(Section):
     min_user_events: Positive[int] = 3
     # Users and items with fewer events go, again and again, until none is left with fewer.
     k_core: Positive[int] = 1
+
+    def with_columns(self, features: Sequence[str], names: Sequence[str]) -> "TableConfig":
+        """The same, reading also the columns that these names of `rank` are made from."""
+        columns = dict.fromkeys(column for name in names if name for column in made_from(name))
+        more = [name for name in columns if name not in (*self.tasks, *self.features, *features)]
+        return dataclasses.replace(
+            self,
+            features=tuple(dict.fromkeys((*self.features, *features))),
+            actions=tuple(dict.fromkeys((*self.actions, *more))),
+        )
+
+    def check(self, source: str, names: Sequence[str]) -> None:
+        """Raises ValueError for rules that are none, and for features that are known too late.
+
+        `names` are the signals and tasks of the run. Another source than `table` has no settings.
+        """
+        if source != "table" and self != TableConfig():
+            raise ValueError(f"data.table does nothing under data.source={source!r}: use 'table'")
+        for task, rule in self.tasks.items():
+            if not (found := COMPARISON.fullmatch(rule)):
+                raise ValueError(f"data.table.tasks.{task}={rule!r} must name a column")
+            if task in self.features or found[1] in self.features:
+                raise ValueError(
+                    f"data.table.features={self.features}: {task!r} is to be predicted from "
+                    f"{found[1]!r}, which is not known before: leave it out"
+                )
+        afterwards = {column for name in names for column in made_from(name)}
+        if both := sorted(afterwards & set(self.features)):
+            raise ValueError(
+                f"rank.features names {both[0]!r}, which rank.signals or rank.tasks read, too: a "
+                "feature is known before the user acts, the others after; name it in one of them"
+            )

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from ultra_hstu.config import Config
+from ultra_hstu.data import sources
 from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
-from ultra_hstu.data.sources import builder_of
 from ultra_hstu.fields import changed
 from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.retrieval.task import RetrievalTask
@@ -17,7 +17,7 @@ TASKS: dict[str, type[Task]] = {"retrieval": RetrievalTask, "ranking": RankingTa
 def check(config: Config) -> None:
     """Raises ValueError for a source or a protocol that is not there; reads nothing."""
     if config.data.source != ARRAYS:
-        builder_of(config.data.source)
+        sources.check(config.data.source)
     if config.train.protocol not in (known := _asked_for(config).PROTOCOLS):
         names = ", ".join(map(repr, known))
         raise ValueError(f"train.protocol={config.train.protocol!r} is not allowed: use {names}")

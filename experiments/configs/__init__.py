@@ -3,10 +3,12 @@
 python -m experiments.train --config=NAME --workdir=runs/NAME
 """
 
-from experiments.configs import long, ranking, retrieval
+from experiments.configs import long, ranking, retrieval, table
 from ultra_hstu.config import Config
 
-CONFIGS = {run.name: run for run in (*retrieval.CONFIGS, *ranking.CONFIGS, *long.CONFIGS)}
+CONFIGS = {
+    run.name: run for run in (*retrieval.CONFIGS, *ranking.CONFIGS, *long.CONFIGS, *table.CONFIGS)
+}
 
 
 def named(name: str) -> Config:

@@ -58,7 +58,7 @@ RULES = [
     TableConfig(repeats="keep"),
     TableConfig(repeats="drop_pairs"),
     TableConfig(min_item_events=18, min_user_events=10),
-    TableConfig(k_core=14),
+    TableConfig(k_core=10),
 ]
 
 

@@ -4,6 +4,7 @@ encodings are read right, or refused with file, line and remedy."""
 import codecs
 import gzip
 import logging
+import re
 import tracemalloc
 
 import numpy as np
@@ -240,7 +241,8 @@ def test_what_amazons_filter_drops_is_counted(tmp_path, caplog):
     write(tmp_path / "ratings_Books.csv", lines)
     with caplog.at_level(logging.WARNING):
         read("amazon-books", tmp_path)
-    assert "ratings_Books.csv: kept 36 of 37 events" in caplog.text
+    assert "ratings_Books.csv: kept 36 of 37 events, " in caplog.text
+    assert re.search(r"kept 36 of 37 events, (\d+) of \d+ users and \d+ of \d+ items", caplog.text)
 
 
 def test_strings_of_any_length_survive_the_disk(tmp_path):

@@ -78,10 +78,15 @@ class AmazonBooks(InteractionsBuilder):
         events = events.select(kept)
         if len(events.users) < read:
             _log.warning(
-                "%s: kept %d of %d events, those of users and items with at least %d",
+                "%s: kept %d of %d events, %d of %d users and %d of %d items: users and items "
+                "with at least %d events, counted once, then users that still have as many",
                 path,
                 len(events.users),
                 read,
+                len(np.unique(events.users)),
+                len(users),
+                catalog.num_items,
+                len(items),
                 MIN_COUNT,
             )
         return dataclasses.replace(

@@ -97,6 +97,26 @@ class Catalog:
         index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
         return np.where(known[index] == ids, index + 1, 0).astype(np.int32)
 
+    def by_title(self, title: str) -> int | str:
+        """The raw id of the item with this title, or else of the only one whose title holds it.
+
+        Capitals and blanks around count for nothing.
+
+        Raises ValueError where there is none, or several: with some of them.
+        """
+        if self.titles is None:
+            raise ValueError(f"title {title!r}: the items here have no titles, give ids")
+        wanted, known = title.casefold().strip(), [one.casefold() for one in self.titles]
+        found = [dense for dense, one in enumerate(known) if dense and one.strip() == wanted]
+        found = found or [dense for dense, one in enumerate(known) if dense and wanted in one]
+        ids = self.raw_ids[found].tolist()
+        if len(found) == 1:
+            return ids[0]
+        if not found:
+            raise ValueError(f"no item has the title {title!r}, or one that holds it")
+        some = "; ".join(f"{ids[n]} {self.titles[found[n]]!r}" for n in range(min(10, len(ids))))
+        raise ValueError(f"{len(ids)} items have a title that holds {title!r}, give an id: {some}")
+
     def decode(self, dense: Integer[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
         """Raw ids of dense ids.
 

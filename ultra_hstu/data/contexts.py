@@ -58,7 +58,7 @@ class Contexts:
             raise Line(path, first_line + second, "").error(problem, first(users[second:]))
         codes, values = {}, {}
         for name, column in columns.items():
-            known = _in_order(set(column) - {""}) if allowed is None else tuple(allowed[name])
+            known = in_order(set(column) - {""}) if allowed is None else tuple(allowed[name])
             codes_of = {text: code for code, text in enumerate(known, start=1)}
             if allowed is None:
                 codes_of[""] = 0
@@ -98,7 +98,7 @@ class Contexts:
             return cls(file["users"], {name: file[f"codes/{name}"] for name in names}, values)
 
 
-def _in_order(values: set[str]) -> tuple[str, ...]:
+def in_order(values: set[str]) -> tuple[str, ...]:
     """Numbers by size, other text by its letters."""
     by_letters = sorted(values)
     try:

@@ -22,7 +22,7 @@ BLOCK = 1 << 22  # events that are worked on at one time
 
 Codes = Int32[np.ndarray, " E"]
 Mask = Bool[np.ndarray, " E"]
-Titles = Mapping[int, str] | Mapping[str, str]
+Titles = Mapping[int, str] | Mapping[str, str] | Mapping[int | str, str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +38,13 @@ class Coded:
         """Of whole numbers or strings. Raises ValueError for other ids, with the first of them."""
         distinct, code_E = np.unique(raw_ids(name, ids), return_inverse=True)
         return cls(distinct, code_E.astype(np.int32))
+
+    def used(self) -> "Coded":
+        """The same without ids that no event has."""
+        used = np.zeros(len(self.ids), bool)
+        used[self.code_E] = True
+        code = np.cumsum(used, dtype=np.int32) - np.int32(1)
+        return Coded(self.ids[used], code[self.code_E])
 
 
 def raw_ids(name: str, ids: ArrayLike) -> Shaped[np.ndarray, " n"]:
@@ -78,7 +85,7 @@ def raw_ids(name: str, ids: ArrayLike) -> Shaped[np.ndarray, " n"]:
     return array
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class EventColumns:
     """Events in the order of their source; `group` takes the columns apart.
 
@@ -91,6 +98,13 @@ class EventColumns:
     item: Coded
     time_E: Int64[np.ndarray, " E"] | None
     actions: dict[str, Num[np.ndarray, " E"]]
+
+    def select(self, keep_E: Mask) -> None:
+        """Leaves these events alone."""
+        self.user = Coded(self.user.ids, self.user.code_E[keep_E]).used()
+        self.item = Coded(self.item.ids, self.item.code_E[keep_E]).used()
+        self.time_E = None if self.time_E is None else self.time_E[keep_E]
+        self.actions = {name: values[keep_E] for name, values in self.actions.items()}
 
 
 def group(
@@ -122,7 +136,7 @@ def group(
     actions = {name: _gather(columns.actions.pop(name), order) for name in list(columns.actions)}
     del order
     keep_E, dropped = _kept(offsets, item_E, time_E, len(items), rules)
-    count_U = np.add.reduceat(keep_E, offsets[:-1], dtype=np.int64)
+    count_U = _of_users(keep_E, offsets)
     kept_I = _counts(item_E, len(items), keep_E) > 0
     if not keep_E.any():
         raise ValueError(
@@ -135,7 +149,7 @@ def group(
         time_E = None if time_E is None else time_E[keep_E]
         actions = {name: actions.pop(name)[keep_E] for name in list(actions)}
     dense_I = np.cumsum(kept_I, dtype=np.int32)
-    for block in _blocks(len(item_E)):
+    for block in blocks(len(item_E)):
         item_E[block] = dense_I[item_E[block]]
     interactions = Interactions(
         users=users[count_U > 0],
@@ -151,10 +165,10 @@ def group(
 def _catalog(ids: Shaped[np.ndarray, " n"], titles: Titles | None) -> Catalog:
     if titles is None:
         return Catalog.from_ids(ids)
-    known: dict[int | str, str] = dict(titles)
+    known: dict[int | str, str] = {raw: title for raw, title in titles.items()}
     found = [known.get(raw) for raw in ids.tolist()]
     if without := [raw for raw, title in zip(ids.tolist(), found, strict=True) if title is None]:
-        kind = type(next(iter(known), ids[0].item())).__name__
+        kind = type(next(iter(known), ids.tolist()[0])).__name__
         if len(without) == len(ids):
             raise ValueError(
                 f"no item has a title: ids of items are such as {few(ids[:1])}, those of titles "
@@ -169,7 +183,7 @@ def _catalog(ids: Shaped[np.ndarray, " n"], titles: Titles | None) -> Catalog:
 # --- order ---
 
 
-def _blocks(count: int) -> Iterator[slice]:
+def blocks(count: int) -> Iterator[slice]:
     return (slice(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))
 
 
@@ -177,7 +191,7 @@ def _user_blocks(offsets: Int64[np.ndarray, " U1"]) -> Iterator[tuple[int, int]]
     """Ranges of whole users with about so many events: first user, and the one after the last."""
     first = 0
     while first < len(offsets) - 1:
-        beyond = int(np.searchsorted(offsets, offsets[first] + 4 * BLOCK, side="right")) - 1
+        beyond = int(np.searchsorted(offsets, offsets[first] + BLOCK, side="right")) - 1
         last = max(beyond, first + 1)
         yield first, last
         first = last
@@ -188,10 +202,10 @@ def _order(
 ) -> Integer[np.ndarray, " E"]:
     """The events by (user, time), ties as they come."""
     order = np.empty(len(user_E), np.int32 if len(user_E) < 2**31 else np.int64)
-    # Fewer than 2^33 seconds, and at most 2^24 users in a block of several: their product fits.
+    # Fewer than 2^33 seconds, and at most BLOCK users in a block of several: their product fits.
     first_time = 0 if time_E is None else int(time_E.min())
     span = 1 if time_E is None else int(time_E.max()) - first_time + 1
-    whole = len(user_E) <= 4 * BLOCK
+    whole = len(user_E) <= BLOCK
     for first, last in _user_blocks(offsets):
         event_n = (
             np.arange(len(user_E)) if whole else np.flatnonzero((user_E >= first) & (user_E < last))
@@ -207,7 +221,7 @@ def _gather(
     column: Num[np.ndarray, " E"], order: Integer[np.ndarray, " E"]
 ) -> Num[np.ndarray, " E"]:
     ordered = np.empty_like(column)
-    for block in _blocks(len(order)):
+    for block in blocks(len(order)):
         ordered[block] = column[order[block]]
     return ordered
 
@@ -215,10 +229,20 @@ def _gather(
 def _counts(code_E: Codes, size: int, where_E: Mask | None = None) -> Int64[np.ndarray, " size"]:
     """How often each code occurs."""
     count = np.zeros(size, np.int64)
-    for block in _blocks(len(code_E)):
+    for block in blocks(len(code_E)):
         codes = code_E[block]
         count += np.bincount(codes if where_E is None else codes[where_E[block]], minlength=size)
     return count
+
+
+def _of_users(keep_E: Mask, offsets: Int64[np.ndarray, " U1"]) -> Int64[np.ndarray, " U"]:
+    """How many events of each user are kept."""
+    count_U = np.empty(len(offsets) - 1, np.int64)
+    for first, last in _user_blocks(offsets):
+        low, high = int(offsets[first]), int(offsets[last])
+        starts = offsets[first:last] - low
+        count_U[first:last] = np.add.reduceat(keep_E[low:high], starts, dtype=np.int64)
+    return count_U
 
 
 # --- what is left out ---
@@ -232,7 +256,8 @@ def _kept(
     rules: TableConfig,
 ) -> tuple[Mask, dict[str, int]]:
     """Which events stay, and how many go for which reason."""
-    keep_E, dropped, lengths_U = np.ones(len(item_E), bool), {}, np.diff(offsets)
+    keep_E, lengths_U = np.ones(len(item_E), bool), np.diff(offsets)
+    dropped: dict[str, int] = {}
 
     def drop(reason: str, keep: Mask) -> None:
         nonlocal keep_E
@@ -244,14 +269,14 @@ def _kept(
     def often(counts_U: Int64[np.ndarray, " U"], least: int) -> Mask:
         return np.repeat(counts_U >= least, lengths_U)
 
-    def at_items(keep_I: Mask) -> Mask:
+    def at_items(keep_I: Bool[np.ndarray, " I"]) -> Mask:
         keep_E = np.empty(len(item_E), bool)
-        for block in _blocks(len(item_E)):
+        for block in blocks(len(item_E)):
             keep_E[block] = keep_I[item_E[block]]
         return keep_E
 
     def of_users() -> Int64[np.ndarray, " U"]:
-        return np.add.reduceat(keep_E, offsets[:-1], dtype=np.int64)
+        return _of_users(keep_E, offsets)
 
     def of_items() -> Int64[np.ndarray, " I"]:
         return _counts(item_E, num_items, keep_E)
@@ -270,7 +295,7 @@ def _kept(
     if (least := rules.min_user_events) > MIN_EVENTS:
         drop(f"of users with fewer than {least} events", often(of_users(), least))
     before = -1
-    while (core := rules.k_core) > 1 and before != (before := np.count_nonzero(keep_E)):
+    while (core := rules.k_core) > 1 and before != (before := int(np.count_nonzero(keep_E))):
         drop(f"outside the {core}-core", at_items(of_items() >= core))
         drop(f"outside the {core}-core", often(of_users(), core))
     drop(f"of users with fewer than {MIN_EVENTS} events", often(of_users(), MIN_EVENTS))

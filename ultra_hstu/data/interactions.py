@@ -17,7 +17,7 @@ from ultra_hstu.data import npz
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
 from ultra_hstu.data.catalog import Catalog, few, first
 from ultra_hstu.data.contexts import Contexts
-from ultra_hstu.data.sources import builder_of
+from ultra_hstu.data.sources import TABLE, builder_of
 from ultra_hstu.data.strings import STRINGS, is_strings, pack
 from ultra_hstu.table_config import TableConfig
 
@@ -45,6 +45,7 @@ class Interactions:
             unknown.
         context_values: by the same names, the source's text for every code; slot 0 is "". Its
             length bounds the codes.
+        features: actions that are known before the user acts; others are known afterwards.
         missing_files: of the source, which would describe the users.
     """
 
@@ -56,6 +57,7 @@ class Interactions:
     catalog: Catalog
     contexts: dict[str, Int32[np.ndarray, " users"]] = dataclasses.field(default_factory=dict)
     context_values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    features: tuple[str, ...] = ()
     missing_files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -101,6 +103,27 @@ class Interactions:
 
         columns = grouping.event_columns(users, items, times, actions or {})
         return grouping.group(columns, TableConfig(), titles)[0]
+
+    @classmethod
+    def from_table(
+        cls,
+        frame: object,
+        config: TableConfig | None = None,
+        *,
+        titles: Mapping[int, str] | Mapping[str, str] | None = None,
+    ) -> "Interactions":
+        """Events of a frame of pandas, polars or pyarrow, one row an event.
+
+        Args:
+            config: which columns are read, and what is left out, as for files; None: what is usual.
+            titles: of items, by id.
+
+        Raises:
+            ValueError: names row, column, value and remedy.
+        """
+        from ultra_hstu.data.table import frames  # which makes objects of this class
+
+        return frames.from_frame(frame, config or TableConfig(), titles)
 
     @property
     def num_users(self) -> int:
@@ -223,6 +246,10 @@ def load_interactions(config: DataConfig) -> Interactions:
     """
     if config.source == ARRAYS:
         return Interactions.load(config.raw_dir or "")
+    if config.source == TABLE:
+        from ultra_hstu.data.table import prepared  # which makes objects of this class
+
+        return prepared.load(config)
     prepared = prepare(builder_of(config.source), config)
     return ordered(_read(prepared), ties=config.ties, seed=config.ties_seed)
 

@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int32, Num
+from jaxtyping import Float32, Float64, Int32, Num
 
 from ultra_hstu.config import Kind
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.table_config import BUCKETS, MADE_FROM, made_from
 
 FLAGS = (
     "correct",
@@ -28,6 +29,8 @@ FLAGS = (
 FEATURES = ("skill", "tab")
 WATCH_BUCKETS = 16  # watch time in seconds: below 1, [1, 2), [2, 4), ..., 2^14 and more
 SHARE_BUCKETS = 10  # of the share of a video that was watched
+_SINGLE, _EXPONENTS = 32, 27  # of other columns: 0..31 each, then doubling up to 2^31
+OTHER_SIZE = 2 + _SINGLE + _EXPONENTS  # 0: none, 1: negative
 
 _SIZES = {
     "rating": 11,
@@ -36,12 +39,6 @@ _SIZES = {
     **dict.fromkeys(FLAGS, 3),
 }
 
-# The actions that a name is made from, where they are not the one action of the same name.
-_MADE_FROM = {
-    "watch_time": ("play_time_ms",),
-    "watched_share": ("play_time_ms", "duration_ms"),
-    "rating_at_least_4": ("rating",),
-}
 _REGRESSIONS = ("rating", "watched_share")
 _TASKS = ("rating_at_least_4", *_REGRESSIONS, *FLAGS)
 
@@ -68,26 +65,65 @@ class Labels:
 def signal(actions: Actions, name: str) -> Codes:
     """The codes of a signal, from actions by name.
 
+    Known names have codes of their own. Any other column has one for each of 0..31, then one for
+    each doubling; `column[10,20,50]` has one for each bucket between these values. No value (NaN)
+    is 0.
+
     Raises ValueError for an unknown one, naming those known, and for flags outside {0, 1}.
     """
     _require("signal", _SIZES, actions, name)
-    if name == "rating":  # half stars: 0.5 is 1, 5 is 10
-        code_E = np.round(2 * actions[name])
-        if code_E.size and (code_E.min() < 1 or code_E.max() > 10):
-            low, high = actions[name].min(), actions[name].max()
-            raise ValueError(f"ratings must lie in 0.5..5, but they run from {low:g} to {high:g}")
+    column = actions[made_from(name)[0]]
+    if (edges := _edges(name)) is not None:
+        code_E = np.searchsorted(edges, column, side="right") + 1
+    elif name == "rating":  # half stars: 0.5 is 1, 5 is 10
+        code_E = np.round(2 * column)
+        if code_E.size and (np.nanmin(code_E) < 1 or np.nanmax(code_E) > 10):
+            low, high = np.nanmin(column), np.nanmax(column)
+            raise ValueError(
+                f"ratings must lie in 0.5..5, but they run from {low:g} to {high:g}: name the "
+                "signal with the ends of its buckets, such as rating[2,4,6,8]"
+            )
     elif name == "watch_time":
         edges = 2.0 ** np.arange(WATCH_BUCKETS - 1)
-        code_E = np.searchsorted(edges, actions["play_time_ms"] / 1000, side="right") + 1
+        code_E = np.searchsorted(edges, column / 1000, side="right") + 1
     elif name == "watched_share":
         share_E, known_E = _share(actions)
         bucket_E = np.minimum((share_E * SHARE_BUCKETS).astype(np.int32), SHARE_BUCKETS - 1) + 1
         code_E = np.where(known_E, bucket_E, 0)
-    else:
-        if (wrong := _not_flags(actions[name])).size:
+    elif name in FLAGS:
+        if (wrong := _not_flags(column)).size:
             raise ValueError(f"{name} must be 0 or 1, but a value is {wrong[0]}")
-        code_E = actions[name] + 1
-    return Codes(code_E.astype(np.int32), _SIZES[name])
+        code_E = column + 1
+    else:
+        value_E = np.clip(np.nan_to_num(column), -1, 2.0**31)
+        exponent_E = np.frexp(np.maximum(value_E, 1))[1] - 1  # of 32: 5
+        code_E = np.where(
+            value_E < _SINGLE, np.floor(value_E) + 2, exponent_E + _SINGLE - 3
+        ).astype(np.int32)
+    if column.dtype.kind == "f":
+        code_E = np.where(np.isnan(column), 0, code_E)
+    return Codes(code_E.astype(np.int32), _size(name))
+
+
+def _edges(name: str) -> Float64[np.ndarray, " n"] | None:
+    """Where the buckets of `column[10,20,50]` end; None for another name.
+
+    Raises ValueError for edges that do not ascend.
+    """
+    if (found := BUCKETS.fullmatch(name)) is None:
+        return None
+    try:
+        edges = np.array([float(edge) for edge in found[2].split(",")])
+    except ValueError:
+        edges = np.zeros(0)
+    if not len(edges) or not (np.diff(edges) > 0).all():
+        raise ValueError(f"signal {name!r}: the ends of its buckets must be numbers that ascend")
+    return edges
+
+
+def _size(name: str) -> int:
+    edges = _edges(name)
+    return _SIZES.get(name, OTHER_SIZE) if edges is None else len(edges) + 2
 
 
 def signals(actions: Actions, names: Sequence[str], count: int) -> Int32[np.ndarray, "E S"]:
@@ -103,29 +139,35 @@ def side_by_side(
 
 
 def needs(names: Sequence[str]) -> tuple[str, ...]:
-    """The actions that signals are made from. Raises ValueError for an unknown one."""
-    sizes(names)
-    return tuple(dict.fromkeys(action for name in names for action in _made_from(name)))
+    """The actions that signals are made from."""
+    return tuple(dict.fromkeys(action for name in names for action in made_from(name)))
 
 
 def sizes(names: Sequence[str]) -> tuple[int, ...]:
-    """How many codes each signal has, 0 (none) counted; the same for every data set.
-
-    Raises ValueError for an unknown one.
-    """
-    if unknown := [name for name in names if name not in _SIZES]:
-        raise ValueError(f"unknown signal {unknown[0]!r}: there are {', '.join(sorted(_SIZES))}")
-    return tuple(_SIZES[name] for name in names)
+    """How many codes each signal has, 0 (none) counted; the same for every data set."""
+    return tuple(map(_size, names))
 
 
 def feature(interactions: Interactions, name: str) -> Codes:
-    """The codes of a feature of events: its distinct values in ascending order.
+    """The codes of a feature of events: its distinct values in ascending order; no value is 0.
 
     Raises ValueError for an unknown one.
     """
-    _require("feature", FEATURES, interactions.actions, name)
-    known, code_E = np.unique(interactions.actions[name], return_inverse=True)
-    return Codes((code_E + 1).astype(np.int32), len(known) + 1)
+    known = (*FEATURES, *interactions.features)
+    if name not in known or name not in interactions.actions:
+        raise ValueError(
+            f"unknown feature {name!r}: {_listed(set(known) & set(interactions.actions))}"
+        )
+    ascending = values(interactions, name)
+    code_E = np.searchsorted(ascending, interactions.actions[name]) + 1
+    known_E = code_E <= len(ascending)  # NaN stands behind the last
+    return Codes(np.where(known_E, code_E, 0).astype(np.int32), len(ascending) + 1)
+
+
+def values(interactions: Interactions, name: str) -> Num[np.ndarray, " n"]:
+    """The distinct values of an action, in ascending order."""
+    found = np.unique(interactions.actions[name])
+    return found[~np.isnan(found)]
 
 
 def context(interactions: Interactions, name: str) -> Codes:
@@ -142,7 +184,7 @@ def context(interactions: Interactions, name: str) -> Codes:
 
 
 def task(interactions: Interactions, name: str) -> Labels:
-    """The labels of a task.
+    """The labels of a task. Any column may be one: binary where it holds 0 and 1 alone.
 
     Raises ValueError for an unknown one, naming those of the source, and for binary labels outside
     {0, 1}.
@@ -156,8 +198,13 @@ def task(interactions: Interactions, name: str) -> Labels:
         label_E = actions["rating"] >= 4
     else:
         label_E = actions[name]
+    if label_E.dtype.kind == "f" and (gaps := np.isnan(label_E)).any():
+        label_E, known_E = np.where(gaps, 0, label_E), known_E * ~gaps
     regression = name in _REGRESSIONS
-    if not regression and (wrong := _not_flags(label_E)).size:
+    wrong = _not_flags(label_E)
+    if name not in _TASKS:
+        regression = wrong.size > 0
+    elif not regression and wrong.size:
         raise ValueError(
             f"task {name!r} is binary, but a label is {wrong[0]:g}: labels must be 0 or 1"
         )
@@ -165,15 +212,14 @@ def task(interactions: Interactions, name: str) -> Labels:
     return Labels(kind, label_E.astype(np.float32), known_E.astype(np.float32))
 
 
-def _made_from(name: str) -> tuple[str, ...]:
-    return _MADE_FROM.get(name, (name,))
-
-
 def _require(kind: str, known: Iterable[str], actions: Actions, name: str) -> None:
     """Raises ValueError for a name that is unknown, or whose actions the source lacks."""
-    here = [one for one in known if set(_made_from(one)) <= set(actions)]
-    if name not in here:
-        raise ValueError(f"unknown {kind} {name!r}: {_listed(here)}")
+    here = {one for one in known if set(made_from(one)) <= set(actions)}
+    parts = {part for columns in MADE_FROM.values() if len(columns) > 1 for part in columns}
+    others = set(actions) - set(FEATURES) - parts
+    buckets = kind == "signal" and BUCKETS.fullmatch(name) and made_from(name)[0] in actions
+    if name not in here | others and not buckets:
+        raise ValueError(f"unknown {kind} {name!r}: {_listed(here | others)}")
 
 
 def _listed(names: Iterable[str]) -> str:

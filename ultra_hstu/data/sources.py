@@ -1,4 +1,7 @@
-"""The registry of sources: a data set is one builder file and a line here."""
+"""The registry of sources: a data set is one builder file and a line here.
+
+Own files need neither: they are the source `table`.
+"""
 
 from ultra_hstu.data.amazon import AmazonBeauty, AmazonBooks
 from ultra_hstu.data.assistments import Assistments
@@ -15,16 +18,19 @@ BUILDERS: tuple[type[InteractionsBuilder], ...] = (
     Assistments,
     KuaiRand,
 )
-# The builder of every value of `data.source`.
+# The builder of every value of `data.source` that is a publisher's.
 SOURCES = {name: builder for builder in BUILDERS for name in builder.builder_configs}
+TABLE = "table"  # anybody's own files, which ultra_hstu.data.table reads
+
+
+def check(source: str) -> None:
+    """Raises ValueError for an unknown source, naming those that there are."""
+    if source != TABLE and source not in SOURCES:
+        known = ", ".join(map(repr, (*SOURCES, TABLE)))
+        raise ValueError(f"data.source={source!r} is not allowed: use {known}")
 
 
 def builder_of(source: str) -> type[InteractionsBuilder]:
-    """The builder of a source.
-
-    Raises ValueError for an unknown one, naming those that there are.
-    """
-    if source not in SOURCES:
-        known = ", ".join(map(repr, SOURCES))
-        raise ValueError(f"data.source={source!r} is not allowed: use {known}")
+    """The builder of a publisher's source. Raises ValueError as `check`."""
+    check(source)
     return SOURCES[source]

@@ -15,7 +15,7 @@ TICKS = {unit: 1000**power for power, unit in enumerate(UNITS)}  # of a unit in 
 # Legal seconds: 1901 to 2106.
 FIRST_SECOND, LAST_SECOND = -(2**31), 2**32 - 1
 # Finer times within so many seconds of 1970 (1966 to 1973) are taken for those of a coarser unit.
-_EARLY = 10**8
+EARLY = 10**8
 
 Times = Int64[np.ndarray, " n"]  # since 1970
 Place = str | Callable[[int], str]  # what holds the times, or the i-th of them, for messages
@@ -40,7 +40,7 @@ def check_times(values: Times, unit: Unit, place: Place) -> None:
     outside = np.flatnonzero((values < low) | (values > high))
     if len(outside):
         raise _refusal(values, int(outside[0]), unit, place)
-    early = np.flatnonzero(np.abs(values) < _EARLY * ticks)
+    early = np.flatnonzero(np.abs(values) < EARLY * ticks)
     if unit == "s" or not len(early):
         return
     if len(early) == len(values):
@@ -62,7 +62,7 @@ def seconds_of(values: Times, unit: Unit, place: Place) -> Times:
 
 def unit_of(value: int) -> Unit | None:
     """The unit in which a time lies between 1973 and 2106; None: in no unit."""
-    fits = (unit for unit in UNITS if _EARLY <= value / TICKS[unit] <= LAST_SECOND)
+    fits = (unit for unit in UNITS if EARLY <= value / TICKS[unit] <= LAST_SECOND)
     return next(fits, None)
 
 

@@ -49,7 +49,7 @@ class Vocabulary:
     @staticmethod
     def of(config: Config, interactions: Interactions) -> "Vocabulary":
         """The vocabulary of a ranking run on its data."""
-        features = {name: np.unique(interactions.actions[name]) for name in config.rank.features}
+        features = {name: signals.values(interactions, name) for name in config.rank.features}
         contexts = {name: interactions.context_values[name] for name in config.rank.contextual}
         return Vocabulary(interactions.catalog, features, contexts)
 

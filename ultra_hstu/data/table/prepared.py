@@ -1,0 +1,155 @@
+"""The source `table`: anybody's own files of events, as `Interactions`.
+
+Files are read once, in batches, and prepared under `data_dir`: arrays in one npz file, the
+catalogue, the features of users, and how the columns were read.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ultra_hstu.config import DataConfig
+from ultra_hstu.data import npz, sums
+from ultra_hstu.data.builder import CATALOG, CONTEXTS, locked
+from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.contexts import Contexts
+from ultra_hstu.data.interactions import Interactions, ordered
+from ultra_hstu.data.table import columns as meaning
+from ultra_hstu.data.table.columns import Columns, Reading
+from ultra_hstu.data.table.files import TableFile, find_files
+from ultra_hstu.data.table.reader import from_sources
+from ultra_hstu.data.table.sides import read_users
+from ultra_hstu.table_config import TableConfig
+
+_log = logging.getLogger(__name__)
+_VERSION = 1  # of what is prepared
+_EVENTS, _READING = "interactions.npz", "reading.json"
+_REMEDY = "its folder can be deleted"
+
+
+def load(config: DataConfig) -> Interactions:
+    """The events of `config.raw_dir`, prepared under `config.data_dir` where they are not yet.
+
+    Raises:
+        ValueError: bad input; names file, line (row group), column, value and remedy.
+    """
+    folder = prepare(config)
+    reading = read_reading(folder)
+    for line in reading.lines():
+        _log.info(line)
+    for reason, count in reading.dropped.items():
+        _log.info("dropped: %d of %d events %s", count, reading.events, reason)
+    contexts = Contexts.load(folder / CONTEXTS)
+    with npz.reading(folder / _EVENTS, "readable", _REMEDY) as file:
+        arrays = {name: file[name] for name in file}
+    interactions = Interactions(
+        users=arrays["users"],
+        items=arrays["items"],
+        offsets=arrays["offsets"],
+        timestamps=arrays.get("timestamps"),
+        actions={
+            name.removeprefix("actions/"): values
+            for name, values in arrays.items()
+            if name.startswith("actions/")
+        },
+        catalog=Catalog.load(folder / CATALOG),
+        contexts=contexts.of(arrays["users"]),
+        context_values=contexts.values,
+        features=config.table.features,
+    )
+    if config.ties == "stable":  # as they are
+        return interactions
+    return ordered(interactions, ties=config.ties, seed=config.ties_seed)
+
+
+def read_reading(folder: Path) -> Reading:
+    """How the data in a prepared folder was read. Raises ValueError where that is damaged."""
+    try:
+        values = json.loads((folder / _READING).read_text())
+        return Reading(
+            columns=values["columns"],
+            actions=tuple(values["actions"]),
+            unread=tuple(values["unread"]),
+            unit=values["unit"],
+            times=None if values["times"] is None else tuple(values["times"]),
+            events=values["events"],
+            dropped=values["dropped"],
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / _READING} is not readable ({error}): {_REMEDY}") from None
+
+
+def prepare(config: DataConfig) -> Path:
+    """The folder of the prepared events, made where it is not there: whole, or not at all.
+
+    It is named after the content of the files and the settings that they are read with. What was
+    damaged since is prepared again, with a warning.
+    """
+    table, data_dir = config.table, Path(config.data_dir).expanduser()
+    if config.raw_dir is None:
+        raise ValueError(
+            "data.raw_dir is not set: name your events, such as "
+            "--config.data.raw_dir=events.parquet (a file, a folder or a pattern)"
+        )
+    sides = (table.items_file, table.users_file)
+    files = find_files(config.raw_dir, sides, table.delimiter)
+    named = [*(file.path for file in files), *(Path(s).expanduser() for s in sides if s)]
+    made_from = (_VERSION, dataclasses.asdict(table), [_sum(path) for path in named])
+    key = hashlib.sha256(repr(made_from).encode()).hexdigest()
+    folder = data_dir / f"table-{key[:16]}"
+    if (damage := sums.damage(folder)) is None:
+        return folder
+    columns = meaning.choose(list(files[0].types), table, files[0].path)
+    with locked(data_dir / "table.lock", damage):
+        if sums.damage(folder) is None:  # made by another run meanwhile
+            return folder
+        if folder.exists():
+            _log.warning("%s: the data is prepared again", damage)
+        count = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        read = ", ".join(f"{name} ({files[0].types[name]})" for name in columns.names)
+        _log.info("preparing %s%s: %s", files[0].path, count, read)
+        part = folder.with_name(folder.name + ".incomplete")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            _write(part, files, columns, table)
+            sums.write(part, sums.checksums(part, [path.name for path in part.iterdir()]))
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _sum(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    return sums.digest(path)
+
+
+def _write(folder: Path, files: Sequence[TableFile], columns: Columns, config: TableConfig) -> None:
+    """Reads the files and writes all that is prepared."""
+    started = time.perf_counter()
+    interactions, reading = from_sources(files, columns, config)
+    if config.users_file is not None:
+        contexts = read_users(config, columns.user, interactions.users)
+    else:
+        contexts = Contexts()
+    arrays = {
+        "users": interactions.users,
+        "items": interactions.items,
+        "offsets": interactions.offsets,
+        **{f"actions/{name}": values for name, values in interactions.actions.items()},
+    }
+    if interactions.timestamps is not None:
+        arrays["timestamps"] = interactions.timestamps
+    npz.save(folder / _EVENTS, arrays, compress=False)
+    interactions.catalog.save(folder / CATALOG)
+    contexts.save(folder / CONTEXTS)
+    (folder / _READING).write_text(json.dumps(dataclasses.asdict(reading), indent=1))
+    _log.info("prepared in %.1f s", time.perf_counter() - started)
