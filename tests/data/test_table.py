@@ -93,10 +93,10 @@ def compressed(text, kind):
         ("events.csv", "\ufeff" + csv_text().replace("\n", "\r\n").rstrip()),
         ("events.csv", "\n" + csv_text(delimiter=";").replace("u1", " u1")),
         ("events.tsv", csv_text(delimiter="\t").replace("pot", "pot ")),
-        ("events.csv.gz", gzip.compress(csv_text().encode())),
+        ("events.csv.gz", gzip.compress(csv_text().encode(), mtime=0)),
         ("events.tsv.zst", compressed(csv_text(delimiter="\t"), "zstd")),
         ("events.jsonl", JSON),
-        ("events.json.gz", gzip.compress(JSON.replace("\n", "\n\n").encode())),
+        ("events.json.gz", gzip.compress(JSON.replace("\n", "\n\n").encode(), mtime=0)),
         ("events.ndjson.zst", compressed(JSON, "zstd")),
         ("events.parquet", FRAME),
         ("folder/_SUCCESS", ""),
@@ -106,7 +106,7 @@ def test_all_formats_hold_the_same_events(tmp_path, name, content):
     raw = write(tmp_path / name, content)
     if name == "folder/_SUCCESS":  # two files of unlike formats
         write(tmp_path / "folder/a.csv", csv_text(ROWS[:2]))
-        write(tmp_path / "folder/b/c.csv.gz", gzip.compress(csv_text(ROWS[2:]).encode()))
+        write(tmp_path / "folder/b/c.csv.gz", gzip.compress(csv_text(ROWS[2:]).encode(), mtime=0))
         raw = tmp_path / "folder"
         assert plain(load(tmp_path, tmp_path / "folder/**/*.csv*")) == WANT
     assert plain(load(tmp_path, raw)) == WANT
@@ -353,8 +353,8 @@ BAD = [
     ("a.csv", csv_text().encode("utf-16"), "a.csv is UTF-16: save it as UTF-8"),
     ("a.csv", csv_text().replace("pot", "pöt").encode("latin-1"),
      "a.csv, line 3: byte .* not UTF-8"),
-    ("a.csv", gzip.compress(csv_text().encode()), "a.csv is no text: is its name right"),
-    ("a.csv.gz", gzip.compress(csv_text(ROWS * 50).encode())[:-60], "a.csv.gz cannot be read"),
+    ("a.csv", gzip.compress(csv_text().encode(), mtime=0), "a.csv is no text: is its name right"),
+    ("a.csv.gz", gzip.compress(csv_text(ROWS * 50).encode(), mtime=0)[:-60], "a.csv.gz cannot be read"),
     ("a.csv", "", "a.csv is empty: expected a header"),
     ("a.csv", csv_text(()), "a.csv has no events: expected rows below the header"),
     ("a.csv", csv_text(ROWS[1:], ROWS[0]), "header holds '1600000005', which is no name"),
