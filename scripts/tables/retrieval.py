@@ -55,8 +55,11 @@ QUOTED = (
 )
 VARIANTS = {  # file suffix -> what it was
     "published": "ours, `published`",
+    "published_all": "ours, `published`",
     "random_ties": "ours, `published`, ties at random",
     "validated": "ours, `validated`",
+    "validated_full": "ours, `validated`, full softmax",
+    "validated_full_all": "ours, `validated`, full softmax",
     "temporal": "ours, `temporal`",
 }
 
