@@ -5,6 +5,7 @@ import sys
 
 # NAME is the module experiments.NAME, which runs as by `python -m experiments.NAME`.
 COMMANDS = {
+    "inspect": "shows what own data holds, and what a run on it would cost",
     "train": "trains a configuration, or goes on with a run",
     "evaluate": "measures a run on its test or validation part",
     "recommend": "recommends items to a user, or answers a file of requests",

@@ -114,7 +114,7 @@ def walkthrough(record: Json) -> str:
     lines.append(f"$ {record['serve']}  # and in another terminal:")
     lines.append(f"$ {address} -d '{json.dumps(record['request'])}'")
     response = json.dumps(record["response"], ensure_ascii=False)
-    lines.append(response.replace(' {"item"', '\n {"item"').replace('[{"item"', '[\n {"item"'))
+    lines.append(response.replace(', {"item"', ',\n {"item"'))
     return "\n".join(["```console", *lines, "```"])
 
 
