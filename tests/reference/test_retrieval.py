@@ -55,6 +55,7 @@ def as_raw(task, examples):
         yield data.users[user].item(), events[:-1], events[-1]
 
 
+EVERYTHING = 10**9
 PARTS = [
     (protocol, part)
     for protocol in ("published", "validated", "temporal")
@@ -75,15 +76,22 @@ def test_splits(protocol, part, config, histories):
     assert list(as_raw(task, task.examples(part))) == expected
 
 
+def hidden_items(histories, longest):
+    """The items of each test user's newest `longest` events before the target."""
+    found = plain.examples(histories, "validated", "test", longest)
+    return {user: {event.item for event in history} for user, history, _ in found}
+
+
 def test_catalogue(raw, config):
     """Every movie of the file, rated or not, in ascending order."""
     catalog = tasks.load(config).interactions.catalog
     assert catalog.raw_ids[1:].tolist() == plain.read_catalogue(raw / "movies.dat")
 
 
-def test_metrics(raw, config, histories):
+@pytest.mark.parametrize("hide", ["window", "all"])
+def test_metrics(hide, raw, config, histories):
     """Ranks and their means over the test users, with vectors that the model makes one by one."""
-    task = tasks.load(config)
+    task = tasks.load(with_(config, eval__hide=hide))
     params = task.recipe.init(3).params
     model = task.recipe.model(params)
     movies = plain.read_catalogue(raw / "movies.dat")
@@ -93,21 +101,21 @@ def test_metrics(raw, config, histories):
             HistoryGather(LONGEST)(events, {"start": 0 * stop, "stop": stop})
         )
     )
-    ranks = []
-    for _, history, target in plain.examples(histories, "validated", "test", LONGEST):
+    ranks, repeats = [], []
+    hidden = hidden_items(histories, LONGEST if hide == "window" else EVERYTHING)
+    for user, history, target in plain.examples(histories, "validated", "test", LONGEST):
         events = [*history, target] + [target] * (LONGEST - len(history))
         items = np.array([1 + movies.index(event.item) for event in events])
         times = np.array([event.time for event in events])
         stop = np.array([len(history)], np.int32)
-        (user,) = np.asarray(encode(Events.from_arrays(items, times), stop)).tolist()
-        scores = {movie: plain.cosine(user, row) for movie, row in table.items()}
-        ranks.append(plain.rank(scores, target.item, {event.item for event in history}))
+        (vector,) = np.asarray(encode(Events.from_arrays(items, times), stop)).tolist()
+        scores = {movie: plain.cosine(vector, row) for movie, row in table.items()}
+        ranks.append(plain.rank(scores, target.item, hidden[user]))
+        repeats.append(target.item in hidden[user])
     assert plain.NOT_FOUND in ranks  # a movie that was seen before is hidden, target or not
     evaluator = task.evaluator("test")
     assert evaluator.predict(params).tolist() == ranks
-    repeats = ranks.count(plain.NOT_FOUND) / len(ranks)
-    expected = plain.retrieval_metrics(ranks) | {"repeats": repeats}
-    assert evaluator(params) == pytest.approx(expected, rel=1e-12)
+    assert evaluator(params) == pytest.approx(plain.retrieval_metrics(ranks, repeats), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -127,10 +135,11 @@ def test_baselines(neighbours, recent, hide, repeats, config, histories, monkeyp
         for scores in (plain.followers(train), plain.cosines(train, recent))
     )
     ranks = {"popularity": [], "last item's neighbours": [], "item-item": []}
-    chances, met_before = [], 0  # the metrics of a random order, a user's mean over all of them
+    chances, met = [], []  # the metrics of a random order, a user's mean over all of them
+    before = hidden_items(histories, LONGEST if hide == "window" else EVERYTHING)
     for user, history, target in plain.examples(histories, "validated", "test", LONGEST):
-        met = {event.item for event in (history if hide == "window" else histories[user][:-1])}
-        hidden = met if repeats == "hide" else set()
+        met.append(target.item in before[user])
+        hidden = before[user] if repeats == "hide" else set()
         known = sorted({event.item for event in history[-recent:]}, key=order.index)
         summed = {}
         for item in known:
@@ -140,18 +149,16 @@ def test_baselines(neighbours, recent, hide, repeats, config, histories, monkeyp
             ranks[name].append(plain.rank_in_order(scores, order, target.item, hidden))
         places = range(1, 1 + len(order) - len(hidden))
         lost = target.item in hidden
-        chances.append(plain.retrieval_metrics([plain.NOT_FOUND] if lost else places))
-        met_before += target.item in met
-    expected = {name: plain.retrieval_metrics(found) for name, found in ranks.items()}
+        chances.append(plain.retrieval_metrics([plain.NOT_FOUND] if lost else places, met))
+    expected = {name: plain.retrieval_metrics(found, met) for name, found in ranks.items()}
     expected["random"] = {
         name: sum(chance[name] for chance in chances) / len(chances) for name in chances[0]
-    }
-    share = met_before / len(chances)
-    assert 0 < share < 1
+    } | {"repeats": sum(met) / len(met)}
+    assert 0 < sum(met) < len(met)
     found = task.baselines("test")
     assert found.keys() == expected.keys()
     for name, values in expected.items():
-        assert found[name] == pytest.approx(values | {"repeats": share}, rel=1e-12), name
+        assert found[name] == pytest.approx(values, rel=1e-12), name
 
 
 def test_kept_lengths_of_stochastic_length(config, histories):
