@@ -75,7 +75,8 @@ def length(record: Json) -> list[str]:
     beside = f"{published[8] / published[1]:.1f} (quoted from arXiv 2508.04711)"
     what = "longest sequence that fits 8 devices, over that of one"
     link = "[context parallelism](docs/context_parallel.md#the-longest-sequence)"
-    return [what, ratio, beside, record["compiled_for"].split(" (")[0], link]
+    device = record["compiled_for"].split(" (")[0]
+    return [what, ratio, beside, f"compiled for {device}", link]
 
 
 def served(record: Json) -> list[str]:
