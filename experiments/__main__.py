@@ -5,12 +5,12 @@ import sys
 
 # NAME is the module experiments.NAME, which runs as by `python -m experiments.NAME`.
 COMMANDS = {
-    "inspect": "shows what own data holds, and what a run on it would cost",
     "train": "trains a configuration, or goes on with a run",
     "evaluate": "measures a run on its test or validation part",
     "recommend": "recommends items to a user, or answers a file of requests",
     "serve": "answers requests over HTTP",
     "export": "writes a ranking run as one file that scores without this code",
+    "inspect": "shows what own data holds, and what a run on it would cost",
     "demo": "trains two small models on synthetic data, compares and draws them",
 }
 
