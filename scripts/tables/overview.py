@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from experiments.record import Json
 from scripts.tables import attention, context_parallel, retrieval, serving
-from scripts.tables.records import NOT_MEASURED, load, markdown, mean_and_deviation, measured, short
+from scripts.tables.records import load, markdown, mean_and_deviation, measured, short
 
 WORKLOAD = "causal_d128_8x8192"
 HISTORY, CANDIDATES = 16384, 1024
@@ -17,7 +17,7 @@ HEADER = ["", "here", "beside", "on", "measured"]
 def overview_table() -> str:
     """One line a result; what has no record is left out."""
     rows = [row for name, result in RESULTS.items() if (row := result(load(name)))]
-    return markdown(HEADER, rows) if rows else NOT_MEASURED
+    return markdown(HEADER, rows)
 
 
 def accuracy(record: Json) -> list[str]:
