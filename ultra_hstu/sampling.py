@@ -21,7 +21,7 @@ Subsequence = Literal["recent", "random", "weighted"]
 Lengths = Int[np.ndarray, "*n"]  # events of each history
 Uniform = Float[np.ndarray, "*n"]  # random numbers in [0, 1), one a history
 RECALIBRATION_WEIGHT = 0.5  # of the newest estimate in the target load
-MADE_UP = 0.1  # share of what the batches are behind that a batch makes up for
+MADE_UP = 0.3  # share of what the batches are behind that a batch makes up for
 
 
 def threshold(max_length: int, alpha: float) -> int:
@@ -208,15 +208,18 @@ class LoadBalancer:
 def moved_probability(
     probability: Float[np.ndarray, " n"], load: Float[np.ndarray, " n"], wanted: float
 ) -> Float[np.ndarray, " n"]:
-    """`p + c p (1 - p)`, with the c in -1..1 that comes closest to the wanted load.
+    """`p + c p (1 - p)`, c in -1..1: the expected load comes to the wanted one, as far as c goes.
 
-    Probabilities move in proportion to their variance, and none leaves 0..1. Over batches, in which
-    c is positive as often as negative, all keep their means.
+    Probabilities move in proportion to their variance, and none leaves 0..1. The c of a history
+    follows from the loads of the others, its own counting as the mean of all: over batches it is
+    then as often positive as negative, whatever the length.
 
     Args:
       load: of each history, if it is drawn.
       wanted: the expected load, the sum of the products of the two.
     """
-    free = probability * (1 - probability)
-    c = (wanted - float(probability @ load)) / max(float(free @ load), 1e-9)
-    return probability + np.clip(c, -1.0, 1.0) * free
+    if not len(load):
+        return probability
+    free, own = probability * (1 - probability) * load, probability * load
+    missing = wanted - own.sum() + own - (free @ own) / free.sum()
+    return probability * (1 + np.clip(missing / free.sum(), -1.0, 1.0) * (1 - probability))
