@@ -10,6 +10,7 @@ COMMANDS = {
     "recommend": "recommends items to a user, or answers a file of requests",
     "serve": "answers requests over HTTP",
     "export": "writes a ranking run as one file that scores without this code",
+    "inspect": "shows what own data holds, and what a run on it would cost",
     "demo": "trains two small models on synthetic data, compares and draws them",
 }
 

@@ -9,12 +9,14 @@ must exist. `console` shows commands behind `$ `, which run alike, and what they
 (json, text, yaml) are shown.
 """
 
-import functools
 import json
 import re
 import shlex
 from importlib import import_module
 from pathlib import Path
+
+import pyarrow
+from pyarrow import parquet
 
 from experiments import configs
 from experiments.__main__ import COMMANDS
@@ -59,6 +61,14 @@ def publisher_files(source: str, folder: Path) -> Path | None:
     return None
 
 
+def own_files(folder: Path) -> None:
+    """The file that the README trains on, in the place of a reader's own."""
+    columns = {"user_id": [f"u_{699 + n // 12:05d}" for n in range(576)]}
+    columns |= {"item_id": [f"p_{n * 7 % 64:02d}" for n in range(576)]}
+    columns |= {"timestamp": [10**9 + 60 * n for n in range(576)]}
+    parquet.write_table(pyarrow.table(columns), folder / "events.parquet")
+
+
 def check_flags(module: str, arguments: list[str], line: str) -> None:
     """The module defines every flag, and configurations have every field that one names."""
     files = [ROOT / f"{module.replace('.', '/')}.py", ROOT / "experiments" / "command.py"]
@@ -67,7 +77,9 @@ def check_flags(module: str, arguments: list[str], line: str) -> None:
     for argument in arguments:
         name, *fields = argument.removeprefix("--").partition("=")[0].split(".")
         assert argument.startswith("--") and name in defined, f"no flag {argument}: {line}"
-        functools.reduce(getattr, fields, Config())
+        found: object = Config()
+        for field in fields:
+            found = getattr(found, field) if not isinstance(found, dict) else None  # any name
 
 
 class Page:
@@ -80,6 +92,7 @@ class Page:
         self.variables: dict[str, str] = {}
         self.served = ""
         self.ran: list[str] = []
+        own_files(folder)
 
     def follow(self) -> None:
         for kind, block in FENCE.findall(PAGES[self.name].read_text()):
@@ -158,6 +171,10 @@ class Page:
                 there, arguments = True, [*arguments, f"--config.data.raw_dir={raw}", *SMALL]
                 if "seeds" in flags:  # one will do
                     arguments.append("--seeds=" + flags["seeds"].split(",")[0])
+        own = self.folder / flags.get("data", flags.get("config.data.raw_dir", "none"))
+        if own.is_file():
+            there, small = True, SMALL if module == "experiments.train" else ()
+            arguments = [*arguments, *small]
         if module == "experiments.serve":
             self.served = str(workdir)
         if not there:

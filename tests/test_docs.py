@@ -10,7 +10,8 @@ from ultra_hstu.data import sources
 
 # Pages on which commands must really run, so that none is only checked by mistake.
 MUST_RUN = {
-    "README.md": {"experiments.train", "experiments.evaluate", "experiments.recommend", "curl"},
+    "README.md": {f"experiments.{name}" for name in ("train", "evaluate", "recommend", "inspect")}
+    | {"curl"},
     "docs/library.md": {"experiments.recommend"},
 }
 

@@ -58,7 +58,8 @@ def test_data_in_memory_is_kept_as_it_is(tmp_path):
         titles={"x": "X", "y": "Ÿ", "z": ""},
     )
     contexts = {"age": np.array([2, 0], np.int32)}
-    full = dataclasses.replace(full, contexts=contexts, context_values={"age": ("", "18", "25")})
+    values = {"age": ("", "18", "25")}
+    full = dataclasses.replace(full, contexts=contexts, context_values=values, features=("shelf",))
     for number, data in enumerate([plain, full]):
         file = tmp_path / f"{number}.npz"
         data.save(file)
@@ -70,6 +71,7 @@ def test_data_in_memory_is_kept_as_it_is(tmp_path):
             data.context_values,
         )
         assert (read.timestamps is None) == (data.timestamps is None)
+        assert read.features == data.features
     file.write_bytes(b"not an archive")
     with pytest.raises(ValueError, match="1.npz is not the data of a run that was trained on arr"):
         load_interactions(config)

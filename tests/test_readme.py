@@ -47,6 +47,13 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in headings(target), link
 
 
+def test_what_is_where_has_every_part_of_the_library():
+    text = (ROOT / "docs" / "what_is_where.md").read_text()
+    parts = [path for path in (ROOT / "ultra_hstu").iterdir() if not path.name.startswith("_")]
+    names = [path.name + "/" * path.is_dir() for path in parts if path.suffix in ("", ".py")]
+    assert not [name for name in names if name not in text]
+
+
 def test_help_lists_every_target():
     shown = subprocess.run(
         ["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -10,7 +10,7 @@ ours, see attention_rivals.py.
 Times are device time with inputs on the device; lists of work and tile bounds are made beforehand
 and their cost is a column of its own. FLOPs are useful ones: unmasked pairs, the backward 2.5 times
 the forward. `--lengths` adds causal sequences of one length each, 65536 rows, width 128, for
-`mosaic` and `triton`: the figure of the README.
+`mosaic` and `triton`: the figure of docs/results.md.
 """
 
 import functools

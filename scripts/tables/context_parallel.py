@@ -31,13 +31,11 @@ STEPS = ("context_parallel_steps_h200", "context_parallel_steps_h100")  # whatev
 FIGURE = "![Speed-up by strategy, and longest sequence over devices](figures/context_parallel.png)"
 
 
-def longest_table() -> str:
-    record = load("context_parallel_longest")
+@measured("context_parallel_longest")
+def longest_table(record: Json) -> str:
     header = ["", *map(str, PUBLISHED), "8 over 1"]
     published = [f"{length:,}" for length in PUBLISHED.values()]
     rows = [[PUBLISHED_BY, *published, f"{PUBLISHED[8] / PUBLISHED[1]:.1f}"]]
-    if not record:
-        return markdown(header, rows)
     for variant, label in VARIANTS.items():
         found = record["variants"].get(variant, {})
         lengths = {int(context): values["longest"] for context, values in found.items()}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from experiments.record import Json
 from scripts.tables import attention, context_parallel, retrieval, serving
-from scripts.tables.records import NOT_MEASURED, load, markdown, mean_and_deviation, measured, short
+from scripts.tables.records import load, markdown, mean_and_deviation, measured, short
 
 WORKLOAD = "causal_d128_8x8192"
 HISTORY, CANDIDATES = 16384, 1024
@@ -17,7 +17,7 @@ HEADER = ["", "here", "beside", "on", "measured"]
 def overview_table() -> str:
     """One line a result; what has no record is left out."""
     rows = [row for name, result in RESULTS.items() if (row := result(load(name)))]
-    return markdown(HEADER, rows) if rows else NOT_MEASURED
+    return markdown(HEADER, rows)
 
 
 def accuracy(record: Json) -> list[str]:
@@ -75,7 +75,8 @@ def length(record: Json) -> list[str]:
     beside = f"{published[8] / published[1]:.1f} (quoted from arXiv 2508.04711)"
     what = "longest sequence that fits 8 devices, over that of one"
     link = "[context parallelism](docs/context_parallel.md#the-longest-sequence)"
-    return [what, ratio, beside, record["compiled_for"].split(" (")[0], link]
+    device = record["compiled_for"].split(" (")[0]
+    return [what, ratio, beside, f"compiled for {device}", link]
 
 
 def served(record: Json) -> list[str]:
@@ -114,7 +115,7 @@ def walkthrough(record: Json) -> str:
     lines.append(f"$ {record['serve']}  # and in another terminal:")
     lines.append(f"$ {address} -d '{json.dumps(record['request'])}'")
     response = json.dumps(record["response"], ensure_ascii=False)
-    lines.append(response.replace(' {"item"', '\n {"item"').replace('[{"item"', '[\n {"item"'))
+    lines.append(response.replace(', {"item"', ',\n {"item"'))
     return "\n".join(["```console", *lines, "```"])
 
 

@@ -4,7 +4,6 @@ import statistics
 
 from experiments.record import Json
 from scripts.tables.records import (
-    NOT_MEASURED,
     cells,
     evaluated,
     evaluation,
@@ -85,7 +84,7 @@ def ranking_table() -> str:
         for task in tasks:
             rows.append([data, task, model, str(len(runs)), *metric_cells(runs, task), *last])
     header += ["inference GFLOP a request (of HSTU's)", "seconds a run", "time"]
-    return markdown(header, rows) if rows else NOT_MEASURED
+    return markdown(header, rows)
 
 
 @measured("ml100k_rank_hstu")
@@ -147,7 +146,7 @@ def ablation_table() -> str:
         notes += [f"{config}: evaluated with {evaluated(runs[0], 'time')}."] if runs else []
     header = ["config", "variant", "seeds", "NE", "difference", "AUC"]
     header += ["inference GFLOP", "training GFLOP", "seconds an epoch"]
-    return markdown(header, rows, *notes) if rows else NOT_MEASURED
+    return markdown(header, rows, *notes)
 
 
 def metric_cells(runs: list[dict[str, float]], task: str) -> list[str]:

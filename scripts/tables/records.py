@@ -48,7 +48,9 @@ def first(*names: str) -> Json:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) -> str:
-    """A table, and notes below it."""
+    """A table, and notes below it. What has no record has no row; no rows, no table."""
+    if not rows:
+        return NOT_MEASURED
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     table = "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
     return "\n\n".join([table, *notes])

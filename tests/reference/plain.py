@@ -110,8 +110,10 @@ def rank(scores, target, hidden) -> int:
     return min(better + 1, NOT_FOUND)
 
 
-def retrieval_metrics(ranks) -> dict[str, float]:
+def retrieval_metrics(ranks, repeats) -> dict[str, float]:
+    """Means over users; `repeats` says of each whether its target stands in what is hidden."""
     metrics = {"mrr": sum(1 / found for found in ranks) / len(ranks)}
+    metrics["repeats"] = sum(repeats) / len(repeats)
     for k in CUTOFFS:
         hits = [found for found in ranks if found <= k]
         metrics[f"hr@{k}"] = len(hits) / len(ranks)

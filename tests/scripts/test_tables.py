@@ -211,8 +211,7 @@ def test_the_walk_shows_the_last_table_of_what_a_command_printed(results):
         "  0.5",
         "$ ultra-hstu serve  # and in another terminal:",
         "$ curl -s localhost:8000/recommend -H 'content-type: application/json' -d '{\"k\": 2}'",
-        '{"items": [',
-        ' {"item": 1},',
+        '{"items": [{"item": 1},',
         ' {"item": 2}]}',
         "```",
     ]

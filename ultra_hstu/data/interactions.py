@@ -175,6 +175,8 @@ class Interactions:
         }
         if self.timestamps is not None:
             arrays["timestamps"] = self.timestamps
+        if self.features:
+            arrays["features"] = np.array(self.features)
         if catalog.titles is not None:
             arrays["titles"] = np.array(catalog.titles)
         npz.save(path, arrays)
@@ -189,6 +191,7 @@ class Interactions:
                 return {key.removeprefix(part): file[key] for key in file if key.startswith(part)}
 
             words, titles = columns("words/"), columns("titles").get("")
+            features = columns("features").get("", np.array([]))
             named = None if titles is None else tuple(titles.tolist())
             return cls(
                 users=file["users"],
@@ -199,6 +202,7 @@ class Interactions:
                 catalog=Catalog(file["raw_ids"], named),
                 contexts=columns("contexts/"),
                 context_values={name: tuple(text.tolist()) for name, text in words.items()},
+                features=tuple(features.tolist()),
             )
 
     def history(self, user: int | str) -> slice:
