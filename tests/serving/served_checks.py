@@ -1,12 +1,16 @@
 """What any deployment must stand, whichever kind of run it serves."""
 
 import asyncio
+import contextlib
 import json
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+from scripts.load.loop import closed_loop
+from scripts.load.requests import Sent
 from scripts.load.serve import mixed
 
 README = Path(__file__).parents[2] / "README.md"
@@ -38,6 +42,34 @@ def stands_good_and_bad_requests(served, requests, known, count):
         and result["bad"] == count // 5
         and set(result["statuses"]) >= {"200", "400", "422"}
     )
+
+
+HALF_HEAD = b"POST /recommend HTTP/1.1\r\nhost: x\r\ncontent-type:"
+HALF_BODY = HALF_HEAD + b" application/json\r\ncontent-length: 9999\r\n\r\n{"
+
+
+def stands_slow_clients(served, good, bodies, heads):
+    """Clients that never end a body, and others that never end the head of a request, keep nobody
+    waiting: good requests and the health check are answered in between."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files[1], files[1]))
+    port = int(served.url.rsplit(":")[-1])
+    health = Sent(b"", path="/-/healthz", method="GET")
+
+    async def run():
+        async with contextlib.AsyncExitStack() as connections:
+            for sent in [HALF_BODY] * bodies + [HALF_HEAD] * heads:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                connections.callback(writer.close)
+                writer.write(sent)
+            return await closed_loop(served.url, [good, health] * 10, 2)
+
+    try:
+        seen = asyncio.run(run())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    assert [one.status for one in seen] == [200] * 20
+    assert max(one.ended - one.began for one in seen) < 4  # a half head lives for 5 s
 
 
 def stands_fuzzing(served, folder, examples):

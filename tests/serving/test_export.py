@@ -3,6 +3,7 @@
 A damaged or foreign one is named.
 """
 
+import io
 import json
 import os
 import subprocess
@@ -11,7 +12,10 @@ import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.serving import fuzzed
 from tests.serving.small_serving import built, full_pass, unchecked
 from ultra_hstu.serving import artefact, export
 
@@ -133,24 +137,128 @@ def test_a_truncated_file_is_named(path, tmp_path):
         artefact.Scorer(tmp_path / "flipped.zip")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(version=2), "it has version 2, and this reader takes 1: export the model again"),
-        (dict(format="other"), "it holds a 'other', no 'ultra_hstu scorer'"),
-    ],
-)
-def test_another_version_is_named(path, tmp_path, change, message):
-    other = tmp_path / "other.zip"
+def changed(path, other, **parts):
+    """A copy of a scorer with other parts: of bytes, or of the old bytes; None leaves one out."""
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w") as file:
         for name in source.namelist():
-            content = source.read(name)
-            file.writestr(
-                name,
-                json.dumps(json.loads(content) | change) if name == "metadata.json" else content,
-            )
-    with pytest.raises(ValueError, match=message):
+            new = parts.get(name.partition(".")[0], source.read(name))
+            if content := new(source.read(name)) if callable(new) else new:
+                file.writestr(name, content)
+    return other
+
+
+def with_metadata(**fields):
+    return lambda content: json.dumps(json.loads(content) | fields)
+
+
+def with_array(member, array):
+    """Of an npz file, one array in place of another: an array, or the bytes of its file."""
+
+    def change(content):
+        if isinstance(array, bytes):
+            given = array
+        else:
+            np.save(buffer := io.BytesIO(), array)
+            given = buffer.getvalue()
+        made = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(made, "w") as file:
+            for name in source.namelist():
+                file.writestr(name, given if name == f"{member}.npy" else source.read(name))
+        return made.getvalue()
+
+    return change
+
+
+def npy(header):
+    """An npy file with this head and eight bytes."""
+    text = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(8)
+
+
+HUGE = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 1000000), }"
+SIZES = dict(items=30, signals=[11, 3], features=[5], contextual=[4, 3])
+ODD = [
+    (dict(metadata=with_metadata(version=2)), "it has version 2, and this reader takes 1: export"),
+    (dict(metadata=with_metadata(format="other")), "it holds a 'other', no 'ultra_hstu scorer'"),
+    (dict(metadata=b"[]"), r"metadata.json: metadata is \[\], no dict"),
+    (dict(metadata=b"null"), "metadata.json: metadata is None, no dict"),
+    (dict(metadata=b"{"), "metadata.json: Expecting property name"),
+    (dict(metadata=b"\xff"), "metadata.json: 'utf-8' codec can't decode"),
+    (dict(metadata=b"[" * 10**5), "metadata.json: maximum recursion|metadata.json: Recursion"),
+    (dict(metadata=with_metadata(sizes=[])), r"metadata.sizes is \[\], no dict"),
+    (dict(metadata=with_metadata(sizes=SIZES | dict(items=-1))), "sizes.items is -1, no int"),
+    (dict(metadata=with_metadata(sizes=SIZES | dict(signals=[11, "3"]))), r"signals\[1\] is '3'"),
+    (dict(metadata=with_metadata(sizes=SIZES | dict(items=29))), "items.npz: 30 slots, but raw"),
+    (dict(metadata=with_metadata(channels=dict(a=1.5))), "metadata.channels.a is 1.5, no int"),
+    (dict(metadata=with_metadata(tasks="rating")), "metadata.tasks is 'rating', no list"),
+    (dict(metadata=None), "metadata.json: \"There is no item named 'metadata.json'"),
+    (dict(params=with_array("3", npy(HUGE))), r"3.npy: shape \(1000000000000, 1000000\)"),
+    (dict(params=with_array("3", npy(HUGE.replace("(1", "(-1")))), "params.npz: 3.npy: shape"),
+    (dict(params=with_array("3", npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}"))),
+     "params.npz: 3.npy: Object arrays cannot be loaded"),
+    (dict(params=with_array("3", npy("__import__('os')"))), "params.npz: 3.npy: malformed"),
+    (dict(params=with_array("3", b"no array at all")), "3.npy: the magic string is not correct"),
+    (dict(params=with_array("2", np.float32([1, np.nan]))), "array 2 holds NaN or infinity: train"),
+    (dict(params=with_array("2", np.float32([-np.inf]))), "array 2 holds NaN or infinity"),
+    (dict(params=b"no zip"), "params.npz: File is not a zip file"),
+    (dict(items=with_array("raw_ids", np.arange(31)[::-1].copy())), "raw_ids do not ascend"),
+    (dict(items=with_array("raw_ids", np.zeros((31, 2)))), "items.npz: 31 slots, but raw_ids of"),
+]  # fmt: skip
+ODD_PROGRAMS = [
+    (dict(params=with_array("2", np.float32([1, 2]))), "not of one export: other parameters"),
+    (dict(encode=b"\x00" * 50), "encode.bin: "),
+    (dict(score=b""), "score.bin: "),
+    (dict(score=lambda content: content[: len(content) // 2]), "score.bin: "),
+    (dict(encode=lambda content: content.replace(b"ML\xefR", b"MLxR")), "encode.bin: "),
+    (dict(metadata=with_metadata(
+        capacity=dict(users=9, candidates=40, events=dict(consumption=40, engagement=40)))),
+     "not of one export: sizes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("parts", "message"), ODD + ODD_PROGRAMS)
+def test_an_odd_part_is_named(path, tmp_path, parts, message):
+    other = changed(path, tmp_path / "odd.zip", **parts)
+    with pytest.raises(ValueError, match=f"odd.zip is no scorer that can be read: .*({message})"):
         artefact.Scorer(other)
+
+
+@pytest.mark.parametrize(("parts", "message"), ODD)
+def test_an_odd_part_is_not_served(path, tmp_path, parts, message):
+    other = changed(path, tmp_path / "odd.zip", **parts)
+    with pytest.raises(ValueError, match=f"odd.zip is no scorer that can be served.*({message})"):
+        export.load(other)
+
+
+def test_a_compressed_part_is_named(path, tmp_path):
+    """What is stored as it is takes no more memory than the file has bytes."""
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "bomb.zip", "w") as file:
+        for name in source.namelist():
+            packed = zipfile.ZIP_DEFLATED if name == "params.npz" else zipfile.ZIP_STORED
+            file.writestr(name, source.read(name), packed)
+    with pytest.raises(ValueError, match="params.npz: it is compressed"):
+        artefact.Scorer(tmp_path / "bomb.zip")
+
+
+@given(st.integers(0, 10**9), st.binary(min_size=1, max_size=8))
+@settings(fuzzed.BOUNDED, max_examples=60)
+def test_any_damage_is_noticed_or_harmless(path, tmp_path, scorer, place, noise):
+    """Without a checksum for what is between the parts, some damage changes nothing that counts."""
+    whole = path.read_bytes()
+    at = place % len(whole)
+    damaged = tmp_path / "damaged.zip"
+    damaged.write_bytes(whole[:at] + noise + whole[at + len(noise) :])
+    try:
+        with zipfile.ZipFile(damaged) as file:
+            metadata, items, params = artefact.read(file)
+    except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError):
+        with pytest.raises(ValueError, match="damaged.zip is no scorer that can be served"):
+            export.load(damaged)
+        return
+    assert metadata == scorer.metadata
+    np.testing.assert_array_equal(items["raw_ids"], scorer.raw_ids)
+    for given_, read in zip(params, scorer._params, strict=True):
+        np.testing.assert_array_equal(given_, read)
 
 
 def test_another_device_is_named(path, monkeypatch):

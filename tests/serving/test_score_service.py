@@ -10,12 +10,14 @@ import jax
 import numpy as np
 import pydantic
 import pytest
+from hypothesis import given, settings
 
+from tests.serving import fuzzed
 from tests.serving.served_checks import readme_example, shape
 from tests.serving.small_serving import built, full_pass, requests
 from tests.small_run import with_
 from ultra_hstu import serving
-from ultra_hstu.serving import export
+from ultra_hstu.serving import export, lines
 from ultra_hstu.serving.schema import (
     MAX_CANDIDATES,
     MAX_EVENTS,
@@ -381,3 +383,86 @@ def test_no_logit_is_too_large_for_a_probability(model):
     with jax.debug_nans(True):
         value_CK = model._values(np.array([[-1e9, -1e9], [0, 3], [1e9, 1e9]], np.float32))
     np.testing.assert_allclose(value_CK, [[0, -1e9], [0.5, 3], [1, 1e9]])
+
+
+FIELDS = "user history times actions now candidates features context".split()
+SKILLS = {5: 1, 6: 2, 7: 3, 8: 4}  # codes of the values that the data has
+WORDS = {"age": ["", "1", "2", "3"], "region": ["", "north", "south"]}
+
+
+def wanted(service, body):
+    """The definition: the arguments of `ScoringModel.query` for every known candidate alone, None
+    for unknown ones, and the number of events. Raises NotAnswered for a request that is refused."""
+    request, require = fuzzed.read(body), fuzzed.require
+    found = fuzzed.history_of(request, 30, FIELDS)
+    candidates = fuzzed.dense_ids(request.get("candidates"), 30, 4096)
+    require(candidates)
+    features, context = request.get("features", {}), request.get("context")
+    fuzzed.require_columns(features, len(candidates), 1e9)
+    if context is not None:
+        require(isinstance(context, dict) and found is not None)
+        require(all(isinstance(word, str) and len(word) <= 256 for word in context.values()))
+    if found is None:
+        user = fuzzed.user_of(request["user"], list(range(5)))
+        history, seconds, actions, codes = service.data.user(user)
+    else:
+        history, seconds, places = found
+        given = request.get("actions") or {}
+        actions = {name: np.array([given[name][i] for i in places]) for name in given}
+        if len(places):
+            require(all(1 <= round(2 * one) <= 10 for one in actions.get("rating", ())))
+            require(all(one in (0, 1) for one in actions.get("is_click", ())))
+        codes = {
+            name: WORDS[name].index(word)
+            for name, word in (context or {}).items()
+            if word in WORDS.get(name, ())
+        }
+    now = request.get("now")
+    fuzzed.require_order(list(seconds), now, 10**9)
+    skills = [SKILLS.get(value, 0) for value in features.get("skill", [0] * len(candidates))]
+    known = {name: actions[name] for name in ("rating", "is_click", "skill") if name in actions}
+    times = None if found and request.get("times") is None else np.array(seconds, np.int64)
+    alone = [
+        dict(
+            items=np.array(history, np.int32),
+            times=times,
+            actions=known,
+            context=codes,
+            candidates=np.array([item], np.int32),
+            feature_CF=np.array([[skill]], np.int32),
+            now=now,
+        )
+        if item
+        else None
+        for item, skill in zip(candidates, skills, strict=True)
+    ]
+    clicked = sum(value >= 1 for value in actions.get("is_click", ()))
+    return alone, max(min(6, len(history)), min(4, clicked))
+
+
+@given(
+    fuzzed.bodies(
+        fuzzed.requests(
+            users=[0, 2, "4", 5],
+            actions=["rating", "is_click", "skill", "mood"],
+            candidates=["skill", "tab"],
+            contexts=["age", "region", "mood"],
+        )
+    )
+)
+@settings(fuzzed.BOUNDED, max_examples=120)
+def test_any_request_gets_the_defined_scores_or_a_reason(service, body):
+    query = lines._query(service, body)
+    try:
+        alone, events = wanted(service, body)
+    except fuzzed.NotAnswered:
+        assert isinstance(query, str) and query
+        return
+    assert not isinstance(query, str), query
+    [got] = service.answer([query])
+    assert got.events == events and len(got.candidates) == len(alone)
+    assert [one.scores is None for one in got.candidates] == [one is None for one in alone]
+    for one, arguments in [pair for pair in zip(got.candidates, alone, strict=True) if pair[1]][:3]:
+        query = service.model.query(**arguments)
+        [score] = service.model.score(service.model.encode([query]), [query])
+        np.testing.assert_allclose(list(one.scores.values()), score[0], atol=2e-5)

@@ -6,8 +6,11 @@ Answers, load, fuzzing, a killed replica, and that it ends.
 import asyncio
 import json
 import os
+import signal
+import stat
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import portpicker
 import psutil
@@ -19,7 +22,11 @@ from scripts.load.loop import closed_loop, deployment
 from scripts.load.requests import Sent, bad, checked, right
 from scripts.load.serve import kill
 from tests import commands
-from tests.serving.served_checks import stands_fuzzing, stands_good_and_bad_requests
+from tests.serving.served_checks import (
+    stands_fuzzing,
+    stands_good_and_bad_requests,
+    stands_slow_clients,
+)
 from tests.small_run import small_config
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.scoring import RunData
@@ -75,6 +82,7 @@ REFUSED = [
     (b"{", 422, "JSON decode error"),
     (b"\xff", 400, "There was an error parsing the body"),
     (b" " * (2**20 + 1), 413, "Content Too Large"),
+    (b'{"history": [1], "times": [1112486027000]}', 422, "give whole seconds since 1970"),
 ]
 
 
@@ -82,6 +90,24 @@ def what_is_refused_is_told_why(served, known, folder):
     for body, status, message in REFUSED:
         got = post(served.url, body)
         assert got[0] == status and message in got[1]
+    status, message = post(served.url, b'{"history": [1]}', "text/plain")
+    assert status == 415 and "send JSON, with 'content-type: application/json'" in message
+
+
+def slow_clients_keep_nobody_waiting(served, known, folder):
+    stands_slow_clients(served, known[0], bodies=330, heads=4200)
+
+
+def only_its_user_may_stop_the_proxy(served, known, folder):
+    """Its admin socket is in a folder of nobody else."""
+    [proxy] = [
+        process
+        for process in psutil.Process(served.process.pid).children(recursive=True)
+        if process.name() == "haproxy"
+    ]
+    path = Path(proxy.cmdline()[proxy.cmdline().index("-f") + 1])
+    assert (path.parent / "admin.sock").is_socket()
+    assert stat.S_IMODE(path.parents[1].stat().st_mode) == 0o700
 
 
 def only_loopback_answers(served, known, folder):
@@ -118,6 +144,8 @@ def a_killed_replica_loses_what_it_held_at_most(served, known, folder):
 CHECKS = [
     an_answer_and_its_description,
     what_is_refused_is_told_why,
+    slow_clients_keep_nobody_waiting,
+    only_its_user_may_stop_the_proxy,
     only_loopback_answers,
     good_and_bad_requests_mixed,
     fuzzing_from_its_own_description,
@@ -126,19 +154,25 @@ CHECKS = [
 ]
 
 
-def test_the_deployment(folder, known, subtests):
+def test_the_deployment(folder, known, subtests, tmp_path):
     """One deployment of two replicas for all checks. All it started must end.
 
     It is one test so that parallel test processes start the deployment once.
     """
-    with deployment(
-        folder, "--replicas=2", "--cache_mib=1", port=portpicker.pick_unused_port()
-    ) as served:
+    options, port = ("--replicas=2", "--cache_mib=1"), portpicker.pick_unused_port()
+    with (
+        open(tmp_path / "errors", "w+") as errors,
+        deployment(folder, *options, port=port, errors=errors) as served,
+    ):
         started = psutil.Process(served.process.pid).children(recursive=True)
         for check in CHECKS:
             with subtests.test(check.__name__):
                 check(served, known, folder)
         started += psutil.Process(served.process.pid).children(recursive=True)
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.stdout.read().splitlines()[-1].startswith("stopping: ")
+        errors.seek(0)
+        assert "Traceback" not in errors.read()
     assert served.process.returncode == 0
     _, alive = psutil.wait_procs(started, timeout=30)
     assert not [process.name() for process in alive]

@@ -6,9 +6,11 @@ These tests show what `test_serve` does not show of the parts that both share.
 import asyncio
 import io
 import json
+import socket
 import urllib.request
 
 import portpicker
+import psutil
 import pytest
 from rich.console import Console
 
@@ -86,6 +88,29 @@ def what_is_refused_is_told_why(served, known, folder):
     assert "this run answers POST /score and nothing else" in seen[-1].body.decode()
 
 
+def nobody_answers_without_replicas(served, known, folder):
+    """The proxy says so, in answers and in the health check, as while the service starts."""
+    for replica in served.replicas():
+        replica.kill()
+    health = Sent(b"", path="/-/healthz", method="GET")
+    seen = answers_of(served, *[known[0], health] * 200)
+    nobody = [one for one in seen if one.sent is known[0] and one.status == 503]
+    assert b"the service is starting, or replaces one" in nobody[-1].body
+    assert 503 in [one.status for one in seen if one.sent is health]
+
+
+def a_killed_server_leaves_nothing_behind(served, known, folder):
+    """So the next one can start at once: last, since this one is gone."""
+    started = psutil.Process(served.process.pid).children(recursive=True)
+    served.process.kill()
+    _, alive = psutil.wait_procs(started, timeout=5)
+    # Agents of Ray, which hold no port of ours, take longer.
+    assert not [process.name() for process in alive if not process.name().endswith("Agent")]
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", int(served.url.rsplit(":")[-1])))
+
+
 def good_and_bad_requests_mixed(served, known, folder):
     stands_good_and_bad_requests(served, load_scores, known, 300)
 
@@ -99,6 +124,8 @@ CHECKS = [
     what_is_refused_is_told_why,
     good_and_bad_requests_mixed,
     fuzzing_from_its_own_description,
+    nobody_answers_without_replicas,
+    a_killed_server_leaves_nothing_behind,
 ]
 
 

@@ -1,6 +1,8 @@
 """Requests: what is refused and why, what is ignored, users kept encoded, and files of requests."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pydantic
 import pytest
+from hypothesis import given
 from rich.console import Console
 
 from tests import commands
+from tests.serving import fuzzed
 from tests.serving.served_checks import readme_example, shape
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
-from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.quantization import served_table
+from ultra_hstu.serving import RecommendationModel, lines
 from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, Response, problem
 from ultra_hstu.serving.scoring import RunData
 from ultra_hstu.serving.service import RecommendService, ServingOptions, open_service
@@ -255,19 +260,17 @@ def test_a_file_of_requests(folder, tmp_path, service):
     done = commands.run("experiments.recommend", f"--workdir={folder}", f"--requests={path}")
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(answers) == 77 and "77 requests, 4 refused" in done.stderr
-    assert answers[1]["error"].startswith("Invalid JSON") and answers[3]["error"].startswith(
-        "Invalid JSON"
-    )
+    assert len(answers) == 76 and "76 requests, 3 refused" in done.stderr
+    assert answers[1]["error"].startswith("Invalid JSON")
     assert (
-        answers[4]["error"].startswith("unknown user 9999")
-        and answers[6]["error"] == f"a request has at most {MAX_BODY_BYTES} bytes"
+        answers[3]["error"].startswith("unknown user 9999")
+        and answers[5]["error"] == f"a request has at most {MAX_BODY_BYTES} bytes"
     )
-    assert answers[5]["source"] == "popularity" and len(answers[2]["warnings"]) == 1
-    for given, line in zip(answers[7:], many, strict=True):
+    assert answers[4]["source"] == "popularity" and len(answers[2]["warnings"]) == 1
+    for one, line in zip(answers[6:], many, strict=True):
         expected = answer(service, **json.loads(line))
-        assert given["items"][0]["item"] == expected.items[0].item
-        assert given["items"][0]["score"] == pytest.approx(expected.items[0].score, abs=1e-5)
+        assert one["items"][0]["item"] == expected.items[0].item
+        assert one["items"][0]["score"] == pytest.approx(expected.items[0].score, abs=1e-5)
 
 
 def test_a_program_may_wait_for_each_answer(folder):
@@ -286,3 +289,129 @@ def test_a_program_may_wait_for_each_answer(folder):
             assert len(json.loads(process.stdout.readline())["items"]) == k
         process.stdin.close()
         assert process.wait(timeout=60) == 0
+
+
+FIELDS = ("user", "history", "times", "actions", "now", "k", "block")
+
+
+def wanted(service, body):
+    """The definition: (known items of the history, their times, now, k, hidden items). Raises
+    NotAnswered for a request that is refused."""
+    data, items = service.data.interactions, service.catalog.num_items
+    request = fuzzed.read(body)
+    found = fuzzed.history_of(request, items, FIELDS)
+    k, block = request.get("k", 10), request.get("block", [])
+    fuzzed.require(fuzzed.is_integer(k) and 1 <= k <= items)
+    blocked = fuzzed.dense_ids(block, items)
+    if found is None:
+        events = data.history(fuzzed.user_of(request["user"], data.users.tolist()))
+        history, seconds = data.items[events].tolist(), data.timestamps[events].tolist()
+    else:
+        history, seconds, _ = found
+    now = request.get("now")
+    fuzzed.require_order(seconds, now, service.model.config.data.max_history)
+    return history, seconds, now, k, {*history, *blocked} - {0}
+
+
+@given(fuzzed.bodies(fuzzed.requests(users=[1, 7, "7", "60"], actions=["rating", "mood"])))
+@fuzzed.BOUNDED
+def test_any_request_gets_the_defined_answer_or_a_reason(service, body):
+    query = lines._query(service, body)
+    try:
+        history, seconds, now, k, hidden = wanted(service, body)
+    except fuzzed.NotAnswered:
+        assert isinstance(query, str) and query
+        return
+    assert not isinstance(query, str), query
+    [got] = service.answer([query])
+    if history:
+        known = service.model.query(history, seconds, now=now)
+        [vector] = service.model.encode([known]).astype(np.float64)
+        table = np.asarray(served_table(service.model.params), np.float64)
+        scores = table @ vector / np.maximum(np.linalg.norm(table, axis=1), 1e-6)
+    else:
+        scores = service.data.count_I
+    left = sorted({*range(1, len(scores))} - hidden, key=lambda item: -scores[item])[:k]
+    assert got.source == ("model" if history else "popularity") and len(got.items) == len(left)
+    for item, best in zip(got.items, left, strict=True):
+        assert item.item not in hidden
+        assert item.score == pytest.approx(scores[item.item], abs=1e-5)
+        assert item.score == pytest.approx(scores[best], abs=1e-5)
+
+
+TIMES = [1112486027, 1112489627, 1112572427]
+
+
+@pytest.mark.parametrize(
+    ("times", "now", "message"),
+    [
+        (TIMES, TIMES[-1] + 60, None),
+        ([-5, 0, 10], None, None),
+        ([-(2**31), 2 - 2**31, -5], -1, None),
+        ([2**32 - 3, 2**32 - 2, 2**32 - 1], 2**32 - 1, None),
+        (TIMES[:1] * 3, 1893456000, None),
+        ([1000 * time for time in TIMES], None, "times.0: .* not 1112486027000: give whole sec"),
+        ([10**9 * time for time in TIMES], None, "times.0: .*: give whole seconds since 1970"),
+        (TIMES, 1000 * TIMES[-1], "now: .* not 1112572427000: give whole seconds since 1970"),
+        (None, 1000 * TIMES[-1], "now: .* not 1112572427000: give whole seconds since 1970"),
+        ([time + 0.5 for time in TIMES], None, "times.0: .* not 1112486027.5: give whole seconds"),
+        (["2005-04-02T23:53:47Z"] * 3, None, "times.0: .*'2005-04-02T23:53:47Z': give whole sec"),
+        ([2**32 - 2, 2**32 - 1, 2**32], None, "times.2: .* not 4294967296"),
+        ([-(2**31) - 1, 0, 2], None, "times.0: .* not -2147483649"),
+    ],
+)
+def test_times_are_seconds_by_their_range(service, times, now, message):
+    request = {"history": [3, 5, 7], "times": times, "now": now, "k": 4}
+    query = lines._query(service, json.dumps(request).encode())
+    if message is None:
+        assert len(service.answer([query])[0].items) == 4
+    else:
+        assert isinstance(query, str) and re.match(message, query)
+    if message and now is None and all(isinstance(time, int) for time in times):
+        with pytest.raises(ValueError, match="times must be seconds since 1970"):
+            service.model.query([3, 5, 7], times)
+
+
+def test_now_alone_is_seconds_too(service):
+    with pytest.raises(ValueError, match="now must be seconds since 1970: 1112572427000 would"):
+        service.model.query([3], now=1112572427000)
+
+
+def test_a_block_list_counts_what_it_does_not_block(folder, caplog):
+    best = open_service(folder)
+    first = answer(best, history=[3], k=1).items[0].item
+    blocked = open_service(folder, options=ServingOptions(block=[str(first), "999", "888"]))
+    assert blocked.unknown_blocked == 2
+    assert "--block: 2 of 3 items are not in the catalogue and were ignored: '999'" in caplog.text
+    assert first not in [item.item for item in answer(blocked, history=[3], k=9).items]
+
+
+@pytest.mark.parametrize(
+    ("content", "said", "error"),
+    [
+        (b"\xef\xbb\xbf3\r\n5\r\n\r\n999\r\n", "3 items\n--block: 1 of 3 items are not in", ""),
+        (b"3\n 5 ", ": 2 items\n", ""),
+        (b"\n", ": 0 items\n", ""),
+        (b"3,5\n", "", "item ids of this catalogue are whole numbers, not '3,5'"),
+        ("3\n".encode("utf-16"), "", "is no text in UTF-8"),
+    ],
+)
+def test_a_file_of_blocked_items(folder, tmp_path, content, said, error):
+    path = tmp_path / "block.txt"
+    path.write_bytes(content)
+    nowhere = "--host=203.0.113.1"  # it ends before anything is started
+    done = commands.run("experiments.serve", f"--workdir={folder}", f"--block={path}", nowhere)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert said in done.stdout
+    assert f"--block={path}" in done.stdout + done.stderr
+    assert (error or "203.0.113.1 --port=8000 cannot be listened on") in done.stderr
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_file_of_requests_from_any_editor(service, capsys, end):
+    texts = [b'\xef\xbb\xbf{"history": [3], "k": 1}', b"", b" \t", b'{"history": [3], "k": 2}', b""]
+    lines.answer_lines(service, io.BytesIO(end.join(texts)))
+    said = capsys.readouterr()
+    answers = [json.loads(line) for line in said.out.splitlines()]
+    assert [len(one["items"]) for one in answers] == [1, 2]
+    assert "2 requests, 0 refused" in said.err

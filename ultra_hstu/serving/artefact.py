@@ -9,14 +9,17 @@ file travels in the artefact, which is a zip file.
 
 Inputs are plain dicts of arrays, users one after another: see `Scorer.encode` and `Scorer.score`.
 The checks of arrays and their padding are those of `ultra_hstu.serving` itself.
+The copy of this file and the programs in the artefact are code: whoever runs them trusts whoever
+wrote them. An online deployment runs neither.
 """
 
+import contextlib
 import io
 import json
+import math
 import os
 import zipfile
-import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +27,16 @@ import jax.export
 import numpy as np
 
 FORMAT, VERSION = "ultra_hstu scorer", 1
+# What `metadata.json` holds: a type, a list of one, or a dict of names; "*" is any name.
+METADATA: dict[str, Any] = {
+    "capacity": {"users": int, "candidates": int, "events": {"*": int}},
+    "channels": {"*": int},
+    "sizes": {"items": int, "signals": [int], "features": [int], "contextual": [int]},
+    "config": {},
+} | dict.fromkeys(("tasks", "signals", "features", "contextual"), [str])
 Numbers = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
 Arrays = dict[str, Any]  # arrays by name, those of channels in dicts of their own
+Program = jax.export.Exported
 
 
 class Scorer:
@@ -39,34 +50,22 @@ class Scorer:
     """
 
     def __init__(self, path: str | os.PathLike):
-        """Raises ValueError for a file that is damaged, of another format or version, or made for
+        """Raises ValueError for a file with a part that is damaged, of another version, or made for
         other devices."""
-        try:
-            with zipfile.ZipFile(path) as file:
-                self.metadata: dict[str, Any] = json.loads(file.read("metadata.json"))
-                if (found := self.metadata["format"]) != FORMAT:
-                    raise ValueError(f"it holds a {found!r}, no {FORMAT!r}")
-                if (version := self.metadata["version"]) != VERSION:
-                    raise ValueError(
-                        f"it has version {version}, and this reader takes {VERSION}: "
-                        "export the model again"
-                    )
-                self.raw_ids = read_arrays(file, "items.npz")["raw_ids"]
-                programs = [
-                    jax.export.deserialize(bytearray(file.read(f"{name}.bin")))
-                    for name in ("encode", "score")
-                ]
-                params = read_arrays(file, "params.npz")
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{os.fspath(path)} is no scorer that can be read: {error}") from error
-        platforms = {name for program in programs for name in program.platforms}
+        whole = f"{os.fspath(path)} is no scorer that can be read"
+        with naming(whole), zipfile.ZipFile(path) as file:
+            self.metadata, items, params = read(file)
+            self.raw_ids = items["raw_ids"]
+            encode, score = (_read_program(file, name) for name in ("encode.bin", "score.bin"))
+            _require_one_export(encode, score, params, self.metadata["capacity"])
+        platforms = {*encode.platforms, *score.platforms}
         if (here := _platform()) not in platforms:
             raise ValueError(
                 f"{os.fspath(path)} was made for {', '.join(sorted(platforms))}, "
                 f"and the device here is {here}: export it for {here}"
             )
-        self._params = jax.device_put([params[str(i)] for i in range(len(params))])
-        self._encode, self._score = (jax.jit(program.call) for program in programs)
+        self._params = jax.device_put(params)
+        self._encode, self._score = jax.jit(encode.call), jax.jit(score.call)
 
     def items(self, raw_ids: Any) -> np.ndarray:
         """Dense ids of raw ones. Raises ValueError for ids that the model does not know."""
@@ -133,10 +132,115 @@ class Scorer:
         return np.asarray(self._score(self._params, cache, request))[:count]
 
 
+@contextlib.contextmanager
+def naming(part: str) -> Iterator[None]:
+    """Whatever a damaged part makes its readers raise becomes a ValueError that names the part."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{part}: {str(error) or type(error).__name__}") from error
+
+
+def read(file: zipfile.ZipFile) -> tuple[Arrays, Arrays, list[np.ndarray]]:
+    """What a scorer says of itself, its items ("raw_ids", and "titles" if it has them), and its
+    parameters. Raises ValueError for what is not as `export.save` writes it."""
+    content = read_member(file, "metadata.json")
+    with naming("metadata.json"):
+        metadata = json.loads(content)
+        require_form(metadata, {"format": str, "version": int}, "metadata")
+        if (found := metadata["format"]) != FORMAT:
+            raise ValueError(f"it holds a {found!r}, no {FORMAT!r}")
+        if (version := metadata["version"]) != VERSION:
+            raise ValueError(
+                f"it has version {version}, and this reader takes {VERSION}: export the model again"
+            )
+        require_form(metadata, METADATA, "metadata")
+    items, named = read_arrays(file, "items.npz"), read_arrays(file, "params.npz")
+    with naming("items.npz"):
+        slots, raw_ids = metadata["sizes"]["items"] + 1, items["raw_ids"]
+        for name, array in items.items():
+            if array.shape != (slots,) or array.dtype.kind not in "iU":
+                raise ValueError(f"{slots} slots, but {name} of {array.dtype} {array.shape}")
+        if (raw_ids[2:] <= raw_ids[1:-1]).any():
+            raise ValueError("raw_ids do not ascend")
+    with naming("params.npz"):
+        params = [named[str(i)] for i in range(len(named))]
+        for i, array in enumerate(params):
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ValueError(f"array {i} holds NaN or infinity: train again, and export that")
+    return metadata, items, params
+
+
+def read_member(file: zipfile.ZipFile, name: str) -> bytes:
+    """A part of the file, with the right checksum, in no more memory than it has bytes there."""
+    with naming(name):
+        if file.getinfo(name).compress_type != zipfile.ZIP_STORED:
+            raise ValueError("it is compressed, which export does not do")
+        return file.read(name)
+
+
 def read_arrays(file: zipfile.ZipFile, name: str) -> dict[str, np.ndarray]:
-    # Read as a whole, which checks it as a whole.
-    with np.load(io.BytesIO(file.read(name)), allow_pickle=False) as arrays:
-        return {key: arrays[key] for key in arrays}
+    """The arrays of an npz file in the file."""
+    content = io.BytesIO(read_member(file, name))
+    with naming(name), zipfile.ZipFile(content) as arrays:
+        return {
+            member.removesuffix(".npy"): _array(read_member(arrays, member), member)
+            for member in arrays.namelist()
+        }
+
+
+def _array(content: bytes, name: str) -> np.ndarray:
+    """The array of an npy file. NumPy makes room for what its head says: so that is checked."""
+    buffer = io.BytesIO(content)
+    with naming(name):
+        np.lib.format.read_magic(buffer)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
+        wanted, given = math.prod(shape) * dtype.itemsize, len(content) - buffer.tell()
+        if min(shape, default=0) < 0 or wanted != given:
+            raise ValueError(f"shape {shape} of {dtype} has {wanted} bytes, and {given} are there")
+        buffer.seek(0)
+        return np.lib.format.read_array(buffer, allow_pickle=False)
+
+
+def _read_program(file: zipfile.ZipFile, name: str) -> Program:
+    content = bytearray(read_member(file, name))
+    with naming(name):
+        program = jax.export.deserialize(content)
+        program.mlir_module()  # raises where it cannot be read
+        return program
+
+
+def require_form(value: Any, form: Any, name: str) -> None:
+    """Raises ValueError where JSON has not this form: see METADATA. Integers are counts."""
+    kind: Any = form if isinstance(form, type) else type(form)
+    if type(value) is not kind or (kind is int and value < 0):
+        raise ValueError(f"{name} is {value!r:.40}, no {kind.__name__}")
+    if isinstance(form, list):
+        for number, one in enumerate(value):
+            require_form(one, form[0], f"{name}[{number}]")
+    if isinstance(form, dict):
+        for key in value if "*" in form else form:
+            require_form(value.get(key), form.get("*", form.get(key)), f"{name}.{key}")
+
+
+def _require_one_export(
+    encode: Program, score: Program, params: list[np.ndarray], capacity: Arrays
+) -> None:
+    def arrays(tree: Any) -> list[tuple]:
+        return [(tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
+
+    with naming("encode.bin, score.bin, params.npz and metadata.json are not of one export"):
+        (first, request), _ = jax.tree.unflatten(encode.in_tree, encode.in_avals)
+        (second, cache, asked), _ = jax.tree.unflatten(score.in_tree, score.in_avals)
+        sizes = {
+            "users": request["now_B"].shape[0],
+            "candidates": asked["item_C"].shape[0],
+            "events": {name: one["item_E"].shape[0] for name, one in request["channels"].items()},
+        }
+        if (arrays(first), arrays(second)) != (arrays(params), arrays(params)):
+            raise ValueError("other parameters")
+        if arrays(cache) != arrays(encode.out_avals) or sizes != capacity:
+            raise ValueError(f"sizes {sizes} and {capacity}")
 
 
 def _platform() -> str:

@@ -12,9 +12,9 @@ import io
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.export
@@ -36,6 +36,8 @@ from ultra_hstu.serving.tokens import Vocabulary, pad_candidates, pad_history
 from ultra_hstu.step import Params
 
 Leaves = list[Shaped[Array, "..."]]
+# Of the metadata, what an online deployment needs beside artefact.METADATA.
+ONLINE = {"kinds": [str], "timestamps": bool, "features": {"*": list}, "contexts": {"*": [str]}}
 
 
 def save(
@@ -174,30 +176,50 @@ def save(
 
 def load(path: str | os.PathLike) -> tuple[Ranker, Config, Vocabulary, dict[str, Kind]]:
     """The ranker in a file, its configuration, what its values mean, and the kind of each task.
+    Nothing of the code in the file is run.
 
     Raises:
       ValueError: a file that is damaged, or was written without a vocabulary.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
-            metadata = json.loads(file.read("metadata.json"))
-            items = artefact.read_arrays(file, "items.npz")
-            params = artefact.read_arrays(file, "params.npz")
-        titles = tuple(items["titles"].tolist()) if "titles" in items else None
-        catalog = Catalog(items["raw_ids"], titles)
-        online, codes = metadata["online"], metadata["sizes"]
-        config = from_config_dict(metadata["config"])
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path} is no scorer that can be served: {error!r}. Write it with experiments.export"
-        ) from error
+    whole = f"{os.fspath(path)} is no scorer that can be served (experiments.export writes one)"
+    with artefact.naming(whole), zipfile.ZipFile(path) as file:
+        metadata, items, params = artefact.read(file)
+        with artefact.naming("metadata.json"):
+            return _ranker(metadata, items, params)
+
+
+def _ranker(
+    metadata: artefact.Arrays, items: artefact.Arrays, params: list[Shaped[np.ndarray, "..."]]
+) -> tuple[Ranker, Config, Vocabulary, dict[str, Kind]]:
+    """What `load` returns. Raises ValueError for parts that do not fit together."""
+    codes, online = metadata["sizes"], metadata.get("online")
     if online is None:
         raise ValueError(
-            f"{path} does not say what the values of its source mean: write it with "
+            "it does not say what the values of its source mean: write it with "
             "experiments.export, or with a vocabulary"
         )
+    artefact.require_form(online, ONLINE, "online")
+    titles = tuple(items["titles"].tolist()) if "titles" in items else None
+    features = {name: np.array(values) for name, values in online["features"].items()}
+    contexts = {name: tuple(words) for name, words in online["contexts"].items()}
+    config = from_config_dict(metadata["config"])
+    rank, model = config.rank, config.model
+    for name, values in features.items():
+        ascend = values.dtype.kind in "iuf" and (values[1:] > values[:-1]).all()
+        if values.ndim != 1 or not len(values) or not ascend:
+            raise ValueError(f"online.features.{name} must be numbers that ascend")
+    known = {
+        "features": {name: 1 + len(values) for name, values in features.items()},
+        "contextual": {name: len(words) for name, words in contexts.items()},
+    }
+    for field, counts in known.items():
+        if [*counts.items()] != [*zip(getattr(rank, field), codes[field], strict=True)]:
+            raise ValueError(f"online has the {field} {counts}, and sizes {codes[field]}")
+    if unknown := set(online["kinds"]) - set(get_args(Kind)):
+        raise ValueError(f"online.kinds has {sorted(unknown)}, which no task is")
+    layers = [model.layers, *(channel.layers for channel in model.channels.values())]
     sizes = Sizes(
-        items=catalog.num_items,
+        items=codes["items"],
         signals=tuple(codes["signals"]),
         features=tuple(codes["features"]),
         contextual=tuple(codes["contextual"]),
@@ -205,17 +227,16 @@ def load(path: str | os.PathLike) -> tuple[Ranker, Config, Vocabulary, dict[str,
         timestamps=online["timestamps"],
     )
     recipe = RankRecipe(config, sizes)
-    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: recipe.init(0)).params)
-    given = [params[str(i)] for i in range(len(params))]
-    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in given]:
-        raise ValueError(
-            f"{path} holds parameters of another model than this version builds from its "
-            "configuration: export the run again"
-        )
-    ranker = recipe.model(jax.tree.unflatten(tree, jax.device_put(given)))
-    features = {name: np.array(values) for name, values in online["features"].items()}
-    contexts = {name: tuple(words) for name, words in online["contexts"].items()}
-    return ranker, config, Vocabulary(catalog, features, contexts), recipe.tasks
+    if max(layers) <= len(params):  # before a model of a billion layers is built
+        leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: recipe.init(0)).params)
+        if [(x.shape, x.dtype) for x in leaves] == [(x.shape, x.dtype) for x in params]:
+            vocabulary = Vocabulary(Catalog(items["raw_ids"], titles), features, contexts)
+            ranker = recipe.model(jax.tree.unflatten(tree, jax.device_put(params)))
+            return ranker, config, vocabulary, recipe.tasks
+    raise ValueError(
+        "params.npz holds parameters of another model than this version builds from config: "
+        "export the run again"
+    )
 
 
 def _examples(

@@ -5,6 +5,7 @@ A retrieval run and a ranking run differ in one method, their endpoint.
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -12,10 +13,11 @@ from typing import cast
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import JsonValue
 from ray import serve
 from ray.serve import metrics
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ultra_hstu.serving import schema
 from ultra_hstu.serving.inputs import MAX_USERS, Query
@@ -27,39 +29,119 @@ from ultra_hstu.serving.schema import (
     ScoreRequest,
     ScoreResponse,
 )
-from ultra_hstu.serving.service import Service, ServingOptions, open_service
+from ultra_hstu.serving.service import RecommendService, Service, ServingOptions, open_service
 
-QUEUED = 256  # requests that wait in a replica; more are refused with 503
-_TEXT: JsonValue = {"text/plain": {"schema": {"type": "string"}}}
+WAITING = 320  # requests in a replica, answered or waiting; more are refused with 503
+BODY_S = 10  # in which the whole body of a request must be there
+BODIES_BYTES = 2**28  # of all requests in a replica
+CONNECTIONS = 100_000  # more than the proxy has: the limits above count, not Ray's
 PROBLEMS: dict[int | str, dict[str, JsonValue | type[Problem]]] = {
     400: {"model": Problem, "description": "the body cannot be read"},
+    408: {"model": Problem, "description": f"the body was not there after {BODY_S} s"},
     413: {
+        "model": Problem,
         "description": f"the body has more than {schema.MAX_BODY_BYTES} bytes",
-        "content": _TEXT,
     },
+    415: {"model": Problem, "description": "the content-type is not application/json"},
     422: {
         "model": Problem,
         "description": "the request does not fit the schema, or cannot be answered",
     },
-    503: {"description": f"more than {QUEUED} requests are waiting", "content": _TEXT},
+    503: {
+        "model": Problem,
+        "description": f"{WAITING} requests are in the replica, or the service is starting",
+    },
 }
+
+
+class Admission:
+    """ASGI middleware: a request is let in, and counted, when its whole body is there.
+
+    So a slow client holds a connection, and nothing that others wait for.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+        self.waiting = 0  # requests that were let in
+        self.held = 0  # bytes of bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body = bytearray()
+        try:
+            refused = await self._read(body, receive)
+            if refused is not None:
+                await refused(scope, receive, send)
+                return
+            messages: list[Message] = [{"type": "http.request", "body": bytes(body)}]
+
+            async def received() -> Message:
+                return messages.pop() if messages else await receive()
+
+            self.waiting += 1
+            try:
+                await self.app(scope, received, send)
+            finally:
+                self.waiting -= 1
+        finally:
+            self.held -= len(body)
+
+    async def _read(self, body: bytearray, receive: Receive) -> JSONResponse | None:
+        """Reads the body. Returns the answer to a request that is not let in."""
+        try:
+            async with asyncio.timeout(BODY_S):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return _refusal(400, "the client left before its body was there")
+                    part = message.get("body", b"")
+                    body += part
+                    self.held += len(part)
+                    if len(body) > schema.MAX_BODY_BYTES:
+                        most = f"a body has at most {schema.MAX_BODY_BYTES} bytes"
+                        return _refusal(413, f"Content Too Large: {most}")
+                    if self.held > BODIES_BYTES:
+                        return _refusal(503, "too many large bodies at once: try again later")
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            return _refusal(408, f"the body was not there after {BODY_S} s: send it faster")
+        if self.waiting >= WAITING:
+            return _refusal(503, f"{WAITING} requests are waiting: try again later")
+        return None
+
+
+def _refusal(status: int, detail: str) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status)
 
 
 def _application(path: str, description: str) -> FastAPI:
     """An application that says what is wrong with a request, and where requests go."""
-    app = FastAPI(title="ultra_hstu", description=description, max_body_size=schema.MAX_BODY_BYTES)
+    # FastAPI's own pages load their scripts from elsewhere.
+    app = FastAPI(title="ultra_hstu", description=description, docs_url=None, redoc_url=None)
+    app.add_middleware(Admission)
 
     @app.exception_handler(RequestValidationError)
-    async def _refused(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
+    async def _refused(request: HttpRequest, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type")
+        if kind is None or not re.match(r"application/(\S+\+)?json *(;|$)", kind, re.I):
+            given = "no content-type" if kind is None else f"the content-type {kind!r:.80}"
+            return _refusal(
+                415, f"the request has {given}: send JSON, with 'content-type: application/json'"
+            )
         # FastAPI's own response echoes the input, which may hold what JSON cannot: NaN, lone
         # surrogates.
-        return JSONResponse({"detail": schema.problem(error.errors())}, 422)
+        return _refusal(422, schema.problem(error.errors()))
 
     @app.exception_handler(404)
     async def _not_here(_: HttpRequest, __: Exception) -> JSONResponse:
-        return JSONResponse(
-            {"detail": f"this run answers POST {path} and nothing else; /docs describes it"}, 404
-        )
+        return _refusal(404, f"this run answers POST {path} and nothing else; /docs describes it")
+
+    @app.get("/docs", include_in_schema=False)
+    async def _docs(request: HttpRequest) -> HTMLResponse:
+        return HTMLResponse(schema.page(request.app.openapi()))
 
     return app
 
@@ -121,8 +203,7 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
 
 # No line a request in the log: metrics count them.
 _deployment = serve.deployment(
-    max_ongoing_requests=4 * MAX_USERS,
-    max_queued_requests=QUEUED,
+    max_ongoing_requests=CONNECTIONS,
     logging_config={"enable_access_log": False},
 )
 
@@ -133,6 +214,15 @@ class RecommendReplica(_Replica[Request, Response]):
     """A replica of a retrieval run."""
 
     name = "recommend"
+
+    def __init__(
+        self, workdir: str, raw_dir: str | None, options: ServingOptions, *, wait_ms: float
+    ):
+        super().__init__(workdir, raw_dir, options, wait_ms=wait_ms)
+        unknown = metrics.Gauge(
+            "recommend_block_unknown", "ids of the block list that the catalogue lacks"
+        )
+        unknown.set(cast(RecommendService, self.service).unknown_blocked)
 
     @recommendations.post(RECOMMEND, responses=PROBLEMS)
     async def recommend(self, request: Request) -> Response:

@@ -1,5 +1,6 @@
 """Requests as lines of JSON: one response a line, in order, as they arrive."""
 
+import codecs
 import json
 import queue
 import sys
@@ -22,8 +23,8 @@ class Lines(Protocol):
 
 
 def answer_lines(service: Service, source: Lines) -> None:
-    """One line of JSON on standard output for every line of the source, in order. Lines that are
-    there already share a device call."""
+    """One line of JSON on standard output for every line of the source, blank ones aside, in order.
+    Lines that are there already share a device call."""
     done = refused = 0
     for lines in arrived(source, service.model.max_users):
         read = [_query(service, line) for line in lines]
@@ -55,16 +56,19 @@ def _query(service: Service, line: bytes) -> Query | str:
 
 def arrived(source: Lines, most: int) -> Iterator[list[bytes]]:
     """Groups of up to `most` lines: those that have arrived, at least one, so that a program may
-    wait for each response. Longer lines are cut."""
+    wait for each response. Blank lines and a byte-order mark are left out, longer lines are cut."""
     lines: queue.Queue[bytes | Exception | None] = queue.Queue(maxsize=4 * most)
 
     def read() -> None:
         try:
+            mark = codecs.BOM_UTF8
             while line := source.readline(MAX_BODY_BYTES + 1):
                 rest = line
                 while not rest.endswith(b"\n") and rest:
                     rest = source.readline(MAX_BODY_BYTES)
-                lines.put(line)
+                line, mark = line.removeprefix(mark), b""
+                if line.strip() or len(line) > MAX_BODY_BYTES:
+                    lines.put(line)
             lines.put(None)
         except Exception as error:  # a disk that fails, say: raised where the lines are used
             lines.put(error)

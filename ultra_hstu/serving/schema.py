@@ -17,11 +17,15 @@ A ranking run scores:
         "events": 2, "warnings": []}
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import ErrorDetails
+
+from ultra_hstu.data.times import FIRST_SECOND, LAST_SECOND
 
 MAX_BODY_BYTES = 2**20
 MAX_EVENTS, MAX_BLOCK = 8192, 8192  # of a request: hidden items together are one bucket
@@ -33,7 +37,7 @@ RawId = (
     Annotated[int, Field(ge=-_WIDEST, le=_WIDEST)]
     | Annotated[str, Field(min_length=1, max_length=256)]
 )
-Seconds = Annotated[int, Field(ge=-(2**53), le=2**53)]
+Seconds = Annotated[int, Field(ge=FIRST_SECOND, le=LAST_SECOND)]
 Action = Annotated[float, Field(ge=-1e9, le=1e9)]
 Text = Annotated[str, Field(max_length=256)]
 
@@ -59,7 +63,7 @@ class AboutUser(BaseModel):
         "ids that the catalogue lacks are ignored with a warning",
     )
     times: Annotated[list[Seconds], Field(max_length=MAX_EVENTS)] | None = Field(
-        None, description="seconds, one an event, not decreasing"
+        None, description="seconds since 1970, one an event, not decreasing"
     )
     actions: dict[str, Annotated[list[Action], Field(max_length=MAX_EVENTS)]] | None = Field(
         None,
@@ -193,18 +197,21 @@ class Problem(BaseModel):
 
 
 def problem(errors: Sequence[ErrorDetails]) -> str:
-    """What is wrong with a request, in one line, from Pydantic's `errors()`. It names fields, and
-    nothing else of what was sent."""
+    """What is wrong with a request, in one line, from Pydantic's `errors()`. It names fields, and a
+    time, but nothing else of what was sent."""
     first, *others = errors
     # A request over HTTP has "body" in front. Members of a union bear names that mean nothing to a
     # caller.
-    field = ".".join(
+    parts = [
         ascii(part).strip("'")[:80]
         for part in first["loc"]
         if part != "body" and not str(part).startswith("constrained-")
-    )
+    ]
+    message = first["msg"].removeprefix("Value error, ")
+    if parts[:1] in (["times"], ["now"]) and not isinstance(first["input"], list):
+        message += f", not {first['input']!r:.40}: give whole seconds since 1970"
     more = f" (and {len(others)} more)" if others else ""
-    return f"{field + ': ' if field else ''}{first['msg'].removeprefix('Value error, ')}{more}"
+    return f"{'.'.join(parts) + ': ' if parts else ''}{message}{more}"
 
 
 def _require_lengths[T](columns: dict[str, list[T]], count: int, what: str, each: str) -> None:
@@ -214,3 +221,66 @@ def _require_lengths[T](columns: dict[str, list[T]], count: int, what: str, each
             raise ValueError(
                 f"{count} {what} but {len(values)} values of {name!r}: give one {each}"
             )
+
+
+def page(openapi: Mapping[str, Any]) -> str:
+    """An OpenAPI document as one page of HTML: no scripts, and nothing from elsewhere."""
+    title, about = openapi["info"]["title"], openapi["info"]["description"]
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(about)}</p>"]
+    for path, methods in openapi["paths"].items():
+        for method, call in methods.items():
+            answers = {
+                status: f"{escape(answer['description'])}: {_kind(_content(answer))}"
+                for status, answer in call["responses"].items()
+            }
+            parts += [
+                f"<h2>{method.upper()} {escape(path)}</h2>",
+                f"<p>{escape(call['description'])}</p>",
+                f"<p>body: {_kind(_content(call['requestBody']))}</p>",
+                _table(answers),
+            ]
+    for name, model in openapi["components"]["schemas"].items():
+        fields = {
+            field: f"{_kind(kind)}. {escape(kind.get('description', ''))}"
+            for field, kind in model.get("properties", {}).items()
+        }
+        parts += [
+            f"<h2 id='{escape(name)}'>{escape(name)}</h2>",
+            f"<p>{escape(model.get('description', ''))}</p>",
+            _table(fields),
+            *(f"<pre>{escape(json.dumps(example))}</pre>" for example in model.get("examples", [])),
+        ]
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title>"
+        "<style>body {font-family: sans-serif; max-width: 60em; margin: 2em auto} td "
+        "{vertical-align: top; padding: .2em 1em .2em 0}</style>" + "\n".join(parts) + "</html>"
+    )
+
+
+def _content(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    return body["content"]["application/json"]["schema"]
+
+
+def _kind(kind: Mapping[str, Any]) -> str:
+    """A JSON schema in words."""
+    if "$ref" in kind:
+        name = kind["$ref"].rsplit("/")[-1]
+        return f"<a href='#{escape(name)}'>{escape(name)}</a>"
+    if "anyOf" in kind:
+        return " or ".join(_kind(one) for one in kind["anyOf"])
+    if "enum" in kind:
+        return " or ".join(escape(json.dumps(value)) for value in kind["enum"])
+    words = str(kind.get("type", "anything"))
+    if "items" in kind:
+        words += f" of ({_kind(kind['items'])})"
+    if isinstance(kind.get("additionalProperties"), Mapping):
+        words += f" of names and ({_kind(kind['additionalProperties'])})"
+    limits = ("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "default")
+    given = (limit for limit in limits if limit in kind)
+    return words + "".join(f", {limit} {escape(json.dumps(kind[limit]))}" for limit in given)
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    """Names, and what they are in HTML."""
+    cells = (f"<tr><td>{escape(name)}</td><td>{text}</td></tr>" for name, text in rows.items())
+    return f"<table>{''.join(cells)}</table>"

@@ -4,6 +4,7 @@ popular items where there is no history."""
 import abc
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from ultra_hstu.serving.scoring import RunData, ScoringModel, UserData, load_ran
 from ultra_hstu.serving.users import CachedUsers, EncodedUsers
 from ultra_hstu.workdir import Workdir
 
+log = logging.getLogger(__name__)
 EMPTY = "the history is empty: these are the scores for somebody of whom no event is known"
 POPULAR = "the history is empty: these are the most popular items"
 
@@ -75,27 +77,13 @@ class Service[R: AboutUser, A: Response | ScoreResponse](abc.ABC):
             )
         return self.data.user(user)
 
-    def known_ids(
-        self, raw_ids: Sequence[int | str], field: str
-    ) -> tuple[Int[np.ndarray, " n"], list[str]]:
-        """Dense ids, 0 for those that the catalogue lacks, and a warning that counts these. Raises
-        ValueError for ids of another kind."""
-        dense = self.catalog.find(list(raw_ids))
-        unknown = [raw for raw, found in zip(raw_ids, dense, strict=True) if not found]
-        if not unknown:
-            return dense, []
-        return dense, [
-            f"{field}: {len(unknown)} of {len(raw_ids)} items are not in the catalogue and were "
-            f"ignored: {_shown(unknown)}{', ...' if len(unknown) > 5 else ''}"
-        ]
-
     def events(self, request: R) -> tuple[UserData, list[str]]:
         """The history of a request, and what of it was ignored. Context comes with a user of the
         data alone."""
         if request.user is not None:
             return self.user(request.user), []
         given = request.actions or {}
-        found_E, warnings = self.known_ids(request.history or [], "history")
+        found_E, warnings = known_ids(self.catalog, request.history or [], "history")
         kept_E = found_E > 0
         if unread := sorted(set(given) - set(self.reads)):
             warnings.append(f"actions {_shown(unread)} are not read by this run and were ignored")
@@ -110,6 +98,7 @@ class RecommendService(Service[Request, Response]):
     """Answers requests with a retrieval run."""
 
     request_type = Request
+    unknown_blocked = 0  # ids of the block list that the catalogue lacks
 
     def __init__(self, model: RecommendationModel, data: RunData, *, cache_bytes: int = 2**26):
         super().__init__(model.catalog, data)
@@ -119,7 +108,7 @@ class RecommendService(Service[Request, Response]):
         self.users: EncodedUsers[np.ndarray] = EncodedUsers(cache_bytes)
 
     def prepare(self, request: Request) -> Query:
-        blocked, warnings = self.known_ids(request.block, "block")
+        blocked, warnings = known_ids(self.catalog, request.block, "block")
         (items, times, actions, _), ignored = self.events(request)
         query = self.model.query(
             items,
@@ -179,7 +168,7 @@ class ScoreService(Service[ScoreRequest, ScoreResponse]):
         self.reads = list(dict.fromkeys([*signals.needs(rank.signals), *rank.features, *filters]))
 
     def prepare(self, request: ScoreRequest) -> Query:
-        known_C, warnings = self.known_ids(request.candidates, "candidates")
+        known_C, warnings = known_ids(self.catalog, request.candidates, "candidates")
         feature_CF, more = self._features(request.features, len(known_C))
         user, ignored = self._user_and_context(request)
         kept_C = known_C > 0
@@ -271,6 +260,21 @@ def recommended(query: Query, items: Sequence[Recommendation]) -> Response:
     return Response(items=list(items), source="model", warnings=list(query.warnings))
 
 
+def known_ids(
+    catalog: Catalog, raw_ids: Sequence[int | str], field: str
+) -> tuple[Int[np.ndarray, " n"], list[str]]:
+    """Dense ids, 0 for those that the catalogue lacks, and a warning that counts these. Raises
+    ValueError for ids of another kind."""
+    dense = catalog.find(list(raw_ids))
+    unknown = [raw for raw, found in zip(raw_ids, dense, strict=True) if not found]
+    if not unknown:
+        return dense, []
+    return dense, [
+        f"{field}: {len(unknown)} of {len(raw_ids)} items are not in the catalogue and were "
+        f"ignored: {_shown(unknown)}{', ...' if len(unknown) > 5 else ''}"
+    ]
+
+
 def _shown(names: Sequence[int | str]) -> str:
     return ", ".join(repr(name)[:40] for name in names[:5])
 
@@ -360,11 +364,16 @@ def open_service(
     options.check(workdir)
     if not is_ranking(workdir):
         model = RecommendationModel(workdir, tables=options.tables, max_users=options.max_users)
-        # Lists outlive items: an unknown id has nothing to block.
-        blocked = model.catalog.find(options.block)
+        blocked, warnings = known_ids(model.catalog, options.block, "--block")
+        for warning in warnings:
+            log.warning(warning)
         if blocked.any():
             model.block(blocked[blocked > 0])
-        return RecommendService(model, RunData(workdir, raw_dir), cache_bytes=options.cache_bytes)
+        service = RecommendService(
+            model, RunData(workdir, raw_dir), cache_bytes=options.cache_bytes
+        )
+        service.unknown_blocked = int((blocked == 0).sum())
+        return service
     data = None if Path(workdir).is_file() else RunData(workdir, raw_dir)
     ranker, config, vocabulary, tasks = export.load(workdir) if data is None else load_ranker(data)
     scoring = ScoringModel(

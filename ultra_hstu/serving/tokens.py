@@ -14,6 +14,7 @@ from ultra_hstu.config import Config
 from ultra_hstu.data import signals
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.times import check_times
 from ultra_hstu.ranking.batch import GAP_EDGES, RankEvents, RankGather, Tokens
 from ultra_hstu.ranking.form import Form
 from ultra_hstu.sequences import SECONDS_RANGE
@@ -104,11 +105,12 @@ def since_first(
 
     Args:
       count: how many events there are.
-      times: seconds, one an event, oldest first; None: all events are simultaneous.
+      times: seconds since 1970, one an event, oldest first; None: all events are simultaneous.
       now: time of the request; None: the time of the last event.
 
     Raises:
-      ValueError: another number of times, times that go back or span more than 2^31 - 1 seconds.
+      ValueError: another number of times, times outside 1901 to 2106, which are no seconds, or that
+        go back or span more than 2^31 - 1 seconds.
     """
     time_E = np.zeros(count, np.int64) if times is None else np.asarray(times, np.int64)
     if len(time_E) != count:
@@ -116,6 +118,7 @@ def since_first(
     if now is None:
         now = int(time_E[-1]) if count else 0
     time_E = np.append(time_E, np.int64(now))
+    check_times(time_E, "s", lambda i: "times" if i < count else "now")
     if len(back := np.flatnonzero(time_E[1:] < time_E[:-1])):
         raise ValueError(
             f"times go back from {time_E[back[0]]} to {time_E[back[0] + 1]}: "

@@ -1,0 +1,160 @@
+"""What stands before a service: requests are let in when they are whole, and pages say what it
+takes."""
+
+import asyncio
+import importlib.util
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from fastapi.responses import PlainTextResponse
+
+from ultra_hstu.serving import schema
+from ultra_hstu.serving.schema import MAX_BODY_BYTES, Request, Response
+
+# Without checks of annotations, as outside of tests: Ray pickles functions that they would wrap.
+_PATH = Path(schema.__file__).with_name("http.py")
+_SPEC = importlib.util.spec_from_file_location("ultra_hstu.serving.http", _PATH)
+http = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's, of Pydantic
+    _SPEC.loader.exec_module(http)
+
+JSON = {"content-type": "application/json"}
+
+
+async def ask(app, *parts, whole=True, method="POST", path="/recommend", headers=JSON):
+    """(status, body) of the answer to a request whose body comes in these parts."""
+    arriving, answer = list(parts) or [b""], []
+
+    async def receive():
+        if not arriving:  # the client says no more
+            await asyncio.Event().wait()
+        part = arriving.pop(0)
+        return {"type": "http.request", "body": part, "more_body": bool(arriving) or not whole}
+
+    async def send(message):
+        answer.append(message)
+
+    names = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode()}
+    scope |= {"query_string": b"", "headers": names, "root_path": "", "scheme": "http"}
+    scope |= {"http_version": "1.1", "server": ("test", 80), "client": ("test", 1)}
+    await app(scope, receive, send)
+    return answer[0]["status"], b"".join(part.get("body", b"") for part in answer).decode()
+
+
+@pytest.fixture
+def echo():
+    """An application that answers with the body, when `go` is set."""
+
+    async def app(scope, receive, send):
+        await app.go.wait()
+        body = (await receive())["body"]
+        await PlainTextResponse(body)(scope, receive, send)
+
+    app.go = asyncio.Event()
+    app.go.set()
+    return app
+
+
+def test_a_body_is_read_whole_before_it_counts(echo, monkeypatch):
+    """Clients that never end their bodies are told so in time, and nobody waits for them."""
+    monkeypatch.setattr(http, "BODY_S", 0.3)
+    monkeypatch.setattr(http, "WAITING", 1)
+    admission = http.Admission(echo)
+
+    async def run():
+        slow = [asyncio.create_task(ask(admission, b"x", whole=False)) for _ in range(400)]
+        await asyncio.sleep(0)
+        assert (admission.waiting, admission.held) == (0, 400)
+        assert await ask(admission, b"ab", b"", b"c") == (200, "abc")
+        assert not any(task.done() for task in slow)
+        return await asyncio.gather(*slow)
+
+    for status, body in asyncio.run(run()):
+        assert status == 408 and "the body was not there after 0.3 s" in body
+    assert (admission.waiting, admission.held) == (0, 0)
+
+
+def test_a_dripping_client_has_no_more_time(monkeypatch):
+    monkeypatch.setattr(http, "BODY_S", 0.05)
+
+    async def receive():
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    refused = asyncio.run(http.Admission(None)._read(bytearray(), receive))
+    assert refused.status_code == 408
+
+
+def test_more_requests_than_may_wait(echo, monkeypatch):
+    monkeypatch.setattr(http, "WAITING", 2)
+    admission = http.Admission(echo)
+
+    async def run():
+        echo.go.clear()
+        waiting = [asyncio.create_task(ask(admission, b"x")) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        refused = await ask(admission, b"x")
+        echo.go.set()
+        return refused, await asyncio.gather(*waiting), await ask(admission, b"x")
+
+    refused, answered, after = asyncio.run(run())
+    assert refused == (503, '{"detail":"2 requests are waiting: try again later"}')
+    assert answered == [(200, "x")] * 2 and after == (200, "x")
+
+
+@pytest.mark.parametrize(
+    ("most", "parts", "status"),
+    [(2**28, [b" " * MAX_BODY_BYTES, b" "], 413), (10, [b" " * 11], 503), (11, [b" " * 11], 200)],
+)
+def test_bodies_have_bounds(echo, monkeypatch, most, parts, status):
+    monkeypatch.setattr(http, "BODIES_BYTES", most)
+    admission = http.Admission(echo)
+    assert asyncio.run(ask(admission, *parts))[0] == status
+    assert admission.held == 0
+
+
+def application():
+    app = http._application("/recommend", "Recommendations of a <run>.")
+
+    @app.post("/recommend", responses=http.PROBLEMS)
+    async def recommend(request: Request) -> Response:
+        """The best items."""
+        return Response(items=[], source="model", warnings=[str(request.k)])
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "message"),
+    [
+        ({}, 415, "the request has no content-type: send JSON, with 'content-type: application"),
+        ({"content-type": "text/plain"}, 415, "the request has the content-type 'text/plain'"),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415, "-urlencoded': send JSON"),
+        (JSON, 200, '"7"'),
+        ({"content-type": "application/json; charset=utf-8"}, 200, '"7"'),
+        ({"content-type": "Application/problem+json"}, 200, '"7"'),
+    ],
+)
+def test_a_request_without_content_type_is_told_so(headers, status, message):
+    body = b'{"history": [1], "k": 7}'
+    got = asyncio.run(ask(application(), body, headers=headers))
+    assert got[0] == status and message in json.loads(got[1]).get("detail", got[1])
+
+
+def test_the_description_needs_nothing_from_elsewhere():
+    app = application()
+    status, text = asyncio.run(ask(app, method="GET", path="/docs", headers={}))
+    assert status == 200 and "://" not in text and "<script" not in text
+    assert "Recommendations of a &lt;run&gt;." in text and "POST /recommend" in text
+    for name, model in app.openapi()["components"]["schemas"].items():
+        assert f"id='{name}'" in text
+        assert all(f"<td>{field}</td>" in text for field in model["properties"])
+    for status in ("200", "408", "413", "415", "422", "503"):
+        assert f"<td>{status}</td>" in text
+    for path in ("/redoc", "/docs/oauth2-redirect"):
+        assert asyncio.run(ask(app, method="GET", path=path, headers={}))[0] == 404
