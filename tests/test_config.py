@@ -5,14 +5,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 from absl import flags
 
 from experiments import configs
 from experiments.command import ConfigParser
+from tests.serving.small_serving import unchecked
+from ultra_hstu import criteria
 from ultra_hstu.config import ChannelConfig, Config, from_config_dict, to_config_dict
-from ultra_hstu.fields import changed, difference
+from ultra_hstu.fields import Section, changed, difference
+from ultra_hstu.nn import fp8
+from ultra_hstu.nn.hstu import HSTU
+from ultra_hstu.nn.remat import policy_of
+from ultra_hstu.serving.scoring import ScoringModel
 
 ROOT = Path(__file__).parent.parent
 NAMES = """
@@ -207,3 +215,43 @@ def test_flags_override_every_field_even_none(tmp_path):
     command = [sys.executable, "-c", code, "--config=ml1m_hstu", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["here", "3", "0.5", "4096", "None", "ml1m_hstu"], done.stderr
+
+
+def choices(section):
+    """The fields of a section, and of those within it, that are choices by name."""
+    for name, hint in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from choices(value)
+        elif get_origin(hint) is Literal:
+            yield section, name
+
+
+@pytest.mark.parametrize(("section", "name"), list(choices(Config())))
+def test_a_choice_that_is_not_there_is_refused_however_it_is_made(section, name):
+    """Without validation, too: nothing falls through to another choice."""
+    message = f"{type(section).__name__}.{name}='bce' is not allowed: use '"
+    with pytest.raises(ValueError, match=message), unchecked():
+        dataclasses.replace(section, **{name: "bce"})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: fp8.linear(np.ones((2, 2)), np.ones((2, 2)), precision="fp4"),
+            "precision='fp4' must be 'same' or",
+        ),
+        (lambda: policy_of("some"), "remat='some' must be one of none, selective"),
+        (lambda: HSTU([], 1, attention="relu"), "attention='relu' must be 'silu' or 'softmax'"),
+        (
+            lambda: ScoringModel(None, None, None, {"like": "ordinal"}),
+            "a task is one of binary, regression, not 'ordinal'",
+        ),
+        (lambda: criteria.ranking({"like": "ordinal"}), "'binary' or 'regression', not 'ordinal'"),
+        (lambda: configs.retrieval.of_grid("ml1m_gru", 2, 1), "ml1m_gru: the grid has DATA_sasrec"),
+    ],
+)
+def test_names_outside_the_configuration(make, message):
+    with pytest.raises(ValueError, match=message), unchecked():
+        make()

@@ -128,6 +128,14 @@ def test_values_beyond_float16_are_refused():
     assert np.asarray(quantize_int8(values).dense())[2, 0] == -70000.0
 
 
+def test_int8_scales_leave_room_for_the_code():
+    """`scale * code` is exact in float32, so that a row has the same bits fused or not."""
+    made = quantize_int8(table(width=7))
+    product = made.scale_I.astype(np.float64)[:, None] * np.arange(256)
+    np.testing.assert_array_equal(product.astype(np.float32), product)
+    np.testing.assert_array_equal(jax.jit(lambda made: made.dense())(made), made.dense())
+
+
 def test_unknown_kind():
     with pytest.raises(ValueError, match="tables='int2' must be one of float32, int8, int4"):
         quantization.quantize(table(), "int2")

@@ -47,6 +47,13 @@ def test_unknown_names_are_refused_before_any_work(tmp_path, fields, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_protocol_of_the_other_task_is_refused():
+    """Without validation of the configuration, too."""
+    config = rank_data.config(train=dict(protocol="published"))
+    with pytest.raises(ValueError, match="train.protocol='published' is not .*: use 'chronolog"):
+        tasks.of(config, rank_data.interactions())
+
+
 def test_every_source_has_one_builder():
     names = [name for builder in sources.BUILDERS for name in builder.builder_configs]
     assert len(names) == len(set(names)) == len(sources.SOURCES)

@@ -114,7 +114,7 @@ class LossConfig(Section):
     negatives: Count = 128  # per position
     temperature: Positive[float] = 0.05
     l2_normalize: bool = True
-    log_q: bool = True  # in_batch: correct for how often an item is drawn
+    log_q: bool = True  # in_batch: correct for the items' frequency in training
     # Rows whose logits exist at one time. None: 512 on a CPU (its cache), 4096 on an accelerator.
     chunk_rows: Count | None = None
 

@@ -48,7 +48,12 @@ def ranking(tasks: Mapping[str, str]) -> Criteria:
     """The criteria of tasks, name -> "binary" or "regression".
 
     The mean NE of the binary ones is to be low; without any, the mean squared error is.
+
+    Raises:
+      ValueError: another kind.
     """
+    if unknown := sorted(set(tasks.values()) - {"binary", "regression"}):
+        raise ValueError(f"a task is 'binary' or 'regression', not {unknown[0]!r}")
     binary = [name for name, kind in tasks.items() if kind == "binary"]
     regressions = len(binary) < len(tasks)
     columns = (("ne", "auc", "gauc", "log_loss") if binary else ()) + (

@@ -24,7 +24,17 @@ Values = dict[str, Any]  # a section as plain data: values, and sections as dict
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A dataclass whose fields are values, other sections, or dicts of sections."""
+    """A dataclass whose fields are values, other sections, or dicts of sections.
+
+    Raises:
+      ValueError: a choice by name that is not there, however the section is made.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and (value := getattr(self, name)) not in get_args(hint):
+                where, names = f"{type(self).__name__}.{name}", map(repr, get_args(hint))
+                raise ValueError(f"{where}={value!r} is not allowed: use {', '.join(names)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -216,11 +216,9 @@ def _loss(config: Config, history: np.ndarray, items: int) -> float:
     loss, limit = config.loss, config.model.truncate_length
     # Only rows that reach the last layer are trained on.
     history = history if limit is None else np.minimum(history, limit)
-    scored = (
-        items + 1
-        if loss.kind == "full" or whole_table_is_cheaper(items + 1, loss.negatives)
-        else loss.negatives + 1
-    )
+    whole = whole_table_is_cheaper(items + 1, loss.negatives)
+    drawn = items + 1 if whole else loss.negatives + 1
+    scored = {"sampled": drawn, "in_batch": drawn, "full": items + 1}[loss.kind]
     return float(history.mean()) * 2.0 * scored * config.model.width if items else 0.0
 
 

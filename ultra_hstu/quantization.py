@@ -6,6 +6,9 @@ the row from its smallest to its largest value. INT4 puts two codes in a byte, w
 in float16. INT8 has one code a byte, with scale and offset in float32. A row of width D takes
 D / 2 + 4 and D + 8 bytes, so INT4 is half of INT8 (the layout of FBGEMM's inference tables;
 ULTRA-HSTU, arXiv 2602.16986, serves from INT4 tables and does not publish its layout).
+
+A scale has at most 16 significant bits, so that `scale * code` is exact in float32: a row comes
+back with the same bits whether or not a compiler fuses the product with the sum.
 """
 
 import dataclasses
@@ -135,6 +138,8 @@ def _quantize(
     # nearly exact.
     steps_I = np.where(table_ID.max(axis=1) > least_I, top, 1)
     scale_I = (above_ID.max(axis=1) / steps_I).astype(kind.SIDE)
+    if kind.SIDE is np.float32:
+        scale_I = (scale_I.view(np.uint32) & np.uint32(0xFFFFFF00)).view(np.float32)
     step_I1 = scale_I.astype(np.float32)[:, None]
     code_ID = np.divide(above_ID, step_I1, out=np.zeros_like(above_ID), where=step_I1 > 0)
     return np.clip(np.rint(code_ID), 0, top).astype(np.uint8), scale_I, offset_I

@@ -17,8 +17,7 @@ TASKS: dict[str, type[Task]] = {"retrieval": RetrievalTask, "ranking": RankingTa
 def check(config: Config) -> None:
     """Raises ValueError for a source or a protocol that is not there; reads nothing."""
     builder_of(config.data.source)
-    known = [protocol for task in TASKS.values() for protocol in task.PROTOCOLS]
-    if config.train.protocol not in known:
+    if config.train.protocol not in (known := _asked_for(config).PROTOCOLS):
         names = ", ".join(map(repr, known))
         raise ValueError(f"train.protocol={config.train.protocol!r} is not allowed: use {names}")
 
@@ -26,7 +25,11 @@ def check(config: Config) -> None:
 def of(config: Config, interactions: Interactions) -> Task:
     """The task on data that is in memory: ranking where `rank.tasks` names some, else retrieval."""
     check(config)
-    return TASKS["ranking" if config.rank.tasks else "retrieval"].of(config, interactions)
+    return _asked_for(config).of(config, interactions)
+
+
+def _asked_for(config: Config) -> type[Task]:
+    return TASKS["ranking" if config.rank.tasks else "retrieval"]
 
 
 def load(config: Config) -> Task:

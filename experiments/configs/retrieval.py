@@ -49,6 +49,8 @@ def of_grid(name: str, layers: int, heads: int) -> Config:
     shared = GRID[data]
     each = shared.width // heads
     own: Values = {"qk_width": each, "v_width": each}
+    if kind not in ("sasrec", "hstu", "hstu_large"):
+        raise ValueError(f"{name}: the grid has DATA_sasrec, DATA_hstu and DATA_hstu_large")
     if kind == "sasrec":
         own = {"kind": "sasrec", "ffn_width": shared.width}
     model = ModelConfig(

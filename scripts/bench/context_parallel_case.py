@@ -48,8 +48,8 @@ class Case:
     def config(self) -> Config:
         width = 16 if self.small else SEMI_LOCAL
         model: Json = {"chunk_rows": None, "remat": self.remat} | (SMALL if self.small else {})
-        if self.mask == "semi_local":
-            model |= {"window": (width,), "full_rows": (width,)}
+        masks: Json = {"causal": {}, "semi_local": {"window": (width,), "full_rows": (width,)}}
+        model |= masks[self.mask]
         rows = self.users * self.length
         config = changed(
             configs.named("long_mst"),

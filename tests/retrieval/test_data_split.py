@@ -1,5 +1,7 @@
 """Order and splits of hand-made histories."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -99,6 +101,15 @@ def test_leave_last_out(protocol, lengths, max_history):
             (part.stop - part.start) == np.minimum(max_history, part.stop - data.offsets[part.user])
         ).all()
         assert (part.start < part.stop).all()
+
+
+@pytest.mark.parametrize("item", [0, -1, 7])
+def test_items_outside_the_catalogue(item):
+    data = make([1, 2, 3], [4, 5, 6])
+    items = data.items.copy()
+    items[4] = item
+    with pytest.raises(ValueError, match=rf"items\[4\]={item} is no item .* ids are 1..6 \(1 ev"):
+        dataclasses.replace(data, items=items)
 
 
 def test_errors():

@@ -169,9 +169,48 @@ def test_popularity_counts_the_training_events_only(task):
     counts = np.zeros(121)
     for items in task.interactions.items.reshape(60, 12):
         np.add.at(counts, items[:11], 1)
-    np.testing.assert_array_equal(np.ceil(task.popularity()), counts)
+    np.testing.assert_array_equal(task.popularity(), counts)
     metrics = task.baselines("test")["popularity"]
     assert 0 <= metrics["hr@10"] <= metrics["hr@50"] <= 1
+
+
+def test_popularity_goes_to_the_lower_id_among_equals(task, monkeypatch):
+    """However large the counts: with one count for all, an item's rank is its id."""
+    monkeypatch.setattr(type(task), "popularity", lambda self: np.full(121, 10**9))
+    items, test = task.interactions.items, task.splits.test
+    expected = [
+        items[stop] - (np.unique(items[start:stop]) < items[stop]).sum()
+        for start, stop in zip(test.start, test.stop, strict=True)
+        if items[stop] not in items[start:stop]
+    ]
+    metrics = task.baselines("test")["popularity"]
+    assert metrics["hr@50"] == np.sum(np.array(expected) <= 50) / len(test)
+    assert metrics["hr@10"] == np.sum(np.array(expected) <= 10) / len(test)
+
+
+def test_targets_of_training(task):
+    """Events 2 to 11 of each user's 12 are predicted in training, one after another."""
+    counts = np.zeros(121)
+    for items in task.interactions.items.reshape(60, 12):
+        np.add.at(counts, items[1:11], 1)
+    np.testing.assert_array_equal(task.target_counts(), counts)
+    assert task.recipe.target_counts is None
+    in_batch = task.with_config(with_(task.config, loss__kind="in_batch"))
+    np.testing.assert_array_equal(in_batch.recipe.target_counts, counts)
+
+
+def test_in_batch_negatives_need_the_counts(task):
+    config = with_(task.config, loss__kind="in_batch")
+    recipe = dataclasses.replace(task.with_config(config).recipe, target_counts=None)
+    loader = task.loader("train", batch_users=8, steps_per_call=1)
+    batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
+    with pytest.raises(ValueError, match="needs the counts of the training targets"):
+        jax.eval_shape(lambda: recipe.loss(recipe.init(0).params, batch, jax.random.key(0)))
+
+
+def test_unknown_part(task):
+    with pytest.raises(ValueError, match="unknown part 'cut': use train, validation, test"):
+        task.examples("cut")
 
 
 def test_published_has_no_validation_items(task):

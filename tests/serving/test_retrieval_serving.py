@@ -10,12 +10,14 @@ import pytest
 from rich.console import Console
 
 from tests.small_run import small_config, with_
-from ultra_hstu.checkpoint import Checkpoints
+from ultra_hstu import tasks
+from ultra_hstu.checkpoint import Checkpoints, load_params
 from ultra_hstu.quantization import KINDS, quantize, unpacked
 from ultra_hstu.retrieval.metrics import best_items
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.recommend import SMALLEST_HIDDEN, SMALLEST_K
 from ultra_hstu.train import train
+from ultra_hstu.workdir import Workdir
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,24 @@ def test_equal_scores_go_to_the_lower_id_across_chunks(kind):
         assert [best_K[i : i + 5].tolist() for i in range(0, 100, 5)] == [
             sorted(best_K[i : i + 5]) for i in range(0, 100, 5)
         ]
+
+
+def test_the_place_of_a_target_is_its_rank_in_evaluation(folder, model):
+    """Every test user's history as a request: one number, found by evaluation and by serving."""
+    task = tasks.of_run(Workdir(folder))
+    data, test = task.interactions, task.splits.test
+    rank_U = task.evaluator("test").predict(load_params(Workdir(folder), task.recipe)[1])
+    histories_U = [slice(*edges) for edges in zip(test.start, test.stop, strict=True)]
+    queries = [
+        model.query(data.items[own], data.timestamps[own], now=int(data.timestamps[stop]), k=120)
+        for own, stop in zip(histories_U, test.stop, strict=True)
+    ]
+    raw_U = data.catalog.decode(data.items[test.stop]).tolist()
+    for answer, raw, rank in zip(
+        model.best(model.encode(queries), queries), raw_U, rank_U, strict=True
+    ):
+        items = [found.item for found in answer]
+        assert rank == (items.index(raw) + 1 if raw in items else 2501)
 
 
 def test_seen_and_blocked_items_are_hidden(folder, model):

@@ -133,6 +133,20 @@ def test_equal_candidates_rank_in_their_order(model, cache):
     assert serving.top_k(model, cache, same, k=3).place_BK.tolist() == [[0, 1, 2]] * 7
 
 
+def test_equal_logits_have_equal_sums(model):
+    """Weighted sums of logits do not depend on where a candidate stands."""
+    rng = np.random.default_rng(0)
+    for count in (1, 3, 7, 12):
+        logit_CK = jnp.asarray(np.repeat(rng.normal(size=(1, count)), 1003, 0), jnp.float32)
+        weight_K = jnp.asarray(rng.normal(size=count), jnp.float32)
+        place_BK, score_BK = model.programs.best(
+            logit_CK, weight_K, jnp.asarray([0, 500, 1003]), k=503
+        )
+        assert place_BK[0].tolist() == [*range(500), -1, -1, -1]
+        assert place_BK[1].tolist() == list(range(503))
+        assert len(set(score_BK[1].tolist())) == 1
+
+
 def test_only_the_newest_events_count(model):
     """Of a history that is too long, and of one that grows too long.
 

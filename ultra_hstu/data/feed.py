@@ -336,7 +336,7 @@ class Loader:
         self.gather = gather(chosen, batch_users // self.shards)
         self.packing = Packing.of(self.gather.rows, batch_users, groups, self.shards)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(store.host))
-        self.streamed = placement == "stream" or (placement == "auto" and size > DEVICE_BYTES)
+        self.streamed = {"device": False, "stream": True, "auto": size > DEVICE_BYTES}[placement]
 
     def plan(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> Plan:
         """The batches of an epoch. Raises ValueError for an example that is too long."""

@@ -27,6 +27,8 @@ MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
 class Interactions:
     """All events, users one after the other, each user's events from oldest to newest.
 
+    Raises ValueError for items that the catalogue does not have.
+
     Attributes:
         users: raw user ids, int64 or strings of variable width, ascending.
         items: dense item ids 1..I.
@@ -54,6 +56,14 @@ class Interactions:
     def __post_init__(self) -> None:
         if self.users.dtype.kind == "U":
             object.__setattr__(self, "users", self.users.astype(STRINGS))
+        outside = (self.items < 1) | (self.items > self.num_items)
+        if outside.any():
+            event = int(np.argmax(outside))
+            raise ValueError(
+                f"items[{event}]={self.items[event]} is no item of the catalogue, whose dense ids "
+                f"are 1..{self.num_items} ({outside.sum()} events have such ids): Catalog.encode "
+                "makes dense ids of raw ones"
+            )
 
     @property
     def num_users(self) -> int:

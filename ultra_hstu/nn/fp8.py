@@ -28,11 +28,16 @@ def linear(
     "same" works in the dtype of x. "fp8" rounds x and w to e4m3 and sums products in float32, where
     scales, bias and residual follow; one rounding to the dtype of x ends it. Its gradients are
     those of the product without the rounding, in the dtype of x (bfloat16 in training).
+
+    Raises:
+      ValueError: another precision.
     """
     if precision == "same":
         y_TY = x_TX @ w_XY.astype(x_TX.dtype)
         y_TY = y_TY if residual_TY is None else residual_TY + y_TY
         return y_TY if bias_Y is None else y_TY + bias_Y.astype(x_TX.dtype)[None]
+    if precision != "fp8":
+        raise ValueError(f"{precision=} must be 'same' or 'fp8'")
     y_TY = scaled_product(x_TX, w_XY)
     if bias_Y is not None:
         y_TY += bias_Y.astype(jnp.float32)[None]

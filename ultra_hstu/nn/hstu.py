@@ -53,7 +53,12 @@ class HSTU(Encoder):
           masks: one for all layers, or one a layer.
           truncation: the layers from `truncation.after` on work on the rows that it keeps.
           remat: see `ultra_hstu.nn.remat`.
+
+        Raises:
+          ValueError: another kind of attention.
         """
+        if attention not in ("silu", "softmax"):
+            raise ValueError(f"{attention=} must be 'silu' or 'softmax'")
         self.layers = nnx.List(layers)
         self.length, self.masks, self.truncation = length, tuple(masks), truncation
         self.attention, self.implementation, self.remat = attention, implementation, remat

@@ -7,7 +7,7 @@ norms, one projection and elementwise work, but no attention.
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 from flax import nnx
@@ -40,7 +40,12 @@ def policy_of(mode: Remat) -> Policy | None:
     "none" keeps what differentiation asks for. "selective" keeps the named values alone. "full"
     keeps the arguments alone and runs attention a second time, unless its kernel has side effects,
     which JAX never runs twice: the output of `mosaic` is kept.
+
+    Raises:
+      ValueError: another mode.
     """
+    if mode not in get_args(Remat):
+        raise ValueError(f"remat={mode!r} must be one of {', '.join(get_args(Remat))}")
     if mode == "none":
         return None
     names = (LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT) if mode == "selective" else ()

@@ -11,6 +11,7 @@ from kernels import jagged
 from ultra_hstu.criteria import RETRIEVAL, Metrics
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.evaluate import Evaluator
+from ultra_hstu.nn.norms import l2_normalize as unit_rows
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.metrics import mean_metrics, ranks
 from ultra_hstu.retrieval.recipe import Recipe
@@ -42,6 +43,8 @@ class CorpusEvaluator(Evaluator):
     def outputs(self, scored: PyTree, batch: Batch) -> Int[Array, " b"]:
         """Ranks from 1; 2501 where a target is not among the best 2500."""
         users_bD, table_ID = self.vectors(scored, batch)
+        if self.l2_normalize:  # the scores are then those that serving responds with
+            users_bD = unit_rows(users_bD)
         # The item after a history's last row is the target of the example.
         target_B = batch.target_T[batch.last_row_B]
         hidden_BN = batch.hidden_BN
@@ -62,7 +65,7 @@ class CorpusEvaluator(Evaluator):
 
         A target that `repeats` counts is not found, unless `eval.repeats` is "rank".
         """
-        return mean_metrics(jnp.asarray(output_P)) | {"repeats": self.repeats}
+        return mean_metrics(output_P) | {"repeats": self.repeats}
 
 
 class PopularityEvaluator(CorpusEvaluator):

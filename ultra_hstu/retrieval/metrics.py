@@ -1,7 +1,8 @@
 """Ranking over the whole catalogue: the rank of the target, hit rate, NDCG and reciprocal rank.
 
 The scores [U, I] never exist at once: the catalogue is passed in chunks, and a rank is a count of
-better items, which adds up. Products are at full float32 precision (`highest`): TF32 changes ranks.
+better items, which adds up. One score of an item has one value (`scores`), in chunks of any size,
+compiled or not: items with equal embeddings tie, on every device.
 """
 
 import functools
@@ -10,15 +11,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ultra_hstu.nn.norms import l2_normalize as unit_rows
-from ultra_hstu.quantization import unpacked
+from ultra_hstu import quantization
+from ultra_hstu.retrieval.scores import Digits, all_scores, digits, factors, paired_scores
 
 CUTOFFS = (1, 5, 10, 50, 100, 200)
 # the published code looks for the target among this many; further down it is not found
 PUBLISHED_CUTOFF = 2500
-
+CHUNK_ITEMS = {"cpu": 1024, "accelerator": 4096}  # whose scores exist at one time
 
 PerUser = Int[Array, " U"]
 Users = Float[Array, "U D"]
@@ -28,59 +30,71 @@ Best = tuple[Int[Array, "U K"], Float[Array, "U K"]]
 
 
 class CorpusChunk(NamedTuple):
-    """Some items of the catalogue, with the scores of all users."""
+    """Some items of the catalogue, with the scores of all users and those of their targets."""
 
     item_I: Int[Array, " I"]
     score_UI: Float[Array, "U I"]
+    target_U: Float[Array, " U"] | None  # made with the chunk's, so that equal ones are equal
     allowed_UI: Bool[Array, "U I"]
 
 
 def ranks(
     h_UD: Users,
-    table_ID: Float[Array, "I1 D"],
+    table_ID: PyTree,
     target_U: PerUser,
     seen_US: Seen = None,
     *,
     l2_normalize: bool = True,
     corpus_I: Corpus = None,
     cutoff: int | None = PUBLISHED_CUTOFF,
-    chunk_items: int = 4096,
+    chunk_items: int | None = None,
 ) -> PerUser:
     """Rank of each user's target among the items of the corpus, 1 is best.
 
     An item that scores the same as the target, or NaN, counts as better, so that a broken model
-    cannot look good; the target never counts against itself, whatever the rounding.
+    cannot look good; the target never counts against itself. A tie is decided by the embeddings and
+    never by rounding, which makes a score cost six products in the place of one (see `scores`).
 
     Args:
       h_UD: encoder output of the users. Its norm does not matter for the order.
-      table_ID: item embeddings [I + 1, D]; row 0 is padding and never ranked.
-      target_U: ids 1..I; 0 is not found.
+      table_ID: item embeddings [I + 1, D], dense or a table of `quantization`, of which one chunk
+        is unpacked at a time; row 0 is padding and never ranked.
+      target_U: ids 1..I; any other is not found.
       seen_US: ids that are left out of the ranking, 0 for none, repeats allowed. A target among
         them is not found. None: nothing is left out.
       l2_normalize: divide the items by max(norm, 1e-6), for models trained on cosines.
       corpus_I: the items that are ranked; None: all of 1..I.
       cutoff: a target of a higher rank is not found (published: 2500). None: no limit.
-      chunk_items: items scored at one time.
+      chunk_items: items scored at one time; None: 1024 on a CPU (its cache), 4096 on an
+        accelerator.
 
     Returns:
       int32 ranks; not found is `cutoff + 1`, or I + 1 where there is no cutoff.
     """
-    if chunk_items < 1:
-        raise ValueError(f"{chunk_items=} must be at least 1")
     items = table_ID.shape[0]
-    h_UD, target_U1 = h_UD.astype(jnp.float32), target_U[:, None]
-    target_UD = _prepared(table_ID[target_U], l2_normalize)
-    goal_U1 = jnp.sum(h_UD * target_UD, axis=1, keepdims=True)
+    target_U1, known_U = target_U[:, None], jnp.clip(target_U, 0, items - 1)
+    target = digits(quantization.rows(table_ID, known_U))
 
     def count(ahead_U: PerUser, chunk: CorpusChunk) -> PerUser:
-        better_UI = ~(chunk.score_UI < goal_U1) & (chunk.item_I[None, :] != target_U1)
-        return ahead_U + jnp.sum(better_UI & chunk.allowed_UI, axis=1, dtype=jnp.int32)
+        assert chunk.target_U is not None
+        better_UI = ~(chunk.score_UI < chunk.target_U[:, None])
+        better_UI &= chunk.allowed_UI & (chunk.item_I[None, :] != target_U1)
+        return ahead_U + jnp.sum(better_UI, axis=1, dtype=jnp.int32)
 
-    none_U = jnp.zeros(target_U.shape, jnp.int32)
-    ahead_U = _sweep(count, none_U, h_UD, table_ID, seen_US, corpus_I, l2_normalize, chunk_items)
-    found_U = target_U > 0
+    ahead_U = _sweep(
+        count,
+        jnp.zeros(target_U.shape, jnp.int32),
+        digits(h_UD),
+        table_ID,
+        seen_US,
+        corpus_I,
+        l2_normalize,
+        chunk_items,
+        target,
+    )
+    found_U = (target_U > 0) & (target_U < items)
     if corpus_I is not None:
-        found_U &= corpus_I[target_U]
+        found_U &= corpus_I[known_U]
     if seen_US is not None:
         found_U &= ~jnp.any(seen_US == target_U1, axis=1)
     last = items if cutoff is None else cutoff
@@ -95,51 +109,61 @@ def best_items(
     k: int,
     l2_normalize: bool = True,
     corpus_I: Corpus = None,
-    chunk_items: int = 4096,
+    chunk_items: int | None = None,
 ) -> tuple[Int[Array, "U {k}"], Float[Array, "U {k}"]]:
     """The k best items of each user and their scores, best first; then ids 0 with scores -inf.
 
-    Of items with the same score the one with the lower id comes first. Arguments as in `ranks`; the
-    table [I + 1, D] may also be one of `quantization`. One chunk of it is unpacked at a time, so
-    that what is made on the device does not grow with the catalogue.
+    Of items with the same score the one with the lower id comes first, and an item whose score is
+    NaN is left out. Scores are those of `ranks`, to the bit, and arguments as there. What is made
+    on the device does not grow with the catalogue.
     """
-    if k < 1 or chunk_items < 1:
-        raise ValueError(f"{k=} and {chunk_items=} must be at least 1")
+    if k < 1:
+        raise ValueError(f"{k=} must be at least 1")
 
     def merge(best: Best, chunk: CorpusChunk) -> Best:
         id_UC = jnp.broadcast_to(chunk.item_I, chunk.score_UI.shape)
         id_UX = jnp.concatenate([best[0], id_UC], axis=1)
-        allowed_UC = jnp.where(chunk.allowed_UI, chunk.score_UI, -jnp.inf)
-        score_UX = jnp.concatenate([best[1], allowed_UC], axis=1)
-        score_UK, place_UK = jax.lax.top_k(score_UX, k)
+        # NaN and -0 have an order of their own in `top_k`.
+        score_UC = jnp.where(chunk.score_UI == 0, 0.0, chunk.score_UI)
+        score_UC = jnp.where(chunk.allowed_UI & (score_UC > -jnp.inf), score_UC, -jnp.inf)
+        score_UX = jnp.concatenate([best[1], score_UC], axis=1)
+        score_UK, place_UK = jax.lax.top_k(score_UX, k, is_stable=True)
         id_UK = jnp.take_along_axis(id_UX, place_UK, axis=1)
         return jnp.where(score_UK > -jnp.inf, id_UK, 0), score_UK
 
-    none = (jnp.zeros((h_UD.shape[0], k), jnp.int32), jnp.full((h_UD.shape[0], k), -jnp.inf))
-    h_UD = h_UD.astype(jnp.float32)
-    return _sweep(merge, none, h_UD, table_ID, seen_US, corpus_I, l2_normalize, chunk_items)
+    h, shape = digits(h_UD), (h_UD.shape[0], k)
+    none = (jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32))
+    return _sweep(merge, none, h, table_ID, seen_US, corpus_I, l2_normalize, chunk_items)
 
 
 def _sweep[Carry](
     visit: Callable[[Carry, CorpusChunk], Carry],
     carry: Carry,
-    h_UD: Users,
+    h: Digits,
     table_ID: PyTree,
     seen_US: Seen,
     corpus_I: Corpus,
     l2_normalize: bool,
-    chunk_items: int,
+    chunk_items: int | None,
+    target: Digits | None = None,
 ) -> Carry:
     """Folds `visit` over chunks of the catalogue; each item is allowed in one chunk only."""
-    items, users = table_ID.shape[0], h_UD.shape[0]
+    items, users = table_ID.shape[0], h.scale_X.shape[0]
+    if chunk_items is None:
+        chunk_items = CHUNK_ITEMS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+    if chunk_items < 1:
+        raise ValueError(f"{chunk_items=} must be at least 1")
     size = min(chunk_items, items)
 
     def step(i: Array, carry: Carry) -> Carry:
         first = jnp.minimum(i * size, items - size)  # the last chunk may overlap the one before it
         take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
         chunk_I = first + jnp.arange(size, dtype=jnp.int32)
-        chunk_ID = _prepared(unpacked(jax.tree.map(take, table_ID)), l2_normalize)
-        score_UI = jnp.matmul(h_UD, chunk_ID.T, precision="highest")
+        chunk = digits(quantization.unpacked(jax.tree.map(take, table_ID)))
+        both = (chunk,) if target is None else (chunk, target)
+        factor_I, *of_targets = factors(*both, l2_normalize=l2_normalize)
+        score_UI = all_scores(h, chunk, factor_I)
+        goal_U = None if target is None else paired_scores(h, target, *of_targets)
         allowed_I = chunk_I >= jnp.maximum(i * size, 1)
         if corpus_I is not None:
             allowed_I &= take(corpus_I)
@@ -149,17 +173,13 @@ def _sweep[Carry](
             column_US = jnp.where(seen_US >= first, seen_US - first, size)
             user_U1 = jnp.arange(users)[:, None]
             allowed_UI = allowed_UI.at[user_U1, column_US].set(False, mode="drop")
-        return visit(carry, CorpusChunk(chunk_I, score_UI, allowed_UI))
+        return visit(carry, CorpusChunk(chunk_I, score_UI, goal_U, allowed_UI))
 
     return jax.lax.fori_loop(0, -(-items // size), step, carry)
 
 
-def _prepared(e_XD: Float[Array, "X D"], l2_normalize: bool) -> Float[Array, "X D"]:
-    return unit_rows(e_XD) if l2_normalize else e_XD.astype(jnp.float32)
-
-
-def mean_metrics(rank_U: PerUser) -> dict[str, float]:
-    """The means over users of `hr@k`, `ndcg@k` and `mrr`.
+def mean_metrics(rank_U: Int[Array | np.ndarray, " U"]) -> dict[str, float]:
+    """The means over users of `hr@k`, `ndcg@k` and `mrr`, in float64 on the host.
 
     `hr@k = [rank <= k]`, `ndcg@k = [rank <= k] / log2(rank + 1)`, `mrr = 1 / rank`: as in the
     published code, a target that is not found adds 1 / 2501 to MRR and not 0.
@@ -169,9 +189,9 @@ def mean_metrics(rank_U: PerUser) -> dict[str, float]:
     """
     if not rank_U.size:
         raise ValueError("no user to average over")
-    rank_U = rank_U.astype(jnp.float32)
-    gain_U = 1.0 / jnp.log2(rank_U + 1.0)
-    values = {f"hr@{k}": rank_U <= k for k in CUTOFFS}
-    values |= {f"ndcg@{k}": (rank_U <= k) * gain_U for k in CUTOFFS}
-    values |= {"mrr": 1.0 / rank_U}
-    return {name: float(jnp.sum(value_U)) / rank_U.size for name, value_U in values.items()}
+    rank = np.asarray(rank_U, np.float64)
+    gain_U = 1 / np.log2(rank + 1)
+    values: dict[str, np.ndarray] = {f"hr@{k}": rank <= k for k in CUTOFFS}
+    values |= {f"ndcg@{k}": (rank <= k) * gain_U for k in CUTOFFS}
+    values |= {"mrr": 1 / rank}
+    return {name: float(np.mean(value_U)) for name, value_U in values.items()}

@@ -15,6 +15,8 @@ from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.sequences import Activations, Sequences
 
+ENCODERS: dict[str, type[HSTU] | type[SASRec]] = {"hstu": HSTU, "sasrec": SASRec}
+
 
 class Recommender(nnx.Module):
     """Embeds a batch and encodes it.
@@ -51,8 +53,7 @@ class Recommender(nnx.Module):
             dtype=jnp.dtype(config.dtype),
             rngs=rngs,
         )
-        build = HSTU.from_config if config.kind == "hstu" else SASRec.from_config
-        self.encoder = build(config, length, rngs=rngs)
+        self.encoder = ENCODERS[config.kind].from_config(config, length, rngs=rngs)
         self.num_items = num_items
 
     @property

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt
+import numpy as np
+from jaxtyping import Array, Float32, Int, Key, Num, UInt
 
 RowKeys = Key[Array, "*rows"]  # one for all rows, or one a row
 Drawn = Int[Array, "{rows} {count}"]
@@ -19,24 +20,34 @@ def uniform_negatives(key: RowKeys, rows: int, count: int, num_items: int) -> Dr
 
 
 class InBatchPool(NamedTuple):
-    """The ids that negatives are drawn from, and the log probability of each."""
+    """The ids that negatives are drawn from."""
 
     id_P: Int[Array, " P"]  # the first `size` are drawn from with equal probability
     size: Int[Array, ""]
-    # Log of the share of the pool that is this item; -inf for one that cannot be drawn.
-    log_q_I: Float[Array, " I1"]
 
 
-def in_batch_pool(item_P: Int[Array, " P"], num_items: int) -> InBatchPool:
+def in_batch_pool(item_P: Int[Array, " P"]) -> InBatchPool:
     """The pool of a batch's items (usually its targets), padding (0) left out.
 
-    A popular item is drawn as often as it occurs, which the loss should be told (`log_q_I`).
+    A popular item is drawn as often as it occurs, which the loss should be told
+    (`log_frequency`).
     """
-    count_I = jnp.zeros(num_items + 1, jnp.int32).at[item_P].add(1).at[0].set(0)
-    size = jnp.sum(count_I)
     (place_P,) = jnp.nonzero(item_P > 0, size=item_P.shape[0], fill_value=0)
-    log_size = jnp.log(jnp.maximum(size, 1).astype(jnp.float32))
-    return InBatchPool(item_P[place_P], size, jnp.log(count_I.astype(jnp.float32)) - log_size)
+    return InBatchPool(item_P[place_P], jnp.sum(item_P > 0, dtype=jnp.int32))
+
+
+def log_frequency(count_I: Num[np.ndarray, " I1"]) -> Float32[np.ndarray, " I1"]:
+    """The log probability that a draw of `in_batch_negatives` gives an item, over all batches.
+
+    It is the item's share of the training targets and not of the batch: weighted by the latter, the
+    negatives of a batch would stand for its own distinct items, instead of for the catalogue. An
+    item that is no target counts as if it were one once.
+
+    Args:
+      count_I: how often each item is a training target; entry 0 is padding.
+    """
+    count_I = np.maximum(count_I, 1).astype(np.float64)
+    return np.log(count_I / count_I[1:].sum()).astype(np.float32)
 
 
 def in_batch_negatives(key: RowKeys, pool: InBatchPool, rows: int, count: int) -> Drawn:

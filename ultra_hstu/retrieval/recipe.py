@@ -1,11 +1,14 @@
 """The pure functions of a retrieval run: `step.Steps` for histories."""
 
 import dataclasses
+import functools
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int
 
 from ultra_hstu.data import signals
 from ultra_hstu.nn.dropout import row_keys
@@ -23,9 +26,17 @@ CHUNK_ROWS = {"cpu": 512, "accelerator": 4096}
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Steps[Recommender]):
-    """Retrieval: every row predicts the item after it, among sampled or all items."""
+    """Retrieval: every row predicts the item after it, among sampled or all items.
+
+    Attributes:
+      target_counts: how often each item is a target in training, entry 0 is padding: what in-batch
+        negatives are corrected by. None where nothing is trained.
+    """
 
     num_items: int
+    target_counts: Int[np.ndarray, " I1"] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     def build(self, seed: int) -> Recommender:
         sizes = signals.sizes(self.config.rank.signals)
@@ -53,14 +64,19 @@ class Recipe(Steps[Recommender]):
         rows, negative_TR, log_q = h_TD.shape[0], None, None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
         keys_T = row_keys(negative_key, sequences)
-        if config.kind == "sampled":
-            negative_TR = negatives.uniform_negatives(
-                keys_T, rows, config.negatives, self.num_items
-            )
-        elif config.kind == "in_batch":
-            pool = negatives.in_batch_pool(shards.of_groups(batch.target_T), self.num_items)
-            negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
-            log_q = pool.log_q_I if config.log_q else None
+        match config.kind:
+            case "sampled":
+                negative_TR = negatives.uniform_negatives(
+                    keys_T, rows, config.negatives, self.num_items
+                )
+            case "in_batch":
+                pool = negatives.in_batch_pool(shards.of_groups(batch.target_T))
+                negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
+                log_q = jnp.asarray(self._log_q) if config.log_q else None
+            case "full":
+                pass
+            case unknown:
+                assert_never(unknown)
         return softmax_loss(
             h_TD,
             table_ID,
@@ -73,6 +89,15 @@ class Recipe(Steps[Recommender]):
             log_q=log_q,
             total=shards.total(jnp.sum(weight_T)),
         )[0]
+
+    @functools.cached_property
+    def _log_q(self) -> Float32[np.ndarray, " I1"]:
+        if self.target_counts is None:
+            raise ValueError(
+                "loss.kind='in_batch' with loss.log_q=True needs the counts of the training "
+                "targets: give Recipe target_counts, or set loss.log_q=False"
+            )
+        return negatives.log_frequency(self.target_counts)
 
 
 def _chunk_rows() -> int:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Int64
 
 from ultra_hstu import flops
 from ultra_hstu.config import Config
@@ -45,15 +45,17 @@ class RetrievalTask(Task[Events]):
 
     @functools.cached_property
     def recipe(self) -> Recipe:
-        return Recipe(self.config, self.interactions.num_items)
+        counts = self.target_counts() if self.config.loss.kind == "in_batch" else None
+        return Recipe(self.config, self.interactions.num_items, counts)
 
     @property
     def criteria(self) -> Criteria:
         return RETRIEVAL
 
     def examples(self, part: str) -> Examples:
-        examples = getattr(self.splits, part)
-        if examples is None:
+        if part not in (parts := ("train", "validation", "test")):
+            raise ValueError(f"unknown part {part!r}: use {', '.join(parts)}")
+        if (examples := getattr(self.splits, part)) is None:
             raise ValueError(
                 f"protocol {self.config.train.protocol!r} has no {part} items: "
                 "train under 'validated' or 'temporal' for them"
@@ -82,25 +84,36 @@ class RetrievalTask(Task[Events]):
         return CorpusEvaluator(self.recipe, self.evaluation_loader(split))
 
     def baselines(self, split: str) -> dict[str, Metrics]:
-        """Recommends what is popular in the training data."""
+        """Recommends what is popular in the training data; of equal items the lower id comes first,
+        as in serving."""
+        best_first_I1 = np.argsort(-self.popularity(), kind="stable")
+        score_I1 = np.empty(len(best_first_I1), np.float32)  # exact for up to 2^24 items
+        score_I1[best_first_I1] = np.arange(len(best_first_I1))[::-1]
         popular = PopularityEvaluator(self.recipe, self.evaluation_loader(split))
-        return {"popularity": popular(jnp.asarray(self.popularity()[:, None]))}
+        return {"popularity": popular(jnp.asarray(score_I1[:, None]))}
 
     def flops(self, part: str) -> Flops:
         columns = self.columns(part)
         history_n = columns["stop"] - columns["start"]
         return flops.count(self.config, history_n, items=self.interactions.num_items)
 
-    def popularity(self) -> Float32[np.ndarray, " I1"]:
-        """How often each item occurs in the training events, rows and targets.
+    def popularity(self) -> Int64[np.ndarray, " I1"]:
+        """How often each item occurs in the training events, rows and targets; 0 for padding."""
+        train = self.splits.train
+        return self._counts(train.start, train.stop)
 
-        Ties go to the lower id; row 0 is padding.
-        """
-        train, items = self.splits.train, self.interactions.items
-        edges = np.zeros(len(items) + 2, np.int64)
-        np.add.at(edges, train.start, 1)
-        np.add.at(edges, train.stop + 1, -1)
+    def target_counts(self) -> Int64[np.ndarray, " I1"]:
+        """How often each item is a target in an epoch of training on whole histories."""
+        train = self.splits.train
+        return self._counts(train.start + 1, train.stop)
+
+    def _counts(
+        self, first: Int64[np.ndarray, " n"], last: Int64[np.ndarray, " n"]
+    ) -> Int64[np.ndarray, " I1"]:
+        """How often each item occurs in the stretches first..last, which lie apart."""
+        items = self.interactions.items
+        edges = np.zeros(len(items) + 1, np.int64)
+        edges[first] += 1
+        edges[last + 1] -= 1
         used_E = np.cumsum(edges)[: len(items)] > 0
-        num_items = self.interactions.num_items
-        counts_I1 = np.bincount(items[used_E], minlength=num_items + 1).astype(np.float32)
-        return counts_I1 - np.arange(num_items + 1, dtype=np.float32) / (num_items + 2)
+        return np.bincount(items[used_E], minlength=self.interactions.num_items + 1)

@@ -287,7 +287,8 @@ def _best(
     """The k best candidates of each user: their positions among them, -1 where there are fewer, and
     their weighted logits."""
     size, count_B = logit_CK.shape[0], offsets_to_lengths(offsets)
-    value_C = logit_CK @ weight_K
+    # Task by task: in a matrix product equal logits could have sums that differ by rounding.
+    value_C = functools.reduce(operator.add, logit_CK.T * weight_K[:, None])
     # Padding comes behind all users; the order is stable: of equal ones the first.
     at = Rows.of(offsets, size)
     order_C = jnp.lexsort((-value_C, at.segment, ~at.real))

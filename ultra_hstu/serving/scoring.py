@@ -15,6 +15,7 @@ from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.nn.key_values import CacheDtype
 from ultra_hstu.quantization import HostKind
 from ultra_hstu.ranking.form import channels
+from ultra_hstu.ranking.loss import KINDS
 from ultra_hstu.ranking.model import Ranker
 from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.retrieval.task import RetrievalTask
@@ -80,8 +81,8 @@ class RunData:
 
     @functools.cached_property
     def count_I(self) -> Float[np.ndarray, " I1"]:
-        """How often each item occurs in the training data."""
-        return np.ceil(RetrievalTask.of(self.config, self.interactions).popularity())
+        """How often each item occurs in the training data, as scores of what has no history."""
+        return RetrievalTask.of(self.config, self.interactions).popularity().astype(np.float64)
 
     def user(self, user: int | str) -> UserData:
         """The whole history of a user, by raw id. Raises ValueError for an unknown one."""
@@ -123,7 +124,12 @@ class ScoringModel:
           host_table: None leaves the item table on the device; else as in `CompiledRanker`.
           drop_blocks: a full history drops its oldest events an eighth of `max_history` at a time;
             else one for each new one.
+
+        Raises:
+          ValueError: another kind of task.
         """
+        if unknown := sorted(set(kinds.values()) - set(KINDS)):
+            raise ValueError(f"a task is one of {', '.join(KINDS)}, not {unknown[0]!r}")
         self.ranker = CompiledRanker(ranker, host_table=host_table)
         self.config, self.vocabulary, self.kinds, self.kind = config, vocabulary, dict(kinds), kind
         self.max_users = max_users
