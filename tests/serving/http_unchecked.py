@@ -32,9 +32,10 @@ async def ask(app, *parts, whole=True, method="POST", path="/recommend", headers
     async def send(message):
         answer.append(message)
 
+    path, _, query = path.partition("?")
     names = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode()}
-    scope |= {"query_string": b"", "headers": names, "root_path": "", "scheme": "http"}
+    scope |= {"query_string": query.encode(), "headers": names, "root_path": "", "scheme": "http"}
     scope |= {"http_version": "1.1", "server": ("test", 80), "client": ("test", 1)}
     await app(scope, receive, send)
     return answer[0]["status"], b"".join(part.get("body", b"") for part in answer).decode()
