@@ -5,6 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_CUDA := $(VENV)/.installed-cuda
+RUN ?= runs/ml100k_hstu
 export PYTHONDONTWRITEBYTECODE := 1
 
 help:  ## list the targets
@@ -41,10 +42,13 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+page: $(INSTALLED)  ## walk through the page of a served run in headless Chromium, and draw it
+	$(PY) -m scripts.page --workdir=$(RUN) --picture=docs/figures/page.png
+
 tables: $(INSTALLED)  ## write the README's tables and figures anew from experiments/results
 	$(PY) -m scripts.tables.make
 
 clean:  ## remove .venv, prepared data and runs
 	rm -rf $(VENV) data runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-.PHONY: help install install-cuda demo test test-gpu lint tables clean
+.PHONY: help install install-cuda demo test test-gpu lint page tables clean
