@@ -493,7 +493,9 @@ def test_the_page_knows_what_a_run_reads(service, model):
     assert run["tasks"] == model.kinds and list(run["actions"]) == service.reads
     skill = service.data.interactions.actions["skill"]
     assert run["actions"]["skill"] == [skill.min(), skill.max()]
-    assert run["context"] == {name: words[1:] for name, words in model.vocabulary.contexts.items()}
+    assert run["context"] == {
+        name: list(words[1:]) for name, words in model.vocabulary.contexts.items()
+    }
 
 
 def test_the_page_of_an_exported_model_knows_no_users(model):

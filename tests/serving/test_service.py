@@ -472,7 +472,7 @@ def test_the_page_needs_nothing_from_elsewhere(service, monkeypatch):
     page = http.Page(service)
     run = run_of(page)
     assert (run["path"], run["items"], run["users"], run["events"]) == ("/recommend", 120, 60, 720)
-    assert run["examples"] == [1, 21, 41] and run["tasks"] == run["actions"] == {}
+    assert run["examples"] == [1, 21, 41] and run["actions"] == {}
     assert "://" not in page.html and "@import" not in page.html
     assert re.findall(r'\b(?:src|href)="([^"]*)"', page.html) == ["data:,", "/docs"]
     assert "innerHTML" not in page.html  # titles are text, whatever they hold

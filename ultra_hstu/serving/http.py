@@ -164,26 +164,27 @@ class Page:
     def _run(self) -> dict[str, JsonValue]:
         """What the page says of the run."""
         service, data, config = self._service, self._data, self._service.model.config
-        ranking = service if isinstance(service, ScoreService) else None
-        actions = {name: None if data is None else data.actions[name] for name in service.reads}
-        return {
+        run: dict[str, JsonValue] = {
+            "path": RECOMMEND,
             "name": config.name,
             "source": config.data.source,
-            "path": RECOMMEND if ranking is None else SCORE,
             "items": service.catalog.num_items,
             "users": None if data is None else data.num_users,
             "events": None if data is None else data.num_events,
             "examples": [] if data is None else data.users[:: -(-data.num_users // 3)].tolist(),
-            "actions": {name: _span(values) for name, values in actions.items()},
-            "features": [] if ranking is None else list(config.rank.features),
-            "context": {}
-            if ranking is None
-            else {name: words[1:] for name, words in ranking.model.vocabulary.contexts.items()},
-            "tasks": {} if ranking is None else dict(ranking.model.kinds),
+            "actions": {
+                name: None if data is None else _span(data.actions[name]) for name in service.reads
+            },
             "max_history": config.data.max_history,
             "max_k": min(schema.MAX_K, service.catalog.num_items),
             "max_found": schema.MAX_FOUND,
         }
+        if isinstance(service, ScoreService):
+            words = service.model.vocabulary.contexts
+            run |= {"path": SCORE, "tasks": dict(service.model.kinds)}
+            run |= {"features": list(config.rank.features)}
+            run |= {"context": {name: list(texts[1:]) for name, texts in words.items()}}
+        return run
 
     def items(self, search: ItemSearch) -> FoundItems:
         """The items of a search."""
@@ -220,9 +221,9 @@ class Page:
         return raw_ids.tolist(), [None if titles is None else titles[item] for item in items]
 
 
-def _span(values: Shaped[np.ndarray, " n"] | None) -> list[JsonValue] | None:
+def _span(values: Shaped[np.ndarray, " n"]) -> list[JsonValue] | None:
     """The least and the largest of the values, if there are any."""
-    finite = np.zeros(0) if values is None else values[np.isfinite(values)]
+    finite = values[np.isfinite(values)]
     return [finite.min().item(), finite.max().item()] if finite.size else None
 
 
