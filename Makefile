@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 INSTALLED_CUDA := $(VENV)/.installed-cuda
+RUN ?= runs/ml100k_hstu
 export PYTHONDONTWRITEBYTECODE := 1
 
 help:  ## list the targets
@@ -47,10 +48,13 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+page: $(INSTALLED)  ## walk through the page of a served run in headless Chromium, and draw it
+	$(PY) -m scripts.page --workdir=$(RUN) --picture=docs/figures/page.png
+
 tables: $(INSTALLED)  ## write the tables and figures of README and docs anew from experiments/results
 	$(PY) -m scripts.tables.make
 
 clean:  ## remove .venv, builds, prepared data and runs
 	rm -rf $(VENV) build *.egg-info data runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-.PHONY: help install install-cuda demo test test-gpu package lint tables clean
+.PHONY: help install install-cuda demo test test-gpu package lint page tables clean

@@ -10,8 +10,9 @@ A request to a retrieval run, and one to a ranking run:
     curl -s localhost:8000/score -H 'content-type: application/json'
         -d '{"user": 42, "candidates": [608, 2858]}'
 
-Listens on loopback unless --host says otherwise; http://localhost:8000/docs describes requests and
-answers. docs/http_service.md is about replicas, clusters, limits and metrics.
+Listens on loopback unless --host says otherwise; http://localhost:8000/ is a page to try the run
+with, and /docs describes requests and answers. docs/http_service.md is about replicas, clusters,
+limits and metrics.
 """
 
 import contextlib
@@ -132,6 +133,9 @@ _BATCH = flags.DEFINE_integer(
 _WAIT = flags.DEFINE_float(
     "wait_ms", 4, "how long a batch waits for more requests than are there", lower_bound=0
 )
+_PAGE = flags.DEFINE_bool(
+    "page", True, "a page at / to try the run with: it shows titles, and the histories of users"
+)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
 _PORT = flags.DEFINE_integer("port", 8000, "port to listen on")
 _CLIENT_CONNECTIONS = flags.DEFINE_integer(
@@ -185,6 +189,7 @@ def main(_: list[str]) -> None:
             _RAW_DIR.value,
             options,
             wait_ms=_WAIT.value,
+            page=_PAGE.value,
         )
         with saying(f"loading {workdir} and compiling; requests get 503 until it is done"):
             deploy(application, name)
@@ -193,10 +198,9 @@ def main(_: list[str]) -> None:
             if ranking
             else "all items of a history are hidden, whatever eval.hide and eval.repeats are"
         )
-        say(
-            f"requests to http://{_HOST.value}:{_PORT.value}{path}, "
-            f"its description at /docs; {says}; stop with Ctrl-C"
-        )
+        url = f"http://{_HOST.value}:{_PORT.value}"
+        tried = f", a page to try it at {url}/" if _PAGE.value else ""
+        say(f"requests to {url}{path}{tried}, its description at /docs; {says}; stop with Ctrl-C")
         threading.Event().wait()
     finally:
         end(name)

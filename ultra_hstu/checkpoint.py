@@ -1,9 +1,8 @@
 """Checkpoints with Orbax, written in the background: the newest ones and the best are kept.
 
 Orbax restores flipped bits in silence, so a checkpoint holds a hash of each of its arrays and one
-of its position. They are made before a checkpoint is written and compared after it is read, which
-takes one core of the host about 2 ns an array element; Orbax takes longer. An accelerator copies
-the state to the host for that.
+of its position. They are made before a checkpoint is written and compared after it is read: a pass
+of one core of the host over the state, to where an accelerator copies it, shorter than Orbax's.
 """
 
 import contextlib

@@ -2,48 +2,13 @@
 takes."""
 
 import asyncio
-import importlib.util
 import json
-import sys
-import warnings
-from pathlib import Path
 
 import pytest
 from fastapi.responses import PlainTextResponse
 
-from ultra_hstu.serving import schema
-from ultra_hstu.serving.schema import MAX_BODY_BYTES, Request, Response
-
-# Without checks of annotations, as outside of tests: Ray pickles functions that they would wrap.
-_PATH = Path(schema.__file__).with_name("http.py")
-_SPEC = importlib.util.spec_from_file_location("ultra_hstu.serving.http", _PATH)
-http = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Ray's, of Pydantic
-    _SPEC.loader.exec_module(http)
-
-JSON = {"content-type": "application/json"}
-
-
-async def ask(app, *parts, whole=True, method="POST", path="/recommend", headers=JSON):
-    """(status, body) of the answer to a request whose body comes in these parts."""
-    arriving, answer = list(parts) or [b""], []
-
-    async def receive():
-        if not arriving:  # the client says no more
-            await asyncio.Event().wait()
-        part = arriving.pop(0)
-        return {"type": "http.request", "body": part, "more_body": bool(arriving) or not whole}
-
-    async def send(message):
-        answer.append(message)
-
-    names = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode()}
-    scope |= {"query_string": b"", "headers": names, "root_path": "", "scheme": "http"}
-    scope |= {"http_version": "1.1", "server": ("test", 80), "client": ("test", 1)}
-    await app(scope, receive, send)
-    return answer[0]["status"], b"".join(part.get("body", b"") for part in answer).decode()
+from tests.serving.http_unchecked import JSON, ask, http
+from ultra_hstu.serving.schema import MAX_BODY_BYTES, FoundItems, KnownUser, Request, Response
 
 
 @pytest.fixture
@@ -154,7 +119,47 @@ def test_the_description_needs_nothing_from_elsewhere():
     for name, model in app.openapi()["components"]["schemas"].items():
         assert f"id='{name}'" in text
         assert all(f"<td>{field}</td>" in text for field in model["properties"])
+    assert "GET /items" in text and "<td>limit</td>" in text and "GET /user" in text
     for status in ("200", "408", "413", "415", "422", "503"):
         assert f"<td>{status}</td>" in text
     for path in ("/redoc", "/docs/oauth2-redirect"):
         assert asyncio.run(ask(app, method="GET", path=path, headers={}))[0] == 404
+
+
+class PageOf41:
+    """A page of one user, and of no items."""
+
+    html = "<p>the page"
+
+    def items(self, search):
+        return FoundItems(items=[], found=search.limit, complete=search.search == "star wars")
+
+    def user(self, search):
+        if search.user != "41":
+            raise ValueError(f"unknown user {search.user!r}")
+        columns = {"history": [], "titles": [], "times": None, "actions": {}, "context": {}}
+        return KnownUser(user=41, events=0, **columns)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("/", 200, "<p>the page"),
+        ("/items", 200, '"found":20,"complete":false'),
+        ("/items?search=star+wars&limit=1000", 200, '"found":1000,"complete":true'),
+        ("/items?limit=0", 422, "limit: Input should be greater than or equal to 1"),
+        ("/items?limit=1001", 422, "limit: Input should be less than or equal to 1000"),
+        ("/items?limit=many", 422, "limit: Input should be a valid integer"),
+        (f"/items?search={'x' * 257}", 422, "search: String should have at most 256 characters"),
+        ("/items?colour=red", 422, "colour: Extra inputs are not permitted"),
+        ("/user?user=41", 200, '"user":41'),
+        ("/user?user=42", 422, "unknown user '42'"),
+        ("/user?user=", 422, "user: String should have at least 1 character"),
+        ("/user", 422, "user: Field required"),
+    ],
+)
+def test_what_the_page_reads(path, status, message):
+    app = application()
+    app.dependency_overrides[http._page] = PageOf41
+    got = asyncio.run(ask(app, method="GET", path=path, headers={}))
+    assert got[0] == status and message in got[1].replace("\\", "")

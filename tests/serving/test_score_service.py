@@ -3,6 +3,7 @@
 Also what is refused and why, what is ignored, and users who are kept encoded.
 """
 
+import dataclasses
 import itertools
 import json
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 
 from tests.serving import fuzzed
+from tests.serving.http_unchecked import http
 from tests.serving.served_checks import page_example, shape
 from tests.serving.small_serving import built, full_pass, requests
 from tests.small_run import with_
@@ -21,8 +23,10 @@ from ultra_hstu.serving import export, lines
 from ultra_hstu.serving.schema import (
     MAX_CANDIDATES,
     MAX_EVENTS,
+    ItemSearch,
     ScoreRequest,
     ScoreResponse,
+    UserSearch,
     problem,
 )
 from ultra_hstu.serving.scoring import MICRO_BATCH, RunData, ScoringModel
@@ -466,3 +470,49 @@ def test_any_request_gets_the_defined_scores_or_a_reason(service, body):
         query = service.model.query(**arguments)
         [score] = service.model.score(service.model.encode([query]), [query])
         np.testing.assert_allclose(list(one.scores.values()), score[0], atol=2e-5)
+
+
+def test_the_page_shows_what_a_request_takes(service):
+    """The columns of a user, sent back as a history, get the scores of the user."""
+    page, data = http.Page(service), service.data.interactions
+    user = int(data.users[3])
+    known = page.user(UserSearch(user=str(user)))
+    columns = {"times": known.times, "actions": known.actions, "context": known.context}
+    features = {"skill": known.actions["skill"][:5]}
+    candidates = {"candidates": known.history[:5], "features": features}
+    sent = answer(service, history=known.history, **columns, **candidates)
+    assert sent.warnings == []
+    of_user = answer(service, user=user, **candidates)
+    np.testing.assert_allclose(scores_of(sent), scores_of(of_user), atol=1e-5)
+
+
+def test_the_page_knows_what_a_run_reads(service, model):
+    html = http.Page(service).html
+    assert '"path": "/score"' in html and '"features": ["skill"]' in html
+    run = http.Page(service)._run()
+    assert run["tasks"] == model.kinds and list(run["actions"]) == service.reads
+    skill = service.data.interactions.actions["skill"]
+    assert run["actions"]["skill"] == [skill.min(), skill.max()]
+    assert run["context"] == {
+        name: list(words[1:]) for name, words in model.vocabulary.contexts.items()
+    }
+
+
+def test_the_page_of_an_exported_model_knows_no_users(model):
+    page = http.Page(ScoreService(model, None, CachedUsers(model)))
+    run = page._run()
+    assert (run["users"], run["events"], run["examples"]) == (None, None, [])
+    assert set(run["actions"].values()) == {None}
+    assert [item.events for item in page.items(ItemSearch(limit=2)).items] == [None, None]
+    with pytest.raises(ValueError, match="this is an exported model: give a history"):
+        page.user(UserSearch(user="1"))
+
+
+def test_the_page_shows_actions_without_a_value(service, monkeypatch):
+    data = service.data.interactions
+    wide = {name: values.astype(np.float32) for name, values in data.actions.items()}
+    wide["skill"][data.history(int(data.users[0])).start] = np.nan
+    changed = dataclasses.replace(data, actions=wide)
+    monkeypatch.setattr(service.data, "interactions", changed)
+    known = http.Page(service).user(UserSearch(user=str(changed.users[0])))
+    assert known.actions["skill"][0] is None and known.actions["skill"][1] is not None

@@ -65,7 +65,7 @@ def an_answer_and_its_description(served, known, folder):
     assert status == 200 and right(known[0], json.dumps(answer).encode())
     with urllib.request.urlopen(f"{served.url}/openapi.json", timeout=60) as response:
         described = json.loads(response.read())
-    assert set(described["paths"]) == {"/recommend"}
+    assert set(described["paths"]) == {"/recommend", "/items", "/user"}
     assert set(described["components"]["schemas"]["Request"]["properties"]) >= {
         "user",
         "history",
@@ -93,6 +93,25 @@ def what_is_refused_is_told_why(served, known, folder):
         assert got[0] == status and message in got[1]
     status, message = post(served.url, b'{"history": [1]}', "text/plain")
     assert status == 415 and "send JSON, with 'content-type: application/json'" in message
+
+
+def get(url):
+    with urllib.request.urlopen(url, timeout=60) as response:
+        return response.headers, response.read().decode()
+
+
+def a_page_to_try_the_run(served, known, folder):
+    """It is there, with all that it reads, and may load nothing from elsewhere."""
+    headers, page = get(f"{served.url}/")
+    assert headers["content-type"].startswith("text/html") and "Add an item" in page
+    assert "default-src 'none'" in headers["content-security-policy"]
+    paths = set(re.findall(r"ask\([`\"](/\w+)", page))
+    assert paths == {"/items", "/user"}
+    item = json.loads(get(f"{served.url}/items?search=item+40&limit=1")[1])["items"][0]
+    assert item["item"] == 40
+    user = json.loads(get(f"{served.url}/user?user=21")[1])
+    status, answer = post(served.url, json.dumps({"history": user["history"]}).encode())
+    assert status == 200 and answer["source"] == "model"
 
 
 def slow_clients_keep_nobody_waiting(served, known, folder):
@@ -145,6 +164,7 @@ def a_killed_replica_loses_what_it_held_at_most(served, known, folder):
 CHECKS = [
     an_answer_and_its_description,
     what_is_refused_is_told_why,
+    a_page_to_try_the_run,
     slow_clients_keep_nobody_waiting,
     only_its_user_may_stop_the_proxy,
     only_loopback_answers,

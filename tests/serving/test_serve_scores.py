@@ -53,7 +53,7 @@ def an_answer_and_its_description(served, known, folder):
     with urllib.request.urlopen(f"{served.url}/openapi.json", timeout=60) as response:
         described = json.loads(response.read())
     assert (
-        set(described["paths"]) == {"/score"}
+        set(described["paths"]) == {"/score", "/items", "/user"}
         and "Request" not in described["components"]["schemas"]
     )
     assert set(described["components"]["schemas"]["ScoreRequest"]["properties"]) >= {
@@ -81,11 +81,13 @@ def what_is_refused_is_told_why(served, known, folder):
         served,
         *(Sent(body, path="/score") for body, _, _ in REFUSED),
         Sent(b'{"user": 1}', path="/recommend"),
+        *(Sent(b"", path=path, method="GET") for path in ("/", "/items", "/user?user=1")),
     )
-    assert [one.status for one in seen] == [*(status for _, status, _ in REFUSED), 404]
+    assert [one.status for one in seen] == [*(status for _, status, _ in REFUSED), *[404] * 4]
     for one, (_, _, message) in zip(seen, REFUSED, strict=False):
         assert message in one.body.decode()
-    assert "this run answers POST /score and nothing else" in seen[-1].body.decode()
+    for one in seen[len(REFUSED) :]:  # another run's path, and the page, which is off
+        assert "this run answers POST /score; /docs describes it" in one.body.decode()
 
 
 def nobody_answers_without_replicas(served, known, folder):
@@ -131,13 +133,14 @@ CHECKS = [
 
 def test_the_deployment(folder, known, subtests):
     """One deployment for all checks, in one test so that parallel test processes start it once. Its
-    item table is in host memory, and its users are in both tiers."""
+    item table is in host memory, its users are in both tiers, and nobody is shown them."""
     with deployment(
         folder,
         "--cache_mib=1",
         "--device_cache_mib=1",
         "--host_table=float32",
         "--batch=2",
+        "--nopage",
         port=portpicker.pick_unused_port(),
     ) as served:
         for check in CHECKS:

@@ -1,5 +1,6 @@
 """Requests: what is refused and why, what is ignored, users kept encoded, and files of requests."""
 
+import dataclasses
 import io
 import json
 import re
@@ -15,12 +16,22 @@ from rich.console import Console
 
 from tests import commands
 from tests.serving import fuzzed
+from tests.serving.http_unchecked import http
 from tests.serving.served_checks import page_example, shape
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
 from ultra_hstu.quantization import served_table
 from ultra_hstu.serving import RecommendationModel, lines
-from ultra_hstu.serving.schema import MAX_BODY_BYTES, MAX_EVENTS, MAX_K, Request, Response, problem
+from ultra_hstu.serving.schema import (
+    MAX_BODY_BYTES,
+    MAX_EVENTS,
+    MAX_K,
+    ItemSearch,
+    Request,
+    Response,
+    UserSearch,
+    problem,
+)
 from ultra_hstu.serving.scoring import RunData
 from ultra_hstu.serving.service import RecommendService, ServingOptions, open_service
 from ultra_hstu.serving.users import ENTRY_BYTES, EncodedUsers
@@ -393,7 +404,7 @@ def test_a_block_list_counts_what_it_does_not_block(folder, caplog):
         (b"3\n 5 ", ": 2 items\n", ""),
         (b"\n", ": 0 items\n", ""),
         (b"3,5\n", "", "item ids of this catalogue are whole numbers, not '3,5'"),
-        ("3\n".encode("utf-16"), "", "is no text in UTF-8"),
+        ("3\n".encode("utf-16"), "", "is in UTF-16: save it as UTF-8"),
     ],
 )
 def test_a_file_of_blocked_items(folder, tmp_path, content, said, error):
@@ -403,7 +414,7 @@ def test_a_file_of_blocked_items(folder, tmp_path, content, said, error):
     done = commands.run("experiments.serve", f"--workdir={folder}", f"--block={path}", nowhere)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert said in done.stdout
-    assert f"--block={path}" in done.stdout + done.stderr
+    assert str(path) in done.stdout + done.stderr
     assert (error or "203.0.113.1 --port=8000 cannot be listened on") in done.stderr
 
 
@@ -415,3 +426,57 @@ def test_a_file_of_requests_from_any_editor(service, capsys, end):
     answers = [json.loads(line) for line in said.out.splitlines()]
     assert [len(one["items"]) for one in answers] == [1, 2]
     assert "2 requests, 0 refused" in said.err
+
+
+def run_of(page):
+    """What a page was told of its run."""
+    found = re.search(r'<script id="run" type="application/json">(.*)</script>', page.html)
+    return json.loads(found[1])
+
+
+def test_the_page_shows_what_a_request_takes(service, monkeypatch):
+    """The columns of a user, sent back as a history, get the answer of the user."""
+    page = http.Page(service)
+    known = page.user(UserSearch(user="21"))
+    assert (known.user, known.events, len(known.titles)) == (21, 12, 12)
+    sent = answer(service, history=known.history, times=known.times, actions=known.actions or None)
+    np.testing.assert_allclose(
+        [item.score for item in sent.items],
+        [item.score for item in answer(service, user=21).items],
+        rtol=1e-5,
+    )
+    monkeypatch.setattr(http.schema, "MAX_EVENTS", 5)
+    newest = page.user(UserSearch(user="21"))
+    assert (newest.events, newest.history) == (12, known.history[-5:])
+    assert newest.times == known.times[-5:] and newest.titles == known.titles[-5:]
+
+
+@pytest.mark.parametrize("user", ["61", "9" * 256, "nobody", " "])
+def test_the_page_names_unknown_users(service, user):
+    with pytest.raises(ValueError, match="unknown user"):
+        http.Page(service).user(UserSearch(user=user))
+
+
+def test_the_page_finds_items(service):
+    page, data = http.Page(service), service.data.interactions
+    found = page.items(ItemSearch(search="ITEM 40", limit=5))
+    assert found.items[0].item == 40 and found.items[0].title.startswith("item 40 of")
+    assert found.items[0].events == (data.items == data.catalog.encode([40])[0]).sum()
+    popular = page.items(ItemSearch())
+    assert (len(popular.items), popular.found, popular.complete) == (20, 120, True)
+    counts = [item.events for item in popular.items]
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+
+
+def test_the_page_needs_nothing_from_elsewhere(service, monkeypatch):
+    page = http.Page(service)
+    run = run_of(page)
+    assert (run["path"], run["items"], run["users"], run["events"]) == ("/recommend", 120, 60, 720)
+    assert run["examples"] == [1, 21, 41] and run["actions"] == {}
+    assert "://" not in page.html and "@import" not in page.html
+    assert re.findall(r'\b(?:src|href)="([^"]*)"', page.html) == ["data:,", "/docs"]
+    assert "innerHTML" not in page.html  # titles are text, whatever they hold
+    named = dataclasses.replace(service.model.config, name="</script><script>alert(1)</script>")
+    monkeypatch.setattr(service.model, "config", named)
+    assert run_of(http.Page(service))["name"] == named.name
+    assert "alert(1)</script>" not in http.Page(service).html

@@ -1,36 +1,55 @@
 """HTTP in front of a service, on Ray Serve, which brings the server, replicas, batching, health
 checks and metrics.
 
-A retrieval run and a ranking run differ in one method, their endpoint.
+A retrieval run and a ranking run differ in one method, their endpoint. Both have a page to try them
+with, static/page.html, and the routes that it reads.
 """
 
 import asyncio
+import json
+import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from pathlib import Path
+from typing import Annotated, cast
 
-from fastapi import FastAPI, HTTPException
+import numpy as np
+from fastapi import Depends, FastAPI, HTTPException, Query
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from jaxtyping import Int, Shaped
 from pydantic import JsonValue
 from ray import serve
 from ray.serve import metrics
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ultra_hstu import compilation_cache
-from ultra_hstu.serving import schema
-from ultra_hstu.serving.inputs import MAX_USERS, Query
+from ultra_hstu.data.catalog import first
+from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.titles import TitleSearch
+from ultra_hstu.serving import inputs, schema
 from ultra_hstu.serving.schema import (
     AboutUser,
+    FoundItem,
+    FoundItems,
+    ItemSearch,
+    KnownUser,
     Problem,
     Request,
     Response,
     ScoreRequest,
     ScoreResponse,
+    UserSearch,
 )
-from ultra_hstu.serving.service import RecommendService, Service, ServingOptions, open_service
+from ultra_hstu.serving.service import (
+    RecommendService,
+    ScoreService,
+    Service,
+    ServingOptions,
+    open_service,
+)
 
 WAITING = 320  # requests in a replica, answered or waiting; more are refused with 503
 BODY_S = 10  # in which the whole body of a request must be there
@@ -53,6 +72,17 @@ PROBLEMS: dict[int | str, dict[str, JsonValue | type[Problem]]] = {
         "description": f"{WAITING} requests are in the replica, or the service is starting",
     },
 }
+RECOMMEND, SCORE = "/recommend", "/score"
+READ_PROBLEMS: dict[int | str, dict[str, JsonValue | type[Problem]]] = {
+    404: {"model": Problem, "description": "the server was started with --nopage"},
+    422: PROBLEMS[422],
+    503: PROBLEMS[503],
+}
+# Nothing on the page comes from elsewhere, or goes there.
+POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class Admission:
@@ -118,6 +148,96 @@ def _refusal(status: int, detail: str) -> JSONResponse:
     return JSONResponse({"detail": detail}, status)
 
 
+class Page:
+    """What the page shows of a service: its items by title, and its users' histories."""
+
+    def __init__(self, service: Service):
+        self._service = service
+        self._data = None if service.data is None else service.data.interactions
+        slots = service.catalog.num_items + 1
+        self._count_I = (
+            None if self._data is None else np.bincount(self._data.items, minlength=slots)
+        )
+        self._titles = TitleSearch(service.catalog, self._count_I)
+        html = Path(__file__).with_name("static").joinpath("page.html").read_text("utf-8")
+        self.html = html.replace("{{run}}", json.dumps(self._run()).replace("<", "\\u003c"))
+
+    def _run(self) -> dict[str, JsonValue]:
+        """What the page says of the run."""
+        service, data, config = self._service, self._data, self._service.model.config
+        run: dict[str, JsonValue] = {
+            "path": RECOMMEND,
+            "name": config.name,
+            "source": config.data.source,
+            "items": service.catalog.num_items,
+            "users": None if data is None else data.num_users,
+            "events": None if data is None else data.num_events,
+            "examples": [] if data is None else data.users[:: -(-data.num_users // 3)].tolist(),
+            "actions": {
+                name: None if data is None else _span(data.actions[name]) for name in service.reads
+            },
+            "max_history": config.data.max_history,
+            "max_k": min(schema.MAX_K, service.catalog.num_items),
+            "max_found": schema.MAX_FOUND,
+        }
+        if isinstance(service, ScoreService):
+            words = service.model.vocabulary.contexts
+            run |= {"path": SCORE, "tasks": dict(service.model.kinds)}
+            run |= {"features": list(config.rank.features)}
+            run |= {"context": {name: list(texts[1:]) for name, texts in words.items()}}
+        return run
+
+    def items(self, search: ItemSearch) -> FoundItems:
+        """The items of a search."""
+        found = self._titles.find(search.search, search.limit)
+        count_I = self._count_I
+        items = [
+            FoundItem(item=raw, title=title, events=None if count_I is None else int(count_I[item]))
+            for item, raw, title in zip(found.items, *self._named(found.items), strict=True)
+        ]
+        return FoundItems(items=items, found=found.count, complete=found.complete)
+
+    def user(self, search: UserSearch) -> KnownUser:
+        """A user of the data. Raises ValueError for an unknown one."""
+        items, times, actions, codes = self._service.user(search.user)
+        data = cast(Interactions, self._data)
+        newest = slice(max(0, len(items) - schema.MAX_EVENTS), None)
+        raw_ids, titles = self._named(items[newest])
+        return KnownUser(
+            user=first(data.users[data.row(search.user) :]),
+            events=len(items),
+            history=raw_ids,
+            titles=titles,
+            times=None if times is None else times[newest].tolist(),
+            actions={
+                name: [value if math.isfinite(value) else None for value in values[newest].tolist()]
+                for name, values in actions.items()
+            },
+            context={name: data.context_values[name][code] for name, code in codes.items() if code},
+        )
+
+    def _named(self, items: Int[np.ndarray, " n"]) -> tuple[list[int | str], list[str | None]]:
+        """Raw ids and titles of dense ids."""
+        raw_ids, titles = self._service.catalog.decode(items), self._service.catalog.titles
+        return raw_ids.tolist(), [None if titles is None else titles[item] for item in items]
+
+
+def _span(values: Shaped[np.ndarray, " n"]) -> list[JsonValue] | None:
+    """The least and the largest of the values, if there are any."""
+    finite = values[np.isfinite(values)]
+    return [finite.min().item(), finite.max().item()] if finite.size else None
+
+
+def _page() -> Page:
+    page = cast(_Replica, serve.get_replica_context().servable_object).page
+    if page is None:
+        raise HTTPException(404)
+    return page
+
+
+OfReplica = Annotated[Page, Depends(_page)]
+
+
 def _application(path: str, description: str) -> FastAPI:
     """An application that says what is wrong with a request, and where requests go."""
     # FastAPI's own pages load their scripts from elsewhere.
@@ -127,7 +247,9 @@ def _application(path: str, description: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def _refused(request: HttpRequest, error: RequestValidationError) -> JSONResponse:
         kind = request.headers.get("content-type")
-        if kind is None or not re.match(r"application/(\S+\+)?json *(;|$)", kind, re.I):
+        if request.method == "POST" and not re.match(
+            r"application/(\S+\+)?json *(;|$)", kind or "", re.I
+        ):
             given = "no content-type" if kind is None else f"the content-type {kind!r:.80}"
             return _refusal(
                 415, f"the request has {given}: send JSON, with 'content-type: application/json'"
@@ -138,16 +260,32 @@ def _application(path: str, description: str) -> FastAPI:
 
     @app.exception_handler(404)
     async def _not_here(_: HttpRequest, __: Exception) -> JSONResponse:
-        return _refusal(404, f"this run answers POST {path} and nothing else; /docs describes it")
+        return _refusal(404, f"this run answers POST {path}; /docs describes it, and what else")
 
     @app.get("/docs", include_in_schema=False)
     async def _docs(request: HttpRequest) -> HTMLResponse:
         return HTMLResponse(schema.page(request.app.openapi()))
 
+    @app.get("/", include_in_schema=False)
+    def _root(page: OfReplica) -> HTMLResponse:
+        return HTMLResponse(page.html, headers={"content-security-policy": POLICY})
+
+    @app.get("/items", responses=READ_PROBLEMS)
+    def _items(search: Annotated[ItemSearch, Query()], page: OfReplica) -> FoundItems:
+        """Items by words of their titles."""
+        return page.items(search)
+
+    @app.get("/user", responses=READ_PROBLEMS)
+    def _user(search: Annotated[UserSearch, Query()], page: OfReplica) -> KnownUser:
+        """The history of a user of the data."""
+        try:
+            return page.user(search)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+
     return app
 
 
-RECOMMEND, SCORE = "/recommend", "/score"
 recommendations = _application(RECOMMEND, "Recommendations of a retrieval run.")
 scores = _application(SCORE, "Scores of a ranking run for given candidates.")
 
@@ -158,14 +296,22 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
     name: str  # in metrics
 
     def __init__(
-        self, workdir: str, raw_dir: str | None, options: ServingOptions, *, wait_ms: float
+        self,
+        workdir: str,
+        raw_dir: str | None,
+        options: ServingOptions,
+        *,
+        wait_ms: float,
+        page: bool,
     ):
         """
         Args:
           wait_ms: how long a batch waits for more requests than are there.
+          page: whether there is a page to try the run with, which shows users' histories.
         """
         compilation_cache.use()
         self.service = cast(Service[R, A], open_service(workdir, raw_dir, options))
+        self.page = Page(self.service) if page else None
         # One thread for all calls: with several, each has a heap of its own, and the memory of
         # users who were dropped stays with the one that made it.
         self._thread = ThreadPoolExecutor(1)
@@ -184,8 +330,8 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
             raise HTTPException(422, str(error)) from None
         return await self._answers(query)
 
-    @serve.batch(max_batch_size=MAX_USERS)
-    async def _answers(self, queries: list[Query]) -> list[A]:
+    @serve.batch(max_batch_size=inputs.MAX_USERS)
+    async def _answers(self, queries: list[inputs.Query]) -> list[A]:
         service = self.service
         # Both in the thread that changes what is counted.
         responses, values = await self._on_device(
@@ -218,9 +364,15 @@ class RecommendReplica(_Replica[Request, Response]):
     name = "recommend"
 
     def __init__(
-        self, workdir: str, raw_dir: str | None, options: ServingOptions, *, wait_ms: float
+        self,
+        workdir: str,
+        raw_dir: str | None,
+        options: ServingOptions,
+        *,
+        wait_ms: float,
+        page: bool,
     ):
-        super().__init__(workdir, raw_dir, options, wait_ms=wait_ms)
+        super().__init__(workdir, raw_dir, options, wait_ms=wait_ms, page=page)
         unknown = metrics.Gauge(
             "recommend_block_unknown", "ids of the block list that the catalogue lacks"
         )

@@ -26,11 +26,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import ErrorDetails
 
 from ultra_hstu.data.times import FIRST_SECOND, LAST_SECOND
+from ultra_hstu.data.titles import SEARCH_S
 
 MAX_BODY_BYTES = 2**20
 MAX_EVENTS, MAX_BLOCK = 8192, 8192  # of a request: hidden items together are one bucket
 MAX_K = 1000
 MAX_CANDIDATES = 4096
+MAX_FOUND = 1000  # items of a search
 _WIDEST = 2**63 - 1
 
 RawId = (
@@ -192,6 +194,60 @@ class ScoreResponse(BaseModel):
     warnings: list[str] = Field(description="what of the request was ignored or missing")
 
 
+class ItemSearch(BaseModel):
+    """Which items to list."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    search: Text = Field(
+        "",
+        description="words of a title, in any order and case, or a raw id; nothing lists the items "
+        "with the most events",
+    )
+    limit: int = Field(20, ge=1, le=MAX_FOUND, description="how many items")
+
+
+class FoundItem(BaseModel):
+    item: int | str = Field(description="id of the source")
+    title: str | None
+    events: int | None = Field(
+        description="how many events of the data have this item; null where there is no data"
+    )
+
+
+class FoundItems(BaseModel):
+    items: list[FoundItem] = Field(
+        description="the item with this id, then titles where each word begins a word, then "
+        "others; among these, those with more events first"
+    )
+    found: int = Field(description="how many items fit in all")
+    complete: bool = Field(
+        description=f"false: the search ended after {SEARCH_S} s, and more items may fit"
+    )
+
+
+class UserSearch(BaseModel):
+    """Whose history to show."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    user: Annotated[str, Field(min_length=1, max_length=256)] = Field(
+        description="a user of the run's data"
+    )
+
+
+class KnownUser(BaseModel):
+    """A user of the data. The columns are those of a request with a history."""
+
+    user: int | str
+    events: int = Field(description=f"in all; the columns hold the newest {MAX_EVENTS}")
+    history: list[int | str] = Field(description="item ids of the source, oldest first")
+    titles: list[str | None]
+    times: list[int] | None
+    actions: dict[str, list[float | None]] = Field(description="null where there is no value")
+    context: dict[str, str]
+
+
 class Problem(BaseModel):
     detail: str
 
@@ -200,11 +256,12 @@ def problem(errors: Sequence[ErrorDetails]) -> str:
     """What is wrong with a request, in one line, from Pydantic's `errors()`. It names fields, and a
     time, but nothing else of what was sent."""
     first, *others = [error for error in errors if not _of_other_member(error)] or errors
-    # A request over HTTP has "body" in front. Members of a union bear names that mean nothing to a
-    # caller.
+    # A request over HTTP has "body" or "query" in front. Members of a union bear names that mean
+    # nothing to a caller.
+    loc = first["loc"]
     parts = [
         ascii(part).strip("'")[:80]
-        for part in first["loc"]
+        for part in (loc[1:] if len(loc) > 1 and loc[0] == "query" else loc)
         if part != "body" and not str(part).startswith("constrained-")
     ]
     message = first["msg"].removeprefix("Value error, ")
@@ -239,21 +296,19 @@ def page(openapi: Mapping[str, Any]) -> str:
                 status: f"{escape(answer['description'])}: {_kind(_content(answer))}"
                 for status, answer in call["responses"].items()
             }
+            bodies = [call["requestBody"]] if "requestBody" in call else []
             parts += [
                 f"<h2>{method.upper()} {escape(path)}</h2>",
                 f"<p>{escape(call['description'])}</p>",
-                f"<p>body: {_kind(_content(call['requestBody']))}</p>",
+                *(f"<p>body: {_kind(_content(body))}</p>" for body in bodies),
+                _table(_fields({one["name"]: one["schema"] for one in call.get("parameters", [])})),
                 _table(answers),
             ]
     for name, model in openapi["components"]["schemas"].items():
-        fields = {
-            field: f"{_kind(kind)}. {escape(kind.get('description', ''))}"
-            for field, kind in model.get("properties", {}).items()
-        }
         parts += [
             f"<h2 id='{escape(name)}'>{escape(name)}</h2>",
             f"<p>{escape(model.get('description', ''))}</p>",
-            _table(fields),
+            _table(_fields(model.get("properties", {}))),
             *(f"<pre>{escape(json.dumps(example))}</pre>" for example in model.get("examples", [])),
         ]
     return (
@@ -261,6 +316,14 @@ def page(openapi: Mapping[str, Any]) -> str:
         "<style>body {font-family: sans-serif; max-width: 60em; margin: 2em auto} td "
         "{vertical-align: top; padding: .2em 1em .2em 0}</style>" + "\n".join(parts) + "</html>"
     )
+
+
+def _fields(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Names, and JSON schemas in words."""
+    return {
+        name: f"{_kind(kind)}. {escape(kind.get('description', ''))}"
+        for name, kind in kinds.items()
+    }
 
 
 def _content(body: Mapping[str, Any]) -> Mapping[str, Any]:
