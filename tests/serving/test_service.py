@@ -393,7 +393,7 @@ def test_a_block_list_counts_what_it_does_not_block(folder, caplog):
         (b"3\n 5 ", ": 2 items\n", ""),
         (b"\n", ": 0 items\n", ""),
         (b"3,5\n", "", "item ids of this catalogue are whole numbers, not '3,5'"),
-        ("3\n".encode("utf-16"), "", "is no text in UTF-8"),
+        ("3\n".encode("utf-16"), "", "is in UTF-16: save it as UTF-8"),
     ],
 )
 def test_a_file_of_blocked_items(folder, tmp_path, content, said, error):
@@ -403,7 +403,7 @@ def test_a_file_of_blocked_items(folder, tmp_path, content, said, error):
     done = commands.run("experiments.serve", f"--workdir={folder}", f"--block={path}", nowhere)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert said in done.stdout
-    assert f"--block={path}" in done.stdout + done.stderr
+    assert str(path) in done.stdout + done.stderr
     assert (error or "203.0.113.1 --port=8000 cannot be listened on") in done.stderr
 
 
