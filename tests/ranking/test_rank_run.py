@@ -77,7 +77,7 @@ def kuairand(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     lines = [
         kuairand_line(
-            u, int(rng.integers(0, 9)), 10**6 * (100 * u + i),
+            u, int(rng.integers(0, 9)), 165 * 10**10 + 10**6 * (100 * u + i),
             is_click=int(rng.integers(0, 2)), long_view=int(rng.integers(0, 2)),
             is_like=int(rng.integers(0, 2)), play_time_ms=int(rng.integers(0, 9000)),
             duration_ms=int(rng.integers(0, 3)) * 4000, tab=u % 2,

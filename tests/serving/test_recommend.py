@@ -152,7 +152,7 @@ def test_recommend_command(run):
     [
         (["--user=9999"], "unknown user 9999"),
         (["--history=1,99999"], "99999"),
-        (["--history=1", "--user=3"], "give either --user=ID or --history"),
+        (["--history=1", "--user=3"], "give either --user=ID, or --history"),
         (["--history=1,", "17,", "3"], "what is '17, 3'?"),
         (["--history=1,,3"], "has an empty place"),
         (["--history=1_0"], "whole numbers, not '1_0'"),
