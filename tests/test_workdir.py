@@ -321,6 +321,7 @@ def test_a_lost_catalogue_is_written_again(tmp_path, caplog):
     config = small_config(tmp_path / "data")
     data = load_interactions(config.data)
     folder = Workdir(tmp_path)
+    folder.claim(config)
     folder.claim_data(data)
     whole = folder.catalog.read_bytes()
     for damage in (whole[:100], b"", whole.replace(b"raw_ids", b"raw_idz"), None):

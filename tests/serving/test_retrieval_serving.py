@@ -218,14 +218,9 @@ def test_parameters_that_are_not_finite_are_refused(folder, monkeypatch):
     restore = Checkpoints.restore
 
     def broken(self, *arguments, **options):
-        step, state, *rest = restore(self, *arguments, **options)
-        return (
-            step,
-            dataclasses.replace(
-                state, params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params)
-            ),
-            *rest,
-        )
+        restored = restore(self, *arguments, **options)
+        params = jax.tree.map(lambda leaf: leaf * jnp.nan, restored.state.params)
+        return restored._replace(state=dataclasses.replace(restored.state, params=params))
 
     monkeypatch.setattr(Checkpoints, "restore", broken)
     with pytest.raises(ValueError, match="holds NaN or infinity in .*: train again"):
