@@ -320,7 +320,7 @@ log.close()
 def test_a_lost_catalogue_is_written_again(tmp_path, caplog):
     config = small_config(tmp_path / "data")
     data = load_interactions(config.data)
-    folder = Workdir(tmp_path)
+    folder = Workdir(tmp_path / "run")
     folder.claim(config)
     folder.claim_data(data)
     whole = folder.catalog.read_bytes()
