@@ -22,7 +22,7 @@ from experiments import command
 from experiments.command import ConfigParser, PathParser
 from experiments.record import Record
 from tests.small_run import small_config, with_
-from ultra_hstu import provenance
+from ultra_hstu import paths, provenance
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import load_interactions
@@ -126,7 +126,7 @@ FULL_DISK = """
 import resource, signal, sys
 import numpy as np, jax.numpy as jnp
 from pathlib import Path
-from ultra_hstu import provenance
+from ultra_hstu import paths, provenance
 from ultra_hstu.checkpoint import Checkpoints, abstract
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 checkpoints = Checkpoints(Path(sys.argv[1]))
@@ -508,3 +508,27 @@ def test_a_reader_that_closes_the_output_is_named(monkeypatch, capfd):
     console.file = Closed()
     with pytest.raises(BrokenPipeError):
         console.print("loss 0.5")
+
+
+def test_prepared_data_does_not_follow_the_current_folder(tmp_path, monkeypatch, caplog):
+    """The variable, then the user's data folder; ./data, the default once, is named."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")  # which the standard says to ignore
+    monkeypatch.setenv(paths.DATA_VARIABLE, "~/mine")
+    assert paths.data_folder(None) == tmp_path / "home" / "mine"
+    assert paths.data_folder("elsewhere") == Path("elsewhere")
+    monkeypatch.delenv(paths.DATA_VARIABLE)
+    wanted = tmp_path / "home" / ".local" / "share" / "ultra-hstu" / "data"
+    (tmp_path / "data" / "synthetic-0123").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(small_config("unused").data, data_dir=None)
+    load_interactions(config)
+    assert f"{tmp_path}/data holds data of synthetic, which is not read: " in caplog.text
+    assert any(wanted.glob("synthetic-*")) and len(list((tmp_path / "data").iterdir())) == 1
+    caplog.clear()
+    monkeypatch.chdir(tmp_path / "home")
+    load_interactions(config)
+    assert not caplog.text
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(ValueError, match="no folder for prepared data .no home.: name one with"):
+        paths.data_folder(None)

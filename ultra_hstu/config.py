@@ -26,7 +26,8 @@ Windows = tuple[Annotated[int, Limit(lambda value: value >= -1, "at least -1")],
 class DataConfig(Section):
     source: str = "synthetic"  # a name of ultra_hstu.data.sources
     raw_dir: LocalPath | None = None  # a copy in the publisher's format, read instead of a download
-    data_dir: LocalPath = "data"  # prepared array_record files go here
+    # Prepared data goes here. None: to ULTRA_HSTU_DATA, else to ~/.local/share/ultra-hstu/data.
+    data_dir: LocalPath | None = None
     ties: Literal["stable", "random"] = "stable"  # order of a user's events with equal timestamps
     ties_seed: NotNegative[int] = 0
     max_history: Count = 200  # newest events kept in front of a target
