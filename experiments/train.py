@@ -1,7 +1,8 @@
 """Trains one configuration.
 
 python -m experiments.train --config=ml1m_hstu --workdir=runs/ml1m_hstu
-    [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--record=experiments/results/NAME.json]
+    [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--overwrite]
+    [--record=experiments/results/NAME.json]
     [--distributed | --coordinator=HOST:PORT --processes=N --process=I]
 
 `experiments/configs` holds the configurations; a file of your own works as well. Any field can be
@@ -19,12 +20,13 @@ from absl import flags
 
 from experiments import command
 from experiments.record import Json, Record
-from ultra_hstu import report, tasks, workdir
+from ultra_hstu import report, tasks
 from ultra_hstu.config import from_config_dict
 from ultra_hstu.criteria import Criteria, Metrics, display_name
 from ultra_hstu.fields import changed
 from ultra_hstu.parallel import processes
 from ultra_hstu.train import train
+from ultra_hstu.workdir import Workdir
 
 _CONFIG = command.define_config()
 _WORKDIR = command.as_path(
@@ -36,6 +38,9 @@ _SEEDS = flags.DEFINE_list(
     "seeds",
     [],
     "several seeds, each in WORKDIR/seed_N, with mean and standard deviation at the end",
+)
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "start over, and remove the run in WORKDIR; without it that run goes on"
 )
 _RECORD = command.define_record()
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -80,14 +85,21 @@ def main(_: list[str]) -> None:
         "command", {"--seeds": seeds, "--record": _RECORD.value, "version of jax": jax.__version__}
     )
     record = Record(_RECORD.value if first else None, config=config.name, eval=config.evaluation)
-    root = Path(_WORKDIR.value)
+    root, overwrite = Path(_WORKDIR.value), _OVERWRITE.value
+    if seeds and Workdir(root).config.exists():
+        raise ValueError(f"{root} is the folder of one run: choose another --workdir for --seeds")
+    tasks.check(config)
+    runs = [
+        (changed(config, train={"seed": seed}), Workdir(root / f"seed_{seed}" if seeds else root))
+        for seed in seeds or [config.train.seed]
+    ]
+    for seeded, folder in runs:  # before any data is read
+        processes.broadcast(lambda: folder.check_owner(seeded, overwrite=overwrite))  # noqa: B023
     task = tasks.load(config)
     criteria = task.criteria
     results = []
-    for seed in seeds or [config.train.seed]:
-        seeded = changed(config, train={"seed": seed})
-        folder = workdir.Workdir(root / f"seed_{seed}" if seeds else root)
-        result = train(seeded, folder.path, console=console, task=task)
+    for seeded, folder in runs:
+        result = train(seeded, folder.path, console=console, task=task, overwrite=overwrite)
         history = [
             {name: epoch[name] for name in (*HISTORY, *criteria.curves) if name in epoch}
             for epoch in (report.read_metrics(folder.metrics) if first else [])

@@ -22,12 +22,14 @@ from experiments import command
 from experiments.command import ConfigParser, PathParser
 from experiments.record import Record
 from tests.small_run import small_config, with_
-from ultra_hstu import paths, provenance
+from ultra_hstu import paths, provenance, starts
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.digests import digests
 from ultra_hstu.report import MetricLog, draw_curves, make_console, read_metrics
+from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.serving.service import open_service
 from ultra_hstu.workdir import Workdir, remedy_of, write_json
 
 
@@ -36,8 +38,77 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path):
     first = Workdir(tmp_path / "run")
     first.claim(config)
     first.release()
+    (first.checkpoints / "8").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"another configuration.*\n  model.width: 16 -> 32\n"):
         Workdir(tmp_path / "run").claim(with_(config, model__width=32))
+
+
+def test_a_folder_without_a_checkpoint_takes_a_new_configuration(tmp_path, caplog):
+    first, config = Workdir(tmp_path), small_config("data")
+    first.claim(config)
+    first.data.write_text('{"users": 1}')
+    first.starts.write_text('{"runs": []}')
+    first.release()
+    (first.checkpoints / "0").mkdir(parents=True)  # the trial of a killed run
+    second = Workdir(tmp_path)
+    second.claim(with_(config, model__width=32))
+    second.release()
+    assert f"{tmp_path} has no checkpoint" in caplog.text and "width: 16 -> 32" in caplog.text
+    assert second.read_config().model.width == 32 and not second.checkpoints.exists()
+    assert not second.data.exists() and second.starts.exists()
+
+
+def test_overwrite_removes_a_run_and_nothing_else(tmp_path):
+    folder, config = Workdir(tmp_path), small_config("data")
+    folder.claim(config)
+    folder.release()
+    (folder.checkpoints / "8").mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="start over in this one with --overwrite"):
+        folder.claim(with_(config, model__width=32))
+    folder.claim(with_(config, model__width=32), overwrite=True)
+    folder.release()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".lock", "config.json", "notes.txt"}
+    folder.config.write_text('{"architectures": []}')  # somebody else's
+    with pytest.raises(ValueError, match="this is no run: delete it by hand"):
+        folder.claim(config, overwrite=True)
+
+
+def test_every_start_is_written_down(tmp_path, monkeypatch):
+    folder = Workdir(tmp_path)
+    with starts.recorded(folder):
+        (entry,) = starts.read_starts(folder)
+        assert entry["outcome"] == starts.STARTED and "ended" not in entry
+    with pytest.raises(FloatingPointError), starts.recorded(folder):
+        raise FloatingPointError("the loss is nan")
+    first, second = starts.read_starts(Workdir(tmp_path))
+    assert (first["outcome"], second["outcome"]) == ("done", "FloatingPointError: the loss is nan")
+    for name in ("command", "commit", "versions", "device", "started", "ended", "seconds"):
+        assert first[name] is not None and name in second, name
+    folder.starts.write_text("{")
+    with pytest.raises(ValueError, match="run.json, line 1: not JSON .*: delete it"):
+        with starts.recorded(folder):
+            pass
+
+
+def test_a_folder_of_several_seeds_names_them(tmp_path):
+    config = small_config("data")
+    for seed in (43, 7):
+        folder = Workdir(tmp_path / f"seed_{seed}")
+        folder.claim(with_(config, train__seed=seed))
+        folder.release()
+    (tmp_path / "seed_of_doubt").mkdir()
+    parent = Workdir(tmp_path)
+    assert list(parent.seeds) == [7, 43] and parent.seeds[7].read_config().train.seed == 7
+    for refused in (
+        parent.read_config,
+        lambda: parent.claim(config),
+        lambda: open_service(str(tmp_path)),
+        lambda: RecommendationModel(str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"runs of 2 seeds .seed_7, seed_43.: .*/seed_7"):
+            refused()
 
 
 def test_a_run_is_evaluated_in_one_way(tmp_path):
@@ -46,6 +117,7 @@ def test_a_run_is_evaluated_in_one_way(tmp_path):
     first = Workdir(tmp_path)
     first.claim(config)
     first.release()
+    first.result.write_text("{}")
     with pytest.raises(ValueError, match="eval.hide: 'window' -> 'all'"):
         Workdir(tmp_path).claim(with_(config, eval__hide="all"))
     values = json.loads(first.config.read_text())
@@ -126,7 +198,7 @@ FULL_DISK = """
 import resource, signal, sys
 import numpy as np, jax.numpy as jnp
 from pathlib import Path
-from ultra_hstu import paths, provenance
+from ultra_hstu import provenance
 from ultra_hstu.checkpoint import Checkpoints, abstract
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 checkpoints = Checkpoints(Path(sys.argv[1]))
@@ -320,7 +392,8 @@ log.close()
 def test_a_lost_catalogue_is_written_again(tmp_path, caplog):
     config = small_config(tmp_path / "data")
     data = load_interactions(config.data)
-    folder = Workdir(tmp_path)
+    folder = Workdir(tmp_path / "run")
+    folder.claim(config)
     folder.claim_data(data)
     whole = folder.catalog.read_bytes()
     for damage in (whole[:100], b"", whole.replace(b"raw_ids", b"raw_idz"), None):

@@ -23,6 +23,7 @@ def fit(
     workdir: Path | str,
     *,
     console: Console | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Trains a run on these events, or goes on training it.
 
@@ -33,6 +34,7 @@ def fit(
       config: what to train. `data.source` and `data.raw_dir` are set to that copy.
       workdir: folder of the run; made if it does not exist.
       console: where progress is shown; None: standard output.
+      overwrite: start anew, and remove the run that is in `workdir`.
 
     Returns:
       The result, as `result.json` holds it: "best" has the metrics of the best epoch on the test
@@ -47,7 +49,8 @@ def fit(
     config = changed(config, data={"source": ARRAYS, "raw_dir": str(copy)})
     config.validate()
     events = ordered(interactions, ties=config.data.ties, seed=config.data.ties_seed)
-    return train(config, workdir, console=console, task=tasks.of(config, events))
+    task = tasks.of(config, events)
+    return train(config, workdir, console=console, task=task, overwrite=overwrite)
 
 
 def respond[R: AboutUser, A: Response | ScoreResponse](

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.progress import Progress
 
-from ultra_hstu import optim, report, tasks
+from ultra_hstu import optim, report, starts, tasks
 from ultra_hstu.checkpoint import Checkpoints, Position, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Metrics
@@ -69,11 +69,13 @@ def train(
     *,
     console: Console | None = None,
     task: Task | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir`; its result, as `result.json` holds it.
 
     Args:
       task: the loaded data of this configuration, where several runs share it.
+      overwrite: start anew, and remove the run that is in `workdir`.
 
     Raises:
       ValueError: bad configuration or data, or a folder that belongs to another run.
@@ -85,8 +87,8 @@ def train(
     tasks.check(config)
     console = (console or Console()) if processes.is_first() else Console(quiet=True)
     folder = Workdir(workdir)
-    config = _claim(folder, config)
-    try:
+    config = _claim(folder, config, overwrite)
+    with starts.recorded(folder):
         task = tasks.load(config) if task is None else task.with_config(config)
         processes.require_same(
             "data set", task.interactions.fingerprint() if processes.several() else {}
@@ -100,11 +102,9 @@ def train(
                 run.checkpoints.let_go()
                 if run.log is not None:
                     run.log.close()
-    finally:
-        folder.release()
 
 
-def _claim(folder: Workdir, config: Config) -> Config:
+def _claim(folder: Workdir, config: Config, overwrite: bool) -> Config:
     """Claims the folder for all processes, one of which writes; the configuration with its groups.
 
     Raises ValueError as `Workdir.claim`.
@@ -121,11 +121,11 @@ def _claim(folder: Workdir, config: Config) -> Config:
         )
 
     def claim() -> int:
-        with_groups = folder.with_groups(config)
+        with_groups = folder.with_groups(config, overwrite=overwrite)
         if config.parallel.data * config.parallel.context > 1:
             # Raises before the folder is this run's.
             make_mesh(config.parallel.data, config.parallel.context)
-        folder.claim(with_groups)
+        folder.claim(with_groups, overwrite=overwrite)
         return with_groups.parallel.batch_groups
 
     groups = processes.broadcast(claim)
