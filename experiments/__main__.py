@@ -9,6 +9,7 @@ COMMANDS = {
     "evaluate": "measures a run on its test or validation part",
     "recommend": "recommends items to a user, or answers a file of requests",
     "serve": "answers requests over HTTP",
+    "compare": "compares runs: metrics, and what differs in their configurations",
     "export": "writes a ranking run as one file that scores without this code",
     "demo": "trains two small models on synthetic data, compares and draws them",
 }

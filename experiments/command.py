@@ -154,8 +154,10 @@ def define_record() -> flags.FlagHolder[str | None]:
     return as_path(flags.DEFINE_string("record", None, what))
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(main: Callable[[list[str]], None], *, arguments: bool = False) -> None:
     """Runs `main` as the program. With several processes an error of one ends them all.
+
+    `arguments`: whether the command takes any beside its flags.
 
     Exit codes: 0 done, or stopped by a signal with its state saved; 1 bad input or disk; 3 a loss
     that is not finite; 4 another process of the run failed or was lost.
@@ -169,7 +171,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     def wrapped(argv: list[str]) -> None:
         errors = Console(stderr=True)
-        if argv[1:]:
+        if argv[1:] and not arguments:
             errors.print(
                 f"error: what is {' '.join(argv[1:])!r}? "
                 "Options begin with --, and values with blanks need quotes.",

@@ -11,8 +11,6 @@ Many processes: docs/many_processes.md.
 """
 
 import logging
-import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,7 +20,7 @@ from experiments import command
 from experiments.record import Json, Record
 from ultra_hstu import report, tasks
 from ultra_hstu.config import from_config_dict
-from ultra_hstu.criteria import Criteria, Metrics, display_name
+from ultra_hstu.criteria import Criteria, Metrics, display_name, mean_and_deviation
 from ultra_hstu.fields import changed
 from ultra_hstu.parallel import processes
 from ultra_hstu.train import train
@@ -107,11 +105,9 @@ def main(_: list[str]) -> None:
         results.append(result | {"history": history})
     rows = {f"{config.name}, seed {result['seed']}": result["best"] for result in results}
     if len(results) > 1:
-        record.values |= {
-            "mean": summary(results, statistics.mean),
-            "stdev": summary(results, statistics.stdev),
-        }
-        rows |= {"mean": record.values["mean"], "standard deviation": record.values["stdev"]}
+        mean, deviation = mean_and_deviation([result["best"] for result in results])
+        record.values |= {"mean": mean, "stdev": deviation}
+        rows |= {"mean": mean, "standard deviation": deviation}
     without_model = task.baselines("test")
     for result in results if first else ():
         warn_below_floor(result, without_model, criteria)
@@ -159,12 +155,6 @@ def read_seeds(given: list[str]) -> list[int]:
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds={','.join(given)} names a seed twice")
     return seeds
-
-
-def summary(results: list[Json], statistic: Callable[[list[float]], float]) -> dict[str, float]:
-    return {
-        name: statistic([result["best"][name] for result in results]) for name in results[0]["best"]
-    }
 
 
 if __name__ == "__main__":

@@ -395,6 +395,7 @@ def test_a_lost_catalogue_is_written_again(tmp_path, caplog):
     folder = Workdir(tmp_path / "run")
     folder.claim(config)
     folder.claim_data(data)
+    folder.release()
     whole = folder.catalog.read_bytes()
     for damage in (whole[:100], b"", whole.replace(b"raw_ids", b"raw_idz"), None):
         if damage is None:

@@ -206,13 +206,21 @@ def changed[S: Section](section: S, **fields: Any) -> S:
     return dataclasses.replace(section, **values)
 
 
-def difference(old: Values, new: Values, prefix: str = "") -> list[str]:
+def flat(values: Values, prefix: str = "") -> Values:
+    """Nested dicts as one, by the whole names of their fields: {"train.seed": 42, ...}."""
+    found: Values = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
+
+
+def difference(old: Values, new: Values) -> list[str]:
     """One line for every field in which nested dicts differ: `data.ties: 'stable' -> 'random'`."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += difference(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
-    return lines
+    before, after = flat(old), flat(new)
+    shown = [{name: repr(value) for name, value in one.items()} for one in (before, after)]
+    return [
+        f"{name}: {' -> '.join(one.get(name, '(absent)') for one in shown)}"
+        for name in sorted(before.keys() | after.keys())
+        if name not in before or name not in after or before[name] != after[name]
+    ]

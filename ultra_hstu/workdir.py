@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -297,6 +297,19 @@ class Workdir:
         config = self.read_config().on_one_device()
         data = dataclasses.replace(config.data, raw_dir=raw_dir or config.data.raw_dir)
         return dataclasses.replace(config, data=data)
+
+
+def require_same(runs: Sequence[Workdir]) -> None:
+    """Raises ValueError, with the difference, for runs that differ in more than their seeds."""
+    first, *others = (dataclasses.asdict(folder.read_config()) for folder in runs)
+    for folder, config in zip(runs[1:], others, strict=True):
+        config["train"]["seed"] = first["train"]["seed"]
+        if lines := [one for one in difference(first, config) if not one.startswith(FREE_FIELDS)]:
+            listed = "\n  ".join(lines)
+            raise ValueError(
+                f"{folder.path} has another configuration than {runs[0].path}, so that no mean is "
+                f"taken:\n  {listed}\nName one of them with --workdir."
+            )
 
 
 def read_object(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str, Any]:
