@@ -18,8 +18,8 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 
 from experiments import configs
-from ultra_hstu import compilation_cache, fields, paths
-from ultra_hstu.config import Config, EvalConfig, to_config_dict
+from ultra_hstu import compilation_cache, effects, fields, paths
+from ultra_hstu.config import Config, EvalConfig, from_config_dict, to_config_dict
 from ultra_hstu.parallel import processes
 from ultra_hstu.step import require_jit
 from ultra_hstu.train import Interrupted
@@ -75,13 +75,12 @@ class ConfigParser(ConfigFileFlagParser):
             found = configs.named(file.stem if recorded else path)
         config = to_config_dict(found).lock()
         known = list(fields.paths(dataclasses.asdict(found)))
-        for given in sys.argv[1:]:
-            field = re.match(rf"--?(?:no)?{self.name}\.([\w.]+)(?:=|$)", given)
-            if field and field[1].startswith(_TASKS):
+        for field in given_fields(self.name):
+            if field.startswith(_TASKS):
                 with config.unlocked():
-                    config.data.table.tasks[field[1].removeprefix(_TASKS)] = ""
-            elif field and field[1] not in known:
-                raise flags.Error(fields.unknown(field[1], known))
+                    config.data.table.tasks[field.removeprefix(_TASKS)] = ""
+            elif field not in known:
+                raise flags.Error(fields.unknown(field, known))
         return config
 
     def _of_file(self, file: str, argument: str) -> Config:
@@ -94,6 +93,58 @@ class ConfigParser(ConfigFileFlagParser):
             problem = getattr(found, "_error", f"get_config() returned {found!r:.60}")
             raise ValueError(f"{file} makes no configuration: {problem}")
         return found
+
+
+def given_fields(name: str) -> list[str]:
+    """The fields that the command line sets by --NAME.FIELD."""
+    found = (re.match(rf"--?(?:no)?{name}\.([\w.]+)(?:=|$)", word) for word in sys.argv[1:])
+    return [field[1] for field in found if field]
+
+
+def resolved(values: ml_collections.ConfigDict, name: str = "config") -> Config:
+    """The configuration that --NAME and its overrides make, whose paths are absolute from now on.
+
+    Raises:
+      ValueError: values that cannot work, and overrides that have no effect.
+    """
+    config = from_config_dict(values)
+    for field in given_fields(name):
+        effects.require_effect(config, field)
+    data, table = config.data, config.data.table
+    return fields.changed(
+        config,
+        data={
+            "raw_dir": _absolute(data.raw_dir),
+            "data_dir": _absolute(data.data_dir),
+            "table": {
+                "items_file": _absolute(table.items_file),
+                "users_file": _absolute(table.users_file),
+            },
+        },
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(paths.local(path).absolute())
+
+
+def configuration_lines(config: Config) -> list[str]:
+    """Every field with its value; `*` and the default where it is another one.
+
+    What has no effect says so.
+    """
+    default, found = (fields.flat(dataclasses.asdict(one)) for one in (Config(), config))
+    width = max(map(len, found))
+    idle = effects.without_effect(config)
+    lines = [f"{config.name}: every field; * marks values that are not the defaults"]
+    for field, value in found.items():
+        known = default.get(field, value)
+        changed = field not in default or value != known
+        note = f"   (default {known!r})" if changed and field in default else ""
+        if any(field == name or field.startswith(f"{name}.") for name in idle):
+            note += "   (no effect)"
+        lines.append(f"{'*' if changed else ' '} {field:<{width}}  {value!r}{note}")
+    return lines
 
 
 class PathParser(flags.ArgumentParser):
@@ -119,12 +170,25 @@ def define_config(
     text = f"{what}: a name of experiments/configs, or a file whose get_config() makes one"
     holder = config_flags.DEFINE_config_file(name, None, text, lock_config=True)
     flags.FLAGS[name].parser = ConfigParser(name)
-    given = any(re.match(rf"--?{name}(=|$)", argument) for argument in sys.argv[1:])
-    if default is not None and not given:  # as if it were: overrides need it
-        sys.argv.insert(1, f"--{name}={default}")
+    put_first(name, default)
     if required:
         flags.mark_flag_as_required(name)
     return holder
+
+
+def put_first(name: str, default: str | None = None) -> None:
+    """Puts --NAME in front on the command line, where its overrides need it; if absent, a default.
+
+    Users may write flags in any order.
+    """
+    places = [i for i, word in enumerate(sys.argv[1:], 1) if re.match(rf"--?{name}(=|$)", word)]
+    if places:
+        end = places[0] + (1 if "=" in sys.argv[places[0]] else 2)
+        given = sys.argv[places[0] : end]
+        del sys.argv[places[0] : end]
+        sys.argv[1:1] = given
+    elif default is not None:
+        sys.argv.insert(1, f"--{name}={default}")
 
 
 def define_eval() -> dict[str, flags.FlagHolder[str | None]]:
@@ -244,6 +308,18 @@ def parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         Console(stderr=True).print(
-            f"error: {error}\n(--help lists the options)", markup=False, soft_wrap=True
+            f"error: {_in_words(error)}\n(--help lists the options)", markup=False, soft_wrap=True
         )
         sys.exit(1)
+
+
+def _in_words(error: Exception) -> str:
+    """The error; of a value that is not of a field's type, the field and its type."""
+    found = re.match(r"flag --\w+\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+    if found is None:
+        return str(error)
+    try:
+        allowed = fields.words(fields.hint_of(Config, found[1]))
+    except KeyError:
+        return str(error)
+    return f"{found[1]}={found[2]} is not allowed: use {allowed}"

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from experiments import command
 from ultra_hstu import report, tasks
-from ultra_hstu.config import Config, from_config_dict
+from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.table import prepared
 from ultra_hstu.data.table.columns import Reading
@@ -38,7 +38,7 @@ PERCENT = (0, 10, 50, 90, 99, 100)
 
 
 def main(_: list[str]) -> None:
-    config = changed(from_config_dict(_CONFIG.value), data={"raw_dir": _DATA.value})
+    config = changed(command.resolved(_CONFIG.value), data={"raw_dir": _DATA.value})
     if config.data.source != "table":
         raise ValueError(f"--config={config.name} is of {config.data.source}: own data is 'table'")
     console, data = report.make_console(), config.data

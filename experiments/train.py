@@ -6,7 +6,8 @@ python -m experiments.train --config=ml1m_hstu --workdir=runs/ml1m_hstu
     [--distributed | --coordinator=HOST:PORT --processes=N --process=I]
 
 `experiments/configs` holds the configurations; a file of your own works as well. Any field can be
-overridden: --config.train.epochs=10. Started again with the same arguments it goes on where it was.
+overridden: --config.train.epochs=10; --show prints what comes of it (docs/configuration.md has all
+fields). Started again with the same arguments it goes on where it was.
 Many processes: docs/many_processes.md.
 """
 
@@ -19,18 +20,18 @@ from absl import flags
 from experiments import command
 from experiments.record import Json, Record
 from ultra_hstu import report, tasks
-from ultra_hstu.config import from_config_dict
 from ultra_hstu.criteria import Criteria, Metrics, display_name, mean_and_deviation
 from ultra_hstu.fields import changed
-from ultra_hstu.parallel import processes
+from ultra_hstu.parallel import make_mesh, processes
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
 _CONFIG = command.define_config()
 _WORKDIR = command.as_path(
-    flags.DEFINE_string(
-        "workdir", None, "folder of the run; made if it does not exist", required=True
-    )
+    flags.DEFINE_string("workdir", None, "folder of the run; made if it does not exist")
+)
+_SHOW = flags.DEFINE_bool(
+    "show", False, "print the configuration, with what differs from the defaults, and do no more"
 )
 _SEEDS = flags.DEFINE_list(
     "seeds",
@@ -77,8 +78,19 @@ def main(_: list[str]) -> None:
     if not first:
         logging.getLogger("ultra_hstu").setLevel(logging.ERROR)  # one process warns for all
     console = report.make_console(quiet=not first)
-    config = from_config_dict(_CONFIG.value)
+    config = command.resolved(_CONFIG.value)
+    tasks.check(config)
+    tasks.check_names(config)
+    if _SHOW.value:
+        console.print("\n".join(command.configuration_lines(config)), markup=False, soft_wrap=True)
+        return
+    if _WORKDIR.value is None:
+        raise ValueError("--workdir is missing: name the folder of the run")
     seeds = read_seeds(_SEEDS.value)
+    if seeds and "train.seed" in command.given_fields("config"):
+        raise ValueError("--config.train.seed has no effect beside --seeds: name the seed there")
+    if (mesh := config.parallel).data * mesh.context > 1:
+        make_mesh(mesh.data, mesh.context)  # which raises where there are too few devices
     processes.require_same(
         "command", {"--seeds": seeds, "--record": _RECORD.value, "version of jax": jax.__version__}
     )
@@ -86,7 +98,6 @@ def main(_: list[str]) -> None:
     root, overwrite = Path(_WORKDIR.value), _OVERWRITE.value
     if seeds and Workdir(root).config.exists():
         raise ValueError(f"{root} is the folder of one run: choose another --workdir for --seeds")
-    tasks.check(config)
     runs = [
         (changed(config, train={"seed": seed}), Workdir(root / f"seed_{seed}" if seeds else root))
         for seed in seeds or [config.train.seed]

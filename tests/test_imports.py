@@ -15,7 +15,7 @@ LAYERS = [
     ["ultra_hstu.fields"],
     ["ultra_hstu.paths"],
     ["ultra_hstu.sections", "ultra_hstu.table_config"],
-    ["ultra_hstu.config", "ultra_hstu.provenance", "ultra_hstu.compilation_cache"],
+    [f"ultra_hstu.{name}" for name in "config effects provenance compilation_cache".split()],
     ["ultra_hstu.parallel"],
     ["ultra_hstu.sequences"],
     ["ultra_hstu.nn"],

@@ -144,11 +144,38 @@ def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
             floats = float in (hint, *get_args(hint))
             built[name] = float(value) if floats and type(value) is int else value
         else:
-            allowed = getattr(hint, "__name__", str(hint))
-            if get_origin(hint) is Literal:
-                allowed = ", ".join(map(repr, get_args(hint)))
-            raise ValueError(f"{prefix}{name}={value!r} is not allowed: use {allowed}")
+            raise ValueError(f"{prefix}{name}={value!r} is not allowed: use {words(hint)}")
     return cls(**built)
+
+
+def words(hint: Any) -> str:
+    """A type in words, as in "use int or None"."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return words(parts[0])
+    if origin is Literal:
+        return ", ".join(map(repr, parts))
+    if origin in (Union, types.UnionType):
+        return " or ".join(words(part) for part in parts)
+    if origin is tuple:
+        return f"tuple of {words(parts[0])}"
+    if origin is dict:
+        return "a section for each name" if _of_sections(hint) else "a text for each name"
+    if hint is types.NoneType:
+        return "None"
+    return "its fields" if issubclass(hint, Section) else hint.__name__
+
+
+def hint_of(cls: type[Section], path: str) -> Any:
+    """The type of a field by its whole name, such as model.channels.liked.layers.
+
+    Raises KeyError for an unknown one.
+    """
+    name, _, rest = path.partition(".")
+    hint = get_type_hints(cls)[name]
+    if rest and get_origin(hint) is dict:
+        rest, hint = rest.partition(".")[2], get_args(hint)[1]
+    return hint_of(hint, rest) if rest else hint
 
 
 def _of_sections(hint: Any) -> bool:

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
+from kernels.hstu_attention.api import implementations
 from ultra_hstu.config import Config
-from ultra_hstu.data import sources
+from ultra_hstu.data import signals, sources
 from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
 from ultra_hstu.fields import changed
 from ultra_hstu.ranking.task import RankingTask
@@ -15,12 +16,46 @@ TASKS: dict[str, type[Task]] = {"retrieval": RetrievalTask, "ranking": RankingTa
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for a source or a protocol that is not there; reads nothing."""
+    """Raises ValueError for a source, a protocol or an implementation that is not there.
+
+    Reads nothing.
+    """
     if config.data.source != ARRAYS:
         sources.check(config.data.source)
     if config.train.protocol not in (known := _asked_for(config).PROTOCOLS):
         names = ", ".join(map(repr, known))
         raise ValueError(f"train.protocol={config.train.protocol!r} is not allowed: use {names}")
+    chosen, able = config.model.implementation, implementations()
+    if chosen is not None and chosen not in able:
+        listed = ", ".join(map(repr, able))
+        raise ValueError(f"model.implementation={chosen!r} is not allowed: use {listed} or None")
+
+
+def check_names(config: Config) -> None:
+    """Raises ValueError for what a publisher's source does not have; reads nothing.
+
+    That is names of actions and of features of users, and times.
+    """
+    data = config.data
+    if data.source in (ARRAYS, sources.TABLE):
+        return  # their columns are known once their files are opened
+    builder = sources.builder_of(data.source)
+    variant = builder.builder_configs[data.source]
+    signals.check_names(config, builder.ACTIONS)
+    if config.rank.contextual and not variant.context_files:
+        raise ValueError(
+            f"rank.contextual={config.rank.contextual}: {data.source} has no features of users"
+        )
+    if not variant.files and data.raw_dir is not None:
+        raise ValueError(f"data.raw_dir={data.raw_dir!r} must be None: {data.source} is generated")
+    timed = {
+        "data.ties": (data.ties, ("random",), "use 'stable'"),
+        "train.protocol": (config.train.protocol, ("temporal",), "use 'validated'"),
+        "eval.time": (config.eval.time, ("last", "request"), "use 'target'"),
+    }
+    for field, (value, needs, remedy) in timed.items():
+        if not builder.TICKS and value in needs:
+            raise ValueError(f"{field}={value!r} needs times, and {data.source} has none: {remedy}")
 
 
 def of(config: Config, interactions: Interactions) -> Task:
@@ -40,6 +75,7 @@ def load(config: Config) -> Task:
       ValueError: bad data, or a configuration that does not suit it.
     """
     check(config)
+    check_names(config)
     return of(config, load_interactions(config.data))
 
 
