@@ -13,7 +13,14 @@ import ml_collections
 from ultra_hstu import fields
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 from ultra_hstu.paths import LocalPath
-from ultra_hstu.sections import Count, EvalConfig, OptimConfig, SyntheticConfig
+from ultra_hstu.sections import (
+    Count,
+    EvalConfig,
+    OptimConfig,
+    ParallelConfig,
+    RankConfig,
+    SyntheticConfig,
+)
 from ultra_hstu.table_config import TableConfig
 
 Kind = Literal["binary", "regression"]  # of a ranking task
@@ -120,28 +127,6 @@ class LossConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class RankConfig(Section):
-    """What the user will do with each target. Without tasks a run is retrieval."""
-
-    tasks: tuple[str, ...] = ()  # names of ultra_hstu.data.signals
-    input: Literal["merged", "interleaved"] = "merged"  # item + action in one token, or two tokens
-    # What the user did with an event, embedded and summed; 0 on targets. Retrieval embeds them in
-    # every history token.
-    signals: tuple[str, ...] = ()
-    features: tuple[str, ...] = ()  # known of an event before the user acts; kept on targets
-    contextual: tuple[str, ...] = ()  # features of the user, one token each before the history
-    targets: Count = 16  # events a request asks about, which do not see one another
-    # The end that positions count from: the targets, or the oldest event. A cached history grows
-    # without being encoded anew only under "forwards".
-    positions: Literal["backwards", "forwards"] = "backwards"
-    # all: every history item too (interleaved only; positions are forwards)
-    supervise: Literal["targets", "all"] = "targets"
-    head_width: Count = 128  # hidden width of the multi-task head
-    validation_fraction: NotNegative[float] = 0.1  # of a user's events, before the test events
-    test_fraction: NotNegative[float] = 0.1  # of a user's events, the newest
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig(Section):
     epochs: Count = 101
     seed: Annotated[
@@ -159,29 +144,6 @@ class TrainConfig(Section):
     # Steps in one compiled scan; progress, signals and metrics are looked at between calls.
     steps_per_call: Count = 16
     matmul_precision: Literal["default", "tensorfloat32", "highest"] = "default"
-
-
-@dataclasses.dataclass(frozen=True)
-class ParallelConfig(Section):
-    """How the devices of a mesh share a step, see docs/context_parallel.md.
-
-    What is computed depends on `groups` alone.
-    """
-
-    data: Count = 1  # groups of devices, each with users of its own
-    context: Count = 1  # devices of a group, which share the rows of its users
-    # A batch is packed in so many parts, a multiple of data. None: those of the run; of a new one,
-    # `data`.
-    groups: Count | None = None
-    # Of attention over context.
-    strategy: Literal["auto", "gather", "ring", "ulysses", "halo"] = "auto"
-    # Slices, or blocks in turns, which balance full causal masks.
-    layout: Literal["auto", "contiguous", "striped"] = "auto"
-    fsdp: bool = False  # matrices of layers, with their optimizer state, are divided over data
-
-    @property
-    def batch_groups(self) -> int:
-        return self.data if self.groups is None else self.groups
 
 
 @dataclasses.dataclass(frozen=True)

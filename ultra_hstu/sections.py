@@ -55,3 +55,48 @@ class EvalConfig(Section):
     # request (ranking): about all targets of a request at the time of its first; last: at the time
     # of the user's last event, as in serving without `now`.
     time: Literal["target", "request", "last"] = "target"
+
+
+@dataclasses.dataclass(frozen=True)
+class RankConfig(Section):
+    """What the user will do with each target. Without tasks a run is retrieval."""
+
+    tasks: tuple[str, ...] = ()  # names of ultra_hstu.data.signals
+    input: Literal["merged", "interleaved"] = "merged"  # item + action in one token, or two tokens
+    # What the user did with an event, embedded and summed; 0 on targets. Retrieval embeds them in
+    # every history token.
+    signals: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()  # known of an event before the user acts; kept on targets
+    contextual: tuple[str, ...] = ()  # features of the user, one token each before the history
+    targets: Count = 16  # events a request asks about, which do not see one another
+    # The end that positions count from: the targets, or the oldest event. A cached history grows
+    # without being encoded anew only under "forwards".
+    positions: Literal["backwards", "forwards"] = "backwards"
+    # all: every history item too (interleaved only; positions are forwards)
+    supervise: Literal["targets", "all"] = "targets"
+    head_width: Count = 128  # hidden width of the multi-task head
+    validation_fraction: NotNegative[float] = 0.1  # of a user's events, before the test events
+    test_fraction: NotNegative[float] = 0.1  # of a user's events, the newest
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig(Section):
+    """How the devices of a mesh share a step, see docs/context_parallel.md.
+
+    What is computed depends on `groups` alone.
+    """
+
+    data: Count = 1  # groups of devices, each with users of its own
+    context: Count = 1  # devices of a group, which share the rows of its users
+    # A batch is packed in so many parts, a multiple of data. None: those of the run; of a new one,
+    # `data`.
+    groups: Count | None = None
+    # Of attention over context.
+    strategy: Literal["auto", "gather", "ring", "ulysses", "halo"] = "auto"
+    # Slices, or blocks in turns, which balance full causal masks.
+    layout: Literal["auto", "contiguous", "striped"] = "auto"
+    fsdp: bool = False  # matrices of layers, with their optimizer state, are divided over data
+
+    @property
+    def batch_groups(self) -> int:
+        return self.data if self.groups is None else self.groups
