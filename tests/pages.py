@@ -158,6 +158,10 @@ class Page:
                 there, arguments = True, [*arguments, f"--config.data.raw_dir={raw}", *SMALL]
                 if "seeds" in flags:  # one will do
                     arguments.append("--seeds=" + flags["seeds"].split(",")[0])
+        if module == "experiments.compare":
+            there = all((self.folder / run / "config.json").exists() for run in arguments)
+            if not there:
+                return
         if module == "experiments.serve":
             self.served = str(workdir)
         if not there:

@@ -18,24 +18,24 @@ class SyntheticConfig(Section):
         int, Limit(lambda value: value >= 3, "at least 3: history, validation, test")
     ] = 64
     items: Count = 2000  # ids released over the stream; the paper has 20,000
-    categories: Count = 50  # the paper has 100
+    categories: Count = 50  # of items; the paper has 100
     prior_categories: Count = 5  # at most this many in a record's own prior
     released_at_start: BelowOne[float] = 0.4  # share of the ids available to the first record
     # a ~ U(1, this)
     max_concentration: Annotated[float, Limit(lambda value: value >= 1, "at least 1")] = 500.0
-    seed: NotNegative[int] = 0
+    seed: NotNegative[int] = 0  # of the stream
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(Section):
-    learning_rate: Positive[float] = 1e-3
-    beta1: BelowOne[float] = 0.9
-    beta2: BelowOne[float] = 0.98
-    weight_decay: NotNegative[float] = 0.0
-    warmup_steps: NotNegative[int] = 0
+    learning_rate: Positive[float] = 1e-3  # of AdamW, after the warmup
+    beta1: BelowOne[float] = 0.9  # decay of the mean of gradients
+    beta2: BelowOne[float] = 0.98  # decay of the mean of their squares
+    weight_decay: NotNegative[float] = 0.0  # of all parameters
+    warmup_steps: NotNegative[int] = 0  # the learning rate rises from 0 during them
     # The learning rate falls to 0 at this step, on a cosine; None: it stays.
     decay_steps: Count | None = None
-    clip_norm: Positive[float] | None = None
+    clip_norm: Positive[float] | None = None  # gradients are scaled down to this norm
 
 
 @dataclasses.dataclass(frozen=True)
