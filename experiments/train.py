@@ -12,6 +12,8 @@ Many processes: docs/many_processes.md.
 """
 
 import logging
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,10 +21,11 @@ from absl import flags
 
 from experiments import command
 from experiments.record import Json, Record
-from ultra_hstu import report, tasks
+from ultra_hstu import paths, report, tasks
 from ultra_hstu.criteria import Criteria, Metrics, display_name, mean_and_deviation
 from ultra_hstu.fields import changed
 from ultra_hstu.parallel import make_mesh, processes
+from ultra_hstu.trackers import Tracker
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
@@ -40,6 +43,11 @@ _SEEDS = flags.DEFINE_list(
 )
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite", False, "start over, and remove the run in WORKDIR; without it that run goes on"
+)
+_TRACKERS = flags.DEFINE_multi_string(
+    "tracker",
+    [],
+    "FILE.py:NAME, whose NAME() makes a tracker of metrics (docs/extending.md); may come again",
 )
 _RECORD = command.define_record()
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -86,6 +94,7 @@ def main(_: list[str]) -> None:
         return
     if _WORKDIR.value is None:
         raise ValueError("--workdir is missing: name the folder of the run")
+    trackers = [read_tracker(given) for given in _TRACKERS.value] if first else []
     seeds = read_seeds(_SEEDS.value)
     if seeds and "train.seed" in command.given_fields("config"):
         raise ValueError("--config.train.seed has no effect beside --seeds: name the seed there")
@@ -108,7 +117,14 @@ def main(_: list[str]) -> None:
     criteria = task.criteria
     results = []
     for seeded, folder in runs:
-        result = train(seeded, folder.path, console=console, task=task, overwrite=overwrite)
+        result = train(
+            seeded,
+            folder.path,
+            console=console,
+            task=task,
+            overwrite=overwrite,
+            trackers=[make() for make in trackers],
+        )
         history = [
             {name: epoch[name] for name in (*HISTORY, *criteria.curves) if name in epoch}
             for epoch in (report.read_metrics(folder.metrics) if first else [])
@@ -153,6 +169,21 @@ def warn_below_floor(result: Json, baselines: dict[str, Metrics], criteria: Crit
                 criteria.floor,
             )
             return
+
+
+def read_tracker(given: str) -> Callable[[], Tracker]:
+    """What FILE.py:NAME names. Raises ValueError where there is none, or the file cannot be run."""
+    path, _, name = given.rpartition(":")
+    file = paths.local(path)
+    if not file.is_file():
+        raise ValueError(f"--tracker={given}: there is no file {path!r}; give FILE.py:NAME")
+    try:
+        made = runpy.run_path(str(file)).get(name)
+    except Exception as error:
+        raise ValueError(f"--tracker={given}: {type(error).__name__}: {error}") from error
+    if not callable(made):
+        raise ValueError(f"--tracker={given}: {file} has no class or function {name!r}")
+    return made
 
 
 def read_seeds(given: list[str]) -> list[int]:

@@ -31,7 +31,7 @@ PAGES = {
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What a page may say beside commands of this repository.
-OTHERS = ("cd", "export", "git", "pip", "ray", "source", "wait")
+OTHERS = ("cd", "export", "git", "pip", "ray", "source", "tensorboard", "wait")
 SMALL = ("--config.train.epochs=1", "--config.train.eval_users=16", "--config.data.batch_users=16")
 TRAINED = ("experiments.evaluate", "experiments.recommend", "experiments.export")
 

@@ -21,7 +21,7 @@ LAYERS = [
     ["ultra_hstu.nn"],
     ["ultra_hstu.sampling", "ultra_hstu.data"],
     [f"ultra_hstu.{name}"
-     for name in "optim digests checkpoint workdir starts criteria quantization".split()],
+     for name in "optim digests checkpoint workdir starts trackers criteria quantization".split()],
     ["ultra_hstu.step", "ultra_hstu.evaluate", "ultra_hstu.flops", "ultra_hstu.task"],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
     ["ultra_hstu.tasks", "ultra_hstu.report"],

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,12 +21,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import RETRIEVAL, Criteria, display_name
+from ultra_hstu.trackers import Guarded, TensorBoard, Tracker
 from ultra_hstu.workdir import not_written, parse_object, write_text
 
 RECORD_FIELDS = {"step": int}  # of every line of `metrics.jsonl`
@@ -36,13 +33,21 @@ log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Appends records to `metrics.jsonl` and TensorBoard.
+    """Appends records to `metrics.jsonl`, and gives their numbers to TensorBoard and to trackers.
 
     Records after `resume_step` are dropped, since they come again. A warning names damaged ones,
     which are dropped too.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, *, resume_step: int = 0):
+    def __init__(
+        self,
+        path: Path,
+        tensorboard: Path,
+        *,
+        resume_step: int = 0,
+        config: dict[str, Any] | None = None,
+        trackers: Sequence[Tracker] = (),
+    ):
         if path.exists():
             kept = []
             for number, line in enumerate(_lines(path), start=1):
@@ -53,11 +58,11 @@ class MetricLog:
                     log.warning("%s, %s: this record is dropped", path, error)
             write_text(path, "".join(kept))
         self._file = open(path, "a")
-        tensorboard.mkdir(exist_ok=True)
-        # Without the thread of its SummaryWriter, whose errors nobody sees.
-        self._events = EventsWriter(str(tensorboard / "events"))
-        restart = SessionLog(status=SessionLog.START)  # drops what follows
-        self._events.write_event(Event(step=resume_step + 1, session_log=restart))
+        board = TensorBoard(tensorboard, resume_step=resume_step)
+        self._trackers: list[Tracker] = [board, *map(Guarded, trackers)]
+        if config is not None:
+            for tracker in self._trackers:
+                tracker.config(config)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Raises OSError naming the file that could not be written."""
@@ -65,17 +70,16 @@ class MetricLog:
         try:
             self._file.write(json.dumps({"step": step, **record}) + "\n")
             self._file.flush()
-            for name, value in values.items():
-                summary = scalar(name.replace("@", "_"), value)
-                self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-            self._events.flush()
+            for tracker in self._trackers:
+                tracker.log(step, values)
         except OSError as error:
             raise not_written(self._file.name, error) from error
 
     def close(self) -> None:
-        for end in (self._file.close, self._events.close):
-            with contextlib.suppress(OSError):  # a full disk was reported by the write that met it
-                end()
+        with contextlib.suppress(OSError):  # a full disk was reported by the write that met it
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ import functools
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from ultra_hstu.data.feed import Feed, Group
 from ultra_hstu.parallel import make_mesh, processes
 from ultra_hstu.step import Steps, TrainState
 from ultra_hstu.task import Task
+from ultra_hstu.trackers import Tracker
 from ultra_hstu.workdir import Workdir, write_json
 
 # Epochs without a better metric where train.patience is None and the protocol has validation data.
@@ -70,12 +71,14 @@ def train(
     console: Console | None = None,
     task: Task | None = None,
     overwrite: bool = False,
+    trackers: Sequence[Tracker] = (),
 ) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir`; its result, as `result.json` holds it.
 
     Args:
       task: the loaded data of this configuration, where several runs share it.
       overwrite: start anew, and remove the run that is in `workdir`.
+      trackers: what else receives the metrics of every epoch.
 
     Raises:
       ValueError: bad configuration or data, or a folder that belongs to another run.
@@ -95,7 +98,7 @@ def train(
         )
         processes.broadcast(lambda: folder.claim_data(task.interactions))
         with jax.default_matmul_precision(config.train.matmul_precision):
-            run = _Run(task, folder, console)
+            run = _Run(task, folder, console, trackers)
             try:
                 return run.to_the_end()
             finally:
@@ -140,7 +143,7 @@ def _claim(folder: Workdir, config: Config, overwrite: bool) -> Config:
 
 
 class _Run:
-    def __init__(self, task: Task, folder: Workdir, console: Console):
+    def __init__(self, task: Task, folder: Workdir, console: Console, trackers: Sequence[Tracker]):
         self.task, self.config, self.folder, self.console = task, task.config, folder, console
         config, published = self.config.train, self.config.train.protocol == "published"
         self.loader = task.loader(
@@ -169,7 +172,13 @@ class _Run:
         self.run_steps = self._compile()
         self.log: report.MetricLog | None = None
         if processes.is_first():
-            self.log = report.MetricLog(folder.metrics, folder.tensorboard, resume_step=self.step)
+            self.log = report.MetricLog(
+                folder.metrics,
+                folder.tensorboard,
+                resume_step=self.step,
+                config=dataclasses.asdict(self.config),
+                trackers=trackers,
+            )
 
     @property
     def step(self) -> int:
