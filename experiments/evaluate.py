@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from experiments import command
 from experiments.record import Record
-from ultra_hstu import quantization, report, tasks
+from ultra_hstu import progress, quantization, report, tasks
 from ultra_hstu.serving import load_params
 from ultra_hstu.workdir import Workdir
 
@@ -32,18 +32,20 @@ _RECORD = command.define_record()
 
 
 def main(_: list[str]) -> None:
-    folder = Workdir(_WORKDIR.value)
+    folder, working = Workdir(_WORKDIR.value), command.progress_console(stderr=True)
     given = {name: flag.value for name, flag in _EVAL.items() if flag.value is not None}
-    task = tasks.of_run(folder, _RAW_DIR.value, given)
+    task = tasks.of_run(folder, _RAW_DIR.value, given, working)
     config, console = task.config, report.make_console()
-    step, params = load_params(folder, task.recipe)
+    with progress.waiting(working, "model", "reading the checkpoint") as came:
+        step, params = load_params(folder, task.recipe)
+        came(f"{progress.model(config, params, [])}, of step {step}")
     with jax.default_matmul_precision(config.train.matmul_precision):
-        measure = task.evaluator(_SPLIT.value)
-        metrics = {
-            kind: measure(quantization.unpacked(quantization.packed(params, kind)))
-            for kind in _TABLES.value
-        }
-        others = task.baselines(_SPLIT.value)
+        measure, metrics = task.evaluator(_SPLIT.value), {}
+        for kind in _TABLES.value:
+            with progress.waiting(working, "evaluate", f"compiling and scoring, {kind} table"):
+                metrics[kind] = measure(quantization.unpacked(quantization.packed(params, kind)))
+        with progress.waiting(working, "evaluate", "measuring what needs no model"):
+            others = task.baselines(_SPLIT.value)
     rows = {
         f"{config.name}, step {step}{'' if kind == 'float32' else f', {kind} table'}": values
         for kind, values in metrics.items()

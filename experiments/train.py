@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments import command
 from experiments.record import Json, Record
-from ultra_hstu import report, tasks, workdir
+from ultra_hstu import progress, report, tasks, workdir
 from ultra_hstu.config import from_config_dict
 from ultra_hstu.criteria import Criteria, Metrics, display_name
 from ultra_hstu.fields import changed
@@ -74,6 +74,7 @@ def main(_: list[str]) -> None:
     if not first:
         logging.getLogger("ultra_hstu").setLevel(logging.ERROR)  # one process warns for all
     console = report.make_console(quiet=not first)
+    working = command.progress_console(quiet=not first)
     config = from_config_dict(_CONFIG.value)
     seeds = read_seeds(_SEEDS.value)
     processes.require_same(
@@ -81,13 +82,15 @@ def main(_: list[str]) -> None:
     )
     record = Record(_RECORD.value if first else None, config=config.name, eval=config.evaluation)
     root = Path(_WORKDIR.value)
-    task = tasks.load(config)
+    task = tasks.load(config, working)
     criteria = task.criteria
     results = []
     for seed in seeds or [config.train.seed]:
         seeded = changed(config, train={"seed": seed})
         folder = workdir.Workdir(root / f"seed_{seed}" if seeds else root)
-        result = train(seeded, folder.path, console=console, task=task)
+        if seeds:
+            progress.line(working, "seed", f"{seed}, in {folder.path}")
+        result = train(seeded, folder.path, console=working, task=task)
         history = [
             {name: epoch[name] for name in (*HISTORY, *criteria.curves) if name in epoch}
             for epoch in (report.read_metrics(folder.metrics) if first else [])
@@ -100,7 +103,8 @@ def main(_: list[str]) -> None:
             "stdev": summary(results, statistics.stdev),
         }
         rows |= {"mean": record.values["mean"], "standard deviation": record.values["stdev"]}
-    without_model = task.baselines("test")
+    with progress.waiting(working, "result", "measuring what needs no model"):
+        without_model = task.baselines("test")
     for result in results if first else ():
         warn_below_floor(result, without_model, criteria)
     title = f"{config.name}: test, {report.conditions(config)}"

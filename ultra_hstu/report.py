@@ -1,4 +1,4 @@
-"""What a run shows: `metrics.jsonl` and TensorBoard, a progress bar, tables, learning curves."""
+"""What a run shows: `metrics.jsonl` and TensorBoard, tables, learning curves."""
 
 import contextlib
 import errno
@@ -13,14 +13,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import rich.box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -109,19 +101,6 @@ def make_console(*, quiet: bool = False) -> Console:
     `quiet` prints nothing.
     """
     return _Output(quiet=quiet, width=None if sys.stdout.isatty() else 120)
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-        refresh_per_second=4,
-    )
 
 
 def conditions(config: Config) -> str:

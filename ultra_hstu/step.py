@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -42,6 +43,15 @@ def require_jit() -> None:
             "JAX_DISABLE_JIT is set, but compiled programs train, evaluate and serve: unset it. "
             "(jax.debug.print shows what is inside of them.)"
         )
+
+
+def largest_weight(params: Params) -> float:
+    """The largest magnitude in the parameters that this process holds."""
+    return max(
+        float(np.abs(shard.data).max(initial=0))
+        for weight in jax.tree.leaves(params)
+        for shard in weight.addressable_shards
+    )
 
 
 @dataclasses.dataclass(frozen=True)

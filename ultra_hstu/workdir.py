@@ -31,8 +31,13 @@ from ultra_hstu.fields import difference
 
 # Fields that may change between two starts of the same run: they say where and how long, not what
 # is computed.
-FREE_FIELDS = ("data.raw_dir", "data.data_dir", "train.epochs", "train.keep_checkpoints") + tuple(
-    f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")
+FREE_FIELDS = (
+    "data.raw_dir",
+    "data.data_dir",
+    "train.epochs",
+    "train.keep_checkpoints",
+    "train.checkpoint_minutes",
+    *(f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")),
 )
 # Orbax finds the files of a checkpoint by patterns that begin with its path, and takes /gs/NAME for
 # gs://NAME.
