@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 from rich.console import Console
 
 from kernels import dispatch
@@ -26,15 +25,14 @@ from ultra_hstu import optim, progress, report, signals, tasks
 from ultra_hstu.checkpoint import Checkpoints, Position, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Metrics
-from ultra_hstu.data.feed import Feed, Group
+from ultra_hstu.data.feed import Group
 from ultra_hstu.parallel import make_mesh, processes
-from ultra_hstu.step import Steps, TrainState, largest_weight
+from ultra_hstu.step import HISTORY, largest_weight, run_steps
 from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir, write_json
 
 # Epochs without a better metric where train.patience is None and the protocol has validation data.
 VALIDATED_PATIENCE = 10
-HISTORY = ("loss", "grad_norm")  # what a compiled call returns of each of its steps
 LARGEST_WEIGHT = 1e6  # beyond it, float32 loses updates of less than 0.06
 
 log = logging.getLogger(__name__)
@@ -50,24 +48,6 @@ class Interrupted(Exception):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.signal = number
-
-
-Carry = tuple[TrainState, dict[str, Float[Array, " S"]]]
-
-
-def run_steps(recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""]) -> Carry:
-    """The first `steps` batches of a feed, one update each.
-
-    The trip count is traced: a shorter last call does not compile again.
-    """
-
-    def body(i: Array, carry: Carry) -> Carry:
-        state, history = carry
-        state, metrics = recipe.feed_step(state, feed, i)
-        return state, {name: history[name].at[i].set(value) for name, value in metrics.items()}
-
-    history = {name: jnp.zeros(recipe.config.train.steps_per_call, jnp.float32) for name in HISTORY}
-    return jax.lax.fori_loop(0, steps, body, (state, history))
 
 
 def train(
@@ -171,7 +151,7 @@ class _Run:
                     f"{self.position.epoch} epochs already: give at least as many"
                 )
             self.checkpoints.drop_after(step)
-            progress.line(console, "resume", f"going on from step {step} of {folder.path}")
+            progress.line(self.console, "resume", f"going on from step {step} of {folder.path}")
         else:
             self.state = self.checkpoints.try_out(self.state)
         self.saved_at = time.perf_counter()
