@@ -189,6 +189,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     )
 
     def wrapped(argv: list[str]) -> None:
+        screen.loaded.set()
         errors = Console(stderr=True)
         if argv[1:]:
             errors.print(

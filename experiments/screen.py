@@ -1,9 +1,11 @@
 """The first line of a command, before its imports, which take seconds."""
 
+import contextlib
 import functools
 import os
 import platform
 import sys
+import threading
 import time
 from types import TracebackType
 
@@ -15,7 +17,10 @@ RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 # Their standard output is what they are asked for: what they say of their work is apart from it.
 RESULTS = ("evaluate", "recommend", "export", "inspect")
 
+STILL_S = 8.0  # after so long it says again that it is loading
+
 _begun = False
+loaded = threading.Event()  # set when the imports are over
 
 
 def begin(name: str) -> None:
@@ -32,15 +37,24 @@ def begin(name: str) -> None:
     when = time.strftime("%Y-%m-%d %H:%M:%S")
     text = f"{name:<9} {when}, process {os.getpid()} on {where}; loading the code\n"
     stream = sys.stderr if name in RESULTS else sys.stdout
-    if stream is not None:
-        try:
-            stream.write(text)
-            stream.flush()
-        except OSError:
-            pass  # the command's own first words report it
+
+    def say(text: str) -> None:
+        if stream is not None:
+            with contextlib.suppress(OSError):  # the command's own first words report it
+                stream.write(text)
+                stream.flush()
+
+    def repeat() -> None:
+        began = time.monotonic()
+        while not loaded.wait(STILL_S):
+            say(f"{name:<9} loading the code, {time.monotonic() - began:.0f} s so far\n")
+
+    say(text)
+    threading.Thread(target=repeat, daemon=True).start()
 
 
 def is_silent(arguments: list[str]) -> bool:
+    """Whether a command with these arguments says nothing of its work."""
     others = [one for one in arguments if one.startswith("--process=") and one != "--process=0"]
     if "--distributed" in arguments:
         others += [name for name in RANKS if os.environ.get(name, "0") != "0"]

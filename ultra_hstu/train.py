@@ -78,9 +78,10 @@ def train(
         processes.require_same(
             "data set", task.interactions.fingerprint() if processes.several() else {}
         )
-        processes.broadcast(lambda: folder.claim_data(task.interactions))
         with jax.default_matmul_precision(config.train.matmul_precision):
-            run = _Run(task, folder, console)
+            with progress.waiting(console, "start", "making the model, trying out a checkpoint"):
+                processes.broadcast(lambda: folder.claim_data(task.interactions))
+                run = _Run(task, folder, console)
             try:
                 return run.to_the_end()
             finally:
@@ -151,7 +152,6 @@ class _Run:
                     f"{self.position.epoch} epochs already: give at least as many"
                 )
             self.checkpoints.drop_after(step)
-            progress.line(self.console, "resume", f"going on from step {step} of {folder.path}")
         else:
             self.state = self.checkpoints.try_out(self.state)
         self.saved_at = time.perf_counter()
@@ -189,12 +189,24 @@ class _Run:
         return compiled
 
     def to_the_end(self) -> dict[str, Any]:
-        config, position = self.config.train, self.position
+        position = self.position
         if self._ended():
             before = f"this run has finished before, after {position.epoch} epochs"
             progress.line(self.console, "resume", f"{before}: its result is given again")
-            return self._finish()
-        self.run_steps = self._compile()
+        else:
+            if self.step:
+                where = f"step {self.step}, epoch {position.epoch + 1}"
+                progress.line(self.console, "resume", f"going on from {where}")
+            self.run_steps = self._compile()
+            self._train()
+        with progress.waiting(self.console, "result", "evaluating the best epoch") as came:
+            result = self._finish()
+            trained = f"{position.epoch} epochs in {progress.duration(position.seconds)}"
+            came(f"finished: {trained}, epoch {position.best_epoch} is the best")
+        return result
+
+    def _train(self) -> None:
+        config, position = self.config.train, self.position
         epochs = progress.Epochs(
             self.console, config.epochs, self.save_seconds, at_most=self.patience is not None
         )
@@ -226,7 +238,6 @@ class _Run:
                     self._interrupt(cause)
             epochs.doing("saving")
             self.checkpoints.wait()
-        return self._finish()
 
     def _evaluate(self) -> tuple[Metrics, str]:
         """The metrics of the epoch, and those of them that its line shows."""
@@ -357,14 +368,11 @@ class _Run:
             "compile_seconds": position.compile_seconds,
             "best_epoch": position.best_epoch,
         }
-        with progress.waiting(self.console, "result", "evaluating the best epoch") as came:
-            if self.split == "test":
-                result |= {"best": self.evaluator(params), "last": position.last}
-            else:  # one look at the test items, with the parameters that did best on validation
-                validation, test = self.evaluator(params), self.test_evaluator(params)
-                result |= {"validation": validation, "best": test}
-            trained = f"{position.epoch} epochs in {progress.duration(position.seconds)}"
-            came(f"finished: {trained}, epoch {position.best_epoch} is the best")
+        if self.split == "test":
+            result |= {"best": self.evaluator(params), "last": position.last}
+        else:
+            # One look at the test items, with the parameters that did best on validation.
+            result |= {"validation": self.evaluator(params), "best": self.test_evaluator(params)}
         if processes.is_first():
             write_json(self.folder.result, result)
             runs = {self.config.name: self.folder.metrics}
