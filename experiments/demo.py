@@ -43,12 +43,13 @@ def main(_: list[str]) -> None:
         console.rule(name)
         rows[name] = train(config, folders[name].path, console=working, task=task)["best"]
     with progress.waiting(working, "result", "measuring what needs no model"):
-        rows |= task.baselines("test")
+        without_model = task.baselines("test")
     title = f"Next item among all items, test users, {report.conditions(hstu)}"
-    console.print(report.metrics_table(title, rows))
+    console.print(report.metrics_table(title, rows | without_model))
 
     curves = root.absolute() / "curves.png"
-    report.draw_curves({name: folder.metrics for name, folder in folders.items()}, curves)
+    metrics = {name: folder.metrics for name, folder in folders.items()}
+    report.draw_curves(metrics, curves, title=title, baselines=without_model)
     user = data.users[0]
     events = data.history(user)
     times = None if data.timestamps is None else data.timestamps[events]

@@ -376,7 +376,12 @@ class _Run:
         if processes.is_first():
             write_json(self.folder.result, result)
             runs = {self.config.name: self.folder.metrics}
-            report.draw_curves(runs, self.folder.curves, self.evaluator.criteria)
+            title = f"{self.config.name}: {self.split}, {report.conditions(self.config)}"
+            without_model = self.task.baselines(self.split)
+            criteria = self.evaluator.criteria
+            report.draw_curves(
+                runs, self.folder.curves, criteria, title=title, baselines=without_model
+            )
         self.checkpoints.close()
         return result
 
