@@ -218,17 +218,17 @@ def draw_curves(
     plt.close(figure)
 
 
-def _points(records: Sequence[Mapping[str, Any]], key: str) -> dict[float, float]:
+def _points(records: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     """The values of a metric by epoch, where both are numbers."""
     pairs = [(record.get("epoch"), record.get(key)) for record in records]
     return {
-        epoch: value
+        epoch: float(value)
         for epoch, value in pairs
-        if isinstance(epoch, int | float) and isinstance(value, int | float)
+        if isinstance(epoch, int) and isinstance(value, int | float)
     }
 
 
-def best_epoch(records: Sequence[Mapping[str, Any]], criteria: Criteria) -> float | None:
+def best_epoch(records: Sequence[Mapping[str, Any]], criteria: Criteria) -> int | None:
     """The epoch that does best by the metric that decides; None: none was evaluated."""
     best = None
     points = _points(records, criteria.selection)
