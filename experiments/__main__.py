@@ -3,6 +3,8 @@
 import runpy
 import sys
 
+from experiments import screen
+
 # NAME is the module experiments.NAME, which runs as by `python -m experiments.NAME`.
 COMMANDS = {
     "train": "trains a configuration, or goes on with a run",
@@ -26,6 +28,7 @@ def main() -> None:
     if name not in COMMANDS:
         sys.exit(f"error: there is no command {name!r}: use one of {', '.join(COMMANDS)}")
     sys.argv[1:] = arguments
+    screen.begin(name)
     try:
         runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
     except ModuleNotFoundError as error:

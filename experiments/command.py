@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from ml_collections import config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 
-from experiments import configs
-from ultra_hstu import compilation_cache, effects, fields, paths
+from experiments import configs, screen
+from ultra_hstu import compilation_cache, effects, fields, paths, progress, report, signals
 from ultra_hstu.config import Config, EvalConfig, from_config_dict, to_config_dict
 from ultra_hstu.parallel import processes
 from ultra_hstu.step import require_jit
@@ -218,14 +219,34 @@ def define_record() -> flags.FlagHolder[str | None]:
     return as_path(flags.DEFINE_string("record", None, what))
 
 
+def progress_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Where a command says what it does, with the line about the devices; --quiet: nowhere.
+
+    Args:
+      stderr: the command's results are for standard output.
+      quiet: another process speaks for this one.
+    """
+    quiet = quiet or bool(flags.FLAGS.quiet)
+    console = Console(stderr=True, quiet=quiet) if stderr else report.make_console(quiet=quiet)
+    with progress.waiting(console, "device", "starting JAX") as came:
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        came(f"{devices}, JAX {jax.__version__}")
+    return console
+
+
 def run(main: Callable[[list[str]], None], *, arguments: bool = False) -> None:
     """Runs `main` as the program. With several processes an error of one ends them all.
 
     `arguments`: whether the command takes any beside its flags.
 
-    Exit codes: 0 done, or stopped by a signal with its state saved; 1 bad input or disk; 3 a loss
-    that is not finite; 4 another process of the run failed or was lost.
+    Exit codes: 0 done; 1 bad input or disk; 3 a loss that is not finite; 4 another process of the
+    run failed or was lost; 130 stopped by SIGINT (Ctrl-C), 143 by SIGTERM, a training run with its
+    state saved unless a second signal came. (A server that is asked to stop is done: 0.)
     """
+    watch, spec = signals.watch(), sys.modules[main.__module__].__spec__
+    if spec is not None and spec.name.startswith("experiments."):
+        screen.begin(spec.name.removeprefix("experiments."))
+    flags.DEFINE_bool("quiet", False, "results, warnings and errors alone, nothing of the work")
     cache = flags.DEFINE_string(
         "compilation_cache",
         None,
@@ -234,6 +255,7 @@ def run(main: Callable[[list[str]], None], *, arguments: bool = False) -> None:
     )
 
     def wrapped(argv: list[str]) -> None:
+        screen.loaded.set()
         errors = Console(stderr=True)
         if argv[1:] and not arguments:
             errors.print(
@@ -251,7 +273,7 @@ def run(main: Callable[[list[str]], None], *, arguments: bool = False) -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger().setLevel(logging.WARNING)
         compilation_cache.use(cache.value)
-        _show_progress()
+        _show_log(logging.WARNING if flags.FLAGS.quiet else logging.INFO)
         try:
             require_jit()
             main(argv)
@@ -260,6 +282,11 @@ def run(main: Callable[[list[str]], None], *, arguments: bool = False) -> None:
             if processes.is_first():
                 errors.print(str(stop), markup=False)
             processes.end()
+            sys.exit(128 + stop.signal)
+        except KeyboardInterrupt:
+            number = watch.requested or signal.SIGINT
+            watch.acknowledged.wait(1)
+            processes.fail(f"stopped by {signal.Signals(number).name}", 128 + number)
         except BrokenPipeError:
             with open(os.devnull, "w") as nowhere:  # where Python's last flush goes
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -292,13 +319,21 @@ def prepare_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _show_progress() -> None:
+class _ToStandardError(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at that time: a bar on the screen stands in for it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _show_log(level: int) -> None:
     """What loading says of the data goes to standard error, as it is."""
-    handler = logging.StreamHandler()
+    handler = _ToStandardError()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("ultra_hstu")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
 
 

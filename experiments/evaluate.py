@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from experiments import command
 from experiments.record import Json, Record
-from ultra_hstu import quantization, report, tasks
+from ultra_hstu import progress, quantization, report, tasks
 from ultra_hstu.criteria import Metrics, mean_and_deviation
 from ultra_hstu.serving import load_params
 from ultra_hstu.workdir import Workdir, require_same
@@ -34,27 +34,31 @@ _RECORD = command.define_record()
 
 
 def main(_: list[str]) -> None:
-    parent = Workdir(_WORKDIR.value)
+    parent, working = Workdir(_WORKDIR.value), command.progress_console(stderr=True)
     seeds = {} if parent.config.exists() else parent.seeds
     runs = list(seeds.values()) or [parent]
     given = {name: flag.value for name, flag in _EVAL.items() if flag.value is not None}
-    task = tasks.of_run(runs[0], _RAW_DIR.value, given)
+    task = tasks.of_run(runs[0], _RAW_DIR.value, given, working)
     require_same(runs)
     config, console, kinds = task.config, report.make_console(), _TABLES.value
     steps, found = [], []  # of every run: its step, and its metrics by kind of table
     with jax.default_matmul_precision(config.train.matmul_precision):
         measure = task.evaluator(_SPLIT.value)
         for folder in runs:
-            folder.check_data(task.interactions)
-            step, params = load_params(folder, task.recipe)
+            with progress.waiting(working, "model", f"reading {folder.checkpoints}") as came:
+                folder.check_data(task.interactions)
+                step, params = load_params(folder, task.recipe)
+                came(f"{progress.model(config, params, [])}, of step {step}")
+            metrics = {}
+            for kind in kinds:
+                with progress.waiting(working, "evaluate", f"compiling and scoring, {kind} table"):
+                    metrics[kind] = measure(
+                        quantization.unpacked(quantization.packed(params, kind))
+                    )
             steps.append(step)
-            found.append(
-                {
-                    kind: measure(quantization.unpacked(quantization.packed(params, kind)))
-                    for kind in kinds
-                }
-            )
-        others = task.baselines(_SPLIT.value)
+            found.append(metrics)
+        with progress.waiting(working, "evaluate", "measuring what needs no model"):
+            others = task.baselines(_SPLIT.value)
     rows: dict[str, Metrics] = {}
     tables: dict[str, Json] = {}
     item_table_ID = quantization.item_table(params)
@@ -62,9 +66,9 @@ def main(_: list[str]) -> None:
         of_kind, suffix = [metrics[kind] for metrics in found], ""
         if kind != "float32":
             suffix = f", {kind} table"
-        for number, (step, metrics) in enumerate(zip(steps, of_kind, strict=True)):
+        for number, (step, of_run) in enumerate(zip(steps, of_kind, strict=True)):
             seed = f", seed {list(seeds)[number]}" if seeds else ""
-            rows[f"{config.name}{seed}, step {step}{suffix}"] = metrics
+            rows[f"{config.name}{seed}, step {step}{suffix}"] = of_run
         tables[kind] = {"metrics": of_kind[0]}
         if len(runs) > 1:
             mean, deviation = mean_and_deviation(of_kind)

@@ -21,7 +21,7 @@ from absl import flags
 
 from experiments import command
 from experiments.record import Json, Record
-from ultra_hstu import paths, report, tasks
+from ultra_hstu import paths, progress, report, tasks
 from ultra_hstu.criteria import Criteria, Metrics, display_name, mean_and_deviation
 from ultra_hstu.fields import changed
 from ultra_hstu.parallel import make_mesh, processes
@@ -94,6 +94,7 @@ def main(_: list[str]) -> None:
         return
     if _WORKDIR.value is None:
         raise ValueError("--workdir is missing: name the folder of the run")
+    working = command.progress_console(quiet=not first)
     trackers = [read_tracker(given) for given in _TRACKERS.value] if first else []
     seeds = read_seeds(_SEEDS.value)
     if seeds and "train.seed" in command.given_fields("config"):
@@ -113,14 +114,16 @@ def main(_: list[str]) -> None:
     ]
     for seeded, folder in runs:  # before any data is read
         processes.broadcast(lambda: folder.check_owner(seeded, overwrite=overwrite))  # noqa: B023
-    task = tasks.load(config)
+    task = tasks.load(config, working)
     criteria = task.criteria
     results = []
     for seeded, folder in runs:
+        if seeds:
+            progress.line(working, "seed", f"{seeded.train.seed}, in {folder.path}")
         result = train(
             seeded,
             folder.path,
-            console=console,
+            console=working,
             task=task,
             overwrite=overwrite,
             trackers=[make() for make in trackers],
@@ -135,7 +138,8 @@ def main(_: list[str]) -> None:
         mean, deviation = mean_and_deviation([result["best"] for result in results])
         record.values |= {"mean": mean, "stdev": deviation}
         rows |= {"mean": mean, "standard deviation": deviation}
-    without_model = task.baselines("test")
+    with progress.waiting(working, "result", "measuring what needs no model"):
+        without_model = task.baselines("test")
     for result in results if first else ():
         warn_below_floor(result, without_model, criteria)
     title = f"{config.name}: test, {report.conditions(config)}"

@@ -145,6 +145,7 @@ class TrainConfig(Section):
     patience: Count | None = None
     checkpoint_every: Count = 1  # epochs between two checkpoints
     keep_checkpoints: Count = 2  # newest kept, beside the best
+    checkpoint_minutes: Positive[float] | None = 10.0  # one is written after so long at the latest
     # Steps in one compiled scan; progress, signals and metrics are looked at between calls.
     steps_per_call: Count = 16
     matmul_precision: Literal["default", "tensorfloat32", "highest"] = "default"  # of JAX

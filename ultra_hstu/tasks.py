@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 
+from rich.console import Console
+
 from kernels.hstu_attention.api import implementations
+from ultra_hstu import progress
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals, sources
 from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
@@ -12,6 +15,7 @@ from ultra_hstu.retrieval.task import RetrievalTask
 from ultra_hstu.task import Task
 from ultra_hstu.workdir import Workdir
 
+QUIET = Console(quiet=True)
 TASKS: dict[str, type[Task]] = {"retrieval": RetrievalTask, "ranking": RankingTask}
 
 
@@ -68,25 +72,36 @@ def _asked_for(config: Config) -> type[Task]:
     return TASKS["ranking" if config.rank.tasks else "retrieval"]
 
 
-def load(config: Config) -> Task:
+def load(config: Config, console: Console | None = None) -> Task:
     """Reads the data, and prepares it the first time.
+
+    Args:
+      console: where it is said what is read; None: nowhere.
 
     Raises:
       ValueError: bad data, or a configuration that does not suit it.
     """
     check(config)
     check_names(config)
-    return of(config, load_interactions(config.data))
+    source = config.data.source
+    with progress.waiting(console or QUIET, "data", f"reading {source}") as came:
+        interactions = load_interactions(config.data)
+        came(f"{source}: {progress.counts(interactions)}")
+    return of(config, interactions)
 
 
 def of_run(
-    folder: Workdir, raw_dir: str | None = None, evaluation: Mapping[str, str] | None = None
+    folder: Workdir,
+    raw_dir: str | None = None,
+    evaluation: Mapping[str, str] | None = None,
+    console: Console | None = None,
 ) -> Task:
     """The task of a run, as one device computes it.
 
     Args:
       raw_dir: where the raw data is now, if not where the run found it.
       evaluation: fields of `eval` that replace the run's own.
+      console: as in `load`.
 
     Raises:
       ValueError: no run, values that its task does not take, or data that is not what it was
@@ -94,6 +109,6 @@ def of_run(
     """
     config = changed(folder.read_for_one_device(raw_dir), eval=dict(evaluation or {}))
     config.validate()
-    task = load(config)
+    task = load(config, console)
     folder.check_data(task.interactions)
     return task

@@ -37,8 +37,9 @@ from ultra_hstu.fields import difference
 # is computed.
 FREE_FIELDS = (
     *(f"data.{name}:" for name in ("raw_dir", "data_dir", "table.items_file", "table.users_file")),
-    *("train.epochs:", "train.keep_checkpoints:"),
-) + tuple(f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp"))
+    *(f"train.{name}:" for name in ("epochs", "keep_checkpoints", "checkpoint_minutes")),
+    *(f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")),
+)
 # Orbax finds the files of a checkpoint by patterns that begin with its path, and takes /gs/NAME for
 # gs://NAME.
 PATTERN_CHARACTERS, BUCKET_FOLDERS = set("*?[\\"), {"gs", "s3", "az", "hf"}

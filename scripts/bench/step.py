@@ -29,8 +29,8 @@ from ultra_hstu import report, tasks
 from ultra_hstu.config import Config
 from ultra_hstu.data.feed import Group
 from ultra_hstu.fields import changed
+from ultra_hstu.step import run_steps
 from ultra_hstu.task import Task
-from ultra_hstu.train import run_steps
 
 FLAGS = flags.FLAGS
 FEEDS = {"device": "device_feed", "stream": "streamed_feed"}
