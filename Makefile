@@ -54,7 +54,7 @@ page: $(INSTALLED)  ## walk through the page of a served run in headless Chromiu
 tables: $(INSTALLED)  ## write the tables and figures of README and docs anew from experiments/results
 	$(PY) -m scripts.tables.make
 
-clean:  ## remove .venv, builds, prepared data and runs
-	rm -rf $(VENV) build *.egg-info data runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  ## remove .venv, builds and runs; prepared data (~/.local/share/ultra-hstu/data) stays
+	rm -rf $(VENV) build *.egg-info runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 .PHONY: help install install-cuda demo test test-gpu package lint page tables clean

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from ml_collections import config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 
-from experiments import configs
-from ultra_hstu import compilation_cache, fields, paths
-from ultra_hstu.config import Config, EvalConfig, to_config_dict
+from experiments import configs, screen
+from ultra_hstu import compilation_cache, effects, fields, paths, progress, report, signals
+from ultra_hstu.config import Config, EvalConfig, from_config_dict, to_config_dict
 from ultra_hstu.parallel import processes
 from ultra_hstu.step import require_jit
 from ultra_hstu.train import Interrupted
@@ -75,13 +76,12 @@ class ConfigParser(ConfigFileFlagParser):
             found = configs.named(file.stem if recorded else path)
         config = to_config_dict(found).lock()
         known = list(fields.paths(dataclasses.asdict(found)))
-        for given in sys.argv[1:]:
-            field = re.match(rf"--?(?:no)?{self.name}\.([\w.]+)(?:=|$)", given)
-            if field and field[1].startswith(_TASKS):
+        for field in given_fields(self.name):
+            if field.startswith(_TASKS):
                 with config.unlocked():
-                    config.data.table.tasks[field[1].removeprefix(_TASKS)] = ""
-            elif field and field[1] not in known:
-                raise flags.Error(fields.unknown(field[1], known))
+                    config.data.table.tasks[field.removeprefix(_TASKS)] = ""
+            elif field not in known:
+                raise flags.Error(fields.unknown(field, known))
         return config
 
     def _of_file(self, file: str, argument: str) -> Config:
@@ -94,6 +94,58 @@ class ConfigParser(ConfigFileFlagParser):
             problem = getattr(found, "_error", f"get_config() returned {found!r:.60}")
             raise ValueError(f"{file} makes no configuration: {problem}")
         return found
+
+
+def given_fields(name: str) -> list[str]:
+    """The fields that the command line sets by --NAME.FIELD."""
+    found = (re.match(rf"--?(?:no)?{name}\.([\w.]+)(?:=|$)", word) for word in sys.argv[1:])
+    return [field[1] for field in found if field]
+
+
+def resolved(values: ml_collections.ConfigDict, name: str = "config") -> Config:
+    """The configuration that --NAME and its overrides make, whose paths are absolute from now on.
+
+    Raises:
+      ValueError: values that cannot work, and overrides that have no effect.
+    """
+    config = from_config_dict(values)
+    for field in given_fields(name):
+        effects.require_effect(config, field)
+    data, table = config.data, config.data.table
+    return fields.changed(
+        config,
+        data={
+            "raw_dir": _absolute(data.raw_dir),
+            "data_dir": _absolute(data.data_dir),
+            "table": {
+                "items_file": _absolute(table.items_file),
+                "users_file": _absolute(table.users_file),
+            },
+        },
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(paths.local(path).absolute())
+
+
+def configuration_lines(config: Config) -> list[str]:
+    """Every field with its value; `*` and the default where it is another one.
+
+    What has no effect says so.
+    """
+    default, found = (fields.flat(dataclasses.asdict(one)) for one in (Config(), config))
+    width = max(map(len, found))
+    idle = effects.without_effect(config)
+    lines = [f"{config.name}: every field; * marks values that are not the defaults"]
+    for field, value in found.items():
+        known = default.get(field, value)
+        changed = field not in default or value != known
+        note = f"   (default {known!r})" if changed and field in default else ""
+        if any(field == name or field.startswith(f"{name}.") for name in idle):
+            note += "   (no effect)"
+        lines.append(f"{'*' if changed else ' '} {field:<{width}}  {value!r}{note}")
+    return lines
 
 
 class PathParser(flags.ArgumentParser):
@@ -119,12 +171,25 @@ def define_config(
     text = f"{what}: a name of experiments/configs, or a file whose get_config() makes one"
     holder = config_flags.DEFINE_config_file(name, None, text, lock_config=True)
     flags.FLAGS[name].parser = ConfigParser(name)
-    given = any(re.match(rf"--?{name}(=|$)", argument) for argument in sys.argv[1:])
-    if default is not None and not given:  # as if it were: overrides need it
-        sys.argv.insert(1, f"--{name}={default}")
+    put_first(name, default)
     if required:
         flags.mark_flag_as_required(name)
     return holder
+
+
+def put_first(name: str, default: str | None = None) -> None:
+    """Puts --NAME in front on the command line, where its overrides need it; if absent, a default.
+
+    Users may write flags in any order.
+    """
+    places = [i for i, word in enumerate(sys.argv[1:], 1) if re.match(rf"--?{name}(=|$)", word)]
+    if places:
+        end = places[0] + (1 if "=" in sys.argv[places[0]] else 2)
+        given = sys.argv[places[0] : end]
+        del sys.argv[places[0] : end]
+        sys.argv[1:1] = given
+    elif default is not None:
+        sys.argv.insert(1, f"--{name}={default}")
 
 
 def define_eval() -> dict[str, flags.FlagHolder[str | None]]:
@@ -154,12 +219,34 @@ def define_record() -> flags.FlagHolder[str | None]:
     return as_path(flags.DEFINE_string("record", None, what))
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def progress_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Where a command says what it does, with the line about the devices; --quiet: nowhere.
+
+    Args:
+      stderr: the command's results are for standard output.
+      quiet: another process speaks for this one.
+    """
+    quiet = quiet or bool(flags.FLAGS.quiet)
+    console = Console(stderr=True, quiet=quiet) if stderr else report.make_console(quiet=quiet)
+    with progress.waiting(console, "device", "starting JAX") as came:
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        came(f"{devices}, JAX {jax.__version__}")
+    return console
+
+
+def run(main: Callable[[list[str]], None], *, arguments: bool = False) -> None:
     """Runs `main` as the program. With several processes an error of one ends them all.
 
-    Exit codes: 0 done, or stopped by a signal with its state saved; 1 bad input or disk; 3 a loss
-    that is not finite; 4 another process of the run failed or was lost.
+    `arguments`: whether the command takes any beside its flags.
+
+    Exit codes: 0 done; 1 bad input or disk; 3 a loss that is not finite; 4 another process of the
+    run failed or was lost; 130 stopped by SIGINT (Ctrl-C), 143 by SIGTERM, a training run with its
+    state saved unless a second signal came. (A server that is asked to stop is done: 0.)
     """
+    watch, spec = signals.watch(), sys.modules[main.__module__].__spec__
+    if spec is not None and spec.name.startswith("experiments."):
+        screen.begin(spec.name.removeprefix("experiments."))
+    flags.DEFINE_bool("quiet", False, "results, warnings and errors alone, nothing of the work")
     cache = flags.DEFINE_string(
         "compilation_cache",
         None,
@@ -168,8 +255,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     )
 
     def wrapped(argv: list[str]) -> None:
+        screen.loaded.set()
         errors = Console(stderr=True)
-        if argv[1:]:
+        if argv[1:] and not arguments:
             errors.print(
                 f"error: what is {' '.join(argv[1:])!r}? "
                 "Options begin with --, and values with blanks need quotes.",
@@ -185,7 +273,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger().setLevel(logging.WARNING)
         compilation_cache.use(cache.value)
-        _show_progress()
+        _show_log(logging.WARNING if flags.FLAGS.quiet else logging.INFO)
         try:
             require_jit()
             main(argv)
@@ -194,6 +282,11 @@ def run(main: Callable[[list[str]], None]) -> None:
             if processes.is_first():
                 errors.print(str(stop), markup=False)
             processes.end()
+            sys.exit(128 + stop.signal)
+        except KeyboardInterrupt:
+            number = watch.requested or signal.SIGINT
+            watch.acknowledged.wait(1)
+            processes.fail(f"stopped by {signal.Signals(number).name}", 128 + number)
         except BrokenPipeError:
             with open(os.devnull, "w") as nowhere:  # where Python's last flush goes
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -226,13 +319,21 @@ def prepare_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _show_progress() -> None:
+class _ToStandardError(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at that time: a bar on the screen stands in for it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _show_log(level: int) -> None:
     """What loading says of the data goes to standard error, as it is."""
-    handler = logging.StreamHandler()
+    handler = _ToStandardError()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("ultra_hstu")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
 
 
@@ -242,6 +343,18 @@ def parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         Console(stderr=True).print(
-            f"error: {error}\n(--help lists the options)", markup=False, soft_wrap=True
+            f"error: {_in_words(error)}\n(--help lists the options)", markup=False, soft_wrap=True
         )
         sys.exit(1)
+
+
+def _in_words(error: Exception) -> str:
+    """The error; of a value that is not of a field's type, the field and its type."""
+    found = re.match(r"flag --\w+\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+    if found is None:
+        return str(error)
+    try:
+        allowed = fields.words(fields.hint_of(Config, found[1]))
+    except KeyError:
+        return str(error)
+    return f"{found[1]}={found[2]} is not allowed: use {allowed}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import command, configs
-from ultra_hstu import report, tasks
+from ultra_hstu import progress, report, tasks
 from ultra_hstu.fields import changed
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.train import train
@@ -24,36 +24,38 @@ _EPOCHS = flags.DEFINE_integer(
 
 
 def main(_: list[str]) -> None:
-    console = report.make_console()
+    console, working = report.make_console(), command.progress_console()
     root = Path(_WORKDIR.value)
     hstu = configs.named("synthetic")
     if _EPOCHS.value is not None:
         hstu = changed(hstu, train={"epochs": _EPOCHS.value})
     sasrec = changed(hstu, name="synthetic_sasrec", model={"kind": "sasrec"})
     rows, folders = {}, {}
-    task = tasks.load(hstu)
+    task = tasks.load(hstu, working)
     data = task.interactions
     console.print(
-        f"{data.num_users:,} users, {data.num_items:,} items, {data.num_events:,} events: a "
-        "Dirichlet process over categories whose vocabulary drifts (HSTU paper, appendix C, "
-        "scaled down)"
+        "The data is a Dirichlet process over categories whose vocabulary drifts (HSTU paper, "
+        "appendix C, scaled down)"
     )
     for name, config in {"HSTU": hstu, "SASRec": sasrec}.items():
         folders[name] = Workdir(root / name.lower())
         shutil.rmtree(folders[name].path, ignore_errors=True)
         console.rule(name)
-        rows[name] = train(config, folders[name].path, console=console, task=task)["best"]
-    rows |= task.baselines("test")
+        rows[name] = train(config, folders[name].path, console=working, task=task)["best"]
+    with progress.waiting(working, "result", "measuring what needs no model"):
+        without_model = task.baselines("test")
     title = f"Next item among all items, test users, {report.conditions(hstu)}"
-    console.print(report.metrics_table(title, rows))
+    console.print(report.metrics_table(title, rows | without_model))
 
     curves = root.absolute() / "curves.png"
-    report.draw_curves({name: folder.metrics for name, folder in folders.items()}, curves)
+    metrics = {name: folder.metrics for name, folder in folders.items()}
+    report.draw_curves(metrics, curves, title=title, baselines=without_model)
     user = data.users[0]
     events = data.history(user)
-    model = RecommendationModel(str(folders["HSTU"].path))
     times = None if data.timestamps is None else data.timestamps[events]
-    answer = model.recommend(data.items[events], times, k=5)
+    with progress.waiting(working, "model", "loading and compiling it to recommend"):
+        model = RecommendationModel(str(folders["HSTU"].path))
+        answer = model.recommend(data.items[events], times, k=5)
     title = f"user {user}, after {events.stop - events.start} events"
     console.print(report.recommendations_table(title, answer))
     for label, path in {

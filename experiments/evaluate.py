@@ -5,7 +5,8 @@ python -m experiments.evaluate --workdir=runs/ml1m_hstu [--split=validation] [--
     [--tables=float32,int8,int4] [--record=experiments/results/NAME.json]
 
 What is hidden and what time is told to the model (docs/evaluation.md) may differ from the run's own
-configuration. `--tables` evaluates on the item table as each kind of serving table gives it back,
+configuration. The folder of `train --seeds` is evaluated run by run, with mean and standard
+deviation. `--tables` evaluates on the item table as each kind of serving table gives it back,
 and says how many bytes go to the device.
 """
 
@@ -15,12 +16,13 @@ from absl import flags
 from jaxtyping import Float
 
 from experiments import command
-from experiments.record import Record
-from ultra_hstu import quantization, report, tasks
+from experiments.record import Json, Record
+from ultra_hstu import progress, quantization, report, tasks
+from ultra_hstu.criteria import Metrics, mean_and_deviation
 from ultra_hstu.serving import load_params
-from ultra_hstu.workdir import Workdir
+from ultra_hstu.workdir import Workdir, require_same
 
-_WORKDIR, _RAW_DIR = command.define_run()
+_WORKDIR, _RAW_DIR = command.define_run("folder of a trained run, or of the runs of several seeds")
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "which part of the data")
 _TABLES = flags.DEFINE_list(
     "tables",
@@ -32,29 +34,54 @@ _RECORD = command.define_record()
 
 
 def main(_: list[str]) -> None:
-    folder = Workdir(_WORKDIR.value)
+    parent, working = Workdir(_WORKDIR.value), command.progress_console(stderr=True)
+    seeds = {} if parent.config.exists() else parent.seeds
+    runs = list(seeds.values()) or [parent]
     given = {name: flag.value for name, flag in _EVAL.items() if flag.value is not None}
-    task = tasks.of_run(folder, _RAW_DIR.value, given)
-    config, console = task.config, report.make_console()
-    step, params = load_params(folder, task.recipe)
+    task = tasks.of_run(runs[0], _RAW_DIR.value, given, working)
+    require_same(runs)
+    config, console, kinds = task.config, report.make_console(), _TABLES.value
+    steps, found = [], []  # of every run: its step, and its metrics by kind of table
     with jax.default_matmul_precision(config.train.matmul_precision):
         measure = task.evaluator(_SPLIT.value)
-        metrics = {
-            kind: measure(quantization.unpacked(quantization.packed(params, kind)))
-            for kind in _TABLES.value
-        }
-        others = task.baselines(_SPLIT.value)
-    rows = {
-        f"{config.name}, step {step}{'' if kind == 'float32' else f', {kind} table'}": values
-        for kind, values in metrics.items()
-    }
+        for folder in runs:
+            with progress.waiting(working, "model", f"reading {folder.checkpoints}") as came:
+                folder.check_data(task.interactions)
+                step, params = load_params(folder, task.recipe)
+                came(f"{progress.model(config, params, [])}, of step {step}")
+            metrics = {}
+            for kind in kinds:
+                with progress.waiting(working, "evaluate", f"compiling and scoring, {kind} table"):
+                    metrics[kind] = measure(
+                        quantization.unpacked(quantization.packed(params, kind))
+                    )
+            steps.append(step)
+            found.append(metrics)
+        with progress.waiting(working, "evaluate", "measuring what needs no model"):
+            others = task.baselines(_SPLIT.value)
+    rows: dict[str, Metrics] = {}
+    tables: dict[str, Json] = {}
+    item_table_ID = quantization.item_table(params)
+    for kind in kinds:
+        of_kind, suffix = [metrics[kind] for metrics in found], ""
+        if kind != "float32":
+            suffix = f", {kind} table"
+        for number, (step, of_run) in enumerate(zip(steps, of_kind, strict=True)):
+            seed = f", seed {list(seeds)[number]}" if seeds else ""
+            rows[f"{config.name}{seed}, step {step}{suffix}"] = of_run
+        tables[kind] = {"metrics": of_kind[0]}
+        if len(runs) > 1:
+            mean, deviation = mean_and_deviation(of_kind)
+            rows |= {f"mean{suffix}": mean, f"standard deviation{suffix}": deviation}
+            by_seed = dict(zip(map(str, seeds), of_kind, strict=True))
+            tables[kind] = {"metrics": mean, "stdev": deviation, "seeds": by_seed}
+        tables[kind]["table"] = served(item_table_ID, kind, config.data.max_history)
     title = f"{_SPLIT.value}, {report.conditions(config)}"
     console.print(
         report.metrics_table(title, rows | others, measure.criteria, measure.criteria.details)
     )
-    table_ID = quantization.item_table(params)
-    tables = {kind: served(table_ID, kind, config.data.max_history) for kind in metrics}
-    for kind, table in tables.items():
+    for kind, values in tables.items():
+        table = values["table"]
         console.print(
             f"{kind:>8} table: {table['bytes']} bytes, {table['row_bytes']} a row, "
             f"{table['history_bytes']} for a whole history"
@@ -65,13 +92,8 @@ def main(_: list[str]) -> None:
         split=_SPLIT.value,
         protocol=config.train.protocol,
         eval=config.evaluation,
-        step=step,
-    ).add(
-        tables={
-            kind: {"metrics": values, "table": tables[kind]} for kind, values in metrics.items()
-        },
-        baselines=others,
-    )
+        step=steps if seeds else steps[0],
+    ).add(tables=tables, baselines=others)
 
 
 def served(table_ID: Float[np.ndarray, "I D"], kind: str, max_history: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import cast
 from absl import flags
 
 from experiments import command
-from ultra_hstu import report, tasks
+from ultra_hstu import progress, report, tasks
 from ultra_hstu.nn.key_values import KINDS, CacheDtype
 from ultra_hstu.serving import export, load_params
 from ultra_hstu.serving.score import MICRO_BATCH
@@ -35,26 +35,27 @@ _PLATFORMS = flags.DEFINE_list(
 
 
 def main(_: list[str]) -> None:
-    folder = Workdir(_WORKDIR.value)
-    task = tasks.of_run(folder, _RAW_DIR.value)
+    folder, working = Workdir(_WORKDIR.value), command.progress_console(stderr=True)
+    task = tasks.of_run(folder, _RAW_DIR.value, console=working)
     config = task.config
     if not config.rank.tasks:
         raise ValueError(
             f"{_WORKDIR.value} is a retrieval run: only ranking runs score given candidates"
         )
-    step, params = load_params(folder, task.recipe)
-    export.save(
-        _OUT.value,
-        task.recipe.model(params),
-        config=config,
-        catalog=task.interactions.catalog,
-        vocabulary=Vocabulary.of(config, task.interactions),
-        candidates=_CANDIDATES.value,
-        users=_USERS.value,
-        micro_batch=_MICRO_BATCH.value,
-        kind=cast(CacheDtype, _KIND.value),
-        platforms=_PLATFORMS.value,
-    )
+    with progress.waiting(working, "export", f"reading the checkpoint, tracing, {_OUT.value}"):
+        step, params = load_params(folder, task.recipe)
+        export.save(
+            _OUT.value,
+            task.recipe.model(params),
+            config=config,
+            catalog=task.interactions.catalog,
+            vocabulary=Vocabulary.of(config, task.interactions),
+            candidates=_CANDIDATES.value,
+            users=_USERS.value,
+            micro_batch=_MICRO_BATCH.value,
+            kind=cast(CacheDtype, _KIND.value),
+            platforms=_PLATFORMS.value,
+        )
     report.make_console().print(
         f"{_OUT.value}: {config.name}, step {step}, "
         f"{_CANDIDATES.value} candidates of {_USERS.value} users"

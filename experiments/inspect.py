@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import command
-from ultra_hstu import report, tasks
-from ultra_hstu.config import Config, from_config_dict
+from ultra_hstu import progress, report, tasks
+from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.table import prepared
 from ultra_hstu.data.table.columns import Reading
@@ -38,20 +38,25 @@ PERCENT = (0, 10, 50, 90, 99, 100)
 
 
 def main(_: list[str]) -> None:
-    config = changed(from_config_dict(_CONFIG.value), data={"raw_dir": _DATA.value})
+    config = changed(command.resolved(_CONFIG.value), data={"raw_dir": _DATA.value})
     if config.data.source != "table":
         raise ValueError(f"--config={config.name} is of {config.data.source}: own data is 'table'")
     console, data = report.make_console(), config.data
+    working = command.progress_console(stderr=True)
     sides = (data.table.items_file, data.table.users_file)
     files = find_files(_DATA.value, sides, data.table.delimiter)
     console.print(columns_table(files))
-    interactions = prepared.load(data)
+    with progress.waiting(working, "data", f"reading {_DATA.value}") as came:
+        interactions = prepared.load(data)
+        came(progress.counts(interactions))
     reading = prepared.read_reading(prepared.prepare(data))
     console.print(counts_table(interactions, reading))
     console.print(lengths_table(interactions))
-    show_cost(console, config, interactions)
+    with progress.waiting(working, "cost", "planning an epoch, counting its operations"):
+        show_cost(console, config, interactions)
     if _PICTURE.value:
-        draw(interactions, Path(_PICTURE.value), str(_DATA.value))
+        with progress.waiting(working, "picture", "drawing"):
+            draw(interactions, Path(_PICTURE.value), str(_DATA.value))
         console.print(f"picture   {_PICTURE.value}", highlight=False)
 
 

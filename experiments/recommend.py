@@ -24,7 +24,7 @@ from typing import IO, cast
 from absl import flags
 
 from experiments import command
-from ultra_hstu import quantization, report
+from ultra_hstu import progress, quantization, report
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.quantization import HostKind
 from ultra_hstu.serving import RecommendationModel
@@ -64,26 +64,31 @@ def main(_: list[str]) -> None:
         raise ValueError(
             "give either --user=ID, or --history=ID,ID,... and --title=TITLE, or --requests=FILE"
         )
+    working = command.progress_console(stderr=True)
     if _REQUESTS.value is not None or _CANDIDATES.value is not None:
         options = ServingOptions(
             tables=_TABLES.value, host_table=cast(HostKind | None, _HOST_TABLE.value)
         )
-        service = open_service(_WORKDIR.value, _RAW_DIR.value, options)
+        with progress.waiting(working, "model", f"loading {_WORKDIR.value}") as came:
+            service = open_service(_WORKDIR.value, _RAW_DIR.value, options)
+            came("loaded; it compiles with the first requests")
         with _requests(service.catalog) as source:
             answer_lines(service, source)
         return
     if _HOST_TABLE.value is not None:
         raise ValueError("--host_table is for ranking runs, which score what --requests holds")
-    model = RecommendationModel(_WORKDIR.value, tables=_TABLES.value)
-    if history:
-        wanted = _history(model.catalog)
-        answer = model.recommend(model.catalog.encode(wanted), k=_K.value)
-        title = f"after {len(wanted)} items"
-    else:
-        data = RunData(_WORKDIR.value, _RAW_DIR.value)
-        items, times, actions = data.user(str(_USER.value))[:3]
-        answer = model.recommend(items, times, actions=actions, k=_K.value)
-        title = f"user {_USER.value}, after {len(items)} events"
+    with progress.waiting(working, "model", f"loading {_WORKDIR.value} and compiling") as came:
+        model = RecommendationModel(_WORKDIR.value, tables=_TABLES.value)
+        if history:
+            wanted = _history(model.catalog)
+            answer = model.recommend(model.catalog.encode(wanted), k=_K.value)
+            title = f"after {len(wanted)} items"
+        else:
+            data = RunData(_WORKDIR.value, _RAW_DIR.value)
+            items, times, actions = data.user(str(_USER.value))[:3]
+            answer = model.recommend(items, times, actions=actions, k=_K.value)
+            title = f"user {_USER.value}, after {len(items)} events"
+        came("loaded, compiled and asked")
     report.make_console().print(report.recommendations_table(title, answer))
 
 

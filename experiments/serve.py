@@ -76,7 +76,7 @@ from absl import flags  # noqa: E402
 from ray import serve  # noqa: E402
 
 from experiments import command  # noqa: E402
-from ultra_hstu import quantization  # noqa: E402
+from ultra_hstu import quantization, signals  # noqa: E402
 from ultra_hstu.data.catalog import Catalog  # noqa: E402
 from ultra_hstu.data.text import listed  # noqa: E402
 from ultra_hstu.nn.key_values import KINDS, CacheDtype  # noqa: E402
@@ -177,6 +177,7 @@ def main(_: list[str]) -> None:
     if local:
         require_free(_HOST.value, _PORT.value)
         haproxy.write_launcher(_FOLDER.name, _HAPROXY, _CLIENT_CONNECTIONS.value)
+    signals.leave_to_others()
     catch_signals(stop)
     try:
         with saying("starting Ray"):

@@ -1,16 +1,18 @@
 """Trains one configuration.
 
 python -m experiments.train --config=ml1m_hstu --workdir=runs/ml1m_hstu
-    [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--record=experiments/results/NAME.json]
+    [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--overwrite]
+    [--record=experiments/results/NAME.json]
     [--distributed | --coordinator=HOST:PORT --processes=N --process=I]
 
 `experiments/configs` holds the configurations; a file of your own works as well. Any field can be
-overridden: --config.train.epochs=10. Started again with the same arguments it goes on where it was.
+overridden: --config.train.epochs=10; --show prints what comes of it (docs/configuration.md has all
+fields). Started again with the same arguments it goes on where it was.
 Many processes: docs/many_processes.md.
 """
 
 import logging
-import statistics
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,23 +21,33 @@ from absl import flags
 
 from experiments import command
 from experiments.record import Json, Record
-from ultra_hstu import report, tasks, workdir
-from ultra_hstu.config import from_config_dict
-from ultra_hstu.criteria import Criteria, Metrics, display_name
+from ultra_hstu import paths, progress, report, tasks
+from ultra_hstu.criteria import Criteria, Metrics, display_name, mean_and_deviation
 from ultra_hstu.fields import changed
-from ultra_hstu.parallel import processes
+from ultra_hstu.parallel import make_mesh, processes
+from ultra_hstu.trackers import Tracker
 from ultra_hstu.train import train
+from ultra_hstu.workdir import Workdir
 
 _CONFIG = command.define_config()
 _WORKDIR = command.as_path(
-    flags.DEFINE_string(
-        "workdir", None, "folder of the run; made if it does not exist", required=True
-    )
+    flags.DEFINE_string("workdir", None, "folder of the run; made if it does not exist")
+)
+_SHOW = flags.DEFINE_bool(
+    "show", False, "print the configuration, with what differs from the defaults, and do no more"
 )
 _SEEDS = flags.DEFINE_list(
     "seeds",
     [],
     "several seeds, each in WORKDIR/seed_N, with mean and standard deviation at the end",
+)
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "start over, and remove the run in WORKDIR; without it that run goes on"
+)
+_TRACKERS = flags.DEFINE_multi_string(
+    "tracker",
+    [],
+    "FILE.py:NAME, whose NAME() makes a tracker of metrics (docs/extending.md); may come again",
 )
 _RECORD = command.define_record()
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -74,20 +86,48 @@ def main(_: list[str]) -> None:
     if not first:
         logging.getLogger("ultra_hstu").setLevel(logging.ERROR)  # one process warns for all
     console = report.make_console(quiet=not first)
-    config = from_config_dict(_CONFIG.value)
+    config = command.resolved(_CONFIG.value)
+    tasks.check(config)
+    tasks.check_names(config)
+    if _SHOW.value:
+        console.print("\n".join(command.configuration_lines(config)), markup=False, soft_wrap=True)
+        return
+    if _WORKDIR.value is None:
+        raise ValueError("--workdir is missing: name the folder of the run")
+    working = command.progress_console(quiet=not first)
+    trackers = [read_tracker(given) for given in _TRACKERS.value] if first else []
     seeds = read_seeds(_SEEDS.value)
+    if seeds and "train.seed" in command.given_fields("config"):
+        raise ValueError("--config.train.seed has no effect beside --seeds: name the seed there")
+    if (mesh := config.parallel).data * mesh.context > 1:
+        make_mesh(mesh.data, mesh.context)  # which raises where there are too few devices
     processes.require_same(
         "command", {"--seeds": seeds, "--record": _RECORD.value, "version of jax": jax.__version__}
     )
     record = Record(_RECORD.value if first else None, config=config.name, eval=config.evaluation)
-    root = Path(_WORKDIR.value)
-    task = tasks.load(config)
+    root, overwrite = Path(_WORKDIR.value), _OVERWRITE.value
+    if seeds and Workdir(root).config.exists():
+        raise ValueError(f"{root} is the folder of one run: choose another --workdir for --seeds")
+    runs = [
+        (changed(config, train={"seed": seed}), Workdir(root / f"seed_{seed}" if seeds else root))
+        for seed in seeds or [config.train.seed]
+    ]
+    for seeded, folder in runs:  # before any data is read
+        processes.broadcast(lambda: folder.check_owner(seeded, overwrite=overwrite))  # noqa: B023
+    task = tasks.load(config, working)
     criteria = task.criteria
     results = []
-    for seed in seeds or [config.train.seed]:
-        seeded = changed(config, train={"seed": seed})
-        folder = workdir.Workdir(root / f"seed_{seed}" if seeds else root)
-        result = train(seeded, folder.path, console=console, task=task)
+    for seeded, folder in runs:
+        if seeds:
+            progress.line(working, "seed", f"{seeded.train.seed}, in {folder.path}")
+        result = train(
+            seeded,
+            folder.path,
+            console=working,
+            task=task,
+            overwrite=overwrite,
+            trackers=[make() for make in trackers],
+        )
         history = [
             {name: epoch[name] for name in (*HISTORY, *criteria.curves) if name in epoch}
             for epoch in (report.read_metrics(folder.metrics) if first else [])
@@ -95,12 +135,11 @@ def main(_: list[str]) -> None:
         results.append(result | {"history": history})
     rows = {f"{config.name}, seed {result['seed']}": result["best"] for result in results}
     if len(results) > 1:
-        record.values |= {
-            "mean": summary(results, statistics.mean),
-            "stdev": summary(results, statistics.stdev),
-        }
-        rows |= {"mean": record.values["mean"], "standard deviation": record.values["stdev"]}
-    without_model = task.baselines("test")
+        mean, deviation = mean_and_deviation([result["best"] for result in results])
+        record.values |= {"mean": mean, "stdev": deviation}
+        rows |= {"mean": mean, "standard deviation": deviation}
+    with progress.waiting(working, "result", "measuring what needs no model"):
+        without_model = task.baselines("test")
     for result in results if first else ():
         warn_below_floor(result, without_model, criteria)
     title = f"{config.name}: test, {report.conditions(config)}"
@@ -136,6 +175,21 @@ def warn_below_floor(result: Json, baselines: dict[str, Metrics], criteria: Crit
             return
 
 
+def read_tracker(given: str) -> Callable[[], Tracker]:
+    """What FILE.py:NAME names. Raises ValueError where there is none, or the file cannot be run."""
+    path, _, name = given.rpartition(":")
+    file = paths.local(path)
+    if not file.is_file():
+        raise ValueError(f"--tracker={given}: there is no file {path!r}; give FILE.py:NAME")
+    try:
+        made = runpy.run_path(str(file)).get(name)
+    except Exception as error:
+        raise ValueError(f"--tracker={given}: {type(error).__name__}: {error}") from error
+    if not callable(made):
+        raise ValueError(f"--tracker={given}: {file} has no class or function {name!r}")
+    return made
+
+
 def read_seeds(given: list[str]) -> list[int]:
     """Raises ValueError for what is no whole number, or stands twice."""
     try:
@@ -147,12 +201,6 @@ def read_seeds(given: list[str]) -> list[int]:
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds={','.join(given)} names a seed twice")
     return seeds
-
-
-def summary(results: list[Json], statistic: Callable[[list[float]], float]) -> dict[str, float]:
-    return {
-        name: statistic([result["best"][name] for result in results]) for name in results[0]["best"]
-    }
 
 
 if __name__ == "__main__":

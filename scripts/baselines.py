@@ -11,7 +11,7 @@ from typing import get_args
 from experiments import command
 from experiments.record import Record
 from ultra_hstu import report, tasks
-from ultra_hstu.config import EvalConfig, from_config_dict
+from ultra_hstu.config import EvalConfig
 from ultra_hstu.fields import changed
 
 _CONFIG = command.define_config()
@@ -20,7 +20,7 @@ HIDE = get_args(EvalConfig.__annotations__["hide"])
 
 
 def main(_: list[str]) -> None:
-    config = from_config_dict(_CONFIG.value)
+    config = command.resolved(_CONFIG.value)
     interactions = tasks.load(config).interactions
     record = Record(_RECORD.value, config=config.name, protocol=config.train.protocol)
     runs = []

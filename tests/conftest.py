@@ -31,6 +31,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_parallel_codegen_split_count=1",
     ]
 )
+# Prepared data of tests that name no folder; not the user's own.
+_DATA = tempfile.TemporaryDirectory(prefix="ultra_hstu_data_")
+os.environ["ULTRA_HSTU_DATA"] = _DATA.name
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_disable_most_optimizations", True)

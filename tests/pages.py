@@ -33,7 +33,7 @@ PAGES = {
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What a page may say beside commands of this repository.
-OTHERS = ("cd", "export", "git", "pip", "ray", "source", "wait")
+OTHERS = ("cd", "export", "git", "pip", "ray", "source", "tensorboard", "wait")
 SMALL = ("--config.train.epochs=1", "--config.train.eval_users=16", "--config.data.batch_users=16")
 TRAINED = ("experiments.evaluate", "experiments.recommend", "experiments.export")
 
@@ -175,6 +175,10 @@ class Page:
         if own.is_file():
             there, small = True, SMALL if module == "experiments.train" else ()
             arguments = [*arguments, *small]
+        if module == "experiments.compare":
+            there = all((self.folder / run / "config.json").exists() for run in arguments)
+            if not there:
+                return
         if module == "experiments.serve":
             self.served = str(workdir)
         if not there:

@@ -12,19 +12,19 @@ ROOT = Path(__file__).parent.parent
 # A module may import from its own layer or from those before it.
 LAYERS = [
     ["kernels"],
-    ["ultra_hstu.fields"],
+    ["ultra_hstu.fields", "ultra_hstu.signals"],
     ["ultra_hstu.paths"],
     ["ultra_hstu.sections", "ultra_hstu.table_config"],
-    ["ultra_hstu.config", "ultra_hstu.provenance", "ultra_hstu.compilation_cache"],
+    [f"ultra_hstu.{name}" for name in "config effects provenance compilation_cache".split()],
     ["ultra_hstu.parallel"],
     ["ultra_hstu.sequences"],
     ["ultra_hstu.nn"],
     ["ultra_hstu.sampling", "ultra_hstu.data"],
     [f"ultra_hstu.{name}"
-     for name in "optim digests checkpoint workdir criteria quantization".split()],
+     for name in "optim digests checkpoint workdir starts trackers criteria quantization".split()],
     ["ultra_hstu.step", "ultra_hstu.evaluate", "ultra_hstu.flops", "ultra_hstu.task"],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
-    ["ultra_hstu.tasks", "ultra_hstu.report"],
+    ["ultra_hstu.tasks", "ultra_hstu.report", "ultra_hstu.progress"],
     ["ultra_hstu.train"],
     ["ultra_hstu.serving"],
     ["ultra_hstu.library"],

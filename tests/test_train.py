@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -24,10 +25,12 @@ from ultra_hstu.checkpoint import Checkpoints, Position, abstract, load_params
 from ultra_hstu.criteria import RETRIEVAL, ranking
 from ultra_hstu.data.interactions import ordered
 from ultra_hstu.evaluate import Evaluator
+from ultra_hstu.progress import Epochs
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.train import Interrupted, run_steps, train
+from ultra_hstu.step import run_steps
+from ultra_hstu.train import Interrupted, train
 from ultra_hstu.workdir import Workdir, write_json
 
 QUIET = Console(quiet=True)
@@ -40,12 +43,15 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
+SCREEN = Console(file=io.StringIO(), width=120)  # of the run that nothing disturbs
+
+
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
     """A run of three epochs that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     config = small_config(data_dir)
-    return config, workdir, train(config, workdir, console=QUIET)
+    return config, workdir, train(config, workdir, console=SCREEN)
 
 
 def final_state(config, workdir):
@@ -138,7 +144,8 @@ def test_killed_and_terminated_runs_end_with_the_same_bits(data_dir, tmp_path):
     wait_for_epochs(process, disturbed, 6)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped by SIGTERM" in output, output
+    assert process.returncode == 143 and "stopped by SIGTERM" in output, output
+    assert "SIGTERM: stopping: the " in output and "and the state is saved, in about" in output
     process = start(command(config, disturbed, train__epochs=EPOCHS))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "going on from step" in output, output
@@ -181,6 +188,61 @@ def test_a_stop_in_the_last_call_of_an_epoch_keeps_its_evaluation(finished, tmp_
     assert_same_bits(
         final_state(config, tmp_path / "disturbed")[1], final_state(config, undisturbed)[1]
     )
+
+
+def test_a_run_says_what_it_does_and_a_finished_one_says_so(finished):
+    config, workdir, result = finished
+    said = [line for line in SCREEN.file.getvalue().splitlines() if " so far" not in line]
+    assert [line.split()[0] for line in said] == [
+        *("data", "model", "compile"),
+        *["epoch"] * 3,
+        "result",
+    ]
+    assert re.fullmatch(r"data .* 60 users, 120 items, 720 events \(\d+\.\d s\)", said[0])
+    assert re.fullmatch(
+        r"model     hstu, 5,024 parameters,( hstu_attention xla,)? 8 steps an epoch", said[1]
+    )
+    assert re.fullmatch(r"epoch     1/3 +loss 7.* best  \S+ s, \S+ s left", said[3])
+    assert "left" not in said[5] and "finished: 3 epochs in" in said[6]
+    again = Console(file=io.StringIO(), width=120)
+    assert train(config, workdir, console=again) == result
+    text = again.file.getvalue()
+    assert "finished before, after 3 epochs: its result is given again" in text
+    assert "compil" not in text
+
+
+def test_after_a_signal_no_call_is_started(data_dir, tmp_path, monkeypatch):
+    """It arrives when the first call was read and the second runs."""
+    first = iter([signal.SIGINT])
+    monkeypatch.setattr(Epochs, "reached", lambda *_: [*map(signal.raise_signal, first)])
+    config = small_config(data_dir, epochs=1, steps_per_call=1)
+    with pytest.raises(Interrupted, match="stopped by SIGINT at step 2, epoch 1; ") as stop:
+        train(config, tmp_path, console=QUIET)
+    assert stop.value.signal == signal.SIGINT
+    assert final_state(config, tmp_path)[2]["batch"] == 2
+
+
+def test_a_kill_in_a_long_epoch_loses_minutes(finished, tmp_path, monkeypatch):
+    config, undisturbed, expected = finished
+    often = with_(config, train__checkpoint_minutes=1e-9)
+    save, saved = Checkpoints.save, []
+
+    def save_and_die(self, step, *arguments, **options):
+        save(self, step, *arguments, **options)
+        self.wait()
+        saved.append(step)
+        if step == 11:  # the first call of the second epoch has ended
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(often, tmp_path, console=QUIET)
+    monkeypatch.undo()
+    assert saved == [0, 3, 6, 8, 11]
+    result = train(config, tmp_path, console=QUIET)
+    clocks = {"seconds": 0, "compile_seconds": 0}
+    assert result | clocks == expected | clocks
+    assert_same_bits(final_state(config, tmp_path)[1], final_state(config, undisturbed)[1])
 
 
 def test_other_data_is_refused_before_anything_is_written(finished, tmp_path):

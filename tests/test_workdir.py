@@ -22,12 +22,14 @@ from experiments import command
 from experiments.command import ConfigParser, PathParser
 from experiments.record import Record
 from tests.small_run import small_config, with_
-from ultra_hstu import provenance
+from ultra_hstu import paths, provenance, starts
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.digests import digests
 from ultra_hstu.report import MetricLog, draw_curves, make_console, read_metrics
+from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.serving.service import open_service
 from ultra_hstu.workdir import Workdir, remedy_of, write_json
 
 
@@ -36,8 +38,77 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path):
     first = Workdir(tmp_path / "run")
     first.claim(config)
     first.release()
+    (first.checkpoints / "8").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"another configuration.*\n  model.width: 16 -> 32\n"):
         Workdir(tmp_path / "run").claim(with_(config, model__width=32))
+
+
+def test_a_folder_without_a_checkpoint_takes_a_new_configuration(tmp_path, caplog):
+    first, config = Workdir(tmp_path), small_config("data")
+    first.claim(config)
+    first.data.write_text('{"users": 1}')
+    first.starts.write_text('{"runs": []}')
+    first.release()
+    (first.checkpoints / "0").mkdir(parents=True)  # the trial of a killed run
+    second = Workdir(tmp_path)
+    second.claim(with_(config, model__width=32))
+    second.release()
+    assert f"{tmp_path} has no checkpoint" in caplog.text and "width: 16 -> 32" in caplog.text
+    assert second.read_config().model.width == 32 and not second.checkpoints.exists()
+    assert not second.data.exists() and second.starts.exists()
+
+
+def test_overwrite_removes_a_run_and_nothing_else(tmp_path):
+    folder, config = Workdir(tmp_path), small_config("data")
+    folder.claim(config)
+    folder.release()
+    (folder.checkpoints / "8").mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="start over in this one with --overwrite"):
+        folder.claim(with_(config, model__width=32))
+    folder.claim(with_(config, model__width=32), overwrite=True)
+    folder.release()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".lock", "config.json", "notes.txt"}
+    folder.config.write_text('{"architectures": []}')  # somebody else's
+    with pytest.raises(ValueError, match="this is no run: delete it by hand"):
+        folder.claim(config, overwrite=True)
+
+
+def test_every_start_is_written_down(tmp_path, monkeypatch):
+    folder = Workdir(tmp_path)
+    with starts.recorded(folder):
+        (entry,) = starts.read_starts(folder)
+        assert entry["outcome"] == starts.STARTED and "ended" not in entry
+    with pytest.raises(FloatingPointError), starts.recorded(folder):
+        raise FloatingPointError("the loss is nan")
+    first, second = starts.read_starts(Workdir(tmp_path))
+    assert (first["outcome"], second["outcome"]) == ("done", "FloatingPointError: the loss is nan")
+    for name in ("command", "commit", "versions", "device", "started", "ended", "seconds"):
+        assert first[name] is not None and name in second, name
+    folder.starts.write_text("{")
+    with pytest.raises(ValueError, match="run.json, line 1: not JSON .*: delete it"):
+        with starts.recorded(folder):
+            pass
+
+
+def test_a_folder_of_several_seeds_names_them(tmp_path):
+    config = small_config("data")
+    for seed in (43, 7):
+        folder = Workdir(tmp_path / f"seed_{seed}")
+        folder.claim(with_(config, train__seed=seed))
+        folder.release()
+    (tmp_path / "seed_of_doubt").mkdir()
+    parent = Workdir(tmp_path)
+    assert list(parent.seeds) == [7, 43] and parent.seeds[7].read_config().train.seed == 7
+    for refused in (
+        parent.read_config,
+        lambda: parent.claim(config),
+        lambda: open_service(str(tmp_path)),
+        lambda: RecommendationModel(str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"runs of 2 seeds .seed_7, seed_43.: .*/seed_7"):
+            refused()
 
 
 def test_a_run_is_evaluated_in_one_way(tmp_path):
@@ -46,6 +117,7 @@ def test_a_run_is_evaluated_in_one_way(tmp_path):
     first = Workdir(tmp_path)
     first.claim(config)
     first.release()
+    first.result.write_text("{}")
     with pytest.raises(ValueError, match="eval.hide: 'window' -> 'all'"):
         Workdir(tmp_path).claim(with_(config, eval__hide="all"))
     values = json.loads(first.config.read_text())
@@ -323,6 +395,7 @@ def test_a_lost_catalogue_is_written_again(tmp_path, caplog):
     folder = Workdir(tmp_path / "run")
     folder.claim(config)
     folder.claim_data(data)
+    folder.release()
     whole = folder.catalog.read_bytes()
     for damage in (whole[:100], b"", whole.replace(b"raw_ids", b"raw_idz"), None):
         if damage is None:
@@ -337,6 +410,7 @@ def test_a_lost_catalogue_is_written_again(tmp_path, caplog):
         folder.claim_data(data)
         assert "the catalogue is written again from the data: " in caplog.text
         assert folder.read_catalog().num_items == data.num_items
+    folder.release()
 
 
 def test_every_flipped_bit_of_a_catalogue_is_noticed(tmp_path):
@@ -509,3 +583,27 @@ def test_a_reader_that_closes_the_output_is_named(monkeypatch, capfd):
     console.file = Closed()
     with pytest.raises(BrokenPipeError):
         console.print("loss 0.5")
+
+
+def test_prepared_data_does_not_follow_the_current_folder(tmp_path, monkeypatch, caplog):
+    """The variable, then the user's data folder; ./data, the default once, is named."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")  # which the standard says to ignore
+    monkeypatch.setenv(paths.DATA_VARIABLE, "~/mine")
+    assert paths.data_folder(None) == tmp_path / "home" / "mine"
+    assert paths.data_folder("elsewhere") == Path("elsewhere")
+    monkeypatch.delenv(paths.DATA_VARIABLE)
+    wanted = tmp_path / "home" / ".local" / "share" / "ultra-hstu" / "data"
+    (tmp_path / "data" / "synthetic-0123").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(small_config("unused").data, data_dir=None)
+    load_interactions(config)
+    assert f"{tmp_path}/data holds data of synthetic, which is not read: " in caplog.text
+    assert any(wanted.glob("synthetic-*")) and len(list((tmp_path / "data").iterdir())) == 1
+    caplog.clear()
+    monkeypatch.chdir(tmp_path / "home")
+    load_interactions(config)
+    assert not caplog.text
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(ValueError, match="no folder for prepared data .no home.: name one with"):
+        paths.data_folder(None)

@@ -16,6 +16,8 @@ import jax
 from jax._src import compilation_cache  # JAX has no public name for another kind of files
 from jax._src.compilation_cache_interface import CacheInterface
 
+from ultra_hstu import paths
+
 _log = logging.getLogger(__name__)
 VARIABLE = "ULTRA_HSTU_COMPILATION_CACHE"
 LIMIT = 2 * 2**30  # bytes of a folder, when a process begins to use it
@@ -66,10 +68,8 @@ def default_folder() -> Path:
     Machines of several kinds may share a home, and machine code of one may not run on another.
     Raises RuntimeError where the user has no home.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():
-        cache = Path.home() / ".cache"
-    return cache / "ultra-hstu" / f"jax-{jax.__version__}-{processor()}"
+    cache = paths.user_folder("XDG_CACHE_HOME", ".cache")
+    return cache / f"jax-{jax.__version__}-{processor()}"
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -13,7 +13,14 @@ import ml_collections
 from ultra_hstu import fields
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 from ultra_hstu.paths import LocalPath
-from ultra_hstu.sections import Count, EvalConfig, OptimConfig, SyntheticConfig
+from ultra_hstu.sections import (
+    Count,
+    EvalConfig,
+    OptimConfig,
+    ParallelConfig,
+    RankConfig,
+    SyntheticConfig,
+)
 from ultra_hstu.table_config import TableConfig
 
 Kind = Literal["binary", "regression"]  # of a ranking task
@@ -24,17 +31,20 @@ Windows = tuple[Annotated[int, Limit(lambda value: value >= -1, "at least -1")],
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
-    source: str = "synthetic"  # a name of ultra_hstu.data.sources
+    source: str = "synthetic"  # a name of ultra_hstu.data.sources, or table: own files
     raw_dir: LocalPath | None = None  # a copy in the publisher's format, read instead of a download
-    data_dir: LocalPath = "data"  # prepared array_record files go here
-    ties: Literal["stable", "random"] = "stable"  # order of a user's events with equal timestamps
-    ties_seed: NotNegative[int] = 0
+    # Prepared data goes here. None: to ULTRA_HSTU_DATA, else to ~/.local/share/ultra-hstu/data.
+    data_dir: LocalPath | None = None
+    # Order of a user's events with equal timestamps: that of the file, or drawn.
+    ties: Literal["stable", "random"] = "stable"
+    ties_seed: NotNegative[int] = 0  # of that random order
     max_history: Count = 200  # newest events kept in front of a target
     batch_users: Count = 128  # B, most users in a batch
     # T, rows of the flat buffer. None: chosen from the lengths so that a batch nearly always fits.
     batch_tokens: Count | None = None
+    # padded: every user has max_history rows of the buffer, as in the public code
     layout: Literal["jagged", "padded"] = "jagged"
-    # auto: on the device below 1 GiB of events
+    # Where events lie. auto: on the device below 1 GiB of events
     placement: Literal["auto", "device", "stream"] = "auto"
     # Share of events (the newest) that protocol `temporal` tests on.
     temporal_test_fraction: Annotated[float, Limit(lambda value: 0 < value < 1, "in (0, 1)")] = 0.1
@@ -62,41 +72,42 @@ class ChannelConfig(Section):
     """
 
     signal: str = ""  # an action of the data; "": every event
-    at_least: float = 1.0
-    max_history: Count = 200
-    layers: Count = 2
+    at_least: float = 1.0  # of the signal
+    max_history: Count = 200  # newest such events kept in front of a target
+    layers: Count = 2  # depth of its encoder
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
-    kind: Literal["hstu", "sasrec"] = "hstu"
-    width: Count = 50  # D
-    layers: Count = 2
-    heads: Count = 1
+    kind: Literal["hstu", "sasrec"] = "hstu"  # the encoder
+    width: Count = 50  # D, of an event's embedding and of every layer
+    layers: Count = 2  # depth of the encoder
+    heads: Count = 1  # H
     qk_width: Count = 50  # K, per head
     v_width: Count = 50  # V, per head
-    ffn_width: Count = 50  # SASRec only
+    ffn_width: Count = 50  # of the feed-forward net of SASRec
     # The HSTU layer of the published research code, or the production layer.
     preset: Literal["research", "production"] = "research"
     attention: Literal["silu", "softmax"] = "silu"  # softmax: the paper's ablation
     relative_bias: bool = True  # position and time-bucket bias inside the SiLU
-    time_buckets: Count = 128
+    time_buckets: Count = 128  # of that bias
     # The published padding behind the history: N = max_history + output_slots divides attention.
     output_slots: NotNegative[int] = 11
-    input_dropout: BelowOne[float] = 0.2
-    linear_dropout: BelowOne[float] = 0.2
+    input_dropout: BelowOne[float] = 0.2  # of the embedded events
+    linear_dropout: BelowOne[float] = 0.2  # inside every layer
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     implementation: str | None = None  # of kernels.hstu_attention; None: the best for the device
     # Production layer: factor on the scores. None: 1 / sqrt(qk_width).
     alpha: Positive[float] | None = None
-    # Semi-local attention, see kernels.mask: one value for all layers, or one a layer.
-    window: Windows = ()  # -1: no window
-    full_rows: Rows = ()
+    # Semi-local attention, see kernels.mask: one value for all layers, or one a layer. An event
+    # sees so many before it; -1: all.
+    window: Windows = ()
+    full_rows: Rows = ()  # so many newest events, and all targets, see everything before them
+    # So many oldest positions are seen by everything behind them.
     prefix: Rows = ()
-    # Attention truncation: so many layers work on the whole sequence, the others on the newest
-    # `truncate_length` events.
+    # Attention truncation: so many layers work on the whole sequence, the others on its newest end.
     truncate_after: Count | None = None
-    truncate_length: Count | None = None
+    truncate_length: Count | None = None  # events of that end
     # Mixture of transducers, by name; empty: one transducer over all events, with `layers`.
     channels: dict[str, ChannelConfig] = dataclasses.field(default_factory=dict)
     # Precision of the uvqk and output projections in the forward; "same" follows dtype.
@@ -109,83 +120,40 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig(Section):
+    # What a softmax is taken over: items drawn uniformly, targets of the batch, or all items.
     kind: Literal["sampled", "in_batch", "full"] = "sampled"
     negatives: Count = 128  # per position
-    temperature: Positive[float] = 0.05
-    l2_normalize: bool = True
+    temperature: Positive[float] = 0.05  # scores are divided by it
+    l2_normalize: bool = True  # scores are cosines
     log_q: bool = True  # in_batch: correct for the items' frequency in training
     # Rows whose logits exist at one time. None: 512 on a CPU (its cache), 4096 on an accelerator.
     chunk_rows: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class RankConfig(Section):
-    """What the user will do with each target. Without tasks a run is retrieval."""
-
-    tasks: tuple[str, ...] = ()  # names of ultra_hstu.data.signals
-    input: Literal["merged", "interleaved"] = "merged"  # item + action in one token, or two tokens
-    # What the user did with an event, embedded and summed; 0 on targets. Retrieval embeds them in
-    # every history token.
-    signals: tuple[str, ...] = ()
-    features: tuple[str, ...] = ()  # known of an event before the user acts; kept on targets
-    contextual: tuple[str, ...] = ()  # features of the user, one token each before the history
-    targets: Count = 16  # events a request asks about, which do not see one another
-    # The end that positions count from: the targets, or the oldest event. A cached history grows
-    # without being encoded anew only under "forwards".
-    positions: Literal["backwards", "forwards"] = "backwards"
-    # all: every history item too (interleaved only; positions are forwards)
-    supervise: Literal["targets", "all"] = "targets"
-    head_width: Count = 128  # hidden width of the multi-task head
-    validation_fraction: NotNegative[float] = 0.1  # of a user's events, before the test events
-    test_fraction: NotNegative[float] = 0.1  # of a user's events, the newest
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig(Section):
-    epochs: Count = 101
+    epochs: Count = 101  # at most
     seed: Annotated[
         NotNegative[int],
         Limit(lambda value: value < 2**32, "below 2^32: larger seeds would repeat smaller ones"),
-    ] = 42
-    protocol: str = "published"  # one of the PROTOCOLS of the task
-    eval_every: Count = 1  # epochs
+    ] = 42  # of the first parameters, and of the order and dropout of every epoch
+    protocol: str = "published"  # published, validated, temporal; of ranking, chronological
+    eval_every: Count = 1  # epochs between two evaluations
     eval_users: Count = 256  # users scored at one time
     # Epochs without a better NDCG@10 (ranking: NE) before stopping. None: 10; under `published`
     # all epochs are run.
     patience: Count | None = None
-    checkpoint_every: Count = 1  # epochs
+    checkpoint_every: Count = 1  # epochs between two checkpoints
     keep_checkpoints: Count = 2  # newest kept, beside the best
+    checkpoint_minutes: Positive[float] | None = 10.0  # one is written after so long at the latest
     # Steps in one compiled scan; progress, signals and metrics are looked at between calls.
     steps_per_call: Count = 16
-    matmul_precision: Literal["default", "tensorfloat32", "highest"] = "default"
-
-
-@dataclasses.dataclass(frozen=True)
-class ParallelConfig(Section):
-    """How the devices of a mesh share a step, see docs/context_parallel.md.
-
-    What is computed depends on `groups` alone.
-    """
-
-    data: Count = 1  # groups of devices, each with users of its own
-    context: Count = 1  # devices of a group, which share the rows of its users
-    # A batch is packed in so many parts, a multiple of data. None: those of the run; of a new one,
-    # `data`.
-    groups: Count | None = None
-    # Of attention over context.
-    strategy: Literal["auto", "gather", "ring", "ulysses", "halo"] = "auto"
-    # Slices, or blocks in turns, which balance full causal masks.
-    layout: Literal["auto", "contiguous", "striped"] = "auto"
-    fsdp: bool = False  # matrices of layers, with their optimizer state, are divided over data
-
-    @property
-    def batch_groups(self) -> int:
-        return self.data if self.groups is None else self.groups
+    matmul_precision: Literal["default", "tensorfloat32", "highest"] = "default"  # of JAX
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Section):
-    name: str = "synthetic"
+    name: str = "synthetic"  # what records and tables call the run
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 
 Metrics = dict[str, float]  # by name
 
@@ -70,6 +71,13 @@ def ranking(tasks: Mapping[str, str]) -> Criteria:
         floor="base rate",
         tasks=tuple(tasks),
     )
+
+
+def mean_and_deviation(runs: Sequence[Mapping[str, float]]) -> tuple[Metrics, Metrics]:
+    """The mean and the standard deviation (of the sample) of each metric of at least two runs."""
+    values = {name: [run[name] for run in runs] for name in runs[0]}
+    means = {name: statistics.mean(of_runs) for name, of_runs in values.items()}
+    return means, {name: statistics.stdev(of_runs) for name, of_runs in values.items()}
 
 
 def display_name(name: str) -> str:

@@ -144,11 +144,38 @@ def build[S: Section](cls: type[S], values: Any, prefix: str = "") -> S:
             floats = float in (hint, *get_args(hint))
             built[name] = float(value) if floats and type(value) is int else value
         else:
-            allowed = getattr(hint, "__name__", str(hint))
-            if get_origin(hint) is Literal:
-                allowed = ", ".join(map(repr, get_args(hint)))
-            raise ValueError(f"{prefix}{name}={value!r} is not allowed: use {allowed}")
+            raise ValueError(f"{prefix}{name}={value!r} is not allowed: use {words(hint)}")
     return cls(**built)
+
+
+def words(hint: Any) -> str:
+    """A type in words, as in "use int or None"."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return words(parts[0])
+    if origin is Literal:
+        return ", ".join(map(repr, parts))
+    if origin in (Union, types.UnionType):
+        return " or ".join(words(part) for part in parts)
+    if origin is tuple:
+        return f"tuple of {words(parts[0])}"
+    if origin is dict:
+        return "a section for each name" if _of_sections(hint) else "a text for each name"
+    if hint is types.NoneType:
+        return "None"
+    return "its fields" if issubclass(hint, Section) else hint.__name__
+
+
+def hint_of(cls: type[Section], path: str) -> Any:
+    """The type of a field by its whole name, such as model.channels.liked.layers.
+
+    Raises KeyError for an unknown one.
+    """
+    name, _, rest = path.partition(".")
+    hint = get_type_hints(cls)[name]
+    if rest and get_origin(hint) is dict:
+        rest, hint = rest.partition(".")[2], get_args(hint)[1]
+    return hint_of(hint, rest) if rest else hint
 
 
 def _of_sections(hint: Any) -> bool:
@@ -206,13 +233,21 @@ def changed[S: Section](section: S, **fields: Any) -> S:
     return dataclasses.replace(section, **values)
 
 
-def difference(old: Values, new: Values, prefix: str = "") -> list[str]:
+def flat(values: Values, prefix: str = "") -> Values:
+    """Nested dicts as one, by the whole names of their fields: {"train.seed": 42, ...}."""
+    found: Values = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
+
+
+def difference(old: Values, new: Values) -> list[str]:
     """One line for every field in which nested dicts differ: `data.ties: 'stable' -> 'random'`."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += difference(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
-    return lines
+    before, after = flat(old), flat(new)
+    shown = [{name: repr(value) for name, value in one.items()} for one in (before, after)]
+    return [
+        f"{name}: {' -> '.join(one.get(name, '(absent)') for one in shown)}"
+        for name in sorted(before.keys() | after.keys())
+        if name not in before or name not in after or before[name] != after[name]
+    ]

@@ -1,6 +1,6 @@
 """What a program calls: training on data in memory, and answers to single requests."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ultra_hstu.data.interactions import ARRAYS, Interactions, ordered
 from ultra_hstu.fields import changed
 from ultra_hstu.serving.schema import AboutUser, Response, ScoreResponse
 from ultra_hstu.serving.service import Service
+from ultra_hstu.trackers import Tracker
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
@@ -23,6 +24,8 @@ def fit(
     workdir: Path | str,
     *,
     console: Console | None = None,
+    overwrite: bool = False,
+    trackers: Sequence[Tracker] = (),
 ) -> dict[str, Any]:
     """Trains a run on these events, or goes on training it.
 
@@ -33,6 +36,8 @@ def fit(
       config: what to train. `data.source` and `data.raw_dir` are set to that copy.
       workdir: folder of the run; made if it does not exist.
       console: where progress is shown; None: standard output.
+      overwrite: start anew, and remove the run that is in `workdir`.
+      trackers: what else receives the metrics of every epoch.
 
     Returns:
       The result, as `result.json` holds it: "best" has the metrics of the best epoch on the test
@@ -47,7 +52,10 @@ def fit(
     config = changed(config, data={"source": ARRAYS, "raw_dir": str(copy)})
     config.validate()
     events = ordered(interactions, ties=config.data.ties, seed=config.data.ties_seed)
-    return train(config, workdir, console=console, task=tasks.of(config, events))
+    task = tasks.of(config, events)
+    return train(
+        config, workdir, console=console, task=task, overwrite=overwrite, trackers=trackers
+    )
 
 
 def respond[R: AboutUser, A: Response | ScoreResponse](

@@ -1,4 +1,4 @@
-"""What a run shows: `metrics.jsonl` and TensorBoard, a progress bar, tables, learning curves."""
+"""What a run shows: `metrics.jsonl` and TensorBoard, tables, learning curves."""
 
 import contextlib
 import errno
@@ -6,43 +6,41 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import rich.box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from ultra_hstu.config import Config
-from ultra_hstu.criteria import RETRIEVAL, Criteria, display_name
+from ultra_hstu.criteria import RETRIEVAL, Criteria, Metrics, display_name
+from ultra_hstu.trackers import Guarded, TensorBoard, Tracker
 from ultra_hstu.workdir import not_written, parse_object, write_text
 
+_LINES = ("-", "--", "-.", ":")  # of what needs no model
 RECORD_FIELDS = {"step": int}  # of every line of `metrics.jsonl`
 
 log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Appends records to `metrics.jsonl` and TensorBoard.
+    """Appends records to `metrics.jsonl`, and gives their numbers to TensorBoard and to trackers.
 
     Records after `resume_step` are dropped, since they come again. A warning names damaged ones,
     which are dropped too.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, *, resume_step: int = 0):
+    def __init__(
+        self,
+        path: Path,
+        tensorboard: Path,
+        config: dict[str, Any] | None = None,
+        trackers: Sequence[Tracker] = (),
+        *,
+        resume_step: int = 0,
+    ):
         if path.exists():
             kept = []
             for number, line in enumerate(_lines(path), start=1):
@@ -53,11 +51,11 @@ class MetricLog:
                     log.warning("%s, %s: this record is dropped", path, error)
             write_text(path, "".join(kept))
         self._file = open(path, "a")
-        tensorboard.mkdir(exist_ok=True)
-        # Without the thread of its SummaryWriter, whose errors nobody sees.
-        self._events = EventsWriter(str(tensorboard / "events"))
-        restart = SessionLog(status=SessionLog.START)  # drops what follows
-        self._events.write_event(Event(step=resume_step + 1, session_log=restart))
+        board = TensorBoard(tensorboard, resume_step=resume_step)
+        self._trackers: list[Tracker] = [board, *map(Guarded, trackers)]
+        if config is not None:
+            for tracker in self._trackers:
+                tracker.config(config)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Raises OSError naming the file that could not be written."""
@@ -65,17 +63,16 @@ class MetricLog:
         try:
             self._file.write(json.dumps({"step": step, **record}) + "\n")
             self._file.flush()
-            for name, value in values.items():
-                summary = scalar(name.replace("@", "_"), value)
-                self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-            self._events.flush()
+            for tracker in self._trackers:
+                tracker.log(step, values)
         except OSError as error:
             raise not_written(self._file.name, error) from error
 
     def close(self) -> None:
-        for end in (self._file.close, self._events.close):
-            with contextlib.suppress(OSError):  # a full disk was reported by the write that met it
-                end()
+        with contextlib.suppress(OSError):  # a full disk was reported by the write that met it
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -109,19 +106,6 @@ def make_console(*, quiet: bool = False) -> Console:
     `quiet` prints nothing.
     """
     return _Output(quiet=quiet, width=None if sys.stdout.isatty() else 120)
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-        refresh_per_second=4,
-    )
 
 
 def conditions(config: Config) -> str:
@@ -173,28 +157,86 @@ def recommendations_table(title: str, answer: Sequence[RecommendedItem]) -> Tabl
     return table
 
 
-def draw_curves(runs: Mapping[str, Path], picture: Path, criteria: Criteria = RETRIEVAL) -> None:
-    """Draws loss and `criteria.curves` over epochs; `runs` maps names to `metrics.jsonl` files."""
+def draw_curves(
+    runs: Mapping[str, Path],
+    picture: Path,
+    criteria: Criteria = RETRIEVAL,
+    *,
+    title: str = "",
+    baselines: Mapping[str, Metrics] | None = None,
+) -> None:
+    """Draws loss and `criteria.curves` over epochs, the best epoch of each run marked.
+
+    Args:
+      runs: `metrics.jsonl` files, by the name of the run.
+      title: what was measured, and how.
+      baselines: metrics of what needs no model, drawn as lines across.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     shown = ("loss", *criteria.curves)
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(4 * len(shown), 3.6), constrained_layout=True
+        1, len(shown), figsize=(4.4 * len(shown), 4.4), layout="constrained"
     )
     records = {name: read_metrics(path) for name, path in runs.items()}
     for axis, key in zip(axes, shown, strict=True):
-        for name, of_run in records.items():
-            pairs = [(record.get("epoch"), record.get(key)) for record in of_run]
-            points = [pair for pair in pairs if all(isinstance(one, int | float) for one in pair)]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        title = "training loss" if key == "loss" else display_name(key)
-        axis.set(title=title, xlabel="epoch")
+        for number, (name, of_run) in enumerate(records.items()):
+            points = _points(of_run, key)
+            if not points:
+                continue
+            line = {"color": f"C{number}", "marker": "o", "markersize": 3, "label": name}
+            axis.plot(*zip(*points.items(), strict=True), **line)
+            best = best_epoch(of_run, criteria)
+            if key != "loss" and best in points:
+                place = (best, points[best])
+                axis.plot(*place, "o", color=f"C{number}", markersize=10, fillstyle="none")
+                text = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+                label = f"epoch {best}: {points[best]:.4f}"
+                axis.annotate(label, place, color=f"C{number}", fontsize=8, **text)
+        for number, (name, metrics) in enumerate((baselines or {}).items()):
+            if (value := metrics.get(key)) is not None:
+                style = {"color": "0.4", "linewidth": 1, "linestyle": _LINES[number % len(_LINES)]}
+                axis.axhline(value, label=f"{name} (no model)", **style)
+        axis.set(title="training loss" if key == "loss" else display_name(key), xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.margins(x=0.15, y=0.12)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    handles, labels = axes[-1].get_legend_handles_labels()
+    ring = Line2D([], [], color="0.2", marker="o", markersize=10, fillstyle="none", linestyle="")
+    figure.legend(
+        [*handles, ring],
+        [*labels, f"best epoch, by {display_name(criteria.selection)}"],
+        frameon=False,
+        loc="outside lower center",
+        ncols=4,
+        fontsize=9,
+    )
+    figure.suptitle(title, fontsize=10)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def _points(records: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """The values of a metric by epoch, where both are numbers."""
+    pairs = [(record.get("epoch"), record.get(key)) for record in records]
+    return {
+        epoch: float(value)
+        for epoch, value in pairs
+        if isinstance(epoch, int) and isinstance(value, int | float)
+    }
+
+
+def best_epoch(records: Sequence[Mapping[str, Any]], criteria: Criteria) -> int | None:
+    """The epoch that does best by the metric that decides; None: none was evaluated."""
+    best = None
+    points = _points(records, criteria.selection)
+    for epoch, value in points.items():
+        if criteria.better(value, None if best is None else points[best]):
+            best = epoch
+    return best

@@ -18,24 +18,24 @@ class SyntheticConfig(Section):
         int, Limit(lambda value: value >= 3, "at least 3: history, validation, test")
     ] = 64
     items: Count = 2000  # ids released over the stream; the paper has 20,000
-    categories: Count = 50  # the paper has 100
+    categories: Count = 50  # of items; the paper has 100
     prior_categories: Count = 5  # at most this many in a record's own prior
     released_at_start: BelowOne[float] = 0.4  # share of the ids available to the first record
     # a ~ U(1, this)
     max_concentration: Annotated[float, Limit(lambda value: value >= 1, "at least 1")] = 500.0
-    seed: NotNegative[int] = 0
+    seed: NotNegative[int] = 0  # of the stream
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(Section):
-    learning_rate: Positive[float] = 1e-3
-    beta1: BelowOne[float] = 0.9
-    beta2: BelowOne[float] = 0.98
-    weight_decay: NotNegative[float] = 0.0
-    warmup_steps: NotNegative[int] = 0
+    learning_rate: Positive[float] = 1e-3  # of AdamW, after the warmup
+    beta1: BelowOne[float] = 0.9  # decay of the mean of gradients
+    beta2: BelowOne[float] = 0.98  # decay of the mean of their squares
+    weight_decay: NotNegative[float] = 0.0  # of all parameters
+    warmup_steps: NotNegative[int] = 0  # the learning rate rises from 0 during them
     # The learning rate falls to 0 at this step, on a cosine; None: it stays.
     decay_steps: Count | None = None
-    clip_norm: Positive[float] | None = None
+    clip_norm: Positive[float] | None = None  # gradients are scaled down to this norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,3 +55,48 @@ class EvalConfig(Section):
     # request (ranking): about all targets of a request at the time of its first; last: at the time
     # of the user's last event, as in serving without `now`.
     time: Literal["target", "request", "last"] = "target"
+
+
+@dataclasses.dataclass(frozen=True)
+class RankConfig(Section):
+    """What the user will do with each target. Without tasks a run is retrieval."""
+
+    tasks: tuple[str, ...] = ()  # names of ultra_hstu.data.signals
+    input: Literal["merged", "interleaved"] = "merged"  # item + action in one token, or two tokens
+    # What the user did with an event, embedded and summed; 0 on targets. Retrieval embeds them in
+    # every history token.
+    signals: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()  # known of an event before the user acts; kept on targets
+    contextual: tuple[str, ...] = ()  # features of the user, one token each before the history
+    targets: Count = 16  # events a request asks about, which do not see one another
+    # The end that positions count from: the targets, or the oldest event. A cached history grows
+    # without being encoded anew only under "forwards".
+    positions: Literal["backwards", "forwards"] = "backwards"
+    # all: every history item too (interleaved only; positions are forwards)
+    supervise: Literal["targets", "all"] = "targets"
+    head_width: Count = 128  # hidden width of the multi-task head
+    validation_fraction: NotNegative[float] = 0.1  # of a user's events, before the test events
+    test_fraction: NotNegative[float] = 0.1  # of a user's events, the newest
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig(Section):
+    """How the devices of a mesh share a step, see docs/context_parallel.md.
+
+    What is computed depends on `groups` alone.
+    """
+
+    data: Count = 1  # groups of devices, each with users of its own
+    context: Count = 1  # devices of a group, which share the rows of its users
+    # A batch is packed in so many parts, a multiple of data. None: those of the run; of a new one,
+    # `data`.
+    groups: Count | None = None
+    # Of attention over context.
+    strategy: Literal["auto", "gather", "ring", "ulysses", "halo"] = "auto"
+    # Slices, or blocks in turns, which balance full causal masks.
+    layout: Literal["auto", "contiguous", "striped"] = "auto"
+    fsdp: bool = False  # matrices of layers, with their optimizer state, are divided over data
+
+    @property
+    def batch_groups(self) -> int:
+        return self.data if self.groups is None else self.groups

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int32, PyTree
+from jaxtyping import Array, Float, Int, Int32, PyTree
 
 from kernels.typing import Leaf
 from ultra_hstu import optim
@@ -32,6 +33,7 @@ class TrainState:
     step: Leaf[Int32[Array, ""]]  # steps taken, over all epochs
 
 
+HISTORY = ("loss", "grad_norm")  # what a compiled call returns of each of its steps
 Updated = tuple[TrainState, dict[str, Float[Array, ""]]]  # and `loss` and `grad_norm` of the step
 
 
@@ -42,6 +44,15 @@ def require_jit() -> None:
             "JAX_DISABLE_JIT is set, but compiled programs train, evaluate and serve: unset it. "
             "(jax.debug.print shows what is inside of them.)"
         )
+
+
+def largest_weight(params: Params) -> float:
+    """The largest magnitude in the parameters that this process holds."""
+    return max(
+        float(np.abs(shard.data).max(initial=0))
+        for weight in jax.tree.leaves(params)
+        for shard in weight.addressable_shards
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,3 +171,21 @@ class Steps[Model: nnx.Module](abc.ABC):
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
+
+
+Carry = tuple[TrainState, dict[str, Float[Array, " S"]]]
+
+
+def run_steps(recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""]) -> Carry:
+    """The first `steps` batches of a feed, one update each.
+
+    The trip count is traced: a shorter last call does not compile again.
+    """
+
+    def body(i: Array, carry: Carry) -> Carry:
+        state, history = carry
+        state, metrics = recipe.feed_step(state, feed, i)
+        return state, {name: history[name].at[i].set(value) for name, value in metrics.items()}
+
+    history = {name: jnp.zeros(recipe.config.train.steps_per_call, jnp.float32) for name in HISTORY}
+    return jax.lax.fori_loop(0, steps, body, (state, history))

@@ -35,9 +35,9 @@ class TableConfig(Section):
     A column that is not named is found by a usual name, such as user_id, item_id and timestamp.
     """
 
-    user: str | None = None
-    item: str | None = None
-    time: str | None = None
+    user: str | None = None  # column of user ids
+    item: str | None = None  # column of item ids
+    time: str | None = None  # column of times
     # Of numbers: what they count since 1970; yyyymmdd: calendar days; none: there are no times, and
     # rows are in order. auto: by range, refused where several units are possible.
     time_unit: Literal["auto", "s", "ms", "us", "ns", "days", "yyyymmdd", "none"] = "auto"
@@ -59,10 +59,10 @@ class TableConfig(Section):
     # events: the same user, item and time; pairs: the same user and item, the oldest stays
     repeats: Literal["drop_events", "drop_pairs", "keep"] = "drop_events"
     sample_users: Share = 1.0  # share of the users that is drawn
-    sample_seed: NotNegative[int] = 0
-    # Counted once, items before users. Users need three events in any case.
+    sample_seed: NotNegative[int] = 0  # of that draw
+    # Items with fewer events go, once, before users do.
     min_item_events: Positive[int] = 1
-    min_user_events: Positive[int] = 3
+    min_user_events: Positive[int] = 3  # the same for users, who need three in any case
     # Users and items with fewer events go, again and again, until none is left with fewer.
     k_core: Positive[int] = 1
 

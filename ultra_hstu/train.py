@@ -10,57 +10,45 @@ import functools
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 from rich.console import Console
-from rich.progress import Progress
 
-from ultra_hstu import optim, report, tasks
+from kernels import dispatch
+from ultra_hstu import optim, progress, report, signals, starts, tasks
 from ultra_hstu.checkpoint import Checkpoints, Position, abstract
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Metrics
-from ultra_hstu.data.feed import Feed, Group
+from ultra_hstu.data.feed import Group
 from ultra_hstu.parallel import make_mesh, processes
-from ultra_hstu.step import Steps, TrainState
+from ultra_hstu.step import HISTORY, largest_weight, run_steps
 from ultra_hstu.task import Task
+from ultra_hstu.trackers import Tracker
 from ultra_hstu.workdir import Workdir, write_json
 
 # Epochs without a better metric where train.patience is None and the protocol has validation data.
 VALIDATED_PATIENCE = 10
-HISTORY = ("loss", "grad_norm")  # what a compiled call returns of each of its steps
 LARGEST_WEIGHT = 1e6  # beyond it, float32 loses updates of less than 0.06
 
 log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM, SIGINT); its state is saved."""
+    """The run was asked to stop (SIGTERM, SIGINT); its state is saved.
 
-
-Carry = tuple[TrainState, dict[str, Float[Array, " S"]]]
-
-
-def run_steps(recipe: Steps, state: TrainState, feed: Feed, steps: Int[Array, ""]) -> Carry:
-    """The first `steps` batches of a feed, one update each.
-
-    The trip count is traced: a shorter last call does not compile again.
+    Attributes:
+      signal: the number.
     """
 
-    def body(i: Array, carry: Carry) -> Carry:
-        state, history = carry
-        state, metrics = recipe.feed_step(state, feed, i)
-        return state, {name: history[name].at[i].set(value) for name, value in metrics.items()}
-
-    history = {name: jnp.zeros(recipe.config.train.steps_per_call, jnp.float32) for name in HISTORY}
-    return jax.lax.fori_loop(0, steps, body, (state, history))
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.signal = number
 
 
 def train(
@@ -69,42 +57,45 @@ def train(
     *,
     console: Console | None = None,
     task: Task | None = None,
+    overwrite: bool = False,
+    trackers: Sequence[Tracker] = (),
 ) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir`; its result, as `result.json` holds it.
 
     Args:
       task: the loaded data of this configuration, where several runs share it.
+      overwrite: start anew, and remove the run that is in `workdir`.
+      trackers: what else receives the metrics of every epoch.
 
     Raises:
       ValueError: bad configuration or data, or a folder that belongs to another run.
       FloatingPointError: a loss that is not finite, with step, learning rate and gradient norm.
       OSError: a checkpoint that could not be written.
-      Interrupted: after SIGTERM or SIGINT, once the state is saved.
+      Interrupted: after SIGTERM or SIGINT while it trained, once the state is saved.
     """
     config.validate()
     tasks.check(config)
     console = (console or Console()) if processes.is_first() else Console(quiet=True)
     folder = Workdir(workdir)
-    config = _claim(folder, config)
-    try:
-        task = tasks.load(config) if task is None else task.with_config(config)
+    config = _claim(folder, config, overwrite)
+    with starts.recorded(folder):
+        task = tasks.load(config, console) if task is None else task.with_config(config)
         processes.require_same(
             "data set", task.interactions.fingerprint() if processes.several() else {}
         )
-        processes.broadcast(lambda: folder.claim_data(task.interactions))
         with jax.default_matmul_precision(config.train.matmul_precision):
-            run = _Run(task, folder, console)
+            with progress.waiting(console, "start", "making the model, trying out a checkpoint"):
+                processes.broadcast(lambda: folder.claim_data(task.interactions))
+                run = _Run(task, folder, console, trackers)
             try:
                 return run.to_the_end()
             finally:
                 run.checkpoints.let_go()
                 if run.log is not None:
                     run.log.close()
-    finally:
-        folder.release()
 
 
-def _claim(folder: Workdir, config: Config) -> Config:
+def _claim(folder: Workdir, config: Config, overwrite: bool) -> Config:
     """Claims the folder for all processes, one of which writes; the configuration with its groups.
 
     Raises ValueError as `Workdir.claim`.
@@ -121,11 +112,11 @@ def _claim(folder: Workdir, config: Config) -> Config:
         )
 
     def claim() -> int:
-        with_groups = folder.with_groups(config)
+        with_groups = folder.with_groups(config, overwrite=overwrite)
         if config.parallel.data * config.parallel.context > 1:
             # Raises before the folder is this run's.
             make_mesh(config.parallel.data, config.parallel.context)
-        folder.claim(with_groups)
+        folder.claim(with_groups, overwrite=overwrite)
         return with_groups.parallel.batch_groups
 
     groups = processes.broadcast(claim)
@@ -140,7 +131,7 @@ def _claim(folder: Workdir, config: Config) -> Config:
 
 
 class _Run:
-    def __init__(self, task: Task, folder: Workdir, console: Console):
+    def __init__(self, task: Task, folder: Workdir, console: Console, trackers: Sequence[Tracker]):
         self.task, self.config, self.folder, self.console = task, task.config, folder, console
         config, published = self.config.train, self.config.train.protocol == "published"
         self.loader = task.loader(
@@ -154,6 +145,7 @@ class _Run:
         self.schedule = optim.learning_rate(self.config.optim)
         self.checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
         self.state, self.position = task.recipe.start(config.seed), Position()
+        started = time.perf_counter()
         if (restored := self.checkpoints.restore(abstract(self.state))) is not None:
             step, self.state, position = restored
             self.position = Position.of(position, f"checkpoint {folder.checkpoints / str(step)}")
@@ -163,13 +155,16 @@ class _Run:
                     f"{self.position.epoch} epochs already: give at least as many"
                 )
             self.checkpoints.drop_after(step)
-            console.print(f"going on from step {step} (epoch {self.position.epoch + 1})")
         else:
             self.state = self.checkpoints.try_out(self.state)
-        self.run_steps = self._compile()
+        self.saved_at = time.perf_counter()
+        self.save_seconds = self.saved_at - started  # reading it back takes as long
         self.log: report.MetricLog | None = None
         if processes.is_first():
-            self.log = report.MetricLog(folder.metrics, folder.tensorboard, resume_step=self.step)
+            settings = dataclasses.asdict(self.config)
+            self.log = report.MetricLog(
+                folder.metrics, folder.tensorboard, settings, trackers, resume_step=self.step
+            )
 
     @property
     def step(self) -> int:
@@ -178,7 +173,8 @@ class _Run:
     def _compile(self) -> jax.stages.Compiled:
         """The training call, compiled for the shapes that all its calls have."""
         started = time.perf_counter()
-        group = next(iter(self.loader.groups(self.loader.plan())))
+        plan = self.loader.plan()
+        group = next(iter(self.loader.groups(plan)))
         recipe = self.task.recipe
         out_shardings = None
         if recipe.mesh is not None:
@@ -186,44 +182,71 @@ class _Run:
         call = jax.jit(
             functools.partial(run_steps, recipe), donate_argnums=0, out_shardings=out_shardings
         )
-        compiled = call.lower(self.state, group.feed, np.int32(group.steps)).compile()
-        self.evaluator.compile(self.state.params)
+        with progress.waiting(self.console, "compile", "compiling") as came:
+            with dispatch.record() as choices:
+                lowered = call.lower(self.state, group.feed, np.int32(group.steps))
+            model = progress.model(self.config, self.state.params, choices)
+            progress.line(self.console, "model", f"{model}, {len(plan):,} steps an epoch")
+            compiled = lowered.compile()
+            self.evaluator.compile(self.state.params)
+            came("training and evaluation")
         processes.barrier()
         self.position.compile_seconds += time.perf_counter() - started
         return compiled
 
     def to_the_end(self) -> dict[str, Any]:
+        position = self.position
+        if self._ended():
+            before = f"this run has finished before, after {position.epoch} epochs"
+            progress.line(self.console, "resume", f"{before}: its result is given again")
+        else:
+            if self.step:
+                where = f"step {self.step}, epoch {position.epoch + 1}"
+                progress.line(self.console, "resume", f"going on from {where}")
+            self.run_steps = self._compile()
+            self._train()
+        with progress.waiting(self.console, "result", "evaluating the best epoch") as came:
+            result = self._finish()
+            trained = f"{position.epoch} epochs in {progress.duration(position.seconds)}"
+            came(f"finished: {trained}, epoch {position.best_epoch} is the best")
+        return result
+
+    def _train(self) -> None:
         config, position = self.config.train, self.position
-        with _stop_signals() as stop, report.progress_bar(self.console) as bar:
-            line = bar.add_task("training", total=None, status="")
-            while position.epoch < config.epochs and not self._out_of_patience():
+        epochs = progress.Epochs(
+            self.console, config.epochs, self.save_seconds, at_most=self.patience is not None
+        )
+        with signals.stopping(epochs.promise) as stop, epochs:
+            while not self._ended():
                 started = time.perf_counter()
-                bar.update(line, description=f"epoch {position.epoch + 1}/{config.epochs}")
-                record = self._train_epoch(stop, bar)
+                record = self._train_epoch(stop, epochs)
                 position.epoch += 1
                 position.batch, position.loss_sum = 0, 0.0
                 last_epoch = position.epoch == config.epochs
                 metrics: Metrics = {}
+                shown = f"loss {record['loss']:.3f}"
                 if position.epoch % config.eval_every == 0 or last_epoch:
-                    metrics, shown = self._evaluate()
-                    bar.update(line, status=f"loss {record['loss']:.3f}  {shown}")
+                    epochs.doing(f"evaluating on {self.split}")
+                    metrics, found = self._evaluate()
+                    shown += f"  {found}"
                 seconds = time.perf_counter() - started
                 position.seconds += seconds
                 if self.log is not None:
                     head = {"epoch": position.epoch, "seconds": seconds, "split": self.split}
                     self.log.write(self.step, head | record | metrics)
                 improved = position.best_epoch == position.epoch
-                due = position.epoch % config.checkpoint_every == 0 or self._out_of_patience()
+                due = position.epoch % config.checkpoint_every == 0 or self._ended()
                 cause = self._stop_signal(stop)()
-                if improved or last_epoch or due or cause:
+                if improved or due or cause:
                     self._save(best=improved)
+                epochs.end(shown + "  best" * improved)
                 if cause:
                     self._interrupt(cause)
+            epochs.doing("saving")
             self.checkpoints.wait()
-        return self._finish()
 
     def _evaluate(self) -> tuple[Metrics, str]:
-        """The metrics of the epoch, and those of them that the progress line shows."""
+        """The metrics of the epoch, and those of them that its line shows."""
         position, criteria = self.position, self.evaluator.criteria
         found = self.evaluator(self.state.params)
         # Those of process 0, so that all decide alike about what follows from them.
@@ -234,7 +257,7 @@ class _Run:
         shown = [f"{name} {metrics[name]:.4f}" for name in criteria.curves if name in metrics]
         return metrics, "  ".join(shown)
 
-    def _stop_signal(self, stop: "_Stop") -> Callable[[], int]:
+    def _stop_signal(self, stop: signals.Stop) -> Callable[[], int]:
         """The signal that any of the processes was stopped by, or 0; all see the same."""
         return processes.all_reduce_max(stop.requested, self.task.recipe.mesh)
 
@@ -242,16 +265,20 @@ class _Run:
         self.checkpoints.wait()
         raise Interrupted(
             f"stopped by {signal.Signals(cause).name} at step {self.step}, epoch "
-            f"{self.position.epoch + 1}; the same command goes on from there"
+            f"{self.position.epoch + 1}; the same command goes on from there",
+            cause,
         )
 
-    def _train_epoch(self, stop: "_Stop", bar: Progress) -> Metrics:
+    def _checkpoint_due(self) -> Callable[[], int]:
+        """Whether `train.checkpoint_minutes` have passed since the last; all see the same."""
+        minutes, seconds = self.config.train.checkpoint_minutes, time.perf_counter() - self.saved_at
+        due = minutes is not None and seconds >= 60 * minutes
+        return processes.all_reduce_max(int(due), self.task.recipe.mesh)
+
+    def _train_epoch(self, stop: signals.Stop, epochs: progress.Epochs) -> Metrics:
         position = self.position
         plan = self.loader.plan(seed=self.config.train.seed, epoch=position.epoch)
-        before = position.epoch * len(plan)
-        line = bar.task_ids[0]
-        total = self.config.train.epochs * len(plan)
-        bar.update(line, total=total, completed=before + position.batch)
+        epochs.begin(position.epoch + 1, len(plan), position.batch)
         waited, grad_norm, step = 0.0, 0.0, self.step
         groups = iter(self.loader.groups(plan, first=position.batch))
         running: _StartedCall | None = None  # the call before: read once the next is under way
@@ -259,21 +286,27 @@ class _Run:
             started = time.perf_counter()
             group = next(groups, None)
             waited += time.perf_counter() - started
-            signalled = self._stop_signal(stop)
-            if group is not None:
+            signalled, due = self._stop_signal(stop), self._checkpoint_due()
+            # Several processes agree on a stop while one more call runs.
+            stopped = not processes.several() and signalled() > 0
+            if group is not None and not stopped:
                 self.state, history = self.run_steps(self.state, group.feed, np.int32(group.steps))
             if running is not None:
-                grad_norm = self._read(running)
-                bar.update(line, completed=before + position.batch)
+                grad_norm, running = self._read(running), None
+                epochs.reached(position.batch)
             if group is None:
                 break
-            running = _StartedCall(group, step, history)
-            step += group.steps
-            # A stop behind the last call waits for the evaluation of the epoch.
-            if (cause := signalled()) and group.first + group.steps < len(plan):
-                self._read(running)
+            if not stopped:
+                running = _StartedCall(group, step, history)
+                step += group.steps
+            cause = signalled()
+            # Behind the last call of an epoch both wait for its evaluation.
+            if stopped or (cause or due()) and group.first + group.steps < len(plan):
+                if running is not None:
+                    grad_norm, running = self._read(running), None
                 self._save(best=False)
-                self._interrupt(cause)
+                if cause:
+                    self._interrupt(cause)
         return {
             "loss": position.loss_sum / len(plan),
             "grad_norm": grad_norm,
@@ -301,13 +334,7 @@ class _Run:
         return float(norms[-1])
 
     def _warn_if_exploded(self) -> None:
-        weights = jax.tree.leaves(self.state.params)
-        largest = max(
-            float(np.abs(shard.data).max(initial=0))
-            for weight in weights
-            for shard in weight.addressable_shards
-        )
-        if largest > LARGEST_WEIGHT:
+        if (largest := largest_weight(self.state.params)) > LARGEST_WEIGHT:
             log.warning(
                 "a parameter has grown to %.3g: the run has diverged. Lower optim.learning_rate "
                 "or set optim.clip_norm, in a new --workdir.",
@@ -317,10 +344,13 @@ class _Run:
     def _save(self, *, best: bool) -> None:
         position = dataclasses.asdict(self.position)
         self.checkpoints.save(self.step, self.state, position, best=best)
+        self.saved_at = time.perf_counter()
 
-    def _out_of_patience(self) -> bool:
+    def _ended(self) -> bool:
+        """Whether all epochs are trained, or patience has run out."""
         waited = self.position.evaluated_epoch - self.position.best_epoch
-        return self.patience is not None and waited >= self.patience
+        out_of_patience = self.patience is not None and waited >= self.patience
+        return out_of_patience or self.position.epoch >= self.config.train.epochs
 
     def _finish(self) -> dict[str, Any]:
         position = self.position
@@ -352,7 +382,12 @@ class _Run:
         if processes.is_first():
             write_json(self.folder.result, result)
             runs = {self.config.name: self.folder.metrics}
-            report.draw_curves(runs, self.folder.curves, self.evaluator.criteria)
+            title = f"{self.config.name}: {self.split}, {report.conditions(self.config)}"
+            without_model = self.task.baselines(self.split)
+            criteria = self.evaluator.criteria
+            report.draw_curves(
+                runs, self.folder.curves, criteria, title=title, baselines=without_model
+            )
         self.checkpoints.close()
         return result
 
@@ -363,29 +398,3 @@ class _StartedCall(NamedTuple):
     group: Group
     first_step: int
     history: dict[str, Array]
-
-
-class _Stop:
-    requested: int = 0  # number of the signal
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """SIGTERM and SIGINT ask for a stop after the call in flight; a second one ends the process."""
-    stop = _Stop()
-    previous: dict[int, Any] = {}
-
-    def ask(number: int, frame: Any) -> None:
-        stop.requested = number
-        signal.signal(number, previous[number])
-
-    try:
-        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
-            previous[number] = signal.signal(number, ask)
-    except ValueError:
-        pass  # not in the main thread: the caller's signals are its own
-    try:
-        yield stop
-    finally:
-        for restored, handler in previous.items():
-            signal.signal(restored, handler)

@@ -1,6 +1,6 @@
 """A run's folder: what lies where, and whose it is.
 
-config.json      the configuration; a run that differs from it is refused
+config.json      the configuration; once there is a checkpoint, a run that differs is refused
 data.json        counts and a hash of the data
 catalog.npz      item ids and titles (the reverse map)
 interactions.npz the events of a run that was trained on arrays
@@ -9,6 +9,9 @@ metrics.jsonl    one line a record, the same values as TensorBoard's
 tensorboard/
 curves.png       loss and metrics over epochs
 result.json      the numbers of a finished run
+run.json         every start of the run: command, commit, versions, device, dates, seconds
+
+The folder of `experiments.train --seeds=...` holds one such folder for each seed, seed_N.
 """
 
 import dataclasses
@@ -17,7 +20,8 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -31,8 +35,10 @@ from ultra_hstu.fields import difference
 
 # Fields that may change between two starts of the same run: they say where and how long, not what
 # is computed.
-FREE_FIELDS = ("data.raw_dir", "data.data_dir", "train.epochs", "train.keep_checkpoints") + tuple(
-    f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")
+FREE_FIELDS = (
+    *(f"data.{name}:" for name in ("raw_dir", "data_dir", "table.items_file", "table.users_file")),
+    *(f"train.{name}:" for name in ("epochs", "keep_checkpoints", "checkpoint_minutes")),
+    *(f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")),
 )
 # Orbax finds the files of a checkpoint by patterns that begin with its path, and takes /gs/NAME for
 # gs://NAME.
@@ -77,10 +83,33 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.curves = self.path / "curves.png"
         self.result = self.path / "result.json"
+        self.starts = self.path / "run.json"
         self._lock: IO[str] | None = None
 
-    def claim(self, config: Config) -> None:
+    @property
+    def seeds(self) -> dict[int, "Workdir"]:
+        """The runs that this folder holds for several seeds, by seed; mostly none."""
+        found = {
+            int(path.name[5:]): path
+            for path in self.path.glob("seed_*[0-9]")
+            if path.name[5:].isdigit() and (path / "config.json").exists()
+        }
+        return {seed: Workdir(found[seed]) for seed in sorted(found)}
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is something to lose: a checkpoint, or the numbers of a finished run."""
+        steps = self.checkpoints.glob("[1-9]*")  # step 0 is written and deleted, as a trial
+        return self.result.exists() or any(step.name.isdigit() for step in steps)
+
+    def claim(self, config: Config, *, overwrite: bool = False) -> None:
         """Makes the folder this run's own, until `release` or the end of the process.
+
+        What a run left that has no checkpoint is removed; a warning says so where its configuration
+        was another one.
+
+        Args:
+          overwrite: remove the run that is there, whatever it has.
 
         Raises:
           ValueError: if another process trains in it, if it belongs to a run with another
@@ -90,7 +119,8 @@ class Workdir:
         self._lock = open(self.path / ".lock", "a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_owner(dataclasses.asdict(self.with_groups(config)))
+            config = self.with_groups(config, overwrite=overwrite)
+            self._give_way(self.check_owner(config, overwrite=overwrite), overwrite)
         except BlockingIOError:
             self.release()
             raise ValueError(
@@ -102,8 +132,10 @@ class Workdir:
             raise
         write_json(self.config, dataclasses.asdict(config))
 
-    def with_groups(self, config: Config) -> Config:
+    def with_groups(self, config: Config, *, overwrite: bool = False) -> Config:
         """The configuration with `parallel.groups` as the run in this folder has it, if left open.
+
+        A run that has no checkpoint, or is to be overwritten, leaves them open.
 
         Raises:
           ValueError: if the mesh does not suit those groups.
@@ -111,7 +143,8 @@ class Workdir:
         parallel = config.parallel
         if parallel.groups is not None:
             return config
-        groups = self.read_config().parallel.batch_groups if self.config.exists() else parallel.data
+        stays = self.is_trained and not overwrite and self.config.exists()
+        groups = self.read_config().parallel.batch_groups if stays else parallel.data
         if groups % parallel.data:
             raise ValueError(
                 f"{self.path} packs its batches in parallel.groups={groups}, which "
@@ -121,24 +154,68 @@ class Workdir:
             )
         return config.in_groups(groups)
 
-    def _check_owner(self, new: dict[str, Any]) -> None:
-        if self.config.exists():
-            stored = self.with_groups(self.read_config())  # of a run from before there were meshes
-            lines = difference(dataclasses.asdict(stored), new)
-            if changed := [line for line in lines if not line.startswith(FREE_FIELDS)]:
-                listed = "\n  ".join(changed)
+    def check_owner(self, config: Config, *, overwrite: bool = False) -> list[str]:
+        """Raises ValueError where `claim` would, but for another process; writes nothing.
+
+        Returns the lines in which the configuration differs from that of a run which gives way.
+        """
+        if not self.config.exists():
+            if self.seeds:
+                raise ValueError(f"{self.path} {self._several()}")
+            entries = {entry.name for entry in self.path.glob("*")}
+            if foreign := sorted(entries - {".lock", "config.json.partial"}):
                 raise ValueError(
-                    f"{self.path} belongs to a run with another configuration (stored -> asked "
-                    f"for):\n  {listed}\n"
-                    "Choose another --workdir, or delete this one to start over."
+                    f"{self.path} is no run's folder, yet it holds {foreign[0]!r}: choose an empty "
+                    "or new --workdir"
                 )
-            return
-        entries = {entry.name for entry in self.path.iterdir()}
-        if foreign := sorted(entries - {".lock", "config.json.partial"}):
+            return []
+        if overwrite:
+            read_object(self.config, CONFIG_FIELDS, "this is no run: delete it by hand")
+            return []
+        new = dataclasses.asdict(self.with_groups(config))
+        stored = self.with_groups(self.read_config())  # of a run from before there were meshes
+        lines = difference(dataclasses.asdict(stored), new)
+        changed = [line for line in lines if not line.startswith(FREE_FIELDS)]
+        if changed and self.is_trained:
+            listed = "\n  ".join(changed)
             raise ValueError(
-                f"{self.path} is no run's folder, yet it holds {foreign[0]!r}: choose an empty or "
-                "new --workdir"
+                f"{self.path} belongs to a run with another configuration (stored -> asked for):\n"
+                f"  {listed}\nChoose another --workdir, or start over in this one with --overwrite."
             )
+        return changed
+
+    def _give_way(self, changed: list[str], overwrite: bool) -> None:
+        """Removes a run that has no checkpoint, or is to be overwritten."""
+        if changed:
+            log.warning(
+                "%s has no checkpoint of the run that was started there, and takes the new "
+                "configuration (stored -> asked for):\n  %s",
+                self.path,
+                "\n  ".join(changed),
+            )
+        if self.config.exists() and (overwrite or not self.is_trained):
+            self._remove(but=None if overwrite else self.starts)
+
+    def _several(self) -> str:
+        """What to say where one run is meant, and there are those of several seeds."""
+        names = [folder.path.name for folder in self.seeds.values()]
+        return (
+            f"holds runs of {len(names)} seeds ({', '.join(names)}): name one of them, such as "
+            f"--workdir={self.path / names[0]}"
+        )
+
+    def _remove(self, but: Path | None = None) -> None:
+        """Removes what a run writes, and nothing else; the configuration last."""
+        files = (self.data, self.catalog, self.interactions, self.metrics, self.curves, self.result)
+        try:
+            for path in (self.checkpoints, self.tensorboard):
+                if path.exists():
+                    shutil.rmtree(path)
+            for path in (*files, self.starts, self.config):
+                if path != but:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OSError(f"{path} could not be removed ({error}): remove it yourself") from error
 
     def claim_data(self, interactions: Interactions) -> None:
         """Writes down what the data is, or does as `check_data`, and its catalogue if it is not
@@ -187,6 +264,8 @@ class Workdir:
           ValueError: if the folder holds no run, or its config.json cannot be read.
         """
         if not self.config.exists():
+            if self.seeds:
+                raise ValueError(f"{self.path} {self._several()}")
             raise ValueError(
                 f"{self.path} holds no run (no config.json): train one with experiments.train "
                 f"--workdir={self.path}"
@@ -220,6 +299,19 @@ class Workdir:
         config = self.read_config().on_one_device()
         data = dataclasses.replace(config.data, raw_dir=raw_dir or config.data.raw_dir)
         return dataclasses.replace(config, data=data)
+
+
+def require_same(runs: Sequence[Workdir]) -> None:
+    """Raises ValueError, with the difference, for runs that differ in more than their seeds."""
+    first, *others = (dataclasses.asdict(folder.read_config()) for folder in runs)
+    for folder, config in zip(runs[1:], others, strict=True):
+        config["train"]["seed"] = first["train"]["seed"]
+        if lines := [one for one in difference(first, config) if not one.startswith(FREE_FIELDS)]:
+            listed = "\n  ".join(lines)
+            raise ValueError(
+                f"{folder.path} has another configuration than {runs[0].path}, so that no mean is "
+                f"taken:\n  {listed}\nName one of them with --workdir."
+            )
 
 
 def read_object(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str, Any]:

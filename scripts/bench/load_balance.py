@@ -237,7 +237,7 @@ def processor_seconds(step: Pass, params: nnx.State, offsets: jax.Array) -> floa
 
 if __name__ == "__main__":
     flags.DEFINE_string("raw_dir", None, "a local copy of ASSISTments 2017")
-    flags.DEFINE_string("data_dir", "data", "prepared files go here")
+    flags.DEFINE_string("data_dir", None, "prepared files go here, if not to the user's folder")
     flags.DEFINE_integer("timed_steps", 2, "steps whose devices are timed")
     command.define_record()
     command.run(main)

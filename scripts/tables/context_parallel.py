@@ -148,7 +148,7 @@ def context_parallel_figure() -> None:
     """Speed-up by strategy, and the longest sequence over shards."""
     steps, longest = first(*STEPS), load("context_parallel_longest")
     if longest or "steps" in steps:
-        with figure("context_parallel", 10, 3.8) as drawn:
+        with figure("context_parallel", 11.5, 4.2) as drawn:
             left, right = drawn.subplots(1, 2)
             _draw_steps(left, steps)
             _draw_longest(right, longest)
@@ -168,23 +168,36 @@ def _draw_steps(axis: Axes, record: Json) -> None:
     inside: Json = {"va": "center", "ha": "right", "color": "white", "fontsize": 8}
     for place, (_, mask, value) in enumerate(bars):
         axis.barh(place, value, color=COLOURS[mask], height=0.7)
-        axis.text(value - 0.02, place, f"{value:.2f}", **inside)
-    axis.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=8)
-    axis.axvline(record["devices"], color="black", linestyle=":", linewidth=1)
-    for mask, colour in COLOURS.items():
-        axis.barh(0, 0, color=colour, label=MASKS[mask])
-    axis.set(xlabel="tokens a second, over one device", xlim=(0, record["devices"] * 1.1))
+        axis.text(value - 0.06, place, f"{value:.2f}", **inside)
+    labels = [f"{MASKS[mask]} mask, {_divided(name)}" for name, mask, _ in bars]
+    axis.set_yticks(range(len(bars)), labels, fontsize=8)
+    count = record["devices"]
+    axis.axvline(count, color="black", linestyle=":", linewidth=1)
+    axis.set_ylim(-0.6, len(bars) + 0.1)
+    note: Json = {"ha": "right", "va": "center", "fontsize": 8}
+    axis.text(count - 0.02, len(bars) - 0.3, f"{count} times by {count} devices", **note)
+    axis.set(xlabel="tokens a second, over one device", xlim=(0, count * 1.15))
     device = record["device"].split(" x ")[-1]
-    title = f"training step, {record['devices']} x {device}\n{of_commit(record)}"
-    axis.set_title(title, fontsize=10)
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    title = f"speed-up of a training step on {count} x {device}\n{of_commit(record)}"
+    axis.set_title(title, fontsize=10, pad=12)
+
+
+def _divided(case: str) -> str:
+    """What the devices of a case divide among them."""
+    kind, comma, more = case.partition(", ")
+    divided = "users divided" if kind == "data" else f"rows divided, {kind}"
+    return divided + comma + more.replace("2 x batch", "twice the batch")
+
+
+def _remat(remat: str) -> str:
+    return ", all kept" if remat == "none" else f", {remat} recomputation"
 
 
 def _draw_longest(axis: Axes, record: Json) -> None:
     published = list(PUBLISHED.values())
     contexts = list(PUBLISHED)
     axis.plot(contexts, published, color="tab:grey", marker="s", markersize=4, label=PUBLISHED_BY)
-    for variant, found in record.get("variants", {}).items():
+    for variant, found in sorted(record.get("variants", {}).items()):
         mask, remat = variant.split("/")
         lengths = dict(sorted((int(c), values["longest"]) for c, values in found.items()))
         axis.plot(
@@ -194,7 +207,7 @@ def _draw_longest(axis: Axes, record: Json) -> None:
             marker="o" if mask == "causal" else "x",
             markersize=5,
             linestyle="-" if remat == "none" else "--",
-            label=VARIANTS[f"{mask}/none"].replace("`", "") + ", remat" * (remat != "none"),
+            label=VARIANTS[f"{mask}/none"].replace("`", "") + _remat(remat),
         )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
@@ -204,6 +217,6 @@ def _draw_longest(axis: Axes, record: Json) -> None:
     axis.minorticks_off()
     axis.set(xlabel="devices that share the rows", ylabel="events of each history")
     budget = f" in {record['budget_GiB']:.0f} GiB a device\n{of_commit(record)}" if record else ""
-    axis.set_title(f"longest sequence{budget}", fontsize=10)
+    axis.set_title(f"longest history that fits{budget}", fontsize=10, pad=12)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=7)

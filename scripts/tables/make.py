@@ -1,5 +1,7 @@
 """Writes the tables and figures of the README and the docs from experiments/results.
 
+The fields of a configuration come from its dataclasses.
+
 python -m scripts.tables.make [--check]
 
 No number is typed by hand. A table stands in its page between `<!-- table NAME -->` and
@@ -11,7 +13,16 @@ from collections.abc import Callable
 from absl import flags
 
 from experiments import command
-from scripts.tables import attention, context_parallel, long, overview, ranking, retrieval, sampling
+from scripts.tables import (
+    attention,
+    configuration,
+    context_parallel,
+    long,
+    overview,
+    ranking,
+    retrieval,
+    sampling,
+)
 from scripts.tables import serve as serve_tables
 from scripts.tables import serving as serving_tables
 from scripts.tables.records import ROOT
@@ -30,6 +41,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "attention": attention.attention_table,
         "test_gpu": attention.gpu_tests_table,
     },
+    "docs/configuration.md": {"fields": configuration.field_tables},
     "docs/evaluation.md": {
         "evaluation": retrieval.evaluation_table,
         "evaluation_ranking": ranking.evaluation_table,

@@ -22,13 +22,6 @@ PRECISION = {  # records of scripts.bench.cache_precision
     "cache_precision_ml100k": "MovieLens-100K",
 }
 KINDS = {"same": "the model's dtype", "bfloat16": "bfloat16", "int8": "int8", "fp8": "fp8 (e4m3)"}
-LINES = {
-    "cached": ("cached", "tab:green"),
-    "one_batch": ("one batch, no cache", "tab:orange"),
-    "recompute": ("history anew for each micro-batch", "tab:red"),
-    "one_by_one": ("cached, one candidate at a time", "tab:grey"),
-}
-
 Cells = dict[tuple[str, int, str, int, int], Json]
 
 
@@ -96,7 +89,7 @@ def serving_table(record: Json) -> str:
             origin=of_commit(record), **record
         ),
         *record.get("notes", []),
-        "![Candidates a second](figures/serving.png)",
+        "![What a cached history is worth](figures/serving.png)",
     )
 
 
@@ -142,9 +135,9 @@ def operations_table() -> str:
 
 
 def serving_figure() -> None:
-    """Candidates a second over the micro-batch, most candidates of the record.
+    """How many times faster a cached history is than one that each micro-batch encodes anew.
 
-    Each model and history has a panel.
+    Over the length of the history, a line for each size of micro-batch.
     """
     record = load(RECORD)
     if not record:
@@ -152,35 +145,43 @@ def serving_figure() -> None:
     places = by_place(record)
     count = max(key[3] for key in places if key[2] == "cached")
     steps = sorted({key[4] for key in places if key[2:4] == ("cached", count)})
-    models, histories = sorted({key[0] for key in places}), sorted({key[1] for key in places})
-    with figure("serving", 2.7 * len(histories), 2.5 * len(models) + 0.5) as drawn:
-        axes = drawn.subplots(len(models), len(histories), sharex=True, sharey=True, squeeze=False)
-        panels = [(model, history) for model in models for history in histories]
-        for axis, (model, history) in zip(axes.flat, panels, strict=True):
-            for what, (label, colour) in LINES.items():
-                rates = {
-                    key[4]: cell["candidates_per_s"]
-                    for key, cell in sorted(places.items())
-                    if key[:3] == (model, history, what)
-                    and (what in ("recompute", "one_by_one") or key[3] == count)
-                }
-                if what in ("one_batch", "one_by_one"):
-                    for rate in rates.values():
-                        axis.axhline(rate, color=colour, linestyle="--", linewidth=1, label=label)
-                elif rates:
-                    values = list(rates.values())
-                    axis.plot(
-                        list(rates), values, color=colour, marker="o", markersize=3, label=label
-                    )
-            axis.set(xscale="log", yscale="log")
-            axis.set_title(f"{MODELS[model]}, history {history:,}", fontsize=10)
-            axis.set_xticks(steps, [str(step) for step in steps])
+    faster = {
+        (model, history, step): cell["candidates_per_s"] / other["candidates_per_s"]
+        for (model, history, what, candidates, step), cell in sorted(places.items())
+        if (what, candidates) == ("cached", count)
+        and (other := places.get((model, history, "recompute", step, step)))
+    }
+    models, histories = sorted({key[0] for key in faster}), sorted({key[1] for key in faster})
+    with figure("serving", 8, 4) as drawn:
+        axes = drawn.subplots(1, len(models), sharey=True, squeeze=False)[0]
+        for axis, model in zip(axes, models, strict=True):
+            for number, step in enumerate(steps):
+                line = {key[1]: value for key, value in faster.items() if key[::2] == (model, step)}
+                colour = f"C{number}"
+                axis.plot(
+                    list(line), list(line.values()), color=colour, marker="o", label=f"{step:,}"
+                )
+            axis.axhline(1, color="black", linestyle=":", linewidth=1)
+            axis.set(xscale="log", yscale="log", xlabel="events of the history")
+            axis.set_title(MODELS[model], fontsize=10)
+            axis.set_xticks(histories, [f"{history:,}" for history in histories])
+            ticks = [1, 2, 5, 10, 20]
+            axis.set_yticks(ticks, list(map(str, ticks)))
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-        drawn.supxlabel(f"micro-batch ({of_commit(record)})", fontsize=10)
-        drawn.supylabel(f"candidates a second, of {count:,}", fontsize=10)
-        handles = axes[0][0].get_legend_handles_labels()
-        drawn.legend(*handles, frameon=False, loc="outside upper center", ncols=4, fontsize=8)
+        axes[0].set_ylabel("times as many candidates a second")
+        handles = axes[0].get_legend_handles_labels()
+        legend: Json = {"title": "candidates of a micro-batch", "title_fontsize": 8, "fontsize": 8}
+        drawn.legend(
+            *handles, frameon=False, loc="outside lower center", ncols=len(steps), **legend
+        )
+        low, high = min(faster.values()), max(faster.values())
+        title = (
+            f"A history that is cached: {low:.1f} to {high:.0f} times as fast as one that is "
+            "encoded anew for every micro-batch\n"
+        )
+        where = f"{record['device'].removeprefix('1 x ')}, {of_commit(record)}"
+        drawn.suptitle(f"{title}{count:,} candidates, {where}", fontsize=10)
 
 
 def cache_precision_table() -> str:

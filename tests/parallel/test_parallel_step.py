@@ -21,7 +21,7 @@ from ultra_hstu.parallel.collectives import collectives
 from ultra_hstu.parallel.embedding_sharding import lookup
 from ultra_hstu.parallel.mesh import make_mesh
 from ultra_hstu.parallel.shards import Shards
-from ultra_hstu.train import run_steps
+from ultra_hstu.step import run_steps
 
 STEPS, GROUPS = 3, 8
 QUICK = {"xla_backend_optimization_level": 0}  # half the time to compile

@@ -3,6 +3,7 @@
 A killed run goes on as if it had not been killed.
 """
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -181,7 +182,7 @@ def test_the_command_line_trains_and_records(tmp_path):
 
 
 class StopAfterFiveLooks:
-    """Stands in for `train._Stop`: it stops at the sixth look, in the middle of an epoch."""
+    """Stands in for a `signals.Stop`: it stops at the sixth look, in the middle of an epoch."""
 
     def __init__(self):
         self.looks = 0
@@ -203,7 +204,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     task = tasks.of(config, rank_data.interactions((20, 18, 12)))
     whole = train(config, tmp_path / "whole", console=Console(quiet=True), task=task)
     assert whole["steps"] > 5
-    monkeypatch.setattr("ultra_hstu.train._Stop", StopAfterFiveLooks)
+    monkeypatch.setattr(
+        "ultra_hstu.signals.stopping", lambda _: contextlib.nullcontext(StopAfterFiveLooks())
+    )
     steps = []
     while True:
         try:

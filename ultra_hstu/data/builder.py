@@ -160,17 +160,15 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
         ConnectionError: the publisher cannot be reached.
     """
     variant: SourceConfig = builder.builder_configs[config.source]
-    config = dataclasses.replace(
-        config,
-        data_dir=str(paths.local(config.data_dir)),
-        raw_dir=None if config.raw_dir is None else str(paths.local(config.raw_dir)),
-    )
+    if config.raw_dir is not None:
+        config = dataclasses.replace(config, raw_dir=str(paths.local(config.raw_dir)))
     raw, problem = _raw(variant, config), f"the files of {variant.name} must be downloaded"
     if raw is not None:
         if (damage := sums.damage(_home(builder, config, raw))) is None:
             return _opened(builder, config, raw)
         problem = f"the data must be prepared ({damage})"
-    with locked(Path(config.data_dir) / f"{variant.name}.lock", problem):
+    say_left_behind(config)
+    with locked(paths.data_folder(config.data_dir) / f"{variant.name}.lock", problem):
         if raw is None:
             folder = _downloads(variant, config)
             raw = folder, obtain(variant.downloads, variant.files + variant.context_files, folder)
@@ -180,7 +178,7 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
 
 
 def _downloads(variant: SourceConfig, config: DataConfig) -> Path:
-    return Path(config.data_dir) / "raw" / variant.name
+    return paths.data_folder(config.data_dir) / "raw" / variant.name
 
 
 def _raw(variant: SourceConfig, config: DataConfig) -> Raw | None:
@@ -221,7 +219,7 @@ def _home(builder: type[InteractionsBuilder], config: DataConfig, raw: Raw) -> P
         sorted(settings.items()),
     )
     key = hashlib.sha256(repr(made_from).encode()).hexdigest()
-    return Path(config.data_dir) / f"{config.source}-{key[:16]}"
+    return paths.data_folder(config.data_dir) / f"{config.source}-{key[:16]}"
 
 
 def _opened(
@@ -248,6 +246,20 @@ def _built(builder: type[InteractionsBuilder], config: DataConfig, raw: Raw) -> 
     written = [path.relative_to(home) for path in sorted(home.rglob("*")) if path.is_file()]
     sums.write(home, sums.checksums(home, map(str, written)))  # last: now it is complete
     return made
+
+
+def say_left_behind(config: DataConfig) -> None:
+    """Says that ./data, which was the default once, holds data of this source."""
+    old = Path("data")
+    there = (old / "raw" / config.source).exists() or any(old.glob(f"{config.source}-*"))
+    if config.data_dir is None and there:
+        _log.warning(
+            "%s holds data of %s, which is not read: prepared data lies in %s now. Move it there, "
+            "or read it where it is with --config.data.data_dir=data",
+            old.absolute(),
+            config.source,
+            paths.data_folder(None),
+        )
 
 
 @contextlib.contextmanager

@@ -6,12 +6,12 @@ an event before the user acts. A *task* is a signal to predict. Codes are intege
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Num
 
-from ultra_hstu.config import Kind
+from ultra_hstu.config import Config, Kind
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.table_config import BUCKETS, MADE_FROM, made_from
 
@@ -154,14 +154,43 @@ def feature(interactions: Interactions, name: str) -> Codes:
     Raises ValueError for an unknown one.
     """
     known = (*FEATURES, *interactions.features)
-    if name not in known or name not in interactions.actions:
-        raise ValueError(
-            f"unknown feature {name!r}: {_listed(set(known) & set(interactions.actions))}"
-        )
+    _require_feature(interactions.actions, known, name)
     ascending = values(interactions, name)
     code_E = np.searchsorted(ascending, interactions.actions[name]) + 1
     known_E = code_E <= len(ascending)  # NaN stands behind the last
     return Codes(np.where(known_E, code_E, 0).astype(np.int32), len(ascending) + 1)
+
+
+def _require_feature(actions: Collection[str], known: Collection[str], name: str) -> None:
+    if name not in known or name not in actions:
+        here = _listed(set(known) & set(actions))
+        raise ValueError(f"rank.features: unknown feature {name!r}: {here}")
+
+
+def check_names(config: Config, actions: Collection[str]) -> None:
+    """Raises ValueError for names in `rank` or `model.channels` that a source lacks.
+
+    Args:
+      actions: the columns of the source's events.
+    """
+    for name in config.rank.signals:
+        _require("signal", _SIZES, actions, name)
+        _edges(name)
+    for name in config.rank.tasks:
+        _require("task", _TASKS, actions, name)
+    for name in config.rank.features:
+        _require_feature(actions, FEATURES, name)
+    check_channels(config, actions)
+
+
+def check_channels(config: Config, actions: Collection[str]) -> None:
+    """Raises ValueError for a channel whose signal is none of these columns of events."""
+    for name, channel in config.model.channels.items():
+        if channel.signal and channel.signal not in actions:
+            raise ValueError(
+                f"model.channels.{name}.signal={channel.signal!r} is no action of this source, "
+                f"which has {', '.join(sorted(actions)) or 'none'}"
+            )
 
 
 def values(interactions: Interactions, name: str) -> Num[np.ndarray, " n"]:
@@ -179,7 +208,7 @@ def context(interactions: Interactions, name: str) -> Codes:
         missing = ", ".join(interactions.missing_files)
         remedy = f"; raw_dir lacks {missing}, which describes its users" if missing else ""
         here = _listed(interactions.contexts)
-        raise ValueError(f"unknown contextual feature {name!r}: {here}{remedy}")
+        raise ValueError(f"rank.contextual: unknown contextual feature {name!r}: {here}{remedy}")
     return Codes(interactions.contexts[name], len(interactions.context_values[name]))
 
 
@@ -212,14 +241,15 @@ def task(interactions: Interactions, name: str) -> Labels:
     return Labels(kind, label_E.astype(np.float32), known_E.astype(np.float32))
 
 
-def _require(kind: str, known: Iterable[str], actions: Actions, name: str) -> None:
+def _require(kind: str, known: Iterable[str], actions: Collection[str], name: str) -> None:
     """Raises ValueError for a name that is unknown, or whose actions the source lacks."""
     here = {one for one in known if set(made_from(one)) <= set(actions)}
     parts = {part for columns in MADE_FROM.values() if len(columns) > 1 for part in columns}
     others = set(actions) - set(FEATURES) - parts
     buckets = kind == "signal" and BUCKETS.fullmatch(name) and made_from(name)[0] in actions
     if name not in here | others and not buckets:
-        raise ValueError(f"unknown {kind} {name!r}: {_listed(here | others)}")
+        listed = _listed(here | others)
+        raise ValueError(f"rank.{kind}s: unknown {kind} {name!r}: {listed}")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -47,6 +47,7 @@ class RankingTask(Task[RankEvents]):
         rank = config.rank
         if not rank.tasks:
             raise ValueError(f"{config.name} has no rank.tasks: it is a retrieval run")
+        signals.check_channels(config, interactions.actions)
         labels = [signals.task(interactions, name) for name in rank.tasks]
         features = [signals.feature(interactions, name) for name in rank.features]
         contexts = [signals.context(interactions, name) for name in rank.contextual]
@@ -190,12 +191,6 @@ def _kept_events(config: Config, interactions: Interactions) -> dict[str, Int32[
     for name, channel in channels(config).items():
         if not channel.signal:
             continue
-        if channel.signal not in interactions.actions:
-            known = ", ".join(sorted(interactions.actions)) or "none"
-            raise ValueError(
-                f"model.channels.{name}.signal={channel.signal!r} is no action of this source, "
-                f"which has {known}"
-            )
         keep_E = interactions.actions[channel.signal] >= channel.at_least
         index[name] = np.flatnonzero(keep_E).astype(np.int32)
     return index

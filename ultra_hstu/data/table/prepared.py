@@ -1,6 +1,6 @@
 """The source `table`: anybody's own files of events, as `Interactions`.
 
-Files are read once, in batches, and prepared under `data_dir`: arrays in one npz file, the
+Files are read once, in batches, and prepared under `data.data_dir`: arrays in one npz file, the
 catalogue, the features of users, and how the columns were read.
 """
 
@@ -13,9 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ultra_hstu import paths
 from ultra_hstu.config import DataConfig
 from ultra_hstu.data import npz, sums
-from ultra_hstu.data.builder import CATALOG, CONTEXTS, locked
+from ultra_hstu.data.builder import CATALOG, CONTEXTS, locked, say_left_behind
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.interactions import Interactions, ordered
@@ -90,7 +91,7 @@ def prepare(config: DataConfig) -> Path:
     It is named after the content of the files and the settings that they are read with. What was
     damaged since is prepared again, with a warning.
     """
-    table, data_dir = config.table, Path(config.data_dir).expanduser()
+    table, data_dir = config.table, paths.data_folder(config.data_dir)
     if config.raw_dir is None:
         raise ValueError(
             "data.raw_dir is not set: name your events, such as "
@@ -105,6 +106,7 @@ def prepare(config: DataConfig) -> Path:
     if (damage := sums.damage(folder)) is None:
         return folder
     columns = meaning.choose(list(files[0].types), table, files[0].path)
+    say_left_behind(config)
     with locked(data_dir / "table.lock", damage):
         if sums.damage(folder) is None:  # made by another run meanwhile
             return folder

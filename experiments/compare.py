@@ -1,0 +1,131 @@
+"""Compares runs: their metrics, and what differs in their configurations.
+
+python -m experiments.compare runs/ml1m_hstu runs/ml1m_sasrec [RUN ...]
+
+RUN is the folder of a run, or that of `train --seeds`, whose mean and standard deviation are shown.
+Reads these folders alone: no data, and nothing is computed.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import command
+from ultra_hstu import report
+from ultra_hstu.criteria import RETRIEVAL, Metrics, display_name, mean_and_deviation
+from ultra_hstu.fields import flat
+from ultra_hstu.starts import read_starts
+from ultra_hstu.workdir import Workdir, read_object
+
+RESULT_FIELDS = {"best": dict, "best_epoch": int}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """What a run, or several seeds of one, hold in their folders.
+
+    Attributes:
+      config: by the whole name of a field.
+      results: of the runs that are finished, as `result.json` holds them.
+      data: hash of the data; None: the run has not read any.
+      seconds: wall clock of all starts.
+    """
+
+    config: dict[str, Any]
+    runs: int
+    results: list[dict[str, Any]]
+    data: str | None
+    seconds: float
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) < 3:
+        raise ValueError("name at least two runs: python -m experiments.compare RUN RUN ...")
+    if len(set(argv[1:])) < len(argv[1:]):
+        raise ValueError("a run is named twice")
+    console = report.make_console()
+    runs = {path: read(Workdir(path)) for path in argv[1:]}
+    console.print(metrics_table(runs))
+    console.print(configurations_table(runs))
+    say_what_does_not_compare(console, runs)
+
+
+def read(folder: Workdir) -> Compared:
+    """Raises ValueError naming what is no run, or a file of one that is damaged."""
+    runs = list(folder.seeds.values()) if not folder.config.exists() else []
+    runs = runs or [folder]
+    configs = [flat(dataclasses.asdict(run.read_config())) for run in runs]
+    seeds = ", ".join(str(config["train.seed"]) for config in configs)
+    finished = [run.result for run in runs if run.result.exists()]
+    starts = [start for run in runs for start in read_starts(run)]
+    return Compared(
+        config=configs[0] | {"train.seed": seeds},
+        runs=len(runs),
+        results=[
+            read_object(path, RESULT_FIELDS, "the same training command writes it again")
+            for path in finished
+        ],
+        data=runs[0].read_data()["sha256"] if runs[0].data.exists() else None,
+        seconds=sum(start.get("seconds", 0.0) for start in starts),
+    )
+
+
+def metrics_table(runs: Mapping[str, Compared]) -> Table:
+    """One line a run; what it has not is left blank."""
+    found: list[str] = [
+        name for one in runs.values() for best in one.results for name in best["best"]
+    ]
+    known = [name for name in RETRIEVAL.table if name in found]
+    columns = known or list(dict.fromkeys(found))
+    table = Table("test", *map(display_name, columns), "best epoch", "minutes", box=rich.box.SIMPLE)
+    for name, one in runs.items():
+        values = [shown([result["best"] for result in one.results], column) for column in columns]
+        epochs = ", ".join(str(result["best_epoch"]) for result in one.results)
+        if len(one.results) < one.runs:
+            epochs += f" ({one.runs - len(one.results)} not finished)"
+        minutes = f"{one.seconds / 60:.1f}" if one.seconds else ""
+        table.add_row(name, *values, epochs.strip(), minutes)
+    return table
+
+
+def shown(results: Sequence[Metrics], column: str) -> str:
+    """A metric of one run, or the mean and standard deviation of several."""
+    having = [{column: result[column]} for result in results if column in result]
+    if len(having) < 2:
+        return f"{having[0][column]:.4f}" if having else ""
+    mean, deviation = mean_and_deviation(having)
+    return f"{mean[column]:.4f} ± {deviation[column]:.4f}"
+
+
+def configurations_table(runs: Mapping[str, Compared]) -> Table:
+    """The fields that are not the same in all runs."""
+    names = sorted({name for one in runs.values() for name in one.config})
+    table = Table("configuration", *runs, box=rich.box.SIMPLE)
+    for name in names:
+        values = [str(one.config.get(name, "")) for one in runs.values()]
+        if len(set(values)) > 1 and not name.startswith(("data.raw_dir", "data.data_dir")):
+            table.add_row(name, *values)
+    if not table.row_count:
+        table.add_row("(all alike)", *[""] * len(runs))
+    return table
+
+
+def say_what_does_not_compare(console: Console, runs: Mapping[str, Compared]) -> None:
+    """Metrics on other data, or measured in another way, are other numbers."""
+    if len({one.data for one in runs.values() if one.data}) > 1:
+        console.print("The runs were trained on different data: their metrics do not compare.")
+    ways = {
+        tuple(str(one.config[name]) for name in one.config if name.startswith("eval."))
+        + (one.config["train.protocol"],)
+        for one in runs.values()
+    }
+    if len(ways) > 1:
+        console.print("train.protocol or eval differ: their metrics do not compare.")
+
+
+if __name__ == "__main__":
+    command.run(main, arguments=True)

@@ -1,0 +1,87 @@
+"""Which fields of a configuration have no effect, and why.
+
+A configuration may hold them, as one that was made from another does; that somebody sets one is a
+mistake. `Config.validate` refuses fields that contradict each other in any case.
+"""
+
+from collections.abc import Iterator
+
+from ultra_hstu.config import Config
+
+TARGETS = ("input", "features", "contextual", "targets", "positions", "supervise", "head_width")
+FRACTIONS = ("validation_fraction", "test_fraction")
+
+
+def without_effect(config: Config) -> dict[str, str]:
+    """The whole names of fields and sections that nothing reads: name -> why, and what to do."""
+    return dict(_data(config)) | dict(_model(config)) | dict(_others(config))
+
+
+def require_effect(config: Config, field: str) -> None:
+    """Raises ValueError for a field that was set, such as "model.layers", and has no effect."""
+    for name, why in without_effect(config).items():
+        if field == name or field.startswith(f"{name}."):
+            raise ValueError(f"--config.{field} has no effect {why}")
+
+
+def _data(config: Config) -> Iterator[tuple[str, str]]:
+    data, table = config.data, config.data.table
+    if config.model.channels and not data.load_balance:
+        yield "data.max_history", _of_channels(config, "max_history")
+    if data.ties != "random":
+        yield "data.ties_seed", f"under data.ties={data.ties}: set data.ties=random"
+    if config.train.protocol != "temporal":
+        why = f"under train.protocol={config.train.protocol}"
+        yield "data.temporal_test_fraction", f"{why}: 'temporal' reads it"
+    if data.stochastic_length is None:
+        yield "data.subsequence", "without data.stochastic_length, which cuts histories"
+    if not data.load_balance:
+        yield "data.recalibrate_every", "without data.load_balance"
+    for name in ("synthetic", "table"):
+        if data.source != name:
+            yield f"data.{name}", f"under data.source={data.source}"
+    if table.sample_users == 1:
+        yield "data.table.sample_seed", "without data.table.sample_users"
+    if table.items_file is None:
+        for name in ("item_title", "unlisted_items"):
+            yield f"data.table.{name}", "without data.table.items_file"
+
+
+def _model(config: Config) -> Iterator[tuple[str, str]]:
+    model = config.model
+    if model.channels:
+        yield "model.layers", _of_channels(config, "layers")
+    if model.kind == "sasrec":
+        names = ("qk_width", "v_width", "preset", "attention", "relative_bias", "time_buckets")
+        for name in (*names, "implementation"):
+            yield f"model.{name}", "under model.kind=sasrec: use hstu"
+        return
+    yield "model.ffn_width", "under model.kind=hstu: use sasrec"
+    if not model.relative_bias:
+        yield "model.time_buckets", "under model.relative_bias=False"
+
+
+def _others(config: Config) -> Iterator[tuple[str, str]]:
+    loss, parallel = config.loss, config.parallel
+    if config.rank.tasks:
+        yield "loss", "for ranking, whose tasks have losses without options"
+    else:
+        for name in (*TARGETS, *FRACTIONS):
+            yield f"rank.{name}", "without rank.tasks: retrieval reads rank.signals alone"
+    if loss.kind == "full":
+        yield "loss.negatives", "under loss.kind=full, which scores all items"
+    if loss.kind != "in_batch":
+        yield "loss.log_q", f"under loss.kind={loss.kind}: in_batch reads it"
+    if config.rank.supervise == "all":
+        yield "rank.positions", "under rank.supervise=all, whose positions are forwards"
+    if parallel.context == 1:
+        for name in ("strategy", "layout"):
+            yield f"parallel.{name}", "under parallel.context=1: nothing is shared"
+    if parallel.data == 1:
+        yield "parallel.fsdp", "under parallel.data=1: there is nobody to divide with"
+
+
+def _of_channels(config: Config, name: str) -> str:
+    """What to set in place of a field that each channel has."""
+    own = " or ".join(f"model.channels.{channel}.{name}" for channel in config.model.channels)
+    return f"beside model.channels: set {own}"
