@@ -25,7 +25,7 @@ import json, runpy, sys
 from absl import flags
 from experiments import command
 known = set(flags.FLAGS)
-def parse(_):
+def parse(*_, **__):
     flags.FLAGS(sys.argv)
 command.run = parse
 for module, arguments in json.load(sys.stdin):
@@ -65,7 +65,7 @@ def test_documented_commands_parse():
     runnable = {
         str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
         for path in SOURCES
-        if "command.run(main)" in path.read_text()
+        if "command.run(main" in path.read_text()
     }
     assert runnable == commands.keys(), "a command that nothing shows, or one that is none"
     several = [(module, arguments) for module in commands for arguments in commands[module]]
