@@ -244,7 +244,7 @@ class Epochs:
 
 
 def duration(seconds: float) -> str:
-    """Such as "0.4 s", "12 s", "20 min" or "3.5 h"."""
+    """A length of time in words: seconds, minutes or hours."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:
