@@ -15,7 +15,7 @@ from ultra_hstu import signals
 SILENT = ("--quiet", "--help", "--helpshort", "--helpfull", "-h", "-?", "--show")
 RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 # Their standard output is what they are asked for: what they say of their work is apart from it.
-RESULTS = ("evaluate", "recommend", "export", "inspect")
+RESULTS = ("evaluate", "recommend", "export", "inspect", "compare")
 
 STILL_S = 6.0  # after so long it says again that it is loading
 
