@@ -47,7 +47,7 @@ _OVERWRITE = flags.DEFINE_bool(
 _TRACKERS = flags.DEFINE_multi_string(
     "tracker",
     [],
-    "FILE.py:NAME, whose NAME() makes a tracker of metrics (docs/extending.md); may come again",
+    "FILE.py:NAME, whose NAME() makes a tracker of metrics (docs/library.md); may come again",
 )
 _RECORD = command.define_record()
 _DISTRIBUTED = flags.DEFINE_bool(

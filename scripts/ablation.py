@@ -21,7 +21,7 @@ from experiments import command
 from experiments.record import Json, Record
 from kernels.mask import layer_masks
 from ultra_hstu import report
-from ultra_hstu.config import Config
+from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.fields import changed
 from ultra_hstu.ranking.task import RankingTask
@@ -84,10 +84,10 @@ def describe(task: RankingTask) -> dict[str, float]:
 
 def main(_: list[str]) -> None:
     console = report.make_console()
-    config = command.resolved(FLAGS.config)
+    config = from_config_dict(FLAGS.config)
     chosen = variants(config)
     if FLAGS.baseline is not None:
-        chosen = {BASELINE: command.resolved(FLAGS.baseline, "baseline"), **chosen}
+        chosen = {BASELINE: from_config_dict(FLAGS.baseline), **chosen}
     if unknown := sorted(set(FLAGS.only) - set(chosen)):
         raise ValueError(
             f"--only={','.join(FLAGS.only)}: there is no variant {unknown[0]!r}; "

@@ -46,8 +46,6 @@ def made(monkeypatch, name, *overrides):
         ("ml1m_rank_hstu", "loss.temperature=0.1", "for ranking"),
         ("ml1m_hstu", "loss.log_q=False", "under loss.kind=sampled"),
         ("ml1m_hstu", "rank.head_width=8", "retrieval reads rank.signals alone"),
-        ("ml1m_hstu", "parallel.strategy=ring", "under parallel.context=1"),
-        ("ml1m_hstu", "parallel.fsdp=True", "under parallel.data=1"),
     ],
 )
 def test_overrides_without_effect_are_refused(monkeypatch, name, override, message):
@@ -61,6 +59,8 @@ def test_overrides_with_effect_are_taken(monkeypatch):
     assert config.model.channels["liked"].layers == 4 and config.train.epochs == 2
     loss = made(monkeypatch, "ml1m_hstu", "loss.kind=in_batch", "loss.log_q=False").loss
     assert (loss.kind, loss.log_q) == ("in_batch", False)
+    # The same command goes on where there is one device.
+    assert made(monkeypatch, "ml1m_hstu", "parallel.strategy=ulysses").parallel.context == 1
 
 
 @pytest.mark.parametrize("name", configs.CONFIGS)

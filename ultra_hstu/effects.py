@@ -1,7 +1,8 @@
 """Which fields of a configuration have no effect, and why.
 
 A configuration may hold them, as one that was made from another does; that somebody sets one is a
-mistake. `Config.validate` refuses fields that contradict each other in any case.
+mistake. (Not of `parallel`: a command with its flags may go on with a run on fewer devices, even on
+one.) `Config.validate` refuses fields that contradict each other in any case.
 """
 
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _others(config: Config) -> Iterator[tuple[str, str]]:
-    loss, parallel = config.loss, config.parallel
+    loss = config.loss
     if config.rank.tasks:
         yield "loss", "for ranking, whose tasks have losses without options"
     else:
@@ -74,11 +75,6 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
         yield "loss.log_q", f"under loss.kind={loss.kind}: in_batch reads it"
     if config.rank.supervise == "all":
         yield "rank.positions", "under rank.supervise=all, whose positions are forwards"
-    if parallel.context == 1:
-        for name in ("strategy", "layout"):
-            yield f"parallel.{name}", "under parallel.context=1: nothing is shared"
-    if parallel.data == 1:
-        yield "parallel.fsdp", "under parallel.data=1: there is nobody to divide with"
 
 
 def _of_channels(config: Config, name: str) -> str:

@@ -23,7 +23,7 @@ from kernels.timing import device_time
 from scripts.bench.program import temporaries
 from scripts.bench.terminal import show
 from ultra_hstu import flops
-from ultra_hstu.config import Config
+from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.fields import changed
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.sequences import Sequences
@@ -35,7 +35,7 @@ Arguments = tuple[nnx.State, jax.Array, jax.Array, Sequences]
 
 
 def main(_: list[str]) -> None:
-    config = command.resolved(FLAGS.config)
+    config = from_config_dict(FLAGS.config)
     if FLAGS.implementation:
         config = changed(config, model={"implementation": FLAGS.implementation})
     rows, depths = FLAGS.rows, [int(depth) for depth in FLAGS.depths]

@@ -21,7 +21,7 @@ from experiments.record import Json, Record
 from scripts.bench.program import Program
 from scripts.bench.terminal import show
 from ultra_hstu import flops
-from ultra_hstu.config import Config
+from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.fields import changed
 
 FLAGS = flags.FLAGS
@@ -39,7 +39,7 @@ VARIANTS: dict[str, Json] = {
 
 
 def main(_: list[str]) -> None:
-    config = command.resolved(FLAGS.config)
+    config = from_config_dict(FLAGS.config)
     if FLAGS.implementation:
         config = with_model(config, {"implementation": FLAGS.implementation})
     names = FLAGS.variants or list(VARIANTS)

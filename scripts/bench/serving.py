@@ -40,7 +40,7 @@ from experiments.record import Json, Record, read
 from scripts.bench.terminal import show
 from scripts.bench.turns import one_by_one
 from ultra_hstu import flops, report, serving
-from ultra_hstu.config import Config, RankConfig
+from ultra_hstu.config import Config, RankConfig, from_config_dict
 from ultra_hstu.fields import changed
 from ultra_hstu.nn.key_values import CacheDtype
 from ultra_hstu.ranking.batch import RankEvents, RankGather
@@ -79,7 +79,7 @@ class Cell:
 
 
 def main(_: list[str]) -> None:
-    config = command.resolved(FLAGS.config)
+    config = from_config_dict(FLAGS.config)
     histories, candidates, micro_batches = (
         sorted(map(int, given))
         for given in (FLAGS.histories, FLAGS.candidates, FLAGS.micro_batches)

@@ -26,7 +26,7 @@ from experiments.record import Record
 from scripts.bench.program import temporaries
 from scripts.bench.terminal import show
 from ultra_hstu import report, tasks
-from ultra_hstu.config import Config
+from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.feed import Group
 from ultra_hstu.fields import changed
 from ultra_hstu.step import run_steps
@@ -37,7 +37,7 @@ FEEDS = {"device": "device_feed", "stream": "streamed_feed"}
 
 
 def main(_: list[str]) -> None:
-    config = command.resolved(FLAGS.config)
+    config = from_config_dict(FLAGS.config)
     record = Record(FLAGS.record, config=config.name, eval=config.evaluation)
     with jax.default_matmul_precision(config.train.matmul_precision):
         found = {"evaluation": time_evaluation(tasks.load(config))}

@@ -136,9 +136,9 @@ def test_the_command_line_trains_and_records(tmp_path):
     raw, record = assistments(tmp_path / "raw"), tmp_path / "record.json"
     options = {
         "data.raw_dir": raw, "data.data_dir": tmp_path / "data",
-        "data.max_history": 16, "data.batch_users": 4,
+        "data.batch_users": 4,
         "model.width": 8, "model.qk_width": 4, "model.v_width": 4, "model.dtype": "float32",
-        "model.truncate_after": 1, "model.truncate_length": 4, "model.layers": 2,
+        "model.truncate_after": 1, "model.truncate_length": 4,
         "model.channels.attempts.layers": 2, "model.channels.attempts.max_history": 16,
         "model.channels.right.layers": 2, "model.channels.right.max_history": 8,
         "rank.targets": 2, "train.epochs": 1, "train.eval_users": 8,
