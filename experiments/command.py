@@ -331,10 +331,11 @@ def _show_log(level: int) -> None:
     """What loading says of the data goes to standard error, as it is."""
     handler = _ToStandardError()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("ultra_hstu")
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False
+    for name in ("ultra_hstu", "experiments"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
 
 
 def parse(argv: list[str]) -> list[str]:

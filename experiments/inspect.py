@@ -16,7 +16,6 @@ import pyarrow as pa
 import rich.box
 from absl import flags
 from jaxtyping import Bool, Int64
-from rich.console import Console
 from rich.table import Table
 
 from experiments import command
@@ -53,7 +52,8 @@ def main(_: list[str]) -> None:
     console.print(counts_table(interactions, reading))
     console.print(lengths_table(interactions))
     with progress.waiting(working, "cost", "planning an epoch, counting its operations"):
-        show_cost(console, config, interactions)
+        cost = cost_line(config, interactions)
+    console.print(cost, highlight=False, soft_wrap=True)
     if _PICTURE.value:
         with progress.waiting(working, "picture", "drawing"):
             draw(interactions, Path(_PICTURE.value), str(_DATA.value))
@@ -129,7 +129,7 @@ def lengths_table(interactions: Interactions) -> Table:
     return table
 
 
-def show_cost(console: Console, config: Config, interactions: Interactions) -> None:
+def cost_line(config: Config, interactions: Interactions) -> str:
     """What training with this configuration computes and holds."""
     task = tasks.of(config, interactions)
     loader = task.loader(
@@ -143,13 +143,11 @@ def show_cost(console: Console, config: Config, interactions: Interactions) -> N
     examples = len(next(iter(task.columns("train").values())))
     per_epoch = task.flops("train").training * examples
     cut = float((interactions.lengths > config.data.max_history + 1).mean())
-    console.print(
+    return (
         f"a run of {config.name}: {steps:,} steps an epoch, {per_epoch / 1e9:,.0f} GFLOP; "
         f"{parameters:,} parameters, {16 * parameters / 2**20:,.0f} MiB with gradients and "
         f"optimizer; {cut:.1%} of users have more than data.max_history="
-        f"{config.data.max_history} events, and the newest count",
-        highlight=False,
-        soft_wrap=True,
+        f"{config.data.max_history} events, and the newest count"
     )
 
 

@@ -73,7 +73,8 @@ def main(_: list[str]) -> None:
             service = open_service(_WORKDIR.value, _RAW_DIR.value, options)
             came("loaded; it compiles with the first requests")
         with _requests(service.catalog) as source:
-            answer_lines(service, source)
+            with progress.waiting(working, "requests", "answering", clock=False):
+                answer_lines(service, source)
         return
     if _HOST_TABLE.value is not None:
         raise ValueError("--host_table is for ranking runs, which score what --requests holds")

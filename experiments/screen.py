@@ -17,7 +17,7 @@ RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 # Their standard output is what they are asked for: what they say of their work is apart from it.
 RESULTS = ("evaluate", "recommend", "export", "inspect", "compare")
 
-STILL_S = 8.0  # after so long it says again that it is loading
+STILL_S = 6.0  # after so long it says again that it is loading
 
 _begun = False
 loaded = threading.Event()  # set when the imports are over

@@ -228,7 +228,8 @@ def end(application: str) -> None:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    if not flags.FLAGS.quiet:
+        print(text, flush=True)
 
 
 @contextlib.contextmanager

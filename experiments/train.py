@@ -71,7 +71,7 @@ _CONNECT_SECONDS = flags.DEFINE_integer(
 # What a record keeps of every epoch, beside the curves of its criteria.
 HISTORY = ("epoch", "step", "loss", "grad_norm", "seconds")
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("experiments.train")
 
 
 def main(_: list[str]) -> None:

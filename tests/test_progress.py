@@ -10,6 +10,11 @@ from rich.console import Console
 from ultra_hstu import progress
 
 
+class Closed(Console):
+    def print(self, *_, **__):
+        raise BrokenPipeError
+
+
 @pytest.fixture
 def screen():
     return Console(file=io.StringIO(), width=120)
@@ -30,6 +35,13 @@ def test_a_pipe_hears_of_long_work_and_of_its_end(screen, monkeypatch):
         re.fullmatch(r"data      reading it, 0\.\d s so far", text) for text in waited
     )
     assert re.fullmatch(r"data      three users \(0\.\d s\)", end)
+
+
+def test_an_output_that_closes_meanwhile_is_an_error(monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_S", 0.01)
+    closed = Closed(file=io.StringIO())
+    with pytest.raises(BrokenPipeError), progress.waiting(closed, "data", "reading it"):
+        time.sleep(0.2)
 
 
 def test_short_work_is_one_line_and_failed_work_none(screen):

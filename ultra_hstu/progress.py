@@ -12,13 +12,20 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 from jaxtyping import PyTree
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from kernels.dispatch import Choice
 from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import Interactions
 
-FIRST_S, REPEAT_S = 2.0, 8.0  # until a pipe reads that work goes on, and until it reads so again
+FIRST_S, REPEAT_S = 2.0, 6.0  # until a pipe reads that work goes on, and until it reads so again
 LABEL = 9  # characters in front of a line
 TRAINING = "training"
 LONG_EPOCH_S = 10.0  # from here on the time of the first epoch is estimated
@@ -41,38 +48,53 @@ def model(config: Config, params: PyTree, choices: Iterable[Choice]) -> str:
 
 
 @contextlib.contextmanager
-def waiting(console: Console, label: str, what: str) -> Iterator[Callable[[str], None]]:
+def waiting(
+    console: Console, label: str, what: str, *, clock: bool = True
+) -> Iterator[Callable[[str], None]]:
     """Says that `what` is done while the block does it, and afterwards what came of it.
 
     The block calls the function that it gets with the text of that line, to which the seconds are
     added. Without a call there is no such line.
+
+    Args:
+      clock: a terminal shows a running clock; not where the block writes to it by itself.
     """
     started, results = time.perf_counter(), list[str]()
-    with _shown(console, label, lambda: what):
+    with _shown(console, label, what, clock):
         yield results.append
     for text in results:
         line(console, label, f"{text} ({time.perf_counter() - started:.1f} s)")
 
 
 @contextlib.contextmanager
-def _shown(console: Console, label: str, status: Callable[[], str]) -> Iterator[None]:
+def _shown(console: Console, label: str, what: str, clock: bool) -> Iterator[None]:
     if console.quiet:
         yield
-        return
-    if console.is_terminal:
-        columns = TextColumn(f"{label:<{LABEL}} {{task.description}}"), SpinnerColumn()
-        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as clock:
-            clock.add_task(status(), total=None)
+    elif console.is_terminal and clock:
+        with _bar(console, label, SpinnerColumn()) as bar:
+            bar.add_task(what, total=None)
             yield
-        return
-    with _Ticking(console, label, status):
-        yield
+    else:
+        with _Ticking(console, label, lambda: what):
+            yield
+
+
+def _bar(console: Console, label: str, column: ProgressColumn) -> Progress:
+    return Progress(
+        TextColumn(f"{label:<{LABEL}} {{task.description}}"),
+        column,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        # What the console does not show must not end up there: results may go to a file.
+        redirect_stdout=not console.stderr,
+    )
 
 
 class _Ticking:
     """Prints `status` and the seconds so far, after FIRST_S and then every REPEAT_S.
 
-    `said` puts the next one off.
+    `said` puts the next one off. Raises OSError, in the end or there, where it could not print.
     """
 
     def __init__(self, console: Console, label: str, status: Callable[[], str]):
@@ -80,17 +102,22 @@ class _Ticking:
         self._ended = threading.Event()
         self._started = time.perf_counter()
         self._next = self._started + FIRST_S
+        self._error: OSError | None = None
         self._thread = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> "_Ticking":
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        if kind is None and self._error is not None:
+            raise self._error
 
     def said(self) -> None:
+        if self._error is not None:
+            raise self._error
         self._next = time.perf_counter() + REPEAT_S
 
     def _tick(self) -> None:
@@ -98,8 +125,11 @@ class _Ticking:
             if (now := time.perf_counter()) >= self._next:
                 self._next = now + REPEAT_S
                 text = f"{self.status()}, {duration(now - self._started)} so far"
-                with contextlib.suppress(OSError):  # a closed output is the main thread's error
+                try:
                     line(self.console, self.label, text)
+                except OSError as error:
+                    self._error = error
+                    return
 
 
 class Epochs:
@@ -129,10 +159,7 @@ class Epochs:
         if self.console.quiet:
             return self
         if self.console.is_terminal:
-            columns = (TextColumn(f"{'':<{LABEL}} {{task.description}}"), BarColumn())
-            self._bar = self._stack.enter_context(
-                Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
-            )
+            self._bar = self._stack.enter_context(_bar(self.console, "", BarColumn()))
             self._bar.add_task("")
         else:
             self._ticking = self._stack.enter_context(_Ticking(self.console, "", self._status))
@@ -217,7 +244,7 @@ class Epochs:
 
 
 def duration(seconds: float) -> str:
-    """Such as "0.4 s", "12 s", "20 min" or "3.5 h"."""
+    """A length of time in words: seconds, minutes or hours."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:

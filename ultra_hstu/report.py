@@ -196,8 +196,9 @@ def draw_curves(
                 place = (best, points[best])
                 axis.plot(*place, "o", color=f"C{number}", markersize=10, fillstyle="none")
                 text = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
                 label = f"epoch {best}: {points[best]:.4f}"
-                axis.annotate(label, place, color=f"C{number}", fontsize=8, **text)
+                axis.annotate(label, place, color=f"C{number}", fontsize=8, bbox=box, **text)
         for number, (name, metrics) in enumerate((baselines or {}).items()):
             if (value := metrics.get(key)) is not None:
                 style = {"color": "0.4", "linewidth": 1, "linestyle": _LINES[number % len(_LINES)]}

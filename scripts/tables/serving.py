@@ -151,6 +151,8 @@ def serving_figure() -> None:
         if (what, candidates) == ("cached", count)
         and (other := places.get((model, history, "recompute", step, step)))
     }
+    if not faster:
+        return
     models, histories = sorted({key[0] for key in faster}), sorted({key[1] for key in faster})
     with figure("serving", 8, 4) as drawn:
         axes = drawn.subplots(1, len(models), sharey=True, squeeze=False)[0]

@@ -26,7 +26,7 @@ from tests.data.data_files import (
 )
 from tests.ranking import rank_data
 from tests.small_run import with_
-from ultra_hstu import tasks
+from ultra_hstu import signals, tasks
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.ranking.task import RankingTask
@@ -181,8 +181,8 @@ def test_the_command_line_trains_and_records(tmp_path):
     assert np.isfinite(scorer.score(scorer.encode(history), asked)).all()
 
 
-class StopAfterFiveLooks:
-    """Stands in for a `signals.Stop`: it stops at the sixth look, in the middle of an epoch."""
+class StopAfterFiveLooks(signals.Stop):
+    """It stops at the sixth look, in the middle of an epoch."""
 
     def __init__(self):
         self.looks = 0
