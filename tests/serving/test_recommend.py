@@ -198,7 +198,7 @@ def test_evaluate_command_takes_other_semantics_and_names_them(run, tmp_path):
     "argument, message",
     [
         ("--config.eval.hid=all", "Did you mean: config.eval.hide"),
-        ("--config.eval.hide=every", "value should be one of <window|all>"),
+        ("--config.eval.hide=every", "eval.hide=every is not allowed: use 'window', 'all'"),
         ("--config.eval.time=request", "eval.time='request' is for ranking"),
         ("--config.model.width=8", "Unknown command line flag 'config.model.width'"),
     ],
