@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # and by `__getattr__`, which reads it
     from ultra_hstu.sequences import Sequences
     from ultra_hstu.serving.recommend import RecommendationModel
     from ultra_hstu.serving.service import open_service
+    from ultra_hstu.train import Interrupted
 
 __all__ = [
     "HSTU",
@@ -53,6 +54,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "Interactions",
+    "Interrupted",
     "Layout",
     "LossConfig",
     "ModelConfig",

@@ -248,7 +248,8 @@ class Workdir:
             listed = "\n  ".join(changed)
             raise ValueError(
                 f"the data is not what {self.path} was trained on (then -> now):\n  {listed}\n"
-                "Point data.raw_dir at that data, or choose another --workdir."
+                "Point data.raw_dir at that data. To learn from new events, train into another "
+                "--workdir or with --overwrite; to recommend after them, give --history."
             )
 
     def release(self) -> None:

@@ -321,7 +321,13 @@ class _Reader:
         low, high = values.min(), values.max()
         if self.unit is None:
             self.unit = unit = meaning.unit_by_range(low.item(), high.item(), name, self.config)
-            if unit != "s" and low < EARLY * TICKS[unit]:
+            early_E = values < EARLY * TICKS[unit] if unit != "s" else np.zeros(len(values), bool)
+            if 2 * early_E.sum() > len(values):  # the late ones are the odd ones
+                raise ValueError(
+                    f"{self.place(int(np.argmax(values)))}: column {name!r}: {high} among times "
+                    f"in a coarser unit than {meaning.unit_words(unit)}: two units are mixed"
+                )
+            if early_E.any():
                 raise ValueError(
                     f"{self.place(int(np.argmin(values)))}: column {name!r}: {low} among times in "
                     f"{meaning.unit_words(unit)} would be "
