@@ -26,7 +26,9 @@ _EPOCHS = flags.DEFINE_integer(
 def main(_: list[str]) -> None:
     console, working = report.make_console(), command.progress_console()
     root = Path(_WORKDIR.value)
-    hstu = configs.named("synthetic")
+    # Most targets were met before, so nothing is hidden. The test users choose no epoch.
+    rules = {"eval": {"repeats": "rank"}, "train": {"protocol": "validated"}}
+    hstu = changed(configs.named("synthetic"), **rules)
     if _EPOCHS.value is not None:
         hstu = changed(hstu, train={"epochs": _EPOCHS.value})
     sasrec = changed(hstu, name="synthetic_sasrec", model={"kind": "sasrec"})
