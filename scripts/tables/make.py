@@ -17,6 +17,7 @@ from scripts.tables import (
     attention,
     configuration,
     context_parallel,
+    data,
     long,
     overview,
     ranking,
@@ -70,6 +71,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "load_balance": sampling.load_balance_table,
         "int4": sampling.int4_table,
     },
+    "docs/your_data.md": {"prepare": data.prepare_table},
     "docs/cached_scoring.md": {
         "serving_operations": serving_tables.operations_table,
         "serving": serving_tables.serving_table,
