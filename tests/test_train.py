@@ -28,9 +28,10 @@ from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.progress import Epochs
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.run import Interrupted
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.step import run_steps
-from ultra_hstu.train import Interrupted, train
+from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir, write_json
 
 QUIET = Console(quiet=True)
