@@ -22,10 +22,10 @@ LAYERS = [
     ["ultra_hstu.sampling", "ultra_hstu.data"],
     [f"ultra_hstu.{name}"
      for name in "optim digests checkpoint workdir starts trackers criteria quantization".split()],
-    ["ultra_hstu.step", "ultra_hstu.evaluate", "ultra_hstu.flops", "ultra_hstu.task"],
+    [f"ultra_hstu.{name}" for name in "step evaluate flops task vocabulary".split()],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
-    ["ultra_hstu.tasks", "ultra_hstu.report", "ultra_hstu.progress"],
-    ["ultra_hstu.run", "ultra_hstu.train"],
+    [f"ultra_hstu.{name}" for name in "tasks report progress initial".split()],
+    ["ultra_hstu.run", "ultra_hstu.windows", "ultra_hstu.train"],
     ["ultra_hstu.serving"],
     ["ultra_hstu.library"],
     ["experiments", "scripts"],

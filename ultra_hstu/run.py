@@ -18,9 +18,10 @@ from kernels import dispatch
 from ultra_hstu import optim, progress, report, signals
 from ultra_hstu.checkpoint import Checkpoints, Position, abstract
 from ultra_hstu.criteria import Metrics
-from ultra_hstu.data.feed import Group
+from ultra_hstu.data.feed import Group, Plan
+from ultra_hstu.initial import parameters_of
 from ultra_hstu.parallel import processes
-from ultra_hstu.step import HISTORY, largest_weight, run_steps
+from ultra_hstu.step import HISTORY, TrainState, largest_weight, run_steps
 from ultra_hstu.task import Task
 from ultra_hstu.trackers import Tracker
 from ultra_hstu.workdir import Workdir, write_json
@@ -45,6 +46,9 @@ class Interrupted(Exception):
 
 
 class Run:
+    # Whether nothing was trained in this place before, and whether parameters are initial ones.
+    is_first = starts = True
+
     def __init__(self, task: Task, folder: Workdir, console: Console, trackers: Sequence[Tracker]):
         self.task, self.config, self.folder, self.console = task, task.config, folder, console
         config, published = self.config.train, self.config.train.protocol == "published"
@@ -56,29 +60,42 @@ class Run:
         # Made now, so that data without test events is an error before training.
         self.test_evaluator = self.evaluator if published else task.evaluator("test")
         self.patience = config.patience or (None if published else VALIDATED_PATIENCE)
-        self.schedule = optim.learning_rate(self.config.optim)
-        self.checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
-        self.state, self.position = task.recipe.start(config.seed), Position()
-        started = time.perf_counter()
-        if (restored := self.checkpoints.restore(abstract(self.state))) is not None:
-            step, self.state, position = restored
-            self.position = Position.of(position, f"checkpoint {folder.checkpoints / str(step)}")
-            if self.position.epoch > config.epochs:
-                raise ValueError(
-                    f"train.epochs={config.epochs}, but this run has trained "
-                    f"{self.position.epoch} epochs already: give at least as many"
-                )
-            self.checkpoints.drop_after(step)
-        else:
-            self.state = self.checkpoints.try_out(self.state)
-        self.saved_at = time.perf_counter()
-        self.save_seconds = self.saved_at - started  # reading it back takes as long
+        self._begin(task.recipe.start(config.seed))
         self.log: report.MetricLog | None = None
         if processes.is_first():
             settings = dataclasses.asdict(self.config)
             self.log = report.MetricLog(
                 folder.metrics, folder.tensorboard, settings, trackers, resume_step=self.step
             )
+
+    def _begin(self, state: TrainState) -> None:
+        """Goes on from the newest checkpoint, or else begins with a state.
+
+        Where `train.init_from` names a run, its parameters take the place of the state's.
+        """
+        config, folder = self.config.train, self.folder
+        self.schedule = optim.learning_rate(self.config.optim)
+        self.checkpoints = Checkpoints(folder.checkpoints, keep=config.keep_checkpoints)
+        self.state, self.position = state, Position()
+        started = time.perf_counter()
+        if (restored := self.checkpoints.restore(abstract(self.state))) is not None:
+            step, self.state, position = restored
+            self.position = Position.of(position, f"checkpoint {folder.checkpoints / str(step)}")
+            if self.position.epoch > config.epochs and self.config.windows.number is None:
+                raise ValueError(
+                    f"train.epochs={config.epochs}, but this run has trained "
+                    f"{self.position.epoch} epochs already: give at least as many"
+                )
+            self.checkpoints.drop_after(step)
+        else:
+            if config.init_from is not None and self.starts:
+                params, origin = parameters_of(config.init_from, self.task, self.console)
+                self.state = dataclasses.replace(self.state, params=params)
+                self.position.init_from = origin
+            if self.is_first:
+                self.state = self.checkpoints.try_out(self.state)
+        self.saved_at = time.perf_counter()
+        self.save_seconds = self.saved_at - started  # reading it back takes as long
 
     @property
     def step(self) -> int:
@@ -102,11 +119,14 @@ class Run:
             model = progress.model(self.config, self.state.params, choices)
             progress.line(self.console, "model", f"{model}, {len(plan):,} steps an epoch")
             compiled = lowered.compile()
-            self.evaluator.compile(self.state.params)
+            self._compile_evaluation()
             came("training and evaluation")
         processes.barrier()
         self.position.compile_seconds += time.perf_counter() - started
         return compiled
+
+    def _compile_evaluation(self) -> None:
+        self.evaluator.compile(self.state.params)
 
     def to_the_end(self) -> dict[str, Any]:
         position = self.position
@@ -136,10 +156,9 @@ class Run:
                 record = self._train_epoch(stop, epochs)
                 position.epoch += 1
                 position.batch, position.loss_sum = 0, 0.0
-                last_epoch = position.epoch == config.epochs
                 metrics: Metrics = {}
                 shown = f"loss {record['loss']:.3f}"
-                if position.epoch % config.eval_every == 0 or last_epoch:
+                if self._evaluation_due():
                     epochs.doing(f"evaluating on {self.split}")
                     metrics, found = self._evaluate()
                     shown += f"  {found}"
@@ -149,9 +168,8 @@ class Run:
                     head = {"epoch": position.epoch, "seconds": seconds, "split": self.split}
                     self.log.write(self.step, head | record | metrics)
                 improved = position.best_epoch == position.epoch
-                due = position.epoch % config.checkpoint_every == 0 or self._ended()
                 cause = self._stop_signal(stop)()
-                if improved or due or cause:
+                if improved or cause or self._save_due():
                     self._save(best=improved)
                 epochs.end(shown + "  best" * improved)
                 if cause:
@@ -170,6 +188,15 @@ class Run:
             position.best_metric, position.best_epoch = value, position.epoch
         shown = [f"{name} {metrics[name]:.4f}" for name in criteria.curves if name in metrics]
         return metrics, "  ".join(shown)
+
+    def _evaluation_due(self) -> bool:
+        """Whether the epoch that ended is evaluated."""
+        config, epoch = self.config.train, self.position.epoch
+        return epoch % config.eval_every == 0 or epoch == config.epochs
+
+    def _save_due(self) -> bool:
+        """Whether a checkpoint is written after the epoch that ended."""
+        return self.position.epoch % self.config.train.checkpoint_every == 0 or self._ended()
 
     def _stop_signal(self, stop: signals.Stop) -> Callable[[], int]:
         """The signal that any of the processes was stopped by, or 0; all see the same."""
@@ -191,7 +218,7 @@ class Run:
 
     def _train_epoch(self, stop: signals.Stop, epochs: progress.Epochs) -> Metrics:
         position = self.position
-        plan = self.loader.plan(seed=self.config.train.seed, epoch=position.epoch)
+        plan = self._plan()
         epochs.begin(position.epoch + 1, len(plan), position.batch)
         waited, grad_norm, step = 0.0, 0.0, self.step
         groups = iter(self.loader.groups(plan, first=position.batch))
@@ -227,6 +254,10 @@ class Run:
             "learning_rate": float(self.schedule(max(step - 1, 0))),
             "input_wait_seconds": waited,
         }
+
+    def _plan(self) -> Plan:
+        """The batches of the epoch."""
+        return self.loader.plan(seed=self.config.train.seed, epoch=self.position.epoch)
 
     def _read(self, call: "_StartedCall") -> float:
         """Adds the losses of a call to the epoch's; the gradient norm of its last step."""
@@ -288,6 +319,8 @@ class Run:
             "compile_seconds": position.compile_seconds,
             "best_epoch": position.best_epoch,
         }
+        if position.init_from:
+            result["init_from"] = position.init_from
         if self.split == "test":
             result |= {"best": self.evaluator(params), "last": position.last}
         else:

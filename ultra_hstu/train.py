@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from ultra_hstu import progress, starts, tasks
+from ultra_hstu import progress, starts, tasks, windows
 from ultra_hstu.config import Config
 from ultra_hstu.parallel import make_mesh, processes
 from ultra_hstu.run import Run
@@ -49,15 +49,20 @@ def train(
     console = (console or Console()) if processes.is_first() else Console(quiet=True)
     folder = Workdir(workdir)
     config = _claim(folder, config, overwrite)
-    with starts.recorded(folder):
+    with starts.recorded(folder) as start:
         task = tasks.load(config, console) if task is None else task.with_config(config)
         processes.require_same(
             "data set", task.interactions.fingerprint() if processes.several() else {}
         )
         with jax.default_matmul_precision(config.train.matmul_precision):
+            if config.train.protocol == "windows":
+                return windows.train_windows(task, folder, console, trackers)
             with progress.waiting(console, "start", "making the model, trying out a checkpoint"):
                 processes.broadcast(lambda: folder.claim_data(task.interactions))
+                task.vocabulary.save(folder)
                 run = Run(task, folder, console, trackers)
+                if run.position.init_from:
+                    start["init_from"] = run.position.init_from
             try:
                 return run.to_the_end()
             finally:

@@ -14,6 +14,7 @@ from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data import signals
 from ultra_hstu.data.feed import BufferRows, EventStore
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.room import room, with_room
 from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
 from ultra_hstu.ranking import evaluate
@@ -25,6 +26,7 @@ from ultra_hstu.ranking.recipe import RankRecipe
 from ultra_hstu.ranking.split import Parts, Requests, RequestTable
 from ultra_hstu.sequences import seconds_since_first
 from ultra_hstu.task import Task
+from ultra_hstu.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,13 +38,20 @@ class RankingTask(Task[RankEvents]):
       parts: where each user's training, validation and test events are.
     """
 
-    PROTOCOLS: ClassVar[tuple[str, ...]] = ("chronological",)
+    PROTOCOLS: ClassVar[tuple[str, ...]] = ("chronological", "windows")
 
     sizes: Sizes
     parts: Parts
 
     @classmethod
-    def of(cls, config: Config, interactions: Interactions) -> "RankingTask":
+    def of(
+        cls,
+        config: Config,
+        interactions: Interactions,
+        *,
+        since: int | None = None,
+        roomy: bool = False,
+    ) -> "RankingTask":
         """Raises ValueError for names in `rank` or `model.channels` that the source lacks."""
         rank = config.rank
         if not rank.tasks:
@@ -69,20 +78,46 @@ class RankingTask(Task[RankEvents]):
             context_UC=signals.side_by_side(context_codes, users, np.int32),
             index=_kept_events(config, interactions),
         )
+        if roomy:
+            store = dataclasses.replace(with_room(store), index=store.index)
         sizes = Sizes(
-            items=interactions.num_items,
+            items=room(interactions.num_items) if roomy else interactions.num_items,
             signals=signals.sizes(rank.signals),
             features=tuple(codes.size for codes in features),
             contextual=tuple(codes.size for codes in contexts),
             kinds=tuple(label.kind for label in labels),
             timestamps=interactions.timestamps is not None,
         )
-        parts = requests.chronological(interactions, rank.validation_fraction, rank.test_fraction)
-        return cls(config, interactions, EventStore(store), sizes, parts)
+        if config.train.protocol == "windows":
+            anew = config.windows.start == "anew"
+            parts = requests.window(interactions, since, anew=anew)
+        else:
+            fractions = (rank.validation_fraction, rank.test_fraction)
+            parts = requests.chronological(interactions, *fractions)
+        return cls(config, interactions, EventStore(store), sizes, parts, roomy=roomy)
 
     @functools.cached_property
     def recipe(self) -> RankRecipe:
         return RankRecipe(self.config, self.sizes)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        rank, data = self.config.rank, self.interactions
+        return Vocabulary.of(
+            data.catalog,
+            features={name: signals.values(data, name) for name in rank.features},
+            contextual={name: data.context_values[name][1:] for name in rank.contextual},
+        )
+
+    def sized(self, vocabulary: Vocabulary) -> RankRecipe:
+        items = vocabulary.catalog.num_items
+        sizes = dataclasses.replace(
+            self.sizes,
+            items=room(items) if self.roomy else items,
+            features=tuple(1 + len(of) for of in vocabulary.features.values()),
+            contextual=tuple(1 + len(of) for of in vocabulary.contextual.values()),
+        )
+        return dataclasses.replace(self.recipe, sizes=sizes)
 
     @property
     def criteria(self) -> Criteria:
@@ -91,7 +126,11 @@ class RankingTask(Task[RankEvents]):
     def with_config(self, config: Config) -> Task:
         task = super().with_config(config)
         same_channels = config.model.channels == self.config.model.channels
-        return task if same_channels else RankingTask.of(config, self.interactions)
+        if same_channels:
+            return task
+        if self.parts.learned is not None:
+            raise ValueError("model.channels differ from those that the window was loaded for")
+        return RankingTask.of(config, self.interactions)
 
     def examples(self, part: str) -> RequestTable | Callable[[int, int], RequestTable]:
         """Every epoch of training has its own requests."""
@@ -107,6 +146,13 @@ class RankingTask(Task[RankEvents]):
         return lambda seed, epoch: self.table(
             requests.training(self.parts, self.config, seed, epoch)
         )
+
+    def has(self, part: str) -> bool:
+        return self.count(part) > 0
+
+    def count(self, part: str) -> int:
+        first_U, last_U = self.parts.bounds(part)
+        return int((last_U - first_U).sum())
 
     def gather(self, training: bool, rows: BufferRows, examples: int) -> RankGather:
         config, layout = self.config, form(self.config)
@@ -164,7 +210,7 @@ class RankingTask(Task[RankEvents]):
 
     def baselines(self, split: str) -> dict[str, Metrics]:
         """Predicts the base rates of everything, of the item, of the user, and of both."""
-        first_U, last_U = self.parts.bounds("train")
+        first_U, last_U = self.parts.known
         user_E = np.repeat(np.arange(self.interactions.num_users), self.interactions.lengths)
         row_E = np.arange(self.interactions.num_events)
         train_E = (row_E >= first_U[user_E]) & (row_E < last_U[user_E])

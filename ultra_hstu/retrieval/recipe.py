@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from ultra_hstu.data import signals
 from ultra_hstu.nn.dropout import row_keys
@@ -64,11 +64,11 @@ class Recipe(Steps[Recommender]):
         rows, negative_TR, log_q = h_TD.shape[0], None, None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
         keys_T = row_keys(negative_key, sequences)
+        known_I = there_are(batch.items_1, table_ID)
         match config.kind:
             case "sampled":
-                negative_TR = negatives.uniform_negatives(
-                    keys_T, rows, config.negatives, self.num_items
-                )
+                items = self.num_items if batch.items_1 is None else batch.items_1[0]
+                negative_TR = negatives.uniform_negatives(keys_T, rows, config.negatives, items)
             case "in_batch":
                 pool = negatives.in_batch_pool(shards.of_groups(batch.target_T))
                 negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
@@ -87,6 +87,7 @@ class Recipe(Steps[Recommender]):
             l2_normalize=config.l2_normalize,
             chunk_rows=config.chunk_rows or _chunk_rows(),
             log_q=log_q,
+            corpus_I=known_I,
             total=shards.total(jnp.sum(weight_T)),
         )[0]
 
@@ -98,6 +99,14 @@ class Recipe(Steps[Recommender]):
                 "targets: give Recipe target_counts, or set loss.log_q=False"
             )
         return negatives.log_frequency(self.target_counts)
+
+
+def there_are(items_1: Int[Array, " n"] | None, table_ID: Array) -> Bool[Array, " I1"] | None:
+    """Which entries of a table are items, where it has room for more; None: all but padding."""
+    if items_1 is None:
+        return None
+    item_I = jnp.arange(table_ID.shape[0], dtype=jnp.int32)
+    return (item_I > 0) & (item_I <= items_1[0])
 
 
 def _chunk_rows() -> int:

@@ -13,14 +13,16 @@ from ultra_hstu.criteria import RETRIEVAL, Criteria, Metrics
 from ultra_hstu.data import signals
 from ultra_hstu.data.feed import BufferRows, EventStore
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.room import room, with_room
 from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
 from ultra_hstu.retrieval.baselines import baselines
 from ultra_hstu.retrieval.batch import Events, HistoryGather
 from ultra_hstu.retrieval.evaluate import CorpusEvaluator
 from ultra_hstu.retrieval.recipe import Recipe
-from ultra_hstu.retrieval.split import PROTOCOLS, Examples, Split, split
+from ultra_hstu.retrieval.split import PROTOCOLS, Examples, Split, split, window
 from ultra_hstu.task import Task
+from ultra_hstu.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,23 +32,44 @@ class RetrievalTask(Task[Events]):
     splits: Split
 
     @classmethod
-    def of(cls, config: Config, interactions: Interactions) -> "RetrievalTask":
-        splits = split(
-            interactions,
-            config.train.protocol,
-            config.data.max_history,
-            config.data.temporal_test_fraction,
-        )
+    def of(
+        cls,
+        config: Config,
+        interactions: Interactions,
+        *,
+        since: int | None = None,
+        roomy: bool = False,
+    ) -> "RetrievalTask":
+        longest, windows = config.data.max_history, config.windows
+        if config.train.protocol == "windows":
+            anew = windows.start == "anew" or since is None
+            splits = window(interactions, since, longest, targets=windows.targets, anew=anew)
+        else:
+            fraction = config.data.temporal_test_fraction
+            splits = split(interactions, config.train.protocol, longest, fraction)
         items, signal_ES = interactions.items, None
         if names := config.rank.signals:
             signal_ES = signals.signals(interactions.actions, names, len(items))
         events = Events.from_arrays(items, interactions.timestamps, signal_ES)
-        return cls(config, interactions, EventStore(events), splits)
+        if roomy:
+            events = dataclasses.replace(
+                with_room(events), items_1=np.array([interactions.num_items], np.int32)
+            )
+        return cls(config, interactions, EventStore(events), splits, roomy=roomy)
 
     @functools.cached_property
     def recipe(self) -> Recipe:
         counts = self.target_counts() if self.config.loss.kind == "in_batch" else None
-        return Recipe(self.config, self.interactions.num_items, counts)
+        items = self.interactions.num_items
+        return Recipe(self.config, room(items) if self.roomy else items, counts)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.of(self.interactions.catalog)
+
+    def sized(self, vocabulary: Vocabulary) -> Recipe:
+        items = vocabulary.catalog.num_items
+        return dataclasses.replace(self.recipe, num_items=self._room(items))
 
     @property
     def criteria(self) -> Criteria:
@@ -65,6 +88,12 @@ class RetrievalTask(Task[Events]):
         first_U = self.interactions.offsets[:-1]
         return dataclasses.replace(examples, hide_from=first_U[examples.user])
 
+    def has(self, part: str) -> bool:
+        return len(self.examples(part)) > 0
+
+    def count(self, part: str) -> int:
+        return len(self.examples(part))
+
     def gather(self, training: bool, rows: BufferRows, examples: int) -> HistoryGather:
         config = self.config
         hides_all = not training and config.eval.hide == "all" and config.eval.repeats == "hide"
@@ -72,7 +101,7 @@ class RetrievalTask(Task[Events]):
             rows,
             examples,
             padded_length=config.padded_length if config.data.layout == "padded" else None,
-            hidden=int(self.interactions.lengths.max()) if hides_all else 0,
+            hidden=self._room(int(self.interactions.lengths.max())) if hides_all else 0,
             target_time=training or config.eval.time == "target",
         )
 
@@ -81,13 +110,19 @@ class RetrievalTask(Task[Events]):
         return (SampledHistory(self.config.data.max_history),)
 
     def evaluator(self, split: str) -> CorpusEvaluator:
-        return CorpusEvaluator(self.recipe, self.evaluation_loader(split))
+        loader = self.evaluation_loader(split)
+        longest = int(loader.examples(0, 0).lengths.max())
+        return CorpusEvaluator(self.recipe, loader, self._room(longest))
+
+    def _room(self, size: int) -> int:
+        return room(size) if self.roomy else size
 
     def baselines(self, split: str) -> dict[str, Metrics]:
         """Random, popularity, the last item's neighbours, item-item: from training events alone."""
-        train, test = self.splits.train, self.examples(split)
+        train, test = self.splits.known or self.splits.train, self.examples(split)
         hides = self.config.eval.repeats == "hide"
-        return baselines(self.interactions.items, self.popularity(), train, test, hides=hides)
+        popularity = self._counts(train.start, train.stop)
+        return baselines(self.interactions.items, popularity, train, test, hides=hides)
 
     def flops(self, part: str) -> Flops:
         columns = self.columns(part)
@@ -102,7 +137,10 @@ class RetrievalTask(Task[Events]):
     def target_counts(self) -> Int64[np.ndarray, " I1"]:
         """How often each item is a target in an epoch of training on whole histories."""
         train = self.splits.train
-        return self._counts(train.start + 1, train.stop)
+        first = train.start + 1
+        if train.learn_from is not None:
+            first = np.maximum(first, train.learn_from)
+        return self._counts(first, train.stop)
 
     def _counts(
         self, first: Int64[np.ndarray, " n"], last: Int64[np.ndarray, " n"]
