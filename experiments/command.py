@@ -114,6 +114,7 @@ def resolved(values: ml_collections.ConfigDict, name: str = "config") -> Config:
     data, table = config.data, config.data.table
     return fields.changed(
         config,
+        train={"init_from": _absolute(config.train.init_from)},
         data={
             "raw_dir": _absolute(data.raw_dir),
             "data_dir": _absolute(data.data_dir),

@@ -46,7 +46,8 @@ def parameters_of(
     Raises:
       ValueError: no run, one without a checkpoint, or another model, with every field that differs.
     """
-    folder = Workdir(source).newest()
+    folder = Workdir(source)
+    folder = folder.seeds.get(task.config.train.seed, folder).newest()
     if not folder.config.exists():
         missing = "is not there" if not folder.path.exists() else "holds no run"
         raise ValueError(

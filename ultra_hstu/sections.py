@@ -67,6 +67,7 @@ class WindowsConfig(Section):
     by: Literal["month", "day", "event"] = "month"  # what a window is measured in, UTC
     size: Count = 1  # so many of them a window
     first: Count = 1  # so many windows are the first one, which the run starts with
+    count: Count | None = None  # at most so many windows, the oldest; None: all
     # Training steps on each later window; None: train.epochs epochs.
     steps: Count | None = None
     # Later windows start from the parameters of the one before and learn its events alone; or anew,

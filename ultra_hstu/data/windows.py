@@ -56,14 +56,15 @@ def windows(data: Interactions, config: WindowsConfig) -> list[Window]:
     before = np.searchsorted(times, edges)
     starts = edges[:-1][before[1:] > before[:-1]]
     starts = np.append(starts[:1], starts[config.first :])
-    if len(starts) < 2:
+    if len(starts) < 2 or config.count == 1:
         raise ValueError(
-            f"windows.by={config.by!r}, windows.size={config.size} and windows.first="
-            f"{config.first} make one window of all {data.num_events:,} events, and the next is "
-            "what a model is judged by: lower them"
+            f"windows.by={config.by!r}, windows.size={config.size}, windows.first={config.first} "
+            f"and windows.count={config.count} make one window of the {data.num_events:,} events, "
+            "and a model is judged by the next one: choose smaller windows, or more"
         )
     ends = np.append(starts[1:], end)
-    return [Window(i, int(a), int(b)) for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
+    found = zip(starts.tolist(), ends.tolist(), strict=True)
+    return [Window(i, first, last) for i, (first, last) in enumerate(found)][: config.count]
 
 
 def _counted(data: Interactions) -> Int64[np.ndarray, " n"]:
