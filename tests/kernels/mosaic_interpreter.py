@@ -91,9 +91,9 @@ def _copy_smem_to_gmem(source, target, reduction_op=None):
         target[...] += source[...]
 
 
-def _fetch_item(gm, s, slot, *, which, first=False):
+def _fetch_item(gm, s, slot, *, which, number=None):
     box = s.rec.at[s.rec.shape[0] - 1]
-    number = lax.axis_index("worker") if first else box[0] + schedule.WORKERS
+    number = box[0] + schedule.WORKERS if number is None else number
     box[0] = number
     plgpu.barrier_wait(s.rec_empty.at[slot])
     number = jnp.minimum(number, gm.records.shape[0] - 1)
