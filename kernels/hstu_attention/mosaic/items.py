@@ -157,9 +157,14 @@ def feed_items(gm, s, load_block, begin, *, ahead, which=0):
         return
     for nth in range(early):
         fetch_in_turn(jnp.int32(nth))
-    last = draw_items(gm, s, one_item, lambda item, slot, step, nth=jnp.int32(-1): nth + 1)
+    last = draw_items(gm, s, one_item, _counted)
     for behind in range(1, early):  # no copy may be on its way when the thread block ends
         wait(s.rec_full, lax.rem(last + behind, slots))
+
+
+def _counted(item, slot, step, nth=None):
+    """Number of an item, from that of the one before."""
+    return jnp.int32(0) if nth is None else nth + 1
 
 
 def draw_items(gm, s, body, begin=lambda item, slot, step: None):
