@@ -19,13 +19,14 @@ from kernels.typing import QHK, QHV, SHK, SHV, THV, Unchecked
 _OP = dispatch.Op[AttentionSpec](
     "hstu_attention",
     modules={
+        "short": "kernels.hstu_attention.short.attention",
         "mosaic": "kernels.hstu_attention.mosaic.attention",
         "mosaic_fp8": "kernels.hstu_attention.mosaic_fp8.attention",
         "triton": "kernels.hstu_attention.triton.attention",
         "xla": "kernels.hstu_attention.xla",
         "reference": "kernels.hstu_attention.reference",
     },
-    order={"gpu": ("mosaic", "triton", "xla")},
+    order={"gpu": ("short", "mosaic", "triton", "xla")},
 )
 
 
@@ -117,7 +118,7 @@ def hstu_attention(
         )
 
     spec = AttentionSpec(
-        q_THK.dtype, heads, k_width, v_THV.shape[2], bias is not None, deterministic
+        q_THK.dtype, heads, k_width, v_THV.shape[2], bias is not None, deterministic, plan.longest
     )
     return _OP.call(implementation, spec, run)
 
@@ -166,6 +167,7 @@ def prepare_plan(
       spec: of the calls.
       implementation: as in `hstu_attention`.
     """
+    spec = spec._replace(longest=plan.longest)
     module = _OP.first_supported(implementation, spec)
     return plan if module is None else module.prepare(plan, spec)
 
