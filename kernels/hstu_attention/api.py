@@ -94,7 +94,9 @@ def hstu_attention(
     if bias is not None:
         _check_bias(bias, rows)
     if plan is None:
-        plan = make_plan(mask, offsets, rows, num_targets, num_contextual)
+        known = _concrete(offsets)
+        longest = None if known is None else int(np.diff(known).max(initial=0))
+        plan = make_plan(mask, offsets, rows, num_targets, num_contextual, longest)
     elif plan.num_rows != rows:
         raise ValueError(
             f"plan was made for {plan.num_rows} rows, q has {rows}; make it with "
