@@ -167,7 +167,9 @@ class HSTU(Encoder):
     def _on_one_device(
         self, sequences: Sequences, mask: AttentionMask, spec: AttentionSpec
     ) -> functools.partial[Array]:
-        plan = make_plan(mask, sequences.offsets, sequences.num_rows, *sequences.counts)
+        plan = make_plan(
+            mask, sequences.offsets, sequences.num_rows, *sequences.counts, longest=self.length
+        )
         return functools.partial(
             hstu_attention,
             offsets=sequences.offsets,
