@@ -43,9 +43,7 @@ def test_bad_input():
             x, x, keep_TZ=x > 0, eps=EPS, joined=True
         ),
         "rate=1.0 must be in [0, 1)": lambda: gate(x, x, eps=EPS, joined=True, rate=1.0),
-        "no implementation is called 'cuda'": lambda: layer_norm(
-            x, eps=EPS, implementation="cuda"
-        ),
+        "no implementation is called 'cuda'": lambda: layer_norm(x, eps=EPS, implementation="cuda"),
     }
     for message, call in cases.items():
         with pytest.raises(ValueError, match=re.escape(message)):
