@@ -15,11 +15,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from kernels.fp8 import Precision, linear
 from kernels.gate import gate
 from kernels.layer_norm import norm_and_residual
 from kernels.typing import THK, THV
 from ultra_hstu.nn.dropout import KeysOrNone, dropout_mask
-from ultra_hstu.nn.fp8 import Precision, linear
 from ultra_hstu.nn.initializers import linear_bias, normal_002, param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
