@@ -30,6 +30,7 @@ from kernels.hstu_attention.mosaic import (
     schedule,
     split_tiles,
 )
+from kernels.projection.mosaic import product
 
 MODULES = (
     backward_keys,
@@ -40,6 +41,7 @@ MODULES = (
     forward,
     items,
     launch,
+    product,
     split_tiles,
 )
 ACCUMULATORS = 7  # that a warpgroup holds at a time, at most
@@ -65,7 +67,7 @@ class _Pool:
                 self.buffers, self.used = [named.pop(name) for name in names], 0
                 return body(*refs, **named)
 
-            pool = {name: plgpu.SMEM((2, 64, 256), jnp.float32) for name in names}
+            pool = {name: plgpu.SMEM((2, 128, 256), jnp.float32) for name in names}
             return pl.run_scoped(entered, *args, collective_axes=collective_axes, **kwargs, **pool)
         before, refs = self.used, []
         for wanted in args:

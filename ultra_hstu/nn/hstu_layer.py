@@ -15,12 +15,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from kernels.fp8 import Precision, linear
+from kernels.gate import gate
+from kernels.layer_norm import norm_and_residual
 from kernels.typing import THK, THV
-from ultra_hstu.nn.dropout import KeysOrNone, apply_dropout, dropout_mask
-from ultra_hstu.nn.fp8 import Precision, linear
+from ultra_hstu.nn.dropout import KeysOrNone, dropout_mask
 from ultra_hstu.nn.initializers import linear_bias, normal_002, param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
-from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import ATTENTION_OUTPUT, LAYER_INPUT
 from ultra_hstu.sequences import Activations
@@ -85,7 +86,10 @@ class Layer(nnx.Module):
     def __call__(self, x_TD: Activations, attend: Attend, key: KeysOrNone = None) -> Activations:
         """x plus what the layer adds to it, in the dtype of x. `key`: one, or one a row."""
         x_TD = checkpoint_name(x_TD, LAYER_INPUT)
-        u_TY, v_THV, q_THK, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
+        if self.chunk_rows is None:
+            (u_TY, v_THV, q_THK, k_THK), x_TD = self._project(x_TD)
+        else:
+            u_TY, v_THV, q_THK, k_THK = self._projected(x_TD)
         a_THV = attend(q_THK, k_THK, v_THV, alpha=self.alpha, bias=self.bias)
         a_TY = checkpoint_name(a_THV.reshape(u_TY.shape), ATTENTION_OUTPUT)
         # Drawn for all rows at once, so that it does not depend on the chunks.
@@ -94,21 +98,30 @@ class Layer(nnx.Module):
 
     def keys_and_values(self, x_TD: Activations) -> tuple[THK, THV]:
         """What other rows see of these: all that a cache needs of the last layer."""
-        _, v_THV, _, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
+        _, v_THV, _, k_THK = self._projected(x_TD)
         return k_THK, v_THV
 
-    @abc.abstractmethod
-    def _project(self, x_TD: Activations) -> Projected:
-        """u [T, H * V], v [T, H, V], q and k [T, H, K] of each row."""
+    def _projected(self, x_TD: Activations) -> Projected:
+        return chunked(lambda x_TD: self._project(x_TD)[0], x_TD, chunk_rows=self.chunk_rows)
 
     @abc.abstractmethod
-    def _gated(self, u_TY: Array, a_TY: Array) -> Float[Array, "T Z"]:
-        """What `output` multiplies, from the gate and the attention output."""
+    def _project(self, x_TD: Activations) -> tuple[Projected, Activations]:
+        """u before its SiLU [T, H * V], v [T, H, V], q and k [T, H, K] of each row; and x again.
+
+        What is added to x later gives its gradient to the norm's backward, which adds it.
+        """
+
+    @abc.abstractmethod
+    def _gated(self, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Float[Array, "T Z"]:
+        """What `output` multiplies, from the gate and the attention output.
+
+        `mask_TZ`: what dropout keeps of it.
+        """
 
     def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Activations:
         """The layer's output; `mask_TZ` is the dropout mask of what `output` multiplies."""
         bias = None if self.output_bias is None else self.output_bias[...]
-        y_TZ = apply_dropout(self._gated(u_TY, a_TY), mask_TZ, self.dropout_rate)
+        y_TZ = self._gated(u_TY, a_TY, mask_TZ)
         return linear(y_TZ, self.output[...], bias, residual_TY=x_TD, precision=self.precision)
 
     def _split(self, uvqk_TX: Float[Array, "T X"]) -> Projected:
@@ -136,13 +149,14 @@ class ResearchLayer(Layer):
         self.output = param(xavier_uniform, rngs, inner, width)
         self.output_bias = param(linear_bias(inner), rngs, width)
 
-    def _project(self, x_TD: Activations) -> Projected:
-        return self._split(
-            jax.nn.silu(linear(layer_norm(x_TD, eps=EPS), self.uvqk[...], precision=self.precision))
-        )
+    def _project(self, x_TD: Activations) -> tuple[Projected, Activations]:
+        normed_TD, x_TD = norm_and_residual(x_TD, eps=EPS)
+        u_TY, *parts = self._split(linear(normed_TD, self.uvqk[...], precision=self.precision))
+        v_THV, q_THK, k_THK = map(jax.nn.silu, parts)
+        return (u_TY, v_THV, q_THK, k_THK), x_TD
 
-    def _gated(self, u_TY: Array, a_TY: Array) -> Array:
-        return u_TY * layer_norm(a_TY, eps=EPS)
+    def _gated(self, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Array:
+        return gate(u_TY, a_TY, keep_TZ=mask_TZ, eps=EPS, joined=False, rate=self.dropout_rate)
 
 
 class ProductionLayer(Layer):
@@ -166,19 +180,15 @@ class ProductionLayer(Layer):
         self.output_norm_bias = nnx.Param(jnp.zeros(inner, jnp.float32))
         self.output = param(xavier_uniform, rngs, 3 * inner, width)
 
-    def _project(self, x_TD: Activations) -> Projected:
-        normed_TD = layer_norm(
-            x_TD, self.input_norm_weight[...], self.input_norm_bias[...], eps=EPS
-        )
-        u_TY, v_THV, q_THK, k_THK = self._split(
-            linear(normed_TD, self.uvqk[...], self.uvqk_bias[...], precision=self.precision)
-        )
-        return jax.nn.silu(u_TY), v_THV, q_THK, k_THK
+    def _project(self, x_TD: Activations) -> tuple[Projected, Activations]:
+        weight, bias = self.input_norm_weight[...], self.input_norm_bias[...]
+        normed_TD, x_TD = norm_and_residual(x_TD, weight, bias, eps=EPS)
+        uvqk_TX = linear(normed_TD, self.uvqk[...], self.uvqk_bias[...], precision=self.precision)
+        return self._split(uvqk_TX), x_TD
 
-    def _gated(self, u_TY: Array, a_TY: Array) -> Array:
+    def _gated(self, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Array:
         weight, bias = self.output_norm_weight[...], self.output_norm_bias[...]
-        n_TY = layer_norm(a_TY, weight, bias, eps=EPS)
-        return jnp.concatenate([u_TY, a_TY, u_TY * n_TY], axis=1)
+        return gate(u_TY, a_TY, weight, bias, mask_TZ, eps=EPS, joined=True, rate=self.dropout_rate)
 
 
 # By `ModelConfig.preset`.
