@@ -1,6 +1,7 @@
 """The programs of a run, compiled before its first step."""
 
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,14 +13,25 @@ from ultra_hstu import progress
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.parallel import processes
+from ultra_hstu.profiling import ProfiledCall
 from ultra_hstu.step import TrainState, run_steps
 from ultra_hstu.task import Task
 
 
 def compile_run(
-    task: Task, loader: Loader, evaluator: Evaluator, state: TrainState, console: Console
-) -> jax.stages.Compiled:
-    """The training call, compiled for the shapes that all its calls have; the evaluation, too."""
+    task: Task,
+    loader: Loader,
+    evaluator: Evaluator,
+    state: TrainState,
+    console: Console,
+    *,
+    profile: Path | None = None,
+) -> jax.stages.Compiled | ProfiledCall:
+    """The training call, compiled for the shapes that all its calls have; the evaluation, too.
+
+    Args:
+      profile: the folder for a trace of the second call, or of the only one.
+    """
     plan = loader.plan()
     group = next(iter(loader.groups(plan)))
     recipe = task.recipe
@@ -38,4 +50,8 @@ def compile_run(
         evaluator.compile(state.params)
         came("training and evaluation")
     processes.barrier()
-    return compiled
+    if profile is None:
+        return compiled
+    config = task.config.train
+    several = len(plan) * config.epochs - int(state.step) > config.steps_per_call
+    return ProfiledCall(compiled, profile, console, warm=int(several))

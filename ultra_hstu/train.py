@@ -58,6 +58,7 @@ def train(
     task: Task | None = None,
     overwrite: bool = False,
     trackers: Sequence[Tracker] = (),
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir`; its result, as `result.json` holds it.
 
@@ -65,9 +66,11 @@ def train(
       task: the loaded data of this configuration, where several runs share it.
       overwrite: start anew, and remove the run that is in `workdir`.
       trackers: what else receives the metrics of every epoch.
+      profile: trace some steps, and print what they spend their time on (`ultra_hstu.profiling`).
 
     Raises:
-      ValueError: bad configuration or data, or a folder that belongs to another run.
+      ValueError: bad configuration or data, a folder that belongs to another run, or a profile of a
+        run that has no steps left.
       FloatingPointError: a loss that is not finite, with step, learning rate and gradient norm.
       OSError: a checkpoint that could not be written.
       Interrupted: after SIGTERM or SIGINT while it trained, once the state is saved.
@@ -87,7 +90,7 @@ def train(
                 processes.broadcast(lambda: folder.claim_data(task.interactions))
                 run = _Run(task, folder, console, trackers)
             try:
-                return run.to_the_end()
+                return run.to_the_end(profile and processes.is_first())
             finally:
                 run.checkpoints.let_go()
                 if run.log is not None:
@@ -169,18 +172,26 @@ class _Run:
     def step(self) -> int:
         return int(self.state.step)
 
-    def to_the_end(self) -> dict[str, Any]:
+    def to_the_end(self, profile: bool) -> dict[str, Any]:
         position = self.position
         if self._ended():
             before = f"this run has finished before, after {position.epoch} epochs"
+            if profile:
+                raise ValueError(f"{before}: --profile needs steps, so raise train.epochs")
             progress.line(self.console, "resume", f"{before}: its result is given again")
         else:
             if self.step:
                 where = f"step {self.step}, epoch {position.epoch + 1}"
                 progress.line(self.console, "resume", f"going on from {where}")
             started = time.perf_counter()
-            task, loader, evaluator = self.task, self.loader, self.evaluator
-            self.run_steps = compile_run(task, loader, evaluator, self.state, self.console)
+            self.run_steps = compile_run(
+                self.task,
+                self.loader,
+                self.evaluator,
+                self.state,
+                self.console,
+                profile=self.folder.profile if profile else None,
+            )
             position.compile_seconds += time.perf_counter() - started
             self._train()
         with progress.waiting(self.console, "result", "evaluating the best epoch") as came:
