@@ -25,6 +25,7 @@ LAYERS = [
     [f"ultra_hstu.{name}" for name in "step evaluate flops task vocabulary".split()],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
     [f"ultra_hstu.{name}" for name in "tasks report progress initial".split()],
+    ["ultra_hstu.compiling", "ultra_hstu.profiling"],
     ["ultra_hstu.run", "ultra_hstu.windows", "ultra_hstu.train"],
     ["ultra_hstu.serving"],
     ["ultra_hstu.library"],

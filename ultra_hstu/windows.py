@@ -9,6 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.fields import changed
 from ultra_hstu.initial import like_of
 from ultra_hstu.parallel import processes
+from ultra_hstu.profiling import ProfiledCall
 from ultra_hstu.run import Run
 from ultra_hstu.step import TrainState, shapes
 from ultra_hstu.task import Task
@@ -240,15 +242,15 @@ class WindowRun(Run):
         self.programs.evaluator = evaluator
         return processes.broadcast(lambda: dict(evaluator(state.params)))
 
-    def _compile(self) -> jax.stages.Compiled:
+    def _compile(self, profile: Path | None = None) -> jax.stages.Compiled | ProfiledCall:
         group = next(iter(self.loader.groups(self._plan())))
         key = shapes((self.state, group.feed))
         constant = self.config.loss.kind == "in_batch" and not self.config.rank.tasks
         if self.programs.train is None or self.programs.key != key or constant:
-            self.programs.train, self.programs.key = super()._compile(), key
+            self.programs.train, self.programs.key = super()._compile(profile), key
         return self.programs.train
 
-    def _compile_evaluation(self) -> None:
+    def _evaluator(self) -> None:
         """The window was judged before."""
 
     def _plan(self) -> Plan:

@@ -10,6 +10,7 @@ tensorboard/
 curves.png       loss and metrics over epochs
 result.json      the numbers of a finished run
 vocabulary.json  of a ranking run: the values of features and contextual tokens
+profile/         a trace of some steps, where `--profile` asked for one
 run.json         every start of the run: command, commit, versions, device, dates, seconds
 
 The folder of `experiments.train --seeds=...` holds one such folder for each seed, seed_N.
@@ -82,6 +83,7 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
         self.curves = self.path / "curves.png"
         self.result = self.path / "result.json"
         self.starts = self.path / "run.json"
@@ -223,7 +225,7 @@ class Workdir:
         files += [self.vocabulary, self.result]
         try:
             of_windows = [folder.path for folder in self.windows.values()]
-            for path in (self.checkpoints, self.tensorboard, *of_windows):
+            for path in (self.checkpoints, self.tensorboard, self.profile, *of_windows):
                 if path.exists():
                     shutil.rmtree(path)
             for path in (*files, self.starts, self.config):
