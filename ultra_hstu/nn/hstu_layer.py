@@ -6,7 +6,9 @@ and a mask. What is before and after attention works on each row alone, and so i
 """
 
 import abc
+import itertools
 import math
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -15,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels.typing import THK, THV
+from kernels.typing import QHK, QHV, SHK, SHV, THK, THV
 from ultra_hstu.nn.dropout import KeysOrNone, apply_dropout, dropout_mask
 from ultra_hstu.nn.fp8 import Precision, linear
 from ultra_hstu.nn.initializers import linear_bias, normal_002, param, xavier_uniform
@@ -27,6 +29,8 @@ from ultra_hstu.sequences import Activations
 
 EPS = 1e-6
 Projected = tuple[Array, Array, Array, Array]  # u, v, q, k
+# Of the projection's weights [D, X] and bias [X]: those columns that are wanted.
+Columns = Callable[[Array], Array]
 
 
 @runtime_checkable
@@ -43,6 +47,19 @@ class Attend(Protocol):
         alpha: float,
         bias: RelativeBiasTables | None,
     ) -> THV: ...
+
+
+@runtime_checkable
+class AttendRows(Protocol):
+    """Attention of some rows to all rows of a batch, and to their `own` keys and values."""
+
+    def __call__(
+        self, q_PHK: QHK, k_THK: SHK, v_THV: SHV, own: tuple[QHK, QHV], /, *, alpha: float
+    ) -> QHV: ...
+
+
+def all_columns(weights: Array) -> Array:
+    return weights
 
 
 class Layer(nnx.Module):
@@ -87,6 +104,27 @@ class Layer(nnx.Module):
         x_TD = checkpoint_name(x_TD, LAYER_INPUT)
         u_TY, v_THV, q_THK, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
         a_THV = attend(q_THK, k_THK, v_THV, alpha=self.alpha, bias=self.bias)
+        return self._after(x_TD, u_TY, a_THV, key)
+
+    def of_rows(
+        self,
+        x_TD: Activations,
+        pick: Callable[[Array], Array],
+        attend: AttendRows,
+        key: KeysOrNone = None,
+    ) -> Float[Array, "P D"]:
+        """`__call__` for the rows that `pick` takes, which see all rows: the others are keys alone.
+
+        `key`: one, or one for each of these rows.
+        """
+        x_TD = checkpoint_name(x_TD, LAYER_INPUT)
+        x_PD, (k_THK, v_THV) = pick(x_TD), self.keys_and_values(x_TD)
+        u_PY, v_PHV, q_PHK, k_PHK = chunked(self._project, x_PD, chunk_rows=self.chunk_rows)
+        a_PHV = attend(q_PHK, k_THK, v_THV, (k_PHK, v_PHV), alpha=self.alpha)
+        return self._after(x_PD, u_PY, a_PHV, key)
+
+    def _after(self, x_TD: Array, u_TY: Array, a_THV: THV, key: KeysOrNone) -> Activations:
+        """What follows attention."""
         a_TY = checkpoint_name(a_THV.reshape(u_TY.shape), ATTENTION_OUTPUT)
         # Drawn for all rows at once, so that it does not depend on the chunks.
         mask_TZ = dropout_mask(key, self.dropout_rate, (x_TD.shape[0], self.output.shape[0]))
@@ -94,12 +132,24 @@ class Layer(nnx.Module):
 
     def keys_and_values(self, x_TD: Activations) -> tuple[THK, THV]:
         """What other rows see of these: all that a cache needs of the last layer."""
-        _, v_THV, _, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
-        return k_THK, v_THV
+        inner, wide = self.heads * self.v_width, self.heads * self.qk_width
+
+        def of_keys(weights: Array) -> Array:
+            v, k = weights[..., inner : 2 * inner], weights[..., 2 * inner + wide :]
+            return jnp.concatenate([v, k], axis=-1)
+
+        def project(x_CD: Array) -> tuple[Array, Array]:
+            _, v_CHV, _, k_CHK = self._project(x_CD, of_keys)
+            return k_CHK, v_CHV
+
+        return chunked(project, x_TD, chunk_rows=self.chunk_rows)
 
     @abc.abstractmethod
-    def _project(self, x_TD: Activations) -> Projected:
-        """u [T, H * V], v [T, H, V], q and k [T, H, K] of each row."""
+    def _project(self, x_TD: Activations, columns: Columns = all_columns) -> Projected:
+        """u [T, H * V], v [T, H, V], q and k [T, H, K] of each row.
+
+        Where `columns` leaves v and k alone, u and q have no width.
+        """
 
     @abc.abstractmethod
     def _gated(self, u_TY: Array, a_TY: Array) -> Float[Array, "T Z"]:
@@ -112,14 +162,19 @@ class Layer(nnx.Module):
         return linear(y_TZ, self.output[...], bias, residual_TY=x_TD, precision=self.precision)
 
     def _split(self, uvqk_TX: Float[Array, "T X"]) -> Projected:
-        """Columns u, v, q, k, in each a block per head.
+        """Columns u, v, q, k, or v and k alone, in each a block per head.
 
         u stays joined [T, H * V], the others become [T, H, width].
         """
-        rows, inner = uvqk_TX.shape[0], self.heads * self.v_width
-        u_TY, v_TY, qk_TX = jnp.split(uvqk_TX, [inner, 2 * inner], axis=1)
-        q_TX, k_TX = jnp.split(qk_TX, 2, axis=1)
-        v_THV, q_THK, k_THK = (part.reshape(rows, self.heads, -1) for part in (v_TY, q_TX, k_TX))
+        rows, (inner, wide) = uvqk_TX.shape[0], (self.v_width, self.qk_width)
+        asks = uvqk_TX.shape[1] == 2 * self.heads * (inner + wide)
+        widths = [inner * asks, inner, wide * asks, wide]  # of a head
+        ends = itertools.accumulate(self.heads * width for width in widths)
+        u_TY, *parts = jnp.split(uvqk_TX, list(ends)[:-1], axis=1)
+        v_THV, q_THK, k_THK = (
+            part.reshape(rows, self.heads, width)
+            for part, width in zip(parts, widths[1:], strict=True)
+        )
         return u_TY, v_THV, q_THK, k_THK
 
 
@@ -136,10 +191,9 @@ class ResearchLayer(Layer):
         self.output = param(xavier_uniform, rngs, inner, width)
         self.output_bias = param(linear_bias(inner), rngs, width)
 
-    def _project(self, x_TD: Activations) -> Projected:
-        return self._split(
-            jax.nn.silu(linear(layer_norm(x_TD, eps=EPS), self.uvqk[...], precision=self.precision))
-        )
+    def _project(self, x_TD: Activations, columns: Columns = all_columns) -> Projected:
+        normed_TD, weights = layer_norm(x_TD, eps=EPS), columns(self.uvqk[...])
+        return self._split(jax.nn.silu(linear(normed_TD, weights, precision=self.precision)))
 
     def _gated(self, u_TY: Array, a_TY: Array) -> Array:
         return u_TY * layer_norm(a_TY, eps=EPS)
@@ -166,12 +220,13 @@ class ProductionLayer(Layer):
         self.output_norm_bias = nnx.Param(jnp.zeros(inner, jnp.float32))
         self.output = param(xavier_uniform, rngs, 3 * inner, width)
 
-    def _project(self, x_TD: Activations) -> Projected:
+    def _project(self, x_TD: Activations, columns: Columns = all_columns) -> Projected:
         normed_TD = layer_norm(
             x_TD, self.input_norm_weight[...], self.input_norm_bias[...], eps=EPS
         )
+        weights, bias = columns(self.uvqk[...]), columns(self.uvqk_bias[...])
         u_TY, v_THV, q_THK, k_THK = self._split(
-            linear(normed_TD, self.uvqk[...], self.uvqk_bias[...], precision=self.precision)
+            linear(normed_TD, weights, bias, precision=self.precision)
         )
         return jax.nn.silu(u_TY), v_THV, q_THK, k_THK
 
