@@ -7,6 +7,7 @@ and a mask. What is before and after attention works on each row alone, and so i
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 from kernels.fp8 import Precision
 from kernels.gated_linear import gated_linear
 from kernels.norm_linear import norm_linear
-from kernels.typing import THK, THV
+from kernels.typing import QHK, QHV, SHK, SHV, THK, THV
 from ultra_hstu.nn.dropout import KeysOrNone, dropout_mask
 from ultra_hstu.nn.initializers import linear_bias, normal_002, param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
@@ -44,6 +45,15 @@ class Attend(Protocol):
         alpha: float,
         bias: RelativeBiasTables | None,
     ) -> THV: ...
+
+
+@runtime_checkable
+class AttendRows(Protocol):
+    """Attention of some rows to all rows of a batch, and to their `own` keys and values."""
+
+    def __call__(
+        self, q_PHK: QHK, k_THK: SHK, v_THV: SHV, own: tuple[QHK, QHV], /, *, alpha: float
+    ) -> QHV: ...
 
 
 class Layer(nnx.Module):
@@ -95,6 +105,27 @@ class Layer(nnx.Module):
         else:
             u_TY, v_THV, q_THK, k_THK = self._projected(x_TD)
         a_THV = attend(q_THK, k_THK, v_THV, alpha=self.alpha, bias=self.bias)
+        return self._after(x_TD, u_TY, a_THV, key)
+
+    def of_rows(
+        self,
+        x_TD: Activations,
+        pick: Callable[[Array], Array],
+        attend: AttendRows,
+        key: KeysOrNone = None,
+    ) -> Float[Array, "P D"]:
+        """`__call__` for the rows that `pick` takes, which see all rows: the others are keys alone.
+
+        `key`: one, or one for each of these rows.
+        """
+        x_TD = checkpoint_name(x_TD, LAYER_INPUT)
+        x_PD, (k_THK, v_THV) = pick(x_TD), self.keys_and_values(x_TD)
+        u_PY, v_PHV, q_PHK, k_PHK = self._projected(x_PD)
+        a_PHV = attend(q_PHK, k_THK, v_THV, (k_PHK, v_PHV), alpha=self.alpha)
+        return self._after(x_PD, u_PY, a_PHV, key)
+
+    def _after(self, x_TD: Array, u_TY: Array, a_THV: THV, key: KeysOrNone) -> Activations:
+        """What follows attention."""
         a_TY = checkpoint_name(a_THV.reshape(u_TY.shape), ATTENTION_OUTPUT)
         # Drawn for all rows at once, so that it does not depend on the chunks.
         mask_TZ = dropout_mask(key, self.dropout_rate, (x_TD.shape[0], self.output.shape[0]))
@@ -102,8 +133,17 @@ class Layer(nnx.Module):
 
     def keys_and_values(self, x_TD: Activations) -> tuple[THK, THV]:
         """What other rows see of these: all that a cache needs of the last layer."""
-        _, v_THV, _, k_THK = self._projected(x_TD)
-        return k_THK, v_THV
+        inner, wide = self.heads * self.v_width, self.heads * self.qk_width
+
+        def of_keys(weights: Array) -> Array:
+            v, k = weights[..., inner : 2 * inner], weights[..., 2 * inner + wide :]
+            return jnp.concatenate([v, k], axis=-1)
+
+        def project(x_CD: Array) -> tuple[Array, Array]:
+            (v_CY, k_CX), _ = self._linear(x_CD, of_keys, (inner, wide))
+            return self._of_heads(k_CX), self._of_heads(v_CY)
+
+        return chunked(project, x_TD, chunk_rows=self.chunk_rows)
 
     def _projected(self, x_TD: Activations) -> Projected:
         return chunked(lambda x_TD: self._project(x_TD)[0], x_TD, chunk_rows=self.chunk_rows)
@@ -113,20 +153,29 @@ class Layer(nnx.Module):
 
         What is added to x later gives its gradient to the norm's backward, which adds it.
         """
-        inner, qk = self.heads * self.v_width, self.heads * self.qk_width
-        (u_TY, *vqk), x_TD = norm_linear(
+        inner, wide = self.heads * self.v_width, self.heads * self.qk_width
+        (u_TY, *vqk), x_TD = self._linear(x_TD, lambda w: w, (inner, inner, wide, wide))
+        v_THV, q_THK, k_THK = map(self._of_heads, vqk)
+        return (u_TY, v_THV, q_THK, k_THK), x_TD
+
+    def _linear(
+        self, x_TD: Activations, columns: Callable[[Array], Array], widths: tuple[int, ...]
+    ) -> tuple[list[Float[Array, "T _"]], Activations]:
+        """Those columns of the projection of LN(x) that `columns` takes, in parts; and x."""
+        bias = None if self.uvqk_bias is None else columns(self.uvqk_bias[...])
+        return norm_linear(
             x_TD,
             self._input_norm(),
-            self.uvqk[...],
-            _value(self.uvqk_bias),
-            widths=(inner, inner, qk, qk),
+            columns(self.uvqk[...]),
+            bias,
+            widths=widths,
             eps=EPS,
             precision=self.precision,
         )
-        v_THV, q_THK, k_THK = (
-            self._activated(part).reshape(part.shape[0], self.heads, -1) for part in vqk
-        )
-        return (u_TY, v_THV, q_THK, k_THK), x_TD
+
+    def _of_heads(self, part_TX: Float[Array, "T X"]) -> Float[Array, "T H _"]:
+        """v, q or k as attention sees them."""
+        return part_TX.reshape(part_TX.shape[0], self.heads, -1)
 
     def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Activations:
         """The layer's output; `mask_TZ` is the dropout mask of what `output` multiplies."""
@@ -135,7 +184,7 @@ class Layer(nnx.Module):
             a_TY,
             self._output_norm(),
             self.output[...],
-            _value(self.output_bias),
+            None if self.output_bias is None else self.output_bias[...],
             x_TD,
             mask_TZ,
             eps=EPS,
@@ -151,14 +200,6 @@ class Layer(nnx.Module):
     def _output_norm(self) -> tuple[Array, Array] | None:
         """Weight and bias of the norm of the attention output, where it has them."""
         return None
-
-    def _activated(self, part_TX: Float[Array, "T X"]) -> Float[Array, "T X"]:
-        """v, q or k as attention sees them."""
-        return part_TX
-
-
-def _value(parameter: nnx.Param | None) -> Array | None:
-    return None if parameter is None else parameter[...]
 
 
 class ResearchLayer(Layer):
@@ -176,8 +217,8 @@ class ResearchLayer(Layer):
         self.output = param(xavier_uniform, rngs, inner, width)
         self.output_bias = param(linear_bias(inner), rngs, width)
 
-    def _activated(self, part_TX: Float[Array, "T X"]) -> Float[Array, "T X"]:
-        return jax.nn.silu(part_TX)
+    def _of_heads(self, part_TX: Float[Array, "T X"]) -> Float[Array, "T H _"]:
+        return super()._of_heads(jax.nn.silu(part_TX))
 
 
 class ProductionLayer(Layer):
