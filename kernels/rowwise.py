@@ -58,19 +58,21 @@ def launch(
     rows: int,
     width: int,
     constants: Mapping[str, bool | int | float | str],
-    sums: int = 0,
+    sums: Sequence[int] = (),
 ) -> list[Array]:
     """Runs a kernel on blocks of rows of so many columns.
 
     Args:
       kernel, arrays, outs: as in `triton_call.launch`.
-      sums: that the kernel makes over all rows, float32 [width] each; they follow the outputs.
+      width: of the widest of them.
+      sums: widths of the sums over all rows that the kernel makes in float32; they follow the
+        outputs.
     """
-    padded = max(16, 1 << (width - 1).bit_length())
+    padded = padded_width(width)
     block = max(1, 4 * PER_WARP // padded)
     blocks = -(-rows // block)
     programs = min(PROGRAMS, blocks) if sums else blocks
-    parts = [jax.ShapeDtypeStruct((programs, width), jnp.float32)] * sums
+    parts = [jax.ShapeDtypeStruct((programs, each), jnp.float32) for each in sums]
     results = triton_call.launch(
         kernel,
         arrays,
@@ -78,10 +80,16 @@ def launch(
         programs=programs,
         warps=max(1, block * padded // PER_WARP),
         stages=1,
-        constants={"T": rows, "D": width, "W": padded, "BR": block, **constants}
+        constants={"T": rows, "D": width, "W": padded, "BR": block}
+        | constants
         | ({"PROGRAMS": programs} if sums else {}),
     )
     return [*results[: len(outs)], *(part.sum(0) for part in results[len(outs) :])]
+
+
+def padded_width(width: int) -> int:
+    """Columns that a kernel computes with: a power of two."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def row_numbers(rows: int) -> jax.ShapeDtypeStruct:
@@ -91,3 +99,17 @@ def row_numbers(rows: int) -> jax.ShapeDtypeStruct:
 
 def like(x: Float[Array, "..."]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def results(
+    rows: int, columns: int, dtype: DTypeLike, *, write: bool, quantize: bool
+) -> list[jax.ShapeDtypeStruct]:
+    """Outputs of a kernel that writes rows in `dtype`, in e4m3 with a factor a row, or both.
+
+    What it does not write has one entry.
+    """
+    return [
+        jax.ShapeDtypeStruct((rows, columns) if write else (1,), dtype),
+        jax.ShapeDtypeStruct((rows, columns) if quantize else (1,), jnp.float8_e4m3fn),
+        jax.ShapeDtypeStruct((rows,) if quantize else (1,), jnp.float32),
+    ]

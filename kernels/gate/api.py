@@ -68,25 +68,30 @@ def gate(
       NotImplementedError: the named implementation cannot take these inputs, or none can; with the
         reasons.
     """
-    (rows, width), columns = u_TY.shape, u_TY.shape[1] * (3 if joined else 1)
     if (weight_Y is None) != (bias_Y is None):
         missing = "weight" if weight_Y is None else "bias"
         raise ValueError(f"gate takes weight and bias or none of them, got no {missing}")
+    check(u_TY, a_TY, keep_TZ, joined=joined, rate=rate)
+
+    def run(module: ModuleType) -> Array:
+        return module.gate(u_TY, a_TY, weight_Y, bias_Y, keep_TZ, Gate(eps, joined, rate))
+
+    return _OP.call(implementation, RowSpec(u_TY.dtype, u_TY.shape[1]), run)
+
+
+def check(u_TY: Array, a_TY: Array, keep_TZ: Array | None, *, joined: bool, rate: float) -> None:
+    """ValueError where no implementation of a gate could take them."""
+    rows, columns = u_TY.shape[0], u_TY.shape[1] * (3 if joined else 1)
     if a_TY.shape != u_TY.shape or a_TY.dtype != u_TY.dtype:
         raise ValueError(
             f"u {u_TY.dtype}{list(u_TY.shape)} and a {a_TY.dtype}{list(a_TY.shape)} must have one "
             "shape [T, Y] and one dtype"
         )
     if not jnp.issubdtype(u_TY.dtype, jnp.floating):
-        raise ValueError(f"u has dtype {u_TY.dtype}; gate takes floating point")
+        raise ValueError(f"u has dtype {u_TY.dtype}; a gate takes floating point")
     if keep_TZ is not None and keep_TZ.shape != (rows, columns):
         raise ValueError(
             f"the mask of dropout must be [{rows}, {columns}] as the result, got {keep_TZ.shape}"
         )
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"{rate=} must be in [0, 1)")
-
-    def run(module: ModuleType) -> Array:
-        return module.gate(u_TY, a_TY, weight_Y, bias_Y, keep_TZ, Gate(eps, joined, rate))
-
-    return _OP.call(implementation, RowSpec(u_TY.dtype, width), run)

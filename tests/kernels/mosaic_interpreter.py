@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
+from kernels import hopper_product
 from kernels.hstu_attention.mosaic import (
     backward_keys,
     backward_one_pass,
@@ -30,7 +31,6 @@ from kernels.hstu_attention.mosaic import (
     schedule,
     split_tiles,
 )
-from kernels.projection.mosaic import product
 
 MODULES = (
     backward_keys,
@@ -41,7 +41,7 @@ MODULES = (
     forward,
     items,
     launch,
-    product,
+    hopper_product,
     split_tiles,
 )
 ACCUMULATORS = 7  # that a warpgroup holds at a time, at most

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import jax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from kernels.rowwise import NORM_STATS
 from ultra_hstu.parallel.parameters import CallLayer, Policy
@@ -29,7 +29,7 @@ RunLayer = Callable[[CallLayer, nnx.Module, Array, Policy | None], Array]
 
 def run_layer(
     call: CallLayer, layer: nnx.Module, x_TD: Activations, policy: Policy | None
-) -> Activations:
+) -> Float[Array, "P D"]:
     """A `RunLayer` for one device."""
     run = functools.partial(call, layer)
     return run(x_TD) if policy is None else jax.checkpoint(run, policy=policy)(x_TD)

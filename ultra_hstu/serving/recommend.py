@@ -306,7 +306,7 @@ def _encode(recipe: Recipe, params: Params, batch: Batch) -> Float[Array, "U D"]
     local_TD = jnp.concatenate([jnp.zeros_like(row_TD[:1]), row_TD])
     local_T = jnp.where(batch.item_T > 0, jnp.arange(1, rows + 1, dtype=jnp.int32), 0)
     model = recipe.model(quantization.with_item_table(params, local_TD))
-    user_UD = model.encode(dataclasses.replace(batch, item_T=local_T))[batch.last_row_B]
+    user_UD = model.users(dataclasses.replace(batch, item_T=local_T))
     return l2_normalize(user_UD) if recipe.config.loss.l2_normalize else user_UD.astype(jnp.float32)
 
 

@@ -43,22 +43,38 @@ def gate(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gate(static: Gate, u: Array, a: Array, parameters: Parameters, keep: Array | None) -> Array:
-    return _launch(static, u, a, parameters, keep)[0]
+    return forward(static, u, a, parameters, keep)[0]
 
 
-def _launch(
-    static: Gate, u: Array, a: Array, parameters: Parameters, keep: Array | None
+def forward(
+    static: Gate,
+    u: Array,
+    a: Array,
+    parameters: Parameters,
+    keep: Array | None,
+    *,
+    write: bool = True,
+    quantize: bool = False,
 ) -> list[Array]:
-    """The output, and mean and 1 / deviation of every row of a."""
+    """The output, its e4m3 values and their factors; mean and 1 / deviation of every row of a."""
     rows, width = u.shape
-    out = jax.ShapeDtypeStruct((rows, width * (3 if static.joined else 1)), u.dtype)
+    columns = width * (3 if static.joined else 1)
     return rowwise.launch(
         "kernels.gate.triton.kernels:forward",
         (u, a, *(parameters or (u, u)), u if keep is None else keep),  # u where nothing is read
-        [out, rowwise.row_numbers(rows), rowwise.row_numbers(rows)],
+        [
+            *rowwise.results(rows, columns, u.dtype, write=write, quantize=quantize),
+            rowwise.row_numbers(rows),
+            rowwise.row_numbers(rows),
+        ],
         rows=rows,
         width=width,
-        constants={"EPS": static.eps, **_constants(static, parameters, keep)},
+        constants={
+            "EPS": static.eps,
+            "WRITE": write,
+            "QUANTIZE": quantize,
+            **_constants(static, parameters, keep),
+        },
     )
 
 
@@ -72,13 +88,21 @@ def _constants(static: Gate, parameters: Parameters, keep: Array | None) -> dict
 
 
 def _forward(static, u, a, parameters, keep):
-    y, *stats = _launch(static, u, a, parameters, keep)
+    y, _, _, *stats = forward(static, u, a, parameters, keep)
     stats = [checkpoint_name(one, NORM_STATS) for one in stats]
     return y, (u, a, parameters, keep, stats)
 
 
-def _backward(static, saved, g):
-    u, a, parameters, keep, stats = saved
+def backward(
+    static: Gate,
+    u: Array,
+    a: Array,
+    parameters: Parameters,
+    keep: Array | None,
+    stats: list[Array],
+    g: Array,
+) -> tuple[Array, Array, Parameters, None]:
+    """Gradients of u, a, the parameters, and none of the mask."""
     rows, width = u.shape
     du, da, *d_parameters = rowwise.launch(
         "kernels.gate.triton.kernels:backward",
@@ -87,9 +111,9 @@ def _backward(static, saved, g):
         rows=rows,
         width=width,
         constants=_constants(static, parameters, keep),
-        sums=2,
+        sums=(width, width),
     )
     return du, da, None if parameters is None else tuple(d_parameters), None
 
 
-_gate.defvjp(_forward, _backward)
+_gate.defvjp(_forward, lambda static, saved, g: backward(static, *saved, g))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from kernels.layer_norm.triton.kernels import places
+from kernels.layer_norm.triton.kernels import places, row_factor
 
 
 @triton.jit
@@ -32,6 +32,8 @@ def forward(
     bias,
     keep,
     y,
+    small,
+    factor,
     mean,
     rstd,
     T: constexpr,
@@ -43,6 +45,8 @@ def forward(
     JOINED: constexpr,
     MASKED: constexpr,
     FACTOR: constexpr,
+    WRITE: constexpr,
+    QUANTIZE: constexpr,
 ):
     block, column = tl.program_id(0), tl.arange(0, W)
     row = block * BR + tl.arange(0, BR)
@@ -63,12 +67,34 @@ def forward(
     if JOINED:
         place = places(block, column, 3 * D, BR)
         first = _kept(opened, keep, place, inside, FACTOR, MASKED)
-        tl.store(y + place, first.to(y.dtype.element_ty), mask=inside)
         second = _kept(attended, keep, place + D, inside, FACTOR, MASKED)
-        tl.store(y + place + D, second.to(y.dtype.element_ty), mask=inside)
-        place += 2 * D
-    out = _kept(out, keep, place, inside, FACTOR, MASKED)
-    tl.store(y + place, out.to(y.dtype.element_ty), mask=inside)
+        out = _kept(out, keep, place + 2 * D, inside, FACTOR, MASKED)
+        if WRITE:
+            tl.store(y + place, first.to(y.dtype.element_ty), mask=inside)
+            tl.store(y + place + D, second.to(y.dtype.element_ty), mask=inside)
+            tl.store(y + place + 2 * D, out.to(y.dtype.element_ty), mask=inside)
+        if QUANTIZE:
+            first = first.to(u.dtype.element_ty).to(tl.float32)
+            second = second.to(u.dtype.element_ty).to(tl.float32)
+            out = tl.where(inside, out, 0.0).to(u.dtype.element_ty).to(tl.float32)
+            largest = tl.maximum(tl.maximum(tl.abs(first), tl.abs(second)), tl.abs(out))
+            scale8 = row_factor(tl.max(largest, 1))
+            tl.store(factor + row, scale8, mask=here)
+            first = (first / scale8[:, None]).to(small.dtype.element_ty)
+            tl.store(small + place, first, mask=inside)
+            second = (second / scale8[:, None]).to(small.dtype.element_ty)
+            tl.store(small + place + D, second, mask=inside)
+            out = (out / scale8[:, None]).to(small.dtype.element_ty)
+            tl.store(small + place + 2 * D, out, mask=inside)
+    else:
+        out = _kept(out, keep, place, inside, FACTOR, MASKED)
+        if WRITE:
+            tl.store(y + place, out.to(y.dtype.element_ty), mask=inside)
+        if QUANTIZE:
+            out = tl.where(inside, out, 0.0).to(u.dtype.element_ty).to(tl.float32)
+            scale8 = row_factor(tl.max(tl.abs(out), 1))
+            tl.store(factor + row, scale8, mask=here)
+            tl.store(small + place, (out / scale8[:, None]).to(small.dtype.element_ty), mask=inside)
     tl.store(mean + row, middle, mask=here)
     tl.store(rstd + row, scale, mask=here)
 

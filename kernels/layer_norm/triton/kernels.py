@@ -4,6 +4,8 @@ A program works on blocks of whole rows: the forward on one block, a program of 
 every `programs`-th, so that it holds its part of the sums over rows (gradients of weight and bias)
 in registers. Names in capitals are known when a kernel is compiled: T rows of D columns, W the next
 power of two, BR rows of a block.
+
+WRITE: the result is written. QUANTIZE: it is written in e4m3, with a factor for each row.
 """
 
 from typing import no_type_check
@@ -11,6 +13,9 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 from triton.language import constexpr
+
+E4M3_MAX = constexpr(448.0)
+SMALLEST = constexpr(1e-12)  # as in kernels.fp8
 
 
 @triton.jit
@@ -22,11 +27,20 @@ def places(block, column, D: constexpr, BR: constexpr):
 
 @triton.jit
 @no_type_check
+def row_factor(largest):
+    """The factor of e4m3 values of a row whose largest magnitude is that."""
+    return tl.maximum(largest, SMALLEST) / E4M3_MAX
+
+
+@triton.jit
+@no_type_check
 def forward(
     x,
     weight,
     bias,
     y,
+    small,
+    factor,
     mean,
     rstd,
     T: constexpr,
@@ -35,6 +49,8 @@ def forward(
     BR: constexpr,
     EPS: constexpr,
     AFFINE: constexpr,
+    WRITE: constexpr,
+    QUANTIZE: constexpr,
 ):
     row, column = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, W)
     here, inside = row < T, (row < T)[:, None] & (column < D)[None, :]
@@ -48,7 +64,13 @@ def forward(
         w = tl.load(weight + column, mask=column < D, other=0.0)
         b = tl.load(bias + column, mask=column < D, other=0.0)
         out = out * w[None, :] + b[None, :]
-    tl.store(y + place, out.to(y.dtype.element_ty), mask=inside)
+    if WRITE:
+        tl.store(y + place, out.to(y.dtype.element_ty), mask=inside)
+    if QUANTIZE:
+        out = tl.where(inside, out, 0.0).to(x.dtype.element_ty).to(tl.float32)
+        scale8 = row_factor(tl.max(tl.abs(out), 1))
+        tl.store(factor + row, scale8, mask=here)
+        tl.store(small + place, (out / scale8[:, None]).to(small.dtype.element_ty), mask=inside)
     tl.store(mean + row, middle, mask=here)
     tl.store(rstd + row, scale, mask=here)
 

@@ -39,29 +39,45 @@ def norm(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _norm(eps: float, x: Array, parameters: Parameters) -> Array:
-    return _launch(eps, x, parameters)[0]
+    return forward(eps, x, parameters)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_residual(eps: float, x: Array, parameters: Parameters) -> tuple[Array, Array]:
-    return _launch(eps, x, parameters)[0], x
+    return forward(eps, x, parameters)[0], x
 
 
-def _launch(eps: float, x: Array, parameters: Parameters) -> list[Array]:
-    """y, and mean and 1 / deviation of every row."""
+def forward(
+    eps: float,
+    x: Array,
+    parameters: Parameters,
+    *,
+    write: bool = True,
+    quantize: bool = False,
+) -> list[Array]:
+    """y, its e4m3 values and their factors; and mean and 1 / deviation of every row."""
     rows, width = x.shape
     return rowwise.launch(
         "kernels.layer_norm.triton.kernels:forward",
         (x, *(parameters or (x, x))),  # x stands where nothing is read
-        [rowwise.like(x), rowwise.row_numbers(rows), rowwise.row_numbers(rows)],
+        [
+            *rowwise.results(rows, width, x.dtype, write=write, quantize=quantize),
+            rowwise.row_numbers(rows),
+            rowwise.row_numbers(rows),
+        ],
         rows=rows,
         width=width,
-        constants={"EPS": eps, "AFFINE": parameters is not None},
+        constants={
+            "EPS": eps,
+            "AFFINE": parameters is not None,
+            "WRITE": write,
+            "QUANTIZE": quantize,
+        },
     )
 
 
 def _forward(eps, x, parameters):
-    y, *stats = _launch(eps, x, parameters)
+    y, _, _, *stats = forward(eps, x, parameters)
     return y, (x, parameters, [checkpoint_name(one, NORM_STATS) for one in stats])
 
 
@@ -70,9 +86,14 @@ def _forward_with_residual(eps, x, parameters):
     return (y, x), saved
 
 
-def _backward(eps, saved, g, beside=None):
-    """`beside`: the gradient of x from elsewhere, which is added."""
-    x, parameters, stats = saved
+def backward(
+    x: Array, parameters: Parameters, stats: list[Array], g: Array, beside: Array | None
+) -> tuple[Array, Parameters]:
+    """Gradients of x and the parameters.
+
+    Args:
+      beside: the gradient of x from elsewhere, which is added.
+    """
     rows, width = x.shape
     dx, *d_parameters = rowwise.launch(
         "kernels.layer_norm.triton.kernels:backward",
@@ -81,10 +102,10 @@ def _backward(eps, saved, g, beside=None):
         rows=rows,
         width=width,
         constants={"AFFINE": parameters is not None, "BESIDE": beside is not None},
-        sums=2,
+        sums=(width, width),
     )
     return dx, None if parameters is None else tuple(d_parameters)
 
 
-_norm.defvjp(_forward, _backward)
-_with_residual.defvjp(_forward_with_residual, lambda eps, saved, g: _backward(eps, saved, *g))
+_norm.defvjp(_forward, lambda eps, saved, g: backward(*saved, g, None))
+_with_residual.defvjp(_forward_with_residual, lambda eps, saved, g: backward(*saved, *g))

@@ -20,6 +20,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from kernels import device
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
     computing,
@@ -79,6 +80,30 @@ class Call:
         return self.steps * BYTES <= HELD_BYTES and len(self.inputs) == 1 and not self.residual
 
 
+def refusal(
+    dtype: DTypeLike, rows: int, width: int, widths: tuple[int, ...], gradient: bool = False
+) -> str | None:
+    """Why no product in e4m3 of such rows can run here, or None.
+
+    Args:
+      dtype: of the results.
+      width, widths: columns of x and of the results.
+      gradient: the product that makes the gradient of x runs in e4m3, too.
+    """
+    current = device.current()
+    if not current.is_hopper:
+        return f"mosaic needs a Hopper GPU (H100, H200), the device is {current.kind!r}; use 'xla'"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"mosaic takes bfloat16 or float16, got {jnp.dtype(dtype).name}; use 'xla'"
+    within, across = (COLUMNS if gradient else BYTES), COLUMNS
+    if rows % (2 * ROWS) or width % within or any(each % across for each in widths):
+        return (
+            f"mosaic takes rows in multiples of {2 * ROWS}, widths of x of {within}, of results of "
+            f"{across}; got {rows} rows, {width} and {widths}; use 'xla'"
+        )
+    return None
+
+
 def product(
     parts: tuple[Float[Array, "T _"], ...],
     w_YX: Float[Array, "Y X"],
@@ -135,7 +160,7 @@ def product(
         grid_names=("worker",),
         num_threads=3,
         thread_name="wg",
-        kernel_name="projection_held" if call.held else "projection_streamed",
+        kernel_name="linear_held" if call.held else "linear_streamed",
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
