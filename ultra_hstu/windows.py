@@ -59,7 +59,7 @@ class _Programs:
     """What was compiled for the window before, for one of the same shapes."""
 
     key: object = None
-    train: jax.stages.Compiled | None = None
+    train: jax.stages.Compiled | ProfiledCall | None = None
     evaluator: Evaluator | None = None
 
 
@@ -209,7 +209,7 @@ class WindowRun(Run):
         self.first_step = int(first.step)
         self._begin(first)
 
-    def to_the_end(self) -> Row:
+    def to_the_end(self, *, profile: bool = False) -> Row:
         self.note = ""
         if self.position.epoch == 0 and self.position.batch == 0:
             self.position.last = self._judge()
