@@ -25,6 +25,7 @@ LAYERS = [
     ["ultra_hstu.step", "ultra_hstu.evaluate", "ultra_hstu.flops", "ultra_hstu.task"],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
     ["ultra_hstu.tasks", "ultra_hstu.report", "ultra_hstu.progress"],
+    ["ultra_hstu.compiling", "ultra_hstu.profiling"],
     ["ultra_hstu.train"],
     ["ultra_hstu.serving"],
     ["ultra_hstu.library"],

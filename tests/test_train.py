@@ -211,6 +211,21 @@ def test_a_run_says_what_it_does_and_a_finished_one_says_so(finished):
     assert "compil" not in text
 
 
+def test_a_profiled_run_has_the_same_numbers_and_a_table(finished, tmp_path):
+    config, workdir, _ = finished
+    screen = Console(file=io.StringIO(), width=120)
+    train(config, tmp_path / "run", console=screen, profile=True)
+    losses = [
+        [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
+        for folder in (workdir, tmp_path / "run")
+    ]
+    assert losses[0] == losses[1]
+    assert re.search(r"attention +\d", screen.file.getvalue())
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="finished before.*--profile needs steps"):
+        train(config, tmp_path / "run", console=QUIET, profile=True)
+
+
 def test_after_a_signal_no_call_is_started(data_dir, tmp_path, monkeypatch):
     """It arrives when the first call was read and the second runs."""
     first = iter([signal.SIGINT])

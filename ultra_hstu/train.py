@@ -16,18 +16,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 from rich.console import Console
 
-from kernels import dispatch
 from ultra_hstu import optim, progress, report, signals, starts, tasks
 from ultra_hstu.checkpoint import Checkpoints, Position, abstract
+from ultra_hstu.compiling import compile_run
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Metrics
 from ultra_hstu.data.feed import Group
 from ultra_hstu.parallel import make_mesh, processes
-from ultra_hstu.step import HISTORY, largest_weight, run_steps
+from ultra_hstu.step import HISTORY, largest_weight
 from ultra_hstu.task import Task
 from ultra_hstu.trackers import Tracker
 from ultra_hstu.workdir import Workdir, write_json
@@ -59,6 +58,7 @@ def train(
     task: Task | None = None,
     overwrite: bool = False,
     trackers: Sequence[Tracker] = (),
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir`; its result, as `result.json` holds it.
 
@@ -66,9 +66,11 @@ def train(
       task: the loaded data of this configuration, where several runs share it.
       overwrite: start anew, and remove the run that is in `workdir`.
       trackers: what else receives the metrics of every epoch.
+      profile: trace some steps, and print what they spend their time on (`ultra_hstu.profiling`).
 
     Raises:
-      ValueError: bad configuration or data, or a folder that belongs to another run.
+      ValueError: bad configuration or data, a folder that belongs to another run, or a profile of a
+        run that has no steps left.
       FloatingPointError: a loss that is not finite, with step, learning rate and gradient norm.
       OSError: a checkpoint that could not be written.
       Interrupted: after SIGTERM or SIGINT while it trained, once the state is saved.
@@ -88,7 +90,7 @@ def train(
                 processes.broadcast(lambda: folder.claim_data(task.interactions))
                 run = _Run(task, folder, console, trackers)
             try:
-                return run.to_the_end()
+                return run.to_the_end(profile and processes.is_first())
             finally:
                 run.checkpoints.let_go()
                 if run.log is not None:
@@ -170,40 +172,27 @@ class _Run:
     def step(self) -> int:
         return int(self.state.step)
 
-    def _compile(self) -> jax.stages.Compiled:
-        """The training call, compiled for the shapes that all its calls have."""
-        started = time.perf_counter()
-        plan = self.loader.plan()
-        group = next(iter(self.loader.groups(plan)))
-        recipe = self.task.recipe
-        out_shardings = None
-        if recipe.mesh is not None:
-            out_shardings = (recipe.shardings, NamedSharding(recipe.mesh, PartitionSpec()))
-        call = jax.jit(
-            functools.partial(run_steps, recipe), donate_argnums=0, out_shardings=out_shardings
-        )
-        with progress.waiting(self.console, "compile", "compiling") as came:
-            with dispatch.record() as choices:
-                lowered = call.lower(self.state, group.feed, np.int32(group.steps))
-            model = progress.model(self.config, self.state.params, choices)
-            progress.line(self.console, "model", f"{model}, {len(plan):,} steps an epoch")
-            compiled = lowered.compile()
-            self.evaluator.compile(self.state.params)
-            came("training and evaluation")
-        processes.barrier()
-        self.position.compile_seconds += time.perf_counter() - started
-        return compiled
-
-    def to_the_end(self) -> dict[str, Any]:
+    def to_the_end(self, profile: bool) -> dict[str, Any]:
         position = self.position
         if self._ended():
             before = f"this run has finished before, after {position.epoch} epochs"
+            if profile:
+                raise ValueError(f"{before}: --profile needs steps, so raise train.epochs")
             progress.line(self.console, "resume", f"{before}: its result is given again")
         else:
             if self.step:
                 where = f"step {self.step}, epoch {position.epoch + 1}"
                 progress.line(self.console, "resume", f"going on from {where}")
-            self.run_steps = self._compile()
+            started = time.perf_counter()
+            self.run_steps = compile_run(
+                self.task,
+                self.loader,
+                self.evaluator,
+                self.state,
+                self.console,
+                profile=self.folder.profile if profile else None,
+            )
+            position.compile_seconds += time.perf_counter() - started
             self._train()
         with progress.waiting(self.console, "result", "evaluating the best epoch") as came:
             result = self._finish()

@@ -9,6 +9,7 @@ metrics.jsonl    one line a record, the same values as TensorBoard's
 tensorboard/
 curves.png       loss and metrics over epochs
 result.json      the numbers of a finished run
+profile/         a trace of some steps, where `--profile` asked for one
 run.json         every start of the run: command, commit, versions, device, dates, seconds
 
 The folder of `experiments.train --seeds=...` holds one such folder for each seed, seed_N.
@@ -81,6 +82,7 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
         self.curves = self.path / "curves.png"
         self.result = self.path / "result.json"
         self.starts = self.path / "run.json"
@@ -208,7 +210,7 @@ class Workdir:
         """Removes what a run writes, and nothing else; the configuration last."""
         files = (self.data, self.catalog, self.interactions, self.metrics, self.curves, self.result)
         try:
-            for path in (self.checkpoints, self.tensorboard):
+            for path in (self.checkpoints, self.tensorboard, self.profile):
                 if path.exists():
                     shutil.rmtree(path)
             for path in (*files, self.starts, self.config):
