@@ -340,6 +340,12 @@ def load_state(folder: Workdir, like: PyTree) -> Restored:
     """As `load_params`, with all of the state; `like` has its shapes, dtypes and shardings."""
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
     restored = checkpoints.restore(like, best=True)
+    if restored is None and folder.result.exists() and folder.path.name.startswith("window_"):
+        keep = folder.read_config().train.keep_checkpoints
+        raise ValueError(
+            f"{folder.path} has no checkpoint any more: the train.keep_checkpoints={keep} newest "
+            "windows keep theirs"
+        )
     if restored is None or restored.step == UNTRAINED:
         raise ValueError(
             f"{folder.path} has no checkpoint yet: train it first, "

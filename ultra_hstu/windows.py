@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,11 +54,10 @@ class _Before(NamedTuple):
 
 @dataclasses.dataclass
 class _Programs:
-    """What was compiled for the window before, for one of the same shapes."""
+    """What was compiled for earlier windows, for those of the same shapes; few have others."""
 
-    key: object = None
-    train: jax.stages.Compiled | None = None
-    evaluator: Evaluator | None = None
+    training: list[tuple[Hashable, jax.stages.Compiled]] = dataclasses.field(default_factory=list)
+    evaluators: list[Evaluator] = dataclasses.field(default_factory=list)
 
 
 def train_windows(
@@ -201,7 +200,9 @@ class WindowRun(Run):
             )
         self.is_first, self.starts = before is None, config.windows.start == "anew"
         if before is None or self.starts:
-            first, self.starts = task.recipe.start(config.train.seed), True
+            own, self.starts = task.vocabulary, True
+            first = task.recipe.start(config.train.seed)  # has entries where there is but room
+            first = carried(first, like_of(task), own.tables(own))
         else:
             first = before.on(task)
         self.first_step = int(first.step)
@@ -211,11 +212,11 @@ class WindowRun(Run):
         self.note = ""
         if self.position.epoch == 0 and self.position.batch == 0:
             self.position.last = self._judge()
-        if self.learns:
+        if not self.learns:
+            self.note = self.note or "no event behind another one: nothing to learn"
+        elif not self._ended():
             self.run_steps = self._compile()
             self._train()
-        else:
-            self.note = self.note or "no event behind another one: nothing to learn"
         return self._finish()
 
     def _judge(self) -> Metrics:
@@ -230,23 +231,27 @@ class WindowRun(Run):
             self.note = str(error)
             log.warning("window %d is not judged by: %s", self.window.number, error)
             return {}
-        if self.programs.evaluator is not None:
-            evaluator.adopt(self.programs.evaluator)
+        adopted = any(evaluator.adopt(other) for other in self.programs.evaluators)
         anew = self.config.windows.start == "anew"
         state = before.on(task) if anew else self.state
         started = time.perf_counter()
         evaluator.compile(state.params)
         self.position.compile_seconds += time.perf_counter() - started
-        self.programs.evaluator = evaluator
+        if not adopted:
+            self.programs.evaluators.append(evaluator)
         return processes.broadcast(lambda: dict(evaluator(state.params)))
 
     def _compile(self) -> jax.stages.Compiled:
-        group = next(iter(self.loader.groups(self._plan())))
+        group = next(iter(self.loader.groups(self.loader.plan())))
         key = shapes((self.state, group.feed))
-        constant = self.config.loss.kind == "in_batch" and not self.config.rank.tasks
-        if self.programs.train is None or self.programs.key != key or constant:
-            self.programs.train, self.programs.key = super()._compile(), key
-        return self.programs.train
+        for other, program in self.programs.training:
+            if other == key:
+                return program
+        program = super()._compile()
+        # Frequencies of items are constants of the program.
+        if self.config.rank.tasks or self.config.loss.kind != "in_batch":
+            self.programs.training.append((key, program))
+        return program
 
     def _compile_evaluation(self) -> None:
         """The window was judged before."""

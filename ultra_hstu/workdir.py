@@ -39,6 +39,7 @@ from ultra_hstu.fields import difference
 FREE_FIELDS = (
     *(f"data.{name}:" for name in ("raw_dir", "data_dir", "table.items_file", "table.users_file")),
     *(f"train.{name}:" for name in ("epochs", "keep_checkpoints", "checkpoint_minutes")),
+    "windows.count:",
     *(f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")),
 )
 # Orbax finds the files of a checkpoint by patterns that begin with its path, and takes /gs/NAME for
@@ -222,8 +223,8 @@ class Workdir:
         files = [self.data, self.catalog, self.interactions, self.metrics, self.curves]
         files += [self.vocabulary, self.result]
         try:
-            of_windows = [folder.path for folder in self.windows.values()]
-            for path in (self.checkpoints, self.tensorboard, *of_windows):
+            inside = [folder.path for folder in self.windows.values()]
+            for path in (self.checkpoints, self.tensorboard, *inside):
                 if path.exists():
                     shutil.rmtree(path)
             for path in (*files, self.starts, self.config):
