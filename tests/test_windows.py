@@ -235,8 +235,8 @@ def test_new_users_alone_are_learned_but_judge_nothing(tmp_path):
 
 def test_ranking_goes_on_too(tmp_path):
     data = rank_data.interactions((9, 12, 20, 15, 12, 17), seed=3)
-    config = rank_data.config(train={"protocol": "windows", "epochs": 1})
-    config = dataclasses.replace(config, windows=WindowsConfig(by="event", size=25))
+    config = rank_data.config(train={"protocol": "windows", "epochs": 1}, model={"layers": 1})
+    config = dataclasses.replace(config, windows=WindowsConfig(by="event", size=20, count=3))
     result = trained(config, data, tmp_path / "run")
     rows = result["windows"]
     assert len(rows) > 2 and all("mse" in row["metrics"] for row in rows[1:])
