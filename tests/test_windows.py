@@ -32,7 +32,7 @@ CLOCKS = {"seconds": 0, "compile_seconds": 0}
 def stream(count=4, *, seed=0, later=lambda items, times: (items, times)):
     """Users of `count` spans of time: half of the events of each are by users of the one before.
 
-    Items 3 i + 5, of which more and more appear. `later` changes what lies in the last span.
+    Items 500 - 3 i, of which more and more appear. `later` changes what lies in the last span.
     """
     rng = np.random.default_rng(seed)
     users, items, times = [], [], []
@@ -41,7 +41,7 @@ def stream(count=4, *, seed=0, later=lambda items, times: (items, times)):
         user, item = rng.integers(8 * span, 8 * span + 16, 96), rng.integers(0, 20 + 6 * span, 96)
         if span == count - 1:
             item, time = later(item, time)
-        users.append(user), items.append(3 * item + 5), times.append(time)
+        users.append(user), items.append(500 - 3 * item), times.append(time)
     return Interactions.from_arrays(*map(np.concatenate, (users, items, times)))
 
 
@@ -190,7 +190,7 @@ def test_a_window_is_a_run_for_every_command(finished):
     assert found == pytest.approx(last["metrics"])
     served = RecommendationModel(str(model))
     assert served.catalog.num_items == own.num_items < data.num_items
-    assert len(served.recommend(served.catalog.encode([5, 8]), k=3)) == 3
+    assert len(served.recommend(served.catalog.encode([500, 497]), k=3)) == 3
     assert Workdir(folder).newest().path.name == f"window_{last['window']:03d}"
     with pytest.raises(ValueError, match=r"holds the models of \d windows: name one .*window_00"):
         RecommendationModel(str(folder))
@@ -323,7 +323,7 @@ def test_items_that_are_gone_are_named(parent, caplog):
     params, origin = parameters_of(folder, tasks.of(config, fewer), QUIET)
     assert origin["lost_items"] == data.num_items - fewer.num_items > 0
     lost = sorted(set(data.catalog.raw_ids.tolist()) - set(fewer.catalog.raw_ids.tolist()))
-    assert f"are not here any more, and their entries are left out: {lost[0]}" in caplog.text
+    assert f"are not here any more, and their entries are left out: {lost[0]!r}" in caplog.text
     others = dataclasses.replace(
         data, catalog=dataclasses.replace(data.catalog, raw_ids=data.catalog.raw_ids + 10**6)
     )
