@@ -336,10 +336,10 @@ def test_a_mesh_starts_with_the_same_rows(parent):
     config, data, folder = parent
     task = tasks.of(config, stream())
     alone, _ = parameters_of(folder, task, QUIET)
-    meshed = with_(config, parallel__data=2)
+    meshed = with_(config, parallel__data=8)
     params, _ = parameters_of(folder, tasks.of(meshed, stream()), QUIET)
     table = params["embedding"]["item_table"][...]
-    assert len(table.sharding.device_set) == 2
+    assert len(table.sharding.device_set) == 8
     entries = task.interactions.num_items + 1
     np.testing.assert_allclose(
         np.asarray(table)[:entries], np.asarray(alone["embedding"]["item_table"][...]), atol=1e-7

@@ -5,12 +5,12 @@ Requests that were taken before are answered by the model that took them, so tha
 is lost, and no answer is made by two models.
 """
 
+import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ultra_hstu.serving.inputs import Query
 from ultra_hstu.serving.page import Page
@@ -27,7 +27,8 @@ from ultra_hstu.workdir import Workdir
 log = logging.getLogger(__name__)
 
 
-class Model[R: AboutUser, A: Response | ScoreResponse](NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model[R: AboutUser, A: Response | ScoreResponse]:
     """A service that is ready, its page, and its version, which answers name."""
 
     service: Service[R, A]
@@ -35,7 +36,8 @@ class Model[R: AboutUser, A: Response | ScoreResponse](NamedTuple):
     version: str
 
 
-class Asked[R: AboutUser, A: Response | ScoreResponse](NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked[R: AboutUser, A: Response | ScoreResponse]:
     """A query, and the model that has looked up its ids and answers it."""
 
     model: Model[R, A]
