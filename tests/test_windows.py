@@ -3,12 +3,14 @@
 import dataclasses
 import io
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments import compare
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks, windows
@@ -17,6 +19,7 @@ from ultra_hstu.config import WindowsConfig
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.windows import until
 from ultra_hstu.initial import like_of, parameters_of
+from ultra_hstu.library import fit
 from ultra_hstu.report import read_metrics
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.scoring import RunData
@@ -196,6 +199,21 @@ def test_a_window_is_a_run_for_every_command(finished):
         RecommendationModel(str(folder))
     with pytest.raises(ValueError, match="there is no window 9 in the data, whose newest is"):
         tasks.of(with_(config, windows__number=9), data)
+
+
+def test_arrays_go_on_and_runs_are_compared(finished, capsys):
+    """The run keeps its data once, and every window reads it."""
+    config, data, folder, _, _ = finished
+    arrays = folder.parent / "arrays"
+    result = fit(with_(config, windows__count=3), data, arrays, console=QUIET)
+    assert (arrays / "interactions.npz").exists()
+    assert not (arrays / "window_001/interactions.npz").exists()
+    task = tasks.of_run(Workdir(arrays / "window_001"), ahead=True)
+    assert task.config.windows.number == 2 and len(result["windows"]) == 3
+    compare.main(["compare", str(folder), str(arrays)])
+    printed = capsys.readouterr().out
+    assert re.search(r"2: 1970\S+ .* 0?\.\d{4} +0?\.\d{4}", printed)
+    assert "windows.count" in printed
 
 
 def test_a_window_whose_data_has_changed_is_refused(finished, tmp_path):

@@ -20,6 +20,7 @@ from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data import windows
 from ultra_hstu.data.feed import Plan
+from ultra_hstu.data.interactions import ARRAYS
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.fields import changed
 from ultra_hstu.initial import like_of
@@ -70,6 +71,8 @@ def train_windows(
     """
     config, data = task.config, task.interactions
     config = changed(config, windows={"number": None})
+    if config.data.source == ARRAYS:
+        processes.broadcast(lambda: data.save(root.interactions))
     found, programs = windows.windows(data, config.windows), _Programs()
     progress.line(console, "windows", f"{len(found)}, {found[0].words} the first")
     before: _Before | None = None

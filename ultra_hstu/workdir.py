@@ -250,7 +250,8 @@ class Workdir:
                 log.warning("the catalogue is written again from the data: %s", error)
         try:
             interactions.catalog.save(self.catalog)
-            if self.read_config().data.source == ARRAYS:
+            config = self.read_config()  # (windows share the data of their run)
+            if config.data.source == ARRAYS and config.windows.number is None:
                 interactions.save(self.interactions)
         except OSError as error:
             raise not_written(self.catalog, error) from error
