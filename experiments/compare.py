@@ -18,8 +18,9 @@ from experiments import command
 from ultra_hstu import report
 from ultra_hstu.criteria import RETRIEVAL, Metrics, display_name, mean_and_deviation
 from ultra_hstu.fields import flat
+from ultra_hstu.json_files import read_object
 from ultra_hstu.starts import read_starts
-from ultra_hstu.workdir import Workdir, read_object
+from ultra_hstu.workdir import Workdir
 
 RESULT_FIELDS = {"best": dict, "best_epoch": int}
 

@@ -23,9 +23,10 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from ultra_hstu.criteria import Metrics
 from ultra_hstu.digests import digests
+from ultra_hstu.json_files import remedy_of
 from ultra_hstu.parallel import processes
 from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
-from ultra_hstu.workdir import Workdir, remedy_of
+from ultra_hstu.workdir import Workdir
 
 BEST_STEP, HASHES, SHA256 = "best_step", "hashes", "sha256"  # beside the position itself
 ANSWER_SECONDS = 60  # after a process has read a checkpoint, the others have nearly done so

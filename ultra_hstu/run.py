@@ -20,11 +20,12 @@ from ultra_hstu.checkpoint import Checkpoints, Position, abstract
 from ultra_hstu.criteria import Metrics
 from ultra_hstu.data.feed import Group, Plan
 from ultra_hstu.initial import parameters_of
+from ultra_hstu.json_files import write_json
 from ultra_hstu.parallel import processes
 from ultra_hstu.step import HISTORY, TrainState, largest_weight, run_steps
 from ultra_hstu.task import Task
 from ultra_hstu.trackers import Tracker
-from ultra_hstu.workdir import Workdir, write_json
+from ultra_hstu.workdir import Workdir
 
 # Epochs without a better metric where train.patience is None and the protocol has validation data.
 VALIDATED_PATIENCE = 10

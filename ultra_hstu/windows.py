@@ -24,13 +24,14 @@ from ultra_hstu.data.interactions import ARRAYS
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.fields import changed
 from ultra_hstu.initial import like_of
+from ultra_hstu.json_files import read_object, write_json
 from ultra_hstu.parallel import processes
 from ultra_hstu.run import Run
 from ultra_hstu.step import TrainState, shapes
 from ultra_hstu.task import Task
 from ultra_hstu.trackers import Tracker
 from ultra_hstu.vocabulary import Vocabulary, carried
-from ultra_hstu.workdir import Workdir, read_object, write_json
+from ultra_hstu.workdir import Workdir
 
 ROW_FIELDS = {"window": int, "steps": int, "metrics": dict}  # of `result.json` in a window's folder
 Row = dict[str, Any]
