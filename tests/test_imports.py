@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["kernels"],
     ["ultra_hstu.fields", "ultra_hstu.signals"],
-    ["ultra_hstu.paths"],
+    ["ultra_hstu.paths", "ultra_hstu.json_files"],
     ["ultra_hstu.sections", "ultra_hstu.table_config"],
     [f"ultra_hstu.{name}" for name in "config effects provenance compilation_cache".split()],
     ["ultra_hstu.parallel"],

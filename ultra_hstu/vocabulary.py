@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
 from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.workdir import Workdir, read_object, write_json
+from ultra_hstu.json_files import read_object, write_json
+from ultra_hstu.workdir import Workdir
 
 NEW, EMPTY = -1, -2  # in the place of a known entry: one that is new, one that stands for nothing
 Index = Int32[np.ndarray, " entries"]  # of the old entry, of each new one

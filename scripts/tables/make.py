@@ -23,6 +23,7 @@ from scripts.tables import (
     ranking,
     retrieval,
     sampling,
+    windows,
 )
 from scripts.tables import serve as serve_tables
 from scripts.tables import serving as serving_tables
@@ -71,6 +72,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "load_balance": sampling.load_balance_table,
         "int4": sampling.int4_table,
     },
+    "docs/windows.md": {
+        "swap": windows.swap_table,
+        "windows": windows.compared_table,
+        "windows_ml1m": windows.windows_table,
+    },
     "docs/your_data.md": {"prepare": data.prepare_table},
     "docs/cached_scoring.md": {
         "serving_operations": serving_tables.operations_table,
@@ -90,6 +96,7 @@ FIGURES = (
     serving_tables.serving_figure,
     serve_tables.serve_figure,
     context_parallel.context_parallel_figure,
+    windows.draw,
 )
 
 

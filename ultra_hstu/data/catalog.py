@@ -130,6 +130,12 @@ class Catalog:
             )
         return self.raw_ids[dense]
 
+    def of_items(self, items: Integer[np.ndarray, " n"]) -> "Catalog":
+        """The catalogue of some of the items: dense ids, ascending."""
+        slots = np.append(0, items)
+        titles = None if self.titles is None else tuple(self.titles[slot] for slot in slots)
+        return Catalog(self.raw_ids[slots], titles)
+
     def save(self, path: npz.Path) -> None:
         """Writes the catalogue to `path`, whole or not at all."""
         npz.save(path, self.arrays())

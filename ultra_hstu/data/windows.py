@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import MIN_EVENTS, Interactions
 from ultra_hstu.sections import WindowsConfig
 
@@ -108,11 +107,6 @@ def until(data: Interactions, end: int) -> Interactions:
     keep_U = count_U >= MIN_EVENTS
     keep_E &= keep_U[user_E]
     items, dense_E = np.unique(data.items[keep_E], return_inverse=True)
-    titles = data.catalog.titles
-    catalog = Catalog(
-        data.catalog.raw_ids[np.append(0, items)],
-        None if titles is None else tuple(titles[item] for item in (0, *items)),
-    )
     contexts, words = {}, {}
     for name, code_U in data.contexts.items():
         known, code = np.unique(np.append(0, code_U[keep_U]), return_inverse=True)
@@ -125,7 +119,7 @@ def until(data: Interactions, end: int) -> Interactions:
         offsets=np.append(0, np.cumsum(count_U[keep_U])),
         timestamps=data.timestamps[keep_E],
         actions={name: values[keep_E] for name, values in data.actions.items()},
-        catalog=catalog,
+        catalog=data.catalog.of_items(items),
         contexts=contexts,
         context_values=words,
     )

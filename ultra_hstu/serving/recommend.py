@@ -66,7 +66,7 @@ class RecommendationModel:
         self.catalog = folder.read_catalog()
         self.recipe = Recipe(self.config, self.catalog.num_items)
         self.max_users = max_users
-        _, params = load_params(folder, self.recipe)
+        self.step, params = load_params(folder, self.recipe)
         self.params: Params = jax.device_put(quantization.packed(params, tables))
         self.blocked: Int[np.ndarray, " b"] = np.zeros(0, np.int32)
         self._allowed_I: Bool[Array, " I1"] | None = None

@@ -104,6 +104,7 @@ class RecommendService(Service[Request, Response]):
         super().__init__(model.catalog, data)
         self.model: RecommendationModel = model
         self.data: RunData = data
+        data.step = model.step
         self.reads = signals.needs(model.config.rank.signals)
         self.users: EncodedUsers[np.ndarray] = EncodedUsers(cache_bytes)
 
