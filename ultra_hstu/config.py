@@ -115,6 +115,8 @@ class ModelConfig(Section):
     projection: Literal["same", "fp8"] = "same"
     # Of the products that make the gradients of what those projections read: fp8 beside fp8.
     projection_gradient: Literal["same", "fp8"] = "same"
+    # Of kernels.norm_linear and kernels.gated_linear; None: the best for the device.
+    layer_implementation: str | None = None
     # What the backward computes again instead of keeping it.
     remat: Literal["none", "selective"] = "none"
     # Mini-sequences: rows that token-wise parts work on at one time; None: all.
@@ -273,7 +275,7 @@ class Config(Section):
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
             lacks = (*masks, *cuts, "alpha", "projection", "projection_gradient")
-            lacks = (*lacks, "remat", "chunk_rows")
+            lacks = (*lacks, "layer_implementation", "remat", "chunk_rows")
             without["model.kind='sasrec'", "use 'hstu'"] = lacks
         if model.projection == "same":
             why = "model.projection='same', whose gradients follow dtype"
