@@ -242,8 +242,14 @@ class Workdir:
             write_json(self.data, interactions.fingerprint())
 
     def check_data(self, interactions: Interactions) -> None:
-        """Raises ValueError, with the difference, if the data is not what was trained on."""
-        changed = difference(self.read_data(), interactions.fingerprint())
+        """Raises ValueError, with the difference, if the data is not what was trained on.
+
+        A run from before there were features of items reads none.
+        """
+        stored, now = self.read_data(), interactions.fingerprint()
+        if "item_features" not in stored:
+            now.pop("item_features", None)
+        changed = difference(stored, now)
         if changed:
             listed = "\n  ".join(changed)
             raise ValueError(

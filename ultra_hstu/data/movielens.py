@@ -1,6 +1,7 @@
 """MovieLens 100k, 1m and 20m (https://grouplens.org/datasets/movielens)."""
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.delimited import Column, read_table
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import RawEvents
+from ultra_hstu.data.item_features import ItemNumbers, ItemTexts
 from ultra_hstu.data.text import Line, lines, records
 
 _log = logging.getLogger(__name__)
@@ -24,6 +26,13 @@ _FORMATS = {
     "ml-20m": ("ratings.csv", "movies.csv", ",", True),
 }
 _MOVIES_HEADER = ("movieId", "title", "genres")
+# The 19 flags at the end of a line of ml-100k, as u.genre numbers them, but for the first, unknown.
+_GENRES = (
+    "Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|Film-Noir|Horror|"
+    "Musical|Mystery|Romance|Sci-Fi|Thriller|War|Western"
+).split("|")
+_NO_GENRES = "(no genres listed)"
+_YEAR = re.compile(r"\(([0-9]{4})(?:-[0-9]{0,4})?\)\s*$")  # behind a title
 _MD5 = {  # published beside each archive (*.zip.md5)
     "ml-100k": "0e33842e24a9c977be4e0107933c0723",
     "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
@@ -118,24 +127,28 @@ def _warn_of_the_order(path: Path, release: str, events: RawEvents) -> None:
 def read_movies(path: Path) -> Catalog:
     """The catalogue of `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv` (header, quotes).
 
-    A title that was encoded twice ("AmÃ©lie") is repaired with a warning; one with lost characters
-    is an error.
+    Features of a movie are its genres and its year, which stands behind its title. A title that was
+    encoded twice ("AmÃ©lie") is repaired with a warning; one with lost characters is an error.
     """
     ids: dict[int, int] = {}
-    titles = []
-    for line, text, title in _movies(path):
+    titles, genres, years = [], [], []
+    for line, text, title, of_movie in _movies(path):
         movie = line.integer(text, "movie id", 1)
         if movie in ids:
             raise line.error(f"movie {movie} was given on line {ids[movie]} already")
         ids[movie] = line.number
         titles.append(_clean(title, line))
+        genres.append([one for one in of_movie if one != _NO_GENRES])
+        year = _YEAR.search(title)
+        years.append(float(year[1]) if year else np.nan)
     if not ids:
         raise ValueError(f"{path} has no movies behind its header")
-    return Catalog.from_ids(np.array(list(ids), np.int64), titles)
+    features = {"genres": ItemTexts.of(genres), "year": ItemNumbers.of(np.array(years))}
+    return Catalog.from_ids(np.array(list(ids), np.int64), titles, features)
 
 
-def _movies(path: Path) -> Iterator[tuple[Line, str, str]]:
-    """The line of each movie, its id and its title."""
+def _movies(path: Path) -> Iterator[tuple[Line, str, str, list[str]]]:
+    """The line of each movie, its id, its title and its genres."""
     if path.suffix == ".csv":
         rows = records(path)
         line, names = next(rows)
@@ -144,14 +157,19 @@ def _movies(path: Path) -> Iterator[tuple[Line, str, str]]:
         for line, fields in rows:
             if len(fields) != len(names):
                 raise line.error("malformed movie")
-            yield line, fields[names.index("movieId")], fields[names.index("title")]
+            id_, title, genres = (fields[names.index(name)] for name in _MOVIES_HEADER)
+            yield line, id_, title, genres.split("|")
         return
     many = path.suffix == ".dat"  # a title may hold this delimiter, an id or genres may not
     for line in lines(path):
         fields = line.text.split("::" if many else "|")
         if len(fields) < 3 if many else len(fields) != 24:
             raise line.error("malformed movie")
-        yield line, fields[0], "::".join(fields[1:-1]) if many else fields[1]
+        if many:
+            yield line, fields[0], "::".join(fields[1:-1]), fields[-1].split("|")
+        else:
+            flags = zip(_GENRES, fields[6:], strict=True)
+            yield line, fields[0], fields[1], [name for name, flag in flags if flag == "1"]
 
 
 def _clean(title: str, line: Line) -> str:
