@@ -1,4 +1,4 @@
-"""The section `features`: what a model knows of items beside their ids, and how columns are spelled."""
+"""The section `features`: what a model knows of items beside their ids; how columns are spelled."""
 
 import dataclasses
 import math

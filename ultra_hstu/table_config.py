@@ -51,6 +51,11 @@ class TableConfig(Section):
     delimiter: str | None = None  # of CSV; None: from the header
     items_file: str | None = None  # a table of items: id, and title where it has one
     item_title: str | None = None  # its column of titles
+    # Its columns that features of items are made from, beside those that features.items names.
+    item_features: tuple[str, ...] = ()
+    item_separator: str | None = None  # between the values of an item in a column of texts
+    # Its column of times, where an item has several rows: the newest counts.
+    item_time: str | None = None
     users_file: str | None = None  # a table of users, whose other columns are contextual features
     # Rows without a user, an item or a time.
     missing: Literal["refuse", "drop"] = "refuse"
@@ -66,14 +71,20 @@ class TableConfig(Section):
     # Users and items with fewer events go, again and again, until none is left with fewer.
     k_core: Positive[int] = 1
 
-    def with_columns(self, features: Sequence[str], names: Sequence[str]) -> "TableConfig":
-        """The same, reading also the columns that these names of `rank` are made from."""
+    def with_columns(
+        self, features: Sequence[str], names: Sequence[str], of_items: Sequence[str]
+    ) -> "TableConfig":
+        """The same, reading also the columns that these names of `rank` are made from.
+
+        `of_items` are columns of items.
+        """
         columns = dict.fromkeys(column for name in names if name for column in made_from(name))
         more = [name for name in columns if name not in (*self.tasks, *self.features, *features)]
         return dataclasses.replace(
             self,
             features=tuple(dict.fromkeys((*self.features, *features))),
             actions=tuple(dict.fromkeys((*self.actions, *more))),
+            item_features=tuple(dict.fromkeys((*self.item_features, *of_items))),
         )
 
     def check(self, source: str, names: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ class ItemTexts:
 
     values: Shaped[np.ndarray, " values"]
     codes: Int32[np.ndarray, " n"]
-    offsets: Int64[np.ndarray, " slots+1"]
+    offsets: Int64[np.ndarray, " ends"]
 
     @classmethod
     def of(cls, texts: Iterable[Sequence[str]]) -> "ItemTexts":
@@ -193,7 +193,8 @@ def item_codes(config: FeatureConfig, columns: Mapping[str, ItemColumn]) -> Item
     check_names(config, columns)
     if not config.items:
         return None
-    parts, sizes, numbers = [], [], []
+    parts, numbers = [], []
+    sizes: list[int] = []
     slots = 0
     for name in config.items:
         spelled, column = Spelled.of(name), columns[Spelled.of(name).column]
@@ -246,7 +247,10 @@ def _of_numbers(
     if spelled.mlp:
         return np.zeros((len(number_I), 0), np.int64), 0
     if spelled.edges:
-        code_I, size = np.searchsorted(spelled.edges, number_I, side="right"), len(spelled.edges) + 1
+        code_I, size = (
+            np.searchsorted(spelled.edges, number_I, side="right"),
+            len(spelled.edges) + 1,
+        )
     else:
         distinct, first, code_I = np.unique(number_I, return_index=True, return_inverse=True)
         size = int(known_I.any()) and len(distinct) - int(not known_I.all())

@@ -13,7 +13,7 @@ from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.delimited import Column, read_table
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.events import RawEvents
-from ultra_hstu.data.item_features import ItemNumbers, ItemTexts
+from ultra_hstu.data.item_features import ItemColumn, ItemNumbers, ItemTexts
 from ultra_hstu.data.text import Line, lines, records
 
 _log = logging.getLogger(__name__)
@@ -143,7 +143,10 @@ def read_movies(path: Path) -> Catalog:
         years.append(float(year[1]) if year else np.nan)
     if not ids:
         raise ValueError(f"{path} has no movies behind its header")
-    features = {"genres": ItemTexts.of(genres), "year": ItemNumbers.of(np.array(years))}
+    features: dict[str, ItemColumn] = {
+        "genres": ItemTexts.of(genres),
+        "year": ItemNumbers.of(np.array(years)),
+    }
     return Catalog.from_ids(np.array(list(ids), np.int64), titles, features)
 
 

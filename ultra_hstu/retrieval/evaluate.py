@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from kernels import jagged
 from ultra_hstu.criteria import RETRIEVAL, Metrics
@@ -15,6 +15,10 @@ from ultra_hstu.nn.norms import l2_normalize as unit_rows
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.metrics import mean_metrics, ranks
 from ultra_hstu.retrieval.recipe import Recipe
+
+# Users by how many training events their target's item has: name, at least, fewer than.
+WARMTH = (("warm", 100, np.inf), ("cold", 0, 100), ("new", 0, 1))
+WARMTH_METRICS = ("hr@10", "ndcg@10")
 
 
 class CorpusEvaluator(Evaluator):
@@ -26,11 +30,18 @@ class CorpusEvaluator(Evaluator):
     criteria = RETRIEVAL
     recipe: Recipe
 
-    def __init__(self, recipe: Recipe, loader: Loader):
+    def __init__(
+        self, recipe: Recipe, loader: Loader, count_I: Int[np.ndarray, " I1"] | None = None
+    ):
+        """
+        Args:
+          count_I: how many training events each item has; None: not known.
+        """
         super().__init__(recipe, loader, jax.ShapeDtypeStruct((loader.batch_users,), jnp.int32))
         self.longest = int(self.plan.examples.lengths.max())
         self.l2_normalize = recipe.config.loss.l2_normalize
         self.hides = recipe.config.eval.repeats == "hide"
+        self.count_I = count_I
 
     def outputs(self, scored: PyTree, batch: Batch) -> Int[Array, " b"]:
         """Ranks from 1; 2501 where a target is not among the best 2500."""
@@ -56,6 +67,23 @@ class CorpusEvaluator(Evaluator):
     def metrics(self, output_P: Int[np.ndarray, " n"]) -> Metrics:
         """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split; `repeats`.
 
-        A target that `repeats` counts is not found, unless `eval.repeats` is "rank".
+        A target that `repeats` counts is not found, unless `eval.repeats` is "rank". Some come
+        again for the users of each part of `WARMTH`, as `hr@10/cold`, with their number,
+        `users/cold`.
         """
-        return mean_metrics(output_P) | {"repeats": self.repeats}
+        found = mean_metrics(output_P) | {"repeats": self.repeats}
+        for name, users_U in self.warmth.items():
+            if users_U.any():
+                of_part = mean_metrics(output_P[users_U])
+                found |= {f"{metric}/{name}": of_part[metric] for metric in WARMTH_METRICS}
+            found[f"users/{name}"] = float(users_U.sum())
+        return found
+
+    @functools.cached_property
+    def warmth(self) -> dict[str, Bool[np.ndarray, " n"]]:
+        """Which users each part of WARMTH has; nothing where no counts are known."""
+        if self.count_I is None:
+            return {}
+        targets = self.loader.store.host.item_E[self.plan.examples.columns["stop"]]
+        count_U = self.count_I[targets][self.plan.place_SB[self.used_SP]]
+        return {name: (low <= count_U) & (count_U < high) for name, low, high in WARMTH}

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from ultra_hstu.data import signals
 from ultra_hstu.nn.dropout import row_keys
+from ultra_hstu.nn.item_features import ItemCodes
 from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.retrieval import negatives
 from ultra_hstu.retrieval.batch import Batch
@@ -31,22 +32,34 @@ class Recipe(Steps[Recommender]):
     Attributes:
       target_counts: how often each item is a target in training, entry 0 is padding: what in-batch
         negatives are corrected by. None where nothing is trained.
+      features: what is known of items beside their ids; None: nothing.
+      trained_I: the items of training events. Others have no embedding beside their features, where
+        there are such: it would stay as it was drawn. None where nothing is trained.
     """
 
     num_items: int
+    features: ItemCodes | None = None
     target_counts: Int[np.ndarray, " I1"] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
+    trained_I: Bool[np.ndarray, " I1"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
 
     def build(self, seed: int) -> Recommender:
-        sizes = signals.sizes(self.config.rank.signals)
+        config = self.config
         model = Recommender(
-            self.config.model,
+            config.model,
             self.num_items,
-            self.config.data.max_history,
-            signals=sizes,
+            config.data.max_history * (1 + config.features.series),
+            signals=signals.sizes(config.rank.signals),
+            features=self.features,
+            hidden_width=config.features.hidden_width,
             rngs=nnx.Rngs(seed),
         )
+        if self.features is not None and self.trained_I is not None:
+            table = model.embedding.item_table
+            table[...] = jnp.where(self.trained_I[:, None], table[...], 0.0)
         if self.shards.devices > 1:
             model.encoder.run_layer = ShardedLayers(self.shards)
         return model
@@ -55,11 +68,14 @@ class Recipe(Steps[Recommender]):
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
         dropout_key, negative_key = jax.random.split(key)
         model = self.model(params)
-        h_TD, cut = model.encode_kept(batch, shards=self.shards, key=dropout_key)
+        with_id_I = self._with_id(key)
+        h_TD, cut = model.encode_kept(
+            batch, shards=self.shards, key=dropout_key, with_id_I=with_id_I
+        )
         # Rows that a truncation dropped have no output to train on.
         labels = (x if cut is None else cut.take(x) for x in (batch.target_T, batch.weight_T))
         target_T, weight_T = self.shards.local(tuple(labels))
-        table_ID = model.all_items(self.shards)
+        table_ID = model.all_items(self.shards, with_id_I)
         config, shards = self.config.loss, self.shards
         rows, negative_TR, log_q = h_TD.shape[0], None, None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
@@ -89,6 +105,16 @@ class Recipe(Steps[Recommender]):
             log_q=log_q,
             total=shards.total(jnp.sum(weight_T)),
         )[0]
+
+    def _with_id(self, key: jax.Array) -> Bool[Array, " I1"] | None:
+        """The items that have an embedding of their own in a step; None: all."""
+        if self.features is None:
+            return None
+        trained_I = np.ones(self.num_items + 1, bool) if self.trained_I is None else self.trained_I
+        if not (rate := self.config.features.id_dropout):
+            return jnp.asarray(trained_I)
+        kept_I = jax.random.bernoulli(jax.random.fold_in(key, 2), 1 - rate, trained_I.shape)
+        return jnp.asarray(trained_I) & kept_I
 
     @functools.cached_property
     def _log_q(self) -> Float32[np.ndarray, " I1"]:
