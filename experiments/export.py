@@ -44,10 +44,11 @@ def main(_: list[str]) -> None:
         )
     with progress.waiting(working, "export", f"reading the checkpoint, tracing, {_OUT.value}"):
         step, params = load_params(folder, task.recipe)
+        task, params = task.folded(params)
         export.save(
             _OUT.value,
             task.recipe.model(params),
-            config=config,
+            config=task.config,
             catalog=task.interactions.catalog,
             vocabulary=Vocabulary.of(config, task.interactions),
             candidates=_CANDIDATES.value,

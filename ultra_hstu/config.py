@@ -337,6 +337,11 @@ class Config(Section):
         for name, (value, only) in needed.items():
             if value != only:
                 raise ValueError(f"{name}={value!r} cannot be used for ranking: use {only!r}")
+        if self.features.series:
+            raise ValueError(
+                "features.merge='series' cannot be used for ranking, whose users have tokens of "
+                "their own (rank.contextual): use 'sum'"
+            )
         # A contextual token sees the whole history and all of it sees the token: through it an
         # item would read its own action.
         unfit = (

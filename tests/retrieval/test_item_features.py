@@ -153,7 +153,7 @@ def test_cold_items_have_no_vector_but_their_features():
     model = task.recipe.model(state.params)
     np.testing.assert_array_equal(
         np.asarray(model.all_items())[1:][cold],
-        np.asarray(model.embedding.features.all())[1:][cold],
+        np.asarray(model.embedding.item_features.all())[1:][cold],
     )
 
 
@@ -165,7 +165,7 @@ def test_the_token_and_the_score_see_features():
     )
     params = task.recipe.init(0).params
     changed = tasks.of(BASE, dataclasses.replace(data(), catalog=catalog))
-    assert changed.features.sizes == (4, 3, 0)
+    assert changed.item_features.sizes == (4, 3, 0)
     vectors = [np.asarray(one.recipe.model(one.recipe.init(0).params).all_items()) for one in (task, changed)]
     assert params is not None and (vectors[0] != vectors[1]).any()
 

@@ -69,7 +69,7 @@ class InputEmbedding(nnx.Module):
         length: int,
         *,
         signals: tuple[int, ...] = (),
-        features: ItemCodes | None = None,
+        item_features: ItemCodes | None = None,
         hidden_width: int = 0,
         dropout_rate: float,
         dtype: DTypeLike = jnp.float32,
@@ -78,15 +78,15 @@ class InputEmbedding(nnx.Module):
         """
         Args:
           signals: how many codes each signal has, 0 (none) counted.
-          features, hidden_width: what is known of items, as of `ItemFeatures`; None: nothing.
+          item_features, hidden_width: what is known of items, as of `ItemFeatures`; None: nothing.
         """
         self.item_table = table(truncated_normal_002, rngs, num_items + 1, width)
         self.position_table = table(xavier_normal, rngs, length, width)
         self.signals = CodeEmbedding(signals, width, rngs=rngs) if signals else None
-        self.features = (
+        self.item_features = (
             None
-            if features is None
-            else ItemFeatures(features, width, hidden_width=hidden_width, rngs=rngs)
+            if item_features is None
+            else ItemFeatures(item_features, width, hidden_width=hidden_width, rngs=rngs)
         )
         self.length, self.dropout_rate, self.dtype = length, dropout_rate, dtype
 
@@ -113,13 +113,13 @@ class InputEmbedding(nnx.Module):
         if with_id_I is not None:
             has_id_t &= with_id_I[item_t]
         content_tD = lookup(self.item_table[...], jnp.where(has_id_t, item_t, -1), shards)
-        if self.features is not None and series is None:
-            content_tD = content_tD + self.features(item_t)
-        if self.features is not None and series is not None:
+        if self.item_features is not None and series is None:
+            content_tD = content_tD + self.item_features(item_t)
+        if self.item_features is not None and series is not None:
             of_item_t, column_t, position_t = shards.local(
                 (series.of_item_T, series.column_T, series.position_T)
             )
-            content_tD = content_tD + self.features.series(of_item_t, column_t)
+            content_tD = content_tD + self.item_features.series(of_item_t, column_t)
         position_t = jnp.minimum(position_t, self.length - 1)
         if self.signals is not None and signal_TS is not None:
             content_tD = content_tD + self.signals(shards.local(signal_TS))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 
 from ultra_hstu.nn.initializers import param, truncated_normal_002, xavier_normal
 
@@ -128,3 +128,50 @@ class ItemFeatures(nnx.Module):
             return jnp.zeros((number_tN.shape[0], self.table.shape[1]), jnp.float32)
         hidden_tH = jax.nn.silu(jnp.matmul(number_tN, self.hidden[...], precision="highest"))
         return jnp.matmul(hidden_tH, self.output[...], precision="highest")
+
+
+def without_ids(
+    table: nnx.Param, codes: ItemCodes | None, trained_I: Bool[np.ndarray, " I1"] | None
+) -> None:
+    """Items that no training event has begin with an embedding of 0 where they have features.
+
+    Theirs would stay as it was drawn: such an item is then what its features are.
+    """
+    if codes is not None and trained_I is not None:
+        table[...] = jnp.where(trained_I[:, None], table[...], 0.0)
+
+
+def with_ids(
+    codes: ItemCodes | None,
+    trained_I: Bool[np.ndarray, " I1"] | None,
+    id_dropout: float,
+    key: Key[Array, ""],
+) -> Bool[Array, " I1"] | None:
+    """The items that have an embedding of their own in a step, beside features; None: all.
+
+    Args:
+      trained_I: the items of training events; None: all.
+      id_dropout: the share of them that go without in this step; `key` draws them.
+    """
+    if codes is None:
+        return None
+    with_id_I = np.ones(codes.num_items + 1, bool) if trained_I is None else trained_I
+    if not id_dropout:
+        return jnp.asarray(with_id_I)
+    kept_I = jax.random.bernoulli(jax.random.fold_in(key, 2), 1 - id_dropout, with_id_I.shape)
+    return jnp.asarray(with_id_I) & kept_I
+
+
+def folded(params: nnx.State, table_ID: Float[Array, "I1 D"]) -> nnx.State:
+    """Parameters of a model without features of items, from those of one with them.
+
+    Args:
+      params: with `ItemFeatures` as `embedding.item_features`.
+      table_ID: the item embeddings, with the vectors of features added.
+    """
+    leaves = [
+        (path, leaf.replace(table_ID) if path == ("embedding", "item_table") else leaf)
+        for path, leaf in nnx.to_flat_state(params)
+        if path[:2] != ("embedding", "item_features")
+    ]
+    return nnx.from_flat_state(leaves)

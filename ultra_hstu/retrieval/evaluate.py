@@ -8,17 +8,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from kernels import jagged
-from ultra_hstu.criteria import RETRIEVAL, Metrics
+from ultra_hstu.criteria import RETRIEVAL, Metrics, by_warmth, warmth
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.nn.norms import l2_normalize as unit_rows
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.metrics import mean_metrics, ranks
 from ultra_hstu.retrieval.recipe import Recipe
-
-# Users by how many training events their target's item has: name, at least, fewer than.
-WARMTH = (("warm", 100, np.inf), ("cold", 0, 100), ("new", 0, 1))
-WARMTH_METRICS = ("hr@10", "ndcg@10")
 
 
 class CorpusEvaluator(Evaluator):
@@ -73,10 +69,11 @@ class CorpusEvaluator(Evaluator):
         """
         found = mean_metrics(output_P) | {"repeats": self.repeats}
         for name, users_U in self.warmth.items():
+            of_part: Metrics = {"users": float(users_U.sum())}
             if users_U.any():
-                of_part = mean_metrics(output_P[users_U])
-                found |= {f"{metric}/{name}": of_part[metric] for metric in WARMTH_METRICS}
-            found[f"users/{name}"] = float(users_U.sum())
+                of_part |= mean_metrics(output_P[users_U])
+            shown = by_warmth(RETRIEVAL).details
+            found |= {f"{one}/{name}": of_part[one] for one in shown if one in of_part}
         return found
 
     @functools.cached_property
@@ -86,4 +83,4 @@ class CorpusEvaluator(Evaluator):
             return {}
         targets = self.loader.store.host.item_E[self.plan.examples.columns["stop"]]
         count_U = self.count_I[targets][self.plan.place_SB[self.used_SP]]
-        return {name: (low <= count_U) & (count_U < high) for name, low, high in WARMTH}
+        return warmth(count_U)

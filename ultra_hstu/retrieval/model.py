@@ -35,7 +35,7 @@ class Recommender(nnx.Module):
         max_history: int,
         *,
         signals: tuple[int, ...] = (),
-        features: ItemCodes | None = None,
+        item_features: ItemCodes | None = None,
         hidden_width: int = 0,
         rngs: nnx.Rngs,
     ):
@@ -46,7 +46,7 @@ class Recommender(nnx.Module):
             `max_history + config.output_slots`.
           signals: how many codes each signal of a token has, 0 (none) counted; without any a token
             is its item alone.
-          features, hidden_width: what is known of items, as of `ItemFeatures`; None: nothing.
+          item_features, hidden_width: what is known of items, as of `ItemFeatures`; None: nothing.
         """
         length = max_history + config.output_slots
         self.embedding = InputEmbedding(
@@ -54,7 +54,7 @@ class Recommender(nnx.Module):
             config.width,
             length,
             signals=signals,
-            features=features,
+            item_features=item_features,
             hidden_width=hidden_width,
             dropout_rate=config.input_dropout,
             dtype=jnp.dtype(config.dtype),
@@ -76,7 +76,7 @@ class Recommender(nnx.Module):
         table_ID = whole_table(self.item_table[...], self.num_items + 1, shards)
         if with_id_I is not None:
             table_ID = jnp.where(with_id_I[:, None], table_ID, 0.0)
-        features = self.embedding.features
+        features = self.embedding.item_features
         return table_ID if features is None else table_ID + features.all()
 
     def users(self, batch: Batch, shards: Shards = ONE) -> Float[Array, "b D"]:

@@ -11,8 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from ultra_hstu.data import signals
+from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.nn.dropout import row_keys
-from ultra_hstu.nn.item_features import ItemCodes
+from ultra_hstu.nn.item_features import ItemCodes, folded, with_ids, without_ids
 from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.retrieval import negatives
 from ultra_hstu.retrieval.batch import Batch
@@ -32,13 +33,13 @@ class Recipe(Steps[Recommender]):
     Attributes:
       target_counts: how often each item is a target in training, entry 0 is padding: what in-batch
         negatives are corrected by. None where nothing is trained.
-      features: what is known of items beside their ids; None: nothing.
+      item_features: what is known of items beside their ids; None: nothing.
       trained_I: the items of training events. Others have no embedding beside their features, where
         there are such: it would stay as it was drawn. None where nothing is trained.
     """
 
     num_items: int
-    features: ItemCodes | None = None
+    item_features: ItemCodes | None = None
     target_counts: Int[np.ndarray, " I1"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
@@ -53,13 +54,11 @@ class Recipe(Steps[Recommender]):
             self.num_items,
             config.data.max_history * (1 + config.features.series),
             signals=signals.sizes(config.rank.signals),
-            features=self.features,
+            item_features=self.item_features,
             hidden_width=config.features.hidden_width,
             rngs=nnx.Rngs(seed),
         )
-        if self.features is not None and self.trained_I is not None:
-            table = model.embedding.item_table
-            table[...] = jnp.where(self.trained_I[:, None], table[...], 0.0)
+        without_ids(model.embedding.item_table, self.item_features, self.trained_I)
         if self.shards.devices > 1:
             model.encoder.run_layer = ShardedLayers(self.shards)
         return model
@@ -68,7 +67,9 @@ class Recipe(Steps[Recommender]):
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
         dropout_key, negative_key = jax.random.split(key)
         model = self.model(params)
-        with_id_I = self._with_id(key)
+        with_id_I = with_ids(
+            self.item_features, self.trained_I, self.config.features.id_dropout, key
+        )
         h_TD, cut = model.encode_kept(
             batch, shards=self.shards, key=dropout_key, with_id_I=with_id_I
         )
@@ -106,15 +107,18 @@ class Recipe(Steps[Recommender]):
             total=shards.total(jnp.sum(weight_T)),
         )[0]
 
-    def _with_id(self, key: jax.Array) -> Bool[Array, " I1"] | None:
-        """The items that have an embedding of their own in a step; None: all."""
-        if self.features is None:
-            return None
-        trained_I = np.ones(self.num_items + 1, bool) if self.trained_I is None else self.trained_I
-        if not (rate := self.config.features.id_dropout):
-            return jnp.asarray(trained_I)
-        kept_I = jax.random.bernoulli(jax.random.fold_in(key, 2), 1 - rate, trained_I.shape)
-        return jnp.asarray(trained_I) & kept_I
+    def folded(self, params: Params) -> tuple["Recipe", Params]:
+        """The same model for answers: one with ids alone, whose embeddings have features added.
+
+        Tokens of series need features: such a model stays as it is.
+        """
+        if self.item_features is None or self.config.features.series:
+            return self, params
+        config = dataclasses.replace(self.config, features=FeatureConfig())
+        table_ID = self.model(params).all_items()
+        return dataclasses.replace(self, config=config, item_features=None), folded(
+            params, table_ID
+        )
 
     @functools.cached_property
     def _log_q(self) -> Float32[np.ndarray, " I1"]:

@@ -31,7 +31,7 @@ class RetrievalTask(Task[Events]):
     PROTOCOLS: ClassVar[tuple[str, ...]] = PROTOCOLS
 
     splits: Split
-    features: ItemCodes | None = None
+    item_features: ItemCodes | None = None
 
     @classmethod
     def of(cls, config: Config, interactions: Interactions) -> "RetrievalTask":
@@ -61,7 +61,9 @@ class RetrievalTask(Task[Events]):
     def recipe(self) -> Recipe:
         counts = self.target_counts() if self.config.loss.kind == "in_batch" else None
         trained_I = self.popularity() > 0
-        return Recipe(self.config, self.interactions.num_items, self.features, counts, trained_I)
+        return Recipe(
+            self.config, self.interactions.num_items, self.item_features, counts, trained_I
+        )
 
     @property
     def criteria(self) -> Criteria:

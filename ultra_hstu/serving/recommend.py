@@ -16,12 +16,14 @@ from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
 from ultra_hstu.data.feed import ROW_MULTIPLE
+from ultra_hstu.data.item_features import item_codes
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.quantization import ItemTable
 from ultra_hstu.ranking.form import EVERYTHING
 from ultra_hstu.retrieval.batch import Batch, Events, HistoryGather
 from ultra_hstu.retrieval.metrics import best_items
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.retrieval.series import Merged
 from ultra_hstu.serving.artefact import Numbers
 from ultra_hstu.serving.compiled import count_programs
 from ultra_hstu.serving.inputs import (
@@ -64,10 +66,16 @@ class RecommendationModel:
         self.config: Config = folder.read_for_one_device()
         require_retrieval(workdir, self.config)
         self.catalog = folder.read_catalog()
-        self.recipe = Recipe(self.config, self.catalog.num_items)
+        codes = item_codes(self.config.features, self.catalog.features)
+        trained = Recipe(self.config, self.catalog.num_items, codes)
         self.max_users = max_users
-        _, params = load_params(folder, self.recipe)
+        self.recipe, params = trained.folded(load_params(folder, trained)[1])
         self.params: Params = jax.device_put(quantization.packed(params, tables))
+        self._table = quantization.served_table(self.params)
+        self._series = self.config.features.series
+        if self._series:
+            require_dense(tables)
+            self._table = self.recipe.model(self.params).all_items()
         self.blocked: Int[np.ndarray, " b"] = np.zeros(0, np.int32)
         self._allowed_I: Bool[Array, " I1"] | None = None
         self._encode = jax.jit(functools.partial(_encode, self.recipe))
@@ -177,7 +185,6 @@ class RecommendationModel:
     ) -> list[list[Recommendation]]:
         """The best items of vectors that `encode` gave: a function of the vector and its query
         alone, to the bit, whatever shares the call."""
-        table = quantization.served_table(self.params)
         ranked: list[list[Recommendation]] = []
         for i in range(0, len(queries), self.max_users):
             group = queries[i : i + self.max_users]
@@ -188,7 +195,7 @@ class RecommendationModel:
             for row, query in enumerate(group):
                 hidden_US[row, : len(query.hidden)] = query.hidden
             best_UK, score_UK = jax.device_get(
-                self._best(table, user_UD, hidden_US, self._allowed_I, k=k)
+                self._best(self._table, user_UD, hidden_US, self._allowed_I, k=k)
             )
             for row, query in enumerate(group):
                 ranked.append(self.decode(best_UK[row, : query.k], score_UK[row, : query.k]))
@@ -248,19 +255,27 @@ class RecommendationModel:
         # Each history gets one slot more, which carries the time of the request.
         end_B = given.offsets[1:]
         signal_ES = np.insert(given.signal_ES, end_B, 0, axis=0)
-        events = Events(
-            np.insert(given.item_E, end_B, 0),
-            np.insert(given.time_E, end_B, history.now_B),
-            signal_ES if self.config.rank.signals else None,
-        )
         length_U = np.zeros(self.max_users, np.int32)
         length_U[: len(queries)] = given.lengths
         start_U = np.concatenate([[0], np.cumsum(length_U + (length_U > 0))[:-1]]).astype(np.int32)
+        item_E, row_U = np.insert(given.item_E, end_B, 0), length_U
+        merged, codes = None, self.recipe.item_features
+        if codes is not None:
+            first_E = np.isin(np.arange(len(item_E)), start_U)
+            merged = Merged.of(item_E, first_E, codes)
+            row_U = np.asarray(merged.rows(start_U, start_U + length_U, self._series))
+            longest *= 1 + self._series
+        events = Events(
+            item_E,
+            np.insert(given.time_E, end_B, history.now_B),
+            signal_ES if self.config.rank.signals else None,
+            merged,
+        )
         sizes = bucket_sizes(1, self.max_users, 2)
-        users = bucket_size(-(-int(length_U.sum()) // longest), sizes)
+        users = bucket_size(-(-int(row_U.sum()) // longest), sizes)
         rows = -(-users * longest // ROW_MULTIPLE) * ROW_MULTIPLE
         columns = {"start": start_U, "stop": start_U + length_U}
-        return HistoryGather(rows)(events, columns, np)
+        return HistoryGather(rows, series=self._series)(events, columns, np)
 
     def _sizes(self, smallest: int, needed: int) -> list[int]:
         """The sizes up to the one that holds `needed`. None needs more than there are items."""
@@ -295,6 +310,16 @@ def require_retrieval(workdir: str, config: Config) -> None:
             f"{workdir} is a ranking run (rank.tasks={config.rank.tasks}): it predicts what a user "
             "does with given items. Recommendations over the catalogue come from a retrieval run; "
             "--requests=FILE and experiments.serve score what they are given"
+        )
+
+
+def require_dense(tables: str) -> None:
+    """Raises ValueError for a packed table under merged series, which read two tables."""
+    if tables != "float32":
+        raise ValueError(
+            f"tables={tables!r} cannot be used with features.merge='series', which reads items "
+            "from one table and scores them by another: use tables='float32', or train with "
+            "merge='sum'"
         )
 
 

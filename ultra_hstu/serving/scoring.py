@@ -344,7 +344,8 @@ def load_ranker(data: RunData) -> tuple[Ranker, Config, Vocabulary, dict[str, Ki
             f"{data.folder.path} is a retrieval run: candidates are scored by ranking runs, with "
             "rank.tasks"
         )
-    task = RankingTask.of(data.config, data.interactions)
-    _, params = load_params(data.folder, task.recipe)
+    trained = RankingTask.of(data.config, data.interactions)
+    task, params = trained.folded(load_params(data.folder, trained.recipe)[1])
+    assert isinstance(task, RankingTask)
     vocabulary = Vocabulary.of(task.config, task.interactions)
     return task.recipe.model(params), task.config, vocabulary, task.recipe.tasks
