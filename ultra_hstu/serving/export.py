@@ -24,6 +24,7 @@ from jaxtyping import Array, Float32, Int, Int32, Shaped
 
 from ultra_hstu.config import Config, Kind, from_config_dict
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.nn.key_values import CacheDtype, require_kind
 from ultra_hstu.ranking.form import Form, Sizes
 from ultra_hstu.ranking.model import Ranker
@@ -32,7 +33,7 @@ from ultra_hstu.serving import artefact
 from ultra_hstu.serving.compiled import Channels, Programs
 from ultra_hstu.serving.inputs import Bucket, Candidates, UserEvents, UserHistory
 from ultra_hstu.serving.score import MICRO_BATCH
-from ultra_hstu.serving.tokens import Vocabulary, pad_candidates, pad_history
+from ultra_hstu.serving.tokens import pad_candidates, pad_history
 from ultra_hstu.step import Params
 
 Leaves = list[Shaped[Array, "..."]]
