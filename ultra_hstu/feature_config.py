@@ -71,6 +71,11 @@ class Spelled:
     hashed: int = 0
     mlp: bool = False
 
+    @property
+    def size(self) -> int:
+        """How many codes there are, whatever the values; 0 where that depends on them."""
+        return self.hashed or (len(self.edges) + 1 if self.edges else 0)
+
     @classmethod
     def of(cls, name: str) -> "Spelled":
         """Raises ValueError for brackets that say nothing known."""
@@ -88,7 +93,7 @@ class Spelled:
         ascend = all(low < high for low, high in zip(edges, edges[1:], strict=False))
         if not edges or not all(map(math.isfinite, edges)) or not ascend:
             raise ValueError(
-                f"features.items: {name!r}: brackets hold the ends of buckets, which are numbers "
-                "that ascend, or 'hash N', or 'mlp'"
+                f"{name!r}: brackets hold the ends of buckets, which are numbers that ascend, or "
+                "'hash N', or 'mlp'"
             )
         return cls(column, edges=edges)

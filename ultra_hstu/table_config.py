@@ -79,6 +79,7 @@ class TableConfig(Section):
         `of_items` are columns of items.
         """
         columns = dict.fromkeys(column for name in names if name for column in made_from(name))
+        features = [made_from(name)[0] for name in features]
         more = [name for name in columns if name not in (*self.tasks, *self.features, *features)]
         return dataclasses.replace(
             self,

@@ -246,23 +246,27 @@ def _of_numbers(
     known_I = ~np.isnan(number_I)
     if spelled.mlp:
         return np.zeros((len(number_I), 0), np.int64), 0
-    if spelled.edges:
-        code_I, size = (
-            np.searchsorted(spelled.edges, number_I, side="right"),
-            len(spelled.edges) + 1,
+    if spelled.size:
+        return number_codes(spelled, number_I)[:, None], spelled.size
+    distinct, first, code_I = np.unique(number_I, return_index=True, return_inverse=True)
+    size = len(distinct) - int(not known_I.all())
+    if size > MAX_DISTINCT:
+        raise ValueError(
+            f"features.items: {name!r} has {size} different numbers: give the ends of buckets, "
+            f"as in {name}[10,100], or use {name}[mlp] or {name}[hash 1000]"
         )
+    place = np.argsort(np.argsort(first[:size]))  # in the order in which items first have them
+    code_I = np.append(place, -1)[np.minimum(code_I, size)] + 1
+    return code_I.astype(np.int64)[:, None], max(1, size)
+
+
+def number_codes(spelled: Spelled, number_n: Shaped[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Codes from 1 of numbers in buckets, of values or of a hash; 0 where there is none (NaN)."""
+    known_n = ~np.isnan(number_n)
+    if spelled.edges:
+        code_n = np.searchsorted(spelled.edges, number_n, side="right")
     else:
-        distinct, first, code_I = np.unique(number_I, return_index=True, return_inverse=True)
-        size = int(known_I.any()) and len(distinct) - int(not known_I.all())
-        if spelled.hashed:
-            of = [hashed(text_of(x), spelled.hashed) for x in distinct[:size].tolist()]
-            code_I, size = np.append(of, 0)[np.minimum(code_I, size)], spelled.hashed
-        elif size > MAX_DISTINCT:
-            raise ValueError(
-                f"features.items: {name!r} has {size} different numbers: give the ends of buckets, "
-                f"as in {name}[10,100], or use {name}[mlp] or {name}[hash 1000]"
-            )
-        else:  # in the order in which items first have them, as texts
-            place = np.argsort(np.argsort(first[:size]))
-            code_I = np.append(place, 0)[np.minimum(code_I, size)]
-    return np.where(known_I, code_I + 1, 0).astype(np.int64)[:, None], max(1, size)
+        distinct, code_n = np.unique(np.where(known_n, number_n, 0), return_inverse=True)
+        of = [hashed(text_of(float(one)), spelled.hashed) for one in distinct.tolist()]
+        code_n = np.array(of, np.int64)[code_n]
+    return np.where(known_n, code_n + 1, 0).astype(np.int64)

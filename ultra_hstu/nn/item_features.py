@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, PyTree
 
 from ultra_hstu.nn.initializers import param, truncated_normal_002, xavier_normal
 
@@ -162,7 +162,7 @@ def with_ids(
     return jnp.asarray(with_id_I) & kept_I
 
 
-def folded(params: nnx.State, table_ID: Float[Array, "I1 D"]) -> nnx.State:
+def folded(params: PyTree, table_ID: Float[Array, "I1 D"]) -> PyTree:
     """Parameters of a model without features of items, from those of one with them.
 
     Args:

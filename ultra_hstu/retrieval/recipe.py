@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from ultra_hstu.data import signals
 from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.nn.dropout import row_keys
 from ultra_hstu.nn.item_features import ItemCodes, folded, with_ids, without_ids
@@ -33,12 +32,14 @@ class Recipe(Steps[Recommender]):
     Attributes:
       target_counts: how often each item is a target in training, entry 0 is padding: what in-batch
         negatives are corrected by. None where nothing is trained.
+      code_sizes: how many codes each column of what a token holds beside its item has, 0 counted.
       item_features: what is known of items beside their ids; None: nothing.
       trained_I: the items of training events. Others have no embedding beside their features, where
         there are such: it would stay as it was drawn. None where nothing is trained.
     """
 
     num_items: int
+    code_sizes: tuple[int, ...] = ()
     item_features: ItemCodes | None = None
     target_counts: Int[np.ndarray, " I1"] | None = dataclasses.field(
         default=None, compare=False, repr=False
@@ -53,7 +54,7 @@ class Recipe(Steps[Recommender]):
             config.model,
             self.num_items,
             config.data.max_history * (1 + config.features.series),
-            signals=signals.sizes(config.rank.signals),
+            signals=self.code_sizes,
             item_features=self.item_features,
             hidden_width=config.features.hidden_width,
             rngs=nnx.Rngs(seed),

@@ -15,6 +15,7 @@ from ultra_hstu.data.feed import BufferRows, EventStore
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.item_features import item_codes
 from ultra_hstu.data.sampled import SampledHistory
+from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.flops import Flops
 from ultra_hstu.nn.item_features import ItemCodes
 from ultra_hstu.retrieval.baselines import baselines
@@ -31,6 +32,7 @@ class RetrievalTask(Task[Events]):
     PROTOCOLS: ClassVar[tuple[str, ...]] = PROTOCOLS
 
     splits: Split
+    code_sizes: tuple[int, ...] = ()  # of what a token holds beside its item
     item_features: ItemCodes | None = None
 
     @classmethod
@@ -41,16 +43,22 @@ class RetrievalTask(Task[Events]):
             config.data.max_history,
             config.data.temporal_test_fraction,
         )
-        items, signal_ES = interactions.items, None
-        if names := config.rank.signals:
-            signal_ES = signals.signals(interactions.actions, names, len(items))
+        items, code_ES = interactions.items, None
+        vocabulary = Vocabulary.of(config, interactions)
+        if sizes := vocabulary.code_sizes(config):
+            signal_ES = signals.signals(interactions.actions, config.rank.signals, len(items))
+            of_users = {
+                name: np.repeat(interactions.contexts[name], interactions.lengths)
+                for name in vocabulary.contexts
+            }
+            code_ES = vocabulary.event_codes(signal_ES, interactions.actions, of_users)
         codes, merged = item_codes(config.features, interactions.catalog.features), None
         if codes is not None and config.features.series:
             first_E = np.zeros(len(items), bool)
             first_E[interactions.offsets[:-1]] = True
             merged = Merged.of(items, first_E, codes)
-        events = Events.from_arrays(items, interactions.timestamps, signal_ES, merged)
-        return cls(config, interactions, EventStore(events), splits, codes)
+        events = Events.from_arrays(items, interactions.timestamps, code_ES, merged)
+        return cls(config, interactions, EventStore(events), splits, sizes, codes)
 
     def with_config(self, config: Config) -> Task:
         task = super().with_config(config)
@@ -62,7 +70,12 @@ class RetrievalTask(Task[Events]):
         counts = self.target_counts() if self.config.loss.kind == "in_batch" else None
         trained_I = self.popularity() > 0
         return Recipe(
-            self.config, self.interactions.num_items, self.item_features, counts, trained_I
+            self.config,
+            self.interactions.num_items,
+            self.code_sizes,
+            self.item_features,
+            counts,
+            trained_I,
         )
 
     @property

@@ -17,6 +17,7 @@ from ultra_hstu.config import Config
 from ultra_hstu.data import signals
 from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.data.item_features import item_codes
+from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.quantization import ItemTable
 from ultra_hstu.ranking.form import EVERYTHING
@@ -67,15 +68,18 @@ class RecommendationModel:
         require_retrieval(workdir, self.config)
         self.catalog = folder.read_catalog()
         codes = item_codes(self.config.features, self.catalog.features)
-        trained = Recipe(self.config, self.catalog.num_items, codes)
+        self.vocabulary = Vocabulary.load(folder.vocabulary, self.config, self.catalog)
+        sizes = self.vocabulary.code_sizes(self.config)
+        trained = Recipe(self.config, self.catalog.num_items, sizes, codes)
         self.max_users = max_users
         self.recipe, params = trained.folded(load_params(folder, trained)[1])
         self.params: Params = jax.device_put(quantization.packed(params, tables))
-        self._table = quantization.served_table(self.params)
+        # What items are scored by, where it is not what tokens are made of.
+        self._scored: ItemTable | None = None
         self._series = self.config.features.series
         if self._series:
             require_dense(tables)
-            self._table = self.recipe.model(self.params).all_items()
+            self._scored = self.recipe.model(self.params).all_items()
         self.blocked: Int[np.ndarray, " b"] = np.zeros(0, np.int32)
         self._allowed_I: Bool[Array, " I1"] | None = None
         self._encode = jax.jit(functools.partial(_encode, self.recipe))
@@ -97,13 +101,16 @@ class RecommendationModel:
         times: Numbers | None = None,
         *,
         actions: Mapping[str, ArrayLike] | None = None,
+        context: Mapping[str, int] | None = None,
         now: int | None = None,
         k: int = 10,
         block: ArrayLike | None = None,
     ) -> list[Recommendation]:
         """The k unseen items with the highest scores, fewer where fewer remain. Arguments and
         errors as in `query`."""
-        query = self.query(items, times, actions=actions, now=now, k=k, block=block)
+        query = self.query(
+            items, times, actions=actions, context=context, now=now, k=k, block=block
+        )
         return self.best(self.encode([query]), [query])[0]
 
     def query(
@@ -112,6 +119,7 @@ class RecommendationModel:
         times: Numbers | None = None,
         *,
         actions: Mapping[str, ArrayLike] | None = None,
+        context: Mapping[str, int] | None = None,
         now: int | None = None,
         k: int = 10,
         block: ArrayLike | None = None,
@@ -124,7 +132,9 @@ class RecommendationModel:
             response, the newest `max_history` are encoded.
           times: seconds, one an event; without them all events count as simultaneous.
           actions: what the user did with each item, by the names of the source ("rating"), for a
-            run whose tokens hold signals; without them such a run sees items alone.
+            run whose tokens hold signals; without them such a run sees items alone. Features of
+            events are among them; a column that is missing is unknown.
+          context: codes of what is known of the user, by name; unknown where they are missing.
           now: time of the request in the same seconds; None takes the next event to follow the last
             at once.
           k: how many items.
@@ -153,7 +163,7 @@ class RecommendationModel:
         kept = UserEvents(
             item_E[first:],
             time_E[:-1],
-            self._signals(actions, count)[first:],
+            self._codes(actions, context or {}, count)[first:],
             np.zeros((count - first, 0), np.int32),
             np.array([0, count - first], np.int32),
         )
@@ -185,6 +195,7 @@ class RecommendationModel:
     ) -> list[list[Recommendation]]:
         """The best items of vectors that `encode` gave: a function of the vector and its query
         alone, to the bit, whatever shares the call."""
+        table = quantization.served_table(self.params) if self._scored is None else self._scored
         ranked: list[list[Recommendation]] = []
         for i in range(0, len(queries), self.max_users):
             group = queries[i : i + self.max_users]
@@ -195,7 +206,7 @@ class RecommendationModel:
             for row, query in enumerate(group):
                 hidden_US[row, : len(query.hidden)] = query.hidden
             best_UK, score_UK = jax.device_get(
-                self._best(self._table, user_UD, hidden_US, self._allowed_I, k=k)
+                self._best(table, user_UD, hidden_US, self._allowed_I, k=k)
             )
             for row, query in enumerate(group):
                 ranked.append(self.decode(best_UK[row, : query.k], score_UK[row, : query.k]))
@@ -233,19 +244,22 @@ class RecommendationModel:
             )
         return ids.astype(np.int32)
 
-    def _signals(
-        self, actions: Mapping[str, ArrayLike] | None, count: int
-    ) -> Int32[np.ndarray, "E S"]:
+    def _codes(
+        self, actions: Mapping[str, ArrayLike] | None, context: Mapping[str, int], count: int
+    ) -> Int32[np.ndarray, "E X"]:
+        """What tokens hold beside their items."""
         names = self.config.rank.signals
-        if actions is None or not names:
-            return np.zeros((count, len(names)), np.int32)
-        columns = {name: np.asarray(values) for name, values in actions.items()}
+        columns = {name: np.asarray(values) for name, values in (actions or {}).items()}
         if wrong := [name for name, values in columns.items() if len(values) != count]:
             raise ValueError(
                 f"{count} items but {len(columns[wrong[0]])} values of {wrong[0]!r}: "
                 "give one an item"
             )
-        return signals.signals(columns, names, count)
+        signal_ES = np.zeros((count, len(names)), np.int32)
+        features = set(signals.needs(self.config.rank.features))
+        if actions is not None and names and not (columns and columns.keys() <= features):
+            signal_ES = signals.signals(columns, names, count)
+        return self.vocabulary.event_codes(signal_ES, columns, context)
 
     def _batch(self, queries: Sequence[Query]) -> Batch:
         """The flat buffer of up to `max_users` histories, at the smallest size that holds them: 1,
@@ -268,7 +282,7 @@ class RecommendationModel:
         events = Events(
             item_E,
             np.insert(given.time_E, end_B, history.now_B),
-            signal_ES if self.config.rank.signals else None,
+            signal_ES if signal_ES.shape[1] else None,
             merged,
         )
         sizes = bucket_sizes(1, self.max_users, 2)
