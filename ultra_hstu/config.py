@@ -187,11 +187,11 @@ class Config(Section):
     def of_table(self) -> "Config":
         """The same with the tasks of own data, reading what signals and features are made from."""
         rank, table, train = self.rank, self.data.table, self.train
-        if self.data.source != "table":
-            return self
         if table.tasks and not rank.tasks:  # ranking has one protocol
             rank = dataclasses.replace(rank, tasks=tuple(table.tasks))
             train = dataclasses.replace(train, protocol="chronological")
+        if self.data.source != "table":  # whose columns are known
+            return dataclasses.replace(self, rank=rank, train=train)
         names = [*rank.tasks, *rank.signals, *(one.signal for one in self.model.channels.values())]
         columns = table.with_columns(rank.features, names, self.features.columns)
         data = dataclasses.replace(self.data, table=columns)

@@ -7,6 +7,19 @@ from typing import Annotated, Literal
 
 from ultra_hstu.fields import Limit, NotNegative, Positive, Section
 
+# Fields that say which events are kept, and how: they are there for public sets, too. The others
+# name files and columns, which a public set knows.
+RULES = (
+    "tasks",
+    "missing",
+    "unlisted_items",
+    "repeats",
+    "sample_users",
+    "sample_seed",
+    "min_item_events",
+    "min_user_events",
+    "k_core",
+)
 Share = Annotated[float, Limit(lambda value: 0 < value <= 1, "in (0, 1]")]
 # Of a rule: a column, and what it is compared with.
 COMPARISON = re.compile(r"\s*(.+?)\s*(?:(>=|<=|==|!=|>|<)\s*(\S.*?))?\s*")
@@ -57,6 +70,10 @@ class TableConfig(Section):
     # Its column of times, where an item has several rows: the newest counts.
     item_time: str | None = None
     users_file: str | None = None  # a table of users, whose other columns are contextual features
+    # Items of the catalogue. kept: those with an event that is kept; counted: those left by a first
+    # count of min_item_events and min_user_events, as in HSTU's published code; listed: all items
+    # of items_file.
+    catalog: Literal["kept", "counted", "listed"] = "kept"
     # Rows without a user, an item or a time.
     missing: Literal["refuse", "drop"] = "refuse"
     # Items of events that items_file lacks.
@@ -93,8 +110,16 @@ class TableConfig(Section):
 
         `names` are the signals and tasks of the run. Another source than `table` has no settings.
         """
-        if source != "table" and self != TableConfig():
-            raise ValueError(f"data.table does nothing under data.source={source!r}: use 'table'")
+        if source != "table":
+            for field in dataclasses.fields(self):
+                value = getattr(self, field.name)
+                if field.name not in RULES and value != getattr(TableConfig(), field.name):
+                    raise ValueError(
+                        f"data.table.{field.name}={value!r} does nothing under data.source="
+                        f"{source!r}, whose files and columns are known: use 'table'"
+                    )
+        elif self.catalog == "listed" and self.items_file is None:
+            raise ValueError("data.table.catalog='listed' needs data.table.items_file")
         for task, rule in self.tasks.items():
             if not (found := COMPARISON.fullmatch(rule)):
                 raise ValueError(f"data.table.tasks.{task}={rule!r} must name a column")

@@ -254,7 +254,14 @@ def of_source(source: str, folder: Path) -> tuple[Events, Features, dict]:
 
 
 def read(source: str, folder: Path) -> tuple[Events, Features, dict]:
+    """Of users with at least three events."""
     found, features, titles = of_source(source, folder)
     times = [time for events in found.values() for _, time, _ in events if time is not None]
     require(not times or max(times) - min(times) <= 2**31 - 1)
-    return found, features, titles
+    kept = {user: events for user, events in found.items() if len(events) >= 3}
+    require(kept)
+    features = {
+        name: {user: of_users.get(user, "") for user in kept}
+        for name, of_users in features.items()
+    }
+    return kept, features, titles

@@ -13,11 +13,10 @@ from jaxtyping import Int32, Int64, Shaped
 from numpy.typing import ArrayLike
 
 from ultra_hstu.config import DataConfig
-from ultra_hstu.data import npz
+from ultra_hstu.data import npz, sources
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
 from ultra_hstu.data.catalog import Catalog, few, first
 from ultra_hstu.data.contexts import Contexts
-from ultra_hstu.data.sources import TABLE, builder_of
 from ultra_hstu.data.strings import STRINGS, is_strings, pack
 from ultra_hstu.table_config import TableConfig
 
@@ -250,11 +249,12 @@ def load_interactions(config: DataConfig) -> Interactions:
     """
     if config.source == ARRAYS:
         return Interactions.load(config.raw_dir or "")
-    if config.source == TABLE:
+    sources.check(config.source)
+    if config.source not in sources.SOURCES:
         from ultra_hstu.data.table import prepared  # which makes objects of this class
 
         return prepared.load(config)
-    prepared = prepare(builder_of(config.source), config)
+    prepared = prepare(sources.SOURCES[config.source], config)
     return ordered(_read(prepared), ties=config.ties, seed=config.ties_seed)
 
 

@@ -197,11 +197,12 @@ def _require_feature(actions: Collection[str], known: Collection[str], name: str
         raise ValueError(f"rank.features: unknown feature {name!r}: {here}")
 
 
-def check_names(config: Config, actions: Collection[str]) -> None:
+def check_names(config: Config, actions: Collection[str], features: Collection[str] = ()) -> None:
     """Raises ValueError for names in `rank` or `model.channels` that a source lacks.
 
     Args:
       actions: the columns of the source's events.
+      features: those of them that are known before the user acts.
     """
     for name in config.rank.signals:
         _require("signal", _SIZES, actions, name)
@@ -209,7 +210,7 @@ def check_names(config: Config, actions: Collection[str]) -> None:
     for name in config.rank.tasks:
         _require("task", _TASKS, actions, name)
     for name in config.rank.features:
-        _require_feature(actions, FEATURES, name)
+        _require_feature(actions, (*FEATURES, *features), name)
     check_channels(config, actions)
 
 

@@ -11,7 +11,8 @@ from ultra_hstu.data.contexts import Contexts, in_order
 from ultra_hstu.data.strings import STRINGS, is_strings
 from ultra_hstu.data.table import columns as meaning
 from ultra_hstu.data.table.chunks import BadId, TextColumn, ids, texts
-from ultra_hstu.data.table.files import TableFile, open_file
+from ultra_hstu.data.table.files import TableFile
+from ultra_hstu.data.table.source import Source
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
@@ -20,49 +21,50 @@ MAX_CODES = 1000  # distinct values of a feature of users
 Ids = Shaped[np.ndarray, " _"]
 
 
-def read_titles(config: TableConfig, item: str, known: Ids) -> dict[int | str, str]:
-    """The title of every item of `items_file`, by raw id; "" where it has none.
+def read_titles(file: Source, config: TableConfig, item: str, known: Ids) -> dict[int | str, str]:
+    """The title of every item of the table of items, by raw id; "" where it has none.
 
     Args:
+        file: the table of items.
         item: the column of ids in the events, which is looked for first.
         known: ids of the events, for their kind.
 
     Raises:
         ValueError: missing columns, bad ids; names file, line and remedy.
     """
-    file = open_file(str(config.items_file), config.delimiter)
     column = _id_column(file, item, meaning.ITEMS, "items_file")
     names = [name for name in file.types if name != column]
     title = config.item_title or meaning.find(names, meaning.TITLES)
-    if title not in names:
+    # Items of a public set may have none.
+    if title not in names and not (title is None and config.items_file is None):
         raise ValueError(
-            f"data.table.items_file: {file.path} has no column of titles"
+            f"data.table.items_file: {file} has no column of titles"
             f"{'' if title is None else f' {title!r}'}; there are {meaning.listed(names)}: name "
             "it by --config.data.table.item_title=NAME"
         )
-    of_row, columns = _read(file, column, [title], known)
-    codes, values = columns[title]
+    of_row, columns = _read(file, column, [] if title is None else [title], known)
+    codes, values = columns[title] if title else (np.full(len(of_row), -1), [])
     titles: dict[int | str, str] = {}
     again = 0
     for raw, code in zip(of_row.tolist(), codes.tolist(), strict=True):
         again += raw in titles
         titles.setdefault(raw, values[code] if code >= 0 else "")
     if again:
-        _log.warning("%s: %d rows repeat an id; the first of them counts", file.path, again)
+        _log.warning("%s: %d rows repeat an id; the first of them counts", file, again)
     return titles
 
 
-def read_users(config: TableConfig, user: str, users: Ids) -> Contexts:
-    """The features of `users_file`: its columns with at most 1,000 distinct values.
+def read_users(file: Source, user: str, users: Ids) -> Contexts:
+    """The features of the table of users: its columns with at most 1,000 distinct values.
 
     Args:
+        file: the table of users.
         user: the column of ids in the events, which is looked for first.
         users: raw ids of the users that are left.
 
     Raises:
         ValueError: missing columns, bad ids, a user who comes twice.
     """
-    file = open_file(str(config.users_file), config.delimiter)
     column = _id_column(file, user, meaning.USERS, "users_file")
     names = [name for name in file.types if name != column]
     of_row, columns = _read(file, column, names, users)
@@ -79,13 +81,13 @@ def read_users(config: TableConfig, user: str, users: Ids) -> Contexts:
             _log.warning(
                 "%s: column %r has %d distinct values, too many for a feature of users (at most "
                 "%d): it is not read",
-                file.path,
+                file,
                 name,
                 len(known),
                 MAX_CODES,
             )
             continue
-        ordered = in_order(set(known) - {""})
+        ordered = file.documented.get(name) or in_order(set(known) - {""})
         place = {text: code for code, text in enumerate(ordered, 1)}
         code_of = np.array([*(place.get(text, 0) for text in known), 0], np.int32)
         codes[name], values[name] = code_of[code_U][order], ("", *ordered)
@@ -95,30 +97,30 @@ def read_users(config: TableConfig, user: str, users: Ids) -> Contexts:
             "%d of %d users have no row in %s, so that their features are unknown: %s",
             len(lacking),
             len(users),
-            file.path,
+            file,
             few(lacking),
         )
     return Contexts(of_row[order], codes, values)
 
 
-def _id_column(file: TableFile, name: str, usual: list[str], field: str) -> str:
+def _id_column(file: Source, name: str, usual: list[str], field: str) -> str:
     names = list(file.types)
     found = name if name in names else meaning.find(names, usual)
     if found is None:
         raise ValueError(
-            f"data.table.{field}: {file.path} has no column {name!r}, as the events have, nor one "
+            f"data.table.{field}: {file} has no column {name!r}, as the events have, nor one "
             f"of a usual name; there are {meaning.listed(names)}: rename its column of ids"
         )
     return found
 
 
 def _read(
-    file: TableFile, column: str, names: list[str], known: Ids
+    file: Source, column: str, names: list[str], known: Ids
 ) -> tuple[Ids, dict[str, tuple[np.ndarray, list[str]]]]:
     """The id of every row, in the kind of `known`; and other columns as codes of their texts."""
     kept = [name for name in names if not pa.types.is_nested(file.types[name])]
-    kinds = {name: pa.string() if file.format == "csv" else file.types[name] for name in kept}
-    kinds[column] = pa.string() if file.format == "csv" else file.types[column]
+    csv = isinstance(file, TableFile) and file.format == "csv"
+    kinds = {name: pa.string() if csv else file.types[name] for name in [*kept, column]}
     gathered = {name: TextColumn() for name in kinds}
     row = 0
     for batch in file.batches(kinds):
@@ -130,7 +132,7 @@ def _read(
                 gathered[name].add(batch[name])
         row += len(batch)
     if not row:
-        raise ValueError(f"{file.path} has no rows")
+        raise ValueError(f"{file} has no rows")
     try:
         of = gathered.pop(column).take(ids)
     except BadId as bad:
