@@ -118,6 +118,11 @@ class TableConfig(Section):
                         f"data.table.{field.name}={value!r} does nothing under data.source="
                         f"{source!r}, whose files and columns are known: use 'table'"
                     )
+        elif self.items_file is None and (self.item_features or self.item_time):
+            raise ValueError(
+                f"features.items, or data.table.item_features={self.item_features}: what is known "
+                "of items is read from a table of them: name it by data.table.items_file"
+            )
         elif self.catalog == "listed" and self.items_file is None:
             raise ValueError("data.table.catalog='listed' needs data.table.items_file")
         for task, rule in self.tasks.items():

@@ -13,7 +13,7 @@ from ultra_hstu.data.strings import STRINGS, pack
 from ultra_hstu.feature_config import FeatureConfig, Spelled
 from ultra_hstu.nn.item_features import ItemCodes
 
-MAX_DISTINCT = 1000  # distinct numbers of a column that has neither buckets nor a hash
+MAX_DISTINCT = 1000  # distinct fractions of a column that has neither buckets nor a hash
 Order = Integer[np.ndarray, " n"]
 
 
@@ -68,8 +68,12 @@ class ItemTexts:
         return cls(texts[used], place[code_n], offsets)
 
     def reordered(self, order: Order) -> "ItemTexts":
-        """Of the items order[0], order[1], ... of those that are here, counted without padding."""
+        """Of the items order[0], order[1], ... of those that are here, counted without padding.
+
+        -1 stands for an item of which nothing is known.
+        """
         start, count = self.offsets[1:-1][order], np.diff(self.offsets[1:])[order]
+        count = np.where(order >= 0, count, 0)
         item_n = np.repeat(np.arange(len(order)), count)
         within = np.arange(len(item_n)) - np.repeat(np.cumsum(count) - count, count)
         code_n = self.codes[np.repeat(start, count) + within].astype(np.int64)
@@ -104,7 +108,7 @@ class ItemNumbers:
         return cls(np.where(np.isfinite(wide), wide, np.nan))
 
     def reordered(self, order: Order) -> "ItemNumbers":
-        return ItemNumbers.of(self.numbers[1:][order])
+        return ItemNumbers.of(np.where(order >= 0, self.numbers[1:][order], np.nan))
 
     def words(self, item: int) -> list[str]:
         number = float(self.numbers[item])
@@ -250,7 +254,8 @@ def _of_numbers(
         return number_codes(spelled, number_I)[:, None], spelled.size
     distinct, first, code_I = np.unique(number_I, return_index=True, return_inverse=True)
     size = len(distinct) - int(not known_I.all())
-    if size > MAX_DISTINCT:
+    whole = bool((distinct[:size] % 1 == 0).all())  # which may be ids
+    if size > MAX_DISTINCT and not whole:
         raise ValueError(
             f"features.items: {name!r} has {size} different numbers: give the ends of buckets, "
             f"as in {name}[10,100], or use {name}[mlp] or {name}[hash 1000]"
