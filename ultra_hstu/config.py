@@ -226,7 +226,7 @@ class Config(Section):
                 f"rank.test_fraction={rank.test_fraction!r}: their sum must be in (0, 1)"
             )
         data.table.check(data.source, [*rank.signals, *rank.tasks])
-        self.features.check()
+        self.features.check(data.stochastic_length, data.layout, ranking=bool(rank.tasks))
         if self.eval.time == "request" and not rank.tasks:
             raise ValueError(
                 "eval.time='request' is for ranking, whose requests have several targets: "
@@ -337,11 +337,6 @@ class Config(Section):
         for name, (value, only) in needed.items():
             if value != only:
                 raise ValueError(f"{name}={value!r} cannot be used for ranking: use {only!r}")
-        if self.features.series:
-            raise ValueError(
-                "features.merge='series' cannot be used for ranking, whose users have tokens of "
-                "their own (rank.contextual): use 'sum'"
-            )
         # A contextual token sees the whole history and all of it sees the token: through it an
         # item would read its own action.
         unfit = (

@@ -38,8 +38,11 @@ class FeatureConfig(Section):
         """How many series are merged into a history."""
         return len(self.items) if self.merge == "series" else 0
 
-    def check(self) -> None:
-        """Raises ValueError for names that cannot be read, and for fields that do nothing."""
+    def check(self, stochastic_length: float | None, layout: str, *, ranking: bool) -> None:
+        """Raises ValueError for names that cannot be read, and for fields that do nothing.
+
+        The arguments are what series do not go with: two fields of `data`, and a task.
+        """
         read = [Spelled.of(name) for name in self.items]
         if len(set(self.items)) < len(self.items):
             raise ValueError(f"features.items={self.items} names one twice")
@@ -49,11 +52,21 @@ class FeatureConfig(Section):
                 raise ValueError(
                     f"features.{name}={value!r} does nothing without features.items: name columns"
                 )
-        if self.merge == "series" and any(one.mlp for one in read):
-            raise ValueError(
-                "features.merge='series' makes a token where a value changes, and a number of "
-                f"{self.items} has no distinct values: give it buckets, or use merge='sum'"
-            )
+        refused = {
+            f"data.stochastic_length={stochastic_length}, which cuts histories of events": (
+                stochastic_length is not None
+            ),
+            f"data.layout={layout!r}, in which every row is an event": layout != "jagged",
+            f"a net, which {self.items} ask for: a token stands where a value changes": any(
+                one.mlp for one in read
+            ),
+            "ranking, whose users have tokens of their own (rank.contextual)": ranking,
+        }
+        for why, here in refused.items():
+            if here and self.series:
+                raise ValueError(
+                    f"features.merge='series' cannot be used with {why}: use merge='sum'"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

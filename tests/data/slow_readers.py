@@ -261,7 +261,6 @@ def read(source: str, folder: Path) -> tuple[Events, Features, dict]:
     kept = {user: events for user, events in found.items() if len(events) >= 3}
     require(kept)
     features = {
-        name: {user: of_users.get(user, "") for user in kept}
-        for name, of_users in features.items()
+        name: {user: of_users.get(user, "") for user in kept} for name, of_users in features.items()
     }
     return kept, features, titles

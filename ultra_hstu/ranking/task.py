@@ -199,6 +199,7 @@ class RankingTask(Task[RankEvents]):
             targets=columns["count"],
             contextual=len(config.rank.contextual),
             channels=history if config.model.channels else None,
+            item_features=self.item_features,
         )
 
 

@@ -126,7 +126,12 @@ class RetrievalTask(Task[Events]):
         history_n = columns["stop"] - columns["start"]
         rows_n = self._rows(columns["start"], columns["stop"])
         history_n = history_n if rows_n is None else rows_n
-        return flops.count(self.config, history_n, items=self.interactions.num_items)
+        return flops.count(
+            self.config,
+            history_n,
+            items=self.interactions.num_items,
+            item_features=self.item_features,
+        )
 
     def _rows(
         self, start: Int64[np.ndarray, " n"], stop: Int64[np.ndarray, " n"]

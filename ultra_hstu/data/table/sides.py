@@ -228,7 +228,8 @@ def _read(
             if len(batch):
                 gathered[name].add(batch[name])
         for name, some in parts.items():
-            some.append(batch[name])
+            coded = pa.types.is_dictionary(batch[name].type)
+            some.append(batch[name].dictionary_decode() if coded else batch[name])
         row += len(batch)
     if not row:
         raise ValueError(f"{file} has no rows")
