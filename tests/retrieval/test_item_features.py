@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
+from flax import nnx
 
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
@@ -124,7 +125,7 @@ def test_what_cannot_be_read_is_refused(items, problem):
 def test_vectors_are_means_of_values_and_sums_of_columns(size, monkeypatch):
     monkeypatch.setattr(item_features, "MATRIX_SIZE", size)
     codes = item_codes(BASE.features, data().catalog.features)
-    features = ItemFeatures(codes, 4, hidden_width=5, rngs=jax_rngs())
+    features = ItemFeatures(codes, 4, hidden_width=5, rngs=nnx.Rngs(0))
     table = np.asarray(features.table[...])
     hidden, output = np.asarray(features.hidden[...]), np.asarray(features.output[...])
     x = np.array([np.log1p(2), 1.0]) @ hidden
@@ -134,12 +135,6 @@ def test_vectors_are_means_of_values_and_sums_of_columns(size, monkeypatch):
     np.testing.assert_allclose(features.all()[3], want, atol=1e-6)
     one = features.series(jnp.array([3, 3, 3]), jnp.array([0, 1, 2]))
     np.testing.assert_allclose(one, [0 * want, table[[0, 1]].mean(0), table[3]], atol=1e-6)
-
-
-def jax_rngs():
-    from flax import nnx
-
-    return nnx.Rngs(0)
 
 
 def test_cold_items_have_no_vector_but_their_features():

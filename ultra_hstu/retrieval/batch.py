@@ -142,7 +142,7 @@ class HistoryGather:
         if column_T is not None:
             of_item_T = xp.where(real_T, data.item_E[event_T], zero)
             position_T = xp.where(real_T, event_T - start_T, 0)
-            series = SeriesRows(column_T, of_item_T, position_T)
+            series = SeriesRows(xp.asarray(column_T), of_item_T, position_T)
         if self.hidden:
             hide_BN = columns_B["hide_from"][:, None] + xp.arange(self.hidden, dtype=xp.int32)[None]
             inside_BN = hide_BN < columns_B["stop"][:, None]

@@ -17,6 +17,7 @@ from ultra_hstu.nn.item_features import ItemCodes
 
 AnyArray = Array | np.ndarray
 PerExample = Int[AnyArray, " B"]
+RowNumbers = Int[AnyArray, " T"]
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +58,9 @@ class Merged:
         last_B = self.token_E[stop_B - 1]
         return (stop_B > start_B) * (series + 1 + last_B - self.token_E[start_B])
 
-    def places(self, start_T: PerRow, position_T: PerRow, series: int) -> tuple[PerRow, PerRow]:
+    def places(
+        self, start_T: RowNumbers, position_T: RowNumbers, series: int
+    ) -> tuple[RowNumbers, RowNumbers]:
         """The event and the series of rows, by the history's first event and the row's position."""
         into_T = position_T - series
         token_T = self.token_E[start_T] + into_T * (into_T > 0)
