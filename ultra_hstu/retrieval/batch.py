@@ -128,7 +128,8 @@ class HistoryGather:
         event_T = xp.where(real_T, start_T + place.position, 0)
         event_T = event_T if index is None else xp.where(real_T, index[event_T], 0)
         if data.merged is not None:
-            event_T, column_T = data.merged.places(start_T, place.position, self.series)
+            first_T = xp.where(real_T, start_T, 0)
+            event_T, column_T = data.merged.places(first_T, place.position, self.series)
             event_T, column_T = (xp.where(real_T, x, 0) for x in (event_T, column_T))
             own_T = real_T & (column_T == 0)
         next_T = xp.where(real_T, event_T + 1, 0)
