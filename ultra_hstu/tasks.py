@@ -9,6 +9,7 @@ from ultra_hstu import progress
 from ultra_hstu.config import Config
 from ultra_hstu.data import item_features, signals, sources
 from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
+from ultra_hstu.feature_config import TITLE
 from ultra_hstu.fields import changed
 from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.retrieval.task import RetrievalTask
@@ -48,7 +49,7 @@ def check_names(config: Config) -> None:
         actions = (*public.table.actions, *public.table.features, *data.table.tasks)
         signals.check_names(config, actions, public.table.features)
         described, timed = public.users is not None, public.timed
-        item_features.check_names(config.features, public.table.item_features)
+        item_features.check_names(config.features, (*public.table.item_features, TITLE))
     else:
         builder = sources.SOURCES[data.source]
         signals.check_names(config, builder.ACTIONS)

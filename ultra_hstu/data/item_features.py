@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -10,9 +11,10 @@ import pyarrow.compute as pc
 from jaxtyping import Float64, Int32, Int64, Integer, Shaped
 
 from ultra_hstu.data.strings import STRINGS, pack
-from ultra_hstu.feature_config import FeatureConfig, Spelled
+from ultra_hstu.feature_config import TITLE, FeatureConfig, Spelled
 from ultra_hstu.nn.item_features import ItemCodes
 
+WORD = re.compile(r"\w+")
 MAX_DISTINCT = 1000  # distinct fractions of a column that has neither buckets nor a hash
 Order = Integer[np.ndarray, " n"]
 
@@ -188,15 +190,24 @@ def check_names(config: FeatureConfig, known: Iterable[str]) -> None:
             )
 
 
-def item_codes(config: FeatureConfig, columns: Mapping[str, ItemColumn]) -> ItemCodes | None:
+def item_codes(
+    config: FeatureConfig,
+    columns: Mapping[str, ItemColumn],
+    titles: Sequence[str] | None = None,
+) -> ItemCodes | None:
     """The codes of the columns that a model reads; None where it reads none.
+
+    Args:
+      titles: of all slots; they are the column "title", if no other is.
 
     Raises:
       ValueError: an unknown column, buckets or a net of texts, a number with too many values.
     """
-    check_names(config, columns)
     if not config.items:
         return None
+    if titles is not None and any(Spelled.of(name).column == TITLE for name in config.items):
+        columns = {TITLE: ItemTexts.of([[title] for title in titles[1:]])} | dict(columns)
+    check_names(config, columns)
     parts, numbers = [], []
     sizes: list[int] = []
     slots = 0
@@ -231,6 +242,8 @@ def _of_texts(
             f"{column.values[:1].tolist()}, and buckets and nets read numbers: name "
             f"{spelled.column!r} alone, or with [hash N]"
         )
+    if spelled.words:
+        column = _words_of(column)
     code_of, size = np.arange(len(column.values)), len(column.values)
     if spelled.hashed:
         size = spelled.hashed
@@ -241,6 +254,14 @@ def _of_texts(
         has_I = count_I > place
         code_IV[has_I, place] = 1 + code_of[column.codes[column.offsets[:-1][has_I] + place]]
     return code_IV, max(1, size)
+
+
+def _words_of(column: ItemTexts) -> ItemTexts:
+    """Each word of the texts as a text of its own, without case."""
+    words = [WORD.findall(text.casefold()) for text in column.values.tolist()]
+    items = range(1, len(column.offsets) - 1)
+    codes = (column.codes[column.offsets[i] : column.offsets[i + 1]].tolist() for i in items)
+    return ItemTexts.of([word for code in of_item for word in words[code]] for of_item in codes)
 
 
 def _of_numbers(

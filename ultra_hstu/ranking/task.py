@@ -81,7 +81,8 @@ class RankingTask(Task[RankEvents]):
             timestamps=interactions.timestamps is not None,
         )
         parts = requests.chronological(interactions, rank.validation_fraction, rank.test_fraction)
-        codes = item_codes(config.features, interactions.catalog.features)
+        catalog = interactions.catalog
+        codes = item_codes(config.features, catalog.features, catalog.titles)
         return cls(config, interactions, EventStore(store), sizes, parts, codes)
 
     @functools.cached_property

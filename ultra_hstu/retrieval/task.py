@@ -52,7 +52,8 @@ class RetrievalTask(Task[Events]):
                 for name in vocabulary.contexts
             }
             code_ES = vocabulary.event_codes(signal_ES, interactions.actions, of_users)
-        codes, merged = item_codes(config.features, interactions.catalog.features), None
+        catalog = interactions.catalog
+        codes, merged = item_codes(config.features, catalog.features, catalog.titles), None
         if codes is not None and config.features.series:
             first_E = np.zeros(len(items), bool)
             first_E[interactions.offsets[:-1]] = True

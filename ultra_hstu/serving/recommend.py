@@ -67,7 +67,7 @@ class RecommendationModel:
         self.config: Config = folder.read_for_one_device()
         require_retrieval(workdir, self.config)
         self.catalog = folder.read_catalog()
-        codes = item_codes(self.config.features, self.catalog.features)
+        codes = item_codes(self.config.features, self.catalog.features, self.catalog.titles)
         self.vocabulary = Vocabulary.load(folder.vocabulary, self.config, self.catalog)
         sizes = self.vocabulary.code_sizes(self.config)
         trained = Recipe(self.config, self.catalog.num_items, sizes, codes)
