@@ -18,6 +18,7 @@ from scripts.tables import (
     configuration,
     context_parallel,
     data,
+    features,
     long,
     overview,
     ranking,
@@ -71,6 +72,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "load_balance": sampling.load_balance_table,
         "int4": sampling.int4_table,
     },
+    "docs/features.md": {"item_features": features.item_features_table},
     "docs/your_data.md": {"prepare": data.prepare_table},
     "docs/cached_scoring.md": {
         "serving_operations": serving_tables.operations_table,

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -125,6 +126,27 @@ class ItemNumbers:
 
 
 ItemColumn = ItemTexts | ItemNumbers
+
+
+# Of one item, by its raw id: a number, a text, or several texts.
+FeatureOfItems = Mapping[Any, float | str | Sequence[str]]
+
+
+def column_of(name: str, of_item: FeatureOfItems, raw_ids: Sequence[int | str]) -> ItemColumn:
+    """The column of these items. Raises ValueError for numbers and texts in one column."""
+    found: list[Any] = [of_item.get(raw) for raw in raw_ids]
+    numbers = [isinstance(one, int | float) for one in found if one is not None]
+    if all(numbers) and numbers:
+        return ItemNumbers.of(np.array([np.nan if one is None else one for one in found]))
+    if any(numbers):
+        odd = next(one for one in found if isinstance(one, int | float))
+        raise ValueError(
+            f"feature of items {name!r}: an item has the number {odd!r}, others have texts: give "
+            "numbers alone, or texts alone"
+        )
+    return ItemTexts.of(
+        [one] if isinstance(one, str) else [] if one is None else list(one) for one in found
+    )
 
 
 def _digest(arrays: Iterable[np.ndarray]) -> str:

@@ -216,6 +216,9 @@ class FoundItem(BaseModel):
     events: int | None = Field(
         description="how many events of the data have this item; null where there is no data"
     )
+    features: dict[str, list[str]] = Field(
+        {}, description="what else is known of it, by the names of the source"
+    )
 
 
 class FoundItems(BaseModel):
