@@ -159,7 +159,7 @@ def compact(times: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
     return times.astype(np.int32 if small else np.int64)
 
 
-def narrow(numbers: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
+def narrow(numbers: Shaped[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
     """int32 where nothing is lost by it, else float32, with NaN for what is not finite there."""
     if numbers.dtype.kind == "b":
         return numbers.astype(np.int32)

@@ -119,7 +119,9 @@ def prepare(config: DataConfig, opened: Opened) -> Path:
     folder = data_dir / f"{slug(config.source)}-{key[:16]}"
     if (damage := sums.damage(folder)) is None:
         return folder
-    names, items = list(events[0].types), opened.items is not None
+    # Events of public sets have no titles, whether their items are there or not.
+    names = list(events[0].types)
+    items = opened.items is not None or config.source != sources.TABLE
     columns = meaning.choose(names, rules, events[0], items=items)
     say_left_behind(config)
     with locked(data_dir / f"{slug(config.source)}.lock", f"the data must be prepared ({damage})"):

@@ -254,7 +254,10 @@ class _Reader:
             dropped |= self._without_unlisted(events, known, items)
             if config.catalog == "listed":
                 events.item = events.item.among(list(known))
-        interactions, more = grouping.group(events, config, titles)
+        try:
+            interactions, more = grouping.group(events, config, titles)
+        except ValueError as error:
+            raise ValueError(f"{first}: {error}") from None
         if (seconds := interactions.timestamps) is not None:
             for block in grouping.blocks(len(seconds)):
                 seconds[block] //= TICKS[unit]
