@@ -154,7 +154,7 @@ def examine(path: Path) -> TextFile:
     return TextFile(path, encoding, end, size > end, size > end + len(newline))
 
 
-def open_binary(path: Path) -> io.BufferedIOBase:
+def open_binary(path: Path) -> io.BufferedReader | gzip.GzipFile:
     """The bytes of a file, unpacked where its name ends in .gz."""
     return gzip.GzipFile(path) if path.suffix == ".gz" else open(path, "rb")
 
