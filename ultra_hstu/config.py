@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import ml_collections
 
 from ultra_hstu import fields
+from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 from ultra_hstu.paths import LocalPath
 from ultra_hstu.sections import (
@@ -158,6 +159,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     rank: RankConfig = RankConfig()
+    features: FeatureConfig = FeatureConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -191,7 +193,8 @@ class Config(Section):
         if self.data.source != "table":  # whose columns are known
             return dataclasses.replace(self, rank=rank, train=train)
         names = [*rank.tasks, *rank.signals, *(one.signal for one in self.model.channels.values())]
-        data = dataclasses.replace(self.data, table=table.with_columns(rank.features, names))
+        columns = table.with_columns(rank.features, names, self.features.columns)
+        data = dataclasses.replace(self.data, table=columns)
         return dataclasses.replace(self, data=data, rank=rank, train=train)
 
     def validate(self) -> None:
@@ -223,6 +226,7 @@ class Config(Section):
                 f"rank.test_fraction={rank.test_fraction!r}: their sum must be in (0, 1)"
             )
         data.table.check(data.source, [*rank.signals, *rank.tasks])
+        self.features.check(data.stochastic_length, data.layout, ranking=bool(rank.tasks))
         if self.eval.time == "request" and not rank.tasks:
             raise ValueError(
                 "eval.time='request' is for ranking, whose requests have several targets: "

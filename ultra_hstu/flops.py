@@ -20,6 +20,7 @@ from jaxtyping import Int
 
 from kernels.mask import AttentionMask, layer_masks
 from ultra_hstu.config import Config, ModelConfig
+from ultra_hstu.nn.item_features import ItemCodes
 
 Lengths = int | Sequence[int] | Int[np.ndarray, "*n"]  # of all samples, or one each
 
@@ -34,6 +35,7 @@ class Flops(NamedTuple):
     head: float = 0.0  # ranking: forward of the multi-task head
     loss: float = 0.0  # retrieval: scores of the loss, forward
     corpus: float = 0.0  # retrieval: scores of the whole catalogue for one user, at inference
+    features: float = 0.0  # of items, forward in training; at inference embeddings hold them
 
     @property
     def inference(self) -> float:
@@ -44,7 +46,7 @@ class Flops(NamedTuple):
     def training(self) -> float:
         """Forward, backward and recomputation of the encoder and the head or loss."""
         return (
-            3 * (self.projections + self.head + self.loss)
+            3 * (self.projections + self.head + self.loss + self.features)
             + self.attention
             + self.attention_backward
             + self.recomputed
@@ -59,6 +61,7 @@ def count(
     contextual: Lengths = 0,
     channels: Mapping[str, Lengths] | None = None,
     items: int = 0,
+    item_features: ItemCodes | None = None,
 ) -> Flops:
     """The mean over samples, one for each entry of `history`.
 
@@ -70,6 +73,8 @@ def count(
       channels: of a mixture of transducers, each channel's history, by name, instead of `history`
         (whose values then only give n).
       items: size of the catalogue, for the loss and the scores of retrieval.
+      item_features: what is known of items, if the model reads it. A step's samples share what it
+        costs for the whole catalogue, where that is scored.
 
     Raises:
       ValueError: negative lengths, channels that are not those of the configuration, or lengths of
@@ -90,6 +95,9 @@ def count(
         for lengths, depth in zip(parts or [history], layers, strict=True)
     ]
     total = Flops(*map(sum, zip(*encoders, strict=True)))
+    if item_features is not None:
+        rows = float(sum(np.mean(lengths) for lengths in parts or [history]) + np.mean(targets))
+        total = _with_features(config, total, item_features, rows)
     if config.rank.tasks:
         hidden, output = _head(config, history, targets, len(encoders))
         again = hidden if config.model.chunk_rows is not None else 0.0
@@ -208,6 +216,18 @@ def _head(
     predicted = np.where((targets == 0) & (rank.supervise == "all"), history, targets)
     each = 2.0 * float(predicted.mean()) * rank.head_width
     return each * encoders * config.model.width, each * len(rank.tasks)
+
+
+def _with_features(config: Config, total: Flops, codes: ItemCodes, rows: float) -> Flops:
+    """With the products that make vectors of features, of rows of tokens and of the catalogue."""
+    width, hidden = config.model.width, config.features.hidden_width
+    each = 2.0 * codes.entries * width if codes.as_matrix else 0.0
+    numbers = codes.number_IN.shape[1]
+    each += 2.0 * hidden * (numbers + width) if numbers else 0.0
+    scored = 0.0 if config.rank.tasks else codes.num_items / config.data.batch_users
+    if config.features.series:  # whose tokens need features when the model answers, too
+        return total._replace(projections=total.projections + each * rows, features=each * scored)
+    return total._replace(features=each * (rows + scored))
 
 
 def _loss(config: Config, history: np.ndarray, items: int) -> float:

@@ -7,7 +7,7 @@ from rich.console import Console
 from kernels.hstu_attention.api import implementations
 from ultra_hstu import progress
 from ultra_hstu.config import Config
-from ultra_hstu.data import signals, sources
+from ultra_hstu.data import item_features, signals, sources
 from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
 from ultra_hstu.fields import changed
 from ultra_hstu.ranking.task import RankingTask
@@ -48,9 +48,11 @@ def check_names(config: Config) -> None:
         actions = (*public.table.actions, *public.table.features, *data.table.tasks)
         signals.check_names(config, actions, public.table.features)
         described, timed = public.users is not None, public.timed
+        item_features.check_names(config.features, public.table.item_features)
     else:
         builder = sources.SOURCES[data.source]
         signals.check_names(config, builder.ACTIONS)
+        item_features.check_names(config.features, ())
         variant = builder.builder_configs[data.source]
         described, timed = bool(variant.context_files), builder.TICKS > 0
         if data.table != TableConfig():

@@ -3,6 +3,7 @@
 config.json      the configuration; once there is a checkpoint, a run that differs is refused
 data.json        counts and a hash of the data
 catalog.npz      item ids and titles (the reverse map)
+vocabulary.npz   values of features of events and users, where a run reads such
 interactions.npz the events of a run that was trained on arrays
 checkpoints/     Orbax, newest and best
 metrics.jsonl    one line a record, the same values as TensorBoard's
@@ -31,6 +32,7 @@ from ultra_hstu import paths
 from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import ARRAYS, Interactions
+from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.fields import difference
 
 # Fields that may change between two starts of the same run: they say where and how long, not what
@@ -77,6 +79,7 @@ class Workdir:
         self.config = self.path / "config.json"
         self.data = self.path / "data.json"
         self.catalog = self.path / "catalog.npz"
+        self.vocabulary = self.path / "vocabulary.npz"
         self.interactions = self.path / "interactions.npz"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -206,7 +209,8 @@ class Workdir:
 
     def _remove(self, but: Path | None = None) -> None:
         """Removes what a run writes, and nothing else; the configuration last."""
-        files = (self.data, self.catalog, self.interactions, self.metrics, self.curves, self.result)
+        files = [self.data, self.catalog, self.vocabulary, self.interactions]
+        files += [self.metrics, self.curves, self.result]
         try:
             for path in (self.checkpoints, self.tensorboard):
                 if path.exists():
@@ -232,9 +236,11 @@ class Workdir:
                     return
             except ValueError as error:
                 log.warning("the catalogue is written again from the data: %s", error)
+        config = self.read_config()
         try:
             interactions.catalog.save(self.catalog)
-            if self.read_config().data.source == ARRAYS:
+            Vocabulary.of(config, interactions).save(self.vocabulary)
+            if config.data.source == ARRAYS:
                 interactions.save(self.interactions)
         except OSError as error:
             raise not_written(self.catalog, error) from error
@@ -242,8 +248,14 @@ class Workdir:
             write_json(self.data, interactions.fingerprint())
 
     def check_data(self, interactions: Interactions) -> None:
-        """Raises ValueError, with the difference, if the data is not what was trained on."""
-        changed = difference(self.read_data(), interactions.fingerprint())
+        """Raises ValueError, with the difference, if the data is not what was trained on.
+
+        A run from before there were features of items reads none.
+        """
+        stored, now = self.read_data(), interactions.fingerprint()
+        if "item_features" not in stored:
+            now.pop("item_features", None)
+        changed = difference(stored, now)
         if changed:
             listed = "\n  ".join(changed)
             raise ValueError(

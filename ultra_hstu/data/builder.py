@@ -59,9 +59,9 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     Users are in the order of their raw ids.
     """
 
-    # 1.1.0 added the features of users, 1.2.0 strings of any length; what an older version prepared
-    # is not read.
-    VERSION = tfds.core.Version("1.2.0")
+    # 1.1.0 added the features of users, 1.2.0 strings of any length, 1.3.0 features of items; what
+    # an older version prepared is not read.
+    VERSION = tfds.core.Version("1.3.0")
     # where tfds would look for its own kind of checksums, with a package that it does not install
     code_path = None
     STRING_USERS: ClassVar[bool] = False

@@ -141,7 +141,10 @@ class Interactions:
         return np.diff(self.offsets)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Counts and a hash of all that is here: the same for the same data."""
+        """Counts and a hash of all that is here: the same for the same data.
+
+        Features of items have hashes of their own, by name.
+        """
         digest = hashlib.sha256()
         times = np.zeros(0, np.int64) if self.timestamps is None else self.timestamps
         for array in (self.users, self.offsets, self.items, times, self.catalog.raw_ids):
@@ -153,12 +156,13 @@ class Interactions:
                     f"{name} {self.context_values.get(name)}".encode()
                     + np.ascontiguousarray(columns[name]).tobytes()
                 )
+        of_items = {name: column.digest() for name, column in self.catalog.features.items()}
         return {
             "users": self.num_users,
             "items": self.num_items,
             "events": self.num_events,
             "sha256": digest.hexdigest(),
-        }
+        } | ({"item_features": of_items} if of_items else {})
 
     def save(self, path: npz.Path) -> None:
         """Writes the file, whole or not at all."""
@@ -167,7 +171,7 @@ class Interactions:
             "users": self.users,
             "items": self.items,
             "offsets": self.offsets,
-            "raw_ids": catalog.raw_ids,
+            **catalog.arrays(),
             **{f"actions/{name}": values for name, values in self.actions.items()},
             **{f"contexts/{name}": codes for name, codes in self.contexts.items()},
             **{f"words/{name}": np.array(words) for name, words in self.context_values.items()},
@@ -176,8 +180,6 @@ class Interactions:
             arrays["timestamps"] = self.timestamps
         if self.features:
             arrays["features"] = np.array(self.features)
-        if catalog.titles is not None:
-            arrays["titles"] = np.array(catalog.titles)
         npz.save(path, arrays)
 
     @classmethod
@@ -189,16 +191,14 @@ class Interactions:
             def columns(part: str) -> dict[str, np.ndarray]:
                 return {key.removeprefix(part): file[key] for key in file if key.startswith(part)}
 
-            words, titles = columns("words/"), columns("titles").get("")
-            features = columns("features").get("", np.array([]))
-            named = None if titles is None else tuple(titles.tolist())
+            words, features = columns("words/"), file.get("features", np.array([]))
             return cls(
                 users=file["users"],
                 items=file["items"],
                 offsets=file["offsets"],
                 timestamps=columns("timestamps").get(""),
                 actions=columns("actions/"),
-                catalog=Catalog(file["raw_ids"], named),
+                catalog=Catalog.from_arrays(file),
                 contexts=columns("contexts/"),
                 context_values={name: tuple(text.tolist()) for name, text in words.items()},
                 features=tuple(features.tolist()),

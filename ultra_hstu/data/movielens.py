@@ -192,6 +192,7 @@ def _release(name: str, md5: str | None) -> PublicSet:
             time_unit="s",
             actions=("rating",),
             item_title="title",
+            item_features=("genres", "year"),
             catalog="listed",  # every movie, rated or not: 3,883 for ml-1m
         ),
         downloads=(Download(f"{_URL}{name}.zip", md5 and f"md5:{md5}"),),

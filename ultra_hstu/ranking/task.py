@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32, Int64
 
 from ultra_hstu import criteria, flops
 from ultra_hstu.config import Config
@@ -14,8 +14,10 @@ from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data import signals
 from ultra_hstu.data.feed import BufferRows, EventStore
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.item_features import item_codes
 from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
+from ultra_hstu.nn.item_features import ItemCodes
 from ultra_hstu.ranking import evaluate
 from ultra_hstu.ranking import split as requests
 from ultra_hstu.ranking.batch import RankEvents, RankGather
@@ -40,6 +42,7 @@ class RankingTask(Task[RankEvents]):
 
     sizes: Sizes
     parts: Parts
+    item_features: ItemCodes | None = None
 
     @classmethod
     def of(cls, config: Config, interactions: Interactions) -> "RankingTask":
@@ -78,11 +81,12 @@ class RankingTask(Task[RankEvents]):
             timestamps=interactions.timestamps is not None,
         )
         parts = requests.chronological(interactions, rank.validation_fraction, rank.test_fraction)
-        return cls(config, interactions, EventStore(store), sizes, parts)
+        codes = item_codes(config.features, interactions.catalog.features)
+        return cls(config, interactions, EventStore(store), sizes, parts, codes)
 
     @functools.cached_property
     def recipe(self) -> RankRecipe:
-        return RankRecipe(self.config, self.sizes)
+        return RankRecipe(self.config, self.sizes, self.item_features, self.training_counts() > 0)
 
     @property
     def criteria(self) -> Criteria:
@@ -90,8 +94,8 @@ class RankingTask(Task[RankEvents]):
 
     def with_config(self, config: Config) -> Task:
         task = super().with_config(config)
-        same_channels = config.model.channels == self.config.model.channels
-        return task if same_channels else RankingTask.of(config, self.interactions)
+        read = [(one.model.channels, one.features) for one in (config, self.config)]
+        return task if read[0] == read[1] else RankingTask.of(config, self.interactions)
 
     def examples(self, part: str) -> RequestTable | Callable[[int, int], RequestTable]:
         """Every epoch of training has its own requests."""
@@ -160,15 +164,28 @@ class RankingTask(Task[RankEvents]):
         return RequestTable(columns, np.stack(lengths, axis=1))
 
     def evaluator(self, split: str) -> RequestEvaluator:
-        return RequestEvaluator(self.recipe, self.evaluation_loader(split), self.criteria, split)
+        loader, count_I = self.evaluation_loader(split), self.training_counts()
+        return RequestEvaluator(self.recipe, loader, self.criteria, split, count_I)
 
     def baselines(self, split: str) -> dict[str, Metrics]:
         """Predicts the base rates of everything, of the item, of the user, and of both."""
+        return evaluate.base_rates(self.evaluator(split), self._user_E, self._train_E)
+
+    @property
+    def _user_E(self) -> Int64[np.ndarray, " E"]:
+        return np.repeat(np.arange(self.interactions.num_users), self.interactions.lengths)
+
+    @property
+    def _train_E(self) -> Bool[np.ndarray, " E"]:
+        """Which events are training events."""
         first_U, last_U = self.parts.bounds("train")
-        user_E = np.repeat(np.arange(self.interactions.num_users), self.interactions.lengths)
-        row_E = np.arange(self.interactions.num_events)
-        train_E = (row_E >= first_U[user_E]) & (row_E < last_U[user_E])
-        return evaluate.base_rates(self.evaluator(split), user_E, train_E)
+        row_E, user_E = np.arange(self.interactions.num_events), self._user_E
+        return (row_E >= first_U[user_E]) & (row_E < last_U[user_E])
+
+    def training_counts(self) -> Int64[np.ndarray, " I1"]:
+        """How many training events each item has; 0 for padding."""
+        items = self.interactions.num_items + 1
+        return np.bincount(self.interactions.items[self._train_E], minlength=items)
 
     def flops(self, part: str) -> Flops:
         """Operations of a request."""
@@ -182,6 +199,7 @@ class RankingTask(Task[RankEvents]):
             targets=columns["count"],
             contextual=len(config.rank.contextual),
             channels=history if config.model.channels else None,
+            item_features=self.item_features,
         )
 
 

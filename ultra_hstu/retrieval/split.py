@@ -20,6 +20,7 @@ class Examples:
         start, stop: the history, events start..stop-1, at most `max_history` of them, the newest.
         hide_from: where events hide_from..stop-1, and not the history, are those whose items an
             evaluation leaves out: the first of them.
+        rows: of each history, where tokens of series stand among its events; None: one an event.
 
     Every row of a training history predicts the event after it, the last row event `stop`; in a
     test only the last row does.
@@ -29,13 +30,14 @@ class Examples:
     start: PerExample
     stop: PerExample
     hide_from: PerExample | None = None
+    rows: PerExample | None = None
 
     def __len__(self) -> int:
         return len(self.user)
 
     @property
     def lengths(self) -> PerExample:
-        return self.stop - self.start
+        return self.stop - self.start if self.rows is None else self.rows
 
     @property
     def columns(self) -> dict[str, np.ndarray]:

@@ -13,12 +13,16 @@ from ultra_hstu.criteria import RETRIEVAL, Criteria, Metrics
 from ultra_hstu.data import signals
 from ultra_hstu.data.feed import BufferRows, EventStore
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.item_features import item_codes
 from ultra_hstu.data.sampled import SampledHistory
+from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.flops import Flops
+from ultra_hstu.nn.item_features import ItemCodes
 from ultra_hstu.retrieval.baselines import baselines
 from ultra_hstu.retrieval.batch import Events, HistoryGather
 from ultra_hstu.retrieval.evaluate import CorpusEvaluator
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.retrieval.series import Merged
 from ultra_hstu.retrieval.split import PROTOCOLS, Examples, Split, split
 from ultra_hstu.task import Task
 
@@ -28,6 +32,8 @@ class RetrievalTask(Task[Events]):
     PROTOCOLS: ClassVar[tuple[str, ...]] = PROTOCOLS
 
     splits: Split
+    code_sizes: tuple[int, ...] = ()  # of what a token holds beside its item
+    item_features: ItemCodes | None = None
 
     @classmethod
     def of(cls, config: Config, interactions: Interactions) -> "RetrievalTask":
@@ -37,16 +43,40 @@ class RetrievalTask(Task[Events]):
             config.data.max_history,
             config.data.temporal_test_fraction,
         )
-        items, signal_ES = interactions.items, None
-        if names := config.rank.signals:
-            signal_ES = signals.signals(interactions.actions, names, len(items))
-        events = Events.from_arrays(items, interactions.timestamps, signal_ES)
-        return cls(config, interactions, EventStore(events), splits)
+        items, code_ES = interactions.items, None
+        vocabulary = Vocabulary.of(config, interactions)
+        if sizes := vocabulary.code_sizes(config):
+            signal_ES = signals.signals(interactions.actions, config.rank.signals, len(items))
+            of_users = {
+                name: np.repeat(interactions.contexts[name], interactions.lengths)
+                for name in vocabulary.contexts
+            }
+            code_ES = vocabulary.event_codes(signal_ES, interactions.actions, of_users)
+        codes, merged = item_codes(config.features, interactions.catalog.features), None
+        if codes is not None and config.features.series:
+            first_E = np.zeros(len(items), bool)
+            first_E[interactions.offsets[:-1]] = True
+            merged = Merged.of(items, first_E, codes)
+        events = Events.from_arrays(items, interactions.timestamps, code_ES, merged)
+        return cls(config, interactions, EventStore(events), splits, sizes, codes)
+
+    def with_config(self, config: Config) -> Task:
+        task = super().with_config(config)
+        same = config.features == self.config.features
+        return task if same else RetrievalTask.of(config, self.interactions)
 
     @functools.cached_property
     def recipe(self) -> Recipe:
         counts = self.target_counts() if self.config.loss.kind == "in_batch" else None
-        return Recipe(self.config, self.interactions.num_items, counts)
+        trained_I = self.popularity() > 0
+        return Recipe(
+            self.config,
+            self.interactions.num_items,
+            self.code_sizes,
+            self.item_features,
+            counts,
+            trained_I,
+        )
 
     @property
     def criteria(self) -> Criteria:
@@ -60,6 +90,7 @@ class RetrievalTask(Task[Events]):
                 f"protocol {self.config.train.protocol!r} has no {part} items: "
                 "train under 'validated' or 'temporal' for them"
             )
+        examples = dataclasses.replace(examples, rows=self._rows(examples.start, examples.stop))
         if part == "train" or self.config.eval.hide == "window":
             return examples
         first_U = self.interactions.offsets[:-1]
@@ -74,6 +105,7 @@ class RetrievalTask(Task[Events]):
             padded_length=config.padded_length if config.data.layout == "padded" else None,
             hidden=int(self.interactions.lengths.max()) if hides_all else 0,
             target_time=training or config.eval.time == "target",
+            series=config.features.series,
         )
 
     @property
@@ -81,7 +113,7 @@ class RetrievalTask(Task[Events]):
         return (SampledHistory(self.config.data.max_history),)
 
     def evaluator(self, split: str) -> CorpusEvaluator:
-        return CorpusEvaluator(self.recipe, self.evaluation_loader(split))
+        return CorpusEvaluator(self.recipe, self.evaluation_loader(split), self.popularity())
 
     def baselines(self, split: str) -> dict[str, Metrics]:
         """Random, popularity, the last item's neighbours, item-item: from training events alone."""
@@ -92,7 +124,21 @@ class RetrievalTask(Task[Events]):
     def flops(self, part: str) -> Flops:
         columns = self.columns(part)
         history_n = columns["stop"] - columns["start"]
-        return flops.count(self.config, history_n, items=self.interactions.num_items)
+        rows_n = self._rows(columns["start"], columns["stop"])
+        history_n = history_n if rows_n is None else rows_n
+        return flops.count(
+            self.config,
+            history_n,
+            items=self.interactions.num_items,
+            item_features=self.item_features,
+        )
+
+    def _rows(
+        self, start: Int64[np.ndarray, " n"], stop: Int64[np.ndarray, " n"]
+    ) -> Int64[np.ndarray, " n"] | None:
+        """Rows of histories with series of features merged in; None without them."""
+        merged, series = self.events.merged, self.config.features.series
+        return None if merged is None else np.asarray(merged.rows(start, stop, series), np.int64)
 
     def popularity(self) -> Int64[np.ndarray, " I1"]:
         """How often each item occurs in the training events, rows and targets; 0 for padding."""

@@ -183,7 +183,7 @@ class Page:
         if isinstance(service, ScoreService):
             words = service.model.vocabulary.contexts
             run |= {"path": SCORE, "tasks": dict(service.model.kinds)}
-            run |= {"features": list(config.rank.features)}
+            run |= {"features": list(service.features)}
             run |= {"context": {name: list(texts[1:]) for name, texts in words.items()}}
         return run
 

@@ -27,7 +27,7 @@ from ultra_hstu.data.table.reader import from_sources
 from ultra_hstu.data.table.sides import read_users
 
 _log = logging.getLogger(__name__)
-_VERSION = 1  # of what is prepared
+_VERSION = 2  # of what is prepared
 _EVENTS, _READING = "interactions.npz", "reading.json"
 _REMEDY = "its folder can be deleted"
 

@@ -26,7 +26,7 @@ from ultra_hstu.data.table.chunks import (
 )
 from ultra_hstu.data.table.columns import TICKS, Columns, Comparison, Reading
 from ultra_hstu.data.table.files import TableFile
-from ultra_hstu.data.table.sides import read_titles
+from ultra_hstu.data.table.sides import ItemTable, read_items
 from ultra_hstu.data.table.source import Source
 from ultra_hstu.data.table.values import is_date
 from ultra_hstu.data.times import EARLY, FIRST_SECOND, LAST_SECOND
@@ -249,8 +249,10 @@ class _Reader:
             titles = self._titles(item)
         events = EventColumns(user, item, ticks_E, actions)
         del user, item, ticks_E, actions
+        described: ItemTable | None = None
         if items is not None:
-            titles = known = read_titles(items, config, columns.item, events.item.ids)
+            described = read_items(items, config, columns.item, events.item.ids)
+            titles = known = described.titles
             dropped |= self._without_unlisted(events, known, items)
             if config.catalog == "listed":
                 events.item = events.item.among(list(known))
@@ -258,6 +260,9 @@ class _Reader:
             interactions, more = grouping.group(events, config, titles)
         except ValueError as error:
             raise ValueError(f"{first}: {error}") from None
+        if described is not None:
+            catalog = described.described(interactions.catalog)
+            interactions = dataclasses.replace(interactions, catalog=catalog)
         if (seconds := interactions.timestamps) is not None:
             for block in grouping.blocks(len(seconds)):
                 seconds[block] //= TICKS[unit]
