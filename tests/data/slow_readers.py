@@ -136,6 +136,7 @@ def movies(source: str, folder: Path) -> Iterator[tuple[int, str]]:
     else:
         parts = [line.split("|") for line in lines(folder / "u.item")]
         require(all(len(part) == 24 for part in parts))
+        require({flag.strip(" \t") for part in parts for flag in part[5:]} <= {"0", "1"})
         rows = [(part[0], part[1]) for part in parts]
     ids = [integer(movie, range(1, 2**63)) for movie, _ in rows]
     require(ids and len(set(ids)) == len(ids))
