@@ -1,7 +1,6 @@
 """A small set of files of every source, in its publisher's format, and what reading them gives."""
 
 import itertools
-import tempfile
 from pathlib import Path
 
 from tests.data.data_files import (
@@ -13,7 +12,8 @@ from tests.data.data_files import (
     kuairand_user,
 )
 from ultra_hstu.config import DataConfig
-from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.data.sources import PUBLIC
+from ultra_hstu.data.table import prepared
 
 _REST = "|01-Jan-1995||http://example" + "|0" * 19
 _KUAIRAND = [
@@ -89,10 +89,10 @@ def official(source: str, folder: Path) -> Path:
 
 
 def read(source: str, folder: Path) -> tuple[Events, Features, dict[int | str, str]]:
-    """What a set holds, of users with three events or more: events, features of users, and titles
-    by item."""
-    with tempfile.TemporaryDirectory() as data_dir:
-        data = load_interactions(DataConfig(source=source, raw_dir=str(folder), data_dir=data_dir))
+    """What a set holds before it is written, of users with three events or more: events, features
+    of users, and titles by item."""
+    opened = PUBLIC[source].open(DataConfig(source=source, raw_dir=str(folder)))
+    data, contexts, _ = prepared.read(opened)
     items = data.catalog.decode(data.items).tolist()
     times = [None] * len(items) if data.timestamps is None else data.timestamps.tolist()
     columns = [data.actions[name].tolist() for name in sorted(data.actions)]
@@ -105,10 +105,10 @@ def read(source: str, folder: Path) -> tuple[Events, Features, dict[int | str, s
     }
     features = {
         name: {
-            user: data.context_values[name][code]
+            user: contexts.values[name][code]
             for user, code in zip(users, codes.tolist(), strict=True)
         }
-        for name, codes in data.contexts.items()
+        for name, codes in contexts.of(data.users).items()
     }
     titles = dict(zip(data.catalog.raw_ids.tolist(), data.catalog.titles or (), strict=False))
     return found, features, titles

@@ -270,6 +270,7 @@ def _set(release: str, category: str, core: bool) -> PublicSet:
             time_unit="ms" if release == "2023" else "s",
             actions=("rating",),
             item_title="title",
+            item_features=tuple(features),
             unlisted_items="keep",  # the metadata does not have all
         ),
         downloads=tuple(Download(f"{at}{file}") for at, file in ((where, name), (folder[2], meta))),

@@ -9,7 +9,6 @@ definition of what is read, and which names the first bad line.
 import dataclasses
 import itertools
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -35,8 +34,6 @@ from ultra_hstu.data.times import TimeCheck, Unit
 _log = logging.getLogger(__name__)
 _ROWS = 1 << 16  # that the careful pass holds as Python objects
 _BLOCK_BYTES = 1 << 24
-# pyarrow takes hexadecimal integers, and text behind a closing quote.
-_HEXADECIMAL = re.compile(rb"(?:^|[\s,:])-?0[xX]")
 Value = int | float | str | None
 
 
@@ -252,15 +249,27 @@ def _read_as(column: Column) -> pa.DataType:
 
 
 def _is_plain(path: Path, delimiter: str) -> bool:
-    """Whether pyarrow would take nothing in the file that the careful pass refuses."""
+    """Whether the file has nothing that pyarrow takes and the careful pass refuses: hexadecimal
+    numbers, and text behind a closing quote."""
     with open_binary(path) as file:
         while block := file.read(1 << 20) + file.readline():
             if delimiter == "," and b'"' in block:
                 return False
-            # A single byte is found a hundred times faster than a pattern.
-            if (b"x" in block or b"X" in block) and _HEXADECIMAL.search(block):
+            if _has_hexadecimal(block):
                 return False
     return True
+
+
+def _has_hexadecimal(block: bytes) -> bool:
+    """Whether a field may begin with 0x. Bytes are found ten times faster than a pattern."""
+    for mark in (b"0x", b"0X"):
+        at = block.find(mark)
+        while at >= 0:
+            before = block[max(at - 2, 0) : at].removesuffix(b"-")[-1:]
+            if not before or before in b" \t\r\n,:|":
+                return True
+            at = block.find(mark, at + 2)
+    return False
 
 
 def _head(file: TextFile) -> pa.BufferReader:

@@ -117,6 +117,7 @@ def _kuairand(size: str, parts: tuple[str, ...]) -> PublicSet:
             time_unit="ms",
             actions=tuple(column.name for column in _LOG[5:-1]),
             features=("tab",),
+            item_features=() if size == "27K" else (*_VIDEO_TEXTS, "tag"),
             unlisted_items="keep",
             catalog="counted",
         ),
@@ -166,6 +167,7 @@ def _kuairec(name: str, matrix: str) -> PublicSet:
             time_unit="s",
             actions=("play_duration", "watch_ratio"),
             features=("video_duration",),
+            item_features=("feat",),
             missing="drop",
         ),
         downloads=(

@@ -147,6 +147,7 @@ def _of_item(path: Path) -> Iterator[tuple[Line, str, str, list[str]]]:
         fields = line.text.split("|")
         if len(fields) != 5 + len(_GENRES):
             raise line.error("malformed movie")
+        line.integer(fields[0], "movie id", 1)  # a header, say, is named before its consequences
         flags = [field.strip() for field in fields[5:]]
         if not set(flags) <= {"0", "1"}:
             raise line.error("each genre must be 0 or 1")

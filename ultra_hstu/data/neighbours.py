@@ -73,6 +73,7 @@ def _yambda(size: str) -> PublicSet:
             time_unit="s",
             actions=("event_type", "played_ratio_pct"),
             features=("is_organic",),
+            item_features=("artist_id",),
             unlisted_items="keep",
         ),
         downloads=(
@@ -160,6 +161,7 @@ STEAM = PublicSet(
         actions=("hours",),
         features=("early_access",),
         item_title="title",
+        item_features=tuple(name for name in _GAME if name not in ("product_id", "title")),
         unlisted_items="keep",
     ),
     downloads=(

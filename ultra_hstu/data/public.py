@@ -98,6 +98,7 @@ class PublicSet:
             self.rules(config.table),
             sums,
             lacking,
+            public=True,
         )
 
 
@@ -111,6 +112,7 @@ class Opened:
         rules: columns by their roles, and which events are kept.
         sums: of the content of all files, by their names.
         missing_files: that a set may have, and that are not there.
+        public: whether this is a public set, whose columns are named.
     """
 
     events: Sequence[Source]
@@ -119,3 +121,4 @@ class Opened:
     rules: TableConfig
     sums: Mapping[str, str]
     missing_files: tuple[str, ...] = ()
+    public: bool = False

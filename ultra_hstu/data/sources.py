@@ -39,7 +39,6 @@ def check(source: str) -> None:
         near = [f"{one}/{category}" for one in releases if f"{one}/{category}" in known] or near
     families = dict.fromkeys(re.sub("/.*", "/<Category>[/5core]", name) for name in known)
     raise ValueError(
-        f"data.source={source!r} is not allowed: "
-        + (f"did you mean {', '.join(map(repr, near))}? There are " if near else "use ")
-        + ", ".join(families if near else map(repr, families))
+        f"data.source={source!r} is not allowed: use {', '.join(map(repr, families))}"
+        + (f". Did you mean {', '.join(map(repr, near))}?" if near else "")
     )

@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -154,9 +154,9 @@ def examine(path: Path) -> TextFile:
     return TextFile(path, encoding, end, size > end, size > end + len(newline))
 
 
-def open_binary(path: Path) -> BinaryIO:
+def open_binary(path: Path) -> io.BufferedReader | gzip.GzipFile:
     """The bytes of a file, unpacked where its name ends in .gz."""
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else open(path, "rb")
+    return gzip.GzipFile(path) if path.suffix == ".gz" else open(path, "rb")
 
 
 def stored(folder: Path, name: str) -> Path | None:

@@ -119,8 +119,7 @@ def prepare(config: DataConfig, opened: Opened) -> Path:
     folder = data_dir / f"{slug(config.source)}-{key[:16]}"
     if (damage := sums.damage(folder)) is None:
         return folder
-    names, items = list(events[0].types), opened.items is not None
-    columns = meaning.choose(names, rules, events[0], items=items)
+    columns = choose_columns(opened)
     say_left_behind(config)
     with locked(data_dir / f"{slug(config.source)}.lock", f"the data must be prepared ({damage})"):
         if sums.damage(folder) is None:  # made by another run meanwhile
@@ -128,13 +127,13 @@ def prepare(config: DataConfig, opened: Opened) -> Path:
         if folder.exists():
             _log.warning("%s: the data is prepared again", damage)
         count = f" and {len(events) - 1} more" if len(events) > 1 else ""
-        read = ", ".join(f"{name} ({events[0].types[name]})" for name in columns.names)
-        _log.info("preparing %s%s: %s", events[0], count, read)
+        kinds = ", ".join(f"{name} ({events[0].types[name]})" for name in columns.names)
+        _log.info("preparing %s%s: %s", events[0], count, kinds)
         part = folder.with_name(folder.name + ".incomplete")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
-            _write(part, opened, columns)
+            _write(part, *read(opened))
             sums.write(part, sums.checksums(part, [path.name for path in part.iterdir()]))
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
@@ -143,14 +142,27 @@ def prepare(config: DataConfig, opened: Opened) -> Path:
     return folder
 
 
-def _write(folder: Path, opened: Opened, columns: Columns) -> None:
-    """Reads the files and writes all that is prepared."""
-    started = time.perf_counter()
+def choose_columns(opened: Opened) -> Columns:
+    """The columns of events that are read."""
+    events, rules = opened.events[0], opened.rules
+    # Columns of public sets are named, and events of those have no titles.
+    items = opened.items is not None or opened.public
+    return meaning.choose(list(events.types), rules, events, items=items)
+
+
+def read(opened: Opened) -> tuple[Interactions, Contexts, Reading]:
+    """What the files hold, with what is known of users. Raises as `load`."""
+    columns, started = choose_columns(opened), time.perf_counter()
     interactions, reading = from_sources(opened.events, columns, opened.rules, items=opened.items)
+    contexts = Contexts()
     if opened.users is not None:
         contexts = read_users(opened.users, columns.user, interactions.users)
-    else:
-        contexts = Contexts()
+    _log.info("read in %.1f s", time.perf_counter() - started)
+    return interactions, contexts, reading
+
+
+def _write(folder: Path, interactions: Interactions, contexts: Contexts, reading: Reading) -> None:
+    """Writes all that is prepared."""
     arrays = {
         "users": interactions.users,
         "items": interactions.items,
@@ -163,4 +175,3 @@ def _write(folder: Path, opened: Opened, columns: Columns) -> None:
     interactions.catalog.save(folder / CATALOG)
     contexts.save(folder / CONTEXTS)
     (folder / _READING).write_text(json.dumps(dataclasses.asdict(reading), indent=1))
-    _log.info("prepared in %.1f s", time.perf_counter() - started)

@@ -18,6 +18,7 @@ from ultra_hstu.data.table.chunks import (
     BadId,
     TextColumn,
     compact,
+    exact_ids,
     gaps,
     ids,
     joined,
@@ -27,7 +28,7 @@ from ultra_hstu.data.table.chunks import (
 from ultra_hstu.data.table.columns import TICKS, Columns, Comparison, Reading
 from ultra_hstu.data.table.files import TableFile
 from ultra_hstu.data.table.sides import ItemTable, read_items
-from ultra_hstu.data.table.source import Source
+from ultra_hstu.data.table.source import Frame, Source
 from ultra_hstu.data.table.values import is_date
 from ultra_hstu.data.times import EARLY, FIRST_SECOND, LAST_SECOND
 from ultra_hstu.table_config import TableConfig
@@ -236,7 +237,7 @@ class _Reader:
         columns, config = self.columns, self.config
         if not any(piece.count for piece in self.pieces):
             raise ValueError(f"{first} has no events: expected rows below the header")
-        user, item = self._coded("user"), self._coded("item")
+        user, item = self._coded("user", first), self._coded("item", first)
         actions, texts_of = self._actions()
         for task, rule in config.tasks.items():
             comparison = Comparison.of(rule)
@@ -256,7 +257,10 @@ class _Reader:
             dropped |= self._without_unlisted(events, known, items)
             if config.catalog == "listed":
                 events.item = events.item.among(list(known))
-        interactions, more = grouping.group(events, config, titles)
+        try:
+            interactions, more = grouping.group(events, config, titles)
+        except ValueError as error:
+            raise ValueError(f"{first}: {error}") from None
         if described is not None:
             catalog = described.described(interactions.catalog)
             interactions = dataclasses.replace(interactions, catalog=catalog)
@@ -280,9 +284,10 @@ class _Reader:
         )
         return dataclasses.replace(interactions, features=config.features), reading
 
-    def _coded(self, part: str) -> Coded:
+    def _coded(self, part: str, first: Source) -> Coded:
+        own = isinstance(first, TableFile | Frame)
         try:
-            return self.ids[part].take(ids)
+            return self.ids[part].take(ids if own else exact_ids)
         except BadId as bad:
             name = getattr(self.columns, part)
             raise ValueError(

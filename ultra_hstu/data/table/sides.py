@@ -14,7 +14,7 @@ from ultra_hstu.data.contexts import Contexts, in_order
 from ultra_hstu.data.item_features import ItemColumn, ItemNumbers, ItemTexts
 from ultra_hstu.data.strings import STRINGS, is_strings
 from ultra_hstu.data.table import columns as meaning
-from ultra_hstu.data.table.chunks import BadId, TextColumn, ids, texts
+from ultra_hstu.data.table.chunks import BadId, TextColumn, exact_ids, ids, texts
 from ultra_hstu.data.table.files import TableFile
 from ultra_hstu.data.table.source import Source
 from ultra_hstu.table_config import TableConfig
@@ -234,7 +234,8 @@ def _read(
     if not row:
         raise ValueError(f"{file} has no rows")
     try:
-        of = gathered.pop(column).take(ids)
+        own = isinstance(file, TableFile)
+        of = gathered.pop(column).take(ids if own else exact_ids)
     except BadId as bad:
         raise ValueError(
             f"{file.place(bad.event)}: column {column!r}: {bad.problem}: {str(bad.value)[:80]!r}"
