@@ -39,11 +39,11 @@ class Recipe(Steps[Recommender]):
     """
 
     num_items: int
-    code_sizes: tuple[int, ...] = ()
-    item_features: ItemCodes | None = None
     target_counts: Int[np.ndarray, " I1"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
+    code_sizes: tuple[int, ...] = ()
+    item_features: ItemCodes | None = None
     trained_I: Bool[np.ndarray, " I1"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )

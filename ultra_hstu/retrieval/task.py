@@ -73,9 +73,9 @@ class RetrievalTask(Task[Events]):
         return Recipe(
             self.config,
             self.interactions.num_items,
+            counts,
             self.code_sizes,
             self.item_features,
-            counts,
             trained_I,
         )
 

@@ -70,7 +70,7 @@ class RecommendationModel:
         codes = item_codes(self.config.features, self.catalog.features, self.catalog.titles)
         self.vocabulary = Vocabulary.load(folder.vocabulary, self.config, self.catalog)
         sizes = self.vocabulary.code_sizes(self.config)
-        trained = Recipe(self.config, self.catalog.num_items, sizes, codes)
+        trained = Recipe(self.config, self.catalog.num_items, code_sizes=sizes, item_features=codes)
         self.max_users = max_users
         self.recipe, params = trained.folded(load_params(folder, trained)[1])
         self.params: Params = jax.device_put(quantization.packed(params, tables))
