@@ -28,9 +28,10 @@ from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.progress import Epochs
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.run import Interrupted
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.step import run_steps
-from ultra_hstu.train import Interrupted, train
+from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir, write_json
 
 QUIET = Console(quiet=True)
@@ -209,6 +210,21 @@ def test_a_run_says_what_it_does_and_a_finished_one_says_so(finished):
     text = again.file.getvalue()
     assert "finished before, after 3 epochs: its result is given again" in text
     assert "compil" not in text
+
+
+def test_a_profiled_run_has_the_same_numbers_and_a_table(finished, tmp_path):
+    config, workdir, _ = finished
+    screen = Console(file=io.StringIO(), width=120)
+    train(config, tmp_path / "run", console=screen, profile=True)
+    losses = [
+        [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
+        for folder in (workdir, tmp_path / "run")
+    ]
+    assert losses[0] == losses[1]
+    assert re.search(r"attention +\d", screen.file.getvalue())
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="finished before.*--profile needs steps"):
+        train(config, tmp_path / "run", console=QUIET, profile=True)
 
 
 def test_after_a_signal_no_call_is_started(data_dir, tmp_path, monkeypatch):

@@ -3,13 +3,14 @@
 config.json      the configuration; once there is a checkpoint, a run that differs is refused
 data.json        counts and a hash of the data
 catalog.npz      item ids and titles (the reverse map)
-vocabulary.npz   values of features of events and users, where a run reads such
 interactions.npz the events of a run that was trained on arrays
 checkpoints/     Orbax, newest and best
 metrics.jsonl    one line a record, the same values as TensorBoard's
 tensorboard/
 curves.png       loss and metrics over epochs
 result.json      the numbers of a finished run
+vocabulary.json  values of features of events and of users, where a run reads such
+profile/         a trace of some steps, where `--profile` asked for one
 run.json         every start of the run: command, commit, versions, device, dates, seconds
 
 The folder of `experiments.train --seeds=...` holds one such folder for each seed, seed_N.
@@ -22,7 +23,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -32,7 +33,6 @@ from ultra_hstu import paths
 from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import ARRAYS, Interactions
-from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.fields import difference
 
 # Fields that may change between two starts of the same run: they say where and how long, not what
@@ -79,31 +79,43 @@ class Workdir:
         self.config = self.path / "config.json"
         self.data = self.path / "data.json"
         self.catalog = self.path / "catalog.npz"
-        self.vocabulary = self.path / "vocabulary.npz"
         self.interactions = self.path / "interactions.npz"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
         self.curves = self.path / "curves.png"
         self.result = self.path / "result.json"
         self.starts = self.path / "run.json"
+        self.vocabulary = self.path / "vocabulary.json"
         self._lock: IO[str] | None = None
 
     @property
     def seeds(self) -> dict[int, "Workdir"]:
         """The runs that this folder holds for several seeds, by seed; mostly none."""
+        return self._inside("seed_")
+
+    @property
+    def windows(self) -> dict[int, "Workdir"]:
+        """The models of a run under protocol `windows`, one a window, by number; mostly none."""
+        return self._inside("window_")
+
+    def _inside(self, prefix: str) -> dict[int, "Workdir"]:
+        """The folders of runs that this one holds under names that end in a number."""
         found = {
-            int(path.name[5:]): path
-            for path in self.path.glob("seed_*[0-9]")
-            if path.name[5:].isdigit() and (path / "config.json").exists()
+            int(number): path
+            for path in self.path.glob(f"{prefix}*[0-9]")
+            if (number := path.name.removeprefix(prefix)).isdigit()
+            and (path / "config.json").exists()
         }
-        return {seed: Workdir(found[seed]) for seed in sorted(found)}
+        return {number: Workdir(found[number]) for number in sorted(found)}
 
     @property
     def is_trained(self) -> bool:
         """Whether there is something to lose: a checkpoint, or the numbers of a finished run."""
         steps = self.checkpoints.glob("[1-9]*")  # step 0 is written and deleted, as a trial
-        return self.result.exists() or any(step.name.isdigit() for step in steps)
+        trained = self.result.exists() or any(step.name.isdigit() for step in steps)
+        return trained or any(folder.is_trained for folder in self.windows.values())
 
     def claim(self, config: Config, *, overwrite: bool = False) -> None:
         """Makes the folder this run's own, until `release` or the end of the process.
@@ -209,10 +221,11 @@ class Workdir:
 
     def _remove(self, but: Path | None = None) -> None:
         """Removes what a run writes, and nothing else; the configuration last."""
-        files = [self.data, self.catalog, self.vocabulary, self.interactions]
-        files += [self.metrics, self.curves, self.result]
+        files = [self.data, self.catalog, self.interactions, self.metrics, self.curves]
+        files += [self.vocabulary, self.result]
         try:
-            for path in (self.checkpoints, self.tensorboard):
+            of_windows = [folder.path for folder in self.windows.values()]
+            for path in (self.checkpoints, self.tensorboard, self.profile, *of_windows):
                 if path.exists():
                     shutil.rmtree(path)
             for path in (*files, self.starts, self.config):
@@ -239,7 +252,6 @@ class Workdir:
         config = self.read_config()
         try:
             interactions.catalog.save(self.catalog)
-            Vocabulary.of(config, interactions).save(self.vocabulary)
             if config.data.source == ARRAYS:
                 interactions.save(self.interactions)
         except OSError as error:
@@ -263,6 +275,11 @@ class Workdir:
                 "Point data.raw_dir at that data. To learn from new events, train into another "
                 "--workdir or with --overwrite; to recommend after them, give --history."
             )
+
+    def newest(self) -> "Workdir":
+        """The folder of the model of the newest finished window; else this one."""
+        done = [folder for folder in self.windows.values() if folder.result.exists()]
+        return done[-1] if done else self
 
     def release(self) -> None:
         """Lets another process (or another run of this one) claim the folder."""
@@ -308,23 +325,18 @@ class Workdir:
         return catalog
 
     def read_for_one_device(self, raw_dir: str | None = None) -> Config:
-        """`read_config` as one device computes it; `raw_dir`: where the raw data is, if moved."""
+        """`read_config` as one device computes it; `raw_dir`: where the raw data is, if moved.
+
+        Raises ValueError as it does, and for the folder of several windows.
+        """
         config = self.read_config().on_one_device()
+        if config.train.protocol == "windows" and config.windows.number is None:
+            raise ValueError(
+                f"{self.path} holds the models of {len(self.windows)} windows: name one of them, "
+                f"such as --workdir={self.newest().path}"
+            )
         data = dataclasses.replace(config.data, raw_dir=raw_dir or config.data.raw_dir)
         return dataclasses.replace(config, data=data)
-
-
-def require_same(runs: Sequence[Workdir]) -> None:
-    """Raises ValueError, with the difference, for runs that differ in more than their seeds."""
-    first, *others = (dataclasses.asdict(folder.read_config()) for folder in runs)
-    for folder, config in zip(runs[1:], others, strict=True):
-        config["train"]["seed"] = first["train"]["seed"]
-        if lines := [one for one in difference(first, config) if not one.startswith(FREE_FIELDS)]:
-            listed = "\n  ".join(lines)
-            raise ValueError(
-                f"{folder.path} has another configuration than {runs[0].path}, so that no mean is "
-                f"taken:\n  {listed}\nName one of them with --workdir."
-            )
 
 
 def read_object(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str, Any]:

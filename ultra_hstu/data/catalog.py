@@ -76,6 +76,15 @@ class Catalog:
         more = {name: item_features.column_of(name, one, raw_ids) for name, one in features.items()}
         return dataclasses.replace(self, features=dict(self.features) | more)
 
+    def only(self, items: Integer[np.ndarray, " n"]) -> "Catalog":
+        """The catalogue of these dense ids, which ascend, alone."""
+        titles = self.titles
+        return Catalog(
+            self.raw_ids[np.append(0, items)],
+            None if titles is None else tuple(titles[item] for item in (0, *items.tolist())),
+            {name: column.reordered(items - 1) for name, column in self.features.items()},
+        )
+
     def features_of(self, item: int) -> dict[str, list[str]]:
         """What is known of a dense id, by the names of columns, as texts."""
         return {name: column.words(item) for name, column in self.features.items()}

@@ -216,20 +216,20 @@ def item_codes(
     config: FeatureConfig,
     columns: Mapping[str, ItemColumn],
     titles: Sequence[str] | None = None,
+    items: int | None = None,
 ) -> ItemCodes | None:
     """The codes of the columns that a model reads; None where it reads none.
 
     Args:
       titles: of all slots; they are the column "title", if no other is.
+      items: how many the model has room for; None: as many as there are.
 
     Raises:
       ValueError: an unknown column, buckets or a net of texts, a number with too many values.
     """
     if not config.items:
         return None
-    if titles is not None and any(Spelled.of(name).column == TITLE for name in config.items):
-        columns = {TITLE: ItemTexts.of([[title] for title in titles[1:]])} | dict(columns)
-    check_names(config, columns)
+    columns = _with_titles(config, columns, titles)
     parts, numbers = [], []
     sizes: list[int] = []
     slots = 0
@@ -251,7 +251,37 @@ def item_codes(
     number_IN = np.concatenate([np.zeros((slots, 0)), *numbers], axis=1).astype(np.float32)
     widths = tuple(part.shape[1] for part in parts)
     code_IV = np.concatenate(parts, axis=1).astype(np.int32)
-    return ItemCodes(code_IV, widths, tuple(sizes), number_IN)
+    more = ((0, 0 if items is None else items + 1 - slots), (0, 0))
+    return ItemCodes(np.pad(code_IV, more), widths, tuple(sizes), np.pad(number_IN, more))
+
+
+def entries(
+    config: FeatureConfig,
+    columns: Mapping[str, ItemColumn],
+    titles: Sequence[str] | None = None,
+) -> dict[str, tuple[str, ...]]:
+    """What the entries of `item_codes` stand for, by name, in the order of their codes."""
+    columns, found = _with_titles(config, columns, titles), {}
+    for name in config.items:
+        spelled, column = Spelled.of(name), columns[Spelled.of(name).column]
+        if spelled.size:
+            found[name] = tuple(map(str, range(spelled.size)))
+        elif isinstance(column, ItemTexts):
+            found[name] = tuple(column.values.tolist()) or ("",)
+        elif not spelled.mlp:
+            numbers = column.numbers[~np.isnan(column.numbers)].tolist()
+            found[name] = tuple(map(text_of, dict.fromkeys(numbers))) or ("",)
+    return found
+
+
+def _with_titles(
+    config: FeatureConfig, columns: Mapping[str, ItemColumn], titles: Sequence[str] | None
+) -> Mapping[str, ItemColumn]:
+    """The columns, and that of titles where it is read. Raises ValueError for unknown ones."""
+    if titles is not None and any(Spelled.of(name).column == TITLE for name in config.items):
+        columns = {TITLE: ItemTexts.of([[title] for title in titles[1:]])} | dict(columns)
+    check_names(config, columns)
+    return columns
 
 
 def _of_texts(

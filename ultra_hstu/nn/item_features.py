@@ -47,6 +47,16 @@ class ItemCodes:
     def as_matrix(self) -> bool:
         return self.code_IV.shape[0] * self.entries <= MATRIX_SIZE
 
+    @functools.cached_property
+    def matrix_IF(self) -> Float32[np.ndarray, "I1 F"]:
+        """The share of each value in the mean of its column, 0 of values that an item lacks."""
+        matrix_IF = np.zeros((len(self.code_IV), 1 + self.entries), np.float32)
+        for part_IV in self.parts(self.code_IV):
+            share_I = 1 / np.maximum((part_IV > 0).sum(axis=1), 1)
+            for code_I in part_IV.T:
+                matrix_IF[np.arange(len(code_I)), code_I] += share_I
+        return matrix_IF[:, 1:]
+
     def parts[Codes: (np.ndarray, Array)](self, code_XV: Codes) -> Iterator[Codes]:
         """The columns of each column of features."""
         first = 0
@@ -100,9 +110,7 @@ class ItemFeatures(nnx.Module):
             if not size:
                 continue
             if self.codes.as_matrix:
-                number_1F = 1 + first + jnp.arange(size, dtype=jnp.int32)[None, :]
-                times = ((code_t[:, None] == number_1F) * 1.0 for code_t in code_tV.T)
-                share_tF = functools.reduce(operator.add, times) / count_t1
+                share_tF = jnp.asarray(self.codes.matrix_IF[:, first : first + size])[item_t]
                 yield jnp.matmul(share_tF, table_FD, precision="highest")
             else:
                 found = (

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from ultra_hstu import tasks
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config, Kind
 from ultra_hstu.data.interactions import Interactions, load_interactions
@@ -75,7 +76,7 @@ class RunData:
     def interactions(self) -> Interactions:
         """Raises ValueError where the data is not what the run was trained on, or cannot be
         read."""
-        interactions = load_interactions(self.config.data)
+        interactions = tasks.as_known(self.config, load_interactions(self.config.data))
         self.folder.check_data(interactions)
         return interactions
 

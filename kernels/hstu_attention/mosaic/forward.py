@@ -112,6 +112,13 @@ def forward(
                 next_slot = lax.rem(slot + 1, RECORDS)
                 after = WorkItem(gm, s, next_slot)
 
+                def next_bounds():
+                    wait(s.rec_full, next_slot)
+                    return after.bounds(first_row(after))
+
+                # Records that come in turns are there: their bounds are read meanwhile.
+                read = next_bounds() if gm.in_turns else None
+
                 def accumulate(acc):
                     def scores_beside_values(my_q, now, more, p):
                         """Scores of block `now` of the ring.
@@ -144,10 +151,15 @@ def forward(
                     arrive(s.q_empty, lax.rem(slot, config.q_slots))
                     # The next item begins while this one ends. Behind the last, what is computed
                     # goes nowhere.
-                    wait(s.rec_full, next_slot)
-                    more = after.tile >= 0
-                    pl.when(more)(lambda: wait(s.q_full, lax.rem(next_slot, config.q_slots)))
-                    nearest_next = after.bounds(first_row(after))
+                    if gm.in_turns:
+                        more = after.tile >= 0
+                        pl.when(more)(lambda: wait(s.q_full, lax.rem(next_slot, config.q_slots)))
+                        nearest_next = read
+                    else:
+                        wait(s.rec_full, next_slot)
+                        more = after.tile >= 0
+                        pl.when(more)(lambda: wait(s.q_full, lax.rem(next_slot, config.q_slots)))
+                        nearest_next = after.bounds(first_row(after))
                     scores, before = scores_beside_values(
                         queries(next_slot), lax.rem(step + count, stages), more, last
                     )

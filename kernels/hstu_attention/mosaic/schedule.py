@@ -134,7 +134,12 @@ def make_schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> list[Sche
         for blocks, _ in met
     ]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *padded)
-    pack = functools.partial(_pack, heads=wanted[0].heads, may_split=may_split(plan))
+    pack = functools.partial(
+        _pack,
+        heads=wanted[0].heads,
+        may_split=may_split(plan),
+        heads_together=heads_together(plan),
+    )
     items = zip(*jax.vmap(pack)(stacked, jnp.asarray(ranges, jnp.int32)), strict=True)
     return [
         Schedule(*item, bounds, tail_start(plan))
@@ -242,6 +247,23 @@ def may_split(plan: AttentionPlan) -> bool:
     return not (light and plan.rows_in_one_piece)
 
 
+def in_turns(plan: AttentionPlan) -> bool:
+    """Whether thread blocks take items in fixed turns, instead of drawing them.
+
+    Drawing takes as long as a light item. Items are sorted, so that no thread block gets more work
+    than another by more than the heaviest item.
+    """
+    return not may_split(plan)
+
+
+def heads_together(plan: AttentionPlan) -> bool:
+    """Whether the heads of a tile follow one another, instead of the tiles of a head.
+
+    The heads of a row stand side by side in memory, which gives them out best together.
+    """
+    return not may_split(plan)
+
+
 def part_slots(plan: AttentionPlan, wanted: WorkList) -> int:
     """How many slots for partial sums there are, for all heads together."""
     tiles = rounded_up(plan.num_rows) // wanted.tile
@@ -260,7 +282,12 @@ def _capacity(tiles: int, heads: int, split: bool) -> tuple[int, int]:
 
 
 def _pack(
-    x: MetBlocks, tile_range: Int[Array, " 2"], *, heads: int, may_split: bool
+    x: MetBlocks,
+    tile_range: Int[Array, " 2"],
+    *,
+    heads: int,
+    may_split: bool,
+    heads_together: bool,
 ) -> tuple[Records, Parts]:
     """Every tile in its range is done once a head, in pieces if it is heavy and `may_split`."""
     tiles, (first_tile, end_tile) = x.lo.shape[0], tile_range
@@ -300,15 +327,18 @@ def _pack(
     table = jnp.pad(table, ((0, 0), (0, RECORD - table.shape[1]))).astype(jnp.int32)
 
     order = jnp.argsort(jnp.where(used, begin - end, 1), stable=True)
-    # Head after head: what runs at a time then reads keys and values of one or two heads, which
-    # the L2 cache holds.
     number = jnp.arange(item.shape[0] * heads + 1, dtype=jnp.int32)
-    head, at = (number // num_items)[:, None], order[number % num_items]
     column = jnp.arange(RECORD)[None, :]
+    if heads_together:
+        head, at = (number % heads)[:, None], order[number // heads]
+        last = (number >= num_items * heads)[:, None]
+    else:
+        # Head after head: what runs at a time then reads keys and values of one or two heads, which
+        # the L2 cache holds.
+        head, at = (number // num_items)[:, None], order[number % num_items]
+        last = head >= heads
     records = table[at]
-    records = jnp.where(
-        (column == TILE) & (head >= heads), -1, jnp.where(column == HEAD, head, records)
-    )
+    records = jnp.where((column == TILE) & last, -1, jnp.where(column == HEAD, head, records))
     records = jnp.where((column == SLOT) & (records >= 0), records * heads + head, records)
 
     number = jnp.arange(splits * heads, dtype=jnp.int32)
