@@ -76,30 +76,31 @@ class Call:
         return sum(self.inputs) // self.depth
 
     @property
+    def vectors(self) -> tuple[str, ...]:
+        """What has one number a column: its names in memory."""
+        return ("column_scale",) * self.scaled + ("bias",) * self.biased
+
+    @property
     def held(self) -> bool:
         return self.steps * BYTES <= HELD_BYTES and len(self.inputs) == 1 and not self.residual
 
 
-def refusal(
-    dtype: DTypeLike, rows: int, width: int, widths: tuple[int, ...], gradient: bool = False
-) -> str | None:
-    """Why no product in e4m3 of such rows can run here, or None.
+def refusal(dtype: DTypeLike, rows: int, widths: tuple[int, ...]) -> str | None:
+    """Why no product of such rows can run here, or None.
 
     Args:
       dtype: of the results.
-      width, widths: columns of x and of the results.
-      gradient: the product that makes the gradient of x runs in e4m3, too.
+      widths: of x and of the results, whose gradient is a product, too.
     """
     current = device.current()
     if not current.is_hopper:
         return f"mosaic needs a Hopper GPU (H100, H200), the device is {current.kind!r}; use 'xla'"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"mosaic takes bfloat16 or float16, got {jnp.dtype(dtype).name}; use 'xla'"
-    within, across = (COLUMNS if gradient else BYTES), COLUMNS
-    if rows % (2 * ROWS) or width % within or any(each % across for each in widths):
+    if rows == 0 or rows % (2 * ROWS) or any(width % COLUMNS for width in widths):
         return (
-            f"mosaic takes rows in multiples of {2 * ROWS}, widths of x of {within}, of results of "
-            f"{across}; got {rows} rows, {width} and {widths}; use 'xla'"
+            f"mosaic takes rows in multiples of {2 * ROWS} and widths of {COLUMNS}, "
+            f"got {rows} rows of {widths}; use 'xla'"
         )
     return None
 
@@ -189,7 +190,8 @@ def _held(call):
             wait(s.w_full)
 
             def one_tile(i, carry):
-                turn = 2 * i + wg
+                rows = rows_of(2 * i + wg)
+                factor = row_values(gm.row_scale, rows) if call.scaled else None
 
                 def sums(acc):
                     for k in range(steps):
@@ -202,7 +204,7 @@ def _held(call):
                     return acc[...]
 
                 total = with_sums(sums, (ROWS, COLUMNS))
-                _write(call, gm, s.o.at[wg], total, rows_of(turn), column)
+                _write(call, gm, s, wg, total, rows, column, 0, factor)
                 return carry
 
             lax.fori_loop(0, (count - wg + 1) // 2, one_tile, 0)
@@ -214,6 +216,7 @@ def _held(call):
                 w_rows = pl.ds(pl.multiple_of(column, COLUMNS), COLUMNS)
                 source = gm.w.at[w_rows, pl.ds(k * call.depth, call.depth)]
                 plgpu.copy_gmem_to_smem(source, s.w.at[k], s.w_full)
+            _fill_vectors(call, gm, s, column, 0, s.w_full)
 
             def one_tile(turn, carry):
                 whose, i = lax.rem(turn, 2) * STAGES, turn // 2
@@ -230,8 +233,9 @@ def _held(call):
         x=_tiled((2 * STAGES, ROWS, call.depth), call.operands),
         w=_tiled((steps, COLUMNS, call.depth), call.operands),
         o=_tiled((2, 2, ROWS, CHUNK), call.dtype),
-        w_full=plgpu.Barrier(num_arrivals=steps),
+        w_full=plgpu.Barrier(num_arrivals=steps + len(call.vectors)),
         **ring("x", 2 * STAGES, filled=1, emptied=1),
+        **{name: plgpu.SMEM((1, COLUMNS), jnp.float32) for name in call.vectors},
     )
 
 
@@ -252,10 +256,15 @@ def _streamed(call):
         @computing(wg < 2)
         def _compute():
             open_rings(s, x=STAGES)
+            if call.vectors:
+                open_rings(s, vector=2)
 
             def one_tile(turn, carry):
                 row, column = place(turn)
                 rows = pl.ds(pl.multiple_of(row + wg * ROWS, ROWS), ROWS)
+                factor = row_values(gm.row_scale, rows) if call.scaled else None
+                if call.residual:
+                    _fetch_residual(gm, s, wg, rows, column, 0)
 
                 def sums(acc):
                     def one_step(k, carry):
@@ -277,8 +286,12 @@ def _streamed(call):
                     return acc[...]
 
                 total = with_sums(sums, (ROWS, COLUMNS))
-                residual = s.residual_full.at[wg] if call.residual else None
-                _write(call, gm, s.o.at[wg], total, rows, column, residual)
+                slot = lax.rem(turn, 2)
+                if call.vectors:
+                    wait(s.vector_full, slot)
+                _write(call, gm, s, wg, total, rows, column, slot, factor)
+                if call.vectors:
+                    arrive(s.vector_empty, slot)
                 return carry
 
             lax.fori_loop(0, count, one_tile, 0)
@@ -290,6 +303,10 @@ def _streamed(call):
                 row, column = place(turn)
                 rows = pl.ds(pl.multiple_of(row, 2 * ROWS), 2 * ROWS)
                 w_rows = pl.ds(pl.multiple_of(column, COLUMNS), COLUMNS)
+                if call.vectors:
+                    slot = lax.rem(turn, 2)
+                    wait(s.vector_empty, slot)
+                    _fill_vectors(call, gm, s, column, slot, s.vector_full.at[slot])
                 before = 0
                 for number, width in enumerate(call.inputs):
                     source = getattr(gm, f"x{number}")
@@ -314,28 +331,48 @@ def _streamed(call):
         w=_tiled((STAGES, COLUMNS, call.depth), call.operands),
         o=_tiled((2, 2, ROWS, CHUNK), call.dtype),
         **ring("x", STAGES, filled=2, emptied=2),
+        **{name: plgpu.SMEM((2, COLUMNS), jnp.float32) for name in call.vectors},
     )
+    if call.vectors:
+        scratch |= ring("vector", 2, filled=len(call.vectors), emptied=2)
     if call.residual:
-        scratch["residual_full"] = plgpu.Barrier(num_barriers=2)
+        scratch["residual_full"] = plgpu.Barrier(num_barriers=4)
     return kernel, scratch
 
 
-def _write(call, gm, stages, total, rows, column, residual_full=None):
+def _fill_vectors(call, gm, s, column, slot, full):
+    """Copies what has one number for each of a tile's columns."""
+    columns = pl.ds(pl.multiple_of(column, COLUMNS), COLUMNS)
+    for name in call.vectors:
+        plgpu.copy_gmem_to_smem(getattr(gm, name).at[columns], getattr(s, name).at[slot], full)
+
+
+def _fetch_residual(gm, s, wg, rows, column, first):
+    """Copies the residual of two chunks of a warpgroup's tile to where they are written from."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for c in range(2):
+        source = gm.residual.at[rows, pl.ds(column + (first + c) * CHUNK, CHUNK)]
+        plgpu.copy_gmem_to_smem(source, s.o.at[wg, c], s.residual_full.at[2 * wg + c])
+
+
+def _write(call, gm, s, wg, total, rows, column, slot, factor):
     """Scales, adds and writes a warpgroup's sums, 64 columns at a time, from two stages in turn."""
-    shape = (ROWS, CHUNK)
-    factor = row_values(gm.row_scale, rows) if call.scaled else None
+
+    def of_columns(name, c):
+        values = plgpu.load(getattr(s, name).at[slot, pl.ds(c * CHUNK, CHUNK)], layout=COLUMN)
+        return lax.broadcast_in_dim(values, (ROWS, CHUNK), [1])
+
     for c in range(COLUMNS // CHUNK):
-        chunk, stage = total[:, c * CHUNK : (c + 1) * CHUNK], stages.at[c % 2]
-        columns = pl.ds(column + c * CHUNK, CHUNK)
+        chunk, stage = total[:, c * CHUNK : (c + 1) * CHUNK], s.o.at[wg, c % 2]
         if call.scaled:
-            chunk = chunk * lax.broadcast_in_dim(factor, shape, [0])
-            chunk = chunk * _of_columns(gm.column_scale, columns, shape)
+            chunk = chunk * lax.broadcast_in_dim(factor, (ROWS, CHUNK), [0])
+            chunk = chunk * of_columns("column_scale", c)
         if call.biased:
-            chunk = chunk + _of_columns(gm.bias, columns, shape)
-        if residual_full is not None:
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            plgpu.copy_gmem_to_smem(gm.residual.at[rows, columns], stage, residual_full)
-            wait(residual_full)
+            chunk = chunk + of_columns("bias", c)
+        if call.residual:
+            if c == 2:
+                _fetch_residual(gm, s, wg, rows, column, 2)
+            wait(s.residual_full, 2 * wg + c % 2)
             before = plgpu.load(stage, layout=plgpu.Layout.WGMMA)
             chunk = chunk + before.astype(jnp.float32)
         put(stage, chunk, 1)
@@ -349,12 +386,6 @@ def _write(call, gm, stages, total, rows, column, residual_full=None):
                 plgpu.copy_smem_to_gmem(stage, out.at[rows, pl.ds(within + c * CHUNK, CHUNK)])
 
             first += width
-
-
-def _of_columns(values, columns, shape):
-    """One number for each column, for all rows."""
-    loaded = plgpu.load(values.at[columns], layout=COLUMN, optimized=False)
-    return lax.broadcast_in_dim(loaded, shape, [1])
 
 
 def _tiled(shape, dtype):

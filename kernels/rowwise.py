@@ -15,7 +15,9 @@ from kernels import device, triton_call
 NORM_STATS = "norm_stats"
 WIDEST = 4096
 PER_WARP = 512  # entries of a block that a warp holds, in registers
+WARPS = 4  # of a program, where a row is not wider than they hold
 PROGRAMS = 396  # of a backward, which hold a part of the sums over rows each: three a processor
+STAGES = 2  # of a backward's loads: those of the next block are under way
 
 
 class RowSpec(NamedTuple):
@@ -69,7 +71,7 @@ def launch(
         outputs.
     """
     padded = padded_width(width)
-    block = max(1, 4 * PER_WARP // padded)
+    block = max(1, WARPS * PER_WARP // padded)
     blocks = -(-rows // block)
     programs = min(PROGRAMS, blocks) if sums else blocks
     parts = [jax.ShapeDtypeStruct((programs, each), jnp.float32) for each in sums]
@@ -82,7 +84,7 @@ def launch(
         stages=1,
         constants={"T": rows, "D": width, "W": padded, "BR": block}
         | constants
-        | ({"PROGRAMS": programs} if sums else {}),
+        | ({"PROGRAMS": programs, "STAGES": STAGES} if sums else {}),
     )
     return [*results[: len(outs)], *(part.sum(0) for part in results[len(outs) :])]
 

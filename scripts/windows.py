@@ -25,9 +25,10 @@ from ultra_hstu import report, tasks
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria
 from ultra_hstu.fields import changed
+from ultra_hstu.json_files import read_object
 from ultra_hstu.task import Task
 from ultra_hstu.train import train
-from ultra_hstu.workdir import Workdir, read_object
+from ultra_hstu.workdir import Workdir
 
 ANEW, CONTINUED = "anew", "continued"
 _CONFIG = command.define_config()

@@ -23,9 +23,10 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from ultra_hstu.criteria import Metrics
 from ultra_hstu.digests import digests
+from ultra_hstu.json_files import remedy_of
 from ultra_hstu.parallel import processes
 from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
-from ultra_hstu.workdir import Workdir, remedy_of
+from ultra_hstu.workdir import Workdir
 
 BEST_STEP, HASHES, SHA256 = "best_step", "hashes", "sha256"  # beside the position itself
 ANSWER_SECONDS = 60  # after a process has read a checkpoint, the others have nearly done so
@@ -340,6 +341,12 @@ def load_state(folder: Workdir, like: PyTree) -> Restored:
     """As `load_params`, with all of the state; `like` has its shapes, dtypes and shardings."""
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
     restored = checkpoints.restore(like, best=True)
+    if restored is None and folder.result.exists() and folder.path.name.startswith("window_"):
+        keep = folder.read_config().train.keep_checkpoints
+        raise ValueError(
+            f"{folder.path} has no checkpoint any more: the train.keep_checkpoints={keep} newest "
+            "windows keep theirs"
+        )
     if restored is None or restored.step == UNTRAINED:
         raise ValueError(
             f"{folder.path} has no checkpoint yet: train it first, "

@@ -17,6 +17,8 @@ from ultra_hstu.profiling import ProfiledCall
 from ultra_hstu.step import TrainState, run_steps
 from ultra_hstu.task import Task
 
+Program = jax.stages.Compiled | ProfiledCall  # of a training call
+
 
 def compile_run(
     task: Task,
@@ -26,7 +28,7 @@ def compile_run(
     console: Console,
     *,
     profile: Path | None = None,
-) -> jax.stages.Compiled | ProfiledCall:
+) -> Program:
     """The training call, compiled for the shapes that all its calls have; the evaluation, too.
 
     Args:

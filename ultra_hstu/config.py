@@ -114,6 +114,8 @@ class ModelConfig(Section):
     channels: dict[str, ChannelConfig] = dataclasses.field(default_factory=dict)
     # Precision of the uvqk and output projections in the forward; "same" follows dtype.
     projection: Literal["same", "fp8"] = "same"
+    # Of the products that make the gradients of what those projections read: fp8 beside fp8.
+    projection_gradient: Literal["same", "fp8"] = "same"
     # What the backward computes again instead of keeping it.
     remat: Literal["none", "selective"] = "none"
     # Mini-sequences: rows that token-wise parts work on at one time; None: all.
@@ -274,8 +276,12 @@ class Config(Section):
                 raise ValueError(f"model.truncate_after={after} {below}")
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
-            lacks = (*masks, *cuts, "alpha", "projection", "remat", "chunk_rows")
+            lacks = (*masks, *cuts, "alpha", "projection", "projection_gradient")
+            lacks = (*lacks, "remat", "chunk_rows")
             without["model.kind='sasrec'", "use 'hstu'"] = lacks
+        if model.projection == "same":
+            why = "model.projection='same', whose gradients follow dtype"
+            without[why, "use projection='fp8'"] = ("projection_gradient",)
         if model.attention == "softmax":
             without["model.attention='softmax', which is plain causal", "use 'silu'"] = masks
         if model.preset == "research":

@@ -55,13 +55,17 @@ class Evaluator(abc.ABC):
         self._run = self._run.lower(scored, group.feed, np.int32(group.steps)).compile()
         processes.barrier()
 
-    def adopt(self, other: "Evaluator") -> None:
-        """Takes the compiled program of an evaluator that computes the same in the same shapes."""
+    def adopt(self, other: "Evaluator") -> bool:
+        """Takes the compiled program of an evaluator of the same model, if the shapes are the same.
+
+        Returns whether they are.
+        """
         pair = self, other
         feeds = [next(iter(one.loader.groups(one.plan))).feed for one in pair]
         same = shapes(feeds[0]) == shapes(feeds[1]) and self.static == other.static
         if same and isinstance(other._run, jax.stages.Compiled):
             self._run = other._run
+        return same
 
     @property
     def static(self) -> Hashable:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 from rich.console import Console
 
 from ultra_hstu import progress
@@ -104,10 +105,13 @@ def like_of(task: Task, vocabulary: Vocabulary | None = None) -> TrainState:
     if recipe.shardings is None:
         return abstract(shapes)
 
-    def place(leaf: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    def place(where: jax.sharding.Sharding, tree: PyTree) -> PyTree:
+        """A parameter of a state is a node there, and has one sharding."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
+        )
 
-    return jax.tree.map(place, shapes, recipe.shardings)
+    return jax.tree.map(place, recipe.shardings, shapes)
 
 
 def _counts(index: Index) -> dict[str, int]:

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import RETRIEVAL, Criteria, Metrics, display_name
+from ultra_hstu.json_files import not_written, parse_object, write_text
 from ultra_hstu.trackers import Guarded, TensorBoard, Tracker
-from ultra_hstu.workdir import not_written, parse_object, write_text
 
 _LINES = ("-", "--", "-.", ":")  # of what needs no model
 RECORD_FIELDS = {"step": int}  # of every line of `metrics.jsonl`

@@ -9,24 +9,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array
 from rich.console import Console
 
 from ultra_hstu import optim, progress, report, signals
 from ultra_hstu.checkpoint import Checkpoints, Position, abstract
-from ultra_hstu.compiling import compile_run
+from ultra_hstu.compiling import Program, compile_run
 from ultra_hstu.criteria import Metrics
 from ultra_hstu.data.feed import Group, Plan
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.initial import parameters_of
+from ultra_hstu.json_files import write_json
 from ultra_hstu.parallel import processes
-from ultra_hstu.profiling import ProfiledCall
 from ultra_hstu.step import HISTORY, TrainState, largest_weight
 from ultra_hstu.task import Task
 from ultra_hstu.trackers import Tracker
-from ultra_hstu.workdir import Workdir, write_json
+from ultra_hstu.workdir import Workdir
 
 # Epochs without a better metric where train.patience is None and the protocol has validation data.
 VALIDATED_PATIENCE = 10
@@ -103,7 +102,7 @@ class Run:
     def step(self) -> int:
         return int(self.state.step)
 
-    def _compile(self, profile: Path | None = None) -> jax.stages.Compiled | ProfiledCall:
+    def _compile(self, profile: Path | None = None) -> Program:
         """The training call, and the evaluation; `profile`: the folder for a trace."""
         started = time.perf_counter()
         compiled = compile_run(

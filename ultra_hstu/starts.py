@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ultra_hstu import provenance
+from ultra_hstu.json_files import read_object, write_json
 from ultra_hstu.parallel import processes
-from ultra_hstu.workdir import Workdir, read_object, write_json
+from ultra_hstu.workdir import Workdir
 
 log = logging.getLogger(__name__)
 STARTED = "still at work, or killed"

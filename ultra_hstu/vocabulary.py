@@ -19,7 +19,8 @@ from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.vocabulary import Vocabulary as Codebook
 from ultra_hstu.feature_config import Spelled
-from ultra_hstu.workdir import Workdir, read_object, write_json
+from ultra_hstu.json_files import read_object, write_json
+from ultra_hstu.workdir import Workdir
 
 NEW, EMPTY = -1, -2  # in the place of a known entry: one that is new, one that stands for nothing
 Index = Int32[np.ndarray, " entries"]  # of the old entry, of each new one

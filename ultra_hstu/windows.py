@@ -8,30 +8,31 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from rich.console import Console
 
 from ultra_hstu import progress, report, signals, tasks
 from ultra_hstu.checkpoint import load_state
+from ultra_hstu.compiling import Program
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data import windows
 from ultra_hstu.data.feed import Plan
+from ultra_hstu.data.interactions import ARRAYS
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.fields import changed
 from ultra_hstu.initial import like_of
+from ultra_hstu.json_files import read_object, write_json
 from ultra_hstu.parallel import processes
-from ultra_hstu.profiling import ProfiledCall
 from ultra_hstu.run import Run
 from ultra_hstu.step import TrainState, shapes
 from ultra_hstu.task import Task
 from ultra_hstu.trackers import Tracker
 from ultra_hstu.vocabulary import Vocabulary, carried
-from ultra_hstu.workdir import Workdir, read_object, write_json
+from ultra_hstu.workdir import Workdir
 
 ROW_FIELDS = {"window": int, "steps": int, "metrics": dict}  # of `result.json` in a window's folder
 Row = dict[str, Any]
@@ -56,11 +57,10 @@ class _Before(NamedTuple):
 
 @dataclasses.dataclass
 class _Programs:
-    """What was compiled for the window before, for one of the same shapes."""
+    """What was compiled for earlier windows, for those of the same shapes; few have others."""
 
-    key: object = None
-    train: jax.stages.Compiled | ProfiledCall | None = None
-    evaluator: Evaluator | None = None
+    training: list[tuple[Hashable, Program]] = dataclasses.field(default_factory=list)
+    evaluators: list[Evaluator] = dataclasses.field(default_factory=list)
 
 
 def train_windows(
@@ -73,6 +73,8 @@ def train_windows(
     """
     config, data = task.config, task.interactions
     config = changed(config, windows={"number": None})
+    if config.data.source == ARRAYS:
+        processes.broadcast(lambda: data.save(root.interactions))
     found, programs = windows.windows(data, config.windows), _Programs()
     progress.line(console, "windows", f"{len(found)}, {found[0].words} the first")
     before: _Before | None = None
@@ -203,7 +205,9 @@ class WindowRun(Run):
             )
         self.is_first, self.starts = before is None, config.windows.start == "anew"
         if before is None or self.starts:
-            first, self.starts = task.recipe.start(config.train.seed), True
+            own, self.starts = task.vocabulary, True
+            first = task.recipe.start(config.train.seed)  # has entries where there is but room
+            first = carried(first, like_of(task), own.tables(own))
         else:
             first = before.on(task)
         self.first_step = int(first.step)
@@ -213,11 +217,11 @@ class WindowRun(Run):
         self.note = ""
         if self.position.epoch == 0 and self.position.batch == 0:
             self.position.last = self._judge()
-        if self.learns:
+        if not self.learns:
+            self.note = self.note or "no event behind another one: nothing to learn"
+        elif not self._ended():
             self.run_steps = self._compile()
             self._train()
-        else:
-            self.note = self.note or "no event behind another one: nothing to learn"
         return self._finish()
 
     def _judge(self) -> Metrics:
@@ -232,25 +236,28 @@ class WindowRun(Run):
             self.note = str(error)
             log.warning("window %d is not judged by: %s", self.window.number, error)
             return {}
-        if self.programs.evaluator is not None and not self.config.features.items:
-            evaluator.adopt(self.programs.evaluator)
+        adopted = any(evaluator.adopt(other) for other in self.programs.evaluators)
         anew = self.config.windows.start == "anew"
         state = before.on(task) if anew else self.state
         started = time.perf_counter()
         evaluator.compile(state.params)
         self.position.compile_seconds += time.perf_counter() - started
-        self.programs.evaluator = evaluator
+        if not adopted:
+            self.programs.evaluators.append(evaluator)
         return processes.broadcast(lambda: dict(evaluator(state.params)))
 
-    def _compile(self, profile: Path | None = None) -> jax.stages.Compiled | ProfiledCall:
-        group = next(iter(self.loader.groups(self._plan())))
+    def _compile(self, profile: Path | None = None) -> Program:
+        group = next(iter(self.loader.groups(self.loader.plan())))
         key = shapes((self.state, group.feed))
-        # What a program holds as constants is that of its window alone.
-        constant = self.config.loss.kind == "in_batch" and not self.config.rank.tasks
-        constant |= bool(self.config.features.items)
-        if self.programs.train is None or self.programs.key != key or constant:
-            self.programs.train, self.programs.key = super()._compile(profile), key
-        return self.programs.train
+        for other, program in self.programs.training:
+            if other == key:
+                return program
+        program = super()._compile(profile)
+        # Frequencies and features of items are constants of the program.
+        frequencies = self.config.loss.kind == "in_batch" and not self.config.rank.tasks
+        if not frequencies and not self.config.features.items:
+            self.programs.training.append((key, program))
+        return program
 
     def _evaluator(self) -> None:
         """The window was judged before."""

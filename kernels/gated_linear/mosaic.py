@@ -24,9 +24,7 @@ def unsupported(spec: LinearSpec) -> str | None:
     """Why these calls cannot run on the current device, or None."""
     if spec.precision != "fp8":
         return "mosaic multiplies in fp8, not in the dtype of u; use 'triton' or 'xla'"
-    reason = hopper_product.refusal(
-        spec.dtype, spec.rows, spec.width, spec.widths, spec.gradient == "fp8"
-    )
+    reason = hopper_product.refusal(spec.dtype, spec.rows, (spec.width, *spec.widths))
     return reason or rowwise.refusal(RowSpec(spec.dtype, max(spec.width, *spec.widths)))
 
 

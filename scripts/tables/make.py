@@ -24,6 +24,7 @@ from scripts.tables import (
     ranking,
     retrieval,
     sampling,
+    windows,
 )
 from scripts.tables import serve as serve_tables
 from scripts.tables import serving as serving_tables
@@ -73,6 +74,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "int4": sampling.int4_table,
     },
     "docs/features.md": {"item_features": features.item_features_table},
+    "docs/windows.md": {
+        "swap": windows.swap_table,
+        "windows": windows.compared_table,
+        "windows_ml1m": windows.windows_table,
+    },
     "docs/your_data.md": {"prepare": data.prepare_table},
     "docs/cached_scoring.md": {
         "serving_operations": serving_tables.operations_table,
@@ -92,6 +98,7 @@ FIGURES = (
     serving_tables.serving_figure,
     serve_tables.serve_figure,
     context_parallel.context_parallel_figure,
+    windows.draw,
 )
 
 

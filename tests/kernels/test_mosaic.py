@@ -219,9 +219,26 @@ def test_no_tile_is_split_where_none_can_be_heavy():
         wanted = WorkList.forward(2, 64)
         work = schedule_of(plan, wanted)
         check_work(plan, work, dense, wanted)
+        check_halves(np.asarray(work.records), dense, wanted)
         assert not work.parts.size and (np.asarray(work.records)[:, schedule.SLOT] < 0).all()
     assert schedule.may_split(make_plan(AttentionMask(window=60), offsets, rows, np.array([3, 0])))
     assert schedule.may_split(make_plan(AttentionMask(window=60, full_rows=5), offsets, rows))
+
+
+def check_halves(records, dense, wanted):
+    """LATE and EARLY say exactly which end a half leaves out."""
+    tile, block = wanted.tile, wanted.block
+    used = records[records[:, schedule.TILE] >= 0]
+    assert used[:, schedule.LATE].any() and used[:, schedule.EARLY].any()
+    for r in used:
+        met = [
+            i + r[schedule.SHIFT0 + (i >= r[schedule.CUT1]) + (i >= r[schedule.CUT2])]
+            for i in range(r[schedule.COUNT])
+        ]
+        for half, at, field in ((1, met[0], schedule.LATE), (0, met[-1], schedule.EARLY)):
+            first = r[schedule.TILE] * tile + half * tile // 2
+            seen = dense[first : first + tile // 2, at * block : (at + 1) * block].any()
+            assert r[field] == (len(met) > 1 and not seen)
 
 
 def check_work(plan, work, dense, wanted):

@@ -76,15 +76,6 @@ class Catalog:
         more = {name: item_features.column_of(name, one, raw_ids) for name, one in features.items()}
         return dataclasses.replace(self, features=dict(self.features) | more)
 
-    def only(self, items: Integer[np.ndarray, " n"]) -> "Catalog":
-        """The catalogue of these dense ids, which ascend, alone."""
-        titles = self.titles
-        return Catalog(
-            self.raw_ids[np.append(0, items)],
-            None if titles is None else tuple(titles[item] for item in (0, *items.tolist())),
-            {name: column.reordered(items - 1) for name, column in self.features.items()},
-        )
-
     def features_of(self, item: int) -> dict[str, list[str]]:
         """What is known of a dense id, by the names of columns, as texts."""
         return {name: column.words(item) for name, column in self.features.items()}
@@ -159,6 +150,13 @@ class Catalog:
                 f"dense item ids must lie in 1..{self.num_items}, not {few(dense[outside])}"
             )
         return self.raw_ids[dense]
+
+    def of_items(self, items: Integer[np.ndarray, " n"]) -> "Catalog":
+        """The catalogue of some of the items: dense ids, ascending."""
+        slots = np.append(0, items)
+        titles = None if self.titles is None else tuple(self.titles[slot] for slot in slots)
+        features = {name: column.reordered(items - 1) for name, column in self.features.items()}
+        return Catalog(self.raw_ids[slots], titles, features)
 
     def save(self, path: npz.Path) -> None:
         """Writes the catalogue to `path`, whole or not at all."""

@@ -107,7 +107,6 @@ def until(data: Interactions, end: int) -> Interactions:
     keep_U = count_U >= MIN_EVENTS
     keep_E &= keep_U[user_E]
     items, dense_E = np.unique(data.items[keep_E], return_inverse=True)
-    catalog = data.catalog.only(items)
     contexts, words = {}, {}
     for name, code_U in data.contexts.items():
         known, code = np.unique(np.append(0, code_U[keep_U]), return_inverse=True)
@@ -120,7 +119,7 @@ def until(data: Interactions, end: int) -> Interactions:
         offsets=np.append(0, np.cumsum(count_U[keep_U])),
         timestamps=data.timestamps[keep_E],
         actions={name: values[keep_E] for name, values in data.actions.items()},
-        catalog=catalog,
+        catalog=data.catalog.of_items(items),
         contexts=contexts,
         context_values=words,
     )

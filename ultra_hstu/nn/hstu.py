@@ -104,6 +104,7 @@ class HSTU(Encoder):
                     else None,
                     dropout_rate=config.linear_dropout,
                     precision=config.projection,
+                    gradient=config.projection_gradient,
                     chunk_rows=config.chunk_rows,
                     rngs=rngs,
                 )

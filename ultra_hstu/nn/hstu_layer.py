@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels.fp8 import Precision
+from kernels.fp8 import Gradient, Precision
 from kernels.gated_linear import gated_linear
 from kernels.norm_linear import norm_linear
 from kernels.typing import QHK, QHV, SHK, SHV, THK, THV
@@ -77,17 +77,20 @@ class Layer(nnx.Module):
         bias: RelativeBiasTables | None = None,
         dropout_rate: float = 0.0,
         precision: Precision = "same",
+        gradient: Gradient = "same",
         chunk_rows: int | None = None,
         rngs: nnx.Rngs,
     ):
         """
         Args:
           alpha: the factor on scores; None: the published one.
+          precision, gradient: of the projections, see `kernels.fp8.linear`.
           chunk_rows: rows that token-wise work is done for at one time; None: all.
         """
         self.heads, self.qk_width, self.v_width, self.bias = heads, qk_width, v_width, bias
         self.alpha = self._default_alpha() if alpha is None else alpha
-        self.dropout_rate, self.precision, self.chunk_rows = dropout_rate, precision, chunk_rows
+        self.dropout_rate, self.chunk_rows = dropout_rate, chunk_rows
+        self.precision, self.gradient = precision, gradient
         self._draw(width, heads * v_width, 2 * heads * (v_width + qk_width), rngs)
 
     def _default_alpha(self) -> float:
@@ -171,6 +174,7 @@ class Layer(nnx.Module):
             widths=widths,
             eps=EPS,
             precision=self.precision,
+            gradient=self.gradient,
         )
 
     def _of_heads(self, part_TX: Float[Array, "T X"]) -> Float[Array, "T H _"]:
@@ -191,6 +195,7 @@ class Layer(nnx.Module):
             joined=self.joined,
             rate=self.dropout_rate,
             precision=self.precision,
+            gradient=self.gradient,
         )
 
     def _input_norm(self) -> tuple[Array, Array] | None:

@@ -68,7 +68,7 @@ class CorpusEvaluator(Evaluator):
 
     @property
     def static(self) -> Hashable:
-        return super().static, self.longest
+        return super().static, self.longest, self.recipe.item_features
 
     @functools.cached_property
     def repeats(self) -> float:

@@ -72,7 +72,8 @@ class RecommendationModel:
         sizes = self.vocabulary.code_sizes(self.config)
         trained = Recipe(self.config, self.catalog.num_items, code_sizes=sizes, item_features=codes)
         self.max_users = max_users
-        self.recipe, params = trained.folded(load_params(folder, trained)[1])
+        self.step, params = load_params(folder, trained)
+        self.recipe, params = trained.folded(params)
         self.params: Params = jax.device_put(quantization.packed(params, tables))
         # What items are scored by, where it is not what tokens are made of.
         self._scored: ItemTable | None = None

@@ -254,6 +254,16 @@ class KnownUser(BaseModel):
     context: dict[str, str]
 
 
+class Health(BaseModel):
+    version: str = Field(
+        description="the folder (or file) of the model that answers, and the step that it was "
+        "trained to; the header x-model-version of every answer names the one that made it"
+    )
+    problem: str | None = Field(
+        description="why a newer model could not take its place; null: nothing is amiss"
+    )
+
+
 class Problem(BaseModel):
     detail: str
 

@@ -1,12 +1,9 @@
 """The backward of widths above 128 in one pass, and dK and dV alone there.
 
 Accumulators of dK and dV for 128 keys and 256 columns do not fit the registers. So a tile has 64
-keys, and the two computing warpgroups share the work by gradient: one makes the weights P, which
-stay in its registers, and the slopes dS, and sums dV; the other sums dK, and makes dQ of each row
-block and adds it to memory. Five products a pair, none of them twice.
-
-Shared memory is what bounds this kernel: its products read both operands there. So P does not pass
-through it, and dQ leaves from the registers.
+keys, and the two computing warpgroups share the work by gradient: one makes the weights P and the
+slopes dS, and sums dK; the other sums dV, and makes dQ of each row block and adds it to memory.
+Five products a pair, none of them twice.
 """
 
 import functools
@@ -44,7 +41,7 @@ from kernels.hstu_attention.mosaic.sums_in_memory import add_to_memory
 from kernels.zeros import zeros_after
 
 COLUMNS = 128  # of dQ that are made at a time
-DS_SLOTS = 2  # blocks of dS in shared memory: neither warpgroup waits for the other within a step
+SLOTS = 2  # blocks of P and dS in shared memory: no warpgroup waits for the other within a step
 
 
 def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Array, "_ H _"], ...]:
@@ -92,10 +89,10 @@ def _gradients(
                 nearest = item.bounds(key0)
                 wait(s.kv_full)
 
-                def accumulate(dv):
+                def accumulate(dk):
                     @pl.loop(0, item.count)
                     def _(i):
-                        now, ds_now = lax.rem(step + i, stages), lax.rem(step + i, DS_SLOTS)
+                        now = lax.rem(step + i, stages)
                         wait(s.row_full, now)
 
                         # Computed anew in every step: kept from step to step it would take
@@ -107,7 +104,7 @@ def _gradients(
                         def scores(s_acc, dp_acc):
                             plgpu.wgmma(s_acc, s.k.at[keys], s.q.at[now].T)
                             plgpu.wgmma(dp_acc, s.v.at[keys], s.do.at[now].T)
-                            plgpu.wgmma_wait(2)  # dV of the block before has read its rows
+                            plgpu.wgmma_wait(2)  # dK of the block before has read its rows
 
                             @pl.when(i > 0)
                             def _():
@@ -124,70 +121,73 @@ def _gradients(
                             intervals=intervals,
                         )
                         half, w, ds = silu_slopes(score, dp, alpha)
-                        wait(s.ds_empty, ds_now)
-                        s.ds.at[ds_now][...] = ds.astype(dtype)
+                        made = lax.rem(step + i, SLOTS)
+                        wait(s.weights_empty, made)
+                        s.p.at[made][...] = (half * w).astype(dtype)
+                        s.ds.at[made][...] = ds.astype(dtype)
                         plgpu.commit_smem()
-                        arrive(s.ds_full, ds_now)
-                        plgpu.wgmma(dv, (half * w).astype(dtype), s.do.at[now])
+                        arrive(s.weights_full, made)
+                        plgpu.wgmma(dk, s.ds.at[made], s.q.at[now])
 
                     plgpu.wgmma_wait(0)
                     arrive(s.row_empty, lax.rem(step + item.count - 1, stages))
-                    return dv[...]
+                    return dk[...]
 
-                dv = with_sums(accumulate, (tile, width_v))
+                dk = with_sums(accumulate, (tile, width))
                 arrive(s.kv_empty)
-                write(item, slot, dv, gm.factor[0], gm.dv, gm.dv_part)
+                write(item, slot, dk, gm.factor[0] * (0.5 * alpha), gm.dk, gm.dk_part)
                 return ahead()
 
             draw_items(gm, s, one_item)
 
         @computing(wg == 1)
         def _sum():
-            open_rings(s, kv=1, row=stages, ds=DS_SLOTS, rec=RECORDS)
+            open_rings(s, kv=1, row=stages, weights=SLOTS, rec=RECORDS)
 
             def one_item(item, slot, step, begun, ahead):
                 wait(s.kv_full)
 
-                def accumulate(dk):
+                def accumulate(dv):
                     @pl.loop(0, item.count)
                     def _(i):
-                        now, ds_now = lax.rem(step + i, stages), lax.rem(step + i, DS_SLOTS)
+                        now, made = lax.rem(step + i, stages), lax.rem(step + i, SLOTS)
                         wait(s.row_full, now)
-                        wait(s.ds_full, ds_now)
+                        wait(s.weights_full, made)
+
+                        def dq_of(first, dq_acc, last):
+                            """dQ in some columns; dV is summed while the first of them leave."""
+                            plgpu.wgmma(dq_acc, s.ds.at[made].T, s.k.at[:, pl.ds(first, COLUMNS)])
+                            if first == 0:
+                                plgpu.wgmma(dv, s.p.at[made], s.do.at[now])
+                            return loaded(dq_acc, 0 if last else 1)
 
                         def release():
-                            arrive(s.ds_empty, ds_now)
+                            plgpu.wgmma_wait(0)
+                            arrive(s.weights_empty, made)
                             arrive(s.row_empty, now)
 
                         if not with_dq:
-                            plgpu.wgmma(dk, s.ds.at[ds_now], s.q.at[now])
-                            plgpu.wgmma_wait(0)
+                            plgpu.wgmma(dv, s.p.at[made], s.do.at[now])
                             release()
                             return
-
-                        def dq_of(first, dq_acc):
-                            """dQ in some columns; dK is summed while the first of them leave."""
-                            plgpu.wgmma(dq_acc, s.ds.at[ds_now].T, s.k.at[:, pl.ds(first, COLUMNS)])
-                            if first == 0:
-                                plgpu.wgmma(dk, s.ds.at[ds_now], s.q.at[now])
-                            return loaded(dq_acc, 1 if first == 0 else 0)
-
                         place = pl.ds(item.block(i) * block_q - x.plan.first_row, block_q)
                         for first in range(0, width, COLUMNS):
-                            dq = with_sums(functools.partial(dq_of, first), (block_q, COLUMNS))
-                            if first > 0 and first + COLUMNS == width:
+                            last = first > 0
+                            dq = with_sums(
+                                functools.partial(dq_of, first, last=last), (block_q, COLUMNS)
+                            )
+                            if last:
                                 release()
                             columns = pl.ds(first, COLUMNS)
                             add_to_memory(gm.dq.at[place, item.head, columns], dq)
                         if width == COLUMNS:
-                            plgpu.wgmma_wait(0)
                             release()
 
-                    return dk[...]
+                    return dv[...]
 
-                dk = with_sums(accumulate, (tile, width))
+                dv = with_sums(accumulate, (tile, width_v))
                 arrive(s.kv_empty)
-                write(item, slot, dk, gm.factor[0] * (0.5 * alpha), gm.dk, gm.dk_part)
+                write(item, slot, dv, gm.factor[0], gm.dv, gm.dv_part)
                 return ahead()
 
             draw_items(gm, s, one_item)
@@ -202,6 +202,6 @@ def _gradients(
         x,
         config,
         dq=dq,
-        buffers=dict(ds=swizzled((DS_SLOTS, tile, block_q), dtype)),
-        barriers=ring("ds", DS_SLOTS, emptied=1),
+        buffers={name: swizzled((SLOTS, tile, block_q), dtype) for name in ("p", "ds")},
+        barriers=ring("weights", SLOTS, emptied=1),
     )

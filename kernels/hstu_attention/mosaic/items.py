@@ -9,7 +9,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, memref
 
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.launch import fill, ring, row_values, wait
+from kernels.hstu_attention.mosaic.launch import arrive, fill, ring, row_values, wait
 from kernels.hstu_attention.mosaic.masking import keep_inside
 
 
@@ -27,6 +27,13 @@ class WorkItem:
         return i + jnp.where(
             i < self.cut1, self.shift0, jnp.where(i < self.cut2, self.shift1, self.shift2)
         )
+
+    def span(self, half, in_turns):
+        """(first, end) of the item's blocks that a half of its tile sees, at most one less."""
+        if not in_turns:
+            return 0, self.count
+        late, early = jnp.where(half == 1, self.late, 0), jnp.where(half == 0, self.early, 0)
+        return late, self.count - early
 
     def whole(self, block):
         """Whether the tile sees all of this block."""
@@ -101,6 +108,15 @@ def _draw_number(counters_gm, which, box_sm):
 
     draw(counters_gm, box_sm)
     return box_sm[0]
+
+
+def pass_over(s, name, stages, begin, end):
+    """Gives blocks [begin, end) of a ring back unread."""
+
+    @pl.loop(begin, end)
+    def _(i):
+        wait(getattr(s, f"{name}_full"), lax.rem(i, stages))
+        arrive(getattr(s, f"{name}_empty"), lax.rem(i, stages))
 
 
 def fetch_item(gm, s, slot, *, which, number=None):

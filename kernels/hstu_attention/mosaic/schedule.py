@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.mosaic.padding import TAIL, rounded_up, tail_start
 from kernels.hstu_attention.plan import AttentionPlan, Derived
-from kernels.tiles import common_blocks, hull_blocks
+from kernels.tiles import FAR, common_blocks, hull_blocks
 from kernels.typing import PerRow
 
 WORKERS = 132  # thread blocks that run at a time: one on each SM of an H100 or H200
@@ -43,7 +43,9 @@ RECORD = 32  # int32 in a record: 128 bytes, the alignment of a tensor copy into
     OTHER_END0,
     OTHER1,
     OTHER_END1,
-) = range(19)
+    LATE,
+    EARLY,
+) = range(21)
 
 Records = Int[Array, "items 32"]
 Parts = Int[Array, "splits 4"]
@@ -60,7 +62,9 @@ class Schedule(NamedTuple):
         blocks of an item is block `i + SHIFT0` of the buffer, from CUT1 on `i + SHIFT1`, from CUT2
         on `i + SHIFT2`. It needs no mask inside [FULL, FULL_END) of any of the three, and only the
         first interval of `bounds` outside both [OTHER, OTHER_END). SLOT is where a partial sum
-        goes, -1 for a tile that is not split.
+        goes, -1 for a tile that is not split. Where items come in turns, LATE is 1 if the second
+        half of the tile sees nothing of the first block, EARLY if the first half sees nothing of
+        the last one.
       parts: of each split tile its number, head, first slot and number of slots; unused ones have
         no slots. The slots of a tile are as far apart as there are heads.
       bounds: for each row (or key) the ends of three disjoint intervals of keys (or rows); T is
@@ -152,12 +156,13 @@ class MetBlocks(NamedTuple):
 
     Attributes:
       lo, hi: three ascending, disjoint ranges of blocks.
-      classes: the ranges of blocks that need no mask (FULL) or more than one interval (OTHER).
+      classes: the ranges of blocks that need no mask (FULL) or more than one interval (OTHER), and
+        where items come in turns LATE and EARLY.
     """
 
     lo: TileRanges
     hi: TileRanges
-    classes: Int[Array, "tiles 10"]
+    classes: Int[Array, "tiles _"]
 
 
 def _met_blocks(
@@ -166,6 +171,7 @@ def _met_blocks(
     intervals: tuple[Interval, Interval, Interval],
     wanted: WorkList,
     blocks: range,
+    halves: bool,
 ) -> tuple[MetBlocks, Bounds]:
     """The blocks of all tiles, and the bounds of `Schedule`.
 
@@ -173,6 +179,7 @@ def _met_blocks(
       lo, hi: ranges of blocks of each tile.
       intervals: of each row of the tiles.
       blocks: those that there are.
+      halves: whether LATE and EARLY are wanted.
     """
     tile, block = wanted.tile, wanted.block
     tiles = intervals[0][0].shape[0] // tile
@@ -186,9 +193,29 @@ def _met_blocks(
     hi = jnp.where(first & nothing[:, None], own[:, None] + 1, hi)
     full = [x for begin, end in intervals for x in common_blocks(begin, end, tile, block)]
     other = [x for begin, end in intervals[1:] for x in hull_blocks(begin, end, tile, block)]
-    return MetBlocks(lo, hi, jnp.stack([*full, *other], axis=1)), jnp.stack(
+    unseen = _unseen_ends(lo, hi, intervals, tile, block) if halves else []
+    return MetBlocks(lo, hi, jnp.stack([*full, *other, *unseen], axis=1)), jnp.stack(
         [x for pair in intervals for x in pair]
     )
+
+
+def _unseen_ends(
+    lo: TileRanges,
+    hi: TileRanges,
+    intervals: tuple[Interval, Interval, Interval],
+    tile: int,
+    block: int,
+) -> list[Int[Array, " tiles"]]:
+    """LATE and EARLY of each tile, 0 where it meets one block."""
+    some = hi > lo
+    first, last = jnp.where(some, lo, FAR).min(1), jnp.where(some, hi, 0).max(1) - 1
+    hulls = [hull_blocks(begin, end, tile // 2, block) for begin, end in intervals]
+    # a half that sees nothing: (FAR, 0)
+    begin_h = jnp.stack([jnp.where(end > begin, begin, FAR) for begin, end in hulls]).min(0)
+    end_h = jnp.stack([end for _, end in hulls]).max(0)
+    several = last > first
+    late, early = begin_h[1::2] > first, end_h[::2] <= last
+    return [(several & unseen).astype(jnp.int32) for unseen in (late, early)]
 
 
 def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Bounds]:
@@ -215,7 +242,7 @@ def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Bo
     )
     bounds = plan.tile_bounds(wanted.tile, wanted.block)
     blocks = range(-(-plan.num_keys // wanted.block))
-    return _met_blocks(bounds.key_lo, bounds.key_hi, intervals, wanted, blocks)
+    return _met_blocks(bounds.key_lo, bounds.key_hi, intervals, wanted, blocks, in_turns(plan))
 
 
 def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Bounds]:
@@ -234,7 +261,7 @@ def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, B
     bounds = plan.tile_bounds(wanted.block, wanted.tile)
     intervals = ((near_lo, near_hi), (ctx_lo, ctx_hi), (tail_lo, tail_hi))
     blocks = range(plan.first_row // wanted.block, rows // wanted.block)
-    return _met_blocks(bounds.row_lo, bounds.row_hi, intervals, wanted, blocks)
+    return _met_blocks(bounds.row_lo, bounds.row_hi, intervals, wanted, blocks, in_turns(plan))
 
 
 def may_split(plan: AttentionPlan) -> bool:

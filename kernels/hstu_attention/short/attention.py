@@ -2,8 +2,8 @@
 
 Where the caller promises that no sequence is longer than `LONGEST` (`make_plan(longest=...)`), a
 program can hold a sequence, or several: nothing is computed for pairs of different tiles, and one
-pass makes all gradients, five products a pair, each gradient written once. It takes what `triton`
-takes, and the gradients of q, k and v have the same bits in every run.
+pass makes all gradients, five products a pair, each gradient written once, with the same bits in
+every run. It takes the relative bias, whose tables' gradients are added in any order.
 """
 
 import dataclasses
@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import triton_call
+from kernels import device, triton_call
 from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec, Derived
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.hstu_attention.short.sizes import ShortSizes, find_sizes
 from kernels.hstu_attention.triton.attention import (
-    TABLE_COPIES,
     RowInputs,
     Tables,
     Tensors,
@@ -27,11 +26,13 @@ from kernels.hstu_attention.triton.attention import (
     table_lengths,
     tables_and_rows,
 )
-from kernels.hstu_attention.triton.sizes import LaunchSizes, padded, refusal
+from kernels.hstu_attention.triton.sizes import padded, refusal, shared_kib
 from kernels.typing import THK, THV, Scale
 
 LONGEST = 256
 WIDEST = 128  # of heads
+TABLE_COPIES = 1024
+SHARED_KIB = 163
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
@@ -41,6 +42,9 @@ def unsupported(spec: AttentionSpec) -> str | None:
             f"short needs sequences of at most {LONGEST} rows, the plan promises "
             f"{spec.longest}; make it with make_plan(..., longest=...), or use 'triton'"
         )
+    dtype = jnp.dtype(spec.dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"short takes bfloat16 or float16, got {dtype.name}; cast q, k, v or use 'triton'"
     if max(spec.k_width, spec.v_width) > WIDEST:
         return (
             f"short takes heads of width 1 to {WIDEST}, got K = {spec.k_width}, "
@@ -50,6 +54,12 @@ def unsupported(spec: AttentionSpec) -> str | None:
         return (
             "short sums gradients of bias tables in no fixed order, deterministic=True asks for "
             "one; use bias=None"
+        )
+    capability = device.current().compute_capability
+    if capability is not None and shared_kib(capability) < SHARED_KIB:
+        return (
+            f"short needs {SHARED_KIB} KiB of shared memory for a program, {device.current().kind} "
+            "has less; use 'triton'"
         )
     return refusal(spec, "short")
 
@@ -116,6 +126,22 @@ class ShortCall:
     precision: str
     sizes: ShortSizes
 
+    def pieces(self, rows: int) -> int:
+        """Blocks of so many rows in a tile."""
+        return -(-self.sizes.tile // rows)
+
+    def copies(self, plan: AttentionPlan, heads: int) -> int:
+        """How many copies of the tables' gradients there are.
+
+        Each program has its own up to a number: adds to one address come one after another, and
+        most gaps of time are in few buckets.
+        """
+        tiles = plan.find(WholeTiles(self.sizes.tile)).shape[0] - 1
+        return min(TABLE_COPIES, tiles * self.pieces(self.sizes.backward.block_q) * heads)
+
+
+Kernel = Literal["forward", "backward", "backward_in_parts"]
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def forward(call: ShortCall, qkv: Tensors, tables: Tables, rows: RowInputs) -> THV:
@@ -135,18 +161,21 @@ def gradients(
 ) -> tuple[Tensors, Tables, None]:
     qkv, tables, rows = saved
     positions, buckets = table_lengths(tables)
-    copies = TABLE_COPIES if positions + buckets else 1
-    outs = [
-        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv),
-        jax.ShapeDtypeStruct((copies, max(1, positions + buckets)), jnp.float32),
-    ]
-    dq, dk, dv, copied = _launch("backward", call, (*qkv, g), tables, rows, outs, copies)
-    d_tables = copied.sum(0)
+    d_tables = jax.ShapeDtypeStruct(
+        (call.copies(rows.plan, qkv[0].shape[1]), positions + buckets)
+        if positions + buckets
+        else (1, 1),
+        jnp.float32,
+    )
+    outs = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv), d_tables]
+    kernel: Kernel = "backward" if call.sizes.whole else "backward_in_parts"
+    dq, dk, dv, copied = _launch(kernel, call, (*qkv, g), tables, rows, outs)
+    summed = copied.sum(0)
     return (
         (dq, dk, dv),
         (
-            None if tables[0] is None else d_tables[:positions],
-            None if tables[1] is None else d_tables[positions:],
+            None if tables[0] is None else summed[:positions],
+            None if tables[1] is None else summed[positions:],
         ),
         None,
     )
@@ -156,26 +185,30 @@ forward.defvjp(_forward, gradients)
 
 
 def _launch(
-    kernel: Literal["forward", "backward"],
+    kernel: Kernel,
     call: ShortCall,
     tensors: tuple[Float[Array, "T H _"], ...],
     tables: Tables,
     rows: RowInputs,
     outs: list[jax.ShapeDtypeStruct],
-    copies: int | None = None,
 ) -> list[Array]:
-    """Runs a kernel: a program for a head of a tile, in the forward of a block of its rows.
+    """Runs a kernel: a program for a head of a block of a tile's rows, or two.
 
     Args:
       tensors: q, k, v, and in the backward the output's gradient.
-      copies: of the tables' gradients, which are the last output.
+      outs: in the backward the last one is of the tables.
     """
-    plan, tile = rows.plan, call.sizes.tile
-    sizes: LaunchSizes = getattr(call.sizes, kernel)
-    tiles = plan.find(WholeTiles(tile))
+    plan, forwards = rows.plan, kernel == "forward"
+    sizes = call.sizes.forward if forwards else call.sizes.backward
+    tiles = plan.find(WholeTiles(call.sizes.tile))
     (num_rows, heads, k_width), v_width = tensors[0].shape, tensors[2].shape[2]
     positions, buckets = table_lengths(tables)
-    pieces = -(-tile // sizes.block_q)
+    pieces = call.pieces(sizes.block_q)
+    programs = (tiles.shape[0] - 1) * heads * pieces
+    seen_by: tuple[Array, ...] = ()
+    if kernel == "backward_in_parts":
+        programs *= 2
+        seen_by = (plan.rows.ctx_lo, plan.rows.ctx_hi, plan.rows.near_hi, plan.rows.tail_hi)
     constants = {
         "T": num_rows,
         "H": heads,
@@ -186,6 +219,7 @@ def _launch(
         "BQ": sizes.block_q,
         "BK": sizes.block_k,
         "TILES": tiles.shape[0] - 1,
+        "PIECES": pieces,
         "ALPHA": call.alpha,
         "ROW_SCALE": rows.scale.ndim == 1,
         "POSITIONS": positions,
@@ -193,14 +227,13 @@ def _launch(
         "PRECISION": call.precision,
         "APPROXIMATE": tensors[0].dtype == jnp.bfloat16,
     }
-    constants |= {"PIECES": pieces} if copies is None else {"COPIES": copies}
     return triton_call.launch(
         f"kernels.hstu_attention.short.kernels:{kernel}",
-        (*tensors, rows.scale, tiles, *plan.keys, *bias_arrays(tables, rows)),
+        (*tensors, rows.scale, tiles, *plan.keys, *seen_by, *bias_arrays(tables, rows)),
         outs,
-        programs=(tiles.shape[0] - 1) * heads * pieces,
+        programs=programs,
         warps=sizes.warps,
         stages=sizes.stages,
-        constants=constants,
-        zeroed=() if copies is None else (3,),
+        constants=constants if forwards else constants | {"COPIES": outs[3].shape[0]},
+        zeroed=() if forwards else (3,),
     )

@@ -92,6 +92,7 @@ def backward(
     W: constexpr,
     BR: constexpr,
     PROGRAMS: constexpr,
+    STAGES: constexpr,
     AFFINE: constexpr,
     BESIDE: constexpr,
 ):
@@ -102,7 +103,7 @@ def backward(
         w = tl.load(weight + column, mask=column < D, other=0.0)
         sum_w = tl.zeros((BR, W), tl.float32)
         sum_b = tl.zeros((BR, W), tl.float32)
-    for block in range(program, tl.cdiv(T, BR), PROGRAMS):
+    for block in tl.range(program, tl.cdiv(T, BR), PROGRAMS, num_stages=STAGES):
         row = block * BR + tl.arange(0, BR)
         here, inside = row < T, (row < T)[:, None] & (column < D)[None, :]
         place = places(block, column, D, BR)

@@ -1,7 +1,7 @@
 """A Triton kernel over rows that lie in parts: it joins them, rounds them, sums over rows.
 
-Rows, blocks and partial sums are as in `kernels.layer_norm.triton.kernels`. There are one,
-two or four PARTS of widths D0 to D3; D is their sum, W a power of two that the widest fits. WRITE: the
+Rows, blocks and partial sums are as in `kernels.layer_norm.triton.kernels`. There are one, two or
+four PARTS of widths D0 to D3; D is their sum, W a power of two that the widest fits. WRITE: the
 joined rows are written. QUANTIZE: they are written in e4m3, with a factor for each row.
 """
 
@@ -65,6 +65,7 @@ def join(
     W: constexpr,
     BR: constexpr,
     PROGRAMS: constexpr,
+    STAGES: constexpr,
     PARTS: constexpr,
     D0: constexpr,
     D1: constexpr,
@@ -80,7 +81,7 @@ def join(
     sum1 = tl.zeros((BR, W), tl.float32)
     sum2 = tl.zeros((BR, W), tl.float32)
     sum3 = tl.zeros((BR, W), tl.float32)
-    for block in range(program, tl.cdiv(T, BR), PROGRAMS):
+    for block in tl.range(program, tl.cdiv(T, BR), PROGRAMS, num_stages=STAGES):
         row = block * BR + tl.arange(0, BR)
         here = row < T
         x0 = _load(g0, block, here, column, D0, BR)
