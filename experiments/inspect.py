@@ -48,7 +48,7 @@ def main(_: list[str]) -> None:
     with progress.waiting(working, "data", f"reading {_DATA.value}") as came:
         interactions = prepared.load(data)
         came(progress.counts(interactions))
-    reading = prepared.read_reading(prepared.prepare(data))
+    reading = prepared.read_reading(prepared.prepare(data, prepared.open_source(data)))
     console.print(counts_table(interactions, reading))
     console.print(lengths_table(interactions))
     with progress.waiting(working, "cost", "planning an epoch, counting its operations"):

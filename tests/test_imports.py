@@ -14,7 +14,7 @@ LAYERS = [
     ["kernels"],
     ["ultra_hstu.fields", "ultra_hstu.signals"],
     ["ultra_hstu.paths", "ultra_hstu.json_files"],
-    ["ultra_hstu.sections", "ultra_hstu.table_config"],
+    ["ultra_hstu.sections", "ultra_hstu.table_config", "ultra_hstu.feature_config"],
     [f"ultra_hstu.{name}" for name in "config effects provenance compilation_cache".split()],
     ["ultra_hstu.parallel"],
     ["ultra_hstu.sequences"],

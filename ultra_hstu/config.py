@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import ml_collections
 
 from ultra_hstu import fields
+from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 from ultra_hstu.paths import LocalPath
 from ultra_hstu.sections import (
@@ -166,6 +167,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     rank: RankConfig = RankConfig()
+    features: FeatureConfig = FeatureConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     windows: WindowsConfig = WindowsConfig()
@@ -194,14 +196,15 @@ class Config(Section):
     def of_table(self) -> "Config":
         """The same with the tasks of own data, reading what signals and features are made from."""
         rank, table, train = self.rank, self.data.table, self.train
-        if self.data.source != "table":
-            return self
         if table.tasks and not rank.tasks:
             rank = dataclasses.replace(rank, tasks=tuple(table.tasks))
             if train.protocol != "windows":  # ranking has one other
                 train = dataclasses.replace(train, protocol="chronological")
+        if self.data.source != "table":  # whose columns are known
+            return dataclasses.replace(self, rank=rank, train=train)
         names = [*rank.tasks, *rank.signals, *(one.signal for one in self.model.channels.values())]
-        data = dataclasses.replace(self.data, table=table.with_columns(rank.features, names))
+        columns = table.with_columns(rank.features, names, self.features.columns)
+        data = dataclasses.replace(self.data, table=columns)
         return dataclasses.replace(self, data=data, rank=rank, train=train)
 
     def validate(self) -> None:
@@ -238,6 +241,7 @@ class Config(Section):
                 f"rank.test_fraction={rank.test_fraction!r}: their sum must be in (0, 1)"
             )
         data.table.check(data.source, [*rank.signals, *rank.tasks])
+        self.features.check(data.stochastic_length, data.layout, ranking=bool(rank.tasks))
         if self.eval.time == "request" and not rank.tasks:
             raise ValueError(
                 "eval.time='request' is for ranking, whose requests have several targets: "

@@ -88,6 +88,10 @@ class Steps[Model: nnx.Module](abc.ABC):
         In a mesh it is this device's share, and the shares add up.
         """
 
+    def folded(self, params: Params) -> tuple["Steps[Model]", Params]:
+        """The recipe and parameters of the model that answers, where it is another one."""
+        return self, params
+
     @functools.cached_property
     def graphdef(self) -> nnx.GraphDef:
         """The structure of the model, without its parameters."""

@@ -27,7 +27,7 @@ from ultra_hstu.data.room import room
 from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
 from ultra_hstu.evaluate import STEPS_PER_CALL, Evaluator
 from ultra_hstu.flops import Flops
-from ultra_hstu.step import Steps
+from ultra_hstu.step import Params, Steps
 from ultra_hstu.vocabulary import Vocabulary
 
 
@@ -160,6 +160,12 @@ class Task[Events](abc.ABC):
         sampling = Sampling(data.stochastic_length, data.subsequence, gamma, data.recalibrate_every)
         timestamps, mesh = self.interactions.timestamps, self.recipe.mesh
         return SampledPlanner(sampling, self.histories, timestamps, mesh)
+
+    def folded(self, params: Params) -> tuple["Task", Params]:
+        """The task and parameters of the model that answers: features are part of embeddings."""
+        recipe, params = self.recipe.folded(params)
+        task = self.with_config(recipe.config) if recipe is not self.recipe else self
+        return task, params
 
     @abc.abstractmethod
     def evaluator(self, split: str) -> Evaluator:

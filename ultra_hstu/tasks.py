@@ -8,13 +8,15 @@ from kernels.hstu_attention.api import implementations
 from ultra_hstu import progress
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
-from ultra_hstu.data import signals, sources, windows
+from ultra_hstu.data import item_features, signals, sources, windows
 from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
+from ultra_hstu.feature_config import TITLE
 from ultra_hstu.fields import changed
 from ultra_hstu.initial import like_of
 from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.retrieval.task import RetrievalTask
 from ultra_hstu.step import Params
+from ultra_hstu.table_config import TableConfig
 from ultra_hstu.task import Task
 from ultra_hstu.vocabulary import Vocabulary, carried
 from ultra_hstu.workdir import Workdir
@@ -47,22 +49,34 @@ def check_names(config: Config) -> None:
     data = config.data
     if data.source in (ARRAYS, sources.TABLE):
         return  # their columns are known once their files are opened
-    builder = sources.builder_of(data.source)
-    variant = builder.builder_configs[data.source]
-    signals.check_names(config, builder.ACTIONS)
-    if config.rank.contextual and not variant.context_files:
+    if (public := sources.PUBLIC.get(data.source)) is not None:
+        actions = (*public.table.actions, *public.table.features, *data.table.tasks)
+        signals.check_names(config, actions, public.table.features)
+        described, timed = public.users is not None, public.timed
+        item_features.check_names(config.features, (*public.table.item_features, TITLE))
+    else:
+        builder = sources.SOURCES[data.source]
+        signals.check_names(config, builder.ACTIONS)
+        item_features.check_names(config.features, ())
+        variant = builder.builder_configs[data.source]
+        described, timed = bool(variant.context_files), builder.TICKS > 0
+        if data.table != TableConfig():
+            raise ValueError(f"data.table does nothing under data.source={data.source!r}")
+        if not variant.files and data.raw_dir is not None:
+            raise ValueError(
+                f"data.raw_dir={data.raw_dir!r} must be None: {data.source} is generated"
+            )
+    if config.rank.contextual and not described:
         raise ValueError(
             f"rank.contextual={config.rank.contextual}: {data.source} has no features of users"
         )
-    if not variant.files and data.raw_dir is not None:
-        raise ValueError(f"data.raw_dir={data.raw_dir!r} must be None: {data.source} is generated")
-    timed = {
+    need_times = {
         "data.ties": (data.ties, ("random",), "use 'stable'"),
         "train.protocol": (config.train.protocol, ("temporal",), "use 'validated'"),
         "eval.time": (config.eval.time, ("last", "request"), "use 'target'"),
     }
-    for field, (value, needs, remedy) in timed.items():
-        if not builder.TICKS and value in needs:
+    for field, (value, needs, remedy) in need_times.items():
+        if not timed and value in needs:
             raise ValueError(f"{field}={value!r} needs times, and {data.source} has none: {remedy}")
 
 

@@ -253,8 +253,9 @@ class WindowRun(Run):
             if other == key:
                 return program
         program = super()._compile(profile)
-        # Frequencies of items are constants of the program.
-        if self.config.rank.tasks or self.config.loss.kind != "in_batch":
+        # Frequencies and features of items are constants of the program.
+        frequencies = self.config.loss.kind == "in_batch" and not self.config.rank.tasks
+        if not frequencies and not self.config.features.items:
             self.programs.training.append((key, program))
         return program
 

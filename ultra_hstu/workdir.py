@@ -9,7 +9,7 @@ metrics.jsonl    one line a record, the same values as TensorBoard's
 tensorboard/
 curves.png       loss and metrics over epochs
 result.json      the numbers of a finished run
-vocabulary.json  of a ranking run: the values of features and contextual tokens
+vocabulary.json  values of features of events and of users, where a run reads such
 profile/         a trace of some steps, where `--profile` asked for one
 run.json         every start of the run: command, commit, versions, device, dates, seconds
 
@@ -250,8 +250,14 @@ class Workdir:
             write_json(self.data, interactions.fingerprint())
 
     def check_data(self, interactions: Interactions) -> None:
-        """Raises ValueError, with the difference, if the data is not what was trained on."""
-        changed = difference(self.read_data(), interactions.fingerprint())
+        """Raises ValueError, with the difference, if the data is not what was trained on.
+
+        A run from before there were features of items reads none.
+        """
+        stored, now = self.read_data(), interactions.fingerprint()
+        if "item_features" not in stored:
+            now.pop("item_features", None)
+        changed = difference(stored, now)
         if changed:
             listed = "\n  ".join(changed)
             raise ValueError(

@@ -18,6 +18,7 @@ from scripts.tables import (
     configuration,
     context_parallel,
     data,
+    features,
     long,
     overview,
     ranking,
@@ -72,6 +73,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "load_balance": sampling.load_balance_table,
         "int4": sampling.int4_table,
     },
+    "docs/features.md": {"item_features": features.item_features_table},
     "docs/windows.md": {
         "swap": windows.swap_table,
         "windows": windows.compared_table,

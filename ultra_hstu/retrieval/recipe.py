@@ -10,8 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from ultra_hstu.data import signals
+from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.nn.dropout import row_keys
+from ultra_hstu.nn.embeddings import NO_CODES, CodeSizes
+from ultra_hstu.nn.item_features import ItemCodes, folded, with_ids, without_ids
 from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.retrieval import negatives
 from ultra_hstu.retrieval.batch import Batch
@@ -31,22 +33,34 @@ class Recipe(Steps[Recommender]):
     Attributes:
       target_counts: how often each item is a target in training, entry 0 is padding: what in-batch
         negatives are corrected by. None where nothing is trained.
+      code_sizes: how many codes there are of what a token holds beside its item.
+      item_features: what is known of items beside their ids; None: nothing.
+      trained_I: the items of training events. Others have no embedding beside their features, where
+        there are such: it would stay as it was drawn. None where nothing is trained.
     """
 
     num_items: int
     target_counts: Int[np.ndarray, " I1"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
+    code_sizes: CodeSizes = NO_CODES
+    item_features: ItemCodes | None = None
+    trained_I: Bool[np.ndarray, " I1"] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     def build(self, seed: int) -> Recommender:
-        sizes = signals.sizes(self.config.rank.signals)
+        config = self.config
         model = Recommender(
-            self.config.model,
+            config.model,
             self.num_items,
-            self.config.data.max_history,
-            signals=sizes,
+            config.data.max_history * (1 + config.features.series),
+            codes=self.code_sizes,
+            item_features=self.item_features,
+            hidden_width=config.features.hidden_width,
             rngs=nnx.Rngs(seed),
         )
+        without_ids(model.embedding.item_table, self.item_features, self.trained_I)
         if self.shards.devices > 1:
             model.encoder.run_layer = ShardedLayers(self.shards)
         return model
@@ -55,11 +69,16 @@ class Recipe(Steps[Recommender]):
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
         dropout_key, negative_key = jax.random.split(key)
         model = self.model(params)
-        h_TD, cut = model.encode_kept(batch, shards=self.shards, key=dropout_key)
+        with_id_I = with_ids(
+            self.item_features, self.trained_I, self.config.features.id_dropout, key
+        )
+        h_TD, cut = model.encode_kept(
+            batch, shards=self.shards, key=dropout_key, with_id_I=with_id_I
+        )
         # Rows that a truncation dropped have no output to train on.
         labels = (x if cut is None else cut.take(x) for x in (batch.target_T, batch.weight_T))
         target_T, weight_T = self.shards.local(tuple(labels))
-        table_ID = model.all_items(self.shards)
+        table_ID = model.all_items(self.shards, with_id_I)
         config, shards = self.config.loss, self.shards
         rows, negative_TR, log_q = h_TD.shape[0], None, None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
@@ -90,6 +109,19 @@ class Recipe(Steps[Recommender]):
             corpus_I=known_I,
             total=shards.total(jnp.sum(weight_T)),
         )[0]
+
+    def folded(self, params: Params) -> tuple["Recipe", Params]:
+        """The same model for answers: one with ids alone, whose embeddings have features added.
+
+        Tokens of series need features: such a model stays as it is.
+        """
+        if self.item_features is None or self.config.features.series:
+            return self, params
+        config = dataclasses.replace(self.config, features=FeatureConfig())
+        table_ID = self.model(params).all_items()
+        return dataclasses.replace(self, config=config, item_features=None), folded(
+            params, table_ID
+        )
 
     @functools.cached_property
     def _log_q(self) -> Float32[np.ndarray, " I1"]:

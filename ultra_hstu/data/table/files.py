@@ -10,9 +10,8 @@ import dataclasses
 import glob
 import io
 import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +20,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from ultra_hstu.data.table.source import Types, json_object
 from ultra_hstu.data.table.values import (
     DATE,
     INTEGER,
@@ -33,7 +33,6 @@ from ultra_hstu.data.table.values import (
 from ultra_hstu.data.text import Line
 
 Format = Literal["csv", "json", "parquet"]
-Types = Mapping[str, pa.DataType]
 _FORMATS: dict[str, Format] = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -65,6 +64,13 @@ class TableFile:
     types: Types
     delimiter: str = ","
     names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def documented(self) -> dict[str, tuple[str, ...]]:
+        return {}
 
     def batches(self, wanted: Types) -> Iterator[pa.RecordBatch]:
         """The rows with these columns, read as these types; text is dictionary-encoded. Parquet has
@@ -109,7 +115,7 @@ class TableFile:
             return
         for line, fields in self._lines():
             if fields is None:
-                values = _json_object(line)
+                values = json_object(line)
             elif len(fields) != len(self.names):
                 raise line.error(f"expected {len(self.names)} fields, found {len(fields)}")
             else:
@@ -318,22 +324,11 @@ def _read_as(kind: pa.DataType) -> pa.DataType:
 # --- JSON lines ---
 
 
-def _json_object(line: Line) -> dict[str, object]:
-    try:
-        value = json.loads(line.text)
-    except json.JSONDecodeError as error:
-        problem = f"expected one JSON object a line ({error.msg}, column {error.colno})"
-        raise line.error(problem) from None
-    if not isinstance(value, dict):
-        raise line.error("expected one JSON object a line")
-    return value
-
-
 def _json_types(path: Path, file: io.TextIOWrapper) -> Types:
     values: dict[str, list[object]] = {}
     for number, text in enumerate(itertools.islice(file, _SAMPLE_ROWS), 1):
         if text.strip():
-            for name, value in _json_object(Line(path, number, text.rstrip("\r\n"))).items():
+            for name, value in json_object(Line(path, number, text.rstrip("\r\n"))).items():
                 values.setdefault(name, []).append(value)
     if not values:
         raise ValueError(f"{path} is empty: expected one JSON object a line")
