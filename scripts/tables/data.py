@@ -10,7 +10,7 @@ from ultra_hstu.data.public import PublicSet
 
 # Users, items, events as their publishers state them, of sets that were not at hand: quoted, and
 # the mean follows from them. Items are all of the catalogue, users have any number of events.
-_GROUPLENS = "README of the release, GroupLens"
+_GROUPLENS = "README, GroupLens"
 _KUAIRAND = "kuairand.com"
 QUOTED: dict[str, tuple[int, int, int, str]] = {
     "ml-10m": (71_567, 10_681, 10_000_054, _GROUPLENS),
@@ -21,23 +21,24 @@ QUOTED: dict[str, tuple[int, int, int, str]] = {
     "kuairand-1k": (1_000, 4_369_953, 11_713_045, _KUAIRAND),
     "kuairand-27k": (27_285, 32_038_725, 322_278_385, _KUAIRAND),
     "kuairec": (7_176, 10_728, 12_530_806, "kuairec.com"),
-    "yambda-5b": (1_000_000, 9_390_000, 4_790_000_000, "card of the set, rounded there"),
+    "yambda-5b": (1_000_000, 9_390_000, 4_790_000_000, "card of the set, rounded"),
 }
 
 
 def sets_table() -> str:
-    """One line a public set, or a family of them: name, what it has, and the files of a copy."""
-    rows: dict[str, list[str]] = {}
+    """Names, what these sets have, and the files of a copy: one line for those that are alike."""
+    rows: dict[tuple[str, str], list[str]] = {}
     for one in sources.SETS:
         name, _, category = one.name.partition("/")
         category = category.removesuffix("/5core")
         core = "/5core" if one.name.endswith("/5core") else ""
-        family = f"{name}/<Category>{core}" if category else name
-        if family in rows:
-            continue
         about = one.about.replace(f", {category}", "") if category else one.about
-        rows[family] = [f"`{family}`", about, _files(one, category)]
-    return markdown(["`data.source`", "what it has", "files of a copy"], list(rows.values()))
+        names = rows.setdefault((about, _files(one, category)), [])
+        family = f"`{name}/<Category>{core}`" if category else f"`{name}`"
+        if family not in names:
+            names.append(family)
+    found = [(", ".join(names), *alike) for alike, names in rows.items()]
+    return markdown(["`data.source`", "what it has", "files of a copy"], found)
 
 
 def _files(one: PublicSet, category: str) -> str:
@@ -57,22 +58,22 @@ def categories() -> str:
 
 
 def lengths_table() -> str:
-    """Measured sets with the longest histories first, then those whose counts are quoted."""
+    """Sets with long histories first, measured or with counts that are quoted."""
     record = first("histories")
     sets: dict[str, Json] = record.get("sets", {})
     counts = ("{users:,}", "{items:,}", "{events:,}", "{mean:,}", "{median:,g}")
-    rows = [
-        [f"`{name}`", *cells(found, *counts), f"{found['99 %']:,.0f}", f"{found['longest']:,}", ""]
-        for name, found in sorted(sets.items(), key=lambda pair: -pair[1]["mean"])
-    ]
-    quoted = sorted(QUOTED.items(), key=lambda pair: -pair[1][2] / pair[1][0])
-    rows += [
-        [f"`{name}`", f"{users:,}", f"{items:,}", f"{events:,}", f"{events / users:,.0f}",
-         "", "", "", f"quoted: {where}"]
-        for name, (users, items, events, where) in quoted
-    ]  # fmt: skip
+    means: dict[str, float] = {name: found["mean"] for name, found in sets.items()}
+    rows = {
+        name: [*cells(found, *counts), f"{found['99 %']:,.0f}", f"{found['longest']:,}", ""]
+        for name, found in sets.items()
+    }
+    for name, (users, items, events, where) in QUOTED.items():
+        means[name] = events / users
+        counted = (f"{users:,}", f"{items:,}", f"{events:,}", f"{means[name]:,.0f}")
+        rows[name] = [*counted, "", "", "", f"quoted: {where}"]
+    ordered = [[f"`{name}`", *rows[name]] for name in sorted(rows, key=lambda one: -means[one])]
     header = ["set", "users", "items", "events", "mean", "median", "99 %", "longest", ""]
-    return markdown(header, rows, *([origin(record)] if record else []))
+    return markdown(header, ordered, *([origin(record)] if record else []))
 
 
 @measured("prepare")
