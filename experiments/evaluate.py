@@ -10,7 +10,9 @@ deviation. `--tables` evaluates on the item table as each kind of serving table 
 and says how many bytes go to the device.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -22,9 +24,9 @@ from experiments.record import Json, Record
 from ultra_hstu import progress, quantization, report, tasks
 from ultra_hstu.criteria import WARMTH, Metrics, by_warmth, mean_and_deviation
 from ultra_hstu.evaluate import Evaluator
-from ultra_hstu.serving import load_params
+from ultra_hstu.fields import difference
 from ultra_hstu.serving.recommend import require_dense
-from ultra_hstu.workdir import Workdir, require_same
+from ultra_hstu.workdir import FREE_FIELDS, Workdir
 
 _WORKDIR, _RAW_DIR = command.define_run("folder of a trained run, or of the runs of several seeds")
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "which part of the data")
@@ -42,7 +44,7 @@ def main(_: list[str]) -> None:
     seeds = {} if parent.config.exists() else parent.seeds
     runs = list(seeds.values()) or [parent]
     given = {name: flag.value for name, flag in _EVAL.items() if flag.value is not None}
-    task = tasks.of_run(runs[0], _RAW_DIR.value, given, working)
+    task = tasks.of_run(runs[0], _RAW_DIR.value, given, working, ahead=True)
     require_same(runs)
     config, console, kinds = task.config, report.make_console(), _TABLES.value
     steps, found = [], []  # of every run: its step, and its metrics by kind of table
@@ -50,8 +52,9 @@ def main(_: list[str]) -> None:
         measure: Evaluator | None = None
         for folder in runs:
             with progress.waiting(working, "model", f"reading {folder.checkpoints}") as came:
-                folder.check_data(task.interactions)
-                step, params = load_params(folder, task.recipe)
+                if task.config.windows.number is None:  # else `of_run` has looked at more
+                    folder.check_data(task.interactions)
+                step, params = tasks.params_of_run(folder, task)
                 came(f"{progress.model(config, params, [])}, of step {step}")
                 answering, params = task.folded(params)
                 measure = measure or answering.evaluator(_SPLIT.value)
@@ -114,6 +117,19 @@ def _parts() -> str:
         f"{name}: {low} or more" if math.isinf(high) else f"{name}: {low} to {high}"
         for name, low, high in WARMTH
     )
+
+
+def require_same(runs: Sequence[Workdir]) -> None:
+    """Raises ValueError, with the difference, for runs that differ in more than their seeds."""
+    first, *others = (dataclasses.asdict(folder.read_config()) for folder in runs)
+    for folder, config in zip(runs[1:], others, strict=True):
+        config["train"]["seed"] = first["train"]["seed"]
+        if lines := [one for one in difference(first, config) if not one.startswith(FREE_FIELDS)]:
+            listed = "\n  ".join(lines)
+            raise ValueError(
+                f"{folder.path} has another configuration than {runs[0].path}, so that no mean is "
+                f"taken:\n  {listed}\nName one of them with --workdir."
+            )
 
 
 def served(table_ID: Float[np.ndarray, "I D"], kind: str, max_history: int) -> dict[str, float]:

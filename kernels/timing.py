@@ -11,6 +11,8 @@ from jax import lax
 from jaxtyping import Array, Int
 
 MAX_CALLS = 200  # of a sample
+# Dense bfloat16 operations a second, by the name of a GPU (NVIDIA's data sheets).
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,13 @@ class Timing:
     def tflops(self, flops: float) -> float:
         """Tera floating point operations a second, for a call of `flops`."""
         return flops / self.seconds / 1e12
+
+
+def mfu(rate: float, devices: int = 1) -> float | None:
+    """Model FLOPs utilisation: operations a second over the devices' peak; None: unknown."""
+    kind = jax.devices()[0].device_kind
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    return None if peak is None else rate / devices / peak
 
 
 def device_time[*Args, R](

@@ -13,11 +13,11 @@ from ml_collections import config_flags
 
 from experiments import configs
 from experiments.command import ConfigParser
+from kernels import fp8
 from tests.serving.small_serving import unchecked
 from ultra_hstu import criteria, fields
 from ultra_hstu.config import ChannelConfig, Config, from_config_dict, to_config_dict
 from ultra_hstu.fields import Section, changed, difference
-from ultra_hstu.nn import fp8
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.remat import policy_of
 from ultra_hstu.serving.scoring import ScoringModel

@@ -36,6 +36,10 @@ def _data(config: Config) -> Iterator[tuple[str, str]]:
     if config.train.protocol != "temporal":
         why = f"under train.protocol={config.train.protocol}"
         yield "data.temporal_test_fraction", f"{why}: 'temporal' reads it"
+    if config.train.protocol != "windows":
+        yield "windows", f"under train.protocol={config.train.protocol}: 'windows' reads it"
+    elif config.rank.tasks:
+        yield "windows.targets", "for ranking, which asks about all events of a window"
     if data.stochastic_length is None:
         yield "data.subsequence", "without data.stochastic_length, which cuts histories"
     if not data.load_balance:

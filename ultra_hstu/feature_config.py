@@ -9,7 +9,8 @@ from ultra_hstu.fields import BelowOne, Positive, Section
 from ultra_hstu.table_config import BUCKETS
 
 Count = Positive[int]
-HASHED = re.compile(r"hash +([1-9][0-9]{0,8})")
+TITLE = "title"  # a column of every catalogue with titles
+HASHED = re.compile(r"(hash|words) +([1-9][0-9]{0,8})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,8 @@ class FeatureConfig(Section):
     """Columns of items that are embedded beside their ids: docs/features.md."""
 
     # Columns of the source's items: genres; year[1950,1980], in buckets between these values;
-    # brand[hash 4096], in so many buckets by a hash of its text; price[mlp], by a small net.
+    # brand[hash 4096], in so many buckets by a hash of its text; title[words 4096], each word so;
+    # price[mlp], by a small net.
     items: tuple[str, ...] = ()
     # How a history reads them. sum: added to the token of each item; series (retrieval): each
     # column is a series of tokens, one where its value changes, merged into the history (HSTU 2.1).
@@ -30,8 +32,9 @@ class FeatureConfig(Section):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read, each once."""
-        return tuple(dict.fromkeys(Spelled.of(name).column for name in self.items))
+        """The columns of a table of items that are read beside titles, each once."""
+        columns = dict.fromkeys(Spelled.of(name).column for name in self.items)
+        return tuple(name for name in columns if name != TITLE)
 
     @property
     def series(self) -> int:
@@ -76,12 +79,14 @@ class Spelled:
     Attributes:
       edges: where buckets of numbers end; empty: no buckets.
       hashed: buckets of a hash of the text; 0: each distinct value has a code.
+      words: each word of a text is a value.
       mlp: a number that a small net reads.
     """
 
     column: str
     edges: tuple[float, ...] = ()
     hashed: int = 0
+    words: bool = False
     mlp: bool = False
 
     @property
@@ -98,7 +103,7 @@ class Spelled:
         if how == "mlp":
             return cls(column, mlp=True)
         if hashed := HASHED.fullmatch(how):
-            return cls(column, hashed=int(hashed[1]))
+            return cls(column, hashed=int(hashed[2]), words=hashed[1] == "words")
         try:
             edges = tuple(float(edge) for edge in how.split(","))
         except ValueError:
@@ -107,6 +112,6 @@ class Spelled:
         if not edges or not all(map(math.isfinite, edges)) or not ascend:
             raise ValueError(
                 f"{name!r}: brackets hold the ends of buckets, which are numbers that ascend, or "
-                "'hash N', or 'mlp'"
+                "'hash N', 'words N' or 'mlp'"
             )
         return cls(column, edges=edges)

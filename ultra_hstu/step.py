@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,12 @@ def require_jit() -> None:
             "JAX_DISABLE_JIT is set, but compiled programs train, evaluate and serve: unset it. "
             "(jax.debug.print shows what is inside of them.)"
         )
+
+
+def shapes(tree: PyTree) -> Hashable:
+    """The structure of a pytree, with shape and dtype of its arrays: what is compiled for."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
 def largest_weight(params: Params) -> float:

@@ -18,11 +18,13 @@ from scripts.tables import (
     configuration,
     context_parallel,
     data,
+    features,
     long,
     overview,
     ranking,
     retrieval,
     sampling,
+    windows,
 )
 from scripts.tables import serve as serve_tables
 from scripts.tables import serving as serving_tables
@@ -71,6 +73,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "load_balance": sampling.load_balance_table,
         "int4": sampling.int4_table,
     },
+    "docs/features.md": {"item_features": features.item_features_table},
+    "docs/windows.md": {
+        "swap": windows.swap_table,
+        "windows": windows.compared_table,
+        "windows_ml1m": windows.windows_table,
+    },
     "docs/your_data.md": {"prepare": data.prepare_table},
     "docs/datasets.md": {
         "sets": data.sets_table,
@@ -95,6 +103,7 @@ FIGURES = (
     serving_tables.serving_figure,
     serve_tables.serve_figure,
     context_parallel.context_parallel_figure,
+    windows.draw,
 )
 
 

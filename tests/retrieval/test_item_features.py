@@ -95,6 +95,9 @@ def test_codes():
     assert codes.number_IN[1].tolist() == [0, 0]
     hash_codes = item_codes(FeatureConfig(items=("genre[hash 100]",)), columns)
     assert set(hash_codes.code_IV[3]) == {1 + hashed("a", 100), 1 + hashed("b", 100)}
+    titles = ("", *(f"The Mug, {i % 2}" for i in range(ITEMS)))
+    words = item_codes(FeatureConfig(items=("title[words 50]",)), columns, titles)
+    assert words.code_IV[2].tolist() == [1 + hashed(word, 50) for word in ("the", "mug", "1")]
     few = item_codes(FeatureConfig(items=("genre",), max_values=1), columns)
     assert few.code_IV[[2, 3]].tolist() == [[1], [2]]
 

@@ -65,7 +65,7 @@ def an_answer_and_its_description(served, known, folder):
     assert status == 200 and right(known[0], json.dumps(answer).encode())
     with urllib.request.urlopen(f"{served.url}/openapi.json", timeout=60) as response:
         described = json.loads(response.read())
-    assert set(described["paths"]) == {"/recommend", "/items", "/user"}
+    assert set(described["paths"]) == {"/recommend", "/items", "/user", "/health"}
     assert set(described["components"]["schemas"]["Request"]["properties"]) >= {
         "user",
         "history",

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32, Integer, Shaped
 
 from ultra_hstu.data import item_features, npz
-from ultra_hstu.data.item_features import ItemColumn
+from ultra_hstu.data.item_features import FeatureOfItems, ItemColumn
 from ultra_hstu.data.strings import STRINGS, is_strings
 from ultra_hstu.data.text import INTEGER, MAX_ID
 
@@ -66,6 +66,19 @@ class Catalog:
     @property
     def num_items(self) -> int:
         return len(self.raw_ids) - 1
+
+    def with_features(self, features: Mapping[str, FeatureOfItems]) -> "Catalog":
+        """The catalogue with these features, by name, of raw ids; what has no entry is unknown.
+
+        Raises ValueError for a column of numbers and texts together.
+        """
+        raw_ids = self.raw_ids[1:].tolist()
+        more = {name: item_features.column_of(name, one, raw_ids) for name, one in features.items()}
+        return dataclasses.replace(self, features=dict(self.features) | more)
+
+    def features_of(self, item: int) -> dict[str, list[str]]:
+        """What is known of a dense id, by the names of columns, as texts."""
+        return {name: column.words(item) for name, column in self.features.items()}
 
     def encode(self, ids: Any) -> Int32[np.ndarray, " n"]:
         """Dense ids of raw ids; digits in a string stand for a numeric id, as on a command line.
@@ -137,6 +150,13 @@ class Catalog:
                 f"dense item ids must lie in 1..{self.num_items}, not {few(dense[outside])}"
             )
         return self.raw_ids[dense]
+
+    def of_items(self, items: Integer[np.ndarray, " n"]) -> "Catalog":
+        """The catalogue of some of the items: dense ids, ascending."""
+        slots = np.append(0, items)
+        titles = None if self.titles is None else tuple(self.titles[slot] for slot in slots)
+        features = {name: column.reordered(items - 1) for name, column in self.features.items()}
+        return Catalog(self.raw_ids[slots], titles, features)
 
     def save(self, path: npz.Path) -> None:
         """Writes the catalogue to `path`, whole or not at all."""

@@ -17,6 +17,7 @@ from ultra_hstu.data import npz, sources
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
 from ultra_hstu.data.catalog import Catalog, few, first
 from ultra_hstu.data.contexts import Contexts
+from ultra_hstu.data.item_features import FeatureOfItems
 from ultra_hstu.data.strings import STRINGS, is_strings, pack
 from ultra_hstu.table_config import TableConfig
 
@@ -80,6 +81,7 @@ class Interactions:
         *,
         actions: Mapping[str, ArrayLike] | None = None,
         titles: Mapping[int, str] | Mapping[str, str] | None = None,
+        item_features: Mapping[str, FeatureOfItems] | None = None,
     ) -> "Interactions":
         """Events in any order, one entry an event, [E] each.
 
@@ -93,6 +95,8 @@ class Interactions:
                 order.
             actions: what the user did, by name, as numbers: integers become int32, floats float32.
             titles: of items, by id. The catalogue is the items of the events that are left.
+            item_features: columns of what else is known of items, by name: of each item, by id, a
+                number, a text or a list of texts.
 
         Raises:
             ValueError: arrays of unequal lengths, ids or times of another kind (a value is shown),
@@ -101,7 +105,8 @@ class Interactions:
         from ultra_hstu.data import grouping  # which makes objects of this class
 
         columns = grouping.event_columns(users, items, times, actions or {})
-        return grouping.group(columns, TableConfig(), titles)[0]
+        made = grouping.group(columns, TableConfig(), titles)[0]
+        return dataclasses.replace(made, catalog=made.catalog.with_features(item_features or {}))
 
     @classmethod
     def from_table(

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +12,10 @@ import pyarrow.compute as pc
 from jaxtyping import Float64, Int32, Int64, Integer, Shaped
 
 from ultra_hstu.data.strings import STRINGS, pack
-from ultra_hstu.feature_config import FeatureConfig, Spelled
+from ultra_hstu.feature_config import TITLE, FeatureConfig, Spelled
 from ultra_hstu.nn.item_features import ItemCodes
 
+WORD = re.compile(r"\w+")
 MAX_DISTINCT = 1000  # distinct fractions of a column that has neither buckets nor a hash
 Order = Integer[np.ndarray, " n"]
 
@@ -125,6 +128,27 @@ class ItemNumbers:
 ItemColumn = ItemTexts | ItemNumbers
 
 
+# Of one item, by its raw id: a number, a text, or several texts.
+FeatureOfItems = Mapping[Any, float | str | Sequence[str]]
+
+
+def column_of(name: str, of_item: FeatureOfItems, raw_ids: Sequence[int | str]) -> ItemColumn:
+    """The column of these items. Raises ValueError for numbers and texts in one column."""
+    found: list[Any] = [of_item.get(raw) for raw in raw_ids]
+    numbers = [isinstance(one, int | float) for one in found if one is not None]
+    if all(numbers) and numbers:
+        return ItemNumbers.of(np.array([np.nan if one is None else one for one in found]))
+    if any(numbers):
+        odd = next(one for one in found if isinstance(one, int | float))
+        raise ValueError(
+            f"feature of items {name!r}: an item has the number {odd!r}, others have texts: give "
+            "numbers alone, or texts alone"
+        )
+    return ItemTexts.of(
+        [one] if isinstance(one, str) else [] if one is None else list(one) for one in found
+    )
+
+
 def _digest(arrays: Iterable[np.ndarray]) -> str:
     found = hashlib.sha256()
     for array in arrays:
@@ -188,15 +212,24 @@ def check_names(config: FeatureConfig, known: Iterable[str]) -> None:
             )
 
 
-def item_codes(config: FeatureConfig, columns: Mapping[str, ItemColumn]) -> ItemCodes | None:
+def item_codes(
+    config: FeatureConfig,
+    columns: Mapping[str, ItemColumn],
+    titles: Sequence[str] | None = None,
+    items: int | None = None,
+) -> ItemCodes | None:
     """The codes of the columns that a model reads; None where it reads none.
+
+    Args:
+      titles: of all slots; they are the column "title", if no other is.
+      items: how many the model has room for; None: as many as there are.
 
     Raises:
       ValueError: an unknown column, buckets or a net of texts, a number with too many values.
     """
-    check_names(config, columns)
     if not config.items:
         return None
+    columns = _with_titles(config, columns, titles)
     parts, numbers = [], []
     sizes: list[int] = []
     slots = 0
@@ -218,7 +251,37 @@ def item_codes(config: FeatureConfig, columns: Mapping[str, ItemColumn]) -> Item
     number_IN = np.concatenate([np.zeros((slots, 0)), *numbers], axis=1).astype(np.float32)
     widths = tuple(part.shape[1] for part in parts)
     code_IV = np.concatenate(parts, axis=1).astype(np.int32)
-    return ItemCodes(code_IV, widths, tuple(sizes), number_IN)
+    more = ((0, 0 if items is None else items + 1 - slots), (0, 0))
+    return ItemCodes(np.pad(code_IV, more), widths, tuple(sizes), np.pad(number_IN, more))
+
+
+def entries(
+    config: FeatureConfig,
+    columns: Mapping[str, ItemColumn],
+    titles: Sequence[str] | None = None,
+) -> dict[str, tuple[str, ...]]:
+    """What the entries of `item_codes` stand for, by name, in the order of their codes."""
+    columns, found = _with_titles(config, columns, titles), {}
+    for name in config.items:
+        spelled, column = Spelled.of(name), columns[Spelled.of(name).column]
+        if spelled.size:
+            found[name] = tuple(map(str, range(spelled.size)))
+        elif isinstance(column, ItemTexts):
+            found[name] = tuple(column.values.tolist()) or ("",)
+        elif not spelled.mlp:
+            numbers = column.numbers[~np.isnan(column.numbers)].tolist()
+            found[name] = tuple(map(text_of, dict.fromkeys(numbers))) or ("",)
+    return found
+
+
+def _with_titles(
+    config: FeatureConfig, columns: Mapping[str, ItemColumn], titles: Sequence[str] | None
+) -> Mapping[str, ItemColumn]:
+    """The columns, and that of titles where it is read. Raises ValueError for unknown ones."""
+    if titles is not None and any(Spelled.of(name).column == TITLE for name in config.items):
+        columns = {TITLE: ItemTexts.of([[title] for title in titles[1:]])} | dict(columns)
+    check_names(config, columns)
+    return columns
 
 
 def _of_texts(
@@ -231,6 +294,8 @@ def _of_texts(
             f"{column.values[:1].tolist()}, and buckets and nets read numbers: name "
             f"{spelled.column!r} alone, or with [hash N]"
         )
+    if spelled.words:
+        column = _words_of(column)
     code_of, size = np.arange(len(column.values)), len(column.values)
     if spelled.hashed:
         size = spelled.hashed
@@ -241,6 +306,14 @@ def _of_texts(
         has_I = count_I > place
         code_IV[has_I, place] = 1 + code_of[column.codes[column.offsets[:-1][has_I] + place]]
     return code_IV, max(1, size)
+
+
+def _words_of(column: ItemTexts) -> ItemTexts:
+    """Each word of the texts as a text of its own, without case."""
+    words = [WORD.findall(text.casefold()) for text in column.values.tolist()]
+    items = range(1, len(column.offsets) - 1)
+    codes = (column.codes[column.offsets[i] : column.offsets[i + 1]].tolist() for i in items)
+    return ItemTexts.of([word for code in of_item for word in words[code]] for of_item in codes)
 
 
 def _of_numbers(

@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 from ultra_hstu.config import Config
-from ultra_hstu.data import npz, signals
+from ultra_hstu.data import signals
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import Interactions
-from ultra_hstu.data.strings import STRINGS
+from ultra_hstu.nn.embeddings import CodeSizes
 from ultra_hstu.table_config import made_from
 
 Values = Shaped[np.ndarray, " n"] | Sequence[int] | Sequence[float]
@@ -55,13 +55,12 @@ class Vocabulary:
         ]
         return np.stack(codes, axis=1) if codes else np.zeros((count, 0), np.int32)
 
-    def code_sizes(self, config: Config) -> tuple[int, ...]:
-        """How many codes each column of `event_codes` has, 0 (none) counted."""
-        of_features = [signals.feature_size(*one) for one in self.features.items()]
-        return (
-            *signals.sizes(config.rank.signals),
-            *of_features,
-            *(len(words) for words in self.contexts.values()),
+    def code_sizes(self, config: Config) -> CodeSizes:
+        """How many codes each column of `event_codes` has."""
+        return CodeSizes(
+            signals.sizes(config.rank.signals),
+            tuple(signals.feature_size(*one) for one in self.features.items()),
+            tuple(len(words) for words in self.contexts.values()),
         )
 
     def event_codes(
@@ -80,29 +79,6 @@ class Vocabulary:
         of_user = [np.broadcast_to(contexts.get(name, 0), count) for name in self.contexts]
         context_EC = signals.side_by_side(of_user, count, np.int32)
         return np.concatenate([signal_ES, self.features_of(columns, count), context_EC], axis=1)
-
-    def save(self, path: npz.Path) -> None:
-        """Writes the file, whole or not at all, without the catalogue; none where it is empty."""
-        arrays = {f"features/{name}": values for name, values in self.features.items()}
-        arrays |= {
-            f"contexts/{name}": np.array(words, STRINGS) for name, words in self.contexts.items()
-        }
-        if arrays:
-            npz.save(path, arrays)
-
-    @staticmethod
-    def load(path: npz.Path, config: Config, catalog: Catalog) -> "Vocabulary":
-        """What `save` wrote for a run. Raises ValueError naming the file if it is damaged."""
-        rank = config.rank
-        if not rank.features and not rank.contextual:
-            return Vocabulary(catalog, {}, {})
-        remedy = "delete catalog.npz beside it, and the same training command writes both again"
-        with npz.reading(path, "the vocabulary of a run", remedy) as file:
-            return Vocabulary(
-                catalog,
-                {name: file[f"features/{name}"] for name in rank.features},
-                {name: tuple(file[f"contexts/{name}"].tolist()) for name in rank.contextual},
-            )
 
     def context(self, codes: Mapping[str, int]) -> Int32[np.ndarray, " C"]:
         """A user's codes by name, 0 where nothing is given, as one code over all contextual

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator
 
 import jax
@@ -48,18 +49,13 @@ class ItemCodes:
 
     @functools.cached_property
     def matrix_IF(self) -> Float32[np.ndarray, "I1 F"]:
-        """The share of each value in an item's mean, 0 for values that it does not have."""
+        """The share of each value in the mean of its column, 0 of values that an item lacks."""
         matrix_IF = np.zeros((len(self.code_IV), 1 + self.entries), np.float32)
         for part_IV in self.parts(self.code_IV):
             share_I = 1 / np.maximum((part_IV > 0).sum(axis=1), 1)
             for code_I in part_IV.T:
-                matrix_IF[np.arange(len(code_I)), code_I] = share_I
+                matrix_IF[np.arange(len(code_I)), code_I] += share_I
         return matrix_IF[:, 1:]
-
-    @property
-    def column_F(self) -> Int32[np.ndarray, " F"]:
-        """The number of each entry's column, from 1."""
-        return np.repeat(np.arange(len(self.sizes)), self.sizes).astype(np.int32) + 1
 
     def parts[Codes: (np.ndarray, Array)](self, code_XV: Codes) -> Iterator[Codes]:
         """The columns of each column of features."""
@@ -85,43 +81,44 @@ class ItemFeatures(nnx.Module):
 
     def __call__(self, item_t: Int[Array, " t"]) -> Float[Array, "t D"]:
         """Of rows by their item, 0 for none."""
-        return self._of_codes(item_t) + self._of_numbers(jnp.asarray(self.codes.number_IN)[item_t])
+        if self.codes.as_matrix or len(self.codes.code_IV) <= item_t.shape[0]:
+            return self.all()[item_t]
+        return self._of(item_t)
 
     def series(self, item_t: Int[Array, " t"], column_t: Int[Array, " t"]) -> Float[Array, "t D"]:
         """Of one column of each item, by its number from 1; zeros for column 0."""
-        return self._of_codes(item_t, column_t)
+        items = jnp.arange(len(self.codes.code_IV), dtype=jnp.int32)
+        of_columns = [x_ID for x_ID in self._columns(items)]
+        x_SID = jnp.stack([jnp.zeros_like(of_columns[0]), *of_columns])
+        return x_SID[column_t, item_t]
 
     def all(self) -> Float[Array, "I1 D"]:
         """Of all items, behind padding."""
-        if not self.codes.as_matrix:
-            return self(jnp.arange(len(self.codes.code_IV), dtype=jnp.int32))
-        matrix_IF = jnp.asarray(self.codes.matrix_IF)
-        return self._product(matrix_IF) + self._of_numbers(jnp.asarray(self.codes.number_IN))
+        return self._of(jnp.arange(len(self.codes.code_IV), dtype=jnp.int32))
 
-    def _of_codes(
-        self, item_t: Int[Array, " t"], column_t: Int[Array, " t"] | None = None
-    ) -> Float[Array, "t D"]:
-        codes = self.codes
-        if codes.as_matrix:
-            share_tF = jnp.asarray(codes.matrix_IF)[item_t]
-            if column_t is not None:
-                mine_tF = column_t[:, None] == jnp.asarray(codes.column_F)[None, :]
-                share_tF = jnp.where(mine_tF, share_tF, 0.0)
-            return self._product(share_tF)
-        x_tD = jnp.zeros((item_t.shape[0], self.table.shape[1]), jnp.float32)
-        of_items_tV = jnp.asarray(codes.code_IV)[item_t]
-        for column, code_tV in enumerate(codes.parts(of_items_tV), start=1):
-            count_t = jnp.maximum(jnp.sum(code_tV > 0, axis=1), 1)
-            here_t = jnp.ones(item_t.shape, bool) if column_t is None else column_t == column
-            for code_t in code_tV.T:
-                found_tD = self.table[...][jnp.maximum(code_t - 1, 0)] / count_t[:, None]
-                x_tD += jnp.where(((code_t > 0) & here_t)[:, None], found_tD, 0.0)
-        return x_tD
+    def _of(self, item_t: Int[Array, " t"]) -> Float[Array, "t D"]:
+        x_tD = self._of_numbers(jnp.asarray(self.codes.number_IN)[item_t])
+        return functools.reduce(operator.add, self._columns(item_t), x_tD)
 
-    def _product(self, share_tF: Float[Array, "t F"]) -> Float[Array, "t D"]:
-        if not share_tF.shape[1]:
-            return jnp.zeros((share_tF.shape[0], self.table.shape[1]), jnp.float32)
-        return jnp.matmul(share_tF, self.table[...], precision="highest")
+    def _columns(self, item_t: Int[Array, " t"]) -> Iterator[Float[Array, "t D"]]:
+        """The mean of the values of each column that has such."""
+        first = 0
+        of_items_tV = jnp.asarray(self.codes.code_IV)[item_t]
+        for code_tV, size in zip(self.codes.parts(of_items_tV), self.codes.sizes, strict=True):
+            table_FD = self.table[...][first : first + size]
+            count_t1 = jnp.maximum(jnp.sum(code_tV > 0, axis=1), 1)[:, None]
+            if not size:
+                continue
+            if self.codes.as_matrix:
+                share_tF = jnp.asarray(self.codes.matrix_IF[:, first : first + size])[item_t]
+                yield jnp.matmul(share_tF, table_FD, precision="highest")
+            else:
+                found = (
+                    jnp.where((code_t > 0)[:, None], self.table[...][code_t - 1], 0.0)
+                    for code_t in code_tV.T
+                )
+                yield functools.reduce(operator.add, found) / count_t1
+            first += size
 
     def _of_numbers(self, number_tN: Float[Array, "t N"]) -> Float[Array, "t D"]:
         if self.hidden is None or self.output is None:

@@ -39,6 +39,7 @@ class Batch:
     # What an evaluation leaves out, 0 behind it; None: the items of the history, or nothing.
     hidden_BN: Leaf[Int32[Array, "B N"] | None] = None
     series: Leaf[SeriesRows | None] = None  # None: every row is an event
+    items_1: Leaf[Int32[Array, " groups"] | None] = None  # as `Events.items_1`
 
     @property
     def sequences(self) -> Sequences:
@@ -57,6 +58,8 @@ class Events:
     time_E: Leaf[Int32[Array | np.ndarray, " E"]]  # seconds since the first event
     signal_ES: Leaf[Int32[Array | np.ndarray, "E S"] | None] = None  # codes; None: no signals
     merged: Leaf[Merged | None] = None  # with series of features; None: every token is an event
+    # Items that there are, where the model's table has more entries; None: as many as those.
+    items_1: Leaf[Int32[Array | np.ndarray, "1"] | None] = None
 
     @staticmethod
     def from_arrays(
@@ -76,9 +79,11 @@ class Events:
 
 @dataclasses.dataclass(frozen=True)
 class HistoryGather:
-    """Makes flat batches of B examples, columns `start` and `stop`; where they are equal the
-    history is empty. With a column `event`, `start` and `stop` are places in it. Where `hidden` is
-    not 0, the items of events `hide_from` to `stop - 1` are those that an evaluation leaves out.
+    """Makes flat batches of B examples, columns `start` and `stop`.
+
+    Where they are equal the history is empty. With a column `event`, `start` and `stop` are places
+    in it. With a column `learn_from`, events before it are no targets of training. Where `hidden`
+    is not 0, the items of events `hide_from` to `stop - 1` are those that an evaluation leaves out.
 
     Equal settings are equal objects, which share compiled steps.
 
@@ -128,7 +133,8 @@ class HistoryGather:
         event_T = xp.where(real_T, start_T + place.position, 0)
         event_T = event_T if index is None else xp.where(real_T, index[event_T], 0)
         if data.merged is not None:
-            event_T, column_T = data.merged.places(start_T, place.position, self.series)
+            first_T = xp.where(real_T, start_T, 0)
+            event_T, column_T = data.merged.places(first_T, place.position, self.series)
             event_T, column_T = (xp.where(real_T, x, 0) for x in (event_T, column_T))
             own_T = real_T & (column_T == 0)
         next_T = xp.where(real_T, event_T + 1, 0)
@@ -136,6 +142,9 @@ class HistoryGather:
         if not self.target_time:
             last_T = place.position + 1 == lengths_B[place.segment]
             asks_T = xp.where(real_T & last_T, event_T, asks_T)
+        weight_T = own_T
+        if "learn_from" in columns_B:
+            weight_T = own_T & (next_T >= columns_B["learn_from"][place.segment])
         signal_TS, hidden_BN, series = None, None, None
         if data.signal_ES is not None:
             signal_TS = xp.where(own_T[:, None], data.signal_ES[event_T], zero)
@@ -152,10 +161,11 @@ class HistoryGather:
             time_T=xp.where(real_T, data.time_E[event_T], zero),
             next_time_T=xp.where(real_T, data.time_E[asks_T], zero),
             target_T=xp.where(own_T, data.item_E[next_T], zero),
-            weight_T=own_T.astype(xp.float32),
+            weight_T=weight_T.astype(xp.float32),
             offsets=offsets,
             last_row_B=xp.where(lengths_B > 0, offsets[:-1] + lengths_B - 1, zero),
             signal_TS=signal_TS,
             hidden_BN=hidden_BN,
             series=series,
+            items_1=None if data.items_1 is None else xp.asarray(data.items_1),
         )

@@ -1,6 +1,7 @@
 """Full-corpus evaluation: every user's target against every item, but those that `eval` hides."""
 
 import functools
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.nn.norms import l2_normalize as unit_rows
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.metrics import mean_metrics, ranks
-from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.retrieval.recipe import Recipe, there_are
 
 
 class CorpusEvaluator(Evaluator):
@@ -27,14 +28,19 @@ class CorpusEvaluator(Evaluator):
     recipe: Recipe
 
     def __init__(
-        self, recipe: Recipe, loader: Loader, count_I: Int[np.ndarray, " I1"] | None = None
+        self,
+        recipe: Recipe,
+        loader: Loader,
+        longest: int,
+        count_I: Int[np.ndarray, " I1"] | None = None,
     ):
         """
         Args:
+          longest: rows of a history, at most.
           count_I: how many training events each item has; None: not known.
         """
         super().__init__(recipe, loader, jax.ShapeDtypeStruct((loader.batch_users,), jnp.int32))
-        self.longest = int(self.plan.examples.lengths.max())
+        self.longest = longest
         self.l2_normalize = recipe.config.loss.l2_normalize
         self.hides = recipe.config.eval.repeats == "hide"
         self.count_I = count_I
@@ -51,7 +57,18 @@ class CorpusEvaluator(Evaluator):
         if self.hides and hidden_BN is None:
             hidden_BN = jagged.pad(batch.item_T, batch.offsets, self.longest)
         target_b, hidden_bN = shards.part((target_B, hidden_BN))
-        return ranks(users_bD, table_ID, target_b, hidden_bN, l2_normalize=self.l2_normalize)
+        return ranks(
+            users_bD,
+            table_ID,
+            target_b,
+            hidden_bN,
+            l2_normalize=self.l2_normalize,
+            corpus_I=there_are(batch.items_1, table_ID),
+        )
+
+    @property
+    def static(self) -> Hashable:
+        return super().static, self.longest, self.recipe.item_features
 
     @functools.cached_property
     def repeats(self) -> float:

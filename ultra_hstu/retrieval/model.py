@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.dropout import KeyOrNone, split_key
-from ultra_hstu.nn.embeddings import InputEmbedding
+from ultra_hstu.nn.embeddings import NO_CODES, CodeSizes, InputEmbedding
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.item_features import ItemCodes
 from ultra_hstu.nn.sasrec import SASRec
@@ -34,7 +34,7 @@ class Recommender(nnx.Module):
         num_items: int,
         max_history: int,
         *,
-        signals: tuple[int, ...] = (),
+        codes: CodeSizes = NO_CODES,
         item_features: ItemCodes | None = None,
         hidden_width: int = 0,
         rngs: nnx.Rngs,
@@ -44,8 +44,7 @@ class Recommender(nnx.Module):
           num_items: I; ids are 1..I.
           max_history: rows of the longest sequence. N, which attention is divided by, is
             `max_history + config.output_slots`.
-          signals: how many codes each signal of a token has, 0 (none) counted; without any a token
-            is its item alone.
+          codes: how many codes there are of what a token holds beside its item.
           item_features, hidden_width: what is known of items, as of `ItemFeatures`; None: nothing.
         """
         length = max_history + config.output_slots
@@ -53,7 +52,7 @@ class Recommender(nnx.Module):
             num_items,
             config.width,
             length,
-            signals=signals,
+            codes=codes,
             item_features=item_features,
             hidden_width=hidden_width,
             dropout_rate=config.input_dropout,

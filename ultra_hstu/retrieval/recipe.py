@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.nn.dropout import row_keys
+from ultra_hstu.nn.embeddings import NO_CODES, CodeSizes
 from ultra_hstu.nn.item_features import ItemCodes, folded, with_ids, without_ids
 from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.retrieval import negatives
@@ -32,18 +33,18 @@ class Recipe(Steps[Recommender]):
     Attributes:
       target_counts: how often each item is a target in training, entry 0 is padding: what in-batch
         negatives are corrected by. None where nothing is trained.
-      code_sizes: how many codes each column of what a token holds beside its item has, 0 counted.
+      code_sizes: how many codes there are of what a token holds beside its item.
       item_features: what is known of items beside their ids; None: nothing.
       trained_I: the items of training events. Others have no embedding beside their features, where
         there are such: it would stay as it was drawn. None where nothing is trained.
     """
 
     num_items: int
-    code_sizes: tuple[int, ...] = ()
-    item_features: ItemCodes | None = None
     target_counts: Int[np.ndarray, " I1"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
+    code_sizes: CodeSizes = NO_CODES
+    item_features: ItemCodes | None = None
     trained_I: Bool[np.ndarray, " I1"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
@@ -54,7 +55,7 @@ class Recipe(Steps[Recommender]):
             config.model,
             self.num_items,
             config.data.max_history * (1 + config.features.series),
-            signals=self.code_sizes,
+            codes=self.code_sizes,
             item_features=self.item_features,
             hidden_width=config.features.hidden_width,
             rngs=nnx.Rngs(seed),
@@ -82,11 +83,11 @@ class Recipe(Steps[Recommender]):
         rows, negative_TR, log_q = h_TD.shape[0], None, None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
         keys_T = row_keys(negative_key, sequences)
+        known_I = there_are(batch.items_1, table_ID)
         match config.kind:
             case "sampled":
-                negative_TR = negatives.uniform_negatives(
-                    keys_T, rows, config.negatives, self.num_items
-                )
+                items = self.num_items if batch.items_1 is None else batch.items_1[0]
+                negative_TR = negatives.uniform_negatives(keys_T, rows, config.negatives, items)
             case "in_batch":
                 pool = negatives.in_batch_pool(shards.of_groups(batch.target_T))
                 negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
@@ -105,6 +106,7 @@ class Recipe(Steps[Recommender]):
             l2_normalize=config.l2_normalize,
             chunk_rows=config.chunk_rows or _chunk_rows(),
             log_q=log_q,
+            corpus_I=known_I,
             total=shards.total(jnp.sum(weight_T)),
         )[0]
 
@@ -129,6 +131,14 @@ class Recipe(Steps[Recommender]):
                 "targets: give Recipe target_counts, or set loss.log_q=False"
             )
         return negatives.log_frequency(self.target_counts)
+
+
+def there_are(items_1: Int[Array, " n"] | None, table_ID: Array) -> Bool[Array, " I1"] | None:
+    """Which entries of a table are items, where it has room for more; None: all but padding."""
+    if items_1 is None:
+        return None
+    item_I = jnp.arange(table_ID.shape[0], dtype=jnp.int32)
+    return (item_I > 0) & (item_I <= items_1[0])
 
 
 def _chunk_rows() -> int:

@@ -55,8 +55,9 @@ class Merged:
 
     def rows(self, start_B: PerExample, stop_B: PerExample, series: int) -> PerExample:
         """How many tokens the histories [start, stop) have."""
-        last_B = self.token_E[stop_B - 1]
-        return (stop_B > start_B) * (series + 1 + last_B - self.token_E[start_B])
+        events = self.token_E.shape[0]  # of an empty history, any of them
+        first_B, last_B = self.token_E[start_B % events], self.token_E[(stop_B - 1) % events]
+        return (stop_B > start_B) * (series + 1 + last_B - first_B)
 
     def places(
         self, start_T: RowNumbers, position_T: RowNumbers, series: int

@@ -17,7 +17,6 @@ from ultra_hstu.config import Config
 from ultra_hstu.data import signals
 from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.data.item_features import item_codes
-from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.quantization import ItemTable
 from ultra_hstu.ranking.form import EVERYTHING
@@ -38,6 +37,7 @@ from ultra_hstu.serving.inputs import (
 from ultra_hstu.serving.schema import Recommendation
 from ultra_hstu.serving.tokens import key_of, since_first
 from ultra_hstu.step import Params
+from ultra_hstu.vocabulary import Vocabulary
 from ultra_hstu.workdir import Workdir
 
 SMALLEST_K, SMALLEST_HIDDEN = 16, 256  # smallest buckets; each holds 8 times the one before
@@ -67,12 +67,13 @@ class RecommendationModel:
         self.config: Config = folder.read_for_one_device()
         require_retrieval(workdir, self.config)
         self.catalog = folder.read_catalog()
-        codes = item_codes(self.config.features, self.catalog.features)
-        self.vocabulary = Vocabulary.load(folder.vocabulary, self.config, self.catalog)
+        codes = item_codes(self.config.features, self.catalog.features, self.catalog.titles)
+        self.vocabulary = Vocabulary.load(folder).codes()
         sizes = self.vocabulary.code_sizes(self.config)
-        trained = Recipe(self.config, self.catalog.num_items, sizes, codes)
+        trained = Recipe(self.config, self.catalog.num_items, code_sizes=sizes, item_features=codes)
         self.max_users = max_users
-        self.recipe, params = trained.folded(load_params(folder, trained)[1])
+        self.step, params = load_params(folder, trained)
+        self.recipe, params = trained.folded(params)
         self.params: Params = jax.device_put(quantization.packed(params, tables))
         # What items are scored by, where it is not what tokens are made of.
         self._scored: ItemTable | None = None
@@ -345,7 +346,7 @@ def _encode(recipe: Recipe, params: Params, batch: Batch) -> Float[Array, "U D"]
     local_TD = jnp.concatenate([jnp.zeros_like(row_TD[:1]), row_TD])
     local_T = jnp.where(batch.item_T > 0, jnp.arange(1, rows + 1, dtype=jnp.int32), 0)
     model = recipe.model(quantization.with_item_table(params, local_TD))
-    user_UD = model.encode(dataclasses.replace(batch, item_T=local_T))[batch.last_row_B]
+    user_UD = model.users(dataclasses.replace(batch, item_T=local_T))
     return l2_normalize(user_UD) if recipe.config.loss.l2_normalize else user_UD.astype(jnp.float32)
 
 

@@ -216,6 +216,9 @@ class FoundItem(BaseModel):
     events: int | None = Field(
         description="how many events of the data have this item; null where there is no data"
     )
+    features: dict[str, list[str]] = Field(
+        {}, description="what else is known of it, by the names of the source"
+    )
 
 
 class FoundItems(BaseModel):
@@ -249,6 +252,16 @@ class KnownUser(BaseModel):
     times: list[int] | None
     actions: dict[str, list[float | None]] = Field(description="null where there is no value")
     context: dict[str, str]
+
+
+class Health(BaseModel):
+    version: str = Field(
+        description="the folder (or file) of the model that answers, and the step that it was "
+        "trained to; the header x-model-version of every answer names the one that made it"
+    )
+    problem: str | None = Field(
+        description="why a newer model could not take its place; null: nothing is amiss"
+    )
 
 
 class Problem(BaseModel):

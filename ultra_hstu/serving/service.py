@@ -122,6 +122,7 @@ class RecommendService(Service[Request, Response]):
         super().__init__(model.catalog, data)
         self.model: RecommendationModel = model
         self.data: RunData = data
+        data.step = model.step
         rank = model.config.rank
         self.reads = signals.needs((*rank.signals, *rank.features))
         self.expects = signals.needs(rank.features)

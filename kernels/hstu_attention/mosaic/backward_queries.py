@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.hstu_attention.mosaic.backward_shared import BackwardInputs, loaded_pair, silu_slopes
-from kernels.hstu_attention.mosaic.items import draw_items, feed_items, record_scratch
+from kernels.hstu_attention.mosaic.items import (
+    draw_items,
+    feed_items,
+    pass_over,
+    record_scratch,
+)
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
     computing,
@@ -96,11 +101,21 @@ def query_gradients(x: BackwardInputs) -> THK:
                 if wide:  # no registers for that
                     return None
                 nearest, more = item.bounds(first_row(item)), item.tile >= 0
+                first = jnp.int32(0)
+                if gm.in_turns:
+                    first = jnp.where(more, item.span(wg, True)[0], 0)
+                    pass_blocks(step, step + first)
                 pl.when(more)(lambda: wait(s.row_full, lax.rem(slot, row_slots)))
-                return nearest, slopes(item, slot, step, jnp.int32(0), nearest, beside, more)
+                return nearest, slopes(item, slot, step, first, nearest, beside, more)
+
+            def pass_blocks(start, stop):
+                """Gives blocks back unread. While it waits, a block of keys is in use."""
+                pass_over(s, "k", k_stages, start, stop)
+                pass_over(s, "v", v_stages, start, stop)
 
             def one_item(item, slot, step, begun, ahead):
-                count, row_slot = item.count, lax.rem(slot, row_slots)
+                row_slot = lax.rem(slot, row_slots)
+                first_block, count = (0, item.count) if wide else item.span(wg, gm.in_turns)
 
                 def accumulate(dq):
                     def add(ds, i):
@@ -131,7 +146,9 @@ def query_gradients(x: BackwardInputs) -> THK:
                         release(i - 1)
                         return ds_next
 
-                    ds = lax.fori_loop(1, count, one_block, ds)
+                    ds = lax.fori_loop(first_block + 1, count, one_block, ds)
+                    if gm.in_turns:
+                        pass_blocks(step + count, step + item.count)
                     begun_next = ahead(lambda: add(ds, count - 1))
                     out = dq[...]
                     release(count - 1)

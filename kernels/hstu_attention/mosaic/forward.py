@@ -16,7 +16,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernels.hstu_attention import tuning
-from kernels.hstu_attention.mosaic.items import WorkItem, feed_items, record_scratch
+from kernels.hstu_attention.mosaic.items import (
+    WorkItem,
+    feed_items,
+    pass_over,
+    record_scratch,
+)
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
     computing,
@@ -109,16 +114,25 @@ def forward(
             def one_item(slot, step, p, nearest):
                 """From the weights `p` of the item's first block to those of the next item's."""
                 item, count = WorkItem(gm, s, slot), WorkItem(gm, s, slot).count
+                begin, end = item.span(wg, gm.in_turns)
                 next_slot = lax.rem(slot + 1, RECORDS)
                 after = WorkItem(gm, s, next_slot)
 
+                def next_bounds():
+                    wait(s.rec_full, next_slot)
+                    return after.bounds(first_row(after))
+
+                # Records that come in turns are there: their bounds are read meanwhile.
+                read = next_bounds() if gm.in_turns else None
+
                 def accumulate(acc):
-                    def scores_beside_values(my_q, now, more, p):
+                    def scores_beside_values(my_q, now, more, p, before=None):
                         """Scores of block `now` of the ring.
 
-                        Meanwhile weights `p` meet the values of the block before.
+                        Meanwhile weights `p` meet the values of the block `before`.
                         """
-                        before = lax.rem(now + stages - 1, stages)
+                        if before is None:
+                            before = lax.rem(now + stages - 1, stages)
                         pl.when(more)(lambda: wait(s.k_full, now))
 
                         def products(s_acc):
@@ -140,20 +154,29 @@ def forward(
                         arrive(s.v_empty, before)
                         return p_next
 
-                    last = lax.fori_loop(1, count, one_block, p)
+                    last = lax.fori_loop(begin + 1, end, one_block, p)
                     arrive(s.q_empty, lax.rem(slot, config.q_slots))
                     # The next item begins while this one ends. Behind the last, what is computed
                     # goes nowhere.
-                    wait(s.rec_full, next_slot)
+                    if not gm.in_turns:
+                        wait(s.rec_full, next_slot)
                     more = after.tile >= 0
                     pl.when(more)(lambda: wait(s.q_full, lax.rem(next_slot, config.q_slots)))
-                    nearest_next = after.bounds(first_row(after))
+                    nearest_next = read if gm.in_turns else after.bounds(first_row(after))
+                    first_next, now, before = jnp.int32(0), lax.rem(step + count, stages), None
+                    if gm.in_turns:
+                        first_next = jnp.where(more, after.span(wg, True)[0], 0)
+                        pass_over(s, "k", stages, step + end, step + count + first_next)
+                        now = lax.rem(step + count + first_next, stages)
+                        before = lax.rem(step + end - 1, stages)
                     scores, before = scores_beside_values(
-                        queries(next_slot), lax.rem(step + count, stages), more, last
+                        queries(next_slot), now, more, last, before
                     )
-                    p_next = weights(scores, after, jnp.int32(0), nearest_next)
+                    p_next = weights(scores, after, first_next, nearest_next)
                     out = acc[...]
                     arrive(s.v_empty, before)
+                    if gm.in_turns:
+                        pass_over(s, "v", stages, step + end, step + count + first_next)
                     return out, p_next, nearest_next
 
                 out, p, nearest = with_sums(accumulate, (64, width_v))
@@ -182,19 +205,23 @@ def forward(
             def _all_items():
                 nearest = item.bounds(first_row(item))
                 wait(s.q_full, 0)
-                wait(s.k_full, 0)
+                zero = first = jnp.int32(0)
+                if gm.in_turns:
+                    first = item.span(wg, True)[0]  # at most 1, and no ring is shorter than 2
+                    pass_over(s, "k", stages, 0, first)
+                    pass_over(s, "v", stages, 0, first)
+                wait(s.k_full, first)
 
                 def first_scores(s_acc):
-                    plgpu.wgmma(s_acc, queries(0), s.k.at[0].T)
+                    plgpu.wgmma(s_acc, queries(0), s.k.at[first].T)
                     return s_acc[...]
 
                 scores = with_sums(first_scores, (64, block_k))
-                arrive(s.k_empty, 0)
-                zero = jnp.int32(0)
+                arrive(s.k_empty, first)
                 lax.while_loop(
                     lambda carry: WorkItem(gm, s, carry[0]).tile >= 0,
                     lambda carry: one_item(*carry),
-                    (zero, zero, weights(scores, item, zero, nearest), nearest),
+                    (zero, zero, weights(scores, item, first, nearest), nearest),
                 )
                 plgpu.wait_smem_to_gmem(0)
 

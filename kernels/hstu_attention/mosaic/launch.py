@@ -49,6 +49,7 @@ def launch(kernel, name, plan, wanted, tensors, factor, *, scratch, results, dq=
 
     def entry(*refs):
         gm = types.SimpleNamespace(**dict(zip((*operands, *outs), refs, strict=True)))
+        gm.in_turns = schedule.in_turns(plan)
 
         def body(**s):
             kernel(lax.axis_index("wg"), gm, types.SimpleNamespace(**s))
