@@ -80,6 +80,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "windows_ml1m": windows.windows_table,
     },
     "docs/your_data.md": {"prepare": data.prepare_table},
+    "docs/datasets.md": {
+        "sets": data.sets_table,
+        "categories": data.categories,
+        "lengths": data.lengths_table,
+    },
     "docs/cached_scoring.md": {
         "serving_operations": serving_tables.operations_table,
         "serving": serving_tables.serving_table,
