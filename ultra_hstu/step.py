@@ -88,6 +88,11 @@ class Steps[Model: nnx.Module](abc.ABC):
         In a mesh it is this device's share, and the shares add up.
         """
 
+    @property
+    def holds_data(self) -> bool:
+        """Whether its programs hold constants of the data, so that other data needs others."""
+        return False
+
     @functools.cached_property
     def graphdef(self) -> nnx.GraphDef:
         """The structure of the model, without its parameters."""

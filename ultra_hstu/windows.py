@@ -252,8 +252,7 @@ class WindowRun(Run):
             if other == key:
                 return program
         program = super()._compile()
-        # Frequencies of items are constants of the program.
-        if self.config.rank.tasks or self.config.loss.kind != "in_batch":
+        if not self.task.recipe.holds_data:
             self.programs.training.append((key, program))
         return program
 

@@ -38,6 +38,10 @@ class Recipe(Steps[Recommender]):
         default=None, compare=False, repr=False
     )
 
+    @property
+    def holds_data(self) -> bool:
+        return self.target_counts is not None
+
     def build(self, seed: int) -> Recommender:
         sizes = signals.sizes(self.config.rank.signals)
         model = Recommender(
