@@ -49,6 +49,10 @@ class Recipe(Steps[Recommender]):
         default=None, compare=False, repr=False
     )
 
+    @property
+    def holds_data(self) -> bool:
+        return self.target_counts is not None or self.item_features is not None
+
     def build(self, seed: int) -> Recommender:
         config = self.config
         model = Recommender(
