@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kernels.mask import AttentionMask, layer_masks
+from kernels.sampled_softmax.xla import whole_table_is_cheaper
 from ultra_hstu.config import Config, ModelConfig
 
 Lengths = int | Sequence[int] | Int[np.ndarray, "*n"]  # of all samples, or one each
@@ -218,14 +219,3 @@ def _loss(config: Config, history: np.ndarray, items: int) -> float:
     drawn = items + 1 if whole else loss.negatives + 1
     scored = {"sampled": drawn, "in_batch": drawn, "full": items + 1}[loss.kind]
     return float(history.mean()) * 2.0 * scored * config.model.width if items else 0.0
-
-
-def whole_table_is_cheaper(items: int, negatives: int) -> bool:
-    """Whether to score a row against all items, instead of gathering those of its negatives.
-
-    The whole table costs work in proportion to I, in matrix products; gathering costs work in
-    proportion to R, at random places. The limit lies between MovieLens-1M (I / R = 30), whose loss
-    and gradients took less time over the whole table, on a GPU and on a CPU, and MovieLens-20M
-    (213), whose took less gathered.
-    """
-    return items <= 64 * negatives

@@ -1,6 +1,7 @@
 """Negative items of a batch: uniform over the catalogue, or drawn from the batch itself.
 
-All are pure functions of a key.
+All are pure functions of keys. The loss draws them chunk by chunk (`drawn_uniformly`,
+`drawn_from`), so that no array has the negatives of all rows.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Key, Num, UInt
+
+from kernels.sampled_softmax import Negatives
 
 RowKeys = Key[Array, "*rows"]  # one for all rows, or one a row
 Drawn = Int[Array, "{rows} {count}"]
@@ -56,6 +59,25 @@ def in_batch_negatives(key: RowKeys, pool: InBatchPool, rows: int, count: int) -
     A row's own positive may be among them: the loss removes it.
     """
     return pool.id_P[_below(key, rows, count, jnp.maximum(pool.size, 1).astype(jnp.uint32))]
+
+
+def drawn_uniformly(key_T: Key[Array, " T"], count: int, num_items: int) -> Negatives:
+    """`uniform_negatives` of each row from its own key."""
+    return Negatives(
+        key_T,
+        count,
+        lambda key_C, _: uniform_negatives(key_C, key_C.shape[0], count, num_items),
+    )
+
+
+def drawn_from(pool: InBatchPool, key_T: Key[Array, " T"], count: int) -> Negatives:
+    """`in_batch_negatives` of each row from its own key."""
+    return Negatives(
+        key_T,
+        count,
+        lambda key_C, pool: in_batch_negatives(key_C, pool, key_C.shape[0], count),
+        pool,
+    )
 
 
 def _below(key: RowKeys, rows: int, count: int, bound: UInt[Array, ""]) -> Drawn:

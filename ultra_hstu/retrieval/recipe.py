@@ -19,10 +19,6 @@ from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.model import Recommender
 from ultra_hstu.step import Params, Steps
 
-# Rows of logits at one time: what fits the cache of a CPU, what fills a GPU (measured on
-# MovieLens-1M, 128 negatives).
-CHUNK_ROWS = {"cpu": 512, "accelerator": 4096}
-
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Steps[Recommender]):
@@ -61,20 +57,18 @@ class Recipe(Steps[Recommender]):
         target_T, weight_T = self.shards.local(tuple(labels))
         table_ID = model.all_items(self.shards)
         config, shards = self.config.loss, self.shards
-        rows, negative_TR, log_q = h_TD.shape[0], None, None
+        log_q = None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
-        keys_T = row_keys(negative_key, sequences)
+        keys_T, count = row_keys(negative_key, sequences), config.negatives
         match config.kind:
             case "sampled":
-                negative_TR = negatives.uniform_negatives(
-                    keys_T, rows, config.negatives, self.num_items
-                )
+                drawn = negatives.drawn_uniformly(keys_T, count, self.num_items)
             case "in_batch":
                 pool = negatives.in_batch_pool(shards.of_groups(batch.target_T))
-                negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
+                drawn = negatives.drawn_from(pool, keys_T, count)
                 log_q = jnp.asarray(self._log_q) if config.log_q else None
             case "full":
-                pass
+                drawn = None
             case unknown:
                 assert_never(unknown)
         return softmax_loss(
@@ -82,10 +76,10 @@ class Recipe(Steps[Recommender]):
             table_ID,
             target_T,
             weight_T,
-            negative_TR,
+            drawn,
             temperature=config.temperature,
             l2_normalize=config.l2_normalize,
-            chunk_rows=config.chunk_rows or _chunk_rows(),
+            chunk_rows=config.chunk_rows,
             log_q=log_q,
             total=shards.total(jnp.sum(weight_T)),
         )[0]
@@ -98,7 +92,3 @@ class Recipe(Steps[Recommender]):
                 "targets: give Recipe target_counts, or set loss.log_q=False"
             )
         return negatives.log_frequency(self.target_counts)
-
-
-def _chunk_rows() -> int:
-    return CHUNK_ROWS["cpu" if jax.default_backend() == "cpu" else "accelerator"]

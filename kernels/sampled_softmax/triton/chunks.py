@@ -1,0 +1,120 @@
+"""The implementation `triton` of `sampled_softmax` (jax-triton), for GPUs from sm80 on."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from kernels import softmax_rows, triton_call
+from kernels.sampled_softmax.spec import COLLISION_LOGIT, IdsOf, SampledSpec
+from kernels.softmax_rows import Gradients, PerItem, PerRow, Rows, Table
+
+CHUNK_ROWS = 16384  # whose q stay in the L2 cache of a GPU, 16 MiB of bfloat16 at a width of 512
+WIDEST = 1024
+TILE_BYTES = 8192  # of embeddings that a program holds at one time
+
+
+def unsupported(spec: SampledSpec) -> str | None:
+    """Why these calls cannot run on the current device, or None."""
+    if not 0 < spec.width <= WIDEST:
+        return (
+            f"triton takes rows of width 1 to {WIDEST}, got D = {spec.width}; "
+            "implementation='xla' takes any"
+        )
+    return triton_call.refusal()
+
+
+def gradients(
+    q_TD: Rows,
+    e_ID: Table,
+    weight_T: PerRow,
+    rest: PyTree,
+    ids_of: IdsOf,
+    shift_I: PerItem | None,
+    *,
+    chunk_rows: int | None,
+) -> Gradients:
+    """See `sampled_softmax`. The same bits on every run."""
+    table_ID = e_ID.astype(q_TD.dtype)
+
+    def chunk(
+        q_CD: Rows, weight_C: PerRow, rest: PyTree, de_ID: Table
+    ) -> tuple[PerRow, Rows, Table]:
+        id_CX = ids_of(rest, weight_C)
+        slope_CX, loss_C, dq_CD = of_rows(q_CD, table_ID, id_CX, weight_C, shift_I)
+        return loss_C, dq_CD, add_to_items(q_CD, id_CX, slope_CX, weight_C, de_ID)
+
+    return softmax_rows.by_chunks(chunk, q_TD, weight_T, rest, e_ID, chunk_rows or CHUNK_ROWS)
+
+
+def of_rows(
+    q_CD: Rows,
+    e_ID: Table,
+    id_CX: Int[Array, "C X"],
+    weight_C: PerRow,
+    shift_I: PerItem | None,
+) -> tuple[Float[Array, "C X"], PerRow, Rows]:
+    """The gradients of the scores, the losses and the gradient of q."""
+    (rows, columns), width = id_CX.shape, q_CD.shape[1]
+    f32 = jnp.float32
+    logit_CX, log_sum_C, loss_C, dq_CD = triton_call.launch(
+        "kernels.sampled_softmax.triton.kernels:rows",
+        (q_CD, e_ID, id_CX, weight_C, weight_C if shift_I is None else shift_I),
+        [
+            jax.ShapeDtypeStruct((rows, columns), f32),
+            jax.ShapeDtypeStruct((rows,), f32),
+            jax.ShapeDtypeStruct((rows,), f32),
+            jax.ShapeDtypeStruct((rows, width), q_CD.dtype),
+        ],
+        programs=rows,
+        constants={
+            "X": columns,
+            "SHIFTED": shift_I is not None,
+            "COLLISION": COLLISION_LOGIT,
+            **_widths(width),
+            "BX": _tile(width, q_CD.dtype),
+        },
+        warps=1,
+        stages=1,
+    )
+    first_1X = jnp.arange(columns, dtype=jnp.int32)[None, :] == 0
+    collision_CX = (id_CX == id_CX[:, :1]) & ~first_1X
+    share_CX = jnp.exp(logit_CX - log_sum_C[:, None]) - first_1X
+    counts_CX = (weight_C > 0)[:, None] & ~collision_CX
+    return jnp.where(counts_CX, weight_C[:, None] * share_CX, 0.0), loss_C, dq_CD
+
+
+def add_to_items(
+    q_CD: Rows,
+    id_CX: Int[Array, "C X"],
+    slope_CX: Float[Array, "C X"],
+    weight_C: PerRow,
+    de_ID: Table,
+) -> Table:
+    """`de_ID` plus the sum of slope * q over the occurrences of each item."""
+    (_, columns), (items, width) = id_CX.shape, de_ID.shape
+    # Rows that do not count stand behind all items, where no program looks.
+    id_N = jnp.where((weight_C > 0)[:, None], id_CX, items).ravel()
+    order_N = jnp.arange(id_N.size, dtype=jnp.int32)
+    id_N, order_N = jax.lax.sort((id_N, order_N), num_keys=1)
+    begin_I = jnp.searchsorted(
+        id_N, jnp.arange(items + 1, dtype=jnp.int32), method="scan_unrolled"
+    ).astype(jnp.int32)
+    (de_ID,) = triton_call.launch(
+        "kernels.sampled_softmax.triton.kernels:items",
+        (q_CD, order_N, slope_CX, begin_I, de_ID),
+        [jax.ShapeDtypeStruct((items, width), jnp.float32)],
+        programs=items,
+        constants={"X": columns, **_widths(width), "BN": _tile(width, q_CD.dtype)},
+        warps=1,
+        stages=1,
+    )
+    return de_ID
+
+
+def _widths(width: int) -> dict[str, int]:
+    return {"D": width, "WD": triton_call.padded(width)}
+
+
+def _tile(width: int, dtype: jnp.dtype) -> int:
+    """Embeddings that one warp holds at one time."""
+    return max(1, min(32, TILE_BYTES // (triton_call.padded(width) * dtype.itemsize)))
