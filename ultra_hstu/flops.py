@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Int
 
 from kernels.mask import AttentionMask, layer_masks
-from kernels.sampled_softmax.xla import whole_table_is_cheaper
 from ultra_hstu.config import Config, ModelConfig
 
 Lengths = int | Sequence[int] | Int[np.ndarray, "*n"]  # of all samples, or one each
@@ -215,7 +214,6 @@ def _loss(config: Config, history: np.ndarray, items: int) -> float:
     loss, limit = config.loss, config.model.truncate_length
     # Only rows that reach the last layer are trained on.
     history = history if limit is None else np.minimum(history, limit)
-    whole = whole_table_is_cheaper(items + 1, loss.negatives)
-    drawn = items + 1 if whole else loss.negatives + 1
-    scored = {"sampled": drawn, "in_batch": drawn, "full": items + 1}[loss.kind]
+    # What is needed: an implementation may score more, where one large product takes less time.
+    scored = items + 1 if loss.kind == "full" else loss.negatives + 1
     return float(history.mean()) * 2.0 * scored * config.model.width if items else 0.0

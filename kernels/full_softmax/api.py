@@ -7,8 +7,7 @@ from jaxtyping import Array, Int, PyTree
 
 from kernels import dispatch, softmax_rows
 from kernels.full_softmax.spec import FullSpec
-from kernels.softmax_rows import Gradients, Loss, PerRow, Rows, Table
-from kernels.typing import Unchecked
+from kernels.softmax_rows import Gradients, Loss, PerRow, Rows, Table, Unshaped
 
 _OP = dispatch.Op[FullSpec](
     "full_softmax",
@@ -27,10 +26,10 @@ def implementations() -> dict[str, str]:
 
 
 def full_softmax(
-    q_TD: Unchecked,
-    e_ID: Unchecked,
+    q_TD: Unshaped,
+    e_ID: Unshaped,
     positive_T: Int[Array, " T"],
-    weight_T: Unchecked,
+    weight_T: Unshaped,
     *,
     chunk_rows: int | None = None,
     implementation: str | Sequence[str] | None = None,

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from types import ModuleType
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from kernels import dispatch, softmax_rows
 from kernels.sampled_softmax.spec import Negatives, SampledSpec
-from kernels.softmax_rows import Gradients, Loss, PerItem, PerRow, Rows, Table
-from kernels.typing import Unchecked
+from kernels.softmax_rows import Gradients, Loss, PerItem, PerRow, Rows, Table, Unshaped
 
 _OP = dispatch.Op[SampledSpec](
     "sampled_softmax",
@@ -28,10 +28,10 @@ def implementations() -> dict[str, str]:
 
 
 def sampled_softmax(
-    q_TD: Unchecked,
-    e_ID: Unchecked,
+    q_TD: Unshaped,
+    e_ID: Unshaped,
     positive_T: Int[Array, " T"],
-    weight_T: Unchecked,
+    weight_T: Unshaped,
     negatives: Negatives | Int[Array, "T R"],
     *,
     shift_I: PerItem | None = None,
@@ -67,25 +67,34 @@ def sampled_softmax(
     softmax_rows.check(q_TD, e_ID, weight_T, chunk_rows)
     if not isinstance(negatives, Negatives):
         negatives = Negatives.of(negatives)
-    if negatives.count < 1:
-        raise ValueError("a row needs at least one negative, got none")
-    draw = negatives.draw
+    count, together, draw = negatives.count, negatives.rows_per_draw, negatives.draw
+    if min(count, together) < 1:
+        raise ValueError(f"negatives have {count=} a row and rows_per_draw={together}: at least 1")
+    of_rows, missing = (positive_T, negatives.rows), -q_TD.shape[0] % together
+    if missing:
+        q_TD, weight_T = jnp.pad(q_TD, ((0, missing), (0, 0))), jnp.pad(weight_T, (0, missing))
+        row_T = jnp.minimum(jnp.arange(len(q_TD), dtype=jnp.int32), len(positive_T) - 1)
+        of_rows = jax.tree.map(lambda leaf: leaf[row_T], of_rows)
 
     def call(module: ModuleType) -> Loss:
         def run(q_TD: Rows, e_ID: Table, weight_T: PerRow, rest: PyTree) -> Gradients:
             of_rows, shared, shift_I = rest
 
-            def ids_of(of_rows: PyTree, weight_C: PerRow) -> Int[Array, "C X"]:
-                # Where the weight is 0, ids may be anything.
+            def ids_of(of_rows: PyTree) -> tuple[Int[Array, " C"], Int[Array, "G R"]]:
                 positive_C, rows = of_rows
-                id_CX = jnp.concatenate([positive_C[:, None], draw(rows, shared)], axis=1)
-                return jnp.where((weight_C > 0)[:, None], id_CX, 0).astype(jnp.int32)
+                ids = positive_C, draw(jax.tree.map(lambda leaf: leaf[::together], rows), shared)
+                # Where the weight is 0, ids may be anything.
+                return jax.tree.map(
+                    lambda id: jnp.clip(id, 0, len(e_ID) - 1).astype(jnp.int32), ids
+                )
 
             return module.gradients(
-                q_TD, e_ID, weight_T, of_rows, ids_of, shift_I, chunk_rows=chunk_rows
+                q_TD, e_ID, weight_T, of_rows, ids_of, shift_I, spec=spec, chunk_rows=chunk_rows
             )
 
-        rest = ((positive_T, negatives.rows), negatives.shared, shift_I)
+        rest = of_rows, negatives.shared, shift_I
         return softmax_rows.weighted_loss(run, q_TD, e_ID, weight_T, rest)
 
-    return _OP.call(implementation, SampledSpec(q_TD.dtype, q_TD.shape[1], negatives.count), call)
+    spec = SampledSpec(q_TD.dtype, q_TD.shape[1], count, together)
+    loss, loss_T = _OP.call(implementation, spec, call)
+    return loss, loss_T[: len(positive_T)]

@@ -23,11 +23,14 @@ def gradients(
     ids_of: IdsOf,
     shift_I: PerItem | None,
     *,
+    spec: SampledSpec,
     chunk_rows: int | None,
 ) -> Gradients:
     """See `sampled_softmax`; all rows are one chunk, whatever `chunk_rows` says."""
     counts_T = weight_T > 0
-    id_TX = ids_of(rest, weight_T)
+    positive_T, negative_GR = ids_of(rest)
+    negative_TR = jnp.repeat(negative_GR, spec.rows_per_draw, axis=0)
+    id_TX = jnp.concatenate([positive_T[:, None], negative_TR], axis=1)
     negative_TX = jnp.arange(id_TX.shape[1])[None, :] > 0
 
     def total(q_TD: Rows, e_ID: Table) -> tuple[Float[Array, ""], PerRow]:

@@ -7,19 +7,19 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from kernels.softmax_rows import PerRow
-
 COLLISION_LOGIT = -5e4  # of a negative that is the positive (published research code)
 
 
-# From what `by_chunks` cuts for C rows, and their weights: positive and negatives int32[C, 1 + R].
-IdsOf = Callable[[PyTree, PerRow], Int[Array, "C X"]]
+# What `by_chunks` cuts for C rows -> their positives, and the negatives of each draw, all int32 and
+# numbers of entries, whatever they are where the weight is 0.
+IdsOf = Callable[[PyTree], tuple[Int[Array, " C"], Int[Array, "G R"]]]
 
 
 class SampledSpec(NamedTuple):
     dtype: jnp.dtype  # of q
     width: int
     negatives: int  # of a row
+    rows_per_draw: int  # that share them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Negatives:
       count: R.
       draw: from `rows` of a chunk of C rows, and `shared`, to int[C, R].
       shared: pytree of arrays, what all rows draw from.
+      rows_per_draw: so many successive rows have the same negatives, those of the first of them.
     """
 
     rows: PyTree
     count: int
     draw: Callable[[PyTree, PyTree], Int[Array, "C R"]]
     shared: PyTree = None
+    rows_per_draw: int = 1
 
     @staticmethod
     def of(negative_TR: Int[Array, "T R"]) -> "Negatives":

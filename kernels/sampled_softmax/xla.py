@@ -11,9 +11,9 @@ from kernels import device, softmax_rows
 from kernels.sampled_softmax.spec import COLLISION_LOGIT, IdsOf, SampledSpec
 from kernels.softmax_rows import Gradients, PerItem, PerRow, Rows, Table
 
-# What fits the cache of a CPU, what fills a GPU (measured on MovieLens-1M, 128 negatives).
-CHUNK_ROWS = {"cpu": 512}
-CHUNK_ROWS_ELSEWHERE = 4096
+# Up to so many items a negative, the whole table is cheaper.
+WHOLE_TABLE = {"cpu": 12}
+WHOLE_TABLE_ELSEWHERE = 64
 
 Logits = Float[Array, "C X"]
 Queries = Float[Array, "C D"]
@@ -30,11 +30,10 @@ def whole_table_is_cheaper(items: int, negatives: int) -> bool:
     """Whether to score a row against all items, instead of gathering those of its negatives.
 
     The whole table costs work in proportion to I, in matrix products; gathering costs work in
-    proportion to R, at random places. The limit lies between MovieLens-1M (I / R = 30), whose loss
-    and gradients took less time over the whole table, on a GPU and on a CPU, and MovieLens-20M
-    (213), whose took less gathered.
+    proportion to R, at random places. MovieLens-1M (I / R = 30) took less time gathered on a CPU,
+    and over the whole table on a GPU; MovieLens-20M (213) took less gathered on both.
     """
-    return items <= 64 * negatives
+    return items <= WHOLE_TABLE.get(device.current().platform, WHOLE_TABLE_ELSEWHERE) * negatives
 
 
 def gradients(
@@ -45,18 +44,24 @@ def gradients(
     ids_of: IdsOf,
     shift_I: PerItem | None,
     *,
+    spec: SampledSpec,
     chunk_rows: int | None,
 ) -> Gradients:
     """See `sampled_softmax`."""
-    table_ID = e_ID.astype(q_TD.dtype)
+    table_ID, negatives, together = e_ID.astype(q_TD.dtype), spec.negatives, spec.rows_per_draw
+    whole = whole_table_is_cheaper(len(e_ID), negatives)
+    scores = scores_of_all if whole else scores_of_gathered
 
     def chunk(
         q_CD: Rows, weight_C: PerRow, rest: PyTree, de_ID: Table
     ) -> tuple[PerRow, Rows, Table]:
-        id_CX = ids_of(rest, weight_C)
-        whole = whole_table_is_cheaper(len(e_ID), id_CX.shape[1] - 1)
-        scores = scores_of_all if whole else scores_of_gathered
-        logit_CX, backward = scores(q_CD, table_ID, id_CX)
+        positive_C, negative_GR = ids_of(rest)
+        negative_CR = jnp.repeat(negative_GR, together, axis=0)
+        id_CX = jnp.concatenate([positive_C[:, None], negative_CR], axis=1)
+        if together > 1:
+            logit_CX, backward = _scores_of_shared(q_CD, table_ID, positive_C, negative_GR)
+        else:
+            logit_CX, backward = scores(q_CD, table_ID, id_CX)
         first_1X = jnp.arange(id_CX.shape[1], dtype=jnp.int32)[None, :] == 0
         if shift_I is not None:
             shift_CX = shift_I.at[id_CX].get(mode="promise_in_bounds")
@@ -68,13 +73,13 @@ def gradients(
         slope_CX = jnp.where(collision_CX, 0.0, weight_C[:, None] * slope_CX)
         return log_sum_C - logit_CX[:, 0], *backward(slope_CX, de_ID)
 
-    return softmax_rows.by_chunks(
-        chunk, q_TD, weight_T, rest, e_ID, chunk_rows or default_chunk_rows()
-    )
-
-
-def default_chunk_rows() -> int:
-    return CHUNK_ROWS.get(device.current().platform, CHUNK_ROWS_ELSEWHERE)
+    if chunk_rows is None:
+        if together > 1:
+            floats = 1 + negatives
+        else:
+            floats = len(e_ID) if whole else (1 + negatives) * q_TD.shape[1]
+        chunk_rows = softmax_rows.default_chunk_rows(floats)
+    return softmax_rows.by_chunks(chunk, q_TD, weight_T, rest, e_ID, chunk_rows, multiple=together)
 
 
 def scores_of_all(q_CD: Queries, e_ID: Table, id_CX: Ids) -> tuple[Logits, Backward]:
@@ -93,17 +98,60 @@ def scores_of_all(q_CD: Queries, e_ID: Table, id_CX: Ids) -> tuple[Logits, Backw
 
 
 def scores_of_gathered(q_CD: Queries, e_ID: Table, id_CX: Ids) -> tuple[Logits, Backward]:
-    """q . e[id] from gathered embeddings.
+    """q . e[id] from gathered embeddings, gathered once.
 
     The order in which a GPU adds up the gradient of the table is not fixed.
     """
-    e_CXD = e_ID.at[id_CX].get(mode="promise_in_bounds")
+    e_CXD = jax.lax.optimization_barrier(e_ID.at[id_CX].get(mode="promise_in_bounds"))
 
     def backward(d_CX: Logits, de_ID: Table) -> tuple[Queries, Table]:
-        de_ID = de_ID.at[id_CX].add(d_CX[:, :, None] * q_CD[:, None, :], mode="promise_in_bounds")
-        return jnp.sum(d_CX[:, :, None] * e_CXD, axis=1), de_ID
+        add = _add_by_columns if device.current().platform == "cpu" else _add
+        return dotted("cx,cxd->cd", d_CX.astype(q_CD.dtype), e_CXD), add(q_CD, id_CX, d_CX, de_ID)
 
-    return jnp.einsum("cd,cxd->cx", q_CD, e_CXD, preferred_element_type=jnp.float32), backward
+    return dotted("cd,cxd->cx", q_CD, e_CXD), backward
+
+
+def _add(q_CD: Queries, id_CX: Ids, d_CX: Logits, de_ID: Table) -> Table:
+    """`de_ID` plus the sum of d * q over the occurrences of each item."""
+    return de_ID.at[id_CX].add(d_CX[:, :, None] * q_CD[:, None, :], mode="promise_in_bounds")
+
+
+def _add_by_columns(q_CD: Queries, id_CX: Ids, d_CX: Logits, de_ID: Table) -> Table:
+    """`_add`, one column of ids after another, so that what is added stays in the cache.
+
+    Rows are filled up to whole vectors of 16: twice as fast at a width of 50.
+    """
+    width, id_XC, d_XC = q_CD.shape[1], id_CX.T, d_CX.T
+    q_CD, sum_ID = (jnp.pad(x, ((0, 0), (0, -width % 16))) for x in (q_CD, de_ID))
+
+    def add(column: Int[Array, ""], sum_ID: Table) -> Table:
+        d_CD = d_XC[column][:, None] * q_CD
+        return sum_ID.at[id_XC[column]].add(d_CD, mode="promise_in_bounds")
+
+    return jax.lax.fori_loop(0, len(id_XC), add, sum_ID)[:, :width]
+
+
+def _scores_of_shared(
+    q_CD: Queries, e_ID: Table, positive_C: Int[Array, " C"], negative_GR: Int[Array, "G R"]
+) -> tuple[Logits, Backward]:
+    """Scores of the positive, and of negatives that C / G rows share, by products."""
+    groups, (rows, width) = len(negative_GR), q_CD.shape
+    q_GCD = q_CD.reshape(groups, -1, width)
+    e_CD = e_ID.at[positive_C].get(mode="promise_in_bounds")
+    e_GRD = jax.lax.optimization_barrier(e_ID.at[negative_GR].get(mode="promise_in_bounds"))
+
+    def backward(d_CX: Logits, de_ID: Table) -> tuple[Queries, Table]:
+        d_C1, d_GCR = (
+            d_CX[:, :1],
+            d_CX[:, 1:].astype(q_CD.dtype).reshape(groups, rows // groups, -1),
+        )
+        dq_CD = d_C1 * e_CD + dotted("gcr,grd->gcd", d_GCR, e_GRD).reshape(rows, width)
+        de_ID = de_ID.at[positive_C].add(d_C1 * q_CD, mode="promise_in_bounds")
+        de_GRD = dotted("gcr,gcd->grd", d_GCR, q_GCD)
+        return dq_CD, de_ID.at[negative_GR].add(de_GRD, mode="promise_in_bounds")
+
+    score_CR = dotted("gcd,grd->gcr", q_GCD, e_GRD).reshape(rows, -1)
+    return jnp.concatenate([dotted("cd,cd->c", q_CD, e_CD)[:, None], score_CR], axis=1), backward
 
 
 def product_backward(
@@ -120,3 +168,4 @@ def product_backward(
 
 
 product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+dotted = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int, Key, Num, UInt
 
 from kernels.sampled_softmax import Negatives
+from ultra_hstu.parallel.shards import Shards
 
 RowKeys = Key[Array, "*rows"]  # one for all rows, or one a row
 Drawn = Int[Array, "{rows} {count}"]
@@ -61,23 +62,56 @@ def in_batch_negatives(key: RowKeys, pool: InBatchPool, rows: int, count: int) -
     return pool.id_P[_below(key, rows, count, jnp.maximum(pool.size, 1).astype(jnp.uint32))]
 
 
-def drawn_uniformly(key_T: Key[Array, " T"], count: int, num_items: int) -> Negatives:
-    """`uniform_negatives` of each row from its own key."""
+def drawn_uniformly(
+    key_T: Key[Array, " T"], count: int, num_items: int, *, rows_per_draw: int = 1
+) -> Negatives:
+    """`uniform_negatives` of each row, or of the first of `rows_per_draw`, from its own key."""
     return Negatives(
         key_T,
         count,
         lambda key_C, _: uniform_negatives(key_C, key_C.shape[0], count, num_items),
+        rows_per_draw=rows_per_draw,
     )
 
 
-def drawn_from(pool: InBatchPool, key_T: Key[Array, " T"], count: int) -> Negatives:
-    """`in_batch_negatives` of each row from its own key."""
+def drawn_from(
+    pool: InBatchPool, key_T: Key[Array, " T"], count: int, *, rows_per_draw: int = 1
+) -> Negatives:
+    """`in_batch_negatives` of each row, or of the first of `rows_per_draw`, from its own key."""
     return Negatives(
         key_T,
         count,
         lambda key_C, pool: in_batch_negatives(key_C, pool, key_C.shape[0], count),
         pool,
+        rows_per_draw,
     )
+
+
+def check_draws(rows_per_draw: int, rows: int, shards: Shards, groups: int, cut: bool) -> None:
+    """Raises ValueError where rows that share a draw on one mesh would not on another.
+
+    Args:
+      rows: of the buffer that the `context` devices share.
+      groups: parts of a batch that lie in it one after another.
+      cut: whether an attention truncation has packed those parts anew.
+    """
+    if rows_per_draw == 1:
+        return
+    name = f"loss.rows_per_draw={rows_per_draw}"
+    if groups > 1 and cut:
+        raise ValueError(
+            f"{name} with model.truncate_after needs a device for each of the parallel.groups, and "
+            f"{groups} share one here: use as many, or loss.rows_per_draw=1"
+        )
+    for part, what in (
+        (rows // groups if groups > 1 else rows_per_draw, f"each of {groups} parallel.groups"),
+        (shards.layout(rows).block if shards.context > 1 else rows_per_draw, "a block of a device"),
+    ):
+        if part % rows_per_draw:
+            raise ValueError(
+                f"{name} must divide the {part} rows of {what}, so that every mesh draws the same: "
+                "use a divisor, or change data.batch_tokens"
+            )
 
 
 def _below(key: RowKeys, rows: int, count: int, bound: UInt[Array, ""]) -> Drawn:

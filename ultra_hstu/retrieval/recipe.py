@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Key
 
+from kernels.sampled_softmax import Negatives
 from ultra_hstu.data import signals
 from ultra_hstu.nn.dropout import row_keys
 from ultra_hstu.parallel.parameters import ShardedLayers
@@ -57,20 +58,15 @@ class Recipe(Steps[Recommender]):
         target_T, weight_T = self.shards.local(tuple(labels))
         table_ID = model.all_items(self.shards)
         config, shards = self.config.loss, self.shards
-        log_q = None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
-        keys_T, count = row_keys(negative_key, sequences), config.negatives
-        match config.kind:
-            case "sampled":
-                drawn = negatives.drawn_uniformly(keys_T, count, self.num_items)
-            case "in_batch":
-                pool = negatives.in_batch_pool(shards.of_groups(batch.target_T))
-                drawn = negatives.drawn_from(pool, keys_T, count)
-                log_q = jnp.asarray(self._log_q) if config.log_q else None
-            case "full":
-                drawn = None
-            case unknown:
-                assert_never(unknown)
+        negatives.check_draws(
+            config.rows_per_draw,
+            h_TD.shape[0] * shards.context,
+            shards,
+            groups=self.config.parallel.batch_groups // shards.data,
+            cut=cut is not None,
+        )
+        drawn, log_q = self._negatives(batch, row_keys(negative_key, sequences))
         return softmax_loss(
             h_TD,
             table_ID,
@@ -83,6 +79,26 @@ class Recipe(Steps[Recommender]):
             log_q=log_q,
             total=shards.total(jnp.sum(weight_T)),
         )[0]
+
+    def _negatives(
+        self, batch: Batch, key_T: Key[Array, " t"]
+    ) -> tuple[Negatives | None, Float[Array, " I1"] | None]:
+        """How negatives are drawn, None for all items, and what corrects for their frequency."""
+        config = self.config.loss
+        match config.kind:
+            case "sampled":
+                return negatives.drawn_uniformly(
+                    key_T, config.negatives, self.num_items, rows_per_draw=config.rows_per_draw
+                ), None
+            case "in_batch":
+                pool = negatives.in_batch_pool(self.shards.of_groups(batch.target_T))
+                return negatives.drawn_from(
+                    pool, key_T, config.negatives, rows_per_draw=config.rows_per_draw
+                ), jnp.asarray(self._log_q) if config.log_q else None
+            case "full":
+                return None, None
+            case unknown:
+                assert_never(unknown)
 
     @functools.cached_property
     def _log_q(self) -> Float32[np.ndarray, " I1"]:

@@ -70,7 +70,7 @@ def gradients(
     (rows, width), items, f32 = q_TD.shape, e_ID.shape[0], jnp.float32
     padded = max(64, triton_call.padded(width))
     of_rows, of_items = SIZES[q_TD.dtype.itemsize, padded]
-    constants = {
+    constants: dict[str, bool | int | float | str] = {
         "T": rows,
         "I": items,
         "D": width,

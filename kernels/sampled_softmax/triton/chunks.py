@@ -20,6 +20,11 @@ def unsupported(spec: SampledSpec) -> str | None:
             f"triton takes rows of width 1 to {WIDEST}, got D = {spec.width}; "
             "implementation='xla' takes any"
         )
+    if spec.rows_per_draw > 1:
+        return (
+            f"triton gathers the negatives of each row, and {spec.rows_per_draw} rows share them: "
+            "implementation='xla' takes their scores as products"
+        )
     return triton_call.refusal()
 
 
@@ -31,6 +36,7 @@ def gradients(
     ids_of: IdsOf,
     shift_I: PerItem | None,
     *,
+    spec: SampledSpec,
     chunk_rows: int | None,
 ) -> Gradients:
     """See `sampled_softmax`. The same bits on every run."""
@@ -39,7 +45,8 @@ def gradients(
     def chunk(
         q_CD: Rows, weight_C: PerRow, rest: PyTree, de_ID: Table
     ) -> tuple[PerRow, Rows, Table]:
-        id_CX = ids_of(rest, weight_C)
+        positive_C, negative_CR = ids_of(rest)
+        id_CX = jnp.concatenate([positive_C[:, None], negative_CR], axis=1)
         slope_CX, loss_C, dq_CD = of_rows(q_CD, table_ID, id_CX, weight_C, shift_I)
         return loss_C, dq_CD, add_to_items(q_CD, id_CX, slope_CX, weight_C, de_ID)
 
