@@ -24,7 +24,7 @@ Loss = tuple[Float[Array, ""], PerRow]
 
 # Measured on MovieLens-1M, with 128 negatives and with all items.
 CPU_FLOATS = 2**21
-ROWS_ELSEWHERE, FLOATS_ELSEWHERE = 4096, 2**27
+ROWS_ELSEWHERE, FLOATS_ELSEWHERE = 4096, 2**29
 DTYPES = ("float32", "bfloat16")
 
 

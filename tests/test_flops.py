@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from kernels.mask import AttentionMask
+from kernels.sampled_softmax import xla
 from tests.ranking import rank_data
 from tests.small_run import with_
 from ultra_hstu import flops, tasks

@@ -22,27 +22,25 @@ def gradients(
     chunk_rows: int | None,
 ) -> Gradients:
     """See `full_softmax`."""
-    table_ID = e_ID.astype(q_TD.dtype)
+    table_ID = e_ID[1:].astype(q_TD.dtype)  # padding is no item
 
     def chunk(
         q_CD: Rows, weight_C: PerRow, positive_C: Int[Array, " C"], de_ID: Table
     ) -> tuple[PerRow, Rows, Table]:
-        positive_C = jnp.where(weight_C > 0, positive_C, 1)
-        logit_CI = product(q_CD, table_ID.T).at[:, 0].set(-jnp.inf)  # padding is no item
-        # Each exponential once: the loss and the gradient come from the same.
+        number_C = jnp.where(weight_C > 0, positive_C.astype(jnp.int32) - 1, 0)
+        logit_CI = product(q_CD, table_ID.T)
         top_C = jnp.max(logit_CI, axis=1)
         share_CI = jnp.exp(logit_CI - top_C[:, None])
         sum_C = jnp.sum(share_CI, axis=1)
-        row_C = jnp.arange(len(positive_C), dtype=jnp.int32)
-        loss_C = (
-            top_C + jnp.log(sum_C) - logit_CI.at[row_C, positive_C].get(mode="promise_in_bounds")
+        row_C = jnp.arange(len(number_C), dtype=jnp.int32)
+        score_C = logit_CI.at[row_C, number_C].get(mode="promise_in_bounds")
+        own_CI = jnp.arange(len(table_ID), dtype=jnp.int32)[None, :] == number_C[:, None]
+        slope_CI = share_CI * (weight_C / sum_C)[:, None] - jnp.where(
+            own_CI, weight_C[:, None], 0.0
         )
-        slope_CI = (
-            (share_CI * (weight_C / sum_C)[:, None])
-            .at[row_C, positive_C]
-            .add(-weight_C, mode="promise_in_bounds")
-        )
-        return loss_C, *product_backward(q_CD, table_ID, slope_CI, de_ID)
+        dq_CD, de_ID = product_backward(q_CD, table_ID, slope_CI, de_ID)
+        return top_C + jnp.log(sum_C) - score_C, dq_CD, de_ID
 
     chunk_rows = chunk_rows or softmax_rows.default_chunk_rows(len(e_ID))
-    return softmax_rows.by_chunks(chunk, q_TD, weight_T, positive_T, e_ID, chunk_rows)
+    found = softmax_rows.by_chunks(chunk, q_TD, weight_T, positive_T, table_ID, chunk_rows)
+    return found._replace(de_ID=jnp.pad(found.de_ID, ((1, 0), (0, 0))))

@@ -30,6 +30,8 @@ from ultra_hstu.retrieval import negatives
 from ultra_hstu.retrieval.loss import softmax_loss
 
 FLAGS = flags.FLAGS
+KINDS = ("sampled", "shared", "full")
+ROWS_PER_DRAW = 128  # of shared negatives
 PRODUCT = {"cpu": 1024, "gpu": 8192}  # rows, columns and depth of the matrix product
 
 
@@ -104,7 +106,8 @@ def gradients(
     key_T: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The loss, and its gradients for outputs and table."""
-    drawn = negatives.drawn_uniformly(key_T, case.negatives, case.items)
+    together = ROWS_PER_DRAW if kind == "shared" else 1
+    drawn = negatives.drawn_uniformly(key_T, case.negatives, case.items, rows_per_draw=together)
 
     def loss(h_TD: jax.Array, table_ID: jax.Array) -> jax.Array:
         return softmax_loss(
@@ -148,7 +151,7 @@ def product_rate(dtype: str) -> float:
 
 if __name__ == "__main__":
     flags.DEFINE_list("cases", ["ml1m"], f"some of {', '.join(CASES)}")
-    flags.DEFINE_list("kinds", ["sampled", "full"], "losses")
+    flags.DEFINE_list("kinds", KINDS, f"losses; of shared, {ROWS_PER_DRAW} rows have the same")
     flags.DEFINE_list("implementations", ["xla"], "of the ops, by name")
     flags.DEFINE_integer("chunk_rows", None, "loss.chunk_rows")
     flags.DEFINE_float("seconds", 1.0, "time to measure a loss for")

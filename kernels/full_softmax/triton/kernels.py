@@ -2,10 +2,16 @@
 
 `tiles.py` launches them. No logit leaves a program. The program of rows walks over all items with a
 softmax that grows, and gets the gradient of q in the same pass; the program of items computes the
-scores again, transposed, and walks over a share of the rows.
+scores again, transposed, and walks over a share of the rows. The slope of the positive is computed
+once, in the program of its row, as minus what the other items have of the softmax: where that is
+little, exp(score) / sum - 1 would be the difference of two equal numbers.
 
-Names in capitals are known when a kernel is compiled: T rows, I entries of the table, D the width,
-WD the padded one, BT rows and BI items of a tile.
+Items count from 0 here. All buffers are filled up with zeros to whole tiles and to a width WD, so
+that loads need no mask. Products of float32 want their second operand with the axis that is summed
+over in front, so q and e come transposed, too, where TRANSPOSED.
+
+Names in capitals are known when a kernel is compiled: TP rows and IP items of the buffers, I real
+items, BT rows and BI items of a tile.
 """
 
 from typing import no_type_check
@@ -14,16 +20,27 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
+LOG2E = constexpr(1.4426950408889634)
+
 
 @triton.jit
 @no_type_check
-def _load_rows(base, row, real, width, D, WD):
-    """Entries of a buffer [..., D], zero where they are not real."""
-    return tl.load(
-        base + row.to(tl.int64)[:, None] * D + width[None, :],
-        mask=real[:, None] & (width < D)[None, :],
-        other=0.0,
-    )
+def _tile(base, first, WD, ROWS):
+    """[ROWS, WD] of a buffer from row `first` on."""
+    near = tl.arange(0, ROWS)[:, None] * WD + tl.arange(0, WD)[None, :]
+    return tl.load(base + first.to(tl.int64) * WD + near)
+
+
+@triton.jit
+@no_type_check
+def _tile_again(tile, transposed, first, LENGTH, WD, ROWS, TRANSPOSED):
+    """The same tile as the second operand of a product over its rows."""
+    if TRANSPOSED:
+        width = tl.arange(0, WD).to(tl.int64)
+        tile = tl.trans(
+            tl.load(transposed + width[:, None] * LENGTH + (first + tl.arange(0, ROWS))[None, :])
+        )
+    return tile
 
 
 @triton.jit
@@ -31,108 +48,106 @@ def _load_rows(base, row, real, width, D, WD):
 def rows(
     q,
     e,
+    e_transposed,
     positive,
+    score,
     weight,
     loss,
-    log_sum,
+    shift,
+    slope,
     dq,
-    T: constexpr,
     I: constexpr,  # noqa: E741
-    D: constexpr,
+    IP: constexpr,
     WD: constexpr,
     BT: constexpr,
     BI: constexpr,
+    TRANSPOSED: constexpr,
     PRECISION: constexpr,
 ):
-    """Losses [T], the log-sum-exp of the logits [T], and the gradient of q [T, D]."""
-    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    """Losses [TP], and the gradient of q [TP, WD] without the part of the positive.
+
+    Of each row, `shift`: weight * softmax is exp2(score * log2(e) - shift), 0 where the weight is
+    0; `slope`: the gradient of the positive's score, which comes as `score`.
+    """
+    tile = tl.program_id(0)
+    row = tile * BT + tl.arange(0, BT)
     width = tl.arange(0, WD)
-    weight_T = tl.load(weight + row, mask=row < T, other=0.0)
-    counts = weight_T > 0
-    q_TD = _load_rows(q, row, counts, width, D, WD)
-    positive_T = tl.load(positive + row, mask=counts, other=0)
-    # of all items but the positive
+    weight_T = tl.load(weight + row)
+    positive_T = tl.load(positive + row)
+    q_TD = _tile(q, tile * BT, WD, BT)
+    # of all items but the positive, in powers of 2
     top = tl.full([BT], -1e30, tl.float32)
     total = tl.zeros([BT], tl.float32)
     sum_TD = tl.zeros([BT, WD], tl.float32)
-    score = tl.zeros([BT], tl.float32)  # of the positive
-    end = tl.where(tl.max(weight_T, 0) > 0, I, 0)
-    for first in range(0, end, BI):
+    for first in range(0, tl.where(tl.max(weight_T, 0) > 0, I, 0), BI):
         item = first + tl.arange(0, BI)
-        e_ID = _load_rows(e, item, item < I, width, D, WD)
+        e_ID = _tile(e, first, WD, BI)
         score_TI = tl.dot(q_TD, tl.trans(e_ID), input_precision=PRECISION)
-        own = item[None, :] == positive_T[:, None]
-        score += tl.sum(tl.where(own, score_TI, 0.0), 1)
-        other = ((item > 0) & (item < I))[None, :] & ~own
-        score_TI = tl.where(other, score_TI, -float("inf"))
-        higher = tl.maximum(top, tl.max(score_TI, 1))
-        factor = tl.exp(top - higher)
-        share_TI = tl.exp(score_TI - higher[:, None])
+        hidden = (item[None, :] == positive_T[:, None]) | (item >= I)[None, :]
+        score_TI = tl.where(hidden, -float("inf"), score_TI)
+        higher = tl.maximum(top, tl.max(score_TI, 1) * LOG2E)
+        factor = tl.exp2(top - higher)
+        share_TI = tl.exp2(score_TI * LOG2E - higher[:, None])
         total = total * factor + tl.sum(share_TI, 1)
+        e_ID = _tile_again(e_ID, e_transposed, first, IP, WD, BI, TRANSPOSED)
         sum_TD = tl.dot(
             share_TI.to(e_ID.dtype), e_ID, sum_TD * factor[:, None], input_precision=PRECISION
         )
         top = higher
-    higher = tl.maximum(top, score)
-    factor = tl.exp(top - higher)
+    score_T = tl.load(score + row) * LOG2E
+    higher = tl.maximum(top, score_T)
+    factor = tl.exp2(top - higher)
     total *= factor
-    whole = tl.exp(score - higher) + total
-    # Not as (sum over all) / whole - e_positive: where the positive has nearly all of the softmax,
-    # that would be the difference of two equal numbers.
-    e_TD = _load_rows(e, positive_T, counts, width, D, WD).to(tl.float32)
-    dq_TD = (weight_T / whole)[:, None] * (sum_TD * factor[:, None] - total[:, None] * e_TD)
-    tl.store(loss + row, tl.where(counts, higher - score + tl.log(whole), 0.0), mask=row < T)
-    tl.store(log_sum + row, higher + tl.log(whole), mask=row < T)
-    tl.store(
-        dq + row.to(tl.int64)[:, None] * D + width[None, :],
-        tl.where(counts[:, None], dq_TD, 0.0).to(dq.dtype.element_ty),
-        mask=(row < T)[:, None] & (width < D)[None, :],
-    )
+    whole = tl.exp2(score_T - higher) + total
+    log_sum = higher + tl.log2(whole)
+    counts = weight_T > 0
+    tl.store(loss + row, tl.where(counts, (log_sum - score_T) / LOG2E, 0.0))
+    tl.store(shift + row, tl.where(counts, log_sum - tl.log2(weight_T), float("inf")))
+    tl.store(slope + row, tl.where(counts, -weight_T * total / whole, 0.0))
+    dq_TD = (weight_T * factor / whole)[:, None] * sum_TD
+    tl.store(dq + row.to(tl.int64)[:, None] * WD + width[None, :], dq_TD.to(dq.dtype.element_ty))
 
 
 @triton.jit
 @no_type_check
 def items(
     q,
+    q_transposed,
     e,
     positive,
-    weight,
-    log_sum,
+    shift,
+    slope,
     last,
     out,
-    T: constexpr,
-    I: constexpr,  # noqa: E741
-    D: constexpr,
+    TP: constexpr,
+    IP: constexpr,
     WD: constexpr,
     BT: constexpr,
     BI: constexpr,
     SHARES: constexpr,
+    TRANSPOSED: constexpr,
     PRECISION: constexpr,
 ):
-    """The gradient of e, of each of SHARES shares of the rows: [SHARES, I, D].
+    """The gradient of e, of each of SHARES shares of the rows: [SHARES, IP, WD].
 
     No row from `last` on counts.
     """
     share, tile = tl.program_id(0) % SHARES, tl.program_id(0) // SHARES
     item = tile * BI + tl.arange(0, BI)
-    width = tl.arange(0, WD)
-    e_ID = _load_rows(e, item, item < I, width, D, WD)
+    e_ID = _tile(e, tile * BI, WD, BI)
     sum_ID = tl.zeros([BI, WD], tl.float32)
     blocks = (tl.load(last) + BT - 1) // BT
     for block in range(share * blocks // SHARES, (share + 1) * blocks // SHARES):
         row = block * BT + tl.arange(0, BT)
-        weight_T = tl.load(weight + row, mask=row < T, other=0.0)
-        counts = weight_T > 0
-        q_TD = _load_rows(q, row, counts, width, D, WD)
-        positive_T = tl.load(positive + row, mask=counts, other=0)
-        log_sum_T = tl.load(log_sum + row, mask=counts, other=0.0)
+        q_TD = _tile(q, block * BT, WD, BT)
+        shift_T = tl.load(shift + row)
+        positive_T = tl.load(positive + row)
+        slope_T = tl.load(slope + row)
         score_IT = tl.dot(e_ID, tl.trans(q_TD), input_precision=PRECISION)
-        share_IT = tl.exp(score_IT - log_sum_T[None, :])
-        slope_IT = share_IT - tl.where(item[:, None] == positive_T[None, :], 1.0, 0.0)
-        slope_IT = tl.where(counts[None, :], slope_IT * weight_T[None, :], 0.0)
+        slope_IT = tl.exp2(score_IT * LOG2E - shift_T[None, :])
+        slope_IT = tl.where(item[:, None] == positive_T[None, :], slope_T[None, :], slope_IT)
+        q_TD = _tile_again(q_TD, q_transposed, block * BT, TP, WD, BT, TRANSPOSED)
         sum_ID = tl.dot(slope_IT.to(q_TD.dtype), q_TD, sum_ID, input_precision=PRECISION)
     tl.store(
-        out + (share.to(tl.int64) * I + item)[:, None] * D + width[None, :],
-        tl.where((item > 0)[:, None], sum_ID, 0.0),
-        mask=(item < I)[:, None] & (width < D)[None, :],
+        out + (share.to(tl.int64) * IP + item)[:, None] * WD + tl.arange(0, WD)[None, :], sum_ID
     )

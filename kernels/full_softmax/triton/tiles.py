@@ -12,6 +12,7 @@ from kernels.hstu_attention.triton.sizes import shared_kib
 from kernels.softmax_rows import Gradients, PerRow, Rows, Table
 
 PROGRAMS = 264  # that run at one time: two for each processor of a Hopper GPU
+LARGEST_TILE = 128
 LEAST_BLOCKS = 4  # of rows, for a program of items
 
 
@@ -67,43 +68,62 @@ def gradients(
     chunk_rows: int | None,
 ) -> Gradients:
     """See `full_softmax`; without logits, `chunk_rows` says nothing. The same bits on every run."""
-    (rows, width), items, f32 = q_TD.shape, e_ID.shape[0], jnp.float32
-    padded = max(64, triton_call.padded(width))
-    of_rows, of_items = SIZES[q_TD.dtype.itemsize, padded]
+    (rows, width), items = q_TD.shape, e_ID.shape[0] - 1
+    of_rows, of_items = SIZES[q_TD.dtype.itemsize, _padded(width)]
+    counts_T = weight_T > 0
+    q_TD = filled(jnp.where(counts_T[:, None], q_TD, jnp.zeros((), q_TD.dtype)))
+    e_ID = filled(e_ID[1:].astype(q_TD.dtype))
+    missing = len(q_TD) - rows
+    positive_T = jnp.where(counts_T, positive_T.astype(jnp.int32) - 1, -1)
+    positive_T = jnp.pad(positive_T, (0, missing), constant_values=-1)
+    weight_T = jnp.pad(weight_T, (0, missing))
+    transposed = q_TD.dtype == jnp.float32
     constants: dict[str, bool | int | float | str] = {
-        "T": rows,
         "I": items,
-        "D": width,
-        "WD": padded,
+        "TP": len(q_TD),
+        "IP": len(e_ID),
+        "WD": q_TD.shape[1],
+        "TRANSPOSED": transposed,
         "PRECISION": triton_call.product_precision(),
     }
-    inputs = (q_TD, e_ID.astype(q_TD.dtype), positive_T.astype(jnp.int32), weight_T)
-    loss_T, log_sum_T, dq_TD = triton_call.launch(
+    positive_TD = e_ID.at[positive_T].get(mode="clip").astype(jnp.float32)
+    score_T = jnp.sum(q_TD.astype(jnp.float32) * positive_TD, axis=1)
+    per_row = jax.ShapeDtypeStruct(weight_T.shape, jnp.float32)
+    loss_T, shift_T, slope_T, dq_TD = triton_call.launch(
         "kernels.full_softmax.triton.kernels:rows",
-        inputs,
-        [
-            jax.ShapeDtypeStruct((rows,), f32),
-            jax.ShapeDtypeStruct((rows,), f32),
-            jax.ShapeDtypeStruct((rows, width), q_TD.dtype),
-        ],
-        programs=-(-rows // of_rows.rows),
+        (q_TD, e_ID, e_ID.T if transposed else e_ID, positive_T, score_T, weight_T),
+        [per_row, per_row, per_row, jax.ShapeDtypeStruct(q_TD.shape, q_TD.dtype)],
+        programs=len(q_TD) // of_rows.rows,
         constants=constants | {"BT": of_rows.rows, "BI": of_rows.items},
         warps=of_rows.warps,
         stages=of_rows.stages,
     )
-    tiles = -(-items // of_items.items)
-    shares = shares_of_rows(tiles, -(-rows // of_items.rows))
-    last = jnp.max(jnp.where(weight_T > 0, jnp.arange(1, rows + 1, dtype=jnp.int32), 0))
+    dq_TD = dq_TD.astype(jnp.float32) + slope_T[:, None] * positive_TD
+    tiles = len(e_ID) // of_items.items
+    shares = shares_of_rows(tiles, len(q_TD) // of_items.rows)
+    last = jnp.max(jnp.where(counts_T, jnp.arange(1, rows + 1, dtype=jnp.int32), 0))
+    q_again_TD = q_TD.T if transposed else q_TD
     (de_SID,) = triton_call.launch(
         "kernels.full_softmax.triton.kernels:items",
-        (*inputs, log_sum_T, last[None]),
-        [jax.ShapeDtypeStruct((shares, items, width), f32)],
+        (q_TD, q_again_TD, e_ID, positive_T, shift_T, slope_T, last[None]),
+        [jax.ShapeDtypeStruct((shares, *e_ID.shape), jnp.float32)],
         programs=tiles * shares,
         constants=constants | {"BT": of_items.rows, "BI": of_items.items, "SHARES": shares},
         warps=of_items.warps,
         stages=of_items.stages,
     )
-    return Gradients(loss_T, dq_TD, de_SID[0] if shares == 1 else de_SID.sum(0))
+    de_ID = jnp.pad(de_SID.sum(0)[:items, :width], ((1, 0), (0, 0)))
+    return Gradients(loss_T[:rows], dq_TD[:rows, :width].astype(q_TD.dtype), de_ID)
+
+
+def filled(x_TD: Rows) -> Rows:
+    """With zeros up to whole tiles and the width of products."""
+    missing = (-len(x_TD) % LARGEST_TILE, _padded(x_TD.shape[1]) - x_TD.shape[1])
+    return jnp.pad(x_TD, ((0, missing[0]), (0, missing[1])))
+
+
+def _padded(width: int) -> int:
+    return max(64, triton_call.padded(width))
 
 
 def shares_of_rows(tiles: int, blocks: int) -> int:

@@ -10,7 +10,8 @@ from kernels.softmax_rows import Gradients, PerItem, PerRow, Rows, Table
 
 CHUNK_ROWS = 16384  # whose q stay in the L2 cache of a GPU, 16 MiB of bfloat16 at a width of 512
 WIDEST = 1024
-TILE_BYTES = 8192  # of embeddings that a program holds at one time
+# Of embeddings that a program of rows, of items, holds at one time.
+ROWS_BYTES, ITEMS_BYTES = 4096, 8192
 
 
 def unsupported(spec: SampledSpec) -> str | None:
@@ -78,7 +79,7 @@ def of_rows(
             "SHIFTED": shift_I is not None,
             "COLLISION": COLLISION_LOGIT,
             **_widths(width),
-            "BX": _tile(width, q_CD.dtype),
+            "BX": _tile(width, q_CD.dtype, ROWS_BYTES),
         },
         warps=1,
         stages=1,
@@ -101,17 +102,19 @@ def add_to_items(
     (_, columns), (items, width) = id_CX.shape, de_ID.shape
     # Rows that do not count stand behind all items, where no program looks.
     id_N = jnp.where((weight_C > 0)[:, None], id_CX, items).ravel()
+    if items < 2**16:
+        id_N = id_N.astype(jnp.uint16)  # half the passes of a radix sort
     order_N = jnp.arange(id_N.size, dtype=jnp.int32)
     id_N, order_N = jax.lax.sort((id_N, order_N), num_keys=1)
     begin_I = jnp.searchsorted(
-        id_N, jnp.arange(items + 1, dtype=jnp.int32), method="scan_unrolled"
+        id_N, jnp.arange(items + 1).astype(id_N.dtype), method="scan_unrolled"
     ).astype(jnp.int32)
     (de_ID,) = triton_call.launch(
         "kernels.sampled_softmax.triton.kernels:items",
         (q_CD, order_N, slope_CX, begin_I, de_ID),
         [jax.ShapeDtypeStruct((items, width), jnp.float32)],
         programs=items,
-        constants={"X": columns, **_widths(width), "BN": _tile(width, q_CD.dtype)},
+        constants={"X": columns, **_widths(width), "BN": _tile(width, q_CD.dtype, ITEMS_BYTES)},
         warps=1,
         stages=1,
     )
@@ -122,6 +125,6 @@ def _widths(width: int) -> dict[str, int]:
     return {"D": width, "WD": triton_call.padded(width)}
 
 
-def _tile(width: int, dtype: jnp.dtype) -> int:
-    """Embeddings that one warp holds at one time."""
-    return max(1, min(32, TILE_BYTES // (triton_call.padded(width) * dtype.itemsize)))
+def _tile(width: int, dtype: jnp.dtype, size: int) -> int:
+    """How many embeddings have so many bytes."""
+    return max(1, min(32, size // (triton_call.padded(width) * dtype.itemsize)))
