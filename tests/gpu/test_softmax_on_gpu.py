@@ -6,7 +6,7 @@ import pytest
 
 from kernels.full_softmax import full_softmax
 from kernels.sampled_softmax import Negatives, sampled_softmax
-from tests.kernels.softmax_contract import SIZES, FullContract, Rows, SampledContract
+from tests.kernels.softmax_contract import FullContract, Rows, SampledContract
 
 
 class TestFull(FullContract):
