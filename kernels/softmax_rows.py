@@ -77,10 +77,10 @@ def _backward(run: Run, found: Gradients, cotangents: Loss) -> tuple[Rows, Table
 _weighted_loss.defvjp(_forward, _backward)
 
 
-# (q_CD, weight_C, rest of C rows, gradient of the table so far) -> (losses, d q, gradient)
-Chunk = Callable[
-    [Rows, PerRow, PyTree, Table], tuple[Float[Array, " C"], Float[Array, "C D"], Table]
-]
+# Losses of C rows, d q, and the gradient of the table so far.
+ChunkGradients = tuple[Float[Array, " C"], Float[Array, "C D"], Table]
+# (q_CD, weight_C, rest of C rows, gradient of the table before)
+Chunk = Callable[[Rows, PerRow, PyTree, Table], ChunkGradients]
 
 
 def by_chunks(

@@ -6,7 +6,7 @@ from jaxtyping import Array, Int
 from kernels import softmax_rows
 from kernels.full_softmax.spec import FullSpec
 from kernels.sampled_softmax.xla import product, product_backward
-from kernels.softmax_rows import Gradients, PerRow, Rows, Table
+from kernels.softmax_rows import ChunkGradients, Gradients, PerRow, Rows, Table
 
 
 def unsupported(spec: FullSpec) -> None:
@@ -26,7 +26,7 @@ def gradients(
 
     def chunk(
         q_CD: Rows, weight_C: PerRow, positive_C: Int[Array, " C"], de_ID: Table
-    ) -> tuple[PerRow, Rows, Table]:
+    ) -> ChunkGradients:
         number_C = jnp.where(weight_C > 0, positive_C.astype(jnp.int32) - 1, 0)
         logit_CI = product(q_CD, table_ID.T)
         top_C = jnp.max(logit_CI, axis=1)

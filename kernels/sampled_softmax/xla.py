@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from kernels import device, softmax_rows
 from kernels.sampled_softmax.spec import COLLISION_LOGIT, IdsOf, SampledSpec
-from kernels.softmax_rows import Gradients, PerItem, PerRow, Rows, Table
+from kernels.softmax_rows import ChunkGradients, Gradients, PerItem, PerRow, Rows, Table
 
 # Up to so many items a negative, the whole table is cheaper.
 WHOLE_TABLE = {"cpu": 12}
@@ -52,9 +52,7 @@ def gradients(
     whole = whole_table_is_cheaper(len(e_ID), negatives)
     scores = scores_of_all if whole else scores_of_gathered
 
-    def chunk(
-        q_CD: Rows, weight_C: PerRow, rest: PyTree, de_ID: Table
-    ) -> tuple[PerRow, Rows, Table]:
+    def chunk(q_CD: Rows, weight_C: PerRow, rest: PyTree, de_ID: Table) -> ChunkGradients:
         positive_C, negative_GR = ids_of(rest)
         negative_CR = jnp.repeat(negative_GR, together, axis=0)
         id_CX = jnp.concatenate([positive_C[:, None], negative_CR], axis=1)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from kernels import softmax_rows, triton_call
 from kernels.sampled_softmax.spec import COLLISION_LOGIT, IdsOf, SampledSpec
-from kernels.softmax_rows import Gradients, PerItem, PerRow, Rows, Table
+from kernels.softmax_rows import ChunkGradients, Gradients, PerItem, PerRow, Rows, Table
 
 CHUNK_ROWS = 16384  # whose q stay in the L2 cache of a GPU, 16 MiB of bfloat16 at a width of 512
 WIDEST = 1024
@@ -43,9 +43,7 @@ def gradients(
     """See `sampled_softmax`. The same bits on every run."""
     table_ID = e_ID.astype(q_TD.dtype)
 
-    def chunk(
-        q_CD: Rows, weight_C: PerRow, rest: PyTree, de_ID: Table
-    ) -> tuple[PerRow, Rows, Table]:
+    def chunk(q_CD: Rows, weight_C: PerRow, rest: PyTree, de_ID: Table) -> ChunkGradients:
         positive_C, negative_CR = ids_of(rest)
         id_CX = jnp.concatenate([positive_C[:, None], negative_CR], axis=1)
         slope_CX, loss_C, dq_CD = of_rows(q_CD, table_ID, id_CX, weight_C, shift_I)
