@@ -108,23 +108,20 @@ def test_in_batch_negatives_stand_for_the_catalogue():
     assert np.exp(of_batch).mean() < 0.8 * np.exp(full)
 
 
-SHARES = dict(rows=128, shards=ONE, groups=1, cut=False)
-
-
 @pytest.mark.parametrize(
     ("rows_per_draw", "where", "message"),
     [
-        (3, dict(groups=8), "rows_per_draw=3 must divide the 16 rows of each of 8 parallel.groups"),
-        (16, dict(shards=Shards(context=4, striped=True)), "the 8 rows of a block"),
-        (64, dict(shards=Shards(context=4)), "the 32 rows of a block"),
-        (4, dict(groups=2, cut=True), "model.truncate_after.*2 share one"),
+        (4, dict(groups=2), "rows_per_draw=4 needs as many parallel.data.*2 groups share"),
+        (32, dict(shards=Shards(context=4, striped=True)), "rows_per_draw=32.*blocks of 16 rows"),
+        (64, dict(shards=Shards(context=4)), "blocks of 32 rows.*parallel.context=4"),
     ],
 )
 def test_draws_that_meshes_would_not_share_alike(rows_per_draw, where, message):
+    where = dict(shards=ONE, groups=1) | where
     with pytest.raises(ValueError, match=message):
-        check_draws(rows_per_draw, **SHARES | where)
-    check_draws(1, **SHARES | where)
-    check_draws(rows_per_draw, **SHARES)
+        check_draws(rows_per_draw, 128, **where)
+    check_draws(1, 128, **where)
+    check_draws(rows_per_draw, 128, ONE, 1)
 
 
 def test_rows_share_a_draw():

@@ -87,31 +87,27 @@ def drawn_from(
     )
 
 
-def check_draws(rows_per_draw: int, rows: int, shards: Shards, groups: int, cut: bool) -> None:
+def check_draws(rows_per_draw: int, rows: int, shards: Shards, groups: int) -> None:
     """Raises ValueError where rows that share a draw on one mesh would not on another.
 
     Args:
       rows: of the buffer that the `context` devices share.
-      groups: parts of a batch that lie in it one after another.
-      cut: whether an attention truncation has packed those parts anew.
+      groups: parts of a batch that lie in it one behind another, wherever the one before ends.
     """
     if rows_per_draw == 1:
         return
     name = f"loss.rows_per_draw={rows_per_draw}"
-    if groups > 1 and cut:
+    if groups > 1:
         raise ValueError(
-            f"{name} with model.truncate_after needs a device for each of the parallel.groups, and "
-            f"{groups} share one here: use as many, or loss.rows_per_draw=1"
+            f"{name} needs as many parallel.data as parallel.groups: here {groups} groups share a "
+            "buffer, and rows would share a draw with others than where each has its own; or set "
+            "loss.rows_per_draw=1"
         )
-    for part, what in (
-        (rows // groups if groups > 1 else rows_per_draw, f"each of {groups} parallel.groups"),
-        (shards.layout(rows).block if shards.context > 1 else rows_per_draw, "a block of a device"),
-    ):
-        if part % rows_per_draw:
-            raise ValueError(
-                f"{name} must divide the {part} rows of {what}, so that every mesh draws the same: "
-                "use a divisor, or change data.batch_tokens"
-            )
+    if shards.context > 1 and (block := shards.layout(rows).block) % rows_per_draw:
+        raise ValueError(
+            f"{name} must divide the blocks of {block} rows that parallel.context={shards.context} "
+            "devices have, so that every mesh draws the same: use a divisor"
+        )
 
 
 def _below(key: RowKeys, rows: int, count: int, bound: UInt[Array, ""]) -> Drawn:

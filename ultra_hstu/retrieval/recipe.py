@@ -63,8 +63,7 @@ class Recipe(Steps[Recommender]):
             config.rows_per_draw,
             h_TD.shape[0] * shards.context,
             shards,
-            groups=self.config.parallel.batch_groups // shards.data,
-            cut=cut is not None,
+            self.config.parallel.batch_groups // shards.data,
         )
         drawn, log_q = self._negatives(batch, row_keys(negative_key, sequences))
         return softmax_loss(
