@@ -151,7 +151,9 @@ def product_rate(dtype: str) -> float:
 
 if __name__ == "__main__":
     flags.DEFINE_list("cases", ["ml1m"], f"some of {', '.join(CASES)}")
-    flags.DEFINE_list("kinds", KINDS, f"losses; of shared, {ROWS_PER_DRAW} rows have the same")
+    flags.DEFINE_list(
+        "kinds", list(KINDS), f"losses; of shared, {ROWS_PER_DRAW} rows have the same"
+    )
     flags.DEFINE_list("implementations", ["xla"], "of the ops, by name")
     flags.DEFINE_integer("chunk_rows", None, "loss.chunk_rows")
     flags.DEFINE_float("seconds", 1.0, "time to measure a loss for")
