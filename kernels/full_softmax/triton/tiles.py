@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kernels import device, triton_call
 from kernels.full_softmax.spec import FullSpec
@@ -79,8 +79,6 @@ def gradients(
     weight_T = jnp.pad(weight_T, (0, missing))
     transposed = q_TD.dtype == jnp.float32
     constants: dict[str, bool | int | float | str] = {
-        "I": items,
-        "TP": len(q_TD),
         "IP": len(e_ID),
         "WD": q_TD.shape[1],
         "TRANSPOSED": transposed,
@@ -94,7 +92,7 @@ def gradients(
         (q_TD, e_ID, e_ID.T if transposed else e_ID, positive_T, score_T, weight_T),
         [per_row, per_row, per_row, jax.ShapeDtypeStruct(q_TD.shape, q_TD.dtype)],
         programs=len(q_TD) // of_rows.rows,
-        constants=constants | {"BT": of_rows.rows, "BI": of_rows.items},
+        constants=constants | {"I": items, "BT": of_rows.rows, "BI": of_rows.items},
         warps=of_rows.warps,
         stages=of_rows.stages,
     )
@@ -108,7 +106,8 @@ def gradients(
         (q_TD, q_again_TD, e_ID, positive_T, shift_T, slope_T, last[None]),
         [jax.ShapeDtypeStruct((shares, *e_ID.shape), jnp.float32)],
         programs=tiles * shares,
-        constants=constants | {"BT": of_items.rows, "BI": of_items.items, "SHARES": shares},
+        constants=constants
+        | {"TP": len(q_TD), "BT": of_items.rows, "BI": of_items.items, "SHARES": shares},
         warps=of_items.warps,
         stages=of_items.stages,
     )
@@ -116,7 +115,7 @@ def gradients(
     return Gradients(loss_T[:rows], dq_TD[:rows, :width].astype(q_TD.dtype), de_ID)
 
 
-def filled(x_TD: Rows) -> Rows:
+def filled(x_TD: Rows) -> Float[Array, "TP WD"]:
     """With zeros up to whole tiles and the width of products."""
     missing = (-len(x_TD) % LARGEST_TILE, _padded(x_TD.shape[1]) - x_TD.shape[1])
     return jnp.pad(x_TD, ((0, missing[0]), (0, missing[1])))
