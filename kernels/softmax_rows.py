@@ -71,7 +71,7 @@ def _forward(
 
 def _backward(run: Run, found: Gradients, cotangents: Loss) -> tuple[Rows, Table, PerRow, None]:
     g, _ = cotangents  # the losses of single rows carry no gradient
-    return g.astype(found.dq_TD.dtype) * found.dq_TD, g * found.de_ID, g * found.loss_T, None
+    return (g * found.dq_TD).astype(found.dq_TD.dtype), g * found.de_ID, g * found.loss_T, None
 
 
 _weighted_loss.defvjp(_forward, _backward)

@@ -8,7 +8,9 @@ from kernels import softmax_rows, triton_call
 from kernels.sampled_softmax.spec import COLLISION_LOGIT, IdsOf, SampledSpec
 from kernels.softmax_rows import ChunkGradients, Gradients, PerItem, PerRow, Rows, Table
 
-CHUNK_ROWS = 16384  # whose q stay in the L2 cache of a GPU, 16 MiB of bfloat16 at a width of 512
+# Rows of a chunk: their q stay in the L2 cache, 16 MiB of bfloat16 at a width of 512. Fewer where
+# they have more ids together than this, each of which takes 30 bytes.
+CHUNK_ROWS, CHUNK_IDS = 16384, 2**24
 WIDEST = 1024
 # Of embeddings that a program of rows, of items, holds at one time.
 ROWS_BYTES, ITEMS_BYTES = 4096, 8192
@@ -49,7 +51,9 @@ def gradients(
         slope_CX, loss_C, dq_CD = of_rows(q_CD, table_ID, id_CX, weight_C, shift_I)
         return loss_C, dq_CD, add_to_items(q_CD, id_CX, slope_CX, weight_C, de_ID)
 
-    return softmax_rows.by_chunks(chunk, q_TD, weight_T, rest, e_ID, chunk_rows or CHUNK_ROWS)
+    if chunk_rows is None:
+        chunk_rows = max(1, min(CHUNK_ROWS, CHUNK_IDS // (1 + spec.negatives)))
+    return softmax_rows.by_chunks(chunk, q_TD, weight_T, rest, e_ID, chunk_rows)
 
 
 def of_rows(
