@@ -129,10 +129,11 @@ class LossConfig(Section):
     # What a softmax is taken over: items drawn uniformly, targets of the batch, or all items.
     kind: Literal["sampled", "in_batch", "full"] = "sampled"
     negatives: Count = 128  # per position
+    rows_per_draw: Count = 1  # so many successive rows of a batch share their negatives
     temperature: Positive[float] = 0.05  # scores are divided by it
     l2_normalize: bool = True  # scores are cosines
     log_q: bool = True  # in_batch: correct for the items' frequency in training
-    # Rows whose logits exist at one time. None: 512 on a CPU (its cache), 4096 on an accelerator.
+    # Rows whose logits exist at one time. None: what suits the device.
     chunk_rows: Count | None = None
 
 

@@ -82,7 +82,8 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
         for name in (*TARGETS, *FRACTIONS):
             yield f"rank.{name}", "without rank.tasks: retrieval reads rank.signals alone"
     if loss.kind == "full":
-        yield "loss.negatives", "under loss.kind=full, which scores all items"
+        for name in ("negatives", "rows_per_draw"):
+            yield f"loss.{name}", "under loss.kind=full, which scores all items"
     if loss.kind != "in_batch":
         yield "loss.log_q", f"under loss.kind={loss.kind}: in_batch reads it"
     if config.rank.supervise == "all":
