@@ -45,12 +45,13 @@ def test_items_in_fixed_turns(mask, width):
     )
     wide = {name: x.astype(jnp.float32) for name, x in inputs.items()}
     want = case.out_and_gradients(wide, implementation="reference", **options)
+    yardstick = plain(case, inputs, mask, "bfloat16")
     for name, x in got.items():
-        np.testing.assert_array_equal(
-            np.asarray(x, np.float32), np.asarray(again[name], np.float32)
-        )
-        assert not np.asarray(x[case.real :], np.float32).any(), name
-        assert largest_error(x, want[name]) < 2e-2, name
+        host = np.asarray(x, np.float32)
+        np.testing.assert_array_equal(host, np.asarray(again[name], np.float32))
+        assert not host[case.real :].any(), name
+        allowed = 2 * largest_error(yardstick[name], want[name]) + ROUND_OFF["bfloat16"]
+        assert largest_error(x, want[name]) <= allowed, name
 
 
 def random_inputs(rows, heads, width, seed=0):
