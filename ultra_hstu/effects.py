@@ -83,7 +83,8 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
         for name in (*TARGETS, *FRACTIONS):
             yield f"rank.{name}", "without rank.tasks: retrieval asks for the next item"
     if loss.kind == "full":
-        yield "loss.negatives", "under loss.kind=full, which scores all items"
+        for name in ("negatives", "rows_per_draw"):
+            yield f"loss.{name}", "under loss.kind=full, which scores all items"
     if loss.kind != "in_batch":
         yield "loss.log_q", f"under loss.kind={loss.kind}: in_batch reads it"
     if not any(Spelled.of(name).mlp for name in config.features.items):

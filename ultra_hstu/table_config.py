@@ -62,6 +62,8 @@ class TableConfig(Section):
     # What to predict, by name: a comparison of a column, such as rating>=4 or event==buy.
     tasks: dict[str, str] = dataclasses.field(default_factory=dict)
     delimiter: str | None = None  # of CSV; None: from the header
+    names: tuple[str, ...] = ()  # of all columns, for CSV without a header
+    quotes: bool = True  # fields of CSV may stand in quotes; False: quotes are a part of the text
     items_file: str | None = None  # a table of items: id, and title where it has one
     item_title: str | None = None  # its column of titles
     # Its columns that features of items are made from, beside those that features.items names.

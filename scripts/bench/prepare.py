@@ -7,8 +7,8 @@ python -m scripts.bench.prepare [--csv_events=20000000] [--parquet_events=100000
 The CSV is in the format of MovieLens-20M, ordered by user; Parquet files are in order of time, so
 that users are mixed. These are read as own files (`table`). MovieLens-20M and Books of Amazon 2014
 are read as public sets; Books has as many lines, users and items as the official file, in order of
-items. Users and items are drawn from skewed distributions. A number of 0 leaves a kind out. The
-files are deleted behind.
+items. Users and items are drawn from skewed distributions. A number of 0 leaves a kind out, and
+what the record holds of it stays. The files are deleted behind.
 """
 
 import json
@@ -64,7 +64,7 @@ print(json.dumps({
 
 
 def main(_: list[str]) -> None:
-    record = Record(FLAGS.record)
+    record = Record(FLAGS.record, grows=True)
     csv, parquet = "events.csv", "events.parquet"
     kinds: dict[str, tuple[int, str, str, Callable[[Path, int], None]]] = {
         "CSV, MovieLens-20M's format": (FLAGS.csv_events, "table", csv, write_csv),
@@ -78,7 +78,7 @@ def main(_: list[str]) -> None:
             write_books,
         ),
     }
-    results: dict[str, Json] = {}
+    results: dict[str, Json] = record.values.get("files", {})
     for name, (events, source, file, write) in kinds.items():
         if not events:
             continue

@@ -20,6 +20,7 @@ from scripts.tables import (
     data,
     features,
     long,
+    loss,
     overview,
     ranking,
     retrieval,
@@ -59,6 +60,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "context_reshard": context_parallel.reshard_table,
         "context_balance": context_parallel.balance_table,
     },
+    "docs/losses.md": {
+        "loss_gpu": loss.gpu_table,
+        "loss_cpu": loss.cpu_table,
+        "negatives": loss.negatives_table,
+    },
     "docs/http_service.md": {
         "serve_example": serve_tables.RECOMMEND.example,
         "score_example": serve_tables.SCORE.example,
@@ -80,6 +86,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "windows_ml1m": windows.windows_table,
     },
     "docs/your_data.md": {"prepare": data.prepare_table},
+    "docs/datasets.md": {
+        "sets": data.sets_table,
+        "categories": data.categories,
+        "lengths": data.lengths_table,
+    },
     "docs/cached_scoring.md": {
         "serving_operations": serving_tables.operations_table,
         "serving": serving_tables.serving_table,

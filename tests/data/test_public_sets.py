@@ -362,7 +362,7 @@ def test_steam(tmp_path):
     packed(folder / "steam_games.json.gz", [repr(game), repr({"app_name": "no id"})])
     data = load(tmp_path, "steam", folder)
     assert data.users.tolist() == ["Chaos Syren", "é"]
-    assert data.catalog.decode(data.items[:3]).tolist() == [30, 10, 20]
+    assert data.catalog.decode(data.items[:3]).tolist() == ["30", "10", "20"]
     assert data.timestamps[0] == 1_456_790_400 and data.actions["hours"][0] == 3.5
     assert data.features == ("early_access",) and data.catalog.titles == ("", "Lost", "", "")
     assert rows_of(opened("steam", folder).items) == [

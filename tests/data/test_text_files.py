@@ -93,7 +93,7 @@ def test_amazon_with_the_item_first_is_refused(tmp_path):
     write(tmp_path / "ratings_Books.csv", turned)
     match = (
         "line 1: the columns must be user,item,rating,timestamp, but '1000000001' is an item"
-        " .*amazon-2018/Books, or put the user first: awk"
+        " .*amazon-2018/Books, whose file is Books.csv, or put the user first: awk"
     )
     with pytest.raises(ValueError, match=match):
         read("amazon-books", tmp_path)

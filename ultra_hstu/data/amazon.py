@@ -109,6 +109,19 @@ def _ratings(release: str, path: Path) -> DelimitedFile:
     return DelimitedFile(path, columns, header=release == "2023", look=look)
 
 
+def _name(release: str, category: str, core: bool = False) -> str:
+    """Of the file of events."""
+    names = {
+        ("2014", False): f"ratings_{category}.csv",
+        ("2014", True): f"reviews_{category}_5.json.gz",
+        ("2018", False): f"{category}.csv",
+        ("2018", True): f"{category}_5.json.gz",
+        ("2023", False): f"{category}.csv.gz",
+        ("2023", True): f"{category}.csv.gz",
+    }
+    return names[release, core]
+
+
 def _require_ratings(release: str, path: Path) -> None:
     """Raises ValueError for ratings of another release."""
     form = ",".join(column.name for column in _COLUMNS[release])
@@ -128,10 +141,11 @@ def _require_ratings(release: str, path: Path) -> None:
     else:
         return
     if found != release:
+        category = path.name.removeprefix("ratings_").partition(".")[0]
         raise ValueError(
             f"{path}, line 1: the columns must be {form}, but {what}, here and in the lines that "
             f"follow. This is the release of {found}: read it as --config.data.source=amazon-"
-            f"{found}/{path.name.removeprefix('ratings_').split('.')[0]}, {remedy}"
+            f"{found}/{category}, whose file is {_name(found, category)}, {remedy}"
         )
 
 
@@ -245,13 +259,7 @@ def _price(value: object) -> float | None:
 
 def _set(release: str, category: str, core: bool) -> PublicSet:
     folder, meta = _FOLDERS[release], f"meta_{category}.json{'l' if release == '2023' else ''}.gz"
-    reviews = core and release != "2023"
-    name = {
-        ("2014", False): f"ratings_{category}.csv",
-        ("2014", True): f"reviews_{category}_5.json.gz",
-        ("2018", False): f"{category}.csv",
-        ("2018", True): f"{category}_5.json.gz",
-    }.get((release, core), f"{category}.csv.gz")
+    reviews, name = core and release != "2023", _name(release, category, core)
     events = SetFile(name, partial(_reviews if reviews else _ratings, release))
     names = ("user_id", "parent_asin") if release == "2023" else ("user", "item")
     user, item = names

@@ -98,8 +98,8 @@ def _kuairand(size: str, parts: tuple[str, ...]) -> PublicSet:
     )
     return PublicSet(
         name=f"kuairand-{low}",
-        about=f"KuaiRand-{size}: clicks, likes, watch times and more; scenario; features of users "
-        "and, but for 27K, of videos",
+        about="KuaiRand: clicks, likes, watch times and more; scenario; features of users"
+        + ("" if size == "27K" else " and of videos"),
         events=tuple(
             SetFile(
                 f"log_standard_{dates}_{low}{part}.csv",

@@ -180,7 +180,7 @@ def _release(name: str, md5: str | None) -> PublicSet:
     ratings, movies = _FILES.get(name, ("ratings.csv", "movies.csv"))
     return PublicSet(
         name=name,
-        about=f"MovieLens {name[3:]}: stars; genres and year of movies"
+        about="MovieLens: stars; genres and year of movies"
         + ("; gender, age group and occupation of users" if name in _USERS else ""),
         events=(SetFile(ratings, partial(_ratings, name)),),
         items=SetFile(movies, lambda path: RecordFile(path, _MOVIES, _movies)),

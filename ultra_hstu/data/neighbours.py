@@ -62,7 +62,7 @@ def _yambda(size: str) -> PublicSet:
     event, in steps of 5 seconds; `played_ratio_pct` is above 100 where a user rewound."""
     return PublicSet(
         name=f"yambda-{size}",
-        about=f"Yambda {size}: listens, likes and dislikes of tracks, share that was played; "
+        about="Yambda: listens, likes and dislikes of tracks, share that was played; "
         "whether a user found the track alone; artists of tracks",
         events=(SetFile("multi_event.parquet", _plays),),
         items=SetFile("artist_item_mapping.parquet", _Artists, optional=True),

@@ -20,10 +20,11 @@ USERS = (
 ).split()
 ITEMS = (
     "itemid movieid item asin parentasin videoid trackid productid product articleid songid "
-    "artistid bookid gameid businessid newsid contentid problemid sku iid id"
+    "artistid bookid isbn animeid venueid gameid businessid newsid contentid problemid sku iid id"
 ).split()
 TIMES = (
-    "timestamp time ts unixreviewtime timems timestampms eventtime datetime unixtime createdat date"
+    "timestamp time ts unixreviewtime timems timestampms eventtime datetime unixtime createdat "
+    "date eventdate"
 ).split()
 EVENT_TITLES = "title itemtitle itemname producttitle productname movietitle".split()
 TITLES = [*EVENT_TITLES, "name"]

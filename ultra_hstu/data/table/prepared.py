@@ -22,7 +22,7 @@ from ultra_hstu.data.interactions import Interactions, ordered
 from ultra_hstu.data.public import Opened
 from ultra_hstu.data.table import columns as meaning
 from ultra_hstu.data.table.columns import Columns, Reading
-from ultra_hstu.data.table.files import find_files, open_file
+from ultra_hstu.data.table.files import Layout, find_files, open_file
 from ultra_hstu.data.table.reader import from_sources
 from ultra_hstu.data.table.sides import read_users
 
@@ -98,9 +98,10 @@ def open_source(config: DataConfig) -> Opened:
             "data.raw_dir is not set: name your events, such as "
             "--config.data.raw_dir=events.parquet (a file, a folder or a pattern)"
         )
-    events = find_files(config.raw_dir, (table.items_file, table.users_file), table.delimiter)
+    layout = Layout(table.delimiter, table.names, table.quotes)
+    events = find_files(config.raw_dir, (table.items_file, table.users_file), layout)
     items, users = (
-        None if name is None else open_file(name, table.delimiter)
+        None if name is None else open_file(name, Layout(table.delimiter))
         for name in (table.items_file, table.users_file)
     )
     named = [one for one in (*events, items, users) if one is not None]
@@ -132,11 +133,13 @@ def prepare(config: DataConfig, opened: Opened) -> Path:
         part = folder.with_name(folder.name + ".incomplete")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
+        started = time.perf_counter()
         try:
             _write(part, *read(opened))
             sums.write(part, sums.checksums(part, [path.name for path in part.iterdir()]))
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
+            _log.info("prepared in %.1f s", time.perf_counter() - started)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -152,12 +155,11 @@ def choose_columns(opened: Opened) -> Columns:
 
 def read(opened: Opened) -> tuple[Interactions, Contexts, Reading]:
     """What the files hold, with what is known of users. Raises as `load`."""
-    columns, started = choose_columns(opened), time.perf_counter()
+    columns = choose_columns(opened)
     interactions, reading = from_sources(opened.events, columns, opened.rules, items=opened.items)
     contexts = Contexts()
     if opened.users is not None:
         contexts = read_users(opened.users, columns.user, interactions.users)
-    _log.info("read in %.1f s", time.perf_counter() - started)
     return interactions, contexts, reading
 
 
