@@ -38,9 +38,10 @@ from kernels.hstu_attention.mosaic.schedule import WORKERS
 ROWS, COLUMNS = 64, 256  # of a warpgroup's accumulator
 BYTES = 128  # of a row of an operand, in a step
 HELD_BYTES = 512  # of a row of w, at most, where w is held
-STAGES = 4
+HELD_STAGES, STREAMED_STAGES = 2, 3  # slots of a ring of operands
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number for each column
 CHUNK = 64  # columns that are written at a time
+OUTS = COLUMNS // CHUNK  # chunks of a tile, which are on their way to memory together
 
 
 class Scales(NamedTuple):
@@ -184,8 +185,8 @@ def _held(call):
 
         @computing(wg < 2)
         def _compute():
-            mine = wg * STAGES  # this warpgroup's ring
-            for slot in range(STAGES):
+            mine = wg * HELD_STAGES  # this warpgroup's ring
+            for slot in range(HELD_STAGES):
                 arrive(s.x_empty, mine + slot)
             wait(s.w_full)
 
@@ -194,13 +195,15 @@ def _held(call):
                 factor = row_values(gm.row_scale, rows) if call.scaled else None
 
                 def sums(acc):
-                    for k in range(steps):
-                        slot = mine + lax.rem(i * steps + k, STAGES)
+                    slots = [mine + lax.rem(i * steps + k, HELD_STAGES) for k in range(steps)]
+                    for k, slot in enumerate(slots):
                         wait(s.x_full, slot)
                         plgpu.wgmma(acc, s.x.at[slot], s.w.at[k].T)
+                        if k > 0:
+                            plgpu.wgmma_wait(1)
+                            arrive(s.x_empty, slots[k - 1])
                     plgpu.wgmma_wait(0)
-                    for k in range(steps):
-                        arrive(s.x_empty, mine + lax.rem(i * steps + k, STAGES))
+                    arrive(s.x_empty, slots[-1])
                     return acc[...]
 
                 total = with_sums(sums, (ROWS, COLUMNS))
@@ -219,9 +222,9 @@ def _held(call):
             _fill_vectors(call, gm, s, column, 0, s.w_full)
 
             def one_tile(turn, carry):
-                whose, i = lax.rem(turn, 2) * STAGES, turn // 2
+                whose, i = lax.rem(turn, 2) * HELD_STAGES, turn // 2
                 for k in range(steps):
-                    slot = whose + lax.rem(i * steps + k, STAGES)
+                    slot = whose + lax.rem(i * steps + k, HELD_STAGES)
                     wait(s.x_empty, slot)
                     source = gm.x0.at[rows_of(turn), pl.ds(k * call.depth, call.depth)]
                     fill(s, "x", source, slot)
@@ -230,11 +233,11 @@ def _held(call):
             lax.fori_loop(0, count, one_tile, 0)
 
     return kernel, dict(
-        x=_tiled((2 * STAGES, ROWS, call.depth), call.operands),
+        x=_tiled((2 * HELD_STAGES, ROWS, call.depth), call.operands),
         w=_tiled((steps, COLUMNS, call.depth), call.operands),
-        o=_tiled((2, 2, ROWS, CHUNK), call.dtype),
+        o=_tiled((2, OUTS, ROWS, CHUNK), call.dtype),
         w_full=plgpu.Barrier(num_arrivals=steps + len(call.vectors)),
-        **ring("x", 2 * STAGES, filled=1, emptied=1),
+        **ring("x", 2 * HELD_STAGES, filled=1, emptied=1),
         **{name: plgpu.SMEM((1, COLUMNS), jnp.float32) for name in call.vectors},
     )
 
@@ -255,7 +258,7 @@ def _streamed(call):
 
         @computing(wg < 2)
         def _compute():
-            open_rings(s, x=STAGES)
+            open_rings(s, x=STREAMED_STAGES)
             if call.vectors:
                 open_rings(s, vector=2)
 
@@ -264,25 +267,25 @@ def _streamed(call):
                 rows = pl.ds(pl.multiple_of(row + wg * ROWS, ROWS), ROWS)
                 factor = row_values(gm.row_scale, rows) if call.scaled else None
                 if call.residual:
-                    _fetch_residual(gm, s, wg, rows, column, 0)
+                    _fetch_residual(gm, s, wg, rows, column)
 
                 def sums(acc):
                     def one_step(k, carry):
                         now = turn * steps + k
-                        slot = lax.rem(now, STAGES)
+                        slot = lax.rem(now, STREAMED_STAGES)
                         wait(s.x_full, slot)
                         plgpu.wgmma(acc, s.x.at[slot, pl.ds(wg * ROWS, ROWS)], s.w.at[slot].T)
                         plgpu.wgmma_wait(1)
 
                         @pl.when(k > 0)
                         def _():
-                            arrive(s.x_empty, lax.rem(now - 1, STAGES))
+                            arrive(s.x_empty, lax.rem(now - 1, STREAMED_STAGES))
 
                         return carry
 
                     lax.fori_loop(0, steps, one_step, 0)
                     plgpu.wgmma_wait(0)
-                    arrive(s.x_empty, lax.rem(turn * steps + steps - 1, STAGES))
+                    arrive(s.x_empty, lax.rem(turn * steps + steps - 1, STREAMED_STAGES))
                     return acc[...]
 
                 total = with_sums(sums, (ROWS, COLUMNS))
@@ -312,7 +315,7 @@ def _streamed(call):
                     source = getattr(gm, f"x{number}")
 
                     def one_step(k, carry, before=before, source=source):
-                        slot = lax.rem(turn * steps + before + k, STAGES)
+                        slot = lax.rem(turn * steps + before + k, STREAMED_STAGES)
                         wait(s.x_empty, slot)
                         here = pl.ds(k * call.depth, call.depth)
                         fill(s, "x", source.at[rows, here], slot)
@@ -327,16 +330,16 @@ def _streamed(call):
             lax.fori_loop(0, count, one_tile, 0)
 
     scratch = dict(
-        x=_tiled((STAGES, 2 * ROWS, call.depth), call.operands),
-        w=_tiled((STAGES, COLUMNS, call.depth), call.operands),
-        o=_tiled((2, 2, ROWS, CHUNK), call.dtype),
-        **ring("x", STAGES, filled=2, emptied=2),
+        x=_tiled((STREAMED_STAGES, 2 * ROWS, call.depth), call.operands),
+        w=_tiled((STREAMED_STAGES, COLUMNS, call.depth), call.operands),
+        o=_tiled((2, OUTS, ROWS, CHUNK), call.dtype),
+        **ring("x", STREAMED_STAGES, filled=2, emptied=2),
         **{name: plgpu.SMEM((2, COLUMNS), jnp.float32) for name in call.vectors},
     )
     if call.vectors:
         scratch |= ring("vector", 2, filled=len(call.vectors), emptied=2)
     if call.residual:
-        scratch["residual_full"] = plgpu.Barrier(num_barriers=4)
+        scratch["residual_full"] = plgpu.Barrier(num_barriers=2 * OUTS)
     return kernel, scratch
 
 
@@ -347,35 +350,33 @@ def _fill_vectors(call, gm, s, column, slot, full):
         plgpu.copy_gmem_to_smem(getattr(gm, name).at[columns], getattr(s, name).at[slot], full)
 
 
-def _fetch_residual(gm, s, wg, rows, column, first):
-    """Copies the residual of two chunks of a warpgroup's tile to where they are written from."""
+def _fetch_residual(gm, s, wg, rows, column):
+    """Copies the residual of a warpgroup's tile to where its results are written from."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for c in range(2):
-        source = gm.residual.at[rows, pl.ds(column + (first + c) * CHUNK, CHUNK)]
-        plgpu.copy_gmem_to_smem(source, s.o.at[wg, c], s.residual_full.at[2 * wg + c])
+    for c in range(OUTS):
+        source = gm.residual.at[rows, pl.ds(column + c * CHUNK, CHUNK)]
+        plgpu.copy_gmem_to_smem(source, s.o.at[wg, c], s.residual_full.at[OUTS * wg + c])
 
 
 def _write(call, gm, s, wg, total, rows, column, slot, factor):
-    """Scales, adds and writes a warpgroup's sums, 64 columns at a time, from two stages in turn."""
+    """Scales, adds and writes a warpgroup's sums, 64 columns at a time."""
 
     def of_columns(name, c):
         values = plgpu.load(getattr(s, name).at[slot, pl.ds(c * CHUNK, CHUNK)], layout=COLUMN)
         return lax.broadcast_in_dim(values, (ROWS, CHUNK), [1])
 
-    for c in range(COLUMNS // CHUNK):
-        chunk, stage = total[:, c * CHUNK : (c + 1) * CHUNK], s.o.at[wg, c % 2]
+    for c in range(OUTS):
+        chunk, stage = total[:, c * CHUNK : (c + 1) * CHUNK], s.o.at[wg, c]
         if call.scaled:
             chunk = chunk * lax.broadcast_in_dim(factor, (ROWS, CHUNK), [0])
             chunk = chunk * of_columns("column_scale", c)
         if call.biased:
             chunk = chunk + of_columns("bias", c)
         if call.residual:
-            if c == 2:
-                _fetch_residual(gm, s, wg, rows, column, 2)
-            wait(s.residual_full, 2 * wg + c % 2)
+            wait(s.residual_full, OUTS * wg + c)
             before = plgpu.load(stage, layout=plgpu.Layout.WGMMA)
             chunk = chunk + before.astype(jnp.float32)
-        put(stage, chunk, 1)
+        put(stage, chunk, OUTS - 1)
         first = 0
         for number, width in enumerate(call.outputs):
             within = column - first

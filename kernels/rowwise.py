@@ -13,11 +13,11 @@ from kernels import device, triton_call
 
 # The name of mean and 1 / deviation of a row, given with jax.ad_checkpoint.checkpoint_name.
 NORM_STATS = "norm_stats"
-WIDEST = 4096
+WIDEST = 8192
 PER_WARP = 512  # entries of a block that a warp holds, in registers
 WARPS = 4  # of a program, where a row is not wider than they hold
-PROGRAMS = 396  # of a backward, which hold a part of the sums over rows each: three a processor
-STAGES = 2  # of a backward's loads: those of the next block are under way
+PROGRAMS = 264  # that make sums over rows, a part of them each: two a processor
+STAGES = 3  # of their loads: those of the next two blocks are under way
 
 
 class RowSpec(NamedTuple):

@@ -24,6 +24,7 @@ from experiments.record import Json, Record
 from ultra_hstu import report, tasks
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria
+from ultra_hstu.data.windows import windows
 from ultra_hstu.fields import changed
 from ultra_hstu.json_files import read_object
 from ultra_hstu.task import Task
@@ -49,8 +50,7 @@ def main(_: list[str]) -> None:
     if config.train.protocol != "windows":
         raise ValueError("set --config.train.protocol=windows")
     working = command.progress_console()
-    task, steps = tasks.load(config, working), None
-    # The steps of an epoch hardly depend on the seed; of the newest window they are the most.
+    task = tasks.load(config, working)
     anew = changed(config, windows={"start": ANEW, "steps": None})
     steps = max(1, math.floor(_FRACTION.value * steps_of_newest(anew, task)))
     arms = {ANEW: anew, CONTINUED: changed(config, windows={"start": CONTINUED, "steps": steps})}
@@ -88,8 +88,9 @@ def main(_: list[str]) -> None:
 
 
 def steps_of_newest(anew: Config, task: Task) -> int:
-    """Steps of training anew on all events of the newest window that is judged by another one."""
-    whole = tasks.of(changed(anew, windows={"number": None}), task.interactions)
+    """Steps of training anew for the newest window, on all events."""
+    newest = windows(task.interactions, anew.windows)[-1]
+    whole = tasks.of_window(anew, task.interactions, newest, roomy=True)
     loader = whole.loader(
         "train",
         batch_users=anew.data.batch_users,
@@ -141,7 +142,7 @@ def compare(found: Mapping[str, Sequence[Json]], criteria: Criteria) -> Json:
             "difference_by_seed": pairs,
             "targets": targets,
         }
-    windows = {
+    of_windows = {
         arm: [
             {name: row[name] for name in row if name != "metrics"}
             | {name: row["metrics"].get(name) for name in criteria.curves}
@@ -149,13 +150,13 @@ def compare(found: Mapping[str, Sequence[Json]], criteria: Criteria) -> Json:
         ]
         for arm, runs in found.items()
     }
-    steps = {arm: windows[arm][-1]["steps"] for arm in windows}
+    steps = {arm: rows[-1]["steps"] for arm, rows in of_windows.items()}
     return {
         "seeds": [one["seed"] for one in found[ANEW]],
         "metrics": metrics,
         "steps_of_newest": steps,
         "share_of_steps": steps[CONTINUED] / steps[ANEW],
-        "windows": windows,
+        "windows": of_windows,
     }
 
 

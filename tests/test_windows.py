@@ -6,6 +6,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -21,6 +22,9 @@ from ultra_hstu.data.windows import until
 from ultra_hstu.initial import like_of, parameters_of
 from ultra_hstu.library import fit
 from ultra_hstu.report import read_metrics
+from ultra_hstu.retrieval.loss import softmax_loss
+from ultra_hstu.retrieval.metrics import ranks
+from ultra_hstu.retrieval.recipe import there_are
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.scoring import RunData
 from ultra_hstu.train import train
@@ -363,3 +367,32 @@ def test_a_mesh_starts_with_the_same_rows(parent):
         np.asarray(table)[:entries], np.asarray(alone["embedding"]["item_table"][...]), atol=1e-7
     )
     assert not np.asarray(table)[entries:].any()
+
+
+# --- room in tables ---
+
+
+@pytest.mark.parametrize("kind", ["sampled", "full"])
+def test_entries_that_are_but_room_are_no_items(kind):
+    """Neither negatives nor parts of a softmax, nor ranked, whatever they hold."""
+    rng = np.random.default_rng(0)
+    h_TD, table_ID = (jnp.asarray(rng.normal(size=(n, 4)), jnp.float32) for n in (6, 9))
+    roomy_ID = jnp.concatenate([table_ID, 9 * jnp.ones((7, 4))])
+    items_1 = jnp.array([8], jnp.int32)
+    known_I = there_are(items_1, roomy_ID)
+    target_T, key = jnp.asarray(rng.integers(1, 9, 6)), jax.random.key(0)
+    options = {"temperature": 1.0, "l2_normalize": False, "chunk_rows": 4}
+    found = []
+    for table_XD, items, corpus_I in ((table_ID, 8, None), (roomy_ID, items_1[0], known_I)):
+        drawn = drawn_uniformly(jax.random.split(key, 6), 5, items) if kind == "sampled" else None
+        number = None if corpus_I is None else items
+        fixed = {"num_items": number, "negatives": drawn, **options}
+
+        def loss(h_TD, table_XD, fixed=fixed):
+            return softmax_loss(h_TD, table_XD, target_T, jnp.ones(6), **fixed)[0]
+
+        value, (dh, dtable) = jax.value_and_grad(loss, (0, 1))(h_TD, table_XD)
+        assert not np.asarray(dtable)[9:].any()
+        rank_T = ranks(h_TD, table_XD, target_T, l2_normalize=False, corpus_I=corpus_I)
+        found.append((value, dh, dtable[:9], rank_T))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found)

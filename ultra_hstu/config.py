@@ -116,6 +116,8 @@ class ModelConfig(Section):
     projection: Literal["same", "fp8"] = "same"
     # Of the products that make the gradients of what those projections read: fp8 beside fp8.
     projection_gradient: Literal["same", "fp8"] = "same"
+    # Of kernels.norm_linear and kernels.gated_linear; None: the best for the device.
+    layer_implementation: str | None = None
     # What the backward computes again instead of keeping it.
     remat: Literal["none", "selective"] = "none"
     # Mini-sequences: rows that token-wise parts work on at one time; None: all.
@@ -127,10 +129,11 @@ class LossConfig(Section):
     # What a softmax is taken over: items drawn uniformly, targets of the batch, or all items.
     kind: Literal["sampled", "in_batch", "full"] = "sampled"
     negatives: Count = 128  # per position
+    rows_per_draw: Count = 1  # so many successive rows of a batch share their negatives
     temperature: Positive[float] = 0.05  # scores are divided by it
     l2_normalize: bool = True  # scores are cosines
     log_q: bool = True  # in_batch: correct for the items' frequency in training
-    # Rows whose logits exist at one time. None: 512 on a CPU (its cache), 4096 on an accelerator.
+    # Rows whose logits exist at one time. None: what suits the device.
     chunk_rows: Count | None = None
 
 
@@ -277,7 +280,7 @@ class Config(Section):
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
             lacks = (*masks, *cuts, "alpha", "projection", "projection_gradient")
-            lacks = (*lacks, "remat", "chunk_rows")
+            lacks = (*lacks, "layer_implementation", "remat", "chunk_rows")
             without["model.kind='sasrec'", "use 'hstu'"] = lacks
         if model.projection == "same":
             why = "model.projection='same', whose gradients follow dtype"

@@ -63,6 +63,7 @@ class Evaluator(abc.ABC):
         pair = self, other
         feeds = [next(iter(one.loader.groups(one.plan))).feed for one in pair]
         same = shapes(feeds[0]) == shapes(feeds[1]) and self.static == other.static
+        same &= not (self.recipe.holds_data or other.recipe.holds_data)
         if same and isinstance(other._run, jax.stages.Compiled):
             self._run = other._run
         return same

@@ -265,18 +265,6 @@ def _loss(config: Config, history: np.ndarray, items: int) -> float:
     loss, limit = config.loss, config.model.truncate_length
     # Only rows that reach the last layer are trained on.
     history = history if limit is None else np.minimum(history, limit)
-    whole = whole_table_is_cheaper(items + 1, loss.negatives)
-    drawn = items + 1 if whole else loss.negatives + 1
-    scored = {"sampled": drawn, "in_batch": drawn, "full": items + 1}[loss.kind]
+    # What is needed: an implementation may score more, where one large product takes less time.
+    scored = items + 1 if loss.kind == "full" else loss.negatives + 1
     return float(history.mean()) * 2.0 * scored * config.model.width if items else 0.0
-
-
-def whole_table_is_cheaper(items: int, negatives: int) -> bool:
-    """Whether to score a row against all items, instead of gathering those of its negatives.
-
-    The whole table costs work in proportion to I, in matrix products; gathering costs work in
-    proportion to R, at random places. The limit lies between MovieLens-1M (I / R = 30), whose loss
-    and gradients took less time over the whole table, on a GPU and on a CPU, and MovieLens-20M
-    (213), whose took less gathered.
-    """
-    return items <= 64 * negatives

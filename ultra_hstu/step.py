@@ -92,6 +92,11 @@ class Steps[Model: nnx.Module](abc.ABC):
         """The recipe and parameters of the model that answers, where it is another one."""
         return self, params
 
+    @property
+    def holds_data(self) -> bool:
+        """Whether its programs hold constants of the data, so that other data needs others."""
+        return False
+
     @functools.cached_property
     def graphdef(self) -> nnx.GraphDef:
         """The structure of the model, without its parameters."""

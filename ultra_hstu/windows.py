@@ -253,9 +253,7 @@ class WindowRun(Run):
             if other == key:
                 return program
         program = super()._compile(profile)
-        # Frequencies and features of items are constants of the program.
-        frequencies = self.config.loss.kind == "in_batch" and not self.config.rank.tasks
-        if not frequencies and not self.config.features.items:
+        if not self.task.recipe.holds_data:
             self.programs.training.append((key, program))
         return program
 

@@ -13,7 +13,6 @@ process each, and run one after another.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 
 import jax
@@ -23,7 +22,7 @@ from flax import nnx
 
 from experiments import command, configs
 from experiments.record import Json, Record
-from kernels.timing import device_time
+from kernels.timing import device_time, mfu
 from scripts.bench import turns
 from scripts.bench.program import temporaries
 from scripts.bench.terminal import show
@@ -34,7 +33,6 @@ from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.sequences import Sequences
 
 FLAGS = flags.FLAGS
-PEAK = 989e12  # dense bfloat16 products of an H100 or H200
 CHUNKS = 8
 Function = Callable[..., jax.Array | tuple[jax.Array, ...]]
 
@@ -54,7 +52,7 @@ class Workload:
     width: int = 512
     heads: int = 4
     head_width: int = 128
-    depths: tuple[int, int] = (1, 3)
+    depths: tuple[int, int] = (1, 2)
 
     @property
     def rows(self) -> int:
@@ -117,7 +115,8 @@ def main(_: list[str]) -> None:
     found: dict[str, Json] = record.values.get("layers", {})
     if not FLAGS.small:
         record.add(matmul_TFLOP_a_second=matrix_product())
-    for (name, mode, kind), result in zip(cases, turns.one_by_one(tasks, not FLAGS.small)):
+    results = turns.one_by_one(tasks, not FLAGS.small)
+    for (name, mode, kind), result in zip(cases, results, strict=True):
         measured = {"error": str(result)} if isinstance(result, Exception) else result
         found[f"{name}, {mode}, {kind}"] = {"workload": name, "mode": mode, "kind": kind} | measured
         record.add(layers=found)
@@ -183,15 +182,15 @@ def measure(workload: Workload, options: Json, kind: str, stacks: list[Stack]) -
     """A layer: the difference of two stacks, divided; and a profile of the deeper one."""
     (shallow, deep), rows = workload.depths, workload.rows
     sizes = [temporaries(run) for run, _ in stacks]
-    seconds, profile = [], None
-    for run, arguments in stacks:
-        made = jax.jit(arguments)()
-        seconds.append(device_time(run, *made, repetitions=5, sample_seconds=0.06).seconds)
-        if run is stacks[-1][0] and jax.default_backend() != "cpu":
-            steps = 2
-            profile = profiling.profiled(
-                lambda: [run(*made) for _ in range(steps)], [run], steps=steps
-            )[0].to_json()
+    made = [jax.jit(arguments)() for _, arguments in stacks]
+    seconds = [
+        device_time(run, *each, repetitions=5, sample_seconds=0.06).seconds
+        for (run, _), each in zip(stacks, made, strict=True)
+    ]
+    profile = None
+    if jax.default_backend() != "cpu":
+        run = functools.partial(stacks[1][0], *made[1])
+        profile, _ = profiling.profiled(run, [stacks[1][0]])
     a_layer = (seconds[1] - seconds[0]) / (deep - shallow)
     counted = flops.count(workload.config(1, options), workload.length)
     forward = counted.projections + counted.attention
@@ -202,12 +201,12 @@ def measure(workload: Workload, options: Json, kind: str, stacks: list[Stack]) -
         "depths": [shallow, deep],
         "TFLOP": work * workload.users / 1e12,
         "TFLOP_a_second": work * workload.users / a_layer / 1e12,
-        "MFU": work * workload.users / a_layer / PEAK,
+        "MFU": mfu(work * workload.users / a_layer),
         "tokens_a_second": rows / a_layer,
         "bytes_a_token": (sizes[1] - sizes[0]) / (deep - shallow) / rows,
         "temporary_GiB": [size / 2**30 for size in sizes],
     }
-    return result if profile is None else result | {"profile": profile}
+    return result if profile is None else result | {"profile": profile.to_json()}
 
 
 if __name__ == "__main__":

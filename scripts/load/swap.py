@@ -54,7 +54,8 @@ def main(_: list[str]) -> None:
         link.symlink_to(paths[0])
         port = portpicker.pick_unused_port()
         with deployment(str(link), *arguments, port=port) as served:
-            found = asyncio.run(swapped(served.url, link, paths[1], expected))
+            run = swapped(served.url, link, paths[1], expected, _CONNECTIONS.value, AROUND_S)
+            found = asyncio.run(run)
     record = Record(_RECORD.value, replicas=_REPLICAS.value, connections=_CONNECTIONS.value)
     record.add(swap=found)
     report.make_console().print(found)
@@ -67,11 +68,19 @@ def answers(service: RecommendService) -> list[Sent]:
     return load_requests.checked(service, 200, 20, seed=1)
 
 
-async def swapped(url: str, link: Path, newer: Path, expected: dict[str, list[Sent]]) -> Json:
+async def swapped(
+    url: str,
+    link: Path,
+    newer: Path,
+    expected: dict[str, list[Sent]],
+    connections: int,
+    around_s: float,
+) -> Json:
     """What became of all requests while a link was put to the newer model.
 
     Args:
       expected: by the name of a run's folder, requests with its answers, the same in all.
+      around_s: how long there is load before, and after.
     """
     seen: list[Seen] = []
     stop = asyncio.Event()
@@ -81,8 +90,8 @@ async def swapped(url: str, link: Path, newer: Path, expected: dict[str, list[Se
     def endless() -> Iterator[Sent]:
         yield from itertools.takewhile(lambda _: not stop.is_set(), itertools.cycle(numbered))
 
-    load = asyncio.create_task(closed_loop(url, endless(), _connections(), seen))
-    await asyncio.sleep(AROUND_S)
+    load = asyncio.create_task(closed_loop(url, endless(), connections, seen))
+    await asyncio.sleep(around_s)
     began = time.perf_counter()
     other = link.with_name("next")
     other.symlink_to(newer)
@@ -92,7 +101,7 @@ async def swapped(url: str, link: Path, newer: Path, expected: dict[str, list[Se
         if len(seen) > 50 and all(of(one) == newer.name for one in seen[-50:]):
             break
     taken = next((one.ended for one in seen if of(one) == newer.name), float("nan"))
-    await asyncio.sleep(AROUND_S)
+    await asyncio.sleep(around_s)
     stop.set()
     await load
     wrong = [one for one in seen if one.status == 200 and not as_named(one, expected)]
@@ -109,10 +118,6 @@ async def swapped(url: str, link: Path, newer: Path, expected: dict[str, list[Se
         "during": speed(during),
         "after": speed(after),
     }
-
-
-def _connections() -> int:
-    return _CONNECTIONS.value if flags.FLAGS.is_parsed() else 4
 
 
 def of(seen: Seen) -> str:

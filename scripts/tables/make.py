@@ -20,6 +20,7 @@ from scripts.tables import (
     data,
     features,
     long,
+    loss,
     overview,
     ranking,
     retrieval,
@@ -58,6 +59,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "context_longest": context_parallel.longest_table,
         "context_reshard": context_parallel.reshard_table,
         "context_balance": context_parallel.balance_table,
+    },
+    "docs/losses.md": {
+        "loss_gpu": loss.gpu_table,
+        "loss_cpu": loss.cpu_table,
+        "negatives": loss.negatives_table,
     },
     "docs/http_service.md": {
         "serve_example": serve_tables.RECOMMEND.example,

@@ -12,17 +12,4 @@ class TestTriton(LinearContract):
 class TestMosaic(LinearContract):
     implementation = "mosaic"
     dtypes = ("bfloat16", "float16")
-    precisions = [("fp8", "same"), ("fp8", "fp8")]
     shapes = ((1280, 512, (512, 512, 512, 512)), (128, 256, (256, 256, 512, 512)))
-
-
-class TestMosaicInThePrecisionOfX(LinearContract):
-    """The product behind the gate is then cuBLAS's, which `triton` calls."""
-
-    implementation = ("mosaic", "triton")
-    dtypes = ("bfloat16", "float16")
-    shapes = ((1280, 512, (512, 512, 512, 512)), (256, 256, (256, 256, 512, 512)))
-    calls = [("same", "same")]
-
-    def taken(self):
-        return {("norm_linear", "mosaic"), ("gated_linear", "triton")}

@@ -93,10 +93,6 @@ def _copy_smem_to_gmem(source, target, reduction_op=None):
         target[...] += source[...]
 
 
-def _add_to_memory(target, values):
-    target[...] += values
-
-
 def _fetch_item(gm, s, slot, *, which, number=None):
     box = s.rec.at[s.rec.shape[0] - 1]
     number = box[0] + schedule.WORKERS if number is None else number
@@ -139,11 +135,7 @@ def interpreted(monkeypatch):
         kernel=functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()),
     )
     pallas = _copy(pl, run_scoped=pool.run_scoped)
-    stand_ins = {
-        "fetch_item": _fetch_item,
-        "keep_inside": _keep_inside,
-        "add_to_memory": _add_to_memory,
-    }
+    stand_ins = {"fetch_item": _fetch_item, "keep_inside": _keep_inside}
     with monkeypatch.context() as patch:
         for module in MODULES:
             patch.setattr(module, "plgpu", gpu)

@@ -105,6 +105,7 @@ class HSTU(Encoder):
                     dropout_rate=config.linear_dropout,
                     precision=config.projection,
                     gradient=config.projection_gradient,
+                    implementation=config.layer_implementation,
                     chunk_rows=config.chunk_rows,
                     rngs=rngs,
                 )

@@ -78,6 +78,7 @@ class Layer(nnx.Module):
         dropout_rate: float = 0.0,
         precision: Precision = "same",
         gradient: Gradient = "same",
+        implementation: str | None = None,
         chunk_rows: int | None = None,
         rngs: nnx.Rngs,
     ):
@@ -85,12 +86,13 @@ class Layer(nnx.Module):
         Args:
           alpha: the factor on scores; None: the published one.
           precision, gradient: of the projections, see `kernels.fp8.linear`.
+          implementation: of `kernels.norm_linear` and `kernels.gated_linear`.
           chunk_rows: rows that token-wise work is done for at one time; None: all.
         """
         self.heads, self.qk_width, self.v_width, self.bias = heads, qk_width, v_width, bias
         self.alpha = self._default_alpha() if alpha is None else alpha
         self.dropout_rate, self.chunk_rows = dropout_rate, chunk_rows
-        self.precision, self.gradient = precision, gradient
+        self.precision, self.gradient, self.implementation = precision, gradient, implementation
         self._draw(width, heads * v_width, 2 * heads * (v_width + qk_width), rngs)
 
     def _default_alpha(self) -> float:
@@ -175,6 +177,7 @@ class Layer(nnx.Module):
             eps=EPS,
             precision=self.precision,
             gradient=self.gradient,
+            implementation=self.implementation,
         )
 
     def _of_heads(self, part_TX: Float[Array, "T X"]) -> Float[Array, "T H _"]:
@@ -196,6 +199,7 @@ class Layer(nnx.Module):
             rate=self.dropout_rate,
             precision=self.precision,
             gradient=self.gradient,
+            implementation=self.implementation,
         )
 
     def _input_norm(self) -> tuple[Array, Array] | None:

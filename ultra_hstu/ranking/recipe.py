@@ -33,6 +33,10 @@ class RankRecipe(Steps[Ranker]):
     )
 
     @property
+    def holds_data(self) -> bool:
+        return self.item_features is not None
+
+    @property
     def tasks(self) -> dict[str, Kind]:
         """Kind of each task, in the order of the logits."""
         return dict(zip(self.config.rank.tasks, self.sizes.kinds, strict=True))

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
+from kernels.sampled_softmax import Negatives
 from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.nn.dropout import row_keys
 from ultra_hstu.nn.embeddings import NO_CODES, CodeSizes
@@ -20,10 +21,6 @@ from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.model import Recommender
 from ultra_hstu.step import Params, Steps
-
-# Rows of logits at one time: what fits the cache of a CPU, what fills a GPU (measured on
-# MovieLens-1M, 128 negatives).
-CHUNK_ROWS = {"cpu": 512, "accelerator": 4096}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +45,10 @@ class Recipe(Steps[Recommender]):
     trained_I: Bool[np.ndarray, " I1"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
+
+    @property
+    def holds_data(self) -> bool:
+        return self.target_counts is not None or self.item_features is not None
 
     def build(self, seed: int) -> Recommender:
         config = self.config
@@ -80,33 +81,25 @@ class Recipe(Steps[Recommender]):
         target_T, weight_T = self.shards.local(tuple(labels))
         table_ID = model.all_items(self.shards, with_id_I)
         config, shards = self.config.loss, self.shards
-        rows, negative_TR, log_q = h_TD.shape[0], None, None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
-        keys_T = row_keys(negative_key, sequences)
-        known_I = there_are(batch.items_1, table_ID)
-        match config.kind:
-            case "sampled":
-                items = self.num_items if batch.items_1 is None else batch.items_1[0]
-                negative_TR = negatives.uniform_negatives(keys_T, rows, config.negatives, items)
-            case "in_batch":
-                pool = negatives.in_batch_pool(shards.of_groups(batch.target_T))
-                negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
-                log_q = jnp.asarray(self._log_q) if config.log_q else None
-            case "full":
-                pass
-            case unknown:
-                assert_never(unknown)
+        negatives.check_draws(
+            config.rows_per_draw,
+            h_TD.shape[0] * shards.context,
+            shards,
+            self.config.parallel.batch_groups // shards.data,
+        )
+        drawn, log_q = self._negatives(batch, row_keys(negative_key, sequences))
         return softmax_loss(
             h_TD,
             table_ID,
             target_T,
             weight_T,
-            negative_TR,
+            drawn,
             temperature=config.temperature,
             l2_normalize=config.l2_normalize,
-            chunk_rows=config.chunk_rows or _chunk_rows(),
+            chunk_rows=config.chunk_rows,
             log_q=log_q,
-            corpus_I=known_I,
+            num_items=None if batch.items_1 is None else batch.items_1[0],
             total=shards.total(jnp.sum(weight_T)),
         )[0]
 
@@ -122,6 +115,27 @@ class Recipe(Steps[Recommender]):
         return dataclasses.replace(self, config=config, item_features=None), folded(
             params, table_ID
         )
+
+    def _negatives(
+        self, batch: Batch, key_T: Key[Array, " t"]
+    ) -> tuple[Negatives | None, Float[Array, " I1"] | None]:
+        """How negatives are drawn, None for all items, and what corrects for their frequency."""
+        config = self.config.loss
+        match config.kind:
+            case "sampled":
+                items = self.num_items if batch.items_1 is None else batch.items_1[0]
+                return negatives.drawn_uniformly(
+                    key_T, config.negatives, items, rows_per_draw=config.rows_per_draw
+                ), None
+            case "in_batch":
+                pool = negatives.in_batch_pool(self.shards.of_groups(batch.target_T))
+                return negatives.drawn_from(
+                    pool, key_T, config.negatives, rows_per_draw=config.rows_per_draw
+                ), jnp.asarray(self._log_q) if config.log_q else None
+            case "full":
+                return None, None
+            case unknown:
+                assert_never(unknown)
 
     @functools.cached_property
     def _log_q(self) -> Float32[np.ndarray, " I1"]:
@@ -139,7 +153,3 @@ def there_are(items_1: Int[Array, " n"] | None, table_ID: Array) -> Bool[Array, 
         return None
     item_I = jnp.arange(table_ID.shape[0], dtype=jnp.int32)
     return (item_I > 0) & (item_I <= items_1[0])
-
-
-def _chunk_rows() -> int:
-    return CHUNK_ROWS["cpu" if jax.default_backend() == "cpu" else "accelerator"]

@@ -94,8 +94,9 @@ def window(
     old = np.flatnonzero(begin > first)
     known = Examples(old, first[old], begin[old] - 1)
     train = _examples(first, last - 1, max_history, where=True if anew else inside)
-    if not anew:
-        train = dataclasses.replace(train, learn_from=begin[train.user])
+    # Given in any case, so that both share their compiled programs.
+    learn_from = (first if anew else begin)[train.user]
+    train = dataclasses.replace(train, learn_from=learn_from)
     if targets == "all":
         user = np.repeat(np.arange(len(first)), last - begin)
         event = np.flatnonzero(np.arange(last[-1]) >= np.repeat(begin, last - first))

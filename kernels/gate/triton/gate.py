@@ -5,6 +5,7 @@ once. Same bits on every run.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,22 @@ def gate(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gate(static: Gate, u: Array, a: Array, parameters: Parameters, keep: Array | None) -> Array:
-    return forward(static, u, a, parameters, keep)[0]
+    return forward(static, u, a, parameters, keep).parts[0]
+
+
+class Gated(NamedTuple):
+    """What the kernel of the forward makes.
+
+    Attributes:
+      parts: of the output, side by side or apart.
+      values, factors: of the output in e4m3, if it was wanted.
+      stats: mean and 1 / deviation of every row of a.
+    """
+
+    parts: list[Array]
+    values: Array
+    factors: Array
+    stats: list[Array]
 
 
 def forward(
@@ -54,28 +70,41 @@ def forward(
     keep: Array | None,
     *,
     write: bool = True,
+    apart: bool = False,
     quantize: bool = False,
-) -> list[Array]:
-    """The output, its e4m3 values and their factors; mean and 1 / deviation of every row of a."""
-    rows, width = u.shape
+) -> Gated:
+    """The output.
+
+    Args:
+      write, quantize: what is made: the output in the dtype of u, in e4m3.
+      apart: its parts are arrays of their own.
+    """
+    (rows, width), apart = u.shape, apart and static.joined
     columns = width * (3 if static.joined else 1)
-    return rowwise.launch(
+    like_u, none = rowwise.like(u), jax.ShapeDtypeStruct((1,), u.dtype)
+    joined, *small = rowwise.results(rows, columns, u.dtype, write=write, quantize=quantize)
+    wanted = [joined, none, none]
+    if write and apart:
+        wanted = [like_u, none if keep is None else like_u, like_u]
+    *parts, values, factors, mean, rstd = rowwise.launch(
         "kernels.gate.triton.kernels:forward",
         (u, a, *(parameters or (u, u)), u if keep is None else keep),  # u where nothing is read
-        [
-            *rowwise.results(rows, columns, u.dtype, write=write, quantize=quantize),
-            rowwise.row_numbers(rows),
-            rowwise.row_numbers(rows),
-        ],
+        [*wanted, *small, rowwise.row_numbers(rows), rowwise.row_numbers(rows)],
         rows=rows,
         width=width,
         constants={
             "EPS": static.eps,
             "WRITE": write,
+            "APART": apart,
             "QUANTIZE": quantize,
             **_constants(static, parameters, keep),
         },
     )
+    if not apart:
+        parts = parts[:1]
+    elif keep is None:
+        parts[1] = a
+    return Gated(parts, values, factors, [mean, rstd])
 
 
 def _constants(static: Gate, parameters: Parameters, keep: Array | None) -> dict[str, bool | float]:
@@ -88,9 +117,9 @@ def _constants(static: Gate, parameters: Parameters, keep: Array | None) -> dict
 
 
 def _forward(static, u, a, parameters, keep):
-    y, _, _, *stats = forward(static, u, a, parameters, keep)
-    stats = [checkpoint_name(one, NORM_STATS) for one in stats]
-    return y, (u, a, parameters, keep, stats)
+    made = forward(static, u, a, parameters, keep)
+    stats = [checkpoint_name(one, NORM_STATS) for one in made.stats]
+    return made.parts[0], (u, a, parameters, keep, stats)
 
 
 def backward(

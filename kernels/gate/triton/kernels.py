@@ -1,7 +1,8 @@
 """Triton kernels of `gate`: forward and backward.
 
 Rows, blocks and partial sums are as in `kernels.layer_norm.triton.kernels`; D is the width of u and
-of a, and the output has three times as many columns where JOINED.
+of a, and the output has three parts of so many columns where JOINED. APART: they are buffers of
+their own, and a itself is the second one unless it is MASKED by dropout.
 """
 
 from typing import no_type_check
@@ -32,6 +33,8 @@ def forward(
     bias,
     keep,
     y,
+    y_a,
+    y_product,
     small,
     factor,
     mean,
@@ -46,6 +49,7 @@ def forward(
     MASKED: constexpr,
     FACTOR: constexpr,
     WRITE: constexpr,
+    APART: constexpr,
     QUANTIZE: constexpr,
 ):
     block, column = tl.program_id(0), tl.arange(0, W)
@@ -70,9 +74,16 @@ def forward(
         second = _kept(attended, keep, place + D, inside, FACTOR, MASKED)
         out = _kept(out, keep, place + 2 * D, inside, FACTOR, MASKED)
         if WRITE:
-            tl.store(y + place, first.to(y.dtype.element_ty), mask=inside)
-            tl.store(y + place + D, second.to(y.dtype.element_ty), mask=inside)
-            tl.store(y + place + 2 * D, out.to(y.dtype.element_ty), mask=inside)
+            if APART:
+                one = places(block, column, D, BR)
+                tl.store(y + one, first.to(y.dtype.element_ty), mask=inside)
+                if MASKED:
+                    tl.store(y_a + one, second.to(y.dtype.element_ty), mask=inside)
+                tl.store(y_product + one, out.to(y.dtype.element_ty), mask=inside)
+            else:
+                tl.store(y + place, first.to(y.dtype.element_ty), mask=inside)
+                tl.store(y + place + D, second.to(y.dtype.element_ty), mask=inside)
+                tl.store(y + place + 2 * D, out.to(y.dtype.element_ty), mask=inside)
         if QUANTIZE:
             first = first.to(u.dtype.element_ty).to(tl.float32)
             second = second.to(u.dtype.element_ty).to(tl.float32)

@@ -20,6 +20,7 @@ from kernels.hstu_attention.mosaic.backward_shared import (
 from kernels.hstu_attention.mosaic.items import draw_items, feed_items, pass_over
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
+    clean_rows,
     computing,
     feeding,
     fill,
@@ -61,6 +62,10 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
                     def _(i):
                         now = lax.rem(step + i, stages)
                         wait(s.row_full, now)
+                        if x.tails is None:
+                            row = item.block(i) * block_q
+                            clean_rows(s.q.at[now], row, gm.real[0])
+                            clean_rows(s.do.at[now], row, gm.real[0])
                         # Computed anew in every step: kept from step to step it would take
                         # registers there are not.
                         keys = pl.ds(

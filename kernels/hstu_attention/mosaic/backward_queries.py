@@ -18,6 +18,7 @@ from kernels.hstu_attention.mosaic.items import (
 )
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
+    clean_rows,
     computing,
     feeding,
     fill,
@@ -75,6 +76,8 @@ def query_gradients(x: BackwardInputs) -> THK:
                 def _():
                     wait(s.k_full, now_k)
                     wait(s.v_full, now_v)
+                    if x.tails is None:
+                        clean_rows(s.k.at[now_k], item.block(i) * BLOCK, gm.real[0])
 
                 # What depends on `here` is computed anew: kept from step to step it would take
                 # registers there are not.
@@ -185,7 +188,9 @@ def query_gradients(x: BackwardInputs) -> THK:
 
         @feeding(wg == 2)
         def _feed():
-            tail_first = gm.tail_first[0]
+            tail_first = None if x.tails is None else gm.tail_first[0]
+
+            tails = None if x.tails is None else gm.tails
 
             def queries(item, slot):
                 place, row_slot = pl.ds(item.tile * TILE - first, TILE), lax.rem(slot, row_slots)
@@ -198,7 +203,7 @@ def query_gradients(x: BackwardInputs) -> THK:
                 row = item.block(i) * BLOCK
                 wait(s.k_empty, now_k)
                 into, full = s.k.at[now_k], s.k_full.at[now_k]
-                load_rows(gm.k, gm.tails, row, BLOCK, item.head, tail_first, into, full, width)
+                load_rows(gm.k, tails, row, BLOCK, item.head, tail_first, into, full, width)
                 wait(s.v_empty, now_v)
                 fill(s, "v", gm.v.at[pl.ds(row, BLOCK), item.head], now_v)
 

@@ -37,11 +37,10 @@ from kernels.hstu_attention.mosaic.launch import (
     with_sums,
 )
 from kernels.hstu_attention.mosaic.schedule import BackwardConfig
-from kernels.hstu_attention.mosaic.sums_in_memory import add_to_memory
 from kernels.zeros import zeros_after
 
 COLUMNS = 128  # of dQ that are made at a time
-SLOTS = 2  # blocks of P and dS in shared memory: no warpgroup waits for the other within a step
+SENT = 32  # of them added to memory at a time
 
 
 def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Array, "_ H _"], ...]:
@@ -121,13 +120,12 @@ def _gradients(
                             intervals=intervals,
                         )
                         half, w, ds = silu_slopes(score, dp, alpha)
-                        made = lax.rem(step + i, SLOTS)
-                        wait(s.weights_empty, made)
-                        s.p.at[made][...] = (half * w).astype(dtype)
-                        s.ds.at[made][...] = ds.astype(dtype)
+                        wait(s.weights_empty)
+                        s.p[...] = (half * w).astype(dtype)
+                        s.ds[...] = ds.astype(dtype)
                         plgpu.commit_smem()
-                        arrive(s.weights_full, made)
-                        plgpu.wgmma(dk, s.ds.at[made], s.q.at[now])
+                        arrive(s.weights_full)
+                        plgpu.wgmma(dk, s.ds, s.q.at[now])
 
                     plgpu.wgmma_wait(0)
                     arrive(s.row_empty, lax.rem(step + item.count - 1, stages))
@@ -142,7 +140,7 @@ def _gradients(
 
         @computing(wg == 1)
         def _sum():
-            open_rings(s, kv=1, row=stages, weights=SLOTS, rec=RECORDS)
+            open_rings(s, kv=1, row=stages, weights=1, rec=RECORDS)
 
             def one_item(item, slot, step, begun, ahead):
                 wait(s.kv_full)
@@ -150,24 +148,24 @@ def _gradients(
                 def accumulate(dv):
                     @pl.loop(0, item.count)
                     def _(i):
-                        now, made = lax.rem(step + i, stages), lax.rem(step + i, SLOTS)
+                        now = lax.rem(step + i, stages)
                         wait(s.row_full, now)
-                        wait(s.weights_full, made)
+                        wait(s.weights_full)
 
                         def dq_of(first, dq_acc, last):
                             """dQ in some columns; dV is summed while the first of them leave."""
-                            plgpu.wgmma(dq_acc, s.ds.at[made].T, s.k.at[:, pl.ds(first, COLUMNS)])
+                            plgpu.wgmma(dq_acc, s.ds.T, s.k.at[:, pl.ds(first, COLUMNS)])
                             if first == 0:
-                                plgpu.wgmma(dv, s.p.at[made], s.do.at[now])
+                                plgpu.wgmma(dv, s.p, s.do.at[now])
                             return loaded(dq_acc, 0 if last else 1)
 
                         def release():
                             plgpu.wgmma_wait(0)
-                            arrive(s.weights_empty, made)
+                            arrive(s.weights_empty)
                             arrive(s.row_empty, now)
 
                         if not with_dq:
-                            plgpu.wgmma(dv, s.p.at[made], s.do.at[now])
+                            plgpu.wgmma(dv, s.p, s.do.at[now])
                             release()
                             return
                         place = pl.ds(item.block(i) * block_q - x.plan.first_row, block_q)
@@ -178,8 +176,13 @@ def _gradients(
                             )
                             if last:
                                 release()
-                            columns = pl.ds(first, COLUMNS)
-                            add_to_memory(gm.dq.at[place, item.head, columns], dq)
+                            for c in range(0, COLUMNS, SENT):
+                                stage = s.dq.at[c // SENT % 2]
+                                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                                stage[...] = dq[:, c : c + SENT]
+                                plgpu.commit_smem()
+                                target = gm.dq.at[place, item.head, pl.ds(first + c, SENT)]
+                                plgpu.copy_smem_to_gmem(stage, target, reduction_op="add")
                         if width == COLUMNS:
                             release()
 
@@ -191,17 +194,21 @@ def _gradients(
                 return ahead()
 
             draw_items(gm, s, one_item)
+            plgpu.wait_smem_to_gmem(0)
 
         @feeding(wg == 2)
         def _feed():
             feed(gm, s, config, x.plan.first_row)
 
+    sent = {"dq": swizzled((2, block_q, SENT), jnp.float32)} if with_dq else {}
     return launch_over_keys(
         kernel,
         "hstu_backward_wide",
         x,
         config,
         dq=dq,
-        buffers={name: swizzled((SLOTS, tile, block_q), dtype) for name in ("p", "ds")},
-        barriers=ring("weights", SLOTS, emptied=1),
+        buffers=dict(
+            p=swizzled((tile, block_q), dtype), ds=swizzled((tile, block_q), dtype), **sent
+        ),
+        barriers=ring("weights", 1, emptied=1),
     )

@@ -24,6 +24,7 @@ from kernels.hstu_attention.mosaic.items import (
 )
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
+    clean_rows,
     computing,
     feeding,
     fill,
@@ -39,7 +40,7 @@ from kernels.hstu_attention.mosaic.launch import (
     write_chunks,
 )
 from kernels.hstu_attention.mosaic.padding import TAIL, clean_tails
-from kernels.hstu_attention.mosaic.schedule import WorkList
+from kernels.hstu_attention.mosaic.schedule import WorkList, in_turns
 from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec
 from kernels.typing import SHK, SHV, THK, THV
 
@@ -126,18 +127,23 @@ def forward(
                 read = next_bounds() if gm.in_turns else None
 
                 def accumulate(acc):
-                    def scores_beside_values(my_q, now, more, p, before=None):
+                    def scores_beside_values(my_q, now, more, p, row_before, before=None):
                         """Scores of block `now` of the ring.
 
-                        Meanwhile weights `p` meet the values of the block `before`.
+                        Meanwhile weights `p` meet the values of the block `before`, whose first key
+                        is `row_before`.
                         """
                         if before is None:
                             before = lax.rem(now + stages - 1, stages)
                         pl.when(more)(lambda: wait(s.k_full, now))
+                        if gm.in_turns:
+                            wait(s.v_full, before)
+                            clean_rows(s.v.at[before], row_before, gm.real[0])
 
                         def products(s_acc):
                             plgpu.wgmma(s_acc, my_q, s.k.at[now].T)
-                            wait(s.v_full, before)
+                            if not gm.in_turns:
+                                wait(s.v_full, before)
                             plgpu.wgmma(acc, p, s.v.at[before])
                             return loaded(s_acc, 1)
 
@@ -147,7 +153,11 @@ def forward(
 
                     def one_block(i, p):
                         scores, before = scores_beside_values(
-                            queries(slot), lax.rem(step + i, stages), True, p
+                            queries(slot),
+                            lax.rem(step + i, stages),
+                            True,
+                            p,
+                            item.block(i - 1) * block_k if gm.in_turns else None,
                         )
                         p_next = weights(scores, item, i, nearest)
                         plgpu.wgmma_wait(0)
@@ -164,13 +174,15 @@ def forward(
                     pl.when(more)(lambda: wait(s.q_full, lax.rem(next_slot, config.q_slots)))
                     nearest_next = read if gm.in_turns else after.bounds(first_row(after))
                     first_next, now, before = jnp.int32(0), lax.rem(step + count, stages), None
+                    row_before = None
                     if gm.in_turns:
+                        row_before = item.block(end - 1) * block_k
                         first_next = jnp.where(more, after.span(wg, True)[0], 0)
                         pass_over(s, "k", stages, step + end, step + count + first_next)
                         now = lax.rem(step + count + first_next, stages)
                         before = lax.rem(step + end - 1, stages)
                     scores, before = scores_beside_values(
-                        queries(next_slot), now, more, last, before
+                        queries(next_slot), now, more, last, row_before, before
                     )
                     p_next = weights(scores, after, first_next, nearest_next)
                     out = acc[...]
@@ -227,7 +239,8 @@ def forward(
 
         @feeding(wg == 2)
         def _feed():
-            tail_first = gm.tail_first[0]
+            tails = None if gm.in_turns else gm.tails
+            tail_first = None if gm.in_turns else gm.tail_first[0]
 
             def queries(item, slot):
                 q_slot = lax.rem(slot, config.q_slots)
@@ -242,7 +255,7 @@ def forward(
                 fill(s, "k", gm.k.at[pl.ds(row, block_k), item.head], now)
                 wait(s.v_empty, now)
                 into, full = s.v.at[now], s.v_full.at[now]
-                load_rows(gm.v, gm.tails, row, block_k, item.head, tail_first, into, full)
+                load_rows(gm.v, tails, row, block_k, item.head, tail_first, into, full)
 
             feed_items(gm, s, keys_and_values, queries, ahead=AHEAD)
 
@@ -253,7 +266,7 @@ def forward(
         WorkList.forward(heads, block_k),
         dict(q=q, k=k, v=v),
         plan.row_scales(scale, rows) if scale_in_rows else scale.reshape(1),
-        tails=clean_tails(plan, v),
+        tails=None if in_turns(plan) else clean_tails(plan, v),
         scratch=dict(
             q=swizzled((config.q_slots, TILE, width), dtype),
             k=swizzled((stages, block_k, width), dtype),

@@ -26,7 +26,7 @@ def keep_inside(arrays, intervals):
     )
     def keep(_, intervals, arrays):
         i32 = ir.IntegerType.get_signless(32)
-        _, column = thread_place()
+        _, column = _thread_place()
 
         def constant(x):
             return mgpu.c(x, i32)
@@ -71,7 +71,7 @@ def keep_inside(arrays, intervals):
     return keep(tuple(intervals), tuple(arrays))
 
 
-def thread_place():
+def _thread_place():
     """(row, first column) of this thread in an accumulator of 64 rows.
 
     The thread also has the row 8 below, the column on the right, and every 8th column from there.

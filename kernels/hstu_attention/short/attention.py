@@ -26,7 +26,8 @@ from kernels.hstu_attention.triton.attention import (
     table_lengths,
     tables_and_rows,
 )
-from kernels.hstu_attention.triton.sizes import padded, refusal, shared_kib
+from kernels.hstu_attention.triton.sizes import refusal, shared_kib
+from kernels.triton_call import padded
 from kernels.typing import THK, THV, Scale
 
 LONGEST = 256

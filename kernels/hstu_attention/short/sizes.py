@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from kernels.hstu_attention.plan import AttentionSpec
-from kernels.hstu_attention.triton.sizes import LaunchSizes, padded
+from kernels.hstu_attention.triton.sizes import LaunchSizes
+from kernels.triton_call import padded
 
 
 class ShortSizes(NamedTuple):
