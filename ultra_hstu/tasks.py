@@ -55,14 +55,12 @@ def check_names(config: Config) -> None:
         described, timed = public.users is not None, public.timed
         item_features.check_names(config.features, (*public.table.item_features, TITLE))
     else:
-        builder = sources.SOURCES[data.source]
-        signals.check_names(config, builder.ACTIONS)
+        signals.check_names(config, ())
         item_features.check_names(config.features, ())
-        variant = builder.builder_configs[data.source]
-        described, timed = bool(variant.context_files), builder.TICKS > 0
+        described, timed = False, True
         if data.table != TableConfig():
             raise ValueError(f"data.table does nothing under data.source={data.source!r}")
-        if not variant.files and data.raw_dir is not None:
+        if data.raw_dir is not None:
             raise ValueError(
                 f"data.raw_dir={data.raw_dir!r} must be None: {data.source} is generated"
             )
