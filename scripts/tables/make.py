@@ -18,6 +18,7 @@ from scripts.tables import (
     configuration,
     context_parallel,
     data,
+    layer,
     long,
     overview,
     ranking,
@@ -50,6 +51,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/ultra_hstu.md": {
         "long_ultra": long.long_ultra_table,
         "layer_memory": long.layer_memory_table,
+    },
+    "docs/fused_layer.md": {
+        "layer": layer.layer_table,
+        "layer_precision": layer.layer_precision_table,
+        "layer_kernels": layer.layer_kernels_table,
     },
     "docs/context_parallel.md": {
         "context_steps": context_parallel.steps_table,

@@ -184,7 +184,7 @@ def test_the_overview_has_the_lines_that_have_records(results):
         for name, step in (("ultra", 31.0), ("plain_causal", 223.0))
     }
     results("long_ultra_h200", {"device": "1 x GPU", "variants": variants})
-    results("layer_h200", {"device": "1 x GPU", "modes": {"none": {}}})  # nothing beside it
+    results("layer_h200", {"device": "1 x GPU", "layers": {"none": {}}})  # nothing beside it
     (row,) = cells(overview.overview_table())
     assert row[:3] == ["training step, 4 histories of 16,384 events, ms", "31", "223, plain HSTU"]
 
