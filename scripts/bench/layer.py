@@ -6,9 +6,8 @@ python -m scripts.bench.layer [--workloads=NAME,...] [--modes=NAME,...]
 Two stacks of different depth are compiled; a layer is their difference, divided. `training` is the
 loss and the gradients of input and parameters, `inference` the forward pass alone. Sequences fill
 the buffer; there is no truncation and no dropout. Model FLOPs are matrix products and attention
-over the mask's pairs, backward twice the products and 2.5 times attention; MFU is against 989
-TFLOP/s. Memory is the compiler's count of temporaries. The programs are made side by side, a
-process each, and run one after another.
+over the mask's pairs, backward twice the products and 2.5 times attention. Memory is the compiler's
+count of temporaries. The programs are made side by side, a process each, and run one after another.
 """
 
 import dataclasses
