@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts.tables import overview, records, retrieval, sampling
+from scripts.tables import layer, overview, records, retrieval, sampling
 from scripts.tables import ranking as ranking_tables
 
 
@@ -176,6 +176,30 @@ def test_baselines_stand_under_both_values_of_what_is_hidden(results):
     assert [row[:3] for row in cells(retrieval.ml100k_table())] == [
         ["random", "no model, `validated`", hidden] for hidden in ("window", "all")
     ]
+
+
+def test_the_tables_of_a_layer(results):
+    window, record = layer.WINDOW, {"device": "1 x GPU", "commit": "abc", "layers": {}}
+    kernel = {"name": "held", "source": "kernels/a.py:f, backward", "calls": 1, "ms": 0.5}
+    for mode, kind, ms in (
+        ("none", "training", 2.0),
+        ("selective", "training", 2.5),
+        ("fp8", "training", 1.6),
+        ("none", "inference", 0.6),
+        ("fp8", "inference", 0.4),
+    ):
+        case = {"workload": window, "mode": mode, "kind": kind, "ms": ms, "kernels": [kernel]}
+        case |= {"TFLOP_a_second": 800 / ms, "MFU": 0.8 / ms, "bytes_a_token": 1000.0}
+        record["layers"][f"{window}, {mode}, {kind}"] = case
+    record |= {"quoted": {window: {"Meta": 302}}, "quoted_from": {"Meta": "its layer"}}
+    results("layer_h200", record | {"matmul_TFLOP_a_second": 750.0})
+    assert cells(layer.layer_table())[0] == [window, "400", "0.40", "2.00", "320", "Meta 302"]
+    assert [row[1:] for row in cells(layer.layer_precision_table())[:2]] == [
+        ["0.60 (1.00x)", "2.00 (1.00x)"],
+        ["0.40 (1.50x)", "1.60 (1.25x)"],
+    ]
+    row = ["ours", "`held`", "`kernels/a.py:f`, backward", "500", "25%"]
+    assert cells(layer.layer_kernels_table())[0] == row
 
 
 def test_the_overview_has_the_lines_that_have_records(results):
