@@ -279,8 +279,8 @@ class Config(Section):
                 raise ValueError(f"model.truncate_after={after} {below}")
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
-            lacks = (*masks, *cuts, "alpha", "projection", "projection_gradient")
-            lacks = (*lacks, "layer_implementation", "remat", "chunk_rows")
+            of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
+            lacks = (*masks, *cuts, *of_layer, "remat", "chunk_rows")
             without["model.kind='sasrec'", "use 'hstu'"] = lacks
         if model.projection == "same":
             why = "model.projection='same', whose gradients follow dtype"

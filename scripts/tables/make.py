@@ -19,6 +19,7 @@ from scripts.tables import (
     context_parallel,
     data,
     features,
+    layer,
     long,
     loss,
     overview,
@@ -53,6 +54,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/ultra_hstu.md": {
         "long_ultra": long.long_ultra_table,
         "layer_memory": long.layer_memory_table,
+    },
+    "docs/fused_layer.md": {
+        "layer": layer.layer_table,
+        "layer_precision": layer.layer_precision_table,
+        "layer_kernels": layer.layer_kernels_table,
     },
     "docs/context_parallel.md": {
         "context_steps": context_parallel.steps_table,
