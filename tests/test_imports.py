@@ -22,6 +22,7 @@ LAYERS = [
     ["ultra_hstu.sampling", "ultra_hstu.data"],
     [f"ultra_hstu.{name}"
      for name in "optim digests checkpoint workdir starts trackers criteria quantization".split()],
+    ["ultra_hstu.entry_updates"],
     ["ultra_hstu.step", "ultra_hstu.evaluate", "ultra_hstu.flops", "ultra_hstu.task"],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
     ["ultra_hstu.tasks", "ultra_hstu.report", "ultra_hstu.progress"],

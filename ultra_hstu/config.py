@@ -202,7 +202,18 @@ class Config(Section):
         self._validate_parallel()
         if self.rank.tasks:
             self._validate_ranking()
-        decay, warmup = self.optim.decay_steps, self.optim.warmup_steps
+        optim = self.optim
+        if optim.tables == "same" and optim.tables_learning_rate is not None:
+            raise ValueError(
+                f"optim.tables_learning_rate={optim.tables_learning_rate} does nothing under "
+                "optim.tables='same': use 'rowwise_adagrad' or 'lazy_adam', or leave it out"
+            )
+        if optim.tables != "same" and not self.rank.tasks and self.loss.kind == "full":
+            raise ValueError(
+                f"optim.tables={optim.tables!r} updates the items that a step reads, and "
+                "loss.kind='full' reads all: use optim.tables='same', or loss.kind='sampled'"
+            )
+        decay, warmup = optim.decay_steps, optim.warmup_steps
         if decay is not None and decay <= warmup:
             raise ValueError(f"optim.decay_steps={decay} must be above optim.warmup_steps={warmup}")
 

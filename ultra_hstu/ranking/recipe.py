@@ -3,10 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ultra_hstu.config import Kind
+from ultra_hstu.entry_updates import ITEM_TABLE, Path
 from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.ranking.batch import RankBatch
 from ultra_hstu.ranking.form import Sizes
@@ -30,6 +32,25 @@ class RankRecipe(Steps[Ranker]):
             for encoder in model.encoders.values():
                 encoder.run_layer = ShardedLayers(self.shards)
         return model
+
+    @property
+    def tables(self) -> tuple[Path, ...]:
+        codes = {"signals": self.sizes.signals, "features": self.sizes.features}
+        named = [("embedding", name, "table") for name, sizes in codes.items() if sizes]
+        return ITEM_TABLE, *named
+
+    def reads(self, model: Ranker, batch: RankBatch, key: jax.Array) -> dict[Path, Array]:
+        embedding, channels = model.embedding, batch.channels.values()
+        found = {ITEM_TABLE: [jnp.where(one.item_T > 0, one.item_T, -1) for one in channels]}
+        for name, codes in (
+            ("signals", [one.signal_TS for one in channels]),
+            ("features", [one.feature_TF for one in channels]),
+        ):
+            if (embed := getattr(embedding, name)) is not None:
+                found["embedding", name, "table"] = [embed.reads(x).reshape(-1) for x in codes]
+        return {
+            path: self.shards.of_groups(jnp.concatenate(numbers)) for path, numbers in found.items()
+        }
 
     def logits(
         self, params: Params, batch: RankBatch, key: jax.Array | None = None

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from ultra_hstu.data import signals
+from ultra_hstu.entry_updates import ITEM_TABLE, Path
 from ultra_hstu.nn.dropout import row_keys
+from ultra_hstu.parallel.embedding_sharding import Entries
 from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.retrieval import negatives
 from ultra_hstu.retrieval.batch import Batch
@@ -51,6 +53,34 @@ class Recipe(Steps[Recommender]):
             model.encoder.run_layer = ShardedLayers(self.shards)
         return model
 
+    @property
+    def tables(self) -> tuple[Path, ...]:
+        has_signals = bool(self.config.rank.signals)
+        return ITEM_TABLE, *[("embedding", "signals", "table")] * has_signals
+
+    def reads(self, model: Recommender, batch: Batch, key: jax.Array) -> dict[Path, Array]:
+        """Of items: histories, targets, and negatives that are drawn from the catalogue."""
+        shards, sequences = self.shards, batch.sequences.on(self.shards)
+        items = jnp.concatenate([batch.item_T, batch.target_T])
+        numbers = [shards.of_groups(jnp.where(items > 0, items, -1))]
+        if self.config.loss.kind == "sampled":
+            _, negative_key = jax.random.split(key)
+            truncation = getattr(model.encoder, "truncation", None)
+            kept = sequences if truncation is None else truncation.cut(sequences).sequences
+            numbers.append(
+                shards.of_devices(self._uniform(row_keys(negative_key, kept)).reshape(-1))
+            )
+        found = {ITEM_TABLE: jnp.concatenate(numbers)}
+        if (embed := model.embedding.signals) is not None and batch.signal_TS is not None:
+            number_n = embed.reads(batch.signal_TS).reshape(-1)
+            found["embedding", "signals", "table"] = shards.of_groups(number_n)
+        return found
+
+    def _uniform(self, key_T: Key[Array, " t"]) -> Int[Array, "t R"]:
+        """Negatives of this device's rows, drawn from the catalogue."""
+        count = self.config.loss.negatives
+        return negatives.uniform_negatives(key_T, key_T.shape[0], count, self.num_items)
+
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Float[Array, ""]:
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
         dropout_key, negative_key = jax.random.split(key)
@@ -66,9 +96,7 @@ class Recipe(Steps[Recommender]):
         keys_T = row_keys(negative_key, sequences)
         match config.kind:
             case "sampled":
-                negative_TR = negatives.uniform_negatives(
-                    keys_T, rows, config.negatives, self.num_items
-                )
+                negative_TR = self._uniform(keys_T)
             case "in_batch":
                 pool = negatives.in_batch_pool(shards.of_groups(batch.target_T))
                 negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
@@ -77,6 +105,10 @@ class Recipe(Steps[Recommender]):
                 pass
             case unknown:
                 assert_never(unknown)
+        if isinstance(entries := model.item_table[...], Entries):  # and so is `table_ID`
+            assert negative_TR is not None  # a full softmax reads the whole table
+            target_T, negative_TR = entries.places(target_T), entries.places(negative_TR)
+            log_q = None if log_q is None else log_q.at[entries.dealt_U].get(mode="fill")
         return softmax_loss(
             h_TD,
             table_ID,
