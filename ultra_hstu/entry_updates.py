@@ -108,8 +108,8 @@ def path_of(name: str) -> Path:
     return tuple(name.split("/"))
 
 
-def split(params: PyTree, paths: Sequence[Path]) -> tuple[PyTree, dict[str, nnx.Variable]]:
-    """The parameters without some tables, and these by their names."""
+def split(params: PyTree, paths: Sequence[Path]) -> tuple[PyTree, dict[str, PyTree]]:
+    """The parameters (or specs of them) without some tables, and these by their names."""
     found = {"/".join(path): leaf for path, leaf in nnx.to_flat_state(params) if path in paths}
     if not paths:
         return params, {}
