@@ -110,10 +110,11 @@ def path_of(name: str) -> Path:
 
 def split(params: PyTree, paths: Sequence[Path]) -> tuple[PyTree, dict[str, PyTree]]:
     """The parameters (or specs of them) without some tables, and these by their names."""
-    found = {"/".join(path): leaf for path, leaf in nnx.to_flat_state(params) if path in paths}
     if not paths:
         return params, {}
-    rest = [(path, leaf) for path, leaf in nnx.to_flat_state(params) if path not in paths]
+    flat = nnx.to_flat_state(params)
+    rest = [(path, leaf) for path, leaf in flat if path not in paths]
+    found = {"/".join(map(str, path)): leaf for path, leaf in flat if path in paths}
     return nnx.from_flat_state(rest), found
 
 

@@ -212,8 +212,7 @@ def _encoder(
         # The output projection is never computed again: nothing in the backward needs its result.
         if model.kind == "hstu":
             again += first * ((model.remat != "none") + (model.chunk_rows is not None))
-    counted = (projections, attention, backward, again)
-    return Flops(*map(float, counted), unread=unread)
+    return Flops(float(projections), float(attention), float(backward), float(again), unread=unread)
 
 
 def _projection_widths(model: ModelConfig) -> tuple[int, int]:

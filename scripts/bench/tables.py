@@ -42,7 +42,8 @@ from ultra_hstu.config import (
     RankConfig,
     TrainConfig,
 )
-from ultra_hstu.entry_updates import EntryUpdate, table_optimizer
+from ultra_hstu.entry_updates import EntryUpdate, RowwiseAdagrad
+from ultra_hstu.fields import changed
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.parallel.embedding_sharding import Entries, lookup
 from ultra_hstu.parallel.shards import ONE
@@ -76,12 +77,13 @@ TINY = Sizing(16, 2, 8, 2, 2, 64)
 
 
 def config_of(size: Sizing, *, tables: str = "rowwise_adagrad", remat: str = "none") -> Config:
-    model = {"width": size.width, "layers": size.layers, "heads": size.heads}
-    return Config(
+    config = Config(
         name="ranking_step",
         data=DataConfig(max_history=size.length - TARGETS, batch_users=size.users),
         model=ModelConfig(
-            **model,
+            width=size.width,
+            layers=size.layers,
+            heads=size.heads,
             qk_width=size.head_width,
             v_width=size.head_width,
             preset="production",
@@ -90,12 +92,12 @@ def config_of(size: Sizing, *, tables: str = "rowwise_adagrad", remat: str = "no
             input_dropout=0.0,
             linear_dropout=0.0,
             dtype="bfloat16",
-            remat=remat,
         ),
         rank=RankConfig(tasks=("like",), signals=("like",), targets=TARGETS),
-        optim=dataclasses.replace(OPTIM, tables=tables),
+        optim=OPTIM,
         train=TrainConfig(protocol="chronological"),
     )
+    return changed(config, model={"remat": remat}, optim={"tables": tables})
 
 
 def recipe_of(config: Config, items: int) -> RankRecipe:
@@ -272,7 +274,7 @@ def part_sizes() -> Iterator[tuple[str, Json]]:
 
 def part_repeated() -> Iterator[tuple[str, Json]]:
     many, items, width = (2000, 10**4, 16) if FLAGS.small else (2_690_000, 10**7, 512)
-    update = EntryUpdate(OPTIM, table_optimizer(OPTIM), devices=1)
+    update = EntryUpdate(OPTIM, RowwiseAdagrad(), devices=1)
     table = nnx.Param
 
     def with_it(table_XD: Array, sum_X1: Array, id_N: Array) -> tuple[Array, Array]:
@@ -306,8 +308,8 @@ def part_repeated() -> Iterator[tuple[str, Json]]:
     }
     for kind, run in programs.items():
         state = (jax.jit(_pattern, static_argnums=0)((items, width)), jnp.zeros((items, 1)))
-        for ids, id_N in drawn.items():
-            id_N, samples = jnp.asarray(id_N, jnp.int32), []
+        for ids, host_N in drawn.items():
+            id_N, samples = jnp.asarray(host_N, jnp.int32), []
             for _ in range(6):
                 started = time.perf_counter()
                 state = run(*state, id_N)

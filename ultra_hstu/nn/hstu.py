@@ -154,8 +154,8 @@ class HSTU(Encoder):
                 x_TD, sequences, attends = cut.move(x_TD), cut.sequences, {}
                 if row_P is not None:
                     row_P = cut.row_T.at[row_P].get(mode="fill", fill_value=sequences.num_rows)
-            few = row_P is not None and number + 1 == len(self.layers)
-            if few and self._can_select and reads_few(len(row_P), sequences.num_rows):
+            selects = number + 1 == len(self.layers) and self._can_select
+            if row_P is not None and selects and reads_few(len(row_P), sequences.num_rows):
                 call, used_p = self._of_rows(mask, sequences, row_P, keys[number], x_TD.dtype)
                 x_pD = self.run_layer(call, layer, x_TD, policy)
                 return jnp.where(used_p[:, None], x_pD, 0), cut
