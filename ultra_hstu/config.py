@@ -203,11 +203,6 @@ class Config(Section):
         if self.rank.tasks:
             self._validate_ranking()
         optim = self.optim
-        if optim.tables == "same" and optim.tables_learning_rate is not None:
-            raise ValueError(
-                f"optim.tables_learning_rate={optim.tables_learning_rate} does nothing under "
-                "optim.tables='same': use 'rowwise_adagrad' or 'lazy_adam', or leave it out"
-            )
         if optim.tables != "same" and not self.rank.tasks and self.loss.kind == "full":
             raise ValueError(
                 f"optim.tables={optim.tables!r} updates the items that a step reads, and "

@@ -73,6 +73,9 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
         yield "loss.negatives", "under loss.kind=full, which scores all items"
     if loss.kind != "in_batch":
         yield "loss.log_q", f"under loss.kind={loss.kind}: in_batch reads it"
+    if config.optim.tables == "same":
+        why = "under optim.tables=same: set rowwise_adagrad or lazy_adam"
+        yield "optim.tables_learning_rate", why
     if config.rank.supervise == "all":
         yield "rank.positions", "under rank.supervise=all, whose positions are forwards"
 

@@ -269,7 +269,15 @@ def part_sizes() -> Iterator[tuple[str, Json]]:
     for (tables, items), recipe, program in zip(cases, recipes, programs, strict=True):
         batches = [batch_of(size, items, seed) for seed in range(4)]
         found = timed_steps(recipe, program, batches, samples=5, calls=20)
-        yield f"{tables}, {items:,} items", found | {"items": items} | dataclasses.asdict(size)
+        yield (
+            f"{tables}, {items:,} items",
+            found
+            | {
+                "tables": tables,
+                "items": items,
+            }
+            | dataclasses.asdict(size),
+        )
 
 
 def part_repeated() -> Iterator[tuple[str, Json]]:
