@@ -196,7 +196,8 @@ def _encoder(
         widths = np.array(_attention_widths(model))
         return 2.0 * np.concatenate([products, float(share_K @ np.array(pairs_K)) * widths])
 
-    can_select = model.kind == "hstu" and model.attention == "silu" and not model.relative_bias
+    whole = model.relative_bias and config.parallel.context > 1
+    can_select = model.kind == "hstu" and model.attention == "silu" and not whole
     projections = attention = backward = again = unread = 0.0
     for layer, mask in enumerate(masks):
         truncated = model.truncate_after is not None and layer >= model.truncate_after

@@ -14,6 +14,7 @@ from tests.nn.small_encoder import CONFIG, LENGTH, ROWS, WIDTH, batch, inputs
 from tests.test_flops import products
 from ultra_hstu.nn.hstu import HSTU, reads_few
 from ultra_hstu.nn.hstu_layer import LAYERS
+from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.truncation import Truncation
 from ultra_hstu.parallel.mesh import make_mesh
 from ultra_hstu.parallel.shards import ONE, Shards
@@ -33,13 +34,21 @@ MASKS = {
 }
 
 
-def stack(mask, *, preset="production", implementation="xla", rate=0.0, **options):
+def stack(mask, *, preset="production", implementation="xla", rate=0.0, biased=False, **options):
     sizes = (WIDTH, CONFIG.heads, CONFIG.qk_width, CONFIG.v_width)
     layers = [
-        LAYERS[preset](*sizes, dropout_rate=rate, rngs=nnx.Rngs(number)) for number in range(2)
+        LAYERS[preset](
+            *sizes,
+            bias=RelativeBiasTables(LENGTH, 16, rngs=nnx.Rngs(number)) if biased else None,
+            dropout_rate=rate,
+            rngs=nnx.Rngs(number),
+        )
+        for number in range(2)
     ]
     for layer in layers:
         layer.uvqk[...] *= 3
+        if biased:
+            layer.bias.position_table[...] *= 50
     return HSTU(layers, LENGTH, masks=[mask], implementation=implementation, **options)
 
 
@@ -56,6 +65,7 @@ def value_and_gradients(run, params, x_TD, g_PD):
     "mask, options",
     [
         *((mask, {}) for mask in MASKS),
+        ("all", dict(preset="research", biased=True)),
         ("causal", dict(preset="research", implementation="reference", rate=0.4)),
         ("all", dict(truncation=Truncation(1, 4), remat="selective", rate=0.4)),
     ],
