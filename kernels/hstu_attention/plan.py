@@ -150,14 +150,16 @@ class AttentionPlan:
             )
             some = stop > first
             last = sorted_P[jnp.maximum(stop - 1, 0)]
-            ends = (sorted_P[jnp.minimum(first, len(row_P) - 1)], last + 1)
-            return tuple(jnp.where(some, end, 0).astype(jnp.int32) for end in ends)
+            begin = sorted_P[jnp.minimum(first, len(row_P) - 1)]
+            return jnp.where(some, begin, 0), jnp.where(some, last + 1, 0)
 
         pairs = zip(self.rows[::2], self.rows[1::2], strict=True)
         return dataclasses.replace(
             self,
             keys=KeyIntervals(*(jnp.where(wanted_T, end, 0) for end in self.keys)),
-            rows=RowIntervals(*(end for lo, hi in pairs for end in shrunk(lo, hi))),
+            rows=RowIntervals(
+                *(end.astype(jnp.int32) for lo, hi in pairs for end in shrunk(lo, hi))
+            ),
             stored=(),
             stored_keys=(),
             plain=False,
