@@ -14,6 +14,7 @@ from ultra_hstu import effects, optim, tasks
 from ultra_hstu.config import Config, LossConfig, OptimConfig, from_config_dict
 from ultra_hstu.data.feed import Fixed
 from ultra_hstu.entry_updates import joined, split
+from ultra_hstu.parallel import embedding_sharding
 from ultra_hstu.parallel.embedding_sharding import Entries, lookup
 from ultra_hstu.parallel.shards import ONE
 from ultra_hstu.train import train
@@ -27,6 +28,12 @@ OPTIM = dict(
     optim__weight_decay=0.1,
     optim__clip_norm=2.0,
 )
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several for the entries of a batch."""
+    monkeypatch.setattr(embedding_sharding, "CHUNK", 16)
 
 
 def plain_update(config, kind, table, state, grad, read, step):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Int32, PyTree
 from kernels.typing import Leaf
 from ultra_hstu import optim
 from ultra_hstu.config import OptimConfig
-from ultra_hstu.parallel.embedding_sharding import Routes
+from ultra_hstu.parallel.embedding_sharding import Routes, in_chunks
 
 EPS = 1e-8
 
@@ -149,7 +149,14 @@ class EntryUpdate:
         arrays = (table[...], *(one[...] for one in state))
         entries = arrays[0].shape[0]
         if self.devices == 1:
-            arrays = self._in_place(arrays, number_u, grad_uD, step, ascending=True)
+
+            def chunk(
+                first: Array, number_c: Array, arrays: tuple[Array, ...]
+            ) -> tuple[Array, ...]:
+                grad_cD = jax.lax.dynamic_slice_in_dim(grad_uD, first, len(number_c))
+                return self._in_place(arrays, number_c, grad_cD, step, ascending=True)
+
+            arrays = in_chunks(chunk, number_u, entries, arrays)
         else:
             used_u = number_u < self.devices * entries
             routes = Routes(self.devices, entries, jnp.where(used_u, number_u, -1))

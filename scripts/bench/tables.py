@@ -72,7 +72,7 @@ class Sizing:
     length: int  # rows of a request
 
 
-LARGE, SMALL_STACK = Sizing(1024, 4, 256, 8, 32, 4096), Sizing(128, 2, 64, 2, 64, 512)
+LARGE, SMALL_STACK = Sizing(1024, 4, 256, 8, 32, 4096), Sizing(128, 2, 64, 1, 64, 512)
 TINY = Sizing(16, 2, 8, 2, 2, 64)
 
 
@@ -261,9 +261,9 @@ def part_last_layer() -> Iterator[tuple[str, Json]]:
 
 def part_sizes() -> Iterator[tuple[str, Json]]:
     size = TINY if FLAGS.small else SMALL_STACK
-    cases = [("rowwise_adagrad", 10**6), ("rowwise_adagrad", 10**8), ("same", 10**6)]
-    if FLAGS.small:
-        cases = [("rowwise_adagrad", 10**4), ("rowwise_adagrad", 10**6), ("same", 10**4)]
+    small, large = (10**4, 10**6) if FLAGS.small else (10**6, 10**8)
+    cases = [(tables, small) for tables in FLAGS.tables]
+    cases += [(tables, large) for tables in FLAGS.tables if tables == "rowwise_adagrad"]
     recipes = [recipe_of(config_of(size, tables=tables), items) for tables, items in cases]
     programs = [compiled_step(recipe, batch_of(size, 10**4, 0)) for recipe in recipes]
     for (tables, items), recipe, program in zip(cases, recipes, programs, strict=True):
@@ -357,6 +357,7 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("parts", list(PARTS), "what is measured")
     flags.DEFINE_list("remat", ["none", "selective"], "of the part `step`")
+    flags.DEFINE_list("tables", ["rowwise_adagrad", "same"], "of the part `sizes`")
     flags.DEFINE_bool("small", False, "tiny sizes")
     command.define_record()
     command.run(main)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from types import EllipsisType
 
 import jax
@@ -14,6 +15,11 @@ from ultra_hstu.parallel.mesh import CONTEXT, DATA
 from ultra_hstu.parallel.shards import Shards
 
 SLACK = 1.25  # room for requests to one device in a round, over the mean
+# Distinct entries of one device that are gathered, or updated, at a time: so many times as a batch
+# has some. Most ids of a batch may be equal, and there is room for all of them.
+CHUNK = 2**14
+
+type Arrays = PyTree
 
 
 class EmbeddingTable(nnx.Param):
@@ -52,15 +58,27 @@ class Entries:
         """
         devices, entries = shards.devices, shards.devices * table_XD.shape[0]
         none_N = jnp.where(number_N >= 0, number_N, entries)
-        size = -(-min(len(none_N) + 1, entries + 1) // devices) * devices
+        size = min(len(none_N) + 1, entries + 1)
+        multiple = devices if devices > 1 else min(size, CHUNK)
+        size = -(-size // multiple) * multiple
         # With one number that is none, so that there is always one.
         padded = jnp.pad(none_N, (0, 1), constant_values=entries)
         number_U = jnp.unique(padded, size=size, fill_value=entries)
         # Those behind the last one differ, as an update in place asks.
         number_U = jnp.where(number_U < entries, number_U, entries + jnp.arange(size))
         found = Entries(table_XD[:0], number_U.astype(jnp.int32), devices)
-        number_u = jnp.where(found.number_u < entries, found.number_u, -1)
-        return dataclasses.replace(found, row_uD=lookup(table_XD, number_u, shards))
+        if devices > 1:
+            number_u = jnp.where(found.number_u < entries, found.number_u, -1)
+            return dataclasses.replace(found, row_uD=lookup(table_XD, number_u, shards))
+
+        def put(first: Array, number_C: Array, row_UD: Array) -> Array:
+            row_CD = table_XD.at[number_C].get(
+                mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
+            )
+            return jax.lax.dynamic_update_slice_in_dim(row_UD, row_CD, first, axis=0)
+
+        zeros_UD = jnp.zeros((size, table_XD.shape[1]), table_XD.dtype)
+        return dataclasses.replace(found, row_uD=in_chunks(put, found.number_U, entries, zeros_UD))
 
     def __getitem__(self, everything: EllipsisType) -> "Entries":
         """`parameter[...]` gives these, as it gives a table."""
@@ -86,6 +104,27 @@ class Entries:
         """Where entries of the table are among the rows of all devices; anything for others."""
         rank = jnp.searchsorted(self.number_U, number, method="scan_unrolled").astype(jnp.int32)
         return rank % self.devices * (len(self.number_U) // self.devices) + rank // self.devices
+
+
+def in_chunks(
+    function: Callable[[Array, Array, Arrays], Arrays],
+    number_U: Int[Array, " U"],
+    entries: int,
+    arrays: Arrays,
+) -> Arrays:
+    """`arrays` after `function(place of the first, numbers, arrays)` for `CHUNK` numbers each.
+
+    Args:
+      number_U: of `Entries` of one device; from `entries` on, none.
+    """
+    chunk = min(len(number_U), CHUNK)
+
+    def turn(number: Array, arrays: Arrays) -> Arrays:
+        first = number * chunk
+        return function(first, jax.lax.dynamic_slice_in_dim(number_U, first, chunk), arrays)
+
+    used = jnp.sum(number_U < entries, dtype=jnp.int32)
+    return jax.lax.fori_loop(0, -(-used // chunk), turn, arrays)
 
 
 Table = Float[Array, "X D"] | Entries
