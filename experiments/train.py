@@ -1,8 +1,8 @@
 """Trains one configuration.
 
 python -m experiments.train --config=ml1m_hstu --workdir=runs/ml1m_hstu
-    [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--overwrite]
-    [--record=experiments/results/NAME.json]
+    [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--overwrite] [--init_from=RUN]
+    [--record=experiments/results/NAME.json] [--profile]
     [--distributed | --coordinator=HOST:PORT --processes=N --process=I]
 
 `experiments/configs` holds the configurations; a file of your own works as well. Any field can be
@@ -33,6 +33,11 @@ _CONFIG = command.define_config()
 _WORKDIR = command.as_path(
     flags.DEFINE_string("workdir", None, "folder of the run; made if it does not exist")
 )
+_INIT_FROM = command.as_path(
+    flags.DEFINE_string(
+        "init_from", None, "folder of a run whose parameters this one starts from: train.init_from"
+    )
+)
 _SHOW = flags.DEFINE_bool(
     "show", False, "print the configuration, with what differs from the defaults, and do no more"
 )
@@ -48,6 +53,9 @@ _TRACKERS = flags.DEFINE_multi_string(
     "tracker",
     [],
     "FILE.py:NAME, whose NAME() makes a tracker of metrics (docs/library.md); may come again",
+)
+_PROFILE = flags.DEFINE_bool(
+    "profile", False, "trace some steps into WORKDIR/profile, and print where their time goes"
 )
 _RECORD = command.define_record()
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -87,6 +95,14 @@ def main(_: list[str]) -> None:
         logging.getLogger("ultra_hstu").setLevel(logging.ERROR)  # one process warns for all
     console = report.make_console(quiet=not first)
     config = command.resolved(_CONFIG.value)
+    if _INIT_FROM.value is not None:
+        source = str(Path(_INIT_FROM.value).absolute())
+        if config.train.init_from not in (None, source):
+            raise ValueError(
+                f"--init_from={source} and --config.train.init_from={config.train.init_from} name "
+                "two runs: leave one out"
+            )
+        config = changed(config, train={"init_from": source})
     tasks.check(config)
     tasks.check_names(config)
     if _SHOW.value:
@@ -127,6 +143,7 @@ def main(_: list[str]) -> None:
             task=task,
             overwrite=overwrite,
             trackers=[make() for make in trackers],
+            profile=_PROFILE.value,
         )
         history = [
             {name: epoch[name] for name in (*HISTORY, *criteria.curves) if name in epoch}
@@ -138,10 +155,16 @@ def main(_: list[str]) -> None:
         mean, deviation = mean_and_deviation([result["best"] for result in results])
         record.values |= {"mean": mean, "stdev": deviation}
         rows |= {"mean": mean, "standard deviation": deviation}
-    with progress.waiting(working, "result", "measuring what needs no model"):
-        without_model = task.baselines("test")
-    for result in results if first else ():
-        warn_below_floor(result, without_model, criteria)
+    without_model: dict[str, Metrics] = {}
+    if config.train.protocol == "windows":
+        for result in results:
+            title = f"{config.name}, seed {result['seed']}: each window before it is learned"
+            console.print(report.windows_table(title, result["windows"], criteria))
+    else:
+        with progress.waiting(working, "result", "measuring what needs no model"):
+            without_model = task.baselines("test")
+        for result in results if first else ():
+            warn_below_floor(result, without_model, criteria)
     title = f"{config.name}: test, {report.conditions(config)}"
     console.print(report.metrics_table(title, rows | without_model, criteria))
     console.print(

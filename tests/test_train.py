@@ -25,13 +25,15 @@ from ultra_hstu.checkpoint import Checkpoints, Position, abstract, load_params
 from ultra_hstu.criteria import RETRIEVAL, ranking
 from ultra_hstu.data.interactions import ordered
 from ultra_hstu.evaluate import Evaluator
+from ultra_hstu.json_files import write_json
 from ultra_hstu.progress import Epochs
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.run import Interrupted
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.step import run_steps
-from ultra_hstu.train import Interrupted, train
-from ultra_hstu.workdir import Workdir, write_json
+from ultra_hstu.train import train
+from ultra_hstu.workdir import Workdir
 
 QUIET = Console(quiet=True)
 ROOT = Path(__file__).parent.parent
@@ -209,6 +211,21 @@ def test_a_run_says_what_it_does_and_a_finished_one_says_so(finished):
     text = again.file.getvalue()
     assert "finished before, after 3 epochs: its result is given again" in text
     assert "compil" not in text
+
+
+def test_a_profiled_run_has_the_same_numbers_and_a_table(finished, tmp_path):
+    config, workdir, _ = finished
+    screen = Console(file=io.StringIO(), width=120)
+    train(config, tmp_path / "run", console=screen, profile=True)
+    losses = [
+        [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
+        for folder in (workdir, tmp_path / "run")
+    ]
+    assert losses[0] == losses[1]
+    assert re.search(r"attention +\d", screen.file.getvalue())
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="finished before.*--profile needs steps"):
+        train(config, tmp_path / "run", console=QUIET, profile=True)
 
 
 def test_after_a_signal_no_call_is_started(data_dir, tmp_path, monkeypatch):

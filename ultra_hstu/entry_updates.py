@@ -24,6 +24,7 @@ EPS = 1e-8
 
 Path = tuple[str, ...]  # of a table among the parameters
 ITEM_TABLE: Path = ("embedding", "item_table")
+CODES = ("signals", "features", "contextual")  # attributes of `embedding` that embed codes
 Rows = Float[Array, "u D"]
 State = tuple[Leaf[Float[Array, "X ..."]], ...]  # of a table: arrays with a row an entry
 

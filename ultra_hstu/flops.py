@@ -25,6 +25,7 @@ from jaxtyping import Int
 from kernels.mask import AttentionMask, layer_masks
 from ultra_hstu.config import Config, ModelConfig
 from ultra_hstu.nn.hstu import reads_few
+from ultra_hstu.nn.item_features import ItemCodes
 
 Lengths = int | Sequence[int] | Int[np.ndarray, "*n"]  # of all samples, or one each
 
@@ -40,6 +41,7 @@ class Flops(NamedTuple):
     loss: float = 0.0  # retrieval: scores of the loss, forward
     corpus: float = 0.0  # retrieval: scores of the whole catalogue for one user, at inference
     unread: float = 0.0  # retrieval: forward work on rows that are not read at inference
+    features: float = 0.0  # of items, forward in training; at inference embeddings hold them
 
     @property
     def inference(self) -> float:
@@ -50,7 +52,7 @@ class Flops(NamedTuple):
     def training(self) -> float:
         """Forward, backward and recomputation of the encoder and the head or loss."""
         return (
-            3 * (self.projections + self.head + self.loss)
+            3 * (self.projections + self.head + self.loss + self.features)
             + self.attention
             + self.attention_backward
             + self.recomputed
@@ -65,6 +67,7 @@ def count(
     contextual: Lengths = 0,
     channels: Mapping[str, Lengths] | None = None,
     items: int = 0,
+    item_features: ItemCodes | None = None,
 ) -> Flops:
     """The mean over samples, one for each entry of `history`.
 
@@ -76,6 +79,8 @@ def count(
       channels: of a mixture of transducers, each channel's history, by name, instead of `history`
         (whose values then only give n).
       items: size of the catalogue, for the loss and the scores of retrieval.
+      item_features: what is known of items, if the model reads it. The vectors of all items are
+        made once a step, whose samples share what they cost.
 
     Raises:
       ValueError: negative lengths, channels that are not those of the configuration, or lengths of
@@ -99,9 +104,11 @@ def count(
     if config.rank.tasks:
         hidden, output = _head(config, history, targets, len(encoders))
         again = hidden if config.model.chunk_rows is not None else 0.0
-        return total._replace(head=hidden + output, recomputed=total.recomputed + again)
-    corpus = 2.0 * items * config.model.width
-    return total._replace(loss=_loss(config, history, items), corpus=corpus)
+        total = total._replace(head=hidden + output, recomputed=total.recomputed + again)
+    else:
+        corpus = 2.0 * items * config.model.width
+        total = total._replace(loss=_loss(config, history, items), corpus=corpus)
+    return total if item_features is None else _with_features(config, total, item_features)
 
 
 def cached(config: Config, history: int) -> tuple[float, float]:
@@ -240,6 +247,18 @@ def _head(
     predicted = np.where((targets == 0) & (rank.supervise == "all"), history, targets)
     each = 2.0 * float(predicted.mean()) * rank.head_width
     return each * encoders * config.model.width, each * len(rank.tasks)
+
+
+def _with_features(config: Config, total: Flops, codes: ItemCodes) -> Flops:
+    """With the products that make the vectors of all items from their features."""
+    width, hidden = config.model.width, config.features.hidden_width
+    each = 2.0 * codes.entries * width if codes.as_matrix else 0.0
+    numbers = codes.number_IN.shape[1]
+    each += 2.0 * hidden * (numbers + width) if numbers else 0.0
+    catalogue = each * codes.num_items
+    total = total._replace(features=catalogue / config.data.batch_users)
+    # Tokens of series need features when the model answers, too.
+    return total._replace(corpus=total.corpus + catalogue * (config.features.series > 0))
 
 
 def _loss(config: Config, history: np.ndarray, items: int) -> float:

@@ -1,16 +1,21 @@
 """Times whole training steps and an evaluation of one configuration.
 
 python -m scripts.bench.step --config=ml1m_hstu [--config.data.raw_dir=PATH]
-    [--record=experiments/results/NAME.json]
+    [--full] [--record=experiments/results/NAME.json]
 
 A step is batch assembly, forward, loss, backward and optimizer. Times are wall clock over compiled
 calls of `train.steps_per_call` steps, minimum and median over repetitions, once with the data on
 the device and once streamed from host threads; the share of it that the device waited for data
 stands beside them. Peak memory is the process's own high-water mark after one evaluation of all
 test users, before any training.
+
+With --full the step is measured alone, on one batch of full histories with random items that is
+made on the device: rate of useful operations, share of the GPU's peak (MFU), memory, and where the
+time goes by kernel. A record has a key for each such workload, and keeps those of other runs.
 """
 
 import functools
+import math
 import resource
 import statistics
 import time
@@ -22,10 +27,11 @@ from absl import flags
 from rich.progress import track
 
 from experiments import command
-from experiments.record import Record
-from scripts.bench.program import temporaries
+from experiments.record import Json, Record
+from kernels import timing
+from scripts.bench.program import Program, temporaries
 from scripts.bench.terminal import show
-from ultra_hstu import report, tasks
+from ultra_hstu import flops, report, tasks
 from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.feed import Group
 from ultra_hstu.fields import changed
@@ -38,6 +44,11 @@ FEEDS = {"device": "device_feed", "stream": "streamed_feed"}
 
 def main(_: list[str]) -> None:
     config = from_config_dict(FLAGS.config)
+    if FLAGS.full:
+        record = Record(FLAGS.record, grows=True)
+        with jax.default_matmul_precision(config.train.matmul_precision):
+            record.add(**{config.name: measure_full_batches(config, FLAGS.seconds)})
+        return
     record = Record(FLAGS.record, config=config.name, eval=config.evaluation)
     with jax.default_matmul_precision(config.train.matmul_precision):
         found = {"evaluation": time_evaluation(tasks.load(config))}
@@ -47,6 +58,32 @@ def main(_: list[str]) -> None:
     for part, values in found.items():
         show({name: {part: value} for name, value in values.items()}, (part,), config.name)
     record.add(**found)
+
+
+def measure_full_batches(config: Config, duration: float) -> Json:
+    """The step on full histories; in its FLOPs, what is computed twice counts once."""
+    items, data = config.data.synthetic.items, config.data
+    counted = flops.count(config, data.max_history, items=items)
+    program = Program(config, items, jax.devices()).compile()
+    samples, loss = program.sample(5, duration / 5)
+    seconds = statistics.median(samples)
+    rate = (counted.training - counted.recomputed) * data.batch_users / seconds
+    profile = program.profile()
+    for table in profile.tables(f"a step of {config.name}"):
+        report.make_console().print(table)
+    statistics_of_memory = program.devices[0].memory_stats() or {}
+    found: Json = {
+        "step_ms": 1e3 * seconds,
+        "samples_ms": [1e3 * sample for sample in samples],
+        "events_a_second": data.batch_users * data.max_history / seconds,
+        "TFLOP_a_second": rate / 1e12,
+        "MFU": timing.mfu(rate, len(program.devices)),
+        "temporary_GiB": program.memory and program.memory.temp_size_in_bytes / 2**30,
+        "peak_GiB": statistics_of_memory.get("peak_bytes_in_use", math.nan) / 2**30,
+        "loss": loss,
+    }
+    show({name: {"": value} for name, value in found.items()}, ("",), config.name)
+    return found | {"profile": profile.to_json()}
 
 
 def time_steps(config: Config, repeats: int) -> dict[str, float]:
@@ -112,5 +149,7 @@ def time_evaluation(task: Task) -> dict[str, float]:
 if __name__ == "__main__":
     command.define_config()
     flags.DEFINE_integer("repeats", 8, "compiled calls that are timed")
+    flags.DEFINE_bool("full", False, "one batch of full histories, with a breakdown by kernel")
+    flags.DEFINE_float("seconds", 2.0, "time to measure full batches for")
     command.define_record()
     command.run(main)

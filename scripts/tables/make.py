@@ -18,12 +18,14 @@ from scripts.tables import (
     configuration,
     context_parallel,
     data,
+    features,
     long,
     overview,
     ranking,
     retrieval,
     sampling,
     step,
+    windows,
 )
 from scripts.tables import serve as serve_tables
 from scripts.tables import serving as serving_tables
@@ -78,7 +80,18 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "ranking_step": step.ranking_step_table,
         "repeated_ids": step.repeated_table,
     },
+    "docs/features.md": {"item_features": features.item_features_table},
+    "docs/windows.md": {
+        "swap": windows.swap_table,
+        "windows": windows.compared_table,
+        "windows_ml1m": windows.windows_table,
+    },
     "docs/your_data.md": {"prepare": data.prepare_table},
+    "docs/datasets.md": {
+        "sets": data.sets_table,
+        "categories": data.categories,
+        "lengths": data.lengths_table,
+    },
     "docs/cached_scoring.md": {
         "serving_operations": serving_tables.operations_table,
         "serving": serving_tables.serving_table,
@@ -97,6 +110,7 @@ FIGURES = (
     serving_tables.serving_figure,
     serve_tables.serve_figure,
     context_parallel.context_parallel_figure,
+    windows.draw,
 )
 
 

@@ -104,6 +104,8 @@ class HSTU(Encoder):
                     else None,
                     dropout_rate=config.linear_dropout,
                     precision=config.projection,
+                    gradient=config.projection_gradient,
+                    implementation=config.layer_implementation,
                     chunk_rows=config.chunk_rows,
                     rngs=rngs,
                 )
@@ -317,7 +319,9 @@ class HSTU(Encoder):
     def _on_one_device(
         self, sequences: Sequences, mask: AttentionMask, spec: AttentionSpec
     ) -> functools.partial[Array]:
-        plan = make_plan(mask, sequences.offsets, sequences.num_rows, *sequences.counts)
+        plan = make_plan(
+            mask, sequences.offsets, sequences.num_rows, *sequences.counts, longest=self.length
+        )
         return functools.partial(
             hstu_attention,
             offsets=sequences.offsets,

@@ -13,11 +13,12 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kernels.rowwise import NORM_STATS
 from ultra_hstu.parallel.parameters import CallLayer, Policy
 from ultra_hstu.sequences import Activations
 
-# Names of values, given with jax.ad_checkpoint.checkpoint_name.
-LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT = "layer_input", "norm_stats", "attention_output"
+# Names of values, given with jax.ad_checkpoint.checkpoint_name, as NORM_STATS.
+LAYER_INPUT, ATTENTION_OUTPUT = "layer_input", "attention_output"
 
 Remat = Literal["none", "selective"]
 

@@ -38,6 +38,7 @@ def softmax_loss(
     l2_normalize: bool,
     chunk_rows: int,
     log_q: PerItem | None = None,
+    corpus_I: Bool[Array, " I1"] | None = None,
     total: Float[Array, ""] | None = None,
 ) -> Loss:
     """Cross entropy of the positive among itself and R negatives, or among the whole catalogue.
@@ -58,6 +59,8 @@ def softmax_loss(
         differentiated. A negative's logit becomes `s - log(R q)`, so that the sum over negatives
         estimates the sum over the catalogue without bias: the loss tends to that of the whole
         catalogue as R grows.
+      corpus_I: the entries of the table that are items, where `negative_TR` is None; None: all but
+        padding.
       total: the sum of the weights, where more rows than these have a part in it; then the losses
         of all parts add up to the mean.
 
@@ -70,11 +73,13 @@ def softmax_loss(
     """
     ids: PyTree = (positive_T.astype(jnp.int32),)
     chunk, shift_I = _full_chunk, None
+    if corpus_I is not None:
+        shift_I = jnp.where(corpus_I, 0.0, jnp.inf)
     if negative_TR is not None:
         negatives = negative_TR.shape[1]
         whole = whole_table_is_cheaper(len(table_ID), negatives)
         chunk = functools.partial(_sampled_chunk, _scores_of_all if whole else _scores_of_gathered)
-        ids = (*ids, negative_TR.astype(jnp.int32))
+        ids, shift_I = (*ids, negative_TR.astype(jnp.int32)), None
         if log_q is not None:
             shift_I = jax.lax.stop_gradient(log_q) + jnp.log(jnp.float32(negatives))
     return chunked_loss(
@@ -200,6 +205,8 @@ def _sampled_chunk(scores: Scores, rows: _Inputs) -> _Chunk:
 def _full_chunk(rows: _Inputs) -> _Chunk:
     (positive_C,), q_CD, e_ID = rows.ids, rows.q_TD, rows.e_ID
     logit_CI = (q_CD @ e_ID.T).at[:, 0].set(-jnp.inf)  # padding is no item
+    if rows.shift_I is not None:
+        logit_CI -= rows.shift_I[None]
     log_sum_C = jax.nn.logsumexp(logit_CI, axis=1)
     row_C = jnp.arange(positive_C.shape[0], dtype=jnp.int32)
     share_CI = jnp.exp(logit_CI - log_sum_C[:, None])

@@ -14,9 +14,11 @@ RowKeys = Key[Array, "*rows"]  # one for all rows, or one a row
 Drawn = Int[Array, "{rows} {count}"]
 
 
-def uniform_negatives(key: RowKeys, rows: int, count: int, num_items: int) -> Drawn:
+def uniform_negatives(
+    key: RowKeys, rows: int, count: int, num_items: int | Int[Array, ""]
+) -> Drawn:
     """`count` ids for each row, uniform over 1..num_items, independent and with replacement."""
-    return 1 + _below(key, rows, count, jnp.uint32(num_items))
+    return 1 + _below(key, rows, count, jnp.asarray(num_items, jnp.uint32))
 
 
 class InBatchPool(NamedTuple):

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
-from ultra_hstu.data import signals
-from ultra_hstu.entry_updates import ITEM_TABLE, Path
+from ultra_hstu.entry_updates import CODES, ITEM_TABLE, Path
+from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.nn.dropout import row_keys
+from ultra_hstu.nn.embeddings import NO_CODES, CodeSizes
+from ultra_hstu.nn.item_features import ItemCodes, folded, with_ids, without_ids
 from ultra_hstu.parallel.embedding_sharding import Entries
 from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.retrieval import negatives
@@ -33,30 +35,46 @@ class Recipe(Steps[Recommender]):
     Attributes:
       target_counts: how often each item is a target in training, entry 0 is padding: what in-batch
         negatives are corrected by. None where nothing is trained.
+      code_sizes: how many codes there are of what a token holds beside its item.
+      item_features: what is known of items beside their ids; None: nothing.
+      trained_I: the items of training events. Others have no embedding beside their features, where
+        there are such: it would stay as it was drawn. None where nothing is trained.
     """
 
     num_items: int
     target_counts: Int[np.ndarray, " I1"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
+    code_sizes: CodeSizes = NO_CODES
+    item_features: ItemCodes | None = None
+    trained_I: Bool[np.ndarray, " I1"] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
+
+    @property
+    def holds_data(self) -> bool:
+        return self.target_counts is not None or self.item_features is not None
 
     def build(self, seed: int) -> Recommender:
-        sizes = signals.sizes(self.config.rank.signals)
+        config = self.config
         model = Recommender(
-            self.config.model,
+            config.model,
             self.num_items,
-            self.config.data.max_history,
-            signals=sizes,
+            config.data.max_history * (1 + config.features.series),
+            codes=self.code_sizes,
+            item_features=self.item_features,
+            hidden_width=config.features.hidden_width,
             rngs=nnx.Rngs(seed),
         )
+        without_ids(model.embedding.item_table, self.item_features, self.trained_I)
         if self.shards.devices > 1:
             model.encoder.run_layer = ShardedLayers(self.shards)
         return model
 
     @property
     def tables(self) -> tuple[Path, ...]:
-        has_signals = bool(self.config.rank.signals)
-        return ITEM_TABLE, *[("embedding", "signals", "table")] * has_signals
+        codes = {name: ("embedding", name, "table") for name in CODES}
+        return ITEM_TABLE, *(path for name, path in codes.items() if getattr(self.code_sizes, name))
 
     def reads(self, model: Recommender, batch: Batch, key: jax.Array) -> dict[Path, Array]:
         """Of items: histories, targets, and negatives that are drawn from the catalogue."""
@@ -67,36 +85,44 @@ class Recipe(Steps[Recommender]):
             _, negative_key = jax.random.split(key)
             truncation = getattr(model.encoder, "truncation", None)
             kept = sequences if truncation is None else truncation.cut(sequences).sequences
-            numbers.append(
-                shards.of_devices(self._uniform(row_keys(negative_key, kept)).reshape(-1))
-            )
+            drawn_tR = self._uniform(row_keys(negative_key, kept), batch)
+            numbers.append(shards.of_devices(drawn_tR.reshape(-1)))
         found = {ITEM_TABLE: jnp.concatenate(numbers)}
-        if (embed := model.embedding.signals) is not None and batch.signal_TS is not None:
-            number_n = embed.reads(batch.signal_TS).reshape(-1)
-            found["embedding", "signals", "table"] = shards.of_groups(number_n)
+        if batch.signal_TS is not None:
+            for name, code_TX in zip(CODES, self.code_sizes.parts(batch.signal_TS), strict=True):
+                if (embed := getattr(model.embedding, name)) is not None:
+                    number_n = embed.reads(code_TX).reshape(-1)
+                    found["embedding", name, "table"] = shards.of_groups(number_n)
         return found
 
-    def _uniform(self, key_T: Key[Array, " t"]) -> Int[Array, "t R"]:
+    def _uniform(self, key_T: Key[Array, " t"], batch: Batch) -> Int[Array, "t R"]:
         """Negatives of this device's rows, drawn from the catalogue."""
+        items = self.num_items if batch.items_1 is None else batch.items_1[0]
         count = self.config.loss.negatives
-        return negatives.uniform_negatives(key_T, key_T.shape[0], count, self.num_items)
+        return negatives.uniform_negatives(key_T, key_T.shape[0], count, items)
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Float[Array, ""]:
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
         dropout_key, negative_key = jax.random.split(key)
         model = self.model(params)
-        h_TD, cut = model.encode_kept(batch, shards=self.shards, key=dropout_key)
+        with_id_I = with_ids(
+            self.item_features, self.trained_I, self.config.features.id_dropout, key
+        )
+        h_TD, cut = model.encode_kept(
+            batch, shards=self.shards, key=dropout_key, with_id_I=with_id_I
+        )
         # Rows that a truncation dropped have no output to train on.
         labels = (x if cut is None else cut.take(x) for x in (batch.target_T, batch.weight_T))
         target_T, weight_T = self.shards.local(tuple(labels))
-        table_ID = model.all_items(self.shards)
+        table_ID = model.all_items(self.shards, with_id_I)
         config, shards = self.config.loss, self.shards
         rows, negative_TR, log_q = h_TD.shape[0], None, None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
         keys_T = row_keys(negative_key, sequences)
+        known_I = there_are(batch.items_1, table_ID)
         match config.kind:
             case "sampled":
-                negative_TR = self._uniform(keys_T)
+                negative_TR = self._uniform(keys_T, batch)
             case "in_batch":
                 pool = negatives.in_batch_pool(shards.of_groups(batch.target_T))
                 negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
@@ -119,8 +145,22 @@ class Recipe(Steps[Recommender]):
             l2_normalize=config.l2_normalize,
             chunk_rows=config.chunk_rows or _chunk_rows(),
             log_q=log_q,
+            corpus_I=known_I,
             total=shards.total(jnp.sum(weight_T)),
         )[0]
+
+    def folded(self, params: Params) -> tuple["Recipe", Params]:
+        """The same model for answers: one with ids alone, whose embeddings have features added.
+
+        Tokens of series need features: such a model stays as it is.
+        """
+        if self.item_features is None or self.config.features.series:
+            return self, params
+        config = dataclasses.replace(self.config, features=FeatureConfig())
+        table_ID = self.model(params).all_items()
+        return dataclasses.replace(self, config=config, item_features=None), folded(
+            params, table_ID
+        )
 
     @functools.cached_property
     def _log_q(self) -> Float32[np.ndarray, " I1"]:
@@ -130,6 +170,14 @@ class Recipe(Steps[Recommender]):
                 "targets: give Recipe target_counts, or set loss.log_q=False"
             )
         return negatives.log_frequency(self.target_counts)
+
+
+def there_are(items_1: Int[Array, " n"] | None, table_ID: Array) -> Bool[Array, " I1"] | None:
+    """Which entries of a table are items, where it has room for more; None: all but padding."""
+    if items_1 is None:
+        return None
+    item_I = jnp.arange(table_ID.shape[0], dtype=jnp.int32)
+    return (item_I > 0) & (item_I <= items_1[0])
 
 
 def _chunk_rows() -> int:

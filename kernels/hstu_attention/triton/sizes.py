@@ -73,25 +73,25 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def refusal(spec: AttentionSpec) -> str | None:
+def refusal(spec: AttentionSpec, name: str = "triton") -> str | None:
     """Why no Triton kernel can run calls of this dtype and these widths here, or None."""
     current = device.current()
     capability = current.compute_capability
     if current.platform != "gpu" or capability is None or capability < (8, 0):
         return (
-            f"triton needs an NVIDIA GPU from sm80 (A100) on, the device is {current.kind!r}; "
+            f"{name} needs an NVIDIA GPU from sm80 (A100) on, the device is {current.kind!r}; "
             "implementation='xla' runs anywhere"
         )
     widths = (spec.k_width, spec.v_width)
     if not 0 < min(widths) <= max(widths) <= widest(capability):
         return (
-            f"triton takes heads of width 1 to {widest(capability)} here, got K = {widths[0]}, "
+            f"{name} takes heads of width 1 to {widest(capability)} here, got K = {widths[0]}, "
             f"V = {widths[1]}; implementation='xla' takes any"
         )
     for package in ("jax_triton", "triton"):
         if importlib.util.find_spec(package) is None:
             return (
-                f"triton needs {package}: pip install -r requirements-cuda.txt; "
+                f"{name} needs {package}: pip install -r requirements-cuda.txt; "
                 "implementation='xla' needs nothing more"
             )
     return None
