@@ -104,7 +104,7 @@ def test_against_whole_tables(case, kind):
         name: {"sum": np.zeros(len(one)), "m": np.zeros(one.shape), "v": np.zeros(one.shape)}
         for name, one in tables.items()
     }
-    assert len(tables) == (3 if case == "ranking" else 1)
+    assert len(tables) == (4 if case == "ranking" else 1)
     for number, batch in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(config.train.seed), number)
         loss, grads, reads = gradients(params, batch, key)

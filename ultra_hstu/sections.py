@@ -36,9 +36,10 @@ class OptimConfig(Section):
     # The learning rate falls to 0 at this step, on a cosine; None: it stays.
     decay_steps: Count | None = None
     clip_norm: Positive[float] | None = None  # gradients are scaled down to this norm
-    # Of the tables of items, signals and features. same: AdamW, over every entry in every step. The
-    # others change the entries that a step reads, so that time and memory of a step do not grow
-    # with the table: row-wise AdaGrad keeps one number an entry, lazy Adam the two means of Adam.
+    # Of the tables of items, signals, features and contextual tokens. same: AdamW, over every entry
+    # in every step. The others change the entries that a step reads, so that time and memory of a
+    # step do not grow with the table: row-wise AdaGrad keeps one number an entry, lazy Adam the two
+    # means of Adam.
     tables: Literal["same", "rowwise_adagrad", "lazy_adam"] = "same"
     # Of these two, with the same warmup and decay; None: learning_rate.
     tables_learning_rate: Positive[float] | None = None
