@@ -26,6 +26,7 @@ from scripts.tables import (
     ranking,
     retrieval,
     sampling,
+    step,
     windows,
 )
 from scripts.tables import serve as serve_tables
@@ -84,6 +85,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "stochastic_length": sampling.stochastic_length_table,
         "load_balance": sampling.load_balance_table,
         "int4": sampling.int4_table,
+    },
+    "docs/tables_and_rows.md": {
+        "last_layer": step.last_layer_table,
+        "table_sizes": step.sizes_table,
+        "ranking_step": step.ranking_step_table,
+        "repeated_ids": step.repeated_table,
     },
     "docs/features.md": {"item_features": features.item_features_table},
     "docs/windows.md": {
