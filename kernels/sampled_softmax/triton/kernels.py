@@ -38,7 +38,8 @@ def rows(
 ):
     """Logits [C, X], and the gradient of q [C, D].
 
-    Of each row, the log-sum-exp of its logits, the slope of the positive's, and its loss. Rows of weight 0 have a loss of 0, a gradient of 0, and no logits.
+    Of each row, the log-sum-exp of its logits, the slope of the positive's, and its loss. Rows of
+    weight 0 have a loss of 0, a gradient of 0, and no logits.
     """
     row = tl.program_id(0).to(tl.int64)
     width = tl.arange(0, WD)
