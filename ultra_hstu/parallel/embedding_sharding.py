@@ -15,8 +15,8 @@ from ultra_hstu.parallel.mesh import CONTEXT, DATA
 from ultra_hstu.parallel.shards import Shards
 
 SLACK = 1.25  # room for requests to one device in a round, over the mean
-# Distinct entries of one device are gathered, and updated, in chunks of at least so many, at most so
-# many chunks, as long as a batch has some. Most ids may be equal, and there is room for all.
+# Distinct entries of one device are gathered, and updated, in chunks of so many at least, so many
+# chunks at most, as long as a batch has some. Most ids may be equal, and there is room for all.
 CHUNK, CHUNKS = 2**14, 16
 
 type Arrays = PyTree
