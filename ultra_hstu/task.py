@@ -12,17 +12,9 @@ from typing import ClassVar
 from ultra_hstu import flops
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria, Metrics
-from ultra_hstu.data.feed import (
-    WHOLE,
-    BatchGather,
-    BufferRows,
-    EventStore,
-    ExampleTable,
-    HostColumns,
-    Loader,
-    Planner,
-)
+from ultra_hstu.data.feed import BatchGather, EventStore, Loader
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.packing import WHOLE, BufferRows, ExampleTable, HostColumns, Planner
 from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
 from ultra_hstu.evaluate import STEPS_PER_CALL, Evaluator
 from ultra_hstu.flops import Flops

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from ultra_hstu.data.feed import ExampleTable, HostColumns, Packing, Plan, Planner
+from ultra_hstu.data.packing import ExampleTable, HostColumns, Packing, Plan, Planner
 from ultra_hstu.parallel import processes
 from ultra_hstu.parallel.mesh import groups_here
 from ultra_hstu.sampling import LoadBalancer, Subsequence, stochastic_length, subsequence

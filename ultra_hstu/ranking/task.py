@@ -12,8 +12,9 @@ from ultra_hstu import criteria, flops
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data import signals
-from ultra_hstu.data.feed import BufferRows, EventStore
+from ultra_hstu.data.feed import EventStore
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.packing import BufferRows
 from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
 from ultra_hstu.ranking import evaluate

@@ -11,8 +11,9 @@ from ultra_hstu import flops
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import RETRIEVAL, Criteria, Metrics
 from ultra_hstu.data import signals
-from ultra_hstu.data.feed import BufferRows, EventStore
+from ultra_hstu.data.feed import EventStore
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.packing import BufferRows
 from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
 from ultra_hstu.retrieval.baselines import baselines
