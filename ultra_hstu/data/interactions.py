@@ -4,8 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,13 @@ from numpy.typing import ArrayLike
 
 from ultra_hstu.config import DataConfig
 from ultra_hstu.data import npz
-from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
-from ultra_hstu.data.catalog import Catalog, few, first
-from ultra_hstu.data.contexts import Contexts
+from ultra_hstu.data.builder import prepare
+from ultra_hstu.data.catalog import Catalog, first
 from ultra_hstu.data.sources import TABLE, builder_of
 from ultra_hstu.data.strings import STRINGS, is_strings, pack
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
-_BATCH = 4096  # users read at once: one by one, every user decompresses its neighbours too
 MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
 # The `data.source` of events that a program had in memory: `data.raw_dir` is a file of them.
 ARRAYS = "arrays"
@@ -254,8 +251,10 @@ def load_interactions(config: DataConfig) -> Interactions:
         from ultra_hstu.data.table import prepared  # which makes objects of this class
 
         return prepared.load(config)
+    from ultra_hstu.data.prepared_users import read
+
     prepared = prepare(builder_of(config.source), config)
-    return ordered(_read(prepared), ties=config.ties, seed=config.ties_seed)
+    return ordered(read(prepared), ties=config.ties, seed=config.ties_seed)
 
 
 def ordered(interactions: Interactions, *, ties: str = "stable", seed: int = 0) -> Interactions:
@@ -285,74 +284,3 @@ def ordered(interactions: Interactions, *, ties: str = "stable", seed: int = 0) 
         timestamps=interactions.timestamps[order],
         actions={name: values[order] for name, values in interactions.actions.items()},
     )
-
-
-def _read(prepared: InteractionsBuilder) -> Interactions:
-    """Reads every user with enough events."""
-    source = prepared.as_data_source("users")
-    rows = range(len(source))
-    batches = [_batch(prepared, source.__getitems__(rows[i : i + _BATCH])) for i in rows[::_BATCH]]
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([batch.pop(name) for batch in batches])
-
-    users, lengths = joined("users"), joined("lengths")
-    enough = lengths >= MIN_EVENTS
-    if not enough.all():
-        _log.warning(
-            "dropped %d of %d users with fewer than %d events: %s",
-            (~enough).sum(),
-            len(users),
-            MIN_EVENTS,
-            few(users[~enough]),
-        )
-    if not enough.any():
-        raise ValueError(
-            f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing "
-            "to learn from"
-        )
-    users = users[enough]
-    contexts = Contexts.load(Path(prepared.data_path) / CONTEXTS)
-    described_in = prepared.builder_config.context_files
-    if contexts.codes and (unknown := ~np.isin(users, contexts.users)).any():
-        _log.warning(
-            "%d of %d users have no line in %s, so that their features are unknown: %s",
-            unknown.sum(),
-            len(users),
-            ", ".join(described_in),
-            few(users[unknown]),
-        )
-    return Interactions(
-        users=users,
-        items=joined("items"),
-        offsets=np.concatenate([[0], np.cumsum(lengths[enough])]),
-        timestamps=joined("timestamps") if prepared.TICKS else None,
-        actions={name: joined(f"actions/{name}") for name in prepared.ACTIONS},
-        catalog=Catalog.load(Path(prepared.data_path) / CATALOG),
-        contexts=contexts.of(users),
-        context_values=contexts.values,
-        missing_files=tuple(
-            name for name in described_in if not (prepared.raw_dir / name).is_file()
-        ),
-    )
-
-
-def _batch(
-    prepared: InteractionsBuilder, examples: Sequence[dict[str, Any]]
-) -> dict[str, np.ndarray]:
-    """All users of these examples, the number of their events, and the events of those with
-    enough."""
-    users = [example["user"] for example in examples]
-    batch = {
-        "users": np.array([user.decode() for user in users], STRINGS)
-        if prepared.STRING_USERS
-        else np.array(users, np.int64),
-        "lengths": np.array([len(example["items"]) for example in examples], np.int64),
-    }
-    columns = {"items": [example["items"] for example in examples]}
-    if prepared.TICKS:
-        columns["timestamps"] = [example["timestamps"] for example in examples]
-    for name in prepared.ACTIONS:
-        columns[f"actions/{name}"] = [example["actions"][name] for example in examples]
-    kept_E = np.repeat(batch["lengths"] >= MIN_EVENTS, batch["lengths"])
-    return batch | {name: np.concatenate(parts)[kept_E] for name, parts in columns.items()}
