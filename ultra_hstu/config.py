@@ -44,8 +44,9 @@ class DataConfig(Section):
     batch_tokens: Count | None = None
     # padded: every user has max_history rows of the buffer, as in the public code
     layout: Literal["jagged", "padded"] = "jagged"
-    # Where events lie. auto: on the device below 1 GiB of events
-    placement: Literal["auto", "device", "stream"] = "auto"
+    # Where events lie: on the device, in the host's memory, or in files of which a batch reads the
+    # users that it holds. auto: device below 1 GiB of events, else stream
+    placement: Literal["auto", "device", "stream", "shards"] = "auto"
     # Share of events (the newest) that protocol `temporal` tests on.
     temporal_test_fraction: Annotated[float, Limit(lambda value: 0 < value < 1, "in (0, 1)")] = 0.1
     # alpha of HSTU equation 4: training histories above max_history^(alpha/2) are cut.
@@ -214,6 +215,8 @@ class Config(Section):
                 f"data.batch_tokens={data.batch_tokens} cannot hold one history of "
                 f"data.max_history={data.max_history} events"
             )
+        if data.placement == "shards":
+            self._validate_shards()
         if data.load_balance and data.stochastic_length is None:
             needs = "needs data.stochastic_length: it chooses which histories stay whole"
             raise ValueError(f"data.load_balance=True {needs}")
@@ -234,6 +237,23 @@ class Config(Section):
                 f"model.channels={sorted(channels)}, train.protocol={protocol!r}: a mixture and "
                 "the chronological split are for ranking; name rank.tasks"
             )
+
+    def _validate_shards(self) -> None:
+        """Raises NotImplementedError for what needs all events in memory."""
+        needs = {
+            "rank.tasks": (self.rank.tasks, self.rank.tasks != ()),
+            "train.protocol": (self.train.protocol, self.train.protocol == "temporal"),
+            "data.subsequence": (
+                self.data.subsequence,
+                self.data.stochastic_length is not None and self.data.subsequence != "recent",
+            ),
+        }
+        for field, (value, in_memory) in needs.items():
+            if in_memory:
+                raise NotImplementedError(
+                    f"{field}={value!r} needs all events in memory, and data.placement='shards' "
+                    "keeps them on the disk: use --config.data.placement=stream"
+                )
 
     def _validate_encoder(self) -> None:
         """Options of layers that do not fit together, or that only some encoders have."""

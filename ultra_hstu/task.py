@@ -16,6 +16,7 @@ from ultra_hstu.data.feed import BatchGather, EventStore, Loader
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.packing import WHOLE, BufferRows, ExampleTable, HostColumns, Planner
 from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
+from ultra_hstu.data.shards import ShardStore
 from ultra_hstu.evaluate import STEPS_PER_CALL, Evaluator
 from ultra_hstu.flops import Flops
 from ultra_hstu.step import Steps
@@ -29,10 +30,10 @@ class Task[Events](abc.ABC):
 
     config: Config
     interactions: Interactions
-    store: EventStore[Events]
+    store: EventStore[Events] | ShardStore[Events]
 
     def __post_init__(self) -> None:
-        if self.config.eval.time != "target" and self.interactions.timestamps is None:
+        if self.config.eval.time != "target" and not self.interactions.timed:
             raise ValueError(
                 f"eval.time={self.config.eval.time!r} needs times, and the source "
                 f"{self.config.data.source!r} has none: leave it out"
@@ -109,7 +110,9 @@ class Task[Events](abc.ABC):
             items = self.interactions.num_items
             gamma, _ = flops.cost_exponent(self.config, data.max_history, items=items)
         sampling = Sampling(data.stochastic_length, data.subsequence, gamma, data.recalibrate_every)
-        timestamps, mesh = self.interactions.timestamps, self.recipe.mesh
+        # Only one kind of subsequence asks for times, which may lie on a disk.
+        timestamps = self.interactions.timestamps if data.subsequence == "weighted" else None
+        mesh = self.recipe.mesh
         return SampledPlanner(sampling, self.histories, timestamps, mesh)
 
     @abc.abstractmethod

@@ -7,7 +7,7 @@ from rich.console import Console
 from kernels.hstu_attention.api import implementations
 from ultra_hstu import progress
 from ultra_hstu.config import Config
-from ultra_hstu.data import signals, sources
+from ultra_hstu.data import shards, signals, sources
 from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
 from ultra_hstu.fields import changed
 from ultra_hstu.ranking.task import RankingTask
@@ -85,7 +85,8 @@ def load(config: Config, console: Console | None = None) -> Task:
     check_names(config)
     source = config.data.source
     with progress.waiting(console or QUIET, "data", f"reading {source}") as came:
-        interactions = load_interactions(config.data)
+        on_disk = config.data.placement == "shards"
+        interactions = (shards.load if on_disk else load_interactions)(config.data)
         came(f"{source}: {progress.counts(interactions)}")
     return of(config, interactions)
 

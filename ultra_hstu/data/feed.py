@@ -35,6 +35,7 @@ from ultra_hstu.data.packing import (
     Planner,
     choose_rows,
 )
+from ultra_hstu.data.shards import ShardStore
 from ultra_hstu.parallel.mesh import DATA, groups_here, put, put_groups
 from ultra_hstu.sequences import Columns
 
@@ -67,6 +68,14 @@ class EventStore[Events]:
 
     host: Events
     _placed: dict[Mesh | None, Events] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.host))
+
+    def of(self, columns_B: HostColumns) -> tuple[Events, HostColumns]:
+        """What some examples are gathered from on the host, and their columns as int32."""
+        return self.host, {name: column.astype(np.int32) for name, column in columns_B.items()}
 
     def on(self, mesh: Mesh | None) -> Events:
         if mesh not in self._placed:
@@ -140,7 +149,8 @@ class Loader:
       batch_users: B, examples of a step, those of all groups.
       rows: of all groups together; None: chosen for each buffer from the lengths.
       longest: rows in each buffer that no example exceeds in any epoch; None: as in the first.
-      placement: "device", "stream", or "auto" by the size of the data.
+      placement: "device", or "stream" or "shards", whose batches are made on the host; "auto": by
+        the size of the data.
       planner: what makes the batches of an epoch.
       mesh: where batches go; None: one device.
       groups: parts of a batch that are packed by themselves; None: the mesh's data groups.
@@ -151,7 +161,7 @@ class Loader:
 
     def __init__(
         self,
-        store: EventStore,
+        store: EventStore | ShardStore,
         examples: ExampleTable | Callable[[int, int], ExampleTable],
         gather: Callable[[BufferRows, int], BatchGather],
         *,
@@ -182,8 +192,9 @@ class Loader:
         )
         self.gather = gather(chosen, batch_users // self.shards)
         self.packing = Packing.of(self.gather.rows, batch_users, groups, self.shards)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(store.host))
-        self.streamed = {"device": False, "stream": True, "auto": size > DEVICE_BYTES}[placement]
+        large = store.nbytes > DEVICE_BYTES
+        streamed = {"device": False, "stream": True, "shards": True, "auto": large}
+        self.streamed = streamed[placement]
 
     def plan(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> Plan:
         """The batches of an epoch. Raises ValueError for an example that is too long."""
@@ -200,10 +211,12 @@ class Loader:
             return self._stream(plan, starts)
         return (self._on_device(plan, start) for start in starts)
 
-    def _columns(self, plan: Plan, first: int) -> tuple[HostColumns, int]:
+    def _columns(
+        self, plan: Plan, first: int, dtype: type[np.signedinteger] = np.int32
+    ) -> tuple[HostColumns, int]:
         steps = min(self.steps_per_call, len(plan) - first)
         steps_S = np.minimum(np.arange(first, first + self.steps_per_call), first + steps - 1)
-        return plan.columns(steps_S), steps
+        return plan.columns(steps_S, dtype), steps
 
     def _on_device(self, plan: Plan, first: int) -> Group:
         columns_SB, steps = self._columns(plan, first)
@@ -211,7 +224,7 @@ class Loader:
         return Group(DeviceFeed(self.store.on(self.mesh), columns_SB, self.gather), steps, first)
 
     def _pack(self, plan: Plan, first: int) -> tuple[PyTree, int]:
-        columns_SB, steps = self._columns(plan, first)
+        columns_SB, steps = self._columns(plan, first, np.int64)
         groups = range(1) if self.mesh is None else groups_here(self.mesh)
         batches = []
         for step in range(self.steps_per_call):
@@ -221,7 +234,7 @@ class Loader:
             of_groups = [
                 {name: parts[group] for name, parts in parts_B.items()} for group in groups
             ]
-            made = [self.gather(self.store.host, columns_B, np) for columns_B in of_groups]
+            made = [self.gather(*self.store.of(columns_B), np) for columns_B in of_groups]
             batches.append(jax.tree.map(lambda *leaves: np.concatenate(leaves), *made))
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), steps
 

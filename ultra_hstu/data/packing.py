@@ -132,11 +132,13 @@ class Plan:
     def __len__(self) -> int:
         return len(self.place_SB)
 
-    def columns(self, steps_S: Int[np.ndarray, " S"]) -> HostColumns:
-        """The columns of some batches, int32 [S, B]; empty places hold zeros."""
+    def columns(
+        self, steps_S: Int[np.ndarray, " S"], dtype: type[np.signedinteger] = np.int32
+    ) -> HostColumns:
+        """The columns of some batches, [S, B]; empty places hold zeros."""
         place_SB = self.place_SB[steps_S]
         return {
-            name: np.where(place_SB >= 0, column[np.maximum(place_SB, 0)], 0).astype(np.int32)
+            name: np.where(place_SB >= 0, column[np.maximum(place_SB, 0)], 0).astype(dtype)
             for name, column in self.examples.columns.items()
         }
 

@@ -1,11 +1,13 @@
 """The users of a prepared dataset, as `Interactions`."""
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64, Shaped
 
 from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder
 from ultra_hstu.data.catalog import Catalog, few
@@ -19,14 +21,42 @@ _BATCH = 4096  # users read at once: one by one, every user decompresses its nei
 
 def read(prepared: InteractionsBuilder) -> Interactions:
     """Reads every user with enough events."""
-    source = prepared.as_data_source("users")
-    rows = range(len(source))
-    batches = [_batch(prepared, source.__getitems__(rows[i : i + _BATCH])) for i in rows[::_BATCH]]
+    parts = list(read_parts(prepared))
 
     def joined(name: str) -> np.ndarray:
-        return np.concatenate([batch.pop(name) for batch in batches])
+        return np.concatenate([part.pop(name) for part in parts])
 
     users, lengths = joined("users"), joined("lengths")
+    described = described_users(prepared, users, lengths)
+    return dataclasses.replace(
+        described,
+        items=joined("items"),
+        timestamps=joined("timestamps") if prepared.TICKS else None,
+        actions={name: joined(f"actions/{name}") for name in prepared.ACTIONS},
+    )
+
+
+def read_described(prepared: InteractionsBuilder) -> Interactions:
+    """`described_users` of all, of whom no events are kept."""
+    users, lengths = zip(
+        *((part["users"], part["lengths"]) for part in read_parts(prepared)), strict=True
+    )
+    return described_users(prepared, np.concatenate(users), np.concatenate(lengths))
+
+
+def described_users(
+    prepared: InteractionsBuilder,
+    users: Shaped[np.ndarray, " all"],
+    lengths: Int64[np.ndarray, " all"],
+) -> Interactions:
+    """Users with enough events, and what is known of them and of the items; no events.
+
+    Args:
+        lengths: events of all users.
+
+    Raises:
+        ValueError: no user has enough.
+    """
     enough = lengths >= MIN_EVENTS
     if not enough.all():
         _log.warning(
@@ -54,10 +84,10 @@ def read(prepared: InteractionsBuilder) -> Interactions:
         )
     return Interactions(
         users=users,
-        items=joined("items"),
+        items=np.zeros(0, np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths[enough])]),
-        timestamps=joined("timestamps") if prepared.TICKS else None,
-        actions={name: joined(f"actions/{name}") for name in prepared.ACTIONS},
+        timestamps=np.zeros(0, np.int64) if prepared.TICKS else None,
+        actions={name: np.zeros(0, dtype) for name, dtype in prepared.ACTIONS.items()},
         catalog=Catalog.load(Path(prepared.data_path) / CATALOG),
         contexts=contexts.of(users),
         context_values=contexts.values,
@@ -65,6 +95,14 @@ def read(prepared: InteractionsBuilder) -> Interactions:
             name for name in described_in if not (prepared.raw_dir / name).is_file()
         ),
     )
+
+
+def read_parts(prepared: InteractionsBuilder) -> Iterator[dict[str, np.ndarray]]:
+    """Columns of some thousand users after another, as `_batch`."""
+    source = prepared.as_data_source("users")
+    rows = range(len(source))
+    for first_row in rows[::_BATCH]:
+        yield _batch(prepared, source.__getitems__(rows[first_row : first_row + _BATCH]))
 
 
 def _batch(

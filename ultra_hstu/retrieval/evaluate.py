@@ -16,6 +16,8 @@ from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.metrics import mean_metrics, ranks
 from ultra_hstu.retrieval.recipe import Recipe
 
+BLOCK_USERS = 1024  # whose events are looked at on the host at one time
+
 
 class CorpusEvaluator(Evaluator):
     """Ranks the targets of one split with the model, its items normalised as in training.
@@ -49,9 +51,15 @@ class CorpusEvaluator(Evaluator):
     @functools.cached_property
     def repeats(self) -> float:
         """Share of the targets that stand in the events whose items `eval.hide` names."""
-        columns, item_E = self.plan.examples.columns, self.loader.store.host.item_E
-        spans = zip(columns.get("hide_from", columns["start"]), columns["stop"], strict=True)
-        return float(np.mean([item_E[stop] in item_E[first:stop] for first, stop in spans]))
+        found = 0
+        for first in range(0, len(self.plan.examples.lengths), BLOCK_USERS):
+            block = slice(first, first + BLOCK_USERS)
+            part = {name: column[block] for name, column in self.plan.examples.columns.items()}
+            events, part = self.loader.store.of(part)
+            spans = zip(part.get("hide_from", part["start"]), part["stop"], strict=True)
+            item_E = events.item_E
+            found += sum(item_E[stop] in item_E[first:stop] for first, stop in spans)
+        return found / len(self.plan.examples.lengths)
 
     def metrics(self, output_P: Int[np.ndarray, " n"]) -> Metrics:
         """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split; `repeats`.
