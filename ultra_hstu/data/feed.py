@@ -73,9 +73,11 @@ class EventStore[Events]:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.host))
 
-    def of(self, columns_B: HostColumns) -> tuple[Events, HostColumns]:
-        """What some examples are gathered from on the host, and their columns as int32."""
-        return self.host, {name: column.astype(np.int32) for name, column in columns_B.items()}
+    def of(self, parts: Sequence[HostColumns]) -> tuple[Events, list[HostColumns]]:
+        """What some batches are gathered from on the host, and their columns as int32."""
+        return self.host, [
+            {name: column.astype(np.int32) for name, column in part.items()} for part in parts
+        ]
 
     def on(self, mesh: Mesh | None) -> Events:
         if mesh not in self._placed:
@@ -226,16 +228,20 @@ class Loader:
     def _pack(self, plan: Plan, first: int) -> tuple[PyTree, int]:
         columns_SB, steps = self._columns(plan, first, np.int64)
         groups = range(1) if self.mesh is None else groups_here(self.mesh)
-        batches = []
-        for step in range(self.steps_per_call):
-            parts_B = {
-                name: np.split(column[step], self.shards) for name, column in columns_SB.items()
+        parts = [
+            {
+                name: np.split(column[step], self.shards)[group]
+                for name, column in columns_SB.items()
             }
-            of_groups = [
-                {name: parts[group] for name, parts in parts_B.items()} for group in groups
-            ]
-            made = [self.gather(*self.store.of(columns_B), np) for columns_B in of_groups]
-            batches.append(jax.tree.map(lambda *leaves: np.concatenate(leaves), *made))
+            for step in range(self.steps_per_call)
+            for group in groups
+        ]
+        data, parts = self.store.of(parts)
+        made = [self.gather(data, columns_B, np) for columns_B in parts]
+        batches = [
+            jax.tree.map(lambda *leaves: np.concatenate(leaves), *made[first : first + len(groups)])
+            for first in range(0, len(made), len(groups))
+        ]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), steps
 
     def _stream(self, plan: Plan, starts: list[int]) -> Iterator[Group]:

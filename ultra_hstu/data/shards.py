@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -158,23 +158,29 @@ class ShardStore[Events]:
     def on(self, mesh: Mesh | None) -> NoReturn:
         self.interactions._absent()
 
-    def of(self, columns_B: HostColumns) -> tuple[Events, HostColumns]:
-        """Events of the users of some examples, and the examples' columns in their numbers."""
-        if unknown := columns_B.keys() - INDICES:
+    def of(self, parts: Sequence[HostColumns]) -> tuple[Events, list[HostColumns]]:
+        """Events of the users of some batches, read together, and the columns in their numbers."""
+        column_X = {
+            name: np.concatenate([part[name] for part in parts]).astype(np.int64)
+            for name in parts[0]
+        }
+        if unknown := column_X.keys() - INDICES:
             raise NotImplementedError(f"data.placement='shards' has no columns {sorted(unknown)}")
-        offsets, start_B = self.interactions.offsets, columns_B["start"]
-        real_B = columns_B["stop"] > 0  # the others are empty places
-        user_n = np.searchsorted(offsets, start_B[real_B], side="right") - 1
+        offsets, start_X = self.interactions.offsets, column_X["start"]
+        real_X = column_X["stop"] > 0  # the others are empty places
+        user_n = np.searchsorted(offsets, start_X[real_X], side="right") - 1
         # A batch of empty places needs an event to point to, too.
         read_n = user_n if len(user_n) else np.zeros(1, np.int64)
         data = self.make(self.interactions.read(read_n))
         length_n = offsets[user_n + 1] - offsets[user_n]
-        shift_B = np.zeros(len(start_B), np.int64)
-        shift_B[real_B] = np.cumsum(length_n) - length_n - offsets[user_n]
-        return data, {
-            name: np.where(real_B, column_B + shift_B, 0).astype(np.int32)
-            for name, column_B in columns_B.items()
+        shift_X = np.zeros(len(start_X), np.int64)
+        shift_X[real_X] = np.cumsum(length_n) - length_n - offsets[user_n]
+        ends = np.cumsum([len(part["start"]) for part in parts])[:-1]
+        columns = {
+            name: np.split(np.where(real_X, column + shift_X, 0).astype(np.int32), ends)
+            for name, column in column_X.items()
         }
+        return data, [{name: columns[name][i] for name in columns} for i in range(len(parts))]
 
 
 # --- writing ---

@@ -55,7 +55,7 @@ class CorpusEvaluator(Evaluator):
         for first in range(0, len(self.plan.examples.lengths), BLOCK_USERS):
             block = slice(first, first + BLOCK_USERS)
             part = {name: column[block] for name, column in self.plan.examples.columns.items()}
-            events, part = self.loader.store.of(part)
+            events, (part,) = self.loader.store.of([part])
             spans = zip(part.get("hide_from", part["start"]), part["stop"], strict=True)
             item_E = events.item_E
             found += sum(item_E[stop] in item_E[first:stop] for first, stop in spans)
