@@ -23,6 +23,7 @@ from scripts.tables import (
     ranking,
     retrieval,
     sampling,
+    speed,
 )
 from scripts.tables import serve as serve_tables
 from scripts.tables import serving as serving_tables
@@ -72,6 +73,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "int4": sampling.int4_table,
     },
     "docs/your_data.md": {"prepare": data.prepare_table},
+    "docs/speed.md": {"step_by_kernel": speed.step_table, "start": speed.start_table},
+    "docs/large_data.md": {"streaming": speed.streaming_table},
     "docs/cached_scoring.md": {
         "serving_operations": serving_tables.operations_table,
         "serving": serving_tables.serving_table,
