@@ -22,8 +22,8 @@ from experiments import configs, screen
 from ultra_hstu import compilation_cache, effects, fields, paths, progress, report, signals
 from ultra_hstu.config import Config, EvalConfig, from_config_dict, to_config_dict
 from ultra_hstu.parallel import processes
+from ultra_hstu.run import Interrupted
 from ultra_hstu.step import require_jit
-from ultra_hstu.train import Interrupted
 
 flags.disclaim_key_flags()  # flags defined here are those of the program that asks for them
 
@@ -114,6 +114,7 @@ def resolved(values: ml_collections.ConfigDict, name: str = "config") -> Config:
     data, table = config.data, config.data.table
     return fields.changed(
         config,
+        train={"init_from": _absolute(config.train.init_from)},
         data={
             "raw_dir": _absolute(data.raw_dir),
             "data_dir": _absolute(data.data_dir),

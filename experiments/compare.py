@@ -18,8 +18,9 @@ from experiments import command
 from ultra_hstu import report
 from ultra_hstu.criteria import RETRIEVAL, Metrics, display_name, mean_and_deviation
 from ultra_hstu.fields import flat
+from ultra_hstu.json_files import read_object
 from ultra_hstu.starts import read_starts
-from ultra_hstu.workdir import Workdir, read_object
+from ultra_hstu.workdir import Workdir
 
 RESULT_FIELDS = {"best": dict, "best_epoch": int}
 
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> None:
     console = report.make_console()
     runs = {path: read(Workdir(path)) for path in argv[1:]}
     console.print(metrics_table(runs))
+    if all(one.results and "windows" in one.results[0] for one in runs.values()):
+        console.print(windows_table(runs))
     console.print(configurations_table(runs))
     say_what_does_not_compare(console, runs)
 
@@ -89,6 +92,27 @@ def metrics_table(runs: Mapping[str, Compared]) -> Table:
             epochs += f" ({one.runs - len(one.results)} not finished)"
         minutes = f"{one.seconds / 60:.1f}" if one.seconds else ""
         table.add_row(name, *values, epochs.strip(), minutes)
+    return table
+
+
+def windows_table(runs: Mapping[str, Compared]) -> Table:
+    """One line a window of time: what each run reached on it before learning it."""
+    found = [row["metrics"] for one in runs.values() for row in one.results[0]["windows"]]
+    known = [name for name in ("ndcg@10", "ne", "mse") if any(name in one for one in found)]
+    table = Table(
+        "window",
+        *(f"{run}: {display_name(name)}" for name in known for run in runs),
+        box=rich.box.SIMPLE,
+    )
+    of_runs = [[result["windows"] for result in one.results] for one in runs.values()]
+    for number in range(max(len(rows) for of_run in of_runs for rows in of_run)):
+        rows = [[rows[number] for rows in of_run if number < len(rows)] for of_run in of_runs]
+        period = next(row["period"] for of_run in rows for row in of_run)
+        values = [
+            shown([row["metrics"] for row in of_run], name) for name in known for of_run in rows
+        ]
+        if any(values):
+            table.add_row(f"{number}: {period}", *values)
     return table
 
 

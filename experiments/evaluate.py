@@ -10,6 +10,10 @@ deviation. `--tables` evaluates on the item table as each kind of serving table 
 and says how many bytes go to the device.
 """
 
+import dataclasses
+import math
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from absl import flags
@@ -18,9 +22,11 @@ from jaxtyping import Float
 from experiments import command
 from experiments.record import Json, Record
 from ultra_hstu import progress, quantization, report, tasks
-from ultra_hstu.criteria import Metrics, mean_and_deviation
-from ultra_hstu.serving import load_params
-from ultra_hstu.workdir import Workdir, require_same
+from ultra_hstu.criteria import WARMTH, Metrics, by_warmth, mean_and_deviation
+from ultra_hstu.evaluate import Evaluator
+from ultra_hstu.fields import difference
+from ultra_hstu.serving.recommend import require_dense
+from ultra_hstu.workdir import FREE_FIELDS, Workdir
 
 _WORKDIR, _RAW_DIR = command.define_run("folder of a trained run, or of the runs of several seeds")
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "which part of the data")
@@ -38,19 +44,24 @@ def main(_: list[str]) -> None:
     seeds = {} if parent.config.exists() else parent.seeds
     runs = list(seeds.values()) or [parent]
     given = {name: flag.value for name, flag in _EVAL.items() if flag.value is not None}
-    task = tasks.of_run(runs[0], _RAW_DIR.value, given, working)
+    task = tasks.of_run(runs[0], _RAW_DIR.value, given, working, ahead=True)
     require_same(runs)
     config, console, kinds = task.config, report.make_console(), _TABLES.value
     steps, found = [], []  # of every run: its step, and its metrics by kind of table
     with jax.default_matmul_precision(config.train.matmul_precision):
-        measure = task.evaluator(_SPLIT.value)
+        measure: Evaluator | None = None
         for folder in runs:
             with progress.waiting(working, "model", f"reading {folder.checkpoints}") as came:
-                folder.check_data(task.interactions)
-                step, params = load_params(folder, task.recipe)
+                if task.config.windows.number is None:  # else `of_run` has looked at more
+                    folder.check_data(task.interactions)
+                step, params = tasks.params_of_run(folder, task)
                 came(f"{progress.model(config, params, [])}, of step {step}")
+                answering, params = task.folded(params)
+                measure = measure or answering.evaluator(_SPLIT.value)
             metrics = {}
             for kind in kinds:
+                if config.features.series:
+                    require_dense(kind)
                 with progress.waiting(working, "evaluate", f"compiling and scoring, {kind} table"):
                     metrics[kind] = measure(
                         quantization.unpacked(quantization.packed(params, kind))
@@ -76,10 +87,14 @@ def main(_: list[str]) -> None:
             by_seed = dict(zip(map(str, seeds), of_kind, strict=True))
             tables[kind] = {"metrics": mean, "stdev": deviation, "seeds": by_seed}
         tables[kind]["table"] = served(item_table_ID, kind, config.data.max_history)
+    assert measure is not None  # there is a run
     title = f"{_SPLIT.value}, {report.conditions(config)}"
     console.print(
         report.metrics_table(title, rows | others, measure.criteria, measure.criteria.details)
     )
+    parts = by_warmth(measure.criteria)
+    title = f"{_SPLIT.value}, by training events of the target's item\n{_parts()}"
+    console.print(report.metrics_table(title, rows, parts, parts.details))
     for kind, values in tables.items():
         table = values["table"]
         console.print(
@@ -94,6 +109,27 @@ def main(_: list[str]) -> None:
         eval=config.evaluation,
         step=steps if seeds else steps[0],
     ).add(tables=tables, baselines=others)
+
+
+def _parts() -> str:
+    """The parts that are told apart, in words."""
+    return ", ".join(
+        f"{name}: {low} or more" if math.isinf(high) else f"{name}: {low} to {high}"
+        for name, low, high in WARMTH
+    )
+
+
+def require_same(runs: Sequence[Workdir]) -> None:
+    """Raises ValueError, with the difference, for runs that differ in more than their seeds."""
+    first, *others = (dataclasses.asdict(folder.read_config()) for folder in runs)
+    for folder, config in zip(runs[1:], others, strict=True):
+        config["train"]["seed"] = first["train"]["seed"]
+        if lines := [one for one in difference(first, config) if not one.startswith(FREE_FIELDS)]:
+            listed = "\n  ".join(lines)
+            raise ValueError(
+                f"{folder.path} has another configuration than {runs[0].path}, so that no mean is "
+                f"taken:\n  {listed}\nName one of them with --workdir."
+            )
 
 
 def served(table_ID: Float[np.ndarray, "I D"], kind: str, max_history: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from ultra_hstu import paths, provenance, workdir
+from ultra_hstu import json_files, paths, provenance
 
 Json = dict[str, Any]  # a JSON object
 
@@ -29,11 +29,11 @@ class Record:
         """Puts these parts in place of those of the same names, and writes the file."""
         self.values |= parts
         if self.path:
-            workdir.write_json(self.path, self.values)
+            json_files.write_json(self.path, self.values)
 
 
 def read(path: str | os.PathLike[str] | None) -> Json:
     """What the file holds; nothing where there is none. Raises ValueError for no JSON object."""
     if not path or not (file := paths.local(path)).exists():
         return {}
-    return workdir.read_object(file, {}, "delete it, or put a whole one there")
+    return json_files.read_object(file, {}, "delete it, or put a whole one there")

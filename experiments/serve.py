@@ -2,7 +2,7 @@
 constraints.txt): recommendations of a retrieval run, scores of a ranking run.
 
 python -m experiments.serve --workdir=runs/ml1m_hstu [--replicas=2] [--port=8000] [--tables=int4]
-    [--raw_dir=PATH] [--address=auto]
+    [--raw_dir=PATH] [--address=auto] [--follow_s=30]
 
 A request to a retrieval run, and one to a ranking run:
 
@@ -83,6 +83,7 @@ from ultra_hstu.nn.key_values import KINDS, CacheDtype  # noqa: E402
 from ultra_hstu.quantization import HostKind  # noqa: E402
 from ultra_hstu.serving.http import RECOMMEND, SCORE, RecommendReplica, ScoreReplica  # noqa: E402
 from ultra_hstu.serving.inputs import MAX_USERS  # noqa: E402
+from ultra_hstu.serving.live import place_of  # noqa: E402
 from ultra_hstu.serving.service import ServingOptions, is_ranking, known_ids  # noqa: E402
 from ultra_hstu.workdir import Workdir  # noqa: E402
 
@@ -136,6 +137,13 @@ _WAIT = flags.DEFINE_float(
 _PAGE = flags.DEFINE_bool(
     "page", True, "a page at / to try the run with: it shows titles, and the histories of users"
 )
+_FOLLOW = flags.DEFINE_float(
+    "follow_s",
+    None,
+    "looks every so many seconds for a newer model: the newest window of a run, or where a link "
+    "--workdir leads now; no request is lost when it takes over",
+    lower_bound=0.1,
+)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
 _PORT = flags.DEFINE_integer("port", 8000, "port to listen on")
 _CLIENT_CONNECTIONS = flags.DEFINE_integer(
@@ -156,6 +164,7 @@ _ADDRESS = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     workdir, local = _WORKDIR.value, _ADDRESS.value == "local"
+    place = str(place_of(workdir))
     options = ServingOptions(
         tables=_TABLES.value,
         block=[line.text for line in listed(Path(_BLOCK.value))] if _BLOCK.value else [],
@@ -167,10 +176,10 @@ def main(_: list[str]) -> None:
         drop_blocks=_DROP_BLOCKS.value,
         max_users=_BATCH.value,
     )
-    options.check(workdir)
+    options.check(place)
     if _BLOCK.value is not None:
-        say_blocked(options, workdir)
-    ranking = is_ranking(workdir)
+        say_blocked(options, place)
+    ranking = is_ranking(place)
     path = SCORE if ranking else RECOMMEND
     name = path.strip("/")
     replica = cast(serve.Deployment, ScoreReplica if ranking else RecommendReplica)
@@ -191,6 +200,7 @@ def main(_: list[str]) -> None:
             options,
             wait_ms=_WAIT.value,
             page=_PAGE.value,
+            follow_s=_FOLLOW.value,
         )
         with saying(f"loading {workdir} and compiling; requests get 503 until it is done"):
             deploy(application, name)

@@ -1,7 +1,7 @@
 """Trains one configuration.
 
 python -m experiments.train --config=ml1m_hstu --workdir=runs/ml1m_hstu
-    [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--overwrite]
+    [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--overwrite] [--init_from=RUN]
     [--record=experiments/results/NAME.json] [--profile]
     [--distributed | --coordinator=HOST:PORT --processes=N --process=I]
 
@@ -32,6 +32,11 @@ from ultra_hstu.workdir import Workdir
 _CONFIG = command.define_config()
 _WORKDIR = command.as_path(
     flags.DEFINE_string("workdir", None, "folder of the run; made if it does not exist")
+)
+_INIT_FROM = command.as_path(
+    flags.DEFINE_string(
+        "init_from", None, "folder of a run whose parameters this one starts from: train.init_from"
+    )
 )
 _SHOW = flags.DEFINE_bool(
     "show", False, "print the configuration, with what differs from the defaults, and do no more"
@@ -90,6 +95,14 @@ def main(_: list[str]) -> None:
         logging.getLogger("ultra_hstu").setLevel(logging.ERROR)  # one process warns for all
     console = report.make_console(quiet=not first)
     config = command.resolved(_CONFIG.value)
+    if _INIT_FROM.value is not None:
+        source = str(Path(_INIT_FROM.value).absolute())
+        if config.train.init_from not in (None, source):
+            raise ValueError(
+                f"--init_from={source} and --config.train.init_from={config.train.init_from} name "
+                "two runs: leave one out"
+            )
+        config = changed(config, train={"init_from": source})
     tasks.check(config)
     tasks.check_names(config)
     if _SHOW.value:
@@ -142,10 +155,16 @@ def main(_: list[str]) -> None:
         mean, deviation = mean_and_deviation([result["best"] for result in results])
         record.values |= {"mean": mean, "stdev": deviation}
         rows |= {"mean": mean, "standard deviation": deviation}
-    with progress.waiting(working, "result", "measuring what needs no model"):
-        without_model = task.baselines("test")
-    for result in results if first else ():
-        warn_below_floor(result, without_model, criteria)
+    without_model: dict[str, Metrics] = {}
+    if config.train.protocol == "windows":
+        for result in results:
+            title = f"{config.name}, seed {result['seed']}: each window before it is learned"
+            console.print(report.windows_table(title, result["windows"], criteria))
+    else:
+        with progress.waiting(working, "result", "measuring what needs no model"):
+            without_model = task.baselines("test")
+        for result in results if first else ():
+            warn_below_floor(result, without_model, criteria)
     title = f"{config.name}: test, {report.conditions(config)}"
     console.print(report.metrics_table(title, rows | without_model, criteria))
     console.print(

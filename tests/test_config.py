@@ -13,11 +13,11 @@ from ml_collections import config_flags
 
 from experiments import configs
 from experiments.command import ConfigParser
+from kernels import fp8
 from tests.serving.small_serving import unchecked
 from ultra_hstu import criteria, fields
 from ultra_hstu.config import ChannelConfig, Config, from_config_dict, to_config_dict
 from ultra_hstu.fields import Section, changed, difference
-from ultra_hstu.nn import fp8
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.remat import policy_of
 from ultra_hstu.serving.scoring import ScoringModel
@@ -27,7 +27,7 @@ NAMES = """
     synthetic ml100k_hstu ml1m_sasrec ml1m_hstu ml1m_hstu_large ml1m_ultra ml20m_sasrec ml20m_hstu
     ml20m_hstu_large books_sasrec books_hstu books_hstu_large beauty_sasrec beauty_hstu
     assistments_rank_hstu assistments_rank_ultra ml1m_rank_hstu ml1m_rank_ultra kuairand_rank_hstu
-    kuairand_rank_ultra long_ultra long_mst table table_rank
+    ml1m_hstu_features ml100k_hstu_features kuairand_rank_ultra long_ultra long_mst table table_rank
 """.split()
 
 

@@ -25,13 +25,15 @@ from ultra_hstu.checkpoint import Checkpoints, Position, abstract, load_params
 from ultra_hstu.criteria import RETRIEVAL, ranking
 from ultra_hstu.data.interactions import ordered
 from ultra_hstu.evaluate import Evaluator
+from ultra_hstu.json_files import write_json
 from ultra_hstu.progress import Epochs
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.run import Interrupted
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.step import run_steps
-from ultra_hstu.train import Interrupted, train
-from ultra_hstu.workdir import Workdir, write_json
+from ultra_hstu.train import train
+from ultra_hstu.workdir import Workdir
 
 QUIET = Console(quiet=True)
 ROOT = Path(__file__).parent.parent

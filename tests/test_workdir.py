@@ -27,10 +27,11 @@ from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.digests import digests
+from ultra_hstu.json_files import remedy_of, write_json
 from ultra_hstu.report import MetricLog, draw_curves, make_console, read_metrics
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.service import open_service
-from ultra_hstu.workdir import Workdir, remedy_of, write_json
+from ultra_hstu.workdir import Workdir
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path):

@@ -43,10 +43,10 @@ if TYPE_CHECKING:  # and by `__getattr__`, which reads it
     from ultra_hstu.parallel.layout import Layout
     from ultra_hstu.parallel.mesh import make_mesh
     from ultra_hstu.parallel.shards import Shards
+    from ultra_hstu.run import Interrupted
     from ultra_hstu.sequences import Sequences
     from ultra_hstu.serving.recommend import RecommendationModel
     from ultra_hstu.serving.service import open_service
-    from ultra_hstu.train import Interrupted
 
 __all__ = [
     "HSTU",

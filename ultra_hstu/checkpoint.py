@@ -24,9 +24,10 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from ultra_hstu.criteria import Metrics
 from ultra_hstu.digests import digests
+from ultra_hstu.json_files import remedy_of
 from ultra_hstu.parallel import processes
 from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
-from ultra_hstu.workdir import Workdir, remedy_of
+from ultra_hstu.workdir import Workdir
 
 BEST_STEP, HASHES, SHA256 = "best_step", "hashes", "sha256"  # beside the position itself
 ANSWER_SECONDS = 60  # after a process has read a checkpoint, the others have nearly done so
@@ -49,6 +50,7 @@ class Position:
     last: Metrics = dataclasses.field(default_factory=dict)
     seconds: float = 0.0  # spent training and evaluating, without compilation
     compile_seconds: float = 0.0  # over all starts
+    init_from: dict[str, Any] = dataclasses.field(default_factory=dict)  # the run that it began as
 
     @classmethod
     def of(cls, values: dict[str, Any], where: str) -> "Position":
@@ -359,8 +361,20 @@ def load_params(folder: Workdir, recipe: MakesState) -> tuple[int, Any]:
       ValueError: if the run has no checkpoint, none that can be read, or parameters that are not
         finite.
     """
+    step, state, _ = load_state(folder, abstract(jax.eval_shape(lambda: recipe.init(0))))
+    return step, state.params
+
+
+def load_state(folder: Workdir, like: PyTree) -> Restored:
+    """As `load_params`, with all of the state; `like` has its shapes, dtypes and shardings."""
     checkpoints = Checkpoints(folder.checkpoints, read_only=True)
-    restored = checkpoints.restore(abstract(jax.eval_shape(lambda: recipe.init(0))), best=True)
+    restored = checkpoints.restore(like, best=True)
+    if restored is None and folder.result.exists() and folder.path.name.startswith("window_"):
+        keep = folder.read_config().train.keep_checkpoints
+        raise ValueError(
+            f"{folder.path} has no checkpoint any more: the train.keep_checkpoints={keep} newest "
+            "windows keep theirs"
+        )
     if restored is None or restored.step == UNTRAINED:
         raise ValueError(
             f"{folder.path} has no checkpoint yet: train it first, "
@@ -368,10 +382,11 @@ def load_params(folder: Workdir, recipe: MakesState) -> tuple[int, Any]:
         )
     step, state, _ = restored
     params = state.params
+    checkpoints.let_go()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and not jnp.isfinite(leaf).all():
             raise ValueError(
                 f"the checkpoint of step {step} in {folder.path} holds NaN or infinity in "
                 f"{jax.tree_util.keystr(path)}: train again"
             )
-    return step, params
+    return restored

@@ -17,21 +17,24 @@ from ultra_hstu.profiling import ProfiledCall
 from ultra_hstu.step import HISTORY, TrainState, run_steps
 from ultra_hstu.task import Task
 
+Program = jax.stages.Compiled | ProfiledCall  # of a training call
+
 
 def compile_run(
     task: Task,
     loader: Loader,
-    evaluator: Evaluator,
+    evaluator: Evaluator | None,
     state: TrainState,
     console: Console,
     *,
     profile: Path | None = None,
-) -> jax.stages.Compiled | ProfiledCall:
+) -> Program:
     """The training call, compiled for the shapes that all its calls have.
 
     The evaluation is traced, too; it is compiled while training begins.
 
     Args:
+      evaluator: None: its program was compiled before.
       profile: the folder for a trace of the second call, or of the only one.
     """
     plan = loader.plan()
@@ -50,12 +53,14 @@ def compile_run(
         training = programs.begin(call, arguments, results, ["run_steps", recipe], pool)
         model = progress.model(task.config, state.params, training.choices)
         progress.line(console, "model", f"{model}, {len(plan):,} steps an epoch")
-        evaluator.begin(state.params, pool)
+        if evaluator is not None:
+            evaluator.begin(state.params, pool)
         pool.shutdown(wait=False)
         compiled = training.program.result()
-        if processes.several():
+        if processes.several() and evaluator is not None:
             evaluator.wait()
         came("the training step; the evaluation meanwhile")
+    processes.barrier()
     if profile is None:
         return compiled
     config = task.config.train

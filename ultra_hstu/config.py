@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import ml_collections
 
 from ultra_hstu import fields
+from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 from ultra_hstu.paths import LocalPath
 from ultra_hstu.sections import (
@@ -20,6 +21,7 @@ from ultra_hstu.sections import (
     ParallelConfig,
     RankConfig,
     SyntheticConfig,
+    WindowsConfig,
 )
 from ultra_hstu.table_config import TableConfig
 
@@ -113,6 +115,10 @@ class ModelConfig(Section):
     channels: dict[str, ChannelConfig] = dataclasses.field(default_factory=dict)
     # Precision of the uvqk and output projections in the forward; "same" follows dtype.
     projection: Literal["same", "fp8"] = "same"
+    # Of the products that make the gradients of what those projections read: fp8 beside fp8.
+    projection_gradient: Literal["same", "fp8"] = "same"
+    # Of kernels.norm_linear and kernels.gated_linear; None: the best for the device.
+    layer_implementation: str | None = None
     # What the backward computes again instead of keeping it.
     remat: Literal["none", "selective"] = "none"
     # Mini-sequences: rows that token-wise parts work on at one time; None: all.
@@ -124,10 +130,11 @@ class LossConfig(Section):
     # What a softmax is taken over: items drawn uniformly, targets of the batch, or all items.
     kind: Literal["sampled", "in_batch", "full"] = "sampled"
     negatives: Count = 128  # per position
+    rows_per_draw: Count = 1  # so many successive rows of a batch share their negatives
     temperature: Positive[float] = 0.05  # scores are divided by it
     l2_normalize: bool = True  # scores are cosines
     log_q: bool = True  # in_batch: correct for the items' frequency in training
-    # Rows whose logits exist at one time. None: 512 on a CPU (its cache), 4096 on an accelerator.
+    # Rows whose logits exist at one time. None: what suits the device.
     chunk_rows: Count | None = None
 
 
@@ -138,7 +145,10 @@ class TrainConfig(Section):
         NotNegative[int],
         Limit(lambda value: value < 2**32, "below 2^32: larger seeds would repeat smaller ones"),
     ] = 42  # of the first parameters, and of the order and dropout of every epoch
-    protocol: str = "published"  # published, validated, temporal; of ranking, chronological
+    # published, validated, temporal; of ranking, chronological; of both, windows
+    protocol: str = "published"
+    # Folder of a run whose parameters this one starts from; None: from those of the seed.
+    init_from: LocalPath | None = None
     eval_every: Count = 1  # epochs between two evaluations
     eval_users: Count = 256  # users scored at one time
     # Epochs without a better NDCG@10 (ranking: NE) before stopping. None: 10; under `published`
@@ -159,8 +169,10 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     rank: RankConfig = RankConfig()
+    features: FeatureConfig = FeatureConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    windows: WindowsConfig = WindowsConfig()
     parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -186,13 +198,15 @@ class Config(Section):
     def of_table(self) -> "Config":
         """The same with the tasks of own data, reading what signals and features are made from."""
         rank, table, train = self.rank, self.data.table, self.train
-        if self.data.source != "table":
-            return self
-        if table.tasks and not rank.tasks:  # ranking has one protocol
+        if table.tasks and not rank.tasks:
             rank = dataclasses.replace(rank, tasks=tuple(table.tasks))
-            train = dataclasses.replace(train, protocol="chronological")
+            if train.protocol != "windows":  # ranking has one other
+                train = dataclasses.replace(train, protocol="chronological")
+        if self.data.source != "table":  # whose columns are known
+            return dataclasses.replace(self, rank=rank, train=train)
         names = [*rank.tasks, *rank.signals, *(one.signal for one in self.model.channels.values())]
-        data = dataclasses.replace(self.data, table=table.with_columns(rank.features, names))
+        columns = table.with_columns(rank.features, names, self.features.columns)
+        data = dataclasses.replace(self.data, table=columns)
         return dataclasses.replace(self, data=data, rank=rank, train=train)
 
     def validate(self) -> None:
@@ -203,6 +217,11 @@ class Config(Section):
         self._validate_parallel()
         if self.rank.tasks:
             self._validate_ranking()
+        if self.train.protocol == "windows" and self.data.ties == "random":
+            raise ValueError(
+                "data.ties='random' draws an order over all events, later ones too: use 'stable' "
+                "with train.protocol='windows'"
+            )
         decay, warmup = self.optim.decay_steps, self.optim.warmup_steps
         if decay is not None and decay <= warmup:
             raise ValueError(f"optim.decay_steps={decay} must be above optim.warmup_steps={warmup}")
@@ -215,8 +234,6 @@ class Config(Section):
                 f"data.batch_tokens={data.batch_tokens} cannot hold one history of "
                 f"data.max_history={data.max_history} events"
             )
-        if data.placement == "shards":
-            self._validate_shards()
         if data.load_balance and data.stochastic_length is None:
             needs = "needs data.stochastic_length: it chooses which histories stay whole"
             raise ValueError(f"data.load_balance=True {needs}")
@@ -226,6 +243,7 @@ class Config(Section):
                 f"rank.test_fraction={rank.test_fraction!r}: their sum must be in (0, 1)"
             )
         data.table.check(data.source, [*rank.signals, *rank.tasks])
+        self.features.check(data.stochastic_length, data.layout, ranking=bool(rank.tasks))
         if self.eval.time == "request" and not rank.tasks:
             raise ValueError(
                 "eval.time='request' is for ranking, whose requests have several targets: "
@@ -237,23 +255,6 @@ class Config(Section):
                 f"model.channels={sorted(channels)}, train.protocol={protocol!r}: a mixture and "
                 "the chronological split are for ranking; name rank.tasks"
             )
-
-    def _validate_shards(self) -> None:
-        """Raises NotImplementedError for what needs all events in memory."""
-        needs = {
-            "rank.tasks": (self.rank.tasks, self.rank.tasks != ()),
-            "train.protocol": (self.train.protocol, self.train.protocol == "temporal"),
-            "data.subsequence": (
-                self.data.subsequence,
-                self.data.stochastic_length is not None and self.data.subsequence != "recent",
-            ),
-        }
-        for field, (value, in_memory) in needs.items():
-            if in_memory:
-                raise NotImplementedError(
-                    f"{field}={value!r} needs all events in memory, and data.placement='shards' "
-                    "keeps them on the disk: use --config.data.placement=stream"
-                )
 
     def _validate_encoder(self) -> None:
         """Options of layers that do not fit together, or that only some encoders have."""
@@ -279,8 +280,12 @@ class Config(Section):
                 raise ValueError(f"model.truncate_after={after} {below}")
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
-            lacks = (*masks, *cuts, "alpha", "projection", "remat", "chunk_rows")
+            lacks = (*masks, *cuts, "alpha", "projection", "projection_gradient")
+            lacks = (*lacks, "layer_implementation", "remat", "chunk_rows")
             without["model.kind='sasrec'", "use 'hstu'"] = lacks
+        if model.projection == "same":
+            why = "model.projection='same', whose gradients follow dtype"
+            without[why, "use projection='fp8'"] = ("projection_gradient",)
         if model.attention == "softmax":
             without["model.attention='softmax', which is plain causal", "use 'silu'"] = masks
         if model.preset == "research":
@@ -340,8 +345,12 @@ class Config(Section):
         for name in ("tasks", "signals", "features", "contextual"):
             if len(set(values := getattr(rank, name))) < len(values):
                 raise ValueError(f"rank.{name}={values} names one twice")
+        if self.train.protocol not in ("chronological", "windows"):
+            raise ValueError(
+                f"train.protocol={self.train.protocol!r} cannot be used for ranking: use "
+                "'chronological' or 'windows'"
+            )
         needed = {
-            "train.protocol": (self.train.protocol, "chronological"),
             "data.layout": (self.data.layout, "jagged"),
             "model.kind": (model.kind, "hstu"),
             # The softmax ablation lets targets see one another.

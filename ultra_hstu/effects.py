@@ -5,9 +5,11 @@ mistake. (Not of `parallel`: a command with its flags may go on with a run on fe
 one.) `Config.validate` refuses fields that contradict each other in any case.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 from ultra_hstu.config import Config
+from ultra_hstu.table_config import RULES
 
 TARGETS = ("input", "features", "contextual", "targets", "positions", "supervise", "head_width")
 FRACTIONS = ("validation_fraction", "test_fraction")
@@ -34,16 +36,26 @@ def _data(config: Config) -> Iterator[tuple[str, str]]:
     if config.train.protocol != "temporal":
         why = f"under train.protocol={config.train.protocol}"
         yield "data.temporal_test_fraction", f"{why}: 'temporal' reads it"
+    if config.train.protocol != "windows":
+        yield "windows", f"under train.protocol={config.train.protocol}: 'windows' reads it"
+    elif config.rank.tasks:
+        yield "windows.targets", "for ranking, which asks about all events of a window"
     if data.stochastic_length is None:
         yield "data.subsequence", "without data.stochastic_length, which cuts histories"
     if not data.load_balance:
         yield "data.recalibrate_every", "without data.load_balance"
-    for name in ("synthetic", "table"):
-        if data.source != name:
-            yield f"data.{name}", f"under data.source={data.source}"
+    why = f"under data.source={data.source}"
+    if data.source != "synthetic":
+        yield "data.synthetic", why
+    if data.source == "synthetic":
+        yield "data.table", why
+    elif data.source != "table":  # a public set, whose files and columns are known
+        for field in dataclasses.fields(table):
+            if field.name not in RULES:
+                yield f"data.table.{field.name}", why
     if table.sample_users == 1:
         yield "data.table.sample_seed", "without data.table.sample_users"
-    if table.items_file is None:
+    if table.items_file is None and data.source == "table":
         for name in ("item_title", "unlisted_items"):
             yield f"data.table.{name}", "without data.table.items_file"
 
@@ -70,7 +82,8 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
         for name in (*TARGETS, *FRACTIONS):
             yield f"rank.{name}", "without rank.tasks: retrieval reads rank.signals alone"
     if loss.kind == "full":
-        yield "loss.negatives", "under loss.kind=full, which scores all items"
+        for name in ("negatives", "rows_per_draw"):
+            yield f"loss.{name}", "under loss.kind=full, which scores all items"
     if loss.kind != "in_batch":
         yield "loss.log_q", f"under loss.kind={loss.kind}: in_batch reads it"
     if config.rank.supervise == "all":

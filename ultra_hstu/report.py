@@ -16,8 +16,8 @@ from rich.table import Table
 
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import RETRIEVAL, Criteria, Metrics, display_name
+from ultra_hstu.json_files import not_written, parse_object, write_text
 from ultra_hstu.trackers import Guarded, TensorBoard, Tracker
-from ultra_hstu.workdir import not_written, parse_object, write_text
 
 _LINES = ("-", "--", "-.", ":")  # of what needs no model
 RECORD_FIELDS = {"step": int}  # of every line of `metrics.jsonl`
@@ -221,6 +221,67 @@ def draw_curves(
     figure.suptitle(title, fontsize=10)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def draw_windows(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    picture: Path,
+    criteria: Criteria = RETRIEVAL,
+    *,
+    title: str = "",
+) -> None:
+    """Draws `criteria.curves` over windows, the events of each window behind them.
+
+    Args:
+      runs: the rows of `result.json` under protocol `windows`, by the name of the run.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    keys = criteria.curves
+    figure, axes = plt.subplots(
+        1, len(keys), figsize=(6 * len(keys), 4.2), layout="constrained", squeeze=False
+    )
+    for axis, key in zip(axes[0], keys, strict=True):
+        behind = axis.twinx()
+        rows = next(iter(runs.values()))
+        bars = {row["window"]: row["events"] for row in rows if row["metrics"]}
+        behind.bar(list(bars), list(bars.values()), color="0.9", label="events")
+        behind.set(ylabel="events of the window")
+        behind.spines[["top"]].set_visible(False)
+        axis.set_zorder(behind.get_zorder() + 1)
+        axis.patch.set_visible(False)
+        for number, (name, of_run) in enumerate(runs.items()):
+            points = {row["window"]: row["metrics"].get(key) for row in of_run if row["metrics"]}
+            line = {"color": f"C{number}", "marker": "o", "markersize": 3, "label": name}
+            axis.plot(list(points), list(points.values()), **line)
+        axis.set(title=f"{display_name(key)} before a window is learned", xlabel="window")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside lower center"
+    )
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def windows_table(title: str, rows: Sequence[Mapping[str, Any]], criteria: Criteria) -> Table:
+    """One line a window: its events, and how the model of the one before did on it."""
+    names = ["period", "events", "users", "new users", "new items", "targets", "steps"]
+    shown = criteria.curves
+    table = Table("window", *names, *map(display_name, shown), title=title, box=rich.box.SIMPLE)
+    for row in rows:
+        counts = [row[name.replace(" ", "_")] for name in names]
+        cells = [one if isinstance(one, str) else f"{one:,}" for one in counts]
+        metrics = [row["metrics"].get(name) for name in shown]
+        table.add_row(
+            str(row["window"]), *cells, *("" if one is None else f"{one:.4f}" for one in metrics)
+        )
+    return table
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:

@@ -58,6 +58,29 @@ class EvalConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class WindowsConfig(Section):
+    """Data that goes on, under `train.protocol="windows"`: docs/windows.md.
+
+    A model learns from a window, is evaluated on the next one, learns from that one, and so on.
+    """
+
+    by: Literal["month", "day", "event"] = "month"  # what a window is measured in, UTC
+    size: Count = 1  # so many of them a window
+    first: Count = 1  # so many windows are the first one, which the run starts with
+    count: Count | None = None  # at most so many windows, the oldest; None: all
+    # Training steps on each later window; None: train.epochs epochs.
+    steps: Count | None = None
+    # Later windows start from the parameters of the one before and learn its events alone; or anew,
+    # from all events up to its end.
+    start: Literal["continued", "anew"] = "continued"
+    # Retrieval: which of a user's events in the next window are asked about, each with all events
+    # before it as history. The first is the only one with nothing of that window in its history.
+    targets: Literal["first", "last", "all"] = "first"
+    # Set by a run in the folder of a window: which one its model has learned from last.
+    number: NotNegative[int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class RankConfig(Section):
     """What the user will do with each target. Without tasks a run is retrieval."""
 

@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from ultra_hstu import provenance
+from ultra_hstu.json_files import read_object, write_json
 from ultra_hstu.parallel import processes
-from ultra_hstu.workdir import Workdir, read_object, write_json
+from ultra_hstu.workdir import Workdir
 
 log = logging.getLogger(__name__)
 STARTED = "still at work, or killed"
 
 
 @contextlib.contextmanager
-def recorded(folder: Workdir) -> Iterator[None]:
+def recorded(folder: Workdir) -> Iterator[dict[str, Any]]:
     """Writes a start down, then its end; releases the claimed folder.
+
+    The block gets the entry, and may add to it.
 
     An entry of "runs" has what `provenance` says (command, commit, versions, device, ...), the
     dates "started" and "ended" (UTC), the wall clock between them in "seconds", and the "outcome":
@@ -34,7 +37,7 @@ def recorded(folder: Workdir) -> Iterator[None]:
         runs.append(entry)
         _write(folder, runs)
         try:
-            yield
+            yield entry
             entry["outcome"] = "done"
         except BaseException as error:
             entry["outcome"] = f"{type(error).__name__}: {error}"

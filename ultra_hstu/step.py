@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,12 @@ def require_jit() -> None:
         )
 
 
+def shapes(tree: PyTree) -> Hashable:
+    """The structure of a pytree, with shape and dtype of its arrays: what is compiled for."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
 def largest_weight(params: Params) -> float:
     """The largest magnitude in the parameters that this process holds."""
     return max(
@@ -81,6 +87,15 @@ class Steps[Model: nnx.Module](abc.ABC):
 
         In a mesh it is this device's share, and the shares add up.
         """
+
+    def folded(self, params: Params) -> tuple["Steps[Model]", Params]:
+        """The recipe and parameters of the model that answers, where it is another one."""
+        return self, params
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether its programs hold constants of the data, so that other data needs others."""
+        return False
 
     @functools.cached_property
     def graphdef(self) -> nnx.GraphDef:

@@ -15,11 +15,13 @@ from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data.feed import BatchGather, EventStore, Loader
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.packing import WHOLE, BufferRows, ExampleTable, HostColumns, Planner
+from ultra_hstu.data.room import room
 from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
 from ultra_hstu.data.shards import ShardStore
 from ultra_hstu.evaluate import STEPS_PER_CALL, Evaluator
 from ultra_hstu.flops import Flops
-from ultra_hstu.step import Steps
+from ultra_hstu.step import Params, Steps
+from ultra_hstu.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +33,9 @@ class Task[Events](abc.ABC):
     config: Config
     interactions: Interactions
     store: EventStore[Events] | ShardStore[Events]
+    # Of a run over windows, whose programs serve several of them: sizes that grow with the data are
+    # rounded up to powers of two.
+    roomy: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.config.eval.time != "target" and not self.interactions.timed:
@@ -45,8 +50,20 @@ class Task[Events](abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def of(cls, config: Config, interactions: Interactions) -> "Task":
-        """The task on data that is in memory. Raises ValueError where the two do not suit."""
+    def of(
+        cls,
+        config: Config,
+        interactions: Interactions,
+        *,
+        since: int | None = None,
+        roomy: bool = False,
+    ) -> "Task":
+        """The task on data that is in memory. Raises ValueError where the two do not suit.
+
+        Args:
+          since: under protocol `windows`, when the window begins that ends with the data; None: all
+            of the data is one window.
+        """
 
     @property
     @abc.abstractmethod
@@ -58,6 +75,15 @@ class Task[Events](abc.ABC):
     def criteria(self) -> Criteria:
         """What a run is judged by."""
 
+    @property
+    @abc.abstractmethod
+    def vocabulary(self) -> Vocabulary:
+        """What the entries of the tables stand for that grow with the data."""
+
+    @abc.abstractmethod
+    def sized(self, vocabulary: Vocabulary) -> Steps:
+        """The recipe of the same model on another vocabulary."""
+
     @abc.abstractmethod
     def examples(self, part: str) -> ExampleTable | Callable[[int, int], ExampleTable]:
         """The examples of one part of the split: "train", "validation" or "test".
@@ -65,6 +91,14 @@ class Task[Events](abc.ABC):
         Raises:
           ValueError: if the split has no such part.
         """
+
+    @abc.abstractmethod
+    def has(self, part: str) -> bool:
+        """Whether a part of the split has examples."""
+
+    @abc.abstractmethod
+    def count(self, part: str) -> int:
+        """How many targets a part of an evaluation has."""
 
     @abc.abstractmethod
     def gather(self, training: bool, rows: BufferRows, examples: int) -> BatchGather:
@@ -90,7 +124,7 @@ class Task[Events](abc.ABC):
         return Loader(
             self.store,
             self.examples(part),
-            functools.partial(self.gather, training),
+            functools.partial(self._gather, training),
             batch_users=batch_users,
             steps_per_call=steps_per_call,
             rows=config.data.batch_tokens if training else None,
@@ -100,6 +134,13 @@ class Task[Events](abc.ABC):
             mesh=self.recipe.mesh,
             groups=config.parallel.batch_groups if training else None,
         )
+
+    def _gather(self, training: bool, rows: BufferRows, examples: int) -> BatchGather:
+        if self.roomy:
+            parallel = self.config.parallel
+            buffers = parallel.batch_groups // parallel.data if training else 1
+            rows = tuple(buffers * room(-(-one // buffers)) for one in rows)
+        return self.gather(training, rows, examples)
 
     def planner(self) -> Planner:
         """Training sees parts of histories under stochastic length; evaluation sees whole ones."""
@@ -114,6 +155,12 @@ class Task[Events](abc.ABC):
         timestamps = self.interactions.timestamps if data.subsequence == "weighted" else None
         mesh = self.recipe.mesh
         return SampledPlanner(sampling, self.histories, timestamps, mesh)
+
+    def folded(self, params: Params) -> tuple["Task", Params]:
+        """The task and parameters of the model that answers: features are part of embeddings."""
+        recipe, params = self.recipe.folded(params)
+        task = self.with_config(recipe.config) if recipe is not self.recipe else self
+        return task, params
 
     @abc.abstractmethod
     def evaluator(self, split: str) -> Evaluator:

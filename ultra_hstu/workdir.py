@@ -9,6 +9,7 @@ metrics.jsonl    one line a record, the same values as TensorBoard's
 tensorboard/
 curves.png       loss and metrics over epochs
 result.json      the numbers of a finished run
+vocabulary.json  values of features of events and of users, where a run reads such
 profile/         a trace of some steps, where `--profile` asked for one
 run.json         every start of the run: command, commit, versions, device, dates, seconds
 
@@ -16,15 +17,12 @@ The folder of `experiments.train --seeds=...` holds one such folder for each see
 """
 
 import dataclasses
-import errno
 import fcntl
-import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 
@@ -33,12 +31,14 @@ from ultra_hstu.config import Config, from_config_dict
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import ARRAYS, Interactions
 from ultra_hstu.fields import difference
+from ultra_hstu.json_files import not_written, read_object, write_json
 
 # Fields that may change between two starts of the same run: they say where and how long, not what
 # is computed.
 FREE_FIELDS = (
     *(f"data.{name}:" for name in ("raw_dir", "data_dir", "table.items_file", "table.users_file")),
     *(f"train.{name}:" for name in ("epochs", "keep_checkpoints", "checkpoint_minutes")),
+    "windows.count:",
     *(f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")),
 )
 # Orbax finds the files of a checkpoint by patterns that begin with its path, and takes /gs/NAME for
@@ -47,15 +47,6 @@ PATTERN_CHARACTERS, BUCKET_FOLDERS = set("*?[\\"), {"gs", "s3", "az", "hf"}
 # What these files hold at least. (Sections that came later are missing in older folders.)
 CONFIG_FIELDS = {"name": str} | dict.fromkeys(("data", "model", "loss", "optim", "train"), dict)
 DATA_FIELDS = {"users": int, "items": int, "events": int, "sha256": str}
-# What to do about a write that failed.
-REMEDIES = {
-    errno.ENOSPC: "Make room",
-    errno.EDQUOT: "Make room",
-    errno.EACCES: "Make the folder writable",
-    errno.EPERM: "Make the folder writable",
-    errno.EROFS: "Make the folder writable, or choose another",
-    errno.ENAMETOOLONG: "Choose a shorter path",
-}
 
 log = logging.getLogger(__name__)
 
@@ -86,23 +77,35 @@ class Workdir:
         self.curves = self.path / "curves.png"
         self.result = self.path / "result.json"
         self.starts = self.path / "run.json"
+        self.vocabulary = self.path / "vocabulary.json"
         self._lock: IO[str] | None = None
 
     @property
     def seeds(self) -> dict[int, "Workdir"]:
         """The runs that this folder holds for several seeds, by seed; mostly none."""
+        return self._inside("seed_")
+
+    @property
+    def windows(self) -> dict[int, "Workdir"]:
+        """The models of a run under protocol `windows`, one a window, by number; mostly none."""
+        return self._inside("window_")
+
+    def _inside(self, prefix: str) -> dict[int, "Workdir"]:
+        """The folders of runs that this one holds under names that end in a number."""
         found = {
-            int(path.name[5:]): path
-            for path in self.path.glob("seed_*[0-9]")
-            if path.name[5:].isdigit() and (path / "config.json").exists()
+            int(number): path
+            for path in self.path.glob(f"{prefix}*[0-9]")
+            if (number := path.name.removeprefix(prefix)).isdigit()
+            and (path / "config.json").exists()
         }
-        return {seed: Workdir(found[seed]) for seed in sorted(found)}
+        return {number: Workdir(found[number]) for number in sorted(found)}
 
     @property
     def is_trained(self) -> bool:
         """Whether there is something to lose: a checkpoint, or the numbers of a finished run."""
         steps = self.checkpoints.glob("[1-9]*")  # step 0 is written and deleted, as a trial
-        return self.result.exists() or any(step.name.isdigit() for step in steps)
+        trained = self.result.exists() or any(step.name.isdigit() for step in steps)
+        return trained or any(folder.is_trained for folder in self.windows.values())
 
     def claim(self, config: Config, *, overwrite: bool = False) -> None:
         """Makes the folder this run's own, until `release` or the end of the process.
@@ -208,9 +211,11 @@ class Workdir:
 
     def _remove(self, but: Path | None = None) -> None:
         """Removes what a run writes, and nothing else; the configuration last."""
-        files = (self.data, self.catalog, self.interactions, self.metrics, self.curves, self.result)
+        files = [self.data, self.catalog, self.interactions, self.metrics, self.curves]
+        files += [self.vocabulary, self.result]
         try:
-            for path in (self.checkpoints, self.tensorboard, self.profile):
+            inside = [folder.path for folder in self.windows.values()]
+            for path in (self.checkpoints, self.tensorboard, self.profile, *inside):
                 if path.exists():
                     shutil.rmtree(path)
             for path in (*files, self.starts, self.config):
@@ -236,7 +241,8 @@ class Workdir:
                 log.warning("the catalogue is written again from the data: %s", error)
         try:
             interactions.catalog.save(self.catalog)
-            if self.read_config().data.source == ARRAYS:
+            config = self.read_config()  # (windows share the data of their run)
+            if config.data.source == ARRAYS and config.windows.number is None:
                 interactions.save(self.interactions)
         except OSError as error:
             raise not_written(self.catalog, error) from error
@@ -244,8 +250,14 @@ class Workdir:
             write_json(self.data, interactions.fingerprint())
 
     def check_data(self, interactions: Interactions) -> None:
-        """Raises ValueError, with the difference, if the data is not what was trained on."""
-        changed = difference(self.read_data(), interactions.fingerprint())
+        """Raises ValueError, with the difference, if the data is not what was trained on.
+
+        A run from before there were features of items reads none.
+        """
+        stored, now = self.read_data(), interactions.fingerprint()
+        if "item_features" not in stored:
+            now.pop("item_features", None)
+        changed = difference(stored, now)
         if changed:
             listed = "\n  ".join(changed)
             raise ValueError(
@@ -253,6 +265,11 @@ class Workdir:
                 "Point data.raw_dir at that data. To learn from new events, train into another "
                 "--workdir or with --overwrite; to recommend after them, give --history."
             )
+
+    def newest(self) -> "Workdir":
+        """The folder of the model of the newest finished window; else this one."""
+        done = [folder for folder in self.windows.values() if folder.result.exists()]
+        return done[-1] if done else self
 
     def release(self) -> None:
         """Lets another process (or another run of this one) claim the folder."""
@@ -298,91 +315,15 @@ class Workdir:
         return catalog
 
     def read_for_one_device(self, raw_dir: str | None = None) -> Config:
-        """`read_config` as one device computes it; `raw_dir`: where the raw data is, if moved."""
+        """`read_config` as one device computes it; `raw_dir`: where the raw data is, if moved.
+
+        Raises ValueError as it does, and for the folder of several windows.
+        """
         config = self.read_config().on_one_device()
+        if config.train.protocol == "windows" and config.windows.number is None:
+            raise ValueError(
+                f"{self.path} holds the models of {len(self.windows)} windows: name one of them, "
+                f"such as --workdir={self.newest().path}"
+            )
         data = dataclasses.replace(config.data, raw_dir=raw_dir or config.data.raw_dir)
         return dataclasses.replace(config, data=data)
-
-
-def require_same(runs: Sequence[Workdir]) -> None:
-    """Raises ValueError, with the difference, for runs that differ in more than their seeds."""
-    first, *others = (dataclasses.asdict(folder.read_config()) for folder in runs)
-    for folder, config in zip(runs[1:], others, strict=True):
-        config["train"]["seed"] = first["train"]["seed"]
-        if lines := [one for one in difference(first, config) if not one.startswith(FREE_FIELDS)]:
-            listed = "\n  ".join(lines)
-            raise ValueError(
-                f"{folder.path} has another configuration than {runs[0].path}, so that no mean is "
-                f"taken:\n  {listed}\nName one of them with --workdir."
-            )
-
-
-def read_object(path: Path, fields: Mapping[str, type], remedy: str) -> dict[str, Any]:
-    """The JSON object in a file of a run.
-
-    Args:
-      fields: names that the object must have, and the type of each value.
-
-    Raises:
-      ValueError: naming the file, the line and the remedy.
-    """
-    try:
-        return parse_object(path.read_bytes(), fields)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {remedy}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}, {error}: {remedy}") from None
-
-
-def parse_object(text: bytes, fields: Mapping[str, type], first_line: int = 1) -> dict[str, Any]:
-    """The JSON object in a text. Raises ValueError ("line 3: not JSON ...") as `read_object`."""
-    try:
-        value = json.loads(text.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"line {line}: not JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        line = first_line + text.count(b"\n", 0, error.start)
-        raise ValueError(f"line {line}: not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {first_line}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"line {first_line}: {value!r:.60} is not a JSON object")
-    for name, kind in fields.items():
-        if not isinstance(value.get(name), kind):
-            found = f"{value.get(name)!r:.60}"
-            raise ValueError(f"line {first_line}: {name!r} is {found}, not {kind.__name__}")
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes the whole file or nothing."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or nothing; a failed write leaves the old file as it was."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise not_written(path, error) from error
-
-
-def not_written(what: str | os.PathLike[str], error: BaseException) -> OSError:
-    """The error to raise for a failed write; it says what to do."""
-    return OSError(f"{os.fspath(what)} could not be written ({error}). {remedy_of(error)}")
-
-
-def remedy_of(error: BaseException) -> str:
-    """What to do about a failed write, from the words of the operating system."""
-    said, seen = "", cast(BaseException | None, error)
-    while seen is not None:
-        said, seen = f"{said} {seen}", seen.__cause__ or seen.__context__
-    known = (todo for number, todo in REMEDIES.items() if os.strerror(number) in said)
-    return f"{next(known, 'Mend that')} and start the same command again."

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels.jagged import Counts, Rows
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals, runs
@@ -28,6 +28,7 @@ class AttentionSpec(NamedTuple):
       heads, k_width, v_width: H, K and V.
       biased: whether the calls have a relative bias.
       deterministic: as in `hstu_attention`.
+      longest: rows of the longest sequence that there may be, where the plan knows (`make_plan`).
     """
 
     dtype: DTypeLike
@@ -36,6 +37,7 @@ class AttentionSpec(NamedTuple):
     v_width: int
     biased: bool = False
     deterministic: bool = False
+    longest: int | None = None
 
 
 class Derived[V: Arrays](abc.ABC):
@@ -62,8 +64,8 @@ class TileSizes(Derived[TileBounds]):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "rows", "num_real", "stored"],
-    meta_fields=["mask", "sequences", "plain", "first_row", "own_keys", "stored_keys"],
+    data_fields=["keys", "rows", "num_real", "offsets", "stored"],
+    meta_fields=["mask", "sequences", "plain", "longest", "first_row", "own_keys", "stored_keys"],
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
@@ -76,6 +78,8 @@ class AttentionPlan:
       mask: the rules that keys and rows came from; kernels choose sizes by it.
       sequences: B, empty ones included.
       plain: no targets and no contextual tokens were named.
+      offsets: int32[B+1] of the sequences, where there are any.
+      longest: rows of the longest sequence that there may be; None where nobody promised.
       first_row: the first row that sees anything; before it there are only keys (see `partial`).
       own_keys: whether the rows are keys, too.
       stored, stored_keys: what `find` need not make again.
@@ -87,6 +91,8 @@ class AttentionPlan:
     mask: AttentionMask
     sequences: int
     plain: bool
+    offsets: Leaf[Int[Array, " B1"] | None] = None
+    longest: int | None = None
     first_row: int = 0
     own_keys: bool = True
     stored: Leaf[tuple[Arrays, ...]] = ()
@@ -150,6 +156,7 @@ def make_plan(
     num_rows: int,
     num_targets: ArrayLike | Counts = None,
     num_contextual: ArrayLike | Counts = None,
+    longest: int | None = None,
 ) -> AttentionPlan:
     """The plan of a batch. Works under `jit` with traced offsets.
 
@@ -158,7 +165,20 @@ def make_plan(
       offsets: int32[B+1].
       num_rows: T, the capacity of the buffer.
       num_targets, num_contextual: int32[B] or None.
+      longest: a promise that no sequence has more rows, which kernels of short sequences ask for
+        (the implementation `short`). Checked where offsets are concrete; results are undefined
+        where a traced batch breaks it. None: nothing is known.
+
+    Raises:
+      ValueError: a sequence is longer than `longest`.
     """
+    if longest is not None and not isinstance(offsets, jax.core.Tracer):
+        lengths = np.diff(np.asarray(offsets))
+        if (lengths > longest).any():
+            raise ValueError(
+                f"sequence {lengths.argmax()} has {lengths.max()} rows, more than longest = "
+                f"{longest}; raise longest or cut the sequence"
+            )
     offsets = jnp.asarray(offsets, jnp.int32)
     counts = (None if x is None else jnp.asarray(x) for x in (num_targets, num_contextual))
     where = Rows.of(offsets, num_rows, *counts)
@@ -169,6 +189,8 @@ def make_plan(
         mask=mask,
         sequences=offsets.shape[0] - 1,
         plain=num_targets is None and num_contextual is None,
+        offsets=offsets,
+        longest=longest,
     )
 
 

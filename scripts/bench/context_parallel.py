@@ -34,7 +34,7 @@ from scripts.bench.context_parallel_case import Case
 from scripts.bench.context_parallel_reshard import measure_reshard
 from scripts.bench.terminal import show
 from scripts.bench.turns import one_by_one
-from ultra_hstu import provenance, report, workdir
+from ultra_hstu import json_files, provenance, report
 from ultra_hstu.parallel.collectives import bytes_sent
 
 FLAGS = flags.FLAGS
@@ -221,7 +221,7 @@ def stage_confirm() -> Iterator[Measurement]:
             result = {"error": str(result)}
         runs.append({"bytes_found": bytes_found} | result)
         confirmed = provenance.provenance() | {"runs": runs}
-        workdir.write_json(path, record | {"confirmed": confirmed})
+        json_files.write_json(path, record | {"confirmed": confirmed})
 
     for context in range(1, min(2, len(devices)) + 1):
         for case, bytes_found in longest.lengths_to_confirm(record, context, memory):

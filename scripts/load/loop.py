@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 import aiohttp
@@ -77,11 +77,12 @@ class Seen:
     body: bytes
     began: float
     ended: float
+    version: str = ""  # of the model that answered, as the answer names it
 
 
 async def closed_loop(
     url: str,
-    requests: Sequence[Sent],
+    requests: Iterable[Sent],
     connections: int,
     seen: list[Seen] | None = None,
     what: str = "",
@@ -92,18 +93,19 @@ async def closed_loop(
 
     async def connection(session: aiohttp.ClientSession) -> None:
         for sent in turns:
-            began = time.perf_counter()
+            began, version = time.perf_counter(), ""
             try:
                 body, headers = io.BytesIO(sent.body), {"content-type": sent.kind}
                 async with session.request(
                     sent.method, sent.path, data=body, headers=headers
                 ) as response:
                     status, answer = response.status, await response.read()
+                    version = response.headers.get("x-model-version", "")
             except TimeoutError:
                 status, answer = -1, b""
             except aiohttp.ClientError:
                 status, answer = 0, b""
-            seen.append(Seen(sent, status, answer, began, time.perf_counter()))
+            seen.append(Seen(sent, status, answer, began, time.perf_counter(), version))
 
     async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(LIMIT_S)) as session:
         await asyncio.gather(*(connection(session) for _ in range(connections)))

@@ -18,12 +18,15 @@ from scripts.tables import (
     configuration,
     context_parallel,
     data,
+    features,
     long,
+    loss,
     overview,
     ranking,
     retrieval,
     sampling,
     speed,
+    windows,
 )
 from scripts.tables import serve as serve_tables
 from scripts.tables import serving as serving_tables
@@ -58,6 +61,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "context_reshard": context_parallel.reshard_table,
         "context_balance": context_parallel.balance_table,
     },
+    "docs/losses.md": {
+        "loss_gpu": loss.gpu_table,
+        "loss_cpu": loss.cpu_table,
+        "negatives": loss.negatives_table,
+    },
     "docs/http_service.md": {
         "serve_example": serve_tables.RECOMMEND.example,
         "score_example": serve_tables.SCORE.example,
@@ -72,9 +80,20 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "load_balance": sampling.load_balance_table,
         "int4": sampling.int4_table,
     },
+    "docs/features.md": {"item_features": features.item_features_table},
+    "docs/windows.md": {
+        "swap": windows.swap_table,
+        "windows": windows.compared_table,
+        "windows_ml1m": windows.windows_table,
+    },
     "docs/your_data.md": {"prepare": data.prepare_table},
     "docs/speed.md": {"step_by_kernel": speed.step_table, "start": speed.start_table},
     "docs/large_data.md": {"streaming": speed.streaming_table},
+    "docs/datasets.md": {
+        "sets": data.sets_table,
+        "categories": data.categories,
+        "lengths": data.lengths_table,
+    },
     "docs/cached_scoring.md": {
         "serving_operations": serving_tables.operations_table,
         "serving": serving_tables.serving_table,
@@ -93,6 +112,7 @@ FIGURES = (
     serving_tables.serving_figure,
     serve_tables.serve_figure,
     context_parallel.context_parallel_figure,
+    windows.draw,
 )
 
 

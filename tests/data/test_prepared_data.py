@@ -10,19 +10,16 @@ import pytest
 
 from tests.data.data_files import load
 from tests.data.official_files import official
+from ultra_hstu.config import SyntheticConfig
 from ultra_hstu.data import builder, npz
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.strings import STRINGS, pack, unpack
 from ultra_hstu.data.sums import SUMS
 
-FILES = (
-    "*.array_record*",
-    "dataset_info.json",
-    "features.json",
-    "catalog.npz",
-    "contexts.npz",
-    SUMS,
-)
+FILES = {
+    "ml-1m": ("interactions.npz", "reading.json", "catalog.npz", "contexts.npz", SUMS),
+    "synthetic": ("*.array_record*", "dataset_info.json", "features.json", "catalog.npz", SUMS),
+}
 DAMAGES = {
     "cut": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
@@ -32,6 +29,9 @@ DAMAGES = {
 }
 
 
+SMALL = SyntheticConfig(users=4, length=4, items=20, categories=4)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
@@ -39,10 +39,20 @@ def prepared(tmp_path_factory):
     return folder, raw, load(folder, "ml-1m", raw)
 
 
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generated")
+    return folder, None, load(folder, "synthetic", synthetic=SMALL)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("pattern", FILES)
-def test_what_was_damaged_is_prepared_again(prepared, tmp_path, caplog, pattern, damage):
-    folder, raw, before = prepared
+@pytest.mark.parametrize(
+    ("source", "pattern"), [(source, name) for source, names in FILES.items() for name in names]
+)
+def test_what_was_damaged_is_prepared_again(
+    prepared, generated, tmp_path, caplog, source, pattern, damage
+):
+    folder, raw, before = prepared if source == "ml-1m" else generated
     shutil.copytree(folder / "prepared", tmp_path / "prepared")
     (path,) = (tmp_path / "prepared").rglob(pattern)
     data = path.read_bytes()
@@ -50,12 +60,12 @@ def test_what_was_damaged_is_prepared_again(prepared, tmp_path, caplog, pattern,
         path.unlink()
     else:
         path.write_bytes(change(data))
-    after = load(tmp_path, "ml-1m", raw)
+    after = load(tmp_path, source, raw, synthetic=SMALL)
     assert after.fingerprint() == before.fingerprint()
     if path.name != SUMS:
         assert f"{path.name} " in caplog.text and "prepared again" in caplog.text
     caplog.clear()
-    load(tmp_path, "ml-1m", raw)
+    load(tmp_path, source, raw, synthetic=SMALL)
     assert not caplog.text
 
 

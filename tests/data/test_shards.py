@@ -216,6 +216,8 @@ def test_a_killed_writer_leaves_nothing_that_is_read(tmp_path):
     "fields, named",
     [
         ({"train__protocol": "temporal"}, "train.protocol='temporal'"),
+        ({"train__protocol": "windows"}, "train.protocol='windows'"),
+        ({"rank__contextual": ("age",)}, "rank.contextual"),
         ({"rank__tasks": ("good",), "train__protocol": "chronological"}, "rank.tasks"),
         (
             {"data__stochastic_length": 1.5, "data__subsequence": "random"},
@@ -226,7 +228,7 @@ def test_a_killed_writer_leaves_nothing_that_is_read(tmp_path):
 def test_what_needs_all_events_is_refused_by_name(data_dir, fields, named):
     config = with_(on_disk(small_config(data_dir)), **fields)
     with pytest.raises(NotImplementedError, match=f"{named}.*data.placement=stream"):
-        config.validate()
+        tasks.check(config)
 
 
 def test_events_of_a_program_are_refused(data_dir):

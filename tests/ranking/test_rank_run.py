@@ -30,8 +30,9 @@ from ultra_hstu import signals, tasks
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.ranking.task import RankingTask
+from ultra_hstu.run import Interrupted
 from ultra_hstu.serving.artefact import Scorer
-from ultra_hstu.train import Interrupted, train
+from ultra_hstu.train import train
 
 ROOT = Path(__file__).parents[2]
 NAMES = [

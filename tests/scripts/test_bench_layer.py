@@ -47,7 +47,7 @@ def test_memory_of_a_layer(v_width, chunk_rows):
             chunk_rows=chunk_rows,
             v_width=v_width,
         )
-        run, _ = bench_layer.stack_gradients(config, ROWS)
+        run, _ = bench_layer.stack_of(config, ROWS)
         memory[depth] = temporaries(run)
     kept = 4 * (32 + 2 * v_width) + 4 * 4
     assert (memory[3] - memory[1]) / 2 / ROWS == pytest.approx(kept, rel=0.08)

@@ -22,6 +22,7 @@ from scripts.load import requests as load_requests
 from scripts.load.loop import closed_loop, deployment
 from scripts.load.requests import Sent, bad, checked, right
 from scripts.load.serve import kill
+from scripts.load.swap import swapped
 from tests import commands
 from tests.serving.served_checks import (
     stands_fuzzing,
@@ -40,6 +41,14 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("serve")
     train(small_config(root / "data", epochs=1), root / "run", console=Console(quiet=True))
     return str(root / "run")
+
+
+@pytest.fixture(scope="module")
+def newer(folder):
+    """Another run on the same data."""
+    config = small_config(Path(folder).parent / "data", epochs=1, seed=7)
+    train(config, Path(folder).parent / "newer", console=Console(quiet=True))
+    return Path(folder).parent / "newer"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +74,7 @@ def an_answer_and_its_description(served, known, folder):
     assert status == 200 and right(known[0], json.dumps(answer).encode())
     with urllib.request.urlopen(f"{served.url}/openapi.json", timeout=60) as response:
         described = json.loads(response.read())
-    assert set(described["paths"]) == {"/recommend", "/items", "/user"}
+    assert set(described["paths"]) == {"/recommend", "/items", "/user", "/health"}
     assert set(described["components"]["schemas"]["Request"]["properties"]) >= {
         "user",
         "history",
@@ -161,6 +170,18 @@ def a_killed_replica_loses_what_it_held_at_most(served, known, folder):
     assert (result["hung"], result["wrong_answers"], result["replicas_at_the_end"]) == (0, 0, 2)
 
 
+def a_newer_model_takes_over(served, known, link, newer):
+    service = RecommendService(RecommendationModel(str(newer)), RunData(str(newer)))
+    answered = checked(service, count=60, events=10, seed=1)
+    assert [one.body for one in answered] == [one.body for one in known]
+    expected = {"run": known, "newer": answered}
+    found = asyncio.run(swapped(served.url, link, newer, expected, 4, 0.5))
+    assert (found["lost"], found["wrong"]) == (0, 0), found
+    assert all(found["by_version"].values())
+    health = json.loads(get(f"{served.url}/health")[1])
+    assert health["version"].startswith("newer:") and health["problem"] is None
+
+
 CHECKS = [
     an_answer_and_its_description,
     what_is_refused_is_told_why,
@@ -175,20 +196,24 @@ CHECKS = [
 ]
 
 
-def test_the_deployment(folder, known, subtests, tmp_path):
+def test_the_deployment(folder, newer, known, subtests, tmp_path):
     """One deployment of two replicas for all checks. All it started must end.
 
     It is one test so that parallel test processes start the deployment once.
     """
     options, port = ("--replicas=2", "--cache_mib=1"), portpicker.pick_unused_port()
+    link = tmp_path / "current"
+    link.symlink_to(folder)
     with (
         open(tmp_path / "errors", "w+") as errors,
-        deployment(folder, *options, port=port, errors=errors) as served,
+        deployment(str(link), "--follow_s=0.5", *options, port=port, errors=errors) as served,
     ):
         started = psutil.Process(served.process.pid).children(recursive=True)
         for check in CHECKS:
             with subtests.test(check.__name__):
                 check(served, known, folder)
+        with subtests.test("a newer model takes over, and no request is lost"):
+            a_newer_model_takes_over(served, known, link, newer)
         started += psutil.Process(served.process.pid).children(recursive=True)
         served.process.send_signal(signal.SIGTERM)  # as a supervisor does; Ctrl-C ends the others
         assert served.process.stdout.read().splitlines()[-1].startswith("stopping: ")

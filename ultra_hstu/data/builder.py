@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -27,6 +27,7 @@ from ultra_hstu.data.contexts import Contexts
 from ultra_hstu.data.download import Download, obtain
 from ultra_hstu.data.events import RawEvents
 from ultra_hstu.data.sums import Sums
+from ultra_hstu.data.text import stored
 
 _log = logging.getLogger(__name__)
 CATALOG = "catalog.npz"
@@ -58,9 +59,9 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
     Users are in the order of their raw ids.
     """
 
-    # 1.1.0 added the features of users, 1.2.0 strings of any length; what an older version prepared
-    # is not read.
-    VERSION = tfds.core.Version("1.2.0")
+    # 1.1.0 added the features of users, 1.2.0 strings of any length, 1.3.0 features of items; what
+    # an older version prepared is not read.
+    VERSION = tfds.core.Version("1.3.0")
     # where tfds would look for its own kind of checksums, with a package that it does not install
     code_path = None
     STRING_USERS: ClassVar[bool] = False
@@ -141,7 +142,45 @@ class InteractionsBuilder(tfds.core.GeneratorBasedBuilder):
             yield row, {"user": first(users[row:]), **example}
 
 
-Raw = tuple[Path | None, Sums]  # the folder of a source's files, and their sums
+Raw = tuple[Path, Sums]  # the folder of a source's files, and their sums
+
+
+@runtime_checkable
+class Published(Protocol):
+    """A source, as far as its files go; see `SourceConfig`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def files(self) -> tuple[str, ...]: ...
+    @property
+    def context_files(self) -> tuple[str, ...]: ...
+    @property
+    def downloads(self) -> tuple[Download, ...]: ...
+
+
+def slug(source: str) -> str:
+    """The name of a source as a part of the names of files."""
+    return source.replace("/", "-")
+
+
+def raw_files(variant: Published, config: DataConfig) -> Raw:
+    """The raw files of a source, downloaded under a lock where they are not there.
+
+    Raises as `prepare`.
+    """
+    if config.raw_dir is not None:
+        config = dataclasses.replace(config, raw_dir=str(paths.local(config.raw_dir)))
+    if (raw := _raw(variant, config)) is not None:
+        return raw
+    path = paths.data_folder(config.data_dir) / f"{slug(variant.name)}.download.lock"
+    with locked(path, f"the files of {variant.name} must be downloaded"):
+        return _obtained(variant, config)
+
+
+def _obtained(variant: Published, config: DataConfig) -> Raw:
+    folder = _downloads(variant, config)
+    return folder, obtain(variant.downloads, variant.files + variant.context_files, folder)
 
 
 def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> InteractionsBuilder:
@@ -170,18 +209,20 @@ def prepare(builder: type[InteractionsBuilder], config: DataConfig) -> Interacti
     say_left_behind(config)
     with locked(paths.data_folder(config.data_dir) / f"{variant.name}.lock", problem):
         if raw is None:
-            folder = _downloads(variant, config)
-            raw = folder, obtain(variant.downloads, variant.files + variant.context_files, folder)
+            raw = _obtained(variant, config)
         if sums.damage(_home(builder, config, raw)) is None:  # prepared by another run meanwhile
             return _opened(builder, config, raw)
         return _built(builder, config, raw)
 
 
-def _downloads(variant: SourceConfig, config: DataConfig) -> Path:
-    return paths.data_folder(config.data_dir) / "raw" / variant.name
+def _downloads(variant: Published, config: DataConfig) -> Path:
+    """Unfinished downloads lie beside it, so a source among many of a publisher has its own
+    folder for them."""
+    folder = paths.data_folder(config.data_dir) / "raw" / slug(variant.name)
+    return folder / "files" if "/" in variant.name else folder
 
 
-def _raw(variant: SourceConfig, config: DataConfig) -> Raw | None:
+def _raw(variant: Published, config: DataConfig) -> Raw | None:
     """The raw files; None where they have to be downloaded.
 
     Raises ValueError for files missing from raw_dir, and for a raw_dir that nothing is read from.
@@ -193,20 +234,20 @@ def _raw(variant: SourceConfig, config: DataConfig) -> Raw | None:
                 f"{variant.name} is generated: it reads no raw_dir, so {config.raw_dir!r} must be "
                 "None"
             )
-        return None, {}
+        return Path(), {}
     if config.raw_dir is None:
         folder = _downloads(variant, config)
         known = sums.read(folder) or {}
         whole = set(wanted) <= set(known) and sums.damage(folder, wanted) is None
         return (folder, {name: known[name] for name in wanted}) if whole else None
     folder = Path(config.raw_dir)
-    there = [name for name in wanted if (folder / name).is_file()]
-    if missing := [name for name in variant.files if name not in there]:
+    found = {name: path.name for name in wanted if (path := stored(folder, name))}
+    if missing := [name for name in variant.files if name not in found]:
         raise ValueError(
             f"raw_dir {config.raw_dir!r} lacks {', '.join(missing)}: {variant.name} is read from "
             f"{', '.join(variant.files)}"
         )
-    return folder, sums.checksums(folder, there)
+    return folder, sums.checksums(folder, found.values())
 
 
 def _home(builder: type[InteractionsBuilder], config: DataConfig, raw: Raw) -> Path:

@@ -12,10 +12,10 @@ from jaxtyping import Int32, Int64, Shaped
 from numpy.typing import ArrayLike
 
 from ultra_hstu.config import DataConfig
-from ultra_hstu.data import npz
+from ultra_hstu.data import npz, sources
 from ultra_hstu.data.builder import prepare
 from ultra_hstu.data.catalog import Catalog, first
-from ultra_hstu.data.sources import TABLE, builder_of
+from ultra_hstu.data.item_features import FeatureOfItems
 from ultra_hstu.data.strings import STRINGS, is_strings, pack
 from ultra_hstu.table_config import TableConfig
 
@@ -78,6 +78,7 @@ class Interactions:
         *,
         actions: Mapping[str, ArrayLike] | None = None,
         titles: Mapping[int, str] | Mapping[str, str] | None = None,
+        item_features: Mapping[str, FeatureOfItems] | None = None,
     ) -> "Interactions":
         """Events in any order, one entry an event, [E] each.
 
@@ -91,6 +92,8 @@ class Interactions:
                 order.
             actions: what the user did, by name, as numbers: integers become int32, floats float32.
             titles: of items, by id. The catalogue is the items of the events that are left.
+            item_features: columns of what else is known of items, by name: of each item, by id, a
+                number, a text or a list of texts.
 
         Raises:
             ValueError: arrays of unequal lengths, ids or times of another kind (a value is shown),
@@ -99,7 +102,8 @@ class Interactions:
         from ultra_hstu.data import grouping  # which makes objects of this class
 
         columns = grouping.event_columns(users, items, times, actions or {})
-        return grouping.group(columns, TableConfig(), titles)[0]
+        made = grouping.group(columns, TableConfig(), titles)[0]
+        return dataclasses.replace(made, catalog=made.catalog.with_features(item_features or {}))
 
     @classmethod
     def from_table(
@@ -152,7 +156,10 @@ class Interactions:
         yield getattr(self, name) if name in ("items", "timestamps") else self.actions[name]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Counts and a hash of all that is here: the same for the same data."""
+        """Counts and a hash of all that is here: the same for the same data.
+
+        Features of items have hashes of their own, by name.
+        """
         digest = hashlib.sha256()
 
         def add(array: np.ndarray) -> None:
@@ -172,12 +179,13 @@ class Interactions:
         for name in sorted(self.contexts):
             digest.update(f"{name} {self.context_values.get(name)}".encode())
             add(self.contexts[name])
+        of_items = {name: column.digest() for name, column in self.catalog.features.items()}
         return {
             "users": self.num_users,
             "items": self.num_items,
             "events": self.num_events,
             "sha256": digest.hexdigest(),
-        }
+        } | ({"item_features": of_items} if of_items else {})
 
     def save(self, path: npz.Path) -> None:
         """Writes the file, whole or not at all."""
@@ -186,7 +194,7 @@ class Interactions:
             "users": self.users,
             "items": self.items,
             "offsets": self.offsets,
-            "raw_ids": catalog.raw_ids,
+            **catalog.arrays(),
             **{f"actions/{name}": values for name, values in self.actions.items()},
             **{f"contexts/{name}": codes for name, codes in self.contexts.items()},
             **{f"words/{name}": np.array(words) for name, words in self.context_values.items()},
@@ -195,8 +203,6 @@ class Interactions:
             arrays["timestamps"] = self.timestamps
         if self.features:
             arrays["features"] = np.array(self.features)
-        if catalog.titles is not None:
-            arrays["titles"] = np.array(catalog.titles)
         npz.save(path, arrays)
 
     @classmethod
@@ -208,16 +214,14 @@ class Interactions:
             def columns(part: str) -> dict[str, np.ndarray]:
                 return {key.removeprefix(part): file[key] for key in file if key.startswith(part)}
 
-            words, titles = columns("words/"), columns("titles").get("")
-            features = columns("features").get("", np.array([]))
-            named = None if titles is None else tuple(titles.tolist())
+            words, features = columns("words/"), file.get("features", np.array([]))
             return cls(
                 users=file["users"],
                 items=file["items"],
                 offsets=file["offsets"],
                 timestamps=columns("timestamps").get(""),
                 actions=columns("actions/"),
-                catalog=Catalog(file["raw_ids"], named),
+                catalog=Catalog.from_arrays(file),
                 contexts=columns("contexts/"),
                 context_values={name: tuple(text.tolist()) for name, text in words.items()},
                 features=tuple(features.tolist()),
@@ -268,13 +272,14 @@ def load_interactions(config: DataConfig) -> Interactions:
     """
     if config.source == ARRAYS:
         return Interactions.load(config.raw_dir or "")
-    if config.source == TABLE:
+    sources.check(config.source)
+    if config.source not in sources.SOURCES:
         from ultra_hstu.data.table import prepared  # which makes objects of this class
 
         return prepared.load(config)
     from ultra_hstu.data.prepared_users import read
 
-    prepared = prepare(builder_of(config.source), config)
+    prepared = prepare(sources.SOURCES[config.source], config)
     return ordered(read(prepared), ties=config.ties, seed=config.ties_seed)
 
 

@@ -22,12 +22,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jax.sharding import Mesh
 from jaxtyping import Int, Shaped
 
-from ultra_hstu.config import DataConfig
-from ultra_hstu.data import prepared_users
+from ultra_hstu.config import Config, DataConfig
+from ultra_hstu.data import prepared_users, sources
 from ultra_hstu.data.builder import InteractionsBuilder, locked, prepare
 from ultra_hstu.data.interactions import ARRAYS, MIN_EVENTS, Interactions, ordered
 from ultra_hstu.data.packing import HostColumns
-from ultra_hstu.data.sources import TABLE, builder_of
 from ultra_hstu.data.table import prepared as table
 from ultra_hstu.sequences import SECONDS_RANGE
 
@@ -186,6 +185,26 @@ class ShardStore[Events]:
 # --- writing ---
 
 
+def check(config: Config) -> None:
+    """Raises NotImplementedError for what needs all events in memory, if they are on the disk."""
+    rank, data, protocol = config.rank, config.data, config.train.protocol
+    cut = data.stochastic_length is not None and data.subsequence != "recent"
+    needs = {
+        "rank.tasks": (rank.tasks, rank.tasks != ()),
+        "rank.features": (rank.features, rank.features != ()),
+        "rank.contextual": (rank.contextual, rank.contextual != ()),
+        "features.merge": (config.features.merge, config.features.series > 0),
+        "train.protocol": (protocol, protocol in ("temporal", "windows")),
+        "data.subsequence": (data.subsequence, cut),
+    }
+    for field, (value, in_memory) in needs.items():
+        if in_memory and data.placement == "shards":
+            raise NotImplementedError(
+                f"{field}={value!r} needs all events in memory, and data.placement='shards' keeps "
+                "them on the disk: use --config.data.placement=stream"
+            )
+
+
 def load(config: DataConfig) -> ShardedInteractions:
     """The events of a source, written as shards beside its prepared data where they are not yet.
 
@@ -197,14 +216,16 @@ def load(config: DataConfig) -> ShardedInteractions:
             "data.placement='shards' is for data that is prepared on the disk, and these events "
             "were given in memory: use 'stream'"
         )
-    if config.source == TABLE:
-        home = table.prepare(config)
+    sources.check(config.source)
+    builder = sources.SOURCES.get(config.source)
+    if builder is None:
+        home = table.prepare(config, table.open_source(config))
     else:
-        prepared = prepare(builder_of(config.source), config)
+        prepared = prepare(builder, config)
         home = Path(prepared.data_path).parents[2]  # of NAME/VARIANT/VERSION
 
     def parts() -> Iterator[Interactions]:
-        if config.source == TABLE:
+        if builder is None:
             yield table.load(config)
         else:
             yield from _parts(prepared, config)

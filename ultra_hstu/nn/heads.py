@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kernels.layer_norm import layer_norm
 from ultra_hstu.nn.initializers import param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
-from ultra_hstu.nn.norms import layer_norm
 
 EPS = 1e-6
 

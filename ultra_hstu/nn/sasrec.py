@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels.fp8 import linear
 from kernels.jagged import Offsets, pad, unpad
+from kernels.layer_norm import layer_norm
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.dropout import KeyOrNone, KeysOrNone, dropout, row_keys, sequence_keys, split_key
 from ultra_hstu.nn.encoder import Encoder
-from ultra_hstu.nn.fp8 import linear
 from ultra_hstu.nn.initializers import linear_bias, param, xavier_normal
-from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.remat import RunLayer, run_layer
 from ultra_hstu.nn.truncation import Kept
 from ultra_hstu.sequences import Activations, Sequences

@@ -16,6 +16,7 @@ from jaxtyping import Int64
 
 from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.windows import place_of
 
 PerUser = Int64[np.ndarray, " users"]
 PARTS = ("train", "validation", "test")
@@ -42,19 +43,41 @@ class RequestTable:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
-    """Where every user's events are cut: train, [validation, test) and [test, last)."""
+    """Where every user's events are cut: train, [validation, test) and [test, last).
+
+    Under protocol `windows` a model is tested on [test, last), and then learns [learned, last).
+    """
 
     first: PerUser
     validation: PerUser
     test: PerUser
     last: PerUser
+    learned: PerUser | None = None
 
     def bounds(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """First and last of one of `PARTS`."""
         if part not in PARTS:
             raise ValueError(f"unknown part {part!r}: use {', '.join(PARTS)}")
+        if self.learned is not None and part == "train":
+            return self.learned, self.last
         edges, place = (self.first, self.validation, self.test, self.last), PARTS.index(part)
         return edges[place], edges[place + 1]
+
+    @property
+    def known(self) -> tuple[np.ndarray, np.ndarray]:
+        """First and last of the events that are learned from before a test."""
+        return self.bounds("train") if self.learned is None else (self.first, self.test)
+
+
+def window(interactions: Interactions, since: int | None, *, anew: bool) -> Parts:
+    """The parts of a window, which begins at time `since` (None: with the data).
+
+    Args:
+      anew: training has all events.
+    """
+    first, last = interactions.offsets[:-1], interactions.offsets[1:]
+    begin = first if since is None else place_of(interactions, since)
+    return Parts(first, last, begin, last, first if anew else begin)
 
 
 def chronological(

@@ -1,14 +1,16 @@
 """Which events are learned from, validated on and tested on: indices, no copies."""
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
 
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.windows import place_of
 
 PerExample = Int64[np.ndarray, " examples"]
-PROTOCOLS = ("published", "validated", "temporal")
+PROTOCOLS = ("published", "validated", "temporal", "windows")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,6 +22,8 @@ class Examples:
         start, stop: the history, events start..stop-1, at most `max_history` of them, the newest.
         hide_from: where events hide_from..stop-1, and not the history, are those whose items an
             evaluation leaves out: the first of them.
+        rows: of each history, where tokens of series stand among its events; None: one an event.
+        learn_from: where events before it are no targets of training: the first that is one.
 
     Every row of a training history predicts the event after it, the last row event `stop`; in a
     test only the last row does.
@@ -29,18 +33,21 @@ class Examples:
     start: PerExample
     stop: PerExample
     hide_from: PerExample | None = None
+    rows: PerExample | None = None
+    learn_from: PerExample | None = None
 
     def __len__(self) -> int:
         return len(self.user)
 
     @property
     def lengths(self) -> PerExample:
-        return self.stop - self.start
+        return self.stop - self.start if self.rows is None else self.rows
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
         columns = {"start": self.start, "stop": self.stop}
-        return columns if self.hide_from is None else columns | {"hide_from": self.hide_from}
+        others = {"hide_from": self.hide_from, "learn_from": self.learn_from}
+        return columns | {name: one for name, one in others.items() if one is not None}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,12 +59,54 @@ class Split:
         validation: None under `published`, which has no validation data.
         test: at most one a user.
         cut: the time, in seconds, from which on nothing is trained on; None unless `temporal`.
+        known: whole histories, as baselines learn from them; None: those of `train`.
     """
 
     train: Examples
     validation: Examples | None
     test: Examples
     cut: int | None = None
+    known: Examples | None = None
+
+
+def window(
+    interactions: Interactions,
+    since: int | None,
+    max_history: int,
+    *,
+    targets: Literal["first", "last", "all"] = "first",
+    anew: bool = False,
+) -> Split:
+    """Splits for a window, which begins at time `since` (None: with the data) and ends with the
+    data.
+
+    A model is tested on the window before it is trained on it. Both have one example for every user
+    with an event of the window behind another one, and none may be left. Training predicts the
+    window's events, those among a user's newest `max_history + 1`.
+
+    Args:
+        targets: which events of the window a test asks about.
+        anew: training predicts older events, too, and has examples of all users.
+    """
+    first, last = interactions.offsets[:-1], interactions.offsets[1:]
+    begin = first if since is None else place_of(interactions, since)
+    inside = begin < last
+    old = np.flatnonzero(begin > first)
+    known = Examples(old, first[old], begin[old] - 1)
+    train = _examples(first, last - 1, max_history, where=True if anew else inside)
+    # Given in any case, so that both share their compiled programs.
+    learn_from = (first if anew else begin)[train.user]
+    train = dataclasses.replace(train, learn_from=learn_from)
+    if targets == "all":
+        user = np.repeat(np.arange(len(first)), last - begin)
+        event = np.flatnonzero(np.arange(last[-1]) >= np.repeat(begin, last - first))
+        some = event > first[user]
+        user, event = user[some], event[some]
+        test = Examples(user, np.maximum(first[user], event - max_history), event)
+    else:
+        asked = begin if targets == "first" else last - 1
+        test = _examples(first, asked, max_history, where=inside)
+    return Split(train, None, test, since, known)
 
 
 def split(
@@ -90,7 +139,9 @@ def split(
     if protocol == "validated":
         return Split(third, second, newest)
     if protocol != "temporal":
-        raise ValueError(f"protocol must be published, validated or temporal, not {protocol!r}")
+        raise ValueError(
+            f"protocol must be published, validated or temporal here, not {protocol!r}"
+        )
     if interactions.timestamps is None:
         raise ValueError(
             "protocol 'temporal' needs timestamps, and this source has none: use 'validated'"

@@ -6,34 +6,29 @@ with, static/page.html, and the routes that it reads.
 """
 
 import asyncio
-import json
-import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Annotated, cast
 
-import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Query
 from fastapi import Request as HttpRequest
+from fastapi import Response as HttpResponse
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from jaxtyping import Int, Shaped
 from pydantic import JsonValue
 from ray import serve
 from ray.serve import metrics
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ultra_hstu import compilation_cache
-from ultra_hstu.data.catalog import first
-from ultra_hstu.data.interactions import Interactions
-from ultra_hstu.data.titles import TitleSearch
 from ultra_hstu.serving import inputs, schema
+from ultra_hstu.serving.live import Asked, Live
+from ultra_hstu.serving.page import RECOMMEND, SCORE, Page
 from ultra_hstu.serving.schema import (
     AboutUser,
-    FoundItem,
     FoundItems,
+    Health,
     ItemSearch,
     KnownUser,
     Problem,
@@ -43,14 +38,9 @@ from ultra_hstu.serving.schema import (
     ScoreResponse,
     UserSearch,
 )
-from ultra_hstu.serving.service import (
-    RecommendService,
-    ScoreService,
-    Service,
-    ServingOptions,
-    open_service,
-)
+from ultra_hstu.serving.service import RecommendService, ServingOptions
 
+VERSION = "x-model-version"  # a header of answers
 WAITING = 320  # requests in a replica, answered or waiting; more are refused with 503
 BODY_S = 10  # in which the whole body of a request must be there
 BODIES_BYTES = 2**28  # of all requests in a replica
@@ -72,7 +62,6 @@ PROBLEMS: dict[int | str, dict[str, JsonValue | type[Problem]]] = {
         "description": f"{WAITING} requests are in the replica, or the service is starting",
     },
 }
-RECOMMEND, SCORE = "/recommend", "/score"
 READ_PROBLEMS: dict[int | str, dict[str, JsonValue | type[Problem]]] = {
     404: {"model": Problem, "description": "the server was started with --nopage"},
     422: PROBLEMS[422],
@@ -148,89 +137,12 @@ def _refusal(status: int, detail: str) -> JSONResponse:
     return JSONResponse({"detail": detail}, status)
 
 
-class Page:
-    """What the page shows of a service: its items by title, and its users' histories."""
-
-    def __init__(self, service: Service):
-        self._service = service
-        self._data = None if service.data is None else service.data.interactions
-        slots = service.catalog.num_items + 1
-        self._count_I = (
-            None if self._data is None else np.bincount(self._data.items, minlength=slots)
-        )
-        self._titles = TitleSearch(service.catalog, self._count_I)
-        html = Path(__file__).with_name("static").joinpath("page.html").read_text("utf-8")
-        self.html = html.replace("{{run}}", json.dumps(self._run()).replace("<", "\\u003c"))
-
-    def _run(self) -> dict[str, JsonValue]:
-        """What the page says of the run."""
-        service, data, config = self._service, self._data, self._service.model.config
-        run: dict[str, JsonValue] = {
-            "path": RECOMMEND,
-            "name": config.name,
-            "source": config.data.source,
-            "items": service.catalog.num_items,
-            "users": None if data is None else data.num_users,
-            "events": None if data is None else data.num_events,
-            "examples": [] if data is None else data.users[:: -(-data.num_users // 3)].tolist(),
-            "actions": {
-                name: None if data is None else _span(data.actions[name]) for name in service.reads
-            },
-            "max_history": config.data.max_history,
-            "max_k": min(schema.MAX_K, service.catalog.num_items),
-            "max_found": schema.MAX_FOUND,
-        }
-        if isinstance(service, ScoreService):
-            words = service.model.vocabulary.contexts
-            run |= {"path": SCORE, "tasks": dict(service.model.kinds)}
-            run |= {"features": list(config.rank.features)}
-            run |= {"context": {name: list(texts[1:]) for name, texts in words.items()}}
-        return run
-
-    def items(self, search: ItemSearch) -> FoundItems:
-        """The items of a search."""
-        found = self._titles.find(search.search, search.limit)
-        count_I = self._count_I
-        items = [
-            FoundItem(item=raw, title=title, events=None if count_I is None else int(count_I[item]))
-            for item, raw, title in zip(found.items, *self._named(found.items), strict=True)
-        ]
-        return FoundItems(items=items, found=found.count, complete=found.complete)
-
-    def user(self, search: UserSearch) -> KnownUser:
-        """A user of the data. Raises ValueError for an unknown one."""
-        items, times, actions, codes = self._service.user(search.user)
-        data = cast(Interactions, self._data)
-        newest = slice(max(0, len(items) - schema.MAX_EVENTS), None)
-        raw_ids, titles = self._named(items[newest])
-        return KnownUser(
-            user=first(data.users[data.row(search.user) :]),
-            events=len(items),
-            history=raw_ids,
-            titles=titles,
-            times=None if times is None else times[newest].tolist(),
-            actions={
-                name: [value if math.isfinite(value) else None for value in values[newest].tolist()]
-                for name, values in actions.items()
-            },
-            context={name: data.context_values[name][code] for name, code in codes.items() if code},
-        )
-
-    def _named(self, items: Int[np.ndarray, " n"]) -> tuple[list[int | str], list[str | None]]:
-        """Raw ids and titles of dense ids."""
-        raw_ids, titles = self._service.catalog.decode(items), self._service.catalog.titles
-        return raw_ids.tolist(), [None if titles is None else titles[item] for item in items]
-
-
-def _span(values: Shaped[np.ndarray, " n"]) -> list[JsonValue] | None:
-    """The least and the largest of the values, if there are any."""
-    finite = values[np.isfinite(values)]
-    return [finite.min().item(), finite.max().item()] if finite.size else None
+def _live() -> Live:
+    return cast(_Replica, serve.get_replica_context().servable_object).live
 
 
 def _page() -> Page:
-    page = cast(_Replica, serve.get_replica_context().servable_object).page
-    if page is None:
+    if (page := _live().model.page) is None:
         raise HTTPException(404)
     return page
 
@@ -270,6 +182,11 @@ def _application(path: str, description: str) -> FastAPI:
     def _root(page: OfReplica) -> HTMLResponse:
         return HTMLResponse(page.html, headers={"content-security-policy": POLICY})
 
+    @app.get("/health")
+    def _health() -> Health:
+        """Which model answers, and why a newer one does not, if that is so."""
+        return Health(version=_live().version, problem=_live().problem)
+
     @app.get("/items", responses=READ_PROBLEMS)
     def _items(search: Annotated[ItemSearch, Query()], page: OfReplica) -> FoundItems:
         """Items by words of their titles."""
@@ -303,39 +220,43 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
         *,
         wait_ms: float,
         page: bool,
+        follow_s: float | None = None,
     ):
         """
         Args:
           wait_ms: how long a batch waits for more requests than are there.
           page: whether there is a page to try the run with, which shows users' histories.
+          follow_s: how often to look for a newer model; None: never.
         """
         compilation_cache.use()
-        self.service = cast(Service[R, A], open_service(workdir, raw_dir, options))
-        self.page = Page(self.service) if page else None
+        self.live: Live[R, A] = Live(workdir, raw_dir, options, page=page)
         # One thread for all calls: with several, each has a heap of its own, and the memory of
         # users who were dropped stays with the one that made it.
         self._thread = ThreadPoolExecutor(1)
-        self.service.warm_up()
         self._answers.set_max_batch_size(options.max_users)  # type: ignore[attr-defined]
         self._answers.set_batch_wait_timeout_s(wait_ms / 1000)  # type: ignore[attr-defined]
         self._gauges = {
             name: metrics.Gauge(f"{self.name}_cache_{name}", description)
-            for name, description in self.service.users.METRICS.items()
+            for name, description in self.live.model.service.users.METRICS.items()
         }
+        if follow_s is not None:
+            self.live.follow(follow_s)
 
-    async def _answer(self, request: R) -> A:
+    async def _answer(self, request: R, response: HttpResponse) -> A:
         try:
-            query = self.service.prepare(request)
+            asked = self.live.prepare(request)
         except ValueError as error:
-            raise HTTPException(422, str(error)) from None
-        return await self._answers(query)
+            named = {VERSION: self.live.version}
+            raise HTTPException(422, str(error), headers=named) from None
+        response.headers[VERSION] = asked.model.version
+        return await self._answers(asked)
 
     @serve.batch(max_batch_size=inputs.MAX_USERS)
-    async def _answers(self, queries: list[inputs.Query]) -> list[A]:
-        service = self.service
+    async def _answers(self, asked: list[Asked[R, A]]) -> list[A]:
+        live = self.live
         # Both in the thread that changes what is counted.
         responses, values = await self._on_device(
-            lambda: (service.answer(queries), service.users.metrics())
+            lambda: (live.answer(asked), live.model.service.users.metrics())
         )
         for name, value in values.items():
             self._gauges[name].set(value)
@@ -343,7 +264,7 @@ class _Replica[R: AboutUser, A: Response | ScoreResponse]:
 
     async def check_health(self) -> None:
         """Ray Serve asks every few seconds, and replaces a replica whose device does not answer."""
-        await self._on_device(self.service.check_health)
+        await self._on_device(self.live.model.service.check_health)
 
     async def _on_device[T](self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
@@ -371,18 +292,19 @@ class RecommendReplica(_Replica[Request, Response]):
         *,
         wait_ms: float,
         page: bool,
+        follow_s: float | None = None,
     ):
-        super().__init__(workdir, raw_dir, options, wait_ms=wait_ms, page=page)
+        super().__init__(workdir, raw_dir, options, wait_ms=wait_ms, page=page, follow_s=follow_s)
         unknown = metrics.Gauge(
             "recommend_block_unknown", "ids of the block list that the catalogue lacks"
         )
-        unknown.set(cast(RecommendService, self.service).unknown_blocked)
+        unknown.set(cast(RecommendService, self.live.model.service).unknown_blocked)
 
     @recommendations.post(RECOMMEND, responses=PROBLEMS)
-    async def recommend(self, request: Request) -> Response:
+    async def recommend(self, request: Request, response: HttpResponse) -> Response:
         """The best items that the user has not seen, or the most popular ones where the history is
         empty."""
-        return await self._answer(request)
+        return await self._answer(request, response)
 
 
 @_deployment
@@ -393,7 +315,7 @@ class ScoreReplica(_Replica[ScoreRequest, ScoreResponse]):
     name = "score"
 
     @scores.post(SCORE, responses=PROBLEMS)
-    async def score(self, request: ScoreRequest) -> ScoreResponse:
+    async def score(self, request: ScoreRequest, response: HttpResponse) -> ScoreResponse:
         """What the user will do with each candidate: its scores for every task, in the order of the
         candidates."""
-        return await self._answer(request)
+        return await self._answer(request, response)

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from ultra_hstu import tasks
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config, Kind
 from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.nn.key_values import CacheDtype
 from ultra_hstu.quantization import HostKind
 from ultra_hstu.ranking.form import channels
@@ -42,7 +44,6 @@ from ultra_hstu.serving.score import (
     score,
 )
 from ultra_hstu.serving.tokens import (
-    Vocabulary,
     bucket_rows,
     kept_in_blocks,
     key_of,
@@ -70,12 +71,13 @@ class RunData:
     def __init__(self, workdir: str, raw_dir: str | None = None):
         self.folder = Workdir(workdir)
         self.config: Config = self.folder.read_for_one_device(raw_dir)
+        self.step: int | None = None  # that the parameters have been trained to; None: not read
 
     @functools.cached_property
     def interactions(self) -> Interactions:
         """Raises ValueError where the data is not what the run was trained on, or cannot be
         read."""
-        interactions = load_interactions(self.config.data)
+        interactions = tasks.as_known(self.config, load_interactions(self.config.data))
         self.folder.check_data(interactions)
         return interactions
 
@@ -344,7 +346,9 @@ def load_ranker(data: RunData) -> tuple[Ranker, Config, Vocabulary, dict[str, Ki
             f"{data.folder.path} is a retrieval run: candidates are scored by ranking runs, with "
             "rank.tasks"
         )
-    task = RankingTask.of(data.config, data.interactions)
-    _, params = load_params(data.folder, task.recipe)
+    trained = RankingTask.of(data.config, data.interactions)
+    data.step, params = load_params(data.folder, trained.recipe)
+    task, params = trained.folded(params)
+    assert isinstance(task, RankingTask)
     vocabulary = Vocabulary.of(task.config, task.interactions)
     return task.recipe.model(params), task.config, vocabulary, task.recipe.tasks

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels.fp8 import linear, quantize, scaled_product
 from tests.golden import assert_close
 from tests.nn.small_encoder import batch, encoder, inputs
-from ultra_hstu.nn.fp8 import linear, quantize, scaled_product
 
 ROWS, IN, OUT = 24, 40, 16
 
