@@ -1,19 +1,19 @@
 """Trains a retrieval configuration with features of items beside the same one with ids alone.
 
-python -m scripts.item_features --config=ml1m_hstu_features --workdir=runs/item_features
+python -m scripts.item_features --config=ml1m_hstu_features --workdir=runs/ml1m_item_features
     --seeds=42,43,44 --record=experiments/results/ml1m_item_features.json [--only=ids,sum]
     [--side_by_side=9]
 
 `ids` has no features, `sum` adds them to every token, `series` merges a series of tokens for each
 column. Every variant is also told apart by how often the target's item occurs in training. An
 interval is a bootstrap over users, paired: 95 % of the ratios to `ids` of resampled users, each
-with the mean over its seeds. Runs that are done already in --workdir are not trained again.
+with the mean over its seeds. --workdir keeps what every run has found, VARIANT_SEED.json: such runs
+are not trained again.
 """
 
 import concurrent.futures
 import multiprocessing
 import statistics
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +23,11 @@ from jaxtyping import Bool, Float, Int
 from rich.console import Console
 
 from experiments import command
-from experiments.record import Json, Record
-from ultra_hstu import report, tasks
+from experiments.record import Json, Record, read
+from ultra_hstu import paths, report, tasks
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
+from ultra_hstu.criteria import warmth
 from ultra_hstu.fields import changed
 from ultra_hstu.retrieval.evaluate import CorpusEvaluator
 from ultra_hstu.train import train
@@ -38,13 +39,18 @@ RESAMPLED, CUTOFF = 10_000, 10
 
 
 class Run(NamedTuple):
-    """What a run has found: ranks of the test targets, and the users of each part of them."""
+    """What a run has found: ranks of the test targets, and the training events of their items."""
 
     result: Json
     rank_U: Int[np.ndarray, " U"]
-    parts: dict[str, Bool[np.ndarray, " U"]]
+    count_U: Int[np.ndarray, " U"]
     inference_gflop: float
     rows: float  # of a test history, on average
+
+    @property
+    def parts(self) -> dict[str, Bool[np.ndarray, " U"]]:
+        """All users, and those whose targets are warm, cold, new."""
+        return {"all": np.ones(len(self.rank_U), bool)} | warmth(self.count_U)
 
 
 def variants(config: Config) -> dict[str, Config]:
@@ -64,16 +70,29 @@ def variants(config: Config) -> dict[str, Config]:
 
 
 def train_one(config: Config, folder: str) -> Run:
-    """Trains a run and ranks the test targets with its best epoch."""
+    """Trains a run and ranks the test targets with its best epoch, or reads what that has found."""
+    file = paths.local(f"{folder}.json")
+    if file.exists():
+        found = read(file)
+        ranks, counts = (np.array(found.pop(name)) for name in ("ranks", "counts"))
+        return Run(found["result"], ranks, counts, found["inference_gflop"], found["rows"])
     config.validate()
     task = tasks.load(config)
     with jax.default_matmul_precision(config.train.matmul_precision):
         result = train(config, folder, console=Console(quiet=True), task=task)
         measure = task.evaluator("test")
-        assert isinstance(measure, CorpusEvaluator)
+        assert isinstance(measure, CorpusEvaluator) and measure.count_I is not None
         rank_U = measure.predict(load_params(Workdir(folder), task.recipe)[1])
     rows = float(np.mean(measure.plan.examples.lengths))
-    return Run(result, rank_U, measure.warmth, task.flops("test").inference / 1e9, rows)
+    run = Run(result, rank_U, measure.count_U, task.flops("test").inference / 1e9, rows)
+    Record(file, config=config.name).add(
+        result=result,
+        ranks=rank_U.tolist(),
+        counts=run.count_U.tolist(),
+        inference_gflop=run.inference_gflop,
+        rows=rows,
+    )
+    return run
 
 
 def interval(
@@ -116,10 +135,9 @@ def compared(runs: list[Run], base: list[Run]) -> Json:
     def hits(some: list[Run]) -> Float[np.ndarray, " U"]:
         return np.mean([run.rank_U <= CUTOFF for run in some], axis=0)
 
-    everybody = {"all": np.ones(len(base[0].rank_U), bool)} | base[0].parts
     return {
         name: interval(hits(runs)[users_U], hits(base)[users_U])
-        for name, users_U in everybody.items()
+        for name, users_U in base[0].parts.items()
         if users_U.any()
     }
 
@@ -142,7 +160,7 @@ def main(_: list[str]) -> None:
                 pool.submit(
                     train_one,
                     changed(one, train={"seed": int(seed)}),
-                    str(Path(FLAGS.workdir) / name / f"seed_{seed}"),
+                    str(paths.local(FLAGS.workdir) / f"{name}_{seed}"),
                 )
                 for seed in FLAGS.seeds
             ]
@@ -162,7 +180,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     command.define_config(what="the configuration with features of items")
-    flags.DEFINE_string("workdir", "runs/item_features", "folder of the runs: VARIANT/seed_N")
+    flags.DEFINE_string("workdir", "runs/item_features", "folder of the runs: VARIANT_SEED")
     flags.DEFINE_list("seeds", ["42", "43", "44"], "each variant is trained once with each")
     flags.DEFINE_list("only", [], "ids, sum, series; all without it")
     flags.DEFINE_integer("side_by_side", 1, "runs that are trained at one time")

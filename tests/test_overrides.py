@@ -45,7 +45,7 @@ def made(monkeypatch, name, *overrides):
         ("synthetic", "model.time_buckets=9", "under model.relative_bias=False"),
         ("ml1m_rank_hstu", "loss.temperature=0.1", "for ranking"),
         ("ml1m_hstu", "loss.log_q=False", "under loss.kind=sampled"),
-        ("ml1m_hstu", "rank.head_width=8", "retrieval reads rank.signals alone"),
+        ("ml1m_hstu", "rank.head_width=8", "retrieval asks for the next item"),
     ],
 )
 def test_overrides_without_effect_are_refused(monkeypatch, name, override, message):

@@ -217,12 +217,24 @@ class Config(Section):
         self._validate_parallel()
         if self.rank.tasks:
             self._validate_ranking()
+        optim = self.optim
+        if optim.tables != "same" and not self.rank.tasks and self.loss.kind == "full":
+            raise ValueError(
+                f"optim.tables={optim.tables!r} updates the items that a step reads, and "
+                "loss.kind='full' reads all: use optim.tables='same', or loss.kind='sampled'"
+            )
+        if optim.tables != "same" and not self.rank.tasks and self.loss.rows_per_draw > 1:
+            raise ValueError(
+                f"optim.tables={optim.tables!r} draws negatives for each row: set "
+                f"loss.rows_per_draw=1 in place of {self.loss.rows_per_draw}, or "
+                "optim.tables='same'"
+            )
         if self.train.protocol == "windows" and self.data.ties == "random":
             raise ValueError(
                 "data.ties='random' draws an order over all events, later ones too: use 'stable' "
                 "with train.protocol='windows'"
             )
-        decay, warmup = self.optim.decay_steps, self.optim.warmup_steps
+        decay, warmup = optim.decay_steps, optim.warmup_steps
         if decay is not None and decay <= warmup:
             raise ValueError(f"optim.decay_steps={decay} must be above optim.warmup_steps={warmup}")
 
@@ -280,8 +292,8 @@ class Config(Section):
                 raise ValueError(f"model.truncate_after={after} {below}")
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
-            lacks = (*masks, *cuts, "alpha", "projection", "projection_gradient")
-            lacks = (*lacks, "layer_implementation", "remat", "chunk_rows")
+            of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
+            lacks = (*masks, *cuts, *of_layer, "remat", "chunk_rows")
             without["model.kind='sasrec'", "use 'hstu'"] = lacks
         if model.projection == "same":
             why = "model.projection='same', whose gradients follow dtype"

@@ -31,11 +31,18 @@ class OptimConfig(Section):
     learning_rate: Positive[float] = 1e-3  # of AdamW, after the warmup
     beta1: BelowOne[float] = 0.9  # decay of the mean of gradients
     beta2: BelowOne[float] = 0.98  # decay of the mean of their squares
-    weight_decay: NotNegative[float] = 0.0  # of all parameters
+    weight_decay: NotNegative[float] = 0.0  # of all parameters that a step changes
     warmup_steps: NotNegative[int] = 0  # the learning rate rises from 0 during them
     # The learning rate falls to 0 at this step, on a cosine; None: it stays.
     decay_steps: Count | None = None
     clip_norm: Positive[float] | None = None  # gradients are scaled down to this norm
+    # Of the tables of items, signals, features and contextual tokens. same: AdamW, over every entry
+    # in every step. The others change the entries that a step reads, so that time and memory of a
+    # step do not grow with the table: row-wise AdaGrad keeps one number an entry, lazy Adam the two
+    # means of Adam.
+    tables: Literal["same", "rowwise_adagrad", "lazy_adam"] = "same"
+    # Of these two, with the same warmup and decay; None: learning_rate.
+    tables_learning_rate: Positive[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

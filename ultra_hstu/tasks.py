@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from kernels.hstu_attention.api import implementations
+from kernels import hstu_attention, norm_linear
 from ultra_hstu import progress
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
@@ -36,10 +36,15 @@ def check(config: Config) -> None:
     if config.train.protocol not in (known := _asked_for(config).PROTOCOLS):
         names = ", ".join(map(repr, known))
         raise ValueError(f"train.protocol={config.train.protocol!r} is not allowed: use {names}")
-    chosen, able = config.model.implementation, implementations()
-    if chosen is not None and chosen not in able:
-        listed = ", ".join(map(repr, able))
-        raise ValueError(f"model.implementation={chosen!r} is not allowed: use {listed} or None")
+    named = {
+        "implementation": hstu_attention.implementations(),
+        "layer_implementation": norm_linear.implementations(),
+    }
+    for field, able in named.items():
+        chosen = getattr(config.model, field)
+        if chosen is not None and chosen not in able:
+            listed = ", ".join(map(repr, able))
+            raise ValueError(f"model.{field}={chosen!r} is not allowed: use {listed} or None")
 
 
 def check_names(config: Config) -> None:
@@ -56,14 +61,12 @@ def check_names(config: Config) -> None:
         described, timed = public.users is not None, public.timed
         item_features.check_names(config.features, (*public.table.item_features, TITLE))
     else:
-        builder = sources.SOURCES[data.source]
-        signals.check_names(config, builder.ACTIONS)
+        signals.check_names(config, ())
         item_features.check_names(config.features, ())
-        variant = builder.builder_configs[data.source]
-        described, timed = bool(variant.context_files), builder.TICKS > 0
+        described, timed = False, True
         if data.table != TableConfig():
             raise ValueError(f"data.table does nothing under data.source={data.source!r}")
-        if not variant.files and data.raw_dir is not None:
+        if data.raw_dir is not None:
             raise ValueError(
                 f"data.raw_dir={data.raw_dir!r} must be None: {data.source} is generated"
             )

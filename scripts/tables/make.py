@@ -19,6 +19,7 @@ from scripts.tables import (
     context_parallel,
     data,
     features,
+    layer,
     long,
     loss,
     overview,
@@ -26,6 +27,7 @@ from scripts.tables import (
     retrieval,
     sampling,
     speed,
+    step,
     windows,
 )
 from scripts.tables import serve as serve_tables
@@ -55,6 +57,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "long_ultra": long.long_ultra_table,
         "layer_memory": long.layer_memory_table,
     },
+    "docs/fused_layer.md": {
+        "layer": layer.layer_table,
+        "layer_precision": layer.layer_precision_table,
+        "layer_kernels": layer.layer_kernels_table,
+    },
     "docs/context_parallel.md": {
         "context_steps": context_parallel.steps_table,
         "context_longest": context_parallel.longest_table,
@@ -79,6 +86,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "stochastic_length": sampling.stochastic_length_table,
         "load_balance": sampling.load_balance_table,
         "int4": sampling.int4_table,
+    },
+    "docs/tables_and_rows.md": {
+        "last_layer": step.last_layer_table,
+        "table_sizes": step.sizes_table,
+        "ranking_step": step.ranking_step_table,
+        "repeated_ids": step.repeated_table,
     },
     "docs/features.md": {"item_features": features.item_features_table},
     "docs/windows.md": {

@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.data_files import KUAIRAND_HEADER, kuairand_line, load, write
 from ultra_hstu.config import Config, DataConfig
-from ultra_hstu.data import builder, sources
+from ultra_hstu.data import raw, sources
 from ultra_hstu.data.amazon import CATEGORIES
 from ultra_hstu.table_config import TableConfig
 
@@ -427,7 +427,7 @@ def test_sets_of_a_publisher_are_downloaded_apart(tmp_path, monkeypatch):
         assert load(tmp_path, source).num_events == len(lines) - 1
     assert load(tmp_path, "amazon-2023/All_Beauty").num_events == 6
     folders = {
-        builder._downloads(sources.PUBLIC[f"amazon-2023/All_Beauty{c}"], DataConfig()).parent
+        raw.downloads_of(sources.PUBLIC[f"amazon-2023/All_Beauty{c}"], DataConfig()).parent
         for c in ("", "/5core")
     }
     assert len(folders) == 2

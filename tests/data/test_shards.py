@@ -127,7 +127,6 @@ def test_what_is_written_is_what_was_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ties", ["stable", "random"])
 def test_a_prepared_source_is_the_same_from_both(data_dir, ties, monkeypatch):
-    monkeypatch.setattr("ultra_hstu.data.prepared_users._BATCH", 17)
     data = dataclasses.replace(
         small_config(data_dir).data, ties=ties, synthetic=dataclasses.replace(SYNTHETIC, users=50)
     )

@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike
 
 from ultra_hstu.config import DataConfig
 from ultra_hstu.data import npz, sources
-from ultra_hstu.data.builder import prepare
 from ultra_hstu.data.catalog import Catalog, first
 from ultra_hstu.data.item_features import FeatureOfItems
 from ultra_hstu.data.strings import STRINGS, is_strings, pack
@@ -259,8 +258,8 @@ class Interactions:
 def load_interactions(config: DataConfig) -> Interactions:
     """Loads a source, preparing it under `config.data_dir` first where that has not been done.
 
-    RawEvents are sorted stably by (time, row of the file) within a user; without timestamps they
-    keep the order of the file. `ties="random"` puts events of a user with equal timestamps in an
+    Events are sorted stably by (time, row of the file) within a user; without timestamps they keep
+    the order of the file. `ties="random"` puts events of a user with equal timestamps in an
     order drawn from `ties_seed` instead. Users with fewer than 3 events are dropped with a warning
     that counts them: the last two events are for testing and validation, and the same users serve
     all protocols. Their items stay in the catalogue.
@@ -273,14 +272,16 @@ def load_interactions(config: DataConfig) -> Interactions:
     if config.source == ARRAYS:
         return Interactions.load(config.raw_dir or "")
     sources.check(config.source)
-    if config.source not in sources.SOURCES:
-        from ultra_hstu.data.table import prepared  # which makes objects of this class
+    from ultra_hstu.data import synthetic  # which makes objects of this class, as the other does
+    from ultra_hstu.data.table import prepared
 
-        return prepared.load(config)
-    from ultra_hstu.data.prepared_users import read
-
-    prepared = prepare(sources.SOURCES[config.source], config)
-    return ordered(read(prepared), ties=config.ties, seed=config.ties_seed)
+    found = (synthetic if config.source == sources.SYNTHETIC else prepared).load(config)
+    # Both give each user's events by time, ties as they come.
+    return (
+        found
+        if config.ties == "stable"
+        else ordered(found, ties=config.ties, seed=config.ties_seed)
+    )
 
 
 def ordered(

@@ -8,6 +8,7 @@ read at any time: no window is shuffled in place of the whole.
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -22,11 +23,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jax.sharding import Mesh
 from jaxtyping import Int, Shaped
 
+from ultra_hstu import paths
 from ultra_hstu.config import Config, DataConfig
-from ultra_hstu.data import prepared_users, sources
-from ultra_hstu.data.builder import InteractionsBuilder, locked, prepare
-from ultra_hstu.data.interactions import ARRAYS, MIN_EVENTS, Interactions, ordered
+from ultra_hstu.data import sources
+from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
 from ultra_hstu.data.packing import HostColumns
+from ultra_hstu.data.raw import locked
 from ultra_hstu.data.table import prepared as table
 from ultra_hstu.sequences import SECONDS_RANGE
 
@@ -217,41 +219,14 @@ def load(config: DataConfig) -> ShardedInteractions:
             "were given in memory: use 'stream'"
         )
     sources.check(config.source)
-    builder = sources.SOURCES.get(config.source)
-    if builder is None:
-        home = table.prepare(config, table.open_source(config))
+    if config.source == sources.SYNTHETIC:
+        key = hashlib.sha256(repr(config.synthetic).encode()).hexdigest()
+        home = paths.data_folder(config.data_dir) / f"{config.source}-{key[:16]}"
     else:
-        prepared = prepare(builder, config)
-        home = Path(prepared.data_path).parents[2]  # of NAME/VARIANT/VERSION
-
-    def parts() -> Iterator[Interactions]:
-        if builder is None:
-            yield table.load(config)
-        else:
-            yield from _parts(prepared, config)
-
+        home = table.prepare(config, table.open_source(config))
     order = config.ties if config.ties == "stable" else f"{config.ties}-{config.ties_seed}"
-    return open_or_write(home.with_name(f"{home.name}-shards-{order}"), parts)
-
-
-def _parts(prepared: InteractionsBuilder, config: DataConfig) -> Iterator[Interactions]:
-    """The users of a prepared dataset, some thousand at a time, each one's events by time."""
-    described = prepared_users.read_described(prepared)
-    generator, first = np.random.default_rng(config.ties_seed), 0
-    for columns in prepared_users.read_parts(prepared):
-        last = first + int((columns["lengths"] >= MIN_EVENTS).sum())
-        offsets = described.offsets[first : last + 1]
-        part = dataclasses.replace(
-            described,
-            users=described.users[first:last],
-            offsets=offsets - offsets[0],
-            items=columns["items"],
-            timestamps=columns.get("timestamps"),
-            actions={name: columns[f"actions/{name}"] for name in described.actions},
-            contexts={name: codes[first:last] for name, codes in described.contexts.items()},
-        )
-        yield ordered(part, ties=config.ties, seed=generator)
-        first = last
+    folder = home.with_name(f"{home.name}-shards-{order}")
+    return open_or_write(folder, lambda: [load_interactions(config)])
 
 
 def open_or_write(folder: Path, parts: Callable[[], Iterable[Interactions]]) -> ShardedInteractions:

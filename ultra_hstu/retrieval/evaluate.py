@@ -109,8 +109,11 @@ class CorpusEvaluator(Evaluator):
     @functools.cached_property
     def warmth(self) -> dict[str, Bool[np.ndarray, " n"]]:
         """Which users each part of WARMTH has; nothing where no counts are known."""
-        if self.count_I is None:
-            return {}
+        return {} if self.count_I is None else warmth(self.count_U)
+
+    @functools.cached_property
+    def count_U(self) -> Int[np.ndarray, " n"]:
+        """How many training events the item of each target has."""
+        assert self.count_I is not None
         targets = np.concatenate([item_E[part["stop"]] for item_E, part in self._blocks()])
-        count_U = self.count_I[targets][self.plan.place_SB[self.used_SP]]
-        return warmth(count_U)
+        return self.count_I[targets][self.plan.place_SB[self.used_SP]]

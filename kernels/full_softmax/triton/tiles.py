@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import device, triton_call
+from kernels import triton_call
 from kernels.full_softmax.spec import FullSpec
 from kernels.hstu_attention.triton.sizes import shared_kib
 from kernels.softmax_rows import Gradients, PerRow, Rows, Table
@@ -39,24 +39,23 @@ SIZES = {
 
 def unsupported(spec: FullSpec) -> str | None:
     """Why these calls cannot run on the current device, or None."""
-    reason = triton_call.refusal()
-    if reason is not None:
-        return reason
-    capability = device.current().compute_capability
-    assert capability is not None, "no GPU, which `refusal` says"
-    if shared_kib(capability) < 227:
-        return (
-            "triton's tiles need the shared memory of sm90 (H100) or sm100, the device has "
-            f"{shared_kib(capability)} KiB a program; implementation='xla' runs anywhere"
-        )
-    itemsize = jnp.dtype(spec.dtype).itemsize
-    widest = max(width for size, width in SIZES if size == itemsize)
-    if not 0 < spec.width <= widest:
-        return (
-            f"triton takes rows of {spec.dtype} of width 1 to {widest}, got D = {spec.width}; "
-            "implementation='xla' takes any"
-        )
-    return None
+
+    def unfit(capability: tuple[int, int]) -> str | None:
+        if shared_kib(capability) < 227:
+            return (
+                "triton's tiles need the shared memory of sm90 (H100) or sm100, the device has "
+                f"{shared_kib(capability)} KiB a program; implementation='xla' runs anywhere"
+            )
+        itemsize = jnp.dtype(spec.dtype).itemsize
+        widest = max(width for size, width in SIZES if size == itemsize)
+        if not 0 < spec.width <= widest:
+            return (
+                f"triton takes rows of {spec.dtype} of width 1 to {widest}, got D = {spec.width}; "
+                "implementation='xla' takes any"
+            )
+        return None
+
+    return triton_call.refusal(unfit)
 
 
 def gradients(

@@ -18,17 +18,21 @@ ROWS_BYTES, ITEMS_BYTES = 4096, 8192
 
 def unsupported(spec: SampledSpec) -> str | None:
     """Why these calls cannot run on the current device, or None."""
-    if not 0 < spec.width <= WIDEST:
-        return (
-            f"triton takes rows of width 1 to {WIDEST}, got D = {spec.width}; "
-            "implementation='xla' takes any"
-        )
-    if spec.rows_per_draw > 1:
-        return (
-            f"triton gathers the negatives of each row, and {spec.rows_per_draw} rows share them: "
-            "implementation='xla' takes their scores as products"
-        )
-    return triton_call.refusal()
+
+    def unfit(_: tuple[int, int]) -> str | None:
+        if not 0 < spec.width <= WIDEST:
+            return (
+                f"triton takes rows of width 1 to {WIDEST}, got D = {spec.width}; "
+                "implementation='xla' takes any"
+            )
+        if spec.rows_per_draw > 1:
+            return (
+                f"triton gathers the negatives of each row, and {spec.rows_per_draw} rows share "
+                "them: implementation='xla' takes their scores as products"
+            )
+        return None
+
+    return triton_call.refusal(unfit)
 
 
 def gradients(
