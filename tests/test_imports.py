@@ -17,6 +17,7 @@ LAYERS = [
     ["ultra_hstu.sections", "ultra_hstu.table_config", "ultra_hstu.feature_config"],
     [f"ultra_hstu.{name}" for name in "config effects provenance compilation_cache".split()],
     ["ultra_hstu.parallel"],
+    ["ultra_hstu.programs"],
     ["ultra_hstu.sequences"],
     ["ultra_hstu.nn"],
     ["ultra_hstu.sampling", "ultra_hstu.data"],

@@ -8,7 +8,7 @@ from kernels import hstu_attention, norm_linear
 from ultra_hstu import progress
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
-from ultra_hstu.data import item_features, signals, sources, windows
+from ultra_hstu.data import item_features, shards, signals, sources, windows
 from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
 from ultra_hstu.feature_config import TITLE
 from ultra_hstu.fields import changed
@@ -28,8 +28,9 @@ TASKS: dict[str, type[Task]] = {"retrieval": RetrievalTask, "ranking": RankingTa
 def check(config: Config) -> None:
     """Raises ValueError for a source, a protocol or an implementation that is not there.
 
-    Reads nothing.
+    NotImplementedError for what does not go with `data.placement`. Reads nothing.
     """
+    shards.check(config)
     if config.data.source != ARRAYS:
         sources.check(config.data.source)
     if config.train.protocol not in (known := _asked_for(config).PROTOCOLS):
@@ -136,7 +137,8 @@ def _read(config: Config, console: Console | None) -> Interactions:
     check_names(config)
     source = config.data.source
     with progress.waiting(console or QUIET, "data", f"reading {source}") as came:
-        interactions = load_interactions(config.data)
+        on_disk = config.data.placement == "shards"
+        interactions = (shards.load if on_disk else load_interactions)(config.data)
         came(f"{source}: {progress.counts(interactions)}")
     return interactions
 

@@ -26,6 +26,7 @@ from scripts.tables import (
     ranking,
     retrieval,
     sampling,
+    speed,
     step,
     windows,
 )
@@ -99,6 +100,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "windows_ml1m": windows.windows_table,
     },
     "docs/your_data.md": {"prepare": data.prepare_table},
+    "docs/speed.md": {"step_by_kernel": speed.step_table, "start": speed.start_table},
+    "docs/large_data.md": {"streaming": speed.streaming_table},
     "docs/datasets.md": {
         "sets": data.sets_table,
         "categories": data.categories,
