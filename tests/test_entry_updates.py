@@ -18,6 +18,7 @@ from ultra_hstu.entry_updates import joined, split
 from ultra_hstu.parallel import embedding_sharding
 from ultra_hstu.parallel.embedding_sharding import Entries, lookup
 from ultra_hstu.parallel.shards import ONE
+from ultra_hstu.vocabulary import names
 
 QUICK = {"xla_backend_optimization_level": 0}
 STEPS = 3
@@ -114,7 +115,7 @@ def test_against_whole_tables(case, kind):
         rest, variables = split(params, recipe.tables)
         updates, rest_state = adamw.update(rest_grads, rest_state, rest)
         for name, table in tables.items():
-            read = np.asarray(reads[tuple(name.split("/"))])
+            read = np.asarray(reads[tuple(name.split("."))])
             grad = np.asarray(table_grads[name][...])
             unread = np.setdiff1d(np.arange(len(table)), read)
             assert not grad[unread].any()  # what `reads` names is all that a loss reads
@@ -131,10 +132,10 @@ def test_against_whole_tables(case, kind):
     if case == "ranking":  # nobody reads these, and they stay to the bit
         item_I = np.asarray(batches[0].channels["events"].item_T)
         read = np.concatenate([np.asarray(b.channels["events"].item_T) for b in batches])
-        unread = np.setdiff1d(np.arange(len(tables["embedding/item_table"])), read)
+        unread = np.setdiff1d(np.arange(len(tables["embedding.item_table"])), read)
         assert item_I.any()
         before, after = (
-            np.asarray(split(one, recipe.tables)[1]["embedding/item_table"][...])
+            np.asarray(split(one, recipe.tables)[1]["embedding.item_table"][...])
             for one in (first.params, state.params)
         )
         np.testing.assert_array_equal(after[unread], before[unread])
@@ -205,6 +206,8 @@ def test_a_checkpoint_holds_the_state_of_tables(tmp_path):
     checkpoints.save(1, state, {})
     checkpoints.wait()
     restored = checkpoints.restore(abstract(state)).state
+    # The names by which a state is carried to another vocabulary.
+    assert "opt_state.tables.1.embedding.item_table" in names(state)
     checkpoints.close()
     ends = [step(step(one, batches[1])[0], batches[2])[0] for one in (state, restored)]
     for one, other in zip(*map(jax.tree.leaves, ends), strict=True):

@@ -34,11 +34,22 @@ class OptState(NamedTuple):
 
     Attributes:
       rest: of Optax.
-      tables: by name, arrays that are divided among devices as the table is.
+      tables: arrays of every table, by its name, that are divided among devices as the table is:
+        as many such sets as the optimizer keeps.
     """
 
     rest: optax.OptState
-    tables: dict[str, tuple[nnx.Variable, ...]]
+    tables: tuple[dict[str, nnx.Variable], ...]
+
+    def of(self, name: str) -> tuple[nnx.Variable, ...]:
+        """The state of one table."""
+        return tuple(one[name] for one in self.tables)
+
+    @staticmethod
+    def joined(rest: optax.OptState, tables: Mapping[str, tuple[nnx.Variable, ...]]) -> "OptState":
+        """From the states of each table."""
+        sets = zip(*tables.values(), strict=True)
+        return OptState(rest, tuple(dict(zip(tables, one, strict=True)) for one in sets))
 
 
 class TableOptimizer(abc.ABC):
@@ -106,7 +117,7 @@ def table_optimizer(config: OptimConfig) -> TableOptimizer | None:
 
 
 def path_of(name: str) -> Path:
-    return tuple(name.split("/"))
+    return tuple(name.split("."))
 
 
 def split(params: PyTree, paths: Sequence[Path]) -> tuple[PyTree, dict[str, PyTree]]:
@@ -115,7 +126,7 @@ def split(params: PyTree, paths: Sequence[Path]) -> tuple[PyTree, dict[str, PyTr
         return params, {}
     flat = nnx.to_flat_state(params)
     rest = [(path, leaf) for path, leaf in flat if path not in paths]
-    found = {"/".join(map(str, path)): leaf for path, leaf in flat if path in paths}
+    found = {".".join(map(str, path)): leaf for path, leaf in flat if path in paths}
     return nnx.from_flat_state(rest), found
 
 

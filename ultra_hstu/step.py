@@ -181,7 +181,7 @@ class Steps[Model: nnx.Module](abc.ABC):
         opt_state = self.optimizer.init(rest)
         if self.table_optimizer is not None:
             of_tables = {name: self.table_optimizer.init(table) for name, table in tables.items()}
-            opt_state = OptState(opt_state, of_tables)
+            opt_state = OptState.joined(opt_state, of_tables)
         return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
 
     def start(self, seed: int) -> TrainState:
@@ -264,7 +264,8 @@ class Steps[Model: nnx.Module](abc.ABC):
         opt_state, clip_norm = state.opt_state, self.config.optim.clip_norm
         table_state: dict[str, tuple[nnx.Variable, ...]] = {}
         if self.table_optimizer is not None:
-            opt_state, table_state = state.opt_state
+            table_state = {name: state.opt_state.of(name) for name in tables}
+            opt_state = state.opt_state.rest
             if clip_norm is not None:
                 clip = optax.clip_by_global_norm(clip_norm)
                 grads, _ = clip.update(grads, clip.init(grads))
@@ -294,7 +295,8 @@ class Steps[Model: nnx.Module](abc.ABC):
                 tables, table_state, numbers, row_grads, state.step
             )
             rest = joined(rest, {name: table for name, (table, _) in changed.items()})
-            opt_state = OptState(opt_state, {name: one for name, (_, one) in changed.items()})
+            found = {name: one for name, (_, one) in changed.items()}
+            opt_state = OptState.joined(opt_state, found)
         return TrainState(rest, opt_state, state.step + 1)
 
     def over_devices[**P, R](

@@ -222,7 +222,7 @@ def measure(workload: Workload, options: Json, kind: str, stacks: list[Stack]) -
         profiling.profiled(functools.partial(run, *each), [run])[0]
         for (run, _), each in zip(stacks, made, strict=True)
     ]
-    return result | {"kernels": difference(*profiles, deep - shallow)}
+    return result | {"kernels": difference(profiles[0], profiles[1], deep - shallow)}
 
 
 def difference(shallow: profiling.Profile, deep: profiling.Profile, layers: int) -> list[Json]:

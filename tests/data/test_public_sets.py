@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from tests import commands
 from tests.data.data_files import KUAIRAND_HEADER, kuairand_line, load, write
+from tests.data.official_files import OFFICIAL
 from ultra_hstu.config import Config, DataConfig
 from ultra_hstu.data import raw, sources
 from ultra_hstu.data.amazon import CATEGORIES
@@ -410,6 +412,27 @@ def test_what_is_kept_of_a_public_set_can_be_chosen(tmp_path):
             ValueError, match=f"data.table.{next(iter(field))}=.* does nothing under"
         ):
             Config(data=data).validate()
+
+
+def test_inspect_shows_the_lengths_of_a_public_sets_histories(tmp_path):
+    record = tmp_path / "histories.json"
+    record.write_text('{"sets": {"other": {"mean": 1}}}')
+    raw = write(tmp_path / "raw/u.item", OFFICIAL["ml-100k"]["u.item"]).parent
+    events = [f"{user}\t{1 + k % 3}\t5\t88125094{k}" for user in (1, 2) for k in range(4 + user)]
+    write(raw / "u.data", events)
+    arguments = [
+        "--config.data.source=ml-100k",
+        f"--data={raw}",
+        f"--record={record}",
+        "--picture=",
+    ]
+    done = commands.run(
+        "experiments.inspect", *arguments, f"--config.data.data_dir={tmp_path}/made"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "events 11, mean 5.5, median 5.5, 99 % 6.0, longest 6" in done.stdout
+    sets = json.loads(record.read_text())["sets"]
+    assert sets["other"] == {"mean": 1} and sets["ml-100k"]["events"] == 11
 
 
 def test_sets_of_a_publisher_are_downloaded_apart(tmp_path, monkeypatch):

@@ -56,7 +56,8 @@ def test_rows_of_a_last_layer(implementation, biased, head):
 
     with dispatch.record() as choices:
         found = run(some)
-    assert {choice.implementation for choice in choices} == {implementation}
+    ran = {choice.implementation for choice in choices if choice.op == "hstu_attention"}
+    assert ran == {implementation}
     plain = run(functools.partial(whole, graph, jnp.bfloat16))
     with jax.default_matmul_precision("float32"):
         wanted = run(functools.partial(whole, whole_graph, jnp.float32))

@@ -15,9 +15,9 @@ from ultra_hstu.parallel.mesh import CONTEXT, DATA
 from ultra_hstu.parallel.shards import Shards
 
 SLACK = 1.25  # room for requests to one device in a round, over the mean
-# Distinct entries of one device that are gathered, or updated, at a time: so many times as a batch
-# has some. Most ids of a batch may be equal, and there is room for all of them.
-CHUNK = 2**14
+# Distinct entries of one device are gathered, and updated, in chunks of so many at least, so many
+# chunks at most, as long as a batch has some. Most ids may be equal, and there is room for all.
+CHUNK, CHUNKS = 2**14, 16
 
 type Arrays = PyTree
 
@@ -59,7 +59,7 @@ class Entries:
         devices, entries = shards.devices, shards.devices * table_XD.shape[0]
         none_N = jnp.where(number_N >= 0, number_N, entries)
         size = min(len(none_N) + 1, entries + 1)
-        multiple = devices if devices > 1 else min(size, CHUNK)
+        multiple = devices if devices > 1 else _chunk(size)
         size = -(-size // multiple) * multiple
         # With one number that is none, so that there is always one.
         padded = jnp.pad(none_N, (0, 1), constant_values=entries)
@@ -112,12 +112,12 @@ def in_chunks(
     entries: int,
     arrays: Arrays,
 ) -> Arrays:
-    """`arrays` after `function(place of the first, numbers, arrays)` for `CHUNK` numbers each.
+    """`arrays` after `function(place of the first, numbers, arrays)` for each chunk of numbers.
 
     Args:
       number_U: of `Entries` of one device; from `entries` on, none.
     """
-    chunk = min(len(number_U), CHUNK)
+    chunk = _chunk(len(number_U))
 
     def turn(number: Array, arrays: Arrays) -> Arrays:
         first = number * chunk
@@ -125,6 +125,11 @@ def in_chunks(
 
     used = jnp.sum(number_U < entries, dtype=jnp.int32)
     return jax.lax.fori_loop(0, -(-used // chunk), turn, arrays)
+
+
+def _chunk(size: int) -> int:
+    """Entries of a chunk; a size that it divides has the same."""
+    return max(min(size, CHUNK), -(-size // CHUNKS))
 
 
 Table = Float[Array, "X D"] | Entries

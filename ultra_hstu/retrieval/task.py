@@ -186,8 +186,7 @@ class RetrievalTask(Task[Events]):
             return {}  # they read all events at one time
         train, test = self.splits.known or self.splits.train, self.examples(split)
         hides = self.config.eval.repeats == "hide"
-        popularity = self._counts(train.start, train.stop)
-        return baselines(self.interactions.items, popularity, train, test, hides=hides)
+        return baselines(self.interactions.items, self._learned(), train, test, hides=hides)
 
     def flops(self, part: str) -> Flops:
         columns = self.columns(part)

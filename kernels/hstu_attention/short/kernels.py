@@ -274,15 +274,10 @@ def backward(
     dq_QK = tl.zeros([BQ, WK], tl.float32)
     k += begin * K + head * K
     v += begin * V + head * V
-    key = tl.arange(0, BK)
-    k_next = _load(k, key, first + key < end, H, K, WK)
-    v_next = _load(v, key, first + key < end, H, V, WV)
     for key0 in range(0, end - first, BK):
         key = key0 + tl.arange(0, BK)
         real_key = first + key < end
-        k_KK, v_KV = k_next, v_next
-        k_next = _load(k, key + BK, first + key + BK < end, H, K, WK)
-        v_next = _load(v, key + BK, first + key + BK < end, H, V, WV)
+        k_KK, v_KV = _load(k, key, real_key, H, K, WK), _load(v, key, real_key, H, V, WV)
         key_time = _times(times, first + key, real_key, BUCKETS)
         seen = seen_pairs(row, key, intervals, end - first, 1)
         score, entry, bucket = _scores(
