@@ -42,7 +42,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 # Not the files that the ops of `kernels` share.
 _OURS = re.compile(r"(?:^|/)((?:ultra_hstu|kernels/\w+)/.*)")
-_NUMBERS = re.compile(r"[._]\d+(?=$|[._])")
+NUMBERS = re.compile(r"[._]\d+(?=$|[._])")
 
 
 def instructions(text: str) -> dict[str, Instruction]:
