@@ -3,6 +3,8 @@
 Base rates, which need no model, are measured on the same events.
 """
 
+from collections.abc import Hashable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,10 @@ class RequestEvaluator(Evaluator):
                 f"(regressions: none at all), so that {criteria.selection.upper()} has no value: "
                 f"raise rank.{split}_fraction, or choose other rank.tasks"
             )
+
+    @property
+    def static(self) -> Hashable:
+        return super().static, self.recipe.sizes
 
     def outputs(self, scored: PyTree, batch: RankBatch) -> Float32[Array, "p K"]:
         """The logits (values, in regressions) of the events `event_P`."""

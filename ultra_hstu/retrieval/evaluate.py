@@ -60,7 +60,7 @@ class CorpusEvaluator(Evaluator):
 
     @property
     def static(self) -> Hashable:
-        return super().static, self.longest
+        return super().static, self.longest, self.recipe.num_items
 
     @functools.cached_property
     def repeats(self) -> float:
