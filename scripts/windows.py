@@ -1,7 +1,7 @@
 """Measures a model that goes on against one that is trained anew for every window.
 
 python -m scripts.windows --config=ml1m_hstu --config.train.protocol=windows
-    --config.windows.first=8 --config.windows.count=12 --config.train.epochs=30
+    --config.windows.first=8 --config.windows.count=11 --config.train.epochs=12
     --workdir=runs/windows --seeds=42,43,44
     --record=experiments/results/windows_ml1m.json [--fraction=0.1] [--only=anew] [--picture=PATH]
 
