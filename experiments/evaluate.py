@@ -11,6 +11,7 @@ and says how many bytes go to the device.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -21,8 +22,10 @@ from jaxtyping import Float
 from experiments import command
 from experiments.record import Json, Record
 from ultra_hstu import progress, quantization, report, tasks
-from ultra_hstu.criteria import Metrics, mean_and_deviation
+from ultra_hstu.criteria import WARMTH, Metrics, by_warmth, mean_and_deviation
+from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.fields import difference
+from ultra_hstu.serving.recommend import require_dense
 from ultra_hstu.workdir import FREE_FIELDS, Workdir
 
 _WORKDIR, _RAW_DIR = command.define_run("folder of a trained run, or of the runs of several seeds")
@@ -46,15 +49,19 @@ def main(_: list[str]) -> None:
     config, console, kinds = task.config, report.make_console(), _TABLES.value
     steps, found = [], []  # of every run: its step, and its metrics by kind of table
     with jax.default_matmul_precision(config.train.matmul_precision):
-        measure = task.evaluator(_SPLIT.value)
+        measure: Evaluator | None = None
         for folder in runs:
             with progress.waiting(working, "model", f"reading {folder.checkpoints}") as came:
                 if task.config.windows.number is None:  # else `of_run` has looked at more
                     folder.check_data(task.interactions)
                 step, params = tasks.params_of_run(folder, task)
                 came(f"{progress.model(config, params, [])}, of step {step}")
+                answering, params = task.folded(params)
+                measure = measure or answering.evaluator(_SPLIT.value)
             metrics = {}
             for kind in kinds:
+                if config.features.series:
+                    require_dense(kind)
                 with progress.waiting(working, "evaluate", f"compiling and scoring, {kind} table"):
                     metrics[kind] = measure(
                         quantization.unpacked(quantization.packed(params, kind))
@@ -80,10 +87,14 @@ def main(_: list[str]) -> None:
             by_seed = dict(zip(map(str, seeds), of_kind, strict=True))
             tables[kind] = {"metrics": mean, "stdev": deviation, "seeds": by_seed}
         tables[kind]["table"] = served(item_table_ID, kind, config.data.max_history)
+    assert measure is not None  # there is a run
     title = f"{_SPLIT.value}, {report.conditions(config)}"
     console.print(
         report.metrics_table(title, rows | others, measure.criteria, measure.criteria.details)
     )
+    parts = by_warmth(measure.criteria)
+    title = f"{_SPLIT.value}, by training events of the target's item\n{_parts()}"
+    console.print(report.metrics_table(title, rows, parts, parts.details))
     for kind, values in tables.items():
         table = values["table"]
         console.print(
@@ -98,6 +109,14 @@ def main(_: list[str]) -> None:
         eval=config.evaluation,
         step=steps if seeds else steps[0],
     ).add(tables=tables, baselines=others)
+
+
+def _parts() -> str:
+    """The parts that are told apart, in words."""
+    return ", ".join(
+        f"{name}: {low} or more" if math.isinf(high) else f"{name}: {low} to {high}"
+        for name, low, high in WARMTH
+    )
 
 
 def require_same(runs: Sequence[Workdir]) -> None:

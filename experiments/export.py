@@ -11,10 +11,10 @@ from absl import flags
 
 from experiments import command
 from ultra_hstu import progress, report, tasks
+from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.nn.key_values import KINDS, CacheDtype
 from ultra_hstu.serving import export, load_params
 from ultra_hstu.serving.score import MICRO_BATCH
-from ultra_hstu.serving.tokens import Vocabulary
 from ultra_hstu.workdir import Workdir
 
 _WORKDIR, _RAW_DIR = command.define_run("folder of a trained ranking run")
@@ -44,10 +44,11 @@ def main(_: list[str]) -> None:
         )
     with progress.waiting(working, "export", f"reading the checkpoint, tracing, {_OUT.value}"):
         step, params = load_params(folder, task.recipe)
+        task, params = task.folded(params)
         export.save(
             _OUT.value,
             task.recipe.model(params),
-            config=config,
+            config=task.config,
             catalog=task.interactions.catalog,
             vocabulary=Vocabulary.of(config, task.interactions),
             candidates=_CANDIDATES.value,

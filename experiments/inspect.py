@@ -1,10 +1,13 @@
-"""Shows what own events hold, before anything is trained: columns, counts, lengths, times, and what
-a run would cost.
+"""Shows what events hold, before anything is trained: columns, counts, lengths, times, and what a
+run would cost.
 
 python -m experiments.inspect --data=events.parquet [--config.data.table.user=NAME ...]
     [--picture=inspect.png]
+python -m experiments.inspect --config.data.source=ml-1m [--data=FOLDER]
 
-It prepares the data as training does, so that training with the same settings starts at once.
+Own events are in --data, and a public set in a folder with its publisher's files; without --data
+that is downloaded. The data is prepared as training does, so that training with the same settings
+starts at once. --record adds the lengths of histories to a file that has those of other sets.
 """
 
 from collections.abc import Sequence
@@ -19,51 +22,66 @@ from jaxtyping import Bool, Int64
 from rich.table import Table
 
 from experiments import command
-from ultra_hstu import progress, report, tasks
+from experiments.record import Json, Record
+from ultra_hstu import entry_updates, progress, report, tasks
 from ultra_hstu.config import Config
+from ultra_hstu.data import sources
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.table import prepared
 from ultra_hstu.data.table.columns import Reading
-from ultra_hstu.data.table.files import TableFile, find_files
+from ultra_hstu.data.table.source import Source
 from ultra_hstu.fields import changed
 
 _CONFIG = command.define_config(default="table")
-_DATA = flags.DEFINE_string("data", None, "a file, a folder or a pattern", required=True)
+_DATA = flags.DEFINE_string(
+    "data", None, "a file, a folder or a pattern; of a public set the folder of its files"
+)
 _PICTURE = flags.DEFINE_string(
     "picture", "inspect.png", "where the picture is written; empty: none"
 )
+_RECORD = flags.DEFINE_string("record", None, "a JSON file that lengths of histories are added to")
 _SHOWN = 30  # columns
 PERCENT = (0, 10, 50, 90, 99, 100)
 
 
 def main(_: list[str]) -> None:
-    config = changed(command.resolved(_CONFIG.value), data={"raw_dir": _DATA.value})
-    if config.data.source != "table":
-        raise ValueError(f"--config={config.name} is of {config.data.source}: own data is 'table'")
+    config = command.resolved(_CONFIG.value)
+    if _DATA.value is not None:
+        config = changed(config, data={"raw_dir": _DATA.value})
+    source = config.data.source
+    sources.check(source)
+    if source == sources.SYNTHETIC:
+        raise ValueError(f"data.source={source!r} is generated: name own events, or a public set")
+    if source == sources.TABLE and _DATA.value is None:
+        raise ValueError("--data must name a file, a folder or a pattern of events")
     console, data = report.make_console(), config.data
     working = command.progress_console(stderr=True)
-    sides = (data.table.items_file, data.table.users_file)
-    files = find_files(_DATA.value, sides, data.table.delimiter)
-    console.print(columns_table(files))
-    with progress.waiting(working, "data", f"reading {_DATA.value}") as came:
+    opened, name = prepared.open_source(data), _DATA.value or source
+    console.print(columns_table(opened.events))
+    with progress.waiting(working, "data", f"reading {name}") as came:
         interactions = prepared.load(data)
         came(progress.counts(interactions))
-    reading = prepared.read_reading(prepared.prepare(data))
+    reading = prepared.read_reading(prepared.prepare(data, opened))
     console.print(counts_table(interactions, reading))
     console.print(lengths_table(interactions))
+    found = summary(interactions)
+    said = ", ".join(f"{key} {value:,}" for key, value in found.items())
+    console.print(f"histories: {said}", highlight=False, soft_wrap=True)
+    record = Record(_RECORD.value, grows=True)
+    record.add(sets=record.values.get("sets", {}) | {source if opened.public else name: found})
     with progress.waiting(working, "cost", "planning an epoch, counting its operations"):
         cost = cost_line(config, interactions)
     console.print(cost, highlight=False, soft_wrap=True)
     if _PICTURE.value:
         with progress.waiting(working, "picture", "drawing"):
-            draw(interactions, Path(_PICTURE.value), str(_DATA.value))
+            draw(interactions, Path(_PICTURE.value), name)
         console.print(f"picture   {_PICTURE.value}", highlight=False)
 
 
-def columns_table(files: Sequence[TableFile]) -> Table:
+def columns_table(files: Sequence[Source]) -> Table:
     """The columns of the first file, with their types and a value of each."""
     first, more = files[0], f" (and {len(files) - 1} more files)" if len(files) > 1 else ""
-    table = Table("column", "type", "first value", title=f"{first.path}{more}", box=rich.box.SIMPLE)
+    table = Table("column", "type", "first value", title=f"{first}{more}", box=rich.box.SIMPLE)
     names = list(first.types)
     kinds = {n: first.types[n] for n in names[:_SHOWN] if not pa.types.is_nested(first.types[n])}
     batch = next(iter(first.batches(kinds)), None)
@@ -114,6 +132,20 @@ def repeated(interactions: Interactions) -> Bool[np.ndarray, " E"]:
     return again_E
 
 
+def summary(interactions: Interactions) -> Json:
+    """Counts, and the lengths of histories: what tells long ones from short ones."""
+    lengths = interactions.lengths
+    return {
+        "users": interactions.num_users,
+        "items": interactions.num_items,
+        "events": interactions.num_events,
+        "mean": round(float(lengths.mean()), 1),
+        "median": round(float(np.median(lengths)), 1),
+        "99 %": round(float(np.percentile(lengths, 99)), 1),
+        "longest": int(lengths.max()),
+    }
+
+
 def lengths_table(interactions: Interactions) -> Table:
     """Quantiles of events a user and an item, and of the days that a user is there."""
     table = Table("", *(f"{p} %" for p in PERCENT), title="quantiles", box=rich.box.SIMPLE)
@@ -138,14 +170,17 @@ def cost_line(config: Config, interactions: Interactions) -> str:
         steps_per_call=config.train.steps_per_call,
     )
     steps = len(loader.plan())
-    params = jax.eval_shape(lambda: task.recipe.init(0)).params
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    state = jax.eval_shape(lambda: task.recipe.init(0))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    rest, _ = entry_updates.split(state.params, task.recipe.by_entries)
+    # Tables that are updated entry by entry have no gradients of their size.
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, rest)))
     examples = len(next(iter(task.columns("train").values())))
     per_epoch = task.flops("train").training * examples
     cut = float((interactions.lengths > config.data.max_history + 1).mean())
     return (
         f"a run of {config.name}: {steps:,} steps an epoch, {per_epoch / 1e9:,.0f} GFLOP; "
-        f"{parameters:,} parameters, {16 * parameters / 2**20:,.0f} MiB with gradients and "
+        f"{parameters:,} parameters, {held / 2**20:,.0f} MiB with gradients and "
         f"optimizer; {cut:.1%} of users have more than data.max_history="
         f"{config.data.max_history} events, and the newest count"
     )

@@ -86,8 +86,8 @@ def main(_: list[str]) -> None:
             title = f"after {len(wanted)} items"
         else:
             data = RunData(_WORKDIR.value, _RAW_DIR.value)
-            items, times, actions = data.user(str(_USER.value))[:3]
-            answer = model.recommend(items, times, actions=actions, k=_K.value)
+            items, times, actions, context = data.user(str(_USER.value))
+            answer = model.recommend(items, times, actions=actions, context=context, k=_K.value)
             title = f"user {_USER.value}, after {len(items)} events"
         came("loaded, compiled and asked")
     report.make_console().print(report.recommendations_table(title, answer))

@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=ml1m_hstu --workdir=runs/ml1m_hstu
     [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--overwrite] [--init_from=RUN]
-    [--record=experiments/results/NAME.json]
+    [--record=experiments/results/NAME.json] [--profile]
     [--distributed | --coordinator=HOST:PORT --processes=N --process=I]
 
 `experiments/configs` holds the configurations; a file of your own works as well. Any field can be
@@ -53,6 +53,9 @@ _TRACKERS = flags.DEFINE_multi_string(
     "tracker",
     [],
     "FILE.py:NAME, whose NAME() makes a tracker of metrics (docs/library.md); may come again",
+)
+_PROFILE = flags.DEFINE_bool(
+    "profile", False, "trace some steps into WORKDIR/profile, and print where their time goes"
 )
 _RECORD = command.define_record()
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -140,6 +143,7 @@ def main(_: list[str]) -> None:
             task=task,
             overwrite=overwrite,
             trackers=[make() for make in trackers],
+            profile=_PROFILE.value,
         )
         history = [
             {name: epoch[name] for name in (*HISTORY, *criteria.curves) if name in epoch}
@@ -177,8 +181,13 @@ def main(_: list[str]) -> None:
 
 
 def warn_below_floor(result: Json, baselines: dict[str, Metrics], criteria: Criteria) -> None:
-    """Says so where a run ended with less than needs no model, as one that diverged does."""
-    metric, floor = criteria.selection, baselines[criteria.floor]
+    """Says so where a run ended with less than needs no model, as one that diverged does.
+
+    Events on the disk have no baselines, and so no warning.
+    """
+    if (floor := baselines.get(criteria.floor)) is None:
+        return
+    metric = criteria.selection
     for part in ("best", "last"):
         if part in result and not criteria.better(result[part][metric], floor[metric]):
             log.warning(

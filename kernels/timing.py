@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
 
 MAX_CALLS = 200  # of a sample
+# Dense bfloat16 operations a second, by the name of a GPU (NVIDIA's data sheets).
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,13 @@ class Timing:
     def tflops(self, flops: float) -> float:
         """Tera floating point operations a second, for a call of `flops`."""
         return flops / self.seconds / 1e12
+
+
+def mfu(rate: float, devices: int = 1) -> float | None:
+    """Model FLOPs utilisation: operations a second over the devices' peak; None: unknown."""
+    kind = jax.devices()[0].device_kind
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    return None if peak is None else rate / devices / peak
 
 
 def device_time[*Args, R](
@@ -63,22 +70,25 @@ def device_time[*Args, R](
     return Timing(tuple(samples))
 
 
-def chained[*Args, R](function: Callable[[*Args], R], times: int) -> Callable[[*Args], R]:
+def chained[*Args, R](
+    function: Callable[[*Args], R], times: int
+) -> Callable[[*Args], tuple[R, ...]]:
     """A function that calls `function` `times` times in one program; for timing alone.
 
-    The calls come one after another, with one dispatch, and the last results are returned. So that
-    the compiler neither merges the calls nor moves them out of the loop, the arguments of each pass
-    a barrier together with the results of the one before, which costs nothing on a device.
+    The calls come one after another, with one dispatch, and all results are returned. They stand
+    side by side, not in a loop: XLA launches each pass of a loop by itself, which takes as long as
+    a brief kernel. The compiler can neither merge the calls nor leave one out: the arguments of
+    each pass a barrier together with the results of the one before, which costs nothing on a
+    device, and what has passed is what is returned.
     """
+    call = jax.jit(function)  # traced and lowered once
 
-    def run(*args: *Args) -> R:
-        def again(_: Int[Array, ""], carry: tuple[tuple[*Args], R]) -> tuple[tuple[*Args], R]:
-            args, _ = lax.optimization_barrier(carry)
-            return args, function(*args)
-
-        results = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args)
-        )
-        return lax.fori_loop(0, times, again, (args, results))[1]
+    def run(*args: *Args) -> tuple[R, ...]:
+        results, passed = call(*args), []
+        for _ in range(times - 1):
+            args, results = lax.optimization_barrier((args, results))
+            passed.append(results)
+            results = call(*args)
+        return *passed, results
 
     return run

@@ -8,13 +8,16 @@ from 0.4 on, which needs a newer Triton.
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxtyping import Array
+
+from kernels import device
 
 FFI_NAME = "triton_kernel_call_ffi"
 FFI_VERSION = 4
@@ -58,6 +61,35 @@ def launch(
         zeroed_outputs=zeroed,
         **constants,
     )
+
+
+def refusal(unfit: Callable[[tuple[int, int]], str | None], *, name: str = "triton") -> str | None:
+    """Why the implementation `name` cannot run Triton kernels on this device, or None.
+
+    Args:
+      unfit: why a kernel cannot run on a GPU of a compute capability that Triton supports, or None.
+    """
+    current = device.current()
+    capability = current.compute_capability
+    if current.platform != "gpu" or capability is None or capability < (8, 0):
+        return (
+            f"{name} needs an NVIDIA GPU from sm80 (A100) on, the device is {current.kind!r}; "
+            "implementation='xla' runs anywhere"
+        )
+    if (reason := unfit(capability)) is not None:
+        return reason
+    for package in ("jax_triton", "triton"):
+        if importlib.util.find_spec(package) is None:
+            return (
+                f"{name} needs {package}: pip install -r requirements-cuda.txt; "
+                "implementation='xla' needs nothing more"
+            )
+    return None
+
+
+def padded(width: int) -> int:
+    """Width that products compute with: a power of two."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def product_precision() -> str:

@@ -31,9 +31,10 @@ from kernels.hstu_attention.mosaic.schedule import WorkList, make_schedules
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.hstu_attention.triton import attention as triton
-from kernels.hstu_attention.triton.sizes import LaunchSizes, heuristic, padded
+from kernels.hstu_attention.triton.sizes import LaunchSizes, heuristic
 from kernels.hstu_attention.workloads import WORKLOADS, Workload
 from kernels.timing import chained, device_time
+from kernels.triton_call import padded
 from scripts.bench import attention as bench_attention
 from scripts.bench.turns import each, preparing, turn
 from ultra_hstu.provenance import provenance

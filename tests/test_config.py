@@ -13,11 +13,11 @@ from ml_collections import config_flags
 
 from experiments import configs
 from experiments.command import ConfigParser
+from kernels import fp8
 from tests.serving.small_serving import unchecked
 from ultra_hstu import criteria, fields
 from ultra_hstu.config import ChannelConfig, Config, from_config_dict, to_config_dict
 from ultra_hstu.fields import Section, changed, difference
-from ultra_hstu.nn import fp8
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.remat import policy_of
 from ultra_hstu.serving.scoring import ScoringModel
@@ -27,7 +27,7 @@ NAMES = """
     synthetic ml100k_hstu ml1m_sasrec ml1m_hstu ml1m_hstu_large ml1m_ultra ml20m_sasrec ml20m_hstu
     ml20m_hstu_large books_sasrec books_hstu books_hstu_large beauty_sasrec beauty_hstu
     assistments_rank_hstu assistments_rank_ultra ml1m_rank_hstu ml1m_rank_ultra kuairand_rank_hstu
-    kuairand_rank_ultra long_ultra long_mst table table_rank
+    ml1m_hstu_features ml100k_hstu_features kuairand_rank_ultra long_ultra long_mst table table_rank
 """.split()
 
 
@@ -119,6 +119,7 @@ def test_round_trip():
         ("data.synthetic.length", 2, "synthetic.length=2 must be at least 3"),
         ("optim.learning_rate", float("nan"), "learning_rate=nan"),
         ("model.remat", "full", "model.remat='full' is not allowed: use 'none', 'selective'"),
+        ("model.projection_gradient", "fp8", "under model.projection='same'.*projection='fp8'"),
         ("train.epochs", 2.5, "train.epochs=2.5 is not allowed: use int"),
         ("train.seed", -1, "train.seed=-1 must be at least 0"),
         ("train.seed", 2**32, "must be below 2\\^32"),

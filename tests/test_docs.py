@@ -18,7 +18,7 @@ MUST_RUN = {
 
 @pytest.mark.parametrize("name", PAGES)
 def test_blocks_run_in_order(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "SOURCES", dict(sources.SOURCES))
+    monkeypatch.setattr(sources, "PUBLIC", dict(sources.PUBLIC))
     monkeypatch.chdir(tmp_path)
     page = Page(name, tmp_path)
     page.follow()

@@ -45,7 +45,7 @@ def made(monkeypatch, name, *overrides):
         ("synthetic", "model.time_buckets=9", "under model.relative_bias=False"),
         ("ml1m_rank_hstu", "loss.temperature=0.1", "for ranking"),
         ("ml1m_hstu", "loss.log_q=False", "under loss.kind=sampled"),
-        ("ml1m_hstu", "rank.head_width=8", "retrieval reads rank.signals alone"),
+        ("ml1m_hstu", "rank.head_width=8", "retrieval asks for the next item"),
     ],
 )
 def test_overrides_without_effect_are_refused(monkeypatch, name, override, message):
@@ -59,6 +59,9 @@ def test_overrides_with_effect_are_taken(monkeypatch):
     assert config.model.channels["liked"].layers == 4 and config.train.epochs == 2
     loss = made(monkeypatch, "ml1m_hstu", "loss.kind=in_batch", "loss.log_q=False").loss
     assert (loss.kind, loss.log_q) == ("in_batch", False)
+    assert made(monkeypatch, "ml1m_hstu", "loss.rows_per_draw=4").loss.rows_per_draw == 4
+    with pytest.raises(ValueError, match="loss.rows_per_draw has no effect under loss.kind=full"):
+        made(monkeypatch, "ml1m_hstu", "loss.kind=full", "loss.rows_per_draw=4")
     # The same command goes on where there is one device.
     assert made(monkeypatch, "ml1m_hstu", "parallel.strategy=ulysses").parallel.context == 1
 

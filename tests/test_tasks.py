@@ -54,9 +54,31 @@ def test_a_protocol_of_the_other_task_is_refused():
         tasks.of(config, rank_data.interactions())
 
 
-def test_every_source_has_one_builder():
-    names = [name for builder in sources.BUILDERS for name in builder.builder_configs]
-    assert len(names) == len(set(names)) == len(sources.SOURCES)
+def test_every_source_has_one_meaning():
+    names = [sources.SYNTHETIC, sources.TABLE, *(one.name for one in sources.SETS)]
+    assert len(names) == len(set(names)) == 2 + len(sources.PUBLIC)
+
+
+@pytest.mark.parametrize(
+    ("source", "near"),
+    [
+        ("ml-1M", "'ml-1m'"),
+        ("ml-24m", "'ml-25m'"),
+        ("amazon-2014/Bookz", "'amazon-2014/Books'"),
+        ("amazon-2014/books", "'amazon-2014/Books'"),
+        ("amazon-2018/Movies", "'amazon-2018/Movies_and_TV'"),
+        ("amazon-2019/Books", "'amazon-2014/Books', 'amazon-2018/Books', 'amazon-2023/Books'"),
+        ("amazon-2023/Appliances/5core", "'amazon-2023/Appliances'"),
+        ("kuairand", "'kuairand-1k'"),
+        ("yambda", "'yambda-50m'"),
+    ],
+)
+def test_near_names_are_shown(source, near):
+    with pytest.raises(
+        ValueError, match="use 'synthetic', 'ml-100k'.*/<Category>.*Did you mean"
+    ) as e:
+        sources.check(source)
+    assert near in str(e.value).partition("Did you mean")[2]
 
 
 @pytest.mark.parametrize("kind", ["retrieval", "ranking"])

@@ -201,9 +201,7 @@ def test_a_run_says_what_it_does_and_a_finished_one_says_so(finished):
         "result",
     ]
     assert re.fullmatch(r"data .* 60 users, 120 items, 720 events \(\d+\.\d s\)", said[0])
-    assert re.fullmatch(
-        r"model     hstu, 5,024 parameters,( hstu_attention xla,)? 8 steps an epoch", said[1]
-    )
+    assert re.fullmatch(r"model     hstu, 5,024 parameters,( \w+ xla,)* 8 steps an epoch", said[1])
     assert re.fullmatch(r"epoch     1/3 +loss 7.* best  \S+ s, \S+ s left", said[3])
     assert "left" not in said[5] and "finished: 3 epochs in" in said[6]
     again = Console(file=io.StringIO(), width=120)
@@ -211,6 +209,21 @@ def test_a_run_says_what_it_does_and_a_finished_one_says_so(finished):
     text = again.file.getvalue()
     assert "finished before, after 3 epochs: its result is given again" in text
     assert "compil" not in text
+
+
+def test_a_profiled_run_has_the_same_numbers_and_a_table(finished, tmp_path):
+    config, workdir, _ = finished
+    screen = Console(file=io.StringIO(), width=120)
+    train(config, tmp_path / "run", console=screen, profile=True)
+    losses = [
+        [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
+        for folder in (workdir, tmp_path / "run")
+    ]
+    assert losses[0] == losses[1]
+    assert re.search(r"attention +\d", screen.file.getvalue())
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="finished before.*--profile needs steps"):
+        train(config, tmp_path / "run", console=QUIET, profile=True)
 
 
 def test_after_a_signal_no_call_is_started(data_dir, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from ultra_hstu.library import fit
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.metrics import ranks
-from ultra_hstu.retrieval.negatives import uniform_negatives
+from ultra_hstu.retrieval.negatives import drawn_uniformly
 from ultra_hstu.retrieval.recipe import there_are
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.scoring import RunData
@@ -385,8 +385,9 @@ def test_entries_that_are_but_room_are_no_items(kind):
     options = {"temperature": 1.0, "l2_normalize": False, "chunk_rows": 4}
     found = []
     for table_XD, items, corpus_I in ((table_ID, 8, None), (roomy_ID, items_1[0], known_I)):
-        drawn = uniform_negatives(key, 6, 5, items) if kind == "sampled" else None
-        fixed = {"corpus_I": corpus_I, "negative_TR": drawn, **options}
+        drawn = drawn_uniformly(jax.random.split(key, 6), 5, items) if kind == "sampled" else None
+        number = None if corpus_I is None else items
+        fixed = {"num_items": number, "negatives": drawn, **options}
 
         def loss(h_TD, table_XD, fixed=fixed):
             return softmax_loss(h_TD, table_XD, target_T, jnp.ones(6), **fixed)[0]

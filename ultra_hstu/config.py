@@ -11,15 +11,18 @@ from typing import Annotated, Literal
 import ml_collections
 
 from ultra_hstu import fields
+from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 from ultra_hstu.paths import LocalPath
 from ultra_hstu.sections import (
     Count,
     EvalConfig,
+    LossConfig,
     OptimConfig,
     ParallelConfig,
     RankConfig,
     SyntheticConfig,
+    TrainConfig,
     WindowsConfig,
 )
 from ultra_hstu.table_config import TableConfig
@@ -45,8 +48,9 @@ class DataConfig(Section):
     batch_tokens: Count | None = None
     # padded: every user has max_history rows of the buffer, as in the public code
     layout: Literal["jagged", "padded"] = "jagged"
-    # Where events lie. auto: on the device below 1 GiB of events
-    placement: Literal["auto", "device", "stream"] = "auto"
+    # Where events lie: on the device, in the host's memory, or in files of which a batch reads the
+    # users that it holds. auto: device below 1 GiB of events, else stream
+    placement: Literal["auto", "device", "stream", "shards"] = "auto"
     # Share of events (the newest) that protocol `temporal` tests on.
     temporal_test_fraction: Annotated[float, Limit(lambda value: 0 < value < 1, "in (0, 1)")] = 0.1
     # alpha of HSTU equation 4: training histories above max_history^(alpha/2) are cut.
@@ -113,46 +117,14 @@ class ModelConfig(Section):
     channels: dict[str, ChannelConfig] = dataclasses.field(default_factory=dict)
     # Precision of the uvqk and output projections in the forward; "same" follows dtype.
     projection: Literal["same", "fp8"] = "same"
+    # Of the products that make the gradients of what those projections read: fp8 beside fp8.
+    projection_gradient: Literal["same", "fp8"] = "same"
+    # Of kernels.norm_linear and kernels.gated_linear; None: the best for the device.
+    layer_implementation: str | None = None
     # What the backward computes again instead of keeping it.
     remat: Literal["none", "selective"] = "none"
     # Mini-sequences: rows that token-wise parts work on at one time; None: all.
     chunk_rows: Count | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig(Section):
-    # What a softmax is taken over: items drawn uniformly, targets of the batch, or all items.
-    kind: Literal["sampled", "in_batch", "full"] = "sampled"
-    negatives: Count = 128  # per position
-    temperature: Positive[float] = 0.05  # scores are divided by it
-    l2_normalize: bool = True  # scores are cosines
-    log_q: bool = True  # in_batch: correct for the items' frequency in training
-    # Rows whose logits exist at one time. None: 512 on a CPU (its cache), 4096 on an accelerator.
-    chunk_rows: Count | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig(Section):
-    epochs: Count = 101  # at most
-    seed: Annotated[
-        NotNegative[int],
-        Limit(lambda value: value < 2**32, "below 2^32: larger seeds would repeat smaller ones"),
-    ] = 42  # of the first parameters, and of the order and dropout of every epoch
-    # published, validated, temporal; of ranking, chronological; of both, windows
-    protocol: str = "published"
-    # Folder of a run whose parameters this one starts from; None: from those of the seed.
-    init_from: LocalPath | None = None
-    eval_every: Count = 1  # epochs between two evaluations
-    eval_users: Count = 256  # users scored at one time
-    # Epochs without a better NDCG@10 (ranking: NE) before stopping. None: 10; under `published`
-    # all epochs are run.
-    patience: Count | None = None
-    checkpoint_every: Count = 1  # epochs between two checkpoints
-    keep_checkpoints: Count = 2  # newest kept, beside the best
-    checkpoint_minutes: Positive[float] | None = 10.0  # one is written after so long at the latest
-    # Steps in one compiled scan; progress, signals and metrics are looked at between calls.
-    steps_per_call: Count = 16
-    matmul_precision: Literal["default", "tensorfloat32", "highest"] = "default"  # of JAX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +134,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     rank: RankConfig = RankConfig()
+    features: FeatureConfig = FeatureConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     windows: WindowsConfig = WindowsConfig()
@@ -190,14 +163,15 @@ class Config(Section):
     def of_table(self) -> "Config":
         """The same with the tasks of own data, reading what signals and features are made from."""
         rank, table, train = self.rank, self.data.table, self.train
-        if self.data.source != "table":
-            return self
         if table.tasks and not rank.tasks:
             rank = dataclasses.replace(rank, tasks=tuple(table.tasks))
             if train.protocol != "windows":  # ranking has one other
                 train = dataclasses.replace(train, protocol="chronological")
+        if self.data.source != "table":  # whose columns are known
+            return dataclasses.replace(self, rank=rank, train=train)
         names = [*rank.tasks, *rank.signals, *(one.signal for one in self.model.channels.values())]
-        data = dataclasses.replace(self.data, table=table.with_columns(rank.features, names))
+        columns = table.with_columns(rank.features, names, self.features.columns)
+        data = dataclasses.replace(self.data, table=columns)
         return dataclasses.replace(self, data=data, rank=rank, train=train)
 
     def validate(self) -> None:
@@ -208,12 +182,24 @@ class Config(Section):
         self._validate_parallel()
         if self.rank.tasks:
             self._validate_ranking()
+        optim = self.optim
+        if optim.tables != "same" and not self.rank.tasks and self.loss.kind == "full":
+            raise ValueError(
+                f"optim.tables={optim.tables!r} updates the items that a step reads, and "
+                "loss.kind='full' reads all: use optim.tables='same', or loss.kind='sampled'"
+            )
+        if optim.tables != "same" and not self.rank.tasks and self.loss.rows_per_draw > 1:
+            raise ValueError(
+                f"optim.tables={optim.tables!r} draws negatives for each row: set "
+                f"loss.rows_per_draw=1 in place of {self.loss.rows_per_draw}, or "
+                "optim.tables='same'"
+            )
         if self.train.protocol == "windows" and self.data.ties == "random":
             raise ValueError(
                 "data.ties='random' draws an order over all events, later ones too: use 'stable' "
                 "with train.protocol='windows'"
             )
-        decay, warmup = self.optim.decay_steps, self.optim.warmup_steps
+        decay, warmup = optim.decay_steps, optim.warmup_steps
         if decay is not None and decay <= warmup:
             raise ValueError(f"optim.decay_steps={decay} must be above optim.warmup_steps={warmup}")
 
@@ -234,6 +220,7 @@ class Config(Section):
                 f"rank.test_fraction={rank.test_fraction!r}: their sum must be in (0, 1)"
             )
         data.table.check(data.source, [*rank.signals, *rank.tasks])
+        self.features.check(data.stochastic_length, data.layout, ranking=bool(rank.tasks))
         if self.eval.time == "request" and not rank.tasks:
             raise ValueError(
                 "eval.time='request' is for ranking, whose requests have several targets: "
@@ -270,8 +257,12 @@ class Config(Section):
                 raise ValueError(f"model.truncate_after={after} {below}")
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
-            lacks = (*masks, *cuts, "alpha", "projection", "remat", "chunk_rows")
+            of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
+            lacks = (*masks, *cuts, *of_layer, "remat", "chunk_rows")
             without["model.kind='sasrec'", "use 'hstu'"] = lacks
+        if model.projection == "same":
+            why = "model.projection='same', whose gradients follow dtype"
+            without[why, "use projection='fp8'"] = ("projection_gradient",)
         if model.attention == "softmax":
             without["model.attention='softmax', which is plain causal", "use 'silu'"] = masks
         if model.preset == "research":

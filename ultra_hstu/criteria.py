@@ -5,6 +5,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from jaxtyping import Bool, Int
+
 Metrics = dict[str, float]  # by name
 
 
@@ -47,6 +50,15 @@ RETRIEVAL = Criteria(
 )
 
 
+# Targets by how many training events their item has: name, at least, at most. New ones are cold.
+WARMTH = (("warm", 100, math.inf), ("cold", 0, 99), ("new", 0, 0))
+
+
+def warmth(count_P: Int[np.ndarray, " P"]) -> dict[str, Bool[np.ndarray, " P"]]:
+    """Which targets each part of WARMTH has, by how many training events their item has."""
+    return {name: (low <= count_P) & (count_P <= high) for name, low, high in WARMTH}
+
+
 def ranking(tasks: Mapping[str, str]) -> Criteria:
     """The criteria of tasks, name -> "binary" or "regression".
 
@@ -71,6 +83,14 @@ def ranking(tasks: Mapping[str, str]) -> Criteria:
         floor="base rate",
         tasks=tuple(tasks),
     )
+
+
+def by_warmth(criteria: Criteria) -> Criteria:
+    """The columns that are shown for each part of WARMTH, and for each task of it."""
+    parts = [name for name, _, _ in WARMTH]
+    tasks = tuple(f"{task}/{part}" for task in criteria.tasks for part in parts)
+    details = (*criteria.table, "targets") if tasks else ("hr@10", "ndcg@10", "users")
+    return dataclasses.replace(criteria, details=details, tasks=tasks or tuple(parts))
 
 
 def mean_and_deviation(runs: Sequence[Mapping[str, float]]) -> tuple[Metrics, Metrics]:

@@ -5,11 +5,14 @@ mistake. (Not of `parallel`: a command with its flags may go on with a run on fe
 one.) `Config.validate` refuses fields that contradict each other in any case.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 from ultra_hstu.config import Config
+from ultra_hstu.feature_config import Spelled
+from ultra_hstu.table_config import RULES
 
-TARGETS = ("input", "features", "contextual", "targets", "positions", "supervise", "head_width")
+TARGETS = ("input", "targets", "positions", "supervise", "head_width")
 FRACTIONS = ("validation_fraction", "test_fraction")
 
 
@@ -42,13 +45,19 @@ def _data(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.subsequence", "without data.stochastic_length, which cuts histories"
     if not data.load_balance:
         yield "data.recalibrate_every", "without data.load_balance"
-    for name in ("synthetic", "table"):
-        if data.source != name:
-            yield f"data.{name}", f"under data.source={data.source}"
+    why = f"under data.source={data.source}"
+    if data.source != "synthetic":
+        yield "data.synthetic", why
+    if data.source == "synthetic":
+        yield "data.table", why
+    elif data.source != "table":  # a public set, whose files and columns are known
+        for field in dataclasses.fields(table):
+            if field.name not in RULES:
+                yield f"data.table.{field.name}", why
     if table.sample_users == 1:
         yield "data.table.sample_seed", "without data.table.sample_users"
-    if table.items_file is None:
-        for name in ("item_title", "unlisted_items"):
+    if table.items_file is None and data.source == "table":
+        for name in ("item_title", "item_separator", "unlisted_items"):
             yield f"data.table.{name}", "without data.table.items_file"
 
 
@@ -72,11 +81,17 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
         yield "loss", "for ranking, whose tasks have losses without options"
     else:
         for name in (*TARGETS, *FRACTIONS):
-            yield f"rank.{name}", "without rank.tasks: retrieval reads rank.signals alone"
+            yield f"rank.{name}", "without rank.tasks: retrieval asks for the next item"
     if loss.kind == "full":
-        yield "loss.negatives", "under loss.kind=full, which scores all items"
+        for name in ("negatives", "rows_per_draw"):
+            yield f"loss.{name}", "under loss.kind=full, which scores all items"
     if loss.kind != "in_batch":
         yield "loss.log_q", f"under loss.kind={loss.kind}: in_batch reads it"
+    if not any(Spelled.of(name).mlp for name in config.features.items):
+        yield "features.hidden_width", "without a column[mlp] in features.items"
+    if config.optim.tables == "same":
+        why = "under optim.tables=same: set rowwise_adagrad or lazy_adam"
+        yield "optim.tables_learning_rate", why
     if config.rank.supervise == "all":
         yield "rank.positions", "under rank.supervise=all, whose positions are forwards"
 

@@ -10,8 +10,12 @@ The backward of a product is two products. Attention's backward is five over the
 kernels compute the scores again instead of keeping them: 2.5 times the forward where K = V, so
 training is 3 x projections + 3.5 x attention, plus what `model.remat` and `model.chunk_rows`
 compute a second time.
+
+Where a head reads few rows (the targets of ranking; the newest row of retrieval, outside training),
+the last layer makes queries, gates and outputs for these alone: see `nn.hstu.HSTU.rows`.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +24,8 @@ from jaxtyping import Int
 
 from kernels.mask import AttentionMask, layer_masks
 from ultra_hstu.config import Config, ModelConfig
+from ultra_hstu.nn.hstu import reads_few
+from ultra_hstu.nn.item_features import ItemCodes
 
 Lengths = int | Sequence[int] | Int[np.ndarray, "*n"]  # of all samples, or one each
 
@@ -34,17 +40,19 @@ class Flops(NamedTuple):
     head: float = 0.0  # ranking: forward of the multi-task head
     loss: float = 0.0  # retrieval: scores of the loss, forward
     corpus: float = 0.0  # retrieval: scores of the whole catalogue for one user, at inference
+    unread: float = 0.0  # retrieval: forward work on rows that are not read at inference
+    features: float = 0.0  # of items, forward in training; at inference embeddings hold them
 
     @property
     def inference(self) -> float:
         """One forward pass: the encoder, and the head or the scores of every item."""
-        return self.projections + self.attention + self.head + self.corpus
+        return self.projections + self.attention + self.head + self.corpus - self.unread
 
     @property
     def training(self) -> float:
         """Forward, backward and recomputation of the encoder and the head or loss."""
         return (
-            3 * (self.projections + self.head + self.loss)
+            3 * (self.projections + self.head + self.loss + self.features)
             + self.attention
             + self.attention_backward
             + self.recomputed
@@ -59,6 +67,7 @@ def count(
     contextual: Lengths = 0,
     channels: Mapping[str, Lengths] | None = None,
     items: int = 0,
+    item_features: ItemCodes | None = None,
 ) -> Flops:
     """The mean over samples, one for each entry of `history`.
 
@@ -70,6 +79,8 @@ def count(
       channels: of a mixture of transducers, each channel's history, by name, instead of `history`
         (whose values then only give n).
       items: size of the catalogue, for the loss and the scores of retrieval.
+      item_features: what is known of items, if the model reads it. The vectors of all items are
+        made once a step, whose samples share what they cost.
 
     Raises:
       ValueError: negative lengths, channels that are not those of the configuration, or lengths of
@@ -93,9 +104,20 @@ def count(
     if config.rank.tasks:
         hidden, output = _head(config, history, targets, len(encoders))
         again = hidden if config.model.chunk_rows is not None else 0.0
-        return total._replace(head=hidden + output, recomputed=total.recomputed + again)
-    corpus = 2.0 * items * config.model.width
-    return total._replace(loss=_loss(config, history, items), corpus=corpus)
+        total = total._replace(head=hidden + output, recomputed=total.recomputed + again)
+    else:
+        corpus = 2.0 * items * config.model.width
+        total = total._replace(loss=_loss(config, history, items), corpus=corpus)
+    return total if item_features is None else _with_features(config, total, item_features)
+
+
+def cached(config: Config, history: int) -> tuple[float, float]:
+    """Forward operations for ranking with a cached history: of the history, and of one candidate.
+
+    The last layer of the history makes keys and values alone.
+    """
+    one, two = (count(config, history, targets=targets).inference for targets in (1, 2))
+    return 2 * one - two, two - one
 
 
 def cost_exponent(config: Config, max_length: int, *, items: int = 0) -> tuple[float, float]:
@@ -155,33 +177,50 @@ def _encoder(
     share_K = times_K / len(history)
     uvqk, output = _projection_widths(model)
     tokens = 2 if config.rank.tasks and config.rank.input == "interleaved" else 1
-    projections = attention = backward = again = 0.0
-    pairs: dict[tuple[AttentionMask, int | None], float] = {}
     masks = (
         layer_masks(vars(model), layers) if model.kind == "hstu" else (AttentionMask(),) * layers
     )
+    read_K = kind_K3[:, 1] if config.rank.tasks else np.ones_like(kind_K3[:, 1])
+    read = float(share_K @ read_K)
+
+    def rows_of(limit: int | None) -> Int[np.ndarray, " K"]:
+        kept_K = kind_K3[:, 0] if limit is None else np.minimum(kind_K3[:, 0], limit)
+        return tokens * kept_K + kind_K3[:, 1] + kind_K3[:, 2]
+
+    @functools.cache
+    def forward(mask: AttentionMask, limit: int | None, few: bool) -> np.ndarray:
+        """Operations of both projections, scores and values; `few`: for the rows that are read."""
+        rows_K = rows_of(limit)
+        pairs_K = [
+            mask.row_pairs([rows], int(rows), [m], [c])[rows - asked :].sum()
+            for rows, asked, (_, m, c) in zip(
+                rows_K, read_K if few else rows_K, kind_K3, strict=True
+            )
+        ]
+        rows = float(share_K @ rows_K)
+        keys, asked = (rows / 2, read) if few else (0.0, rows)
+        products = np.array([(keys + asked) * uvqk, asked * output])
+        widths = np.array(_attention_widths(model))
+        return 2.0 * np.concatenate([products, float(share_K @ np.array(pairs_K)) * widths])
+
+    whole = model.relative_bias and config.parallel.context > 1
+    can_select = model.kind == "hstu" and model.attention == "silu" and not whole
+    projections = attention = backward = again = unread = 0.0
     for layer, mask in enumerate(masks):
         truncated = model.truncate_after is not None and layer >= model.truncate_after
         limit = model.truncate_length if truncated else None
-        kept_K = kind_K3[:, 0] if limit is None else np.minimum(kind_K3[:, 0], limit)
-        rows_K = tokens * kept_K + kind_K3[:, 1] + kind_K3[:, 2]
-        if (mask, limit) not in pairs:
-            pairs[mask, limit] = float(
-                sum(
-                    share * mask.num_pairs(*np.array([[rows], [m], [c]]))
-                    for share, rows, (_, m, c) in zip(share_K, rows_K, kind_K3, strict=True)
-                )
-            )
-        rows = float(share_K @ rows_K)
-        score, value = (2.0 * pairs[mask, limit] * width for width in _attention_widths(model))
-        first, last = 2.0 * rows * uvqk, 2.0 * rows * output
+        few = layer + 1 == layers and can_select and read > 0
+        few = few and reads_few(read, float(share_K @ rows_of(limit)))
+        first, last, score, value = forward(mask, limit, few and bool(config.rank.tasks))
+        if few and not config.rank.tasks:
+            unread = float(forward(mask, limit, False).sum() - forward(mask, limit, True).sum())
         projections += first + last
         attention += score + value
         backward += 3 * score + 2 * value
         # The output projection is never computed again: nothing in the backward needs its result.
         if model.kind == "hstu":
             again += first * ((model.remat != "none") + (model.chunk_rows is not None))
-    return Flops(projections, attention, backward, again)
+    return Flops(float(projections), float(attention), float(backward), float(again), unread=unread)
 
 
 def _projection_widths(model: ModelConfig) -> tuple[int, int]:
@@ -210,22 +249,22 @@ def _head(
     return each * encoders * config.model.width, each * len(rank.tasks)
 
 
+def _with_features(config: Config, total: Flops, codes: ItemCodes) -> Flops:
+    """With the products that make the vectors of all items from their features."""
+    width, hidden = config.model.width, config.features.hidden_width
+    each = 2.0 * codes.entries * width if codes.as_matrix else 0.0
+    numbers = codes.number_IN.shape[1]
+    each += 2.0 * hidden * (numbers + width) if numbers else 0.0
+    catalogue = each * codes.num_items
+    total = total._replace(features=catalogue / config.data.batch_users)
+    # Tokens of series need features when the model answers, too.
+    return total._replace(corpus=total.corpus + catalogue * (config.features.series > 0))
+
+
 def _loss(config: Config, history: np.ndarray, items: int) -> float:
     loss, limit = config.loss, config.model.truncate_length
     # Only rows that reach the last layer are trained on.
     history = history if limit is None else np.minimum(history, limit)
-    whole = whole_table_is_cheaper(items + 1, loss.negatives)
-    drawn = items + 1 if whole else loss.negatives + 1
-    scored = {"sampled": drawn, "in_batch": drawn, "full": items + 1}[loss.kind]
+    # What is needed: an implementation may score more, where one large product takes less time.
+    scored = items + 1 if loss.kind == "full" else loss.negatives + 1
     return float(history.mean()) * 2.0 * scored * config.model.width if items else 0.0
-
-
-def whole_table_is_cheaper(items: int, negatives: int) -> bool:
-    """Whether to score a row against all items, instead of gathering those of its negatives.
-
-    The whole table costs work in proportion to I, in matrix products; gathering costs work in
-    proportion to R, at random places. The limit lies between MovieLens-1M (I / R = 30), whose loss
-    and gradients took less time over the whole table, on a GPU and on a CPU, and MovieLens-20M
-    (213), whose took less gathered.
-    """
-    return items <= 64 * negatives

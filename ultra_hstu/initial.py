@@ -76,9 +76,12 @@ def parameters_of(
         )
     step, state, _ = load_state(folder, like_of(task, old))
     params = carried(state.params, like_of(task).params, tables)
+    described = task.config.features.items
+    source_of = {name.removeprefix("embedding."): "mean" for name in tables}
+    source_of["item_table"] = "features" if described else "mean"
     counts = {name.removeprefix("embedding."): _counts(index) for name, index in tables.items()}
     said = "; ".join(
-        f"{name}: {count['kept']:,} entries kept, {count['new']:,} new from their mean"
+        f"{name}: {count['kept']:,} entries kept, {count['new']:,} new from their {source_of[name]}"
         for name, count in counts.items()
     )
     progress.line(console, "start", f"from {stored.name}, step {step}: {said}")
@@ -122,4 +125,11 @@ def _structure(config: Config) -> dict[str, Any]:
     for section, free in ((model, FREE_MODEL), (rank, FREE_RANK)):
         for name in free:
             section.pop(name)
-    return {"model": model, "rank": rank, "data": {"max_history": config.data.max_history}}
+    features = dataclasses.asdict(config.features)
+    features.pop("id_dropout")
+    return {
+        "model": model,
+        "rank": rank,
+        "features": features,
+        "data": {"max_history": config.data.max_history},
+    }

@@ -6,23 +6,24 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 from rich.console import Console
 
-from kernels import dispatch
 from ultra_hstu import optim, progress, report, signals
 from ultra_hstu.checkpoint import Checkpoints, Position, abstract
+from ultra_hstu.compiling import Program, compile_run
 from ultra_hstu.criteria import Metrics
-from ultra_hstu.data.feed import Group, Plan
+from ultra_hstu.data.feed import Group
+from ultra_hstu.data.packing import Plan
+from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.initial import parameters_of
 from ultra_hstu.json_files import write_json
 from ultra_hstu.parallel import processes
-from ultra_hstu.step import HISTORY, TrainState, largest_weight, run_steps
+from ultra_hstu.step import HISTORY, TrainState, largest_weight
 from ultra_hstu.task import Task
 from ultra_hstu.trackers import Tracker
 from ultra_hstu.workdir import Workdir
@@ -102,43 +103,31 @@ class Run:
     def step(self) -> int:
         return int(self.state.step)
 
-    def _compile(self) -> jax.stages.Compiled:
-        """The training call, compiled for the shapes that all its calls have."""
+    def _compile(self, profile: Path | None = None) -> Program:
+        """The training call, and the evaluation; `profile`: the folder for a trace."""
         started = time.perf_counter()
-        plan = self.loader.plan()
-        group = next(iter(self.loader.groups(plan)))
-        recipe = self.task.recipe
-        out_shardings = None
-        if recipe.mesh is not None:
-            out_shardings = (recipe.shardings, NamedSharding(recipe.mesh, PartitionSpec()))
-        call = jax.jit(
-            functools.partial(run_steps, recipe), donate_argnums=0, out_shardings=out_shardings
+        compiled = compile_run(
+            self.task, self.loader, self._evaluator(), self.state, self.console, profile=profile
         )
-        with progress.waiting(self.console, "compile", "compiling") as came:
-            with dispatch.record() as choices:
-                lowered = call.lower(self.state, group.feed, np.int32(group.steps))
-            model = progress.model(self.config, self.state.params, choices)
-            progress.line(self.console, "model", f"{model}, {len(plan):,} steps an epoch")
-            compiled = lowered.compile()
-            self._compile_evaluation()
-            came("training and evaluation")
-        processes.barrier()
         self.position.compile_seconds += time.perf_counter() - started
         return compiled
 
-    def _compile_evaluation(self) -> None:
-        self.evaluator.compile(self.state.params)
+    def _evaluator(self) -> Evaluator | None:
+        """What is compiled beside the training call."""
+        return self.evaluator
 
-    def to_the_end(self) -> dict[str, Any]:
+    def to_the_end(self, *, profile: bool = False) -> dict[str, Any]:
         position = self.position
         if self._ended():
             before = f"this run has finished before, after {position.epoch} epochs"
+            if profile:
+                raise ValueError(f"{before}: --profile needs steps, so raise train.epochs")
             progress.line(self.console, "resume", f"{before}: its result is given again")
         else:
             if self.step:
                 where = f"step {self.step}, epoch {position.epoch + 1}"
                 progress.line(self.console, "resume", f"going on from {where}")
-            self.run_steps = self._compile()
+            self.run_steps = self._compile(self.folder.profile if profile else None)
             self._train()
         with progress.waiting(self.console, "result", "evaluating the best epoch") as came:
             result = self._finish()

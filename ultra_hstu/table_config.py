@@ -7,6 +7,19 @@ from typing import Annotated, Literal
 
 from ultra_hstu.fields import Limit, NotNegative, Positive, Section
 
+# Fields that say which events are kept, and how: they are there for public sets, too. The others
+# name files and columns, which a public set knows.
+RULES = (
+    "tasks",
+    "missing",
+    "unlisted_items",
+    "repeats",
+    "sample_users",
+    "sample_seed",
+    "min_item_events",
+    "min_user_events",
+    "k_core",
+)
 Share = Annotated[float, Limit(lambda value: 0 < value <= 1, "in (0, 1]")]
 # Of a rule: a column, and what it is compared with.
 COMPARISON = re.compile(r"\s*(.+?)\s*(?:(>=|<=|==|!=|>|<)\s*(\S.*?))?\s*")
@@ -49,9 +62,20 @@ class TableConfig(Section):
     # What to predict, by name: a comparison of a column, such as rating>=4 or event==buy.
     tasks: dict[str, str] = dataclasses.field(default_factory=dict)
     delimiter: str | None = None  # of CSV; None: from the header
+    names: tuple[str, ...] = ()  # of all columns, for CSV without a header
+    quotes: bool = True  # fields of CSV may stand in quotes; False: quotes are a part of the text
     items_file: str | None = None  # a table of items: id, and title where it has one
     item_title: str | None = None  # its column of titles
+    # Its columns that features of items are made from, beside those that features.items names.
+    item_features: tuple[str, ...] = ()
+    item_separator: str | None = None  # between the values of an item in a column of texts
+    # Its column of times, where an item has several rows: the newest counts.
+    item_time: str | None = None
     users_file: str | None = None  # a table of users, whose other columns are contextual features
+    # Items of the catalogue. kept: those with an event that is kept; counted: those left by a first
+    # count of min_item_events and min_user_events, as in HSTU's published code; listed: all items
+    # of items_file.
+    catalog: Literal["kept", "counted", "listed"] = "kept"
     # Rows without a user, an item or a time.
     missing: Literal["refuse", "drop"] = "refuse"
     # Items of events that items_file lacks.
@@ -66,14 +90,21 @@ class TableConfig(Section):
     # Users and items with fewer events go, again and again, until none is left with fewer.
     k_core: Positive[int] = 1
 
-    def with_columns(self, features: Sequence[str], names: Sequence[str]) -> "TableConfig":
-        """The same, reading also the columns that these names of `rank` are made from."""
+    def with_columns(
+        self, features: Sequence[str], names: Sequence[str], of_items: Sequence[str]
+    ) -> "TableConfig":
+        """The same, reading also the columns that these names of `rank` are made from.
+
+        `of_items` are columns of items.
+        """
         columns = dict.fromkeys(column for name in names if name for column in made_from(name))
+        features = [made_from(name)[0] for name in features]
         more = [name for name in columns if name not in (*self.tasks, *self.features, *features)]
         return dataclasses.replace(
             self,
             features=tuple(dict.fromkeys((*self.features, *features))),
             actions=tuple(dict.fromkeys((*self.actions, *more))),
+            item_features=tuple(dict.fromkeys((*self.item_features, *of_items))),
         )
 
     def check(self, source: str, names: Sequence[str]) -> None:
@@ -81,8 +112,21 @@ class TableConfig(Section):
 
         `names` are the signals and tasks of the run. Another source than `table` has no settings.
         """
-        if source != "table" and self != TableConfig():
-            raise ValueError(f"data.table does nothing under data.source={source!r}: use 'table'")
+        if source != "table":
+            for field in dataclasses.fields(self):
+                value = getattr(self, field.name)
+                if field.name not in RULES and value != getattr(TableConfig(), field.name):
+                    raise ValueError(
+                        f"data.table.{field.name}={value!r} does nothing under data.source="
+                        f"{source!r}, whose files and columns are known: use 'table'"
+                    )
+        elif self.items_file is None and (self.item_features or self.item_time):
+            raise ValueError(
+                f"features.items, or data.table.item_features={self.item_features}: what is known "
+                "of items is read from a table of them: name it by data.table.items_file"
+            )
+        elif self.catalog == "listed" and self.items_file is None:
+            raise ValueError("data.table.catalog='listed' needs data.table.items_file")
         for task, rule in self.tasks.items():
             if not (found := COMPARISON.fullmatch(rule)):
                 raise ValueError(f"data.table.tasks.{task}={rule!r} must name a column")

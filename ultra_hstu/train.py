@@ -30,6 +30,7 @@ def train(
     task: Task | None = None,
     overwrite: bool = False,
     trackers: Sequence[Tracker] = (),
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir`; its result, as `result.json` holds it.
 
@@ -37,9 +38,11 @@ def train(
       task: the loaded data of this configuration, where several runs share it.
       overwrite: start anew, and remove the run that is in `workdir`.
       trackers: what else receives the metrics of every epoch.
+      profile: trace some steps, and print what they spend their time on (`ultra_hstu.profiling`).
 
     Raises:
-      ValueError: bad configuration or data, or a folder that belongs to another run.
+      ValueError: bad configuration or data, a folder that belongs to another run, or a profile of a
+        run that has no steps left.
       FloatingPointError: a loss that is not finite, with step, learning rate and gradient norm.
       OSError: a checkpoint that could not be written.
       Interrupted: after SIGTERM or SIGINT while it trained, once the state is saved.
@@ -56,6 +59,11 @@ def train(
         )
         with jax.default_matmul_precision(config.train.matmul_precision):
             if config.train.protocol == "windows":
+                if profile:
+                    raise ValueError(
+                        "--profile traces the steps of one run: use another train.protocol than "
+                        "'windows'"
+                    )
                 return windows.train_windows(task, folder, console, trackers)
             with progress.waiting(console, "start", "making the model, trying out a checkpoint"):
                 processes.broadcast(lambda: folder.claim_data(task.interactions))
@@ -64,7 +72,7 @@ def train(
                 if run.position.init_from:
                     start["init_from"] = run.position.init_from
             try:
-                return run.to_the_end()
+                return run.to_the_end(profile=profile and processes.is_first())
             finally:
                 run.checkpoints.let_go()
                 if run.log is not None:

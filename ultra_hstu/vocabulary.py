@@ -6,14 +6,19 @@ moments of an optimizer move along, and are zero for what is new.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, PyTree, Shaped
 
+from ultra_hstu.config import Config
+from ultra_hstu.data import item_features, signals
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.vocabulary import Vocabulary as Codebook
+from ultra_hstu.feature_config import Spelled
 from ultra_hstu.json_files import read_object, write_json
 from ultra_hstu.workdir import Workdir
 
@@ -23,22 +28,22 @@ Index = Int32[np.ndarray, " entries"]  # of the old entry, of each new one
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Items, and the values of what is known of events and users, as text, by name."""
+    """Items, and the values of what is known of them, of events and of users, as text, by name."""
 
     catalog: Catalog
     features: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     contextual: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    item_features: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls,
-        catalog: Catalog,
-        features: Mapping[str, Shaped[np.ndarray, " n"]] | None = None,
-        contextual: Mapping[str, Sequence[str]] | None = None,
-    ) -> "Vocabulary":
-        """From the values of every name in the order of their codes, which count from 1."""
-        texts = {name: tuple(map(str, of.tolist())) for name, of in (features or {}).items()}
-        return cls(catalog, texts, {name: tuple(of) for name, of in (contextual or {}).items()})
+    def of(cls, config: Config, data: Interactions) -> "Vocabulary":
+        """The values that a run reads, in the order of their codes, which count from 1."""
+        return cls(
+            data.catalog,
+            {name: _texts(name, signals.values(data, name)) for name in config.rank.features},
+            {name: tuple(data.context_values[name][1:]) for name in config.rank.contextual},
+            item_features.entries(config.features, data.catalog.features, data.catalog.titles),
+        )
 
     def save(self, folder: Workdir) -> None:
         """Writes what the folder's catalogue does not hold, if there is any."""
@@ -50,15 +55,27 @@ class Vocabulary:
     @classmethod
     def load(cls, folder: Workdir) -> "Vocabulary":
         """What a run was trained with. Raises ValueError naming a file that is damaged."""
-        rank = folder.read_config().rank
-        if not (rank.features or rank.contextual):
-            return cls(folder.read_catalog())
+        config, catalog = folder.read_config(), folder.read_catalog()
+        of_items = item_features.entries(config.features, catalog.features, catalog.titles)
+        if not (config.rank.features or config.rank.contextual):
+            return cls(catalog, item_features=of_items)
         remedy = "the same training command writes it again from the data"
         found = read_object(folder.vocabulary, {"features": dict, "contextual": dict}, remedy)
-        return cls(
-            folder.read_catalog(),
-            *({name: tuple(of) for name, of in found[part].items()} for part in found),
+        features, contextual = (
+            {name: tuple(of) for name, of in found[part].items()}
+            for part in ("features", "contextual")
         )
+        return cls(catalog, features, contextual, of_items)
+
+    def codes(self) -> Codebook:
+        """The codes of values that a request has."""
+        sized = {name: Spelled.of(name).size for name in self.features}
+        values = {
+            name: np.array([] if sized[name] else list(map(float, texts)))
+            for name, texts in self.features.items()
+        }
+        contexts = {name: ("", *words) for name, words in self.contextual.items()}
+        return Codebook(self.catalog, values, contexts)
 
     def tables(self, old: "Vocabulary") -> dict[str, Index]:
         """By the end of a parameter's name: which entry of `old` each entry comes from, or NEW.
@@ -68,7 +85,7 @@ class Vocabulary:
         dense_I = old.catalog.find(self.catalog.raw_ids[1:])
         known_I = np.where(dense_I > 0, dense_I, NEW).astype(np.int32)
         found = {"embedding.item_table": np.append(np.int32(0), known_I)}
-        for name in ("features", "contextual"):
+        for name in ("features", "contextual", "item_features"):
             keys, before = _keys(getattr(self, name)), _keys(getattr(old, name))
             place = {key: i for i, key in enumerate(before)}
             if keys:
@@ -80,6 +97,11 @@ class Vocabulary:
         """The raw ids of `old` that are not here any more."""
         gone = self.catalog.find(old.catalog.raw_ids[1:]) == 0
         return old.catalog.raw_ids[1:][gone].tolist()
+
+
+def _texts(name: str, values: Shaped[np.ndarray, " n"]) -> tuple[str, ...]:
+    """What the codes of a feature of events stand for."""
+    return tuple(map(str, range(size) if (size := Spelled.of(name).size) else values.tolist()))
 
 
 def _keys(values: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
@@ -99,8 +121,10 @@ def carried[State](state: State, like: State, tables: Mapping[str, Index]) -> St
 
     Args:
       like: shapes, dtypes and shardings of the result.
-      tables: of `Vocabulary.tables`. Entries behind them stand for nothing, and are zero.
+      tables: of `Vocabulary.tables`. Entries behind them stand for nothing, and are zero. So are
+        new items whose features say what they are.
     """
+    described = "embedding.item_features.table" in tables
     indices = {
         name: np.pad(
             tables[found], (0, wanted.shape[0] - len(tables[found])), constant_values=EMPTY
@@ -117,7 +141,8 @@ def carried[State](state: State, like: State, tables: Mapping[str, Index]) -> St
         if name in indices:
             move = jax.jit(_moved, static_argnums=(2, 3), out_shardings=wanted.sharding)
             of_moments, of_items = name.startswith("opt_state"), name.endswith("item_table")
-            leaf = move(leaf, indices[name], not of_moments, of_items)
+            of_mean = not of_moments and not (of_items and described)
+            leaf = move(leaf, indices[name], of_mean, of_items)
         moved.append(leaf)
     return jax.tree.unflatten(jax.tree.structure(like), moved)
 

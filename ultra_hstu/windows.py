@@ -9,18 +9,19 @@ import logging
 import shutil
 import time
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from rich.console import Console
 
 from ultra_hstu import progress, report, signals, tasks
 from ultra_hstu.checkpoint import load_state
+from ultra_hstu.compiling import Program
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data import windows
-from ultra_hstu.data.feed import Plan
 from ultra_hstu.data.interactions import ARRAYS
+from ultra_hstu.data.packing import Plan
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.fields import changed
 from ultra_hstu.initial import like_of
@@ -58,7 +59,7 @@ class _Before(NamedTuple):
 class _Programs:
     """What was compiled for earlier windows, for those of the same shapes; few have others."""
 
-    training: list[tuple[Hashable, jax.stages.Compiled]] = dataclasses.field(default_factory=list)
+    training: list[tuple[Hashable, Program]] = dataclasses.field(default_factory=list)
     evaluators: list[Evaluator] = dataclasses.field(default_factory=list)
 
 
@@ -212,7 +213,7 @@ class WindowRun(Run):
         self.first_step = int(first.step)
         self._begin(first)
 
-    def to_the_end(self) -> Row:
+    def to_the_end(self, *, profile: bool = False) -> Row:
         self.note = ""
         judge = self._judge()
         if judge is not None and self.position.epoch == 0 and self.position.batch == 0:
@@ -249,18 +250,18 @@ class WindowRun(Run):
             self.programs.evaluators.append(evaluator)
         return processes.broadcast(lambda: dict(evaluator(state.params)))
 
-    def _compile(self) -> jax.stages.Compiled:
+    def _compile(self, profile: Path | None = None) -> Program:
         group = next(iter(self.loader.groups(self.loader.plan())))
         key = shapes((self.state, group.feed))
         for other, program in self.programs.training:
             if other == key:
                 return program
-        program = super()._compile()
+        program = super()._compile(profile)
         if not self.task.recipe.holds_data:
             self.programs.training.append((key, program))
         return program
 
-    def _compile_evaluation(self) -> None:
+    def _evaluator(self) -> None:
         """The window was judged before."""
 
     def _plan(self) -> Plan:

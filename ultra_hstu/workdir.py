@@ -9,7 +9,8 @@ metrics.jsonl    one line a record, the same values as TensorBoard's
 tensorboard/
 curves.png       loss and metrics over epochs
 result.json      the numbers of a finished run
-vocabulary.json  of a ranking run: the values of features and contextual tokens
+vocabulary.json  values of features of events and of users, where a run reads such
+profile/         a trace of some steps, where `--profile` asked for one
 run.json         every start of the run: command, commit, versions, device, dates, seconds
 
 The folder of `experiments.train --seeds=...` holds one such folder for each seed, seed_N.
@@ -72,6 +73,7 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
         self.curves = self.path / "curves.png"
         self.result = self.path / "result.json"
         self.starts = self.path / "run.json"
@@ -213,7 +215,7 @@ class Workdir:
         files += [self.vocabulary, self.result]
         try:
             inside = [folder.path for folder in self.windows.values()]
-            for path in (self.checkpoints, self.tensorboard, *inside):
+            for path in (self.checkpoints, self.tensorboard, self.profile, *inside):
                 if path.exists():
                     shutil.rmtree(path)
             for path in (*files, self.starts, self.config):
@@ -248,8 +250,14 @@ class Workdir:
             write_json(self.data, interactions.fingerprint())
 
     def check_data(self, interactions: Interactions) -> None:
-        """Raises ValueError, with the difference, if the data is not what was trained on."""
-        changed = difference(self.read_data(), interactions.fingerprint())
+        """Raises ValueError, with the difference, if the data is not what was trained on.
+
+        A run from before there were features of items reads none.
+        """
+        stored, now = self.read_data(), interactions.fingerprint()
+        if "item_features" not in stored:
+            now.pop("item_features", None)
+        changed = difference(stored, now)
         if changed:
             listed = "\n  ".join(changed)
             raise ValueError(

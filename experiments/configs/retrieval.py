@@ -69,6 +69,11 @@ def of_grid(name: str, layers: int, heads: int) -> Config:
     )
 
 
+MOVIE_FEATURES: Values = {
+    "items": ("genres", "year[1940,1950,1960,1970,1980,1985,1990,1995,1998]"),
+    "id_dropout": 0.3,
+}
+VALIDATED: Values = {"protocol": "validated"}
 ML1M_HSTU = of_grid("ml1m_hstu", 2, 1)
 CONFIGS = (
     # Quoted from the public code: .2853, .1603. Ours: `ml1m_sasrec_published`.
@@ -97,6 +102,14 @@ CONFIGS = (
         name="ml1m_ultra",
         model={"window": (64,), "full_rows": (16,)},
         rank={"signals": ("rating",)},
+    ),
+    # Genres and years beside ids: docs/features.md, ours: `ml1m_item_features`.
+    changed(ML1M_HSTU, name="ml1m_hstu_features", features=MOVIE_FEATURES, train=VALIDATED),
+    changed(
+        of_grid("ml100k_hstu", 2, 1),
+        name="ml100k_hstu_features",
+        features=MOVIE_FEATURES,
+        train=VALIDATED,
     ),
     # The streaming data of the HSTU paper's appendix C, scaled down; what `make demo` trains.
     Config(

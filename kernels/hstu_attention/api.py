@@ -19,13 +19,14 @@ from kernels.typing import QHK, QHV, SHK, SHV, THV, Unchecked
 _OP = dispatch.Op[AttentionSpec](
     "hstu_attention",
     modules={
+        "short": "kernels.hstu_attention.short.attention",
         "mosaic": "kernels.hstu_attention.mosaic.attention",
         "mosaic_fp8": "kernels.hstu_attention.mosaic_fp8.attention",
         "triton": "kernels.hstu_attention.triton.attention",
         "xla": "kernels.hstu_attention.xla",
         "reference": "kernels.hstu_attention.reference",
     },
-    order={"gpu": ("mosaic", "triton", "xla")},
+    order={"gpu": ("short", "mosaic", "triton", "xla")},
 )
 
 
@@ -93,7 +94,9 @@ def hstu_attention(
     if bias is not None:
         _check_bias(bias, rows)
     if plan is None:
-        plan = make_plan(mask, offsets, rows, num_targets, num_contextual)
+        known = _concrete(offsets)
+        longest = None if known is None else int(np.diff(known).max(initial=0))
+        plan = make_plan(mask, offsets, rows, num_targets, num_contextual, longest)
     elif plan.num_rows != rows:
         raise ValueError(
             f"plan was made for {plan.num_rows} rows, q has {rows}; make it with "
@@ -117,7 +120,7 @@ def hstu_attention(
         )
 
     spec = AttentionSpec(
-        q_THK.dtype, heads, k_width, v_THV.shape[2], bias is not None, deterministic
+        q_THK.dtype, heads, k_width, v_THV.shape[2], bias is not None, deterministic, plan.longest
     )
     return _OP.call(implementation, spec, run)
 
@@ -166,6 +169,7 @@ def prepare_plan(
       spec: of the calls.
       implementation: as in `hstu_attention`.
     """
+    spec = spec._replace(longest=plan.longest)
     module = _OP.first_supported(implementation, spec)
     return plan if module is None else module.prepare(plan, spec)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels.jagged import Counts, Rows
 from kernels.mask import AttentionMask, KeyIntervals, RowIntervals, runs
@@ -28,6 +28,7 @@ class AttentionSpec(NamedTuple):
       heads, k_width, v_width: H, K and V.
       biased: whether the calls have a relative bias.
       deterministic: as in `hstu_attention`.
+      longest: rows of the longest sequence that there may be, where the plan knows (`make_plan`).
     """
 
     dtype: DTypeLike
@@ -36,6 +37,7 @@ class AttentionSpec(NamedTuple):
     v_width: int
     biased: bool = False
     deterministic: bool = False
+    longest: int | None = None
 
 
 class Derived[V: Arrays](abc.ABC):
@@ -62,8 +64,8 @@ class TileSizes(Derived[TileBounds]):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "rows", "num_real", "stored"],
-    meta_fields=["mask", "sequences", "plain", "first_row", "own_keys", "stored_keys"],
+    data_fields=["keys", "rows", "num_real", "offsets", "stored"],
+    meta_fields=["mask", "sequences", "plain", "longest", "first_row", "own_keys", "stored_keys"],
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
@@ -76,6 +78,8 @@ class AttentionPlan:
       mask: the rules that keys and rows came from; kernels choose sizes by it.
       sequences: B, empty ones included.
       plain: no targets and no contextual tokens were named.
+      offsets: int32[B+1] of the sequences, where there are any.
+      longest: rows of the longest sequence that there may be; None where nobody promised.
       first_row: the first row that sees anything; before it there are only keys (see `partial`).
       own_keys: whether the rows are keys, too.
       stored, stored_keys: what `find` need not make again.
@@ -87,6 +91,8 @@ class AttentionPlan:
     mask: AttentionMask
     sequences: int
     plain: bool
+    offsets: Leaf[Int[Array, " B1"] | None] = None
+    longest: int | None = None
     first_row: int = 0
     own_keys: bool = True
     stored: Leaf[tuple[Arrays, ...]] = ()
@@ -132,6 +138,39 @@ class AttentionPlan:
             stored_keys=(*self.stored_keys, *new),
         )
 
+    def for_rows(self, row_P: Int[Array, " P"]) -> "AttentionPlan":
+        """The plan of a buffer whose other queries are zeros, and their outputs not read.
+
+        So a relative bias, whose positions are those of the buffer, is taken for some rows. Other
+        rows see themselves alone; tiles without a row of these are left out.
+
+        Args:
+          row_P: any order; numbers of T and more are none.
+        """
+        wanted_T = jnp.zeros(self.num_rows, bool).at[row_P].set(True, mode="drop")
+        sorted_P = jnp.sort(row_P)
+
+        def shrunk(lo: Array, hi: Array) -> tuple[Array, Array]:
+            first, stop = (
+                jnp.searchsorted(sorted_P, end, method="scan_unrolled") for end in (lo, hi)
+            )
+            some = stop > first
+            last = sorted_P[jnp.maximum(stop - 1, 0)]
+            begin = sorted_P[jnp.minimum(first, len(row_P) - 1)]
+            return jnp.where(some, begin, 0), jnp.where(some, last + 1, 0)
+
+        pairs = zip(self.rows[::2], self.rows[1::2], strict=True)
+        return dataclasses.replace(
+            self,
+            keys=KeyIntervals(*(jnp.where(wanted_T, end, 0) for end in self.keys)),
+            rows=RowIntervals(
+                *(end.astype(jnp.int32) for lo, hi in pairs for end in shrunk(lo, hi))
+            ),
+            stored=(),
+            stored_keys=(),
+            plain=False,
+        )
+
     def row_scales(self, scale: Scale, rows: int) -> Float[Array, " rows"]:
         """The factor of each of `rows` rows; 0 in padding, where the caller's may be NaN."""
         given = self.num_rows - self.first_row
@@ -150,6 +189,7 @@ def make_plan(
     num_rows: int,
     num_targets: ArrayLike | Counts = None,
     num_contextual: ArrayLike | Counts = None,
+    longest: int | None = None,
 ) -> AttentionPlan:
     """The plan of a batch. Works under `jit` with traced offsets.
 
@@ -158,7 +198,20 @@ def make_plan(
       offsets: int32[B+1].
       num_rows: T, the capacity of the buffer.
       num_targets, num_contextual: int32[B] or None.
+      longest: a promise that no sequence has more rows, which kernels of short sequences ask for
+        (the implementation `short`). Checked where offsets are concrete; results are undefined
+        where a traced batch breaks it. None: nothing is known.
+
+    Raises:
+      ValueError: a sequence is longer than `longest`.
     """
+    if longest is not None and not isinstance(offsets, jax.core.Tracer):
+        lengths = np.diff(np.asarray(offsets))
+        if (lengths > longest).any():
+            raise ValueError(
+                f"sequence {lengths.argmax()} has {lengths.max()} rows, more than longest = "
+                f"{longest}; raise longest or cut the sequence"
+            )
     offsets = jnp.asarray(offsets, jnp.int32)
     counts = (None if x is None else jnp.asarray(x) for x in (num_targets, num_contextual))
     where = Rows.of(offsets, num_rows, *counts)
@@ -169,6 +222,8 @@ def make_plan(
         mask=mask,
         sequences=offsets.shape[0] - 1,
         plain=num_targets is None and num_contextual is None,
+        offsets=offsets,
+        longest=longest,
     )
 
 

@@ -131,19 +131,20 @@ WORKLOADS = {
         ),
         Workload("jagged_d128_65536", _uniform_lengths(65536, 8192), 4, 128, 128),
         Workload("short_d64_512x100", (100,) * 512, 4, 64, 64, max_length=128),
-        Workload(
-            "ml1m", _ML1M, 1, 50, 50, max_length=211, capacity=18432, dtype="float32", bias=True
-        ),
-        Workload(
-            "ml1m_large",
-            _ML1M,
-            2,
-            25,
-            25,
-            max_length=211,
-            capacity=18432,
-            dtype="float32",
-            bias=True,
+        *(
+            Workload(
+                f"ml1m{large}{suffix}",
+                _ML1M,
+                heads,
+                50 // heads,
+                50 // heads,
+                max_length=211,
+                capacity=18432,
+                dtype=dtype,
+                bias=True,
+            )
+            for suffix, dtype in (("", "float32"), ("_bf16", "bfloat16"))
+            for large, heads in (("", 1), ("_large", 2))
         ),
     )
 }

@@ -1,7 +1,7 @@
 """Speed, memory and error of attention implementations on the workloads.
 
-    python -m scripts.bench.attention --implementations=mosaic,triton,xla
-        --record=experiments/results/attention_h100.json
+    python -m scripts.bench.attention --implementations=short,mosaic,triton,xla
+        --record=experiments/results/attention_h200.json
     python -m scripts.bench.attention --rival=PATH
 
 `--rival` is a checkout of the public generative-recommenders; it and cuDNN are measured beside
@@ -45,7 +45,7 @@ LENGTHS = "1024,2048,4096,16384,32768"  # 8192 is one of the workloads
 # Kernels of fewer FLOPs are timed several to a program: their dispatch may take longer than they.
 BRIEF, CALLS = 1.5e11, 16
 
-KERNELS = ("mosaic", "mosaic_fp8", "triton")
+KERNELS = ("short", "mosaic", "mosaic_fp8", "triton")
 # Of each array, (index, float64) of what is compared.
 Index = slice | tuple[int, int]
 Expected = dict[str, list[tuple[Index, np.ndarray]]]
@@ -81,7 +81,8 @@ def expected(w: Workload, arrays: Arrays, samples: int = 8) -> Expected:
     if w.bias:
         with jax.default_matmul_precision("highest"):
             plan = jax.jit(planner(w, "xla"))(jnp.asarray(w.offsets()))
-            found = jax.jit(passes(w, "xla")["both"])(plan, *(arrays[name] for name in "qkvg"))
+            wide = (arrays[name].astype(jnp.float32) for name in "qkvg")
+            found = jax.jit(passes(w, "xla")["both"])(plan, *wide)
         return {name: [(slice(None), np.asarray(x, np.float64))] for name, x in found.items()}
     q, k, v, g = (np.asarray(arrays[name]) for name in "qkvg")
     alpha, scale, offsets = w.alpha, w.scale, w.offsets()
@@ -161,7 +162,9 @@ def passes(w: Workload, implementation: str) -> dict[str, Pass]:
 
 
 def planner(w: Workload, implementation: str) -> Callable[[Int[Array, " B1"]], AttentionPlan]:
-    return lambda offsets: prepare_plan(make_plan(w.mask, offsets, w.rows), w.spec, implementation)
+    return lambda offsets: prepare_plan(
+        make_plan(w.mask, offsets, w.rows, longest=w.max_length), w.spec, implementation
+    )
 
 
 class ReadyWorkload(NamedTuple):
@@ -357,7 +360,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("implementations", ["mosaic", "triton", "xla"], "names")
+    flags.DEFINE_list("implementations", ["short", "mosaic", "triton", "xla"], "names")
     flags.DEFINE_list("workloads", list(WORKLOADS), "names of kernels.hstu_attention.workloads")
     flags.DEFINE_list("lengths", [], f"for the figure: {LENGTHS}")
     flags.DEFINE_string("rival", None, "checkout of the public generative-recommenders repository")

@@ -79,7 +79,9 @@ def prepare_step(
     program = case.compiled(jax.devices())
 
     def measure() -> Json:
-        samples, loss = program.sample(rounds, seconds, trace)
+        samples, loss = program.sample(rounds, seconds)
+        if trace:
+            program.profile(steps=2, folder=Path(trace))
         step = statistics.median(samples)
         return {
             "data": case.data,

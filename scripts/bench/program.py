@@ -4,6 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from kernels.device import compiling_for
 from ultra_hstu.config import Config
+from ultra_hstu.profiling import Profile, profiled
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.step import TrainState
 
 
 def full_batch(config: Config, items: int) -> Batch:
@@ -99,15 +102,10 @@ class Program:
         host = jax.tree.map(np.asarray, batch)
         return state, jax.tree.map(functools.partial(jax.device_put, device=batch_where), host)
 
-    def sample(
-        self, rounds: int, seconds: float, trace: str | None = None
-    ) -> tuple[list[float], float]:
+    def sample(self, rounds: int, seconds: float) -> tuple[list[float], float]:
         """(seconds of a step, loss of the first step).
 
         Each sample is the mean over steps that are enqueued together and last `seconds`.
-
-        Args:
-          trace: a folder for a profile of two steps.
         """
         state, batch = self.start()
         state, metrics = self.run(state, batch)
@@ -123,8 +121,21 @@ class Program:
 
         of(1)
         calls = max(1, round(seconds / of(1)))
-        samples = [of(calls) for _ in range(rounds)]
-        if trace:
-            with jax.profiler.trace(trace):
-                of(2)
-        return samples, float(metrics["loss"])
+        return [of(calls) for _ in range(rounds)], float(metrics["loss"])
+
+    def profile(self, steps: int = 4, folder: Path | None = None) -> Profile:
+        """Where the time of a step goes, the mean of a few.
+
+        Args:
+          folder: of the trace; None: it is not kept.
+        """
+        state, batch = self.start()
+        state = jax.block_until_ready(self.run(state, batch)[0])
+
+        def run() -> TrainState:
+            nonlocal state
+            for _ in range(steps):
+                state, _ = self.run(state, batch)
+            return state
+
+        return profiled(run, [self.run], steps=steps, folder=folder)[0]

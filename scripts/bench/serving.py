@@ -201,19 +201,19 @@ class Bench:
             user = self.history(history)
             cell = functools.partial(Cell, self.name, history=history)
             cache = self.encoded(user)()
-            encode = self.tflop(history, 0)
+            encode, each = (x / 1e12 for x in flops.cached(self.config, history))
             scored = functools.partial(self.scored, cache)
             passed = functools.partial(self.passed, user)
             alone = functools.partial(cell, candidates=0, micro_batch=0)
             yield alone("encode", tflop=encode, call=self.encoded(user))
-            step_tflop = encode - self.tflop(history - 1, 0)
+            step_tflop = encode - flops.cached(self.config, history - 1)[0] / 1e12
             yield alone("append", tflop=step_tflop, call=self.appended(user))
             for count in candidates:
                 batch, once = self.candidates(count), self.tflop(history, count)
                 of_all = functools.partial(cell, candidates=count)
                 for step in sorted({min(step, count) for step in micro_batches}):
                     call = scored(batch, step)
-                    yield of_all("cached", micro_batch=step, tflop=once - encode, call=call)
+                    yield of_all("cached", micro_batch=step, tflop=count * each, call=call)
                 call = passed(batch, count)
                 yield of_all("one_batch", micro_batch=count, tflop=once, call=call)
             for step in micro_batches:
@@ -225,14 +225,11 @@ class Bench:
                     "recompute", candidates=step, micro_batch=step, tflop=pass_tflop, call=call
                 )
             call = scored(self.candidates(ONE_BY_ONE), 1)
-            tflop = self.tflop(history, ONE_BY_ONE) - encode
+            tflop = ONE_BY_ONE * each
             yield cell("one_by_one", candidates=ONE_BY_ONE, micro_batch=1, tflop=tflop, call=call)
 
     def tflop(self, history: int, count: int) -> float:
-        """Operations of a full pass.
-
-        Without candidates it is the history alone; `encode_history` does its last layer in part.
-        """
+        """Operations of a full pass."""
         return flops.count(self.config, history, targets=count).inference / 1e12
 
     def encoded(self, user: serving.UserHistory) -> Callable[[], serving.Cache]:

@@ -4,6 +4,7 @@ from experiments.record import Json
 from scripts.tables.records import figure, load, markdown, measured, of_commit, origin
 
 ATTENTION = {
+    "short": "`short`",
     "mosaic": "`mosaic`",
     "triton": "`triton`",
     "xla": "`xla`",

@@ -124,8 +124,7 @@ def operations_table() -> str:
             ranking = bench_serving.ranking_config(
                 config, bench_serving.MODELS[name], longest=history, targets=1
             )
-            encode = flops.count(ranking, history, targets=0).inference
-            each = flops.count(ranking, history, targets=1).inference - encode
+            encode, each = flops.cached(ranking, history)
             saved = [f"{1 + encode / (step * each):.1f}" for step in (64, 256, 1024, 16384)]
             rows.append(
                 [model, f"{history:,}", f"{encode / 1e12:.3f}", f"{each / 1e6:.0f}", *saved]

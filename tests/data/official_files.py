@@ -1,7 +1,6 @@
 """A small set of files of every source, in its publisher's format, and what reading them gives."""
 
-import functools
-import tempfile
+import itertools
 from pathlib import Path
 
 from tests.data.data_files import (
@@ -12,8 +11,9 @@ from tests.data.data_files import (
     kuairand_line,
     kuairand_user,
 )
-from ultra_hstu.data.builder import InteractionsBuilder
-from ultra_hstu.data.sources import builder_of
+from ultra_hstu.config import DataConfig
+from ultra_hstu.data.sources import PUBLIC
+from ultra_hstu.data.table import prepared
 
 _REST = "|01-Jan-1995||http://example" + "|0" * 19
 _KUAIRAND = [
@@ -88,33 +88,27 @@ def official(source: str, folder: Path) -> Path:
     return folder
 
 
-@functools.cache
-def _builder(source: str) -> InteractionsBuilder:
-    unused = Path(tempfile.gettempdir()) / "ultra_hstu_never_written"
-    return builder_of(source)(raw_dir=None, data_dir=unused, config=source)
-
-
 def read(source: str, folder: Path) -> tuple[Events, Features, dict[int | str, str]]:
-    """What the builder of a source reads, before it is written: events, features of users, and
-    titles by item."""
-    builder = _builder(source)
-    builder.raw_dir = folder
-    events, catalog = builder.read()
-    builder._check_span(events)
-    contexts = builder.read_contexts()
-    found: Events = {}
-    for _, example in builder._generate_examples(events, catalog):
-        items = catalog.decode(example["items"]).tolist()
-        times = example["timestamps"].tolist() if "timestamps" in example else [None] * len(items)
-        columns = [example["actions"][name].tolist() for name in sorted(builder.ACTIONS)]
-        actions = list(zip(*columns, strict=True)) if columns else [()] * len(items)
-        found[example["user"]] = list(zip(items, times, actions, strict=True))
+    """What a set holds before it is written, of users with three events or more: events, features
+    of users, and titles by item."""
+    opened = PUBLIC[source].open(DataConfig(source=source, raw_dir=str(folder)))
+    data, contexts, _ = prepared.read(opened)
+    items = data.catalog.decode(data.items).tolist()
+    times = [None] * len(items) if data.timestamps is None else data.timestamps.tolist()
+    columns = [data.actions[name].tolist() for name in sorted(data.actions)]
+    actions = list(zip(*columns, strict=True)) if columns else [()] * len(items)
+    events = list(zip(items, times, actions, strict=True))
+    users = data.users.tolist()
+    found = {
+        user: events[first:last]
+        for user, (first, last) in zip(users, itertools.pairwise(data.offsets), strict=True)
+    }
     features = {
         name: {
             user: contexts.values[name][code]
-            for user, code in zip(contexts.users.tolist(), codes.tolist(), strict=True)
+            for user, code in zip(users, codes.tolist(), strict=True)
         }
-        for name, codes in contexts.codes.items()
+        for name, codes in contexts.of(data.users).items()
     }
-    titles = dict(zip(catalog.raw_ids.tolist(), catalog.titles or (), strict=False))
+    titles = dict(zip(data.catalog.raw_ids.tolist(), data.catalog.titles or (), strict=False))
     return found, features, titles

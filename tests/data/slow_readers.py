@@ -136,6 +136,7 @@ def movies(source: str, folder: Path) -> Iterator[tuple[int, str]]:
     else:
         parts = [line.split("|") for line in lines(folder / "u.item")]
         require(all(len(part) == 24 for part in parts))
+        require({flag.strip(" \t") for part in parts for flag in part[5:]} <= {"0", "1"})
         rows = [(part[0], part[1]) for part in parts]
     ids = [integer(movie, range(1, 2**63)) for movie, _ in rows]
     require(ids and len(set(ids)) == len(ids))
@@ -254,7 +255,17 @@ def of_source(source: str, folder: Path) -> tuple[Events, Features, dict]:
 
 
 def read(source: str, folder: Path) -> tuple[Events, Features, dict]:
+    """Of users with at least three events, each user's by time."""
     found, features, titles = of_source(source, folder)
     times = [time for events in found.values() for _, time, _ in events if time is not None]
     require(not times or max(times) - min(times) <= 2**31 - 1)
-    return found, features, titles
+    kept = {
+        user: sorted(events, key=lambda event: event[1] or 0)
+        for user, events in found.items()
+        if len(events) >= 3
+    }
+    require(kept)
+    features = {
+        name: {user: of_users.get(user, "") for user in kept} for name, of_users in features.items()
+    }
+    return kept, features, titles

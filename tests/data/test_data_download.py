@@ -1,5 +1,6 @@
 """The downloader, against a server on this machine: resumed, checked, set aside."""
 
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -12,7 +13,7 @@ import pytest
 
 from tests.data.data_files import ML1M_RATINGS, load, ml1m_zip
 from ultra_hstu.data.download import Download, fetch, obtain
-from ultra_hstu.data.movielens import MovieLens
+from ultra_hstu.data.sources import PUBLIC
 
 
 class Server:
@@ -190,7 +191,8 @@ def test_a_file_without_published_checksum_is_verified_at_every_later_use(server
 def test_a_source_is_downloaded_once_and_prepared(server, tmp_path, monkeypatch):
     archive = ml1m_zip(tmp_path / "ml-1m.zip", tmp_path / "made").read_bytes()
     download = server.put("/ml-1m.zip", archive, "md5")
-    monkeypatch.setattr(MovieLens.builder_configs["ml-1m"], "downloads", (download,))
+    set_ = dataclasses.replace(PUBLIC["ml-1m"], downloads=(download,))
+    monkeypatch.setitem(PUBLIC, "ml-1m", set_)
     for _ in range(2):
         assert load(tmp_path, "ml-1m").num_events == len(ML1M_RATINGS)
     assert len(server.requests) == 1

@@ -10,19 +10,18 @@ import pytest
 
 from tests.data.data_files import load
 from tests.data.official_files import official
-from ultra_hstu.data import builder, npz
+from ultra_hstu.config import SyntheticConfig
+from ultra_hstu.data import npz, sums
+from ultra_hstu.data import raw as raw_files
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.strings import STRINGS, pack, unpack
 from ultra_hstu.data.sums import SUMS
+from ultra_hstu.data.table import prepared as tables
 
-FILES = (
-    "*.array_record*",
-    "dataset_info.json",
-    "features.json",
-    "catalog.npz",
-    "contexts.npz",
-    SUMS,
-)
+FILES = {
+    "ml-1m": ("interactions.npz", "reading.json", "catalog.npz", "contexts.npz", SUMS),
+    "synthetic": ("*.array_record*", "dataset_info.json", "features.json", "catalog.npz", SUMS),
+}
 DAMAGES = {
     "cut": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
@@ -32,6 +31,9 @@ DAMAGES = {
 }
 
 
+SMALL = SyntheticConfig(users=4, length=4, items=20, categories=4)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
@@ -39,10 +41,20 @@ def prepared(tmp_path_factory):
     return folder, raw, load(folder, "ml-1m", raw)
 
 
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generated")
+    return folder, None, load(folder, "synthetic", synthetic=SMALL)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("pattern", FILES)
-def test_what_was_damaged_is_prepared_again(prepared, tmp_path, caplog, pattern, damage):
-    folder, raw, before = prepared
+@pytest.mark.parametrize(
+    ("source", "pattern"), [(source, name) for source, names in FILES.items() for name in names]
+)
+def test_what_was_damaged_is_prepared_again(
+    prepared, generated, tmp_path, caplog, source, pattern, damage
+):
+    folder, raw, before = prepared if source == "ml-1m" else generated
     shutil.copytree(folder / "prepared", tmp_path / "prepared")
     (path,) = (tmp_path / "prepared").rglob(pattern)
     data = path.read_bytes()
@@ -50,12 +62,12 @@ def test_what_was_damaged_is_prepared_again(prepared, tmp_path, caplog, pattern,
         path.unlink()
     else:
         path.write_bytes(change(data))
-    after = load(tmp_path, "ml-1m", raw)
+    after = load(tmp_path, source, raw, synthetic=SMALL)
     assert after.fingerprint() == before.fingerprint()
     if path.name != SUMS:
         assert f"{path.name} " in caplog.text and "prepared again" in caplog.text
     caplog.clear()
-    load(tmp_path, "ml-1m", raw)
+    load(tmp_path, source, raw, synthetic=SMALL)
     assert not caplog.text
 
 
@@ -91,10 +103,11 @@ def test_intact_data_is_read_without_writing(prepared, monkeypatch):
 def test_a_download_is_read_without_a_lock(tmp_path, monkeypatch):
     raw = official("ml-1m", tmp_path / "prepared/raw/ml-1m")
     names = ["ratings.dat", "movies.dat", "users.dat"]
-    builder.sums.write(raw, builder.sums.checksums(raw, names))
+    sums.write(raw, sums.checksums(raw, names))
     before = load(tmp_path, "ml-1m")
     with monkeypatch.context() as patch:
-        patch.setattr(builder, "locked", lambda _: pytest.fail("a lock was taken"))
+        for module in (raw_files, tables):
+            patch.setattr(module, "locked", lambda *_: pytest.fail("a lock was taken"))
         assert load(tmp_path, "ml-1m").fingerprint() == before.fingerprint()
     (raw / "users.dat").write_bytes(b"1::F::1::10::48067\n")
     with pytest.raises(

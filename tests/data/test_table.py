@@ -236,7 +236,14 @@ def test_tasks_signals_and_features(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"data": {"table": {"user": "u"}}}, "data.table does nothing under data.source='ml-1m'"),
+        (
+            {"data": {"table": {"user": "u"}}},
+            "data.table.user='u' does nothing under data.source='ml-1m', whose files",
+        ),
+        (
+            {"data": {"source": "table", "table": {"catalog": "listed"}}},
+            "data.table.catalog='listed' needs data.table.items_file",
+        ),
         (
             {"data": {"source": "table", "table": {"tasks": {"t": "rating>=4"}}},
              "rank": {"features": ["rating"]}},

@@ -30,6 +30,7 @@ from kernels.hstu_attention.mosaic import (
     schedule,
     split_tiles,
 )
+from kernels.norm_linear.mosaic import product
 
 MODULES = (
     backward_keys,
@@ -40,6 +41,7 @@ MODULES = (
     forward,
     items,
     launch,
+    product,
     split_tiles,
 )
 ACCUMULATORS = 7  # that a warpgroup holds at a time, at most
@@ -65,7 +67,7 @@ class _Pool:
                 self.buffers, self.used = [named.pop(name) for name in names], 0
                 return body(*refs, **named)
 
-            pool = {name: plgpu.SMEM((2, 64, 256), jnp.float32) for name in names}
+            pool = {name: plgpu.SMEM((2, 128, 256), jnp.float32) for name in names}
             return pl.run_scoped(entered, *args, collective_axes=collective_axes, **kwargs, **pool)
         before, refs = self.used, []
         for wanted in args:
@@ -91,9 +93,9 @@ def _copy_smem_to_gmem(source, target, reduction_op=None):
         target[...] += source[...]
 
 
-def _fetch_item(gm, s, slot, *, which, first=False):
+def _fetch_item(gm, s, slot, *, which, number=None):
     box = s.rec.at[s.rec.shape[0] - 1]
-    number = lax.axis_index("worker") if first else box[0] + schedule.WORKERS
+    number = box[0] + schedule.WORKERS if number is None else number
     box[0] = number
     plgpu.barrier_wait(s.rec_empty.at[slot])
     number = jnp.minimum(number, gm.records.shape[0] - 1)

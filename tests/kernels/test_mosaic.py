@@ -53,7 +53,7 @@ def _with_schedules(plan, wanted, workers):
 class Batch:
     """Jagged inputs whose padding rows hold NaN, and the results of `reference`."""
 
-    def __init__(self, mask, k_width, v_width, row_scale=False, lengths=LENGTHS):
+    def __init__(self, mask, k_width, v_width, row_scale=False, lengths=LENGTHS, counted=True):
         rng = np.random.default_rng(0)
         self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         self.real, self.rows = int(self.offsets[-1]), int(self.offsets[-1]) + 9
@@ -68,9 +68,8 @@ class Batch:
         scale = rng.uniform(0.01, 1, self.rows).astype(np.float32)
         scale[self.real :] = np.nan
         self.scale = jnp.asarray(scale) if row_scale else jnp.float32(1 / 64)
-        self.plan = planned(
-            mask, self.offsets, self.rows, np.minimum(lengths // 4, 9), np.minimum(lengths // 5, 3)
-        )
+        counts = (np.minimum(lengths // 4, 9), np.minimum(lengths // 5, 3)) if counted else ()
+        self.plan = planned(mask, self.offsets, self.rows, *counts)
 
         def plain(*qkv):
             return reference.attention(
@@ -134,6 +133,23 @@ def test_gradients(passes, mask, widths, row_scale, monkeypatch):
     with interpreted(monkeypatch):
         got = run(*batch.padded(), batch.plan, batch.scale)
     batch.check(dict(zip(("dq", "dk", "dv"), got, strict=True)))
+
+
+def test_items_in_fixed_turns(monkeypatch):
+    """A plan whose tiles are all light: no thread block draws, none gets more than another."""
+    batch = Batch(AttentionMask(window=60), 64, 64, counted=False)
+    assert schedule.in_turns(batch.plan)
+    monkeypatch.setattr(schedule, "WORKERS", 2)
+    forward_config, back = ForwardConfig(block_k=64, stages=2), BackwardConfig(128, 64, 2, passes=2)
+
+    @jax.jit
+    def run(q, k, v, do, plan, scale):
+        out = forward(q, k, v, plan, scale, 0.1, forward_config)
+        return out, *gradients(q, k, v, do, plan, scale, 0.1, back)
+
+    with interpreted(monkeypatch):
+        got = run(*batch.padded(), batch.plan, batch.scale)
+    batch.check(dict(zip(("out", "dq", "dk", "dv"), got, strict=True)))
 
 
 def test_split_tiles(monkeypatch):
@@ -203,9 +219,26 @@ def test_no_tile_is_split_where_none_can_be_heavy():
         wanted = WorkList.forward(2, 64)
         work = schedule_of(plan, wanted)
         check_work(plan, work, dense, wanted)
+        check_halves(np.asarray(work.records), dense, wanted)
         assert not work.parts.size and (np.asarray(work.records)[:, schedule.SLOT] < 0).all()
     assert schedule.may_split(make_plan(AttentionMask(window=60), offsets, rows, np.array([3, 0])))
     assert schedule.may_split(make_plan(AttentionMask(window=60, full_rows=5), offsets, rows))
+
+
+def check_halves(records, dense, wanted):
+    """LATE and EARLY say exactly which end a half leaves out."""
+    tile, block = wanted.tile, wanted.block
+    used = records[records[:, schedule.TILE] >= 0]
+    assert used[:, schedule.LATE].any() and used[:, schedule.EARLY].any()
+    for r in used:
+        met = [
+            i + r[schedule.SHIFT0 + (i >= r[schedule.CUT1]) + (i >= r[schedule.CUT2])]
+            for i in range(r[schedule.COUNT])
+        ]
+        for half, at, field in ((1, met[0], schedule.LATE), (0, met[-1], schedule.EARLY)):
+            first = r[schedule.TILE] * tile + half * tile // 2
+            seen = dense[first : first + tile // 2, at * block : (at + 1) * block].any()
+            assert r[field] == (len(met) > 1 and not seen)
 
 
 def check_work(plan, work, dense, wanted):
@@ -219,9 +252,16 @@ def check_work(plan, work, dense, wanted):
     records = np.asarray(work.records)
     used = records[records[:, schedule.TILE] >= 0]
     assert (records[len(used) :, schedule.TILE] < 0).all() and len(records) > len(used)
-    same_head = np.diff(used[:, schedule.HEAD]) == 0
-    assert same_head.sum() == len(used) - heads, "head after head"
-    assert (np.diff(used[:, schedule.COUNT])[same_head] <= 0).all(), "heaviest first"
+    if schedule.heads_together(plan):
+        np.testing.assert_array_equal(used[:, schedule.HEAD], np.arange(len(used)) % heads)
+        assert (np.diff(used[:, schedule.COUNT]) <= 0).all(), "heaviest first"
+    else:
+        same_head = np.diff(used[:, schedule.HEAD]) == 0
+        assert same_head.sum() == len(used) - heads, "head after head"
+        lighter = np.diff(used[:, schedule.COUNT])[same_head] <= 0
+        if wanted.by_sequence:  # in all heads but the last
+            lighter = lighter[used[1:, schedule.HEAD][same_head] == heads - 1]
+        assert lighter.all(), "heaviest first"
     for r in used:
         for i in range(r[schedule.COUNT]):
             shift = schedule.SHIFT0 + (i >= r[schedule.CUT1]) + (i >= r[schedule.CUT2])

@@ -44,7 +44,7 @@ def encoder(**options) -> HSTU:
     built = HSTU.from_config(dataclasses.replace(CONFIG, **options), LENGTH, rngs=nnx.Rngs(0))
     for number, layer in enumerate(built.layers):
         layer.uvqk[...] *= 3
-        if hasattr(layer, "uvqk_bias"):
+        if hasattr(layer, "output_norm_weight"):
             layer.output_norm_weight[...] += 0.1 * (number + 1)
             layer.uvqk_bias[...] += 0.3
     return built

@@ -120,6 +120,11 @@ OTHERS = {
             data__placement="stream",
         ),
     ),
+    "negatives that rows share": (
+        1,
+        8,
+        with_(RETRIEVAL, model__layers=1, loss__rows_per_draw=4, parallel__groups=1),
+    ),
     "sasrec": (8, 1, with_(RETRIEVAL, model__kind="sasrec", model__ffn_width=16, model__layers=1)),
     "mixture of transducers": (
         2,

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from kernels import device
+from kernels.sampled_softmax import xla
 from tests import golden
 from ultra_hstu.nn.norms import l2_normalize
-from ultra_hstu.retrieval import loss as losses
 from ultra_hstu.retrieval.loss import softmax_loss
 
 PATHS = {"whole table": True, "gathered": False}
@@ -20,7 +21,7 @@ PATHS = {"whole table": True, "gathered": False}
 def path(request, monkeypatch):
     """Runs a test with both ways to score negatives; another test has the rule that chooses."""
     monkeypatch.setattr(
-        losses, "whole_table_is_cheaper", lambda items, negatives: PATHS[request.param]
+        xla, "whole_table_is_cheaper", lambda items, negatives: PATHS[request.param]
     )
 
 
@@ -109,7 +110,7 @@ def problem(seed=0):
 @pytest.mark.parametrize("kind", ["whole table", "gathered", "log_q", "full"])
 def test_chunked_equals_unchunked(kind, chunk_rows, monkeypatch):
     """Values and gradients, of weights too, are those of the definition for any chunk and tail."""
-    monkeypatch.setattr(losses, "whole_table_is_cheaper", lambda *_: kind != "gathered")
+    monkeypatch.setattr(xla, "whole_table_is_cheaper", lambda *_: kind != "gathered")
     h, table, positive, weight, negative = problem()
     log_q = jnp.log(jnp.arange(1.0, ITEMS + 2) / 300) if kind == "log_q" else None
     options = dict(temperature=0.3, l2_normalize=kind != "gathered", chunk_rows=chunk_rows)
@@ -147,7 +148,7 @@ def test_chunked_equals_unchunked(kind, chunk_rows, monkeypatch):
 @pytest.mark.parametrize("kind", ["whole table", "gathered", "full"])
 def test_padding_may_hold_anything(kind, monkeypatch):
     """NaN and wild ids in rows of weight 0 change nothing, bit for bit."""
-    monkeypatch.setattr(losses, "whole_table_is_cheaper", lambda *_: kind == "whole table")
+    monkeypatch.setattr(xla, "whole_table_is_cheaper", lambda *_: kind == "whole table")
     h, table, positive, weight, negative = problem()
     padding = weight == 0
 
@@ -217,7 +218,7 @@ def test_low_precision_inputs():
     rounded = h.astype(jnp.bfloat16)
     loss, (dh, dtable) = jax.value_and_grad(run, argnums=(0, 1))(rounded, table)
     assert loss.dtype == jnp.float32 and dh.dtype == jnp.bfloat16 and dtable.dtype == jnp.float32
-    np.testing.assert_allclose(loss, run(rounded.astype(jnp.float32), table), rtol=1e-6)
+    np.testing.assert_allclose(loss, run(rounded.astype(jnp.float32), table), rtol=2e-3)
 
 
 def shapes_of(jaxpr):
@@ -233,7 +234,7 @@ def shapes_of(jaxpr):
 @pytest.mark.parametrize("kind", ["whole table", "gathered", "full"])
 def test_logits_never_exist_at_full_size(kind, monkeypatch):
     """The gradient's program has no float array [T, R] or [T, I]; memory does not grow with T."""
-    monkeypatch.setattr(losses, "whole_table_is_cheaper", lambda *_: kind == "whole table")
+    monkeypatch.setattr(xla, "whole_table_is_cheaper", lambda *_: kind == "whole table")
     negatives, items, width, chunk = 32, 200, 4, 64
 
     def compiled(rows):
@@ -267,10 +268,14 @@ def test_logits_never_exist_at_full_size(kind, monkeypatch):
     assert compiled(16384) - compiled(4096) < logits / 2
 
 
-def test_the_rule_that_chooses():
-    assert losses.whole_table_is_cheaper(3884, 128)  # MovieLens-1M
-    assert not losses.whole_table_is_cheaper(27279, 128)  # MovieLens-20M
-    assert not losses.whole_table_is_cheaper(695763, 512)  # Amazon Books
+def test_the_rule_that_chooses(monkeypatch):
+    gathered_on = {}
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(device, "current", lambda p=platform: device.Device(p, p, None))
+        # MovieLens-1M, MovieLens-20M, Amazon Books, and few items
+        cases = ((3884, 128), (27279, 128), (695763, 512), (1000, 128))
+        gathered_on[platform] = [not xla.whole_table_is_cheaper(*case) for case in cases]
+    assert gathered_on == {"cpu": [True, True, True, False], "gpu": [False, True, True, False]}
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.negatives import (
+    check_draws,
+    drawn_from,
+    drawn_uniformly,
     in_batch_negatives,
     in_batch_pool,
     log_frequency,
@@ -102,3 +106,33 @@ def test_in_batch_negatives_stand_for_the_catalogue():
     shares = np.stack([np.bincount(pool, minlength=items + 1) for pool in pools]) / pool_size
     of_batch = jax.jit(jax.vmap(loss))(keys, jnp.asarray(pools), jnp.log(shares.astype(np.float32)))
     assert np.exp(of_batch).mean() < 0.8 * np.exp(full)
+
+
+@pytest.mark.parametrize(
+    ("rows_per_draw", "where", "message"),
+    [
+        (4, dict(groups=2), "rows_per_draw=4 needs as many parallel.data.*2 groups share"),
+        (32, dict(shards=Shards(context=4, striped=True)), "rows_per_draw=32.*blocks of 16 rows"),
+        (64, dict(shards=Shards(context=4)), "blocks of 32 rows.*parallel.context=4"),
+    ],
+)
+def test_draws_that_meshes_would_not_share_alike(rows_per_draw, where, message):
+    where = dict(shards=ONE, groups=1) | where
+    with pytest.raises(ValueError, match=message):
+        check_draws(rows_per_draw, 128, **where)
+    check_draws(1, 128, **where)
+    check_draws(rows_per_draw, 128, ONE, 1)
+
+
+def test_rows_share_a_draw():
+    """The first row's key draws for all of them; ids are those of independent draws from it."""
+    key_T = jax.random.split(jax.random.key(2), 12)
+    found = drawn_uniformly(key_T, 5, 99, rows_per_draw=4)
+    np.testing.assert_array_equal(
+        found.draw(found.rows[::4], found.shared), uniform_negatives(key_T[::4], 3, 5, 99)
+    )
+    pool = in_batch_pool(jnp.arange(60))
+    found = drawn_from(pool, key_T, 5, rows_per_draw=4)
+    np.testing.assert_array_equal(
+        found.draw(found.rows[::4], found.shared), in_batch_negatives(key_T[::4], pool, 3, 5)
+    )

@@ -181,7 +181,7 @@ def test_the_tables_take_a_record(tmp_path, monkeypatch):
     (tmp_path / "attention_h100.json").write_text(json.dumps(record))
     text = attention_tables.attention_table()
     assert (
-        "| `tiny` | 700 / 501 | - | 3.2 / - | 350 / - | - | - |" in text
+        "| `tiny` | - | 700 / 501 | - | 3.2 / - | 350 / - | - | - |" in text
         and "at fedcba, in the same run" in text
     )
     assert "`tiny` 800, error 5.0 %" in text and "length_" not in text

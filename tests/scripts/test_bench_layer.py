@@ -7,6 +7,7 @@ import pytest
 from experiments import configs
 from scripts.bench import layer as bench_layer
 from scripts.bench import long as bench_long
+from scripts.bench import step as bench_step
 from scripts.bench.program import temporaries
 from ultra_hstu import flops
 
@@ -46,7 +47,7 @@ def test_memory_of_a_layer(v_width, chunk_rows):
             chunk_rows=chunk_rows,
             v_width=v_width,
         )
-        run, _ = bench_layer.stack_gradients(config, ROWS)
+        run, _ = bench_layer.stack_of(config, ROWS)
         memory[depth] = temporaries(run)
     kept = 4 * (32 + 2 * v_width) + 4 * 4
     assert (memory[3] - memory[1]) / 2 / ROWS == pytest.approx(kept, rel=0.08)
@@ -65,6 +66,18 @@ def test_a_long_step():
         counted.training
         < flops.count(bench_long.with_model(config, bench_long.WHOLE), 128, items=20000).training
     )
+
+
+def test_a_full_step_says_where_its_time_goes(capsys):
+    config = small_config(layers=1, truncate_after=None, truncate_length=None)
+    found = bench_step.measure_full_batches(config, 0.01)
+    assert found["MFU"] is None  # of a CPU nobody knows the peak
+    counted = flops.count(config, 128, items=20000)
+    work = (counted.training - counted.recomputed) * config.data.batch_users
+    assert found["TFLOP_a_second"] == pytest.approx(work / found["step_ms"] / 1e9)
+    kinds = found["profile"]["kinds"]
+    assert {"attention", "matrix products", "nothing runs"} <= kinds.keys()
+    assert f"a step of {config.name}" in capsys.readouterr().out
 
 
 def test_the_encoder_of_long_ultra_meets_the_published_operations():

@@ -51,12 +51,11 @@ def test_scores_with_and_without_a_cache(cells):
     np.testing.assert_allclose(cached, whole, atol=1e-5 * np.abs(whole).max())
     np.testing.assert_allclose(grown, whole, atol=1e-5 * np.abs(whole).max())
     assert cells["cached"].call().shape == (40, 1)
-    each = (
-        flops.count(bench.config, 60, targets=1).inference
-        - flops.count(bench.config, 60, targets=0).inference
-    )
+    encode, each = flops.cached(bench.config, 60)
+    assert encode + 2 * each == pytest.approx(flops.count(bench.config, 60, targets=2).inference)
     assert cells["cached"].tflop == pytest.approx(40 * each / 1e12)
-    assert cells["encode"].tflop + cells["cached"].tflop == pytest.approx(cells["one_batch"].tflop)
+    # So many candidates are no few rows: their pass has a whole last layer.
+    assert cells["encode"].tflop + cells["cached"].tflop < cells["one_batch"].tflop
     measured = bench_serving.latency(cells["cached"], 0.0)
     assert measured["samples"] == 5 and measured["candidates_per_s"] == pytest.approx(
         40 / measured["p50_ms"] * 1e3

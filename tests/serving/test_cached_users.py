@@ -12,10 +12,11 @@ import pytest
 from tests.serving.small_serving import MAX_HISTORY, built
 from tests.small_run import with_
 from ultra_hstu import tasks
+from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.serving.schema import ScoreRequest
 from ultra_hstu.serving.scoring import ScoringModel
 from ultra_hstu.serving.service import ScoreService
-from ultra_hstu.serving.tokens import Vocabulary, kept_in_blocks
+from ultra_hstu.serving.tokens import kept_in_blocks
 from ultra_hstu.serving.users import CachedUsers
 
 USERS = 3  # of a call

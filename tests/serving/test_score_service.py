@@ -19,6 +19,7 @@ from tests.serving.served_checks import page_example, shape
 from tests.serving.small_serving import built, full_pass, requests
 from tests.small_run import with_
 from ultra_hstu import serving
+from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.serving import export, lines
 from ultra_hstu.serving.schema import (
     MAX_CANDIDATES,
@@ -31,7 +32,6 @@ from ultra_hstu.serving.schema import (
 )
 from ultra_hstu.serving.scoring import MICRO_BATCH, RunData, ScoringModel
 from ultra_hstu.serving.service import EMPTY, ScoreService, ServingOptions, open_service
-from ultra_hstu.serving.tokens import Vocabulary
 from ultra_hstu.serving.users import CachedUsers
 
 # Two channels, contextual tokens, interleaved input, a feature, a probability and a value.

@@ -1,14 +1,16 @@
 """ASSISTments 2017: what learners answered, problem after problem."""
 
 import itertools
+from collections.abc import Iterator
+from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 
-from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
-from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.download import Download
-from ultra_hstu.data.events import RawEvents
-from ultra_hstu.data.text import lines
+from ultra_hstu.data.public import PublicSet, SetFile
+from ultra_hstu.data.table.source import Record, RecordFile
+from ultra_hstu.data.text import Line, lines
+from ultra_hstu.table_config import TableConfig
 
 _URL = (
     "https://raw.githubusercontent.com/arghosh/AKT/01b7e8d7d7c862cabc9467108e3e7f2555653a88/"
@@ -23,8 +25,13 @@ _SHA256 = (
 )
 
 
-class Assistments(InteractionsBuilder):
-    """Five disjoint folds, here joined; four lines a learner, each of integers separated by commas.
+_FOLDS = tuple(f"fold{k}.csv" for k in range(1, 6))
+_STEPS = {"problem": (1, 2**63 - 1), "skill": (1, 2**31 - 1), "correct": (0, 1)}
+_TYPES = {"user": pa.int64(), "problem": pa.int64(), "skill": pa.int32(), "correct": pa.int32()}
+
+
+def _answers(path: Path) -> Iterator[tuple[Line, Record]]:
+    """Four lines a learner, each of integers separated by commas.
 
     1. the learner, and a second number that is not used (the published files give another id of the
       learner)
@@ -34,53 +41,57 @@ class Assistments(InteractionsBuilder):
 
     Steps are in order of time, without times.
     """
+    learners = _known(path)
+    of_file = list(lines(path))
+    of_file[0].integers(",", "learner")  # a header, say, is named before its consequences
+    if len(of_file) % 4:
+        raise of_file[-1].error(f"the file ends within a learner: {len(of_file)} lines, not 4 each")
+    for first, *steps in itertools.batched(of_file, 4):
+        ids = first.integers(",", "learner")
+        if len(ids) != 2:
+            raise first.error("expected two numbers, the learner's first")
+        learner = int(ids[0])
+        if learner in learners:
+            raise first.error(f"learner {learner} was given in {learners[learner]} already")
+        learners[learner] = f"{path}, line {first.number}"
+        columns: list[list[int]] = []
+        for line, (name, (low, high)) in zip(steps, _STEPS.items(), strict=True):
+            columns.append(line.integers(",", name, low, high).tolist())
+            if len(columns[-1]) != len(columns[0]):
+                raise line.error(f"{len(columns[-1])} values for {len(columns[0])} problems")
+        for problem, skill, correct in zip(*columns, strict=True):
+            yield (
+                first,
+                {"user": learner, "problem": problem, "skill": skill, "correct": correct},
+            )
 
-    TICKS = 0
-    ACTIONS = {"correct": np.int32, "skill": np.int32}
-    BUILDER_CONFIGS = [
-        SourceConfig(
-            name="assistments-2017",
-            description="ASSISTments 2017: learners, problems, skills, right or wrong",
-            files=tuple(f"fold{k}.csv" for k in range(1, 6)),
-            downloads=tuple(
-                Download(
-                    f"{_URL}assist2017_pid_test{k}.csv",
-                    f"sha256:{_SHA256[k - 1]}",
-                    name=f"fold{k}.csv",
-                )
-                for k in range(1, 6)
-            ),
-        )
-    ]
 
-    def read(self) -> tuple[RawEvents, Catalog]:
-        learners: dict[int, str] = {}
-        columns: dict[str, list[np.ndarray]] = {"problem": [], "skill": [], "correct": []}
-        bounds = {"problem": (1, 2**63 - 1), "skill": (1, 2**31 - 1), "correct": (0, 1)}
-        for name in self.builder_config.files:
-            path = self.raw_dir / name
-            of_file = list(lines(path))
-            of_file[0].integers(",", "learner")  # a header, say, is named before its consequences
-            if len(of_file) % 4:
-                raise of_file[-1].error(
-                    f"the file ends within a learner: {len(of_file)} lines, not 4 each"
-                )
-            for head, *steps in itertools.batched(of_file, 4):
-                ids = head.integers(",", "learner")
-                if len(ids) != 2:
-                    raise head.error("expected two numbers, the learner's first")
-                learner = int(ids[0])
-                if learner in learners:
-                    raise head.error(f"learner {learner} was given in {learners[learner]} already")
-                learners[learner] = f"{path}, line {head.number}"
-                for line, (column, (low, high)) in zip(steps, bounds.items(), strict=True):
-                    values = line.integers(",", column, low, high)
-                    problems = len(values if column == "problem" else columns["problem"][-1])
-                    if len(values) != problems:
-                        raise line.error(f"{len(values)} values for {problems} problems")
-                    columns[column].append(values)
-        lengths = [len(steps) for steps in columns["problem"]]
-        users = np.repeat(np.array(list(learners), np.int64), lengths)
-        problem, skill, correct = (np.concatenate(parts) for parts in columns.values())
-        actions = {"correct": correct.astype(np.int32), "skill": skill.astype(np.int32)}
-        return RawEvents(users, problem, None, actions), Catalog.from_ids(np.unique(problem))
+def _known(path: Path) -> dict[int, str]:
+    """Where the learners of the folds before this one are: the folds are disjoint."""
+    before = itertools.takewhile(lambda name: name != path.name, _FOLDS)
+    return {
+        int(line.integers(",", "learner")[0]): f"{path.with_name(name)}, line {line.number}"
+        for name in before
+        for line in itertools.islice(lines(path.with_name(name)), 0, None, 4)
+    }
+
+
+# Five disjoint folds, here joined.
+ASSISTMENTS = PublicSet(
+    name="assistments-2017",
+    about="ASSISTments 2017: problems that learners solved or not; the skill of each",
+    events=tuple(SetFile(name, lambda path: RecordFile(path, _TYPES, _answers)) for name in _FOLDS),
+    table=TableConfig(
+        user="user",
+        item="problem",
+        time_unit="none",
+        actions=("correct",),
+        features=("skill",),
+        repeats="keep",
+        catalog="counted",
+    ),
+    downloads=tuple(
+        Download(f"{_URL}assist2017_pid_test{k}.csv", f"sha256:{_SHA256[k - 1]}", name=name)
+        for k, name in enumerate(_FOLDS, 1)
+    ),
+)

@@ -1,13 +1,14 @@
 """The catalogue: the dense ids of a model, and the raw ids and titles of its source."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Integer, Shaped
 
-from ultra_hstu.data import npz
+from ultra_hstu.data import item_features, npz
+from ultra_hstu.data.item_features import FeatureOfItems, ItemColumn
 from ultra_hstu.data.strings import STRINGS, is_strings
 from ultra_hstu.data.text import INTEGER, MAX_ID
 
@@ -20,10 +21,12 @@ class Catalog:
         raw_ids: the raw id of every dense id, int64 or strings of variable width, ascending from
             slot 1 on; slot 0 holds -1 or "".
         titles: one title a slot ("" for slot 0), or None where the source has none.
+        features: what else the source says of items, by the name of the column.
     """
 
     raw_ids: Shaped[np.ndarray, " slots"]
     titles: tuple[str, ...] | None = None
+    features: Mapping[str, ItemColumn] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.raw_ids.dtype.kind == "U":
@@ -31,9 +34,13 @@ class Catalog:
 
     @classmethod
     def from_ids(
-        cls, ids: Shaped[np.ndarray, " items"], titles: Sequence[str] | None = None
+        cls,
+        ids: Shaped[np.ndarray, " items"],
+        titles: Sequence[str] | None = None,
+        features: Mapping[str, ItemColumn] | None = None,
     ) -> "Catalog":
-        """The catalogue of these raw ids (int64 or str, distinct, any order) and their titles.
+        """The catalogue of these raw ids (int64 or str, distinct, any order), of their titles and
+        their features in the same order.
 
         Raises:
             ValueError: an id that occurs twice, no ids at all, or ids that are neither integers nor
@@ -53,11 +60,25 @@ class Catalog:
         return cls(
             np.concatenate([padding, ids]),
             None if titles is None else ("", *(titles[i] for i in order)),
+            {name: column.reordered(order) for name, column in (features or {}).items()},
         )
 
     @property
     def num_items(self) -> int:
         return len(self.raw_ids) - 1
+
+    def with_features(self, features: Mapping[str, FeatureOfItems]) -> "Catalog":
+        """The catalogue with these features, by name, of raw ids; what has no entry is unknown.
+
+        Raises ValueError for a column of numbers and texts together.
+        """
+        raw_ids = self.raw_ids[1:].tolist()
+        more = {name: item_features.column_of(name, one, raw_ids) for name, one in features.items()}
+        return dataclasses.replace(self, features=dict(self.features) | more)
+
+    def features_of(self, item: int) -> dict[str, list[str]]:
+        """What is known of a dense id, by the names of columns, as texts."""
+        return {name: column.words(item) for name, column in self.features.items()}
 
     def encode(self, ids: Any) -> Int32[np.ndarray, " n"]:
         """Dense ids of raw ids; digits in a string stand for a numeric id, as on a command line.
@@ -134,7 +155,8 @@ class Catalog:
         """The catalogue of some of the items: dense ids, ascending."""
         slots = np.append(0, items)
         titles = None if self.titles is None else tuple(self.titles[slot] for slot in slots)
-        return Catalog(self.raw_ids[slots], titles)
+        features = {name: column.reordered(items - 1) for name, column in self.features.items()}
+        return Catalog(self.raw_ids[slots], titles, features)
 
     def save(self, path: npz.Path) -> None:
         """Writes the catalogue to `path`, whole or not at all."""
@@ -152,7 +174,7 @@ class Catalog:
     def arrays(self) -> dict[str, np.ndarray]:
         """What `from_arrays` makes a catalogue from."""
         titles = {} if self.titles is None else {"titles": np.array(self.titles, STRINGS)}
-        return {"raw_ids": self.raw_ids} | titles
+        return {"raw_ids": self.raw_ids} | titles | item_features.arrays_of(self.features)
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Catalog":
@@ -165,7 +187,7 @@ class Catalog:
             raise ValueError("its ids are not ascending")
         if titles is not None and len(titles) != len(ids):
             raise ValueError(f"it has {len(titles)} titles for {len(ids)} ids")
-        return cls(ids, titles)
+        return cls(ids, titles, item_features.from_arrays(arrays, len(ids)))
 
 
 def first(values: np.ndarray) -> int | str:

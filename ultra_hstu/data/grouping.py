@@ -46,6 +46,13 @@ class Coded:
         code = np.cumsum(used, dtype=np.int32) - np.int32(1)
         return Coded(self.ids[used], code[self.code_E])
 
+    def among(self, ids: ArrayLike) -> "Coded":
+        """The same with these ids, too, although no event has them."""
+        more = raw_ids("items", ids)
+        distinct = np.unique(np.concatenate([self.ids, more.astype(self.ids.dtype)]))
+        place = np.searchsorted(distinct, self.ids).astype(np.int32)
+        return Coded(distinct, place[self.code_E])
+
 
 def raw_ids(name: str, ids: ArrayLike) -> Shaped[np.ndarray, " n"]:
     """Ids as int64 or str. Raises ValueError for others: floats, empty strings, long ones."""
@@ -135,9 +142,8 @@ def group(
     time_E = None if time_E is None else _gather(time_E, order)
     actions = {name: _gather(columns.actions.pop(name), order) for name in list(columns.actions)}
     del order
-    keep_E, dropped = _kept(offsets, item_E, time_E, len(items), rules)
+    keep_E, kept_I, dropped = _kept(offsets, item_E, time_E, len(items), rules)
     count_U = _of_users(keep_E, offsets)
-    kept_I = _counts(item_E, len(items), keep_E) > 0
     if not keep_E.any():
         raise ValueError(
             f"no user is left with {MIN_EVENTS} events or more, nothing to learn from: "
@@ -254,8 +260,8 @@ def _kept(
     time_E: Int64[np.ndarray, " E"] | None,
     num_items: int,
     rules: TableConfig,
-) -> tuple[Mask, dict[str, int]]:
-    """Which events stay, and how many go for which reason."""
+) -> tuple[Mask, Bool[np.ndarray, " I"], dict[str, int]]:
+    """Which events stay, which items the catalogue has, and how many events go, by reason."""
     keep_E, lengths_U = np.ones(len(item_E), bool), np.diff(offsets)
     dropped: dict[str, int] = {}
 
@@ -290,6 +296,11 @@ def _kept(
     if rules.sample_users < 1:
         chosen_U = np.random.default_rng(rules.sample_seed).random(len(lengths_U))
         drop("of users who were not drawn", np.repeat(chosen_U < rules.sample_users, lengths_U))
+    kept_I = np.ones(num_items, bool)  # as rules.catalog is "listed"
+    if rules.catalog == "counted":
+        few = rules.min_user_events if rules.min_user_events > MIN_EVENTS else 0
+        first_E = keep_E & at_items(of_items() >= rules.min_item_events) & often(of_users(), few)
+        kept_I = _counts(item_E, num_items, first_E) > 0
     if (least := rules.min_item_events) > 1:
         drop(f"of items with fewer than {least} events", at_items(of_items() >= least))
     if (least := rules.min_user_events) > MIN_EVENTS:
@@ -299,7 +310,7 @@ def _kept(
         drop(f"outside the {core}-core", at_items(of_items() >= core))
         drop(f"outside the {core}-core", often(of_users(), core))
     drop(f"of users with fewer than {MIN_EVENTS} events", often(of_users(), MIN_EVENTS))
-    return keep_E, dropped
+    return keep_E, of_items() > 0 if rules.catalog == "kept" else kept_I, dropped
 
 
 def _repeated(

@@ -1,157 +1,158 @@
-"""MovieLens 100k, 1m and 20m (https://grouplens.org/datasets/movielens)."""
+"""MovieLens, all releases (https://grouplens.org/datasets/movielens)."""
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
-from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.data.contexts import Contexts
-from ultra_hstu.data.delimited import Column, read_table
+from ultra_hstu.data.delimited import Column, DelimitedFile
 from ultra_hstu.data.download import Download
-from ultra_hstu.data.events import RawEvents
+from ultra_hstu.data.public import PublicSet, SetFile
+from ultra_hstu.data.table.source import Record, RecordFile
 from ultra_hstu.data.text import Line, lines, records
+from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
 _URL = "https://files.grouplens.org/datasets/movielens/"
-# The release's two files (ratings, movies), the delimiter of ratings, and whether a header comes
-# first.
-_FORMATS = {
-    "ml-100k": ("u.data", "u.item", "\t", False),
-    "ml-1m": ("ratings.dat", "movies.dat", "::", False),
-    "ml-20m": ("ratings.csv", "movies.csv", ",", True),
-}
-_MOVIES_HEADER = ("movieId", "title", "genres")
-_MD5 = {  # published beside each archive (*.zip.md5)
+# Published beside the archives (*.zip.md5); those of `latest` change, and have none.
+_MD5 = {
     "ml-100k": "0e33842e24a9c977be4e0107933c0723",
     "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
+    "ml-10m": "ce571fd55effeba0271552578f2648bd",
     "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
+    "ml-25m": "6b51fb2759a8657d3bfcbfc42b592ada",
+    "ml-32m": "d472be332d4daa821edc399621853b57",
+    "ml-latest": None,
+    "ml-latest-small": None,
 }
 _NUM_USERS = {"ml-100k": 943, "ml-1m": 6040}  # 1, 2, 3, ... of them
+_MOVIES_HEADER = ("movieId", "title", "genres")
+_MOVIES = {
+    "movieId": pa.int64(),
+    "title": pa.string(),
+    "genres": pa.list_(pa.string()),
+    "year": pa.int64(),
+}
+_YEAR = re.compile(r"\((\d{4})\)\s*$")  # at the end of a title
+# The flags of u.item, in order (u.genre).
+_GENRES = (
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy "
+    "Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
+).split()
+NO_GENRES = "(no genres listed)"  # movies.csv says so
 # The features of ml-1m's users, and their values as the release documents them. Ages are the
 # youngest of a group; occupations are numbered.
-USERS_FILE = "users.dat"
-_CONTEXTS = {
-    "gender": ("F", "M"),
-    "age": ("1", "18", "25", "35", "45", "50", "56"),
-    "occupation": tuple(map(str, range(21))),
-}
+_USERS_1M = (
+    Column("UserID", np.int64, 1),
+    Column("gender", np.str_, allowed=("F", "M")),
+    Column("age", np.str_, allowed=("1", "18", "25", "35", "45", "50", "56")),
+    Column("occupation", np.str_, allowed=tuple(map(str, range(21)))),
+    Column("Zip-code", None),
+)
+_USERS_100K = (
+    Column("user id", np.int64, 1),
+    Column("age", np.int32, 0, 150),
+    Column("gender", np.str_, allowed=("F", "M")),
+    Column("occupation", np.str_),
+    Column("zip code", None),
+)
 
 
-class MovieLens(InteractionsBuilder):
-    """Ratings with times in seconds.
-
-    The catalogue is every movie of the movies file, rated or not: 3,883 for ml-1m.
-
-    ml-1m describes its users too: gender, age group and occupation, from `users.dat`.
-
-    Raises (on building):
-        ValueError: names file, line and value of malformed lines, ids below 1, ratings outside the
-            release's scale, times outside 1901 to 2106, rated movies that the movies file lacks,
-            and features outside the documented values.
-    """
-
-    ACTIONS = {"rating": np.float32}
-    ITEMS_FILE = "the movies file (a line holds user, movie, rating, time)"
-    BUILDER_CONFIGS = [
-        SourceConfig(
-            name=name,
-            description=f"MovieLens {name[3:]}: users, movies, ratings, times",
-            files=_FORMATS[name][:2],
-            context_files=(USERS_FILE,) if name == "ml-1m" else (),
-            downloads=(Download(f"{_URL}{name}.zip", f"md5:{_MD5[name]}"),),
-        )
-        for name in _FORMATS
-    ]
-
-    def read(self) -> tuple[RawEvents, Catalog]:
-        ratings, movies, delimiter, header = _FORMATS[self.builder_config.name]
-        half_stars = self.builder_config.name == "ml-20m"
-        columns = (
-            Column("userId", np.int64, 1),
-            Column("movieId", np.int64, 1),
-            Column("rating", np.float64, 0.5, 5)
-            if half_stars
-            else Column("rating", np.int64, 1, 5),
-            Column.time("timestamp", "s"),
-        )
-        path = self.raw_dir / ratings
-        table = read_table(path, columns, delimiter=delimiter, header=header)
-        actions = {"rating": table["rating"].astype(np.float32)}
-        where = ((str(path), 2 if header else 1, len(actions["rating"])),)
-        events = RawEvents(table["userId"], table["movieId"], table["timestamp"], actions, where)
-        _warn_of_the_order(path, self.builder_config.name, events)
-        return events.without_duplicates(), read_movies(self.raw_dir / movies)
-
-    def read_contexts(self) -> Contexts:
-        path = self.raw_dir / USERS_FILE
-        if USERS_FILE not in self.builder_config.context_files or not path.is_file():
-            return Contexts()
-        columns = (
-            Column("UserID", np.int64, 1),
-            *(Column(name, np.str_) for name in _CONTEXTS),
-            Column("Zip-code", None),
-        )
-        table = read_table(path, columns, delimiter="::")
-        return Contexts.read(
-            path, 1, table["UserID"], {name: table[name].tolist() for name in _CONTEXTS}, _CONTEXTS
-        )
+def _ratings(release: str, path: Path) -> DelimitedFile:
+    whole = release in ("ml-100k", "ml-1m")  # later ones have half stars
+    columns = (
+        Column("userId", np.int64, 1),
+        Column("movieId", np.int64, 1),
+        # Stars as floats in all releases.
+        Column("rating", np.float32, 1 if whole else 0.5, 5, whole=whole),
+        Column.time("timestamp", "s"),
+    )
+    delimiter = {".data": "\t", ".dat": "::", ".csv": ","}[path.suffix]
+    after = partial(_warn_of_the_order, release) if release in _NUM_USERS else None
+    return DelimitedFile(path, columns, delimiter, header=path.suffix == ".csv", after=after)
 
 
-def _warn_of_the_order(path: Path, release: str, events: RawEvents) -> None:
+def _warn_of_the_order(release: str, path: Path, largest: Mapping[str, int]) -> None:
     """Warns where movies seem to stand in the place of users: both are small integers."""
-    users = _NUM_USERS.get(release)
-    if users is not None and events.users.max() > users >= events.items.max():
+    user, movie = largest["userId"], largest["movieId"]
+    if user > (known := _NUM_USERS[release]) >= movie:
         _log.warning(
             "%s: users go up to %d and movies to %d, but %s has %d users: a line must hold user, "
             "movie, rating, time, in this order",
             path,
-            events.users.max(),
-            events.items.max(),
+            user,
+            movie,
             release,
-            users,
+            known,
         )
 
 
-def read_movies(path: Path) -> Catalog:
-    """The catalogue of `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv` (header, quotes).
+def _movies(path: Path) -> Iterator[tuple[Line, Record]]:
+    """The movies of `movies.dat` (a::b::c), `u.item` (a|b|...) or `movies.csv` (header, quotes).
 
     A title that was encoded twice ("AmÃ©lie") is repaired with a warning; one with lost characters
     is an error.
     """
-    ids: dict[int, int] = {}
-    titles = []
-    for line, text, title in _movies(path):
+    numbers: dict[int, int] = {}
+    read: dict[str, Callable[[Path], Iterator[tuple[Line, str, str, list[str]]]]] = {
+        ".csv": _of_csv,
+        ".dat": _of_dat,
+        ".item": _of_item,
+    }
+    for line, text, title, genres in read[path.suffix](path):
         movie = line.integer(text, "movie id", 1)
-        if movie in ids:
-            raise line.error(f"movie {movie} was given on line {ids[movie]} already")
-        ids[movie] = line.number
-        titles.append(_clean(title, line))
-    if not ids:
+        if movie in numbers:
+            raise line.error(f"movie {movie} was given on line {numbers[movie]} already")
+        numbers[movie] = line.number
+        title, year = _clean(title, line), _YEAR.search(title)
+        yield (
+            line,
+            {
+                "movieId": movie,
+                "title": title,
+                "genres": [genre for genre in genres if genre and genre != NO_GENRES],
+                "year": year and int(year[1]),
+            },
+        )
+    if not numbers:
         raise ValueError(f"{path} has no movies behind its header")
-    return Catalog.from_ids(np.array(list(ids), np.int64), titles)
 
 
-def _movies(path: Path) -> Iterator[tuple[Line, str, str]]:
-    """The line of each movie, its id and its title."""
-    if path.suffix == ".csv":
-        rows = records(path)
-        line, names = next(rows)
-        if sorted(names) != sorted(_MOVIES_HEADER):
-            raise line.error(f"expected the header {','.join(_MOVIES_HEADER)}")
-        for line, fields in rows:
-            if len(fields) != len(names):
-                raise line.error("malformed movie")
-            yield line, fields[names.index("movieId")], fields[names.index("title")]
-        return
-    many = path.suffix == ".dat"  # a title may hold this delimiter, an id or genres may not
-    for line in lines(path):
-        fields = line.text.split("::" if many else "|")
-        if len(fields) < 3 if many else len(fields) != 24:
+def _of_csv(path: Path) -> Iterator[tuple[Line, str, str, list[str]]]:
+    rows = records(path)
+    line, names = next(rows)
+    if sorted(names) != sorted(_MOVIES_HEADER):
+        raise line.error(f"expected the header {','.join(_MOVIES_HEADER)}")
+    movie, title, genres = map(names.index, _MOVIES_HEADER)
+    for line, fields in rows:
+        if len(fields) != len(names):
             raise line.error("malformed movie")
-        yield line, fields[0], "::".join(fields[1:-1]) if many else fields[1]
+        yield line, fields[movie], fields[title], fields[genres].split("|")
+
+
+def _of_dat(path: Path) -> Iterator[tuple[Line, str, str, list[str]]]:
+    for line in lines(path):
+        fields = line.text.split("::")  # a title may hold this, the others may not
+        if len(fields) < 3:
+            raise line.error("malformed movie")
+        yield line, fields[0], "::".join(fields[1:-1]), fields[-1].strip().split("|")
+
+
+def _of_item(path: Path) -> Iterator[tuple[Line, str, str, list[str]]]:
+    for line in lines(path):
+        fields = line.text.split("|")
+        if len(fields) != 5 + len(_GENRES):
+            raise line.error("malformed movie")
+        line.integer(fields[0], "movie id", 1)  # a header, say, is named before its consequences
+        flags = [field.strip() for field in fields[5:]]
+        if not set(flags) <= {"0", "1"}:
+            raise line.error("each genre must be 0 or 1")
+        genres = [name for name, flag in zip(_GENRES, flags, strict=True) if flag == "1"]
+        yield line, fields[0], fields[1], genres
 
 
 def _clean(title: str, line: Line) -> str:
@@ -165,3 +166,37 @@ def _clean(title: str, line: Line) -> str:
         place = f"{line.path}, line {line.number}"
         _log.warning("%s: the title %r was encoded twice; read as %r", place, title, repaired)
     return repaired
+
+
+_FILES = {"ml-100k": ("u.data", "u.item"), "ml-1m": ("ratings.dat", "movies.dat")}
+_FILES["ml-10m"] = _FILES["ml-1m"]
+_USERS = {
+    "ml-100k": SetFile("u.user", partial(DelimitedFile, columns=_USERS_100K, delimiter="|"), True),
+    "ml-1m": SetFile("users.dat", partial(DelimitedFile, columns=_USERS_1M, delimiter="::"), True),
+}
+
+
+def _release(name: str, md5: str | None) -> PublicSet:
+    ratings, movies = _FILES.get(name, ("ratings.csv", "movies.csv"))
+    return PublicSet(
+        name=name,
+        about="MovieLens: stars; genres and year of movies"
+        + ("; gender, age group and occupation of users" if name in _USERS else ""),
+        events=(SetFile(ratings, partial(_ratings, name)),),
+        items=SetFile(movies, lambda path: RecordFile(path, _MOVIES, _movies)),
+        users=_USERS.get(name),
+        table=TableConfig(
+            user="userId",
+            item="movieId",
+            time="timestamp",
+            time_unit="s",
+            actions=("rating",),
+            item_title="title",
+            item_features=("genres", "year"),
+            catalog="listed",  # every movie, rated or not: 3,883 for ml-1m
+        ),
+        downloads=(Download(f"{_URL}{name}.zip", md5 and f"md5:{md5}"),),
+    )
+
+
+RELEASES = tuple(_release(name, md5) for name, md5 in _MD5.items())

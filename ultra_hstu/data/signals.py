@@ -13,6 +13,8 @@ from jaxtyping import Float32, Float64, Int32, Num
 
 from ultra_hstu.config import Config, Kind
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.item_features import number_codes
+from ultra_hstu.feature_config import Spelled
 from ultra_hstu.table_config import BUCKETS, MADE_FROM, made_from
 
 FLAGS = (
@@ -110,15 +112,11 @@ def _edges(name: str) -> Float64[np.ndarray, " n"] | None:
 
     Raises ValueError for edges that do not ascend.
     """
-    if (found := BUCKETS.fullmatch(name)) is None:
+    if BUCKETS.fullmatch(name) is None:
         return None
-    try:
-        edges = np.array([float(edge) for edge in found[2].split(",")])
-    except ValueError:
-        edges = np.zeros(0)
-    if not len(edges) or not (np.diff(edges) > 0).all():
-        raise ValueError(f"signal {name!r}: the ends of its buckets must be numbers that ascend")
-    return edges
+    if not (edges := Spelled.of(name).edges):
+        raise ValueError(f"signal {name!r}: brackets must hold the ends of its buckets")
+    return np.array(edges)
 
 
 def _size(name: str) -> int:
@@ -151,27 +149,60 @@ def sizes(names: Sequence[str]) -> tuple[int, ...]:
 def feature(interactions: Interactions, name: str) -> Codes:
     """The codes of a feature of events: its distinct values in ascending order; no value is 0.
 
+    `column[10,20,50]` has a code for each bucket between these values, `column[hash 1000]` for each
+    of so many buckets of a hash.
+
     Raises ValueError for an unknown one.
     """
-    known = (*FEATURES, *interactions.features)
-    _require_feature(interactions.actions, known, name)
-    ascending = values(interactions, name)
-    code_E = np.searchsorted(ascending, interactions.actions[name]) + 1
-    known_E = code_E <= len(ascending)  # NaN stands behind the last
-    return Codes(np.where(known_E, code_E, 0).astype(np.int32), len(ascending) + 1)
+    require_feature(interactions, name)
+    ascending, column_E = values(interactions, name), interactions.actions[made_from(name)[0]]
+    return Codes(feature_codes(name, ascending, column_E), feature_size(name, ascending))
+
+
+def require_feature(interactions: Interactions, name: str) -> None:
+    """Raises ValueError for an unknown feature of events, naming those of the source."""
+    _require_feature(interactions.actions, (*FEATURES, *interactions.features), name)
+
+
+def feature_codes(
+    name: str, ascending: Num[np.ndarray, " v"], column_n: Num[np.ndarray, " n"]
+) -> Int32[np.ndarray, " n"]:
+    """The codes of values of a feature; 0 for NaN, and for a value that a vocabulary lacks.
+
+    Args:
+      ascending: the vocabulary, as `values` gives it.
+    """
+    if (spelled := Spelled.of(name)).size:
+        return number_codes(spelled, column_n).astype(np.int32)
+    if not len(ascending):
+        return np.zeros(len(column_n), np.int32)
+    index_n = np.minimum(np.searchsorted(ascending, column_n), len(ascending) - 1)
+    return np.where(ascending[index_n] == column_n, index_n + 1, 0).astype(np.int32)
+
+
+def feature_size(name: str, ascending: Num[np.ndarray, " v"]) -> int:
+    """How many codes a feature has, 0 (none) counted."""
+    return (Spelled.of(name).size or len(ascending)) + 1
 
 
 def _require_feature(actions: Collection[str], known: Collection[str], name: str) -> None:
-    if name not in known or name not in actions:
+    column = made_from(name)[0]
+    if Spelled.of(name).mlp:
+        raise ValueError(
+            f"rank.features: {name!r}: a net reads numbers of items (features.items) alone: give "
+            f"the ends of buckets, as in {column}[10,100]"
+        )
+    if column not in known or column not in actions:
         here = _listed(set(known) & set(actions))
         raise ValueError(f"rank.features: unknown feature {name!r}: {here}")
 
 
-def check_names(config: Config, actions: Collection[str]) -> None:
+def check_names(config: Config, actions: Collection[str], features: Collection[str] = ()) -> None:
     """Raises ValueError for names in `rank` or `model.channels` that a source lacks.
 
     Args:
       actions: the columns of the source's events.
+      features: those of them that are known before the user acts.
     """
     for name in config.rank.signals:
         _require("signal", _SIZES, actions, name)
@@ -179,7 +210,7 @@ def check_names(config: Config, actions: Collection[str]) -> None:
     for name in config.rank.tasks:
         _require("task", _TASKS, actions, name)
     for name in config.rank.features:
-        _require_feature(actions, FEATURES, name)
+        _require_feature(actions, (*FEATURES, *features), name)
     check_channels(config, actions)
 
 
@@ -194,7 +225,9 @@ def check_channels(config: Config, actions: Collection[str]) -> None:
 
 
 def values(interactions: Interactions, name: str) -> Num[np.ndarray, " n"]:
-    """The distinct values of an action, in ascending order."""
+    """The distinct values of a feature, in ascending order; none where codes do not need them."""
+    if Spelled.of(name).size:
+        return np.zeros(0)
     found = np.unique(interactions.actions[name])
     return found[~np.isnan(found)]
 

@@ -1,36 +1,40 @@
-"""The registry of sources: a data set is one builder file and a line here.
+"""The registry of sources: a public set is a declaration and its place in a tuple of sets here.
 
 Own files need neither: they are the source `table`.
 """
 
-from ultra_hstu.data.amazon import AmazonBeauty, AmazonBooks
-from ultra_hstu.data.assistments import Assistments
-from ultra_hstu.data.builder import InteractionsBuilder
-from ultra_hstu.data.kuairand import KuaiRand
-from ultra_hstu.data.movielens import MovieLens
-from ultra_hstu.data.synthetic import Synthetic
+import difflib
+import re
 
-BUILDERS: tuple[type[InteractionsBuilder], ...] = (
-    Synthetic,
-    MovieLens,
-    AmazonBooks,
-    AmazonBeauty,
-    Assistments,
-    KuaiRand,
+from ultra_hstu.data import amazon, kuaishou, movielens, neighbours
+from ultra_hstu.data.assistments import ASSISTMENTS
+from ultra_hstu.data.public import PublicSet
+
+SETS: tuple[PublicSet, ...] = (
+    *movielens.RELEASES,
+    *amazon.SETS,
+    ASSISTMENTS,
+    *kuaishou.SETS,
+    *neighbours.SETS,
 )
-# The builder of every value of `data.source` that is a publisher's.
-SOURCES = {name: builder for builder in BUILDERS for name in builder.builder_configs}
+# By their values of `data.source`.
+PUBLIC = {one.name: one for one in SETS}
+SYNTHETIC = "synthetic"  # the stream of HSTU's appendix C
 TABLE = "table"  # anybody's own files, which ultra_hstu.data.table reads
 
 
 def check(source: str) -> None:
-    """Raises ValueError for an unknown source, naming those that there are."""
-    if source != TABLE and source not in SOURCES:
-        known = ", ".join(map(repr, (*SOURCES, TABLE)))
-        raise ValueError(f"data.source={source!r} is not allowed: use {known}")
-
-
-def builder_of(source: str) -> type[InteractionsBuilder]:
-    """The builder of a publisher's source. Raises ValueError as `check`."""
-    check(source)
-    return SOURCES[source]
+    """Raises ValueError for an unknown source, naming those that are near, or families of all."""
+    if source in (known := [SYNTHETIC, *PUBLIC, TABLE]):
+        return
+    folded = {name.lower(): name for name in known}
+    near = [folded[name] for name in difflib.get_close_matches(source.lower(), folded, 5, 0.7)]
+    release, _, category = source.partition("/")
+    if category and not any(name.startswith(f"{release}/") for name in known):
+        releases = sorted({name.partition("/")[0] for name in known if "/" in name})
+        near = [f"{one}/{category}" for one in releases if f"{one}/{category}" in known] or near
+    families = dict.fromkeys(re.sub("/.*", "/<Category>[/5core]", name) for name in known)
+    raise ValueError(
+        f"data.source={source!r} is not allowed: use {', '.join(map(repr, families))}"
+        + (f". Did you mean {', '.join(map(repr, near))}?" if near else "")
+    )

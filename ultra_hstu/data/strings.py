@@ -7,6 +7,7 @@ cost gigabytes.
 import itertools
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Int64, Shaped, UInt8
 
 STRINGS = np.dtypes.StringDType()
@@ -20,9 +21,10 @@ def is_strings(values: np.ndarray) -> bool:
 
 def pack(strings: Strings) -> tuple[UInt8[np.ndarray, " bytes"], Int64[np.ndarray, " n"]]:
     """All strings in one buffer, as UTF-8, and where each of them ends."""
-    parts = [text.encode() for text in strings.tolist()]
-    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-    return np.frombuffer(b"".join(parts), np.uint8), ends
+    array = pa.array(strings.tolist(), pa.large_string())
+    _, bounds, text = array.buffers()
+    ends = np.frombuffer(bounds, np.int64)[1 : len(array) + 1]
+    return np.frombuffer(text or b"", np.uint8)[: ends[-1] if len(ends) else 0], ends
 
 
 def unpack(buffer: UInt8[np.ndarray, " bytes"], ends: Int64[np.ndarray, " n"]) -> Strings:

@@ -1,12 +1,14 @@
 """Reads text files that people and publishers write; errors name file, line and value.
 
 UTF-8 with or without a byte-order mark, or latin-1; any line ends; blank lines at the end count for
-nothing.
+nothing. A name that ends in .gz is unpacked while it is read.
 """
 
 import codecs
 import csv
 import dataclasses
+import gzip
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,7 +131,7 @@ def examine(path: Path) -> TextFile:
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     encoding, tail, end, size = "utf-8-sig", b"", 0, 0
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         while block := file.read(_BLOCK):
             if not size:
                 _require_text(path, block)
@@ -152,6 +154,17 @@ def examine(path: Path) -> TextFile:
     return TextFile(path, encoding, end, size > end, size > end + len(newline))
 
 
+def open_binary(path: Path) -> io.BufferedReader | gzip.GzipFile:
+    """The bytes of a file, unpacked where its name ends in .gz."""
+    return gzip.GzipFile(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def stored(folder: Path, name: str) -> Path | None:
+    """A file of a folder, which may be packed or unpacked there; None: it is not there."""
+    other = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
+    return next((path for path in (folder / name, folder / other) if path.is_file()), None)
+
+
 def _require_text(path: Path, start: bytes) -> None:
     for magic, name in _MAGIC.items():
         if start.startswith(magic):
@@ -161,7 +174,7 @@ def _require_text(path: Path, start: bytes) -> None:
 
 
 def _latin(path: Path, error: UnicodeDecodeError) -> str:
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         if file.read(3) == codecs.BOM_UTF8:
             raise ValueError(
                 f"{path} is marked as UTF-8 but is not ({error.reason}): save it as UTF-8"
@@ -186,7 +199,7 @@ def lines(file: Path | TextFile) -> Iterator[Line]:
 
 def _lines(file: TextFile) -> Iterator[Line]:
     blank: list[Line] = []
-    with open(file.path, encoding=file.encoding) as texts:
+    with io.TextIOWrapper(open_binary(file.path), encoding=file.encoding) as texts:
         for number, text in enumerate(texts, 1):
             line = Line(file.path, number, text.removesuffix("\n"))
             if not line.text.strip(BLANKS):

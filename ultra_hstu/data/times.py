@@ -35,23 +35,57 @@ def check_times(values: Times, unit: Unit, place: Place) -> None:
     Raises:
         ValueError: names the place, the value and the unit that it seems to be in.
     """
-    ticks = TICKS[unit]
-    low, high = FIRST_SECOND * ticks, (LAST_SECOND + 1) * ticks - 1
-    outside = np.flatnonzero((values < low) | (values > high))
-    if len(outside):
-        raise _refusal(values, int(outside[0]), unit, place)
-    early = np.flatnonzero(np.abs(values) < EARLY * ticks)
-    if unit == "s" or not len(early):
-        return
-    if len(early) == len(values):
-        raise _refusal(values, 0, unit, place)
-    _log.warning(
-        "%s: %d of %d times lie between 1966 and 1973: are they in %s like the others?",
-        _words(place, int(early[0])),
-        len(early),
-        len(values),
-        WORDS[unit],
-    )
+    check = TimeCheck(unit, place)
+    check.add(values)
+    check.finish()
+
+
+class TimeCheck:
+    """`check_times` for times that come part by part."""
+
+    def __init__(self, unit: Unit, place: Place):
+        self._unit, self._place = unit, place
+        self._count = self._early = 0
+        self._first = 0  # time of all
+        self._first_early = 0  # place of it
+
+    def add(self, values: Times) -> None:
+        """Raises ValueError for a time outside 1901 to 2106."""
+        ticks = TICKS[self._unit]
+        low, high = FIRST_SECOND * ticks, (LAST_SECOND + 1) * ticks - 1
+        if len(outside := np.flatnonzero((values < low) | (values > high))):
+            raise self._refusal(int(values[outside[0]]), self._count + int(outside[0]))
+        early = np.flatnonzero(np.abs(values) < EARLY * ticks)
+        if not self._count and len(values):
+            self._first = int(values[0])
+        if not self._early and len(early):
+            self._first_early = self._count + int(early[0])
+        self._count += len(values)
+        self._early += len(early)
+
+    def finish(self) -> None:
+        """Raises ValueError where all times seem to be in a coarser unit; warns if only some do."""
+        if self._unit == "s" or not self._early:
+            return
+        if self._early == self._count:
+            raise self._refusal(self._first, 0)
+        _log.warning(
+            "%s: %d of %d times lie between 1966 and 1973: are they in %s like the others?",
+            _words(self._place, self._first_early),
+            self._early,
+            self._count,
+            WORDS[self._unit],
+        )
+
+    def _refusal(self, value: int, i: int) -> ValueError:
+        unit, seems = self._unit, unit_of(value)
+        guess = "" if seems in (None, unit) else f", and seems to be in {WORDS[seems]}"
+        legal = FIRST_SECOND * TICKS[unit] <= value < (LAST_SECOND + 1) * TICKS[unit]
+        when = "between 1966 and 1973, as all here do" if legal else "outside 1901 to 2106"
+        return ValueError(
+            f"{_words(self._place, i)} must be {WORDS[unit]} since 1970: {value} would lie "
+            f"{when}{guess}. Give {WORDS[unit]}"
+        )
 
 
 def seconds_of(values: Times, unit: Unit, place: Place) -> Times:
@@ -68,15 +102,3 @@ def unit_of(value: int) -> Unit | None:
 
 def _words(place: Place, i: int) -> str:
     return place if isinstance(place, str) else place(i)
-
-
-def _refusal(values: Times, i: int, unit: Unit, place: Place) -> ValueError:
-    value = int(values[i])
-    seems = unit_of(value)
-    guess = "" if seems in (None, unit) else f", and seems to be in {WORDS[seems]}"
-    legal = FIRST_SECOND * TICKS[unit] <= value < (LAST_SECOND + 1) * TICKS[unit]
-    when = "between 1966 and 1973, as all here do" if legal else "outside 1901 to 2106"
-    return ValueError(
-        f"{_words(place, i)} must be {WORDS[unit]} since 1970: {value} would lie {when}{guess}. "
-        f"Give {WORDS[unit]}"
-    )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from kernels.jagged import Rows
 from ultra_hstu.sequences import Sequences
 
 KeyOrNone = Key[Array, ""] | None
@@ -17,14 +18,18 @@ KeysOrNone = Key[Array, "*rows"] | None  # one for all rows, or one a row
 
 
 @overload
-def row_keys(key: Key[Array, ""], sequences: Sequences) -> Key[Array, " t"]: ...
+def row_keys(
+    key: Key[Array, ""], sequences: Sequences, rows: Rows | None = None
+) -> Key[Array, " t"]: ...
 @overload
-def row_keys(key: None, sequences: Sequences) -> None: ...
-def row_keys(key: KeyOrNone, sequences: Sequences) -> Key[Array, " t"] | None:
-    """A key for each of this device's rows; None without a key."""
+def row_keys(key: None, sequences: Sequences, rows: Rows | None = None) -> None: ...
+def row_keys(
+    key: KeyOrNone, sequences: Sequences, rows: Rows | None = None
+) -> Key[Array, " t"] | None:
+    """A key for each of `rows`, without them of this device's rows; None without a key."""
     if key is None:
         return None
-    rows = sequences.rows
+    rows = sequences.rows if rows is None else rows
     return jax.vmap(jax.random.fold_in)(sequence_keys(key, sequences)[rows.segment], rows.position)
 
 

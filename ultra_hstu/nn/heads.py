@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kernels.layer_norm import layer_norm
 from ultra_hstu.nn.initializers import param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
-from ultra_hstu.nn.norms import layer_norm
 
 EPS = 1e-6
 
@@ -47,7 +47,11 @@ class MultiTaskHead(nnx.Module):
 
     def _logits(self, h_PD: Float[Array, "P D"]) -> Float[Array, "P K"]:
         normed_PD = layer_norm(
-            h_PD.astype(jnp.float32), self.norm_weight[...], self.norm_bias[...], eps=EPS
+            h_PD.astype(jnp.float32),
+            self.norm_weight[...],
+            self.norm_bias[...],
+            eps=EPS,
+            implementation="xla",
         )
         hidden_PX = jax.nn.silu(normed_PD @ self.hidden[...] + self.hidden_bias[...][None])
         return hidden_PX @ self.output[...] + self.output_bias[...][None]

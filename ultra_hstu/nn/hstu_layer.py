@@ -7,6 +7,7 @@ and a mask. What is before and after attention works on each row alone, and so i
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -15,12 +16,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels.typing import THK, THV
-from ultra_hstu.nn.dropout import KeysOrNone, apply_dropout, dropout_mask
-from ultra_hstu.nn.fp8 import Precision, linear
+from kernels.fp8 import Gradient, Precision
+from kernels.gated_linear import gated_linear
+from kernels.norm_linear import norm_linear
+from kernels.typing import QHK, QHV, SHK, SHV, THK, THV
+from ultra_hstu.nn.dropout import KeysOrNone, dropout_mask
 from ultra_hstu.nn.initializers import linear_bias, normal_002, param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
-from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import ATTENTION_OUTPUT, LAYER_INPUT
 from ultra_hstu.sequences import Activations
@@ -45,9 +47,30 @@ class Attend(Protocol):
     ) -> THV: ...
 
 
+@runtime_checkable
+class AttendRows(Protocol):
+    """Attention of some rows to all rows of a batch, and to their `own` keys and values."""
+
+    def __call__(
+        self,
+        q_PHK: QHK,
+        k_THK: SHK,
+        v_THV: SHV,
+        own: tuple[QHK, QHV],
+        /,
+        *,
+        alpha: float,
+        bias: RelativeBiasTables | None,
+    ) -> QHV: ...
+
+
 class Layer(nnx.Module):
     """What both layers share: a projection to u, v, q, k, attention, a gate, a projection back."""
 
+    joined: bool  # the output projection reads u and a, too
+
+    uvqk: nnx.Param  # [D, X]
+    uvqk_bias: nnx.Param | None = None
     output: nnx.Param  # [Z, D]
     output_bias: nnx.Param | None = None
 
@@ -62,17 +85,22 @@ class Layer(nnx.Module):
         bias: RelativeBiasTables | None = None,
         dropout_rate: float = 0.0,
         precision: Precision = "same",
+        gradient: Gradient = "same",
+        implementation: str | None = None,
         chunk_rows: int | None = None,
         rngs: nnx.Rngs,
     ):
         """
         Args:
           alpha: the factor on scores; None: the published one.
+          precision, gradient: of the projections, see `kernels.fp8.linear`.
+          implementation: of `kernels.norm_linear` and `kernels.gated_linear`.
           chunk_rows: rows that token-wise work is done for at one time; None: all.
         """
         self.heads, self.qk_width, self.v_width, self.bias = heads, qk_width, v_width, bias
         self.alpha = self._default_alpha() if alpha is None else alpha
-        self.dropout_rate, self.precision, self.chunk_rows = dropout_rate, precision, chunk_rows
+        self.dropout_rate, self.chunk_rows = dropout_rate, chunk_rows
+        self.precision, self.gradient, self.implementation = precision, gradient, implementation
         self._draw(width, heads * v_width, 2 * heads * (v_width + qk_width), rngs)
 
     def _default_alpha(self) -> float:
@@ -85,8 +113,33 @@ class Layer(nnx.Module):
     def __call__(self, x_TD: Activations, attend: Attend, key: KeysOrNone = None) -> Activations:
         """x plus what the layer adds to it, in the dtype of x. `key`: one, or one a row."""
         x_TD = checkpoint_name(x_TD, LAYER_INPUT)
-        u_TY, v_THV, q_THK, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
+        if self.chunk_rows is None:
+            (u_TY, v_THV, q_THK, k_THK), x_TD = self._project(x_TD)
+        else:
+            u_TY, v_THV, q_THK, k_THK = self._projected(x_TD)
         a_THV = attend(q_THK, k_THK, v_THV, alpha=self.alpha, bias=self.bias)
+        return self._after(x_TD, u_TY, a_THV, key)
+
+    def of_rows(
+        self,
+        x_TD: Activations,
+        pick: Callable[[Array], Array],
+        attend: AttendRows,
+        key: KeysOrNone = None,
+    ) -> Float[Array, "P D"]:
+        """`__call__` for the rows that `pick` takes, which see all rows: the others are keys alone.
+
+        `key`: one, or one for each of these rows.
+        """
+        x_TD = checkpoint_name(x_TD, LAYER_INPUT)
+        x_PD, (k_THK, v_THV) = pick(x_TD), self.keys_and_values(x_TD)
+        u_PY, v_PHV, q_PHK, k_PHK = self._projected(x_PD)
+        own = (k_PHK, v_PHV)
+        a_PHV = attend(q_PHK, k_THK, v_THV, own, alpha=self.alpha, bias=self.bias)
+        return self._after(x_PD, u_PY, a_PHV, key)
+
+    def _after(self, x_TD: Array, u_TY: Array, a_THV: THV, key: KeysOrNone) -> Activations:
+        """What follows attention."""
         a_TY = checkpoint_name(a_THV.reshape(u_TY.shape), ATTENTION_OUTPUT)
         # Drawn for all rows at once, so that it does not depend on the chunks.
         mask_TZ = dropout_mask(key, self.dropout_rate, (x_TD.shape[0], self.output.shape[0]))
@@ -94,33 +147,77 @@ class Layer(nnx.Module):
 
     def keys_and_values(self, x_TD: Activations) -> tuple[THK, THV]:
         """What other rows see of these: all that a cache needs of the last layer."""
-        _, v_THV, _, k_THK = chunked(self._project, x_TD, chunk_rows=self.chunk_rows)
-        return k_THK, v_THV
+        inner, wide = self.heads * self.v_width, self.heads * self.qk_width
 
-    @abc.abstractmethod
-    def _project(self, x_TD: Activations) -> Projected:
-        """u [T, H * V], v [T, H, V], q and k [T, H, K] of each row."""
+        def of_keys(weights: Array) -> Array:
+            v, k = weights[..., inner : 2 * inner], weights[..., 2 * inner + wide :]
+            return jnp.concatenate([v, k], axis=-1)
 
-    @abc.abstractmethod
-    def _gated(self, u_TY: Array, a_TY: Array) -> Float[Array, "T Z"]:
-        """What `output` multiplies, from the gate and the attention output."""
+        def project(x_CD: Array) -> tuple[Array, Array]:
+            (v_CY, k_CX), _ = self._linear(x_CD, of_keys, (inner, wide))
+            return self._of_heads(k_CX), self._of_heads(v_CY)
+
+        return chunked(project, x_TD, chunk_rows=self.chunk_rows)
+
+    def _projected(self, x_TD: Activations) -> Projected:
+        return chunked(lambda x_TD: self._project(x_TD)[0], x_TD, chunk_rows=self.chunk_rows)
+
+    def _project(self, x_TD: Activations) -> tuple[Projected, Activations]:
+        """u before its SiLU [T, H * V], v [T, H, V], q and k [T, H, K] of each row; and x again.
+
+        What is added to x later gives its gradient to the norm's backward, which adds it.
+        """
+        inner, wide = self.heads * self.v_width, self.heads * self.qk_width
+        (u_TY, *vqk), x_TD = self._linear(x_TD, lambda w: w, (inner, inner, wide, wide))
+        v_THV, q_THK, k_THK = map(self._of_heads, vqk)
+        return (u_TY, v_THV, q_THK, k_THK), x_TD
+
+    def _linear(
+        self, x_TD: Activations, columns: Callable[[Array], Array], widths: tuple[int, ...]
+    ) -> tuple[list[Float[Array, "T _"]], Activations]:
+        """Those columns of the projection of LN(x) that `columns` takes, in parts; and x."""
+        bias = None if self.uvqk_bias is None else columns(self.uvqk_bias[...])
+        return norm_linear(
+            x_TD,
+            self._input_norm(),
+            columns(self.uvqk[...]),
+            bias,
+            widths=widths,
+            eps=EPS,
+            precision=self.precision,
+            gradient=self.gradient,
+            implementation=self.implementation,
+        )
+
+    def _of_heads(self, part_TX: Float[Array, "T X"]) -> Float[Array, "T H _"]:
+        """v, q or k as attention sees them."""
+        return part_TX.reshape(part_TX.shape[0], self.heads, -1)
 
     def _finish(self, x_TD: Array, u_TY: Array, a_TY: Array, mask_TZ: Array | None) -> Activations:
         """The layer's output; `mask_TZ` is the dropout mask of what `output` multiplies."""
-        bias = None if self.output_bias is None else self.output_bias[...]
-        y_TZ = apply_dropout(self._gated(u_TY, a_TY), mask_TZ, self.dropout_rate)
-        return linear(y_TZ, self.output[...], bias, residual_TY=x_TD, precision=self.precision)
+        return gated_linear(
+            u_TY,
+            a_TY,
+            self._output_norm(),
+            self.output[...],
+            None if self.output_bias is None else self.output_bias[...],
+            x_TD,
+            mask_TZ,
+            eps=EPS,
+            joined=self.joined,
+            rate=self.dropout_rate,
+            precision=self.precision,
+            gradient=self.gradient,
+            implementation=self.implementation,
+        )
 
-    def _split(self, uvqk_TX: Float[Array, "T X"]) -> Projected:
-        """Columns u, v, q, k, in each a block per head.
+    def _input_norm(self) -> tuple[Array, Array] | None:
+        """Weight and bias of the norm of x, where it has them."""
+        return None
 
-        u stays joined [T, H * V], the others become [T, H, width].
-        """
-        rows, inner = uvqk_TX.shape[0], self.heads * self.v_width
-        u_TY, v_TY, qk_TX = jnp.split(uvqk_TX, [inner, 2 * inner], axis=1)
-        q_TX, k_TX = jnp.split(qk_TX, 2, axis=1)
-        v_THV, q_THK, k_THK = (part.reshape(rows, self.heads, -1) for part in (v_TY, q_TX, k_TX))
-        return u_TY, v_THV, q_THK, k_THK
+    def _output_norm(self) -> tuple[Array, Array] | None:
+        """Weight and bias of the norm of the attention output, where it has them."""
+        return None
 
 
 class ResearchLayer(Layer):
@@ -131,18 +228,15 @@ class ResearchLayer(Layer):
     x'         = x + dropout(u * LN(a)) @ output + output_bias  LN over all heads together
     """
 
+    joined = False
+
     def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
         self.uvqk = param(normal_002, rngs, width, joined)
         self.output = param(xavier_uniform, rngs, inner, width)
         self.output_bias = param(linear_bias(inner), rngs, width)
 
-    def _project(self, x_TD: Activations) -> Projected:
-        return self._split(
-            jax.nn.silu(linear(layer_norm(x_TD, eps=EPS), self.uvqk[...], precision=self.precision))
-        )
-
-    def _gated(self, u_TY: Array, a_TY: Array) -> Array:
-        return u_TY * layer_norm(a_TY, eps=EPS)
+    def _of_heads(self, part_TX: Float[Array, "T X"]) -> Float[Array, "T H _"]:
+        return super()._of_heads(jax.nn.silu(part_TX))
 
 
 class ProductionLayer(Layer):
@@ -153,6 +247,8 @@ class ProductionLayer(Layer):
 
         x' = x + dropout(concat[u, a, u * LN(a)]) @ output        a without norm in the middle
     """
+
+    joined = True
 
     def _default_alpha(self) -> float:
         return 1.0 / math.sqrt(self.qk_width)
@@ -166,19 +262,11 @@ class ProductionLayer(Layer):
         self.output_norm_bias = nnx.Param(jnp.zeros(inner, jnp.float32))
         self.output = param(xavier_uniform, rngs, 3 * inner, width)
 
-    def _project(self, x_TD: Activations) -> Projected:
-        normed_TD = layer_norm(
-            x_TD, self.input_norm_weight[...], self.input_norm_bias[...], eps=EPS
-        )
-        u_TY, v_THV, q_THK, k_THK = self._split(
-            linear(normed_TD, self.uvqk[...], self.uvqk_bias[...], precision=self.precision)
-        )
-        return jax.nn.silu(u_TY), v_THV, q_THK, k_THK
+    def _input_norm(self) -> tuple[Array, Array]:
+        return self.input_norm_weight[...], self.input_norm_bias[...]
 
-    def _gated(self, u_TY: Array, a_TY: Array) -> Array:
-        weight, bias = self.output_norm_weight[...], self.output_norm_bias[...]
-        n_TY = layer_norm(a_TY, weight, bias, eps=EPS)
-        return jnp.concatenate([u_TY, a_TY, u_TY * n_TY], axis=1)
+    def _output_norm(self) -> tuple[Array, Array]:
+        return self.output_norm_weight[...], self.output_norm_bias[...]
 
 
 # By `ModelConfig.preset`.

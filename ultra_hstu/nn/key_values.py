@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Shaped
 
+from kernels import fp8
 from kernels.typing import Leaf
-from ultra_hstu.nn import fp8
 
 CacheDtype = Literal["same", "bfloat16", "int8", "fp8"]
 KINDS: tuple[CacheDtype, ...] = get_args(CacheDtype)

@@ -11,13 +11,14 @@ from typing import Literal, get_args
 
 import jax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from kernels.rowwise import NORM_STATS
 from ultra_hstu.parallel.parameters import CallLayer, Policy
 from ultra_hstu.sequences import Activations
 
-# Names of values, given with jax.ad_checkpoint.checkpoint_name.
-LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT = "layer_input", "norm_stats", "attention_output"
+# Names of values, given with jax.ad_checkpoint.checkpoint_name, as NORM_STATS.
+LAYER_INPUT, ATTENTION_OUTPUT = "layer_input", "attention_output"
 
 Remat = Literal["none", "selective"]
 
@@ -28,7 +29,7 @@ RunLayer = Callable[[CallLayer, nnx.Module, Array, Policy | None], Array]
 
 def run_layer(
     call: CallLayer, layer: nnx.Module, x_TD: Activations, policy: Policy | None
-) -> Activations:
+) -> Float[Array, "P D"]:
     """A `RunLayer` for one device."""
     run = functools.partial(call, layer)
     return run(x_TD) if policy is None else jax.checkpoint(run, policy=policy)(x_TD)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels.fp8 import linear
 from kernels.jagged import Offsets, pad, unpad
+from kernels.layer_norm import layer_norm
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.dropout import KeyOrNone, KeysOrNone, dropout, row_keys, sequence_keys, split_key
 from ultra_hstu.nn.encoder import Encoder
-from ultra_hstu.nn.fp8 import linear
 from ultra_hstu.nn.initializers import linear_bias, param, xavier_normal
-from ultra_hstu.nn.norms import layer_norm
 from ultra_hstu.nn.remat import RunLayer, run_layer
 from ultra_hstu.nn.truncation import Kept
 from ultra_hstu.sequences import Activations, Sequences
@@ -62,9 +62,9 @@ class SASRecLayer(nnx.Module):
         attention_key, *row_key = split_key(key, 3)
         keys_B = None if attention_key is None else sequence_keys(attention_key, sequences)
         hidden_key, output_key = (row_keys(one, sequences) for one in row_key)
-        query_TD = layer_norm(x_TD, eps=EPS)
+        query_TD = layer_norm(x_TD, eps=EPS, implementation="xla")
         attended_TD = self._attention(query_TD, x_TD, sequences.offsets, keys_B)
-        y_TD = layer_norm(query_TD + attended_TD, eps=EPS)
+        y_TD = layer_norm(query_TD + attended_TD, eps=EPS, implementation="xla")
         hidden_TF = jax.nn.relu(linear(y_TD, self.ffn1[...], self.ffn1_bias[...]))
         hidden_TF = dropout(hidden_TF, self.dropout_rate, hidden_key)
         z_TD = linear(hidden_TF, self.ffn2[...], self.ffn2_bias[...])

@@ -26,6 +26,7 @@ from kernels.typing import STATIC, Leaf
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT
 from ultra_hstu.parallel.strategy import AttentionCall, Output, PartialSums, Prepare, ShardMask
+from ultra_hstu.parallel.visiting import visiting_plan
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +66,7 @@ class Halo(PartialSums):
         return Halo(
             home=prepare(_home(view, local, copy_P)),
             edge=prepare(_edge(view, local, reach)) if reach else None,
-            visit=prepare(_visit(view, row_R)) if visitors else None,
+            visit=prepare(visiting_plan(view, row_R)) if visitors else None,
             row_R=row_R,
             copy_P=copy_P,
             overflow=(local.is_far.sum() > visitors) | (local.is_copied.sum() > copies),
@@ -257,29 +258,6 @@ def _home(view: ShardMask, local: Locality, copy_P: Array) -> AttentionPlan:
         mask=AttentionMask(window=local.reach),  # beside the copies, if any
         plain=not num_copies,
     )
-
-
-def _visit(view: ShardMask, row_R: Array) -> AttentionPlan:
-    """Rows: those that visit. Keys: the shard's."""
-    num_rows, own = view.layout.num_rows, view.own_t
-    at_R, used_R = jnp.minimum(row_R, num_rows - 1), row_R < num_rows
-    keys = KeyIntervals(*(jnp.where(used_R, view.here(x[at_R]), 0) for x in view.keys))
-    # The rows that see a key are one interval, or two around a contextual key.
-    ctx_lo, ctx_hi, near_lo, near_hi, tail_lo, tail_hi = (
-        jnp.searchsorted(row_R, x[own], method="scan_unrolled").astype(jnp.int32)
-        for x in view.seen_by
-    )
-    some_near, some_tail = near_hi > near_lo, tail_hi > tail_lo
-    none_t = jnp.zeros_like(own)
-    rows = RowIntervals(
-        ctx_lo,
-        ctx_hi,
-        none_t,
-        none_t,
-        jnp.where(some_near, near_lo, tail_lo),
-        jnp.where(some_tail, tail_hi, near_hi),
-    )
-    return partial_plan(keys, rows, num_rows=row_R.shape[0], num_keys=own.shape[0], own=False)
 
 
 def _edge(view: ShardMask, local: Locality, reach: int) -> AttentionPlan:

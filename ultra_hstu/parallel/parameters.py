@@ -42,7 +42,7 @@ class ShardedLayers:
         layer: nnx.Module,
         x_TD: Float[Array, "T D"],
         policy: Policy | None,
-    ) -> Float[Array, "T D"]:
+    ) -> Float[Array, "P D"]:
         graphdef, params = nnx.split(layer)
         x_TD, params = _in_order(x_TD, params)
         gathers = self.shards.fsdp and self.shards.data > 1

@@ -84,7 +84,7 @@ class ShardMask:
         self.mask, self.layout, self.offsets = mask, layout, offsets
         self.counts = (num_targets, num_contextual)
         self.max_targets, self.max_contextual = max_targets, max_contextual
-        self.shard = jax.lax.axis_index(CONTEXT)
+        self.shard = 0 if layout.shards == 1 else jax.lax.axis_index(CONTEXT)
         self.own_t = layout.rows(self.shard)
         self.rows = Rows.of(offsets, layout.num_rows, *self.counts)
         self.keys, self.seen_by = mask.keys_of(self.rows), mask.rows_of(self.rows)

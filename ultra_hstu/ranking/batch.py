@@ -70,7 +70,7 @@ class Tokens:
     offsets: Leaf[Int32[Array, " B1"]]
     num_targets: Leaf[Int32[Array, " B"] | None]  # None: no targets
     num_contextual: Leaf[Int32[Array, " B"] | None]
-    # Rows that are predicted, the same events in every channel; 0 in empty places.
+    # Rows that are predicted, the same events in every channel; T in empty places.
     row_P: Leaf[Int32[Array, " P"]]
 
     @property
@@ -267,7 +267,7 @@ class RankGather:
             offsets=xp.asarray(offsets),
             num_targets=xp.asarray(laid_B),
             num_contextual=contextual_B,
-            row_P=xp.where(at_P.real, row_P, zero).astype(xp.int32),
+            row_P=xp.where(at_P.real, row_P, rows).astype(xp.int32),
         )
 
 

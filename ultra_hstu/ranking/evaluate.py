@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree
 
-from ultra_hstu.criteria import Criteria, Metrics
+from ultra_hstu.criteria import Criteria, Metrics, warmth
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.ranking.batch import RankBatch, RankEvents
@@ -33,8 +33,24 @@ class RequestEvaluator(Evaluator):
 
     recipe: RankRecipe
 
-    def __init__(self, recipe: RankRecipe, loader: Loader, criteria: Criteria, split: str):
-        self.criteria, self.kinds, targets = criteria, recipe.tasks, recipe.config.rank.targets
+    def __init__(
+        self,
+        recipe: RankRecipe,
+        loader: Loader,
+        criteria: Criteria,
+        split: str,
+        count_I: Int[np.ndarray, " I1"] | None = None,
+    ):
+        """
+        Args:
+          count_I: how many training events each item has; None: not known.
+        """
+        self.count_I, self.criteria, self.kinds, targets = (
+            count_I,
+            criteria,
+            recipe.tasks,
+            recipe.config.rank.targets,
+        )
         places = loader.batch_users * targets
         super().__init__(
             recipe, loader, jax.ShapeDtypeStruct((places, len(self.kinds)), jnp.float32)
@@ -58,7 +74,7 @@ class RequestEvaluator(Evaluator):
 
     @property
     def static(self) -> Hashable:
-        return super().static, self.recipe.sizes
+        return super().static, self.recipe.sizes, self.recipe.item_features
 
     def outputs(self, scored: PyTree, batch: RankBatch) -> Float32[Array, "p K"]:
         """The logits (values, in regressions) of the events `event_P`."""
@@ -80,10 +96,27 @@ class RequestEvaluator(Evaluator):
         return self.metrics(logit_PK)
 
     def metrics(self, output_P: Float32[np.ndarray, "P K"]) -> Metrics:
-        """The metrics of any predictions of the events `event_P`."""
+        """The metrics of any predictions of the events `event_P`.
+
+        Those of a task come again for the targets of each part of `criteria.WARMTH`, as
+        `ne/correct/cold`, with their number, `targets/correct/cold`.
+        """
         columns = (self.events.label_EK, self.events.weight_EK)
         label_PK, weight_PK = (np.asarray(column_EK)[self.event_P] for column_EK in columns)
         values = ranking_metrics(output_P, label_PK, weight_PK, self.user_P, self.kinds)
+        if self.count_I is not None:
+            count_P = self.count_I[np.asarray(self.events.item_E)[self.event_P]]
+            for part, of_part_P in warmth(count_P).items():
+                values |= {f"targets/{task}/{part}": float(of_part_P.sum()) for task in self.kinds}
+                if of_part_P.any():
+                    found = ranking_metrics(
+                        output_P[of_part_P],
+                        label_PK[of_part_P],
+                        weight_PK[of_part_P],
+                        self.user_P[of_part_P],
+                        self.kinds,
+                    )
+                    values |= {f"{name}/{part}": x for name, x in found.items() if "/" in name}
         return {name: value for name, value in values.items() if not np.isnan(value)}
 
 

@@ -4,12 +4,13 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ultra_hstu.config import Config
 from ultra_hstu.nn.dropout import KeyOrNone, split_key
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
+from ultra_hstu.nn.item_features import ItemCodes
 from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.ranking import form
 from ultra_hstu.ranking.batch import RankBatch
@@ -25,7 +26,18 @@ class Ranker(nnx.Module):
     all events. The module holds parameters only: dropout takes its key at the call.
     """
 
-    def __init__(self, config: Config, sizes: form.Sizes, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        sizes: form.Sizes,
+        item_features: ItemCodes | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        """
+        Args:
+          item_features: what is known of items beside their ids; None: nothing.
+        """
         model, rank, channels = config.model, config.rank, form.channels(config)
         self.form, self.sizes = form.form(config), sizes
         self.max_targets, self.max_contextual = rank.targets, len(rank.contextual)
@@ -36,6 +48,8 @@ class Ranker(nnx.Module):
             sizes,
             model.width,
             positions=max(channel.max_history for channel in channels.values()) + 1,
+            item_features=item_features,
+            hidden_width=config.features.hidden_width,
             dropout_rate=model.input_dropout,
             dtype=jnp.dtype(model.dtype),
             rngs=rngs,
@@ -57,7 +71,12 @@ class Ranker(nnx.Module):
         )
 
     def encode(
-        self, batch: RankBatch, *, shards: Shards = ONE, key: KeyOrNone = None
+        self,
+        batch: RankBatch,
+        *,
+        shards: Shards = ONE,
+        key: KeyOrNone = None,
+        with_id_I: Bool[Array, " I1"] | None = None,
     ) -> Float[Array, "P D"]:
         """What the encoders say of each predicted row, the channels side by side; input of `head`.
 
@@ -66,13 +85,14 @@ class Ranker(nnx.Module):
 
         Args:
           key: turns dropout on and decides it; None leaves it out.
+          with_id_I: the items that have an embedding beside their features; None: all.
         """
         outputs = []
         keys = split_key(key, len(self.encoders))
         for (name, encoder), channel_key in zip(sorted(self.encoders.items()), keys, strict=True):
             tokens = batch.channels[name]
             embedding_key, encoder_key = split_key(channel_key, 2)
-            x_TD = self.embedding(tokens, embedding_key, shards)
+            x_TD = self.embedding(tokens, embedding_key, shards, with_id_I)
             sequences = dataclasses.replace(
                 tokens.sequences,
                 shards=shards,

@@ -6,17 +6,21 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32, Int64
 
 from ultra_hstu import criteria, flops
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data import signals
-from ultra_hstu.data.feed import BufferRows, EventStore
+from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.feed import EventStore
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.item_features import item_codes
+from ultra_hstu.data.packing import BufferRows
 from ultra_hstu.data.room import room, with_room
 from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops
+from ultra_hstu.nn.item_features import ItemCodes
 from ultra_hstu.ranking import evaluate
 from ultra_hstu.ranking import split as requests
 from ultra_hstu.ranking.batch import RankEvents, RankGather
@@ -42,6 +46,7 @@ class RankingTask(Task[RankEvents]):
 
     sizes: Sizes
     parts: Parts
+    item_features: ItemCodes | None = None
 
     @classmethod
     def of(
@@ -94,20 +99,20 @@ class RankingTask(Task[RankEvents]):
         else:
             fractions = (rank.validation_fraction, rank.test_fraction)
             parts = requests.chronological(interactions, *fractions)
-        return cls(config, interactions, EventStore(store), sizes, parts, roomy=roomy)
+        codes = _item_codes(config, interactions.catalog, roomy)
+        return cls(config, interactions, EventStore(store), sizes, parts, codes, roomy=roomy)
 
     @functools.cached_property
     def recipe(self) -> RankRecipe:
-        return RankRecipe(self.config, self.sizes)
+        trained_I = self.training_counts() > 0
+        if self.config.train.protocol == "windows":  # all that has been known is learned
+            trained_I = np.bincount(self.interactions.items, minlength=len(trained_I)) > 0
+        more = self.sizes.items + 1 - len(trained_I)
+        return RankRecipe(self.config, self.sizes, self.item_features, np.pad(trained_I, (0, more)))
 
     @property
     def vocabulary(self) -> Vocabulary:
-        rank, data = self.config.rank, self.interactions
-        return Vocabulary.of(
-            data.catalog,
-            features={name: signals.values(data, name) for name in rank.features},
-            contextual={name: data.context_values[name][1:] for name in rank.contextual},
-        )
+        return Vocabulary.of(self.config, self.interactions)
 
     def sized(self, vocabulary: Vocabulary) -> RankRecipe:
         items = vocabulary.catalog.num_items
@@ -117,7 +122,8 @@ class RankingTask(Task[RankEvents]):
             features=tuple(1 + len(of) for of in vocabulary.features.values()),
             contextual=tuple(1 + len(of) for of in vocabulary.contextual.values()),
         )
-        return dataclasses.replace(self.recipe, sizes=sizes)
+        codes = _item_codes(self.config, vocabulary.catalog, self.roomy)
+        return dataclasses.replace(self.recipe, sizes=sizes, item_features=codes, trained_I=None)
 
     @property
     def criteria(self) -> Criteria:
@@ -125,11 +131,13 @@ class RankingTask(Task[RankEvents]):
 
     def with_config(self, config: Config) -> Task:
         task = super().with_config(config)
-        same_channels = config.model.channels == self.config.model.channels
-        if same_channels:
+        read = [(one.model.channels, one.features) for one in (config, self.config)]
+        if read[0] == read[1]:
             return task
         if self.parts.learned is not None:
-            raise ValueError("model.channels differ from those that the window was loaded for")
+            raise ValueError(
+                "model.channels or features differ from those that the window was loaded for"
+            )
         return RankingTask.of(config, self.interactions)
 
     def examples(self, part: str) -> RequestTable | Callable[[int, int], RequestTable]:
@@ -206,15 +214,28 @@ class RankingTask(Task[RankEvents]):
         return RequestTable(columns, np.stack(lengths, axis=1))
 
     def evaluator(self, split: str) -> RequestEvaluator:
-        return RequestEvaluator(self.recipe, self.evaluation_loader(split), self.criteria, split)
+        loader, count_I = self.evaluation_loader(split), self.training_counts()
+        return RequestEvaluator(self.recipe, loader, self.criteria, split, count_I)
 
     def baselines(self, split: str) -> dict[str, Metrics]:
         """Predicts the base rates of everything, of the item, of the user, and of both."""
+        return evaluate.base_rates(self.evaluator(split), self._user_E, self._known_E)
+
+    @property
+    def _user_E(self) -> Int64[np.ndarray, " E"]:
+        return np.repeat(np.arange(self.interactions.num_users), self.interactions.lengths)
+
+    @property
+    def _known_E(self) -> Bool[np.ndarray, " E"]:
+        """Which events have been learned, or are to be: of a window, those of earlier ones, too."""
         first_U, last_U = self.parts.known
-        user_E = np.repeat(np.arange(self.interactions.num_users), self.interactions.lengths)
-        row_E = np.arange(self.interactions.num_events)
-        train_E = (row_E >= first_U[user_E]) & (row_E < last_U[user_E])
-        return evaluate.base_rates(self.evaluator(split), user_E, train_E)
+        row_E, user_E = np.arange(self.interactions.num_events), self._user_E
+        return (row_E >= first_U[user_E]) & (row_E < last_U[user_E])
+
+    def training_counts(self) -> Int64[np.ndarray, " I1"]:
+        """How many such events each item has; 0 for padding."""
+        items = self.interactions.num_items + 1
+        return np.bincount(self.interactions.items[self._known_E], minlength=items)
 
     def flops(self, part: str) -> Flops:
         """Operations of a request."""
@@ -228,6 +249,7 @@ class RankingTask(Task[RankEvents]):
             targets=columns["count"],
             contextual=len(config.rank.contextual),
             channels=history if config.model.channels else None,
+            item_features=self.item_features,
         )
 
 
@@ -240,3 +262,8 @@ def _kept_events(config: Config, interactions: Interactions) -> dict[str, Int32[
         keep_E = interactions.actions[channel.signal] >= channel.at_least
         index[name] = np.flatnonzero(keep_E).astype(np.int32)
     return index
+
+
+def _item_codes(config: Config, catalog: Catalog, roomy: bool) -> ItemCodes | None:
+    items = room(catalog.num_items) if roomy else None
+    return item_codes(config.features, catalog.features, catalog.titles, items)

@@ -2,19 +2,21 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.dropout import KeyOrNone, split_key
-from ultra_hstu.nn.embeddings import InputEmbedding
+from ultra_hstu.nn.embeddings import NO_CODES, CodeSizes, InputEmbedding
 from ultra_hstu.nn.hstu import HSTU
+from ultra_hstu.nn.item_features import ItemCodes
 from ultra_hstu.nn.sasrec import SASRec
 from ultra_hstu.nn.truncation import Kept
-from ultra_hstu.parallel.embedding_sharding import whole_table
+from ultra_hstu.parallel.embedding_sharding import Entries, whole_table
 from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.sequences import Activations, Sequences
 
+WithId = Bool[Array, " I1"] | None
 ENCODERS: dict[str, type[HSTU] | type[SASRec]] = {"hstu": HSTU, "sasrec": SASRec}
 
 
@@ -32,7 +34,9 @@ class Recommender(nnx.Module):
         num_items: int,
         max_history: int,
         *,
-        signals: tuple[int, ...] = (),
+        codes: CodeSizes = NO_CODES,
+        item_features: ItemCodes | None = None,
+        hidden_width: int = 0,
         rngs: nnx.Rngs,
     ):
         """
@@ -40,15 +44,17 @@ class Recommender(nnx.Module):
           num_items: I; ids are 1..I.
           max_history: rows of the longest sequence. N, which attention is divided by, is
             `max_history + config.output_slots`.
-          signals: how many codes each signal of a token has, 0 (none) counted; without any a token
-            is its item alone.
+          codes: how many codes there are of what a token holds beside its item.
+          item_features, hidden_width: what is known of items, as of `ItemFeatures`; None: nothing.
         """
         length = max_history + config.output_slots
         self.embedding = InputEmbedding(
             num_items,
             config.width,
             length,
-            signals=signals,
+            codes=codes,
+            item_features=item_features,
+            hidden_width=hidden_width,
             dropout_rate=config.input_dropout,
             dtype=jnp.dtype(config.dtype),
             rngs=rngs,
@@ -64,9 +70,19 @@ class Recommender(nnx.Module):
         """
         return self.embedding.item_table
 
-    def all_items(self, shards: Shards = ONE) -> Float[Array, "I1 D"]:
-        """The item embeddings of all devices."""
-        return whole_table(self.item_table[...], self.num_items + 1, shards)
+    def all_items(self, shards: Shards = ONE, with_id_I: WithId = None) -> Float[Array, "I1 D"]:
+        """The vectors that items are scored by: their embeddings, on all devices, and features."""
+        table, features = self.item_table[...], self.embedding.item_features
+        table_ID = whole_table(table, self.num_items + 1, shards)
+        item_U = None
+        if isinstance(table, Entries):  # the items that a step reads, and numbers of none
+            item_U = jnp.minimum(table.dealt_U, self.num_items)
+        if with_id_I is not None:
+            with_id_I = with_id_I if item_U is None else with_id_I[item_U]
+            table_ID = jnp.where(with_id_I[:, None], table_ID, 0.0)
+        if features is None:
+            return table_ID
+        return table_ID + (features.all() if item_U is None else features(item_U))
 
     def users(self, batch: Batch, shards: Shards = ONE) -> Float[Array, "b D"]:
         """The vectors of the batch's users, the output of each one's last row.
@@ -86,17 +102,34 @@ class Recommender(nnx.Module):
         """
         return self.encoder(*self._input(batch, shards, key))
 
-    def encode_kept(self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None) -> Kept:
+    def encode_kept(
+        self,
+        batch: Batch,
+        *,
+        shards: Shards = ONE,
+        key: KeyOrNone = None,
+        with_id_I: WithId = None,
+    ) -> Kept:
         """`encode` without the rows that an attention truncation drops, and which rows are left.
 
         None stands for all of them.
+
+        Args:
+          with_id_I: the items that have an embedding beside their features; None: all.
         """
-        return self.encoder.encode_kept(*self._input(batch, shards, key))
+        return self.encoder.encode_kept(*self._input(batch, shards, key, with_id_I))
 
     def _input(
-        self, batch: Batch, shards: Shards, key: KeyOrNone = None
+        self, batch: Batch, shards: Shards, key: KeyOrNone = None, with_id_I: WithId = None
     ) -> tuple[Activations, Sequences, KeyOrNone]:
         embedding_key, encoder_key = split_key(key, 2)
         sequences = batch.sequences.on(shards)
-        x_TD = self.embedding(batch.item_T, sequences, embedding_key, signal_TS=batch.signal_TS)
+        x_TD = self.embedding(
+            batch.item_T,
+            sequences,
+            embedding_key,
+            signal_TS=batch.signal_TS,
+            with_id_I=with_id_I,
+            series=batch.series,
+        )
         return x_TD, sequences, encoder_key

@@ -1,6 +1,7 @@
 """Negative items of a batch: uniform over the catalogue, or drawn from the batch itself.
 
-All are pure functions of a key.
+All are pure functions of keys. The loss draws them chunk by chunk (`drawn_uniformly`,
+`drawn_from`), so that no array has the negatives of all rows.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Key, Num, UInt
+
+from kernels.sampled_softmax import Negatives
+from ultra_hstu.parallel.shards import Shards
 
 RowKeys = Key[Array, "*rows"]  # one for all rows, or one a row
 Drawn = Int[Array, "{rows} {count}"]
@@ -58,6 +62,66 @@ def in_batch_negatives(key: RowKeys, pool: InBatchPool, rows: int, count: int) -
     A row's own positive may be among them: the loss removes it.
     """
     return pool.id_P[_below(key, rows, count, jnp.maximum(pool.size, 1).astype(jnp.uint32))]
+
+
+def drawn_uniformly(
+    key_T: Key[Array, " T"],
+    count: int,
+    num_items: int | Int[Array, ""],
+    *,
+    rows_per_draw: int = 1,
+) -> Negatives:
+    """`uniform_negatives` of each row, or of the first of `rows_per_draw`, from its own key."""
+    if isinstance(num_items, int):  # part of the program, where division by it is cheap
+        return Negatives(
+            key_T,
+            count,
+            lambda key_C, _: uniform_negatives(key_C, key_C.shape[0], count, num_items),
+            rows_per_draw=rows_per_draw,
+        )
+    return Negatives(
+        key_T,
+        count,
+        lambda key_C, items: uniform_negatives(key_C, key_C.shape[0], count, items),
+        num_items,
+        rows_per_draw,
+    )
+
+
+def drawn_from(
+    pool: InBatchPool, key_T: Key[Array, " T"], count: int, *, rows_per_draw: int = 1
+) -> Negatives:
+    """`in_batch_negatives` of each row, or of the first of `rows_per_draw`, from its own key."""
+    return Negatives(
+        key_T,
+        count,
+        lambda key_C, pool: in_batch_negatives(key_C, pool, key_C.shape[0], count),
+        pool,
+        rows_per_draw,
+    )
+
+
+def check_draws(rows_per_draw: int, rows: int, shards: Shards, groups: int) -> None:
+    """Raises ValueError where rows that share a draw on one mesh would not on another.
+
+    Args:
+      rows: of the buffer that the `context` devices share.
+      groups: parts of a batch that lie in it one behind another, wherever the one before ends.
+    """
+    if rows_per_draw == 1:
+        return
+    name = f"loss.rows_per_draw={rows_per_draw}"
+    if groups > 1:
+        raise ValueError(
+            f"{name} needs as many parallel.data as parallel.groups: here {groups} groups share a "
+            "buffer, and rows would share a draw with others than where each has its own; or set "
+            "loss.rows_per_draw=1"
+        )
+    if shards.context > 1 and (block := shards.layout(rows).block) % rows_per_draw:
+        raise ValueError(
+            f"{name} must divide the blocks of {block} rows that parallel.context={shards.context} "
+            "devices have, so that every mesh draws the same: use a divisor"
+        )
 
 
 def _below(key: RowKeys, rows: int, count: int, bound: UInt[Array, ""]) -> Drawn:

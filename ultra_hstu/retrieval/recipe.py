@@ -8,20 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
-from ultra_hstu.data import signals
+from kernels.sampled_softmax import Negatives
+from ultra_hstu.entry_updates import CODES, ITEM_TABLE, Path
+from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.nn.dropout import row_keys
+from ultra_hstu.nn.embeddings import NO_CODES, CodeSizes
+from ultra_hstu.nn.item_features import ItemCodes, folded, with_ids, without_ids
+from ultra_hstu.parallel.embedding_sharding import Entries
 from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.retrieval import negatives
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.model import Recommender
 from ultra_hstu.step import Params, Steps
-
-# Rows of logits at one time: what fits the cache of a CPU, what fills a GPU (measured on
-# MovieLens-1M, 128 negatives).
-CHUNK_ROWS = {"cpu": 512, "accelerator": 4096}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,69 +32,142 @@ class Recipe(Steps[Recommender]):
     Attributes:
       target_counts: how often each item is a target in training, entry 0 is padding: what in-batch
         negatives are corrected by. None where nothing is trained.
+      code_sizes: how many codes there are of what a token holds beside its item.
+      item_features: what is known of items beside their ids; None: nothing.
+      trained_I: the items of training events. Others have no embedding beside their features, where
+        there are such: it would stay as it was drawn. None where nothing is trained.
     """
 
     num_items: int
     target_counts: Int[np.ndarray, " I1"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
+    code_sizes: CodeSizes = NO_CODES
+    item_features: ItemCodes | None = None
+    trained_I: Bool[np.ndarray, " I1"] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     @property
     def holds_data(self) -> bool:
-        return self.target_counts is not None
+        return self.target_counts is not None or self.item_features is not None
 
     def build(self, seed: int) -> Recommender:
-        sizes = signals.sizes(self.config.rank.signals)
+        config = self.config
         model = Recommender(
-            self.config.model,
+            config.model,
             self.num_items,
-            self.config.data.max_history,
-            signals=sizes,
+            config.data.max_history * (1 + config.features.series),
+            codes=self.code_sizes,
+            item_features=self.item_features,
+            hidden_width=config.features.hidden_width,
             rngs=nnx.Rngs(seed),
         )
+        without_ids(model.embedding.item_table, self.item_features, self.trained_I)
         if self.shards.devices > 1:
             model.encoder.run_layer = ShardedLayers(self.shards)
         return model
+
+    @property
+    def tables(self) -> tuple[Path, ...]:
+        codes = {name: ("embedding", name, "table") for name in CODES}
+        return ITEM_TABLE, *(path for name, path in codes.items() if getattr(self.code_sizes, name))
+
+    def reads(self, model: Recommender, batch: Batch, key: jax.Array) -> dict[Path, Array]:
+        """Of items: histories, targets, and negatives that are drawn from the catalogue."""
+        shards, sequences = self.shards, batch.sequences.on(self.shards)
+        items = jnp.concatenate([batch.item_T, batch.target_T])
+        numbers = [shards.of_groups(jnp.where(items > 0, items, -1))]
+        if self.config.loss.kind == "sampled":
+            _, negative_key = jax.random.split(key)
+            truncation = getattr(model.encoder, "truncation", None)
+            kept = sequences if truncation is None else truncation.cut(sequences).sequences
+            drawn, _ = self._negatives(batch, row_keys(negative_key, kept))
+            assert drawn is not None
+            numbers.append(shards.of_devices(drawn.draw(drawn.rows, drawn.shared).reshape(-1)))
+        found = {ITEM_TABLE: jnp.concatenate(numbers)}
+        if batch.signal_TS is not None:
+            for name, code_TX in zip(CODES, self.code_sizes.parts(batch.signal_TS), strict=True):
+                if (embed := getattr(model.embedding, name)) is not None:
+                    number_n = embed.reads(code_TX).reshape(-1)
+                    found["embedding", name, "table"] = shards.of_groups(number_n)
+        return found
 
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Float[Array, ""]:
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
         dropout_key, negative_key = jax.random.split(key)
         model = self.model(params)
-        h_TD, cut = model.encode_kept(batch, shards=self.shards, key=dropout_key)
+        with_id_I = with_ids(
+            self.item_features, self.trained_I, self.config.features.id_dropout, key
+        )
+        h_TD, cut = model.encode_kept(
+            batch, shards=self.shards, key=dropout_key, with_id_I=with_id_I
+        )
         # Rows that a truncation dropped have no output to train on.
         labels = (x if cut is None else cut.take(x) for x in (batch.target_T, batch.weight_T))
         target_T, weight_T = self.shards.local(tuple(labels))
-        table_ID = model.all_items(self.shards)
+        table_ID = model.all_items(self.shards, with_id_I)
         config, shards = self.config.loss, self.shards
-        rows, negative_TR, log_q = h_TD.shape[0], None, None
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
-        keys_T = row_keys(negative_key, sequences)
-        known_I = there_are(batch.items_1, table_ID)
-        match config.kind:
-            case "sampled":
-                items = self.num_items if batch.items_1 is None else batch.items_1[0]
-                negative_TR = negatives.uniform_negatives(keys_T, rows, config.negatives, items)
-            case "in_batch":
-                pool = negatives.in_batch_pool(shards.of_groups(batch.target_T))
-                negative_TR = negatives.in_batch_negatives(keys_T, pool, rows, config.negatives)
-                log_q = jnp.asarray(self._log_q) if config.log_q else None
-            case "full":
-                pass
-            case unknown:
-                assert_never(unknown)
+        negatives.check_draws(
+            config.rows_per_draw,
+            h_TD.shape[0] * shards.context,
+            shards,
+            self.config.parallel.batch_groups // shards.data,
+        )
+        drawn, log_q = self._negatives(batch, row_keys(negative_key, sequences))
+        if isinstance(entries := model.item_table[...], Entries):  # and so is `table_ID`
+            assert drawn is not None  # a full softmax reads the whole table
+            negative_TR = drawn.draw(drawn.rows, drawn.shared)
+            target_T, drawn = entries.places(target_T), Negatives.of(entries.places(negative_TR))
+            log_q = None if log_q is None else log_q.at[entries.dealt_U].get(mode="fill")
         return softmax_loss(
             h_TD,
             table_ID,
             target_T,
             weight_T,
-            negative_TR,
+            drawn,
             temperature=config.temperature,
             l2_normalize=config.l2_normalize,
-            chunk_rows=config.chunk_rows or _chunk_rows(),
+            chunk_rows=config.chunk_rows,
             log_q=log_q,
-            corpus_I=known_I,
+            num_items=None if batch.items_1 is None else batch.items_1[0],
             total=shards.total(jnp.sum(weight_T)),
         )[0]
+
+    def folded(self, params: Params) -> tuple["Recipe", Params]:
+        """The same model for answers: one with ids alone, whose embeddings have features added.
+
+        Tokens of series need features: such a model stays as it is.
+        """
+        if self.item_features is None or self.config.features.series:
+            return self, params
+        config = dataclasses.replace(self.config, features=FeatureConfig())
+        table_ID = self.model(params).all_items()
+        return dataclasses.replace(self, config=config, item_features=None), folded(
+            params, table_ID
+        )
+
+    def _negatives(
+        self, batch: Batch, key_T: Key[Array, " t"]
+    ) -> tuple[Negatives | None, Float[Array, " I1"] | None]:
+        """How negatives are drawn, None for all items, and what corrects for their frequency."""
+        config = self.config.loss
+        match config.kind:
+            case "sampled":
+                items = self.num_items if batch.items_1 is None else batch.items_1[0]
+                return negatives.drawn_uniformly(
+                    key_T, config.negatives, items, rows_per_draw=config.rows_per_draw
+                ), None
+            case "in_batch":
+                pool = negatives.in_batch_pool(self.shards.of_groups(batch.target_T))
+                return negatives.drawn_from(
+                    pool, key_T, config.negatives, rows_per_draw=config.rows_per_draw
+                ), jnp.asarray(self._log_q) if config.log_q else None
+            case "full":
+                return None, None
+            case unknown:
+                assert_never(unknown)
 
     @functools.cached_property
     def _log_q(self) -> Float32[np.ndarray, " I1"]:
@@ -111,7 +185,3 @@ def there_are(items_1: Int[Array, " n"] | None, table_ID: Array) -> Bool[Array, 
         return None
     item_I = jnp.arange(table_ID.shape[0], dtype=jnp.int32)
     return (item_I > 0) & (item_I <= items_1[0])
-
-
-def _chunk_rows() -> int:
-    return CHUNK_ROWS["cpu" if jax.default_backend() == "cpu" else "accelerator"]

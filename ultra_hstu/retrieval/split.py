@@ -22,6 +22,7 @@ class Examples:
         start, stop: the history, events start..stop-1, at most `max_history` of them, the newest.
         hide_from: where events hide_from..stop-1, and not the history, are those whose items an
             evaluation leaves out: the first of them.
+        rows: of each history, where tokens of series stand among its events; None: one an event.
         learn_from: where events before it are no targets of training: the first that is one.
 
     Every row of a training history predicts the event after it, the last row event `stop`; in a
@@ -32,6 +33,7 @@ class Examples:
     start: PerExample
     stop: PerExample
     hide_from: PerExample | None = None
+    rows: PerExample | None = None
     learn_from: PerExample | None = None
 
     def __len__(self) -> int:
@@ -39,7 +41,7 @@ class Examples:
 
     @property
     def lengths(self) -> PerExample:
-        return self.stop - self.start
+        return self.stop - self.start if self.rows is None else self.rows
 
     @property
     def columns(self) -> dict[str, np.ndarray]:

@@ -57,6 +57,11 @@ class CompiledRanker:
                 f"model must be a Ranker or a CompiledRanker, got {type(model).__name__}: "
                 "candidates are scored by ranking runs"
             )
+        if host_table is not None and model.embedding.item_features is not None:
+            raise ValueError(
+                "host_table keeps embeddings in host memory, and this model adds features to them: "
+                "give what `RankRecipe.folded` makes of its parameters"
+            )
         self.form, self.sizes, self.dtype = model.form, model.sizes, model.embedding.dtype
         graphdef, params = nnx.split(model)
         # Without arrays: they would be held beside the rounded ones.

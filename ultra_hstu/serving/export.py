@@ -24,6 +24,9 @@ from jaxtyping import Array, Float32, Int, Int32, Shaped
 
 from ultra_hstu.config import Config, Kind, from_config_dict
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.signals import feature_size
+from ultra_hstu.data.vocabulary import Vocabulary
+from ultra_hstu.feature_config import Spelled
 from ultra_hstu.nn.key_values import CacheDtype, require_kind
 from ultra_hstu.ranking.form import Form, Sizes
 from ultra_hstu.ranking.model import Ranker
@@ -32,7 +35,7 @@ from ultra_hstu.serving import artefact
 from ultra_hstu.serving.compiled import Channels, Programs
 from ultra_hstu.serving.inputs import Bucket, Candidates, UserEvents, UserHistory
 from ultra_hstu.serving.score import MICRO_BATCH
-from ultra_hstu.serving.tokens import Vocabulary, pad_candidates, pad_history
+from ultra_hstu.serving.tokens import pad_candidates, pad_history
 from ultra_hstu.step import Params
 
 Leaves = list[Shaped[Array, "..."]]
@@ -206,10 +209,11 @@ def _ranker(
     rank, model = config.rank, config.model
     for name, values in features.items():
         ascend = values.dtype.kind in "iuf" and (values[1:] > values[:-1]).all()
-        if values.ndim != 1 or not len(values) or not ascend:
+        needed = not Spelled.of(name).size
+        if values.ndim != 1 or bool(len(values)) != needed or not ascend:
             raise ValueError(f"online.features.{name} must be numbers that ascend")
     known = {
-        "features": {name: 1 + len(values) for name, values in features.items()},
+        "features": {name: feature_size(name, values) for name, values in features.items()},
         "contextual": {name: len(words) for name, words in contexts.items()},
     }
     for field, counts in known.items():
@@ -256,10 +260,12 @@ def _examples(
 
 
 def _portable(model: Ranker) -> tuple[Programs, Params]:
-    """The functions of the model with attention in plain XLA, and its parameters."""
+    """The functions of the model in plain XLA, and its parameters."""
     copy: Ranker = nnx.merge(*nnx.split(model))
     for encoder in copy.encoders.values():
         encoder.implementation = "xla"
+        for layer in encoder.layers:
+            layer.implementation = "xla"
     graphdef, params = nnx.split(copy)
     return Programs(graphdef), params
 

@@ -54,7 +54,7 @@ class Page:
         if isinstance(service, ScoreService):
             words = service.model.vocabulary.contexts
             run |= {"path": SCORE, "tasks": dict(service.model.kinds)}
-            run |= {"features": list(config.rank.features)}
+            run |= {"features": list(service.features)}
             run |= {"context": {name: list(texts[1:]) for name, texts in words.items()}}
         return run
 
@@ -63,7 +63,12 @@ class Page:
         found = self._titles.find(search.search, search.limit)
         count_I = self._count_I
         items = [
-            FoundItem(item=raw, title=title, events=None if count_I is None else int(count_I[item]))
+            FoundItem(
+                item=raw,
+                title=title,
+                events=None if count_I is None else int(count_I[item]),
+                features=self._service.catalog.features_of(int(item)),
+            )
             for item, raw, title in zip(found.items, *self._named(found.items), strict=True)
         ]
         return FoundItems(items=items, found=found.count, complete=found.complete)

@@ -15,13 +15,15 @@ from ultra_hstu import quantization
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
-from ultra_hstu.data.feed import ROW_MULTIPLE
+from ultra_hstu.data.item_features import item_codes
+from ultra_hstu.data.packing import ROW_MULTIPLE
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.quantization import ItemTable
 from ultra_hstu.ranking.form import EVERYTHING
 from ultra_hstu.retrieval.batch import Batch, Events, HistoryGather
 from ultra_hstu.retrieval.metrics import best_items
 from ultra_hstu.retrieval.recipe import Recipe
+from ultra_hstu.retrieval.series import Merged
 from ultra_hstu.serving.artefact import Numbers
 from ultra_hstu.serving.compiled import count_programs
 from ultra_hstu.serving.inputs import (
@@ -35,6 +37,7 @@ from ultra_hstu.serving.inputs import (
 from ultra_hstu.serving.schema import Recommendation
 from ultra_hstu.serving.tokens import key_of, since_first
 from ultra_hstu.step import Params
+from ultra_hstu.vocabulary import Vocabulary
 from ultra_hstu.workdir import Workdir
 
 SMALLEST_K, SMALLEST_HIDDEN = 16, 256  # smallest buckets; each holds 8 times the one before
@@ -64,10 +67,20 @@ class RecommendationModel:
         self.config: Config = folder.read_for_one_device()
         require_retrieval(workdir, self.config)
         self.catalog = folder.read_catalog()
-        self.recipe = Recipe(self.config, self.catalog.num_items)
+        codes = item_codes(self.config.features, self.catalog.features, self.catalog.titles)
+        self.vocabulary = Vocabulary.load(folder).codes()
+        sizes = self.vocabulary.code_sizes(self.config)
+        trained = Recipe(self.config, self.catalog.num_items, code_sizes=sizes, item_features=codes)
         self.max_users = max_users
-        self.step, params = load_params(folder, self.recipe)
+        self.step, params = load_params(folder, trained)
+        self.recipe, params = trained.folded(params)
         self.params: Params = jax.device_put(quantization.packed(params, tables))
+        # What items are scored by, where it is not what tokens are made of.
+        self._scored: ItemTable | None = None
+        self._series = self.config.features.series
+        if self._series:
+            require_dense(tables)
+            self._scored = self.recipe.model(self.params).all_items()
         self.blocked: Int[np.ndarray, " b"] = np.zeros(0, np.int32)
         self._allowed_I: Bool[Array, " I1"] | None = None
         self._encode = jax.jit(functools.partial(_encode, self.recipe))
@@ -89,13 +102,16 @@ class RecommendationModel:
         times: Numbers | None = None,
         *,
         actions: Mapping[str, ArrayLike] | None = None,
+        context: Mapping[str, int] | None = None,
         now: int | None = None,
         k: int = 10,
         block: ArrayLike | None = None,
     ) -> list[Recommendation]:
         """The k unseen items with the highest scores, fewer where fewer remain. Arguments and
         errors as in `query`."""
-        query = self.query(items, times, actions=actions, now=now, k=k, block=block)
+        query = self.query(
+            items, times, actions=actions, context=context, now=now, k=k, block=block
+        )
         return self.best(self.encode([query]), [query])[0]
 
     def query(
@@ -104,6 +120,7 @@ class RecommendationModel:
         times: Numbers | None = None,
         *,
         actions: Mapping[str, ArrayLike] | None = None,
+        context: Mapping[str, int] | None = None,
         now: int | None = None,
         k: int = 10,
         block: ArrayLike | None = None,
@@ -116,7 +133,9 @@ class RecommendationModel:
             response, the newest `max_history` are encoded.
           times: seconds, one an event; without them all events count as simultaneous.
           actions: what the user did with each item, by the names of the source ("rating"), for a
-            run whose tokens hold signals; without them such a run sees items alone.
+            run whose tokens hold signals; without them such a run sees items alone. Features of
+            events are among them; a column that is missing is unknown.
+          context: codes of what is known of the user, by name; unknown where they are missing.
           now: time of the request in the same seconds; None takes the next event to follow the last
             at once.
           k: how many items.
@@ -145,7 +164,7 @@ class RecommendationModel:
         kept = UserEvents(
             item_E[first:],
             time_E[:-1],
-            self._signals(actions, count)[first:],
+            self._codes(actions, context or {}, count)[first:],
             np.zeros((count - first, 0), np.int32),
             np.array([0, count - first], np.int32),
         )
@@ -177,7 +196,7 @@ class RecommendationModel:
     ) -> list[list[Recommendation]]:
         """The best items of vectors that `encode` gave: a function of the vector and its query
         alone, to the bit, whatever shares the call."""
-        table = quantization.served_table(self.params)
+        table = quantization.served_table(self.params) if self._scored is None else self._scored
         ranked: list[list[Recommendation]] = []
         for i in range(0, len(queries), self.max_users):
             group = queries[i : i + self.max_users]
@@ -226,19 +245,22 @@ class RecommendationModel:
             )
         return ids.astype(np.int32)
 
-    def _signals(
-        self, actions: Mapping[str, ArrayLike] | None, count: int
-    ) -> Int32[np.ndarray, "E S"]:
+    def _codes(
+        self, actions: Mapping[str, ArrayLike] | None, context: Mapping[str, int], count: int
+    ) -> Int32[np.ndarray, "E X"]:
+        """What tokens hold beside their items."""
         names = self.config.rank.signals
-        if actions is None or not names:
-            return np.zeros((count, len(names)), np.int32)
-        columns = {name: np.asarray(values) for name, values in actions.items()}
+        columns = {name: np.asarray(values) for name, values in (actions or {}).items()}
         if wrong := [name for name, values in columns.items() if len(values) != count]:
             raise ValueError(
                 f"{count} items but {len(columns[wrong[0]])} values of {wrong[0]!r}: "
                 "give one an item"
             )
-        return signals.signals(columns, names, count)
+        signal_ES = np.zeros((count, len(names)), np.int32)
+        features = set(signals.needs(self.config.rank.features))
+        if actions is not None and names and not (columns and columns.keys() <= features):
+            signal_ES = signals.signals(columns, names, count)
+        return self.vocabulary.event_codes(signal_ES, columns, context)
 
     def _batch(self, queries: Sequence[Query]) -> Batch:
         """The flat buffer of up to `max_users` histories, at the smallest size that holds them: 1,
@@ -248,19 +270,27 @@ class RecommendationModel:
         # Each history gets one slot more, which carries the time of the request.
         end_B = given.offsets[1:]
         signal_ES = np.insert(given.signal_ES, end_B, 0, axis=0)
-        events = Events(
-            np.insert(given.item_E, end_B, 0),
-            np.insert(given.time_E, end_B, history.now_B),
-            signal_ES if self.config.rank.signals else None,
-        )
         length_U = np.zeros(self.max_users, np.int32)
         length_U[: len(queries)] = given.lengths
         start_U = np.concatenate([[0], np.cumsum(length_U + (length_U > 0))[:-1]]).astype(np.int32)
+        item_E, row_U = np.insert(given.item_E, end_B, 0), length_U
+        merged, codes = None, self.recipe.item_features
+        if codes is not None:
+            first_E = np.isin(np.arange(len(item_E)), start_U)
+            merged = Merged.of(item_E, first_E, codes)
+            row_U = np.asarray(merged.rows(start_U, start_U + length_U, self._series))
+            longest *= 1 + self._series
+        events = Events(
+            item_E,
+            np.insert(given.time_E, end_B, history.now_B),
+            signal_ES if signal_ES.shape[1] else None,
+            merged,
+        )
         sizes = bucket_sizes(1, self.max_users, 2)
-        users = bucket_size(-(-int(length_U.sum()) // longest), sizes)
+        users = bucket_size(-(-int(row_U.sum()) // longest), sizes)
         rows = -(-users * longest // ROW_MULTIPLE) * ROW_MULTIPLE
         columns = {"start": start_U, "stop": start_U + length_U}
-        return HistoryGather(rows)(events, columns, np)
+        return HistoryGather(rows, series=self._series)(events, columns, np)
 
     def _sizes(self, smallest: int, needed: int) -> list[int]:
         """The sizes up to the one that holds `needed`. None needs more than there are items."""
@@ -298,6 +328,16 @@ def require_retrieval(workdir: str, config: Config) -> None:
         )
 
 
+def require_dense(tables: str) -> None:
+    """Raises ValueError for a packed table under merged series, which read two tables."""
+    if tables != "float32":
+        raise ValueError(
+            f"tables={tables!r} cannot be used with features.merge='series', which reads items "
+            "from one table and scores them by another: use tables='float32', or train with "
+            "merge='sum'"
+        )
+
+
 def _encode(recipe: Recipe, params: Params, batch: Batch) -> Float[Array, "U D"]:
     # The model meets a table of the batch's rows alone, so that a packed table is never unpacked as
     # a whole.
@@ -306,7 +346,7 @@ def _encode(recipe: Recipe, params: Params, batch: Batch) -> Float[Array, "U D"]
     local_TD = jnp.concatenate([jnp.zeros_like(row_TD[:1]), row_TD])
     local_T = jnp.where(batch.item_T > 0, jnp.arange(1, rows + 1, dtype=jnp.int32), 0)
     model = recipe.model(quantization.with_item_table(params, local_TD))
-    user_UD = model.encode(dataclasses.replace(batch, item_T=local_T))[batch.last_row_B]
+    user_UD = model.users(dataclasses.replace(batch, item_T=local_T))
     return l2_normalize(user_UD) if recipe.config.loss.l2_normalize else user_UD.astype(jnp.float32)
 
 

@@ -72,6 +72,11 @@ class AboutUser(BaseModel):
         description="what the user did with each item, by the names of the source, such as rating: "
         "one value an event",
     )
+    context: dict[str, Text] | None = Field(
+        None,
+        description="what is known of the user, by the names of the source, such as gender, "
+        "in its words",
+    )
     now: Seconds | None = Field(
         None, description="time of the request; without it the next event follows the last at once"
     )
@@ -85,6 +90,8 @@ class AboutUser(BaseModel):
                 raise ValueError(
                     "times and actions go with a history; those of a user are in the data"
                 )
+            if self.context is not None:
+                raise ValueError("context goes with a history; that of a user is in the data")
             return self
         times: dict[str, list[Seconds]] = {} if self.times is None else {"times": self.times}
         _require_lengths(times, len(self.history), "items", "an item")
@@ -97,7 +104,10 @@ class Request(AboutUser):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "oneOf": [only("user", "history", "times", "actions"), only("history", "user")],
+            "oneOf": [
+                only("user", "history", "times", "actions", "context"),
+                only("history", "user"),
+            ],
             "examples": [
                 {"user": 42, "k": 3},
                 {"history": [1193, 914], "times": [978300760, 978301968], "k": 5, "block": [2858]},
@@ -160,17 +170,10 @@ class ScoreRequest(AboutUser):
         description="what is known of each candidate before the user acts, by the names of the "
         "source, such as skill: one value a candidate",
     )
-    context: dict[str, Text] | None = Field(
-        None,
-        description="what is known of the user, by the names of the source, such as gender, "
-        "in its words",
-    )
 
     @model_validator(mode="after")
     def _one_value_a_candidate(self) -> "ScoreRequest":
         _require_lengths(self.features, len(self.candidates), "candidates", "a candidate")
-        if self.user is not None and self.context is not None:
-            raise ValueError("context goes with a history; that of a user is in the data")
         return self
 
 
@@ -212,6 +215,9 @@ class FoundItem(BaseModel):
     title: str | None
     events: int | None = Field(
         description="how many events of the data have this item; null where there is no data"
+    )
+    features: dict[str, list[str]] = Field(
+        {}, description="what else is known of it, by the names of the source"
     )
 
 

@@ -13,6 +13,7 @@ from ultra_hstu import tasks
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config, Kind
 from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.nn.key_values import CacheDtype
 from ultra_hstu.quantization import HostKind
 from ultra_hstu.ranking.form import channels
@@ -43,7 +44,6 @@ from ultra_hstu.serving.score import (
     score,
 )
 from ultra_hstu.serving.tokens import (
-    Vocabulary,
     bucket_rows,
     kept_in_blocks,
     key_of,
@@ -346,7 +346,9 @@ def load_ranker(data: RunData) -> tuple[Ranker, Config, Vocabulary, dict[str, Ki
             f"{data.folder.path} is a retrieval run: candidates are scored by ranking runs, with "
             "rank.tasks"
         )
-    task = RankingTask.of(data.config, data.interactions)
-    data.step, params = load_params(data.folder, task.recipe)
+    trained = RankingTask.of(data.config, data.interactions)
+    data.step, params = load_params(data.folder, trained.recipe)
+    task, params = trained.folded(params)
+    assert isinstance(task, RankingTask)
     vocabulary = Vocabulary.of(task.config, task.interactions)
     return task.recipe.model(params), task.config, vocabulary, task.recipe.tasks

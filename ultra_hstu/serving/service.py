@@ -46,6 +46,8 @@ class Service[R: AboutUser, A: Response | ScoreResponse](abc.ABC):
     model: RecommendationModel | ScoringModel
     users: EncodedUsers[np.ndarray] | CachedUsers
     reads: Sequence[str]  # the source's columns of events that the run reads
+    expects: Sequence[str]  # those whose lack is said
+    features: Sequence[str] = ()  # those that a candidate has, too
 
     def __init__(self, catalog: Catalog, data: RunData | None):
         # Without data, requests bring their histories: users of the data are not known.
@@ -78,8 +80,7 @@ class Service[R: AboutUser, A: Response | ScoreResponse](abc.ABC):
         return self.data.user(user)
 
     def events(self, request: R) -> tuple[UserData, list[str]]:
-        """The history of a request, and what of it was ignored. Context comes with a user of the
-        data alone."""
+        """The history and context of a request, and what of them was ignored or missing."""
         if request.user is not None:
             return self.user(request.user), []
         given = request.actions or {}
@@ -91,7 +92,24 @@ class Service[R: AboutUser, A: Response | ScoreResponse](abc.ABC):
         actions = {
             name: np.asarray(values)[kept_E] for name, values in given.items() if name in self.reads
         }
-        return (found_E[kept_E], times, actions, {}), warnings
+        warnings += _missing("actions", self.expects if kept_E.any() else (), given)
+        context, more = self._context(request.context or {})
+        return (found_E[kept_E], times, actions, context), [*warnings, *more]
+
+    def _context(self, given: Mapping[str, str]) -> tuple[dict[str, int], list[str]]:
+        """Codes of what is known of a user, and what of it was ignored or missing."""
+        known, warnings = self.model.vocabulary.contexts, []
+        context = {
+            name: known[name].index(text)
+            for name, text in given.items()
+            if text in known.get(name, ())[1:]
+        }
+        unknown = [f"{name!r:.40}: {given[name]!r:.40}" for name in given if name not in context]
+        if unknown:
+            warnings.append(
+                f"context: {', '.join(unknown[:5])} is not known to this run and was ignored"
+            )
+        return context, [*warnings, *_missing("context", known, given)]
 
 
 class RecommendService(Service[Request, Response]):
@@ -105,16 +123,19 @@ class RecommendService(Service[Request, Response]):
         self.model: RecommendationModel = model
         self.data: RunData = data
         data.step = model.step
-        self.reads = signals.needs(model.config.rank.signals)
+        rank = model.config.rank
+        self.reads = signals.needs((*rank.signals, *rank.features))
+        self.expects = signals.needs(rank.features)
         self.users: EncodedUsers[np.ndarray] = EncodedUsers(cache_bytes)
 
     def prepare(self, request: Request) -> Query:
         blocked, warnings = known_ids(self.catalog, request.block, "block")
-        (items, times, actions, _), ignored = self.events(request)
+        (items, times, actions, context), ignored = self.events(request)
         query = self.model.query(
             items,
             times,
             actions=actions or None,
+            context=context,
             now=request.now,
             k=request.k,
             block=blocked[blocked > 0],
@@ -166,12 +187,14 @@ class ScoreService(Service[ScoreRequest, ScoreResponse]):
         self.users: CachedUsers = users
         rank, mixture = model.config.rank, model.config.model.channels.values()
         filters = [channel.signal for channel in mixture if channel.signal]
-        self.reads = list(dict.fromkeys([*signals.needs(rank.signals), *rank.features, *filters]))
+        columns = signals.needs((*rank.signals, *rank.features))
+        self.reads = self.expects = list(dict.fromkeys([*columns, *filters]))
+        self.features = signals.needs(rank.features)
 
     def prepare(self, request: ScoreRequest) -> Query:
         known_C, warnings = known_ids(self.catalog, request.candidates, "candidates")
         feature_CF, more = self._features(request.features, len(known_C))
-        user, ignored = self._user_and_context(request)
+        user, ignored = self.events(request)
         kept_C = known_C > 0
         query = self.model.query(
             *user, candidates=known_C[kept_C], feature_CF=feature_CF[kept_C], now=request.now
@@ -219,41 +242,21 @@ class ScoreService(Service[ScoreRequest, ScoreResponse]):
             candidates=candidates, events=query.num_events, warnings=list(query.warnings)
         )
 
-    def _user_and_context(self, request: ScoreRequest) -> tuple[UserData, list[str]]:
-        """The history and context of a request, and what of them was ignored or missing."""
-        user, warnings = self.events(request)
-        if request.user is not None:
-            return user, warnings
-        items, times, actions, _ = user
-        warnings += _missing("actions", self.reads if len(items) else (), request.actions or {})
-        given, known = request.context or {}, self.model.vocabulary.contexts
-        context = {
-            name: known[name].index(text)
-            for name, text in given.items()
-            if text in known.get(name, ())[1:]
-        }
-        unknown = [f"{name!r:.40}: {given[name]!r:.40}" for name in given if name not in context]
-        if unknown:
-            warnings.append(
-                f"context: {', '.join(unknown[:5])} is not known to this run and was ignored"
-            )
-        return (items, times, actions, context), [*warnings, *_missing("context", known, given)]
-
     def _features(
         self, given: Mapping[str, Sequence[float]], count: int
     ) -> tuple[Int[np.ndarray, "C F"], list[str]]:
         """Codes of the candidates' features, and what of them was ignored or missing."""
-        names, warnings = self.model.config.rank.features, []
+        read, warnings = self.model.config.rank.features, []
         code_CF = self.model.vocabulary.features_of(given, count)
-        for name, code_C in zip(names, code_CF.T, strict=True):
-            if name in given and (unknown := int((code_C == 0).sum())):
+        for name, code_C in zip(read, code_CF.T, strict=True):
+            if signals.needs((name,))[0] in given and (unknown := int((code_C == 0).sum())):
                 warnings.append(
                     f"features: {unknown} of {count} values of {name!r} are not in the data and "
                     "were ignored"
                 )
-        if unread := sorted(set(given) - set(names)):
+        if unread := sorted(set(given) - set(self.features)):
             warnings.append(f"features {_shown(unread)} are not read by this run and were ignored")
-        return code_CF, [*warnings, *_missing("features", names, given)]
+        return code_CF, [*warnings, *_missing("features", self.features, given)]
 
 
 def recommended(query: Query, items: Sequence[Recommendation]) -> Response:

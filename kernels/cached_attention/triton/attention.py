@@ -12,8 +12,9 @@ from jaxtyping import Array, Int
 from kernels import device, tiles, triton_call
 from kernels.hstu_attention.plan import AttentionSpec
 from kernels.hstu_attention.relative_bias import RelativeBias
-from kernels.hstu_attention.triton.sizes import LaunchSizes, heuristic, padded, refusal
+from kernels.hstu_attention.triton.sizes import LaunchSizes, heuristic, refusal
 from kernels.mask import KeyIntervals
+from kernels.triton_call import padded
 from kernels.typing import RHK, RHV, SHK, SHV, PerQuery, PerTile
 
 PROGRAMS = 264  # that run at one time: two for each processor of a Hopper GPU

@@ -14,7 +14,7 @@ from kernels.hstu_attention.mosaic import (
 )
 from kernels.hstu_attention.mosaic.backward_shared import BackwardInputs
 from kernels.hstu_attention.mosaic.padding import clean_tails
-from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList
+from kernels.hstu_attention.mosaic.schedule import BackwardConfig, WorkList, in_turns
 from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec
 from kernels.typing import SHK, SHV, THK, THV
 
@@ -82,8 +82,10 @@ def gradients(
     v, do = (jnp.pad(x, ((0, 0), (0, 0), (0, v_wide - v_width))) for x in (v, do))
     if scale.ndim == 1:
         do, scale = _scaled_rows(do, plan.row_scales(scale, q.shape[0]))
-    inputs = BackwardInputs(q, k, v, do, clean_tails(plan, q, k, do), plan, scale.reshape(1), alpha)
     is_wide = max(k_wide, v_wide) > 128
+    cleaned = in_turns(plan) and config.passes == 2 and not is_wide
+    tails = None if cleaned else clean_tails(plan, q, k, do)
+    inputs = BackwardInputs(q, k, v, do, tails, plan, scale.reshape(1), alpha)
     if config.passes == 1:
         one_pass = backward_wide if is_wide else backward_one_pass
         dq, dk, dv = one_pass.all_gradients(inputs, config)

@@ -17,9 +17,10 @@ from kernels.hstu_attention.mosaic.backward_shared import (
     loaded_pair,
     silu_slopes,
 )
-from kernels.hstu_attention.mosaic.items import draw_items, feed_items
+from kernels.hstu_attention.mosaic.items import draw_items, feed_items, pass_over
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
+    clean_rows,
     computing,
     feeding,
     fill,
@@ -51,13 +52,20 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
 
             def one_item(item, slot, step, nearest, ahead):
                 key_slot = lax.rem(slot, KEY_SLOTS)
+                begin, end = item.span(wg, gm.in_turns)
+                if gm.in_turns:
+                    pass_over(s, "row", stages, step, step + begin)
                 wait(s.kv_full, key_slot)
 
                 def accumulate(dk, dv):
-                    @pl.loop(0, item.count)
+                    @pl.loop(begin, end)
                     def _(i):
                         now = lax.rem(step + i, stages)
                         wait(s.row_full, now)
+                        if x.tails is None:
+                            row = item.block(i) * block_q
+                            clean_rows(s.q.at[now], row, gm.real[0])
+                            clean_rows(s.do.at[now], row, gm.real[0])
                         # Computed anew in every step: kept from step to step it would take
                         # registers there are not.
                         keys = pl.ds(
@@ -72,7 +80,7 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
                             # dP needs
                             plgpu.wgmma_wait(1)
 
-                            @pl.when(i > 0)
+                            @pl.when(i > begin)
                             def _():
                                 arrive(s.row_empty, lax.rem(step + i + stages - 1, stages))
 
@@ -96,10 +104,12 @@ def key_gradients(x: BackwardInputs, config: BackwardConfig) -> list[Float[Array
                         plgpu.wgmma(dk, ds.astype(dtype), s.q.at[now])
 
                     plgpu.wgmma_wait(0)
-                    arrive(s.row_empty, lax.rem(step + item.count - 1, stages))
+                    arrive(s.row_empty, lax.rem(step + end - 1, stages))
                     return dk[...], dv[...]
 
                 dk, dv = with_sums(accumulate, (64, width), (64, width_v))
+                if gm.in_turns:
+                    pass_over(s, "row", stages, step + end, step + item.count)
                 keys, head, part = pl.ds(first_key(item), 64), item.head, item.slot
                 nearest_next = ahead()
                 arrive(s.rec_empty, slot)

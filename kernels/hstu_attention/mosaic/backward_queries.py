@@ -10,9 +10,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.hstu_attention.mosaic.backward_shared import BackwardInputs, loaded_pair, silu_slopes
-from kernels.hstu_attention.mosaic.items import draw_items, feed_items, record_scratch
+from kernels.hstu_attention.mosaic.items import (
+    draw_items,
+    feed_items,
+    pass_over,
+    record_scratch,
+)
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
+    clean_rows,
     computing,
     feeding,
     fill,
@@ -70,6 +76,8 @@ def query_gradients(x: BackwardInputs) -> THK:
                 def _():
                     wait(s.k_full, now_k)
                     wait(s.v_full, now_v)
+                    if x.tails is None:
+                        clean_rows(s.k.at[now_k], item.block(i) * BLOCK, gm.real[0])
 
                 # What depends on `here` is computed anew: kept from step to step it would take
                 # registers there are not.
@@ -96,11 +104,21 @@ def query_gradients(x: BackwardInputs) -> THK:
                 if wide:  # no registers for that
                     return None
                 nearest, more = item.bounds(first_row(item)), item.tile >= 0
+                first = jnp.int32(0)
+                if gm.in_turns:
+                    first = jnp.where(more, item.span(wg, True)[0], 0)
+                    pass_blocks(step, step + first)
                 pl.when(more)(lambda: wait(s.row_full, lax.rem(slot, row_slots)))
-                return nearest, slopes(item, slot, step, jnp.int32(0), nearest, beside, more)
+                return nearest, slopes(item, slot, step, first, nearest, beside, more)
+
+            def pass_blocks(start, stop):
+                """Gives blocks back unread. While it waits, a block of keys is in use."""
+                pass_over(s, "k", k_stages, start, stop)
+                pass_over(s, "v", v_stages, start, stop)
 
             def one_item(item, slot, step, begun, ahead):
-                count, row_slot = item.count, lax.rem(slot, row_slots)
+                row_slot = lax.rem(slot, row_slots)
+                first_block, count = (0, item.count) if wide else item.span(wg, gm.in_turns)
 
                 def accumulate(dq):
                     def add(ds, i):
@@ -131,7 +149,9 @@ def query_gradients(x: BackwardInputs) -> THK:
                         release(i - 1)
                         return ds_next
 
-                    ds = lax.fori_loop(1, count, one_block, ds)
+                    ds = lax.fori_loop(first_block + 1, count, one_block, ds)
+                    if gm.in_turns:
+                        pass_blocks(step + count, step + item.count)
                     begun_next = ahead(lambda: add(ds, count - 1))
                     out = dq[...]
                     release(count - 1)
@@ -168,7 +188,9 @@ def query_gradients(x: BackwardInputs) -> THK:
 
         @feeding(wg == 2)
         def _feed():
-            tail_first = gm.tail_first[0]
+            tail_first = None if x.tails is None else gm.tail_first[0]
+
+            tails = None if x.tails is None else gm.tails
 
             def queries(item, slot):
                 place, row_slot = pl.ds(item.tile * TILE - first, TILE), lax.rem(slot, row_slots)
@@ -181,7 +203,7 @@ def query_gradients(x: BackwardInputs) -> THK:
                 row = item.block(i) * BLOCK
                 wait(s.k_empty, now_k)
                 into, full = s.k.at[now_k], s.k_full.at[now_k]
-                load_rows(gm.k, gm.tails, row, BLOCK, item.head, tail_first, into, full, width)
+                load_rows(gm.k, tails, row, BLOCK, item.head, tail_first, into, full, width)
                 wait(s.v_empty, now_v)
                 fill(s, "v", gm.v.at[pl.ds(row, BLOCK), item.head], now_v)
 

@@ -27,7 +27,7 @@ class BackwardInputs(NamedTuple):
 
     Attributes:
       q, k, v, do: padded buffers; their rows are whole tiles.
-      tails: `clean_tails` of q, k and do.
+      tails: `clean_tails` of q, k and do; None for kernels that clean what they have loaded.
       factor: on all outputs.
     """
 
@@ -35,7 +35,7 @@ class BackwardInputs(NamedTuple):
     k: SHK
     v: SHV
     do: THV
-    tails: jax.Ref
+    tails: jax.Ref | None
     plan: AttentionPlan
     factor: Float[Array, " 1"]
     alpha: float
@@ -119,7 +119,9 @@ def load_rows_and_gradients(gm, s, config, first):
 
     q and do begin with row `first`; `gm.tails` has q, k and do.
     """
-    block_q, width, tail_first = config.block_q, gm.q.shape[2], gm.tail_first[0]
+    block_q, width = config.block_q, gm.q.shape[2]
+    tails = getattr(gm, "tails", None)
+    tail_first = None if tails is None else gm.tail_first[0]
 
     def load_block(item, step, i):
         now = lax.rem(step + i, config.stages)
@@ -127,7 +129,7 @@ def load_rows_and_gradients(gm, s, config, first):
         wait(s.row_empty, now)
         for rows, into, column in ((gm.q, s.q, 0), (gm.do, s.do, 2 * width)):
             place = (row, block_q, item.head, tail_first, into.at[now], full, column, first)
-            load_rows(rows, gm.tails, *place)
+            load_rows(rows, tails, *place)
 
     return load_block
 

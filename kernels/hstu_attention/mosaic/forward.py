@@ -16,9 +16,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernels.hstu_attention import tuning
-from kernels.hstu_attention.mosaic.items import WorkItem, feed_items, record_scratch
+from kernels.hstu_attention.mosaic.items import (
+    WorkItem,
+    feed_items,
+    pass_over,
+    record_scratch,
+)
 from kernels.hstu_attention.mosaic.launch import (
     arrive,
+    clean_rows,
     computing,
     feeding,
     fill,
@@ -34,7 +40,7 @@ from kernels.hstu_attention.mosaic.launch import (
     write_chunks,
 )
 from kernels.hstu_attention.mosaic.padding import TAIL, clean_tails
-from kernels.hstu_attention.mosaic.schedule import WorkList
+from kernels.hstu_attention.mosaic.schedule import WorkList, in_turns
 from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec
 from kernels.typing import SHK, SHV, THK, THV
 
@@ -65,6 +71,8 @@ def forward_config(spec: AttentionSpec, plan: AttentionPlan) -> ForwardConfig:
     widest = max(spec.k_width, spec.v_width)
     if widest > 128:
         config = ForwardConfig(block_k=64, stages=2, q_slots=1)
+    elif in_turns(plan):
+        config = ForwardConfig(block_k=64, stages=4)  # half a tile leaves out a whole block
     else:
         config = ForwardConfig(block_k=128, stages=2 if widest > 64 else 4)
     found = tuning.find("mosaic", spec, plan)
@@ -109,21 +117,35 @@ def forward(
             def one_item(slot, step, p, nearest):
                 """From the weights `p` of the item's first block to those of the next item's."""
                 item, count = WorkItem(gm, s, slot), WorkItem(gm, s, slot).count
+                begin, end = item.span(wg, gm.in_turns)
                 next_slot = lax.rem(slot + 1, RECORDS)
                 after = WorkItem(gm, s, next_slot)
 
+                def next_bounds():
+                    wait(s.rec_full, next_slot)
+                    return after.bounds(first_row(after))
+
+                # Records that come in turns are there: their bounds are read meanwhile.
+                read = next_bounds() if gm.in_turns else None
+
                 def accumulate(acc):
-                    def scores_beside_values(my_q, now, more, p):
+                    def scores_beside_values(my_q, now, more, p, row_before, before=None):
                         """Scores of block `now` of the ring.
 
-                        Meanwhile weights `p` meet the values of the block before.
+                        Meanwhile weights `p` meet the values of the block `before`, whose first key
+                        is `row_before`.
                         """
-                        before = lax.rem(now + stages - 1, stages)
+                        if before is None:
+                            before = lax.rem(now + stages - 1, stages)
                         pl.when(more)(lambda: wait(s.k_full, now))
+                        if gm.in_turns:
+                            wait(s.v_full, before)
+                            clean_rows(s.v.at[before], row_before, gm.real[0])
 
                         def products(s_acc):
                             plgpu.wgmma(s_acc, my_q, s.k.at[now].T)
-                            wait(s.v_full, before)
+                            if not gm.in_turns:
+                                wait(s.v_full, before)
                             plgpu.wgmma(acc, p, s.v.at[before])
                             return loaded(s_acc, 1)
 
@@ -133,27 +155,42 @@ def forward(
 
                     def one_block(i, p):
                         scores, before = scores_beside_values(
-                            queries(slot), lax.rem(step + i, stages), True, p
+                            queries(slot),
+                            lax.rem(step + i, stages),
+                            True,
+                            p,
+                            item.block(i - 1) * block_k if gm.in_turns else None,
                         )
                         p_next = weights(scores, item, i, nearest)
                         plgpu.wgmma_wait(0)
                         arrive(s.v_empty, before)
                         return p_next
 
-                    last = lax.fori_loop(1, count, one_block, p)
+                    last = lax.fori_loop(begin + 1, end, one_block, p)
                     arrive(s.q_empty, lax.rem(slot, config.q_slots))
                     # The next item begins while this one ends. Behind the last, what is computed
                     # goes nowhere.
-                    wait(s.rec_full, next_slot)
+                    if not gm.in_turns:
+                        wait(s.rec_full, next_slot)
                     more = after.tile >= 0
                     pl.when(more)(lambda: wait(s.q_full, lax.rem(next_slot, config.q_slots)))
-                    nearest_next = after.bounds(first_row(after))
+                    nearest_next = read if gm.in_turns else after.bounds(first_row(after))
+                    first_next, now, before = jnp.int32(0), lax.rem(step + count, stages), None
+                    row_before = None
+                    if gm.in_turns:
+                        row_before = item.block(end - 1) * block_k
+                        first_next = jnp.where(more, after.span(wg, True)[0], 0)
+                        pass_over(s, "k", stages, step + end, step + count + first_next)
+                        now = lax.rem(step + count + first_next, stages)
+                        before = lax.rem(step + end - 1, stages)
                     scores, before = scores_beside_values(
-                        queries(next_slot), lax.rem(step + count, stages), more, last
+                        queries(next_slot), now, more, last, row_before, before
                     )
-                    p_next = weights(scores, after, jnp.int32(0), nearest_next)
+                    p_next = weights(scores, after, first_next, nearest_next)
                     out = acc[...]
                     arrive(s.v_empty, before)
+                    if gm.in_turns:
+                        pass_over(s, "v", stages, step + end, step + count + first_next)
                     return out, p_next, nearest_next
 
                 out, p, nearest = with_sums(accumulate, (64, width_v))
@@ -182,25 +219,30 @@ def forward(
             def _all_items():
                 nearest = item.bounds(first_row(item))
                 wait(s.q_full, 0)
-                wait(s.k_full, 0)
+                zero = first = jnp.int32(0)
+                if gm.in_turns:
+                    first = item.span(wg, True)[0]  # at most 1, and no ring is shorter than 2
+                    pass_over(s, "k", stages, 0, first)
+                    pass_over(s, "v", stages, 0, first)
+                wait(s.k_full, first)
 
                 def first_scores(s_acc):
-                    plgpu.wgmma(s_acc, queries(0), s.k.at[0].T)
+                    plgpu.wgmma(s_acc, queries(0), s.k.at[first].T)
                     return s_acc[...]
 
                 scores = with_sums(first_scores, (64, block_k))
-                arrive(s.k_empty, 0)
-                zero = jnp.int32(0)
+                arrive(s.k_empty, first)
                 lax.while_loop(
                     lambda carry: WorkItem(gm, s, carry[0]).tile >= 0,
                     lambda carry: one_item(*carry),
-                    (zero, zero, weights(scores, item, zero, nearest), nearest),
+                    (zero, zero, weights(scores, item, first, nearest), nearest),
                 )
                 plgpu.wait_smem_to_gmem(0)
 
         @feeding(wg == 2)
         def _feed():
-            tail_first = gm.tail_first[0]
+            tails = None if gm.in_turns else gm.tails
+            tail_first = None if gm.in_turns else gm.tail_first[0]
 
             def queries(item, slot):
                 q_slot = lax.rem(slot, config.q_slots)
@@ -215,7 +257,7 @@ def forward(
                 fill(s, "k", gm.k.at[pl.ds(row, block_k), item.head], now)
                 wait(s.v_empty, now)
                 into, full = s.v.at[now], s.v_full.at[now]
-                load_rows(gm.v, gm.tails, row, block_k, item.head, tail_first, into, full)
+                load_rows(gm.v, tails, row, block_k, item.head, tail_first, into, full)
 
             feed_items(gm, s, keys_and_values, queries, ahead=AHEAD)
 
@@ -226,7 +268,7 @@ def forward(
         WorkList.forward(heads, block_k),
         dict(q=q, k=k, v=v),
         plan.row_scales(scale, rows) if scale_in_rows else scale.reshape(1),
-        tails=clean_tails(plan, v),
+        tails=None if in_turns(plan) else clean_tails(plan, v),
         scratch=dict(
             q=swizzled((config.q_slots, TILE, width), dtype),
             k=swizzled((stages, block_k, width), dtype),

@@ -9,7 +9,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, memref
 
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.launch import fill, ring, row_values, wait
+from kernels.hstu_attention.mosaic.launch import arrive, fill, ring, row_values, wait
 from kernels.hstu_attention.mosaic.masking import keep_inside
 
 
@@ -27,6 +27,13 @@ class WorkItem:
         return i + jnp.where(
             i < self.cut1, self.shift0, jnp.where(i < self.cut2, self.shift1, self.shift2)
         )
+
+    def span(self, half, in_turns):
+        """(first, end) of the item's blocks that a half of its tile sees, at most one less."""
+        if not in_turns:
+            return 0, self.count
+        late, early = jnp.where(half == 1, self.late, 0), jnp.where(half == 0, self.early, 0)
+        return late, self.count - early
 
     def whole(self, block):
         """Whether the tile sees all of this block."""
@@ -103,16 +110,19 @@ def _draw_number(counters_gm, which, box_sm):
     return box_sm[0]
 
 
-def fetch_item(gm, s, slot, *, which, first=False):
-    """Starts the copy of the next item's record into `slot`.
+def pass_over(s, name, stages, begin, end):
+    """Gives blocks [begin, end) of a ring back unread."""
 
-    The first item of a thread block is the one of its own number.
-    """
-    number = (
-        lax.axis_index("worker")
-        if first
-        else _draw_number(gm.tails, which, s.rec.at[s.rec.shape[0] - 1]) + schedule.WORKERS
-    )
+    @pl.loop(begin, end)
+    def _(i):
+        wait(getattr(s, f"{name}_full"), lax.rem(i, stages))
+        arrive(getattr(s, f"{name}_empty"), lax.rem(i, stages))
+
+
+def fetch_item(gm, s, slot, *, which, number=None):
+    """Starts the copy of the record of item `number`, or of the next one drawn, into `slot`."""
+    if number is None:
+        number = _draw_number(gm.tails, which, s.rec.at[s.rec.shape[0] - 1]) + schedule.WORKERS
     wait(s.rec_empty, slot)
     number = jnp.minimum(number, gm.records.shape[0] - 1)
     fill(s, "rec", gm.records.at[number], slot)
@@ -120,6 +130,10 @@ def fetch_item(gm, s, slot, *, which, first=False):
 
 def feed_items(gm, s, load_block, begin, *, ahead, which=0):
     """What the feeding warpgroup does: for every item `begin`, then `load_block` for its blocks.
+
+    The first item of a thread block is the one of its own number. The next are drawn, or, where
+    `gm.in_turns`, those a whole round of thread blocks apart: their records are known beforehand,
+    and are copied half a ring before they are needed.
 
     Args:
       load_block: called with (item, step, i).
@@ -130,22 +144,43 @@ def feed_items(gm, s, load_block, begin, *, ahead, which=0):
     """
 
     slots = s.rec.shape[0] - 1
+    early = slots // 2
 
-    def one_item(item, slot, step, begun, next_item):
+    def fetch_in_turn(nth):
+        number = lax.axis_index("worker") + nth * schedule.WORKERS
+        fetch_item(gm, s, lax.rem(nth, slots), which=which, number=number)
+
+    def one_item(item, slot, step, nth, next_item):
         begin(item, slot)
 
         @pl.loop(0, item.count)
         def _(i):
             load_block(item, step, i)
+            if not gm.in_turns:
 
-            @pl.when(i == jnp.maximum(item.count - ahead, 0))
-            def _():
-                fetch_item(gm, s, lax.rem(slot + 1, slots), which=which)
+                @pl.when(i == jnp.maximum(item.count - ahead, 0))
+                def _():
+                    fetch_item(gm, s, lax.rem(slot + 1, slots), which=which)
 
-        return next_item()
+        if not gm.in_turns:
+            return next_item()
+        fetch_in_turn(nth + early)
+        return next_item(nth)
 
-    fetch_item(gm, s, 0, which=which, first=True)
-    draw_items(gm, s, one_item)
+    if not gm.in_turns:
+        fetch_item(gm, s, 0, which=which, number=lax.axis_index("worker"))
+        draw_items(gm, s, one_item)
+        return
+    for nth in range(early):
+        fetch_in_turn(jnp.int32(nth))
+    last = draw_items(gm, s, one_item, _counted)
+    for behind in range(1, early):  # no copy may be on its way when the thread block ends
+        wait(s.rec_full, lax.rem(last + behind, slots))
+
+
+def _counted(item, slot, step, nth=None):
+    """Number of an item, from that of the one before."""
+    return jnp.int32(0) if nth is None else nth + 1
 
 
 def draw_items(gm, s, body, begin=lambda item, slot, step: None):
@@ -155,7 +190,7 @@ def draw_items(gm, s, body, begin=lambda item, slot, step: None):
     item before the one in front of it is through; `begun` is its result. The body calls
     `ahead(*more)` once, which waits for the next record, begins the next item with
     `begin(item, slot, step, *more)`, and returns what that gives. Behind the last item there is
-    another, with tile -1.
+    another, with tile -1; the slot of its record is returned.
     """
 
     slots = s.rec.shape[0] - 1
@@ -177,6 +212,7 @@ def draw_items(gm, s, body, begin=lambda item, slot, step: None):
     zero = jnp.int32(0)
     wait(s.rec_full, 0)
     first = WorkItem(gm, s, 0)
-    lax.while_loop(
+    _, slot, _, _ = lax.while_loop(
         lambda carry: carry[0], one, (first.tile >= 0, zero, zero, begin(first, zero, zero))
     )
+    return slot

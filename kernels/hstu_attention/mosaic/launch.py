@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.hstu_attention.mosaic import schedule
-from kernels.hstu_attention.mosaic.padding import COUNTERS, TAIL
+from kernels.hstu_attention.mosaic.padding import COUNTERS, TAIL, padding_start
 from kernels.hstu_attention.mosaic.split_tiles import write_sums
 
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each of 64 rows
@@ -29,17 +29,21 @@ def launch(kernel, name, plan, wanted, tensors, factor, *, scratch, results, dq=
       results: shapes and dtypes.
       dq: what the kernel adds dQ to.
       tails: of `clean_tails`, which begin with the counters that `feed_items` draws from; `gm` has
-        `tail_first`, too. None: of a kernel that reads no tails; it gets the counters alone.
+        `tail_first`, too. None: of a kernel that reads no tails. It gets the counters alone, or,
+        where items come in turns, nothing but `real`, the row that padding begins with.
     """
     work = plan.find(wanted)
     operands = tensors | {"bounds": work.bounds, "factor": factor, "records": work.records}
-    if tails is None:
-        tails = jax.new_ref(jnp.zeros((1,), jnp.int32))
-    else:
+    if tails is not None:
         operands["tail_first"] = work.tail
+    elif schedule.in_turns(plan):
+        operands["real"] = padding_start(plan)
+    else:
+        tails = jax.new_ref(jnp.zeros((1,), jnp.int32))
     if dq is not None:
         operands["dq"] = dq
-    operands["tails"] = tails
+    if tails is not None:
+        operands["tails"] = tails
     slots = schedule.part_slots(plan, wanted)
     sums = {
         f"{result}_part": jax.ShapeDtypeStruct((slots, wanted.tile, x.shape[2]), jnp.float32)
@@ -49,6 +53,7 @@ def launch(kernel, name, plan, wanted, tensors, factor, *, scratch, results, dq=
 
     def entry(*refs):
         gm = types.SimpleNamespace(**dict(zip((*operands, *outs), refs, strict=True)))
+        gm.in_turns = schedule.in_turns(plan)
 
         def body(**s):
             kernel(lax.axis_index("wg"), gm, types.SimpleNamespace(**s))
@@ -186,12 +191,34 @@ def loaded(acc, pending):
     return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=pending))
 
 
+def clean_rows(buffer, row, real):
+    """Zeros in rows of shared memory from row `real` on, which may hold NaN; the first is `row`.
+
+    Each warpgroup cleans what it reads, and two of them write the same.
+    """
+    rows, columns = buffer.shape
+
+    @pl.when(row + rows > real)
+    def _():
+        for first in range(0, rows, 64):
+            for column in range(0, columns, 64):
+                chunk = buffer.at[pl.ds(first, 64), pl.ds(column, 64)]
+                values = plgpu.load(chunk, layout=plgpu.Layout.WGMMA, optimized=False)
+                place = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=plgpu.Layout.WGMMA)
+                zeros = jnp.zeros((), values.dtype)
+                chunk[...] = jnp.where(row + first + place < real, values, zeros)
+        plgpu.commit_smem()
+
+
 def load_rows(gm, tails_gm, row, size, head, tail_first, into, full, column=0, first=0):
     """Copies rows of one head. `gm` begins with row `first`.
 
     Rows of the buffer's last partly filled tile come from `tails_gm` (see `padding.clean_tails`),
-    from `column` on.
+    from `column` on; None: from `gm`, too.
     """
+    if tails_gm is None:
+        plgpu.copy_gmem_to_smem(gm.at[pl.ds(row - first, size), head], into, full)
+        return
     in_tail = row >= tail_first
 
     @pl.when(in_tail)

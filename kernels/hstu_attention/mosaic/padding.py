@@ -29,6 +29,13 @@ def tail_start(plan: AttentionPlan) -> Int[Array, " 1"]:
     return (plan.num_real // TAIL * TAIL).astype(jnp.int32).reshape(1)
 
 
+def padding_start(plan: AttentionPlan) -> Int[Array, " 1"]:
+    """The row that padding begins with, for kernels that clean what they have loaded."""
+    if plan.first_row:  # rows and keys that stand apart hold no NaN
+        return jnp.full(1, rounded_up(plan.num_rows), jnp.int32)
+    return plan.num_real.astype(jnp.int32).reshape(1)
+
+
 def clean_tails(plan: AttentionPlan, *arrays: Float[Array, "_ H _"]) -> jax.Ref:
     """The last tile of each array that holds a real row, with padding rows zeroed.
 

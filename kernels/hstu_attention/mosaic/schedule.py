@@ -13,12 +13,12 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.mosaic.padding import TAIL, rounded_up, tail_start
 from kernels.hstu_attention.plan import AttentionPlan, Derived
-from kernels.tiles import common_blocks, hull_blocks
+from kernels.tiles import FAR, common_blocks, hull_blocks
 from kernels.typing import PerRow
 
 WORKERS = 132  # thread blocks that run at a time: one on each SM of an H100 or H200
@@ -43,7 +43,9 @@ RECORD = 32  # int32 in a record: 128 bytes, the alignment of a tensor copy into
     OTHER_END0,
     OTHER1,
     OTHER_END1,
-) = range(19)
+    LATE,
+    EARLY,
+) = range(21)
 
 Records = Int[Array, "items 32"]
 Parts = Int[Array, "splits 4"]
@@ -60,7 +62,9 @@ class Schedule(NamedTuple):
         blocks of an item is block `i + SHIFT0` of the buffer, from CUT1 on `i + SHIFT1`, from CUT2
         on `i + SHIFT2`. It needs no mask inside [FULL, FULL_END) of any of the three, and only the
         first interval of `bounds` outside both [OTHER, OTHER_END). SLOT is where a partial sum
-        goes, -1 for a tile that is not split.
+        goes, -1 for a tile that is not split. Where items come in turns, LATE is 1 if the second
+        half of the tile sees nothing of the first block, EARLY if the first half sees nothing of
+        the last one.
       parts: of each split tile its number, head, first slot and number of slots; unused ones have
         no slots. The slots of a tile are as far apart as there are heads.
       bounds: for each row (or key) the ends of three disjoint intervals of keys (or rows); T is
@@ -114,6 +118,14 @@ class WorkList(Derived[Schedule]):
     def backward(heads: int, config: BackwardConfig) -> "WorkList":
         return WorkList("backward", config.tile, config.block_q, heads)
 
+    @property
+    def by_sequence(self) -> bool:
+        """Whether all heads but the last take one sequence after another: tiles of 64 keys.
+
+        Those add so much to dQ, and read so much, that the L2 cache holds few sequences.
+        """
+        return self.kind == "backward" and self.tile < TAIL
+
     def make(self, plan: AttentionPlan) -> Schedule:
         return make_schedules(plan, [self])[0]
 
@@ -134,8 +146,16 @@ def make_schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> list[Sche
         for blocks, _ in met
     ]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *padded)
-    pack = functools.partial(_pack, heads=wanted[0].heads, may_split=may_split(plan))
-    items = zip(*jax.vmap(pack)(stacked, jnp.asarray(ranges, jnp.int32)), strict=True)
+    pack = functools.partial(
+        _pack,
+        heads=wanted[0].heads,
+        may_split=may_split(plan),
+        heads_together=heads_together(plan),
+    )
+    orders = jnp.asarray([each.by_sequence for each in wanted])
+    if not any(each.by_sequence for each in wanted):
+        orders = None
+    items = zip(*jax.vmap(pack)(stacked, jnp.asarray(ranges, jnp.int32), orders), strict=True)
     return [
         Schedule(*item, bounds, tail_start(plan))
         for item, (_, bounds) in zip(items, met, strict=True)
@@ -147,12 +167,13 @@ class MetBlocks(NamedTuple):
 
     Attributes:
       lo, hi: three ascending, disjoint ranges of blocks.
-      classes: the ranges of blocks that need no mask (FULL) or more than one interval (OTHER).
+      classes: the ranges of blocks that need no mask (FULL) or more than one interval (OTHER), and
+        where items come in turns LATE and EARLY.
     """
 
     lo: TileRanges
     hi: TileRanges
-    classes: Int[Array, "tiles 10"]
+    classes: Int[Array, "tiles _"]
 
 
 def _met_blocks(
@@ -161,6 +182,7 @@ def _met_blocks(
     intervals: tuple[Interval, Interval, Interval],
     wanted: WorkList,
     blocks: range,
+    halves: bool,
 ) -> tuple[MetBlocks, Bounds]:
     """The blocks of all tiles, and the bounds of `Schedule`.
 
@@ -168,6 +190,7 @@ def _met_blocks(
       lo, hi: ranges of blocks of each tile.
       intervals: of each row of the tiles.
       blocks: those that there are.
+      halves: whether LATE and EARLY are wanted.
     """
     tile, block = wanted.tile, wanted.block
     tiles = intervals[0][0].shape[0] // tile
@@ -181,9 +204,29 @@ def _met_blocks(
     hi = jnp.where(first & nothing[:, None], own[:, None] + 1, hi)
     full = [x for begin, end in intervals for x in common_blocks(begin, end, tile, block)]
     other = [x for begin, end in intervals[1:] for x in hull_blocks(begin, end, tile, block)]
-    return MetBlocks(lo, hi, jnp.stack([*full, *other], axis=1)), jnp.stack(
+    unseen = _unseen_ends(lo, hi, intervals, tile, block) if halves else []
+    return MetBlocks(lo, hi, jnp.stack([*full, *other, *unseen], axis=1)), jnp.stack(
         [x for pair in intervals for x in pair]
     )
+
+
+def _unseen_ends(
+    lo: TileRanges,
+    hi: TileRanges,
+    intervals: tuple[Interval, Interval, Interval],
+    tile: int,
+    block: int,
+) -> list[Int[Array, " tiles"]]:
+    """LATE and EARLY of each tile, 0 where it meets one block."""
+    some = hi > lo
+    first, last = jnp.where(some, lo, FAR).min(1), jnp.where(some, hi, 0).max(1) - 1
+    hulls = [hull_blocks(begin, end, tile // 2, block) for begin, end in intervals]
+    # a half that sees nothing: (FAR, 0)
+    begin_h = jnp.stack([jnp.where(end > begin, begin, FAR) for begin, end in hulls]).min(0)
+    end_h = jnp.stack([end for _, end in hulls]).max(0)
+    several = last > first
+    late, early = begin_h[1::2] > first, end_h[::2] <= last
+    return [(several & unseen).astype(jnp.int32) for unseen in (late, early)]
 
 
 def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Bounds]:
@@ -210,7 +253,7 @@ def _forward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Bo
     )
     bounds = plan.tile_bounds(wanted.tile, wanted.block)
     blocks = range(-(-plan.num_keys // wanted.block))
-    return _met_blocks(bounds.key_lo, bounds.key_hi, intervals, wanted, blocks)
+    return _met_blocks(bounds.key_lo, bounds.key_hi, intervals, wanted, blocks, in_turns(plan))
 
 
 def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, Bounds]:
@@ -229,7 +272,7 @@ def _backward_tiles(plan: AttentionPlan, wanted: WorkList) -> tuple[MetBlocks, B
     bounds = plan.tile_bounds(wanted.block, wanted.tile)
     intervals = ((near_lo, near_hi), (ctx_lo, ctx_hi), (tail_lo, tail_hi))
     blocks = range(plan.first_row // wanted.block, rows // wanted.block)
-    return _met_blocks(bounds.row_lo, bounds.row_hi, intervals, wanted, blocks)
+    return _met_blocks(bounds.row_lo, bounds.row_hi, intervals, wanted, blocks, in_turns(plan))
 
 
 def may_split(plan: AttentionPlan) -> bool:
@@ -240,6 +283,23 @@ def may_split(plan: AttentionPlan) -> bool:
     """
     light = plan.mask.windowed or tuning.is_short(plan)
     return not (light and plan.rows_in_one_piece)
+
+
+def in_turns(plan: AttentionPlan) -> bool:
+    """Whether thread blocks take items in fixed turns, instead of drawing them.
+
+    Drawing takes as long as a light item. Items are sorted, so that no thread block gets more work
+    than another by more than the heaviest item.
+    """
+    return not may_split(plan)
+
+
+def heads_together(plan: AttentionPlan) -> bool:
+    """Whether the heads of a tile follow one another, instead of the tiles of a head.
+
+    The heads of a row stand side by side in memory, which gives them out best together.
+    """
+    return not may_split(plan)
 
 
 def part_slots(plan: AttentionPlan, wanted: WorkList) -> int:
@@ -260,7 +320,13 @@ def _capacity(tiles: int, heads: int, split: bool) -> tuple[int, int]:
 
 
 def _pack(
-    x: MetBlocks, tile_range: Int[Array, " 2"], *, heads: int, may_split: bool
+    x: MetBlocks,
+    tile_range: Int[Array, " 2"],
+    by_sequence: Bool[Array, ""] | None,
+    *,
+    heads: int,
+    may_split: bool,
+    heads_together: bool,
 ) -> tuple[Records, Parts]:
     """Every tile in its range is done once a head, in pieces if it is heavy and `may_split`."""
     tiles, (first_tile, end_tile) = x.lo.shape[0], tile_range
@@ -300,15 +366,26 @@ def _pack(
     table = jnp.pad(table, ((0, 0), (0, RECORD - table.shape[1]))).astype(jnp.int32)
 
     order = jnp.argsort(jnp.where(used, begin - end, 1), stable=True)
-    # Head after head: what runs at a time then reads keys and values of one or two heads, which
-    # the L2 cache holds.
+    # The last head's order decides how evenly the work ends.
+    by_end = order
+    if by_sequence is not None:
+        ends = jnp.where(used & by_sequence, x.hi.max(1)[tile], FAR)
+        by_end = order[jnp.argsort(ends[order], stable=True)]
     number = jnp.arange(item.shape[0] * heads + 1, dtype=jnp.int32)
-    head, at = (number // num_items)[:, None], order[number % num_items]
     column = jnp.arange(RECORD)[None, :]
+    if heads_together:
+        head, at = (number % heads)[:, None], order[number // heads]
+        last = (number >= num_items * heads)[:, None]
+    else:
+        # Head after head: what runs at a time then reads keys and values of one or two heads, which
+        # the L2 cache holds.
+        head, nth = (number // num_items)[:, None], number % num_items
+        at = order[nth]
+        if by_sequence is not None:
+            at = jnp.where(head[:, 0] < heads - 1, by_end[nth], at)
+        last = head >= heads
     records = table[at]
-    records = jnp.where(
-        (column == TILE) & (head >= heads), -1, jnp.where(column == HEAD, head, records)
-    )
+    records = jnp.where((column == TILE) & last, -1, jnp.where(column == HEAD, head, records))
     records = jnp.where((column == SLOT) & (records >= 0), records * heads + head, records)
 
     number = jnp.arange(splits * heads, dtype=jnp.int32)

@@ -164,7 +164,7 @@ def query_gradients(
     call: TritonCall, qkv: Tensors, tables: Tables, rows: RowInputs, g: THV
 ) -> tuple[THK, Tables]:
     """dq, and the gradients of both tables: the pass over query tiles."""
-    q, (positions, buckets) = qkv[0], _table_lengths(tables)
+    q, (positions, buckets) = qkv[0], table_lengths(tables)
     tiles = -(-q.shape[0] // call.sizes.queries.block_q)
     copies = min(TABLE_COPIES, tiles * q.shape[1])
     outs = [
@@ -190,7 +190,7 @@ def key_gradients(
 forward.defvjp(_forward, _backward)
 
 
-def _table_lengths(tables: Tables) -> tuple[int, int]:
+def table_lengths(tables: Tables) -> tuple[int, int]:
     position, time = (0 if table is None else table.shape[0] for table in tables)
     return position, time
 
@@ -220,7 +220,7 @@ def _launch(
     programs = lo.shape[0] * heads
     ordered = programs > MANY_PROGRAMS
     order = plan.find(TileOrder(sizes.tiles, keys)) if ordered else lo  # which is not read
-    positions, buckets = _table_lengths(tables)
+    positions, buckets = table_lengths(tables)
     arrays = (*tensors, rows.scale, plan.num_real.reshape(1), order, lo, hi, *plan.keys, *near)
     constants = {
         "T": num_rows,
@@ -241,7 +241,7 @@ def _launch(
     }
     return triton_call.launch(
         f"kernels.hstu_attention.triton.kernels:{kernel}",
-        (*arrays, *_bias_arrays(tables, rows)),
+        (*arrays, *bias_arrays(tables, rows)),
         outs,
         programs=programs,
         warps=sizes.warps,
@@ -251,7 +251,7 @@ def _launch(
     )
 
 
-def _bias_arrays(tables: Tables, rows: RowInputs) -> tuple[Array, ...]:
+def bias_arrays(tables: Tables, rows: RowInputs) -> tuple[Array, ...]:
     """Position table, time table, bucket starts, times, query times.
 
     Where the bias has none, the kernel gets an array that it does not read.

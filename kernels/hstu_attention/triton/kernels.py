@@ -39,20 +39,30 @@ def gate(score, APPROXIMATE):
 
 @triton.jit
 @no_type_check
-def _entry(row, key, POSITIONS):
+def entry_of(row, key, POSITIONS):
     """Entry of the position table, its ends for distances beyond."""
     return tl.minimum(tl.maximum(POSITIONS // 2 + key - row, 0), POSITIONS - 1)
 
 
 @triton.jit
 @no_type_check
-def _bucket(row_time, key_time, starts, BUCKETS):
+def octaves_of(x):
+    """log2(x), one instruction, right to 2^-22."""
+    return tl.inline_asm_elementwise(
+        "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+@no_type_check
+def bucket_of(row_time, key_time, starts, BUCKETS):
     """The bucket of a gap, exact.
 
     The logarithm finds the nearest edge, integers decide on which side of it the gap lies.
     """
     gap = tl.abs(row_time - key_time)
-    nearest = (tl.log2(tl.maximum(gap, 1).to(tl.float32)) * BUCKETS_PER_OCTAVE + 0.5).to(tl.int32)
+    octaves = octaves_of(tl.maximum(gap, 1).to(tl.float32))
+    nearest = (octaves * BUCKETS_PER_OCTAVE + 0.5).to(tl.int32)
     nearest = tl.minimum(nearest, BUCKETS - 1)
     return tl.maximum(nearest - (gap < tl.load(starts + nearest)).to(tl.int32), 0)
 
@@ -149,7 +159,7 @@ def row_intervals(keys, row, real):
 
 @triton.jit
 @no_type_check
-def _seen(row, key, intervals, num_real, AXIS):
+def seen_pairs(row, key, intervals, num_real, AXIS):
     """Who sees whom; rows stand along the axis that is not `AXIS`."""
     lo0, hi0, lo1, hi1 = intervals
     row, key = tl.expand_dims(row, AXIS), tl.expand_dims(key, 1 - AXIS)
@@ -236,13 +246,13 @@ def forward(
             v_KV = _load(v + head * V, block, num_real, BK, H, V, WV, FULL)
             score = tl.dot(q_QK, tl.trans(k_KK), input_precision=PRECISION) * ALPHA
             if POSITIONS:
-                score += tl.load(position_table + _entry(row[:, None], key[None, :], POSITIONS))
+                score += tl.load(position_table + entry_of(row[:, None], key[None, :], POSITIONS))
             if BUCKETS:
                 key_time = tl.load(times + key, mask=key < num_real, other=0)
-                bucket = _bucket(row_time[:, None], key_time[None, :], starts, BUCKETS)
+                bucket = bucket_of(row_time[:, None], key_time[None, :], starts, BUCKETS)
                 score += tl.load(time_table + bucket)
             if not FULL:
-                seen = _seen(row, key, intervals, num_real, 1)
+                seen = seen_pairs(row, key, intervals, num_real, 1)
                 score = tl.where(seen, score, MASKED_SCORE)
             weight = score * gate(score, APPROXIMATE)
             sum_QV = tl.dot(weight.to(v_KV.dtype), v_KV, sum_QV, input_precision=PRECISION)
@@ -321,14 +331,14 @@ def backward_queries(
             d_weight = tl.dot(g_QV, tl.trans(v_KV), input_precision=PRECISION)
             seen = (row < num_real)[:, None] & (key < num_real)[None, :]
             if POSITIONS:
-                entry = _entry(row[:, None], key[None, :], POSITIONS)
+                entry = entry_of(row[:, None], key[None, :], POSITIONS)
                 score += tl.load(position_table + entry)
             if BUCKETS:
                 key_time = tl.load(times + key, mask=key < num_real, other=0)
-                bucket = _bucket(row_time[:, None], key_time[None, :], starts, BUCKETS)
+                bucket = bucket_of(row_time[:, None], key_time[None, :], starts, BUCKETS)
                 score += tl.load(time_table + bucket)
             if not FULL:
-                seen = _seen(row, key, intervals, num_real, 1)
+                seen = seen_pairs(row, key, intervals, num_real, 1)
                 score = tl.where(seen, score, MASKED_SCORE)
             open_gate = gate(score, APPROXIMATE)
             d_score = d_weight * (open_gate + score * open_gate * (1.0 - open_gate))
@@ -416,13 +426,13 @@ def backward_keys(
             score = tl.dot(k_KK, tl.trans(q_QK), input_precision=PRECISION) * ALPHA
             d_weight = tl.dot(v_KV, tl.trans(g_QV), input_precision=PRECISION)
             if POSITIONS:
-                score += tl.load(position_table + _entry(row[None, :], key[:, None], POSITIONS))
+                score += tl.load(position_table + entry_of(row[None, :], key[:, None], POSITIONS))
             if BUCKETS:
                 row_time = tl.load(query_times + row, mask=real, other=0)
-                bucket = _bucket(row_time[None, :], key_time[:, None], starts, BUCKETS)
+                bucket = bucket_of(row_time[None, :], key_time[:, None], starts, BUCKETS)
                 score += tl.load(time_table + bucket)
             if not FULL:
-                seen = _seen(row, key, row_intervals(keys, row, real), num_real, 0)
+                seen = seen_pairs(row, key, row_intervals(keys, row, real), num_real, 0)
                 score = tl.where(seen, score, MASKED_SCORE)
             open_gate = gate(score, APPROXIMATE)
             weight = score * open_gate

@@ -1,13 +1,13 @@
 """Sizes of the Triton kernels, by kind of GPU, dtype and head width; and what they cannot take."""
 
-import importlib.util
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from kernels import device
+from kernels import device, triton_call
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec, TileSizes
+from kernels.triton_call import padded
 
 WIDEST = 256
 WIDEST_SMALL = 128  # where a program has less than 163 KiB of shared memory
@@ -68,33 +68,19 @@ def widest(compute_capability: tuple[int, int]) -> int:
     return WIDEST if shared_kib(compute_capability) >= 163 else WIDEST_SMALL
 
 
-def padded(width: int) -> int:
-    """Width that products compute with: a power of two."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def refusal(spec: AttentionSpec) -> str | None:
+def refusal(spec: AttentionSpec, name: str = "triton") -> str | None:
     """Why no Triton kernel can run calls of this dtype and these widths here, or None."""
-    current = device.current()
-    capability = current.compute_capability
-    if current.platform != "gpu" or capability is None or capability < (8, 0):
+
+    def unfit(capability: tuple[int, int]) -> str | None:
+        widths = (spec.k_width, spec.v_width)
+        if 0 < min(widths) <= max(widths) <= widest(capability):
+            return None
         return (
-            f"triton needs an NVIDIA GPU from sm80 (A100) on, the device is {current.kind!r}; "
-            "implementation='xla' runs anywhere"
-        )
-    widths = (spec.k_width, spec.v_width)
-    if not 0 < min(widths) <= max(widths) <= widest(capability):
-        return (
-            f"triton takes heads of width 1 to {widest(capability)} here, got K = {widths[0]}, "
+            f"{name} takes heads of width 1 to {widest(capability)} here, got K = {widths[0]}, "
             f"V = {widths[1]}; implementation='xla' takes any"
         )
-    for package in ("jax_triton", "triton"):
-        if importlib.util.find_spec(package) is None:
-            return (
-                f"triton needs {package}: pip install -r requirements-cuda.txt; "
-                "implementation='xla' needs nothing more"
-            )
-    return None
+
+    return triton_call.refusal(unfit, name=name)
 
 
 def heuristic(compute_capability: tuple[int, int], spec: AttentionSpec) -> KernelSizes:

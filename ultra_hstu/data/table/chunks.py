@@ -12,6 +12,7 @@ from ultra_hstu.data.strings import STRINGS
 
 _INTEGER = r"^-?(0|[1-9][0-9]{0,17})$"
 _INTEGRAL = r"^-?(0|[1-9][0-9]{0,14})\.0+$"  # as a table of numbers with gaps is written
+_BLOCK = 1 << 18  # strings that are Python's at one time
 _MANY = 1 << 24  # distinct values of all chunks that are held
 
 
@@ -62,7 +63,11 @@ class TextColumn:
             used[_indices(chunk)] = True
         place = np.flatnonzero(used[:-1])  # of values that occur: others may be of dropped rows
         values = check(one.take(pa.array(place)), lambda k: self._first_event(int(place[k])))
-        ids, inverse = np.unique(_to_numpy(values), return_inverse=True)
+        array = _to_numpy(values)
+        del values
+        pa.default_memory_pool().release_unused()
+        ids, inverse = np.unique(array, return_inverse=True)
+        del array
         rank = np.full(len(one) + 1, -1, np.int32)
         rank[place] = inverse
         code_E = np.empty(sum(map(len, self._chunks)), np.int32)
@@ -93,9 +98,12 @@ def _indices(chunk: pa.DictionaryArray) -> Int32[np.ndarray, " n"]:
 
 
 def _to_numpy(values: pa.Array) -> Shaped[np.ndarray, " n"]:
-    if pa.types.is_string(values.type):
-        return np.array(values.to_pylist(), STRINGS)
-    return values.to_numpy()
+    if not pa.types.is_string(values.type):
+        return values.to_numpy()
+    array = np.empty(len(values), STRINGS)
+    for first in range(0, len(values), _BLOCK):  # a string of Python takes four times the memory
+        array[first : first + _BLOCK] = values.slice(first, _BLOCK).to_pylist()
+    return array
 
 
 class BadId(Exception):
@@ -111,23 +119,14 @@ def ids(values: pa.Array, first_event: Callable[[int], int]) -> pa.Array:
 
     Raises BadId.
     """
-
-    def refuse(bad: pa.Array, problem: str) -> None:
-        place = pc.index(bad, True).as_py()
-        if place >= 0:
-            raise BadId(problem, values[place].as_py(), first_event(place))
-
     if pa.types.is_integer(values.type):
         return values
     if pa.types.is_floating(values.type):
         whole = pc.equal(pc.floor(values), values)
         exact = pc.and_(whole, pc.less(pc.abs(values), 2.0**53))
-        refuse(pc.invert(exact), "an id must be a whole number or text")
+        _refuse(values, pc.invert(exact), "an id must be a whole number or text", first_event)
         return values.cast(pa.int64())
-    values = pc.utf8_trim_whitespace(values)
-    refuse(pc.equal(pc.utf8_length(values), 0), "an id is missing")
-    long = pc.greater(pc.utf8_length(values), MAX_ID_LETTERS)
-    refuse(long, f"an id has more than {MAX_ID_LETTERS} letters")
+    values = _words(values, first_event)
     integer = pc.match_substring_regex(values, _INTEGER)
     if pc.all(integer).as_py():
         return values.cast(pa.int64())
@@ -135,6 +134,35 @@ def ids(values: pa.Array, first_event: Callable[[int], int]) -> pa.Array:
     if pc.all(pc.or_(integer, integral)).as_py():
         return pc.replace_substring_regex(values, r"\.0+$", "").cast(pa.int64())
     return values
+
+
+def _words(values: pa.Array, first_event: Callable[[int], int]) -> pa.Array:
+    """Ids of text, without blanks around. Raises BadId."""
+    values = pc.utf8_trim_whitespace(values.cast(pa.string()))
+    size = pc.utf8_length(values)
+    _refuse(values, pc.equal(size, 0), "an id is missing", first_event)
+    problem = f"an id has more than {MAX_ID_LETTERS} letters"
+    _refuse(values, pc.greater(size, MAX_ID_LETTERS), problem, first_event)
+    return values
+
+
+def _refuse(
+    values: pa.Array, bad: pa.Array, problem: str, first_event: Callable[[int], int]
+) -> None:
+    if (place := pc.index(bad, True).as_py()) >= 0:
+        raise BadId(problem, values[place].as_py(), first_event(place))
+
+
+def exact_ids(values: pa.Array, first_event: Callable[[int], int]) -> pa.Array:
+    """The same where a format says what ids are: text stays text, also where all are digits.
+
+    Raises BadId.
+    """
+    return (
+        ids(values, first_event)
+        if pa.types.is_integer(values.type)
+        else _words(values, first_event)
+    )
 
 
 def texts(values: pa.Array, first_event: Callable[[int], int]) -> pa.Array:
@@ -159,7 +187,7 @@ def compact(times: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
     return times.astype(np.int32 if small else np.int64)
 
 
-def narrow(numbers: Num[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
+def narrow(numbers: Shaped[np.ndarray, " n"]) -> Num[np.ndarray, " n"]:
     """int32 where nothing is lost by it, else float32, with NaN for what is not finite there."""
     if numbers.dtype.kind == "b":
         return numbers.astype(np.int32)

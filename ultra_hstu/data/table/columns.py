@@ -20,10 +20,11 @@ USERS = (
 ).split()
 ITEMS = (
     "itemid movieid item asin parentasin videoid trackid productid product articleid songid "
-    "artistid bookid gameid businessid newsid contentid problemid sku iid id"
+    "artistid bookid isbn animeid venueid gameid businessid newsid contentid problemid sku iid id"
 ).split()
 TIMES = (
-    "timestamp time ts unixreviewtime timems timestampms eventtime datetime unixtime createdat date"
+    "timestamp time ts unixreviewtime timems timestampms eventtime datetime unixtime createdat "
+    "date eventdate"
 ).split()
 EVENT_TITLES = "title itemtitle itemname producttitle productname movietitle".split()
 TITLES = [*EVENT_TITLES, "name"]
@@ -60,8 +61,13 @@ class Columns:
         return tuple(dict.fromkeys(name for name in some if name is not None))
 
 
-def choose(names: Sequence[str], config: TableConfig, where: object) -> Columns:
+def choose(
+    names: Sequence[str], config: TableConfig, where: object, *, items: bool = False
+) -> Columns:
     """The columns of a table that has these names; `where` says which table, in errors.
+
+    Args:
+        items: whether a table of items has the titles.
 
     Raises:
         ValueError: a column that is not there; shows those that are, and the flag that names it.
@@ -97,7 +103,7 @@ def choose(names: Sequence[str], config: TableConfig, where: object) -> Columns:
         asked.append(require(Comparison.of(rule).column, f"data.table.tasks.{task}"))
     usual = [name for name in names if simple(name) in ACTIONS]
     title = None
-    if config.items_file is None:
+    if not items:
         title = config.item_title and require(config.item_title, "data.table.item_title")
         title = title or find(names, EVENT_TITLES)
     known = (user, item, time, title)

@@ -4,15 +4,12 @@ Columns are known by name. What pyarrow stumbles over is looked for again, one l
 that errors name file, line (row group) and value.
 """
 
-import contextlib
-import csv
 import dataclasses
 import glob
 import io
 import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +18,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from ultra_hstu.data.table.source import Types, json_object
+from ultra_hstu.data.table.text_files import QUOTES, csv_records, open_raw, open_text
 from ultra_hstu.data.table.values import (
     DATE,
     INTEGER,
@@ -33,7 +32,6 @@ from ultra_hstu.data.table.values import (
 from ultra_hstu.data.text import Line
 
 Format = Literal["csv", "json", "parquet"]
-Types = Mapping[str, pa.DataType]
 _FORMATS: dict[str, Format] = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -43,11 +41,26 @@ _FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
+# Text whose name does not say how it is written: CSV where it is named itself, not in a folder.
+_TEXTS: dict[str, Format] = dict.fromkeys((".txt", ".dat", ".inter"), "csv")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_KNOWN = f"{', '.join(_FORMATS)}, also with {' or '.join(_COMPRESSIONS)} where they are text"
+_KNOWN = (
+    f"{', '.join(_FORMATS)}, or {', '.join(_TEXTS)} for a file of CSV, also with "
+    f"{' or '.join(_COMPRESSIONS)} where they are text"
+)
 _BLOCK_BYTES = 1 << 24
+_TYPED = re.compile("(.+):(?:token|float)(?:_seq)?")  # a name of RecBole's atomic files
 _BATCH_ROWS = 1 << 20
 _SAMPLE_ROWS, _SAMPLE_CELLS = 1000, 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How CSV is written, as far as it does not say so itself; see `data.table`."""
+
+    delimiter: str | None = None
+    names: tuple[str, ...] = ()
+    quotes: bool = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +70,8 @@ class TableFile:
     Attributes:
         types: of every column, by name, as its first rows look.
         names: of the fields of a line of CSV, in order.
+        header: whether the first line has them.
+        quotes: whether fields of CSV may stand in quotes.
     """
 
     path: Path
@@ -65,6 +80,15 @@ class TableFile:
     types: Types
     delimiter: str = ","
     names: tuple[str, ...] = ()
+    header: bool = True
+    quotes: bool = True
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def documented(self) -> dict[str, tuple[str, ...]]:
+        return {}
 
     def batches(self, wanted: Types) -> Iterator[pa.RecordBatch]:
         """The rows with these columns, read as these types; text is dictionary-encoded. Parquet has
@@ -95,13 +119,14 @@ class TableFile:
 
     def _lines(self) -> Iterator[tuple[Line, Sequence[str] | None]]:
         """The rows of a text file; of CSV with their fields."""
-        with _text(self.path, self.compression) as file:
+        with open_text(self.path, self.compression) as file:
             if self.format == "json":
                 for number, text in enumerate(file, 1):
                     if text.strip():
                         yield Line(self.path, number, text.rstrip("\r\n")), None
                 return
-            yield from itertools.islice(_records(self.path, file, self.delimiter), 1, None)
+            rows = csv_records(self.path, file, self.delimiter, self.quotes)
+            yield from itertools.islice(rows, int(self.header), None)
 
     def _explain(self, types: Types) -> None:
         """Raises ValueError for the first line that is not as `types` say."""
@@ -109,9 +134,11 @@ class TableFile:
             return
         for line, fields in self._lines():
             if fields is None:
-                values = _json_object(line)
+                values = json_object(line)
             elif len(fields) != len(self.names):
-                raise line.error(f"expected {len(self.names)} fields, found {len(fields)}")
+                problem = f"expected {len(self.names)} fields, found {len(fields)}"
+                quoted = '"' in line.text and self.quotes
+                raise line.error(problem, remedy=f": {QUOTES}" if quoted else "")
             else:
                 values = dict(zip(self.names, fields, strict=True))
             for name, kind in types.items():
@@ -127,7 +154,7 @@ _AGAIN = "it may be cut off or damaged, copy it again"
 
 
 def find_files(
-    raw: str, other: Sequence[str | None] = (), delimiter: str | None = None
+    raw: str, other: Sequence[str | None] = (), layout: Layout = Layout()
 ) -> list[TableFile]:
     """The files that a path, a folder or a pattern means, sorted by name.
 
@@ -153,13 +180,13 @@ def find_files(
         paths = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         if not paths:
             raise ValueError(f"data.raw_dir={raw!r}: there is no such file, folder or pattern")
-    return [open_file(one, delimiter) for one in paths]
+    return [open_file(one, layout) for one in paths]
 
 
-def open_file(path: str | Path, delimiter: str | None = None) -> TableFile:
+def open_file(path: str | Path, layout: Layout = Layout()) -> TableFile:
     """A file, with its columns. Raises ValueError for one that has none, or an unknown format."""
     path = Path(path).expanduser()
-    kind, compression = _format(path)
+    kind, compression = _format(path, _FORMATS | _TEXTS)
     if kind is None:
         raise ValueError(f"{path}: the name says no known format: use {_KNOWN}")
     if not path.is_file():
@@ -171,15 +198,15 @@ def open_file(path: str | Path, delimiter: str | None = None) -> TableFile:
                 twice = {name for name in schema.names if schema.names.count(name) > 1}
                 types = {field.name: field.type for field in schema if field.name not in twice}
                 return TableFile(path, kind, None, types)
-        head = _raw(path, compression).read(4)
+        head = open_raw(path, compression).read(4)
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ValueError(f"{path} is UTF-16: save it as UTF-8")
         if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK", b"PAR1")):
             raise ValueError(f"{path} is no text: is its name right? Known are {_KNOWN}")
-        with _text(path, compression) as file:
+        with open_text(path, compression) as file:
             if kind == "json":
                 return TableFile(path, kind, compression, _json_types(path, file))
-            return _csv_file(path, compression, file, delimiter)
+            return _csv_file(path, compression, file, layout)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is no whole Parquet file ({error}): {_AGAIN}") from None
     except OSError as error:
@@ -193,75 +220,50 @@ def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
 
 
-def _format(path: Path) -> tuple[Format | None, str | None]:
+def _format(path: Path, known: dict[str, Format] = _FORMATS) -> tuple[Format | None, str | None]:
     compression = _COMPRESSIONS.get(path.suffix.lower())
     inner = path.with_suffix("") if compression else path
-    kind = _FORMATS.get(inner.suffix.lower())
+    kind = known.get(inner.suffix.lower())
     return (None if kind == "parquet" and compression else kind), compression
-
-
-def _raw(path: Path, compression: str | None) -> pa.NativeFile:
-    return pa.input_stream(str(path), compression=compression)
-
-
-@contextlib.contextmanager
-def _text(path: Path, compression: str | None) -> Iterator[io.TextIOWrapper]:
-    """The file as text; a byte that is not UTF-8 is a ValueError that names its line."""
-    with _raw(path, compression) as stream:
-        text = io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="")
-        try:
-            yield text
-        except UnicodeDecodeError:
-            with _raw(path, compression) as again:
-                for number, line in enumerate(io.BufferedReader(again), 1):
-                    try:
-                        line.decode("utf-8")
-                    except UnicodeDecodeError as error:
-                        problem = f"byte {error.start + 1} is not UTF-8; save the file as UTF-8"
-                        text_of = line.decode("utf-8", "replace")
-                        raise Line(path, number, text_of).error(problem) from None
-            raise
-        finally:
-            text.detach()
-
-
-def _records(
-    path: Path, file: Iterable[str], delimiter: str
-) -> Iterator[tuple[Line, Sequence[str]]]:
-    """The records of CSV, blank lines left out, with the line that each begins on."""
-    reader, number = csv.reader(file, delimiter=delimiter, strict=True), 1
-    while True:
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise Line(path, number, "").error(f"{error}; is a quote left open?") from None
-        if fields:
-            yield Line(path, number, delimiter.join(fields)), fields
-        number = reader.line_num + 1
 
 
 # --- CSV ---
 
 
 def _csv_file(
-    path: Path, compression: str | None, file: io.TextIOWrapper, delimiter: str | None
+    path: Path, compression: str | None, file: io.TextIOWrapper, layout: Layout
 ) -> TableFile:
+    delimiter = layout.delimiter
     first = next((line for line in file if line.strip()), None)
     if first is None:
         raise ValueError(f"{path} is empty: expected a header with the names of the columns")
     if delimiter is None:
         tab = path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv")
         delimiter = "\t" if tab else max(",\t;|", key=first.count)
-    rows = _records(path, itertools.chain([first], file), delimiter)
-    header, names = next(rows)
-    names = [name.strip() for name in names]
+        if "::" in first:
+            problem = "fields seem to be separated by '::', and one character must separate them"
+            raise Line(path, 1, first.rstrip()).error(problem, remedy=": sed 's/::/\\t/g'")
+    rows = csv_records(path, itertools.chain([first], file), delimiter, layout.quotes)
+    header, fields = next(rows)
+    if len(fields) == 1:
+        raise header.error(
+            "one field alone: expected columns, separated by a comma, a tab, ; or | (another one: "
+            "--config.data.table.delimiter=...), in rows of an event each"
+        )
+    if layout.names:
+        if len(layout.names) != len(fields):
+            problem = f"data.table.names has {len(layout.names)} names for {len(fields)} fields"
+            raise header.error(problem)
+        names = list(layout.names)
+        rows = itertools.chain([(header, fields)], rows)
+    else:
+        names = [_TYPED.sub(r"\1", name.strip()) for name in fields]
     numbers = [name for name in names if INTEGER.fullmatch(name) or DATE.fullmatch(name)]
     if numbers:
         raise header.error(
             f"the header holds {numbers[0]!r}, which is no name: the first line must name the "
-            "columns, such as user_id,item_id,timestamp"
+            "columns, such as user_id,item_id,timestamp. If there is no header, name them by "
+            '--config.data.table.names=\'("user","item","time",...)\'. The line'
         )
     sample: list[Sequence[str]] = []
     for _, fields in rows:
@@ -275,20 +277,27 @@ def _csv_file(
         if name not in twice:
             values = [fields[index] for fields in sample if len(fields) > index]
             types[name] = type_of_texts([value for value in values if value not in MISSING])
-    return TableFile(path, "csv", compression, types, delimiter, tuple(names))
+    has_header = not layout.names
+    return TableFile(
+        path, "csv", compression, types, delimiter, tuple(names), has_header, layout.quotes
+    )
 
 
 def _csv_batches(file: TableFile, types: Types) -> Iterator[pa.RecordBatch]:
     header = sum(map(len, file.names)) + len(file.names)
     reader = pa.csv.open_csv(
-        _raw(file.path, file.compression),
+        open_raw(file.path, file.compression),
         read_options=pa.csv.ReadOptions(
             block_size=max(_BLOCK_BYTES, 8 * header),
             column_names=[name or f" {place}" for place, name in enumerate(file.names)],
             skip_rows_after_names=0,
-            skip_rows=_rows_above(file),
+            skip_rows=_rows_above(file) if file.header else 0,
         ),
-        parse_options=pa.csv.ParseOptions(delimiter=file.delimiter, newlines_in_values=True),
+        parse_options=pa.csv.ParseOptions(
+            delimiter=file.delimiter,
+            newlines_in_values=file.quotes,
+            quote_char='"' if file.quotes else False,
+        ),
         convert_options=pa.csv.ConvertOptions(
             column_types={name: _read_as(kind) for name, kind in types.items()},
             include_columns=list(types),
@@ -303,8 +312,8 @@ def _csv_batches(file: TableFile, types: Types) -> Iterator[pa.RecordBatch]:
 
 def _rows_above(file: TableFile) -> int:
     """Lines down to the header, which `column_names` replace."""
-    with _text(file.path, file.compression) as text:
-        line, _ = next(_records(file.path, text, file.delimiter))
+    with open_text(file.path, file.compression) as text:
+        line, _ = next(csv_records(file.path, text, file.delimiter, file.quotes))
         return line.number
 
 
@@ -318,22 +327,11 @@ def _read_as(kind: pa.DataType) -> pa.DataType:
 # --- JSON lines ---
 
 
-def _json_object(line: Line) -> dict[str, object]:
-    try:
-        value = json.loads(line.text)
-    except json.JSONDecodeError as error:
-        problem = f"expected one JSON object a line ({error.msg}, column {error.colno})"
-        raise line.error(problem) from None
-    if not isinstance(value, dict):
-        raise line.error("expected one JSON object a line")
-    return value
-
-
 def _json_types(path: Path, file: io.TextIOWrapper) -> Types:
     values: dict[str, list[object]] = {}
     for number, text in enumerate(itertools.islice(file, _SAMPLE_ROWS), 1):
         if text.strip():
-            for name, value in _json_object(Line(path, number, text.rstrip("\r\n"))).items():
+            for name, value in json_object(Line(path, number, text.rstrip("\r\n"))).items():
                 values.setdefault(name, []).append(value)
     if not values:
         raise ValueError(f"{path} is empty: expected one JSON object a line")
@@ -343,7 +341,7 @@ def _json_types(path: Path, file: io.TextIOWrapper) -> Types:
 def _json_batches(file: TableFile, types: Types) -> Iterator[pa.RecordBatch]:
     fields = [(n, pa.string() if pa.types.is_null(kind) else kind) for n, kind in types.items()]
     reader = pa.json.open_json(
-        _raw(file.path, file.compression),
+        open_raw(file.path, file.compression),
         read_options=pa.json.ReadOptions(block_size=_BLOCK_BYTES),
         parse_options=pa.json.ParseOptions(
             explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore"

@@ -8,7 +8,8 @@ import pyarrow.interchange
 from ultra_hstu.data.grouping import Titles
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.table import columns as meaning
-from ultra_hstu.data.table.reader import Frame, from_sources
+from ultra_hstu.data.table.reader import from_sources
+from ultra_hstu.data.table.source import Frame
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)

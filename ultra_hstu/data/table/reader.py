@@ -3,13 +3,14 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64, Num
 
 from ultra_hstu.data import grouping
+from ultra_hstu.data.delimited import DelimitedFile
 from ultra_hstu.data.grouping import Coded, EventColumns, Titles
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.table import columns as meaning
@@ -17,6 +18,7 @@ from ultra_hstu.data.table.chunks import (
     BadId,
     TextColumn,
     compact,
+    exact_ids,
     gaps,
     ids,
     joined,
@@ -24,37 +26,16 @@ from ultra_hstu.data.table.chunks import (
     texts,
 )
 from ultra_hstu.data.table.columns import TICKS, Columns, Comparison, Reading
-from ultra_hstu.data.table.files import TableFile, Types
-from ultra_hstu.data.table.sides import read_titles
+from ultra_hstu.data.table.files import TableFile
+from ultra_hstu.data.table.sides import ItemTable, read_items
+from ultra_hstu.data.table.source import Frame, Source
 from ultra_hstu.data.table.values import is_date
 from ultra_hstu.data.times import EARLY, FIRST_SECOND, LAST_SECOND
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
 _SILENCE = 5.0  # seconds between two lines of progress
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Frame:
-    """A table in memory."""
-
-    table: pa.Table
-
-    @property
-    def types(self) -> Types:
-        return {field.name: field.type for field in self.table.schema}
-
-    def batches(self, wanted: Types) -> Iterable[pa.RecordBatch]:
-        return self.table.select(list(wanted)).to_batches(max_chunksize=1 << 20)
-
-    def place(self, row: int) -> str:
-        return f"row {row} of the frame"
-
-    def __str__(self) -> str:
-        return "the frame"
-
-
-Source = TableFile | Frame
+_MAX_SPAN = 2**31 - 1  # of all times, in seconds: batches hold them as int32
 
 
 def from_sources(
@@ -62,12 +43,18 @@ def from_sources(
     columns: Columns,
     config: TableConfig,
     titles: Titles | None = None,
+    items: Source | None = None,
 ) -> tuple[Interactions, Reading]:
-    """Reads all sources, in their order, and groups their events by user."""
+    """Reads all sources, in their order, and groups their events by user.
+
+    Args:
+        titles: of items, by id; None: those of the events, or of `items`.
+        items: the table of items.
+    """
     reader = _Reader(columns, config)
     for source in sources:
         reader.add(source)
-    return reader.group(sources[0], titles)
+    return reader.group(sources[0], titles, items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +86,7 @@ class _Reader:
         for name in self.columns.names:
             if name not in source.types:
                 raise ValueError(
-                    f"{_name(source)} has no column {name!r}, which the first file has; its "
+                    f"{source} has no column {name!r}, which the first file has; its "
                     f"columns are {meaning.listed(list(source.types))}"
                 )
         wanted = {name: self._read_as(name, source) for name in self.columns.names}
@@ -109,7 +96,7 @@ class _Reader:
             row += batch.num_rows
             if time.monotonic() - shown > _SILENCE:
                 shown = time.monotonic()
-                _log.info("reading %s: %d events", _name(source), row)
+                _log.info("reading %s: %d events", source, row)
 
     def _read_as(self, name: str, source: Source) -> pa.DataType:
         """Ids of CSV are text until all are seen, and numbers may have fractions further down."""
@@ -159,7 +146,7 @@ class _Reader:
             column.add(values)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise ValueError(
-                f"{_name(source)}: column {name!r} cannot be read as ids or text ({error}): "
+                f"{source}: column {name!r} cannot be read as ids or text ({error}): "
                 "write it in one kind in all files"
             ) from None
 
@@ -173,25 +160,25 @@ class _Reader:
         if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
             if stated != "auto":
                 raise ValueError(
-                    f"data.table.time_unit={stated!r}: column {name!r} of {_name(source)} holds "
+                    f"data.table.time_unit={stated!r}: column {name!r} of {source} holds "
                     "times with a unit of their own: leave it out"
                 )
             unit = "us"
             try:
                 values = values.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False)
             except pa.ArrowInvalid as error:
-                raise ValueError(f"{_name(source)}: column {name!r}: {error}") from None
+                raise ValueError(f"{source}: column {name!r}: {error}") from None
             array = values.cast(pa.int64()).to_numpy(zero_copy_only=False)
         elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
             array = values.to_numpy(zero_copy_only=False)
         else:
             raise ValueError(
-                f"{_name(source)}: column {name!r} holds {kind}, no times: name another one by "
+                f"{source}: column {name!r} holds {kind}, no times: name another one by "
                 "--config.data.table.time=NAME"
             )
         if self.times and unit != self.unit:
             raise ValueError(
-                f"{_name(source)}: column {name!r} holds {kind}, unlike the files before: write "
+                f"{source}: column {name!r} holds {kind}, unlike the files before: write "
                 "times in one way in all of them"
             )
         self.unit = unit
@@ -219,20 +206,20 @@ class _Reader:
                 number = values.cast(pa.int8()) if pa.types.is_boolean(kind) else values
                 values = number.cast(pa.float64(), safe=False)
             other = name in self.texts
-            numbers = narrow(values.to_numpy(zero_copy_only=False))
+            numbers = values.to_numpy(zero_copy_only=False)
+            if not isinstance(source, DelimitedFile):  # whose columns say what they are
+                numbers = narrow(numbers)
             self.numbers.setdefault(name, []).append(numbers)
         elif pa.types.is_nested(kind) or pa.types.is_temporal(kind) or pa.types.is_binary(kind):
             raise ValueError(
-                f"{_name(source)}: column {name!r} holds {kind}, which can be no action: use "
+                f"{source}: column {name!r} holds {kind}, which can be no action: use "
                 "numbers, true and false, or text"
             )
         else:
             other = name in self.numbers
             self._add_text(self.texts.setdefault(name, TextColumn()), name, values, source)
         if other:
-            raise ValueError(
-                f"{_name(source)}: column {name!r} holds {kind}, unlike the files before"
-            )
+            raise ValueError(f"{source}: column {name!r} holds {kind}, unlike the files before")
 
     def place(self, event: int) -> str:
         """Where an event was read."""
@@ -243,12 +230,14 @@ class _Reader:
             event -= piece.count
         raise IndexError(f"event {event}")
 
-    def group(self, first: Source, titles: Titles | None) -> tuple[Interactions, Reading]:
+    def group(
+        self, first: Source, titles: Titles | None, items: Source | None
+    ) -> tuple[Interactions, Reading]:
         """All that was read."""
         columns, config = self.columns, self.config
         if not any(piece.count for piece in self.pieces):
-            raise ValueError(f"{_name(first)} has no events: expected rows below the header")
-        user, item = self._coded("user"), self._coded("item")
+            raise ValueError(f"{first} has no events: expected rows below the header")
+        user, item = self._coded("user", first), self._coded("item", first)
         actions, texts_of = self._actions()
         for task, rule in config.tasks.items():
             comparison = Comparison.of(rule)
@@ -261,10 +250,20 @@ class _Reader:
             titles = self._titles(item)
         events = EventColumns(user, item, ticks_E, actions)
         del user, item, ticks_E, actions
-        if config.items_file is not None:
-            titles = known = read_titles(config, columns.item, events.item.ids)
-            dropped |= self._without_unlisted(events, known)
-        interactions, more = grouping.group(events, config, titles)
+        described: ItemTable | None = None
+        if items is not None:
+            described = read_items(items, config, columns.item, events.item.ids)
+            titles = known = described.titles
+            dropped |= self._without_unlisted(events, known, items)
+            if config.catalog == "listed":
+                events.item = events.item.among(list(known))
+        try:
+            interactions, more = grouping.group(events, config, titles)
+        except ValueError as error:
+            raise ValueError(f"{first}: {error}") from None
+        if described is not None:
+            catalog = described.described(interactions.catalog)
+            interactions = dataclasses.replace(interactions, catalog=catalog)
         if (seconds := interactions.timestamps) is not None:
             for block in grouping.blocks(len(seconds)):
                 seconds[block] //= TICKS[unit]
@@ -285,9 +284,10 @@ class _Reader:
         )
         return dataclasses.replace(interactions, features=config.features), reading
 
-    def _coded(self, part: str) -> Coded:
+    def _coded(self, part: str, first: Source) -> Coded:
+        own = isinstance(first, TableFile | Frame)
         try:
-            return self.ids[part].take(ids)
+            return self.ids[part].take(ids if own else exact_ids)
         except BadId as bad:
             name = getattr(self.columns, part)
             raise ValueError(
@@ -340,6 +340,12 @@ class _Reader:
         except (ValueError, OverflowError) as error:
             raise ValueError(f"column {name!r}: {error}") from None
         span = first, last
+        if last - first > _MAX_SPAN:
+            early, late = (self.place(int(event)) for event in (values.argmin(), values.argmax()))
+            raise ValueError(
+                f"{late}: time {last} is more than 2^31 - 1 seconds after time {first} of {early}: "
+                "a model takes 68 years"
+            )
         for second, event in zip(span, (np.argmin(values), np.argmax(values)), strict=True):
             if not FIRST_SECOND <= second <= LAST_SECOND:
                 raise ValueError(
@@ -364,27 +370,23 @@ class _Reader:
         return dict(zip(item.ids.tolist(), of_item, strict=True))
 
     def _without_unlisted(
-        self, events: EventColumns, known: Mapping[int | str, str]
+        self, events: EventColumns, known: Mapping[int | str, str], items: Source
     ) -> dict[str, int]:
         """Sees to items that the items table lacks; how many events are dropped."""
         listed_I = np.array([raw in known for raw in events.item.ids.tolist()])
         if listed_I.all() or self.config.unlisted_items == "keep":
             return {}
         keep_E = listed_I[events.item.code_E]
-        words = f"of items that {self.config.items_file} lacks"
+        words = f"of items that {items} lacks"
         if self.config.unlisted_items == "refuse":
             event = int(np.argmin(keep_E))
             raise ValueError(
                 f"{self.place(event)}: column {self.columns.item!r}: the item "
                 f"{events.item.ids.tolist()[events.item.code_E[event]]!r} is not in "
-                f"{self.config.items_file}, which lacks {int((~listed_I).sum())} of "
+                f"{items}, which lacks {int((~listed_I).sum())} of "
                 f"{len(listed_I)} items: add them, or choose --config.data.table.unlisted_items="
                 "keep (without a title) or drop"
             )
         _log.warning("dropped %d events %s", int((~keep_E).sum()), words)
         events.select(keep_E)
         return {words: int((~keep_E).sum())}
-
-
-def _name(source: Source) -> str:
-    return str(source.path) if isinstance(source, TableFile) else str(source)

@@ -1,0 +1,110 @@
+"""`short` without a GPU: kernels in Triton's interpreter, tiles, promises, what it refuses."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import device
+from kernels.hstu_attention import AttentionSpec, hstu_attention, make_plan, prepare_plan
+from kernels.hstu_attention.short import attention as short
+from kernels.hstu_attention.short.attention import WholeTiles
+from kernels.mask import AttentionMask
+from tests.kernels.attention_contract import (
+    BATCHES,
+    MASKS,
+    ROUND_OFF,
+    Case,
+    expected,
+    largest_error,
+)
+from tests.kernels.triton_interpreter import interpreted
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: name == "jax_triton" or find(name, *rest)
+    )
+    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H200", (9, 0)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "mask", "bias", "rescale"),
+    [
+        ("mixed", "all", "both", True),
+        ("mixed", "causal", None, False),
+        ("one row each", "window", "time", False),
+        ("all padding", "full rows", None, False),
+        ("long", "all", "both", True),
+        ("long", "causal", None, False),
+    ],
+)
+def test_contract(batch, mask, bias, rescale, hopper, monkeypatch):
+    case = Case(*(BATCHES | {"long": ((3, 0, 150, 40), 70)})[batch], 2, 25, 20, "float16", bias)
+    want, yardstick = expected(case.key, MASKS[mask], "float16", rescale)
+    scale = case.row_scale() if rescale else 1 / 64
+    with interpreted(monkeypatch):
+        got = case.out_and_gradients(
+            case.inputs(), mask=MASKS[mask], scale=scale, implementation="short"
+        )
+    assert set(got) == set(want)
+    for name, x in got.items():
+        assert np.isfinite(np.asarray(x)).all(), f"{name}: NaN of padding came through"
+        allowed = 2 * largest_error(yardstick[name], want[name]) + ROUND_OFF["float16"]
+        assert largest_error(x, want[name]) <= allowed, name
+        assert x.ndim == 1 or not np.asarray(x[case.real :]).any(), name
+
+
+@pytest.mark.parametrize(("longest", "rows"), [(1, 128), (50, 128), (64, 128), (65, 128), (9, 16)])
+def test_tiles_hold_whole_sequences(longest, rows):
+    lengths = np.random.default_rng(0).integers(0, longest + 1, 40)
+    lengths[7:11], lengths[20] = 0, longest
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    size = int(offsets[-1]) + 150
+
+    @jax.jit
+    def tiles_of(offsets):
+        return make_plan(AttentionMask(), offsets, size, longest=longest).find(WholeTiles(rows))
+
+    tiles = np.asarray(tiles_of(offsets))
+    assert tiles[0] == 0 and tiles[-1] == offsets[-1] and set(tiles) <= set(offsets)
+    assert (np.diff(tiles) >= 0).all() and np.diff(tiles).max() <= rows
+    assert len(tiles) <= 2 * size // rows + 2 or longest > rows // 2
+
+
+def test_a_broken_promise_is_named():
+    with pytest.raises(ValueError, match="sequence 1 has 9 rows, more than longest = 8"):
+        make_plan(AttentionMask(), np.array([0, 3, 12]), 12, longest=8)
+
+
+def test_refuses_with_a_reason(hopper):
+    spec = AttentionSpec("bfloat16", 2, 64, 64, longest=256)
+    assert short.unsupported(spec) is None
+    for changed, reason in (
+        (dict(longest=None), "promises None.*make_plan"),
+        (dict(longest=257), "at most 256 rows, the plan promises 257"),
+        (dict(v_width=200), "V = 200"),
+        (dict(dtype="float32"), "got float32"),
+        (dict(biased=True, deterministic=True), "deterministic"),
+    ):
+        assert re.search(reason, short.unsupported(spec._replace(**changed)) or "")
+
+
+def test_the_default_takes_it_where_sequences_are_short(hopper):
+    """The plan knows, whatever the spec says; a call without one asks concrete offsets."""
+    offsets, spec = np.array([0, 60, 100]), AttentionSpec("bfloat16", 1, 64, 64)
+    for longest, stored in ((100, True), (300, False), (None, False)):
+
+        def planned(offsets, longest=longest):
+            return prepare_plan(make_plan(AttentionMask(), offsets, 128, longest=longest), spec)
+
+        plan = jax.eval_shape(planned, offsets)
+        assert (WholeTiles(128) in plan.stored_keys) is stored
+    x = jnp.zeros((1000, 1, 8), jnp.float16)
+    with pytest.raises(NotImplementedError, match="the plan promises 900"):
+        hstu_attention(x, x, x, np.array([0, 900]), alpha=1, scale=1, implementation="short")

@@ -1,0 +1,42 @@
+"""The kernels of `short` compile for Hopper at all their sizes, and fit its shared memory."""
+
+import pytest
+
+from kernels.hstu_attention.short import kernels
+from kernels.hstu_attention.short.sizes import SIZES, ShortSizes
+from kernels.hstu_attention.triton.sizes import LaunchSizes, shared_kib
+from tests.kernels.triton_compiler import HOPPER, shared_memory, triton_cache  # noqa: F401
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize(("width", "tile"), SIZES)
+def test_sizes_fit(kernel, width, tile):
+    forward, backward = (LaunchSizes(*sizes) for sizes in SIZES[width, tile])
+    launch, function = forward, kernels.forward
+    if kernel == "backward":
+        whole = ShortSizes(forward, backward, tile).whole
+        launch = backward
+        function = kernels.backward if whole else kernels.backward_in_parts
+    pointers = dict.fromkeys(("q", "k", "v", "g", "out", "dq", "dk", "dv"), "*bf16")
+    pointers |= dict.fromkeys(("scale", "position_table", "time_table", "d_tables"), "*fp32")
+    constants = {
+        "T": 17024,
+        "H": 2,
+        "K": width,
+        "V": width,
+        "WK": width,
+        "WV": width,
+        "BQ": launch.block_q,
+        "BK": launch.block_k,
+        "TILES": 128,
+        "PIECES": -(-tile // launch.block_q),
+        "ALPHA": 0.125,
+        "ROW_SCALE": True,
+        "POSITIONS": 421,
+        "BUCKETS": 129,
+        "PRECISION": "tf32",
+        "APPROXIMATE": True,
+        "COPIES": 64,
+    }
+    found = shared_memory(function, constants, pointers, launch, HOPPER)
+    assert found <= shared_kib(HOPPER) * 1024
