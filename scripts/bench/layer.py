@@ -110,9 +110,10 @@ SOURCES = {
 WINDOW, ULTRA = (name for name, one in WORKLOADS.items() if one.window == 256)
 # Which modes are measured on which workload, and what of them.
 CASES = [
-    *((name, mode, "training") for mode in ("none", "selective") for name in WORKLOADS),
-    *((WINDOW, mode, "training") for mode in ("xla", "fp8", "fp8 gradient")),
+    *((name, "none", "training") for name in WORKLOADS),
+    *((WINDOW, mode, "training") for mode in ("fp8", "fp8 gradient", "xla")),
     *((WINDOW, mode, "inference") for mode in ("none", "fp8")),
+    *((name, "selective", "training") for name in WORKLOADS),
     (ULTRA, f"selective {CHUNKS} chunks", "training"),
 ]
 
