@@ -32,10 +32,17 @@ class Accurate:
 class TestFull(Accurate, FullContract):
     implementation = "triton"
 
+    def check(self, rows, dtype, **options):
+        """The contract; beyond a width of 64, float32 is refused."""
+        if dtype == "float32" and rows.q.shape[1] > 64:
+            loss = self.loss(rows, implementation="triton", **options)
+            with pytest.raises(NotImplementedError, match="float32 of width 1 to 64"):
+                rows.values(loss)
+        else:
+            super().check(rows, dtype, **options)
+
     @pytest.mark.parametrize("width", [1, 64, 128])
     def test_widths(self, width, dtype):
-        if (width, dtype) == (128, "float32"):
-            width = 33
         self.check(Rows(300, 400, width, 1, dtype), dtype)
 
     def test_float32_products_follow_the_matmul_precision(self):
@@ -48,7 +55,7 @@ class TestFull(Accurate, FullContract):
 
         got = rows.values(loss)
         error = np.abs(got["loss_T"] - want["loss_T"]).max()
-        assert 1e-6 < error < 1e-2
+        assert 1e-6 < error < 3e-2
 
     def test_too_wide(self):
         rows = Rows(8, 5, 65, 1, "float32")
@@ -69,6 +76,8 @@ class TestSampled(Accurate, SampledContract):
         inputs = (rows.q, rows.e, rows.positive, rows.weight)
         with pytest.raises(NotImplementedError, match="D = 2000.*implementation='xla'"):
             sampled_softmax(*inputs, rows.negative, implementation="triton")
+        rows = Rows(8, 5, 16, 3, "float32")
+        inputs = (rows.q, rows.e, rows.positive, rows.weight)
         shared = Negatives(rows.negative, 3, lambda negative_CR, _: negative_CR, rows_per_draw=4)
         with pytest.raises(NotImplementedError, match="4 rows share"):
             sampled_softmax(*inputs, shared, implementation="triton")
