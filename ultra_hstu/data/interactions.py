@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -141,22 +141,43 @@ class Interactions:
     def lengths(self) -> Int64[np.ndarray, " users"]:
         return np.diff(self.offsets)
 
+    @property
+    def timed(self) -> bool:
+        """Whether events have times."""
+        return self.timestamps is not None
+
+    @property
+    def action_names(self) -> list[str]:
+        return sorted(self.actions)
+
+    def column(self, name: str) -> Iterator[np.ndarray]:
+        """`items`, `timestamps` or an action of all events, in pieces that follow one another."""
+        yield getattr(self, name) if name in ("items", "timestamps") else self.actions[name]
+
     def fingerprint(self) -> dict[str, Any]:
         """Counts and a hash of all that is here: the same for the same data.
 
         Features of items have hashes of their own, by name.
         """
         digest = hashlib.sha256()
-        times = np.zeros(0, np.int64) if self.timestamps is None else self.timestamps
-        for array in (self.users, self.offsets, self.items, times, self.catalog.raw_ids):
+
+        def add(array: np.ndarray) -> None:
             for part in pack(array) if is_strings(array) else (array,):
                 digest.update(np.ascontiguousarray(part).tobytes())
-        for columns in (self.actions, self.contexts):
-            for name in sorted(columns):
-                digest.update(
-                    f"{name} {self.context_values.get(name)}".encode()
-                    + np.ascontiguousarray(columns[name]).tobytes()
-                )
+
+        add(self.users)
+        add(self.offsets)
+        for name in ("items", *(["timestamps"] if self.timed else [])):
+            for piece in self.column(name):
+                add(piece)
+        add(self.catalog.raw_ids)
+        for name in self.action_names:
+            digest.update(f"{name} {self.context_values.get(name)}".encode())
+            for piece in self.column(name):
+                add(piece)
+        for name in sorted(self.contexts):
+            digest.update(f"{name} {self.context_values.get(name)}".encode())
+            add(self.contexts[name])
         of_items = {name: column.digest() for name, column in self.catalog.features.items()}
         return {
             "users": self.num_users,
@@ -263,8 +284,12 @@ def load_interactions(config: DataConfig) -> Interactions:
     )
 
 
-def ordered(interactions: Interactions, *, ties: str = "stable", seed: int = 0) -> Interactions:
+def ordered(
+    interactions: Interactions, *, ties: str = "stable", seed: int | np.random.Generator = 0
+) -> Interactions:
     """Each user's events by time; ties in the order that they had, or in a seeded random one.
+
+    Users in parts, one after another, have the order of all together where one generator draws.
 
     Raises:
         ValueError: random ties without timestamps, an unknown kind of ties.
