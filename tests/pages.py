@@ -165,7 +165,8 @@ class Page:
         workdir = self.folder / flags.get("workdir", "none")
         there = module in TRAINED and (workdir / "result.json").exists()
         if module == "experiments.train" and not re.search("parallel|distributed", line):
-            source = configs.named(flags["config"]).data.source
+            named = configs.named(flags["config"]).data.source
+            source = flags.get("config.data.source", named)
             raw = publisher_files(source, self.folder / source)
             if raw is not None:
                 there, arguments = True, [*arguments, f"--config.data.raw_dir={raw}", *SMALL]

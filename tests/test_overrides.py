@@ -37,7 +37,7 @@ def made(monkeypatch, name, *overrides):
         ("ml1m_hstu", "data.subsequence=recent", "without data.stochastic_length"),
         ("ml1m_hstu", "data.recalibrate_every=5", "without data.load_balance"),
         ("ml1m_hstu", "data.synthetic.users=9", "under data.source=ml-1m"),
-        ("ml1m_hstu", "data.table.k_core=1", "under data.source=ml-1m"),
+        ("ml1m_hstu", "data.table.user=u", "under data.source=ml-1m"),
         ("table", "data.table.sample_seed=1", "without data.table.sample_users"),
         ("table", "data.table.item_title=name", "without data.table.items_file"),
         ("ml1m_sasrec", "model.qk_width=9", "under model.kind=sasrec: use hstu"),

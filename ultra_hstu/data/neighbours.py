@@ -59,7 +59,7 @@ class _Artists:
 
 def _yambda(size: str) -> PublicSet:
     """Listens, likes, dislikes and their undoing, in one order. Times count from the set's first
-    event, in steps of 5 seconds; `played_ratio_pct` is above 100 where a user rewound."""
+    event, in steps of five seconds; `played_ratio_pct` is above 100 where a user rewound."""
     return PublicSet(
         name=f"yambda-{size}",
         about="Yambda: listens, likes and dislikes of tracks, share that was played; "
