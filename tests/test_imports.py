@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import from its own layer or from those before it.
 LAYERS = [
     ["kernels"],
-    ["ultra_hstu.fields", "ultra_hstu.signals"],
+    ["ultra_hstu.fields", "ultra_hstu.signals", "ultra_hstu.instructions", "ultra_hstu.behind"],
     ["ultra_hstu.paths", "ultra_hstu.json_files"],
     ["ultra_hstu.sections", "ultra_hstu.table_config", "ultra_hstu.feature_config"],
     [f"ultra_hstu.{name}" for name in "config effects provenance compilation_cache".split()],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from ultra_hstu import profiling
+from ultra_hstu import instructions, profiling
 from ultra_hstu.nn.norms import l2_normalize
 
 LOOPS = 5
@@ -59,10 +59,18 @@ def test_the_tables_and_the_record_say_the_same(profile):
 
 def test_gradients_and_fused_operations_are_seen_in_a_program():
     text = jax.jit(jax.grad(lambda x: jnp.sum(l2_normalize(x) ** 3))).lower(jnp.ones((8, WIDTH)))
-    found = profiling.instructions(text.compile().as_text())
+    found = instructions.instructions(text.compile().as_text())
     backward = [one for one in found.values() if one.backward and "l2_normalize" in one.source]
     assert backward
     assert any({"fusion", "multiply"} <= one.operations for one in found.values())
+
+
+def test_kernels_of_our_own_are_known_by_their_names():
+    unknown = instructions.Instruction(frozenset())
+    for name in ("hstu_forward", "backward_queries"):  # of Mosaic and of Triton
+        assert instructions.kind_of(name, unknown) == "attention"
+    assert instructions.kind_of("nvjet_hsh_128x256", unknown) == "matrix products"
+    assert instructions.kind_of("MemcpyD2D", unknown) == "copies"
 
 
 def test_a_folder_without_a_trace_is_an_error(tmp_path):

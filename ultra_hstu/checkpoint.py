@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from ultra_hstu.behind import Behind
 from ultra_hstu.criteria import Metrics
 from ultra_hstu.digests import digests
 from ultra_hstu.json_files import remedy_of
@@ -79,7 +79,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False):
         self.directory = directory
-        self._best: list[int] = []  # at most one step
+        # The best step on the disk, and that of all saves: at most one each.
+        self._best: list[int] = []
+        self._best_saved: list[int] = []
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, self._best),
             create=not read_only,
@@ -90,8 +92,7 @@ class Checkpoints:
             "state": ocp.StandardCheckpointHandler(),
             "position": ocp.JsonCheckpointHandler(),
         }
-        self._thread = ThreadPoolExecutor(1)  # saves one after another
-        self._saving: Future[None] | None = None
+        self._behind = Behind()
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
     def save(
@@ -99,24 +100,27 @@ class Checkpoints:
     ) -> None:
         """Starts writing; `best` says that no step so far did better.
 
-        Errors of this or the save before it surface here or in `wait`.
+        Errors of this or the saves before it surface here or in `wait`. Of small states that wait
+        for the disk, the newest is written, and the best.
 
         Raises:
           OSError: if a checkpoint could not be written, naming the last good one.
         """
-        self._join()
+        if best:
+            self._best_saved[:] = [step]
+        saved_position = position | {BEST_STEP: list(self._best_saved)}
+        if processes.several() or _bytes(state) > COPIED_BYTES:
+            self._write(step, state, saved_position, best)
+            return
+        # Training goes on with the original meanwhile, and overwrites it.
+        copy = jax.tree.map(jnp.copy, state)
+        self._behind.put(lambda: self._write(step, copy, saved_position, best), lasting=best)
+
+    def _write(self, step: int, state: PyTree, position: dict[str, Any], best: bool) -> None:
         if step in self._manager.all_steps():
             return
         if best:
             self._best[:] = [step]
-        saved_position = position | {BEST_STEP: list(self._best)}
-        if processes.several() or _bytes(state) > COPIED_BYTES:
-            self._write(step, state, saved_position)
-        else:  # training goes on with the original meanwhile, and overwrites it
-            copy = jax.tree.map(jnp.copy, state)
-            self._saving = self._thread.submit(self._write, step, copy, saved_position)
-
-    def _write(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
         hashed = position | {HASHES: digests(state)}
         hashed[SHA256] = _sha256(hashed)
         args = ocp.args.Composite(
@@ -127,15 +131,9 @@ class Checkpoints:
         except Exception as error:
             raise self._not_written(error) from error
 
-    def _join(self) -> None:
-        """Waits for what the thread does; its error is raised here."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
-
     def wait(self) -> None:
         """Returns when every started save is on disk. Raises OSError as `save`."""
-        self._join()
+        self._behind.join()
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -171,12 +169,13 @@ class Checkpoints:
         Raises:
           ValueError: if there are checkpoints and none can be read.
         """
-        self._join()
+        self._behind.join()
         problems: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             found = self._read(step, abstract_state, problems, "trying the one before it")
             if found is not None:
                 self._best[:] = found.position.pop(BEST_STEP)
+                self._best_saved[:] = self._best
                 if best and self._best and self._best != [step]:
                     newest = f"taking the newest, of step {step}, in place of the best"
                     better = self._read(self._best[0], abstract_state, problems, newest)
@@ -249,7 +248,7 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`, which `restore` could not read."""
-        self._join()
+        self._behind.join()
         for newer in self._manager.all_steps():
             if newer > step:
                 self._manager.delete(newer)
@@ -266,7 +265,7 @@ class Checkpoints:
         if processes.several():
             return
         with contextlib.suppress(Exception):
-            self._join()
+            self._behind.join()
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
         with contextlib.suppress(Exception):

@@ -48,8 +48,7 @@ class DataConfig(Section):
     batch_tokens: Count | None = None
     # padded: every user has max_history rows of the buffer, as in the public code
     layout: Literal["jagged", "padded"] = "jagged"
-    # Where events lie: on the device, in the host's memory, or in files of which a batch reads the
-    # users that it holds. auto: device below 1 GiB of events, else stream
+    # Where events lie (docs/large_data.md). auto: device below 1 GiB of events, else stream
     placement: Literal["auto", "device", "stream", "shards"] = "auto"
     # Share of events (the newest) that protocol `temporal` tests on.
     temporal_test_fraction: Annotated[float, Limit(lambda value: 0 < value < 1, "in (0, 1)")] = 0.1

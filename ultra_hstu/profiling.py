@@ -8,7 +8,6 @@ add a kind and that function. On a CPU the operations of a program stand for ker
 import collections
 import contextlib
 import dataclasses
-import functools
 import re
 import tempfile
 import time
@@ -26,123 +25,11 @@ from rich.table import Table
 
 from ultra_hstu import progress
 from ultra_hstu.data.feed import Feed
+from ultra_hstu.instructions import NUMBERS, Instruction, instructions, kind_of
 from ultra_hstu.step import Carry, TrainState
 
 SHOWN = 16  # kernels of a table; the others are one line
 IDLE = "nothing runs"
-
-# The first that is found in a kernel's name and operations; for others see `_kind`.
-KINDS = (
-    ("matrix products", r"\b(dot|convolution)\b|gemm|cublas|cudnn|nvjet|cutlass|xmma|matmul"),
-    ("communication", r"nccl|\ball-(reduce|gather|to-all)|\breduce-scatter|collective"),
-    ("gathers, scatters, sorts", r"\b(gather|scatter|sort)\b|topk|DeviceRadixSort"),
-    ("reductions", r"reduce"),
-    ("control flow", r"\b(while|conditional|call)\b"),
-    ("custom kernels", r"\bcustom-call\b"),
-)
-MOVES = {"copy", "transpose", "concatenate", "slice", "dynamic-slice", "dynamic-update-slice"}
-MOVES |= {"pad", "reverse", "broadcast", "bitcast", "reshape", "tuple", "get-tuple-element"}
-MOVES |= {"parameter", "constant", "copy-start", "copy-done"}
-
-
-# --- programs: what is inside of a kernel ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """An instruction of a compiled program, which runs as a kernel or a library call.
-
-    Attributes:
-      operations: its opcode, those of the computation that it calls, and the target of a call.
-      source: the innermost of our functions that it comes from, "FOLDER/FILE.py:FUNCTION"; "" where
-        none is known.
-      backward: it comes from a gradient.
-    """
-
-    operations: frozenset[str]
-    source: str = ""
-    backward: bool = False
-
-
-_TABLE = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
-# Not the files that the ops of `kernels` share.
-_OURS = re.compile(r"(?:^|/)((?:ultra_hstu|kernels/\w+)/.*)")
-_NUMBERS = re.compile(r"[._]\d+(?=$|[._])")
-
-
-def instructions(text: str) -> dict[str, Instruction]:
-    """The instructions of a compiled program, by name, from its text."""
-    tables: dict[str, dict[str, dict[str, str]]] = {}
-    found: dict[str, tuple[str, str]] = {}  # opcode and line
-    opcodes = collections.defaultdict[str, set[str]](set)  # of each computation
-    roots: dict[str, str] = {}  # its last line, by computation
-    table, computation = "", ""
-    for line in text.splitlines():
-        if entry := _TABLE.match(line):
-            number, name, values = entry.groups()
-            pairs = dict(re.findall(r"(\w+)=(\d+)", values or ""))
-            tables[table][number] = pairs if name is None else {"name": name}
-        elif line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
-            table = line
-            tables[table] = {}
-        elif start := _COMPUTATION.match(line):
-            computation = start[1]
-        elif one := _INSTRUCTION.match(line):
-            name, opcode = one.groups()
-            found[name] = opcode, line
-            opcodes[computation].add(opcode)
-            roots[computation] = line
-    sources = _sources(tables)
-
-    def instruction(opcode: str, line: str) -> Instruction:
-        inside, told = {opcode}, line
-        if opcode in ("fusion", "call", "custom-call"):
-            for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
-                inside |= opcodes[called]
-                told += roots.get(called, "")  # where XLA named the fusion itself after nothing
-            inside |= set(re.findall(r'custom_call_target="([^"]*)"', line))
-        frame = re.search(r"stack_frame_id=(\d+)", told)
-        source = sources.get(frame[1], "") if frame else ""
-        return Instruction(frozenset(inside), source, "transpose(" in told)
-
-    return {name: instruction(opcode, line) for name, (opcode, line) in found.items()}
-
-
-def _sources(tables: dict[str, dict[str, dict[str, str]]]) -> dict[str, str]:
-    """By the number of a stack frame, the innermost frame in our own packages."""
-    frames = tables.get("StackFrames", {})
-
-    @functools.cache
-    def source(number: str) -> str:
-        frame = frames[number]
-        place = tables["FileLocations"][frame["file_location_id"]]
-        if file := _OURS.search(tables["FileNames"][place["file_name_id"]]["name"]):
-            function = tables["FunctionNames"][place["function_name_id"]]["name"]
-            return f"{file[1]}:{function.replace('<locals>.', '')}"
-        above = frame.get("parent_frame_id", number)
-        return source(above) if above != number else ""
-
-    return {number: source(number) for number in frames}
-
-
-def _kind(name: str, instruction: Instruction) -> str:
-    """What a reader calls it. A kernel of `kernels/` is named after its folder."""
-    operations, (folder, *rest) = instruction.operations, instruction.source.split("/")
-    if (folder == "kernels" and len(rest) > 1) or name.startswith("hstu_"):
-        op = rest[0] if len(rest) > 1 else "attention"
-        return "attention" if "attention" in op else op.replace("_", " ")
-    text = " ".join([name, *sorted(operations)])
-    for kind, pattern in KINDS:
-        if re.search(pattern, text):
-            return kind
-    if operations:
-        return "copies" if operations - {"fusion"} <= MOVES else "elementwise"
-    return "copies" if re.match("mem(cpy|set)", name, re.IGNORECASE) else "unknown"
-
-
-# --- traces ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +171,8 @@ def read(folder: Path, texts: Sequence[str], *, seconds: float, steps: int) -> P
       ValueError: no trace, or no kernel in it.
     """
     files = sorted(folder.glob("plugins/profile/*/*.xplane.pb"))
-    lines = _device_lines(ProfileData.from_file(str(files[-1]))) if files else []
+    empty: tuple[list[list[_Event]], bool] = [], False
+    lines, nested = _device_lines(ProfileData.from_file(str(files[-1]))) if files else empty
     if not any(lines):
         raise ValueError(f"no kernel was traced in {folder}: the profiler of this device is off")
     known: dict[str, Instruction] = {}
@@ -294,13 +182,13 @@ def read(folder: Path, texts: Sequence[str], *, seconds: float, steps: int) -> P
     sums = collections.defaultdict[tuple[str, str, str], list[float]](lambda: [0.0, 0.0])
     spans = []
     for line in lines:
-        for event, own in _own_seconds(line):
+        for event, own in _own_seconds(line) if nested else [(one, one.seconds) for one in line]:
             spans.append((event.start, event.start + event.seconds))
             instruction = known.get(event.instruction) or known.get(event.name)
             instruction = instruction or Instruction(frozenset())
             key = (
-                _kind(event.name, instruction),
-                _NUMBERS.sub("", event.name),
+                kind_of(event.name, instruction),
+                NUMBERS.sub("", event.name),
                 ", ".join(filter(None, [instruction.source, "backward" * instruction.backward])),
             )
             sums[key][0] += 1
@@ -310,8 +198,11 @@ def read(folder: Path, texts: Sequence[str], *, seconds: float, steps: int) -> P
     return Profile(steps, seconds / steps, _covered(spans) / steps, tuple(kernels))
 
 
-def _device_lines(data: ProfileData) -> list[list[_Event]]:
-    """What the first device of this process did: a list of events for each queue or thread."""
+def _device_lines(data: ProfileData) -> tuple[list[list[_Event]], bool]:
+    """What the first device of this process did: a list of events for each queue or thread.
+
+    And whether they are nested: on a CPU a loop encloses its body, a GPU's queue has kernels alone.
+    """
     planes = sorted(data.planes, key=lambda plane: plane.name)
     of_device = [plane for plane in planes if plane.name.startswith("/device:")][:1]
     lines = []
@@ -329,7 +220,7 @@ def _device_lines(data: ProfileData) -> list[list[_Event]]:
                         start, seconds = event.start_ns / 1e9, event.duration_ns / 1e9
                         events.append(_Event(event.name, instruction, start, seconds))
                 lines.append(events)
-    return lines
+    return lines, not of_device
 
 
 def _own_seconds(events: list[_Event]) -> Iterator[tuple[_Event, float]]:

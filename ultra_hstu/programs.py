@@ -38,6 +38,7 @@ from ultra_hstu.parallel import processes
 _log = logging.getLogger(__name__)
 PACKAGES = Path(__file__).parents[1]
 OURS = ("kernels", "ultra_hstu")
+COMMANDS = ("experiments", "scripts")  # beside them; they hand on a configuration
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "jax-triton", "triton")
 VARIABLES = ("JAX_", "XLA_", "TRITON_", "CUDA_", "NVIDIA_", "LIBTPU_")
 NOT_READ = ("cache", "log", "dump")  # in names of settings that no program depends on
@@ -201,7 +202,8 @@ def _sources() -> Iterator[Path]:
     ours = [PACKAGES / name for name in OURS]
     for folder in ours:
         yield from sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".json"))
-    folders = [*map(str, ours), *sysconfig.get_paths().values()]
+    commands = [PACKAGES / name for name in COMMANDS]
+    folders = [*map(str, [*ours, *commands]), *sysconfig.get_paths().values()]
     installed = tuple({f"{folder}{os.sep}" for folder in folders})
     files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
     for file in sorted(files):

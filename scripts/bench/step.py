@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from absl import flags
-from rich.progress import track
+from jaxtyping import PyTree
 
 from experiments import command
 from experiments.record import Json, Record
@@ -34,12 +34,13 @@ from scripts.bench.program import Program, temporaries
 from scripts.bench.terminal import show
 from ultra_hstu import flops, report, tasks
 from ultra_hstu.config import Config, from_config_dict
-from ultra_hstu.data.feed import Group
+from ultra_hstu.data.feed import STREAM_AHEAD, Group
 from ultra_hstu.fields import changed
 from ultra_hstu.step import run_steps
 from ultra_hstu.task import Task
 
 FLAGS = flags.FLAGS
+WARM = STREAM_AHEAD + 2  # calls in front of those that are timed
 FEEDS = {"device": "device_feed", "stream": "streamed_feed"}
 
 
@@ -90,9 +91,7 @@ def measure_full_batches(config: Config, duration: float) -> Json:
 def time_steps(config: Config, repeats: int) -> Json:
     """Milliseconds a step, and the share of the time in which the next batches were awaited."""
     steps = Steps(tasks.load(config))
-    title, console = f"{config.data.placement:>8}", report.make_console()
-    for _ in track(range(repeats + 2), title, console=console, transient=True):
-        steps.call()
+    steps.turn(repeats)
     return steps.result()
 
 
@@ -109,6 +108,7 @@ class Steps:
         self.groups = self._groups()
         self.seconds: list[float] = []  # of each call, its wait included
         self.waited: list[float] = []
+        self.running: PyTree = ()  # the history of the call before
         group = next(self.groups)
         step = jax.jit(functools.partial(run_steps, task.recipe), donate_argnums=0)
         self.program = step.lower(self.state, group.feed, jnp.int32(self.size)).compile()
@@ -120,17 +120,27 @@ class Steps:
                     yield group
 
     def call(self) -> None:
+        """Starts a call and waits for the one before, as training does."""
         started = time.perf_counter()
         group = next(self.groups)
         arrived = time.perf_counter()
         self.state, history = self.program(self.state, group.feed, jnp.int32(self.size))
-        jax.block_until_ready(history)
+        jax.block_until_ready(self.running)
+        self.running = history
         self.waited.append(arrived - started)
         self.seconds.append(time.perf_counter() - started)
 
+    def turn(self, calls: int) -> None:
+        """So many calls, of which the first are left out: what waits for them was packed before."""
+        kept = len(self.seconds)
+        for _ in range(calls + WARM):
+            self.call()
+        jax.block_until_ready(self.running)
+        del self.seconds[kept : kept + WARM], self.waited[kept : kept + WARM]
+
     def result(self) -> Json:
-        """Of all calls but the first two, which warm up."""
-        seconds, waited = self.seconds[2:], self.waited[2:]
+        """Of all calls that were timed."""
+        seconds, waited = self.seconds, self.waited
         per_step = [1e3 * one / self.size for one in seconds]
         rows = self.loader.gather.rows
         return {

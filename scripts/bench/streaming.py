@@ -5,9 +5,10 @@ python -m scripts.bench.streaming --config=ml1m_hstu [--users=138493] [--events=
 
 The data is generated: as many users, items and events as MovieLens-20M has, and histories as
 uneven. Its events lie on the device, in the host's memory (`stream`) or in shards on the disk, and
-these take turns, call by call, so that what else the machine does hits all alike. A call is
-`train.steps_per_call` steps. Waiting is the share of the time in which the next batches were
-awaited.
+these take turns, so that what else the machine does hits all alike. A turn is some calls of
+`train.steps_per_call` steps in a row, of which the first are not timed: their batches were made
+before.
+Waiting is the share of the time in which the next batches were awaited.
 """
 
 import itertools
@@ -65,10 +66,10 @@ def main(_: list[str]) -> None:
             )
             for name in PLACEMENTS
         }
-        turns = list(range(FLAGS.repeats + 2))
+        turns = list(range(FLAGS.turns))
         for _turn in track(turns, "turns", console=report.make_console(), transient=True):
             for one in steps.values():
-                one.call()
+                one.turn(FLAGS.repeats)
     found = {name: one.result() for name, one in steps.items()}
     for values in found.values():
         values["of_device"] = found["device"]["step_ms_median"] / values["step_ms_median"]
@@ -114,7 +115,8 @@ if __name__ == "__main__":
     command.define_config()
     flags.DEFINE_integer("users", 138_493, "users of the generated data")
     flags.DEFINE_integer("events", 20_000_263, "their events, about")
-    flags.DEFINE_integer("repeats", 8, "calls of each placement that are timed")
+    flags.DEFINE_integer("turns", 3, "turns of each placement")
+    flags.DEFINE_integer("repeats", 8, "calls of a turn that are timed")
     command.as_path(flags.DEFINE_string("folder", None, "for the shards; by default a new one"))
     command.define_record()
     command.run(main)

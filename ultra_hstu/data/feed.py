@@ -247,20 +247,13 @@ class Loader:
     def _stream(self, plan: Plan, starts: list[int]) -> Iterator[Group]:
         if not starts:
             return
-        options = grain.ReadOptions(num_threads=STREAM_THREADS, prefetch_buffer_size=STREAM_AHEAD)
-        packed = (
-            grain.MapDataset.source(starts)
-            .map(lambda first: (first, *self._pack(plan, first)))
-            .to_iter_dataset(options)
-        )
         mesh = self.mesh
         put = jax.device_put if mesh is None else functools.partial(put_groups, mesh=mesh)
-        moving = (
-            Group(StreamedFeed(put(batches)), int(steps), int(at)) for at, batches, steps in packed
-        )
-        ready = next(moving, None)
-        while ready is not None:
-            # One group ahead: its copy to the device runs while the caller computes on the last.
-            ahead = next(moving, None)
-            yield ready
-            ready = ahead
+
+        def group(first: int) -> Group:
+            batches, steps = self._pack(plan, first)
+            return Group(StreamedFeed(put(batches)), steps, first)
+
+        # Threads copy to the device what they packed, while the caller computes.
+        options = grain.ReadOptions(num_threads=STREAM_THREADS, prefetch_buffer_size=STREAM_AHEAD)
+        yield from grain.MapDataset.source(starts).map(group).to_iter_dataset(options)

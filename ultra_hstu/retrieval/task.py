@@ -94,16 +94,19 @@ class RetrievalTask(Task[Events]):
     @functools.cached_property
     def recipe(self) -> Recipe:
         counts = self.target_counts() if self.config.loss.kind == "in_batch" else None
-        items, trained_I = self.interactions.num_items, self.popularity() > 0
-        if self.config.train.protocol == "windows":  # all that has been known is learned
-            trained_I = np.bincount(self.interactions.items, minlength=items + 1) > 0
+        items, trained_I = self.interactions.num_items, None
+        if self.item_features is not None:  # to look at all events takes time
+            trained_I = self.popularity() > 0
+            if self.config.train.protocol == "windows":  # all that has been known is learned
+                trained_I = np.bincount(self.interactions.items, minlength=items + 1) > 0
+            trained_I = np.pad(trained_I, (0, self._room(items) - items))
         return Recipe(
             self.config,
             self._room(items),
             counts,
             self.code_sizes,
             self.item_features,
-            np.pad(trained_I, (0, self._room(items) - items)),
+            trained_I,
         )
 
     @property
@@ -204,7 +207,9 @@ class RetrievalTask(Task[Events]):
         self, start: Int64[np.ndarray, " n"], stop: Int64[np.ndarray, " n"]
     ) -> Int64[np.ndarray, " n"] | None:
         """Rows of histories with series of features merged in; None without them."""
-        merged, series = self.events.merged, self.config.features.series
+        if not (series := self.config.features.series):
+            return None
+        merged = self.events.merged
         return None if merged is None else np.asarray(merged.rows(start, stop, series), np.int64)
 
     def popularity(self) -> Int64[np.ndarray, " I1"]:
