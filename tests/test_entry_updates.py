@@ -65,6 +65,7 @@ SMALL = dict(model__layers=1)
 CASES = {
     "ranking": with_(meshes.RANKING, **SMALL),
     "sampled": with_(meshes.RETRIEVAL, model__truncate_after=1, model__truncate_length=5),
+    "sampled in twos": with_(meshes.RETRIEVAL, loss__rows_per_draw=2, **SMALL),
     "in_batch": with_(meshes.RETRIEVAL, loss__kind="in_batch", **SMALL),
 }
 
@@ -80,7 +81,7 @@ def feed_of(config, number=0):
     "case, kind",
     [
         ("ranking", "rowwise_adagrad"),
-        ("sampled", "lazy_adam"),
+        ("sampled in twos", "lazy_adam"),
         ("in_batch", "rowwise_adagrad"),
     ],
 )

@@ -187,12 +187,6 @@ class Config(Section):
                 f"optim.tables={optim.tables!r} updates the items that a step reads, and "
                 "loss.kind='full' reads all: use optim.tables='same', or loss.kind='sampled'"
             )
-        if optim.tables != "same" and not self.rank.tasks and self.loss.rows_per_draw > 1:
-            raise ValueError(
-                f"optim.tables={optim.tables!r} draws negatives for each row: set "
-                f"loss.rows_per_draw=1 in place of {self.loss.rows_per_draw}, or "
-                "optim.tables='same'"
-            )
         if self.train.protocol == "windows" and self.data.ties == "random":
             raise ValueError(
                 "data.ties='random' draws an order over all events, later ones too: use 'stable' "

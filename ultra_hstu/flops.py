@@ -217,9 +217,10 @@ def _encoder(
         projections += first + last
         attention += score + value
         backward += 3 * score + 2 * value
-        # The output projection is never computed again: nothing in the backward needs its result.
-        if model.kind == "hstu":
-            again += first * ((model.remat != "none") + (model.chunk_rows is not None))
+        # Nothing in the backward of a projection needs its result: q, k, v are computed again for
+        # attention alone.
+        if model.kind == "hstu" and model.remat != "none":
+            again += first
     return Flops(float(projections), float(attention), float(backward), float(again), unread=unread)
 
 

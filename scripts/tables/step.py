@@ -6,7 +6,7 @@ from scripts.tables.records import cells, markdown, measured, origin
 RECORD = "step_h200"
 
 
-@measured(RECORD, part="last_layer")
+@measured("last_layer_h200", part="last_layer")
 def last_layer_table(record: Json) -> str:
     """One layer, forward and backward, whole and for the rows that are read."""
     found = record["last_layer"]
@@ -16,7 +16,8 @@ def last_layer_table(record: Json) -> str:
         f"D = {sizes['width']:,}, {sizes['heads']} heads of {sizes['head_width']}, "
         f"{sizes['users']} requests of {sizes['length']:,} rows with 16 targets"
     )
-    return markdown(["", "forward and backward, ms"], rows, f"{what}; {origin(record)}")
+    note = f" Measured {record['note']}." if "note" in record else ""
+    return markdown(["", "forward and backward, ms"], rows, f"{what}; {origin(record)}{note}")
 
 
 @measured(RECORD, part="sizes")

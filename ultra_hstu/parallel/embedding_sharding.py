@@ -102,8 +102,13 @@ class Entries:
 
     def places(self, number: Int[Array, "*n"]) -> Int[Array, "*n"]:
         """Where entries of the table are among the rows of all devices; anything for others."""
-        rank = jnp.searchsorted(self.number_U, number, method="scan_unrolled").astype(jnp.int32)
-        return rank % self.devices * (len(self.number_U) // self.devices) + rank // self.devices
+        return places(self.number_U, self.devices, number)
+
+
+def places(number_U: Int[Array, " U"], devices: int, number: Int[Array, "*n"]) -> Int[Array, "*n"]:
+    """`Entries.places`, from its attributes."""
+    rank = jnp.searchsorted(number_U, number, method="scan_unrolled").astype(jnp.int32)
+    return rank % devices * (len(number_U) // devices) + rank // devices
 
 
 def in_chunks(

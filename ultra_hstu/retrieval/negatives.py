@@ -4,14 +4,16 @@ All are pure functions of keys. The loss draws them chunk by chunk (`drawn_unifo
 `drawn_from`), so that no array has the negatives of all rows.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int, Key, Num, UInt
+from jaxtyping import Array, Float32, Int, Key, Num, PyTree, UInt
 
 from kernels.sampled_softmax import Negatives
+from ultra_hstu.parallel.embedding_sharding import Entries, places
 from ultra_hstu.parallel.shards import Shards
 
 RowKeys = Key[Array, "*rows"]  # one for all rows, or one a row
@@ -99,6 +101,17 @@ def drawn_from(
         pool,
         rows_per_draw,
     )
+
+
+def among(entries: Entries, drawn: Negatives) -> Negatives:
+    """Negatives by their places among the entries of a table that a step reads."""
+    devices = entries.devices
+
+    def draw(rows: PyTree, shared: PyTree) -> Int[Array, "C R"]:
+        inner, number_U = shared
+        return places(number_U, devices, drawn.draw(rows, inner))
+
+    return dataclasses.replace(drawn, draw=draw, shared=(drawn.shared, entries.number_U))
 
 
 def check_draws(rows_per_draw: int, rows: int, shards: Shards, groups: int) -> None:

@@ -84,7 +84,8 @@ class Recipe(Steps[Recommender]):
             kept = sequences if truncation is None else truncation.cut(sequences).sequences
             drawn, _ = self._negatives(batch, row_keys(negative_key, kept))
             assert drawn is not None
-            numbers.append(shards.of_devices(drawn.draw(drawn.rows, drawn.shared).reshape(-1)))
+            each = jax.tree.map(lambda row_t: row_t[:: drawn.rows_per_draw], drawn.rows)
+            numbers.append(shards.of_devices(drawn.draw(each, drawn.shared).reshape(-1)))
         found = {ITEM_TABLE: jnp.concatenate(numbers)}
         if batch.signal_TS is not None:
             for name, code_TX in zip(CODES, self.code_sizes.parts(batch.signal_TS), strict=True):
@@ -118,8 +119,7 @@ class Recipe(Steps[Recommender]):
         drawn, log_q = self._negatives(batch, row_keys(negative_key, sequences))
         if isinstance(entries := model.item_table[...], Entries):  # and so is `table_ID`
             assert drawn is not None  # a full softmax reads the whole table
-            negative_TR = drawn.draw(drawn.rows, drawn.shared)
-            target_T, drawn = entries.places(target_T), Negatives.of(entries.places(negative_TR))
+            target_T, drawn = entries.places(target_T), negatives.among(entries, drawn)
             log_q = None if log_q is None else log_q.at[entries.dealt_U].get(mode="fill")
         return softmax_loss(
             h_TD,
