@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
 MAX_CALLS = 200  # of a sample
 # Dense bfloat16 operations a second, by the name of a GPU (NVIDIA's data sheets).
@@ -70,25 +72,22 @@ def device_time[*Args, R](
     return Timing(tuple(samples))
 
 
-def chained[*Args, R](
-    function: Callable[[*Args], R], times: int
-) -> Callable[[*Args], tuple[R, ...]]:
+def chained[*Args, R](function: Callable[[*Args], R], times: int) -> Callable[[*Args], R]:
     """A function that calls `function` `times` times in one program; for timing alone.
 
-    The calls come one after another, with one dispatch, and all results are returned. They stand
-    side by side, not in a loop: XLA launches each pass of a loop by itself, which takes as long as
-    a brief kernel. The compiler can neither merge the calls nor leave one out: the arguments of
-    each pass a barrier together with the results of the one before, which costs nothing on a
-    device, and what has passed is what is returned.
+    The calls come one after another, with one dispatch, and the last results are returned. So that
+    the compiler neither merges the calls nor moves them out of the loop, the arguments of each pass
+    a barrier together with the results of the one before, which costs nothing on a device.
     """
-    call = jax.jit(function)  # traced and lowered once
 
-    def run(*args: *Args) -> tuple[R, ...]:
-        results, passed = call(*args), []
-        for _ in range(times - 1):
-            args, results = lax.optimization_barrier((args, results))
-            passed.append(results)
-            results = call(*args)
-        return *passed, results
+    def run(*args: *Args) -> R:
+        def again(_: Int[Array, ""], carry: tuple[tuple[*Args], R]) -> tuple[tuple[*Args], R]:
+            args, _ = lax.optimization_barrier(carry)
+            return args, function(*args)
+
+        results = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args)
+        )
+        return lax.fori_loop(0, times, again, (args, results))[1]
 
     return run

@@ -9,14 +9,14 @@ from tests.kernels.attention_contract import BATCHES, MASKS, AttentionContract, 
 class TestShort(AttentionContract):
     implementation = "short"
     dtypes = ("bfloat16", "float16")
-    widths = ((2, 8, 8), (1, 50, 50), (2, 25, 25), (1, 128, 64))
-    longest = 256
+    widths = ((2, 8, 8), (1, 50, 50), (2, 25, 25), (1, 64, 32))
+    longest = 128  # without a bias
     repeatable_gradients = (
         False  # of the bias tables, added in memory; those of q, k, v are, see below
     )
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-    @pytest.mark.parametrize("width", [50, 64, 128])
+    @pytest.mark.parametrize("width", [50, 64])
     @pytest.mark.parametrize("lengths", [(100, 0, 128, 3), (256, 97, 130), (30, 7, 64, 1, 50)])
     def test_16_bits(self, lengths, width, dtype):
         case = Case(lengths, 300, 2, width, width, dtype, "both")

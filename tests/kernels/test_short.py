@@ -41,7 +41,7 @@ def hopper(monkeypatch):
         ("one row each", "window", "time", False),
         ("all padding", "full rows", None, False),
         ("long", "all", "both", True),
-        ("long", "causal", None, False),
+        ("long", "causal", "position", False),
     ],
 )
 def test_contract(batch, mask, bias, rescale, hopper, monkeypatch):
@@ -83,11 +83,12 @@ def test_a_broken_promise_is_named():
 
 
 def test_refuses_with_a_reason(hopper):
-    spec = AttentionSpec("bfloat16", 2, 64, 64, longest=256)
+    spec = AttentionSpec("bfloat16", 2, 64, 64, longest=128)
     assert short.unsupported(spec) is None
+    assert short.unsupported(spec._replace(longest=256, biased=True)) is None
     for changed, reason in (
         (dict(longest=None), "promises None.*make_plan"),
-        (dict(longest=257), "at most 256 rows, the plan promises 257"),
+        (dict(longest=129), "at most 128 rows.*the plan promises 129"),
         (dict(v_width=200), "V = 200"),
         (dict(dtype="float32"), "got float32"),
         (dict(biased=True, deterministic=True), "deterministic"),

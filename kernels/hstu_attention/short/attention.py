@@ -1,9 +1,9 @@
 """The implementation `short` of `hstu_attention` (jax-triton): short sequences, whole in a tile.
 
-Where the caller promises that no sequence is longer than `LONGEST` (`make_plan(longest=...)`), a
-program can hold a sequence, or several: nothing is computed for pairs of different tiles, and one
-pass makes all gradients, five products a pair, each gradient written once, with the same bits in
-every run. It takes the relative bias, whose tables' gradients are added in any order.
+Where the caller promises that no sequence is long (`make_plan(longest=...)`), a program can hold a
+sequence, or several: nothing is computed for pairs of different tiles, and one pass makes all
+gradients, five products a pair, each gradient written once, with the same bits in every run. It
+takes the relative bias, whose tables' gradients are added in any order.
 """
 
 import dataclasses
@@ -30,18 +30,20 @@ from kernels.hstu_attention.triton.sizes import refusal, shared_kib
 from kernels.triton_call import padded
 from kernels.typing import THK, THV, Scale
 
-LONGEST = 256
-WIDEST = 128  # of heads
+LONGEST, LONGEST_BIASED = 128, 256  # behind these, `mosaic` or `triton` is as fast
+WIDEST = 64  # of heads
 TABLE_COPIES = 1024
 SHARED_KIB = 163
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
     """Why these calls cannot run on the current device, or None."""
-    if spec.longest is None or spec.longest > LONGEST:
+    longest = LONGEST_BIASED if spec.biased else LONGEST
+    if spec.longest is None or spec.longest > longest:
         return (
-            f"short needs sequences of at most {LONGEST} rows, the plan promises "
-            f"{spec.longest}; make it with make_plan(..., longest=...), or use 'triton'"
+            f"short needs sequences of at most {longest} rows ({LONGEST_BIASED} with a relative "
+            f"bias), the plan promises {spec.longest}; make it with make_plan(..., longest=...), "
+            "or use 'triton'"
         )
     dtype = jnp.dtype(spec.dtype)
     if dtype not in (jnp.bfloat16, jnp.float16):
