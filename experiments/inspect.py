@@ -23,7 +23,7 @@ from rich.table import Table
 
 from experiments import command
 from experiments.record import Json, Record
-from ultra_hstu import progress, report, tasks
+from ultra_hstu import entry_updates, progress, report, tasks
 from ultra_hstu.config import Config
 from ultra_hstu.data import sources
 from ultra_hstu.data.interactions import Interactions
@@ -50,7 +50,7 @@ def main(_: list[str]) -> None:
         config = changed(config, data={"raw_dir": _DATA.value})
     source = config.data.source
     sources.check(source)
-    if source in sources.SOURCES:
+    if source == sources.SYNTHETIC:
         raise ValueError(f"data.source={source!r} is generated: name own events, or a public set")
     if source == sources.TABLE and _DATA.value is None:
         raise ValueError("--data must name a file, a folder or a pattern of events")
@@ -170,14 +170,17 @@ def cost_line(config: Config, interactions: Interactions) -> str:
         steps_per_call=config.train.steps_per_call,
     )
     steps = len(loader.plan())
-    params = jax.eval_shape(lambda: task.recipe.init(0)).params
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    state = jax.eval_shape(lambda: task.recipe.init(0))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    rest, _ = entry_updates.split(state.params, task.recipe.by_entries)
+    # Tables that are updated entry by entry have no gradients of their size.
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, rest)))
     examples = len(next(iter(task.columns("train").values())))
     per_epoch = task.flops("train").training * examples
     cut = float((interactions.lengths > config.data.max_history + 1).mean())
     return (
         f"a run of {config.name}: {steps:,} steps an epoch, {per_epoch / 1e9:,.0f} GFLOP; "
-        f"{parameters:,} parameters, {16 * parameters / 2**20:,.0f} MiB with gradients and "
+        f"{parameters:,} parameters, {held / 2**20:,.0f} MiB with gradients and "
         f"optimizer; {cut:.1%} of users have more than data.max_history="
         f"{config.data.max_history} events, and the newest count"
     )

@@ -181,8 +181,13 @@ def main(_: list[str]) -> None:
 
 
 def warn_below_floor(result: Json, baselines: dict[str, Metrics], criteria: Criteria) -> None:
-    """Says so where a run ended with less than needs no model, as one that diverged does."""
-    metric, floor = criteria.selection, baselines[criteria.floor]
+    """Says so where a run ended with less than needs no model, as one that diverged does.
+
+    Events on the disk have no baselines, and so no warning.
+    """
+    if (floor := baselines.get(criteria.floor)) is None:
+        return
+    metric = criteria.selection
     for part in ("best", "last"):
         if part in result and not criteria.better(result[part][metric], floor[metric]):
             log.warning(

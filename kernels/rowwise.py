@@ -20,6 +20,9 @@ PROGRAMS = 264  # that make sums over rows, a part of them each: two a processor
 STAGES = 3  # of their loads: those of the next two blocks are under way
 
 
+Affine = tuple[Float[Array, " D"], Float[Array, " D"]] | None  # weight and bias of a norm
+
+
 class RowSpec(NamedTuple):
     """What implementations of an op over rows decide by: dtype and width of the rows."""
 
@@ -82,9 +85,14 @@ def launch(
         programs=programs,
         warps=max(1, block * padded // PER_WARP),
         stages=1,
-        constants={"T": rows, "D": width, "W": padded, "BR": block}
-        | constants
-        | ({"PROGRAMS": programs, "STAGES": STAGES} if sums else {}),
+        constants={
+            "T": rows,
+            "D": width,
+            "W": padded,
+            "BR": block,
+            **({"PROGRAMS": programs, "STAGES": STAGES} if sums else {}),
+            **constants,
+        },
     )
     return [*results[: len(outs)], *(part.sum(0) for part in results[len(outs) :])]
 
@@ -97,6 +105,21 @@ def padded_width(width: int) -> int:
 def row_numbers(rows: int) -> jax.ShapeDtypeStruct:
     """An output with a float32 number a row."""
     return jax.ShapeDtypeStruct((rows,), jnp.float32)
+
+
+def affine_of(op: str, weight: Array | None, bias: Array | None) -> Affine:
+    """Weight and bias of a norm. ValueError for one without the other."""
+    if weight is not None and bias is not None:
+        return weight, bias
+    if weight is None and bias is None:
+        return None
+    missing = "weight" if weight is None else "bias"
+    raise ValueError(f"{op} takes weight and bias or none of them, got no {missing}")
+
+
+def in_float32(norm: Affine) -> Affine:
+    """Weight and bias as kernels read them."""
+    return None if norm is None else (norm[0].astype(jnp.float32), norm[1].astype(jnp.float32))
 
 
 def like(x: Float[Array, "..."]) -> jax.ShapeDtypeStruct:

@@ -70,22 +70,25 @@ def device_time[*Args, R](
     return Timing(tuple(samples))
 
 
-def chained[*Args, R](function: Callable[[*Args], R], times: int) -> Callable[[*Args], R]:
+def chained[*Args, R](
+    function: Callable[[*Args], R], times: int
+) -> Callable[[*Args], tuple[R, ...]]:
     """A function that calls `function` `times` times in one program; for timing alone.
 
-    The calls come one after another, with one dispatch, and the last results are returned. They
-    stand side by side, not in a loop: XLA records them in one CUDA graph, as it does the layers of
-    a step, while it would launch each pass of a loop by itself, which takes as long as a brief
-    kernel. So that the compiler does not merge the calls, the arguments of each pass a barrier
-    together with the results of the one before, which costs nothing on a device.
+    The calls come one after another, with one dispatch, and all results are returned. They stand
+    side by side, not in a loop: XLA launches each pass of a loop by itself, which takes as long as
+    a brief kernel. The compiler can neither merge the calls nor leave one out: the arguments of
+    each pass a barrier together with the results of the one before, which costs nothing on a
+    device, and what has passed is what is returned.
     """
     call = jax.jit(function)  # traced and lowered once
 
-    def run(*args: *Args) -> R:
-        results = call(*args)
+    def run(*args: *Args) -> tuple[R, ...]:
+        results, passed = call(*args), []
         for _ in range(times - 1):
             args, results = lax.optimization_barrier((args, results))
+            passed.append(results)
             results = call(*args)
-        return results
+        return *passed, results
 
     return run

@@ -9,7 +9,7 @@ from 0.4 on, which needs a newer Triton.
 import functools
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,8 +63,12 @@ def launch(
     )
 
 
-def refusal(name: str = "triton") -> str | None:
-    """Why the implementation `name` cannot run Triton kernels on this device, or None."""
+def refusal(unfit: Callable[[tuple[int, int]], str | None], *, name: str = "triton") -> str | None:
+    """Why the implementation `name` cannot run Triton kernels on this device, or None.
+
+    Args:
+      unfit: why a kernel cannot run on a GPU of a compute capability that Triton supports, or None.
+    """
     current = device.current()
     capability = current.compute_capability
     if current.platform != "gpu" or capability is None or capability < (8, 0):
@@ -72,6 +76,8 @@ def refusal(name: str = "triton") -> str | None:
             f"{name} needs an NVIDIA GPU from sm80 (A100) on, the device is {current.kind!r}; "
             "implementation='xla' runs anywhere"
         )
+    if (reason := unfit(capability)) is not None:
+        return reason
     for package in ("jax_triton", "triton"):
         if importlib.util.find_spec(package) is None:
             return (

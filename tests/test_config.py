@@ -119,6 +119,7 @@ def test_round_trip():
         ("data.synthetic.length", 2, "synthetic.length=2 must be at least 3"),
         ("optim.learning_rate", float("nan"), "learning_rate=nan"),
         ("model.remat", "full", "model.remat='full' is not allowed: use 'none', 'selective'"),
+        ("model.projection_gradient", "fp8", "under model.projection='same'.*projection='fp8'"),
         ("train.epochs", 2.5, "train.epochs=2.5 is not allowed: use int"),
         ("train.seed", -1, "train.seed=-1 must be at least 0"),
         ("train.seed", 2**32, "must be below 2\\^32"),

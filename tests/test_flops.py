@@ -31,7 +31,7 @@ MODEL = ModelConfig(
     relative_bias=False,
     implementation="reference",
 )
-WHOLE = dataclasses.replace(MODEL, relative_bias=True)  # whose last layer computes all rows
+WHOLE = dataclasses.replace(MODEL, attention="softmax")  # whose last layer computes all rows
 RANK = RankConfig(tasks=("correct",), targets=4, head_width=32)
 
 

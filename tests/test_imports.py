@@ -17,11 +17,13 @@ LAYERS = [
     ["ultra_hstu.sections", "ultra_hstu.table_config", "ultra_hstu.feature_config"],
     [f"ultra_hstu.{name}" for name in "config effects provenance compilation_cache".split()],
     ["ultra_hstu.parallel"],
+    ["ultra_hstu.programs"],
     ["ultra_hstu.sequences"],
     ["ultra_hstu.nn"],
     ["ultra_hstu.sampling", "ultra_hstu.data"],
     [f"ultra_hstu.{name}"
      for name in "optim digests checkpoint workdir starts trackers criteria quantization".split()],
+    ["ultra_hstu.entry_updates"],
     [f"ultra_hstu.{name}" for name in "step evaluate flops task vocabulary".split()],
     ["ultra_hstu.retrieval", "ultra_hstu.ranking"],
     [f"ultra_hstu.{name}" for name in "tasks report progress initial".split()],

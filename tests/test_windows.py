@@ -24,6 +24,7 @@ from ultra_hstu.library import fit
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.metrics import ranks
+from ultra_hstu.retrieval.negatives import drawn_uniformly
 from ultra_hstu.retrieval.recipe import there_are
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.scoring import RunData

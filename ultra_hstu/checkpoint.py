@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -31,6 +32,7 @@ from ultra_hstu.workdir import Workdir
 BEST_STEP, HASHES, SHA256 = "best_step", "hashes", "sha256"  # beside the position itself
 ANSWER_SECONDS = 60  # after a process has read a checkpoint, the others have nearly done so
 UNTRAINED = 0  # the step of `try_out`
+COPIED_BYTES = 2**26  # a state up to this size is copied, and all of its saving is behind training
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,8 @@ class Checkpoints:
             "state": ocp.StandardCheckpointHandler(),
             "position": ocp.JsonCheckpointHandler(),
         }
+        self._thread = ThreadPoolExecutor(1)  # saves one after another
+        self._saving: Future[None] | None = None
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
     def save(
@@ -100,22 +104,38 @@ class Checkpoints:
         Raises:
           OSError: if a checkpoint could not be written, naming the last good one.
         """
+        self._join()
         if step in self._manager.all_steps():
             return
         if best:
             self._best[:] = [step]
-        saved_position = position | {BEST_STEP: list(self._best), HASHES: digests(state)}
-        saved_position[SHA256] = _sha256(saved_position)
+        saved_position = position | {BEST_STEP: list(self._best)}
+        if processes.several() or _bytes(state) > COPIED_BYTES:
+            self._write(step, state, saved_position)
+        else:  # training goes on with the original meanwhile, and overwrites it
+            copy = jax.tree.map(jnp.copy, state)
+            self._saving = self._thread.submit(self._write, step, copy, saved_position)
+
+    def _write(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
+        hashed = position | {HASHES: digests(state)}
+        hashed[SHA256] = _sha256(hashed)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(saved_position)
+            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(hashed)
         )
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:
             raise self._not_written(error) from error
 
+    def _join(self) -> None:
+        """Waits for what the thread does; its error is raised here."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
     def wait(self) -> None:
         """Returns when every started save is on disk. Raises OSError as `save`."""
+        self._join()
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -151,6 +171,7 @@ class Checkpoints:
         Raises:
           ValueError: if there are checkpoints and none can be read.
         """
+        self._join()
         problems: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             found = self._read(step, abstract_state, problems, "trying the one before it")
@@ -228,6 +249,7 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`, which `restore` could not read."""
+        self._join()
         for newer in self._manager.all_steps():
             if newer > step:
                 self._manager.delete(newer)
@@ -243,6 +265,8 @@ class Checkpoints:
         """
         if processes.several():
             return
+        with contextlib.suppress(Exception):
+            self._join()
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
         with contextlib.suppress(Exception):
@@ -287,6 +311,10 @@ def _checked(position: dict[str, Any]) -> dict[str, str] | None:
     if not isinstance(position.get(BEST_STEP), list):
         raise ValueError(f"its position has no {BEST_STEP}")
     return hashes
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _sha256(position: dict[str, Any]) -> str:

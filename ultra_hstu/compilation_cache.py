@@ -10,6 +10,8 @@ import logging
 import os
 import platform
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -25,6 +27,8 @@ LEAST_SECONDS = 0.1  # what compiles faster is not kept
 DIGEST = hashlib.sha256().digest_size
 SUFFIX = ".program"
 
+_files: "ProgramFiles | None" = None
+
 
 def use(given: str | None = None) -> None:
     """Keeps compiled programs in a folder from now on; processes that this one starts do so, too.
@@ -36,6 +40,7 @@ def use(given: str | None = None) -> None:
         without it JAX's own variable, JAX_COMPILATION_CACHE_DIR, is left to JAX, and without both
         the folder is `default_folder`.
     """
+    global _files
     given = given or os.environ.get(VARIABLE)
     if given == "off":
         os.environ[VARIABLE] = given
@@ -45,7 +50,7 @@ def use(given: str | None = None) -> None:
         return
     try:
         folder = default_folder() if given is None else Path(given).expanduser().absolute()
-        files = ProgramFiles(folder)
+        _files = files = ProgramFiles(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         _log.warning(
             "compiled programs are not kept (%s): --compilation_cache=DIR names another folder, "
@@ -60,6 +65,11 @@ def use(given: str | None = None) -> None:
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they have other files
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+
+
+def files() -> "ProgramFiles | None":
+    """Where programs are kept; None: nowhere, or where JAX alone does so."""
+    return _files
 
 
 def default_folder() -> Path:
@@ -95,6 +105,7 @@ class ProgramFiles(CacheInterface):
         """
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # who writes there runs code here
         self._path = folder
+        self._thread = threading.local()  # `seen`: contents of this thread
         self._warned = self._full = False
         used, left = [], LIMIT
         for path in folder.glob("*" + SUFFIX):
@@ -121,9 +132,11 @@ class ProgramFiles(CacheInterface):
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # the time of its last use
+        self._note(program)
         return program
 
     def put(self, key: str, value: bytes) -> None:
+        self._note(value)
         if self._full:
             return
         try:
@@ -138,6 +151,19 @@ class ProgramFiles(CacheInterface):
         except OSError as error:
             self._full = True  # or read-only: the next program would fare no better
             self._warn(f"{error}; new programs are not kept")
+
+    @contextlib.contextmanager
+    def seen(self) -> Iterator[list[bytes]]:
+        """Collects the contents that this thread finds or gives inside the block."""
+        self._thread.seen = []
+        try:
+            yield self._thread.seen
+        finally:
+            del self._thread.seen
+
+    def _note(self, content: bytes) -> None:
+        if hasattr(self._thread, "seen"):
+            self._thread.seen.append(content)
 
     def _file(self, key: str) -> Path:
         return self._path / (key + SUFFIX)

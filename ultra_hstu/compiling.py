@@ -1,6 +1,7 @@
 """The programs of a run, compiled before its first step."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -8,13 +9,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from kernels import dispatch
-from ultra_hstu import progress
+from ultra_hstu import programs, progress
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.parallel import processes
 from ultra_hstu.profiling import ProfiledCall
-from ultra_hstu.step import TrainState, run_steps
+from ultra_hstu.step import HISTORY, TrainState, run_steps
 from ultra_hstu.task import Task
 
 Program = jax.stages.Compiled | ProfiledCall  # of a training call
@@ -29,7 +29,9 @@ def compile_run(
     *,
     profile: Path | None = None,
 ) -> Program:
-    """The training call, compiled for the shapes that all its calls have; the evaluation, too.
+    """The training call, compiled for the shapes that all its calls have.
+
+    The evaluation is traced, too; it is compiled while training begins.
 
     Args:
       evaluator: None: its program was compiled before.
@@ -44,15 +46,20 @@ def compile_run(
     call = jax.jit(
         functools.partial(run_steps, recipe), donate_argnums=0, out_shardings=out_shardings
     )
+    arguments = (state, group.feed, np.int32(group.steps))
+    results = (state, dict.fromkeys(HISTORY, 0))
+    pool = ThreadPoolExecutor(1 if processes.several() else 2)
     with progress.waiting(console, "compile", "compiling") as came:
-        with dispatch.record() as choices:
-            lowered = call.lower(state, group.feed, np.int32(group.steps))
-        model = progress.model(task.config, state.params, choices)
+        training = programs.begin(call, arguments, results, ["run_steps", recipe], pool)
+        model = progress.model(task.config, state.params, training.choices)
         progress.line(console, "model", f"{model}, {len(plan):,} steps an epoch")
-        compiled = lowered.compile()
         if evaluator is not None:
-            evaluator.compile(state.params)
-        came("training and evaluation")
+            evaluator.begin(state.params, pool)
+        pool.shutdown(wait=False)
+        compiled = training.program.result()
+        if processes.several() and evaluator is not None:
+            evaluator.wait()
+        came("the training step; the evaluation meanwhile")
     processes.barrier()
     if profile is None:
         return compiled

@@ -17,10 +17,12 @@ from ultra_hstu.paths import LocalPath
 from ultra_hstu.sections import (
     Count,
     EvalConfig,
+    LossConfig,
     OptimConfig,
     ParallelConfig,
     RankConfig,
     SyntheticConfig,
+    TrainConfig,
     WindowsConfig,
 )
 from ultra_hstu.table_config import TableConfig
@@ -46,8 +48,9 @@ class DataConfig(Section):
     batch_tokens: Count | None = None
     # padded: every user has max_history rows of the buffer, as in the public code
     layout: Literal["jagged", "padded"] = "jagged"
-    # Where events lie. auto: on the device below 1 GiB of events
-    placement: Literal["auto", "device", "stream"] = "auto"
+    # Where events lie: on the device, in the host's memory, or in files of which a batch reads the
+    # users that it holds. auto: device below 1 GiB of events, else stream
+    placement: Literal["auto", "device", "stream", "shards"] = "auto"
     # Share of events (the newest) that protocol `temporal` tests on.
     temporal_test_fraction: Annotated[float, Limit(lambda value: 0 < value < 1, "in (0, 1)")] = 0.1
     # alpha of HSTU equation 4: training histories above max_history^(alpha/2) are cut.
@@ -125,43 +128,6 @@ class ModelConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig(Section):
-    # What a softmax is taken over: items drawn uniformly, targets of the batch, or all items.
-    kind: Literal["sampled", "in_batch", "full"] = "sampled"
-    negatives: Count = 128  # per position
-    rows_per_draw: Count = 1  # so many successive rows of a batch share their negatives
-    temperature: Positive[float] = 0.05  # scores are divided by it
-    l2_normalize: bool = True  # scores are cosines
-    log_q: bool = True  # in_batch: correct for the items' frequency in training
-    # Rows whose logits exist at one time. None: what suits the device.
-    chunk_rows: Count | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig(Section):
-    epochs: Count = 101  # at most
-    seed: Annotated[
-        NotNegative[int],
-        Limit(lambda value: value < 2**32, "below 2^32: larger seeds would repeat smaller ones"),
-    ] = 42  # of the first parameters, and of the order and dropout of every epoch
-    # published, validated, temporal; of ranking, chronological; of both, windows
-    protocol: str = "published"
-    # Folder of a run whose parameters this one starts from; None: from those of the seed.
-    init_from: LocalPath | None = None
-    eval_every: Count = 1  # epochs between two evaluations
-    eval_users: Count = 256  # users scored at one time
-    # Epochs without a better NDCG@10 (ranking: NE) before stopping. None: 10; under `published`
-    # all epochs are run.
-    patience: Count | None = None
-    checkpoint_every: Count = 1  # epochs between two checkpoints
-    keep_checkpoints: Count = 2  # newest kept, beside the best
-    checkpoint_minutes: Positive[float] | None = 10.0  # one is written after so long at the latest
-    # Steps in one compiled scan; progress, signals and metrics are looked at between calls.
-    steps_per_call: Count = 16
-    matmul_precision: Literal["default", "tensorfloat32", "highest"] = "default"  # of JAX
-
-
-@dataclasses.dataclass(frozen=True)
 class Config(Section):
     name: str = "synthetic"  # what records and tables call the run
     data: DataConfig = DataConfig()
@@ -216,12 +182,24 @@ class Config(Section):
         self._validate_parallel()
         if self.rank.tasks:
             self._validate_ranking()
+        optim = self.optim
+        if optim.tables != "same" and not self.rank.tasks and self.loss.kind == "full":
+            raise ValueError(
+                f"optim.tables={optim.tables!r} updates the items that a step reads, and "
+                "loss.kind='full' reads all: use optim.tables='same', or loss.kind='sampled'"
+            )
+        if optim.tables != "same" and not self.rank.tasks and self.loss.rows_per_draw > 1:
+            raise ValueError(
+                f"optim.tables={optim.tables!r} draws negatives for each row: set "
+                f"loss.rows_per_draw=1 in place of {self.loss.rows_per_draw}, or "
+                "optim.tables='same'"
+            )
         if self.train.protocol == "windows" and self.data.ties == "random":
             raise ValueError(
                 "data.ties='random' draws an order over all events, later ones too: use 'stable' "
                 "with train.protocol='windows'"
             )
-        decay, warmup = self.optim.decay_steps, self.optim.warmup_steps
+        decay, warmup = optim.decay_steps, optim.warmup_steps
         if decay is not None and decay <= warmup:
             raise ValueError(f"optim.decay_steps={decay} must be above optim.warmup_steps={warmup}")
 
@@ -279,8 +257,8 @@ class Config(Section):
                 raise ValueError(f"model.truncate_after={after} {below}")
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
-            lacks = (*masks, *cuts, "alpha", "projection", "projection_gradient")
-            lacks = (*lacks, "layer_implementation", "remat", "chunk_rows")
+            of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
+            lacks = (*masks, *cuts, *of_layer, "remat", "chunk_rows")
             without["model.kind='sasrec'", "use 'hstu'"] = lacks
         if model.projection == "same":
             why = "model.projection='same', whose gradients follow dtype"

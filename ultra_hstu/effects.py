@@ -89,6 +89,9 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
         yield "loss.log_q", f"under loss.kind={loss.kind}: in_batch reads it"
     if not any(Spelled.of(name).mlp for name in config.features.items):
         yield "features.hidden_width", "without a column[mlp] in features.items"
+    if config.optim.tables == "same":
+        why = "under optim.tables=same: set rowwise_adagrad or lazy_adam"
+        yield "optim.tables_learning_rate", why
     if config.rank.supervise == "all":
         yield "rank.positions", "under rank.supervise=all, whose positions are forwards"
 

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Hashable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
+from ultra_hstu import programs
 from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data.feed import Feed, Loader, feed_specs
 from ultra_hstu.parallel import processes
@@ -37,7 +39,8 @@ class Evaluator(abc.ABC):
         # The places of every step's outputs that belong to an example.
         self.used_SP: Bool[np.ndarray, "S P"] = self.plan.place_SB >= 0
         self._like = like
-        self._run: jax.stages.Wrapped | jax.stages.Compiled = jax.jit(self._over_devices)
+        self._run = jax.jit(self._over_devices)
+        self._program: Future[jax.stages.Compiled] | None = None
 
     @abc.abstractmethod
     def outputs(self, scored: PyTree, batch: PyTree) -> Shaped[Array, "p ..."]:
@@ -47,12 +50,24 @@ class Evaluator(abc.ABC):
     def metrics(self, output_P: Outputs) -> Metrics:
         """The metrics of the outputs of a whole split, as `predict` orders them."""
 
+    def begin(self, scored: PyTree, pool: Executor) -> None:
+        """Traces for the shapes that all calls have, and compiles in the pool."""
+        if self._program is None:
+            group = next(iter(self.loader.groups(self.plan)))
+            arguments = (scored, group.feed, np.int32(group.steps))
+            begun = programs.begin(self._run, arguments, 0, self._closed_over(), pool)
+            self._program = begun.program
+
     def compile(self, scored: PyTree) -> None:
         """Compiles for the shapes that all calls have; without it the first call does so."""
-        if isinstance(self._run, jax.stages.Compiled):
-            return
-        group = next(iter(self.loader.groups(self.plan)))
-        self._run = self._run.lower(scored, group.feed, np.int32(group.steps)).compile()
+        with ThreadPoolExecutor(1) as pool:
+            self.begin(scored, pool)
+        self.wait()
+
+    def wait(self) -> None:
+        """Returns when what `begin` has begun is done, in all processes."""
+        if self._program is not None:
+            self._program.result()
         processes.barrier()
 
     def adopt(self, other: "Evaluator") -> bool:
@@ -64,8 +79,8 @@ class Evaluator(abc.ABC):
         feeds = [next(iter(one.loader.groups(one.plan))).feed for one in pair]
         same = shapes(feeds[0]) == shapes(feeds[1]) and self.static == other.static
         same &= not (self.recipe.holds_data or other.recipe.holds_data)
-        if same and isinstance(other._run, jax.stages.Compiled):
-            self._run = other._run
+        if same and other._program is not None:
+            self._program = other._program
         return same
 
     @property
@@ -73,12 +88,18 @@ class Evaluator(abc.ABC):
         """What a program depends on, beside the configuration and the shapes of its inputs."""
         return self._like
 
+    def _closed_over(self) -> list[object]:
+        """What the program depends on, beside its arguments."""
+        apart = ("loader", "plan", "recipe", "used_SP", "_run", "_program")
+        return [type(self), self.recipe, {k: v for k, v in vars(self).items() if k not in apart}]
+
     def predict(self, scored: PyTree) -> Outputs:
         """The outputs of every example, in the order of the split."""
-        if processes.several():
+        if processes.several() and self._program is None:
             self.compile(scored)  # the others would wait in the first call
+        run = self._run if self._program is None else self._program.result()
         pending = [
-            (group.steps, self._run(scored, group.feed, np.int32(group.steps)))
+            (group.steps, run(scored, group.feed, np.int32(group.steps)))
             for group in self.loader.groups(self.plan)
         ]
         outputs = [np.asarray(output_SP)[:steps] for steps, output_SP in pending]

@@ -203,7 +203,8 @@ def _encoder(
         widths = np.array(_attention_widths(model))
         return 2.0 * np.concatenate([products, float(share_K @ np.array(pairs_K)) * widths])
 
-    can_select = model.kind == "hstu" and model.attention == "silu" and not model.relative_bias
+    whole = model.relative_bias and config.parallel.context > 1
+    can_select = model.kind == "hstu" and model.attention == "silu" and not whole
     projections = attention = backward = again = unread = 0.0
     for layer, mask in enumerate(masks):
         truncated = model.truncate_after is not None and layer >= model.truncate_after
@@ -219,8 +220,7 @@ def _encoder(
         # The output projection is never computed again: nothing in the backward needs its result.
         if model.kind == "hstu":
             again += first * ((model.remat != "none") + (model.chunk_rows is not None))
-    counted = (projections, attention, backward, again)
-    return Flops(*map(float, counted), unread=unread)
+    return Flops(float(projections), float(attention), float(backward), float(again), unread=unread)
 
 
 def _projection_widths(model: ModelConfig) -> tuple[int, int]:

@@ -67,7 +67,8 @@ class Instruction:
 _TABLE = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
-_OURS = re.compile(r"(?:^|/)((?:ultra_hstu|kernels)/.*)")
+# Not the files that the ops of `kernels` share.
+_OURS = re.compile(r"(?:^|/)((?:ultra_hstu|kernels/\w+)/.*)")
 _NUMBERS = re.compile(r"[._]\d+(?=$|[._])")
 
 

@@ -17,7 +17,8 @@ from ultra_hstu import optim, progress, report, signals
 from ultra_hstu.checkpoint import Checkpoints, Position, abstract
 from ultra_hstu.compiling import Program, compile_run
 from ultra_hstu.criteria import Metrics
-from ultra_hstu.data.feed import Group, Plan
+from ultra_hstu.data.feed import Group
+from ultra_hstu.data.packing import Plan
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.initial import parameters_of
 from ultra_hstu.json_files import write_json

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
+from ultra_hstu.paths import LocalPath
 
 Count = Positive[int]
 
@@ -31,11 +32,18 @@ class OptimConfig(Section):
     learning_rate: Positive[float] = 1e-3  # of AdamW, after the warmup
     beta1: BelowOne[float] = 0.9  # decay of the mean of gradients
     beta2: BelowOne[float] = 0.98  # decay of the mean of their squares
-    weight_decay: NotNegative[float] = 0.0  # of all parameters
+    weight_decay: NotNegative[float] = 0.0  # of all parameters that a step changes
     warmup_steps: NotNegative[int] = 0  # the learning rate rises from 0 during them
     # The learning rate falls to 0 at this step, on a cosine; None: it stays.
     decay_steps: Count | None = None
     clip_norm: Positive[float] | None = None  # gradients are scaled down to this norm
+    # Of the tables of items, signals, features and contextual tokens. same: AdamW, over every entry
+    # in every step. The others change the entries that a step reads, so that time and memory of a
+    # step do not grow with the table: row-wise AdaGrad keeps one number an entry, lazy Adam the two
+    # means of Adam.
+    tables: Literal["same", "rowwise_adagrad", "lazy_adam"] = "same"
+    # Of these two, with the same warmup and decay; None: learning_rate.
+    tables_learning_rate: Positive[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,3 +131,40 @@ class ParallelConfig(Section):
     @property
     def batch_groups(self) -> int:
         return self.data if self.groups is None else self.groups
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig(Section):
+    # What a softmax is taken over: items drawn uniformly, targets of the batch, or all items.
+    kind: Literal["sampled", "in_batch", "full"] = "sampled"
+    negatives: Count = 128  # per position
+    rows_per_draw: Count = 1  # so many successive rows of a batch share their negatives
+    temperature: Positive[float] = 0.05  # scores are divided by it
+    l2_normalize: bool = True  # scores are cosines
+    log_q: bool = True  # in_batch: correct for the items' frequency in training
+    # Rows whose logits exist at one time. None: what suits the device.
+    chunk_rows: Count | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Section):
+    epochs: Count = 101  # at most
+    seed: Annotated[
+        NotNegative[int],
+        Limit(lambda value: value < 2**32, "below 2^32: larger seeds would repeat smaller ones"),
+    ] = 42  # of the first parameters, and of the order and dropout of every epoch
+    # published, validated, temporal; of ranking, chronological; of both, windows
+    protocol: str = "published"
+    # Folder of a run whose parameters this one starts from; None: from those of the seed.
+    init_from: LocalPath | None = None
+    eval_every: Count = 1  # epochs between two evaluations
+    eval_users: Count = 256  # users scored at one time
+    # Epochs without a better NDCG@10 (ranking: NE) before stopping. None: 10; under `published`
+    # all epochs are run.
+    patience: Count | None = None
+    checkpoint_every: Count = 1  # epochs between two checkpoints
+    keep_checkpoints: Count = 2  # newest kept, beside the best
+    checkpoint_minutes: Positive[float] | None = 10.0  # one is written after so long at the latest
+    # Steps in one compiled scan; progress, signals and metrics are looked at between calls.
+    steps_per_call: Count = 16
+    matmul_precision: Literal["default", "tensorfloat32", "highest"] = "default"  # of JAX

@@ -12,19 +12,12 @@ from typing import ClassVar
 from ultra_hstu import flops
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria, Metrics
-from ultra_hstu.data.feed import (
-    WHOLE,
-    BatchGather,
-    BufferRows,
-    EventStore,
-    ExampleTable,
-    HostColumns,
-    Loader,
-    Planner,
-)
+from ultra_hstu.data.feed import BatchGather, EventStore, Loader
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.packing import WHOLE, BufferRows, ExampleTable, HostColumns, Planner
 from ultra_hstu.data.room import room
 from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
+from ultra_hstu.data.shards import ShardStore
 from ultra_hstu.evaluate import STEPS_PER_CALL, Evaluator
 from ultra_hstu.flops import Flops
 from ultra_hstu.step import Params, Steps
@@ -39,13 +32,13 @@ class Task[Events](abc.ABC):
 
     config: Config
     interactions: Interactions
-    store: EventStore[Events]
+    store: EventStore[Events] | ShardStore[Events]
     # Of a run over windows, whose programs serve several of them: sizes that grow with the data are
     # rounded up to powers of two.
     roomy: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.config.eval.time != "target" and self.interactions.timestamps is None:
+        if self.config.eval.time != "target" and not self.interactions.timed:
             raise ValueError(
                 f"eval.time={self.config.eval.time!r} needs times, and the source "
                 f"{self.config.data.source!r} has none: leave it out"
@@ -158,7 +151,9 @@ class Task[Events](abc.ABC):
             items = self.interactions.num_items
             gamma, _ = flops.cost_exponent(self.config, data.max_history, items=items)
         sampling = Sampling(data.stochastic_length, data.subsequence, gamma, data.recalibrate_every)
-        timestamps, mesh = self.interactions.timestamps, self.recipe.mesh
+        # Only one kind of subsequence asks for times, which may lie on a disk.
+        timestamps = self.interactions.timestamps if data.subsequence == "weighted" else None
+        mesh = self.recipe.mesh
         return SampledPlanner(sampling, self.histories, timestamps, mesh)
 
     def folded(self, params: Params) -> tuple["Task", Params]:

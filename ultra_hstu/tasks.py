@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from kernels.hstu_attention.api import implementations
+from kernels import hstu_attention, norm_linear
 from ultra_hstu import progress
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
-from ultra_hstu.data import item_features, signals, sources, windows
+from ultra_hstu.data import item_features, shards, signals, sources, windows
 from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
 from ultra_hstu.feature_config import TITLE
 from ultra_hstu.fields import changed
@@ -28,17 +28,23 @@ TASKS: dict[str, type[Task]] = {"retrieval": RetrievalTask, "ranking": RankingTa
 def check(config: Config) -> None:
     """Raises ValueError for a source, a protocol or an implementation that is not there.
 
-    Reads nothing.
+    NotImplementedError for what does not go with `data.placement`. Reads nothing.
     """
+    shards.check(config)
     if config.data.source != ARRAYS:
         sources.check(config.data.source)
     if config.train.protocol not in (known := _asked_for(config).PROTOCOLS):
         names = ", ".join(map(repr, known))
         raise ValueError(f"train.protocol={config.train.protocol!r} is not allowed: use {names}")
-    chosen, able = config.model.implementation, implementations()
-    if chosen is not None and chosen not in able:
-        listed = ", ".join(map(repr, able))
-        raise ValueError(f"model.implementation={chosen!r} is not allowed: use {listed} or None")
+    named = {
+        "implementation": hstu_attention.implementations(),
+        "layer_implementation": norm_linear.implementations(),
+    }
+    for field, able in named.items():
+        chosen = getattr(config.model, field)
+        if chosen is not None and chosen not in able:
+            listed = ", ".join(map(repr, able))
+            raise ValueError(f"model.{field}={chosen!r} is not allowed: use {listed} or None")
 
 
 def check_names(config: Config) -> None:
@@ -55,14 +61,12 @@ def check_names(config: Config) -> None:
         described, timed = public.users is not None, public.timed
         item_features.check_names(config.features, (*public.table.item_features, TITLE))
     else:
-        builder = sources.SOURCES[data.source]
-        signals.check_names(config, builder.ACTIONS)
+        signals.check_names(config, ())
         item_features.check_names(config.features, ())
-        variant = builder.builder_configs[data.source]
-        described, timed = bool(variant.context_files), builder.TICKS > 0
+        described, timed = False, True
         if data.table != TableConfig():
             raise ValueError(f"data.table does nothing under data.source={data.source!r}")
-        if not variant.files and data.raw_dir is not None:
+        if data.raw_dir is not None:
             raise ValueError(
                 f"data.raw_dir={data.raw_dir!r} must be None: {data.source} is generated"
             )
@@ -133,7 +137,8 @@ def _read(config: Config, console: Console | None) -> Interactions:
     check_names(config)
     source = config.data.source
     with progress.waiting(console or QUIET, "data", f"reading {source}") as came:
-        interactions = load_interactions(config.data)
+        on_disk = config.data.placement == "shards"
+        interactions = (shards.load if on_disk else load_interactions)(config.data)
         came(f"{source}: {progress.counts(interactions)}")
     return interactions
 

@@ -20,8 +20,8 @@ from ultra_hstu.compiling import Program
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data import windows
-from ultra_hstu.data.feed import Plan
 from ultra_hstu.data.interactions import ARRAYS
+from ultra_hstu.data.packing import Plan
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.fields import changed
 from ultra_hstu.initial import like_of

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kernels import dispatch
-from kernels.rowwise import RowSpec
+from kernels.rowwise import RowSpec, affine_of
 
 _OP = dispatch.Op[RowSpec](
     "gate",
@@ -68,13 +68,11 @@ def gate(
       NotImplementedError: the named implementation cannot take these inputs, or none can; with the
         reasons.
     """
-    if (weight_Y is None) != (bias_Y is None):
-        missing = "weight" if weight_Y is None else "bias"
-        raise ValueError(f"gate takes weight and bias or none of them, got no {missing}")
+    affine = affine_of("gate", weight_Y, bias_Y)
     check(u_TY, a_TY, keep_TZ, joined=joined, rate=rate)
 
     def run(module: ModuleType) -> Array:
-        return module.gate(u_TY, a_TY, weight_Y, bias_Y, keep_TZ, Gate(eps, joined, rate))
+        return module.gate(u_TY, a_TY, affine, keep_TZ, Gate(eps, joined, rate))
 
     return _OP.call(implementation, RowSpec(u_TY.dtype, u_TY.shape[1]), run)
 

@@ -6,7 +6,7 @@ from jaxtyping import Array
 
 from kernels.gate.api import Gate
 from kernels.layer_norm import reference as layer_norm
-from kernels.rowwise import RowSpec
+from kernels.rowwise import Affine, RowSpec
 
 
 def unsupported(spec: RowSpec) -> None:
@@ -16,15 +16,14 @@ def unsupported(spec: RowSpec) -> None:
 def gate(
     u_TY: Array,
     a_TY: Array,
-    weight_Y: Array | None,
-    bias_Y: Array | None,
+    affine: Affine,
     keep_TZ: Array | None,
     static: Gate,
 ) -> Array:
     """See `gate`. JAX differentiates it."""
     u, a = (x.astype(jnp.float32) for x in (u_TY, a_TY))
     opened = u * jax.nn.sigmoid(u)
-    normed, _ = layer_norm.norm(a, weight_Y, bias_Y, eps=static.eps, residual=False)
+    normed, _ = layer_norm.norm(a, affine, eps=static.eps, residual=False)
     y = opened * normed
     if static.joined:
         y = jnp.concatenate([opened, a, y], axis=1)

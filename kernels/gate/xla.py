@@ -6,7 +6,7 @@ from jaxtyping import Array
 
 from kernels.gate.api import Gate
 from kernels.layer_norm import xla as layer_norm
-from kernels.rowwise import RowSpec
+from kernels.rowwise import Affine, RowSpec
 
 
 def unsupported(spec: RowSpec) -> None:
@@ -16,14 +16,13 @@ def unsupported(spec: RowSpec) -> None:
 def gate(
     u_TY: Array,
     a_TY: Array,
-    weight_Y: Array | None,
-    bias_Y: Array | None,
+    affine: Affine,
     keep_TZ: Array | None,
     static: Gate,
 ) -> Array:
     """See `gate`. Every step is rounded to the dtype of u."""
     opened_TY = jax.nn.silu(u_TY)
-    normed_TY, _ = layer_norm.norm(a_TY, weight_Y, bias_Y, eps=static.eps, residual=False)
+    normed_TY, _ = layer_norm.norm(a_TY, affine, eps=static.eps, residual=False)
     y_TZ = opened_TY * normed_TY
     if static.joined:
         y_TZ = jnp.concatenate([opened_TY, a_TY, y_TZ], axis=1)

@@ -9,14 +9,15 @@ from jaxtyping import Array, Bool, Float
 from kernels import dispatch
 from kernels.fp8 import Gradient, Precision
 from kernels.gate.api import Gate, check
-from kernels.norm_linear.api import LinearSpec, Norm
+from kernels.norm_linear.api import LinearSpec
+from kernels.rowwise import Affine
 
 # `mosaic` multiplies in e4m3, `triton` in the dtype of u.
 _OP = dispatch.Op[LinearSpec](
     "gated_linear",
     modules={
-        "mosaic": "kernels.gated_linear.mosaic",
-        "triton": "kernels.gated_linear.triton",
+        "mosaic": "kernels.gated_linear.mosaic.linear",
+        "triton": "kernels.gated_linear.triton.linear",
         "xla": "kernels.gated_linear.xla",
         "reference": "kernels.gated_linear.reference",
     },
@@ -38,7 +39,7 @@ class GatedRows(NamedTuple):
 
     u_TY: Float[Array, "T Y"]
     a_TY: Float[Array, "T Y"]
-    norm: Norm
+    norm: Affine
     keep_TZ: Bool[Array, "T Z"] | None
 
 

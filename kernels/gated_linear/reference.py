@@ -18,5 +18,5 @@ def gated_linear(
 ) -> Array:
     """See `gated_linear`. JAX differentiates it."""
     u, a = (one.astype(jnp.float32) for one in (x.u_TY, x.a_TY))
-    z = gate.gate(u, a, *(x.norm or (None, None)), x.keep_TZ, static.gate)
+    z = gate.gate(u, a, x.norm, x.keep_TZ, static.gate)
     return (residual.astype(jnp.float32) + exact_linear(z, w, bias)).astype(residual.dtype)

@@ -16,6 +16,6 @@ def gated_linear(
     x: GatedRows, w: Array, bias: Array | None, residual: Array, static: GatedLinear
 ) -> Array:
     """See `gated_linear`."""
-    z = gate.gate(x.u_TY, x.a_TY, *(x.norm or (None, None)), x.keep_TZ, static.gate)
+    z = gate.gate(x.u_TY, x.a_TY, x.norm, x.keep_TZ, static.gate)
     options = {"precision": static.precision, "gradient": static.gradient}
     return linear(z, w, bias, residual_TY=residual, **options)

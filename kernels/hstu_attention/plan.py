@@ -138,6 +138,39 @@ class AttentionPlan:
             stored_keys=(*self.stored_keys, *new),
         )
 
+    def for_rows(self, row_P: Int[Array, " P"]) -> "AttentionPlan":
+        """The plan of a buffer whose other queries are zeros, and their outputs not read.
+
+        So a relative bias, whose positions are those of the buffer, is taken for some rows. Other
+        rows see themselves alone; tiles without a row of these are left out.
+
+        Args:
+          row_P: any order; numbers of T and more are none.
+        """
+        wanted_T = jnp.zeros(self.num_rows, bool).at[row_P].set(True, mode="drop")
+        sorted_P = jnp.sort(row_P)
+
+        def shrunk(lo: Array, hi: Array) -> tuple[Array, Array]:
+            first, stop = (
+                jnp.searchsorted(sorted_P, end, method="scan_unrolled") for end in (lo, hi)
+            )
+            some = stop > first
+            last = sorted_P[jnp.maximum(stop - 1, 0)]
+            begin = sorted_P[jnp.minimum(first, len(row_P) - 1)]
+            return jnp.where(some, begin, 0), jnp.where(some, last + 1, 0)
+
+        pairs = zip(self.rows[::2], self.rows[1::2], strict=True)
+        return dataclasses.replace(
+            self,
+            keys=KeyIntervals(*(jnp.where(wanted_T, end, 0) for end in self.keys)),
+            rows=RowIntervals(
+                *(end.astype(jnp.int32) for lo, hi in pairs for end in shrunk(lo, hi))
+            ),
+            stored=(),
+            stored_keys=(),
+            plain=False,
+        )
+
     def row_scales(self, scale: Scale, rows: int) -> Float[Array, " rows"]:
         """The factor of each of `rows` rows; 0 in padding, where the caller's may be NaN."""
         given = self.num_rows - self.first_row

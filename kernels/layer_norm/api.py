@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import dispatch
-from kernels.rowwise import RowSpec
+from kernels.rowwise import RowSpec, affine_of
 
 _OP = dispatch.Op[RowSpec](
     "layer_norm",
@@ -73,13 +73,11 @@ def _run(
     implementation: str | Sequence[str] | None,
     residual: bool,
 ) -> tuple[Array, Array]:
-    if (weight is None) != (bias is None):
-        missing = "weight" if weight is None else "bias"
-        raise ValueError(f"layer_norm takes weight and bias or none of them, got no {missing}")
+    affine = affine_of("layer_norm", weight, bias)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x.dtype}; layer_norm takes floating point")
 
     def run(module: ModuleType) -> tuple[Array, Array]:
-        return module.norm(x, weight, bias, eps=eps, residual=residual)
+        return module.norm(x, affine, eps=eps, residual=residual)
 
     return _OP.call(implementation, RowSpec(x.dtype, x.shape[-1]), run)

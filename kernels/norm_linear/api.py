@@ -32,7 +32,7 @@ class LinearSpec(NamedTuple):
 _OP = dispatch.Op[LinearSpec](
     "norm_linear",
     modules={
-        "mosaic": "kernels.norm_linear.mosaic",
+        "mosaic": "kernels.norm_linear.mosaic.linear",
         "triton": "kernels.norm_linear.triton.linear",
         "xla": "kernels.norm_linear.xla",
         "reference": "kernels.norm_linear.reference",
@@ -59,7 +59,6 @@ class NormLinear(NamedTuple):
     gradient: Gradient
 
 
-Norm = tuple[Array, Array] | None  # weight and bias of a norm
 Parts = tuple[list[Array], Array]  # the results, and x
 
 
@@ -102,5 +101,6 @@ def norm_linear(
         static = NormLinear(eps, widths, precision, gradient)
         return module.norm_linear(x_TD, norm, w_DX, bias_X, static)
 
-    spec = LinearSpec(x_TD.dtype, *x_TD.shape, widths, precision, gradient)
+    rows, width = x_TD.shape
+    spec = LinearSpec(x_TD.dtype, rows, width, widths, precision, gradient)
     return _OP.call(implementation, spec, run)

@@ -27,8 +27,8 @@ from experiments.record import Json, Record
 from scripts.bench.terminal import show
 from ultra_hstu import flops, report
 from ultra_hstu.config import Config, DataConfig, ModelConfig
-from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.data.packing import ROW_MULTIPLE
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.sampling import LoadBalancer, keep_probability, stochastic_length
 from ultra_hstu.sequences import Sequences

@@ -123,7 +123,8 @@ def write_csv(path: Path, events: int) -> None:
         [("userId", pa.int64()), ("movieId", pa.int64())]
         + [("rating", pa.float64()), ("timestamp", pa.int64())]
     )
-    with pa.csv.CSVWriter(path, schema) as writer:
+    plain = pa.csv.WriteOptions(quoting_style="none")
+    with pa.csv.CSVWriter(path, schema, write_options=plain) as writer:
         for first, last, rng in chunks(events):
             size = last - first
             writer.write(

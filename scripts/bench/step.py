@@ -15,6 +15,7 @@ time goes by kernel. A record has a key for each such workload, and keeps those 
 """
 
 import functools
+import itertools
 import math
 import resource
 import statistics
@@ -86,45 +87,59 @@ def measure_full_batches(config: Config, duration: float) -> Json:
     return found | {"profile": profile.to_json()}
 
 
-def time_steps(config: Config, repeats: int) -> dict[str, float]:
+def time_steps(config: Config, repeats: int) -> Json:
     """Milliseconds a step, and the share of the time in which the next batches were awaited."""
-    task = tasks.load(config)
-    size = config.train.steps_per_call
-    loader = task.loader("train", batch_users=config.data.batch_users, steps_per_call=size)
-    state = jax.jit(task.recipe.init, static_argnums=0)(config.train.seed)
-    step = jax.jit(functools.partial(run_steps, task.recipe), donate_argnums=0)
-
-    def groups() -> Iterator[Group]:
-        epoch = 0
-        while True:
-            yield from (
-                group
-                for group in loader.groups(loader.plan(seed=0, epoch=epoch))
-                if group.steps == size
-            )
-            epoch += 1
-
-    program = step.lower(state, next(groups()).feed, jnp.int32(size)).compile()
-    ready = groups()
-    waited, times = 0.0, []
+    steps = Steps(tasks.load(config))
     title, console = f"{config.data.placement:>8}", report.make_console()
-    for number in track(range(repeats + 2), title, console=console, transient=True):
+    for _ in track(range(repeats + 2), title, console=console, transient=True):
+        steps.call()
+    return steps.result()
+
+
+class Steps:
+    """Training calls of a task, one after another, each of them timed."""
+
+    def __init__(self, task: Task):
+        config = task.config
+        self.size = config.train.steps_per_call
+        self.loader = task.loader(
+            "train", batch_users=config.data.batch_users, steps_per_call=self.size
+        )
+        self.state = jax.jit(task.recipe.init, static_argnums=0)(config.train.seed)
+        self.groups = self._groups()
+        self.seconds: list[float] = []  # of each call, its wait included
+        self.waited: list[float] = []
+        group = next(self.groups)
+        step = jax.jit(functools.partial(run_steps, task.recipe), donate_argnums=0)
+        self.program = step.lower(self.state, group.feed, jnp.int32(self.size)).compile()
+
+    def _groups(self) -> Iterator[Group]:
+        for epoch in itertools.count():
+            for group in self.loader.groups(self.loader.plan(seed=0, epoch=epoch)):
+                if group.steps == self.size:
+                    yield group
+
+    def call(self) -> None:
         started = time.perf_counter()
-        group = next(ready)
+        group = next(self.groups)
         arrived = time.perf_counter()
-        state, history = step(state, group.feed, jnp.int32(size))
+        self.state, history = self.program(self.state, group.feed, jnp.int32(self.size))
         jax.block_until_ready(history)
-        if number >= 2:  # the first call compiles, the second warms the caches
-            waited += arrived - started
-            times.append(time.perf_counter() - started)
-    per_step = [1e3 * seconds / size for seconds in times]
-    return {
-        "rows": sum(rows) if isinstance(rows := loader.gather.rows, tuple) else rows,
-        "step_ms_median": statistics.median(per_step),
-        "step_ms_min": min(per_step),
-        "input_wait_share": waited / sum(times),
-        "temp_MiB": temporaries(program) / 2**20,
-    }
+        self.waited.append(arrived - started)
+        self.seconds.append(time.perf_counter() - started)
+
+    def result(self) -> Json:
+        """Of all calls but the first two, which warm up."""
+        seconds, waited = self.seconds[2:], self.waited[2:]
+        per_step = [1e3 * one / self.size for one in seconds]
+        rows = self.loader.gather.rows
+        return {
+            "rows": sum(rows) if isinstance(rows, tuple) else rows,
+            "step_ms_median": statistics.median(per_step),
+            "step_ms_min": min(per_step),
+            "input_wait_share": sum(waited) / sum(seconds),
+            "temp_MiB": temporaries(self.program) / 2**20,
+        }
 
 
 def time_evaluation(task: Task) -> dict[str, float]:

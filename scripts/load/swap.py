@@ -56,7 +56,12 @@ def main(_: list[str]) -> None:
         with deployment(str(link), *arguments, port=port) as served:
             run = swapped(served.url, link, paths[1], expected, _CONNECTIONS.value, AROUND_S)
             found = asyncio.run(run)
-    record = Record(_RECORD.value, replicas=_REPLICAS.value, connections=_CONNECTIONS.value)
+    record = Record(
+        _RECORD.value,
+        config=services[0].model.config.name,
+        replicas=_REPLICAS.value,
+        connections=_CONNECTIONS.value,
+    )
     record.add(swap=found)
     report.make_console().print(found)
     if found["lost"] or found["wrong"]:

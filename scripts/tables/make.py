@@ -19,12 +19,15 @@ from scripts.tables import (
     context_parallel,
     data,
     features,
+    layer,
     long,
     loss,
     overview,
     ranking,
     retrieval,
     sampling,
+    speed,
+    step,
     windows,
 )
 from scripts.tables import serve as serve_tables
@@ -54,6 +57,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "long_ultra": long.long_ultra_table,
         "layer_memory": long.layer_memory_table,
     },
+    "docs/fused_layer.md": {
+        "layer": layer.layer_table,
+        "layer_precision": layer.layer_precision_table,
+        "layer_kernels": layer.layer_kernels_table,
+    },
     "docs/context_parallel.md": {
         "context_steps": context_parallel.steps_table,
         "context_longest": context_parallel.longest_table,
@@ -79,6 +87,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "load_balance": sampling.load_balance_table,
         "int4": sampling.int4_table,
     },
+    "docs/tables_and_rows.md": {
+        "last_layer": step.last_layer_table,
+        "table_sizes": step.sizes_table,
+        "ranking_step": step.ranking_step_table,
+        "repeated_ids": step.repeated_table,
+    },
     "docs/features.md": {"item_features": features.item_features_table},
     "docs/windows.md": {
         "swap": windows.swap_table,
@@ -86,6 +100,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "windows_ml1m": windows.windows_table,
     },
     "docs/your_data.md": {"prepare": data.prepare_table},
+    "docs/speed.md": {"step_by_kernel": speed.step_table, "start": speed.start_table},
+    "docs/large_data.md": {"streaming": speed.streaming_table},
     "docs/datasets.md": {
         "sets": data.sets_table,
         "categories": data.categories,

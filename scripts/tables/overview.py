@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from experiments.record import Json
-from scripts.tables import attention, context_parallel, retrieval, serving
+from scripts.tables import attention, context_parallel, long, retrieval, serving
 from scripts.tables.records import load, markdown, mean_and_deviation, measured, short
 
 WORKLOAD = "causal_d128_8x8192"
@@ -45,10 +45,10 @@ def kernel(record: Json) -> list[str]:
 
 
 def layer(record: Json) -> list[str]:
-    modes = record.get("modes", {})
-    if not {"selective", "none"} <= modes.keys():
+    both = [record.get("layers", {}).get(name) for name in long.memory_cases("selective", "none")]
+    if not all(both):
         return []
-    kept, whole = (f"{modes[name]['bytes_a_token']:,.0f}" for name in ("selective", "none"))
+    kept, whole = (f"{found['bytes_a_token']:,.0f}" for found in both)
     link = "[encoder](docs/ultra_hstu.md#selective-rematerialisation)"
     what = "bytes that a layer keeps of a token for its backward pass"
     return [what, kept, f"{whole} without rematerialisation", record["device"], link]

@@ -128,6 +128,6 @@ def swap_table(record: Json) -> str:
         f"{found['requests']:,} requests over {record['connections']} connections, {answered}; "
         f"{found['lost']} lost, {found['wrong']} answered by another model than they name; "
         f"{found['seconds_until_the_newer_answers']:.0f} s until the newer model answered. "
-        f"{record['replicas']} replica, {origin(record)}"
+        f"Two seeds of `{record['config']}`, {record['replicas']} replica, {origin(record)}"
     )
     return markdown(header, rows, note)

@@ -264,6 +264,13 @@ def test_the_fast_and_the_careful_reader_agree(tmp_path, monkeypatch):
         assert list(fast) == ["a", "c", "d"] and len(fast["a"]) == 200
 
 
+def test_quotes_in_a_header_alone_cost_nothing(tmp_path, monkeypatch):
+    path = write(tmp_path / "table.csv", ['"a","b"', "1,2", "3,4"])
+    file = DelimitedFile(path, (Column("a", np.int64), Column("b", np.int64)), header=True)
+    monkeypatch.setattr(delimited, "_careful_batches", lambda *_: pytest.fail("slow"))
+    assert [batch.to_pydict() for batch in file.batches(file.types)] == [{"a": [1, 3], "b": [2, 4]}]
+
+
 def test_a_bad_line_far_down_is_found_once(tmp_path, monkeypatch):
     """What was read fast before it is not read again, nor twice."""
     monkeypatch.setattr(delimited, "_BLOCK_BYTES", 1 << 10)

@@ -11,10 +11,12 @@ import pytest
 from tests.data.data_files import load
 from tests.data.official_files import official
 from ultra_hstu.config import SyntheticConfig
-from ultra_hstu.data import builder, npz
+from ultra_hstu.data import npz, sums
+from ultra_hstu.data import raw as raw_files
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.strings import STRINGS, pack, unpack
 from ultra_hstu.data.sums import SUMS
+from ultra_hstu.data.table import prepared as tables
 
 FILES = {
     "ml-1m": ("interactions.npz", "reading.json", "catalog.npz", "contexts.npz", SUMS),
@@ -101,10 +103,11 @@ def test_intact_data_is_read_without_writing(prepared, monkeypatch):
 def test_a_download_is_read_without_a_lock(tmp_path, monkeypatch):
     raw = official("ml-1m", tmp_path / "prepared/raw/ml-1m")
     names = ["ratings.dat", "movies.dat", "users.dat"]
-    builder.sums.write(raw, builder.sums.checksums(raw, names))
+    sums.write(raw, sums.checksums(raw, names))
     before = load(tmp_path, "ml-1m")
     with monkeypatch.context() as patch:
-        patch.setattr(builder, "locked", lambda _: pytest.fail("a lock was taken"))
+        for module in (raw_files, tables):
+            patch.setattr(module, "locked", lambda *_: pytest.fail("a lock was taken"))
         assert load(tmp_path, "ml-1m").fingerprint() == before.fingerprint()
     (raw / "users.dat").write_bytes(b"1::F::1::10::48067\n")
     with pytest.raises(

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from tests import commands
 from tests.data.data_files import KUAIRAND_HEADER, kuairand_line, load, write
+from tests.data.official_files import OFFICIAL
 from ultra_hstu.config import Config, DataConfig
-from ultra_hstu.data import builder, sources
+from ultra_hstu.data import raw, sources
 from ultra_hstu.data.amazon import CATEGORIES
 from ultra_hstu.table_config import TableConfig
 
@@ -412,6 +414,27 @@ def test_what_is_kept_of_a_public_set_can_be_chosen(tmp_path):
             Config(data=data).validate()
 
 
+def test_inspect_shows_the_lengths_of_a_public_sets_histories(tmp_path):
+    record = tmp_path / "histories.json"
+    record.write_text('{"sets": {"other": {"mean": 1}}}')
+    raw = write(tmp_path / "raw/u.item", OFFICIAL["ml-100k"]["u.item"]).parent
+    events = [f"{user}\t{1 + k % 3}\t5\t88125094{k}" for user in (1, 2) for k in range(4 + user)]
+    write(raw / "u.data", events)
+    arguments = [
+        "--config.data.source=ml-100k",
+        f"--data={raw}",
+        f"--record={record}",
+        "--picture=",
+    ]
+    done = commands.run(
+        "experiments.inspect", *arguments, f"--config.data.data_dir={tmp_path}/made"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "events 11, mean 5.5, median 5.5, 99 % 6.0, longest 6" in done.stdout
+    sets = json.loads(record.read_text())["sets"]
+    assert sets["other"] == {"mean": 1} and sets["ml-100k"]["events"] == 11
+
+
 def test_sets_of_a_publisher_are_downloaded_apart(tmp_path, monkeypatch):
     """Two sets whose files have the same names, each from where its publisher has it."""
     for core in (False, True):
@@ -427,7 +450,7 @@ def test_sets_of_a_publisher_are_downloaded_apart(tmp_path, monkeypatch):
         assert load(tmp_path, source).num_events == len(lines) - 1
     assert load(tmp_path, "amazon-2023/All_Beauty").num_events == 6
     folders = {
-        builder._downloads(sources.PUBLIC[f"amazon-2023/All_Beauty{c}"], DataConfig()).parent
+        raw.downloads_of(sources.PUBLIC[f"amazon-2023/All_Beauty{c}"], DataConfig()).parent
         for c in ("", "/5core")
     }
     assert len(folders) == 2

@@ -12,7 +12,8 @@ from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
 from ultra_hstu.data import sampled
-from ultra_hstu.data.feed import EventStore, Loader, Packing
+from ultra_hstu.data.feed import EventStore, Loader
+from ultra_hstu.data.packing import Packing
 from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
 from ultra_hstu.parallel import make_mesh, processes
 from ultra_hstu.retrieval.batch import Events, HistoryGather

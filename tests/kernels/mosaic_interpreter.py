@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
-from kernels import hopper_product
 from kernels.hstu_attention.mosaic import (
     backward_keys,
     backward_one_pass,
@@ -31,6 +30,7 @@ from kernels.hstu_attention.mosaic import (
     schedule,
     split_tiles,
 )
+from kernels.norm_linear.mosaic import product
 
 MODULES = (
     backward_keys,
@@ -41,7 +41,7 @@ MODULES = (
     forward,
     items,
     launch,
-    hopper_product,
+    product,
     split_tiles,
 )
 ACCUMULATORS = 7  # that a warpgroup holds at a time, at most

@@ -133,6 +133,21 @@ def test_gradients_are_those_of_the_product_without_rounding():
     assert_close(d_x, low @ w64.T, 2.0**-8, "x")
 
 
+def test_fp8_gradients_round_the_gradient_by_rows_and_w_by_its_rows():
+    x, w = operands()
+    g = jnp.asarray(np.random.default_rng(4).normal(size=(ROWS, OUT)), jnp.float32)
+
+    def total(x, w):
+        return jnp.sum(scaled_product(x, w, "fp8") * g)
+
+    d_x, d_w = jax.jit(jax.grad(total, argnums=(0, 1)))(x, w)
+    low = g.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(d_x, scaled_product(low, w.T).astype(jnp.bfloat16))
+    assert_close(d_w, np.asarray(x, np.float64).T @ np.asarray(low, np.float64), 1e-5, "w")
+    with pytest.raises(ValueError, match="gradient='fp8' must be 'same', or 'fp8' beside"):
+        linear(x, w, gradient="fp8")
+
+
 @pytest.mark.parametrize("preset", ["production", "research"])
 def test_stack(preset):
     """A stack with fp8 projections is near the stack without them, and not equal to it.

@@ -58,7 +58,7 @@ def loss_of(rows, kind, **options):
     return sampled_softmax(*inputs, rows.negative, implementation="triton", **options)[0]
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(50, "float32"), (128, "float32"), (128, "bfloat16")])
+@pytest.mark.parametrize(("width", "dtype"), [(50, "float32"), (50, "bfloat16"), (128, "bfloat16")])
 @pytest.mark.parametrize("kind", ["sampled", "full"])
 def test_kernels_compile_and_fit(launches, kind, width, dtype):
     rows = Rows(70, 300, width, 33, dtype)
@@ -95,7 +95,7 @@ def test_what_it_refuses(launches):
             loss_of(wide, kind)
     rows = Rows(8, 5, 16, 3, "float32")
     rows.negative = Negatives(rows.negative, 3, lambda x, _: x, rows_per_draw=4)
-    with pytest.raises(NotImplementedError, match="4 rows share them.*implementation='xla'"):
+    with pytest.raises(NotImplementedError, match="4 rows share.*them.*implementation='xla'"):
         loss_of(rows, "sampled")
 
 

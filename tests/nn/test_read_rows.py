@@ -14,6 +14,7 @@ from tests.nn.small_encoder import CONFIG, LENGTH, ROWS, WIDTH, batch, inputs
 from tests.test_flops import products
 from ultra_hstu.nn.hstu import HSTU, reads_few
 from ultra_hstu.nn.hstu_layer import LAYERS
+from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.truncation import Truncation
 from ultra_hstu.parallel.mesh import make_mesh
 from ultra_hstu.parallel.shards import ONE, Shards
@@ -33,13 +34,23 @@ MASKS = {
 }
 
 
-def stack(mask, *, preset="production", implementation="xla", rate=0.0, **options):
+def stack(
+    mask, *, layers=1, preset="production", implementation="xla", rate=0.0, biased=False, **options
+):
     sizes = (WIDTH, CONFIG.heads, CONFIG.qk_width, CONFIG.v_width)
     layers = [
-        LAYERS[preset](*sizes, dropout_rate=rate, rngs=nnx.Rngs(number)) for number in range(2)
+        LAYERS[preset](
+            *sizes,
+            bias=RelativeBiasTables(LENGTH, 16, rngs=nnx.Rngs(number)) if biased else None,
+            dropout_rate=rate,
+            rngs=nnx.Rngs(number),
+        )
+        for number in range(layers)
     ]
     for layer in layers:
         layer.uvqk[...] *= 3
+        if biased:
+            layer.bias.position_table[...] *= 50
     return HSTU(layers, LENGTH, masks=[mask], implementation=implementation, **options)
 
 
@@ -56,8 +67,9 @@ def value_and_gradients(run, params, x_TD, g_PD):
     "mask, options",
     [
         *((mask, {}) for mask in MASKS),
+        ("all", dict(preset="research", biased=True)),
         ("causal", dict(preset="research", implementation="reference", rate=0.4)),
-        ("all", dict(truncation=Truncation(1, 4), remat="selective", rate=0.4)),
+        ("all", dict(layers=2, truncation=Truncation(1, 4), remat="selective", rate=0.4)),
     ],
 )
 def test_rows_and_gradients(mask, options):
@@ -93,7 +105,7 @@ def test_products_of_a_last_layer():
     """Keys and values of all rows, the rest of what is read; a quarter at most is read so."""
     rows, wanted = 4 * ROWS, len(READ)
     assert reads_few(wanted, rows) and not reads_few(wanted, 4 * wanted - 1)
-    built = stack(MASKS["causal"], implementation="reference")
+    built = stack(MASKS["causal"], layers=2, implementation="reference")
     graph, params = nnx.split(built, nnx.Param)
 
     def count(read_P):
@@ -117,15 +129,12 @@ def test_products_of_a_last_layer():
 @pytest.mark.parametrize(
     "mask, shards",
     [
-        ("all", Shards(context=8)),
-        ("causal", Shards(context=8, striped=True)),
-        ("causal", Shards(context=8, strategy="ulysses")),
+        ("all", Shards(context=4)),
+        ("causal", Shards(context=2, striped=True)),
     ],
 )
 def test_rows_that_visit_shards(mask, shards):
     """Of a sharded buffer: the same rows and gradients, whatever the strategy of whole layers."""
-    if shards.strategy == "ulysses":
-        shards = Shards(context=2, strategy="ulysses")
     read_P = READ[:13]  # the shards cannot divide them
     built = stack(MASKS[mask], rate=0.4, implementation="reference")
     sequences, x_TD = batch(rows=4 * ROWS), inputs(rows=4 * ROWS)

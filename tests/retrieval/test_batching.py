@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultra_hstu.data.feed import EventStore, Loader, choose_rows, plan_epoch
+from ultra_hstu.data.feed import EventStore, Loader
+from ultra_hstu.data.packing import choose_rows, plan_epoch
 from ultra_hstu.retrieval.batch import Events, HistoryGather
 from ultra_hstu.retrieval.split import Examples
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts.tables import features, overview, records, retrieval, sampling
+from scripts.tables import features, layer, overview, records, retrieval, sampling
 from scripts.tables import ranking as ranking_tables
 
 
@@ -179,13 +179,37 @@ def test_baselines_stand_under_both_values_of_what_is_hidden(results):
     ]
 
 
+def test_the_tables_of_a_layer(results):
+    window, record = layer.WINDOW, {"device": "1 x GPU", "commit": "abc", "layers": {}}
+    kernel = {"name": "held", "source": "kernels/a.py:f, backward", "calls": 1, "ms": 0.5}
+    for mode, kind, ms in (
+        ("none", "training", 2.0),
+        ("selective", "training", 2.5),
+        ("fp8", "training", 1.6),
+        ("none", "inference", 0.6),
+        ("fp8", "inference", 0.4),
+    ):
+        case = {"workload": window, "mode": mode, "kind": kind, "ms": ms, "kernels": [kernel]}
+        case |= {"TFLOP_a_second": 800 / ms, "MFU": 0.8 / ms, "bytes_a_token": 1000.0}
+        record["layers"][f"{window}, {mode}, {kind}"] = case
+    record |= {"quoted": {window: {"Meta": 302}}, "quoted_from": {"Meta": "its layer"}}
+    results("layer_h200", record | {"matmul_TFLOP_a_second": 750.0})
+    assert cells(layer.layer_table())[0] == [window, "400", "0.40", "2.00", "320", "Meta 302"]
+    assert [row[1:] for row in cells(layer.layer_precision_table())[:2]] == [
+        ["0.60 (1.00x)", "2.00 (1.00x)"],
+        ["0.40 (1.50x)", "1.60 (1.25x)"],
+    ]
+    row = ["ours", "`held`", "`kernels/a.py:f`, backward", "500", "25%"]
+    assert cells(layer.layer_kernels_table())[0] == row
+
+
 def test_the_overview_has_the_lines_that_have_records(results):
     variants = {
         name: {"step_ms": step, "events_a_second": 1000 * 65536 / step}
         for name, step in (("ultra", 31.0), ("plain_causal", 223.0))
     }
     results("long_ultra_h200", {"device": "1 x GPU", "variants": variants})
-    results("layer_h200", {"device": "1 x GPU", "modes": {"none": {}}})  # nothing beside it
+    results("layer_h200", {"device": "1 x GPU", "layers": {"none": {}}})  # nothing beside it
     (row,) = cells(overview.overview_table())
     assert row[:3] == ["training step, 4 histories of 16,384 events, ms", "31", "223, plain HSTU"]
 

@@ -1,16 +1,12 @@
 """Features of the users themselves (age, activity, ...): codes, and what they stand for."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, Shaped
 
 from ultra_hstu.data import npz
-from ultra_hstu.data.catalog import first
 from ultra_hstu.data.strings import STRINGS
-from ultra_hstu.data.text import Line
 
 UserIds = Shaped[np.ndarray, " users"]  # raw, int64 or str
 
@@ -28,47 +24,6 @@ class Contexts:
     users: UserIds = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     codes: dict[str, Int32[np.ndarray, " users"]] = dataclasses.field(default_factory=dict)
     values: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def read(
-        cls,
-        path: Path,
-        first_line: int,
-        users: UserIds,
-        columns: Mapping[str, Sequence[str]],
-        allowed: Mapping[str, Sequence[str]] | None = None,
-    ) -> "Contexts":
-        """From the columns of a file with one user a line, as text.
-
-        Args:
-            path, first_line: where the columns come from, for errors; the first user's line.
-            allowed: by feature, every value that the publisher documents, in the order of their
-                codes. None: the values that occur, in order; an empty one is unknown.
-
-        Raises:
-            ValueError: a user that comes twice or a value that is not allowed; names file, line and
-                value.
-        """
-        order = np.argsort(users, kind="stable")
-        again = np.flatnonzero(users[order][1:] == users[order][:-1])
-        if len(again):
-            second = int(order[again + 1].min())
-            earlier = int(order[again[np.argmin(order[again + 1])]])
-            problem = f"user was given on line {first_line + earlier} already"
-            raise Line(path, first_line + second, "").error(problem, first(users[second:]))
-        codes, values = {}, {}
-        for name, column in columns.items():
-            known = in_order(set(column) - {""}) if allowed is None else tuple(allowed[name])
-            codes_of = {text: code for code, text in enumerate(known, start=1)}
-            if allowed is None:
-                codes_of[""] = 0
-            for row, text in enumerate(column, start=first_line):
-                if text not in codes_of:
-                    problem = f"{name} must be one of {', '.join(known)}"
-                    raise Line(path, row, text).error(problem)
-            codes[name] = np.array([codes_of[text] for text in column], np.int32)[order]
-            values[name] = ("", *known)
-        return cls(users[order], codes, values)
 
     def of(self, users: Shaped[np.ndarray, " n"]) -> dict[str, Int32[np.ndarray, " n"]]:
         """The codes of these raw users, 0 for those that the source does not describe."""

@@ -34,6 +34,7 @@ from ultra_hstu.data.times import TimeCheck, Unit
 _log = logging.getLogger(__name__)
 _ROWS = 1 << 16  # that the careful pass holds as Python objects
 _BLOCK_BYTES = 1 << 24
+_LONGEST_HEADER = 1 << 16
 Value = int | float | str | None
 
 
@@ -215,7 +216,7 @@ def _fast_batches(
     header: bool,
 ) -> Iterator[pa.RecordBatch]:
     """Raises pyarrow.ArrowInvalid where only the careful pass can judge."""
-    if not _is_plain(file.path, delimiter):
+    if not _is_plain(file.path, delimiter, header):
         raise pa.ArrowInvalid("quotes or hexadecimal numbers")
     types = {column.name: _read_as(column) for column in read}
     names = [column.name for column in columns]
@@ -248,10 +249,14 @@ def _read_as(column: Column) -> pa.DataType:
     return pa.int64() if whole else pa.float64()
 
 
-def _is_plain(path: Path, delimiter: str) -> bool:
+def _is_plain(path: Path, delimiter: str, header: bool) -> bool:
     """Whether the file has nothing that pyarrow takes and the careful pass refuses: hexadecimal
     numbers, and text behind a closing quote."""
     with open_binary(path) as file:
+        # The line of a header is not read again, so it may have quotes.
+        first = file.readline(_LONGEST_HEADER) if header else b""
+        if first.count(b'"') % 2 or b"\r" in first.rstrip() or len(first) == _LONGEST_HEADER:
+            return False
         while block := file.read(1 << 20) + file.readline():
             if delimiter == "," and b'"' in block:
                 return False

@@ -5,13 +5,10 @@ and gathers each batch there, so a call moves only the columns of its examples. 
 ready batches that host threads packed while the device computed.
 
 The loader does not know what a batch is: examples are a table of integer columns, and a
-`BatchGather` makes a batch of the data and B lines of that table. Batches are packed by rows, not
-by users: B and T are fixed when a run starts, so that one compiled step serves every batch.
+`BatchGather` makes a batch of the data and B lines of that table.
 
 In a mesh, a step's batch is that of all data groups: the columns of its B examples are divided
-among the groups, and each group makes its own batch of its part. Packing depends on the number of
-*groups* of a plan alone, which is a multiple of the mesh's: meshes that agree in it see the same
-examples in every step.
+among the groups, and each group makes its own batch of its part.
 """
 
 import dataclasses
@@ -28,18 +25,24 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
 from kernels.typing import Leaf
+from ultra_hstu.data.packing import (
+    WHOLE,
+    BufferRows,
+    ExampleTable,
+    HostColumns,
+    Packing,
+    Plan,
+    Planner,
+    choose_rows,
+)
+from ultra_hstu.data.shards import ShardStore
 from ultra_hstu.parallel.mesh import DATA, groups_here, put, put_groups
 from ultra_hstu.sequences import Columns
 
-ROW_MULTIPLE = 128  # capacities are rounded up to it; a common tile height of the kernels
 DEVICE_BYTES = 2**30  # placement "auto": data up to this size lives on the device
 STREAM_THREADS = 4
 STREAM_AHEAD = 4  # groups of batches packed before they are asked for
 
-BufferRows = tuple[int, ...]  # capacity of each buffer of a batch
-HostColumns = dict[str, Int[np.ndarray, "..."]]
-Places = Int[np.ndarray, "S B"]  # of a batch's examples in their table, -1 in empty places
-Lengths = Int[np.ndarray, "n *buffers"]  # rows of each example
 StepNumber = int | Int[Array, ""]
 
 
@@ -56,17 +59,6 @@ class BatchGather(Protocol):
         ...
 
 
-@runtime_checkable
-class ExampleTable(Protocol):
-    """Integer columns of equal length, and the rows of each example, [n] or [n, buffers]."""
-
-    @property
-    def columns(self) -> HostColumns: ...
-
-    @property
-    def lengths(self) -> Lengths: ...
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class EventStore[Events]:
     """The arrays that batches are gathered from, placed on a mesh when first asked for there.
@@ -77,154 +69,20 @@ class EventStore[Events]:
     host: Events
     _placed: dict[Mesh | None, Events] = dataclasses.field(default_factory=dict, repr=False)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.host))
+
+    def of(self, parts: Sequence[HostColumns]) -> tuple[Events, list[HostColumns]]:
+        """What some batches are gathered from on the host, and their columns as int32."""
+        return self.host, [
+            {name: column.astype(np.int32) for name, column in part.items()} for part in parts
+        ]
+
     def on(self, mesh: Mesh | None) -> Events:
         if mesh not in self._placed:
             self._placed[mesh] = put(self.host, mesh)
         return self._placed[mesh]
-
-
-# --- packing ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Packing:
-    """How the examples of a step are packed.
-
-    Attributes:
-      batch_users: B, the examples of a step, of all groups.
-      rows: capacity of a group's part, for each buffer of a batch.
-      groups: parts that are packed by themselves.
-      buffers: groups that share one buffer of a device.
-    """
-
-    batch_users: int
-    rows: BufferRows
-    groups: int = 1
-    buffers: int = 1
-
-    @staticmethod
-    def of(rows: int | BufferRows, batch_users: int, groups: int, shards: int) -> "Packing":
-        """The packing of `groups` parts into the buffers, of `rows`, of the mesh's data groups.
-
-        Raises:
-          ValueError: examples or rows that cannot be divided, with what could.
-        """
-        if groups % shards or batch_users % groups:
-            raise ValueError(
-                f"batches of {batch_users} examples, packed in parallel.groups={groups}, for "
-                f"parallel.data={shards}: data must divide groups, and groups the examples of a "
-                "batch (data.batch_users, train.eval_users)"
-            )
-        buffers = groups // shards
-        rows_R = np.atleast_1d(rows)
-        if (rows_R % buffers).any():
-            raise ValueError(
-                f"{rows} rows cannot be divided among {buffers} of the parallel.groups={groups}: "
-                "change data.batch_tokens"
-            )
-        return Packing(batch_users, tuple((rows_R // buffers).tolist()), groups, buffers)
-
-
-def choose_rows(lengths: Int[np.ndarray, " n"], batch_users: int, longest: int = 0) -> int:
-    """T such that `batch_users` random histories nearly always fit.
-
-    It is the mean and 4 standard deviations of the sum of their lengths, at least the longest, and
-    `longest`, which a history may reach in another epoch. `plan_epoch` closes batches early.
-    """
-    users, longest = min(batch_users, len(lengths)), max(longest, int(lengths.max()))
-    expected = users * lengths.mean() + 4 * np.sqrt(users) * lengths.std()
-    rows = max(longest, min(int(np.ceil(expected)), users * longest), 1)
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
-def plan_epoch(
-    lengths: Lengths,
-    *,
-    batch_users: int,
-    rows: int | BufferRows,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
-) -> Places:
-    """Which examples each batch holds: int32 [S, B] of example numbers, -1 in empty places.
-
-    The order is a function of (seed, epoch) alone. A batch closes at `batch_users` examples, or
-    when the next one would exceed `rows`, the capacity of each of R buffers.
-
-    Raises:
-      ValueError: if a history is longer than `rows`.
-    """
-    n = len(lengths)
-    lengths_nR, rows_R = lengths.reshape(n, -1), np.atleast_1d(rows)
-    for longest, capacity in zip(lengths_nR.max(axis=0), rows_R, strict=True):
-        if longest > capacity:
-            raise ValueError(
-                f"a history has {longest} events but a batch only {capacity} rows: "
-                f"raise data.batch_tokens to at least {longest}"
-            )
-    order = np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
-    ends_nR = np.cumsum(lengths_nR[order], axis=0)
-    batches, first = [], 0
-    while first < n:
-        full_R = (ends_nR[first - 1] if first else 0) + rows_R
-        fits = min(
-            int(np.searchsorted(ends, full, side="right"))
-            for ends, full in zip(ends_nR.T, full_R, strict=True)
-        )
-        last = min(first + batch_users, fits)
-        empty = batch_users - (last - first)
-        batches.append(np.pad(order[first:last], (0, empty), constant_values=-1))
-        first = last
-    return np.stack(batches).astype(np.int32)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """The batches of an epoch."""
-
-    place_SB: Places  # lines of the table, -1 in empty places
-    examples: ExampleTable
-
-    def __len__(self) -> int:
-        return len(self.place_SB)
-
-    def columns(self, steps_S: Int[np.ndarray, " S"]) -> HostColumns:
-        """The columns of some batches, int32 [S, B]; empty places hold zeros."""
-        place_SB = self.place_SB[steps_S]
-        return {
-            name: np.where(place_SB >= 0, column[np.maximum(place_SB, 0)], 0).astype(np.int32)
-            for name, column in self.examples.columns.items()
-        }
-
-
-class Planner:
-    """Plans epochs of whole examples; `data.sampled` has a planner that cuts them."""
-
-    def taken(self, examples: ExampleTable, seed: int, epoch: int) -> ExampleTable:
-        """The examples as an epoch trains on them."""
-        return examples
-
-    def plan(
-        self, examples: ExampleTable, packing: Packing, *, seed: int, epoch: int, shuffle: bool
-    ) -> Plan:
-        """Packs each group of a batch by itself; an epoch is filled up to whole batches."""
-        taken = self.taken(examples, seed, epoch)
-        place = plan_epoch(
-            taken.lengths,
-            batch_users=packing.batch_users // packing.groups,
-            rows=packing.rows,
-            seed=seed,
-            epoch=epoch,
-            shuffle=shuffle,
-        )
-        place = np.pad(place, ((0, -len(place) % packing.groups), (0, 0)), constant_values=-1)
-        return Plan(place.reshape(-1, packing.batch_users), taken)
-
-
-WHOLE = Planner()
-
-
-# --- feeds ---
 
 
 @jax.tree_util.register_dataclass
@@ -293,7 +151,8 @@ class Loader:
       batch_users: B, examples of a step, those of all groups.
       rows: of all groups together; None: chosen for each buffer from the lengths.
       longest: rows in each buffer that no example exceeds in any epoch; None: as in the first.
-      placement: "device", "stream", or "auto" by the size of the data.
+      placement: "device", or "stream" or "shards", whose batches are made on the host; "auto": by
+        the size of the data.
       planner: what makes the batches of an epoch.
       mesh: where batches go; None: one device.
       groups: parts of a batch that are packed by themselves; None: the mesh's data groups.
@@ -304,7 +163,7 @@ class Loader:
 
     def __init__(
         self,
-        store: EventStore,
+        store: EventStore | ShardStore,
         examples: ExampleTable | Callable[[int, int], ExampleTable],
         gather: Callable[[BufferRows, int], BatchGather],
         *,
@@ -335,8 +194,9 @@ class Loader:
         )
         self.gather = gather(chosen, batch_users // self.shards)
         self.packing = Packing.of(self.gather.rows, batch_users, groups, self.shards)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(store.host))
-        self.streamed = {"device": False, "stream": True, "auto": size > DEVICE_BYTES}[placement]
+        large = store.nbytes > DEVICE_BYTES
+        streamed = {"device": False, "stream": True, "shards": True, "auto": large}
+        self.streamed = streamed[placement]
 
     def plan(self, *, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> Plan:
         """The batches of an epoch. Raises ValueError for an example that is too long."""
@@ -353,10 +213,12 @@ class Loader:
             return self._stream(plan, starts)
         return (self._on_device(plan, start) for start in starts)
 
-    def _columns(self, plan: Plan, first: int) -> tuple[HostColumns, int]:
+    def _columns(
+        self, plan: Plan, first: int, dtype: type[np.signedinteger] = np.int32
+    ) -> tuple[HostColumns, int]:
         steps = min(self.steps_per_call, len(plan) - first)
         steps_S = np.minimum(np.arange(first, first + self.steps_per_call), first + steps - 1)
-        return plan.columns(steps_S), steps
+        return plan.columns(steps_S, dtype), steps
 
     def _on_device(self, plan: Plan, first: int) -> Group:
         columns_SB, steps = self._columns(plan, first)
@@ -364,18 +226,22 @@ class Loader:
         return Group(DeviceFeed(self.store.on(self.mesh), columns_SB, self.gather), steps, first)
 
     def _pack(self, plan: Plan, first: int) -> tuple[PyTree, int]:
-        columns_SB, steps = self._columns(plan, first)
+        columns_SB, steps = self._columns(plan, first, np.int64)
         groups = range(1) if self.mesh is None else groups_here(self.mesh)
-        batches = []
-        for step in range(self.steps_per_call):
-            parts_B = {
-                name: np.split(column[step], self.shards) for name, column in columns_SB.items()
+        parts = [
+            {
+                name: np.split(column[step], self.shards)[group]
+                for name, column in columns_SB.items()
             }
-            of_groups = [
-                {name: parts[group] for name, parts in parts_B.items()} for group in groups
-            ]
-            made = [self.gather(self.store.host, columns_B, np) for columns_B in of_groups]
-            batches.append(jax.tree.map(lambda *leaves: np.concatenate(leaves), *made))
+            for step in range(self.steps_per_call)
+            for group in groups
+        ]
+        data, parts = self.store.of(parts)
+        made = [self.gather(data, columns_B, np) for columns_B in parts]
+        batches = [
+            jax.tree.map(lambda *leaves: np.concatenate(leaves), *made[first : first + len(groups)])
+            for first in range(0, len(made), len(groups))
+        ]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *batches), steps
 
     def _stream(self, plan: Plan, starts: list[int]) -> Iterator[Group]:

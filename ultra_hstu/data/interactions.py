@@ -4,8 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,12 @@ from numpy.typing import ArrayLike
 
 from ultra_hstu.config import DataConfig
 from ultra_hstu.data import npz, sources
-from ultra_hstu.data.builder import CATALOG, CONTEXTS, InteractionsBuilder, prepare
-from ultra_hstu.data.catalog import Catalog, few, first
-from ultra_hstu.data.contexts import Contexts
+from ultra_hstu.data.catalog import Catalog, first
 from ultra_hstu.data.item_features import FeatureOfItems
 from ultra_hstu.data.strings import STRINGS, is_strings, pack
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
-_BATCH = 4096  # users read at once: one by one, every user decompresses its neighbours too
 MIN_EVENTS = 3  # one to learn from, one to validate and one to test on
 # The `data.source` of events that a program had in memory: `data.raw_dir` is a file of them.
 ARRAYS = "arrays"
@@ -145,22 +141,43 @@ class Interactions:
     def lengths(self) -> Int64[np.ndarray, " users"]:
         return np.diff(self.offsets)
 
+    @property
+    def timed(self) -> bool:
+        """Whether events have times."""
+        return self.timestamps is not None
+
+    @property
+    def action_names(self) -> list[str]:
+        return sorted(self.actions)
+
+    def column(self, name: str) -> Iterator[np.ndarray]:
+        """`items`, `timestamps` or an action of all events, in pieces that follow one another."""
+        yield getattr(self, name) if name in ("items", "timestamps") else self.actions[name]
+
     def fingerprint(self) -> dict[str, Any]:
         """Counts and a hash of all that is here: the same for the same data.
 
         Features of items have hashes of their own, by name.
         """
         digest = hashlib.sha256()
-        times = np.zeros(0, np.int64) if self.timestamps is None else self.timestamps
-        for array in (self.users, self.offsets, self.items, times, self.catalog.raw_ids):
+
+        def add(array: np.ndarray) -> None:
             for part in pack(array) if is_strings(array) else (array,):
                 digest.update(np.ascontiguousarray(part).tobytes())
-        for columns in (self.actions, self.contexts):
-            for name in sorted(columns):
-                digest.update(
-                    f"{name} {self.context_values.get(name)}".encode()
-                    + np.ascontiguousarray(columns[name]).tobytes()
-                )
+
+        add(self.users)
+        add(self.offsets)
+        for name in ("items", *(["timestamps"] if self.timed else [])):
+            for piece in self.column(name):
+                add(piece)
+        add(self.catalog.raw_ids)
+        for name in self.action_names:
+            digest.update(f"{name} {self.context_values.get(name)}".encode())
+            for piece in self.column(name):
+                add(piece)
+        for name in sorted(self.contexts):
+            digest.update(f"{name} {self.context_values.get(name)}".encode())
+            add(self.contexts[name])
         of_items = {name: column.digest() for name, column in self.catalog.features.items()}
         return {
             "users": self.num_users,
@@ -241,8 +258,8 @@ class Interactions:
 def load_interactions(config: DataConfig) -> Interactions:
     """Loads a source, preparing it under `config.data_dir` first where that has not been done.
 
-    RawEvents are sorted stably by (time, row of the file) within a user; without timestamps they
-    keep the order of the file. `ties="random"` puts events of a user with equal timestamps in an
+    Events are sorted stably by (time, row of the file) within a user; without timestamps they keep
+    the order of the file. `ties="random"` puts events of a user with equal timestamps in an
     order drawn from `ties_seed` instead. Users with fewer than 3 events are dropped with a warning
     that counts them: the last two events are for testing and validation, and the same users serve
     all protocols. Their items stay in the catalogue.
@@ -255,16 +272,24 @@ def load_interactions(config: DataConfig) -> Interactions:
     if config.source == ARRAYS:
         return Interactions.load(config.raw_dir or "")
     sources.check(config.source)
-    if config.source not in sources.SOURCES:
-        from ultra_hstu.data.table import prepared  # which makes objects of this class
+    from ultra_hstu.data import synthetic  # which makes objects of this class, as the other does
+    from ultra_hstu.data.table import prepared
 
-        return prepared.load(config)
-    prepared = prepare(sources.SOURCES[config.source], config)
-    return ordered(_read(prepared), ties=config.ties, seed=config.ties_seed)
+    found = (synthetic if config.source == sources.SYNTHETIC else prepared).load(config)
+    # Both give each user's events by time, ties as they come.
+    return (
+        found
+        if config.ties == "stable"
+        else ordered(found, ties=config.ties, seed=config.ties_seed)
+    )
 
 
-def ordered(interactions: Interactions, *, ties: str = "stable", seed: int = 0) -> Interactions:
+def ordered(
+    interactions: Interactions, *, ties: str = "stable", seed: int | np.random.Generator = 0
+) -> Interactions:
     """Each user's events by time; ties in the order that they had, or in a seeded random one.
+
+    Users in parts, one after another, have the order of all together where one generator draws.
 
     Raises:
         ValueError: random ties without timestamps, an unknown kind of ties.
@@ -290,74 +315,3 @@ def ordered(interactions: Interactions, *, ties: str = "stable", seed: int = 0) 
         timestamps=interactions.timestamps[order],
         actions={name: values[order] for name, values in interactions.actions.items()},
     )
-
-
-def _read(prepared: InteractionsBuilder) -> Interactions:
-    """Reads every user with enough events."""
-    source = prepared.as_data_source("users")
-    rows = range(len(source))
-    batches = [_batch(prepared, source.__getitems__(rows[i : i + _BATCH])) for i in rows[::_BATCH]]
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([batch.pop(name) for batch in batches])
-
-    users, lengths = joined("users"), joined("lengths")
-    enough = lengths >= MIN_EVENTS
-    if not enough.all():
-        _log.warning(
-            "dropped %d of %d users with fewer than %d events: %s",
-            (~enough).sum(),
-            len(users),
-            MIN_EVENTS,
-            few(users[~enough]),
-        )
-    if not enough.any():
-        raise ValueError(
-            f"no user of {prepared.builder_config.name} has {MIN_EVENTS} events or more: nothing "
-            "to learn from"
-        )
-    users = users[enough]
-    contexts = Contexts.load(Path(prepared.data_path) / CONTEXTS)
-    described_in = prepared.builder_config.context_files
-    if contexts.codes and (unknown := ~np.isin(users, contexts.users)).any():
-        _log.warning(
-            "%d of %d users have no line in %s, so that their features are unknown: %s",
-            unknown.sum(),
-            len(users),
-            ", ".join(described_in),
-            few(users[unknown]),
-        )
-    return Interactions(
-        users=users,
-        items=joined("items"),
-        offsets=np.concatenate([[0], np.cumsum(lengths[enough])]),
-        timestamps=joined("timestamps") if prepared.TICKS else None,
-        actions={name: joined(f"actions/{name}") for name in prepared.ACTIONS},
-        catalog=Catalog.load(Path(prepared.data_path) / CATALOG),
-        contexts=contexts.of(users),
-        context_values=contexts.values,
-        missing_files=tuple(
-            name for name in described_in if not (prepared.raw_dir / name).is_file()
-        ),
-    )
-
-
-def _batch(
-    prepared: InteractionsBuilder, examples: Sequence[dict[str, Any]]
-) -> dict[str, np.ndarray]:
-    """All users of these examples, the number of their events, and the events of those with
-    enough."""
-    users = [example["user"] for example in examples]
-    batch = {
-        "users": np.array([user.decode() for user in users], STRINGS)
-        if prepared.STRING_USERS
-        else np.array(users, np.int64),
-        "lengths": np.array([len(example["items"]) for example in examples], np.int64),
-    }
-    columns = {"items": [example["items"] for example in examples]}
-    if prepared.TICKS:
-        columns["timestamps"] = [example["timestamps"] for example in examples]
-    for name in prepared.ACTIONS:
-        columns[f"actions/{name}"] = [example["actions"][name] for example in examples]
-    kept_E = np.repeat(batch["lengths"] >= MIN_EVENTS, batch["lengths"])
-    return batch | {name: np.concatenate(parts)[kept_E] for name, parts in columns.items()}

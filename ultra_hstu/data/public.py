@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ultra_hstu.config import DataConfig
-from ultra_hstu.data.builder import raw_files
 from ultra_hstu.data.download import Download
+from ultra_hstu.data.raw import raw_files
 from ultra_hstu.data.table.source import Source
 from ultra_hstu.data.text import stored
 from ultra_hstu.table_config import RULES, TableConfig

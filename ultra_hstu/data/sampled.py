@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from ultra_hstu.data.feed import ExampleTable, HostColumns, Packing, Plan, Planner
+from ultra_hstu.data.packing import ExampleTable, HostColumns, Packing, Plan, Planner
 from ultra_hstu.parallel import processes
 from ultra_hstu.parallel.mesh import groups_here
 from ultra_hstu.sampling import LoadBalancer, Subsequence, stochastic_length, subsequence
@@ -94,8 +94,10 @@ class ChosenPlan(Plan):
     seed: int
     epoch: int
 
-    def columns(self, steps_S: Int[np.ndarray, " S"]) -> HostColumns:
-        columns, table = super().columns(steps_S), self.examples
+    def columns(
+        self, steps_S: Int[np.ndarray, " S"], dtype: type[np.signedinteger] = np.int32
+    ) -> HostColumns:
+        columns, table = super().columns(steps_S, dtype), self.examples
         shards = self.packing.groups // self.packing.buffers  # data groups, side by side
         place_SGb = self.place_SB[steps_S].reshape(len(steps_S), shards, -1)
         for r, (history, rows) in enumerate(zip(table.histories, self.packing.rows, strict=True)):

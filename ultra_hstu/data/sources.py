@@ -8,11 +8,8 @@ import re
 
 from ultra_hstu.data import amazon, kuaishou, movielens, neighbours
 from ultra_hstu.data.assistments import ASSISTMENTS
-from ultra_hstu.data.builder import InteractionsBuilder
 from ultra_hstu.data.public import PublicSet
-from ultra_hstu.data.synthetic import Synthetic
 
-BUILDERS: tuple[type[InteractionsBuilder], ...] = (Synthetic,)
 SETS: tuple[PublicSet, ...] = (
     *movielens.RELEASES,
     *amazon.SETS,
@@ -21,16 +18,15 @@ SETS: tuple[PublicSet, ...] = (
     *neighbours.SETS,
 )
 # By their values of `data.source`.
-SOURCES = {name: builder for builder in BUILDERS for name in builder.builder_configs}
 PUBLIC = {one.name: one for one in SETS}
+SYNTHETIC = "synthetic"  # the stream of HSTU's appendix C
 TABLE = "table"  # anybody's own files, which ultra_hstu.data.table reads
 
 
 def check(source: str) -> None:
     """Raises ValueError for an unknown source, naming those that are near, or families of all."""
-    if source == TABLE or source in SOURCES or source in PUBLIC:
+    if source in (known := [SYNTHETIC, *PUBLIC, TABLE]):
         return
-    known = [*SOURCES, *PUBLIC, TABLE]
     folded = {name.lower(): name for name in known}
     near = [folded[name] for name in difflib.get_close_matches(source.lower(), folded, 5, 0.7)]
     release, _, category = source.partition("/")

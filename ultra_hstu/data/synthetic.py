@@ -1,43 +1,136 @@
 """Synthetic streaming data: a Dirichlet process over categories with a drifting vocabulary.
 
-HSTU, arXiv 2402.17152, appendix C.
+HSTU, arXiv 2402.17152, appendix C. tfds writes and reads array_record, an example a user;
+TensorFlow is never imported.
 """
 
+import contextlib
+import hashlib
+import io
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 from jaxtyping import Int
 
+from ultra_hstu import paths
 from ultra_hstu.config import DataConfig, SyntheticConfig
-from ultra_hstu.data.builder import InteractionsBuilder, SourceConfig
+from ultra_hstu.data import sums
 from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.data.events import RawEvents
+from ultra_hstu.data.interactions import MIN_EVENTS, Interactions
+from ultra_hstu.data.raw import locked, say_left_behind
+
+_log = logging.getLogger(__name__)
+CATALOG = "catalog.npz"
+_BATCH = 4096  # users read at once: one by one, every user decompresses its neighbours too
 
 
-class Synthetic(InteractionsBuilder):
+class Synthetic(tfds.core.GeneratorBasedBuilder):
     """The stream of `draw_stream`: user u is record u; one event a second, record after record."""
 
-    BUILDER_CONFIGS = [
-        SourceConfig(name="synthetic", description="A Dirichlet process over categories")
-    ]
+    VERSION = tfds.core.Version("1.3.0")  # what an older version prepared is not read
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="synthetic")]
+    # where tfds would look for its own kind of checksums, with a package that it does not install
+    code_path = None
 
     def __init__(self, *, settings: SyntheticConfig, **kwargs: Any):
         self.settings = settings
-        super().__init__(**kwargs)
+        super().__init__(file_format="array_record", **kwargs)
 
-    @classmethod
-    def settings_of(cls, config: DataConfig) -> dict[str, SyntheticConfig]:
-        return {"settings": config.synthetic}
+    def _info(self) -> tfds.core.DatasetInfo:
+        items = tfds.features.Tensor(shape=(None,), dtype=np.int32)  # dense ids
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict({"items": items}),
+            disable_shuffling=True,
+        )
 
-    def read(self) -> tuple[RawEvents, Catalog]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         settings = self.settings
-        items = draw_stream(settings) + 1
-        users = np.repeat(np.arange(1, settings.users + 1), settings.length)
-        events = RawEvents(users, items.ravel(), np.arange(items.size), {})
         titles = [
             f"item {i + 1} of category {i % settings.categories + 1}" for i in range(settings.items)
         ]
-        return events, Catalog.from_ids(np.arange(1, settings.items + 1), titles)
+        stream = draw_stream(settings)
+        catalog = Catalog.from_ids(np.arange(1, settings.items + 1), titles)
+        catalog.save(Path(self.data_path) / CATALOG)
+        return {"users": self._generate_examples(stream)}
+
+    def _generate_examples(
+        self, stream: Int[np.ndarray, "users length"]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for user, items in enumerate(stream):
+            yield user, {"items": (items + 1).astype(np.int32)}
+
+
+def load(config: DataConfig) -> Interactions:
+    """The stream, prepared under `config.data_dir` where it is not yet.
+
+    Raises:
+        ValueError: settings that cannot work, a raw_dir, a data_dir that cannot be written.
+    """
+    settings = config.synthetic
+    if config.raw_dir is not None:
+        raise ValueError(
+            f"{config.source} is generated: it reads no raw_dir, so {config.raw_dir!r} must be None"
+        )
+    if settings.length < MIN_EVENTS:
+        raise ValueError(
+            f"data.synthetic.length={settings.length}: nothing to learn from, a user must have "
+            f"{MIN_EVENTS} events"
+        )
+    key = hashlib.sha256(repr((str(Synthetic.VERSION), settings)).encode()).hexdigest()
+    home = paths.data_folder(config.data_dir) / f"{config.source}-{key[:16]}"
+    if (damage := sums.damage(home)) is not None:
+        say_left_behind(config)
+        lock = paths.data_folder(config.data_dir) / f"{config.source}.lock"
+        with locked(lock, f"the data must be prepared ({damage})"):
+            if (damage := sums.damage(home)) is not None:  # not prepared by another run meanwhile
+                _build(home, config, damage)
+    builder = Synthetic(settings=settings, data_dir=home, config=config.source)
+    source = builder.as_data_source("users")
+    rows = range(len(source))
+    parts = [
+        example["items"]
+        for first in rows[::_BATCH]
+        for example in source.__getitems__(rows[first : first + _BATCH])
+    ]
+    items = np.concatenate(parts)
+    return Interactions(
+        users=np.arange(1, len(parts) + 1),
+        items=items,
+        offsets=np.arange(len(parts) + 1) * settings.length,
+        timestamps=np.arange(len(items)),
+        actions={},
+        catalog=Catalog.load(Path(builder.data_path) / CATALOG),
+    )
+
+
+def _build(home: Path, config: DataConfig, damage: str) -> None:
+    if (home / sums.SUMS).exists():
+        _log.warning("%s: the data is prepared again", damage)
+    if home.exists():
+        shutil.rmtree(home)
+    _log.info("preparing %s in %s", config.source, home)
+    with _quiet():
+        made = Synthetic(settings=config.synthetic, data_dir=home, config=config.source)
+        made.download_and_prepare()
+    written = [str(path.relative_to(home)) for path in sorted(home.rglob("*")) if path.is_file()]
+    sums.write(home, sums.checksums(home, written))  # last: now it is complete
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """tfds prints several lines and draws several bars for a build of seconds."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
 
 
 def draw_stream(settings: SyntheticConfig) -> Int[np.ndarray, "users length"]:

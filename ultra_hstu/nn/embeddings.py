@@ -14,7 +14,7 @@ from kernels.typing import PerRow
 from ultra_hstu.nn.dropout import KeyOrNone, dropout, row_keys
 from ultra_hstu.nn.initializers import param, table, truncated_normal_002, xavier_normal
 from ultra_hstu.nn.item_features import ItemCodes, ItemFeatures
-from ultra_hstu.parallel.embedding_sharding import lookup
+from ultra_hstu.parallel.embedding_sharding import gather, lookup
 from ultra_hstu.sequences import Sequences
 
 
@@ -34,10 +34,14 @@ class CodeEmbedding(nnx.Module):
         x_TD = jnp.zeros((code_TS.shape[0], self.table.shape[1]), jnp.float32)
         for column, first in enumerate(self.firsts):
             code_T = code_TS[:, column]
-            x_TD += jnp.where(
-                (code_T > 0)[:, None], self.table[...][first + jnp.maximum(code_T - 1, 0)], 0.0
-            )
+            found_TD = gather(self.table[...], first + jnp.maximum(code_T - 1, 0))
+            x_TD += jnp.where((code_T > 0)[:, None], found_TD, 0.0)
         return x_TD
+
+    def reads(self, code_TS: Int[Array, "T S"]) -> Int[Array, "T S"]:
+        """Numbers of the entries that codes stand for; negative for code 0."""
+        first_1S = jnp.asarray(self.firsts, jnp.int32)[None, :]
+        return jnp.where(code_TS > 0, first_1S + code_TS - 1, -1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,11 @@ class MultiTaskHead(nnx.Module):
 
     def _logits(self, h_PD: Float[Array, "P D"]) -> Float[Array, "P K"]:
         normed_PD = layer_norm(
-            h_PD.astype(jnp.float32), self.norm_weight[...], self.norm_bias[...], eps=EPS
+            h_PD.astype(jnp.float32),
+            self.norm_weight[...],
+            self.norm_bias[...],
+            eps=EPS,
+            implementation="xla",
         )
         hidden_PX = jax.nn.silu(normed_PD @ self.hidden[...] + self.hidden_bias[...][None])
         return hidden_PX @ self.output[...] + self.output_bias[...][None]

@@ -17,11 +17,11 @@ from kernels.hstu_attention.api import (
 )
 from kernels.jagged import Rows
 from kernels.mask import AttentionMask, layer_masks
-from kernels.typing import THK, THV
+from kernels.typing import QHK, QHV, SHK, SHV, THK, THV
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.dropout import KeyOrNone, row_keys, split_key
 from ultra_hstu.nn.encoder import Encoder
-from ultra_hstu.nn.hstu_layer import LAYERS, Attend, Layer
+from ultra_hstu.nn.hstu_layer import LAYERS, Attend, AttendRows, Layer
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import Remat, RunLayer, policy_of, run_layer
 from ultra_hstu.nn.softmax_ablation import softmax_attention
@@ -132,8 +132,8 @@ class HSTU(Encoder):
         """See `Encoder.rows`; to rounding, the values are those of `__call__`.
 
         Where `reads_few` rows, the last layer makes queries, gates and outputs for these alone, and
-        keys and values for all. With a relative bias, whose positions are those of the whole
-        buffer, or softmax attention, it computes all rows.
+        keys and values for all. With softmax attention, and on several context shards with a
+        relative bias, whose positions are those of the whole buffer, it computes all rows.
         """
         return self._encode(x_TD, sequences, key, rows_P)[0]
 
@@ -156,8 +156,8 @@ class HSTU(Encoder):
                 x_TD, sequences, attends = cut.move(x_TD), cut.sequences, {}
                 if row_P is not None:
                     row_P = cut.row_T.at[row_P].get(mode="fill", fill_value=sequences.num_rows)
-            few = row_P is not None and number + 1 == len(self.layers)
-            if few and self._can_select and reads_few(len(row_P), sequences.num_rows):
+            selects = number + 1 == len(self.layers) and self._can_select(sequences)
+            if row_P is not None and selects and reads_few(len(row_P), sequences.num_rows):
                 call, used_p = self._of_rows(mask, sequences, row_P, keys[number], x_TD.dtype)
                 x_pD = self.run_layer(call, layer, x_TD, policy)
                 return jnp.where(used_p[:, None], x_pD, 0), cut
@@ -170,9 +170,9 @@ class HSTU(Encoder):
             x_TD = sequences.shards.take(x_TD, row_P, sequences.num_rows)
         return x_TD, cut
 
-    @property
-    def _can_select(self) -> bool:
-        return self.attention == "silu" and self.layers[-1].bias is None
+    def _can_select(self, sequences: Sequences) -> bool:
+        biased = self.layers[-1].bias is not None
+        return self.attention == "silu" and not (biased and sequences.shards.context > 1)
 
     def _of_rows(
         self,
@@ -182,23 +182,15 @@ class HSTU(Encoder):
         key: KeyOrNone,
         dtype: jnp.dtype,
     ) -> tuple[CallLayer, Bool[Array, " p"]]:
-        """How a layer is called for some rows, and which of this device's slice of them are rows.
-
-        Their queries visit every shard, whatever `parallel.strategy` is.
-        """
-        shards, num_rows, layer = sequences.shards, sequences.num_rows, self.layers[-1]
+        """How a layer is called for some rows, and which of this device's slice are rows."""
+        shards, num_rows = sequences.shards, sequences.num_rows
         row_P = jnp.pad(row_P, (0, -len(row_P) % shards.context), constant_values=num_rows)
         row_p = shards.part(row_P)
-        spec = AttentionSpec(dtype, layer.heads, layer.qk_width, layer.v_width)
-        visiting = VisitingRows.of(
-            self._view(sequences, mask),
-            row_P,
-            row_p,
-            lambda plan: prepare_plan(plan, spec, self.implementation),
-        )
-        attend = functools.partial(
-            visiting, scale=1.0 / self.length, implementation=self.implementation
-        )
+        spec = self._spec(dtype)
+        if spec.biased:
+            attend = self._scattered(mask, sequences, row_P, spec)
+        else:
+            attend = self._visiting(mask, sequences, row_P, row_p, spec)
         rows = Rows.of(sequences.offsets, row_p, *sequences.counts)
         call = functools.partial(
             Layer.of_rows,
@@ -206,7 +198,92 @@ class HSTU(Encoder):
             attend=attend,
             key=row_keys(key, sequences, rows),
         )
-        return call, visiting.used_p
+        return call, row_p < num_rows
+
+    def _spec(self, dtype: jnp.dtype) -> AttentionSpec:
+        """Of the attention calls of all layers."""
+        layer = self.layers[0]
+        sizes = (layer.heads, layer.qk_width, layer.v_width)
+        return AttentionSpec(dtype, *sizes, layer.bias is not None)
+
+    def _visiting(
+        self,
+        mask: AttentionMask,
+        sequences: Sequences,
+        row_P: Int[Array, " P"],
+        row_p: Int[Array, " p"],
+        spec: AttentionSpec,
+    ) -> AttendRows:
+        """Queries alone, which visit every shard, whatever `parallel.strategy` is."""
+        visiting = VisitingRows.of(
+            self._view(sequences, mask),
+            row_P,
+            row_p,
+            lambda plan: prepare_plan(plan, spec, self.implementation),
+        )
+
+        def attend(
+            q_pHK: QHK,
+            k_tHK: SHK,
+            v_tHV: SHV,
+            own: tuple[QHK, QHV],
+            *,
+            alpha: float,
+            bias: RelativeBiasTables | None,
+        ) -> QHV:
+            scale = 1.0 / self.length
+            return visiting(
+                q_pHK,
+                k_tHK,
+                v_tHV,
+                own,
+                alpha=alpha,
+                scale=scale,
+                implementation=self.implementation,
+            )
+
+        return attend
+
+    def _scattered(
+        self,
+        mask: AttentionMask,
+        sequences: Sequences,
+        row_P: Int[Array, " P"],
+        spec: AttentionSpec,
+    ) -> AttendRows:
+        """Queries in their places in the buffer, zeros between them: for a relative bias."""
+        offsets, num_rows = sequences.offsets, sequences.num_rows
+        plan = make_plan(mask, offsets, num_rows, *sequences.counts).for_rows(row_P)
+        plan = prepare_plan(plan, spec, self.implementation)
+        times_T = (jnp.asarray(sequences.time_T), jnp.asarray(sequences.next_time_T))
+
+        def attend(
+            q_PHK: QHK,
+            k_THK: THK,
+            v_THV: THV,
+            own: tuple[QHK, QHV],
+            *,
+            alpha: float,
+            bias: RelativeBiasTables | None,
+        ) -> QHV:
+            q_THK = jnp.zeros_like(k_THK).at[row_P].set(q_PHK, mode="drop")
+            out_THV = hstu_attention(
+                q_THK,
+                k_THK,
+                v_THV,
+                offsets,
+                mask=mask,
+                num_targets=sequences.num_targets,
+                num_contextual=sequences.num_contextual,
+                alpha=alpha,
+                scale=1.0 / self.length,
+                bias=None if bias is None else bias.flat(*times_T),
+                implementation=self.implementation,
+                plan=plan,
+            )
+            return out_THV.at[row_P].get(mode="fill", fill_value=0)
+
+        return attend
 
     @property
     def layer_masks(self) -> tuple[AttentionMask, ...]:
@@ -224,9 +301,7 @@ class HSTU(Encoder):
             return lambda q, k, v, *, alpha, bias: softmax_attention(
                 q, k, v, sequences, bias=bias, length=self.length
             )
-        layer, several = self.layers[0], sequences.shards.context > 1
-        biased = layer.bias is not None
-        spec = AttentionSpec(dtype, layer.heads, layer.qk_width, layer.v_width, biased)
+        several, spec = sequences.shards.context > 1, self._spec(dtype)
         made = (self._over_devices if several else self._on_one_device)(sequences, mask, spec)
         made = functools.partial(made, scale=1.0 / self.length, implementation=self.implementation)
         # Traced and lowered once, not once a layer.

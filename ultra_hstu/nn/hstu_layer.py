@@ -52,7 +52,15 @@ class AttendRows(Protocol):
     """Attention of some rows to all rows of a batch, and to their `own` keys and values."""
 
     def __call__(
-        self, q_PHK: QHK, k_THK: SHK, v_THV: SHV, own: tuple[QHK, QHV], /, *, alpha: float
+        self,
+        q_PHK: QHK,
+        k_THK: SHK,
+        v_THV: SHV,
+        own: tuple[QHK, QHV],
+        /,
+        *,
+        alpha: float,
+        bias: RelativeBiasTables | None,
     ) -> QHV: ...
 
 
@@ -126,7 +134,8 @@ class Layer(nnx.Module):
         x_TD = checkpoint_name(x_TD, LAYER_INPUT)
         x_PD, (k_THK, v_THV) = pick(x_TD), self.keys_and_values(x_TD)
         u_PY, v_PHV, q_PHK, k_PHK = self._projected(x_PD)
-        a_PHV = attend(q_PHK, k_THK, v_THV, (k_PHK, v_PHV), alpha=self.alpha)
+        own = (k_PHK, v_PHV)
+        a_PHV = attend(q_PHK, k_THK, v_THV, own, alpha=self.alpha, bias=self.bias)
         return self._after(x_PD, u_PY, a_PHV, key)
 
     def _after(self, x_TD: Array, u_TY: Array, a_THV: THV, key: KeysOrNone) -> Activations:

@@ -151,6 +151,12 @@ class Shards:
         """An array of the whole batch from those of its groups, one after another."""
         return x_T if self.data == 1 else jax.lax.all_gather(x_T, DATA, tiled=True)
 
+    def of_devices(self, x_t: Shaped[Array, "t ..."]) -> Shaped[Array, "T2 ..."]:
+        """What all devices have, one after another, on each."""
+        if self.devices == 1:
+            return x_t
+        return jax.lax.all_gather(x_t, (DATA, CONTEXT), tiled=True)
+
     def collect(self, x_p: Shaped[Array, "p ..."], count: int) -> Shaped[Array, "P ..."]:
         """What all devices found, on each: the inverse of `part` for `count` rows, `of_groups`."""
         whole = x_p if self.context == 1 else jax.lax.all_gather(x_p, CONTEXT, tiled=True)[:count]

@@ -3,11 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ultra_hstu.config import Kind
+from ultra_hstu.entry_updates import CODES, ITEM_TABLE, Path
 from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.nn.item_features import ItemCodes, folded, with_ids, without_ids
 from ultra_hstu.parallel.parameters import ShardedLayers
@@ -48,6 +50,28 @@ class RankRecipe(Steps[Ranker]):
             for encoder in model.encoders.values():
                 encoder.run_layer = ShardedLayers(self.shards)
         return model
+
+    @property
+    def tables(self) -> tuple[Path, ...]:
+        codes = {name: ("embedding", name, "table") for name in CODES}
+        return ITEM_TABLE, *(path for name, path in codes.items() if getattr(self.sizes, name))
+
+    def reads(self, model: Ranker, batch: RankBatch, key: jax.Array) -> dict[Path, Array]:
+        channels = batch.channels.values()
+        codes = {
+            "signals": [one.signal_TS for one in channels],
+            "features": [one.feature_TF for one in channels],
+            "contextual": [one.context_T[:, None] for one in channels],
+        }
+        found = {ITEM_TABLE: [jnp.where(one.item_T > 0, one.item_T, -1) for one in channels]}
+        for name in CODES:
+            if (embed := getattr(model.embedding, name)) is not None:
+                found["embedding", name, "table"] = [
+                    embed.reads(x).reshape(-1) for x in codes[name]
+                ]
+        return {
+            path: self.shards.of_groups(jnp.concatenate(numbers)) for path, numbers in found.items()
+        }
 
     def logits(
         self, params: Params, batch: RankBatch, key: jax.Array | None = None

@@ -13,9 +13,10 @@ from ultra_hstu.config import Config
 from ultra_hstu.criteria import Criteria, Metrics
 from ultra_hstu.data import signals
 from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.data.feed import BufferRows, EventStore
+from ultra_hstu.data.feed import EventStore
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.item_features import item_codes
+from ultra_hstu.data.packing import BufferRows
 from ultra_hstu.data.room import room, with_room
 from ultra_hstu.data.sampled import SampledHistory
 from ultra_hstu.flops import Flops

@@ -1,21 +1,24 @@
 """Full-corpus evaluation: every user's target against every item, but those that `eval` hides."""
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Int, Int32, PyTree
 
 from kernels import jagged
 from ultra_hstu.criteria import RETRIEVAL, Metrics, by_warmth, warmth
 from ultra_hstu.data.feed import Loader
+from ultra_hstu.data.packing import HostColumns
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.nn.norms import l2_normalize as unit_rows
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.metrics import mean_metrics, ranks
 from ultra_hstu.retrieval.recipe import Recipe, there_are
+
+BLOCK_USERS = 1024  # whose events are looked at on the host at one time
 
 
 class CorpusEvaluator(Evaluator):
@@ -73,9 +76,19 @@ class CorpusEvaluator(Evaluator):
     @functools.cached_property
     def repeats(self) -> float:
         """Share of the targets that stand in the events whose items `eval.hide` names."""
-        columns, item_E = self.plan.examples.columns, self.loader.store.host.item_E
-        spans = zip(columns.get("hide_from", columns["start"]), columns["stop"], strict=True)
-        return float(np.mean([item_E[stop] in item_E[first:stop] for first, stop in spans]))
+        found = 0
+        for item_E, part in self._blocks():
+            spans = zip(part.get("hide_from", part["start"]), part["stop"], strict=True)
+            found += sum(item_E[stop] in item_E[first:stop] for first, stop in spans)
+        return found / len(self.plan.examples.lengths)
+
+    def _blocks(self) -> Iterator[tuple[Int32[np.ndarray, " E"], HostColumns]]:
+        """Items of events, and the columns of some examples in their numbers, block by block."""
+        for first in range(0, len(self.plan.examples.lengths), BLOCK_USERS):
+            block = slice(first, first + BLOCK_USERS)
+            part = {name: column[block] for name, column in self.plan.examples.columns.items()}
+            events, (columns,) = self.loader.store.of([part])
+            yield events.item_E, columns
 
     def metrics(self, output_P: Int[np.ndarray, " n"]) -> Metrics:
         """HR and NDCG @ {1, 5, 10, 50, 100, 200} and MRR over all users of the split; `repeats`.
@@ -102,5 +115,5 @@ class CorpusEvaluator(Evaluator):
     def count_U(self) -> Int[np.ndarray, " n"]:
         """How many training events the item of each target has."""
         assert self.count_I is not None
-        targets = self.loader.store.host.item_E[self.plan.examples.columns["stop"]]
+        targets = np.concatenate([item_E[part["stop"]] for item_E, part in self._blocks()])
         return self.count_I[targets][self.plan.place_SB[self.used_SP]]

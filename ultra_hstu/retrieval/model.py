@@ -11,7 +11,7 @@ from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.item_features import ItemCodes
 from ultra_hstu.nn.sasrec import SASRec
 from ultra_hstu.nn.truncation import Kept
-from ultra_hstu.parallel.embedding_sharding import whole_table
+from ultra_hstu.parallel.embedding_sharding import Entries, whole_table
 from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.sequences import Activations, Sequences
@@ -72,11 +72,17 @@ class Recommender(nnx.Module):
 
     def all_items(self, shards: Shards = ONE, with_id_I: WithId = None) -> Float[Array, "I1 D"]:
         """The vectors that items are scored by: their embeddings, on all devices, and features."""
-        table_ID = whole_table(self.item_table[...], self.num_items + 1, shards)
+        table, features = self.item_table[...], self.embedding.item_features
+        table_ID = whole_table(table, self.num_items + 1, shards)
+        item_U = None
+        if isinstance(table, Entries):  # the items that a step reads, and numbers of none
+            item_U = jnp.minimum(table.dealt_U, self.num_items)
         if with_id_I is not None:
+            with_id_I = with_id_I if item_U is None else with_id_I[item_U]
             table_ID = jnp.where(with_id_I[:, None], table_ID, 0.0)
-        features = self.embedding.item_features
-        return table_ID if features is None else table_ID + features.all()
+        if features is None:
+            return table_ID
+        return table_ID + (features.all() if item_U is None else features(item_U))
 
     def users(self, batch: Batch, shards: Shards = ONE) -> Float[Array, "b D"]:
         """The vectors of the batch's users, the output of each one's last row.

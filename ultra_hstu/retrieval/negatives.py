@@ -72,13 +72,20 @@ def drawn_uniformly(
     rows_per_draw: int = 1,
 ) -> Negatives:
     """`uniform_negatives` of each row, or of the first of `rows_per_draw`, from its own key."""
-    fixed = isinstance(num_items, int)  # part of the program, where division by it is cheap
-
-    def draw(key_C: Key[Array, " C"], items: Int[Array, ""] | None) -> Int[Array, "C R"]:
-        bound = num_items if items is None else items
-        return uniform_negatives(key_C, key_C.shape[0], count, bound)
-
-    return Negatives(key_T, count, draw, None if fixed else num_items, rows_per_draw=rows_per_draw)
+    if isinstance(num_items, int):  # part of the program, where division by it is cheap
+        return Negatives(
+            key_T,
+            count,
+            lambda key_C, _: uniform_negatives(key_C, key_C.shape[0], count, num_items),
+            rows_per_draw=rows_per_draw,
+        )
+    return Negatives(
+        key_T,
+        count,
+        lambda key_C, items: uniform_negatives(key_C, key_C.shape[0], count, items),
+        num_items,
+        rows_per_draw,
+    )
 
 
 def drawn_from(

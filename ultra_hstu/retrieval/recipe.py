@@ -11,10 +11,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from kernels.sampled_softmax import Negatives
+from ultra_hstu.entry_updates import CODES, ITEM_TABLE, Path
 from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.nn.dropout import row_keys
 from ultra_hstu.nn.embeddings import NO_CODES, CodeSizes
 from ultra_hstu.nn.item_features import ItemCodes, folded, with_ids, without_ids
+from ultra_hstu.parallel.embedding_sharding import Entries
 from ultra_hstu.parallel.parameters import ShardedLayers
 from ultra_hstu.retrieval import negatives
 from ultra_hstu.retrieval.batch import Batch
@@ -66,6 +68,31 @@ class Recipe(Steps[Recommender]):
             model.encoder.run_layer = ShardedLayers(self.shards)
         return model
 
+    @property
+    def tables(self) -> tuple[Path, ...]:
+        codes = {name: ("embedding", name, "table") for name in CODES}
+        return ITEM_TABLE, *(path for name, path in codes.items() if getattr(self.code_sizes, name))
+
+    def reads(self, model: Recommender, batch: Batch, key: jax.Array) -> dict[Path, Array]:
+        """Of items: histories, targets, and negatives that are drawn from the catalogue."""
+        shards, sequences = self.shards, batch.sequences.on(self.shards)
+        items = jnp.concatenate([batch.item_T, batch.target_T])
+        numbers = [shards.of_groups(jnp.where(items > 0, items, -1))]
+        if self.config.loss.kind == "sampled":
+            _, negative_key = jax.random.split(key)
+            truncation = getattr(model.encoder, "truncation", None)
+            kept = sequences if truncation is None else truncation.cut(sequences).sequences
+            drawn, _ = self._negatives(batch, row_keys(negative_key, kept))
+            assert drawn is not None
+            numbers.append(shards.of_devices(drawn.draw(drawn.rows, drawn.shared).reshape(-1)))
+        found = {ITEM_TABLE: jnp.concatenate(numbers)}
+        if batch.signal_TS is not None:
+            for name, code_TX in zip(CODES, self.code_sizes.parts(batch.signal_TS), strict=True):
+                if (embed := getattr(model.embedding, name)) is not None:
+                    number_n = embed.reads(code_TX).reshape(-1)
+                    found["embedding", name, "table"] = shards.of_groups(number_n)
+        return found
+
     def loss(self, params: Params, batch: Batch, key: jax.Array) -> Float[Array, ""]:
         """Mean loss over the supervised rows of a batch; `key` draws dropout and negatives."""
         dropout_key, negative_key = jax.random.split(key)
@@ -89,6 +116,11 @@ class Recipe(Steps[Recommender]):
             self.config.parallel.batch_groups // shards.data,
         )
         drawn, log_q = self._negatives(batch, row_keys(negative_key, sequences))
+        if isinstance(entries := model.item_table[...], Entries):  # and so is `table_ID`
+            assert drawn is not None  # a full softmax reads the whole table
+            negative_TR = drawn.draw(drawn.rows, drawn.shared)
+            target_T, drawn = entries.places(target_T), Negatives.of(entries.places(negative_TR))
+            log_q = None if log_q is None else log_q.at[entries.dealt_U].get(mode="fill")
         return softmax_loss(
             h_TD,
             table_ID,

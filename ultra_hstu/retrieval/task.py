@@ -13,11 +13,13 @@ from ultra_hstu.criteria import RETRIEVAL, Criteria, Metrics
 from ultra_hstu.data import signals
 from ultra_hstu.data import vocabulary as values
 from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.data.feed import BufferRows, EventStore
+from ultra_hstu.data.feed import EventStore
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.item_features import item_codes
+from ultra_hstu.data.packing import BufferRows
 from ultra_hstu.data.room import room, with_room
 from ultra_hstu.data.sampled import SampledHistory
+from ultra_hstu.data.shards import Columns, ShardedInteractions, ShardStore
 from ultra_hstu.flops import Flops
 from ultra_hstu.nn.embeddings import NO_CODES, CodeSizes
 from ultra_hstu.nn.item_features import ItemCodes
@@ -55,6 +57,11 @@ class RetrievalTask(Task[Events]):
         else:
             fraction = config.data.temporal_test_fraction
             splits = split(interactions, config.train.protocol, longest, fraction)
+        if isinstance(interactions, ShardedInteractions):
+            store = ShardStore(interactions, functools.partial(_events, config, interactions))
+            codes = _item_codes(config, interactions.catalog, roomy)
+            sizes = CodeSizes(signals.sizes(config.rank.signals), (), ())
+            return cls(config, interactions, store, splits, sizes, codes)
         items, code_ES = interactions.items, None
         known = values.Vocabulary.of(config, interactions)
         if (sizes := known.code_sizes(config)).columns:
@@ -175,6 +182,8 @@ class RetrievalTask(Task[Events]):
 
     def baselines(self, split: str) -> dict[str, Metrics]:
         """Random, popularity, the last item's neighbours, item-item: from training events alone."""
+        if isinstance(self.interactions, ShardedInteractions):
+            return {}  # they read all events at one time
         train, test = self.splits.known or self.splits.train, self.examples(split)
         hides = self.config.eval.repeats == "hide"
         return baselines(self.interactions.items, self._learned(), train, test, hides=hides)
@@ -215,12 +224,30 @@ class RetrievalTask(Task[Events]):
         self, first: Int64[np.ndarray, " n"], last: Int64[np.ndarray, " n"]
     ) -> Int64[np.ndarray, " I1"]:
         """How often each item occurs in the stretches first..last, which lie apart."""
-        items = self.interactions.items
-        edges = np.zeros(len(items) + 1, np.int64)
-        edges[first] += 1
-        edges[last + 1] -= 1
-        used_E = np.cumsum(edges)[: len(items)] > 0
-        return np.bincount(items[used_E], minlength=self.interactions.num_items + 1)
+        edge_X = np.concatenate([first, last + 1])
+        step_X = np.repeat([1, -1], [len(first), len(last)])
+        counts_I1 = np.zeros(self.interactions.num_items + 1, np.int64)
+        begin, reaching = 0, 0  # of a piece: its first event, the stretches that reach into it
+        for item_E in self.interactions.column("items"):
+            here_X = (edge_X >= begin) & (edge_X < begin + len(item_E))
+            steps_E = np.zeros(len(item_E), np.int64)
+            np.add.at(steps_E, edge_X[here_X] - begin, step_X[here_X])
+            inside_E = reaching + np.cumsum(steps_E)
+            counts_I1 += np.bincount(item_E[inside_E > 0], minlength=len(counts_I1))
+            begin, reaching = begin + len(item_E), int(inside_E[-1])
+        return counts_I1
+
+
+def _events(config: Config, interactions: ShardedInteractions, columns: Columns) -> Events:
+    """The events of some users, from their columns."""
+    items = np.ascontiguousarray(columns["items"])
+    seconds = np.zeros(len(items), np.int32)
+    if interactions.timed:
+        seconds = (columns["timestamps"] - interactions.first_time).astype(np.int32)
+    signal_ES = None
+    if names := config.rank.signals:
+        signal_ES = signals.signals(dict(columns), names, len(items))
+    return Events(items, seconds, signal_ES)
 
 
 def _item_codes(config: Config, catalog: Catalog, roomy: bool) -> ItemCodes | None:

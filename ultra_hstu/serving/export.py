@@ -260,10 +260,12 @@ def _examples(
 
 
 def _portable(model: Ranker) -> tuple[Programs, Params]:
-    """The functions of the model with attention in plain XLA, and its parameters."""
+    """The functions of the model in plain XLA, and its parameters."""
     copy: Ranker = nnx.merge(*nnx.split(model))
     for encoder in copy.encoders.values():
         encoder.implementation = "xla"
+        for layer in encoder.layers:
+            layer.implementation = "xla"
     graphdef, params = nnx.split(copy)
     return Programs(graphdef), params
 

@@ -15,8 +15,8 @@ from ultra_hstu import quantization
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
-from ultra_hstu.data.feed import ROW_MULTIPLE
 from ultra_hstu.data.item_features import item_codes
+from ultra_hstu.data.packing import ROW_MULTIPLE
 from ultra_hstu.nn.norms import l2_normalize
 from ultra_hstu.quantization import ItemTable
 from ultra_hstu.ranking.form import EVERYTHING

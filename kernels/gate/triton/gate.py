@@ -14,9 +14,10 @@ from jaxtyping import Array
 
 from kernels import rowwise
 from kernels.gate.api import Gate
-from kernels.rowwise import NORM_STATS, RowSpec
+from kernels.rowwise import NORM_STATS, Affine, RowSpec
 
-Parameters = tuple[Array, Array] | None  # weight and bias
+# u, a, weight and bias, the mask, and mean and 1 / deviation of every row of a.
+Saved = tuple[Array, Array, Affine, Array | None, list[Array]]
 
 
 def unsupported(spec: RowSpec) -> str | None:
@@ -27,24 +28,20 @@ def unsupported(spec: RowSpec) -> str | None:
 def gate(
     u_TY: Array,
     a_TY: Array,
-    weight_Y: Array | None,
-    bias_Y: Array | None,
+    affine: Affine,
     keep_TZ: Array | None,
     static: Gate,
 ) -> Array:
     """See `gate`."""
     if u_TY.size == 0:
         return jnp.concatenate([u_TY] * 3, axis=1) if static.joined else u_TY
-    parameters = None
-    if weight_Y is not None and bias_Y is not None:
-        parameters = (weight_Y.astype(jnp.float32), bias_Y.astype(jnp.float32))
     keep = None if keep_TZ is None else keep_TZ.astype(jnp.int8)
-    return _gate(static, u_TY, a_TY, parameters, keep)
+    return _gate(static, u_TY, a_TY, rowwise.in_float32(affine), keep)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gate(static: Gate, u: Array, a: Array, parameters: Parameters, keep: Array | None) -> Array:
-    return forward(static, u, a, parameters, keep).parts[0]
+def _gate(static: Gate, u: Array, a: Array, affine: Affine, keep: Array | None) -> Array:
+    return forward(static, u, a, affine, keep).parts[0]
 
 
 class Gated(NamedTuple):
@@ -66,7 +63,7 @@ def forward(
     static: Gate,
     u: Array,
     a: Array,
-    parameters: Parameters,
+    affine: Affine,
     keep: Array | None,
     *,
     write: bool = True,
@@ -88,7 +85,7 @@ def forward(
         wanted = [like_u, none if keep is None else like_u, like_u]
     *parts, values, factors, mean, rstd = rowwise.launch(
         "kernels.gate.triton.kernels:forward",
-        (u, a, *(parameters or (u, u)), u if keep is None else keep),  # u where nothing is read
+        (u, a, *(affine or (u, u)), u if keep is None else keep),  # u where nothing is read
         [*wanted, *small, rowwise.row_numbers(rows), rowwise.row_numbers(rows)],
         rows=rows,
         width=width,
@@ -97,7 +94,7 @@ def forward(
             "WRITE": write,
             "APART": apart,
             "QUANTIZE": quantize,
-            **_constants(static, parameters, keep),
+            **_constants(static, affine, keep),
         },
     )
     if not apart:
@@ -107,42 +104,48 @@ def forward(
     return Gated(parts, values, factors, [mean, rstd])
 
 
-def _constants(static: Gate, parameters: Parameters, keep: Array | None) -> dict[str, bool | float]:
+def _constants(static: Gate, affine: Affine, keep: Array | None) -> dict[str, bool | float]:
     return {
-        "AFFINE": parameters is not None,
+        "AFFINE": affine is not None,
         "JOINED": static.joined,
         "MASKED": keep is not None,
         "FACTOR": 1.0 / (1.0 - static.rate),
     }
 
 
-def _forward(static, u, a, parameters, keep):
-    made = forward(static, u, a, parameters, keep)
+def _forward(
+    static: Gate, u: Array, a: Array, affine: Affine, keep: Array | None
+) -> tuple[Array, Saved]:
+    made = forward(static, u, a, affine, keep)
     stats = [checkpoint_name(one, NORM_STATS) for one in made.stats]
-    return made.parts[0], (u, a, parameters, keep, stats)
+    return made.parts[0], (u, a, affine, keep, stats)
 
 
 def backward(
     static: Gate,
     u: Array,
     a: Array,
-    parameters: Parameters,
+    affine: Affine,
     keep: Array | None,
     stats: list[Array],
     g: Array,
-) -> tuple[Array, Array, Parameters, None]:
-    """Gradients of u, a, the parameters, and none of the mask."""
+) -> tuple[Array, Array, Affine, None]:
+    """Gradients of u, a, weight and bias, and none of the mask."""
     rows, width = u.shape
-    du, da, *d_parameters = rowwise.launch(
+    du, da, d_weight, d_bias = rowwise.launch(
         "kernels.gate.triton.kernels:backward",
-        (u, a, *(parameters or (u, u)), u if keep is None else keep, *stats, g),
+        (u, a, *(affine or (u, u)), u if keep is None else keep, *stats, g),
         [rowwise.like(u), rowwise.like(a)],
         rows=rows,
         width=width,
-        constants=_constants(static, parameters, keep),
+        constants=_constants(static, affine, keep),
         sums=(width, width),
     )
-    return du, da, None if parameters is None else tuple(d_parameters), None
+    return du, da, None if affine is None else (d_weight, d_bias), None
 
 
-_gate.defvjp(_forward, lambda static, saved, g: backward(static, *saved, g))
+def _backward(static: Gate, saved: Saved, g: Array) -> tuple[Array, Array, Affine, None]:
+    return backward(static, *saved, g)
+
+
+_gate.defvjp(_forward, _backward)

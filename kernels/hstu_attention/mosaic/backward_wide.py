@@ -1,9 +1,12 @@
 """The backward of widths above 128 in one pass, and dK and dV alone there.
 
 Accumulators of dK and dV for 128 keys and 256 columns do not fit the registers. So a tile has 64
-keys, and the two computing warpgroups share the work by gradient: one makes the weights P and the
-slopes dS, and sums dK; the other sums dV, and makes dQ of each row block and adds it to memory.
-Five products a pair, none of them twice.
+keys, and the two computing warpgroups share the work by gradient: one makes the weights P, which
+stay in its registers, and the slopes dS, and sums dV; the other sums dK, and makes dQ of each row
+block and adds it to memory. Five products a pair, none of them twice.
+
+Each tile adds to dQ, so twice as much is added for a product as with tiles of 128 keys: that bounds
+this kernel. Adding pairs from registers instead of tiles by TMA is half as fast.
 """
 
 import functools
@@ -41,6 +44,7 @@ from kernels.zeros import zeros_after
 
 COLUMNS = 128  # of dQ that are made at a time
 SENT = 32  # of them added to memory at a time
+SENT_SLOTS = 3  # such pieces in shared memory: what bounds this kernel is how fast memory adds
 
 
 def all_gradients(x: BackwardInputs, config: BackwardConfig) -> tuple[Float[Array, "_ H _"], ...]:
@@ -88,7 +92,7 @@ def _gradients(
                 nearest = item.bounds(key0)
                 wait(s.kv_full)
 
-                def accumulate(dk):
+                def accumulate(dv):
                     @pl.loop(0, item.count)
                     def _(i):
                         now = lax.rem(step + i, stages)
@@ -103,7 +107,7 @@ def _gradients(
                         def scores(s_acc, dp_acc):
                             plgpu.wgmma(s_acc, s.k.at[keys], s.q.at[now].T)
                             plgpu.wgmma(dp_acc, s.v.at[keys], s.do.at[now].T)
-                            plgpu.wgmma_wait(2)  # dK of the block before has read its rows
+                            plgpu.wgmma_wait(2)  # dV of the block before has read its rows
 
                             @pl.when(i > 0)
                             def _():
@@ -120,77 +124,76 @@ def _gradients(
                             intervals=intervals,
                         )
                         half, w, ds = silu_slopes(score, dp, alpha)
-                        wait(s.weights_empty)
-                        s.p[...] = (half * w).astype(dtype)
+                        wait(s.ds_empty)
                         s.ds[...] = ds.astype(dtype)
                         plgpu.commit_smem()
-                        arrive(s.weights_full)
-                        plgpu.wgmma(dk, s.ds, s.q.at[now])
+                        arrive(s.ds_full)
+                        plgpu.wgmma(dv, (half * w).astype(dtype), s.do.at[now])
 
                     plgpu.wgmma_wait(0)
                     arrive(s.row_empty, lax.rem(step + item.count - 1, stages))
-                    return dk[...]
+                    return dv[...]
 
-                dk = with_sums(accumulate, (tile, width))
+                dv = with_sums(accumulate, (tile, width_v))
                 arrive(s.kv_empty)
-                write(item, slot, dk, gm.factor[0] * (0.5 * alpha), gm.dk, gm.dk_part)
+                write(item, slot, dv, gm.factor[0], gm.dv, gm.dv_part)
                 return ahead()
 
             draw_items(gm, s, one_item)
 
         @computing(wg == 1)
         def _sum():
-            open_rings(s, kv=1, row=stages, weights=1, rec=RECORDS)
+            open_rings(s, kv=1, row=stages, ds=1, rec=RECORDS)
 
             def one_item(item, slot, step, begun, ahead):
                 wait(s.kv_full)
 
-                def accumulate(dv):
+                def accumulate(dk):
                     @pl.loop(0, item.count)
                     def _(i):
                         now = lax.rem(step + i, stages)
                         wait(s.row_full, now)
-                        wait(s.weights_full)
-
-                        def dq_of(first, dq_acc, last):
-                            """dQ in some columns; dV is summed while the first of them leave."""
-                            plgpu.wgmma(dq_acc, s.ds.T, s.k.at[:, pl.ds(first, COLUMNS)])
-                            if first == 0:
-                                plgpu.wgmma(dv, s.p, s.do.at[now])
-                            return loaded(dq_acc, 0 if last else 1)
+                        wait(s.ds_full)
 
                         def release():
-                            plgpu.wgmma_wait(0)
-                            arrive(s.weights_empty)
+                            arrive(s.ds_empty)
                             arrive(s.row_empty, now)
 
                         if not with_dq:
-                            plgpu.wgmma(dv, s.p, s.do.at[now])
+                            plgpu.wgmma(dk, s.ds, s.q.at[now])
+                            plgpu.wgmma_wait(0)
                             release()
                             return
+
+                        def dq_of(first, dq_acc):
+                            """dQ in some columns; dK is summed while the first of them leave."""
+                            plgpu.wgmma(dq_acc, s.ds.T, s.k.at[:, pl.ds(first, COLUMNS)])
+                            if first == 0:
+                                plgpu.wgmma(dk, s.ds, s.q.at[now])
+                            return loaded(dq_acc, 1 if first == 0 else 0)
+
                         place = pl.ds(item.block(i) * block_q - x.plan.first_row, block_q)
                         for first in range(0, width, COLUMNS):
-                            last = first > 0
-                            dq = with_sums(
-                                functools.partial(dq_of, first, last=last), (block_q, COLUMNS)
-                            )
-                            if last:
+                            dq = with_sums(functools.partial(dq_of, first), (block_q, COLUMNS))
+                            if first > 0 and first + COLUMNS == width:
                                 release()
+                            sent = (step + i) * (width // SENT) + first // SENT
                             for c in range(0, COLUMNS, SENT):
-                                stage = s.dq.at[c // SENT % 2]
-                                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                                stage = s.dq.at[lax.rem(sent + c // SENT, SENT_SLOTS)]
+                                plgpu.wait_smem_to_gmem(SENT_SLOTS - 1, wait_read_only=True)
                                 stage[...] = dq[:, c : c + SENT]
                                 plgpu.commit_smem()
                                 target = gm.dq.at[place, item.head, pl.ds(first + c, SENT)]
                                 plgpu.copy_smem_to_gmem(stage, target, reduction_op="add")
                         if width == COLUMNS:
+                            plgpu.wgmma_wait(0)
                             release()
 
-                    return dv[...]
+                    return dk[...]
 
-                dv = with_sums(accumulate, (tile, width_v))
+                dk = with_sums(accumulate, (tile, width))
                 arrive(s.kv_empty)
-                write(item, slot, dv, gm.factor[0], gm.dv, gm.dv_part)
+                write(item, slot, dk, gm.factor[0] * (0.5 * alpha), gm.dk, gm.dk_part)
                 return ahead()
 
             draw_items(gm, s, one_item)
@@ -200,15 +203,13 @@ def _gradients(
         def _feed():
             feed(gm, s, config, x.plan.first_row)
 
-    sent = {"dq": swizzled((2, block_q, SENT), jnp.float32)} if with_dq else {}
+    sent = {"dq": swizzled((SENT_SLOTS, block_q, SENT), jnp.float32)} if with_dq else {}
     return launch_over_keys(
         kernel,
         "hstu_backward_wide",
         x,
         config,
         dq=dq,
-        buffers=dict(
-            p=swizzled((tile, block_q), dtype), ds=swizzled((tile, block_q), dtype), **sent
-        ),
-        barriers=ring("weights", 1, emptied=1),
+        buffers=dict(ds=swizzled((tile, block_q), dtype), **sent),
+        barriers=ring("ds", 1, emptied=1),
     )

@@ -71,6 +71,8 @@ def forward_config(spec: AttentionSpec, plan: AttentionPlan) -> ForwardConfig:
     widest = max(spec.k_width, spec.v_width)
     if widest > 128:
         config = ForwardConfig(block_k=64, stages=2, q_slots=1)
+    elif in_turns(plan):
+        config = ForwardConfig(block_k=64, stages=4)  # half a tile leaves out a whole block
     else:
         config = ForwardConfig(block_k=128, stages=2 if widest > 64 else 4)
     found = tuning.find("mosaic", spec, plan)

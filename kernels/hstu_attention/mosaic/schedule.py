@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from kernels.hstu_attention import tuning
 from kernels.hstu_attention.mosaic.padding import TAIL, rounded_up, tail_start
@@ -118,6 +118,14 @@ class WorkList(Derived[Schedule]):
     def backward(heads: int, config: BackwardConfig) -> "WorkList":
         return WorkList("backward", config.tile, config.block_q, heads)
 
+    @property
+    def by_sequence(self) -> bool:
+        """Whether all heads but the last take one sequence after another: tiles of 64 keys.
+
+        Those add so much to dQ, and read so much, that the L2 cache holds few sequences.
+        """
+        return self.kind == "backward" and self.tile < TAIL
+
     def make(self, plan: AttentionPlan) -> Schedule:
         return make_schedules(plan, [self])[0]
 
@@ -144,7 +152,10 @@ def make_schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> list[Sche
         may_split=may_split(plan),
         heads_together=heads_together(plan),
     )
-    items = zip(*jax.vmap(pack)(stacked, jnp.asarray(ranges, jnp.int32)), strict=True)
+    orders = jnp.asarray([each.by_sequence for each in wanted])
+    if not any(each.by_sequence for each in wanted):
+        orders = None
+    items = zip(*jax.vmap(pack)(stacked, jnp.asarray(ranges, jnp.int32), orders), strict=True)
     return [
         Schedule(*item, bounds, tail_start(plan))
         for item, (_, bounds) in zip(items, met, strict=True)
@@ -311,6 +322,7 @@ def _capacity(tiles: int, heads: int, split: bool) -> tuple[int, int]:
 def _pack(
     x: MetBlocks,
     tile_range: Int[Array, " 2"],
+    by_sequence: Bool[Array, ""] | None,
     *,
     heads: int,
     may_split: bool,
@@ -354,6 +366,11 @@ def _pack(
     table = jnp.pad(table, ((0, 0), (0, RECORD - table.shape[1]))).astype(jnp.int32)
 
     order = jnp.argsort(jnp.where(used, begin - end, 1), stable=True)
+    # The last head's order decides how evenly the work ends.
+    by_end = order
+    if by_sequence is not None:
+        ends = jnp.where(used & by_sequence, x.hi.max(1)[tile], FAR)
+        by_end = order[jnp.argsort(ends[order], stable=True)]
     number = jnp.arange(item.shape[0] * heads + 1, dtype=jnp.int32)
     column = jnp.arange(RECORD)[None, :]
     if heads_together:
@@ -362,7 +379,10 @@ def _pack(
     else:
         # Head after head: what runs at a time then reads keys and values of one or two heads, which
         # the L2 cache holds.
-        head, at = (number // num_items)[:, None], order[number % num_items]
+        head, nth = (number // num_items)[:, None], number % num_items
+        at = order[nth]
+        if by_sequence is not None:
+            at = jnp.where(head[:, 0] < heads - 1, by_end[nth], at)
         last = head >= heads
     records = table[at]
     records = jnp.where((column == TILE) & last, -1, jnp.where(column == HEAD, head, records))

@@ -174,12 +174,21 @@ def forward(
         q_QK = _load(q + begin * K + head * K, row, real, H, K, WK)
         row_time = _times(query_times, first + row, real, BUCKETS)
         last = tl.maximum(tl.where(real, row + 1, 0), tl.maximum(intervals[1], intervals[3]))
+        k += begin * K + head * K
+        v += begin * V + head * V
         sum_QV = tl.zeros([BQ, WV], tl.float32)
-        for key0 in range(0, tl.max(last, 0), BK):
+        # A block is loaded while the one before is worked on, the first one before all else.
+        key = tl.arange(0, BK)
+        k_next = _load(k, key, first + key < end, H, K, WK)
+        v_next = _load(v, key, first + key < end, H, V, WV)
+        stop = tl.max(last, 0)
+        for key0 in range(0, stop, BK):
             key = key0 + tl.arange(0, BK)
             real_key = first + key < end
-            k_KK = _load(k + begin * K + head * K, key, real_key, H, K, WK)
-            v_KV = _load(v + begin * V + head * V, key, real_key, H, V, WV)
+            k_KK, v_KV = k_next, v_next
+            more = (first + key + BK < end) & (key0 + BK < stop)
+            k_next = _load(k, key + BK, more, H, K, WK)
+            v_next = _load(v, key + BK, more, H, V, WV)
             key_time = _times(times, first + key, real_key, BUCKETS)
             seen = seen_pairs(row, key, intervals, end - first, 1)
             score, _, _ = _scores(
@@ -263,11 +272,12 @@ def backward(
     row_time = _times(query_times, first + row, real, BUCKETS)
     row_scale, factor = _factors(scale, first + row, real, ROW_SCALE)
     dq_QK = tl.zeros([BQ, WK], tl.float32)
+    k += begin * K + head * K
+    v += begin * V + head * V
     for key0 in range(0, end - first, BK):
         key = key0 + tl.arange(0, BK)
         real_key = first + key < end
-        k_KK = _load(k + begin * K + head * K, key, real_key, H, K, WK)
-        v_KV = _load(v + begin * V + head * V, key, real_key, H, V, WV)
+        k_KK, v_KV = _load(k, key, real_key, H, K, WK), _load(v, key, real_key, H, V, WV)
         key_time = _times(times, first + key, real_key, BUCKETS)
         seen = seen_pairs(row, key, intervals, end - first, 1)
         score, entry, bucket = _scores(
@@ -369,10 +379,17 @@ def backward_in_parts(
         row_scale, factor = _factors(scale, first + row, real, ROW_SCALE)
         last = tl.maximum(tl.where(real, row + 1, 0), tl.maximum(intervals[1], intervals[3]))
         dq_QK = tl.zeros([BQ, WK], tl.float32)
-        for key0 in range(0, tl.max(last, 0), BK):
+        stop = tl.max(last, 0)
+        key = tl.arange(0, BK)
+        k_next = _load(k, key, first + key < end, H, K, WK)
+        v_next = _load(v, key, first + key < end, H, V, WV)
+        for key0 in range(0, stop, BK):
             key = key0 + tl.arange(0, BK)
             real_key = first + key < end
-            k_KK, v_KV = _load(k, key, real_key, H, K, WK), _load(v, key, real_key, H, V, WV)
+            k_KK, v_KV = k_next, v_next
+            more = (first + key + BK < end) & (key0 + BK < stop)
+            k_next = _load(k, key + BK, more, H, K, WK)
+            v_next = _load(v, key + BK, more, H, V, WV)
             key_time = _times(times, first + key, real_key, BUCKETS)
             seen = seen_pairs(row, key, intervals, end - first, 1)
             score, entry, bucket = _scores(

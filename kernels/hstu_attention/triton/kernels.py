@@ -46,13 +46,23 @@ def entry_of(row, key, POSITIONS):
 
 @triton.jit
 @no_type_check
+def octaves_of(x):
+    """log2(x), one instruction, right to 2^-22."""
+    return tl.inline_asm_elementwise(
+        "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+@no_type_check
 def bucket_of(row_time, key_time, starts, BUCKETS):
     """The bucket of a gap, exact.
 
     The logarithm finds the nearest edge, integers decide on which side of it the gap lies.
     """
     gap = tl.abs(row_time - key_time)
-    nearest = (tl.log2(tl.maximum(gap, 1).to(tl.float32)) * BUCKETS_PER_OCTAVE + 0.5).to(tl.int32)
+    octaves = octaves_of(tl.maximum(gap, 1).to(tl.float32))
+    nearest = (octaves * BUCKETS_PER_OCTAVE + 0.5).to(tl.int32)
     nearest = tl.minimum(nearest, BUCKETS - 1)
     return tl.maximum(nearest - (gap < tl.load(starts + nearest)).to(tl.int32), 0)
 

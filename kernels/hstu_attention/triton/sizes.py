@@ -70,18 +70,17 @@ def widest(compute_capability: tuple[int, int]) -> int:
 
 def refusal(spec: AttentionSpec, name: str = "triton") -> str | None:
     """Why no Triton kernel can run calls of this dtype and these widths here, or None."""
-    reason = triton_call.refusal(name)
-    if reason is not None:
-        return reason
-    capability = device.current().compute_capability
-    assert capability is not None, "no GPU, which `refusal` says"
-    widths = (spec.k_width, spec.v_width)
-    if not 0 < min(widths) <= max(widths) <= widest(capability):
+
+    def unfit(capability: tuple[int, int]) -> str | None:
+        widths = (spec.k_width, spec.v_width)
+        if 0 < min(widths) <= max(widths) <= widest(capability):
+            return None
         return (
             f"{name} takes heads of width 1 to {widest(capability)} here, got K = {widths[0]}, "
             f"V = {widths[1]}; implementation='xla' takes any"
         )
-    return None
+
+    return triton_call.refusal(unfit, name=name)
 
 
 def heuristic(compute_capability: tuple[int, int], spec: AttentionSpec) -> KernelSizes:

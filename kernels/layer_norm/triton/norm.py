@@ -7,14 +7,13 @@ makes parts of the sums over rows on the way. Same bits on every run.
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from kernels import rowwise
-from kernels.rowwise import NORM_STATS, RowSpec
+from kernels.rowwise import NORM_STATS, Affine, RowSpec
 
-Parameters = tuple[Array, Array] | None  # weight and bias
+Saved = tuple[Array, Affine, list[Array]]  # x, and mean and 1 / deviation of every row
 
 
 def unsupported(spec: RowSpec) -> str | None:
@@ -22,35 +21,30 @@ def unsupported(spec: RowSpec) -> str | None:
     return rowwise.refusal(spec)
 
 
-def norm(
-    x: Array, weight: Array | None, bias: Array | None, *, eps: float, residual: bool
-) -> tuple[Array, Array]:
+def norm(x: Array, affine: Affine, *, eps: float, residual: bool) -> tuple[Array, Array]:
     """See `layer_norm` and `norm_and_residual`."""
     if x.size == 0:
         return x, x
-    parameters = None
-    if weight is not None and bias is not None:
-        parameters = (weight.astype(jnp.float32), bias.astype(jnp.float32))
-    rows = x.reshape(-1, x.shape[-1])
+    rows, affine = x.reshape(-1, x.shape[-1]), rowwise.in_float32(affine)
     if residual:
-        return _with_residual(eps, rows, parameters)
-    return _norm(eps, rows, parameters).reshape(x.shape), x
+        return _with_residual(eps, rows, affine)
+    return _norm(eps, rows, affine).reshape(x.shape), x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _norm(eps: float, x: Array, parameters: Parameters) -> Array:
-    return forward(eps, x, parameters)[0]
+def _norm(eps: float, x: Array, affine: Affine) -> Array:
+    return forward(eps, x, affine)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_residual(eps: float, x: Array, parameters: Parameters) -> tuple[Array, Array]:
-    return forward(eps, x, parameters)[0], x
+def _with_residual(eps: float, x: Array, affine: Affine) -> tuple[Array, Array]:
+    return forward(eps, x, affine)[0], x
 
 
 def forward(
     eps: float,
     x: Array,
-    parameters: Parameters,
+    affine: Affine,
     *,
     write: bool = True,
     quantize: bool = False,
@@ -59,7 +53,7 @@ def forward(
     rows, width = x.shape
     return rowwise.launch(
         "kernels.layer_norm.triton.kernels:forward",
-        (x, *(parameters or (x, x))),  # x stands where nothing is read
+        (x, *(affine or (x, x))),  # x stands where nothing is read
         [
             *rowwise.results(rows, width, x.dtype, write=write, quantize=quantize),
             rowwise.row_numbers(rows),
@@ -69,43 +63,55 @@ def forward(
         width=width,
         constants={
             "EPS": eps,
-            "AFFINE": parameters is not None,
+            "AFFINE": affine is not None,
             "WRITE": write,
             "QUANTIZE": quantize,
         },
     )
 
 
-def _forward(eps, x, parameters):
-    y, _, _, *stats = forward(eps, x, parameters)
-    return y, (x, parameters, [checkpoint_name(one, NORM_STATS) for one in stats])
+def _forward(eps: float, x: Array, affine: Affine) -> tuple[Array, Saved]:
+    y, _, _, *stats = forward(eps, x, affine)
+    return y, (x, affine, [checkpoint_name(one, NORM_STATS) for one in stats])
 
 
-def _forward_with_residual(eps, x, parameters):
-    y, saved = _forward(eps, x, parameters)
+def _forward_with_residual(
+    eps: float, x: Array, affine: Affine
+) -> tuple[tuple[Array, Array], Saved]:
+    y, saved = _forward(eps, x, affine)
     return (y, x), saved
 
 
 def backward(
-    x: Array, parameters: Parameters, stats: list[Array], g: Array, beside: Array | None
-) -> tuple[Array, Parameters]:
-    """Gradients of x and the parameters.
+    x: Array, affine: Affine, stats: list[Array], g: Array, beside: Array | None
+) -> tuple[Array, Affine]:
+    """Gradients of x, weight and bias.
 
     Args:
       beside: the gradient of x from elsewhere, which is added.
     """
     rows, width = x.shape
-    dx, *d_parameters = rowwise.launch(
+    dx, d_weight, d_bias = rowwise.launch(
         "kernels.layer_norm.triton.kernels:backward",
-        (x, (parameters or (x, x))[0], *stats, g, g if beside is None else beside),
+        (x, (affine or (x, x))[0], *stats, g, g if beside is None else beside),
         [rowwise.like(x)],
         rows=rows,
         width=width,
-        constants={"AFFINE": parameters is not None, "BESIDE": beside is not None},
+        constants={"AFFINE": affine is not None, "BESIDE": beside is not None},
         sums=(width, width),
     )
-    return dx, None if parameters is None else tuple(d_parameters)
+    return dx, None if affine is None else (d_weight, d_bias)
 
 
-_norm.defvjp(_forward, lambda eps, saved, g: backward(*saved, g, None))
-_with_residual.defvjp(_forward_with_residual, lambda eps, saved, g: backward(*saved, *g))
+def _backward(eps: float, saved: Saved, g: Array) -> tuple[Array, Affine]:
+    return backward(*saved, g, None)
+
+
+def _backward_with_residual(
+    eps: float, saved: Saved, gradients: tuple[Array, Array]
+) -> tuple[Array, Affine]:
+    return backward(*saved, *gradients)
+
+
+_norm.defvjp(_forward, _backward)
+_with_residual.defvjp(_forward_with_residual, _backward_with_residual)

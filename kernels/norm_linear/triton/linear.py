@@ -13,8 +13,8 @@ from jaxtyping import Array
 
 from kernels import rowwise
 from kernels.layer_norm.triton.norm import norm as layer_norm
-from kernels.norm_linear.api import LinearSpec, Norm, NormLinear, Parts
-from kernels.rowwise import RowSpec
+from kernels.norm_linear.api import LinearSpec, NormLinear, Parts
+from kernels.rowwise import Affine, RowSpec
 
 PARTS = (1, 2, 4)  # that are joined
 
@@ -30,9 +30,9 @@ def unsupported(spec: LinearSpec) -> str | None:
     return rowwise.refusal(RowSpec(spec.dtype, max(spec.width, *spec.widths)))
 
 
-def norm_linear(x: Array, norm: Norm, w: Array, bias: Array | None, static: NormLinear) -> Parts:
+def norm_linear(x: Array, norm: Affine, w: Array, bias: Array | None, static: NormLinear) -> Parts:
     """See `norm_linear`."""
-    y, x = layer_norm(x, *(norm or (None, None)), eps=static.eps, residual=True)
+    y, x = layer_norm(x, norm, eps=static.eps, residual=True)
     return _project(static.widths, y, w, bias), x
 
 
@@ -51,11 +51,18 @@ def _project(widths: tuple[int, ...], y: Array, w: Array, bias: Array | None) ->
     return parts
 
 
-def _forward(widths, y, w, bias):
+Saved = tuple[Array, Array, Array | None]
+
+
+def _forward(
+    widths: tuple[int, ...], y: Array, w: Array, bias: Array | None
+) -> tuple[list[Array], Saved]:
     return _project(widths, y, w, bias), (y, w, bias)
 
 
-def _backward(widths, saved, gs):
+def _backward(
+    widths: tuple[int, ...], saved: Saved, gs: list[Array]
+) -> tuple[Array, Array, Array | None]:
     y, w, bias = saved
     joined, _, _, sums = join(gs)
     dy = joined @ w.astype(y.dtype).T

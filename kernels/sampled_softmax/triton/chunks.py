@@ -18,17 +18,21 @@ ROWS_BYTES, ITEMS_BYTES = 4096, 8192
 
 def unsupported(spec: SampledSpec) -> str | None:
     """Why these calls cannot run on the current device, or None."""
-    if not 0 < spec.width <= WIDEST:
-        return (
-            f"triton takes rows of width 1 to {WIDEST}, got D = {spec.width}; "
-            "implementation='xla' takes any"
-        )
-    if spec.rows_per_draw > 1:
-        return (
-            f"triton gathers the negatives of each row, and {spec.rows_per_draw} rows share them: "
-            "implementation='xla' takes their scores as products"
-        )
-    return triton_call.refusal()
+
+    def unfit(_: tuple[int, int]) -> str | None:
+        if not 0 < spec.width <= WIDEST:
+            return (
+                f"triton takes rows of width 1 to {WIDEST}, got D = {spec.width}; "
+                "implementation='xla' takes any"
+            )
+        if spec.rows_per_draw > 1:
+            return (
+                f"triton gathers the negatives of each row, and {spec.rows_per_draw} rows share "
+                "them: implementation='xla' takes their scores as products"
+            )
+        return None
+
+    return triton_call.refusal(unfit)
 
 
 def gradients(
@@ -65,14 +69,15 @@ def of_rows(
 ) -> tuple[Float[Array, "C X"], PerRow, Rows]:
     """The gradients of the scores, the losses and the gradient of q."""
     (rows, columns), width = id_CX.shape, q_CD.shape[1]
-    f32 = jnp.float32
-    logit_CX, log_sum_C, loss_C, dq_CD = triton_call.launch(
+    per_row = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    logit_CX, log_sum_C, slope_C, loss_C, dq_CD = triton_call.launch(
         "kernels.sampled_softmax.triton.kernels:rows",
         (q_CD, e_ID, id_CX, weight_C, weight_C if shift_I is None else shift_I),
         [
-            jax.ShapeDtypeStruct((rows, columns), f32),
-            jax.ShapeDtypeStruct((rows,), f32),
-            jax.ShapeDtypeStruct((rows,), f32),
+            jax.ShapeDtypeStruct((rows, columns), jnp.float32),
+            per_row,
+            per_row,
+            per_row,
             jax.ShapeDtypeStruct((rows, width), q_CD.dtype),
         ],
         programs=rows,
@@ -86,11 +91,12 @@ def of_rows(
         warps=1,
         stages=1,
     )
+    # The positive, and negatives that are it, which have a constant logit.
+    same_CX = id_CX == id_CX[:, :1]
     first_1X = jnp.arange(columns, dtype=jnp.int32)[None, :] == 0
-    collision_CX = (id_CX == id_CX[:, :1]) & ~first_1X
-    share_CX = jnp.exp(logit_CX - log_sum_C[:, None]) - first_1X
-    counts_CX = (weight_C > 0)[:, None] & ~collision_CX
-    return jnp.where(counts_CX, weight_C[:, None] * share_CX, 0.0), loss_C, dq_CD
+    others_CX = weight_C[:, None] * jnp.exp(logit_CX - log_sum_C[:, None])
+    others_CX = jnp.where(same_CX | (weight_C == 0)[:, None], 0.0, others_CX)
+    return jnp.where(first_1X, slope_C[:, None], others_CX), loss_C, dq_CD
 
 
 def add_to_items(

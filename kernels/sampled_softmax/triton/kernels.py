@@ -26,6 +26,7 @@ def rows(
     shift,
     logit,
     log_sum,
+    slope,
     loss,
     dq,
     X: constexpr,
@@ -35,9 +36,10 @@ def rows(
     SHIFTED: constexpr,
     COLLISION: constexpr,
 ):
-    """Logits [C, X], their log-sum-exp [C], losses [C], and the gradient of q [C, D].
+    """Logits [C, X], and the gradient of q [C, D].
 
-    Rows of weight 0 have a loss of 0, a gradient of 0, and no logits.
+    Of each row, the log-sum-exp of its logits, the slope of the positive's, and its loss. Rows of
+    weight 0 have a loss of 0, a gradient of 0, and no logits.
     """
     row = tl.program_id(0).to(tl.int64)
     width = tl.arange(0, WD)
@@ -75,15 +77,17 @@ def rows(
             total = total * factor + tl.sum(share_X, 0)
             sum_D = sum_D * factor + tl.sum(share_X[:, None] * e_XD, 0)
             top = higher
-        # Not as (sum over all) / whole - e_positive: where the positive has nearly all of the
+        # The slope of the positive is not exp(score) / whole - 1: where it has nearly all of the
         # softmax, that would be the difference of two equal numbers.
         whole = tl.exp(score - top) + total
+        tl.store(slope + row, -w * total / whole)
         tl.store(log_sum + row, top + tl.log(whole))
         tl.store(loss + row, top - score + tl.log(whole))
         dq_D = (w / whole) * (sum_D - total * e_D)
         tl.store(dq + row * D + width, dq_D.to(dq.dtype.element_ty), mask=inside)
     else:
         tl.store(log_sum + row, 0.0)
+        tl.store(slope + row, 0.0)
         tl.store(loss + row, 0.0)
         tl.store(dq + row * D + width, tl.zeros([WD], dq.dtype.element_ty), mask=inside)
 

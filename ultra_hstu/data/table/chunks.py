@@ -12,6 +12,7 @@ from ultra_hstu.data.strings import STRINGS
 
 _INTEGER = r"^-?(0|[1-9][0-9]{0,17})$"
 _INTEGRAL = r"^-?(0|[1-9][0-9]{0,14})\.0+$"  # as a table of numbers with gaps is written
+_BLOCK = 1 << 18  # strings that are Python's at one time
 _MANY = 1 << 24  # distinct values of all chunks that are held
 
 
@@ -62,7 +63,11 @@ class TextColumn:
             used[_indices(chunk)] = True
         place = np.flatnonzero(used[:-1])  # of values that occur: others may be of dropped rows
         values = check(one.take(pa.array(place)), lambda k: self._first_event(int(place[k])))
-        ids, inverse = np.unique(_to_numpy(values), return_inverse=True)
+        array = _to_numpy(values)
+        del values
+        pa.default_memory_pool().release_unused()
+        ids, inverse = np.unique(array, return_inverse=True)
+        del array
         rank = np.full(len(one) + 1, -1, np.int32)
         rank[place] = inverse
         code_E = np.empty(sum(map(len, self._chunks)), np.int32)
@@ -93,9 +98,12 @@ def _indices(chunk: pa.DictionaryArray) -> Int32[np.ndarray, " n"]:
 
 
 def _to_numpy(values: pa.Array) -> Shaped[np.ndarray, " n"]:
-    if pa.types.is_string(values.type):
-        return np.array(values.to_pylist(), STRINGS)
-    return values.to_numpy()
+    if not pa.types.is_string(values.type):
+        return values.to_numpy()
+    array = np.empty(len(values), STRINGS)
+    for first in range(0, len(values), _BLOCK):  # a string of Python takes four times the memory
+        array[first : first + _BLOCK] = values.slice(first, _BLOCK).to_pylist()
+    return array
 
 
 class BadId(Exception):

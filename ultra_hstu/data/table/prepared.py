@@ -15,11 +15,11 @@ from pathlib import Path
 from ultra_hstu import paths
 from ultra_hstu.config import DataConfig
 from ultra_hstu.data import npz, sources, sums
-from ultra_hstu.data.builder import CATALOG, CONTEXTS, locked, say_left_behind, slug
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.contexts import Contexts
-from ultra_hstu.data.interactions import Interactions, ordered
+from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.public import Opened
+from ultra_hstu.data.raw import locked, say_left_behind, slug
 from ultra_hstu.data.table import columns as meaning
 from ultra_hstu.data.table.columns import Columns, Reading
 from ultra_hstu.data.table.files import Layout, find_files, open_file
@@ -29,6 +29,7 @@ from ultra_hstu.data.table.sides import read_users
 _log = logging.getLogger(__name__)
 _VERSION = 2  # of what is prepared
 _EVENTS, _READING = "interactions.npz", "reading.json"
+CATALOG, CONTEXTS = "catalog.npz", "contexts.npz"
 _REMEDY = "its folder can be deleted"
 
 
@@ -50,7 +51,7 @@ def load(config: DataConfig) -> Interactions:
     contexts = Contexts.load(folder / CONTEXTS)
     with npz.reading(folder / _EVENTS, "readable", _REMEDY) as file:
         arrays = {name: file[name] for name in file}
-    interactions = Interactions(
+    return Interactions(
         users=arrays["users"],
         items=arrays["items"],
         offsets=arrays["offsets"],
@@ -66,9 +67,6 @@ def load(config: DataConfig) -> Interactions:
         features=opened.rules.features,
         missing_files=opened.missing_files,
     )
-    if config.ties == "stable":  # as they are
-        return interactions
-    return ordered(interactions, ties=config.ties, seed=config.ties_seed)
 
 
 def read_reading(folder: Path) -> Reading:

@@ -12,36 +12,36 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from kernels import hopper_product, rowwise
+from kernels import rowwise
 from kernels.fp8 import quantize
-from kernels.hopper_product import Scales
 from kernels.layer_norm.triton import norm as layer_norm
-from kernels.norm_linear.api import LinearSpec, Norm, NormLinear, Parts
+from kernels.norm_linear.api import LinearSpec, NormLinear, Parts
+from kernels.norm_linear.mosaic import product
+from kernels.norm_linear.mosaic.product import Scales
 from kernels.norm_linear.triton import linear
-from kernels.rowwise import NORM_STATS, RowSpec
+from kernels.rowwise import NORM_STATS, Affine, RowSpec
 
 
 def unsupported(spec: LinearSpec) -> str | None:
     """Why these calls cannot run on the current device, or None."""
     if len(spec.widths) not in linear.PARTS:
         return f"mosaic cuts the result into 1, 2 or 4 parts, got {spec.widths}; use 'xla'"
-    reason = hopper_product.refusal(spec.dtype, spec.rows, (spec.width, *spec.widths))
+    reason = product.refusal(spec.dtype, spec.rows, (spec.width, *spec.widths))
     return reason or rowwise.refusal(RowSpec(spec.dtype, max(spec.width, *spec.widths)))
 
 
-def norm_linear(x: Array, norm: Norm, w: Array, bias: Array | None, static: NormLinear) -> Parts:
+def norm_linear(x: Array, norm: Affine, w: Array, bias: Array | None, static: NormLinear) -> Parts:
     """See `norm_linear`."""
     if static.precision == "same":
-        y, x = layer_norm.norm(x, *(norm or (None, None)), eps=static.eps, residual=True)
+        y, x = layer_norm.norm(x, norm, eps=static.eps, residual=True)
         return _project(static.widths, y, w, bias), x
-    norm = None if norm is None else (norm[0].astype(jnp.float32), norm[1].astype(jnp.float32))
-    return _norm_linear(static, x, norm, w, bias)
+    return _norm_linear(static, x, rowwise.in_float32(norm), w, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _project(widths: tuple[int, ...], y: Array, w: Array, bias: Array | None) -> list[Array]:
     w_XD = w.astype(y.dtype).T
-    return hopper_product.product((y,), w_XD, bias, widths=widths, dtype=y.dtype)
+    return product.product((y,), w_XD, bias, widths=widths, dtype=y.dtype)
 
 
 def _forward_of_product(widths, y, w, bias):
@@ -60,9 +60,7 @@ def gradients(
     y: Array, w: Array, bias: Array | None, gs: list[Array]
 ) -> tuple[Array, Array, Array | None]:
     """Those of y, w and bias."""
-    (dy,) = hopper_product.product(
-        tuple(gs), w.astype(y.dtype), widths=(y.shape[1],), dtype=y.dtype
-    )
+    (dy,) = product.product(tuple(gs), w.astype(y.dtype), widths=(y.shape[1],), dtype=y.dtype)
     return dy, *parameter_gradients(y, w, bias, gs)
 
 
@@ -79,7 +77,7 @@ def parameter_gradients(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _norm_linear(static: NormLinear, x: Array, norm: Norm, w: Array, bias: Array | None) -> Parts:
+def _norm_linear(static: NormLinear, x: Array, norm: Affine, w: Array, bias: Array | None) -> Parts:
     _, values, factors, *_ = layer_norm.forward(static.eps, x, norm, write=False, quantize=True)
     return multiply(values, factors, w, bias, None, static.widths, x.dtype), x
 
@@ -96,7 +94,7 @@ def multiply(
     """`(values * factors) @ w + bias + residual` in parts, of w rounded by columns."""
     w_values, w_factors = quantize(w, axis=0)
     scales = Scales(factors, w_factors[0])
-    return hopper_product.product(
+    return product.product(
         (values,), w_values.T, bias, residual, scales, widths=widths, dtype=dtype
     )
 

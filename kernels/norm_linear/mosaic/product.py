@@ -9,6 +9,7 @@ by. Its two warpgroups work on 64 rows each in turn, so that one multiplies whil
 """
 
 import dataclasses
+import functools
 import types
 from typing import NamedTuple
 
@@ -106,6 +107,7 @@ def refusal(dtype: DTypeLike, rows: int, widths: tuple[int, ...]) -> str | None:
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("widths", "dtype"))  # lowered once, not once a layer
 def product(
     parts: tuple[Float[Array, "T _"], ...],
     w_YX: Float[Array, "Y X"],

@@ -11,18 +11,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from kernels import hopper_product, rowwise
+from kernels import rowwise
 from kernels.gate.triton import gate
 from kernels.gated_linear.api import GatedLinear, GatedRows
 from kernels.norm_linear.api import LinearSpec
-from kernels.norm_linear.mosaic import multiply
+from kernels.norm_linear.mosaic import product
+from kernels.norm_linear.mosaic.linear import multiply
 from kernels.norm_linear.triton.linear import join, weight_gradient
 from kernels.rowwise import NORM_STATS, RowSpec
 
 
 def unsupported(spec: LinearSpec) -> str | None:
     """Why these calls cannot run on the current device, or None."""
-    reason = hopper_product.refusal(spec.dtype, spec.rows, (spec.width, *spec.widths))
+    reason = product.refusal(spec.dtype, spec.rows, (spec.width, *spec.widths))
     return reason or rowwise.refusal(RowSpec(spec.dtype, max(spec.width, *spec.widths)))
 
 
@@ -52,7 +53,7 @@ def _product(
     if static.precision == "fp8":
         (out,) = multiply(made.values, made.factors, w, bias, residual, (width,), dtype)
     else:
-        (out,) = hopper_product.product(
+        (out,) = product.product(
             tuple(made.parts), w.astype(dtype).T, bias, residual, widths=(width,), dtype=dtype
         )
     return out

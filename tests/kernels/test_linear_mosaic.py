@@ -2,13 +2,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import hopper_product
+from kernels.norm_linear.mosaic import product
 from tests.kernels.mosaic_interpreter import interpreted
 
 
 @pytest.mark.parametrize("form", ["pieces", "residual", "joined", "fp8"])
 def test_product(monkeypatch, form):
-    monkeypatch.setattr(hopper_product, "WORKERS", 4)
+    monkeypatch.setattr(product, "WORKERS", 4)
     rng = np.random.default_rng(0)
     dtype = jnp.float8_e4m3fn if form == "fp8" else jnp.bfloat16
     draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)  # noqa: E731
@@ -19,11 +19,9 @@ def test_product(monkeypatch, form):
     w = draw(sum(outs), sum(ins)).astype(dtype)
     bias = draw(sum(outs)) if form != "joined" else None
     residual = draw(512, 256).astype(jnp.bfloat16) if form == "residual" else None
-    scales = hopper_product.Scales(draw(512), draw(sum(outs))) if form == "fp8" else None
+    scales = product.Scales(draw(512), draw(sum(outs))) if form == "fp8" else None
     with interpreted(monkeypatch):
-        got = hopper_product.product(
-            tuple(xs), w, bias, residual, scales, widths=outs, dtype=jnp.bfloat16
-        )
+        got = product.product(tuple(xs), w, bias, residual, scales, widths=outs, dtype=jnp.bfloat16)
     want = np.concatenate([np.asarray(x, np.float64) for x in xs], 1) @ np.asarray(w, np.float64).T
     if scales is not None:
         want = want * np.asarray(scales.rows)[:, None] * np.asarray(scales.columns)[None]
