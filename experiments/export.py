@@ -11,7 +11,7 @@ from absl import flags
 
 from experiments import command
 from ultra_hstu import progress, report, tasks
-from ultra_hstu.data.vocabulary import Vocabulary
+from ultra_hstu.data.codebook import Codebook
 from ultra_hstu.nn.key_values import KINDS, CacheDtype
 from ultra_hstu.serving import export, load_params
 from ultra_hstu.serving.score import MICRO_BATCH
@@ -50,7 +50,7 @@ def main(_: list[str]) -> None:
             task.recipe.model(params),
             config=task.config,
             catalog=task.interactions.catalog,
-            vocabulary=Vocabulary.of(config, task.interactions),
+            vocabulary=Codebook.of(config, task.interactions),
             candidates=_CANDIDATES.value,
             users=_USERS.value,
             micro_batch=_MICRO_BATCH.value,

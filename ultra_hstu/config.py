@@ -213,7 +213,8 @@ class Config(Section):
                 f"rank.test_fraction={rank.test_fraction!r}: their sum must be in (0, 1)"
             )
         data.table.check(data.source, [*rank.signals, *rank.tasks])
-        self.features.check(data.stochastic_length, data.layout, ranking=bool(rank.tasks))
+        of_series = (data.stochastic_length, data.layout)
+        self.features.check(*of_series, self.optim.tables, ranking=bool(rank.tasks))
         if self.eval.time == "request" and not rank.tasks:
             raise ValueError(
                 "eval.time='request' is for ranking, whose requests have several targets: "

@@ -41,10 +41,13 @@ class FeatureConfig(Section):
         """How many series are merged into a history."""
         return len(self.items) if self.merge == "series" else 0
 
-    def check(self, stochastic_length: float | None, layout: str, *, ranking: bool) -> None:
+    def check(
+        self, stochastic_length: float | None, layout: str, tables: str, *, ranking: bool
+    ) -> None:
         """Raises ValueError for names that cannot be read, and for fields that do nothing.
 
-        The arguments are what series do not go with: two fields of `data`, and a task.
+        The arguments are what features do not go with, or series: fields of `data` and `optim`,
+        and a task.
         """
         read = [Spelled.of(name) for name in self.items]
         if len(set(self.items)) < len(self.items):
@@ -55,6 +58,11 @@ class FeatureConfig(Section):
                 raise ValueError(
                     f"features.{name}={value!r} does nothing without features.items: name columns"
                 )
+        if read and tables != "same":
+            raise ValueError(
+                f"optim.tables={tables!r} updates the items that a step reads, and features.items "
+                "make the vectors of all: use optim.tables='same'"
+            )
         refused = {
             f"data.stochastic_length={stochastic_length}, which cuts histories of events": (
                 stochastic_length is not None

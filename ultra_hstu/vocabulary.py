@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int32, PyTree, Shaped
 from ultra_hstu.config import Config
 from ultra_hstu.data import item_features, signals
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.codebook import Codebook
 from ultra_hstu.data.interactions import Interactions
-from ultra_hstu.data.vocabulary import Vocabulary as Codebook
 from ultra_hstu.feature_config import Spelled
 from ultra_hstu.json_files import read_object, write_json
 from ultra_hstu.workdir import Workdir

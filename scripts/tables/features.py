@@ -50,7 +50,9 @@ def _row(data: str, record: Json, variant: str) -> list[str]:
         cells.append(short(mean[metric]) + spread)
         against = found.get("against_ids", {}).get(part, {})
         low, high = against.get("ratio_interval", (0, 0))
-        cells.append(f"{against['ratio']:.2f} [{low:.2f}, {high:.2f}]" if against else "")
+        cells.append(
+            f"{against['ratio']:.2f} [{low:.2f}, {high:.2f}]" if "ratio" in against else ""
+        )
     return [
         f"{data}, {VARIANTS[variant]}",
         str(len(found["seeds"])),

@@ -21,8 +21,8 @@ ITEMS = [
 ]
 
 
-def load(folder, items, **table):
-    write(folder / "events.csv", EVENTS)
+def load(folder, items, *, events=EVENTS, **table):
+    write(folder / "events.csv", events)
     if isinstance(items, list):
         write(folder / "items.csv", items)
         items = folder / "items.csv"
@@ -93,6 +93,26 @@ def test_what_is_not_there_is_refused(tmp_path):
     config = Config(data=DataConfig(source="table"), features=FeatureConfig(items=("kind",)))
     with pytest.raises(ValueError, match="is read from a table of them: name it by data.table"):
         config.of_table().validate()
+
+
+def test_later_rows_change_nothing_before(tmp_path):
+    """Of events that were there, prepared arrays and features stay as they are."""
+    before = load(tmp_path / "before", ITEMS, item_separator="|")
+    more = [f"{user},{item},{90 + item}" for user in (0, 2, 5) for item in (0, 2, 3, 9)]
+    added = ["0,Zero,new,blue|later,1,95", "9,Nine,,later,3,95"]
+    after = load(tmp_path / "after", ITEMS + added, events=EVENTS + more, item_separator="|")
+    assert after.num_users == 4 and after.num_items == 6
+    for user in before.users.tolist():
+        old, new = before.history(user), after.history(user)
+        new = slice(new.start, new.start + old.stop - old.start)
+        items = [data.catalog.raw_ids[data.items[at]] for data, at in ((before, old), (after, new))]
+        assert items[0].tolist() == items[1].tolist()
+        assert before.timestamps[old].tolist() == after.timestamps[new].tolist()
+    for raw in before.catalog.raw_ids[1:].tolist():
+        known = [
+            data.catalog.features_of(data.catalog.encode([raw])[0]) for data in (before, after)
+        ]
+        assert known[0] == known[1]
 
 
 def test_movielens(tmp_path):

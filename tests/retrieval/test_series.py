@@ -88,6 +88,8 @@ def test_streamed_batches_are_the_same():
 def test_what_series_do_not_go_with_is_refused(change, problem):
     with pytest.raises(ValueError, match=f"features.merge='series' cannot be used with {problem}"):
         with_(SERIES, **change).validate()
+    with pytest.raises(ValueError, match="optim.tables='lazy_adam' updates the items that a step"):
+        with_(BASE, optim__tables="lazy_adam").validate()
     config = rank_data.config()
     ranking = dataclasses.replace(
         config, features=dataclasses.replace(config.features, items=("x",), merge="series")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts.tables import layer, overview, records, retrieval, sampling
+from scripts.tables import features, layer, overview, records, retrieval, sampling
 from scripts.tables import ranking as ranking_tables
 
 
@@ -53,6 +53,7 @@ def cells(table):
         retrieval.evaluation_table,
         overview.overview_table,
         overview.walkthrough,
+        features.item_features_table,
     ],
 )
 def test_without_records_nothing_is_claimed(table, results):

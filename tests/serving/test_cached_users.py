@@ -12,7 +12,7 @@ import pytest
 from tests.serving.small_serving import MAX_HISTORY, built
 from tests.small_run import with_
 from ultra_hstu import tasks
-from ultra_hstu.data.vocabulary import Vocabulary
+from ultra_hstu.data.codebook import Codebook
 from ultra_hstu.serving.schema import ScoreRequest
 from ultra_hstu.serving.scoring import ScoringModel
 from ultra_hstu.serving.service import ScoreService
@@ -28,7 +28,7 @@ FORMS = [*GROWING, "contextual"]
 @functools.cache
 def model_of(form, **options):
     task, ranker, _ = built(form)
-    vocabulary = Vocabulary.of(task.config, task.interactions)
+    vocabulary = Codebook.of(task.config, task.interactions)
     return ScoringModel(
         ranker, task.config, vocabulary, task.recipe.tasks, max_users=USERS, **options
     )
@@ -256,7 +256,7 @@ def test_host_memory_in_fewer_bits(kind):
 )
 def test_nothing_is_compiled_after_the_warm_up(tiers, host_table):
     task, ranker, _ = built("a mask a layer")
-    vocabulary = Vocabulary.of(task.config, task.interactions)
+    vocabulary = Codebook.of(task.config, task.interactions)
     model = ScoringModel(
         ranker, task.config, vocabulary, task.recipe.tasks, max_users=2, host_table=host_table
     )
@@ -290,7 +290,7 @@ def test_full_histories_drop_their_oldest_events_in_blocks():
     ranker, life = task.recipe.model(task.recipe.init(0).params), history(8)
     extended = []
     for blocks in (False, True):
-        vocabulary = Vocabulary.of(config, task.interactions)
+        vocabulary = Codebook.of(config, task.interactions)
         model = ScoringModel(
             ranker, config, vocabulary, task.recipe.tasks, max_users=2, drop_blocks=blocks
         )

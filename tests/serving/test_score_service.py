@@ -19,7 +19,7 @@ from tests.serving.served_checks import page_example, shape
 from tests.serving.small_serving import built, full_pass, requests
 from tests.small_run import with_
 from ultra_hstu import serving
-from ultra_hstu.data.vocabulary import Vocabulary
+from ultra_hstu.data.codebook import Codebook
 from ultra_hstu.serving import export, lines
 from ultra_hstu.serving.schema import (
     MAX_CANDIDATES,
@@ -44,7 +44,7 @@ def model():
     model = ScoringModel(
         ranker,
         task.config,
-        Vocabulary.of(task.config, task.interactions),
+        Codebook.of(task.config, task.interactions),
         task.recipe.tasks,
         max_users=8,
     )

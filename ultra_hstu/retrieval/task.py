@@ -11,8 +11,8 @@ from ultra_hstu import flops
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import RETRIEVAL, Criteria, Metrics
 from ultra_hstu.data import signals
-from ultra_hstu.data import vocabulary as values
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.codebook import Codebook
 from ultra_hstu.data.feed import EventStore
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.item_features import item_codes
@@ -63,7 +63,7 @@ class RetrievalTask(Task[Events]):
             sizes = CodeSizes(signals.sizes(config.rank.signals), (), ())
             return cls(config, interactions, store, splits, sizes, codes)
         items, code_ES = interactions.items, None
-        known = values.Vocabulary.of(config, interactions)
+        known = Codebook.of(config, interactions)
         if (sizes := known.code_sizes(config)).columns:
             signal_ES = signals.signals(interactions.actions, config.rank.signals, len(items))
             of_users = {

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float32, Int, Int32, Shaped
 
 from ultra_hstu.config import Config, Kind, from_config_dict
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.data.codebook import Codebook
 from ultra_hstu.data.signals import feature_size
-from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.feature_config import Spelled
 from ultra_hstu.nn.key_values import CacheDtype, require_kind
 from ultra_hstu.ranking.form import Form, Sizes
@@ -49,7 +49,7 @@ def save(
     *,
     config: Config,
     catalog: Catalog,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: Codebook | None = None,
     candidates: int,
     users: int = 1,
     events: int | None = None,
@@ -177,7 +177,7 @@ def save(
     os.replace(part, path)
 
 
-def load(path: str | os.PathLike) -> tuple[Ranker, Config, Vocabulary, dict[str, Kind]]:
+def load(path: str | os.PathLike) -> tuple[Ranker, Config, Codebook, dict[str, Kind]]:
     """The ranker in a file, its configuration, what its values mean, and the kind of each task.
     Nothing of the code in the file is run.
 
@@ -193,7 +193,7 @@ def load(path: str | os.PathLike) -> tuple[Ranker, Config, Vocabulary, dict[str,
 
 def _ranker(
     metadata: artefact.Arrays, items: artefact.Arrays, params: list[Shaped[np.ndarray, "..."]]
-) -> tuple[Ranker, Config, Vocabulary, dict[str, Kind]]:
+) -> tuple[Ranker, Config, Codebook, dict[str, Kind]]:
     """What `load` returns. Raises ValueError for parts that do not fit together."""
     codes, online = metadata["sizes"], metadata.get("online")
     if online is None:
@@ -234,7 +234,7 @@ def _ranker(
     if max(layers) <= len(params):  # before a model of a billion layers is built
         leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: recipe.init(0)).params)
         if [(x.shape, x.dtype) for x in leaves] == [(x.shape, x.dtype) for x in params]:
-            vocabulary = Vocabulary(Catalog(items["raw_ids"], titles), features, contexts)
+            vocabulary = Codebook(Catalog(items["raw_ids"], titles), features, contexts)
             ranker = recipe.model(jax.tree.unflatten(tree, jax.device_put(params)))
             return ranker, config, vocabulary, recipe.tasks
     raise ValueError(

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int, Shaped
 from ultra_hstu import tasks
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config, Kind
+from ultra_hstu.data.codebook import Codebook
 from ultra_hstu.data.interactions import Interactions, load_interactions
-from ultra_hstu.data.vocabulary import Vocabulary
 from ultra_hstu.nn.key_values import CacheDtype
 from ultra_hstu.quantization import HostKind
 from ultra_hstu.ranking.form import channels
@@ -110,7 +110,7 @@ class ScoringModel:
         self,
         ranker: Ranker,
         config: Config,
-        vocabulary: Vocabulary,
+        vocabulary: Codebook,
         kinds: Mapping[str, Kind],
         *,
         kind: CacheDtype = "same",
@@ -333,7 +333,7 @@ class ScoringModel:
         return np.where(binary_K[None], 0.5 + 0.5 * np.tanh(0.5 * logit_CK), logit_CK)
 
 
-def load_ranker(data: RunData) -> tuple[Ranker, Config, Vocabulary, dict[str, Kind]]:
+def load_ranker(data: RunData) -> tuple[Ranker, Config, Codebook, dict[str, Kind]]:
     """The ranker of a run on its data, the run's configuration, what its values mean, and the kind
     of each task.
 
@@ -350,5 +350,5 @@ def load_ranker(data: RunData) -> tuple[Ranker, Config, Vocabulary, dict[str, Ki
     data.step, params = load_params(data.folder, trained.recipe)
     task, params = trained.folded(params)
     assert isinstance(task, RankingTask)
-    vocabulary = Vocabulary.of(task.config, task.interactions)
+    vocabulary = Codebook.of(task.config, task.interactions)
     return task.recipe.model(params), task.config, vocabulary, task.recipe.tasks

@@ -1,4 +1,4 @@
-"""What the values of a source mean to a model: codes of features of events and of users."""
+"""Codes of what a request says of events and of users, as a model reads them."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ Values = Shaped[np.ndarray, " n"] | Sequence[int] | Sequence[float]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Vocabulary:
-    """Features and contexts in the order of the model's columns.
+class Codebook:
+    """The codes of features and contexts, in the order of the model's columns.
 
     Attributes:
       features: by name, the values of the source, ascending: the first has code 1. None of names
@@ -31,15 +31,15 @@ class Vocabulary:
     contexts: dict[str, tuple[str, ...]]
 
     @staticmethod
-    def of(config: Config, interactions: Interactions) -> "Vocabulary":
-        """The vocabulary of a run on its data. Raises ValueError for what the data lacks."""
+    def of(config: Config, interactions: Interactions) -> "Codebook":
+        """The codes of a run on its data. Raises ValueError for what the data lacks."""
         for name in config.rank.features:
             signals.require_feature(interactions, name)
         for name in config.rank.contextual:
             signals.context(interactions, name)
         features = {name: signals.values(interactions, name) for name in config.rank.features}
         contexts = {name: interactions.context_values[name] for name in config.rank.contextual}
-        return Vocabulary(interactions.catalog, features, contexts)
+        return Codebook(interactions.catalog, features, contexts)
 
     def feature(self, name: str, values: Values) -> Int32[np.ndarray, " n"]:
         """Codes of the values of a feature, 0 for those that the source did not have."""
