@@ -325,6 +325,17 @@ def test_a_start_is_recorded_and_needs_the_folder_once(parent, tmp_path):
         train(gone, tmp_path / "other", console=QUIET, task=task.with_config(gone))
 
 
+def test_windows_may_start_from_another_run(parent, tmp_path):
+    """The first of them; later ones go on."""
+    _, _, folder = parent
+    config = config_of(tmp_path, train__init_from=str(folder), windows__count=2)
+    result = trained(config, stream(), tmp_path / "run")
+    assert result["init_from"] == result["windows"][0]["init_from"]
+    assert "init_from" not in result["windows"][1]
+    start = json.loads((tmp_path / "run/run.json").read_text())["runs"][0]
+    assert start["init_from"]["run"] == str(folder)
+
+
 def test_another_model_is_refused_with_every_field(parent):
     config, data, folder = parent
     other = with_(

@@ -64,7 +64,9 @@ def train(
                         "--profile traces the steps of one run: use another train.protocol than "
                         "'windows'"
                     )
-                return windows.train_windows(task, folder, console, trackers)
+                result = windows.train_windows(task, folder, console, trackers)
+                start |= {name: one for name, one in result.items() if name == "init_from"}
+                return result
             with progress.waiting(console, "start", "making the model, trying out a checkpoint"):
                 processes.broadcast(lambda: folder.claim_data(task.interactions))
                 task.vocabulary.save(folder)

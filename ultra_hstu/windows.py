@@ -124,7 +124,8 @@ def summary(rows: Sequence[Row], config: Config, criteria: Criteria) -> dict[str
         for name in names
         if all(name in row["metrics"] for row in judged)
     }
-    return {
+    origin = {name: one for name, one in rows[0].items() if name == "init_from"}
+    return origin | {
         "protocol": config.train.protocol,
         "split": "test",
         "eval": config.evaluation,
