@@ -58,9 +58,7 @@ def test_the_tables_and_the_record_say_the_same(profile):
 
 
 def test_gradients_and_fused_operations_are_seen_in_a_program():
-    text = jax.jit(jax.grad(lambda x: jnp.sum(l2_normalize(x) ** 3))).lower(
-        jnp.ones((8, WIDTH))
-    )
+    text = jax.jit(jax.grad(lambda x: jnp.sum(l2_normalize(x) ** 3))).lower(jnp.ones((8, WIDTH)))
     found = profiling.instructions(text.compile().as_text())
     backward = [one for one in found.values() if one.backward and "l2_normalize" in one.source]
     assert backward
