@@ -12,6 +12,7 @@ count of temporaries. The programs are made side by side, a process each, and ru
 
 import dataclasses
 import functools
+import statistics
 from collections.abc import Callable, Sequence
 
 import jax
@@ -36,6 +37,7 @@ FLAGS = flags.FLAGS
 CHUNKS = 8
 LEAST_MS = 0.002  # of a kernel that is named
 STEPS = 3  # of a profile
+ROUNDS = 7  # of samples
 PROFILED = ("none", "xla", "fp8")  # modes of the windowed layer
 Function = Callable[..., PyTree]
 
@@ -204,10 +206,15 @@ def measure(
     (shallow, deep), rows = workload.depths, workload.rows
     sizes = [temporaries(run) for run, _ in stacks]
     made = [jax.jit(arguments)() for _, arguments in stacks]
-    seconds = [
-        device_time(run, *each, repetitions=5, sample_seconds=0.04).seconds
-        for (run, _), each in zip(stacks, made, strict=True)
+    # In turns: a device that has worked for a while is slower, and both stacks must meet that.
+    samples = [
+        [
+            device_time(run, *each, repetitions=1, sample_seconds=0.04).seconds
+            for (run, _), each in zip(stacks, made, strict=True)
+        ]
+        for _ in range(ROUNDS)
     ]
+    seconds = [statistics.median(stack) for stack in zip(*samples, strict=True)]
     a_layer = (seconds[1] - seconds[0]) / (deep - shallow)
     counted = flops.count(workload.config(1, options), workload.length)
     forward = counted.projections + counted.attention
