@@ -9,6 +9,8 @@ from tests.kernels.row_contract import FORMS, RowContract, Rows
 
 class TestTriton(RowContract):
     implementation = "triton"
+    dtypes = ("float32", "bfloat16", "float16")
+    widths = (50, 128)
 
     @pytest.mark.parametrize("width", [1, 16, 100, 512, 1024, 8192])
     def test_more_widths(self, width):
