@@ -8,7 +8,7 @@ from ultra_hstu.behind import Behind
 
 
 def test_of_what_waits_the_newest_is_done_and_the_newest_that_lasts():
-    behind, free, done = Behind(), threading.Event(), []
+    behind, free, done = Behind(2), threading.Event(), []
     begun = threading.Event()
 
     def first():
@@ -29,7 +29,7 @@ def test_of_what_waits_the_newest_is_done_and_the_newest_that_lasts():
 
 
 def test_an_error_is_raised_once_and_work_goes_on():
-    behind, done = Behind(), []
+    behind, done = Behind(3), []
 
     def fails():
         raise OSError("disk full")

@@ -14,10 +14,13 @@ class _Job(NamedTuple):
 class Behind:
     """A thread that does one job after another.
 
-    Of jobs that wait for it, the newest is done, and the newest lasting one.
+    Args:
+      most: jobs that may wait for it, at least 2. Of more, the oldest is left out; of lasting ones,
+        the newest stays.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = max(most, 2)
         self._thread = ThreadPoolExecutor(1)
         self._lock = threading.Lock()  # of the two below
         self._waiting: list[_Job] = []
@@ -27,8 +30,10 @@ class Behind:
     def put(self, run: Callable[[], None], *, lasting: bool) -> None:
         """Begins a job, or lets it wait. An error of one before is raised here, once."""
         with self._lock:
-            kept = [job for job in self._waiting if job.lasting and not lasting]
-            self._waiting = [*kept, _Job(run, lasting)]
+            self._waiting.append(_Job(run, lasting))
+            if len(self._waiting) > self.most:
+                newest = next((job for job in reversed(self._waiting) if job.lasting), None)
+                self._waiting.remove(next(job for job in self._waiting if job is not newest))
             ended, idle = self._work, not self._working
             if idle:
                 self._working, self._work = True, self._thread.submit(self._do)
