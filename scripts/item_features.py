@@ -4,8 +4,9 @@ python -m scripts.item_features --config=ml1m_hstu_features --workdir=runs/ml1m_
     --seeds=42,43,44 --record=experiments/results/ml1m_item_features.json [--only=ids,sum]
     [--side_by_side=9]
 
-`ids` has no features, `sum` adds them to every token, `series` merges a series of tokens for each
-column. Every variant is also told apart by how often the target's item occurs in training. An
+`ids` has no features, `sum` adds them to every token, `words` those of words, too, and `series`
+merges a series of tokens for each column but these. All of them are also told apart by how often
+the target's item occurs in training. An
 interval is a bootstrap over users, paired: 95 % of the ratios to `ids` of resampled users, each
 with the mean over its seeds. --workdir keeps what every run has found, VARIANT_SEED.json: such runs
 are not trained again.
@@ -14,7 +15,7 @@ are not trained again.
 import concurrent.futures
 import multiprocessing
 import statistics
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ from ultra_hstu import paths, report, tasks
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
 from ultra_hstu.criteria import warmth
+from ultra_hstu.feature_config import FeatureConfig, Spelled
 from ultra_hstu.fields import changed
 from ultra_hstu.retrieval.evaluate import CorpusEvaluator
 from ultra_hstu.train import train
@@ -54,19 +56,23 @@ class Run(NamedTuple):
 
 
 def variants(config: Config) -> dict[str, Config]:
-    """With ids alone, with features summed into tokens, with merged series.
+    """With ids alone, with features in tokens, with those of words, too, and with merged series.
 
     Raises ValueError for a configuration without features.
     """
-    if not config.features.items:
+    items = config.features.items
+    if not items:
         raise ValueError(f"{config.name} has no features.items, which are to be compared")
-    without: dict[str, Any] = {"items": (), "id_dropout": 0.0, "merge": "sum"}
-    series: dict[str, Any] = {"merge": "series"}
-    return {
-        IDS: changed(config, features=without),
-        "sum": changed(config, features={"merge": "sum"}),
-        "series": changed(config, features=series),
+    columns = tuple(name for name in items if not Spelled.of(name).words)
+    found = {
+        IDS: changed(config, features=vars(FeatureConfig())),
+        "sum": changed(config, features={"items": columns, "merge": "sum"}),
+        "words": changed(config, features={"merge": "sum"}),
+        "series": changed(config, features={"items": columns, "merge": "series"}),
     }
+    if columns == items:
+        found.pop("words")
+    return found
 
 
 def train_one(config: Config, folder: str) -> Run:
@@ -182,7 +188,7 @@ if __name__ == "__main__":
     command.define_config(what="the configuration with features of items")
     flags.DEFINE_string("workdir", "runs/item_features", "folder of the runs: VARIANT_SEED")
     flags.DEFINE_list("seeds", ["42", "43", "44"], "each variant is trained once with each")
-    flags.DEFINE_list("only", [], "ids, sum, series; all without it")
+    flags.DEFINE_list("only", [], "ids, sum, words, series; all without it")
     flags.DEFINE_integer("side_by_side", 1, "runs that are trained at one time")
     command.define_record()
     command.run(main)

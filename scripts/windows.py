@@ -1,7 +1,7 @@
 """Measures a model that goes on against one that is trained anew for every window.
 
 python -m scripts.windows --config=ml1m_hstu --config.train.protocol=windows
-    --config.windows.first=8 --config.windows.count=12 --config.train.epochs=30
+    --config.windows.first=8 --config.windows.count=11 --config.train.epochs=12
     --workdir=runs/windows --seeds=42,43,44
     --record=experiments/results/windows_ml1m.json [--fraction=0.1] [--only=anew] [--picture=PATH]
 
@@ -40,7 +40,7 @@ _SEEDS = flags.DEFINE_list("seeds", ["42", "43", "44"], "one run of either kind 
 _FRACTION = flags.DEFINE_float(
     "fraction", 0.1, "training steps of the one that continues, of those of the other", 0.0, 1.0
 )
-_ONLY = flags.DEFINE_list("only", [ANEW, CONTINUED], "which of the two are trained")
+_ONLY = flags.DEFINE_list("only", [CONTINUED, ANEW], "which of the two are trained")
 _PICTURE = command.as_path(flags.DEFINE_string("picture", None, "file of the figure"))
 _RECORD = command.define_record()
 
@@ -53,7 +53,7 @@ def main(_: list[str]) -> None:
     task = tasks.load(config, working)
     anew = changed(config, windows={"start": ANEW, "steps": None})
     steps = max(1, math.floor(_FRACTION.value * steps_of_newest(anew, task)))
-    arms = {ANEW: anew, CONTINUED: changed(config, windows={"start": CONTINUED, "steps": steps})}
+    arms = {CONTINUED: changed(config, windows={"start": CONTINUED, "steps": steps}), ANEW: anew}
     found: dict[str, list[Json]] = {}
     for arm, of_arm in arms.items():
         for seed in map(int, _SEEDS.value):
@@ -68,7 +68,9 @@ def main(_: list[str]) -> None:
     for arm, results in found.items():
         title = f"{config.name}, {arm}, seed {results[0]['seed']}"
         console.print(report.windows_table(title, results[0]["windows"], criteria))
-    if len(found) < len(arms) or any(len(one) < len(_SEEDS.value) for one in found.values()):
+    seeds = len(_SEEDS.value)
+    if seeds < 2 or len(found) < len(arms) or any(len(one) < seeds for one in found.values()):
+        console.print("nothing is compared: that takes both, of two seeds at least")
         return
     compared = compare(found, criteria)
     for name, values in compared["metrics"].items():

@@ -10,7 +10,11 @@ PACKAGES = Path(__file__).parents[1]
 MOSAIC = "_mosaic_gpu_kernel"  # behind the name that a launch gives
 # The first that is found in a kernel's name and operations; for others see `_kind`.
 KINDS = (
-    ("matrix products", r"\b(dot|convolution)\b|gemm|cublas|cudnn|nvjet|cutlass|xmma|matmul"),
+    (
+        "matrix products",
+        r"\b(dot|convolution)\b|gemm|cublas|cudnn|nvjet|cutlass|xmma|matmul|^linear_",
+    ),
+    ("rows of a layer", r"^(norm|gate)_(forward|backward)|^join_rows"),
     ("communication", r"nccl|\ball-(reduce|gather|to-all)|\breduce-scatter|collective"),
     ("gathers, scatters, sorts", r"\b(gather|scatter|sort)\b|topk|DeviceRadixSort"),
     ("reductions", r"reduce"),

@@ -215,8 +215,9 @@ class WindowRun(Run):
 
     def to_the_end(self, *, profile: bool = False) -> Row:
         self.note = ""
-        if self.position.epoch == 0 and self.position.batch == 0:
-            self.position.last = self._judge()
+        judge = self._judge()
+        if judge is not None and self.position.epoch == 0 and self.position.batch == 0:
+            self.position.last = self._judged(judge)
         if not self.learns:
             self.note = self.note or "no event behind another one: nothing to learn"
         elif not self._ended():
@@ -224,21 +225,24 @@ class WindowRun(Run):
             self._train()
         return self._finish()
 
-    def _judge(self) -> Metrics:
-        """The metrics of the model of the window before on this one, none where there are none."""
-        task, before = self.task, self.before
-        if before is None or not task.has("test"):
-            self.note = "the first window" if before is None else "no event with a history"
-            return {}
+    def _judge(self) -> Evaluator | None:
+        """What judges the model of the window before; None, and a note why, if nothing does."""
+        if self.before is None or not self.task.has("test"):
+            self.note = "the first window" if self.before is None else "no event with a history"
+            return None
         try:
-            evaluator = task.evaluator("test")
+            return self.task.evaluator("test")
         except ValueError as error:  # labels of one class
             self.note = str(error)
             log.warning("window %d is not judged by: %s", self.window.number, error)
-            return {}
+            return None
+
+    def _judged(self, evaluator: Evaluator) -> Metrics:
+        """The metrics of the model of the window before on this one."""
+        assert self.before is not None
         adopted = any(evaluator.adopt(other) for other in self.programs.evaluators)
         anew = self.config.windows.start == "anew"
-        state = before.on(task) if anew else self.state
+        state = self.before.on(self.task) if anew else self.state
         started = time.perf_counter()
         evaluator.compile(state.params)
         self.position.compile_seconds += time.perf_counter() - started

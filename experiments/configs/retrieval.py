@@ -70,8 +70,8 @@ def of_grid(name: str, layers: int, heads: int) -> Config:
 
 
 MOVIE_FEATURES: Values = {
-    "items": ("genres", "year[1940,1950,1960,1970,1980,1985,1990,1995,1998]"),
-    "id_dropout": 0.3,
+    "items": ("genres", "year[1940,1950,1960,1970,1980,1985,1990,1995,1998]", "title[words 4096]"),
+    "id_dropout": 0.1,
 }
 VALIDATED: Values = {"protocol": "validated"}
 ML1M_HSTU = of_grid("ml1m_hstu", 2, 1)
@@ -103,7 +103,7 @@ CONFIGS = (
         model={"window": (64,), "full_rows": (16,)},
         rank={"signals": ("rating",)},
     ),
-    # Genres and years beside ids: docs/features.md, ours: `ml1m_item_features`.
+    # Genres, years and words of titles beside ids: docs/features.md, ours: `ml1m_item_features`.
     changed(ML1M_HSTU, name="ml1m_hstu_features", features=MOVIE_FEATURES, train=VALIDATED),
     changed(
         of_grid("ml100k_hstu", 2, 1),

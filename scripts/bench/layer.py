@@ -12,12 +12,13 @@ count of temporaries. The programs are made side by side, a process each, and ru
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 from flax import nnx
+from jaxtyping import PyTree
 
 from experiments import command, configs
 from experiments.record import Json, Record
@@ -34,7 +35,9 @@ from ultra_hstu.sequences import Sequences
 FLAGS = flags.FLAGS
 CHUNKS = 8
 LEAST_MS = 0.002  # of a kernel that is named
-Function = Callable[..., jax.Array | tuple[jax.Array, ...]]
+STEPS = 3  # of a profile
+PROFILED = ("none", "xla", "fp8")  # modes of the windowed layer
+Function = Callable[..., PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ WORKLOADS = {
     "4 x 16384 window 256": Workload(4, 16384, window=256),
     "4 x 16384 window 256 + 256 full rows": Workload(4, 16384, window=256, full_rows=256),
     "128 x 2630 causal": Workload(128, 2630),
-    "d1024 32 x 4096 causal": Workload(32, 4096, width=1024, head_width=256, depths=(2, 8)),
+    "d1024 32 x 4096 causal": Workload(32, 4096, width=1024, head_width=256),
 }
 MODES: dict[str, Json] = {
     "none": {},
@@ -107,9 +110,10 @@ SOURCES = {
 WINDOW, ULTRA = (name for name, one in WORKLOADS.items() if one.window == 256)
 # Which modes are measured on which workload, and what of them.
 CASES = [
-    *((name, mode, "training") for name in WORKLOADS for mode in ("none", "selective")),
-    *((WINDOW, mode, "training") for mode in ("xla", "fp8", "fp8 gradient")),
+    *((name, "none", "training") for name in WORKLOADS),
+    *((WINDOW, mode, "training") for mode in ("fp8", "fp8 gradient", "xla")),
     *((WINDOW, mode, "inference") for mode in ("none", "fp8")),
+    *((name, "selective", "training") for name in WORKLOADS),
     (ULTRA, f"selective {CHUNKS} chunks", "training"),
 ]
 
@@ -150,7 +154,8 @@ def prepare(name: str, mode: str, kind: str, *, small: bool = False) -> Callable
         workload = dataclasses.replace(workload, users=2, length=128, width=32, head_width=16)
         options = options | {"implementation": "xla", "chunk_rows": None}
     stacks = [stack(workload, options, kind, depth) for depth in workload.depths]
-    return functools.partial(measure, workload, options, kind, stacks)
+    profiled = name == WINDOW and mode in PROFILED and kind == "training" and not small
+    return functools.partial(measure, workload, options, kind, stacks, profiled)
 
 
 Stack = tuple[jax.stages.Compiled, Callable[[], tuple[nnx.State, jax.Array, jax.Array, Sequences]]]
@@ -192,13 +197,15 @@ def stack_of(config: Config, rows: int, kind: str = "training") -> Stack:
     return jax.jit(run).lower(*jax.eval_shape(arguments)).compile(), arguments
 
 
-def measure(workload: Workload, options: Json, kind: str, stacks: list[Stack]) -> Json:
-    """A layer: the difference of two stacks, divided; and a profile of the deeper one."""
+def measure(
+    workload: Workload, options: Json, kind: str, stacks: list[Stack], profiled: bool = False
+) -> Json:
+    """A layer: the difference of two stacks, divided; and of their profiles."""
     (shallow, deep), rows = workload.depths, workload.rows
     sizes = [temporaries(run) for run, _ in stacks]
     made = [jax.jit(arguments)() for _, arguments in stacks]
     seconds = [
-        device_time(run, *each, repetitions=5, sample_seconds=0.06).seconds
+        device_time(run, *each, repetitions=5, sample_seconds=0.04).seconds
         for (run, _), each in zip(stacks, made, strict=True)
     ]
     a_layer = (seconds[1] - seconds[0]) / (deep - shallow)
@@ -216,13 +223,17 @@ def measure(workload: Workload, options: Json, kind: str, stacks: list[Stack]) -
         "bytes_a_token": (sizes[1] - sizes[0]) / (deep - shallow) / rows,
         "temporary_GiB": [size / 2**30 for size in sizes],
     }
-    if jax.default_backend() == "cpu":
+    if not profiled:
         return result
-    profiles = [
-        profiling.profiled(functools.partial(run, *each), [run])[0]
-        for (run, _), each in zip(stacks, made, strict=True)
-    ]
+    profiles = []
+    for (run, _), each in zip(stacks, made, strict=True):
+        steps = functools.partial(_several, run, each)
+        profiles.append(profiling.profiled(steps, [run], steps=STEPS)[0])
     return result | {"kernels": difference(profiles[0], profiles[1], deep - shallow)}
+
+
+def _several(run: Function, arguments: Sequence[PyTree]) -> list[PyTree]:
+    return [run(*arguments) for _ in range(STEPS)]
 
 
 def difference(shallow: profiling.Profile, deep: profiling.Profile, layers: int) -> list[Json]:

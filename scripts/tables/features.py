@@ -6,8 +6,9 @@ from scripts.tables.records import NOT_MEASURED, load, markdown, origin, short
 RECORDS = {"ml1m_item_features": "MovieLens-1M", "ml100k_item_features": "MovieLens-100K"}
 VARIANTS = {
     "ids": "ids alone",
-    "sum": "features in every token",
-    "series": "features as merged series",
+    "sum": "genres and year in every token",
+    "words": "and the words of titles",
+    "series": "genres and year as merged series",
 }
 
 

@@ -76,12 +76,12 @@ def layer_kernels_table(record: Json) -> str:
         kernels = case.get("kernels", [])
         for kernel in kernels:
             if kernel["ms"] >= LEAST_SHARE * case["ms"]:
-                source = kernel["source"].split(", ")
+                source, *rest = kernel["source"].split(", ")
                 rows.append(
                     [
-                        PRECISIONS[mode].split(", ")[-1] if mode == "xla" else "ours",
+                        "XLA" if mode == "xla" else "ours",
                         f"`{kernel['name'][:44]}`",
-                        f"`{source[0]}`" + ", backward" * ("backward" in source),
+                        f"`{source}`" * bool(source) + ", backward" * bool(rest),
                         f"{1e3 * kernel['ms']:.0f}",
                         f"{kernel['ms'] / case['ms']:.0%}",
                     ]

@@ -90,9 +90,10 @@ def test_what_is_handed_to_the_kernels(h200, monkeypatch, form, width):
     results = case.results("triton")
     assert {x.dtype for name, x in results.items() if "d " in name} <= {jnp.dtype("float32")}
     assert launches.keys() == {
-        f"{op}.triton.kernels:{name}" for op in ("layer_norm", "gate") for name in
-        ("forward", "backward")
-    }  # fmt: skip
+        f"{folder}.triton.kernels:{op}_{name}"
+        for folder, op in (("layer_norm", "norm"), ("gate", "gate"))
+        for name in ("forward", "backward")
+    }
     for kernel, (arrays, outs, programs, warps, constants) in launches.items():
         block, padded = constants["BR"], constants["W"]
         assert padded >= width and padded & (padded - 1) == 0

@@ -10,6 +10,7 @@ from scripts.bench import long as bench_long
 from scripts.bench import step as bench_step
 from scripts.bench.program import temporaries
 from ultra_hstu import flops
+from ultra_hstu.profiling import Kernel, Profile
 
 ROWS = 512
 SMALL = dict(
@@ -84,3 +85,23 @@ def test_the_encoder_of_long_ultra_meets_the_published_operations():
     config = configs.named("long_ultra")
     counted = flops.count(config, config.data.max_history)
     assert 0.43e12 < counted.projections + counted.attention < 0.45e12  # table 2: 0.436 TFLOP
+
+
+def test_a_case_of_a_layer():
+    found = bench_layer.prepare("32 x 2048 causal", "none", "inference", small=True)()
+    workload = dataclasses.replace(
+        bench_layer.WORKLOADS["32 x 2048 causal"], users=2, length=128, width=32, head_width=16
+    )
+    counted = flops.count(workload.config(1, {}), 128)
+    assert found["TFLOP"] == pytest.approx(2e-12 * (counted.projections + counted.attention))
+    assert found["depths"] == [1, 2] and "kernels" not in found
+
+
+def test_the_kernels_of_a_layer_are_what_a_deeper_stack_has_more():
+    def profile(layers):
+        kernels = [Kernel("matrix products", "product", "a.py:f", 2.0 * layers, 0.25 * layers)]
+        kernels.append(Kernel("copies", "once", "", 1.0, 0.125))
+        return Profile(1, 1.0, 1.0, tuple(kernels))
+
+    (kernel,) = bench_layer.difference(profile(1), profile(3), 2)
+    assert (kernel["name"], kernel["calls"], kernel["ms"]) == ("product", 2.0, 250.0)

@@ -74,7 +74,7 @@ class RequestEvaluator(Evaluator):
 
     @property
     def static(self) -> Hashable:
-        return super().static, self.recipe.item_features
+        return super().static, self.recipe.sizes, self.recipe.item_features
 
     def outputs(self, scored: PyTree, batch: RankBatch) -> Float32[Array, "p K"]:
         """The logits (values, in regressions) of the events `event_P`."""

@@ -71,7 +71,8 @@ class CorpusEvaluator(Evaluator):
 
     @property
     def static(self) -> Hashable:
-        return super().static, self.longest, self.recipe.item_features
+        recipe = self.recipe
+        return super().static, self.longest, recipe.num_items, recipe.item_features
 
     @functools.cached_property
     def repeats(self) -> float:

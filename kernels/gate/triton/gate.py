@@ -84,7 +84,7 @@ def forward(
     if write and apart:
         wanted = [like_u, none if keep is None else like_u, like_u]
     *parts, values, factors, mean, rstd = rowwise.launch(
-        "kernels.gate.triton.kernels:forward",
+        "kernels.gate.triton.kernels:gate_forward",
         (u, a, *(affine or (u, u)), u if keep is None else keep),  # u where nothing is read
         [*wanted, *small, rowwise.row_numbers(rows), rowwise.row_numbers(rows)],
         rows=rows,
@@ -133,7 +133,7 @@ def backward(
     """Gradients of u, a, weight and bias, and none of the mask."""
     rows, width = u.shape
     du, da, d_weight, d_bias = rowwise.launch(
-        "kernels.gate.triton.kernels:backward",
+        "kernels.gate.triton.kernels:gate_backward",
         (u, a, *(affine or (u, u)), u if keep is None else keep, *stats, g),
         [rowwise.like(u), rowwise.like(a)],
         rows=rows,

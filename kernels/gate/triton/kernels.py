@@ -26,7 +26,7 @@ def _kept(value, keep, place, inside, FACTOR, MASKED):
 
 @triton.jit
 @no_type_check
-def forward(
+def gate_forward(
     u,
     a,
     weight,
@@ -112,7 +112,7 @@ def forward(
 
 @triton.jit
 @no_type_check
-def backward(
+def gate_backward(
     u,
     a,
     weight,

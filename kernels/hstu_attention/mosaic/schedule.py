@@ -152,9 +152,8 @@ def make_schedules(plan: AttentionPlan, wanted: Sequence[WorkList]) -> list[Sche
         may_split=may_split(plan),
         heads_together=heads_together(plan),
     )
-    orders = jnp.asarray([each.by_sequence for each in wanted])
-    if not any(each.by_sequence for each in wanted):
-        orders = None
+    by_sequence = [each.by_sequence for each in wanted]
+    orders = jnp.asarray(by_sequence) if any(by_sequence) else None
     items = zip(*jax.vmap(pack)(stacked, jnp.asarray(ranges, jnp.int32), orders), strict=True)
     return [
         Schedule(*item, bounds, tail_start(plan))

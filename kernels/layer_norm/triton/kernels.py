@@ -34,7 +34,7 @@ def row_factor(largest):
 
 @triton.jit
 @no_type_check
-def forward(
+def norm_forward(
     x,
     weight,
     bias,
@@ -77,7 +77,7 @@ def forward(
 
 @triton.jit
 @no_type_check
-def backward(
+def norm_backward(
     x,
     weight,
     mean,

@@ -52,7 +52,7 @@ def forward(
     """y, its e4m3 values and their factors; and mean and 1 / deviation of every row."""
     rows, width = x.shape
     return rowwise.launch(
-        "kernels.layer_norm.triton.kernels:forward",
+        "kernels.layer_norm.triton.kernels:norm_forward",
         (x, *(affine or (x, x))),  # x stands where nothing is read
         [
             *rowwise.results(rows, width, x.dtype, write=write, quantize=quantize),
@@ -92,7 +92,7 @@ def backward(
     """
     rows, width = x.shape
     dx, d_weight, d_bias = rowwise.launch(
-        "kernels.layer_norm.triton.kernels:backward",
+        "kernels.layer_norm.triton.kernels:norm_backward",
         (x, (affine or (x, x))[0], *stats, g, g if beside is None else beside),
         [rowwise.like(x)],
         rows=rows,

@@ -39,10 +39,11 @@ from kernels.hstu_attention.mosaic.schedule import WORKERS
 ROWS, COLUMNS = 64, 256  # of a warpgroup's accumulator
 BYTES = 128  # of a row of an operand, in a step
 HELD_BYTES = 512  # of a row of w, at most, where w is held
-HELD_STAGES, STREAMED_STAGES = 2, 3  # slots of a ring of operands
+STAGES = 4  # slots of a ring of operands
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number for each column
 CHUNK = 64  # columns that are written at a time
-OUTS = COLUMNS // CHUNK  # chunks of a tile, which are on their way to memory together
+CHUNKS = COLUMNS // CHUNK  # of a tile
+OUTS = 2  # chunks that may be on their way to memory
 
 
 class Scales(NamedTuple):
@@ -187,8 +188,8 @@ def _held(call):
 
         @computing(wg < 2)
         def _compute():
-            mine = wg * HELD_STAGES  # this warpgroup's ring
-            for slot in range(HELD_STAGES):
+            mine = wg * STAGES  # this warpgroup's ring
+            for slot in range(STAGES):
                 arrive(s.x_empty, mine + slot)
             wait(s.w_full)
 
@@ -197,7 +198,7 @@ def _held(call):
                 factor = row_values(gm.row_scale, rows) if call.scaled else None
 
                 def sums(acc):
-                    slots = [mine + lax.rem(i * steps + k, HELD_STAGES) for k in range(steps)]
+                    slots = [mine + lax.rem(i * steps + k, STAGES) for k in range(steps)]
                     for k, slot in enumerate(slots):
                         wait(s.x_full, slot)
                         plgpu.wgmma(acc, s.x.at[slot], s.w.at[k].T)
@@ -224,9 +225,9 @@ def _held(call):
             _fill_vectors(call, gm, s, column, 0, s.w_full)
 
             def one_tile(turn, carry):
-                whose, i = lax.rem(turn, 2) * HELD_STAGES, turn // 2
+                whose, i = lax.rem(turn, 2) * STAGES, turn // 2
                 for k in range(steps):
-                    slot = whose + lax.rem(i * steps + k, HELD_STAGES)
+                    slot = whose + lax.rem(i * steps + k, STAGES)
                     wait(s.x_empty, slot)
                     source = gm.x0.at[rows_of(turn), pl.ds(k * call.depth, call.depth)]
                     fill(s, "x", source, slot)
@@ -235,11 +236,11 @@ def _held(call):
             lax.fori_loop(0, count, one_tile, 0)
 
     return kernel, dict(
-        x=_tiled((2 * HELD_STAGES, ROWS, call.depth), call.operands),
+        x=_tiled((2 * STAGES, ROWS, call.depth), call.operands),
         w=_tiled((steps, COLUMNS, call.depth), call.operands),
         o=_tiled((2, OUTS, ROWS, CHUNK), call.dtype),
         w_full=plgpu.Barrier(num_arrivals=steps + len(call.vectors)),
-        **ring("x", 2 * HELD_STAGES, filled=1, emptied=1),
+        **ring("x", 2 * STAGES, filled=1, emptied=1),
         **{name: plgpu.SMEM((1, COLUMNS), jnp.float32) for name in call.vectors},
     )
 
@@ -260,7 +261,7 @@ def _streamed(call):
 
         @computing(wg < 2)
         def _compute():
-            open_rings(s, x=STREAMED_STAGES)
+            open_rings(s, x=STAGES)
             if call.vectors:
                 open_rings(s, vector=2)
 
@@ -269,25 +270,25 @@ def _streamed(call):
                 rows = pl.ds(pl.multiple_of(row + wg * ROWS, ROWS), ROWS)
                 factor = row_values(gm.row_scale, rows) if call.scaled else None
                 if call.residual:
-                    _fetch_residual(gm, s, wg, rows, column)
+                    _fetch_residual(gm, s, wg, rows, column, 0)
 
                 def sums(acc):
                     def one_step(k, carry):
                         now = turn * steps + k
-                        slot = lax.rem(now, STREAMED_STAGES)
+                        slot = lax.rem(now, STAGES)
                         wait(s.x_full, slot)
                         plgpu.wgmma(acc, s.x.at[slot, pl.ds(wg * ROWS, ROWS)], s.w.at[slot].T)
                         plgpu.wgmma_wait(1)
 
                         @pl.when(k > 0)
                         def _():
-                            arrive(s.x_empty, lax.rem(now - 1, STREAMED_STAGES))
+                            arrive(s.x_empty, lax.rem(now - 1, STAGES))
 
                         return carry
 
                     lax.fori_loop(0, steps, one_step, 0)
                     plgpu.wgmma_wait(0)
-                    arrive(s.x_empty, lax.rem(turn * steps + steps - 1, STREAMED_STAGES))
+                    arrive(s.x_empty, lax.rem(turn * steps + steps - 1, STAGES))
                     return acc[...]
 
                 total = with_sums(sums, (ROWS, COLUMNS))
@@ -317,7 +318,7 @@ def _streamed(call):
                     source = getattr(gm, f"x{number}")
 
                     def one_step(k, carry, before=before, source=source):
-                        slot = lax.rem(turn * steps + before + k, STREAMED_STAGES)
+                        slot = lax.rem(turn * steps + before + k, STAGES)
                         wait(s.x_empty, slot)
                         here = pl.ds(k * call.depth, call.depth)
                         fill(s, "x", source.at[rows, here], slot)
@@ -332,10 +333,10 @@ def _streamed(call):
             lax.fori_loop(0, count, one_tile, 0)
 
     scratch = dict(
-        x=_tiled((STREAMED_STAGES, 2 * ROWS, call.depth), call.operands),
-        w=_tiled((STREAMED_STAGES, COLUMNS, call.depth), call.operands),
+        x=_tiled((STAGES, 2 * ROWS, call.depth), call.operands),
+        w=_tiled((STAGES, COLUMNS, call.depth), call.operands),
         o=_tiled((2, OUTS, ROWS, CHUNK), call.dtype),
-        **ring("x", STREAMED_STAGES, filled=2, emptied=2),
+        **ring("x", STAGES, filled=2, emptied=2),
         **{name: plgpu.SMEM((2, COLUMNS), jnp.float32) for name in call.vectors},
     )
     if call.vectors:
@@ -352,11 +353,11 @@ def _fill_vectors(call, gm, s, column, slot, full):
         plgpu.copy_gmem_to_smem(getattr(gm, name).at[columns], getattr(s, name).at[slot], full)
 
 
-def _fetch_residual(gm, s, wg, rows, column):
-    """Copies the residual of a warpgroup's tile to where its results are written from."""
+def _fetch_residual(gm, s, wg, rows, column, first):
+    """Copies the residual of chunks of a tile to where its results are written from."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for c in range(OUTS):
-        source = gm.residual.at[rows, pl.ds(column + c * CHUNK, CHUNK)]
+        source = gm.residual.at[rows, pl.ds(column + (first + c) * CHUNK, CHUNK)]
         plgpu.copy_gmem_to_smem(source, s.o.at[wg, c], s.residual_full.at[OUTS * wg + c])
 
 
@@ -367,15 +368,17 @@ def _write(call, gm, s, wg, total, rows, column, slot, factor):
         values = plgpu.load(getattr(s, name).at[slot, pl.ds(c * CHUNK, CHUNK)], layout=COLUMN)
         return lax.broadcast_in_dim(values, (ROWS, CHUNK), [1])
 
-    for c in range(OUTS):
-        chunk, stage = total[:, c * CHUNK : (c + 1) * CHUNK], s.o.at[wg, c]
+    for c in range(CHUNKS):
+        chunk, stage = total[:, c * CHUNK : (c + 1) * CHUNK], s.o.at[wg, c % OUTS]
         if call.scaled:
             chunk = chunk * lax.broadcast_in_dim(factor, (ROWS, CHUNK), [0])
             chunk = chunk * of_columns("column_scale", c)
         if call.biased:
             chunk = chunk + of_columns("bias", c)
         if call.residual:
-            wait(s.residual_full, OUTS * wg + c)
+            if c and c % OUTS == 0:
+                _fetch_residual(gm, s, wg, rows, column, c)
+            wait(s.residual_full, OUTS * wg + c % OUTS)
             before = plgpu.load(stage, layout=plgpu.Layout.WGMMA)
             chunk = chunk + before.astype(jnp.float32)
         put(stage, chunk, OUTS - 1)

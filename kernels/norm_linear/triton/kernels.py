@@ -48,7 +48,7 @@ def _store(
 
 @triton.jit
 @no_type_check
-def join(
+def join_rows(
     g0,
     g1,
     g2,

@@ -84,7 +84,7 @@ def join(gs: list[Array], *, write: bool = True, quantize: bool = False) -> list
         return [joined, joined.astype(jnp.float8_e4m3fn), jnp.zeros(0, jnp.float32), sums]
     four = [*gs, *gs[:1] * 3][:4]
     *outs, sum0, sum1, sum2, sum3 = rowwise.launch(
-        "kernels.norm_linear.triton.kernels:join",
+        "kernels.norm_linear.triton.kernels:join_rows",
         four,
         rowwise.results(rows, sum(widths), dtype, write=write, quantize=quantize),
         rows=rows,

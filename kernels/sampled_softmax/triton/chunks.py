@@ -8,8 +8,8 @@ from kernels import softmax_rows, triton_call
 from kernels.sampled_softmax.spec import COLLISION_LOGIT, IdsOf, SampledSpec
 from kernels.softmax_rows import ChunkGradients, Gradients, PerItem, PerRow, Rows, Table
 
-# Rows of a chunk: their q stay in the L2 cache, 16 MiB of bfloat16 at a width of 512. Fewer where
-# they have more ids together than this, each of which takes 30 bytes.
+# Rows of a chunk: so many that their q stay in the L2 cache. Fewer where they have more ids
+# together than this, each of which takes some 30 bytes.
 CHUNK_ROWS, CHUNK_IDS = 16384, 2**24
 WIDEST = 1024
 # Of embeddings that a program of rows, of items, holds at one time.
