@@ -1,6 +1,7 @@
 """Work behind the caller: in order, superseded where it waits, errors raised once."""
 
 import threading
+import time
 
 import pytest
 
@@ -8,7 +9,7 @@ from ultra_hstu.behind import Behind
 
 
 def test_of_what_waits_the_newest_is_done_and_the_newest_that_lasts():
-    behind, free, done = Behind(), threading.Event(), []
+    behind, free, done = Behind(2), threading.Event(), []
     begun = threading.Event()
 
     def first():
@@ -29,7 +30,7 @@ def test_of_what_waits_the_newest_is_done_and_the_newest_that_lasts():
 
 
 def test_an_error_is_raised_once_and_work_goes_on():
-    behind, done = Behind(), []
+    behind, done = Behind(3), []
 
     def fails():
         raise OSError("disk full")
@@ -42,5 +43,15 @@ def test_an_error_is_raised_once_and_work_goes_on():
         pass
     with pytest.raises(OSError, match="disk full"):
         behind.put(lambda: done.append(1), lasting=False)
+    behind.join()
+    assert done == [1]
+
+
+def test_the_thread_rests_until_somebody_waits_for_it():
+    behind, done = Behind(2), []
+    behind.put(lambda: time.sleep(0.05), lasting=False)
+    behind.put(lambda: done.append(1), lasting=False)
+    time.sleep(0.2)
+    assert done == []  # it rests for 0.45 seconds
     behind.join()
     assert done == [1]

@@ -67,7 +67,7 @@ def test_gradients_and_fused_operations_are_seen_in_a_program():
 
 def test_kernels_of_our_own_are_known_by_their_names():
     unknown = instructions.Instruction(frozenset())
-    for name in ("hstu_forward", "backward_queries"):  # of Mosaic and of Triton
+    for name in ("hstu_forward_mosaic_gpu_kernel", "backward_queries"):  # of Mosaic and of Triton
         assert instructions.kind_of(name, unknown) == "attention"
     assert instructions.kind_of("nvjet_hsh_128x256", unknown) == "matrix products"
     assert instructions.kind_of("MemcpyD2D", unknown) == "copies"

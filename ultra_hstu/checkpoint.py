@@ -92,7 +92,7 @@ class Checkpoints:
             "state": ocp.StandardCheckpointHandler(),
             "position": ocp.JsonCheckpointHandler(),
         }
-        self._behind = Behind()
+        self._behind = Behind(keep)
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
     def save(
@@ -101,7 +101,7 @@ class Checkpoints:
         """Starts writing; `best` says that no step so far did better.
 
         Errors of this or the saves before it surface here or in `wait`. Of small states that wait
-        for the disk, the newest is written, and the best.
+        for the disk, the newest `keep` are written, and the best.
 
         Raises:
           OSError: if a checkpoint could not be written, naming the last good one.

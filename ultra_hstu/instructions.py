@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 PACKAGES = Path(__file__).parents[1]
+MOSAIC = "_mosaic_gpu_kernel"  # behind the name that a launch gives
 # The first that is found in a kernel's name and operations; for others see `_kind`.
 KINDS = (
     (
@@ -106,6 +107,7 @@ def _sources(tables: dict[str, dict[str, dict[str, str]]]) -> dict[str, str]:
 
 def kind_of(name: str, instruction: Instruction) -> str:
     """What a reader calls it. A kernel of `kernels/` is named after its folder."""
+    name = name.removesuffix(MOSAIC)
     own = instruction.source.startswith("kernels/")
     file = instruction.source if own else own_kernels().get(name, "")
     if folder := file.removeprefix("kernels/").rpartition("/")[0]:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from ultra_hstu import progress
 from ultra_hstu.data.feed import Feed
-from ultra_hstu.instructions import NUMBERS, Instruction, instructions, kind_of
+from ultra_hstu.instructions import MOSAIC, NUMBERS, Instruction, instructions, kind_of
 from ultra_hstu.step import Carry, TrainState
 
 SHOWN = 16  # kernels of a table; the others are one line
@@ -188,7 +188,7 @@ def read(folder: Path, texts: Sequence[str], *, seconds: float, steps: int) -> P
             instruction = instruction or Instruction(frozenset())
             key = (
                 kind_of(event.name, instruction),
-                NUMBERS.sub("", event.name),
+                NUMBERS.sub("", event.name).removesuffix(MOSAIC),
                 ", ".join(filter(None, [instruction.source, "backward" * instruction.backward])),
             )
             sums[key][0] += 1

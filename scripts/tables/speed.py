@@ -6,6 +6,10 @@ from scripts.tables.records import NOT_MEASURED, cells, load, markdown, measured
 PLACEMENTS = {"device": "`device`", "stream": "`stream`", "shards": "`shards`"}
 
 
+def noted(record: Json) -> str:
+    return f" There, {record['note']}." if "note" in record else ""
+
+
 def start_table() -> str:
     """Seconds from the command to the first step, on a CPU and on a GPU."""
     rows, notes = [], []
@@ -19,7 +23,7 @@ def start_table() -> str:
                 computed = f"{found['cpu']:.1f}" if "cpu" in found else ""
                 rows.append([f"`{config}`", which, *cells(found, *templates), computed])
         if record:
-            notes.append(origin(record))
+            notes.append(f"{origin(record)}{noted(record)}")
     header = ["", "start", "code and JAX", "data", "step known", "first step", "computed by then"]
     return markdown(header, rows, "Seconds since the command. " + " ".join(notes))
 
@@ -38,8 +42,10 @@ def step_table(record: Json) -> str:
         mfu = "" if found.get("MFU") is None else f", MFU {found['MFU']:.2f}"
         note = f"`{workload}`: {found['step_ms']:.1f} ms a step"
         note += f", {found['TFLOP_a_second']:.0f} TFLOP/s{mfu}, {found['peak_GiB']:.1f} GiB."
-        parts.append(markdown([f"`{workload}`", "kernels", "ms", "share"], rows, note))
-    return "\n\n".join([*parts, origin(record)]) if parts else NOT_MEASURED
+        where = origin(found if "device" in found else record)
+        notes = f"{note} {where}{noted(found)}"
+        parts.append(markdown([f"`{workload}`", "kernels", "ms", "share"], rows, notes))
+    return "\n\n".join(parts) if parts else NOT_MEASURED
 
 
 def streaming_table() -> str:
@@ -48,11 +54,17 @@ def streaming_table() -> str:
     for name in ("streaming_cpu", "streaming_h200"):
         record = load(name)
         for placement, found in record.get("placements", {}).items():
-            templates = ("{step_ms_median:.2f}", "{of_device:.3f}", "{input_wait_share:.2%}")
+            templates = ("{step_ms_min:.2f}", "{of_device:.3f}", "{input_wait_share:.2%}")
             rows.append([record["platform"], PLACEMENTS[placement], *cells(found, *templates)])
         if "data" in record:
             size = "{users:,} users, {events:,} events, {shards_MiB:,.0f} MiB of shards"
             told = size.format(**record["data"])
-            notes.append(f"`{record['config']}`, {told}; {origin(record)}")
-    header = ["", "data.placement", "ms a step", "speed, of `device`", "waiting for batches"]
+            notes.append(f"`{record['config']}`, {told}; {origin(record)}{noted(record)}")
+    header = [
+        "",
+        "data.placement",
+        "ms a step, fastest call",
+        "speed, of `device`",
+        "waiting for batches",
+    ]
     return markdown(header, rows, " ".join(notes))
