@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGES = Path(__file__).parents[1]
 MOSAIC = "_mosaic_gpu_kernel"  # behind the name that a launch gives
-# The first that is found in a kernel's name and operations; for others see `_kind`.
+# The first that is found in a kernel's name and operations; for others see `kind_of`.
 KINDS = (
     (
         "matrix products",

@@ -108,6 +108,7 @@ class Steps:
         self.groups = self._groups()
         self.seconds: list[float] = []  # of each call, its wait included
         self.waited: list[float] = []
+        self.computed: list[float] = []  # seconds of the host's cores a step, of each turn
         self.running: PyTree = ()  # the history of the call before
         group = next(self.groups)
         step = jax.jit(functools.partial(run_steps, task.recipe), donate_argnums=0)
@@ -133,10 +134,11 @@ class Steps:
 
     def turn(self, calls: int) -> None:
         """So many calls, of which the first are left out: what waits for them was packed before."""
-        kept = len(self.seconds)
+        kept, before = len(self.seconds), time.process_time()
         for _ in range(calls + WARM):
             self.call()
         jax.block_until_ready(self.running)
+        self.computed.append((time.process_time() - before) / (calls + WARM) / self.size)
         del self.seconds[kept : kept + WARM], self.waited[kept : kept + WARM]
 
     def result(self) -> Json:
@@ -149,6 +151,7 @@ class Steps:
             "step_ms_median": statistics.median(per_step),
             "step_ms_min": min(per_step),
             "input_wait_share": sum(waited) / sum(seconds),
+            "host_ms": 1e3 * statistics.median(self.computed),
             "temp_MiB": temporaries(self.program) / 2**20,
         }
 
