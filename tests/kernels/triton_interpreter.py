@@ -47,6 +47,8 @@ def interpreted(monkeypatch):
     from triton.language import standard
     from triton.runtime import JITFunction, interpreter
 
+    language = [vars(x) for name, x in sys.modules.items() if name.startswith("triton.language")]
+    before = [dict(names) for names in language]
     modules = _interpreted_modules(monkeypatch)
 
     def launch(kernel, arrays, outs, *, programs, warps, stages, constants, zeroed=()):
@@ -85,3 +87,5 @@ def interpreted(monkeypatch):
         patch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
         patch.setattr(executor, "_restore_args_dev", lambda self, *args: None)
         yield
+    for names, old in zip(language, before, strict=True):  # the interpreter leaves its own there
+        names.update(old)
