@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels import device
+from kernels import device, triton_call
 from kernels.gated_linear import gated_linear
 from kernels.norm_linear import norm_linear
-from tests.kernels.linear_contract import EPS, Inputs, LinearContract
+from kernels.norm_linear.mosaic import product
+from tests.kernels.linear_contract import EPS, FORMS, PRECISIONS, Inputs, LinearContract
 
 
 class TestXla(LinearContract):
@@ -81,3 +82,32 @@ def test_what_mosaic_refuses(h200, monkeypatch):
     monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA A100", (8, 0)))
     with pytest.raises(NotImplementedError, match="mosaic needs a Hopper GPU.*'NVIDIA A100'"):
         shapes_of(128, 256, (256,), implementation="mosaic")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids="-".join)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_mosaic_hands_on(h200, monkeypatch, form, precision):
+    """The launches of a training step, which give ones: every value has a gradient of its kind."""
+    products = []
+
+    def launch(kernel, arrays, outs, **options):
+        return [jnp.ones(x.shape, x.dtype) for x in outs]
+
+    def multiply(parts, w_YX, *_, widths, dtype):
+        assert sum(part.shape[1] for part in parts) == w_YX.shape[1]
+        assert sum(widths) == w_YX.shape[0] and {part.dtype for part in parts} == {w_YX.dtype}
+        products.append((w_YX.dtype.name, len(parts), len(widths)))
+        return [jnp.ones((parts[0].shape[0], each), dtype) for each in widths]
+
+    monkeypatch.setattr(triton_call, "launch", launch)
+    monkeypatch.setattr(product, "product", multiply)
+    case = Inputs(128, 256, (256, 256, 512, 512), "bfloat16", form)
+    got, want = (case.of(name, *precision) for name in ("mosaic", "xla"))
+    assert {name: (x.shape, x.dtype) for name, x in got.items()} == {
+        name: (x.shape, x.dtype) for name, x in want.items()
+    }
+    small, back = ("float8_e4m3fn" if one == "fp8" else "bfloat16" for one in precision)
+    parts = 3 if case.joined and small == "bfloat16" else 1
+    expected = [(small, 1, 4), (back, 4 if back == "bfloat16" else 1, 1), (small, parts, 1)]
+    expected += [(back, 1, 1)] * (back != "bfloat16")  # else cuBLAS's
+    assert sorted(products) == sorted(expected)
