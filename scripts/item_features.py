@@ -157,6 +157,7 @@ def main(_: list[str]) -> None:
         protocol=config.train.protocol,
         eval=config.evaluation,
         features=list(config.features.items),
+        id_dropout=config.features.id_dropout,
         shared_device=FLAGS.side_by_side > 1,
     )
     context = multiprocessing.get_context("spawn")

@@ -71,7 +71,6 @@ def of_grid(name: str, layers: int, heads: int) -> Config:
 
 MOVIE_FEATURES: Values = {
     "items": ("genres", "year[1940,1950,1960,1970,1980,1985,1990,1995,1998]", "title[words 4096]"),
-    "id_dropout": 0.1,
 }
 VALIDATED: Values = {"protocol": "validated"}
 ML1M_HSTU = of_grid("ml1m_hstu", 2, 1)

@@ -19,7 +19,8 @@ def item_features_table() -> str:
         if record := load(name):
             rows += [_row(data, record, variant) for variant in record["variants"]]
             features = ", ".join(f"`{one}`" for one in record["features"])
-            notes.append(f"{data} (`{name}`): {features}. {origin(record)}")
+            dropout = f"`features.id_dropout={record['id_dropout']}`"
+            notes.append(f"{data} (`{name}`): {features}, {dropout}. {origin(record)}")
     if not rows:
         return NOT_MEASURED
     header = (

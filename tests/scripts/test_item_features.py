@@ -56,7 +56,7 @@ def test_the_table(tmp_path, monkeypatch):
     ids, more = [run([1, 9, 5, 10])], [run([1, 1, 1, 1])]
     found = {"ids": summary(ids), "sum": summary(more) | {"against_ids": compared(more, ids)}}
     origin = {"device": "1 x GPU", "commit": "abc", "date": "2026-11-30"}
-    text = json.dumps(origin | {"features": ["genres"], "variants": found})
+    text = json.dumps(origin | {"features": ["genres"], "id_dropout": 0.1, "variants": found})
     (tmp_path / "ml1m_item_features.json").write_text(text)
     rows = [line.split(" | ") for line in features.item_features_table().splitlines()[2:4]]
     assert rows[1][0] == "| MovieLens-1M, genres and year in every token"
