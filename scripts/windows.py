@@ -106,7 +106,12 @@ def trained(config: Config, folder: Path, task: Task, console: Console, arm: str
     finished = Workdir(folder).result
     if arm in _ONLY.value:
         return train(config, folder, console=console, task=task)
-    return read_object(finished, {"windows": list}, "delete it") if finished.exists() else None
+    if not finished.exists():
+        return None
+    result = read_object(finished, {"windows": list}, "delete it")
+    # It is written after every window; the last one ends the run.
+    whole = len(result["windows"]) == len(windows(task.interactions, config.windows))
+    return result if whole else None
 
 
 def mean_rows(runs: Sequence[Sequence[Json]]) -> list[Json]:
