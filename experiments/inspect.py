@@ -29,7 +29,7 @@ from ultra_hstu.data import sources
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.table import prepared
 from ultra_hstu.data.table.columns import Reading
-from ultra_hstu.data.table.source import Source
+from ultra_hstu.data.table.source import TableSource
 from ultra_hstu.fields import changed
 
 _CONFIG = command.define_config(default="table")
@@ -78,7 +78,7 @@ def main(_: list[str]) -> None:
         console.print(f"picture   {_PICTURE.value}", highlight=False)
 
 
-def columns_table(files: Sequence[Source]) -> Table:
+def columns_table(files: Sequence[TableSource]) -> Table:
     """The columns of the first file, with their types and a value of each."""
     first, more = files[0], f" (and {len(files) - 1} more files)" if len(files) > 1 else ""
     table = Table("column", "type", "first value", title=f"{first}{more}", box=rich.box.SIMPLE)

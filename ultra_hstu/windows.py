@@ -56,7 +56,7 @@ class _Before(NamedTuple):
 
 
 @dataclasses.dataclass
-class _Programs:
+class _KeptPrograms:
     """What was compiled for earlier windows, for those of the same shapes; few have others."""
 
     training: list[tuple[Hashable, Program]] = dataclasses.field(default_factory=list)
@@ -75,7 +75,7 @@ def train_windows(
     config = changed(config, windows={"number": None})
     if config.data.source == ARRAYS:
         processes.broadcast(lambda: data.save(root.interactions))
-    found, programs = windows.windows(data, config.windows), _Programs()
+    found, programs = windows.windows(data, config.windows), _KeptPrograms()
     progress.line(console, "windows", f"{len(found)}, {found[0].words} the first")
     before: _Before | None = None
     rows: list[Row] = []
@@ -154,7 +154,7 @@ def _train_window(
     folder: Workdir,
     window: windows.Window,
     before: _Before | None,
-    programs: _Programs,
+    programs: _KeptPrograms,
     console: Console,
 ) -> tuple[Row, _Before]:
     processes.broadcast(lambda: folder.claim(task.config))
@@ -188,7 +188,7 @@ class WindowRun(Run):
         console: Console,
         window: windows.Window,
         before: _Before | None,
-        programs: _Programs,
+        programs: _KeptPrograms,
     ):
         self.task, self.config, self.folder = task, task.config, folder
         # Epochs of later windows are short: the run says a line a window.

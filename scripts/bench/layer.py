@@ -43,7 +43,7 @@ Function = Callable[..., PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
+class LayerShape:
     """Sequences of one length, and the model that they enter.
 
     Attributes:
@@ -81,12 +81,12 @@ class Workload:
 
 
 WORKLOADS = {
-    "8 x 8192 causal": Workload(8, 8192),
-    "32 x 2048 causal": Workload(32, 2048),
-    "4 x 16384 window 256": Workload(4, 16384, window=256),
-    "4 x 16384 window 256 + 256 full rows": Workload(4, 16384, window=256, full_rows=256),
-    "128 x 2630 causal": Workload(128, 2630),
-    "d1024 32 x 4096 causal": Workload(32, 4096, width=1024, head_width=256),
+    "8 x 8192 causal": LayerShape(8, 8192),
+    "32 x 2048 causal": LayerShape(32, 2048),
+    "4 x 16384 window 256": LayerShape(4, 16384, window=256),
+    "4 x 16384 window 256 + 256 full rows": LayerShape(4, 16384, window=256, full_rows=256),
+    "128 x 2630 causal": LayerShape(128, 2630),
+    "d1024 32 x 4096 causal": LayerShape(32, 4096, width=1024, head_width=256),
 }
 MODES: dict[str, Json] = {
     "none": {},
@@ -163,7 +163,7 @@ def prepare(name: str, mode: str, kind: str, *, small: bool = False) -> Callable
 Stack = tuple[jax.stages.Compiled, Callable[[], tuple[nnx.State, jax.Array, jax.Array, Sequences]]]
 
 
-def stack(workload: Workload, options: Json, kind: str, layers: int) -> Stack:
+def stack(workload: LayerShape, options: Json, kind: str, layers: int) -> Stack:
     """A compiled stack, and a function that makes its arguments."""
     return stack_of(workload.config(layers, options), workload.rows, kind)
 
@@ -200,7 +200,7 @@ def stack_of(config: Config, rows: int, kind: str = "training") -> Stack:
 
 
 def measure(
-    workload: Workload, options: Json, kind: str, stacks: list[Stack], profiled: bool = False
+    workload: LayerShape, options: Json, kind: str, stacks: list[Stack], profiled: bool = False
 ) -> Json:
     """A layer: the difference of two stacks, divided; and of their profiles."""
     (shallow, deep), rows = workload.depths, workload.rows

@@ -35,7 +35,7 @@ ROWS_PER_DRAW = 128  # of shared negatives
 PRODUCT = {"cpu": 1024, "gpu": 8192}  # rows, columns and depth of the matrix product
 
 
-class Case(NamedTuple):
+class LossCase(NamedTuple):
     rows: int
     items: int
     width: int
@@ -44,9 +44,9 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "ml1m": Case(18432, 3883, 50, 128, "float32"),  # ml1m_hstu
-    "steps": Case(262144, 20000, 512, 128, "bfloat16"),  # scripts.bench.context_parallel
-    "catalogue": Case(65536, 10**6, 512, 128, "bfloat16"),
+    "ml1m": LossCase(18432, 3883, 50, 128, "float32"),  # ml1m_hstu
+    "steps": LossCase(262144, 20000, 512, 128, "bfloat16"),  # scripts.bench.context_parallel
+    "catalogue": LossCase(65536, 10**6, 512, 128, "bfloat16"),
 }
 
 
@@ -65,7 +65,7 @@ def main(_: list[str]) -> None:
     show(found, ("ms", "cpu_ms", "TFLOP_a_second", "temporary_MiB", "error"), "loss")
 
 
-def measured(case: Case, kind: str, implementation: str) -> Json:
+def measured(case: LossCase, kind: str, implementation: str) -> Json:
     """Time and memory; an implementation that cannot, or memory that is not there, is a result."""
     scored = case.items if kind == "full" else case.negatives + 1
     flops = 3 * 2.0 * case.rows * scored * case.width
@@ -83,7 +83,7 @@ def measured(case: Case, kind: str, implementation: str) -> Json:
     }
 
 
-def arrays(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+def arrays(case: LossCase) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Outputs, table, positives, weights and a key a row."""
     of_h, of_table, of_ids, of_rows = jax.random.split(jax.random.key(0), 4)
     return (
@@ -96,7 +96,7 @@ def arrays(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.
 
 
 def gradients(
-    case: Case,
+    case: LossCase,
     kind: str,
     implementation: str,
     h_TD: jax.Array,

@@ -90,12 +90,12 @@ def measure_full_batches(config: Config, duration: float) -> Json:
 
 def time_steps(config: Config, repeats: int) -> Json:
     """Milliseconds a step, and the share of the time in which the next batches were awaited."""
-    steps = Steps(tasks.load(config))
+    steps = Timed(tasks.load(config))
     steps.turn(repeats)
     return steps.result()
 
 
-class Steps:
+class Timed:
     """Training calls of a task, one after another, each of them timed."""
 
     def __init__(self, task: Task):

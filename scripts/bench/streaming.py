@@ -25,7 +25,7 @@ from rich.progress import track
 
 from experiments import command
 from experiments.record import Json, Record
-from scripts.bench.step import Steps
+from scripts.bench.step import Timed
 from scripts.bench.terminal import show
 from ultra_hstu import report, tasks
 from ultra_hstu.config import from_config_dict
@@ -59,7 +59,7 @@ def main(_: list[str]) -> None:
     record.add(data=written)
     with jax.default_matmul_precision(config.train.matmul_precision):
         steps = {
-            name: Steps(
+            name: Timed(
                 tasks.of(
                     changed(config, data={"placement": name}),
                     on_disk if name == "shards" else whole,

@@ -28,7 +28,7 @@ from ultra_hstu.data.table.source import (
     Record,
     RecordFile,
     Renamed,
-    Source,
+    TableSource,
     head,
     json_object,
     literal,
@@ -152,7 +152,7 @@ def _require_ratings(release: str, path: Path) -> None:
 # --- reviews ---
 
 
-def _reviews(release: str, path: Path) -> Source:
+def _reviews(release: str, path: Path) -> TableSource:
     """JSON lines of 2014 or 2018. Raises ValueError for reviews of another release."""
     file = open_file(path)
     marks = {"2014": "helpful", "2018": "verified", "2023": "parent_asin"}

@@ -13,7 +13,7 @@ from ultra_hstu.data.delimited import Column, DelimitedFile
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.public import PublicSet, SetFile
 from ultra_hstu.data.table.files import open_file
-from ultra_hstu.data.table.source import Record, RecordFile, Source, Types, literal, text_lines
+from ultra_hstu.data.table.source import Record, RecordFile, TableSource, Types, literal, text_lines
 from ultra_hstu.data.text import Line
 from ultra_hstu.table_config import TableConfig
 
@@ -25,7 +25,7 @@ _YAMBDA = "https://huggingface.co/datasets/yandex/yambda/resolve/main/"
 _EVENT = "uid item_id timestamp is_organic played_ratio_pct event_type".split()
 
 
-def _plays(path: Path) -> Source:
+def _plays(path: Path) -> TableSource:
     file = open_file(path)
     if missing := [name for name in _EVENT if name not in file.types]:
         raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from ultra_hstu.config import DataConfig
 from ultra_hstu.data.download import Download
 from ultra_hstu.data.raw import raw_files
-from ultra_hstu.data.table.source import Source
+from ultra_hstu.data.table.source import TableSource
 from ultra_hstu.data.text import stored
 from ultra_hstu.table_config import RULES, TableConfig
 
@@ -23,7 +23,7 @@ class SetFile:
     """
 
     name: str
-    open: Callable[[Path], Source]
+    open: Callable[[Path], TableSource]
     optional: bool = False
 
 
@@ -86,7 +86,7 @@ class PublicSet:
         """
         folder, sums = raw_files(self, config)
 
-        def side(file: SetFile | None) -> Source | None:
+        def side(file: SetFile | None) -> TableSource | None:
             path = None if file is None else stored(folder, file.name)
             return None if file is None or path is None else file.open(path)
 
@@ -115,9 +115,9 @@ class Opened:
         public: whether this is a public set, whose columns are named.
     """
 
-    events: Sequence[Source]
-    items: Source | None
-    users: Source | None
+    events: Sequence[TableSource]
+    items: TableSource | None
+    users: TableSource | None
     rules: TableConfig
     sums: Mapping[str, str]
     missing_files: tuple[str, ...] = ()

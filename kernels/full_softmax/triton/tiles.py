@@ -16,7 +16,7 @@ LARGEST_TILE = 128
 LEAST_BLOCKS = 4  # of rows, for a program of items
 
 
-class TileSizes(NamedTuple):
+class SoftmaxTiles(NamedTuple):
     """Rows and items of a tile, warps of a program, stages of its loads."""
 
     rows: int
@@ -29,9 +29,9 @@ class TileSizes(NamedTuple):
 # 18,432 rows x 3,883 items, or at a width of 128 65,536 x 20,000, fastest with. At other widths it
 # does products that write their logits faster (`xla`).
 SIZES = {
-    (2, 64): (TileSizes(64, 64, 4, 3), TileSizes(64, 64, 4, 3)),
-    (2, 128): (TileSizes(64, 64, 4, 3), TileSizes(64, 128, 8, 3)),
-    (4, 64): (TileSizes(64, 64, 4, 2), TileSizes(32, 64, 4, 2)),
+    (2, 64): (SoftmaxTiles(64, 64, 4, 3), SoftmaxTiles(64, 64, 4, 3)),
+    (2, 128): (SoftmaxTiles(64, 64, 4, 3), SoftmaxTiles(64, 128, 8, 3)),
+    (4, 64): (SoftmaxTiles(64, 64, 4, 2), SoftmaxTiles(32, 64, 4, 2)),
 }
 
 

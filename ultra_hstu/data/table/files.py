@@ -55,7 +55,7 @@ _SAMPLE_ROWS, _SAMPLE_CELLS = 1000, 100_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """How CSV is written, as far as it does not say so itself; see `data.table`."""
 
     delimiter: str | None = None
@@ -154,7 +154,7 @@ _AGAIN = "it may be cut off or damaged, copy it again"
 
 
 def find_files(
-    raw: str, other: Sequence[str | None] = (), layout: Layout = Layout()
+    raw: str, other: Sequence[str | None] = (), layout: FileLayout = FileLayout()
 ) -> list[TableFile]:
     """The files that a path, a folder or a pattern means, sorted by name.
 
@@ -183,7 +183,7 @@ def find_files(
     return [open_file(one, layout) for one in paths]
 
 
-def open_file(path: str | Path, layout: Layout = Layout()) -> TableFile:
+def open_file(path: str | Path, layout: FileLayout = FileLayout()) -> TableFile:
     """A file, with its columns. Raises ValueError for one that has none, or an unknown format."""
     path = Path(path).expanduser()
     kind, compression = _format(path, _FORMATS | _TEXTS)
@@ -231,7 +231,7 @@ def _format(path: Path, known: dict[str, Format] = _FORMATS) -> tuple[Format | N
 
 
 def _csv_file(
-    path: Path, compression: str | None, file: io.TextIOWrapper, layout: Layout
+    path: Path, compression: str | None, file: io.TextIOWrapper, layout: FileLayout
 ) -> TableFile:
     delimiter = layout.delimiter
     first = next((line for line in file if line.strip()), None)

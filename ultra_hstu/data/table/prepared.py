@@ -22,7 +22,7 @@ from ultra_hstu.data.public import Opened
 from ultra_hstu.data.raw import locked, say_left_behind, slug
 from ultra_hstu.data.table import columns as meaning
 from ultra_hstu.data.table.columns import Columns, Reading
-from ultra_hstu.data.table.files import Layout, find_files, open_file
+from ultra_hstu.data.table.files import FileLayout, find_files, open_file
 from ultra_hstu.data.table.reader import from_sources
 from ultra_hstu.data.table.sides import read_users
 
@@ -96,10 +96,10 @@ def open_source(config: DataConfig) -> Opened:
             "data.raw_dir is not set: name your events, such as "
             "--config.data.raw_dir=events.parquet (a file, a folder or a pattern)"
         )
-    layout = Layout(table.delimiter, table.names, table.quotes)
+    layout = FileLayout(table.delimiter, table.names, table.quotes)
     events = find_files(config.raw_dir, (table.items_file, table.users_file), layout)
     items, users = (
-        None if name is None else open_file(name, Layout(table.delimiter))
+        None if name is None else open_file(name, FileLayout(table.delimiter))
         for name in (table.items_file, table.users_file)
     )
     named = [one for one in (*events, items, users) if one is not None]

@@ -28,7 +28,7 @@ from ultra_hstu.data.table.chunks import (
 from ultra_hstu.data.table.columns import TICKS, Columns, Comparison, Reading
 from ultra_hstu.data.table.files import TableFile
 from ultra_hstu.data.table.sides import ItemTable, read_items
-from ultra_hstu.data.table.source import Frame, Source
+from ultra_hstu.data.table.source import Frame, TableSource
 from ultra_hstu.data.table.values import is_date
 from ultra_hstu.data.times import EARLY, FIRST_SECOND, LAST_SECOND
 from ultra_hstu.table_config import TableConfig
@@ -39,11 +39,11 @@ _MAX_SPAN = 2**31 - 1  # of all times, in seconds: batches hold them as int32
 
 
 def from_sources(
-    sources: Sequence[Source],
+    sources: Sequence[TableSource],
     columns: Columns,
     config: TableConfig,
     titles: Titles | None = None,
-    items: Source | None = None,
+    items: TableSource | None = None,
 ) -> tuple[Interactions, Reading]:
     """Reads all sources, in their order, and groups their events by user.
 
@@ -61,7 +61,7 @@ def from_sources(
 class _Piece:
     """Events of a batch: those of a source's rows from `row` on, or only of some of them."""
 
-    source: Source
+    source: TableSource
     row: int
     count: int
     chosen: Int64[np.ndarray, " n"] | None
@@ -81,7 +81,7 @@ class _Reader:
         self.pieces: list[_Piece] = []
         self.events = self.kept = self.missing = 0
 
-    def add(self, source: Source) -> None:
+    def add(self, source: TableSource) -> None:
         """All rows of a source."""
         for name in self.columns.names:
             if name not in source.types:
@@ -98,7 +98,7 @@ class _Reader:
                 shown = time.monotonic()
                 _log.info("reading %s: %d events", source, row)
 
-    def _read_as(self, name: str, source: Source) -> pa.DataType:
+    def _read_as(self, name: str, source: TableSource) -> pa.DataType:
         """Ids of CSV are text until all are seen, and numbers may have fractions further down."""
         kind, columns = source.types[name], self.columns
         csv = isinstance(source, TableFile) and source.format == "csv"
@@ -108,7 +108,7 @@ class _Reader:
             return kind
         return pa.float64() if isinstance(source, TableFile) else kind
 
-    def _add(self, source: Source, row: int, batch: pa.RecordBatch) -> None:
+    def _add(self, source: TableSource, row: int, batch: pa.RecordBatch) -> None:
         columns, count = self.columns, batch.num_rows
         of = dict(zip(self.columns.names, batch.columns, strict=True))
         needed = [name for name in (columns.user, columns.item, columns.time) if name]
@@ -139,7 +139,9 @@ class _Reader:
         for name in columns.actions:
             self._add_action(name, of[name], source)
 
-    def _add_text(self, column: TextColumn, name: str, values: pa.Array, source: Source) -> None:
+    def _add_text(
+        self, column: TextColumn, name: str, values: pa.Array, source: TableSource
+    ) -> None:
         if not len(values):
             return
         try:
@@ -150,7 +152,7 @@ class _Reader:
                 "write it in one kind in all files"
             ) from None
 
-    def _add_times(self, name: str, values: pa.Array, source: Source) -> None:
+    def _add_times(self, name: str, values: pa.Array, source: TableSource) -> None:
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
         kind, stated = values.type, self.config.time_unit
@@ -199,7 +201,7 @@ class _Reader:
             "23:59:59 (or all with a time zone): write it so, or as seconds since 1970"
         )
 
-    def _add_action(self, name: str, values: pa.Array, source: Source) -> None:
+    def _add_action(self, name: str, values: pa.Array, source: TableSource) -> None:
         kind = values.type
         if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
             if values.null_count:
@@ -231,7 +233,7 @@ class _Reader:
         raise IndexError(f"event {event}")
 
     def group(
-        self, first: Source, titles: Titles | None, items: Source | None
+        self, first: TableSource, titles: Titles | None, items: TableSource | None
     ) -> tuple[Interactions, Reading]:
         """All that was read."""
         columns, config = self.columns, self.config
@@ -284,7 +286,7 @@ class _Reader:
         )
         return dataclasses.replace(interactions, features=config.features), reading
 
-    def _coded(self, part: str, first: Source) -> Coded:
+    def _coded(self, part: str, first: TableSource) -> Coded:
         own = isinstance(first, TableFile | Frame)
         try:
             return self.ids[part].take(ids if own else exact_ids)
@@ -370,7 +372,7 @@ class _Reader:
         return dict(zip(item.ids.tolist(), of_item, strict=True))
 
     def _without_unlisted(
-        self, events: EventColumns, known: Mapping[int | str, str], items: Source
+        self, events: EventColumns, known: Mapping[int | str, str], items: TableSource
     ) -> dict[str, int]:
         """Sees to items that the items table lacks; how many events are dropped."""
         listed_I = np.array([raw in known for raw in events.item.ids.tolist()])

@@ -16,7 +16,7 @@ from ultra_hstu.data.strings import STRINGS, is_strings
 from ultra_hstu.data.table import columns as meaning
 from ultra_hstu.data.table.chunks import BadId, TextColumn, exact_ids, ids, texts
 from ultra_hstu.data.table.files import TableFile
-from ultra_hstu.data.table.source import Source
+from ultra_hstu.data.table.source import TableSource
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class ItemTable:
         return dataclasses.replace(catalog, features=features)
 
 
-def read_items(file: Source, config: TableConfig, item: str, known: Ids) -> ItemTable:
+def read_items(file: TableSource, config: TableConfig, item: str, known: Ids) -> ItemTable:
     """The titles and features of the table of items.
 
     Args:
@@ -98,7 +98,7 @@ def named(config: TableConfig) -> list[str]:
 
 
 def _one_row_each(
-    file: Source, config: TableConfig, of_row: Ids, arrays: dict[str, pa.Array]
+    file: TableSource, config: TableConfig, of_row: Ids, arrays: dict[str, pa.Array]
 ) -> Int64[np.ndarray, " n"]:
     """The row of every item that counts: the newest by `item_time`, else the first."""
     rows = np.arange(len(of_row))
@@ -147,7 +147,7 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
-def read_users(file: Source, user: str, users: Ids) -> Contexts:
+def read_users(file: TableSource, user: str, users: Ids) -> Contexts:
     """The features of the table of users: its columns with at most 1,000 distinct values.
 
     Args:
@@ -196,7 +196,7 @@ def read_users(file: Source, user: str, users: Ids) -> Contexts:
     return Contexts(of_row[order], codes, values)
 
 
-def _id_column(file: Source, name: str, usual: list[str], field: str) -> str:
+def _id_column(file: TableSource, name: str, usual: list[str], field: str) -> str:
     names = list(file.types)
     found = name if name in names else meaning.find(names, usual)
     if found is None:
@@ -208,7 +208,7 @@ def _id_column(file: Source, name: str, usual: list[str], field: str) -> str:
 
 
 def _read(
-    file: Source, column: str, names: list[str], known: Ids, plain: Sequence[str] = ()
+    file: TableSource, column: str, names: list[str], known: Ids, plain: Sequence[str] = ()
 ) -> tuple[Ids, dict[str, tuple[np.ndarray, list[str]]], dict[str, pa.Array]]:
     """The id of every row, in the kind of `known`; other columns as codes of their texts.
 

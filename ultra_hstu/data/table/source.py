@@ -18,7 +18,7 @@ _ROWS = 1 << 16  # that are held as Python objects
 
 
 @runtime_checkable
-class Source(Protocol):
+class TableSource(Protocol):
     """Rows with named columns. `str` of it is its name, for messages."""
 
     @property
@@ -101,7 +101,7 @@ class Renamed:
         names: the name in the source, by the name here; other columns keep theirs.
     """
 
-    source: Source
+    source: TableSource
     names: Mapping[str, str]
 
     def __str__(self) -> str:
