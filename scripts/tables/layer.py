@@ -21,7 +21,10 @@ def found(record: Json, workload: str, mode: str, kind: str = "training") -> Jso
 
 def where(record: Json) -> str:
     product = record["matmul_TFLOP_a_second"]
-    return f"{record['device']}, {of_commit(record)}; a product of two matrices: {product:.0f}"
+    note = f"; {record['note']}" if "note" in record else ""
+    return (
+        f"{record['device']}, {of_commit(record)}; a product of two matrices: {product:.0f}{note}"
+    )
 
 
 @measured("layer_h200", part="layers")
@@ -47,7 +50,7 @@ def layer_table(record: Json) -> str:
     return markdown(header, rows, f"{where(record)}.", f"Quoted: {sources}.")
 
 
-@measured("layer_h200", part="layers")
+@measured("layer_fp8_h200", "layer_h200", part="layers")
 def layer_precision_table(record: Json) -> str:
     """The windowed layer in each precision."""
     base = {kind: found(record, WINDOW, "none", kind) for kind in ("training", "inference")}
