@@ -41,8 +41,7 @@ BYTES = 128  # of a row of an operand, in a step
 HELD_BYTES = 512  # of a row of w, at most, where w is held
 STAGES = 4  # slots of a ring of operands
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number for each column
-CHUNK = 64  # columns that are written at a time
-CHUNKS = COLUMNS // CHUNK  # of a tile
+CHUNK, CHUNKS = 64, COLUMNS // 64  # columns that are written at a time; so often for a tile
 OUTS = 2  # chunks that may be on their way to memory
 
 
@@ -58,10 +57,8 @@ class Call:
     """What of a product is static.
 
     Attributes:
-      rows: T.
+      rows, depth: T; columns of x of a step.
       inputs, outputs: columns of each part of x, and of each result.
-      steps: of the sum over columns.
-      depth: columns of x of a step.
     """
 
     rows: int
@@ -210,7 +207,7 @@ def _held(call):
                     return acc[...]
 
                 total = with_sums(sums, (ROWS, COLUMNS))
-                _write(call, gm, s, wg, total, rows, column, factor)
+                _write(call, gm, s, wg, total, rows, column, 0, factor)
                 return carry
 
             lax.fori_loop(0, (count - wg + 1) // 2, one_tile, 0)
@@ -222,7 +219,7 @@ def _held(call):
                 w_rows = pl.ds(pl.multiple_of(column, COLUMNS), COLUMNS)
                 source = gm.w.at[w_rows, pl.ds(k * call.depth, call.depth)]
                 plgpu.copy_gmem_to_smem(source, s.w.at[k], s.w_full)
-            _fill_vectors(call, gm, s, column, s.w_full)
+            _fill_vectors(call, gm, s, column, 0, s.w_full)
 
             def one_tile(turn, carry):
                 whose, i = lax.rem(turn, 2) * STAGES, turn // 2
@@ -241,7 +238,7 @@ def _held(call):
         o=_tiled((2, OUTS, ROWS, CHUNK), call.dtype),
         w_full=plgpu.Barrier(num_arrivals=steps + len(call.vectors)),
         **ring("x", 2 * STAGES, filled=1, emptied=1),
-        **{name: plgpu.SMEM((COLUMNS,), jnp.float32) for name in call.vectors},
+        **{name: plgpu.SMEM((1, COLUMNS), jnp.float32) for name in call.vectors},
     )
 
 
@@ -249,6 +246,7 @@ def _streamed(call):
     """Kernel and shared memory of a product that reads w again for every tile of rows."""
     across, steps = sum(call.outputs) // COLUMNS, call.steps
     tiles = call.rows // (2 * ROWS) * across
+    ahead = 2 if len(call.vectors) < 2 else 1  # slots of vectors, as shared memory allows
 
     def kernel(wg, gm, s):
         worker = lax.axis_index("worker")
@@ -263,7 +261,7 @@ def _streamed(call):
         def _compute():
             open_rings(s, x=STAGES)
             if call.vectors:
-                open_rings(s, vector=1)
+                open_rings(s, vector=ahead)
 
             def one_tile(turn, carry):
                 row, column = place(turn)
@@ -292,11 +290,12 @@ def _streamed(call):
                     return acc[...]
 
                 total = with_sums(sums, (ROWS, COLUMNS))
+                slot = lax.rem(turn, ahead)
                 if call.vectors:
-                    wait(s.vector_full, 0)
-                _write(call, gm, s, wg, total, rows, column, factor)
+                    wait(s.vector_full, slot)
+                _write(call, gm, s, wg, total, rows, column, slot, factor)
                 if call.vectors:
-                    arrive(s.vector_empty, 0)
+                    arrive(s.vector_empty, slot)
                 return carry
 
             lax.fori_loop(0, count, one_tile, 0)
@@ -308,6 +307,10 @@ def _streamed(call):
                 row, column = place(turn)
                 rows = pl.ds(pl.multiple_of(row, 2 * ROWS), 2 * ROWS)
                 w_rows = pl.ds(pl.multiple_of(column, COLUMNS), COLUMNS)
+                if call.vectors:
+                    slot = lax.rem(turn, ahead)
+                    wait(s.vector_empty, slot)
+                    _fill_vectors(call, gm, s, column, slot, s.vector_full.at[slot])
                 before = 0
                 for number, width in enumerate(call.inputs):
                     source = getattr(gm, f"x{number}")
@@ -323,9 +326,6 @@ def _streamed(call):
 
                     lax.fori_loop(0, width // call.depth, one_step, 0)
                     before += width // call.depth
-                if call.vectors:  # last: the tile before may still read them
-                    wait(s.vector_empty, 0)
-                    _fill_vectors(call, gm, s, column, s.vector_full.at[0])
                 return carry
 
             lax.fori_loop(0, count, one_tile, 0)
@@ -335,20 +335,20 @@ def _streamed(call):
         w=_tiled((STAGES, COLUMNS, call.depth), call.operands),
         o=_tiled((2, OUTS, ROWS, CHUNK), call.dtype),
         **ring("x", STAGES, filled=2, emptied=2),
-        **{name: plgpu.SMEM((COLUMNS,), jnp.float32) for name in call.vectors},
+        **{name: plgpu.SMEM((ahead, COLUMNS), jnp.float32) for name in call.vectors},
     )
     if call.vectors:
-        scratch |= ring("vector", 1, filled=len(call.vectors), emptied=2)
+        scratch |= ring("vector", ahead, filled=len(call.vectors), emptied=2)
     if call.residual:
         scratch["residual_full"] = plgpu.Barrier(num_barriers=2 * OUTS)
     return kernel, scratch
 
 
-def _fill_vectors(call, gm, s, column, full):
+def _fill_vectors(call, gm, s, column, slot, full):
     """Copies what has one number for each of a tile's columns."""
     columns = pl.ds(pl.multiple_of(column, COLUMNS), COLUMNS)
     for name in call.vectors:
-        plgpu.copy_gmem_to_smem(getattr(gm, name).at[columns], getattr(s, name), full)
+        plgpu.copy_gmem_to_smem(getattr(gm, name).at[columns], getattr(s, name).at[slot], full)
 
 
 def _fetch_residual(gm, s, wg, rows, column, first):
@@ -359,11 +359,11 @@ def _fetch_residual(gm, s, wg, rows, column, first):
         plgpu.copy_gmem_to_smem(source, s.o.at[wg, c], s.residual_full.at[OUTS * wg + c])
 
 
-def _write(call, gm, s, wg, total, rows, column, factor):
+def _write(call, gm, s, wg, total, rows, column, slot, factor):
     """Scales, adds and writes a warpgroup's sums, 64 columns at a time."""
 
     def of_columns(name, c):
-        values = plgpu.load(getattr(s, name).at[pl.ds(c * CHUNK, CHUNK)], layout=COLUMN)
+        values = plgpu.load(getattr(s, name).at[slot, pl.ds(c * CHUNK, CHUNK)], layout=COLUMN)
         return lax.broadcast_in_dim(values, (ROWS, CHUNK), [1])
 
     for c in range(CHUNKS):
