@@ -7,7 +7,7 @@ RECORDS = {"ml1m_item_features": "MovieLens-1M", "ml100k_item_features": "MovieL
 VARIANTS = {
     "ids": "ids alone",
     "sum": "genres and year in every token",
-    "words": "and the words of titles",
+    "words": "genres, year and words of titles in every token",
     "series": "genres and year as merged series",
 }
 

@@ -110,7 +110,7 @@ def test_later_rows_change_nothing_before(tmp_path):
         assert before.timestamps[old].tolist() == after.timestamps[new].tolist()
     for raw in before.catalog.raw_ids[1:].tolist():
         known = [
-            data.catalog.features_of(data.catalog.encode([raw])[0]) for data in (before, after)
+            data.catalog.features_of(int(data.catalog.encode([raw])[0])) for data in (before, after)
         ]
         assert known[0] == known[1]
 
