@@ -40,7 +40,7 @@ IDS = "ids"
 RESAMPLED, CUTOFF = 10_000, 10
 
 
-class Run(NamedTuple):
+class TrainedRun(NamedTuple):
     """What a run has found: ranks of the test targets, and the training events of their items."""
 
     result: Json
@@ -75,13 +75,13 @@ def variants(config: Config) -> dict[str, Config]:
     return found
 
 
-def train_one(config: Config, folder: str) -> Run:
+def train_one(config: Config, folder: str) -> TrainedRun:
     """Trains a run and ranks the test targets with its best epoch, or reads what that has found."""
     file = paths.local(f"{folder}.json")
     if file.exists():
         found = read(file)
         ranks, counts = (np.array(found.pop(name)) for name in ("ranks", "counts"))
-        return Run(found["result"], ranks, counts, found["inference_gflop"], found["rows"])
+        return TrainedRun(found["result"], ranks, counts, found["inference_gflop"], found["rows"])
     config.validate()
     task = tasks.load(config)
     with jax.default_matmul_precision(config.train.matmul_precision):
@@ -90,7 +90,7 @@ def train_one(config: Config, folder: str) -> Run:
         assert isinstance(measure, CorpusEvaluator) and measure.count_I is not None
         rank_U = measure.predict(load_params(Workdir(folder), task.recipe)[1])
     rows = float(np.mean(measure.plan.examples.lengths))
-    run = Run(result, rank_U, measure.count_U, task.flops("test").inference / 1e9, rows)
+    run = TrainedRun(result, rank_U, measure.count_U, task.flops("test").inference / 1e9, rows)
     Record(file, config=config.name).add(
         result=result,
         ranks=rank_U.tolist(),
@@ -121,7 +121,7 @@ def interval(
     return values
 
 
-def summary(runs: list[Run]) -> Json:
+def summary(runs: list[TrainedRun]) -> Json:
     """The metrics of all seeds, their means and deviations, and the cost of a history."""
     best = {name: [run.result["best"][name] for run in runs] for name in runs[0].result["best"]}
     found: Json = {
@@ -135,10 +135,10 @@ def summary(runs: list[Run]) -> Json:
     return found
 
 
-def compared(runs: list[Run], base: list[Run]) -> Json:
+def compared(runs: list[TrainedRun], base: list[TrainedRun]) -> Json:
     """HR@10 against that of `base`, for all users and for each part of them."""
 
-    def hits(some: list[Run]) -> Float[np.ndarray, " U"]:
+    def hits(some: list[TrainedRun]) -> Float[np.ndarray, " U"]:
         return np.mean([run.rank_U <= CUTOFF for run in some], axis=0)
 
     return {
@@ -173,7 +173,7 @@ def main(_: list[str]) -> None:
             ]
             for name, one in chosen.items()
         }
-        runs: dict[str, list[Run]] = {}
+        runs: dict[str, list[TrainedRun]] = {}
         found: dict[str, Json] = {}
         for name, started in waiting.items():
             runs[name] = [one.result() for one in started]

@@ -19,7 +19,7 @@ from kernels.typing import QHK, QHV, SHK, SHV, THV, Unchecked
 _OP = dispatch.Op[AttentionSpec](
     "hstu_attention",
     modules={
-        "short": "kernels.hstu_attention.short.attention",
+        "short": "kernels.hstu_attention.triton_short.attention",
         "mosaic": "kernels.hstu_attention.mosaic.attention",
         "mosaic_fp8": "kernels.hstu_attention.mosaic_fp8.attention",
         "triton": "kernels.hstu_attention.triton.attention",

@@ -10,8 +10,8 @@ import pytest
 
 from kernels import device
 from kernels.hstu_attention import AttentionSpec, hstu_attention, make_plan, prepare_plan
-from kernels.hstu_attention.short import attention as short
-from kernels.hstu_attention.short.attention import WholeTiles
+from kernels.hstu_attention.triton_short import attention as short
+from kernels.hstu_attention.triton_short.attention import WholeTiles
 from kernels.mask import AttentionMask
 from tests.kernels.attention_contract import (
     BATCHES,

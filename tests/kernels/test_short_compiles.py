@@ -2,9 +2,9 @@
 
 import pytest
 
-from kernels.hstu_attention.short import kernels
-from kernels.hstu_attention.short.sizes import SIZES, ShortSizes
 from kernels.hstu_attention.triton.sizes import LaunchSizes, shared_kib
+from kernels.hstu_attention.triton_short import kernels
+from kernels.hstu_attention.triton_short.sizes import SIZES, ShortSizes
 from tests.kernels.triton_compiler import HOPPER, shared_memory, triton_cache  # noqa: F401
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels import device, triton_call
 
-KERNELS = ("kernels.hstu_attention.triton.kernels", "kernels.hstu_attention.short.kernels")
+KERNELS = ("kernels.hstu_attention.triton.kernels", "kernels.hstu_attention.triton_short.kernels")
 
 
 def octaves_of(x):

@@ -7,13 +7,13 @@ import pytest
 
 from experiments.configs import named
 from scripts import item_features
-from scripts.item_features import Run, compared, interval, summary, variants
+from scripts.item_features import TrainedRun, compared, interval, summary, variants
 from scripts.tables import features, records
 
 
 def run(rank, seed=42):
     result = {"best": {"hr@10": 0.5, "hr@10/cold": 0.25, "users/cold": 2.0}, "seed": seed}
-    return Run(result, np.array(rank), np.array([0, 50, 100, 400]), 0.002, 90.0)
+    return TrainedRun(result, np.array(rank), np.array([0, 50, 100, 400]), 0.002, 90.0)
 
 
 def test_an_interval_is_paired():

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 from kernels import device, triton_call
 from kernels.hstu_attention.plan import AttentionPlan, AttentionSpec, Derived
 from kernels.hstu_attention.relative_bias import RelativeBias
-from kernels.hstu_attention.short.sizes import ShortSizes, find_sizes
 from kernels.hstu_attention.triton.attention import (
     RowInputs,
     Tables,
@@ -27,6 +26,7 @@ from kernels.hstu_attention.triton.attention import (
     tables_and_rows,
 )
 from kernels.hstu_attention.triton.sizes import refusal, shared_kib
+from kernels.hstu_attention.triton_short.sizes import ShortSizes, find_sizes
 from kernels.triton_call import padded
 from kernels.typing import THK, THV, Scale
 
@@ -231,7 +231,7 @@ def _launch(
         "APPROXIMATE": tensors[0].dtype == jnp.bfloat16,
     }
     return triton_call.launch(
-        f"kernels.hstu_attention.short.kernels:{kernel}",
+        f"kernels.hstu_attention.triton_short.kernels:{kernel}",
         (*tensors, rows.scale, tiles, *plan.keys, *seen_by, *bias_arrays(tables, rows)),
         outs,
         programs=programs,
