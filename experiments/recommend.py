@@ -28,7 +28,7 @@ from ultra_hstu import progress, quantization, report
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.quantization import HostKind
 from ultra_hstu.serving import RecommendationModel
-from ultra_hstu.serving.lines import answer_lines
+from ultra_hstu.serving.front.lines import answer_lines
 from ultra_hstu.serving.scoring import RunData
 from ultra_hstu.serving.service import ServingOptions, open_service
 

@@ -1,4 +1,4 @@
-"""`ultra_hstu.serving.http` for tests in this process, and requests to its applications."""
+"""`ultra_hstu.serving.front.http` for tests in this process, and requests to its applications."""
 
 import asyncio
 import importlib.util
@@ -9,8 +9,8 @@ from pathlib import Path
 from ultra_hstu.serving import schema
 
 # Without checks of annotations, as outside of tests: Ray pickles functions that they would wrap.
-_PATH = Path(schema.__file__).with_name("http.py")
-_SPEC = importlib.util.spec_from_file_location("ultra_hstu.serving.http", _PATH)
+_PATH = Path(schema.__file__).parent / "front" / "http.py"
+_SPEC = importlib.util.spec_from_file_location("ultra_hstu.serving.front.http", _PATH)
 http = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's, of Pydantic

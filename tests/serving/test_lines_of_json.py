@@ -10,8 +10,8 @@ import pydantic
 import pytest
 
 from ultra_hstu.data.catalog import Catalog
+from ultra_hstu.serving.front.lines import answer_lines
 from ultra_hstu.serving.inputs import Query, UserHistory
-from ultra_hstu.serving.lines import answer_lines
 from ultra_hstu.serving.schema import Recommendation, Request, Response, problem
 from ultra_hstu.serving.service import Service
 

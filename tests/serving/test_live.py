@@ -11,7 +11,9 @@ import pytest
 from ultra_hstu.serving import schema
 
 # Without checks of annotations: services here are stand-ins.
-_SPEC = importlib.util.spec_from_file_location("live", Path(schema.__file__).with_name("live.py"))
+_SPEC = importlib.util.spec_from_file_location(
+    "live", Path(schema.__file__).parent / "front" / "live.py"
+)
 live = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(live)
 Live, place_of = live.Live, live.place_of

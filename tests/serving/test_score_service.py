@@ -20,7 +20,8 @@ from tests.serving.small_serving import built, full_pass, requests
 from tests.small_run import with_
 from ultra_hstu import serving
 from ultra_hstu.data.codebook import Codebook
-from ultra_hstu.serving import export, lines
+from ultra_hstu.serving import export
+from ultra_hstu.serving.front import lines
 from ultra_hstu.serving.schema import (
     MAX_CANDIDATES,
     MAX_EVENTS,

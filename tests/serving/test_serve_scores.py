@@ -19,7 +19,7 @@ from scripts.load.loop import closed_loop, deployment
 from scripts.load.requests import Sent
 from tests.ranking.small_rank import rank_config, write_answers
 from tests.serving.served_checks import stands_fuzzing, stands_good_and_bad_requests
-from ultra_hstu.serving.lines import answer_lines
+from ultra_hstu.serving.front.lines import answer_lines
 from ultra_hstu.serving.service import ServingOptions, open_service
 from ultra_hstu.train import train
 

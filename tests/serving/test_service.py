@@ -21,7 +21,8 @@ from tests.serving.served_checks import page_example, shape
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
 from ultra_hstu.quantization import served_table
-from ultra_hstu.serving import RecommendationModel, lines
+from ultra_hstu.serving import RecommendationModel
+from ultra_hstu.serving.front import lines
 from ultra_hstu.serving.schema import (
     MAX_BODY_BYTES,
     MAX_EVENTS,

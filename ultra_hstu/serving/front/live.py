@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ultra_hstu.serving.front.page import Page
 from ultra_hstu.serving.inputs import Query
-from ultra_hstu.serving.page import Page
 from ultra_hstu.serving.schema import AboutUser, Response, ScoreResponse
 from ultra_hstu.serving.service import (
     RecommendService,
@@ -78,7 +78,8 @@ class Live[R: AboutUser, A: Response | ScoreResponse]:
     def _load(self, place: Path) -> Model[R, A]:
         service = open_service(str(place), self._raw_dir, self._options)
         service.warm_up()
-        return Model(service, Page(service) if self._page else None, version(service, place))  # type: ignore[arg-type]
+        page = Page(service) if self._page else None
+        return Model(service, page, version(service, place))  # type: ignore[arg-type]
 
     def renew(self) -> bool:
         """Takes a newer model, if the path means another one now. Returns whether it did.

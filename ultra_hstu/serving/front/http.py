@@ -23,8 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ultra_hstu import compilation_cache
 from ultra_hstu.serving import inputs, schema
-from ultra_hstu.serving.live import Asked, Live
-from ultra_hstu.serving.page import RECOMMEND, SCORE, Page
+from ultra_hstu.serving.front.live import Asked, Live
+from ultra_hstu.serving.front.page import RECOMMEND, SCORE, Page
 from ultra_hstu.serving.schema import (
     AboutUser,
     FoundItems,

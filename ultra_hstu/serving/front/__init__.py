@@ -1,0 +1,1 @@
+"""How requests come in and answers go out: HTTP, lines of JSON, the page, the model of now."""
