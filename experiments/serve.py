@@ -81,7 +81,12 @@ from ultra_hstu.data.catalog import Catalog  # noqa: E402
 from ultra_hstu.data.text import listed  # noqa: E402
 from ultra_hstu.nn.key_values import KINDS, CacheDtype  # noqa: E402
 from ultra_hstu.quantization import HostKind  # noqa: E402
-from ultra_hstu.serving.front.http import RECOMMEND, SCORE, RecommendReplica, ScoreReplica  # noqa: E402
+from ultra_hstu.serving.front.http import (  # noqa: E402
+    RECOMMEND,
+    SCORE,
+    RecommendReplica,
+    ScoreReplica,
+)
 from ultra_hstu.serving.front.live import place_of  # noqa: E402
 from ultra_hstu.serving.inputs import MAX_USERS  # noqa: E402
 from ultra_hstu.serving.service import ServingOptions, is_ranking, known_ids  # noqa: E402
