@@ -37,7 +37,6 @@ def made(monkeypatch, name, *overrides):
         ("ml1m_hstu", "data.subsequence=recent", "without data.stochastic_length"),
         ("ml1m_hstu", "data.recalibrate_every=5", "without data.load_balance"),
         ("ml1m_hstu", "data.synthetic.users=9", "under data.source=ml-1m"),
-        ("ml1m_hstu", "data.table.user=u", "under data.source=ml-1m"),
         ("table", "data.table.sample_seed=1", "without data.table.sample_users"),
         ("table", "data.table.item_title=name", "without data.table.items_file"),
         ("ml1m_sasrec", "model.qk_width=9", "under model.kind=sasrec: use hstu"),
@@ -52,6 +51,11 @@ def test_overrides_without_effect_are_refused(monkeypatch, name, override, messa
     field = override.split("=")[0]
     with pytest.raises(ValueError, match=f"--config.{field} has no effect .*{message}"):
         made(monkeypatch, name, override)
+
+
+def test_a_public_set_has_its_own_columns(monkeypatch):
+    with pytest.raises(ValueError, match="data.table.user='u' does nothing under data.source='ml-"):
+        made(monkeypatch, "ml1m_hstu", "data.table.user=u")
 
 
 def test_overrides_with_effect_are_taken(monkeypatch):

@@ -92,7 +92,7 @@ class Checkpoints:
             "state": ocp.StandardCheckpointHandler(),
             "position": ocp.JsonCheckpointHandler(),
         }
-        self._behind = Behind(keep)
+        self._behind = Behind(keep + 1)  # the newest, beside the best
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
     def save(

@@ -27,11 +27,7 @@ from scripts.load.requests import Sent
 from ultra_hstu import report
 from ultra_hstu.serving.service import RecommendService, open_service
 
-_WORKDIR, _RAW_DIR = command.define_run("folder of the run that is served first, of retrieval")
-_NEWER = command.as_path(flags.DEFINE_string("newer", None, "folder of the other", required=True))
-_CONNECTIONS = flags.DEFINE_integer("connections", 8, "connections that send requests")
-_REPLICAS = flags.DEFINE_integer("replicas", 1, "replicas of the deployment")
-_RECORD = command.define_record()
+FLAGS = flags.FLAGS
 
 FOLLOW_S = 0.5
 AROUND_S = 5.0  # of load before the newer model is there, and after it has taken over
@@ -39,28 +35,28 @@ LIMIT_S = 180.0  # in which it must have
 
 
 def main(_: list[str]) -> None:
-    paths = [Path(str(path)).resolve() for path in (_WORKDIR.value, _NEWER.value)]
+    paths = [Path(str(path)).resolve() for path in (FLAGS.workdir, FLAGS.newer)]
     services = []
     for path in paths:
-        service = open_service(str(path), _RAW_DIR.value)
+        service = open_service(str(path), FLAGS.raw_dir)
         if not isinstance(service, RecommendService):
             raise ValueError(f"{path} is a ranking run: name retrieval runs")
         services.append(service)
     expected = dict(zip([path.name for path in paths], map(answers, services), strict=True))
-    arguments = [f"--follow_s={FOLLOW_S}", f"--replicas={_REPLICAS.value}"]
-    arguments += [f"--raw_dir={_RAW_DIR.value}"] if _RAW_DIR.value else []
+    arguments = [f"--follow_s={FOLLOW_S}", f"--replicas={FLAGS.replicas}"]
+    arguments += [f"--raw_dir={FLAGS.raw_dir}"] if FLAGS.raw_dir else []
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder, "current")
         link.symlink_to(paths[0])
         port = portpicker.pick_unused_port()
         with deployment(str(link), *arguments, port=port) as served:
-            run = swapped(served.url, link, paths[1], expected, _CONNECTIONS.value, AROUND_S)
+            run = swapped(served.url, link, paths[1], expected, FLAGS.connections, AROUND_S)
             found = asyncio.run(run)
     record = Record(
-        _RECORD.value,
+        FLAGS.record,
         config=services[0].model.config.name,
-        replicas=_REPLICAS.value,
-        connections=_CONNECTIONS.value,
+        replicas=FLAGS.replicas,
+        connections=FLAGS.connections,
     )
     record.add(swap=found)
     report.make_console().print(found)
@@ -138,4 +134,9 @@ def as_named(seen: Seen, expected: dict[str, list[Sent]]) -> bool:
 
 
 if __name__ == "__main__":
+    command.define_run("folder of the run that is served first, of retrieval")
+    command.as_path(flags.DEFINE_string("newer", None, "folder of the other", required=True))
+    flags.DEFINE_integer("connections", 8, "connections that send requests")
+    flags.DEFINE_integer("replicas", 1, "replicas of the deployment")
+    command.define_record()
     command.run(main)

@@ -193,7 +193,8 @@ def test_requests_partition_every_part(
         asked[:] = 0
     sizes = [(int(round(n * validation, 6)), int(round(n * test, 6))) for n in lengths]
     assert [
-        (t - v, last - t) for _, v, t, last in zip(*dataclasses.astuple(parts), strict=True)
+        (t - v, last - t)
+        for _, v, t, last in zip(parts.first, parts.validation, parts.test, parts.last, strict=True)
     ] == sizes
 
 

@@ -53,7 +53,7 @@ def an_answer_and_its_description(served, known, folder):
     with urllib.request.urlopen(f"{served.url}/openapi.json", timeout=60) as response:
         described = json.loads(response.read())
     assert (
-        set(described["paths"]) == {"/score", "/items", "/user"}
+        set(described["paths"]) == {"/score", "/items", "/user", "/health"}
         and "Request" not in described["components"]["schemas"]
     )
     assert set(described["components"]["schemas"]["ScoreRequest"]["properties"]) >= {
