@@ -10,9 +10,7 @@ deviation. `--tables` evaluates on the item table as each kind of serving table 
 and says how many bytes go to the device.
 """
 
-import dataclasses
 import math
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -24,9 +22,8 @@ from experiments.record import Json, Record
 from ultra_hstu import progress, quantization, report, tasks
 from ultra_hstu.criteria import WARMTH, Metrics, by_warmth, mean_and_deviation
 from ultra_hstu.evaluate import Evaluator
-from ultra_hstu.fields import difference
 from ultra_hstu.serving.recommend import require_dense
-from ultra_hstu.workdir import FREE_FIELDS, Workdir
+from ultra_hstu.workdir import Workdir, require_same
 
 _WORKDIR, _RAW_DIR = command.define_run("folder of a trained run, or of the runs of several seeds")
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "which part of the data")
@@ -117,19 +114,6 @@ def _parts() -> str:
         f"{name}: {low} or more" if math.isinf(high) else f"{name}: {low} to {high}"
         for name, low, high in WARMTH
     )
-
-
-def require_same(runs: Sequence[Workdir]) -> None:
-    """Raises ValueError, with the difference, for runs that differ in more than their seeds."""
-    first, *others = (dataclasses.asdict(folder.read_config()) for folder in runs)
-    for folder, config in zip(runs[1:], others, strict=True):
-        config["train"]["seed"] = first["train"]["seed"]
-        if lines := [one for one in difference(first, config) if not one.startswith(FREE_FIELDS)]:
-            listed = "\n  ".join(lines)
-            raise ValueError(
-                f"{folder.path} has another configuration than {runs[0].path}, so that no mean is "
-                f"taken:\n  {listed}\nName one of them with --workdir."
-            )
 
 
 def served(table_ID: Float[np.ndarray, "I D"], kind: str, max_history: int) -> dict[str, float]:

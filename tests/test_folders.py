@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from experiments import compare
-from experiments.evaluate import require_same
 from tests import commands
 from tests.small_run import small_config
 from ultra_hstu.fields import changed
 from ultra_hstu.json_files import write_json
 from ultra_hstu.starts import read_starts
-from ultra_hstu.workdir import Workdir
+from ultra_hstu.workdir import Workdir, require_same
 
 
 def trained(folder, *arguments):

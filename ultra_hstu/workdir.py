@@ -21,6 +21,7 @@ import fcntl
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -327,3 +328,16 @@ class Workdir:
             )
         data = dataclasses.replace(config.data, raw_dir=raw_dir or config.data.raw_dir)
         return dataclasses.replace(config, data=data)
+
+
+def require_same(runs: Sequence[Workdir]) -> None:
+    """Raises ValueError, with the difference, for runs that differ in more than their seeds."""
+    first, *others = (dataclasses.asdict(folder.read_config()) for folder in runs)
+    for folder, config in zip(runs[1:], others, strict=True):
+        config["train"]["seed"] = first["train"]["seed"]
+        if lines := [one for one in difference(first, config) if not one.startswith(FREE_FIELDS)]:
+            listed = "\n  ".join(lines)
+            raise ValueError(
+                f"{folder.path} has another configuration than {runs[0].path}, so that no mean is "
+                f"taken:\n  {listed}\nName one of them with --workdir."
+            )
