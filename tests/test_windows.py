@@ -72,14 +72,14 @@ def trained(config, data, folder, console=QUIET):
     return train(config, folder, console=console, task=tasks.of(config, data))
 
 
-PROGRAMS = windows._Programs()
+PROGRAMS = windows._KeptPrograms()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once():
     """Programs of runs of one configuration, whose shapes differ if anything does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "_Programs", lambda: PROGRAMS)
+        patch.setattr(windows, "_KeptPrograms", lambda: PROGRAMS)
         yield
 
 
