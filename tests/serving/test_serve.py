@@ -196,6 +196,7 @@ CHECKS = [
 ]
 
 
+@pytest.mark.usefixtures("one_deployment")
 def test_the_deployment(folder, newer, known, subtests, tmp_path):
     """One deployment of two replicas for all checks. All it started must end.
 

@@ -131,6 +131,7 @@ CHECKS = [
 ]
 
 
+@pytest.mark.usefixtures("one_deployment")
 def test_the_deployment(folder, known, subtests):
     """One deployment for all checks, in one test so that parallel test processes start it once. Its
     item table is in host memory, its users are in both tiers, and nobody is shown them."""
