@@ -1,6 +1,5 @@
 """What Triton kernels over whole rows share: what they take, and the sizes of their launches."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from kernels import device, triton_call
+from kernels import triton_call
 
 # The name of mean and 1 / deviation of a row, given with jax.ad_checkpoint.checkpoint_name.
 NORM_STATS = "norm_stats"
@@ -32,27 +31,19 @@ class RowSpec(NamedTuple):
 
 def refusal(spec: RowSpec) -> str | None:
     """Why no Triton kernel can take such rows here, or None."""
-    current, dtype = device.current(), jnp.dtype(spec.dtype)
-    capability = current.compute_capability
-    if current.platform != "gpu" or capability is None or capability < (8, 0):
-        return (
-            f"triton needs an NVIDIA GPU from sm80 (A100) on, the device is {current.kind!r}; "
-            "implementation='xla' runs anywhere"
-        )
-    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"triton takes float32, bfloat16 or float16, got {dtype.name}; use 'xla'"
-    if not 0 < spec.width <= WIDEST:
-        return (
-            f"triton takes rows of width 1 to {WIDEST}, got {spec.width}; implementation='xla' "
-            "takes any"
-        )
-    for package in ("jax_triton", "triton"):
-        if importlib.util.find_spec(package) is None:
+
+    def unfit(_: tuple[int, int]) -> str | None:
+        dtype = jnp.dtype(spec.dtype)
+        if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            return f"triton takes float32, bfloat16 or float16, got {dtype.name}; use 'xla'"
+        if not 0 < spec.width <= WIDEST:
             return (
-                f"triton needs {package}: pip install -r requirements-cuda.txt; "
-                "implementation='xla' needs nothing more"
+                f"triton takes rows of width 1 to {WIDEST}, got {spec.width}; implementation='xla' "
+                "takes any"
             )
-    return None
+        return None
+
+    return triton_call.refusal(unfit)
 
 
 def launch(
