@@ -134,9 +134,10 @@ def with_genres(interactions):
     )
 
 
-def batch_of(task, columns, ranking):
-    rows = task.longest if ranking else (len(columns["start"]) * 3 * 50,)
-    rows = tuple(len(columns["user"]) * one for one in task.longest) if ranking else rows
+def batch_of(task, columns):
+    """With a capacity that does not follow the data: the longest history may grow."""
+    users = len(columns["start" if "start" in columns else "user"])
+    rows = (users * 150,) * len(task.longest or (0,))
     gather = task.gather(True, rows, 0)
     return gather(task.events, columns, np)
 
@@ -160,7 +161,7 @@ def test_the_future_changes_no_history(seed, merge):
     for interactions, moved in ((before, 0 * shift), (after, shift)):
         task = tasks.of(config, interactions)
         columns = {"start": before.offsets[:-1] + moved, "stop": before.offsets[1:] - 1 + moved}
-        batch = batch_of(task, columns, ranking=False)
+        batch = batch_of(task, columns)
         codes = task.item_features.code_IV[batch.item_T]
         found.append((jax.tree.leaves(batch), codes))
     for one, other in zip(found[0][0], found[1][0], strict=True):
@@ -193,6 +194,6 @@ def test_the_future_changes_no_request(seed, interleaved):
             "start/events": np.maximum(first, last - 1 - config.data.max_history),
             "stop/events": last - 1,
         }
-        found.append(jax.tree.leaves(batch_of(task, columns, ranking=True)))
+        found.append(jax.tree.leaves(batch_of(task, columns)))
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
