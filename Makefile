@@ -37,6 +37,9 @@ demo: $(INSTALLED)  ## train a small HSTU beside SASRec, compare, draw, recommen
 test: $(INSTALLED)  ## the whole test suite on CPU
 	JAX_PLATFORMS=cpu $(PY) -m pytest -q -n 2 --dist=worksteal --ignore=tests/gpu
 
+fuzz: $(INSTALLED)  ## the property tests on examples that are drawn anew
+	JAX_PLATFORMS=cpu $(PY) -m pytest -q -n 2 -m hypothesis --hypothesis-profile=fuzz --ignore=tests/gpu
+
 test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU (after install-cuda)
 	$(PY) -m pytest -q -n 8 --dist=worksteal tests/gpu --record=experiments/results/test_gpu.json
 
@@ -57,4 +60,4 @@ tables: $(INSTALLED)  ## write the tables and figures of README and docs anew fr
 clean:  ## remove .venv, builds and runs; prepared data (~/.local/share/ultra-hstu/data) stays
 	rm -rf $(VENV) build *.egg-info runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-.PHONY: help install install-cuda demo test test-gpu package lint page tables clean
+.PHONY: help install install-cuda demo test fuzz test-gpu package lint page tables clean

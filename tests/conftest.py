@@ -9,6 +9,7 @@ import os
 import pathlib
 import tempfile
 
+import hypothesis
 import jax
 
 # Tracing makes many small objects and little garbage. With Python's limits the collector takes a
@@ -41,6 +42,12 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Property tests draw the same examples in every run, so that a failure is of the change under test;
+# `make fuzz` draws others.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("fuzz", derandomize=False, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 # The tests in `gpu` need a GPU; `make test-gpu` runs them.
 collect_ignore = [] if any(pathlib.Path("/dev").glob("nvidia[0-9]*")) else ["gpu"]

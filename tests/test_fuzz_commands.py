@@ -36,7 +36,7 @@ FIELDS = {name: [path for path, *_ in leaves(configs.named(name))] for name in c
 
 
 @given(st.data())
-@settings(max_examples=120, derandomize=True, deadline=None)
+@settings(max_examples=120)
 def test_overrides(data):
     name = data.draw(st.sampled_from(sorted(configs.CONFIGS)))
     path, value = data.draw(st.sampled_from(FIELDS[name])), data.draw(VALUES)
@@ -71,8 +71,6 @@ def test_overrides(data):
 )
 @settings(
     max_examples=10,
-    derandomize=True,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_command_lines(tmp_path, command, arguments):

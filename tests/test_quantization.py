@@ -34,7 +34,7 @@ def test_half_the_bytes_of_int8():
     assert quantization.take(four, np.array([3, 3, 7])).nbytes == 3 * 12
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(arrays.arrays(np.float32, (3, 6), elements=VALUES))
 def test_errors_stay_below_half_a_step(values):
     for quantize, steps, side in (
@@ -55,7 +55,7 @@ def test_errors_stay_below_half_a_step(values):
         assert (np.abs(back - values) <= bound[:, None]).all()
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(VALUES)
 def test_rows_of_one_value(value):
     row = np.full((1, 6), value, np.float32)

@@ -97,7 +97,7 @@ def test_the_official_files_are_read(tmp_path, source):
 
 
 @pytest.mark.parametrize("source", OFFICIAL)
-@settings(max_examples=80, derandomize=True, deadline=timedelta(seconds=20), database=None)
+@settings(max_examples=80, deadline=timedelta(seconds=20))
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), NUMBER, NUMBER), min_size=1, max_size=2),
     st.integers(0, 9),
@@ -134,7 +134,7 @@ def catalogue(tmp_path_factory):
     return path, path.read_bytes(), Catalog.load(path)
 
 
-@settings(max_examples=300, derandomize=True, deadline=timedelta(seconds=20), database=None)
+@settings(max_examples=300, deadline=timedelta(seconds=20))
 @given(st.sampled_from(["bit", "cut", "byte put in", "bytes lost"]), NUMBER, NUMBER)
 def test_a_damaged_catalogue(catalogue, damage, i, j):
     path, data, whole = catalogue

@@ -64,7 +64,7 @@ def test_alpha_outside_its_range(alpha):
 # --- subsequences ---
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from(["recent", "random", "weighted"]))
 def test_subsequences_are_sorted_and_of_exact_size(data, kind):
     length = data.draw(st.integers(0, 40))

@@ -57,7 +57,7 @@ def slowly(text: str):
     return {user: events for user, events in histories.items() if len(events) >= 3}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(CHANGES)
 def test_changed_files(changes):
     text = TEXT

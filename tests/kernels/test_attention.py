@@ -214,7 +214,7 @@ def test_no_gradient_crosses_sequences_or_flows_from_the_future():
         np.testing.assert_array_equal(touched, (np.arange(50) >= 20) & (np.arange(50) <= 35))
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_any_batch_and_mask(data):
     """Random lengths, targets, contextual counts and masks.

@@ -197,7 +197,7 @@ def test_what_a_mask_says_of_itself(mask):
     assert mask.windowed or (seen == np.tril(np.ones_like(seen))).all()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_mask_and_batch(data):
     size = st.integers(0, 9)

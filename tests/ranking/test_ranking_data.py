@@ -137,7 +137,7 @@ def test_a_channel_of_an_unknown_action_is_refused():
         RankingTask.of(config, rank_data.interactions())
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(3, 40), min_size=1, max_size=8),
     targets=st.integers(1, 9),

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ultra_hstu.ranking.metrics import (
@@ -80,7 +80,6 @@ def entropy(entries):
     return -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)) if 0 < rate < 1 else None
 
 
-@settings(deadline=None)
 @given(ENTRIES)
 def test_definitions(entries):
     logit, label, weight, group = columns(entries)

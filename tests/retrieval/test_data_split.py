@@ -57,7 +57,7 @@ def test_temporal():
     assert rows(done.test) == [(0, 0, 3), (1, 5, 7), (3, 11, 12), (4, 14, 16)]
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.lists(st.integers(0, 30), min_size=3, max_size=9).map(sorted), min_size=2, max_size=8
@@ -86,7 +86,7 @@ def test_temporal_never_trains_on_the_future(times, fraction, max_history):
 
 
 @pytest.mark.parametrize("protocol", ["published", "validated"])
-@settings(max_examples=30, derandomize=True, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(3, 12), min_size=1, max_size=6), st.integers(1, 8))
 def test_leave_last_out(protocol, lengths, max_history):
     data = make(*([*range(length)] for length in lengths))

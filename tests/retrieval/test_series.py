@@ -142,7 +142,7 @@ def batch_of(task, columns):
     return gather(task.events, columns, np)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 99), merge=st.sampled_from(["sum", "series"]))
 def test_the_future_changes_no_history(seed, merge):
     """Later events, features and values leave every batch of earlier ones as it is, bit for bit."""
@@ -169,7 +169,7 @@ def test_the_future_changes_no_history(seed, merge):
     np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 99), interleaved=st.booleans())
 def test_the_future_changes_no_request(seed, interleaved):
     """Of ranking: an event's features, signals and gaps are those of its time."""

@@ -9,9 +9,6 @@ from hypothesis import strategies as st
 
 BOUNDED = settings(
     max_examples=200,
-    derandomize=True,
-    deadline=None,
-    database=None,
     suppress_health_check=list(HealthCheck),
 )
 WIDEST = 2**63 - 1
