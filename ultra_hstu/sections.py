@@ -7,6 +7,21 @@ from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 from ultra_hstu.paths import LocalPath
 
 Count = Positive[int]
+Rows = tuple[NotNegative[int], ...]
+Windows = tuple[Annotated[int, Limit(lambda value: value >= -1, "at least -1")], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelConfig(Section):
+    """One transducer of a mixture, with a history, a length and a depth of its own.
+
+    Its history is the newest events whose signal is at least a value.
+    """
+
+    signal: str = ""  # an action of the data; "": every event
+    at_least: float = 1.0  # of the signal
+    max_history: Count = 200  # newest such events kept in front of a target
+    layers: Count = 2  # depth of its encoder
 
 
 @dataclasses.dataclass(frozen=True)
