@@ -9,8 +9,10 @@ again, so a killed ablation goes on where it was. Any field can be overridden fo
 --config.train.epochs=5 (the baseline: --baseline.train.epochs=5).
 """
 
+import dataclasses
 import functools
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -21,7 +23,14 @@ from experiments import command
 from experiments.record import Json, Record
 from kernels.mask import layer_masks
 from ultra_hstu import report
-from ultra_hstu.config import Config, from_config_dict
+from ultra_hstu.config import (
+    CUTS,
+    MASKS,
+    ChannelConfig,
+    Config,
+    ModelConfig,
+    from_config_dict,
+)
 from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.fields import changed
 from ultra_hstu.ranking.task import RankingTask
@@ -34,7 +43,8 @@ ULTRA, BASELINE = "ultra", "baseline"
 def variants(config: Config) -> dict[str, Config]:
     """The configuration itself, then one variant for each piece that it has, without it.
 
-    One more switches fp8 projections on (off, where they are on).
+    One more switches fp8 projections on (off, where they are on), and one has the layer that the
+    paper writes down in place of the production layer.
     """
     change = functools.partial(changed, config)
 
@@ -42,15 +52,15 @@ def variants(config: Config) -> dict[str, Config]:
     found = {ULTRA: config}
     if rank.input == "merged":
         # An event is then two rows: windows reach as many events back as before.
-        reach = {
-            name: tuple(2 * rows if rows > 0 else rows for rows in getattr(model, name))
-            for name in ("window", "full_rows", "prefix")
-        }
-        found["interleaved_input"] = change(rank={"input": "interleaved"}, model=reach)
-    if any(mask.windowed for mask in layer_masks(vars(model))):
-        found["full_attention"] = change(model={"window": (), "full_rows": (), "prefix": ()})
-    if model.truncate_after is not None:
-        found["no_truncation"] = change(model={"truncate_after": None, "truncate_length": None})
+        found["interleaved_input"] = change(
+            rank={"input": "interleaved"},
+            model=reach(model) | {"channels": each_channel(model, reach)},
+        )
+    encoders = model.encoders.values()
+    if any(mask.windowed for one in encoders for mask in layer_masks(vars(one))):
+        found["full_attention"] = without(config, {name: () for name in MASKS})
+    if any(one.truncate_after is not None for one in encoders):
+        found["no_truncation"] = without(config, dict.fromkeys(CUTS))
     if model.channels:
         found["one_transducer"] = change(model={"channels": {}})
     if rank.signals:
@@ -66,7 +76,33 @@ def variants(config: Config) -> dict[str, Config]:
         found["same_precision"] = change(model={"projection": "same"})
     else:
         found["fp8_projections"] = change(model={"projection": "fp8"})
+    if model.preset == "production":
+        found["paper_layer"] = change(model={"preset": "research", "alpha": None})
     return found
+
+
+def reach(section: ModelConfig | ChannelConfig) -> Json:
+    """Options of masks, which count rows, for two rows an event."""
+    return {
+        name: tuple(2 * rows if rows > 0 else rows for rows in getattr(section, name))
+        for name in MASKS
+    }
+
+
+def each_channel(
+    model: ModelConfig, options: Callable[[ChannelConfig], Json]
+) -> dict[str, ChannelConfig]:
+    """The channels with other options."""
+    return {
+        name: dataclasses.replace(channel, **options(channel))
+        for name, channel in model.channels.items()
+    }
+
+
+def without(config: Config, options: Json) -> Config:
+    """The configuration without options of layers, those that channels have of their own, too."""
+    channels = each_channel(config.model, lambda _: options)
+    return changed(config, model=options | {"channels": channels})
 
 
 def describe(task: RankingTask) -> dict[str, float]:
@@ -120,8 +156,14 @@ def run(
     folder: Path,
     file: Path | str | None,
     console: Console,
+    *,
+    about: Json | None = None,
 ) -> None:
-    """Trains every variant with every seed; the record is written to `file` after each run."""
+    """Trains every variant with every seed; the record is written to `file` after each run.
+
+    Args:
+      about: what else the record says.
+    """
     first = next(iter(chosen.values()))
     record = Record(
         file,
@@ -129,6 +171,7 @@ def run(
         protocol=first.train.protocol,
         eval=first.evaluation,
         baselines=task_of(first, interactions).baselines("test"),
+        **(about or {}),
     )
     found: dict[str, Json] = {}
     for name, variant in chosen.items():

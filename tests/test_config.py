@@ -16,7 +16,15 @@ from experiments.command import ConfigParser
 from kernels import fp8
 from tests.serving.small_serving import unchecked
 from ultra_hstu import criteria, fields
-from ultra_hstu.config import ChannelConfig, Config, from_config_dict, to_config_dict
+from ultra_hstu.config import (
+    CHANNEL_OPTIONS,
+    ChannelConfig,
+    Config,
+    ModelConfig,
+    from_config_dict,
+    to_config_dict,
+)
+from ultra_hstu.effects import without_effect
 from ultra_hstu.fields import Section, changed, difference
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.remat import policy_of
@@ -27,7 +35,8 @@ NAMES = """
     synthetic ml100k_hstu ml1m_sasrec ml1m_hstu ml1m_hstu_large ml1m_ultra ml20m_sasrec ml20m_hstu
     ml20m_hstu_large books_sasrec books_hstu books_hstu_large beauty_sasrec beauty_hstu
     assistments_rank_hstu assistments_rank_ultra ml1m_rank_hstu ml1m_rank_ultra kuairand_rank_hstu
-    ml1m_hstu_features ml100k_hstu_features kuairand_rank_ultra long_ultra long_mst table table_rank
+    ml1m_hstu_features ml100k_hstu_features kuairand_rank_ultra long_ultra long_ultra_paper
+    long_mst table table_rank
 """.split()
 
 
@@ -366,3 +375,64 @@ def test_depths_of_channels_are_named(model, message):
         channels["a"] = ChannelConfig(layers=2)
     with pytest.raises(ValueError, match=message):
         changed(Config(), model=model, rank={"tasks": ("like",)}).validate()
+
+
+@pytest.mark.parametrize(
+    ("channel", "message"),
+    [
+        ({"window": (3, 3)}, "model.channels.b.window=(3, 3) must hold one value, or one for each "
+         "of model.channels.b.layers=1"),
+        ({"truncate_length": 4}, "model.truncate_after=None and "
+         "model.channels.b.truncate_length=4: give both, or neither"),
+        ({"truncate_after": 1, "truncate_length": 4},
+         "model.channels.b.truncate_after=1 must be below model.channels.b.layers=1"),
+        ({"width": 0}, "model.channels.b.width=0 must be greater than 0"),
+    ],
+)  # fmt: skip
+def test_options_of_a_channel_are_named(channel, message):
+    channels = {"a": ChannelConfig(), "b": ChannelConfig(layers=1, **channel)}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        changed(Config(), model={"channels": channels}, rank={"tasks": ("like",)}).validate()
+
+
+def test_a_channel_has_the_options_of_the_model_or_its_own():
+    own = ChannelConfig(layers=3, width=8, window=(-1,), truncate_length=7)
+    channels = {"a": ChannelConfig(), "b": own, "c": dataclasses.replace(own, prefix=(0,))}
+    cut = {"truncate_after": 1, "truncate_length": 5}
+    model = ModelConfig(width=4, window=(2,), prefix=(1,), channels=channels, **cut)
+    a, b, c = model.encoders.values()
+    assert (a.width, a.window, a.truncate_length, a.layers) == (4, (2,), 5, 2)
+    assert (b.width, b.window, b.truncate_length, b.truncate_after) == (8, (-1,), 7, 1)
+    assert (b.prefix, c.prefix) == ((1,), (0,))
+    assert ModelConfig(layers=7).encoders == {"": ModelConfig(layers=7)}
+    every = {name: dataclasses.replace(own, truncate_after=2) for name in channels}
+    for given, without in (
+        (channels, set()),
+        (every, {"model.window", *map("model.".__add__, cut)}),
+    ):
+        config = changed(Config(), model={"channels": given}, rank={"tasks": ("like",)})
+        found = without_effect(config)
+        assert without == found.keys() & {f"model.{name}" for name in CHANNEL_OPTIONS}
+    assert "set model.channels.a.window or model.channels.b.window" in found["model.window"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"divide_by": "kept"}, "model.divide_by='kept' divides by what a truncation leaves, and "
+         "there is none"),
+        ({"divide_by": "own"}, "divide_by='own' is not allowed: use 'constant', 'kept', 'length'"),
+        ({"divide_by": "length", "attention": "softmax"}, "model.divide_by='length' does nothing "
+         "under model.attention='softmax'"),
+        ({"divide_by": "length", "kind": "sasrec"}, "model.divide_by='length' does nothing under "
+         "model.kind='sasrec'"),
+    ],
+)  # fmt: skip
+def test_divisors_that_cannot_work_are_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        changed(Config(), model=model).validate()
+    own = {"a": ChannelConfig(), "b": ChannelConfig(truncate_after=1, truncate_length=3)}
+    kept = {"divide_by": "kept", "channels": own}
+    changed(
+        Config(), model=kept, rank={"tasks": ("like",)}, train={"protocol": "chronological"}
+    ).validate()

@@ -175,6 +175,22 @@ def test_channels_add_up_and_share_one_head():
     parts = flops.Flops(*np.add(long, flops.count(one, [5, 9], targets=4)))
     assert (counted.projections, counted.attention) == (parts.projections, parts.attention)
     assert counted.head == 4 * 2 * 32 * (2 * WIDTH + 1)
+    own = {
+        "long": ChannelConfig(layers=3, window=(8,), truncate_after=1, truncate_length=20),
+        "short": ChannelConfig(layers=2, width=64),
+    }
+    found = flops.count(
+        with_(one, model__channels=own), 0, targets=4, channels={"long": 50, "short": 9}
+    )
+    local = with_(
+        one, model__layers=3, model__window=(8,),
+        model__truncate_after=1, model__truncate_length=20,
+    )  # fmt: skip
+    thin = flops.count(with_(one, model__width=64), 9, targets=4)
+    parts = flops.Flops(*np.add(flops.count(local, 50, targets=4), thin))
+    assert found.attention == parts.attention
+    assert found.projections == parts.projections + 2 * 13 * WIDTH * 64
+    assert found.head == 4 * 2 * 32 * (WIDTH + 64 + 1)
     with pytest.raises(
         ValueError,
         match=r"channels \['long'\] are not those of model.channels, \['long', 'short'\]",

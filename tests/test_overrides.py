@@ -59,8 +59,10 @@ def test_a_public_set_has_its_own_columns(monkeypatch):
 
 
 def test_overrides_with_effect_are_taken(monkeypatch):
-    config = made(monkeypatch, "ml1m_rank_ultra", "model.channels.liked.layers=4", "train.epochs=2")
-    assert config.model.channels["liked"].layers == 4 and config.train.epochs == 2
+    own = [f"model.channels.liked.{one}" for one in ("layers=4", "window=(3,)", "width=16")]
+    config = made(monkeypatch, "ml1m_rank_ultra", *own, "train.epochs=2")
+    liked = config.model.channels["liked"]
+    assert (liked.layers, liked.window, liked.width) == (4, (3,), 16) and config.train.epochs == 2
     loss = made(monkeypatch, "ml1m_hstu", "loss.kind=in_batch", "loss.log_q=False").loss
     assert (loss.kind, loss.log_q) == ("in_batch", False)
     assert made(monkeypatch, "ml1m_hstu", "loss.rows_per_draw=4").loss.rows_per_draw == 4

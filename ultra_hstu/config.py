@@ -15,22 +15,24 @@ from ultra_hstu.feature_config import FeatureConfig
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 from ultra_hstu.paths import LocalPath
 from ultra_hstu.sections import (
+    ChannelConfig,
     Count,
     EvalConfig,
     LossConfig,
     OptimConfig,
     ParallelConfig,
     RankConfig,
+    Rows,
     SyntheticConfig,
     TrainConfig,
+    Windows,
     WindowsConfig,
 )
 from ultra_hstu.table_config import TableConfig
 
 Kind = Literal["binary", "regression"]  # of a ranking task
-
-Rows = tuple[NotNegative[int], ...]
-Windows = tuple[Annotated[int, Limit(lambda value: value >= -1, "at least -1")], ...]
+MASKS, CUTS = ("window", "full_rows", "prefix"), ("truncate_after", "truncate_length")
+CHANNEL_OPTIONS = ("width", *MASKS, *CUTS)  # of a model, which a channel may have of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +71,6 @@ class DataConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class ChannelConfig(Section):
-    """One transducer of a mixture, with a history, a length and a depth of its own.
-
-    Its history is the newest events whose signal is at least a value.
-    """
-
-    signal: str = ""  # an action of the data; "": every event
-    at_least: float = 1.0  # of the signal
-    max_history: Count = 200  # newest such events kept in front of a target
-    layers: Count = 2  # depth of its encoder
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
     kind: Literal["hstu", "sasrec"] = "hstu"  # the encoder
     width: Count = 50  # D, of an event's embedding and of every layer
@@ -112,6 +101,9 @@ class ModelConfig(Section):
     # Attention truncation: so many layers work on the whole sequence, the others on its newest end.
     truncate_after: Count | None = None
     truncate_length: Count | None = None  # events of that end
+    # Attention is divided by N. kept: above a truncation by the most rows that it leaves, as the
+    # published L2STU. length: by the rows of each sequence, without targets.
+    divide_by: Literal["constant", "kept", "length"] = "constant"
     # Mixture of transducers, by name; empty: one transducer over all events, with `layers`.
     channels: dict[str, ChannelConfig] = dataclasses.field(default_factory=dict)
     # Precision of the uvqk and output projections in the forward; "same" follows dtype.
@@ -124,6 +116,18 @@ class ModelConfig(Section):
     remat: Literal["none", "selective"] = "none"
     # Mini-sequences: rows that token-wise parts work on at one time; None: all.
     chunk_rows: Count | None = None
+
+    @property
+    def encoders(self) -> dict[str, "ModelConfig"]:
+        """What the encoder of each channel is made from; of a run without channels one, by ""."""
+        if not self.channels:
+            return {"": self}
+        return {name: self._of_channel(channel) for name, channel in self.channels.items()}
+
+    def _of_channel(self, channel: ChannelConfig) -> "ModelConfig":
+        given = {name: getattr(channel, name) for name in CHANNEL_OPTIONS}
+        own = {name: value for name, value in given.items() if value not in ((), None)}
+        return dataclasses.replace(self, layers=channel.layers, channels={}, **own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,34 +235,31 @@ class Config(Section):
         """Options of layers that do not fit together, or that only some encoders have."""
         model, default = self.model, ModelConfig()
         width, heads = model.width, model.heads
-        after, length = model.truncate_after, model.truncate_length
         if model.kind == "sasrec" and width % heads:
             raise ValueError(
                 f"model.width={width} must be a multiple of model.heads={heads} for SASRec"
             )
-        masks, cuts = ("window", "full_rows", "prefix"), ("truncate_after", "truncate_length")
-        if (after is None) != (length is None):
-            cut = f"model.truncate_after={after} and model.truncate_length={length}"
-            raise ValueError(f"{cut}: give both, or neither")
-        channels = {f"channels.{name}.layers": one.layers for name, one in model.channels.items()}
-        for depth, layers in (channels or {"layers": model.layers}).items():
-            for name in masks:
-                if len(values := getattr(model, name)) not in (0, 1, layers):
-                    each = f"one value, or one for each of model.{depth}={layers}"
-                    raise ValueError(f"model.{name}={values} must hold {each}")
-            if after is not None and after >= layers:
-                below = f"must be below model.{depth}={layers}"
-                raise ValueError(f"model.truncate_after={after} {below}")
+        for channel, encoder in model.encoders.items():
+            self._validate_layers(channel, encoder)
+        if model.divide_by == "kept" and not any(
+            encoder.truncate_after for encoder in model.encoders.values()
+        ):
+            raise ValueError(
+                "model.divide_by='kept' divides by what a truncation leaves, and there is none: "
+                "set model.truncate_after and model.truncate_length, or use 'constant' or 'length'"
+            )
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
             of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
-            lacks = (*masks, *cuts, *of_layer, "remat", "chunk_rows")
+            lacks = (*MASKS, *CUTS, "divide_by", *of_layer, "remat", "chunk_rows")
             without["model.kind='sasrec'", "use 'hstu'"] = lacks
         if model.projection == "same":
             why = "model.projection='same', whose gradients follow dtype"
             without[why, "use projection='fp8'"] = ("projection_gradient",)
         if model.attention == "softmax":
-            without["model.attention='softmax', which is plain causal", "use 'silu'"] = masks
+            without["model.attention='softmax', which is plain causal", "use 'silu'"] = MASKS
+            why = "model.attention='softmax', whose weights sum to 1"
+            without[why, "use 'silu'"] = ("divide_by",)
         if model.preset == "research":
             why = "model.preset='research', whose scores have no factor"
             without[why, "use 'production'"] = ("alpha",)
@@ -275,6 +276,25 @@ class Config(Section):
                         "or leave it out"
                     )
 
+    def _validate_layers(self, channel: str, encoder: ModelConfig) -> None:
+        """Values of an encoder that do not suit its depth."""
+        own = self.model.channels.get(channel)
+
+        def field(name: str) -> str:
+            given = own is not None and (name == "layers" or getattr(own, name) not in ((), None))
+            return f"model.{f'channels.{channel}.' if given else ''}{name}={getattr(encoder, name)}"
+
+        after, length, layers = encoder.truncate_after, encoder.truncate_length, encoder.layers
+        if (after is None) != (length is None):
+            cut = " and ".join(map(field, CUTS))
+            raise ValueError(f"{cut}: give both, or neither")
+        for name in MASKS:
+            if len(getattr(encoder, name)) not in (0, 1, layers):
+                each = f"one value, or one for each of {field('layers')}"
+                raise ValueError(f"{field(name)} must hold {each}")
+        if after is not None and after >= layers:
+            raise ValueError(f"{field('truncate_after')} must be below {field('layers')}")
+
     def _validate_parallel(self) -> None:
         """What the devices of a group can share."""
         parallel, model = self.parallel, self.model
@@ -286,7 +306,8 @@ class Config(Section):
             )
         if context == 1:
             return
-        windows = {width != -1 for width in model.window} or {False}
+        given = [encoder.window or (-1,) for encoder in model.encoders.values()]
+        windows = {width != -1 for window in given for width in window}
         halo = strategy == "halo" or (strategy == "auto" and True in windows)
         refused: dict[str, str] = {}  # what cannot be used, and the remedy
         if model.kind != "hstu":
@@ -300,9 +321,8 @@ class Config(Section):
         if (biased or strategy == "ulysses") and model.heads % context:
             refused[f"'ulysses' with model.heads={model.heads}"] = "use a multiple"
         if strategy == "halo" and False in windows:
-            refused[f"'halo' with model.window={model.window}, a full mask,"] = (
-                "use 'ring' or 'auto'"
-            )
+            full = next(window for window in given if -1 in window)
+            refused[f"'halo' with model.window={full}, a full mask,"] = "use 'ring' or 'auto'"
         if halo and parallel.layout == "striped":
             remedy = "use 'contiguous', or strategy='ring'"
             refused["'halo' with parallel.layout='striped'"] = remedy

@@ -8,7 +8,7 @@ one.) `Config.validate` refuses fields that contradict each other in any case.
 import dataclasses
 from collections.abc import Iterator
 
-from ultra_hstu.config import Config
+from ultra_hstu.config import CHANNEL_OPTIONS, Config
 from ultra_hstu.feature_config import Spelled
 from ultra_hstu.table_config import RULES
 
@@ -65,6 +65,10 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     model = config.model
     if model.channels:
         yield "model.layers", _of_channels(config, "layers")
+        for name in CHANNEL_OPTIONS[1:]:  # the embeddings have the width of the model
+            values = [getattr(channel, name) for channel in model.channels.values()]
+            if all(value not in ((), None) for value in values):
+                yield f"model.{name}", _of_channels(config, name)
     if model.kind == "sasrec":
         names = ("qk_width", "v_width", "preset", "attention", "relative_bias", "time_buckets")
         for name in (*names, "implementation"):

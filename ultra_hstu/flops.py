@@ -95,14 +95,15 @@ def count(
     history, targets, contextual, *parts = _lengths(
         history=history, targets=targets, contextual=contextual, **of_channels
     )
-    layers = [wanted[name].layers for name in channels] or [config.model.layers]
+    models = [config.model.encoders[name] for name in channels] or [config.model]
     encoders = [
-        _encoder(config, lengths, targets, contextual, depth)
-        for lengths, depth in zip(parts or [history], layers, strict=True)
+        _encoder(config, model, lengths, targets, contextual)
+        for lengths, model in zip(parts or [history], models, strict=True)
     ]
     total = Flops(*map(sum, zip(*encoders, strict=True)))
     if config.rank.tasks:
-        hidden, output = _head(config, history, targets, len(encoders))
+        width = sum(model.width for model in models)
+        hidden, output = _head(config, history, targets, width)
         again = hidden if config.model.chunk_rows is not None else 0.0
         total = total._replace(head=hidden + output, recomputed=total.recomputed + again)
     else:
@@ -167,9 +168,14 @@ def _lengths(**named: Lengths) -> list[np.ndarray]:
 
 
 def _encoder(
-    config: Config, history: np.ndarray, targets: np.ndarray, contextual: np.ndarray, layers: int
+    config: Config,
+    model: ModelConfig,
+    history: np.ndarray,
+    targets: np.ndarray,
+    contextual: np.ndarray,
 ) -> Flops:
-    model = config.model
+    """Of an encoder that is made from `model`, and of what projects the embeddings to its width."""
+    layers = model.layers
     # Equal samples cost the same; a set of users has far fewer different lengths than users.
     kind_K3, times_K = np.unique(
         np.stack([history, targets, contextual], axis=1), axis=0, return_counts=True
@@ -205,7 +211,9 @@ def _encoder(
 
     whole = model.relative_bias and config.parallel.context > 1
     can_select = model.kind == "hstu" and model.attention == "silu" and not whole
-    projections = attention = backward = again = unread = 0.0
+    attention = backward = again = unread = projections = 0.0
+    if model.width != config.model.width:
+        projections += 2.0 * float(share_K @ rows_of(None)) * config.model.width * model.width
     for layer, mask in enumerate(masks):
         truncated = model.truncate_after is not None and layer >= model.truncate_after
         limit = model.truncate_length if truncated else None
@@ -241,13 +249,13 @@ def _attention_widths(model: ModelConfig) -> tuple[int, int]:
 
 
 def _head(
-    config: Config, history: np.ndarray, targets: np.ndarray, encoders: int
+    config: Config, history: np.ndarray, targets: np.ndarray, width: int
 ) -> tuple[float, float]:
-    """Forward operations of the hidden layer and of the output."""
+    """Forward operations of the hidden layer, over encoders that are so wide, and of the output."""
     rank = config.rank
     predicted = np.where((targets == 0) & (rank.supervise == "all"), history, targets)
     each = 2.0 * float(predicted.mean()) * rank.head_width
-    return each * encoders * config.model.width, each * len(rank.tasks)
+    return each * width, each * len(rank.tasks)
 
 
 def _with_features(config: Config, total: Flops, codes: ItemCodes) -> Flops:

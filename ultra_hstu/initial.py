@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ultra_hstu import progress
 from ultra_hstu.checkpoint import abstract, load_state
-from ultra_hstu.config import Config
+from ultra_hstu.config import MASKS, Config
 from ultra_hstu.fields import difference
 from ultra_hstu.step import Params, TrainState
 from ultra_hstu.task import Task
@@ -24,9 +24,7 @@ FREE_MODEL = (
     "linear_dropout",
     "dtype",
     "implementation",
-    "window",
-    "full_rows",
-    "prefix",
+    *MASKS,
     "projection",
     "remat",
     "chunk_rows",
@@ -125,6 +123,9 @@ def _structure(config: Config) -> dict[str, Any]:
     for section, free in ((model, FREE_MODEL), (rank, FREE_RANK)):
         for name in free:
             section.pop(name)
+    for channel in model["channels"].values():
+        for name in MASKS:
+            channel.pop(name)
     features = dataclasses.asdict(config.features)
     features.pop("id_dropout")
     return {

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Int64
 from numpy.typing import ArrayLike
@@ -128,6 +129,14 @@ class Sequences:
     @property
     def num_sequences(self) -> int:
         return self.offsets.shape[0] - 1
+
+    @property
+    def lengths(self) -> Int32[Array, " B"]:
+        """Rows of each sequence that hold something."""
+        offsets = jnp.asarray(self.offsets, jnp.int32)
+        used_T = jnp.arange(self.num_rows, dtype=jnp.int32) < offsets[-1]
+        before = lengths_to_offsets((jnp.asarray(self.real_T) & used_T).astype(jnp.int32))
+        return before[offsets[1:]] - before[offsets[:-1]]
 
     @property
     def rows(self) -> Rows:

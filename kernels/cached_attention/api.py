@@ -18,7 +18,7 @@ from kernels.hstu_attention.api import check_tensors, check_times
 from kernels.hstu_attention.plan import AttentionSpec
 from kernels.hstu_attention.relative_bias import RelativeBias
 from kernels.mask import KeyIntervals
-from kernels.typing import RHV, Unchecked
+from kernels.typing import RHV, Scale, Unchecked
 
 _OP = dispatch.Op[AttentionSpec](
     "cached_attention",
@@ -42,7 +42,7 @@ def cached_attention(
     keys: KeyIntervals,
     *,
     alpha: float,
-    scale: float,
+    scale: Scale,
     own: tuple[Unchecked, Unchecked] | None = None,
     bias: RelativeBias | None = None,
     place_R: Int[Array, "..."] | None = None,
@@ -58,7 +58,9 @@ def cached_attention(
         float16.
       keys: two intervals of 0..S for each of the R rows. Where they overlap a key still counts
         once.
-      alpha, scale: as in `hstu_attention`.
+      alpha: factor on the scores.
+      scale: factor on the outputs, a constant or float[R], one a row. (Kernels take a constant: one
+        a row is multiplied with what they give, rounded once more.)
       own: key [R, H, K] and value [R, H, V] of each row itself, which it sees too. None: it sees
         none, or one that the intervals hold.
       bias: relative bias: `timestamps` [S] of the keys, `query_timestamps` [R] of the rows. A row's
@@ -74,6 +76,11 @@ def cached_attention(
         reasons.
     """
     _check(q_RHK, k_SHK, v_SHV, keys, own, bias, place_R)
+    if jnp.shape(scale) not in ((), (q_RHK.shape[0],)):
+        raise ValueError(
+            f"scale must be a constant or one factor for each of the {q_RHK.shape[0]} rows, got "
+            f"shape {jnp.shape(scale)}"
+        )
 
     if q_RHK.shape[0] == 0:
         return jnp.zeros((*q_RHK.shape[:2], v_SHV.shape[2]), q_RHK.dtype)
@@ -82,6 +89,8 @@ def cached_attention(
         if bias is not None and bias.timestamps is not None:
             bias = dataclasses.replace(bias, timestamps=jnp.zeros(1, jnp.int32))
 
+    of_rows = jnp.ndim(scale) > 0
+
     def run(module: ModuleType) -> Array:
         return module.attention(
             q_RHK,
@@ -89,7 +98,7 @@ def cached_attention(
             v_SHV,
             keys,
             alpha=float(alpha),
-            scale=float(scale),
+            scale=1.0 if of_rows else float(scale),
             own=own,
             bias=bias,
             place_R=place_R,
@@ -97,7 +106,10 @@ def cached_attention(
 
     _, heads, k_width = q_RHK.shape
     spec = AttentionSpec(q_RHK.dtype, heads, k_width, v_SHV.shape[2], bias is not None)
-    return _OP.call(implementation, spec, run)
+    out_RHV = _OP.call(implementation, spec, run)
+    if not of_rows:
+        return out_RHV
+    return (out_RHV * jnp.asarray(scale)[:, None, None]).astype(out_RHV.dtype)
 
 
 def _check(

@@ -1,7 +1,10 @@
 """Times training steps of a long configuration beside those with its pieces off, one at a time.
 
 python -m scripts.bench.long --config=long_ultra [--variants=ultra,plain_causal]
-    [--record=experiments/results/NAME.json]
+    [--record=experiments/results/NAME.json] [--count]
+
+All variants of long_ultra take about 4 minutes of an H200. With --count nothing is run, and the
+record has operations alone.
 
 A step is forward, loss, backward and optimizer, on a batch of `data.batch_users` histories of
 `data.max_history` events each, with random items, made on the device. Memory is the compiler's:
@@ -35,6 +38,7 @@ VARIANTS: dict[str, Json] = {
     "no_window": CAUSAL,
     "keeps_activations": {"remat": "none"},
     "fp8": {"projection": "fp8"},
+    "paper_layer": {"preset": "research", "alpha": None},
 }
 
 
@@ -45,6 +49,12 @@ def main(_: list[str]) -> None:
     names = FLAGS.variants or list(VARIANTS)
     record = Record(FLAGS.record, config=config.name, implementation=config.model.implementation)
     steps = {name: Step(with_model(config, VARIANTS[name])) for name in names}
+    operations = ("training_TFLOP_a_sample", "encoder_inference_TFLOP_a_sample")
+    if FLAGS.count:
+        counted = {name: step.operations for name, step in steps.items()}
+        record.add(variants=counted)
+        show(counted, operations, "variant")
+        return
     with ThreadPoolExecutor(len(names)) as pool:  # compilers run side by side
         found = dict(zip(names, pool.map(Step.compile, steps.values()), strict=True))
     for name, step in steps.items():
@@ -52,8 +62,7 @@ def main(_: list[str]) -> None:
             found[name] |= step.measure(FLAGS.seconds)
         record.add(variants=found)
     memory = ("step_ms", "temporary_GiB")
-    operations = ("training_TFLOP_a_sample", "encoder_inference_TFLOP_a_sample", "TFLOP_a_second")
-    show(found, (*memory, *operations, "error"), "variant")
+    show(found, (*memory, *operations, "TFLOP_a_second", "error"), "variant")
 
 
 def with_model(config: Config, changes: Json) -> Config:
@@ -70,6 +79,17 @@ class Step:
         self.program = Program(config, items, jax.devices())
         self.counted = flops.count(config, config.data.max_history, items=items)
 
+    @property
+    def operations(self) -> Json:
+        """Those that the model needs, and what of it."""
+        pieces, counted = (*WHOLE, *CAUSAL, "remat", "projection", "preset"), self.counted
+        return {
+            "model": {name: getattr(self.config.model, name) for name in pieces},
+            "training_TFLOP_a_sample": counted.training / 1e12,
+            "recomputed_TFLOP_a_sample": counted.recomputed / 1e12,
+            "encoder_inference_TFLOP_a_sample": (counted.projections + counted.attention) / 1e12,
+        }
+
     def compile(self) -> Json:
         """What the compiler says of the step's memory, and what it should compute.
 
@@ -80,19 +100,13 @@ class Step:
             memory = self.program.compile().memory
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:2000]}
-        pieces = (*WHOLE, *CAUSAL, "remat", "projection")
-        counted = self.counted
-        return {
-            "model": {name: getattr(self.config.model, name) for name in pieces},
+        return self.operations | {
             "fp8_matrix_products": self.program.text.count(
                 'custom_call_target="__cublas$lt$matmul$f8"'
             ),
             "compile_s": time.perf_counter() - started,
             "temporary_GiB": memory.temp_size_in_bytes / 2**30 if memory else None,
             "state_GiB": memory.argument_size_in_bytes / 2**30 if memory else None,
-            "training_TFLOP_a_sample": counted.training / 1e12,
-            "recomputed_TFLOP_a_sample": counted.recomputed / 1e12,
-            "encoder_inference_TFLOP_a_sample": (counted.projections + counted.attention) / 1e12,
         }
 
     def measure(self, seconds: float) -> Json:
@@ -114,6 +128,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "implementation", None, "of attention; that of the configuration by default"
     )
+    flags.DEFINE_bool("count", False, "count operations, and run nothing")
     flags.DEFINE_float("seconds", 1.0, "time to measure a variant for")
     command.define_record()
     command.run(main)

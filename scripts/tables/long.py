@@ -10,6 +10,7 @@ VARIANTS = {  # of scripts.bench.long
     "no_window": "no window",
     "keeps_activations": '`remat="none"`',
     "fp8": '`projection="fp8"`',
+    "paper_layer": "the paper's own layer, `long_ultra_paper`",
 }
 
 MODES = ("none", "selective", "selective 8 chunks")  # of scripts.bench.layer
@@ -43,6 +44,17 @@ def long_ultra_table(record: Json) -> str:
     header += ["encoder, forward: TFLOP a sample", "training: TFLOP a sample", "TFLOP/s"]
     where = f"{record['device']}, {of_commit(record)}, attention `{record['implementation']}`"
     return markdown(header, rows, f"{where}{remark(record)}.")
+
+
+@measured("long_operations")
+def long_operations_table(record: Json) -> str:
+    """Operations that long_ultra needs, and the same model with pieces off."""
+    names = ("encoder_inference_TFLOP_a_sample", "training_TFLOP_a_sample")
+    rows = [
+        [VARIANTS[name], *cells(found, *(f"{{{one}:.3f}}" for one in names))]
+        for name, found in record["variants"].items()
+    ]
+    return markdown(["", "encoder, forward: TFLOP a sample", "training: TFLOP a sample"], rows)
 
 
 def memory_cases(*modes: str) -> list[str]:

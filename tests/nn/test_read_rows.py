@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from kernels.mask import AttentionMask
 from tests.nn.small_encoder import CONFIG, LENGTH, ROWS, WIDTH, batch, inputs
 from tests.test_flops import products
+from ultra_hstu.nn.divisor import Divisor
 from ultra_hstu.nn.hstu import HSTU, reads_few
 from ultra_hstu.nn.hstu_layer import LAYERS
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
@@ -23,6 +24,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 # Sequences are (2, 13, 3), (0, 0, 0), (1, 5, 2), (0, 3, 0), (2, 0, 2): contextual tokens, history
 # and targets of several, one twice, padding, and none.
 READ = np.array([31, 17, 0, 5, 17, 14, 20, 21, 40, ROWS, ROWS + 7, 24, 32, 2, 28, 30], np.int32)
+LENGTHS = Divisor(LENGTH, LENGTH, "length")
 MASKS = {
     "causal": AttentionMask(),
     "window": AttentionMask(window=3),
@@ -67,9 +69,18 @@ def value_and_gradients(run, params, x_TD, g_PD):
     "mask, options",
     [
         *((mask, {}) for mask in MASKS),
-        ("all", dict(preset="research", biased=True)),
+        ("all", dict(preset="research", biased=True, divisor=LENGTHS)),
         ("causal", dict(preset="research", implementation="reference", rate=0.4)),
-        ("all", dict(layers=2, truncation=Truncation(1, 4), remat="selective", rate=0.4)),
+        (
+            "all",
+            dict(
+                layers=2,
+                truncation=Truncation(1, 4),
+                divisor=LENGTHS,
+                remat="selective",
+                rate=0.4,
+            ),
+        ),
     ],
 )
 def test_rows_and_gradients(mask, options):

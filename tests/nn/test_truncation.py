@@ -23,7 +23,7 @@ from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.sequences import Sequences
 
 KEEP = 5  # L'
-LAYERS = 2
+LAYERS, SLOTS = 2, 5
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def norm(x, weight, bias):
     )
 
 
-def dense_layer(layer, x, mask, c, h, m):
+def dense_layer(layer, x, mask, c, h, m, divisor):
     """The production layer on one sequence [n, D], with a mask matrix filled in row by row."""
     n, heads = len(x), layer.heads
     seen = np.array(
@@ -67,12 +67,19 @@ def dense_layer(layer, x, mask, c, h, m):
     )
     u, v, q, k = jnp.split(uvqk, np.cumsum([12, 12, 8]), axis=1)
     u, (q, k, v) = jax.nn.silu(u), (part.reshape(n, heads, -1) for part in (q, k, v))
-    weight = jax.nn.silu(jnp.einsum("qhd,khd->hqk", q, k) / 2) * seen[None] / LENGTH
+    weight = jax.nn.silu(jnp.einsum("qhd,khd->hqk", q, k) / 2) * seen[None] / divisor
     a = jnp.einsum("hqk,khd->qhd", weight, v).reshape(n, -1)
     y = jnp.concatenate(
         [u, a, u * norm(a, layer.output_norm_weight[...], layer.output_norm_bias[...])], axis=1
     )
     return x + y @ layer.output[...]
+
+
+def divided_by(divide_by, c, h, above, keep):
+    """What attention is divided by in a sequence of so many rows."""
+    if divide_by == "length":
+        return max(c + h, 1)
+    return keep + SLOTS if above and divide_by == "kept" else LENGTH
 
 
 def by_sequence(built, x_TD, parts, masks, after, keep):
@@ -86,7 +93,8 @@ def by_sequence(built, x_TD, parts, masks, after, keep):
             if number == after:
                 left = [*range(c), *range(c, c + h)[-keep:], *range(c + h, c + h + m)]
                 x, rows, h = x[np.array(left, int)], rows[left], min(h, keep)
-            x = dense_layer(layer, x, mask, c, h, m) if len(rows) else x
+            divisor = divided_by(built.divisor.by, c, h, number >= after, keep)
+            x = dense_layer(layer, x, mask, c, h, m, divisor) if len(rows) else x
         out_TD = out_TD.at[rows].set(x)
     return out_TD
 
@@ -97,6 +105,7 @@ MASKS = {  # of the layer below the truncation, and of the one above
     "full rows": {"window": (2,), "full_rows": (3,)},
     "prefix": {"window": (1,), "prefix": (0, 3)},
 }
+DIVISORS = {"window": "kept", "full rows": "length", "prefix": "length"}  # else constant
 
 
 def masks_of(options):
@@ -139,7 +148,9 @@ def compare(built, parts, masks, after, keep):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_against_one_sequence_at_a_time(name):
-    compare(encoder(**MASKS[name]), SEQUENCES, masks_of(MASKS[name]), after=1, keep=KEEP)
+    options = {"divide_by": DIVISORS.get(name, "constant"), "output_slots": SLOTS}
+    built = encoder(**MASKS[name], **options)
+    compare(built, SEQUENCES, masks_of(MASKS[name]), after=1, keep=KEEP)
 
 
 @pytest.mark.parametrize("keep", [13, 1000])

@@ -40,8 +40,10 @@ RANKING = rank_data.config(
 )
 RANKING = with_(RANKING, parallel__groups=GROUPS)
 MIXTURE = {
-    "all": ChannelConfig(max_history=6, layers=2),
-    "clicks": ChannelConfig(signal="is_click", at_least=1.0, max_history=4, layers=2),
+    "all": ChannelConfig(max_history=6, layers=2, truncate_after=1, truncate_length=3),
+    "clicks": ChannelConfig(
+        signal="is_click", at_least=1.0, max_history=4, layers=2, width=12, window=(-1,)
+    ),
 }
 
 
@@ -82,6 +84,7 @@ ULTRA = dict(
     model__full_rows=(2,),
     model__truncate_after=1,
     model__truncate_length=5,
+    model__divide_by="length",
     model__remat="selective",
     eval__hide="all",
 )
@@ -107,7 +110,13 @@ OTHERS = {
     "ring over blocks, fsdp, in-batch negatives": (
         2,
         4,
-        with_(RETRIEVAL, model__layers=1, loss__kind="in_batch", parallel__fsdp=True),
+        with_(
+            RETRIEVAL,
+            model__layers=1,
+            model__divide_by="length",
+            loss__kind="in_batch",
+            parallel__fsdp=True,
+        ),
     ),
     "ulysses, relative bias, full softmax, streamed": (
         4,
@@ -116,6 +125,7 @@ OTHERS = {
             RETRIEVAL,
             model__layers=1,
             model__relative_bias=True,
+            model__divide_by="length",
             loss__kind="full",
             data__placement="stream",
         ),
@@ -135,8 +145,7 @@ OTHERS = {
             model__window=(2,),
             model__full_rows=(1,),
             model__prefix=(2,),
-            model__truncate_after=1,
-            model__truncate_length=3,
+            model__divide_by="length",
         ),
     ),
     "interleaved, every item supervised, gather, chunks, clipped gradients, stochastic length": (
@@ -148,6 +157,7 @@ OTHERS = {
             rank__supervise="all",
             rank__contextual=(),
             parallel__strategy="gather",
+            model__divide_by="length",
             model__chunk_rows=10,
             model__layers=1,
             optim__clip_norm=1.0,

@@ -60,6 +60,14 @@ def config(data_dir="unused", **sections) -> Config:
     )
 
 
+OWN_OPTIONS = {  # beside model.window=(3,), for one
+    "consumption": ChannelConfig(
+        max_history=6, layers=2, width=12, full_rows=(1,), truncate_after=1, truncate_length=3
+    ),
+    "engagement": ChannelConfig(
+        signal="is_click", at_least=1.0, max_history=4, layers=2, window=(-1, 2), prefix=(0, 1)
+    ),
+}
 MIXTURE = {
     "consumption": ChannelConfig(max_history=6, layers=1),
     "engagement": ChannelConfig(signal="is_click", at_least=1.0, max_history=4, layers=2),

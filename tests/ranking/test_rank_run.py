@@ -29,6 +29,7 @@ from tests.small_run import with_
 from ultra_hstu import signals, tasks
 from ultra_hstu.checkpoint import Checkpoints, abstract
 from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.fields import changed
 from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.run import Interrupted
 from ultra_hstu.serving.artefact import Scorer
@@ -236,7 +237,7 @@ def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
     found = ablation.variants(config)
     assert list(found) == [
         "ultra", "interleaved_input", "full_attention", "no_truncation", "one_transducer",
-        "fewer_signals", "whole_histories", "fp8_projections",
+        "fewer_signals", "whole_histories", "fp8_projections", "paper_layer",
     ]  # fmt: skip
     interactions = load_interactions(config.data)
     cost = {}
@@ -248,6 +249,14 @@ def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
         and cost["no_truncation"] > cost["ultra"] > cost["one_transducer"]
     )
     assert found["fewer_signals"].rank.signals == ("is_click",)
+    assert cost["paper_layer"] < cost["ultra"]
+    own = changed(config, model={"channels": rank_data.OWN_OPTIONS, "window": (3,)})
+    found = ablation.variants(own)
+    for name in ("full_attention", "no_truncation"):
+        encoders = found[name].model.encoders.values()
+        assert all(one.truncate_after is None for one in encoders) == (name == "no_truncation")
+        assert all(one.window == () for one in encoders) == (name == "full_attention")
+    assert found["interleaved_input"].model.channels["engagement"].window == (-1, 4)
 
 
 def test_ablation_writes_its_record(tmp_path):

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels.mask import AttentionMask
 from tests.ranking import rank_data
 from tests.ranking.rank_data import MIXTURE
 from tests.small_run import with_
 from ultra_hstu import tasks
 from ultra_hstu.config import ChannelConfig, from_config_dict
+from ultra_hstu.nn.divisor import Divisor
 from ultra_hstu.nn.embeddings import CodeEmbedding
 from ultra_hstu.nn.heads import MultiTaskHead
+from ultra_hstu.nn.truncation import Truncation
 from ultra_hstu.ranking.form import EVERYTHING
 from ultra_hstu.ranking.task import RankingTask
 
@@ -213,6 +216,19 @@ def test_channels_have_their_own_depth_and_share_tables():
         and model.encoders["engagement"].length == 4 + 3
     )
     assert model.head.hidden.shape == (16, 8)
+
+
+def test_channels_have_options_of_their_own():
+    model = dict(channels=rank_data.OWN_OPTIONS, window=(3,), divide_by="kept")
+    built = tasks.of(rank_data.config(model=model), DATA).recipe.build(0)
+    consumption, engagement = built.encoders["consumption"], built.encoders["engagement"]
+    assert consumption.layer_masks == (AttentionMask(3, full_rows=1),) * 2
+    assert engagement.layer_masks == (AttentionMask(), AttentionMask(2, prefix=1))
+    assert (consumption.truncation, engagement.truncation) == (Truncation(1, 3), None)
+    assert consumption.divisor == Divisor(6 + 3, 3 + 3, "kept")
+    assert engagement.divisor == Divisor(4 + 3, 4 + 3, "kept")
+    assert {name: leaf.shape for name, leaf in built.inputs.items()} == {"consumption": (8, 12)}
+    assert built.head.hidden.shape == (8 + 12, 8)
 
 
 @pytest.mark.parametrize("form", ["merged", "interleaved", "mixture"])

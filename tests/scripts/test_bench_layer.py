@@ -1,16 +1,22 @@
 """The benchmarks of layers and of long training steps, small and on a CPU."""
 
 import dataclasses
+import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import configs
+from kernels import device, triton_call
 from scripts.bench import layer as bench_layer
 from scripts.bench import long as bench_long
 from scripts.bench import step as bench_step
-from scripts.bench.program import temporaries
+from scripts.bench.program import full_batch, temporaries
 from ultra_hstu import flops
+from ultra_hstu.fields import changed
 from ultra_hstu.profiling import Kernel, Profile
+from ultra_hstu.retrieval.recipe import Recipe
 
 ROWS = 512
 SMALL = dict(
@@ -85,6 +91,31 @@ def test_the_encoder_of_long_ultra_meets_the_published_operations():
     config = configs.named("long_ultra")
     counted = flops.count(config, config.data.max_history)
     assert 0.43e12 < counted.projections + counted.attention < 0.45e12  # table 2: 0.436 TFLOP
+
+
+def test_the_layer_that_the_paper_writes_down(monkeypatch):
+    """Its operations; and a step of it lowers for a Hopper GPU, every product by `mosaic`.
+
+    The Triton kernels between the products need a GPU to be lowered: they give zeros here.
+    """
+    config = configs.named("long_ultra_paper")
+    counted = flops.count(config, config.data.max_history)
+    assert (counted.projections + counted.attention) / 1e12 == pytest.approx(0.345, abs=5e-4)
+    config = changed(
+        config,
+        data={"max_history": 128, "batch_tokens": 512},
+        model={"layers": 1, "truncate_after": None, "truncate_length": None},
+        loss={"negatives": 8},
+    )
+    zeros = lambda *_, outs, **__: [jnp.zeros(one.shape, one.dtype) for one in outs]  # noqa: E731
+    monkeypatch.setattr(triton_call, "launch", lambda kernel, arrays, outs, **_: zeros(outs=outs))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: True)
+    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H200", (9, 0)))
+    recipe = Recipe(config, 100, devices=jax.devices()[:1])
+    state, batch = jax.eval_shape(lambda: (recipe.init(0), full_batch(config, 100)))
+    lowered = jax.jit(recipe.step).trace(state, batch).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert "linear_streamed" in text and "hstu_forward" in text and "hstu_backward" in text
 
 
 def test_a_case_of_a_layer():

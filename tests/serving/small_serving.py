@@ -12,7 +12,7 @@ import jaxtyping
 import numpy as np
 
 from tests.ranking import rank_data
-from tests.ranking.rank_data import MIXTURE
+from tests.ranking.rank_data import OWN_OPTIONS
 from ultra_hstu import tasks
 from ultra_hstu.ranking.form import channels
 from ultra_hstu.ranking.task import RankingTask
@@ -33,9 +33,9 @@ BIASED = dict(preset="research", relative_bias=True)
 # Attention over whole sequences is the dense one, which compiles fast, unless a form says
 # otherwise.
 FORMS = {
-    "merged": {},
+    "merged": dict(model=dict(divide_by="length")),
     "interleaved, biased": dict(rank=dict(input="interleaved", supervise="all"), model=BIASED),
-    "biased, truncated": dict(rank=FORWARDS, model=BIASED | TRUNCATED),
+    "biased, truncated": dict(rank=FORWARDS, model=BIASED | TRUNCATED | dict(divide_by="kept")),
     "a mask a layer": dict(
         rank=FORWARDS,
         model=dict(window=(-1, 2, 3), full_rows=(0, 3, 0), prefix=(0, 0, 2), layers=3),
@@ -43,10 +43,11 @@ FORMS = {
     "ULTRA": dict(rank=FORWARDS, model=SEMI_LOCAL | TRUNCATED | dict(implementation="xla")),
     "contextual": dict(
         rank=dict(contextual=("age", "region"), **FORWARDS),
-        model=SEMI_LOCAL | TRUNCATED | dict(prefix=(3,)),
+        model=SEMI_LOCAL | TRUNCATED | dict(prefix=(3,), divide_by="length"),
     ),
     "mixture": dict(
-        rank=dict(contextual=("age", "region"), input="interleaved"), model=dict(channels=MIXTURE)
+        rank=dict(contextual=("age", "region"), input="interleaved"),
+        model=dict(window=(3,), channels=OWN_OPTIONS, divide_by="kept"),
     ),
     "bfloat16, fp8": dict(
         rank=FORWARDS, model=dict(dtype="bfloat16", projection="fp8", window=(3,), chunk_rows=24)

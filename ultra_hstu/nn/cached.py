@@ -21,7 +21,7 @@ from kernels.cached_attention import cached_attention
 from kernels.hstu_attention import RelativeBias
 from kernels.jagged import Rows, lengths_to_offsets, offsets_to_lengths
 from kernels.mask import AttentionMask, KeyIntervals
-from kernels.typing import RHK, RHV, SHK, SHV, THK, THV, Leaf, PositionTable, TimeTable
+from kernels.typing import RHK, RHV, SHK, SHV, THK, THV, Leaf, PositionTable, Scale, TimeTable
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.hstu_layer import Attend
 from ultra_hstu.nn.key_values import CacheDtype, KeyValues, pack
@@ -100,7 +100,10 @@ def encode(
             layers.append(pack(*layer.keys_and_values(x_TD), kind))
             break
         if mask not in attends:
-            attends[mask] = encoder.attend(sequences, mask, x_TD.dtype)
+            scale = encoder.divisor.scale(
+                sequences, sequences.rows.segment, truncated=input_SD is not None
+            )
+            attends[mask] = encoder.attend(sequences, mask, scale, x_TD.dtype)
 
         def attend(
             q: THK,
@@ -134,8 +137,9 @@ def targets(
       encoded: unpacked in the dtype of x.
     """
     layers = iter(zip(encoder.layers, encoder.layer_masks, strict=True))
-    for part in encoded:
+    for place, part in enumerate(encoded):
         frame = part.frame
+        scale = encoder.divisor.scale(frame, rows.user_R, truncated=place > 0)
         behind_R = offsets_to_lengths(frame.offsets)[rows.user_R]
         at = Rows.at(frame.offsets, rows.user_R, behind_R, None, frame.num_contextual)
         at = at._replace(real=jnp.ones_like(at.real))
@@ -146,7 +150,7 @@ def targets(
             if mask not in runs:
                 keys = mask.keys_of(at)
                 runs[mask] = _CachedAttention(
-                    keys, position_R, frame.time_T, rows.time_R, encoder, implementation
+                    keys, position_R, frame.time_T, rows.time_R, scale, implementation
                 )
 
             def attend(
@@ -204,6 +208,7 @@ def extend(
     ) -> tuple[Float[Array, "R D"], tuple[KeyValues, ...]]:
         """The layers from a number on that share the rows of `before`."""
         grown: list[KeyValues] = []
+        scale = encoder.divisor.scale(frame, suffix.rows.segment, truncated=number > 0)
         runs: dict[AttentionMask, _CachedAttention] = {}
         for (layer, mask), kv in zip(layers[number:], before.layers, strict=False):
 
@@ -220,7 +225,7 @@ def extend(
                     suffix.row_R,
                     frame.time_T,
                     jnp.asarray(frame.next_time_T)[suffix.row_R],
-                    encoder,
+                    scale,
                     implementation,
                 )
 
@@ -293,7 +298,7 @@ class _CachedAttention:
         position_R: Int[Array, " R"],
         time_S: Int[Array | np.ndarray, " S"],
         time_R: Int[Array, " R"],
-        encoder: HSTU,
+        scale: Scale,
         implementation: Implementation,
     ):
         def run(
@@ -312,7 +317,7 @@ class _CachedAttention:
                 v,
                 keys,
                 alpha=alpha,
-                scale=1 / encoder.length,
+                scale=scale,
                 own=own,
                 bias=bias,
                 place_R=position_R,

@@ -1,7 +1,7 @@
 """The stack of HSTU layers: on which rows a layer works, who sees whom, and what is recomputed."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -17,8 +17,9 @@ from kernels.hstu_attention.api import (
 )
 from kernels.jagged import Rows
 from kernels.mask import AttentionMask, layer_masks
-from kernels.typing import QHK, QHV, SHK, SHV, THK, THV
+from kernels.typing import QHK, QHV, SHK, SHV, THK, THV, Scale
 from ultra_hstu.config import ModelConfig
+from ultra_hstu.nn.divisor import Divisor
 from ultra_hstu.nn.dropout import KeyOrNone, row_keys, split_key
 from ultra_hstu.nn.encoder import Encoder
 from ultra_hstu.nn.hstu_layer import LAYERS, Attend, AttendRows, Layer
@@ -36,8 +37,8 @@ from ultra_hstu.sequences import Activations, Sequences
 class HSTU(Encoder):
     """A stack of layers over sequences of at most `length` rows.
 
-    Attention is divided by `length` (N), above a truncation too. `run_layer` says how a layer runs:
-    a recipe puts another in its place for a mesh.
+    Attention is divided by `length` (N), above a truncation too, unless `divisor` says otherwise.
+    `run_layer` says how a layer runs: a recipe puts another in its place for a mesh.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class HSTU(Encoder):
         *,
         masks: Sequence[AttentionMask] = (AttentionMask(),),
         truncation: Truncation | None = None,
+        divisor: Divisor | None = None,
         attention: Literal["silu", "softmax"] = "silu",
         implementation: str | None = None,
         remat: Remat = "none",
@@ -55,6 +57,7 @@ class HSTU(Encoder):
         Args:
           masks: one for all layers, or one a layer.
           truncation: the layers from `truncation.after` on work on the rows that it keeps.
+          divisor: of attention; None: `length`. With softmax attention there is none.
           remat: see `ultra_hstu.nn.remat`.
 
         Raises:
@@ -64,6 +67,7 @@ class HSTU(Encoder):
             raise ValueError(f"{attention=} must be 'silu' or 'softmax'")
         self.layers = nnx.List(layers)
         self.length, self.masks, self.truncation = length, tuple(masks), truncation
+        self.divisor = Divisor(length, length) if divisor is None else divisor
         self.attention, self.implementation, self.remat = attention, implementation, remat
         self.run_layer: RunLayer = run_layer
 
@@ -74,7 +78,7 @@ class HSTU(Encoder):
         """The stack of a configuration.
 
         Args:
-          length: N.
+          length: N; of its rows, `config.output_slots` are no history.
           layers: depth, where it is not `config.layers`: options that hold a value a layer must
             hold one for each of these.
 
@@ -83,7 +87,7 @@ class HSTU(Encoder):
         """
         depth = config.layers if layers is None else layers
         kind = LAYERS[config.preset]
-        truncation = None
+        truncation, kept = None, length
         if config.truncate_after is not None and config.truncate_length is not None:
             if config.truncate_after >= depth:
                 whose = "model.layers" if layers is None else "layers"
@@ -91,6 +95,7 @@ class HSTU(Encoder):
                     f"model.truncate_after={config.truncate_after} must be below {whose}={depth}"
                 )
             truncation = Truncation(config.truncate_after, config.truncate_length)
+            kept = min(length, config.truncate_length + config.output_slots)
         return HSTU(
             [
                 kind(
@@ -114,6 +119,7 @@ class HSTU(Encoder):
             length,
             masks=layer_masks(vars(config), depth),
             truncation=truncation,
+            divisor=Divisor(length, kept, config.divide_by),
             attention=config.attention,
             implementation=config.implementation,
             remat=config.remat,
@@ -148,21 +154,26 @@ class HSTU(Encoder):
         x_TD = jnp.where(sequences.rows.real[:, None], x_TD, 0)
         cut: Cut | None = None
         attends: dict[AttentionMask, Attend] = {}
+        divide = functools.partial(self.divisor.scale, truncated=False)
         policy = policy_of(self.remat)
         keys = split_key(key, len(self.layers))
         for number, (layer, mask) in enumerate(zip(self.layers, self.layer_masks, strict=True)):
             if self.truncation is not None and number == self.truncation.after:
                 cut = self.truncation.cut(sequences)
                 x_TD, sequences, attends = cut.move(x_TD), cut.sequences, {}
+                divide = functools.partial(self.divisor.scale, truncated=True)
                 if row_P is not None:
                     row_P = cut.row_T.at[row_P].get(mode="fill", fill_value=sequences.num_rows)
             selects = number + 1 == len(self.layers) and self._can_select(sequences)
             if row_P is not None and selects and reads_few(len(row_P), sequences.num_rows):
-                call, used_p = self._of_rows(mask, sequences, row_P, keys[number], x_TD.dtype)
+                call, used_p = self._of_rows(
+                    mask, sequences, row_P, keys[number], divide, x_TD.dtype
+                )
                 x_pD = self.run_layer(call, layer, x_TD, policy)
                 return jnp.where(used_p[:, None], x_pD, 0), cut
             if mask not in attends:
-                attends[mask] = self.attend(sequences, mask, x_TD.dtype)
+                scale = divide(sequences, sequences.rows.segment)
+                attends[mask] = self.attend(sequences, mask, scale, x_TD.dtype)
             keys_T = row_keys(keys[number], sequences)
             call = functools.partial(Layer.__call__, attend=attends[mask], key=keys_T)
             x_TD = self.run_layer(call, layer, x_TD, policy)
@@ -180,6 +191,7 @@ class HSTU(Encoder):
         sequences: Sequences,
         row_P: Int[Array, " P"],
         key: KeyOrNone,
+        divide: Callable[[Sequences, Int[Array, "..."]], Scale],
         dtype: jnp.dtype,
     ) -> tuple[CallLayer, Bool[Array, " p"]]:
         """How a layer is called for some rows, and which of this device's slice are rows."""
@@ -188,9 +200,11 @@ class HSTU(Encoder):
         row_p = shards.part(row_P)
         spec = self._spec(dtype)
         if spec.biased:
-            attend = self._scattered(mask, sequences, row_P, spec)
+            scale = divide(sequences, sequences.rows.segment)
+            attend = self._scattered(mask, sequences, row_P, scale, spec)
         else:
-            attend = self._visiting(mask, sequences, row_P, row_p, spec)
+            scale = divide(sequences, Rows.of(sequences.offsets, row_P).segment)
+            attend = self._visiting(mask, sequences, row_P, row_p, scale, spec)
         rows = Rows.of(sequences.offsets, row_p, *sequences.counts)
         call = functools.partial(
             Layer.of_rows,
@@ -212,6 +226,7 @@ class HSTU(Encoder):
         sequences: Sequences,
         row_P: Int[Array, " P"],
         row_p: Int[Array, " p"],
+        scale: Scale,
         spec: AttentionSpec,
     ) -> AttendRows:
         """Queries alone, which visit every shard, whatever `parallel.strategy` is."""
@@ -231,7 +246,6 @@ class HSTU(Encoder):
             alpha: float,
             bias: RelativeBiasTables | None,
         ) -> QHV:
-            scale = 1.0 / self.length
             return visiting(
                 q_pHK,
                 k_tHK,
@@ -249,6 +263,7 @@ class HSTU(Encoder):
         mask: AttentionMask,
         sequences: Sequences,
         row_P: Int[Array, " P"],
+        scale: Scale,
         spec: AttentionSpec,
     ) -> AttendRows:
         """Queries in their places in the buffer, zeros between them: for a relative bias."""
@@ -276,7 +291,7 @@ class HSTU(Encoder):
                 num_targets=sequences.num_targets,
                 num_contextual=sequences.num_contextual,
                 alpha=alpha,
-                scale=1.0 / self.length,
+                scale=scale,
                 bias=None if bias is None else bias.flat(*times_T),
                 implementation=self.implementation,
                 plan=plan,
@@ -292,10 +307,15 @@ class HSTU(Encoder):
             self.masks[min(number, len(self.masks) - 1)] for number in range(len(self.layers))
         )
 
-    def attend(self, sequences: Sequences, mask: AttentionMask, dtype: jnp.dtype) -> Attend:
+    def attend(
+        self, sequences: Sequences, mask: AttentionMask, scale: Scale, dtype: jnp.dtype
+    ) -> Attend:
         """Attention over the sequences of a batch.
 
         Its plan is computed here, once for all layers of this mask.
+
+        Args:
+          scale: of `Divisor.scale`, for this device's rows.
         """
         if self.attention == "softmax":
             return lambda q, k, v, *, alpha, bias: softmax_attention(
@@ -303,7 +323,7 @@ class HSTU(Encoder):
             )
         several, spec = sequences.shards.context > 1, self._spec(dtype)
         made = (self._over_devices if several else self._on_one_device)(sequences, mask, spec)
-        made = functools.partial(made, scale=1.0 / self.length, implementation=self.implementation)
+        made = functools.partial(made, scale=scale, implementation=self.implementation)
         # Traced and lowered once, not once a layer.
         run = jax.jit(made, static_argnames="alpha")
         times_t = sequences.shards.local((sequences.time_T, sequences.next_time_T))

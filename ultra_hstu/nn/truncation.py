@@ -100,11 +100,7 @@ class Truncation:
             extra_rows = sequences.max_targets + sequences.max_contextual
         _check_room([count for count in sequences.counts if count is not None], extra_rows)
         offsets, num_rows = jnp.asarray(sequences.offsets, jnp.int32), sequences.num_rows
-        real_T = jnp.asarray(sequences.real_T) & (
-            jnp.arange(num_rows, dtype=jnp.int32) < offsets[-1]
-        )
-        before = lengths_to_offsets(real_T.astype(jnp.int32))
-        lengths_B = before[offsets[1:]] - before[offsets[:-1]]
+        lengths_B = sequences.lengths
         contextual_B, history_B, _ = split_lengths(lengths_B, *sequences.counts)
         dropped_B = jnp.maximum(history_B - self.length, 0)
         kept_offsets = lengths_to_offsets(lengths_B - dropped_B)

@@ -39,8 +39,9 @@ class Shards:
         Layout "auto" deals out blocks where every layer's mask is a full causal one.
         """
         parallel = config.parallel
+        encoders = config.model.encoders.values()
         causal = (
-            not any(mask.windowed for mask in layer_masks(vars(config.model)))
+            not any(mask.windowed for one in encoders for mask in layer_masks(vars(one)))
             and parallel.strategy in ("auto", "gather", "ring")
             and not config.model.relative_bias
         )

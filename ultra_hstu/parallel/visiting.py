@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int
 from kernels.hstu_attention.partial import partial_attention, partial_plan
 from kernels.hstu_attention.plan import AttentionPlan
 from kernels.mask import KeyIntervals, RowIntervals
-from kernels.typing import STATIC, Leaf
+from kernels.typing import STATIC, Leaf, Scale
 from ultra_hstu.parallel.mesh import CONTEXT
 from ultra_hstu.parallel.strategy import Implementation, Output, Prepare, ShardMask
 
@@ -81,7 +81,7 @@ class VisitingRows:
         own: tuple[Array, Array],
         *,
         alpha: float,
-        scale: float,
+        scale: Scale,
         implementation: Implementation,
     ) -> Output:
         """Attention of this shard's slice of the rows, zeros for those that are none.
@@ -89,8 +89,14 @@ class VisitingRows:
         Args:
           k_tHK, v_tHV: of this shard's rows of the buffer.
           own: keys and values of the slice: a row sees its own.
+          scale: a constant, or one for each of all P rows.
         """
-        q_PHK = q_pHK
+        q_PHK, scale_P, scale_p11 = q_pHK, scale, scale
+        if not isinstance(scale, float):
+            rows = q_pHK.shape[0]
+            first = 0 if self.shards == 1 else jax.lax.axis_index(CONTEXT) * rows
+            scale_P = scale[self.order_P]
+            scale_p11 = jax.lax.dynamic_slice_in_dim(scale, first, rows)[:, None, None]
         if self.shards > 1:
             q_PHK = jax.lax.all_gather(q_pHK, CONTEXT, tiled=True)
         part_PHV = partial_attention(
@@ -98,7 +104,7 @@ class VisitingRows:
             k_tHK,
             v_tHV,
             alpha=alpha,
-            scale=scale,
+            scale=scale_P,
             implementation=implementation,
             plan=self.plan,
         )
@@ -107,5 +113,5 @@ class VisitingRows:
             sum_pHV = jax.lax.psum_scatter(sum_pHV, CONTEXT, tiled=True)
         q, k, v = (x.astype(jnp.float32) for x in (q_pHK, *own))
         score_pH1 = alpha * jnp.sum(q * k, axis=2, keepdims=True)
-        sum_pHV += scale * jax.nn.silu(score_pH1) * v
+        sum_pHV += scale_p11 * jax.nn.silu(score_pH1) * v
         return jnp.where(self.used_p[:, None, None], sum_pHV, 0.0).astype(v_tHV.dtype)

@@ -10,10 +10,11 @@ from ultra_hstu.config import Config
 from ultra_hstu.nn.dropout import KeyOrNone, split_key
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
+from ultra_hstu.nn.initializers import param, xavier_uniform
 from ultra_hstu.nn.item_features import ItemCodes
 from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.ranking import form
-from ultra_hstu.ranking.batch import RankBatch
+from ultra_hstu.ranking.batch import RankBatch, Tokens
 from ultra_hstu.ranking.tokens import TokenEmbedding
 
 
@@ -21,9 +22,10 @@ class Ranker(nnx.Module):
     """Embeds the tokens of every channel, encodes each channel, and joins the outputs in one head.
 
     With `model.channels` this is the mixture of transducers of ULTRA-HSTU (arXiv 2602.16986): each
-    signal type has its own history, length and depth; candidates, contextual tokens and embedding
-    tables are shared; the candidate's outputs are concatenated. Without it there is one channel, of
-    all events. The module holds parameters only: dropout takes its key at the call.
+    signal type has its own history and encoder; candidates, contextual tokens and embedding tables
+    are shared; the candidate's outputs are concatenated. An encoder of another width than theirs
+    gets the embeddings through a matrix. Without a mixture there is one channel, of all events. The
+    module holds parameters only: dropout takes its key at the call.
     """
 
     def __init__(
@@ -41,9 +43,6 @@ class Ranker(nnx.Module):
         model, rank, channels = config.model, config.rank, form.channels(config)
         self.form, self.sizes = form.form(config), sizes
         self.max_targets, self.max_contextual = rank.targets, len(rank.contextual)
-        if model.truncate_length is not None:  # events, and the encoder counts rows
-            rows = form.num_rows(config, model.truncate_length, -self.max_contextual)
-            model = dataclasses.replace(model, truncate_length=rows)
         self.embedding = TokenEmbedding(
             sizes,
             model.width,
@@ -55,20 +54,46 @@ class Ranker(nnx.Module):
             rngs=rngs,
         )
 
-        def encoder(history: int, layers: int) -> HSTU:
-            length = form.num_rows(config, history, self.max_targets)
-            return HSTU.from_config(model, length, layers=layers, rngs=rngs)
-
-        self.encoders = nnx.Dict(
-            {name: encoder(one.max_history, one.layers) for name, one in channels.items()}
+        made = dict(zip(channels, model.encoders.values(), strict=True))
+        self.inputs = nnx.Dict(
+            {
+                name: param(xavier_uniform, rngs, model.width, own.width)
+                for name, own in made.items()
+                if own.width != model.width
+            }
         )
+        special = self.max_contextual + self.max_targets
+
+        def encoder(name: str) -> HSTU:
+            own, per_event = made[name], self.form.per_event
+            if own.truncate_length is not None:  # events, and the encoder counts rows
+                own = dataclasses.replace(own, truncate_length=per_event * own.truncate_length)
+            own = dataclasses.replace(own, output_slots=special)
+            length = form.num_rows(config, channels[name].max_history, self.max_targets)
+            return HSTU.from_config(own, length, rngs=rngs)
+
+        self.encoders = nnx.Dict({name: encoder(name) for name in channels})
         self.head = MultiTaskHead(
-            len(channels) * model.width,
+            sum(own.width for own in made.values()),
             rank.head_width,
             len(sizes.kinds),
             chunk_rows=model.chunk_rows,
             rngs=rngs,
         )
+
+    def input(
+        self,
+        channel: str,
+        tokens: Tokens,
+        key: KeyOrNone = None,
+        shards: Shards = ONE,
+        with_id_I: Bool[Array, " I1"] | None = None,
+    ) -> Float[Array, "t D"]:
+        """What enters the encoder of a channel; arguments as of `TokenEmbedding`."""
+        x_tD = self.embedding(tokens, key, shards, with_id_I)
+        if channel not in self.inputs:
+            return x_tD
+        return x_tD @ self.inputs[channel][...].astype(x_tD.dtype)
 
     def encode(
         self,
@@ -92,7 +117,7 @@ class Ranker(nnx.Module):
         for (name, encoder), channel_key in zip(sorted(self.encoders.items()), keys, strict=True):
             tokens = batch.channels[name]
             embedding_key, encoder_key = split_key(channel_key, 2)
-            x_TD = self.embedding(tokens, embedding_key, shards, with_id_I)
+            x_TD = self.input(name, tokens, embedding_key, shards, with_id_I)
             sequences = dataclasses.replace(
                 tokens.sequences,
                 shards=shards,

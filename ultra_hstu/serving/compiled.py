@@ -178,7 +178,7 @@ class Programs:
         rows_of = tokens.history_tokens(model.form, history, used_B, name)
         return cached.encode(
             model.encoders[name],
-            model.embedding(rows_of),
+            model.input(name, rows_of),
             rows_of.sequences,
             contextual=model.form.contextual,
             kind=kind,
@@ -207,7 +207,7 @@ class Programs:
             model.encoders[name],
             old,
             rows_of.sequences,
-            model.embedding(tokens.token_rows(rows_of, suffix.row_R, suffix.offsets[-1])),
+            model.input(name, tokens.token_rows(rows_of, suffix.row_R, suffix.offsets[-1])),
             keep_B,
             keep_kept_B,
             kept_rows=kept_rows,
@@ -256,7 +256,7 @@ class Programs:
                 x_RD = cached.targets(
                     model.encoders[name],
                     dense[name],
-                    model.embedding(targets),
+                    model.input(name, targets),
                     TargetRows(user_R, slot_R, time_R),
                     implementation=implementation,
                 )
@@ -340,7 +340,7 @@ def _signature(model: Ranker) -> str:
     said = [repr(model.form), repr(model.sizes), str(model.embedding.dtype)]
     for name in sorted(model.encoders):
         encoder = model.encoders[name]
-        said.append(repr((name, encoder.length, encoder.layer_masks, encoder.truncation)))
+        said.append(repr((name, encoder.divisor, encoder.layer_masks, encoder.truncation)))
         for layer in encoder.layers:
             sizes = (layer.heads, layer.qk_width, layer.v_width, layer.alpha, layer.precision)
             said.append(repr((type(layer).__name__, sizes)))

@@ -81,9 +81,9 @@ def growth(
 
     A row stays if neither its own input nor anything that it sees has changed. Attention is causal:
     without contextual tokens all rows before the first changed one stay, in every layer. Nothing of
-    a growing history stays if positions count from the targets, if there are contextual tokens
-    (they see the whole history, and all of it sees them), or if its oldest events are gone.
-    Otherwise the first changed row is
+    a growing history stays if positions count from the targets, if attention is divided by the
+    length of the sequence, if there are contextual tokens (they see the whole history, and all of
+    it sees them), or if its oldest events are gone. Otherwise the first changed row is
 
     - the first new one;
     - with full rows under a window, the first of those that were the newest: they lose the far keys
@@ -96,7 +96,8 @@ def growth(
     old_B, new_B = (form.contextual + form.per_event * count_B for count_B in (before_B, after_B))
     grows_B = added_B > 0
     biased = int(encoder.layers[0].bias is not None)
-    moves_B = np.full_like(grows_B, form.backwards) | (after_B < before_B + added_B)
+    moves_B = np.full_like(grows_B, form.backwards or encoder.divisor.of_sequence)
+    moves_B |= after_B < before_B + added_B
     changed_B = np.where(grows_B, np.where(moves_B, old_B, changed_rows(encoder)), biased)
     if form.contextual and (grows_B.any() or biased or not context_stays):
         changed_B = old_B
@@ -144,7 +145,8 @@ def growths(
 
 def grows(model: CompiledRanker) -> bool:
     """Whether rows of a growing history can stay at all."""
-    return not model.form.backwards and not model.form.contextual
+    moves = any(encoder.divisor.of_sequence for encoder in model.encoders.values())
+    return not (moves or model.form.backwards or model.form.contextual)
 
 
 def encode_history(
