@@ -35,7 +35,15 @@ MASKS = {
 
 
 def stack(
-    mask, *, layers=1, preset="production", implementation="xla", rate=0.0, biased=False, **options
+    mask,
+    *,
+    layers=1,
+    preset="production",
+    implementation="xla",
+    rate=0.0,
+    biased=False,
+    feed_forward=None,
+    **options,
 ):
     sizes = (WIDTH, CONFIG.heads, CONFIG.qk_width, CONFIG.v_width)
     layers = [
@@ -43,6 +51,7 @@ def stack(
             *sizes,
             bias=RelativeBiasTables(LENGTH, 16, rngs=nnx.Rngs(number)) if biased else None,
             dropout_rate=rate,
+            feed_forward=feed_forward,
             rngs=nnx.Rngs(number),
         )
         for number in range(layers)
@@ -69,7 +78,12 @@ def value_and_gradients(run, params, x_TD, g_PD):
         *((mask, {}) for mask in MASKS),
         ("all", dict(preset="research", biased=True)),
         ("causal", dict(preset="research", implementation="reference", rate=0.4)),
-        ("all", dict(layers=2, truncation=Truncation(1, 4), remat="selective", rate=0.4)),
+        (
+            "all",
+            dict(
+                layers=2, truncation=Truncation(1, 4), remat="selective", rate=0.4, feed_forward=12
+            ),
+        ),
     ],
 )
 def test_rows_and_gradients(mask, options):

@@ -107,7 +107,13 @@ OTHERS = {
     "ring over blocks, fsdp, in-batch negatives": (
         2,
         4,
-        with_(RETRIEVAL, model__layers=1, loss__kind="in_batch", parallel__fsdp=True),
+        with_(
+            RETRIEVAL,
+            model__layers=1,
+            model__feed_forward=24,
+            loss__kind="in_batch",
+            parallel__fsdp=True,
+        ),
     ),
     "ulysses, relative bias, full softmax, streamed": (
         4,
@@ -125,7 +131,18 @@ OTHERS = {
         8,
         with_(RETRIEVAL, model__layers=1, loss__rows_per_draw=4, parallel__groups=1),
     ),
-    "sasrec": (8, 1, with_(RETRIEVAL, model__kind="sasrec", model__ffn_width=16, model__layers=1)),
+    "sasrec, chunks": (
+        8,
+        1,
+        with_(
+            RETRIEVAL,
+            model__kind="sasrec",
+            model__ffn_width=16,
+            model__layers=1,
+            model__remat="selective",
+            model__chunk_rows=5,
+        ),
+    ),
     "mixture of transducers": (
         2,
         4,
@@ -180,6 +197,7 @@ def test_mini_sequences_over_ulysses():
         dtype="float32",
         implementation="reference",
         chunk_rows=10,
+        feed_forward=64,
     )
     config = with_(
         written,
