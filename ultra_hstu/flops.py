@@ -224,6 +224,9 @@ def _encoder(
         # attention alone.
         if model.remat != "none":
             again += first
+        # But the SiLU that the research layer puts on them does.
+        if model.kind == "hstu" and model.preset == "research" and model.chunk_rows is not None:
+            again += first
         # That of the product behind a hidden layer does.
         if model.remat != "none" or model.chunk_rows is not None:
             again += inner
