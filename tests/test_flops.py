@@ -221,9 +221,14 @@ def products(jaxpr):
 
 @pytest.mark.parametrize("chunk_rows", [None, 100], ids=["whole", "chunks and a tail"])
 @pytest.mark.parametrize("remat", ["none", "selective"])
-def test_recomputation(remat, chunk_rows):
+@pytest.mark.parametrize(
+    ("preset", "feed_forward"),
+    [("production", None), ("production", 4 * WIDTH), ("research", 4 * WIDTH)],
+)
+def test_recomputation(remat, chunk_rows, preset, feed_forward):
     """Exact, in the traced program: kernels keep no scores, `reference` does unless told not to."""
-    model = dataclasses.replace(MODEL, remat=remat, chunk_rows=chunk_rows, preset="production")
+    options = dict(remat=remat, chunk_rows=chunk_rows, feed_forward=feed_forward)
+    model = dataclasses.replace(MODEL, **options, preset=preset)
     run, params, x_TD = encoder(model)
     step = jax.make_jaxpr(
         jax.value_and_grad(lambda params, x_TD: jnp.sum(jnp.sin(run(params, x_TD))), argnums=(0, 1))

@@ -82,6 +82,8 @@ class ModelConfig(Section):
     # The HSTU layer of the published research code, or the production layer.
     preset: Literal["research", "production"] = "research"
     attention: Literal["silu", "softmax"] = "silu"  # softmax: the paper's ablation
+    # Hidden width of a feed-forward block behind every HSTU layer; None: none, as published.
+    feed_forward: Count | None = None
     relative_bias: bool = True  # position and time-bucket bias inside the SiLU
     time_buckets: Count = 128  # of that bias
     # The published padding behind the history: N = max_history + output_slots divides attention.
@@ -196,6 +198,7 @@ class Config(Section):
                 "data.ties='random' draws an order over all events, later ones too: use 'stable' "
                 "with train.protocol='windows'"
             )
+        optim.check_state()
         decay, warmup = optim.decay_steps, optim.warmup_steps
         if decay is not None and decay <= warmup:
             raise ValueError(f"optim.decay_steps={decay} must be above optim.warmup_steps={warmup}")
@@ -208,6 +211,8 @@ class Config(Section):
                 f"data.batch_tokens={data.batch_tokens} cannot hold one history of "
                 f"data.max_history={data.max_history} events"
             )
+        if data.batch_tokens is not None and data.layout == "jagged":  # else the data says how many
+            self.parallel.check_chunk_rows(self.model.chunk_rows, data.batch_tokens)
         if data.load_balance and data.stochastic_length is None:
             needs = "needs data.stochastic_length: it chooses which histories stay whole"
             raise ValueError(f"data.load_balance=True {needs}")
@@ -251,7 +256,7 @@ class Config(Section):
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
             of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
-            lacks = (*MASKS, *CUTS, "divide_by", *of_layer, "remat", "chunk_rows")
+            lacks = (*MASKS, *CUTS, "divide_by", *of_layer, "feed_forward")
             without["model.kind='sasrec'", "use 'hstu'"] = lacks
         if model.projection == "same":
             why = "model.projection='same', whose gradients follow dtype"

@@ -74,7 +74,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
         for name in (*names, "implementation"):
             yield f"model.{name}", "under model.kind=sasrec: use hstu"
         return
-    yield "model.ffn_width", "under model.kind=hstu: use sasrec"
+    yield "model.ffn_width", "under model.kind=hstu: use sasrec, or model.feed_forward"
     if not model.relative_bias:
         yield "model.time_buckets", "under model.relative_bias=False"
 

@@ -181,7 +181,7 @@ def _encoder(
         np.stack([history, targets, contextual], axis=1), axis=0, return_counts=True
     )
     share_K = times_K / len(history)
-    uvqk, output = _projection_widths(model)
+    uvqk, output, hidden = _projection_widths(model)
     tokens = 2 if config.rank.tasks and config.rank.input == "interleaved" else 1
     masks = (
         layer_masks(vars(model), layers) if model.kind == "hstu" else (AttentionMask(),) * layers
@@ -195,7 +195,10 @@ def _encoder(
 
     @functools.cache
     def forward(mask: AttentionMask, limit: int | None, few: bool) -> np.ndarray:
-        """Operations of both projections, scores and values; `few`: for the rows that are read."""
+        """Operations before attention, after it, of a hidden layer, of scores and of values.
+
+        `few`: for the rows that are read.
+        """
         rows_K = rows_of(limit)
         pairs_K = [
             mask.row_pairs([rows], int(rows), [m], [c])[rows - asked :].sum()
@@ -205,7 +208,7 @@ def _encoder(
         ]
         rows = float(share_K @ rows_K)
         keys, asked = (rows / 2, read) if few else (0.0, rows)
-        products = np.array([(keys + asked) * uvqk, asked * output])
+        products = np.array([(keys + asked) * uvqk, asked * output, asked * hidden])
         widths = np.array(_attention_widths(model))
         return 2.0 * np.concatenate([products, float(share_K @ np.array(pairs_K)) * widths])
 
@@ -219,26 +222,38 @@ def _encoder(
         limit = model.truncate_length if truncated else None
         few = layer + 1 == layers and can_select and read > 0
         few = few and reads_few(read, float(share_K @ rows_of(limit)))
-        first, last, score, value = forward(mask, limit, few and bool(config.rank.tasks))
+        first, last, inner, score, value = forward(mask, limit, few and bool(config.rank.tasks))
         if few and not config.rank.tasks:
             unread = float(forward(mask, limit, False).sum() - forward(mask, limit, True).sum())
-        projections += first + last
+        projections += first + last + inner
         attention += score + value
         backward += 3 * score + 2 * value
         # Nothing in the backward of a projection needs its result: q, k, v are computed again for
         # attention alone.
-        if model.kind == "hstu" and model.remat != "none":
+        if model.remat != "none":
             again += first
+        # But the SiLU that the research layer puts on them does.
+        if model.kind == "hstu" and model.preset == "research" and model.chunk_rows is not None:
+            again += first
+        # That of the product behind a hidden layer does.
+        if model.remat != "none" or model.chunk_rows is not None:
+            again += inner
     return Flops(float(projections), float(attention), float(backward), float(again), unread=unread)
 
 
-def _projection_widths(model: ModelConfig) -> tuple[int, int]:
-    """Operations / 2 a row of a layer's projections: those before attention, and those after it."""
+def _projection_widths(model: ModelConfig) -> tuple[int, int, int]:
+    """Operations / 2 a row of a layer's projections.
+
+    They are those before attention, those after it, and of these the hidden layer of a feed-forward
+    net by itself.
+    """
     if model.kind == "sasrec":
-        return 3 * model.width**2, model.width**2 + 2 * model.width * model.ffn_width
-    inner = model.heads * model.v_width
+        hidden = model.width * model.ffn_width
+        return 3 * model.width**2, model.width**2 + hidden, hidden
+    inner, hidden = model.heads * model.v_width, model.width * (model.feed_forward or 0)
     uvqk = model.width * 2 * (inner + model.heads * model.qk_width)
-    return uvqk, (1 if model.preset == "research" else 3) * inner * model.width
+    output = (1 if model.preset == "research" else 3) * inner * model.width
+    return uvqk, output + hidden, hidden
 
 
 def _attention_widths(model: ModelConfig) -> tuple[int, int]:

@@ -1,6 +1,10 @@
 """AdamW as the published runs use it, with an optional warm-up and clipping."""
 
+import jax
+import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from ultra_hstu.config import OptimConfig
 
@@ -25,8 +29,29 @@ def tables_learning_rate(config: OptimConfig) -> optax.Schedule:
 
 
 def adamw(config: OptimConfig) -> optax.GradientTransformation:
-    return optax.adamw(
+    """AdamW, whose means lie in `state_dtype` between steps."""
+    made = optax.adamw(
         learning_rate(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay
+    )
+    if config.state_dtype == "float32":
+        return made
+
+    def init(params: optax.Params) -> optax.OptState:
+        return _floats_as(config.state_dtype, made.init(params))
+
+    def update(
+        grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = made.update(grads, _floats_as(jnp.float32, state), params)
+        return updates, _floats_as(config.state_dtype, state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _floats_as(dtype: DTypeLike, tree: PyTree) -> PyTree:
+    """A pytree whose floating-point arrays have this dtype."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
 
 

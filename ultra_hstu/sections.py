@@ -57,6 +57,9 @@ class OptimConfig(Section):
     learning_rate: Positive[float] = 1e-3  # of AdamW, after the warmup
     beta1: BelowOne[float] = 0.9  # decay of the mean of gradients
     beta2: BelowOne[float] = 0.98  # decay of the mean of their squares
+    # Of both means between steps; each step computes them in float32. bfloat16 halves their memory
+    # and refuses means that move too slowly for its 8 bits.
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
     weight_decay: NotNegative[float] = 0.0  # of all parameters that a step changes
     warmup_steps: NotNegative[int] = 0  # the learning rate rises from 0 during them
     # The learning rate falls to 0 at this step, on a cosine; None: it stays.
@@ -69,6 +72,20 @@ class OptimConfig(Section):
     tables: Literal["same", "rowwise_adagrad", "lazy_adam"] = "same"
     # Of these two, with the same warmup and decay; None: learning_rate.
     tables_learning_rate: Positive[float] | None = None
+
+    def check_state(self) -> None:
+        """Raises ValueError for means that `state_dtype` would hold still.
+
+        Of a gradient of 0, a mean falls by 1 - beta. Rounding to bfloat16 undoes a fall below half
+        its spacing, 2^-8 of a value at most; twice that is asked for.
+        """
+        for name in ("beta1", "beta2"):
+            if self.state_dtype == "bfloat16" and 1 - getattr(self, name) < 2**-7:
+                raise ValueError(
+                    f"optim.state_dtype='bfloat16' rounds away what optim.{name}="
+                    f"{getattr(self, name)} moves a mean by in a step: use at most 0.99, or "
+                    "state_dtype='float32'"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +173,16 @@ class ParallelConfig(Section):
     @property
     def batch_groups(self) -> int:
         return self.data if self.groups is None else self.groups
+
+    def check_chunk_rows(self, chunk_rows: int | None, rows: int) -> None:
+        """Raises ValueError for mini-sequences longer than a device's part of a batch of `rows`."""
+        shard = -(-rows // (self.data * self.context))
+        if chunk_rows is not None and chunk_rows > shard:
+            raise ValueError(
+                f"model.chunk_rows={chunk_rows} is longer than the shard of a device, which has "
+                f"{shard} of a batch's {rows} rows under parallel.data={self.data} and "
+                f"parallel.context={self.context}: use at most {shard}, or None for all at one time"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,7 @@ class Task[Events](abc.ABC):
           ValueError: if the split has no such part, or nothing in it.
         """
         config, training = self.config, part == "train"
-        return Loader(
+        loader = Loader(
             self.store,
             self.examples(part),
             functools.partial(self._gather, training),
@@ -134,6 +134,10 @@ class Task[Events](abc.ABC):
             mesh=self.recipe.mesh,
             groups=config.parallel.batch_groups if training else None,
         )
+        if training:
+            rows = max(loader.packing.rows) * loader.packing.groups
+            config.parallel.check_chunk_rows(config.model.chunk_rows, rows)
+        return loader
 
     def _gather(self, training: bool, rows: BufferRows, examples: int) -> BatchGather:
         if self.roomy:

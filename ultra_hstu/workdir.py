@@ -40,6 +40,7 @@ FREE_FIELDS = (
     *(f"data.{name}:" for name in ("raw_dir", "data_dir", "table.items_file", "table.users_file")),
     *(f"train.{name}:" for name in ("epochs", "keep_checkpoints", "checkpoint_minutes")),
     "windows.count:",
+    "model.chunk_rows:",  # more devices have shorter shards
     *(f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")),
 )
 # Orbax finds the files of a checkpoint by patterns that begin with its path, and takes /gs/NAME for

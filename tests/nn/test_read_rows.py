@@ -37,7 +37,15 @@ MASKS = {
 
 
 def stack(
-    mask, *, layers=1, preset="production", implementation="xla", rate=0.0, biased=False, **options
+    mask,
+    *,
+    layers=1,
+    preset="production",
+    implementation="xla",
+    rate=0.0,
+    biased=False,
+    feed_forward=None,
+    **options,
 ):
     sizes = (WIDTH, CONFIG.heads, CONFIG.qk_width, CONFIG.v_width)
     layers = [
@@ -45,6 +53,7 @@ def stack(
             *sizes,
             bias=RelativeBiasTables(LENGTH, 16, rngs=nnx.Rngs(number)) if biased else None,
             dropout_rate=rate,
+            feed_forward=feed_forward,
             rngs=nnx.Rngs(number),
         )
         for number in range(layers)
@@ -79,6 +88,7 @@ def value_and_gradients(run, params, x_TD, g_PD):
                 divisor=LENGTHS,
                 remat="selective",
                 rate=0.4,
+                feed_forward=12,
             ),
         ),
     ],

@@ -59,9 +59,9 @@ def test_same_values_and_gradients(preset):
 def test_mini_sequences(chunk_rows):
     """Any number of rows at one time, tails included, with dropout and rematerialisation on top."""
     key = jax.random.key(5)
-    whole, args = loss_and_gradients(key)
+    whole, args = loss_and_gradients(key, feed_forward=32)
     for mode in ("none", "selective") if chunk_rows == 7 else ("selective",):
-        run, _ = loss_and_gradients(key, chunk_rows=chunk_rows, remat=mode)
+        run, _ = loss_and_gradients(key, feed_forward=32, chunk_rows=chunk_rows, remat=mode)
         compare(run(*args), whole(*args), 1e-5)
 
 
@@ -159,6 +159,13 @@ def residual_bytes(mode, layers, **options):
 
 def test_what_is_kept():
     """Selective keeps input and attention output in bfloat16, and two float32 statistics a norm."""
-    each = {mode: (residual_bytes(mode, 5) - residual_bytes(mode, 3)) / 2 / ROWS for mode in MODES}
-    assert each["selective"] == 2 * 8 + 2 * 12 + 4 * 4
-    assert each["none"] > 4 * each["selective"]
+
+    def each(mode, **options):
+        deep, shallow = (residual_bytes(mode, layers, **options) for layers in (5, 3))
+        return (deep - shallow) / 2 / ROWS
+
+    assert each("selective") == 2 * 8 + 2 * 12 + 4 * 4
+    assert each("none") > 4 * each("selective")
+    block = each("selective", feed_forward=32) - each("selective")
+    assert block == 2 * 8 + 2 * 4  # its input, and the statistics of its norm
+    assert each("none", feed_forward=32) - each("none") > 4 * block

@@ -114,6 +114,7 @@ OTHERS = {
             RETRIEVAL,
             model__layers=1,
             model__divide_by="length",
+            model__feed_forward=24,
             loss__kind="in_batch",
             parallel__fsdp=True,
         ),
@@ -135,7 +136,18 @@ OTHERS = {
         8,
         with_(RETRIEVAL, model__layers=1, loss__rows_per_draw=4, parallel__groups=1),
     ),
-    "sasrec": (8, 1, with_(RETRIEVAL, model__kind="sasrec", model__ffn_width=16, model__layers=1)),
+    "sasrec, chunks": (
+        8,
+        1,
+        with_(
+            RETRIEVAL,
+            model__kind="sasrec",
+            model__ffn_width=16,
+            model__layers=1,
+            model__remat="selective",
+            model__chunk_rows=5,
+        ),
+    ),
     "mixture of transducers": (
         2,
         4,
@@ -190,6 +202,7 @@ def test_mini_sequences_over_ulysses():
         dtype="float32",
         implementation="reference",
         chunk_rows=10,
+        feed_forward=64,
     )
     config = with_(
         written,

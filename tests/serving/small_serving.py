@@ -40,7 +40,9 @@ FORMS = {
         rank=FORWARDS,
         model=dict(window=(-1, 2, 3), full_rows=(0, 3, 0), prefix=(0, 0, 2), layers=3),
     ),
-    "ULTRA": dict(rank=FORWARDS, model=SEMI_LOCAL | TRUNCATED | dict(implementation="xla")),
+    "ULTRA": dict(
+        rank=FORWARDS, model=SEMI_LOCAL | TRUNCATED | dict(implementation="xla", feed_forward=32)
+    ),
     "contextual": dict(
         rank=dict(contextual=("age", "region"), **FORWARDS),
         model=SEMI_LOCAL | TRUNCATED | dict(prefix=(3,), divide_by="length"),
@@ -50,7 +52,8 @@ FORMS = {
         model=dict(window=(3,), channels=OWN_OPTIONS, divide_by="kept"),
     ),
     "bfloat16, fp8": dict(
-        rank=FORWARDS, model=dict(dtype="bfloat16", projection="fp8", window=(3,), chunk_rows=24)
+        rank=FORWARDS,
+        model=dict(dtype="bfloat16", projection="fp8", window=(3,), chunk_rows=24, feed_forward=32),
     ),
 }
 MAX_HISTORY = 12

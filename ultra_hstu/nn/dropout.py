@@ -4,6 +4,7 @@ What is dropped of a row depends on the key, the number of the row's sequence in
 row's position in it: not on where the row lies in which buffer on which device.
 """
 
+import functools
 from typing import overload
 
 import jax
@@ -38,6 +39,14 @@ def sequence_keys(key: Key[Array, ""], sequences: Sequences) -> Key[Array, " B"]
     batch = sequences.num_sequences
     number_B = sequences.shards.first_sequence(batch) + jnp.arange(batch, dtype=jnp.int32)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, number_B)
+
+
+def another_key(key: KeysOrNone) -> KeysOrNone:
+    """Keys of draws that are independent of those by `key`, one for each of them."""
+    if key is None:
+        return None
+    fold = functools.partial(jax.random.fold_in, data=1)
+    return fold(key) if key.ndim == 0 else jax.vmap(fold)(key)
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: KeysOrNone) -> Float[Array, "..."]:

@@ -112,6 +112,7 @@ class HSTU(Encoder):
                     gradient=config.projection_gradient,
                     implementation=config.layer_implementation,
                     chunk_rows=config.chunk_rows,
+                    feed_forward=config.feed_forward,
                     rngs=rngs,
                 )
                 for _ in range(depth)

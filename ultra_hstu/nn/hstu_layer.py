@@ -20,7 +20,8 @@ from kernels.fp8 import Gradient, Precision
 from kernels.gated_linear import gated_linear
 from kernels.norm_linear import norm_linear
 from kernels.typing import QHK, QHV, SHK, SHV, THK, THV
-from ultra_hstu.nn.dropout import KeysOrNone, dropout_mask
+from ultra_hstu.nn.dropout import KeysOrNone, another_key, dropout_mask
+from ultra_hstu.nn.feed_forward import FeedForward
 from ultra_hstu.nn.initializers import linear_bias, normal_002, param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
@@ -65,7 +66,10 @@ class AttendRows(Protocol):
 
 
 class Layer(nnx.Module):
-    """What both layers share: a projection to u, v, q, k, attention, a gate, a projection back."""
+    """What both layers share: a projection to u, v, q, k, attention, a gate, a projection back.
+
+    And a feed-forward block behind it, where it is asked for.
+    """
 
     joined: bool  # the output projection reads u and a, too
 
@@ -88,6 +92,7 @@ class Layer(nnx.Module):
         gradient: Gradient = "same",
         implementation: str | None = None,
         chunk_rows: int | None = None,
+        feed_forward: int | None = None,
         rngs: nnx.Rngs,
     ):
         """
@@ -96,12 +101,27 @@ class Layer(nnx.Module):
           precision, gradient: of the projections, see `kernels.fp8.linear`.
           implementation: of `kernels.norm_linear` and `kernels.gated_linear`.
           chunk_rows: rows that token-wise work is done for at one time; None: all.
+          feed_forward: hidden width of a block behind the layer; None: there is none.
         """
         self.heads, self.qk_width, self.v_width, self.bias = heads, qk_width, v_width, bias
         self.alpha = self._default_alpha() if alpha is None else alpha
         self.dropout_rate, self.chunk_rows = dropout_rate, chunk_rows
         self.precision, self.gradient, self.implementation = precision, gradient, implementation
         self._draw(width, heads * v_width, 2 * heads * (v_width + qk_width), rngs)
+        self.feed_forward = (
+            None
+            if feed_forward is None
+            else FeedForward(
+                width,
+                feed_forward,
+                dropout_rate=dropout_rate,
+                precision=precision,
+                gradient=gradient,
+                implementation=implementation,
+                chunk_rows=chunk_rows,
+                rngs=rngs,
+            )
+        )
 
     def _default_alpha(self) -> float:
         return 1.0
@@ -143,7 +163,8 @@ class Layer(nnx.Module):
         a_TY = checkpoint_name(a_THV.reshape(u_TY.shape), ATTENTION_OUTPUT)
         # Drawn for all rows at once, so that it does not depend on the chunks.
         mask_TZ = dropout_mask(key, self.dropout_rate, (x_TD.shape[0], self.output.shape[0]))
-        return chunked(self._finish, x_TD, u_TY, a_TY, mask_TZ, chunk_rows=self.chunk_rows)
+        x_TD = chunked(self._finish, x_TD, u_TY, a_TY, mask_TZ, chunk_rows=self.chunk_rows)
+        return x_TD if self.feed_forward is None else self.feed_forward(x_TD, another_key(key))
 
     def keys_and_values(self, x_TD: Activations) -> tuple[THK, THV]:
         """What other rows see of these: all that a cache needs of the last layer."""

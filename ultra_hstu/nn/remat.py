@@ -2,7 +2,9 @@
 
 Kept are the layer's input, the statistics of its two norms and the attention output: 2 D + 2 H V
 bytes a row in bfloat16. Computed again are the normed input, u, v, q, k and the gated output: two
-norms, one projection and elementwise work, but no attention.
+norms, one projection and elementwise work, but no attention. A feed-forward block keeps its input
+and the statistics of its norm, and computes its hidden layer again. SASRec keeps the same values;
+its attention has no kernel, so that its scores are computed again.
 """
 
 import functools
@@ -19,6 +21,7 @@ from ultra_hstu.sequences import Activations
 
 # Names of values, given with jax.ad_checkpoint.checkpoint_name, as NORM_STATS.
 LAYER_INPUT, ATTENTION_OUTPUT = "layer_input", "attention_output"
+FEED_FORWARD_INPUT = "feed_forward_input"
 
 Remat = Literal["none", "selective"]
 
@@ -45,5 +48,5 @@ def policy_of(mode: Remat) -> Policy | None:
         raise ValueError(f"remat={mode!r} must be one of {', '.join(modes)}")
     if mode == "none":
         return None
-    names = (LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT)
+    names = (LAYER_INPUT, NORM_STATS, ATTENTION_OUTPUT, FEED_FORWARD_INPUT)
     return jax.checkpoint_policies.save_only_these_names(*names)
