@@ -12,7 +12,7 @@ from ultra_hstu.config import Config
 from ultra_hstu.feature_config import Spelled
 from ultra_hstu.table_config import RULES
 
-TARGETS = ("input", "targets", "positions", "supervise", "head_width")
+TARGETS = ("input", "targets", "train_targets", "requests", "positions", "supervise", "head_width")
 FRACTIONS = ("validation_fraction", "test_fraction")
 
 
@@ -65,12 +65,15 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     model = config.model
     if model.channels:
         yield "model.layers", _of_channels(config, "layers")
-    if model.kind == "sasrec":
+    if model.kind != "hstu":
         names = ("qk_width", "v_width", "preset", "attention", "relative_bias", "time_buckets")
-        for name in (*names, "implementation"):
-            yield f"model.{name}", "under model.kind=sasrec: use hstu"
+        lacks = () if model.kind == "sasrec" else ("layers", "heads", "output_slots")
+        for name in (*names, "implementation", *lacks):
+            yield f"model.{name}", f"under model.kind={model.kind}: use hstu"
         return
-    yield "model.ffn_width", "under model.kind=hstu: use sasrec"
+    yield "model.ffn_width", "under model.kind=hstu: use sasrec, or din for ranking"
+    if model.attention != "silu":
+        yield "model.implementation", f"under model.attention={model.attention}: use silu"
     if not model.relative_bias:
         yield "model.time_buckets", "under model.relative_bias=False"
 
@@ -94,6 +97,7 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
         yield "optim.tables_learning_rate", why
     if config.rank.supervise == "all":
         yield "rank.positions", "under rank.supervise=all, whose positions are forwards"
+        yield "rank.train_targets", "under rank.supervise=all, which has no targets in training"
 
 
 def _of_channels(config: Config, name: str) -> str:

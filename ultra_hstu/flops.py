@@ -96,8 +96,9 @@ def count(
         history=history, targets=targets, contextual=contextual, **of_channels
     )
     layers = [wanted[name].layers for name in channels] or [config.model.layers]
+    encoder = _target_attention if config.model.kind == "din" else _encoder
     encoders = [
-        _encoder(config, lengths, targets, contextual, depth)
+        encoder(config, lengths, targets, contextual, depth)
         for lengths, depth in zip(parts or [history], layers, strict=True)
     ]
     total = Flops(*map(sum, zip(*encoders, strict=True)))
@@ -222,6 +223,21 @@ def _encoder(
         if model.kind == "hstu" and model.remat != "none":
             again += first
     return Flops(float(projections), float(attention), float(backward), float(again), unread=unread)
+
+
+def _target_attention(
+    config: Config, history: np.ndarray, targets: np.ndarray, contextual: np.ndarray, layers: int
+) -> Flops:
+    """DIN, `nn.din.TargetAttention`, over the pairs of a target and an event of its history.
+
+    `layers` is not read. The backward of a pair's products is twice as much, and makes them again.
+    """
+    width, hidden = config.model.width, config.model.ffn_width
+    rows = float((history + targets + contextual).mean())
+    asked, pairs = float(targets.mean()), float((history * targets).mean())
+    projections = 2.0 * (rows + asked) * width * hidden + 2.0 * asked * 5 * width * hidden
+    attention = 2.0 * pairs * (width * hidden + hidden + width)
+    return Flops(projections, attention, 2 * attention, attention)
 
 
 def _projection_widths(model: ModelConfig) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ultra_hstu.config import Config
+from ultra_hstu.nn.din import DIN
 from ultra_hstu.nn.dropout import KeyOrNone, split_key
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
@@ -15,6 +16,8 @@ from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.ranking import form
 from ultra_hstu.ranking.batch import RankBatch
 from ultra_hstu.ranking.tokens import TokenEmbedding
+
+ENCODERS: dict[str, type[HSTU] | type[DIN]] = {"hstu": HSTU, "din": DIN}
 
 
 class Ranker(nnx.Module):
@@ -55,9 +58,9 @@ class Ranker(nnx.Module):
             rngs=rngs,
         )
 
-        def encoder(history: int, layers: int) -> HSTU:
+        def encoder(history: int, layers: int) -> HSTU | DIN:
             length = form.num_rows(config, history, self.max_targets)
-            return HSTU.from_config(model, length, layers=layers, rngs=rngs)
+            return ENCODERS[model.kind].from_config(model, length, layers=layers, rngs=rngs)
 
         self.encoders = nnx.Dict(
             {name: encoder(one.max_history, one.layers) for name, one in channels.items()}
