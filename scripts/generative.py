@@ -14,8 +14,8 @@ users are sampled at the rate 1/n, once. All variants are evaluated alike, on re
 of a run holds its operations and validation NE at up to 16 points.
 
 The record is written after every run, and finished runs are not trained again. `--list` prints
-operations and epochs. On an H200: 10 minutes for ASSISTments (4 variants, 3 seeds, 216 TFLOP a run
-and 800 to 3,400 steps of 6 ms, 25 s to compile and evaluate), 25 for the stream; predicted.
+operations and epochs. Predicted on an H200: `10 minutes` for ASSISTments (4 variants, 3 seeds, 216
+TFLOP a run, 800 to 3,400 steps), `25 minutes` for the stream, which has more steps.
 """
 
 import math

@@ -3,6 +3,7 @@
 python -m scripts.ranking_runs --group=models --workdir=runs/ranking
     [--results=experiments/results] [--only=ml1m_rank_din] [--list]
     [--override=train.epochs=1] [--copies=FOLDER]
+python -m scripts.ranking_runs --group=models --count --results=experiments/results --copies=FOLDER
 
 A run is a configuration with some fields changed, under three seeds. Each is one
 `experiments.train` in a folder of its own: a loop that was killed goes on from the last checkpoint,
@@ -10,9 +11,10 @@ a run whose record names all its seeds is not trained again, and a record is wri
 done. A source that cannot be had is named at the end, and the others still run. FOLDER of --copies
 holds a copy of each source, named as it (`FOLDER/ml-1m`).
 
-Minutes on an H200, predicted (`seconds` of the runs): models 22, positions 9, softmax 36,
-stochastic_length 51. `scripts.ablation` takes pieces away, `scripts.generative` compares training
-at equal operations.
+--count trains nothing: it writes operations and parameters of all runs of the group to the record
+`rank_flops`, beside what needs no model. Minutes on an H200, predicted (`seconds` of the runs):
+models 20, positions 9, softmax 41, stochastic_length 57. `scripts.ablation` takes pieces away,
+`scripts.generative` compares training at equal operations.
 """
 
 import dataclasses
@@ -24,8 +26,12 @@ from pathlib import Path
 from absl import flags
 
 from experiments import command, configs
-from experiments.record import read
+from experiments.record import Record, read
+from scripts.ablation import describe, task_of
 from ultra_hstu import progress
+from ultra_hstu.config import Config
+from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.fields import Values, changed
 
 FLAGS = flags.FLAGS
 SEEDS = (42, 43, 44)
@@ -50,7 +56,7 @@ class RankingRun:
     seconds: float = 60.0
 
 
-# Seconds of a seed: 15 to compile and read, then 6 ms a step or 30 TFLOP/s, see `scripts.ablation`.
+# Of a seed, predicted as `scripts.ablation.predicted_seconds` does.
 SECONDS = {"assistments": 25.0, "ml1m": 65.0, "synthetic": 85.0}
 MODELS = [
     RankingRun(f"{data}_rank_{model}", f"{data}_rank_{model}", seconds=SECONDS[data])
@@ -75,7 +81,7 @@ POSITIONS = [
     for data in ("assistments", "ml1m")
     for model in ("hstu", "ultra")
 ]
-# The paper's rows beside those of `MODELS`: softmax in place of SiLU; all three with the layer of the
+# Beside `MODELS`: softmax in place of SiLU, and all three rows of the paper with the layer of the
 # research code, whose HSTU has a relative bias.
 SOFTMAX = [
     RankingRun(
@@ -95,15 +101,20 @@ SOFTMAX = [
 ALPHAS, LENGTHS = (1.6, 1.7, 1.8, 1.9), (1024, 2048, 3072)
 
 
-def sampled(length: int, alpha: float | None, subsequence: str = "recent") -> Overrides:
+def sampled(length: int, alpha: float | None, subsequence: str = "recent") -> Values:
     """Stochastic length of an HSTU on histories of at most so many events; None: whole ones."""
-    of_length = {"data.max_history": length, "data.stochastic_length": alpha}
-    return of_length if alpha is None else of_length | {"data.subsequence": subsequence}
+    of_length: Values = {"data.max_history": length, "data.stochastic_length": alpha}
+    return of_length if alpha is None else {**of_length, "data.subsequence": subsequence}
+
+
+def of_alpha(alpha: float | None) -> str:
+    """In names: "alpha16", or "whole"."""
+    return "whole" if alpha is None else f"alpha{10 * alpha:.0f}"
 
 
 # Histories of 8,192 events. An epoch asks one request of each user, of 0.15 TFLOP in training where
 # histories are whole; so does an evaluation.
-LONG = {
+LONG: Values = {
     "data.synthetic.length": 8192,
     "data.synthetic.users": 1000,
     "data.batch_users": 8,
@@ -115,7 +126,7 @@ LONG = {
 }
 STOCHASTIC_LENGTH = [
     RankingRun(
-        f"assistments_sl_{length}_{alpha or 'whole'}",
+        f"assistments_sl_{length}_{of_alpha(alpha)}",
         "assistments_rank_hstu",
         sampled(length, alpha),
         seconds=SECONDS["assistments"],
@@ -125,7 +136,7 @@ STOCHASTIC_LENGTH = [
 ]
 STOCHASTIC_LENGTH += [
     RankingRun(
-        f"assistments_sl_3072_1.6_{kind}",
+        f"assistments_sl_3072_alpha16_{kind}",
         "assistments_rank_hstu",
         sampled(3072, 1.6, kind),
         seconds=SECONDS["assistments"],
@@ -134,7 +145,7 @@ STOCHASTIC_LENGTH += [
 ]
 STOCHASTIC_LENGTH += [
     RankingRun(
-        f"synthetic_sl_8192_{alpha or 'whole'}",
+        f"synthetic_sl_8192_{of_alpha(alpha)}",
         "synthetic_rank_hstu",
         LONG | sampled(8192, alpha),
         seconds=240.0,
@@ -164,11 +175,51 @@ def done(run: RankingRun, results: Path) -> bool:
     return seeds >= set(run.seeds) and "shared_device" not in record
 
 
+def copy_of(source: str) -> Values:
+    """The field that reads the copy of --copies."""
+    if not FLAGS.copies or source == "synthetic":
+        return {}
+    return {"data.raw_dir": str(Path(FLAGS.copies, source).absolute())}
+
+
+def made(run: RankingRun, more: Overrides) -> Config:
+    """The configuration of a run. Raises ValueError for a field or value that is not there."""
+    config = configs.named(run.config)
+    for field, value in {**run.overrides, **more}.items():
+        *sections, last = field.split(".")
+        values: Values = {last: value}
+        for section in reversed(sections):
+            values = {section: values}
+        config = changed(config, **values)
+    config.validate()
+    return config
+
+
+def count(runs: list[RankingRun], results: Path) -> None:
+    """Writes operations of all runs, and the test metrics of what needs no model, by source."""
+    record = Record(results / "rank_flops.json", grows=True)
+    counted, baselines = record.values.get("counted", {}), record.values.get("baselines", {})
+    data: dict[str, Interactions] = {}
+    for run in runs:
+        config = made(run, copy_of(configs.named(run.config).data.source))
+        source = config.data.source
+        if source not in data:
+            data = {source: load_interactions(config.data)}
+        task = task_of(config, data[source])
+        counted[run.name] = describe(task)
+        if source not in baselines:
+            baselines[source] = task.baselines("test")
+        record.add(counted=counted, baselines=baselines)
+
+
 def main(_: list[str]) -> None:
     runs, results, console = GROUPS[FLAGS.group], Path(FLAGS.results), command.progress_console()
     names = [run.name for run in runs]
     if unknown := sorted(set(FLAGS.only) - set(names)):
         raise ValueError(f"--only has {unknown[0]!r}: the runs are {', '.join(names)}")
+    if FLAGS.count:
+        count(runs, results)
+        return
     more = dict(given.split("=", 1) for given in FLAGS.override)
     if more and results == Path(RESULTS):
         raise ValueError("--override makes other runs than those of the tables: name --results")
@@ -179,13 +230,7 @@ def main(_: list[str]) -> None:
     progress.line(console, FLAGS.group, told)
     failed = []
     for run in waiting:
-        data = configs.named(run.config).data.source
-        given: Overrides = (
-            {"data.raw_dir": Path(FLAGS.copies, data).absolute()} if FLAGS.copies else {}
-        )
-        if data == "synthetic":
-            given = {}
-        line = arguments(run, {**given, **more})
+        line = arguments(run, copy_of(configs.named(run.config).data.source) | more)
         if FLAGS.list:
             progress.line(console, run.name, " ".join(line))
             continue
