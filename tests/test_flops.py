@@ -15,6 +15,7 @@ from tests.ranking import rank_data
 from tests.small_run import with_
 from ultra_hstu import flops, tasks
 from ultra_hstu.config import ChannelConfig, Config, DataConfig, LossConfig, ModelConfig, RankConfig
+from ultra_hstu.nn.din import DIN
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.retrieval.batch import Events, HistoryGather
@@ -297,6 +298,26 @@ def test_ranking_model_against_its_program(form):
             for rows, depth in zip(loader.gather.rows, depths, strict=True)
         )
     assert products(program.jaxpr) == head + encoders
+
+
+def test_target_attention_against_its_program():
+    """A forward pass of DIN is exact; a loop over every place of a history is what it computes."""
+    model, history, targets = dataclasses.replace(MODEL, kind="din", ffn_width=24), 40, 5
+    layer = DIN.from_config(model, history, rngs=nnx.Rngs(0))
+    sequences = Sequences.of([history + targets], num_targets=[targets])
+    graphdef, params = nnx.split(layer)
+
+    def run(params, x_TD):
+        return nnx.merge(graphdef, params).rows(x_TD, sequences, history + jnp.arange(targets))
+
+    x_TD = jnp.zeros((history + targets, WIDTH))
+    counted = flops.count(Config(model=model, rank=RANK), history, targets=targets)
+    program = jax.make_jaxpr(run)(params, x_TD)
+    assert products(program.jaxpr) == counted.projections + counted.attention
+    loss = lambda *inputs: jnp.sum(jnp.sin(run(*inputs)))  # noqa: E731
+    step = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(params, x_TD)
+    encoder_only = counted.training - 3 * counted.head
+    assert 0.9 * encoder_only < products(step.jaxpr) <= encoder_only
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 3])

@@ -41,6 +41,8 @@ def made(monkeypatch, name, *overrides):
         ("table", "data.table.item_title=name", "without data.table.items_file"),
         ("ml1m_sasrec", "model.qk_width=9", "under model.kind=sasrec: use hstu"),
         ("ml1m_hstu", "model.ffn_width=9", "under model.kind=hstu"),
+        ("ml1m_rank_din", "model.heads=9", "under model.kind=din: use hstu"),
+        ("ml1m_hstu", "rank.requests=one", "retrieval asks for the next item"),
         ("synthetic", "model.time_buckets=9", "under model.relative_bias=False"),
         ("ml1m_rank_hstu", "loss.temperature=0.1", "for ranking"),
         ("ml1m_hstu", "loss.log_q=False", "under loss.kind=sampled"),

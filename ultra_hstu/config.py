@@ -72,18 +72,21 @@ class DataConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
-    kind: Literal["hstu", "sasrec"] = "hstu"  # the encoder
+    # The encoder. Baselines: sasrec of retrieval, din (target attention) of ranking.
+    kind: Literal["hstu", "sasrec", "din"] = "hstu"
     width: Count = 50  # D, of an event's embedding and of every layer
     layers: Count = 2  # depth of the encoder
     heads: Count = 1  # H
     qk_width: Count = 50  # K, per head
     v_width: Count = 50  # V, per head
-    ffn_width: Count = 50  # of the feed-forward net of SASRec
+    ffn_width: Count = 50  # of the feed-forward nets of SASRec and DIN
     # The HSTU layer of the published research code, or the production layer.
     preset: Literal["research", "production"] = "research"
-    attention: Literal["silu", "softmax"] = "silu"  # softmax: the paper's ablation
     # Hidden width of a feed-forward block behind every HSTU layer; None: none, as published.
     feed_forward: Count | None = None
+    # The paper's ablation: softmax as its public code has it, for plain causal retrieval alone;
+    # masked_softmax over the keys that a row sees, under any mask and for ranking.
+    attention: Literal["silu", "softmax", "masked_softmax"] = "silu"
     relative_bias: bool = True  # position and time-bucket bias inside the SiLU
     time_buckets: Count = 128  # of that bias
     # The published padding behind the history: N = max_history + output_slots divides attention.
@@ -230,6 +233,11 @@ class Config(Section):
                 "use 'target', or 'last'"
             )
         protocol, channels = self.train.protocol, self.model.channels
+        if self.model.kind == "din" and not rank.tasks:
+            raise ValueError(
+                "model.kind='din' weighs a history for each given target, and retrieval gives "
+                "none: use 'hstu' or 'sasrec', or name rank.tasks"
+            )
         if not rank.tasks and (channels or protocol == "chronological"):
             raise ValueError(
                 f"model.channels={sorted(channels)}, train.protocol={protocol!r}: a mixture and "
@@ -254,16 +262,20 @@ class Config(Section):
                 "set model.truncate_after and model.truncate_length, or use 'constant' or 'length'"
             )
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
-        if model.kind == "sasrec":
+        if model.kind != "hstu":
             of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
-            lacks = (*MASKS, *CUTS, "divide_by", *of_layer, "feed_forward")
-            without["model.kind='sasrec'", "use 'hstu'"] = lacks
+            saves = () if model.kind == "sasrec" else ("remat", "chunk_rows")
+            lacks = (*MASKS, *CUTS, "divide_by", *of_layer, "feed_forward", *saves)
+            without[f"model.kind={model.kind!r}", "use 'hstu'"] = lacks
         if model.projection == "same":
             why = "model.projection='same', whose gradients follow dtype"
             without[why, "use projection='fp8'"] = ("projection_gradient",)
         if model.attention == "softmax":
-            without["model.attention='softmax', which is plain causal", "use 'silu'"] = MASKS
-            why = "model.attention='softmax', whose weights sum to 1"
+            without["model.attention='softmax', which is plain causal", "use 'masked_softmax'"] = (
+                MASKS
+            )
+        if model.attention != "silu":
+            why = f"model.attention={model.attention!r}, whose weights sum to 1"
             without[why, "use 'silu'"] = ("divide_by",)
         if model.preset == "research":
             why = "model.preset='research', whose scores have no factor"
@@ -338,40 +350,30 @@ class Config(Section):
 
     def _validate_ranking(self) -> None:
         rank, model = self.rank, self.model
-        for name in ("tasks", "signals", "features", "contextual"):
-            if len(set(values := getattr(rank, name))) < len(values):
-                raise ValueError(f"rank.{name}={values} names one twice")
         if self.train.protocol not in ("chronological", "windows"):
             raise ValueError(
                 f"train.protocol={self.train.protocol!r} cannot be used for ranking: use "
                 "'chronological' or 'windows'"
             )
-        needed = {
+        needed: dict[str, tuple[str, str]] = {
             "data.layout": (self.data.layout, "jagged"),
-            "model.kind": (model.kind, "hstu"),
-            # The softmax ablation lets targets see one another.
-            "model.attention": (model.attention, "silu"),
             # Nothing of a history is hidden: the targets of a request are given.
             "eval.hide": (self.eval.hide, "window"),
             "eval.repeats": (self.eval.repeats, "hide"),
         }
+        if model.kind == "sasrec":
+            needed["model.kind"] = (model.kind, "hstu")
+        if model.kind == "din":
+            needed["rank.input"] = (rank.input, "merged")
+        if model.attention == "softmax":  # it lets targets see one another
+            needed["model.attention"] = (model.attention, "masked_softmax")
         for name, (value, only) in needed.items():
             if value != only:
                 raise ValueError(f"{name}={value!r} cannot be used for ranking: use {only!r}")
-        # A contextual token sees the whole history and all of it sees the token: through it an
-        # item would read its own action.
-        unfit = (
-            rank.input != "interleaved"
-            or model.channels
-            or model.truncate_after is not None
-            or rank.contextual
-        )
-        if rank.supervise == "all" and unfit:
-            raise ValueError(
-                "rank.supervise='all' predicts every item of one whole history before its action: "
-                "it needs rank.input='interleaved', no model.channels, no truncation and no "
-                "rank.contextual; or use rank.supervise='targets'"
-            )
+        rank.check()
+        if rank.supervise == "all":
+            names = ("channels", "truncate_after")
+            rank.check_every_item({f"model.{name}": getattr(model, name) for name in names})
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:

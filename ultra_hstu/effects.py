@@ -12,7 +12,7 @@ from ultra_hstu.config import CHANNEL_OPTIONS, Config
 from ultra_hstu.feature_config import Spelled
 from ultra_hstu.table_config import RULES
 
-TARGETS = ("input", "targets", "positions", "supervise", "head_width")
+TARGETS = ("input", "targets", "train_targets", "requests", "positions", "supervise", "head_width")
 FRACTIONS = ("validation_fraction", "test_fraction")
 
 
@@ -69,12 +69,16 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
             values = [getattr(channel, name) for channel in model.channels.values()]
             if all(value not in ((), None) for value in values):
                 yield f"model.{name}", _of_channels(config, name)
-    if model.kind == "sasrec":
+    if model.kind != "hstu":
         names = ("qk_width", "v_width", "preset", "attention", "relative_bias", "time_buckets")
-        for name in (*names, "implementation"):
-            yield f"model.{name}", "under model.kind=sasrec: use hstu"
+        lacks = () if model.kind == "sasrec" else ("layers", "heads", "output_slots")
+        for name in (*names, "implementation", *lacks):
+            yield f"model.{name}", f"under model.kind={model.kind}: use hstu"
         return
-    yield "model.ffn_width", "under model.kind=hstu: use sasrec, or model.feed_forward"
+    instead = "use sasrec, din for ranking, or model.feed_forward"
+    yield "model.ffn_width", f"under model.kind=hstu: {instead}"
+    if model.attention != "silu":
+        yield "model.implementation", f"under model.attention={model.attention}: use silu"
     if not model.relative_bias:
         yield "model.time_buckets", "under model.relative_bias=False"
 
@@ -98,6 +102,7 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
         yield "optim.tables_learning_rate", why
     if config.rank.supervise == "all":
         yield "rank.positions", "under rank.supervise=all, whose positions are forwards"
+        yield "rank.train_targets", "under rank.supervise=all, which has no targets in training"
 
 
 def _of_channels(config: Config, name: str) -> str:

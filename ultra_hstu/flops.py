@@ -96,8 +96,9 @@ def count(
         history=history, targets=targets, contextual=contextual, **of_channels
     )
     models = [config.model.encoders[name] for name in channels] or [config.model]
+    encoder = _target_attention if config.model.kind == "din" else _encoder
     encoders = [
-        _encoder(config, model, lengths, targets, contextual)
+        encoder(config, model, lengths, targets, contextual)
         for lengths, model in zip(parts or [history], models, strict=True)
     ]
     total = Flops(*map(sum, zip(*encoders, strict=True)))
@@ -239,6 +240,25 @@ def _encoder(
         if model.remat != "none" or model.chunk_rows is not None:
             again += inner
     return Flops(float(projections), float(attention), float(backward), float(again), unread=unread)
+
+
+def _target_attention(
+    config: Config,
+    model: ModelConfig,
+    history: np.ndarray,
+    targets: np.ndarray,
+    contextual: np.ndarray,
+) -> Flops:
+    """DIN, `nn.din.TargetAttention`, over the pairs of a target and an event of its history.
+
+    The backward of a pair's products is twice as much, and makes them again.
+    """
+    width, hidden = model.width, model.ffn_width
+    rows = float((history + targets + contextual).mean())
+    asked, pairs = float(targets.mean()), float((history * targets).mean())
+    projections = 2.0 * (rows + asked) * width * hidden + 2.0 * asked * 5 * width * hidden
+    attention = 2.0 * pairs * (width * hidden + hidden + width)
+    return Flops(projections, attention, 2 * attention, attention)
 
 
 def _projection_widths(model: ModelConfig) -> tuple[int, int, int]:

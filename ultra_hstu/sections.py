@@ -1,7 +1,8 @@
 """Sections of a configuration that no other section refers to; `config` has the others."""
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 from ultra_hstu.paths import LocalPath
@@ -142,6 +143,11 @@ class RankConfig(Section):
     features: tuple[str, ...] = ()  # known of an event before the user acts; kept on targets
     contextual: tuple[str, ...] = ()  # features of the user, one token each before the history
     targets: Count = 16  # events a request asks about, which do not see one another
+    # Events that a training request asks about; None: `targets`. With 1 a history is encoded anew
+    # for each of them, as in impression-level training.
+    train_targets: Count | None = None
+    # Training requests of a user in an epoch: all of n, or one drawn, as HSTU's sampling rate 1/n.
+    requests: Literal["all", "one"] = "all"
     # The end that positions count from: the targets, or the oldest event. A cached history grows
     # without being encoded anew only under "forwards".
     positions: Literal["backwards", "forwards"] = "backwards"
@@ -150,6 +156,46 @@ class RankConfig(Section):
     head_width: Count = 128  # hidden width of the multi-task head
     validation_fraction: NotNegative[float] = 0.1  # of a user's events, before the test events
     test_fraction: NotNegative[float] = 0.1  # of a user's events, the newest
+
+    def check(self) -> None:
+        """Raises ValueError for a name that stands twice, or more targets than a request has."""
+        for name in ("tasks", "signals", "features", "contextual"):
+            if len(set(values := getattr(self, name))) < len(values):
+                raise ValueError(f"rank.{name}={values} names one twice")
+        if (asked := self.train_targets) is not None and asked > self.targets:
+            raise ValueError(
+                f"rank.train_targets={asked} must be at most rank.targets={self.targets}, the most "
+                "that a request has: lower it, or raise rank.targets"
+            )
+
+    def check_every_item(self, of_model: Mapping[str, Any]) -> None:
+        """Raises ValueError for what `supervise="all"` cannot be used with.
+
+        Args:
+          of_model: `model.channels` and `model.truncate_after`, by name.
+        """
+        merged = self.input == "merged"
+        reasons: dict[str, tuple[object, str]] = {  # what is used, and why it cannot be
+            "rank.input": (self.input if merged else None, "an event's one token holds its action"),
+            # A contextual token sees the whole history, and all of it sees the token.
+            "rank.contextual": (self.contextual, "a contextual token has seen every action"),
+            "model.channels": (
+                list(of_model["model.channels"]),
+                "an action decides what a channel holds",
+            ),
+            "model.truncate_after": (
+                of_model["model.truncate_after"],
+                "the oldest items have no row above it",
+            ),
+        }
+        for name, (value, why) in reasons.items():
+            if value:
+                remedy = "use rank.input='interleaved'" if name == "rank.input" else "leave it out"
+                raise ValueError(
+                    f"{name}={value!r} cannot be used with rank.supervise='all', which predicts "
+                    f"every item of a history before its action: {why}; {remedy}, or use "
+                    "rank.supervise='targets'"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

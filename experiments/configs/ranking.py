@@ -3,7 +3,8 @@
 HSTU interleaves items and actions, two tokens an event. ULTRA-HSTU has both in one token, is deeper
 and still cheaper at inference: half the rows, semi-local attention, and after two layers only the
 newest events. A second transducer reads the events with one signal alone, and training cuts long
-histories (stochastic length). All are meant for a GPU.
+histories (stochastic length). DIN, which HSTU's paper compares with, encodes no history. All are
+meant for a GPU.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from ultra_hstu.config import (
     ModelConfig,
     OptimConfig,
     RankConfig,
+    SyntheticConfig,
     TrainConfig,
 )
 from ultra_hstu.fields import changed
@@ -82,6 +84,19 @@ def ultra(
     )
 
 
+def din(baseline: Config) -> Config:
+    """DIN beside an HSTU baseline: the same data, requests, features, width and precision.
+
+    Its requests hold item and action in one token. HSTU's paper compares with it.
+    """
+    return changed(
+        baseline,
+        name=baseline.name.replace("hstu", "din"),
+        model={"kind": "din", "ffn_width": 128},
+        rank={"input": "merged"},
+    )
+
+
 # Will the learner answer right? Of every learner's steps the newest tenth is tested on, and the
 # tenth before it chooses the best epoch; a request asks about 32 steps at once.
 ASSISTMENTS = hstu(
@@ -103,6 +118,18 @@ ML1M = hstu(
     ),
     dropout=0.2,
     train=TrainConfig(epochs=20, patience=4),
+)
+# Will an item of the synthetic stream be liked? Only what the user did with its category tells.
+SYNTHETIC = hstu(
+    "synthetic",
+    DataConfig(
+        source="synthetic",
+        max_history=128,
+        synthetic=SyntheticConfig(users=20_000, length=128, items=20_000, categories=100),
+    ),
+    RankConfig(tasks=("is_like",), signals=("is_like",), targets=16),
+    dropout=0.1,
+    train=TrainConfig(epochs=10, patience=4),
 )
 # Click, long view, like, and the share of the video that is watched. The newest 256 events before a
 # request, as in table 3 of the ULTRA-HSTU paper (arXiv 2602.16986), whose other settings are not
@@ -142,6 +169,7 @@ CONFIGS = (
         signal="correct",
         at_least=1.0,
     ),
+    din(ASSISTMENTS),
     ML1M,
     ultra(
         ML1M,
@@ -153,6 +181,8 @@ CONFIGS = (
         signal="rating",
         at_least=4.0,
     ),
+    din(ML1M),
+    SYNTHETIC,
     KUAIRAND,
     ultra(
         KUAIRAND,

@@ -93,21 +93,8 @@ def attention(
     if rows == 0:
         return jnp.zeros_like(v_THV)
     sizes = loop_sizes(rows)
-    bounds = plan.tile_bounds(sizes.block, sizes.block)
-    tiled = functools.partial(_to_tiles, num_real=plan.num_real, block=sizes.block)
-    tables: Tables = (None, None)
-    times = None
-    if bias is not None:
-        tables = (bias.position_table, bias.time_table)
-        if bias.times is not None:
-            times = (tiled(bias.times[0]), tiled(bias.times[1]))
-    work = TileWork(
-        bounds=bounds,
-        pairs_before=jnp.cumsum((bounds.key_hi - bounds.key_lo).sum(1), dtype=jnp.int32),
-        keys=jnp.stack([tiled(x) for x in plan.keys], axis=1),
-        num_real=plan.num_real,
-        times=times,
-    )
+    tables, work = tile_work(sizes, plan, bias)
+    tiled = functools.partial(to_tiles, num_real=plan.num_real, block=sizes.block)
     q, k, v = (jnp.swapaxes(tiled(x), 1, 2) for x in (q_THK, k_THK, v_THV))
     out_nHbV = _sums(sizes, alpha, (q, k, v), tables, work)
     out_THV = jnp.swapaxes(out_nHbV, 1, 2).reshape(-1, *v_THV.shape[1:])[:rows]
@@ -124,7 +111,29 @@ class TileWork(NamedTuple):
     times: tuple[Int[Array, "n b"], Int[Array, "n b"]] | None  # of queries, of keys
 
 
-def _to_tiles(
+def tile_work(
+    sizes: PairLoop, plan: AttentionPlan, bias: RelativeBias | None
+) -> tuple[Tables, TileWork]:
+    """The tables of a bias, which are differentiated, and the tiles of a plan."""
+    tiled = functools.partial(to_tiles, num_real=plan.num_real, block=sizes.block)
+    bounds = plan.tile_bounds(sizes.block, sizes.block)
+    tables: Tables = (None, None)
+    times = None
+    if bias is not None:
+        tables = (bias.position_table, bias.time_table)
+        if bias.times is not None:
+            times = (tiled(bias.times[0]), tiled(bias.times[1]))
+    work = TileWork(
+        bounds=bounds,
+        pairs_before=jnp.cumsum((bounds.key_hi - bounds.key_lo).sum(1), dtype=jnp.int32),
+        keys=jnp.stack([tiled(x) for x in plan.keys], axis=1),
+        num_real=plan.num_real,
+        times=times,
+    )
+    return tables, work
+
+
+def to_tiles(
     x: Shaped[Array, "T ..."], *, num_real: Scalar, block: int
 ) -> Shaped[Array, "n b ..."]:
     """[T, ...] to [n, block, ...], padding rows zeroed: they may hold NaN, and 0 * NaN is NaN."""
@@ -143,7 +152,7 @@ class TilePairs(NamedTuple):
     bucket: Int[Array, "g b b"] | None
 
 
-def _pairs(step: Scalar, sizes: PairLoop, work: TileWork, tables: Tables) -> TilePairs:
+def pairs_of_step(step: Scalar, sizes: PairLoop, work: TileWork, tables: Tables) -> TilePairs:
     number_g = step * sizes.group + jnp.arange(sizes.group, dtype=jnp.int32)
     total = work.pairs_before[-1]
     tiles = work.pairs_before.shape[0]
@@ -174,7 +183,7 @@ def _pairs(step: Scalar, sizes: PairLoop, work: TileWork, tables: Tables) -> Til
     return TilePairs(query_g, key_g, seen, bucket)
 
 
-def _scores(
+def scores(
     q_gHbK: Float[Array, "g H b K"],
     k_gHbK: Float[Array, "g H b K"],
     alpha: float,
@@ -201,29 +210,29 @@ def _scores(
     return jax.lax.optimization_barrier(jnp.where(pairs.mask[:, None], score, -1e30))
 
 
-def _steps(sizes: PairLoop, work: TileWork) -> Scalar:
+def steps(sizes: PairLoop, work: TileWork) -> Scalar:
     return -(-work.pairs_before[-1] // sizes.group)
 
 
-def _cast(sizes: PairLoop, *arrays: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+def cast(sizes: PairLoop, *arrays: Float[Array, "..."]) -> list[Float[Array, "..."]]:
     return [x if sizes.low_precision else x.astype(jnp.float32) for x in arrays]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(sizes: PairLoop, alpha: float, qkv: Tensors, tables: Tables, work: TileWork) -> Outputs:
     """Unscaled outputs, float32."""
-    q, k, v = _cast(sizes, *qkv)
+    q, k, v = cast(sizes, *qkv)
 
     def step(i: Scalar, out: Outputs) -> Outputs:
-        pairs = _pairs(i, sizes, work, tables)
-        score = _scores(q[pairs.query], k[pairs.key], alpha, tables, pairs, sizes.block)
+        pairs = pairs_of_step(i, sizes, work, tables)
+        score = scores(q[pairs.query], k[pairs.key], alpha, tables, pairs, sizes.block)
         weight = jax.nn.silu(score).astype(v.dtype)
         part = jnp.einsum(
             "ghqk,ghkd->ghqd", weight, v[pairs.key], preferred_element_type=jnp.float32
         )
         return out.at[pairs.query].add(part, mode="promise_in_bounds")
 
-    return jax.lax.fori_loop(0, _steps(sizes, work), step, jnp.zeros(v.shape, jnp.float32))
+    return jax.lax.fori_loop(0, steps(sizes, work), step, jnp.zeros(v.shape, jnp.float32))
 
 
 def _sums_forward(
@@ -239,15 +248,15 @@ def _sums_backward(
     g: Outputs,
 ) -> tuple[Tensors, Tables, None]:
     qkv, tables, work = saved
-    q, k, v = _cast(sizes, *qkv)
+    q, k, v = cast(sizes, *qkv)
     g = g.astype(v.dtype)
     block = sizes.block
 
     def step(i: Scalar, sums: tuple[Tensors, Tables]) -> tuple[Tensors, Tables]:
-        (dq, dk, dv), (d_position, d_time) = sums
-        pairs = _pairs(i, sizes, work, tables)
+        (dq, dk, dv), d_tables = sums
+        pairs = pairs_of_step(i, sizes, work, tables)
         q_g, k_g, v_g, g_g = q[pairs.query], k[pairs.key], v[pairs.key], g[pairs.query]
-        score = _scores(q_g, k_g, alpha, tables, pairs, block)
+        score = scores(q_g, k_g, alpha, tables, pairs, block)
         gate = jax.nn.sigmoid(score)
         silu = score * gate
         d_weight = jnp.einsum("ghqd,ghkd->ghqk", g_g, v_g, preferred_element_type=jnp.float32)
@@ -260,24 +269,33 @@ def _sums_backward(
         dv = dv.at[pairs.key].add(add("ghqk,ghqd->ghkd", weight, g_g), mode="promise_in_bounds")
         dk = dk.at[pairs.key].add(add("ghqk,ghqd->ghkd", low, q_g), mode="promise_in_bounds")
         dq = dq.at[pairs.query].add(add("ghqk,ghkd->ghqd", low, k_g), mode="promise_in_bounds")
-        per_pair = d_score.sum(1)
-        if d_position is not None:
-            d_position = d_position + _diagonal_sums(
-                per_pair, (pairs.key - pairs.query) * block, d_position.shape[0]
-            )
-        if d_time is not None:
-            d_time = d_time + _bucket_sums(per_pair, bucket, d_time.shape[0], sizes.scatter)
-        return (dq, dk, dv), (d_position, d_time)
+        pairs = pairs._replace(bucket=bucket)
+        return (dq, dk, dv), add_table_gradients(d_tables, d_score.sum(1), pairs, sizes)
 
     zeros = tuple(zeros_after(g, x.shape) for x in (q, k, v))
     table_zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tables)
-    (dq, dk, dv), d_tables = jax.lax.fori_loop(0, _steps(sizes, work), step, (zeros, table_zeros))
+    (dq, dk, dv), d_tables = jax.lax.fori_loop(0, steps(sizes, work), step, (zeros, table_zeros))
     gradients = (alpha * dq, alpha * dk, dv), d_tables
     like = (qkv, tables)
     return *jax.tree.map(lambda x, y: x.astype(y.dtype), gradients, like), None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
+
+
+def add_table_gradients(
+    tables: Tables, per_pair: Float[Array, "g b b"], pairs: TilePairs, sizes: PairLoop
+) -> Tables:
+    """With what a step's pairs add; `per_pair`: gradients of scores, summed over heads."""
+    d_position, d_time = tables
+    if d_position is not None:
+        d_position = d_position + _diagonal_sums(
+            per_pair, (pairs.key - pairs.query) * sizes.block, d_position.shape[0]
+        )
+    if d_time is not None:
+        assert pairs.bucket is not None
+        d_time = d_time + _bucket_sums(per_pair, pairs.bucket, d_time.shape[0], sizes.scatter)
+    return d_position, d_time
 
 
 def _diagonal_sums(

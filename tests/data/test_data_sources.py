@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.data_files import KUAIRAND_HEADER, ML1M_RATINGS, kuairand_line, load, ml1m, write
 from ultra_hstu.config import SyntheticConfig
-from ultra_hstu.data.synthetic import draw_stream
+from ultra_hstu.data.synthetic import draw_likes, draw_stream
 from ultra_hstu.data.table import prepared
 
 ROOT = Path(__file__).parents[2]
@@ -207,12 +207,27 @@ def test_synthetic_follows_the_dirichlet_process():
     assert abs(same - expected) < 4 * np.sqrt(0.25 / 20_000)
 
 
+def test_synthetic_likes_follow_tastes():
+    """A record's likes of a category agree with one another, and with nothing else."""
+    settings = SyntheticConfig(users=400, length=60, items=100, categories=2, seed=1)
+    items = draw_stream(settings).reshape(-1) + 1
+    liked_UN = draw_likes(settings, items).reshape(400, 60)
+    of_first_UN = (items.reshape(400, 60) - 1) % 2 == 0
+    assert liked_UN.dtype == np.int32 and abs(liked_UN.mean() - 0.5) < 0.05
+    rate_U = (liked_UN * of_first_UN).sum(1) / np.maximum(of_first_UN.sum(1), 1)
+    known_U = of_first_UN.sum(1) > 20
+    assert (np.abs(np.abs(rate_U[known_U] - 0.5) - 0.3) < 0.25).all()
+    assert 0.3 < (rate_U[known_U] > 0.5).mean() < 0.7
+    np.testing.assert_array_equal(liked_UN.reshape(-1), draw_likes(settings, items))
+
+
 def test_synthetic_loads_and_depends_on_its_settings(tmp_path):
     small = SyntheticConfig(users=20, length=8, items=60, categories=5)
     data = load(tmp_path, "synthetic", synthetic=small)
     np.testing.assert_array_equal(data.items.reshape(20, 8), draw_stream(small) + 1)
     assert data.num_items == 60 and data.catalog.titles[6] == "item 6 of category 1"
     assert data.timestamps.tolist() == list(range(160))
+    assert set(data.actions) == {"is_like"} and len(data.actions["is_like"]) == 160
     other = load(
         tmp_path,
         "synthetic",

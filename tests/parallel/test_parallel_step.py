@@ -148,6 +148,11 @@ OTHERS = {
             model__chunk_rows=5,
         ),
     ),
+    "din, fsdp": (
+        8,
+        1,
+        with_(RANKING, model__kind="din", model__ffn_width=16, parallel__fsdp=True),
+    ),
     "mixture of transducers": (
         2,
         4,
@@ -352,6 +357,10 @@ def test_bad_configurations(options, message):
         (
             dict(model__kind="sasrec"),
             "model.kind='sasrec' cannot be used with parallel.context=2: use 'hstu', or context=1",
+        ),
+        (
+            dict(model__attention="masked_softmax"),
+            "model.attention='masked_softmax' cannot be used with parallel.context=2: use 'silu'",
         ),
         (
             dict(model__relative_bias=True, parallel__strategy="ring"),

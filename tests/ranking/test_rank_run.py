@@ -40,7 +40,7 @@ NAMES = [
     f"{source}_rank_{kind}"
     for source in ("assistments", "ml1m", "kuairand")
     for kind in ("hstu", "ultra")
-]
+] + ["assistments_rank_din", "ml1m_rank_din"]
 
 
 def assistments(folder: Path, learners=10, steps=20) -> Path:
@@ -237,7 +237,8 @@ def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
     found = ablation.variants(config)
     assert list(found) == [
         "ultra", "interleaved_input", "full_attention", "no_truncation", "one_transducer",
-        "fewer_signals", "whole_histories", "fp8_projections", "paper_layer",
+        "fewer_signals", "whole_histories", "fp8_projections", "relative_bias", "softmax",
+        "paper_layer",
     ]  # fmt: skip
     interactions = load_interactions(config.data)
     cost = {}

@@ -33,6 +33,11 @@ FORMS = {
         rank=dict(input="interleaved"), model=dict(preset="research", relative_bias=True)
     ),
     "supervise all": dict(rank=dict(input="interleaved", supervise="all")),
+    "softmax": dict(
+        rank=dict(input="interleaved", supervise="all"),
+        model=dict(attention="masked_softmax", relative_bias=True, window=(6,)),
+    ),
+    "din": dict(rank=dict(contextual=("age",)), model=dict(kind="din", ffn_width=8)),
     "semi-local, truncated": dict(
         model=dict(window=(2,), full_rows=(1,), truncate_after=1, truncate_length=4)
     ),
@@ -143,7 +148,7 @@ def test_no_prediction_reads_its_own_action(form):
         assert changed
 
 
-@pytest.mark.parametrize("form", ["merged", "interleaved", "mixture"])
+@pytest.mark.parametrize("form", ["merged", "interleaved", "mixture", "din"])
 def test_targets_do_not_see_one_another(form):
     """Another item as a target changes no other prediction of its request.
 
@@ -231,7 +236,7 @@ def test_channels_have_options_of_their_own():
     assert built.head.hidden.shape == (8 + 12, 8)
 
 
-@pytest.mark.parametrize("form", ["merged", "interleaved", "mixture"])
+@pytest.mark.parametrize("form", ["merged", "interleaved", "mixture", "din"])
 def test_a_request_alone_is_the_same_as_in_a_batch(form):
     """Batches of one request, without neighbours, against batches of four."""
     task, params, logits = built(form)
@@ -290,12 +295,36 @@ def test_head_against_numpy():
         ({"model__kind": "sasrec"}, "model.kind='sasrec' cannot be used for ranking: use 'hstu'"),
         (
             {"model__attention": "softmax"},
-            "model.attention='softmax' cannot be used for ranking: use 'silu'",
+            "model.attention='softmax' cannot be used for ranking: use 'masked_softmax'",
         ),
-        ({"rank__supervise": "all"}, "rank.supervise='all' .* needs rank.input='interleaved'"),
+        (
+            {"model__kind": "din", "rank__input": "interleaved"},
+            "rank.input='interleaved' cannot be used for ranking: use 'merged'",
+        ),
+        (
+            {"rank__train_targets": 9},
+            "rank.train_targets=9 must be at most rank.targets=",
+        ),
+        (
+            {"rank__supervise": "all"},
+            "rank.input='merged' cannot be used with rank.supervise='all', .* holds its action",
+        ),
+        (
+            {"rank__supervise": "all", "rank__input": "interleaved", "model__channels": MIXTURE},
+            "model.channels=.* cannot be used with rank.supervise='all'",
+        ),
+        (
+            {
+                "rank__supervise": "all",
+                "rank__input": "interleaved",
+                "model__truncate_after": 1,
+                "model__truncate_length": 4,
+            },
+            "model.truncate_after=1 cannot be used with rank.supervise='all'",
+        ),
         (
             {"rank__supervise": "all", "rank__input": "interleaved", "rank__contextual": ("age",)},
-            "supervise='all' .* and no rank.contextual",
+            r"rank.contextual=\('age',\) cannot be used with rank.supervise='all'",
         ),
         (
             {"rank__tasks": ("rating", "rating")},

@@ -137,6 +137,33 @@ def test_a_channel_of_an_unknown_action_is_refused():
         RankingTask.of(config, rank_data.interactions())
 
 
+@pytest.mark.parametrize("supervise", ["targets", "all"])
+def test_one_request_a_user_is_drawn_at_the_rate_one_over_n(supervise):
+    """Every epoch has one request of each user, each of its n equally often; `train_targets` cuts
+    them, and evaluation is as it was.
+    """
+    rank = dict(targets=4, supervise=supervise, input="interleaved")
+    config = rank_data.config(data=dict(max_history=4), rank=rank)
+    drawn = with_(config, rank__requests="one")
+    data = rank_data.interactions((40, 3, 9))
+    parts = requests.chronological(data, 0.1, 0.1)
+    every = [requests.training(parts, config, 0, epoch) for epoch in range(400)]
+    one = [requests.training(parts, drawn, 0, epoch) for epoch in range(400)]
+    for many, few in zip(every, one, strict=True):
+        assert few.user.tolist() == [0, 1, 2]
+        assert set(zip(few.start, few.stop, few.count, strict=True)) <= set(
+            zip(many.start, many.stop, many.count, strict=True)
+        )
+    # The thirds of the longest history: each begins a third of the requests.
+    third = np.bincount([int(few.stop[0] + few.count[0] - 1) // 11 for few in one], minlength=3)
+    assert (np.abs(third[:3] / 400 - 1 / 3) < 0.1).all()
+    single = requests.training(parts, with_(config, rank__train_targets=1), 0, 0)
+    if supervise == "targets":
+        assert (single.count == 1).all() and len(single.user) == 32 + 3 + 9
+    asked = requests.evaluation(parts, "test", with_(drawn, rank__train_targets=1))
+    assert asked.count.max() == 4
+
+
 @settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(3, 40), min_size=1, max_size=8),

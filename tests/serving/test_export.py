@@ -15,9 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.ranking import rank_data
 from tests.serving import fuzzed
 from tests.serving.small_serving import built, full_pass, unchecked
+from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.serving import artefact, export
+from ultra_hstu.serving.compiled import CompiledRanker
 
 FORM = "mixture"  # with contextual tokens, interleaved
 READ = """
@@ -353,3 +356,14 @@ def test_bad_exports_are_named(tmp_path, options, message):
             **options,
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_baselines_that_keep_no_keys_are_not_served():
+    """DIN and softmax attention: by name, where a model is loaded and where it is exported."""
+    for model in (dict(kind="din", ffn_width=4), dict(attention="masked_softmax")):
+        task = RankingTask.of(rank_data.config(model=model), rank_data.interactions((9, 8)))
+        ranker = task.recipe.build(0)
+        name = next(iter(model))
+        for refused in (lambda: CompiledRanker(ranker), lambda: export._portable(ranker)):  # noqa: B023
+            with pytest.raises(NotImplementedError, match=f"model.{name}=.* neither served nor"):
+                refused()

@@ -26,6 +26,7 @@ from ultra_hstu.data.raw import locked, say_left_behind
 
 _log = logging.getLogger(__name__)
 CATALOG = "catalog.npz"
+LIKED = 0.8
 _BATCH = 4096  # users read at once: one by one, every user decompresses its neighbours too
 
 
@@ -104,9 +105,28 @@ def load(config: DataConfig) -> Interactions:
         items=items,
         offsets=np.arange(len(parts) + 1) * settings.length,
         timestamps=np.arange(len(items)),
-        actions={},
+        actions={"is_like": draw_likes(settings, items)},
         catalog=Catalog.load(Path(builder.data_path) / CATALOG),
     )
+
+
+def draw_likes(
+    settings: SyntheticConfig, items: Int[np.ndarray, " events"]
+) -> Int[np.ndarray, " events"]:
+    """Whether each event's item was liked, int32 0 or 1: a signal for ranking.
+
+    A record likes each category with probability 1/2, and an item of a category that it likes with
+    probability `LIKED`, another with 1 - `LIKED`. So only the record's own likes tell, and the best
+    NE is that of `LIKED`, .72, where all tastes are known, and 1 where none is.
+
+    Args:
+      items: 1..I of all records, one after another.
+    """
+    rng = np.random.default_rng((settings.seed, 1))  # the stream draws from `seed`
+    taste_UC = rng.random((settings.users, settings.categories)) < 0.5
+    category_E = (items - 1) % settings.categories
+    liked_E = taste_UC[np.arange(len(items)) // settings.length, category_E]
+    return (rng.random(len(items)) < np.where(liked_E, LIKED, 1 - LIKED)).astype(np.int32)
 
 
 def _build(home: Path, config: DataConfig, damage: str) -> None:

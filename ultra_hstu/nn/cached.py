@@ -22,6 +22,7 @@ from kernels.hstu_attention import RelativeBias
 from kernels.jagged import Rows, lengths_to_offsets, offsets_to_lengths
 from kernels.mask import AttentionMask, KeyIntervals
 from kernels.typing import RHK, RHV, SHK, SHV, THK, THV, Leaf, PositionTable, Scale, TimeTable
+from ultra_hstu.nn.encoder import Encoder
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.hstu_layer import Attend
 from ultra_hstu.nn.key_values import CacheDtype, KeyValues, pack
@@ -65,6 +66,22 @@ class TargetRows(NamedTuple):
     user_R: Int[Array, " R"]
     slot_R: Int[Array, " R"]  # position among the user's targets; a relative bias alone reads it
     time_R: Int[Array, " R"]  # seconds; a relative bias alone reads it
+
+
+def require_sums(encoder: Encoder) -> HSTU:
+    """The stack itself, if targets can add to what is kept of a history.
+
+    Raises:
+      NotImplementedError: DIN, and softmax attention.
+    """
+    if isinstance(encoder, HSTU) and encoder.attention == "silu":
+        return encoder
+    what = f"attention={encoder.attention!r}" if isinstance(encoder, HSTU) else "kind='din'"
+    raise NotImplementedError(
+        f"model.{what} has no cached keys and values that candidates add to: it is a baseline, "
+        "trained and evaluated, and neither served nor exported; use model.kind='hstu' with "
+        "model.attention='silu'"
+    )
 
 
 def encode(

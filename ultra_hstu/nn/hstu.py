@@ -1,8 +1,9 @@
 """The stack of HSTU layers: on which rows a layer works, who sees whom, and what is recomputed."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from kernels.hstu_attention.api import (
     make_plan,
     prepare_plan,
 )
+from kernels.hstu_attention.softmax import softmax_attention
 from kernels.jagged import Rows
 from kernels.mask import AttentionMask, layer_masks
 from kernels.typing import QHK, QHV, SHK, SHV, THK, THV, Scale
@@ -25,13 +27,15 @@ from ultra_hstu.nn.encoder import Encoder
 from ultra_hstu.nn.hstu_layer import LAYERS, Attend, AttendRows, Layer
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import Remat, RunLayer, policy_of, run_layer
-from ultra_hstu.nn.softmax_ablation import softmax_attention
+from ultra_hstu.nn.softmax_ablation import published_softmax
 from ultra_hstu.nn.truncation import Cut, Kept, Truncation
 from ultra_hstu.parallel.context_attention import strategy_named
 from ultra_hstu.parallel.parameters import CallLayer
 from ultra_hstu.parallel.strategy import ShardMask
 from ultra_hstu.parallel.visiting import VisitingRows
 from ultra_hstu.sequences import Activations, Sequences
+
+Attention = Literal["silu", "softmax", "masked_softmax"]
 
 
 class HSTU(Encoder):
@@ -49,7 +53,7 @@ class HSTU(Encoder):
         masks: Sequence[AttentionMask] = (AttentionMask(),),
         truncation: Truncation | None = None,
         divisor: Divisor | None = None,
-        attention: Literal["silu", "softmax"] = "silu",
+        attention: Attention = "silu",
         implementation: str | None = None,
         remat: Remat = "none",
     ):
@@ -63,8 +67,8 @@ class HSTU(Encoder):
         Raises:
           ValueError: another kind of attention.
         """
-        if attention not in ("silu", "softmax"):
-            raise ValueError(f"{attention=} must be 'silu' or 'softmax'")
+        if attention not in (known := get_args(Attention)):
+            raise ValueError(f"{attention=} must be one of {', '.join(known)}")
         self.layers = nnx.List(layers)
         self.length, self.masks, self.truncation = length, tuple(masks), truncation
         self.divisor = Divisor(length, length) if divisor is None else divisor
@@ -86,7 +90,9 @@ class HSTU(Encoder):
           ValueError: options that do not suit this depth.
         """
         depth = config.layers if layers is None else layers
-        kind = LAYERS[config.preset]
+        kind, alpha = LAYERS[config.preset], config.alpha
+        if alpha is None and config.attention == "masked_softmax":
+            alpha = 1.0 / math.sqrt(config.qk_width)
         truncation, kept = None, length
         if config.truncate_after is not None and config.truncate_length is not None:
             if config.truncate_after >= depth:
@@ -103,7 +109,7 @@ class HSTU(Encoder):
                     config.heads,
                     config.qk_width,
                     config.v_width,
-                    alpha=config.alpha,
+                    alpha=alpha,
                     bias=RelativeBiasTables(length, config.time_buckets, rngs=rngs)
                     if config.relative_bias
                     else None,
@@ -319,15 +325,21 @@ class HSTU(Encoder):
           scale: of `Divisor.scale`, for this device's rows.
         """
         if self.attention == "softmax":
-            return lambda q, k, v, *, alpha, bias: softmax_attention(
+            return lambda q, k, v, *, alpha, bias: published_softmax(
                 q, k, v, sequences, bias=bias, length=self.length
+            )
+        times_t = sequences.shards.local((sequences.time_T, sequences.next_time_T))
+        if self.attention == "masked_softmax":
+            plan = make_plan(mask, sequences.offsets, sequences.num_rows, *sequences.counts)
+            soft = jax.jit(functools.partial(softmax_attention, plan=plan), static_argnames="alpha")
+            return lambda q, k, v, *, alpha, bias: soft(
+                q, k, v, alpha=alpha, bias=None if bias is None else bias.flat(*times_t)
             )
         several, spec = sequences.shards.context > 1, self._spec(dtype)
         made = (self._over_devices if several else self._on_one_device)(sequences, mask, spec)
         made = functools.partial(made, scale=scale, implementation=self.implementation)
         # Traced and lowered once, not once a layer.
         run = jax.jit(made, static_argnames="alpha")
-        times_t = sequences.shards.local((sequences.time_T, sequences.next_time_T))
 
         def attend(
             q_THK: THK, k_THK: THK, v_THV: THV, *, alpha: float, bias: RelativeBiasTables | None

@@ -14,7 +14,7 @@ from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.sequences import Sequences
 
 
-def softmax_attention(
+def published_softmax(
     q_THK: THK,
     k_THK: THK,
     v_THV: THV,

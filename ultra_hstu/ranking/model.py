@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ultra_hstu.config import Config
+from ultra_hstu.nn.din import DIN
 from ultra_hstu.nn.dropout import KeyOrNone, split_key
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU
@@ -16,6 +17,8 @@ from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.ranking import form
 from ultra_hstu.ranking.batch import RankBatch, Tokens
 from ultra_hstu.ranking.tokens import TokenEmbedding
+
+ENCODERS: dict[str, type[HSTU] | type[DIN]] = {"hstu": HSTU, "din": DIN}
 
 
 class Ranker(nnx.Module):
@@ -64,13 +67,13 @@ class Ranker(nnx.Module):
         )
         special = self.max_contextual + self.max_targets
 
-        def encoder(name: str) -> HSTU:
+        def encoder(name: str) -> HSTU | DIN:
             own, per_event = made[name], self.form.per_event
             if own.truncate_length is not None:  # events, and the encoder counts rows
                 own = dataclasses.replace(own, truncate_length=per_event * own.truncate_length)
             own = dataclasses.replace(own, output_slots=special)
             length = form.num_rows(config, channels[name].max_history, self.max_targets)
-            return HSTU.from_config(own, length, rngs=rngs)
+            return ENCODERS[own.kind].from_config(own, length, rngs=rngs)
 
         self.encoders = nnx.Dict({name: encoder(name) for name in channels})
         self.head = MultiTaskHead(

@@ -97,19 +97,37 @@ def chronological(
 def training(parts: Parts, config: Config, seed: int, epoch: int) -> Requests:
     """The training requests of an epoch: segments begin at a random place of every user.
 
-    With `rank.supervise="all"` a request is a stretch of up to `data.max_history` training events
-    without targets: each of its items is predicted from what lies before it in the stretch.
+    With `rank.requests="one"` one of each user's stays. With `rank.supervise="all"` a request is a
+    stretch of up to `data.max_history` training events without targets: each of its items is
+    predicted from what lies before it in the stretch.
     """
     first, last = parts.bounds("train")
     rng = np.random.default_rng((seed, epoch, 1))  # the loader shuffles with (seed, epoch)
-    everywhere, longest = config.rank.supervise == "all", config.data.max_history
-    size = longest if everywhere else config.rank.targets
+    rank, longest = config.rank, config.data.max_history
+    everywhere = rank.supervise == "all"
+    size = longest if everywhere else rank.train_targets or rank.targets
     head = rng.integers(1, size + 1, len(first))
-    if not everywhere:
-        return segments(first, last, size, head, parts.first, longest)
-    head = np.where(last - first > size, head, size)
+    if everywhere:
+        head = np.where(last - first > size, head, size)
     of = segments(first, last, size, head, parts.first, longest)
+    if rank.requests == "one":
+        of = one_a_user(of, rng)
+    if not everywhere:
+        return of
     return Requests(of.user, of.stop, of.stop + of.count, np.zeros_like(of.count))
+
+
+def one_a_user(of: Requests, rng: np.random.Generator) -> Requests:
+    """One of each user's requests, all equally likely: each of n is drawn at the rate 1/n.
+
+    That is the sampling rate of generative training (HSTU, arXiv 2402.17152), under
+    which an epoch costs O(N^2 d + N d^2) a user, however many events N there are. Drawing without
+    chance in the number, exactly one, has the same rates.
+    """
+    order = rng.permutation(len(of.user))
+    _, first = np.unique(of.user[order], return_index=True)
+    chosen = np.sort(order[first])
+    return Requests(of.user[chosen], of.start[chosen], of.stop[chosen], of.count[chosen])
 
 
 def evaluation(parts: Parts, part: str, config: Config) -> Requests:

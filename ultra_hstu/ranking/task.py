@@ -164,10 +164,13 @@ class RankingTask(Task[RankEvents]):
 
     def gather(self, training: bool, rows: BufferRows, examples: int) -> RankGather:
         config, layout = self.config, form(self.config)
+        most = config.rank.targets
+        if training and config.rank.train_targets is not None:
+            most = config.rank.train_targets
         return RankGather(
             rows=rows,
             channels=tuple(channels(config)),
-            targets=config.rank.targets,
+            targets=most,
             contextual=layout.contextual,
             interleaved=layout.interleaved,
             backwards=layout.backwards,

@@ -67,7 +67,7 @@ class CompiledRanker:
         # Without arrays: they would be held beside the rounded ones.
         shapes: Ranker = nnx.merge(graphdef, jax.eval_shape(lambda: params))
         self.encoders: dict[str, HSTU] = {
-            name: shapes.encoders[name] for name in sorted(shapes.encoders)
+            name: cached.require_sums(shapes.encoders[name]) for name in sorted(shapes.encoders)
         }
         self.params = _rounded(params, model)
         self.table: ItemTable | None = None
@@ -177,7 +177,7 @@ class Programs:
         model = self.model(params, table_RD)
         rows_of = tokens.history_tokens(model.form, history, used_B, name)
         return cached.encode(
-            model.encoders[name],
+            cached.require_sums(model.encoders[name]),
             model.input(name, rows_of),
             rows_of.sequences,
             contextual=model.form.contextual,
@@ -204,7 +204,7 @@ class Programs:
         rows_of = tokens.history_tokens(model.form, history, used_B, name)
         suffix = cached.suffix_of(rows_of.sequences, keep_B, new_rows)
         return cached.extend(
-            model.encoders[name],
+            cached.require_sums(model.encoders[name]),
             old,
             rows_of.sequences,
             model.input(name, tokens.token_rows(rows_of, suffix.row_R, suffix.offsets[-1])),
@@ -254,7 +254,7 @@ class Programs:
                     model.form, item_R, feature_RF, time_R, signals, *behind_R
                 )
                 x_RD = cached.targets(
-                    model.encoders[name],
+                    cached.require_sums(model.encoders[name]),
                     dense[name],
                     model.input(name, targets),
                     TargetRows(user_R, slot_R, time_R),
@@ -312,7 +312,8 @@ def _rounded(params: Params, model: Ranker) -> Params:
     They would be rounded to it in every step, which takes a step of few candidates as long as their
     products. fp8 rounds the float32 ones.
     """
-    layers = [layer for encoder in model.encoders.values() for layer in encoder.layers]
+    encoders = map(cached.require_sums, model.encoders.values())
+    layers = [layer for encoder in encoders for layer in encoder.layers]
     if any(layer.precision != "same" for layer in layers):
         return params
 
@@ -339,7 +340,7 @@ def _signature(model: Ranker) -> str:
     """What decides the meaning of a cache, besides the parameters."""
     said = [repr(model.form), repr(model.sizes), str(model.embedding.dtype)]
     for name in sorted(model.encoders):
-        encoder = model.encoders[name]
+        encoder = cached.require_sums(model.encoders[name])
         said.append(repr((name, encoder.divisor, encoder.layer_masks, encoder.truncation)))
         for layer in encoder.layers:
             sizes = (layer.heads, layer.qk_width, layer.v_width, layer.alpha, layer.precision)

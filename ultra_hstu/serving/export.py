@@ -27,6 +27,7 @@ from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.codebook import Codebook
 from ultra_hstu.data.signals import feature_size
 from ultra_hstu.feature_config import Spelled
+from ultra_hstu.nn.cached import require_sums
 from ultra_hstu.nn.key_values import CacheDtype, require_kind
 from ultra_hstu.ranking.form import Form, Sizes
 from ultra_hstu.ranking.model import Ranker
@@ -262,7 +263,8 @@ def _examples(
 def _portable(model: Ranker) -> tuple[Programs, Params]:
     """The functions of the model in plain XLA, and its parameters."""
     copy: Ranker = nnx.merge(*nnx.split(model))
-    for encoder in copy.encoders.values():
+    for one in copy.encoders.values():
+        encoder = require_sums(one)
         encoder.implementation = "xla"
         for layer in encoder.layers:
             layer.implementation = "xla"

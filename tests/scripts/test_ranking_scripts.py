@@ -1,0 +1,72 @@
+"""Scripts of ranking: training at equal operations, how sparse histories get, lists of runs."""
+
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.record import Record
+from scripts import generative, ranking_runs, stochastic_length
+from tests.ranking import rank_data
+from ultra_hstu import sampling
+from ultra_hstu.fields import changed
+
+
+def test_generative_training_at_equal_operations(tmp_path):
+    """Every variant's epochs cost about the same; a second call trains nothing."""
+    config = rank_data.config(
+        tmp_path, rank=dict(input="interleaved"), model=dict(layers=1), train=dict(epochs=40)
+    )
+    config = changed(config, train={"protocol": "chronological"})
+    data = rank_data.interactions((12, 15, 20))
+    found = generative.variants(config, data, None)
+    spent = {name: one["cost"]["trained_gflop"] for name, one in found.items()}
+    assert list(spent) == ["impressions", "requests", "requests_one", "generative"]
+    np.testing.assert_allclose(list(spent.values()), spent["requests"], rtol=0.1)
+    assert found["generative"]["config"].train.epochs > found["requests"]["config"].train.epochs
+    few = generative.variants(config, data, 3 * found["generative"]["cost"]["epoch_gflop"])
+    assert few["generative"]["config"].train.epochs == 3
+    chosen, written = {"generative": few["generative"]}, []
+    for _ in range(2):
+        record = Record(tmp_path / "record.json")
+        generative.run(chosen, data, [1], tmp_path / "runs", record, Console(quiet=True))
+        written.append(json.loads((tmp_path / "record.json").read_text())["variants"])
+    assert written[0] == written[1]
+    curve = written[0]["generative"]["runs"][0]["curve"]
+    assert len(curve) == 3 and all(0 < point["ne"] < 5 for point in curve)
+    assert curve[-1]["gflop"] == pytest.approx(few["generative"]["cost"]["trained_gflop"])
+
+
+def test_sparsity_is_exact_and_the_papers():
+    """Expectations against draws; where all histories are N long, what the paper shows."""
+    length_U = np.random.default_rng(0).integers(1, 900, 50)
+    kept_U, square_U = stochastic_length.expected(length_U, 600, 1.5)
+    uniform_S1 = (np.arange(2000)[:, None] + 0.5) / 2000
+    drawn_SU = sampling.stochastic_length(np.minimum(length_U, 600)[None], 600, 1.5, uniform_S1)
+    np.testing.assert_allclose(kept_U, drawn_SU.mean(0), rtol=5e-3)
+    np.testing.assert_allclose(square_U, (drawn_SU.astype(float) ** 2).mean(0), rtol=2e-2)
+    cells = {(one["alpha"], one["N"]): one for one in stochastic_length.grid(np.full(9, 1024))}
+    assert round(100 * cells[1.8, 1024]["sparsity"], 1) == 37.5
+    assert round(100 * cells[1.8, 1024]["s2"], 1) == 56.2
+    assert cells[2.0, 1024]["sparsity"] == 0 and cells[2.0, 2048]["sparsity"] == 0.5
+
+
+def test_weights_keep_as_old_events_as_chance_does():
+    found = stochastic_length.ages(rank_data.interactions((300, 5)), 200, 1.6)
+    assert found["recent"]["events"] < 0.5
+    assert 0.8 < found["weighted"]["events"] < 1.2 and 0.8 < found["random"]["time"] < 1.2
+
+
+def test_every_listed_run_is_a_configuration(tmp_path):
+    runs = [run for group in ranking_runs.GROUPS.values() for run in group]
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        ranking_runs.made(run, {})
+    run = runs[0]
+    assert not ranking_runs.done(run, tmp_path)
+    record = {"runs": [{"seed": seed} for seed in run.seeds]}
+    (tmp_path / f"{run.name}.json").write_text(json.dumps(record))
+    assert ranking_runs.done(run, tmp_path)
+    (tmp_path / f"{run.name}.json").write_text(json.dumps(record | {"shared_device": True}))
+    assert not ranking_runs.done(run, tmp_path)
