@@ -35,10 +35,12 @@ GRID = {
     "ml1m": Grid(DataConfig(source="ml-1m"), 50, 0.2, 128, MOVIELENS),
     "ml20m": Grid(DataConfig(source="ml-20m"), 256, 0.2, 128, MOVIELENS),
     "books": Grid(DataConfig(source="amazon-books", max_history=50), 64, 0.5, 512, BOOKS),
-    # Not in the paper: MovieLens-100K, the smallest real set, and Amazon Beauty (5-core, one user a
+    # Not in the paper: MovieLens-100K and latest-small, and Amazon Beauty (5-core, one user a
     # line), which has no timestamps: the bias of every pair is its position and time bucket 0.
     # Beauty takes the hyperparameters of Books and stops early on the validation item.
     "ml100k": Grid(DataConfig(source="ml-100k"), 50, 0.2, 128, TrainConfig(epochs=51)),
+    # 671 users in the file format of MovieLens-20M.
+    "latest": Grid(DataConfig(source="ml-latest-small"), 50, 0.2, 128, TrainConfig(epochs=51)),
     "beauty": Grid(DataConfig(source="amazon-beauty", max_history=50), 64, 0.5, 512, BEAUTY),
 }
 
@@ -90,6 +92,9 @@ CONFIGS = (
     of_grid("books_hstu_large", 16, 8),  # quoted from the public code: .0478, .0262
     # Ours: `ml100k_hstu_published`.
     of_grid("ml100k_hstu", 2, 1),
+    of_grid("ml100k_sasrec", 2, 1),
+    of_grid("latest_hstu", 2, 1),
+    of_grid("latest_sasrec", 2, 1),
     # No figure is published under this protocol. HSTU, ours: `beauty_hstu_validated`. SASRec: not
     # measured; meant for a GPU.
     of_grid("beauty_hstu", 2, 2),
