@@ -75,6 +75,20 @@ MOVIE_FEATURES: Values = {
     "items": ("genres", "year[1940,1950,1960,1970,1980,1985,1990,1995,1998]", "title[words 4096]"),
 }
 VALIDATED: Values = {"protocol": "validated"}
+# A recipe of our own: what it changes in HSTU-large, on whatever data. It is a candidate, put
+# together from what helped others (full softmax, width, dropout against overfitting), until
+# `scripts.study --study=search` has chosen one by validation items; its record is then
+# `ml1m_best_search`, and a test compares the two.
+BEST: Values = {
+    "model": {
+        "width": 64,
+        "qk_width": 32,
+        "v_width": 32,
+        "input_dropout": 0.3,
+        "linear_dropout": 0.3,
+    },
+    "loss": {"kind": "full"},
+}
 ML1M_HSTU = of_grid("ml1m_hstu", 2, 1)
 CONFIGS = (
     # Quoted from the public code: .2853, .1603. Ours: `ml1m_sasrec_published`.
@@ -106,6 +120,23 @@ CONFIGS = (
         name="ml1m_ultra",
         model={"window": (64,), "full_rows": (16,)},
         rank={"signals": ("rating",)},
+    ),
+    # The same at 60 % of the forward operations of `ml1m_hstu`'s encoder, by flops.py, on the
+    # histories of MovieLens-1M: a shorter window, and a second layer for the newest events alone.
+    changed(
+        ML1M_HSTU,
+        name="ml1m_ultra_60",
+        model={
+            "window": (16,),
+            "full_rows": (8,),
+            "truncate_after": 1,
+            "truncate_length": 92,
+        },
+        rank={"signals": ("rating",)},
+    ),
+    *(
+        changed(of_grid(f"{data}_hstu_large", 8, 2), name=f"{data}_best", **BEST)
+        for data in ("ml1m", "ml100k", "latest", "beauty")
     ),
     # Genres, years and words of titles beside ids: docs/features.md, ours: `ml1m_item_features`.
     changed(ML1M_HSTU, name="ml1m_hstu_features", features=MOVIE_FEATURES, train=VALIDATED),
