@@ -58,7 +58,7 @@ def main(_: list[str]) -> None:
     )
     with sweep.alone():
         if FLAGS.study == SEARCH:
-            left = searched(sweep, override)
+            left = searched(sweep, override, plan_only=FLAGS.plan)
         else:
             runs = overridden(chosen(FLAGS.study, FLAGS.only), override)
             left = sweep.plan(runs)
@@ -97,13 +97,14 @@ def read_override(given: Sequence[str]) -> dict[str, object]:
     return found
 
 
-def searched(sweep: Sweep, override: Mapping[str, object]) -> list[Run]:
+def searched(sweep: Sweep, override: Mapping[str, object], *, plan_only: bool = False) -> list[Run]:
     """Tries all candidates and what they make together, and confirms the best; runs left to do."""
     changes: dict[str, search.Changes] = {search.BASE: {}} | search.candidates()
 
     def trained(names: Sequence[str]) -> list[Run]:
         runs = overridden([search.trial(name, changes[name]) for name in names], override)
-        return sweep.plan(runs) if FLAGS.plan else sweep.train(runs)
+        left = sweep.plan(runs)
+        return left if plan_only else sweep.train(runs)
 
     def records() -> dict[str, Json]:
         every = {name: sweep.record(search.trial(name, of)) for name, of in changes.items()}
