@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=ml1m_hstu --workdir=runs/ml1m_hstu
     [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--overwrite] [--init_from=RUN]
-    [--record=experiments/results/NAME.json] [--profile]
+    [--record=experiments/results/NAME.json] [--profile] [--split=validation]
     [--distributed | --coordinator=HOST:PORT --processes=N --process=I]
 
 `experiments/configs` holds the configurations; a file of your own works as well. Any field can be
@@ -56,6 +56,12 @@ _TRACKERS = flags.DEFINE_multi_string(
 )
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "trace some steps into WORKDIR/profile, and print where their time goes"
+)
+_SPLIT = flags.DEFINE_enum(
+    "split",
+    "test",
+    ["test", "validation"],
+    "what the best epoch is measured on; validation: a trial, which leaves the test items alone",
 )
 _RECORD = command.define_record()
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -144,6 +150,7 @@ def main(_: list[str]) -> None:
             overwrite=overwrite,
             trackers=[make() for make in trackers],
             profile=_PROFILE.value,
+            split=_SPLIT.value,
         )
         history = [
             {name: epoch[name] for name in (*HISTORY, *criteria.curves) if name in epoch}
@@ -162,10 +169,10 @@ def main(_: list[str]) -> None:
             console.print(report.windows_table(title, result["windows"], criteria))
     else:
         with progress.waiting(working, "result", "measuring what needs no model"):
-            without_model = task.baselines("test")
+            without_model = task.baselines(_SPLIT.value)
         for result in results if first else ():
             warn_below_floor(result, without_model, criteria)
-    title = f"{config.name}: test, {report.conditions(config)}"
+    title = f"{config.name}: {_SPLIT.value}, {report.conditions(config)}"
     console.print(report.metrics_table(title, rows | without_model, criteria))
     console.print(
         f"checkpoints   {folder.checkpoints}\nmetrics       {folder.metrics}\n"
@@ -177,7 +184,14 @@ def main(_: list[str]) -> None:
             "training": task.flops("train").training,
             "inference": task.flops("test").inference,
         }
-        record.add(runs=results, baselines=without_model, flops=flops)
+        record.add(
+            data=task.interactions.fingerprint(),
+            protocol=config.train.protocol,
+            seeds=[result["seed"] for result in results],
+            runs=results,
+            baselines=without_model,
+            flops=flops,
+        )
 
 
 def warn_below_floor(result: Json, baselines: dict[str, Metrics], criteria: Criteria) -> None:

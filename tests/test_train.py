@@ -345,7 +345,10 @@ def test_protocols_look_at_the_test_items_once(data_dir, tmp_path, protocol):
         task = tasks.of(config, ordered(dataclasses.replace(task.interactions, timestamps=times)))
     else:
         task = tasks.load(config)
-    result = train(config, tmp_path, console=QUIET, task=task)
+    trial = train(config, tmp_path, console=QUIET, task=task, split="validation")
+    assert trial["split"] == "validation" and "validation" not in trial
+    result = train(config, tmp_path, console=QUIET, task=task)  # goes on to the test items
+    assert result["validation"] == trial["best"] != result["best"]
     # Only some parts have targets that training has never seen.
     best, validation = ({k for k in result[of] if "/new" not in k} for of in ("best", "validation"))
     assert result["split"] == "test" and best == validation
@@ -353,6 +356,14 @@ def test_protocols_look_at_the_test_items_once(data_dir, tmp_path, protocol):
     assert all(
         record["split"] == "validation" for record in read_metrics(Workdir(tmp_path).metrics)
     )
+
+
+def test_a_trial_needs_validation_items(finished, tmp_path):
+    config, _, _ = finished
+    with pytest.raises(ValueError, match="'published' has no validation items to measure a trial"):
+        train(config, tmp_path, split="validation")
+    with pytest.raises(ValueError, match="split='valid' is not allowed"):
+        train(config, tmp_path, split="valid")
 
 
 def test_streamed_training_equals_training_from_the_device(finished, tmp_path):

@@ -88,9 +88,12 @@ class ModelConfig(Section):
     # masked_softmax over the keys that a row sees, under any mask and for ranking.
     attention: Literal["silu", "softmax", "masked_softmax"] = "silu"
     relative_bias: bool = True  # position and time-bucket bias inside the SiLU
-    time_buckets: Count = 128  # of that bias
+    # Of that bias, beside bucket 0; 0: every pair is in it, and times are not read.
+    time_buckets: NotNegative[int] = 128
     # The published padding behind the history: N = max_history + output_slots divides attention.
     output_slots: NotNegative[int] = 11
+    # Standard deviation of the first vectors of items, which are cut at two of it.
+    item_std: Positive[float] = 0.02
     input_dropout: BelowOne[float] = 0.2  # of the embedded events
     linear_dropout: BelowOne[float] = 0.2  # inside every layer
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32

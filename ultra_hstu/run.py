@@ -50,6 +50,7 @@ class Interrupted(Exception):
 class Run:
     # Whether nothing was trained in this place before, and whether parameters are initial ones.
     is_first = starts = True
+    measured_on = "test"  # what the best epoch is measured on in the end; of a trial, validation
 
     def __init__(self, task: Task, folder: Workdir, console: Console, trackers: Sequence[Tracker]):
         self.task, self.config, self.folder, self.console = task, task.config, folder, console
@@ -300,7 +301,7 @@ class Run:
         params = best.state.params
         result: dict[str, Any] = {
             "protocol": self.config.train.protocol,
-            "split": "test",
+            "split": self.measured_on,
             "eval": self.config.evaluation,
             "seed": self.config.train.seed,
             "epochs": position.epoch,
@@ -313,6 +314,8 @@ class Run:
             result["init_from"] = position.init_from
         if self.split == "test":
             result |= {"best": self.evaluator(params), "last": position.last}
+        elif self.measured_on == self.split:  # a trial, which leaves the test items alone
+            result |= {"best": self.evaluator(params)}
         else:
             # One look at the test items, with the parameters that did best on validation.
             result |= {"validation": self.evaluator(params), "best": self.test_evaluator(params)}

@@ -31,6 +31,7 @@ def train(
     overwrite: bool = False,
     trackers: Sequence[Tracker] = (),
     profile: bool = False,
+    split: str = "test",
 ) -> dict[str, Any]:
     """Trains, or goes on training, the run in `workdir`; its result, as `result.json` holds it.
 
@@ -39,16 +40,25 @@ def train(
       overwrite: start anew, and remove the run that is in `workdir`.
       trackers: what else receives the metrics of every epoch.
       profile: trace some steps, and print what they spend their time on (`ultra_hstu.profiling`).
+      split: the items that the best epoch is measured on. "validation": a trial of a search over
+        recipes, which must not look at the test items.
 
     Raises:
-      ValueError: bad configuration or data, a folder that belongs to another run, or a profile of a
-        run that has no steps left.
+      ValueError: bad configuration or data, a folder that belongs to another run, a profile of a
+        run that has no steps left, or a trial under a protocol without validation items.
       FloatingPointError: a loss that is not finite, with step, learning rate and gradient norm.
       OSError: a checkpoint that could not be written.
       Interrupted: after SIGTERM or SIGINT while it trained, once the state is saved.
     """
     config.validate()
     tasks.check(config)
+    if split not in ("test", "validation"):
+        raise ValueError(f"{split=} is not allowed: use 'test' or 'validation'")
+    if split == "validation" and config.train.protocol in ("published", "windows"):
+        raise ValueError(
+            f"train.protocol={config.train.protocol!r} has no validation items to measure a trial "
+            "on: use another one, or split='test'"
+        )
     console = (console or Console()) if processes.is_first() else Console(quiet=True)
     folder = Workdir(workdir)
     config = _claim(folder, config, overwrite)
@@ -71,6 +81,7 @@ def train(
                 processes.broadcast(lambda: folder.claim_data(task.interactions))
                 task.vocabulary.save(folder)
                 run = Run(task, folder, console, trackers)
+                run.measured_on = split
                 if run.position.init_from:
                     start["init_from"] = run.position.init_from
             try:

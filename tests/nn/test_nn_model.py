@@ -227,6 +227,15 @@ def test_bfloat16(name):
     )
 
 
+@pytest.mark.parametrize("buckets", [0, 16])
+def test_without_time_buckets_times_are_not_read(buckets):
+    run, params = apply(model("hstu", time_buckets=buckets, implementation="xla"))
+    b, count = batch(), sum(LENGTHS)
+    warped = dataclasses.replace(b, time_T=0 * b.time_T, next_time_T=0 * b.next_time_T)
+    same = np.array_equal(run(params, b)[:count], run(params, warped)[:count])
+    assert same == (buckets == 0)
+
+
 def test_initial_values():
     """As the published code draws them: the spread of every kind of parameter."""
     wide = dataclasses.replace(SMALL, width=64, qk_width=32, v_width=32, time_buckets=4000)
@@ -235,6 +244,8 @@ def test_initial_values():
     assert (
         0.016 < items.std() < 0.019 and np.abs(items).max() <= 0.04
     )  # N(0, 0.02) cut at two standard deviations
+    other = Recommender(dataclasses.replace(wide, item_std=0.1), 500, 200, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(np.asarray(other.item_table[...]), 5 * items, rtol=1e-6)
     spread = {
         "position_table": (built.embedding.position_table, np.sqrt(2 / (203 + 64))),
         "uvqk": (layer.uvqk, 0.02),

@@ -12,7 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.typing import PerRow
 from ultra_hstu.nn.dropout import KeyOrNone, dropout, row_keys
-from ultra_hstu.nn.initializers import param, table, truncated_normal_002, xavier_normal
+from ultra_hstu.nn.initializers import (
+    param,
+    table,
+    truncated_normal,
+    truncated_normal_002,
+    xavier_normal,
+)
 from ultra_hstu.nn.item_features import ItemCodes, ItemFeatures
 from ultra_hstu.parallel.embedding_sharding import gather, lookup
 from ultra_hstu.sequences import Sequences
@@ -103,6 +109,7 @@ class InputEmbedding(nnx.Module):
         codes: CodeSizes = NO_CODES,
         item_features: ItemCodes | None = None,
         hidden_width: int = 0,
+        item_std: float = 0.02,
         dropout_rate: float,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -111,8 +118,9 @@ class InputEmbedding(nnx.Module):
         Args:
           codes: how many codes there are of what a token holds beside its item.
           item_features, hidden_width: what is known of items, as of `ItemFeatures`; None: nothing.
+          item_std: of the first vectors of items, before they are cut at two of it.
         """
-        self.item_table = table(truncated_normal_002, rngs, num_items + 1, width)
+        self.item_table = table(truncated_normal(item_std), rngs, num_items + 1, width)
         self.position_table = table(xavier_normal, rngs, length, width)
         self.codes = codes
 

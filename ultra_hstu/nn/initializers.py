@@ -14,11 +14,16 @@ from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
 Initializer = Callable[[Key[Array, ""], tuple[int, ...]], Float[Array, "..."]]
 
 normal_002 = jax.nn.initializers.normal(0.02, jnp.float32)
-truncated_normal_002 = jax.nn.initializers.truncated_normal(
-    0.02, jnp.float32, lower=-2.0, upper=2.0
-)
 xavier_uniform = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", dtype=jnp.float32)
 xavier_normal = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "normal", dtype=jnp.float32)
+
+
+def truncated_normal(std: float) -> Initializer:
+    """N(0, std), cut at two standard deviations of the normal one."""
+    return jax.nn.initializers.truncated_normal(std, jnp.float32, lower=-2.0, upper=2.0)
+
+
+truncated_normal_002 = truncated_normal(0.02)
 
 
 def linear_bias(fan_in: int) -> Initializer:

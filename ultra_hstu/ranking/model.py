@@ -52,6 +52,7 @@ class Ranker(nnx.Module):
             positions=max(channel.max_history for channel in channels.values()) + 1,
             item_features=item_features,
             hidden_width=config.features.hidden_width,
+            item_std=model.item_std,
             dropout_rate=model.input_dropout,
             dtype=jnp.dtype(model.dtype),
             rngs=rngs,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from ultra_hstu.nn.dropout import KeyOrNone, dropout, row_keys
 from ultra_hstu.nn.embeddings import CodeEmbedding
-from ultra_hstu.nn.initializers import table, truncated_normal_002
+from ultra_hstu.nn.initializers import table, truncated_normal, truncated_normal_002
 from ultra_hstu.nn.item_features import ItemCodes, ItemFeatures
 from ultra_hstu.parallel.embedding_sharding import lookup
 from ultra_hstu.parallel.shards import ONE, Shards
@@ -34,6 +34,7 @@ class TokenEmbedding(nnx.Module):
         *,
         item_features: ItemCodes | None = None,
         hidden_width: int = 0,
+        item_std: float = 0.02,
         dropout_rate: float,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -42,8 +43,9 @@ class TokenEmbedding(nnx.Module):
         Args:
           positions: the highest position of a token; it counts events.
           item_features, hidden_width: what is known of items, as of `ItemFeatures`; None: nothing.
+          item_std: as of `InputEmbedding`.
         """
-        self.item_table = table(truncated_normal_002, rngs, sizes.items + 1, width)
+        self.item_table = table(truncated_normal(item_std), rngs, sizes.items + 1, width)
 
         def codes(*columns: int) -> CodeEmbedding | None:
             return CodeEmbedding(columns, width, rngs=rngs) if columns else None

@@ -55,6 +55,7 @@ class Recommender(nnx.Module):
             codes=codes,
             item_features=item_features,
             hidden_width=hidden_width,
+            item_std=config.item_std,
             dropout_rate=config.input_dropout,
             dtype=jnp.dtype(config.dtype),
             rngs=rngs,

@@ -1,0 +1,250 @@
+"""Trains runs in processes of their own, several at a time, and keeps their records."""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.record import Json, read
+from scripts.studies import Run
+from ultra_hstu import progress, signals
+from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.fields import changed
+from ultra_hstu.json_files import write_json
+from ultra_hstu.run import Interrupted
+
+POLL_S, SAY_S = 0.2, 30.0  # between two looks at the processes, and two signs of life
+SAVE_S = 30.0  # for runs to save their state before the time is up
+
+
+@dataclasses.dataclass(eq=False)
+class Sweep:
+    """A folder of runs, which one sweep works in at a time.
+
+    Args:
+      folder: NAME/seed_N for every run, NAME.log for what it says, NAME.json for its record.
+      results: where records of finished runs are kept; those that are there are not repeated.
+      copies: a folder of raw data, COPIES/SOURCE for every source; None: data is downloaded.
+      platform: of the devices, as records name it: seconds of other platforms predict nothing.
+      jobs: runs that are trained at one time.
+      minutes: when to stop, with the state of all runs saved; None: when all are trained.
+      conditions: what records say beside what `experiments.train` writes.
+      program: what trains a run, with the arguments of `experiments.train`.
+    """
+
+    folder: Path
+    results: Path
+    console: Console
+    copies: Path | None = None
+    platform: str = "gpu"
+    jobs: int = 1
+    minutes: float | None = None
+    conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    program: Sequence[str] = (sys.executable, "-m", "experiments.train")
+
+    def __post_init__(self) -> None:
+        self.deadline = None if self.minutes is None else time.monotonic() + 60 * self.minutes
+        self.problems: dict[str, str] = {}  # by name of a run
+        self.lock = -1
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Claims the folder. Raises ValueError where another sweep, or a run of one, is at work.
+
+        Runs inherit the lock: those of a sweep that was killed keep the next one out until they
+        end.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.results.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another sweep works in {self.folder}, or a run of one that was killed: wait "
+                    "for it, or choose another --workdir"
+                ) from None
+            self.lock = file.fileno()
+            yield
+
+    def record(self, run: Run) -> Json:
+        """The record of a finished run; empty where some seed is missing.
+
+        An interrupted run has none: `experiments.train` writes it once all seeds are done.
+        """
+        for path in (self.results / f"{run.name}.json", self.folder / f"{run.name}.json"):
+            found = read(path)
+            if set(run.seeds) <= {one["seed"] for one in found.get("runs", [])}:
+                return found
+        return {}
+
+    def predicted(self, run: Run) -> tuple[float, bool]:
+        """Seconds for all seeds, and whether a record of the same configuration says so."""
+        for path in sorted(self.results.glob(f"{run.config}_*.json")):
+            found = read(path)
+            if found.get("config") == run.config and found.get("platform") == self.platform:
+                each = [one["seconds"] + one["compile_seconds"] for one in found.get("runs", [])]
+                if each:
+                    return sum(each) / len(each) * len(run.seeds), True
+        return run.seconds * len(run.seeds), False
+
+    def plan(self, runs: Sequence[Run]) -> list[Run]:
+        """Says which runs are finished and what the others take; returns those."""
+        left, total = [], 0.0
+        for run in runs:
+            seconds, known = self.predicted(run)
+            state = "finished"
+            if not self.record(run):
+                left.append(run)
+                total += seconds
+                told = "by a record" if known else "guessed"
+                state = f"{len(run.seeds)} seeds, {progress.duration(seconds)} {told}"
+            progress.line(self.console, "plan", f"{run.name}: {state}")
+        minutes = f"{total / 60:.0f} minutes of one run after another, {self.jobs} at a time"
+        limit = "" if self.minutes is None else f", at most {self.minutes:g} minutes"
+        progress.line(self.console, "plan", f"{len(left)} of {len(runs)} left: {minutes}{limit}")
+        return left
+
+    def train(self, runs: Sequence[Run]) -> list[Run]:
+        """Trains what is not finished, in this order; what is left for want of time.
+
+        `problems` says what could not be trained.
+
+        Raises:
+          Interrupted: after SIGTERM or SIGINT, once all runs have saved their state.
+        """
+        waiting = [run for run in runs if run.name not in self.problems and not self._kept(run)]
+        waiting = self._with_data(waiting)
+        active: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
+        said = time.monotonic()
+        with signals.stopping(lambda: "stopping: all runs save their state") as stop:
+            while waiting or active:
+                if stop.requested or self._left() <= SAVE_S:
+                    waiting = []
+                    self._end([process for _, process in active.values()])
+                while len(active) < self.jobs and (run := self._next(waiting)) is not None:
+                    waiting.remove(run)
+                    active[run.name] = (run, self._start(run))
+                if not active:
+                    break  # what is left takes longer than there is time
+                for run, process in [one for one in active.values() if one[1].poll() is not None]:
+                    del active[run.name]
+                    self._ended(run, process.returncode)
+                if time.monotonic() - said > SAY_S:
+                    said = time.monotonic()
+                    at_work = ", ".join(active)
+                    progress.line(
+                        self.console, "study", f"{len(waiting)} are waiting; training: {at_work}"
+                    )
+                time.sleep(POLL_S)
+        if stop.requested:
+            raise Interrupted(f"stopped; the same command goes on in {self.folder}", stop.requested)
+        return [run for run in runs if run.name not in self.problems and not self.record(run)]
+
+    def _left(self) -> float:
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
+
+    def _next(self, waiting: Sequence[Run]) -> Run | None:
+        """The first run that is expected to end in time."""
+        room = self._left() - SAVE_S
+        return next((run for run in waiting if self.predicted(run)[0] <= room), None)
+
+    def _kept(self, run: Run) -> bool:
+        """Whether the run is finished; its record then stands in `results`, but for a trial."""
+        found, path = self.record(run), self.results / f"{run.name}.json"
+        if found and not run.trial and read(path) != found:
+            write_json(path, found)
+        return bool(found)
+
+    def _raw_dir(self, source: str) -> Path | None:
+        copy = None if self.copies is None else self.copies / source
+        return copy if copy is not None and copy.exists() else None
+
+    def _with_data(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs whose data can be read; it is prepared here, once for all of them."""
+        problems: dict[str, str | None] = {}
+        for run in runs:
+            data = run.made().data
+            if data.source not in problems:
+                raw_dir = self._raw_dir(data.source)
+                data = changed(data, raw_dir=None if raw_dir is None else str(raw_dir.absolute()))
+                try:
+                    with progress.waiting(self.console, "data", f"reading {data.source}") as came:
+                        came(f"{data.source}: {progress.counts(load_interactions(data))}")
+                    problems[data.source] = None
+                except (ValueError, OSError) as error:
+                    problems[data.source] = (
+                        f"{error}\n  get it: ultra-hstu inspect "
+                        f"--config.data.source={data.source}, or put a copy into "
+                        f"{self.copies or 'COPIES'}/{data.source} (--copies)"
+                    )
+            if (problem := problems[data.source]) is not None:
+                self._fail(run, problem)
+        return [run for run in runs if run.name not in self.problems]
+
+    def _start(self, run: Run) -> subprocess.Popen[bytes]:
+        raw_dir = self._raw_dir(run.made().data.source)
+        arguments = [
+            *run.flags(),
+            *([] if raw_dir is None else [f"--config.data.raw_dir={raw_dir}"]),
+            f"--workdir={self.folder / run.name}",
+            f"--record={self.folder / run.name}.json",
+        ]
+        progress.line(self.console, "begin", run.name)
+        with open(self.folder / f"{run.name}.log", "ab") as log:
+            return subprocess.Popen(
+                [*self.program, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(self.lock,),
+                start_new_session=True,  # Ctrl-C is for the sweep, which asks its runs to stop
+            )
+
+    def _end(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        """Asks the runs to save their state and end; those that do not are killed."""
+        for process in processes:
+            process.terminate()
+        until = time.monotonic() + SAVE_S
+        for process in processes:
+            try:
+                process.wait(max(until - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _ended(self, run: Run, code: int) -> None:
+        if code < 0 or code > 128:
+            progress.line(self.console, "stopped", f"{run.name}: the same command goes on with it")
+        elif code:
+            log = (self.folder / f"{run.name}.log").read_text(errors="replace")
+            self._fail(run, "\n".join(log.splitlines()[-3:]))
+        else:
+            path = self.folder / f"{run.name}.json"
+            found = read(path)
+            found |= {**self.conditions, "overrides": dict(run.overrides)}
+            found |= {"shared_device": self.jobs > 1, "command": self._command(found["command"])}
+            write_json(path, found)
+            self._kept(run)
+            mean = found.get("mean") or found["runs"][0]["best"]
+            shown = [f"{name} {mean[name]:.4f}" for name in ("hr@10", "ndcg@10")]
+            progress.line(self.console, "done", f"{run.name}: {'  '.join(shown)}")
+
+    def _fail(self, run: Run, problem: str) -> None:
+        self.problems[run.name] = problem
+        progress.line(self.console, "failed", f"{run.name}: {problem}")
+
+    def _command(self, command: str) -> str:
+        """The command without paths of this machine."""
+        if self.copies is not None:
+            for source in sorted(os.listdir(self.copies), key=len, reverse=True):
+                command = command.replace(f"={self.copies / source} ", "=RAW_DIR ")
+        return command.replace(str(self.folder), "runs") if self.folder.is_absolute() else command

@@ -1,0 +1,226 @@
+"""Studies: what they list, how a sweep goes on, and a search that sees validation items alone."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from experiments import configs
+from experiments.record import read
+from scripts import search, studies, study, sweep
+from scripts.studies import Run, with_field
+from scripts.sweep import Sweep
+from ultra_hstu import effects, flops
+
+QUIET = Console(quiet=True)
+SMALL = {"data.synthetic.users": 20, "data.synthetic.length": 8}
+ONE = Run("one", "synthetic", SMALL, seeds=(1, 2), seconds=0.0)
+
+# Stands in for `experiments.train`: counts how often it was started, and writes a record. A run
+# named slow waits for a stop the first time; HR@10 is the learning rate.
+TRAIN = """
+import json, pathlib, re, signal, sys, time
+given = dict(re.match(r"--([\\w.]+)=(.*)", word).groups() for word in sys.argv[1:])
+record = pathlib.Path(given["record"])
+starts = record.with_suffix(".starts")
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+if "fails" in record.name:
+    sys.exit("error: it cannot be")
+if "slow" in record.name and starts.read_text() == "x":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    record.with_suffix(".ready").write_text("")
+    time.sleep(60)
+value, split = float(given.get("config.optim.learning_rate", 0.001)), given.get("split", "test")
+seeds = [int(seed) for seed in given["seeds"].split(",")]
+best = {name: value for name in ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr")}
+runs = [
+    {"seed": seed, "split": split, "seconds": 2.0, "compile_seconds": 1.0, "epochs": 3,
+     "best": {name: one + seed / 1e9 for name, one in best.items()}}
+    for seed in seeds
+]
+command = "python -m experiments.train " + " ".join(sys.argv[1:])
+fields = {"config": given["config"], "platform": "cpu", "runs": runs, "data": {"sha256": "abc"}}
+record.write_text(json.dumps(fields | {"command": command, "mean": best}))
+"""
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    monkeypatch.setenv("ULTRA_HSTU_DATA", str(tmp_path / "data"))
+    (tmp_path / "train.py").write_text(TRAIN)
+    program = (sys.executable, "-S", "-E", str(tmp_path / "train.py"))
+    given = dict(platform="cpu", program=program, conditions={"study": "small"})
+
+    def make(folder="runs", **more):
+        return Sweep(tmp_path / folder, tmp_path / "results", QUIET, **given | more)
+
+    return make
+
+
+def starts(of):
+    return {path.stem: len(path.read_text()) for path in of.folder.glob("*.starts")}
+
+
+def test_finished_runs_are_not_trained_again(made, tmp_path):
+    two = dataclasses.replace(ONE, name="two", overrides=SMALL | {"optim.learning_rate": 0.5})
+    first = made(jobs=2)
+    with first.alone():
+        for _ in range(2):
+            assert first.train([ONE, two]) == [] and not first.problems
+        assert starts(first) == {"one": 1, "two": 1}
+        # A record lacks a seed: it is no mean of these seeds.
+        more = dataclasses.replace(ONE, seeds=(1, 2, 3))
+        assert not first.record(more)
+        assert first.train([more]) == [] and starts(first)["one"] == 2
+    record = read(tmp_path / "results" / "two.json")
+    assert record["study"] == "small" and record["overrides"]["optim.learning_rate"] == 0.5
+    assert record["shared_device"] and "--seeds=1,2 --workdir=runs/two" in record["command"]
+    assert str(tmp_path) not in record["command"]
+    # Another sweep of the same results knows them, and what a seed took.
+    other = made(folder="elsewhere")
+    with other.alone():
+        assert other.plan([ONE]) == []
+        assert other.predicted(dataclasses.replace(ONE, config="synthetic", seeds=(7,)))[1] is False
+        record = dict(record, config="synthetic")
+        (tmp_path / "results" / "synthetic_x.json").write_text(json.dumps(record))
+        assert other.predicted(dataclasses.replace(ONE, seeds=(7, 8, 9))) == (9.0, True)
+
+
+def test_a_sweep_that_is_out_of_time_goes_on_later(made, monkeypatch):
+    monkeypatch.setattr(sweep, "SAVE_S", 1.0)
+    slow = dataclasses.replace(ONE, name="slow")
+    long = dataclasses.replace(ONE, name="long", seconds=1e4)
+    short = made(minutes=2.5 / 60, jobs=2)
+    with short.alone():
+        assert [run.name for run in short.train([long, slow, ONE])] == ["long", "slow"]
+    assert starts(short) == {"slow": 1, "one": 1}, "what would not end is not begun"
+    assert (short.folder / "slow.ready").exists() and not short.record(slow)
+    again = made()
+    with again.alone():
+        assert again.train([slow, long, ONE]) == []
+    assert starts(again) == {"slow": 2, "long": 1, "one": 1} and not again.problems
+
+
+def test_two_sweeps_in_one_folder_are_refused(made):
+    one, other = made(), made()
+    with one.alone():
+        with pytest.raises(ValueError, match="another sweep works in .*runs, or a run of one"):
+            other.alone().__enter__()
+        # A run that is still at work has the lock when its sweep is gone.
+        command = [sys.executable, "-S", "-E", "-c", "input()"]
+        orphan = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(one.lock,))
+    with pytest.raises(ValueError, match="choose another --workdir"):
+        other.alone().__enter__()
+    orphan.communicate(b"\n")
+    with other.alone():
+        pass
+
+
+def test_what_cannot_be_trained_is_named_and_the_others_run(made, tmp_path):
+    (tmp_path / "copies" / "ml-1m").mkdir(parents=True)
+    missing = Run("missing", "ml1m_hstu")
+    fails = dataclasses.replace(ONE, name="fails")
+    found = made(copies=tmp_path / "copies")
+    with found.alone():
+        assert found.train([missing, fails, ONE]) == []
+    assert list(found.problems) == ["missing", "fails"] and found.record(ONE)
+    problem = found.problems["missing"]
+    assert "ultra-hstu inspect --config.data.source=ml-1m" in problem and "ratings.dat" in problem
+    assert found.problems["fails"] == "error: it cannot be"
+
+
+def test_every_run_of_a_study_can_be_made(monkeypatch):
+    for name, list_of in studies.STUDIES.items():
+        runs = study.chosen(name, [])
+        assert len({run.name for run in runs}) == len(list_of()) == len(runs)
+        for run in runs:
+            config = run.made()
+            for field in run.overrides:
+                effects.require_effect(config, field)
+    for name, changes in search.candidates().items():
+        run = search.trial(name, changes)
+        assert run.trial and "--split=validation" in run.flags() and " " not in run.name
+        for field in run.overrides:
+            effects.require_effect(run.made(), field)
+    assert not search.confirmed({}).trial
+    with pytest.raises(ValueError, match="--only=ml1m_none: the study ml1m has ml1m_best_validate"):
+        study.chosen("ml1m", ["ml1m_none"])
+    # A mixture of logits is listed where its configuration is there.
+    large = configs.CONFIGS["ml1m_hstu_large"]
+    mixture = with_field(with_field(large, "loss.temperature", 0.07), "name", "other")
+    monkeypatch.setitem(configs.CONFIGS, "ml1m_hstu_large_mol", mixture)
+    (run,) = study.chosen("ml1m", ["ml1m_best_mol_temporal"])
+    assert run.overrides["loss.temperature"] == 0.07 and run.made().name == "ml1m_best_mol"
+    assert "mixture of logits" in search.candidates()
+
+
+def test_overrides_are_values():
+    given = ["train.epochs=1", "model.window=(8,)", "loss.kind=full"]
+    read_back = {"train.epochs": 1, "model.window": (8,), "loss.kind": "full"}
+    assert study.read_override(given) == read_back
+    (run,) = study.overridden([ONE], read_back)
+    assert run.made().model.window == (8,) and "--config.loss.kind=full" in run.flags()
+
+
+def test_a_search_chooses_by_validation_items(made, tmp_path, monkeypatch):
+    tried = {
+        "a": {"optim.learning_rate": 0.003},
+        "b": {"model.item_std": 0.1, "optim.beta1": 0.8},
+        "c": {"optim.learning_rate": 0.002},
+        "worse": {"optim.learning_rate": 0.0001},
+        "fails": {"optim.beta2": 0.9},
+    }
+    monkeypatch.setattr(search, "candidates", lambda: tried)
+    monkeypatch.setattr(search, "BASE", "synthetic")
+    monkeypatch.setattr(search, "START", dict(SMALL, **{"train.protocol": "validated"}))
+    found = made(jobs=4)
+    with found.alone():
+        assert study.searched(found, {}) == []
+    record = read(tmp_path / "results" / "ml1m_best_search.json")
+    assert record["chosen"] == "a" and record["changes"] == tried["a"]
+    assert [row["name"] for row in record["tried"]] == ["a", "c", "synthetic", "b", "worse"]
+    assert list(record["failed"]) == ["search_fails"] and record["data"] == {"sha256": "abc"}
+    # The test items are looked at by the chosen recipe alone, under five seeds.
+    best = read(tmp_path / "results" / "ml1m_best_validated.json")
+    assert [run["split"] for run in best["runs"]] == ["test"] * 5
+    assert [path.stem for path in (tmp_path / "results").iterdir()] == [
+        path.stem for path in (tmp_path / "results").glob("ml1m_best_*")
+    ]
+    with pytest.raises(ValueError, match="has measured test items, by which nothing is chosen"):
+        search.value(best)
+
+
+def test_what_helps_is_put_together(monkeypatch):
+    known = {"a": {"x": 1}, "b": {"y": 1}, "c": {"x": 2}, "d": {"z": 1}, "e": {"w": 1}}
+    monkeypatch.setattr(search, "candidates", lambda: known)
+    tried = {"a": [0.25, 0.26], "b": [0.22, 0.23], "c": [0.24, 0.25], "d": [0.2, 0.21]}
+    # c changes what a has changed; d gives nothing, and e less than seeds do.
+    tried |= {"e": [0.201, 0.212]}
+    assert search.stacks([0.2, 0.21], tried) == [("a", "b")]
+    assert search.together(("a", "b")) == {"x": 1, "y": 1}
+
+
+# Nine in ten users of MovieLens-1M, by the length of their history: every tenth of them.
+LENGTHS = (22, 31, 43, 59, 80, 108, 147, 200, 200, 200)
+
+
+def test_ultra_has_60_percent_of_the_operations():
+    ultra, hstu = (
+        flops.count(configs.named(name), LENGTHS) for name in ("ml1m_ultra_60", "ml1m_hstu")
+    )
+    share = (ultra.projections + ultra.attention) / (hstu.projections + hstu.attention)
+    assert 0.58 < share <= 0.60
+    assert configs.named("ml1m_ultra").model.window == (64,), "its record is older"
+
+
+def test_the_best_recipe_is_the_one_that_was_chosen():
+    """Until there is a record, the configuration is a candidate."""
+    record = read("experiments/results/ml1m_best_search.json")
+    best, large = configs.named("ml1m_best"), configs.named("ml1m_hstu_large")
+    for field, value in (record.get("start", {}) | record.get("changes", {})).items():
+        large = with_field(large, field, value)
+    found = dataclasses.replace(best, train=large.train, name=large.name)
+    assert found == large or not record
