@@ -22,6 +22,7 @@ from ultra_hstu.sections import (
     ParallelConfig,
     RankConfig,
     SyntheticConfig,
+    SyntheticLongConfig,
     TrainConfig,
     WindowsConfig,
 )
@@ -52,6 +53,8 @@ class DataConfig(Section):
     placement: Literal["auto", "device", "stream", "shards"] = "auto"
     # Share of events (the newest) that protocol `temporal` tests on.
     temporal_test_fraction: Annotated[float, Limit(lambda value: 0 < value < 1, "in (0, 1)")] = 0.1
+    # Share of users (the newest) that protocol `new_users` tests on.
+    new_users_fraction: Annotated[float, Limit(lambda value: 0 < value < 1, "in (0, 1)")] = 0.1
     # alpha of HSTU equation 4: training histories above max_history^(alpha/2) are cut.
     stochastic_length: (
         Annotated[
@@ -65,6 +68,7 @@ class DataConfig(Section):
     load_balance: bool = False
     recalibrate_every: Count = 100  # steps between two estimates of that load
     synthetic: SyntheticConfig = SyntheticConfig()
+    synthetic_long: SyntheticLongConfig = SyntheticLongConfig()
     table: TableConfig = TableConfig()
 
 
@@ -164,7 +168,7 @@ class Config(Section):
         rank, table, train = self.rank, self.data.table, self.train
         if table.tasks and not rank.tasks:
             rank = dataclasses.replace(rank, tasks=tuple(table.tasks))
-            if train.protocol != "windows":  # ranking has one other
+            if train.protocol not in ("windows", "new_users"):  # ranking has one other
                 train = dataclasses.replace(train, protocol="chronological")
         if self.data.source != "table":  # whose columns are known
             return dataclasses.replace(self, rank=rank, train=train)
@@ -191,6 +195,11 @@ class Config(Section):
             raise ValueError(
                 "data.ties='random' draws an order over all events, later ones too: use 'stable' "
                 "with train.protocol='windows'"
+            )
+        if self.train.protocol == "windows" and self.train.steps is not None:
+            raise ValueError(
+                f"train.steps={self.train.steps} does nothing under train.protocol='windows': set "
+                "windows.steps"
             )
         decay, warmup = optim.decay_steps, optim.warmup_steps
         if decay is not None and decay <= warmup:
@@ -316,10 +325,10 @@ class Config(Section):
         for name in ("tasks", "signals", "features", "contextual"):
             if len(set(values := getattr(rank, name))) < len(values):
                 raise ValueError(f"rank.{name}={values} names one twice")
-        if self.train.protocol not in ("chronological", "windows"):
+        if self.train.protocol not in ("chronological", "new_users", "windows"):
             raise ValueError(
                 f"train.protocol={self.train.protocol!r} cannot be used for ranking: use "
-                "'chronological' or 'windows'"
+                "'chronological', 'new_users' or 'windows'"
             )
         needed = {
             "data.layout": (self.data.layout, "jagged"),

@@ -272,10 +272,12 @@ def load_interactions(config: DataConfig) -> Interactions:
     if config.source == ARRAYS:
         return Interactions.load(config.raw_dir or "")
     sources.check(config.source)
-    from ultra_hstu.data import synthetic  # which makes objects of this class, as the other does
+    # These make objects of this class.
+    from ultra_hstu.data import synthetic, synthetic_long
     from ultra_hstu.data.table import prepared
 
-    found = (synthetic if config.source == sources.SYNTHETIC else prepared).load(config)
+    made = {sources.SYNTHETIC: synthetic.load, sources.SYNTHETIC_LONG: synthetic_long.load}
+    found = made.get(config.source, prepared.load)(config)
     # Both give each user's events by time, ties as they come.
     return (
         found
