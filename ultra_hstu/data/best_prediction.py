@@ -24,8 +24,8 @@ def floor(settings: SyntheticLongConfig, length: int) -> float:
     """
     a, b = settings.likes, settings.others
     p_C = category_probabilities(settings)
-    n_N = np.arange(_largest(length, p_C[0]) + 1)
-    loss_N = np.array([_loss_after(int(n), a, b) for n in n_N])
+    loss_N = _losses(_largest(length, p_C[0]), a, b)
+    n_N = np.arange(len(loss_N))
     loss = sum(p * float(stats.binom.pmf(n_N, length, p) @ loss_N) for p in p_C.tolist())
     return loss / float(_entropy(np.array(a / (a + b))))
 
@@ -71,10 +71,17 @@ def _largest(length: int, p: float) -> int:
     return int(stats.binom.isf(1e-15, length, p)) if length else 0
 
 
-def _loss_after(n: int, a: float, b: float) -> float:
-    """The expected log loss of the next event after n events of its category."""
-    s = np.arange(n + 1)
-    return float(stats.betabinom.pmf(s, n, a, b) @ _entropy((a + s) / (a + b + n)))
+def _losses(most: int, a: float, b: float) -> Float64[np.ndarray, " n"]:
+    """The expected log loss of the next event after 0..most events of its category."""
+    k = np.arange(most + 1)
+    fact, of_a, of_b, of_both = (special.gammaln(k + one) for one in (1, a, b, a + b))
+    found = np.empty(most + 1)
+    for n in k.tolist():
+        s, others = k[: n + 1], k[n::-1]
+        log_pmf = fact[n] - fact[s] - fact[others] + of_a[s] + of_b[others] - of_both[n]
+        pmf = np.exp(log_pmf - special.betaln(a, b))
+        found[n] = pmf @ _entropy((a + s) / (a + b + n))
+    return found
 
 
 def _entropy(p: Float64[np.ndarray, "*n"]) -> Float64[np.ndarray, "*n"]:

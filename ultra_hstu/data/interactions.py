@@ -186,7 +186,7 @@ class Interactions:
             "sha256": digest.hexdigest(),
         } | ({"item_features": of_items} if of_items else {})
 
-    def save(self, path: npz.Path) -> None:
+    def save(self, path: npz.Path, *, compress: bool = True) -> None:
         """Writes the file, whole or not at all."""
         catalog = self.catalog
         arrays = {
@@ -202,7 +202,7 @@ class Interactions:
             arrays["timestamps"] = self.timestamps
         if self.features:
             arrays["features"] = np.array(self.features)
-        npz.save(path, arrays)
+        npz.save(path, arrays, compress=compress)
 
     @classmethod
     def load(cls, path: npz.Path) -> "Interactions":

@@ -12,8 +12,8 @@ from ultra_hstu.data.interactions import Interactions
 class NewUsers:
     """The newest users of the data are tested, on what they did last; the others are learned from.
 
-    Of a tenth as many users, the newest of those that are learned from, training leaves out what
-    they did last, on which the best epoch is chosen.
+    Of as many users, the newest of those that are learned from, training leaves out what they did
+    last, on which the best epoch is chosen.
     """
 
     validation_U: Bool[np.ndarray, " users"]
@@ -31,17 +31,15 @@ class NewUsers:
         """
         users = interactions.num_users
         tested = int(np.floor(np.round(users * fraction, 6)))
-        validated = -(-tested // 10)
-        if not 0 < tested < users - validated:
+        if not 0 < tested <= users // 2:
             raise ValueError(
-                f"protocol 'new_users' tests {tested} of {users} users and validates on "
-                f"{validated} others (data.new_users_fraction={fraction}): give another fraction, "
-                "or more users"
+                f"protocol 'new_users' tests {tested} of {users} users and validates on as many "
+                f"others (data.new_users_fraction={fraction}): give another fraction, or more users"
             )
         order_U = np.arange(users)
         if interactions.timestamps is not None:
             order_U = np.argsort(interactions.timestamps[interactions.offsets[:-1]], kind="stable")
         validation_U, test_U = np.zeros((2, users), bool)
         test_U[order_U[users - tested :]] = True
-        validation_U[order_U[users - tested - validated : users - tested]] = True
+        validation_U[order_U[users - 2 * tested : users - tested]] = True
         return cls(validation_U, test_U)

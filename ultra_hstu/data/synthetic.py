@@ -5,6 +5,7 @@ for some thousand records; TensorFlow is never imported.
 """
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Int32
+from jaxtyping import Float64, Int32, Int64, Integer
 
 from ultra_hstu.config import DataConfig, SyntheticConfig
 from ultra_hstu.data import generated
@@ -104,6 +105,58 @@ def _quiet() -> Iterator[None]:
         tfds.enable_progress_bar()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Records:
+    """What is drawn of every record before its events.
+
+    Attributes:
+        released: items that are there for it, those with the smallest ids.
+        concentration: a.
+        category: those of its own prior, and others of no weight, to a fixed number.
+        cumulative: of the weights of these, which sum to 1.
+    """
+
+    released: Int64[np.ndarray, " users"]
+    concentration: Float64[np.ndarray, " users"]
+    category: Int64[np.ndarray, "users most"]
+    cumulative: Float64[np.ndarray, "users most"]
+
+    def available(
+        self, category: Integer[np.ndarray, "users n"], of: int, rows: slice = slice(None)
+    ) -> Int64[np.ndarray, "users n"]:
+        """How many released items each of these categories, `of` in all, has for its record."""
+        return (self.released[rows, None] - category + of - 1) // of
+
+
+def draw_records(settings: SyntheticConfig, rng: np.random.Generator) -> Records:
+    """Raises ValueError where the first record lacks a released item in some category."""
+    users, num_categories = settings.users, settings.categories
+    progress = (
+        settings.released_at_start + (1 - settings.released_at_start) * np.arange(users) / users
+    )
+    released = np.floor(progress * settings.items).astype(np.int64)
+    if released[0] < num_categories:
+        raise ValueError(
+            f"only {released[0]} of {settings.items} items are released at the start, too few for "
+            f"{num_categories} "
+            "categories: raise synthetic.items or synthetic.released_at_start, or lower "
+            "synthetic.categories"
+        )
+    concentration = rng.uniform(1, settings.max_concentration, users)
+    most = min(settings.prior_categories, num_categories)
+    prior = np.empty((users, most), np.int64)
+    for first in range(0, users, _RECORDS):
+        of_block = prior[first : first + _RECORDS]
+        every = np.broadcast_to(np.arange(num_categories), (len(of_block), num_categories))
+        of_block[:] = rng.permuted(every, axis=1)[:, :most]
+    weight = rng.exponential(size=(users, most)) * (
+        np.arange(most)[None] < rng.integers(1, most + 1, users)[:, None]
+    )
+    # Normalised exponentials: Dirichlet(1, ..., 1).
+    cumulative = np.cumsum(weight / weight.sum(1, keepdims=True), axis=1)
+    return Records(released, concentration, prior, cumulative)
+
+
 def draw_stream(settings: SyntheticConfig) -> Int32[np.ndarray, "users length"]:
     """Items 0..I-1 of every record of the stream.
 
@@ -118,41 +171,23 @@ def draw_stream(settings: SyntheticConfig) -> Int32[np.ndarray, "users length"]:
         ValueError: settings under which the first record lacks a released item in some category.
     """
     users, length, num_categories = settings.users, settings.length, settings.categories
-    progress = (
-        settings.released_at_start + (1 - settings.released_at_start) * np.arange(users) / users
-    )
-    released = np.floor(progress * settings.items).astype(np.int64)
-    if released[0] < num_categories:
-        raise ValueError(
-            f"only {released[0]} of {settings.items} items are released at the start, too few for "
-            f"{num_categories} "
-            "categories: raise synthetic.items or synthetic.released_at_start, or lower "
-            "synthetic.categories"
-        )
     rng = np.random.default_rng(settings.seed)
-    concentration = rng.uniform(1, settings.max_concentration, users)
-    most = min(settings.prior_categories, num_categories)
-    prior = rng.permuted(
-        np.broadcast_to(np.arange(num_categories), (users, num_categories)), axis=1
-    )[:, :most]
-    weight = rng.exponential(size=(users, most)) * (
-        np.arange(most)[None] < rng.integers(1, most + 1, users)[:, None]
-    )
-    # Normalised exponentials: Dirichlet(1, ..., 1).
-    cumulative = np.cumsum(weight / weight.sum(1, keepdims=True), axis=1)
+    records = draw_records(settings, rng)
     category = np.empty((length, users), np.int32)  # a position after the other
-    rows = np.arange(users)
+    rows, drawn = np.arange(users), np.zeros(users, np.int8)
     for n in range(length):
         uniform = rng.random(users)
-        drawn = sum((uniform >= cumulative[:, one]).astype(np.int8) for one in range(most - 1))
-        fresh = rng.random(users) * (concentration + n) < concentration
+        drawn[:] = 0
+        for edge in records.cumulative.T[:-1]:
+            drawn += uniform >= edge
+        fresh = rng.random(users) * (records.concentration + n) < records.concentration
         earlier = category[rng.integers(0, max(n, 1), users), rows] if n else 0
-        category[n] = np.where(fresh, prior[rows, drawn], earlier)
+        category[n] = np.where(fresh, records.category[rows, drawn], earlier)
     items = np.empty((users, length), np.int32)
     for first in range(0, users, _RECORDS):
         some = slice(first, first + _RECORDS)
         of_record = category[:, some].T
-        available = (released[some, None] - of_record + num_categories - 1) // num_categories
+        available = records.available(of_record, num_categories, some)
         place = np.floor(rng.random(of_record.shape) * available).astype(np.int32)
         items[some] = of_record + num_categories * place
     return items

@@ -38,7 +38,7 @@ def load(config: DataConfig) -> Interactions:
 
     def make(home: Path) -> None:
         home.mkdir(parents=True)
-        draw(config.synthetic_long).save(home / _FILE)
+        draw(config.synthetic_long).save(home / _FILE, compress=False)
 
     return Interactions.load(generated.folder(config, VERSION, make) / _FILE)
 
