@@ -16,7 +16,7 @@ from scripts.scaling import grid, run
 from ultra_hstu.config import SyntheticLongConfig
 from ultra_hstu.data import best_prediction
 
-LENGTHS = (0, *(2**n for n in range(4, 17)))
+LENGTHS = (0, *(2**n for n in range(4, 16)))
 
 _RAW_DIR = command.as_path(flags.DEFINE_string("raw_dir", None, "a copy of ASSISTments 2017"))
 _DATA_DIR = command.as_path(flags.DEFINE_string("data_dir", None, "where prepared data goes"))

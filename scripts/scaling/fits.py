@@ -118,7 +118,8 @@ def _slope(x: Points, y: Points) -> float:
 
 def _bootstrap(curve: Curve, fit: Fit, seed: int) -> Float64[np.ndarray, " samples"]:
     """The fit of runs that are drawn with replacement, of two amounts of compute at least."""
-    rng, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    found: list[float] = []
     while len(found) < SAMPLES:
         drawn = rng.integers(0, len(curve.ne), len(curve.ne))
         if len(np.unique(curve.compute[drawn])) > 1:

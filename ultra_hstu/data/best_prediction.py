@@ -7,6 +7,7 @@ s ~ BetaBinomial(n, a, b), which makes the expected log loss a finite sum. It fa
 longer history holds the shorter one.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ def floor(settings: SyntheticLongConfig, length: int) -> float:
     loss_N = _losses(_largest(length, p_C[0]), a, b)
     n_N = np.arange(len(loss_N))
     loss = sum(p * float(stats.binom.pmf(n_N, length, p) @ loss_N) for p in p_C.tolist())
-    return loss / float(_entropy(np.array(a / (a + b))))
+    return loss / _entropy(a / (a + b))
 
 
 def lowest(settings: SyntheticLongConfig) -> float:
@@ -38,7 +39,7 @@ def lowest(settings: SyntheticLongConfig) -> float:
     loss = sum(
         one / total * (special.digamma(total + 1) - special.digamma(one + 1)) for one in (a, b)
     )
-    return float(loss / _entropy(np.array(a / total)))
+    return float(loss) / _entropy(a / total)
 
 
 def logits(
@@ -75,15 +76,17 @@ def _losses(most: int, a: float, b: float) -> Float64[np.ndarray, " n"]:
     """The expected log loss of the next event after 0..most events of its category."""
     k = np.arange(most + 1)
     fact, of_a, of_b, of_both = (special.gammaln(k + one) for one in (1, a, b, a + b))
+    log_a, log_b, log_both = np.log(k + a), np.log(k + b), np.log(k + a + b)
     found = np.empty(most + 1)
     for n in k.tolist():
         s, others = k[: n + 1], k[n::-1]
         log_pmf = fact[n] - fact[s] - fact[others] + of_a[s] + of_b[others] - of_both[n]
         pmf = np.exp(log_pmf - special.betaln(a, b))
-        found[n] = pmf @ _entropy((a + s) / (a + b + n))
+        mean_log = ((a + s) * log_a[s] + (b + others) * log_b[others]) / (a + b + n)
+        found[n] = log_both[n] - pmf @ mean_log
     return found
 
 
-def _entropy(p: Float64[np.ndarray, "*n"]) -> Float64[np.ndarray, "*n"]:
+def _entropy(p: float) -> float:
     """In nats, of an event of probability p in (0, 1)."""
-    return -p * np.log(p) - (1 - p) * np.log1p(-p)
+    return -p * math.log(p) - (1 - p) * math.log1p(-p)
