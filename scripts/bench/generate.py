@@ -37,19 +37,15 @@ print(json.dumps({
 }))
 """
 
-_CONFIGS = flags.DEFINE_list(
-    "configs", ["synthetic_hstu", "synthetic_long_rank_hstu"], "configurations whose data is made"
-)
-_FOLDER = flags.DEFINE_string("folder", "", "where the files are written; empty: the usual one")
-_RECORD = command.define_record()
+FLAGS = flags.FLAGS
 
 
 def main(_: list[str]) -> None:
-    record = Record(_RECORD.value)
+    record = Record(FLAGS.record)
     found: dict[str, Json] = {}
-    for name in _CONFIGS.value:
+    for name in FLAGS.configs:
         source = named(name).data.source
-        with tempfile.TemporaryDirectory(dir=_FOLDER.value or None) as folder:
+        with tempfile.TemporaryDirectory(dir=FLAGS.folder or None) as folder:
             made, read = measured(name, folder), measured(name, folder)
         found[source] = made | {"load_seconds": read["seconds"], "load_peak_MiB": read["peak_MiB"]}
         record.add(sources=found)
@@ -68,4 +64,11 @@ def measured(name: str, folder: str) -> Json:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_list(
+        "configs",
+        ["synthetic_hstu", "synthetic_long_rank_hstu"],
+        "configurations whose data is made",
+    )
+    flags.DEFINE_string("folder", "", "where the files are written; empty: the usual one")
+    command.define_record()
     command.run(main)

@@ -18,15 +18,13 @@ from ultra_hstu.data import best_prediction
 
 LENGTHS = (0, *(2**n for n in range(4, 16)))
 
-_RAW_DIR = command.as_path(flags.DEFINE_string("raw_dir", None, "a copy of ASSISTments 2017"))
-_DATA_DIR = command.as_path(flags.DEFINE_string("data_dir", None, "where prepared data goes"))
-_RECORD = command.define_record()
+FLAGS = flags.FLAGS
 
 
 def main(_: list[str]) -> None:
-    console, record = command.progress_console(), Record(_RECORD.value)
+    console, record = command.progress_console(), Record(FLAGS.record)
     record.add(**floors(LONG.data.synthetic_long))
-    data, missing = run.read_sets(list(grid.SETS), _RAW_DIR.value, _DATA_DIR.value)
+    data, missing = run.read_sets(list(grid.SETS), FLAGS.raw_dir, FLAGS.data_dir)
     jobs = run.jobs_of(data)
     told = ("data", "model", "length", "layers", "seed", "training", "inference", "events")
     runs = {
@@ -48,4 +46,7 @@ def floors(settings: SyntheticLongConfig) -> Json:
 
 
 if __name__ == "__main__":
+    command.as_path(flags.DEFINE_string("raw_dir", None, "a copy of ASSISTments 2017"))
+    command.as_path(flags.DEFINE_string("data_dir", None, "where prepared data goes"))
+    command.define_record()
     command.run(main)

@@ -30,24 +30,18 @@ from ultra_hstu.ranking.metrics import normalized_entropy
 from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.task import Task
 
-_WORKDIR = command.as_path(flags.DEFINE_string("workdir", "runs/scaling", "folder of all runs"))
-_MINUTES = flags.DEFINE_float("minutes", None, "train what is predicted to end by then", 0.0)
-_SETS = flags.DEFINE_list("sets", list(grid.SETS), "data sets, of those of scripts.scaling.grid")
-_RAW_DIR = command.as_path(flags.DEFINE_string("raw_dir", None, "a copy of ASSISTments 2017"))
-_DATA_DIR = command.as_path(flags.DEFINE_string("data_dir", None, "where prepared data goes"))
-_LIST = flags.DEFINE_bool("list", False, "print the runs and their predictions, and train nothing")
-_RECORD = command.define_record()
+FLAGS = flags.FLAGS
 
 
 def main(_: list[str]) -> None:
-    if unknown := sorted(set(_SETS.value) - set(grid.SETS)):
+    if unknown := sorted(set(FLAGS.sets) - set(grid.SETS)):
         raise ValueError(f"--sets: there is no {unknown[0]!r}; use {', '.join(grid.SETS)}")
-    data, missing = read_sets(_SETS.value, _RAW_DIR.value, _DATA_DIR.value)
-    jobs = jobs_of(data, _DATA_DIR.value, _RAW_DIR.value)
-    console, record = command.progress_console(), Record(_RECORD.value, grows=True)
+    data, missing = read_sets(FLAGS.sets, FLAGS.raw_dir, FLAGS.data_dir)
+    jobs = jobs_of(data, FLAGS.data_dir, FLAGS.raw_dir)
+    console, record = command.progress_console(), Record(FLAGS.record, grows=True)
     for note in missing:
         console.print(note, markup=False, soft_wrap=True)
-    if _LIST.value:
+    if FLAGS.list:
         for job in jobs:
             told = "{training:.3g} operations a request in training, {inference:.3g} without"
             console.print(f"{job.name}: {told.format(**job.about)}; {job.seconds:.0f} s")
@@ -58,11 +52,11 @@ def main(_: list[str]) -> None:
     record.add(data=record.values.get("data", {}) | prints)
     left = sweep(
         jobs,
-        Path(_WORKDIR.value),
+        Path(FLAGS.workdir),
         record,
         load=functools.partial(task_of, data),
         measure=measure,
-        minutes=_MINUTES.value,
+        minutes=FLAGS.minutes,
         console=console,
     )
     done = len(finished(record))
@@ -147,4 +141,11 @@ def measure(job: Job, task: Task, workdir: Path) -> Json:
 
 
 if __name__ == "__main__":
+    command.as_path(flags.DEFINE_string("workdir", "runs/scaling", "folder of all runs"))
+    flags.DEFINE_float("minutes", None, "train what is predicted to end by then", 0.0)
+    flags.DEFINE_list("sets", list(grid.SETS), "data sets, of those of scripts.scaling.grid")
+    command.as_path(flags.DEFINE_string("raw_dir", None, "a copy of ASSISTments 2017"))
+    command.as_path(flags.DEFINE_string("data_dir", None, "where prepared data goes"))
+    flags.DEFINE_bool("list", False, "print the runs and their predictions, and train nothing")
+    command.define_record()
     command.run(main)

@@ -33,17 +33,13 @@ TFLOPS = 25.0  # a second, as `assistments_rank_hstu` ran, of small heads
 START = 60.0  # seconds of a start, programs and evaluations
 CUTS = (10, 50)
 
-_WORKDIR = command.as_path(flags.DEFINE_string("workdir", "runs/stream", "folder of all runs"))
-_MINUTES = flags.DEFINE_float("minutes", None, "train what is predicted to end by then", 0.0)
-_DATA_DIR = command.as_path(flags.DEFINE_string("data_dir", None, "where prepared data goes"))
-_BOUND = flags.DEFINE_bool("bound", False, "compute what can be reached, and train nothing")
-_RECORD = command.define_record()
+FLAGS = flags.FLAGS
 
 
 def main(_: list[str]) -> None:
-    console, record = command.progress_console(), Record(_RECORD.value, grows=True)
-    base = changed(named(MODELS[0]), data={"data_dir": _DATA_DIR.value})
-    if _BOUND.value:
+    console, record = command.progress_console(), Record(FLAGS.record, grows=True)
+    base = changed(named(MODELS[0]), data={"data_dir": FLAGS.data_dir})
+    if FLAGS.bound:
         for hides in (True, False):
             found = bound(base.data.synthetic, base.data.new_users_fraction, hides=hides)
             record.add(**{"history_hidden" if hides else "nothing_hidden": found})
@@ -52,12 +48,12 @@ def main(_: list[str]) -> None:
     interactions = load_interactions(base.data)
     record.add(data=interactions.fingerprint())
     left = sweep(
-        [job_of(name, seed, _DATA_DIR.value) for seed in SEEDS for name in MODELS],
-        Path(_WORKDIR.value),
+        [job_of(name, seed, FLAGS.data_dir) for seed in SEEDS for name in MODELS],
+        Path(FLAGS.workdir),
         record,
         load=functools.partial(tasks.of, interactions=interactions),
         measure=lambda job, task, folder: {},
-        minutes=_MINUTES.value,
+        minutes=FLAGS.minutes,
         console=console,
     )
     done = len(finished(record))
@@ -112,4 +108,9 @@ def _best(
 
 
 if __name__ == "__main__":
+    command.as_path(flags.DEFINE_string("workdir", "runs/stream", "folder of all runs"))
+    flags.DEFINE_float("minutes", None, "train what is predicted to end by then", 0.0)
+    command.as_path(flags.DEFINE_string("data_dir", None, "where prepared data goes"))
+    flags.DEFINE_bool("bound", False, "compute what can be reached, and train nothing")
+    command.define_record()
     command.run(main)
