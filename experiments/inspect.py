@@ -50,7 +50,7 @@ def main(_: list[str]) -> None:
         config = changed(config, data={"raw_dir": _DATA.value})
     source = config.data.source
     sources.check(source)
-    if source == sources.SYNTHETIC:
+    if source in sources.GENERATED:
         raise ValueError(f"data.source={source!r} is generated: name own events, or a public set")
     if source == sources.TABLE and _DATA.value is None:
         raise ValueError("--data must name a file, a folder or a pattern of events")

@@ -37,6 +37,7 @@ NAMES = """
     assistments_rank_hstu assistments_rank_ultra ml1m_rank_hstu ml1m_rank_ultra kuairand_rank_hstu
     ml1m_hstu_features ml100k_hstu_features kuairand_rank_ultra long_ultra long_ultra_paper
     long_mst table table_rank
+    synthetic_hstu synthetic_hstu_softmax synthetic_transformer synthetic_long_rank_hstu
 """.split()
 
 
@@ -126,6 +127,11 @@ def test_round_trip():
         ),
         ("data.temporal_test_fraction", 1.0, "temporal_test_fraction=1.0"),
         ("data.synthetic.length", 2, "synthetic.length=2 must be at least 3"),
+        ("data.synthetic_long.length", 2, "synthetic_long.length=2 must be at least 3"),
+        ("data.synthetic_long.likes", 0.0, "synthetic_long.likes=0.0 must be greater than 0"),
+        ("data.new_users_fraction", 1.0, r"new_users_fraction=1.0 must be in \(0, 1\)"),
+        ("train.steps", 0, "train.steps=0 must be greater than 0"),
+        ("train", {"protocol": "windows", "steps": 5}, "train.steps=5 does .*: set windows.steps"),
         ("optim.learning_rate", float("nan"), "learning_rate=nan"),
         ("model.remat", "full", "model.remat='full' is not allowed: use 'none', 'selective'"),
         ("model.projection_gradient", "fp8", "under model.projection='same'.*projection='fp8'"),

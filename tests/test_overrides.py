@@ -34,6 +34,8 @@ def made(monkeypatch, name, *overrides):
         ("ml1m_rank_ultra", "model.layers=5", "beside model.channels: set model.channels.liked.la"),
         ("ml1m_hstu", "data.ties_seed=1", "under data.ties=stable"),
         ("ml1m_hstu", "data.temporal_test_fraction=0.1", "under train.protocol=published"),
+        ("ml1m_hstu", "data.new_users_fraction=0.1", "'new_users' reads it"),
+        ("synthetic", "data.synthetic_long.users=9", "under data.source=synthetic"),
         ("ml1m_hstu", "data.subsequence=recent", "without data.stochastic_length"),
         ("ml1m_hstu", "data.recalibrate_every=5", "without data.load_balance"),
         ("ml1m_hstu", "data.synthetic.users=9", "under data.source=ml-1m"),

@@ -32,7 +32,10 @@ def test_the_configuration_decides_the_task(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(data__source="ml-2m"), "data.source='ml-2m' is not allowed: use 'synthetic', 'ml-1"),
+        (
+            dict(data__source="ml-2m"),
+            "data.source='ml-2m' is not allowed: use 'synthetic', 'synthe",
+        ),
         (
             dict(train__protocol="test"),
             "train.protocol='test' is not allowed: use 'published', 'validated', 'temporal'",
@@ -55,8 +58,8 @@ def test_a_protocol_of_the_other_task_is_refused():
 
 
 def test_every_source_has_one_meaning():
-    names = [sources.SYNTHETIC, sources.TABLE, *(one.name for one in sources.SETS)]
-    assert len(names) == len(set(names)) == 2 + len(sources.PUBLIC)
+    names = [*sources.GENERATED, sources.TABLE, *(one.name for one in sources.SETS)]
+    assert len(names) == len(set(names)) == 3 + len(sources.PUBLIC)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_every_source_has_one_meaning():
 )
 def test_near_names_are_shown(source, near):
     with pytest.raises(
-        ValueError, match="use 'synthetic', 'ml-100k'.*/<Category>.*Did you mean"
+        ValueError, match="use 'synthetic', 'synthetic_long', 'ml-100k'.*/<Category>.*Did you mean"
     ) as e:
         sources.check(source)
     assert near in str(e.value).partition("Did you mean")[2]

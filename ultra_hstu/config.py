@@ -24,6 +24,7 @@ from ultra_hstu.sections import (
     RankConfig,
     Rows,
     SyntheticConfig,
+    SyntheticLongConfig,
     TrainConfig,
     Windows,
     WindowsConfig,
@@ -54,6 +55,8 @@ class DataConfig(Section):
     placement: Literal["auto", "device", "stream", "shards"] = "auto"
     # Share of events (the newest) that protocol `temporal` tests on.
     temporal_test_fraction: Annotated[float, Limit(lambda value: 0 < value < 1, "in (0, 1)")] = 0.1
+    # Share of users (the newest) that protocol `new_users` tests on.
+    new_users_fraction: Annotated[float, Limit(lambda value: 0 < value < 1, "in (0, 1)")] = 0.1
     # alpha of HSTU equation 4: training histories above max_history^(alpha/2) are cut.
     stochastic_length: (
         Annotated[
@@ -67,6 +70,7 @@ class DataConfig(Section):
     load_balance: bool = False
     recalibrate_every: Count = 100  # steps between two estimates of that load
     synthetic: SyntheticConfig = SyntheticConfig()
+    synthetic_long: SyntheticLongConfig = SyntheticLongConfig()
     table: TableConfig = TableConfig()
 
 
@@ -176,7 +180,7 @@ class Config(Section):
         rank, table, train = self.rank, self.data.table, self.train
         if table.tasks and not rank.tasks:
             rank = dataclasses.replace(rank, tasks=tuple(table.tasks))
-            if train.protocol != "windows":  # ranking has one other
+            if train.protocol not in ("windows", "new_users"):  # ranking has one other
                 train = dataclasses.replace(train, protocol="chronological")
         if self.data.source != "table":  # whose columns are known
             return dataclasses.replace(self, rank=rank, train=train)
@@ -205,6 +209,11 @@ class Config(Section):
                 "with train.protocol='windows'"
             )
         optim.check_state()
+        if self.train.protocol == "windows" and self.train.steps is not None:
+            raise ValueError(
+                f"train.steps={self.train.steps} does nothing under train.protocol='windows': set "
+                "windows.steps"
+            )
         decay, warmup = optim.decay_steps, optim.warmup_steps
         if decay is not None and decay <= warmup:
             raise ValueError(f"optim.decay_steps={decay} must be above optim.warmup_steps={warmup}")
@@ -353,10 +362,10 @@ class Config(Section):
 
     def _validate_ranking(self) -> None:
         rank, model = self.rank, self.model
-        if self.train.protocol not in ("chronological", "windows"):
+        if self.train.protocol not in ("chronological", "new_users", "windows"):
             raise ValueError(
                 f"train.protocol={self.train.protocol!r} cannot be used for ranking: use "
-                "'chronological' or 'windows'"
+                "'chronological', 'new_users' or 'windows'"
             )
         needed: dict[str, tuple[str, str]] = {
             "data.layout": (self.data.layout, "jagged"),

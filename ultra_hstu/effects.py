@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from ultra_hstu.config import CHANNEL_OPTIONS, Config
 from ultra_hstu.feature_config import Spelled
+from ultra_hstu.sections import GENERATED
 from ultra_hstu.table_config import RULES
 
 TARGETS = ("input", "targets", "train_targets", "requests", "positions", "supervise", "head_width")
@@ -37,6 +38,9 @@ def _data(config: Config) -> Iterator[tuple[str, str]]:
     if config.train.protocol != "temporal":
         why = f"under train.protocol={config.train.protocol}"
         yield "data.temporal_test_fraction", f"{why}: 'temporal' reads it"
+    if config.train.protocol != "new_users":
+        why = f"under train.protocol={config.train.protocol}"
+        yield "data.new_users_fraction", f"{why}: 'new_users' reads it"
     if config.train.protocol != "windows":
         yield "windows", f"under train.protocol={config.train.protocol}: 'windows' reads it"
     elif config.rank.tasks:
@@ -46,9 +50,10 @@ def _data(config: Config) -> Iterator[tuple[str, str]]:
     if not data.load_balance:
         yield "data.recalibrate_every", "without data.load_balance"
     why = f"under data.source={data.source}"
-    if data.source != "synthetic":
-        yield "data.synthetic", why
-    if data.source == "synthetic":
+    for generated in GENERATED:
+        if data.source != generated:
+            yield f"data.{generated}", why
+    if data.source in GENERATED:
         yield "data.table", why
     elif data.source != "table":  # a public set, whose files and columns are known
         for field in dataclasses.fields(table):

@@ -183,7 +183,7 @@ class Run:
     def _evaluation_due(self) -> bool:
         """Whether the epoch that ended is evaluated."""
         config, epoch = self.config.train, self.position.epoch
-        return epoch % config.eval_every == 0 or epoch == config.epochs
+        return epoch % config.eval_every == 0 or epoch == config.epochs or self._all_steps()
 
     def _save_due(self) -> bool:
         """Whether a checkpoint is written after the epoch that ended."""
@@ -247,8 +247,11 @@ class Run:
         }
 
     def _plan(self) -> Plan:
-        """The batches of the epoch."""
-        return self.loader.plan(seed=self.config.train.seed, epoch=self.position.epoch)
+        """The batches of the epoch, as many of them as `train.steps` leaves."""
+        plan = self.loader.plan(seed=self.config.train.seed, epoch=self.position.epoch)
+        if (steps := self.config.train.steps) is None:
+            return plan
+        return plan.cut(steps - (self.step - self.position.batch))
 
     def _read(self, call: "_StartedCall") -> float:
         """Adds the losses of a call to the epoch's; the gradient norm of its last step."""
@@ -286,7 +289,11 @@ class Run:
         """Whether all epochs are trained, or patience has run out."""
         waited = self.position.evaluated_epoch - self.position.best_epoch
         out_of_patience = self.patience is not None and waited >= self.patience
-        return out_of_patience or self.position.epoch >= self.config.train.epochs
+        all_epochs = self.position.epoch >= self.config.train.epochs
+        return out_of_patience or all_epochs or self._all_steps()
+
+    def _all_steps(self) -> bool:
+        return self.config.train.steps is not None and self.step >= self.config.train.steps
 
     def _finish(self) -> dict[str, Any]:
         position = self.position

@@ -35,6 +35,9 @@ class ChannelConfig(Section):
     truncate_length: Count | None = None  # events; None: that of the model
 
 
+GENERATED = ("synthetic", "synthetic_long")  # sources whose settings are sections of these names
+
+
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig(Section):
     """Streaming data of HSTU appendix C: a Dirichlet process over categories that drift."""
@@ -51,6 +54,26 @@ class SyntheticConfig(Section):
     # a ~ U(1, this)
     max_concentration: Annotated[float, Limit(lambda value: value >= 1, "at least 1")] = 500.0
     seed: NotNegative[int] = 0  # of the stream
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticLongConfig(Section):
+    """Long histories of likes, whose best possible prediction is known: docs/scaling.md.
+
+    A user likes an item of a category with a probability of the two, drawn once.
+    """
+
+    users: Count = 400
+    length: Annotated[int, Limit(lambda value: value >= 3, "at least 3: MIN_EVENTS")] = 20480
+    categories: Count = 512
+    items_per_category: Count = 4
+    # An event is of category k = 1, 2, ... in proportion to k^-skew.
+    skew: NotNegative[float] = 1.0
+    # Of the beta distribution of a user's probabilities: the likes, and the others, that a category
+    # without events counts for.
+    likes: Positive[float] = 0.5
+    others: Positive[float] = 0.5
+    seed: NotNegative[int] = 0  # of everything that is drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,11 +270,12 @@ class LossConfig(Section):
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Section):
     epochs: Count = 101  # at most
+    steps: Count | None = None  # at most: the last epoch ends early; None: those of the epochs
     seed: Annotated[
         NotNegative[int],
         Limit(lambda value: value < 2**32, "below 2^32: larger seeds would repeat smaller ones"),
     ] = 42  # of the first parameters, and of the order and dropout of every epoch
-    # published, validated, temporal; of ranking, chronological; of both, windows
+    # published, validated, temporal; of ranking, chronological; of both, new_users and windows
     protocol: str = "published"
     # Folder of a run whose parameters this one starts from; None: from those of the seed.
     init_from: LocalPath | None = None

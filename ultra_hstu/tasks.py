@@ -8,7 +8,7 @@ from kernels import hstu_attention, norm_linear
 from ultra_hstu import progress
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
-from ultra_hstu.data import item_features, shards, signals, sources, windows
+from ultra_hstu.data import item_features, shards, signals, sources, synthetic_long, windows
 from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
 from ultra_hstu.feature_config import TITLE
 from ultra_hstu.fields import changed
@@ -61,9 +61,11 @@ def check_names(config: Config) -> None:
         described, timed = public.users is not None, public.timed
         item_features.check_names(config.features, (*public.table.item_features, TITLE))
     else:
-        signals.check_names(config, ())
+        long = data.source == sources.SYNTHETIC_LONG
+        actions, features = (synthetic_long.ACTIONS, synthetic_long.FEATURES) if long else ((), ())
+        signals.check_names(config, actions, features)
         item_features.check_names(config.features, ())
-        described, timed = False, True
+        described, timed = False, not long
         if data.table != TableConfig():
             raise ValueError(f"data.table does nothing under data.source={data.source!r}")
         if data.raw_dir is not None:

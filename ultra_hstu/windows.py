@@ -270,7 +270,7 @@ class WindowRun(Run):
         if self.limit is None:
             return plan
         left = self.limit - (self.step - self.first_step - self.position.batch)
-        return dataclasses.replace(plan, place_SB=plan.place_SB[:left])
+        return plan.cut(left)
 
     def _ended(self) -> bool:
         if self.limit is not None:

@@ -3,11 +3,18 @@
 python -m experiments.train --config=NAME --workdir=runs/NAME
 """
 
-from experiments.configs import long, ranking, retrieval, table
+from experiments.configs import long, ranking, retrieval, scaling, table
 from ultra_hstu.config import Config
 
 CONFIGS = {
-    run.name: run for run in (*retrieval.CONFIGS, *ranking.CONFIGS, *long.CONFIGS, *table.CONFIGS)
+    run.name: run
+    for run in (
+        *retrieval.CONFIGS,
+        *ranking.CONFIGS,
+        *long.CONFIGS,
+        *scaling.CONFIGS,
+        *table.CONFIGS,
+    )
 }
 
 

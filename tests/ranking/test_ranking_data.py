@@ -225,6 +225,22 @@ def test_requests_partition_every_part(
     ] == sizes
 
 
+def test_new_users_are_never_learned_from():
+    data, config = rank_data.interactions([40] * 8), rank_data.config(rank=dict(targets=7))
+    parts = requests.new_users(data, 0.25, 0.1, 0.2)
+    times = data.timestamps[data.offsets[:-1]]
+    *learned, a, b, c, d = np.argsort(times, kind="stable").tolist()
+    sizes = {
+        part: (parts.bounds(part)[1] - parts.bounds(part)[0]).tolist() for part in requests.PARTS
+    }
+    assert [sizes["train"][u] for u in (*learned, a, b, c, d)] == [40] * 4 + [36, 36, 0, 0]
+    assert [sizes["validation"][u] for u in (*learned, a, b, c, d)] == [0] * 4 + [4, 4, 0, 0]
+    assert [sizes["test"][u] for u in (*learned, a, b, c, d)] == [0] * 6 + [8, 8]
+    found = requests.evaluation(parts, "test", config)
+    reach = np.minimum(found.stop - data.offsets[found.user], config.data.max_history)
+    assert ((found.stop - found.start) == reach).all() and reach.min() > 0
+
+
 def test_training_requests_are_a_function_of_seed_and_epoch():
     config = rank_data.config(rank=dict(targets=7))
     parts = requests.chronological(rank_data.interactions([40] * 9), 0.1, 0.1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.data.data_files import load, ml1m
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import Interactions, ordered
-from ultra_hstu.retrieval.split import split
+from ultra_hstu.retrieval.split import new_users, split
 
 
 def make(*times: list[int], timed: bool = True) -> Interactions:
@@ -55,6 +55,20 @@ def test_temporal():
     assert rows(done.train) == [(0, 0, 1)]
     assert rows(done.validation) == [(0, 0, 2), (1, 5, 6), (4, 14, 15)]
     assert rows(done.test) == [(0, 0, 3), (1, 5, 7), (3, 11, 12), (4, 14, 16)]
+
+
+def test_new_users():
+    """Those who come last, whatever their ids: users 1 and 2 here."""
+    done = new_users(make([1, 2, 3], [9, 10, 11], [8, 20, 30], [2, 3, 4]), 200, 0.25)
+    assert rows(done.test) == [(1, 3, 5)]
+    assert rows(done.validation) == [(2, 6, 8)]
+    # The events of the others are targets to the last; who validates keeps the last one apart.
+    assert rows(done.train) == [(0, 0, 2), (2, 6, 7), (3, 9, 11)]
+    untimed = new_users(make([1, 2, 3], [1, 2, 3], [1, 2, 3], timed=False), 2, 0.34)
+    assert [rows(one)[0][0] for one in (untimed.validation, untimed.test)] == [1, 2]
+    for fraction, tested in ((0.2, 0), (0.7, 2)):
+        with pytest.raises(ValueError, match=f"'new_users' tests {tested} of 3 users"):
+            new_users(make([1, 2, 3], [1, 2, 3], [1, 2, 3]), 200, fraction)
 
 
 @settings(max_examples=60)

@@ -186,7 +186,7 @@ class Interactions:
             "sha256": digest.hexdigest(),
         } | ({"item_features": of_items} if of_items else {})
 
-    def save(self, path: npz.Path) -> None:
+    def save(self, path: npz.Path, *, compress: bool = True) -> None:
         """Writes the file, whole or not at all."""
         catalog = self.catalog
         arrays = {
@@ -202,7 +202,7 @@ class Interactions:
             arrays["timestamps"] = self.timestamps
         if self.features:
             arrays["features"] = np.array(self.features)
-        npz.save(path, arrays)
+        npz.save(path, arrays, compress=compress)
 
     @classmethod
     def load(cls, path: npz.Path) -> "Interactions":
@@ -272,10 +272,12 @@ def load_interactions(config: DataConfig) -> Interactions:
     if config.source == ARRAYS:
         return Interactions.load(config.raw_dir or "")
     sources.check(config.source)
-    from ultra_hstu.data import synthetic  # which makes objects of this class, as the other does
+    # These make objects of this class.
+    from ultra_hstu.data import synthetic, synthetic_long
     from ultra_hstu.data.table import prepared
 
-    found = (synthetic if config.source == sources.SYNTHETIC else prepared).load(config)
+    made = {sources.SYNTHETIC: synthetic.load, sources.SYNTHETIC_LONG: synthetic_long.load}
+    found = made.get(config.source, prepared.load)(config)
     # Both give each user's events by time, ties as they come.
     return (
         found

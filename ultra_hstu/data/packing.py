@@ -132,6 +132,10 @@ class Plan:
     def __len__(self) -> int:
         return len(self.place_SB)
 
+    def cut(self, steps: int) -> "Plan":
+        """The first batches, at most so many."""
+        return dataclasses.replace(self, place_SB=self.place_SB[:steps])
+
     def columns(
         self, steps_S: Int[np.ndarray, " S"], dtype: type[np.signedinteger] = np.int32
     ) -> HostColumns:

@@ -196,7 +196,7 @@ def check(config: Config) -> None:
         "rank.features": (rank.features, rank.features != ()),
         "rank.contextual": (rank.contextual, rank.contextual != ()),
         "features.merge": (config.features.merge, config.features.series > 0),
-        "train.protocol": (protocol, protocol in ("temporal", "windows")),
+        "train.protocol": (protocol, protocol in ("temporal", "new_users", "windows")),
         "data.subsequence": (data.subsequence, cut),
     }
     for field, (value, in_memory) in needs.items():
@@ -219,8 +219,8 @@ def load(config: DataConfig) -> ShardedInteractions:
             "were given in memory: use 'stream'"
         )
     sources.check(config.source)
-    if config.source == sources.SYNTHETIC:
-        key = hashlib.sha256(repr(config.synthetic).encode()).hexdigest()
+    if config.source in sources.GENERATED:
+        key = hashlib.sha256(repr(getattr(config, config.source)).encode()).hexdigest()
         home = paths.data_folder(config.data_dir) / f"{config.source}-{key[:16]}"
     else:
         home = table.prepare(config, table.open_source(config))

@@ -9,6 +9,7 @@ import re
 from ultra_hstu.data import amazon, kuaishou, movielens, neighbours
 from ultra_hstu.data.assistments import ASSISTMENTS
 from ultra_hstu.data.public import PublicSet
+from ultra_hstu.sections import GENERATED
 
 SETS: tuple[PublicSet, ...] = (
     *movielens.RELEASES,
@@ -19,13 +20,14 @@ SETS: tuple[PublicSet, ...] = (
 )
 # By their values of `data.source`.
 PUBLIC = {one.name: one for one in SETS}
-SYNTHETIC = "synthetic"  # the stream of HSTU's appendix C
+# The stream of HSTU's appendix C, and long histories whose best prediction is known.
+SYNTHETIC, SYNTHETIC_LONG = GENERATED
 TABLE = "table"  # anybody's own files, which ultra_hstu.data.table reads
 
 
 def check(source: str) -> None:
     """Raises ValueError for an unknown source, naming those that are near, or families of all."""
-    if source in (known := [SYNTHETIC, *PUBLIC, TABLE]):
+    if source in (known := [*GENERATED, *PUBLIC, TABLE]):
         return
     folded = {name.lower(): name for name in known}
     near = [folded[name] for name in difflib.get_close_matches(source.lower(), folded, 5, 0.7)]

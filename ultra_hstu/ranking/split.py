@@ -16,6 +16,7 @@ from jaxtyping import Int64
 
 from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.new_users import NewUsers
 from ultra_hstu.data.windows import place_of
 
 PerUser = Int64[np.ndarray, " users"]
@@ -46,6 +47,7 @@ class Parts:
     """Where every user's events are cut: train, [validation, test) and [test, last).
 
     Under protocol `windows` a model is tested on [test, last), and then learns [learned, last).
+    Under `new_users` training begins at `begin`, and histories reach back to `first`.
     """
 
     first: PerUser
@@ -53,6 +55,7 @@ class Parts:
     test: PerUser
     last: PerUser
     learned: PerUser | None = None
+    begin: PerUser | None = None
 
     def bounds(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """First and last of one of `PARTS`."""
@@ -60,7 +63,8 @@ class Parts:
             raise ValueError(f"unknown part {part!r}: use {', '.join(PARTS)}")
         if self.learned is not None and part == "train":
             return self.learned, self.last
-        edges, place = (self.first, self.validation, self.test, self.last), PARTS.index(part)
+        begin = self.first if self.begin is None else self.begin
+        edges, place = (begin, self.validation, self.test, self.last), PARTS.index(part)
         return edges[place], edges[place + 1]
 
     @property
@@ -85,13 +89,32 @@ def chronological(
 ) -> Parts:
     """The parts of every user's events by time, `floor(fraction * events)` each; test is last."""
     first, last = interactions.offsets[:-1], interactions.offsets[1:]
+    test = last - _share(interactions, test_fraction)
+    return Parts(first, test - _share(interactions, validation_fraction), test, last)
 
-    def share(fraction: float) -> PerUser:
-        # A fraction such as 0.29 of 100 events is 28.999999999999996 in floating point.
-        return np.floor(np.round(interactions.lengths * fraction, 6)).astype(np.int64)
 
-    test = last - share(test_fraction)
-    return Parts(first, test - share(validation_fraction), test, last)
+def new_users(
+    interactions: Interactions, fraction: float, validation_fraction: float, test_fraction: float
+) -> Parts:
+    """Tests the last events of the newest users, none of whose events is trained on.
+
+    All events of the others are, but the last ones of those that validate.
+
+    Args:
+      fraction: share of the users that are tested.
+      validation_fraction, test_fraction: of the events of a user that validates or is tested.
+    """
+    users = NewUsers.of(interactions, fraction)
+    first, last = interactions.offsets[:-1], interactions.offsets[1:]
+    test = last - users.test_U * _share(interactions, test_fraction)
+    validation = test - users.validation_U * _share(interactions, validation_fraction)
+    return Parts(first, validation, test, last, begin=np.where(users.test_U, validation, first))
+
+
+def _share(interactions: Interactions, fraction: float) -> PerUser:
+    """So many events of every user, rounded down."""
+    # A fraction such as 0.29 of 100 events is 28.999999999999996 in floating point.
+    return np.floor(np.round(interactions.lengths * fraction, 6)).astype(np.int64)
 
 
 def training(parts: Parts, config: Config, seed: int, epoch: int) -> Requests:

@@ -42,7 +42,7 @@ class RankingTask(Task[RankEvents]):
       parts: where each user's training, validation and test events are.
     """
 
-    PROTOCOLS: ClassVar[tuple[str, ...]] = ("chronological", "windows")
+    PROTOCOLS: ClassVar[tuple[str, ...]] = ("chronological", "new_users", "windows")
 
     sizes: Sizes
     parts: Parts
@@ -98,7 +98,11 @@ class RankingTask(Task[RankEvents]):
             parts = requests.window(interactions, since, anew=anew)
         else:
             fractions = (rank.validation_fraction, rank.test_fraction)
-            parts = requests.chronological(interactions, *fractions)
+            if config.train.protocol == "new_users":
+                fraction = config.data.new_users_fraction
+                parts = requests.new_users(interactions, fraction, *fractions)
+            else:
+                parts = requests.chronological(interactions, *fractions)
         codes = _item_codes(config, interactions.catalog, roomy)
         return cls(config, interactions, EventStore(store), sizes, parts, codes, roomy=roomy)
 

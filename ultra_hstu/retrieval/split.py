@@ -7,10 +7,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.data.new_users import NewUsers
 from ultra_hstu.data.windows import place_of
 
 PerExample = Int64[np.ndarray, " examples"]
-PROTOCOLS = ("published", "validated", "temporal", "windows")
+PROTOCOLS = ("published", "validated", "temporal", "new_users", "windows")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,6 +165,20 @@ def split(
             f"protocol 'temporal': no user has {lacking} time {cut} ({temporal_test_fraction=})"
         )
     return Split(train, _examples(first, middle - 1, max_history), test, cut)
+
+
+def new_users(interactions: Interactions, max_history: int, fraction: float) -> Split:
+    """Tests the last event of the newest users, none of whose events is trained on.
+
+    All events of the others are, but the last ones of those that validate.
+    """
+    users = NewUsers.of(interactions, fraction)
+    first, newest = interactions.offsets[:-1], interactions.offsets[1:] - 1
+    return Split(
+        _examples(first, newest - users.validation_U, max_history, where=~users.test_U),
+        _examples(first, newest, max_history, where=users.validation_U),
+        _examples(first, newest, max_history, where=users.test_U),
+    )
 
 
 def _examples(

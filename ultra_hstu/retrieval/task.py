@@ -28,7 +28,7 @@ from ultra_hstu.retrieval.batch import Events, HistoryGather
 from ultra_hstu.retrieval.evaluate import CorpusEvaluator
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.retrieval.series import Merged
-from ultra_hstu.retrieval.split import PROTOCOLS, Examples, Split, split, window
+from ultra_hstu.retrieval.split import PROTOCOLS, Examples, Split, new_users, split, window
 from ultra_hstu.task import Task
 from ultra_hstu.vocabulary import Vocabulary
 
@@ -54,6 +54,8 @@ class RetrievalTask(Task[Events]):
         if config.train.protocol == "windows":
             anew = windows.start == "anew" or since is None
             splits = window(interactions, since, longest, targets=windows.targets, anew=anew)
+        elif config.train.protocol == "new_users":
+            splits = new_users(interactions, longest, config.data.new_users_fraction)
         else:
             fraction = config.data.temporal_test_fraction
             splits = split(interactions, config.train.protocol, longest, fraction)

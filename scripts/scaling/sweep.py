@@ -1,0 +1,133 @@
+"""Runs of a sweep, one after another: what is done stays done, and a budget of minutes is kept.
+
+The record is written after every run. A run that it holds, or that is finished in the folder, is
+not trained again; one that was killed goes on from its checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments.record import Json, Record
+from ultra_hstu import progress
+from ultra_hstu.config import Config
+from ultra_hstu.task import Task
+from ultra_hstu.train import train
+
+ORIGIN = ("device", "commit", "date")  # what the entry of a run says of its making
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run of a sweep.
+
+    Attributes:
+      name: in the record, and of its folder.
+      group: runs whose predictions are wrong alike.
+      seconds: predicted, from the start of the run to its result.
+      about: what the record says of it beside its result.
+    """
+
+    name: str
+    group: str
+    config: Config
+    seconds: float
+    about: Json = dataclasses.field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Raises ValueError where another sweep works in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "sweep.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another sweep works in {folder}: wait for it, or give another --workdir"
+            ) from None
+        yield
+
+
+def finished(record: Record) -> dict[str, Json]:
+    """The runs that a record holds, by name."""
+    return dict(record.values.get("runs", {}))
+
+
+def predicted(job: Job, runs: dict[str, Json], device: str) -> float:
+    """Seconds that a job will take: its prediction, corrected by finished runs of its group."""
+    factors = [
+        run["seconds_measured"] / run["seconds_predicted"]
+        for run in runs.values()
+        if run["group"] == job.group and run["device"] == device and run["seconds_measured"]
+    ]
+    return job.seconds * (statistics.median(factors) if factors else 1.0)
+
+
+def settings_of(config: Config) -> str:
+    """A hash of all that a run's numbers depend on."""
+    settings = dataclasses.asdict(config)
+    for name in ("raw_dir", "data_dir"):
+        settings["data"].pop(name)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sweep(
+    jobs: Sequence[Job],
+    folder: Path,
+    record: Record,
+    *,
+    load: Callable[[Config], Task],
+    measure: Callable[[Job, Task, Path], Json],
+    minutes: float | None,
+    console: Console,
+) -> list[Job]:
+    """Trains jobs in their order, and records each; those that are left.
+
+    Args:
+      measure: what the record keeps of a finished run beside its result, from its folder.
+      minutes: a job that is predicted to end after so long is left, shorter ones are not.
+
+    Raises:
+      ValueError: another sweep in the folder, or a record of other settings.
+    """
+    started, left = time.perf_counter(), []
+    device = record.values["device"]
+    with claimed(folder):
+        for number, job in enumerate(jobs, start=1):
+            runs, settings = finished(record), settings_of(job.config)
+            if (run := runs.get(job.name)) is not None:
+                if run["settings"] != settings:
+                    raise ValueError(
+                        f"{record.path} holds {job.name} of other settings: name another --record"
+                    )
+                continue
+            expected = predicted(job, runs, device)
+            spent = time.perf_counter() - started
+            if minutes is not None and spent + expected > 60 * minutes:
+                left.append(job)
+                continue
+            took = progress.duration(expected)
+            progress.line(console, "run", f"{number} of {len(jobs)}, {job.name}: about {took}")
+            begun, workdir = time.perf_counter(), folder / job.name
+            goes_on, task = workdir.exists(), load(job.config)
+            result = train(job.config, workdir, console=console, task=task)
+            entry = job.about | measure(job, task, workdir) | {
+                "group": job.group,
+                "settings": settings,
+                "seconds_predicted": job.seconds,
+                # Of a run that went on, it is not known.
+                "seconds_measured": None if goes_on else time.perf_counter() - begun,
+                "result": result,
+                **{name: record.values[name] for name in ORIGIN},
+            }  # fmt: skip
+            record.add(runs=runs | {job.name: entry})
+    return left
