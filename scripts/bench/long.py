@@ -1,7 +1,10 @@
 """Times training steps of a long configuration beside those with its pieces off, one at a time.
 
+# one Hopper GPU
 python -m scripts.bench.long --config=long_ultra [--variants=ultra,plain_causal]
     [--record=experiments/results/NAME.json]
+# two Hopper GPUs of one host, in at most 6 minutes
+python -m scripts.bench.long --config=long_mst --record=experiments/results/long_mst_h200.json
 
 A step is forward, loss, backward and optimizer, on a batch of `data.batch_users` histories of
 `data.max_history` events each, with random items, made on the device. Memory is the compiler's:
@@ -28,7 +31,8 @@ FLAGS = flags.FLAGS
 
 WHOLE: Json = {"truncate_after": None, "truncate_length": None}
 CAUSAL: Json = {"window": (), "full_rows": (), "prefix": ()}
-VARIANTS: dict[str, Json] = {
+BLOCKS: Json = {"feed_forward": 2048}
+OF_ULTRA: dict[str, Json] = {
     "ultra": {},
     "plain_causal": WHOLE | CAUSAL,
     "no_truncation": WHOLE,
@@ -36,15 +40,24 @@ VARIANTS: dict[str, Json] = {
     "keeps_activations": {"remat": "none"},
     "fp8": {"projection": "fp8"},
 }
+OF_MST: dict[str, Json] = {
+    "mst": {},
+    "all_rows_at_once": {"chunk_rows": None},
+    "keeps_activations": {"remat": "none"},
+    "neither": {"chunk_rows": None, "remat": "none"},
+    "feed_forward": BLOCKS,
+    "feed_forward_all_rows_at_once": BLOCKS | {"chunk_rows": None},
+}
 
 
 def main(_: list[str]) -> None:
     config = from_config_dict(FLAGS.config)
     if FLAGS.implementation:
         config = with_model(config, {"implementation": FLAGS.implementation})
-    names = FLAGS.variants or list(VARIANTS)
+    variants = OF_MST if config.model.chunk_rows is not None else OF_ULTRA
+    names = FLAGS.variants or list(variants)
     record = Record(FLAGS.record, config=config.name, implementation=config.model.implementation)
-    steps = {name: Step(with_model(config, VARIANTS[name])) for name in names}
+    steps = {name: Step(with_model(config, variants[name])) for name in names}
     with ThreadPoolExecutor(len(names)) as pool:  # compilers run side by side
         found = dict(zip(names, pool.map(Step.compile, steps.values()), strict=True))
     for name, step in steps.items():
@@ -80,7 +93,7 @@ class Step:
             memory = self.program.compile().memory
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:2000]}
-        pieces = (*WHOLE, *CAUSAL, "remat", "projection")
+        pieces = (*WHOLE, *CAUSAL, *BLOCKS, "remat", "projection", "chunk_rows")
         counted = self.counted
         return {
             "model": {name: getattr(self.config.model, name) for name in pieces},

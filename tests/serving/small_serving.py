@@ -48,7 +48,8 @@ FORMS = {
         model=SEMI_LOCAL | TRUNCATED | dict(prefix=(3,)),
     ),
     "mixture": dict(
-        rank=dict(contextual=("age", "region"), input="interleaved"), model=dict(channels=MIXTURE)
+        rank=dict(contextual=("age", "region"), input="interleaved"),
+        model=dict(channels=MIXTURE, feed_forward=16),
     ),
     "bfloat16, fp8": dict(
         rank=FORWARDS,
