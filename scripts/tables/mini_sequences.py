@@ -85,8 +85,9 @@ def confirmed_table(record: Json) -> str:
     rows = []
     for name, found in record["confirmed"].items():
         model, mode, devices, *strategy = name.split("/")
-        cells = [found["error"].splitlines()[0], "", "", "", ""]
-        if "rows" in found:
+        if "error" in found:
+            cells = [found["error"].splitlines()[0], "", "", "", ""]
+        else:
             peak = found["bytes_peak"]
             cells = [
                 f"{found['rows']:,}",
