@@ -28,6 +28,8 @@ COMPILES = 12
 
 Mode = Literal["nothing", "selective", "mini-sequences", "both"]
 MODES: tuple[Mode, ...] = ("nothing", "selective", "mini-sequences", "both")
+Strategy = Literal["auto", "ring", "ulysses"]
+STRATEGIES: tuple[Strategy, ...] = ("ring", "ulysses")  # of several devices
 # long_mst, whose encoder has 8 layers of width 512, with 8 heads of 64, which 8 devices can divide.
 HSTU: Json = {"heads": 8, "qk_width": 64, "v_width": 64}
 FEED_FORWARD: Json = {"feed_forward": 2048}
@@ -57,7 +59,7 @@ class Case:
     length: int
     users: int = 1
     context: int = 1
-    strategy: Literal["auto", "ring", "ulysses"] = "auto"
+    strategy: Strategy = "auto"
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     tables: Literal["same", "rowwise_adagrad", "lazy_adam"] = "same"
     catalogue: int | None = None  # None: that of the model
