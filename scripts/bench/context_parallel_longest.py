@@ -17,6 +17,7 @@ from jax.experimental import topologies
 
 from experiments.record import Json
 from scripts.bench.context_parallel_case import Case
+from scripts.bench.program import TrainingCase
 from scripts.bench.turns import each
 
 GIB = 2**30
@@ -139,7 +140,7 @@ def first_guesses(
 
 
 def prepare_training(
-    case: Case, steps: int, options: dict[str, int] | None = None
+    case: TrainingCase, steps: int, options: dict[str, int] | None = None
 ) -> Callable[[], Json]:
     """Compiles a step; what it returns trains some, in a process that does nothing else.
 

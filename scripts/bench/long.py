@@ -1,7 +1,10 @@
 """Times training steps of a long configuration beside those with its pieces off, one at a time.
 
+# one Hopper GPU
 python -m scripts.bench.long --config=long_ultra [--variants=ultra,plain_causal]
     [--record=experiments/results/NAME.json] [--count]
+# two Hopper GPUs of one host, in at most 6 minutes
+python -m scripts.bench.long --config=long_mst --record=experiments/results/long_mst_h200.json
 
 All variants of long_ultra take about 4 minutes of an H200. With --count nothing is run, and the
 record has operations alone.
@@ -31,7 +34,8 @@ FLAGS = flags.FLAGS
 
 WHOLE: Json = {"truncate_after": None, "truncate_length": None}
 CAUSAL: Json = {"window": (), "full_rows": (), "prefix": ()}
-VARIANTS: dict[str, Json] = {
+BLOCKS: Json = {"feed_forward": 2048}
+OF_ULTRA: dict[str, Json] = {
     "ultra": {},
     "plain_causal": WHOLE | CAUSAL,
     "no_truncation": WHOLE,
@@ -40,15 +44,24 @@ VARIANTS: dict[str, Json] = {
     "fp8": {"projection": "fp8"},
     "paper_layer": {"preset": "research", "alpha": None},
 }
+OF_MST: dict[str, Json] = {
+    "mst": {},
+    "all_rows_at_once": {"chunk_rows": None},
+    "keeps_activations": {"remat": "none"},
+    "neither": {"chunk_rows": None, "remat": "none"},
+    "feed_forward": BLOCKS,
+    "feed_forward_all_rows_at_once": BLOCKS | {"chunk_rows": None},
+}
 
 
 def main(_: list[str]) -> None:
     config = from_config_dict(FLAGS.config)
     if FLAGS.implementation:
         config = with_model(config, {"implementation": FLAGS.implementation})
-    names = FLAGS.variants or list(VARIANTS)
+    variants = OF_MST if config.model.chunk_rows is not None else OF_ULTRA
+    names = FLAGS.variants or list(variants)
     record = Record(FLAGS.record, config=config.name, implementation=config.model.implementation)
-    steps = {name: Step(with_model(config, VARIANTS[name])) for name in names}
+    steps = {name: Step(with_model(config, variants[name])) for name in names}
     operations = ("training_TFLOP_a_sample", "encoder_inference_TFLOP_a_sample")
     if FLAGS.count:
         counted = {name: step.operations for name, step in steps.items()}
@@ -82,7 +95,8 @@ class Step:
     @property
     def operations(self) -> Json:
         """Those that the model needs, and what of it."""
-        pieces, counted = (*WHOLE, *CAUSAL, "remat", "projection", "preset"), self.counted
+        pieces = (*WHOLE, *CAUSAL, *BLOCKS, "remat", "projection", "preset", "chunk_rows")
+        counted = self.counted
         return {
             "model": {name: getattr(self.config.model, name) for name in pieces},
             "training_TFLOP_a_sample": counted.training / 1e12,

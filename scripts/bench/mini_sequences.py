@@ -22,9 +22,10 @@ any mode: its kernel is `triton`.
 
 import dataclasses
 import functools
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -39,10 +40,13 @@ from scripts.bench.mini_sequences_case import (
     MODELS,
     MODES,
     QUICK,
+    STRATEGIES,
     Case,
+    Strategy,
     bytes_by_part,
     nearly_longest,
 )
+from scripts.bench.program import temporaries
 from scripts.bench.turns import one_by_one
 from ultra_hstu import report
 from ultra_hstu.retrieval.loss import softmax_loss
@@ -53,12 +57,14 @@ HEAD_ROWS, WIDTH = 16384, 512  # of the stage `head`
 HEAD_CHUNKS = (16384, 4096, 2048, 1024, 512, 256, 128)
 # First guesses, in rows of a device: lengths at which 80 GiB were about full.
 GUESSES = {"nothing": 196608, "selective": 491520, "mini-sequences": 393216, "both": 983040}
+ONE: tuple[Strategy, ...] = ("auto",)
 LONGER = 1.1  # a batch that must not fit: it has more than the memory that was left out
 
 
 def main(_: list[str]) -> None:
-    if unknown := sorted(set(FLAGS.stages) - set(STAGES)):
-        raise ValueError(f"--stages={FLAGS.stages}: {unknown} are none of {', '.join(STAGES)}")
+    for flag, known in KNOWN.items():
+        if unknown := sorted(set(getattr(FLAGS, flag)) - set(known)):
+            raise ValueError(f"--{flag}: {unknown} are none of {', '.join(known)}")
     if "confirm" not in FLAGS.stages or FLAGS.small:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
@@ -72,31 +78,32 @@ def path_of(name: str) -> Path:
     return Path(FLAGS.folder) / f"mini_sequences{name}.json"
 
 
-def cases(**options: bool) -> Iterator[tuple[str, Case]]:
+def cases(*, on_gpu: bool = False) -> Iterator[tuple[str, Case]]:
     """The cases that the flags ask for, each with its name in a record; one device first."""
     for context in map(int, FLAGS.contexts):
         for model in FLAGS.models:
             if context > 1 and model.startswith("sasrec"):
                 continue  # its dense attention is not divided
-            for mode in FLAGS.modes:
-                for strategy in FLAGS.strategies if context > 1 else ["auto"]:
-                    case = Case(
-                        model,
-                        mode,
-                        0,
-                        context=context,
-                        strategy=strategy,
-                        small=FLAGS.small,
-                        **options,
-                    )
-                    name = f"{model}/{mode}/{context}"
-                    yield name if context == 1 else f"{name}/{strategy}", case
+            for mode, strategy in itertools.product(MODES, STRATEGIES if context > 1 else ONE):
+                if mode not in FLAGS.modes or strategy not in ("auto", *FLAGS.strategies):
+                    continue
+                case = Case(
+                    model,
+                    mode,
+                    0,
+                    context=context,
+                    strategy=strategy,
+                    on_gpu=on_gpu,
+                    small=FLAGS.small,
+                )
+                name = f"{model}/{mode}/{context}"
+                yield name if context == 1 else f"{name}/{strategy}", case
 
 
 def stage_longest() -> None:
     """The longest history of each case, and what a device holds then."""
     conditions = {"budget_GiB": FLAGS.budget_gib, "small": FLAGS.small}
-    record, found = _resumed("", "longest", **conditions)
+    record, found = _resumed("", "longest", conditions)
     for name, case in cases():
         if name in found:
             continue
@@ -174,11 +181,7 @@ def stage_head() -> None:
             )[0]
 
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-        memory = step.lower(*given).compile(QUICK).memory_analysis()
-        found[str(chunk)] = {
-            "temporaries": memory.temp_size_in_bytes,
-            "gradients": memory.output_size_in_bytes,
-        }
+        found[str(chunk)] = {"temporaries": temporaries(step.lower(*given).compile(QUICK))}
         report.make_console().print(chunk, found[str(chunk)])
         record.add(chunks=found)
 
@@ -190,7 +193,8 @@ def stage_confirm() -> None:
     kind = devices[0].device_kind.lower()
     device = next((name for name in ("h100", "h200", "cpu") if name in kind), "gpu")
     users = 2 if FLAGS.small else 64
-    record, found = _resumed(f"_{device}", "confirmed", users=users, small=FLAGS.small)
+    conditions = {"users": users, "small": FLAGS.small}
+    record, found = _resumed(f"_{device}", "confirmed", conditions)
     on_gpu = devices[0].platform == "gpu"
     for name, case in cases(on_gpu=on_gpu):
         if name in found or case.context > len(devices):
@@ -249,7 +253,7 @@ def _prepare(case: Case, budget: float) -> Callable[[], Json]:
     return run
 
 
-def _resumed(name: str, part: str, **conditions: float | bool) -> tuple[Record, Json]:
+def _resumed(name: str, part: str, conditions: Json) -> tuple[Record, Json]:
     """A record that goes on where the same command was, and what it holds.
 
     Other versions of JAX, or other conditions, start it anew; every entry names its own commit.
@@ -265,6 +269,12 @@ STAGES = {
     "state": stage_state,
     "head": stage_head,
     "confirm": stage_confirm,
+}
+KNOWN: dict[str, Collection[str]] = {
+    "stages": STAGES,
+    "models": MODELS,
+    "modes": MODES,
+    "strategies": STRATEGIES,
 }
 
 if __name__ == "__main__":

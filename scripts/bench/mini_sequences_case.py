@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -27,6 +28,8 @@ COMPILES = 12
 
 Mode = Literal["nothing", "selective", "mini-sequences", "both"]
 MODES: tuple[Mode, ...] = ("nothing", "selective", "mini-sequences", "both")
+Strategy = Literal["auto", "ring", "ulysses"]
+STRATEGIES: tuple[Strategy, ...] = ("ring", "ulysses")  # of several devices
 # long_mst, whose encoder has 8 layers of width 512, with 8 heads of 64, which 8 devices can divide.
 HSTU: Json = {"heads": 8, "qk_width": 64, "v_width": 64}
 FEED_FORWARD: Json = {"feed_forward": 2048}
@@ -56,7 +59,7 @@ class Case:
     length: int
     users: int = 1
     context: int = 1
-    strategy: Literal["auto", "ring", "ulysses"] = "auto"
+    strategy: Strategy = "auto"
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     tables: Literal["same", "rowwise_adagrad", "lazy_adam"] = "same"
     catalogue: int | None = None  # None: that of the model
@@ -174,16 +177,20 @@ def nearly_longest(case: Case, budget: float, measure: Callable[[Case], Json], s
         found[length] = measure(dataclasses.replace(case, length=length))
         if TIGHT * budget <= found[length]["bytes"] <= budget:
             break
-        nearest = sorted(found, key=lambda n: abs(found[n]["bytes"] - budget))[:2]
-        one, size = nearest[0], found[nearest[0]]["bytes"]
-        slope = size / one
-        if len(nearest) == 2:
-            slope = (found[nearest[1]]["bytes"] - size) / (nearest[1] - one)
-        aim = (1 + TIGHT) / 2 * budget
-        length = max(int(one + (aim - size) / slope) // step, 1) * step
+        # Near a full memory it grows as a power of the length: of its square with dense attention.
+        sizes = {n: math.log(one["bytes"] / budget) for n, one in found.items()}
+        near, *others = sorted(sizes, key=lambda n: abs(sizes[n]))
+        # Of the others, one on the other side of the budget is the better neighbour.
+        others.sort(key=lambda n: (sizes[n] < 0) == (sizes[near] < 0))
+        power = 1.0
+        for other in others[:1]:
+            power = (sizes[other] - sizes[near]) / math.log(other / near)
+        aim = math.log((1 + TIGHT) / 2) - sizes[near]
+        growth = min(math.exp(aim / max(power, 0.3)), 8.0)
+        length = max(int(near * growth) // step, 1) * step
     fitting = [n for n in found if found[n]["bytes"] <= budget]
     if not fitting:
         raise ValueError(f"no length of {case} fits into {budget:.0f} bytes: tried {sorted(found)}")
     longest = max(fitting)
-    sizes = {str(n): one["bytes"] for n, one in found.items()}
-    return {"longest": longest, "step": step, "compiled": sizes, "held": found[longest]}
+    compiled = {str(n): one["bytes"] for n, one in found.items()}
+    return {"longest": longest, "step": step, "compiled": compiled, "held": found[longest]}

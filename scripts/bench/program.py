@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,19 @@ def temporaries(program: jax.stages.Compiled) -> float:
     """Bytes that the program needs beside its arguments and results; NaN where nobody knows."""
     memory = program.memory_analysis()
     return math.nan if memory is None else memory.temp_size_in_bytes
+
+
+class TrainingCase(Protocol):
+    """A dataclass of what a training step depends on."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def devices(self) -> int: ...
+
+    def compiled(
+        self, devices: Sequence[jax.Device], options: dict[str, int] | None = None
+    ) -> "Program": ...
 
 
 class Program:

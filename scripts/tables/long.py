@@ -3,7 +3,7 @@
 from experiments.record import Json
 from scripts.tables.records import cells, markdown, measured, of_commit
 
-VARIANTS = {  # of scripts.bench.long
+VARIANTS = {  # of scripts.bench.long, for long_ultra
     "ultra": "`long_ultra`",
     "plain_causal": "plain causal attention, no truncation",
     "no_truncation": "no truncation",
@@ -11,6 +11,14 @@ VARIANTS = {  # of scripts.bench.long
     "keeps_activations": '`remat="none"`',
     "fp8": '`projection="fp8"`',
     "paper_layer": "the paper's own layer, `long_ultra_paper`",
+}
+OF_MST = {  # for long_mst
+    "mst": "`long_mst`",
+    "all_rows_at_once": "`chunk_rows=None`",
+    "keeps_activations": '`remat="none"`',
+    "neither": "neither",
+    "feed_forward": "with feed-forward blocks, 4 x",
+    "feed_forward_all_rows_at_once": "the same, `chunk_rows=None`",
 }
 
 MODES = ("none", "selective", "selective 8 chunks")  # of scripts.bench.layer
@@ -24,9 +32,19 @@ def remark(record: Json) -> str:
 @measured("long_ultra_h200")
 def long_ultra_table(record: Json) -> str:
     """A training step of long_ultra, and of the same model with pieces off."""
+    return step_table(record, VARIANTS)
+
+
+@measured("long_mst_h200", "long_mst_h100")
+def long_mst_table(record: Json) -> str:
+    """A training step of long_mst, and of the same model with pieces off."""
+    return step_table(record, OF_MST)
+
+
+def step_table(record: Json, names: dict[str, str]) -> str:
     rows = [
         [
-            VARIANTS.get(name, name),
+            names.get(name, name),
             f"{found['step_ms']:.0f}",
             f"{found['events_a_second'] / 1e6:.2f}",
             *cells(

@@ -22,6 +22,7 @@ from scripts.tables import (
     layer,
     long,
     loss,
+    mini_sequences,
     overview,
     ranking,
     retrieval,
@@ -81,6 +82,14 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "score_load": serve_tables.SCORE.load_table,
         "score_stages": serve_tables.SCORE.stages_table,
         "host_table_load": serve_tables.host_table_load,
+    },
+    "docs/mini_sequences.md": {
+        "mini_longest": mini_sequences.longest_table,
+        "mini_held": mini_sequences.held_table,
+        "mini_state": mini_sequences.state_table,
+        "mini_head": mini_sequences.head_table,
+        "mini_confirmed": mini_sequences.confirmed_table,
+        "long_mst": long.long_mst_table,
     },
     "docs/sampling_and_precision.md": {
         "stochastic_length": sampling.stochastic_length_table,

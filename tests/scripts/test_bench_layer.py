@@ -62,7 +62,7 @@ def test_memory_of_a_layer(v_width, chunk_rows):
 
 def test_a_long_step():
     config = small_config(layers=2, truncate_after=1, truncate_length=32)
-    step = bench_long.Step(bench_long.with_model(config, bench_long.VARIANTS["fp8"]))
+    step = bench_long.Step(bench_long.with_model(config, bench_long.OF_ULTRA["fp8"]))
     found = step.compile()
     assert "error" not in found
     found |= step.measure(0.01)

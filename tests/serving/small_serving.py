@@ -49,7 +49,7 @@ FORMS = {
     ),
     "mixture": dict(
         rank=dict(contextual=("age", "region"), input="interleaved"),
-        model=dict(window=(3,), channels=OWN_OPTIONS, divide_by="kept"),
+        model=dict(window=(3,), channels=OWN_OPTIONS, divide_by="kept", feed_forward=16),
     ),
     "bfloat16, fp8": dict(
         rank=FORWARDS,
