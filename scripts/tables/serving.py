@@ -4,6 +4,7 @@ from experiments import configs
 from experiments.record import Json
 from scripts.bench import serving as bench_serving
 from scripts.tables.records import (
+    NOT_MEASURED,
     cells,
     evaluated,
     figure,
