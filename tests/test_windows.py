@@ -16,10 +16,11 @@ from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks, windows
 from ultra_hstu.checkpoint import Checkpoints, load_state
-from ultra_hstu.config import WindowsConfig
+from ultra_hstu.config import ChannelConfig, Config, WindowsConfig
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.windows import until
-from ultra_hstu.initial import like_of, parameters_of
+from ultra_hstu.fields import changed
+from ultra_hstu.initial import _structure, like_of, parameters_of
 from ultra_hstu.library import fit
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.loss import softmax_loss
@@ -349,6 +350,16 @@ def test_another_model_is_refused_with_every_field(parent):
         "  model.layers: 1 -> 2",
         "  model.width: 16 -> 8",
     ]
+
+
+def test_masks_of_channels_may_change():
+    """They add no parameters; a width does."""
+    a, b = ChannelConfig(), ChannelConfig(window=(3,), prefix=(1,))
+    one, other, wide = (
+        _structure(changed(Config(), model={"channels": {"a": channel}}))
+        for channel in (a, b, dataclasses.replace(b, width=8))
+    )
+    assert one == other != wide
 
 
 def test_items_that_are_gone_are_named(parent, caplog):

@@ -56,6 +56,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/ultra_hstu.md": {
         "long_ultra": long.long_ultra_table,
+        "long_operations": long.long_operations_table,
         "layer_memory": long.layer_memory_table,
     },
     "docs/fused_layer.md": {
@@ -95,6 +96,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "stochastic_length": sampling.stochastic_length_table,
         "load_balance": sampling.load_balance_table,
         "int4": sampling.int4_table,
+        "host_requests": serving_tables.host_requests_table,
     },
     "docs/tables_and_rows.md": {
         "last_layer": step.last_layer_table,
@@ -102,6 +104,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "ranking_step": step.ranking_step_table,
         "repeated_ids": step.repeated_table,
     },
+    "docs/ranking.md": {"signal_effects": ranking.signal_effects_table},
     "docs/features.md": {"item_features": features.item_features_table},
     "docs/windows.md": {
         "swap": windows.swap_table,

@@ -149,6 +149,28 @@ def ablation_table() -> str:
     return markdown(header, rows, *notes)
 
 
+@measured("signal_effects")
+def signal_effects_table(record: Json) -> str:
+    """One line for what is read: the lowest NE, and what training reaches."""
+    known, found, rows = record["known"], record["variants"], []
+    whole = found["ultra"]["mean"]["ne"]
+    for variant, runs in found.items():
+        missing = variant.removeprefix("without_")
+        lowest = known["whole"] if variant == "ultra" else known["without"].get(missing, 1.0)
+        rises = ["", ""]
+        if variant != "ultra":
+            rises = [f"+{short(lowest - known['whole'])}", f"{runs['mean']['ne'] - whole:+.4f}"]
+        measured_ne = mean_and_deviation([run["best"]["ne"] for run in runs["runs"]])
+        name = "all signals" if variant == "ultra" else f"without {missing.replace('_', ' ')}"
+        rows.append([name, short(lowest), rises[0], measured_ne, rises[1]])
+    seeds = len(found["ultra"]["runs"])
+    return markdown(
+        ["read", "lowest NE", "rise", "measured NE", "rise"],
+        rows,
+        "{users} users of {events} events".format(**record) + f", {seeds} seeds, {origin(record)}",
+    )
+
+
 def metric_cells(runs: list[dict[str, float]], task: str) -> list[str]:
     return [
         mean_and_deviation([run[key] for run in runs]) if key in runs[0] else ""

@@ -4,6 +4,7 @@ from experiments import configs
 from experiments.record import Json
 from scripts.bench import serving as bench_serving
 from scripts.tables.records import (
+    NOT_MEASURED,
     cells,
     evaluated,
     figure,
@@ -11,6 +12,7 @@ from scripts.tables.records import (
     markdown,
     measured,
     of_commit,
+    origin,
     short,
 )
 from ultra_hstu import flops
@@ -267,6 +269,38 @@ def drop_blocks_table(record: Json) -> str:
         rows,
         "`{config}`, {device}, commit {commit}.".format(**record),
     )
+
+
+def host_requests_table() -> str:
+    """Bytes of a long request by kind of item table, and requests a second where they are known."""
+    counted, rows, notes = load("host_requests_bytes"), [], []
+    loops = {
+        name: record
+        for name in ("host_requests_h200", "host_requests_cpu")
+        if (record := load(name))
+    }
+    for kind, found in counted.get("tables", {}).items():
+        int8 = counted["tables"]["int8"]["item_bytes"]
+        row = [kind, *cells(found, "{row_bytes}"), f"{found['item_bytes'] / 2**20:.1f}"]
+        row.append(f"{100 * (found['item_bytes'] / int8 - 1):+.0f} %")
+        for record in loops.values():
+            row += cells(record["tables"][kind], "{requests_per_s:.2f}", "{p50_ms:.0f}")
+        rows.append(row)
+    if not rows:
+        return NOT_MEASURED
+    told = "{history:,} events and {candidates:,} candidates of width {width}".format(
+        width=counted["model"]["width"], **counted
+    )
+    header = ["item table", "bytes a row", "MiB of a request", "beside int8"]
+    for record in loops.values():
+        header += [f"requests/s on {record['device']}", "p50, ms"]
+        size = "{history:,} events, {candidates:,} candidates, {workers} at one time".format(
+            **record
+        )
+        size += ", {layers} layers of width {width}".format(**record["model"])
+        shared = "; other programs shared the machine" if record.get("shared_device") else ""
+        notes.append(f"Requests/s: {size}, {origin(record)[:-1]}{shared}.")
+    return markdown(header, rows, f"Bytes: {told}.", *notes)
 
 
 @measured("host_tables_h100")

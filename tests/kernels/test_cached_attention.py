@@ -3,6 +3,8 @@
 They get what the whole batch gives, for every mask; and bad input is named.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +85,7 @@ class Request:
             v,
             keys,
             alpha=0.3,
-            scale=1 / N,
+            scale=options.pop("scale", 1 / N),
             own=own,
             bias=bias,
             place_R=place,
@@ -102,9 +104,11 @@ def test_targets_against_the_keys_of_their_history(mask, sizes, monkeypatch):
     monkeypatch.setattr(xla, "loop_sizes", lambda: sizes)
     for bias in {mask in ("causal", "all"), False}:
         request = Request(bias=bias)
-        want = request.whole(MASKS[mask])
+        factor_R11 = np.linspace(1, 1 + bias, len(request.user), dtype=np.float32)[:, None, None]
+        want = request.whole(MASKS[mask]) * factor_R11
+        options = {"scale": jnp.asarray(factor_R11[:, 0, 0] / N)} if bias else {}
         with dispatch.record() as choices:
-            got = jax.jit(lambda request=request: request.cached(MASKS[mask]))()
+            got = jax.jit(functools.partial(request.cached, MASKS[mask], **options))()
         assert [choice.implementation for choice in choices] == ["xla"]
         np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
@@ -186,6 +190,7 @@ def test_no_keys_and_no_rows():
             dict(bias=RelativeBias(time_table=jnp.ones(3), timestamps=jnp.zeros(3, jnp.int32))),
             r"RelativeBias.timestamps must be int32\[5\]",
         ),
+        (dict(scale=jnp.ones(2)), r"one factor for each of the 3 rows, got shape \(2,\)"),
         (dict(implementation="mosaic"), "no implementation is called 'mosaic'"),
     ],
 )

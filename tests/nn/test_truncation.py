@@ -256,7 +256,7 @@ def test_padded_layout():
     The newest real rows are kept, and the smaller buffer is jagged.
     """
     histories, place = [7, 0, 9, 4], 12
-    built = encoder(truncate_length=3)
+    built = encoder(truncate_length=3, divide_by="length")
     jagged = batch([(0, h, 0) for h in histories])
     offsets = jnp.arange(5, dtype=jnp.int32) * place
     real_T = np.concatenate([np.arange(place) < h for h in histories] + [np.zeros(16, bool)])

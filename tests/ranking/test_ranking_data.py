@@ -127,6 +127,12 @@ def test_ratings_off_the_scale_are_refused():
         signals.signal(with_actions(rating=np.arange(56, dtype=np.float32)).actions, "rating")
 
 
+def test_a_channel_that_keeps_no_event_is_named(caplog):
+    some = {"some": ChannelConfig(signal="rating", at_least=6)}
+    RankingTask.of(rank_data.config(model=dict(channels=some)), rank_data.interactions())
+    assert "model.channels.some keeps none of the 56 events: rating is never 6" in caplog.text
+
+
 def test_a_channel_of_an_unknown_action_is_refused():
     config = rank_data.config(model=dict(channels={"some": ChannelConfig(signal="loved")}))
     with pytest.raises(

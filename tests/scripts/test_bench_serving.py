@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
+from flax import nnx
 
 from experiments import configs
-from scripts.bench import cache_precision
+from scripts.bench import cache_precision, host_requests
 from scripts.bench import host_tables as bench_host_tables
 from scripts.bench import serving as bench_serving
 from scripts.tables import records
@@ -16,6 +18,9 @@ from scripts.tables import serving as serving_tables
 from tests.serving.small_serving import built
 from tests.small_run import with_
 from ultra_hstu import flops, serving
+from ultra_hstu.ranking.form import Sizes
+from ultra_hstu.ranking.model import Ranker
+from ultra_hstu.serving import compiled
 
 SMALL = dict(
     width=32,
@@ -77,6 +82,27 @@ def test_bytes_of_item_tables():
         128 * 128,
     ]
     assert all(values["transfer_ms"] > 0 for values in found.values())
+
+
+def test_requests_from_host_memory(monkeypatch):
+    """The bytes that are counted are those that travel; the loop answers what it is given."""
+    config = configs.named("long_ultra")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **SMALL))
+    changes = dict(layers=1, truncate_after=None, truncate_length=None)
+    config = bench_serving.ranking_config(config, changes, longest=300, targets=40)
+    model = Ranker(config, Sizes(900, (3,), (), (), ("binary",), timestamps=True), rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    requests = [host_requests.draw(rng, 900, 300, 40) for _ in range(2)]
+    sent, filled = [], compiled._filled
+    monkeypatch.setattr(
+        compiled, "_filled", lambda table, rows: sent.append(rows) or filled(table, rows)
+    )
+    ranker = serving.CompiledRanker(model, host_table="int4")
+    found = host_requests.measure(ranker, requests, workers=2, seconds=0.0)
+    assert found["requests"] == 2 and found["requests_per_s"] > 0
+    counted = host_requests.transfer("int4", 32, [request.items for request in requests])
+    each = sum(leaf.nbytes for rows in sent for leaf in jax.tree.leaves(rows)) / 4
+    assert counted["item_bytes"] == each and counted["row_bytes"] == 16 + 4
 
 
 def test_metrics_under_a_small_cache(monkeypatch):

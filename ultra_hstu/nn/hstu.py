@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax
@@ -161,25 +161,25 @@ class HSTU(Encoder):
         x_TD = jnp.where(sequences.rows.real[:, None], x_TD, 0)
         cut: Cut | None = None
         attends: dict[AttentionMask, Attend] = {}
-        divide = functools.partial(self.divisor.scale, truncated=False)
         policy = policy_of(self.remat)
         keys = split_key(key, len(self.layers))
         for number, (layer, mask) in enumerate(zip(self.layers, self.layer_masks, strict=True)):
             if self.truncation is not None and number == self.truncation.after:
                 cut = self.truncation.cut(sequences)
                 x_TD, sequences, attends = cut.move(x_TD), cut.sequences, {}
-                divide = functools.partial(self.divisor.scale, truncated=True)
                 if row_P is not None:
                     row_P = cut.row_T.at[row_P].get(mode="fill", fill_value=sequences.num_rows)
             selects = number + 1 == len(self.layers) and self._can_select(sequences)
             if row_P is not None and selects and reads_few(len(row_P), sequences.num_rows):
                 call, used_p = self._of_rows(
-                    mask, sequences, row_P, keys[number], divide, x_TD.dtype
+                    mask, sequences, row_P, keys[number], x_TD.dtype, truncated=cut is not None
                 )
                 x_pD = self.run_layer(call, layer, x_TD, policy)
                 return jnp.where(used_p[:, None], x_pD, 0), cut
             if mask not in attends:
-                scale = divide(sequences, sequences.rows.segment)
+                scale = self.divisor.scale(
+                    sequences, sequences.rows.segment, truncated=cut is not None
+                )
                 attends[mask] = self.attend(sequences, mask, scale, x_TD.dtype)
             keys_T = row_keys(keys[number], sequences)
             call = functools.partial(Layer.__call__, attend=attends[mask], key=keys_T)
@@ -198,8 +198,9 @@ class HSTU(Encoder):
         sequences: Sequences,
         row_P: Int[Array, " P"],
         key: KeyOrNone,
-        divide: Callable[[Sequences, Int[Array, "..."]], Scale],
         dtype: jnp.dtype,
+        *,
+        truncated: bool,
     ) -> tuple[CallLayer, Bool[Array, " p"]]:
         """How a layer is called for some rows, and which of this device's slice are rows."""
         shards, num_rows = sequences.shards, sequences.num_rows
@@ -207,10 +208,12 @@ class HSTU(Encoder):
         row_p = shards.part(row_P)
         spec = self._spec(dtype)
         if spec.biased:
-            scale = divide(sequences, sequences.rows.segment)
+            segment_T = sequences.rows.segment
+            scale = self.divisor.scale(sequences, segment_T, truncated=truncated)
             attend = self._scattered(mask, sequences, row_P, scale, spec)
         else:
-            scale = divide(sequences, Rows.of(sequences.offsets, row_P).segment)
+            segment_P = Rows.of(sequences.offsets, row_P).segment
+            scale = self.divisor.scale(sequences, segment_P, truncated=truncated)
             attend = self._visiting(mask, sequences, row_P, row_p, scale, spec)
         rows = Rows.of(sequences.offsets, row_p, *sequences.counts)
         call = functools.partial(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -31,6 +32,8 @@ from ultra_hstu.ranking.split import Parts, Requests, RequestTable
 from ultra_hstu.sequences import seconds_since_first
 from ultra_hstu.task import Task
 from ultra_hstu.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -261,12 +264,21 @@ class RankingTask(Task[RankEvents]):
 
 
 def _kept_events(config: Config, interactions: Interactions) -> dict[str, Int32[np.ndarray, " n"]]:
-    """The events of each channel that leaves some out."""
+    """The events of each channel that leaves some out; a warning names one that keeps none."""
     index = {}
     for name, channel in channels(config).items():
         if not channel.signal:
             continue
         keep_E = interactions.actions[channel.signal] >= channel.at_least
+        if not keep_E.any():
+            log.warning(
+                "model.channels.%s keeps none of the %d events: %s is never %g or more. Lower its "
+                "at_least, or leave the channel out",
+                name,
+                interactions.num_events,
+                channel.signal,
+                channel.at_least,
+            )
         index[name] = np.flatnonzero(keep_E).astype(np.int32)
     return index
 
