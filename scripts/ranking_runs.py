@@ -252,6 +252,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "copies", None, "folder with a copy of each source, read instead of a download"
     )
+    flags.DEFINE_bool("count", False, "write operations and baselines, and train nothing")
     flags.DEFINE_bool(
         "list", False, "print the runs as flags of experiments.train, and train nothing"
     )
