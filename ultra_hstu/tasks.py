@@ -61,7 +61,7 @@ def check_names(config: Config) -> None:
         described, timed = public.users is not None, public.timed
         item_features.check_names(config.features, (*public.table.item_features, TITLE))
     else:
-        signals.check_names(config, ())
+        signals.check_names(config, sources.SYNTHETIC_ACTIONS)
         item_features.check_names(config.features, ())
         described, timed = False, True
         if data.table != TableConfig():

@@ -13,8 +13,8 @@ from ultra_hstu import sampling
 from ultra_hstu.fields import changed
 
 
-def test_generative_training_at_equal_operations(tmp_path):
-    """Every variant's epochs cost about the same; a second call trains nothing."""
+def test_generative_training_at_equal_operations(tmp_path, monkeypatch):
+    """Every variant's epochs cost about the same; the record has the curve of each run."""
     config = rank_data.config(
         tmp_path, rank=dict(input="interleaved"), model=dict(layers=1), train=dict(epochs=40)
     )
@@ -27,14 +27,20 @@ def test_generative_training_at_equal_operations(tmp_path):
     assert found["generative"]["config"].train.epochs > found["requests"]["config"].train.epochs
     few = generative.variants(config, data, 3 * found["generative"]["cost"]["epoch_gflop"])
     assert few["generative"]["config"].train.epochs == 3
-    chosen, written = {"generative": few["generative"]}, []
-    for _ in range(2):
-        record = Record(tmp_path / "record.json")
-        generative.run(chosen, data, [1], tmp_path / "runs", record, Console(quiet=True))
-        written.append(json.loads((tmp_path / "record.json").read_text())["variants"])
-    assert written[0] == written[1]
-    curve = written[0]["generative"]["runs"][0]["curve"]
-    assert len(curve) == 3 and all(0 < point["ne"] < 5 for point in curve)
+
+    def trained(config, folder, **_):
+        folder.mkdir(parents=True)
+        lines = [{"epoch": one, "step": one, "ne": 1 - 0.1 * one} for one in (1, 2, 3)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return {"seed": config.train.seed, "best": {"ne": 0.8 - 0.1 * config.train.seed}}
+
+    monkeypatch.setattr(generative, "train", trained)
+    chosen, record = {"generative": few["generative"]}, Record(tmp_path / "record.json")
+    generative.run(chosen, data, [1, 2], tmp_path / "runs", record, Console(quiet=True))
+    made = json.loads((tmp_path / "record.json").read_text())["variants"]["generative"]
+    assert made["mean"]["ne"] == pytest.approx(0.65) and made["epochs"] == 3
+    curve = made["runs"][1]["curve"]
+    assert [point["ne"] for point in curve] == [0.9, 0.8, 0.7]
     assert curve[-1]["gflop"] == pytest.approx(few["generative"]["cost"]["trained_gflop"])
 
 
@@ -42,8 +48,10 @@ def test_sparsity_is_exact_and_the_papers():
     """Expectations against draws; where all histories are N long, what the paper shows."""
     length_U = np.random.default_rng(0).integers(1, 900, 50)
     kept_U, square_U = stochastic_length.expected(length_U, 600, 1.5)
-    uniform_S1 = (np.arange(2000)[:, None] + 0.5) / 2000
-    drawn_SU = sampling.stochastic_length(np.minimum(length_U, 600)[None], 600, 1.5, uniform_S1)
+    uniform_SU, length_SU = np.broadcast_arrays(
+        (np.arange(2000)[:, None] + 0.5) / 2000, np.minimum(length_U, 600)
+    )
+    drawn_SU = sampling.stochastic_length(length_SU, 600, 1.5, uniform_SU)
     np.testing.assert_allclose(kept_U, drawn_SU.mean(0), rtol=5e-3)
     np.testing.assert_allclose(square_U, (drawn_SU.astype(float) ** 2).mean(0), rtol=2e-2)
     cells = {(one["alpha"], one["N"]): one for one in stochastic_length.grid(np.full(9, 1024))}

@@ -20,6 +20,7 @@ SETS: tuple[PublicSet, ...] = (
 # By their values of `data.source`.
 PUBLIC = {one.name: one for one in SETS}
 SYNTHETIC = "synthetic"  # the stream of HSTU's appendix C
+SYNTHETIC_ACTIONS = ("is_like",)
 TABLE = "table"  # anybody's own files, which ultra_hstu.data.table reads
 
 
