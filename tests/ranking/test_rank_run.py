@@ -249,6 +249,12 @@ def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
         and cost["no_truncation"] > cost["ultra"] > cost["one_transducer"]
     )
     assert found["fewer_signals"].rank.signals == ("is_click",)
+    # Softmax under windows, a truncation and a mixture: a prediction is traced.
+    task = tasks.of(found["softmax"], interactions)
+    loader = task.loader("test", batch_users=4, steps_per_call=1)
+    batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
+    params = jax.eval_shape(lambda: task.recipe.init(0)).params
+    assert jax.eval_shape(task.recipe.logits, params, batch).shape == batch.label_PK.shape
 
 
 def test_ablation_writes_its_record(tmp_path):
