@@ -33,7 +33,10 @@ SOURCES = {"assistments": "assistments-2017", "ml1m": "ml-1m"}  # by the prefix 
 BASELINES = ("base rate", "item and user")
 METRICS = ("ne", "auc", "gauc", "log_loss")
 # Records of scripts.ablation, by configuration.
-ABLATIONS = {"assistments_rank_ultra": "ablation_assistments"}
+ABLATIONS = {
+    "assistments_rank_ultra": "ablation_assistments",
+    "ml1m_rank_ultra": "ablation_ml1m",
+}
 SMALL_ABLATIONS = {"the same, small": "ablation_assistments_small"}
 
 

@@ -31,7 +31,7 @@ def test_generative_training_at_equal_operations(tmp_path, monkeypatch):
     def trained(config, folder, **_):
         folder.mkdir(parents=True)
         lines = [{"epoch": one, "step": one, "ne": 1 - 0.1 * one} for one in (1, 2, 3)]
-        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
         return {"seed": config.train.seed, "best": {"ne": 0.8 - 0.1 * config.train.seed}}
 
     monkeypatch.setattr(generative, "train", trained)
