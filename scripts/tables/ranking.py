@@ -208,9 +208,14 @@ def softmax_table() -> str:
 
 def generative_table() -> str:
     """Each way to train, at equal operations: test NE, and validation NE on the way there."""
-    rows = []
+    rows, notes = [], []
     for name, data in (("assistments", "ASSISTments 2017"), ("synthetic", "synthetic")):
-        for variant, found in load(f"generative_{name}").get("variants", {}).items():
+        record = load(f"generative_{name}")
+        if best_possible := record.get("best_possible"):
+            notes.append(
+                f"The best NE that Bayes' rule reaches there: {short(best_possible['ne'])}."
+            )
+        for variant, found in record.get("variants", {}).items():
             best = [run["best"]["ne"] for run in found["runs"]]
             budget = found["trained_gflop"]
             on_the_way = [
@@ -232,7 +237,7 @@ def generative_table() -> str:
             )
     header = ["data", "training", "seeds", "TFLOP", "epochs x requests"]
     header += ["validation NE at 1/4", "at 1/2", "test NE"]
-    return markdown(header, rows)
+    return markdown(header, rows, *notes)
 
 
 def _best_until(curve: list[dict[str, float]], gflop: float) -> float:

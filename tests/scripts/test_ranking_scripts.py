@@ -10,7 +10,10 @@ from experiments.record import Record
 from scripts import generative, ranking_runs, stochastic_length
 from tests.ranking import rank_data
 from ultra_hstu import sampling
+from ultra_hstu.config import SyntheticConfig
+from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.fields import changed
+from ultra_hstu.ranking.task import RankingTask
 
 
 def test_generative_training_at_equal_operations(tmp_path, monkeypatch):
@@ -42,6 +45,30 @@ def test_generative_training_at_equal_operations(tmp_path, monkeypatch):
     curve = made["runs"][1]["curve"]
     assert [point["ne"] for point in curve] == [0.9, 0.8, 0.7]
     assert curve[-1]["gflop"] == pytest.approx(few["generative"]["cost"]["trained_gflop"])
+
+
+def test_the_best_possible_likes_follow_bayes_rule(tmp_path):
+    """Against a loop over requests; better than rates, and no better than knowing all tastes."""
+    made = SyntheticConfig(users=60, length=40, items=30, categories=3)
+    config = rank_data.config(
+        tmp_path,
+        data=dict(source="synthetic", max_history=20, synthetic=made),
+        rank=dict(tasks=("is_like",), signals=("is_like",), features=()),
+    )
+    data = load_interactions(config.data)
+    task = RankingTask.of(config, data)
+    found, evaluator = generative.best_possible(task), task.evaluator("test")
+    logits = []
+    for event, user in zip(evaluator.event_P, evaluator.user_P, strict=True):
+        stop = event - (event - task.parts.test[user]) % 3
+        before = np.arange(max(40 * user, stop - 20), stop)
+        same = before[(data.items[before] - data.items[event]) % 3 == 0]
+        odds = np.prod(np.where(data.actions["is_like"][same] == 1, 4.0, 0.25))
+        like = 0.8 * odds / (1 + odds) + 0.2 / (1 + odds)
+        logits.append(np.log(like / (1 - like)))
+    wanted = evaluator.metrics(np.array(logits, np.float32)[:, None])
+    assert found["ne"] == pytest.approx(wanted["ne"], rel=1e-5)
+    assert 0.65 < found["ne"] < task.baselines("test")["item and user"]["ne"]
 
 
 def test_sparsity_is_exact_and_the_papers():
