@@ -11,7 +11,8 @@ user's history once for each of n events; where every item of a history is super
 users are sampled at the rate 1/n, once. All variants are evaluated alike, on requests of
 `rank.targets` events. Each trains for as many whole epochs as come closest to the budget, by
 `ultra_hstu.flops`: that of the configuration itself for all its epochs, or --budget_tflop. `curve`
-of a run holds its operations and validation NE at up to 16 points.
+of a run holds its operations and validation NE at up to 16 points; for the stream, `best_possible`
+is what Bayes' rule reaches.
 
 The record is written after every run, and finished runs are not trained again. `--list` prints
 operations and epochs. Predicted on an H200: `10 minutes` for ASSISTments (4 variants, 3 seeds, 216
@@ -21,6 +22,7 @@ TFLOP a run, 800 to 3,400 steps), `25 minutes` for the stream, which has more st
 import math
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 from rich.console import Console
 
@@ -29,9 +31,12 @@ from experiments.record import Json, Record
 from scripts.ablation import describe, task_of
 from ultra_hstu import report
 from ultra_hstu.config import Config, from_config_dict
-from ultra_hstu.criteria import mean_and_deviation
+from ultra_hstu.criteria import Metrics, mean_and_deviation
 from ultra_hstu.data.interactions import Interactions, load_interactions
+from ultra_hstu.data.sources import SYNTHETIC
+from ultra_hstu.data.synthetic import LIKED
 from ultra_hstu.fields import changed
+from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.train import train
 
 FLAGS = flags.FLAGS
@@ -98,6 +103,33 @@ def run(
             record.add(variants=found)
 
 
+def best_possible(task: RankingTask) -> Metrics:
+    """Test metrics of who knows how the synthetic stream likes, from the history of a request.
+
+    That is Bayes' rule: a record has a taste for a category with probability 1/2, and each like, or
+    its absence, tells it rightly with probability `LIKED`. A model that reads the same can be
+    better by luck alone.
+    """
+    evaluator, config, data = task.evaluator("test"), task.config, task.interactions
+    event_P, user_P, events = evaluator.event_P, evaluator.user_P, data.num_events
+    first_P, size = task.parts.test[user_P], config.rank.targets
+    stop_P = first_P + (event_P - first_P) // size * size  # where the request begins
+    start_P = np.maximum(task.parts.first[user_P], stop_P - config.data.max_history)
+    user_E = np.repeat(np.arange(data.num_users), data.lengths)
+    categories = config.data.synthetic.categories
+    group_E = user_E * categories + (data.items - 1) % categories
+    order_E = np.argsort(group_E, kind="stable")
+    place_E = group_E[order_E] * events + order_E
+    likes = np.append(0, np.cumsum(data.actions["is_like"][order_E]))
+    from_P, to_P = (
+        np.searchsorted(place_E, group_E[event_P] * events + edge_P) for edge_P in (start_P, stop_P)
+    )
+    net_P = 2 * (likes[to_P] - likes[from_P]) - (to_P - from_P)
+    taste_P = 1 / (1 + (LIKED / (1 - LIKED)) ** -net_P.astype(np.float64))
+    like_P = (1 - LIKED) + (2 * LIKED - 1) * taste_P
+    return evaluator.metrics(np.log(like_P / (1 - like_P)).astype(np.float32)[:, None])
+
+
 def main(_: list[str]) -> None:
     console, config = report.make_console(), from_config_dict(FLAGS.config)
     if unknown := sorted(set(FLAGS.only) - set(VARIANTS)):
@@ -117,7 +149,11 @@ def main(_: list[str]) -> None:
     record = Record(
         FLAGS.record, config=config.name, protocol=config.train.protocol, eval=config.evaluation
     )
-    record.values["baselines"] = task_of(config, interactions).baselines("test")
+    task = task_of(config, interactions)
+    record.values["baselines"] = task.baselines("test")
+    if config.data.source == SYNTHETIC:
+        record.values["best_possible"] = best_possible(task)
+        console.print(f"best possible: NE {record.values['best_possible']['ne']:.4f}")
     seeds = [int(seed) for seed in FLAGS.seeds]
     run(chosen, interactions, seeds, Path(FLAGS.workdir), record, console)
 

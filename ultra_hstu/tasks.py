@@ -62,7 +62,9 @@ def check_names(config: Config) -> None:
         item_features.check_names(config.features, (*public.table.item_features, TITLE))
     else:
         long = data.source == sources.SYNTHETIC_LONG
-        actions, features = (synthetic_long.ACTIONS, synthetic_long.FEATURES) if long else ((), ())
+        actions, features = (sources.SYNTHETIC_ACTIONS, ())
+        if long:
+            actions, features = synthetic_long.ACTIONS, synthetic_long.FEATURES
         signals.check_names(config, actions, features)
         item_features.check_names(config.features, ())
         described, timed = False, not long

@@ -94,6 +94,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/sampling_and_precision.md": {
         "stochastic_length": sampling.stochastic_length_table,
+        "sparsity": sampling.sparsity_table,
+        "sampled_ranking": sampling.sampled_ranking_table,
         "load_balance": sampling.load_balance_table,
         "int4": sampling.int4_table,
         "host_requests": serving_tables.host_requests_table,
@@ -104,7 +106,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "ranking_step": step.ranking_step_table,
         "repeated_ids": step.repeated_table,
     },
-    "docs/ranking.md": {"signal_effects": ranking.signal_effects_table},
+    "docs/ranking.md": {
+        "signal_effects": ranking.signal_effects_table,
+        "generative": ranking.generative_table,
+        "softmax": ranking.softmax_table,
+    },
     "docs/features.md": {"item_features": features.item_features_table},
     "docs/windows.md": {
         "swap": windows.swap_table,

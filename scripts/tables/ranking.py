@@ -22,12 +22,21 @@ RANKING = {  # records of experiments.train --record: data and model
         ("ml1m", "MovieLens-1M"),
         ("kuairand", "KuaiRand"),
     )
-    for suffix, model in (("hstu", "HSTU"), ("ultra", "ULTRA-HSTU"))
+    for suffix, model in (
+        ("din", "DIN"),
+        ("hstu", "HSTU"),
+        ("hstu_bias", "HSTU, relative bias"),
+        ("ultra", "ULTRA-HSTU"),
+    )
 }
+SOURCES = {"assistments": "assistments-2017", "ml1m": "ml-1m"}  # by the prefix of configurations
 BASELINES = ("base rate", "item and user")
 METRICS = ("ne", "auc", "gauc", "log_loss")
 # Records of scripts.ablation, by configuration.
-ABLATIONS = {"assistments_rank_ultra": "ablation_assistments"}
+ABLATIONS = {
+    "assistments_rank_ultra": "ablation_assistments",
+    "ml1m_rank_ultra": "ablation_ml1m",
+}
 SMALL_ABLATIONS = {"the same, small": "ablation_assistments_small"}
 
 
@@ -35,9 +44,12 @@ def ranking_record(config: str) -> Json:
     """The record of a configuration's own runs, or its part of an ablation; empty without both."""
     if record := load(config):
         return record
+    if record := of_positions(config):
+        return record
     prefix, _, model = config.rpartition("_")
     ablation = load(ABLATIONS.get(f"{prefix}_ultra", ""))
-    found = ablation.get("variants", {}).get("ultra" if model == "ultra" else "baseline")
+    variant = {"ultra": "ultra", "hstu": "baseline"}.get(model, "")
+    found = ablation.get("variants", {}).get(variant)
     if not found:
         return {}
     return {
@@ -45,6 +57,26 @@ def ranking_record(config: str) -> Json:
         "runs": found["runs"],
         "flops": {name: 1e9 * found[f"{name}_gflop"] for name in ("inference", "training")},
         "baselines": ablation.get("baselines", {}),
+    }
+
+
+def of_positions(config: str) -> Json:
+    """The runs of `rank_positions` that counted positions as the configuration does."""
+    record, counted = load("rank_positions"), load("rank_flops")
+    runs = [
+        run
+        for run in record.get("runs", [])
+        if (run["config"], run["positions"]) == (config, "backwards")
+    ]
+    if not runs or config not in counted.get("counted", {}):
+        return {}
+    of_request = counted["counted"][config]
+    return {
+        "device": record["device"],
+        "shared_device": True,  # it says so in its note
+        "runs": runs,
+        "flops": {name: 1e9 * of_request[f"{name}_gflop"] for name in ("inference", "training")},
+        "baselines": counted["baselines"].get(SOURCES[config.partition("_")[0]], {}),
     }
 
 
@@ -74,12 +106,12 @@ def ranking_table() -> str:
                 rows.append([data, task, name, "", *values, "", "", ""])
         inference = record["flops"]["inference"]
         flops = f"{inference / 1e9:.3g}"
-        vanilla = ranking_record(config.removesuffix("_ultra") + "_hstu")
+        vanilla = ranking_record(f"{config.partition('_rank_')[0]}_rank_hstu")
         if model != "HSTU" and vanilla:
             flops += f" ({100 * inference / vanilla['flops']['inference']:.0f} %)"
-        seconds = f"{statistics.median(run['seconds'] for run in record['runs']):.0f}"
-        if record.get("shared_device"):
-            seconds = "device shared"
+        seconds = "device shared"
+        if not record.get("shared_device"):
+            seconds = f"{statistics.median(run['seconds'] for run in record['runs']):.0f}"
         last = [flops, f"{seconds} ({record['device']})", time]
         for task in tasks:
             rows.append([data, task, model, str(len(runs)), *metric_cells(runs, task), *last])
@@ -169,6 +201,71 @@ def signal_effects_table(record: Json) -> str:
         rows,
         "{users} users of {events} events".format(**record) + f", {seeds} seeds, {origin(record)}",
     )
+
+
+SOFTMAX_ROWS = {  # end of a record's name: layer, what stands in it
+    "research_bias": ("research", "HSTU"),
+    "research": ("research", "HSTU (-rab)"),
+    "research_softmax": ("research", "HSTU (-rab, softmax)"),
+    "bias": ("production", "HSTU"),
+    "": ("production", "HSTU (-rab)"),
+    "softmax": ("production", "HSTU (-rab, softmax)"),
+}
+
+
+def softmax_table() -> str:
+    """The rows of HSTU's table 5 on open data."""
+    rows = []
+    for prefix, data in (("assistments", "ASSISTments 2017"), ("ml1m", "MovieLens-1M")):
+        for end, (layer, words) in SOFTMAX_ROWS.items():
+            record = ranking_record("_".join(filter(None, [f"{prefix}_rank_hstu", end])))
+            if not record:
+                continue
+            entropies = [run["best"]["ne"] for run in record["runs"]]
+            rows.append([data, layer, words, str(len(entropies)), mean_and_deviation(entropies)])
+    published = "Quoted from the paper, table 5 (its own data): .5067, .4980 and .4937 E-NE, "
+    published += ".7931, .7860 and .7805 C-NE for softmax, SiLU, SiLU with relative bias."
+    return markdown(["data", "layer", "model", "seeds", "NE"], rows, published)
+
+
+def generative_table() -> str:
+    """Each way to train, at equal operations: test NE, and validation NE on the way there."""
+    rows, notes = [], []
+    for name, data in (("assistments", "ASSISTments 2017"), ("synthetic", "synthetic")):
+        record = load(f"generative_{name}")
+        if best_possible := record.get("best_possible"):
+            notes.append(
+                f"The best NE that Bayes' rule reaches there: {short(best_possible['ne'])}."
+            )
+        for variant, found in record.get("variants", {}).items():
+            best = [run["best"]["ne"] for run in found["runs"]]
+            budget = found["trained_gflop"]
+            on_the_way = [
+                mean_and_deviation(
+                    [_best_until(run["curve"], share * budget) for run in found["runs"]]
+                )
+                for share in (1 / 4, 1 / 2)
+            ]
+            rows.append(
+                [
+                    data,
+                    variant.replace("_", " "),
+                    str(len(best)),
+                    f"{budget / 1e3:.0f}",
+                    f"{found['epochs']} x {found['epoch_requests']}",
+                    *on_the_way,
+                    mean_and_deviation(best),
+                ]
+            )
+    header = ["data", "training", "seeds", "TFLOP", "epochs x requests"]
+    header += ["validation NE at 1/4", "at 1/2", "test NE"]
+    return markdown(header, rows, *notes)
+
+
+def _best_until(curve: list[dict[str, float]], gflop: float) -> float:
+    """The best NE of an evaluation within so many operations; of the first where none is."""
+    within = [point["ne"] for point in curve if point["gflop"] <= 1.001 * gflop]
+    return min(within, default=curve[0]["ne"])
 
 
 def metric_cells(runs: list[dict[str, float]], task: str) -> list[str]:

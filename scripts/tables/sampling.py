@@ -1,8 +1,11 @@
 """The tables and the figure of stochastic length, load balance and item tables of few bits."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from experiments.record import Json
+from scripts.ranking_runs import STOCHASTIC_LENGTH
 from scripts.tables.records import (
     evaluated,
     evaluation,
@@ -38,6 +41,78 @@ def stochastic_length_table() -> str:
             rows.append([label, *told, *cells, flops])
     metrics = [name.upper() for name in METRICS]
     header = ["trained on", "hidden", "time", *metrics, "training MFLOP a sample"]
+    return markdown(header, rows)
+
+
+# Sparsity and s2 in %, for N from 1,024 to 8,192: HSTU's table 14, histories of 60 days.
+PUBLISHED_SPARSITY = {
+    1.6: ((71.5, 89.4), (75.8, 92.3), (79.4, 94.7), (83.8, 97.3)),
+    1.7: ((57.3, 77.6), (60.6, 79.8), (67.3, 86.6), (74.5, 93.3)),
+    1.8: ((37.5, 56.2), (42.6, 62.1), (51.9, 74.2), (62.6, 85.5)),
+    1.9: ((15.0, 25.2), (17.7, 29.0), (29.6, 47.5), (57.8, 80.9)),
+    2.0: ((1.2, 1.7), (2.5, 3.5), (18.9, 30.8), (57.6, 80.6)),
+}
+HISTORIES = {"assistments-2017": "ASSISTments 2017", "ml-1m": "MovieLens-1M"}
+
+
+@measured("stochastic_length")
+def sparsity_table(record: Json) -> str:
+    """The paper's grid beside the same count on histories of its lengths, then real ones."""
+    rows, real, ages = [], [], []
+    for name, found in record["sets"].items():
+        for alpha in record["alphas"]:
+            cells_N = [cell for cell in found["grid"] if cell["alpha"] == alpha]
+            shares = [(100 * cell["sparsity"], 100 * cell["s2"]) for cell in cells_N]
+            if name.startswith("synthetic"):
+                published = PUBLISHED_SPARSITY[alpha]
+                rows.append([f"{alpha}", "published [q]", *_pairs(published)])
+                rows.append([f"{alpha}", "counted", *_pairs(shares)])
+            elif alpha < 2:
+                kept = [
+                    (100 * cell["dropped_events"], 100 * cell["dropped_pairs"]) for cell in cells_N
+                ]
+                real.append([HISTORIES.get(name, name), f"{alpha}", *_pairs(kept)])
+        ages += [
+            [HISTORIES.get(name, name), kind, *(f"{age.get(unit, 0):.2f}" if unit in age else ""
+                                                for unit in ("events", "time"))]
+            for kind, age in found.get("age", {}).items()
+        ]  # fmt: skip
+    lengths = [f"N = {length:,}" for length in record["lengths"]]
+    told = (
+        "Sparsity / s2, in %. [q] Quoted from table 14 of the paper. Counted: "
+        f"{record['sets'][next(iter(record['sets']))]['histories']:,} lengths drawn from a normal "
+        "law with the mean and deviation that the published line of alpha 2 says at N = 8,192."
+    )
+    heads = markdown(["data", "alpha", *lengths], real, "Events / pairs that are dropped, in %.")
+    kinds = markdown(["data", "events that stay", "mean age by events", "by time"], ages)
+    return markdown(["alpha", "", *lengths], rows, told, heads, kinds)
+
+
+def _pairs(values: Iterable[tuple[float, float]]) -> list[str]:
+    return [f"{first:.1f} / {second:.1f}" for first, second in values]
+
+
+def sampled_ranking_table() -> str:
+    """What stochastic length costs in NE, beside the operations that it saves."""
+    rows = []
+    for run in STOCHASTIC_LENGTH:
+        record = load(run.name)
+        if not record:
+            continue
+        cut = run.overrides["data.stochastic_length"]
+        entropies = [one["best"]["ne"] for one in record["runs"]]
+        rows.append(
+            [
+                run.config.partition("_")[0],
+                f"{run.overrides['data.max_history']:,}",
+                "whole" if cut is None else f"{cut}",
+                "" if cut is None else str(run.overrides["data.subsequence"]),
+                str(len(entropies)),
+                mean_and_deviation(entropies),
+                f"{record['flops']['training'] / 1e9:.3g}",
+            ]
+        )
+    header = ["data", "N", "alpha", "events that stay", "seeds", "NE", "training GFLOP a request"]
     return markdown(header, rows)
 
 

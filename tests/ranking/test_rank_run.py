@@ -268,6 +268,12 @@ def test_ablation_takes_away_one_piece_at_a_time(tmp_path):
         assert all(one.truncate_after is None for one in encoders) == (name == "no_truncation")
         assert all(one.window == () for one in encoders) == (name == "full_attention")
     assert found["interleaved_input"].model.channels["engagement"].window == (-1, 4)
+    # Softmax under windows, a truncation and a mixture: a prediction is traced.
+    task = tasks.of(found["softmax"], interactions)
+    loader = task.loader("test", batch_users=4, steps_per_call=1)
+    batch = next(iter(loader.groups(loader.plan()))).feed.batch(0)
+    params = jax.eval_shape(lambda: task.recipe.init(0)).params
+    assert jax.eval_shape(task.recipe.logits, params, batch).shape == batch.label_PK.shape
 
 
 def test_ablation_writes_its_record(tmp_path):

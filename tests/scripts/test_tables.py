@@ -49,6 +49,10 @@ def cells(table):
     [
         ranking_tables.ranking_table,
         ranking_tables.ablation_table,
+        ranking_tables.softmax_table,
+        ranking_tables.generative_table,
+        sampling.sparsity_table,
+        sampling.sampled_ranking_table,
         retrieval.ml100k_table,
         retrieval.evaluation_table,
         overview.overview_table,
@@ -93,6 +97,30 @@ def variant(runs, inference):
         "inference_gflop": inference,
         "training_gflop": 3 * inference,
     }
+
+
+def test_runs_of_both_positions_stand_in_for_a_configurations_own(results):
+    """Those that count as it does, with the operations of another record."""
+    runs = [
+        run(ne) | {"config": "ml1m_rank_hstu", "positions": positions, "seed": 1}
+        for ne, positions in ((0.76, "backwards"), (0.9, "forwards"))
+    ]
+    results("rank_positions", {"device": "1 x GPU", "runs": runs})
+    assert ranking_tables.ranking_table() == records.NOT_MEASURED
+    counted = {"ml1m_rank_hstu": {"inference_gflop": 0.2, "training_gflop": 0.3}}
+    results("rank_flops", {"counted": counted, "baselines": {"ml-1m": {}}})
+    (row,) = cells(ranking_tables.ranking_table())
+    assert row[:5] == ["MovieLens-1M", "correct", "HSTU", "1", ".7600"] and row[8] == "0.2"
+    assert cells(ranking_tables.softmax_table())[0][:3] == row[:1] + ["production", "HSTU (-rab)"]
+
+
+def test_generative_training_shows_the_best_on_the_way(results):
+    curve = [{"gflop": 100.0 * (i + 1), "ne": ne} for i, ne in enumerate((0.9, 0.95, 0.8, 0.7))]
+    found = {"trained_gflop": 400.0, "epochs": 4, "epoch_requests": 7}
+    found["runs"] = [{"best": {"ne": 0.75}, "curve": curve}]
+    results("generative_assistments", {"variants": {"requests_one": found}})
+    (row,) = cells(ranking_tables.generative_table())
+    assert row[1:] == ["requests one", "1", "0", "4 x 7", ".9000", ".9000", ".7500"]
 
 
 def test_ablation(results):

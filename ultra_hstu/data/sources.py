@@ -22,6 +22,7 @@ SETS: tuple[PublicSet, ...] = (
 PUBLIC = {one.name: one for one in SETS}
 # The stream of HSTU's appendix C, and long histories whose best prediction is known.
 SYNTHETIC, SYNTHETIC_LONG = GENERATED
+SYNTHETIC_ACTIONS = ("is_like",)
 TABLE = "table"  # anybody's own files, which ultra_hstu.data.table reads
 
 

@@ -23,7 +23,7 @@ from ultra_hstu.nn.truncation import Kept
 from ultra_hstu.sequences import Activations, Sequences
 
 EPS = 1e-6
-CHUNK = 32  # targets whose weights exist at one time
+CHUNK = 64  # targets whose weights exist at one time
 
 
 class TargetAttention(nnx.Module):
