@@ -100,6 +100,9 @@ class ModelConfig(Section):
     output_slots: NotNegative[int] = 11
     # Standard deviation of the first vectors of items, which are cut at two of it.
     item_std: Positive[float] = 0.02
+    # That of the first u, v, q and k projections of the research layer; Xavier's is
+    # sqrt(2 / (width + their widths)), 0.09 for 50 and four times 50.
+    uvqk_std: Positive[float] = 0.02
     input_dropout: BelowOne[float] = 0.2  # of the embedded events
     linear_dropout: BelowOne[float] = 0.2  # inside every layer
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
@@ -255,13 +258,16 @@ class Config(Section):
         without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
         if model.kind == "sasrec":
             of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
-            lacks = (*masks, *cuts, *of_layer, "remat", "chunk_rows")
+            lacks = (*masks, *cuts, *of_layer, "remat", "chunk_rows", "uvqk_std")
             without["model.kind='sasrec'", "use 'hstu'"] = lacks
         if model.projection == "same":
             why = "model.projection='same', whose gradients follow dtype"
             without[why, "use projection='fp8'"] = ("projection_gradient",)
         if model.attention == "softmax":
             without["model.attention='softmax', which is plain causal", "use 'silu'"] = masks
+        if model.preset == "production":
+            why = "model.preset='production', whose projections start from Xavier's values"
+            without[why, "use 'research'"] = ("uvqk_std",)
         if model.preset == "research":
             why = "model.preset='research', whose scores have no factor"
             without[why, "use 'production'"] = ("alpha",)

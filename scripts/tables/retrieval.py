@@ -84,14 +84,14 @@ def sets_table() -> str:
             for kind, model in KINDS.items():
                 if record := load(f"{data}_{kind}_{protocol}"):
                     runs = [run["best"] for run in record["runs"]]
-                    hidden = evaluation(record["runs"][0])["hidden"]
+                    told = evaluation(record["runs"][0])
                     cells = [mean_and_deviation([run[name] for run in runs]) for name in METRICS]
                     seconds = statistics.median(run["seconds"] for run in record["runs"])
                     shared = ", shared" if record.get("shared_device") else ""
                     took = f"{seconds:.0f} ({record['device']}{shared})"
-                    row = [model, "ours", hidden, str(len(runs)), *cells]
+                    row = [model, "ours", told["hidden"], told["time"], str(len(runs)), *cells]
                     rows.append([title, f"`{protocol}`", *row, took])
-    header = ("data", "protocol", "model", "", "hidden", "seeds", *map(str.upper, METRICS))
+    header = ("data", "protocol", "model", "", "hidden", "time", "seeds", *map(str.upper, METRICS))
     return markdown([*header, "seconds a seed"], rows)
 
 
@@ -115,6 +115,7 @@ def baseline_rows(name: str, protocol: str) -> list[list[str]]:
             baseline,
             "no model",
             evaluation(run)["hidden"],
+            "",
             "",
             *(short(metrics[metric]) for metric in METRICS),
         ]

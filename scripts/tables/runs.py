@@ -3,7 +3,8 @@
 import statistics
 
 from experiments.record import Json, read
-from scripts.tables.records import RESULTS, cells, markdown, measured, origin
+from scripts.tables import records
+from scripts.tables.records import cells, markdown, measured, origin
 
 MARK = "`{}`"
 
@@ -11,7 +12,7 @@ MARK = "`{}`"
 def runs_table() -> str:
     """Every record of training of retrieval: its data, protocol, seeds, device, time and commit."""
     rows = []
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(records.RESULTS.glob("*.json")):
         record = read(path)
         runs = record.get("runs")
         if not (isinstance(runs, list) and runs and "best_epoch" in runs[0]):

@@ -107,6 +107,7 @@ class HSTU(Encoder):
                     gradient=config.projection_gradient,
                     implementation=config.layer_implementation,
                     chunk_rows=config.chunk_rows,
+                    uvqk_std=config.uvqk_std,
                     rngs=rngs,
                 )
                 for _ in range(depth)

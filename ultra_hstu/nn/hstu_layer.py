@@ -21,7 +21,7 @@ from kernels.gated_linear import gated_linear
 from kernels.norm_linear import norm_linear
 from kernels.typing import QHK, QHV, SHK, SHV, THK, THV
 from ultra_hstu.nn.dropout import KeysOrNone, dropout_mask
-from ultra_hstu.nn.initializers import linear_bias, normal_002, param, xavier_uniform
+from ultra_hstu.nn.initializers import linear_bias, normal, param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import ATTENTION_OUTPUT, LAYER_INPUT
@@ -88,6 +88,7 @@ class Layer(nnx.Module):
         gradient: Gradient = "same",
         implementation: str | None = None,
         chunk_rows: int | None = None,
+        uvqk_std: float = 0.02,
         rngs: nnx.Rngs,
     ):
         """
@@ -96,11 +97,13 @@ class Layer(nnx.Module):
           precision, gradient: of the projections, see `kernels.fp8.linear`.
           implementation: of `kernels.norm_linear` and `kernels.gated_linear`.
           chunk_rows: rows that token-wise work is done for at one time; None: all.
+          uvqk_std: of that projection's first values, in the research layer.
         """
         self.heads, self.qk_width, self.v_width, self.bias = heads, qk_width, v_width, bias
         self.alpha = self._default_alpha() if alpha is None else alpha
         self.dropout_rate, self.chunk_rows = dropout_rate, chunk_rows
         self.precision, self.gradient, self.implementation = precision, gradient, implementation
+        self.uvqk_std = uvqk_std
         self._draw(width, heads * v_width, 2 * heads * (v_width + qk_width), rngs)
 
     def _default_alpha(self) -> float:
@@ -231,7 +234,7 @@ class ResearchLayer(Layer):
     joined = False
 
     def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
-        self.uvqk = param(normal_002, rngs, width, joined)
+        self.uvqk = param(normal(self.uvqk_std), rngs, width, joined)
         self.output = param(xavier_uniform, rngs, inner, width)
         self.output_bias = param(linear_bias(inner), rngs, width)
 
