@@ -41,6 +41,7 @@ def candidates() -> dict[str, Changes]:
         "longer": {"train.epochs": 301, "train.patience": 30},
         "first items 0.005": {"model.item_std": 0.005},
         "first items 0.1": {"model.item_std": 0.1},
+        "first projections 0.09": {"model.uvqk_std": 0.09},
         "no relative bias": {"model.relative_bias": False},
         "no time bias": {"model.time_buckets": 0},
         "bfloat16": {"model.dtype": "bfloat16"},

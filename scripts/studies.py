@@ -76,6 +76,7 @@ def difference(config: str, base: str) -> dict[str, object]:
 CONDITIONS: dict[str, dict[str, object]] = {
     "validated": {"train.protocol": "validated"},
     "random_ties": {"data.ties": "random"},
+    "validated_all": {"train.protocol": "validated", "eval.hide": "all"},
     "published": {},
     "temporal": {"train.protocol": "temporal"},
 }
@@ -118,12 +119,14 @@ def ml1m() -> list[Run]:
         )
         if name in configs.CONFIGS
     ]
-    runs = [*conditions("ml1m_best", "validated", "random_ties", seeds=FIVE)]
+    runs = conditions("ml1m_best", "validated", "random_ties", "validated_all", seeds=FIVE)
     runs += conditions("ml1m_ultra_60", "published", "validated")
     runs += with_mol()[:2]
-    for condition in CONDITIONS:
+    for condition in ("validated", "random_ties", "published", "temporal"):
         runs += [run for name in known for run in conditions(name, condition)]
         runs += conditions("ml1m_best", condition, seeds=FIVE)
+    for name in ("ml1m_hstu_large", "ml1m_hstu"):  # RecTools hides all that a user has seen
+        runs += conditions(name, "validated_all")
     return unique(runs + with_mol())
 
 

@@ -98,6 +98,9 @@ class ModelConfig(Section):
     output_slots: NotNegative[int] = 11
     # Standard deviation of the first vectors of items, which are cut at two of it.
     item_std: Positive[float] = 0.02
+    # That of the first u, v, q and k projections of the research layer; Xavier's is
+    # sqrt(2 / (width + their widths)), 0.09 for 50 and four times 50.
+    uvqk_std: Positive[float] = 0.02
     input_dropout: BelowOne[float] = 0.2  # of the embedded events
     linear_dropout: BelowOne[float] = 0.2  # inside every layer
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
@@ -277,7 +280,7 @@ class Config(Section):
         if model.kind != "hstu":
             of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
             saves = () if model.kind == "sasrec" else ("remat", "chunk_rows")
-            lacks = (*MASKS, *CUTS, "divide_by", *of_layer, "feed_forward", *saves)
+            lacks = (*MASKS, *CUTS, "divide_by", *of_layer, "feed_forward", "uvqk_std", *saves)
             without[f"model.kind={model.kind!r}", "use 'hstu'"] = lacks
         if model.projection == "same":
             why = "model.projection='same', whose gradients follow dtype"
@@ -289,6 +292,9 @@ class Config(Section):
         if model.attention != "silu":
             why = f"model.attention={model.attention!r}, whose weights sum to 1"
             without[why, "use 'silu'"] = ("divide_by",)
+        if model.preset == "production":
+            why = "model.preset='production', whose projections start from Xavier's values"
+            without[why, "use 'research'"] = ("uvqk_std",)
         if model.preset == "research":
             why = "model.preset='research', whose scores have no factor"
             without[why, "use 'production'"] = ("alpha",)

@@ -21,6 +21,7 @@ from ultra_hstu.workdir import Workdir
 # Fields of a model that another start may change: they say how it is computed, or trained.
 FREE_MODEL = (
     "item_std",
+    "uvqk_std",
     "input_dropout",
     "linear_dropout",
     "dtype",

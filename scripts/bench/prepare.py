@@ -112,9 +112,9 @@ def chunks(events: int) -> Iterator[tuple[int, int, np.random.Generator]]:
         yield first, min(first + CHUNK, events), np.random.default_rng(first)
 
 
-def drawn(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
-    """Ids below `count`, the small ones more often."""
-    return (count * rng.random(size) ** 2).astype(np.int64)
+def drawn(rng: np.random.Generator, size: int, count: int, power: int = 2) -> np.ndarray:
+    """Ids below `count`, the small ones more often, the more so the higher the power."""
+    return (count * rng.random(size) ** power).astype(np.int64)
 
 
 def write_csv(path: Path, events: int) -> None:
@@ -175,13 +175,15 @@ def write_movielens(path: Path, events: int) -> None:
     path.with_name("movies.csv").write_text(f"{text}\n")
 
 
-def write_books(path: Path, events: int) -> None:
+def write_books(path: Path, events: int, power: int = 2) -> None:
     """Every user and every item at least once, some far more often; item after item."""
     rng = np.random.default_rng(0)
     users = max(events * BOOKS_USERS // BOOKS, 1)
     items = max(events * BOOKS_ITEMS // BOOKS, 1)
-    item = np.sort(np.concatenate([np.arange(items), drawn(rng, events - items, items)]))
-    user = rng.permutation(np.concatenate([np.arange(users), drawn(rng, events - users, users)]))
+    more_items = drawn(rng, events - items, items, power)
+    item = np.sort(np.concatenate([np.arange(items), more_items]))
+    more_users = drawn(rng, events - users, users, power)
+    user = rng.permutation(np.concatenate([np.arange(users), more_users]))
     user_ids, item_ids = words(b"A", users, 13), words(b"B", items, 9)
     with pa.csv.CSVWriter(
         path,

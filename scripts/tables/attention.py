@@ -1,7 +1,9 @@
 """The tables and the figure of attention: speed beside other people's kernels, and GPU tests."""
 
+import matplotlib
+
 from experiments.record import Json
-from scripts.tables.records import figure, load, markdown, measured, of_commit, origin
+from scripts.tables.records import load, markdown, measured, of_commit, origin, picture, themed
 
 ATTENTION = {
     "short": "`short`",
@@ -98,6 +100,10 @@ def gpu_tests_table(record: Json) -> str:
     return markdown(header, rows, origin(record), *record.get("notes", []))
 
 
+def attention_picture() -> str:
+    return picture("attention", "TFLOP/s of attention over length, ours and others'")
+
+
 def attention_figure() -> None:
     """TFLOP/s over the length of causal sequences, 65536 rows in all, width 128."""
     record = load(RECORD)
@@ -116,8 +122,8 @@ def attention_figure() -> None:
             if workload.startswith("length_")
         }
     )
-    with figure("attention", 9, 4.3) as drawn:
-        axes = drawn.subplots(1, 2, sharey=True)
+    for drawn in themed("attention", 9, 4.3):
+        axes, ink = drawn.subplots(1, 2, sharey=True), matplotlib.rcParams["text.color"]
         for axis, which in zip(axes, PASSES, strict=True):
             for name, (label, colour, line) in LINES.items():
                 points = {n: rates.get((f"length_{n}", name, which)) for n in lengths}
@@ -134,7 +140,7 @@ def attention_figure() -> None:
                     )
             if product := record["matmul_tflops"]:
                 label = f"bfloat16 product of two 8192 x 8192 matrices, same run: {product:.0f}"
-                axis.axhline(product, color="black", linestyle=":", linewidth=1, label=label)
+                axis.axhline(product, color=ink, linestyle=":", linewidth=1, label=label)
             axis.set_xscale("log", base=2)
             axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
             axis.minorticks_off()

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import matplotlib
+import matplotlib.style
 from matplotlib.figure import Figure
 
 from experiments.record import Json, read
@@ -104,3 +106,20 @@ def figure(name: str, width: float, height: float) -> Iterator[Figure]:
     for axis in drawn.axes:
         axis.spines[["top", "right"]].set_visible(False)
     drawn.savefig(FIGURES / f"{name}.png", dpi=130)
+
+
+def themed(name: str, width: float, height: float) -> Iterator[Figure]:
+    """The figure twice to draw into, for a light page and, as NAME_dark, for a dark one."""
+    for ending, style in {"": "default", "_dark": "dark_background"}.items():
+        with matplotlib.style.context(style), figure(f"{name}{ending}", width, height) as drawn:
+            yield drawn
+
+
+def picture(name: str, text: str) -> str:
+    """A themed figure on a page: the one that suits its reader's theme."""
+    return (
+        "<picture>\n"
+        f'<source media="(prefers-color-scheme: dark)" srcset="figures/{name}_dark.png">\n'
+        f'<img alt="{text}" src="figures/{name}.png">\n'
+        "</picture>"
+    )

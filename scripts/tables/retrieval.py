@@ -1,11 +1,9 @@
-"""The tables and the figure of retrieval on MovieLens: metrics beside others', and speed."""
+"""Tables of retrieval: what others report, smaller sets, choices of evaluation, and speed."""
 
 import statistics
 
-from experiments.record import Json
 from scripts.tables.records import (
     evaluation,
-    figure,
     load,
     markdown,
     mean_and_deviation,
@@ -13,33 +11,53 @@ from scripts.tables.records import (
 )
 from ultra_hstu.criteria import Metrics
 
-METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "mrr")
-HEADER = ("model", "condition", "hidden", "time", "seeds", *(name.upper() for name in METRICS))
-CURVES = {"ml1m_sasrec": "tab:grey", "ml1m_hstu": "tab:blue", "ml1m_hstu_large": "tab:red"}
+METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "hr@200", "ndcg@200", "mrr")
 MODELS = {
     "ml1m_sasrec": "SASRec",
     "ml1m_hstu": "HSTU",
+    "ml1m_hstu_mol": "HSTU + MoL",
     "ml1m_ultra": "ULTRA-HSTU",
+    "ml1m_ultra_60": "ULTRA-HSTU, 60 % of HSTU's operations",
     "ml1m_hstu_large": "HSTU-large",
+    "ml1m_hstu_large_mol": "HSTU-large + MoL",
+    "ml1m_best": "best",
+    "ml1m_best_mol": "best + MoL",
 }
 
-# METRICS of the reference implementation, quoted from its README (04/15/2024; ties in arbitrary
-# order), and from a run of it on the true order of the same data (one seed, last of 101 epochs), of
-# which no record was kept.
-TRUE_ORDER = "public PyTorch code, true order [q]"
-REFERENCE: dict[str, dict[str, tuple[float, ...]]] = {
-    "published table [q]": {
-        "ml1m_sasrec": (0.2853, 0.1603, 0.5474, 0.2185, 0.7528),
-        "ml1m_hstu": (0.3097, 0.1720, 0.5754, 0.2307, 0.7716),
-        "ml1m_hstu_large": (0.3294, 0.1893, 0.5935, 0.2481, 0.7839),
+
+def _of(*values: float) -> Metrics:
+    """Metrics by name, in the order of METRICS, as far as they are known."""
+    return dict(zip(METRICS, values, strict=False))
+
+
+# METRICS that others report of a configuration under a condition, by their source: the README of
+# the public PyTorch code (04/15/2024; ties in arbitrary order); a run of that code on the true
+# order of the same data (one seed, last of 101 epochs), of which no record was kept; the HSTU
+# tutorial of RecTools; the README of bailuding/rails (arXiv 2407.15462).
+TRUE_ORDER, RECTOOLS, README = "public PyTorch code, true order", "RecTools", "public table"
+PUBLIC: dict[str, dict[str, dict[str, Metrics]]] = {
+    "validated": {
+        "ml1m_hstu": {
+            RECTOOLS: {"hr@10": 0.3226, "ndcg@10": 0.1880, "hr@50": 0.5894, "hr@200": 0.7856}
+        },
+        "ml1m_hstu_large": {
+            RECTOOLS: {"hr@10": 0.3642, "ndcg@10": 0.2164, "hr@50": 0.6194, "hr@200": 0.8031}
+        },
     },
-    TRUE_ORDER: {
-        "ml1m_sasrec": (0.2925, 0.1670, 0.5568, 0.2255, 0.7556, 0.1439),
-        "ml1m_hstu": (0.3252, 0.1868, 0.5815, 0.2434, 0.7685, 0.1590),
-        "ml1m_hstu_large": (0.3581, 0.2132, 0.6108, 0.2694, 0.7894, 0.1833),
+    "random_ties": {
+        "ml1m_sasrec": {README: _of(0.2853, 0.1603, 0.5474, 0.2185, 0.7528, 0.2498)},
+        "ml1m_hstu": {README: _of(0.3097, 0.1720, 0.5754, 0.2307, 0.7716, 0.2606)},
+        "ml1m_hstu_large": {README: _of(0.3294, 0.1893, 0.5935, 0.2481, 0.7839, 0.2771)},
+        "ml1m_hstu_large_mol": {"public table of MoL": _of(0.3412, 0.1979)},
+    },
+    "published": {
+        "ml1m_sasrec": {TRUE_ORDER: _of(0.2925, 0.1670, 0.5568, 0.2255, 0.7556, 0.2558, 0.1439)},
+        "ml1m_hstu": {TRUE_ORDER: _of(0.3252, 0.1868, 0.5815, 0.2434, 0.7685, 0.2719, 0.1590)},
+        "ml1m_hstu_large": {
+            TRUE_ORDER: _of(0.3581, 0.2132, 0.6108, 0.2694, 0.7894, 0.2964, 0.1833)
+        },
     },
 }
-PUBLIC = evaluation({})  # The public code does as records did from the beginning.
 # Quoted from runs of the public PyTorch code at its best on the same kinds of machine: forward,
 # loss, backward and optimizer alone.
 WHOLE_RUN = "public PyTorch code: the steps of 101 epochs, no evaluation"
@@ -48,67 +66,40 @@ REFERENCE_SPEED = [
     ["HSTU", "1 x NVIDIA H200", WHOLE_RUN, "83 s", "[q]"],
     ["HSTU", "2 CPU cores", ONE_STEP, "751 ms", "[q]"],
 ]
-QUOTED = (
-    "[q] Quoted from the public PyTorch code's README, or from runs of that code: no record here "
-    "holds these numbers."
-)
-VARIANTS = {  # file suffix -> what it was
-    "published": "ours, `published`",
-    "published_all": "ours, `published`",
-    "random_ties": "ours, `published`, ties at random",
-    "validated": "ours, `validated`",
-    "validated_full": "ours, `validated`, full softmax",
-    "validated_full_all": "ours, `validated`, full softmax",
-    "temporal": "ours, `temporal`",
-}
+QUOTED = "[q] Quoted from others' pages, or from runs of their code: no record here holds them."
+# Other sets, by what the names of their configurations begin with.
+SETS = {"ml100k": "MovieLens-100K", "latest": "latest-small", "beauty": "Amazon Beauty"}
+KINDS = {"sasrec": "SASRec", "hstu": "HSTU", "best": "best"}
 
 
-def ml1m_table() -> str:
-    """One line a model and condition; ours with mean and standard deviation over seeds."""
-    rows, notes = [], []
-    for config, model in MODELS.items():
-        for source, values in REFERENCE.items():
-            if config in values:
-                cells = [short(value) for value in values[config]]
-                told = [PUBLIC[name] for name in ("hidden", "time")]
-                rows.append([model, source, *told, "", *cells, *[""] * (len(METRICS) - len(cells))])
-        for suffix, label in VARIANTS.items():
-            record = load(f"{config}_{suffix}")
-            if not record:
-                continue
-            seeds = str(len(record["runs"]))
-            if note := record.get("note"):
-                notes += [] if note in notes else [note]
-                seeds += f" [{notes.index(note) + 1}]"
-            told = [evaluation(record["runs"][0])[name] for name in ("hidden", "time")]
-            epochs = {"best": "", "last": ", last epoch"} if suffix == "published" else {"best": ""}
-            for which, words in epochs.items():
-                runs = [run[which] for run in record["runs"]]
-                cells = [mean_and_deviation([run[name] for run in runs]) for name in METRICS]
-                rows.append([model, label + words, *told, seeds, *cells])
-    return markdown(
-        HEADER,
-        baseline_rows("ml1m_baselines") + rows,
-        *(f"[{number}] {note}" for number, note in enumerate(notes, start=1)),
-        QUOTED,
-        *ties_note(),
-    )
-
-
-def ml100k_table() -> str:
-    """HSTU and what needs no model on MovieLens-100K, under both values of `eval.hide`."""
-    rows = baseline_rows("ml100k_baselines")
-    for told, metrics in ml100k_run("all"):
-        cells = [short(metrics[name]) for name in METRICS]
-        rows.append(["HSTU", "ours, `validated`", told["hidden"], told["time"], "1", *cells])
-    return markdown(HEADER, rows)
+def sets_table() -> str:
+    """What each model reaches on smaller sets, beside what needs none."""
+    rows = []
+    for data, title in SETS.items():
+        for protocol in ("validated", "published"):
+            rows += [
+                [title, f"`{protocol}`", *row, ""]
+                for row in baseline_rows(f"{data}_baselines", protocol)
+            ]
+            for kind, model in KINDS.items():
+                if record := load(f"{data}_{kind}_{protocol}"):
+                    runs = [run["best"] for run in record["runs"]]
+                    told = evaluation(record["runs"][0])
+                    cells = [mean_and_deviation([run[name] for run in runs]) for name in METRICS]
+                    seconds = statistics.median(run["seconds"] for run in record["runs"])
+                    shared = ", shared" if record.get("shared_device") else ""
+                    took = f"{seconds:.0f} ({record['device']}{shared})"
+                    row = [model, "ours", told["hidden"], told["time"], str(len(runs)), *cells]
+                    rows.append([title, f"`{protocol}`", *row, took])
+    header = ("data", "protocol", "model", "", "hidden", "time", "seeds", *map(str.upper, METRICS))
+    return markdown([*header, "seconds a seed"], rows)
 
 
 def ml100k_run(*others: str) -> list[tuple[dict[str, str], Metrics]]:
-    """What `eval` said and the test metrics, of one run as it was trained and evaluated again."""
+    """What `eval` said and the test metrics of one seed, as it was trained and evaluated again."""
     found = []
     if record := load("ml100k_hstu_validated"):
-        (run,) = record["runs"]
+        run = record["runs"][0]
         found.append((evaluation(run), run["best"]))
     for name in others:
         if record := load(f"ml100k_hstu_validated_{name}"):
@@ -116,19 +107,19 @@ def ml100k_run(*others: str) -> list[tuple[dict[str, str], Metrics]]:
     return found
 
 
-def baseline_rows(name: str) -> list[list[str]]:
-    """One line a baseline and value of `eval.hide`; none without the record."""
+def baseline_rows(name: str, protocol: str) -> list[list[str]]:
+    """One line a baseline and value of `eval.hide`; none without the record of this protocol."""
     record = load(name)
     return [
         [
             baseline,
-            f"no model, `{record['protocol']}`",
+            "no model",
             evaluation(run)["hidden"],
             "",
             "",
             *(short(metrics[metric]) for metric in METRICS),
         ]
-        for run in record.get("runs", [])
+        for run in (record["runs"] if record.get("protocol") == protocol else [])
         for baseline, metrics in run["baselines"].items()
     ]
 
@@ -186,22 +177,3 @@ def speed_table() -> str:
                 rows.append([model, place, what, shown, step["commit"]])
     header = ["model", "device", "what", "value", "commit"]
     return markdown(header, rows + REFERENCE_SPEED, QUOTED)
-
-
-def ml1m_figure() -> None:
-    """HR@10 over epochs, first seed of each model, beside the reference's last epoch."""
-    with figure("ml1m", 7, 3.8) as drawn:
-        axis = drawn.subplots()
-        dotted: Json = {"linestyle": ":", "linewidth": 1}
-        for config, colour in CURVES.items():
-            if record := load(f"{config}_published"):
-                history = record["runs"][0]["history"]
-                epochs = [point["epoch"] for point in history]
-                rates = [point["hr@10"] for point in history]
-                axis.plot(epochs, rates, color=colour, label=MODELS[config])
-                axis.axhline(REFERENCE[TRUE_ORDER][config][0], color=colour, **dotted)
-        axis.plot([], [], color="black", label="public PyTorch code, last epoch (quoted)", **dotted)
-        title = "MovieLens-1M, test users, published protocol, true order"
-        axis.set(xlabel="epoch", ylabel="HR@10", title=title)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, loc="lower right")

@@ -244,8 +244,11 @@ def test_initial_values():
     assert (
         0.016 < items.std() < 0.019 and np.abs(items).max() <= 0.04
     )  # N(0, 0.02) cut at two standard deviations
-    other = Recommender(dataclasses.replace(wide, item_std=0.1), 500, 200, rngs=nnx.Rngs(1))
-    np.testing.assert_allclose(np.asarray(other.item_table[...]), 5 * items, rtol=1e-6)
+    more = dataclasses.replace(wide, item_std=0.1, uvqk_std=0.06)
+    other = Recommender(more, 500, 200, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(other.item_table[...], 5 * items, rtol=1e-6)
+    wider = other.encoder.layers[0].uvqk
+    np.testing.assert_allclose(wider[...], 3 * layer.uvqk[...], rtol=1e-6)
     spread = {
         "position_table": (built.embedding.position_table, np.sqrt(2 / (203 + 64))),
         "uvqk": (layer.uvqk, 0.02),

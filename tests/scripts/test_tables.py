@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts.tables import features, layer, overview, records, retrieval, sampling
+from scripts.tables import features, layer, movielens, overview, records, retrieval, runs, sampling
 from scripts.tables import ranking as ranking_tables
 
 
@@ -53,7 +53,13 @@ def cells(table):
         ranking_tables.generative_table,
         sampling.sparsity_table,
         sampling.sampled_ranking_table,
-        retrieval.ml100k_table,
+        retrieval.sets_table,
+        movielens.tables()["ml1m_temporal"],
+        movielens.compared_table,
+        movielens.search_table,
+        movielens.exact_times_table,
+        runs.runs_table,
+        runs.published_sets_table,
         retrieval.evaluation_table,
         overview.overview_table,
         overview.walkthrough,
@@ -174,11 +180,16 @@ def test_tables_of_retrieval_name_what_was_hidden_and_told(results):
     results("ml1m_hstu_published", {"runs": [old]})
     results("ml1m_hstu_validated", {"runs": [old | told("all", "hide", "last")]})
     results("ml1m_hstu_temporal", {"runs": [old | told("all", "rank", "target")]})
-    rows = {tuple(row[:2]): row[2:4] for row in cells(retrieval.ml1m_table())}
-    assert rows["HSTU", retrieval.TRUE_ORDER] == ["window", "target"]
-    assert rows["HSTU", "ours, `published`, last epoch"] == ["window", "target"]
-    assert rows["HSTU", "ours, `validated`"] == ["all", "last"]
-    assert rows["HSTU", "ours, `temporal`"] == ["nothing", "target"]
+    tables = movielens.tables().items()
+    rows = {
+        (name, *row[:2]): row[2:4] for name, table in tables for row in cells(table()) if row[1:]
+    }
+    public = f"{retrieval.TRUE_ORDER} [q]"
+    assert rows["ml1m_published", "HSTU", public] == ["window", "target"]
+    assert rows["ml1m_published", "HSTU", "ours, last epoch"] == ["window", "target"]
+    assert rows["ml1m_validated", "HSTU", f"{retrieval.RECTOOLS} [q]"] == ["all", "target"]
+    assert rows["ml1m_validated", "HSTU", "ours"] == ["all", "last"]
+    assert rows["ml1m_temporal", "HSTU", "ours"] == ["nothing", "target"]
 
     assert retrieval.evaluation_table() == records.NOT_MEASURED
     results("ml100k_hstu_validated", {"runs": [old]})
@@ -202,9 +213,72 @@ def test_baselines_stand_under_both_values_of_what_is_hidden(results):
         {"eval": {"hide": hide}, "baselines": {"random": metrics}} for hide in ("window", "all")
     ]
     results("ml100k_baselines", {"protocol": "validated", "runs": runs})
-    assert [row[:3] for row in cells(retrieval.ml100k_table())] == [
-        ["random", "no model, `validated`", hidden] for hidden in ("window", "all")
+    assert [row[:5] for row in cells(retrieval.sets_table())] == [
+        ["MovieLens-100K", "`validated`", "random", "no model", hidden]
+        for hidden in ("window", "all")
     ]
+
+
+def seeds_of(*values, **more):
+    of_all = ("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr", "ndcg@50", "ndcg@200")
+    metrics = [dict.fromkeys(of_all, value) for value in values]
+    return [
+        {"best": one, "last": one, "seed": seed, "epochs": 5, "seconds": 9.0, "best_epoch": 4}
+        | {"protocol": "validated"}
+        | more
+        for seed, one in enumerate(metrics)
+    ]
+
+
+def test_ours_is_ahead_or_short_by_more_than_seeds_make(results):
+    results("ml1m_hstu_validated_all", {"runs": seeds_of(0.4, 0.41, 0.42)})
+    (row,) = cells(movielens.compared_table().split("\n\n")[0])
+    assert row[:4] == ["`validated`", "RecTools", "`ml1m_hstu_validated_all`", "window"]
+    assert [cell.split(", ")[1] for cell in row[4:]] == ["ahead", "ahead", "short", "short"]
+    assert movielens.verdict([0.3, 0.31, 0.32], 0.3) == "+.0100, equal"
+    assert movielens.verdict([0.3, 0.31], 0.2) == "+.1050, too few seeds"
+
+
+def test_a_search_shows_all_that_was_tried(results):
+    def tried(name, value):
+        mean = dict.fromkeys(("hr@10", "ndcg@10", "hr@50", "hr@200"), value)
+        row = {"name": name, "mean": mean, "stdev": 0.01, "seeds": [1, 2]}
+        return row | {"epochs": [4, 6], "seconds": [8.0, 10.0]}
+
+    found = {"config": "base", "chosen": "wide", "device": "1 x GPU", "failed": {"deep": "x"}}
+    results("ml1m_best_search", found | {"tried": [tried("wide", 0.3), tried("base", 0.25)]})
+    table, note, failed = movielens.search_table().split("\n\n")
+    assert [row[0] for row in cells(table)] == ["wide (chosen)", "HSTU-large, full softmax"]
+    assert cells(table)[0][2:] == [".3000 ± .0100", ".3000", ".3000", "+.0500", "5", "9"]
+    assert note.startswith("2 were tried, 2 seeds each") and failed == "Not trained: deep."
+
+
+def test_what_was_run(results):
+    origin = {"device": "1 x cpu", "commit": "abc", "date": "2026-11-30T10:00"}
+    results("x", origin | {"runs": seeds_of(0.1, 0.2), "data": {"sha256": "123456789"}})
+    results("ranking", origin | {"runs": [run(0.9) | {"best_epoch": 2}]})
+    results("bench", origin | {"runs": [{"baselines": {}}]})
+    (row,) = cells(runs.runs_table().split("\n\n")[0])
+    assert row == [
+        "`x`",
+        "`validated`",
+        "0, 1",
+        "`12345678`",
+        "1 x cpu",
+        "5",
+        "9",
+        "abc",
+        "2026-11-30",
+    ]
+
+
+def test_users_with_exact_times_stand_beside_all(results):
+    parts = {name: {part: seeds_of(0.3)[0]["best"] for part in ("all", "exact")} for name in "12"}
+    arms = {name: {"runs": parts} for name in ("times", "no_times")}
+    found = {"protocol": "validated", "device": "1 x GPU", "exact_users": 2596, "arms": arms}
+    results("ml1m_exact_times", found)
+    rows = cells(movielens.exact_times_table().split("\n\n")[0])
+    assert [row[1] for row in rows] == ["all users", "2,596 users with exact times"] * 2
 
 
 def test_the_tables_of_a_layer(results):

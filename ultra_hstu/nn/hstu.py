@@ -119,6 +119,7 @@ class HSTU(Encoder):
                     implementation=config.layer_implementation,
                     chunk_rows=config.chunk_rows,
                     feed_forward=config.feed_forward,
+                    uvqk_std=config.uvqk_std,
                     rngs=rngs,
                 )
                 for _ in range(depth)

@@ -22,7 +22,7 @@ from kernels.norm_linear import norm_linear
 from kernels.typing import QHK, QHV, SHK, SHV, THK, THV
 from ultra_hstu.nn.dropout import KeysOrNone, another_key, dropout_mask
 from ultra_hstu.nn.feed_forward import FeedForward
-from ultra_hstu.nn.initializers import linear_bias, normal_002, param, xavier_uniform
+from ultra_hstu.nn.initializers import linear_bias, normal, param, xavier_uniform
 from ultra_hstu.nn.mini_sequence import chunked
 from ultra_hstu.nn.relative_bias import RelativeBiasTables
 from ultra_hstu.nn.remat import ATTENTION_OUTPUT, LAYER_INPUT
@@ -93,6 +93,7 @@ class Layer(nnx.Module):
         implementation: str | None = None,
         chunk_rows: int | None = None,
         feed_forward: int | None = None,
+        uvqk_std: float = 0.02,
         rngs: nnx.Rngs,
     ):
         """
@@ -102,11 +103,13 @@ class Layer(nnx.Module):
           implementation: of `kernels.norm_linear` and `kernels.gated_linear`.
           chunk_rows: rows that token-wise work is done for at one time; None: all.
           feed_forward: hidden width of a block behind the layer; None: there is none.
+          uvqk_std: of that projection's first values, in the research layer.
         """
         self.heads, self.qk_width, self.v_width, self.bias = heads, qk_width, v_width, bias
         self.alpha = self._default_alpha() if alpha is None else alpha
         self.dropout_rate, self.chunk_rows = dropout_rate, chunk_rows
         self.precision, self.gradient, self.implementation = precision, gradient, implementation
+        self.uvqk_std = uvqk_std
         self._draw(width, heads * v_width, 2 * heads * (v_width + qk_width), rngs)
         self.feed_forward = (
             None
@@ -252,7 +255,7 @@ class ResearchLayer(Layer):
     joined = False
 
     def _draw(self, width: int, inner: int, joined: int, rngs: nnx.Rngs) -> None:
-        self.uvqk = param(normal_002, rngs, width, joined)
+        self.uvqk = param(normal(self.uvqk_std), rngs, width, joined)
         self.output = param(xavier_uniform, rngs, inner, width)
         self.output_bias = param(linear_bias(inner), rngs, width)
 

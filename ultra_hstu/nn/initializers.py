@@ -13,9 +13,16 @@ from ultra_hstu.parallel.embedding_sharding import EmbeddingTable
 
 Initializer = Callable[[Key[Array, ""], tuple[int, ...]], Float[Array, "..."]]
 
-normal_002 = jax.nn.initializers.normal(0.02, jnp.float32)
 xavier_uniform = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", dtype=jnp.float32)
 xavier_normal = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "normal", dtype=jnp.float32)
+
+
+def normal(std: float) -> Initializer:
+    """N(0, std)."""
+    return jax.nn.initializers.normal(std, jnp.float32)
+
+
+normal_002 = normal(0.02)
 
 
 def truncated_normal(std: float) -> Initializer:
