@@ -26,6 +26,7 @@ from scripts.tables import (
     ranking,
     retrieval,
     sampling,
+    scaling,
     speed,
     step,
     windows,
@@ -94,6 +95,16 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "repeated_ids": step.repeated_table,
     },
     "docs/features.md": {"item_features": features.item_features_table},
+    "docs/scaling.md": {
+        "floor": scaling.floor_table,
+        "pieces": scaling.pieces_table,
+        "scaling_picture": scaling.scaling_picture,
+        "scaling_runs": scaling.runs_table,
+        "scaling_fits": scaling.fits_table,
+        "power_laws": scaling.power_law_table,
+        "stream": scaling.stream_table,
+        "generated": scaling.generated_table,
+    },
     "docs/windows.md": {
         "swap": windows.swap_table,
         "windows": windows.compared_table,
@@ -126,6 +137,7 @@ FIGURES = (
     serve_tables.serve_figure,
     context_parallel.context_parallel_figure,
     windows.draw,
+    scaling.scaling_figure,
 )
 
 
