@@ -63,10 +63,12 @@ class SyntheticLongConfig(Section):
     A user likes an item of a category with a probability of the two, drawn once.
     """
 
-    users: Count = 400
-    length: Annotated[int, Limit(lambda value: value >= 3, "at least 3: MIN_EVENTS")] = 20480
-    categories: Count = 512
-    items_per_category: Count = 4
+    users: Count = 800  # whose histories are all as long
+    length: Annotated[
+        int, Limit(lambda value: value >= 3, "at least 3: history, validation, test")
+    ] = 20480  # events of a user
+    categories: Count = 512  # of items
+    items_per_category: Count = 4  # drawn alike
     # An event is of category k = 1, 2, ... in proportion to k^-skew.
     skew: NotNegative[float] = 1.0
     # Of the beta distribution of a user's probabilities: the likes, and the others, that a category

@@ -43,18 +43,18 @@ STREAM = Config(
     train=TrainConfig(protocol="new_users", epochs=1),
 )
 # Will the user like an item of this category? The newest tenth of every new user's events is asked
-# about, 512 at a time, with 16,384 events before them or more.
+# about, 1,024 at a time, with 16,384 events before them or more.
 LONG = changed(
     ranking.hstu(
         "synthetic_long",
         DataConfig(source="synthetic_long", max_history=16384),
-        RankConfig(tasks=("liked",), signals=("liked",), features=("category",), targets=512),
+        RankConfig(tasks=("liked",), signals=("liked",), features=("category",), targets=1024),
         dropout=0.0,
         train=TrainConfig(),
     ),
-    data={"batch_users": 3, "placement": "device"},
+    data={"batch_users": 2, "placement": "device"},
     model={"width": 128, "qk_width": 64, "v_width": 64, "output_slots": 0},
-    optim={"learning_rate": 2e-3},
+    optim={"learning_rate": 3e-3},
     train={"protocol": "new_users", "epochs": 1, "eval_users": 8},
 )
 CONFIGS = (

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float64
 
 SAMPLES = 2000  # of a bootstrap
-Points = Float64[np.ndarray, " n"]
+Points = Float64[np.ndarray, "*samples n"]
+Fitted = Float64[np.ndarray, "*samples"] | np.float64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,8 +24,8 @@ class Curve:
       ValueError: fewer than two amounts of compute, or values that have no logarithm.
     """
 
-    compute: Points
-    ne: Points
+    compute: Float64[np.ndarray, " n"]
+    ne: Float64[np.ndarray, " n"]
 
     def __post_init__(self) -> None:
         if len(np.unique(self.compute)) < 2:
@@ -63,34 +64,34 @@ class Ratio:
     reason: str = ""
 
 
-Fit = Callable[[Points, Points], float]
+Fit = Callable[[Points, Points], Fitted]
 
 
-def slope(compute: Points, ne: Points) -> float:
+def slope(compute: Points, ne: Points) -> Fitted:
     """How much NE falls for one more unit of compute, by least squares."""
     return -_slope(compute, ne)
 
 
-def exponent(compute: Points, ne: Points) -> float:
+def exponent(compute: Points, ne: Points) -> Fitted:
     """beta of NE = alpha * compute^-beta, by least squares of the logarithms."""
     return -_slope(np.log(compute), np.log(ne))
 
 
 def line(curve: Curve) -> tuple[float, float]:
     """(a, b) of NE = a + b * compute."""
-    b = _slope(curve.compute, curve.ne)
+    b = float(_slope(curve.compute, curve.ne))
     return float(curve.ne.mean() - b * curve.compute.mean()), b
 
 
 def power(curve: Curve) -> tuple[float, float]:
     """(alpha, beta) of NE = alpha * compute^-beta."""
-    beta = exponent(curve.compute, curve.ne)
+    beta = float(exponent(curve.compute, curve.ne))
     return float(np.exp(np.mean(np.log(curve.ne) + beta * np.log(curve.compute)))), beta
 
 
 def estimate(curve: Curve, fit: Fit) -> Estimate:
     """A fit of a curve, with its interval."""
-    return _estimate(fit(curve.compute, curve.ne), _bootstrap(curve, fit, seed=0))
+    return _estimate(float(fit(curve.compute, curve.ne)), _bootstrap(curve, fit, seed=0))
 
 
 def compare(curve: Curve, baseline: Curve, fit: Fit) -> Ratio:
@@ -100,31 +101,29 @@ def compare(curve: Curve, baseline: Curve, fit: Fit) -> Ratio:
     """
     ours, theirs = (_bootstrap(one, fit, seed) for seed, one in enumerate((curve, baseline)))
     for name, one, samples in (("the baseline", baseline, theirs), ("the model", curve, ours)):
-        found = _estimate(fit(one.compute, one.ne), samples)
+        found = _estimate(float(fit(one.compute, one.ne)), samples)
         if found.low <= 0:
             return Ratio(
                 None,
                 f"NE of {name} does not surely fall as compute grows: {found.value:.3g} "
                 f"[{found.low:.3g}, {found.high:.3g}]",
             )
-    value = fit(curve.compute, curve.ne) / fit(baseline.compute, baseline.ne)
+    value = float(fit(curve.compute, curve.ne) / fit(baseline.compute, baseline.ne))
     return Ratio(_estimate(value, ours / theirs))
 
 
-def _slope(x: Points, y: Points) -> float:
-    centred = x - x.mean()
-    return float(centred @ y / (centred @ centred))
+def _slope(x: Points, y: Points) -> Fitted:
+    centred = x - x.mean(-1, keepdims=True)
+    return (centred * y).sum(-1) / (centred * centred).sum(-1)
 
 
 def _bootstrap(curve: Curve, fit: Fit, seed: int) -> Float64[np.ndarray, " samples"]:
     """The fit of runs that are drawn with replacement, of two amounts of compute at least."""
-    rng = np.random.default_rng(seed)
-    found: list[float] = []
-    while len(found) < SAMPLES:
-        drawn = rng.integers(0, len(curve.ne), len(curve.ne))
-        if len(np.unique(curve.compute[drawn])) > 1:
-            found.append(fit(curve.compute[drawn], curve.ne[drawn]))
-    return np.array(found)
+    rng, runs = np.random.default_rng(seed), len(curve.ne)
+    drawn = rng.integers(0, runs, (SAMPLES, runs))
+    while (alike := np.ptp(curve.compute[drawn], axis=1) == 0).any():
+        drawn[alike] = rng.integers(0, runs, (int(alike.sum()), runs))
+    return np.asarray(fit(curve.compute[drawn], curve.ne[drawn]))
 
 
 def _estimate(value: float, samples: Float64[np.ndarray, " samples"]) -> Estimate:

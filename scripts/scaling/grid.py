@@ -60,7 +60,7 @@ class Set:
 # Operations a second: 27 TFLOP/s of `assistments_rank_hstu`, whose GPU others used as well; for
 # heads of width 64 less than half of what `long_ultra_h200` reached at width 128.
 SETS = {
-    "synthetic_long": Set(LONG, (512, 1024, 3072, 7168, 16384), (2, 4, 8), 2**26, 2**16, 80.0),
+    "synthetic_long": Set(LONG, (512, 1024, 3072, 7168, 16384), (2, 4, 8), 2**27, 36864, 80.0),
     "assistments": Set(ASSISTMENTS, (192, 384, 768, 1536, 3072), (2, 4, 8), 2**26, 2**17, 25.0),
 }
 
@@ -86,7 +86,7 @@ def points(data: str) -> list[Point]:
     Both models over length at the middle depth; at the others; other seeds of the ends; the pieces.
     """
     lengths, layers = SETS[data].lengths, SETS[data].layers
-    middle, ends = layers[1], ((lengths[0], layers[0]), (lengths[-1], layers[-1]))
+    middle, ends = layers[1], (lengths[0], lengths[-1])
     from_ends = [lengths[-1], lengths[0], *lengths[-2:0:-1]]
 
     def found() -> Iterator[Point]:
@@ -94,8 +94,8 @@ def points(data: str) -> list[Point]:
             (middle, layers[0], layers[2]), from_ends, WHOLE
         ):
             yield Point(data, model, length, depth)
-        for seed, (length, depth), model in itertools.product(SEEDS[1:], ends, WHOLE):
-            yield Point(data, model, length, depth, seed)
+        for seed, length, model in itertools.product(SEEDS[1:], ends, WHOLE):
+            yield Point(data, model, length, middle, seed)
         for model, length in itertools.product(OVER_LENGTH, from_ends):
             yield Point(data, model, length, middle)
         for model in MODELS:
@@ -194,4 +194,4 @@ def seconds(config: Config, training: Flops, tflops: float) -> float:
     """How long a run with steps is predicted to take; starts, compilers and evaluations counted."""
     assert config.train.steps is not None
     work = training.training * config.train.steps * config.data.batch_users
-    return 20.0 + 2.0 * config.model.layers + work / (1e12 * tflops)
+    return 20.0 + 2.0 * config.model.layers + 0.002 * config.train.steps + work / (1e12 * tflops)

@@ -29,6 +29,7 @@ from scripts.tables import (
     retrieval,
     runs,
     sampling,
+    scaling,
     speed,
     step,
     windows,
@@ -121,6 +122,16 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "softmax": ranking.softmax_table,
     },
     "docs/features.md": {"item_features": features.item_features_table},
+    "docs/scaling.md": {
+        "floor": scaling.floor_table,
+        "pieces": scaling.pieces_table,
+        "scaling_picture": scaling.scaling_picture,
+        "scaling_runs": scaling.runs_table,
+        "scaling_fits": scaling.fits_table,
+        "power_laws": scaling.power_law_table,
+        "stream": scaling.stream_table,
+        "generated": scaling.generated_table,
+    },
     "docs/windows.md": {
         "swap": windows.swap_table,
         "windows": windows.compared_table,
@@ -153,6 +164,7 @@ FIGURES = (
     serve_tables.serve_figure,
     context_parallel.context_parallel_figure,
     windows.draw,
+    scaling.scaling_figure,
 )
 
 
