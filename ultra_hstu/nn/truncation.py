@@ -100,9 +100,10 @@ class Truncation:
             extra_rows = sequences.max_targets + sequences.max_contextual
         _check_room([count for count in sequences.counts if count is not None], extra_rows)
         offsets, num_rows = jnp.asarray(sequences.offsets, jnp.int32), sequences.num_rows
-        real_T = jnp.asarray(sequences.real_T) & (
-            jnp.arange(num_rows, dtype=jnp.int32) < offsets[-1]
+        real_T, time_T, next_time_T = sequences.shards.whole(
+            (sequences.real_T, sequences.time_T, sequences.next_time_T)
         )
+        real_T = jnp.asarray(real_T) & (jnp.arange(num_rows, dtype=jnp.int32) < offsets[-1])
         before = lengths_to_offsets(real_T.astype(jnp.int32))
         lengths_B = before[offsets[1:]] - before[offsets[:-1]]
         contextual_B, history_B, _ = split_lengths(lengths_B, *sequences.counts)
@@ -123,8 +124,8 @@ class Truncation:
             sequences,
             offsets=kept_offsets,
             real_T=kept.real,
-            time_T=cut.take(jnp.asarray(sequences.time_T)),
-            next_time_T=cut.take(jnp.asarray(sequences.next_time_T)),
+            time_T=cut.take(jnp.asarray(time_T)),
+            next_time_T=cut.take(jnp.asarray(next_time_T)),
         )
         return cut._replace(sequences=smaller)
 
