@@ -38,7 +38,15 @@ from scripts.bench.terminal import show
 from ultra_hstu import tasks
 from ultra_hstu.config import Config, DataConfig, ModelConfig, RankConfig, TrainConfig
 from ultra_hstu.data.catalog import Catalog
-from ultra_hstu.data.feed import Feed, Loader, feed_specs
+from ultra_hstu.data.feed import (
+    DeviceFeed,
+    Feed,
+    Fixed,
+    Loader,
+    SharedFeed,
+    StreamedFeed,
+    feed_specs,
+)
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.fields import changed
 from ultra_hstu.parallel import processes
@@ -140,7 +148,9 @@ def cases(users: int, longest: int) -> dict[str, Config]:
 
 def measure(config: Config, data: Interactions, *, whole_step: bool) -> Json:
     """What each way takes, one beside the other."""
-    made, found, seconds = {}, {}, {way: [] for way in WAYS}
+    made: dict[str, tuple[Loader, Run]] = {}
+    found: dict[str, Json] = {}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     cpu_seconds: dict[str, float] = dict.fromkeys(WAYS, 0.0)
     devices = jax.device_count()
     for way in WAYS:
@@ -149,6 +159,7 @@ def measure(config: Config, data: Interactions, *, whole_step: bool) -> Json:
             "train", batch_users=config.data.batch_users, steps_per_call=STEPS_PER_CALL
         )
         feed = next(iter(loader.groups(loader.plan()))).feed
+        assert not isinstance(feed, Fixed)  # that is what no loader gives
         run, program = compiled(task, feed, whole_step)
         made[way] = loader, run
         found[way] = {
@@ -159,20 +170,19 @@ def measure(config: Config, data: Interactions, *, whole_step: bool) -> Json:
         }
     rounds, calls = (1, 1) if FLAGS.small else (FLAGS.rounds, FLAGS.calls)
     for number in range(rounds + 1):
-        for way, (loader, run) in made.items():
+        for name, (loader, run) in made.items():
             processes.barrier()
             started, cpu_started = time.perf_counter(), time.process_time()
             batches = pass_over(loader, run, calls)
             elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu_started
             if number:  # the first warms up
-                seconds[way].append(elapsed / batches)
-                cpu_seconds[way] += sum(processes.all_gather(cpu)) / batches / rounds
-    for way in WAYS:
-        median = statistics.median(seconds[way])
-        found[way] |= {
-            "batches_a_second": 1 / median,
-            "seconds": seconds[way],
-            "processor_seconds": cpu_seconds[way],
+                seconds[name].append(elapsed / batches)
+                cpu_seconds[name] += sum(processes.all_gather(cpu)) / batches / rounds
+    for name, values in found.items():
+        values |= {
+            "batches_a_second": 1 / statistics.median(seconds[name]),
+            "seconds": seconds[name],
+            "processor_seconds": cpu_seconds[name],
         }
     return found
 
@@ -210,10 +220,10 @@ def pass_over(loader: Loader, run: Run, calls: int) -> int:
     return batches
 
 
-def put_bytes(feed: Feed) -> float:
+def put_bytes(feed: DeviceFeed | StreamedFeed | SharedFeed) -> float:
     """Bytes of a batch that reach a device from its host, without the data that lives there."""
-    moved = feed.own if hasattr(feed, "own") else feed
-    arrays = getattr(moved, "columns_SB", None) or moved.batches_S
+    own = feed.own if isinstance(feed, SharedFeed) else feed
+    arrays: PyTree = own.columns_SB if isinstance(own, DeviceFeed) else own.batches_S
     shards = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(arrays)]
     return sum(shard.nbytes for shard in shards) / STEPS_PER_CALL
 
