@@ -170,7 +170,7 @@ def test_distinct_entries(ids):
 def test_meshes_agree(case, kind, data, context):
     """Tables that all devices divide, and those that each has: the losses of one device."""
     config = with_(CASES[case], optim__tables=kind, optim__clip_norm=2.0, parallel__fsdp=True)
-    got = meshes.run(config, data, context)
+    got = meshes.run(with_(config, parallel__batches="exchanged"), data, context)
     want = meshes.run(with_(config, parallel__fsdp=False), 1, 1)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(got[name], want[name], rtol=1e-4)

@@ -334,6 +334,12 @@ class Config(Section):
         """What the devices of a group can share."""
         parallel, model = self.parallel, self.model
         strategy, context, biased = parallel.strategy, parallel.context, model.relative_bias
+        if parallel.exchange_rows is not None and parallel.batches != "exchanged":
+            raise ValueError(
+                f"parallel.exchange_rows={parallel.exchange_rows} bounds an all-to-all, which "
+                f"parallel.batches={parallel.batches!r} does without: use 'exchanged', or leave it "
+                "out"
+            )
         if parallel.batch_groups % parallel.data:
             raise ValueError(
                 f"parallel.groups={parallel.groups} must be a multiple of "

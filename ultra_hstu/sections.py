@@ -240,6 +240,12 @@ class ParallelConfig(Section):
     # Slices, or blocks in turns, which balance full causal masks.
     layout: Literal["auto", "contiguous", "striped"] = "auto"
     fsdp: bool = False  # matrices of layers, with their optimizer state, are divided over data
+    # How the devices of a group come by their batch. Each reads all of it, or users of its own,
+    # whose rows they then exchange: by all-to-all, or by all-gather, which sends all to all.
+    batches: Literal["replicated", "exchanged", "gathered"] = "replicated"
+    # Rows that a device may send to one other in an exchange by all-to-all. None: what any batch
+    # can need.
+    exchange_rows: Count | None = None
 
     @property
     def batch_groups(self) -> int:

@@ -135,7 +135,8 @@ class Sequences:
         """Rows of each sequence that hold something."""
         offsets = jnp.asarray(self.offsets, jnp.int32)
         used_T = jnp.arange(self.num_rows, dtype=jnp.int32) < offsets[-1]
-        before = lengths_to_offsets((jnp.asarray(self.real_T) & used_T).astype(jnp.int32))
+        real_T = jnp.asarray(self.shards.whole(self.real_T))
+        before = lengths_to_offsets((real_T & used_T).astype(jnp.int32))
         return before[offsets[1:]] - before[offsets[:-1]]
 
     @property

@@ -20,6 +20,7 @@ from ultra_hstu.data.sampled import SampledHistory, SampledPlanner, Sampling
 from ultra_hstu.data.shards import ShardStore
 from ultra_hstu.evaluate import STEPS_PER_CALL, Evaluator
 from ultra_hstu.flops import Flops
+from ultra_hstu.parallel.exchange import Exchange
 from ultra_hstu.step import Params, Steps
 from ultra_hstu.vocabulary import Vocabulary
 
@@ -120,7 +121,15 @@ class Task[Events](abc.ABC):
         Raises:
           ValueError: if the split has no such part, or nothing in it.
         """
-        config, training = self.config, part == "train"
+        config, training, parallel = self.config, part == "train", self.config.parallel
+        exchange = None
+        if parallel.context > 1 and parallel.batches != "replicated":
+            exchange = functools.partial(
+                Exchange.of,
+                self.recipe.shards,
+                by="all_to_all" if parallel.batches == "exchanged" else "all_gather",
+                limit=parallel.exchange_rows,
+            )
         loader = Loader(
             self.store,
             self.examples(part),
@@ -132,7 +141,8 @@ class Task[Events](abc.ABC):
             placement=config.data.placement,
             planner=self.planner() if training else WHOLE,
             mesh=self.recipe.mesh,
-            groups=config.parallel.batch_groups if training else None,
+            groups=parallel.batch_groups if training else None,
+            exchange=exchange,
         )
         if training:
             rows = max(loader.packing.rows) * loader.packing.groups

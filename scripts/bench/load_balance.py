@@ -214,6 +214,7 @@ def training_pass(config: Config, rows: int) -> tuple[Pass, nnx.State]:
         HSTU.from_config(config.model, config.padded_length, rngs=nnx.Rngs(0))
     )
     x_TD = jax.random.normal(jax.random.key(0), (rows, config.model.width))
+    x_TD = x_TD.astype(config.model.dtype)
     zero_T = jnp.zeros(rows, jnp.int32)
 
     @jax.jit

@@ -15,22 +15,30 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from tests.parallel import test_exchange
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
-from ultra_hstu.data.feed import DeviceFeed, EventStore
+from ultra_hstu.data.feed import DeviceFeed, EventStore, SharedFeed
 from ultra_hstu.parallel import processes
 from ultra_hstu.retrieval.batch import Events
 from ultra_hstu.train import train
 
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
+PLACEMENTS = ("stream", "device", "stream, exchanged")
+RANKING = with_(test_exchange.RANKING, model__window=(4,), data__placement="stream")
 
 
 def events_read(task):
-    """Events that an epoch brings to this process's devices, by the index of their group."""
+    """Events that an epoch brings to this process's devices, by the index of their group.
+
+    Where each device reads events of its own, by that of the device.
+    """
     loader = task.loader("train", batch_users=16, steps_per_call=3)
     found = {}
     for group in loader.groups(loader.plan(seed=1, epoch=2)):
-        feed = group.feed
+        feed, count = group.feed, task.config.parallel.data
+        if isinstance(feed, SharedFeed):
+            feed, count = feed.own, jax.device_count()
         arrays = (
             feed.columns_SB
             if isinstance(feed, DeviceFeed)
@@ -49,7 +57,7 @@ def events_read(task):
                 if isinstance(feed, DeviceFeed):
                     batch = feed.gather(task.events, part, np)
                     part = {"time": batch.time_T, "weight": batch.weight_T}
-                number = place * task.config.parallel.data // next(iter(arrays.values())).shape[1]
+                number = place * count // next(iter(arrays.values())).shape[1]
                 found.setdefault(number, []).extend(part["time"][part["weight"] > 0].tolist())
     return sorted(found.items())
 
@@ -74,19 +82,24 @@ def main(folder):
     task = tasks.load(base)
     read = {}
     for data, context in MESHES:
-        for placement in ("stream", "device"):
+        for placement in PLACEMENTS:
+            placed, _, exchanged = placement.partition(", ")
+            if exchanged and context == 1:
+                continue
             config = with_(
                 base,
                 parallel__data=data,
                 parallel__context=context,
                 parallel__groups=8,
-                data__placement=placement,
+                data__placement=placed,
+                parallel__batches=exchanged or "replicated",
             )
             numbered = np.arange(task.interactions.num_events, dtype=np.int32)
             on_mesh = dataclasses.replace(
                 tasks.of(config, task.interactions), store=EventStore(Events(numbered, numbered))
             )
             read[f"{data}x{context} {placement}"] = events_read(on_mesh)
+    test_exchange.require_same_batches(RANKING, 2, 4, parallel__batches="exchanged")
     wrong = (
         dataclasses.replace(task.interactions, items=np.roll(task.interactions.items, 1))
         if me == 2

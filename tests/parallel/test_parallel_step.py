@@ -97,17 +97,21 @@ def on_one_device():
 
 @pytest.mark.parametrize("data, context", [(8, 1), (1, 8), (2, 4), (4, 2)])
 def test_meshes_agree(data, context):
-    """Losses, then metrics, are the same, with dropout, negatives, full rows and a truncation."""
+    """Losses, then metrics, are the same, with dropout, negatives, full rows and a truncation.
+
+    So they are where each device of a group reads users of its own.
+    """
     evaluated = (data, context) == (2, 4)
+    batches = "exchanged" if evaluated else "replicated"
     want = on_one_device()
     check(
-        run(with_(RETRIEVAL, **ULTRA), data, context, evaluated),
+        run(with_(RETRIEVAL, **ULTRA, parallel__batches=batches), data, context, evaluated),
         want if evaluated else {name: want[name] for name in ("loss", "grad_norm")},
     )
 
 
 OTHERS = {
-    "ring over blocks, fsdp, in-batch negatives": (
+    "ring over blocks, exchanged, fsdp, in-batch negatives": (
         2,
         4,
         with_(
@@ -117,9 +121,10 @@ OTHERS = {
             model__feed_forward=24,
             loss__kind="in_batch",
             parallel__fsdp=True,
+            parallel__batches="exchanged",
         ),
     ),
-    "ulysses, relative bias, full softmax, streamed": (
+    "ulysses, relative bias, full softmax, streamed, gathered": (
         4,
         2,
         with_(
@@ -129,6 +134,7 @@ OTHERS = {
             model__divide_by="length",
             loss__kind="full",
             data__placement="stream",
+            parallel__batches="gathered",
         ),
     ),
     "negatives that rows share": (
@@ -153,11 +159,12 @@ OTHERS = {
         1,
         with_(RANKING, model__kind="din", model__ffn_width=16, parallel__fsdp=True),
     ),
-    "mixture of transducers": (
+    "mixture of transducers, exchanged": (
         2,
         4,
         with_(
             RANKING,
+            parallel__batches="exchanged",
             model__channels=MIXTURE,
             model__window=(2,),
             model__full_rows=(1,),

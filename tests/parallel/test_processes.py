@@ -100,8 +100,9 @@ class Processes:
         raise AssertionError("\n".join([f"no {epochs} epochs", *self.said()]))
 
 
-def start(config, workdir, count, data, context):
+def start(config, workdir, count, data, context, **more):
     fields = FIELDS | dict(parallel__data=data, parallel__context=context, train__epochs=EPOCHS)
+    fields |= more
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
     common = [
         sys.executable,
@@ -125,13 +126,15 @@ def config(folder, data, context):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of a run: in this process, 2 x 4 devices; in four processes, one of them killed."""
+    """Folders of a run: in this process, 2 x 4 devices; in four processes, one of them killed.
+
+    In this process every device makes its group's batch; of the four, each reads users of its own.
+    """
     root = tmp_path_factory.mktemp("processes")
     alone, killed = Workdir(root / "alone"), Workdir(root / "killed")
     train(config(root / "data", 2, 4), alone.path, console=Console(quiet=True))
-    four = start(
-        config(root / "data", 2, 4), killed, 4, data=2, context=4
-    )  # two processes share the rows of a group
+    exchanged = dict(parallel__batches="exchanged")  # two processes share the rows of a group
+    four = start(config(root / "data", 2, 4), killed, 4, data=2, context=4, **exchanged)
     four.until(2, killed)
     four.all[2].send_signal(signal.SIGKILL)
     started = time.monotonic()
@@ -219,13 +222,16 @@ def workers(tmp_path_factory):
 
 
 def test_every_event_is_read_once(workers):
-    """Every mesh reads every event; processes that share a group read the same."""
+    """Every mesh reads every event; processes that share a group read the same.
+
+    Or, where they exchange rows, each device reads events of its own.
+    """
     for mesh, first in workers[0]["read"].items():
         groups = {}
         for worker in workers:
             for number, events in worker["read"][mesh]:
                 assert groups.setdefault(number, events) == events, mesh
-        data = int(mesh.split("x")[0])
+        data = 8 if "exchanged" in mesh else int(mesh.split("x")[0])
         assert sorted(groups) == list(range(data)) and len(first) == max(data // 4, 1)
         assert sorted(event for events in groups.values() for event in events) == sorted(
             workers[0]["events"]

@@ -21,6 +21,7 @@ from ultra_hstu.nn.initializers import (
 )
 from ultra_hstu.nn.item_features import ItemCodes, ItemFeatures
 from ultra_hstu.parallel.embedding_sharding import gather, lookup
+from ultra_hstu.parallel.shards import GroupRows
 from ultra_hstu.sequences import Sequences
 
 
@@ -138,11 +139,11 @@ class InputEmbedding(nnx.Module):
 
     def __call__(
         self,
-        item_T: Int[Array, " T"],
+        item_T: GroupRows[Int[Array, " T"]],
         sequences: Sequences,
         key: KeyOrNone = None,
         *,
-        signal_TS: Int[Array, "T X"] | None = None,
+        signal_TS: GroupRows[Int[Array, "T X"]] | None = None,
         with_id_I: Bool[Array, " I1"] | None = None,
         series: SeriesTokens | None = None,
     ) -> Float[Array, "t D"]:
@@ -169,13 +170,13 @@ class InputEmbedding(nnx.Module):
             content_tD = content_tD + self.item_features.series(of_item_t, column_t)
         position_t = jnp.minimum(position_t, self.length - 1)
         if signal_TS is not None:
-            for embed, code_TX in zip(
+            for embed, code_tX in zip(
                 (self.signals, self.features, self.contextual),
-                self.codes.parts(signal_TS),
+                self.codes.parts(shards.local(signal_TS)),
                 strict=True,
             ):
                 if embed is not None:
-                    content_tD = content_tD + embed(shards.local(code_TX))
+                    content_tD = content_tD + embed(code_tX)
         position_tD = lookup(self.position_table[...], jnp.where(keep_t, position_t, -1), shards)
         x_tD = math.sqrt(self.item_table.shape[1]) * content_tD + position_tD
         x_tD = dropout(x_tD, self.dropout_rate, row_keys(key, sequences))

@@ -101,6 +101,7 @@ class Truncation:
         _check_room([count for count in sequences.counts if count is not None], extra_rows)
         offsets, num_rows = jnp.asarray(sequences.offsets, jnp.int32), sequences.num_rows
         lengths_B = sequences.lengths
+        time_T, next_time_T = sequences.shards.whole((sequences.time_T, sequences.next_time_T))
         contextual_B, history_B, _ = split_lengths(lengths_B, *sequences.counts)
         dropped_B = jnp.maximum(history_B - self.length, 0)
         kept_offsets = lengths_to_offsets(lengths_B - dropped_B)
@@ -119,8 +120,8 @@ class Truncation:
             sequences,
             offsets=kept_offsets,
             real_T=kept.real,
-            time_T=cut.take(jnp.asarray(sequences.time_T)),
-            next_time_T=cut.take(jnp.asarray(sequences.next_time_T)),
+            time_T=cut.take(jnp.asarray(time_T)),
+            next_time_T=cut.take(jnp.asarray(next_time_T)),
         )
         return cut._replace(sequences=smaller)
 

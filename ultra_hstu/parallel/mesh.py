@@ -46,6 +46,15 @@ def groups_here(mesh: Mesh) -> list[int]:
     ]
 
 
+def devices_here(mesh: Mesh) -> list[int]:
+    """Numbers of this process's devices in the mesh, group after group."""
+    return [
+        number
+        for number, device in enumerate(mesh.devices.flat)
+        if device.process_index == jax.process_index()
+    ]
+
+
 def put(tree: PyTree, mesh: Mesh | None, spec: PartitionSpec = EVERYWHERE) -> PyTree:
     """Arrays of the host on the devices, divided as `spec` says.
 
@@ -64,10 +73,10 @@ def put(tree: PyTree, mesh: Mesh | None, spec: PartitionSpec = EVERYWHERE) -> Py
     )
 
 
-def put_groups(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Arrays of all data groups, divided over `data`, from those of this process's groups.
+def put_parts(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
+    """Arrays of all data groups or devices, from those of this process's.
 
-    Arrays are [S, ...] with the groups side by side on the second axis.
+    Arrays are [S, ...] with the parts side by side on the second axis, which `spec` divides.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(None, DATA))
+    sharding = NamedSharding(mesh, spec)
     return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, sharding), tree)

@@ -1,25 +1,57 @@
 """How a step is divided among devices: which rows a device has, how it reaches what others have.
 
 Inside `shard_map` a device has the integers of its group's whole batch (ids, times, offsets: a few
-bytes a row). Of everything with a width, activations above all, it has its own rows alone. On one
-device (`ONE`) every method returns what it is given.
+bytes a row), or of its rows alone those of its own (`LocalRows`). Of everything with a width,
+activations above all, it has its own rows alone. On one device (`ONE`) every method returns what it
+is given.
 """
 
 import dataclasses
 import math
-from typing import TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 from kernels.mask import AttentionMask, layer_masks
-from kernels.typing import Scalar
+from kernels.typing import STATIC, Leaf, Scalar
 from ultra_hstu.config import Config
 from ultra_hstu.parallel.layout import Layout
 from ultra_hstu.parallel.mesh import CONTEXT, DATA
 
 Tree = TypeVar("Tree")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LocalRows:
+    """An array [T, ...] of a batch, of which a device has its own rows alone.
+
+    It stands in the place of the array; `Shards.local` and `Shards.whole` read it.
+    """
+
+    row_t: Leaf[Shaped[Array, "t ..."]]
+    num_rows: int = dataclasses.field(metadata=STATIC)  # T
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return (self.num_rows, *self.row_t.shape[1:])
+
+
+if TYPE_CHECKING:
+    GroupRows = Annotated[Tree, "rows of a group"]
+else:
+
+    class GroupRows:
+        """`GroupRows[Int[Array, " T"]]`: an array of the group's rows, or `LocalRows` of it.
+
+        A type checker sees the array.
+        """
+
+        def __class_getitem__(cls, array):
+            return array | LocalRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +127,30 @@ class Shards:
         return self.layout(num_rows).rows(jax.lax.axis_index(CONTEXT))
 
     def local(self, x_T: Tree) -> Tree:
-        """This device's rows of arrays (a pytree) that it has whole."""
+        """This device's rows of arrays (a pytree) that it has whole, or of which it has these."""
         if self.context == 1:
             return x_T
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[self.rows(leaf.shape[0])], x_T)
+
+        def own(leaf: Array | LocalRows) -> Array:
+            if isinstance(leaf, LocalRows):
+                return leaf.row_t
+            return jnp.asarray(leaf)[self.rows(leaf.shape[0])]
+
+        return jax.tree.map(own, x_T, is_leaf=_is_local)
+
+    def whole(self, x_T: Tree) -> Tree:
+        """Arrays (a pytree) of the group's rows, all-gathered where a device has its own alone."""
+
+        def of_group(leaf: Array | LocalRows) -> Array:
+            if not isinstance(leaf, LocalRows):
+                return leaf
+            layout = self.layout(leaf.num_rows)
+            found_T = jax.lax.all_gather(leaf.row_t, CONTEXT, tiled=True)
+            if layout.is_contiguous:
+                return found_T
+            return found_T[jnp.argsort(layout.permutation())]
+
+        return jax.tree.map(of_group, x_T, is_leaf=_is_local)
 
     def take(
         self,
@@ -162,6 +214,10 @@ class Shards:
         """What all devices found, on each: the inverse of `part` for `count` rows, `of_groups`."""
         whole = x_p if self.context == 1 else jax.lax.all_gather(x_p, CONTEXT, tiled=True)[:count]
         return self.of_groups(whole)
+
+
+def _is_local(leaf: object) -> bool:
+    return isinstance(leaf, LocalRows)
 
 
 ONE = Shards()

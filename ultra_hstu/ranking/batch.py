@@ -16,10 +16,11 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int, Int32
+from jaxtyping import Array, Float32, Int, Int32, Shaped
 
 from kernels.jagged import Rows, lengths_to_offsets
 from kernels.typing import Leaf, PerRow
+from ultra_hstu.parallel.exchange import Exchange, before_this, share, together
 from ultra_hstu.sequences import Columns, Sequences
 
 # Seconds between an event and the one before it, in steps of e^0.301, as HSTU's relative bias has.
@@ -173,6 +174,47 @@ class RankGather:
             weight_PK=data.weight_EK[event_P] * at_P.real.astype(xp.float32)[:, None],
             user_P=xp.where(at_P.real, column["user"][at_P.segment], 0),
         )
+
+    def shared(self, own: RankBatch, exchange: Exchange) -> RankBatch:
+        """The batch of a group, of which `own` holds what this device has read."""
+        first_channel = own.channels[self.channels[0]]
+        real_P = first_channel.row_P < first_channel.item_T.shape[0]
+
+        def places(x_P: Shaped[Array, "P *K"]) -> Shaped[Array, "P2 *K"]:
+            x_P = jax.vmap(jnp.where)(real_P, x_P, jnp.zeros_like(x_P))
+            if self.supervise_history:  # places are packed as rows are: behind those of others
+                count, before = self.rows[0] // 2, before_this(real_P.sum(dtype=jnp.int32))
+                room_P = jnp.zeros((count + len(x_P), *x_P.shape[1:]), x_P.dtype)
+                x_P = jax.lax.dynamic_update_slice_in_dim(room_P, x_P, before, axis=0)[:count]
+            return together(x_P)
+
+        channels, fits = {}, jnp.bool_(True)
+        for number, (name, num_rows) in enumerate(zip(self.channels, self.rows, strict=True)):
+            of = own.channels[name]
+            rows = (
+                *(of.item_T, of.signal_TS, of.feature_TF, of.context_T),
+                *(of.position_T, of.gap_T, of.time_T, of.next_time_T),
+            )
+            found = share(rows, of.offsets, exchange, number)
+            item_T, signal_TS, feature_TF, context_T, *times = found.rows
+            position_T, gap_T, time_T, next_time_T = times
+            channels[name] = Tokens(
+                item_T,
+                signal_TS,
+                feature_TF,
+                context_T,
+                position_T,
+                gap_T,
+                time_T,
+                next_time_T,
+                found.offsets,
+                together(of.num_targets),
+                together(of.num_contextual),
+                num_rows + places(of.row_P + found.start - num_rows),
+            )
+            fits &= found.fits
+        weight_PK = jnp.where(fits, places(own.weight_PK), jnp.nan)
+        return RankBatch(channels, places(own.label_PK), weight_PK, places(own.user_P))
 
     def _tokens(
         self,

@@ -57,13 +57,17 @@ class RankRecipe(Steps[Ranker]):
         return ITEM_TABLE, *(path for name, path in codes.items() if getattr(self.sizes, name))
 
     def reads(self, model: Ranker, batch: RankBatch, key: jax.Array) -> dict[Path, Array]:
-        channels = batch.channels.values()
+        channels = [
+            self.shards.whole((one.item_T, one.signal_TS, one.feature_TF, one.context_T))
+            for one in batch.channels.values()
+        ]
+        items_T, signals_TS, features_TF, contexts_T = zip(*channels, strict=True)
         codes = {
-            "signals": [one.signal_TS for one in channels],
-            "features": [one.feature_TF for one in channels],
-            "contextual": [one.context_T[:, None] for one in channels],
+            "signals": signals_TS,
+            "features": features_TF,
+            "contextual": [context_T[:, None] for context_T in contexts_T],
         }
-        found = {ITEM_TABLE: [jnp.where(one.item_T > 0, one.item_T, -1) for one in channels]}
+        found = {ITEM_TABLE: [jnp.where(item_T > 0, item_T, -1) for item_T in items_T]}
         for name in CODES:
             if (embed := getattr(model.embedding, name)) is not None:
                 found["embedding", name, "table"] = [

@@ -77,18 +77,21 @@ class TokenEmbedding(nnx.Module):
         sequences = tokens.sequences.on(shards)
         real_t = sequences.rows.real
         item_t, position_t, gap_t = shards.local((tokens.item_T, tokens.position_T, tokens.gap_T))
+        signal_tS, feature_tF, context_t = shards.local(
+            (tokens.signal_TS, tokens.feature_TF, tokens.context_T)
+        )
         codes = [
-            (self.signals, tokens.signal_TS),
-            (self.features, tokens.feature_TF),
-            (self.contextual, tokens.context_T[:, None]),
+            (self.signals, signal_tS),
+            (self.features, feature_tF),
+            (self.contextual, context_t[:, None]),
         ]
         has_id_t = item_t > 0 if with_id_I is None else (item_t > 0) & with_id_I[item_t]
         content_tD = lookup(self.item_table[...], jnp.where(has_id_t, item_t, -1), shards)
         if self.item_features is not None:
             content_tD = content_tD + self.item_features(item_t)
-        for embed, code_TS in codes:
+        for embed, code_tS in codes:
             if embed is not None:
-                content_tD = content_tD + embed(shards.local(code_TS))
+                content_tD = content_tD + embed(code_tS)
         position_t = jnp.where(real_t, position_t, -1)
         position_tD = lookup(self.position_table[...], position_t, shards)
         x_tD = math.sqrt(self.item_table.shape[1]) * content_tD + position_tD

@@ -7,6 +7,8 @@ host (`xp=numpy`, for streamed data).
 """
 
 import dataclasses
+import functools
+import operator
 from types import ModuleType
 
 import jax
@@ -14,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
 
-from kernels.jagged import Rows, lengths_to_offsets
+from kernels.jagged import Rows, lengths_to_offsets, offsets_to_lengths
 from kernels.typing import Leaf, PerRow
+from ultra_hstu.parallel.exchange import Exchange, share, together
 from ultra_hstu.retrieval.series import Merged, SeriesRows
 from ultra_hstu.sequences import Columns, Sequences, seconds_since_first
 
@@ -43,9 +46,9 @@ class Batch:
 
     @property
     def sequences(self) -> Sequences:
-        real_T = self.item_T > 0
-        if self.series is not None:
-            real_T = real_T | (self.series.column_T > 0)
+        held = (self.item_T,) if self.series is None else (self.item_T, self.series.column_T)
+        some = jax.tree.map(lambda x: x > 0, held)  # in a mesh perhaps of this device's rows alone
+        real_T = functools.reduce(functools.partial(jax.tree.map, operator.or_), some)
         return Sequences(self.offsets, real_T, self.time_T, self.next_time_T)
 
 
@@ -168,4 +171,26 @@ class HistoryGather:
             hidden_BN=hidden_BN,
             series=series,
             items_1=None if data.items_1 is None else xp.asarray(data.items_1),
+        )
+
+    def shared(self, own: Batch, exchange: Exchange) -> Batch:
+        """The batch of a group, of which `own` holds what this device has read."""
+        signals = () if own.signal_TS is None else (own.signal_TS,)
+        series = () if own.series is None else jax.tree.leaves(own.series)
+        single = (own.item_T, own.time_T, own.next_time_T, own.target_T, own.weight_T)
+        found = share((*single, *signals, *series), own.offsets, exchange)
+        item_T, time_T, next_time_T, target_T, weight_T, *more = found.rows
+        length_B = offsets_to_lengths(found.offsets)
+        return Batch(
+            item_T,
+            time_T,
+            next_time_T,
+            target_T,
+            weight_T,
+            found.offsets,
+            jnp.where(length_B > 0, found.offsets[1:] - 1, 0),
+            signal_TS=more[0] if signals else None,
+            hidden_BN=together(own.hidden_BN),
+            series=SeriesRows(*more[-3:]) if series else None,
+            items_1=own.items_1,
         )

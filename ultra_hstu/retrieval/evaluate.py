@@ -55,10 +55,11 @@ class CorpusEvaluator(Evaluator):
         if self.l2_normalize:  # the scores are then those that serving responds with
             users_bD = unit_rows(users_bD)
         # The item after a history's last row is the target of the example.
-        target_B = batch.target_T[batch.last_row_B]
+        target_T, item_T = shards.whole((batch.target_T, batch.item_T))
+        target_B = target_T[batch.last_row_B]
         hidden_BN = batch.hidden_BN
         if self.hides and hidden_BN is None:
-            hidden_BN = jagged.pad(batch.item_T, batch.offsets, self.longest)
+            hidden_BN = jagged.pad(item_T, batch.offsets, self.longest)
         target_b, hidden_bN = shards.part((target_B, hidden_BN))
         return ranks(
             users_bD,

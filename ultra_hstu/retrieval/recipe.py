@@ -76,7 +76,7 @@ class Recipe(Steps[Recommender]):
     def reads(self, model: Recommender, batch: Batch, key: jax.Array) -> dict[Path, Array]:
         """Of items: histories, targets, and negatives that are drawn from the catalogue."""
         shards, sequences = self.shards, batch.sequences.on(self.shards)
-        items = jnp.concatenate([batch.item_T, batch.target_T])
+        items = jnp.concatenate(shards.whole((batch.item_T, batch.target_T)))
         numbers = [shards.of_groups(jnp.where(items > 0, items, -1))]
         if self.config.loss.kind == "sampled":
             _, negative_key = jax.random.split(key)
@@ -88,7 +88,8 @@ class Recipe(Steps[Recommender]):
             numbers.append(shards.of_devices(drawn.draw(each, drawn.shared).reshape(-1)))
         found = {ITEM_TABLE: jnp.concatenate(numbers)}
         if batch.signal_TS is not None:
-            for name, code_TX in zip(CODES, self.code_sizes.parts(batch.signal_TS), strict=True):
+            parts = self.code_sizes.parts(shards.whole(batch.signal_TS))
+            for name, code_TX in zip(CODES, parts, strict=True):
                 if (embed := getattr(model.embedding, name)) is not None:
                     number_n = embed.reads(code_TX).reshape(-1)
                     found["embedding", name, "table"] = shards.of_groups(number_n)
@@ -105,8 +106,10 @@ class Recipe(Steps[Recommender]):
             batch, shards=self.shards, key=dropout_key, with_id_I=with_id_I
         )
         # Rows that a truncation dropped have no output to train on.
-        labels = (x if cut is None else cut.take(x) for x in (batch.target_T, batch.weight_T))
-        target_T, weight_T = self.shards.local(tuple(labels))
+        labels = (batch.target_T, batch.weight_T)
+        if cut is not None:
+            labels = jax.tree.map(cut.take, self.shards.whole(labels))
+        target_T, weight_T = self.shards.local(labels)
         table_ID = model.all_items(self.shards, with_id_I)
         config, shards = self.config.loss, self.shards
         sequences = batch.sequences.on(shards) if cut is None else cut.sequences
@@ -160,7 +163,8 @@ class Recipe(Steps[Recommender]):
                     key_T, config.negatives, items, rows_per_draw=config.rows_per_draw
                 ), None
             case "in_batch":
-                pool = negatives.in_batch_pool(self.shards.of_groups(batch.target_T))
+                target_T = self.shards.of_groups(self.shards.whole(batch.target_T))
+                pool = negatives.in_batch_pool(target_T)
                 return negatives.drawn_from(
                     pool, key_T, config.negatives, rows_per_draw=config.rows_per_draw
                 ), jnp.asarray(self._log_q) if config.log_q else None
