@@ -18,6 +18,7 @@ from ultra_hstu.sections import (
     Count,
     EvalConfig,
     LossConfig,
+    MolConfig,
     OptimConfig,
     ParallelConfig,
     RankConfig,
@@ -132,6 +133,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    mol: MolConfig = MolConfig()
     rank: RankConfig = RankConfig()
     features: FeatureConfig = FeatureConfig()
     optim: OptimConfig = OptimConfig()
@@ -179,6 +181,7 @@ class Config(Section):
         self._validate_data()
         self._validate_encoder()
         self._validate_parallel()
+        self.mol.check()
         if self.rank.tasks:
             self._validate_ranking()
         optim = self.optim
@@ -329,6 +332,8 @@ class Config(Section):
             # Nothing of a history is hidden: the targets of a request are given.
             "eval.hide": (self.eval.hide, "window"),
             "eval.repeats": (self.eval.repeats, "hide"),
+            # Nothing is scored by a product that a mixture could stand for.
+            "loss.similarity": (self.loss.similarity, "dot"),
         }
         for name, (value, only) in needed.items():
             if value != only:
