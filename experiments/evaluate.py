@@ -57,8 +57,8 @@ def main(_: list[str]) -> None:
                 measure = measure or answering.evaluator(_SPLIT.value)
             metrics = {}
             for kind in kinds:
-                if config.features.series:
-                    require_dense(kind)
+                if config.features.series or config.loss.similarity == "mol":
+                    require_dense(kind, config)
                 with progress.waiting(working, "evaluate", f"compiling and scoring, {kind} table"):
                     metrics[kind] = measure(
                         quantization.unpacked(quantization.packed(params, kind))

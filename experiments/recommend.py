@@ -29,8 +29,9 @@ from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.quantization import HostKind
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.front.lines import answer_lines
+from ultra_hstu.serving.options import ServingOptions
 from ultra_hstu.serving.scoring import RunData
-from ultra_hstu.serving.service import ServingOptions, open_service
+from ultra_hstu.serving.service import open_service
 
 _WORKDIR, _RAW_DIR = command.define_run()
 _USER = flags.DEFINE_string("user", None, "raw id of a user of the data: the whole history is used")
@@ -86,8 +87,11 @@ def main(_: list[str]) -> None:
             title = f"after {len(wanted)} items"
         else:
             data = RunData(_WORKDIR.value, _RAW_DIR.value)
-            items, times, actions, context = data.user(str(_USER.value))
-            answer = model.recommend(items, times, actions=actions, context=context, k=_K.value)
+            user = str(_USER.value)
+            items, times, actions, context = data.user(user)
+            answer = model.recommend(
+                items, times, actions=actions, context=context, k=_K.value, user=user
+            )
             title = f"user {_USER.value}, after {len(items)} events"
         came("loaded, compiled and asked")
     report.make_console().print(report.recommendations_table(title, answer))

@@ -89,7 +89,8 @@ from ultra_hstu.serving.front.http import (  # noqa: E402
 )
 from ultra_hstu.serving.front.live import place_of  # noqa: E402
 from ultra_hstu.serving.inputs import MAX_USERS  # noqa: E402
-from ultra_hstu.serving.service import ServingOptions, is_ranking, known_ids  # noqa: E402
+from ultra_hstu.serving.options import ServingOptions, is_ranking  # noqa: E402
+from ultra_hstu.serving.service import known_ids  # noqa: E402
 from ultra_hstu.workdir import Workdir  # noqa: E402
 
 _WORKDIR, _RAW_DIR = command.define_run(
@@ -103,6 +104,13 @@ _HOST_TABLE = flags.DEFINE_enum(
     None,
     quantization.HOST_KINDS,
     "keeps the item table of a ranking run in host memory, from where each request takes its rows",
+)
+_CANDIDATES = flags.DEFINE_integer(
+    "candidates",
+    None,
+    "items that a mixture of logits (loss.similarity=mol) scores for a user; by default as many as "
+    "it takes to know the best",
+    lower_bound=1,
 )
 _BLOCK = command.as_path(
     flags.DEFINE_string(
@@ -180,6 +188,7 @@ def main(_: list[str]) -> None:
         device_bytes=_DEVICE_CACHE.value * 2**20,
         drop_blocks=_DROP_BLOCKS.value,
         max_users=_BATCH.value,
+        candidates=_CANDIDATES.value,
     )
     options.check(place)
     if _BLOCK.value is not None:

@@ -19,6 +19,7 @@ from ultra_hstu.sections import (
     Count,
     EvalConfig,
     LossConfig,
+    MolConfig,
     OptimConfig,
     ParallelConfig,
     RankConfig,
@@ -151,6 +152,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    mol: MolConfig = MolConfig()
     rank: RankConfig = RankConfig()
     features: FeatureConfig = FeatureConfig()
     optim: OptimConfig = OptimConfig()
@@ -198,6 +200,7 @@ class Config(Section):
         self._validate_data()
         self._validate_encoder()
         self._validate_parallel()
+        self.mol.check()
         if self.rank.tasks:
             self._validate_ranking()
         optim = self.optim
@@ -384,6 +387,8 @@ class Config(Section):
             # Nothing of a history is hidden: the targets of a request are given.
             "eval.hide": (self.eval.hide, "window"),
             "eval.repeats": (self.eval.repeats, "hide"),
+            # Nothing is scored by a product that a mixture could stand for.
+            "loss.similarity": (self.loss.similarity, "dot"),
         }
         if model.kind == "sasrec":
             needed["model.kind"] = (model.kind, "hstu")

@@ -95,6 +95,11 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
     else:
         for name in (*TARGETS, *FRACTIONS):
             yield f"rank.{name}", "without rank.tasks: retrieval asks for the next item"
+    if loss.similarity == "dot":
+        yield "mol", "under loss.similarity=dot: set loss.similarity=mol"
+    elif not config.mol.user_ids:
+        for name in ("user_dropout", "user_penalty"):
+            yield f"mol.{name}", "without mol.user_ids"
     if loss.kind == "full":
         for name in ("negatives", "rows_per_draw"):
             yield f"loss.{name}", "under loss.kind=full, which scores all items"

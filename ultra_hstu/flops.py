@@ -41,7 +41,7 @@ class Flops(NamedTuple):
     loss: float = 0.0  # retrieval: scores of the loss, forward
     corpus: float = 0.0  # retrieval: scores of the whole catalogue for one user, at inference
     unread: float = 0.0  # retrieval: forward work on rows that are not read at inference
-    features: float = 0.0  # of items, forward in training; at inference embeddings hold them
+    features: float = 0.0  # of items, or their parts of a mixture: forward in training, once a step
 
     @property
     def inference(self) -> float:
@@ -108,8 +108,10 @@ def count(
         again = hidden if config.model.chunk_rows is not None else 0.0
         total = total._replace(head=hidden + output, recomputed=total.recomputed + again)
     else:
-        corpus = 2.0 * items * config.model.width
+        corpus = items * _of_pair(config)
         total = total._replace(loss=_loss(config, history, items), corpus=corpus)
+        if config.loss.similarity == "mol":
+            total = _with_mixture(config, total, history, items)
     return total if item_features is None else _with_features(config, total, item_features)
 
 
@@ -300,15 +302,47 @@ def _with_features(config: Config, total: Flops, codes: ItemCodes) -> Flops:
     numbers = codes.number_IN.shape[1]
     each += 2.0 * hidden * (numbers + width) if numbers else 0.0
     catalogue = each * codes.num_items
-    total = total._replace(features=catalogue / config.data.batch_users)
+    total = total._replace(features=total.features + catalogue / config.data.batch_users)
     # Tokens of series need features when the model answers, too.
     return total._replace(corpus=total.corpus + catalogue * (config.features.series > 0))
 
 
+def _of_pair(config: Config) -> float:
+    """Operations of the score of a user and an item, from what was made of either."""
+    mol = config.mol
+    if config.loss.similarity == "dot":
+        return 2.0 * config.model.width
+    logits = mol.user_components * mol.item_components
+    return 2.0 * logits * (mol.component_width + 2 * mol.gate_width + 1)
+
+
+def _with_mixture(config: Config, total: Flops, history: np.ndarray, items: int) -> Flops:
+    """With the products that make the parts of rows, and of all items once a step.
+
+    Those of items are kept for answers.
+    """
+    mol, width = config.mol, config.model.width
+    logits, gate = mol.user_components * mol.item_components, mol.gate_width
+    of_gate = gate * (width + logits)
+    components = (mol.user_components - bool(mol.user_ids)) * mol.component_width
+    row = 2.0 * (mol.hidden_width * (2 * width + components) + of_gate)
+    item = 2.0 * (width * mol.item_components * mol.component_width + of_gate)
+    catalogue = item * (items + 1) / config.data.batch_users if items else 0.0
+    return total._replace(
+        loss=total.loss + row * _trained_rows(config, history),
+        corpus=total.corpus + row * (items > 0),
+        features=total.features + catalogue,
+    )
+
+
+def _trained_rows(config: Config, history: np.ndarray) -> float:
+    """Rows of a sample that are trained on: those that reach the last layer."""
+    limit = config.model.truncate_length
+    return float((history if limit is None else np.minimum(history, limit)).mean())
+
+
 def _loss(config: Config, history: np.ndarray, items: int) -> float:
-    loss, limit = config.loss, config.model.truncate_length
-    # Only rows that reach the last layer are trained on.
-    history = history if limit is None else np.minimum(history, limit)
+    loss = config.loss
     # What is needed: an implementation may score more, where one large product takes less time.
     scored = items + 1 if loss.kind == "full" else loss.negatives + 1
-    return float(history.mean()) * 2.0 * scored * config.model.width if items else 0.0
+    return _trained_rows(config, history) * scored * _of_pair(config) if items else 0.0

@@ -31,6 +31,7 @@ FREE_MODEL = (
     "remat",
     "chunk_rows",
 )
+FREE_MOL = ("item_dropout", "gate_dropout", "balance", "user_dropout", "user_penalty")
 FREE_RANK = ("validation_fraction", "test_fraction", "targets")
 
 log = logging.getLogger(__name__)
@@ -130,9 +131,16 @@ def _structure(config: Config) -> dict[str, Any]:
             channel.pop(name)
     features = dataclasses.asdict(config.features)
     features.pop("id_dropout")
+    mixture: dict[str, Any] = {}
+    if config.loss.similarity == "mol":
+        mixture = dataclasses.asdict(config.mol)
+        for name in FREE_MOL:
+            mixture.pop(name)
     return {
         "model": model,
         "rank": rank,
         "features": features,
         "data": {"max_history": config.data.max_history},
+        "loss": {"similarity": config.loss.similarity},
+        "mol": mixture,
     }

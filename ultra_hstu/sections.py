@@ -263,6 +263,39 @@ class ParallelConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class MolConfig(Section):
+    """Mixture of logits (arXiv 2407.15462), under `loss.similarity="mol"`.
+
+    See docs/mixture_of_logits.md. A score is a weighted mean of all products of a component of the
+    user and one of the item. The defaults are those published for MovieLens-1M, without users' ids.
+    """
+
+    user_components: Count = 8  # P_u
+    item_components: Count = 4  # P_x
+    component_width: Count = 64  # of a component of either
+    hidden_width: Count = 512  # of the SwiGLU net that makes a user's components
+    gate_width: Count = 128  # hidden width of the three nets of the gate
+    item_dropout: BelowOne[float] = 0.1  # of an item's vector before its components are made
+    gate_dropout: BelowOne[float] = 0.2  # of the weights, of which those left add up to 1 again
+    # Factor of the negative mutual information of weights and (user, target) pairs, which training
+    # lowers besides: all weights are then used, and few of them for one pair.
+    balance: NotNegative[float] = 0.001
+    # One component of a user comes from a table of so many entries, by the id: whole numbers by
+    # their remainder, texts by a hash. Who is not known has zeros there. 0: no such component.
+    user_ids: NotNegative[int] = 0
+    user_dropout: BelowOne[float] = 0.5  # of that component
+    user_penalty: NotNegative[float] = 0.1  # factor of its mean squared norm in the loss
+
+    def check(self) -> None:
+        """Raises ValueError where nothing of a user but the id would be left."""
+        if self.user_ids and self.user_components < 2:
+            raise ValueError(
+                f"mol.user_components={self.user_components} leaves none beside that of "
+                f"mol.user_ids={self.user_ids}: use at least 2"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class LossConfig(Section):
     # What a softmax is taken over: items drawn uniformly, targets of the batch, or all items.
     kind: Literal["sampled", "in_batch", "full"] = "sampled"
@@ -270,6 +303,9 @@ class LossConfig(Section):
     rows_per_draw: Count = 1  # so many successive rows of a batch share their negatives
     temperature: Positive[float] = 0.05  # scores are divided by it
     l2_normalize: bool = True  # scores are cosines
+    # What a score is: the product of two vectors, or a mixture of products of their components
+    # (section `mol`); temperature and l2_normalize then apply to each of these products.
+    similarity: Literal["dot", "mol"] = "dot"
     log_q: bool = True  # in_batch: correct for the items' frequency in training
     # Rows whose logits exist at one time. None: what suits the device.
     chunk_rows: Count | None = None

@@ -196,6 +196,13 @@ def hashed(text: str, buckets: int) -> int:
     return int.from_bytes(found, "little") % buckets
 
 
+def user_code(raw: int | str, entries: int) -> int:
+    """The code of a user's id, 1 to `entries`: a whole number's remainder, or a text's hash."""
+    text = str(raw).strip()
+    number = int(text) % entries if re.fullmatch(r"-?[0-9]+", text) else hashed(text, entries)
+    return 1 + number
+
+
 def text_of(number: float) -> str:
     """A number as the text that is hashed: whole ones have no point."""
     return str(int(number)) if number.is_integer() else repr(number)

@@ -38,6 +38,7 @@ USERS = 4096  # read at one time where all events pass by
 INDEX, FILES = "index.npz", "shards.json"
 OPTIONS = "group_size:1,zstd:1"  # a record can be read without its neighbours
 INDICES = {"start", "stop", "hide_from"}  # columns of examples that are numbers of events
+AS_THEY_ARE = {"user"}  # other columns that batches read
 
 Columns = Mapping[str, Shaped[np.ndarray, " E"]]  # by name, of some events
 
@@ -165,7 +166,7 @@ class ShardStore[Events]:
             name: np.concatenate([part[name] for part in parts]).astype(np.int64)
             for name in parts[0]
         }
-        if unknown := column_X.keys() - INDICES:
+        if unknown := column_X.keys() - INDICES - AS_THEY_ARE:
             raise NotImplementedError(f"data.placement='shards' has no columns {sorted(unknown)}")
         offsets, start_X = self.interactions.offsets, column_X["start"]
         real_X = column_X["stop"] > 0  # the others are empty places
@@ -179,6 +180,8 @@ class ShardStore[Events]:
         ends = np.cumsum([len(part["start"]) for part in parts])[:-1]
         columns = {
             name: np.split(np.where(real_X, column + shift_X, 0).astype(np.int32), ends)
+            if name in INDICES
+            else np.split(column.astype(np.int32), ends)
             for name, column in column_X.items()
         }
         return data, [{name: columns[name][i] for name in columns} for i in range(len(parts))]

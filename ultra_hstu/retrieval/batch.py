@@ -43,6 +43,8 @@ class Batch:
     hidden_BN: Leaf[Int32[Array, "B N"] | None] = None
     series: Leaf[SeriesRows | None] = None  # None: every row is an event
     items_1: Leaf[Int32[Array, " groups"] | None] = None  # as `Events.items_1`
+    # Codes of the users' ids, 0 none; None: not read.
+    user_B: Leaf[Int32[Array | np.ndarray, " B"] | None] = None
 
     @property
     def sequences(self) -> Sequences:
@@ -85,7 +87,8 @@ class HistoryGather:
     """Makes flat batches of B examples, columns `start` and `stop`.
 
     Where they are equal the history is empty. With a column `event`, `start` and `stop` are places
-    in it. With a column `learn_from`, events before it are no targets of training. Where `hidden`
+    in it. With a column `learn_from`, events before it are no targets of training; a column `user`
+    is `Batch.user_B`. Where `hidden`
     is not 0, the items of events `hide_from` to `stop - 1` are those that an evaluation leaves out.
 
     Equal settings are equal objects, which share compiled steps.
@@ -171,6 +174,7 @@ class HistoryGather:
             hidden_BN=hidden_BN,
             series=series,
             items_1=None if data.items_1 is None else xp.asarray(data.items_1),
+            user_B=columns_B.get("user"),
         )
 
     def shared(self, own: Batch, exchange: Exchange) -> Batch:

@@ -16,6 +16,8 @@ from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.nn.norms import l2_normalize as unit_rows
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.metrics import mean_metrics, ranks
+from ultra_hstu.retrieval.mol import ItemPart
+from ultra_hstu.retrieval.mol_scores import Answering, Mixtures, item_part
 from ultra_hstu.retrieval.recipe import Recipe, there_are
 
 BLOCK_USERS = 1024  # whose events are looked at on the host at one time
@@ -51,9 +53,14 @@ class CorpusEvaluator(Evaluator):
     def outputs(self, scored: PyTree, batch: Batch) -> Int[Array, " b"]:
         """Ranks from 1; 2501 where a target is not among the best 2500."""
         model, shards = self.recipe.model(scored), self.recipe.shards
-        users_bD, table_ID = model.users(batch, shards), model.all_items(shards)
-        if self.l2_normalize:  # the scores are then those that serving responds with
-            users_bD = unit_rows(users_bD)
+        users_bD, table_ID = model.queries(batch, shards), model.all_items(shards)
+        scored_for: Array | Mixtures = users_bD
+        table: Array | ItemPart = table_ID
+        if model.mixture is not None:
+            scored_for = Mixtures(Answering.of(model.mixture, users_bD))
+            table = item_part(model.mixture, table_ID)
+        elif self.l2_normalize:  # the scores are then those that serving responds with
+            scored_for = unit_rows(users_bD)
         # The item after a history's last row is the target of the example.
         target_T, item_T = shards.whole((batch.target_T, batch.item_T))
         target_B = target_T[batch.last_row_B]
@@ -62,8 +69,8 @@ class CorpusEvaluator(Evaluator):
             hidden_BN = jagged.pad(item_T, batch.offsets, self.longest)
         target_b, hidden_bN = shards.part((target_B, hidden_BN))
         return ranks(
-            users_bD,
-            table_ID,
+            scored_for,
+            table,
             target_b,
             hidden_bN,
             l2_normalize=self.l2_normalize,

@@ -5,9 +5,10 @@ better items, which adds up. One score of an item has one value (`scores`), in c
 compiled or not: items with equal embeddings tie, on every device.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,58 @@ class CorpusChunk(NamedTuple):
     allowed_UI: Bool[Array, "U I"]
 
 
+@runtime_checkable
+class Scorer(Protocol):
+    """Scores items for some users: each pair has one value, whatever else is scored with it."""
+
+    @property
+    def users(self) -> int: ...
+
+    @property
+    def chunk_items(self) -> int:
+        """Items that suit the device at one time."""
+        ...
+
+    def prepared(self, items: PyTree) -> PyTree:
+        """What is made of entries of the table before they are scored."""
+        ...
+
+    def __call__(
+        self, items: PyTree, target: PyTree | None
+    ) -> tuple[Float[Array, "U I"], Float[Array, " U"] | None]:
+        """The scores of prepared items, and of one target for each user."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Scores that are products of a user's vector and an item's, or cosines."""
+
+    h: Digits
+    l2_normalize: bool
+
+    @property
+    def users(self) -> int:
+        return self.h.scale_X.shape[0]
+
+    @property
+    def chunk_items(self) -> int:
+        return CHUNK_ITEMS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+
+    def prepared(self, items: PyTree) -> Digits:
+        return digits(items)
+
+    def __call__(
+        self, items: Digits, target: Digits | None
+    ) -> tuple[Float[Array, "U I"], Float[Array, " U"] | None]:
+        both = (items,) if target is None else (items, target)
+        factor_I, *of_targets = factors(*both, l2_normalize=self.l2_normalize)
+        score_UI = all_scores(self.h, items, factor_I)
+        return score_UI, None if target is None else paired_scores(self.h, target, *of_targets)
+
+
 def ranks(
-    h_UD: Users,
+    h_UD: Users | Scorer,
     table_ID: PyTree,
     target_U: PerUser,
     seen_US: Seen = None,
@@ -56,9 +107,10 @@ def ranks(
     never by rounding, which makes a score cost six products in the place of one (see `scores`).
 
     Args:
-      h_UD: encoder output of the users. Its norm does not matter for the order.
+      h_UD: encoder output of the users, whose norm does not matter for the order; or what scores
+        items for them.
       table_ID: item embeddings [I + 1, D], dense or a table of `quantization`, of which one chunk
-        is unpacked at a time; row 0 is padding and never ranked.
+        is unpacked at a time, or what the scorer reads; row 0 is padding and never ranked.
       target_U: ids 1..I; any other is not found.
       seen_US: ids that are left out of the ranking, 0 for none, repeats allowed. A target among
         them is not found. None: nothing is left out.
@@ -73,7 +125,8 @@ def ranks(
     """
     items = table_ID.shape[0]
     target_U1, known_U = target_U[:, None], jnp.clip(target_U, 0, items - 1)
-    target = digits(quantization.rows(table_ID, known_U))
+    scorer = _scorer(h_UD, l2_normalize)
+    target = scorer.prepared(entries(table_ID, known_U))
 
     def count(ahead_U: PerUser, chunk: CorpusChunk) -> PerUser:
         assert chunk.target_U is not None
@@ -84,11 +137,10 @@ def ranks(
     ahead_U = _sweep(
         count,
         jnp.zeros(target_U.shape, jnp.int32),
-        digits(h_UD),
+        scorer,
         table_ID,
         seen_US,
         corpus_I,
-        l2_normalize,
         chunk_items,
         target,
     )
@@ -102,7 +154,7 @@ def ranks(
 
 
 def best_items(
-    h_UD: Users,
+    h_UD: Users | Scorer,
     table_ID: PyTree,
     seen_US: Seen = None,
     *,
@@ -131,26 +183,37 @@ def best_items(
         id_UK = jnp.take_along_axis(id_UX, place_UK, axis=1)
         return jnp.where(score_UK > -jnp.inf, id_UK, 0), score_UK
 
-    h, shape = digits(h_UD), (h_UD.shape[0], k)
+    scorer = _scorer(h_UD, l2_normalize)
+    shape = (scorer.users, k)
     none = (jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32))
-    return _sweep(merge, none, h, table_ID, seen_US, corpus_I, l2_normalize, chunk_items)
+    return _sweep(merge, none, scorer, table_ID, seen_US, corpus_I, chunk_items)
+
+
+def entries(table: PyTree, ids: Int[Array, " n"]) -> PyTree:
+    """Entries of a table by their numbers: of one as `quantization` has them, or a tuple."""
+    if isinstance(table, tuple):
+        return jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0, mode="clip"), table)
+    return quantization.rows(table, ids)
+
+
+def _scorer(h_UD: Users | Scorer, l2_normalize: bool) -> Scorer:
+    return h_UD if isinstance(h_UD, Scorer) else Products(digits(h_UD), l2_normalize)
 
 
 def _sweep[Carry](
     visit: Callable[[Carry, CorpusChunk], Carry],
     carry: Carry,
-    h: Digits,
+    scorer: Scorer,
     table_ID: PyTree,
     seen_US: Seen,
     corpus_I: Corpus,
-    l2_normalize: bool,
     chunk_items: int | None,
-    target: Digits | None = None,
+    target: PyTree | None = None,
 ) -> Carry:
     """Folds `visit` over chunks of the catalogue; each item is allowed in one chunk only."""
-    items, users = table_ID.shape[0], h.scale_X.shape[0]
+    items, users = table_ID.shape[0], scorer.users
     if chunk_items is None:
-        chunk_items = CHUNK_ITEMS["cpu" if jax.default_backend() == "cpu" else "accelerator"]
+        chunk_items = scorer.chunk_items
     if chunk_items < 1:
         raise ValueError(f"{chunk_items=} must be at least 1")
     size = min(chunk_items, items)
@@ -159,11 +222,8 @@ def _sweep[Carry](
         first = jnp.minimum(i * size, items - size)  # the last chunk may overlap the one before it
         take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
         chunk_I = first + jnp.arange(size, dtype=jnp.int32)
-        chunk = digits(quantization.unpacked(jax.tree.map(take, table_ID)))
-        both = (chunk,) if target is None else (chunk, target)
-        factor_I, *of_targets = factors(*both, l2_normalize=l2_normalize)
-        score_UI = all_scores(h, chunk, factor_I)
-        goal_U = None if target is None else paired_scores(h, target, *of_targets)
+        chunk = scorer.prepared(quantization.unpacked(jax.tree.map(take, table_ID)))
+        score_UI, goal_U = scorer(chunk, target)
         allowed_I = chunk_I >= jnp.maximum(i * size, 1)
         if corpus_I is not None:
             allowed_I &= take(corpus_I)

@@ -1,5 +1,7 @@
 """The whole model of a run: item ids of a batch in, one vector a row out."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -14,6 +16,7 @@ from ultra_hstu.nn.truncation import Kept
 from ultra_hstu.parallel.embedding_sharding import Entries, whole_table
 from ultra_hstu.parallel.shards import ONE, Shards
 from ultra_hstu.retrieval.batch import Batch
+from ultra_hstu.retrieval.mol import MixtureOfLogits
 from ultra_hstu.sequences import Activations, Sequences
 
 WithId = Bool[Array, " I1"] | None
@@ -23,7 +26,8 @@ ENCODERS: dict[str, type[HSTU] | type[SASRec]] = {"hstu": HSTU, "sasrec": SASRec
 class Recommender(nnx.Module):
     """Embeds a batch and encodes it.
 
-    Scores are dot products (or cosines) of its output with `item_table`; see `loss` and `metrics`.
+    Scores are dot products (or cosines) of its output with `item_table`, or mixtures of logits of
+    the two; see `loss`, `mol` and `metrics`.
     The module holds parameters only: dropout takes its key at the call. The mesh comes with the
     call too (`shards`); rows [T, D] are then those of this device.
     """
@@ -37,6 +41,7 @@ class Recommender(nnx.Module):
         codes: CodeSizes = NO_CODES,
         item_features: ItemCodes | None = None,
         hidden_width: int = 0,
+        mixture: Callable[[nnx.Rngs], MixtureOfLogits] | None = None,
         rngs: nnx.Rngs,
     ):
         """
@@ -46,6 +51,7 @@ class Recommender(nnx.Module):
             `max_history + config.output_slots`.
           codes: how many codes there are of what a token holds beside its item.
           item_features, hidden_width: what is known of items, as of `ItemFeatures`; None: nothing.
+          mixture: makes what scores items; None: scores are products.
         """
         length = max_history + config.output_slots
         self.embedding = InputEmbedding(
@@ -61,6 +67,7 @@ class Recommender(nnx.Module):
             rngs=rngs,
         )
         self.encoder = ENCODERS[config.kind].from_config(config, length, rngs=rngs)
+        self.mixture = None if mixture is None else mixture(rngs)
         self.num_items = num_items
 
     @property
@@ -92,6 +99,16 @@ class Recommender(nnx.Module):
         """
         x_TD, sequences, _ = self._input(batch, shards)
         return self.encoder.rows(x_TD, sequences, batch.last_row_B)
+
+    def queries(self, batch: Batch, shards: Shards = ONE) -> Float[Array, "b X"]:
+        """What items are scored for: `users`, with the components of their ids behind them."""
+        users_bD = self.users(batch, shards)
+        if self.mixture is None or batch.user_B is None:
+            return users_bD
+        of_id_bW = self.mixture.of_ids(shards.part(jnp.asarray(batch.user_B)), shards)
+        if of_id_bW is None:
+            return users_bD
+        return jnp.concatenate([users_bD.astype(jnp.float32), of_id_bW], axis=1)
 
     def encode(self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None) -> Activations:
         """The output of the encoder, before any L2 norm, in the dtype of the config.

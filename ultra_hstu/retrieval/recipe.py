@@ -22,6 +22,8 @@ from ultra_hstu.retrieval import negatives
 from ultra_hstu.retrieval.batch import Batch
 from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.model import Recommender
+from ultra_hstu.retrieval.mol import MixtureOfLogits
+from ultra_hstu.retrieval.mol_loss import mixture_loss
 from ultra_hstu.step import Params, Steps
 
 
@@ -61,12 +63,23 @@ class Recipe(Steps[Recommender]):
             codes=self.code_sizes,
             item_features=self.item_features,
             hidden_width=config.features.hidden_width,
+            mixture=self._mixture if config.loss.similarity == "mol" else None,
             rngs=nnx.Rngs(seed),
         )
         without_ids(model.embedding.item_table, self.item_features, self.trained_I)
         if self.shards.devices > 1:
             model.encoder.run_layer = ShardedLayers(self.shards)
         return model
+
+    def _mixture(self, rngs: nnx.Rngs) -> MixtureOfLogits:
+        config, loss = self.config, self.config.loss
+        return MixtureOfLogits(
+            config.mol,
+            config.model.width,
+            temperature=loss.temperature,
+            l2_normalize=loss.l2_normalize,
+            rngs=rngs,
+        )
 
     @property
     def tables(self) -> tuple[Path, ...]:
@@ -120,10 +133,33 @@ class Recipe(Steps[Recommender]):
             self.config.parallel.batch_groups // shards.data,
         )
         drawn, log_q = self._negatives(batch, row_keys(negative_key, sequences))
+        number_I = jnp.arange(len(table_ID), dtype=jnp.int32)
         if isinstance(entries := model.item_table[...], Entries):  # and so is `table_ID`
             assert drawn is not None  # a full softmax reads the whole table
+            number_I = entries.dealt_U
             target_T, drawn = entries.places(target_T), negatives.among(entries, drawn)
             log_q = None if log_q is None else log_q.at[entries.dealt_U].get(mode="fill")
+        num_items = None if batch.items_1 is None else batch.items_1[0]
+        if model.mixture is not None:
+            mixture_key, code_T = jax.random.fold_in(key, 3), None
+            if batch.user_B is not None:
+                code_T = batch.user_B[sequences.rows.segment]
+            return mixture_loss(
+                model.mixture,
+                h_TD,
+                code_T,
+                table_ID,
+                number_I,
+                target_T,
+                weight_T,
+                drawn,
+                shards=shards,
+                key=mixture_key,
+                key_T=row_keys(mixture_key, sequences),
+                log_q=log_q,
+                num_items=num_items,
+                chunk_rows=config.chunk_rows,
+            )
         return softmax_loss(
             h_TD,
             table_ID,
@@ -134,7 +170,7 @@ class Recipe(Steps[Recommender]):
             l2_normalize=config.l2_normalize,
             chunk_rows=config.chunk_rows,
             log_q=log_q,
-            num_items=None if batch.items_1 is None else batch.items_1[0],
+            num_items=num_items,
             total=shards.total(jnp.sum(weight_T)),
         )[0]
 

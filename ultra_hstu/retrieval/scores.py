@@ -94,6 +94,20 @@ def paired_scores(h: Digits, e: Digits, factor_U: Float[Array, " U"]) -> Float[A
     return _paired_sums(h, e) * factor_U * h.scale_X
 
 
+def linear(x_XD: Float[Array, "X D"], w_DY: Float[Array, "D Y"]) -> Float[Array, "X Y"]:
+    """x @ w, every entry decided by its row of x and its column of w."""
+    column = digits(w_DY.T)
+    return all_scores(digits(x_XD), column, column.scale_X)
+
+
+def unit(x_XD: Float[Array, "X D"]) -> Float[Array, "X D"]:
+    """x / max(norm, 1e-6), every row decided by itself."""
+    x = digits(x_XD)
+    scale_X, square_X = jax.lax.optimization_barrier((x.scale_X, _paired_sums(x, x)))
+    norm_X = jnp.maximum(scale_X * jnp.sqrt(square_X), L2_EPS)
+    return x_XD / jax.lax.optimization_barrier(norm_X)[:, None]
+
+
 def _paired_sums(h: Digits, e: Digits) -> Float[Array, " X"]:
     def product(i: int, j: int) -> Float[Array, " X"]:
         return jnp.sum(h.digit_XD[i] * e.digit_XD[j], axis=1)

@@ -25,6 +25,7 @@ class Examples:
             evaluation leaves out: the first of them.
         rows: of each history, where tokens of series stand among its events; None: one an event.
         learn_from: where events before it are no targets of training: the first that is one.
+        code: of the user's id, where a model reads it.
 
     Every row of a training history predicts the event after it, the last row event `stop`; in a
     test only the last row does.
@@ -36,6 +37,7 @@ class Examples:
     hide_from: PerExample | None = None
     rows: PerExample | None = None
     learn_from: PerExample | None = None
+    code: PerExample | None = None
 
     def __len__(self) -> int:
         return len(self.user)
@@ -47,7 +49,7 @@ class Examples:
     @property
     def columns(self) -> dict[str, np.ndarray]:
         columns = {"start": self.start, "stop": self.stop}
-        others = {"hide_from": self.hide_from, "learn_from": self.learn_from}
+        others = {"hide_from": self.hide_from, "learn_from": self.learn_from, "user": self.code}
         return columns | {name: one for name, one in others.items() if one is not None}
 
 

@@ -15,7 +15,7 @@ from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.codebook import Codebook
 from ultra_hstu.data.feed import EventStore
 from ultra_hstu.data.interactions import Interactions
-from ultra_hstu.data.item_features import item_codes
+from ultra_hstu.data.item_features import item_codes, user_code
 from ultra_hstu.data.packing import BufferRows
 from ultra_hstu.data.room import room, with_room
 from ultra_hstu.data.sampled import SampledHistory
@@ -143,6 +143,8 @@ class RetrievalTask(Task[Events]):
                 "train under 'validated' or 'temporal' for them"
             )
         examples = dataclasses.replace(examples, rows=self._rows(examples.start, examples.stop))
+        if self.codes_U is not None:
+            examples = dataclasses.replace(examples, code=self.codes_U[examples.user])
         if part == "train" or self.config.eval.hide == "window":
             return examples
         first_U = self.interactions.offsets[:-1]
@@ -174,6 +176,15 @@ class RetrievalTask(Task[Events]):
         loader = self.evaluation_loader(split)
         longest = int(loader.examples(0, 0).lengths.max())
         return CorpusEvaluator(self.recipe, loader, self._room(longest), self._learned())
+
+    @functools.cached_property
+    def codes_U(self) -> Int64[np.ndarray, " users"] | None:
+        """Codes of the users' ids; None where the model reads none."""
+        config = self.config
+        if config.loss.similarity != "mol" or not config.mol.user_ids:
+            return None
+        users = self.interactions.users.tolist()
+        return np.array([user_code(user, config.mol.user_ids) for user in users], np.int64)
 
     def _room(self, size: int) -> int:
         return room(size) if self.roomy else size

@@ -225,6 +225,7 @@ class Query:
       raw_ids, known_C: the candidates as they were given, and their dense ids, 0 where the
         catalogue lacks them.
       warnings: what of the request was ignored or missing.
+      user: of a retrieval run that reads it, the code of the user's id, 0 for nobody who is known.
     """
 
     history: UserHistory
@@ -235,6 +236,7 @@ class Query:
     raw_ids: Sequence[int | str] = ()
     known_C: Int[np.ndarray, " n"] = dataclasses.field(default_factory=_no_ids)
     warnings: tuple[str, ...] = ()
+    user: int = 0
 
     @property
     def num_events(self) -> int:

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 from numpy.typing import ArrayLike
@@ -15,13 +14,11 @@ from ultra_hstu import quantization
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
 from ultra_hstu.data import signals
-from ultra_hstu.data.item_features import item_codes
+from ultra_hstu.data.item_features import item_codes, user_code
 from ultra_hstu.data.packing import ROW_MULTIPLE
-from ultra_hstu.nn.norms import l2_normalize
-from ultra_hstu.quantization import ItemTable
 from ultra_hstu.ranking.form import EVERYTHING
+from ultra_hstu.retrieval import catalogue
 from ultra_hstu.retrieval.batch import Batch, Events, HistoryGather
-from ultra_hstu.retrieval.metrics import best_items
 from ultra_hstu.retrieval.recipe import Recipe
 from ultra_hstu.retrieval.series import Merged
 from ultra_hstu.serving.artefact import Numbers
@@ -52,20 +49,31 @@ class RecommendationModel:
     by `warm_up`.
     """
 
-    def __init__(self, workdir: str, *, tables: str = "float32", max_users: int = MAX_USERS):
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        tables: str = "float32",
+        max_users: int = MAX_USERS,
+        candidates: int | None = None,
+    ):
         """
         Args:
           tables: how the item table goes to the device and stays there: one of
             `quantization.KINDS`.
           max_users: histories in one device call.
+          candidates: of a mixture of logits, how many items are scored for a user; None: as many as
+            it takes to know the best.
 
         Raises:
           ValueError: a folder without a retrieval run, parameters that are not finite, a kind of
-            table that does not fit.
+            table that does not fit, candidates without a mixture.
         """
         folder = Workdir(workdir)
         self.config: Config = folder.read_for_one_device()
         require_retrieval(workdir, self.config)
+        require_mixture(candidates, self.config)
+        self.candidates = candidates
         self.catalog = folder.read_catalog()
         codes = item_codes(self.config.features, self.catalog.features, self.catalog.titles)
         self.vocabulary = Vocabulary.load(folder).codes()
@@ -76,17 +84,24 @@ class RecommendationModel:
         self.recipe, params = trained.folded(params)
         self.params: Params = jax.device_put(quantization.packed(params, tables))
         # What items are scored by, where it is not what tokens are made of.
-        self._scored: ItemTable | None = None
+        self._scored: catalogue.Scored | None = None
         self._series = self.config.features.series
-        if self._series:
-            require_dense(tables)
-            self._scored = self.recipe.model(self.params).all_items()
+        mixture = self.recipe.model(self.params).mixture
+        if self._series or mixture is not None:
+            require_dense(tables, self.config)
+            make = functools.partial(catalogue.scored_items, self.recipe)
+            self._scored = catalogue.scored(self.params, jax.jit(make)(self.params))
+        self.query_width = self.config.model.width
+        self.user_ids = 0 if mixture is None else mixture.config.user_ids
+        if self.user_ids:
+            self.query_width += self.config.mol.component_width
         self.blocked: Int[np.ndarray, " b"] = np.zeros(0, np.int32)
         self._allowed_I: Bool[Array, " I1"] | None = None
-        self._encode = jax.jit(functools.partial(_encode, self.recipe))
-        self._best = jax.jit(
-            functools.partial(_best, self.config.loss.l2_normalize), static_argnames="k"
-        )
+        self._encode = jax.jit(functools.partial(catalogue.encode, self.recipe))
+        best = functools.partial(catalogue.best, self.config.loss.l2_normalize)
+        if mixture is not None:
+            best = functools.partial(catalogue.best_of_mixture, self.recipe, self.candidates)
+        self._best = jax.jit(best, static_argnames="k")
 
     def block(self, items: Int[np.ndarray, " n"]) -> None:
         """Dense ids that are recommended to nobody from now on, in place of those given before. One
@@ -106,11 +121,12 @@ class RecommendationModel:
         now: int | None = None,
         k: int = 10,
         block: ArrayLike | None = None,
+        user: int | str | None = None,
     ) -> list[Recommendation]:
         """The k unseen items with the highest scores, fewer where fewer remain. Arguments and
         errors as in `query`."""
         query = self.query(
-            items, times, actions=actions, context=context, now=now, k=k, block=block
+            items, times, actions=actions, context=context, now=now, k=k, block=block, user=user
         )
         return self.best(self.encode([query]), [query])[0]
 
@@ -124,6 +140,7 @@ class RecommendationModel:
         now: int | None = None,
         k: int = 10,
         block: ArrayLike | None = None,
+        user: int | str | None = None,
         allow_empty: bool = False,
     ) -> Query:
         """Checks one request, on the host.
@@ -140,6 +157,7 @@ class RecommendationModel:
             at once.
           k: how many items.
           block: dense ids that this response must not hold.
+          user: the raw id, which a run with `mol.user_ids` reads; None: of nobody who is known.
           allow_empty: accept a history without items; it cannot be encoded.
 
         Raises:
@@ -157,6 +175,8 @@ class RecommendationModel:
                 "the history is empty: give at least one item, or take the most popular items of "
                 "the training data"
             )
+        if self.candidates is not None and k > self.candidates:
+            raise ValueError(f"k={k} is more than the {self.candidates} candidates of this service")
         if not 1 <= k <= self.catalog.num_items:
             raise ValueError(f"k={k} must be in 1..{self.catalog.num_items}, the number of items")
         first = max(0, count - self.config.data.max_history)
@@ -170,9 +190,11 @@ class RecommendationModel:
         )
         history = UserHistory({EVERYTHING: kept}, np.zeros((1, 0), np.int32), time_E[-1:])
         hidden = np.unique(np.concatenate([item_E, blocked]))
-        return Query(history, key_of(history, with_now=True), k, hidden)
+        code = user_code(user, self.user_ids) if self.user_ids and user is not None else 0
+        key = key_of(history, with_now=True) + code.to_bytes(4, "little")
+        return Query(history, key, k, hidden, user=code)
 
-    def encode(self, queries: Sequence[Query]) -> Float[np.ndarray, "n D"]:
+    def encode(self, queries: Sequence[Query]) -> Float[np.ndarray, "n X"]:
         """A vector for every query, on the host. Rounding may depend on which queries share a
         device call.
 
@@ -184,7 +206,7 @@ class RecommendationModel:
                 f"{empty} of {len(queries)} queries have an empty history: "
                 "there is nothing to encode"
             )
-        user_nD = [np.zeros((0, self.config.model.width), np.float32)]
+        user_nD = [np.zeros((0, self.query_width), np.float32)]
         for i in range(0, len(queries), self.max_users):
             group = queries[i : i + self.max_users]
             user_UD = self._encode(self.params, self._batch(group))
@@ -220,7 +242,7 @@ class RecommendationModel:
         query = self.query([1] * self.config.data.max_history)
         for users in bucket_sizes(1, self.max_users, 2):
             self.encode([query] * users)
-        user_1D = np.zeros((1, self.config.model.width), np.float32)
+        user_1D = np.zeros((1, self.query_width), np.float32)
         for k in self._sizes(SMALLEST_K, max_k):
             for hidden in self._sizes(SMALLEST_HIDDEN, max_hidden):
                 hide = np.ones(min(hidden, items), np.int32)
@@ -290,6 +312,9 @@ class RecommendationModel:
         users = bucket_size(-(-int(row_U.sum()) // longest), sizes)
         rows = -(-users * longest // ROW_MULTIPLE) * ROW_MULTIPLE
         columns = {"start": start_U, "stop": start_U + length_U}
+        if self.user_ids:
+            columns["user"] = np.zeros(self.max_users, np.int32)
+            columns["user"][: len(queries)] = [query.user for query in queries]
         return HistoryGather(rows, series=self._series)(events, columns, np)
 
     def _sizes(self, smallest: int, needed: int) -> list[int]:
@@ -328,35 +353,27 @@ def require_retrieval(workdir: str, config: Config) -> None:
         )
 
 
-def require_dense(tables: str) -> None:
-    """Raises ValueError for a packed table under merged series, which read two tables."""
+def require_mixture(candidates: int | None, config: Config) -> None:
+    """Raises ValueError for candidates where scores are products, or for less than one."""
+    if candidates is not None and config.loss.similarity != "mol":
+        raise ValueError(
+            f"candidates={candidates} is for runs with loss.similarity='mol', and this one has "
+            f"{config.loss.similarity!r}: its best items are found among all. Leave it out"
+        )
+    if candidates is not None and candidates < 1:
+        raise ValueError(f"{candidates=} must be at least 1")
+
+
+def require_dense(tables: str, config: Config) -> None:
+    """Raises ValueError for a packed table where items are scored by another one."""
+    if tables != "float32" and config.loss.similarity == "mol":
+        raise ValueError(
+            f"tables={tables!r} cannot be used with loss.similarity='mol', which scores items by "
+            "the components that it makes of them, in float32: use tables='float32'"
+        )
     if tables != "float32":
         raise ValueError(
             f"tables={tables!r} cannot be used with features.merge='series', which reads items "
             "from one table and scores them by another: use tables='float32', or train with "
             "merge='sum'"
         )
-
-
-def _encode(recipe: Recipe, params: Params, batch: Batch) -> Float[Array, "U D"]:
-    # The model meets a table of the batch's rows alone, so that a packed table is never unpacked as
-    # a whole.
-    row_TD = quantization.rows(quantization.served_table(params), batch.item_T)
-    rows = row_TD.shape[0]
-    local_TD = jnp.concatenate([jnp.zeros_like(row_TD[:1]), row_TD])
-    local_T = jnp.where(batch.item_T > 0, jnp.arange(1, rows + 1, dtype=jnp.int32), 0)
-    model = recipe.model(quantization.with_item_table(params, local_TD))
-    user_UD = model.users(dataclasses.replace(batch, item_T=local_T))
-    return l2_normalize(user_UD) if recipe.config.loss.l2_normalize else user_UD.astype(jnp.float32)
-
-
-def _best(
-    normalize: bool,
-    table: ItemTable,
-    user_UD: Float[Array, "U D"],
-    hidden_US: Int[Array, "U S"],
-    allowed_I: Bool[Array, " I1"] | None,
-    *,
-    k: int,
-) -> tuple[Int[Array, "U {k}"], Float[Array, "U {k}"]]:
-    return best_items(user_UD, table, hidden_US, k=k, l2_normalize=normalize, corpus_I=allowed_I)

@@ -25,6 +25,7 @@ from ultra_hstu import compilation_cache
 from ultra_hstu.serving import inputs, schema
 from ultra_hstu.serving.front.live import Asked, Live
 from ultra_hstu.serving.front.page import RECOMMEND, SCORE, Page
+from ultra_hstu.serving.options import ServingOptions
 from ultra_hstu.serving.schema import (
     AboutUser,
     FoundItems,
@@ -38,7 +39,7 @@ from ultra_hstu.serving.schema import (
     ScoreResponse,
     UserSearch,
 )
-from ultra_hstu.serving.service import RecommendService, ServingOptions
+from ultra_hstu.serving.service import RecommendService
 
 VERSION = "x-model-version"  # a header of answers
 WAITING = 320  # requests in a replica, answered or waiting; more are refused with 503
