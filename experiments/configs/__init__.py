@@ -3,11 +3,13 @@
 python -m experiments.train --config=NAME --workdir=runs/NAME
 """
 
-from experiments.configs import long, ranking, retrieval, table
+from experiments.configs import everything, long, ranking, retrieval, table
 from ultra_hstu.config import Config
 
 CONFIGS = {
-    run.name: run for run in (*retrieval.CONFIGS, *ranking.CONFIGS, *long.CONFIGS, *table.CONFIGS)
+    run.name: run
+    for module in (retrieval, ranking, long, table, everything)
+    for run in module.CONFIGS
 }
 
 
