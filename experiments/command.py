@@ -22,6 +22,7 @@ from experiments import configs, screen
 from ultra_hstu import compilation_cache, effects, fields, paths, progress, report, signals
 from ultra_hstu.config import Config, EvalConfig, from_config_dict, to_config_dict
 from ultra_hstu.parallel import processes
+from ultra_hstu.pieces import pieces
 from ultra_hstu.run import Interrupted
 from ultra_hstu.step import require_jit
 
@@ -133,7 +134,7 @@ def _absolute(path: str | None) -> str | None:
 def configuration_lines(config: Config) -> list[str]:
     """Every field with its value; `*` and the default where it is another one.
 
-    What has no effect says so.
+    What has no effect says so. The last line has the pieces of the papers that are on.
     """
     default, found = (fields.flat(dataclasses.asdict(one)) for one in (Config(), config))
     width = max(map(len, found))
@@ -146,7 +147,7 @@ def configuration_lines(config: Config) -> list[str]:
         if any(field == name or field.startswith(f"{name}.") for name in idle):
             note += "   (no effect)"
         lines.append(f"{'*' if changed else ' '} {field:<{width}}  {value!r}{note}")
-    return lines
+    return [*lines, f"pieces: {', '.join(pieces(config)) or 'none'}"]
 
 
 class PathParser(flags.ArgumentParser):

@@ -135,6 +135,7 @@ def test_show_prints_what_would_be_trained(tmp_path):
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert "* model.width 64 (default 50)" in lines and "model.layers 2" in lines
     assert "model.ffn_width 50 (no effect)" in lines and not list(tmp_path.iterdir())
+    assert lines[-1] == "pieces: none"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from ultra_hstu import programs, progress
 from ultra_hstu.data.feed import Loader
 from ultra_hstu.evaluate import Evaluator
 from ultra_hstu.parallel import processes
+from ultra_hstu.pieces import pieces
 from ultra_hstu.profiling import ProfiledCall
 from ultra_hstu.step import HISTORY, TrainState, run_steps
 from ultra_hstu.task import Task
@@ -53,6 +54,8 @@ def compile_run(
         training = programs.begin(call, arguments, results, ["run_steps", recipe], pool)
         model = progress.model(task.config, state.params, training.choices)
         progress.line(console, "model", f"{model}, {len(plan):,} steps an epoch")
+        if on := pieces(task.config):
+            progress.line(console, "pieces", ", ".join(on))
         if evaluator is not None:
             evaluator.begin(state.params, pool)
         pool.shutdown(wait=False)

@@ -3,18 +3,13 @@
 python -m experiments.train --config=NAME --workdir=runs/NAME
 """
 
-from experiments.configs import long, ranking, retrieval, scaling, table
+from experiments.configs import everything, long, ranking, retrieval, scaling, table
 from ultra_hstu.config import Config
 
 CONFIGS = {
     run.name: run
-    for run in (
-        *retrieval.CONFIGS,
-        *ranking.CONFIGS,
-        *long.CONFIGS,
-        *scaling.CONFIGS,
-        *table.CONFIGS,
-    )
+    for module in (retrieval, ranking, long, scaling, table, everything)
+    for run in module.CONFIGS
 }
 
 

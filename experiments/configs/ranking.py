@@ -157,6 +157,16 @@ KUAIRAND = hstu(
     dropout=0.1,
     train=TrainConfig(epochs=5, patience=2),
 )
+ML1M_ULTRA = ultra(
+    ML1M,
+    window=128,
+    full_rows=32,
+    newest=256,
+    everything="ratings",
+    part="liked",
+    signal="rating",
+    at_least=4.0,
+)
 CONFIGS = (
     ASSISTMENTS,
     ultra(
@@ -171,16 +181,7 @@ CONFIGS = (
     ),
     din(ASSISTMENTS),
     ML1M,
-    ultra(
-        ML1M,
-        window=128,
-        full_rows=32,
-        newest=256,
-        everything="ratings",
-        part="liked",
-        signal="rating",
-        at_least=4.0,
-    ),
+    ML1M_ULTRA,
     din(ML1M),
     SYNTHETIC,
     KUAIRAND,

@@ -8,6 +8,7 @@ No number is typed by hand. A table stands in its page between `<!-- table NAME 
 `<!-- end NAME -->`. `--check` changes nothing and fails if a table is not current.
 """
 
+import functools
 from collections.abc import Callable
 
 from absl import flags
@@ -36,6 +37,7 @@ from scripts.tables import (
 )
 from scripts.tables import serve as serve_tables
 from scripts.tables import serving as serving_tables
+from scripts.tables.papers import PAPERS, row
 from scripts.tables.records import ROOT
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
@@ -136,6 +138,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "swap": windows.swap_table,
         "windows": windows.compared_table,
         "windows_ml1m": windows.windows_table,
+    },
+    "docs/papers.md": {
+        f"papers_{name}": functools.partial(row.table, rows) for name, rows in PAPERS.items()
     },
     "docs/your_data.md": {"prepare": data.prepare_table},
     "docs/speed.md": {"step_by_kernel": speed.step_table, "start": speed.start_table},

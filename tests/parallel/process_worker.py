@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from tests.parallel import test_exchange
+from tests.ranking.small_everything import everything, first_steps
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
 from ultra_hstu.data.feed import DeviceFeed, EventStore, SharedFeed
@@ -124,7 +125,10 @@ def main(folder):
             for bounds in zip(task.splits.train.start, task.splits.train.stop, strict=True)
         ]
     )
+    all_papers = everything(folder / "everything", data=2, context=4)
+    steps = first_steps(all_papers, processes.barrier)  # Gloo waits half a minute for all
     result = {"read": read, "errors": errors, "agreed": agreed, "events": train_E.tolist()}
+    result["everything"] = steps
     (folder / f"process_{me}.json").write_text(json.dumps(result))
     # The thread that watches the others now asks without a pause, so it is in native code when
     # Python ends. There a process would abort with signal 6.

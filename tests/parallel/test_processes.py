@@ -20,6 +20,7 @@ import pytest
 from jax._src import distributed
 from rich.console import Console
 
+from tests.ranking import small_everything
 from tests.small_run import small_config, with_
 from ultra_hstu.checkpoint import Checkpoints
 from ultra_hstu.parallel import processes
@@ -206,6 +207,7 @@ def test_without_the_first_process_the_others_end(runs, tmp_path):
 def workers(tmp_path_factory):
     """What four tasks of a SLURM step found."""
     folder = tmp_path_factory.mktemp("workers")
+    small_everything.write_ratings(folder / "everything" / "raw")
     step = {
         "SLURM_JOB_ID": "1",
         "SLURM_STEP_NODELIST": "localhost",
@@ -236,6 +238,17 @@ def test_every_event_is_read_once(workers):
         assert sorted(event for events in groups.values() for event in events) == sorted(
             workers[0]["events"]
         ), mesh
+
+
+def test_all_four_papers_in_one_step_of_four_processes(workers, tmp_path):
+    """Their losses on 2 x 4 devices, of which two processes share a group, are those of one."""
+    small_everything.write_ratings(tmp_path / "raw")
+    expected = small_everything.first_steps(small_everything.everything(tmp_path))
+    assert len(expected["loss"]) > 1
+    for worker in workers:
+        assert worker["everything"] == {
+            name: pytest.approx(values, rel=1e-5) for name, values in expected.items()
+        }
 
 
 def test_bad_input_is_told_by_every_process(workers):
