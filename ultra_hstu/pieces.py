@@ -1,4 +1,4 @@
-"""Which pieces of the papers a configuration has, in words: what a run says before its first step."""
+"""Which pieces of the papers a configuration has: what a run says before its first step."""
 
 from ultra_hstu.config import Config
 
