@@ -26,16 +26,10 @@ from experiments import command
 from experiments.record import Json, Record
 from kernels.mask import layer_masks
 from ultra_hstu import report
-from ultra_hstu.config import (
-    CUTS,
-    MASKS,
-    ChannelConfig,
-    Config,
-    ModelConfig,
-    from_config_dict,
-)
+from ultra_hstu.config import Config, ModelConfig, from_config_dict
 from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.fields import changed
+from ultra_hstu.model_config import CUTS, MASKS, ChannelConfig
 from ultra_hstu.ranking.task import RankingTask
 from ultra_hstu.train import train
 

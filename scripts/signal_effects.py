@@ -21,9 +21,10 @@ from experiments import command, configs
 from experiments.record import Json
 from scripts import ablation
 from ultra_hstu import report
-from ultra_hstu.config import ChannelConfig, Config
+from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.fields import changed
+from ultra_hstu.model_config import ChannelConfig
 
 FLAGS = flags.FLAGS
 

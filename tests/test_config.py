@@ -16,16 +16,10 @@ from experiments.command import ConfigParser
 from kernels import fp8
 from tests.serving.small_serving import unchecked
 from ultra_hstu import criteria, fields
-from ultra_hstu.config import (
-    CHANNEL_OPTIONS,
-    ChannelConfig,
-    Config,
-    ModelConfig,
-    from_config_dict,
-    to_config_dict,
-)
+from ultra_hstu.config import Config, ModelConfig, from_config_dict, to_config_dict
 from ultra_hstu.effects import without_effect
 from ultra_hstu.fields import Section, changed, difference
+from ultra_hstu.model_config import CHANNEL_OPTIONS, ChannelConfig
 from ultra_hstu.nn.hstu import HSTU
 from ultra_hstu.nn.remat import policy_of
 from ultra_hstu.serving.scoring import ScoringModel

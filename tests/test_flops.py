@@ -14,7 +14,8 @@ from kernels.sampled_softmax import xla
 from tests.ranking import rank_data
 from tests.small_run import with_
 from ultra_hstu import flops, tasks
-from ultra_hstu.config import ChannelConfig, Config, DataConfig, LossConfig, ModelConfig, RankConfig
+from ultra_hstu.config import Config, DataConfig, LossConfig, ModelConfig, RankConfig
+from ultra_hstu.model_config import ChannelConfig
 from ultra_hstu.nn.din import DIN
 from ultra_hstu.nn.heads import MultiTaskHead
 from ultra_hstu.nn.hstu import HSTU

@@ -15,6 +15,7 @@ LAYERS = [
     ["ultra_hstu.fields", "ultra_hstu.signals", "ultra_hstu.instructions", "ultra_hstu.behind"],
     ["ultra_hstu.paths", "ultra_hstu.json_files"],
     ["ultra_hstu.sections", "ultra_hstu.table_config", "ultra_hstu.feature_config"],
+    ["ultra_hstu.model_config"],
     [f"ultra_hstu.{name}" for name in "config effects pieces provenance compilation_cache".split()],
     ["ultra_hstu.parallel"],
     ["ultra_hstu.programs"],

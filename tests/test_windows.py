@@ -16,12 +16,13 @@ from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks, windows
 from ultra_hstu.checkpoint import Checkpoints, load_state
-from ultra_hstu.config import ChannelConfig, Config, WindowsConfig
+from ultra_hstu.config import Config, WindowsConfig
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.windows import until
 from ultra_hstu.fields import changed
 from ultra_hstu.initial import _structure, like_of, parameters_of
 from ultra_hstu.library import fit
+from ultra_hstu.model_config import ChannelConfig
 from ultra_hstu.report import read_metrics
 from ultra_hstu.retrieval.loss import softmax_loss
 from ultra_hstu.retrieval.metrics import ranks

@@ -12,10 +12,11 @@ import ml_collections
 
 from ultra_hstu import fields
 from ultra_hstu.feature_config import FeatureConfig
-from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
+from ultra_hstu.fields import Limit, NotNegative, Section
+from ultra_hstu.model_config import ChannelConfig as ChannelConfig
+from ultra_hstu.model_config import ModelConfig
 from ultra_hstu.paths import LocalPath
 from ultra_hstu.sections import (
-    ChannelConfig,
     Count,
     EvalConfig,
     LossConfig,
@@ -23,18 +24,14 @@ from ultra_hstu.sections import (
     OptimConfig,
     ParallelConfig,
     RankConfig,
-    Rows,
     SyntheticConfig,
     SyntheticLongConfig,
     TrainConfig,
-    Windows,
     WindowsConfig,
 )
 from ultra_hstu.table_config import TableConfig
 
 Kind = Literal["binary", "regression"]  # of a ranking task
-MASKS, CUTS = ("window", "full_rows", "prefix"), ("truncate_after", "truncate_length")
-CHANNEL_OPTIONS = ("width", *MASKS, *CUTS)  # of a model, which a channel may have of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,77 +70,6 @@ class DataConfig(Section):
     synthetic: SyntheticConfig = SyntheticConfig()
     synthetic_long: SyntheticLongConfig = SyntheticLongConfig()
     table: TableConfig = TableConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig(Section):
-    # The encoder. Baselines: sasrec of retrieval, din (target attention) of ranking.
-    kind: Literal["hstu", "sasrec", "din"] = "hstu"
-    width: Count = 50  # D, of an event's embedding and of every layer
-    layers: Count = 2  # depth of the encoder
-    heads: Count = 1  # H
-    qk_width: Count = 50  # K, per head
-    v_width: Count = 50  # V, per head
-    ffn_width: Count = 50  # of the feed-forward nets of SASRec and DIN
-    # The HSTU layer of the published research code, or the production layer.
-    preset: Literal["research", "production"] = "research"
-    # Hidden width of a feed-forward block behind every HSTU layer; None: none, as published.
-    feed_forward: Count | None = None
-    # The paper's ablation: softmax as its public code has it, for plain causal retrieval alone;
-    # masked_softmax over the keys that a row sees, under any mask and for ranking.
-    attention: Literal["silu", "softmax", "masked_softmax"] = "silu"
-    relative_bias: bool = True  # position and time-bucket bias inside the SiLU
-    # Of that bias, beside bucket 0; 0: every pair is in it, and times are not read.
-    time_buckets: NotNegative[int] = 128
-    # The published padding behind the history: N = max_history + output_slots divides attention.
-    output_slots: NotNegative[int] = 11
-    # Standard deviation of the first vectors of items, which are cut at two of it.
-    item_std: Positive[float] = 0.02
-    # That of the first u, v, q and k projections of the research layer; Xavier's is
-    # sqrt(2 / (width + their widths)), 0.09 for 50 and four times 50.
-    uvqk_std: Positive[float] = 0.02
-    input_dropout: BelowOne[float] = 0.2  # of the embedded events
-    linear_dropout: BelowOne[float] = 0.2  # inside every layer
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
-    implementation: str | None = None  # of kernels.hstu_attention; None: the best for the device
-    # Production layer: factor on the scores. None: 1 / sqrt(qk_width).
-    alpha: Positive[float] | None = None
-    # Semi-local attention, see kernels.mask: one value for all layers, or one a layer. An event
-    # sees so many before it; -1: all.
-    window: Windows = ()
-    full_rows: Rows = ()  # so many newest events, and all targets, see everything before them
-    # So many oldest positions are seen by everything behind them.
-    prefix: Rows = ()
-    # Attention truncation: so many layers work on the whole sequence, the others on its newest end.
-    truncate_after: Count | None = None
-    truncate_length: Count | None = None  # events of that end
-    # Attention is divided by N. kept: above a truncation by the most rows that it leaves, as the
-    # published L2STU. length: by the rows of each sequence, without targets.
-    divide_by: Literal["constant", "kept", "length"] = "constant"
-    # Mixture of transducers, by name; empty: one transducer over all events, with `layers`.
-    channels: dict[str, ChannelConfig] = dataclasses.field(default_factory=dict)
-    # Precision of the uvqk and output projections in the forward; "same" follows dtype.
-    projection: Literal["same", "fp8"] = "same"
-    # Of the products that make the gradients of what those projections read: fp8 beside fp8.
-    projection_gradient: Literal["same", "fp8"] = "same"
-    # Of kernels.norm_linear and kernels.gated_linear; None: the best for the device.
-    layer_implementation: str | None = None
-    # What the backward computes again instead of keeping it.
-    remat: Literal["none", "selective"] = "none"
-    # Mini-sequences: rows that token-wise parts work on at one time; None: all.
-    chunk_rows: Count | None = None
-
-    @property
-    def encoders(self) -> dict[str, "ModelConfig"]:
-        """What the encoder of each channel is made from; of a run without channels one, by ""."""
-        if not self.channels:
-            return {"": self}
-        return {name: self._of_channel(channel) for name, channel in self.channels.items()}
-
-    def _of_channel(self, channel: ChannelConfig) -> "ModelConfig":
-        given = {name: getattr(channel, name) for name in CHANNEL_OPTIONS}
-        own = {name: value for name, value in given.items() if value not in ((), None)}
-        return dataclasses.replace(self, layers=channel.layers, channels={}, **own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +124,7 @@ class Config(Section):
         """Raises ValueError naming the first field whose value cannot work, and what would."""
         fields.check_limits(self)
         self._validate_data()
-        self._validate_encoder()
+        self.model.check(self.data.layout)
         self._validate_parallel()
         self.mol.check()
         if self.rank.tasks:
@@ -261,77 +187,6 @@ class Config(Section):
                 f"model.channels={sorted(channels)}, train.protocol={protocol!r}: a mixture and "
                 "the chronological split are for ranking; name rank.tasks"
             )
-
-    def _validate_encoder(self) -> None:
-        """Options of layers that do not fit together, or that only some encoders have."""
-        model, default = self.model, ModelConfig()
-        width, heads = model.width, model.heads
-        if model.kind == "sasrec" and width % heads:
-            raise ValueError(
-                f"model.width={width} must be a multiple of model.heads={heads} for SASRec"
-            )
-        for channel, encoder in model.encoders.items():
-            self._validate_layers(channel, encoder)
-        if model.divide_by == "kept" and not any(
-            encoder.truncate_after for encoder in model.encoders.values()
-        ):
-            raise ValueError(
-                "model.divide_by='kept' divides by what a truncation leaves, and there is none: "
-                "set model.truncate_after and model.truncate_length, or use 'constant' or 'length'"
-            )
-        without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
-        if model.kind != "hstu":
-            of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
-            saves = () if model.kind == "sasrec" else ("remat", "chunk_rows")
-            lacks = (*MASKS, *CUTS, "divide_by", *of_layer, "feed_forward", "uvqk_std", *saves)
-            without[f"model.kind={model.kind!r}", "use 'hstu'"] = lacks
-        if model.projection == "same":
-            why = "model.projection='same', whose gradients follow dtype"
-            without[why, "use projection='fp8'"] = ("projection_gradient",)
-        if model.attention == "softmax":
-            without["model.attention='softmax', which is plain causal", "use 'masked_softmax'"] = (
-                MASKS
-            )
-        if model.attention != "silu":
-            why = f"model.attention={model.attention!r}, whose weights sum to 1"
-            without[why, "use 'silu'"] = ("divide_by",)
-        if model.preset == "production":
-            why = "model.preset='production', whose projections start from Xavier's values"
-            without[why, "use 'research'"] = ("uvqk_std",)
-        if model.preset == "research":
-            why = "model.preset='research', whose scores have no factor"
-            without[why, "use 'production'"] = ("alpha",)
-        if self.data.layout == "padded":
-            why = "data.layout='padded', whose newest rows are padding"
-            without[why, "use 'jagged'"] = ("full_rows",)
-        for (why, remedy), names in without.items():
-            for name in names:
-                value = getattr(model, name)
-                nothing = isinstance(value, tuple) and set(value) <= {0}
-                if value != getattr(default, name) and not nothing:
-                    raise ValueError(
-                        f"model.{name}={value!r} does nothing under {why}: {remedy}, "
-                        "or leave it out"
-                    )
-
-    def _validate_layers(self, channel: str, encoder: ModelConfig) -> None:
-        """Values of an encoder that do not suit its depth."""
-        own = self.model.channels.get(channel)
-
-        def field(name: str) -> str:
-            given = own is not None and (name == "layers" or getattr(own, name) not in ((), None))
-            return f"model.{f'channels.{channel}.' if given else ''}{name}={getattr(encoder, name)}"
-
-        after, length, layers = encoder.truncate_after, encoder.truncate_length, encoder.layers
-        if (after is None) != (length is None):
-            cut = " and ".join(map(field, CUTS))
-            raise ValueError(f"{cut}: give both, or neither")
-        for name in MASKS:
-            if len(getattr(encoder, name)) not in (0, 1, layers):
-                each = f"one value, or one for each of {field('layers')}"
-                raise ValueError(f"{field(name)} must hold {each}")
-        if after is not None and after >= layers:
-            raise ValueError(f"{field('truncate_after')} must be below {field('layers')}")
 
     def _validate_parallel(self) -> None:
         """What the devices of a group can share."""

@@ -8,8 +8,9 @@ one.) `Config.validate` refuses fields that contradict each other in any case.
 import dataclasses
 from collections.abc import Iterator
 
-from ultra_hstu.config import CHANNEL_OPTIONS, Config
+from ultra_hstu.config import Config
 from ultra_hstu.feature_config import Spelled
+from ultra_hstu.model_config import CHANNEL_OPTIONS
 from ultra_hstu.sections import GENERATED
 from ultra_hstu.table_config import RULES
 

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from ultra_hstu import progress
 from ultra_hstu.checkpoint import abstract, load_state
-from ultra_hstu.config import MASKS, Config
+from ultra_hstu.config import Config
 from ultra_hstu.fields import difference
+from ultra_hstu.model_config import MASKS
 from ultra_hstu.step import Params, TrainState
 from ultra_hstu.task import Task
 from ultra_hstu.vocabulary import NEW, Index, Vocabulary, carried

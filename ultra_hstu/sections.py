@@ -8,33 +8,6 @@ from ultra_hstu.fields import BelowOne, Limit, NotNegative, Positive, Section
 from ultra_hstu.paths import LocalPath
 
 Count = Positive[int]
-Rows = tuple[NotNegative[int], ...]
-Windows = tuple[Annotated[int, Limit(lambda value: value >= -1, "at least -1")], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class ChannelConfig(Section):
-    """One transducer of a mixture, with a history and an encoder of its own.
-
-    Its history is the newest events whose signal is at least a value. What it leaves out is as
-    `model` says.
-    """
-
-    signal: str = ""  # an action of the data; "": every event
-    at_least: float = 1.0  # of the signal
-    max_history: Count = 200  # newest such events kept in front of a target
-    layers: Count = 2  # depth of its encoder
-    # Of its encoder; None: model.width, that of the embeddings. To another one they are projected.
-    width: Count | None = None
-    # Semi-local attention: one value, or one a layer. (): that of the model; (-1,): none.
-    window: Windows = ()
-    full_rows: Rows = ()  # (): those of the model; (0,): none
-    prefix: Rows = ()  # (): that of the model; (0,): none
-    # Attention truncation; None: that of the model.
-    truncate_after: Count | None = None
-    truncate_length: Count | None = None  # events; None: that of the model
-
-
 GENERATED = ("synthetic", "synthetic_long")  # sources whose settings are sections of these names
 
 

@@ -62,10 +62,10 @@ def check_names(config: Config) -> None:
         item_features.check_names(config.features, (*public.table.item_features, TITLE))
     else:
         long = data.source == sources.SYNTHETIC_LONG
-        actions, features = (sources.SYNTHETIC_ACTIONS, ())
         if long:
-            actions, features = synthetic_long.ACTIONS, synthetic_long.FEATURES
-        signals.check_names(config, actions, features)
+            signals.check_names(config, synthetic_long.ACTIONS, synthetic_long.FEATURES)
+        else:
+            signals.check_names(config, sources.SYNTHETIC_ACTIONS)
         item_features.check_names(config.features, ())
         described, timed = False, not long
         if data.table != TableConfig():

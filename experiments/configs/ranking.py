@@ -10,7 +10,6 @@ meant for a GPU.
 import dataclasses
 
 from ultra_hstu.config import (
-    ChannelConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -20,6 +19,7 @@ from ultra_hstu.config import (
     TrainConfig,
 )
 from ultra_hstu.fields import changed
+from ultra_hstu.model_config import ChannelConfig
 
 
 def hstu(

@@ -15,10 +15,11 @@ from jaxtyping import Int64
 from experiments.configs.ranking import ASSISTMENTS
 from experiments.configs.scaling import LONG
 from ultra_hstu import flops
-from ultra_hstu.config import ChannelConfig, Config
+from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.fields import Values, changed
 from ultra_hstu.flops import Flops
+from ultra_hstu.model_config import ChannelConfig
 from ultra_hstu.ranking import split
 from ultra_hstu.ranking.form import channels
 

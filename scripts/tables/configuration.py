@@ -8,8 +8,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from scripts.tables.records import markdown
 from ultra_hstu import fields
-from ultra_hstu.config import ChannelConfig, Config
+from ultra_hstu.config import Config
 from ultra_hstu.fields import Limit, Section
+from ultra_hstu.model_config import ChannelConfig
 
 
 def field_tables() -> str:

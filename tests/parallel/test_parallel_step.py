@@ -16,7 +16,8 @@ from experiments import configs
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
-from ultra_hstu.config import ChannelConfig, from_config_dict, to_config_dict
+from ultra_hstu.config import from_config_dict, to_config_dict
+from ultra_hstu.model_config import ChannelConfig
 from ultra_hstu.parallel.collectives import collectives
 from ultra_hstu.parallel.embedding_sharding import lookup
 from ultra_hstu.parallel.mesh import make_mesh

@@ -2,17 +2,10 @@
 
 import numpy as np
 
-from ultra_hstu.config import (
-    ChannelConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RankConfig,
-    TrainConfig,
-)
+from ultra_hstu.config import Config, DataConfig, ModelConfig, OptimConfig, RankConfig, TrainConfig
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import Interactions
+from ultra_hstu.model_config import ChannelConfig
 
 ITEMS = 30
 

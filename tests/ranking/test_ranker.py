@@ -18,7 +18,8 @@ from tests.ranking import rank_data
 from tests.ranking.rank_data import MIXTURE
 from tests.small_run import with_
 from ultra_hstu import tasks
-from ultra_hstu.config import ChannelConfig, from_config_dict
+from ultra_hstu.config import from_config_dict
+from ultra_hstu.model_config import ChannelConfig
 from ultra_hstu.nn.divisor import Divisor
 from ultra_hstu.nn.embeddings import CodeEmbedding
 from ultra_hstu.nn.heads import MultiTaskHead

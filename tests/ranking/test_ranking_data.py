@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.ranking import rank_data
 from tests.ranking.rank_data import MIXTURE
 from tests.small_run import with_
-from ultra_hstu.config import ChannelConfig
 from ultra_hstu.data import signals
+from ultra_hstu.model_config import ChannelConfig
 from ultra_hstu.ranking import split as requests
 from ultra_hstu.ranking.batch import GAP_EDGES
 from ultra_hstu.ranking.form import EVERYTHING

@@ -6,7 +6,8 @@ import pytest
 
 from scripts.tables import configuration
 from ultra_hstu import fields
-from ultra_hstu.config import ChannelConfig, Config
+from ultra_hstu.config import Config
+from ultra_hstu.model_config import ChannelConfig
 
 
 @dataclasses.dataclass(frozen=True)

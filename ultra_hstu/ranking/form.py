@@ -7,7 +7,8 @@ import dataclasses
 
 import numpy as np
 
-from ultra_hstu.config import ChannelConfig, Config, Kind
+from ultra_hstu.config import Config, Kind
+from ultra_hstu.model_config import ChannelConfig
 from ultra_hstu.ranking.batch import Form
 
 EVERYTHING = "events"  # the one channel of a run without a mixture of transducers
