@@ -14,7 +14,7 @@ from rich.console import Console
 from experiments import configs
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
-from ultra_hstu import optim, serving, tasks
+from ultra_hstu import flops, optim, serving, tasks
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config, OptimConfig
 from ultra_hstu.fields import changed
@@ -26,6 +26,7 @@ CONFIG = with_(
     small_config("unused", epochs=2),
     model__layers=1,
     model__relative_bias=False,
+    model__implementation="reference",
     model__feed_forward=24,
     model__chunk_rows=7,
     model__remat="selective",
@@ -37,33 +38,34 @@ DATA = rank_data.interactions(tuple(range(5, 17)))
 
 
 def test_a_run_trains_goes_on_and_answers(tmp_path):
-    """Killed or not, the same parameters; and what the run answers is what its evaluation ranks."""
-    result = fit(CONFIG, DATA, tmp_path / "whole", console=QUIET)
-    fit(with_(CONFIG, train__epochs=1), DATA, tmp_path / "parts", console=QUIET)
-    fit(CONFIG, DATA, tmp_path / "parts", console=QUIET)
-    folders = [Workdir(tmp_path / name) for name in ("whole", "parts")]
-    params = [load_params(one, tasks.of_run(one).recipe)[1] for one in folders]
-    jax.tree.map(np.testing.assert_array_equal, *params)
-    assert "feed_forward" in params[0]["encoder"]["layers"][0]
-    assert result["best"]["ndcg@10"] > 0
-    task = tasks.of_run(folders[0])
-    rank_U = task.evaluator("test").predict(params[0])
-    model = serving.RecommendationModel(str(folders[0].path))
-    user, last = 3, DATA.offsets[4] - 1
-    events = slice(DATA.offsets[user], last)
-    found = model.recommend(DATA.items[events], DATA.timestamps[events], k=DATA.num_items)
-    ids = [one.item for one in found]
-    raw = DATA.catalog.raw_ids[DATA.items[last]]
-    assert (ids.index(raw) + 1 if raw in ids else rank_U[user]) == rank_U[user]
-    # More devices have shorter shards: so may the run's mini-sequences become.
-    assert fit(with_(CONFIG, model__chunk_rows=3), DATA, tmp_path / "parts", console=QUIET)
+    """Its answers are those of its evaluation, from state and options as they were stored."""
+    fit(with_(CONFIG, train__epochs=1), DATA, tmp_path, console=QUIET)
     with pytest.raises(ValueError, match="another configuration .*\n.*model.feed_forward: 24 -> 8"):
-        fit(with_(CONFIG, model__feed_forward=8), DATA, tmp_path / "parts", console=QUIET)
+        fit(with_(CONFIG, model__feed_forward=8), DATA, tmp_path, console=QUIET)
+    # More devices have shorter shards: so may the run's mini-sequences become.
+    shorter = with_(CONFIG, model__chunk_rows=3)
+    assert fit(shorter, DATA, tmp_path, console=QUIET)["epochs"] == 2
+    folder = Workdir(tmp_path)
+    task = tasks.of_run(folder)
+    _, params = load_params(folder, task.recipe)
+    assert "feed_forward" in params["encoder"]["layers"][0] and task.config.model.chunk_rows == 3
+    rank_U = task.evaluator("test").predict(params)
+    model = serving.RecommendationModel(str(tmp_path))
+    user = int(np.argmin(rank_U))
+    events = slice(DATA.offsets[user], DATA.offsets[user + 1] - 1)
+    found = model.recommend(DATA.items[events], DATA.timestamps[events], k=DATA.num_items)
+    target = DATA.catalog.raw_ids[DATA.items[events.stop]]
+    assert [one.item for one in found].index(target) + 1 == rank_U[user]
+
+
+def test_operations_are_counted():
     counted, without = (
-        tasks.of(config, DATA).flops("train")
+        flops.count(config, 10, items=50)
         for config in (CONFIG, with_(CONFIG, model__feed_forward=None))
     )
-    assert counted.recomputed > without.recomputed and counted.projections > without.projections
+    block = 10 * 2 * 16 * 24
+    assert counted.projections - without.projections == 2 * block
+    assert counted.recomputed - without.recomputed == block
 
 
 def test_means_in_bfloat16():
@@ -110,7 +112,7 @@ def test_mini_sequences_longer_than_the_shard_are_refused(tmp_path):
             config.validate()
     config = with_(CONFIG, model__chunk_rows=1000)
     config.validate()
-    with pytest.raises(ValueError, match="chunk_rows=1000 is longer .*: use at most 64, or None"):
+    with pytest.raises(ValueError, match="chunk_rows=1000 is longer .*: use at most 128, or None"):
         fit(config, DATA, tmp_path / "run", console=QUIET)
 
 

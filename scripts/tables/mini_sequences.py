@@ -38,7 +38,7 @@ def longest_table(record: Json) -> str:
                     cells = ["" if length is None else f"{length:,}" for length in lengths]
                     rows.append([label, f"{context}{said}", *cells, ratio])
     header = ["", "devices", *MODES, "both / nothing"]
-    budget = f"{record['budget_GiB']:.0f} GiB a device, filled to 97 % at least"
+    budget = f"{record['budget_GiB']:.0f} GiB a device, full to 97 %, or to a step of lengths"
     return markdown(header, rows, f"Events of one history; {budget}. {of_machine(record)}.")
 
 
