@@ -71,7 +71,7 @@ def write_logs(folder: Path, *, users: int, events: int, seed: int = 0) -> Known
                 "is_like": int(rng.random() < like),
                 "is_follow": int(rng.random() < 0.5),  # says nothing
                 "is_comment": int(rng.random() < comment),
-                # Around 4 seconds, or around 32: a trait shows in no single event.
+                # Eight times as long, more or less: a trait shows in no single event.
                 "play_time_ms": int(4000 * 8 ** (rng.random() < watch) * rng.lognormal(0, 0.5)),
                 "duration_ms": 60_000,
             }

@@ -423,7 +423,6 @@ def test_a_channel_has_the_options_of_the_model_or_its_own():
     [
         ({"divide_by": "kept"}, "model.divide_by='kept' divides by what a truncation leaves, and "
          "there is none"),
-        ({"divide_by": "own"}, "divide_by='own' is not allowed: use 'constant', 'kept', 'length'"),
         ({"divide_by": "length", "attention": "softmax"}, "model.divide_by='length' does nothing "
          "under model.attention='softmax'"),
         ({"divide_by": "length", "kind": "sasrec"}, "model.divide_by='length' does nothing under "

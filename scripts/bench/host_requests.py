@@ -4,12 +4,12 @@ python -m scripts.bench.host_requests --config=long_ultra
     [--record=experiments/results/host_requests_h200.json] [--history=16384] [--candidates=1024]
     [--items=200000] [--workers=4] [--seconds=10] [--kinds=float32,bfloat16,int8,int4] [--count]
 
-ULTRA-HSTU (arXiv 2602.16986, table 11) moves INT4 rows in 7.9 ms where INT8 ones take 13, and
-serves 22 % more requests at its peak. Here workers of one process send requests, each the next one
-as soon as its last is answered: a history that is encoded anew, and candidates scored against it,
-both with rows of items from host memory. Parameters and requests are random. It takes about 3
-minutes of an H200. With --count nothing is run, and the record has bytes alone, which need no
-device.
+ULTRA-HSTU moves INT4 rows in 7.9 ms where INT8 ones take 13, and serves 22 % more requests at its
+peak (quoted from arXiv 2602.16986, table 11). Here workers of one process send requests, each the
+next one as soon as its last is answered: a history that is encoded anew, and candidates scored
+against it, both with rows of items from host memory. Parameters and requests are random. It takes
+about 3 minutes of an H200. With --count nothing is run, and the record has bytes alone, which need
+no device.
 """
 
 import itertools

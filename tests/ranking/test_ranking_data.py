@@ -128,7 +128,7 @@ def test_ratings_off_the_scale_are_refused():
 
 
 def test_a_channel_that_keeps_no_event_is_named(caplog):
-    some = {"some": ChannelConfig(signal="rating", at_least=6)}
+    some = {"some": ChannelConfig(signal="rating", at_least=6.0)}
     RankingTask.of(rank_data.config(model=dict(channels=some)), rank_data.interactions())
     assert "model.channels.some keeps none of the 56 events: rating is never 6" in caplog.text
 

@@ -122,7 +122,7 @@ def test_appended_events(form):
     close(serving.score(model, encoded, candidates), want, form)
 
 
-def test_what_stays_of_a_growing_cache():
+def test_what_stays_of_a_growing_cache(monkeypatch):
     """Rows computed anew.
 
     Histories of 11, 0, 2, 12, 12, 12 and 5 events come without the newest 3, 0, 2, 4, 5, 0 and 1.
@@ -155,3 +155,6 @@ def test_what_stays_of_a_growing_cache():
         "positions count from the targets"
     )
     assert grown("contextual").nothing_stays
+    encoder = built("ULTRA")[1].encoders["events"]
+    monkeypatch.setattr(encoder, "divisor", dataclasses.replace(encoder.divisor, by="length"))
+    assert grown("ULTRA").keep_B.tolist() == [0, 0, 0, 0, 0, 12, 0], "every row is divided anew"
