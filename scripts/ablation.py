@@ -1,10 +1,11 @@
 """Trains a ranking configuration with each ULTRA-HSTU piece taken away, one at a time.
 
 python -m scripts.ablation --config=assistments_rank_ultra --baseline=assistments_rank_hstu
-    --workdir=runs/ablation --seeds=42,43,44 --record=experiments/results/ablation_assistments.json
-    [--only=ultra,no_truncation] [--list]
+    --baseline.model.relative_bias=True --workdir=runs/ablation --seeds=42,43,44
+    --record=experiments/results/ablation_assistments.json [--only=ultra,no_truncation] [--list]
 python -m scripts.ablation --config=ml1m_rank_ultra --baseline=ml1m_rank_hstu
-    --workdir=runs/ablation_ml1m --record=experiments/results/ablation_ml1m.json
+    --baseline.model.relative_bias=True --workdir=runs/ablation_ml1m
+    --record=experiments/results/ablation_ml1m.json
 
 The record is written after every run. Runs that are done already in --workdir are not trained
 again, so a killed ablation goes on where it was. Any field can be overridden for all variants:

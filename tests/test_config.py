@@ -32,7 +32,7 @@ NAMES = """
     ml20m_hstu_large books_sasrec books_hstu books_hstu_large beauty_sasrec beauty_hstu
     assistments_rank_hstu assistments_rank_ultra ml1m_rank_hstu ml1m_rank_ultra kuairand_rank_hstu
     ml1m_hstu_features ml100k_hstu_features kuairand_rank_ultra long_ultra long_ultra_paper
-    long_mst table table_rank everything
+    long_mst table table_rank everything assistments_rank_din ml1m_rank_din synthetic_rank_hstu
     synthetic_hstu synthetic_hstu_softmax synthetic_transformer synthetic_long_rank_hstu
 """.split()
 
@@ -283,7 +283,10 @@ def test_a_choice_that_is_not_there_is_refused_however_it_is_made(section, name)
             "precision='fp4' must be 'same' or",
         ),
         (lambda: policy_of("some"), "remat='some' must be one of none, selective"),
-        (lambda: HSTU([], 1, attention="relu"), "attention='relu' must be 'silu' or 'softmax'"),
+        (
+            lambda: HSTU([], 1, attention="relu"),
+            "attention='relu' must be one of silu, softmax, ma",
+        ),
         (
             lambda: ScoringModel(None, None, None, {"like": "ordinal"}),
             "a task is one of binary, regression, not 'ordinal'",
