@@ -4,10 +4,10 @@ python -m scripts.scaling.run --workdir=runs/scaling --record=experiments/result
     [--minutes=30] [--sets=synthetic_long,assistments] [--raw_dir=FOLDER] [--list]
 
 --list prints the runs in their order, with operations and predicted seconds, and trains nothing.
-On one H200 all runs are predicted to take an hour and a half; those at the middle depth, which come
-first, take about a quarter of it. --minutes trains what fits; the same command goes on with what is
-left, after a kill too, or on another machine that has the record. A set that cannot be read is
-named, and the other one is trained.
+`scaling_counts` holds these predictions: two hours of one H200 for all runs, and less than half an
+hour for those at the middle depth, which come first. --minutes trains what fits; the same command
+goes on with what is left, after a kill too, or on another machine that has the record. A set that
+cannot be read is named, and the other one is trained.
 """
 
 import dataclasses

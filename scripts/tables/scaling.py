@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-import matplotlib
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
 
 from experiments.record import Json
@@ -11,7 +11,6 @@ from scripts.scaling import grid
 from scripts.scaling.fits import Curve, Estimate, Ratio, compare, estimate, exponent, power, slope
 from scripts.scaling.stream import CUTS
 from scripts.tables.records import (
-    FIGURES,
     NOT_MEASURED,
     figure,
     load,
@@ -52,6 +51,7 @@ STREAM = {
     "synthetic_hstu": ("HSTU, no bias", ".0893", ".3170"),
 }
 LEAST = 3  # amounts of compute that a fit needs
+DARK = {"figure.facecolor": "#0d1117", "axes.facecolor": "#0d1117"}  # as of GitHub
 COLOURS = {"hstu": "tab:blue", "ultra": "tab:orange"}
 
 
@@ -254,17 +254,18 @@ def scaling_figure() -> None:
     record = load("scaling_h200")
     if not record.get("runs"):
         return
-    FIGURES.mkdir(exist_ok=True)
-    for name, style in (("scaling", "default"), ("scaling_dark", "dark_background")):
-        with matplotlib.style.context(style), figure(name, 10, 7) as drawn:
+    for name, sheets in (("scaling", ["default"]), ("scaling_dark", ["dark_background", DARK])):
+        with style.context(sheets), figure(name, 10, 7.6) as drawn:
             axes = drawn.subplots(len(SETS), len(COMPUTE), squeeze=False)
             for row, data in zip(axes, SETS, strict=True):
                 for axis, compute in zip(row, COMPUTE, strict=True):
                     _draw(axis, record, data, compute)
-            axes[0][0].legend(frameon=False, fontsize=8)
+            handles, labels = axes[0][0].get_legend_handles_labels()
+            drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _draw(axis: Axes, record: Json, data: str, compute: str) -> None:
+    told = []
     for model in grid.WHOLE:
         runs = runs_of(record, data, model)
         for layers, marker in zip(grid.SETS[data].layers, "os^", strict=True):
@@ -280,19 +281,19 @@ def _draw(axis: Axes, record: Json, data: str, compute: str) -> None:
         if (found := curve(runs, compute)) is not None:
             alpha, beta = power(found)
             ends = np.geomspace(found.compute.min(), found.compute.max(), 50)
-            label = f"{MODELS[model]}: exponent {beta:.4f}"
+            label = f"{MODELS[model]}, power law"
             axis.plot(ends, alpha * ends**-beta, "-", color=COLOURS[model], label=label)
-    best = {
-        run["length"]: run["best_possible"]
-        for run in runs_of(record, data, "hstu")
-        if "best_possible" in run
-    }
-    for value in best.values():
-        axis.axhline(value, color="grey", linewidth=0.6, linestyle=":")
+            told.append(f"{MODELS[model]}: exponent {beta:.3g}")
+    for run in runs_of(record, data, "hstu"):
+        if "best_possible" in run:
+            axis.axhline(run["best_possible"], color="grey", linewidth=0.6, linestyle=":")
+    if data == "synthetic_long":
+        told.append("dotted: best possible at each length")
     axis.set(xscale="log", yscale="log", xlabel=f"operations of a request, {compute}", ylabel="NE")
-    axis.yaxis.set_major_formatter("{x:.2f}")
-    axis.yaxis.set_minor_formatter("{x:.2f}")
+    axis.yaxis.set_major_formatter("{x:.3f}")
+    axis.yaxis.set_minor_formatter("{x:.3f}")
     axis.set_title(SETS[data])
+    axis.text(0.02, 0.02, "\n".join(told), va="bottom", fontsize=8, transform=axis.transAxes)
 
 
 def _estimate(found: Estimate) -> str:

@@ -200,7 +200,6 @@ def made_up_record():
 def test_tables_and_figure_come_from_the_record(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(records, "FIGURES", tmp_path)
-    monkeypatch.setattr(tables, "FIGURES", tmp_path)
     drawn = [tmp_path / "scaling.png", tmp_path / "scaling_dark.png"]
     of_record = (tables.fits_table, tables.power_law_table, tables.runs_table, tables.floor_table)
     for table in (*of_record, tables.pieces_table, tables.stream_table, tables.generated_table):
