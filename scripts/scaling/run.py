@@ -21,7 +21,7 @@ from experiments import command
 from experiments.record import Json, Record
 from scripts.scaling import grid
 from scripts.scaling.grid import Histories, Point
-from scripts.scaling.sweep import Job, finished, sweep
+from scripts.scaling.sweep import Job, add_data, finished, sweep
 from ultra_hstu.config import Config
 from ultra_hstu.data import best_prediction, sources
 from ultra_hstu.data.interactions import Interactions, load_interactions
@@ -48,8 +48,7 @@ def main(_: list[str]) -> None:
         total = sum(job.seconds for job in jobs) / 60
         console.print(f"{len(jobs)} runs, about {total:.0f} minutes of one H200")
         return
-    prints = {name: one.fingerprint() for name, one in data.items()}
-    record.add(data=record.values.get("data", {}) | prints)
+    add_data(record, {name: one.fingerprint() for name, one in data.items()})
     left = sweep(
         jobs,
         Path(FLAGS.workdir),

@@ -20,7 +20,7 @@ from jaxtyping import Float64
 from experiments import command
 from experiments.configs import named
 from experiments.record import Record
-from scripts.scaling.sweep import Job, finished, sweep
+from scripts.scaling.sweep import Job, add_data, finished, sweep
 from ultra_hstu import flops, tasks
 from ultra_hstu.config import Config, SyntheticConfig
 from ultra_hstu.data.interactions import load_interactions
@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
             console.print(found)
         return
     interactions = load_interactions(base.data)
-    record.add(data=interactions.fingerprint())
+    add_data(record, {base.data.source: interactions.fingerprint()})
     left = sweep(
         [job_of(name, seed, FLAGS.data_dir) for seed in SEEDS for name in MODELS],
         Path(FLAGS.workdir),

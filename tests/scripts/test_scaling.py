@@ -156,6 +156,12 @@ def test_a_run_that_fails_leaves_those_before_it(tmp_path, monkeypatch):
     assert sweep.sweep(jobs, folder, Record(file, grows=True), minutes=1.0, **options) == []
     assert trained == ["a", "b", "b", "c"]
     assert sweep.predicted(job, {}, "1 x cpu") == 1000.0
+    record = Record(file, grows=True)
+    sweep.add_data(record, {"own": {"sha256": "a"}})
+    with pytest.raises(
+        ValueError, match="other data of own .sha256 a, here b.: name another --rec"
+    ):
+        sweep.add_data(Record(file, grows=True), {"own": {"sha256": "b"}, "more": {"sha256": "c"}})
 
 
 def test_a_missing_set_is_named_and_the_others_are_read(tiny, tmp_path, monkeypatch):
