@@ -58,7 +58,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def add_data(record: Record, fingerprints: dict[str, Json]) -> None:
-    """Says what the runs are trained on; ValueError where the record's were trained on other data."""
+    """Says what the runs are trained on. Raises ValueError where the record's had other data."""
     known = record.values.get("data", {})
     for name, one in fingerprints.items():
         if known.get(name, one) != one:
