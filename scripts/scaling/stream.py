@@ -5,7 +5,7 @@ python -m scripts.scaling.stream --workdir=runs/stream --record=experiments/resu
 python -m scripts.scaling.stream --bound --record=experiments/results/stream_bound.json
 
 Three models of three seeds learn from 900,000 records of 128 events, once. It is predicted to take
-a quarter of an hour of one H200, and goes on with what is left when it is started again. --bound
+twenty minutes of one H200, and goes on with what is left when it is started again. --bound
 trains nothing: it says what HR@10 and HR@50 are to be expected on the newest tenth of the records
 of somebody who knows the prior and the concentration of every record, which no model can exceed.
 """

@@ -68,6 +68,13 @@ def runs_of(record: Json, data: str, model: str) -> list[Json]:
     return [run for run in runs if (run["data"], run["model"]) == (data, model)]
 
 
+def longest(record: Json, data: str, model: str) -> list[Json]:
+    """The runs of the greatest length and the middle depth."""
+    cell = (grid.SETS[data].lengths[-1], grid.SETS[data].layers[1])
+    runs = runs_of(record, data, model)
+    return [run for run in runs if (run["length"], run["layers"]) == cell]
+
+
 def curve(runs: Sequence[Json], compute: str) -> Curve | None:
     """NE of runs over what a request computes; None for fewer than `LEAST` amounts."""
     points = [(run[compute], run["result"]["best"]["ne"]) for run in runs]
@@ -77,11 +84,11 @@ def curve(runs: Sequence[Json], compute: str) -> Curve | None:
 def selections(data: str, model: str) -> dict[str, Callable[[Json], bool]]:
     """Which runs of a data set are fitted together, in words."""
     _, middle, _ = grid.SETS[data].layers
-    longest = grid.SETS[data].lengths[-1]
+    most = grid.SETS[data].lengths[-1]
     over_length = {f"over length, {middle} layers": lambda run: run["layers"] == middle}
     if model not in grid.WHOLE:
         return over_length
-    over_depth = {f"over depth, {longest:,} events": lambda run: run["length"] == longest}
+    over_depth = {f"over depth, {most:,} events": lambda run: run["length"] == most}
     return {"all": lambda run: True} | over_length | over_depth
 
 
@@ -172,20 +179,15 @@ def floor_table(record: Json) -> str:
 
 @measured("scaling_counts", part="runs")
 def pieces_table(record: Json) -> str:
-    """What each piece alone saves of a request's operations, and what the grid computes."""
-    rows = []
+    """What each piece alone saves of a request's operations, and its NE where it is measured."""
+    rows, trained = [], load("scaling_h200")
     for data, title in SETS.items():
-        of, longest = grid.SETS[data], grid.SETS[data].lengths[-1]
-        at = {
-            model: run
-            for model in MODELS
-            for run in runs_of(record, data, model)
-            if (run["length"], run["layers"], run["seed"]) == (longest, of.layers[1], 42)
-        }
+        at = {model: found[0] for model in MODELS if (found := longest(record, data, model))}
         for model, run in at.items():
             saved = [f"{100 * (run[one] / at['hstu'][one] - 1):+.1f} %" for one in COMPUTE]
             cost = [f"{run[one] / 1e9:.3g}" for one in COMPUTE]
             paper = PAPER_SAVED.get(model, ("", ""))
+            ne = [one["result"]["best"]["ne"] for one in longest(trained, data, model)]
             rows.append(
                 [
                     title,
@@ -193,10 +195,11 @@ def pieces_table(record: Json) -> str:
                     *cost,
                     *(saved if run is not at["hstu"] else ["", ""]),
                     *paper,
+                    mean_and_deviation(ne) if ne else "not measured",
                 ]
             )
     header = ["data", "model", "GFLOP a request, training", "inference", "of HSTU's, training"]
-    header += ["inference", "paper, training", "inference"]
+    header += ["inference", "paper, training", "inference", "NE"]
     runs = record["runs"].values()
     minutes = sum(run["seconds"] for run in runs) / 60
     note = f"The grid has {len(runs)} runs, predicted to take {minutes:.0f} minutes of one H200."
