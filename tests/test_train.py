@@ -68,6 +68,18 @@ def assert_same_bits(one, other):
     )
 
 
+def test_steps_end_a_run_within_an_epoch(data_dir, tmp_path):
+    """Under `new_users`, whose 54 users that are learned from make seven steps an epoch."""
+    config = small_config(data_dir, protocol="new_users", epochs=9, steps=10, eval_every=4)
+    result = train(config, tmp_path / "run", console=QUIET)
+    assert (result["steps"], result["epochs"], result["best_epoch"]) == (10, 2, 2)
+    (first, last) = read_metrics(Workdir(tmp_path / "run").metrics)
+    assert (first["step"], last["step"]) == (7, 10) and "ndcg@10" in last.keys() - first.keys()
+    assert train(config, tmp_path / "run", console=QUIET) == result
+    with pytest.raises(ValueError, match="train.steps"):
+        train(with_(config, train__steps=11), tmp_path / "run", console=QUIET)
+
+
 def test_learns_and_writes_everything(finished):
     config, workdir, result = finished
     folder = Workdir(workdir)

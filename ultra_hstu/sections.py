@@ -44,10 +44,9 @@ class SyntheticLongConfig(Section):
     items_per_category: Count = 4  # drawn alike
     # An event is of category k = 1, 2, ... in proportion to k^-skew.
     skew: NotNegative[float] = 1.0
-    # Of the beta distribution of a user's probabilities: the likes, and the others, that a category
-    # without events counts for.
+    # A user's probabilities are beta distributed: so many liked events a category begins with,
     likes: Positive[float] = 0.5
-    others: Positive[float] = 0.5
+    others: Positive[float] = 0.5  # and so many others
     seed: NotNegative[int] = 0  # of everything that is drawn
 
 

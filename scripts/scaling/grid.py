@@ -187,7 +187,7 @@ def with_steps(config: Config, histories: Histories, events: int) -> Config:
         config,
         optim={"warmup_steps": steps // 20, "decay_steps": steps},
         train={"steps": steps, "epochs": epochs, "patience": epochs, "eval_every": every}
-        | {"checkpoint_every": every},
+        | {"checkpoint_every": every, "checkpoint_minutes": 2.0},
     )
 
 

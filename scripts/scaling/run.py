@@ -4,10 +4,10 @@ python -m scripts.scaling.run --workdir=runs/scaling --record=experiments/result
     [--minutes=30] [--sets=synthetic_long,assistments] [--raw_dir=FOLDER] [--list]
 
 --list prints the runs in their order, with operations and predicted seconds, and trains nothing.
-On one H200 all runs are predicted to take an hour and a half; those at the middle depth, which come
-first, take about a quarter of it. --minutes trains what fits; the same command goes on with what is
-left, after a kill too, or on another machine that has the record. A set that cannot be read is
-named, and the other one is trained.
+`scaling_counts` holds these predictions: two hours of one H200 for all runs, and less than half an
+hour for those at the middle depth, which come first. --minutes trains what fits; the same command
+goes on with what is left, after a kill too, or on another machine that has the record. A set that
+cannot be read is named, and the other one is trained.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from experiments import command
 from experiments.record import Json, Record
 from scripts.scaling import grid
 from scripts.scaling.grid import Histories, Point
-from scripts.scaling.sweep import Job, finished, sweep
+from scripts.scaling.sweep import Job, add_data, finished, sweep
 from ultra_hstu.config import Config
 from ultra_hstu.data import best_prediction, sources
 from ultra_hstu.data.interactions import Interactions, load_interactions
@@ -48,8 +48,7 @@ def main(_: list[str]) -> None:
         total = sum(job.seconds for job in jobs) / 60
         console.print(f"{len(jobs)} runs, about {total:.0f} minutes of one H200")
         return
-    prints = {name: one.fingerprint() for name, one in data.items()}
-    record.add(data=record.values.get("data", {}) | prints)
+    add_data(record, {name: one.fingerprint() for name, one in data.items()})
     left = sweep(
         jobs,
         Path(FLAGS.workdir),

@@ -5,7 +5,7 @@ python -m scripts.scaling.stream --workdir=runs/stream --record=experiments/resu
 python -m scripts.scaling.stream --bound --record=experiments/results/stream_bound.json
 
 Three models of three seeds learn from 900,000 records of 128 events, once. It is predicted to take
-a quarter of an hour of one H200, and goes on with what is left when it is started again. --bound
+twenty minutes of one H200, and goes on with what is left when it is started again. --bound
 trains nothing: it says what HR@10 and HR@50 are to be expected on the newest tenth of the records
 of somebody who knows the prior and the concentration of every record, which no model can exceed.
 """
@@ -20,7 +20,7 @@ from jaxtyping import Float64
 from experiments import command
 from experiments.configs import named
 from experiments.record import Record
-from scripts.scaling.sweep import Job, finished, sweep
+from scripts.scaling.sweep import Job, add_data, finished, sweep
 from ultra_hstu import flops, tasks
 from ultra_hstu.config import Config, SyntheticConfig
 from ultra_hstu.data.interactions import load_interactions
@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
             console.print(found)
         return
     interactions = load_interactions(base.data)
-    record.add(data=interactions.fingerprint())
+    add_data(record, {base.data.source: interactions.fingerprint()})
     left = sweep(
         [job_of(name, seed, FLAGS.data_dir) for seed in SEEDS for name in MODELS],
         Path(FLAGS.workdir),

@@ -57,6 +57,18 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
+def add_data(record: Record, fingerprints: dict[str, Json]) -> None:
+    """Says what the runs are trained on. Raises ValueError where the record's had other data."""
+    known = record.values.get("data", {})
+    for name, one in fingerprints.items():
+        if known.get(name, one) != one:
+            raise ValueError(
+                f"{record.path} holds runs on other data of {name} (sha256 {known[name]['sha256']},"
+                f" here {one['sha256']}): name another --record"
+            )
+    record.add(data=known | fingerprints)
+
+
 def finished(record: Record) -> dict[str, Json]:
     """The runs that a record holds, by name."""
     return dict(record.values.get("runs", {}))

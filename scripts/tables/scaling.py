@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-import matplotlib
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
 
 from experiments.record import Json
@@ -11,7 +11,6 @@ from scripts.scaling import grid
 from scripts.scaling.fits import Curve, Estimate, Ratio, compare, estimate, exponent, power, slope
 from scripts.scaling.stream import CUTS
 from scripts.tables.records import (
-    FIGURES,
     NOT_MEASURED,
     figure,
     load,
@@ -52,6 +51,14 @@ STREAM = {
     "synthetic_hstu": ("HSTU, no bias", ".0893", ".3170"),
 }
 LEAST = 3  # amounts of compute that a fit needs
+# Of the figure's two files; dark as GitHub is.
+STYLES: dict[str, list[str | Json]] = {
+    "scaling": ["default"],
+    "scaling_dark": [
+        "dark_background",
+        {"figure.facecolor": "#0d1117", "axes.facecolor": "#0d1117"},
+    ],
+}
 COLOURS = {"hstu": "tab:blue", "ultra": "tab:orange"}
 
 
@@ -59,6 +66,13 @@ def runs_of(record: Json, data: str, model: str) -> list[Json]:
     """The runs of a record that are finished."""
     runs = record.get("runs", {}).values()
     return [run for run in runs if (run["data"], run["model"]) == (data, model)]
+
+
+def longest(record: Json, data: str, model: str) -> list[Json]:
+    """The runs of the greatest length and the middle depth."""
+    cell = (grid.SETS[data].lengths[-1], grid.SETS[data].layers[1])
+    runs = runs_of(record, data, model)
+    return [run for run in runs if (run["length"], run["layers"]) == cell]
 
 
 def curve(runs: Sequence[Json], compute: str) -> Curve | None:
@@ -70,11 +84,11 @@ def curve(runs: Sequence[Json], compute: str) -> Curve | None:
 def selections(data: str, model: str) -> dict[str, Callable[[Json], bool]]:
     """Which runs of a data set are fitted together, in words."""
     _, middle, _ = grid.SETS[data].layers
-    longest = grid.SETS[data].lengths[-1]
+    most = grid.SETS[data].lengths[-1]
     over_length = {f"over length, {middle} layers": lambda run: run["layers"] == middle}
     if model not in grid.WHOLE:
         return over_length
-    over_depth = {f"over depth, {longest:,} events": lambda run: run["length"] == longest}
+    over_depth = {f"over depth, {most:,} events": lambda run: run["length"] == most}
     return {"all": lambda run: True} | over_length | over_depth
 
 
@@ -165,20 +179,15 @@ def floor_table(record: Json) -> str:
 
 @measured("scaling_counts", part="runs")
 def pieces_table(record: Json) -> str:
-    """What each piece alone saves of a request's operations, and what the grid computes."""
-    rows = []
+    """What each piece alone saves of a request's operations, and its NE where it is measured."""
+    rows, trained = [], load("scaling_h200")
     for data, title in SETS.items():
-        of, longest = grid.SETS[data], grid.SETS[data].lengths[-1]
-        at = {
-            model: run
-            for model in MODELS
-            for run in runs_of(record, data, model)
-            if (run["length"], run["layers"], run["seed"]) == (longest, of.layers[1], 42)
-        }
+        at = {model: found[0] for model in MODELS if (found := longest(record, data, model))}
         for model, run in at.items():
             saved = [f"{100 * (run[one] / at['hstu'][one] - 1):+.1f} %" for one in COMPUTE]
             cost = [f"{run[one] / 1e9:.3g}" for one in COMPUTE]
             paper = PAPER_SAVED.get(model, ("", ""))
+            ne = [one["result"]["best"]["ne"] for one in longest(trained, data, model)]
             rows.append(
                 [
                     title,
@@ -186,10 +195,11 @@ def pieces_table(record: Json) -> str:
                     *cost,
                     *(saved if run is not at["hstu"] else ["", ""]),
                     *paper,
+                    mean_and_deviation(ne) if ne else "not measured",
                 ]
             )
     header = ["data", "model", "GFLOP a request, training", "inference", "of HSTU's, training"]
-    header += ["inference", "paper, training", "inference"]
+    header += ["inference", "paper, training", "inference", "NE"]
     runs = record["runs"].values()
     minutes = sum(run["seconds"] for run in runs) / 60
     note = f"The grid has {len(runs)} runs, predicted to take {minutes:.0f} minutes of one H200."
@@ -254,17 +264,18 @@ def scaling_figure() -> None:
     record = load("scaling_h200")
     if not record.get("runs"):
         return
-    FIGURES.mkdir(exist_ok=True)
-    for name, style in (("scaling", "default"), ("scaling_dark", "dark_background")):
-        with matplotlib.style.context(style), figure(name, 10, 7) as drawn:
+    for name, sheets in STYLES.items():
+        with style.context(sheets), figure(name, 10, 7.6) as drawn:
             axes = drawn.subplots(len(SETS), len(COMPUTE), squeeze=False)
             for row, data in zip(axes, SETS, strict=True):
                 for axis, compute in zip(row, COMPUTE, strict=True):
                     _draw(axis, record, data, compute)
-            axes[0][0].legend(frameon=False, fontsize=8)
+            handles, labels = axes[0][0].get_legend_handles_labels()
+            drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _draw(axis: Axes, record: Json, data: str, compute: str) -> None:
+    told = []
     for model in grid.WHOLE:
         runs = runs_of(record, data, model)
         for layers, marker in zip(grid.SETS[data].layers, "os^", strict=True):
@@ -280,19 +291,19 @@ def _draw(axis: Axes, record: Json, data: str, compute: str) -> None:
         if (found := curve(runs, compute)) is not None:
             alpha, beta = power(found)
             ends = np.geomspace(found.compute.min(), found.compute.max(), 50)
-            label = f"{MODELS[model]}: exponent {beta:.4f}"
+            label = f"{MODELS[model]}, power law"
             axis.plot(ends, alpha * ends**-beta, "-", color=COLOURS[model], label=label)
-    best = {
-        run["length"]: run["best_possible"]
-        for run in runs_of(record, data, "hstu")
-        if "best_possible" in run
-    }
-    for value in best.values():
-        axis.axhline(value, color="grey", linewidth=0.6, linestyle=":")
+            told.append(f"{MODELS[model]}: exponent {beta:.3g}")
+    for run in runs_of(record, data, "hstu"):
+        if "best_possible" in run:
+            axis.axhline(run["best_possible"], color="grey", linewidth=0.6, linestyle=":")
+    if data == "synthetic_long":
+        told.append("dotted: best possible at each length")
     axis.set(xscale="log", yscale="log", xlabel=f"operations of a request, {compute}", ylabel="NE")
-    axis.yaxis.set_major_formatter("{x:.2f}")
-    axis.yaxis.set_minor_formatter("{x:.2f}")
+    axis.yaxis.set_major_formatter("{x:.3f}")
+    axis.yaxis.set_minor_formatter("{x:.3f}")
     axis.set_title(SETS[data])
+    axis.text(0.02, 0.02, "\n".join(told), va="bottom", fontsize=8, transform=axis.transAxes)
 
 
 def _estimate(found: Estimate) -> str:

@@ -156,6 +156,12 @@ def test_a_run_that_fails_leaves_those_before_it(tmp_path, monkeypatch):
     assert sweep.sweep(jobs, folder, Record(file, grows=True), minutes=1.0, **options) == []
     assert trained == ["a", "b", "b", "c"]
     assert sweep.predicted(job, {}, "1 x cpu") == 1000.0
+    record = Record(file, grows=True)
+    sweep.add_data(record, {"own": {"sha256": "a"}})
+    with pytest.raises(
+        ValueError, match="other data of own .sha256 a, here b.: name another --rec"
+    ):
+        sweep.add_data(Record(file, grows=True), {"own": {"sha256": "b"}, "more": {"sha256": "c"}})
 
 
 def test_a_missing_set_is_named_and_the_others_are_read(tiny, tmp_path, monkeypatch):
@@ -200,7 +206,6 @@ def made_up_record():
 def test_tables_and_figure_come_from_the_record(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(records, "FIGURES", tmp_path)
-    monkeypatch.setattr(tables, "FIGURES", tmp_path)
     drawn = [tmp_path / "scaling.png", tmp_path / "scaling_dark.png"]
     of_record = (tables.fits_table, tables.power_law_table, tables.runs_table, tables.floor_table)
     for table in (*of_record, tables.pieces_table, tables.stream_table, tables.generated_table):
