@@ -203,11 +203,16 @@ def test_tables(tmp_path, monkeypatch):
         json.dumps(record | {"confirmed": origin | {"runs": runs}})
     )
 
+    ways = {"replicated": batch, "exchanged": batch | {"bytes_sent": 3e6}}
     of_batches = origin | {
-        "platform": "gpu", "rows": 4096, "users": 8, "longest": 512, "processes": 2,
+        "platform": "gpu",
+        "rows": 4096,
+        "users": 8,
+        "longest": 512,
+        "processes": 2,
         "machine": "alone",
-        "batches": {"wide, stream": {"replicated": batch, "exchanged": batch | {"bytes_sent": 3e6}}},
-    }  # fmt: skip
+        "batches": {"wide, stream": ways},
+    }
     (tmp_path / "batches_h200.json").write_text(json.dumps(of_batches))
     text = context_parallel_tables.batches_table()
     assert "| 2 GPUs | wide, stream | exchanged | 20.0 | 1.00 | 5.0 | 4.00 | 1.00 | 3.00 |" in text
