@@ -115,6 +115,14 @@ def test_a_bound_that_is_too_low_is_refused_with_the_number_that_would_do():
         with_(config, parallel__batches="gathered", parallel__exchange_rows=3).validate()
 
 
+def test_rows_that_nobody_has_checked_are_not_lost_in_silence():
+    """All weights are NaN, and so is the loss of the batch."""
+    task, loader = loaded(RANKING, 1, 8, parallel__batches="exchanged")
+    loader.exchange = dataclasses.replace(loader.exchange, capacity=(1,))
+    program, feed = batches_of(task, loader)
+    assert np.isnan(program(feed, np.int32(0)).weight_PK).all()
+
+
 @pytest.mark.parametrize("striped", [False, True])
 @pytest.mark.parametrize("context", [2, 4])
 def test_sizes_are_what_any_batch_can_need(striped, context):
