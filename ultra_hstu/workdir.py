@@ -41,6 +41,7 @@ FREE_FIELDS = (
     *(f"train.{name}:" for name in ("epochs", "keep_checkpoints", "checkpoint_minutes")),
     "windows.count:",
     *(f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")),
+    *(f"parallel.{name}:" for name in ("batches", "exchange_rows")),
 )
 # Orbax finds the files of a checkpoint by patterns that begin with its path, and takes /gs/NAME for
 # gs://NAME.
