@@ -42,6 +42,7 @@ FREE_FIELDS = (
     "windows.count:",
     "model.chunk_rows:",  # more devices have shorter shards
     *(f"parallel.{name}:" for name in ("data", "context", "strategy", "layout", "fsdp")),
+    *(f"parallel.{name}:" for name in ("batches", "exchange_rows")),
 )
 # Orbax finds the files of a checkpoint by patterns that begin with its path, and takes /gs/NAME for
 # gs://NAME.

@@ -81,15 +81,17 @@ def measure_all() -> None:
         machine="shared with other work" if FLAGS.shared else "alone",
     )
     data = interactions(users, longest)
+    rounds, calls = (1, 1) if FLAGS.small else (FLAGS.rounds, FLAGS.calls)
     found: dict[str, Json] = {}
-    for case, config in cases(users, longest).items():
+    width = 512 if launch.on_gpu() and not FLAGS.small else 16
+    for case, config in cases(users, longest, width).items():
         for placement in PLACEMENTS:
             placed = changed(config, data={"placement": placement})
-            found[f"{case}, {placement}"] = measure(placed, data, whole_step=False)
+            found[f"{case}, {placement}"] = measure(placed, data, rounds, calls)
             record.add(rows=config.data.batch_tokens, batches=found)
         if FLAGS.step:
-            steps = record.values.get("steps", {}) | {case: measure(config, data, whole_step=True)}
-            record.add(steps=steps)
+            step = measure(config, data, rounds, calls, whole_step=True)
+            record.add(steps=record.values.get("steps", {}) | {case: step})
     if processes.is_first():
         for name, ways in found.items():
             show(ways, ("batches_a_second", "put_bytes", "temporary_bytes", "bytes_sent"), name)
@@ -114,8 +116,8 @@ def interactions(users: int, longest: int) -> Interactions:
     )
 
 
-def cases(users: int, longest: int) -> dict[str, Config]:
-    width = 16 if FLAGS.small or not launch.on_gpu() else 512
+def cases(users: int, longest: int, width: int) -> dict[str, Config]:
+    """The two configurations, of a model of this width."""
     narrow = Config(
         name="narrow",
         data=DataConfig(
@@ -146,7 +148,9 @@ def cases(users: int, longest: int) -> dict[str, Config]:
     return {"narrow": narrow, "wide": wide}
 
 
-def measure(config: Config, data: Interactions, *, whole_step: bool) -> Json:
+def measure(
+    config: Config, data: Interactions, rounds: int, calls: int, *, whole_step: bool = False
+) -> Json:
     """What each way takes, one beside the other."""
     made: dict[str, tuple[Loader, Run]] = {}
     found: dict[str, Json] = {}
@@ -168,7 +172,6 @@ def measure(config: Config, data: Interactions, *, whole_step: bool) -> Json:
             "temporary_bytes": temporaries(program),
             "bytes_sent": bytes_sent(program.as_text() or "", devices),
         }
-    rounds, calls = (1, 1) if FLAGS.small else (FLAGS.rounds, FLAGS.calls)
     for number in range(rounds + 1):
         for name, (loader, run) in made.items():
             processes.barrier()

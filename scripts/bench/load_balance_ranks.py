@@ -61,22 +61,25 @@ def measure_all() -> None:
         model={name: getattr(model, name) for name in ("width", "layers", "heads", "dtype")},
         machine="shared with other work" if FLAGS.shared else "alone",
     )
-    sets = {name: measure(model, length_U) for name, length_U in draws.length_sets().items()}
+    sets = {
+        name: measure(model, length_U, FLAGS.timed_steps)
+        for name, length_U in draws.length_sets().items()
+    }
     record.add(sets=sets)
     if processes.is_first():
         for name, found in sets.items():
             show(found, ("rows", "slowest", "mean", "slowest_over_mean", "together"), name)
 
 
-def measure(model: ModelConfig, length_U: Int[np.ndarray, " U"]) -> Json:
+def measure(model: ModelConfig, length_U: Int[np.ndarray, " U"], timed_steps: int) -> Json:
     """Seconds of the timed steps by policy: of each rank, of the slowest, and of the mean."""
     longest, ranks = int(length_U.max()), jax.process_count()
     config = Config(data=DataConfig(max_history=longest), model=model)
     gamma, _ = flops.cost_exponent(config, longest)
     _, kept = draws.simulate(length_U, longest, gamma, ranks)
-    mesh, found = make_mesh(data=ranks), {}
+    mesh, found = make_mesh(data=ranks, devices=jax.devices()[:ranks]), {}
     for policy, kept_SRU in kept.items():
-        kept_SRU = kept_SRU[-FLAGS.timed_steps :]
+        kept_SRU = kept_SRU[-timed_steps:]
         rows = -(-int(kept_SRU.sum(2).max()) // ROW_MULTIPLE) * ROW_MULTIPLE
         step, params = draws.training_pass(config, rows)
         offsets_SRB = np.pad(np.cumsum(kept_SRU, axis=2), ((0, 0), (0, 0), (1, 0)))

@@ -28,6 +28,7 @@ VARIANTS = {
 MASKS = {"semi_local": "semi-local", "causal": "full causal"}
 COLOURS = {"semi_local": "tab:red", "causal": "tab:blue"}
 STEPS = ("context_parallel_steps_h200", "context_parallel_steps_h100")  # whatever was measured
+BATCHES = ("batches_h200", "batches_cpu")
 FIGURE = "![Speed-up by strategy, and longest sequence over devices](figures/context_parallel.png)"
 
 
@@ -127,6 +128,40 @@ def reshard_table(record: Json) -> str:
     header += ["temporary MiB a device", "MB a device sends"]
     size = cells(found, "{rows:,} rows of width {width} over {devices} devices")[0]
     return markdown(header, rows, f"{size}; {origin(record)}")
+
+
+def batches_table() -> str:
+    """How a group comes by its batch: the batch by itself, then a training step where measured."""
+    rows, notes = [], []
+    for record in filter(None, map(load, BATCHES)):
+        kinds = {
+            **record["batches"],
+            **{f"{k}, step": v for k, v in record.get("steps", {}).items()},
+        }
+        for kind, ways in kinds.items():
+            base = ways["replicated"]["batches_a_second"]
+            for way, found in ways.items():
+                rows.append(
+                    [
+                        f"{record['devices']} {record['platform'].upper()}s",
+                        kind,
+                        way,
+                        f"{found['batches_a_second']:,.1f}",
+                        f"{found['batches_a_second'] / base:.2f}",
+                        f"{1e3 * found['processor_seconds']:.1f}",
+                        f"{found['put_bytes'] / 1e6:.2f}",
+                        f"{found['temporary_bytes'] / 1e6:.2f}",
+                        f"{found['bytes_sent'] / 1e6:.2f}",
+                    ]
+                )
+        notes += cells(
+            record | {"origin": origin(record)},
+            "{rows:,} rows, {users} users of up to {longest:,} events, {processes} processes, the "
+            "machine {machine}: {origin}",
+        )
+    header = ["devices", "batch", "`parallel.batches`", "batches a second", "of replicated"]
+    header += ["processor ms, all", "MB put on a device", "MB temporary", "MB a device sends"]
+    return markdown(header, rows, *notes)
 
 
 @measured("context_parallel_balance")

@@ -79,8 +79,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/context_parallel.md": {
         "context_steps": context_parallel.steps_table,
         "context_longest": context_parallel.longest_table,
-        "context_reshard": context_parallel.reshard_table,
         "context_balance": context_parallel.balance_table,
+    },
+    "docs/exchanged_batches.md": {
+        "context_batches": context_parallel.batches_table,
+        "context_reshard": context_parallel.reshard_table,
     },
     "docs/losses.md": {
         "loss_gpu": loss.gpu_table,
@@ -109,6 +112,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "sparsity": sampling.sparsity_table,
         "sampled_ranking": sampling.sampled_ranking_table,
         "load_balance": sampling.load_balance_table,
+        "load_balance_ranks": sampling.load_balance_ranks_table,
         "int4": sampling.int4_table,
         "host_requests": serving_tables.host_requests_table,
     },

@@ -26,6 +26,7 @@ SUBSEQUENCES = {  # file suffix -> what the runs were trained on
     "sl_weighted": "alpha 1.6, recency-weighted events",
 }
 POLICIES = {"plain": ("stochastic length", "tab:grey"), "balanced": ("load-balanced", "tab:blue")}
+RANKS = ("load_balance_ranks_h200", "load_balance_ranks_cpu")
 
 
 def stochastic_length_table() -> str:
@@ -147,6 +148,32 @@ def load_balance_table(record: Json) -> str:
     timed = ["slowest of 8, ms", "predicted", "mean of 8, ms"]
     steps = markdown(["lengths", "draws", "rows of the buffer", *timed], times)
     return markdown(header, spread, steps, origin(record))
+
+
+def load_balance_ranks_table() -> str:
+    """Seconds of ranks that compute at one time, by policy."""
+    rows, notes = [], []
+    for record in filter(None, map(load, RANKS)):
+        for name, policies in record["sets"].items():
+            base = policies["plain"]["slowest"]
+            for policy, found in policies.items():
+                rows.append(
+                    [
+                        f"{record['ranks']} {record['platform'].upper()}s",
+                        name,
+                        policy,
+                        f"{1e3 * found['slowest']:.1f}",
+                        f"{found['slowest'] / base:.2f}",
+                        f"{1e3 * found['mean']:.1f}",
+                        f"{found['slowest_over_mean']:.2f}",
+                        # a wall clock, which other work lengthens
+                        f"{1e3 * found['together']:.1f}" if record["machine"] == "alone" else "",
+                    ]
+                )
+        notes.append(f"The machine {record['machine']}: {origin(record)}")
+    header = ["ranks", "lengths", "draws", "slowest rank, ms", "of plain", "mean rank, ms"]
+    header += ["slowest / mean", "step with summed gradients, ms"]
+    return markdown(header, rows, *notes)
 
 
 def _whole(values: Json, policy: str) -> str:

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from tests.parallel.test_parallel_step import MIXTURE, QUICK, RANKING, RETRIEVAL, interactions
+from tests.parallel.test_parallel_step import (
+    GROUPS,
+    MIXTURE,
+    QUICK,
+    RANKING,
+    RETRIEVAL,
+    interactions,
+)
 from tests.small_run import with_
 from ultra_hstu import tasks
 from ultra_hstu.data.feed import feed_specs
@@ -108,6 +115,14 @@ def test_a_bound_that_is_too_low_is_refused_with_the_number_that_would_do():
         with_(config, parallel__batches="gathered", parallel__exchange_rows=3).validate()
 
 
+def test_rows_that_nobody_has_checked_are_not_lost_in_silence():
+    """All weights are NaN, and so is the loss of the batch."""
+    task, loader = loaded(RANKING, 1, 8, parallel__batches="exchanged")
+    loader.exchange = dataclasses.replace(loader.exchange, capacity=(1,))
+    program, feed = batches_of(task, loader)
+    assert np.isnan(program(feed, np.int32(0)).weight_PK).all()
+
+
 @pytest.mark.parametrize("striped", [False, True])
 @pytest.mark.parametrize("context", [2, 4])
 def test_sizes_are_what_any_batch_can_need(striped, context):
@@ -125,6 +140,16 @@ def test_sizes_are_what_any_batch_can_need(striped, context):
             assert ((reader_SB == device) * length_SB).sum(1).max() <= exchange.read[0]
         assert (np.diff(reader_SB) >= 0).all()
     assert Exchange.of(shards, (128,), (8,)).capacity[0] <= (4 if not striped else 128 // context)
+
+
+def test_what_is_computed_and_what_answers_know_nothing_of_it():
+    config = with_(RETRIEVAL, parallel__context=8, parallel__batches="exchanged")
+    assert config.on_one_device() == with_(RETRIEVAL, parallel__groups=GROUPS)
+    plain, exchanged = (
+        tasks.of(with_(config, parallel__batches=one), interactions(False)).flops("train")
+        for one in ("replicated", "exchanged")
+    )
+    assert plain == exchanged
 
 
 def _fill(rng, rows, longest):

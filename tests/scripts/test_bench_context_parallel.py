@@ -3,16 +3,18 @@
 import functools
 import json
 
+import numpy as np
 import pytest
 
+from scripts.bench import batches, context_parallel_longest, load_balance_ranks
 from scripts.bench import context_parallel as bench
-from scripts.bench import context_parallel_longest
 from scripts.bench.context_parallel_balance import balance
 from scripts.bench.context_parallel_case import Case
 from scripts.bench.context_parallel_longest import GIB, USERS, longest
 from scripts.bench.turns import one_by_one
 from scripts.tables import context_parallel as context_parallel_tables
-from scripts.tables import records
+from scripts.tables import records, sampling
+from ultra_hstu.config import ModelConfig
 from ultra_hstu.parallel.collectives import collectives
 
 
@@ -84,6 +86,26 @@ def test_reshard():
         )
 
 
+def test_batches():
+    """Users of one's own are a part of the rows, and less moves than by an all-gather."""
+    config = batches.cases(8, 32, width=16)["narrow"]
+    found = batches.measure(config, batches.interactions(8, 32), rounds=1, calls=1)
+    replicated, gathered, exchanged = (found[way] for way in batches.WAYS)
+    assert replicated["bytes_sent"] == 0 < exchanged["bytes_sent"] < gathered["bytes_sent"]
+    assert exchanged["temporary_bytes"] < gathered["temporary_bytes"]
+    assert exchanged["packed_rows"] == gathered["packed_rows"] < replicated["packed_rows"] / 2
+    assert all(one["batches_a_second"] > 0 for one in found.values())
+
+
+def test_ranks():
+    """One rank is the slowest and the mean."""
+    model = ModelConfig(width=8, layers=1, heads=1, qk_width=8, v_width=8, relative_bias=False)
+    found = load_balance_ranks.measure(model, np.arange(1, 20), timed_steps=2)
+    assert list(found) == ["plain", "balanced"]
+    for one in found.values():
+        assert len(one["alone"]) == 2 and one["slowest_over_mean"] == 1 and one["together"] > 0
+
+
 def test_balance():
     found = balance()["busiest_over_mean"]
     assert all(
@@ -119,6 +141,8 @@ def test_tables(tmp_path, monkeypatch):
         context_parallel_tables.longest_table,
         context_parallel_tables.steps_table,
         context_parallel_tables.reshard_table,
+        context_parallel_tables.batches_table,
+        sampling.load_balance_ranks_table,
     )
     for table in (*every, context_parallel_tables.balance_table):
         assert "not measured yet" in table()
@@ -142,6 +166,13 @@ def test_tables(tmp_path, monkeypatch):
     ways = {
         "all_to_all": {"batches_a_second": 200, "temporary_bytes": 2**20, "bytes_sent": 1e6},
         "all_gather": {"batches_a_second": 100, "temporary_bytes": 2**22, "bytes_sent": 4e6},
+    }
+    batch = {
+        "batches_a_second": 20.0,
+        "processor_seconds": 0.005,
+        "put_bytes": 4e6,
+        "temporary_bytes": 1e6,
+        "bytes_sent": 0,
     }
     long = {
         "case": {"length": 131072, "context": 2},
@@ -170,6 +201,33 @@ def test_tables(tmp_path, monkeypatch):
     runs = [run, {"error": "OOM\nat"}]
     (tmp_path / "context_parallel_longest.json").write_text(
         json.dumps(record | {"confirmed": origin | {"runs": runs}})
+    )
+
+    ways = {"replicated": batch, "exchanged": batch | {"bytes_sent": 3e6}}
+    of_batches = origin | {
+        "platform": "gpu",
+        "rows": 4096,
+        "users": 8,
+        "longest": 512,
+        "processes": 2,
+        "machine": "alone",
+        "batches": {"wide, stream": ways},
+    }
+    (tmp_path / "batches_h200.json").write_text(json.dumps(of_batches))
+    text = context_parallel_tables.batches_table()
+    assert "| 2 GPUs | wide, stream | exchanged | 20.0 | 1.00 | 5.0 | 4.00 | 1.00 | 3.00 |" in text
+    assert "2 processes, the machine alone: 2 x GPU" in text
+    policies = {
+        "plain": {"slowest": 0.2, "mean": 0.1, "slowest_over_mean": 2.0, "together": 0.25},
+        "balanced": {"slowest": 0.15, "mean": 0.1, "slowest_over_mean": 1.5, "together": 0.2},
+    }
+    ranks = origin | {
+        "ranks": 2, "platform": "gpu", "machine": "alone", "sets": {"Zipf": policies}
+    }  # fmt: skip
+    (tmp_path / "load_balance_ranks_h200.json").write_text(json.dumps(ranks))
+    assert (
+        "| 2 GPUs | Zipf | balanced | 150.0 | 0.75 | 100.0 | 1.50 | 200.0 |"
+        in sampling.load_balance_ranks_table()
     )
 
     text = context_parallel_tables.steps_table()
