@@ -11,9 +11,11 @@ from rich.console import Console
 from experiments import configs
 from experiments.record import read
 from scripts import search, studies, study, sweep
+from scripts.bench import published_sets
 from scripts.studies import Run, with_field
 from scripts.sweep import Sweep
 from ultra_hstu import effects, flops
+from ultra_hstu.data.interactions import load_interactions
 
 QUIET = Console(quiet=True)
 SMALL = {"data.synthetic.users": 20, "data.synthetic.length": 8}
@@ -75,6 +77,9 @@ def test_finished_runs_are_not_trained_again(made, tmp_path):
         more = dataclasses.replace(ONE, seeds=(1, 2, 3))
         assert not first.record(more)
         assert first.train([more]) == [] and starts(first)["one"] == 2
+        # So is a record of another recipe under the same name.
+        other = dataclasses.replace(ONE, overrides=SMALL | {"loss.temperature": 0.1})
+        assert first.record(ONE) and not first.record(other)
     record = read(tmp_path / "results" / "two.json")
     assert record["study"] == "small" and record["overrides"]["optim.learning_rate"] == 0.5
     assert record["shared_device"] and "--seeds=1,2 --workdir=runs/two" in record["command"]
@@ -203,7 +208,17 @@ def test_what_helps_is_put_together(monkeypatch):
     assert search.together(("a", "b")) == {"x": 1, "y": 1}
 
 
-# Nine in ten users of MovieLens-1M, by the length of their history: every tenth of them.
+@pytest.mark.parametrize("name", ["ml20m_hstu", "books_hstu"])
+def test_generated_sets_are_read_as_the_published_ones(name, tmp_path):
+    data = configs.named(name).data
+    published_sets.written(data.source, str(tmp_path), 0.001)
+    data = dataclasses.replace(data, raw_dir=str(tmp_path), data_dir=str(tmp_path / "data"))
+    found = load_interactions(data)
+    most = published_sets.SETS[data.source].events // 1000
+    assert found.num_events == most or (name == "books_hstu" and most / 9 < found.num_events < most)
+
+
+# Lengths of the test histories of MovieLens-1M: of every tenth part of its users, the middle one.
 LENGTHS = (22, 31, 43, 59, 80, 108, 147, 200, 200, 200)
 
 
