@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -14,8 +18,10 @@ from scripts import search, studies, study, sweep
 from scripts.bench import published_sets
 from scripts.studies import Run, with_field
 from scripts.sweep import Sweep
+from tests import commands
 from ultra_hstu import effects, flops
 from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.run import Interrupted
 
 QUIET = Console(quiet=True)
 SMALL = {"data.synthetic.users": 20, "data.synthetic.length": 8}
@@ -107,6 +113,27 @@ def test_a_sweep_that_is_out_of_time_goes_on_later(made, monkeypatch):
     with again.alone():
         assert again.train([slow, long, ONE]) == []
     assert starts(again) == {"slow": 2, "long": 1, "one": 1} and not again.problems
+
+
+def test_a_sweep_that_is_stopped_lets_its_runs_save(made):
+    slow, found = dataclasses.replace(ONE, name="slow"), made()
+
+    def stop():
+        while not (found.folder / "slow.ready").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with found.alone():
+        threading.Thread(target=stop).start()
+        with pytest.raises(Interrupted, match="stopped; the same command goes on in"):
+            found.train([slow])
+        assert not found.record(slow) and not found.problems
+        assert found.train([slow]) == [] and starts(found) == {"slow": 2}
+
+
+def test_smoke_tests_fill_no_table():
+    done = commands.run("scripts.study", "--study=small", "--override=train.epochs=1")
+    assert done.returncode == 1 and "name another --results" in done.stderr
 
 
 def test_two_sweeps_in_one_folder_are_refused(made):
