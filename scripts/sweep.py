@@ -128,10 +128,11 @@ class Sweep:
         waiting = self._with_data(waiting)
         active: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
         began = said = time.monotonic()
+        ending = False
         with signals.stopping(lambda: "stopping: all runs save their state") as stop:
             while waiting or active:
                 if stop.requested or self._left() <= SAVE_S:
-                    waiting = []
+                    waiting, ending = [], True
                     self._end([process for _, process in active.values()])
                 while len(active) < self.jobs and (run := self._next(waiting)) is not None:
                     waiting.remove(run)
@@ -140,7 +141,7 @@ class Sweep:
                     break  # what is left takes longer than there is time
                 for run, process in [one for one in active.values() if one[1].poll() is not None]:
                     del active[run.name]
-                    self._ended(run, process.returncode)
+                    self._ended(run, process.returncode, asked=ending)
                 if time.monotonic() - said > SAY_S:
                     said = time.monotonic()
                     rest = f"{len(waiting)} are waiting; training: {', '.join(active)}"
@@ -223,12 +224,13 @@ class Sweep:
                 process.kill()
                 process.wait()
 
-    def _ended(self, run: Run, code: int) -> None:
-        if code < 0 or code > 128:
+    def _ended(self, run: Run, code: int, *, asked: bool) -> None:
+        if code and asked:
             progress.line(self.console, "stopped", f"{run.name}: the same command goes on with it")
         elif code:
             log = (self.folder / f"{run.name}.log").read_text(errors="replace")
-            self._fail(run, "\n".join(log.splitlines()[-3:]))
+            why = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+            self._fail(run, "\n".join([why, *log.splitlines()[-3:]]))
         else:
             path = self.folder / f"{run.name}.json"
             found = read(path)

@@ -161,7 +161,7 @@ def test_what_cannot_be_trained_is_named_and_the_others_run(made, tmp_path):
     assert list(found.problems) == ["missing", "fails"] and found.record(ONE)
     problem = found.problems["missing"]
     assert "ultra-hstu inspect --config.data.source=ml-1m" in problem and "ratings.dat" in problem
-    assert found.problems["fails"] == "error: it cannot be"
+    assert found.problems["fails"] == "exit code 1\nerror: it cannot be"
 
 
 def test_every_run_of_a_study_can_be_made(monkeypatch):
