@@ -18,17 +18,20 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from experiments import command
 from experiments.record import Json, Record
 from ultra_hstu import paths, progress, tasks
 from ultra_hstu.checkpoint import load_params
 from ultra_hstu.config import Config
-from ultra_hstu.criteria import mean_and_deviation
+from ultra_hstu.criteria import Metrics, mean_and_deviation
 from ultra_hstu.fields import changed
 from ultra_hstu.retrieval.evaluate import CorpusEvaluator
 from ultra_hstu.retrieval.metrics import mean_metrics
+from ultra_hstu.retrieval.split import Examples
+from ultra_hstu.step import Params
+from ultra_hstu.task import Task
 from ultra_hstu.train import train
 from ultra_hstu.workdir import Workdir
 
@@ -62,20 +65,25 @@ def inexact_users(ratings: Path, rows: Path | None) -> Int[np.ndarray, " n"]:
     return np.unique(user_E[row_N])
 
 
-def measured(rank_U: Int[np.ndarray, " U"], exact_U: Bool[np.ndarray, " U"]) -> dict[str, Json]:
-    """The metrics of all users, and of those whose times are exact."""
-    return {"all": mean_metrics(rank_U), "exact": mean_metrics(rank_U[exact_U])}
+def measured(task: Task, params: Params, unfit_N: Int[np.ndarray, " n"]) -> dict[str, Metrics]:
+    """The metrics of all test users, and of those who are not among `unfit_N`, raw ids."""
+    measure, examples = task.evaluator("test"), task.examples("test")
+    assert isinstance(measure, CorpusEvaluator) and isinstance(examples, Examples)
+    rank_U = measure.predict(params)
+    place_U = measure.plan.place_SB[measure.used_SP]
+    user_U = task.interactions.users[examples.user[place_U]]
+    return {"all": mean_metrics(rank_U), "exact": mean_metrics(rank_U[~np.isin(user_U, unfit_N)])}
 
 
-def summary(runs: Mapping[int, Mapping[str, Json]]) -> dict[str, Json]:
+def summary(runs: Mapping[int, Mapping[str, Metrics]]) -> dict[str, Json]:
     """Mean and deviation over seeds, by part of the users."""
-    found = {}
+    found: dict[str, Json] = {}
     for part in USERS:
         of_part = [run[part] for run in runs.values()]
-        mean, deviation = of_part[0], {}
+        found[part] = {"mean": of_part[0], "stdev": {}}
         if len(of_part) > 1:
             mean, deviation = mean_and_deviation(of_part)
-        found[part] = {"mean": mean, "stdev": deviation}
+            found[part] = {"mean": mean, "stdev": deviation}
     return found
 
 
@@ -99,19 +107,15 @@ def main(_: list[str]) -> None:
     }
     found: dict[str, Json] = {}
     for name, arm in chosen.items():
-        of_seed: dict[int, dict[str, Json]] = {}
+        of_seed: dict[int, dict[str, Metrics]] = {}
         for seed in seeds:
             folder = Workdir(paths.local(FLAGS.workdir) / name / f"seed_{seed}")
             one = changed(arm, train={"seed": seed})
             train(one, folder.path, console=working, task=task)
             of_run = task.with_config(one)
-            measure = of_run.evaluator("test")
-            assert isinstance(measure, CorpusEvaluator)
             with jax.default_matmul_precision(one.train.matmul_precision):
-                rank_U = measure.predict(load_params(folder, of_run.recipe)[1])
-            place_U = measure.plan.place_SB[measure.used_SP]
-            user_U = task.interactions.users[of_run.examples("test").user[place_U]]
-            of_seed[seed] = measured(rank_U, ~np.isin(user_U, unfit_N))
+                params = load_params(folder, of_run.recipe)[1]
+                of_seed[seed] = measured(of_run, params, unfit_N)
         found[name] = {"runs": of_seed, **summary(of_seed)}
         for part in USERS:
             mean = found[name][part]["mean"]

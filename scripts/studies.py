@@ -5,6 +5,7 @@ and of its folder.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 
 from experiments import configs
@@ -39,6 +40,12 @@ class Run:
             config = with_field(config, field, value)
         config.validate()
         return config
+
+    @property
+    def recipe(self) -> str:
+        """A digest of the configuration, whatever its name: records of another one are no match."""
+        fields = flat(dataclasses.asdict(self.made())) | {"name": ""}
+        return hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:12]
 
     def flags(self) -> list[str]:
         """The run as arguments of `experiments.train`."""

@@ -13,9 +13,9 @@ record is written once all seeds of a run are done. Before it starts the plan te
 from the seconds of earlier records where there are some. --minutes ends in time with every state
 saved, and starts no run that would not end.
 
-`--study=ml1m` is about 55 minutes of one run after another on an H200, and `--study=search` 65;
-`--jobs=4` takes a third of that, for one run of this width leaves most of a GPU idle (guessed from
-`ml1m_hstu_large_published`, three of which ran side by side).
+Minutes of runs on an H200, by records of three or more runs side by side and by guesses: 86 of
+`--study=ml1m`, 101 of `--study=search`, 39 of `--study=small`. One run of this width leaves most of
+a GPU idle, so that with `--jobs=4` each takes about a quarter of that.
 """
 
 import ast
@@ -101,29 +101,30 @@ def searched(sweep: Sweep, override: Mapping[str, object], *, plan_only: bool = 
     """Tries all candidates and what they make together, and confirms the best; runs left to do."""
     changes: dict[str, search.Changes] = {search.BASE: {}} | search.candidates()
 
-    def trained(names: Sequence[str]) -> list[Run]:
-        runs = overridden([search.trial(name, changes[name]) for name in names], override)
-        left = sweep.plan(runs)
-        return left if plan_only else sweep.train(runs)
+    def runs() -> dict[str, Run]:
+        trials = [search.trial(name, of) for name, of in changes.items()]
+        return dict(zip(changes, overridden(trials, override), strict=True))
+
+    def trained() -> list[Run]:
+        left = sweep.plan(list(runs().values()))
+        return left if plan_only else sweep.train(list(runs().values()))
 
     def records() -> dict[str, Json]:
-        every = {name: sweep.record(search.trial(name, of)) for name, of in changes.items()}
+        every = {name: sweep.record(run) for name, run in runs().items()}
         return {name: record for name, record in every.items() if record}
 
-    if left := trained(list(changes)):
+    if (left := trained()) or runs()[search.BASE].name in sweep.problems:
         return left
-    if search.trial(search.BASE, {}).name in sweep.problems:
-        return []
     found = {name: search.value(record) for name, record in records().items()}
     for names in search.stacks(found.pop(search.BASE), found):
         changes[" + ".join(names)] = search.together(names)
-    if left := trained(list(changes)):
+    if left := trained():
         return left
     tried = search.summary(records(), changes)
     best = tried[0]
     Record(sweep.results / f"{search.NAME}_search.json", **sweep.conditions).add(
         config=search.BASE,
-        data=sweep.record(search.trial(search.BASE, {}))["data"],
+        data=records()[search.BASE]["data"],
         protocol=search.START["train.protocol"],
         start=search.START,
         chosen=best["name"],

@@ -76,13 +76,15 @@ class Sweep:
             yield
 
     def record(self, run: Run) -> Json:
-        """The record of a finished run; empty where some seed is missing.
+        """The record of a finished run; empty where some seed is missing, or the recipe another.
 
-        An interrupted run has none: `experiments.train` writes it once all seeds are done.
+        An interrupted run has none: `experiments.train` writes it once all seeds are done. Records
+        from before there were studies name no recipe.
         """
         for path in (self.results / f"{run.name}.json", self.folder / f"{run.name}.json"):
             found = read(path)
-            if set(run.seeds) <= {one["seed"] for one in found.get("runs", [])}:
+            seeds = {one["seed"] for one in found.get("runs", [])}
+            if set(run.seeds) <= seeds and found.get("recipe", run.recipe) == run.recipe:
                 return found
         return {}
 
@@ -108,7 +110,8 @@ class Sweep:
                 told = "by a record" if known else "guessed"
                 state = f"{len(run.seeds)} seeds, {progress.duration(seconds)} {told}"
             progress.line(self.console, "plan", f"{run.name}: {state}")
-        minutes = f"{total / 60:.0f} minutes of one run after another, {self.jobs} at a time"
+        minutes = f"{total / 60:.0f} minutes of runs, {total / 60 / self.jobs:.0f} at best with "
+        minutes += f"{self.jobs} at a time"
         limit = "" if self.minutes is None else f", at most {self.minutes:g} minutes"
         progress.line(self.console, "plan", f"{len(left)} of {len(runs)} left: {minutes}{limit}")
         return left
@@ -124,11 +127,12 @@ class Sweep:
         waiting = [run for run in runs if run.name not in self.problems and not self._kept(run)]
         waiting = self._with_data(waiting)
         active: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
-        said = time.monotonic()
+        began = said = time.monotonic()
+        ending = False
         with signals.stopping(lambda: "stopping: all runs save their state") as stop:
             while waiting or active:
                 if stop.requested or self._left() <= SAVE_S:
-                    waiting = []
+                    waiting, ending = [], True
                     self._end([process for _, process in active.values()])
                 while len(active) < self.jobs and (run := self._next(waiting)) is not None:
                     waiting.remove(run)
@@ -137,13 +141,12 @@ class Sweep:
                     break  # what is left takes longer than there is time
                 for run, process in [one for one in active.values() if one[1].poll() is not None]:
                     del active[run.name]
-                    self._ended(run, process.returncode)
+                    self._ended(run, process.returncode, asked=ending)
                 if time.monotonic() - said > SAY_S:
                     said = time.monotonic()
-                    at_work = ", ".join(active)
-                    progress.line(
-                        self.console, "study", f"{len(waiting)} are waiting; training: {at_work}"
-                    )
+                    rest = f"{len(waiting)} are waiting; training: {', '.join(active)}"
+                    spent = progress.duration(said - began)
+                    progress.line(self.console, "study", f"{rest}; {spent} so far")
                 time.sleep(POLL_S)
         if stop.requested:
             raise Interrupted(f"stopped; the same command goes on in {self.folder}", stop.requested)
@@ -221,16 +224,17 @@ class Sweep:
                 process.kill()
                 process.wait()
 
-    def _ended(self, run: Run, code: int) -> None:
-        if code < 0 or code > 128:
+    def _ended(self, run: Run, code: int, *, asked: bool) -> None:
+        if code and asked:
             progress.line(self.console, "stopped", f"{run.name}: the same command goes on with it")
         elif code:
             log = (self.folder / f"{run.name}.log").read_text(errors="replace")
-            self._fail(run, "\n".join(log.splitlines()[-3:]))
+            why = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+            self._fail(run, "\n".join([why, *log.splitlines()[-3:]]))
         else:
             path = self.folder / f"{run.name}.json"
             found = read(path)
-            found |= {**self.conditions, "overrides": dict(run.overrides)}
+            found |= {**self.conditions, "overrides": dict(run.overrides), "recipe": run.recipe}
             found |= {"shared_device": self.jobs > 1, "command": self._command(found["command"])}
             write_json(path, found)
             self._kept(run)

@@ -53,7 +53,7 @@ class ModelConfig(Section):
     # masked_softmax over the keys that a row sees, under any mask and for ranking.
     attention: Literal["silu", "softmax", "masked_softmax"] = "silu"
     relative_bias: bool = True  # position and time-bucket bias inside the SiLU
-    # Of that bias, beside bucket 0; 0: every pair is in it, and times are not read.
+    # Of that bias, beside bucket 0; 0: it knows no times.
     time_buckets: NotNegative[int] = 128
     # The published padding behind the history: N = max_history + output_slots divides attention.
     output_slots: NotNegative[int] = 11

@@ -76,7 +76,7 @@ MOVIE_FEATURES: Values = {
 }
 VALIDATED: Values = {"protocol": "validated"}
 # A recipe of our own: what it changes in HSTU-large, on whatever data. It is a candidate, put
-# together from what helped others (full softmax, width, dropout against overfitting), until
+# together from what helped others (full softmax, width, dropout, Xavier's first values), until
 # `scripts.study --study=search` has chosen one by validation items; its record is then
 # `ml1m_best_search`, and a test compares the two.
 BEST: Values = {
@@ -84,6 +84,7 @@ BEST: Values = {
         "width": 64,
         "qk_width": 32,
         "v_width": 32,
+        "uvqk_std": 0.08,
         "input_dropout": 0.3,
         "linear_dropout": 0.3,
     },

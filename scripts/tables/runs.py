@@ -61,7 +61,8 @@ def published_sets_table(record: Json) -> str:
         [f"`{name}`", *cells(found | {"step_s": found["step_ms_median"] / 1e3}, *COLUMNS.values())]
         for name, found in record["sets"].items()
     ]
-    return markdown(["configuration", *COLUMNS], rows, origin(record))
+    notes = [record["note"]] if "note" in record else []
+    return markdown(["configuration", *COLUMNS], rows, *notes, origin(record))
 
 
 COLUMNS = {

@@ -1,13 +1,12 @@
 """Users whose times are exact, told apart, and the model that reads none."""
 
-import json
-
+import jax
 import numpy as np
 import pytest
 
 from experiments.configs import named
 from scripts import exact_times
-from tests import commands
+from ultra_hstu import tasks
 from ultra_hstu.fields import changed
 
 USERS, EVENTS = 12, 6
@@ -47,29 +46,23 @@ def test_arms():
         exact_times.arms(changed(config, model={"relative_bias": False}))
 
 
-def test_the_record(copy, tmp_path):
-    done = commands.run(
-        "scripts.exact_times",
-        "--config=ml1m_hstu",
-        f"--config.data.raw_dir={copy}",
-        f"--config.data.data_dir={tmp_path}",
-        "--config.data.max_history=4",
-        "--config.model.layers=1",
-        "--config.model.implementation=reference",
-        "--config.train.epochs=1",
-        "--config.train.protocol=validated",
-        f"--rows={copy}/rows.npz",
-        "--seeds=7",
-        f"--workdir={tmp_path}/runs",
-        f"--record={tmp_path}/record.json",
+def test_users_without_such_a_line_are_measured_apart(copy, tmp_path):
+    config = changed(
+        named("ml1m_hstu"),
+        data={"raw_dir": str(copy), "data_dir": str(tmp_path), "max_history": 4},
+        model={"layers": 1, "implementation": "reference"},
+        train={"eval_users": 5, "protocol": "validated"},
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / "record.json").read_text())
-    assert record["exact_users"] == 8 and list(record["arms"]) == ["times", "no_times"]
-    for name, arm in record["arms"].items():
-        result = json.loads((tmp_path / f"runs/{name}/seed_7/result.json").read_text())
-        assert arm["all"]["mean"]["hr@10"] == result["best"]["hr@10"]
-        eighths, twelfths = (
-            arm[part]["mean"]["hr@10"] * n for part, n in (("exact", 8), ("all", 12))
-        )
-        assert 0 <= round(twelfths) - round(eighths) <= 4 and eighths == round(eighths)
+    task = tasks.load(config)
+    params = jax.jit(task.recipe.init, static_argnums=0)(0).params
+    unfit_N = exact_times.inexact_users(copy / "ratings.dat", copy / "rows.npz")
+    others_N = np.setdiff1d(task.interactions.users, unfit_N)
+    found, rest = (exact_times.measured(task, params, some_N) for some_N in (unfit_N, others_N))
+    assert found["all"] == rest["all"]
+    for metric, whole in found["all"].items():
+        parts = 8 * found["exact"][metric] + 4 * rest["exact"][metric]
+        np.testing.assert_allclose(parts, 12 * whole, err_msg=metric)
+    assert found["exact"] != rest["exact"]
+    runs = {seed: {part: found["all"] for part in exact_times.USERS} for seed in (1, 2)}
+    of_seeds = exact_times.summary(runs)["exact"]
+    assert of_seeds["mean"]["mrr"] == found["all"]["mrr"] and of_seeds["stdev"]["mrr"] == 0

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -11,9 +15,13 @@ from rich.console import Console
 from experiments import configs
 from experiments.record import read
 from scripts import search, studies, study, sweep
+from scripts.bench import published_sets
 from scripts.studies import Run, with_field
 from scripts.sweep import Sweep
+from tests import commands
 from ultra_hstu import effects, flops
+from ultra_hstu.data.interactions import load_interactions
+from ultra_hstu.run import Interrupted
 
 QUIET = Console(quiet=True)
 SMALL = {"data.synthetic.users": 20, "data.synthetic.length": 8}
@@ -75,6 +83,9 @@ def test_finished_runs_are_not_trained_again(made, tmp_path):
         more = dataclasses.replace(ONE, seeds=(1, 2, 3))
         assert not first.record(more)
         assert first.train([more]) == [] and starts(first)["one"] == 2
+        # So is a record of another recipe under the same name.
+        other = dataclasses.replace(ONE, overrides=SMALL | {"loss.temperature": 0.1})
+        assert first.record(ONE) and not first.record(other)
     record = read(tmp_path / "results" / "two.json")
     assert record["study"] == "small" and record["overrides"]["optim.learning_rate"] == 0.5
     assert record["shared_device"] and "--seeds=1,2 --workdir=runs/two" in record["command"]
@@ -104,6 +115,27 @@ def test_a_sweep_that_is_out_of_time_goes_on_later(made, monkeypatch):
     assert starts(again) == {"slow": 2, "long": 1, "one": 1} and not again.problems
 
 
+def test_a_sweep_that_is_stopped_lets_its_runs_save(made):
+    slow, found = dataclasses.replace(ONE, name="slow"), made()
+
+    def stop():
+        while not (found.folder / "slow.ready").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with found.alone():
+        threading.Thread(target=stop).start()
+        with pytest.raises(Interrupted, match="stopped; the same command goes on in"):
+            found.train([slow])
+        assert not found.record(slow) and not found.problems
+        assert found.train([slow]) == [] and starts(found) == {"slow": 2}
+
+
+def test_smoke_tests_fill_no_table():
+    done = commands.run("scripts.study", "--study=small", "--override=train.epochs=1")
+    assert done.returncode == 1 and "name another --results" in done.stderr
+
+
 def test_two_sweeps_in_one_folder_are_refused(made):
     one, other = made(), made()
     with one.alone():
@@ -129,7 +161,7 @@ def test_what_cannot_be_trained_is_named_and_the_others_run(made, tmp_path):
     assert list(found.problems) == ["missing", "fails"] and found.record(ONE)
     problem = found.problems["missing"]
     assert "ultra-hstu inspect --config.data.source=ml-1m" in problem and "ratings.dat" in problem
-    assert found.problems["fails"] == "error: it cannot be"
+    assert found.problems["fails"] == "exit code 1\nerror: it cannot be"
 
 
 def test_every_run_of_a_study_can_be_made(monkeypatch):
@@ -203,7 +235,17 @@ def test_what_helps_is_put_together(monkeypatch):
     assert search.together(("a", "b")) == {"x": 1, "y": 1}
 
 
-# Nine in ten users of MovieLens-1M, by the length of their history: every tenth of them.
+@pytest.mark.parametrize("name", ["ml20m_hstu", "books_hstu"])
+def test_generated_sets_are_read_as_the_published_ones(name, tmp_path):
+    data = configs.named(name).data
+    published_sets.written(data.source, str(tmp_path), 0.001)
+    data = dataclasses.replace(data, raw_dir=str(tmp_path), data_dir=str(tmp_path / "data"))
+    found = load_interactions(data)
+    most = published_sets.SETS[data.source].events // 1000
+    assert found.num_events == most or (name == "books_hstu" and most / 9 < found.num_events < most)
+
+
+# Lengths of the test histories of MovieLens-1M: of every tenth part of its users, the middle one.
 LENGTHS = (22, 31, 43, 59, 80, 108, 147, 200, 200, 200)
 
 

@@ -253,6 +253,16 @@ def test_a_search_shows_all_that_was_tried(results):
     assert note.startswith("2 were tried, 2 seeds each") and failed == "Not trained: deep."
 
 
+def test_figures_for_light_and_dark_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "FIGURES", tmp_path)
+    for drawn in records.themed("drawn", 1, 1):
+        drawn.subplots().plot([0, 1])
+    light, dark = ((tmp_path / f"drawn{end}.png").read_bytes() for end in ("", "_dark"))
+    assert light[:4] == dark[:4] == b"\x89PNG" and light != dark
+    shown = records.picture("drawn", "a line")
+    assert "dark)" in shown and "figures/drawn_dark.png" in shown and "figures/drawn.png" in shown
+
+
 def test_what_was_run(results):
     origin = {"device": "1 x cpu", "commit": "abc", "date": "2026-11-30T10:00"}
     results("x", origin | {"runs": seeds_of(0.1, 0.2), "data": {"sha256": "123456789"}})

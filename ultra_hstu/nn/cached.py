@@ -323,7 +323,7 @@ class _CachedAttention:
             k: SHK,
             v: SHV,
             own: tuple[RHK, RHV] | None,
-            tables: tuple[PositionTable, TimeTable] | None,
+            tables: tuple[PositionTable, TimeTable | None] | None,
             *,
             alpha: float,
         ) -> RHV:
@@ -353,7 +353,7 @@ class _CachedAttention:
         alpha: float,
         bias: RelativeBiasTables | None,
     ) -> RHV:
-        tables = None if bias is None else (bias.position_table[...], bias.time_table[...])
+        tables = None if bias is None else bias.values
         return self._run(q, k, v, own, tables, alpha=alpha)
 
 
