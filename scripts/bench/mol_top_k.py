@@ -52,9 +52,9 @@ def mixture(weights: str) -> MixtureOfLogits:
         MolConfig(), WIDTH, temperature=TEMPERATURE, l2_normalize=True, rngs=nnx.Rngs(0)
     )
     if weights == "few":  # the gate's net of the logits hands them on
-        logits, gate = made.cross_gate.shape
-        made.cross_gate[...] = jnp.eye(logits, gate) * SHARPNESS
-        made.cross_gate_output[...] = jnp.eye(gate, logits)
+        logits, gate = made.cross_gate.hidden.shape
+        made.cross_gate.hidden[...] = jnp.eye(logits, gate) * SHARPNESS
+        made.cross_gate.output[...] = jnp.eye(gate, logits)
     return made
 
 

@@ -22,6 +22,7 @@ from scripts.tables import (
     layer,
     long,
     loss,
+    mixture,
     overview,
     ranking,
     retrieval,
@@ -73,6 +74,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "loss_cpu": loss.cpu_table,
         "negatives": loss.negatives_table,
     },
+    "docs/mixture_of_logits.md": {"mol_top_k": mixture.top_k_table},
     "docs/http_service.md": {
         "serve_example": serve_tables.RECOMMEND.example,
         "score_example": serve_tables.SCORE.example,
