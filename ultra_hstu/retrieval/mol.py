@@ -169,10 +169,9 @@ class MixtureOfLogits(nnx.Module):
         """The gate's net of the products."""
         return self.cross_gate.net
 
-    def of_ids(self, code_t: Int[Array, " t"], shards: Shards = ONE) -> Float[Array, "t W"] | None:
-        """The component of users by their ids' codes, zeros for code 0; None without such."""
-        if self.user_table is None:
-            return None
+    def of_ids(self, code_t: Int[Array, " t"], shards: Shards = ONE) -> Float[Array, "t W"]:
+        """The component of users by their ids' codes, zeros for code 0, of a mixture with such."""
+        assert self.user_table is not None
         return lookup(self.user_table[...], code_t - 1, shards)
 
     def users(
