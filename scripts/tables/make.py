@@ -24,6 +24,7 @@ from scripts.tables import (
     long,
     loss,
     mini_sequences,
+    mixture,
     movielens,
     overview,
     ranking,
@@ -90,6 +91,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "loss_cpu": loss.cpu_table,
         "negatives": loss.negatives_table,
     },
+    "docs/mixture_of_logits.md": {"mol_top_k": mixture.top_k_table},
     "docs/http_service.md": {
         "serve_example": serve_tables.RECOMMEND.example,
         "score_example": serve_tables.SCORE.example,

@@ -53,7 +53,8 @@ def silu(x):
 
 def by_hand(made, h_TD, code_T, table_ID, l2_normalize=True):
     """Scores and weights of every row and item, as the paper writes them."""
-    p = {name: np.asarray(x[...], np.float64) for name, x in nnx.state(made).items()}
+    flat = nnx.to_flat_state(nnx.state(made))
+    p = {"_".join(path): np.asarray(x[...], np.float64) for path, x in flat}
     config = made.config
 
     def unit(x):
@@ -61,7 +62,7 @@ def by_hand(made, h_TD, code_T, table_ID, l2_normalize=True):
         return x / norm if l2_normalize else x
 
     def net(name, x, bias=0.0):
-        hidden = silu(x @ p[f"{name}_gate"] + p[f"{name}_gate_bias"])
+        hidden = silu(x @ p[f"{name}_gate_hidden"] + p[f"{name}_gate_hidden_bias"])
         return hidden @ p[f"{name}_gate_output"] + bias
 
     h, e = np.asarray(h_TD, np.float64), np.asarray(table_ID, np.float64)
@@ -246,9 +247,9 @@ def catalogue():
     table[201:] = table[101:201]
     spread = mixture()
     few = nnx.clone(spread)
-    few.cross_gate[...] = jnp.eye(6, 10) * 5.0
-    few.cross_gate_output[...] = jnp.eye(10, 6) * 5.0
-    few.user_gate_output[...] *= 0
+    few.cross_gate.hidden[...] = jnp.eye(6, 10) * 5.0
+    few.cross_gate.output[...] = jnp.eye(10, 6) * 5.0
+    few.user_gate.output[...] *= 0
     return table, {"spread": spread, "few": few}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ultra_hstu.config import ModelConfig
 from ultra_hstu.nn.dropout import KeyOrNone, split_key
@@ -102,13 +102,19 @@ class Recommender(nnx.Module):
 
     def queries(self, batch: Batch, shards: Shards = ONE) -> Float[Array, "b X"]:
         """What items are scored for: `users`, with the components of their ids behind them."""
-        users_bD = self.users(batch, shards)
-        if self.mixture is None or batch.user_B is None:
+        users_bD, code_B = self.users(batch, shards), self.user_codes(batch)
+        if self.mixture is None or code_B is None:
             return users_bD
-        of_id_bW = self.mixture.of_ids(shards.part(jnp.asarray(batch.user_B)), shards)
-        if of_id_bW is None:
-            return users_bD
+        of_id_bW = self.mixture.of_ids(shards.part(code_B), shards)
         return jnp.concatenate([users_bD.astype(jnp.float32), of_id_bW], axis=1)
+
+    def user_codes(self, batch: Batch) -> Int[Array, " B"] | None:
+        """Codes of the users' ids, 0 where a batch has none; None where the model reads none."""
+        if self.mixture is None or self.mixture.user_table is None:
+            return None
+        if batch.user_B is None:
+            return jnp.zeros(batch.offsets.shape[0] - 1, jnp.int32)
+        return jnp.asarray(batch.user_B)
 
     def encode(self, batch: Batch, *, shards: Shards = ONE, key: KeyOrNone = None) -> Activations:
         """The output of the encoder, before any L2 norm, in the dtype of the config.

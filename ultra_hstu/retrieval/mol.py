@@ -113,6 +113,23 @@ class Dropped(NamedTuple):
     rate: float
 
 
+class GateNet(nnx.Module):
+    """The parameters of a `Net`."""
+
+    def __init__(
+        self, inputs: int, width: int, outputs: int, *, bias: bool = False, rngs: nnx.Rngs
+    ):
+        self.hidden = param(xavier_uniform, rngs, inputs, width)
+        self.hidden_bias = _zeros(width)
+        self.output = param(xavier_uniform, rngs, width, outputs)
+        self.output_bias = _zeros(outputs) if bias else None
+
+    @property
+    def net(self) -> Net:
+        bias = None if self.output_bias is None else self.output_bias[...]
+        return Net(self.hidden[...], self.hidden_bias[...], self.output[...], bias)
+
+
 class MixtureOfLogits(nnx.Module):
     """The parameters of a mixture, and the parts that it makes of users and items."""
 
@@ -141,29 +158,20 @@ class MixtureOfLogits(nnx.Module):
         self.user_output_bias = _zeros(of_users)
         self.item_output = param(xavier_uniform, rngs, width, of_items)
         self.item_output_bias = _zeros(of_items)
-        for name, inputs in (("user", width), ("item", width), ("cross", logits)):
-            setattr(self, f"{name}_gate", param(xavier_uniform, rngs, inputs, gate))
-            setattr(self, f"{name}_gate_bias", _zeros(gate))
-            setattr(self, f"{name}_gate_output", param(xavier_uniform, rngs, gate, logits))
-        self.cross_gate_output_bias = _zeros(logits)
+        self.user_gate = GateNet(width, gate, logits, rngs=rngs)
+        self.item_gate = GateNet(width, gate, logits, rngs=rngs)
+        self.cross_gate = GateNet(logits, gate, logits, bias=True, rngs=rngs)
         ids = config.user_ids
         self.user_table = table(xavier_normal, rngs, ids, config.component_width) if ids else None
 
     @property
     def cross(self) -> Net:
         """The gate's net of the products."""
-        return self._net("cross", self.cross_gate_output_bias[...])
+        return self.cross_gate.net
 
-    def _net(self, name: str, bias_L: Float[Array, " L"] | None = None) -> Net:
-        hidden, hidden_bias, output = (
-            getattr(self, f"{name}_{one}")[...] for one in ("gate", "gate_bias", "gate_output")
-        )
-        return Net(hidden, hidden_bias, output, bias_L)
-
-    def of_ids(self, code_t: Int[Array, " t"], shards: Shards = ONE) -> Float[Array, "t W"] | None:
-        """The component of users by their ids' codes, zeros for code 0; None without such."""
-        if self.user_table is None:
-            return None
+    def of_ids(self, code_t: Int[Array, " t"], shards: Shards = ONE) -> Float[Array, "t W"]:
+        """The component of users by their ids' codes, zeros for code 0, of a mixture with such."""
+        assert self.user_table is not None
         return lookup(self.user_table[...], code_t - 1, shards)
 
     def users(
@@ -192,7 +200,7 @@ class MixtureOfLogits(nnx.Module):
             of_id_UW = dropout(of_id_UW, self.config.user_dropout, key)
             out_UX = jnp.concatenate([out_UX, of_id_UW], axis=1)
         component_UPW = self._components(out_UX, arithmetic) / self.temperature
-        return UserPart(component_UPW, arithmetic.net(self._net("user"), x_UD))
+        return UserPart(component_UPW, arithmetic.net(self.user_gate.net, x_UD))
 
     def items(
         self, e_ID: Float[Array, "I D"], arithmetic: Arithmetic, dropped: Dropped | None = None
@@ -204,7 +212,7 @@ class MixtureOfLogits(nnx.Module):
             x_ID = apply_dropout(e_ID, kept(dropped, e_ID.shape[1]), dropped.rate)
         out_IX = arithmetic.linear(x_ID, self.item_output[...]) + self.item_output_bias[...][None]
         return ItemPart(
-            self._components(out_IX, arithmetic), arithmetic.net(self._net("item"), e_ID)
+            self._components(out_IX, arithmetic), arithmetic.net(self.item_gate.net, e_ID)
         )
 
     def _components(self, out_XY: Float[Array, "X Y"], arithmetic: Arithmetic) -> Array:

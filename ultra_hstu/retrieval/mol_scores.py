@@ -7,8 +7,8 @@ every item that was left out, no other item can be among the k best: that is the
 more candidates are taken, and in the end all items.
 
 A bound is only as good as a mean is close to its largest logit: weights that are spread over many
-logits make bounds that prove nothing, and then all items are scored. `Candidates` says how to
-stop before that, and what it costs is a recall (docs/mixture_of_logits.md).
+logits make bounds that prove nothing, and then all items are scored. `candidates` of `best` stops
+before that, at the cost of some recall (docs/mixture_of_logits.md).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from ultra_hstu.retrieval.metrics import Best, Corpus, Seen, best_items, entries
 from ultra_hstu.retrieval.mol import EXACT, ItemPart, MixtureOfLogits, Net, UserPart, mixed
 from ultra_hstu.retrieval.scores import all_scores, digits
 
-CHUNK_NUMBERS = {"cpu": 2**20, "accelerator": 2**27}  # of users x items x width of the gate
+CHUNK_NUMBERS = {"cpu": 2**20, "accelerator": 2**26}  # of users x items x width of the gate
 ROUNDS = (512, 4096)  # candidates of each attempt to prove the best; then all items are scored
 ROUNDING = 2.0**-23
 

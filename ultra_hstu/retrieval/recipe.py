@@ -141,13 +141,11 @@ class Recipe(Steps[Recommender]):
             log_q = None if log_q is None else log_q.at[entries.dealt_U].get(mode="fill")
         num_items = None if batch.items_1 is None else batch.items_1[0]
         if model.mixture is not None:
-            mixture_key, code_T = jax.random.fold_in(key, 3), None
-            if batch.user_B is not None:
-                code_T = batch.user_B[sequences.rows.segment]
+            mixture_key, code_B = jax.random.fold_in(key, 3), model.user_codes(batch)
             return mixture_loss(
                 model.mixture,
                 h_TD,
-                code_T,
+                None if code_B is None else code_B[sequences.rows.segment],
                 table_ID,
                 number_I,
                 target_T,

@@ -228,6 +228,8 @@ class RecommendationModel:
             hidden_US = np.zeros((self.max_users, slots), np.int32)
             for row, query in enumerate(group):
                 hidden_US[row, : len(query.hidden)] = query.hidden
+            # Behind them is the first one again: what proves hers the best does so there, too.
+            user_UD[len(group) :], hidden_US[len(group) :] = user_UD[0], hidden_US[0]
             best_UK, score_UK = jax.device_get(
                 self._best(table, user_UD, hidden_US, self._allowed_I, k=k)
             )
