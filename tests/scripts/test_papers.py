@@ -17,7 +17,7 @@ CLAIMS = {
         embedding memory; appendix C; table 2; table 3; tables 14, 15; stochastic length, quality;
         table 13; table 16; table 4, ML-1M; table 4, ML-20M; table 4, Books; table 4, others;
         table 12, hyperparameters; table 5, E and C; table 5, log perplexity; table 6; table 7;
-        figure 7, scaling; training throughput""",
+        figure 7, scaling; training throughput; linear layers; figures 4, 6, 10, 12, 13""",
     "ultra_hstu": """equations 1-5; semi-local attention; semi-local attention, efficiency;
         merged input; heterogeneous actions; algorithm 1; stochastic length; attention truncation;
         table 9; mixture of transducers; table 8; BF16; FP8 GEMM; FP8 and INT4 together; fusion 1;

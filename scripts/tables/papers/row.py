@@ -19,6 +19,7 @@ Value = Callable[[Json], float | str]
 Key = str | Mapping[str, object]
 
 HEADER = ["", "claim or algorithm", "published [q]", "here", "where", "what deviates, and why"]
+METRIC = re.compile(r"\b0(\.\d{4})\b")  # written without its zero
 # A command of a docstring, with the lines that go on behind it.
 COMMAND = re.compile(r"^ *(python -m .*(?:\n {4,}(?!python )[\[\-].*)*)", re.MULTILINE)
 
@@ -89,7 +90,7 @@ class Cell:
         except Missing:
             shown = ""
         if shown:
-            return f"{shown} (`{self.record}`)"
+            return f"{METRIC.sub(r'\1', shown)} (`{self.record}`)"
         command = _commands().get(self.record) or _runnable(self.command)
         return f"not measured: `{command}`" if command else f"not measured (`{self.record}`)"
 
