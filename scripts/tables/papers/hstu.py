@@ -12,7 +12,7 @@ def grid(data: str) -> tuple[Cell, ...]:
             f"{data}_{model}_published",
             f"{name} {{:.4f}}, {{:.4f}}",
             (field("mean", "hr@10"), field("mean", "ndcg@10")),
-            f"experiments.train --config={data}_{model} --workdir=runs/{data}_{model}"
+            f"train --config={data}_{model} --workdir=runs/{data}_{model}"
             f" --seeds=42,43,44 --record=experiments/results/{data}_{model}_published.json",
         )
         for model, name in (("sasrec", "SASRec"), ("hstu", "HSTU"), ("hstu_large", "large"))
@@ -21,7 +21,7 @@ def grid(data: str) -> tuple[Cell, ...]:
 
 def trained(record: str, group: str, text: str) -> Cell:
     """NE of some seeds of a ranking run."""
-    command = f"scripts.ranking_runs --group={group} --workdir=runs/ranking"
+    command = f"ranking_runs --group={group} --workdir=runs/ranking"
     return Cell(record, text, (field("mean", "ne"),), command)
 
 

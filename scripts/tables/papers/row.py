@@ -75,7 +75,8 @@ class Cell:
     """What a record says: `text.format(*values)`.
 
     Attributes:
-      command: of a record that no docstring of a script names: a module and its flags.
+      command: of a record that no docstring of a script names: its module, in scripts/ or
+        experiments/, and flags.
     """
 
     record: str
@@ -150,8 +151,9 @@ def _named(node: ast.stmt) -> list[str]:
 
 def _runnable(command: str) -> str:
     """The command, if its module is there."""
-    module = ROOT / f"{command.split(' ')[0].replace('.', '/')}.py"
-    return f"python -m {command}" if module.is_file() else ""
+    path = f"{command.split(' ')[0].replace('.', '/')}.py"
+    folders = [name for name in ("scripts", "experiments") if (ROOT / name / path).is_file()]
+    return f"python -m {folders[0]}.{command}" if folders else ""
 
 
 @functools.cache
