@@ -1,4 +1,4 @@
-"""Which pieces of the papers a configuration has: what a run says before its first step."""
+"""The pieces of the papers that a configuration has, in words: what a run says at first."""
 
 from ultra_hstu.config import Config
 

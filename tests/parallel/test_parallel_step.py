@@ -87,6 +87,10 @@ ULTRA = dict(
     model__truncate_length=5,
     model__divide_by="length",
     model__remat="selective",
+    model__chunk_rows=10,
+    loss__chunk_rows=12,
+    data__stochastic_length=1.5,
+    optim__tables="rowwise_adagrad",
     eval__hide="all",
 )
 
@@ -98,7 +102,7 @@ def on_one_device():
 
 @pytest.mark.parametrize("data, context", [(8, 1), (1, 8), (2, 4), (4, 2)])
 def test_meshes_agree(data, context):
-    """Losses, then metrics, are the same, with dropout, negatives, full rows and a truncation.
+    """Losses, then metrics, are the same with the pieces that retrieval has, all at once.
 
     So they are where each device of a group reads users of its own.
     """

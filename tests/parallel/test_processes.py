@@ -219,7 +219,7 @@ def workers(tmp_path_factory):
     ]
     command = [sys.executable, "-m", "tests.parallel.process_worker", str(folder)]
     four = Processes(folder / "outputs", [command] * 4, tasks)
-    assert four.wait(200) == [0] * 4, four.said()
+    assert four.wait(300) == [0] * 4, four.said()
     return [json.loads((folder / f"process_{number}.json").read_text()) for number in range(4)]
 
 

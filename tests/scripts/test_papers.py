@@ -17,7 +17,7 @@ CLAIMS = {
         embedding memory; appendix C; table 2; table 3; tables 14, 15; stochastic length, quality;
         table 13; table 16; table 4, ML-1M; table 4, ML-20M; table 4, Books; table 4, others;
         table 12, hyperparameters; table 5, E and C; table 5, log perplexity; table 6; table 7;
-        figure 7, scaling; training throughput""",
+        figure 7, scaling; training throughput; linear layers; figures 4, 6, 10, 12, 13""",
     "ultra_hstu": """equations 1-5; semi-local attention; semi-local attention, efficiency;
         merged input; heterogeneous actions; algorithm 1; stochastic length; attention truncation;
         table 9; mixture of transducers; table 8; BF16; FP8 GEMM; FP8 and INT4 together; fusion 1;
@@ -93,7 +93,7 @@ def test_a_row_is_filled_as_soon_as_its_record_is_there(tmp_path, monkeypatch):
     with pytest.raises(Missing, match="the record has no 'all'"):
         field("steps", "all")(found)
     assert less(field("half"), field("whole"))(found) == pytest.approx(1 / 3)
-    own = Cell("none", "{}", (), "scripts.bench.long --config=long_ultra")
+    own = Cell("none", "{}", (), "bench.long --config=long_ultra")
     assert str(own) == "not measured: `python -m scripts.bench.long --config=long_ultra`"
     row = Row("a", "b", ("kernels/mask.py:AttentionMask",), here=(own, own), deviates="c")
     assert table((row,)).splitlines()[-1] == (

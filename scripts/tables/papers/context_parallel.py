@@ -3,7 +3,7 @@
 from scripts.tables.papers.row import Cell, Row, Value, field, less, ratio
 
 STEPS = "context_parallel_steps_h100"
-MEASURE = "scripts.bench.context_parallel --stages=steps,long,confirm,reshard"
+MEASURE = "bench.context_parallel --stages=steps,long,confirm,reshard"
 
 
 def way(layout: str, how: str, value: str) -> Value:
@@ -61,7 +61,7 @@ ROWS = (
                     field("busiest_over_mean", "lognormal/causal", "striped"),
                     field("busiest_over_mean", "lognormal/causal", "contiguous"),
                 ),
-                "scripts.bench.context_parallel --stages=balance",
+                "bench.context_parallel --stages=balance",
             ),
         ),
         deviates="blocks of 128 rows of the buffer, not chunks of each sequence",
@@ -118,7 +118,7 @@ ROWS = (
                 "context_parallel_longest",
                 "{:.2f}x: {:,} on one, {:,} on eight",
                 (ratio(longest(8), longest(1)), longest(1), longest(8)),
-                "scripts.bench.context_parallel --stages=longest",
+                "bench.context_parallel --stages=longest",
             ),
         ),
         "by the compiler's count; trained on one and two devices",
@@ -160,7 +160,7 @@ ROWS = (
             Cell(
                 "context_parallel_exchange",
                 "recorded",
-                command="scripts.bench.context_parallel --stages=reshard",
+                command="bench.context_parallel --stages=reshard",
             ),
         ),
     ),

@@ -4,8 +4,8 @@ from scripts.tables.papers.row import Cell, Row, Value, field, less, ratio
 
 CHUNK_ROWS = "ultra_hstu/config.py:ModelConfig.chunk_rows"
 LOSS_ROWS = "ultra_hstu/sections.py:LossConfig.chunk_rows"
-LONGEST = "scripts.bench.mini_sequences --stages=head,state,longest"
-CONFIRM = "scripts.bench.mini_sequences --stages=confirm --contexts=1"
+LONGEST = "bench.mini_sequences --stages=head,state,longest"
+CONFIRM = "bench.mini_sequences --stages=confirm --contexts=1"
 
 
 def longest(mode: str, mesh: str = "1") -> Value:

@@ -19,6 +19,7 @@ Value = Callable[[Json], float | str]
 Key = str | Mapping[str, object]
 
 HEADER = ["", "claim or algorithm", "published [q]", "here", "where", "what deviates, and why"]
+METRIC = re.compile(r"\b0(\.\d{4})\b")  # written without its zero
 # A command of a docstring, with the lines that go on behind it.
 COMMAND = re.compile(r"^ *(python -m .*(?:\n {4,}(?!python )[\[\-].*)*)", re.MULTILINE)
 
@@ -74,7 +75,8 @@ class Cell:
     """What a record says: `text.format(*values)`.
 
     Attributes:
-      command: of a record that no docstring of a script names: a module and its flags.
+      command: of a record that no docstring of a script names: its module, in scripts/ or
+        experiments/, and flags.
     """
 
     record: str
@@ -89,7 +91,7 @@ class Cell:
         except Missing:
             shown = ""
         if shown:
-            return f"{shown} (`{self.record}`)"
+            return f"{METRIC.sub(r'\1', shown)} (`{self.record}`)"
         command = _commands().get(self.record) or _runnable(self.command)
         return f"not measured: `{command}`" if command else f"not measured (`{self.record}`)"
 
@@ -149,8 +151,9 @@ def _named(node: ast.stmt) -> list[str]:
 
 def _runnable(command: str) -> str:
     """The command, if its module is there."""
-    module = ROOT / f"{command.split(' ')[0].replace('.', '/')}.py"
-    return f"python -m {command}" if module.is_file() else ""
+    path = f"{command.split(' ')[0].replace('.', '/')}.py"
+    folders = [name for name in ("scripts", "experiments") if (ROOT / name / path).is_file()]
+    return f"python -m {folders[0]}.{command}" if folders else ""
 
 
 @functools.cache

@@ -340,7 +340,7 @@ ROWS = (
                 "assistments_rank_din",
                 "DIN {:.4f}",
                 (field("mean", "ne"),),
-                "scripts.ranking_runs --group=models --workdir=runs/ranking",
+                "ranking_runs --group=models --workdir=runs/ranking",
             ),
         ),
         "6B samples are the company's; STCA is not done: its text could not be had",
@@ -372,7 +372,7 @@ ROWS = (
                 f"kuairand_rank_{model}",
                 "NE {:.4f}",
                 (field("mean", "ne"),),
-                f"experiments.train --config=kuairand_rank_{model}"
+                f"train --config=kuairand_rank_{model}"
                 f" --workdir=runs/kuairand_{model} --seeds=42,43,44"
                 f" --record=experiments/results/kuairand_rank_{model}.json",
             )
