@@ -7,7 +7,7 @@ A user has three hidden traits, each one way or the other. They decide how likel
 shows in one signal alone: likes (explicit), watch times (implicit), comments (explicit). So the
 lowest possible NE of clicks is known, with all signals and without each. kuairand_rank_ultra, made
 small, is trained on the logs with all signals, without each, and without any. Fifteen runs take
-about 10 minutes of two CPU cores; those that are done are not trained again.
+within 10 minutes on two CPU cores; those that are done are not trained again.
 """
 
 from pathlib import Path

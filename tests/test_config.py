@@ -27,7 +27,7 @@ from ultra_hstu.serving.scoring import ScoringModel
 ROOT = Path(__file__).parent.parent
 NAMES = """
     ml100k_sasrec ml100k_best latest_hstu latest_sasrec latest_best beauty_best
-    ml1m_best ml1m_ultra_60
+    ml1m_best ml1m_ultra_60 ml1m_hstu_mol ml1m_hstu_large_mol
     synthetic ml100k_hstu ml1m_sasrec ml1m_hstu ml1m_hstu_large ml1m_ultra ml20m_sasrec ml20m_hstu
     ml20m_hstu_large books_sasrec books_hstu books_hstu_large beauty_sasrec beauty_hstu
     assistments_rank_hstu assistments_rank_ultra ml1m_rank_hstu ml1m_rank_ultra kuairand_rank_hstu

@@ -1,8 +1,8 @@
 """How the devices of a context group come by their batch: all of it, or users of their own.
 
-    # four CPU processes, about 3 minutes of two cores
+    # four CPU processes, within 3 minutes of two cores
     python -m scripts.bench.batches --processes=4 --record=experiments/results/batches_cpu.json
-    # two GPUs of a host, about 4 minutes: the training step, too
+    # two GPUs of a host, within 4 minutes: the training step, too
     python -m scripts.bench.batches --processes=2 --device=gpu --step \
         --record=experiments/results/batches_h200.json
     # a few seconds: tiny, one process
