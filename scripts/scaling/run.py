@@ -126,8 +126,10 @@ def task_of(data: dict[str, Interactions], config: Config) -> Task:
 def measure(job: Job, task: Task, workdir: Path) -> Json:
     """Of histories whose best prediction is known, its NE on the events that the run was tested on,
     and the floor: what it is to be expected.
+
+    Channels of a mixture reach further back than `data.max_history`: nothing is said of them.
     """
-    if job.config.data.source != sources.SYNTHETIC_LONG:
+    if job.config.data.source != sources.SYNTHETIC_LONG or job.config.model.channels:
         return {}
     long, data, columns = job.config.data.synthetic_long, task.interactions, task.columns("test")
     length, first = job.config.data.max_history, columns["target"].astype(np.int64)
