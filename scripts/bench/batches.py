@@ -13,8 +13,8 @@ users, all-gather, then its rows are cut out: the baseline of arXiv 2508.04711) 
 reads its own users, all-to-all). Two batches: narrow, ids and times of retrieval; wide, a ranking
 batch of 4 signals and 16 features. What is measured ends with the rows of a batch that a device
 works on, as the model takes them; with `--step` a training step of streamed batches as well. Ways
-take turns; batches a second is the median of the rounds, processor time that of all processes. Memory
-and bytes are the compiler's counts, of one batch on one device.
+take turns; batches a second is the median of the rounds, processor time that of all processes.
+Memory and bytes are the compiler's counts, of one batch on one device.
 """
 
 import contextlib
