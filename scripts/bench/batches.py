@@ -2,7 +2,7 @@
 
     # four CPU processes, within 3 minutes of two cores
     python -m scripts.bench.batches --processes=4 --record=experiments/results/batches_cpu.json
-    # two GPUs of a host, within 4 minutes: the training step, too
+    # two GPUs of a host, within 5 minutes: the training step, too
     python -m scripts.bench.batches --processes=2 --device=gpu --step \
         --record=experiments/results/batches_h200.json
     # a few seconds: tiny, one process
@@ -12,9 +12,9 @@
 users, all-gather, then its rows are cut out: the baseline of arXiv 2508.04711) or exchanged (each
 reads its own users, all-to-all). Two batches: narrow, ids and times of retrieval; wide, a ranking
 batch of 4 signals and 16 features. What is measured ends with the rows of a batch that a device
-works on, as the model takes them; with `--step` a training step is measured as well. Ways take
-turns; batches a second is the median of the rounds, processor time that of all processes. Memory
-and bytes are the compiler's counts, of one batch on one device.
+works on, as the model takes them; with `--step` a training step of streamed batches as well. Ways
+take turns; batches a second is the median of the rounds, processor time that of all processes.
+Memory and bytes are the compiler's counts, of one batch on one device.
 """
 
 import contextlib
@@ -90,7 +90,8 @@ def measure_all() -> None:
             found[f"{case}, {placement}"] = measure(placed, data, rounds, calls)
             record.add(rows=config.data.batch_tokens, batches=found)
         if FLAGS.step:
-            step = measure(config, data, rounds, calls, whole_step=True)
+            streamed = changed(config, data={"placement": "stream"})
+            step = measure(streamed, data, rounds, calls, whole_step=True)
             record.add(steps=record.values.get("steps", {}) | {case: step})
     if processes.is_first():
         for name, ways in found.items():
