@@ -3,7 +3,7 @@
 python -m scripts.bench.long --config=long_ultra [--variants=ultra,plain_causal]
     [--record=experiments/results/NAME.json] [--count]
 
-All variants of long_ultra take about 4 minutes of an H200. With --count nothing is run, and the
+Predicted for all variants of long_ultra: `4 minutes` of an H200. With --count nothing is run, and the
 record has operations alone.
 
 A step is forward, loss, backward and optimizer, on a batch of `data.batch_users` histories of
