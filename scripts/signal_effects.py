@@ -6,8 +6,8 @@ python -m scripts.signal_effects --workdir=runs/signals
 A user has three hidden traits, each one way or the other. They decide how likely a click is. Each
 shows in one signal alone: likes (explicit), watch times (implicit), comments (explicit). So the
 lowest possible NE of clicks is known, with all signals and without each. kuairand_rank_ultra, made
-small, is trained on the logs with all signals, without each, and without any. Fifteen runs take
-within 10 minutes on two CPU cores; those that are done are not trained again.
+small, is trained on the logs with all signals, without each, and without any. Fifteen runs are
+predicted to take `10 minutes` of two CPU cores; those that are done are not trained again.
 """
 
 from pathlib import Path

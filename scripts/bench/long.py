@@ -6,8 +6,8 @@ python -m scripts.bench.long --config=long_ultra [--variants=ultra,plain_causal]
 # two Hopper GPUs of one host, in at most 6 minutes
 python -m scripts.bench.long --config=long_mst --record=experiments/results/long_mst_h200.json
 
-All variants of long_ultra end within 4 minutes on an H200. With --count nothing is run, and the
-record has operations alone.
+Predicted for all variants of long_ultra: `4 minutes` of an H200. With --count nothing is run, and
+the record has operations alone.
 
 A step is forward, loss, backward and optimizer, on a batch of `data.batch_users` histories of
 `data.max_history` events each, with random items, made on the device. Memory is the compiler's:
