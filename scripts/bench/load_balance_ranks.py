@@ -1,9 +1,9 @@
 """Step times of data-parallel ranks under plain and load-balanced stochastic length.
 
-    # four CPU processes, about 2 minutes of two cores
+    # four CPU processes, within 3 minutes of two cores
     python -m scripts.bench.load_balance_ranks --processes=4 [--raw_dir=PATH] \
         --record=experiments/results/load_balance_ranks_cpu.json
-    # two GPUs of a host, about 2 minutes
+    # two GPUs of a host, within 3 minutes
     python -m scripts.bench.load_balance_ranks --processes=2 --device=gpu [--raw_dir=PATH] \
         --record=experiments/results/load_balance_ranks_h200.json
 
