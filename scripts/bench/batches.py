@@ -245,6 +245,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("longest", 1024, "events of the longest")
     flags.DEFINE_integer("rounds", 3, "in which the ways take turns")
     flags.DEFINE_integer("calls", 3, "of 4 batches, in a round")
-    launch.define()
+    flags.DEFINE_integer("processes", 1, "so many of this host, one device each")
+    flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "which devices they have")
     command.define_record()
     command.run(main)

@@ -142,6 +142,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "prepared files go here, if not to the user's folder")
     flags.DEFINE_integer("timed_steps", 8, "steps whose ranks are timed")
     flags.DEFINE_bool("shared", False, "says in the record that other work ran beside")
-    launch.define()
+    flags.DEFINE_integer("processes", 1, "so many of this host, one device each")
+    flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "which devices they have")
     command.define_record()
     command.run(main)
