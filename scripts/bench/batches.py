@@ -1,11 +1,11 @@
 """How the devices of a context group come by their batch: all of it, or users of their own.
 
-    # four CPU processes, within 3 minutes of two cores
+    # four CPU processes, within 4 minutes of two cores
     python -m scripts.bench.batches --processes=4 --record=experiments/results/batches_cpu.json
-    # two GPUs of a host, within 5 minutes: the training step, too
+    # two GPUs of a host, within 6 minutes: the training step, too
     python -m scripts.bench.batches --processes=2 --device=gpu --step \
         --record=experiments/results/batches_h200.json
-    # a few seconds: tiny, one process
+    # tiny, one process
     python -m scripts.bench.batches --small
 
 `parallel.batches` is replicated (each device makes the whole batch), gathered (each reads its own
@@ -245,6 +245,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("longest", 1024, "events of the longest")
     flags.DEFINE_integer("rounds", 3, "in which the ways take turns")
     flags.DEFINE_integer("calls", 3, "of 4 batches, in a round")
-    launch.define()
+    flags.DEFINE_integer("processes", 1, "so many of this host, one device each")
+    flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "which devices they have")
     command.define_record()
     command.run(main)

@@ -1,4 +1,7 @@
-"""A benchmark in several processes of this host, each with one device."""
+"""A benchmark in several processes of this host, each with one device.
+
+The benchmark has the flags `--processes` and `--device` (cpu or gpu).
+"""
 
 import os
 import socket
@@ -13,11 +16,6 @@ from ultra_hstu.parallel import processes
 
 FLAGS = flags.FLAGS
 _PLACE = "BENCH_PROCESS"  # of a process that was started here: its number, of how many, and a port
-
-
-def define() -> None:
-    flags.DEFINE_integer("processes", 1, "so many of this host, one device each")
-    flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "which devices they have")
 
 
 def in_processes(measure: Callable[[], None]) -> None:

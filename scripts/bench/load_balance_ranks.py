@@ -1,9 +1,9 @@
 """Step times of data-parallel ranks under plain and load-balanced stochastic length.
 
-    # four CPU processes, within 2 minutes of two cores
+    # four CPU processes, within 3 minutes of two cores
     python -m scripts.bench.load_balance_ranks --processes=4 [--raw_dir=PATH] \
         --record=experiments/results/load_balance_ranks_cpu.json
-    # two GPUs of a host, within 2 minutes
+    # two GPUs of a host, within 3 minutes
     python -m scripts.bench.load_balance_ranks --processes=2 --device=gpu [--raw_dir=PATH] \
         --record=experiments/results/load_balance_ranks_h200.json
 
@@ -142,6 +142,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", None, "prepared files go here, if not to the user's folder")
     flags.DEFINE_integer("timed_steps", 8, "steps whose ranks are timed")
     flags.DEFINE_bool("shared", False, "says in the record that other work ran beside")
-    launch.define()
+    flags.DEFINE_integer("processes", 1, "so many of this host, one device each")
+    flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "which devices they have")
     command.define_record()
     command.run(main)
