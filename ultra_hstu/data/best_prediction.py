@@ -47,8 +47,8 @@ def logits(
     settings: SyntheticLongConfig,
     start: Int64[np.ndarray, " n"],
     stop: Int64[np.ndarray, " n"],
-    targets: Sequence[Int64[np.ndarray, " targets"]],
-) -> list[Float64[np.ndarray, " targets"]]:
+    targets: Sequence[Int64[np.ndarray, " _"]],
+) -> list[Float64[np.ndarray, " _"]]:
     """The log odds of the best prediction of each request's targets.
 
     Args:
