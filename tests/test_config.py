@@ -28,6 +28,7 @@ NAMES = """
     ml20m_hstu_large books_sasrec books_hstu books_hstu_large beauty_sasrec beauty_hstu
     assistments_rank_hstu assistments_rank_ultra ml1m_rank_hstu ml1m_rank_ultra kuairand_rank_hstu
     ml1m_hstu_features ml100k_hstu_features kuairand_rank_ultra long_ultra long_mst table table_rank
+    ml1m_hstu_mol ml1m_hstu_large_mol
 """.split()
 
 
