@@ -4,11 +4,11 @@ python -m scripts.bench.mol_top_k [--items=3883,20000] [--users=4] [--seconds=1]
     [--record=experiments/results/NAME.json]
 
 8 x 4 components of width 64, made of random vectors by a mixture as it is initialised (`spread`:
-weights are nearly equal) and by one whose gate follows the logits (`few`: most of the weight is on
-the largest ones). A trained mixture lies between. Proven is the share of the users whose best items
-a number of candidates proves; `exact` stops at the first number that proves all users of a call,
-and scores all items in the end. Recall is that of the 10 and 100 best items among what a number of
-candidates finds. A time is the least of several calls; on a CPU others may share the cores.
+weights have little to do with the logits) and by one whose gate follows the logits (`few`: most of
+the weight is on the largest ones). A trained mixture lies between. Proven is the share of the users
+whose best items the highest bounds prove; `exact` scores all items unless they prove all users of a
+call. Recall is that of the 10 and 100 best items among what a number of candidates finds. A time
+is the least of several calls; on a CPU others may share the cores.
 """
 
 import functools

@@ -4,7 +4,7 @@ A score is a weighted mean of its logits, so none exceeds the largest of them. T
 components cost a fraction of the gate. So the first stage bounds all items by their largest logit
 and keeps the M best bounds; the second one scores these. If the k-th score is above the bound of
 every item that was left out, no other item can be among the k best: that is the proof. Without it
-more candidates are taken, and in the end all items.
+all items are scored.
 
 A bound is only as good as a mean is close to its largest logit: weights that are spread over many
 logits make bounds that prove nothing, and then all items are scored. `candidates` of `best` stops
@@ -23,7 +23,7 @@ from ultra_hstu.retrieval.mol import EXACT, ItemPart, MixtureOfLogits, Net, User
 from ultra_hstu.retrieval.scores import all_scores, digits
 
 CHUNK_NUMBERS = {"cpu": 2**20, "accelerator": 2**26}  # of users x items x width of the gate
-ROUNDS = (512, 4096)  # candidates of each attempt to prove the best; then all items are scored
+ROUNDS = (512,)  # candidates of each attempt to prove the best; then all items are scored
 ROUNDING = 2.0**-23
 
 
