@@ -369,14 +369,13 @@ ROWS = (
         ".8626",
         tuple(
             Cell(
-                f"kuairand_rank_{model}",
+                name,
                 "NE {:.4f}",
                 (field("mean", "ne"),),
-                f"train --config=kuairand_rank_{model}"
-                f" --workdir=runs/kuairand_{model} --seeds=42,43,44"
-                f" --record=experiments/results/kuairand_rank_{model}.json",
+                f"train --config={name} --workdir=runs/{name} --seeds=42,43,44"
+                f" --record=experiments/results/{name}.json",
             )
-            for model in ("ultra", "hstu")
+            for name in ("kuairand_rank_ultra", "kuairand_rank_hstu")
         ),
         "the data could not be had where this was written",
     ),
