@@ -162,7 +162,9 @@ def _commands() -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted((ROOT / "scripts").rglob("*.py")):
         for command in COMMAND.findall(ast.get_docstring(ast.parse(path.read_text())) or ""):
-            words = " ".join(re.sub(r"\[--(?!record)[^\]]*\]", "", command).split())
+            words = " ".join(
+                re.sub(r"\[--(?!record)[^\]]*\]", "", command).replace("\\\n", "").split()
+            )
             for record in re.findall(r"results/(\w+)\.json", words):
                 found.setdefault(record, words.replace("[", "").replace("]", ""))
     return found
