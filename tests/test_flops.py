@@ -326,6 +326,7 @@ def test_head_against_its_program(chunk_rows):
     """A training step of the head of three tasks on the outputs of two encoders."""
     config = with_(
         Config(model=MODEL, rank=RANK),
+        model__preset="production",
         model__chunk_rows=chunk_rows,
         model__channels={"a": ChannelConfig(), "b": ChannelConfig()},
     )
