@@ -15,15 +15,16 @@ from experiments import configs
 from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu import flops, optim, serving, tasks
-from ultra_hstu.checkpoint import load_params
+from ultra_hstu.checkpoint import load_state
 from ultra_hstu.config import Config, OptimConfig
 from ultra_hstu.fields import changed
+from ultra_hstu.initial import like_of
 from ultra_hstu.library import fit
 from ultra_hstu.workdir import Workdir
 
 QUIET = Console(quiet=True)
 CONFIG = with_(
-    small_config("unused", epochs=2),
+    small_config("unused", epochs=1),
     model__layers=1,
     model__relative_bias=False,
     model__implementation="reference",
@@ -39,17 +40,18 @@ DATA = rank_data.interactions(tuple(range(5, 17)))
 
 def test_a_run_trains_goes_on_and_answers(tmp_path):
     """Its answers are those of its evaluation, from state and options as they were stored."""
-    fit(with_(CONFIG, train__epochs=1), DATA, tmp_path, console=QUIET)
+    result = fit(CONFIG, DATA, tmp_path, console=QUIET)
     with pytest.raises(ValueError, match="another configuration .*\n.*model.feed_forward: 24 -> 8"):
         fit(with_(CONFIG, model__feed_forward=8), DATA, tmp_path, console=QUIET)
     # More devices have shorter shards: so may the run's mini-sequences become.
-    shorter = with_(CONFIG, model__chunk_rows=3)
-    assert fit(shorter, DATA, tmp_path, console=QUIET)["epochs"] == 2
+    again = fit(with_(CONFIG, model__chunk_rows=3), DATA, tmp_path, console=QUIET)
+    assert again["best"] == result["best"]
     folder = Workdir(tmp_path)
     task = tasks.of_run(folder)
-    _, params = load_params(folder, task.recipe)
-    assert "feed_forward" in params["encoder"]["layers"][0] and task.config.model.chunk_rows == 3
-    rank_U = task.evaluator("test").predict(params)
+    _, state, _ = load_state(folder, like_of(task))
+    assert "feed_forward" in state.params["encoder"]["layers"][0]
+    assert {x.dtype.name for x in jax.tree.leaves(state.opt_state) if x.ndim} == {"bfloat16"}
+    rank_U = task.evaluator("test").predict(state.params)
     model = serving.RecommendationModel(str(tmp_path))
     user = int(np.argmin(rank_U))
     events = slice(DATA.offsets[user], DATA.offsets[user + 1] - 1)

@@ -56,7 +56,7 @@ FLAGS = flags.FLAGS
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 HEAD_ROWS, WIDTH = 16384, 512  # of the stage `head`
 HEAD_CHUNKS = (16384, 4096, 2048, 1024, 512, 256, 128)
-# First guesses, in rows of a device: lengths that fill most of `80 GiB`.
+# First guesses, in rows of a device.
 GUESSES = {"nothing": 196608, "selective": 491520, "mini-sequences": 393216, "both": 983040}
 ONE: tuple[Strategy, ...] = ("auto",)
 LONGER = 1.1  # a batch that must not fit: it has more than the memory that was left out
