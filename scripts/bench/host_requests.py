@@ -37,7 +37,7 @@ FLAGS = flags.FLAGS
 NOW = 10**7
 
 
-class Request(NamedTuple):
+class HostRequest(NamedTuple):
     history: serving.UserHistory
     candidates: serving.Candidates
 
@@ -78,7 +78,7 @@ def main(_: list[str]) -> None:
     show(found, ("row_bytes", "item_bytes", "requests_per_s", "p50_ms", "p99_ms"), "table")
 
 
-def draw(rng: np.random.Generator, items: int, history: int, candidates: int) -> Request:
+def draw(rng: np.random.Generator, items: int, history: int, candidates: int) -> HostRequest:
     """A random history, all of whose items differ where there are so many, and candidates."""
     times = np.sort(rng.integers(0, NOW, history))
     ids = 1 + rng.choice(items, history, replace=history > items)
@@ -87,7 +87,7 @@ def draw(rng: np.random.Generator, items: int, history: int, candidates: int) ->
         {EVERYTHING: events}, np.zeros((1, 0), np.int32), np.array([NOW], np.int32)
     )
     asked = 1 + rng.choice(items, candidates, replace=candidates > items)
-    return Request(user, serving.Candidates.of([asked], NOW))
+    return HostRequest(user, serving.Candidates.of([asked], NOW))
 
 
 def transfer(kind: HostKind, width: int, items: list[tuple[np.ndarray, np.ndarray]]) -> Json:
@@ -98,11 +98,11 @@ def transfer(kind: HostKind, width: int, items: list[tuple[np.ndarray, np.ndarra
 
 
 def measure(
-    model: serving.CompiledRanker, requests: list[Request], workers: int, seconds: float
+    model: serving.CompiledRanker, requests: list[HostRequest], workers: int, seconds: float
 ) -> Json:
     """Requests a second of all workers together, and how long one takes."""
 
-    def answer(request: Request) -> float:
+    def answer(request: HostRequest) -> float:
         started = time.perf_counter()
         cache = serving.encode_history(model, request.history)
         serving.score(model, cache, request.candidates)

@@ -42,7 +42,7 @@ from scripts.bench.mini_sequences_case import (
     MODES,
     QUICK,
     STRATEGIES,
-    Case,
+    SequenceCase,
     Strategy,
     bytes_by_part,
     nearly_longest,
@@ -79,7 +79,7 @@ def path_of(name: str) -> Path:
     return Path(FLAGS.folder) / f"mini_sequences{name}.json"
 
 
-def cases(*, on_gpu: bool = False) -> Iterator[tuple[str, Case]]:
+def cases(*, on_gpu: bool = False) -> Iterator[tuple[str, SequenceCase]]:
     """The cases that the flags ask for, each with its name in a record; one device first."""
     for context in map(int, FLAGS.contexts):
         for model in FLAGS.models:
@@ -88,7 +88,7 @@ def cases(*, on_gpu: bool = False) -> Iterator[tuple[str, Case]]:
             for mode, strategy in itertools.product(MODES, STRATEGIES if context > 1 else ONE):
                 if mode not in FLAGS.modes or strategy not in ("auto", *FLAGS.strategies):
                     continue
-                case = Case(
+                case = SequenceCase(
                     model,
                     mode,
                     0,
@@ -145,7 +145,7 @@ def stage_state() -> None:
         options = {name: one for name, one in options.items() if "8 devices" not in name}
     for name, changes in options.items():
         model = "hstu_ffn_full" if name.startswith("full") else "hstu_ffn"
-        case = Case(model, "both", rows, catalogue=items, small=FLAGS.small)
+        case = SequenceCase(model, "both", rows, catalogue=items, small=FLAGS.small)
         case = dataclasses.replace(case, **changes)
         found[name] = bytes_by_part(case.compiled(jax.devices()))
         report.make_console().print(name, found[name])
@@ -212,7 +212,7 @@ def stage_confirm() -> None:
         record.add(confirmed=found)
 
 
-def _guess(case: Case) -> int:
+def _guess(case: SequenceCase) -> int:
     """Rows of a device to begin with."""
     if FLAGS.small:
         return 64
@@ -222,15 +222,15 @@ def _guess(case: Case) -> int:
     return 6144 if whole_logits else GUESSES[case.mode]
 
 
-def _unit(case: Case) -> int:
+def _unit(case: SequenceCase) -> int:
     """The unit of lengths of each of the histories."""
     return max(1, case.step // case.users)
 
 
-def _prepare(case: Case, budget: float) -> Callable[[], Json]:
+def _prepare(case: SequenceCase, budget: float) -> Callable[[], Json]:
     """Compiles the longest batch; what it returns trains it, and then a longer one."""
 
-    def measure(case: Case) -> Json:
+    def measure(case: SequenceCase) -> Json:
         return bytes_by_part(case.compiled(jax.devices()))
 
     found = nearly_longest(case, budget, measure, _unit(case))

@@ -46,7 +46,7 @@ SMALL_OF: dict[str, Json] = {"hstu": {"heads": 2, "qk_width": 16, "v_width": 16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class SequenceCase:
     """One training step on `users` histories of `length` events.
 
     Attributes:
@@ -159,7 +159,9 @@ def bytes_by_part(program: Program) -> Json:
     return {"bytes": total} | found | {"rest": total - sum(found.values())}
 
 
-def nearly_longest(case: Case, budget: float, measure: Callable[[Case], Json], step: int) -> Json:
+def nearly_longest(
+    case: SequenceCase, budget: float, measure: Callable[[SequenceCase], Json], step: int
+) -> Json:
     """A length, a multiple of `step`, whose training step fills `budget` bytes to 97 % at least.
 
     Where `step` is too coarse for that, the longest that fits.

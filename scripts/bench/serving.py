@@ -66,7 +66,7 @@ CONDITIONS = ("config", "device", "commit", "implementation", "cached", "kind", 
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One measurement."""
 
     model: str
@@ -196,10 +196,10 @@ class Bench:
 
     def cells(
         self, histories: list[int], candidates: list[int], micro_batches: list[int]
-    ) -> Iterator[Cell]:
+    ) -> Iterator[GridCell]:
         for history in histories:
             user = self.history(history)
-            cell = functools.partial(Cell, self.name, history=history)
+            cell = functools.partial(GridCell, self.name, history=history)
             cache = self.encoded(user)()
             encode, each = (x / 1e12 for x in flops.cached(self.config, history))
             scored = functools.partial(self.scored, cache)
@@ -318,7 +318,7 @@ class Bench:
         return model.head(model.encode(batch))
 
 
-def attempt(cell: Cell) -> str | None:
+def attempt(cell: GridCell) -> str | None:
     """Compiles and runs a cell once. An error is part of the result: another cell may still run."""
     try:
         jax.block_until_ready(jax.tree.leaves(cell.call()))
@@ -327,7 +327,7 @@ def attempt(cell: Cell) -> str | None:
         return f"{type(error).__name__}: {error}"[:1000]
 
 
-def latency(cell: Cell, seconds: float) -> Json:
+def latency(cell: GridCell, seconds: float) -> Json:
     """Latency of single calls, one after another."""
     samples: list[float] = []
     while sum(samples) < seconds and len(samples) < 300 or len(samples) < 5:

@@ -6,11 +6,11 @@ import json
 import jax
 import pytest
 
-from scripts.bench.mini_sequences_case import MODES, Case, bytes_by_part, nearly_longest
+from scripts.bench.mini_sequences_case import MODES, SequenceCase, bytes_by_part, nearly_longest
 from scripts.tables import mini_sequences as tables
 from scripts.tables import records
 
-SMALL = Case("hstu_ffn_full", "both", 64, small=True)
+SMALL = SequenceCase("hstu_ffn_full", "both", 64, small=True)
 
 
 @pytest.mark.parametrize("guess", [8, 3000, 900_000])

@@ -40,7 +40,7 @@ class CorpusChunk(NamedTuple):
 
 
 @runtime_checkable
-class Scorer(Protocol):
+class Similarity(Protocol):
     """Scores items for some users: each pair has one value, whatever else is scored with it."""
 
     @property
@@ -90,7 +90,7 @@ class Products:
 
 
 def ranks(
-    h_UD: Users | Scorer,
+    h_UD: Users | Similarity,
     table_ID: PyTree,
     target_U: PerUser,
     seen_US: Seen = None,
@@ -154,7 +154,7 @@ def ranks(
 
 
 def best_items(
-    h_UD: Users | Scorer,
+    h_UD: Users | Similarity,
     table_ID: PyTree,
     seen_US: Seen = None,
     *,
@@ -196,14 +196,14 @@ def entries(table: PyTree, ids: Int[Array, " n"]) -> PyTree:
     return quantization.rows(table, ids)
 
 
-def _scorer(h_UD: Users | Scorer, l2_normalize: bool) -> Scorer:
-    return h_UD if isinstance(h_UD, Scorer) else Products(digits(h_UD), l2_normalize)
+def _scorer(h_UD: Users | Similarity, l2_normalize: bool) -> Similarity:
+    return h_UD if isinstance(h_UD, Similarity) else Products(digits(h_UD), l2_normalize)
 
 
 def _sweep[Carry](
     visit: Callable[[Carry, CorpusChunk], Carry],
     carry: Carry,
-    scorer: Scorer,
+    scorer: Similarity,
     table_ID: PyTree,
     seen_US: Seen,
     corpus_I: Corpus,
