@@ -51,8 +51,7 @@ def table_ms(kind: str) -> Value:
 
 
 def mean_ne(record: str, text: str) -> Cell:
-    command = "ranking_runs --group=models --workdir=runs/ranking"
-    return Cell(record, text, (field("mean", "ne"),), command)
+    return Cell(record, text, (field("mean", "ne"),))
 
 
 def slowest_rank(record: str) -> Cell:
