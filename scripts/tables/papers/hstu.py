@@ -204,7 +204,7 @@ ROWS = (
     Row(
         "table 2",
         "HR@10 / HR@50 on the synthetic stream",
-        ("experiments/configs/retrieval.py",),
+        ("experiments/configs/scaling.py",),
         "Transformer .0442 / .2025, softmax .0617 / .2496, HSTU .0893 / .3170",
         tuple(
             Cell(
