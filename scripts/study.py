@@ -14,11 +14,11 @@ record is written once all seeds of a run are done. Before it starts the plan te
 from the seconds of earlier records where there are some. --minutes ends in time with every state
 saved, and starts no run that would not end.
 
-Minutes of runs on an H200, by records of three or more runs side by side and by guesses: 86 of
-`--study=ml1m`, 101 of `--study=search`, 39 of `--study=small`; by guesses alone 29 of
-`ranking_models`, 9 of `ranking_positions`, 41 of `ranking_softmax`, 57 of `stochastic_length`, 18
-of `stream`. One run of this width leaves most of a GPU idle, so that with `--jobs=4` each takes
-about a quarter of that; seconds of runs that share a GPU are no measure of speed.
+Minutes of runs on an H200, by records of three or more runs side by side and by guesses: 168 of
+`--study=ml1m`, 108 of `search`, 33 of `small`, 29 of `ranking_models`, 9 of `ranking_positions`, 37
+of `ranking_softmax`, 51 of `stochastic_length`, 18 of `stream`; `--plan` says what is left. One run
+of this width leaves most of a GPU idle, so that with `--jobs=4` each takes about a quarter of that;
+seconds of runs that share a GPU are no measure of speed.
 `scripts.ranking_counts` counts operations of ranking, `scripts.ablation` takes its pieces away, and
 `scripts.generative` compares training at equal operations.
 """
