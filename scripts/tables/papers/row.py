@@ -170,6 +170,6 @@ def _commands() -> dict[str, str]:
                 found.setdefault(record, words.replace("[", "").replace("]", ""))
     for study, runs in STUDIES.items():
         for run in runs():
-            command = f"python -m scripts.study --study={study} --workdir=runs/study"
+            command = _runnable(f"study --study={study} --workdir=runs/study")
             found.setdefault(run.name, command)
     return found
