@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=ml1m_hstu --workdir=runs/ml1m_hstu
     [--config.data.raw_dir=PATH] [--seeds=42,43,44] [--overwrite] [--init_from=RUN]
-    [--record=experiments/results/NAME.json] [--profile] [--split=validation]
+    [--record=experiments/results/NAME.json] [--profile] [--split=validation] [--nobaselines]
     [--distributed | --coordinator=HOST:PORT --processes=N --process=I]
 
 `experiments/configs` holds the configurations; a file of your own works as well. Any field can be
@@ -62,6 +62,9 @@ _SPLIT = flags.DEFINE_enum(
     "test",
     ["test", "validation"],
     "what the best epoch is measured on; validation: a trial, which leaves the test items alone",
+)
+_BASELINES = flags.DEFINE_bool(
+    "baselines", True, "also measure what needs no model; of 100,000,000 events that takes minutes"
 )
 _RECORD = command.define_record()
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -167,7 +170,7 @@ def main(_: list[str]) -> None:
         for result in results:
             title = f"{config.name}, seed {result['seed']}: each window before it is learned"
             console.print(report.windows_table(title, result["windows"], criteria))
-    else:
+    elif _BASELINES.value:
         with progress.waiting(working, "result", "measuring what needs no model"):
             without_model = task.baselines(_SPLIT.value)
         for result in results if first else ():

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments import configs
 from experiments.record import Json
-from scripts.studies import FIVE, Run, difference, has_field
+from scripts.studies import FIVE, StudyRun, difference, has_field
 from ultra_hstu.criteria import RETRIEVAL
 
 BASE, NAME, SEEDS = "ml1m_hstu_large", "ml1m_best", (42, 43)
@@ -53,10 +53,10 @@ def candidates() -> dict[str, Changes]:
     return found
 
 
-def trial(name: str, changes: Changes) -> Run:
+def trial(name: str, changes: Changes) -> StudyRun:
     """A run of the search, which does not look at the test items."""
     words = "_".join(name.replace(".", "").replace("+", " ").split())
-    return Run(f"search_{words}", BASE, START | changes, SEEDS, 90.0, trial=True)
+    return StudyRun(f"search_{words}", BASE, START | changes, SEEDS, 90.0, trial=True)
 
 
 def value(record: Json) -> list[float]:
@@ -124,6 +124,6 @@ def summary(records: Mapping[str, Json], changes: Mapping[str, Changes]) -> list
     return sorted(rows, key=lambda row: -row["mean"][RETRIEVAL.selection])
 
 
-def confirmed(changes: Changes) -> Run:
+def confirmed(changes: Changes) -> StudyRun:
     """The chosen recipe under five seeds, which looks at the test items once."""
-    return Run(f"{NAME}_validated", BASE, START | changes | {"name": NAME}, FIVE, 90.0)
+    return StudyRun(f"{NAME}_validated", BASE, START | changes | {"name": NAME}, FIVE, 90.0)

@@ -4,7 +4,7 @@ python -m scripts.stochastic_length --record=experiments/results/stochastic_leng
     [--raw_dirs=assistments-2017=PATH,ml-1m=PATH] [--data_dir=PATH]
 
 Nothing is trained: a count on the host, a minute. What each cell costs in NE is trained by
-`scripts.ranking_runs --group=stochastic_length`, on a GPU.
+`scripts.study --study=stochastic_length`, on a GPU.
 
 A history of n events counts as its newest min(n, N). Of u histories, k_i of history i kept,
 

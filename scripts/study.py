@@ -3,6 +3,7 @@
 python -m scripts.study --study=ml1m --workdir=runs/study [--jobs=4] [--minutes=9]
     [--copies=data] [--results=experiments/results] [--only=ml1m_best_validated] [--plan]
 python -m scripts.study --study=search --workdir=runs/study --jobs=4     the recipe of `ml1m_best`
+python -m scripts.study --study=ranking_models --workdir=runs/study --copies=data
 python -m scripts.study --study=small --workdir=runs/tiny --results=runs/tiny/results
     --override=train.epochs=1 --override=data.batch_users=32             a smoke test
 
@@ -13,9 +14,13 @@ record is written once all seeds of a run are done. Before it starts the plan te
 from the seconds of earlier records where there are some. --minutes ends in time with every state
 saved, and starts no run that would not end.
 
-Minutes of runs on an H200, by records of three or more runs side by side and by guesses: 86 of
-`--study=ml1m`, 101 of `--study=search`, 39 of `--study=small`. One run of this width leaves most of
-a GPU idle, so that with `--jobs=4` each takes about a quarter of that.
+Minutes of runs on an H200, by records of three or more runs side by side and by guesses: 168 of
+`--study=ml1m`, 108 of `search`, 33 of `small`, 29 of `ranking_models`, 9 of `ranking_positions`, 37
+of `ranking_softmax`, 51 of `stochastic_length`, 18 of `stream`; `--plan` says what is left. One run
+of this width leaves most of a GPU idle, so that with `--jobs=4` each takes about a quarter of that;
+seconds of runs that share a GPU are no measure of speed.
+`scripts.ranking_counts` counts operations of ranking, `scripts.ablation` takes its pieces away, and
+`scripts.generative` compares training at equal operations.
 """
 
 import ast
@@ -30,7 +35,7 @@ from absl import flags
 from experiments import command
 from experiments.record import Json, Record
 from scripts import search
-from scripts.studies import STUDIES, Run
+from scripts.studies import STUDIES, StudyRun
 from scripts.sweep import Sweep
 from ultra_hstu import progress, report
 
@@ -71,7 +76,7 @@ def main(_: list[str]) -> None:
         report.make_console().print(f"{len(left)} runs are left: the same command goes on")
 
 
-def chosen(study: str, only: Sequence[str]) -> list[Run]:
+def chosen(study: str, only: Sequence[str]) -> list[StudyRun]:
     """The runs of a study, or those of these names. Raises ValueError for one that is not there."""
     runs = {run.name: run for run in STUDIES[study]()}
     for name in only:
@@ -80,7 +85,7 @@ def chosen(study: str, only: Sequence[str]) -> list[Run]:
     return [run for name, run in runs.items() if name in (only or runs)]
 
 
-def overridden(runs: Sequence[Run], override: Mapping[str, object]) -> list[Run]:
+def overridden(runs: Sequence[StudyRun], override: Mapping[str, object]) -> list[StudyRun]:
     """The runs with values of --override in place of their own."""
     return [dataclasses.replace(run, overrides={**run.overrides, **override}) for run in runs]
 
@@ -97,15 +102,17 @@ def read_override(given: Sequence[str]) -> dict[str, object]:
     return found
 
 
-def searched(sweep: Sweep, override: Mapping[str, object], *, plan_only: bool = False) -> list[Run]:
+def searched(
+    sweep: Sweep, override: Mapping[str, object], *, plan_only: bool = False
+) -> list[StudyRun]:
     """Tries all candidates and what they make together, and confirms the best; runs left to do."""
     changes: dict[str, search.Changes] = {search.BASE: {}} | search.candidates()
 
-    def runs() -> dict[str, Run]:
+    def runs() -> dict[str, StudyRun]:
         trials = [search.trial(name, of) for name, of in changes.items()]
         return dict(zip(changes, overridden(trials, override), strict=True))
 
-    def trained() -> list[Run]:
+    def trained() -> list[StudyRun]:
         left = sweep.plan(list(runs().values()))
         return left if plan_only else sweep.train(list(runs().values()))
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.record import Json, read
-from scripts.studies import Run
+from scripts.studies import STUDIES, StudyRun
 from ultra_hstu import progress, signals
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.fields import changed
@@ -22,7 +23,52 @@ from ultra_hstu.json_files import write_json
 from ultra_hstu.run import Interrupted
 
 POLL_S, SAY_S = 0.2, 30.0  # between two looks at the processes, and two signs of life
+SHOWN = ("hr@10", "ndcg@10", "ne")  # metrics of a finished run
 SAVE_S = 30.0  # for runs to save their state before the time is up
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[int]:
+    """Claims a folder of runs; the file descriptor of its lock, which processes may inherit.
+
+    Raises:
+      ValueError: another sweep, or a run of one, is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another sweep works in {folder}, or a run of one that was killed: wait for it, "
+                "or choose another --workdir"
+            ) from None
+        yield file.fileno()
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Time that a sweep has, from when this is made: so many minutes, or None for all it needs."""
+
+    minutes: float | None
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        """In seconds."""
+        if self.minutes is None:
+            return float("inf")
+        return self.began + 60 * self.minutes - time.monotonic()
+
+
+def corrected(seconds: float, factors: Sequence[float]) -> float:
+    """What a run will take by a guess, and by how wrong other guesses were: measured / guessed."""
+    return seconds * (statistics.median(factors) if factors else 1.0)
+
+
+def copy_of(source: str, copies: Path | None) -> Path | None:
+    """The folder with a copy of a source's raw data, if there is one."""
+    copy = None if copies is None else copies / source
+    return copy if copy is not None and copy.exists() else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -51,7 +97,8 @@ class Sweep:
     program: Sequence[str] = (sys.executable, "-m", "experiments.train")
 
     def __post_init__(self) -> None:
-        self.deadline = None if self.minutes is None else time.monotonic() + 60 * self.minutes
+        self.budget = Budget(self.minutes)
+        self.known = [run for list_of in STUDIES.values() for run in list_of()]
         self.problems: dict[str, str] = {}  # by name of a run
         self.lock = -1
 
@@ -62,43 +109,40 @@ class Sweep:
         Runs inherit the lock: those of a sweep that was killed keep the next one out until they
         end.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.results.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"another sweep works in {self.folder}, or a run of one that was killed: wait "
-                    "for it, or choose another --workdir"
-                ) from None
-            self.lock = file.fileno()
+        with claimed(self.folder) as self.lock:
             yield
 
-    def record(self, run: Run) -> Json:
+    def record(self, run: StudyRun) -> Json:
         """The record of a finished run; empty where some seed is missing, or the recipe another.
 
         An interrupted run has none: `experiments.train` writes it once all seeds are done. Records
-        from before there were studies name no recipe.
+        from before there were studies name no recipe; those of other commands are of other runs.
         """
         for path in (self.results / f"{run.name}.json", self.folder / f"{run.name}.json"):
             found = read(path)
             seeds = {one["seed"] for one in found.get("runs", [])}
-            if set(run.seeds) <= seeds and found.get("recipe", run.recipe) == run.recipe:
+            same = found.get("recipe", run.recipe) == run.recipe
+            if (
+                set(run.seeds) <= seeds
+                and same
+                and "experiments.train " in found.get("command", "")
+            ):
                 return found
         return {}
 
-    def predicted(self, run: Run) -> tuple[float, bool]:
-        """Seconds for all seeds, and whether a record of the same configuration says so."""
-        for path in sorted(self.results.glob(f"{run.config}_*.json")):
-            found = read(path)
-            if found.get("config") == run.config and found.get("platform") == self.platform:
+    def predicted(self, run: StudyRun) -> tuple[float, bool]:
+        """Seconds for all seeds, and whether records of the same configuration say so."""
+        factors = []
+        for other in self.known:
+            if other.config == run.config:
+                found = read(self.results / f"{other.name}.json")
                 each = [one["seconds"] + one["compile_seconds"] for one in found.get("runs", [])]
-                if each:
-                    return sum(each) / len(each) * len(run.seeds), True
-        return run.seconds * len(run.seeds), False
+                if each and found.get("platform") == self.platform:
+                    factors.append(statistics.mean(each) / other.seconds)
+        return corrected(run.seconds, factors) * len(run.seeds), bool(factors)
 
-    def plan(self, runs: Sequence[Run]) -> list[Run]:
+    def plan(self, runs: Sequence[StudyRun]) -> list[StudyRun]:
         """Says which runs are finished and what the others take; returns those."""
         left, total = [], 0.0
         for run in runs:
@@ -116,7 +160,7 @@ class Sweep:
         progress.line(self.console, "plan", f"{len(left)} of {len(runs)} left: {minutes}{limit}")
         return left
 
-    def train(self, runs: Sequence[Run]) -> list[Run]:
+    def train(self, runs: Sequence[StudyRun]) -> list[StudyRun]:
         """Trains what is not finished, in this order; what is left for want of time.
 
         `problems` says what could not be trained.
@@ -126,12 +170,12 @@ class Sweep:
         """
         waiting = [run for run in runs if run.name not in self.problems and not self._kept(run)]
         waiting = self._with_data(waiting)
-        active: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
+        active: dict[str, tuple[StudyRun, subprocess.Popen[bytes]]] = {}
         began = said = time.monotonic()
         ending = False
         with signals.stopping(lambda: "stopping: all runs save their state") as stop:
             while waiting or active:
-                if stop.requested or self._left() <= SAVE_S:
+                if stop.requested or self.budget.left() <= SAVE_S:
                     waiting, ending = [], True
                     self._end([process for _, process in active.values()])
                 while len(active) < self.jobs and (run := self._next(waiting)) is not None:
@@ -152,32 +196,25 @@ class Sweep:
             raise Interrupted(f"stopped; the same command goes on in {self.folder}", stop.requested)
         return [run for run in runs if run.name not in self.problems and not self.record(run)]
 
-    def _left(self) -> float:
-        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
-
-    def _next(self, waiting: Sequence[Run]) -> Run | None:
+    def _next(self, waiting: Sequence[StudyRun]) -> StudyRun | None:
         """The first run that is expected to end in time."""
-        room = self._left() - SAVE_S
+        room = self.budget.left() - SAVE_S
         return next((run for run in waiting if self.predicted(run)[0] <= room), None)
 
-    def _kept(self, run: Run) -> bool:
+    def _kept(self, run: StudyRun) -> bool:
         """Whether the run is finished; its record then stands in `results`, but for a trial."""
         found, path = self.record(run), self.results / f"{run.name}.json"
         if found and not run.trial and read(path) != found:
             write_json(path, found)
         return bool(found)
 
-    def _raw_dir(self, source: str) -> Path | None:
-        copy = None if self.copies is None else self.copies / source
-        return copy if copy is not None and copy.exists() else None
-
-    def _with_data(self, runs: Sequence[Run]) -> list[Run]:
+    def _with_data(self, runs: Sequence[StudyRun]) -> list[StudyRun]:
         """The runs whose data can be read; it is prepared here, once for all of them."""
         problems: dict[str, str | None] = {}
         for run in runs:
             data = run.made().data
             if data.source not in problems:
-                raw_dir = self._raw_dir(data.source)
+                raw_dir = copy_of(data.source, self.copies)
                 data = changed(data, raw_dir=None if raw_dir is None else str(raw_dir.absolute()))
                 try:
                     with progress.waiting(self.console, "data", f"reading {data.source}") as came:
@@ -193,8 +230,8 @@ class Sweep:
                 self._fail(run, problem)
         return [run for run in runs if run.name not in self.problems]
 
-    def _start(self, run: Run) -> subprocess.Popen[bytes]:
-        raw_dir = self._raw_dir(run.made().data.source)
+    def _start(self, run: StudyRun) -> subprocess.Popen[bytes]:
+        raw_dir = copy_of(run.made().data.source, self.copies)
         arguments = [
             *run.flags(),
             *([] if raw_dir is None else [f"--config.data.raw_dir={raw_dir}"]),
@@ -224,7 +261,7 @@ class Sweep:
                 process.kill()
                 process.wait()
 
-    def _ended(self, run: Run, code: int, *, asked: bool) -> None:
+    def _ended(self, run: StudyRun, code: int, *, asked: bool) -> None:
         if code and asked:
             progress.line(self.console, "stopped", f"{run.name}: the same command goes on with it")
         elif code:
@@ -239,10 +276,10 @@ class Sweep:
             write_json(path, found)
             self._kept(run)
             mean = found.get("mean") or found["runs"][0]["best"]
-            shown = [f"{name} {mean[name]:.4f}" for name in ("hr@10", "ndcg@10")]
+            shown = [f"{name} {mean[name]:.4f}" for name in SHOWN if name in mean]
             progress.line(self.console, "done", f"{run.name}: {'  '.join(shown)}")
 
-    def _fail(self, run: Run, problem: str) -> None:
+    def _fail(self, run: StudyRun, problem: str) -> None:
         self.problems[run.name] = problem
         progress.line(self.console, "failed", f"{run.name}: {problem}")
 

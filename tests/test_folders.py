@@ -27,12 +27,14 @@ def trained(folder, *arguments):
 @pytest.fixture(scope="module")
 def two_seeds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seeds")
-    code, said = trained(folder, "--seeds=7,43")
+    code, said = trained(folder, "--seeds=7,43", "--nobaselines", f"--record={folder}/runs.json")
     assert code == 0, said
     return folder
 
 
 def test_seeds_are_evaluated_with_mean_and_deviation(two_seeds):
+    trained_record = json.loads((two_seeds / "runs.json").read_text())
+    assert trained_record["seeds"] == [7, 43] and trained_record["baselines"] == {}
     record = two_seeds / "record.json"
     arguments = [f"--workdir={two_seeds}/runs", f"--record={record}"]
     done = commands.run("experiments.evaluate", *arguments, folder=two_seeds)

@@ -21,7 +21,7 @@ from experiments import command
 from experiments.record import Json, Record
 from scripts.scaling import grid
 from scripts.scaling.grid import Histories, Point
-from scripts.scaling.sweep import Job, add_data, finished, sweep
+from scripts.scaling.sweep import ScalingRun, add_data, finished, sweep
 from ultra_hstu.config import Config
 from ultra_hstu.data import best_prediction, sources
 from ultra_hstu.data.interactions import Interactions, load_interactions
@@ -89,9 +89,9 @@ def located(config: Config, data_dir: str | None, raw_dir: str | None) -> Config
 
 def jobs_of(
     data: dict[str, Interactions], data_dir: str | None = None, raw_dir: str | None = None
-) -> list[Job]:
+) -> list[ScalingRun]:
     """The runs of all sets: those of the same worth follow one another."""
-    jobs: list[tuple[float, Job]] = []
+    jobs: list[tuple[float, ScalingRun]] = []
     for name, interactions in data.items():
         of = grid.SETS[name]
         train, test = (Histories.of(of.base, interactions, part) for part in ("train", "test"))
@@ -103,7 +103,7 @@ def jobs_of(
     return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
 
 
-def job_of(point: Point, train: Histories, test: Histories) -> Job:
+def job_of(point: Point, train: Histories, test: Histories) -> ScalingRun:
     of = grid.SETS[point.data]
     config = grid.with_steps(grid.config_of(point), train, of.events)
     config.validate()
@@ -114,7 +114,7 @@ def job_of(point: Point, train: Histories, test: Histories) -> Job:
         "events": train.events(config) * (config.train.steps or 0) * config.data.batch_users,
     }
     seconds = grid.seconds(config, training, of.tflops)
-    return Job(point.name, point.data, config, seconds, about)
+    return ScalingRun(point.name, point.data, config, seconds, about)
 
 
 def task_of(data: dict[str, Interactions], config: Config) -> Task:
@@ -123,7 +123,7 @@ def task_of(data: dict[str, Interactions], config: Config) -> Task:
     return RankingTask.of(config, data[name])
 
 
-def measure(job: Job, task: Task, workdir: Path) -> Json:
+def measure(job: ScalingRun, task: Task, workdir: Path) -> Json:
     """Of histories whose best prediction is known, its NE on the events that the run was tested on,
     and the floor: what it is to be expected.
 

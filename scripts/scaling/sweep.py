@@ -4,19 +4,16 @@ The record is written after every run. A run that it holds, or that is finished 
 not trained again; one that was killed goes on from its checkpoint.
 """
 
-import contextlib
 import dataclasses
-import fcntl
-import hashlib
-import json
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from experiments.record import Json, Record
+from scripts.studies import digest
+from scripts.sweep import Budget, claimed, corrected
 from ultra_hstu import progress
 from ultra_hstu.config import Config
 from ultra_hstu.task import Task
@@ -26,7 +23,7 @@ ORIGIN = ("device", "commit", "date")  # what the entry of a run says of its mak
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class ScalingRun:
     """A run of a sweep.
 
     Attributes:
@@ -41,20 +38,6 @@ class Job:
     config: Config
     seconds: float
     about: Json = dataclasses.field(default_factory=dict)
-
-
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Raises ValueError where another sweep works in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "sweep.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"another sweep works in {folder}: wait for it, or give another --workdir"
-            ) from None
-        yield
 
 
 def add_data(record: Record, fingerprints: dict[str, Json]) -> None:
@@ -74,34 +57,26 @@ def finished(record: Record) -> dict[str, Json]:
     return dict(record.values.get("runs", {}))
 
 
-def predicted(job: Job, runs: dict[str, Json], device: str) -> float:
+def predicted(job: ScalingRun, runs: dict[str, Json], device: str) -> float:
     """Seconds that a job will take: its prediction, corrected by finished runs of its group."""
     factors = [
         run["seconds_measured"] / run["seconds_predicted"]
         for run in runs.values()
         if run["group"] == job.group and run["device"] == device and run["seconds_measured"]
     ]
-    return job.seconds * (statistics.median(factors) if factors else 1.0)
-
-
-def settings_of(config: Config) -> str:
-    """A hash of all that a run's numbers depend on."""
-    settings = dataclasses.asdict(config)
-    for name in ("raw_dir", "data_dir"):
-        settings["data"].pop(name)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return corrected(job.seconds, factors)
 
 
 def sweep(
-    jobs: Sequence[Job],
+    jobs: Sequence[ScalingRun],
     folder: Path,
     record: Record,
     *,
     load: Callable[[Config], Task],
-    measure: Callable[[Job, Task, Path], Json],
+    measure: Callable[[ScalingRun, Task, Path], Json],
     minutes: float | None,
     console: Console,
-) -> list[Job]:
+) -> list[ScalingRun]:
     """Trains jobs in their order, and records each; those that are left.
 
     Args:
@@ -111,11 +86,11 @@ def sweep(
     Raises:
       ValueError: another sweep in the folder, or a record of other settings.
     """
-    started, left = time.perf_counter(), []
+    budget, left = Budget(minutes), []
     device = record.values["device"]
     with claimed(folder):
         for number, job in enumerate(jobs, start=1):
-            runs, settings = finished(record), settings_of(job.config)
+            runs, settings = finished(record), digest(job.config)
             if (run := runs.get(job.name)) is not None:
                 if run["settings"] != settings:
                     raise ValueError(
@@ -123,8 +98,7 @@ def sweep(
                     )
                 continue
             expected = predicted(job, runs, device)
-            spent = time.perf_counter() - started
-            if minutes is not None and spent + expected > 60 * minutes:
+            if expected > budget.left():
                 left.append(job)
                 continue
             took = progress.duration(expected)

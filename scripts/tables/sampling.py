@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from experiments.record import Json
-from scripts.ranking_runs import STOCHASTIC_LENGTH
+from scripts import studies
 from scripts.tables.records import (
     evaluated,
     evaluation,
@@ -96,7 +96,7 @@ def _pairs(values: Iterable[tuple[float, float]]) -> list[str]:
 def sampled_ranking_table() -> str:
     """What stochastic length costs in NE, beside the operations that it saves."""
     rows = []
-    for run in STOCHASTIC_LENGTH:
+    for run in studies.stochastic_length():
         record = load(run.name)
         if not record:
             continue

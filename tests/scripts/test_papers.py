@@ -93,6 +93,8 @@ def test_a_row_is_filled_as_soon_as_its_record_is_there(tmp_path, monkeypatch):
     with pytest.raises(Missing, match="the record has no 'all'"):
         field("steps", "all")(found)
     assert less(field("half"), field("whole"))(found) == pytest.approx(1 / 3)
+    trained = Cell("assistments_rank_din", "{}")
+    assert str(trained).startswith("not measured: `python -m scripts.study --study=ranking_models")
     own = Cell("none", "{}", (), "bench.long --config=long_ultra")
     assert str(own) == "not measured: `python -m scripts.bench.long --config=long_ultra`"
     row = Row("a", "b", ("kernels/mask.py:AttentionMask",), here=(own, own), deviates="c")

@@ -1,4 +1,4 @@
-"""Scripts of ranking: training at equal operations, how sparse histories get, lists of runs."""
+"""Scripts of ranking: training at equal operations, how sparse histories get, counts."""
 
 import json
 
@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from experiments.record import Record
-from scripts import generative, ranking_runs, stochastic_length
+from scripts import generative, ranking_counts, stochastic_length
+from scripts.studies import StudyRun
 from tests.ranking import rank_data
 from ultra_hstu import sampling
 from ultra_hstu.config import SyntheticConfig
@@ -93,15 +94,26 @@ def test_weights_keep_as_old_events_as_chance_does():
     assert 0.8 < found["weighted"]["events"] < 1.2 and 0.8 < found["random"]["time"] < 1.2
 
 
-def test_every_listed_run_is_a_configuration(tmp_path):
-    runs = [run for group in ranking_runs.GROUPS.values() for run in group]
-    assert len({run.name for run in runs}) == len(runs)
+def test_operations_are_counted_by_run_and_baselines_by_source(tmp_path):
+    """On generated data; what the record holds of other runs stays."""
+    small = {
+        "data.synthetic.users": 40,
+        "data.synthetic.length": 24,
+        "data.data_dir": str(tmp_path),
+    }
+    runs = [
+        StudyRun("whole", "synthetic_rank_hstu", small),
+        StudyRun("short", "synthetic_rank_hstu", {**small, "data.max_history": 8}),
+    ]
+    path = tmp_path / "record.json"
     for run in runs:
-        ranking_runs.made(run, {})
-    run = runs[0]
-    assert not ranking_runs.done(run, tmp_path)
-    record = {"runs": [{"seed": seed} for seed in run.seeds]}
-    (tmp_path / f"{run.name}.json").write_text(json.dumps(record))
-    assert ranking_runs.done(run, tmp_path)
-    (tmp_path / f"{run.name}.json").write_text(json.dumps(record | {"shared_device": True}))
-    assert not ranking_runs.done(run, tmp_path)
+        ranking_counts.count([run], Record(path, grows=True), tmp_path / "nothing")
+    record = json.loads(path.read_text())
+    assert list(record["counted"]) == ["whole", "short"]
+    whole, short = record["counted"].values()
+    assert whole["training_gflop"] > short["training_gflop"] and list(record["baselines"]) == [
+        "synthetic"
+    ]
+    with pytest.raises(ValueError, match="unknown config field data.max_histories: did you"):
+        count = [StudyRun("none", "synthetic_rank_hstu", {"data.max_histories": 1})]
+        ranking_counts.count(count, Record(path, grows=True), None)

@@ -10,7 +10,7 @@ from rich.console import Console
 from experiments.record import Record
 from scripts.scaling import fits, grid, run, stream, sweep
 from scripts.scaling.fits import Curve, compare, estimate, exponent, slope
-from scripts.scaling.sweep import Job
+from scripts.scaling.sweep import ScalingRun
 from scripts.tables import records
 from scripts.tables import scaling as tables
 from ultra_hstu.config import SyntheticConfig
@@ -133,13 +133,13 @@ def test_runs_are_trained_recorded_and_not_trained_again(tiny, tmp_path, monkeyp
 
 def test_a_run_that_fails_leaves_those_before_it(tmp_path, monkeypatch):
     """A sweep in the same folder is refused meanwhile; predictions follow what was measured."""
-    job = Job("a", "group", grid.SETS["assistments"].base, 1000.0, {"model": "hstu"})
+    job = ScalingRun("a", "group", grid.SETS["assistments"].base, 1000.0, {"model": "hstu"})
     jobs = [job, dataclasses.replace(job, name="b"), dataclasses.replace(job, name="c")]
     folder, file = tmp_path / "runs", tmp_path / "record.json"
     trained = []
 
     def train(config, workdir, **_):
-        with pytest.raises(ValueError, match=f"another sweep works in {folder}: wait for it"):
+        with pytest.raises(ValueError, match=f"another sweep works in {folder}, or a run"):
             with sweep.claimed(folder):
                 pass
         trained.append(workdir.name)
@@ -184,8 +184,6 @@ def test_what_can_be_reached_on_the_stream():
     one = dataclasses.replace(settings, released_at_start=0.9999, prior_categories=1)
     assert stream.bound(one, 0.5, hides=False)["hr@10"] == pytest.approx(10 / 15, abs=0.05)
     assert ((items[:, :1] - items) % 4 == 0).all()
-    job = stream.job_of("synthetic_transformer", 43, None)
-    assert job.config.train.seed == 43 and job.config.model.kind == "sasrec" and job.seconds > 60
 
 
 def made_up_record():

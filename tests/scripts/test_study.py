@@ -16,7 +16,7 @@ from experiments import configs
 from experiments.record import read
 from scripts import search, studies, study, sweep
 from scripts.bench import published_sets
-from scripts.studies import Run, with_field
+from scripts.studies import StudyRun, with_field
 from scripts.sweep import Sweep
 from tests import commands
 from ultra_hstu import effects, flops
@@ -25,7 +25,7 @@ from ultra_hstu.run import Interrupted
 
 QUIET = Console(quiet=True)
 SMALL = {"data.synthetic.users": 20, "data.synthetic.length": 8}
-ONE = Run("one", "synthetic", SMALL, seeds=(1, 2), seconds=0.0)
+ONE = StudyRun("one", "synthetic", SMALL, seeds=(1, 2), seconds=0.1)
 
 # Stands in for `experiments.train`: counts how often it was started, and writes a record. A run
 # named slow waits for a stop the first time; HR@10 is the learning rate.
@@ -58,6 +58,7 @@ record.write_text(json.dumps(fields | {"command": command, "mean": best}))
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     monkeypatch.setenv("ULTRA_HSTU_DATA", str(tmp_path / "data"))
+    monkeypatch.setitem(studies.STUDIES, "small", lambda: [ONE])
     (tmp_path / "train.py").write_text(TRAIN)
     program = (sys.executable, "-S", "-E", str(tmp_path / "train.py"))
     given = dict(platform="cpu", program=program, conditions={"study": "small"})
@@ -94,10 +95,14 @@ def test_finished_runs_are_not_trained_again(made, tmp_path):
     other = made(folder="elsewhere")
     with other.alone():
         assert other.plan([ONE]) == []
-        assert other.predicted(dataclasses.replace(ONE, config="synthetic", seeds=(7,)))[1] is False
-        record = dict(record, config="synthetic")
-        (tmp_path / "results" / "synthetic_x.json").write_text(json.dumps(record))
-        assert other.predicted(dataclasses.replace(ONE, seeds=(7, 8, 9))) == (9.0, True)
+        # It is the configuration's, whose other runs are guessed to take twice as long.
+        slower = dataclasses.replace(ONE, name="slower", seeds=(7, 8, 9), seconds=0.2)
+        assert other.predicted(slower) == (pytest.approx(18.0), True)
+        assert other.predicted(dataclasses.replace(slower, config="ml1m_hstu"))[1] is False
+        # What another command has written is no record of this run.
+        path = tmp_path / "results" / "one.json"
+        path.write_text(json.dumps(read(path) | {"command": "python -m scripts.ablation --x=1"}))
+        assert other.plan([ONE]) == [ONE]
 
 
 def test_a_sweep_that_is_out_of_time_goes_on_later(made, monkeypatch):
@@ -153,7 +158,7 @@ def test_two_sweeps_in_one_folder_are_refused(made):
 
 def test_what_cannot_be_trained_is_named_and_the_others_run(made, tmp_path):
     (tmp_path / "copies" / "ml-1m").mkdir(parents=True)
-    missing = Run("missing", "ml1m_hstu")
+    missing = StudyRun("missing", "ml1m_hstu")
     fails = dataclasses.replace(ONE, name="fails")
     found = made(copies=tmp_path / "copies")
     with found.alone():
@@ -178,6 +183,7 @@ def test_every_run_of_a_study_can_be_made(monkeypatch):
         for field in run.overrides:
             effects.require_effect(run.made(), field)
     assert not search.confirmed({}).trial
+    assert study.chosen("stream", [])[0].flags()[-1] == "--baselines=false"
     with pytest.raises(ValueError, match="--only=ml1m_none: the study ml1m has ml1m_best_validate"):
         study.chosen("ml1m", ["ml1m_none"])
     # A mixture of logits is listed where its configuration is there.

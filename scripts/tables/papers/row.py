@@ -1,8 +1,8 @@
 """A row of docs/papers.md: a claim of a paper, where it is in the code, and what was measured.
 
 A cell names its record and the fields that it shows. Without them it says "not measured", with the
-command that the docstring of a script has for this record. So a row is filled as soon as its record
-is there.
+command that the docstring of a script has for this record, or the study that trains it. So a row is
+filled as soon as its record is there.
 """
 
 import ast
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.record import Json
+from scripts.studies import STUDIES
 from scripts.tables.records import ROOT, load, markdown
 
 Value = Callable[[Json], float | str]
@@ -75,8 +76,8 @@ class Cell:
     """What a record says: `text.format(*values)`.
 
     Attributes:
-      command: of a record that no docstring of a script names: its module, in scripts/ or
-        experiments/, and flags.
+      command: of a record that no docstring of a script names and no study trains: its module, in
+        scripts/ or experiments/, and flags.
     """
 
     record: str
@@ -167,4 +168,8 @@ def _commands() -> dict[str, str]:
             )
             for record in re.findall(r"results/(\w+)\.json", words):
                 found.setdefault(record, words.replace("[", "").replace("]", ""))
+    for study, runs in STUDIES.items():
+        for run in runs():
+            command = _runnable(f"study --study={study} --workdir=runs/study")
+            found.setdefault(run.name, command)
     return found

@@ -51,8 +51,7 @@ def table_ms(kind: str) -> Value:
 
 
 def mean_ne(record: str, text: str) -> Cell:
-    command = "ranking_runs --group=models --workdir=runs/ranking"
-    return Cell(record, text, (field("mean", "ne"),), command)
+    return Cell(record, text, (field("mean", "ne"),))
 
 
 def slowest_rank(record: str) -> Cell:
@@ -171,7 +170,7 @@ ROWS = (
     Row(
         "table 9",
         "3 + 6 truncated layers against 6: C-NE -0.25, -0.29 %; operations -3 %, -38 %",
-        ("ultra_hstu/config.py:ModelConfig.truncate_after",),
+        ("ultra_hstu/model_config.py:ModelConfig.truncate_after",),
         "-3 % training, -38 % inference",
         (
             Cell(
@@ -191,7 +190,7 @@ ROWS = (
     Row(
         "table 8",
         "2k + 1k against 3k mixed: E-NE -1.0 %, inference -53 %; 10k + 3k against 16k: -69 %",
-        ("ultra_hstu/config.py:ModelConfig.channels",),
+        ("ultra_hstu/model_config.py:ModelConfig.channels",),
         "-53 %, -69 %",
         (
             Cell(
@@ -205,13 +204,13 @@ ROWS = (
     Row(
         "BF16",
         "activations and products in bfloat16; sums, norms and losses in float32",
-        ("ultra_hstu/config.py:ModelConfig.dtype",),
+        ("ultra_hstu/model_config.py:ModelConfig.dtype",),
         here="`model.dtype`",
     ),
     Row(
         "FP8 GEMM",
         "e4m3 with a scale a row: 1.99x of bfloat16 with bias",
-        ("kernels/fp8.py:linear", "ultra_hstu/config.py:ModelConfig.projection"),
+        ("kernels/fp8.py:linear", "ultra_hstu/model_config.py:ModelConfig.projection"),
         "1.99x",
         (
             Cell(
@@ -292,7 +291,7 @@ ROWS = (
     Row(
         "selective rematerialisation",
         "six tensors computed again: 7 -> 2.3 GB a layer, -67 %, +5 % time",
-        ("ultra_hstu/nn/remat.py", "ultra_hstu/config.py:ModelConfig.remat"),
+        ("ultra_hstu/nn/remat.py", "ultra_hstu/model_config.py:ModelConfig.remat"),
         "-67 %, +5 %",
         (
             Cell(
