@@ -2,7 +2,7 @@
 
 from scripts.tables.papers.row import Cell, Row, Value, field, less, ratio
 
-CHUNK_ROWS = "ultra_hstu/config.py:ModelConfig.chunk_rows"
+CHUNK_ROWS = "ultra_hstu/model_config.py:ModelConfig.chunk_rows"
 LOSS_ROWS = "ultra_hstu/sections.py:LossConfig.chunk_rows"
 LONGEST = "bench.mini_sequences --stages=head,state,longest"
 CONFIRM = "bench.mini_sequences --stages=confirm --contexts=1"
@@ -145,7 +145,7 @@ ROWS = (
         "chunk size",
         "4,096 tokens of the MLP, 64 pieces of the head; or the hidden size",
         (
-            "ultra_hstu/config.py:ModelConfig.chunk_rows",
+            "ultra_hstu/model_config.py:ModelConfig.chunk_rows",
             "ultra_hstu/sections.py:LossConfig.chunk_rows",
         ),
         here="`long_mst` has 4,096 rows",
