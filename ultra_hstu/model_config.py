@@ -125,7 +125,19 @@ class ModelConfig(Section):
                 "model.divide_by='kept' divides by what a truncation leaves, and there is none: "
                 "set model.truncate_after and model.truncate_length, or use 'constant' or 'length'"
             )
-        without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
+        for (why, remedy), names in self.without_effect(layout).items():
+            for name in names:
+                value = getattr(self, name)
+                nothing = isinstance(value, tuple) and set(value) <= {0}
+                if value != getattr(ModelConfig(), name) and not nothing:
+                    raise ValueError(
+                        f"model.{name}={value!r} does nothing under {why}: {remedy}, "
+                        "or leave it out"
+                    )
+
+    def without_effect(self, layout: str) -> dict[tuple[str, str], tuple[str, ...]]:
+        """The fields that do nothing here, by why and by what to do."""
+        without: dict[tuple[str, str], tuple[str, ...]] = {}
         if self.kind != "hstu":
             of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
             saves = () if self.kind == "sasrec" else ("remat", "chunk_rows")
@@ -150,15 +162,7 @@ class ModelConfig(Section):
         if layout == "padded":
             why = "data.layout='padded', whose newest rows are padding"
             without[why, "use 'jagged'"] = ("full_rows",)
-        for (why, remedy), names in without.items():
-            for name in names:
-                value = getattr(self, name)
-                nothing = isinstance(value, tuple) and set(value) <= {0}
-                if value != getattr(ModelConfig(), name) and not nothing:
-                    raise ValueError(
-                        f"model.{name}={value!r} does nothing under {why}: {remedy}, "
-                        "or leave it out"
-                    )
+        return without
 
     def _check_layers(self, channel: str, encoder: "ModelConfig") -> None:
         """Values of an encoder that do not suit its depth."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.record import Json
+from scripts.tables.papers.commands import COMMANDS
 from scripts.tables.records import ROOT, load, markdown
 
 Value = Callable[[Json], float | str]
@@ -75,8 +76,8 @@ class Cell:
     """What a record says: `text.format(*values)`.
 
     Attributes:
-      command: of a record that no docstring of a script names: its module, in scripts/ or
-        experiments/, and flags.
+      command: of a record that neither a docstring of a script nor `COMMANDS` names: its module,
+        in scripts/ or experiments/, and flags.
     """
 
     record: str
@@ -92,7 +93,8 @@ class Cell:
             shown = ""
         if shown:
             return f"{METRIC.sub(r'\1', shown)} (`{self.record}`)"
-        command = _commands().get(self.record) or _runnable(self.command)
+        own = self.command or COMMANDS.get(self.record, "")
+        command = _commands().get(self.record) or _runnable(own)
         return f"not measured: `{command}`" if command else f"not measured (`{self.record}`)"
 
 

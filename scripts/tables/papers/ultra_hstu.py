@@ -1,21 +1,10 @@
 """ULTRA-HSTU: arXiv 2602.16986."""
 
-import shlex
-
 from scripts.tables.papers.row import Cell, Row, Value, field, less, ratio
 
 ENCODER = "encoder_inference_TFLOP_a_sample"
 LAYERS = "ultra_hstu/nn/hstu_layer.py"
 ABLATION = "ablation_assistments"
-SMALL = "ablation_assistments_small"
-# Its sizes, for the configuration with all pieces and the baseline, and the pieces.
-SIZES = """data.max_history=128 data.batch_users=64 model.width=32 model.heads=1
-    model.qk_width=32 model.v_width=32 model.dtype=float32 rank.targets=64 rank.head_width=64
-    train.epochs=3 train.eval_users=64 optim.decay_steps=540"""
-PIECES = """data.stochastic_length=1.6 model.layers=3 model.window=(32,) model.full_rows=(8,)
-    model.truncate_after=1 model.truncate_length=32
-    model.channels.attempts.max_history=128 model.channels.attempts.layers=3
-    model.channels.right.max_history=64 model.channels.right.layers=2"""
 ONE_SEED = "ASSISTments; a difference within what seeds do"
 
 
@@ -27,15 +16,6 @@ def piece(variant: str, what: str) -> Cell:
     """NE with a piece off, and with all."""
     values = tuple(field("variants", one, "mean", "ne") for one in (variant, "ultra"))
     return Cell(ABLATION, f"NE {{:.4f}} {what}, {{:.4f}} with all pieces", values)
-
-
-def small_ablation() -> str:
-    """The command of the small ablation."""
-    words = ["ablation", "--config=assistments_rank_ultra", "--baseline=assistments_rank_hstu"]
-    words += [f"--config.{one}" for one in f"{SIZES} {PIECES}".split()]
-    words += [f"--baseline.{one}" for one in f"{SIZES} model.layers=2".split()]
-    words += ["--workdir=runs/ablation_small", "--seeds=42,43"]
-    return shlex.join([*words, f"--record=experiments/results/{SMALL}.json"])
 
 
 def operations(variant: str) -> Cell:
@@ -195,10 +175,9 @@ ROWS = (
         "-3 % training, -38 % inference",
         (
             Cell(
-                SMALL,
+                "ablation_assistments_small",
                 "NE {:.4f} whole, {:.4f} truncated",
                 tuple(field("variants", one, "mean", "ne") for one in ("no_truncation", "ultra")),
-                small_ablation(),
             ),
         ),
         "a small model on a CPU; equal depth, not equal quality",
@@ -216,10 +195,9 @@ ROWS = (
         "-53 %, -69 %",
         (
             Cell(
-                SMALL,
+                "ablation_assistments_small",
                 "NE {:.4f} one, {:.4f} mixture",
                 tuple(field("variants", one, "mean", "ne") for one in ("one_transducer", "ultra")),
-                small_ablation(),
             ),
         ),
         "here the second channel is added to a whole history, not cut out of it",
