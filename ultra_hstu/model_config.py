@@ -24,7 +24,7 @@ class ChannelConfig(Section):
     at_least: float = 1.0  # of the signal
     max_history: Count = 200  # newest such events kept in front of a target
     layers: Count = 2  # depth of its encoder
-    # Of its encoder; None: model.width, that of the embeddings. To another one they are projected.
+    # Of its encoder, to which embeddings are projected; None: model.width, that of the embeddings.
     width: Count | None = None
     # Semi-local attention: one value, or one a layer. (): that of the model; (-1,): none.
     window: Windows = ()
@@ -57,9 +57,9 @@ class ModelConfig(Section):
     time_buckets: NotNegative[int] = 128
     # The published padding behind the history: N = max_history + output_slots divides attention.
     output_slots: NotNegative[int] = 11
-    # Standard deviation of the first vectors of items, which are cut at two of it.
+    # Standard deviation of the initial vectors of items, a normal law that is cut at two of it.
     item_std: Positive[float] = 0.02
-    # That of the first u, v, q and k projections of the research layer; Xavier's is
+    # That of the initial u, v, q and k projections of the research layer; Xavier's is
     # sqrt(2 / (width + their widths)), 0.09 for 50 and four times 50.
     uvqk_std: Positive[float] = 0.02
     input_dropout: BelowOne[float] = 0.2  # of the embedded events
@@ -84,7 +84,8 @@ class ModelConfig(Section):
     channels: dict[str, ChannelConfig] = dataclasses.field(default_factory=dict)
     # Precision of the uvqk and output projections in the forward; "same" follows dtype.
     projection: Literal["same", "fp8"] = "same"
-    # Of the products that make the gradients of what those projections read: fp8 beside fp8.
+    # Of the products that make gradients of the inputs of those projections; fp8 needs
+    # projection="fp8".
     projection_gradient: Literal["same", "fp8"] = "same"
     # Of kernels.norm_linear and kernels.gated_linear; None: the best for the device.
     layer_implementation: str | None = None
