@@ -36,4 +36,4 @@ _OF = {
 COMMANDS = {
     record: f"{command} --record=experiments/results/{record}.json"
     for record, command in _OF.items()
-}
+} | {"assistments_rank_hstu": "ranking_runs --group=models --workdir=runs/ranking"}

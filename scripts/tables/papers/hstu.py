@@ -347,7 +347,6 @@ ROWS = (
                 "assistments_rank_hstu",
                 "ASSISTments NE {:.4f} against {:.4f} of item and user",
                 (field("mean", "ne"), field("baselines", "item and user", "ne")),
-                trained("assistments_rank_hstu", "models", "").command,
             ),
             trained("assistments_rank_din", "models", "DIN {:.4f}"),
         ),

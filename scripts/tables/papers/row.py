@@ -76,8 +76,8 @@ class Cell:
     """What a record says: `text.format(*values)`.
 
     Attributes:
-      command: of a record that neither a docstring of a script nor `COMMANDS` names: its module,
-        in scripts/ or experiments/, and flags.
+      command: of a record that no docstring of a script names: its module, in scripts/ or
+        experiments/, and flags.
     """
 
     record: str
