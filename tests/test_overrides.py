@@ -84,6 +84,16 @@ def test_fields_without_effect_exist(name):
     assert effects.without_effect(config).keys() <= known
 
 
+def test_show_marks_what_the_encoder_or_the_task_does_not_read():
+    names = ("ml1m_sasrec", "long_ultra_paper", "everything")
+    idle = {name: effects.without_effect(configs.named(name)).keys() for name in names}
+    assert idle["ml1m_sasrec"] >= {"model.window", "model.divide_by", "model.uvqk_std"}
+    assert not idle["ml1m_sasrec"] & {"model.ffn_width", "model.remat", "model.chunk_rows"}
+    assert "model.alpha" in idle["long_ultra_paper"] and "model.uvqk_std" in idle["everything"]
+    assert not idle["long_ultra_paper"] & {"model.window", "model.uvqk_std", "eval.hide"}
+    assert idle["everything"] >= {"eval.hide", "eval.repeats", "features.merge"}
+
+
 def test_paths_are_absolute_from_then_on(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     data = made(monkeypatch, "table", "data.raw_dir=a/*.csv", "data.table.items_file=~/i").data

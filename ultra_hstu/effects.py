@@ -69,6 +69,9 @@ def _data(config: Config) -> Iterator[tuple[str, str]]:
 
 def _model(config: Config) -> Iterator[tuple[str, str]]:
     model = config.model
+    for (why, remedy), fields in model.without_effect(config.data.layout).items():
+        for name in fields:
+            yield f"model.{name}", f"under {why}: {remedy}"
     if model.channels:
         yield "model.layers", _of_channels(config, "layers")
         for name in CHANNEL_OPTIONS[1:]:  # the embeddings have the width of the model
@@ -93,6 +96,8 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
     loss = config.loss
     if config.rank.tasks:
         yield "loss", "for ranking, whose tasks have losses without options"
+        for name in ("hide", "repeats"):
+            yield f"eval.{name}", "for ranking, which hides nothing of a history"
     else:
         for name in (*TARGETS, *FRACTIONS):
             yield f"rank.{name}", "without rank.tasks: retrieval asks for the next item"
@@ -106,6 +111,9 @@ def _others(config: Config) -> Iterator[tuple[str, str]]:
             yield f"loss.{name}", "under loss.kind=full, which scores all items"
     if loss.kind != "in_batch":
         yield "loss.log_q", f"under loss.kind={loss.kind}: in_batch reads it"
+    if not config.features.items:
+        for name in ("merge", "max_values", "id_dropout"):
+            yield f"features.{name}", "without features.items: name columns"
     if not any(Spelled.of(name).mlp for name in config.features.items):
         yield "features.hidden_width", "without a column[mlp] in features.items"
     if config.optim.tables == "same":

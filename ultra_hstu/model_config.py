@@ -24,7 +24,7 @@ class ChannelConfig(Section):
     at_least: float = 1.0  # of the signal
     max_history: Count = 200  # newest such events kept in front of a target
     layers: Count = 2  # depth of its encoder
-    # Of its encoder; None: model.width, that of the embeddings. To another one they are projected.
+    # Of its encoder, to which embeddings are projected; None: model.width, that of the embeddings.
     width: Count | None = None
     # Semi-local attention: one value, or one a layer. (): that of the model; (-1,): none.
     window: Windows = ()
@@ -57,9 +57,9 @@ class ModelConfig(Section):
     time_buckets: NotNegative[int] = 128
     # The published padding behind the history: N = max_history + output_slots divides attention.
     output_slots: NotNegative[int] = 11
-    # Standard deviation of the first vectors of items, which are cut at two of it.
+    # Standard deviation of the initial vectors of items, a normal law that is cut at two of it.
     item_std: Positive[float] = 0.02
-    # That of the first u, v, q and k projections of the research layer; Xavier's is
+    # That of the initial u, v, q and k projections of the research layer; Xavier's is
     # sqrt(2 / (width + their widths)), 0.09 for 50 and four times 50.
     uvqk_std: Positive[float] = 0.02
     input_dropout: BelowOne[float] = 0.2  # of the embedded events
@@ -84,7 +84,8 @@ class ModelConfig(Section):
     channels: dict[str, ChannelConfig] = dataclasses.field(default_factory=dict)
     # Precision of the uvqk and output projections in the forward; "same" follows dtype.
     projection: Literal["same", "fp8"] = "same"
-    # Of the products that make the gradients of what those projections read: fp8 beside fp8.
+    # Of the products that make gradients of the inputs of those projections; fp8 needs
+    # projection="fp8".
     projection_gradient: Literal["same", "fp8"] = "same"
     # Of kernels.norm_linear and kernels.gated_linear; None: the best for the device.
     layer_implementation: str | None = None
@@ -125,7 +126,19 @@ class ModelConfig(Section):
                 "model.divide_by='kept' divides by what a truncation leaves, and there is none: "
                 "set model.truncate_after and model.truncate_length, or use 'constant' or 'length'"
             )
-        without: dict[tuple[str, str], tuple[str, ...]] = {}  # (why, remedy): what does nothing
+        for (why, remedy), names in self.without_effect(layout).items():
+            for name in names:
+                value = getattr(self, name)
+                nothing = isinstance(value, tuple) and set(value) <= {0}
+                if value != getattr(ModelConfig(), name) and not nothing:
+                    raise ValueError(
+                        f"model.{name}={value!r} does nothing under {why}: {remedy}, "
+                        "or leave it out"
+                    )
+
+    def without_effect(self, layout: str) -> dict[tuple[str, str], tuple[str, ...]]:
+        """The fields that do nothing here, by why and by what to do."""
+        without: dict[tuple[str, str], tuple[str, ...]] = {}
         if self.kind != "hstu":
             of_layer = ("alpha", "projection", "projection_gradient", "layer_implementation")
             saves = () if self.kind == "sasrec" else ("remat", "chunk_rows")
@@ -150,15 +163,7 @@ class ModelConfig(Section):
         if layout == "padded":
             why = "data.layout='padded', whose newest rows are padding"
             without[why, "use 'jagged'"] = ("full_rows",)
-        for (why, remedy), names in without.items():
-            for name in names:
-                value = getattr(self, name)
-                nothing = isinstance(value, tuple) and set(value) <= {0}
-                if value != getattr(ModelConfig(), name) and not nothing:
-                    raise ValueError(
-                        f"model.{name}={value!r} does nothing under {why}: {remedy}, "
-                        "or leave it out"
-                    )
+        return without
 
     def _check_layers(self, channel: str, encoder: "ModelConfig") -> None:
         """Values of an encoder that do not suit its depth."""

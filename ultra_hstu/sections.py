@@ -33,20 +33,19 @@ class SyntheticConfig(Section):
 class SyntheticLongConfig(Section):
     """Long histories of likes, whose best possible prediction is known: docs/scaling.md.
 
-    A user likes an item of a category with a probability of the two, drawn once.
+    A user likes an item with a probability that is drawn once for the user and the category.
     """
 
-    users: Count = 800  # whose histories are all as long
+    users: Count = 800  # all with histories of the same length
     length: Annotated[
         int, Limit(lambda value: value >= 3, "at least 3: history, validation, test")
     ] = 20480  # events of a user
     categories: Count = 512  # of items
-    items_per_category: Count = 4  # drawn alike
+    items_per_category: Count = 4  # equally likely
     # An event is of category k = 1, 2, ... in proportion to k^-skew.
     skew: NotNegative[float] = 1.0
-    # A user's probabilities are beta distributed: so many liked events a category begins with,
-    likes: Positive[float] = 0.5
-    others: Positive[float] = 0.5  # and so many others
+    likes: Positive[float] = 0.5  # that probability is drawn from Beta(likes, others)
+    others: Positive[float] = 0.5  # the second parameter of that law
     seed: NotNegative[int] = 0  # of everything that is drawn
 
 

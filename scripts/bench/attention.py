@@ -2,7 +2,9 @@
 
     python -m scripts.bench.attention --implementations=short,mosaic,triton,xla
         --record=experiments/results/attention_h200.json
-    python -m scripts.bench.attention --rival=PATH
+    python -m scripts.bench.attention --implementations=mosaic,triton,xla,mosaic_fp8
+        --lengths=1024,2048,4096,16384,32768 --rival=PATH
+        --record=experiments/results/attention_h100.json
 
 `--rival` is a checkout of the public generative-recommenders; it and cuDNN are measured beside
 ours, see attention_rivals.py.

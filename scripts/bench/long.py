@@ -2,7 +2,11 @@
 
 # one Hopper GPU
 python -m scripts.bench.long --config=long_ultra [--variants=ultra,plain_causal]
-    [--record=experiments/results/NAME.json] [--count]
+    --record=experiments/results/long_ultra_h200.json
+# operations alone, on any machine
+python -m scripts.bench.long --config=long_ultra --count
+    --variants=ultra,paper_layer,plain_causal,no_truncation,no_window
+    --record=experiments/results/long_operations.json
 # two Hopper GPUs of one host, in at most 6 minutes
 python -m scripts.bench.long --config=long_mst --record=experiments/results/long_mst_h200.json
 

@@ -2,6 +2,8 @@
 
 python -m scripts.bench.loss [--cases=ml1m,steps] [--implementations=triton,xla]
     [--record=experiments/results/NAME.json]
+python -m scripts.bench.loss --cases=ml1m,steps,catalogue --implementations=triton,xla
+    --record=experiments/results/loss_h200.json
 
 A call is loss and gradients of outputs and table, with the norms, the temperature and the draws of
 the negatives, as in a step. Memory is the compiler's count of temporaries and of the results, which

@@ -2,6 +2,8 @@
 
 python -m scripts.bench.tables [--parts=step,last_layer,sizes,repeated] [--small]
     [--record=experiments/results/NAME.json]
+python -m scripts.bench.tables --parts=step,sizes,repeated --remat=none
+    --record=experiments/results/step_h200.json
 
 step: a stack of 8 layers, D = 1,024, 4 heads of 256, on 32 requests of 4,096 rows that ask about 16
     targets; a table of a million items. MFU counts the products of the encoder and the head.

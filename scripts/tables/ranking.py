@@ -193,7 +193,8 @@ def signal_effects_table(record: Json) -> str:
         if variant != "ultra":
             rises = [f"+{short(lowest - known['whole'])}", f"{runs['mean']['ne'] - whole:+.4f}"]
         measured_ne = mean_and_deviation([run["best"]["ne"] for run in runs["runs"]])
-        name = "all signals" if variant == "ultra" else f"without {missing.replace('_', ' ')}"
+        names = {"ultra": "all signals", "without_any": "no signal"}
+        name = names.get(variant, f"without `{missing}`")
         rows.append([name, short(lowest), rises[0], measured_ne, rises[1]])
     seeds = len(found["ultra"]["runs"])
     return markdown(

@@ -108,10 +108,15 @@ def figure(name: str, width: float, height: float) -> Iterator[Figure]:
     drawn.savefig(FIGURES / f"{name}.png", dpi=130)
 
 
+# Of a figure's two files, for a light page and a dark one, whose ground is GitHub's.
+GROUND = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#0d1117")
+STYLES: dict[str, list[str | Json]] = {"": ["default"], "_dark": ["dark_background", GROUND]}
+
+
 def themed(name: str, width: float, height: float) -> Iterator[Figure]:
     """The figure twice to draw into, for a light page and, as NAME_dark, for a dark one."""
-    for ending, style in {"": "default", "_dark": "dark_background"}.items():
-        with matplotlib.style.context(style), figure(f"{name}{ending}", width, height) as drawn:
+    for ending, styles in STYLES.items():
+        with matplotlib.style.context(styles), figure(f"{name}{ending}", width, height) as drawn:
             yield drawn
 
 

@@ -231,7 +231,7 @@ def int4_table(record: Json) -> str:
         sizes = [str(table[size]) for size in ("row_bytes", "history_bytes", "bytes")]
         error = f"{100 * table['rms_error_over_rms_value']:.1f} %"
         rows.append([kind, *sizes, error, *(short(values["metrics"][name]) for name in names)])
-    header = ["item table", "bytes a row", "of a request's history", "of all"]
+    header = ["item table", "bytes an entry", "of a request's history", "of all"]
     header += ["RMS error / RMS value", *(name.upper() for name in names)]
     told = f"Evaluated with {evaluated(record, 'hide', 'repeats', 'time')}."
     return markdown(header, rows, told)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from matplotlib import style
 from matplotlib.axes import Axes
 
 from experiments.record import Json
@@ -12,13 +11,14 @@ from scripts.scaling.fits import Curve, Estimate, Ratio, compare, estimate, expo
 from scripts.scaling.stream import CUTS
 from scripts.tables.records import (
     NOT_MEASURED,
-    figure,
     load,
     markdown,
     mean_and_deviation,
     measured,
     origin,
+    picture,
     short,
+    themed,
 )
 
 SETS = {"synthetic_long": "synthetic, long", "assistments": "ASSISTments 2017"}
@@ -51,14 +51,6 @@ STREAM = {
     "stream_hstu": ("HSTU, no bias", ".0893", ".3170"),
 }
 LEAST = 3  # amounts of compute that a fit needs
-# Of the figure's two files; dark as GitHub is.
-STYLES: dict[str, list[str | Json]] = {
-    "scaling": ["default"],
-    "scaling_dark": [
-        "dark_background",
-        {"figure.facecolor": "#0d1117", "axes.facecolor": "#0d1117"},
-    ],
-}
 COLOURS = {"hstu": "tab:blue", "ultra": "tab:orange"}
 
 
@@ -254,12 +246,7 @@ def scaling_picture() -> str:
     """The figure, for a light and a dark page."""
     if not load("scaling_h200").get("runs"):
         return NOT_MEASURED
-    return (
-        "<picture>\n"
-        '<source media="(prefers-color-scheme: dark)" srcset="figures/scaling_dark.png">\n'
-        '<img alt="NE against operations of HSTU and ULTRA-HSTU" src="figures/scaling.png">\n'
-        "</picture>"
-    )
+    return picture("scaling", "NE against operations of HSTU and ULTRA-HSTU")
 
 
 def scaling_figure() -> None:
@@ -267,14 +254,13 @@ def scaling_figure() -> None:
     record = load("scaling_h200")
     if not record.get("runs"):
         return
-    for name, sheets in STYLES.items():
-        with style.context(sheets), figure(name, 10, 7.6) as drawn:
-            axes = drawn.subplots(len(SETS), len(COMPUTE), squeeze=False)
-            for row, data in zip(axes, SETS, strict=True):
-                for axis, compute in zip(row, COMPUTE, strict=True):
-                    _draw(axis, record, data, compute)
-            handles, labels = axes[0][0].get_legend_handles_labels()
-            drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    for drawn in themed("scaling", 10, 7.6):
+        axes = drawn.subplots(len(SETS), len(COMPUTE), squeeze=False)
+        for row, data in zip(axes, SETS, strict=True):
+            for axis, compute in zip(row, COMPUTE, strict=True):
+                _draw(axis, record, data, compute)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _draw(axis: Axes, record: Json, data: str, compute: str) -> None:

@@ -291,7 +291,7 @@ def host_requests_table() -> str:
     told = "{history:,} events and {candidates:,} candidates of width {width}".format(
         width=counted["model"]["width"], **counted
     )
-    header = ["item table", "bytes a row", "MiB of a request", "beside int8"]
+    header = ["item table", "bytes an entry", "MiB of a request", "beside int8"]
     for record in loops.values():
         header += [f"requests/s on {record['device']}", "p50, ms"]
         size = "{history:,} events, {candidates:,} candidates, {workers} at one time".format(
@@ -311,7 +311,7 @@ def host_tables_table(record: Json) -> str:
         [kind, str(found["row_bytes"]), f"{found['bytes'] / 2**20:.1f}", *cells(found, *times)]
         for kind, found in record["tables"].items()
     ]
-    header = ["item table", "bytes a row", "MiB of a request", "gathered on the host, ms"]
+    header = ["item table", "bytes an entry", "MiB of a request", "gathered on the host, ms"]
     return markdown(
         [*header, "to the device, ms", "unpacked there, ms"],
         rows,

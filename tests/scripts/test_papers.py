@@ -55,6 +55,16 @@ def test_a_row_is_measured_or_says_why_not():
         assert row.where or str(row.here).startswith("not done: "), f"{paper}, {row.claim}"
 
 
+def test_a_cell_has_a_command(tmp_path, monkeypatch):
+    """Without any record, every cell says which command writes its own."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    for paper, row in ROWS:
+        for cell in row.here if isinstance(row.here, tuple) else ():
+            assert str(cell).startswith("not measured: `python -m "), (
+                f"{paper}, {row.claim}: {cell}"
+            )
+
+
 def test_records_fill_their_cells():
     """Of a record that is there, what it measures has the names that the row gives it.
 

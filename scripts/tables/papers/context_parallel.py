@@ -163,7 +163,7 @@ ROWS = (
     Row(
         "re-layout in training",
         "inputs of a group of ranks, each with its own users, in the training step",
-        ("ultra_hstu/data/feed.py", "ultra_hstu/parallel/reshard.py:to_shared"),
+        ("ultra_hstu/parallel/exchange.py", "ultra_hstu/parallel/reshard.py:to_shared"),
         "2.7x, over 60 % less memory",
         (exchange("batches_h200"), exchange("batches_cpu")),
         "a batch, without its training step; replicated where that is less work",

@@ -30,7 +30,7 @@ ROWS = (
         "token-wise parts in M pieces, computed again in the backward",
         ("ultra_hstu/nn/mini_sequence.py", CHUNK_ROWS),
         here="equal to one piece for any M, with a tail, in tests",
-        deviates="norm, projections, gate and head: HSTU has no MLP between",
+        deviates="norm, projections, gate and head too; only `model.feed_forward` is an MLP",
     ),
     Row(
         "vocabulary head",
@@ -62,7 +62,7 @@ ROWS = (
         (
             Cell(
                 "mini_sequences",
-                "{:.1f}x",
+                "{:.1f}x, HSTU with feed-forward blocks, full softmax over 1M items",
                 (ratio(longest("both"), longest("selective")),),
                 LONGEST,
             ),
@@ -76,12 +76,12 @@ ROWS = (
         (
             Cell(
                 "mini_sequences",
-                "{:.1f}x",
+                "{:.1f}x, HSTU with feed-forward blocks, full softmax over 1M items",
                 (ratio(longest("both"), longest("nothing")),),
                 LONGEST,
             ),
         ),
-        "Llama3-8B is not done: recommenders of this repository, 1M items",
+        "Llama3-8B is not done; other recommenders: mini_sequences.md",
     ),
     Row(
         "equal throughput",
@@ -105,12 +105,14 @@ ROWS = (
         (
             Cell(
                 "mini_sequences",
-                "{:.1f}x on 8 devices",
-                (ratio(longest("both", "8/ring"), longest("both")),),
+                "{:.1f}x on 8 devices, {:.1f}x by `ring`",
+                tuple(
+                    ratio(longest("both", f"8/{strategy}"), longest("both"))
+                    for strategy in ("ulysses", "ring")
+                ),
                 LONGEST,
             ),
         ),
-        "`ring` too",
     ),
     Row(
         "peak memory",

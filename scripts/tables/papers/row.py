@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments.record import Json
 from scripts.studies import STUDIES
+from scripts.tables.papers.commands import COMMANDS
 from scripts.tables.records import ROOT, load, markdown
 
 Value = Callable[[Json], float | str]
@@ -93,7 +94,8 @@ class Cell:
             shown = ""
         if shown:
             return f"{METRIC.sub(r'\1', shown)} (`{self.record}`)"
-        command = _commands().get(self.record) or _runnable(self.command)
+        own = self.command or COMMANDS.get(self.record, "")
+        command = _commands().get(self.record) or _runnable(own)
         return f"not measured: `{command}`" if command else f"not measured (`{self.record}`)"
 
 

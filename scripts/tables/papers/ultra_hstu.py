@@ -165,7 +165,7 @@ ROWS = (
                 (ratio(step("no_truncation", "step_ms"), step("ultra", "step_ms")),),
             ),
         ),
-        "N1, N2 and L' are not published; divided by N, the public code by the short length",
+        "N1, N2 and L' are not published; divided by N, as the public code with `divide_by='kept'`",
     ),
     Row(
         "table 9",
