@@ -205,8 +205,8 @@ class Config(Section):
             )
         if context == 1:
             return
-        given = [encoder.window or (-1,) for encoder in model.encoders.values()]
-        windows = {width != -1 for window in given for width in window}
+        given = [encoder.window for encoder in model.encoders.values()]
+        windows = {width != -1 for window in given for width in window or (-1,)}
         halo = strategy == "halo" or (strategy == "auto" and True in windows)
         refused: dict[str, str] = {}  # what cannot be used, and the remedy
         if model.kind != "hstu":
@@ -220,7 +220,7 @@ class Config(Section):
         if (biased or strategy == "ulysses") and model.heads % context:
             refused[f"'ulysses' with model.heads={model.heads}"] = "use a multiple"
         if strategy == "halo" and False in windows:
-            full = next(window for window in given if -1 in window)
+            full = next(window for window in given if -1 in window or not window)
             refused[f"'halo' with model.window={full}, a full mask,"] = "use 'ring' or 'auto'"
         if halo and parallel.layout == "striped":
             remedy = "use 'contiguous', or strategy='ring'"

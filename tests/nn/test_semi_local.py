@@ -110,9 +110,9 @@ def test_alpha():
         ),
         ({"alpha": 0.5}, {}, "model.alpha=0.5 does nothing under model.preset='research'"),
         (
-            {"kind": "sasrec", "remat": "selective"},
+            {"kind": "sasrec", "projection": "fp8"},
             {},
-            "model.remat='selective' does nothing under model.kind='sasrec': use 'hstu'",
+            "model.projection='fp8' does nothing under model.kind='sasrec': use 'hstu'",
         ),
         (
             {"kind": "sasrec", "truncate_after": 1, "truncate_length": 8},

@@ -100,7 +100,7 @@ def on_one_device():
     return run(with_(RETRIEVAL, **ULTRA), 1, 1, evaluated=True)
 
 
-@pytest.mark.parametrize("data, context", [(8, 1), (1, 8), (2, 4), (4, 2)])
+@pytest.mark.parametrize("data, context", [(8, 1), (1, 8), (2, 4)])
 def test_meshes_agree(data, context):
     """Losses, then metrics, are the same with the pieces that retrieval has, all at once.
 
