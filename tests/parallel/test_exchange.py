@@ -28,6 +28,17 @@ from ultra_hstu.parallel.shards import Shards
 
 CASES = {
     "retrieval": (1, 8, with_(RETRIEVAL, model__window=(4,), rank__signals=("rating",))),
+    "ids of users, streamed": (
+        1,
+        8,
+        with_(
+            RETRIEVAL,
+            model__window=(4,),
+            loss__similarity="mol",
+            mol__user_ids=7,
+            data__placement="stream",
+        ),
+    ),
     "blocks of rows, streamed": (2, 4, with_(RETRIEVAL, data__placement="stream")),
     "several features, a mixture": (
         2,

@@ -88,8 +88,8 @@ class HistoryGather:
 
     Where they are equal the history is empty. With a column `event`, `start` and `stop` are places
     in it. With a column `learn_from`, events before it are no targets of training; a column `user`
-    is `Batch.user_B`. Where `hidden`
-    is not 0, the items of events `hide_from` to `stop - 1` are those that an evaluation leaves out.
+    is `Batch.user_B`. Where `hidden` is not 0, the items of events `hide_from` to `stop - 1` are
+    those that an evaluation leaves out.
 
     Equal settings are equal objects, which share compiled steps.
 
@@ -197,4 +197,5 @@ class HistoryGather:
             hidden_BN=together(own.hidden_BN),
             series=SeriesRows(*more[-3:]) if series else None,
             items_1=own.items_1,
+            user_B=together(own.user_B),
         )
