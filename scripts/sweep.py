@@ -25,6 +25,7 @@ from ultra_hstu.run import Interrupted
 POLL_S, SAY_S = 0.2, 30.0  # between two looks at the processes, and two signs of life
 SHOWN = ("hr@10", "ndcg@10", "ne")  # metrics of a finished run
 SAVE_S = 30.0  # for runs to save their state before the time is up
+COLLECT_S = 30.0  # for the record of a run all of whose seeds are trained
 
 
 @contextlib.contextmanager
@@ -71,16 +72,34 @@ def copy_of(source: str, copies: Path | None) -> Path | None:
     return copy if copy is not None and copy.exists() else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one process does of a run: it trains a seed; None: it makes the record of all seeds."""
+
+    run: StudyRun
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.run.name if self.seed is None else f"{self.run.name}, seed {self.seed}"
+
+
+def parts_of(run: StudyRun) -> list[Part]:
+    """A process for each seed, then one for the record; one for all where there is one seed."""
+    seeds = [Part(run, seed) for seed in run.seeds] if len(run.seeds) > 1 else []
+    return [*seeds, Part(run)]
+
+
 @dataclasses.dataclass(eq=False)
 class Sweep:
     """A folder of runs, which one sweep works in at a time.
 
     Args:
-      folder: NAME/seed_N for every run, NAME.log for what it says, NAME.json for its record.
+      folder: NAME/seed_N for every run, NAME*.log for what it says, NAME.json for its record.
       results: where records of finished runs are kept; those that are there are not repeated.
       copies: a folder of raw data, COPIES/SOURCE for every source; None: data is downloaded.
       platform: of the devices, as records name it: seconds of other platforms predict nothing.
-      jobs: runs that are trained at one time.
+      jobs: processes at one time; each trains one seed of a run.
       minutes: when to stop, with the state of all runs saved; None: when all are trained.
       conditions: what records say beside what `experiments.train` writes.
       program: what trains a run, with the arguments of `experiments.train`.
@@ -168,9 +187,9 @@ class Sweep:
         Raises:
           Interrupted: after SIGTERM or SIGINT, once all runs have saved their state.
         """
-        waiting = [run for run in runs if run.name not in self.problems and not self._kept(run)]
-        waiting = self._with_data(waiting)
-        active: dict[str, tuple[StudyRun, subprocess.Popen[bytes]]] = {}
+        left = [run for run in runs if run.name not in self.problems and not self._kept(run)]
+        waiting = [part for run in self._with_data(left) for part in parts_of(run)]
+        active: dict[str, tuple[Part, subprocess.Popen[bytes]]] = {}
         began = said = time.monotonic()
         ending = False
         with signals.stopping(lambda: "stopping: all runs save their state") as stop:
@@ -178,28 +197,41 @@ class Sweep:
                 if stop.requested or self.budget.left() <= SAVE_S:
                     waiting, ending = [], True
                     self._end([process for _, process in active.values()])
-                while len(active) < self.jobs and (run := self._next(waiting)) is not None:
-                    waiting.remove(run)
-                    active[run.name] = (run, self._start(run))
+                begun = [part.run for part, _ in active.values()]
+                if len(active) < self.jobs and (part := self._next(waiting, begun)) is not None:
+                    waiting.remove(part)
+                    active[part.name] = (part, self._start(part))
+                    continue
                 if not active:
                     break  # what is left takes longer than there is time
-                for run, process in [one for one in active.values() if one[1].poll() is not None]:
-                    del active[run.name]
-                    self._ended(run, process.returncode, asked=ending)
+                for part, process in [one for one in active.values() if one[1].poll() is not None]:
+                    del active[part.name]
+                    self._ended(part, process.returncode, asked=ending)
+                    if part.run.name in self.problems:
+                        waiting = [other for other in waiting if other.run != part.run]
                 if time.monotonic() - said > SAY_S:
                     said = time.monotonic()
-                    rest = f"{len(waiting)} are waiting; training: {', '.join(active)}"
+                    names = ", ".join(active)
                     spent = progress.duration(said - began)
-                    progress.line(self.console, "study", f"{rest}; {spent} so far")
+                    rest = f"{len(waiting)} are waiting; training: {names}; {spent} so far"
+                    progress.line(self.console, "study", rest)
                 time.sleep(POLL_S)
         if stop.requested:
             raise Interrupted(f"stopped; the same command goes on in {self.folder}", stop.requested)
         return [run for run in runs if run.name not in self.problems and not self.record(run)]
 
-    def _next(self, waiting: Sequence[StudyRun]) -> StudyRun | None:
-        """The first run that is expected to end in time."""
+    def _next(self, waiting: Sequence[Part], begun: Sequence[StudyRun]) -> Part | None:
+        """The first part that is expected to end in time; a record waits for its seeds."""
         room = self.budget.left() - SAVE_S
-        return next((run for run in waiting if self.predicted(run)[0] <= room), None)
+        for place, part in enumerate(waiting):
+            seconds = self.predicted(part.run)[0] / len(part.run.seeds)
+            if part.seed is None and len(part.run.seeds) > 1:
+                if part.run in begun or any(other.run == part.run for other in waiting[:place]):
+                    continue
+                seconds = COLLECT_S
+            if seconds <= room:
+                return part
+        return None
 
     def _kept(self, run: StudyRun) -> bool:
         """Whether the run is finished; its record then stands in `results`, but for a trial."""
@@ -230,24 +262,30 @@ class Sweep:
                 self._fail(run, problem)
         return [run for run in runs if run.name not in self.problems]
 
-    def _start(self, run: StudyRun) -> subprocess.Popen[bytes]:
+    def _start(self, part: Part) -> subprocess.Popen[bytes]:
+        run, log = part.run, self._log(part)
         raw_dir = copy_of(run.made().data.source, self.copies)
         arguments = [
-            *run.flags(),
+            *(run if part.seed is None else dataclasses.replace(run, seeds=(part.seed,))).flags(),
             *([] if raw_dir is None else [f"--config.data.raw_dir={raw_dir}"]),
             f"--workdir={self.folder / run.name}",
-            f"--record={self.folder / run.name}.json",
+            *([f"--record={self.folder / run.name}.json"] if part.seed is None else []),
         ]
-        progress.line(self.console, "begin", run.name)
-        with open(self.folder / f"{run.name}.log", "ab") as log:
+        progress.line(self.console, "begin", part.name)
+        with open(log, "ab") as file:
             return subprocess.Popen(
                 [*self.program, *arguments],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=file,
                 stderr=subprocess.STDOUT,
                 pass_fds=(self.lock,),
                 start_new_session=True,  # Ctrl-C is for the sweep, which asks its runs to stop
             )
+
+    def _log(self, part: Part) -> Path:
+        """The file of what a part says."""
+        seed = "" if part.seed is None else f"_seed_{part.seed}"
+        return self.folder / f"{part.run.name}{seed}.log"
 
     def _end(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         """Asks the runs to save their state and end; those that do not are killed."""
@@ -261,14 +299,15 @@ class Sweep:
                 process.kill()
                 process.wait()
 
-    def _ended(self, run: StudyRun, code: int, *, asked: bool) -> None:
+    def _ended(self, part: Part, code: int, *, asked: bool) -> None:
+        run = part.run
         if code and asked:
-            progress.line(self.console, "stopped", f"{run.name}: the same command goes on with it")
+            progress.line(self.console, "stopped", f"{part.name}: the same command goes on with it")
         elif code:
-            log = (self.folder / f"{run.name}.log").read_text(errors="replace")
+            log = self._log(part).read_text(errors="replace")
             why = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
             self._fail(run, "\n".join([why, *log.splitlines()[-3:]]))
-        else:
+        elif part.seed is None:
             path = self.folder / f"{run.name}.json"
             found = read(path)
             found |= {**self.conditions, "overrides": dict(run.overrides), "recipe": run.recipe}

@@ -1,17 +1,22 @@
 """Trains the grid of the scaling curve: HSTU and ULTRA-HSTU over length and depth.
 
 python -m scripts.scaling.run --workdir=runs/scaling --record=experiments/results/scaling_h200.json
-    [--minutes=30] [--sets=synthetic_long,assistments] [--raw_dir=FOLDER] [--list]
+    [--minutes=30] [--sets=synthetic_long,assistments] [--raw_dir=FOLDER] [--list] [--part=1/4]
 
 --list prints the runs in their order, with operations and predicted seconds, and trains nothing.
 `scaling_counts` holds these predictions: two hours of one H200 for all runs, and less than half an
 hour for those at the middle depth, which come first. --minutes trains what fits; the same command
 goes on with what is left, after a kill too, or on another machine that has the record. A set that
 cannot be read is named, and the other one is trained.
+
+--part=K/N trains every N-th run, from the K-th: N such commands at one time, each with a --workdir
+of its own, share a GPU and the record. Their seconds are no measure of speed.
 """
 
 import dataclasses
 import functools
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +42,7 @@ def main(_: list[str]) -> None:
     if unknown := sorted(set(FLAGS.sets) - set(grid.SETS)):
         raise ValueError(f"--sets: there is no {unknown[0]!r}; use {', '.join(grid.SETS)}")
     data, missing = read_sets(FLAGS.sets, FLAGS.raw_dir, FLAGS.data_dir)
-    jobs = jobs_of(data, FLAGS.data_dir, FLAGS.raw_dir)
+    jobs = part_of(jobs_of(data, FLAGS.data_dir, FLAGS.raw_dir), FLAGS.part)
     console, record = command.progress_console(), Record(FLAGS.record, grows=True)
     for note in missing:
         console.print(note, markup=False, soft_wrap=True)
@@ -62,6 +67,14 @@ def main(_: list[str]) -> None:
     console.print(f"{done} runs are in the record, {len(left)} are left for the same command")
     if missing:
         raise ValueError("; ".join(missing))
+
+
+def part_of(jobs: Sequence[ScalingRun], part: str) -> Sequence[ScalingRun]:
+    """Every N-th job, from the K-th, of K/N. Raises ValueError for another text."""
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    if match is None or (k := int(match[1])) > (n := int(match[2])):
+        raise ValueError(f"--part={part}: write K/N with K from 1 to N, such as 2/4")
+    return jobs[k - 1 :: n]
 
 
 def read_sets(
@@ -147,6 +160,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("sets", list(grid.SETS), "data sets, of those of scripts.scaling.grid")
     command.as_path(flags.DEFINE_string("raw_dir", None, "a copy of ASSISTments 2017"))
     command.as_path(flags.DEFINE_string("data_dir", None, "where prepared data goes"))
+    flags.DEFINE_string("part", "1/1", "K/N: every N-th run, from the K-th")
     flags.DEFINE_bool("list", False, "print the runs and their predictions, and train nothing")
     command.define_record()
     command.run(main)

@@ -1,17 +1,21 @@
 """Runs of a sweep, one after another: what is done stays done, and a budget of minutes is kept.
 
-The record is written after every run. A run that it holds, or that is finished in the folder, is
+Several processes may each train a part of the runs and share the record, which is written after
+every run. A run that it holds, or that is finished in the folder, is
 not trained again; one that was killed goes on from its checkpoint.
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from experiments.record import Json, Record
+from experiments.record import Json, Record, read
 from scripts.studies import digest
 from scripts.sweep import Budget, claimed, corrected
 from ultra_hstu import progress
@@ -40,16 +44,33 @@ class ScalingRun:
     about: Json = dataclasses.field(default_factory=dict)
 
 
+@contextlib.contextmanager
+def shared(record: Record) -> Iterator[None]:
+    """The record with the data and runs that its file holds now, for one process at a time."""
+    if record.path is None:
+        yield
+        return
+    folder = os.open(record.path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        now = read(record.path)
+        record.values |= {name: now[name] for name in ("data", "runs") if name in now}
+        yield
+    finally:
+        os.close(folder)
+
+
 def add_data(record: Record, fingerprints: dict[str, Json]) -> None:
     """Says what the runs are trained on. Raises ValueError where the record's had other data."""
-    known = record.values.get("data", {})
-    for name, one in fingerprints.items():
-        if known.get(name, one) != one:
-            raise ValueError(
-                f"{record.path} holds runs on other data of {name} (sha256 {known[name]['sha256']},"
-                f" here {one['sha256']}): name another --record"
-            )
-    record.add(data=known | fingerprints)
+    with shared(record):
+        known = record.values.get("data", {})
+        for name, one in fingerprints.items():
+            if known.get(name, one) != one:
+                raise ValueError(
+                    f"{record.path} holds runs on other data of {name} (sha256 "
+                    f"{known[name]['sha256']}, here {one['sha256']}): name another --record"
+                )
+        record.add(data=known | fingerprints)
 
 
 def finished(record: Record) -> dict[str, Json]:
@@ -115,5 +136,6 @@ def sweep(
                 "result": result,
                 **{name: record.values[name] for name in ORIGIN},
             }  # fmt: skip
-            record.add(runs=runs | {job.name: entry})
+            with shared(record):
+                record.add(runs=finished(record) | {job.name: entry})
     return left

@@ -164,6 +164,21 @@ def test_a_run_that_fails_leaves_those_before_it(tmp_path, monkeypatch):
         sweep.add_data(Record(file, grows=True), {"own": {"sha256": "b"}, "more": {"sha256": "c"}})
 
 
+def test_parts_of_a_sweep_share_the_record(tmp_path):
+    jobs = [ScalingRun(name, "group", grid.SETS["assistments"].base, 1.0) for name in "abcde"]
+    assert [job.name for job in run.part_of(jobs, "2/3")] == ["b", "e"]
+    assert run.part_of(jobs, "1/1") == jobs
+    with pytest.raises(ValueError, match="--part=4/3: write K/N with K from 1 to N, such as 2/4"):
+        run.part_of(jobs, "4/3")
+    one, other = (Record(tmp_path / "record.json", grows=True) for _ in range(2))
+    sweep.add_data(one, {"own": {"sha256": "a"}})
+    for record, name in ((one, "a"), (other, "b"), (one, "c")):
+        with sweep.shared(record):
+            record.add(runs=sweep.finished(record) | {name: {}})
+    assert list(sweep.finished(Record(one.path, grows=True))) == ["a", "b", "c"]
+    assert other.values["data"] == {"own": {"sha256": "a"}}
+
+
 def test_a_missing_set_is_named_and_the_others_are_read(tiny, tmp_path, monkeypatch):
     here = grid.Set(grid.ASSISTMENTS, (8, 16), (2, 2, 2), 10, 10, 1.0)
     monkeypatch.setattr(grid, "SETS", grid.SETS | {"assistments": here})
