@@ -31,13 +31,10 @@ def kernel(workload: str, implementation: str, which: str) -> Value:
     return field("records", found, "tflops")
 
 
-def faster_than(rival: str) -> tuple[Value, Value]:
+def faster_than(rival: str) -> tuple[Value, ...]:
     """Throughput of `mosaic` over that of a rival, of long histories: forward, and backward."""
-    forward, backward = (
-        ratio(kernel(LONG, "mosaic", one), kernel(LONG, rival, one))
-        for one in ("forward", "backward")
-    )
-    return forward, backward
+    passes = ("forward", "backward")
+    return tuple(ratio(kernel(LONG, "mosaic", one), kernel(LONG, rival, one)) for one in passes)
 
 
 def sparsity(data: str, alpha: float, length: int, kind: str = "sparsity") -> Value:
