@@ -19,7 +19,16 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 
 from experiments import configs, screen
-from ultra_hstu import compilation_cache, effects, fields, paths, progress, report, signals
+from ultra_hstu import (
+    compilation_cache,
+    effects,
+    fields,
+    paths,
+    progress,
+    quantization,
+    report,
+    signals,
+)
 from ultra_hstu.config import Config, EvalConfig, from_config_dict, to_config_dict
 from ultra_hstu.parallel import processes
 from ultra_hstu.pieces import pieces
@@ -212,6 +221,17 @@ def define_run(
     return (
         as_path(flags.DEFINE_string("workdir", None, what, required=True)),
         as_path(flags.DEFINE_string("raw_dir", None, raw_dir)),
+    )
+
+
+def define_tables() -> tuple[flags.FlagHolder[str], flags.FlagHolder[str | None]]:
+    """--tables, of retrieval, and --host_table, of ranking: how items are kept for answers."""
+    host = "keeps the item table of a ranking run in host memory, from where each request takes its"
+    return (
+        flags.DEFINE_enum(
+            "tables", "float32", quantization.KINDS, "what the item table is served from"
+        ),
+        flags.DEFINE_enum("host_table", None, quantization.HOST_KINDS, f"{host} rows"),
     )
 
 

@@ -24,7 +24,7 @@ from typing import IO, cast
 from absl import flags
 
 from experiments import command
-from ultra_hstu import progress, quantization, report
+from ultra_hstu import progress, report
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.quantization import HostKind
 from ultra_hstu.serving import RecommendationModel
@@ -47,15 +47,7 @@ _REQUESTS = command.as_path(
         "requests", None, "file of requests, one JSON object a line; - for standard input"
     )
 )
-_TABLES = flags.DEFINE_enum(
-    "tables", "float32", quantization.KINDS, "what the item table is served from"
-)
-_HOST_TABLE = flags.DEFINE_enum(
-    "host_table",
-    None,
-    quantization.HOST_KINDS,
-    "keeps the item table of a ranking run in host memory, from where each request takes its rows",
-)
+_TABLES, _HOST_TABLE = command.define_tables()
 _K = flags.DEFINE_integer("k", 10, "how many items, of --user and --history")
 
 

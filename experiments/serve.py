@@ -76,7 +76,7 @@ from absl import flags  # noqa: E402
 from ray import serve  # noqa: E402
 
 from experiments import command  # noqa: E402
-from ultra_hstu import quantization, signals  # noqa: E402
+from ultra_hstu import signals  # noqa: E402
 from ultra_hstu.data.catalog import Catalog  # noqa: E402
 from ultra_hstu.data.text import listed  # noqa: E402
 from ultra_hstu.nn.key_values import KINDS, CacheDtype  # noqa: E402
@@ -96,15 +96,7 @@ from ultra_hstu.workdir import Workdir  # noqa: E402
 _WORKDIR, _RAW_DIR = command.define_run(
     "folder of a trained run, or a ranking run in a file of experiments.export"
 )
-_TABLES = flags.DEFINE_enum(
-    "tables", "float32", quantization.KINDS, "what the item table is served from"
-)
-_HOST_TABLE = flags.DEFINE_enum(
-    "host_table",
-    None,
-    quantization.HOST_KINDS,
-    "keeps the item table of a ranking run in host memory, from where each request takes its rows",
-)
+_TABLES, _HOST_TABLE = command.define_tables()
 _CANDIDATES = flags.DEFINE_integer(
     "candidates",
     None,

@@ -421,6 +421,16 @@ def test_a_channel_has_the_options_of_the_model_or_its_own():
     assert "set model.channels.a.window or model.channels.b.window" in found["model.window"]
 
 
+def test_options_of_a_channel_that_do_nothing_are_refused():
+    """As those of the model are: an encoder without attention has no masks."""
+    for option in ({"window": (3,)}, {"truncate_after": 1, "truncate_length": 5}):
+        channels = {"a": ChannelConfig(), "b": ChannelConfig(width=8, full_rows=(0,), **option)}
+        model, (name, *_) = {"kind": "din", "channels": channels}, option
+        config = changed(Config(), model=model, rank={"tasks": ("like",)})
+        with pytest.raises(ValueError, match=f"model.channels.b.{name}=.* does nothing under mod"):
+            config.validate()
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -127,14 +127,7 @@ class ModelConfig(Section):
                 "set model.truncate_after and model.truncate_length, or use 'constant' or 'length'"
             )
         for (why, remedy), names in self.without_effect(layout).items():
-            for name in names:
-                value = getattr(self, name)
-                nothing = isinstance(value, tuple) and set(value) <= {0}
-                if value != getattr(ModelConfig(), name) and not nothing:
-                    raise ValueError(
-                        f"model.{name}={value!r} does nothing under {why}: {remedy}, "
-                        "or leave it out"
-                    )
+            self._check_idle(names, f"does nothing under {why}: {remedy}, or leave it out")
 
     def without_effect(self, layout: str) -> dict[tuple[str, str], tuple[str, ...]]:
         """The fields that do nothing here, by why and by what to do."""
@@ -164,6 +157,16 @@ class ModelConfig(Section):
             why = "data.layout='padded', whose newest rows are padding"
             without[why, "use 'jagged'"] = ("full_rows",)
         return without
+
+    def _check_idle(self, names: tuple[str, ...], why: str) -> None:
+        """Raises ValueError for a field that is given, of the model or of a channel."""
+        channels = {f"channels.{name}.": channel for name, channel in self.channels.items()}
+        for place, section in ({"": self} | channels).items():
+            for name in names:
+                value = getattr(section, name, None)
+                nothing = isinstance(value, tuple) and set(value) <= {0}
+                if not nothing and value != getattr(type(section)(), name, None):
+                    raise ValueError(f"model.{place}{name}={value!r} {why}")
 
     def _check_layers(self, channel: str, encoder: "ModelConfig") -> None:
         """Values of an encoder that do not suit its depth."""

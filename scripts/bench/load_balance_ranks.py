@@ -78,6 +78,7 @@ def measure(model: ModelConfig, length_U: Int[np.ndarray, " U"], timed_steps: in
     gamma, _ = flops.cost_exponent(config, longest)
     _, kept = draws.simulate(length_U, longest, gamma, ranks)
     mesh, found = make_mesh(data=ranks, devices=jax.devices()[:ranks]), {}
+    clock = time.perf_counter if launch.on_gpu() else time.process_time
     for policy, kept_SRU in kept.items():
         kept_SRU = kept_SRU[-timed_steps:]
         rows = -(-int(kept_SRU.sum(2).max()) // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -85,7 +86,7 @@ def measure(model: ModelConfig, length_U: Int[np.ndarray, " U"], timed_steps: in
         offsets_SRB = np.pad(np.cumsum(kept_SRU, axis=2), ((0, 0), (0, 0), (1, 0)))
         offsets_SRB = offsets_SRB.astype(np.int32)
         alone_S = [
-            min(seconds(step, params, jnp.asarray(own_B)) for _ in range(2))
+            min(draws.seconds(step, params, jnp.asarray(own_B), clock) for _ in range(2))
             for own_B in offsets_SRB[:, jax.process_index()]
         ]
         alone_SR = np.array(processes.all_gather(alone_S)).T
@@ -99,14 +100,6 @@ def measure(model: ModelConfig, length_U: Int[np.ndarray, " U"], timed_steps: in
             "together": together(step, params, offsets_SRB, mesh),
         }
     return found
-
-
-def seconds(step: draws.Pass, params: nnx.State, offsets_B: Array) -> float:
-    """Of a pass of this rank alone."""
-    clock = time.perf_counter if launch.on_gpu() else time.process_time
-    started = clock()
-    jax.block_until_ready(step(params, offsets_B))
-    return clock() - started
 
 
 def together(

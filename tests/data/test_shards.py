@@ -11,8 +11,8 @@ from rich.console import Console
 
 from tests.small_run import SYNTHETIC, small_config, with_
 from ultra_hstu import tasks
-from ultra_hstu.config import TableConfig
-from ultra_hstu.data import shards
+from ultra_hstu.config import SyntheticLongConfig, TableConfig
+from ultra_hstu.data import shards, synthetic_long
 from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.interactions import Interactions, load_interactions
 from ultra_hstu.report import read_metrics
@@ -131,6 +131,19 @@ def test_a_prepared_source_is_the_same_from_both(data_dir, ties, monkeypatch):
         small_config(data_dir).data, ties=ties, synthetic=dataclasses.replace(SYNTHETIC, users=50)
     )
     assert shards.load(data).fingerprint() == load_interactions(data).fingerprint()
+
+
+def test_events_of_another_generator_are_not_read(data_dir, monkeypatch):
+    """What a newer version draws under the same settings is written anew."""
+    settings = SyntheticLongConfig(users=5, length=6, categories=3)
+    data = dataclasses.replace(
+        small_config(data_dir).data, source="synthetic_long", synthetic_long=settings
+    )
+    old = shards.load(data).fingerprint()
+    other = synthetic_long.draw(dataclasses.replace(settings, seed=1))
+    monkeypatch.setattr(synthetic_long, "draw", lambda _: other)
+    monkeypatch.setattr(synthetic_long, "VERSION", "of tomorrow")
+    assert old != shards.load(data).fingerprint() == load_interactions(data).fingerprint()
 
 
 def test_own_files_are_written_as_shards(data_dir, tmp_path):

@@ -164,11 +164,13 @@ OTHERS = {
         1,
         with_(RANKING, model__kind="din", model__ffn_width=16, parallel__fsdp=True),
     ),
-    "mixture of transducers, exchanged": (
+    "mixture of transducers, without signals, streamed, exchanged": (
         2,
         4,
         with_(
             RANKING,
+            rank__signals=(),
+            data__placement="stream",
             parallel__batches="exchanged",
             model__channels=MIXTURE,
             model__window=(2,),

@@ -27,9 +27,7 @@ def folder(config: DataConfig, version: str, make: Callable[[Path], None]) -> Pa
         raise ValueError(
             f"{config.source} is generated: it reads no raw_dir, so {config.raw_dir!r} must be None"
         )
-    settings = getattr(config, config.source)
-    key = hashlib.sha256(repr((version, settings)).encode()).hexdigest()
-    home = paths.data_folder(config.data_dir) / f"{config.source}-{key[:16]}"
+    home = place(config, version)
     if (damage := sums.damage(home)) is not None:
         say_left_behind(config)
         lock = paths.data_folder(config.data_dir) / f"{config.source}.lock"
@@ -37,6 +35,13 @@ def folder(config: DataConfig, version: str, make: Callable[[Path], None]) -> Pa
             if (damage := sums.damage(home)) is not None:  # not prepared by another run meanwhile
                 _make(home, config.source, damage, make)
     return home
+
+
+def place(config: DataConfig, version: str) -> Path:
+    """The folder's path, whatever is there."""
+    settings = getattr(config, config.source)
+    key = hashlib.sha256(repr((version, settings)).encode()).hexdigest()
+    return paths.data_folder(config.data_dir) / f"{config.source}-{key[:16]}"
 
 
 def _make(home: Path, source: str, damage: str, make: Callable[[Path], None]) -> None:

@@ -8,7 +8,6 @@ read at any time: no window is shuffled in place of the whole.
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -23,9 +22,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jax.sharding import Mesh
 from jaxtyping import Int, Shaped
 
-from ultra_hstu import paths
 from ultra_hstu.config import Config, DataConfig
-from ultra_hstu.data import sources
+from ultra_hstu.data import generated, sources
 from ultra_hstu.data.interactions import ARRAYS, Interactions, load_interactions
 from ultra_hstu.data.packing import HostColumns
 from ultra_hstu.data.raw import locked
@@ -223,8 +221,13 @@ def load(config: DataConfig) -> ShardedInteractions:
         )
     sources.check(config.source)
     if config.source in sources.GENERATED:
-        key = hashlib.sha256(repr(getattr(config, config.source)).encode()).hexdigest()
-        home = paths.data_folder(config.data_dir) / f"{config.source}-{key[:16]}"
+        from ultra_hstu.data import synthetic, synthetic_long  # the first takes a second
+
+        versions = {
+            sources.SYNTHETIC: str(synthetic.Synthetic.VERSION),
+            sources.SYNTHETIC_LONG: synthetic_long.VERSION,
+        }
+        home = generated.place(config, versions[config.source])
     else:
         home = table.prepare(config, table.open_source(config))
     order = config.ties if config.ties == "stable" else f"{config.ties}-{config.ties_seed}"

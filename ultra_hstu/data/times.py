@@ -88,12 +88,6 @@ class TimeCheck:
         )
 
 
-def seconds_of(values: Times, unit: Unit, place: Place) -> Times:
-    """Whole seconds since 1970, rounded down. Raises ValueError as `check_times`."""
-    check_times(values, unit, place)
-    return values // TICKS[unit]
-
-
 def unit_of(value: int) -> Unit | None:
     """The unit in which a time lies between 1973 and 2106; None: in no unit."""
     fits = (unit for unit in UNITS if EARLY <= value / TICKS[unit] <= LAST_SECOND)

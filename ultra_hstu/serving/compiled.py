@@ -66,9 +66,7 @@ class CompiledRanker:
         graphdef, params = nnx.split(model)
         # Without arrays: they would be held beside the rounded ones.
         shapes: Ranker = nnx.merge(graphdef, jax.eval_shape(lambda: params))
-        self.encoders: dict[str, HSTU] = {
-            name: cached.require_sums(shapes.encoders[name]) for name in sorted(shapes.encoders)
-        }
+        self.encoders = encoders_of(shapes)
         self.params = _rounded(params, model)
         self.table: ItemTable | None = None
         self._device_rows: Float32[Array, "R D"] | None = None
@@ -128,6 +126,15 @@ def _filled(table_RD: Float32[Array, "R D"], rows: ItemTable) -> Float32[Array, 
     return jax.lax.dynamic_update_slice(table_RD, quantization.dense(rows), (1, 0))
 
 
+def encoders_of(model: Ranker) -> dict[str, HSTU]:
+    """The stacks of a ranker by channel, in the order that the head reads them in.
+
+    Raises:
+      NotImplementedError: one that keeps nothing of a history, as `cached.require_sums`.
+    """
+    return {name: cached.require_sums(model.encoders[name]) for name in sorted(model.encoders)}
+
+
 def compiled(model: Ranker | CompiledRanker) -> CompiledRanker:
     """The model itself, or one that is compiled anew."""
     return model if isinstance(model, CompiledRanker) else CompiledRanker(model)
@@ -177,7 +184,7 @@ class Programs:
         model = self.model(params, table_RD)
         rows_of = tokens.history_tokens(model.form, history, used_B, name)
         return cached.encode(
-            cached.require_sums(model.encoders[name]),
+            encoders_of(model)[name],
             model.input(name, rows_of),
             rows_of.sequences,
             contextual=model.form.contextual,
@@ -204,7 +211,7 @@ class Programs:
         rows_of = tokens.history_tokens(model.form, history, used_B, name)
         suffix = cached.suffix_of(rows_of.sequences, keep_B, new_rows)
         return cached.extend(
-            cached.require_sums(model.encoders[name]),
+            encoders_of(model)[name],
             old,
             rows_of.sequences,
             model.input(name, tokens.token_rows(rows_of, suffix.row_R, suffix.offsets[-1])),
@@ -247,14 +254,14 @@ class Programs:
                 jax.lax.dynamic_slice_in_dim(jnp.asarray(x), i * step, step) for x in rows_C
             )
             outputs = []
-            for name in sorted(channels):
+            for name, encoder in encoders_of(model).items():
                 events_B, last_B = behind[name]
                 behind_R = (events_B[user_R], last_B[user_R])
                 targets = tokens.target_tokens(
                     model.form, item_R, feature_RF, time_R, signals, *behind_R
                 )
                 x_RD = cached.targets(
-                    cached.require_sums(model.encoders[name]),
+                    encoder,
                     dense[name],
                     model.input(name, targets),
                     TargetRows(user_R, slot_R, time_R),
@@ -312,8 +319,7 @@ def _rounded(params: Params, model: Ranker) -> Params:
     They would be rounded to it in every step, which takes a step of few candidates as long as their
     products. fp8 rounds the float32 ones.
     """
-    encoders = map(cached.require_sums, model.encoders.values())
-    layers = [layer for encoder in encoders for layer in encoder.layers]
+    layers = [layer for encoder in encoders_of(model).values() for layer in encoder.layers]
     if any(layer.precision != "same" for layer in layers):
         return params
 
@@ -339,8 +345,7 @@ def _with_first_item_alone(params: Params) -> Params:
 def _signature(model: Ranker) -> str:
     """What decides the meaning of a cache, besides the parameters."""
     said = [repr(model.form), repr(model.sizes), str(model.embedding.dtype)]
-    for name in sorted(model.encoders):
-        encoder = cached.require_sums(model.encoders[name])
+    for name, encoder in encoders_of(model).items():
         said.append(repr((name, encoder.divisor, encoder.layer_masks, encoder.truncation)))
         for layer in encoder.layers:
             sizes = (layer.heads, layer.qk_width, layer.v_width, layer.alpha, layer.precision)

@@ -27,13 +27,12 @@ from ultra_hstu.data.catalog import Catalog
 from ultra_hstu.data.codebook import Codebook
 from ultra_hstu.data.signals import feature_size
 from ultra_hstu.feature_config import Spelled
-from ultra_hstu.nn.cached import require_sums
 from ultra_hstu.nn.key_values import CacheDtype, require_kind
 from ultra_hstu.ranking.form import Form, Sizes
 from ultra_hstu.ranking.model import Ranker
 from ultra_hstu.ranking.recipe import RankRecipe
 from ultra_hstu.serving import artefact
-from ultra_hstu.serving.compiled import Channels, Programs
+from ultra_hstu.serving.compiled import Channels, Programs, encoders_of
 from ultra_hstu.serving.inputs import Bucket, Candidates, UserEvents, UserHistory
 from ultra_hstu.serving.score import MICRO_BATCH
 from ultra_hstu.serving.tokens import pad_candidates, pad_history
@@ -263,8 +262,7 @@ def _examples(
 def _portable(model: Ranker) -> tuple[Programs, Params]:
     """The functions of the model in plain XLA, and its parameters."""
     copy: Ranker = nnx.merge(*nnx.split(model))
-    for one in copy.encoders.values():
-        encoder = require_sums(one)
+    for encoder in encoders_of(copy).values():
         encoder.implementation = "xla"
         for layer in encoder.layers:
             layer.implementation = "xla"

@@ -3,7 +3,6 @@
 from scripts.tables.papers.row import Cell, Row, Value, field, less, ratio
 
 CHUNK_ROWS = "ultra_hstu/model_config.py:ModelConfig.chunk_rows"
-LOSS_ROWS = "ultra_hstu/sections.py:LossConfig.chunk_rows"
 LONGEST = "bench.mini_sequences --stages=head,state,longest"
 CONFIRM = "bench.mini_sequences --stages=confirm --contexts=1"
 
