@@ -20,6 +20,10 @@ from ultra_hstu.json_files import not_written, parse_object, write_text
 from ultra_hstu.trackers import Guarded, TensorBoard, Tracker
 
 _LINES = ("-", "--", "-.", ":")  # of what needs no model
+_REPEATS = (
+    "REPEATS: share of the targets whose item the user has met before. "
+    "With eval.repeats=hide these are never found."
+)
 RECORD_FIELDS = {"step": int}  # of every line of `metrics.jsonl`
 
 log = logging.getLogger(__name__)
@@ -125,7 +129,11 @@ def metrics_table(
     What has no value is left blank.
     """
     columns = columns or criteria.table
-    table = Table("", *map(display_name, columns), title=title, box=rich.box.SIMPLE)
+    met = any(metrics.get("repeats") for metrics in rows.values())
+    caption = _REPEATS if met and "repeats" in columns else None
+    table = Table(
+        "", *map(display_name, columns), title=title, caption=caption, box=rich.box.SIMPLE
+    )
     for name, metrics in rows.items():
         for task in criteria.tasks or ("",):
             values = [metrics.get(f"{column}/{task}" if task else column) for column in columns]
