@@ -102,7 +102,7 @@ def fits_table(record: Json) -> str:
                             cells.append("not measured")
                             continue
                         ratio = compare(ours, theirs, fit)
-                        cells.append(_ratio(ratio) + (f", paper {paper}" if paper else ""))
+                        cells.append(ratio_text(ratio) + (f", paper {paper}" if paper else ""))
                         if ratio.reason:
                             of = f"{title}, {MODELS[model]}, {words}, {fit.__name__}, {compute}"
                             reasons.append(f"{of}: {ratio.reason}.")
@@ -123,10 +123,10 @@ def power_law_table(record: Json) -> str:
             for compute in COMPUTE:
                 if (found := curve(runs_of(record, data, model), compute)) is None:
                     continue
-                cells = [_estimate(estimate(found, exponent)), f"{found.decades:.1f}", ""]
+                cells = [estimate_text(estimate(found, exponent)), f"{found.decades:.1f}", ""]
                 if data == "synthetic_long" and lowest is not None and found.ne.min() > lowest:
                     above = Curve(found.compute, found.ne - lowest)
-                    cells[-1] = _estimate(estimate(above, exponent))
+                    cells[-1] = estimate_text(estimate(above, exponent))
                 rows.append([title, MODELS[model], compute, *cells])
     header = ["data", "model", "compute", "exponent", "decades", "exponent above the lowest NE"]
     return markdown(header, rows, origin(record))
@@ -295,11 +295,11 @@ def _draw(axis: Axes, record: Json, data: str, compute: str) -> None:
     axis.text(0.02, 0.02, "\n".join(told), va="bottom", fontsize=8, transform=axis.transAxes)
 
 
-def _estimate(found: Estimate) -> str:
+def estimate_text(found: Estimate) -> str:
     return f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
 
 
-def _ratio(found: Ratio) -> str:
+def ratio_text(found: Ratio) -> str:
     return (
         "none"
         if found.ratio is None

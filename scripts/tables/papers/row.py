@@ -99,6 +99,11 @@ class Cell:
         return f"not measured: `{command}`" if command else f"not measured (`{self.record}`)"
 
 
+def mean_ne(record: str, text: str) -> Cell:
+    """The mean NE over seeds of a ranking run."""
+    return Cell(record, text, (field("mean", "ne"),))
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A claim or an algorithm of a paper.
