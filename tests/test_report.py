@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from ultra_hstu.criteria import RETRIEVAL, ranking
+from ultra_hstu.criteria import RETRIEVAL, by_warmth, ranking
 from ultra_hstu.report import best_epoch, draw_curves, metrics_table
 
 
@@ -43,3 +43,9 @@ def test_a_table_says_what_repeats_are_where_there_are_any():
     for share in (0.0, 0.25):
         table = metrics_table("test", {"model": {"hr@10": 0.5, "repeats": share}})
         assert ("the user has met before" in str(table.caption)) == (share > 0)
+
+
+def test_counts_have_no_decimals():
+    parts = by_warmth(RETRIEVAL)
+    table = metrics_table("test", {"model": {"users/cold": 1397.0}}, parts, parts.details)
+    assert list(table.columns[-1].cells) == ["", "1,397", ""]

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ultra_hstu.config import Config
-from ultra_hstu.criteria import RETRIEVAL, Criteria, Metrics, display_name
+from ultra_hstu.criteria import COUNTS, RETRIEVAL, Criteria, Metrics, display_name
 from ultra_hstu.json_files import not_written, parse_object, write_text
 from ultra_hstu.trackers import Guarded, TensorBoard, Tracker
 
@@ -138,8 +138,15 @@ def metrics_table(
         for task in criteria.tasks or ("",):
             values = [metrics.get(f"{column}/{task}" if task else column) for column in columns]
             label = f"{name}: {task}" if len(criteria.tasks) > 1 else name
-            table.add_row(label, *("" if value is None else f"{value:.4f}" for value in values))
+            table.add_row(label, *map(_cell, columns, values))
     return table
+
+
+def _cell(column: str, value: float | None) -> str:
+    """A metric, or a count of what it was measured on; blank for None."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if column in COUNTS else f"{value:.4f}"
 
 
 @runtime_checkable
