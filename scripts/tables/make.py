@@ -95,6 +95,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/http_service.md": {
         "serve_example": serve_tables.RECOMMEND.example,
         "score_example": serve_tables.SCORE.example,
+    },
+    "docs/deployment.md": {
         "serve_load": serve_tables.RECOMMEND.load_table,
         "serve_stages": serve_tables.RECOMMEND.stages_table,
         "score_load": serve_tables.SCORE.load_table,
