@@ -84,6 +84,12 @@ def selections(data: str, model: str) -> dict[str, Callable[[Json], bool]]:
     return {"all": lambda run: True} | over_length | over_depth
 
 
+def gflop(operations: float) -> str:
+    """In three digits, without a power of ten."""
+    value = operations / 1e9
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 @measured("scaling_h200")
 def fits_table(record: Json) -> str:
     """Scaling efficiencies and ratios of exponents, beside the paper's."""
@@ -150,7 +156,7 @@ def runs_table(record: Json) -> str:
                         of_models += ["", "", ""]
                         continue
                     ne = [run["result"]["best"]["ne"] for run in found]
-                    cost = [f"{found[0][compute] / 1e9:.3g}" for compute in COMPUTE]
+                    cost = [gflop(found[0][compute]) for compute in COMPUTE]
                     of_models += [mean_and_deviation(ne), *cost]
                     best = short(found[0].get("best_possible")) or best
                 if any(of_models):
@@ -177,7 +183,7 @@ def pieces_table(record: Json) -> str:
         at = {model: found[0] for model in MODELS if (found := longest(record, data, model))}
         for model, run in at.items():
             saved = [f"{100 * (run[one] / at['hstu'][one] - 1):+.1f} %" for one in COMPUTE]
-            cost = [f"{run[one] / 1e9:.3g}" for one in COMPUTE]
+            cost = [gflop(run[one]) for one in COMPUTE]
             paper = PAPER_SAVED.get(model, ("", ""))
             ne = [one["result"]["best"]["ne"] for one in longest(trained, data, model)]
             rows.append(
