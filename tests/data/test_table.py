@@ -355,7 +355,7 @@ BAD = [
     ("a.csv", csv_text([*ROWS, ("u9", "NULL", START, 1, "view")]),
      r"a.csv, line 8: column 'item_id' is missing a value: .*table.missing=drop"),
     ("a.csv", csv_text([*ROWS, ("u9", "x" * 257, START, 1, "view")]),
-     r"a.csv, line 8: column 'item_id': an id has more than 256 letters: 'xxx"),
+     r"a.csv, line 8: column 'item_id': an id has more than 256 characters: 'xxx"),
     ("a.csv", csv_text([*((*row[:2], 1000 * row[2], *row[3:]) for row in ROWS),
                         ("u9", "x", START, 1, "view")]),
      rf"a.csv, line 8: column 'timestamp': {START} among times in milliseconds would"),
