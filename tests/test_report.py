@@ -39,10 +39,12 @@ def test_the_best_epoch_is_that_of_the_metric_that_decides():
     assert best_epoch([{"epoch": 1, "loss": 2.0}], RETRIEVAL) is None
 
 
-def test_a_table_says_what_repeats_are_where_there_are_any():
+def test_a_table_says_what_repeats_and_ne_are():
     for share in (0.0, 0.25):
         table = metrics_table("test", {"model": {"hr@10": 0.5, "repeats": share}})
         assert ("the user has met before" in str(table.caption)) == (share > 0)
+    table = metrics_table("test", {"model": {"ne": 0.9}}, ranking({"like": "binary"}))
+    assert "low is good" in str(table.caption)
 
 
 def test_counts_have_no_decimals():

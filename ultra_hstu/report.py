@@ -24,6 +24,7 @@ _REPEATS = (
     "REPEATS: share of the targets whose item the user has met before. "
     "With eval.repeats=hide these are never found."
 )
+_NE = "NE: log loss over that of the best constant prediction; low is good."
 RECORD_FIELDS = {"step": int}  # of every line of `metrics.jsonl`
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def metrics_table(
     """
     columns = columns or criteria.table
     met = any(metrics.get("repeats") for metrics in rows.values())
-    caption = _REPEATS if met and "repeats" in columns else None
+    caption = _REPEATS if met and "repeats" in columns else _NE if "ne" in columns else None
     table = Table(
         "", *map(display_name, columns), title=title, caption=caption, box=rich.box.SIMPLE
     )

@@ -148,7 +148,7 @@ ROWS = (
             ),
             piece("whole_histories", "on whole histories"),
         ),
-        "shorter histories than the paper's, of which fewer are cut",
+        "shorter histories than the paper's, so that fewer are cut",
     ),
     Row(
         "attention truncation",
