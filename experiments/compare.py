@@ -7,7 +7,7 @@ Reads these folders alone: no data, and nothing is computed.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import rich.box
@@ -16,13 +16,15 @@ from rich.table import Table
 
 from experiments import command
 from ultra_hstu import report
-from ultra_hstu.criteria import RETRIEVAL, Metrics, display_name, mean_and_deviation
+from ultra_hstu.criteria import RETRIEVAL, Metrics, display_name, mean_and_deviation, ranking
 from ultra_hstu.fields import flat
 from ultra_hstu.json_files import read_object
 from ultra_hstu.starts import read_starts
 from ultra_hstu.workdir import Workdir
 
 RESULT_FIELDS = {"best": dict, "best_epoch": int}
+# Kinds of tasks, by a metric that every task of the kind has.
+KINDS = {"log_loss": "binary", "mse": "regression"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,21 +80,32 @@ def read(folder: Workdir) -> Compared:
 
 
 def metrics_table(runs: Mapping[str, Compared]) -> Table:
-    """One line a run; what it has not is left blank."""
-    found: list[str] = [
-        name for one in runs.values() for best in one.results for name in best["best"]
-    ]
-    known = [name for name in RETRIEVAL.table if name in found]
-    columns = known or list(dict.fromkeys(found))
+    """One line a run, or one for each of its tasks; what it has not is left blank."""
+    found = {name for one in runs.values() for result in one.results for name in result["best"]}
+    columns = [name for name in RETRIEVAL.table if name in found]
+    if tasks := _tasks(found):
+        columns += ranking(tasks).table
     table = Table("test", *map(display_name, columns), "best epoch", "minutes", box=rich.box.SIMPLE)
     for name, one in runs.items():
-        values = [shown([result["best"] for result in one.results], column) for column in columns]
+        results = [result["best"] for result in one.results]
         epochs = ", ".join(str(result["best_epoch"]) for result in one.results)
         if len(one.results) < one.runs:
             epochs += f" ({one.runs - len(one.results)} not finished)"
         minutes = f"{one.seconds / 60:.1f}" if one.seconds else ""
-        table.add_row(name, *values, epochs.strip(), minutes)
+        tasks = _tasks(results[0] if results else ())
+        for task in tasks or [""]:
+            values = [shown(results, f"{one}/{task}" if task else one) for one in columns]
+            label = f"{name}: {task}" if len(tasks) > 1 else name
+            table.add_row(label, *values, epochs.strip(), minutes)
     return table
+
+
+def _tasks(metrics: Iterable[str]) -> dict[str, str]:
+    """Kinds of the tasks that have these metrics, by name: METRIC/TASK is one of a task."""
+    parts = [name.split("/") for name in metrics]
+    return {
+        part[1]: KINDS[part[0]] for part in sorted(parts) if len(part) == 2 and part[0] in KINDS
+    }
 
 
 def windows_table(runs: Mapping[str, Compared]) -> Table:

@@ -95,8 +95,8 @@ def main(_: list[str]) -> None:
     for kind, values in tables.items():
         table = values["table"]
         console.print(
-            f"{kind:>8} table: {table['bytes']} bytes, {table['row_bytes']} a row, "
-            f"{table['history_bytes']} for a whole history"
+            f"item table in {kind}: {table['bytes']:,} bytes, {table['row_bytes']:,} an item, "
+            f"{table['history_bytes']:,} for a history of {config.data.max_history} events"
         )
     Record(
         _RECORD.value,
@@ -117,9 +117,9 @@ def _parts() -> str:
 
 
 def served(table_ID: Float[np.ndarray, "I D"], kind: str, max_history: int) -> dict[str, float]:
-    """Bytes of a table of this kind, of a row, and of a request's history; and its error.
+    """Bytes of a table of this kind, of an entry, and of a request's history; and its error.
 
-    The rows of a whole history go to the device for a request.
+    The entries of a full history go to the device for a request.
     """
     table = quantization.quantize(table_ID, kind)
     history = np.arange(max_history) % len(table_ID)

@@ -85,7 +85,7 @@ def main(_: list[str]) -> None:
                 items, times, actions=actions, context=context, k=_K.value, user=user
             )
             title = f"user {_USER.value}, after {len(items)} events"
-        came("loaded, compiled and asked")
+        came("loaded and compiled, and the items ranked")
     report.make_console().print(report.recommendations_table(title, answer))
 
 

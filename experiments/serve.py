@@ -11,8 +11,8 @@ A request to a retrieval run, and one to a ranking run:
         -d '{"user": 42, "candidates": [608, 2858]}'
 
 Listens on loopback unless --host says otherwise; http://localhost:8000/ is a page to try the run
-with, and /docs describes requests and answers. docs/http_service.md is about replicas, clusters,
-limits and metrics.
+with, and /docs describes requests and answers. docs/http_service.md has requests and limits,
+docs/deployment.md replicas, clusters and metrics.
 """
 
 import contextlib

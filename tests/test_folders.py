@@ -1,5 +1,6 @@
 """Folders of runs, as commands understand them: several seeds, comparisons, starting over."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -84,6 +85,25 @@ def test_runs_are_compared(two_seeds, tmp_path, capsys):
             compare.main(["compare", *wrong])
     done = commands.run("experiments", "compare", runs, tmp_path / "none", folder=tmp_path)
     assert done.returncode == 1 and f"error: {tmp_path}/none holds no run" in done.stderr
+
+
+def test_runs_of_several_tasks_are_compared_by_few_columns():
+    best = {
+        "ne": 0.8,
+        "ne/like": 0.8,
+        "log_loss/like": 0.4,
+        "mse/share": 0.1,
+        "base_rate/like": 0.2,
+    }
+    best |= {f"log_loss/like/{part}": 0.3 for part in ("warm", "cold", "new")}
+    rank = compare.Compared({}, 1, [{"best": best, "best_epoch": 3}], None, 60.0)
+    table = compare.metrics_table({"a": rank, "b": dataclasses.replace(rank, results=[])})
+    header = [str(column.header) for column in table.columns]
+    assert header == "test|NE|AUC|GAUC|LOG LOSS|MSE|best epoch|minutes".split("|")
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows[0] == ("a: like", "0.8000", "", "", "0.4000", "", "3", "1.0")
+    assert rows[1] == ("a: share", "", "", "", "", "0.1000", "3", "1.0")
+    assert rows[2] == ("b", "", "", "", "", "", "(1 not finished)", "1.0")
 
 
 def test_seeds_of_other_configurations_have_no_mean(two_seeds, tmp_path):

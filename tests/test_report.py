@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
-from ultra_hstu.criteria import RETRIEVAL, ranking
-from ultra_hstu.report import best_epoch, draw_curves
+from ultra_hstu.criteria import RETRIEVAL, by_warmth, ranking
+from ultra_hstu.report import best_epoch, draw_curves, metrics_table
 
 
 def test_curves_name_what_they_show(tmp_path, monkeypatch):
@@ -37,3 +37,17 @@ def test_the_best_epoch_is_that_of_the_metric_that_decides():
     assert best_epoch(records, RETRIEVAL) == 1
     assert best_epoch(records, ranking({"like": "binary"})) == 2
     assert best_epoch([{"epoch": 1, "loss": 2.0}], RETRIEVAL) is None
+
+
+def test_a_table_says_what_repeats_and_ne_are():
+    for share in (0.0, 0.25):
+        table = metrics_table("test", {"model": {"hr@10": 0.5, "repeats": share}})
+        assert ("the user has met before" in str(table.caption)) == (share > 0)
+    table = metrics_table("test", {"model": {"ne": 0.9}}, ranking({"like": "binary"}))
+    assert "low is good" in str(table.caption)
+
+
+def test_counts_have_no_decimals():
+    parts = by_warmth(RETRIEVAL)
+    table = metrics_table("test", {"model": {"users/cold": 1397.0}}, parts, parts.details)
+    assert list(table.columns[-1].cells) == ["", "1,397", ""]

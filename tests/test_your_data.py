@@ -83,8 +83,11 @@ def test_titles_mean_items():
     catalog = Catalog.from_ids(ids, ["Blue mug", "Blue mug, large", "", "Pan"])
     for title, raw in {"blue MUG": "a", "large": "b", "pan ": "d"}.items():
         assert catalog.by_title(title) == raw
-    with pytest.raises(ValueError, match="2 items .* holds 'mug', give an id: a 'Blue mug'; b "):
+    with pytest.raises(ValueError, match="2 items .* holds 'mug': .* instead: a 'Blue mug'; b "):
         catalog.by_title("mug")
+    many = Catalog.from_ids(np.arange(12), [f"Pan {n}" for n in range(12)])
+    with pytest.raises(ValueError, match="9 'Pan 9'; and 2 more$"):
+        many.by_title("pan")
     with pytest.raises(ValueError, match="no item has the title 'pot'"):
         catalog.by_title("pot")
     with pytest.raises(ValueError, match="have no titles, give ids"):

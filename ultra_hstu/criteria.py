@@ -85,6 +85,9 @@ def ranking(tasks: Mapping[str, str]) -> Criteria:
     )
 
 
+COUNTS = ("users", "targets")  # that stand among the metrics of a part
+
+
 def by_warmth(criteria: Criteria) -> Criteria:
     """The columns that are shown for each part of WARMTH, and for each task of it."""
     parts = [name for name, _, _ in WARMTH]

@@ -15,11 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ultra_hstu.config import Config
-from ultra_hstu.criteria import RETRIEVAL, Criteria, Metrics, display_name
+from ultra_hstu.criteria import COUNTS, RETRIEVAL, Criteria, Metrics, display_name
 from ultra_hstu.json_files import not_written, parse_object, write_text
 from ultra_hstu.trackers import Guarded, TensorBoard, Tracker
 
 _LINES = ("-", "--", "-.", ":")  # of what needs no model
+_REPEATS = (
+    "REPEATS: share of the targets whose item the user has met before. "
+    "With eval.repeats=hide these are never found."
+)
+_NE = "NE: log loss over that of the best constant prediction; low is good."
 RECORD_FIELDS = {"step": int}  # of every line of `metrics.jsonl`
 
 log = logging.getLogger(__name__)
@@ -125,13 +130,24 @@ def metrics_table(
     What has no value is left blank.
     """
     columns = columns or criteria.table
-    table = Table("", *map(display_name, columns), title=title, box=rich.box.SIMPLE)
+    met = any(metrics.get("repeats") for metrics in rows.values())
+    caption = _REPEATS if met and "repeats" in columns else _NE if "ne" in columns else None
+    table = Table(
+        "", *map(display_name, columns), title=title, caption=caption, box=rich.box.SIMPLE
+    )
     for name, metrics in rows.items():
         for task in criteria.tasks or ("",):
             values = [metrics.get(f"{column}/{task}" if task else column) for column in columns]
             label = f"{name}: {task}" if len(criteria.tasks) > 1 else name
-            table.add_row(label, *("" if value is None else f"{value:.4f}" for value in values))
+            table.add_row(label, *map(_cell, columns, values))
     return table
+
+
+def _cell(column: str, value: float | None) -> str:
+    """A metric, or a count of what it was measured on; blank for None."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if column in COUNTS else f"{value:.4f}"
 
 
 @runtime_checkable

@@ -1,7 +1,7 @@
 """HSTU attention of new rows to keys that lie in a cache: the public function and its checks.
 
 An output is a plain sum over keys, so what a row gets from a cache and what it gets from its own
-key simply add up, and several parts of the keys may be worked off side by side. Queries and keys
+key simply add up, and several parts of the keys may be computed side by side. Queries and keys
 are buffers of different length here, neither is copied, and nothing is planned for a batch beyond
 the ranges of keys that tiles of rows see. Forward only: nothing here has a gradient of its own.
 """

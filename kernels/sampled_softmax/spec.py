@@ -24,7 +24,7 @@ class SampledSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Negatives:
-    """The negatives of T rows, drawn where a chunk of them is worked off.
+    """The negatives of T rows, drawn where a chunk of them is computed.
 
     Attributes:
       rows: pytree of arrays [T, ...], such as a key a row.

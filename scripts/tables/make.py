@@ -39,7 +39,7 @@ from scripts.tables import (
 from scripts.tables import serve as serve_tables
 from scripts.tables import serving as serving_tables
 from scripts.tables.papers import PAPERS, row
-from scripts.tables.records import ROOT
+from scripts.tables.records import NOT_MEASURED, ROOT, noting
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
@@ -95,6 +95,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/http_service.md": {
         "serve_example": serve_tables.RECOMMEND.example,
         "score_example": serve_tables.SCORE.example,
+    },
+    "docs/deployment.md": {
         "serve_load": serve_tables.RECOMMEND.load_table,
         "serve_stages": serve_tables.RECOMMEND.stages_table,
         "score_load": serve_tables.SCORE.load_table,
@@ -179,14 +181,34 @@ FIGURES = (
 )
 
 
+def with_records(table: Callable[[], str]) -> str:
+    """A table, and links to the records that it does not name itself; of one without any record,
+    the command that writes it."""
+    with noting() as loaded:
+        text = table()
+    if text == NOT_MEASURED:
+        commands = dict.fromkeys(filter(None, map(row.command, loaded)))
+        return ": ".join([text, *(f"`{one}`" for one in [*commands][:1])])
+    links = [
+        f"[`{name}`](../experiments/results/{name}.json)"
+        for name, there in loaded.items()
+        if there and f"`{name}`" not in text
+    ]
+    if text.startswith("```") or not links:
+        return text
+    return f"{text}\n\nRecord{'s' * (len(links) > 1)}: {', '.join(links)}."
+
+
 def with_tables(text: str, page: str) -> str:
+    """Raises ValueError where the page has no place for one of its tables."""
     for name, table in PAGES[page].items():
         start, end = f"<!-- table {name} -->\n", f"\n<!-- end {name} -->"
         before, found, rest = text.partition(start)
         _, closed, after = rest.partition(end)
         if not (found and closed):
             raise ValueError(f"{page} has no '{start.strip()}' ... '{end.strip()}'")
-        text = before + start + table() + end + after
+        made = table() if page == "README.md" else with_records(table)
+        text = before + start + made + end + after
     return text
 
 

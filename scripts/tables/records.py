@@ -1,6 +1,7 @@
 """Records of measurements, and what tables and figures of them share."""
 
 import contextlib
+import contextvars
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +19,29 @@ FIGURES = ROOT / "docs" / "figures"
 NOT_MEASURED = "not measured yet"
 # `eval` of records that do not name it: they are older than its fields.
 EVALUATION = {"hide": "window", "repeats": "hide", "time": "target"}
+_LOADED: contextvars.ContextVar[dict[str, bool] | None] = contextvars.ContextVar(
+    "loaded", default=None
+)
 KERNELS_CHANGED = "2026-11-30T13:35"  # when the code of the kernels was last changed
 
 
 def load(name: str) -> Json:
     """The record of this name, empty where there is none."""
-    return read(RESULTS / f"{name}.json")
+    record = read(RESULTS / f"{name}.json")
+    if (loaded := _LOADED.get()) is not None:
+        loaded[name] = bool(record)
+    return record
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[dict[str, bool]]:
+    """Notes the names that the block loads, in their order, and whether there is such a record."""
+    loaded: dict[str, bool] = {}
+    token = _LOADED.set(loaded)
+    try:
+        yield loaded
+    finally:
+        _LOADED.reset(token)
 
 
 def measured(*names: str, part: str = "") -> Callable[[Callable[[Json], str]], Callable[[], str]]:

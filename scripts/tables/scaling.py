@@ -84,6 +84,12 @@ def selections(data: str, model: str) -> dict[str, Callable[[Json], bool]]:
     return {"all": lambda run: True} | over_length | over_depth
 
 
+def gflop(operations: float) -> str:
+    """In three digits, without a power of ten."""
+    value = operations / 1e9
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 @measured("scaling_h200")
 def fits_table(record: Json) -> str:
     """Scaling efficiencies and ratios of exponents, beside the paper's."""
@@ -102,7 +108,7 @@ def fits_table(record: Json) -> str:
                             cells.append("not measured")
                             continue
                         ratio = compare(ours, theirs, fit)
-                        cells.append(_ratio(ratio) + (f", paper {paper}" if paper else ""))
+                        cells.append(ratio_text(ratio) + (f", paper {paper}" if paper else ""))
                         if ratio.reason:
                             of = f"{title}, {MODELS[model]}, {words}, {fit.__name__}, {compute}"
                             reasons.append(f"{of}: {ratio.reason}.")
@@ -123,10 +129,10 @@ def power_law_table(record: Json) -> str:
             for compute in COMPUTE:
                 if (found := curve(runs_of(record, data, model), compute)) is None:
                     continue
-                cells = [_estimate(estimate(found, exponent)), f"{found.decades:.1f}", ""]
+                cells = [estimate_text(estimate(found, exponent)), f"{found.decades:.1f}", ""]
                 if data == "synthetic_long" and lowest is not None and found.ne.min() > lowest:
                     above = Curve(found.compute, found.ne - lowest)
-                    cells[-1] = _estimate(estimate(above, exponent))
+                    cells[-1] = estimate_text(estimate(above, exponent))
                 rows.append([title, MODELS[model], compute, *cells])
     header = ["data", "model", "compute", "exponent", "decades", "exponent above the lowest NE"]
     return markdown(header, rows, origin(record))
@@ -150,7 +156,7 @@ def runs_table(record: Json) -> str:
                         of_models += ["", "", ""]
                         continue
                     ne = [run["result"]["best"]["ne"] for run in found]
-                    cost = [f"{found[0][compute] / 1e9:.3g}" for compute in COMPUTE]
+                    cost = [gflop(found[0][compute]) for compute in COMPUTE]
                     of_models += [mean_and_deviation(ne), *cost]
                     best = short(found[0].get("best_possible")) or best
                 if any(of_models):
@@ -177,7 +183,7 @@ def pieces_table(record: Json) -> str:
         at = {model: found[0] for model in MODELS if (found := longest(record, data, model))}
         for model, run in at.items():
             saved = [f"{100 * (run[one] / at['hstu'][one] - 1):+.1f} %" for one in COMPUTE]
-            cost = [f"{run[one] / 1e9:.3g}" for one in COMPUTE]
+            cost = [gflop(run[one]) for one in COMPUTE]
             paper = PAPER_SAVED.get(model, ("", ""))
             ne = [one["result"]["best"]["ne"] for one in longest(trained, data, model)]
             rows.append(
@@ -295,11 +301,11 @@ def _draw(axis: Axes, record: Json, data: str, compute: str) -> None:
     axis.text(0.02, 0.02, "\n".join(told), va="bottom", fontsize=8, transform=axis.transAxes)
 
 
-def _estimate(found: Estimate) -> str:
+def estimate_text(found: Estimate) -> str:
     return f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
 
 
-def _ratio(found: Ratio) -> str:
+def ratio_text(found: Ratio) -> str:
     return (
         "none"
         if found.ratio is None

@@ -83,13 +83,14 @@ def serving_table(record: Json) -> str:
         for model, name in MODELS.items()
         if (longest := places.get((model, 16384, "encode", 0, 0)))
     )
+    named = record["cached"]
+    cached = "as the platform has it" if named == "platform's" else f"`{named}`"
     return markdown(
         header,
         rows,
         *([f"A history of 16,384 events: {whole}."] if whole else []),
-        "{device}, attention `{implementation}`, to the cache `{cached}`, {origin}.".format(
-            origin=of_commit(record), **record
-        ),
+        f"{record['device']}, attention `{record['implementation']}`, attention to the cache "
+        f"{cached}, {of_commit(record)}.",
         *record.get("notes", []),
         "![What a cached history is worth](figures/serving.png)",
     )

@@ -191,7 +191,7 @@ def test_the_epoch_with_the_lowest_validation_ne_is_tested_once(task, tmp_path, 
     assert Workdir(tmp_path).curves.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(
         ValueError,
-        match="is a ranking run .*Recommendations over the catalogue come from a retrieval run",
+        match="is a ranking run .*come from a retrieval run; --candidates=",
     ):
         RecommendationModel(str(tmp_path))
 

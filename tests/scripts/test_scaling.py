@@ -13,6 +13,7 @@ from scripts.scaling.fits import Curve, compare, estimate, exponent, slope
 from scripts.scaling.sweep import ScalingRun
 from scripts.tables import records
 from scripts.tables import scaling as tables
+from scripts.tables.papers import scaling as claims
 from ultra_hstu.config import SyntheticConfig
 from ultra_hstu.data import best_prediction
 from ultra_hstu.data.synthetic import draw_stream
@@ -238,3 +239,24 @@ def test_tables_and_figure_come_from_the_record(tmp_path, monkeypatch):
     tables.scaling_figure()
     assert all(path.stat().st_size > 20_000 for path in drawn)
     assert "figures/scaling_dark.png" in tables.scaling_picture()
+
+
+def test_claims_of_papers_are_filled_from_the_grid(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    of_runs = (
+        claims.ratios("ultra", which=0)[1],
+        claims.power_laws("hstu")[1],
+        claims.over_depth("ultra")[1],
+    )
+    for record in ({}, made_up_record() | {"runs": {}}, made_up_record()):
+        for name in ("counts", "h200"):
+            (tmp_path / f"scaling_{name}.json").write_text(json.dumps(record))
+        counted, *fitted = map(str, (claims.operations("ultra"), *of_runs))
+        if record.get("runs"):
+            assert counted.startswith("operations -75% in training, -75% at inference, 16,384 ")
+            assert ", all: efficiency " in fitted[0] and "exponents 2 [" in fitted[0]
+            assert ": exponent 0.02 [" in fitted[1] and " over 1.8 decades" in fitted[1]
+            assert " with 2 layers, " in fitted[2] and fitted[2].count(" .") == 3
+        else:
+            not_measured = "not measured: `python -m scripts.scaling."
+            assert all(one.startswith(not_measured) for one in (counted, *fitted))

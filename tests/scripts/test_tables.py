@@ -4,7 +4,17 @@ import json
 
 import pytest
 
-from scripts.tables import features, layer, movielens, overview, records, retrieval, runs, sampling
+from scripts.tables import (
+    features,
+    layer,
+    make,
+    movielens,
+    overview,
+    records,
+    retrieval,
+    runs,
+    sampling,
+)
 from scripts.tables import ranking as ranking_tables
 
 
@@ -352,3 +362,18 @@ def test_the_walk_shows_the_last_table_of_what_a_command_printed(results):
         ' {"item": 2}]}',
         "```",
     ]
+
+
+def test_a_table_names_its_records_or_the_command_that_writes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    table = records.measured("layer_h200")(lambda record: f"{record['ms']} ms")
+    assert make.with_records(table).startswith(
+        "not measured yet: `python -m scripts.bench.layer --record=experiments/results/layer_h200."
+    )
+    (tmp_path / "layer_h200.json").write_text('{"ms": 3}')
+    said = "3 ms\n\nRecord: [`layer_h200`](../experiments/results/layer_h200.json)."
+    assert make.with_records(table) == said
+    assert make.with_records(lambda: f"`layer_h200`: {table()}") == "`layer_h200`: 3 ms"
+    assert make.with_records(lambda: "no record") == "no record"
+    both = make.with_records(lambda: table() + str(records.first("none", "layer_h200")["ms"]))
+    assert both.startswith("3 ms3\n\nRecord: ")

@@ -136,7 +136,11 @@ class Catalog:
         if not found:
             raise ValueError(f"no item has the title {title!r}, or one that holds it")
         some = "; ".join(f"{ids[n]} {self.titles[found[n]]!r}" for n in range(min(10, len(ids))))
-        raise ValueError(f"{len(ids)} items have a title that holds {title!r}, give an id: {some}")
+        more = f"; and {len(ids) - 10} more" if len(ids) > 10 else ""
+        raise ValueError(
+            f"{len(ids)} items have a title that holds {title!r}: give a whole title, or an id "
+            f"instead: {some}{more}"
+        )
 
     def decode(self, dense: Integer[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
         """Raw ids of dense ids.

@@ -17,7 +17,7 @@ from ultra_hstu.data.times import check_times
 from ultra_hstu.table_config import TableConfig
 
 _log = logging.getLogger(__name__)
-MAX_ID_LETTERS = 256  # as requests have it
+MAX_ID_CHARACTERS = 256  # as requests have it
 BLOCK = 1 << 22  # events that are worked on at one time
 
 Codes = Int32[np.ndarray, " E"]
@@ -82,12 +82,12 @@ def raw_ids(name: str, ids: ArrayLike) -> Shaped[np.ndarray, " n"]:
             "convert them, such as by astype(int) or astype(str)"
         )
     lengths = np.strings.str_len(array)
-    for bad, why in ((lengths == 0, "is empty"), (lengths > MAX_ID_LETTERS, "is too long")):
+    for bad, why in ((lengths == 0, "is empty"), (lengths > MAX_ID_CHARACTERS, "is too long")):
         if bad.any():
             event = int(np.argmax(bad))
             raise ValueError(
                 f"{name}[{event}] {why}: {array[event].item()[:40]!r}; "
-                f"ids have 1 to {MAX_ID_LETTERS} letters"
+                f"ids have 1 to {MAX_ID_CHARACTERS} characters"
             )
     return array
 

@@ -21,7 +21,7 @@ Number = int | Scalar
 def chunked(
     fn: TokenWise, x_TD: Shaped[Array, "T ..."], *more_T: PyTree, chunk_rows: int | None
 ) -> PyTree:
-    """`fn(x_TD, *more_T)`, worked off `chunk_rows` rows at a time.
+    """`fn(x_TD, *more_T)`, computed for `chunk_rows` rows at a time.
 
     The backward pass recomputes a chunk from its input rows. Values and gradients are those of the
     plain call up to the order of sums. Rows behind the last whole chunk are one shorter chunk of

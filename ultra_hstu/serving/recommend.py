@@ -351,7 +351,7 @@ def require_retrieval(workdir: str, config: Config) -> None:
         raise ValueError(
             f"{workdir} is a ranking run (rank.tasks={config.rank.tasks}): it predicts what a user "
             "does with given items. Recommendations over the catalogue come from a retrieval run; "
-            "--requests=FILE and experiments.serve score what they are given"
+            "--candidates=ID,ID, --requests=FILE and experiments.serve score what they are given"
         )
 
 

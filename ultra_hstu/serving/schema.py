@@ -283,6 +283,8 @@ def problem(errors: Sequence[ErrorDetails]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if parts[:1] in (["times"], ["now"]) and not isinstance(first["input"], list):
         message += f", not {first['input']!r:.40}: give whole seconds since 1970"
+    if first["type"] == "extra_forbidden":
+        message = "there is no such field; docs/http_service.md lists them, as does GET /docs"
     more = f" (and {len(others)} more)" if others else ""
     return f"{'.'.join(parts) + ': ' if parts else ''}{message}{more}"
 

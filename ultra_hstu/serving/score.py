@@ -2,7 +2,7 @@
 of candidates are scored against it.
 
 Scores are those of one full forward pass with all candidates as its targets, to rounding, in
-whatever batches they are worked off. Every function takes a `Ranker`, or a `CompiledRanker` made of
+whatever batches they are in. Every function takes a `Ranker`, or a `CompiledRanker` made of
 one beforehand. Arguments hold NumPy arrays or anything like it, and results are NumPy. Everything
 is checked here, with errors that name the value and the remedy.
 """

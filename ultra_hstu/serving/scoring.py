@@ -102,7 +102,7 @@ class ScoringModel:
     """A trained ranker, ready to score.
 
     Users of different histories and numbers of candidates share a call. Its sizes are few:
-    histories fill 1, 2, 4, ... of the longest; candidates come in one size, worked off
+    histories fill 1, 2, 4, ... of the longest; candidates come in one size, computed
     `MICRO_BATCH` at a time.
     """
 

@@ -1,6 +1,7 @@
 """HSTU: arXiv 2402.17152."""
 
-from scripts.tables.papers.row import Cell, Row, Value, field, ratio
+from scripts.tables.papers import scaling
+from scripts.tables.papers.row import Cell, Row, Value, field, mean_ne, ratio
 
 NOT_PUBLIC = "not done: the data is the company's own"
 
@@ -15,11 +16,6 @@ def grid(data: str) -> tuple[Cell, ...]:
         )
         for model, name in (("sasrec", "SASRec"), ("hstu", "HSTU"), ("hstu_large", "large"))
     )
-
-
-def trained(record: str, text: str) -> Cell:
-    """NE of some seeds of a ranking run."""
-    return Cell(record, text, (field("mean", "ne"),))
 
 
 def best(metric: str) -> Value:
@@ -260,8 +256,8 @@ ROWS = (
         ("ultra_hstu/config.py:DataConfig.stochastic_length",),
         "0.2 %",
         (
-            trained("assistments_sl_3072_whole", "NE {:.4f} whole"),
-            trained("assistments_sl_3072_alpha16", "{:.4f} alpha 1.6"),
+            mean_ne("assistments_sl_3072_whole", "NE {:.4f} whole"),
+            mean_ne("assistments_sl_3072_alpha16", "{:.4f} alpha 1.6"),
         ),
         "on ASSISTments, histories to 3,057",
     ),
@@ -271,8 +267,8 @@ ROWS = (
         ("ultra_hstu/sampling.py:subsequence",),
         "weighted is best by .003",
         (
-            trained("assistments_sl_3072_alpha16_weighted", "NE {:.4f} weighted"),
-            trained("assistments_sl_3072_alpha16_random", "{:.4f} random"),
+            mean_ne("assistments_sl_3072_alpha16_weighted", "NE {:.4f} weighted"),
+            mean_ne("assistments_sl_3072_alpha16_random", "{:.4f} random"),
             *(
                 Cell(f"ml100k_hstu_sl_{kind}", f"HR@10 {{:.4f}} {kind}", (best("hr@10"),))
                 for kind in ("recent", "weighted", "random")
@@ -326,9 +322,9 @@ ROWS = (
         ("ultra_hstu/nn/softmax_ablation.py", "ultra_hstu/nn/hstu_layer.py:ResearchLayer"),
         "E-NE .4937 HSTU, .4980 no bias, .5067 softmax; the Transformer diverged",
         (
-            trained("assistments_rank_hstu_research_bias", "NE {:.4f} HSTU"),
-            trained("assistments_rank_hstu_research", "{:.4f} no bias"),
-            trained("assistments_rank_hstu_research_softmax", "{:.4f} softmax"),
+            mean_ne("assistments_rank_hstu_research_bias", "NE {:.4f} HSTU"),
+            mean_ne("assistments_rank_hstu_research", "{:.4f} no bias"),
+            mean_ne("assistments_rank_hstu_research_softmax", "{:.4f} softmax"),
         ),
         "ASSISTments; 100B examples are the company's; Transformer++ is not done",
     ),
@@ -356,7 +352,7 @@ ROWS = (
                 "ASSISTments NE {:.4f} against {:.4f} of item and user",
                 (field("mean", "ne"), field("baselines", "item and user", "ne")),
             ),
-            trained("assistments_rank_din", "DIN {:.4f}"),
+            mean_ne("assistments_rank_din", "DIN {:.4f}"),
         ),
         "not done: the online test and the production DLRM",
     ),
@@ -365,7 +361,7 @@ ROWS = (
         "a power law over three orders of compute, 8,192 events, d = 1,024, 24 layers",
         ("ultra_hstu/flops.py:count",),
         "1.5T parameters where DLRM saturates at 200B",
-        (Cell("scaling_h200", "recorded"),),
+        scaling.power_laws("hstu"),
         "on one GPU, over length and depth; tables of 1.5T parameters are not done",
     ),
     Row(

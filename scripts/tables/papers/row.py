@@ -94,9 +94,13 @@ class Cell:
             shown = ""
         if shown:
             return f"{METRIC.sub(r'\1', shown)} (`{self.record}`)"
-        own = self.command or COMMANDS.get(self.record, "")
-        command = _commands().get(self.record) or _runnable(own)
-        return f"not measured: `{command}`" if command else f"not measured (`{self.record}`)"
+        own = command(self.record) or _runnable(self.command)
+        return f"not measured: `{own}`" if own else f"not measured (`{self.record}`)"
+
+
+def mean_ne(record: str, text: str) -> Cell:
+    """The mean NE over seeds of a ranking run."""
+    return Cell(record, text, (field("mean", "ne"),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +161,11 @@ def _runnable(command: str) -> str:
     path = f"{command.split(' ')[0].replace('.', '/')}.py"
     folders = [name for name in ("scripts", "experiments") if (ROOT / name / path).is_file()]
     return f"python -m {folders[0]}.{command}" if folders else ""
+
+
+def command(record: str) -> str:
+    """The command that writes a record, empty where none is known."""
+    return _commands().get(record) or _runnable(COMMANDS.get(record, ""))
 
 
 @functools.cache

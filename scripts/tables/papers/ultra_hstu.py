@@ -1,6 +1,7 @@
 """ULTRA-HSTU: arXiv 2602.16986."""
 
-from scripts.tables.papers.row import Cell, Row, Value, field, less, ratio
+from scripts.tables.papers import scaling
+from scripts.tables.papers.row import Cell, Row, Value, field, less, mean_ne, ratio
 
 ENCODER = "encoder_inference_TFLOP_a_sample"
 LAYERS = "ultra_hstu/nn/hstu_layer.py"
@@ -50,10 +51,6 @@ def table_ms(kind: str) -> Value:
     return field("tables", kind, "transfer_ms")
 
 
-def mean_ne(record: str, text: str) -> Cell:
-    return Cell(record, text, (field("mean", "ne"),))
-
-
 def slowest_rank(record: str) -> Cell:
     plain, balanced = (
         field("sets", "ASSISTments 2017", one, "slowest") for one in ("plain", "balanced")
@@ -91,7 +88,7 @@ ROWS = (
         "2.7x training, 5.1x inference; exponents 1.39x, 1.69x",
         ("kernels/mask.py:AttentionMask.num_pairs",),
         "2.7x, 5.1x",
-        (Cell("scaling_h200", "recorded"),),
+        (scaling.operations("semi_local"), *scaling.ratios("semi_local", which=0)),
     ),
     Row(
         "merged input",
@@ -151,7 +148,7 @@ ROWS = (
             ),
             piece("whole_histories", "on whole histories"),
         ),
-        "shorter histories than the paper's, of which fewer are cut",
+        "shorter histories than the paper's, so that fewer are cut",
     ),
     Row(
         "attention truncation",
@@ -173,6 +170,7 @@ ROWS = (
         ("ultra_hstu/model_config.py:ModelConfig.truncate_after",),
         "-3 % training, -38 % inference",
         (
+            scaling.operations("truncation"),
             Cell(
                 "ablation_assistments_small",
                 "NE {:.4f} whole, {:.4f} truncated",
@@ -193,13 +191,14 @@ ROWS = (
         ("ultra_hstu/model_config.py:ModelConfig.channels",),
         "-53 %, -69 %",
         (
+            scaling.operations("mixture"),
             Cell(
                 "ablation_assistments_small",
                 "NE {:.4f} one, {:.4f} mixture",
                 tuple(field("variants", one, "mean", "ne") for one in ("one_transducer", "ultra")),
             ),
         ),
-        "here the second channel is added to a whole history, not cut out of it",
+        "operations of 2/3 and 1/3 of the events; for NE the second is added to a whole history",
     ),
     Row(
         "BF16",
@@ -315,7 +314,7 @@ ROWS = (
         "scaling efficiency 5.3x training, 21.4x inference; exponents 2.08x, 4.59x",
         ("experiments/configs/ranking.py", "ultra_hstu/flops.py:count"),
         "5.3x, 21.4x",
-        (Cell("scaling_h200", "recorded"),),
+        (scaling.operations("ultra"), *scaling.ratios("ultra", which=0)),
         "slopes of NE over operations, on public and synthetic data",
     ),
     Row(
@@ -383,7 +382,7 @@ ROWS = (
         "depth 3 to 12: self-attention -0.46 % C-NE, cross-attention -0.14 %",
         ("ultra_hstu/nn/hstu.py:HSTU",),
         "-0.46 %",
-        (Cell("scaling_h200", "recorded"),),
+        scaling.over_depth("ultra"),
         "cross-attention is not done: it scales worse in the paper",
     ),
     Row(

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Int32, Num, Shaped
 
-from ultra_hstu.data.grouping import MAX_ID_LETTERS, Coded
+from ultra_hstu.data.grouping import MAX_ID_CHARACTERS, Coded
 from ultra_hstu.data.strings import STRINGS
 
 _INTEGER = r"^-?(0|[1-9][0-9]{0,17})$"
@@ -141,8 +141,8 @@ def _words(values: pa.Array, first_event: Callable[[int], int]) -> pa.Array:
     values = pc.utf8_trim_whitespace(values.cast(pa.string()))
     size = pc.utf8_length(values)
     _refuse(values, pc.equal(size, 0), "an id is missing", first_event)
-    problem = f"an id has more than {MAX_ID_LETTERS} letters"
-    _refuse(values, pc.greater(size, MAX_ID_LETTERS), problem, first_event)
+    problem = f"an id has more than {MAX_ID_CHARACTERS} characters"
+    _refuse(values, pc.greater(size, MAX_ID_CHARACTERS), problem, first_event)
     return values
 
 

@@ -138,7 +138,7 @@ class TableFile:
             elif len(fields) != len(self.names):
                 problem = f"expected {len(self.names)} fields, found {len(fields)}"
                 quoted = '"' in line.text and self.quotes
-                raise line.error(problem, remedy=f": {QUOTES}" if quoted else "")
+                raise line.error(problem, remedy=f": {QUOTES if quoted else CORRECT}")
             else:
                 values = dict(zip(self.names, fields, strict=True))
             for name, kind in types.items():
@@ -147,9 +147,14 @@ class TableFile:
                     continue
                 if not fits(value, kind):
                     problem = f"column {name!r} holds {words(kind)} in the lines before, here"
-                    raise line.error(problem, value if isinstance(value, str | int) else str(value))
+                    shown = value if isinstance(value, str | int) else str(value)
+                    raise line.error(problem, shown, remedy=f": {LEAVE_EMPTY}")
 
 
+CORRECT = "correct the line, or delete it"
+LEAVE_EMPTY = (
+    "correct it, or leave the field empty and such rows out by --config.data.table.missing=drop"
+)
 _AGAIN = "it may be cut off or damaged, copy it again"
 
 
