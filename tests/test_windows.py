@@ -31,7 +31,7 @@ from ultra_hstu.retrieval.recipe import there_are
 from ultra_hstu.serving import RecommendationModel
 from ultra_hstu.serving.scoring import RunData
 from ultra_hstu.train import train
-from ultra_hstu.vocabulary import Vocabulary
+from ultra_hstu.vocabulary import NEW, Vocabulary, carried
 from ultra_hstu.workdir import Workdir
 
 QUIET = Console(quiet=True)
@@ -291,7 +291,8 @@ def item_rows(params, vocabulary):
     return dict(zip(vocabulary.catalog.raw_ids[1:].tolist(), table[1:], strict=False))
 
 
-def test_items_keep_their_rows_and_new_ones_start_from_the_mean(parent):
+def test_items_keep_their_rows_and_new_ones_of_retrieval_are_drawn(parent):
+    """The mean of all vectors lies near every user: new items would come first for all of them."""
     config, data, folder = parent
     screen = Console(file=io.StringIO(), width=160)
     task = tasks.of(config, stream())
@@ -299,19 +300,28 @@ def test_items_keep_their_rows_and_new_ones_start_from_the_mean(parent):
     old_task = tasks.of(config, data)
     state = load_state(Workdir(folder), like_of(old_task)).state
     old, new = item_rows(state.params, old_task.vocabulary), item_rows(params, task.vocabulary)
-    mean = np.mean(list(old.values()), axis=0)
     assert old.keys() < new.keys()
     assert list(old) != list(new)[: len(old)], "ids move"
-    for raw_id, row in new.items():
-        if raw_id in old:
-            np.testing.assert_array_equal(row, old[raw_id])
-        else:
-            np.testing.assert_allclose(row, mean, atol=1e-6)
+    for raw_id, row in old.items():
+        np.testing.assert_array_equal(new[raw_id], row)
+    drawn = np.array([row for raw_id, row in new.items() if raw_id not in old])
+    assert len(np.unique(drawn[:, 0])) == len(drawn) > 1
+    assert 0.5 < drawn.std() / config.model.item_std < 1.5
+    assert np.abs(drawn.mean(axis=0)).max() < np.abs(drawn).max()
     count = {"kept": len(old) + 1, "new": len(new) - len(old)}
     assert origin["tables"] == {"item_table": count} and origin["step"] > 0
-    assert f"{count['new']} new from their mean" in screen.file.getvalue()
+    assert f"{count['new']} new drawn" in screen.file.getvalue()
     same = jax.tree.leaves(params["encoder"]), jax.tree.leaves(state.params["encoder"])
     assert_same_bits(*same)
+
+
+def test_new_items_of_ranking_start_from_the_mean():
+    state = {"embedding": {"item_table": jnp.arange(8.0).reshape(4, 2)}}
+    like = {"embedding": {"item_table": jax.ShapeDtypeStruct((5, 2), jnp.float32)}}
+    tables = {"embedding.item_table": np.array([0, 2, NEW, 3], np.int32)}
+    like = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), like)
+    moved = carried(state, like, tables, item_std=None)["embedding"]["item_table"]
+    np.testing.assert_array_equal(moved, [[0, 1], [4, 5], [5, 6], [6, 7], [0, 0]])
 
 
 def test_a_start_is_recorded_and_needs_the_folder_once(parent, tmp_path):

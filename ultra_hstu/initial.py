@@ -81,13 +81,15 @@ def parameters_of(
     # Checkpoints are read whole, with the state of the optimizer that was theirs.
     there = task.with_config(dataclasses.replace(task.config, optim=stored.optim))
     step, state, _ = load_state(folder, like_of(there, old))
-    params = carried(state.params, like_of(task).params, tables)
-    described = task.config.features.items
-    source_of = {name.removeprefix("embedding."): "mean" for name in tables}
-    source_of["item_table"] = "features" if described else "mean"
+    params = carried(state.params, like_of(task).params, tables, item_std=task.item_std)
+    source_of = {name.removeprefix("embedding."): "from their mean" for name in tables}
+    if task.config.features.items:
+        source_of["item_table"] = "from their features"
+    elif task.item_std is not None:
+        source_of["item_table"] = "drawn"
     counts = {name.removeprefix("embedding."): _counts(index) for name, index in tables.items()}
     said = "; ".join(
-        f"{name}: {count['kept']:,} entries kept, {count['new']:,} new from their {source_of[name]}"
+        f"{name}: {count['kept']:,} entries kept, {count['new']:,} new {source_of[name]}"
         for name, count in counts.items()
     )
     progress.line(console, "start", f"from {stored.name}, step {step}: {said}")

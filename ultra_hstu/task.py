@@ -81,6 +81,11 @@ class Task[Events](abc.ABC):
     def vocabulary(self) -> Vocabulary:
         """What the entries of the tables stand for that grow with the data."""
 
+    @property
+    def item_std(self) -> float | None:
+        """Of the first vectors of items that a run meets later, as of `vocabulary.carried`."""
+        return None
+
     @abc.abstractmethod
     def sized(self, vocabulary: Vocabulary) -> Steps:
         """The recipe of the same model on another vocabulary."""

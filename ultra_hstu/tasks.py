@@ -192,4 +192,5 @@ def params_of_run(folder: Workdir, task: Task) -> tuple[int, Params]:
         return load_params(folder, task.recipe)
     old = Vocabulary.load(folder)
     step, params = load_params(folder, task.sized(old))
-    return step, carried(params, like_of(task).params, task.vocabulary.tables(old))
+    tables = task.vocabulary.tables(old)
+    return step, carried(params, like_of(task).params, tables, item_std=task.item_std)

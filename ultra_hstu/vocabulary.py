@@ -1,8 +1,10 @@
 """What the entries of a model's tables stand for, and parameters carried to another vocabulary.
 
 Entries belong to raw ids and values, not to numbers: where a vocabulary grows, an entry moves with
-what it stands for, and the entries of what is new start from the mean of those that are known. The
-moments of an optimizer move along, and are zero for what is new.
+what it stands for, and the entries of what is new start from the mean of those that are known. New
+items of retrieval are drawn instead: there a score is a product with an item's vector, and the mean
+of all items lies near every user. The moments of an optimizer move along, and are zero for what is
+new.
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ from ultra_hstu.data.codebook import Codebook
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.feature_config import Spelled
 from ultra_hstu.json_files import read_object, write_json
+from ultra_hstu.nn.initializers import truncated_normal
 from ultra_hstu.workdir import Workdir
 
 NEW, EMPTY = -1, -2  # in the place of a known entry: one that is new, one that stands for nothing
@@ -116,13 +119,17 @@ def names(tree: PyTree) -> list[str]:
     return [text.removesuffix(".value") for text in texts]
 
 
-def carried[State](state: State, like: State, tables: Mapping[str, Index]) -> State:
+def carried[State](
+    state: State, like: State, tables: Mapping[str, Index], *, item_std: float | None
+) -> State:
     """A state, or parameters, with the entries that another vocabulary has.
 
     Args:
       like: shapes, dtypes and shardings of the result.
       tables: of `Vocabulary.tables`. Entries behind them stand for nothing, and are zero. So are
         new items whose features say what they are.
+      item_std: new items are drawn with this deviation, as at the start of a run; None: they are
+        the mean of the known ones.
     """
     described = "embedding.item_features.table" in tables
     indices = {
@@ -139,26 +146,35 @@ def carried[State](state: State, like: State, tables: Mapping[str, Index]) -> St
         names(state), jax.tree.leaves(state), jax.tree.leaves(like), strict=True
     ):
         if name in indices:
-            move = jax.jit(_moved, static_argnums=(2, 3), out_shardings=wanted.sharding)
+            move = jax.jit(_moved, static_argnums=(2, 3, 4), out_shardings=wanted.sharding)
             of_moments, of_items = name.startswith("opt_state"), name.endswith("item_table")
-            of_mean = not of_moments and not (of_items and described)
-            leaf = move(leaf, indices[name], of_mean, of_items)
+            starts = not of_moments and not (of_items and described)
+            leaf = move(leaf, indices[name], starts, of_items, item_std if of_items else None)
         moved.append(leaf)
     return jax.tree.unflatten(jax.tree.structure(like), moved)
 
 
 def _moved(
-    table_XD: Float[Array, "X D"], index_Y: Int32[Array, " Y"], mean: bool, padding: bool
+    table_XD: Float[Array, "X D"],
+    index_Y: Int32[Array, " Y"],
+    starts: bool,
+    padding: bool,
+    std: float | None,
 ) -> Float[Array, "Y D"]:
-    """The entries of a table by their old numbers; new ones are the mean of those, or zero.
+    """The entries of a table by their old numbers, and what new ones start from.
 
+    `starts`: not from zero, but from the mean of the known ones, or drawn with the deviation `std`.
     `padding`: entry 0 stands for nothing.
     """
     known_Y1 = (index_Y >= 0)[:, None]
     kept_YD = jnp.where(known_Y1, table_XD[jnp.maximum(index_Y, 0)], 0.0)
-    if not mean:
+    if not starts:
         return kept_YD
     counts_Y1 = known_Y1.at[0].set(False) if padding else known_Y1
-    total_D = jnp.sum(jnp.where(counts_Y1, kept_YD, 0.0), axis=0)
-    mean_D = total_D / jnp.maximum(jnp.sum(counts_Y1), 1)
-    return jnp.where((index_Y == NEW)[:, None], mean_D[None], kept_YD)
+    count = jnp.sum(counts_Y1)
+    if std is None:
+        total_D = jnp.sum(jnp.where(counts_Y1, kept_YD, 0.0), axis=0)
+        first_YD = (total_D / jnp.maximum(count, 1))[None]
+    else:  # others in every vocabulary
+        first_YD = truncated_normal(std)(jax.random.key(count), kept_YD.shape, kept_YD.dtype)
+    return jnp.where((index_Y == NEW)[:, None], first_YD, kept_YD)

@@ -52,7 +52,8 @@ class _Before(NamedTuple):
         state = self.state
         if state is None:
             state = load_state(self.folder, like_of(task, self.vocabulary)).state
-        return carried(state, like_of(task), task.vocabulary.tables(self.vocabulary))
+        tables = task.vocabulary.tables(self.vocabulary)
+        return carried(state, like_of(task), tables, item_std=task.item_std)
 
 
 @dataclasses.dataclass
@@ -208,7 +209,7 @@ class WindowRun(Run):
         if before is None or self.starts:
             own, self.starts = task.vocabulary, True
             first = task.recipe.start(config.train.seed)  # has entries where there is but room
-            first = carried(first, like_of(task), own.tables(own))
+            first = carried(first, like_of(task), own.tables(own), item_std=None)
         else:
             first = before.on(task)
         self.first_step = int(first.step)

@@ -112,6 +112,10 @@ class RetrievalTask(Task[Events]):
         )
 
     @property
+    def item_std(self) -> float:
+        return self.config.model.item_std
+
+    @property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary.of(self.config, self.interactions)
 
