@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from experiments.record import Json
 from scripts.scaling import grid
@@ -265,8 +266,14 @@ def scaling_figure() -> None:
         for row, data in zip(axes, SETS, strict=True):
             for axis, compute in zip(row, COMPUTE, strict=True):
                 _draw(axis, record, data, compute)
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        shown = {
+            label: handle
+            for axis in axes.flat
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        drawn.legend(
+            shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False
+        )
 
 
 def _draw(axis: Axes, record: Json, data: str, compute: str) -> None:
@@ -292,13 +299,13 @@ def _draw(axis: Axes, record: Json, data: str, compute: str) -> None:
     for run in runs_of(record, data, "hstu"):
         if "best_possible" in run:
             axis.axhline(run["best_possible"], color="grey", linewidth=0.6, linestyle=":")
-    if data == "synthetic_long":
-        told.append("dotted: best possible at each length")
     axis.set(xscale="log", yscale="log", xlabel=f"operations of a request, {compute}", ylabel="NE")
     axis.yaxis.set_major_formatter("{x:.3f}")
     axis.yaxis.set_minor_formatter("{x:.3f}")
-    axis.set_title(SETS[data])
-    axis.text(0.02, 0.02, "\n".join(told), va="bottom", fontsize=8, transform=axis.transAxes)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    dotted = "; dotted: the best possible at each length" * (data == "synthetic_long")
+    axis.set_title(SETS[data] + dotted, fontsize=10)
+    axis.text(0.02, 0.04, "\n".join(told), va="bottom", fontsize=8, transform=axis.transAxes)
 
 
 def estimate_text(found: Estimate) -> str:
