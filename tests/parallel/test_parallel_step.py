@@ -17,10 +17,11 @@ from tests.ranking import rank_data
 from tests.small_run import small_config, with_
 from ultra_hstu import tasks
 from ultra_hstu.config import from_config_dict, to_config_dict
+from ultra_hstu.data.feed import OF_GROUPS, StreamedFeed, feed_specs
 from ultra_hstu.model_config import ChannelConfig
 from ultra_hstu.parallel.collectives import collectives
 from ultra_hstu.parallel.embedding_sharding import lookup
-from ultra_hstu.parallel.mesh import make_mesh
+from ultra_hstu.parallel.mesh import make_mesh, put
 from ultra_hstu.parallel.shards import Shards
 from ultra_hstu.step import run_steps
 
@@ -204,6 +205,31 @@ def test_other_runs_agree(name):
     data, context, config = OTHERS[name]
     evaluated = config.rank.input == "interleaved"
     check(run(config, data, context, evaluated), run(config, 1, 1, evaluated))
+
+
+def test_streamed_columns_of_no_width():
+    """The signals of a run without any: a slice of them in a loop ends XLA for CPUs."""
+    mesh, everywhere = make_mesh(8, 1), PartitionSpec()
+    columns = {"none": np.zeros((2, 16, 0), np.int32), "some": np.ones((2, 16), np.int32)}
+    feed = StreamedFeed(put(columns, mesh, OF_GROUPS))
+
+    def total(feed, steps):
+        zeros = jax.tree.map(jnp.zeros_like, feed.batch(0))
+
+        def add(i, sums):
+            return jax.tree.map(jnp.add, sums, feed.batch(i))
+
+        return jax.lax.fori_loop(0, steps, add, zeros)
+
+    run = jax.shard_map(
+        total,
+        mesh=mesh,
+        in_specs=(feed_specs(feed), everywhere),
+        out_specs=PartitionSpec("data"),
+        check_vma=False,
+    )
+    found = jax.jit(run)(feed, np.int32(2))
+    assert found["none"].shape == (16, 0) and (found["some"] == 2).all()
 
 
 def test_mini_sequences_over_ulysses():

@@ -112,7 +112,11 @@ class StreamedFeed:
     batches_S: Leaf[PyTree]  # a batch, every leaf with a leading axis of steps
 
     def batch(self, step: StepNumber) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf[step], self.batches_S)
+        def taken(leaf: Array) -> Array:
+            # Of no width, as signals are where there are none: XLA for CPUs dies of taking a part.
+            return leaf[step] if leaf.size else jnp.zeros(leaf.shape[1:], leaf.dtype)
+
+        return jax.tree.map(taken, self.batches_S)
 
 
 @jax.tree_util.register_dataclass

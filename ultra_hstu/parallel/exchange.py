@@ -153,13 +153,12 @@ def share(
     """Puts a buffer together, inside `shard_map`.
 
     Args:
-      rows: int32 or float32, all columns move together. Those of no width are left where they are:
-        XLA's compiler for CPUs does not survive their exchange.
+      rows: int32 or float32, all columns move together.
       own: offsets of the group's B sequences, of which those that others read are empty.
       number: of the buffer.
     """
     layout = exchange.shards.layout(exchange.rows[number])
-    columns = [_bits(x).reshape(x.shape[0], -1) for x in rows if x.size]
+    columns = [_bits(x).reshape(x.shape[0], -1) for x in rows]
     value_LX, total_1 = jnp.concatenate(columns, axis=1), jnp.asarray(own)[-1:]
     if exchange.by == "all_gather":
         shared = gather_then_slice(value_LX, total_1, layout)
@@ -167,10 +166,9 @@ def share(
         shared = to_shared(value_LX, total_1, layout, exchange.capacity[number])
     fits = shared.fits & (jax.lax.pmax(total_1[0], CONTEXT) <= value_LX.shape[0])
     ends = np.cumsum([column.shape[1] for column in columns])[:-1].tolist()
-    parts, found = iter(jnp.split(shared.values, ends, axis=1)), []
-    for x in rows:
-        shape = (layout.rows_per_shard, *x.shape[1:])
-        part_t = next(parts).reshape(shape) if x.size else jnp.zeros(shape, x.dtype)
+    found = []
+    for part_tX, x in zip(jnp.split(shared.values, ends, axis=1), rows, strict=True):
+        part_t = part_tX.reshape(len(part_tX), *x.shape[1:])
         if jnp.issubdtype(x.dtype, jnp.floating):
             part_t = jax.lax.bitcast_convert_type(part_t, jnp.float32)
             part_t = jnp.where(fits, part_t, jnp.nan)
