@@ -129,6 +129,9 @@ def searched(
         return left
     tried = search.summary(records(), changes)
     best = tried[0]
+    confirmed = overridden([search.confirmed(best["changes"])], override)
+    if plan_only:
+        return sweep.plan(confirmed)
     Record(sweep.results / f"{search.NAME}_search.json", **sweep.conditions).add(
         config=search.BASE,
         data=records()[search.BASE]["data"],
@@ -141,7 +144,7 @@ def searched(
     )
     said = f"{best['name']}, of {len(tried)} that were tried: {best['changes']}"
     progress.line(sweep.console, "chosen", said)
-    return sweep.train(overridden([search.confirmed(best["changes"])], override))
+    return sweep.train(confirmed)
 
 
 if __name__ == "__main__":

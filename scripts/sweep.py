@@ -135,13 +135,14 @@ class Sweep:
     def record(self, run: StudyRun) -> Json:
         """The record of a finished run; empty where some seed is missing, or the recipe another.
 
-        An interrupted run has none: `experiments.train` writes it once all seeds are done. Records
-        from before there were studies name no recipe; those of other commands are of other runs.
+        An interrupted run has none: `experiments.train` writes it once all seeds are done, and the
+        sweep adds the recipe. Of `results`, records from before there were studies name none; those
+        of other commands are of other runs.
         """
-        for path in (self.results / f"{run.name}.json", self.folder / f"{run.name}.json"):
-            found = read(path)
+        for folder, unnamed in ((self.results, run.recipe), (self.folder, None)):
+            found = read(folder / f"{run.name}.json")
             seeds = {one["seed"] for one in found.get("runs", [])}
-            same = found.get("recipe", run.recipe) == run.recipe
+            same = found.get("recipe", unnamed) == run.recipe
             if (
                 set(run.seeds) <= seeds
                 and same

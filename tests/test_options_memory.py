@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 
 from experiments import configs
@@ -17,6 +18,7 @@ from tests.small_run import small_config, with_
 from ultra_hstu import flops, optim, serving, tasks
 from ultra_hstu.checkpoint import load_state
 from ultra_hstu.config import Config, OptimConfig
+from ultra_hstu.entry_updates import EntryUpdate, table_optimizer
 from ultra_hstu.fields import changed
 from ultra_hstu.initial import like_of
 from ultra_hstu.library import fit
@@ -87,6 +89,26 @@ def test_means_in_bfloat16():
     assert 0 < np.abs(one - other).max() < 0.03 * np.abs(one).max()
     sizes = [sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim) for state in states]
     assert sizes[0] == 2 * sizes[1] == 2 * 4 * 120
+
+
+def test_means_of_tables_in_bfloat16():
+    """Those of lazy Adam; what row-wise AdaGrad adds up stays in float32."""
+    rng = np.random.default_rng(0)
+    table = nnx.Param(jnp.zeros((40, 3), jnp.float32))
+    made = []
+    for state_dtype in ("float32", "bfloat16"):
+        config = OptimConfig(tables="lazy_adam", state_dtype=state_dtype)
+        update = EntryUpdate(config, table_optimizer(config), devices=1)
+        state, new = update.optimizer.init(table), table
+        for step in range(4):
+            grad_uD = jnp.asarray(rng.normal(size=(40, 3)), jnp.float32)
+            new, state = update(new, state, jnp.arange(40), grad_uD, jnp.int32(step))
+        assert {one[...].dtype for one in state} == {jnp.dtype(state_dtype)}
+        made.append(np.asarray(new[...]))
+        rng = np.random.default_rng(0)
+    assert 0 < np.abs(made[0] - made[1]).max() < 0.02 * np.abs(made[0]).max()
+    config = OptimConfig(tables="rowwise_adagrad", state_dtype="bfloat16")
+    assert table_optimizer(config).init(table)[0][...].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", ["beta1", "beta2"])

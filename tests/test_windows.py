@@ -353,6 +353,25 @@ def test_another_model_is_refused_with_every_field(parent):
     ]
 
 
+def test_what_is_no_part_of_the_model_may_change(parent):
+    """Its checkpoint holds the state of another optimizer."""
+    config, data, folder = parent
+    other = with_(
+        config,
+        optim__state_dtype="bfloat16",
+        optim__tables="lazy_adam",
+        optim__clip_norm=1.0,
+        model__layer_implementation="xla",
+        model__projection="fp8",
+        model__projection_gradient="fp8",
+        rank__train_targets=1,
+        rank__requests="one",
+    )
+    params, _ = parameters_of(folder, tasks.of(other, data), QUIET)
+    plain, _ = parameters_of(folder, tasks.of(config, data), QUIET)
+    assert_same_bits(jax.tree.leaves(params), jax.tree.leaves(plain))
+
+
 def test_masks_of_channels_may_change():
     """They add no parameters; a width does."""
     a, b = ChannelConfig(), ChannelConfig(window=(3,), prefix=(1,))

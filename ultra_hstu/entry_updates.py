@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, PyTree
 
 from kernels.typing import Leaf
@@ -88,18 +89,21 @@ class RowwiseAdagrad(TableOptimizer):
 class LazyAdam(TableOptimizer):
     """Adam (arXiv 1412.6980) whose means of an entry move in the steps alone that read it.
 
-    The corrections of the means follow the number of the step, as if they had always moved.
+    The corrections of the means follow the number of the step, as if they had always moved. Between
+    steps the means lie in `state_dtype`.
     """
 
     beta1: float
     beta2: float
+    state_dtype: DTypeLike = jnp.float32
 
     def init(self, table: nnx.Variable) -> tuple[nnx.Variable, ...]:
-        return tuple(table.replace(jnp.zeros(table.shape, jnp.float32)) for _ in range(2))
+        return tuple(table.replace(jnp.zeros(table.shape, self.state_dtype)) for _ in range(2))
 
     def step(self, grad_uD: Rows, state: State, step: Int32[Array, ""]) -> tuple[Rows, State]:
-        mean_uD = self.beta1 * state[0] + (1 - self.beta1) * grad_uD
-        square_uD = self.beta2 * state[1] + (1 - self.beta2) * jnp.square(grad_uD)
+        mean_uD, square_uD = (one.astype(jnp.float32) for one in state)
+        mean_uD = self.beta1 * mean_uD + (1 - self.beta1) * grad_uD
+        square_uD = self.beta2 * square_uD + (1 - self.beta2) * jnp.square(grad_uD)
         steps = (step + 1).astype(jnp.float32)
         corrected_uD = square_uD / (1 - jnp.float32(self.beta2) ** steps)
         unit_uD = mean_uD / (1 - jnp.float32(self.beta1) ** steps)
@@ -112,7 +116,7 @@ def table_optimizer(config: OptimConfig) -> TableOptimizer | None:
         case "rowwise_adagrad":
             return RowwiseAdagrad()
         case "lazy_adam":
-            return LazyAdam(config.beta1, config.beta2)
+            return LazyAdam(config.beta1, config.beta2, config.state_dtype)
     return None
 
 

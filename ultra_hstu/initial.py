@@ -29,11 +29,13 @@ FREE_MODEL = (
     "implementation",
     *MASKS,
     "projection",
+    "projection_gradient",
+    "layer_implementation",
     "remat",
     "chunk_rows",
 )
 FREE_MOL = ("item_dropout", "gate_dropout", "balance", "user_dropout", "user_penalty")
-FREE_RANK = ("validation_fraction", "test_fraction", "targets")
+FREE_RANK = ("validation_fraction", "test_fraction", "targets", "train_targets", "requests")
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,9 @@ def parameters_of(
             f"train.init_from={str(source)!r} knows none of the {new.catalog.num_items} items "
             "here: it was trained on others, and nothing of its item table could be used"
         )
-    step, state, _ = load_state(folder, like_of(task, old))
+    # Checkpoints are read whole, with the state of the optimizer that was theirs.
+    there = task.with_config(dataclasses.replace(task.config, optim=stored.optim))
+    step, state, _ = load_state(folder, like_of(there, old))
     params = carried(state.params, like_of(task).params, tables)
     described = task.config.features.items
     source_of = {name.removeprefix("embedding."): "mean" for name in tables}

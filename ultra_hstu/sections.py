@@ -54,8 +54,8 @@ class OptimConfig(Section):
     learning_rate: Positive[float] = 1e-3  # of AdamW, after the warmup
     beta1: BelowOne[float] = 0.9  # decay of the mean of gradients
     beta2: BelowOne[float] = 0.98  # decay of the mean of their squares
-    # Of both means between steps; each step computes them in float32. bfloat16 halves their memory
-    # and refuses means that move too slowly for its 8 bits.
+    # Of both means between steps, those of lazy Adam too; each step computes them in float32.
+    # bfloat16 halves their memory and refuses means that move too slowly for its 8 bits.
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     weight_decay: NotNegative[float] = 0.0  # of all parameters that a step changes
     warmup_steps: NotNegative[int] = 0  # the learning rate rises from 0 during them

@@ -98,7 +98,7 @@ def sweep(
     minutes: float | None,
     console: Console,
 ) -> list[ScalingRun]:
-    """Trains jobs in their order, and records each; those that are left.
+    """Trains jobs in their order, and records each; those that are left, or have diverged.
 
     Args:
       measure: what the record keeps of a finished run beside its result, from its folder.
@@ -126,7 +126,12 @@ def sweep(
             progress.line(console, "run", f"{number} of {len(jobs)}, {job.name}: about {took}")
             begun, workdir = time.perf_counter(), folder / job.name
             goes_on, task = workdir.exists(), load(job.config)
-            result = train(job.config, workdir, console=console, task=task)
+            try:
+                result = train(job.config, workdir, console=console, task=task)
+            except FloatingPointError as error:  # the others are none the worse
+                progress.line(console, "failed", f"{job.name}: {error}")
+                left.append(job)
+                continue
             entry = job.about | measure(job, task, workdir) | {
                 "group": job.group,
                 "settings": settings,

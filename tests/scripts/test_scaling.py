@@ -133,7 +133,9 @@ def test_runs_are_trained_recorded_and_not_trained_again(tiny, tmp_path, monkeyp
 
 
 def test_a_run_that_fails_leaves_those_before_it(tmp_path, monkeypatch):
-    """A sweep in the same folder is refused meanwhile; predictions follow what was measured."""
+    """And those behind it, where it has diverged. A sweep in the same folder is refused meanwhile;
+    predictions follow what was measured.
+    """
     job = ScalingRun("a", "group", grid.SETS["assistments"].base, 1000.0, {"model": "hstu"})
     jobs = [job, dataclasses.replace(job, name="b"), dataclasses.replace(job, name="c")]
     folder, file = tmp_path / "runs", tmp_path / "record.json"
@@ -146,6 +148,8 @@ def test_a_run_that_fails_leaves_those_before_it(tmp_path, monkeypatch):
         trained.append(workdir.name)
         if len(trained) == 2:
             raise KeyboardInterrupt
+        if len(trained) == 3:
+            raise FloatingPointError("the loss is nan at step 7")
         return {"best": {"ne": 0.9}}
 
     monkeypatch.setattr(sweep, "train", train)
@@ -154,8 +158,10 @@ def test_a_run_that_fails_leaves_those_before_it(tmp_path, monkeypatch):
         sweep.sweep(jobs, folder, Record(file), minutes=None, **options)
     assert list(json.loads(file.read_text())["runs"]) == ["a"]
     # The first run took no time, so that the others fit in a minute.
-    assert sweep.sweep(jobs, folder, Record(file, grows=True), minutes=1.0, **options) == []
-    assert trained == ["a", "b", "b", "c"]
+    more = Record(file, grows=True)
+    assert sweep.sweep(jobs, folder, more, minutes=1.0, **options) == [jobs[1]]
+    assert sweep.sweep(jobs, folder, more, minutes=1.0, **options) == []
+    assert trained == ["a", "b", "b", "c", "b"]
     assert sweep.predicted(job, {}, "1 x cpu") == 1000.0
     record = Record(file, grows=True)
     sweep.add_data(record, {"own": {"sha256": "a"}})

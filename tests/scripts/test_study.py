@@ -92,6 +92,14 @@ def test_finished_runs_are_not_trained_again(made, tmp_path):
         # So is a record of another recipe under the same name.
         other = dataclasses.replace(ONE, overrides=SMALL | {"loss.temperature": 0.1})
         assert first.record(ONE) and not first.record(other)
+        # One that a sweep was killed before it named the recipe of may be of any.
+        path = first.folder / "one.json"
+        unnamed = read(path)
+        unnamed.pop("recipe")
+        path.write_text(json.dumps(unnamed))
+        (tmp_path / "results" / "one.json").unlink()
+        assert first.plan([ONE]) == [ONE] and first.train([ONE]) == []
+        assert read(tmp_path / "results" / "one.json")["recipe"] == ONE.recipe
     record = read(tmp_path / "results" / "two.json")
     assert record["study"] == "small" and record["overrides"]["optim.learning_rate"] == 0.5
     assert record["shared_device"] and "--seeds=1,2 --workdir=runs/two" in record["command"]
@@ -233,6 +241,13 @@ def test_a_search_chooses_by_validation_items(made, tmp_path, monkeypatch):
     # The test items are looked at by the chosen recipe alone, under five seeds.
     best = read(tmp_path / "results" / "ml1m_best_validated.json")
     assert [run["split"] for run in best["runs"]] == ["test"] * 5
+    for path in (found.folder, tmp_path / "results"):
+        (path / "ml1m_best_validated.json").unlink()
+    before = starts(found)
+    del tried["fails"]
+    with found.alone():
+        (planned,) = study.searched(found, {}, plan_only=True)
+    assert planned.name == "ml1m_best_validated" and starts(found) == before
     assert [path.stem for path in (tmp_path / "results").iterdir()] == [
         path.stem for path in (tmp_path / "results").glob("ml1m_best_*")
     ]

@@ -12,6 +12,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -367,3 +368,16 @@ def test_baselines_that_keep_no_keys_are_not_served():
         for refused in (lambda: CompiledRanker(ranker), lambda: export._portable(ranker)):  # noqa: B023
             with pytest.raises(NotImplementedError, match=f"model.{name}=.* neither served nor"):
                 refused()
+
+
+def test_no_kernel_is_written_into_a_file():
+    """Whatever the model names, and where it names the best of the device: JAX keeps plain XLA."""
+    model = dict(implementation="triton", layer_implementation="mosaic", feed_forward=16)
+    task = RankingTask.of(rank_data.config(model=model), rank_data.interactions((9, 8)))
+    programs, params = export._portable(task.recipe.build(0))
+    named = {
+        (type(module).__name__, module.implementation)
+        for _, module in nnx.iter_modules(programs.model(params, None))
+        if hasattr(module, "implementation")
+    }
+    assert named == {(name, "xla") for name in ("HSTU", "ProductionLayer", "FeedForward")}

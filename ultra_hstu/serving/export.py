@@ -268,6 +268,8 @@ def _portable(model: Ranker) -> tuple[Programs, Params]:
         encoder.implementation = "xla"
         for layer in encoder.layers:
             layer.implementation = "xla"
+            if layer.feed_forward is not None:
+                layer.feed_forward.implementation = "xla"
     graphdef, params = nnx.split(copy)
     return Programs(graphdef), params
 
