@@ -16,6 +16,7 @@ docs/deployment.md replicas, clusters and metrics.
 """
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -226,6 +227,8 @@ def main(_: list[str]) -> None:
 def deploy(application: serve.Application, name: str) -> None:
     """Returns when the application answers. Raises ValueError with the reason of a replica that
     cannot start."""
+    # Ray would say here that options are "not applied", which `start` has applied.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.run(application, name=name)
     except RuntimeError as error:

@@ -37,6 +37,10 @@ def test_a_pipe_hears_of_long_work_and_of_its_end(screen, monkeypatch):
     assert re.fullmatch(r"data      three users \(0\.\d s\)", end)
 
 
+def test_the_log_of_a_long_run_stays_short():
+    assert [progress.pause(elapsed) for elapsed in (0.0, 50.0, 120.0, 4e4)] == [6, 6, 12, 60]
+
+
 def test_an_output_that_closes_meanwhile_is_an_error(monkeypatch):
     monkeypatch.setattr(progress, "FIRST_S", 0.01)
     closed = Closed(file=io.StringIO())

@@ -130,11 +130,11 @@ def metrics_table(
     What has no value is left blank.
     """
     columns = columns or criteria.table
-    met = any(metrics.get("repeats") for metrics in rows.values())
-    caption = _REPEATS if met and "repeats" in columns else _NE if "ne" in columns else None
-    table = Table(
-        "", *map(display_name, columns), title=title, caption=caption, box=rich.box.SIMPLE
-    )
+    table = Table("", *map(display_name, columns), title=title, box=rich.box.SIMPLE)
+    if "repeats" in columns and any(metrics.get("repeats") for metrics in rows.values()):
+        table.caption = _REPEATS
+    elif "ne" in columns and not set(columns) & set(COUNTS):  # else the table before has said it
+        table.caption = _NE
     for name, metrics in rows.items():
         for task in criteria.tasks or ("",):
             values = [metrics.get(f"{column}/{task}" if task else column) for column in columns]

@@ -219,7 +219,8 @@ def test_the_deployment(folder, newer, known, subtests, tmp_path):
         served.process.send_signal(signal.SIGTERM)  # as a supervisor does; Ctrl-C ends the others
         assert served.process.stdout.read().splitlines()[-1].startswith("stopping: ")
         errors.seek(0)
-        assert not re.search(r"Traceback|SIGTERM|\.py\", line", errors.read())
+        wrong = r"Traceback|SIGTERM|\.py\", line|will not be applied"
+        assert not re.search(wrong, errors.read())
     assert served.process.returncode == 0
     _, alive = psutil.wait_procs(started, timeout=30)
     assert not [process.name() for process in alive]
