@@ -3,8 +3,9 @@
 Where the caller promises that no sequence is long (`make_plan(longest=...)`), a program can hold a
 sequence, or several: nothing is computed for pairs of different tiles, and one pass makes all
 gradients, five products a pair, each gradient written once, with the same bits in every run. It
-takes the relative bias, whose tables' gradients are added in any order. One causal sequence a tile has
-kernels of its own, `halves.py`; all else those of `kernels.py`.
+takes the relative bias, whose tables' gradients are added in any order.
+
+Tiles of one causal sequence have kernels of their own, `halves.py`; all others take `kernels.py`.
 """
 
 import dataclasses

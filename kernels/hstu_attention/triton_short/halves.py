@@ -169,7 +169,7 @@ def backward_halves(
 ):
     """dq, dk, dv. The late rows go first: so few sums are held at a time.
 
-    Both sides of the branch end with the early half: joined before it, they took more registers.
+    Both sides of the branch end with the early half: behind it, that would take more registers.
     """
     tile, head = tl.program_id(0) // H, tl.program_id(0) % H
     first, end, num_real = tl.load(tiles + tile), tl.load(tiles + tile + 1), tl.load(tiles + TILES)
