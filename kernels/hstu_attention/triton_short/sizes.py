@@ -16,8 +16,8 @@ class ShortSizes(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether a program of the backward holds a whole tile."""
-        return self.halves or self.backward.block_q == self.tile
+        """Whether a program of the backward walks over the keys of a whole tile."""
+        return self.backward.block_q == self.tile
 
 
 # By rows of a tile.
