@@ -22,6 +22,13 @@ class TestShort(AttentionContract):
         case = Case(lengths, 300, 2, width, width, dtype, "both")
         self.compare(case, MASKS["all"], dtype)
 
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.parametrize("widths", [(64, 64), (50, 50), (25, 32)])
+    @pytest.mark.parametrize("rescale", [False, True])
+    def test_halves(self, widths, rescale, dtype):
+        case = Case((100, 3, 0, 128, 64, 65, 1), 300, 2, *widths, dtype)
+        self.compare(case, MASKS["causal"], dtype, rescale, counts=False)
+
     @pytest.mark.parametrize("batch", ["mixed", "one sequence fills T"])
     def test_gradients_of_q_k_v_have_the_same_bits_on_a_second_run(self, batch):
         case = Case(*BATCHES[batch], 2, 64, 64, "bfloat16", "both")

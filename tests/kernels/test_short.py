@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import device
+from kernels import device, triton_call
 from kernels.hstu_attention import AttentionSpec, hstu_attention, make_plan, prepare_plan
 from kernels.hstu_attention.triton_short import attention as short
 from kernels.hstu_attention.triton_short.attention import WholeTiles
@@ -33,25 +33,50 @@ def hopper(monkeypatch):
     monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H200", (9, 0)))
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that are run in the interpreter."""
+    names = []
+    with interpreted(monkeypatch):
+        launch = triton_call.launch
+
+        def recorded(kernel, *arrays, **options):
+            names.append(kernel.split(":")[1])
+            return launch(kernel, *arrays, **options)
+
+        monkeypatch.setattr(triton_call, "launch", recorded)
+        yield names
+        monkeypatch.setattr(triton_call, "launch", launch)
+
+
+LOOPS, PARTS = ["forward", "backward"], ["forward", "backward_in_parts"]
+HALVED = ["forward_halves", "backward_halves"]
+MORE_BATCHES = {
+    "long": ((3, 0, 150, 40), 70),
+    "halves": ((100, 3, 0, 128, 64, 65, 1), 150),
+}
+
+
 @pytest.mark.parametrize(
-    ("batch", "mask", "bias", "rescale"),
+    ("batch", "mask", "bias", "rescale", "counts", "kernels"),
     [
-        ("mixed", "all", "both", True),
-        ("mixed", "causal", None, False),
-        ("one row each", "window", "time", False),
-        ("all padding", "full rows", None, False),
-        ("long", "all", "both", True),
-        ("long", "causal", "position", False),
+        ("mixed", "all", "both", True, True, LOOPS),
+        ("mixed", "causal", None, False, True, LOOPS),
+        ("one row each", "window", "time", False, True, LOOPS),
+        ("all padding", "full rows", None, False, True, LOOPS),
+        ("long", "all", "both", True, True, PARTS),
+        ("long", "causal", "position", False, True, PARTS),
+        ("halves", "causal", None, False, False, HALVED),
+        ("halves", "causal", None, True, False, HALVED),
     ],
 )
-def test_contract(batch, mask, bias, rescale, hopper, monkeypatch):
-    case = Case(*(BATCHES | {"long": ((3, 0, 150, 40), 70)})[batch], 2, 25, 20, "float16", bias)
-    want, yardstick = expected(case.key, MASKS[mask], "float16", rescale)
+def test_contract(batch, mask, bias, rescale, counts, kernels, hopper, launched):
+    case = Case(*(BATCHES | MORE_BATCHES)[batch], 2, 25, 20, "float16", bias)
+    want, yardstick = expected(case.key, MASKS[mask], "float16", rescale, counts)
     scale = case.row_scale() if rescale else 1 / 64
-    with interpreted(monkeypatch):
-        got = case.out_and_gradients(
-            case.inputs(), mask=MASKS[mask], scale=scale, implementation="short"
-        )
+    options = {"mask": MASKS[mask], "counts": counts, "scale": scale}
+    got = case.out_and_gradients(case.inputs(), implementation="short", **options)
+    assert launched == kernels
     assert set(got) == set(want)
     for name, x in got.items():
         assert np.isfinite(np.asarray(x)).all(), f"{name}: NaN of padding came through"
@@ -75,6 +100,33 @@ def test_tiles_hold_whole_sequences(longest, rows):
     assert tiles[0] == 0 and tiles[-1] == offsets[-1] and set(tiles) <= set(offsets)
     assert (np.diff(tiles) >= 0).all() and np.diff(tiles).max() <= rows
     assert len(tiles) <= 2 * size // rows + 2 or longest > rows // 2
+
+
+def test_no_sequences(hopper):
+    plan = make_plan(AttentionMask(), np.zeros(1, np.int32), 128, longest=100)
+    x = jnp.full((128, 1, 8), jnp.nan, jnp.float16)
+    out = hstu_attention(
+        x, x, x, np.zeros(1, np.int32), alpha=1, scale=1, plan=plan, implementation="short"
+    )
+    assert not np.asarray(out).any()
+
+
+@pytest.mark.parametrize(
+    ("longest", "mask", "counts", "halves"),
+    [
+        (65, AttentionMask(), {}, True),
+        (64, AttentionMask(), {}, False),  # two sequences in a tile
+        (100, AttentionMask(full_rows=9, prefix=5), {}, True),  # which say nothing without a window
+        (100, AttentionMask(window=100), {}, False),
+        (100, AttentionMask(), {"num_targets": [0, 1]}, False),
+        (100, AttentionMask(), {"num_contextual": [0, 1]}, False),
+    ],
+)
+def test_halves_are_for_one_causal_sequence_a_tile(longest, mask, counts, halves):
+    counts = {name: np.array(count) for name, count in counts.items()}
+    plan = make_plan(mask, np.array([0, 60, 100]), 128, longest=longest, **counts)
+    assert short.in_halves(plan) is halves
+    assert not short.in_halves(plan.for_rows(jnp.array([3])))
 
 
 def test_a_broken_promise_is_named():

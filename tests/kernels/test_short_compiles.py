@@ -3,9 +3,16 @@
 import pytest
 
 from kernels.hstu_attention.triton.sizes import LaunchSizes, shared_kib
-from kernels.hstu_attention.triton_short import kernels
-from kernels.hstu_attention.triton_short.sizes import SIZES, ShortSizes
+from kernels.hstu_attention.triton_short import halves, kernels
+from kernels.hstu_attention.triton_short.sizes import HALVES, SIZES, ShortSizes
 from tests.kernels.triton_compiler import HOPPER, shared_memory, triton_cache  # noqa: F401
+
+
+@pytest.mark.parametrize("kernel", ["forward_halves", "backward_halves"])
+def test_halves_fit(kernel):
+    launch = HALVES.forward if kernel == "forward_halves" else HALVES.backward
+    assert launch.block_q == HALVES.tile // 2
+    check(getattr(halves, kernel), launch, HALVES.tile)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
@@ -17,6 +24,10 @@ def test_sizes_fit(kernel, tile):
         whole = ShortSizes(forward, backward, tile).whole
         launch = backward
         function = kernels.backward if whole else kernels.backward_in_parts
+    check(function, launch, tile)
+
+
+def check(function, launch, tile):
     pointers = dict.fromkeys(("q", "k", "v", "g", "out", "dq", "dk", "dv"), "*bf16")
     pointers |= dict.fromkeys(("scale", "position_table", "time_table", "d_tables"), "*fp32")
     constants = {

@@ -14,7 +14,11 @@ import triton.language as tl
 
 from kernels import device, triton_call
 
-KERNELS = ("kernels.hstu_attention.triton.kernels", "kernels.hstu_attention.triton_short.kernels")
+KERNELS = (
+    "kernels.hstu_attention.triton.kernels",
+    "kernels.hstu_attention.triton_short.kernels",
+    "kernels.hstu_attention.triton_short.halves",
+)
 
 
 def octaves_of(x):

@@ -25,13 +25,19 @@ BUCKETS_PER_OCTAVE = constexpr(0.6931471805599453 / 0.301)
 
 @triton.jit
 @no_type_check
+def approximate_tanh(x):
+    """tanh(x), one instruction of 11 bits."""
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+@no_type_check
 def gate(score, APPROXIMATE):
-    """sigmoid(score); one instruction of 11 bits where products are in bfloat16 anyway."""
+    """sigmoid(score); approximate where products are in bfloat16 anyway."""
     if APPROXIMATE:
-        half = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * score], dtype=tl.float32, is_pure=True, pack=1
-        )
-        opened = 0.5 * half + 0.5
+        opened = 0.5 * approximate_tanh(0.5 * score) + 0.5
     else:
         opened = 1.0 / (1.0 + tl.exp(-score))
     return opened

@@ -4,6 +4,8 @@ Where the caller promises that no sequence is long (`make_plan(longest=...)`), a
 sequence, or several: nothing is computed for pairs of different tiles, and one pass makes all
 gradients, five products a pair, each gradient written once, with the same bits in every run. It
 takes the relative bias, whose tables' gradients are added in any order.
+
+Tiles of one causal sequence have kernels of their own, `halves.py`; all others take `kernels.py`.
 """
 
 import dataclasses
@@ -26,7 +28,7 @@ from kernels.hstu_attention.triton.attention import (
     tables_and_rows,
 )
 from kernels.hstu_attention.triton.sizes import refusal, shared_kib
-from kernels.hstu_attention.triton_short.sizes import ShortSizes, find_sizes
+from kernels.hstu_attention.triton_short.sizes import HALVES, ShortSizes, find_sizes
 from kernels.triton_call import padded
 from kernels.typing import THK, THV, Scale
 
@@ -77,11 +79,20 @@ class WholeTiles(Derived[Int[Array, " tiles"]]):
 
     rows: int
 
+    def share(self, plan: AttentionPlan) -> int:
+        """Rows in which the sequences of a tile begin."""
+        assert plan.longest is not None
+        return self.rows - plan.longest + 1
+
+    def one_each(self, plan: AttentionPlan) -> bool:
+        """Whether a tile has one sequence."""
+        return self.share(plan) <= self.rows // 2
+
     def make(self, plan: AttentionPlan) -> Int[Array, " tiles"]:
-        assert plan.offsets is not None and plan.longest is not None
-        share = self.rows - plan.longest + 1
-        if share <= self.rows // 2:
+        assert plan.offsets is not None
+        if self.one_each(plan):
             return plan.offsets
+        share = self.share(plan)
         begin = jnp.arange(-(-plan.num_rows // share) + 1, dtype=jnp.int32) * share
         number = (plan.offsets[None, :] < begin[:, None]).sum(1, dtype=jnp.int32)
         return plan.offsets.at[number].get(mode="clip")
@@ -105,14 +116,24 @@ def attention(
     deterministic: bool = False,
 ) -> THV:
     """See `hstu_attention`. No gradient flows to `scale`."""
-    if q_THK.size == 0:
+    if q_THK.size == 0 or plan.sequences == 0:
         return jnp.zeros_like(v_THV)
     _, heads, k_width = q_THK.shape
     spec = AttentionSpec(
         q_THK.dtype, heads, k_width, v_THV.shape[2], bias is not None, longest=plan.longest
     )
-    call = ShortCall(alpha, triton_call.product_precision(), find_sizes(spec))
+    sizes = HALVES if bias is None and in_halves(plan) else find_sizes(spec)
+    call = ShortCall(alpha, triton_call.product_precision(), sizes)
     return forward(call, (q_THK, k_THK, v_THV), *tables_and_rows(plan, scale, bias))
+
+
+def in_halves(plan: AttentionPlan) -> bool:
+    """Whether kernels without a bias may cut tiles in halves: they read no intervals.
+
+    A tile must have one sequence, and its rows see every row up to themselves: no window, and no
+    targets and contextual tokens were named.
+    """
+    return plan.plain and not plan.mask.windowed and WholeTiles(HALVES.tile).one_each(plan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +170,10 @@ Kernel = Literal["forward", "backward", "backward_in_parts"]
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def forward(call: ShortCall, qkv: Tensors, tables: Tables, rows: RowInputs) -> THV:
     v = qkv[2]
-    out = jax.ShapeDtypeStruct(v.shape, v.dtype)
-    return _launch("forward", call, qkv, tables, rows, [out])[0]
+    outs = [jax.ShapeDtypeStruct(v.shape, v.dtype)]
+    if call.sizes.halves:
+        return _launch_halves("forward_halves", call, qkv, rows, outs)[0]
+    return _launch("forward", call, qkv, tables, rows, outs)[0]
 
 
 def _forward(
@@ -163,6 +186,10 @@ def gradients(
     call: ShortCall, saved: tuple[Tensors, Tables, RowInputs], g: THV
 ) -> tuple[Tensors, Tables, None]:
     qkv, tables, rows = saved
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv]
+    if call.sizes.halves:
+        dq, dk, dv = _launch_halves("backward_halves", call, (*qkv, g), rows, outs)
+        return (dq, dk, dv), (None, None), None
     positions, buckets = table_lengths(tables)
     d_tables = jax.ShapeDtypeStruct(
         (call.copies(rows.plan, qkv[0].shape[1]), positions + buckets)
@@ -170,9 +197,8 @@ def gradients(
         else (1, 1),
         jnp.float32,
     )
-    outs = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv), d_tables]
     kernel: Kernel = "backward" if call.sizes.whole else "backward_in_parts"
-    dq, dk, dv, copied = _launch(kernel, call, (*qkv, g), tables, rows, outs)
+    dq, dk, dv, copied = _launch(kernel, call, (*qkv, g), tables, rows, [*outs, d_tables])
     summed = copied.sum(0)
     return (
         (dq, dk, dv),
@@ -204,31 +230,19 @@ def _launch(
     plan, forwards = rows.plan, kernel == "forward"
     sizes = call.sizes.forward if forwards else call.sizes.backward
     tiles = plan.find(WholeTiles(call.sizes.tile))
-    (num_rows, heads, k_width), v_width = tensors[0].shape, tensors[2].shape[2]
     positions, buckets = table_lengths(tables)
     pieces = call.pieces(sizes.block_q)
-    programs = (tiles.shape[0] - 1) * heads * pieces
+    programs = (tiles.shape[0] - 1) * tensors[0].shape[1] * pieces
     seen_by: tuple[Array, ...] = ()
     if kernel == "backward_in_parts":
         programs *= 2
         seen_by = (plan.rows.ctx_lo, plan.rows.ctx_hi, plan.rows.near_hi, plan.rows.tail_hi)
-    constants = {
-        "T": num_rows,
-        "H": heads,
-        "K": k_width,
-        "V": v_width,
-        "WK": padded(k_width),
-        "WV": padded(v_width),
-        "BQ": sizes.block_q,
+    constants = _constants(call, tensors, rows, sizes.block_q) | {
         "BK": sizes.block_k,
-        "TILES": tiles.shape[0] - 1,
         "PIECES": pieces,
-        "ALPHA": call.alpha,
-        "ROW_SCALE": rows.scale.ndim == 1,
         "POSITIONS": positions,
         "BUCKETS": buckets,
         "PRECISION": call.precision,
-        "APPROXIMATE": tensors[0].dtype == jnp.bfloat16,
     }
     return triton_call.launch(
         f"kernels.hstu_attention.triton_short.kernels:{kernel}",
@@ -240,3 +254,44 @@ def _launch(
         constants=constants if forwards else constants | {"COPIES": outs[3].shape[0]},
         zeroed=() if forwards else (3,),
     )
+
+
+def _launch_halves(
+    kernel: Literal["forward_halves", "backward_halves"],
+    call: ShortCall,
+    tensors: tuple[Float[Array, "T H _"], ...],
+    rows: RowInputs,
+    outs: list[jax.ShapeDtypeStruct],
+) -> list[Array]:
+    """`_launch` for tiles of one causal sequence: a program for a head of a tile."""
+    sizes = call.sizes.forward if kernel == "forward_halves" else call.sizes.backward
+    tiles = rows.plan.find(WholeTiles(call.sizes.tile))
+    return triton_call.launch(
+        f"kernels.hstu_attention.triton_short.halves:{kernel}",
+        (*tensors, rows.scale, tiles),
+        outs,
+        programs=(tiles.shape[0] - 1) * tensors[0].shape[1],
+        warps=sizes.warps,
+        stages=sizes.stages,
+        constants=_constants(call, tensors, rows, sizes.block_q),
+    )
+
+
+def _constants(
+    call: ShortCall, tensors: tuple[Float[Array, "T H _"], ...], rows: RowInputs, block_q: int
+) -> dict[str, bool | int | float | str]:
+    """What all kernels are compiled for."""
+    (num_rows, heads, k_width), v_width = tensors[0].shape, tensors[2].shape[2]
+    return {
+        "T": num_rows,
+        "H": heads,
+        "K": k_width,
+        "V": v_width,
+        "WK": padded(k_width),
+        "WV": padded(v_width),
+        "BQ": block_q,
+        "TILES": rows.plan.find(WholeTiles(call.sizes.tile)).shape[0] - 1,
+        "ALPHA": call.alpha,
+        "ROW_SCALE": rows.scale.ndim == 1,
+        "APPROXIMATE": tensors[0].dtype == jnp.bfloat16,
+    }
