@@ -19,7 +19,7 @@ from ultra_hstu.checkpoint import Checkpoints, load_state
 from ultra_hstu.config import Config, WindowsConfig
 from ultra_hstu.data.interactions import Interactions
 from ultra_hstu.data.windows import until
-from ultra_hstu.fields import changed
+from ultra_hstu.fields import changed, difference
 from ultra_hstu.initial import _structure, like_of, parameters_of
 from ultra_hstu.library import fit
 from ultra_hstu.model_config import ChannelConfig
@@ -390,6 +390,13 @@ def test_masks_of_channels_may_change():
         for channel in (a, b, dataclasses.replace(b, width=8))
     )
     assert one == other != wide
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_targets_may_change_where_no_bias_counts_them(biased):
+    ranking = changed(Config(), model={"relative_bias": biased}, rank={"tasks": ("like",)})
+    more = changed(ranking, rank={"targets": 17})
+    assert difference(_structure(ranking), _structure(more)) == ["rank.targets: 16 -> 17"] * biased
 
 
 def test_items_that_are_gone_are_named(parent, caplog):

@@ -133,6 +133,8 @@ def _structure(config: Config) -> dict[str, Any]:
     for section, free in ((model, FREE_MODEL), (rank, FREE_RANK)):
         for name in free:
             section.pop(name)
+    if config.rank.tasks and config.model.relative_bias:  # with an entry for their distances, too
+        rank["targets"] = config.rank.targets
     for channel in model["channels"].values():
         for name in MASKS:
             channel.pop(name)
