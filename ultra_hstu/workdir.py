@@ -187,7 +187,7 @@ class Workdir:
         if changed and self.is_trained:
             listed = "\n  ".join(changed)
             raise ValueError(
-                f"{self.path} belongs to a run with another configuration (stored -> asked for):\n"
+                f"{self.path} belongs to a run with another configuration (stored -> given):\n"
                 f"  {listed}\nChoose another --workdir, or start over in this one with --overwrite."
             )
         return changed
@@ -197,7 +197,7 @@ class Workdir:
         if changed:
             log.warning(
                 "%s has no checkpoint of the run that was started there, and takes the new "
-                "configuration (stored -> asked for):\n  %s",
+                "configuration (stored -> given):\n  %s",
                 self.path,
                 "\n  ".join(changed),
             )
