@@ -218,7 +218,7 @@ def test_a_run_says_what_it_does_and_a_finished_one_says_so(finished):
     assert re.fullmatch(r"data .* 60 users, 120 items, 720 events \(\d+\.\d s\)", said[0])
     assert re.fullmatch(r"model     hstu, 3,576 parameters,( \w+ xla,)* 8 steps an epoch", said[1])
     assert said[2] == "pieces    a loss in chunks of 64 rows"
-    assert re.fullmatch(r"epoch     1/3 +loss 7.* best  \S+ s, \S+ s left", said[4])
+    assert re.fullmatch(r"epoch     1/3 +loss 8.* best  \S+ s, \S+ s left", said[4])
     assert "left" not in said[6] and "finished: 3 epochs in" in said[7]
     again = Console(file=io.StringIO(), width=120)
     assert train(config, workdir, console=again) == result
