@@ -75,9 +75,12 @@ def _become(request: dict[str, object]) -> None:
 
 if __name__ == "__main__":
     # What the commands share. The commands themselves define flags, so each is imported by a child.
+    import matplotlib.pyplot  # noqa: F401
+
     import experiments.command  # noqa: F401
     import ultra_hstu.ranking.evaluate  # noqa: F401
     import ultra_hstu.serving  # noqa: F401
+    import ultra_hstu.train  # noqa: F401
 
     if (command := _next_command()) is not None:
         _become(command)

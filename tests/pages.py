@@ -35,6 +35,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What a page may say beside commands of this repository.
 OTHERS = ("cd", "export", "git", "pip", "ray", "source", "tensorboard", "wait")
 SMALL = ("--config.train.epochs=1", "--config.train.eval_users=16", "--config.data.batch_users=16")
+SMALL += ("--config.model.layers=1",)
 TRAINED = ("experiments.evaluate", "experiments.recommend", "experiments.export")
 
 

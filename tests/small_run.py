@@ -15,7 +15,7 @@ SYNTHETIC = SyntheticConfig(users=60, length=12, items=120, categories=10)
 
 
 def small_config(data_dir, **train) -> Config:
-    """HSTU with two layers of width 16 on 60 synthetic users of 12 events."""
+    """HSTU with a layer of width 16 on 60 synthetic users of 12 events."""
     return Config(
         name="small",
         data=DataConfig(
@@ -25,7 +25,7 @@ def small_config(data_dir, **train) -> Config:
             batch_users=8,
             synthetic=SYNTHETIC,
         ),
-        model=ModelConfig(width=16, layers=2, heads=2, qk_width=8, v_width=8, output_slots=2),
+        model=ModelConfig(width=16, layers=1, heads=2, qk_width=8, v_width=8, output_slots=2),
         loss=LossConfig(negatives=16, chunk_rows=64),
         train=TrainConfig(**{"epochs": 3, "eval_users": 32, "steps_per_call": 3} | train),
     )

@@ -76,7 +76,8 @@ def test_off_and_folders_of_no_use(tmp_path, monkeypatch, caplog):
     assert jax.config.jax_compilation_cache_dir == before
     assert "compiled programs are not kept" in caplog.text
     monkeypatch.delenv(compilation_cache.VARIABLE)
-    compilation_cache.use()  # the variable of JAX, which tests set, is left to JAX
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", before)
+    compilation_cache.use()  # the variable of JAX is left to JAX
     assert jax.config.jax_compilation_cache_dir == before
 
 

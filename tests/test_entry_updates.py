@@ -64,7 +64,9 @@ def plain_update(config, kind, table, state, grad, read, step):
 SMALL = dict(model__layers=1)
 CASES = {
     "ranking": with_(meshes.RANKING, **SMALL),
-    "sampled": with_(meshes.RETRIEVAL, model__truncate_after=1, model__truncate_length=5),
+    "sampled": with_(
+        meshes.RETRIEVAL, model__layers=2, model__truncate_after=1, model__truncate_length=5
+    ),
     "sampled in twos": with_(meshes.RETRIEVAL, loss__rows_per_draw=2, **SMALL),
     "in_batch": with_(meshes.RETRIEVAL, loss__kind="in_batch", **SMALL),
 }

@@ -254,7 +254,7 @@ def test_ranking_model_against_its_program(form):
         "truncated": dict(model=dict(truncate_after=1, truncate_length=2)),
         "mixture": dict(model=dict(channels=rank_data.MIXTURE)),
     }[form]
-    sections["model"] = dict(implementation="reference") | sections.get("model", {})
+    sections["model"] = dict(implementation="reference", layers=2) | sections.get("model", {})
     config = rank_data.config(**sections)
     task = tasks.of(config, rank_data.interactions())
     loader = task.loader("train", batch_users=4, steps_per_call=1)

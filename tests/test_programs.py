@@ -35,13 +35,14 @@ print(programs._key((state, np.int32(3)), ["step", recipe]))
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """The folder of the programs that are kept, those of JAX's cache among them."""
+    folder = os.environ[compilation_cache.VARIABLE]
     monkeypatch.setenv(compilation_cache.VARIABLE, "")  # which `use` sets
     monkeypatch.setattr(compilation_cache, "_files", None)
     monkeypatch.setattr(jax_cache, "get_file_cache", jax_cache.get_file_cache)
     jax_cache.reset_cache()
     compilation_cache.use(str(tmp_path / "programs"))
     yield tmp_path / "programs"
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax_cache.reset_cache()
 
 

@@ -225,8 +225,7 @@ def test_arrays_go_on_and_runs_are_compared(finished, capsys):
 
 def test_a_window_whose_data_has_changed_is_refused(finished, tmp_path):
     config, _, _, _, _ = finished
-    data, other = until(stream(), SPAN), until(stream(seed=1), SPAN)
-    config = with_(config, windows__size=20)
+    data, other = stream(), stream(seed=1)
     trained(with_(config, windows__count=2), data, tmp_path / "run")
     with pytest.raises(ValueError, match="the data is not what .*window_001 was trained on"):
         trained(with_(config, windows__count=3), other, tmp_path / "run")
@@ -235,8 +234,8 @@ def test_a_window_whose_data_has_changed_is_refused(finished, tmp_path):
 
 
 def test_checkpoints_of_old_windows_are_removed(tmp_path):
-    data = until(stream(), SPAN)
-    config = config_of(tmp_path, windows__size=15, windows__count=3, train__keep_checkpoints=1)
+    data = stream()
+    config = config_of(tmp_path, windows__count=3, train__keep_checkpoints=1)
     trained(config, data, tmp_path / "run")
     kept = [
         (one.path / "checkpoints").exists() for one in Workdir(tmp_path / "run").windows.values()

@@ -26,15 +26,6 @@ KEEP = 5  # L'
 LAYERS, SLOTS = 2, 5
 
 
-@pytest.fixture(autouse=True)
-def optimised():
-    """Without optimisations LLVM adds up one by one, and rounds more than the tolerance leaves."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def encoder(**options):
     return small_encoder.encoder(**{"truncate_after": 1, "truncate_length": KEEP} | options)
 
@@ -146,6 +137,16 @@ def compare(built, parts, masks, after, keep):
         assert_close(got, np.asarray(want), 5e-5, jax.tree_util.keystr(path))
 
 
+@pytest.fixture
+def optimised():
+    """Without optimisations LLVM adds up one by one, and rounds more than the tolerance leaves."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", MASKS)
 def test_against_one_sequence_at_a_time(name):
     options = {"divide_by": DIVISORS.get(name, "constant"), "output_slots": SLOTS}
@@ -162,7 +163,7 @@ def test_as_long_as_the_longest_history(keep):
     count = int(sequences.offsets[-1])
     np.testing.assert_array_equal(kept_rows(built.truncation.cut(sequences)), sequences.real_T)
     np.testing.assert_allclose(
-        built(inputs(), sequences)[:count], whole(inputs(), sequences)[:count], rtol=1e-5, atol=1e-6
+        *(jax.jit(one)(inputs(), sequences)[:count] for one in (built, whole)), rtol=1e-5, atol=1e-6
     )
 
 
@@ -204,7 +205,8 @@ def test_rows_are_those_of_the_whole_buffer(truncated):
     built = encoder() if truncated else whole_encoder()
     sequences = batch(SEQUENCES)
     rows_P = jnp.asarray([0, 17, 16, 2, 15, 17, ROWS, ROWS + 7], jnp.int32)
-    whole_TD, rows_PD = built(inputs(), sequences), built.rows(inputs(), sequences, rows_P)
+    whole_TD = jax.jit(built)(inputs(), sequences)
+    rows_PD = jax.jit(built.rows)(inputs(), sequences, rows_P)
     np.testing.assert_allclose(rows_PD[:6], whole_TD[rows_P[:6]], rtol=1e-4, atol=1e-5)
     assert not np.any(np.asarray(rows_PD[6:]))
     assert np.any(np.asarray(rows_PD[3])) == (
@@ -268,9 +270,8 @@ def test_padded_layout():
     x_TD = jnp.zeros((ROWS, WIDTH)).at[row_T].set(inputs()[:count])
     kept_p, kept_j = (kept_rows(built.truncation.cut(x)) for x in (padded, jagged))
     np.testing.assert_array_equal(kept_p[row_T], kept_j[:count])
-    assert_close(
-        built(x_TD, padded)[row_T], np.asarray(built(inputs(), jagged)[:count]), 1e-6, "out"
-    )
+    of_padded, of_jagged = jax.jit(built)(x_TD, padded), jax.jit(built)(inputs(), jagged)
+    assert_close(of_padded[row_T], np.asarray(of_jagged[:count]), 1e-6, "out")
 
 
 def test_room_for_targets_is_asked_for():
@@ -316,13 +317,14 @@ def test_retrieval_trains_on_the_rows_that_are_left():
     made = HistoryGather(32)(events, columns, np)
     made = jax.tree.map(jnp.asarray, made)
     params = recipe.init(0).params
-    loss = recipe.loss(params, made, jax.random.key(0))
+    loss = jax.jit(recipe.loss)(params, made, jax.random.key(0))
     whole = recipe.model(params)
     kept_T = kept_rows(whole.encoder.truncation.cut(made.sequences))
     assert int(kept_T.sum()) == 6
     options = dict(temperature=1.0, l2_normalize=True, chunk_rows=8)
+    encoded_TD = jax.jit(whole.encode)(made)
     expected, _ = softmax_loss(
-        whole.encode(made), whole.item_table[...], made.target_T, made.weight_T * kept_T, **options
+        encoded_TD, whole.item_table[...], made.target_T, made.weight_T * kept_T, **options
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    np.testing.assert_array_equal(whole.encode(made)[~kept_T], 0)
+    np.testing.assert_array_equal(encoded_TD[~kept_T], 0)

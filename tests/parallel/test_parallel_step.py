@@ -82,6 +82,7 @@ def check(got, want):
 
 
 ULTRA = dict(
+    model__layers=2,
     model__window=(3,),
     model__full_rows=(2,),
     model__truncate_after=1,

@@ -33,7 +33,7 @@ def config(data_dir="unused", **sections) -> Config:
     """config(rank=dict(input="interleaved")) replaces fields."""
     fields = {
         "data": dict(max_history=8, batch_users=4, data_dir=str(data_dir)),
-        "model": dict(width=8, layers=2, heads=2, qk_width=4, v_width=4,
+        "model": dict(width=8, layers=1, heads=2, qk_width=4, v_width=4,
                       preset="production", relative_bias=False,
                       input_dropout=0.0, linear_dropout=0.0, output_slots=0),
         "rank": dict(tasks=("rating_at_least_4", "rating"), signals=("rating", "is_click"),

@@ -63,7 +63,9 @@ DATA = dataclasses.replace(
 
 
 def task_of(form, data=DATA) -> RankingTask:
-    return tasks.of(rank_data.config(**FORMS[form]), data)
+    fields = FORMS[form]
+    model = {"layers": 2} | fields.get("model", {})  # what one layer hides, two may tell
+    return tasks.of(rank_data.config(**fields | {"model": model}), data)
 
 
 @functools.cache
@@ -318,6 +320,7 @@ def test_head_against_numpy():
             {
                 "rank__supervise": "all",
                 "rank__input": "interleaved",
+                "model__layers": 2,
                 "model__truncate_after": 1,
                 "model__truncate_length": 4,
             },
