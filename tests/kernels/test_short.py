@@ -53,7 +53,7 @@ LOOPS, PARTS = ["forward", "backward"], ["forward", "backward_in_parts"]
 HALVED = ["forward_halves", "backward_halves"]
 MORE_BATCHES = {
     "long": ((3, 0, 150, 40), 70),
-    "halves": ((100, 3, 0, 128, 64, 65, 1), 150),
+    "halves": ((65, 3, 0, 128, 64), 150),
 }
 
 
