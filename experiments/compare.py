@@ -12,7 +12,7 @@ from typing import Any
 
 import rich.box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments import command
 from ultra_hstu import report
@@ -85,7 +85,8 @@ def metrics_table(runs: Mapping[str, Compared]) -> Table:
     columns = [name for name in RETRIEVAL.table if name in found]
     if tasks := _tasks(found):
         columns += ranking(tasks).table
-    table = Table("test", *map(display_name, columns), "best epoch", "minutes", box=rich.box.SIMPLE)
+    table = Table(_whole("test"), *map(display_name, columns), "best epoch", "minutes")
+    table.box = rich.box.SIMPLE
     for name, one in runs.items():
         results = [result["best"] for result in one.results]
         epochs = ", ".join(str(result["best_epoch"]) for result in one.results)
@@ -98,6 +99,11 @@ def metrics_table(runs: Mapping[str, Compared]) -> Table:
             label = f"{name}: {task}" if len(tasks) > 1 else name
             table.add_row(label, *values, epochs.strip(), minutes)
     return table
+
+
+def _whole(header: str) -> Column:
+    """A column that is never cut short: paths of runs differ at their ends."""
+    return Column(header, overflow="fold")
 
 
 def _tasks(metrics: Iterable[str]) -> dict[str, str]:
@@ -141,7 +147,7 @@ def shown(results: Sequence[Metrics], column: str) -> str:
 def configurations_table(runs: Mapping[str, Compared]) -> Table:
     """The fields that are not the same in all runs."""
     names = sorted({name for one in runs.values() for name in one.config})
-    table = Table("configuration", *runs, box=rich.box.SIMPLE)
+    table = Table("configuration", *map(_whole, runs), box=rich.box.SIMPLE)
     for name in names:
         values = [str(one.config.get(name, "")) for one in runs.values()]
         if len(set(values)) > 1 and not name.startswith(("data.raw_dir", "data.data_dir")):
