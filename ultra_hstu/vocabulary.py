@@ -176,5 +176,5 @@ def _moved(
         total_D = jnp.sum(jnp.where(counts_Y1, kept_YD, 0.0), axis=0)
         first_YD = (total_D / jnp.maximum(count, 1))[None]
     else:  # others in every vocabulary
-        first_YD = truncated_normal(std)(jax.random.key(count), kept_YD.shape, kept_YD.dtype)
+        first_YD = truncated_normal(std)(jax.random.key(count), kept_YD.shape)
     return jnp.where((index_Y == NEW)[:, None], first_YD, kept_YD)
