@@ -30,7 +30,7 @@ def write_answers(folder, seed=0):
 
 
 def rank_config(folder, **train) -> Config:
-    """HSTU with two layers of width 8 on the answers, which `folder / "raw"` holds."""
+    """HSTU with a layer of width 8 on the answers, which `folder / "raw"` holds."""
     return Config(
         name="small_rank",
         data=DataConfig(
@@ -42,7 +42,7 @@ def rank_config(folder, **train) -> Config:
         ),
         model=ModelConfig(
             width=8,
-            layers=2,
+            layers=1,
             heads=2,
             qk_width=4,
             v_width=4,

@@ -72,7 +72,7 @@ def unchecked():
 def task_of(form) -> RankingTask:
     sections = FORMS[form]
     rank = dict(targets=7, test_fraction=0.45, validation_fraction=0.1) | sections.get("rank", {})
-    model = dict(implementation="reference") | sections.get("model", {})
+    model = dict(implementation="reference", layers=2) | sections.get("model", {})
     return tasks.of(
         rank_data.config(data=dict(max_history=MAX_HISTORY), rank=rank, model=model), DATA
     )
