@@ -3,8 +3,6 @@
 python -m scripts.bench.layer [--workloads=NAME,...] [--modes=NAME,...]
     [--record=experiments/results/NAME.json]
 python -m scripts.bench.layer --record=experiments/results/layer_h200.json
-python -m scripts.bench.layer "--workloads=4 x 16384 window 256" "--modes=none,fp8,fp8 gradient"
-    --record=experiments/results/layer_fp8_h200.json
 
 Two stacks of different depth are compiled; a layer is their difference, divided. `training` is the
 loss and the gradients of input and parameters, `inference` the forward pass alone. Sequences fill

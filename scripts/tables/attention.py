@@ -32,6 +32,38 @@ def rate(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
+SHORT = {
+    "short_d64_512x100": "512 sequences of 100, width 64",
+    "short_d64_jagged": "1,500 sequences, most below 64 rows",
+    "short_d50_512x100": "512 sequences of 100, width 50",
+}
+
+
+@measured("short_attention_h200")
+def short_table(record: Json) -> str:
+    """Short sequences with the kernels in halves, and with those before them."""
+    kinds = {
+        "short_before": "in loops",
+        "short": "in halves",
+        "short_bytes": "the same bytes moved by XLA",
+    }
+    rows = []
+    for workload, words in SHORT.items():
+        for kind, kernels in kinds.items():
+            of = {
+                one["pass"]: one
+                for one in record["records"]
+                if (one["workload"], one["implementation"]) == (workload, kind)
+            }
+            if of:
+                times = [f"{1e3 * of[name]['ms']:.1f}" for name in PASSES]
+                rates = [rate(of[name].get("tflops")) for name in PASSES]
+                rows.append([words, kernels, *times, *rates])
+    header = ["sequences, 4 heads, bfloat16", "", "forward, us", "backward, us"]
+    note = f"Useful TFLOP/s. Both kernels were timed in turns. {origin(record)}"
+    return markdown([*header, "forward, TFLOP/s", "backward, TFLOP/s"], rows, note)
+
+
 @measured(RECORD)
 def attention_table(record: Json) -> str:
     """TFLOP/s of forward / backward; a dash where an implementation cannot."""

@@ -50,7 +50,7 @@ def layer_table(record: Json) -> str:
     return markdown(header, rows, f"{where(record)}.", f"Quoted: {sources}.")
 
 
-@measured("layer_fp8_h200", "layer_h200", part="layers")
+@measured("layer_h200", part="layers")
 def layer_precision_table(record: Json) -> str:
     """The windowed layer in each precision."""
     base = {kind: found(record, WINDOW, "none", kind) for kind in ("training", "inference")}

@@ -151,6 +151,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         f"papers_{name}": functools.partial(row.table, rows) for name, rows in PAPERS.items()
     },
     "docs/your_data.md": {"prepare": data.prepare_table},
+    "docs/short_sequences.md": {"short": attention.short_table},
     "docs/speed.md": {"step_by_kernel": speed.step_table, "start": speed.start_table},
     "docs/large_data.md": {"streaming": speed.streaming_table},
     "docs/datasets.md": {

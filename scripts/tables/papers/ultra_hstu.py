@@ -213,7 +213,7 @@ ROWS = (
         "1.99x",
         (
             Cell(
-                "layer_fp8_h200",
+                "layer_h200",
                 "a layer {:.2f}x in training, {:.2f}x at inference",
                 tuple(
                     ratio(fp8("none", one), fp8("fp8", one)) for one in ("training", "inference")
