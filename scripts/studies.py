@@ -60,10 +60,19 @@ class StudyRun:
 
 
 def digest(config: Config) -> str:
-    """Of all that a run's numbers depend on: whatever its name, wherever its data is."""
-    fields = flat(dataclasses.asdict(config))
-    fields |= {"name": "", "data.raw_dir": None, "data.data_dir": None}
-    return hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:12]
+    """Of all that a run's numbers depend on: whatever its name, wherever its data is.
+
+    Of the fields that differ from their defaults alone, so that a field which is new since then,
+    and leaves runs as they were, makes no other digest.
+    """
+    fields, defaults = (flat(dataclasses.asdict(one)) for one in (config, Config()))
+    own = {
+        field: value
+        for field, value in fields.items()
+        if field not in ("name", "data.raw_dir", "data.data_dir")
+        and (field not in defaults or value != defaults[field])
+    }
+    return hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()[:12]
 
 
 def with_field(config: Config, field: str, value: object) -> Config:

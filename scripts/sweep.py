@@ -194,29 +194,34 @@ class Sweep:
         began = said = time.monotonic()
         ending = False
         with signals.stopping(lambda: "stopping: all runs save their state") as stop:
-            while waiting or active:
-                if stop.requested or self.budget.left() <= SAVE_S:
-                    waiting, ending = [], True
-                    self._end([process for _, process in active.values()])
-                begun = [part.run for part, _ in active.values()]
-                if len(active) < self.jobs and (part := self._next(waiting, begun)) is not None:
-                    waiting.remove(part)
-                    active[part.name] = (part, self._start(part))
-                    continue
-                if not active:
-                    break  # what is left takes longer than there is time
-                for part, process in [one for one in active.values() if one[1].poll() is not None]:
-                    del active[part.name]
-                    self._ended(part, process.returncode, asked=ending)
-                    if part.run.name in self.problems:
-                        waiting = [other for other in waiting if other.run != part.run]
-                if time.monotonic() - said > SAY_S:
-                    said = time.monotonic()
-                    names = ", ".join(active)
-                    spent = progress.duration(said - began)
-                    rest = f"{len(waiting)} are waiting; training: {names}; {spent} so far"
-                    progress.line(self.console, "study", rest)
-                time.sleep(POLL_S)
+            try:
+                while waiting or active:
+                    if stop.requested or self.budget.left() <= SAVE_S:
+                        waiting, ending = [], True
+                        self._end([process for _, process in active.values()])
+                    begun = [part.run for part, _ in active.values()]
+                    if len(active) < self.jobs and (part := self._next(waiting, begun)) is not None:
+                        waiting.remove(part)
+                        active[part.name] = (part, self._start(part))
+                        continue
+                    if not active:
+                        break  # what is left takes longer than there is time
+                    for part, process in [
+                        one for one in active.values() if one[1].poll() is not None
+                    ]:
+                        del active[part.name]
+                        self._ended(part, process.returncode, asked=ending)
+                        if part.run.name in self.problems:
+                            waiting = [other for other in waiting if other.run != part.run]
+                    if time.monotonic() - said > SAY_S:
+                        said = time.monotonic()
+                        names = ", ".join(active)
+                        spent = progress.duration(said - began)
+                        rest = f"{len(waiting)} are waiting; training: {names}; {spent} so far"
+                        progress.line(self.console, "study", rest)
+                    time.sleep(POLL_S)
+            finally:  # after an error runs would go on, and hold the folder
+                self._end([process for _, process in active.values()])
         if stop.requested:
             raise Interrupted(f"stopped; the same command goes on in {self.folder}", stop.requested)
         return [run for run in runs if run.name not in self.problems and not self.record(run)]

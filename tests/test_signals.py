@@ -67,7 +67,8 @@ def test_what_is_promised_is_done_unless_a_second_one_comes(seconds, code, outpu
     assert process.stdout.readline() == "saving\n"
     if code:
         process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=20)
+    with process:
+        said, errors = process.stdout.read(), process.stderr.read()  # what is buffered, too
     assert (process.returncode, said) == (code, output)
     promise = "SIGINT: stopping: it is saved, in about 3 s. Once more: at once, without saving\n"
     left = "left without saving; the same command goes on from the last checkpoint\n"

@@ -1,6 +1,7 @@
 """Studies: what they list, how a sweep goes on, and a search that sees validation items alone."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from scripts.studies import StudyRun, with_field
 from scripts.sweep import Sweep
 from tests import commands
 from ultra_hstu import effects, flops
+from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import load_interactions
 from ultra_hstu.run import Interrupted
 
@@ -137,10 +139,10 @@ def test_a_sweep_that_is_out_of_time_goes_on_later(made, monkeypatch):
 
 
 def test_a_sweep_that_is_stopped_lets_its_runs_save(made):
-    slow, found = dataclasses.replace(ONE, name="slow"), made()
+    slow, found = dataclasses.replace(ONE, name="slow"), made(jobs=2)
 
     def stop():
-        while not (found.folder / "slow.ready").exists():
+        while len(starts(found)) < 2 or not (found.folder / "slow.ready").exists():
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -150,7 +152,26 @@ def test_a_sweep_that_is_stopped_lets_its_runs_save(made):
             found.train([slow])
         assert not found.record(slow) and not found.problems
         assert found.train([slow]) == []
-        assert starts(found) == {"slow 1": 2, "slow 2": 1, "slow 1,2": 1}
+        assert starts(found) == {"slow 1": 2, "slow 2": 2, "slow 1,2": 1}
+
+
+def test_no_run_outlives_its_sweep(made, monkeypatch):
+    slow, found = dataclasses.replace(ONE, name="slow"), made()
+    began = []
+    start = Sweep._start
+    monkeypatch.setattr(Sweep, "_start", lambda *given: began.append(start(*given)) or began[-1])
+    monkeypatch.setattr(time, "sleep", lambda _: 1 / 0)
+    with found.alone(), pytest.raises(ZeroDivisionError):
+        found.train([slow])
+    assert [process.poll() is None for process in began] == [False]
+
+
+def test_a_digest_holds_what_differs_from_the_defaults():
+    """A field that is new leaves the digests of runs as they were."""
+    plain = studies.digest(Config())
+    assert plain == hashlib.sha256(b"[]").hexdigest()[:12]
+    assert plain == studies.digest(with_field(Config(), "name", "other"))
+    assert plain != studies.digest(with_field(Config(), "model.layers", 7))
 
 
 def test_smoke_tests_fill_no_table():
