@@ -9,7 +9,9 @@ from collections.abc import Callable
 import matplotlib
 
 from experiments.record import Json
+from scripts import search
 from scripts.tables.records import (
+    NOT_MEASURED,
     evaluation,
     load,
     markdown,
@@ -138,9 +140,25 @@ def verdict(values: list[float], public: float) -> str:
     return f"{shown}, {'ahead' if difference > 0 else 'short'}"
 
 
-@measured("ml1m_best_search")
-def search_table(record: Json) -> str:
+def search_table() -> str:
     """Every recipe that was tried, the best first, by the validation items."""
+    record = load("ml1m_best_search") or unfinished_search()
+    return tried_table(record) if record else NOT_MEASURED
+
+
+def unfinished_search() -> Json:
+    """What a search has tried by now, as its record will say it; empty before the first trial."""
+    changes: dict[str, search.Changes] = {search.BASE: {}} | search.candidates()
+    names = {name: search.trial(name, of).name for name, of in changes.items()}
+    found = {name: record for name in names if (record := load(names[name]))}
+    if search.BASE not in found:
+        return {}
+    tried = search.summary(found, changes)
+    left: Json = {"left": len(changes) - len(found), "chosen": None, "failed": {}}
+    return {"config": search.BASE, "device": found[search.BASE]["device"], "tried": tried} | left
+
+
+def tried_table(record: Json) -> str:
     base = next(row for row in record["tried"] if row["name"] == record["config"])
     rows = []
     for row in record["tried"]:
@@ -157,8 +175,10 @@ def search_table(record: Json) -> str:
     header = ("recipe", "HR@10", "NDCG@10", "HR@50", "HR@200", "gain", "epochs", "seconds")
     seeds = len(base["seeds"])
     note = f"{len(rows)} were tried, {seeds} seeds each, on validation items; {record['device']}."
-    failed = [f"Not trained: {', '.join(record['failed'])}."] if record["failed"] else []
-    return markdown(header, rows, note, *failed)
+    more = [f"Not trained: {', '.join(record['failed'])}."] if record["failed"] else []
+    if left := record.get("left"):
+        more.append(f"{left} candidates have not been tried yet: nothing is chosen.")
+    return markdown(header, rows, note, *more)
 
 
 @measured("ml1m_exact_times")

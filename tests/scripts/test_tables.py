@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from scripts import search
 from scripts.tables import (
     features,
     layer,
@@ -261,6 +262,25 @@ def test_a_search_shows_all_that_was_tried(results):
     assert [row[0] for row in cells(table)] == ["wide (chosen)", "HSTU-large, full softmax"]
     assert cells(table)[0][2:] == [".3000 ± .0100", ".3000", ".3000", "+.0500", "5", "9"]
     assert note.startswith("2 were tried, 2 seeds each") and failed == "Not trained: deep."
+
+
+def test_a_search_that_has_not_ended_chooses_nothing(results):
+    def trial(value):
+        best = dict.fromkeys(("hr@10", "ndcg@10", "hr@50", "hr@200", "mrr"), value)
+        runs = [{"seed": seed, "split": "validation", "best": best} for seed in (42, 43)]
+        runs = [one | {"epochs": 5, "seconds": 9.0} for one in runs]
+        return {"device": "1 x GPU", "command": "python -m experiments.train", "runs": runs}
+
+    results("search_width_64", trial(0.3))
+    assert movielens.search_table() == records.NOT_MEASURED, "a gain over nothing"
+    results("search_ml1m_hstu_large", trial(0.25))
+    table, note, left = movielens.search_table().split("\n\n")
+    assert [row[0] for row in cells(table)] == ["width 64", "HSTU-large, full softmax"]
+    assert cells(table)[0][5] == "+.0500" and note.startswith("2 were tried, 2 seeds each")
+    assert (
+        left
+        == f"{len(search.candidates()) - 1} candidates have not been tried yet: nothing is chosen."
+    )
 
 
 def test_figures_for_light_and_dark_pages(tmp_path, monkeypatch):
