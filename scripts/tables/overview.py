@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 
 from experiments.record import Json
-from scripts.tables import attention, context_parallel, long, retrieval, serving
+from scripts.tables import attention, context_parallel, retrieval, serving
 from scripts.tables.records import load, markdown, mean_and_deviation, measured, short
 
-WORKLOAD = "causal_d128_8x8192"
+WORKLOAD, WINDOWED = "causal_d128_8x8192", "4 x 16384 window 256"
 HISTORY, CANDIDATES = 16384, 1024
 HEADER = ["", "here", "beside", "on", "measured"]
 
@@ -58,13 +58,14 @@ def kernel(record: Json) -> list[str]:
 
 
 def layer(record: Json) -> list[str]:
-    both = [record.get("layers", {}).get(name) for name in long.memory_cases("selective", "none")]
-    if not all(both):
+    found = record.get("layers", {}).get(f"{WINDOWED}, none, training")
+    if found is None:
         return []
-    kept, whole = (f"{found['bytes_a_token']:,.0f}" for found in both)
-    link = "[encoder](docs/ultra_hstu.md#selective-rematerialisation)"
-    what = "bytes that a layer keeps of a token for its backward pass"
-    return [what, kept, f"{whole} without rematerialisation", record["device"], link]
+    rate, other = found["TFLOP_a_second"], record["quoted"][WINDOWED]["Meta"]
+    what = "a whole layer, 4 sequences of 16,384 rows, window of 256, forward and backward, TFLOP/s"
+    beside = f"{other}, Meta's layer (quoted)"
+    link = "[fused layer](docs/fused_layer.md#what-a-layer-costs)"
+    return [what, f"{rate:.0f}", beside, record["device"], link]
 
 
 def step(record: Json) -> list[str]:
