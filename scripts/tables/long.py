@@ -75,17 +75,12 @@ def long_operations_table(record: Json) -> str:
     return markdown(["", "encoder, forward: TFLOP a sample", "training: TFLOP a sample"], rows)
 
 
-def memory_cases(*modes: str) -> list[str]:
-    """The names of the layers whose memory the docs tell."""
-    return [f"{SEQUENCES}, {mode}, training" for mode in modes]
-
-
 @measured("layer_h200", part="layers")
 def layer_memory_table(record: Json) -> str:
     """Bytes a token and layer that each way of keeping and recomputing holds."""
     rows = [
         [found["mode"], *cells(found, "{bytes_a_token:.0f}", "{ms:.2f}")]
-        for case in memory_cases(*MODES)
+        for case in (f"{SEQUENCES}, {mode}, training" for mode in MODES)
         if "ms" in (found := record["layers"].get(case, {}))
     ]
     where = f"{record['device']}, {of_commit(record)}, {SEQUENCES}"
