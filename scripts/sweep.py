@@ -22,7 +22,7 @@ from ultra_hstu.fields import changed
 from ultra_hstu.json_files import write_json
 from ultra_hstu.run import Interrupted
 
-POLL_S, SAY_S = 0.2, 30.0  # between two looks at the processes, and two signs of life
+POLL_S, SAY_S = 0.2, 8.0  # between two looks at the processes, and two signs of life
 SHOWN = ("hr@10", "ndcg@10", "ne")  # metrics of a finished run
 SAVE_S = 30.0  # for runs to save their state before the time is up
 COLLECT_S = 30.0  # for the record of a run all of whose seeds are trained

@@ -1,7 +1,7 @@
 """What a run says while it works: a line for all that is done, and signs of life in between.
 
 A terminal shows a bar or a clock meanwhile. A pipe or a log gets the same lines, and one more every
-few seconds where nothing else was said, of long work every minute.
+few seconds where nothing else was said.
 """
 
 import contextlib
@@ -25,8 +25,7 @@ from kernels.dispatch import Choice
 from ultra_hstu.config import Config
 from ultra_hstu.data.interactions import Interactions
 
-# Until a pipe reads that work goes on, and until it reads so again, at least and at most.
-FIRST_S, REPEAT_S, SELDOM_S = 2.0, 6.0, 60.0
+FIRST_S, REPEAT_S = 2.0, 6.0  # until a pipe reads that work goes on, and until it reads so again
 LABEL = 9  # characters in front of a line
 TRAINING = "training"
 LONG_EPOCH_S = 10.0  # from here on the time of the first epoch is estimated
@@ -92,13 +91,8 @@ def _bar(console: Console, label: str, column: ProgressColumn) -> Progress:
     )
 
 
-def pause(elapsed: float) -> float:
-    """Seconds to the next sign of life of work that has gone on so long: hours need few lines."""
-    return min(max(REPEAT_S, elapsed / 10), SELDOM_S)
-
-
 class _Ticking:
-    """Prints `status` and the seconds so far, after FIRST_S and then after each `pause`.
+    """Prints `status` and the seconds so far, after FIRST_S and then every REPEAT_S.
 
     `said` puts the next one off. Raises OSError, in the end or there, where it could not print.
     """
@@ -124,13 +118,12 @@ class _Ticking:
     def said(self) -> None:
         if self._error is not None:
             raise self._error
-        now = time.perf_counter()
-        self._next = now + pause(now - self._started)
+        self._next = time.perf_counter() + REPEAT_S
 
     def _tick(self) -> None:
         while not self._ended.wait(max(self._next - time.perf_counter(), 0.05)):
             if (now := time.perf_counter()) >= self._next:
-                self._next = now + pause(now - self._started)
+                self._next = now + REPEAT_S
                 text = f"{self.status()}, {duration(now - self._started)} so far"
                 try:
                     line(self.console, self.label, text)
